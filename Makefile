@@ -1,0 +1,56 @@
+# make demo, make test: each sets everything up first. Needs Python 3.11 or newer, g++ and make.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+RUNS ?= runs
+# Test processes at a time, one thread each.
+JOBS ?= 2
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+export PIP_CONSTRAINT := constraints.txt
+export PIP_BUILD_CONSTRAINT := constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.inl csrc/cpu/*.cpp)
+
+.PHONY: install demo test lint bench sanitize clean
+install: $(INSTALLED)
+
+# Done again only when what is built or installed has changed.
+$(INSTALLED): pyproject.toml setup.py CMakeLists.txt constraints.txt $(CPP)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --editable '.[test,lint]'
+	touch $@
+
+DEMO_DATA := $(RUNS)/demo/halfcheetah-random-local.hdf5
+demo: $(INSTALLED)
+	$(BIN)/mopo-fast collect halfcheetah-random --steps 40000 --out $(DEMO_DATA) --overwrite
+	$(BIN)/mopo-fast train $(DEMO_DATA) --steps 10000 --out $(RUNS)/demo/run --overwrite \
+	    --dynamics.max-epochs 25 --rollout.batch-size 10000 --evaluation.interval 2
+	$(BIN)/mopo-fast report $(RUNS)/demo/run
+	$(BIN)/mopo-fast evaluate $(RUNS)/demo/run
+
+test: $(INSTALLED) lint
+	$(BIN)/python -m pytest -n $(JOBS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+bench: $(INSTALLED)
+	$(BIN)/mopo-fast bench rollout
+
+# The extension with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package of its own.
+SANITIZED := build/sanitized
+sanitize: $(INSTALLED)
+	rm -rf $(SANITIZED) build/lib.*
+	MOPO_FAST_SANITIZE=address,undefined $(BIN)/python -m pip install --quiet --no-deps --target $(SANITIZED) .
+	PYTHONPATH=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	    $(BIN)/python -P -m pytest -p no:cacheprovider tests/test_philox.py tests/test_kernel*.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info mopo_fast/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find mopo_fast tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,124 @@
+// pybind11: addresses and sizes in, counts out. Nothing is checked here; mopo_fast/backends/cpu.py has done
+// it.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/dispatch.h"
+#include "philox.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// (weight addresses, bias addresses, sizes: in, hidden, ..., out, networks, activation)
+using NetworkTuple =
+    std::tuple<std::vector<uintptr_t>, std::vector<uintptr_t>, std::vector<int64_t>, int64_t, int>;
+
+std::vector<mopo::Layer> layers(const NetworkTuple& network) {
+  const auto& [weights, biases, sizes, networks, activation] = network;
+  std::vector<mopo::Layer> result;
+  for (size_t l = 0; l < weights.size(); ++l)
+    result.push_back({pointer<float>(weights[l]), pointer<float>(biases[l]), sizes[l], sizes[l + 1]});
+  return result;
+}
+
+mopo::Network network(const NetworkTuple& tuple, const std::vector<mopo::Layer>& layers) {
+  return {layers.data(), static_cast<int64_t>(layers.size()), std::get<3>(tuple),
+          static_cast<mopo::Activation>(std::get<4>(tuple))};
+}
+
+std::pair<int64_t, int64_t> rollout(const std::string& isa, int64_t obs_dim, int64_t act_dim,
+                                    const NetworkTuple& dynamics, uintptr_t input_mean, uintptr_t input_std,
+                                    uintptr_t max_logvar, uintptr_t min_logvar, uintptr_t elites,
+                                    int64_t num_elites, uintptr_t penalty_members,
+                                    int64_t num_penalty_members, int penalty, float penalty_coef,
+                                    uintptr_t low, uintptr_t high, const NetworkTuple& policy,
+                                    float log_std_min, float log_std_max, uintptr_t actions, int64_t batch,
+                                    uintptr_t start, uintptr_t rows, int64_t horizon, uint32_t first_step,
+                                    uint64_t seed, bool deterministic, bool keep_every_row,
+                                    const std::vector<uintptr_t>& out, int64_t capacity, int64_t head,
+                                    uintptr_t mean, uintptr_t std, int threads) {
+  const std::vector<mopo::Layer> dynamics_layers = layers(dynamics), policy_layers = layers(policy);
+  mopo::RolloutArgs args{};
+  args.obs_dim = obs_dim;
+  args.act_dim = act_dim;
+  args.dynamics = network(dynamics, dynamics_layers);
+  args.input_mean = pointer<float>(input_mean);
+  args.input_std = pointer<float>(input_std);
+  args.max_logvar = pointer<float>(max_logvar);
+  args.min_logvar = pointer<float>(min_logvar);
+  args.elites = pointer<int64_t>(elites);
+  args.num_elites = num_elites;
+  args.penalty_members = pointer<int64_t>(penalty_members);
+  args.num_penalty_members = num_penalty_members;
+  args.penalty = static_cast<mopo::Penalty>(penalty);
+  args.penalty_coef = penalty_coef;
+  args.low = pointer<float>(low);
+  args.high = pointer<float>(high);
+  args.policy = network(policy, policy_layers);
+  args.log_std_min = log_std_min;
+  args.log_std_max = log_std_max;
+  args.actions = pointer<float>(actions);
+  args.batch = batch;
+  args.start = pointer<float>(start);
+  args.rows = pointer<int64_t>(rows);
+  args.horizon = horizon;
+  args.first_step = first_step;
+  args.seed = seed;
+  args.deterministic = deterministic;
+  args.keep_every_row = keep_every_row;
+  args.out = {pointer<float>(out[0]),  pointer<float>(out[1]),   pointer<float>(out[2]),
+              pointer<float>(out[3]),  pointer<bool>(out[4]),    pointer<float>(out[5]),
+              pointer<float>(out[6]),  pointer<int32_t>(out[7]), pointer<int64_t>(out[8]),
+              pointer<int32_t>(out[9])};
+  args.capacity = capacity;
+  args.head = head;
+  args.mean = pointer<float>(mean);
+  args.std = pointer<float>(std);
+  args.threads = threads;
+  const py::gil_scoped_release release;
+  const mopo::RolloutCounts counts = mopo::rollout(args, mopo::kernels(isa));
+  return {counts.written, counts.non_finite};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, module) {
+  using py::arg;
+  module.def("isas", mopo::supported_isas, "Instruction sets that this processor can run, best first.");
+  module.def("rollout", rollout, py::kw_only(), arg("isa"), arg("obs_dim"), arg("act_dim"), arg("dynamics"),
+             arg("input_mean"), arg("input_std"), arg("max_logvar"), arg("min_logvar"), arg("elites"),
+             arg("num_elites"), arg("penalty_members"), arg("num_penalty_members"), arg("penalty"),
+             arg("penalty_coef"), arg("low"), arg("high"), arg("policy"), arg("log_std_min"),
+             arg("log_std_max"), arg("actions"), arg("batch"), arg("start"), arg("rows"), arg("horizon"),
+             arg("first_step"), arg("seed"), arg("deterministic"), arg("keep_every_row"), arg("out"),
+             arg("capacity"), arg("head"), arg("mean"), arg("std"), arg("threads"),
+             "The fused rollout; see csrc/rollout.h. Gives (rows written, rollouts cut as not finite).");
+  module.def(
+      "philox4x32",
+      [](std::array<uint32_t, 4> counter, uint64_t key) {
+        const mopo::PhiloxBlock block =
+            mopo::philox4x32({{counter[0], counter[1], counter[2], counter[3]}}, key);
+        return std::array<uint32_t, 4>{block.word[0], block.word[1], block.word[2], block.word[3]};
+      },
+      arg("counter"), arg("key"), "Ten rounds; for the known-answer test.");
+  py::enum_<mopo::MathFunction>(module, "MathFunction")
+      .value("exp", mopo::MathFunction::kExp)
+      .value("log", mopo::MathFunction::kLog)
+      .value("sin_turns", mopo::MathFunction::kSinTurns)
+      .value("cos_turns", mopo::MathFunction::kCosTurns)
+      .value("tanh", mopo::MathFunction::kTanh)
+      .value("silu", mopo::MathFunction::kSilu);
+  module.def(
+      "math",
+      [](const std::string& isa, mopo::MathFunction function, uintptr_t x, uintptr_t y, int64_t count) {
+        mopo::kernels(isa).math(function, pointer<float>(x), pointer<float>(y), count);
+      },
+      arg("isa"), arg("function"), arg("x"), arg("y"), arg("count"),
+      "y = function(x), for the accuracy test.");
+}

@@ -1,0 +1,21 @@
+// Words that every kernel shares, on host and device.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define MOPO_INLINE static __host__ __device__ __forceinline__
+#else
+// Internal linkage: each instruction set's file has its own copy, and the linker may not choose among them.
+#define MOPO_INLINE static inline __attribute__((always_inline))
+#endif
+
+namespace mopo {
+
+constexpr int kMaxMembers = 32;
+
+// The order is that of mopo_fast/config.py.
+enum class Activation : int { kSilu, kRelu, kTanh };
+enum class Penalty : int { kMaxAleatoric, kMaxDeviation, kMaxPairwise, kEnsembleStd, kMixtureStd };
+
+}  // namespace mopo

@@ -1,0 +1,83 @@
+#include "pool.h"
+
+#include <unistd.h>
+
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace mopo {
+namespace {
+
+class Pool {
+ public:
+  void run(int count, const std::function<void(int)>& body) {
+    const std::lock_guard<std::mutex> turn(turn_);
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      while (static_cast<int>(threads_.size()) + 1 < count) {
+        const int index = static_cast<int>(threads_.size()) + 1;
+        threads_.emplace_back([this, index, seen = round_] { work(index, seen); });
+      }
+      body_ = &body;
+      count_ = count;
+      running_ = count - 1;
+      ++round_;
+    }
+    start_.notify_all();
+    body(0);
+    std::unique_lock<std::mutex> lock(mutex_);
+    done_.wait(lock, [this] { return running_ == 0; });
+  }
+
+ private:
+  void work(int index, long seen) {
+    for (;;) {
+      const std::function<void(int)>* body;
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        start_.wait(lock, [&] { return round_ != seen; });
+        seen = round_;
+        if (index >= count_) continue;
+        body = body_;
+      }
+      (*body)(index);
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (--running_ == 0) done_.notify_one();
+    }
+  }
+
+  std::mutex turn_, mutex_;
+  std::condition_variable start_, done_;
+  std::vector<std::thread> threads_;
+  const std::function<void(int)>* body_ = nullptr;
+  int count_ = 0, running_ = 0;
+  long round_ = 0;
+};
+
+// A forked child has none of its parent's threads, so it starts a pool of its own; pools are never destroyed,
+// since their threads may outlive the static objects.
+Pool& pool() {
+  static std::mutex mutex;
+  static Pool* current = nullptr;
+  static pid_t owner = 0;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (current == nullptr || owner != getpid()) {
+    current = new Pool;
+    owner = getpid();
+  }
+  return *current;
+}
+
+}  // namespace
+
+void parallel(int count, const std::function<void(int)>& body) {
+  if (count <= 1) {
+    body(0);
+  } else {
+    pool().run(count, body);
+  }
+}
+
+}  // namespace mopo

@@ -1,0 +1,328 @@
+// The rollout kernel, written once over the vector type; each instruction set's file includes it.
+// Everything lives in that set's namespace: code compiled for one set must never be linked into another's
+// path.
+
+#include "../philox.h"
+#include "kernels.h"
+
+namespace mopo {
+namespace MOPO_ISA {
+
+#include "vec.h"
+// clang-format off
+#include "math.h"
+#include "../spec.h"
+#include "gemm.h"
+// clang-format on
+
+static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static vi is_finite(vf x) { return (float_to_bits(x) & 0x7f800000) != 0x7f800000; }
+
+template <Activation activation>
+static void network_tile(const Network& network, const PackedNetwork& packed, int64_t member, const float* in,
+                         float* here, float* there, float* out) {
+  const float* data = packed.data + member * packed.member_stride;
+  for (int64_t l = 0; l < network.depth; ++l) {
+    const Layer& layer = network.layers[l];
+    const float* weight = data + packed.offset[l];
+    const float* bias = weight + layer.in * padded(layer.out);
+    if (l + 1 == network.depth) {
+      layer_tile(in, layer.in, weight, bias, layer.out, out, [](vf x) { return x; });
+    } else {
+      layer_tile(in, layer.in, weight, bias, layer.out, here, activate<activation>);
+      in = here;
+      here = there;
+      there = const_cast<float*>(in);
+    }
+  }
+}
+
+static void network_tile(const Network& network, const PackedNetwork& packed, int64_t member, const float* in,
+                         RolloutWorkspace& ws, float* out) {
+  const auto run = [&](auto kernel) { kernel(network, packed, member, in, ws.layer_in, ws.layer_out, out); };
+  switch (network.activation) {
+    case Activation::kSilu:
+      return run(network_tile<Activation::kSilu>);
+    case Activation::kRelu:
+      return run(network_tile<Activation::kRelu>);
+    case Activation::kTanh:
+      return run(network_tile<Activation::kTanh>);
+  }
+}
+
+// A chunk of rollouts on its way through all steps, on one thread.
+struct Chunk {
+  const RolloutArgs& args;
+  const RolloutPlan& plan;
+  RolloutWorkspace& ws;
+  const int64_t first;  // the chunk's first start state
+  int64_t alive;        // rollouts that go on, ws.alive[0 .. alive)
+  int64_t t;
+
+  int64_t tiles() const { return (alive + kTile - 1) / kTile; }
+  int64_t lanes(int64_t tile) const { return smaller(kTile, alive - tile * kTile); }
+  // The rollout, counted from the chunk's first, in a lane; spare lanes of the last tile repeat the last one.
+  int64_t rollout(int64_t tile, int64_t lane) const {
+    return ws.alive[smaller(tile * kTile + lane, alive - 1)];
+  }
+  int64_t record(int64_t rollout) const { return rollout * args.horizon + t; }
+  int64_t outputs() const { return padded(2 * (args.obs_dim + 1)); }
+  float* observations(int64_t tile) const { return ws.observations + tile * args.obs_dim * kTile; }
+  float* actions(int64_t tile) const { return ws.actions + tile * args.act_dim * kTile; }
+  float* inputs(int64_t tile) const { return ws.inputs + tile * (args.obs_dim + args.act_dim) * kTile; }
+  float* predictions(int64_t tile, int64_t member) const {
+    return ws.predictions + (tile * args.dynamics.networks + member) * outputs() * kTile;
+  }
+
+  void run() {
+    for (t = 0; t < args.horizon && alive > 0; ++t) {
+      for (int64_t tile = 0; tile < tiles(); ++tile) {
+        load_observations(tile);
+        if (args.policy.depth > 0) {
+          act(tile);
+        } else {
+          load_actions(tile);
+        }
+        standardise(tile);
+      }
+      // Member outside, tile inside: a member's weights stay in the second-level cache.
+      for (int64_t member = 0; member < args.dynamics.networks; ++member)
+        for (int64_t tile = 0; tile < tiles(); ++tile)
+          network_tile(args.dynamics, plan.dynamics, member, inputs(tile), ws, predictions(tile, member));
+      int64_t survivors = 0;
+      for (int64_t tile = 0; tile < tiles(); ++tile) survivors = finish(tile, survivors);
+      int64_t* ended = ws.alive;
+      ws.alive = ws.survivors;
+      ws.survivors = ended;
+      alive = survivors;
+    }
+  }
+
+  void load_observations(int64_t tile) const {
+    float* to = observations(tile);
+    for (int64_t lane = 0; lane < kTile; ++lane) {
+      const int64_t r = rollout(tile, lane);
+      const float* from = t == 0 ? args.start + (first + r) * args.obs_dim
+                                 : ws.record.next_observations + (record(r) - 1) * args.obs_dim;
+      for (int64_t d = 0; d < args.obs_dim; ++d) to[d * kTile + lane] = from[d];
+    }
+  }
+
+  void load_actions(int64_t tile) const {
+    float* to = actions(tile);
+    for (int64_t lane = 0; lane < kTile; ++lane) {
+      const float* from = args.actions + (first + rollout(tile, lane)) * args.act_dim;
+      for (int64_t d = 0; d < args.act_dim; ++d) to[d * kTile + lane] = from[d];
+    }
+  }
+
+  void act(int64_t tile) const {
+    // The means and log stds are written where the first member's predictions will be.
+    float* heads = predictions(tile, 0);
+    network_tile(args.policy, plan.policy, 0, observations(tile), ws, heads);
+    if (!args.deterministic) draw_normals(tile, kActionStream, args.act_dim);
+    for (int64_t i = 0; i < args.act_dim * kTile; i += W) {
+      vf x = load(heads + i);
+      if (!args.deterministic) {
+        vf log_std = load(heads + args.act_dim * kTile + i);
+        log_std = select(log_std < args.log_std_min, broadcast(args.log_std_min), log_std);
+        log_std = select(log_std > args.log_std_max, broadcast(args.log_std_max), log_std);
+        x = x + exp(log_std) * load(ws.noise + i);
+      }
+      store(actions(tile) + i, tanh(x));
+    }
+  }
+
+  void standardise(int64_t tile) const {
+    const auto convert = [&](const float* from, int64_t dim, int64_t begin) {
+      for (int64_t d = 0; d < dim; ++d) {
+        float* to = inputs(tile) + (begin + d) * kTile;
+        for (int64_t lane = 0; lane < kTile; lane += W)
+          store(to + lane,
+                (load(from + d * kTile + lane) - args.input_mean[begin + d]) * plan.inverse_std[begin + d]);
+      }
+    };
+    convert(observations(tile), args.obs_dim, 0);
+    convert(actions(tile), args.act_dim, args.obs_dim);
+  }
+
+  PhiloxBlock random(int64_t tile, int64_t lane, Stream stream, uint32_t block) const {
+    const int64_t row = args.rows[first + rollout(tile, lane)];
+    return random_block(row, args.first_step + static_cast<uint32_t>(t), stream, block, args.seed);
+  }
+
+  // `count` standard normals a row into ws.noise [count, rounded up to 4][tile], by Box-Muller.
+  void draw_normals(int64_t tile, Stream stream, int64_t count) const {
+    for (int64_t v = 0; v < kTile; v += W) {
+      for (int64_t d = 0; d < count; d += 4) {
+        vi words[4];
+        for (int lane = 0; lane < W; ++lane) {
+          const PhiloxBlock block = random(tile, v + lane, stream, static_cast<uint32_t>(d / 4));
+          for (int i = 0; i < 4; ++i) words[i][lane] = static_cast<int32_t>(block.word[i] >> 9);
+        }
+        // 23 bits and a half: every value in (0, 1) is exact, and none is 0 or 1.
+        const auto uniform = [](vi word) { return (to_float(word) + 0.5f) * 0x1p-23f; };
+        for (int pair = 0; pair < 2; ++pair) {
+          const vf radius = sqrt(-2.0f * log(uniform(words[2 * pair])));
+          const SinCos angle = sincos_turns(uniform(words[2 * pair + 1]));
+          float* to = ws.noise + (d + 2 * pair) * kTile + v;
+          store(to, radius * angle.cos);
+          store(to + kTile, radius * angle.sin);
+        }
+      }
+    }
+  }
+
+  // Penalty, sample, termination and records of one tile; gives the number of survivors so far.
+  int64_t finish(int64_t tile, int64_t survivors) {
+    const int64_t obs_dim = args.obs_dim, members = args.dynamics.networks;
+    bound_variances(tile);
+    if (!args.deterministic) {
+      draw_normals(tile, kNoiseStream, obs_dim + 1);
+      for (int64_t lane = 0; lane < kTile; ++lane) {
+        const uint32_t word = random(tile, lane, kMemberStream, 0).word[0];
+        const uint32_t elite = choose(word, static_cast<uint32_t>(args.num_elites));
+        ws.drawn[lane] = static_cast<uint32_t>(args.elites[elite]);
+      }
+    }
+    float* next = ws.layer_in;  // [obs_dim][tile]
+    alignas(64) float raw[kTile], reward[kTile], penalty[kTile];
+    alignas(64) int32_t finite[kTile], inside[kTile];
+    for (int64_t v = 0; v < kTile; v += W) {
+      const auto mean = [&](int64_t member, int64_t d) {
+        return load(predictions(tile, member) + d * kTile + v);
+      };
+      const auto variance = [&](int64_t member, int64_t d) { return mean(member, obs_dim + 1 + d); };
+      const auto sample = [&](int64_t d) {
+        vf centre{}, spread{};
+        if (args.deterministic) {
+          for (int64_t member = 0; member < members; ++member) centre = centre + mean(member, d);
+          return centre * (1.0f / static_cast<float>(members));
+        }
+        for (int lane = 0; lane < W; ++lane) {
+          const float* from = predictions(tile, ws.drawn[v + lane]) + v + lane;
+          centre[lane] = from[d * kTile];
+          spread[lane] = from[(obs_dim + 1 + d) * kTile];
+        }
+        return centre + sqrt(spread) * load(ws.noise + d * kTile + v);
+      };
+      const vf u = penalise<vf>(
+          args.penalty, static_cast<int>(args.num_penalty_members), static_cast<int>(obs_dim),
+          [&](int i, int d) { return mean(args.penalty_members[i], d); },
+          [&](int i, int d) { return variance(args.penalty_members[i], d); });
+      const vf raw_reward = sample(obs_dim);
+      const vf penalised = raw_reward - args.penalty_coef * u;
+      vi is_inside = ~vi{}, all_finite = is_finite(penalised);
+      for (int64_t d = 0; d < obs_dim; ++d) {
+        const vf x = load(observations(tile) + d * kTile + v) + sample(d);
+        is_inside &= (x >= args.low[d]) & (x <= args.high[d]);
+        all_finite &= is_finite(x);
+        store(next + d * kTile + v, x);
+      }
+      store(raw + v, raw_reward);
+      store(reward + v, penalised);
+      store(penalty + v, u);
+      store(reinterpret_cast<float*>(finite) + v, bits_to_float(all_finite));
+      store(reinterpret_cast<float*>(inside) + v, bits_to_float(is_inside));
+    }
+    for (int64_t lane = 0; lane < lanes(tile); ++lane) {
+      const int64_t r = rollout(tile, lane);
+      if (!finite[lane]) {
+        ++ws.non_finite;
+        if (!args.keep_every_row) continue;
+      }
+      const int64_t row = record(r);
+      copy_lane(observations(tile) + lane, obs_dim, ws.record.observations + row * obs_dim);
+      copy_lane(actions(tile) + lane, args.act_dim, ws.record.actions + row * args.act_dim);
+      copy_lane(next + lane, obs_dim, ws.record.next_observations + row * obs_dim);
+      const bool terminal = !(inside[lane] && finite[lane]);
+      ws.record.rewards[row] = reward[lane];
+      ws.record.terminals[row] = terminal;
+      ws.record.raw_rewards[row] = raw[lane];
+      ws.record.penalties[row] = penalty[lane];
+      ws.record.members[row] = args.deterministic ? -1 : static_cast<int32_t>(ws.drawn[lane]);
+      ws.record.rollout_index[row] = args.rows[first + r];
+      ws.record.step[row] = static_cast<int32_t>(args.first_step + t);
+      if (args.mean != nullptr) store_distributions(tile, lane, first + r);
+      ++ws.length[r];
+      if (!terminal) ws.survivors[survivors++] = r;
+    }
+    return survivors;
+  }
+
+  static void copy_lane(const float* from, int64_t count, float* to) {
+    for (int64_t d = 0; d < count; ++d) to[d] = from[d * kTile];
+  }
+
+  void bound_variances(int64_t tile) const {
+    for (int64_t member = 0; member < args.dynamics.networks; ++member) {
+      float* logvar = predictions(tile, member) + (args.obs_dim + 1) * kTile;
+      for (int64_t d = 0; d <= args.obs_dim; ++d)
+        for (int64_t v = 0; v < kTile; v += W) {
+          float* x = logvar + d * kTile + v;
+          store(x, soft_clamp_variance<vf>(exp(-load(x)), broadcast(plan.exp_minus_max[d]),
+                                           broadcast(plan.exp_min[d])));
+        }
+    }
+  }
+
+  void store_distributions(int64_t tile, int64_t lane, int64_t row) const {
+    const int64_t dims = args.obs_dim + 1;
+    for (int64_t member = 0; member < args.dynamics.networks; ++member) {
+      const float* from = predictions(tile, member) + lane;
+      const int64_t to = (member * args.batch + row) * dims;
+      for (int64_t d = 0; d < dims; ++d) {
+        args.mean[to + d] = from[d * kTile];
+        args.std[to + d] = __builtin_sqrtf(from[(dims + d) * kTile]);
+      }
+    }
+  }
+};
+
+static void rollout_chunk(const RolloutArgs& args, const RolloutPlan& plan, RolloutWorkspace& ws,
+                          int64_t first, int64_t rows) {
+  ws.non_finite = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    ws.alive[i] = i;
+    ws.length[i] = 0;
+  }
+  Chunk{args, plan, ws, first, rows, 0}.run();
+}
+
+static void math(MathFunction function, const float* x, float* y, int64_t count) {
+  for (int64_t i = 0; i < count; i += W) {
+    vf in{};
+    const int64_t lanes = smaller(W, count - i);
+    for (int64_t lane = 0; lane < lanes; ++lane) in[lane] = x[i + lane];
+    vf out{};
+    switch (function) {
+      case MathFunction::kExp:
+        out = exp(in);
+        break;
+      case MathFunction::kLog:
+        out = log(in);
+        break;
+      case MathFunction::kSinTurns:
+        out = sincos_turns(in).sin;
+        break;
+      case MathFunction::kCosTurns:
+        out = sincos_turns(in).cos;
+        break;
+      case MathFunction::kTanh:
+        out = tanh(in);
+        break;
+      case MathFunction::kSilu:
+        out = silu(in);
+        break;
+    }
+    for (int64_t lane = 0; lane < lanes; ++lane) y[i + lane] = out[lane];
+  }
+}
+
+}  // namespace MOPO_ISA
+
+extern const Kernels MOPO_KERNELS = {MOPO_NAME, MOPO_ISA::kTile, MOPO_ISA::kBlock, MOPO_ISA::rollout_chunk,
+                                     MOPO_ISA::math};
+
+}  // namespace mopo

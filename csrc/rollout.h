@@ -1,0 +1,86 @@
+// The rollout kernels' interface: raw pointers and sizes. No torch, no Python; the caller has checked
+// everything.
+#pragma once
+
+#include <cstdint>
+
+#include "common.h"
+
+namespace mopo {
+
+struct Layer {
+  const float* weight;  // [networks][in][out]
+  const float* bias;    // [networks][out]
+  int64_t in, out;
+};
+
+// `networks` multi-layer perceptrons of one shape; the last layer is linear.
+struct Network {
+  const Layer* layers;
+  int64_t depth;  // number of layers
+  int64_t networks;
+  Activation activation;
+};
+
+// Row-major arrays of `capacity` rows, written as a ring; those that are not wanted are null.
+struct RolloutOutput {
+  float* observations;       // [capacity][obs_dim]
+  float* actions;            // [capacity][act_dim]
+  float* rewards;            // [capacity]
+  float* next_observations;  // [capacity][obs_dim]
+  bool* terminals;           // [capacity]
+  float* raw_rewards;        // [capacity], and so on
+  float* penalties;
+  int32_t* members;
+  int64_t* rollout_index;
+  int32_t* step;
+};
+
+struct RolloutArgs {
+  int64_t obs_dim, act_dim;
+
+  // Dynamics: in = obs_dim + act_dim, out = 2 (obs_dim + 1): means of (delta obs, reward), then
+  // log-variances.
+  Network dynamics;
+  const float* input_mean;  // [obs_dim + act_dim]
+  const float* input_std;
+  const float* max_logvar;  // [obs_dim + 1]
+  const float* min_logvar;
+  const int64_t* elites;
+  int64_t num_elites;
+  const int64_t* penalty_members;
+  int64_t num_penalty_members;
+  Penalty penalty;
+  float penalty_coef;
+  const float* low;  // [obs_dim], termination box
+  const float* high;
+
+  // Policy: in = obs_dim, out = 2 act_dim: means, then log stds. depth 0: `actions` holds the actions.
+  Network policy;
+  float log_std_min, log_std_max;
+  const float* actions;  // [batch][act_dim] or null
+
+  int64_t batch;
+  const float* start;   // [batch][obs_dim]
+  const int64_t* rows;  // [batch], numbers for the random counters
+  int64_t horizon;
+  uint32_t first_step;
+  uint64_t seed;
+  bool deterministic;
+
+  // One row per start state, ended or finite or not: what a single step returns.
+  bool keep_every_row;
+  RolloutOutput out;
+  int64_t capacity, head;
+  float* mean;  // [members][batch][obs_dim + 1] or null
+  float* std;   // likewise
+
+  int threads;
+};
+
+struct RolloutCounts {
+  int64_t written;     // rows
+  int64_t non_finite;  // rollouts cut because a prediction was not finite
+};
+
+}  // namespace mopo

@@ -1,0 +1,53 @@
+"""MOPO, model-based offline policy optimization, with compiled model rollouts.
+
+The loop itself is `mopo_fast.train.train`; its evaluation in MuJoCo is `mopo_fast.evaluate.evaluate`.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from mopo_fast._version import __version__
+
+__all__ = [
+    "Actor",
+    "Box",
+    "EnsembleDynamics",
+    "InputError",
+    "RolloutEngine",
+    "StepResult",
+    "TrainConfig",
+    "Transitions",
+    "__version__",
+    "fit_dynamics",
+    "load_dataset",
+]
+
+if TYPE_CHECKING:
+    from mopo_fast.config import TrainConfig
+    from mopo_fast.data import Transitions, load_dataset
+    from mopo_fast.ensemble import EnsembleDynamics
+    from mopo_fast.errors import InputError
+    from mopo_fast.fit import fit_dynamics
+    from mopo_fast.policy import Actor
+    from mopo_fast.rollout import RolloutEngine, StepResult
+    from mopo_fast.tasks import Box
+
+# Imported on first use: torch takes seconds, and `mopo-fast --help` does not need it.
+_HOMES = {
+    "Actor": "policy",
+    "Box": "tasks",
+    "EnsembleDynamics": "ensemble",
+    "InputError": "errors",
+    "RolloutEngine": "rollout",
+    "StepResult": "rollout",
+    "TrainConfig": "config",
+    "Transitions": "data",
+    "fit_dynamics": "fit",
+    "load_dataset": "data",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,196 @@
+"""Who computes a rollout. A backend gets checked arrays and returns arrays; it decides nothing."""
+
+import functools
+import logging
+import os
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from mopo_fast.errors import InputError
+
+logger = logging.getLogger("mopo_fast")
+
+
+@dataclass(frozen=True, eq=False)
+class DynamicsArrays:
+    """An ensemble and what is asked of it, as plain arrays of one dtype on one device.
+
+    `weights[i]` [members, in, out], `biases[i]` [members, out]; `low`, `high` [obs_dim] termination box;
+    `elites`, `penalty_members` int64 member numbers.
+    """
+
+    weights: list[torch.Tensor]
+    biases: list[torch.Tensor]
+    input_mean: torch.Tensor
+    input_std: torch.Tensor
+    max_logvar: torch.Tensor
+    min_logvar: torch.Tensor
+    elites: torch.Tensor
+    penalty_members: torch.Tensor
+    low: torch.Tensor
+    high: torch.Tensor
+    activation: str
+    penalty: str
+    penalty_coef: float
+
+
+@dataclass(frozen=True, eq=False)
+class PolicyArrays:
+    """A tanh-Gaussian actor as plain arrays: `weights[i]` [in, out], `biases[i]` [out]."""
+
+    weights: list[torch.Tensor]
+    biases: list[torch.Tensor]
+    activation: str
+    log_std_min: float
+    log_std_max: float
+
+
+@dataclass(frozen=True, eq=False)
+class StepResult:
+    """One step of the penalised model for a batch.
+
+    Attributes:
+        next_observations: [batch, obs_dim].
+        rewards: [batch], raw_rewards - penalty_coef * penalties.
+        terminals: bool [batch]: outside the termination box, or not finite.
+        raw_rewards: [batch], as sampled from the drawn member.
+        penalties: [batch], u(s, a).
+        members: int32 [batch], the member drawn; -1 where the ensemble's mean was taken.
+        mean, std: [members, batch, obs_dim + 1] of (delta obs, reward); None unless asked for.
+    """
+
+    next_observations: torch.Tensor
+    rewards: torch.Tensor
+    terminals: torch.Tensor
+    raw_rewards: torch.Tensor
+    penalties: torch.Tensor
+    members: torch.Tensor
+    mean: torch.Tensor | None = None
+    std: torch.Tensor | None = None
+
+
+# The arrays of `Transitions` that a rollout fills, in the order of the kernels' interface.
+ROLLOUT_ARRAYS = (
+    "observations",
+    "actions",
+    "rewards",
+    "next_observations",
+    "terminals",
+    "raw_rewards",
+    "penalties",
+    "members",
+    "rollout_index",
+    "step",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Destination:
+    """Where a rollout is written: arrays of `capacity` rows, used as a ring from row `head` on."""
+
+    arrays: dict[str, torch.Tensor]
+    head: int
+
+    @property
+    def capacity(self) -> int:
+        return self.arrays["rewards"].shape[0]
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """Whether a backend can run on this machine, and the reason in words."""
+
+    name: str
+    available: bool
+    reason: str
+
+
+class Backend(Protocol):
+    """What every backend offers. Arguments are valid; nothing is checked again."""
+
+    name: str
+
+    def status(self) -> BackendStatus:
+        """Available on this machine?"""
+
+    def refusal(self, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Why this backend cannot serve such arrays, or None where it can."""
+
+    def step(
+        self,
+        dynamics: DynamicsArrays,
+        observations: torch.Tensor,
+        actions: torch.Tensor,
+        rows: torch.Tensor,
+        *,
+        seed: int,
+        step: int,
+        deterministic: bool,
+        distributions: bool,
+        threads: int,
+    ) -> StepResult:
+        """One model step for observations [batch, obs_dim], actions [batch, act_dim]."""
+
+    def rollout(
+        self,
+        dynamics: DynamicsArrays,
+        policy: PolicyArrays,
+        start: torch.Tensor,
+        rows: torch.Tensor,
+        horizon: int,
+        out: Destination,
+        *,
+        seed: int,
+        deterministic: bool,
+        threads: int,
+    ) -> tuple[int, int]:
+        """`horizon` steps from start [batch, obs_dim] into `out`; (rows written, rollouts cut as not finite)."""
+
+
+@functools.cache
+def _backends() -> dict[str, Backend]:
+    from mopo_fast.backends.cpu import CpuBackend
+    from mopo_fast.backends.reference import ReferenceBackend
+
+    # Best first.
+    backends: list[Backend] = [CpuBackend(), ReferenceBackend()]
+    return {backend.name: backend for backend in backends}
+
+
+def available() -> list[BackendStatus]:
+    """Every backend, best first, with the reason why it can or cannot run here."""
+    return [backend.status() for backend in _backends().values()]
+
+
+def get_backend(name: str) -> Backend:
+    """The backend called `name`, which `choose` has found able."""
+    return _backends()[name]
+
+
+@functools.cache
+def choose(name: str, dtype: torch.dtype, device: torch.device) -> str:
+    """The backend to use: `name`, or for "auto" MOPO_FAST_BACKEND, else the best that can serve.
+
+    The choice and the reasons against better ones are logged once.
+
+    Raises:
+        InputError: an unknown name, or one that cannot serve; says why.
+    """
+    wanted = os.environ.get("MOPO_FAST_BACKEND", "auto") if name == "auto" else name
+    names = ", ".join(_backends())
+    if wanted != "auto" and wanted not in _backends():
+        raise InputError(f"unknown backend {wanted!r}; there are: auto, {names}")
+    reasons = []
+    for candidate in _backends().values():
+        if wanted not in ("auto", candidate.name):
+            continue
+        status = candidate.status()
+        reason = candidate.refusal(dtype, device) if status.available else status.reason
+        if reason is None:
+            against = f" ({'; '.join(reasons)})" if reasons else ""
+            logger.info("backend: %s%s", candidate.name, against)
+            return candidate.name
+        reasons.append(f"{candidate.name}: {reason}")
+    raise InputError(f"no backend can serve {dtype} on {device}: {'; '.join(reasons)}")

@@ -1,0 +1,66 @@
+"""Counter-based random numbers: a value depends on (seed, row, step, stream) and nothing else.
+
+Philox4x32-10 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), in PyTorch's integer
+arithmetic, on any device. `csrc/philox.h` is the same function for the kernels.
+"""
+
+import math
+
+import torch
+
+# Who draws; the upper half of the counter's last word, its lower half numbers blocks of four words.
+ACTION_STREAM, NOISE_STREAM, MEMBER_STREAM = range(3)
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_MASK = 0xFFFFFFFF
+
+Words = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def philox4x32(counter: Words, seed: int) -> Words:
+    """Ten rounds on four 32-bit counter words (int64 tensors that broadcast), key = the 64-bit seed."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(10):
+        # int64 wraps, but the bits are those of the unsigned product: mask after the arithmetic shift.
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
+            p1 & _MASK,
+            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
+            p0 & _MASK,
+        )
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def random_words(rows: torch.Tensor, step: int, stream: int, count: int, seed: int) -> torch.Tensor:
+    """`count` words in [0, 2^32), int64 [batch, count], for each of `rows` (int64 [batch])."""
+    blocks = torch.arange((count + 3) // 4, device=rows.device)
+    counter = (
+        (rows & _MASK).unsqueeze(1),
+        ((rows >> 32) & _MASK).unsqueeze(1),
+        torch.full((1, 1), step, dtype=torch.int64, device=rows.device),
+        ((stream << 16) | blocks).unsqueeze(0),
+    )
+    words = torch.stack(torch.broadcast_tensors(*philox4x32(counter, seed)), dim=-1)
+    return words.flatten(1)[:, :count]
+
+
+def random_normals(
+    rows: torch.Tensor, step: int, stream: int, count: int, seed: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Standard normals [batch, count] by Box-Muller: words (a, b) give (r cos t, r sin t)."""
+    words = random_words(rows, step, stream, (count + 1) // 2 * 2, seed)
+    # 23 bits and a half: every value in (0, 1) is exact in float32, and none is 0 or 1.
+    uniform = ((words >> 9).to(dtype) + 0.5) * 2.0**-23
+    radius = torch.sqrt(-2.0 * torch.log(uniform[:, 0::2]))
+    angle = (2.0 * math.pi) * uniform[:, 1::2]
+    pairs = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1)
+    return pairs.flatten(1)[:, :count]
+
+
+def random_choice(rows: torch.Tensor, step: int, stream: int, choices: int, seed: int) -> torch.Tensor:
+    """Uniform indices in [0, choices), int64 [batch]."""
+    return (random_words(rows, step, stream, 1, seed)[:, 0] * choices) >> 32

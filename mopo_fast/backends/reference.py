@@ -1,0 +1,245 @@
+"""The oracle: plain PyTorch, any device, float32 or float64. Every kernel answers to it.
+
+Source: the authors' models/fake_env.py for the step, mopo.py for the rollout.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from mopo_fast.backends import (
+    BackendStatus,
+    Destination,
+    DynamicsArrays,
+    PolicyArrays,
+    StepResult,
+)
+from mopo_fast.backends.philox import (
+    ACTION_STREAM,
+    MEMBER_STREAM,
+    NOISE_STREAM,
+    random_choice,
+    random_normals,
+)
+from mopo_fast.ensemble import mlp, soft_clamp_variance
+
+# Rows at a time: the activations of all members then fit the last-level cache.
+_CHUNK = 2000
+
+
+def predict(
+    dynamics: DynamicsArrays, observations: torch.Tensor, actions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means and variances of (delta obs, reward), each [members, batch, obs_dim + 1]."""
+    inputs = torch.cat([observations, actions], dim=-1)
+    x = (inputs - dynamics.input_mean) / dynamics.input_std
+    mean, logvar = mlp(x, dynamics.weights, dynamics.biases, dynamics.activation).chunk(2, dim=-1)
+    return mean, soft_clamp_variance(logvar, dynamics.max_logvar, dynamics.min_logvar)
+
+
+def penalise(penalty: str, mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+    """u(s, a) [batch] from the means and variances [members, batch, obs_dim + 1] of the penalty's members.
+
+    - max_aleatoric: max over members of ||sigma||, reward included (authors).
+    - max_deviation: max over members of ||mu_i - mean mu||, observation only (authors' alternative).
+    - max_pairwise: max over pairs of ||mu_i - mu_j||, observation only (MOReL).
+    - ensemble_std: sqrt of the mean over observation dims of the members' variance (OfflineRL-Kit).
+    - mixture_std: ||std of the Gaussian mixture||, reward included (Lu et al. 2022).
+    """
+    deltas = mean[..., :-1]
+    if penalty == "max_aleatoric":
+        return variance.sum(-1).amax(0).sqrt()
+    if penalty == "max_deviation":
+        return (deltas - deltas.mean(0)).square().sum(-1).amax(0).sqrt()
+    if penalty == "max_pairwise":
+        pairs = [(deltas - other).square().sum(-1).amax(0) for other in deltas]
+        return torch.stack(pairs).amax(0).sqrt()
+    if penalty == "ensemble_std":
+        return (deltas - deltas.mean(0)).square().mean(0).mean(-1).sqrt()
+    assert penalty == "mixture_std"
+    # mean(mu^2) - mean(mu)^2 without its cancellation.
+    return (variance + (mean - mean.mean(0)).square()).mean(0).sum(-1).sqrt()
+
+
+def act(
+    policy: PolicyArrays,
+    observations: torch.Tensor,
+    rows: torch.Tensor,
+    step: int,
+    seed: int,
+    deterministic: bool,
+) -> torch.Tensor:
+    """The policy's actions [batch, act_dim] with the rollout's own noise."""
+    mean, log_std = mlp(observations, policy.weights, policy.biases, policy.activation).chunk(2, dim=-1)
+    if deterministic:
+        return torch.tanh(mean)
+    noise = random_normals(rows, step, ACTION_STREAM, mean.shape[1], seed, mean.dtype)
+    std = log_std.clamp(policy.log_std_min, policy.log_std_max).exp()
+    return torch.tanh(mean + std * noise)
+
+
+def _step(
+    dynamics: DynamicsArrays,
+    observations: torch.Tensor,
+    actions: torch.Tensor,
+    rows: torch.Tensor,
+    seed: int,
+    step: int,
+    deterministic: bool,
+) -> StepResult:
+    mean, variance = predict(dynamics, observations, actions)
+    chosen = dynamics.penalty_members
+    penalties = penalise(dynamics.penalty, mean[chosen], variance[chosen])
+    if deterministic:
+        members = torch.full_like(rows, -1)
+        sample = mean.mean(0)
+    else:
+        elites = dynamics.elites
+        draw = random_choice(rows, step, MEMBER_STREAM, len(elites), seed)
+        members = elites[draw]
+        batch = torch.arange(len(rows), device=rows.device)
+        noise = random_normals(rows, step, NOISE_STREAM, mean.shape[-1], seed, mean.dtype)
+        sample = mean[members, batch] + variance[members, batch].sqrt() * noise
+    next_observations = observations + sample[:, :-1]
+    raw_rewards = sample[:, -1]
+    rewards = raw_rewards - dynamics.penalty_coef * penalties
+    inside = (next_observations >= dynamics.low) & (next_observations <= dynamics.high)
+    finite = torch.isfinite(next_observations).all(-1) & torch.isfinite(rewards)
+    return StepResult(
+        next_observations=next_observations,
+        rewards=rewards,
+        terminals=~(inside.all(-1) & finite),
+        raw_rewards=raw_rewards,
+        penalties=penalties,
+        members=members.to(torch.int32),
+        mean=mean,
+        std=variance.sqrt(),
+    )
+
+
+def rollout_by_steps(
+    step: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], StepResult],
+    policy: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor],
+    start: torch.Tensor,
+    rows: torch.Tensor,
+    horizon: int,
+    out: Destination,
+) -> tuple[int, int]:
+    """A rollout made of single steps, in the order and with the rules of a fused one.
+
+    `step(observations, actions, rows, t)` and `policy(observations, rows, t)` act on the rows still alive;
+    returns (rows written, rollouts cut because a prediction was not finite).
+    """
+    position = torch.arange(len(rows), device=rows.device)
+    observations = start
+    parts: list[dict[str, torch.Tensor]] = []
+    cut = 0
+    for t in range(horizon):
+        if len(rows) == 0:
+            break
+        actions = policy(observations, rows, t)
+        result = step(observations, actions, rows, t)
+        finite = torch.isfinite(result.next_observations).all(-1) & torch.isfinite(result.rewards)
+        cut += int((~finite).sum())
+        part = {
+            "observations": observations,
+            "actions": actions,
+            "rewards": result.rewards,
+            "next_observations": result.next_observations,
+            "terminals": result.terminals,
+            "raw_rewards": result.raw_rewards,
+            "penalties": result.penalties,
+            "members": result.members,
+            "rollout_index": rows,
+            "step": torch.full_like(result.members, t),
+            "position": position,
+        }
+        parts.append({name: array[finite] for name, array in part.items()})
+        alive = finite & ~result.terminals
+        observations, rows, position = result.next_observations[alive], rows[alive], position[alive]
+    whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    # Parts are step after step; a rollout's rows stand together.
+    order = torch.argsort(whole.pop("position"), stable=True)
+    target = (out.head + torch.arange(len(order), device=order.device)) % out.capacity
+    for name, array in out.arrays.items():
+        array[target] = whole[name][order].to(array.dtype)
+    return len(order), cut
+
+
+class ReferenceBackend:
+    """Plain PyTorch, in chunks of rows that stay in cache."""
+
+    name = "reference"
+
+    def status(self) -> BackendStatus:
+        return BackendStatus(self.name, True, "plain PyTorch, always there")
+
+    def refusal(self, dtype: torch.dtype, device: torch.device) -> str | None:
+        return None
+
+    def step(
+        self,
+        dynamics: DynamicsArrays,
+        observations: torch.Tensor,
+        actions: torch.Tensor,
+        rows: torch.Tensor,
+        *,
+        seed: int,
+        step: int,
+        deterministic: bool,
+        distributions: bool,
+        threads: int,
+    ) -> StepResult:
+        chunks = [
+            _step(dynamics, *chunk, seed, step, deterministic)
+            for chunk in zip(
+                observations.split(_CHUNK), actions.split(_CHUNK), rows.split(_CHUNK), strict=True
+            )
+        ]
+
+        def join(name: str, dim: int = 0) -> torch.Tensor:
+            return torch.cat([getattr(chunk, name) for chunk in chunks], dim=dim)
+
+        return StepResult(
+            next_observations=join("next_observations"),
+            rewards=join("rewards"),
+            terminals=join("terminals"),
+            raw_rewards=join("raw_rewards"),
+            penalties=join("penalties"),
+            members=join("members"),
+            mean=join("mean", dim=1) if distributions else None,
+            std=join("std", dim=1) if distributions else None,
+        )
+
+    def rollout(
+        self,
+        dynamics: DynamicsArrays,
+        policy: PolicyArrays,
+        start: torch.Tensor,
+        rows: torch.Tensor,
+        horizon: int,
+        out: Destination,
+        *,
+        seed: int,
+        deterministic: bool,
+        threads: int,
+    ) -> tuple[int, int]:
+        def model_step(
+            observations: torch.Tensor, actions: torch.Tensor, alive: torch.Tensor, t: int
+        ) -> StepResult:
+            return self.step(
+                dynamics,
+                observations,
+                actions,
+                alive,
+                seed=seed,
+                step=t,
+                deterministic=deterministic,
+                distributions=False,
+                threads=threads,
+            )
+
+        def choose_action(observations: torch.Tensor, alive: torch.Tensor, t: int) -> torch.Tensor:
+            return act(policy, observations, alive, t, seed, deterministic)
+
+        return rollout_by_steps(model_step, choose_action, start, rows, horizon, out)

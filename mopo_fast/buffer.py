@@ -1,0 +1,78 @@
+"""The model buffer: a preallocated ring of transitions, first in, first out, on one device."""
+
+import torch
+
+from mopo_fast.data.transitions import Transitions
+from mopo_fast.errors import InputError
+
+
+class RingBuffer:
+    """The last `capacity` model transitions; backends write straight into `storage`.
+
+    Attributes:
+        storage: `Transitions` of `capacity` rows with raw_rewards and penalties, float32; only its first
+            `size` rows hold data.
+        capacity: rows at most.
+        head: the row that is written next.
+        size: rows that hold data.
+
+    Raises:
+        InputError: a size is not positive.
+    """
+
+    def __init__(
+        self, capacity: int, obs_dim: int, act_dim: int, device: torch.device | str = "cpu"
+    ) -> None:
+        if min(capacity, obs_dim, act_dim) < 1:
+            raise InputError(
+                f"a buffer needs positive sizes, got capacity {capacity}, obs {obs_dim}, act {act_dim}"
+            )
+        self.storage = Transitions(
+            observations=torch.zeros(capacity, obs_dim, device=device),
+            actions=torch.zeros(capacity, act_dim, device=device),
+            rewards=torch.zeros(capacity, device=device),
+            next_observations=torch.zeros(capacity, obs_dim, device=device),
+            terminals=torch.zeros(capacity, dtype=torch.bool, device=device),
+            raw_rewards=torch.zeros(capacity, device=device),
+            penalties=torch.zeros(capacity, device=device),
+            name="model",
+        )
+        self.capacity = capacity
+        self.head = 0
+        self.size = 0
+
+    def __len__(self) -> int:
+        return self.size
+
+    def advance(self, count: int) -> None:
+        """Take over `count` rows that were written from `head` on, wrapping around at the end.
+
+        Raises:
+            InputError: more rows than the buffer holds.
+        """
+        if not 0 <= count <= self.capacity:
+            raise InputError(f"{count} rows do not fit a buffer of {self.capacity}")
+        self.head = (self.head + count) % self.capacity
+        self.size = min(self.size + count, self.capacity)
+
+    def append(self, rows: Transitions) -> None:
+        """Copy `rows` in, over the oldest where the buffer is full.
+
+        Raises:
+            InputError: other dimensions than the buffer's, more rows than it holds, or an array missing.
+        """
+        if (rows.obs_dim, rows.act_dim) != (self.storage.obs_dim, self.storage.act_dim):
+            raise InputError(
+                f"the buffer holds observations of {self.storage.obs_dim} and actions of"
+                f" {self.storage.act_dim} dimensions, got {rows.obs_dim} and {rows.act_dim}"
+            )
+        if len(rows) > self.capacity:
+            raise InputError(f"{len(rows)} rows do not fit a buffer of {self.capacity}")
+        arrays = rows.arrays()
+        until_end = min(len(rows), self.capacity - self.head)
+        for name, target in self.storage.arrays().items():
+            if name not in arrays:
+                raise InputError(f"the buffer stores {name}, which the rows lack")
+            target[self.head : self.head + until_end] = arrays[name][:until_end]
+            target[: len(rows) - until_end] = arrays[name][until_end:]
+        self.advance(len(rows))

@@ -1,0 +1,268 @@
+"""The command line: `mopo-fast COMMAND --help`.
+
+Commands import what they need when they run, so that help and mistakes answer at once. Results go to standard
+output, progress and errors to standard error.
+"""
+
+import dataclasses
+import json as json_format
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.logging import RichHandler
+from tyro.conf import FlagCreatePairsOff, Positional, arg
+
+from mopo_fast.atomic import write_json
+from mopo_fast.config import DynamicsConfig, TrainConfig
+from mopo_fast.errors import InputError
+from mopo_fast.progress import console
+
+Dataset = Annotated[str, Positional, arg(metavar="DATASET")]
+Run = Annotated[Path, Positional, arg(metavar="RUN")]
+Text = Annotated[str | None, arg(metavar="NAME")]
+File = Annotated[Path | None, arg(metavar="FILE")]
+Number = Annotated[int | None, arg(metavar="INT")]
+
+
+def collect(
+    name: Annotated[str, Positional, arg(metavar="NAME")],
+    *,
+    steps: int = 1_000_000,
+    out: File = None,
+    seed: int = 0,
+    threads: Number = None,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Make a data set on this machine: uniform random actions in MuJoCo, D4RL's protocol and file layout.
+
+    Args:
+        name: halfcheetah-random, hopper-random or walker2d-random; the set is called NAME-local.
+        steps: Transitions.
+        out: A file (.hdf5) or a folder; by default $MOPO_FAST_DATA_DIR, else ~/.mopo_fast/datasets.
+        threads: By default every core. The file does not depend on it.
+        overwrite: Replace the file if it exists.
+        quiet: No progress bar.
+    """
+    from mopo_fast.data import collect
+
+    print(collect(name, steps, seed=seed, out=out, threads=threads, overwrite=overwrite, quiet=quiet))
+
+
+def fit(
+    dataset: Dataset,
+    *,
+    out: Annotated[Path, arg(metavar="RUN")],
+    seed: int = 0,
+    device: str = "cpu",
+    dynamics: DynamicsConfig,
+    quiet: bool = False,
+) -> None:
+    """Fit the dynamics ensemble alone; `train --dynamics RUN` uses it. Stopped, the same command goes on.
+
+    Args:
+        dataset: A name or a file.
+        out: The folder for dynamics.safetensors, dynamics.json and fit.json.
+        device: cpu or cuda.
+        quiet: No progress bar.
+    """
+    from mopo_fast.data import load_dataset
+    from mopo_fast.fit import fit_and_save
+
+    data = load_dataset(dataset, quiet=quiet)
+    _, record = fit_and_save(data, out, seed=seed, config=dynamics, device=device, quiet=quiet)
+    best = [record["holdout_mse"][-1][member] for member in record["elites"]]
+    print(
+        f"{out}: {record['epochs']} epochs, {record['seconds']:.0f} s;"
+        f" the elites' holdout MSE {min(best):.4g} to {max(best):.4g}"
+    )
+
+
+def train(
+    config: Annotated[TrainConfig, arg(name="")],
+    *,
+    out: Annotated[Path | None, arg(metavar="RUN")] = None,
+    resume: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Train a policy: fit the ensemble, then SAC on penalised model rollouts, evaluated in MuJoCo.
+
+    Args:
+        out: The run's folder; by default runs/DATASET-seedSEED.
+        resume: Go on from the last checkpoint in the run's folder, to the same final bits.
+        quiet: No progress bars.
+    """
+    from mopo_fast.train import train
+
+    out = out or Path("runs", f"{Path(config.dataset).stem}-seed{config.seed}")
+    try:
+        summary = train(config, out, resume=resume, quiet=quiet)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped; the same command with --out {out} --resume goes on") from None
+    print(_outcome(summary))
+    print(out)
+
+
+def evaluate(
+    run: Run,
+    *,
+    episodes: int = 10,
+    seed: int = 0,
+    stochastic: bool = False,
+    task: Text = None,
+    json: bool = False,
+) -> None:
+    """Evaluate a run's policy in MuJoCo.
+
+    Args:
+        run: A run's folder.
+        episodes: Run side by side.
+        stochastic: Sample actions; by default the policy's mean acts.
+        task: By default the run's own.
+        json: Print JSON, with every episode's return and length.
+    """
+    from mopo_fast.evaluate import evaluate
+    from mopo_fast.generate import run_task
+    from mopo_fast.policy import Actor
+
+    result = evaluate(
+        Actor.load(run), run_task(run, task), episodes=episodes, seed=seed, deterministic=not stochastic
+    )
+    values = dataclasses.asdict(result)
+    print(json_format.dumps(values) if json else _outcome(values))
+
+
+def rollout(
+    run: Run,
+    *,
+    dataset: Annotated[str, arg(metavar="DATASET")],
+    out: Annotated[Path, arg(metavar="FILE")],
+    count: int = 50_000,
+    horizon: int = 5,
+    seed: int = 0,
+    penalty_coef: Annotated[float | None, arg(metavar="FLOAT")] = None,
+    backend: str = "auto",
+) -> None:
+    """Write penalised model rollouts of a run's policy, in D4RL's layout.
+
+    Args:
+        run: A run's folder.
+        dataset: Start states are drawn from its observations: a name or a file.
+        out: The file to write, .hdf5 or .npz.
+        count: Start states.
+        horizon: Steps from each.
+        penalty_coef: By default the run's own.
+        backend: auto, or one that `mopo-fast doctor` lists.
+    """
+    from mopo_fast.data import load_dataset
+    from mopo_fast.generate import generate, save_transitions
+
+    data = load_dataset(dataset)
+    rollouts = generate(
+        run, data, count=count, horizon=horizon, seed=seed, penalty_coef=penalty_coef, backend=backend
+    )
+    save_transitions(out, rollouts)
+    print(f"{out}: {len(rollouts)} transitions, mean penalised reward {rollouts.rewards.mean():.4g}")
+
+
+def bench(
+    kernel: Annotated[Literal["rollout"], Positional] = "rollout",
+    *,
+    backend: str = "auto",
+    obs_dim: int = 17,
+    act_dim: int = 6,
+    starts: int = 50_000,
+    horizon: int = 5,
+    rounds: int = 5,
+    threads: Number = None,
+    json: File = None,
+    quiet: bool = False,
+) -> None:
+    """Measure a kernel against the PyTorch reference, in turn, round after round; medians.
+
+    Args:
+        kernel: What to measure.
+        starts: Start states.
+        horizon: Steps from each.
+        threads: By default every core.
+        json: Also write the rows to this file.
+        quiet: No progress bar.
+    """
+    from mopo_fast.bench import bench_rollout
+
+    rows = bench_rollout(
+        backend=backend,
+        obs_dim=obs_dim,
+        act_dim=act_dim,
+        starts=starts,
+        horizon=horizon,
+        rounds=rounds,
+        threads=threads,
+        quiet=quiet,
+    )
+    for row in rows:
+        print(row.text())
+    if json is not None:
+        write_json(json, [dataclasses.asdict(row) for row in rows])
+
+
+def report(run: Run) -> None:
+    """Write a run's report.html and its pictures.
+
+    Args:
+        run: A run's folder.
+    """
+    from mopo_fast.report import write_report
+
+    print(write_report(run))
+
+
+def doctor(*, json: bool = False) -> None:
+    """Print the machine, the versions, and every backend with why it can or cannot run.
+
+    Args:
+        json: Print JSON.
+    """
+    from mopo_fast.doctor import examine
+
+    findings = examine()
+    print(json_format.dumps(dataclasses.asdict(findings), indent=2) if json else findings.text())
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    command.__name__: command for command in (collect, fit, train, evaluate, rollout, bench, report, doctor)
+}
+
+
+def _outcome(values: dict[str, Any]) -> str:
+    """A summary's or an evaluation's return and score, in one line."""
+    line = f"return {values['return_mean']:.1f} +- {values['return_std']:.1f}"
+    if values["score_mean"] is not None:
+        line += f", normalised score {values['score_mean']:.2f} +- {values['score_std']:.2f}"
+    return line
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
+    logger = logging.getLogger("mopo_fast")
+    logger.handlers = [RichHandler(console=console, show_time=False, show_level=False, show_path=False)]
+    logger.setLevel(logging.INFO)
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="mopo-fast",
+            description="MOPO, model-based offline policy optimization: data set in, policy and score out.",
+            args=argv,
+            config=(FlagCreatePairsOff,),
+        )
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(interrupt or "stopped", file=sys.stderr)
+        return 130
+    return 0

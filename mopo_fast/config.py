@@ -1,0 +1,147 @@
+"""Every default, once, with its source.
+
+"authors" is the TF1 code of Yu et al. (NeurIPS 2020, arXiv 2005.13239), github.com/tianheyu927/mopo.
+Where other code differs, the difference is an option here and the authors' value is the default.
+
+These classes are also the command line of `mopo-fast`: names, defaults and the texts below become its flags.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, get_args
+
+from tyro.conf import Positional, arg
+
+Activation = Literal["silu", "relu", "tanh"]
+Penalty = Literal["max_aleatoric", "max_deviation", "max_pairwise", "ensemble_std", "mixture_std"]
+PenaltyMembers = Literal["all", "elites"]
+# The order is the kernels': an index here is an enumerator there.
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+PENALTIES: tuple[Penalty, ...] = get_args(Penalty)
+
+# On the command line `--horizon`, not `--rollout.horizon`.
+_short = arg(prefix_name=False)
+
+
+@dataclass(frozen=True)
+class DynamicsConfig:
+    """The probabilistic ensemble and its maximum-likelihood fit (authors: models/bnn.py)."""
+
+    members: int = 7
+    elites: int = 5
+    hidden: tuple[int, ...] = (200, 200, 200, 200)
+    activation: Activation = "silu"
+    learning_rate: float = 1e-3
+    batch_size: int = 256
+    """Rows per member in one step."""
+    weight_decay: tuple[float, ...] = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)
+    """Per layer, the last for both heads; each times 0.5 ||W||^2, weights only, added to the loss."""
+    max_logvar: float = 0.5
+    min_logvar: float = -10.0
+    logvar_bound_weight: float = 0.01
+    """Times sum(max) - sum(min), added to the loss."""
+    holdout_fraction: float = 0.2
+    holdout_max: int = 1000
+    improvement: float = 0.01
+    """A member's weights are kept when its holdout MSE falls by more than this share."""
+    patience: int = 5
+    """Training stops when more than this many epochs have passed since any member improved."""
+    max_epochs: int | None = None
+    """The authors set no cap."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Model rollouts (authors: softlearning/algorithms/mopo.py, models/fake_env.py)."""
+
+    horizon: Annotated[int | None, _short] = None
+    """None: the tuned value of the task and data tier, see `mopo_fast.tasks`."""
+    penalty_coef: Annotated[float | None, _short] = None
+    """lambda; None: tuned, likewise. 0 is MBPO on offline data."""
+    penalty: Annotated[Penalty, _short] = "max_aleatoric"
+    """u(s, a), subtracted from every reward penalty_coef times."""
+    penalty_members: PenaltyMembers = "all"
+    """Whose predictions make the penalty. authors: all members; Unifloral: elites."""
+    batch_size: int = 50_000
+    """Start states per rollout."""
+    interval: int = 1000
+    """SAC updates between rollouts: one epoch."""
+    retain_epochs: int = 5
+    """The model buffer holds retain_epochs * horizon * batch_size transitions."""
+    backend: Annotated[str, _short] = "auto"
+    """auto, or one that `mopo-fast doctor` lists."""
+    dtype: Literal["float32", "float64"] = "float32"
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class SACConfig:
+    """Soft actor-critic (authors' values; others' in the comments)."""
+
+    hidden: tuple[int, ...] = (256, 256)
+    """Unifloral: three layers."""
+    critics: int = 2
+    """Unifloral: 10."""
+    actor_learning_rate: float = 3e-4
+    """OfflineRL-Kit, Unifloral: 1e-4."""
+    critic_learning_rate: float = 3e-4
+    """Unifloral: 1e-4."""
+    alpha_learning_rate: float = 3e-4
+    """OfflineRL-Kit, Unifloral: 1e-4."""
+    actor_schedule: Literal["constant", "cosine"] = "constant"
+    """OfflineRL-Kit: cosine, one step per epoch, to zero at the end."""
+    log_std_min: float = -20.0
+    """OfflineRL-Kit, Unifloral: -5."""
+    log_std_max: float = 2.0
+    target_entropy: float | Literal["act_dim"] = -3.0
+    """authors: -3 on all D4RL tasks; "act_dim" is -act_dim, as the others have it."""
+    critic_loss: Literal["half_mse", "mse"] = "half_mse"
+    """Summed over the critics. authors: half the MSE; OfflineRL-Kit, Unifloral: MSE."""
+    alpha_max: float | None = None
+    """OfflineRL-Kit clamps alpha to at most 1."""
+    simultaneous: bool = True
+    """authors: all three gradients are taken at the parameters before the update;
+    False: the critics' step comes first and the actor's gradient sees it (OfflineRL-Kit)."""
+    discount: float = 0.99
+    polyak: float = 0.005
+    batch_size: int = 256
+    real_ratio: float = 0.05
+    """Share of a batch drawn from the data set: int(real_ratio * batch_size) rows, 12 of 256."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Evaluation in the real environment."""
+
+    episodes: int = 10
+    interval: int = 1
+    """Epochs between evaluations; the last epoch is always evaluated."""
+    deterministic: bool = True
+    """Unifloral: stochastic."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One MOPO run."""
+
+    dataset: Annotated[str, Positional, arg(metavar="DATASET")]
+    """A name or a file: see `mopo_fast.load_dataset`."""
+    task: str | None = None
+    """None: read from the data set's name."""
+    seed: int = 0
+    """Of every random draw: the same seed gives the same run, bit for bit."""
+    steps: int = 1_000_000
+    """SAC updates."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    dynamics_from: Annotated[str | None, arg(name="dynamics", metavar="RUN")] = None
+    """A folder with dynamics.safetensors to reuse in place of a fit."""
+    dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    sac: SACConfig = field(default_factory=SACConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as JSON-ready nested dictionaries."""
+    return dataclasses.asdict(config)

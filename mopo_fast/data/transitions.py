@@ -1,0 +1,121 @@
+"""The one shape in which data goes through the house."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from mopo_fast.errors import InputError
+
+# Arrays that only a model rollout fills.
+_EXTRAS = ("raw_rewards", "penalties", "members", "rollout_index", "step")
+
+
+@dataclass
+class Transitions:
+    """A set of transitions; arrays carry D4RL's names, all on one device.
+
+    Attributes:
+        observations: [n, obs_dim] float.
+        actions: [n, act_dim] float.
+        rewards: [n] float; in a model rollout raw_rewards - penalty_coef * penalties.
+        next_observations: [n, obs_dim] float: the true successor.
+        terminals: [n] bool: the episode ended here, time limits not counted.
+        raw_rewards, penalties: [n] float, model rollouts only.
+        members: [n] int32, the ensemble member drawn; -1 where the mean was taken.
+        rollout_index: [n] int64, the row number of the start state.
+        step: [n] int32, steps since the start state.
+        name: what the data is called.
+        info: anything else worth keeping: source, counts, how it was made.
+    """
+
+    observations: torch.Tensor
+    actions: torch.Tensor
+    rewards: torch.Tensor
+    next_observations: torch.Tensor
+    terminals: torch.Tensor
+    raw_rewards: torch.Tensor | None = None
+    penalties: torch.Tensor | None = None
+    members: torch.Tensor | None = None
+    rollout_index: torch.Tensor | None = None
+    step: torch.Tensor | None = None
+    name: str = ""
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return self.observations.shape[0]
+
+    @property
+    def obs_dim(self) -> int:
+        return self.observations.shape[1]
+
+    @property
+    def act_dim(self) -> int:
+        return self.actions.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.observations.device
+
+    def arrays(self) -> dict[str, torch.Tensor]:
+        """Every array that is there, by name."""
+        names = ("observations", "actions", "rewards", "next_observations", "terminals", *_EXTRAS)
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def _map(self, function: Any) -> "Transitions":
+        return dataclasses.replace(self, **{name: function(array) for name, array in self.arrays().items()})
+
+    def __getitem__(self, index: Any) -> "Transitions":
+        """The transitions at `index`: a slice, a mask or indices (not a single number)."""
+        if isinstance(index, int):
+            raise TypeError("index Transitions with a slice, a mask or indices; for one row use [i : i + 1]")
+        return self._map(lambda array: array[index])
+
+    def to(self, device: torch.device | str) -> "Transitions":
+        """The same transitions on `device`; no copy where they are there already."""
+        return self._map(lambda array: array.to(device))
+
+    def validate(self) -> "Transitions":
+        """Check names, shapes, types and finiteness; return self.
+
+        Raises:
+            InputError: names the array and, for a bad value, its row.
+        """
+        where = f"{self.name}: " if self.name else ""
+        for name in ("observations", "actions", "next_observations"):
+            array = getattr(self, name)
+            if array.ndim != 2 or array.shape[1] == 0:
+                raise InputError(f"{where}{name} must be [n, dim], got shape {tuple(array.shape)}")
+        if len(self) == 0:
+            raise InputError(f"{where}there are no transitions")
+        if self.next_observations.shape != self.observations.shape:
+            raise InputError(
+                f"{where}next_observations has shape {tuple(self.next_observations.shape)},"
+                f" observations {tuple(self.observations.shape)}; they must be equal"
+            )
+        for name, array in self.arrays().items():
+            if array.shape[0] != len(self):
+                raise InputError(f"{where}{name} has {array.shape[0]} rows, observations {len(self)}")
+            if name not in ("observations", "actions", "next_observations") and array.ndim != 1:
+                raise InputError(f"{where}{name} must be [n], got shape {tuple(array.shape)}")
+            if array.is_floating_point():
+                finite = torch.isfinite(array)
+                if not finite.all():
+                    row = int((~finite).nonzero()[0, 0])
+                    raise InputError(f"{where}{name} is not finite at row {row}; drop or mend such rows")
+        if self.terminals.dtype != torch.bool:
+            raise InputError(f"{where}terminals must be bool, got {self.terminals.dtype}")
+        return self
+
+
+def concatenate(parts: list[Transitions]) -> Transitions:
+    """One set out of several with the same arrays; name and info are the first one's."""
+    if not parts:
+        raise InputError("nothing to concatenate")
+    arrays = [part.arrays() for part in parts]
+    if any(other.keys() != arrays[0].keys() for other in arrays):
+        raise InputError(f"cannot concatenate sets with different arrays: {[sorted(a) for a in arrays]}")
+    return dataclasses.replace(
+        parts[0], **{name: torch.cat([other[name] for other in arrays]) for name in arrays[0]}
+    )

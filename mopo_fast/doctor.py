@@ -1,0 +1,139 @@
+"""What this machine is, what is installed, which backend would run and why not another."""
+
+import importlib.metadata
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mopo_fast import __version__, backends
+from mopo_fast.data import d4rl
+from mopo_fast.data.collect import local_folder
+
+PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "h5py", "safetensors", "tensorboard")
+# The instruction sets that a CPU kernel could be built for, as /proc/cpuinfo writes them.
+ISA_FLAGS = ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_bf16")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """`cores` are those that this process may use; `memory_gib` is None where the system does not say."""
+
+    system: str
+    cpu: str
+    cores: int
+    memory_gib: float | None
+    isa_flags: list[str]
+    isa: str | None
+    """The one that the CPU kernel chose; None where the extension is missing."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder of data sets and the files in it."""
+
+    path: str
+    files: list[str]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that `mopo-fast doctor` prints."""
+
+    version: str
+    python: str
+    packages: dict[str, str | None]
+    machine: Machine
+    extension: str | None
+    torch_threads: int
+    backends: list[backends.BackendStatus]
+    folders: dict[str, Folder]
+
+    def text(self) -> str:
+        """For people."""
+        machine = self.machine
+        memory = "unknown" if machine.memory_gib is None else f"{machine.memory_gib:.1f} GiB"
+        packages = ", ".join(f"{name} {version or 'missing'}" for name, version in self.packages.items())
+        lines = [
+            ("mopo_fast", f"{self.version}, Python {self.python}"),
+            ("packages", packages),
+            ("system", machine.system),
+            ("CPU", f"{machine.cpu}, {machine.cores} cores, {memory}"),
+            ("ISA", f"{machine.isa or 'none'}, of {' '.join(machine.isa_flags) or 'no vector flags'}"),
+            ("extension", self.extension or "not built; install again with `pip install .`"),
+            ("torch threads", str(self.torch_threads)),
+        ]
+        for status in self.backends:
+            mark = "yes" if status.available else "no"
+            lines.append((f"backend {status.name}", f"{mark}: {status.reason}"))
+        for name, folder in self.folders.items():
+            lines.append((f"{name} data", f"{folder.path}: {', '.join(folder.files) or 'empty'}"))
+        width = max(len(key) for key, _ in lines)
+        return "\n".join(f"{key:<{width}}  {value}" for key, value in lines)
+
+
+def examine() -> Report:
+    """Look at this machine and installation; never fails for something that is missing."""
+    extension, isa = _extension()
+    d4rl_folder = d4rl.cache_path("hopper-medium-v2").parent
+    return Report(
+        version=__version__,
+        python=f"{platform.python_version()} ({sys.executable})",
+        packages={name: _version(name) for name in PACKAGES},
+        machine=Machine(
+            system=platform.platform(),
+            cpu=_cpuinfo("model name") or platform.processor() or platform.machine(),
+            cores=len(os.sched_getaffinity(0)),
+            memory_gib=_memory_gib(),
+            isa_flags=[flag for flag in ISA_FLAGS if flag in _cpuinfo("flags").split()],
+            isa=isa,
+        ),
+        extension=extension,
+        torch_threads=torch.get_num_threads(),
+        backends=backends.available(),
+        folders={
+            "local": _folder(local_folder()),
+            "D4RL": _folder(d4rl_folder),
+        },
+    )
+
+
+def _extension() -> tuple[str | None, str | None]:
+    """(path of the compiled extension, the ISA it chose)."""
+    try:
+        from mopo_fast import _cpu
+    except ImportError:
+        return None, None
+    from mopo_fast.backends import cpu
+
+    return _cpu.__file__, cpu.isa()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpuinfo(key: str) -> str:
+    """The first core's entry in /proc/cpuinfo; empty where there is none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.split(":")[0].strip() == key), "")
+
+
+def _memory_gib() -> float | None:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    except (ValueError, OSError):
+        return None
+
+
+def _folder(path: Path) -> Folder:
+    return Folder(str(path), sorted(file.name for file in path.glob("*.hdf5")))

@@ -1,0 +1,234 @@
+"""The probabilistic ensemble of dynamics models: parameters, forward pass, files.
+
+Source: mopo/models/bnn.py, fc.py of the authors' code. All members are one batch of matrices.
+"""
+
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from mopo_fast.atomic import read_json, write_json
+from mopo_fast.config import ACTIVATIONS, Activation
+from mopo_fast.errors import InputError
+from mopo_fast.tensors import load_tensors, require_shape, save_tensors
+
+FORMAT_VERSION = 1
+MAX_MEMBERS = 32
+
+
+def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
+    """SiLU, ReLU or tanh."""
+    if activation == "silu":
+        return functional.silu(x)
+    if activation == "relu":
+        return functional.relu(x)
+    return torch.tanh(x)
+
+
+def mlp(
+    x: torch.Tensor, weights: Iterable[torch.Tensor], biases: Iterable[torch.Tensor], activation: str
+) -> torch.Tensor:
+    """A multi-layer perceptron with a linear last layer.
+
+    One network: x [batch, in], weights [in, out], biases [out]. Many at once: x [batch, in] or
+    [members, batch, in], weights [members, in, out], biases [members, out].
+    """
+    hidden = False
+    for weight, bias in zip(weights, biases, strict=True):
+        if hidden:
+            x = activate(x, activation)
+        hidden = True
+        if weight.ndim == 2:
+            x = torch.addmm(bias, x, weight)
+        else:
+            x = torch.baddbmm(bias.unsqueeze(1), x.expand(weight.shape[0], -1, -1), weight)
+    return x
+
+
+def soft_clamp_logvar(
+    logvar: torch.Tensor, max_logvar: torch.Tensor, min_logvar: torch.Tensor
+) -> torch.Tensor:
+    """The authors' learned bounds: below max, then above min, both smooth."""
+    logvar = max_logvar - functional.softplus(max_logvar - logvar)
+    return min_logvar + functional.softplus(logvar - min_logvar)
+
+
+def soft_clamp_variance(
+    logvar: torch.Tensor, max_logvar: torch.Tensor, min_logvar: torch.Tensor
+) -> torch.Tensor:
+    """exp(soft_clamp_logvar(...)) in closed form: e^min + 1 / (e^-max + e^-logvar).
+
+    Two exponentials in place of five transcendental calls, and right at both infinities.
+    """
+    return torch.exp(min_logvar) + 1.0 / (torch.exp(-max_logvar) + torch.exp(-logvar))
+
+
+class EnsembleDynamics(nn.Module):
+    """`members` Gaussian models of (delta observation, reward) given (observation, action).
+
+    Parameters, for layers i = 0 .. L: `weights[i]` [members, in, out], `biases[i]` [members, out]. The last
+    layer has 2 (obs_dim + 1) outputs: means of (delta obs, reward) in raw units, then raw log-variances.
+    `max_logvar`, `min_logvar` [obs_dim + 1] bound these. Buffers: `input_mean`, `input_std`
+    [obs_dim + act_dim]; `elites` int64, the members that rollouts draw from, best first.
+
+    Raises:
+        InputError: a size is out of range.
+    """
+
+    input_mean: torch.Tensor
+    input_std: torch.Tensor
+    elites: torch.Tensor
+
+    def __init__(
+        self,
+        obs_dim: int,
+        act_dim: int,
+        *,
+        members: int = 7,
+        elites: int = 5,
+        hidden: tuple[int, ...] = (200, 200, 200, 200),
+        activation: Activation = "silu",
+        max_logvar: float = 0.5,
+        min_logvar: float = -10.0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise InputError(f"unknown activation {activation!r}; there are: {', '.join(ACTIVATIONS)}")
+        if not 1 <= members <= MAX_MEMBERS:
+            raise InputError(f"members must be 1 to {MAX_MEMBERS}, got {members}")
+        if not 1 <= elites <= members:
+            raise InputError(f"elites must be 1 to members ({members}), got {elites}")
+        if min((obs_dim, act_dim, *hidden)) < 1:
+            raise InputError(f"sizes must be positive, got obs {obs_dim}, act {act_dim}, hidden {hidden}")
+        self.obs_dim, self.act_dim, self.activation = obs_dim, act_dim, activation
+        sizes = [obs_dim + act_dim, *hidden, 2 * (obs_dim + 1)]
+        self.weights = nn.ParameterList()
+        self.biases = nn.ParameterList()
+        for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+            # authors: truncated normal at two standard deviations, std 1 / (2 sqrt(fan_in)), zero bias.
+            std = 1.0 / (2.0 * math.sqrt(fan_in))
+            weight = torch.empty(members, fan_in, fan_out)
+            nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
+            self.weights.append(nn.Parameter(weight))
+            self.biases.append(nn.Parameter(torch.zeros(members, fan_out)))
+        self.max_logvar = nn.Parameter(torch.full((obs_dim + 1,), float(max_logvar)))
+        self.min_logvar = nn.Parameter(torch.full((obs_dim + 1,), float(min_logvar)))
+        self.register_buffer("input_mean", torch.zeros(obs_dim + act_dim))
+        self.register_buffer("input_std", torch.ones(obs_dim + act_dim))
+        self.register_buffer("elites", torch.arange(elites))
+
+    @property
+    def members(self) -> int:
+        return self.weights[0].shape[0]
+
+    @property
+    def hidden(self) -> tuple[int, ...]:
+        return tuple(weight.shape[2] for weight in self.weights[:-1])
+
+    def raw_heads(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Means and unbounded log-variances, each [members, batch, obs_dim + 1].
+
+        `inputs` are not yet standardised: [batch, obs_dim + act_dim], the same for all members, or
+        [members, batch, obs_dim + act_dim].
+        """
+        x = (inputs - self.input_mean) / self.input_std
+        mean, logvar = mlp(x, self.weights, self.biases, self.activation).chunk(2, dim=-1)
+        return mean, logvar
+
+    def forward(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Means and bounded log-variances of (delta obs, reward), each [members, batch, obs_dim + 1]."""
+        mean, logvar = self.raw_heads(inputs)
+        return mean, soft_clamp_logvar(logvar, self.max_logvar, self.min_logvar)
+
+    def predict(self, observations: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Means and variances of (delta obs, reward), each [members, batch, obs_dim + 1]."""
+        mean, logvar = self.raw_heads(torch.cat([observations, actions], dim=-1))
+        return mean, soft_clamp_variance(logvar, self.max_logvar, self.min_logvar)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write dynamics.safetensors and dynamics.json, each atomically.
+
+        Raises:
+            InputError: the folder cannot be written.
+        """
+        folder = Path(folder)
+        tensors = {f"weight_{i}": weight for i, weight in enumerate(self.weights)}
+        tensors |= {f"bias_{i}": bias for i, bias in enumerate(self.biases)}
+        tensors |= {
+            name: getattr(self, name)
+            for name in ("input_mean", "input_std", "max_logvar", "min_logvar", "elites")
+        }
+        save_tensors(folder / "dynamics.safetensors", tensors)
+        write_json(
+            folder / "dynamics.json",
+            {
+                "format_version": FORMAT_VERSION,
+                "obs_dim": self.obs_dim,
+                "act_dim": self.act_dim,
+                "activation": self.activation,
+            },
+        )
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> "EnsembleDynamics":
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: a file is missing, truncated, of another version, or its shapes do not agree.
+        """
+        folder = Path(folder)
+        meta = read_json(folder / "dynamics.json")
+        path = folder / "dynamics.safetensors"
+        tensors = load_tensors(path)
+        try:
+            version, obs_dim, act_dim = meta["format_version"], int(meta["obs_dim"]), int(meta["act_dim"])
+            activation = meta["activation"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{folder / 'dynamics.json'} lacks or garbles {error}") from error
+        if version != FORMAT_VERSION:
+            raise InputError(
+                f"{folder / 'dynamics.json'} has format_version {version}, this package reads {FORMAT_VERSION}"
+            )
+        layers = sum(name.startswith("weight_") for name in tensors)
+        if layers == 0 or "elites" not in tensors:
+            raise InputError(f"{path} holds no weight_0 or no elites; it is not an ensemble")
+        first = tensors.get("weight_0", torch.empty(0))
+        if first.ndim != 3:
+            raise InputError(f"{path}: weight_0 must be [members, in, out], got {tuple(first.shape)}")
+        hidden = tuple(
+            tensors[f"weight_{i}"].shape[-1] for i in range(layers - 1) if f"weight_{i}" in tensors
+        )
+        model = cls(
+            obs_dim,
+            act_dim,
+            members=first.shape[0],
+            elites=max(1, tensors["elites"].numel()),
+            hidden=hidden,
+            activation=activation,
+        )
+        targets: dict[str, torch.Tensor] = {f"weight_{i}": w for i, w in enumerate(model.weights)}
+        targets |= {f"bias_{i}": b for i, b in enumerate(model.biases)}
+        targets |= {
+            name: getattr(model, name)
+            for name in ("input_mean", "input_std", "max_logvar", "min_logvar", "elites")
+        }
+        with torch.no_grad():
+            for name, target in targets.items():
+                require_shape(path, tensors, name, target.shape)
+                target.copy_(tensors[name])
+        model.check_elites()
+        if not bool((model.input_std > 0).all()):
+            raise InputError(f"{path}: input_std must be positive everywhere")
+        return model.to(device)
+
+    def check_elites(self) -> None:
+        """Raise `InputError` where elites repeat or name no member."""
+        elites = self.elites.tolist()
+        if len(set(elites)) != len(elites) or not all(0 <= e < self.members for e in elites):
+            raise InputError(f"elites must be distinct members 0..{self.members - 1}, got {elites}")

@@ -1,0 +1,98 @@
+"""A policy in the real environment: returns and D4RL's normalised score."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mopo_fast.environments import make_environment
+from mopo_fast.errors import InputError
+from mopo_fast.policy import Actor
+from mopo_fast.seeds import EVALUATE, derive_seed
+from mopo_fast.tasks import Task
+
+# Second element of a seed's path.
+_RESET, _NOISE = range(2)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a policy reached.
+
+    Attributes:
+        returns: sum of raw rewards, per episode.
+        lengths: steps, per episode.
+        return_mean, return_std: over the episodes.
+        score_mean, score_std: the same on D4RL's scale of 0 (random) to 100 (expert); None where the task
+            has no reference returns.
+    """
+
+    returns: tuple[float, ...]
+    lengths: tuple[int, ...]
+    return_mean: float
+    return_std: float
+    score_mean: float | None
+    score_std: float | None
+
+
+def evaluate(
+    actor: Actor, task: Task, *, episodes: int = 10, seed: int, deterministic: bool = True
+) -> Evaluation:
+    """Run `episodes` side by side, each to its own first end, the actor acting on all of them at once.
+
+    Args:
+        actor: its actions in [-1, 1] are scaled to the environment's range.
+        task: `task.env_id` is the gymnasium environment.
+        seed: episode i starts from a seed derived from (seed, i).
+        deterministic: act by tanh(mean); else sample.
+
+    Raises:
+        InputError: no episodes, sizes that do not fit the environment, or actions that are not finite.
+    """
+    if episodes < 1:
+        raise InputError(f"episodes must be at least 1, got {episodes}")
+    if seed < 0:
+        raise InputError(f"seed must not be negative, got {seed}")
+    # A plain list took 1.35 s for ten halfcheetahs of 1000 steps on two cores, SyncVectorEnv 1.7 s,
+    # AsyncVectorEnv 5.7 s.
+    environments = [make_environment(task.env_id) for _ in range(episodes)]
+    try:
+        sizes = (environments[0].observation_space.shape[0], environments[0].action_space.shape[0])
+        if sizes != (actor.obs_dim, actor.act_dim):
+            raise InputError(
+                f"the policy takes {actor.obs_dim} observation and gives {actor.act_dim} action dimensions,"
+                f" {task.env_id} has {sizes[0]} and {sizes[1]}; evaluate it on the task it was trained for"
+            )
+        low, high = environments[0].action_space.low, environments[0].action_space.high
+        observations = np.stack(
+            [
+                environment.reset(seed=derive_seed(seed, EVALUATE, _RESET, i))[0]
+                for i, environment in enumerate(environments)
+            ]
+        )
+        generator = torch.Generator().manual_seed(derive_seed(seed, EVALUATE, _NOISE))
+        parameter = actor.biases[0]
+        returns, lengths = [0.0] * episodes, [0] * episodes
+        running = set(range(episodes))
+        while running:
+            noise = None
+            if not deterministic:
+                noise = torch.randn(episodes, actor.act_dim, generator=generator).to(parameter)
+            # Ended episodes stay in the batch, so that rows do not depend on who is still running.
+            actions = actor.act(torch.from_numpy(observations).to(parameter), noise).cpu().numpy()
+            if not np.isfinite(actions).all():
+                raise InputError("the policy's actions are not finite; its parameters may not be either")
+            actions = low + 0.5 * (actions + 1.0) * (high - low)
+            for i in sorted(running):
+                observations[i], reward, terminated, truncated, _ = environments[i].step(actions[i])
+                returns[i] += float(reward)
+                lengths[i] += 1
+                if terminated or truncated:
+                    running.remove(i)
+    finally:
+        for environment in environments:
+            environment.close()
+    mean, std = float(np.mean(returns)), float(np.std(returns))
+    return Evaluation(
+        tuple(returns), tuple(lengths), mean, std, task.normalized_score(mean), task.normalized_std(std)
+    )

@@ -1,0 +1,495 @@
+"""Maximum-likelihood fit of the ensemble: bootstrap, early stop, elites.
+
+Source: mopo/models/bnn.py of the authors' code (BNN.train, _save_best, _compile_losses).
+"""
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mopo_fast.atomic import write_json
+from mopo_fast.config import DynamicsConfig, to_dict
+from mopo_fast.data.transitions import Transitions
+from mopo_fast.ensemble import EnsembleDynamics, soft_clamp_logvar
+from mopo_fast.errors import InputError
+from mopo_fast.progress import progress_bar
+from mopo_fast.seeds import FIT, derive_seed
+from mopo_fast.tensors import load_tensors, require_shape, save_tensors
+
+# Second element of a seed's path: which draw of the fit.
+_SPLIT, _WEIGHTS, _BOOTSTRAP, _SHUFFLE = range(4)
+
+# Steps whose rows are gathered at once: long enough to amortise the call, short enough to stay in cache.
+_GATHER_STEPS = 32
+# The columns of a checkpoint's history: fields of `FitEpoch`.
+_HISTORY = ("train_loss", "holdout_mse", "improved", "seconds")
+
+
+@dataclass(frozen=True)
+class FitEpoch:
+    """What one epoch of `fit_dynamics` did.
+
+    Attributes:
+        epoch: from 0.
+        train_loss: mean over the epoch's steps of the loss, weight decay left out.
+        holdout_mse: [members] mean squared error of the mean prediction, raw units, over rows and dims.
+        improved: [members] True where the member's weights were kept.
+        seconds: wall time, evaluation on the holdout included.
+    """
+
+    epoch: int
+    train_loss: float
+    holdout_mse: tuple[float, ...]
+    improved: tuple[bool, ...]
+    seconds: float
+
+
+def split_holdout(n: int, seed: int, config: DynamicsConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row numbers (train [n - k], holdout [k]), k = min(floor(holdout_fraction * n), holdout_max), int64.
+
+    The same for the same (n, seed, config): a report finds the held-out rows again with it.
+
+    Raises:
+        InputError: either side would be empty.
+    """
+    count = min(int(n * config.holdout_fraction), config.holdout_max)
+    if not 1 <= count < n:
+        raise InputError(
+            f"{n} transitions with holdout_fraction {config.holdout_fraction} and holdout_max"
+            f" {config.holdout_max} leave {count} to hold out; both sides need at least one transition"
+        )
+    order = torch.from_numpy(np.random.default_rng(derive_seed(seed, FIT, _SPLIT)).permutation(n))
+    return order[count:], order[:count]
+
+
+def dynamics_inputs_targets(data: Transitions) -> tuple[torch.Tensor, torch.Tensor]:
+    """(observation, action) [n, obs + act] and (delta observation, reward) [n, obs + 1], raw units."""
+    inputs = torch.cat([data.observations, data.actions], dim=-1)
+    delta = data.next_observations - data.observations
+    return inputs, torch.cat([delta, data.rewards.unsqueeze(-1)], dim=-1)
+
+
+def data_sha256(data: Transitions) -> str:
+    """Digest of the arrays that a fit sees, to recognise the same data again."""
+    digest = hashlib.sha256()
+    for name in ("observations", "actions", "rewards", "next_observations"):
+        array: torch.Tensor = getattr(data, name)
+        digest.update(f"{name} {tuple(array.shape)} {array.dtype}".encode())
+        digest.update(array.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+class LossGradient:
+    """The Gaussian negative log-likelihood of an ensemble and its gradient, in buffers made once.
+
+    The layers' backward pass is written out, which spares autograd's allocations; the heads, which are
+    small and where the maths is, are left to autograd.
+    """
+
+    def __init__(self, model: EnsembleDynamics, batch_size: int, logvar_bound_weight: float) -> None:
+        self.model, self.logvar_bound_weight = model, logvar_bound_weight
+        self.bounds = (model.max_logvar, model.min_logvar)
+        self.weights = [weight.detach() for weight in model.weights]
+        self.biases = [bias.detach().unsqueeze(1) for bias in model.biases]
+        buffers = [bias.new_empty(model.members, batch_size, bias.shape[-1]) for bias in self.biases]
+        self.pre = buffers
+        self.act = [torch.empty_like(buffer) for buffer in buffers[:-1]]
+        self.grad = [torch.empty_like(buffer) for buffer in buffers[:-1]]
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+
+    def __call__(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Write the loss's gradient into every parameter's `.grad`; return the loss, a scalar.
+
+        Loss: sum over members of [mean over batch and dims of (mu - y)^2 exp(-lv) + lv]
+        + logvar_bound_weight * (sum(max) - sum(min)). Weight decay is the optimiser's.
+
+        inputs [members, batch, obs + act] are standardised, targets [members, batch, obs + 1] raw;
+        batch is at most `batch_size`.
+        """
+        with torch.no_grad():
+            head = self._forward(inputs)
+        head.requires_grad_()
+        max_logvar, min_logvar = self.bounds
+        mean, raw_logvar = head.chunk(2, dim=-1)
+        logvar = soft_clamp_logvar(raw_logvar, max_logvar, min_logvar)
+        likelihood = ((mean - targets).square() * torch.exp(-logvar) + logvar).mean((1, 2)).sum()
+        loss = likelihood + self.logvar_bound_weight * (max_logvar.sum() - min_logvar.sum())
+        head_grad, max_logvar.grad, min_logvar.grad = torch.autograd.grad(loss, (head, *self.bounds))
+        with torch.no_grad():
+            self._backward(inputs, head_grad)
+        return loss.detach()
+
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.shape[1]
+        for weight, bias, pre, act in zip(self.weights, self.biases, self.pre, self.act, strict=False):
+            torch.baddbmm(bias, x, weight, out=pre[:, :rows])
+            x = _activate_out(pre[:, :rows], self.model.activation, act[:, :rows])
+        return torch.baddbmm(self.biases[-1], x, self.weights[-1], out=self.pre[-1][:, :rows])
+
+    def _backward(self, inputs: torch.Tensor, grad: torch.Tensor) -> None:
+        rows = inputs.shape[1]
+        for layer in reversed(range(len(self.weights))):
+            x = self.act[layer - 1][:, :rows] if layer else inputs
+            torch.bmm(x.transpose(1, 2), grad, out=self.model.weights[layer].grad)
+            torch.sum(grad, 1, out=self.model.biases[layer].grad)
+            if layer:
+                pre = self.pre[layer - 1][:, :rows]
+                out = self.grad[layer - 1][:, :rows]
+                torch.bmm(grad, self.weights[layer].transpose(1, 2), out=out)
+                grad = _activate_backward_(out, pre, x, self.model.activation)
+
+
+def _activate_out(pre: torch.Tensor, activation: str, out: torch.Tensor) -> torch.Tensor:
+    function = {"silu": torch.ops.aten.silu, "relu": torch.ops.aten.relu, "tanh": torch.ops.aten.tanh}
+    function[activation].out(pre, out=out)
+    return out
+
+
+def _activate_backward_(
+    grad: torch.Tensor, pre: torch.Tensor, act: torch.Tensor, activation: str
+) -> torch.Tensor:
+    """Turn d/d act into d/d pre, in place."""
+    aten = torch.ops.aten
+    if activation == "silu":
+        aten.silu_backward.grad_input(grad, pre, grad_input=grad)
+    elif activation == "relu":
+        aten.threshold_backward.grad_input(grad, pre, 0, grad_input=grad)
+    else:
+        aten.tanh_backward.grad_input(grad, act, grad_input=grad)
+    return grad
+
+
+class _Fit:
+    """The state of a fit between two epochs: what a checkpoint holds, and the epoch itself."""
+
+    def __init__(
+        self, data: Transitions, seed: int, config: DynamicsConfig, device: torch.device | str
+    ) -> None:
+        self.seed, self.config = seed, config
+        train, holdout = split_holdout(len(data), seed, config)
+        inputs, targets = dynamics_inputs_targets(data.to("cpu"))
+        std, mean = torch.std_mean(inputs[train].double(), dim=0, correction=0)
+        std[std < 1e-12] = 1.0
+
+        generator = torch.Generator().manual_seed(derive_seed(seed, FIT, _WEIGHTS))
+        model = EnsembleDynamics(
+            data.obs_dim,
+            data.act_dim,
+            members=config.members,
+            elites=config.elites,
+            hidden=config.hidden,
+            activation=config.activation,
+            max_logvar=config.max_logvar,
+            min_logvar=config.min_logvar,
+            generator=generator,
+        )
+        model.input_mean.copy_(mean)
+        model.input_std.copy_(std)
+        self.model = model.to(device)
+
+        inputs, targets = inputs.float(), targets.float()
+        self.holdout_inputs, self.holdout_targets = inputs[holdout].to(device), targets[holdout].to(device)
+        self.inputs = (inputs[train].to(device) - model.input_mean) / model.input_std
+        self.targets = targets[train].to(device)
+        bootstrap = np.random.default_rng(derive_seed(seed, FIT, _BOOTSTRAP))
+        self.rows = bootstrap.integers(len(train), size=(config.members, len(train)))
+
+        self.gradient = LossGradient(model, config.batch_size, config.logvar_bound_weight)
+        # Adam's weight_decay adds coef * W to the gradient: that of coef * 0.5 ||W||^2 in the loss.
+        self.optimizer = torch.optim.Adam(
+            [
+                {"params": [weight], "weight_decay": decay}
+                for weight, decay in zip(model.weights, config.weight_decay, strict=True)
+            ]
+            + [{"params": [*model.biases, model.max_logvar, model.min_logvar]}],
+            lr=config.learning_rate,
+            fused=True,
+        )
+        # The bounds of the log-variance are shared by all members and not part of a snapshot (authors too).
+        self.layers = [*model.weights, *model.biases]
+        self.best = [layer.detach().clone() for layer in self.layers]
+        self.history: list[FitEpoch] = []
+        self.state = self._live_state()
+
+    def _live_state(self) -> dict[str, torch.Tensor]:
+        """Every tensor that the next epoch depends on, itself and not a copy."""
+        state = {**self.model.state_dict(), **{f"best_{i}": best for i, best in enumerate(self.best)}}
+        for name, parameter in self.model.named_parameters():
+            # What Adam would make at its first step, made now so that a checkpoint can be read into it.
+            adam = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+            self.optimizer.state[parameter] = adam
+            state |= {f"{name}.{key}": value for key, value in adam.items()}
+        return state
+
+    @property
+    def best_mse(self) -> list[float]:
+        """[members] holdout MSE of the kept weights. Any first epoch improves (authors start from 1e10)."""
+        best = [math.inf] * self.config.members
+        for record in self.history:
+            for member in np.flatnonzero(record.improved):
+                best[member] = record.holdout_mse[member]
+        return best
+
+    @property
+    def last_epoch(self) -> int:
+        """How many epochs there will be if no member improves any more."""
+        improved = [record.epoch + 1 for record in self.history if any(record.improved)]
+        end = max(improved, default=0) + self.config.patience + 1
+        return end if self.config.max_epochs is None else min(end, self.config.max_epochs)
+
+    def run_epoch(self, on_progress: Callable[[float], None]) -> FitEpoch:
+        """One pass over every member's bootstrap rows, then the holdout.
+
+        on_progress is told, now and then, how many epochs are done, with fractions.
+        """
+        start = time.perf_counter()
+        config, epoch = self.config, len(self.history)
+        shuffle = np.random.default_rng(derive_seed(self.seed, FIT, _SHUFFLE, epoch))
+        rows = torch.from_numpy(shuffle.permuted(self.rows, axis=1)).to(self.inputs.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.inputs.device)
+        steps = 0
+        for chunk in rows.split(config.batch_size * _GATHER_STEPS, dim=1):
+            flat = chunk.flatten()
+            inputs = self.inputs.index_select(0, flat).view(*chunk.shape, -1)
+            targets = self.targets.index_select(0, flat).view(*chunk.shape, -1)
+            for x, y in zip(
+                inputs.split(config.batch_size, 1), targets.split(config.batch_size, 1), strict=True
+            ):
+                total += self.gradient(x, y)
+                self.optimizer.step()
+                steps += 1
+            on_progress(epoch + min(1.0, steps * config.batch_size / rows.shape[1]))
+        train_loss = float(total) / steps
+        mse = self._holdout_mse()
+        if not np.isfinite([train_loss, *mse]).all():
+            raise InputError(
+                f"the fit diverged in epoch {epoch}: loss {train_loss}, holdout MSE {mse};"
+                " check the data's scale or lower the learning rate"
+            )
+        improved = self._keep_best(mse)
+        record = FitEpoch(epoch, train_loss, tuple(mse), tuple(improved), time.perf_counter() - start)
+        self.history.append(record)
+        return record
+
+    @torch.no_grad()
+    def _holdout_mse(self) -> list[float]:
+        mean, _ = self.model.raw_heads(self.holdout_inputs)
+        mse: list[float] = (mean - self.holdout_targets).square().mean((1, 2)).tolist()
+        return mse
+
+    @torch.no_grad()
+    def _keep_best(self, mse: list[float]) -> list[bool]:
+        improved = [
+            current < (1.0 - self.config.improvement) * best
+            for best, current in zip(self.best_mse, mse, strict=True)
+        ]
+        for member in np.flatnonzero(improved):
+            for best, layer in zip(self.best, self.layers, strict=True):
+                best[member].copy_(layer[member])
+        return improved
+
+    @torch.no_grad()
+    def finish(self) -> EnsembleDynamics:
+        """The model with every member's best weights and the elites, best first."""
+        for best, layer in zip(self.best, self.layers, strict=True):
+            layer.copy_(best)
+        order = np.argsort(self._holdout_mse(), kind="stable")
+        self.model.elites.copy_(torch.from_numpy(order[: self.config.elites].copy()))
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        return self.model
+
+    def fingerprint(self, data: Transitions) -> torch.Tensor:
+        """uint8 [32]: which data, seed and config a checkpoint belongs to."""
+        what = json.dumps([data_sha256(data), self.seed, to_dict(self.config)])
+        return torch.tensor(list(hashlib.sha256(what.encode()).digest()), dtype=torch.uint8)
+
+    def save(self, path: Path, fingerprint: torch.Tensor) -> None:
+        """Write all that the next epoch depends on, atomically."""
+        columns = {name: [getattr(record, name) for record in self.history] for name in _HISTORY}
+        history = {
+            f"history.{name}": torch.tensor(column, dtype=torch.float64) for name, column in columns.items()
+        }
+        save_tensors(path, {**self.state, **history, "fingerprint": fingerprint})
+
+    @torch.no_grad()
+    def restore(self, path: Path, fingerprint: torch.Tensor) -> None:
+        """Continue from what `save` wrote.
+
+        Raises:
+            InputError: truncated, not a fit's checkpoint, or of other data, seed or config.
+        """
+        tensors = load_tensors(path)
+        require_shape(path, tensors, "fingerprint", fingerprint.shape)
+        if not torch.equal(tensors["fingerprint"], fingerprint):
+            raise InputError(
+                f"{path} belongs to a fit of other data, another seed or another config;"
+                " delete it to start afresh, or give what it was made with"
+            )
+        for name, tensor in self.state.items():
+            require_shape(path, tensors, name, tensor.shape)
+            tensor.copy_(tensors[name])
+        # Every step is one of Adam's: how long the history must be follows.
+        steps = int(self.state["max_logvar.step"])
+        epochs = steps // math.ceil(len(self.inputs) / self.config.batch_size)
+        members = torch.Size([epochs, self.config.members])
+        for name, shape in zip(_HISTORY, ([epochs], members, members, [epochs]), strict=True):
+            require_shape(path, tensors, f"history.{name}", torch.Size(shape))
+        columns = (tensors[f"history.{name}"].tolist() for name in _HISTORY)
+        self.history = [
+            FitEpoch(epoch, loss, tuple(mse), tuple(map(bool, improved)), seconds)
+            for epoch, (loss, mse, improved, seconds) in enumerate(zip(*columns, strict=True))
+        ]
+
+
+def _check(data: Transitions, seed: int, config: DynamicsConfig, device: torch.device | str) -> None:
+    data.validate()
+    if len(config.weight_decay) != len(config.hidden) + 1:
+        raise InputError(
+            f"weight_decay needs one value per layer, {len(config.hidden) + 1}, got {config.weight_decay}"
+        )
+    for name in ("batch_size", "members"):
+        if getattr(config, name) < 1:
+            raise InputError(f"{name} must be at least 1, got {getattr(config, name)}")
+    if config.patience < 0 or (config.max_epochs is not None and config.max_epochs < 1):
+        raise InputError(
+            f"patience must be at least 0 and max_epochs at least 1,"
+            f" got {config.patience} and {config.max_epochs}"
+        )
+    if not (config.learning_rate > 0 and min(config.weight_decay) >= 0 and 0 <= config.improvement < 1):
+        raise InputError(
+            f"learning_rate must be positive, weight_decay not negative and improvement in [0, 1),"
+            f" got {config.learning_rate}, {config.weight_decay}, {config.improvement}"
+        )
+    if seed < 0:
+        raise InputError(f"seed must not be negative, got {seed}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {str(device)!r} cannot be used ({error}); try cpu") from error
+
+
+def fit_dynamics(
+    data: Transitions,
+    *,
+    seed: int = 0,
+    config: DynamicsConfig | None = None,
+    device: torch.device | str = "cpu",
+    checkpoint: str | os.PathLike[str] | None = None,
+    quiet: bool = True,
+    on_epoch: Callable[[FitEpoch], None] | None = None,
+) -> EnsembleDynamics:
+    """Fit the ensemble to `data` by maximum likelihood with early stopping (authors: BNN.train).
+
+    Every member sees its own bootstrap of the training rows, reshuffled each epoch. A member's weights
+    are kept when its holdout MSE falls by more than `config.improvement`; training stops when more than
+    `config.patience` epochs have passed since any member improved, and the kept weights are restored.
+
+    Args:
+        data: n transitions, 5 or more with the default holdout; rewards and observations in raw units.
+        seed: the whole result is a function of (data, seed, config) on one machine and thread count.
+        config: `DynamicsConfig()` if None.
+        checkpoint: a file that is written after every epoch and continued from where it exists, with the
+            same final bits as a fit that was never stopped. It is left there at the end.
+        quiet: no progress bar.
+        on_epoch: called after every epoch, and first of all with the epochs that a checkpoint holds.
+
+    Returns:
+        The ensemble on `device`, elites best first.
+
+    Raises:
+        InputError: unusable data, config, device or checkpoint; or the loss became not finite.
+    """
+    return _run(data, seed, config or DynamicsConfig(), device, checkpoint, quiet, on_epoch)[0]
+
+
+def _run(
+    data: Transitions,
+    seed: int,
+    config: DynamicsConfig,
+    device: torch.device | str,
+    checkpoint: str | os.PathLike[str] | None,
+    quiet: bool,
+    on_epoch: Callable[[FitEpoch], None] | None,
+) -> tuple[EnsembleDynamics, list[FitEpoch]]:
+    _check(data, seed, config, device)
+    fit = _Fit(data, seed, config, device)
+    if checkpoint is not None:
+        checkpoint, fingerprint = Path(checkpoint), fit.fingerprint(data)
+        if checkpoint.exists():
+            fit.restore(checkpoint, fingerprint)
+    report = on_epoch or (lambda record: None)
+    for record in fit.history:
+        report(record)
+    # The bar's end is where the fit stops if nothing improves any more: it moves while the fit gets better.
+    with progress_bar("fit: epochs", fit.last_epoch, quiet=quiet) as bar:
+        while len(fit.history) < fit.last_epoch:
+            record = fit.run_epoch(lambda epochs: bar.update(completed=epochs))
+            if checkpoint is not None:
+                fit.save(checkpoint, fingerprint)
+            report(record)
+            elite_mse = float(np.mean(sorted(record.holdout_mse)[: config.elites]))
+            bar.update(total=fit.last_epoch, note=f"holdout MSE {elite_mse:.4g}")
+    return fit.finish(), fit.history
+
+
+def fit_and_save(
+    data: Transitions,
+    folder: str | os.PathLike[str],
+    *,
+    seed: int = 0,
+    config: DynamicsConfig | None = None,
+    device: torch.device | str = "cpu",
+    quiet: bool = True,
+    on_epoch: Callable[[FitEpoch], None] | None = None,
+) -> tuple[EnsembleDynamics, dict[str, Any]]:
+    """`fit_dynamics`, then dynamics.safetensors, dynamics.json and fit.json in `folder`: what a run does.
+
+    Killed at any point and called again, it continues from `folder`/checkpoint/fit.safetensors, which is
+    removed once fit.json, the last file, is written: a folder with fit.json is a finished fit.
+
+    Returns:
+        The ensemble and what fit.json holds: dataset, data_sha256, transitions, holdout (rows), seed,
+        config, device, threads, epochs, seconds, elites, train_loss [epoch], holdout_mse and improved
+        [epoch][member].
+
+    Raises:
+        InputError: as `fit_dynamics`, or the folder cannot be written.
+    """
+    folder, config = Path(folder), config or DynamicsConfig()
+    checkpoint = folder / "checkpoint" / "fit.safetensors"
+    model, history = _run(data, seed, config, device, checkpoint, quiet, on_epoch)
+    record = {
+        "dataset": data.name,
+        "data_sha256": data_sha256(data),
+        "transitions": len(data),
+        "holdout": len(split_holdout(len(data), seed, config)[1]),
+        "seed": seed,
+        "config": to_dict(config),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "epochs": len(history),
+        "seconds": sum(epoch.seconds for epoch in history),
+        "elites": model.elites.tolist(),
+        "train_loss": [epoch.train_loss for epoch in history],
+        "holdout_mse": [list(epoch.holdout_mse) for epoch in history],
+        "improved": [list(epoch.improved) for epoch in history],
+    }
+    model.save(folder)
+    write_json(folder / "fit.json", record)
+    checkpoint.unlink(missing_ok=True)
+    return model, record

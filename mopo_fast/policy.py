@@ -1,0 +1,167 @@
+"""The tanh-Gaussian actor and the twin critic.
+
+Source: the authors' softlearning/policies and value_functions: two layers of 256, ReLU.
+"""
+
+import math
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from mopo_fast.atomic import read_json, write_json
+from mopo_fast.config import ACTIVATIONS, Activation
+from mopo_fast.ensemble import mlp
+from mopo_fast.errors import InputError
+from mopo_fast.tensors import load_tensors, require_shape, save_tensors
+
+FORMAT_VERSION = 1
+
+
+def _xavier_uniform(shape: tuple[int, ...], generator: torch.Generator | None) -> torch.Tensor:
+    # Keras' default, which the authors' networks have.
+    bound = math.sqrt(6.0 / (shape[-2] + shape[-1]))
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+class Actor(nn.Module):
+    """A Gaussian over actions, squashed by tanh into [-1, 1].
+
+    Parameters: `weights[i]` [in, out], `biases[i]` [out]; the last layer has 2 act_dim outputs: means, then
+    log standard deviations, which are clipped to [log_std_min, log_std_max].
+
+    Raises:
+        InputError: a size or a bound is out of range.
+    """
+
+    def __init__(
+        self,
+        obs_dim: int,
+        act_dim: int,
+        *,
+        hidden: tuple[int, ...] = (256, 256),
+        activation: Activation = "relu",
+        log_std_min: float = -20.0,
+        log_std_max: float = 2.0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise InputError(f"unknown activation {activation!r}; there are: {', '.join(ACTIVATIONS)}")
+        if min((obs_dim, act_dim, *hidden)) < 1:
+            raise InputError(f"sizes must be positive, got obs {obs_dim}, act {act_dim}, hidden {hidden}")
+        if not log_std_min < log_std_max:
+            raise InputError(f"log_std_min {log_std_min} must be below log_std_max {log_std_max}")
+        self.obs_dim, self.act_dim, self.activation = obs_dim, act_dim, activation
+        self.log_std_min, self.log_std_max = float(log_std_min), float(log_std_max)
+        sizes = [obs_dim, *hidden, 2 * act_dim]
+        self.weights = nn.ParameterList(
+            nn.Parameter(_xavier_uniform(pair, generator)) for pair in zip(sizes, sizes[1:], strict=False)
+        )
+        self.biases = nn.ParameterList(nn.Parameter(torch.zeros(out)) for out in sizes[1:])
+
+    @property
+    def hidden(self) -> tuple[int, ...]:
+        return tuple(weight.shape[1] for weight in self.weights[:-1])
+
+    def forward(self, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and clipped log standard deviation before the tanh, each [batch, act_dim]."""
+        mean, log_std = mlp(observations, self.weights, self.biases, self.activation).chunk(2, dim=-1)
+        return mean, log_std.clamp(self.log_std_min, self.log_std_max)
+
+    def sample(self, observations: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Actions [batch, act_dim] from standard normal `noise`, and their log-probabilities [batch]."""
+        mean, log_std = self(observations)
+        raw = mean + log_std.exp() * noise
+        # log(1 - tanh(x)^2) without cancellation.
+        squash = 2.0 * (math.log(2.0) - raw - functional.softplus(-2.0 * raw))
+        log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2.0 * math.pi) - squash
+        return torch.tanh(raw), log_prob.sum(-1)
+
+    @torch.no_grad()
+    def act(self, observations: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """Actions [batch, act_dim] in [-1, 1]; without `noise`, the deterministic tanh(mean)."""
+        mean, log_std = self(observations)
+        return torch.tanh(mean if noise is None else mean + log_std.exp() * noise)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write policy.safetensors and policy.json, each atomically."""
+        folder = Path(folder)
+        tensors = {f"weight_{i}": weight for i, weight in enumerate(self.weights)}
+        tensors |= {f"bias_{i}": bias for i, bias in enumerate(self.biases)}
+        save_tensors(folder / "policy.safetensors", tensors)
+        write_json(
+            folder / "policy.json",
+            {
+                "format_version": FORMAT_VERSION,
+                "obs_dim": self.obs_dim,
+                "act_dim": self.act_dim,
+                "activation": self.activation,
+                "log_std_min": self.log_std_min,
+                "log_std_max": self.log_std_max,
+            },
+        )
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> "Actor":
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: a file is missing, truncated, of another version, or its shapes do not agree.
+        """
+        folder = Path(folder)
+        meta = read_json(folder / "policy.json")
+        path = folder / "policy.safetensors"
+        tensors = load_tensors(path)
+        if not isinstance(meta, dict) or meta.get("format_version") != FORMAT_VERSION:
+            raise InputError(f"{folder / 'policy.json'} is not of format_version {FORMAT_VERSION}")
+        layers = sum(name.startswith("weight_") for name in tensors)
+        if layers == 0:
+            raise InputError(f"{path} holds no weight_0; it is not a policy")
+        hidden = tuple(
+            tensors[f"weight_{i}"].shape[-1] for i in range(layers - 1) if f"weight_{i}" in tensors
+        )
+        try:
+            actor = cls(
+                int(meta["obs_dim"]),
+                int(meta["act_dim"]),
+                hidden=hidden,
+                activation=meta["activation"],
+                log_std_min=float(meta["log_std_min"]),
+                log_std_max=float(meta["log_std_max"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{folder / 'policy.json'} lacks or garbles {error}") from error
+        with torch.no_grad():
+            for prefix, parameters in (("weight", actor.weights), ("bias", actor.biases)):
+                for i, parameter in enumerate(parameters):
+                    require_shape(path, tensors, f"{prefix}_{i}", parameter.shape)
+                    parameter.copy_(tensors[f"{prefix}_{i}"])
+        return actor.to(device)
+
+
+class Critic(nn.Module):
+    """`critics` independent Q-functions as one batch of matrices: `weights[i]` [critics, in, out]."""
+
+    def __init__(
+        self,
+        obs_dim: int,
+        act_dim: int,
+        *,
+        critics: int = 2,
+        hidden: tuple[int, ...] = (256, 256),
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = [obs_dim + act_dim, *hidden, 1]
+        self.weights = nn.ParameterList(
+            nn.Parameter(_xavier_uniform((critics, *pair), generator))
+            for pair in zip(sizes, sizes[1:], strict=False)
+        )
+        self.biases = nn.ParameterList(nn.Parameter(torch.zeros(critics, out)) for out in sizes[1:])
+
+    def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        """Q-values [critics, batch]."""
+        return mlp(torch.cat([observations, actions], dim=-1), self.weights, self.biases, "relu").squeeze(-1)

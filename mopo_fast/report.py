@@ -1,0 +1,458 @@
+"""A run at a glance: learning curve, the penalty's calibration, the ensemble's fit, where the time went.
+
+One self-contained HTML page, its pictures beside it as PNG files. The paper's argument is that the return
+in the penalised model bounds the true one from below, which holds where the penalty bounds the model's error:
+the calibration section shows how far it does, on the transitions that the fit held out.
+"""
+
+import base64
+import csv
+import dataclasses
+import functools
+import html
+import io
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from mopo_fast.atomic import atomic_path, read_json
+from mopo_fast.config import DynamicsConfig, RolloutConfig
+from mopo_fast.data import Transitions, load_dataset
+from mopo_fast.ensemble import EnsembleDynamics
+from mopo_fast.errors import InputError
+from mopo_fast.fit import data_sha256, dynamics_inputs_targets, split_holdout
+from mopo_fast.rollout import RolloutEngine
+from mopo_fast.seeds import REPORT, derive_seed
+
+_BLUE, _ORANGE, _GREEN, _GREY = "#2f6db3", "#d9772b", "#3a8f5c", "#7a828c"
+_STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 10.5,
+    "axes.titlesize": 11.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": _GREY,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e7eb",
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "savefig.dpi": 130,
+}
+T = TypeVar("T")
+# Share of a normal distribution within one and two standard deviations.
+_WITHIN = {1: math.erf(1 / math.sqrt(2)), 2: math.erf(2 / math.sqrt(2))}
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The model on the transitions that the fit never saw.
+
+    Attributes:
+        penalty: what the penalty is called.
+        penalties: [n] u(s, a), as training saw it.
+        errors: [n] norm of (mean over elites - truth) of (delta obs, reward), raw units.
+        residuals: [elites, n, obs_dim + 1] (truth - mu) / sigma of every elite.
+    """
+
+    penalty: str
+    penalties: np.ndarray[Any, Any]
+    errors: np.ndarray[Any, Any]
+    residuals: np.ndarray[Any, Any]
+
+
+@dataclass
+class _Run:
+    """A run folder; what cannot be read raises `InputError` when it is asked for."""
+
+    folder: Path
+    data: Transitions | None = None
+
+    def json(self, name: str) -> dict[str, Any]:
+        value = read_json(self.folder / name)
+        if not isinstance(value, dict):
+            raise InputError(f"{self.folder / name} is not a JSON object")
+        return value
+
+    def json_or_empty(self, name: str) -> dict[str, Any]:
+        try:
+            return self.json(name)
+        except InputError:
+            return {}
+
+    @functools.cached_property
+    def held_out(self) -> HeldOut:
+        fit, config = self.json("fit.json"), self.json_or_empty("config.json")
+        ensemble = EnsembleDynamics.load(self.folder)
+        data = self.data
+        if data is None:
+            data = load_dataset(config.get("dataset") or fit["dataset"], quiet=True)
+        if data_sha256(data) != fit["data_sha256"]:
+            raise InputError(f"{data.name} is no longer the data set that the ensemble was fitted to")
+        sizes = {name: fit["config"][name] for name in ("holdout_fraction", "holdout_max")}
+        holdout_config = dataclasses.replace(DynamicsConfig(), **sizes)
+        held_out = data[split_holdout(len(data), fit["seed"], holdout_config)[1]]
+
+        rollout = config.get("rollout", {})
+        penalty = rollout.get("penalty", RolloutConfig.penalty)
+        if penalty == "none":
+            penalty = RolloutConfig.penalty
+        members = rollout.get("penalty_members", RolloutConfig.penalty_members)
+        engine = RolloutEngine(ensemble, penalty=penalty, penalty_members=members)
+        seed = derive_seed(fit["seed"], REPORT)
+        result = engine.step(held_out.observations, held_out.actions, seed=seed, distributions=True)
+        assert result.mean is not None and result.std is not None
+        _, targets = dynamics_inputs_targets(held_out)
+        mean, std = result.mean[ensemble.elites].double(), result.std[ensemble.elites].double()
+        return HeldOut(
+            penalty,
+            result.penalties.double().numpy(),
+            (mean.mean(0) - targets).norm(dim=-1).numpy(),
+            ((targets - mean) / std).numpy(),
+        )
+
+
+def spearman(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> float:
+    """Rank correlation of two [n] arrays, ties sharing their mean rank; NaN where either is constant."""
+
+    def ranks(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+        result: np.ndarray[Any, Any] = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+        return result
+
+    with np.errstate(invalid="ignore"):
+        return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
+
+
+# --- the sections: each returns a figure and its caption, or raises InputError for what is missing
+
+
+def _learning_curve(run: _Run) -> tuple[Figure, str]:
+    path = run.folder / "progress.csv"
+    if not path.is_file():
+        raise InputError(f"{path} does not exist")
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    name = "score" if any(row.get("score_mean") for row in rows) else "return"
+    points = [
+        [float(row[column]) for column in ("updates", f"{name}_mean", f"{name}_std")]
+        for row in rows
+        if row.get(f"{name}_mean")
+    ]
+    if not points:
+        raise InputError(f"{path} holds no evaluation yet")
+    updates, mean, std = np.array(points).T
+    figure, axes = _figure(7.5, 3.8)
+    axes.fill_between(updates, mean - std, mean + std, color=_BLUE, alpha=0.18, linewidth=0)
+    axes.plot(updates, mean, color=_BLUE, linewidth=1.8, marker="o" if len(points) < 30 else "", markersize=4)
+    axes.set(xlabel="SAC updates", ylabel="normalised score" if name == "score" else "return")
+    axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
+    what = "Normalised score (0: random, 100: expert)" if name == "score" else "Return"
+    caption = (
+        f"{what} of the policy in the real environment; the band is one standard deviation over the"
+        f" episodes of an evaluation. Last: {mean[-1]:.1f} ± {std[-1]:.1f}; best: {mean.max():.1f}."
+    )
+    return figure, caption
+
+
+def _calibration(run: _Run) -> tuple[Figure, str]:
+    held_out = run.held_out
+    penalties, errors = held_out.penalties, held_out.errors
+    figure = _blank(10.0, 4.3)
+    scatter, reliability = figure.subplots(1, 2, width_ratios=(1.15, 1.0))
+
+    scatter.set(xscale="log", yscale="log", xlabel=f"penalty u(s, a), {held_out.penalty}")
+    scatter.set_ylabel("true one-step error")
+    dense = len(penalties) > 3000
+    if dense:
+        scatter.hexbin(
+            penalties, errors, xscale="log", yscale="log", gridsize=45, bins="log", cmap="Blues", mincnt=1
+        )
+    else:
+        scatter.plot(penalties, errors, ".", color=_BLUE, alpha=0.35, markersize=5, markeredgewidth=0)
+    ends = np.array([max(penalties.min(), errors.min()), min(penalties.max(), errors.max())])
+    scatter.plot(ends, ends, color=_GREY, linewidth=1.2, linestyle="--", label="error = penalty")
+    scatter.legend(loc="upper left")
+    scatter.set_title("Every held-out transition")
+
+    deciles = [part for part in np.array_split(np.argsort(penalties, kind="stable"), 10) if len(part)]
+    number = np.arange(1, len(deciles) + 1)
+    mean_error = np.array([errors[part].mean() for part in deciles])
+    spread = np.array([1.96 * errors[part].std() / math.sqrt(len(part)) for part in deciles])
+    mean_penalty = np.array([penalties[part].mean() for part in deciles])
+    reliability.errorbar(
+        number, mean_error, spread, color=_ORANGE, marker="o", markersize=5, capsize=3, label="error"
+    )
+    reliability.plot(number, mean_penalty, color=_BLUE, marker="s", markersize=5, label="penalty")
+    reliability.set(yscale="log", xlabel="decile of the penalty", ylabel="mean in the decile")
+    reliability.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
+    reliability.legend(loc="upper left")
+    reliability.set_title("By decile of the penalty")
+    for axes in (scatter, reliability):
+        axes.yaxis.set_major_formatter(FuncFormatter(_plain))
+        axes.yaxis.set_minor_formatter(lambda value, position: "")
+    scatter.xaxis.set_major_formatter(FuncFormatter(_plain))
+    scatter.xaxis.set_minor_formatter(lambda value, position: "")
+
+    covered = float((errors <= penalties).mean())
+    caption = (
+        f"{len(errors):,} transitions that the fit held out. Error: the norm of the elites' mean prediction"
+        f" minus the truth, reward included, raw units. Rank correlation (Spearman) of penalty and error:"
+        f" {spearman(penalties, errors):.2f}; the penalty is at least the error on {covered:.0%} of them."
+        f" Mean error {errors.mean():.3g}, mean penalty {penalties.mean():.3g}."
+    )
+    return figure, caption
+
+
+def _residuals(run: _Run) -> tuple[Figure, str]:
+    residuals = run.held_out.residuals
+    flat = residuals.reshape(-1, residuals.shape[-1])
+    figure = _blank(10.0, 3.9)
+    histogram, dims = figure.subplots(1, 2, width_ratios=(1.0, 1.35))
+
+    grid = np.linspace(-5, 5, 201)
+    histogram.hist(flat.clip(-5, 5).ravel(), bins=80, range=(-5, 5), density=True, color=_BLUE, alpha=0.55)
+    normal = np.exp(-0.5 * grid**2) / math.sqrt(2 * math.pi)
+    histogram.plot(grid, normal, color="black", linewidth=1.2, label="standard normal")
+    histogram.set(xlabel="(truth − mean) / std", ylabel="density")
+    histogram.legend(loc="upper left", fontsize=9)
+    histogram.set_title("All dimensions")
+
+    number = np.arange(flat.shape[1])
+    for sigmas, colour in ((1, _BLUE), (2, _GREEN)):
+        share = 100 * (np.abs(flat) <= sigmas).mean(0)
+        dims.axhline(100 * _WITHIN[sigmas], color=colour, linestyle="--", linewidth=1.2, alpha=0.8)
+        dims.plot(number, share, "o", color=colour, markersize=6, label=f"within {sigmas} std")
+    dims.set(ylim=(0, 103), ylabel="share of transitions, %", xlabel="observation dimension, then reward (r)")
+    shown = number[:: math.ceil(len(number) / 24)]
+    dims.set_xticks(shown, ["r" if dim == len(number) - 1 else str(dim) for dim in shown])
+    dims.legend(loc="lower right", ncols=2, fontsize=9)
+    dims.set_title("By dimension; dashed: a calibrated model")
+
+    shares = {sigmas: float((np.abs(flat) <= sigmas).mean()) for sigmas in _WITHIN}
+    caption = (
+        f"Standardised residuals of the elites on the held-out transitions: {shares[1]:.1%} lie within one"
+        f" standard deviation (a calibrated model: {_WITHIN[1]:.1%}), {shares[2]:.1%} within two"
+        f" ({_WITHIN[2]:.1%}). Less means that the model is too sure of itself."
+    )
+    return figure, caption
+
+
+def _fit_curves(run: _Run) -> tuple[Figure, str]:
+    fit = run.json("fit.json")
+    mse = np.array(fit["holdout_mse"], dtype=float)
+    if mse.ndim != 2 or mse.size == 0:
+        raise InputError(f"{run.folder / 'fit.json'} holds no holdout_mse per epoch and member")
+    elites = fit["elites"]
+    figure, axes = _figure(7.5, 3.8)
+    epochs = np.arange(1, len(mse) + 1)
+    for member in range(mse.shape[1]):
+        elite = member in elites
+        axes.plot(
+            epochs,
+            mse[:, member],
+            color=_BLUE if elite else _GREY,
+            alpha=0.9 if elite else 0.6,
+            linewidth=1.5 if elite else 1.1,
+            linestyle="-" if elite else "--",
+            label={elites[0]: "elite"}.get(member, "") if elite else "other member",
+        )
+    handles = {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    axes.legend(handles.values(), handles.keys())
+    axes.set(xlabel="epoch", ylabel="holdout MSE, raw units", yscale="log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(FuncFormatter(_plain))
+    axes.yaxis.set_minor_formatter(FuncFormatter(_plain) if mse.max() < 30 * mse.min() else lambda v, p: "")
+    best = np.sort(mse.min(0))[: len(elites)].mean()
+    caption = (
+        f"Mean squared error of each member on the {fit['holdout']:,} transitions held out of"
+        f" {fit['transitions']:,}; {fit['epochs']} epochs in {_duration(fit['seconds'])}. Every member gets"
+        f" its best weights back: {best:.4g} is the elites' mean then."
+    )
+    return figure, caption
+
+
+def _time(run: _Run) -> tuple[Figure, str]:
+    seconds = run.json("summary.json")["seconds"]
+    parts = {name: float(seconds[name]) for name in ("fit", "rollout", "sac", "evaluate")}
+    total = float(seconds["total"])
+    parts["other"] = max(0.0, total - sum(parts.values()))
+    figure, axes = _figure(7.5, 2.4)
+    names = list(parts)[::-1]
+    bars = axes.barh(names, [parts[name] for name in names], color=_BLUE, height=0.62)
+    labels = [f"{_duration(parts[name])}  ({parts[name] / max(total, 1e-9):.0%})" for name in names]
+    axes.bar_label(bars, labels, padding=5, fontsize=10)
+    axes.set(xlim=(0, 1.25 * max(*parts.values(), 1e-9)))
+    axes.xaxis.set_visible(False)
+    axes.grid(False)
+    axes.spines["bottom"].set_visible(False)
+    axes.tick_params(left=False)
+    return figure, f"{_duration(total)} in all."
+
+
+_SECTIONS: tuple[tuple[str, str, Callable[[_Run], tuple[Figure, str]]], ...] = (
+    ("Learning curve", "learning_curve", _learning_curve),
+    ("Is the penalty calibrated?", "penalty_calibration", _calibration),
+    ("Is the model's variance calibrated?", "residuals", _residuals),
+    ("The ensemble's fit", "fit", _fit_curves),
+    ("Where the time went", "time", _time),
+)
+
+
+def _summary_rows(run: _Run) -> list[tuple[str, str]]:
+    config, summary = run.json_or_empty("config.json"), run.json_or_empty("summary.json")
+    fit = run.json_or_empty("fit.json")
+    rollout = config.get("rollout", {})
+
+    def first(name: str, *places: dict[str, Any]) -> str:
+        values = (place.get(name) for place in places)
+        return next((str(value) for value in values if value is not None), "–")
+
+    def mean_std(name: str) -> str:
+        mean, std = summary.get(f"{name}_mean"), summary.get(f"{name}_std")
+        return "–" if mean is None or std is None else f"{mean:.1f} ± {std:.1f}"
+
+    versions = ", ".join(f"{name} {version}" for name, version in summary.get("versions", {}).items())
+    updates = summary.get("updates")
+    seconds = summary.get("seconds", {}).get("total")
+    return [
+        ("Data set", first("dataset", summary, config, fit)),
+        ("Task", first("task", summary, config)),
+        ("Seed", first("seed", summary, config, fit)),
+        ("Horizon", first("horizon", summary, rollout)),
+        ("Penalty", first("penalty", summary, rollout)),
+        ("Penalty coefficient λ", first("penalty_coef", summary, rollout)),
+        ("Normalised score", mean_std("score")),
+        ("Return", mean_std("return")),
+        ("SAC updates", "–" if updates is None else f"{updates:,}"),
+        ("Time", "–" if seconds is None else _duration(seconds)),
+        ("Backend", f"{first('backend', summary)}, {first('dtype', summary)}"),
+        ("Device", first("device", summary, config, fit)),
+        ("Versions", versions or "–"),
+    ]
+
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ max-width: 62rem; margin: 2.5rem auto; padding: 0 1.25rem; color: #1d2530; background: #fff;
+       font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; }}
+h1 {{ font-size: 1.7rem; margin: 0 0 1rem; }}
+h2 {{ font-size: 1.2rem; margin: 2.6rem 0 .6rem; }}
+table {{ border-collapse: collapse; width: 100%; }}
+th, td {{ text-align: left; padding: .32rem .8rem .32rem 0; border-bottom: 1px solid #e4e7eb;
+         vertical-align: top; }}
+th {{ width: 14rem; font-weight: 600; color: #55606e; }}
+img {{ max-width: 100%; height: auto; display: block; }}
+p {{ color: #3d4754; margin: .4rem 0; overflow-wrap: anywhere; }}
+.missing {{ color: #7a828c; font-style: italic; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+{body}
+</body>
+</html>
+"""
+
+
+def write_report(run: str | os.PathLike[str], *, data: Transitions | None = None) -> Path:
+    """Write report.html and its pictures into the run folder `run`; a part that is missing is one line.
+
+    Args:
+        run: a folder of `mopo-fast train` or `mopo-fast fit`.
+        data: the data set of the run; None: loaded by the name in config.json.
+
+    Returns:
+        The path of report.html.
+
+    Raises:
+        InputError: `run` is not a run folder, or cannot be written.
+    """
+    folder = Path(run)
+    known = ("config.json", "summary.json", "progress.csv", "fit.json")
+    if not any((folder / name).is_file() for name in known):
+        raise InputError(f"{folder} is not a run folder: it holds none of {', '.join(known)}")
+    state = _Run(folder, data)
+    rows = _attempt(lambda: _summary_rows(state))
+    parts = [_missing(rows) if isinstance(rows, str) else _table(rows)]
+    for title, name, build in _SECTIONS:
+        parts.append(f"<h2>{html.escape(title)}</h2>")
+        picture = folder / f"{name}.png"
+        with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
+            section = _attempt(functools.partial(build, state))
+            if isinstance(section, str):
+                picture.unlink(missing_ok=True)
+                parts.append(_missing(section))
+                continue
+            figure, caption = section
+            png = io.BytesIO()
+            figure.savefig(png, format="png")
+        with atomic_path(picture) as temporary:
+            temporary.write_bytes(png.getvalue())
+        encoded = base64.b64encode(png.getvalue()).decode()
+        parts.append(f'<img alt="{html.escape(title)}" src="data:image/png;base64,{encoded}">')
+        parts.append(f"<p>{html.escape(caption)}</p>")
+    title = html.escape(f"MOPO run: {folder.resolve().name}")
+    with atomic_path(folder / "report.html") as temporary:
+        temporary.write_text(_PAGE.format(title=title, body="\n".join(parts)), encoding="utf-8")
+    return folder / "report.html"
+
+
+def _attempt(build: Callable[[], T]) -> T | str:
+    """What `build` returns, or one line on why it cannot."""
+    try:
+        return build()
+    except InputError as error:
+        return f"Missing: {error}."
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OSError) as error:
+        return f"Missing: a file of the run lacks or garbles {error}."
+
+
+def _missing(line: str) -> str:
+    return f'<p class="missing">{html.escape(line)}</p>'
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    cells = (f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in rows)
+    return "<table>\n" + "\n".join(cells) + "\n</table>"
+
+
+def _blank(width: float, height: float) -> Figure:
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = _blank(width, height)
+    return figure, figure.subplots()
+
+
+def _plain(value: float, position: int | None = None) -> str:
+    return f"{value:g}"
+
+
+def _thousands(value: float, position: int | None = None) -> str:
+    return f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

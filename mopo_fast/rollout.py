@@ -1,0 +1,530 @@
+"""Penalised model rollouts: check the arguments, choose a backend, call it.
+
+`RolloutEngine.step` is one step with the caller's own actions; `RolloutEngine.rollout` is all `horizon` steps with
+the policy inside. Random numbers depend on (seed, row, step) alone: `horizon` steps equal `horizon` calls of
+`step`, and any split of a batch gives the rows of the whole.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from mopo_fast import backends
+from mopo_fast.backends import (
+    ROLLOUT_ARRAYS,
+    Destination,
+    DynamicsArrays,
+    PolicyArrays,
+    StepResult,
+)
+from mopo_fast.backends.reference import act, rollout_by_steps
+from mopo_fast.buffer import RingBuffer
+from mopo_fast.config import PENALTIES, Penalty, PenaltyMembers
+from mopo_fast.data.transitions import Transitions
+from mopo_fast.ensemble import EnsembleDynamics
+from mopo_fast.errors import InputError
+from mopo_fast.policy import Actor
+from mopo_fast.tasks import BOXES, Box, make_box
+
+logger = logging.getLogger("mopo_fast")
+
+TerminationFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any]
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+class RolloutEngine:
+    """Rolls a policy out in an ensemble, every reward lowered by the model's own uncertainty.
+
+    Args:
+        ensemble: read at every call, so that it may change in between.
+        penalty: u(s, a), one of `mopo_fast.config.PENALTIES`.
+        penalty_coef: lambda >= 0; rewards are raw_rewards - penalty_coef * penalties.
+        termination: a task's name, a `Box`, None (nothing ends an episode), or a function
+            (observations, actions, next_observations) -> bool [batch], which is called step by step.
+        backend: "auto", or one that `mopo-fast doctor` lists.
+        dtype: "float32" or "float64"; of all arrays and arithmetic.
+        threads: of the CPU kernel; None: all cores that this process may use.
+        penalty_members: whose predictions make the penalty, "all" (authors) or "elites" (Unifloral).
+
+    Raises:
+        InputError: an argument is unknown or out of range, or the backend cannot serve; says why.
+    """
+
+    def __init__(
+        self,
+        ensemble: EnsembleDynamics,
+        *,
+        penalty: Penalty = "max_aleatoric",
+        penalty_coef: float = 1.0,
+        termination: str | Box | TerminationFunction | None = None,
+        backend: str = "auto",
+        dtype: str = "float32",
+        threads: int | None = None,
+        penalty_members: PenaltyMembers = "all",
+    ) -> None:
+        if penalty not in PENALTIES:
+            raise InputError(f"unknown penalty {penalty!r}; there are: {', '.join(PENALTIES)}")
+        if not 0.0 <= penalty_coef < float("inf"):
+            raise InputError(f"penalty_coef must be finite and not negative, got {penalty_coef}")
+        if dtype not in _DTYPES:
+            raise InputError(f"unknown dtype {dtype!r}; there are: {', '.join(_DTYPES)}")
+        if threads is not None and threads < 1:
+            raise InputError(f"threads must be at least 1, got {threads}")
+        if penalty_members not in ("all", "elites"):
+            raise InputError(f'penalty_members must be "all" or "elites", got {penalty_members!r}')
+        ensemble.check_elites()
+        self.ensemble = ensemble
+        self.penalty, self.penalty_coef = penalty, float(penalty_coef)
+        self.penalty_members = penalty_members
+        self.dtype = _DTYPES[dtype]
+        self.device = ensemble.input_mean.device
+        self.backend = backends.choose(backend, self.dtype, self.device)
+        self.threads = threads or _cores()
+        self.termination_function: TerminationFunction | None = None
+        if callable(termination):
+            self.termination_function = termination
+            termination = None
+        if isinstance(termination, str):
+            if termination not in BOXES:
+                raise InputError(f"unknown termination {termination!r}; there are: {', '.join(BOXES)}")
+            termination = BOXES[termination]
+        box = make_box(ensemble.obs_dim) if termination is None else termination
+        if box.obs_dim != ensemble.obs_dim:
+            raise InputError(
+                f"the termination box has {box.obs_dim} dimensions, the ensemble's observations have"
+                f" {ensemble.obs_dim}"
+            )
+        self._low = torch.tensor(box.low, dtype=self.dtype, device=self.device)
+        self._high = torch.tensor(box.high, dtype=self.dtype, device=self.device)
+
+    def step(
+        self,
+        observations: torch.Tensor,
+        actions: torch.Tensor,
+        *,
+        seed: int,
+        step: int = 0,
+        rows: torch.Tensor | None = None,
+        deterministic: bool = False,
+        distributions: bool = False,
+    ) -> StepResult:
+        """One step of the model with the caller's actions.
+
+        Args:
+            observations, actions: finite floats [batch, obs_dim], [batch, act_dim].
+            seed: 0 <= seed < 2^64; key of the random numbers.
+            step: the step of the rollout that this is.
+            rows: int64 [batch], the rows' numbers for the random numbers; None: 0, 1, 2, ...
+            deterministic: mean over all members, no noise.
+            distributions: also give every member's mean and std.
+
+        Returns:
+            A `StepResult`. A row whose prediction is not finite is terminal.
+
+        Raises:
+            InputError: an argument has a wrong shape, type, device or value.
+        """
+        observations = self._checked("observations", observations, self.ensemble.obs_dim)
+        actions = self._checked("actions", actions, self.ensemble.act_dim)
+        if len(actions) != len(observations):
+            raise InputError(f"there are {len(observations)} observations but {len(actions)} actions")
+        rows = self._checked_rows(rows, len(observations))
+        _check_range("seed", seed, 0, 2**64)
+        _check_range("step", step, 0, 2**32)
+        *dynamics, activation = self._dynamics()
+        outputs = _step_op(
+            *dynamics,
+            observations,
+            actions,
+            rows,
+            activation,
+            self.penalty,
+            self.penalty_coef,
+            _as_int64(seed),
+            step,
+            deterministic,
+            distributions,
+            self.backend,
+            self.threads,
+        )
+        result = StepResult(*outputs[:6], *(outputs[6:] if distributions else (None, None)))
+        if self.termination_function is None:
+            return result
+        return self._terminated(self.termination_function, observations, actions, result)
+
+    def rollout(
+        self,
+        policy: Actor,
+        start_observations: torch.Tensor,
+        horizon: int,
+        *,
+        seed: int,
+        rows: torch.Tensor | None = None,
+        deterministic: bool = False,
+        out: RingBuffer | None = None,
+    ) -> Transitions:
+        """Roll `policy` out for up to `horizon` steps from every start state.
+
+        A terminal transition is kept and ends its rollout. A prediction that is not finite ends it too, is
+        not kept, and is counted in `info["non_finite"]`.
+
+        Args:
+            policy: acts stochastically, or by tanh(mean) with `deterministic`.
+            start_observations: finite floats [batch, obs_dim].
+            horizon: at least 1.
+            seed: 0 <= seed < 2^64.
+            rows: int64 [batch], the start states' numbers; None: 0, 1, 2, ... A shard of a larger batch
+                passes its own numbers and gets the larger batch's rows.
+            deterministic: no noise in policy and model.
+            out: a ring that the rows are appended to, written in place.
+
+        Returns:
+            Only the transitions that exist, ordered by start state, then step; with `out`, its arrays
+            alone, as views of the ring (a copy where they wrap around its end).
+
+        Raises:
+            InputError: an argument has a wrong shape, type, device or value.
+        """
+        ensemble = self.ensemble
+        start = self._checked("start_observations", start_observations, ensemble.obs_dim)
+        rows = self._checked_rows(rows, len(start))
+        _check_range("seed", seed, 0, 2**64)
+        _check_range("horizon", horizon, 1, 2**31)
+        if (policy.obs_dim, policy.act_dim) != (ensemble.obs_dim, ensemble.act_dim):
+            raise InputError(
+                f"the policy is for {policy.obs_dim} observation and {policy.act_dim} action dimensions,"
+                f" the ensemble for {ensemble.obs_dim} and {ensemble.act_dim}"
+            )
+        if out is None:
+            storage = self._allocate(len(start) * horizon)
+            head = 0
+        else:
+            storage, head = out.storage.arrays(), out.head
+            if len(start) * horizon > out.capacity:
+                raise InputError(
+                    f"{len(start)} rollouts of {horizon} steps can make {len(start) * horizon} transitions,"
+                    f" the buffer holds {out.capacity}"
+                )
+        run = self._fused if self.termination_function is None else self._by_steps
+        count, cut = run(policy, start, rows, horizon, seed, deterministic, Destination(storage, head))
+        if cut:
+            logger.warning("%d of %d rollouts ended in a prediction that was not finite", cut, len(start))
+        if out is None:
+            arrays = {name: array[:count] for name, array in storage.items()}
+        else:
+            out.advance(count)
+            end = head + count
+            arrays = {
+                name: array[head:end]
+                if end <= out.capacity
+                else torch.cat([array[head:], array[: end - out.capacity]])
+                for name, array in storage.items()
+            }
+        return Transitions(**arrays, info={"non_finite": cut})
+
+    def _fused(
+        self,
+        policy: Actor,
+        start: torch.Tensor,
+        rows: torch.Tensor,
+        horizon: int,
+        seed: int,
+        deterministic: bool,
+        out: Destination,
+    ) -> tuple[int, int]:
+        *dynamics, activation = self._dynamics()
+        weights, biases = self._policy(policy)
+        counts = _rollout_op(
+            *dynamics,
+            weights,
+            biases,
+            start,
+            rows,
+            *(out.arrays.get(name) for name in ROLLOUT_ARRAYS),
+            out.head,
+            horizon,
+            activation,
+            self.penalty,
+            self.penalty_coef,
+            policy.activation,
+            policy.log_std_min,
+            policy.log_std_max,
+            _as_int64(seed),
+            deterministic,
+            self.backend,
+            self.threads,
+        )
+        count, cut = counts.tolist()
+        return count, cut
+
+    def _by_steps(
+        self,
+        policy: Actor,
+        start: torch.Tensor,
+        rows: torch.Tensor,
+        horizon: int,
+        seed: int,
+        deterministic: bool,
+        out: Destination,
+    ) -> tuple[int, int]:
+        weights, biases = self._policy(policy)
+        arrays = PolicyArrays(weights, biases, policy.activation, policy.log_std_min, policy.log_std_max)
+
+        def model_step(
+            observations: torch.Tensor, actions: torch.Tensor, alive: torch.Tensor, t: int
+        ) -> StepResult:
+            return self.step(
+                observations, actions, seed=seed, step=t, rows=alive, deterministic=deterministic
+            )
+
+        def choose_action(observations: torch.Tensor, alive: torch.Tensor, t: int) -> torch.Tensor:
+            return act(arrays, observations, alive, t, seed, deterministic)
+
+        return rollout_by_steps(model_step, choose_action, start, rows, horizon, out)
+
+    def _terminated(
+        self,
+        function: TerminationFunction,
+        observations: torch.Tensor,
+        actions: torch.Tensor,
+        result: StepResult,
+    ) -> StepResult:
+        ended = torch.as_tensor(function(observations, actions, result.next_observations), device=self.device)
+        if ended.dtype != torch.bool or ended.numel() != len(observations):
+            raise InputError(
+                f"the termination function must return bool [{len(observations)}],"
+                f" got {ended.dtype} {list(ended.shape)}"
+            )
+        result.terminals.logical_or_(ended.reshape(-1))
+        return result
+
+    def _dynamics(self) -> tuple[Any, ...]:
+        ensemble = self.ensemble
+        everyone = torch.arange(ensemble.members, device=self.device)
+        return (
+            [self._cast(weight) for weight in ensemble.weights],
+            [self._cast(bias) for bias in ensemble.biases],
+            self._cast(ensemble.input_mean),
+            self._cast(ensemble.input_std),
+            self._cast(ensemble.max_logvar),
+            self._cast(ensemble.min_logvar),
+            ensemble.elites.contiguous(),
+            everyone if self.penalty_members == "all" else ensemble.elites.contiguous(),
+            self._low,
+            self._high,
+            ensemble.activation,
+        )
+
+    def _policy(self, policy: Actor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        return [self._cast(w) for w in policy.weights], [self._cast(b) for b in policy.biases]
+
+    def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().to(self.device, self.dtype).contiguous()
+
+    def _checked(self, name: str, array: torch.Tensor, dim: int) -> torch.Tensor:
+        if not isinstance(array, torch.Tensor) or not array.is_floating_point():
+            kind = array.dtype if isinstance(array, torch.Tensor) else type(array).__name__
+            raise InputError(f"{name} must be a floating tensor, got {kind}")
+        if array.ndim != 2 or array.shape[1] != dim:
+            raise InputError(f"{name} must be [batch, {dim}], got shape {list(array.shape)}")
+        if len(array) == 0:
+            raise InputError(f"{name} has no rows")
+        if array.device != self.device:
+            raise InputError(f"{name} is on {array.device}, the ensemble on {self.device}")
+        array = array.detach().to(self.dtype).contiguous()
+        if not bool(torch.isfinite(array).all()):
+            row = int((~torch.isfinite(array)).nonzero()[0, 0])
+            raise InputError(f"{name} is not finite at row {row}")
+        return array
+
+    def _checked_rows(self, rows: torch.Tensor | None, batch: int) -> torch.Tensor:
+        if rows is None:
+            return torch.arange(batch, device=self.device)
+        if not isinstance(rows, torch.Tensor) or rows.dtype != torch.int64 or rows.shape != (batch,):
+            raise InputError(f"rows must be an int64 tensor [{batch}]")
+        if rows.device != self.device:
+            raise InputError(f"rows is on {rows.device}, the ensemble on {self.device}")
+        return rows.contiguous()
+
+    def _allocate(self, capacity: int) -> dict[str, torch.Tensor]:
+        obs_dim, act_dim = self.ensemble.obs_dim, self.ensemble.act_dim
+        shapes = {"observations": (obs_dim,), "next_observations": (obs_dim,), "actions": (act_dim,)}
+        dtypes = {
+            "terminals": torch.bool,
+            "members": torch.int32,
+            "rollout_index": torch.int64,
+            "step": torch.int32,
+        }
+        return {
+            name: torch.empty(
+                (capacity, *shapes.get(name, ())), dtype=dtypes.get(name, self.dtype), device=self.device
+            )
+            for name in ROLLOUT_ARRAYS
+        }
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check_range(name: str, value: int, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value < high:
+        raise InputError(f"{name} must be a whole number, {low} <= {name} < {high}, got {value!r}")
+
+
+def _as_int64(seed: int) -> int:
+    # Operators take signed integers; the 64 bits are the same.
+    return seed - 2**64 if seed >= 2**63 else seed
+
+
+@torch.library.custom_op("mopo_fast::step", mutates_args=())
+def _step_op(
+    weights: list[torch.Tensor],
+    biases: list[torch.Tensor],
+    input_mean: torch.Tensor,
+    input_std: torch.Tensor,
+    max_logvar: torch.Tensor,
+    min_logvar: torch.Tensor,
+    elites: torch.Tensor,
+    penalty_members: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    observations: torch.Tensor,
+    actions: torch.Tensor,
+    rows: torch.Tensor,
+    activation: str,
+    penalty: str,
+    penalty_coef: float,
+    seed: int,
+    step: int,
+    deterministic: bool,
+    distributions: bool,
+    backend: str,
+    threads: int,
+) -> tuple[
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+]:
+    dynamics = DynamicsArrays(
+        weights, biases, input_mean, input_std, max_logvar, min_logvar, elites, penalty_members, low, high,
+        activation, penalty, penalty_coef,
+    )  # fmt: skip
+    result = backends.get_backend(backend).step(
+        dynamics,
+        observations,
+        actions,
+        rows,
+        seed=seed % 2**64,
+        step=step,
+        deterministic=deterministic,
+        distributions=distributions,
+        threads=threads,
+    )
+    mean, std = result.mean, result.std
+    return (
+        result.next_observations,
+        result.rewards,
+        result.terminals,
+        result.raw_rewards,
+        result.penalties,
+        result.members,
+        observations.new_empty(0) if mean is None else mean,
+        observations.new_empty(0) if std is None else std,
+    )
+
+
+@_step_op.register_fake
+def _(  # type: ignore[no-untyped-def]
+    weights, biases, input_mean, input_std, max_logvar, min_logvar, elites, penalty_members, low, high,
+    observations, actions, rows, activation, penalty, penalty_coef, seed, step, deterministic, distributions,
+    backend, threads,
+):  # fmt: skip
+    batch, members = observations.shape[0], weights[0].shape[0]
+    distribution = (members, batch, observations.shape[1] + 1) if distributions else (0,)
+    return (
+        torch.empty_like(observations),
+        observations.new_empty(batch),
+        observations.new_empty(batch, dtype=torch.bool),
+        observations.new_empty(batch),
+        observations.new_empty(batch),
+        observations.new_empty(batch, dtype=torch.int32),
+        observations.new_empty(distribution),
+        observations.new_empty(distribution),
+    )
+
+
+@torch.library.custom_op("mopo_fast::rollout", mutates_args=ROLLOUT_ARRAYS)
+def _rollout_op(
+    weights: list[torch.Tensor],
+    biases: list[torch.Tensor],
+    input_mean: torch.Tensor,
+    input_std: torch.Tensor,
+    max_logvar: torch.Tensor,
+    min_logvar: torch.Tensor,
+    elites: torch.Tensor,
+    penalty_members: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    policy_weights: list[torch.Tensor],
+    policy_biases: list[torch.Tensor],
+    start: torch.Tensor,
+    rows: torch.Tensor,
+    observations: torch.Tensor,
+    actions: torch.Tensor,
+    rewards: torch.Tensor,
+    next_observations: torch.Tensor,
+    terminals: torch.Tensor,
+    raw_rewards: torch.Tensor | None,
+    penalties: torch.Tensor | None,
+    members: torch.Tensor | None,
+    rollout_index: torch.Tensor | None,
+    step: torch.Tensor | None,
+    head: int,
+    horizon: int,
+    activation: str,
+    penalty: str,
+    penalty_coef: float,
+    policy_activation: str,
+    log_std_min: float,
+    log_std_max: float,
+    seed: int,
+    deterministic: bool,
+    backend: str,
+    threads: int,
+) -> torch.Tensor:
+    dynamics = DynamicsArrays(
+        weights, biases, input_mean, input_std, max_logvar, min_logvar, elites, penalty_members, low, high,
+        activation, penalty, penalty_coef,
+    )  # fmt: skip
+    policy = PolicyArrays(policy_weights, policy_biases, policy_activation, log_std_min, log_std_max)
+    arrays = (
+        observations, actions, rewards, next_observations, terminals,
+        raw_rewards, penalties, members, rollout_index, step,
+    )  # fmt: skip
+    named = {name: array for name, array in zip(ROLLOUT_ARRAYS, arrays, strict=True) if array is not None}
+    counts = backends.get_backend(backend).rollout(
+        dynamics,
+        policy,
+        start,
+        rows,
+        horizon,
+        Destination(named, head),
+        seed=seed % 2**64,
+        deterministic=deterministic,
+        threads=threads,
+    )
+    return torch.tensor(counts)
+
+
+@_rollout_op.register_fake
+def _(*args, **kwargs):  # type: ignore[no-untyped-def]
+    return torch.empty(2, dtype=torch.int64)

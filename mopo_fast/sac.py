@@ -1,0 +1,268 @@
+"""Soft actor-critic on a mixture of real and model transitions: the oracle of every SAC kernel.
+
+Source: softlearning/algorithms/mopo.py of the authors' code; others' choices are options of `SACConfig`.
+"""
+
+import copy
+import math
+import os
+
+import torch
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from mopo_fast.buffer import RingBuffer
+from mopo_fast.config import SACConfig
+from mopo_fast.data.transitions import Transitions, concatenate
+from mopo_fast.errors import InputError
+from mopo_fast.policy import Actor, Critic
+from mopo_fast.seeds import INIT, derive_seed
+from mopo_fast.tensors import require_shape
+
+METRICS = ("critic_loss", "actor_loss", "alpha_loss", "q", "alpha", "entropy")
+# torch.optim.Adam's state of one parameter.
+_ADAM = ("step", "exp_avg", "exp_avg_sq")
+
+
+class SAC:
+    """An actor, its critics and their target, the temperature, and an Adam for each of the three.
+
+    Args:
+        obs_dim, act_dim: sizes of an observation and an action.
+        config: hyperparameters.
+        seed: of the initial parameters.
+        device: where everything lives.
+        total_updates: where the cosine schedule of the actor's learning rate reaches zero; needed by it only.
+
+    Raises:
+        InputError: a hyperparameter is out of range.
+    """
+
+    def __init__(
+        self,
+        obs_dim: int,
+        act_dim: int,
+        config: SACConfig | None = None,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        total_updates: int | None = None,
+    ) -> None:
+        config = config or SACConfig()
+        check_config(config)
+        if config.actor_schedule == "cosine" and not total_updates:
+            raise InputError("the cosine schedule needs total_updates, the number of updates it spans")
+        self.config, self.total_updates, self.updates = config, total_updates, 0
+        self.target_entropy = (
+            -float(act_dim) if config.target_entropy == "act_dim" else float(config.target_entropy)
+        )
+        generator = torch.Generator().manual_seed(derive_seed(seed, INIT))
+        self.actor = Actor(
+            obs_dim,
+            act_dim,
+            hidden=config.hidden,
+            log_std_min=config.log_std_min,
+            log_std_max=config.log_std_max,
+            generator=generator,
+        ).to(device)
+        self.critic = Critic(
+            obs_dim, act_dim, critics=config.critics, hidden=config.hidden, generator=generator
+        ).to(device)
+        self.target = copy.deepcopy(self.critic).requires_grad_(False)
+        self.log_alpha = torch.zeros((), device=device, requires_grad=True)
+        self.optimizers = {
+            "actor": torch.optim.Adam(
+                self.actor.parameters(), config.actor_learning_rate, fused=True
+            ),
+            "critic": torch.optim.Adam(
+                self.critic.parameters(), config.critic_learning_rate, fused=True
+            ),
+            "alpha": torch.optim.Adam([self.log_alpha], config.alpha_learning_rate, fused=True),
+        }
+        self._polyak = get_ema_multi_avg_fn(1.0 - config.polyak)
+
+    @property
+    def alpha(self) -> torch.Tensor:
+        """The temperature, a scalar without gradient, clamped where the config says so."""
+        return self.log_alpha.detach().exp().clamp(0.0, self.config.alpha_max)
+
+    def update(self, batch: Transitions, noise: torch.Tensor, next_noise: torch.Tensor) -> torch.Tensor:
+        """One step of critics, actor and temperature, then of the target.
+
+        Args:
+            batch: n transitions.
+            noise, next_noise: standard normal [n, act_dim], for the actions at observations and at
+                next_observations.
+
+        Returns:
+            The values of `METRICS` before the step, [6]; entropy is the mean of -log_prob.
+        """
+        config, alpha = self.config, self.alpha
+        target_q = self._target_q(batch, next_noise, alpha)
+        q = self.critic(batch.observations, batch.actions)
+        critic_loss = (q - target_q).square().mean(dim=1).sum()
+        if config.critic_loss == "half_mse":
+            critic_loss = 0.5 * critic_loss
+        critic_gradients = torch.autograd.grad(critic_loss, list(self.critic.parameters()))
+        if not config.simultaneous:
+            self._step("critic", critic_gradients)
+
+        actions, log_prob = self.actor.sample(batch.observations, noise)
+        policy_q = self.critic(batch.observations, actions).min(dim=0).values
+        actor_loss = (alpha * log_prob - policy_q).mean()
+        # Naming the inputs spares the critics' weight gradients, which nobody needs here.
+        actor_gradients = torch.autograd.grad(actor_loss, list(self.actor.parameters()))
+
+        entropy = -log_prob.detach().mean()
+        alpha_loss = self.log_alpha * (entropy - self.target_entropy)
+        alpha_gradients = torch.autograd.grad(alpha_loss, [self.log_alpha])
+
+        if config.simultaneous:
+            self._step("critic", critic_gradients)
+        self._step("actor", actor_gradients)
+        self._step("alpha", alpha_gradients)
+        with torch.no_grad():
+            self._polyak(list(self.target.parameters()), list(self.critic.parameters()), None)
+        self.updates += 1
+        losses = (critic_loss.detach(), actor_loss.detach(), alpha_loss.detach())
+        return torch.stack([*losses, q.detach().mean(), alpha, entropy])
+
+    @torch.no_grad()
+    def _target_q(self, batch: Transitions, noise: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+        actions, log_prob = self.actor.sample(batch.next_observations, noise)
+        q = self.target(batch.next_observations, actions).min(dim=0).values
+        future = torch.where(batch.terminals, 0.0, q - alpha * log_prob)
+        return batch.rewards + self.config.discount * future
+
+    def _step(self, name: str, gradients: tuple[torch.Tensor, ...]) -> None:
+        optimizer = self.optimizers[name]
+        for parameter, gradient in zip(optimizer.param_groups[0]["params"], gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+
+    def update_many(
+        self, data: Transitions, model_buffer: RingBuffer, updates: int, seed: int
+    ) -> dict[str, float]:
+        """`updates` steps on batches of int(real_ratio * batch_size) rows of `data` and else model rows.
+
+        Rows are drawn uniformly with replacement. All indices and noise come from one generator, seeded with
+        `seed`: the same call gives the same parameters.
+
+        Returns:
+            The mean over the updates of each of `METRICS`.
+
+        Raises:
+            InputError: there are no rows to draw from, or a loss became not finite.
+        """
+        config = self.config
+        real = int(config.real_ratio * config.batch_size)
+        model = config.batch_size - real
+        if updates < 1:
+            raise InputError(f"updates must be at least 1, got {updates}")
+        if (real and len(data) == 0) or (model and len(model_buffer) == 0):
+            raise InputError(
+                f"a batch takes {real} real and {model} model rows, but there are {len(data)} and"
+                f" {len(model_buffer)} to draw from"
+            )
+        self._schedule()
+        device = self.log_alpha.device
+        generator = torch.Generator().manual_seed(seed)
+        noise_shape = (updates, 2, config.batch_size, self.actor.act_dim)
+        real_rows = torch.randint(max(len(data), 1), (updates, real), generator=generator).to(device)
+        model_rows = torch.randint(
+            max(len(model_buffer), 1), (updates, model), generator=generator
+        ).to(device)
+        noise = torch.randn(noise_shape, generator=generator).to(device)
+        real_data, model_data = _learnable(data), _learnable(model_buffer.storage)
+        total = torch.zeros(len(METRICS), device=device)
+        for i in range(updates):
+            batch = concatenate([real_data[real_rows[i]], model_data[model_rows[i]]])
+            total += self.update(batch, noise[i, 0], noise[i, 1])
+        means = dict(zip(METRICS, (total / updates).tolist(), strict=True))
+        for name, value in means.items():
+            if not math.isfinite(value):
+                raise InputError(
+                    f"SAC diverged before update {self.updates}: {name} is not finite;"
+                    " lower the learning rates or raise the penalty coefficient"
+                )
+        return means
+
+    def _schedule(self) -> None:
+        if self.config.actor_schedule == "cosine" and self.total_updates:
+            share = min(self.updates / self.total_updates, 1.0)
+            rate = self.config.actor_learning_rate * 0.5 * (1.0 + math.cos(math.pi * share))
+            self.optimizers["actor"].param_groups[0]["lr"] = rate
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All that the next update depends on, by name; shares storage with the live tensors."""
+        tensors = {"log_alpha": self.log_alpha, "updates": torch.tensor(self.updates)}
+        for name, module in self._modules.items():
+            tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+        for name, optimizer in self.optimizers.items():
+            for index, entry in optimizer.state_dict()["state"].items():
+                tensors |= {f"adam.{name}.{index}.{key}": entry[key] for key in _ADAM}
+        return tensors
+
+    @torch.no_grad()
+    def load_state(self, tensors: dict[str, torch.Tensor], source: str | os.PathLike[str] = "state") -> None:
+        """Continue from what `state` returned; `source` names it in errors.
+
+        Raises:
+            InputError: a tensor is missing or has another shape.
+        """
+        require_shape(source, tensors, "updates", torch.Size([]))
+        self.updates = int(tensors["updates"])
+        targets = {"log_alpha": self.log_alpha}
+        for name, module in self._modules.items():
+            targets |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+        for name, target in targets.items():
+            require_shape(source, tensors, name, target.shape)
+            target.copy_(tensors[name])
+        if self.updates == 0:
+            return
+        for name, optimizer in self.optimizers.items():
+            state = {}
+            for index, parameter in enumerate(optimizer.param_groups[0]["params"]):
+                shapes = dict.fromkeys(_ADAM, parameter.shape) | {"step": torch.Size([])}
+                for key, shape in shapes.items():
+                    require_shape(source, tensors, f"adam.{name}.{index}.{key}", shape)
+                # The optimiser keeps what it is given, which must not be a view of a file.
+                state[index] = {key: tensors[f"adam.{name}.{index}.{key}"].clone() for key in _ADAM}
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+    @property
+    def _modules(self) -> dict[str, torch.nn.Module]:
+        return {"actor": self.actor, "critic": self.critic, "target": self.target}
+
+
+def _learnable(data: Transitions) -> Transitions:
+    """The five arrays that SAC learns from."""
+    return Transitions(
+        data.observations, data.actions, data.rewards, data.next_observations, data.terminals
+    )
+
+
+def check_config(config: SACConfig) -> None:
+    """Raise `InputError` where a hyperparameter is out of range."""
+    rates = (config.actor_learning_rate, config.critic_learning_rate, config.alpha_learning_rate)
+    if config.batch_size < 1:
+        raise InputError(f"SAC's batch_size must be at least 1, got {config.batch_size}")
+    if not 0.0 <= config.real_ratio <= 1.0:
+        raise InputError(f"real_ratio must be in [0, 1], got {config.real_ratio}")
+    if not all(0.0 < rate < math.inf for rate in rates):
+        raise InputError(f"learning rates must be positive, got {rates} for actor, critic and alpha")
+    if config.critics < 1 or min(config.hidden, default=1) < 1:
+        raise InputError(
+            f"critics and hidden sizes must be at least 1, got {config.critics} and {config.hidden}"
+        )
+    if not (0.0 <= config.discount < 1.0 and 0.0 < config.polyak <= 1.0):
+        raise InputError(
+            f"discount must be in [0, 1) and polyak in (0, 1], got {config.discount} and {config.polyak}"
+        )
+    if config.alpha_max is not None and not config.alpha_max > 0.0:
+        raise InputError(f"alpha_max must be positive or None, got {config.alpha_max}")
+    if config.target_entropy != "act_dim" and not isinstance(config.target_entropy, (int, float)):
+        raise InputError(f'target_entropy must be a number or "act_dim", got {config.target_entropy!r}')
+    for name, known in (("critic_loss", ("half_mse", "mse")), ("actor_schedule", ("constant", "cosine"))):
+        if getattr(config, name) not in known:
+            raise InputError(f"unknown {name} {getattr(config, name)!r}; there are: {', '.join(known)}")

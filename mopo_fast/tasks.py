@@ -1,0 +1,208 @@
+"""What the algorithm must know of an environment: when an episode ends, what a score means, which
+hyperparameters were tuned for it.
+
+Termination rules: authors' mopo/static/*.py. Reference returns: d4rl/infos.py, the same for v0, v1, v2.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from mopo_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class Box:
+    """The next observations that do not end an episode: low <= s' <= high in every dimension.
+
+    A prediction that is not finite always ends its episode. Bounds are inclusive float32 values; an
+    open bound is its neighbouring float32 (`above`, `below`).
+    """
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.low) != len(self.high):
+            raise InputError(
+                f"a termination box needs as many low as high bounds, got {len(self.low)} and {len(self.high)}"
+            )
+        for dim, (low, high) in enumerate(zip(self.low, self.high, strict=True)):
+            if math.isnan(low) or math.isnan(high) or low > high:
+                raise InputError(f"termination box, dimension {dim}: low {low} and high {high} hold no value")
+
+    @property
+    def obs_dim(self) -> int:
+        return len(self.low)
+
+    def contains(self, observations: torch.Tensor) -> torch.Tensor:
+        """bool [batch]: True where no bound is crossed and all of observations [batch, obs] is finite."""
+        low = torch.tensor(self.low, dtype=observations.dtype, device=observations.device)
+        high = torch.tensor(self.high, dtype=observations.dtype, device=observations.device)
+        inside = (observations >= low) & (observations <= high) & torch.isfinite(observations)
+        return inside.all(dim=-1)
+
+
+def above(value: float) -> float:
+    """The least float32 greater than `value`: makes `x > value` a closed bound."""
+    return float(np.nextafter(np.float32(value), np.float32(np.inf)))
+
+
+def below(value: float) -> float:
+    """The greatest float32 less than `value`."""
+    return float(np.nextafter(np.float32(value), np.float32(-np.inf)))
+
+
+def _closed(value: float) -> float:
+    return float(np.float32(value))
+
+
+def make_box(
+    obs_dim: int,
+    bounds: dict[int, tuple[float, float]] | None = None,
+    rest: tuple[float, float] = (-math.inf, math.inf),
+) -> Box:
+    """A box with `bounds` {dimension: (low, high)} and `rest` for every other dimension."""
+    per_dim = [(bounds or {}).get(dim, rest) for dim in range(obs_dim)]
+    return Box(tuple(low for low, _ in per_dim), tuple(high for _, high in per_dim))
+
+
+@dataclass(frozen=True)
+class Task:
+    """An environment as MOPO sees it.
+
+    Attributes:
+        name: the key in `TASKS`.
+        env_id: the gymnasium environment for evaluation; -v4 follows the v2 rules that D4RL's
+            reference scores belong to.
+        obs_dim, act_dim: sizes of its observation and action.
+        box: the termination rule.
+        min_return, max_return: D4RL's random and expert reference returns; None where D4RL has none.
+        tuned: {source: {tier: (horizon, penalty_coef)}}.
+    """
+
+    name: str
+    env_id: str
+    obs_dim: int
+    act_dim: int
+    box: Box
+    min_return: float | None = None
+    max_return: float | None = None
+    tuned: dict[str, dict[str, tuple[int, float]]] = field(default_factory=dict)
+
+    def normalized_score(self, episode_return: float) -> float | None:
+        """100 * (return - min) / (max - min); None where no references are known."""
+        if self.min_return is None or self.max_return is None:
+            return None
+        return 100.0 * (episode_return - self.min_return) / (self.max_return - self.min_return)
+
+    def normalized_std(self, return_std: float) -> float | None:
+        """A standard deviation on the score's scale: no offset."""
+        if self.min_return is None or self.max_return is None:
+            return None
+        return 100.0 * return_std / (self.max_return - self.min_return)
+
+    def tuned_for(self, tier: str | None, source: str = "authors") -> tuple[int, float]:
+        """(horizon, penalty_coef) tuned for a data tier, else `UNTUNED`."""
+        return self.tuned.get(source, {}).get(tier or "", UNTUNED)
+
+
+# A third party's choice where nothing was published; also the most frequent tuned pair.
+UNTUNED = (5, 1.0)
+
+_HOPPER = {0: (above(0.7), math.inf), 1: (above(-0.2), below(0.2))}
+_HUNDRED = (above(-100.0), below(100.0))
+# authors' hopper has a slip, np.abs(x < 100) for abs(x) < 100, which leaves no lower bound.
+_HUNDRED_SLIP = (-math.inf, below(100.0))
+_WALKER = {0: (above(0.8), below(2.0)), 1: (above(-1.0), below(1.0))}
+
+_TUNED_HALFCHEETAH = {
+    "authors": {
+        "random": (5, 0.5),
+        "medium": (1, 1.0),
+        "medium-replay": (5, 1.0),
+        "medium-expert": (5, 5.0),
+    },
+    "offlinerl-kit": {"medium": (5, 0.5), "medium-replay": (5, 0.5), "medium-expert": (5, 2.5)},
+}
+_TUNED_HOPPER = {
+    "authors": {
+        "random": (5, 1.0),
+        "medium": (5, 5.0),
+        "medium-replay": (5, 1.0),
+        "medium-expert": (5, 1.0),
+    },
+    "offlinerl-kit": {"medium": (5, 5.0), "medium-replay": (5, 2.5), "medium-expert": (5, 5.0)},
+}
+_TUNED_WALKER2D = {
+    "authors": {
+        "random": (1, 1.0),
+        "medium": (5, 5.0),
+        "medium-replay": (1, 1.0),
+        "medium-expert": (1, 2.0),
+    },
+    "offlinerl-kit": {"medium": (5, 0.5), "medium-replay": (1, 2.5), "medium-expert": (1, 2.5)},
+}
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task("halfcheetah", "HalfCheetah-v4", 17, 6, make_box(17), -280.178953, 12135.0, _TUNED_HALFCHEETAH),
+        Task(
+            "hopper",
+            "Hopper-v4",
+            11,
+            3,
+            make_box(11, _HOPPER, _HUNDRED),
+            -20.272305,
+            3234.3,
+            _TUNED_HOPPER,
+        ),
+        Task("walker2d", "Walker2d-v4", 17, 6, make_box(17, _WALKER), 1.629008, 4592.3, _TUNED_WALKER2D),
+        Task("ant", "Ant-v4", 27, 8, make_box(27, {0: (_closed(0.2), 1.0)}), -325.6, 3879.7),
+        Task("humanoid", "Humanoid-v4", 376, 17, make_box(376, {0: (1.0, 2.0)})),
+        Task("pendulum", "InvertedPendulum-v4", 4, 1, make_box(4)),
+    )
+}
+
+# Rules as other code has them, by name, for `RolloutEngine(termination=...)`.
+BOXES: dict[str, Box] = {
+    **{name: task.box for name, task in TASKS.items()},
+    "hopper-authors": make_box(11, _HOPPER, _HUNDRED_SLIP),
+    "halfcheetah-offlinerl-kit": make_box(17, rest=_HUNDRED),
+    "walker2d-offlinerl-kit": make_box(17, _WALKER, _HUNDRED),
+}
+
+
+def get_task(name: str) -> Task:
+    """The task called `name`.
+
+    Raises:
+        InputError: no such task; the message lists those that exist.
+    """
+    if name not in TASKS:
+        raise InputError(f"unknown task {name!r}; there are: {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def parse_dataset_name(name: str) -> tuple[str, str | None]:
+    """(task, tier) of a data set's name: `halfcheetah-medium-replay-v2`, `hopper-random-local`.
+
+    authors' "mixed" is D4RL's later "medium-replay". The tier is None where the name has none.
+
+    Raises:
+        InputError: the name does not begin with a task.
+    """
+    parts = name.lower().replace("_", "-").split("-")
+    task = "walker2d" if parts[0] == "walker" else parts[0]
+    if task not in TASKS:
+        raise InputError(
+            f"the data set name {name!r} does not begin with a task; name one with --task: {', '.join(TASKS)}"
+        )
+    tail = parts[1:]
+    if tail and (tail[-1] == "local" or (tail[-1][:1] == "v" and tail[-1][1:].isdigit())):
+        tail = tail[:-1]
+    tier = "-".join(tail)
+    return task, {"mixed": "medium-replay", "": None}.get(tier, tier)

@@ -1,0 +1,65 @@
+"""Named tensors on disk: safetensors, written atomically, checked on the way in."""
+
+import os
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+
+from mopo_fast.atomic import atomic_path
+from mopo_fast.errors import InputError
+
+
+def save_tensors(
+    path: str | os.PathLike[str], tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write `tensors` (any device; stored contiguous) with string `metadata`."""
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_path(path) as temporary:
+        try:
+            safetensors.torch.save_file(stored, temporary, metadata)
+        except safetensors.SafetensorError as error:
+            # A full disk, most likely: atomic_path makes one clear error of it.
+            raise OSError(str(error)) from error
+
+
+def load_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """Read every tensor of a safetensors file to the CPU; floating values must be finite.
+
+    Raises:
+        InputError: missing, truncated or not a safetensors file, or not finite.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path} does not exist")
+    try:
+        tensors: dict[str, torch.Tensor] = safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path} is not a whole safetensors file ({error}); make it again") from error
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"{path}: {name} holds values that are not finite")
+    return tensors
+
+
+def require_shape(
+    path: str | os.PathLike[str], tensors: dict[str, torch.Tensor], name: str, shape: torch.Size
+) -> None:
+    """Raise `InputError` unless `tensors[name]` is there with `shape`."""
+    if name not in tensors:
+        raise InputError(f"{path} lacks {name}")
+    if tensors[name].shape != shape:
+        raise InputError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, expected {tuple(shape)}")
+
+
+def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The string metadata that `save_tensors` was given.
+
+    Raises:
+        InputError: missing, truncated or not a safetensors file.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path} is not a whole safetensors file ({error}); make it again") from error

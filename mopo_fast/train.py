@@ -1,0 +1,533 @@
+"""The MOPO loop: fit the ensemble, then, epoch after epoch, model rollouts, SAC, evaluation.
+
+Source: softlearning/algorithms/mopo.py of the authors' code. Every epoch's randomness depends on (seed, epoch)
+alone, and a rollout on (ensemble, policy, start states, seed): so a checkpoint keeps, in place of the model
+buffer, the policies that filled it, and a resumed run makes the same rows again.
+"""
+
+import copy
+import csv
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from mopo_fast import __version__
+from mopo_fast.atomic import atomic_path, read_json, write_json
+from mopo_fast.buffer import RingBuffer
+from mopo_fast.config import TrainConfig, to_dict
+from mopo_fast.data import Transitions, load_dataset
+from mopo_fast.ensemble import EnsembleDynamics
+from mopo_fast.errors import InputError
+from mopo_fast.evaluate import Evaluation, evaluate
+from mopo_fast.fit import data_sha256, fit_and_save
+from mopo_fast.progress import progress_bar
+from mopo_fast.report import write_report
+from mopo_fast.rollout import RolloutEngine
+from mopo_fast.sac import METRICS, SAC
+from mopo_fast.seeds import EVALUATE, ROLLOUT, START, derive_seed
+from mopo_fast.seeds import SAC as SAC_SEED
+from mopo_fast.tasks import Task, get_task, parse_dataset_name
+from mopo_fast.tensors import load_metadata, load_tensors, save_tensors
+
+FORMAT_VERSION = 1
+
+# progress.csv's columns and the group of each in TensorBoard.
+COLUMNS = {
+    "epoch": "",
+    "updates": "",
+    **dict.fromkeys(("seconds_rollout", "seconds_sac", "seconds_evaluate", "seconds_total"), "time"),
+    **dict.fromkeys(("score_mean", "score_std", "return_mean", "return_std"), "evaluation"),
+    **dict.fromkeys(METRICS, "sac"),
+    **dict.fromkeys(
+        ("rows", "penalty", "raw_reward", "terminal_share", "non_finite", "buffer_size"), "rollout"
+    ),
+}
+
+
+def train(
+    config: TrainConfig, out: str | os.PathLike[str], *, resume: bool = False, quiet: bool = False
+) -> dict[str, Any]:
+    """One MOPO run, from data set to report, in the folder `out`.
+
+    Args:
+        config: what to do; None in task, horizon and penalty_coef is replaced by what the data set's name says,
+            and the result written to config.json.
+        out: the run's folder.
+        resume: go on from the last checkpoint, to the same final parameters, bit for bit, as a run that was
+            never stopped; a folder without a run is a run stopped before its first file. A finished run
+            is left as it is.
+        quiet: no progress bars.
+
+    Returns:
+        What summary.json holds: score_mean, score_std, return_mean, return_std (of the last policy), updates,
+        seconds {fit, rollout, sac, evaluate, total}, backend, device, dtype, dataset, task, seed, versions.
+
+    Raises:
+        InputError: a setting cannot be used, `out` holds a run and `resume` is False or the run's config
+            is another, the data or a checkpoint is not sound, or the training diverged.
+    """
+    started = time.perf_counter()
+    out = Path(out)
+    config, task = resolve(config)
+    _claim(out, config, resume)
+    summary_path, report_path = out / "summary.json", out / "report.html"
+    if not summary_path.exists():
+        data = load_dataset(config.dataset, quiet=quiet)
+        if (data.obs_dim, data.act_dim) != (task.obs_dim, task.act_dim):
+            raise InputError(
+                f"{config.dataset} has {data.obs_dim} observation and {data.act_dim} action dimensions, the"
+                f" task {task.name} has {task.obs_dim} and {task.act_dim}; name its own task with --task"
+            )
+        fit_started = time.perf_counter()
+        ensemble, fit_seconds = _dynamics(config, data, out, quiet)
+        # What an earlier, interrupted session spent on the fit is part of the total too.
+        started -= max(0.0, fit_seconds - (time.perf_counter() - fit_started))
+        write_json(summary_path, _train(config, task, data, ensemble, out, started, fit_seconds, quiet))
+    if not report_path.exists():
+        write_report(out)
+    summary: dict[str, Any] = read_json(summary_path)
+    return summary
+
+
+def resolve(config: TrainConfig) -> tuple[TrainConfig, Task]:
+    """`config` with task, horizon and penalty_coef filled in, checked, and its task.
+
+    Raises:
+        InputError: a setting is unknown or out of range, or what it asks for is not available here.
+    """
+    name = Path(config.dataset).stem
+    try:
+        named_task, tier = parse_dataset_name(name)
+    except InputError:
+        if config.task is None:
+            raise
+        named_task, tier = config.task, None
+    task = get_task(config.task or named_task)
+    horizon, penalty_coef = task.tuned_for(tier)
+    rollout = config.rollout
+    if rollout.horizon is None:
+        rollout = dataclasses.replace(rollout, horizon=horizon)
+    if rollout.penalty_coef is None:
+        rollout = dataclasses.replace(rollout, penalty_coef=penalty_coef)
+    config = dataclasses.replace(config, task=task.name, rollout=rollout)
+
+    if config.seed < 0:
+        raise InputError(f"seed must not be negative, got {config.seed}")
+    at_least_one = {
+        "steps": config.steps,
+        "rollout horizon": rollout.horizon,
+        "rollout batch_size": rollout.batch_size,
+        "rollout interval": rollout.interval,
+        "rollout retain_epochs": rollout.retain_epochs,
+        "evaluation episodes": config.evaluation.episodes,
+        "evaluation interval": config.evaluation.interval,
+    }
+    for setting, value in at_least_one.items():
+        if value is None or value < 1:
+            raise InputError(f"{setting} must be at least 1, got {value}")
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {config.device!r} cannot be used ({error}); try cpu") from error
+    if config.dynamics_from is None:
+        dynamics = config.dynamics
+        ensemble = EnsembleDynamics(
+            task.obs_dim,
+            task.act_dim,
+            members=dynamics.members,
+            elites=dynamics.elites,
+            hidden=dynamics.hidden,
+            activation=dynamics.activation,
+        ).to(config.device)
+    else:
+        ensemble = EnsembleDynamics.load(config.dynamics_from, config.device)
+        if (ensemble.obs_dim, ensemble.act_dim) != (task.obs_dim, task.act_dim):
+            raise InputError(
+                f"the ensemble in {config.dynamics_from} is for {ensemble.obs_dim} observation and"
+                f" {ensemble.act_dim} action dimensions, the task {task.name} has {task.obs_dim} and"
+                f" {task.act_dim}"
+            )
+    # What these refuse is refused now, before the data set is read and the ensemble fitted.
+    _engine(config, task, ensemble, rollout.backend)
+    SAC(task.obs_dim, task.act_dim, config.sac, total_updates=config.steps)
+    return config, task
+
+
+def _engine(
+    config: TrainConfig, task: Task, ensemble: EnsembleDynamics, backend: str
+) -> RolloutEngine:
+    rollout = config.rollout
+    assert rollout.penalty_coef is not None
+    return RolloutEngine(
+        ensemble,
+        penalty=rollout.penalty,
+        penalty_coef=rollout.penalty_coef,
+        penalty_members=rollout.penalty_members,
+        termination=task.box,
+        backend=backend,
+        dtype=rollout.dtype,
+        threads=rollout.threads,
+    )
+
+
+def _claim(out: Path, config: TrainConfig, resume: bool) -> None:
+    """Make `out` this run's folder: config.json is the first file in it."""
+    path = out / "config.json"
+    ours = json.loads(json.dumps(to_dict(config)))
+    if not path.exists():
+        write_json(path, ours)
+        return
+    if not resume:
+        raise InputError(f"{out} holds a run already; go on with it by --resume, or choose another --out")
+    difference = _first_difference(read_json(path), ours)
+    if difference:
+        raise InputError(
+            f"{out} was made with {difference}; resume with the same settings or choose another --out"
+        )
+    for leftover in out.rglob(".*.tmp"):
+        leftover.unlink()
+
+
+def _first_difference(theirs: Any, ours: Any, name: str = "") -> str | None:
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for key in {**theirs, **ours}:
+            difference = _first_difference(theirs.get(key), ours.get(key), f"{name}.{key}".lstrip("."))
+            if difference:
+                return difference
+        return None
+    return None if theirs == ours else f"{name} = {theirs!r}, not {ours!r}"
+
+
+def _dynamics(
+    config: TrainConfig, data: Transitions, out: Path, quiet: bool
+) -> tuple[EnsembleDynamics, float]:
+    """The run's ensemble, in `out` from now on, and the seconds that its fit took this run."""
+    if config.dynamics_from is not None:
+        for name in ("dynamics.safetensors", "dynamics.json", "fit.json"):
+            source = Path(config.dynamics_from, name)
+            # An ensemble that was not fitted here has no fit.json.
+            if (source.exists() or name != "fit.json") and not (out / name).exists():
+                with atomic_path(out / name) as temporary:
+                    shutil.copyfile(source, temporary)
+        return EnsembleDynamics.load(out, config.device), 0.0
+    if not (out / "fit.json").exists():
+        fit_and_save(
+            data, out, seed=config.seed, config=config.dynamics, device=config.device, quiet=quiet
+        )
+    fit = read_json(out / "fit.json")
+    if fit.get("data_sha256") != data_sha256(data):
+        raise InputError(
+            f"{config.dataset} is not the data that {out / 'fit.json'} was made from; bring that data back or"
+            " choose another --out"
+        )
+    return EnsembleDynamics.load(out, config.device), float(fit["seconds"])
+
+
+def _train(
+    config: TrainConfig,
+    task: Task,
+    data: Transitions,
+    ensemble: EnsembleDynamics,
+    out: Path,
+    started: float,
+    fit_seconds: float,
+    quiet: bool,
+) -> dict[str, Any]:
+    """All epochs that are left; the summary."""
+    checkpoints = out / "checkpoint"
+    last = max(checkpoints.glob("epoch-*.safetensors"), default=None)
+    loop = _Loop(config, task, data.to(config.device), ensemble, started)
+    if last is not None:
+        loop.restore(last)
+    progress = out / "progress.csv"
+    _cut_back(progress, loop.epoch)
+    epochs = math.ceil(config.steps / config.rollout.interval)
+    with (
+        SummaryWriter(str(out), purge_step=loop.sac.updates + 1) as board,
+        progress_bar("train: epochs", epochs, quiet=quiet) as bar,
+    ):
+        bar.update(completed=loop.epoch)
+        if last is None and (out / "fit.json").exists():
+            _log_fit(out)
+        while loop.epoch < epochs:
+            row = loop.run_epoch(last=loop.epoch + 1 == epochs)
+            _append_row(progress, row)
+            for name, value in row.items():
+                if value is not None and COLUMNS[name]:
+                    board.add_scalar(f"{COLUMNS[name]}/{name}", value, row["updates"])
+            board.flush()
+            loop.sac.actor.save(out)
+            loop.save(checkpoints / f"epoch-{loop.epoch:06}.safetensors")
+            score = loop.evaluation.score_mean if loop.evaluation else None
+            note = f"penalty {row['penalty']:.3g}, Q {row['q']:.4g}"
+            bar.update(completed=loop.epoch, note=note if score is None else f"score {score:.1f}, {note}")
+    assert loop.evaluation is not None  # the last epoch is always evaluated
+    result = dataclasses.asdict(loop.evaluation)
+    return {
+        **{name: result[name] for name in ("score_mean", "score_std", "return_mean", "return_std")},
+        "updates": loop.sac.updates,
+        "epochs": loop.epoch,
+        "seconds": {"fit": fit_seconds, **loop.seconds, "total": loop.elapsed()},
+        "backend": loop.engine.backend,
+        "device": config.device,
+        "dtype": config.rollout.dtype,
+        "threads": torch.get_num_threads(),
+        "dataset": config.dataset,
+        "transitions": len(data),
+        "task": task.name,
+        "seed": config.seed,
+        "horizon": config.rollout.horizon,
+        "penalty": config.rollout.penalty,
+        "penalty_coef": config.rollout.penalty_coef,
+        "versions": {
+            "mopo_fast": __version__,
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "mujoco")},
+        },
+    }
+
+
+@dataclass(frozen=True)
+class _Rollout:
+    """An epoch with rows in the model buffer, and what it takes to make them again.
+
+    Attributes:
+        epoch: its number, from 1.
+        head: the row of the buffer where its first row is.
+        rows: how many it has.
+        policy: the actor's parameters that made them.
+    """
+
+    epoch: int
+    head: int
+    rows: int
+    policy: dict[str, torch.Tensor]
+
+
+class _Loop:
+    """The state of the training between two epochs, and the epoch itself."""
+
+    def __init__(
+        self, config: TrainConfig, task: Task, data: Transitions, ensemble: EnsembleDynamics, started: float
+    ) -> None:
+        rollout = config.rollout
+        assert rollout.horizon is not None
+        self.config, self.task, self.data, self.started = config, task, data, started
+        self.horizon = rollout.horizon
+        self.engine = _engine(config, task, ensemble, rollout.backend)
+        capacity = rollout.retain_epochs * self.horizon * rollout.batch_size
+        self.buffer = RingBuffer(capacity, task.obs_dim, task.act_dim, config.device)
+        self.sac = SAC(
+            task.obs_dim,
+            task.act_dim,
+            config.sac,
+            seed=config.seed,
+            device=config.device,
+            total_updates=config.steps,
+        )
+        self.rollouts: list[_Rollout] = []
+        self.evaluation: Evaluation | None = None
+        self.epoch = 0
+        self.seconds = {"rollout": 0.0, "sac": 0.0, "evaluate": 0.0}
+
+    def elapsed(self) -> float:
+        """Seconds since the run's start, the time between sessions left out."""
+        return time.perf_counter() - self.started
+
+    def run_epoch(self, last: bool) -> dict[str, Any]:
+        """Rollout, `interval` updates, evaluation where it is due; the row of progress.csv."""
+        config, epoch = self.config, self.epoch + 1
+        before = dict(self.seconds)
+        policy = {name: value.clone() for name, value in self.sac.actor.state_dict().items()}
+        head = self.buffer.head
+        with _Clock(self.seconds, "rollout"):
+            rows = self._roll_out(self.sac.actor, epoch)
+        self.rollouts.append(_Rollout(epoch, head, len(rows), policy))
+        while sum(rollout.rows for rollout in self.rollouts[1:]) >= self.buffer.capacity:
+            del self.rollouts[0]
+        with _Clock(self.seconds, "sac"):
+            metrics = self.sac.update_many(
+                self.data,
+                self.buffer,
+                min(config.rollout.interval, config.steps - self.sac.updates),
+                derive_seed(config.seed, SAC_SEED, epoch),
+            )
+        evaluation = None
+        if last or epoch % config.evaluation.interval == 0:
+            with _Clock(self.seconds, "evaluate"):
+                evaluation = self.evaluation = evaluate(
+                    self.sac.actor,
+                    self.task,
+                    episodes=config.evaluation.episodes,
+                    seed=derive_seed(config.seed, EVALUATE, epoch),
+                    deterministic=config.evaluation.deterministic,
+                )
+        self.epoch = epoch
+        assert rows.penalties is not None and rows.raw_rewards is not None
+        row = {
+            "epoch": epoch,
+            "updates": self.sac.updates,
+            **{f"seconds_{name}": self.seconds[name] - before[name] for name in before},
+            "seconds_total": self.elapsed(),
+            **metrics,
+            "rows": len(rows),
+            "penalty": rows.penalties.mean().item(),
+            "raw_reward": rows.raw_rewards.mean().item(),
+            "terminal_share": rows.terminals.float().mean().item(),
+            "non_finite": rows.info["non_finite"],
+            "buffer_size": self.buffer.size,
+        }
+        for name in ("score_mean", "score_std", "return_mean", "return_std"):
+            row[name] = getattr(evaluation, name, None)
+        return {name: row[name] for name in COLUMNS}
+
+    def _roll_out(self, policy: torch.nn.Module, epoch: int) -> Transitions:
+        """The model rollouts of `epoch`, appended to the buffer."""
+        config = self.config
+        generator = torch.Generator().manual_seed(derive_seed(config.seed, START, epoch))
+        start = torch.randint(len(self.data), (config.rollout.batch_size,), generator=generator)
+        rows = self.engine.rollout(
+            policy,
+            self.data.observations[start.to(self.data.device)],
+            self.horizon,
+            seed=derive_seed(config.seed, ROLLOUT, epoch),
+            out=self.buffer,
+        )
+        if len(rows) == 0:
+            raise InputError(
+                f"every model rollout of epoch {epoch} began with a prediction that is not finite; the"
+                " ensemble does not fit this data, fit it again"
+            )
+        return rows
+
+    def save(self, path: Path) -> None:
+        """Write all that the next epoch depends on to `path`, then remove older checkpoints beside it."""
+        state = {
+            "format_version": FORMAT_VERSION,
+            "epoch": self.epoch,
+            "seconds": {**self.seconds, "total": self.elapsed()},
+            "evaluation": dataclasses.asdict(self.evaluation) if self.evaluation else None,
+            "buffer": {"head": self.buffer.head, "size": self.buffer.size},
+            "rollouts": [
+                {"epoch": rollout.epoch, "head": rollout.head, "rows": rollout.rows}
+                for rollout in self.rollouts
+            ],
+            "backend": self.engine.backend,
+        }
+        tensors = {f"sac.{name}": tensor for name, tensor in self.sac.state().items()}
+        for rollout in self.rollouts:
+            tensors |= {f"policy.{rollout.epoch}.{name}": value for name, value in rollout.policy.items()}
+        save_tensors(path, tensors, {"state": json.dumps(state)})
+        for older in path.parent.glob("epoch-*.safetensors"):
+            if older != path:
+                older.unlink()
+
+    def restore(self, path: Path) -> None:
+        """Continue from what `save` wrote: the buffer is filled again by the policies that filled it.
+
+        Raises:
+            InputError: the checkpoint is truncated or garbled, or its rollouts cannot be made again here.
+        """
+        tensors = load_tensors(path)
+        try:
+            state = json.loads(load_metadata(path)["state"])
+            if state["format_version"] != FORMAT_VERSION:
+                raise InputError(
+                    f"{path} has format_version {state['format_version']}, this package reads {FORMAT_VERSION}"
+                )
+            self._restore(path, state, tensors)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"{path} is not a whole checkpoint ({error}); delete it to train from the start"
+            ) from error
+
+    def _restore(self, path: Path, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        self.sac.load_state(_within(tensors, "sac."), path)
+        self.epoch = state["epoch"]
+        self.seconds = {name: float(state["seconds"][name]) for name in self.seconds}
+        self.started -= float(state["seconds"]["total"])
+        self.evaluation = Evaluation(**state["evaluation"]) if state["evaluation"] else None
+        self.engine = _engine(self.config, self.task, self.engine.ensemble, state["backend"])
+        self.rollouts = [
+            _Rollout(**rollout, policy=_within(tensors, f"policy.{rollout['epoch']}."))
+            for rollout in state["rollouts"]
+        ]
+        actor = copy.deepcopy(self.sac.actor)
+        self.buffer.head = self.rollouts[0].head
+        with _Clock(self.seconds, "rollout"):
+            for rollout in self.rollouts:
+                actor.load_state_dict(rollout.policy)
+                rows = len(self._roll_out(actor, rollout.epoch))
+                if rows != rollout.rows:
+                    raise InputError(
+                        f"{path}: the rollout of epoch {rollout.epoch} gave {rows} rows, {rollout.rows} when it"
+                        " was made; resume with the data set and the dynamics that the run began with"
+                    )
+        if self.buffer.head != state["buffer"]["head"]:
+            raise ValueError("its rollouts do not end at the buffer's head")
+        self.buffer.size = state["buffer"]["size"]
+
+
+class _Clock:
+    """Adds the seconds spent inside to `seconds[name]`."""
+
+    def __init__(self, seconds: dict[str, float], name: str) -> None:
+        self.seconds, self.name = seconds, name
+
+    def __enter__(self) -> None:
+        self.started = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds[self.name] += time.perf_counter() - self.started
+
+
+def _within(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {
+        name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)
+    }
+
+
+def _append_row(path: Path, row: dict[str, Any]) -> None:
+    """Add one line to progress.csv; the header first, where the file is new."""
+    try:
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, list(COLUMNS))
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerow(row)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _cut_back(path: Path, epochs: int) -> None:
+    """Leave only the rows of progress.csv up to the checkpoint's epoch."""
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)[: 1 + epochs]
+        with atomic_path(path) as temporary:
+            temporary.write_text("".join(lines) if epochs else "")
+
+
+def _log_fit(out: Path) -> None:
+    """Write the fit's curves to TensorBoard, as a run of their own: their steps are epochs of the fit."""
+    fit, folder = read_json(out / "fit.json"), out / "fit"
+    shutil.rmtree(folder, ignore_errors=True)
+    with SummaryWriter(str(folder)) as board:
+        for epoch, errors in enumerate(fit["holdout_mse"]):
+            for member, error in enumerate(errors):
+                board.add_scalar(f"holdout_mse/member_{member}", error, epoch)
+            board.add_scalar("train_loss", fit["train_loss"][epoch], epoch)

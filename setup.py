@@ -1,0 +1,43 @@
+"""Builds mopo_fast._cpu with CMake; everything else is in pyproject.toml.
+
+Environment: MOPO_FAST_SANITIZE=address,undefined (or thread) builds with sanitizers.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cmake
+import ninja
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+class CMakeBuild(build_ext):
+    """Configures, builds and installs every extension in one CMake run."""
+
+    def build_extensions(self) -> None:
+        sanitize = os.environ.get("MOPO_FAST_SANITIZE", "")
+        kind = sanitize.replace(",", "-") or "release"
+        build = ROOT / "build" / f"cmake-{kind}-{sys.implementation.cache_tag}"
+        prefix = Path(self.get_ext_fullpath("mopo_fast._cpu")).resolve().parent.parent
+        # The tools of the build environment by their paths: with build isolation these change every time.
+        program = Path(cmake.CMAKE_BIN_DIR, "cmake")
+        options = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_MAKE_PROGRAM": Path(ninja.BIN_DIR, "ninja"),
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+            "MOPO_FAST_SANITIZE": sanitize,
+        }
+        flags = [f"-D{name}={value}" for name, value in options.items()]
+        subprocess.run([program, "-S", ROOT, "-B", build, "-G", "Ninja", *flags], check=True)
+        subprocess.run([program, "--build", build], check=True)
+        subprocess.run([program, "--install", build, "--prefix", prefix], check=True)
+
+
+setup(ext_modules=[Extension("mopo_fast._cpu", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -1,0 +1,253 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from mopo_fast import Actor, EnsembleDynamics, load_dataset
+from mopo_fast.cli import COMMANDS, main
+from mopo_fast.tasks import TASKS
+
+TINY = [
+    *("--dynamics.hidden", "16", "16", "--dynamics.weight-decay", "1e-5", "1e-5", "1e-5"),
+    *("--dynamics.max-epochs", "2", "--sac.hidden", "16", "16"),
+    *("--rollout.batch-size", "50", "--rollout.interval", "10", "--evaluation.episodes", "2"),
+]
+
+
+def mopo_fast(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The installed command, as a user runs it."""
+    command = [sys.executable, "-m", "mopo_fast", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "hopper-random.hdf5"
+    assert main(["collect", "hopper-random", "--steps", "2000", "--out", str(path), "--quiet"]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "run"
+    arguments = ["train", str(dataset), "--steps", "20", "--horizon", "2", "--penalty-coef", "0.25"]
+    assert main([*arguments, "--out", str(path), "--quiet", *TINY]) == 0
+    return path
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line that a user's mistake prints."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    out, err = capsys.readouterr()
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("error: ") and "Traceback" not in err and not out
+    return last
+
+
+def test_help_names_every_command() -> None:
+    text = mopo_fast("--help").stdout
+    assert all(f"• {name} " in text for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    # Every flag is explained or says its default.
+    assert f"usage: mopo-fast {command}" in capsys.readouterr().out
+
+
+def test_flags_of_train_are_short_and_the_rest_is_reachable(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = capsys.readouterr().out
+    for flag in ("task", "seed", "steps", "out", "device", "backend", "horizon", "penalty-coef", "penalty"):
+        assert f" --{flag} " in text, flag
+    for flag in ("dynamics", "resume", "quiet", "sac.alpha-max", "rollout.retain-epochs"):
+        assert f" --{flag} " in text, flag
+
+
+def test_an_unknown_flag_is_told_the_near_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "hopper-random-local", "--horizn", "3"])
+    assert stop.value.code == 2
+    assert "--horizon" in capsys.readouterr().err
+
+
+def test_collect_says_where(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(load_dataset(dataset)) == 2000
+    other = dataset.with_name("other.hdf5")
+    main(["collect", "hopper-random", "--steps", "10", "--out", str(other), "--quiet"])
+    assert capsys.readouterr().out.strip() == str(other)
+    message = error_of(capsys, "collect", "hopper-random", "--steps", "10", "--out", other)
+    assert str(other) in message and "--overwrite" in message
+    assert main(["collect", "hopper-random", "--steps", "12", "--out", str(other), "--overwrite"]) == 0
+    assert len(load_dataset(other)) == 12
+
+
+def test_a_run_holds_all_that_it_should(run: Path) -> None:
+    names = {path.name for path in run.iterdir()}
+    assert names >= {
+        *("config.json", "progress.csv", "fit.json", "dynamics.safetensors", "dynamics.json"),
+        *("policy.safetensors", "policy.json", "checkpoint", "summary.json", "report.html"),
+    }
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["updates"] == 20 and summary["seed"] == 0
+    config = json.loads((run / "config.json").read_text())
+    assert config["rollout"]["horizon"] == 2 and config["rollout"]["penalty_coef"] == 0.25
+    assert Actor.load(run).hidden == (16, 16)
+    assert EnsembleDynamics.load(run).hidden == (16, 16)
+
+
+def test_fit_then_train_on_that_fit(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit = tmp_path / "fit"
+    assert main(["fit", str(dataset), "--out", str(fit), "--quiet", *TINY[:8]]) == 0
+    assert "2 epochs" in capsys.readouterr().out
+    out = tmp_path / "run"
+    arguments = ["--steps", "10", "--horizon", "1", "--dynamics", str(fit), "--out", str(out), "--quiet"]
+    assert main(["train", str(dataset), *arguments, *TINY]) == 0
+    assert (out / "dynamics.safetensors").read_bytes() == (fit / "dynamics.safetensors").read_bytes()
+    assert (out / "fit.json").read_text() == (fit / "fit.json").read_text()
+
+
+def test_evaluate_prints_a_line_or_json(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--episodes", "3", "--seed", "5", "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert len(values["returns"]) == len(values["lengths"]) == 3
+    assert values["return_mean"] == pytest.approx(np.mean(values["returns"]))
+    assert main(["evaluate", str(run), "--episodes", "3", "--seed", "5"]) == 0
+    assert f"return {values['return_mean']:.1f} " in capsys.readouterr().out
+    assert main(["evaluate", str(run), "--episodes", "3", "--seed", "5", "--stochastic", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["returns"] != values["returns"]
+
+
+def test_report_is_written_again(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "report.html").unlink()
+    capsys.readouterr()
+    assert main(["report", str(run)]) == 0
+    assert capsys.readouterr().out.strip() == str(run / "report.html")
+    assert "<html" in (run / "report.html").read_text()
+
+
+@pytest.mark.parametrize("suffix", [".hdf5", ".npz"])
+def test_rollouts_come_back_as_a_data_set(run: Path, dataset: Path, tmp_path: Path, suffix: str) -> None:
+    out = tmp_path / f"rollouts{suffix}"
+    arguments = ["--dataset", str(dataset), "--count", "40", "--horizon", "3", "--out", str(out)]
+    assert main(["rollout", str(run), *arguments, "--backend", "reference"]) == 0
+    file = h5py.File(out) if suffix == ".hdf5" else np.load(out)
+    with file:
+        arrays = {key: file[key][()] for key in file if key != "metadata"}
+    data = load_dataset(out)
+    assert len(data) == len(arrays["rewards"])
+    assert torch.equal(data.next_observations, torch.from_numpy(arrays["next_observations"]))
+    np.testing.assert_allclose(
+        arrays["rewards"], arrays["raw_rewards"] - 0.25 * arrays["penalties"], rtol=1e-5, atol=1e-5
+    )
+    # Every rollout ends once: by a terminal, or by its third step, which is a time-out.
+    ends = arrays["terminals"] | arrays["timeouts"]
+    assert not (arrays["terminals"] & arrays["timeouts"]).any()
+    assert ends.sum() == len(np.unique(arrays["rollout_index"])) == 40
+    assert np.array_equal(np.flatnonzero(arrays["step"] == 0)[1:], np.flatnonzero(ends)[:-1] + 1)
+    assert (arrays["step"][arrays["timeouts"]] == 2).all()
+    inside = TASKS["hopper"].box.contains(data.next_observations)
+    assert np.array_equal(~inside.numpy(), arrays["terminals"])
+
+
+def test_doctor_prints_text_or_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    assert "backend reference" in capsys.readouterr().out
+    assert main(["doctor", "--json"]) == 0
+    assert {"machine", "backends", "packages"} <= json.loads(capsys.readouterr().out).keys()
+
+
+def test_bench_writes_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "bench.json"
+    arguments = ["--starts", "20", "--horizon", "2", "--rounds", "2", "--threads", "1", "--quiet"]
+    assert main(["bench", "rollout", *arguments, "--json", str(out)]) == 0
+    kernel, reference = json.loads(out.read_text())
+    assert (kernel["kernel"], reference["backend"]) == ("rollout", "reference")
+    assert kernel["baselines"]["reference"] == pytest.approx(kernel["rate"] / reference["rate"])
+    assert kernel["shape"]["starts"] == 20 and kernel["unit"] == "transitions/s"
+    # 2 x (7 members of 131,800 and a policy of 72,960 multiply-adds) a transition, the canonical shape.
+    assert kernel["gflops"] * 1e9 / kernel["rate"] == pytest.approx(2 * (7 * 131_800 + 72_960))
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+MISTAKES = {
+    "a task that does not exist": (["train", "DATA", "--task", "cheetah"], ["cheetah", *TASKS]),
+    "a task of other sizes": (["train", "DATA", "--task", "halfcheetah"], ["17"]),
+    "no such file": (["train", "nothing.hdf5"], ["nothing.hdf5", "does not exist"]),
+    "no such data set": (["train", "hoper-medium-v2"], ["hoper-medium-v2", "hopper-medium-v2"]),
+    "not a data set": (["fit", "JUNK", "--out", "OUT"], ["junk.hdf5"]),
+    "no such backend": (["train", "DATA", "--backend", "abacus"], ["abacus", "reference"]),
+    "no such device": (["train", "DATA", "--device", "abacus"], ["abacus"]),
+    "no such ensemble": (["train", "DATA", "--dynamics", "nowhere"], ["nowhere"]),
+    "no steps": (["train", "DATA", "--steps", "0"], ["steps", "0"]),
+    "no horizon": (["train", "DATA", "--horizon", "0"], ["horizon", "0"]),
+    "a negative penalty": (["train", "DATA", "--penalty-coef", "-1"], ["penalty_coef", "-1"]),
+    "a negative seed": (["train", "DATA", "--seed", "-1"], ["seed", "-1"]),
+    "a folder that cannot be made": (["train", "DATA", "--out", "/proc/nowhere"], ["/proc/nowhere"]),
+    "collect what is not made": (["collect", "ant-random"], ["ant-random", "hopper-random"]),
+    "collect nothing": (["collect", "hopper-random", "--steps", "0", "--out", "OUT"], ["steps", "0"]),
+    "evaluate no run": (["evaluate", "nowhere"], ["nowhere"]),
+    "evaluate nothing": (["evaluate", "RUN", "--episodes", "0"], ["episodes", "0"]),
+    "report no run": (["report", "nowhere"], ["nowhere"]),
+    "roll out no run": (["rollout", "nowhere", "--dataset", "DATA", "--out", "OUT.npz"], ["nowhere"]),
+    "roll out to no format": (["rollout", "RUN", "--dataset", "DATA", "--out", "a.csv"], ["a.csv", ".npz"]),
+    "roll out nothing": (
+        ["rollout", "RUN", "--dataset", "DATA", "--out", "OUT.npz", "--count", "0"],
+        ["count", "0"],
+    ),
+    "bench no rounds": (["bench", "rollout", "--rounds", "0"], ["rounds", "0"]),
+    "bench on no backend": (["bench", "rollout", "--backend", "abacus"], ["abacus"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_that_names_it(
+    mistake: str,
+    dataset: Path,
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "junk.hdf5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
+    names = {"DATA": dataset, "RUN": run, "JUNK": "junk.hdf5", "OUT": "out", "OUT.npz": "out.npz"}
+    arguments, words = MISTAKES[mistake]
+    message = error_of(capsys, *(names.get(argument, argument) for argument in arguments))
+    assert all(word in message for word in words), message
+    assert not (tmp_path / "out.npz").exists()
+
+
+def test_a_mistake_exits_with_2_and_no_traceback() -> None:
+    result = mopo_fast("train", "nothing.hdf5")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+def test_an_interrupt_exits_with_130_and_says_how_to_go_on(dataset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "mopo_fast", "train", dataset, "--out", out, "--quiet", *TINY]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (out / "policy.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert f"--out {out} --resume" in errors and "Traceback" not in errors

@@ -1,0 +1,47 @@
+"""What is installed: one version, lazy imports, sources that a wheel can be built from."""
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import mopo_fast
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_every_public_name_is_there() -> None:
+    for name in mopo_fast.__all__:
+        assert getattr(mopo_fast, name) is not None
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = mopo_fast.nothing
+
+
+def test_one_version() -> None:
+    assert importlib.metadata.version("mopo_fast") == mopo_fast.__version__
+    assert f"## {mopo_fast.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_command_line_loads_without_torch() -> None:
+    check = "import sys, mopo_fast.cli; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+def test_every_source_is_in_the_build() -> None:
+    listed = (ROOT / "CMakeLists.txt").read_text()
+    for source in (ROOT / "csrc").rglob("*.cpp"):
+        assert str(source.relative_to(ROOT)) in listed
+
+
+def test_constraints_pin_every_requirement() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"]
+    wanted = [*project["project"]["dependencies"], *extras["test"], *extras["lint"]]
+    wanted += project["build-system"]["requires"]
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {line.split("==")[0].lower().replace("_", "-") for line in lines if "==" in line}
+    assert {re.split(r"[<>=\[]", name)[0].lower() for name in wanted} <= pinned

@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.inl csrc/cpu/*.cpp)
 
-.PHONY: install demo test lint bench sanitize clean
+.PHONY: install demo test lint format bench sanitize clean
 install: $(INSTALLED)
 
 # Done again only when what is built or installed has changed.
@@ -24,11 +24,12 @@ $(INSTALLED): pyproject.toml setup.py CMakeLists.txt constraints.txt $(CPP)
 
 DEMO_DATA := $(RUNS)/demo/halfcheetah-random-local.hdf5
 demo: $(INSTALLED)
-	$(BIN)/mopo-fast collect halfcheetah-random --steps 40000 --out $(DEMO_DATA) --overwrite
-	$(BIN)/mopo-fast train $(DEMO_DATA) --steps 10000 --out $(RUNS)/demo/run --overwrite \
+	rm -rf $(RUNS)/demo
+	$(BIN)/mopo-fast collect halfcheetah-random --steps 40000 --out $(DEMO_DATA)
+	$(BIN)/mopo-fast train $(DEMO_DATA) --steps 10000 --out $(RUNS)/demo/run \
 	    --dynamics.max-epochs 25 --rollout.batch-size 10000 --evaluation.interval 2
-	$(BIN)/mopo-fast report $(RUNS)/demo/run
 	$(BIN)/mopo-fast evaluate $(RUNS)/demo/run
+	@echo "Look at $(RUNS)/demo/run/report.html"
 
 test: $(INSTALLED) lint
 	$(BIN)/python -m pytest -n $(JOBS)
@@ -38,6 +39,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CPP)
 
 bench: $(INSTALLED)
 	$(BIN)/mopo-fast bench rollout

@@ -4,11 +4,12 @@
 #include <cstdint>
 
 #ifdef __CUDACC__
-#define MOPO_INLINE static __host__ __device__ __forceinline__
+#define MOPO_METHOD __host__ __device__ __forceinline__
 #else
-// Internal linkage: each instruction set's file has its own copy, and the linker may not choose among them.
-#define MOPO_INLINE static inline __attribute__((always_inline))
+#define MOPO_METHOD inline __attribute__((always_inline))
 #endif
+// Internal linkage: each instruction set's file has its own copy, and the linker may not choose among them.
+#define MOPO_INLINE static MOPO_METHOD
 
 namespace mopo {
 

@@ -23,13 +23,14 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from mopo_fast.backends import StepResult
     from mopo_fast.config import TrainConfig
     from mopo_fast.data import Transitions, load_dataset
     from mopo_fast.ensemble import EnsembleDynamics
     from mopo_fast.errors import InputError
     from mopo_fast.fit import fit_dynamics
     from mopo_fast.policy import Actor
-    from mopo_fast.rollout import RolloutEngine, StepResult
+    from mopo_fast.rollout import RolloutEngine
     from mopo_fast.tasks import Box
 
 # Imported on first use: torch takes seconds, and `mopo-fast --help` does not need it.
@@ -39,7 +40,7 @@ _HOMES = {
     "EnsembleDynamics": "ensemble",
     "InputError": "errors",
     "RolloutEngine": "rollout",
-    "StepResult": "rollout",
+    "StepResult": "backends",
     "TrainConfig": "config",
     "Transitions": "data",
     "fit_dynamics": "fit",

@@ -1,6 +1,6 @@
 """Measurements that compare: every contender runs in turn, round after round, and medians are reported.
 
-Two programs timed one after the other are not comparable where the machine's speed drifts; interleaved, they are.
+Programs timed one after the other are not comparable where the machine's speed drifts; interleaved, they are.
 """
 
 import contextlib

@@ -20,9 +20,7 @@ class RingBuffer:
         InputError: a size is not positive.
     """
 
-    def __init__(
-        self, capacity: int, obs_dim: int, act_dim: int, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, capacity: int, obs_dim: int, act_dim: int, device: torch.device | str = "cpu") -> None:
         if min(capacity, obs_dim, act_dim) < 1:
             raise InputError(
                 f"a buffer needs positive sizes, got capacity {capacity}, obs {obs_dim}, act {act_dim}"

@@ -23,7 +23,6 @@ from mopo_fast.progress import console
 
 Dataset = Annotated[str, Positional, arg(metavar="DATASET")]
 Run = Annotated[Path, Positional, arg(metavar="RUN")]
-Text = Annotated[str | None, arg(metavar="NAME")]
 File = Annotated[Path | None, arg(metavar="FILE")]
 Number = Annotated[int | None, arg(metavar="INT")]
 
@@ -113,7 +112,6 @@ def evaluate(
     episodes: int = 10,
     seed: int = 0,
     stochastic: bool = False,
-    task: Text = None,
     json: bool = False,
 ) -> None:
     """Evaluate a run's policy in MuJoCo.
@@ -122,16 +120,14 @@ def evaluate(
         run: A run's folder.
         episodes: Run side by side.
         stochastic: Sample actions; by default the policy's mean acts.
-        task: By default the run's own.
         json: Print JSON, with every episode's return and length.
     """
     from mopo_fast.evaluate import evaluate
-    from mopo_fast.generate import run_task
+    from mopo_fast.generate import run_settings
     from mopo_fast.policy import Actor
 
-    result = evaluate(
-        Actor.load(run), run_task(run, task), episodes=episodes, seed=seed, deterministic=not stochastic
-    )
+    task, _ = run_settings(run)
+    result = evaluate(Actor.load(run), task, episodes=episodes, seed=seed, deterministic=not stochastic)
     values = dataclasses.asdict(result)
     print(json_format.dumps(values) if json else _outcome(values))
 
@@ -142,7 +138,7 @@ def rollout(
     dataset: Annotated[str, arg(metavar="DATASET")],
     out: Annotated[Path, arg(metavar="FILE")],
     count: int = 50_000,
-    horizon: int = 5,
+    horizon: Number = None,
     seed: int = 0,
     penalty_coef: Annotated[float | None, arg(metavar="FLOAT")] = None,
     backend: str = "auto",
@@ -154,7 +150,7 @@ def rollout(
         dataset: Start states are drawn from its observations: a name or a file.
         out: The file to write, .hdf5 or .npz.
         count: Start states.
-        horizon: Steps from each.
+        horizon: Steps from each; by default the run's own.
         penalty_coef: By default the run's own.
         backend: auto, or one that `mopo-fast doctor` lists.
     """

@@ -3,6 +3,7 @@
 Source: mopo/models/bnn.py, fc.py of the authors' code. All members are one batch of matrices.
 """
 
+import itertools
 import math
 import os
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ from torch.nn import functional
 from mopo_fast.atomic import read_json, write_json
 from mopo_fast.config import ACTIVATIONS, Activation
 from mopo_fast.errors import InputError
-from mopo_fast.tensors import load_tensors, require_shape, save_tensors
+from mopo_fast.tensors import layer_weights, load_tensors, require_shape, save_tensors
 
 FORMAT_VERSION = 1
 MAX_MEMBERS = 32
@@ -110,7 +111,7 @@ class EnsembleDynamics(nn.Module):
         sizes = [obs_dim + act_dim, *hidden, 2 * (obs_dim + 1)]
         self.weights = nn.ParameterList()
         self.biases = nn.ParameterList()
-        for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+        for fan_in, fan_out in itertools.pairwise(sizes):
             # authors: truncated normal at two standard deviations, std 1 / (2 sqrt(fan_in)), zero bias.
             std = 1.0 / (2.0 * math.sqrt(fan_in))
             weight = torch.empty(members, fan_in, fan_out)
@@ -125,7 +126,7 @@ class EnsembleDynamics(nn.Module):
 
     @property
     def members(self) -> int:
-        return self.weights[0].shape[0]
+        return int(self.weights[0].shape[0])
 
     @property
     def hidden(self) -> tuple[int, ...]:
@@ -192,24 +193,16 @@ class EnsembleDynamics(nn.Module):
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{folder / 'dynamics.json'} lacks or garbles {error}") from error
         if version != FORMAT_VERSION:
-            raise InputError(
-                f"{folder / 'dynamics.json'} has format_version {version}, this package reads {FORMAT_VERSION}"
-            )
-        layers = sum(name.startswith("weight_") for name in tensors)
-        if layers == 0 or "elites" not in tensors:
-            raise InputError(f"{path} holds no weight_0 or no elites; it is not an ensemble")
-        first = tensors.get("weight_0", torch.empty(0))
-        if first.ndim != 3:
-            raise InputError(f"{path}: weight_0 must be [members, in, out], got {tuple(first.shape)}")
-        hidden = tuple(
-            tensors[f"weight_{i}"].shape[-1] for i in range(layers - 1) if f"weight_{i}" in tensors
-        )
+            raise InputError(f"{folder / 'dynamics.json'} has format_version {version}, not {FORMAT_VERSION}")
+        weights = layer_weights(path, tensors, ndim=3)
+        if "elites" not in tensors:
+            raise InputError(f"{path} holds no elites; it is not an ensemble")
         model = cls(
             obs_dim,
             act_dim,
-            members=first.shape[0],
+            members=weights[0].shape[0],
             elites=max(1, tensors["elites"].numel()),
-            hidden=hidden,
+            hidden=tuple(weight.shape[-1] for weight in weights[:-1]),
             activation=activation,
         )
         targets: dict[str, torch.Tensor] = {f"weight_{i}": w for i, w in enumerate(model.weights)}

@@ -1,8 +1,10 @@
 """Penalised model rollouts to a file, in D4RL's layout."""
 
+import dataclasses
+import io
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
@@ -10,13 +12,24 @@ import torch
 
 from mopo_fast import __version__
 from mopo_fast.atomic import atomic_path, read_json
+from mopo_fast.config import Penalty, PenaltyMembers
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine
 from mopo_fast.seeds import ROLLOUT, START, derive_seed
-from mopo_fast.tasks import Task, get_task, parse_dataset_name
+from mopo_fast.tasks import Task, get_task
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How a run's rollouts were made: `RolloutConfig`'s fields of these names, none left open."""
+
+    horizon: int
+    penalty: Penalty
+    penalty_coef: float
+    penalty_members: PenaltyMembers
 
 
 def generate(
@@ -24,7 +37,7 @@ def generate(
     data: Transitions,
     *,
     count: int,
-    horizon: int,
+    horizon: int | None = None,
     seed: int = 0,
     penalty_coef: float | None = None,
     backend: str = "auto",
@@ -33,28 +46,25 @@ def generate(
 
     Args:
         run: a run's folder; its config.json says which task ends an episode and which penalty counts.
-        penalty_coef: None: the run's own.
+        horizon, penalty_coef: None: the run's own.
 
     Raises:
         InputError: the run is not whole, the data do not fit it, or a number is out of range.
     """
     if count < 1:
         raise InputError(f"count must be at least 1, got {count}")
-    task, tier, rollout = _settings(run)
-    if penalty_coef is None:
-        penalty_coef = rollout["penalty_coef"]
-    if penalty_coef is None:
-        penalty_coef = task.tuned_for(tier)[1]
+    task, settings = run_settings(run)
     engine = RolloutEngine(
         EnsembleDynamics.load(run),
-        penalty=rollout["penalty"],
-        penalty_coef=penalty_coef,
+        penalty=settings.penalty,
+        penalty_coef=settings.penalty_coef if penalty_coef is None else penalty_coef,
         termination=task.box,
         backend=backend,
-        penalty_members=rollout["penalty_members"],
+        penalty_members=settings.penalty_members,
     )
     generator = torch.Generator().manual_seed(derive_seed(seed, START))
     start = data.observations[torch.randint(len(data), (count,), generator=generator)]
+    horizon = settings.horizon if horizon is None else horizon
     rollouts = engine.rollout(Actor.load(run), start, horizon, seed=derive_seed(seed, ROLLOUT))
     rollouts.info |= {
         "run": str(run),
@@ -70,22 +80,18 @@ def generate(
     return rollouts
 
 
-def run_task(run: str | os.PathLike[str]) -> Task:
-    """The task that a run was trained for.
+def run_settings(run: str | os.PathLike[str]) -> tuple[Task, RunSettings]:
+    """What a run's config.json says of its task and its rollouts.
 
     Raises:
-        InputError: no config.json, or one that names no task.
+        InputError: there is no config.json, or it is not a run's.
     """
-    return _settings(run)[0]
-
-
-def _settings(run: str | os.PathLike[str]) -> tuple[Task, str | None, dict[str, Any]]:
-    """(task, data tier, rollout settings) from a run's config.json."""
     path = Path(run) / "config.json"
     config = read_json(path)
     try:
-        name, tier = parse_dataset_name(Path(config["dataset"]).stem)
-        return get_task(config["task"] or name), tier, config["rollout"]
+        rollout = config["rollout"]
+        names = (field.name for field in dataclasses.fields(RunSettings))
+        return get_task(config["task"]), RunSettings(**{name: rollout[name] for name in names})
     except (KeyError, TypeError) as error:
         raise InputError(f"{path} lacks or garbles {error}; it is not a run's") from error
 
@@ -107,13 +113,15 @@ def save_transitions(path: str | os.PathLike[str], data: Transitions) -> None:
     arrays = {name: array.cpu().numpy() for name, array in data.arrays().items()}
     last = np.append(np.diff(arrays["rollout_index"]) != 0, True)[: len(data)]
     arrays["timeouts"] = last & ~arrays["terminals"]
-    with atomic_path(path) as temporary:
-        if path.suffix == ".npz":
-            with temporary.open("wb") as file:
-                np.savez(file, allow_pickle=False, **arrays)
-            return
-        with h5py.File(temporary, "w") as file:
+    # Made in memory: on a full disk HDF5 itself prints a traceback for every array.
+    content = io.BytesIO()
+    if path.suffix == ".npz":
+        np.savez(content, allow_pickle=False, **arrays)
+    else:
+        with h5py.File(content, "w") as file:
             for name, array in arrays.items():
                 file[name] = array
             for name, value in data.info.items():
                 file[f"metadata/{name}"] = value
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content.getbuffer())

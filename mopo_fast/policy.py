@@ -3,6 +3,7 @@
 Source: the authors' softlearning/policies and value_functions: two layers of 256, ReLU.
 """
 
+import itertools
 import math
 import os
 from pathlib import Path
@@ -15,7 +16,7 @@ from mopo_fast.atomic import read_json, write_json
 from mopo_fast.config import ACTIVATIONS, Activation
 from mopo_fast.ensemble import mlp
 from mopo_fast.errors import InputError
-from mopo_fast.tensors import load_tensors, require_shape, save_tensors
+from mopo_fast.tensors import layer_weights, load_tensors, require_shape, save_tensors
 
 FORMAT_VERSION = 1
 
@@ -58,7 +59,7 @@ class Actor(nn.Module):
         self.log_std_min, self.log_std_max = float(log_std_min), float(log_std_max)
         sizes = [obs_dim, *hidden, 2 * act_dim]
         self.weights = nn.ParameterList(
-            nn.Parameter(_xavier_uniform(pair, generator)) for pair in zip(sizes, sizes[1:], strict=False)
+            nn.Parameter(_xavier_uniform(pair, generator)) for pair in itertools.pairwise(sizes)
         )
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(out)) for out in sizes[1:])
 
@@ -117,23 +118,20 @@ class Actor(nn.Module):
         tensors = load_tensors(path)
         if not isinstance(meta, dict) or meta.get("format_version") != FORMAT_VERSION:
             raise InputError(f"{folder / 'policy.json'} is not of format_version {FORMAT_VERSION}")
-        layers = sum(name.startswith("weight_") for name in tensors)
-        if layers == 0:
-            raise InputError(f"{path} holds no weight_0; it is not a policy")
-        hidden = tuple(
-            tensors[f"weight_{i}"].shape[-1] for i in range(layers - 1) if f"weight_{i}" in tensors
-        )
+        weights = layer_weights(path, tensors, ndim=2)
         try:
-            actor = cls(
-                int(meta["obs_dim"]),
-                int(meta["act_dim"]),
-                hidden=hidden,
-                activation=meta["activation"],
-                log_std_min=float(meta["log_std_min"]),
-                log_std_max=float(meta["log_std_max"]),
-            )
-        except (KeyError, TypeError) as error:
+            obs_dim, act_dim, activation = int(meta["obs_dim"]), int(meta["act_dim"]), meta["activation"]
+            log_std_min, log_std_max = float(meta["log_std_min"]), float(meta["log_std_max"])
+        except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{folder / 'policy.json'} lacks or garbles {error}") from error
+        actor = cls(
+            obs_dim,
+            act_dim,
+            hidden=tuple(weight.shape[-1] for weight in weights[:-1]),
+            activation=activation,
+            log_std_min=log_std_min,
+            log_std_max=log_std_max,
+        )
         with torch.no_grad():
             for prefix, parameters in (("weight", actor.weights), ("bias", actor.biases)):
                 for i, parameter in enumerate(parameters):
@@ -157,8 +155,7 @@ class Critic(nn.Module):
         super().__init__()
         sizes = [obs_dim + act_dim, *hidden, 1]
         self.weights = nn.ParameterList(
-            nn.Parameter(_xavier_uniform((critics, *pair), generator))
-            for pair in zip(sizes, sizes[1:], strict=False)
+            nn.Parameter(_xavier_uniform((critics, *pair), generator)) for pair in itertools.pairwise(sizes)
         )
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(critics, out)) for out in sizes[1:])
 

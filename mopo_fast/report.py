@@ -21,8 +21,9 @@ from typing import Any, TypeVar
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from mopo_fast.atomic import atomic_path, read_json
 from mopo_fast.config import DynamicsConfig, RolloutConfig
@@ -98,6 +99,7 @@ class _Run:
         data = self.data
         if data is None:
             data = load_dataset(config.get("dataset") or fit["dataset"], quiet=True)
+        data = data.to("cpu")
         if data_sha256(data) != fit["data_sha256"]:
             raise InputError(f"{data.name} is no longer the data set that the ensemble was fitted to")
         sizes = {name: fit["config"][name] for name in ("holdout_fraction", "holdout_max")}
@@ -157,7 +159,7 @@ def _learning_curve(run: _Run) -> tuple[Figure, str]:
     axes.fill_between(updates, mean - std, mean + std, color=_BLUE, alpha=0.18, linewidth=0)
     axes.plot(updates, mean, color=_BLUE, linewidth=1.8, marker="o" if len(points) < 30 else "", markersize=4)
     axes.set(xlabel="SAC updates", ylabel="normalised score" if name == "score" else "return")
-    axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
+    axes.xaxis.set_major_formatter(_thousands)
     what = "Normalised score (0: random, 100: expert)" if name == "score" else "Return"
     caption = (
         f"{what} of the policy in the real environment; the band is one standard deviation over the"
@@ -199,11 +201,8 @@ def _calibration(run: _Run) -> tuple[Figure, str]:
     reliability.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
     reliability.legend(loc="upper left")
     reliability.set_title("By decile of the penalty")
-    for axes in (scatter, reliability):
-        axes.yaxis.set_major_formatter(FuncFormatter(_plain))
-        axes.yaxis.set_minor_formatter(lambda value, position: "")
-    scatter.xaxis.set_major_formatter(FuncFormatter(_plain))
-    scatter.xaxis.set_minor_formatter(lambda value, position: "")
+    for axis in (scatter.xaxis, scatter.yaxis, reliability.yaxis):
+        _label_log(axis)
 
     covered = float((errors <= penalties).mean())
     caption = (
@@ -234,7 +233,12 @@ def _residuals(run: _Run) -> tuple[Figure, str]:
         share = 100 * (np.abs(flat) <= sigmas).mean(0)
         dims.axhline(100 * _WITHIN[sigmas], color=colour, linestyle="--", linewidth=1.2, alpha=0.8)
         dims.plot(number, share, "o", color=colour, markersize=6, label=f"within {sigmas} std")
-    dims.set(ylim=(0, 103), ylabel="share of transitions, %", xlabel="observation dimension, then reward (r)")
+    lowest = 100 * min(float((np.abs(flat) <= 1).mean(0).min()), 0.5)
+    dims.set(
+        ylim=(max(0.0, lowest - 10), 102),
+        ylabel="share of transitions, %",
+        xlabel="observation dimension, then reward (r)",
+    )
     shown = number[:: math.ceil(len(number) / 24)]
     dims.set_xticks(shown, ["r" if dim == len(number) - 1 else str(dim) for dim in shown])
     dims.legend(loc="lower right", ncols=2, fontsize=9)
@@ -257,23 +261,18 @@ def _fit_curves(run: _Run) -> tuple[Figure, str]:
     elites = fit["elites"]
     figure, axes = _figure(7.5, 3.8)
     epochs = np.arange(1, len(mse) + 1)
-    for member in range(mse.shape[1]):
-        elite = member in elites
-        axes.plot(
-            epochs,
-            mse[:, member],
-            color=_BLUE if elite else _GREY,
-            alpha=0.9 if elite else 0.6,
-            linewidth=1.5 if elite else 1.1,
-            linestyle="-" if elite else "--",
-            label={elites[0]: "elite"}.get(member, "") if elite else "other member",
-        )
-    handles = {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    axes.legend(handles.values(), handles.keys())
+    others = [member for member in range(mse.shape[1]) if member not in elites]
+    for members, label, colour, line in (
+        (elites, "elites", _BLUE, "-"),
+        (others, "other members", _ORANGE, "--"),
+    ):
+        for member in members:
+            name = label if member == members[0] else None
+            axes.plot(epochs, mse[:, member], line, color=colour, alpha=0.85, linewidth=1.4, label=name)
+    axes.legend()
     axes.set(xlabel="epoch", ylabel="holdout MSE, raw units", yscale="log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_formatter(FuncFormatter(_plain))
-    axes.yaxis.set_minor_formatter(FuncFormatter(_plain) if mse.max() < 30 * mse.min() else lambda v, p: "")
+    _label_log(axes.yaxis)
     best = np.sort(mse.min(0))[: len(elites)].mean()
     caption = (
         f"Mean squared error of each member on the {fit['holdout']:,} transitions held out of"
@@ -442,11 +441,14 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
-def _plain(value: float, position: int | None = None) -> str:
-    return f"{value:g}"
+def _label_log(axis: Axis) -> None:
+    """Plain numbers at 1, 2, 5, 10, ...: a range of less than a decade gets more than one."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(lambda value, position: f"{value:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
-def _thousands(value: float, position: int | None = None) -> str:
+def _thousands(value: float, position: float) -> str:
     return f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"
 
 

@@ -1,8 +1,8 @@
 """Penalised model rollouts: check the arguments, choose a backend, call it.
 
-`RolloutEngine.step` is one step with the caller's own actions; `RolloutEngine.rollout` is all `horizon` steps with
-the policy inside. Random numbers depend on (seed, row, step) alone: `horizon` steps equal `horizon` calls of
-`step`, and any split of a batch gives the rows of the whole.
+`RolloutEngine.step` is one step with the caller's own actions; `RolloutEngine.rollout` is all `horizon`
+steps with the policy inside. Random numbers depend on (seed, row, step) alone: `horizon` steps equal that
+many calls of `step`, and any split of a batch gives the rows of the whole.
 """
 
 import logging
@@ -203,6 +203,11 @@ class RolloutEngine:
             head = 0
         else:
             storage, head = out.storage.arrays(), out.head
+            if (out.storage.obs_dim, out.storage.act_dim) != (ensemble.obs_dim, ensemble.act_dim):
+                raise InputError(
+                    f"the buffer is for {out.storage.obs_dim} observation and {out.storage.act_dim} action"
+                    f" dimensions, the ensemble for {ensemble.obs_dim} and {ensemble.act_dim}"
+                )
             if len(start) * horizon > out.capacity:
                 raise InputError(
                     f"{len(start)} rollouts of {horizon} steps can make {len(start) * horizon} transitions,"
@@ -213,7 +218,7 @@ class RolloutEngine:
         if cut:
             logger.warning("%d of %d rollouts ended in a prediction that was not finite", cut, len(start))
         if out is None:
-            arrays = {name: array[:count] for name, array in storage.items()}
+            arrays: dict[str, Any] = {name: array[:count] for name, array in storage.items()}
         else:
             out.advance(count)
             end = head + count

@@ -70,12 +70,8 @@ class SAC:
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = torch.zeros((), device=device, requires_grad=True)
         self.optimizers = {
-            "actor": torch.optim.Adam(
-                self.actor.parameters(), config.actor_learning_rate, fused=True
-            ),
-            "critic": torch.optim.Adam(
-                self.critic.parameters(), config.critic_learning_rate, fused=True
-            ),
+            "actor": torch.optim.Adam(self.actor.parameters(), config.actor_learning_rate, fused=True),
+            "critic": torch.optim.Adam(self.critic.parameters(), config.critic_learning_rate, fused=True),
             "alpha": torch.optim.Adam([self.log_alpha], config.alpha_learning_rate, fused=True),
         }
         self._polyak = get_ema_multi_avg_fn(1.0 - config.polyak)
@@ -167,10 +163,10 @@ class SAC:
         device = self.log_alpha.device
         generator = torch.Generator().manual_seed(seed)
         noise_shape = (updates, 2, config.batch_size, self.actor.act_dim)
-        real_rows = torch.randint(max(len(data), 1), (updates, real), generator=generator).to(device)
-        model_rows = torch.randint(
-            max(len(model_buffer), 1), (updates, model), generator=generator
-        ).to(device)
+        real_rows, model_rows = (
+            torch.randint(max(size, 1), (updates, rows), generator=generator).to(device)
+            for size, rows in ((len(data), real), (len(model_buffer), model))
+        )
         noise = torch.randn(noise_shape, generator=generator).to(device)
         real_data, model_data = _learnable(data), _learnable(model_buffer.storage)
         total = torch.zeros(len(METRICS), device=device)
@@ -237,9 +233,7 @@ class SAC:
 
 def _learnable(data: Transitions) -> Transitions:
     """The five arrays that SAC learns from."""
-    return Transitions(
-        data.observations, data.actions, data.rewards, data.next_observations, data.terminals
-    )
+    return Transitions(data.observations, data.actions, data.rewards, data.next_observations, data.terminals)
 
 
 def check_config(config: SACConfig) -> None:

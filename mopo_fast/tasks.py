@@ -27,7 +27,8 @@ class Box:
     def __post_init__(self) -> None:
         if len(self.low) != len(self.high):
             raise InputError(
-                f"a termination box needs as many low as high bounds, got {len(self.low)} and {len(self.high)}"
+                f"a termination box needs as many low bounds as high ones,"
+                f" got {len(self.low)} and {len(self.high)}"
             )
         for dim, (low, high) in enumerate(zip(self.low, self.high, strict=True)):
             if math.isnan(low) or math.isnan(high) or low > high:

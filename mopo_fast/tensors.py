@@ -42,6 +42,21 @@ def load_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def layer_weights(
+    path: str | os.PathLike[str], tensors: dict[str, torch.Tensor], ndim: int
+) -> list[torch.Tensor]:
+    """weight_0, weight_1, ...; raise `InputError` unless there are some, all there, of `ndim` dimensions."""
+    count = sum(name.startswith("weight_") for name in tensors)
+    names = [f"weight_{layer}" for layer in range(max(1, count))]
+    for name in names:
+        if name not in tensors:
+            raise InputError(f"{path} lacks {name}")
+        if tensors[name].ndim != ndim:
+            shape = tuple(tensors[name].shape)
+            raise InputError(f"{path}: {name} must have {ndim} dimensions, got shape {shape}")
+    return [tensors[name] for name in names]
+
+
 def require_shape(
     path: str | os.PathLike[str], tensors: dict[str, torch.Tensor], name: str, shape: torch.Size
 ) -> None:

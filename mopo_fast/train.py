@@ -1,8 +1,8 @@
 """The MOPO loop: fit the ensemble, then, epoch after epoch, model rollouts, SAC, evaluation.
 
-Source: softlearning/algorithms/mopo.py of the authors' code. Every epoch's randomness depends on (seed, epoch)
-alone, and a rollout on (ensemble, policy, start states, seed): so a checkpoint keeps, in place of the model
-buffer, the policies that filled it, and a resumed run makes the same rows again.
+Source: softlearning/algorithms/mopo.py of the authors' code. Every epoch's randomness depends on (seed,
+epoch) alone, and a rollout on (ensemble, policy, start states, seed): so a checkpoint keeps, in place of the
+model buffer, the policies that filled it, and a resumed run makes the same rows again.
 """
 
 import copy
@@ -31,6 +31,7 @@ from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.evaluate import Evaluation, evaluate
 from mopo_fast.fit import data_sha256, fit_and_save
+from mopo_fast.policy import Actor
 from mopo_fast.progress import progress_bar
 from mopo_fast.report import write_report
 from mopo_fast.rollout import RolloutEngine
@@ -61,8 +62,8 @@ def train(
     """One MOPO run, from data set to report, in the folder `out`.
 
     Args:
-        config: what to do; None in task, horizon and penalty_coef is replaced by what the data set's name says,
-            and the result written to config.json.
+        config: what to do; None in task, horizon and penalty_coef is replaced by what the data set's name
+            says, and the result written to config.json.
         out: the run's folder.
         resume: go on from the last checkpoint, to the same final parameters, bit for bit, as a run that was
             never stopped; a folder without a run is a run stopped before its first file. A finished run
@@ -80,8 +81,8 @@ def train(
     started = time.perf_counter()
     out = Path(out)
     config, task = resolve(config)
-    _claim(out, config, resume)
-    summary_path, report_path = out / "summary.json", out / "report.html"
+    _check_folder(out, config, resume)
+    summary_path, data = out / "summary.json", None
     if not summary_path.exists():
         data = load_dataset(config.dataset, quiet=quiet)
         if (data.obs_dim, data.act_dim) != (task.obs_dim, task.act_dim):
@@ -89,13 +90,15 @@ def train(
                 f"{config.dataset} has {data.obs_dim} observation and {data.act_dim} action dimensions, the"
                 f" task {task.name} has {task.obs_dim} and {task.act_dim}; name its own task with --task"
             )
+        if not (out / "config.json").exists():
+            write_json(out / "config.json", to_dict(config))
         fit_started = time.perf_counter()
         ensemble, fit_seconds = _dynamics(config, data, out, quiet)
         # What an earlier, interrupted session spent on the fit is part of the total too.
         started -= max(0.0, fit_seconds - (time.perf_counter() - fit_started))
         write_json(summary_path, _train(config, task, data, ensemble, out, started, fit_seconds, quiet))
-    if not report_path.exists():
-        write_report(out)
+    if not (out / "report.html").exists():
+        write_report(out, data=data)
     summary: dict[str, Any] = read_json(summary_path)
     return summary
 
@@ -164,9 +167,7 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, Task]:
     return config, task
 
 
-def _engine(
-    config: TrainConfig, task: Task, ensemble: EnsembleDynamics, backend: str
-) -> RolloutEngine:
+def _engine(config: TrainConfig, task: Task, ensemble: EnsembleDynamics, backend: str) -> RolloutEngine:
     rollout = config.rollout
     assert rollout.penalty_coef is not None
     return RolloutEngine(
@@ -181,22 +182,29 @@ def _engine(
     )
 
 
-def _claim(out: Path, config: TrainConfig, resume: bool) -> None:
-    """Make `out` this run's folder: config.json is the first file in it."""
-    path = out / "config.json"
-    ours = json.loads(json.dumps(to_dict(config)))
-    if not path.exists():
-        write_json(path, ours)
+def _check_folder(out: Path, config: TrainConfig, resume: bool) -> None:
+    """Refuse a folder that holds another run; make it where it is missing."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {out}: {error.strerror}; choose another --out") from error
+    # config.json is the first file of a run.
+    if not (out / "config.json").exists():
         return
     if not resume:
         raise InputError(f"{out} holds a run already; go on with it by --resume, or choose another --out")
-    difference = _first_difference(read_json(path), ours)
+    difference = _first_difference(read_json(out / "config.json"), _as_json(config))
     if difference:
         raise InputError(
             f"{out} was made with {difference}; resume with the same settings or choose another --out"
         )
     for leftover in out.rglob(".*.tmp"):
         leftover.unlink()
+
+
+def _as_json(config: Any) -> Any:
+    """The config as it reads after a trip through a file."""
+    return json.loads(json.dumps(to_dict(config)))
 
 
 def _first_difference(theirs: Any, ours: Any, name: str = "") -> str | None:
@@ -222,15 +230,12 @@ def _dynamics(
                     shutil.copyfile(source, temporary)
         return EnsembleDynamics.load(out, config.device), 0.0
     if not (out / "fit.json").exists():
-        fit_and_save(
-            data, out, seed=config.seed, config=config.dynamics, device=config.device, quiet=quiet
-        )
+        fit_and_save(data, out, seed=config.seed, config=config.dynamics, device=config.device, quiet=quiet)
     fit = read_json(out / "fit.json")
-    if fit.get("data_sha256") != data_sha256(data):
-        raise InputError(
-            f"{config.dataset} is not the data that {out / 'fit.json'} was made from; bring that data back or"
-            " choose another --out"
-        )
+    ours = {"data_sha256": data_sha256(data), "seed": config.seed, "config": _as_json(config.dynamics)}
+    difference = _first_difference({name: fit.get(name) for name in ours}, ours)
+    if difference:
+        raise InputError(f"{out / 'fit.json'} was made with {difference}; choose another --out")
     return EnsembleDynamics.load(out, config.device), float(fit["seconds"])
 
 
@@ -324,6 +329,7 @@ class _Loop:
         rollout = config.rollout
         assert rollout.horizon is not None
         self.config, self.task, self.data, self.started = config, task, data, started
+        self.data_sha256 = data_sha256(data)
         self.horizon = rollout.horizon
         self.engine = _engine(config, task, ensemble, rollout.backend)
         capacity = rollout.retain_epochs * self.horizon * rollout.batch_size
@@ -392,7 +398,7 @@ class _Loop:
             row[name] = getattr(evaluation, name, None)
         return {name: row[name] for name in COLUMNS}
 
-    def _roll_out(self, policy: torch.nn.Module, epoch: int) -> Transitions:
+    def _roll_out(self, policy: Actor, epoch: int) -> Transitions:
         """The model rollouts of `epoch`, appended to the buffer."""
         config = self.config
         generator = torch.Generator().manual_seed(derive_seed(config.seed, START, epoch))
@@ -424,6 +430,7 @@ class _Loop:
                 for rollout in self.rollouts
             ],
             "backend": self.engine.backend,
+            "data_sha256": self.data_sha256,
         }
         tensors = {f"sac.{name}": tensor for name, tensor in self.sac.state().items()}
         for rollout in self.rollouts:
@@ -444,7 +451,8 @@ class _Loop:
             state = json.loads(load_metadata(path)["state"])
             if state["format_version"] != FORMAT_VERSION:
                 raise InputError(
-                    f"{path} has format_version {state['format_version']}, this package reads {FORMAT_VERSION}"
+                    f"{path} has format_version {state['format_version']},"
+                    f" this package reads {FORMAT_VERSION}"
                 )
             self._restore(path, state, tensors)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -455,6 +463,10 @@ class _Loop:
             ) from error
 
     def _restore(self, path: Path, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        if state["data_sha256"] != self.data_sha256:
+            raise InputError(
+                f"{self.config.dataset} is not the data that {path} was made with; bring that data back"
+            )
         self.sac.load_state(_within(tensors, "sac."), path)
         self.epoch = state["epoch"]
         self.seconds = {name: float(state["seconds"][name]) for name in self.seconds}
@@ -473,8 +485,8 @@ class _Loop:
                 rows = len(self._roll_out(actor, rollout.epoch))
                 if rows != rollout.rows:
                     raise InputError(
-                        f"{path}: the rollout of epoch {rollout.epoch} gave {rows} rows, {rollout.rows} when it"
-                        " was made; resume with the data set and the dynamics that the run began with"
+                        f"{path}: the rollout of epoch {rollout.epoch} gave {rows} rows, {rollout.rows} when"
+                        " it was made; resume with the dynamics that the run began with"
                     )
         if self.buffer.head != state["buffer"]["head"]:
             raise ValueError("its rollouts do not end at the buffer's head")
@@ -495,9 +507,7 @@ class _Clock:
 
 
 def _within(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {
-        name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)
-    }
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _append_row(path: Path, row: dict[str, Any]) -> None:

@@ -1,5 +1,4 @@
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,9 +14,13 @@ from mopo_fast import Actor, EnsembleDynamics, load_dataset
 from mopo_fast.cli import COMMANDS, main
 from mopo_fast.tasks import TASKS
 
-TINY = [
+TINY_FIT = [
     *("--dynamics.hidden", "16", "16", "--dynamics.weight-decay", "1e-5", "1e-5", "1e-5"),
-    *("--dynamics.max-epochs", "2", "--sac.hidden", "16", "16"),
+    *("--dynamics.max-epochs", "2"),
+]
+TINY = [
+    *TINY_FIT,
+    *("--sac.hidden", "16", "16"),
     *("--rollout.batch-size", "50", "--rollout.interval", "10", "--evaluation.episodes", "2"),
 ]
 
@@ -63,7 +66,6 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0
-    # Every flag is explained or says its default.
     assert f"usage: mopo-fast {command}" in capsys.readouterr().out
 
 
@@ -113,7 +115,7 @@ def test_fit_then_train_on_that_fit(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fit = tmp_path / "fit"
-    assert main(["fit", str(dataset), "--out", str(fit), "--quiet", *TINY[:8]]) == 0
+    assert main(["fit", str(dataset), "--out", str(fit), "--quiet", *TINY_FIT]) == 0
     assert "2 epochs" in capsys.readouterr().out
     out = tmp_path / "run"
     arguments = ["--steps", "10", "--horizon", "1", "--dynamics", str(fit), "--out", str(out), "--quiet"]
@@ -189,8 +191,9 @@ def test_bench_writes_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 MISTAKES = {
     "a task that does not exist": (["train", "DATA", "--task", "cheetah"], ["cheetah", *TASKS]),
     "a task of other sizes": (["train", "DATA", "--task", "halfcheetah"], ["17"]),
-    "no such file": (["train", "nothing.hdf5"], ["nothing.hdf5", "does not exist"]),
-    "no such data set": (["train", "hoper-medium-v2"], ["hoper-medium-v2", "hopper-medium-v2"]),
+    "no such file": (["train", "hopper-none.hdf5"], ["hopper-none.hdf5", "does not exist"]),
+    "no such data set": (["train", "hopper-mediun-v2"], ["hopper-mediun-v2", "hopper-medium-v2"]),
+    "a name without a task": (["train", "nothing"], ["nothing", "--task", *TASKS]),
     "not a data set": (["fit", "JUNK", "--out", "OUT"], ["junk.hdf5"]),
     "no such backend": (["train", "DATA", "--backend", "abacus"], ["abacus", "reference"]),
     "no such device": (["train", "DATA", "--device", "abacus"], ["abacus"]),
@@ -243,11 +246,14 @@ def test_a_mistake_exits_with_2_and_no_traceback() -> None:
 def test_an_interrupt_exits_with_130_and_says_how_to_go_on(dataset: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = [sys.executable, "-m", "mopo_fast", "train", dataset, "--out", out, "--quiet", *TINY]
+    # A suite run in the background ignores SIGINT, and its children would too.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, handler)
     deadline = time.monotonic() + 60
-    while not (out / "policy.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGINT)
+    while not (out / "config.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
     assert f"--out {out} --resume" in errors and "Traceback" not in errors

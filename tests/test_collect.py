@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mopo_fast.data import collect, load_dataset
-from mopo_fast.data.collect import MAX_PATH, RULES, _Collector
+from mopo_fast.data.collect import MAX_PATH, RULES, _Collector, _Episode
 from mopo_fast.environments import make_environment
 from mopo_fast.errors import InputError
 from mopo_fast.seeds import COLLECT, derive_seed
@@ -144,6 +144,20 @@ def test_healthy_intervals_are_open() -> None:
     walker[:, 1] = [2.0, 0.8, 1.0]
     assert RULES["walker2d"].healthy(walker).tolist() == [False, False, True]
     assert RULES["halfcheetah"].healthy(np.full((1, 18), np.nan)).tolist() == [True]
+
+
+@pytest.mark.parametrize("task", RULES)
+def test_observations_at_high_speed(task: str) -> None:
+    with _Collector(task, 0, 1) as collector:
+        env = collector.env
+        env.reset(seed=0)
+        env.set_state(env.init_qpos + 0.3, np.linspace(-30, 30, env.model.nv))
+        state = np.concatenate([env.data.qpos, env.data.qvel])
+        expected = env._get_obs().astype(np.float32)
+        episode = _Episode(np.stack([state, state]), np.zeros((1, env.model.nu), np.float32), False)
+        arrays = collector.transitions([episode])
+    assert np.array_equal(arrays["observations"][0], expected)
+    assert np.array_equal(arrays["next_observations"][0], expected)
 
 
 def test_unstable_simulation_is_refused() -> None:

@@ -38,6 +38,7 @@ class Server(http.server.ThreadingHTTPServer):
         ranges: whether Range is heard.
         most: bytes after which a connection breaks.
         length: whether Content-Length is sent.
+        shift: how far from the part that was asked for an answer begins.
         status: an error in place of the file.
         requests: (path, Range header) of each request.
     """
@@ -50,6 +51,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.ranges = True
         self.most: int | None = None
         self.length = True
+        self.shift = 0
         self.status: int | None = None
         self.requests: list[tuple[str, str | None]] = []
 
@@ -76,7 +78,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         self.send_response(206 if span and server.ranges else 200)
         if span and server.ranges:
-            self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
+            self.send_header("Content-Range", f"bytes {start + server.shift}-{size - 1}/{size}")
         if server.length:
             self.send_header("Content-Length", str(size - start))
         self.end_headers()
@@ -203,6 +205,14 @@ def test_what_is_not_hdf5_is_refused_and_forgotten(server: Server, tmp_path: Pat
     server.content = CONTENT
     d4rl.download(server.address, tmp_path / "a.hdf5", quiet=True)
     assert (tmp_path / "a.hdf5").read_bytes() == CONTENT
+
+
+def test_another_part_than_asked_for(server: Server, tmp_path: Path) -> None:
+    server.shift = -1
+    (tmp_path / "a.hdf5.part").write_bytes(CONTENT[:1000])
+    with pytest.raises(d4rl.HostError, match="sent another part of the file"):
+        d4rl.download(server.address, tmp_path / "a.hdf5", quiet=True)
+    assert (tmp_path / "a.hdf5.part").read_bytes() == CONTENT[:1000]
 
 
 def test_error_status(server: Server) -> None:

@@ -211,14 +211,36 @@ def test_truncated_files(suffix: str, share: float, tmp_path: Path) -> None:
         load_file(path)
 
 
-def test_damaged_npz_member(tmp_path: Path) -> None:
-    path = tmp_path / "a.npz"
-    np.savez_compressed(path, **make_arrays([False] * 500))
-    content = bytearray(path.read_bytes())
-    content[100:140] = bytes(40)
-    path.write_bytes(content)
-    with pytest.raises(InputError, match="not a whole npz file"):
-        load_file(path)
+@pytest.mark.parametrize("suffix", [".hdf5", ".npz"])
+def test_damaged_files(suffix: str, tmp_path: Path) -> None:
+    arrays = make_arrays([False] * 50)
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".npz":
+        np.savez_compressed(path, **arrays)
+    else:
+        write(path, {**arrays, "metadata/name": "a-local"})
+    whole = path.read_bytes()
+    random = np.random.default_rng(0)
+    messages = []
+    for _ in range(400):
+        damaged = bytearray(whole)
+        for _ in range(3):
+            damaged[random.integers(len(damaged))] = random.integers(256)
+        path.write_bytes(damaged)
+        # A flipped byte may leave a file that is sound; anything else is one clear error.
+        try:
+            load_file(path)
+        except InputError as error:
+            messages.append(str(error))
+    assert len(messages) > 50
+    assert all(message.startswith(str(path)) for message in messages)
+
+
+def test_more_than_the_memory_holds(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "a.hdf5", "w") as file:
+        file.create_dataset("observations", (2**42, 100), np.float32, chunks=True)
+    with pytest.raises(InputError, match="does not fit into memory"):
+        load_file(tmp_path / "a.hdf5")
 
 
 @pytest.mark.parametrize("name", ["a.hdf5", "a.npz"])

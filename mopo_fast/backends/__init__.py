@@ -146,7 +146,7 @@ class Backend(Protocol):
         deterministic: bool,
         threads: int,
     ) -> tuple[int, int]:
-        """`horizon` steps from start [batch, obs_dim] into `out`; (rows written, rollouts cut as not finite)."""
+        """`horizon` steps from start [batch, obs_dim]: (rows written, rollouts cut as not finite)."""
 
 
 @functools.cache
@@ -169,7 +169,6 @@ def get_backend(name: str) -> Backend:
     return _backends()[name]
 
 
-@functools.cache
 def choose(name: str, dtype: torch.dtype, device: torch.device) -> str:
     """The backend to use: `name`, or for "auto" MOPO_FAST_BACKEND, else the best that can serve.
 
@@ -179,10 +178,15 @@ def choose(name: str, dtype: torch.dtype, device: torch.device) -> str:
         InputError: an unknown name, or one that cannot serve; says why.
     """
     wanted = os.environ.get("MOPO_FAST_BACKEND", "auto") if name == "auto" else name
+    return _choose(wanted, dtype, device)
+
+
+@functools.cache
+def _choose(wanted: str, dtype: torch.dtype, device: torch.device) -> str:
     names = ", ".join(_backends())
     if wanted != "auto" and wanted not in _backends():
         raise InputError(f"unknown backend {wanted!r}; there are: auto, {names}")
-    reasons = []
+    reasons: list[str] = []
     for candidate in _backends().values():
         if wanted not in ("auto", candidate.name):
             continue

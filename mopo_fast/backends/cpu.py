@@ -1,4 +1,4 @@
-"""The fused rollout in C++ (csrc/), one thread a core, for the best instruction set that the processor has."""
+"""The fused rollout in C++ (csrc/), one thread a core, for the best instruction set of the processor."""
 
 import functools
 import importlib
@@ -68,7 +68,7 @@ def _network(weights: list[torch.Tensor], biases: list[torch.Tensor], activation
         [bias.data_ptr() for bias in biases],
         sizes,
         networks,
-        ACTIVATIONS.index(activation),  # type: ignore[arg-type]
+        ACTIVATIONS.index(activation),
     )
 
 
@@ -103,7 +103,7 @@ def _run(
         num_elites=len(dynamics.elites),
         penalty_members=dynamics.penalty_members.data_ptr(),
         num_penalty_members=len(dynamics.penalty_members),
-        penalty=PENALTIES.index(dynamics.penalty),  # type: ignore[arg-type]
+        penalty=PENALTIES.index(dynamics.penalty),
         penalty_coef=dynamics.penalty_coef,
         low=dynamics.low.data_ptr(),
         high=dynamics.high.data_ptr(),

@@ -22,6 +22,9 @@ Compat = Literal["d4rl"]
 MAX_EPISODE_STEPS = 1000
 """Where a file has no `timeouts`: the step limit of every D4RL MuJoCo environment."""
 
+# What h5py and numpy raise, each for another kind of damage.
+_DAMAGE = (OSError, ValueError, TypeError, KeyError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error)
+
 
 def load_file(
     path: str | os.PathLike[str], *, compat: Compat | None = None, name: str | None = None
@@ -93,17 +96,18 @@ def _open(path: Path) -> Iterator[Mapping[str, Any]]:
             # Locks fail on many shared file systems, and files written here appear whole or not at all.
             with h5py.File(path, "r", locking=False) as file:
                 yield file
-        elif zipfile.is_zipfile(path):
-            # Never a pickle: an object array is refused.
-            with np.load(path, allow_pickle=False) as file:
-                yield file
         else:
-            raise OSError("no zip directory at its end")
+            with open(path, "rb") as raw:
+                if not zipfile.is_zipfile(raw):
+                    raise ValueError("no zip directory at its end")
+                # Never a pickle: an object array is refused.
+                with np.load(raw, allow_pickle=False) as file:
+                    yield file
     except InputError:
         raise
     except MemoryError as error:
         raise InputError(f"{path} does not fit into memory ({error})") from error
-    except (OSError, ValueError, RuntimeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except _DAMAGE as error:
         kind = "npz" if path.suffix == ".npz" else "HDF5"
         raise InputError(f"{path} is not a whole {kind} file ({error}); get or make it again") from error
 
@@ -117,7 +121,7 @@ class _Reader:
 
     def _read(self, key: str, ndim: int) -> Array:
         if key not in self._file:
-            keys = ", ".join(sorted(self._file)) or "nothing"
+            keys = ", ".join(sorted(map(str, self._file))) or "nothing"
             raise InputError(f"{self._path} lacks {key!r}; it has {keys}")
         stored = self._file[key]
         # A group, an HDF5 null or a foreign member of an archive.

@@ -116,6 +116,5 @@ def concatenate(parts: list[Transitions]) -> Transitions:
     arrays = [part.arrays() for part in parts]
     if any(other.keys() != arrays[0].keys() for other in arrays):
         raise InputError(f"cannot concatenate sets with different arrays: {[sorted(a) for a in arrays]}")
-    return dataclasses.replace(
-        parts[0], **{name: torch.cat([other[name] for other in arrays]) for name in arrays[0]}
-    )
+    joined: dict[str, Any] = {name: torch.cat([other[name] for other in arrays]) for name in arrays[0]}
+    return dataclasses.replace(parts[0], **joined)

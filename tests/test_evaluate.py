@@ -1,0 +1,139 @@
+"""Evaluation against a plain loop over one environment, scaling, scores, and what is refused."""
+
+import dataclasses
+import warnings
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+from mopo_fast.environments import make_environment
+from mopo_fast.errors import InputError
+from mopo_fast.evaluate import evaluate
+from mopo_fast.policy import Actor
+from mopo_fast.tasks import TASKS
+
+
+def actor_for(name: str, seed: int = 0, **options: float) -> Actor:
+    task = TASKS[name]
+    generator = torch.Generator().manual_seed(seed)
+    return Actor(task.obs_dim, task.act_dim, hidden=(16,), generator=generator, **options)
+
+
+def test_every_episode_equals_a_plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hopper's episodes end at different steps: each is run to its own first end, and not beyond."""
+    seeds: list[int] = []
+    reset = gymnasium.wrappers.TimeLimit.reset
+
+    def recorded(self, *, seed=None, options=None):
+        seeds.append(seed)
+        return reset(self, seed=seed, options=options)
+
+    monkeypatch.setattr(gymnasium.wrappers.TimeLimit, "reset", recorded)
+    # In float64, so that a row's value does not hang on the size of its batch.
+    actor = actor_for("hopper").double()
+    result = evaluate(actor, TASKS["hopper"], episodes=5, seed=7)
+    monkeypatch.undo()
+
+    assert len(set(seeds)) == len(seeds) == 5
+    assert len(set(result.lengths)) > 1
+    for episode, seed in enumerate(seeds):
+        environment = make_environment("Hopper-v4")
+        observation, _ = environment.reset(seed=seed)
+        total, length, ended = 0.0, 0, False
+        while not ended:
+            action = actor.act(torch.from_numpy(observation)[None])[0].numpy()
+            observation, reward, terminated, truncated, _ = environment.step(action)
+            total, length, ended = total + reward, length + 1, terminated or truncated
+        assert result.lengths[episode] == length
+        assert result.returns[episode] == pytest.approx(total, rel=1e-6)
+
+
+def test_means_and_scores() -> None:
+    result = evaluate(actor_for("hopper"), TASKS["hopper"], episodes=4, seed=0)
+    assert len(result.returns) == len(result.lengths) == 4
+    assert result.return_mean == pytest.approx(np.mean(result.returns))
+    assert result.return_std == pytest.approx(np.std(result.returns))
+    assert result.score_mean == pytest.approx(100 * (result.return_mean + 20.272305) / (3234.3 + 20.272305))
+    assert result.score_std == pytest.approx(100 * result.return_std / (3234.3 + 20.272305))
+
+
+def test_a_task_without_references_has_no_score() -> None:
+    result = evaluate(actor_for("pendulum"), TASKS["pendulum"], episodes=1, seed=0)
+    assert result.score_mean is None and result.score_std is None
+    assert result.return_mean > 0
+
+
+def test_the_seed_decides_and_an_episode_does_not_depend_on_the_others() -> None:
+    actor, task = actor_for("hopper").double(), TASKS["hopper"]
+    first = evaluate(actor, task, episodes=3, seed=1)
+    assert evaluate(actor, task, episodes=3, seed=1) == first
+    assert evaluate(actor, task, episodes=3, seed=2) != first
+    assert evaluate(actor, task, episodes=2, seed=1).lengths == first.lengths[:2]
+
+
+def test_stochastic_actions_are_seeded_too() -> None:
+    actor, task = actor_for("hopper"), TASKS["hopper"]
+    first = evaluate(actor, task, episodes=2, seed=1, deterministic=False)
+    assert evaluate(actor, task, episodes=2, seed=1, deterministic=False) == first
+    assert evaluate(actor, task, episodes=2, seed=1) != first
+
+
+@pytest.mark.parametrize(("mean", "action"), [(20.0, 3.0), (-20.0, -3.0), (0.0, 0.0)])
+def test_actions_are_scaled_to_the_environments_range(
+    mean: float, action: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pendulum takes -3 to 3."""
+    actor = actor_for("pendulum")
+    with torch.no_grad():
+        actor.weights[-1].zero_()
+        actor.biases[-1].fill_(mean)
+    taken: list[float] = []
+    step = gymnasium.wrappers.TimeLimit.step
+
+    def recorded(self, action):
+        taken.append(float(action[0]))
+        return step(self, action)
+
+    monkeypatch.setattr(gymnasium.wrappers.TimeLimit, "step", recorded)
+    evaluate(actor, TASKS["pendulum"], episodes=1, seed=0)
+    assert set(np.round(taken, 5)) == {action}
+
+
+def test_time_limits_end_an_episode() -> None:
+    actor = actor_for("pendulum")
+    task = dataclasses.replace(TASKS["pendulum"], env_id="HalfCheetah-v4")
+    cheetah = actor_for("halfcheetah")
+    assert evaluate(cheetah, TASKS["halfcheetah"], episodes=1, seed=0).lengths == (1000,)
+    with pytest.raises(InputError, match=r"takes 4 observation and gives 1 action .* has 17 and 6"):
+        evaluate(actor, task, episodes=1, seed=0)
+
+
+def test_says_nothing_of_v4_and_nothing_else_is_silenced(capfd: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        evaluate(actor_for("halfcheetah"), TASKS["halfcheetah"], episodes=1, seed=0)
+        warnings.warn("heard", UserWarning, stacklevel=1)
+    assert [str(warning.message) for warning in caught] == ["heard"]
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"episodes": 0, "seed": 0}, "episodes must be at least 1, got 0"),
+        ({"episodes": 1, "seed": -1}, "seed must not be negative, got -1"),
+    ],
+)
+def test_refuses_bad_numbers(options: dict[str, int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        evaluate(actor_for("hopper"), TASKS["hopper"], **options)
+
+
+def test_refuses_actions_that_are_not_finite() -> None:
+    actor = actor_for("hopper")
+    with torch.no_grad():
+        actor.biases[0].fill_(float("nan"))
+    with pytest.raises(InputError, match="actions are not finite"):
+        evaluate(actor, TASKS["hopper"], episodes=1, seed=0)

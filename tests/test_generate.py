@@ -1,0 +1,163 @@
+import json
+import resource
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mopo_fast import Actor, EnsembleDynamics, InputError, Transitions
+from mopo_fast.data import load_file
+from mopo_fast.generate import generate, run_settings, save_transitions
+
+CONFIG = {
+    "dataset": "hopper-random-local",
+    "task": "hopper",
+    "rollout": {
+        "horizon": 3,
+        "penalty": "ensemble_std",
+        "penalty_coef": 2.0,
+        "penalty_members": "elites",
+        "backend": "auto",
+    },
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    generator = torch.Generator().manual_seed(0)
+    EnsembleDynamics(11, 3, hidden=(8,), generator=generator).save(folder)
+    Actor(11, 3, hidden=(8,), generator=generator).save(folder)
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    return folder
+
+
+@pytest.fixture
+def data() -> Transitions:
+    observations = torch.zeros(10, 11)
+    observations[:, 0] = 1.25
+    # Told apart by a velocity, so that a start state's row can be found again.
+    observations[:, 5] = torch.arange(10) / 100
+    zeros = torch.zeros(10)
+    return Transitions(observations, torch.zeros(10, 3), zeros, observations, zeros.bool(), name="still")
+
+
+def test_the_runs_own_settings_hold(run: Path, data: Transitions) -> None:
+    rollouts = generate(run, data, count=20)
+    assert rollouts.step is not None and rollouts.step.max() <= 2
+    assert rollouts.raw_rewards is not None and rollouts.penalties is not None
+    torch.testing.assert_close(rollouts.rewards, rollouts.raw_rewards - 2.0 * rollouts.penalties)
+    assert rollouts.info["penalty"] == "ensemble_std" and rollouts.info["dataset"] == "still"
+
+
+def test_start_states_are_drawn_from_the_data_by_the_seed(run: Path, data: Transitions) -> None:
+    rollouts = generate(run, data, count=50, horizon=1, seed=1)
+    starts = rollouts.observations[:, 5] * 100
+    assert set(starts.round().long().tolist()) == set(range(10))
+    again = generate(run, data, count=50, horizon=1, seed=1)
+    assert torch.equal(again.next_observations, rollouts.next_observations)
+    other = generate(run, data, count=50, horizon=1, seed=2)
+    assert not torch.equal(other.observations, rollouts.observations)
+
+
+def test_lambda_can_be_another(run: Path, data: Transitions) -> None:
+    rollouts = generate(run, data, count=20, penalty_coef=0.0)
+    assert rollouts.raw_rewards is not None and torch.equal(rollouts.rewards, rollouts.raw_rewards)
+
+
+def test_what_is_saved_is_what_is_loaded(run: Path, data: Transitions, tmp_path: Path) -> None:
+    rollouts = generate(run, data, count=20)
+    for name in ("a.hdf5", "a.h5", "a.npz"):
+        save_transitions(tmp_path / name, rollouts)
+        back = load_file(tmp_path / name)
+        for key, array in back.arrays().items():
+            assert torch.equal(array, rollouts.arrays()[key]), key
+    assert back.name == "a"
+
+
+def test_metadata_tells_how_a_file_was_made(run: Path, data: Transitions, tmp_path: Path) -> None:
+    save_transitions(tmp_path / "a.hdf5", generate(run, data, count=7, seed=3))
+    metadata = load_file(tmp_path / "a.hdf5").info["metadata"]
+    assert (metadata["seed"], metadata["count"], metadata["penalty_coef"]) == (3, 7, 2.0)
+
+
+@pytest.mark.parametrize("suffix", [".hdf5", ".npz"])
+def test_a_full_disk_leaves_nothing(run: Path, data: Transitions, tmp_path: Path, suffix: str) -> None:
+    rollouts = generate(run, data, count=200)
+    folder = tmp_path / "full"
+    folder.mkdir()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(InputError, match="cannot write"):
+            save_transitions(folder / f"a{suffix}", rollouts)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(folder.iterdir())
+
+
+def test_files_that_cannot_be_written_are_named(run: Path, data: Transitions, tmp_path: Path) -> None:
+    rollouts = generate(run, data, count=2)
+    with pytest.raises(InputError, match=r"a\.csv: the file's name must end in"):
+        save_transitions(tmp_path / "a.csv", rollouts)
+    with pytest.raises(InputError, match=r"cannot write /proc/a\.npz"):
+        save_transitions("/proc/a.npz", rollouts)
+    with pytest.raises(InputError, match="rollout_index"):
+        save_transitions(tmp_path / "a.npz", data)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, r"config\.json does not exist"),
+        ("{", r"config\.json is not a readable JSON file"),
+        ("[]", "is not a run's"),
+        (json.dumps({"task": "hopper"}), "'rollout'.*is not a run's"),
+        (json.dumps({**CONFIG, "task": "cheetah"}), "unknown task 'cheetah'"),
+    ],
+)
+def test_a_folder_that_is_no_run_is_named(run: Path, config: str | None, message: str) -> None:
+    (run / "config.json").unlink()
+    if config is not None:
+        (run / "config.json").write_text(config)
+    with pytest.raises(InputError, match=message):
+        run_settings(run)
+
+
+def test_data_must_fit_the_run_and_count_be_positive(run: Path, data: Transitions) -> None:
+    with pytest.raises(InputError, match="count must be at least 1, got 0"):
+        generate(run, data, count=0)
+    with pytest.raises(InputError, match=r"start_observations must be \[batch, 11\]"):
+        generate(
+            run,
+            Transitions(
+                *(
+                    array[:, :4] if array.ndim == 2 else array
+                    for array in (
+                        data.observations,
+                        data.actions,
+                        data.rewards,
+                        data.next_observations,
+                        data.terminals,
+                    )
+                )
+            ),
+            count=1,
+        )
+    (run / "policy.safetensors").write_bytes(b"broken")
+    with pytest.raises(InputError, match=r"policy\.safetensors"):
+        generate(run, data, count=1)
+
+
+def test_an_empty_rollout_is_saved(data: Transitions, tmp_path: Path) -> None:
+    empty = Transitions(
+        *(torch.empty(0, *shape) for shape in ((11,), (3,), (), (11,))),
+        torch.empty(0, dtype=torch.bool),
+        rollout_index=torch.empty(0, dtype=torch.int64),
+    )
+    save_transitions(tmp_path / "a.npz", empty)
+    assert len(np.load(tmp_path / "a.npz")["timeouts"]) == 0

@@ -1,0 +1,59 @@
+"""The vector mathematics against float64, in units in the last place, on every instruction set."""
+
+import numpy as np
+import pytest
+
+from mopo_fast.backends import cpu
+
+RNG = np.random.default_rng(0)
+COUNT = 300_003
+UNIFORM = ((RNG.integers(0, 2**23, COUNT) + 0.5) * 2.0**-23).astype(np.float32)
+EDGES = np.array([2.0**-24, 1 - 2.0**-24], dtype=np.float32)
+
+
+def evaluate(isa, function, x):
+    x = np.ascontiguousarray(x, dtype=np.float32)
+    y = np.full_like(x, np.nan)
+    extension = cpu.extension()
+    extension.math(isa, getattr(extension.MathFunction, function), x.ctypes.data, y.ctypes.data, len(x))
+    return y
+
+
+def around(scale):
+    x = RNG.normal(0.0, scale, COUNT)
+    return np.concatenate([x, x * 1e-4]).astype(np.float32)
+
+
+@pytest.mark.parametrize("isa", cpu.isas())
+@pytest.mark.parametrize(
+    ("function", "x", "exact", "bound"),
+    [
+        ("exp", RNG.uniform(-87.3, 88.7, COUNT), np.exp, 2),
+        ("exp", RNG.uniform(-0.5, 0.5, COUNT), np.exp, 2),
+        ("log", np.concatenate([UNIFORM, EDGES]), np.log, 2),
+        ("tanh", around(2.0), np.tanh, 3),
+        ("silu", around(4.0), lambda x: x / (1.0 + np.exp(-x)), 4),
+    ],
+    ids=["exp", "exp-small", "log", "tanh", "silu"],
+)
+def test_units_in_the_last_place(isa, function, x, exact, bound):
+    x = x.astype(np.float32)
+    truth = exact(x.astype(np.float64))
+    unit = np.spacing(np.abs(truth).astype(np.float32)).astype(np.float64)
+    assert np.max(np.abs(evaluate(isa, function, x) - truth) / unit) <= bound
+
+
+@pytest.mark.parametrize("isa", cpu.isas())
+@pytest.mark.parametrize(("function", "exact"), [("sin_turns", np.sin), ("cos_turns", np.cos)])
+def test_turns(isa, function, exact):
+    x = np.concatenate([UNIFORM, EDGES])
+    truth = exact(2.0 * np.pi * x.astype(np.float64))
+    assert np.max(np.abs(evaluate(isa, function, x) - truth)) <= 2 * 2.0**-23
+
+
+@pytest.mark.parametrize("isa", cpu.isas())
+def test_special_values(isa):
+    x = np.array([np.nan, np.inf, -np.inf, 0.0, 200.0, -200.0], dtype=np.float32)
+    np.testing.assert_array_equal(evaluate(isa, "exp", x), [np.nan, np.inf, 0.0, 1.0, np.inf, 0.0])
+    np.testing.assert_array_equal(evaluate(isa, "tanh", x), [np.nan, 1.0, -1.0, 0.0, 1.0, -1.0])
+    np.testing.assert_array_equal(evaluate(isa, "silu", x), [np.nan, np.inf, np.nan, 0.0, 200.0, 0.0])

@@ -1,0 +1,222 @@
+"""The compiled rollout against the float64 oracle, on every instruction set of this machine."""
+
+import dataclasses
+
+import pytest
+import torch
+from kernel_cases import assert_as_accurate, inputs, make_ensemble, make_policy, oracle
+
+from mopo_fast.backends import cpu
+from mopo_fast.buffer import RingBuffer
+from mopo_fast.config import ACTIVATIONS, PENALTIES
+from mopo_fast.rollout import RolloutEngine
+from mopo_fast.tasks import Box, make_box
+
+SHAPES = [(3, 1), (11, 3), (17, 6), (111, 8), (376, 17)]
+
+
+@pytest.fixture(params=cpu.isas(), autouse=True)
+def isa(request, monkeypatch):
+    monkeypatch.setenv("MOPO_FAST_ISA", request.param)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs():
+    """torch.empty gives NaN, True and the largest integer: what a kernel leaves out, shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def check_step(engine: RolloutEngine, batch: int, *, deterministic: bool = False) -> None:
+    ensemble = engine.ensemble
+    # The oracles see more rows than a small batch has, for a fair measure of PyTorch's own error.
+    observations, actions = inputs(max(batch, 1000), ensemble.obs_dim, ensemble.act_dim)
+    rows = torch.arange(len(observations)) * 3 + 2**33
+    call = {"seed": 2**63 + 11, "step": 4, "deterministic": deterministic, "distributions": True}
+    kernel = engine.step(observations[:batch], actions[:batch], rows=rows[:batch], **call)
+    same = oracle(engine, "float32").step(observations, actions, rows=rows, **call)
+    exact = oracle(engine, "float64").step(observations.double(), actions.double(), rows=rows, **call)
+    assert torch.equal(kernel.members, exact.members[:batch])
+    assert torch.equal(kernel.terminals, exact.terminals[:batch])
+    for name in ("next_observations", "rewards", "raw_rewards", "penalties", "mean", "std"):
+        assert_as_accurate(getattr(kernel, name), getattr(same, name), getattr(exact, name), name, batch)
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("batch", [1, 7, 1000])
+@pytest.mark.parametrize("members", ["all", "elites"])
+def test_every_penalty(penalty, batch, members):
+    ensemble = make_ensemble(17, 6)
+    check_step(RolloutEngine(ensemble, penalty=penalty, penalty_coef=0.7, penalty_members=members), batch)
+
+
+@pytest.mark.parametrize(("obs_dim", "act_dim"), SHAPES)
+@pytest.mark.parametrize("batch", [1, 7, 1000])
+def test_every_shape(obs_dim, act_dim, batch):
+    check_step(RolloutEngine(make_ensemble(obs_dim, act_dim), penalty="mixture_std"), batch)
+
+
+@pytest.mark.parametrize("members", [1, 2, 5, 13, 32])
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_every_number_of_members(members, penalty):
+    check_step(RolloutEngine(make_ensemble(11, 3, members=members), penalty=penalty), 131)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("hidden", [(), (1,), (200, 200, 200, 200), (64, 7, 129)])
+def test_every_activation_and_depth(activation, hidden):
+    check_step(RolloutEngine(make_ensemble(17, 6, hidden=hidden, activation=activation)), 300)
+
+
+def test_deterministic_is_the_mean_over_all_members():
+    check_step(RolloutEngine(make_ensemble(17, 6)), 100, deterministic=True)
+
+
+@pytest.mark.slow
+def test_a_large_odd_batch():
+    check_step(RolloutEngine(make_ensemble(17, 6, members=3, hidden=(200, 200, 200, 200))), 50_001)
+
+
+def narrow_box(obs_dim: int) -> Box:
+    """Ends about a tenth of all steps."""
+    return make_box(obs_dim, {0: (-1.8, 2.5), 1: (-3.0, 1.6)})
+
+
+@pytest.fixture
+def rollout():
+    """An engine, a policy and start states whose rollouts end at every step."""
+    engine = RolloutEngine(make_ensemble(11, 3), termination=narrow_box(11), threads=2)
+    return engine, make_policy(11, 3), inputs(1003, 11, 3)[0]
+
+
+def assert_same(a, b):
+    left, right = a.arrays(), b.arrays()
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_rollout_against_the_oracle(rollout, penalty):
+    engine, policy, start = rollout
+    engine = RolloutEngine(engine.ensemble, penalty=penalty, termination=narrow_box(11))
+    kernel = engine.rollout(policy, start, 4, seed=3)
+    same = oracle(engine, "float32").rollout(policy, start, 4, seed=3)
+    exact = oracle(engine, "float64").rollout(policy, start.double(), 4, seed=3)
+    assert kernel.terminals.sum() > 200
+    for name in ("rollout_index", "step", "members", "terminals"):
+        assert torch.equal(getattr(kernel, name), getattr(exact, name)), name
+    for name in ("observations", "actions", "next_observations", "rewards", "raw_rewards", "penalties"):
+        assert_as_accurate(getattr(kernel, name), getattr(same, name), getattr(exact, name), name)
+
+
+def test_rollout_is_made_of_steps(rollout):
+    engine, policy, start = rollout
+    whole = engine.rollout(policy, start, 4, seed=9)
+    following = start
+    rows = torch.arange(len(start))
+    for t in range(4):
+        part = whole[whole.step == t]
+        assert torch.equal(part.rollout_index, rows)
+        assert torch.equal(part.observations, following)
+        result = engine.step(part.observations, part.actions, seed=9, step=t, rows=rows)
+        for field in dataclasses.fields(result):
+            if field.name not in ("mean", "std"):
+                assert torch.equal(getattr(part, field.name), getattr(result, field.name)), field.name
+        following, rows = result.next_observations[~result.terminals], rows[~result.terminals]
+    order = whole.rollout_index * 4 + whole.step
+    assert (order.diff() > 0).all()
+
+
+@pytest.mark.parametrize("threads", [1, 3, 8])
+def test_threads_do_not_matter(rollout, threads):
+    engine, policy, start = rollout
+    other = RolloutEngine(engine.ensemble, termination=narrow_box(11), threads=threads)
+    assert_same(engine.rollout(policy, start, 5, seed=1), other.rollout(policy, start, 5, seed=1))
+
+
+@pytest.mark.parametrize("split", [1, 24, 480, 1002])
+def test_splits_do_not_matter(rollout, split):
+    engine, policy, start = rollout
+    rows = torch.arange(len(start)) + 10**10
+    whole = engine.rollout(policy, start, 3, seed=1, rows=rows)
+    parts = [
+        engine.rollout(policy, start[at], 3, seed=1, rows=rows[at])
+        for at in (slice(split), slice(split, None))
+    ]
+    for name, array in whole.arrays().items():
+        assert torch.equal(array, torch.cat([getattr(part, name) for part in parts])), name
+
+
+def test_ring(rollout):
+    """Written in place, wrapping around, and nothing but the new rows is touched."""
+    engine, policy, start = rollout
+    expected = engine.rollout(policy, start, 3, seed=1)
+    ring = RingBuffer(4000, 11, 3)
+    ring.storage.rewards.fill_(float("nan"))
+    ring.head = 2500
+    result = engine.rollout(policy, start, 3, seed=1, out=ring)
+    assert set(result.arrays()) == set(ring.storage.arrays())
+    for name, array in result.arrays().items():
+        assert torch.equal(array, getattr(expected, name)), name
+    count = len(expected)
+    assert count > 1500 and ring.head == (2500 + count) % 4000 and ring.size == count
+    assert torch.equal(ring.storage.rewards[: ring.head], expected.rewards[1500:])
+    assert ring.storage.rewards[ring.head : 2500].isnan().all()
+
+
+def test_terminal_rows_are_kept_and_end_the_rollout(rollout):
+    engine, policy, start = rollout
+    whole = engine.rollout(policy, start, 6, seed=2)
+    box = narrow_box(11)
+    assert torch.equal(whole.terminals, ~box.contains(whole.next_observations))
+    last = torch.cat([whole.rollout_index.diff() != 0, torch.tensor([True])])
+    assert not whole.terminals[~last].any()
+    assert (whole.step[last & ~whole.terminals] == 5).all()
+    assert whole.rollout_index[last].equal(torch.arange(len(start)))
+
+
+@pytest.mark.parametrize("member", [0, 6])
+def test_what_is_not_finite_is_not_kept(member):
+    """One member overflows where an observation is large: its rows go, and all rows that it penalises."""
+    ensemble = make_ensemble(11, 3, elites=7)
+    with torch.no_grad():
+        ensemble.weights[0][member, 0, :] = 3e38
+    start = inputs(200, 11, 3)[0]
+    start[::5, 0] = 1e5
+    policy = make_policy(11, 3)
+    for penalty in PENALTIES:
+        engine = RolloutEngine(ensemble, penalty=penalty, termination=None)
+        kernel = engine.rollout(policy, start, 1, seed=1)
+        exact = oracle(engine, "float32").rollout(policy, start, 1, seed=1)
+        assert kernel.info["non_finite"] == exact.info["non_finite"] > 0
+        assert torch.equal(kernel.rollout_index, exact.rollout_index)
+        kernel.validate()
+        step = engine.step(start, torch.zeros(200, 3), seed=1)
+        finite = torch.isfinite(step.next_observations).all(1) & torch.isfinite(step.rewards)
+        assert torch.equal(step.terminals, ~finite) and not finite.all()
+
+
+def test_log_std_is_clipped(rollout):
+    engine, policy, start = rollout
+    with torch.no_grad():
+        policy.biases[-1][3:] = torch.tensor([50.0, -50.0, float(policy.log_std_max)])
+    kernel = engine.rollout(policy, start, 1, seed=1)
+    exact = oracle(engine, "float64").rollout(policy, start.double(), 1, seed=1)
+    same = oracle(engine, "float32").rollout(policy, start, 1, seed=1)
+    assert_as_accurate(kernel.actions, same.actions, exact.actions, "actions")
+
+
+def test_a_second_thread_may_call_too(rollout):
+    from concurrent.futures import ThreadPoolExecutor
+
+    engine, policy, start = rollout
+    expected = engine.rollout(policy, start, 3, seed=1)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: engine.rollout(policy, start, 3, seed=1), range(8)))
+    for result in results:
+        assert_same(result, expected)

@@ -1,0 +1,146 @@
+"""`train` killed with SIGKILL, again and again, ends with the bits of a run that was never stopped.
+
+A fork server imports the package once and forks a fresh process for every attempt, so that a kill costs
+no import; it runs no computation itself.
+"""
+
+import csv
+import dataclasses
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mopo_fast.config import DynamicsConfig, EvaluationConfig, RolloutConfig, SACConfig, TrainConfig
+from mopo_fast.data import collect
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["mopo_fast.train"])
+
+CONFIG = TrainConfig(
+    dataset="",
+    seed=3,
+    steps=75,
+    dynamics=DynamicsConfig(
+        members=3, elites=2, hidden=(16, 16), weight_decay=(1e-5, 1e-5, 1e-5), max_epochs=6, batch_size=64
+    ),
+    # Hopper's rollouts end early, so the buffer's rows are of more epochs than retain_epochs says.
+    rollout=RolloutConfig(horizon=5, batch_size=60, interval=10, retain_epochs=1, threads=1),
+    sac=SACConfig(hidden=(16, 16), batch_size=32),
+    evaluation=EvaluationConfig(episodes=2, interval=2),
+)
+# Columns that a clock fills.
+TIMES = ("seconds_rollout", "seconds_sac", "seconds_evaluate", "seconds_total")
+
+
+def run(config: TrainConfig, out: Path, die_at: int | None = None) -> None:
+    """One attempt, in a process of its own; with `die_at`, it kills itself at that change to the run's files."""
+    torch.set_num_threads(1)
+    if die_at is not None:
+        changes = 0
+
+        def watch(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal changes
+            names_run = any(str(out) in str(argument) for argument in arguments)
+            opens_to_write = event == "open" and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR)
+            if names_run and (opens_to_write or event in ("os.rename", "os.remove", "os.mkdir")):
+                changes += 1
+                if changes == die_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(watch)
+    from mopo_fast.train import train
+
+    train(config, out, resume=True, quiet=True)
+
+
+def attempt(
+    config: TrainConfig, out: Path, die_at: int | None = None, kill_after: float | None = None
+) -> int:
+    """The exit code of one attempt: 0, or -SIGKILL where it was killed in time."""
+    process = CONTEXT.Process(target=run, args=(config, out, die_at))
+    process.start()
+    process.join(kill_after)
+    process.kill()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL), "the attempt failed of itself"
+    return process.exitcode
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    path = tmp_path_factory.mktemp("data") / "hopper-random-local.hdf5"
+    collect("hopper-random", 600, out=path, quiet=True)
+    return dataclasses.replace(CONFIG, dataset=str(path))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed")
+    assert attempt(config, out) == 0
+    return out
+
+
+def assert_same(ours: Path, theirs: Path) -> None:
+    """Same parameters, optimiser states and log, and nothing left behind."""
+    names = ["dynamics.safetensors", "policy.safetensors", "checkpoint/epoch-000008.safetensors"]
+    for name in names:
+        one, other = load_file(ours / name), load_file(theirs / name)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one), name
+    assert any(name.startswith("sac.adam.critic") for name in one)
+
+    def rows(folder: Path) -> list[dict[str, str]]:
+        with (folder / "progress.csv").open() as file:
+            return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
+
+    assert rows(ours) == rows(theirs)
+    assert [row["epoch"] for row in rows(ours)] == [str(epoch) for epoch in range(1, 9)]
+
+    def files(folder: Path) -> set[str]:
+        paths = (path for path in folder.rglob("*") if "tfevents" not in path.name)
+        return {str(path.relative_to(folder)) for path in paths}
+
+    assert files(ours) == files(theirs)
+    board = EventAccumulator(str(ours))
+    board.Reload()
+    for tag in ("sac/critic_loss", "rollout/penalty"):
+        assert [event.step for event in board.Scalars(tag)] == [10, 20, 30, 40, 50, 60, 70, 75]
+
+
+def test_killed_twenty_times(config: TrainConfig, undisturbed: Path, tmp_path: Path) -> None:
+    """At random moments, of the fit, the rollouts, the updates, the evaluation or between."""
+    rng, kills, runs = random.Random(0), 0, 0
+    while kills < 20:
+        out, finished = tmp_path / f"run-{runs}", False
+        while not finished:
+            kill_after = rng.uniform(0.02, 0.7) if kills < 20 else None
+            finished = attempt(config, out, kill_after=kill_after) == 0
+            kills += not finished
+        assert_same(out, undisturbed)
+        runs += 1
+
+
+def test_killed_at_its_own_writes(config: TrainConfig, undisturbed: Path, tmp_path: Path) -> None:
+    """Attempt i dies as it begins its i-th change to the run's files, so that kills fall between any two."""
+    out, tries = tmp_path / "run", 0
+    while True:
+        tries += 1
+        if attempt(config, out, die_at=tries) == 0:
+            break
+    assert tries > 8
+    assert_same(out, undisturbed)
+
+
+def test_a_resumed_run_counts_the_time_of_all_its_sessions(undisturbed: Path) -> None:
+    start = time.perf_counter()
+    del start

@@ -1,0 +1,289 @@
+"""RolloutEngine: what it refuses, what it returns, its operators, a user's own termination function."""
+
+import math
+
+import pytest
+import torch
+from kernel_cases import inputs, make_ensemble, make_policy
+
+from mopo_fast import backends
+from mopo_fast.backends import cpu
+from mopo_fast.backends.reference import penalise
+from mopo_fast.buffer import RingBuffer
+from mopo_fast.config import PENALTIES
+from mopo_fast.errors import InputError
+from mopo_fast.rollout import RolloutEngine
+from mopo_fast.tasks import make_box
+
+BACKENDS = ["reference", "cpu"]
+
+
+@pytest.fixture(params=BACKENDS)
+def engine(request):
+    return RolloutEngine(make_ensemble(5, 2), backend=request.param)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"penalty": "variance"}, "unknown penalty 'variance'; there are: max_aleatoric"),
+        ({"penalty_coef": -1.0}, "penalty_coef must be finite and not negative"),
+        ({"penalty_coef": math.nan}, "penalty_coef must be finite"),
+        ({"dtype": "float16"}, "unknown dtype 'float16'; there are: float32, float64"),
+        ({"threads": 0}, "threads must be at least 1"),
+        ({"penalty_members": "best"}, "penalty_members must be"),
+        ({"termination": "hoper"}, "unknown termination 'hoper'; there are: halfcheetah, hopper"),
+        (
+            {"termination": "hopper"},
+            "the termination box has 11 dimensions, the ensemble's observations have 5",
+        ),
+        ({"backend": "gpu"}, "unknown backend 'gpu'; there are: auto, cpu, reference"),
+        ({"backend": "cpu", "dtype": "float64"}, "cpu: serves float32, not float64"),
+    ],
+)
+def test_bad_settings(arguments, message):
+    with pytest.raises(InputError, match=message):
+        RolloutEngine(make_ensemble(5, 2), **arguments)
+
+
+def test_bad_step_arguments(engine):
+    observations, actions = inputs(8, 5, 2)
+    broken = observations.clone()
+    broken[3, 1] = math.nan
+
+    def refused(message, *args, **kwargs):
+        with pytest.raises(InputError, match=message):
+            engine.step(*args, **{"seed": 0, **kwargs})
+
+    refused(r"observations must be \[batch, 5\], got shape \[8, 2\]", actions, actions)
+    refused(r"actions must be \[batch, 2\], got shape \[2\]", observations, actions[0])
+    refused("there are 8 observations but 7 actions", observations, actions[:7])
+    refused("observations has no rows", observations[:0], actions[:0])
+    refused("observations is not finite at row 3", broken, actions)
+    refused("observations must be a floating tensor, got torch.int64", observations.long(), actions)
+    refused("actions must be a floating tensor, got ndarray", observations, actions.numpy())
+    refused("seed must be a whole number", observations, actions, seed=-1)
+    refused("seed must be a whole number", observations, actions, seed=2**64)
+    refused("seed must be a whole number", observations, actions, seed=1.5)
+    refused("step must be a whole number", observations, actions, step=2**32)
+    refused(r"rows must be an int64 tensor \[8\]", observations, actions, rows=torch.arange(7))
+    refused(r"rows must be an int64 tensor \[8\]", observations, actions, rows=torch.arange(8.0))
+    if torch.empty(0, device="meta").device.type == "meta":
+        refused("observations is on meta, the ensemble on cpu", observations.to("meta"), actions)
+
+
+def test_bad_rollout_arguments(engine):
+    start, policy = inputs(8, 5, 2)[0], make_policy(5, 2)
+
+    def refused(message, *args, **kwargs):
+        with pytest.raises(InputError, match=message):
+            engine.rollout(*args, **{"seed": 0, **kwargs})
+
+    refused("the policy is for 6 observation and 2 action dimensions, the ensemble for 5 and 2",
+            make_policy(6, 2), start, 1)  # fmt: skip
+    refused("horizon must be a whole number, 1 <= horizon", policy, start, 0)
+    refused(r"start_observations must be \[batch, 5\]", policy, start[:, :4], 1)
+    refused("8 rollouts of 3 steps can make 24 transitions, the buffer holds 23", policy, start, 3,
+            out=RingBuffer(23, 5, 2))  # fmt: skip
+    refused("the buffer is for 4 observation and 2 action dimensions", policy, start, 3,
+            out=RingBuffer(24, 4, 2))  # fmt: skip
+
+
+def test_bad_elites():
+    ensemble = make_ensemble(5, 2, members=3)
+    ensemble.elites.fill_(3)
+    with pytest.raises(InputError, match=r"elites must be distinct members 0\.\.2, got \[3\]"):
+        RolloutEngine(ensemble)
+
+
+def test_the_ensemble_may_change_between_calls(engine):
+    observations, actions = inputs(8, 5, 2)
+    before = engine.step(observations, actions, seed=0, deterministic=True)
+    with torch.no_grad():
+        # Around the version counter too: nothing may be cached.
+        engine.ensemble.biases[-1].data[:, 5] += 1.0
+    after = engine.step(observations, actions, seed=0, deterministic=True)
+    torch.testing.assert_close(after.raw_rewards, before.raw_rewards + 1.0)
+    torch.testing.assert_close(after.next_observations, before.next_observations)
+
+
+def test_penalty_coef_lowers_rewards(engine):
+    observations, actions = inputs(20, 5, 2)
+    result = RolloutEngine(engine.ensemble, penalty_coef=2.5, backend=engine.backend).step(
+        observations, actions, seed=0
+    )
+    assert (result.penalties > 0).all()
+    torch.testing.assert_close(result.rewards, result.raw_rewards - 2.5 * result.penalties)
+
+
+def test_members_are_elites_and_uniform(engine):
+    observations, actions = inputs(1, 5, 2)
+    result = engine.step(observations.expand(20_000, -1), actions.expand(20_000, -1), seed=3)
+    counts = result.members.bincount(minlength=7)
+    assert set(counts.nonzero().flatten().tolist()) == set(engine.ensemble.elites.tolist())
+    assert (counts[engine.ensemble.elites] - 4000).abs().max() < 5 * math.sqrt(4000)
+
+
+def test_samples_have_the_predicted_moments(engine):
+    """Mean and spread of next observation and reward, for one input, member by member."""
+    observations, actions = inputs(1, 5, 2)
+    n = 60_000
+    result = engine.step(observations.expand(n, -1), actions.expand(n, -1), seed=3)
+    one = engine.step(observations, actions, seed=0, distributions=True)
+    assert one.mean is not None and one.std is not None
+    for member in engine.ensemble.elites.tolist():
+        chosen = result.members == member
+        count = int(chosen.sum())
+        sample = torch.cat([result.next_observations - observations, result.raw_rewards[:, None]], 1)[chosen]
+        z = (sample - one.mean[member, 0]) / one.std[member, 0]
+        assert z.mean(0).abs().max() < 5 / math.sqrt(count)
+        assert (z.var(0) - 1).abs().max() < 5 * math.sqrt(2 / count)
+
+
+def test_penalties_by_hand():
+    """Two members, two observation dimensions and the reward, numbers that can be done in the head."""
+    mean = torch.tensor([[[0.0, 0.0, 7.0]], [[6.0, 8.0, 9.0]]])
+    variance = torch.tensor([[[4.0, 4.0, 1.0]], [[1.0, 2.0, 1.0]]])
+    expected = {
+        "max_aleatoric": 3.0,
+        "max_deviation": 5.0,
+        "max_pairwise": 10.0,
+        "ensemble_std": math.sqrt((9 + 16) / 2),
+        "mixture_std": math.sqrt((9 + 2.5) + (16 + 3) + (1 + 1)),
+    }
+    assert set(expected) == set(PENALTIES)
+    for penalty, value in expected.items():
+        assert float(penalise(penalty, mean, variance)) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_termination_function_equals_its_box(backend):
+    ensemble, policy, start = make_ensemble(5, 2), make_policy(5, 2), inputs(500, 5, 2)[0]
+    box = make_box(5, {0: (-1.5, 1.5)})
+    shapes = []
+
+    def termination(observations, actions, next_observations):
+        shapes.append((observations.shape[1], actions.shape[1]))
+        return ~box.contains(next_observations)[:, None].numpy()
+
+    by_box = RolloutEngine(ensemble, termination=box, backend=backend)
+    by_function = RolloutEngine(ensemble, termination=termination, backend=backend)
+    expected, result = (e.rollout(policy, start, 4, seed=1) for e in (by_box, by_function))
+    assert expected.terminals.any() and set(shapes) == {(5, 2)}
+    assert torch.equal(result.rollout_index, expected.rollout_index)
+    assert torch.equal(result.terminals, expected.terminals)
+    torch.testing.assert_close(result.next_observations, expected.next_observations)
+    torch.testing.assert_close(result.rewards, expected.rewards)
+
+
+def test_a_bad_termination_function():
+    engine = RolloutEngine(make_ensemble(5, 2), termination=lambda s, a, n: n[:, 0])
+    with pytest.raises(InputError, match=r"must return bool \[8\], got torch.float32 \[8\]"):
+        engine.step(*inputs(8, 5, 2), seed=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_rollout_that_ends_at_once(backend):
+    """All rollouts end in their first step: one row each."""
+    engine = RolloutEngine(make_ensemble(5, 2), termination=make_box(5, {0: (100.0, 101.0)}), backend=backend)
+    result = engine.rollout(make_policy(5, 2), inputs(30, 5, 2)[0], 7, seed=0)
+    assert len(result) == 30 and result.terminals.all() and not result.step.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_finite_at_all(backend):
+    ensemble = make_ensemble(5, 2)
+    with torch.no_grad():
+        ensemble.biases[-1].fill_(math.inf)
+    result = RolloutEngine(ensemble, backend=backend).rollout(
+        make_policy(5, 2), inputs(30, 5, 2)[0], 7, seed=0
+    )
+    assert len(result) == 0 and result.info["non_finite"] == 30
+
+
+@pytest.mark.parametrize("distributions", [False, True])
+def test_step_operator(engine, distributions):
+    """The operator's schema, its fake and its behaviour under tracing agree."""
+    observations, actions = inputs(6, 5, 2)
+    *dynamics, activation = engine._dynamics()
+    arguments = (
+        *dynamics, observations, actions, torch.arange(6),
+        activation, "max_aleatoric", 1.0, 5, 0, False, distributions, engine.backend, 1,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.mopo_fast.step.default, arguments)
+
+
+def test_rollout_operator(engine):
+    policy, start = make_policy(5, 2), inputs(6, 5, 2)[0]
+    *dynamics, activation = engine._dynamics()
+    storage = RingBuffer(20, 5, 2).storage
+    arguments = (
+        *dynamics, list(policy.weights), list(policy.biases), start, torch.arange(6),
+        storage.observations, storage.actions, storage.rewards, storage.next_observations,
+        storage.terminals, storage.raw_rewards, None, None, None, None, 0, 3,
+        activation, "max_aleatoric", 1.0, "relu", -20.0, 2.0, 5, False, engine.backend, 1,
+    )  # fmt: skip
+    arguments = tuple(
+        [tensor.detach() for tensor in value] if isinstance(value, list) else value for value in arguments
+    )
+    torch.library.opcheck(torch.ops.mopo_fast.rollout.default, arguments)
+
+
+def test_step_compiles_without_a_graph_break(engine):
+    observations, actions = inputs(6, 5, 2)
+    *dynamics, activation = engine._dynamics()
+
+    def double(observations):
+        result = torch.ops.mopo_fast.step(
+            *dynamics, observations * 1.0, actions, torch.arange(6),
+            activation, "max_aleatoric", 1.0, 5, 0, False, False, engine.backend, 1,
+        )  # fmt: skip
+        return result[0] * 2.0
+
+    compiled = torch.compile(double, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(observations), double(observations))
+
+
+def test_environment_chooses_the_backend(monkeypatch):
+    monkeypatch.setenv("MOPO_FAST_BACKEND", "reference")
+    assert RolloutEngine(make_ensemble(5, 2)).backend == "reference"
+    assert RolloutEngine(make_ensemble(5, 2), backend="cpu").backend == "cpu"
+    monkeypatch.setenv("MOPO_FAST_BACKEND", "cuda")
+    with pytest.raises(InputError, match="unknown backend 'cuda'"):
+        RolloutEngine(make_ensemble(5, 2))
+    monkeypatch.delenv("MOPO_FAST_BACKEND")
+    assert RolloutEngine(make_ensemble(5, 2)).backend == "cpu"
+    assert RolloutEngine(make_ensemble(5, 2), dtype="float64").backend == "reference"
+
+
+def test_the_choice_is_logged_once_with_its_reasons(caplog):
+    backends._choose.cache_clear()
+    with caplog.at_level("INFO", logger="mopo_fast"):
+        for _ in range(3):
+            RolloutEngine(make_ensemble(5, 2), dtype="float64")
+    assert [record.message for record in caplog.records] == [
+        "backend: reference (cpu: serves float32, not float64)"
+    ]
+
+
+def test_unknown_instruction_set(monkeypatch):
+    monkeypatch.setenv("MOPO_FAST_ISA", "avx9")
+    with pytest.raises(InputError, match="MOPO_FAST_ISA=avx9 cannot run on this processor; it has: "):
+        cpu.isa()
+
+
+def test_a_missing_extension_is_a_reason(monkeypatch):
+    """Without the compiled part everything still works, on the reference, and says so."""
+    cpu._load.cache_clear()
+    backends._choose.cache_clear()
+    monkeypatch.setitem(__import__("sys").modules, "mopo_fast._cpu", None)
+    try:
+        status = {status.name: status for status in backends.available()}
+        assert not status["cpu"].available and "pip install" in status["cpu"].reason
+        assert RolloutEngine(make_ensemble(5, 2)).backend == "reference"
+        with pytest.raises(InputError, match=r"the extension mopo_fast\._cpu did not load"):
+            RolloutEngine(make_ensemble(5, 2), backend="cpu")
+    finally:
+        monkeypatch.undo()
+        cpu._load.cache_clear()
+        backends._choose.cache_clear()

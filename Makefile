@@ -16,10 +16,11 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.inl csrc/cpu/*.cpp
 .PHONY: install demo test lint format bench sanitize clean
 install: $(INSTALLED)
 
-# Done again only when what is built or installed has changed.
+# Done again only when what is built or installed has changed. --no-compile: bytecode is made by the first
+# import of a module, not at once for all of torch.
 $(INSTALLED): pyproject.toml setup.py CMakeLists.txt constraints.txt $(CPP)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --editable '.[test,lint]'
+	$(BIN)/python -m pip install --no-compile --editable '.[test,lint]'
 	touch $@
 
 DEMO_DATA := $(RUNS)/demo/halfcheetah-random-local.hdf5
@@ -47,6 +48,7 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/mopo-fast bench rollout
+	$(BIN)/python -m pytest benchmarks/bench_*.py
 
 # The extension with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package of its own.
 SANITIZED := build/sanitized

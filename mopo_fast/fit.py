@@ -227,7 +227,7 @@ class _Fit:
         for name, parameter in self.model.named_parameters():
             # What Adam would make at its first step, made now so that a checkpoint can be read into it.
             adam = {
-                "step": torch.zeros((), device=parameter.device),
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }

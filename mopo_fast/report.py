@@ -420,7 +420,7 @@ def _attempt(build: Callable[[], T]) -> T | str:
     except InputError as error:
         return f"Missing: {error}."
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OSError) as error:
-        return f"Missing: a file of the run lacks or garbles {error}."
+        return f"Missing: a file of the run is not as it should be ({type(error).__name__}: {error})."
 
 
 def _missing(line: str) -> str:

@@ -6,8 +6,10 @@ Source: softlearning/algorithms/mopo.py of the authors' code; others' choices ar
 import copy
 import math
 import os
+from collections.abc import Iterable, Sequence
 
 import torch
+from torch.optim.adam import adam
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mopo_fast.buffer import RingBuffer
@@ -19,8 +21,45 @@ from mopo_fast.seeds import INIT, derive_seed
 from mopo_fast.tensors import require_shape
 
 METRICS = ("critic_loss", "actor_loss", "alpha_loss", "q", "alpha", "entropy")
-# torch.optim.Adam's state of one parameter.
-_ADAM = ("step", "exp_avg", "exp_avg_sq")
+
+
+class Adam:
+    """torch's fused Adam with its defaults, and its state in the open.
+
+    `torch.optim.Adam` costs more than the arithmetic for networks of this size.
+
+    Attributes:
+        parameters: leaf tensors, changed in place.
+        learning_rate: may be changed between steps.
+        exp_avgs, exp_avg_sqs: running moments, shaped as the parameters.
+        steps: float32 scalars, how many steps each has made.
+    """
+
+    def __init__(self, parameters: Iterable[torch.Tensor], learning_rate: float) -> None:
+        self.parameters, self.learning_rate = list(parameters), learning_rate
+        self.exp_avgs = [torch.zeros_like(parameter) for parameter in self.parameters]
+        self.exp_avg_sqs = [torch.zeros_like(parameter) for parameter in self.parameters]
+        self.steps = [torch.zeros((), device=parameter.device) for parameter in self.parameters]
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[torch.Tensor]) -> None:
+        """Move the parameters against `gradients`, one for each."""
+        adam(
+            self.parameters,
+            list(gradients),
+            self.exp_avgs,
+            self.exp_avg_sqs,
+            [],
+            self.steps,
+            fused=True,
+            lr=self.learning_rate,
+            beta1=0.9,
+            beta2=0.999,
+            eps=1e-8,
+            weight_decay=0.0,
+            amsgrad=False,
+            maximize=False,
+        )
 
 
 class SAC:
@@ -70,10 +109,11 @@ class SAC:
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = torch.zeros((), device=device, requires_grad=True)
         self.optimizers = {
-            "actor": torch.optim.Adam(self.actor.parameters(), config.actor_learning_rate, fused=True),
-            "critic": torch.optim.Adam(self.critic.parameters(), config.critic_learning_rate, fused=True),
-            "alpha": torch.optim.Adam([self.log_alpha], config.alpha_learning_rate, fused=True),
+            "actor": Adam(self.actor.parameters(), config.actor_learning_rate),
+            "critic": Adam(self.critic.parameters(), config.critic_learning_rate),
+            "alpha": Adam([self.log_alpha], config.alpha_learning_rate),
         }
+        self._targets = list(self.target.parameters())
         self._polyak = get_ema_multi_avg_fn(1.0 - config.polyak)
 
     @property
@@ -93,31 +133,31 @@ class SAC:
             The values of `METRICS` before the step, [6]; entropy is the mean of -log_prob.
         """
         config, alpha = self.config, self.alpha
+        actor, critic, temperature = (self.optimizers[name] for name in ("actor", "critic", "alpha"))
         target_q = self._target_q(batch, next_noise, alpha)
         q = self.critic(batch.observations, batch.actions)
         critic_loss = (q - target_q).square().mean(dim=1).sum()
         if config.critic_loss == "half_mse":
             critic_loss = 0.5 * critic_loss
-        critic_gradients = torch.autograd.grad(critic_loss, list(self.critic.parameters()))
+        critic_gradients = torch.autograd.grad(critic_loss, critic.parameters)
         if not config.simultaneous:
-            self._step("critic", critic_gradients)
+            critic.step(critic_gradients)
 
         actions, log_prob = self.actor.sample(batch.observations, noise)
         policy_q = self.critic(batch.observations, actions).min(dim=0).values
         actor_loss = (alpha * log_prob - policy_q).mean()
         # Naming the inputs spares the critics' weight gradients, which nobody needs here.
-        actor_gradients = torch.autograd.grad(actor_loss, list(self.actor.parameters()))
+        actor_gradients = torch.autograd.grad(actor_loss, actor.parameters)
 
         entropy = -log_prob.detach().mean()
         alpha_loss = self.log_alpha * (entropy - self.target_entropy)
-        alpha_gradients = torch.autograd.grad(alpha_loss, [self.log_alpha])
+        alpha_gradients = torch.autograd.grad(alpha_loss, temperature.parameters)
 
         if config.simultaneous:
-            self._step("critic", critic_gradients)
-        self._step("actor", actor_gradients)
-        self._step("alpha", alpha_gradients)
-        with torch.no_grad():
-            self._polyak(list(self.target.parameters()), list(self.critic.parameters()), None)
+            critic.step(critic_gradients)
+        actor.step(actor_gradients)
+        temperature.step(alpha_gradients)
+        self._polyak(self._targets, critic.parameters, None)
         self.updates += 1
         losses = (critic_loss.detach(), actor_loss.detach(), alpha_loss.detach())
         return torch.stack([*losses, q.detach().mean(), alpha, entropy])
@@ -128,12 +168,6 @@ class SAC:
         q = self.target(batch.next_observations, actions).min(dim=0).values
         future = torch.where(batch.terminals, 0.0, q - alpha * log_prob)
         return batch.rewards + self.config.discount * future
-
-    def _step(self, name: str, gradients: tuple[torch.Tensor, ...]) -> None:
-        optimizer = self.optimizers[name]
-        for parameter, gradient in zip(optimizer.param_groups[0]["params"], gradients, strict=True):
-            parameter.grad = gradient
-        optimizer.step()
 
     def update_many(
         self, data: Transitions, model_buffer: RingBuffer, updates: int, seed: int
@@ -186,16 +220,18 @@ class SAC:
         if self.config.actor_schedule == "cosine" and self.total_updates:
             share = min(self.updates / self.total_updates, 1.0)
             rate = self.config.actor_learning_rate * 0.5 * (1.0 + math.cos(math.pi * share))
-            self.optimizers["actor"].param_groups[0]["lr"] = rate
+            self.optimizers["actor"].learning_rate = rate
 
     def state(self) -> dict[str, torch.Tensor]:
-        """All that the next update depends on, by name; shares storage with the live tensors."""
+        """All that the next update depends on, by name: the live tensors, and `updates`."""
         tensors = {"log_alpha": self.log_alpha, "updates": torch.tensor(self.updates)}
-        for name, module in self._modules.items():
+        for name, module in (("actor", self.actor), ("critic", self.critic), ("target", self.target)):
             tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
         for name, optimizer in self.optimizers.items():
-            for index, entry in optimizer.state_dict()["state"].items():
-                tensors |= {f"adam.{name}.{index}.{key}": entry[key] for key in _ADAM}
+            states = zip(optimizer.exp_avgs, optimizer.exp_avg_sqs, optimizer.steps, strict=True)
+            for i, state in enumerate(states):
+                keys = ("exp_avg", "exp_avg_sq", "step")
+                tensors |= {f"adam.{name}.{i}.{key}": value for key, value in zip(keys, state, strict=True)}
         return tensors
 
     @torch.no_grad()
@@ -205,30 +241,10 @@ class SAC:
         Raises:
             InputError: a tensor is missing or has another shape.
         """
-        require_shape(source, tensors, "updates", torch.Size([]))
-        self.updates = int(tensors["updates"])
-        targets = {"log_alpha": self.log_alpha}
-        for name, module in self._modules.items():
-            targets |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
-        for name, target in targets.items():
+        for name, target in self.state().items():
             require_shape(source, tensors, name, target.shape)
             target.copy_(tensors[name])
-        if self.updates == 0:
-            return
-        for name, optimizer in self.optimizers.items():
-            state = {}
-            for index, parameter in enumerate(optimizer.param_groups[0]["params"]):
-                shapes = dict.fromkeys(_ADAM, parameter.shape) | {"step": torch.Size([])}
-                for key, shape in shapes.items():
-                    require_shape(source, tensors, f"adam.{name}.{index}.{key}", shape)
-                # The optimiser keeps what it is given, which must not be a view of a file.
-                state[index] = {key: tensors[f"adam.{name}.{index}.{key}"].clone() for key in _ADAM}
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-    @property
-    def _modules(self) -> dict[str, torch.nn.Module]:
-        return {"actor": self.actor, "critic": self.critic, "target": self.target}
+        self.updates = int(tensors["updates"])
 
 
 def _learnable(data: Transitions) -> Transitions:

@@ -96,11 +96,15 @@ def train(
         ensemble, fit_seconds = _dynamics(config, data, out, quiet)
         # What an earlier, interrupted session spent on the fit is part of the total too.
         started -= max(0.0, fit_seconds - (time.perf_counter() - fit_started))
-        write_json(summary_path, _train(config, task, data, ensemble, out, started, fit_seconds, quiet))
+        try:
+            summary = _train(config, task, data, ensemble, out, started, fit_seconds, quiet)
+        except OSError as error:
+            raise InputError(f"cannot go on with {out} ({error}); mend that, then --resume") from error
+        write_json(summary_path, summary)
     if not (out / "report.html").exists():
         write_report(out, data=data)
-    summary: dict[str, Any] = read_json(summary_path)
-    return summary
+    finished: dict[str, Any] = read_json(summary_path)
+    return finished
 
 
 def resolve(config: TrainConfig) -> tuple[TrainConfig, Task]:
@@ -236,6 +240,8 @@ def _dynamics(
     difference = _first_difference({name: fit.get(name) for name in ours}, ours)
     if difference:
         raise InputError(f"{out / 'fit.json'} was made with {difference}; choose another --out")
+    # Still there where a run was killed between the two.
+    (out / "checkpoint" / "fit.safetensors").unlink(missing_ok=True)
     return EnsembleDynamics.load(out, config.device), float(fit["seconds"])
 
 
@@ -512,16 +518,13 @@ def _within(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Te
 
 def _append_row(path: Path, row: dict[str, Any]) -> None:
     """Add one line to progress.csv; the header first, where the file is new."""
-    try:
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, list(COLUMNS))
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerow(row)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(COLUMNS))
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerow(row)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _cut_back(path: Path, epochs: int) -> None:

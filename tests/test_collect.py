@@ -160,7 +160,9 @@ def test_observations_at_high_speed(task: str) -> None:
     assert np.array_equal(arrays["next_observations"][0], expected)
 
 
-def test_unstable_simulation_is_refused() -> None:
+def test_unstable_simulation_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Where MuJoCo writes its log.
+    monkeypatch.chdir(tmp_path)
     with _Collector("halfcheetah", 0, 1) as collector:
         # Joint springs this stiff blow up within a few steps.
         collector.model.jnt_stiffness[:] = 1e9

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -45,3 +46,18 @@ def test_constraints_pin_every_requirement() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pinned = {line.split("==")[0].lower().replace("_", "-") for line in lines if "==" in line}
     assert {re.split(r"[<>=\[]", name)[0].lower() for name in wanted} <= pinned
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_the_linker_cannot_mix_instruction_sets(isa: str) -> None:
+    # An inline function that two files share is kept once, compiled for either: an older processor would
+    # then meet instructions that it does not have. So these files may share none.
+    objects = list((ROOT / "build").glob(f"cmake-release-*/**/{isa}.cpp.o"))
+    if not objects or shutil.which("nm") is None:
+        pytest.skip("needs nm and an extension built in this tree")
+    for path in objects:
+        symbols = subprocess.run(
+            ["nm", "-C", "--defined-only", path], capture_output=True, text=True, check=True
+        )
+        weak = [line.split(maxsplit=2)[2] for line in symbols.stdout.splitlines() if line.split()[1] in "WVu"]
+        assert not [name for name in weak if f"mopo::{isa}::" not in name]

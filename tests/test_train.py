@@ -1,0 +1,380 @@
+"""A whole small run in hopper, its folder, and what `train` refuses."""
+
+import csv
+import dataclasses
+import json
+import math
+import resource
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mopo_fast.config import DynamicsConfig, EvaluationConfig, RolloutConfig, SACConfig, TrainConfig
+from mopo_fast.data import collect
+from mopo_fast.ensemble import EnsembleDynamics
+from mopo_fast.errors import InputError
+from mopo_fast.evaluate import evaluate
+from mopo_fast.policy import Actor
+from mopo_fast.seeds import EVALUATE, derive_seed
+from mopo_fast.tasks import TASKS
+from mopo_fast.train import COLUMNS, resolve, train
+
+CONFIG = TrainConfig(
+    dataset="hopper-random-local",
+    seed=1,
+    steps=25,
+    dynamics=DynamicsConfig(
+        members=3, elites=2, hidden=(16, 16), weight_decay=(1e-5, 1e-5, 1e-5), max_epochs=3, batch_size=64
+    ),
+    rollout=RolloutConfig(batch_size=50, interval=10, retain_epochs=1, threads=1),
+    sac=SACConfig(hidden=(16, 16), batch_size=32),
+    evaluation=EvaluationConfig(episodes=2, interval=2),
+)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    path = tmp_path_factory.mktemp("data") / "hopper-random-local.hdf5"
+    collect("hopper-random", 600, out=path, quiet=True)
+    return dataclasses.replace(CONFIG, dataset=str(path))
+
+
+@pytest.fixture(scope="module")
+def finished(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    train(config, out, quiet=True)
+    return out
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, to spoil; without its summary and report, so that it can be resumed."""
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    (out / "summary.json").unlink()
+    (out / "report.html").unlink()
+    return out
+
+
+def train_alone(config: TrainConfig, out: Path) -> dict[str, Any]:
+    """`train` without the seconds that a report takes: it is not written where there is one."""
+    out.mkdir(exist_ok=True)
+    (out / "report.html").touch()
+    return train(config, out, resume=True, quiet=True)
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    with (out / "progress.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+class TestRunFolder:
+    def test_summary(self, finished: Path, config: TrainConfig) -> None:
+        summary = json.loads((finished / "summary.json").read_text())
+        expected = {
+            "updates": 25, "epochs": 3, "device": "cpu", "dtype": "float32", "dataset": config.dataset,
+            "task": "hopper", "seed": 1, "horizon": 5, "penalty": "max_aleatoric", "penalty_coef": 1.0,
+        }  # fmt: skip
+        assert {name: summary[name] for name in expected} == expected
+        assert summary["backend"] in ("cpu", "reference")
+        assert {"mopo_fast", "python", "torch", "gymnasium", "mujoco"} == set(summary["versions"])
+        seconds = summary["seconds"]
+        assert set(seconds) == {"fit", "rollout", "sac", "evaluate", "total"}
+        assert all(value > 0 for value in seconds.values())
+        assert seconds["total"] >= sum(seconds.values()) - seconds["total"]
+
+    def test_summary_scores_the_saved_policy(self, finished: Path, config: TrainConfig) -> None:
+        summary = json.loads((finished / "summary.json").read_text())
+        seed = derive_seed(config.seed, EVALUATE, 3)
+        result = evaluate(Actor.load(finished), TASKS["hopper"], episodes=2, seed=seed)
+        for name in ("score_mean", "score_std", "return_mean", "return_std"):
+            assert summary[name] == getattr(result, name)
+
+    def test_config_holds_the_resolved_values(self, finished: Path) -> None:
+        written = json.loads((finished / "config.json").read_text())
+        assert written["task"] == "hopper"
+        assert (written["rollout"]["horizon"], written["rollout"]["penalty_coef"]) == (5, 1.0)
+
+    def test_progress_has_a_row_per_epoch(self, finished: Path) -> None:
+        table = rows(finished)
+        assert list(table[0]) == list(COLUMNS)
+        assert [row["epoch"] for row in table] == ["1", "2", "3"]
+        # The last epoch is cut short by `steps`.
+        assert [row["updates"] for row in table] == ["10", "20", "25"]
+        # Evaluated every second epoch, and at the end.
+        assert [bool(row["score_mean"]) for row in table] == [False, True, True]
+        for row in table:
+            assert float(row["penalty"]) > 0 and 0 < float(row["terminal_share"]) < 1
+            assert 50 <= int(row["rows"]) <= 250 and row["non_finite"] == "0"
+        sizes = [int(row["rows"]) for row in table]
+        kept = [min(sum(sizes[: i + 1]), 250) for i in range(3)]
+        assert [int(row["buffer_size"]) for row in table] == kept
+
+    def test_tensorboard_holds_the_same(self, finished: Path) -> None:
+        board = EventAccumulator(str(finished))
+        board.Reload()
+        events = board.Scalars("sac/critic_loss")
+        assert [event.step for event in events] == [10, 20, 25]
+        values = [float(row["critic_loss"]) for row in rows(finished)]
+        assert [event.value for event in events] == pytest.approx(values)
+        assert [event.step for event in board.Scalars("evaluation/score_mean")] == [20, 25]
+        fit = EventAccumulator(str(finished / "fit"))
+        fit.Reload()
+        assert len(fit.Scalars("holdout_mse/member_2")) == 3
+
+    def test_other_files(self, finished: Path) -> None:
+        assert EnsembleDynamics.load(finished).members == 3
+        assert (finished / "report.html").exists()
+        assert [path.name for path in (finished / "checkpoint").iterdir()] == ["epoch-000003.safetensors"]
+        assert not list(finished.rglob("*.tmp"))
+
+
+class TestResume:
+    def test_a_finished_run_is_left_alone(self, finished: Path, config: TrainConfig) -> None:
+        before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+        summary = train(config, finished, resume=True, quiet=True)
+        assert summary == json.loads((finished / "summary.json").read_text())
+        assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+
+    def test_a_lost_report_is_written_again(
+        self, finished: Path, config: TrainConfig, tmp_path: Path
+    ) -> None:
+        out = tmp_path / "run"
+        shutil.copytree(finished, out)
+        (out / "report.html").unlink()
+        train(config, out, resume=True, quiet=True)
+        assert (out / "report.html").exists()
+
+    def test_seconds_add_up_over_sessions(self, finished: Path, run: Path, config: TrainConfig) -> None:
+        first = json.loads((finished / "summary.json").read_text())["seconds"]
+        second = train_alone(config, run)["seconds"]
+        assert second["fit"] == first["fit"]
+        assert second["total"] > float(rows(finished)[-1]["seconds_total"])
+        assert second["sac"] == first["sac"] and second["evaluate"] == first["evaluate"]
+
+    def test_a_folder_with_a_run_needs_resume(self, finished: Path, config: TrainConfig) -> None:
+        with pytest.raises(InputError, match="holds a run already; go on with it by --resume, or choose"):
+            train(config, finished, quiet=True)
+
+    @pytest.mark.parametrize(
+        ("change", "named"),
+        [
+            ({"seed": 2}, "seed = 1, not 2"),
+            ({"steps": 30}, "steps = 25, not 30"),
+            ({"rollout": dataclasses.replace(CONFIG.rollout, horizon=1)}, "rollout.horizon = 5, not 1"),
+            ({"sac": dataclasses.replace(CONFIG.sac, hidden=(16,))}, r"sac.hidden = \[16, 16\], not \[16\]"),
+        ],
+    )
+    def test_another_config_is_refused_by_name(
+        self, finished: Path, config: TrainConfig, change: dict[str, Any], named: str
+    ) -> None:
+        with pytest.raises(InputError, match=named):
+            train(dataclasses.replace(config, **change), finished, resume=True, quiet=True)
+
+    def test_other_data_is_refused(self, run: Path, config: TrainConfig) -> None:
+        path = Path(config.dataset)
+        original = path.read_bytes()
+        try:
+            collect("hopper-random", 600, seed=5, out=path, overwrite=True, quiet=True)
+            with pytest.raises(InputError, match=r"fit.json was made with data_sha256"):
+                train(config, run, resume=True, quiet=True)
+            reused = dataclasses.replace(config, dynamics_from=str(run))
+            write_config(run, reused)
+            with pytest.raises(InputError, match=r"is not the data that .*epoch-000003.safetensors was made"):
+                train(reused, run, resume=True, quiet=True)
+        finally:
+            path.write_bytes(original)
+
+    @pytest.mark.parametrize("spoil", ["truncated", "empty", "garbage", "no state", "nan", "shape"])
+    def test_a_corrupt_checkpoint_is_one_error(self, run: Path, config: TrainConfig, spoil: str) -> None:
+        path = run / "checkpoint" / "epoch-000003.safetensors"
+        content = path.read_bytes()
+        if spoil == "truncated":
+            path.write_bytes(content[: len(content) // 2])
+        elif spoil == "empty":
+            path.write_bytes(b"")
+        elif spoil == "garbage":
+            path.write_bytes(content[:8] + b"x" * 200 + content[208:])
+        elif spoil == "no state":
+            save_with(path, {}, state=None)
+        elif spoil == "nan":
+            save_with(path, {"sac.log_alpha": torch.tensor(math.nan)})
+        else:
+            save_with(path, {"sac.actor.weights.0": torch.zeros(2, 2)})
+        with pytest.raises(InputError, match=r"epoch-000003\.safetensors"):
+            train(config, run, resume=True, quiet=True)
+
+    def test_another_ensemble_is_noticed(self, run: Path, config: TrainConfig) -> None:
+        ensemble = EnsembleDynamics.load(run)
+        with torch.no_grad():
+            for bias in ensemble.biases:
+                bias.add_(0.3)
+        ensemble.save(run)
+        with pytest.raises(InputError, match="resume with the dynamics that the run began with"):
+            train(config, run, resume=True, quiet=True)
+
+
+def write_config(out: Path, config: TrainConfig) -> None:
+    resolved, _ = resolve(config)
+    (out / "config.json").write_text(json.dumps(dataclasses.asdict(resolved)))
+
+
+def save_with(path: Path, changes: dict[str, torch.Tensor], state: str | None = "kept") -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    save_file(tensors | changes, path, metadata if state else {})
+
+
+class TestReuse:
+    def test_dynamics_of_another_run(self, finished: Path, config: TrainConfig, tmp_path: Path) -> None:
+        reused = dataclasses.replace(config, dynamics_from=str(finished))
+        summary = train_alone(reused, tmp_path / "run")
+        assert summary["seconds"]["fit"] == 0.0 and summary["updates"] == 25
+        for name in ("dynamics.safetensors", "dynamics.json", "fit.json", "policy.safetensors"):
+            assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes()
+
+    def test_a_missing_or_unfit_ensemble_is_refused(self, config: TrainConfig, tmp_path: Path) -> None:
+        missing = dataclasses.replace(config, dynamics_from=str(tmp_path / "none"))
+        with pytest.raises(InputError, match=r"none/dynamics\.json does not exist"):
+            train(missing, tmp_path / "run", quiet=True)
+        EnsembleDynamics(17, 6).save(tmp_path / "cheetah")
+        unfit = dataclasses.replace(config, dynamics_from=str(tmp_path / "cheetah"))
+        with pytest.raises(InputError, match=r"is for 17 observation .* the task hopper has 11 and 3"):
+            train(unfit, tmp_path / "run", quiet=True)
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "rollout",
+    [
+        {"backend": "reference", "dtype": "float64"},
+        {"penalty": "ensemble_std", "penalty_members": "elites", "horizon": 2, "retain_epochs": 3},
+    ],
+)
+def test_rollout_options_reach_the_engine(
+    rollout: dict[str, Any], finished: Path, config: TrainConfig, tmp_path: Path
+) -> None:
+    options = dataclasses.replace(config.rollout, **rollout)
+    config = dataclasses.replace(config, rollout=options, dynamics_from=str(finished), steps=15)
+    summary = train_alone(config, tmp_path / "run")
+    assert (summary["dtype"], summary["penalty"]) == (options.dtype, options.penalty)
+    ours, default = rows(tmp_path / "run")[0], rows(finished)[0]
+    if options.dtype == "float64":
+        assert summary["backend"] == "reference"
+        # The same draws: only rounding differs.
+        assert float(ours["penalty"]) == pytest.approx(float(default["penalty"]), rel=1e-4)
+    else:
+        assert float(ours["penalty"]) != pytest.approx(float(default["penalty"]), rel=1e-2)
+        assert int(ours["rows"]) <= 2 * options.batch_size
+
+
+class TestResolve:
+    def test_tuned_values_follow_the_name(self) -> None:
+        resolved, task = resolve(
+            dataclasses.replace(CONFIG, dataset="data/halfcheetah_medium_expert-v2.hdf5")
+        )
+        assert task.name == resolved.task == "halfcheetah"
+        assert (resolved.rollout.horizon, resolved.rollout.penalty_coef) == (5, 5.0)
+
+    def test_given_values_stay(self) -> None:
+        rollout = dataclasses.replace(CONFIG.rollout, horizon=2, penalty_coef=0.0)
+        resolved, _ = resolve(dataclasses.replace(CONFIG, dataset="walker2d-random-v2", rollout=rollout))
+        assert (resolved.rollout.horizon, resolved.rollout.penalty_coef) == (2, 0.0)
+
+    def test_a_task_for_a_nameless_file(self) -> None:
+        resolved, task = resolve(dataclasses.replace(CONFIG, dataset="mine.npz", task="hopper"))
+        assert task.name == "hopper"
+        assert (resolved.rollout.horizon, resolved.rollout.penalty_coef) == (5, 1.0)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"dataset": "mine.npz"}, "does not begin with a task; name one with --task"),
+            ({"task": "cheetah"}, "unknown task 'cheetah'; there are: halfcheetah, hopper"),
+            ({"seed": -1}, "seed must not be negative, got -1"),
+            ({"steps": 0}, "steps must be at least 1, got 0"),
+            ({"device": "tpu9"}, "device 'tpu9' cannot be used"),
+            ({"rollout": {"horizon": 0}}, "rollout horizon must be at least 1, got 0"),
+            ({"rollout": {"batch_size": 0}}, "rollout batch_size must be at least 1, got 0"),
+            ({"rollout": {"interval": -5}}, "rollout interval must be at least 1, got -5"),
+            ({"rollout": {"retain_epochs": 0}}, "rollout retain_epochs must be at least 1, got 0"),
+            ({"rollout": {"penalty": "max"}}, "unknown penalty 'max'; there are: max_aleatoric"),
+            (
+                {"rollout": {"penalty_coef": math.nan}},
+                "penalty_coef must be finite and not negative, got nan",
+            ),
+            ({"rollout": {"backend": "gpu"}}, "backend"),
+            ({"rollout": {"dtype": "float16"}}, "unknown dtype 'float16'"),
+            ({"sac": {"real_ratio": -0.1}}, r"real_ratio must be in \[0, 1\], got -0.1"),
+            ({"sac": {"batch_size": 0}}, "batch_size must be at least 1, got 0"),
+            ({"evaluation": {"episodes": 0}}, "evaluation episodes must be at least 1, got 0"),
+            ({"evaluation": {"interval": 0}}, "evaluation interval must be at least 1, got 0"),
+            ({"dynamics": {"elites": 9}}, "elites must be 1 to members"),
+        ],
+    )
+    def test_refuses_before_anything_is_written(
+        self, change: dict[str, Any], message: str, tmp_path: Path
+    ) -> None:
+        name, value = next(iter(change.items()))
+        if isinstance(value, dict):
+            change = {name: dataclasses.replace(getattr(CONFIG, name), **value)}
+        with pytest.raises(InputError, match=message):
+            train(dataclasses.replace(CONFIG, **change), tmp_path / "run", quiet=True)
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+    def test_refuses_cuda_where_there_is_none(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="device 'cuda' cannot be used"):
+            train(dataclasses.replace(CONFIG, device="cuda"), tmp_path / "run", quiet=True)
+
+
+def test_a_data_set_of_another_task_is_refused(config: TrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"has 11 observation and 3 action .* task halfcheetah has 17 and 6"):
+        train(dataclasses.replace(config, task="halfcheetah"), tmp_path / "run", quiet=True)
+    # A mistake mended, the same folder can be used.
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_missing_data_set_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="hopper-none"):
+        train(dataclasses.replace(CONFIG, dataset="hopper-none.hdf5"), tmp_path / "run", quiet=True)
+
+
+def test_a_folder_that_cannot_be_made_is_refused(config: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"cannot make the folder .*file/run"):
+        train(config, tmp_path / "file" / "run", quiet=True)
+
+
+def test_a_full_disk_is_one_error_and_the_run_can_go_on(
+    finished: Path, config: TrainConfig, tmp_path: Path
+) -> None:
+    """The limit on a file's size lets small files through and stops the first checkpoint."""
+    config = dataclasses.replace(config, dynamics_from=str(finished))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(InputError, match=r"cannot write .*checkpoint/epoch-000001.safetensors"):
+            train_alone(config, tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    train_alone(config, tmp_path / "run")
+    one, other = (load_file(folder / "policy.safetensors") for folder in (finished, tmp_path / "run"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert len(rows(tmp_path / "run")) == 3
+
+
+def test_diverging_training_says_so(finished: Path, config: TrainConfig, tmp_path: Path) -> None:
+    rollout = dataclasses.replace(config.rollout, penalty_coef=1e38)
+    config = dataclasses.replace(config, rollout=rollout, dynamics_from=str(finished))
+    with pytest.raises(InputError, match="SAC diverged"):
+        train(config, tmp_path / "run", quiet=True)

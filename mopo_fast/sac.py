@@ -181,13 +181,21 @@ class SAC:
             The mean over the updates of each of `METRICS`.
 
         Raises:
-            InputError: there are no rows to draw from, or a loss became not finite.
+            InputError: rows of sizes that the networks do not take, none to draw from, or a loss that is
+                not finite.
         """
         config = self.config
         real = int(config.real_ratio * config.batch_size)
         model = config.batch_size - real
         if updates < 1:
             raise InputError(f"updates must be at least 1, got {updates}")
+        sizes = (self.actor.obs_dim, self.actor.act_dim)
+        for source in (data, model_buffer.storage):
+            if (source.obs_dim, source.act_dim) != sizes:
+                raise InputError(
+                    f"the networks take {sizes[0]} observation and {sizes[1]} action dimensions,"
+                    f" {source.name or 'the data'} has {source.obs_dim} and {source.act_dim}"
+                )
         if (real and len(data) == 0) or (model and len(model_buffer) == 0):
             raise InputError(
                 f"a batch takes {real} real and {model} model rows, but there are {len(data)} and"

@@ -192,6 +192,10 @@ def _check_folder(out: Path, config: TrainConfig, resume: bool) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make the folder {out}: {error.strerror}; choose another --out") from error
+    if resume:
+        # What atomic_path had not renamed yet when the run was killed.
+        for leftover in out.rglob(".*.tmp"):
+            leftover.unlink()
     # config.json is the first file of a run.
     if not (out / "config.json").exists():
         return
@@ -202,8 +206,6 @@ def _check_folder(out: Path, config: TrainConfig, resume: bool) -> None:
         raise InputError(
             f"{out} was made with {difference}; resume with the same settings or choose another --out"
         )
-    for leftover in out.rglob(".*.tmp"):
-        leftover.unlink()
 
 
 def _as_json(config: Any) -> Any:
@@ -229,7 +231,8 @@ def _dynamics(
         for name in ("dynamics.safetensors", "dynamics.json", "fit.json"):
             source = Path(config.dynamics_from, name)
             # An ensemble that was not fitted here has no fit.json.
-            if (source.exists() or name != "fit.json") and not (out / name).exists():
+            missing = name == "fit.json" and not source.exists()
+            if _last_checkpoint(out) is None and not missing:
                 with atomic_path(out / name) as temporary:
                     shutil.copyfile(source, temporary)
         return EnsembleDynamics.load(out, config.device), 0.0
@@ -245,6 +248,16 @@ def _dynamics(
     return EnsembleDynamics.load(out, config.device), float(fit["seconds"])
 
 
+def _last_checkpoint(out: Path) -> Path | None:
+    return max((out / "checkpoint").glob("epoch-*.safetensors"), default=None)
+
+
+def _remove_older(checkpoint: Path) -> None:
+    for other in checkpoint.parent.glob("epoch-*.safetensors"):
+        if other < checkpoint:
+            other.unlink()
+
+
 def _train(
     config: TrainConfig,
     task: Task,
@@ -256,11 +269,11 @@ def _train(
     quiet: bool,
 ) -> dict[str, Any]:
     """All epochs that are left; the summary."""
-    checkpoints = out / "checkpoint"
-    last = max(checkpoints.glob("epoch-*.safetensors"), default=None)
+    last = _last_checkpoint(out)
     loop = _Loop(config, task, data.to(config.device), ensemble, started)
     if last is not None:
         loop.restore(last)
+        _remove_older(last)
     progress = out / "progress.csv"
     _cut_back(progress, loop.epoch)
     epochs = math.ceil(config.steps / config.rollout.interval)
@@ -279,7 +292,7 @@ def _train(
                     board.add_scalar(f"{COLUMNS[name]}/{name}", value, row["updates"])
             board.flush()
             loop.sac.actor.save(out)
-            loop.save(checkpoints / f"epoch-{loop.epoch:06}.safetensors")
+            loop.save(out / "checkpoint" / f"epoch-{loop.epoch:06}.safetensors")
             score = loop.evaluation.score_mean if loop.evaluation else None
             note = f"penalty {row['penalty']:.3g}, Q {row['q']:.4g}"
             bar.update(completed=loop.epoch, note=note if score is None else f"score {score:.1f}, {note}")
@@ -366,6 +379,7 @@ class _Loop:
         with _Clock(self.seconds, "rollout"):
             rows = self._roll_out(self.sac.actor, epoch)
         self.rollouts.append(_Rollout(epoch, head, len(rows), policy))
+        # One stays as long as any of its rows does: made again in order, they fill the buffer as it is.
         while sum(rollout.rows for rollout in self.rollouts[1:]) >= self.buffer.capacity:
             del self.rollouts[0]
         with _Clock(self.seconds, "sac"):
@@ -430,7 +444,6 @@ class _Loop:
             "epoch": self.epoch,
             "seconds": {**self.seconds, "total": self.elapsed()},
             "evaluation": dataclasses.asdict(self.evaluation) if self.evaluation else None,
-            "buffer": {"head": self.buffer.head, "size": self.buffer.size},
             "rollouts": [
                 {"epoch": rollout.epoch, "head": rollout.head, "rows": rollout.rows}
                 for rollout in self.rollouts
@@ -442,9 +455,7 @@ class _Loop:
         for rollout in self.rollouts:
             tensors |= {f"policy.{rollout.epoch}.{name}": value for name, value in rollout.policy.items()}
         save_tensors(path, tensors, {"state": json.dumps(state)})
-        for older in path.parent.glob("epoch-*.safetensors"):
-            if older != path:
-                older.unlink()
+        _remove_older(path)
 
     def restore(self, path: Path) -> None:
         """Continue from what `save` wrote: the buffer is filled again by the policies that filled it.
@@ -494,9 +505,6 @@ class _Loop:
                         f"{path}: the rollout of epoch {rollout.epoch} gave {rows} rows, {rollout.rows} when"
                         " it was made; resume with the dynamics that the run began with"
                     )
-        if self.buffer.head != state["buffer"]["head"]:
-            raise ValueError("its rollouts do not end at the buffer's head")
-        self.buffer.size = state["buffer"]["size"]
 
 
 class _Clock:

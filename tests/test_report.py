@@ -17,9 +17,10 @@ from test_fit import SMALL, toy_data
 
 from mopo_fast.config import TrainConfig, to_dict
 from mopo_fast.data import Transitions
+from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.fit import fit_and_save, split_holdout
-from mopo_fast.report import _Run, spearman, write_report
+from mopo_fast.report import HeldOut, _Run, spearman, write_report
 
 PICTURES = ("learning_curve", "penalty_calibration", "residuals", "fit", "time")
 SUMMARY = {
@@ -175,8 +176,6 @@ def test_held_out_numbers_equal_those_by_hand(run: Path) -> None:
     data = toy_data(600)
     held_out = _Run(run, data).held_out
     tensors = data[split_holdout(600, 0, SMALL)[1]]
-    from mopo_fast.ensemble import EnsembleDynamics
-
     model = EnsembleDynamics.load(run)
     with torch.no_grad():
         mean, variance = model.predict(tensors.observations, tensors.actions)
@@ -192,14 +191,25 @@ def test_held_out_numbers_equal_those_by_hand(run: Path) -> None:
 
 
 def test_the_penalty_is_the_one_of_the_run(run: Path) -> None:
-    config = json.loads((run / "config.json").read_text())
-    config["rollout"] |= {"penalty": "ensemble_std", "penalty_members": "elites"}
-    (run / "config.json").write_text(json.dumps(config))
-    other = _Run(run, toy_data(600)).held_out
+    data = toy_data(600)
+    path = run / "config.json"
+    config = json.loads(path.read_text())
+
+    def held_out(**rollout: str) -> HeldOut:
+        path.write_text(json.dumps(config | {"rollout": config["rollout"] | rollout}))
+        return _Run(run, data).held_out
+
+    model = EnsembleDynamics.load(run)
+    rows = data[split_holdout(600, 0, SMALL)[1]]
+    with torch.no_grad():
+        mean, variance = model.predict(rows.observations, rows.actions)
+    elites_only = variance[model.elites].sum(-1).sqrt().max(0).values.numpy()
+    np.testing.assert_allclose(held_out(penalty_members="elites").penalties, elites_only, rtol=1e-4)
+    spread = mean[..., :-1].var(0, correction=0).mean(-1).sqrt().numpy()
+    other = held_out(penalty="ensemble_std")
+    np.testing.assert_allclose(other.penalties, spread, rtol=1e-3)
     assert other.penalty == "ensemble_std"
-    config["rollout"] |= {"penalty": "none"}
-    (run / "config.json").write_text(json.dumps(config))
-    assert _Run(run, toy_data(600)).held_out.penalty == "max_aleatoric"
+    assert held_out(penalty="none").penalty == "max_aleatoric"
 
 
 def test_spearman_against_known_values() -> None:
@@ -238,7 +248,8 @@ def test_the_residuals_of_a_normal_model_are_called_calibrated(
     ],
 )
 def test_a_missing_file_is_one_line_per_section(run: Path, name: str, lines: int) -> None:
-    write_report(run, data=toy_data(600))
+    for picture in PICTURES:
+        (run / f"{picture}.png").write_bytes(b"from before")
     (run / name).unlink()
     found = missing(run, toy_data(600))
     assert len(found) == lines
@@ -250,12 +261,13 @@ def test_a_missing_file_is_one_line_per_section(run: Path, name: str, lines: int
 def test_data_that_are_gone_or_changed_are_said(run: Path) -> None:
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(config | {"dataset": str(run / "gone.hdf5")}))
-    assert len(missing(run)) == 2
-    assert all("gone.hdf5" in line for line in missing(run))
+    keep(run, "config.json", "fit.json", "dynamics.json", "dynamics.safetensors")
+    lines = [line for line in missing(run) if "gone.hdf5" in line]
+    assert len(lines) == 2
     changed = toy_data(600)
     changed.rewards[0] += 1
-    assert all("no longer the data set" in line for line in missing(run, changed))
-    assert len(missing(run, changed)) == 2
+    lines = [line for line in missing(run, changed) if "no longer the data set" in line]
+    assert len(lines) == 2
 
 
 GARBLED = (

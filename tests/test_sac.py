@@ -286,6 +286,14 @@ class TestUpdateMany:
         with pytest.raises(InputError, match="updates must be at least 1, got 0"):
             sac.update_many(transitions(50, seed=1), filled(60), 0, seed=0)
 
+    def test_refuses_rows_of_other_sizes(self) -> None:
+        sac = SAC(OBS + 1, ACT, CONFIG)
+        with pytest.raises(InputError, match=r"take 6 observation and 2 action .*, the data has 5 and 2"):
+            sac.update_many(transitions(50, seed=1), filled(60), 1, seed=0)
+        with pytest.raises(InputError, match=r"take 5 observation and 2 action .*, model has 5 and 3"):
+            buffer = RingBuffer(9, OBS, ACT + 1)
+            SAC(OBS, ACT, CONFIG).update_many(transitions(50, seed=1), buffer, 1, seed=0)
+
     def test_divergence_is_one_clear_error(self) -> None:
         sac, data = SAC(OBS, ACT, CONFIG), transitions(50, seed=1)
         buffer = filled(60)

@@ -157,6 +157,12 @@ class TestResume:
         assert second["total"] > float(rows(finished)[-1]["seconds_total"])
         assert second["sac"] == first["sac"] and second["evaluate"] == first["evaluate"]
 
+    def test_an_older_checkpoint_left_by_a_kill_is_removed(self, run: Path, config: TrainConfig) -> None:
+        newest = run / "checkpoint" / "epoch-000003.safetensors"
+        shutil.copy(newest, newest.with_name("epoch-000002.safetensors"))
+        train_alone(config, run)
+        assert list((run / "checkpoint").iterdir()) == [newest]
+
     def test_a_folder_with_a_run_needs_resume(self, finished: Path, config: TrainConfig) -> None:
         with pytest.raises(InputError, match="holds a run already; go on with it by --resume, or choose"):
             train(config, finished, quiet=True)
@@ -235,9 +241,15 @@ def save_with(path: Path, changes: dict[str, torch.Tensor], state: str | None = 
 
 
 class TestReuse:
-    def test_dynamics_of_another_run(self, finished: Path, config: TrainConfig, tmp_path: Path) -> None:
+    def test_dynamics_of_another_run_after_a_kill(
+        self, finished: Path, config: TrainConfig, tmp_path: Path
+    ) -> None:
         reused = dataclasses.replace(config, dynamics_from=str(finished))
+        # A run killed as it was about to name its first file leaves only this.
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / ".config.json.x.tmp").touch()
         summary = train_alone(reused, tmp_path / "run")
+        assert not list((tmp_path / "run").rglob("*.tmp"))
         assert summary["seconds"]["fit"] == 0.0 and summary["updates"] == 25
         for name in ("dynamics.safetensors", "dynamics.json", "fit.json", "policy.safetensors"):
             assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes()

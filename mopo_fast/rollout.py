@@ -18,6 +18,7 @@ from mopo_fast.backends import (
     Destination,
     DynamicsArrays,
     PolicyArrays,
+    Settings,
     StepResult,
 )
 from mopo_fast.backends.reference import act, rollout_by_steps
@@ -213,8 +214,9 @@ class RolloutEngine:
                     f"{len(start)} rollouts of {horizon} steps can make {len(start) * horizon} transitions,"
                     f" the buffer holds {out.capacity}"
                 )
+        settings = Settings(seed, deterministic, self.threads)
         run = self._fused if self.termination_function is None else self._by_steps
-        count, cut = run(policy, start, rows, horizon, seed, deterministic, Destination(storage, head))
+        count, cut = run(policy, start, rows, horizon, Destination(storage, head), settings)
         if cut:
             logger.warning("%d of %d rollouts ended in a prediction that was not finite", cut, len(start))
         if out is None:
@@ -236,9 +238,8 @@ class RolloutEngine:
         start: torch.Tensor,
         rows: torch.Tensor,
         horizon: int,
-        seed: int,
-        deterministic: bool,
         out: Destination,
+        settings: Settings,
     ) -> tuple[int, int]:
         *dynamics, activation = self._dynamics()
         weights, biases = self._policy(policy)
@@ -257,10 +258,10 @@ class RolloutEngine:
             policy.activation,
             policy.log_std_min,
             policy.log_std_max,
-            _as_int64(seed),
-            deterministic,
+            _as_int64(settings.seed),
+            settings.deterministic,
             self.backend,
-            self.threads,
+            settings.threads,
         )
         count, cut = counts.tolist()
         return count, cut
@@ -271,9 +272,8 @@ class RolloutEngine:
         start: torch.Tensor,
         rows: torch.Tensor,
         horizon: int,
-        seed: int,
-        deterministic: bool,
         out: Destination,
+        settings: Settings,
     ) -> tuple[int, int]:
         weights, biases = self._policy(policy)
         arrays = PolicyArrays(weights, biases, policy.activation, policy.log_std_min, policy.log_std_max)
@@ -282,11 +282,16 @@ class RolloutEngine:
             observations: torch.Tensor, actions: torch.Tensor, alive: torch.Tensor, t: int
         ) -> StepResult:
             return self.step(
-                observations, actions, seed=seed, step=t, rows=alive, deterministic=deterministic
+                observations,
+                actions,
+                seed=settings.seed,
+                step=t,
+                rows=alive,
+                deterministic=settings.deterministic,
             )
 
         def choose_action(observations: torch.Tensor, alive: torch.Tensor, t: int) -> torch.Tensor:
-            return act(arrays, observations, alive, t, seed, deterministic)
+            return act(arrays, observations, alive, t, settings)
 
         return rollout_by_steps(model_step, choose_action, start, rows, horizon, out)
 
@@ -428,11 +433,9 @@ def _step_op(
         observations,
         actions,
         rows,
-        seed=seed % 2**64,
-        step=step,
-        deterministic=deterministic,
-        distributions=distributions,
-        threads=threads,
+        step,
+        distributions,
+        Settings(seed % 2**64, deterministic, threads),
     )
     mean, std = result.mean, result.std
     return (
@@ -523,9 +526,7 @@ def _rollout_op(
         rows,
         horizon,
         Destination(named, head),
-        seed=seed % 2**64,
-        deterministic=deterministic,
-        threads=threads,
+        Settings(seed % 2**64, deterministic, threads),
     )
     return torch.tensor(counts)
 

@@ -71,6 +71,21 @@ class StepResult:
     std: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How to compute, for a step as for a rollout.
+
+    Attributes:
+        seed: unsigned 64 bits, key of the random numbers.
+        deterministic: no noise, the mean over all members.
+        threads: of a CPU kernel.
+    """
+
+    seed: int
+    deterministic: bool
+    threads: int
+
+
 # The arrays of `Transitions` that a rollout fills, in the order of the kernels' interface.
 ROLLOUT_ARRAYS = (
     "observations",
@@ -124,12 +139,9 @@ class Backend(Protocol):
         observations: torch.Tensor,
         actions: torch.Tensor,
         rows: torch.Tensor,
-        *,
-        seed: int,
         step: int,
-        deterministic: bool,
         distributions: bool,
-        threads: int,
+        settings: Settings,
     ) -> StepResult:
         """One model step for observations [batch, obs_dim], actions [batch, act_dim]."""
 
@@ -141,10 +153,7 @@ class Backend(Protocol):
         rows: torch.Tensor,
         horizon: int,
         out: Destination,
-        *,
-        seed: int,
-        deterministic: bool,
-        threads: int,
+        settings: Settings,
     ) -> tuple[int, int]:
         """`horizon` steps from start [batch, obs_dim]: (rows written, rollouts cut as not finite)."""
 

@@ -13,6 +13,7 @@ from mopo_fast.backends import (
     Destination,
     DynamicsArrays,
     PolicyArrays,
+    Settings,
     StepResult,
 )
 from mopo_fast.config import ACTIVATIONS, PENALTIES
@@ -79,14 +80,12 @@ def _run(
     start: torch.Tensor,
     rows: torch.Tensor,
     out: Destination,
+    settings: Settings,
     *,
-    horizon: int,
-    first_step: int,
-    seed: int,
-    deterministic: bool,
+    horizon: int = 1,
+    first_step: int = 0,
     mean: torch.Tensor | None = None,
     std: torch.Tensor | None = None,
-    threads: int,
 ) -> tuple[int, int]:
     """Hand the arrays' addresses to the kernel; without a policy every row is kept."""
     addresses = [out.arrays[name].data_ptr() if name in out.arrays else 0 for name in ROLLOUT_ARRAYS]
@@ -116,15 +115,15 @@ def _run(
         rows=rows.data_ptr(),
         horizon=horizon,
         first_step=first_step,
-        seed=seed,
-        deterministic=deterministic,
+        seed=settings.seed,
+        deterministic=settings.deterministic,
         keep_every_row=policy is None,
         out=addresses,
         capacity=out.capacity,
         head=out.head,
         mean=0 if mean is None else mean.data_ptr(),
         std=0 if std is None else std.data_ptr(),
-        threads=threads,
+        threads=settings.threads,
     )
     return written, cut
 
@@ -153,12 +152,9 @@ class CpuBackend:
         observations: torch.Tensor,
         actions: torch.Tensor,
         rows: torch.Tensor,
-        *,
-        seed: int,
         step: int,
-        deterministic: bool,
         distributions: bool,
-        threads: int,
+        settings: Settings,
     ) -> StepResult:
         batch, obs_dim = observations.shape
         scalars = {name: torch.empty(batch) for name in ("rewards", "raw_rewards", "penalties")} | {
@@ -177,13 +173,10 @@ class CpuBackend:
             observations,
             rows,
             Destination(arrays, 0),
-            horizon=1,
+            settings,
             first_step=step,
-            seed=seed,
-            deterministic=deterministic,
             mean=mean,
             std=std,
-            threads=threads,
         )
         return StepResult(**arrays, mean=mean, std=std)
 
@@ -195,21 +188,6 @@ class CpuBackend:
         rows: torch.Tensor,
         horizon: int,
         out: Destination,
-        *,
-        seed: int,
-        deterministic: bool,
-        threads: int,
+        settings: Settings,
     ) -> tuple[int, int]:
-        return _run(
-            dynamics,
-            policy,
-            None,
-            start,
-            rows,
-            out,
-            horizon=horizon,
-            first_step=0,
-            seed=seed,
-            deterministic=deterministic,
-            threads=threads,
-        )
+        return _run(dynamics, policy, None, start, rows, out, settings, horizon=horizon)

@@ -12,6 +12,7 @@ from mopo_fast.backends import (
     Destination,
     DynamicsArrays,
     PolicyArrays,
+    Settings,
     StepResult,
 )
 from mopo_fast.backends.philox import (
@@ -62,18 +63,13 @@ def penalise(penalty: str, mean: torch.Tensor, variance: torch.Tensor) -> torch.
 
 
 def act(
-    policy: PolicyArrays,
-    observations: torch.Tensor,
-    rows: torch.Tensor,
-    step: int,
-    seed: int,
-    deterministic: bool,
+    policy: PolicyArrays, observations: torch.Tensor, rows: torch.Tensor, step: int, settings: Settings
 ) -> torch.Tensor:
     """The policy's actions [batch, act_dim] with the rollout's own noise."""
     mean, log_std = mlp(observations, policy.weights, policy.biases, policy.activation).chunk(2, dim=-1)
-    if deterministic:
+    if settings.deterministic:
         return torch.tanh(mean)
-    noise = random_normals(rows, step, ACTION_STREAM, mean.shape[1], seed, mean.dtype)
+    noise = random_normals(rows, step, ACTION_STREAM, mean.shape[1], settings.seed, mean.dtype)
     std = log_std.clamp(policy.log_std_min, policy.log_std_max).exp()
     return torch.tanh(mean + std * noise)
 
@@ -83,22 +79,21 @@ def _step(
     observations: torch.Tensor,
     actions: torch.Tensor,
     rows: torch.Tensor,
-    seed: int,
     step: int,
-    deterministic: bool,
+    settings: Settings,
 ) -> StepResult:
     mean, variance = predict(dynamics, observations, actions)
     chosen = dynamics.penalty_members
     penalties = penalise(dynamics.penalty, mean[chosen], variance[chosen])
-    if deterministic:
+    if settings.deterministic:
         members = torch.full_like(rows, -1)
         sample = mean.mean(0)
     else:
         elites = dynamics.elites
-        draw = random_choice(rows, step, MEMBER_STREAM, len(elites), seed)
+        draw = random_choice(rows, step, MEMBER_STREAM, len(elites), settings.seed)
         members = elites[draw]
         batch = torch.arange(len(rows), device=rows.device)
-        noise = random_normals(rows, step, NOISE_STREAM, mean.shape[-1], seed, mean.dtype)
+        noise = random_normals(rows, step, NOISE_STREAM, mean.shape[-1], settings.seed, mean.dtype)
         sample = mean[members, batch] + variance[members, batch].sqrt() * noise
     next_observations = observations + sample[:, :-1]
     raw_rewards = sample[:, -1]
@@ -183,15 +178,12 @@ class ReferenceBackend:
         observations: torch.Tensor,
         actions: torch.Tensor,
         rows: torch.Tensor,
-        *,
-        seed: int,
         step: int,
-        deterministic: bool,
         distributions: bool,
-        threads: int,
+        settings: Settings,
     ) -> StepResult:
         chunks = [
-            _step(dynamics, *chunk, seed, step, deterministic)
+            _step(dynamics, *chunk, step, settings)
             for chunk in zip(
                 observations.split(_CHUNK), actions.split(_CHUNK), rows.split(_CHUNK), strict=True
             )
@@ -219,27 +211,14 @@ class ReferenceBackend:
         rows: torch.Tensor,
         horizon: int,
         out: Destination,
-        *,
-        seed: int,
-        deterministic: bool,
-        threads: int,
+        settings: Settings,
     ) -> tuple[int, int]:
         def model_step(
             observations: torch.Tensor, actions: torch.Tensor, alive: torch.Tensor, t: int
         ) -> StepResult:
-            return self.step(
-                dynamics,
-                observations,
-                actions,
-                alive,
-                seed=seed,
-                step=t,
-                deterministic=deterministic,
-                distributions=False,
-                threads=threads,
-            )
+            return self.step(dynamics, observations, actions, alive, t, False, settings)
 
         def choose_action(observations: torch.Tensor, alive: torch.Tensor, t: int) -> torch.Tensor:
-            return act(policy, observations, alive, t, seed, deterministic)
+            return act(policy, observations, alive, t, settings)
 
         return rollout_by_steps(model_step, choose_action, start, rows, horizon, out)

@@ -26,9 +26,9 @@ $(INSTALLED): pyproject.toml setup.py CMakeLists.txt constraints.txt $(CPP)
 DEMO_DATA := $(RUNS)/demo/halfcheetah-random-local.hdf5
 demo: $(INSTALLED)
 	rm -rf $(RUNS)/demo
-	$(BIN)/mopo-fast collect halfcheetah-random --steps 40000 --out $(DEMO_DATA)
-	$(BIN)/mopo-fast train $(DEMO_DATA) --steps 10000 --out $(RUNS)/demo/run \
-	    --dynamics.max-epochs 25 --rollout.batch-size 10000 --evaluation.interval 2
+	$(BIN)/mopo-fast collect halfcheetah-random --steps 60000 --out $(DEMO_DATA)
+	$(BIN)/mopo-fast train $(DEMO_DATA) --steps 20000 --out $(RUNS)/demo/run \
+	    --dynamics.max-epochs 20 --rollout.batch-size 10000 --evaluation.interval 2
 	$(BIN)/mopo-fast evaluate $(RUNS)/demo/run
 	@echo "Look at $(RUNS)/demo/run/report.html"
 

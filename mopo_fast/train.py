@@ -26,7 +26,7 @@ from mopo_fast import __version__
 from mopo_fast.atomic import atomic_path, read_json, write_json
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import TrainConfig, to_dict
-from mopo_fast.data import Transitions, load_dataset
+from mopo_fast.data import Transitions, find_dataset, load_dataset
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.evaluate import Evaluation, evaluate
@@ -118,6 +118,8 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, Task]:
         named_task, tier = parse_dataset_name(name)
     except InputError:
         if config.task is None:
+            # A data set that is not there at all is the likelier mistake.
+            find_dataset(config.dataset)
             raise
         named_task, tier = config.task, None
     task = get_task(config.task or named_task)

@@ -310,7 +310,8 @@ class TestResolve:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"dataset": "mine.npz"}, "does not begin with a task; name one with --task"),
+            ({"dataset": "mine.npz"}, "mine.npz does not exist"),
+            ({"dataset": __file__}, "does not begin with a task; name one with --task"),
             ({"task": "cheetah"}, "unknown task 'cheetah'; there are: halfcheetah, hopper"),
             ({"seed": -1}, "seed must not be negative, got -1"),
             ({"steps": 0}, "steps must be at least 1, got 0"),

@@ -10,7 +10,7 @@ from mopo_fast.data.files import Compat, load_file
 from mopo_fast.data.transitions import Transitions, concatenate
 from mopo_fast.errors import InputError
 
-__all__ = ["Transitions", "collect", "concatenate", "load_dataset", "load_file"]
+__all__ = ["Transitions", "collect", "concatenate", "find_dataset", "load_dataset", "load_file"]
 
 _SUFFIXES = (".hdf5", ".h5", ".npz")
 
@@ -33,19 +33,33 @@ def load_dataset(
     Raises:
         InputError: no such data set, one that cannot be fetched, or a file that is not sound.
     """
+    path, name = find_dataset(name_or_path)
+    if name in d4rl.LOCATIONS:
+        path = d4rl.fetch(name, quiet=quiet)
+    return load_file(path, compat=compat, name=name)
+
+
+def find_dataset(name_or_path: str | os.PathLike[str]) -> tuple[Path, str | None]:
+    """The file of a data set, and its name where it goes by one; a D4RL set may not be fetched yet.
+
+    Raises:
+        InputError: no such data set; the message says which there are.
+    """
     name = os.fspath(name_or_path)
     path = Path(name).expanduser()
     if isinstance(name_or_path, os.PathLike) or path.is_file() or path.suffix in _SUFFIXES:
-        return load_file(path, compat=compat)
+        if not path.exists():
+            raise InputError(f"{path} does not exist")
+        return path, None
     if name in d4rl.LOCATIONS:
-        return load_file(d4rl.fetch(name, quiet=quiet), compat=compat, name=name)
+        return d4rl.cache_path(name), name
     if name.endswith("-local"):
         path = local_file(name)
         if not path.is_file():
             raise InputError(
                 f"{name} is not at {path}; make it with `mopo-fast collect {name.removesuffix('-local')}`"
             )
-        return load_file(path, compat=compat, name=name)
+        return path, name
     local = sorted(file.stem.replace("_", "-") for file in local_folder().glob("*-local.hdf5"))
     close = difflib.get_close_matches(name, [*d4rl.LOCATIONS, *local])
     raise InputError(

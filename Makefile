@@ -48,16 +48,17 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/mopo-fast bench rollout
-	$(BIN)/python -m pytest benchmarks/bench_*.py
+	$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-columns=median,iqr,rounds
 
 # The extension with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package of its own.
 SANITIZED := build/sanitized
+SANITIZED_PYTHON = PYTHONPATH=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" $(BIN)/python -P
 sanitize: $(INSTALLED)
 	rm -rf $(SANITIZED) build/lib.*
 	MOPO_FAST_SANITIZE=address,undefined $(BIN)/python -m pip install --quiet --no-deps --target $(SANITIZED) .
-	PYTHONPATH=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	    $(BIN)/python -P -m pytest -p no:cacheprovider tests/test_philox.py tests/test_kernel*.py
+	$(SANITIZED_PYTHON) -c 'from mopo_fast import _cpu; assert "$(SANITIZED)" in _cpu.__file__, _cpu.__file__'
+	$(SANITIZED_PYTHON) -m pytest -p no:cacheprovider tests/test_philox.py tests/test_kernel*.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info mopo_fast/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

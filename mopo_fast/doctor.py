@@ -12,6 +12,7 @@ import torch
 from mopo_fast import __version__, backends
 from mopo_fast.data import d4rl
 from mopo_fast.data.collect import local_folder
+from mopo_fast.errors import InputError
 
 PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "h5py", "safetensors", "tensorboard")
 # The instruction sets that a CPU kernel could be built for, as /proc/cpuinfo writes them.
@@ -109,7 +110,10 @@ def _extension() -> tuple[str | None, str | None]:
         return None, None
     from mopo_fast.backends import cpu
 
-    return _cpu.__file__, cpu.isa()
+    try:
+        return _cpu.__file__, cpu.isa()
+    except InputError as error:
+        return _cpu.__file__, f"none: {error}"
 
 
 def _version(package: str) -> str | None:

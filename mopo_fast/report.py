@@ -108,8 +108,6 @@ class _Run:
 
         rollout = config.get("rollout", {})
         penalty = rollout.get("penalty", RolloutConfig.penalty)
-        if penalty == "none":
-            penalty = RolloutConfig.penalty
         members = rollout.get("penalty_members", RolloutConfig.penalty_members)
         engine = RolloutEngine(ensemble, penalty=penalty, penalty_members=members)
         seed = derive_seed(fit["seed"], REPORT)

@@ -68,15 +68,14 @@ class RolloutEngine:
     ) -> None:
         if penalty not in PENALTIES:
             raise InputError(f"unknown penalty {penalty!r}; there are: {', '.join(PENALTIES)}")
-        if not 0.0 <= penalty_coef < float("inf"):
-            raise InputError(f"penalty_coef must be finite and not negative, got {penalty_coef}")
+        if not isinstance(penalty_coef, (int, float)) or not 0.0 <= penalty_coef < float("inf"):
+            raise InputError(f"penalty_coef must be finite and not negative, got {penalty_coef!r}")
         if dtype not in _DTYPES:
             raise InputError(f"unknown dtype {dtype!r}; there are: {', '.join(_DTYPES)}")
-        if threads is not None and threads < 1:
-            raise InputError(f"threads must be at least 1, got {threads}")
+        if threads is not None:
+            _check_range("threads", threads, 1, 2**15)
         if penalty_members not in ("all", "elites"):
             raise InputError(f'penalty_members must be "all" or "elites", got {penalty_members!r}')
-        ensemble.check_elites()
         self.ensemble = ensemble
         self.penalty, self.penalty_coef = penalty, float(penalty_coef)
         self.penalty_members = penalty_members
@@ -93,11 +92,14 @@ class RolloutEngine:
                 raise InputError(f"unknown termination {termination!r}; there are: {', '.join(BOXES)}")
             termination = BOXES[termination]
         box = make_box(ensemble.obs_dim) if termination is None else termination
+        if not isinstance(box, Box):
+            raise InputError(f"termination must be a name, a Box, a function or None, got {termination!r}")
         if box.obs_dim != ensemble.obs_dim:
             raise InputError(
                 f"the termination box has {box.obs_dim} dimensions, the ensemble's observations have"
                 f" {ensemble.obs_dim}"
             )
+        ensemble.check_elites()
         self._low = torch.tensor(box.low, dtype=self.dtype, device=self.device)
         self._high = torch.tensor(box.high, dtype=self.dtype, device=self.device)
 
@@ -194,6 +196,8 @@ class RolloutEngine:
         rows = self._checked_rows(rows, len(start))
         _check_range("seed", seed, 0, 2**64)
         _check_range("horizon", horizon, 1, 2**31)
+        if not isinstance(policy, Actor):
+            raise InputError(f"policy must be a mopo_fast.Actor, got {type(policy).__name__}")
         if (policy.obs_dim, policy.act_dim) != (ensemble.obs_dim, ensemble.act_dim):
             raise InputError(
                 f"the policy is for {policy.obs_dim} observation and {policy.act_dim} action dimensions,"
@@ -209,6 +213,8 @@ class RolloutEngine:
                     f"the buffer is for {out.storage.obs_dim} observation and {out.storage.act_dim} action"
                     f" dimensions, the ensemble for {ensemble.obs_dim} and {ensemble.act_dim}"
                 )
+            if out.storage.device != self.device:
+                raise InputError(f"the buffer is on {out.storage.device}, the ensemble on {self.device}")
             if len(start) * horizon > out.capacity:
                 raise InputError(
                     f"{len(start)} rollouts of {horizon} steps can make {len(start) * horizon} transitions,"
@@ -313,6 +319,8 @@ class RolloutEngine:
 
     def _dynamics(self) -> tuple[Any, ...]:
         ensemble = self.ensemble
+        # Read at every call, so checked at every call: a kernel trusts these numbers.
+        ensemble.check_elites()
         everyone = torch.arange(ensemble.members, device=self.device)
         return (
             [self._cast(weight) for weight in ensemble.weights],

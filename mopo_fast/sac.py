@@ -1,4 +1,4 @@
-"""Soft actor-critic on a mixture of real and model transitions: the oracle of every SAC kernel.
+"""Soft actor-critic on a mixture of real and model transitions.
 
 Source: softlearning/algorithms/mopo.py of the authors' code; others' choices are options of `SACConfig`.
 """

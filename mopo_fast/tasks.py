@@ -164,7 +164,7 @@ TASKS: dict[str, Task] = {
         Task("walker2d", "Walker2d-v4", 17, 6, make_box(17, _WALKER), 1.629008, 4592.3, _TUNED_WALKER2D),
         Task("ant", "Ant-v4", 27, 8, make_box(27, {0: (_closed(0.2), 1.0)}), -325.6, 3879.7),
         Task("humanoid", "Humanoid-v4", 376, 17, make_box(376, {0: (1.0, 2.0)})),
-        Task("pendulum", "InvertedPendulum-v4", 4, 1, make_box(4)),
+        Task("pendulum", "Pendulum-v1", 3, 1, make_box(3)),
     )
 }
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from mopo_fast.data import d4rl, load_dataset
+from mopo_fast.data.files import Compat
 from mopo_fast.errors import InputError
 
 
@@ -238,6 +239,27 @@ def test_file_put_there_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(d4rl, "BASE_URL", "http://127.0.0.1:1/")
     (tmp_path / "walker_mixed.hdf5").write_bytes(CONTENT)
     assert load_dataset("walker2d-mixed-v0", quiet=True).name == "walker2d-mixed-v0"
+
+
+@pytest.mark.parametrize(
+    ("forces", "compat", "kept"), [(0.0, None, 27), (0.0, "d4rl", 111), (0.5, None, 111)]
+)
+def test_ants_empty_contact_forces_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forces: float, compat: Compat | None, kept: int
+) -> None:
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
+    observations = np.random.default_rng(0).normal(size=(9, 111)).astype(np.float32)
+    observations[:, 27:] = 0.0
+    observations[7, 110] = forces
+    with h5py.File(tmp_path / "ant_random-v2.hdf5", "w") as file:
+        file["observations"] = observations
+        file["actions"] = np.zeros((9, 8), np.float32)
+        file["rewards"] = np.zeros(9, np.float32)
+        file["terminals"] = np.zeros(9, bool)
+        file["timeouts"] = np.zeros(9, bool)
+    data = load_dataset("ant-random-v2", compat=compat)
+    assert data.obs_dim == kept and data.next_observations.shape == data.observations.shape
+    np.testing.assert_array_equal(data.observations, observations[: len(data), :kept])
 
 
 def test_folder_that_cannot_be_written(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

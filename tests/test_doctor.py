@@ -25,6 +25,14 @@ def test_the_text_has_every_backend_with_its_reason() -> None:
         assert f"backend {status.name}" in text and status.reason in text
 
 
+def test_an_unknown_instruction_set_is_told_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOPO_FAST_ISA", "avx9")
+    report = doctor.examine()
+    status = {status.name: status for status in report.backends}["cpu"]
+    assert not status.available and "MOPO_FAST_ISA=avx9" in status.reason
+    assert "avx9" in (report.machine.isa or "")
+
+
 def test_data_folders_are_those_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOPO_FAST_DATA_DIR", str(tmp_path / "local"))
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "nowhere"))

@@ -209,7 +209,6 @@ def test_the_penalty_is_the_one_of_the_run(run: Path) -> None:
     other = held_out(penalty="ensemble_std")
     np.testing.assert_allclose(other.penalties, spread, rtol=1e-3)
     assert other.penalty == "ensemble_std"
-    assert held_out(penalty="none").penalty == "max_aleatoric"
 
 
 def test_spearman_against_known_values() -> None:

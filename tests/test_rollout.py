@@ -30,7 +30,10 @@ def engine(request):
         ({"penalty_coef": -1.0}, "penalty_coef must be finite and not negative"),
         ({"penalty_coef": math.nan}, "penalty_coef must be finite"),
         ({"dtype": "float16"}, "unknown dtype 'float16'; there are: float32, float64"),
-        ({"threads": 0}, "threads must be at least 1"),
+        ({"threads": 0}, "threads must be a whole number, 1 <= threads"),
+        ({"threads": 2.5}, "threads must be a whole number"),
+        ({"penalty_coef": "1"}, "penalty_coef must be finite and not negative, got '1'"),
+        ({"termination": 5}, "termination must be a name, a Box, a function or None, got 5"),
         ({"penalty_members": "best"}, "penalty_members must be"),
         ({"termination": "hoper"}, "unknown termination 'hoper'; there are: halfcheetah, hopper"),
         (
@@ -68,8 +71,7 @@ def test_bad_step_arguments(engine):
     refused("step must be a whole number", observations, actions, step=2**32)
     refused(r"rows must be an int64 tensor \[8\]", observations, actions, rows=torch.arange(7))
     refused(r"rows must be an int64 tensor \[8\]", observations, actions, rows=torch.arange(8.0))
-    if torch.empty(0, device="meta").device.type == "meta":
-        refused("observations is on meta, the ensemble on cpu", observations.to("meta"), actions)
+    refused("observations is on meta, the ensemble on cpu", observations.to("meta"), actions)
 
 
 def test_bad_rollout_arguments(engine):
@@ -87,6 +89,9 @@ def test_bad_rollout_arguments(engine):
             out=RingBuffer(23, 5, 2))  # fmt: skip
     refused("the buffer is for 4 observation and 2 action dimensions", policy, start, 3,
             out=RingBuffer(24, 4, 2))  # fmt: skip
+    refused("the buffer is on meta, the ensemble on cpu", policy, start, 3,
+            out=RingBuffer(24, 5, 2, "meta"))  # fmt: skip
+    refused("policy must be a mopo_fast.Actor, got Linear", torch.nn.Linear(5, 4), start, 3)
 
 
 def test_bad_elites():
@@ -94,6 +99,21 @@ def test_bad_elites():
     ensemble.elites.fill_(3)
     with pytest.raises(InputError, match=r"elites must be distinct members 0\.\.2, got \[3\]"):
         RolloutEngine(ensemble)
+
+
+def test_elites_are_checked_at_every_call(engine):
+    engine.ensemble.elites[0] = 99
+    with pytest.raises(InputError, match="elites must be distinct members"):
+        engine.step(*inputs(8, 5, 2), seed=0)
+    with pytest.raises(InputError, match="elites must be distinct members"):
+        engine.rollout(make_policy(5, 2), inputs(8, 5, 2)[0], 1, seed=0)
+
+
+def test_a_long_horizon_takes_memory_for_its_rows_alone():
+    """Twenty million steps of one rollout: 1 GB of records, never touched, and not a whole tile of them."""
+    engine = RolloutEngine(make_ensemble(5, 2), termination=make_box(5, {0: (100.0, 101.0)}), backend="cpu")
+    result = engine.rollout(make_policy(5, 2), inputs(1, 5, 2)[0], 20_000_000, seed=0)
+    assert len(result) == 1 and result.terminals.all()
 
 
 def test_the_ensemble_may_change_between_calls(engine):
@@ -252,6 +272,8 @@ def test_environment_chooses_the_backend(monkeypatch):
     with pytest.raises(InputError, match="unknown backend 'cuda'"):
         RolloutEngine(make_ensemble(5, 2))
     monkeypatch.delenv("MOPO_FAST_BACKEND")
+    assert RolloutEngine(make_ensemble(5, 2)).backend == "cpu"
+    monkeypatch.setenv("MOPO_FAST_BACKEND", "")
     assert RolloutEngine(make_ensemble(5, 2)).backend == "cpu"
     assert RolloutEngine(make_ensemble(5, 2), dtype="float64").backend == "reference"
 

@@ -115,7 +115,9 @@ void lay_out(Arena& arena, const RolloutArgs& args, const Kernels& kernels, int6
   // The policy's heads pass through the predictions.
   const int64_t heads = std::max(round_up(2 * dims, kernels.block) * args.dynamics.networks,
                                  round_up(2 * args.act_dim, kernels.block));
-  const int64_t width = widest(args, kernels.block), records = rows * args.horizon;
+  const int64_t width = widest(args, kernels.block);
+  // A small batch does not fill its one chunk; its records may be long.
+  const int64_t records = std::min(rows, args.batch) * args.horizon;
   arena.take(ws.observations, rows * args.obs_dim);
   arena.take(ws.actions, rows * args.act_dim);
   arena.take(ws.inputs, rows * (args.obs_dim + args.act_dim));

@@ -186,7 +186,7 @@ def choose(name: str, dtype: torch.dtype, device: torch.device) -> str:
     Raises:
         InputError: an unknown name, or one that cannot serve; says why.
     """
-    wanted = os.environ.get("MOPO_FAST_BACKEND", "auto") if name == "auto" else name
+    wanted = (os.environ.get("MOPO_FAST_BACKEND") or "auto") if name == "auto" else name
     return _choose(wanted, dtype, device)
 
 

@@ -137,7 +137,10 @@ class CpuBackend:
         module, reason = _load()
         if module is None:
             return BackendStatus(self.name, False, reason)
-        return BackendStatus(self.name, True, f"{isa()}, of {', '.join(isas())}")
+        try:
+            return BackendStatus(self.name, True, f"{isa()}, of {', '.join(isas())}")
+        except InputError as error:
+            return BackendStatus(self.name, False, str(error))
 
     def refusal(self, dtype: torch.dtype, device: torch.device) -> str | None:
         if device.type != "cpu":

@@ -34,9 +34,10 @@ def load_dataset(
         InputError: no such data set, one that cannot be fetched, or a file that is not sound.
     """
     path, name = find_dataset(name_or_path)
-    if name in d4rl.LOCATIONS:
-        path = d4rl.fetch(name, quiet=quiet)
-    return load_file(path, compat=compat, name=name)
+    if name not in d4rl.LOCATIONS:
+        return load_file(path, compat=compat, name=name)
+    data = load_file(d4rl.fetch(name, quiet=quiet), compat=compat, name=name)
+    return data if compat else d4rl.without_contact_forces(data)
 
 
 def find_dataset(name_or_path: str | os.PathLike[str]) -> tuple[Path, str | None]:

@@ -1,6 +1,7 @@
 """D4RL's Gym-MuJoCo data sets: names, files, download (d4rl/infos.py, d4rl/offline_env.py)."""
 
 import contextlib
+import dataclasses
 import fcntl
 import http.client
 import os
@@ -14,6 +15,7 @@ from typing import IO
 import h5py
 
 from mopo_fast.atomic import sync_folder
+from mopo_fast.data.transitions import Transitions
 from mopo_fast.errors import InputError
 from mopo_fast.progress import Bar, progress_bar
 
@@ -53,6 +55,23 @@ def cache_path(name: str) -> Path:
     """Where D4RL's own package keeps the data set: in `$D4RL_DATASET_DIR`, else `~/.d4rl/datasets`."""
     folder = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
     return folder / Path(LOCATIONS[name]).name
+
+
+def without_contact_forces(data: Transitions) -> Transitions:
+    """D4RL's ant without its last 84 dimensions, where these are 0 throughout: the 27 that Ant-v4 observes.
+
+    They stand for contact forces, which MuJoCo 2 left at 0. Any other data are returned as they are.
+    """
+    observed = 27
+    if data.obs_dim != observed + 84 or data.next_observations[:, observed:].any():
+        return data
+    if data.observations[:, observed:].any():
+        return data
+    return dataclasses.replace(
+        data,
+        observations=data.observations[:, :observed].contiguous(),
+        next_observations=data.next_observations[:, :observed].contiguous(),
+    )
 
 
 class HostError(InputError):

@@ -18,7 +18,7 @@ class Transitions:
 
     Attributes:
         observations: [n, obs_dim] float.
-        actions: [n, act_dim] float.
+        actions: [n, act_dim] float in [-1, 1], which stands for the environment's range (as in D4RL).
         rewards: [n] float; in a model rollout raw_rewards - penalty_coef * penalties.
         next_observations: [n, obs_dim] float: the true successor.
         terminals: [n] bool: the episode ended here, time limits not counted.

@@ -59,6 +59,7 @@ def fit(
     seed: int = 0,
     device: str = "cpu",
     dynamics: DynamicsConfig,
+    overwrite: bool = False,
     quiet: bool = False,
 ) -> None:
     """Fit the dynamics ensemble alone; `train --dynamics RUN` uses it. Stopped, the same command goes on.
@@ -67,11 +68,17 @@ def fit(
         dataset: A name or a file.
         out: The folder for dynamics.safetensors, dynamics.json and fit.json.
         device: cpu or cuda.
+        overwrite: Replace the fit if the folder holds one.
         quiet: No progress bar.
     """
     from mopo_fast.data import load_dataset
     from mopo_fast.fit import fit_and_save
 
+    for name in ("config.json", "fit.json"):
+        if (out / name).exists() and not overwrite:
+            raise InputError(
+                f"{out / name} exists already; choose another --out, or replace the fit with --overwrite"
+            )
     data = load_dataset(dataset, quiet=quiet)
     _, record = fit_and_save(data, out, seed=seed, config=dynamics, device=device, quiet=quiet)
     best = [record["holdout_mse"][-1][member] for member in record["elites"]]
@@ -142,6 +149,7 @@ def rollout(
     seed: int = 0,
     penalty_coef: Annotated[float | None, arg(metavar="FLOAT")] = None,
     backend: str = "auto",
+    overwrite: bool = False,
 ) -> None:
     """Write penalised model rollouts of a run's policy, in D4RL's layout.
 
@@ -153,15 +161,17 @@ def rollout(
         horizon: Steps from each; by default the run's own.
         penalty_coef: By default the run's own.
         backend: auto, or one that `mopo-fast doctor` lists.
+        overwrite: Replace the file if it exists.
     """
     from mopo_fast.data import load_dataset
-    from mopo_fast.generate import generate, save_transitions
+    from mopo_fast.generate import check_file, generate, save_transitions
 
+    check_file(out, overwrite)
     data = load_dataset(dataset)
     rollouts = generate(
         run, data, count=count, horizon=horizon, seed=seed, penalty_coef=penalty_coef, backend=backend
     )
-    save_transitions(out, rollouts)
+    save_transitions(out, rollouts, overwrite=overwrite)
     print(f"{out}: {len(rollouts)} transitions, mean penalised reward {rollouts.rewards.mean():.4g}")
 
 
@@ -259,6 +269,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print(interrupt or "stopped", file=sys.stderr)
+        print(str(interrupt) or "stopped", file=sys.stderr)
         return 130
     return 0

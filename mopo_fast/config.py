@@ -7,17 +7,22 @@ These classes are also the command line of `mopo-fast`: names, defaults and the 
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
 from tyro.conf import Positional, arg
 
+from mopo_fast.errors import InputError
+
 Activation = Literal["silu", "relu", "tanh"]
 Penalty = Literal["max_aleatoric", "max_deviation", "max_pairwise", "ensemble_std", "mixture_std"]
 PenaltyMembers = Literal["all", "elites"]
+Tuned = Literal["authors", "offlinerl-kit"]
 # The order is the kernels': an index here is an enumerator there.
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 PENALTIES: tuple[Penalty, ...] = get_args(Penalty)
+TUNED: tuple[Tuned, ...] = get_args(Tuned)
 
 # On the command line `--horizon`, not `--rollout.horizon`.
 _short = arg(prefix_name=False)
@@ -62,6 +67,10 @@ class RolloutConfig:
     """u(s, a), subtracted from every reward penalty_coef times."""
     penalty_members: PenaltyMembers = "all"
     """Whose predictions make the penalty. authors: all members; Unifloral: elites."""
+    tuned: Tuned = "authors"
+    """Whose tuned horizon and penalty_coef fill in for None."""
+    termination: str | None = None
+    """What ends an episode, one of `mopo_fast.tasks.BOXES`, such as hopper-authors; None: the task's own."""
     batch_size: int = 50_000
     """Start states per rollout."""
     interval: int = 1000
@@ -145,3 +154,15 @@ class TrainConfig:
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as JSON-ready nested dictionaries."""
     return dataclasses.asdict(config)
+
+
+def check_finite(config: Any, prefix: str = "") -> None:
+    """Raise `InputError` where a number of `config`, or of a config or tuple in it, is NaN or infinite."""
+    for entry in dataclasses.fields(config):
+        name, value = prefix + entry.name, getattr(config, entry.name)
+        if dataclasses.is_dataclass(value):
+            check_finite(value, f"{name}.")
+            continue
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise InputError(f"{name} must be finite, got {value}")

@@ -17,13 +17,14 @@ import numpy as np
 import torch
 
 from mopo_fast.atomic import write_json
-from mopo_fast.config import DynamicsConfig, to_dict
+from mopo_fast.config import DynamicsConfig, check_finite, to_dict
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import EnsembleDynamics, soft_clamp_logvar
 from mopo_fast.errors import InputError
+from mopo_fast.machine import check_device
 from mopo_fast.progress import progress_bar
 from mopo_fast.seeds import FIT, derive_seed
-from mopo_fast.tensors import load_tensors, require_shape, save_tensors
+from mopo_fast.tensors import load_tensors, require_shape, save_tensors, tensors_sha256
 
 # Second element of a seed's path: which draw of the fit.
 _SPLIT, _WEIGHTS, _BOOTSTRAP, _SHUFFLE = range(4)
@@ -80,12 +81,8 @@ def dynamics_inputs_targets(data: Transitions) -> tuple[torch.Tensor, torch.Tens
 
 def data_sha256(data: Transitions) -> str:
     """Digest of the arrays that a fit sees, to recognise the same data again."""
-    digest = hashlib.sha256()
-    for name in ("observations", "actions", "rewards", "next_observations"):
-        array: torch.Tensor = getattr(data, name)
-        digest.update(f"{name} {tuple(array.shape)} {array.dtype}".encode())
-        digest.update(array.detach().cpu().contiguous().numpy().data)
-    return digest.hexdigest()
+    names = ("observations", "actions", "rewards", "next_observations")
+    return tensors_sha256({name: getattr(data, name) for name in names})
 
 
 class LossGradient:
@@ -356,8 +353,8 @@ class _Fit:
         ]
 
 
-def _check(data: Transitions, seed: int, config: DynamicsConfig, device: torch.device | str) -> None:
-    data.validate()
+def check_config(config: DynamicsConfig) -> None:
+    """Raise `InputError` where a hyperparameter of the fit is out of range."""
     if len(config.weight_decay) != len(config.hidden) + 1:
         raise InputError(
             f"weight_decay needs one value per layer, {len(config.hidden) + 1}, got {config.weight_decay}"
@@ -375,12 +372,16 @@ def _check(data: Transitions, seed: int, config: DynamicsConfig, device: torch.d
             f"learning_rate must be positive, weight_decay not negative and improvement in [0, 1),"
             f" got {config.learning_rate}, {config.weight_decay}, {config.improvement}"
         )
-    if seed < 0:
-        raise InputError(f"seed must not be negative, got {seed}")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {str(device)!r} cannot be used ({error}); try cpu") from error
+    if not (0 < config.holdout_fraction < 1 and config.holdout_max >= 1):
+        raise InputError(
+            f"holdout_fraction must be in (0, 1) and holdout_max at least 1,"
+            f" got {config.holdout_fraction} and {config.holdout_max}"
+        )
+    check_finite(config)
+    if not config.min_logvar < config.max_logvar:
+        raise InputError(
+            f"min_logvar must be less than max_logvar, got {config.min_logvar} and {config.max_logvar}"
+        )
 
 
 def fit_dynamics(
@@ -426,7 +427,11 @@ def _run(
     quiet: bool,
     on_epoch: Callable[[FitEpoch], None] | None,
 ) -> tuple[EnsembleDynamics, list[FitEpoch]]:
-    _check(data, seed, config, device)
+    data.validate()
+    check_config(config)
+    if seed < 0:
+        raise InputError(f"seed must not be negative, got {seed}")
+    check_device(device)
     fit = _Fit(data, seed, config, device)
     if checkpoint is not None:
         checkpoint, fingerprint = Path(checkpoint), fit.fingerprint(data)

@@ -16,6 +16,7 @@ from mopo_fast.config import Penalty, PenaltyMembers
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
+from mopo_fast.machine import check_memory
 from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine
 from mopo_fast.seeds import ROLLOUT, START, derive_seed
@@ -30,6 +31,7 @@ class RunSettings:
     penalty: Penalty
     penalty_coef: float
     penalty_members: PenaltyMembers
+    termination: str | None
 
 
 def generate(
@@ -53,18 +55,23 @@ def generate(
     """
     if count < 1:
         raise InputError(f"count must be at least 1, got {count}")
+    if seed < 0:
+        raise InputError(f"seed must not be negative, got {seed}")
     task, settings = run_settings(run)
+    horizon = settings.horizon if horizon is None else horizon
+    # float32 arrays, a bool, then member, step and rollout_index.
+    row = 4 * (2 * task.obs_dim + task.act_dim + 3) + 1 + 4 + 4 + 8
+    check_memory(f"{count} rollouts of {horizon} steps", count * horizon * row, "cpu", "count or horizon")
     engine = RolloutEngine(
         EnsembleDynamics.load(run),
         penalty=settings.penalty,
         penalty_coef=settings.penalty_coef if penalty_coef is None else penalty_coef,
-        termination=task.box,
+        termination=task.box if settings.termination is None else settings.termination,
         backend=backend,
         penalty_members=settings.penalty_members,
     )
     generator = torch.Generator().manual_seed(derive_seed(seed, START))
     start = data.observations[torch.randint(len(data), (count,), generator=generator)]
-    horizon = settings.horizon if horizon is None else horizon
     rollouts = engine.rollout(Actor.load(run), start, horizon, seed=derive_seed(seed, ROLLOUT))
     rollouts.info |= {
         "run": str(run),
@@ -96,18 +103,27 @@ def run_settings(run: str | os.PathLike[str]) -> tuple[Task, RunSettings]:
         raise InputError(f"{path} lacks or garbles {error}; it is not a run's") from error
 
 
-def save_transitions(path: str | os.PathLike[str], data: Transitions) -> None:
+def check_file(path: str | os.PathLike[str], overwrite: bool = False) -> None:
+    """Raise `InputError` where `save_transitions` would refuse `path`, to be told before the rollouts."""
+    path = Path(path)
+    if path.suffix not in (".hdf5", ".h5", ".npz"):
+        raise InputError(f"cannot write {path}: the file's name must end in .hdf5, .h5 or .npz")
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} exists already; choose another --out, or replace it with --overwrite")
+
+
+def save_transitions(path: str | os.PathLike[str], data: Transitions, *, overwrite: bool = False) -> None:
     """Write a rollout's transitions to .hdf5, .h5 or .npz in D4RL's layout, atomically.
 
     D4RL's keys, with `timeouts` where a rollout ends without a terminal, and the rollout's own arrays:
     raw_rewards, penalties, members, rollout_index, step. `data.info` becomes metadata/* (HDF5 only).
 
     Raises:
-        InputError: another ending, no rollout_index, or the file cannot be written.
+        InputError: another ending, a file that exists without `overwrite`, no rollout_index, or the file
+            cannot be written.
     """
     path = Path(path)
-    if path.suffix not in (".hdf5", ".h5", ".npz"):
-        raise InputError(f"cannot write {path}: the file's name must end in .hdf5, .h5 or .npz")
+    check_file(path, overwrite)
     if data.rollout_index is None:
         raise InputError("only model rollouts can be saved: these transitions have no rollout_index")
     arrays = {name: array.cpu().numpy() for name, array in data.arrays().items()}

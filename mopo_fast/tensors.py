@@ -1,5 +1,6 @@
 """Named tensors on disk: safetensors, written atomically, checked on the way in."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -78,3 +79,12 @@ def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
             return dict(file.metadata() or {})
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path} is not a whole safetensors file ({error}); make it again") from error
+
+
+def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
+    """Digest of names, shapes, types and bytes, to recognise the same tensors again."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()

@@ -25,12 +25,13 @@ from torch.utils.tensorboard import SummaryWriter
 from mopo_fast import __version__
 from mopo_fast.atomic import atomic_path, read_json, write_json
 from mopo_fast.buffer import RingBuffer
-from mopo_fast.config import TrainConfig, to_dict
+from mopo_fast.config import TUNED, RolloutConfig, TrainConfig, check_finite, to_dict
 from mopo_fast.data import Transitions, find_dataset, load_dataset
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.evaluate import Evaluation, evaluate
-from mopo_fast.fit import data_sha256, fit_and_save
+from mopo_fast.fit import check_config, data_sha256, fit_and_save
+from mopo_fast.machine import check_device, check_memory
 from mopo_fast.policy import Actor
 from mopo_fast.progress import progress_bar
 from mopo_fast.report import write_report
@@ -39,7 +40,7 @@ from mopo_fast.sac import METRICS, SAC
 from mopo_fast.seeds import EVALUATE, ROLLOUT, START, derive_seed
 from mopo_fast.seeds import SAC as SAC_SEED
 from mopo_fast.tasks import Task, get_task, parse_dataset_name
-from mopo_fast.tensors import load_metadata, load_tensors, save_tensors
+from mopo_fast.tensors import load_metadata, load_tensors, save_tensors, tensors_sha256
 
 FORMAT_VERSION = 1
 
@@ -80,7 +81,7 @@ def train(
     """
     started = time.perf_counter()
     out = Path(out)
-    config, task = resolve(config)
+    config, task = resolve(config, out)
     _check_folder(out, config, resume)
     summary_path, data = out / "summary.json", None
     if not summary_path.exists():
@@ -90,12 +91,18 @@ def train(
                 f"{config.dataset} has {data.obs_dim} observation and {data.act_dim} action dimensions, the"
                 f" task {task.name} has {task.obs_dim} and {task.act_dim}; name its own task with --task"
             )
+        most = float(data.actions.abs().max())
+        if most > 1.0 + 1e-3:
+            raise InputError(
+                f"{config.dataset}: actions reach {most:.4g}; scale the environment's range to [-1, 1]"
+            )
         if not (out / "config.json").exists():
             write_json(out / "config.json", to_dict(config))
         fit_started = time.perf_counter()
         ensemble, fit_seconds = _dynamics(config, data, out, quiet)
-        # What an earlier, interrupted session spent on the fit is part of the total too.
-        started -= max(0.0, fit_seconds - (time.perf_counter() - fit_started))
+        if _last_checkpoint(out) is None:
+            # What an earlier, interrupted session spent on the fit is part of the total too.
+            started -= max(0.0, fit_seconds - (time.perf_counter() - fit_started))
         try:
             summary = _train(config, task, data, ensemble, out, started, fit_seconds, quiet)
         except OSError as error:
@@ -107,8 +114,11 @@ def train(
     return finished
 
 
-def resolve(config: TrainConfig) -> tuple[TrainConfig, Task]:
+def resolve(config: TrainConfig, out: Path | None = None) -> tuple[TrainConfig, Task]:
     """`config` with task, horizon and penalty_coef filled in, checked, and its task.
+
+    Args:
+        out: the run's folder; with a checkpoint there, its own copy of the dynamics is what counts.
 
     Raises:
         InputError: a setting is unknown or out of range, or what it asks for is not available here.
@@ -123,8 +133,10 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, Task]:
             raise
         named_task, tier = config.task, None
     task = get_task(config.task or named_task)
-    horizon, penalty_coef = task.tuned_for(tier)
     rollout = config.rollout
+    if rollout.tuned not in TUNED:
+        raise InputError(f"unknown tuned {rollout.tuned!r}; there are: {', '.join(TUNED)}")
+    horizon, penalty_coef = task.tuned_for(tier, rollout.tuned)
     if rollout.horizon is None:
         rollout = dataclasses.replace(rollout, horizon=horizon)
     if rollout.penalty_coef is None:
@@ -145,12 +157,10 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, Task]:
     for setting, value in at_least_one.items():
         if value is None or value < 1:
             raise InputError(f"{setting} must be at least 1, got {value}")
-    try:
-        torch.empty(0, device=config.device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {config.device!r} cannot be used ({error}); try cpu") from error
+    check_device(config.device)
     if config.dynamics_from is None:
         dynamics = config.dynamics
+        check_config(dynamics)
         ensemble = EnsembleDynamics(
             task.obs_dim,
             task.act_dim,
@@ -160,17 +170,31 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, Task]:
             activation=dynamics.activation,
         ).to(config.device)
     else:
-        ensemble = EnsembleDynamics.load(config.dynamics_from, config.device)
+        folder = config.dynamics_from if out is None or _last_checkpoint(out) is None else out
+        ensemble = EnsembleDynamics.load(folder, config.device)
         if (ensemble.obs_dim, ensemble.act_dim) != (task.obs_dim, task.act_dim):
             raise InputError(
-                f"the ensemble in {config.dynamics_from} is for {ensemble.obs_dim} observation and"
+                f"the ensemble in {folder} is for {ensemble.obs_dim} observation and"
                 f" {ensemble.act_dim} action dimensions, the task {task.name} has {task.obs_dim} and"
                 f" {task.act_dim}"
             )
     # What these refuse is refused now, before the data set is read and the ensemble fitted.
     _engine(config, task, ensemble, rollout.backend)
     SAC(task.obs_dim, task.act_dim, config.sac, total_updates=config.steps)
+    check_finite(config)
+    check_memory(
+        "the model buffer",
+        _capacity(rollout) * (4 * (2 * task.obs_dim + task.act_dim + 3) + 1),
+        config.device,
+        "horizon, rollout.batch_size or rollout.retain_epochs",
+    )
     return config, task
+
+
+def _capacity(rollout: RolloutConfig) -> int:
+    """Rows of the model buffer."""
+    assert rollout.horizon is not None
+    return rollout.retain_epochs * rollout.horizon * rollout.batch_size
 
 
 def _engine(config: TrainConfig, task: Task, ensemble: EnsembleDynamics, backend: str) -> RolloutEngine:
@@ -181,7 +205,7 @@ def _engine(config: TrainConfig, task: Task, ensemble: EnsembleDynamics, backend
         penalty=rollout.penalty,
         penalty_coef=rollout.penalty_coef,
         penalty_members=rollout.penalty_members,
-        termination=task.box,
+        termination=task.box if rollout.termination is None else rollout.termination,
         backend=backend,
         dtype=rollout.dtype,
         threads=rollout.threads,
@@ -195,9 +219,10 @@ def _check_folder(out: Path, config: TrainConfig, resume: bool) -> None:
     except OSError as error:
         raise InputError(f"cannot make the folder {out}: {error.strerror}; choose another --out") from error
     if resume:
-        # What atomic_path had not renamed yet when the run was killed.
-        for leftover in out.rglob(".*.tmp"):
-            leftover.unlink()
+        # What atomic_path had not renamed yet when the run was killed; a folder below may be a live run's.
+        for folder in (out, out / "checkpoint"):
+            for leftover in folder.glob(".*.tmp"):
+                leftover.unlink()
     # config.json is the first file of a run.
     if not (out / "config.json").exists():
         return
@@ -351,10 +376,11 @@ class _Loop:
         assert rollout.horizon is not None
         self.config, self.task, self.data, self.started = config, task, data, started
         self.data_sha256 = data_sha256(data)
+        named = {f"{ensemble.activation}.{name}": value for name, value in ensemble.state_dict().items()}
+        self.dynamics_sha256 = tensors_sha256(named)
         self.horizon = rollout.horizon
         self.engine = _engine(config, task, ensemble, rollout.backend)
-        capacity = rollout.retain_epochs * self.horizon * rollout.batch_size
-        self.buffer = RingBuffer(capacity, task.obs_dim, task.act_dim, config.device)
+        self.buffer = RingBuffer(_capacity(rollout), task.obs_dim, task.act_dim, config.device)
         self.sac = SAC(
             task.obs_dim,
             task.act_dim,
@@ -452,6 +478,7 @@ class _Loop:
             ],
             "backend": self.engine.backend,
             "data_sha256": self.data_sha256,
+            "dynamics_sha256": self.dynamics_sha256,
         }
         tensors = {f"sac.{name}": tensor for name, tensor in self.sac.state().items()}
         for rollout in self.rollouts:
@@ -485,6 +512,11 @@ class _Loop:
         if state["data_sha256"] != self.data_sha256:
             raise InputError(
                 f"{self.config.dataset} is not the data that {path} was made with; bring that data back"
+            )
+        if state["dynamics_sha256"] != self.dynamics_sha256:
+            raise InputError(
+                f"the dynamics beside {path.parent} are not those that {path} was made with;"
+                " resume with the dynamics that the run began with"
             )
         self.sac.load_state(_within(tensors, "sac."), path)
         self.epoch = state["epoch"]
@@ -547,8 +579,10 @@ def _cut_back(path: Path, epochs: int) -> None:
 
 def _log_fit(out: Path) -> None:
     """Write the fit's curves to TensorBoard, as a run of their own: their steps are epochs of the fit."""
-    fit, folder = read_json(out / "fit.json"), out / "fit"
-    shutil.rmtree(folder, ignore_errors=True)
+    fit, folder = read_json(out / "fit.json"), out / "tensorboard-fit"
+    # Those of a session that was killed before its first checkpoint.
+    for events in folder.glob("events.out.tfevents.*"):
+        events.unlink()
     with SummaryWriter(str(folder)) as board:
         for epoch, errors in enumerate(fit["holdout_mse"]):
             for member, error in enumerate(errors):

@@ -117,6 +117,12 @@ def test_fit_then_train_on_that_fit(
     fit = tmp_path / "fit"
     assert main(["fit", str(dataset), "--out", str(fit), "--quiet", *TINY_FIT]) == 0
     assert "2 epochs" in capsys.readouterr().out
+    (fit / "dynamics.json").unlink()
+    again = ["fit", str(dataset), "--out", str(fit), "--quiet", *TINY_FIT]
+    message = error_of(capsys, *again)
+    assert str(fit / "fit.json") in message and "--overwrite" in message
+    assert not (fit / "dynamics.json").exists()
+    assert main([*again, "--overwrite"]) == 0
     out = tmp_path / "run"
     arguments = ["--steps", "10", "--horizon", "1", "--dynamics", str(fit), "--out", str(out), "--quiet"]
     assert main(["train", str(dataset), *arguments, *TINY]) == 0
@@ -168,6 +174,20 @@ def test_rollouts_come_back_as_a_data_set(run: Path, dataset: Path, tmp_path: Pa
     assert np.array_equal(~inside.numpy(), arrays["terminals"])
 
 
+def test_where_rollouts_go_is_asked_first(
+    run: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before even the data set is read: there is none."""
+    nothing = ["rollout", run, "--dataset", "nothing.hdf5", "--out"]
+    assert "must end in" in error_of(capsys, *nothing, tmp_path / "a.csv")
+    assert "exists already" in error_of(capsys, *nothing, dataset)
+    out = tmp_path / "a.npz"
+    out.touch()
+    arguments = ["rollout", str(run), "--dataset", str(dataset), "--count", "4", "--out", str(out)]
+    assert main([*arguments, "--overwrite"]) == 0
+    assert len(load_dataset(out)) > 0
+
+
 def test_doctor_prints_text_or_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     assert "backend reference" in capsys.readouterr().out
@@ -216,6 +236,20 @@ MISTAKES = {
         ["rollout", "RUN", "--dataset", "DATA", "--out", "OUT.npz", "--count", "0"],
         ["count", "0"],
     ),
+    "roll out over the data": (["rollout", "RUN", "--dataset", "DATA", "--out", "DATA"], ["--overwrite"]),
+    "roll out a negative seed": (
+        ["rollout", "RUN", "--dataset", "DATA", "--out", "OUT.npz", "--seed", "-1"],
+        ["seed", "-1"],
+    ),
+    "roll out too much": (
+        ["rollout", "RUN", "--dataset", "DATA", "--out", "OUT.npz", "--count", str(10**12)],
+        ["GiB", "count"],
+    ),
+    "fit over a run": (["fit", "DATA", "--out", "RUN"], ["config.json", "choose another --out"]),
+    "no such termination": (
+        ["train", "DATA", "--rollout.termination", "abacus"],
+        ["abacus", "hopper-authors"],
+    ),
     "bench no rounds": (["bench", "rollout", "--rounds", "0"], ["rounds", "0"]),
     "bench on no backend": (["bench", "rollout", "--backend", "abacus"], ["abacus"]),
 }
@@ -243,6 +277,18 @@ def test_a_mistake_exits_with_2_and_no_traceback() -> None:
     result = mopo_fast("train", "nothing.hdf5")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+def test_an_interrupt_without_a_word_says_stopped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> None:
+        """Stop at once."""
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(COMMANDS, "doctor", interrupted)
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == "stopped\n"
 
 
 def test_an_interrupt_exits_with_130_and_says_how_to_go_on(dataset: Path, tmp_path: Path) -> None:

@@ -433,7 +433,15 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
         ({"learning_rate": math.nan}, "learning_rate must be positive"),
         ({"improvement": 1.0}, "improvement in"),
-        ({"holdout_fraction": 0.0}, "holdout"),
+        ({"holdout_fraction": 0.0}, r"holdout_fraction must be in \(0, 1\)"),
+        ({"holdout_fraction": math.nan}, r"holdout_fraction must be in \(0, 1\)"),
+        ({"holdout_max": 0}, "holdout_max at least 1"),
+        ({"learning_rate": math.inf}, "learning_rate must be finite, got inf"),
+        ({"weight_decay": (0.0, math.inf, 0.0)}, "weight_decay must be finite"),
+        ({"logvar_bound_weight": math.nan}, "logvar_bound_weight must be finite, got nan"),
+        ({"max_logvar": math.inf}, "max_logvar must be finite, got inf"),
+        ({"min_logvar": -math.inf}, "min_logvar must be finite, got -inf"),
+        ({"min_logvar": 0.5, "max_logvar": 0.5}, "min_logvar must be less than max_logvar, got 0.5 and 0.5"),
     ],
 )
 def test_bad_configs_are_refused(change: dict[str, object], message: str) -> None:
@@ -458,6 +466,8 @@ def test_bad_seed_and_device_are_refused() -> None:
         fit_dynamics(toy_data(), seed=-1, config=SMALL)
     with pytest.raises(InputError, match="device 'gpu'"):
         fit_dynamics(toy_data(), config=SMALL, device="gpu")
+    with pytest.raises(InputError, match="device 'meta'"):
+        fit_dynamics(toy_data(), config=SMALL, device="meta")
 
 
 def test_a_fit_that_diverges_says_so() -> None:

@@ -10,6 +10,7 @@ import torch
 from mopo_fast import Actor, EnsembleDynamics, InputError, Transitions
 from mopo_fast.data import load_file
 from mopo_fast.generate import generate, run_settings, save_transitions
+from mopo_fast.tasks import BOXES
 
 CONFIG = {
     "dataset": "hopper-random-local",
@@ -19,6 +20,7 @@ CONFIG = {
         "penalty": "ensemble_std",
         "penalty_coef": 2.0,
         "penalty_members": "elites",
+        "termination": None,
         "backend": "auto",
     },
 }
@@ -100,6 +102,31 @@ def test_a_full_disk_leaves_nothing(run: Path, data: Transitions, tmp_path: Path
     assert not list(folder.iterdir())
 
 
+def test_an_existing_file_needs_overwrite(run: Path, data: Transitions, tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    path.write_bytes(b"precious")
+    rollouts = generate(run, data, count=2)
+    with pytest.raises(InputError, match=r"a\.npz exists already; .* --overwrite"):
+        save_transitions(path, rollouts)
+    assert path.read_bytes() == b"precious"
+    save_transitions(path, rollouts, overwrite=True)
+    assert len(load_file(path)) == len(rollouts)
+
+
+def test_the_runs_termination_holds(run: Path, data: Transitions) -> None:
+    """hopper-authors lets a coordinate fall below -100, where hopper's own rule ends the episode."""
+    data.observations[:, 5] = -200.0
+    ends = {}
+    for name in (None, "hopper-authors"):
+        rollout = {**CONFIG["rollout"], "termination": name}
+        (run / "config.json").write_text(json.dumps({**CONFIG, "rollout": rollout}))
+        rollouts = generate(run, data, count=20, horizon=1)
+        ends[name] = rollouts.terminals
+        expected = ~BOXES[name or "hopper"].contains(rollouts.next_observations)
+        assert torch.equal(rollouts.terminals, expected)
+    assert ends[None].all() and not ends["hopper-authors"].all()
+
+
 def test_files_that_cannot_be_written_are_named(run: Path, data: Transitions, tmp_path: Path) -> None:
     rollouts = generate(run, data, count=2)
     with pytest.raises(InputError, match=r"a\.csv: the file's name must end in"):
@@ -131,6 +158,14 @@ def test_a_folder_that_is_no_run_is_named(run: Path, config: str | None, message
 def test_data_must_fit_the_run_and_count_be_positive(run: Path, data: Transitions) -> None:
     with pytest.raises(InputError, match="count must be at least 1, got 0"):
         generate(run, data, count=0)
+    with pytest.raises(InputError, match="seed must not be negative, got -1"):
+        generate(run, data, count=1, seed=-1)
+    with pytest.raises(
+        InputError, match=r"rollouts of 3 steps would take [\d,]+ GiB.* lower count or horizon"
+    ):
+        generate(run, data, count=10**12)
+    with pytest.raises(InputError, match="lower count or horizon"):
+        generate(run, data, count=1, horizon=10**12)
     with pytest.raises(InputError, match=r"start_observations must be \[batch, 11\]"):
         generate(
             run,

@@ -89,6 +89,11 @@ def undisturbed(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -
     return out
 
 
+def has_checkpoint(out: Path) -> bool:
+    """Whether an attempt got past the fit and the first epoch."""
+    return any((out / "checkpoint").glob("epoch-*.safetensors"))
+
+
 def assert_same(ours: Path, theirs: Path) -> None:
     """Same parameters, optimiser states and log, and nothing left behind."""
     names = ["dynamics.safetensors", "policy.safetensors", "checkpoint/epoch-000008.safetensors"]
@@ -118,21 +123,24 @@ def assert_same(ours: Path, theirs: Path) -> None:
 
 def test_killed_twenty_times(config: TrainConfig, undisturbed: Path, tmp_path: Path) -> None:
     """At random moments, of the fit, the rollouts, the updates, the evaluation or between."""
-    rng, kills, runs = random.Random(0), 0, 0
+    rng, kills, late, runs = random.Random(0), 0, 0, 0
     while kills < 20:
         out, finished = tmp_path / f"run-{runs}", False
         while not finished:
             kill_after = rng.uniform(0.02, 0.7) if kills < 20 else None
             finished = attempt(config, out, kill_after=kill_after) == 0
             kills += not finished
+            late += not finished and has_checkpoint(out)
         assert_same(out, undisturbed)
         runs += 1
+    assert late >= 3
 
 
 def test_killed_at_its_own_writes(config: TrainConfig, undisturbed: Path, tmp_path: Path) -> None:
     """Every attempt dies a little later, as it is about to rename or to remove a file of the run."""
-    out, changes = tmp_path / "run", 1
+    out, changes, late = tmp_path / "run", 1, 0
     while attempt(config, out, die_at=changes) != 0:
         changes += 2
-    assert changes > 10
+        late += has_checkpoint(out)
+    assert changes > 10 and late >= 3
     assert_same(out, undisturbed)

@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mopo_fast.config import DynamicsConfig, EvaluationConfig, RolloutConfig, SACConfig, TrainConfig
-from mopo_fast.data import collect
+from mopo_fast.data import collect, load_dataset
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.evaluate import evaluate
 from mopo_fast.policy import Actor
 from mopo_fast.seeds import EVALUATE, derive_seed
-from mopo_fast.tasks import TASKS
-from mopo_fast.train import COLUMNS, resolve, train
+from mopo_fast.tasks import BOXES, TASKS
+from mopo_fast.train import COLUMNS, _engine, resolve, train
 
 CONFIG = TrainConfig(
     dataset="hopper-random-local",
@@ -123,7 +123,7 @@ class TestRunFolder:
         values = [float(row["critic_loss"]) for row in rows(finished)]
         assert [event.value for event in events] == pytest.approx(values)
         assert [event.step for event in board.Scalars("evaluation/score_mean")] == [20, 25]
-        fit = EventAccumulator(str(finished / "fit"))
+        fit = EventAccumulator(str(finished / "tensorboard-fit"))
         fit.Reload()
         assert len(fit.Scalars("holdout_mse/member_2")) == 3
 
@@ -156,6 +156,24 @@ class TestResume:
         assert second["fit"] == first["fit"]
         assert second["total"] > float(rows(finished)[-1]["seconds_total"])
         assert second["sac"] == first["sac"] and second["evaluate"] == first["evaluate"]
+
+    def test_the_fit_is_not_counted_again(self, run: Path, config: TrainConfig) -> None:
+        fit = json.loads((run / "fit.json").read_text())
+        (run / "fit.json").write_text(json.dumps(fit | {"seconds": 1e4}))
+        assert 0 < train_alone(config, run)["seconds"]["total"] < 1e3
+        (run / "summary.json").unlink()
+        for checkpoint in (run / "checkpoint").iterdir():
+            checkpoint.unlink()
+        assert train_alone(config, run)["seconds"]["total"] > 1e4
+
+    def test_what_lies_deeper_is_left_alone(self, run: Path, config: TrainConfig) -> None:
+        """It may be what another run is about to rename."""
+        ours, theirs = run / "checkpoint" / ".a.tmp", run / "other" / "checkpoint" / ".a.tmp"
+        theirs.parent.mkdir(parents=True)
+        ours.touch()
+        theirs.touch()
+        train_alone(config, run)
+        assert theirs.exists() and not ours.exists()
 
     def test_an_older_checkpoint_left_by_a_kill_is_removed(self, run: Path, config: TrainConfig) -> None:
         newest = run / "checkpoint" / "epoch-000003.safetensors"
@@ -216,10 +234,10 @@ class TestResume:
             train(config, run, resume=True, quiet=True)
 
     def test_another_ensemble_is_noticed(self, run: Path, config: TrainConfig) -> None:
+        """However little it differs: here no rollout becomes shorter or longer."""
         ensemble = EnsembleDynamics.load(run)
         with torch.no_grad():
-            for bias in ensemble.biases:
-                bias.add_(0.3)
+            ensemble.biases[0][0, 0] += 1e-7
         ensemble.save(run)
         with pytest.raises(InputError, match="resume with the dynamics that the run began with"):
             train(config, run, resume=True, quiet=True)
@@ -254,6 +272,26 @@ class TestReuse:
         for name in ("dynamics.safetensors", "dynamics.json", "fit.json", "policy.safetensors"):
             assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes()
 
+    def test_goes_on_when_the_other_run_is_gone(
+        self, finished: Path, config: TrainConfig, tmp_path: Path
+    ) -> None:
+        source, out = tmp_path / "source", tmp_path / "run"
+        shutil.copytree(finished, source)
+        reused = dataclasses.replace(config, dynamics_from=str(source))
+        train_alone(reused, out)
+        (out / "summary.json").unlink()
+        shutil.rmtree(source)
+        assert train_alone(reused, out)["updates"] == 25
+
+    @pytest.mark.parametrize("name", ["fit", "tensorboard-fit"])
+    def test_a_fit_inside_the_runs_folder_is_left_alone(
+        self, finished: Path, config: TrainConfig, tmp_path: Path, name: str
+    ) -> None:
+        fit = tmp_path / "run" / name
+        shutil.copytree(finished, fit)
+        train_alone(dataclasses.replace(config, dynamics_from=str(fit)), tmp_path / "run")
+        assert EnsembleDynamics.load(fit).members == 3
+
     def test_a_missing_or_unfit_ensemble_is_refused(self, config: TrainConfig, tmp_path: Path) -> None:
         missing = dataclasses.replace(config, dynamics_from=str(tmp_path / "none"))
         with pytest.raises(InputError, match=r"none/dynamics\.json does not exist"):
@@ -270,6 +308,7 @@ class TestReuse:
     [
         {"backend": "reference", "dtype": "float64"},
         {"penalty": "ensemble_std", "penalty_members": "elites", "horizon": 2, "retain_epochs": 3},
+        {"termination": "hopper-authors", "penalty": "max_pairwise"},
     ],
 )
 def test_rollout_options_reach_the_engine(
@@ -296,6 +335,20 @@ class TestResolve:
         )
         assert task.name == resolved.task == "halfcheetah"
         assert (resolved.rollout.horizon, resolved.rollout.penalty_coef) == (5, 5.0)
+
+    def test_tuned_values_of_others(self) -> None:
+        rollout = dataclasses.replace(CONFIG.rollout, tuned="offlinerl-kit")
+        config = dataclasses.replace(CONFIG, dataset="walker2d-medium-replay-v2", rollout=rollout)
+        resolved, _ = resolve(config)
+        assert (resolved.rollout.horizon, resolved.rollout.penalty_coef) == (1, 2.5)
+
+    def test_termination_by_name(self) -> None:
+        ensemble = EnsembleDynamics(11, 3, members=2, elites=1, hidden=(8,))
+        for name, box in ((None, "hopper"), ("hopper-authors", "hopper-authors")):
+            rollout = dataclasses.replace(CONFIG.rollout, termination=name)
+            config, task = resolve(dataclasses.replace(CONFIG, rollout=rollout))
+            low = _engine(config, task, ensemble, "reference")._low
+            assert low.tolist() == list(BOXES[box].low)
 
     def test_given_values_stay(self) -> None:
         rollout = dataclasses.replace(CONFIG.rollout, horizon=2, penalty_coef=0.0)
@@ -332,6 +385,22 @@ class TestResolve:
             ({"evaluation": {"episodes": 0}}, "evaluation episodes must be at least 1, got 0"),
             ({"evaluation": {"interval": 0}}, "evaluation interval must be at least 1, got 0"),
             ({"dynamics": {"elites": 9}}, "elites must be 1 to members"),
+            ({"dynamics": {"hidden": (16,)}}, "weight_decay needs one value per layer, 2"),
+            ({"dynamics": {"max_logvar": math.nan}}, "max_logvar must be finite, got nan"),
+            ({"device": "meta"}, "device 'meta' cannot be used"),
+            ({"rollout": {"tuned": "mine"}}, "unknown tuned 'mine'; there are: authors, offlinerl-kit"),
+            ({"rollout": {"termination": "mine"}}, "unknown termination 'mine'; there are: .*hopper-authors"),
+            ({"rollout": {"termination": "ant"}}, "the termination box has 27 dimensions"),
+            (
+                {"rollout": {"horizon": 10**10}},
+                r"model buffer would take [\d,]+ GiB, cpu has .*; lower horizon",
+            ),
+            ({"rollout": {"batch_size": 10**12}}, r"lower .*rollout\.batch_size"),
+            ({"rollout": {"retain_epochs": 10**12}}, r"lower .*rollout\.retain_epochs"),
+            ({"sac": {"target_entropy": math.nan}}, r"sac\.target_entropy must be finite, got nan"),
+            ({"sac": {"log_std_min": -math.inf}}, r"sac\.log_std_min must be finite, got -inf"),
+            ({"sac": {"log_std_max": math.inf}}, r"sac\.log_std_max must be finite, got inf"),
+            ({"sac": {"alpha_max": math.inf}}, r"sac\.alpha_max must be finite, got inf"),
         ],
     )
     def test_refuses_before_anything_is_written(
@@ -355,6 +424,16 @@ def test_a_data_set_of_another_task_is_refused(config: TrainConfig, tmp_path: Pa
         train(dataclasses.replace(config, task="halfcheetah"), tmp_path / "run", quiet=True)
     # A mistake mended, the same folder can be used.
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_actions_in_other_units_are_refused(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = load_dataset(config.dataset, quiet=True)
+    data.actions[3, 1] = -2.5
+    monkeypatch.setattr("mopo_fast.train.load_dataset", lambda *_, **__: data)
+    with pytest.raises(InputError, match=r"actions reach 2.5; scale the environment's range to \[-1, 1\]"):
+        train(config, tmp_path / "run", quiet=True)
 
 
 def test_a_missing_data_set_is_refused(tmp_path: Path) -> None:

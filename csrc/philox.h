@@ -9,7 +9,13 @@
 namespace mopo {
 
 // Who draws: the upper half of the counter's last word; the lower half numbers blocks of four words.
-enum Stream : uint32_t { kActionStream = 0, kNoiseStream = 1, kMemberStream = 2 };
+enum Stream : uint32_t {
+  kActionStream = 0,
+  kNoiseStream = 1,
+  kMemberStream = 2,
+  kBatchStream = 3,
+  kNextActionStream = 4
+};
 
 struct PhiloxBlock {
   uint32_t word[4];

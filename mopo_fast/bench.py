@@ -4,7 +4,6 @@ Programs timed one after the other are not comparable where the machine's speed 
 """
 
 import contextlib
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ import torch
 
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
+from mopo_fast.machine import resolve_threads
 from mopo_fast.policy import Actor
 from mopo_fast.progress import progress_bar
 from mopo_fast.rollout import RolloutEngine
@@ -71,7 +71,7 @@ def bench_rollout(
     for name, value in {"starts": starts, "horizon": horizon, "rounds": rounds}.items():
         if value < 1:
             raise InputError(f"--{name} must be at least 1, got {value}")
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = resolve_threads(threads)
     generator = torch.Generator().manual_seed(0)
     ensemble = EnsembleDynamics(obs_dim, act_dim, generator=generator)
     actor = Actor(obs_dim, act_dim, generator=generator)

@@ -58,6 +58,8 @@ def fit(
     out: Annotated[Path, arg(metavar="RUN")],
     seed: int = 0,
     device: str = "cpu",
+    backend: str = "auto",
+    threads: int | None = None,
     dynamics: DynamicsConfig,
     overwrite: bool = False,
     quiet: bool = False,
@@ -68,6 +70,8 @@ def fit(
         dataset: A name or a file.
         out: The folder for dynamics.safetensors, dynamics.json and fit.json.
         device: cpu or cuda.
+        backend: auto, or one that `mopo-fast doctor` lists.
+        threads: Of the CPU kernel; by default all cores.
         overwrite: Replace the fit if the folder holds one.
         quiet: No progress bar.
     """
@@ -80,7 +84,9 @@ def fit(
                 f"{out / name} exists already; choose another --out, or replace the fit with --overwrite"
             )
     data = load_dataset(dataset, quiet=quiet)
-    _, record = fit_and_save(data, out, seed=seed, config=dynamics, device=device, quiet=quiet)
+    _, record = fit_and_save(
+        data, out, seed=seed, config=dynamics, device=device, backend=backend, threads=threads, quiet=quiet
+    )
     best = [record["holdout_mse"][-1][member] for member in record["elites"]]
     print(
         f"{out}: {record['epochs']} epochs, {record['seconds']:.0f} s;"

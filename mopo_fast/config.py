@@ -77,10 +77,7 @@ class RolloutConfig:
     """SAC updates between rollouts: one epoch."""
     retain_epochs: int = 5
     """The model buffer holds retain_epochs * horizon * batch_size transitions."""
-    backend: Annotated[str, _short] = "auto"
-    """auto, or one that `mopo-fast doctor` lists."""
     dtype: Literal["float32", "float64"] = "float32"
-    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -143,6 +140,10 @@ class TrainConfig:
     """SAC updates."""
     device: str = "cpu"
     """cpu or cuda."""
+    backend: str = "auto"
+    """auto, or one that `mopo-fast doctor` lists; of the fit, the rollouts and SAC."""
+    threads: int | None = None
+    """Of the CPU kernels; None: all cores. The result does not depend on it."""
     dynamics_from: Annotated[str | None, arg(name="dynamics", metavar="RUN")] = None
     """A folder with dynamics.safetensors to reuse in place of a fit."""
     dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)

@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from mopo_fast import backends
 from mopo_fast.atomic import write_json
+from mopo_fast.backends import cpu
 from mopo_fast.config import DynamicsConfig, check_finite, to_dict
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import EnsembleDynamics, soft_clamp_logvar
 from mopo_fast.errors import InputError
-from mopo_fast.machine import check_device
+from mopo_fast.machine import check_device, resolve_threads
 from mopo_fast.progress import progress_bar
 from mopo_fast.seeds import FIT, derive_seed
 from mopo_fast.tensors import load_tensors, require_shape, save_tensors, tensors_sha256
@@ -29,8 +31,8 @@ from mopo_fast.tensors import load_tensors, require_shape, save_tensors, tensors
 # Second element of a seed's path: which draw of the fit.
 _SPLIT, _WEIGHTS, _BOOTSTRAP, _SHUFFLE = range(4)
 
-# Steps whose rows are gathered at once: long enough to amortise the call, short enough to stay in cache.
-_GATHER_STEPS = 32
+# Steps of one call: long enough to amortise it, short enough that progress is told and interrupts are heard.
+_STEPS_AT_ONCE = 64
 # The columns of a checkpoint's history: fields of `FitEpoch`.
 _HISTORY = ("train_loss", "holdout_mse", "improved", "seconds")
 
@@ -170,9 +172,17 @@ class _Fit:
     """The state of a fit between two epochs: what a checkpoint holds, and the epoch itself."""
 
     def __init__(
-        self, data: Transitions, seed: int, config: DynamicsConfig, device: torch.device | str
+        self,
+        data: Transitions,
+        seed: int,
+        config: DynamicsConfig,
+        device: torch.device | str = "cpu",
+        backend: str = "auto",
+        threads: int | None = None,
     ) -> None:
         self.seed, self.config = seed, config
+        self.backend = backends.choose(backend, torch.float32, torch.device(device))
+        self.threads = resolve_threads(threads)
         train, holdout = split_holdout(len(data), seed, config)
         inputs, targets = dynamics_inputs_targets(data.to("cpu"))
         std, mean = torch.std_mean(inputs[train].double(), dim=0, correction=0)
@@ -257,20 +267,12 @@ class _Fit:
         config, epoch = self.config, len(self.history)
         shuffle = np.random.default_rng(derive_seed(self.seed, FIT, _SHUFFLE, epoch))
         rows = torch.from_numpy(shuffle.permuted(self.rows, axis=1)).to(self.inputs.device)
-        total = torch.zeros((), dtype=torch.float64, device=self.inputs.device)
-        steps = 0
-        for chunk in rows.split(config.batch_size * _GATHER_STEPS, dim=1):
-            flat = chunk.flatten()
-            inputs = self.inputs.index_select(0, flat).view(*chunk.shape, -1)
-            targets = self.targets.index_select(0, flat).view(*chunk.shape, -1)
-            for x, y in zip(
-                inputs.split(config.batch_size, 1), targets.split(config.batch_size, 1), strict=True
-            ):
-                total += self.gradient(x, y)
-                self.optimizer.step()
-                steps += 1
+        total, steps = 0.0, 0
+        for chunk in rows.split(config.batch_size * _STEPS_AT_ONCE, dim=1):
+            total += self._fused_steps(chunk) if self.backend == "cpu" else self._steps(chunk)
+            steps += math.ceil(chunk.shape[1] / config.batch_size)
             on_progress(epoch + min(1.0, steps * config.batch_size / rows.shape[1]))
-        train_loss = float(total) / steps
+        train_loss = total / steps
         mse = self._holdout_mse()
         if not np.isfinite([train_loss, *mse]).all():
             raise InputError(
@@ -281,6 +283,41 @@ class _Fit:
         record = FitEpoch(epoch, train_loss, tuple(mse), tuple(improved), time.perf_counter() - start)
         self.history.append(record)
         return record
+
+    def _steps(self, rows: torch.Tensor) -> float:
+        """A step on each batch of rows [members, count]: the sum of the losses."""
+        size, flat = self.config.batch_size, rows.flatten()
+        inputs = self.inputs.index_select(0, flat).view(*rows.shape, -1)
+        targets = self.targets.index_select(0, flat).view(*rows.shape, -1)
+        total = torch.zeros((), dtype=torch.float64, device=self.inputs.device)
+        for x, y in zip(inputs.split(size, 1), targets.split(size, 1), strict=True):
+            total += self.gradient(x, y)
+            self.optimizer.step()
+        return float(total)
+
+    def _fused_steps(self, rows: torch.Tensor) -> float:
+        """The same by the kernel."""
+        model, states = self.model, self.optimizer.state
+        done = states[model.max_logvar]["step"]
+
+        def parameter(value: torch.Tensor) -> cpu.Parameter:
+            return value, states[value]["exp_avg"], states[value]["exp_avg_sq"], None
+
+        loss = cpu.fit_steps(
+            layers=[parameter(layer) for layer in self.layers],
+            bounds=(parameter(model.max_logvar), parameter(model.min_logvar)),
+            activation=model.activation,
+            inputs=self.inputs,
+            targets=self.targets,
+            rows=rows,
+            config=self.config,
+            steps_before=int(done),
+            threads=self.threads,
+        )
+        steps = int(done) + math.ceil(rows.shape[1] / self.config.batch_size)
+        for state in states.values():
+            state["step"].fill_(steps)
+        return loss
 
     @torch.no_grad()
     def _holdout_mse(self) -> list[float]:
@@ -390,6 +427,8 @@ def fit_dynamics(
     seed: int = 0,
     config: DynamicsConfig | None = None,
     device: torch.device | str = "cpu",
+    backend: str = "auto",
+    threads: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     quiet: bool = True,
     on_epoch: Callable[[FitEpoch], None] | None = None,
@@ -402,8 +441,10 @@ def fit_dynamics(
 
     Args:
         data: n transitions, 5 or more with the default holdout; rewards and observations in raw units.
-        seed: the whole result is a function of (data, seed, config) on one machine and thread count.
+        seed: the whole result is a function of (data, seed, config) on one machine and backend.
         config: `DynamicsConfig()` if None.
+        backend: "cpu", the fused kernel; "reference", PyTorch on any device; or "auto".
+        threads: of the CPU kernel; None: all cores that this process may use. The result is the same for any.
         checkpoint: a file that is written after every epoch and continued from where it exists, with the
             same final bits as a fit that was never stopped. It is left there at the end.
         quiet: no progress bar.
@@ -415,7 +456,8 @@ def fit_dynamics(
     Raises:
         InputError: unusable data, config, device or checkpoint; or the loss became not finite.
     """
-    return _run(data, seed, config or DynamicsConfig(), device, checkpoint, quiet, on_epoch)[0]
+    fit = _run(data, seed, config or DynamicsConfig(), device, backend, threads, checkpoint, quiet, on_epoch)
+    return fit.finish()
 
 
 def _run(
@@ -423,16 +465,18 @@ def _run(
     seed: int,
     config: DynamicsConfig,
     device: torch.device | str,
+    backend: str,
+    threads: int | None,
     checkpoint: str | os.PathLike[str] | None,
     quiet: bool,
     on_epoch: Callable[[FitEpoch], None] | None,
-) -> tuple[EnsembleDynamics, list[FitEpoch]]:
+) -> _Fit:
     data.validate()
     check_config(config)
     if seed < 0:
         raise InputError(f"seed must not be negative, got {seed}")
     check_device(device)
-    fit = _Fit(data, seed, config, device)
+    fit = _Fit(data, seed, config, device, backend, threads)
     if checkpoint is not None:
         checkpoint, fingerprint = Path(checkpoint), fit.fingerprint(data)
         if checkpoint.exists():
@@ -449,7 +493,7 @@ def _run(
             report(record)
             elite_mse = float(np.mean(sorted(record.holdout_mse)[: config.elites]))
             bar.update(total=fit.last_epoch, note=f"holdout MSE {elite_mse:.4g}")
-    return fit.finish(), fit.history
+    return fit
 
 
 def fit_and_save(
@@ -459,6 +503,8 @@ def fit_and_save(
     seed: int = 0,
     config: DynamicsConfig | None = None,
     device: torch.device | str = "cpu",
+    backend: str = "auto",
+    threads: int | None = None,
     quiet: bool = True,
     on_epoch: Callable[[FitEpoch], None] | None = None,
 ) -> tuple[EnsembleDynamics, dict[str, Any]]:
@@ -469,15 +515,16 @@ def fit_and_save(
 
     Returns:
         The ensemble and what fit.json holds: dataset, data_sha256, transitions, holdout (rows), seed,
-        config, device, threads, epochs, seconds, elites, train_loss [epoch], holdout_mse and improved
-        [epoch][member].
+        config, device, backend, threads, epochs, seconds, elites, train_loss [epoch], holdout_mse and
+        improved [epoch][member].
 
     Raises:
         InputError: as `fit_dynamics`, or the folder cannot be written.
     """
     folder, config = Path(folder), config or DynamicsConfig()
     checkpoint = folder / "checkpoint" / "fit.safetensors"
-    model, history = _run(data, seed, config, device, checkpoint, quiet, on_epoch)
+    fit = _run(data, seed, config, device, backend, threads, checkpoint, quiet, on_epoch)
+    model, history = fit.finish(), fit.history
     record = {
         "dataset": data.name,
         "data_sha256": data_sha256(data),
@@ -486,7 +533,8 @@ def fit_and_save(
         "seed": seed,
         "config": to_dict(config),
         "device": str(device),
-        "threads": torch.get_num_threads(),
+        "backend": fit.backend,
+        "threads": fit.threads,
         "epochs": len(history),
         "seconds": sum(epoch.seconds for epoch in history),
         "elites": model.elites.tolist(),

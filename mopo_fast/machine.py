@@ -16,6 +16,19 @@ def check_device(device: torch.device | str) -> None:
         raise InputError(f"device {str(device)!r} cannot be used ({error}); try cpu") from error
 
 
+def resolve_threads(threads: int | None) -> int:
+    """`threads`, or for None one for each core that this process may use.
+
+    Raises:
+        InputError: not a whole number, or out of range.
+    """
+    if threads is None:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not isinstance(threads, int) or isinstance(threads, bool) or not 1 <= threads < 2**15:
+        raise InputError(f"threads must be a whole number, 1 <= threads < {2**15}, got {threads!r}")
+    return threads
+
+
 def check_memory(what: str, size: int, device: torch.device | str, lower: str) -> None:
     """Raise `InputError` where `what`, of `size` bytes, is more than all the memory of `device`."""
     device = torch.device(device)

@@ -6,7 +6,6 @@ many calls of `step`, and any split of a batch gives the rows of the whole.
 """
 
 import logging
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +26,7 @@ from mopo_fast.config import PENALTIES, Penalty, PenaltyMembers
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
+from mopo_fast.machine import resolve_threads
 from mopo_fast.policy import Actor
 from mopo_fast.tasks import BOXES, Box, make_box
 
@@ -72,8 +72,6 @@ class RolloutEngine:
             raise InputError(f"penalty_coef must be finite and not negative, got {penalty_coef!r}")
         if dtype not in _DTYPES:
             raise InputError(f"unknown dtype {dtype!r}; there are: {', '.join(_DTYPES)}")
-        if threads is not None:
-            _check_range("threads", threads, 1, 2**15)
         if penalty_members not in ("all", "elites"):
             raise InputError(f'penalty_members must be "all" or "elites", got {penalty_members!r}')
         self.ensemble = ensemble
@@ -82,7 +80,7 @@ class RolloutEngine:
         self.dtype = _DTYPES[dtype]
         self.device = ensemble.input_mean.device
         self.backend = backends.choose(backend, self.dtype, self.device)
-        self.threads = threads or _cores()
+        self.threads = resolve_threads(threads)
         self.termination_function: TerminationFunction | None = None
         if callable(termination):
             self.termination_function = termination
@@ -382,10 +380,6 @@ class RolloutEngine:
             )
             for name in ROLLOUT_ARRAYS
         }
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check_range(name: str, value: int, low: int, high: int) -> None:

@@ -12,14 +12,26 @@ import torch
 from torch.optim.adam import adam
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from mopo_fast import backends
+from mopo_fast.backends import cpu
+from mopo_fast.backends.philox import (
+    ACTION_STREAM,
+    BATCH_STREAM,
+    NEXT_ACTION_STREAM,
+    random_normals,
+    random_words,
+)
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import SACConfig
 from mopo_fast.data.transitions import Transitions, concatenate
 from mopo_fast.errors import InputError
+from mopo_fast.machine import resolve_threads
 from mopo_fast.policy import Actor, Critic
 from mopo_fast.seeds import INIT, derive_seed
 from mopo_fast.tensors import require_shape
 
+# Updates of one call of the kernel, or whose random numbers are drawn at once; an interrupt waits so long.
+_UPDATES_AT_ONCE = 100
 METRICS = ("critic_loss", "actor_loss", "alpha_loss", "q", "alpha", "entropy")
 
 
@@ -71,9 +83,11 @@ class SAC:
         seed: of the initial parameters.
         device: where everything lives.
         total_updates: where the cosine schedule of the actor's learning rate reaches zero; needed by it only.
+        backend: of `update_many`: "cpu", the fused kernel; "reference", `update` in a loop; or "auto".
+        threads: of the CPU kernel; None: all cores that this process may use. The result is the same for any.
 
     Raises:
-        InputError: a hyperparameter is out of range.
+        InputError: a hyperparameter is out of range, or the backend cannot serve.
     """
 
     def __init__(
@@ -85,12 +99,16 @@ class SAC:
         seed: int = 0,
         device: torch.device | str = "cpu",
         total_updates: int | None = None,
+        backend: str = "auto",
+        threads: int | None = None,
     ) -> None:
         config = config or SACConfig()
         check_config(config)
         if config.actor_schedule == "cosine" and not total_updates:
             raise InputError("the cosine schedule needs total_updates, the number of updates it spans")
         self.config, self.total_updates, self.updates = config, total_updates, 0
+        self.backend = backends.choose(backend, torch.float32, torch.device(device))
+        self.threads = resolve_threads(threads)
         self.target_entropy = (
             -float(act_dim) if config.target_entropy == "act_dim" else float(config.target_entropy)
         )
@@ -115,6 +133,12 @@ class SAC:
         }
         self._targets = list(self.target.parameters())
         self._polyak = get_ema_multi_avg_fn(1.0 - config.polyak)
+
+    @property
+    def batch_rows(self) -> tuple[int, int]:
+        """How many rows of a batch are of the data set, and how many of the model."""
+        real = int(self.config.real_ratio * self.config.batch_size)
+        return real, self.config.batch_size - real
 
     @property
     def alpha(self) -> torch.Tensor:
@@ -174,8 +198,8 @@ class SAC:
     ) -> dict[str, float]:
         """`updates` steps on batches of int(real_ratio * batch_size) rows of `data` and else model rows.
 
-        Rows are drawn uniformly with replacement. All indices and noise come from one generator, seeded with
-        `seed`: the same call gives the same parameters.
+        Rows are drawn uniformly with replacement. Row b of update i has the random counter (b, i) and the key
+        `seed`: every backend draws the same, and the same call gives the same parameters.
 
         Returns:
             The mean over the updates of each of `METRICS`.
@@ -184,9 +208,7 @@ class SAC:
             InputError: rows of sizes that the networks do not take, none to draw from, or a loss that is
                 not finite.
         """
-        config = self.config
-        real = int(config.real_ratio * config.batch_size)
-        model = config.batch_size - real
+        real, model = self.batch_rows
         if updates < 1:
             raise InputError(f"updates must be at least 1, got {updates}")
         sizes = (self.actor.obs_dim, self.actor.act_dim)
@@ -202,20 +224,16 @@ class SAC:
                 f" {len(model_buffer)} to draw from"
             )
         self._schedule()
-        device = self.log_alpha.device
-        generator = torch.Generator().manual_seed(seed)
-        noise_shape = (updates, 2, config.batch_size, self.actor.act_dim)
-        real_rows, model_rows = (
-            torch.randint(max(size, 1), (updates, rows), generator=generator).to(device)
-            for size, rows in ((len(data), real), (len(model_buffer), model))
+        dtype = self.log_alpha.dtype
+        update = self._update_fused if self.backend == "cpu" else self._update_by_autograd
+        total = update(
+            _learnable(data, dtype),
+            _learnable(model_buffer.storage, dtype),
+            (len(data), len(model_buffer)),
+            updates,
+            seed,
         )
-        noise = torch.randn(noise_shape, generator=generator).to(device)
-        real_data, model_data = _learnable(data), _learnable(model_buffer.storage)
-        total = torch.zeros(len(METRICS), device=device)
-        for i in range(updates):
-            batch = concatenate([real_data[real_rows[i]], model_data[model_rows[i]]])
-            total += self.update(batch, noise[i, 0], noise[i, 1])
-        means = dict(zip(METRICS, (total / updates).tolist(), strict=True))
+        means = {name: value / updates for name, value in zip(METRICS, total, strict=True)}
         for name, value in means.items():
             if not math.isfinite(value):
                 raise InputError(
@@ -223,6 +241,73 @@ class SAC:
                     " lower the learning rates or raise the penalty coefficient"
                 )
         return means
+
+    def _update_by_autograd(
+        self, real: Transitions, model: Transitions, sizes: tuple[int, int], updates: int, seed: int
+    ) -> list[float]:
+        total = torch.zeros(len(METRICS), device=real.device)
+        for first in range(0, updates, _UPDATES_AT_ONCE):
+            count = min(_UPDATES_AT_ONCE, updates - first)
+            real_rows, model_rows, noise, next_noise = self._draw(sizes, first, count, seed)
+            for i in range(count):
+                batch = concatenate([real[real_rows[i]], model[model_rows[i]]])
+                total += self.update(batch, noise[i], next_noise[i])
+        return total.tolist()
+
+    def _draw(self, sizes: tuple[int, int], first: int, count: int, seed: int) -> tuple[torch.Tensor, ...]:
+        """Rows of the data and of the buffer [count, rows], noise and next_noise [count, batch, act_dim].
+
+        Row b of the batch of update i has the random counter (b, first + i).
+        """
+        device, dtype = self.log_alpha.device, self.log_alpha.dtype
+        batch, act_dim = self.config.batch_size, self.actor.act_dim
+        rows = torch.arange(batch, device=device).repeat(count)
+        steps = torch.arange(first, first + count, device=device).repeat_interleave(batch)
+        words = random_words(rows, steps, BATCH_STREAM, 1, seed).view(count, batch)
+        noise = (
+            random_normals(rows, steps, stream, act_dim, seed, dtype).view(count, batch, act_dim)
+            for stream in (ACTION_STREAM, NEXT_ACTION_STREAM)
+        )
+        drawn = words.split(self.batch_rows, dim=1)
+        real_rows, model_rows = ((word * size) >> 32 for word, size in zip(drawn, sizes, strict=True))
+        return real_rows, model_rows, *noise
+
+    def _update_fused(
+        self, real: Transitions, model: Transitions, sizes: tuple[int, int], updates: int, seed: int
+    ) -> list[float]:
+        total = [0.0] * len(METRICS)
+        for first in range(0, updates, _UPDATES_AT_ONCE):
+            count = min(_UPDATES_AT_ONCE, updates - first)
+            sums = cpu.sac_updates(
+                actor=self._parameters("actor"),
+                critic=self._parameters("critic"),
+                log_alpha=self._parameters("alpha")[0],
+                config=self.config,
+                actor_learning_rate=self.optimizers["actor"].learning_rate,
+                target_entropy=self.target_entropy,
+                real=real,
+                model=model,
+                sizes=sizes,
+                rows=self.batch_rows,
+                updates=count,
+                updates_before=self.updates,
+                first_draw=first,
+                seed=seed,
+                threads=self.threads,
+            )
+            self.updates += count
+            total = [one + more for one, more in zip(total, sums, strict=True)]
+            for optimizer in self.optimizers.values():
+                for step in optimizer.steps:
+                    step.fill_(self.updates)
+        return total
+
+    def _parameters(self, name: str) -> list[cpu.Parameter]:
+        optimizer = self.optimizers[name]
+        targets = self._targets if name == "critic" else [None] * len(optimizer.parameters)
+        return list(
+            zip(optimizer.parameters, optimizer.exp_avgs, optimizer.exp_avg_sqs, targets, strict=True)
+        )
 
     def _schedule(self) -> None:
         if self.config.actor_schedule == "cosine" and self.total_updates:
@@ -255,9 +340,19 @@ class SAC:
         self.updates = int(tensors["updates"])
 
 
-def _learnable(data: Transitions) -> Transitions:
-    """The five arrays that SAC learns from."""
-    return Transitions(data.observations, data.actions, data.rewards, data.next_observations, data.terminals)
+def _learnable(data: Transitions, dtype: torch.dtype) -> Transitions:
+    """The five arrays that SAC learns from, copied only where they are not in that form already."""
+
+    def floats(array: torch.Tensor) -> torch.Tensor:
+        return array.to(dtype).contiguous()
+
+    return Transitions(
+        observations=floats(data.observations),
+        actions=floats(data.actions),
+        rewards=floats(data.rewards),
+        next_observations=floats(data.next_observations),
+        terminals=data.terminals.contiguous(),
+    )
 
 
 def check_config(config: SACConfig) -> None:
@@ -269,9 +364,10 @@ def check_config(config: SACConfig) -> None:
         raise InputError(f"real_ratio must be in [0, 1], got {config.real_ratio}")
     if not all(0.0 < rate < math.inf for rate in rates):
         raise InputError(f"learning rates must be positive, got {rates} for actor, critic and alpha")
-    if config.critics < 1 or min(config.hidden, default=1) < 1:
+    if config.critics < 1 or min(config.hidden, default=0) < 1:
         raise InputError(
-            f"critics and hidden sizes must be at least 1, got {config.critics} and {config.hidden}"
+            "SAC needs at least one critic and one hidden layer, each of positive size,"
+            f" got {config.critics} critics and hidden sizes {config.hidden}"
         )
     if not (0.0 <= config.discount < 1.0 and 0.0 < config.polyak <= 1.0):
         raise InputError(

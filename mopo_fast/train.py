@@ -42,7 +42,7 @@ from mopo_fast.seeds import SAC as SAC_SEED
 from mopo_fast.tasks import Task, get_task, parse_dataset_name
 from mopo_fast.tensors import load_metadata, load_tensors, save_tensors, tensors_sha256
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 # progress.csv's columns and the group of each in TensorBoard.
 COLUMNS = {
@@ -179,8 +179,8 @@ def resolve(config: TrainConfig, out: Path | None = None) -> tuple[TrainConfig, 
                 f" {task.act_dim}"
             )
     # What these refuse is refused now, before the data set is read and the ensemble fitted.
-    _engine(config, task, ensemble, rollout.backend)
-    SAC(task.obs_dim, task.act_dim, config.sac, total_updates=config.steps)
+    _engine(config, task, ensemble, config.backend)
+    _sac(config, task, config.backend)
     check_finite(config)
     check_memory(
         "the model buffer",
@@ -208,7 +208,20 @@ def _engine(config: TrainConfig, task: Task, ensemble: EnsembleDynamics, backend
         termination=task.box if rollout.termination is None else rollout.termination,
         backend=backend,
         dtype=rollout.dtype,
-        threads=rollout.threads,
+        threads=config.threads,
+    )
+
+
+def _sac(config: TrainConfig, task: Task, backend: str) -> SAC:
+    return SAC(
+        task.obs_dim,
+        task.act_dim,
+        config.sac,
+        seed=config.seed,
+        device=config.device,
+        total_updates=config.steps,
+        backend=backend,
+        threads=config.threads,
     )
 
 
@@ -264,7 +277,16 @@ def _dynamics(
                     shutil.copyfile(source, temporary)
         return EnsembleDynamics.load(out, config.device), 0.0
     if not (out / "fit.json").exists():
-        fit_and_save(data, out, seed=config.seed, config=config.dynamics, device=config.device, quiet=quiet)
+        fit_and_save(
+            data,
+            out,
+            seed=config.seed,
+            config=config.dynamics,
+            device=config.device,
+            backend=config.backend,
+            threads=config.threads,
+            quiet=quiet,
+        )
     fit = read_json(out / "fit.json")
     ours = {"data_sha256": data_sha256(data), "seed": config.seed, "config": _as_json(config.dynamics)}
     difference = _first_difference({name: fit.get(name) for name in ours}, ours)
@@ -333,7 +355,7 @@ def _train(
         "backend": loop.engine.backend,
         "device": config.device,
         "dtype": config.rollout.dtype,
-        "threads": torch.get_num_threads(),
+        "threads": loop.engine.threads,
         "dataset": config.dataset,
         "transitions": len(data),
         "task": task.name,
@@ -379,16 +401,9 @@ class _Loop:
         named = {f"{ensemble.activation}.{name}": value for name, value in ensemble.state_dict().items()}
         self.dynamics_sha256 = tensors_sha256(named)
         self.horizon = rollout.horizon
-        self.engine = _engine(config, task, ensemble, rollout.backend)
+        self.engine = _engine(config, task, ensemble, config.backend)
         self.buffer = RingBuffer(_capacity(rollout), task.obs_dim, task.act_dim, config.device)
-        self.sac = SAC(
-            task.obs_dim,
-            task.act_dim,
-            config.sac,
-            seed=config.seed,
-            device=config.device,
-            total_updates=config.steps,
-        )
+        self.sac = _sac(config, task, config.backend)
         self.rollouts: list[_Rollout] = []
         self.evaluation: Evaluation | None = None
         self.epoch = 0
@@ -476,7 +491,7 @@ class _Loop:
                 {"epoch": rollout.epoch, "head": rollout.head, "rows": rollout.rows}
                 for rollout in self.rollouts
             ],
-            "backend": self.engine.backend,
+            "backends": {"rollout": self.engine.backend, "sac": self.sac.backend},
             "data_sha256": self.data_sha256,
             "dynamics_sha256": self.dynamics_sha256,
         }
@@ -518,12 +533,14 @@ class _Loop:
                 f"the dynamics beside {path.parent} are not those that {path} was made with;"
                 " resume with the dynamics that the run began with"
             )
+        chosen = state["backends"]
+        self.engine = _engine(self.config, self.task, self.engine.ensemble, chosen["rollout"])
+        self.sac = _sac(self.config, self.task, chosen["sac"])
         self.sac.load_state(_within(tensors, "sac."), path)
         self.epoch = state["epoch"]
         self.seconds = {name: float(state["seconds"][name]) for name in self.seconds}
         self.started -= float(state["seconds"]["total"])
         self.evaluation = Evaluation(**state["evaluation"]) if state["evaluation"] else None
-        self.engine = _engine(self.config, self.task, self.engine.ensemble, state["backend"])
         self.rollouts = [
             _Rollout(**rollout, policy=_within(tensors, f"policy.{rollout['epoch']}."))
             for rollout in state["rollouts"]

@@ -6,6 +6,7 @@ from mopo_fast.config import Activation
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine
+from mopo_fast.sac import SAC
 
 
 def make_ensemble(
@@ -73,9 +74,17 @@ def oracle(engine: RolloutEngine, dtype: str) -> RolloutEngine:
 
 
 def assert_as_accurate(
-    kernel: torch.Tensor, same: torch.Tensor, exact: torch.Tensor, what: str, rows: int | None = None
+    kernel: torch.Tensor,
+    same: torch.Tensor,
+    exact: torch.Tensor,
+    what: str,
+    rows: int | None = None,
+    units: float = 0.0,
 ) -> None:
     """The kernel's error against float64 is at most twice that of PyTorch's float32.
+
+    And `units` in the last place of the largest value more: where there are few values, PyTorch's happen to
+    be exact.
 
     PyTorch's error, `same - exact`, is taken over all its rows, the kernel's over the first `rows` that it
     has; as root mean squares, or as the largest where the kernel's values are too few for these.
@@ -86,4 +95,39 @@ def assert_as_accurate(
     error, usual = (
         float(x.abs().max() if few else x.square().mean().sqrt()) for x in (kernel - truth, same - exact)
     )
-    assert error <= 2.0 * usual, f"{what}: error {error:.3g}, PyTorch's {usual:.3g}"
+    allowed = 2.0 * usual + units * torch.finfo(torch.float32).eps * float(exact.abs().max())
+    assert error <= allowed, f"{what}: error {error:.3g}, PyTorch's {usual:.3g}"
+
+
+def assert_trained_alike(
+    kernel: dict[str, torch.Tensor],
+    same: dict[str, torch.Tensor],
+    exact: dict[str, torch.Tensor],
+    before: dict[str, torch.Tensor],
+    one_step: bool,
+) -> None:
+    """The kernel's parameters and Adam's moments are as accurate as PyTorch's, `exact` being float64's.
+
+    After one step from moments of zero, these are the gradients and their squares up to a factor, and the
+    strict rule holds. Later, and for the parameters, which Adam moves as far for a small gradient as for a
+    large one, a rounding may tip a ReLU or the sign of a step: errors are held against what has moved.
+    """
+    assert kernel.keys() == exact.keys()
+    for name, truth in exact.items():
+        if one_step and ".exp_avg" in name:
+            assert_as_accurate(kernel[name], same[name], truth, name, units=8.0)
+            continue
+        error, moved = (float((x.detach() - truth).double().norm()) for x in (kernel[name], before[name]))
+        assert error <= 1e-3 * moved, f"{name}: error {error:.3g} beside a movement of {moved:.3g}"
+        assert moved > 0.0, f"{name} did not move, so nothing was compared"
+
+
+def to_double(sac: SAC) -> SAC:
+    """Its parameters and Adam's moments in float64, for the reference backend."""
+    for module in (sac.actor, sac.critic, sac.target):
+        module.double()
+    sac.log_alpha.data = sac.log_alpha.data.double()
+    for optimizer in sac.optimizers.values():
+        optimizer.exp_avgs = [moment.double() for moment in optimizer.exp_avgs]
+        optimizer.exp_avg_sqs = [moment.double() for moment in optimizer.exp_avg_sqs]
+    return sac

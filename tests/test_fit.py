@@ -122,7 +122,7 @@ def test_gradient_equals_autograd_in_float64(activation: str) -> None:
 
 def test_two_epochs_equal_a_plain_training_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     data, config = toy_data(), dataclasses.replace(SMALL, max_epochs=2)
-    fit = _Fit(data, 3, config, "cpu")
+    fit = _Fit(data, 3, config, backend="reference")
     model = EnsembleDynamics(3, 2, members=3, elites=2, hidden=config.hidden)
     model.load_state_dict(fit.model.state_dict())
     batches: list[tuple[torch.Tensor, torch.Tensor]] = []

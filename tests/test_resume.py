@@ -35,7 +35,8 @@ CONFIG = TrainConfig(
         members=3, elites=2, hidden=(16, 16), weight_decay=(1e-5, 1e-5, 1e-5), max_epochs=6, batch_size=64
     ),
     # Hopper's rollouts end early, so the buffer's rows are of more epochs than retain_epochs says.
-    rollout=RolloutConfig(horizon=5, batch_size=60, interval=10, retain_epochs=1, threads=1),
+    rollout=RolloutConfig(horizon=5, batch_size=60, interval=10, retain_epochs=1),
+    threads=1,
     sac=SACConfig(hidden=(16, 16), batch_size=32),
     evaluation=EvaluationConfig(episodes=2, interval=2),
 )

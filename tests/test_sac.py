@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_cases import to_double
 from torch import nn
 
 from mopo_fast.buffer import RingBuffer
@@ -155,20 +156,10 @@ class Plain:
         return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
-def double(sac: SAC) -> SAC:
-    for module in (sac.actor, sac.critic, sac.target):
-        module.double()
-    sac.log_alpha.data = sac.log_alpha.data.double()
-    for optimizer in sac.optimizers.values():
-        optimizer.exp_avgs = [moment.double() for moment in optimizer.exp_avgs]
-        optimizer.exp_avg_sqs = [moment.double() for moment in optimizer.exp_avg_sqs]
-    return sac
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_updates_equal_a_plain_implementation(variant: str) -> None:
     config = dataclasses.replace(CONFIG, **VARIANTS[variant])
-    sac = double(SAC(OBS, ACT, config, seed=3))
+    sac = to_double(SAC(OBS, ACT, config, seed=3))
     with torch.no_grad():
         # Targets apart from critics, and an alpha that a clamp would change.
         for target in sac.target.parameters():
@@ -231,7 +222,7 @@ class TestUpdateMany:
     def test_batches_mix_real_and_valid_model_rows(
         self, ratio: float, real: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        sac = SAC(OBS, ACT, SACConfig(hidden=(4,), real_ratio=ratio))
+        sac = SAC(OBS, ACT, SACConfig(hidden=(4,), real_ratio=ratio), backend="reference")
         data, buffer = transitions(30, seed=1), filled(60)
         data.rewards[:] = torch.arange(30.0)
         buffer.storage.rewards[:60] = torch.arange(1000.0, 1060.0)
@@ -364,8 +355,9 @@ def test_initial_parameters_depend_on_the_seed_alone() -> None:
         ({"real_ratio": math.nan}, "real_ratio"),
         ({"actor_learning_rate": 0.0}, "learning rates must be positive"),
         ({"critic_learning_rate": math.inf}, "learning rates must be positive"),
-        ({"critics": 0}, "critics and hidden sizes must be at least 1"),
-        ({"hidden": (8, 0)}, "critics and hidden sizes must be at least 1"),
+        ({"critics": 0}, "at least one critic and one hidden layer"),
+        ({"hidden": ()}, "at least one critic and one hidden layer"),
+        ({"hidden": (8, 0)}, "at least one critic and one hidden layer"),
         ({"discount": 1.0}, "discount must be in"),
         ({"polyak": 0.0}, "polyak in"),
         ({"alpha_max": 0.0}, "alpha_max must be positive"),

@@ -31,7 +31,8 @@ CONFIG = TrainConfig(
     dynamics=DynamicsConfig(
         members=3, elites=2, hidden=(16, 16), weight_decay=(1e-5, 1e-5, 1e-5), max_epochs=3, batch_size=64
     ),
-    rollout=RolloutConfig(batch_size=50, interval=10, retain_epochs=1, threads=1),
+    rollout=RolloutConfig(batch_size=50, interval=10, retain_epochs=1),
+    threads=1,
     sac=SACConfig(hidden=(16, 16), batch_size=32),
     evaluation=EvaluationConfig(episodes=2, interval=2),
 )
@@ -378,7 +379,7 @@ class TestResolve:
                 {"rollout": {"penalty_coef": math.nan}},
                 "penalty_coef must be finite and not negative, got nan",
             ),
-            ({"rollout": {"backend": "gpu"}}, "backend"),
+            ({"backend": "gpu"}, "unknown backend .gpu."),
             ({"rollout": {"dtype": "float16"}}, "unknown dtype 'float16'"),
             ({"sac": {"real_ratio": -0.1}}, r"real_ratio must be in \[0, 1\], got -0.1"),
             ({"sac": {"batch_size": 0}}, "batch_size must be at least 1, got 0"),

@@ -4,4 +4,5 @@
 #define MOPO_KERNELS kAvx2Kernels
 #define MOPO_WIDTH 8
 #define MOPO_BLOCK 4
-#include "rollout.inl"
+#define MOPO_ROWS 6
+#include "kernels.inl"

@@ -4,4 +4,5 @@
 #define MOPO_KERNELS kAvx512Kernels
 #define MOPO_WIDTH 16
 #define MOPO_BLOCK 8
-#include "rollout.inl"
+#define MOPO_ROWS 12
+#include "kernels.inl"

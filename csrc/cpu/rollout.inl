@@ -1,21 +1,4 @@
-// The rollout kernel, written once over the vector type; each instruction set's file includes it.
-// Everything lives in that set's namespace: code compiled for one set must never be linked into another's
-// path.
-
-#include "../philox.h"
-#include "kernels.h"
-
-namespace mopo {
-namespace MOPO_ISA {
-
-#include "vec.h"
-// clang-format off
-#include "math.h"
-#include "../spec.h"
-#include "gemm.h"
-// clang-format on
-
-static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+// The rollout: lanes are rows of a tile, and a chunk of rollouts goes through all steps on one thread.
 
 static vi is_finite(vf x) { return (float_to_bits(x) & 0x7f800000) != 0x7f800000; }
 
@@ -154,24 +137,15 @@ struct Chunk {
 
   // `count` standard normals a row into ws.noise [count, rounded up to 4][tile], by Box-Muller.
   void draw_normals(int64_t tile, Stream stream, int64_t count) const {
-    for (int64_t v = 0; v < kTile; v += W) {
+    for (int64_t v = 0; v < kTile; v += W)
       for (int64_t d = 0; d < count; d += 4) {
-        vi words[4];
-        for (int lane = 0; lane < W; ++lane) {
-          const PhiloxBlock block = random(tile, v + lane, stream, static_cast<uint32_t>(d / 4));
-          for (int i = 0; i < 4; ++i) words[i][lane] = static_cast<int32_t>(block.word[i] >> 9);
-        }
-        // 23 bits and a half: every value in (0, 1) is exact, and none is 0 or 1.
-        const auto uniform = [](vi word) { return (to_float(word) + 0.5f) * 0x1p-23f; };
-        for (int pair = 0; pair < 2; ++pair) {
-          const vf radius = sqrt(-2.0f * log(uniform(words[2 * pair])));
-          const SinCos angle = sincos_turns(uniform(words[2 * pair + 1]));
-          float* to = ws.noise + (d + 2 * pair) * kTile + v;
-          store(to, radius * angle.cos);
-          store(to + kTile, radius * angle.sin);
-        }
+        PhiloxBlock blocks[W];
+        for (int lane = 0; lane < W; ++lane)
+          blocks[lane] = random(tile, v + lane, stream, static_cast<uint32_t>(d / 4));
+        vf normals[4];
+        box_muller(blocks, normals);
+        for (int i = 0; i < 4; ++i) store(ws.noise + (d + i) * kTile + v, normals[i]);
       }
-    }
   }
 
   // Penalty, sample, termination and records of one tile; gives the number of survivors so far.
@@ -289,40 +263,3 @@ static void rollout_chunk(const RolloutArgs& args, const RolloutPlan& plan, Roll
   }
   Chunk{args, plan, ws, first, rows, 0}.run();
 }
-
-static void math(MathFunction function, const float* x, float* y, int64_t count) {
-  for (int64_t i = 0; i < count; i += W) {
-    vf in{};
-    const int64_t lanes = smaller(W, count - i);
-    for (int64_t lane = 0; lane < lanes; ++lane) in[lane] = x[i + lane];
-    vf out{};
-    switch (function) {
-      case MathFunction::kExp:
-        out = exp(in);
-        break;
-      case MathFunction::kLog:
-        out = log(in);
-        break;
-      case MathFunction::kSinTurns:
-        out = sincos_turns(in).sin;
-        break;
-      case MathFunction::kCosTurns:
-        out = sincos_turns(in).cos;
-        break;
-      case MathFunction::kTanh:
-        out = tanh(in);
-        break;
-      case MathFunction::kSilu:
-        out = silu(in);
-        break;
-    }
-    for (int64_t lane = 0; lane < lanes; ++lane) y[i + lane] = out[lane];
-  }
-}
-
-}  // namespace MOPO_ISA
-
-extern const Kernels MOPO_KERNELS = {MOPO_NAME, MOPO_ISA::kTile, MOPO_ISA::kBlock, MOPO_ISA::rollout_chunk,
-                                     MOPO_ISA::math};
-
-}  // namespace mopo

@@ -1,4 +1,4 @@
-"""Who computes a rollout. A backend gets checked arrays and returns arrays; it decides nothing."""
+"""Who computes. A backend gets checked arrays and returns arrays; it decides nothing."""
 
 import functools
 import logging

@@ -1,7 +1,8 @@
-"""The fused rollout in C++ (csrc/), one thread a core, for the best instruction set of the processor."""
+"""The kernels in C++ (csrc/), one thread a core, for the best instruction set of the processor."""
 
 import functools
 import importlib
+import math
 import os
 from types import ModuleType
 
@@ -16,7 +17,8 @@ from mopo_fast.backends import (
     Settings,
     StepResult,
 )
-from mopo_fast.config import ACTIVATIONS, PENALTIES
+from mopo_fast.config import ACTIVATIONS, PENALTIES, DynamicsConfig, SACConfig
+from mopo_fast.data.transitions import Transitions
 from mopo_fast.errors import InputError
 
 _Network = tuple[list[int], list[int], list[int], int, int]
@@ -126,6 +128,141 @@ def _run(
         threads=settings.threads,
     )
     return written, cut
+
+
+# A parameter under training: its value, Adam's two moments and the target that follows it, if any.
+Parameter = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+
+def _address(tensor: torch.Tensor | None, dtype: torch.dtype = torch.float32) -> int:
+    """Where a tensor's numbers are; 0 for None.
+
+    Raises:
+        InputError: the kernel cannot read it as it is.
+    """
+    if tensor is None:
+        return 0
+    if tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise InputError(
+            f"the cpu backend trains contiguous {dtype} tensors in place, got {tensor.dtype} on"
+            f" {tensor.device}; use backend reference"
+        )
+    return tensor.data_ptr()
+
+
+def _trained(parameters: list[Parameter]) -> list[tuple[int, int, list[int]]]:
+    """(in, out, addresses) of each layer, from all weights and then all biases."""
+    depth = len(parameters) // 2
+    return [
+        (*weight[0].shape[-2:], [_address(tensor) for tensor in (*weight, *bias)])
+        for weight, bias in zip(parameters[:depth], parameters[depth:], strict=True)
+    ]
+
+
+def _source(data: Transitions, size: int) -> tuple[list[int], int]:
+    floats = (data.observations, data.actions, data.rewards, data.next_observations)
+    return [*map(_address, floats), _address(data.terminals, torch.bool)], size
+
+
+def sac_updates(
+    *,
+    actor: list[Parameter],
+    critic: list[Parameter],
+    log_alpha: Parameter,
+    config: SACConfig,
+    actor_learning_rate: float,
+    target_entropy: float,
+    real: Transitions,
+    model: Transitions,
+    sizes: tuple[int, int],
+    rows: tuple[int, int],
+    updates: int,
+    updates_before: int,
+    first_draw: int,
+    seed: int,
+    threads: int,
+) -> list[float]:
+    """SAC updates in place (csrc/sac.h): the sum over them of each of `sac.METRICS`.
+
+    Args:
+        actor, critic: the weights of all layers, then the biases; the critics' with targets.
+        real, model: to draw from, their first `sizes` rows; `rows` of each make a batch.
+        updates_before: Adam's steps so far.
+        first_draw: number of the first update for the random counters, with `seed` as their key.
+    """
+    sums: list[float] = extension().sac_updates(
+        isa=isa(),
+        obs_dim=real.obs_dim,
+        act_dim=real.act_dim,
+        critics=config.critics,
+        actor=_trained(actor),
+        critic=_trained(critic),
+        log_alpha=[_address(tensor) for tensor in log_alpha[:3]],
+        learning_rates=[actor_learning_rate, config.critic_learning_rate, config.alpha_learning_rate],
+        discount=config.discount,
+        polyak=config.polyak,
+        target_entropy=target_entropy,
+        log_std_min=config.log_std_min,
+        log_std_max=config.log_std_max,
+        alpha_max=math.inf if config.alpha_max is None else config.alpha_max,
+        critic_loss_scale=0.5 if config.critic_loss == "half_mse" else 1.0,
+        simultaneous=config.simultaneous,
+        real=_source(real, sizes[0]),
+        model=_source(model, sizes[1]),
+        real_rows=rows[0],
+        model_rows=rows[1],
+        updates=updates,
+        updates_before=updates_before,
+        first_draw=first_draw,
+        seed=seed,
+        threads=threads,
+    )
+    return sums
+
+
+def fit_steps(
+    *,
+    layers: list[Parameter],
+    bounds: tuple[Parameter, Parameter],
+    activation: str,
+    inputs: torch.Tensor,
+    targets: torch.Tensor,
+    rows: torch.Tensor,
+    config: DynamicsConfig,
+    steps_before: int,
+    threads: int,
+) -> float:
+    """Steps of the ensemble's fit in place (csrc/fit.h): the sum of their losses, weight decay left out.
+
+    Args:
+        layers: the weights of all layers, then the biases.
+        bounds: max_logvar and min_logvar.
+        inputs: [n, obs + act], standardised; targets [n, obs + 1].
+        rows: int64 [members, count], the rows that each member sees; may be columns of a wider matrix.
+        steps_before: Adam's steps so far.
+    """
+    max_logvar, min_logvar = ([_address(tensor) for tensor in bound[:3]] for bound in bounds)
+    loss: float = extension().fit_steps(
+        isa=isa(),
+        members=rows.shape[0],
+        dims=targets.shape[1],
+        layers=_trained(layers),
+        activation=ACTIVATIONS.index(activation),
+        max_logvar=max_logvar,
+        min_logvar=min_logvar,
+        inputs=_address(inputs),
+        targets=_address(targets),
+        rows=rows.data_ptr(),
+        count=rows.shape[1],
+        rows_stride=rows.stride(0),
+        batch=config.batch_size,
+        learning_rate=config.learning_rate,
+        logvar_bound_weight=config.logvar_bound_weight,
+        weight_decay=list(config.weight_decay),
+        steps_before=steps_before,
+        threads=threads,
+    )
+    return loss
 
 
 class CpuBackend:

@@ -9,7 +9,7 @@ import math
 import torch
 
 # Who draws; the upper half of the counter's last word, its lower half numbers blocks of four words.
-ACTION_STREAM, NOISE_STREAM, MEMBER_STREAM = range(3)
+ACTION_STREAM, NOISE_STREAM, MEMBER_STREAM, BATCH_STREAM, NEXT_ACTION_STREAM = range(5)
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -35,13 +35,18 @@ def philox4x32(counter: Words, seed: int) -> Words:
     return c0, c1, c2, c3
 
 
-def random_words(rows: torch.Tensor, step: int, stream: int, count: int, seed: int) -> torch.Tensor:
-    """`count` words in [0, 2^32), int64 [batch, count], for each of `rows` (int64 [batch])."""
+def random_words(
+    rows: torch.Tensor, step: int | torch.Tensor, stream: int, count: int, seed: int
+) -> torch.Tensor:
+    """`count` words in [0, 2^32), int64 [batch, count], for each of `rows` (int64 [batch]).
+
+    `step` is one for all rows, or int64 [batch].
+    """
     blocks = torch.arange((count + 3) // 4, device=rows.device)
     counter = (
         (rows & _MASK).unsqueeze(1),
         ((rows >> 32) & _MASK).unsqueeze(1),
-        torch.full((1, 1), step, dtype=torch.int64, device=rows.device),
+        torch.as_tensor(step, device=rows.device).reshape(-1, 1),
         ((stream << 16) | blocks).unsqueeze(0),
     )
     words = torch.stack(torch.broadcast_tensors(*philox4x32(counter, seed)), dim=-1)
@@ -49,7 +54,12 @@ def random_words(rows: torch.Tensor, step: int, stream: int, count: int, seed: i
 
 
 def random_normals(
-    rows: torch.Tensor, step: int, stream: int, count: int, seed: int, dtype: torch.dtype
+    rows: torch.Tensor,
+    step: int | torch.Tensor,
+    stream: int,
+    count: int,
+    seed: int,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """Standard normals [batch, count] by Box-Muller: words (a, b) give (r cos t, r sin t)."""
     words = random_words(rows, step, stream, (count + 1) // 2 * 2, seed)
@@ -61,6 +71,8 @@ def random_normals(
     return pairs.flatten(1)[:, :count]
 
 
-def random_choice(rows: torch.Tensor, step: int, stream: int, choices: int, seed: int) -> torch.Tensor:
+def random_choice(
+    rows: torch.Tensor, step: int | torch.Tensor, stream: int, choices: int, seed: int
+) -> torch.Tensor:
     """Uniform indices in [0, choices), int64 [batch]."""
     return (random_words(rows, step, stream, 1, seed)[:, 0] * choices) >> 32

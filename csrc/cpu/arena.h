@@ -1,0 +1,49 @@
+// Aligned memory for the kernels.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+
+namespace mopo {
+
+inline int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// Hands out aligned pieces of one allocation. Sizes are asked for twice: first to add them up, then for
+// real.
+class Arena {
+ public:
+  template <class T>
+  void take(T*& pointer, int64_t count) {
+    const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
+    pointer = memory_ ? reinterpret_cast<T*>(memory_.get() + used_) : nullptr;
+    used_ += bytes;
+  }
+
+  void allocate() {
+    memory_.reset(static_cast<char*>(std::aligned_alloc(kAlignment, used_ + kAlignment)));
+    if (!memory_) throw std::bad_alloc();
+    used_ = 0;
+  }
+
+  void allocate_zeroed() {
+    const size_t bytes = used_;
+    allocate();
+    std::memset(memory_.get(), 0, bytes);
+  }
+
+ private:
+  static constexpr size_t kAlignment = 64;
+  struct Free {
+    void operator()(char* p) const { std::free(p); }
+  };
+  std::unique_ptr<char, Free> memory_;
+  size_t used_ = 0;
+};
+
+}  // namespace mopo

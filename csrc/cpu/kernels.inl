@@ -1,0 +1,73 @@
+// Every kernel, written once over the vector type; each instruction set's file includes this.
+// All of it lives in that set's namespace: code compiled for one set must never be linked into another's
+// path.
+
+#include "../philox.h"
+#include "kernels.h"
+
+namespace mopo {
+namespace MOPO_ISA {
+
+static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+#include "vec.h"
+// clang-format off
+#include "math.h"
+#include "random.h"
+#include "../spec.h"
+#include "gemm.h"
+#include "rollout.inl"
+#include "matmul.h"
+#include "train.inl"
+#include "sac.inl"
+#include "fit.inl"
+// clang-format on
+
+static void math(MathFunction function, const float* x, float* y, int64_t count) {
+  for (int64_t i = 0; i < count; i += W) {
+    vf in{};
+    const int64_t lanes = smaller(W, count - i);
+    for (int64_t lane = 0; lane < lanes; ++lane) in[lane] = x[i + lane];
+    vf out{};
+    switch (function) {
+      case MathFunction::kExp:
+        out = exp(in);
+        break;
+      case MathFunction::kLog:
+        out = log(in);
+        break;
+      case MathFunction::kSinTurns:
+        out = sincos_turns(in).sin;
+        break;
+      case MathFunction::kCosTurns:
+        out = sincos_turns(in).cos;
+        break;
+      case MathFunction::kTanh:
+        out = tanh(in);
+        break;
+      case MathFunction::kSilu:
+        out = silu(in);
+        break;
+    }
+    for (int64_t lane = 0; lane < lanes; ++lane) y[i + lane] = out[lane];
+  }
+}
+
+}  // namespace MOPO_ISA
+
+extern const Kernels MOPO_KERNELS = {
+    MOPO_NAME,
+    MOPO_ISA::kTile,
+    MOPO_ISA::kBlock,
+    MOPO_ISA::kRows,
+    MOPO_ISA::rollout_chunk,
+    MOPO_ISA::sac_critic_rows,
+    MOPO_ISA::sac_actor_rows,
+    MOPO_ISA::sac_train_critics,
+    MOPO_ISA::sac_train_actor,
+    MOPO_ISA::fit_rows,
+    MOPO_ISA::fit_train,
+    MOPO_ISA::math,
+};
+
+}  // namespace mopo

@@ -1,0 +1,27 @@
+// The fit kernel's interface: raw pointers and sizes. The caller has checked everything.
+#pragma once
+
+#include "common.h"
+#include "train.h"
+
+namespace mopo {
+
+struct FitArgs {
+  int64_t members, depth, dims;  // dims = obs_dim + 1; the last layer has 2 dims outputs
+  const TrainedLayer* layers;    // [depth], of `members` networks
+  Activation activation;
+  Parameter max_logvar, min_logvar;  // [dims], shared by the members
+
+  const float* inputs;   // [..][in of the first layer], standardised
+  const float* targets;  // [..][dims]
+  const int64_t* rows;   // [members][rows_stride], of which `count` are used: a pass over each member's data
+  int64_t count, rows_stride;
+  int64_t batch;  // rows of each member in a step; the last step may have fewer
+
+  float learning_rate, logvar_bound_weight;
+  const float* weight_decay;  // [depth]
+  int64_t steps_before;       // steps that Adam has made already
+  int threads;
+};
+
+}  // namespace mopo

@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mopo_fast.config import DynamicsConfig, EvaluationConfig, RolloutConfig, SACConfig, TrainConfig
-from mopo_fast.data import collect
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -76,10 +75,8 @@ def attempt(
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    path = tmp_path_factory.mktemp("data") / "hopper-random-local.hdf5"
-    collect("hopper-random", 600, out=path, quiet=True)
-    return dataclasses.replace(CONFIG, dataset=str(path))
+def config(hopper_data: Path) -> TrainConfig:
+    return dataclasses.replace(CONFIG, dataset=str(hopper_data))
 
 
 @pytest.fixture(scope="module")

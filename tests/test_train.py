@@ -38,10 +38,8 @@ CONFIG = TrainConfig(
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    path = tmp_path_factory.mktemp("data") / "hopper-random-local.hdf5"
-    collect("hopper-random", 600, out=path, quiet=True)
-    return dataclasses.replace(CONFIG, dataset=str(path))
+def config(hopper_data: Path) -> TrainConfig:
+    return dataclasses.replace(CONFIG, dataset=str(hopper_data))
 
 
 @pytest.fixture(scope="module")

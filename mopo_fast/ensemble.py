@@ -147,11 +147,6 @@ class EnsembleDynamics(nn.Module):
         mean, logvar = self.raw_heads(inputs)
         return mean, soft_clamp_logvar(logvar, self.max_logvar, self.min_logvar)
 
-    def predict(self, observations: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Means and variances of (delta obs, reward), each [members, batch, obs_dim + 1]."""
-        mean, logvar = self.raw_heads(torch.cat([observations, actions], dim=-1))
-        return mean, soft_clamp_variance(logvar, self.max_logvar, self.min_logvar)
-
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write dynamics.safetensors and dynamics.json, each atomically.
 

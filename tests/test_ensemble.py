@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from mopo_fast.ensemble import EnsembleDynamics, activate, soft_clamp_logvar, soft_clamp_variance
 from mopo_fast.errors import InputError
+from mopo_fast.rollout import RolloutEngine
 from mopo_fast.tensors import load_tensors, save_tensors
 
 
@@ -59,13 +60,14 @@ def test_each_member_can_have_its_own_inputs() -> None:
         torch.testing.assert_close(mean[member], model(inputs[member])[0][member])
 
 
-def test_predict_gives_mean_and_variance_of_the_forward_pass() -> None:
+def test_the_reference_predicts_mean_and_variance_of_the_forward_pass() -> None:
     model = make_ensemble().double()
     observations, actions = torch.randn(7, 4, dtype=torch.float64), torch.rand(7, 2, dtype=torch.float64)
-    mean, variance = model.predict(observations, actions)
-    expected_mean, logvar = model(torch.cat([observations, actions], -1))
-    assert torch.equal(mean, expected_mean)
-    torch.testing.assert_close(variance, logvar.exp(), rtol=1e-12, atol=0)
+    engine = RolloutEngine(model, backend="reference", dtype="float64")
+    result = engine.step(observations, actions, seed=0, distributions=True)
+    mean, logvar = model(torch.cat([observations, actions], -1))
+    assert torch.equal(result.mean, mean)
+    torch.testing.assert_close(result.std, (0.5 * logvar).exp(), rtol=1e-12, atol=0)
 
 
 def test_activate_knows_three_functions() -> None:

@@ -73,14 +73,16 @@ def fit(
     """
     from mopo_fast.data import load_dataset
     from mopo_fast.fit import fit_and_save
+    from mopo_fast.lock import locked
 
-    for name in ("config.json", "fit.json"):
-        if (out / name).exists() and not overwrite:
-            raise InputError(
-                f"{out / name} exists already; choose another --out, or replace the fit with --overwrite"
-            )
-    data = load_dataset(dataset, quiet=quiet)
-    _, record = fit_and_save(data, out, seed=seed, config=dynamics, device=device, quiet=quiet)
+    with locked(out):
+        for name in ("config.json", "fit.json"):
+            if (out / name).exists() and not overwrite:
+                raise InputError(
+                    f"{out / name} exists already; choose another --out, or replace the fit with --overwrite"
+                )
+        data = load_dataset(dataset, quiet=quiet)
+        _, record = fit_and_save(data, out, seed=seed, config=dynamics, device=device, quiet=quiet)
     best = [record["holdout_mse"][-1][member] for member in record["elites"]]
     print(
         f"{out}: {record['epochs']} epochs, {record['seconds']:.0f} s;"

@@ -21,6 +21,7 @@ from mopo_fast.config import DynamicsConfig, check_finite, to_dict
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import EnsembleDynamics, soft_clamp_logvar
 from mopo_fast.errors import InputError
+from mopo_fast.lock import locked
 from mopo_fast.machine import check_device
 from mopo_fast.progress import progress_bar
 from mopo_fast.seeds import FIT, derive_seed
@@ -473,28 +474,29 @@ def fit_and_save(
         [epoch][member].
 
     Raises:
-        InputError: as `fit_dynamics`, or the folder cannot be written.
+        InputError: as `fit_dynamics`, or the folder cannot be written, or another process is at work in it.
     """
     folder, config = Path(folder), config or DynamicsConfig()
     checkpoint = folder / "checkpoint" / "fit.safetensors"
-    model, history = _run(data, seed, config, device, checkpoint, quiet, on_epoch)
-    record = {
-        "dataset": data.name,
-        "data_sha256": data_sha256(data),
-        "transitions": len(data),
-        "holdout": len(split_holdout(len(data), seed, config)[1]),
-        "seed": seed,
-        "config": to_dict(config),
-        "device": str(device),
-        "threads": torch.get_num_threads(),
-        "epochs": len(history),
-        "seconds": sum(epoch.seconds for epoch in history),
-        "elites": model.elites.tolist(),
-        "train_loss": [epoch.train_loss for epoch in history],
-        "holdout_mse": [list(epoch.holdout_mse) for epoch in history],
-        "improved": [list(epoch.improved) for epoch in history],
-    }
-    model.save(folder)
-    write_json(folder / "fit.json", record)
-    checkpoint.unlink(missing_ok=True)
-    return model, record
+    with locked(folder):
+        model, history = _run(data, seed, config, device, checkpoint, quiet, on_epoch)
+        record = {
+            "dataset": data.name,
+            "data_sha256": data_sha256(data),
+            "transitions": len(data),
+            "holdout": len(split_holdout(len(data), seed, config)[1]),
+            "seed": seed,
+            "config": to_dict(config),
+            "device": str(device),
+            "threads": torch.get_num_threads(),
+            "epochs": len(history),
+            "seconds": sum(epoch.seconds for epoch in history),
+            "elites": model.elites.tolist(),
+            "train_loss": [epoch.train_loss for epoch in history],
+            "holdout_mse": [list(epoch.holdout_mse) for epoch in history],
+            "improved": [list(epoch.improved) for epoch in history],
+        }
+        model.save(folder)
+        write_json(folder / "fit.json", record)
+        checkpoint.unlink(missing_ok=True)
+        return model, record

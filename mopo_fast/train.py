@@ -31,6 +31,7 @@ from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.evaluate import Evaluation, evaluate
 from mopo_fast.fit import check_config, data_sha256, fit_and_save
+from mopo_fast.lock import locked
 from mopo_fast.machine import check_device, check_memory
 from mopo_fast.policy import Actor
 from mopo_fast.progress import progress_bar
@@ -76,13 +77,20 @@ def train(
         seconds {fit, rollout, sac, evaluate, total}, backend, device, dtype, dataset, task, seed, versions.
 
     Raises:
-        InputError: a setting cannot be used, `out` holds a run and `resume` is False or the run's config
-            is another, the data or a checkpoint is not sound, or the training diverged.
+        InputError: a setting cannot be used, another process is at work in `out`, it holds a run and
+            `resume` is False or the run's config is another, the data or a checkpoint is not sound, or the
+            training diverged.
     """
     started = time.perf_counter()
     out = Path(out)
     config, task = resolve(config, out)
-    _check_folder(out, config, resume)
+    with locked(out):
+        _check_folder(out, config, resume)
+        return _run(config, task, out, started, quiet)
+
+
+def _run(config: TrainConfig, task: Task, out: Path, started: float, quiet: bool) -> dict[str, Any]:
+    """What is left to do of the run in `out`."""
     summary_path, data = out / "summary.json", None
     if not summary_path.exists():
         data = load_dataset(config.dataset, quiet=quiet)
@@ -213,11 +221,7 @@ def _engine(config: TrainConfig, task: Task, ensemble: EnsembleDynamics, backend
 
 
 def _check_folder(out: Path, config: TrainConfig, resume: bool) -> None:
-    """Refuse a folder that holds another run; make it where it is missing."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {out}: {error.strerror}; choose another --out") from error
+    """Refuse a folder that holds another run."""
     if resume:
         # What atomic_path had not renamed yet when the run was killed; a folder below may be a live run's.
         for folder in (out, out / "checkpoint"):

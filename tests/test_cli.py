@@ -9,6 +9,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from test_lock import held_elsewhere
 
 from mopo_fast import Actor, EnsembleDynamics, load_dataset
 from mopo_fast.cli import COMMANDS, main
@@ -122,6 +123,9 @@ def test_fit_then_train_on_that_fit(
     message = error_of(capsys, *again)
     assert str(fit / "fit.json") in message and "--overwrite" in message
     assert not (fit / "dynamics.json").exists()
+    with held_elsewhere(fit):
+        message = error_of(capsys, "fit", "nothing.hdf5", "--out", fit, "--overwrite")
+        assert f"another process is at work in {fit}" in message
     assert main([*again, "--overwrite"]) == 0
     out = tmp_path / "run"
     arguments = ["--steps", "10", "--horizon", "1", "--dynamics", str(fit), "--out", str(out), "--quiet"]

@@ -441,7 +441,7 @@ def test_a_missing_data_set_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_refused(config: TrainConfig, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"cannot make the folder .*file/run"):
+    with pytest.raises(InputError, match=r"cannot work in .*file/run"):
         train(config, tmp_path / "file" / "run", quiet=True)
 
 

@@ -19,10 +19,10 @@ import torch
 from mopo_fast.atomic import write_json
 from mopo_fast.config import DynamicsConfig, check_finite, to_dict
 from mopo_fast.data.transitions import Transitions
-from mopo_fast.ensemble import EnsembleDynamics, soft_clamp_logvar
+from mopo_fast.ensemble import EnsembleDynamics, mlp_bytes, soft_clamp_logvar
 from mopo_fast.errors import InputError
 from mopo_fast.lock import locked
-from mopo_fast.machine import check_device
+from mopo_fast.machine import check_device, check_memory
 from mopo_fast.progress import progress_bar
 from mopo_fast.seeds import FIT, derive_seed
 from mopo_fast.tensors import load_tensors, require_shape, save_tensors, tensors_sha256
@@ -354,8 +354,8 @@ class _Fit:
         ]
 
 
-def check_config(config: DynamicsConfig) -> None:
-    """Raise `InputError` where a hyperparameter of the fit is out of range."""
+def check_config(config: DynamicsConfig, device: torch.device | str = "cpu") -> None:
+    """Raise `InputError` where a hyperparameter of the fit is out of range, or `device` too small for it."""
     if len(config.weight_decay) != len(config.hidden) + 1:
         raise InputError(
             f"weight_decay needs one value per layer, {len(config.hidden) + 1}, got {config.weight_decay}"
@@ -383,6 +383,9 @@ def check_config(config: DynamicsConfig) -> None:
         raise InputError(
             f"min_logvar must be less than max_logvar, got {config.min_logvar} and {config.max_logvar}"
         )
+    # Inputs and outputs are one wide at least; everything has a gradient and one or two arrays more.
+    size = 3 * mlp_bytes(config.members, (1, *config.hidden, 1), config.batch_size)
+    check_memory("the ensemble's fit", size, device, "batch_size, members or hidden")
 
 
 def fit_dynamics(
@@ -429,10 +432,10 @@ def _run(
     on_epoch: Callable[[FitEpoch], None] | None,
 ) -> tuple[EnsembleDynamics, list[FitEpoch]]:
     data.validate()
-    check_config(config)
+    check_device(device)
+    check_config(config, device)
     if seed < 0:
         raise InputError(f"seed must not be negative, got {seed}")
-    check_device(device)
     fit = _Fit(data, seed, config, device)
     if checkpoint is not None:
         checkpoint, fingerprint = Path(checkpoint), fit.fingerprint(data)

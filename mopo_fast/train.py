@@ -27,7 +27,7 @@ from mopo_fast.atomic import atomic_path, read_json, write_json
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import TUNED, RolloutConfig, TrainConfig, check_finite, to_dict
 from mopo_fast.data import Transitions, find_dataset, load_dataset
-from mopo_fast.ensemble import EnsembleDynamics
+from mopo_fast.ensemble import EnsembleDynamics, mlp_bytes
 from mopo_fast.errors import InputError
 from mopo_fast.evaluate import Evaluation, evaluate
 from mopo_fast.fit import check_config, data_sha256, fit_and_save
@@ -168,7 +168,7 @@ def resolve(config: TrainConfig, out: Path | None = None) -> tuple[TrainConfig, 
     check_device(config.device)
     if config.dynamics_from is None:
         dynamics = config.dynamics
-        check_config(dynamics)
+        check_config(dynamics, config.device)
         ensemble = EnsembleDynamics(
             task.obs_dim,
             task.act_dim,
@@ -188,7 +188,13 @@ def resolve(config: TrainConfig, out: Path | None = None) -> tuple[TrainConfig, 
             )
     # What these refuse is refused now, before the data set is read and the ensemble fitted.
     _engine(config, task, ensemble, rollout.backend)
-    SAC(task.obs_dim, task.act_dim, config.sac, total_updates=config.steps)
+    sac = config.sac
+    # As for the fit; and the rows and the noise of all of an epoch's updates are drawn at once.
+    networks = 3 * mlp_bytes(1 + sac.critics, (1, *sac.hidden, 1), sac.batch_size)
+    draws = min(rollout.interval, config.steps) * sac.batch_size * 8 * (1 + task.act_dim)
+    lower = "sac.batch_size, sac.hidden, sac.critics or rollout.interval"
+    check_memory("SAC", networks + draws, config.device, lower)
+    SAC(task.obs_dim, task.act_dim, sac, total_updates=config.steps)
     check_finite(config)
     check_memory(
         "the model buffer",

@@ -134,6 +134,7 @@ def test_the_generator_decides_the_weights() -> None:
         ({"elites": 4}, r"elites must be 1 to members \(3\), got 4"),
         ({"hidden": (8, 0)}, "sizes must be positive"),
         ({"activation": "gelu"}, "unknown activation 'gelu'; there are: silu, relu, tanh"),
+        ({"hidden": (10**7, 10**7)}, r"hidden \(10000000, 10000000\) would take 1,117,[\d,]+ GiB, .*; lower"),
     ],
 )
 def test_sizes_out_of_range_are_refused(change: dict[str, Any], message: str) -> None:
@@ -209,6 +210,7 @@ def test_truncated_files_are_refused(tmp_path: Path) -> None:
         ('{"format_version": 1, "obs_dim": 4, "act_dim": 2, "activation": ["silu"]}', "unknown activation"),
         ('{"format_version": 1, "obs_dim": 5, "act_dim": 2, "activation": "silu"}', "weight_0 has shape"),
         ('{"format_version": 1, "obs_dim": -4, "act_dim": 2, "activation": "silu"}', "must be positive"),
+        ('{"format_version": 1, "obs_dim": 1e15, "act_dim": 2, "activation": "silu"}', "GiB, cpu has"),
     ],
 )
 def test_wrong_metadata_are_refused(tmp_path: Path, meta: str, message: str) -> None:

@@ -454,6 +454,12 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
         ({"max_logvar": math.inf}, "max_logvar must be finite, got inf"),
         ({"min_logvar": -math.inf}, "min_logvar must be finite, got -inf"),
         ({"min_logvar": 0.5, "max_logvar": 0.5}, "min_logvar must be less than max_logvar, got 0.5 and 0.5"),
+        (
+            {"batch_size": 10**12},
+            r"fit would take [\d,]+ GiB, cpu has .*; lower batch_size, members or hidden",
+        ),
+        ({"batch_size": 10**14, "hidden": (), "weight_decay": (0.0,)}, "lower batch_size"),
+        ({"hidden": (10**7, 10**7)}, "lower batch_size, members or hidden"),
     ],
 )
 def test_bad_configs_are_refused(change: dict[str, object], message: str) -> None:

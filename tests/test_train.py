@@ -395,6 +395,12 @@ class TestResolve:
             ),
             ({"rollout": {"batch_size": 10**12}}, r"lower .*rollout\.batch_size"),
             ({"rollout": {"retain_epochs": 10**12}}, r"lower .*rollout\.retain_epochs"),
+            ({"dynamics": {"batch_size": 10**12}}, r"fit would take [\d,]+ GiB, .*; lower batch_size"),
+            ({"dynamics": {"hidden": (10**7, 10**7)}}, "fit would take .* members or hidden"),
+            ({"sac": {"batch_size": 10**12}}, r"SAC would take [\d,]+ GiB, .*; lower sac\.batch_size"),
+            ({"sac": {"hidden": (10**7, 10**7)}}, r"lower .*sac\.hidden"),
+            ({"sac": {"critics": 10**12}}, r"lower .*sac\.critics"),
+            ({"steps": 10**15, "rollout": {"interval": 10**15}}, r"lower .*rollout\.interval"),
             ({"sac": {"target_entropy": math.nan}}, r"sac\.target_entropy must be finite, got nan"),
             ({"sac": {"log_std_min": -math.inf}}, r"sac\.log_std_min must be finite, got -inf"),
             ({"sac": {"log_std_max": math.inf}}, r"sac\.log_std_max must be finite, got inf"),
@@ -404,9 +410,10 @@ class TestResolve:
     def test_refuses_before_anything_is_written(
         self, change: dict[str, Any], message: str, tmp_path: Path
     ) -> None:
-        name, value = next(iter(change.items()))
-        if isinstance(value, dict):
-            change = {name: dataclasses.replace(getattr(CONFIG, name), **value)}
+        change = {
+            name: dataclasses.replace(getattr(CONFIG, name), **value) if isinstance(value, dict) else value
+            for name, value in change.items()
+        }
         with pytest.raises(InputError, match=message):
             train(dataclasses.replace(CONFIG, **change), tmp_path / "run", quiet=True)
         assert not (tmp_path / "run").exists()

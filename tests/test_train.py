@@ -198,6 +198,24 @@ class TestResume:
         with pytest.raises(InputError, match=named):
             train(dataclasses.replace(config, **change), finished, resume=True, quiet=True)
 
+    def test_a_setting_that_the_run_did_not_have_is_refused(self, run: Path, config: TrainConfig) -> None:
+        written = json.loads((run / "config.json").read_text())
+        del written["sac"]["polyak"]
+        (run / "config.json").write_text(json.dumps(written))
+        with pytest.raises(InputError, match=r"sac.polyak = None, not 0.005"):
+            train(config, run, resume=True, quiet=True)
+
+    def test_a_run_begins_with_its_config(self, config: TrainConfig, tmp_path: Path) -> None:
+        write_config(tmp_path, config)
+        with pytest.raises(InputError, match="holds a run already"):
+            train(config, tmp_path, quiet=True)
+
+    def test_a_fit_by_another_seed_is_refused(self, run: Path, config: TrainConfig) -> None:
+        fit = json.loads((run / "fit.json").read_text())
+        (run / "fit.json").write_text(json.dumps(fit | {"seed": 2}))
+        with pytest.raises(InputError, match=r"fit.json was made with seed = 2, not 1"):
+            train(config, run, resume=True, quiet=True)
+
     def test_other_data_is_refused(self, run: Path, config: TrainConfig) -> None:
         path = Path(config.dataset)
         original = path.read_bytes()
@@ -326,6 +344,14 @@ def test_rollout_options_reach_the_engine(
         assert int(ours["rows"]) <= 2 * options.batch_size
 
 
+def test_the_cosine_schedule_spans_the_run(finished: Path, config: TrainConfig, tmp_path: Path) -> None:
+    sac = dataclasses.replace(config.sac, actor_schedule="cosine")
+    train_alone(dataclasses.replace(config, sac=sac, dynamics_from=str(finished)), tmp_path / "run")
+    first, other = (load_file(out / "policy.safetensors") for out in (finished, tmp_path / "run"))
+    # As good as constant where it spanned much more than the run.
+    assert (first["weight_0"] - other["weight_0"]).abs().max() > 1e-4
+
+
 class TestResolve:
     def test_tuned_values_follow_the_name(self) -> None:
         resolved, task = resolve(
@@ -435,9 +461,19 @@ def test_actions_in_other_units_are_refused(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = load_dataset(config.dataset, quiet=True)
-    data.actions[3, 1] = -2.5
     monkeypatch.setattr("mopo_fast.train.load_dataset", lambda *_, **__: data)
-    with pytest.raises(InputError, match=r"actions reach 2.5; scale the environment's range to \[-1, 1\]"):
+    for action in (-2.5, 1.01):
+        data.actions[3, 1] = action
+        with pytest.raises(InputError, match=rf"actions reach {abs(action)}; scale .* range to \[-1, 1\]"):
+            train(config, tmp_path / "run", quiet=True)
+    # Rounding is no other unit.
+    data.actions[3, 1] = 1.0005
+
+    def past_the_check(*_: object) -> None:
+        raise InputError("past the check")
+
+    monkeypatch.setattr("mopo_fast.train._dynamics", past_the_check)
+    with pytest.raises(InputError, match="past the check"):
         train(config, tmp_path / "run", quiet=True)
 
 

@@ -77,17 +77,26 @@ def fit(
     """
     from mopo_fast.data import load_dataset
     from mopo_fast.fit import fit_and_save
+    from mopo_fast.lock import locked
 
-    for name in ("config.json", "fit.json"):
-        if (out / name).exists() and not overwrite:
-            raise InputError(
-                f"{out / name} exists already; choose another --out, or replace the fit with --overwrite"
-            )
-    data = load_dataset(dataset, quiet=quiet)
-    _, record = fit_and_save(
-        data, out, seed=seed, config=dynamics, device=device, backend=backend, threads=threads, quiet=quiet
-    )
-    best = [record["holdout_mse"][-1][member] for member in record["elites"]]
+    with locked(out):
+        for name in ("config.json", "fit.json"):
+            if (out / name).exists() and not overwrite:
+                raise InputError(
+                    f"{out / name} exists already; choose another --out, or replace the fit with --overwrite"
+                )
+        data = load_dataset(dataset, quiet=quiet)
+        _, record = fit_and_save(
+            data,
+            out,
+            seed=seed,
+            config=dynamics,
+            device=device,
+            backend=backend,
+            threads=threads,
+            quiet=quiet,
+        )
+    best = [record["best_mse"][member] for member in record["elites"]]
     print(
         f"{out}: {record['epochs']} epochs, {record['seconds']:.0f} s;"
         f" the elites' holdout MSE {min(best):.4g} to {max(best):.4g}"

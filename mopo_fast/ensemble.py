@@ -6,7 +6,7 @@ Source: mopo/models/bnn.py, fc.py of the authors' code. All members are one batc
 import itertools
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from torch.nn import functional
 from mopo_fast.atomic import read_json, write_json
 from mopo_fast.config import ACTIVATIONS, Activation
 from mopo_fast.errors import InputError
+from mopo_fast.machine import check_memory
 from mopo_fast.tensors import layer_weights, load_tensors, require_shape, save_tensors
 
 FORMAT_VERSION = 1
@@ -49,6 +50,11 @@ def mlp(
         else:
             x = torch.baddbmm(bias.unsqueeze(1), x.expand(weight.shape[0], -1, -1), weight)
     return x
+
+
+def mlp_bytes(networks: int, sizes: Sequence[int], batch_size: int = 0) -> int:
+    """Bytes of the parameters of `networks` float32 perceptrons, and of their layers' outputs for a batch."""
+    return 4 * networks * sum((fan_in + 1 + batch_size) * out for fan_in, out in itertools.pairwise(sizes))
 
 
 def soft_clamp_logvar(
@@ -109,6 +115,9 @@ class EnsembleDynamics(nn.Module):
             raise InputError(f"sizes must be positive, got obs {obs_dim}, act {act_dim}, hidden {hidden}")
         self.obs_dim, self.act_dim, self.activation = obs_dim, act_dim, activation
         sizes = [obs_dim + act_dim, *hidden, 2 * (obs_dim + 1)]
+        what = f"an ensemble with obs {obs_dim}, act {act_dim}, hidden {hidden}"
+        # Whatever its device will be, it is made on the CPU.
+        check_memory(what, mlp_bytes(members, sizes), "cpu", "members or these sizes")
         self.weights = nn.ParameterList()
         self.biases = nn.ParameterList()
         for fan_in, fan_out in itertools.pairwise(sizes):
@@ -146,11 +155,6 @@ class EnsembleDynamics(nn.Module):
         """Means and bounded log-variances of (delta obs, reward), each [members, batch, obs_dim + 1]."""
         mean, logvar = self.raw_heads(inputs)
         return mean, soft_clamp_logvar(logvar, self.max_logvar, self.min_logvar)
-
-    def predict(self, observations: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Means and variances of (delta obs, reward), each [members, batch, obs_dim + 1]."""
-        mean, logvar = self.raw_heads(torch.cat([observations, actions], dim=-1))
-        return mean, soft_clamp_variance(logvar, self.max_logvar, self.min_logvar)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write dynamics.safetensors and dynamics.json, each atomically.

@@ -21,9 +21,10 @@ from mopo_fast.atomic import write_json
 from mopo_fast.backends import cpu
 from mopo_fast.config import DynamicsConfig, check_finite, to_dict
 from mopo_fast.data.transitions import Transitions
-from mopo_fast.ensemble import EnsembleDynamics, soft_clamp_logvar
+from mopo_fast.ensemble import EnsembleDynamics, mlp_bytes, soft_clamp_logvar
 from mopo_fast.errors import InputError
-from mopo_fast.machine import check_device, resolve_threads
+from mopo_fast.lock import locked
+from mopo_fast.machine import check_device, check_memory, resolve_threads
 from mopo_fast.progress import progress_bar
 from mopo_fast.seeds import FIT, derive_seed
 from mopo_fast.tensors import load_tensors, require_shape, save_tensors, tensors_sha256
@@ -211,7 +212,8 @@ class _Fit:
         bootstrap = np.random.default_rng(derive_seed(seed, FIT, _BOOTSTRAP))
         self.rows = bootstrap.integers(len(train), size=(config.members, len(train)))
 
-        self.gradient = LossGradient(model, config.batch_size, config.logvar_bound_weight)
+        rows = min(config.batch_size, len(train))
+        self.gradient = LossGradient(model, rows, config.logvar_bound_weight)
         # Adam's weight_decay adds coef * W to the gradient: that of coef * 0.5 ||W||^2 in the loss.
         self.optimizer = torch.optim.Adam(
             [
@@ -390,8 +392,8 @@ class _Fit:
         ]
 
 
-def check_config(config: DynamicsConfig) -> None:
-    """Raise `InputError` where a hyperparameter of the fit is out of range."""
+def check_config(config: DynamicsConfig, device: torch.device | str = "cpu") -> None:
+    """Raise `InputError` where a hyperparameter of the fit is out of range, or `device` too small for it."""
     if len(config.weight_decay) != len(config.hidden) + 1:
         raise InputError(
             f"weight_decay needs one value per layer, {len(config.hidden) + 1}, got {config.weight_decay}"
@@ -419,6 +421,9 @@ def check_config(config: DynamicsConfig) -> None:
         raise InputError(
             f"min_logvar must be less than max_logvar, got {config.min_logvar} and {config.max_logvar}"
         )
+    # Inputs and outputs are one wide at least; everything has a gradient and one or two arrays more.
+    size = 3 * mlp_bytes(config.members, (1, *config.hidden, 1), config.batch_size)
+    check_memory("the ensemble's fit", size, device, "batch_size, members or hidden")
 
 
 def fit_dynamics(
@@ -472,10 +477,10 @@ def _run(
     on_epoch: Callable[[FitEpoch], None] | None,
 ) -> _Fit:
     data.validate()
-    check_config(config)
+    check_device(device)
+    check_config(config, device)
     if seed < 0:
         raise InputError(f"seed must not be negative, got {seed}")
-    check_device(device)
     fit = _Fit(data, seed, config, device, backend, threads)
     if checkpoint is not None:
         checkpoint, fingerprint = Path(checkpoint), fit.fingerprint(data)
@@ -515,34 +520,36 @@ def fit_and_save(
 
     Returns:
         The ensemble and what fit.json holds: dataset, data_sha256, transitions, holdout (rows), seed,
-        config, device, backend, threads, epochs, seconds, elites, train_loss [epoch], holdout_mse and
-        improved [epoch][member].
+        config, device, backend, threads, epochs, seconds, elites, best_mse [member], of the kept weights,
+        train_loss [epoch], holdout_mse and improved [epoch][member].
 
     Raises:
-        InputError: as `fit_dynamics`, or the folder cannot be written.
+        InputError: as `fit_dynamics`, or the folder cannot be written, or another process is at work in it.
     """
     folder, config = Path(folder), config or DynamicsConfig()
     checkpoint = folder / "checkpoint" / "fit.safetensors"
-    fit = _run(data, seed, config, device, backend, threads, checkpoint, quiet, on_epoch)
-    model, history = fit.finish(), fit.history
-    record = {
-        "dataset": data.name,
-        "data_sha256": data_sha256(data),
-        "transitions": len(data),
-        "holdout": len(split_holdout(len(data), seed, config)[1]),
-        "seed": seed,
-        "config": to_dict(config),
-        "device": str(device),
-        "backend": fit.backend,
-        "threads": fit.threads,
-        "epochs": len(history),
-        "seconds": sum(epoch.seconds for epoch in history),
-        "elites": model.elites.tolist(),
-        "train_loss": [epoch.train_loss for epoch in history],
-        "holdout_mse": [list(epoch.holdout_mse) for epoch in history],
-        "improved": [list(epoch.improved) for epoch in history],
-    }
-    model.save(folder)
-    write_json(folder / "fit.json", record)
-    checkpoint.unlink(missing_ok=True)
-    return model, record
+    with locked(folder):
+        fit = _run(data, seed, config, device, backend, threads, checkpoint, quiet, on_epoch)
+        model, history = fit.finish(), fit.history
+        record = {
+            "dataset": data.name,
+            "data_sha256": data_sha256(data),
+            "transitions": len(data),
+            "holdout": len(split_holdout(len(data), seed, config)[1]),
+            "seed": seed,
+            "config": to_dict(config),
+            "device": str(device),
+            "backend": fit.backend,
+            "threads": fit.threads,
+            "epochs": len(history),
+            "seconds": sum(epoch.seconds for epoch in history),
+            "elites": model.elites.tolist(),
+            "best_mse": fit.best_mse,
+            "train_loss": [epoch.train_loss for epoch in history],
+            "holdout_mse": [list(epoch.holdout_mse) for epoch in history],
+            "improved": [list(epoch.improved) for epoch in history],
+        }
+        model.save(folder)
+        write_json(folder / "fit.json", record)
+        checkpoint.unlink(missing_ok=True)
+        return model, record

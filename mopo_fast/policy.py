@@ -14,8 +14,9 @@ from torch.nn import functional
 
 from mopo_fast.atomic import read_json, write_json
 from mopo_fast.config import ACTIVATIONS, Activation
-from mopo_fast.ensemble import mlp
+from mopo_fast.ensemble import mlp, mlp_bytes
 from mopo_fast.errors import InputError
+from mopo_fast.machine import check_memory
 from mopo_fast.tensors import layer_weights, load_tensors, require_shape, save_tensors
 
 FORMAT_VERSION = 1
@@ -58,6 +59,8 @@ class Actor(nn.Module):
         self.obs_dim, self.act_dim, self.activation = obs_dim, act_dim, activation
         self.log_std_min, self.log_std_max = float(log_std_min), float(log_std_max)
         sizes = [obs_dim, *hidden, 2 * act_dim]
+        what = f"an actor with obs {obs_dim}, act {act_dim}, hidden {hidden}"
+        check_memory(what, mlp_bytes(1, sizes), "cpu", "these sizes")
         self.weights = nn.ParameterList(
             nn.Parameter(_xavier_uniform(pair, generator)) for pair in itertools.pairwise(sizes)
         )
@@ -141,7 +144,11 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """`critics` independent Q-functions as one batch of matrices: `weights[i]` [critics, in, out]."""
+    """`critics` independent Q-functions as one batch of matrices: `weights[i]` [critics, in, out].
+
+    Raises:
+        InputError: more than the machine's memory.
+    """
 
     def __init__(
         self,
@@ -154,6 +161,8 @@ class Critic(nn.Module):
     ) -> None:
         super().__init__()
         sizes = [obs_dim + act_dim, *hidden, 1]
+        what = f"a critic with obs {obs_dim}, act {act_dim}, hidden {hidden}"
+        check_memory(what, mlp_bytes(critics, sizes), "cpu", "critics or these sizes")
         self.weights = nn.ParameterList(
             nn.Parameter(_xavier_uniform((critics, *pair), generator)) for pair in itertools.pairwise(sizes)
         )

@@ -271,7 +271,7 @@ def _fit_curves(run: _Run) -> tuple[Figure, str]:
     axes.set(xlabel="epoch", ylabel="holdout MSE, raw units", yscale="log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _label_log(axes.yaxis)
-    best = np.sort(mse.min(0))[: len(elites)].mean()
+    best = np.mean([fit["best_mse"][member] for member in elites])
     caption = (
         f"Mean squared error of each member on the {fit['holdout']:,} transitions held out of"
         f" {fit['transitions']:,}; {fit['epochs']} epochs in {_duration(fit['seconds'])}. Every member gets"

@@ -27,10 +27,11 @@ from mopo_fast.atomic import atomic_path, read_json, write_json
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import TUNED, RolloutConfig, TrainConfig, check_finite, to_dict
 from mopo_fast.data import Transitions, find_dataset, load_dataset
-from mopo_fast.ensemble import EnsembleDynamics
+from mopo_fast.ensemble import EnsembleDynamics, mlp_bytes
 from mopo_fast.errors import InputError
 from mopo_fast.evaluate import Evaluation, evaluate
 from mopo_fast.fit import check_config, data_sha256, fit_and_save
+from mopo_fast.lock import locked
 from mopo_fast.machine import check_device, check_memory
 from mopo_fast.policy import Actor
 from mopo_fast.progress import progress_bar
@@ -76,13 +77,20 @@ def train(
         seconds {fit, rollout, sac, evaluate, total}, backend, device, dtype, dataset, task, seed, versions.
 
     Raises:
-        InputError: a setting cannot be used, `out` holds a run and `resume` is False or the run's config
-            is another, the data or a checkpoint is not sound, or the training diverged.
+        InputError: a setting cannot be used, another process is at work in `out`, it holds a run and
+            `resume` is False or the run's config is another, the data or a checkpoint is not sound, or the
+            training diverged.
     """
     started = time.perf_counter()
     out = Path(out)
     config, task = resolve(config, out)
-    _check_folder(out, config, resume)
+    with locked(out):
+        _check_folder(out, config, resume)
+        return _run(config, task, out, started, quiet)
+
+
+def _run(config: TrainConfig, task: Task, out: Path, started: float, quiet: bool) -> dict[str, Any]:
+    """What is left to do of the run in `out`."""
     summary_path, data = out / "summary.json", None
     if not summary_path.exists():
         data = load_dataset(config.dataset, quiet=quiet)
@@ -160,7 +168,7 @@ def resolve(config: TrainConfig, out: Path | None = None) -> tuple[TrainConfig, 
     check_device(config.device)
     if config.dynamics_from is None:
         dynamics = config.dynamics
-        check_config(dynamics)
+        check_config(dynamics, config.device)
         ensemble = EnsembleDynamics(
             task.obs_dim,
             task.act_dim,
@@ -180,6 +188,11 @@ def resolve(config: TrainConfig, out: Path | None = None) -> tuple[TrainConfig, 
             )
     # What these refuse is refused now, before the data set is read and the ensemble fitted.
     _engine(config, task, ensemble, config.backend)
+    sac = config.sac
+    # As for the fit.
+    networks = 3 * mlp_bytes(1 + sac.critics, (1, *sac.hidden, 1), sac.batch_size)
+    lower = "sac.batch_size, sac.hidden or sac.critics"
+    check_memory("SAC", networks, config.device, lower)
     _sac(config, task, config.backend)
     check_finite(config)
     check_memory(
@@ -226,11 +239,7 @@ def _sac(config: TrainConfig, task: Task, backend: str) -> SAC:
 
 
 def _check_folder(out: Path, config: TrainConfig, resume: bool) -> None:
-    """Refuse a folder that holds another run; make it where it is missing."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {out}: {error.strerror}; choose another --out") from error
+    """Refuse a folder that holds another run."""
     if resume:
         # What atomic_path had not renamed yet when the run was killed; a folder below may be a live run's.
         for folder in (out, out / "checkpoint"):

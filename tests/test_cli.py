@@ -1,4 +1,5 @@
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -9,9 +10,12 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from test_lock import held_elsewhere
 
 from mopo_fast import Actor, EnsembleDynamics, load_dataset
-from mopo_fast.cli import COMMANDS, main
+from mopo_fast.cli import COMMANDS, _outcome, main
+from mopo_fast.config import TrainConfig
+from mopo_fast.errors import InputError
 from mopo_fast.tasks import TASKS
 
 TINY_FIT = [
@@ -122,6 +126,9 @@ def test_fit_then_train_on_that_fit(
     message = error_of(capsys, *again)
     assert str(fit / "fit.json") in message and "--overwrite" in message
     assert not (fit / "dynamics.json").exists()
+    with held_elsewhere(fit):
+        message = error_of(capsys, "fit", "nothing.hdf5", "--out", fit, "--overwrite")
+        assert f"another process is at work in {fit}" in message
     assert main([*again, "--overwrite"]) == 0
     out = tmp_path / "run"
     arguments = ["--steps", "10", "--horizon", "1", "--dynamics", str(fit), "--out", str(out), "--quiet"]
@@ -273,10 +280,108 @@ def test_a_mistake_is_one_line_that_names_it(
     assert not (tmp_path / "out.npz").exists()
 
 
+# What each command calls, a command line with no flag at its default, and what must arrive there.
+CALLS: dict[str, tuple[list[str], list[object], dict[str, object]]] = {
+    "data.collect": (
+        [
+            "collect",
+            "hopper-random",
+            "--steps",
+            "7",
+            "--seed",
+            "3",
+            "--threads",
+            "2",
+            "--overwrite",
+            "--quiet",
+        ],
+        ["hopper-random", 7],
+        {"seed": 3, "out": None, "threads": 2, "overwrite": True, "quiet": True},
+    ),
+    "fit.fit_and_save": (
+        [
+            *("fit", "DATA", "--out", "OUT", "--seed", "3", "--device", "cuda", "--backend", "reference"),
+            *("--threads", "2", "--quiet"),
+        ],
+        [],
+        {"seed": 3, "device": "cuda", "backend": "reference", "threads": 2, "quiet": True},
+    ),
+    "train.train": (
+        ["train", "hopper-none.hdf5", "--seed", "3", "--resume", "--quiet"],
+        [TrainConfig("hopper-none.hdf5", seed=3), Path("runs/hopper-none-seed3")],
+        {"resume": True, "quiet": True},
+    ),
+    "evaluate.evaluate": (
+        ["evaluate", "RUN", "--episodes", "7", "--seed", "3", "--stochastic"],
+        [],
+        {"episodes": 7, "seed": 3, "deterministic": False},
+    ),
+    "generate.generate": (
+        [
+            *("rollout", "RUN", "--dataset", "DATA", "--out", "OUT.npz", "--count", "7", "--horizon", "3"),
+            *("--seed", "3", "--penalty-coef", "0", "--backend", "reference"),
+        ],
+        [],
+        {"count": 7, "horizon": 3, "seed": 3, "penalty_coef": 0.0, "backend": "reference"},
+    ),
+    "bench.bench_rollout": (
+        [
+            *("bench", "--backend", "reference", "--obs-dim", "3", "--act-dim", "2", "--starts", "7"),
+            *("--horizon", "4", "--rounds", "6", "--threads", "2", "--quiet"),
+        ],
+        [],
+        {
+            **{"backend": "reference", "obs_dim": 3, "act_dim": 2, "starts": 7, "horizon": 4, "rounds": 6},
+            **{"threads": 2, "quiet": True},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("function", CALLS)
+def test_every_flag_arrives(
+    function: str,
+    dataset: Path,
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def called(*args: object, **kwargs: object) -> None:
+        assert [argument for argument in positional if argument not in args] == []
+        assert {name: kwargs.get(name) for name in named} == named
+        raise InputError("arrived")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(f"mopo_fast.{function}", called)
+    names = {"DATA": dataset, "RUN": run, "OUT": "out", "OUT.npz": "out.npz"}
+    arguments, positional, named = CALLS[function]
+    assert error_of(capsys, *(names.get(argument, argument) for argument in arguments)) == "error: arrived"
+
+
+def test_an_outcome_without_a_score_is_a_return() -> None:
+    values = {"return_mean": 1.25, "return_std": 0.5, "score_mean": None, "score_std": None}
+    assert _outcome(values) == "return 1.2 +- 0.5"
+    assert _outcome(values | {"score_mean": 3.0, "score_std": 4.0}).endswith("score 3.00 +- 4.00")
+
+
 def test_a_mistake_exits_with_2_and_no_traceback() -> None:
     result = mopo_fast("train", "nothing.hdf5")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+def test_what_is_logged_goes_to_standard_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def talkative() -> None:
+        """Log a word and print another."""
+        logging.getLogger("mopo_fast").info("logged")
+        print("printed")
+
+    monkeypatch.setitem(COMMANDS, "doctor", talkative)
+    assert main(["doctor"]) == 0
+    assert [text.strip() for text in capsys.readouterr()] == ["printed", "logged"]
 
 
 def test_an_interrupt_without_a_word_says_stopped(

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from mopo_fast.ensemble import EnsembleDynamics, activate, soft_clamp_logvar, soft_clamp_variance
 from mopo_fast.errors import InputError
+from mopo_fast.rollout import RolloutEngine
 from mopo_fast.tensors import load_tensors, save_tensors
 
 
@@ -59,13 +60,14 @@ def test_each_member_can_have_its_own_inputs() -> None:
         torch.testing.assert_close(mean[member], model(inputs[member])[0][member])
 
 
-def test_predict_gives_mean_and_variance_of_the_forward_pass() -> None:
+def test_the_reference_predicts_mean_and_variance_of_the_forward_pass() -> None:
     model = make_ensemble().double()
     observations, actions = torch.randn(7, 4, dtype=torch.float64), torch.rand(7, 2, dtype=torch.float64)
-    mean, variance = model.predict(observations, actions)
-    expected_mean, logvar = model(torch.cat([observations, actions], -1))
-    assert torch.equal(mean, expected_mean)
-    torch.testing.assert_close(variance, logvar.exp(), rtol=1e-12, atol=0)
+    engine = RolloutEngine(model, backend="reference", dtype="float64")
+    result = engine.step(observations, actions, seed=0, distributions=True)
+    mean, logvar = model(torch.cat([observations, actions], -1))
+    assert torch.equal(result.mean, mean)
+    torch.testing.assert_close(result.std, (0.5 * logvar).exp(), rtol=1e-12, atol=0)
 
 
 def test_activate_knows_three_functions() -> None:
@@ -132,6 +134,7 @@ def test_the_generator_decides_the_weights() -> None:
         ({"elites": 4}, r"elites must be 1 to members \(3\), got 4"),
         ({"hidden": (8, 0)}, "sizes must be positive"),
         ({"activation": "gelu"}, "unknown activation 'gelu'; there are: silu, relu, tanh"),
+        ({"hidden": (10**7, 10**7)}, r"hidden \(10000000, 10000000\) would take 1,117,[\d,]+ GiB, .*; lower"),
     ],
 )
 def test_sizes_out_of_range_are_refused(change: dict[str, Any], message: str) -> None:
@@ -207,6 +210,7 @@ def test_truncated_files_are_refused(tmp_path: Path) -> None:
         ('{"format_version": 1, "obs_dim": 4, "act_dim": 2, "activation": ["silu"]}', "unknown activation"),
         ('{"format_version": 1, "obs_dim": 5, "act_dim": 2, "activation": "silu"}', "weight_0 has shape"),
         ('{"format_version": 1, "obs_dim": -4, "act_dim": 2, "activation": "silu"}', "must be positive"),
+        ('{"format_version": 1, "obs_dim": 1e15, "act_dim": 2, "activation": "silu"}', "GiB, cpu has"),
     ],
 )
 def test_wrong_metadata_are_refused(tmp_path: Path, meta: str, message: str) -> None:

@@ -182,7 +182,7 @@ def test_targets_are_delta_and_reward_in_raw_units() -> None:
 
 
 def test_each_member_has_its_own_bootstrap_and_a_new_order_each_epoch() -> None:
-    fit = _Fit(toy_data(1000), 0, SMALL, "cpu")
+    fit = _Fit(toy_data(1000), 0, SMALL, backend="reference")
     n = len(fit.inputs)
     assert fit.rows.shape == (3, n)
     shares = [len(np.unique(rows)) / n for rows in fit.rows]
@@ -212,8 +212,8 @@ def test_it_learns_the_mean_and_the_noise() -> None:
     # The noise's variance is the least MSE there is; the ensemble should come near, and know it.
     assert 0.08 < float(holdout_mse(model, data, 0, config)[model.elites[0]]) < 0.14
     fresh = toy_data(2000, noise=0.3, seed=1)
-    _, variance = model.predict(fresh.observations, fresh.actions)
-    assert variance.mean().sqrt().item() == pytest.approx(0.3, rel=0.15)
+    _, logvar = model(dynamics_inputs_targets(fresh)[0])
+    assert logvar.exp().mean().sqrt().item() == pytest.approx(0.3, rel=0.15)
 
 
 def test_stops_when_more_than_patience_epochs_brought_nothing() -> None:
@@ -313,19 +313,31 @@ def test_a_stopped_fit_ends_with_the_same_bits(tmp_path: Path) -> None:
     assert again == records
 
 
-def test_a_killed_fit_ends_with_the_same_bits(tmp_path: Path) -> None:
+def test_a_killed_fit_lets_nobody_in_and_ends_with_the_same_bits(tmp_path: Path) -> None:
     script = """
-import os, signal, sys
+import signal, sys
 sys.path.insert(0, sys.argv[2])
 from test_fit import SMALL, toy_data
 from mopo_fast.fit import fit_and_save
-fit_and_save(toy_data(), sys.argv[1], config=SMALL,
-             on_epoch=lambda record: record.epoch == 1 and os.kill(os.getpid(), signal.SIGKILL))
+
+def wait(record):
+    if record.epoch == 1:
+        print("half way", flush=True)
+        signal.pause()
+
+fit_and_save(toy_data(), sys.argv[1], config=SMALL, on_epoch=wait)
 """
     folder = tmp_path / "run"
     command = [sys.executable, "-c", script, str(folder), str(Path(__file__).parent)]
-    killed = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
-    assert killed.returncode == -9, killed.stderr
+    with subprocess.Popen(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == b"half way\n"
+            before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+            with pytest.raises(InputError, match=f"another process is at work in {folder}"):
+                fit_and_save(toy_data(), folder, config=SMALL)
+            assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+        finally:
+            process.kill()
     assert not (folder / "fit.json").exists()
     model, record = fit_and_save(toy_data(), folder, config=SMALL)
     assert same_state(model, fit_dynamics(toy_data(), config=SMALL))
@@ -373,7 +385,7 @@ def test_fit_and_save_leaves_a_finished_folder(tmp_path: Path) -> None:
     data = toy_data()
     model, record = fit_and_save(data, tmp_path, seed=2, config=SMALL)
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [
-        "dynamics.json", "dynamics.safetensors", "fit.json",
+        ".lock", "dynamics.json", "dynamics.safetensors", "fit.json",
     ]  # fmt: skip
     assert same_state(EnsembleDynamics.load(tmp_path), model)
     assert same_state(model, fit_dynamics(data, seed=2, config=SMALL))
@@ -383,6 +395,8 @@ def test_fit_and_save_leaves_a_finished_folder(tmp_path: Path) -> None:
     assert (record["transitions"], record["holdout"], record["seed"], record["epochs"]) == (300, 60, 2, 4)
     assert np.shape(record["holdout_mse"]) == (4, 3)
     assert record["elites"] == model.elites.tolist()
+    kept = np.where(record["improved"], record["holdout_mse"], np.inf).min(0)
+    assert record["best_mse"] == kept.tolist()
     assert record["seconds"] > 0
 
 
@@ -399,7 +413,7 @@ def test_the_digest_sees_every_array() -> None:
 def test_an_unwritable_folder_is_one_clear_error(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")
-    with pytest.raises(InputError, match="cannot write"):
+    with pytest.raises(InputError, match=f"cannot work in {blocked}"):
         fit_and_save(toy_data(), blocked, config=SMALL)
 
 
@@ -411,7 +425,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
             fit_and_save(toy_data(), tmp_path, config=SMALL)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [".lock"]
 
 
 # --- bad input
@@ -442,6 +456,12 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
         ({"max_logvar": math.inf}, "max_logvar must be finite, got inf"),
         ({"min_logvar": -math.inf}, "min_logvar must be finite, got -inf"),
         ({"min_logvar": 0.5, "max_logvar": 0.5}, "min_logvar must be less than max_logvar, got 0.5 and 0.5"),
+        (
+            {"batch_size": 10**12},
+            r"fit would take [\d,]+ GiB, cpu has .*; lower batch_size, members or hidden",
+        ),
+        ({"batch_size": 10**14, "hidden": (), "weight_decay": (0.0,)}, "lower batch_size"),
+        ({"hidden": (10**7, 10**7)}, "lower batch_size, members or hidden"),
     ],
 )
 def test_bad_configs_are_refused(change: dict[str, object], message: str) -> None:

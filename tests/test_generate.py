@@ -10,6 +10,7 @@ import torch
 from mopo_fast import Actor, EnsembleDynamics, InputError, Transitions
 from mopo_fast.data import load_file
 from mopo_fast.generate import generate, run_settings, save_transitions
+from mopo_fast.rollout import RolloutEngine
 from mopo_fast.tasks import BOXES
 
 CONFIG = {
@@ -52,6 +53,9 @@ def test_the_runs_own_settings_hold(run: Path, data: Transitions) -> None:
     assert rollouts.raw_rewards is not None and rollouts.penalties is not None
     torch.testing.assert_close(rollouts.rewards, rollouts.raw_rewards - 2.0 * rollouts.penalties)
     assert rollouts.info["penalty"] == "ensemble_std" and rollouts.info["dataset"] == "still"
+    engine = RolloutEngine(EnsembleDynamics.load(run), penalty="ensemble_std", penalty_members="elites")
+    by_elites = engine.step(rollouts.observations, rollouts.actions, seed=0).penalties
+    torch.testing.assert_close(rollouts.penalties, by_elites, rtol=1e-4, atol=1e-6)
 
 
 def test_start_states_are_drawn_from_the_data_by_the_seed(run: Path, data: Transitions) -> None:
@@ -62,6 +66,13 @@ def test_start_states_are_drawn_from_the_data_by_the_seed(run: Path, data: Trans
     assert torch.equal(again.next_observations, rollouts.next_observations)
     other = generate(run, data, count=50, horizon=1, seed=2)
     assert not torch.equal(other.observations, rollouts.observations)
+
+
+def test_the_seed_decides_the_noise_too(run: Path, data: Transitions) -> None:
+    data.observations[:, 5] = 0.0
+    one, other = (generate(run, data, count=20, horizon=1, seed=seed) for seed in (1, 2))
+    assert torch.equal(one.observations, other.observations)
+    assert not torch.equal(one.next_observations, other.next_observations)
 
 
 def test_lambda_can_be_another(run: Path, data: Transitions) -> None:
@@ -80,9 +91,12 @@ def test_what_is_saved_is_what_is_loaded(run: Path, data: Transitions, tmp_path:
 
 
 def test_metadata_tells_how_a_file_was_made(run: Path, data: Transitions, tmp_path: Path) -> None:
-    save_transitions(tmp_path / "a.hdf5", generate(run, data, count=7, seed=3))
+    save_transitions(
+        tmp_path / "a.hdf5", generate(run, data, count=7, horizon=2, seed=3, backend="reference")
+    )
     metadata = load_file(tmp_path / "a.hdf5").info["metadata"]
-    assert (metadata["seed"], metadata["count"], metadata["penalty_coef"]) == (3, 7, 2.0)
+    assert (metadata["seed"], metadata["count"], metadata["horizon"]) == (3, 7, 2)
+    assert (metadata["penalty_coef"], metadata["backend"]) == (2.0, "reference")
 
 
 @pytest.mark.parametrize("suffix", [".hdf5", ".npz"])

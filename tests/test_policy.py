@@ -104,6 +104,7 @@ def test_actor_starts_from_xavier_uniform() -> None:
         ({"activation": "gelu"}, "unknown activation 'gelu'; there are"),
         ({"log_std_min": 2.0, "log_std_max": 2.0}, "log_std_min 2.0 must be below"),
         ({"log_std_min": math.nan}, "log_std_min nan must be below"),
+        ({"hidden": (10**7, 10**7)}, r"hidden \(10000000, 10000000\) would take 372,[\d,]+ GiB, .*; lower"),
     ],
 )
 def test_arguments_out_of_range_are_refused(change: dict[str, Any], message: str) -> None:
@@ -233,6 +234,13 @@ def test_critics_are_independent_networks() -> None:
             x = x.relu() if layer < 2 else x
         torch.testing.assert_close(values[which], x[:, 0], rtol=1e-12, atol=1e-12)
     assert not torch.equal(critic.weights[0][0], critic.weights[0][1])
+
+
+def test_critics_larger_than_the_memory_are_refused() -> None:
+    with pytest.raises(InputError, match=r"hidden \(10000000, 10000000\) would take .*; lower critics or"):
+        Critic(4, 2, hidden=(10**7, 10**7))
+    with pytest.raises(InputError, match="; lower critics or"):
+        Critic(4, 2, critics=10**12)
 
 
 def test_critic_starts_from_xavier_uniform_per_network() -> None:

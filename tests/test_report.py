@@ -178,9 +178,9 @@ def test_held_out_numbers_equal_those_by_hand(run: Path) -> None:
     tensors = data[split_holdout(600, 0, SMALL)[1]]
     model = EnsembleDynamics.load(run)
     with torch.no_grad():
-        mean, variance = model.predict(tensors.observations, tensors.actions)
+        mean, logvar = model(torch.cat([tensors.observations, tensors.actions], -1))
     truth = torch.cat([tensors.next_observations - tensors.observations, tensors.rewards[:, None]], -1)
-    elites = model.elites.tolist()
+    variance, elites = logvar.exp(), model.elites.tolist()
     assert held_out.penalty == "max_aleatoric"
     np.testing.assert_allclose(held_out.penalties, variance.sum(-1).sqrt().max(0).values.numpy(), rtol=1e-4)
     errors = (sum(mean[e] for e in elites) / len(elites) - truth).norm(dim=-1)
@@ -202,8 +202,8 @@ def test_the_penalty_is_the_one_of_the_run(run: Path) -> None:
     model = EnsembleDynamics.load(run)
     rows = data[split_holdout(600, 0, SMALL)[1]]
     with torch.no_grad():
-        mean, variance = model.predict(rows.observations, rows.actions)
-    elites_only = variance[model.elites].sum(-1).sqrt().max(0).values.numpy()
+        mean, logvar = model(torch.cat([rows.observations, rows.actions], -1))
+    elites_only = logvar.exp()[model.elites].sum(-1).sqrt().max(0).values.numpy()
     np.testing.assert_allclose(held_out(penalty_members="elites").penalties, elites_only, rtol=1e-4)
     spread = mean[..., :-1].var(0, correction=0).mean(-1).sqrt().numpy()
     other = held_out(penalty="ensemble_std")

@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mopo_fast.config import DynamicsConfig, EvaluationConfig, RolloutConfig, SACConfig, TrainConfig
-from mopo_fast.data import collect
+from mopo_fast.data import load_dataset
+from mopo_fast.errors import InputError
+from mopo_fast.fit import fit_and_save
+from mopo_fast.train import train
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -58,8 +62,6 @@ def run(config: TrainConfig, out: Path, die_at: int | None = None) -> None:
                     os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(watch)
-    from mopo_fast.train import train
-
     train(config, out, resume=True, quiet=True)
 
 
@@ -77,10 +79,8 @@ def attempt(
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    path = tmp_path_factory.mktemp("data") / "hopper-random-local.hdf5"
-    collect("hopper-random", 600, out=path, quiet=True)
-    return dataclasses.replace(CONFIG, dataset=str(path))
+def config(hopper_data: Path) -> TrainConfig:
+    return dataclasses.replace(CONFIG, dataset=str(hopper_data))
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +120,32 @@ def assert_same(ours: Path, theirs: Path) -> None:
     board.Reload()
     for tag in ("sac/critic_loss", "rollout/penalty"):
         assert [event.step for event in board.Scalars(tag)] == [10, 20, 30, 40, 50, 60, 70, 75]
+
+
+def test_a_second_process_is_refused(config: TrainConfig, undisturbed: Path, tmp_path: Path) -> None:
+    """While the first is at work, here stopped in the middle; once it is killed, the run goes on."""
+    out = tmp_path / "run"
+    first = CONTEXT.Process(target=run, args=(config, out))
+    first.start()
+    try:
+        while not has_checkpoint(out):
+            assert first.is_alive()
+            time.sleep(0.005)
+        os.kill(first.pid, signal.SIGSTOP)
+        # As if it were about to rename this one.
+        (out / ".a.tmp").touch()
+        before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+        for resume in (True, False):
+            with pytest.raises(InputError, match=f"another process is at work in {out}"):
+                train(config, out, resume=resume, quiet=True)
+        with pytest.raises(InputError, match=f"another process is at work in {out}"):
+            fit_and_save(load_dataset(config.dataset, quiet=True), out, config=config.dynamics)
+        assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    finally:
+        first.kill()
+        first.join()
+    assert attempt(config, out) == 0
+    assert_same(out, undisturbed)
 
 
 def test_killed_twenty_times(config: TrainConfig, undisturbed: Path, tmp_path: Path) -> None:

@@ -39,10 +39,8 @@ CONFIG = TrainConfig(
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    path = tmp_path_factory.mktemp("data") / "hopper-random-local.hdf5"
-    collect("hopper-random", 600, out=path, quiet=True)
-    return dataclasses.replace(CONFIG, dataset=str(path))
+def config(hopper_data: Path) -> TrainConfig:
+    return dataclasses.replace(CONFIG, dataset=str(hopper_data))
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +199,24 @@ class TestResume:
         with pytest.raises(InputError, match=named):
             train(dataclasses.replace(config, **change), finished, resume=True, quiet=True)
 
+    def test_a_setting_that_the_run_did_not_have_is_refused(self, run: Path, config: TrainConfig) -> None:
+        written = json.loads((run / "config.json").read_text())
+        del written["sac"]["polyak"]
+        (run / "config.json").write_text(json.dumps(written))
+        with pytest.raises(InputError, match=r"sac.polyak = None, not 0.005"):
+            train(config, run, resume=True, quiet=True)
+
+    def test_a_run_begins_with_its_config(self, config: TrainConfig, tmp_path: Path) -> None:
+        write_config(tmp_path, config)
+        with pytest.raises(InputError, match="holds a run already"):
+            train(config, tmp_path, quiet=True)
+
+    def test_a_fit_by_another_seed_is_refused(self, run: Path, config: TrainConfig) -> None:
+        fit = json.loads((run / "fit.json").read_text())
+        (run / "fit.json").write_text(json.dumps(fit | {"seed": 2}))
+        with pytest.raises(InputError, match=r"fit.json was made with seed = 2, not 1"):
+            train(config, run, resume=True, quiet=True)
+
     def test_other_data_is_refused(self, run: Path, config: TrainConfig) -> None:
         path = Path(config.dataset)
         original = path.read_bytes()
@@ -307,7 +323,7 @@ class TestReuse:
 @pytest.mark.parametrize(
     "rollout",
     [
-        {"backend": "reference", "dtype": "float64"},
+        {"dtype": "float64"},
         {"penalty": "ensemble_std", "penalty_members": "elites", "horizon": 2, "retain_epochs": 3},
         {"termination": "hopper-authors", "penalty": "max_pairwise"},
     ],
@@ -322,11 +338,19 @@ def test_rollout_options_reach_the_engine(
     ours, default = rows(tmp_path / "run")[0], rows(finished)[0]
     if options.dtype == "float64":
         assert summary["backend"] == "reference"
-        # The same draws: only rounding differs.
+        # The cpu backend has no float64. The same draws: only rounding differs.
         assert float(ours["penalty"]) == pytest.approx(float(default["penalty"]), rel=1e-4)
     else:
         assert float(ours["penalty"]) != pytest.approx(float(default["penalty"]), rel=1e-2)
         assert int(ours["rows"]) <= 2 * options.batch_size
+
+
+def test_the_cosine_schedule_spans_the_run(finished: Path, config: TrainConfig, tmp_path: Path) -> None:
+    sac = dataclasses.replace(config.sac, actor_schedule="cosine")
+    train_alone(dataclasses.replace(config, sac=sac, dynamics_from=str(finished)), tmp_path / "run")
+    first, other = (load_file(out / "policy.safetensors") for out in (finished, tmp_path / "run"))
+    # As good as constant where it spanned much more than the run.
+    assert (first["weight_0"] - other["weight_0"]).abs().max() > 1e-4
 
 
 class TestResolve:
@@ -398,6 +422,11 @@ class TestResolve:
             ),
             ({"rollout": {"batch_size": 10**12}}, r"lower .*rollout\.batch_size"),
             ({"rollout": {"retain_epochs": 10**12}}, r"lower .*rollout\.retain_epochs"),
+            ({"dynamics": {"batch_size": 10**12}}, r"fit would take [\d,]+ GiB, .*; lower batch_size"),
+            ({"dynamics": {"hidden": (10**7, 10**7)}}, "fit would take .* members or hidden"),
+            ({"sac": {"batch_size": 10**12}}, r"SAC would take [\d,]+ GiB, .*; lower sac\.batch_size"),
+            ({"sac": {"hidden": (10**7, 10**7)}}, r"lower .*sac\.hidden"),
+            ({"sac": {"critics": 10**12}}, r"lower .*sac\.critics"),
             ({"sac": {"target_entropy": math.nan}}, r"sac\.target_entropy must be finite, got nan"),
             ({"sac": {"log_std_min": -math.inf}}, r"sac\.log_std_min must be finite, got -inf"),
             ({"sac": {"log_std_max": math.inf}}, r"sac\.log_std_max must be finite, got inf"),
@@ -407,9 +436,10 @@ class TestResolve:
     def test_refuses_before_anything_is_written(
         self, change: dict[str, Any], message: str, tmp_path: Path
     ) -> None:
-        name, value = next(iter(change.items()))
-        if isinstance(value, dict):
-            change = {name: dataclasses.replace(getattr(CONFIG, name), **value)}
+        change = {
+            name: dataclasses.replace(getattr(CONFIG, name), **value) if isinstance(value, dict) else value
+            for name, value in change.items()
+        }
         with pytest.raises(InputError, match=message):
             train(dataclasses.replace(CONFIG, **change), tmp_path / "run", quiet=True)
         assert not (tmp_path / "run").exists()
@@ -431,9 +461,19 @@ def test_actions_in_other_units_are_refused(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = load_dataset(config.dataset, quiet=True)
-    data.actions[3, 1] = -2.5
     monkeypatch.setattr("mopo_fast.train.load_dataset", lambda *_, **__: data)
-    with pytest.raises(InputError, match=r"actions reach 2.5; scale the environment's range to \[-1, 1\]"):
+    for action in (-2.5, 1.01):
+        data.actions[3, 1] = action
+        with pytest.raises(InputError, match=rf"actions reach {abs(action)}; scale .* range to \[-1, 1\]"):
+            train(config, tmp_path / "run", quiet=True)
+    # Rounding is no other unit.
+    data.actions[3, 1] = 1.0005
+
+    def past_the_check(*_: object) -> None:
+        raise InputError("past the check")
+
+    monkeypatch.setattr("mopo_fast.train._dynamics", past_the_check)
+    with pytest.raises(InputError, match="past the check"):
         train(config, tmp_path / "run", quiet=True)
 
 
@@ -444,7 +484,7 @@ def test_a_missing_data_set_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_refused(config: TrainConfig, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"cannot make the folder .*file/run"):
+    with pytest.raises(InputError, match=r"cannot work in .*file/run"):
         train(config, tmp_path / "file" / "run", quiet=True)
 
 

@@ -1,0 +1,85 @@
+"""One process at a time in a folder."""
+
+import contextlib
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mopo_fast.errors import InputError
+from mopo_fast.lock import locked
+
+HOLD = """
+import sys
+from mopo_fast.lock import locked
+with locked(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def held_elsewhere(folder: Path) -> Iterator[None]:
+    """Another process is at work in `folder`, and is killed with SIGKILL at the end."""
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == "held\n"
+            yield
+        finally:
+            process.kill()
+
+
+def test_another_process_is_refused_until_the_holder_is_killed(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "run"
+    with held_elsewhere(folder):
+        for _ in range(2):
+            with pytest.raises(InputError, match=rf"another process is at work in {folder}"), locked(folder):
+                pass
+        with locked(folder.parent):
+            pass
+    with locked(folder):
+        pass
+
+
+def test_who_holds_it_may_take_it_again_and_others_not(tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    def enter() -> None:
+        try:
+            with locked(tmp_path):
+                pass
+        except InputError as error:
+            refused.append(str(error))
+
+    def enter_in_a_thread() -> None:
+        thread = threading.Thread(target=enter)
+        thread.start()
+        thread.join()
+
+    with locked(tmp_path):
+        with locked(str(tmp_path)):
+            pass
+        # The inner one's end was not the outer one's.
+        enter_in_a_thread()
+        assert len(refused) == 1 and str(tmp_path) in refused[0]
+    enter_in_a_thread()
+    assert len(refused) == 1
+
+
+def test_an_error_inside_lets_go(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="mine"), locked(tmp_path):
+        raise OSError("mine")
+    with held_elsewhere(tmp_path):
+        pass
+
+
+def test_a_folder_that_cannot_be_locked_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "odd" / ".lock").mkdir(parents=True)
+    for folder in (tmp_path / "file", tmp_path / "odd", Path("/proc/nowhere")):
+        with pytest.raises(InputError, match=rf"cannot work in {folder}: .*; choose another"), locked(folder):
+            pass

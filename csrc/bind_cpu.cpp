@@ -40,7 +40,7 @@ std::pair<int64_t, int64_t> rollout(const std::string& isa, int64_t obs_dim, int
                                     uintptr_t low, uintptr_t high, const NetworkTuple& policy,
                                     float log_std_min, float log_std_max, uintptr_t actions, int64_t batch,
                                     uintptr_t start, uintptr_t rows, int64_t horizon, uint32_t first_step,
-                                    uint64_t seed, bool deterministic, bool keep_every_row,
+                                    uint64_t seed, bool deterministic, bool bfloat16, bool keep_every_row,
                                     const std::vector<uintptr_t>& out, int64_t capacity, int64_t head,
                                     uintptr_t mean, uintptr_t std, int threads) {
   const std::vector<mopo::Layer> dynamics_layers = layers(dynamics), policy_layers = layers(policy);
@@ -71,6 +71,7 @@ std::pair<int64_t, int64_t> rollout(const std::string& isa, int64_t obs_dim, int
   args.first_step = first_step;
   args.seed = seed;
   args.deterministic = deterministic;
+  args.bfloat16 = bfloat16;
   args.keep_every_row = keep_every_row;
   args.out = {pointer<float>(out[0]),  pointer<float>(out[1]),   pointer<float>(out[2]),
               pointer<float>(out[3]),  pointer<bool>(out[4]),    pointer<float>(out[5]),
@@ -195,8 +196,8 @@ PYBIND11_MODULE(_cpu, module) {
              arg("num_elites"), arg("penalty_members"), arg("num_penalty_members"), arg("penalty"),
              arg("penalty_coef"), arg("low"), arg("high"), arg("policy"), arg("log_std_min"),
              arg("log_std_max"), arg("actions"), arg("batch"), arg("start"), arg("rows"), arg("horizon"),
-             arg("first_step"), arg("seed"), arg("deterministic"), arg("keep_every_row"), arg("out"),
-             arg("capacity"), arg("head"), arg("mean"), arg("std"), arg("threads"),
+             arg("first_step"), arg("seed"), arg("deterministic"), arg("bfloat16"), arg("keep_every_row"),
+             arg("out"), arg("capacity"), arg("head"), arg("mean"), arg("std"), arg("threads"),
              "The fused rollout; see csrc/rollout.h. Gives (rows written, rollouts cut as not finite).");
   module.def("sac_updates", sac_updates, py::kw_only(), arg("isa"), arg("obs_dim"), arg("act_dim"),
              arg("critics"), arg("actor"), arg("critic"), arg("log_alpha"), arg("learning_rates"),

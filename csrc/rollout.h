@@ -67,6 +67,7 @@ struct RolloutArgs {
   uint32_t first_step;
   uint64_t seed;
   bool deterministic;
+  bool bfloat16;  // operands of the networks' products; sums and all else are float
 
   // One row per start state, ended or finite or not: what a single step returns.
   bool keep_every_row;

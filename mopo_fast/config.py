@@ -77,7 +77,8 @@ class RolloutConfig:
     """SAC updates between rollouts: one epoch."""
     retain_epochs: int = 5
     """The model buffer holds retain_epochs * horizon * batch_size transitions."""
-    dtype: Literal["float32", "float64"] = "float32"
+    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+    """bfloat16: of the factors of the networks' products; all else is float32."""
 
 
 @dataclass(frozen=True)

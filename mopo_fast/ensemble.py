@@ -33,18 +33,25 @@ def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
 
 
 def mlp(
-    x: torch.Tensor, weights: Iterable[torch.Tensor], biases: Iterable[torch.Tensor], activation: str
+    x: torch.Tensor,
+    weights: Iterable[torch.Tensor],
+    biases: Iterable[torch.Tensor],
+    activation: str,
+    operands: torch.dtype | None = None,
 ) -> torch.Tensor:
     """A multi-layer perceptron with a linear last layer.
 
     One network: x [batch, in], weights [in, out], biases [out]. Many at once: x [batch, in] or
-    [members, batch, in], weights [members, in, out], biases [members, out].
+    [members, batch, in], weights [members, in, out], biases [members, out]. The factors of a product are
+    rounded to `operands`, if any; its sums are not.
     """
     hidden = False
     for weight, bias in zip(weights, biases, strict=True):
         if hidden:
             x = activate(x, activation)
         hidden = True
+        if operands is not None:
+            x, weight = x.to(operands).to(x.dtype), weight.to(operands).to(weight.dtype)
         if weight.ndim == 2:
             x = torch.addmm(bias, x, weight)
         else:

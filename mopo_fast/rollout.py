@@ -33,7 +33,8 @@ from mopo_fast.tasks import BOXES, Box, make_box
 logger = logging.getLogger("mopo_fast")
 
 TerminationFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any]
-_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+# Of the arrays.
+_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
 
 
 class RolloutEngine:
@@ -46,7 +47,8 @@ class RolloutEngine:
         termination: a task's name, a `Box`, None (nothing ends an episode), or a function
             (observations, actions, next_observations) -> bool [batch], which is called step by step.
         backend: "auto", or one that `mopo-fast doctor` lists.
-        dtype: "float32" or "float64"; of all arrays and arithmetic.
+        dtype: "float32" or "float64", of all arrays and arithmetic; or "bfloat16", of the factors of the
+            networks' products alone, all else as with float32. Fast where the processor multiplies them.
         threads: of the CPU kernel; None: all cores that this process may use.
         penalty_members: whose predictions make the penalty, "all" (authors) or "elites" (Unifloral).
 
@@ -77,7 +79,7 @@ class RolloutEngine:
         self.ensemble = ensemble
         self.penalty, self.penalty_coef = penalty, float(penalty_coef)
         self.penalty_members = penalty_members
-        self.dtype = _DTYPES[dtype]
+        self.dtype, self.bfloat16 = _DTYPES[dtype], dtype == "bfloat16"
         self.device = ensemble.input_mean.device
         self.backend = backends.choose(backend, self.dtype, self.device)
         self.threads = resolve_threads(threads)
@@ -147,6 +149,7 @@ class RolloutEngine:
             _as_int64(seed),
             step,
             deterministic,
+            self.bfloat16,
             distributions,
             self.backend,
             self.threads,
@@ -218,7 +221,7 @@ class RolloutEngine:
                     f"{len(start)} rollouts of {horizon} steps can make {len(start) * horizon} transitions,"
                     f" the buffer holds {out.capacity}"
                 )
-        settings = Settings(seed, deterministic, self.threads)
+        settings = Settings(seed, deterministic, self.bfloat16, self.threads)
         run = self._fused if self.termination_function is None else self._by_steps
         count, cut = run(policy, start, rows, horizon, Destination(storage, head), settings)
         if cut:
@@ -264,6 +267,7 @@ class RolloutEngine:
             policy.log_std_max,
             _as_int64(settings.seed),
             settings.deterministic,
+            settings.bfloat16,
             self.backend,
             settings.threads,
         )
@@ -413,6 +417,7 @@ def _step_op(
     seed: int,
     step: int,
     deterministic: bool,
+    bfloat16: bool,
     distributions: bool,
     backend: str,
     threads: int,
@@ -437,7 +442,7 @@ def _step_op(
         rows,
         step,
         distributions,
-        Settings(seed % 2**64, deterministic, threads),
+        Settings(seed % 2**64, deterministic, bfloat16, threads),
     )
     mean, std = result.mean, result.std
     return (
@@ -455,8 +460,8 @@ def _step_op(
 @_step_op.register_fake
 def _(  # type: ignore[no-untyped-def]
     weights, biases, input_mean, input_std, max_logvar, min_logvar, elites, penalty_members, low, high,
-    observations, actions, rows, activation, penalty, penalty_coef, seed, step, deterministic, distributions,
-    backend, threads,
+    observations, actions, rows, activation, penalty, penalty_coef, seed, step, deterministic, bfloat16,
+    distributions, backend, threads,
 ):  # fmt: skip
     batch, members = observations.shape[0], weights[0].shape[0]
     distribution = (members, batch, observations.shape[1] + 1) if distributions else (0,)
@@ -508,6 +513,7 @@ def _rollout_op(
     log_std_max: float,
     seed: int,
     deterministic: bool,
+    bfloat16: bool,
     backend: str,
     threads: int,
 ) -> torch.Tensor:
@@ -528,7 +534,7 @@ def _rollout_op(
         rows,
         horizon,
         Destination(named, head),
-        Settings(seed % 2**64, deterministic, threads),
+        Settings(seed % 2**64, deterministic, bfloat16, threads),
     )
     return torch.tensor(counts)
 

@@ -54,6 +54,35 @@ def test_every_penalty(penalty, batch, members):
     check_step(RolloutEngine(ensemble, penalty=penalty, penalty_coef=0.7, penalty_members=members), batch)
 
 
+@pytest.mark.parametrize(
+    "ensemble",
+    [
+        make_ensemble(17, 6, hidden=(200,) * 4),
+        # Odd numbers of inputs: the last of them has no pair.
+        make_ensemble(3, 2, hidden=(33, 51), activation="tanh"),
+        make_ensemble(11, 3, hidden=(), members=2),
+        make_ensemble(376, 17, hidden=(50,), activation="relu", members=3),
+    ],
+    ids=["canonical", "odd", "linear", "humanoid"],
+)
+def test_bfloat16(ensemble):
+    engine = RolloutEngine(ensemble, dtype="bfloat16", penalty="mixture_std")
+    observations, actions = inputs(1000, ensemble.obs_dim, ensemble.act_dim)
+    call = {"seed": 5, "distributions": True}
+    kernel = engine.step(observations, actions, **call)
+    same, float32 = (
+        oracle(engine, dtype).step(observations, actions, **call) for dtype in ("bfloat16", "float32")
+    )
+    exact = oracle(engine, "float64").step(observations.double(), actions.double(), **call)
+    for name in ("next_observations", "rewards", "raw_rewards", "penalties", "mean", "std"):
+        ours, theirs, plain, truth = (getattr(result, name) for result in (kernel, same, float32, exact))
+        assert_as_accurate(ours, theirs, truth, name)
+        # The roundings of the factors are the same ones, and far larger than those of the sums.
+        error = (theirs - truth).norm()
+        assert (ours - theirs).norm() < 0.5 * error, name
+        assert error > 30.0 * (plain - truth).norm(), name
+
+
 @pytest.mark.parametrize(("obs_dim", "act_dim"), SHAPES)
 @pytest.mark.parametrize("batch", [1, 7, 1000])
 def test_every_shape(obs_dim, act_dim, batch):
@@ -86,10 +115,10 @@ def narrow_box(obs_dim: int) -> Box:
     return make_box(obs_dim, {0: (-1.8, 2.5), 1: (-3.0, 1.6)})
 
 
-@pytest.fixture
-def rollout():
+@pytest.fixture(params=["float32", "bfloat16"])
+def rollout(request):
     """An engine, a policy and start states whose rollouts end at every step."""
-    engine = RolloutEngine(make_ensemble(11, 3), termination=narrow_box(11), threads=2)
+    engine = RolloutEngine(make_ensemble(11, 3), termination=narrow_box(11), threads=2, dtype=request.param)
     return engine, make_policy(11, 3), inputs(1003, 11, 3)[0]
 
 
@@ -101,6 +130,7 @@ def assert_same(a, b):
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("rollout", ["float32"], indirect=True)
 def test_rollout_against_the_oracle(rollout, penalty):
     engine, policy, start = rollout
     engine = RolloutEngine(engine.ensemble, penalty=penalty, termination=narrow_box(11))
@@ -135,7 +165,8 @@ def test_rollout_is_made_of_steps(rollout):
 @pytest.mark.parametrize("threads", [1, 3, 8])
 def test_threads_do_not_matter(rollout, threads):
     engine, policy, start = rollout
-    other = RolloutEngine(engine.ensemble, termination=narrow_box(11), threads=threads)
+    dtype = "bfloat16" if engine.bfloat16 else "float32"
+    other = RolloutEngine(engine.ensemble, termination=narrow_box(11), threads=threads, dtype=dtype)
     assert_same(engine.rollout(policy, start, 5, seed=1), other.rollout(policy, start, 5, seed=1))
 
 
@@ -201,6 +232,7 @@ def test_what_is_not_finite_is_not_kept(member):
         assert torch.equal(step.terminals, ~finite) and not finite.all()
 
 
+@pytest.mark.parametrize("rollout", ["float32"], indirect=True)
 def test_log_std_is_clipped(rollout):
     engine, policy, start = rollout
     with torch.no_grad():

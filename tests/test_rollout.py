@@ -228,7 +228,7 @@ def test_step_operator(engine, distributions):
     *dynamics, activation = engine._dynamics()
     arguments = (
         *dynamics, observations, actions, torch.arange(6),
-        activation, "max_aleatoric", 1.0, 5, 0, False, distributions, engine.backend, 1,
+        activation, "max_aleatoric", 1.0, 5, 0, False, False, distributions, engine.backend, 1,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.mopo_fast.step.default, arguments)
 
@@ -241,7 +241,7 @@ def test_rollout_operator(engine):
         *dynamics, list(policy.weights), list(policy.biases), start, torch.arange(6),
         storage.observations, storage.actions, storage.rewards, storage.next_observations,
         storage.terminals, storage.raw_rewards, None, None, None, None, 0, 3,
-        activation, "max_aleatoric", 1.0, "relu", -20.0, 2.0, 5, False, engine.backend, 1,
+        activation, "max_aleatoric", 1.0, "relu", -20.0, 2.0, 5, False, False, engine.backend, 1,
     )  # fmt: skip
     arguments = tuple(
         [tensor.detach() for tensor in value] if isinstance(value, list) else value for value in arguments
@@ -256,7 +256,7 @@ def test_step_compiles_without_a_graph_break(engine):
     def double(observations):
         result = torch.ops.mopo_fast.step(
             *dynamics, observations * 1.0, actions, torch.arange(6),
-            activation, "max_aleatoric", 1.0, 5, 0, False, False, engine.backend, 1,
+            activation, "max_aleatoric", 1.0, 5, 0, False, False, False, engine.backend, 1,
         )  # fmt: skip
         return result[0] * 2.0
 

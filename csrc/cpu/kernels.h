@@ -10,8 +10,9 @@
 
 namespace mopo {
 
-// A network's weights for the micro-kernel: per member and layer [padded(out) / block][in][block], then its
-// biases [padded(out)]. offset[layer] counts floats from the member's start.
+// A network's weights for the micro-kernel: per member and layer [padded(out) / block][words(in)][block], a
+// word being a float or two bfloat16 of consecutive inputs; then its biases [padded(out)]. offset[layer]
+// counts words from the member's start.
 struct PackedNetwork {
   const float* data;
   int64_t member_stride;
@@ -119,6 +120,7 @@ extern const Kernels kPortableKernels;
 #ifdef MOPO_FAST_X86
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512Bf16Kernels;
 #endif
 
 }  // namespace mopo

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <cmath>
 #include <condition_variable>
 #include <cstring>
@@ -13,13 +14,21 @@
 namespace mopo {
 namespace {
 
+// To nearest, ties to even; a NaN stays one.
+uint32_t round_to_bfloat16(float x) {
+  if (x != x) return 0x7fc0;
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
 class Packed {
  public:
-  Packed(const Network& network, int64_t block) : network_(network), block_(block), offset_(network.depth) {
+  Packed(const Network& network, int64_t block, bool bfloat16)
+      : network_(network), block_(block), terms_(bfloat16 ? 2 : 1), offset_(network.depth) {
     int64_t stride = 0;
     for (int64_t l = 0; l < network.depth; ++l) {
       offset_[l] = stride;
-      stride += (network.layers[l].in + 1) * width(l);
+      stride += (round_up(network.layers[l].in, terms_) / terms_ + 1) * width(l);
     }
     float* data = nullptr;
     arena_.take(data, stride * network.networks);
@@ -41,17 +50,26 @@ class Packed {
     const float* bias = layer.bias + member * layer.out;
     for (int64_t n = 0; n < width(l); n += block_) {
       const int64_t real = std::min(block_, layer.out - n);
-      for (int64_t k = 0; k < layer.in; ++k, to += block_) {
+      for (int64_t k = 0; k < layer.in; k += terms_, to += block_) {
+        const float* first = weight + k * layer.out + n;
         std::fill(to, to + block_, 0.0f);
-        std::copy_n(weight + k * layer.out + n, real, to);
+        if (terms_ == 1)
+          std::copy_n(first, real, to);
+        else
+          for (int64_t j = 0; j < real; ++j)
+            to[j] = pair(first[j], k + 1 < layer.in ? first[layer.out + j] : 0.0f);
       }
     }
     std::fill(to, to + width(l), 0.0f);
     std::copy_n(bias, layer.out, to);
   }
 
+  static float pair(float first, float second) {
+    return std::bit_cast<float>(round_to_bfloat16(first) | round_to_bfloat16(second) << 16);
+  }
+
   const Network& network_;
-  const int64_t block_;
+  const int64_t block_, terms_;
   std::vector<int64_t> offset_;
   Arena arena_;
   PackedNetwork view_{};
@@ -153,7 +171,8 @@ void commit(const RolloutArgs& args, const RolloutWorkspace& ws, int64_t rows, i
 }  // namespace
 
 RolloutCounts rollout(const RolloutArgs& args, const Kernels& kernels) {
-  const Packed dynamics(args.dynamics, kernels.block), policy(args.policy, kernels.block);
+  const Packed dynamics(args.dynamics, kernels.block, args.bfloat16);
+  const Packed policy(args.policy, kernels.block, args.bfloat16);
   std::vector<float> inverse_std, exp_minus_max, exp_min;
   for (int64_t d = 0; d < args.obs_dim + args.act_dim; ++d) inverse_std.push_back(1.0f / args.input_std[d]);
   for (int64_t d = 0; d <= args.obs_dim; ++d) {

@@ -2,18 +2,25 @@
 
 static vi is_finite(vf x) { return (float_to_bits(x) & 0x7f800000) != 0x7f800000; }
 
-template <Activation activation>
+template <class Operand, Activation activation>
 static void network_tile(const Network& network, const PackedNetwork& packed, int64_t member, const float* in,
                          float* here, float* there, float* out) {
   const float* data = packed.data + member * packed.member_stride;
+  if constexpr (Operand::kTerms == 2) {
+    convert_to_pairs(in, network.layers[0].in, there);
+    in = there;
+  }
   for (int64_t l = 0; l < network.depth; ++l) {
     const Layer& layer = network.layers[l];
     const float* weight = data + packed.offset[l];
-    const float* bias = weight + layer.in * padded(layer.out);
+    const float* bias = weight + words(layer.in, Operand::kTerms) * padded(layer.out);
     if (l + 1 == network.depth) {
-      layer_tile(in, layer.in, weight, bias, layer.out, out, [](vf x) { return x; });
+      layer_tile<Operand>(in, layer.in, weight, bias, layer.out,
+                          [&](int64_t n, int v, vf(&outputs)[kBlock]) { write_floats(out, n, v, outputs); });
     } else {
-      layer_tile(in, layer.in, weight, bias, layer.out, here, activate<activation>);
+      layer_tile<Operand>(in, layer.in, weight, bias, layer.out, [&](int64_t n, int v, vf(&outputs)[kBlock]) {
+        write_operands<Operand, activation>(here, n, v, outputs);
+      });
       in = here;
       here = there;
       there = const_cast<float*>(in);
@@ -21,16 +28,17 @@ static void network_tile(const Network& network, const PackedNetwork& packed, in
   }
 }
 
+template <class Operand>
 static void network_tile(const Network& network, const PackedNetwork& packed, int64_t member, const float* in,
                          RolloutWorkspace& ws, float* out) {
   const auto run = [&](auto kernel) { kernel(network, packed, member, in, ws.layer_in, ws.layer_out, out); };
   switch (network.activation) {
     case Activation::kSilu:
-      return run(network_tile<Activation::kSilu>);
+      return run(network_tile<Operand, Activation::kSilu>);
     case Activation::kRelu:
-      return run(network_tile<Activation::kRelu>);
+      return run(network_tile<Operand, Activation::kRelu>);
     case Activation::kTanh:
-      return run(network_tile<Activation::kTanh>);
+      return run(network_tile<Operand, Activation::kTanh>);
   }
 }
 
@@ -72,7 +80,7 @@ struct Chunk {
       // Member outside, tile inside: a member's weights stay in the second-level cache.
       for (int64_t member = 0; member < args.dynamics.networks; ++member)
         for (int64_t tile = 0; tile < tiles(); ++tile)
-          network_tile(args.dynamics, plan.dynamics, member, inputs(tile), ws, predictions(tile, member));
+          evaluate(args.dynamics, plan.dynamics, member, inputs(tile), predictions(tile, member));
       int64_t survivors = 0;
       for (int64_t tile = 0; tile < tiles(); ++tile) survivors = finish(tile, survivors);
       int64_t* ended = ws.alive;
@@ -80,6 +88,11 @@ struct Chunk {
       ws.survivors = ended;
       alive = survivors;
     }
+  }
+
+  void evaluate(const Network& network, const PackedNetwork& packed, int64_t member, const float* in,
+                float* out) const {
+    (args.bfloat16 ? network_tile<BFloat16> : network_tile<Float32>)(network, packed, member, in, ws, out);
   }
 
   void load_observations(int64_t tile) const {
@@ -103,7 +116,7 @@ struct Chunk {
   void act(int64_t tile) const {
     // The means and log stds are written where the first member's predictions will be.
     float* heads = predictions(tile, 0);
-    network_tile(args.policy, plan.policy, 0, observations(tile), ws, heads);
+    evaluate(args.policy, plan.policy, 0, observations(tile), heads);
     if (!args.deterministic) draw_normals(tile, kActionStream, args.act_dim);
     for (int64_t i = 0; i < args.act_dim * kTile; i += W) {
       vf x = load(heads + i);

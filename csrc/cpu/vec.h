@@ -12,6 +12,8 @@ MOPO_INLINE vf broadcast(float x) { return x - vf{}; }
 MOPO_INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 MOPO_INLINE vi to_int(vf x) { return __builtin_convertvector(x, vi); }
 MOPO_INLINE vf bits_to_float(vi x) { return reinterpret_cast<vf>(x); }
+// The same bits in every lane, whatever number they are.
+MOPO_INLINE vf broadcast_bits(float x) { return bits_to_float(vi{} + __builtin_bit_cast(int32_t, x)); }
 MOPO_INLINE vi float_to_bits(vf x) { return reinterpret_cast<vi>(x); }
 // mask lanes are 0 or -1, as comparisons give them.
 MOPO_INLINE vf select(vi mask, vf yes, vf no) {
@@ -21,4 +23,33 @@ MOPO_INLINE vf sqrt(vf x) {
   vf result;
   for (int lane = 0; lane < W; ++lane) result[lane] = __builtin_sqrtf(x[lane]);
   return result;
+}
+
+// Two bfloat16 a word, the first in the lower half.
+#ifdef MOPO_BFLOAT16
+MOPO_INLINE vi round_to_bfloat16(vf x) {
+  typedef uint16_t narrow __attribute__((vector_size(MOPO_WIDTH * 2)));
+  return __builtin_convertvector((narrow)_mm512_cvtneps_pbh((__m512)x), vi);
+}
+MOPO_INLINE vf add_products(vf sum, vf pairs, float weights) {
+  return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)pairs, (__m512bh)_mm512_set1_ps(weights));
+}
+#else
+// To nearest, ties to even; a NaN stays one.
+MOPO_INLINE vi round_to_bfloat16(vf x) {
+  typedef uint32_t vu __attribute__((vector_size(MOPO_WIDTH * 4)));
+  const vu bits = reinterpret_cast<vu>(x);
+  const vi rounded = reinterpret_cast<vi>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  const vi is_nan = x != x;
+  return (is_nan & 0x7fc0) | (~is_nan & rounded);
+}
+MOPO_INLINE vf add_products(vf sum, vf pairs, float weights) {
+  const vi x = float_to_bits(pairs), y = float_to_bits(broadcast_bits(weights));
+  const int32_t high = static_cast<int32_t>(0xffff0000);
+  return sum + bits_to_float(x << 16) * bits_to_float(y << 16) +
+         bits_to_float(x & high) * bits_to_float(y & high);
+}
+#endif
+MOPO_INLINE vf pack_pair(vf first, vf second) {
+  return bits_to_float(round_to_bfloat16(first) | (round_to_bfloat16(second) << 16));
 }

@@ -78,12 +78,19 @@ class Settings:
     Attributes:
         seed: unsigned 64 bits, key of the random numbers.
         deterministic: no noise, the mean over all members.
+        bfloat16: both factors of every product in the networks are rounded to it; sums and all else are not.
         threads: of a CPU kernel.
     """
 
     seed: int
     deterministic: bool
+    bfloat16: bool
     threads: int
+
+    @property
+    def operands(self) -> torch.dtype | None:
+        """What the factors of a product are rounded to."""
+        return torch.bfloat16 if self.bfloat16 else None
 
 
 # The arrays of `Transitions` that a rollout fills, in the order of the kernels' interface.

@@ -119,6 +119,7 @@ def _run(
         first_step=first_step,
         seed=settings.seed,
         deterministic=settings.deterministic,
+        bfloat16=settings.bfloat16,
         keep_every_row=policy is None,
         out=addresses,
         capacity=out.capacity,

@@ -29,12 +29,16 @@ _CHUNK = 2000
 
 
 def predict(
-    dynamics: DynamicsArrays, observations: torch.Tensor, actions: torch.Tensor
+    dynamics: DynamicsArrays,
+    observations: torch.Tensor,
+    actions: torch.Tensor,
+    operands: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Means and variances of (delta obs, reward), each [members, batch, obs_dim + 1]."""
     inputs = torch.cat([observations, actions], dim=-1)
     x = (inputs - dynamics.input_mean) / dynamics.input_std
-    mean, logvar = mlp(x, dynamics.weights, dynamics.biases, dynamics.activation).chunk(2, dim=-1)
+    heads = mlp(x, dynamics.weights, dynamics.biases, dynamics.activation, operands)
+    mean, logvar = heads.chunk(2, dim=-1)
     return mean, soft_clamp_variance(logvar, dynamics.max_logvar, dynamics.min_logvar)
 
 
@@ -66,7 +70,8 @@ def act(
     policy: PolicyArrays, observations: torch.Tensor, rows: torch.Tensor, step: int, settings: Settings
 ) -> torch.Tensor:
     """The policy's actions [batch, act_dim] with the rollout's own noise."""
-    mean, log_std = mlp(observations, policy.weights, policy.biases, policy.activation).chunk(2, dim=-1)
+    heads = mlp(observations, policy.weights, policy.biases, policy.activation, settings.operands)
+    mean, log_std = heads.chunk(2, dim=-1)
     if settings.deterministic:
         return torch.tanh(mean)
     noise = random_normals(rows, step, ACTION_STREAM, mean.shape[1], settings.seed, mean.dtype)
@@ -82,7 +87,7 @@ def _step(
     step: int,
     settings: Settings,
 ) -> StepResult:
-    mean, variance = predict(dynamics, observations, actions)
+    mean, variance = predict(dynamics, observations, actions, settings.operands)
     chosen = dynamics.penalty_members
     penalties = penalise(dynamics.penalty, mean[chosen], variance[chosen])
     if settings.deterministic:

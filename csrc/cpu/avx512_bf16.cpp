@@ -1,0 +1,10 @@
+// AVX-512 with products of bfloat16 pairs; otherwise as avx512.cpp.
+#include <immintrin.h>
+#define MOPO_ISA avx512_bf16
+#define MOPO_NAME "avx512_bf16"
+#define MOPO_KERNELS kAvx512Bf16Kernels
+#define MOPO_WIDTH 16
+#define MOPO_BLOCK 8
+#define MOPO_ROWS 12
+#define MOPO_BFLOAT16
+#include "kernels.inl"

@@ -51,14 +51,13 @@ def compare(
         json: By default benchmarks/results/KERNEL-cpu-ISA.json.
         quiet: No progress bar.
     """
-    threads = resolve_threads(threads)
+    threads, findings = resolve_threads(threads), examine()
     # JAX takes every core that the process may use.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     options = {"baselines": BASELINES[kernel]} if BASELINES[kernel] else {}
     rows = bench(kernel, backend="cpu", rounds=rounds, threads=threads, quiet=quiet, **options)
     for row in rows:
         print(row.text())
-    findings = examine()
     path = json or Path(__file__).parent / "results" / f"{kernel}-cpu-{findings.machine.isa}.json"
     record = {
         "command": " ".join(["python -m benchmarks.compare", *sys.argv[1:]]),

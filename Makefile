@@ -46,9 +46,15 @@ format: $(INSTALLED)
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CPP)
 
-bench: $(INSTALLED)
-	$(BIN)/mopo-fast bench rollout
+# JAX is for the benchmarks alone. The timed ones run once the baselines are known to do the same work.
+$(VENV)/.installed-bench: $(INSTALLED)
+	$(BIN)/python -m pip install --no-compile --editable '.[bench]'
+	touch $@
+
+bench: $(VENV)/.installed-bench
+	$(BIN)/python -m pytest benchmarks/test_*.py
 	$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-columns=median,iqr,rounds
+	for kernel in rollout sac fit; do $(BIN)/python -m benchmarks.compare $$kernel || exit 1; done
 
 # The extension with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package of its own.
 SANITIZED := build/sanitized

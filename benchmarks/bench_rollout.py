@@ -1,7 +1,7 @@
 """The rollout's entry points, backend beside backend: `make bench` shows them in one table a group.
 
-Times of one table are comparable as far as the machine was steady; `mopo-fast bench rollout` interleaves the
-backends and gives ratios.
+Times of one table are comparable as far as the machine was steady; `python -m benchmarks.compare rollout`
+interleaves the backends and gives ratios.
 """
 
 import pytest

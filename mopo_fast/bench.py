@@ -6,18 +6,30 @@ Programs timed one after the other are not comparable where the machine's speed 
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
+from mopo_fast.buffer import RingBuffer
+from mopo_fast.config import DynamicsConfig, SACConfig
+from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
+from mopo_fast.fit import Fit
 from mopo_fast.machine import resolve_threads
 from mopo_fast.policy import Actor
 from mopo_fast.progress import progress_bar
 from mopo_fast.rollout import RolloutEngine
+from mopo_fast.sac import SAC
+
+# Sizes of the square matrices whose product is the peak: the best differs from machine to machine.
+_PEAK_SIZES = (256, 1024, 2048)
+
+# Does a round's work once.
+Contender = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -34,9 +46,9 @@ class Row:
     gflops: float
     """Arithmetic of the networks alone, two per multiply-add, / 1e9 per second."""
     share_of_peak: float
-    """Of what torch's own matrix product reached between the same rounds, on the same threads."""
+    """Of the best of torch's own matrix products between the same rounds, on the same threads."""
     baselines: dict[str, float]
-    """rate over that of each baseline in the same rounds."""
+    """Of the first contender: its rate over that of each other in the same rounds."""
 
     def text(self) -> str:
         """For people, one line."""
@@ -47,92 +59,304 @@ class Row:
         )
 
 
-def bench_rollout(
+@dataclass(frozen=True)
+class Work:
+    """What every contender does in a round.
+
+    Attributes:
+        kernel, shape, unit: as in `Row`.
+        amount: how many of the unit's things a round does.
+        flop: arithmetic of the networks for one of them.
+        threads: that every contender may use.
+        contenders: by name, the one that the others are baselines of first.
+    """
+
+    kernel: str
+    shape: dict[str, Any]
+    unit: str
+    amount: int
+    flop: float
+    threads: int
+    contenders: dict[str, Contender]
+
+
+def rollout_work(
     *,
     backend: str = "auto",
     obs_dim: int = 17,
     act_dim: int = 6,
     starts: int = 50_000,
     horizon: int = 5,
-    rounds: int = 5,
     threads: int | None = None,
-    quiet: bool = False,
-) -> list[Row]:
+) -> Work:
     """Penalised rollouts, the canonical shape by default: 7 members of 4 x 200, policy of 2 x 256.
 
-    Networks are drawn at random, nothing ends an episode. The reference backend is the baseline.
-
-    Returns:
-        A row for `backend` and one for the reference.
+    Networks are drawn at random, nothing ends an episode.
 
     Raises:
         InputError: a number out of range, or a backend that cannot serve.
     """
-    for name, value in {"starts": starts, "horizon": horizon, "rounds": rounds}.items():
-        if value < 1:
-            raise InputError(f"--{name} must be at least 1, got {value}")
+    _check_positive(obs_dim=obs_dim, act_dim=act_dim, starts=starts, horizon=horizon)
     threads = resolve_threads(threads)
     generator = torch.Generator().manual_seed(0)
     ensemble = EnsembleDynamics(obs_dim, act_dim, generator=generator)
     actor = Actor(obs_dim, act_dim, generator=generator)
     start = torch.randn(starts, obs_dim, generator=generator)
-    matrix = torch.randn(2048, 2048, generator=generator)
     engines = [RolloutEngine(ensemble, backend=name, threads=threads) for name in (backend, "reference")]
+    return Work(
+        kernel="rollout",
+        shape={
+            "obs_dim": obs_dim,
+            "act_dim": act_dim,
+            "starts": starts,
+            "horizon": horizon,
+            "members": ensemble.members,
+            "hidden": list(ensemble.hidden),
+            "policy_hidden": list(actor.hidden),
+        },
+        unit="transitions/s",
+        amount=starts * horizon,
+        flop=2.0 * (_forward_macs(ensemble.weights) + _forward_macs(actor.weights)),
+        threads=threads,
+        contenders={
+            engine.backend: partial(engine.rollout, actor, start, horizon, seed=0) for engine in engines
+        },
+    )
 
-    def runs(engine: RolloutEngine, start: torch.Tensor) -> Callable[[], object]:
-        return lambda: engine.rollout(actor, start, horizon, seed=0)
 
-    contenders = {engine.backend: runs(engine, start) for engine in engines}
-    contenders["torch.mm"] = lambda: torch.mm(matrix, matrix)
-    with _torch_threads(threads):
-        for engine in engines:
-            runs(engine, start[:256])()
-        seconds = _interleave(contenders, rounds, "bench rollout: rounds", quiet)
+def sac_work(
+    *,
+    backend: str = "auto",
+    obs_dim: int = 17,
+    act_dim: int = 6,
+    updates: int = 100,
+    config: SACConfig | None = None,
+    real_rows: int = 200_000,
+    model_rows: int = 1_250_000,
+    threads: int | None = None,
+    baselines: Mapping[str, Callable[[SAC, Transitions, RingBuffer, int], Contender]] | None = None,
+) -> Work:
+    """SAC updates, sampling included, the canonical shape by default: actor and 2 critics of 2 x 256.
 
-    peak = 2.0 * len(matrix) ** 3 / seconds.pop("torch.mm")
-    flop = 2.0 * sum(weight.numel() for weight in (*ensemble.weights, *actor.weights))
-    rates = {name: starts * horizon / median for name, median in seconds.items()}
-    shape = {
-        "obs_dim": obs_dim,
-        "act_dim": act_dim,
-        "starts": starts,
-        "horizon": horizon,
-        "members": ensemble.members,
-        "hidden": list(ensemble.hidden),
-        "policy_hidden": list(actor.hidden),
-        "threads": threads,
-        "rounds": rounds,
-    }
+    Data are drawn at random: `real_rows` transitions, and a full buffer of `model_rows`.
+
+    Args:
+        baselines: more contenders, each made of a fresh SAC, the data, the buffer and the updates of a round.
+
+    Raises:
+        InputError: a number out of range, or a backend that cannot serve.
+    """
+    _check_positive(obs_dim=obs_dim, act_dim=act_dim, updates=updates)
+    threads = resolve_threads(threads)
+
+    def fresh(backend: str) -> SAC:
+        return SAC(obs_dim, act_dim, config, backend=backend, threads=threads)
+
+    learners = [fresh(name) for name in (backend, "reference")]
+    data = _random_transitions(real_rows, obs_dim, act_dim)
+    buffer = RingBuffer(model_rows, obs_dim, act_dim)
+    _randomise(buffer.storage)
+    buffer.advance(model_rows)
+
+    def updating(sac: SAC) -> Contender:
+        return lambda: sac.update_many(data, buffer, updates, seed=sac.updates)
+
+    contenders = {sac.backend: updating(sac) for sac in learners}
+    for name, make in (baselines or {}).items():
+        contenders[name] = make(fresh("reference"), data, buffer, updates)
+    sac = learners[0]
+    return Work(
+        kernel="sac",
+        shape={
+            "obs_dim": obs_dim,
+            "act_dim": act_dim,
+            "critics": sac.config.critics,
+            "hidden": list(sac.config.hidden),
+            "batch": list(sac.batch_rows),
+            "rows": [real_rows, model_rows],
+            "updates": updates,
+        },
+        unit="updates/s",
+        amount=updates,
+        flop=sac_flop(sac),
+        threads=threads,
+        contenders=contenders,
+    )
+
+
+def fit_work(
+    *,
+    backend: str = "auto",
+    obs_dim: int = 17,
+    act_dim: int = 6,
+    steps: int = 64,
+    config: DynamicsConfig | None = None,
+    rows: int = 200_000,
+    threads: int | None = None,
+    baselines: Mapping[str, Callable[[Fit, torch.Tensor], Contender]] | None = None,
+) -> Work:
+    """Steps of the ensemble's fit, gathering included, the canonical shape by default: 7 members of 4 x 200.
+
+    Data are drawn at random, `rows` transitions.
+
+    Args:
+        baselines: more contenders, each made of a fresh fit and the rows [members, count] of a round.
+
+    Raises:
+        InputError: a number out of range, or a backend that cannot serve.
+    """
+    _check_positive(obs_dim=obs_dim, act_dim=act_dim, steps=steps)
+    threads, config = resolve_threads(threads), config or DynamicsConfig()
+    data = _random_transitions(rows, obs_dim, act_dim)
+
+    def fresh(backend: str) -> Fit:
+        return Fit(data, 0, config, "cpu", backend, threads)
+
+    fits = [fresh(name) for name in (backend, "reference")]
+    size = (config.members, steps * config.batch_size)
+    drawn = torch.randint(len(fits[0].inputs), size, generator=torch.Generator().manual_seed(0))
+    contenders: dict[str, Contender] = {fit.backend: partial(fit.steps, drawn) for fit in fits}
+    for name, make in (baselines or {}).items():
+        contenders[name] = make(fresh("reference"), drawn)
+    return Work(
+        kernel="fit",
+        shape={
+            "obs_dim": obs_dim,
+            "act_dim": act_dim,
+            "members": config.members,
+            "hidden": list(config.hidden),
+            "batch": config.batch_size,
+            "rows": rows,
+            "steps": steps,
+        },
+        unit="samples*members/s",
+        amount=drawn.numel(),
+        flop=2.0 * _training_macs(fits[0].model.weights) / config.members,
+        threads=threads,
+        contenders=contenders,
+    )
+
+
+WORKS: dict[str, Callable[..., Work]] = {"rollout": rollout_work, "sac": sac_work, "fit": fit_work}
+
+
+def bench(kernel: str, *, rounds: int = 5, quiet: bool = False, **options: Any) -> list[Row]:
+    """Measure a kernel of `WORKS`, its function's `options` given, against the PyTorch reference.
+
+    Returns:
+        A row for each contender, as `measure`.
+
+    Raises:
+        InputError: a number out of range, or a backend that cannot serve.
+    """
+    _check_positive(rounds=rounds)
+    return measure(WORKS[kernel](**options), rounds=rounds, quiet=quiet)
+
+
+def measure(work: Work, *, rounds: int, quiet: bool = False) -> list[Row]:
+    """A row for each contender of `work`, from medians over `rounds` in turn; one more round warms up."""
+    peaks = {f"torch.mm {size}": _product(size) for size in _PEAK_SIZES}
+    contenders = work.contenders | {name: run for name, (run, _) in peaks.items()}
+    with _torch_threads(work.threads):
+        seconds = _interleave(contenders, rounds, f"bench {work.kernel}: rounds", quiet)
+    peak = max(flop / seconds[name] for name, (_, flop) in peaks.items())
+    rates = {name: work.amount / seconds[name] for name in work.contenders}
+    first, *others = rates
     return [
         Row(
-            kernel="rollout",
+            kernel=work.kernel,
             backend=name,
             device="cpu",
             dtype="float32",
-            shape=shape,
+            shape=work.shape | {"threads": work.threads, "rounds": rounds},
             rate=rate,
-            unit="transitions/s",
-            gflops=rate * flop / 1e9,
-            share_of_peak=rate * flop / peak,
-            baselines={} if name == "reference" else {"reference": rate / rates["reference"]},
+            unit=work.unit,
+            gflops=rate * work.flop / 1e9,
+            share_of_peak=rate * work.flop / peak,
+            baselines={other: rate / rates[other] for other in others} if name == first else {},
         )
         for name, rate in rates.items()
     ]
 
 
+def sac_flop(sac: SAC) -> float:
+    """Arithmetic of the matrix products of one update, those that its gradients need."""
+    actor, critic, actions = sac.actor.weights, sac.critic.weights, sac.actor.act_dim
+    critics, inputs, outputs = critic[0].shape
+    # Through the critics, but not to their weights, and in the first layer to the actions alone.
+    to_actions = _forward_macs(critic) - (inputs - actions) * outputs * critics
+    next_value = _forward_macs(actor) + _forward_macs(critic)
+    critics_step = _training_macs(critic)
+    actor_step = _training_macs(actor) + _forward_macs(critic) + to_actions
+    macs: int = next_value + critics_step + actor_step
+    return 2.0 * sac.config.batch_size * macs
+
+
+def _forward_macs(weights: Iterable[torch.Tensor]) -> int:
+    """Multiply-adds of a row through these layers."""
+    return sum(weight.numel() for weight in weights)
+
+
+def _training_macs(weights: Iterable[torch.Tensor]) -> int:
+    """Forwards, and backwards to weights and to inputs; the gradient of the first input nobody needs."""
+    first, *others = weights
+    return 2 * first.numel() + 3 * _forward_macs(others)
+
+
+def _check_positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+
+
+def _random_transitions(count: int, obs_dim: int, act_dim: int) -> Transitions:
+    data = Transitions(
+        observations=torch.empty(count, obs_dim),
+        actions=torch.empty(count, act_dim),
+        rewards=torch.empty(count),
+        next_observations=torch.empty(count, obs_dim),
+        terminals=torch.empty(count, dtype=torch.bool),
+    )
+    _randomise(data)
+    return data
+
+
+def _randomise(data: Transitions) -> None:
+    """Standard normals, actions squashed, one row in a hundred terminal."""
+    generator = torch.Generator().manual_seed(0)
+    for array in data.arrays().values():
+        if array.dtype == torch.bool:
+            array.bernoulli_(0.01, generator=generator)
+        else:
+            array.normal_(generator=generator)
+    data.actions.tanh_()
+
+
+def _product(size: int) -> tuple[Contender, float]:
+    """torch.mm of square matrices, often enough to be timed, and its arithmetic."""
+    left, right = torch.randn(2, size, size, generator=torch.Generator().manual_seed(0))
+    out, times = torch.empty(size, size), max(1, (1024 // size) ** 3)
+
+    def run() -> None:
+        for _ in range(times):
+            torch.mm(left, right, out=out)
+
+    return run, times * 2.0 * size**3
+
+
 def _interleave(
-    contenders: dict[str, Callable[[], object]], rounds: int, description: str, quiet: bool
+    contenders: dict[str, Contender], rounds: int, description: str, quiet: bool
 ) -> dict[str, float]:
-    """The median seconds of each contender over `rounds` in turn."""
+    """The median seconds of each contender over `rounds` in turn, after one to warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    with progress_bar(description, rounds, quiet=quiet) as bar:
-        for _ in range(rounds):
+    with progress_bar(description, rounds + 1, quiet=quiet) as bar:
+        for _ in range(rounds + 1):
             for name, run in contenders.items():
                 began = time.perf_counter()
                 run()
                 seconds[name].append(time.perf_counter() - began)
             bar.advance()
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
 
 
 @contextlib.contextmanager

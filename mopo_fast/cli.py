@@ -191,13 +191,15 @@ def rollout(
 
 
 def bench(
-    kernel: Annotated[Literal["rollout"], Positional] = "rollout",
+    kernel: Annotated[Literal["rollout", "sac", "fit"], Positional] = "rollout",
     *,
     backend: str = "auto",
     obs_dim: int = 17,
     act_dim: int = 6,
-    starts: int = 50_000,
-    horizon: int = 5,
+    starts: Number = None,
+    horizon: Number = None,
+    updates: Number = None,
+    steps: Number = None,
     rounds: int = 5,
     threads: Number = None,
     json: File = None,
@@ -207,23 +209,35 @@ def bench(
 
     Args:
         kernel: What to measure.
-        starts: Start states.
-        horizon: Steps from each.
+        starts: Of a rollout: start states; by default 50,000.
+        horizon: Of a rollout: steps from each; by default 5.
+        updates: Of sac: in a round; by default 100.
+        steps: Of fit: in a round; by default 64.
         threads: By default every core.
         json: Also write the rows to this file.
         quiet: No progress bar.
     """
-    from mopo_fast.bench import bench_rollout
+    from mopo_fast.bench import bench
 
-    rows = bench_rollout(
+    sizes = {
+        ("rollout", "starts"): starts,
+        ("rollout", "horizon"): horizon,
+        ("sac", "updates"): updates,
+        ("fit", "steps"): steps,
+    }
+    given = {key: value for key, value in sizes.items() if value is not None}
+    for of, name in given:
+        if of != kernel:
+            raise InputError(f"--{name} is of bench {of}, not of bench {kernel}")
+    rows = bench(
+        kernel,
         backend=backend,
         obs_dim=obs_dim,
         act_dim=act_dim,
-        starts=starts,
-        horizon=horizon,
         rounds=rounds,
         threads=threads,
         quiet=quiet,
+        **{name: value for (_, name), value in given.items()},
     )
     for row in rows:
         print(row.text())

@@ -169,7 +169,7 @@ def _activate_backward_(
     return grad
 
 
-class _Fit:
+class Fit:
     """The state of a fit between two epochs: what a checkpoint holds, and the epoch itself."""
 
     def __init__(
@@ -271,7 +271,7 @@ class _Fit:
         rows = torch.from_numpy(shuffle.permuted(self.rows, axis=1)).to(self.inputs.device)
         total, steps = 0.0, 0
         for chunk in rows.split(config.batch_size * _STEPS_AT_ONCE, dim=1):
-            total += self._fused_steps(chunk) if self.backend == "cpu" else self._steps(chunk)
+            total += self.steps(chunk)
             steps += math.ceil(chunk.shape[1] / config.batch_size)
             on_progress(epoch + min(1.0, steps * config.batch_size / rows.shape[1]))
         train_loss = total / steps
@@ -286,8 +286,11 @@ class _Fit:
         self.history.append(record)
         return record
 
-    def _steps(self, rows: torch.Tensor) -> float:
-        """A step on each batch of rows [members, count]: the sum of the losses."""
+    def steps(self, rows: torch.Tensor) -> float:
+        """A step on each batch of rows [members, count], int64: the sum of the losses."""
+        return self._fused_steps(rows) if self.backend == "cpu" else self._autograd_steps(rows)
+
+    def _autograd_steps(self, rows: torch.Tensor) -> float:
         size, flat = self.config.batch_size, rows.flatten()
         inputs = self.inputs.index_select(0, flat).view(*rows.shape, -1)
         targets = self.targets.index_select(0, flat).view(*rows.shape, -1)
@@ -298,7 +301,6 @@ class _Fit:
         return float(total)
 
     def _fused_steps(self, rows: torch.Tensor) -> float:
-        """The same by the kernel."""
         model, states = self.model, self.optimizer.state
         done = states[model.max_logvar]["step"]
 
@@ -475,13 +477,13 @@ def _run(
     checkpoint: str | os.PathLike[str] | None,
     quiet: bool,
     on_epoch: Callable[[FitEpoch], None] | None,
-) -> _Fit:
+) -> Fit:
     data.validate()
     check_device(device)
     check_config(config, device)
     if seed < 0:
         raise InputError(f"seed must not be negative, got {seed}")
-    fit = _Fit(data, seed, config, device, backend, threads)
+    fit = Fit(data, seed, config, device, backend, threads)
     if checkpoint is not None:
         checkpoint, fingerprint = Path(checkpoint), fit.fingerprint(data)
         if checkpoint.exists():

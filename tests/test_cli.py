@@ -202,16 +202,32 @@ def test_doctor_prints_text_or_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"machine", "backends", "packages"} <= json.loads(capsys.readouterr().out).keys()
 
 
-def test_bench_writes_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+# 2 x (7 members of 131,800 and a policy of 72,960 multiply-adds) a transition; in training, the gradients of
+# weights and inputs as well, but for the 4600 of the first layer's input.
+@pytest.mark.parametrize(
+    ("kernel", "sizes", "unit", "flop"),
+    [
+        ("rollout", {"starts": 20, "horizon": 2}, "transitions/s", 2 * (7 * 131_800 + 72_960)),
+        ("fit", {"steps": 1}, "samples*members/s", 2 * (3 * 131_800 - 4600)),
+    ],
+)
+def test_bench_writes_rows(
+    kernel: str,
+    sizes: dict[str, int],
+    unit: str,
+    flop: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     out = tmp_path / "bench.json"
-    arguments = ["--starts", "20", "--horizon", "2", "--rounds", "2", "--threads", "1", "--quiet"]
-    assert main(["bench", "rollout", *arguments, "--json", str(out)]) == 0
-    kernel, reference = json.loads(out.read_text())
-    assert (kernel["kernel"], reference["backend"]) == ("rollout", "reference")
-    assert kernel["baselines"]["reference"] == pytest.approx(kernel["rate"] / reference["rate"])
-    assert kernel["shape"]["starts"] == 20 and kernel["unit"] == "transitions/s"
-    # 2 x (7 members of 131,800 and a policy of 72,960 multiply-adds) a transition, the canonical shape.
-    assert kernel["gflops"] * 1e9 / kernel["rate"] == pytest.approx(2 * (7 * 131_800 + 72_960))
+    flags = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    arguments = ["--rounds", "2", "--threads", "1", "--quiet", "--json", str(out)]
+    assert main(["bench", kernel, *flags, *arguments]) == 0
+    ours, reference = json.loads(out.read_text())
+    assert (ours["kernel"], reference["backend"]) == (kernel, "reference")
+    assert ours["baselines"]["reference"] == pytest.approx(ours["rate"] / reference["rate"])
+    assert ours["shape"].items() >= sizes.items() and ours["unit"] == unit
+    assert ours["gflops"] * 1e9 / ours["rate"] == pytest.approx(flop)
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
@@ -258,6 +274,8 @@ MISTAKES = {
         ["abacus", "hopper-authors"],
     ),
     "bench no rounds": (["bench", "rollout", "--rounds", "0"], ["rounds", "0"]),
+    "bench no updates": (["bench", "sac", "--updates", "0"], ["updates", "0"]),
+    "bench another's size": (["bench", "fit", "--horizon", "1"], ["horizon", "rollout", "fit"]),
     "bench on no backend": (["bench", "rollout", "--backend", "abacus"], ["abacus"]),
 }
 
@@ -324,14 +342,14 @@ CALLS: dict[str, tuple[list[str], list[object], dict[str, object]]] = {
         [],
         {"count": 7, "horizon": 3, "seed": 3, "penalty_coef": 0.0, "backend": "reference"},
     ),
-    "bench.bench_rollout": (
+    "bench.bench": (
         [
-            *("bench", "--backend", "reference", "--obs-dim", "3", "--act-dim", "2", "--starts", "7"),
-            *("--horizon", "4", "--rounds", "6", "--threads", "2", "--quiet"),
+            *("bench", "sac", "--backend", "reference", "--obs-dim", "3", "--act-dim", "2"),
+            *("--updates", "7", "--rounds", "6", "--threads", "2", "--quiet"),
         ],
-        [],
+        ["sac"],
         {
-            **{"backend": "reference", "obs_dim": 3, "act_dim": 2, "starts": 7, "horizon": 4, "rounds": 6},
+            **{"backend": "reference", "obs_dim": 3, "act_dim": 2, "updates": 7, "rounds": 6},
             **{"threads": 2, "quiet": True},
         },
     ),

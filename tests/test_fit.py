@@ -18,9 +18,9 @@ from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.fit import (
+    Fit,
     FitEpoch,
     LossGradient,
-    _Fit,
     data_sha256,
     dynamics_inputs_targets,
     fit_and_save,
@@ -122,7 +122,7 @@ def test_gradient_equals_autograd_in_float64(activation: str) -> None:
 
 def test_two_epochs_equal_a_plain_training_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     data, config = toy_data(), dataclasses.replace(SMALL, max_epochs=2)
-    fit = _Fit(data, 3, config, backend="reference")
+    fit = Fit(data, 3, config, backend="reference")
     model = EnsembleDynamics(3, 2, members=3, elites=2, hidden=config.hidden)
     model.load_state_dict(fit.model.state_dict())
     batches: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -164,7 +164,7 @@ def test_standardiser_is_of_the_training_split_and_spares_constants() -> None:
     _, holdout = split_holdout(len(data), 0, SMALL)
     data.observations[holdout, 0] = 1e4
     data.observations[:, 2] = 123.456
-    model = _Fit(data, 0, SMALL, "cpu").model
+    model = Fit(data, 0, SMALL, "cpu").model
     train, _ = split_holdout(len(data), 0, SMALL)
     inputs = dynamics_inputs_targets(data)[0][train].numpy().astype(np.float64)
     expected = inputs.std(0)
@@ -182,7 +182,7 @@ def test_targets_are_delta_and_reward_in_raw_units() -> None:
 
 
 def test_each_member_has_its_own_bootstrap_and_a_new_order_each_epoch() -> None:
-    fit = _Fit(toy_data(1000), 0, SMALL, backend="reference")
+    fit = Fit(toy_data(1000), 0, SMALL, backend="reference")
     n = len(fit.inputs)
     assert fit.rows.shape == (3, n)
     shares = [len(np.unique(rows)) / n for rows in fit.rows]
@@ -250,7 +250,7 @@ def test_best_weights_come_back_and_elites_are_the_best_first() -> None:
 
 def test_holdout_mse_is_over_rows_and_dims_in_raw_units() -> None:
     data = toy_data()
-    fit = _Fit(data, 0, SMALL, "cpu")
+    fit = Fit(data, 0, SMALL, "cpu")
     np.testing.assert_allclose(fit._holdout_mse(), holdout_mse(fit.model, data, 0, SMALL).numpy(), rtol=1e-6)
 
 

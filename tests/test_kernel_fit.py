@@ -11,7 +11,7 @@ from mopo_fast import fit as fit_module
 from mopo_fast.backends import cpu
 from mopo_fast.config import DynamicsConfig
 from mopo_fast.data import Transitions
-from mopo_fast.fit import LossGradient, _Fit, fit_dynamics
+from mopo_fast.fit import Fit, LossGradient, fit_dynamics
 
 # obs_dim, act_dim, rows of each member, config
 CASES: dict[str, tuple[int, int, int, dict[str, Any]]] = {
@@ -39,7 +39,7 @@ def transitions(count: int, obs_dim: int, act_dim: int, scale: float = 0.3) -> T
     )
 
 
-def make(case: str, backend: str, threads: int = 1, double: bool = False) -> _Fit:
+def make(case: str, backend: str, threads: int = 1, double: bool = False) -> Fit:
     obs_dim, act_dim, count, options = CASES[case]
     hidden = options.get("hidden", (200,) * 4)
     decay = tuple(1e-3 * (layer + 1) for layer in range(len(hidden) + 1))
@@ -47,7 +47,7 @@ def make(case: str, backend: str, threads: int = 1, double: bool = False) -> _Fi
     config = DynamicsConfig(
         **{"hidden": hidden, "members": members, **options, "weight_decay": decay, "elites": 1}
     )
-    fit = _Fit(transitions(count + 200, obs_dim, act_dim), 0, config, "cpu", backend, threads)
+    fit = Fit(transitions(count + 200, obs_dim, act_dim), 0, config, "cpu", backend, threads)
     fit.rows = fit.rows[:, :count]
     g = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -67,7 +67,7 @@ def make(case: str, backend: str, threads: int = 1, double: bool = False) -> _Fi
     return fit
 
 
-def state(fit: _Fit) -> dict[str, torch.Tensor]:
+def state(fit: Fit) -> dict[str, torch.Tensor]:
     tensors = {}
     for name, parameter in fit.model.named_parameters():
         adam = fit.optimizer.state[parameter]
@@ -75,9 +75,8 @@ def state(fit: _Fit) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def steps(fit: _Fit, rows: np.ndarray) -> float:
-    pass_through = torch.from_numpy(rows)
-    return fit._fused_steps(pass_through) if fit.backend == "cpu" else fit._steps(pass_through)
+def steps(fit: Fit, rows: np.ndarray) -> float:
+    return fit.steps(torch.from_numpy(rows))
 
 
 @pytest.mark.parametrize("one_step", [True, False])
@@ -126,20 +125,22 @@ def test_result_does_not_depend_on_the_calls() -> None:
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_fit_goes_through_the_backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    for name in ("_fused_steps", "_steps"):
-        method = getattr(_Fit, name)
+    for name in ("_fused_steps", "_autograd_steps"):
+        method = getattr(Fit, name)
 
         def spy(self, rows, name=name, method=method):
             seen.append((name, rows.shape[1]))
             return method(self, rows)
 
-        monkeypatch.setattr(_Fit, name, spy)
+        monkeypatch.setattr(Fit, name, spy)
     monkeypatch.setattr(fit_module, "_STEPS_AT_ONCE", 2)
     config = DynamicsConfig(
         hidden=(8,), weight_decay=(0.0, 0.0), batch_size=16, max_epochs=1, members=2, elites=1
     )
     fit_dynamics(transitions(100, 3, 1), config=config, backend=backend)
-    assert seen == [({"cpu": "_fused_steps", "reference": "_steps"}[backend], n) for n in (32, 32, 16)]
+    assert seen == [
+        ({"cpu": "_fused_steps", "reference": "_autograd_steps"}[backend], n) for n in (32, 32, 16)
+    ]
 
 
 def test_backends_fit_alike() -> None:

@@ -1,0 +1,1 @@
+"""What `make bench` runs: the kernels beside PyTorch and JAX."""

@@ -1,0 +1,294 @@
+"""Other ways to do the kernels' work in PyTorch, each as fast as its manner allows.
+
+A baseline is made of a fresh `SAC` or `Fit` and starts from its parameters; calling it does a round's work.
+`state` names its parameters as the reference does, for the tests that it does the same work. Here are the
+authors' options of SAC: all gradients at the parameters before the update, half the MSE, alpha not clamped.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from mopo_fast.buffer import RingBuffer
+from mopo_fast.config import SACConfig
+from mopo_fast.data.transitions import Transitions
+from mopo_fast.ensemble import mlp, soft_clamp_logvar
+from mopo_fast.fit import Fit
+from mopo_fast.sac import SAC
+
+ARRAYS = ("observations", "actions", "rewards", "next_observations", "terminals")
+BETAS, EPS = (0.9, 0.999), 1e-8
+
+
+class _SACBaseline:
+    """Batches drawn as other code draws them: torch's own generator, one update at a time."""
+
+    def __init__(self, sac: SAC, data: Transitions, buffer: RingBuffer, updates: int) -> None:
+        self.config, self.target_entropy, self.updates = sac.config, sac.target_entropy, updates
+        self.rows, self.act_dim = sac.batch_rows, sac.actor.act_dim
+        self.sources = [
+            [getattr(source, name) for name in ARRAYS] for source in (data, buffer.storage[: len(buffer)])
+        ]
+
+    def __call__(self) -> None:
+        for _ in range(self.updates):
+            parts = []
+            for arrays, count in zip(self.sources, self.rows, strict=True):
+                rows = torch.randint(len(arrays[0]), (count,))
+                parts.append([array[rows] for array in arrays])
+            batch = [torch.cat(pair) for pair in zip(*parts, strict=True)]
+            self.update(batch, *torch.randn(2, self.config.batch_size, self.act_dim))
+
+    def update(self, batch: Sequence[torch.Tensor], noise: torch.Tensor, next_noise: torch.Tensor) -> None:
+        """One update on the five arrays of `ARRAYS`."""
+        raise NotImplementedError
+
+
+class PlainSAC(_SACBaseline):
+    """One network at a time, three optimisers, backward() through all: in the manner of OfflineRL-Kit."""
+
+    def __init__(self, sac: SAC, data: Transitions, buffer: RingBuffer, updates: int) -> None:
+        super().__init__(sac, data, buffer, updates)
+        config = self.config
+        self.actor = _linears(sac.actor.weights, sac.actor.biases)
+        self.critics, self.targets = (
+            nn.ModuleList(
+                _linears([weight[i] for weight in critic.weights], [bias[i] for bias in critic.biases])
+                for i in range(config.critics)
+            )
+            for critic in (sac.critic, sac.target)
+        )
+        self.log_alpha = sac.log_alpha.detach().clone().requires_grad_()
+        self.actor_adam = torch.optim.Adam(self.actor.parameters(), config.actor_learning_rate)
+        self.critic_adam = torch.optim.Adam(self.critics.parameters(), config.critic_learning_rate)
+        self.alpha_adam = torch.optim.Adam([self.log_alpha], config.alpha_learning_rate)
+
+    def update(self, batch: Sequence[torch.Tensor], noise: torch.Tensor, next_noise: torch.Tensor) -> None:
+        observations, actions, rewards, next_observations, terminals = batch
+        alpha = self.log_alpha.detach().exp()
+        with torch.no_grad():
+            next_actions, next_log_prob = _squash(self.actor(next_observations), next_noise, self.config)
+            next_q = self._values(self.targets, next_observations, next_actions).min(0).values
+            future = (1.0 - terminals.to(rewards)) * (next_q - alpha * next_log_prob)
+            target_q = rewards + self.config.discount * future
+
+        policy_actions, log_prob = _squash(self.actor(observations), noise, self.config)
+        policy_q = self._values(self.critics, observations, policy_actions).min(0).values
+        self.actor_adam.zero_grad()
+        (alpha * log_prob - policy_q).mean().backward()
+
+        # The critics' gradients of the actor's loss, which nobody needs, go here.
+        self.critic_adam.zero_grad()
+        q = self._values(self.critics, observations, actions)
+        (0.5 * (q - target_q).square().mean(1).sum()).backward()
+
+        self.alpha_adam.zero_grad()
+        (-self.log_alpha * (log_prob.detach() + self.target_entropy).mean()).backward()
+
+        for adam in (self.actor_adam, self.critic_adam, self.alpha_adam):
+            adam.step()
+        for old, new in zip(self.targets.parameters(), self.critics.parameters(), strict=True):
+            old.data.lerp_(new.data, self.config.polyak)
+
+    @staticmethod
+    def _values(critics: nn.ModuleList, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        inputs = torch.cat([observations, actions], dim=-1)
+        return torch.cat([critic(inputs) for critic in critics], dim=-1).T
+
+    def state(self) -> dict[str, torch.Tensor]:
+        tensors = {"log_alpha": self.log_alpha}
+        for i, layer in enumerate(self.actor[::2]):
+            tensors |= {f"actor.weights.{i}": layer.weight.T, f"actor.biases.{i}": layer.bias}
+        for name, critics in (("critic", self.critics), ("target", self.targets)):
+            for i, layers in enumerate(zip(*(critic[::2] for critic in critics), strict=True)):
+                tensors[f"{name}.weights.{i}"] = torch.stack([layer.weight.T for layer in layers])
+                tensors[f"{name}.biases.{i}"] = torch.stack([layer.bias for layer in layers])
+        return tensors
+
+
+class CompiledSAC(_SACBaseline):
+    """The reference's batched critics; gradients, Adam and target in one graph of torch.compile."""
+
+    def __init__(self, sac: SAC, data: Transitions, buffer: RingBuffer, updates: int) -> None:
+        super().__init__(sac, data, buffer, updates)
+        self.names = [f"actor.{name}" for name, _ in sac.actor.named_parameters()]
+        self.names += [f"critic.{name}" for name, _ in sac.critic.named_parameters()]
+        # Of one element: torch 2.13 compiled loses what is written in place into a tensor of no dimension.
+        log_alpha = sac.log_alpha.view(1)
+        parameters = [*sac.actor.parameters(), *sac.critic.parameters(), log_alpha]
+        self.parameters = [parameter.detach() for parameter in parameters]
+        self.target = [parameter.detach() for parameter in sac.target.parameters()]
+        self.actor_end = len(list(sac.actor.parameters()))
+        rates = [self.config.actor_learning_rate] * self.actor_end
+        rates += [self.config.critic_learning_rate] * len(self.target)
+        self.adam = _WrittenAdam(self.parameters, [*rates, self.config.alpha_learning_rate])
+        self.compiled = torch.compile(self._update)
+
+    def update(self, batch: Sequence[torch.Tensor], noise: torch.Tensor, next_noise: torch.Tensor) -> None:
+        self.compiled(*batch, noise, next_noise)
+
+    def _update(self, *batch: torch.Tensor) -> None:
+        self.adam.step(torch.func.grad(self._loss)(self.parameters, *batch))
+        for old, new in zip(self.target, self.parameters[self.actor_end : -1], strict=True):
+            old.lerp_(new, self.config.polyak)
+
+    def _loss(
+        self,
+        parameters: list[torch.Tensor],
+        observations: torch.Tensor,
+        actions: torch.Tensor,
+        rewards: torch.Tensor,
+        next_observations: torch.Tensor,
+        terminals: torch.Tensor,
+        noise: torch.Tensor,
+        next_noise: torch.Tensor,
+    ) -> torch.Tensor:
+        """All three losses in one: none of them reaches the others' parameters."""
+        actor, critic = parameters[: self.actor_end], parameters[self.actor_end : -1]
+        log_alpha = parameters[-1].squeeze(0)
+        alpha = log_alpha.detach().exp()
+        next_actions, next_log_prob = self._sample(_detached(actor), next_observations, next_noise)
+        next_q = self._values(self.target, next_observations, next_actions).min(0).values
+        future = torch.where(terminals, 0.0, next_q - alpha * next_log_prob)
+        target_q = rewards + self.config.discount * future
+        q = self._values(critic, observations, actions)
+        policy_actions, log_prob = self._sample(actor, observations, noise)
+        policy_q = self._values(_detached(critic), observations, policy_actions).min(0).values
+        return (
+            0.5 * (q - target_q).square().mean(1).sum()
+            + (alpha * log_prob - policy_q).mean()
+            - log_alpha * (log_prob.detach() + self.target_entropy).mean()
+        )
+
+    def _sample(
+        self, actor: list[torch.Tensor], observations: torch.Tensor, noise: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return _squash(mlp(observations, *_halves(actor), "relu"), noise, self.config)
+
+    @staticmethod
+    def _values(
+        critic: list[torch.Tensor], observations: torch.Tensor, actions: torch.Tensor
+    ) -> torch.Tensor:
+        return mlp(torch.cat([observations, actions], dim=-1), *_halves(critic), "relu").squeeze(-1)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        targets = [name.replace("critic", "target") for name in self.names[self.actor_end :]]
+        *networks, log_alpha = self.parameters
+        tensors = dict(zip([*self.names, *targets], [*networks, *self.target], strict=True))
+        return tensors | {"log_alpha": log_alpha.squeeze(0)}
+
+
+class EagerFit:
+    """The ensemble as one batch of matrices, autograd, torch's fused Adam."""
+
+    def __init__(self, fit: Fit, rows: torch.Tensor) -> None:
+        self.fit, self.rows = fit, rows
+
+    def __call__(self) -> None:
+        for batch in self.rows.split(self.fit.config.batch_size, dim=1):
+            self.step(self.fit.inputs[batch], self.fit.targets[batch])
+
+    def step(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+        model, optimizer = self.fit.model, self.fit.optimizer
+        parameters = [*model.weights, *model.biases, model.max_logvar, model.min_logvar]
+        optimizer.zero_grad()
+        _fit_loss(parameters, inputs, targets, self.fit).backward()
+        optimizer.step()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return dict(self.fit.model.named_parameters())
+
+
+class CompiledFit(EagerFit):
+    """Gradient and Adam in one graph of torch.compile."""
+
+    def __init__(self, fit: Fit, rows: torch.Tensor) -> None:
+        super().__init__(fit, rows)
+        model, config = fit.model, fit.config
+        parameters = [*model.weights, *model.biases, model.max_logvar, model.min_logvar]
+        self.parameters = _detached(parameters)
+        self.adam = _WrittenAdam(
+            self.parameters,
+            [config.learning_rate] * len(parameters),
+            [*config.weight_decay, *[0.0] * (len(parameters) - len(config.weight_decay))],
+        )
+        self.step = torch.compile(self._step)
+
+    def _step(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+        self.adam.step(torch.func.grad(_fit_loss)(self.parameters, inputs, targets, self.fit))
+
+
+class _WrittenAdam:
+    """Adam in plain operations, which a compiler can fuse."""
+
+    def __init__(
+        self, parameters: list[torch.Tensor], learning_rates: list[float], decay: list[float] | None = None
+    ) -> None:
+        self.parameters, self.learning_rates = parameters, learning_rates
+        self.decay = decay or [0.0] * len(parameters)
+        self.exp_avgs = [torch.zeros_like(parameter) for parameter in parameters]
+        self.exp_avg_sqs = [torch.zeros_like(parameter) for parameter in parameters]
+        # One element, as CompiledSAC's log_alpha.
+        self.steps = torch.zeros(1, dtype=torch.float64)
+
+    def step(self, gradients: Sequence[torch.Tensor]) -> None:
+        self.steps.add_(1.0)
+        scale, scale_sq = ((1.0 - beta**self.steps).to(gradients[0].dtype) for beta in BETAS)
+        for parameter, gradient, avg, avg_sq, rate, decay in zip(
+            self.parameters,
+            gradients,
+            self.exp_avgs,
+            self.exp_avg_sqs,
+            self.learning_rates,
+            self.decay,
+            strict=True,
+        ):
+            gradient = gradient + decay * parameter if decay else gradient
+            avg.lerp_(gradient, 1.0 - BETAS[0])
+            avg_sq.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1.0 - BETAS[1])
+            parameter.sub_(rate * (avg / scale) / ((avg_sq / scale_sq).sqrt() + EPS))
+
+
+def _linears(weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> nn.Sequential:
+    """A perceptron of nn.Linear and ReLU with these parameters."""
+    layers: list[nn.Module] = []
+    for weight, bias in zip(weights, biases, strict=True):
+        linear = nn.Linear(*weight.shape, dtype=weight.dtype)
+        with torch.no_grad():
+            linear.weight.copy_(weight.T)
+            linear.bias.copy_(bias)
+        layers += [linear, nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def _squash(head: torch.Tensor, noise: torch.Tensor, config: SACConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Actions and log-probabilities of the tanh-Gaussian with this head."""
+    mean, log_std = head.chunk(2, dim=-1)
+    log_std = log_std.clamp(config.log_std_min, config.log_std_max)
+    raw = mean + log_std.exp() * noise
+    squash = 2.0 * (math.log(2.0) - raw - functional.softplus(-2.0 * raw))
+    log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2.0 * math.pi) - squash
+    return torch.tanh(raw), log_prob.sum(-1)
+
+
+def _fit_loss(
+    parameters: Sequence[torch.Tensor], inputs: torch.Tensor, targets: torch.Tensor, fit: Fit
+) -> torch.Tensor:
+    """The Gaussian likelihood; parameters are weights, biases, max_logvar, min_logvar."""
+    *layers, max_logvar, min_logvar = parameters
+    mean, logvar = mlp(inputs, *_halves(layers), fit.model.activation).chunk(2, dim=-1)
+    logvar = soft_clamp_logvar(logvar, max_logvar, min_logvar)
+    likelihood = ((mean - targets).square() * torch.exp(-logvar) + logvar).mean((1, 2)).sum()
+    return likelihood + fit.config.logvar_bound_weight * (max_logvar.sum() - min_logvar.sum())
+
+
+def _halves(layers: Sequence[torch.Tensor]) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+    """Weights and biases."""
+    return layers[: len(layers) // 2], layers[len(layers) // 2 :]
+
+
+def _detached(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [tensor.detach() for tensor in tensors]

@@ -1,0 +1,87 @@
+"""Every contender of a kernel in turn, round after round: `python -m benchmarks.compare sac`.
+
+Rows go to standard output and, with the machine, the versions, the commit and the date, to a JSON file.
+"""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import Positional
+
+from benchmarks.baselines import CompiledFit, CompiledSAC, EagerFit, PlainSAC
+from mopo_fast.atomic import write_json
+from mopo_fast.bench import bench
+from mopo_fast.doctor import examine
+from mopo_fast.machine import resolve_threads
+
+# Beside the kernel and the reference.
+BASELINES: dict[str, dict[str, Callable[..., Any]]] = {
+    "rollout": {},
+    "sac": {"PyTorch, plain": PlainSAC, "torch.compile": CompiledSAC},
+    "fit": {"PyTorch, eager": EagerFit, "torch.compile": CompiledFit},
+}
+if importlib.util.find_spec("jax"):
+    from benchmarks.baselines_jax import JaxFit, JaxSAC
+
+    BASELINES["sac"]["JAX"], BASELINES["fit"]["JAX"] = JaxSAC, JaxFit
+
+
+def compare(
+    kernel: Annotated[Literal["rollout", "sac", "fit"], Positional],
+    *,
+    rounds: int = 5,
+    threads: int | None = None,
+    json: Path | None = None,
+    quiet: bool = False,
+) -> None:
+    """Time every contender of a kernel in turn; the first one's rate over each other's.
+
+    Args:
+        kernel: What to compare on.
+        threads: By default every core.
+        json: By default benchmarks/results/KERNEL-cpu-ISA.json.
+        quiet: No progress bar.
+    """
+    threads, findings = resolve_threads(threads), examine()
+    # JAX takes every core that the process may use.
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    options = {"baselines": BASELINES[kernel]} if BASELINES[kernel] else {}
+    rows = bench(kernel, backend="cpu", rounds=rounds, threads=threads, quiet=quiet, **options)
+    for row in rows:
+        print(row.text())
+    path = json or Path(__file__).parent / "results" / f"{kernel}-cpu-{findings.machine.isa}.json"
+    record = {
+        "command": " ".join(["python -m benchmarks.compare", *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "machine": dataclasses.asdict(findings.machine),
+        "versions": {
+            "python": findings.python.split()[0],
+            "mopo_fast": findings.version,
+            **{name: importlib.metadata.version(name) for name in ("torch", "numpy")},
+            "jax": importlib.metadata.version("jax") if importlib.util.find_spec("jax") else None,
+        },
+        "rows": [dataclasses.asdict(row) for row in rows],
+    }
+    write_json(path, record)
+    print(path)
+
+
+def _commit() -> str:
+    """With "-dirty" where the tree differs from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    tyro.cli(compare)

@@ -1,0 +1,143 @@
+"""The baselines do the reference's work: the same batches give the same parameters, in float64."""
+
+import contextlib
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.compare import BASELINES
+from mopo_fast.buffer import RingBuffer
+from mopo_fast.config import DynamicsConfig, SACConfig
+from mopo_fast.data.transitions import Transitions
+from mopo_fast.fit import Fit, LossGradient
+from mopo_fast.sac import SAC
+
+OBS, ACT, BATCH = 5, 2, 16
+SAC_CONFIG = SACConfig(hidden=(24, 12), batch_size=BATCH, real_ratio=0.5, polyak=0.05)
+FIT_CONFIG = DynamicsConfig(
+    members=3, elites=1, hidden=(24, 12), weight_decay=(1e-2, 2e-2, 3e-2), batch_size=BATCH
+)
+# Skipped, and not absent, where JAX is not installed.
+SAC_NAMES, FIT_NAMES = (sorted({"JAX", *BASELINES[kernel]}) for kernel in ("sac", "fit"))
+
+
+def baseline(kernel: str, name: str) -> Any:
+    if name == "JAX":
+        pytest.importorskip("jax")
+    return BASELINES[kernel][name]
+
+
+def precision(name: str) -> contextlib.AbstractContextManager[Any]:
+    """JAX knows float64 only where it is told to."""
+    if name != "JAX":
+        return contextlib.nullcontext()
+    import jax
+
+    return jax.enable_x64(True)
+
+
+def transitions(count: int, seed: int) -> Transitions:
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
+    return Transitions(
+        observations=normal(count, OBS),
+        actions=normal(count, ACT).tanh(),
+        rewards=normal(count),
+        next_observations=normal(count, OBS),
+        terminals=torch.rand(count, generator=g) < 0.3,
+    )
+
+
+def sources() -> tuple[Transitions, RingBuffer]:
+    data, buffer = transitions(30, seed=1), RingBuffer(40, OBS, ACT)
+    floats = {name: array.float() for name, array in data.arrays().items() if name != "terminals"}
+    buffer.advance(40)
+    return dataclasses.replace(data, **floats), buffer
+
+
+def double_sac() -> SAC:
+    sac = SAC(OBS, ACT, SAC_CONFIG, seed=3, backend="reference")
+    for module in (sac.actor, sac.critic, sac.target):
+        module.double()
+    sac.log_alpha.data = torch.tensor(0.4, dtype=torch.float64)
+    for optimizer in sac.optimizers.values():
+        optimizer.exp_avgs = [moment.double() for moment in optimizer.exp_avgs]
+        optimizer.exp_avg_sqs = [moment.double() for moment in optimizer.exp_avg_sqs]
+    with torch.no_grad():
+        for target in sac.target.parameters():
+            target.mul_(1.3)
+    return sac
+
+
+def double_fit() -> Fit:
+    fit = Fit(transitions(200, seed=1), 0, FIT_CONFIG, backend="reference")
+    fit.model.double()
+    fit.inputs, fit.targets = fit.inputs.double(), fit.targets.double()
+    fit.gradient = LossGradient(fit.model, BATCH, FIT_CONFIG.logvar_bound_weight)
+    for state in fit.optimizer.state.values():
+        state["exp_avg"], state["exp_avg_sq"] = state["exp_avg"].double(), state["exp_avg_sq"].double()
+    return fit
+
+
+def assert_same(
+    ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], before: dict[str, torch.Tensor]
+) -> None:
+    for name, value in theirs.items():
+        moved = (ours[name] - before[name]).abs().max()
+        assert moved > 1e-6, f"{name} did not move, so nothing was compared"
+        error = (ours[name] - value).abs().max()
+        assert error < 1e-6 * moved, f"{name}: {error} beside a movement of {moved}"
+
+
+def copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("name", SAC_NAMES)
+def test_sac(name: str) -> None:
+    make = baseline("sac", name)
+    data, buffer = sources()
+    reference = double_sac()
+    before = copied(reference.state())
+    g = torch.Generator().manual_seed(0)
+    with precision(name):
+        other = make(double_sac(), data, buffer, 2)
+        for i in range(3):
+            batch = transitions(BATCH, seed=i)
+            noise, next_noise = torch.randn(2, BATCH, ACT, generator=g, dtype=torch.float64)
+            reference.update(batch, noise, next_noise)
+            other.update(list(batch.arrays().values()), noise, next_noise)
+        theirs = other.state()
+    assert theirs.keys() == {key for key in before if not key.startswith(("adam.", "updates"))}
+    assert_same(reference.state(), theirs, before)
+
+
+@pytest.mark.parametrize("name", SAC_NAMES)
+def test_sac_draws_its_batches(name: str) -> None:
+    make = baseline("sac", name)
+    sac = SAC(OBS, ACT, SAC_CONFIG, seed=3, backend="reference")
+    before = copied(sac.state())
+    other = make(sac, *sources(), 2)
+    other()
+    for key, value in other.state().items():
+        assert torch.isfinite(value).all() and not torch.equal(value, before[key]), key
+
+
+@pytest.mark.parametrize("name", FIT_NAMES)
+def test_fit(name: str) -> None:
+    make = baseline("fit", name)
+    reference = double_fit()
+    rows = torch.randint(len(reference.inputs), (3, 3 * BATCH), generator=torch.Generator().manual_seed(0))
+    before = copied(dict(reference.model.named_parameters()))
+    reference.steps(rows)
+    with precision(name):
+        other = make(double_fit(), rows)
+        other()
+        theirs = other.state()
+    assert theirs.keys() == before.keys()
+    assert_same(dict(reference.model.named_parameters()), theirs, before)

@@ -1,0 +1,92 @@
+"""What measurements report; how fast anything is, no test says."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from mopo_fast.bench import Row, Work, bench, measure
+from mopo_fast.config import DynamicsConfig, SACConfig
+from mopo_fast.sac import SAC
+
+SAC_SIZES = {
+    **{"config": SACConfig(hidden=(8, 8), batch_size=40), "obs_dim": 3, "act_dim": 2},
+    **{"updates": 2, "real_rows": 30, "model_rows": 50},
+}
+FIT_SIZES = {
+    **{"config": DynamicsConfig(members=3, elites=1, hidden=(8,), weight_decay=(0.0, 0.0), batch_size=16)},
+    **{"obs_dim": 3, "act_dim": 2, "steps": 2, "rows": 100},
+}
+
+
+def tiny(kernel: str, **options: Any) -> list[Row]:
+    sizes = {"sac": SAC_SIZES, "fit": FIT_SIZES}[kernel]
+    return bench(kernel, **(sizes | {"rounds": 1, "threads": 1, "quiet": True} | options))
+
+
+def test_sac_rows() -> None:
+    ours, reference = tiny("sac", backend="cpu")
+    assert (ours.kernel, ours.backend, reference.backend) == ("sac", "cpu", "reference")
+    assert ours.baselines == {"reference": ours.rate / reference.rate} and reference.baselines == {}
+    assert ours.unit == "updates/s" and ours.shape["batch"] == [2, 38] and ours.shape["rounds"] == 1
+    assert ours.share_of_peak / reference.share_of_peak == pytest.approx(ours.rate / reference.rate)
+
+
+def test_sac_arithmetic() -> None:
+    # An actor of 3-8-8-4 and two critics of 5-8-8-1: multiply-adds of all layers, and of the first.
+    actor, first_actor, critics, first_critics = 120, 24, 2 * 112, 2 * 40
+    next_value = actor + critics
+    critics_step = 3 * critics - first_critics
+    # Through the critics to the 2 of their 5 inputs that are actions.
+    actor_step = 3 * actor - first_actor + critics + (critics - first_critics + first_critics * 2 // 5)
+    ours, _ = tiny("sac", backend="cpu")
+    assert ours.gflops * 1e9 / ours.rate == pytest.approx(2 * 40 * (next_value + critics_step + actor_step))
+
+
+def test_fit_rows() -> None:
+    ours, reference = tiny("fit", backend="cpu")
+    assert (ours.kernel, ours.backend, reference.backend) == ("fit", "cpu", "reference")
+    assert ours.shape["members"] == 3 and ours.shape["steps"] == 2
+    # 5-8-8: 104 multiply-adds a sample and member, 40 of them in the first layer.
+    assert ours.gflops * 1e9 / ours.rate == pytest.approx(2 * (3 * 104 - 40))
+
+
+@pytest.mark.parametrize("kernel", ["sac", "fit"])
+def test_the_reference_alone_is_one_row(kernel: str) -> None:
+    (row,) = tiny(kernel, backend="reference")
+    assert row.backend == "reference" and row.baselines == {}
+
+
+def test_baselines_compete_from_networks_of_their_own() -> None:
+    made: list[tuple[SAC, int]] = []
+    ran: list[str] = []
+
+    def make(sac: SAC, data: object, buffer: object, updates: int) -> Callable[[], object]:
+        made.append((sac, updates))
+        return lambda: ran.append("other")
+
+    rows = tiny("sac", backend="cpu", rounds=2, baselines={"other": make})
+    assert [row.backend for row in rows] == ["cpu", "reference", "other"]
+    assert rows[0].baselines.keys() == {"reference", "other"} and not rows[2].baselines
+    ((sac, updates),) = made
+    assert (sac.backend, sac.updates, updates) == ("reference", 0, 2)
+    assert ran == ["other"] * 3
+
+
+def test_contenders_take_turns_and_the_first_round_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, turns = [0.0], []
+    monkeypatch.setattr("mopo_fast.bench.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("mopo_fast.bench._PEAK_SIZES", (1,))
+    monkeypatch.setattr("mopo_fast.bench._product", lambda size: (lambda: sleep("peak", 1.0), 100.0))
+
+    def sleep(name: str, seconds: float) -> None:
+        turns.append(name)
+        clock[0] += seconds if len(turns) > 3 else 1000.0
+
+    contenders = {"fast": lambda: sleep("fast", 2.0), "slow": lambda: sleep("slow", 8.0)}
+    work = Work("k", {"size": 1}, "things/s", amount=4, flop=10.0, threads=1, contenders=contenders)
+    fast, slow = measure(work, rounds=3, quiet=True)
+    assert turns == ["fast", "slow", "peak"] * 4
+    assert (fast.rate, slow.rate, fast.baselines) == (2.0, 0.5, {"slow": 4.0})
+    assert (fast.gflops, fast.share_of_peak) == (2e-8, 0.2)
+    assert fast.text() == "k fast cpu float32: 2 things/s, 0.0 GFLOP/s, 20% of torch.mm, 4.00 x slow"

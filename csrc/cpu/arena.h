@@ -1,6 +1,8 @@
 // Aligned memory for the kernels.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -26,8 +28,16 @@ class Arena {
   }
 
   void allocate() {
-    memory_.reset(static_cast<char*>(std::aligned_alloc(kAlignment, used_ + kAlignment)));
+    // Matrices are read down their columns too: with large pages the address translations of all rows are at
+    // hand.
+    const bool large = used_ >= 2 * kLargePage;
+    const size_t alignment = large ? kLargePage : kAlignment;
+    const size_t bytes = (used_ + alignment) / alignment * alignment;
+    memory_.reset(static_cast<char*>(std::aligned_alloc(alignment, bytes)));
     if (!memory_) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    if (large) madvise(memory_.get(), bytes, MADV_HUGEPAGE);
+#endif
     used_ = 0;
   }
 
@@ -38,7 +48,7 @@ class Arena {
   }
 
  private:
-  static constexpr size_t kAlignment = 64;
+  static constexpr size_t kAlignment = 64, kLargePage = size_t{2} << 20;
   struct Free {
     void operator()(char* p) const { std::free(p); }
   };

@@ -3,6 +3,7 @@
 import torch
 
 from mopo_fast.config import Activation
+from mopo_fast.data import Transitions
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine
@@ -131,3 +132,23 @@ def to_double(sac: SAC) -> SAC:
         optimizer.exp_avgs = [moment.double() for moment in optimizer.exp_avgs]
         optimizer.exp_avg_sqs = [moment.double() for moment in optimizer.exp_avg_sqs]
     return sac
+
+
+def random_transitions(
+    count: int, obs_dim: int, act_dim: int, seed: int, dtype: torch.dtype = torch.float32
+) -> Transitions:
+    """Standard normals, actions squashed, three rows in ten terminal."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=g, dtype=dtype)
+
+    return Transitions(
+        observations=normal(count, obs_dim),
+        actions=normal(count, act_dim).tanh(),
+        rewards=normal(count),
+        next_observations=normal(count, obs_dim),
+        terminals=torch.rand(count, generator=g) < 0.3,
+        raw_rewards=normal(count),
+        penalties=normal(count),
+    )

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import assert_trained_alike, to_double
+from kernel_cases import assert_trained_alike, random_transitions, to_double
 
 from mopo_fast import sac as sac_module
 from mopo_fast.backends import cpu
@@ -40,33 +40,16 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
 }
 
 
-def transitions(count: int, obs_dim: int, act_dim: int, seed: int) -> Transitions:
-    g = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=g)
-
-    return Transitions(
-        observations=normal(count, obs_dim),
-        actions=normal(count, act_dim).tanh(),
-        rewards=normal(count),
-        next_observations=normal(count, obs_dim),
-        terminals=torch.rand(count, generator=g) < 0.3,
-        raw_rewards=normal(count),
-        penalties=normal(count),
-    )
-
-
 def sources(obs_dim: int, act_dim: int) -> tuple[Transitions, RingBuffer]:
     """A data set, and a buffer whose unused rows are poisoned."""
     buffer = RingBuffer(100, obs_dim, act_dim)
     for array in buffer.storage.arrays().values():
         array.fill_(True if array.dtype == torch.bool else float("nan"))
-    rows = transitions(60, obs_dim, act_dim, seed=2).arrays()
+    rows = random_transitions(60, obs_dim, act_dim, seed=2).arrays()
     for name, array in buffer.storage.arrays().items():
         array[:60] = rows[name]
     buffer.advance(60)
-    return transitions(50, obs_dim, act_dim, seed=1), buffer
+    return random_transitions(50, obs_dim, act_dim, seed=1), buffer
 
 
 def make(obs_dim: int, act_dim: int, config: SACConfig, backend: str, threads: int = 1) -> SAC:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import to_double
+from kernel_cases import random_transitions, to_double
 from torch import nn
 
 from mopo_fast.buffer import RingBuffer
@@ -34,20 +34,7 @@ VARIANTS = {
 
 
 def transitions(count: int, seed: int, dtype: torch.dtype = torch.float32) -> Transitions:
-    g = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=g, dtype=dtype)
-
-    return Transitions(
-        observations=normal(count, OBS),
-        actions=normal(count, ACT).tanh(),
-        rewards=normal(count),
-        next_observations=normal(count, OBS),
-        terminals=torch.rand(count, generator=g) < 0.3,
-        raw_rewards=normal(count),
-        penalties=normal(count),
-    )
+    return random_transitions(count, OBS, ACT, seed, dtype)
 
 
 def filled(count: int) -> RingBuffer:

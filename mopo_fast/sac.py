@@ -18,8 +18,8 @@ from mopo_fast.backends.philox import (
     ACTION_STREAM,
     BATCH_STREAM,
     NEXT_ACTION_STREAM,
+    random_choice,
     random_normals,
-    random_words,
 )
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import SACConfig
@@ -263,14 +263,15 @@ class SAC:
         batch, act_dim = self.config.batch_size, self.actor.act_dim
         rows = torch.arange(batch, device=device).repeat(count)
         steps = torch.arange(first, first + count, device=device).repeat_interleave(batch)
-        words = random_words(rows, steps, BATCH_STREAM, 1, seed).view(count, batch)
+        choices = torch.tensor(sizes, device=device).repeat_interleave(
+            torch.tensor(self.batch_rows, device=device)
+        )
+        drawn = random_choice(rows, steps, BATCH_STREAM, choices.repeat(count), seed).view(count, batch)
         noise = (
             random_normals(rows, steps, stream, act_dim, seed, dtype).view(count, batch, act_dim)
             for stream in (ACTION_STREAM, NEXT_ACTION_STREAM)
         )
-        drawn = words.split(self.batch_rows, dim=1)
-        real_rows, model_rows = ((word * size) >> 32 for word, size in zip(drawn, sizes, strict=True))
-        return real_rows, model_rows, *noise
+        return *drawn.split(self.batch_rows, dim=1), *noise
 
     def _update_fused(
         self, real: Transitions, model: Transitions, sizes: tuple[int, int], updates: int, seed: int

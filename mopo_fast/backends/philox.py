@@ -72,7 +72,7 @@ def random_normals(
 
 
 def random_choice(
-    rows: torch.Tensor, step: int | torch.Tensor, stream: int, choices: int, seed: int
+    rows: torch.Tensor, step: int | torch.Tensor, stream: int, choices: int | torch.Tensor, seed: int
 ) -> torch.Tensor:
-    """Uniform indices in [0, choices), int64 [batch]."""
+    """Uniform indices in [0, choices), int64 [batch]; `choices` is one for all rows, or int64 [batch]."""
     return (random_words(rows, step, stream, 1, seed)[:, 0] * choices) >> 32

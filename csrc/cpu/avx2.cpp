@@ -4,5 +4,4 @@
 #define MOPO_KERNELS kAvx2Kernels
 #define MOPO_WIDTH 8
 #define MOPO_BLOCK 4
-#define MOPO_ROWS 6
 #include "kernels.inl"

@@ -1,8 +1,8 @@
 // AVX-512 F, BW, DQ, VL: 32 registers hold 8 x 3 sums, 3 vectors of rows and a weight; 200 = 25 x 8.
+#include <immintrin.h>
 #define MOPO_ISA avx512
 #define MOPO_NAME "avx512"
 #define MOPO_KERNELS kAvx512Kernels
 #define MOPO_WIDTH 16
 #define MOPO_BLOCK 8
-#define MOPO_ROWS 12
 #include "kernels.inl"

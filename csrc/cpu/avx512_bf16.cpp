@@ -5,6 +5,5 @@
 #define MOPO_KERNELS kAvx512Bf16Kernels
 #define MOPO_WIDTH 16
 #define MOPO_BLOCK 8
-#define MOPO_ROWS 12
 #define MOPO_BFLOAT16
 #include "kernels.inl"

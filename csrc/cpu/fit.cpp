@@ -1,8 +1,9 @@
 #include <algorithm>
-#include <barrier>
+#include <array>
 #include <cmath>
 #include <vector>
 
+#include "barrier.h"
 #include "dispatch.h"
 #include "pool.h"
 #include "training.h"
@@ -13,44 +14,44 @@ namespace {
 // The memory of a call: parameters in the kernels' layout, and what lies between a batch and their gradients.
 class FitState {
  public:
-  FitState(const FitArgs& args, const Kernels& kernels)
-      : args_(args), kernels_(kernels), max_grad_(args.dims), min_grad_(args.dims) {
+  FitState(const FitArgs& args, const Kernels& kernels, int threads)
+      : args_(args), kernels_(kernels), workspaces_(threads + 1), panels_(threads + 1) {
     lay_out();
     arena_.allocate_zeroed();
     lay_out();
-    visit([](const TrainedLayer& layer, int64_t member, Dense& dense) {
-      read_parameters(layer, member, dense);
+    visit([&](const TrainedLayer& layer, int64_t member, const Dense& dense) {
+      read_parameters(layer, member, dense, kernels_);
     });
-    for (int64_t row = 0; row < plan.rows; ++row) plan.inputs.at(row)[args.layers[0].in] = 1.0f;
     read_bounds();
+  }
+
+  // For a member of one thread alone, or for one of everybody's.
+  const FitWorkspace& workspace(const Team& team, int thread) const {
+    return workspaces_[team.parts == 1 ? thread : team.parts];
   }
 
   void write_back() {
-    visit([](const TrainedLayer& layer, int64_t member, Dense& dense) {
-      write_parameters(layer, member, dense);
+    visit([&](const TrainedLayer& layer, int64_t member, const Dense& dense) {
+      write_parameters(layer, member, dense, kernels_);
     });
   }
 
-  // Adds a member's loss, and its gradient by the bounds, over `count` rows in their order.
-  void add_member(int64_t count, double& loss) {
-    for (int64_t row = 0; row < count; ++row) {
-      loss += plan.loss[row];
-      for (int64_t d = 0; d < args_.dims; ++d) {
-        max_grad_[d] += plan.max_grad.at(row)[d];
-        min_grad_[d] += plan.min_grad.at(row)[d];
-      }
-    }
-  }
-
-  // The bounds' step, after all members; their own part of the loss is added.
-  void step_bounds(const AdamStep& step, double& loss) {
+  // The bounds' step, after all members; gives the loss of the whole step.
+  double step_bounds(const AdamStep& step) {
+    double loss = 0.0;
+    for (int64_t member = 0; member < args_.members; ++member) loss += plan.loss[member];
     for (int64_t d = 0; d < args_.dims; ++d) {
       loss += args_.logvar_bound_weight * (args_.max_logvar.value[d] - args_.min_logvar.value[d]);
-      adam(step, args_.max_logvar, d, max_grad_[d] + args_.logvar_bound_weight);
-      adam(step, args_.min_logvar, d, min_grad_[d] - args_.logvar_bound_weight);
-      max_grad_[d] = min_grad_[d] = 0.0;
+      double max_grad = args_.logvar_bound_weight, min_grad = -args_.logvar_bound_weight;
+      for (int64_t member = 0; member < args_.members; ++member) {
+        max_grad += plan.max_grad[member * args_.dims + d];
+        min_grad += plan.min_grad[member * args_.dims + d];
+      }
+      adam(step, args_.max_logvar, d, max_grad);
+      adam(step, args_.min_logvar, d, min_grad);
     }
     read_bounds();
+    return loss;
   }
 
   FitPlan plan{};
@@ -72,68 +73,72 @@ class FitState {
   }
 
   void lay_out() {
-    const int64_t rows = round_up(std::min(args_.batch, args_.count), kernels_.rows);
-    const auto matrix = [&](int64_t width) { return take_rows(arena_, rows, width, kernels_); };
-    const auto hidden_layers = [&](std::vector<Rows>& layers) {
-      layers.clear();
-      for (int64_t l = 0; l + 1 < args_.depth; ++l) layers.push_back(matrix(args_.layers[l].out));
-      return layers.data();
-    };
     layers_.clear();
     for (int64_t member = 0; member < args_.members; ++member)
       for (int64_t l = 0; l < args_.depth; ++l)
-        layers_.push_back(take_dense(arena_, args_.layers[l], l == 0 ? args_.layers[l].in : 0, kernels_));
-    plan.rows = rows;
+        layers_.push_back(take_dense(arena_, args_.layers[l], l > 0, kernels_));
     plan.layers = layers_.data();
-    plan.inputs = matrix(args_.layers[0].in);
-    for (Rows* each : {&plan.head, &plan.head_grad}) *each = matrix(2 * args_.dims);
-    for (Rows* each : {&plan.targets, &plan.max_grad, &plan.min_grad}) *each = matrix(args_.dims);
-    plan.hidden = hidden_layers(hidden_);
-    plan.slopes = hidden_layers(slopes_);
-    plan.grads = hidden_layers(grads_);
-    arena_.take(plan.loss, rows);
-    for (float** each : {&plan.max_logvar, &plan.exp_minus_max, &plan.exp_min})
-      arena_.take(*each, matrix_stride(args_.dims, kernels_));
+    const int64_t dims = round_up(args_.dims, kernels_.panel);
+    for (float** each : {&plan.max_logvar, &plan.exp_minus_max, &plan.exp_min}) arena_.take(*each, dims);
+    arena_.take(plan.loss, args_.members);
+    for (double** each : {&plan.max_grad, &plan.min_grad}) arena_.take(*each, args_.members * args_.dims);
+    const int64_t threads = static_cast<int64_t>(workspaces_.size()) - 1;
+    const bool own = args_.members >= threads, shared = threads > 1 && args_.members % threads != 0;
+    for (int64_t i = 0; i <= threads; ++i)
+      if (i < threads ? own : shared) lay_out(workspaces_[i], panels_[i]);
+  }
+
+  void lay_out(FitWorkspace& ws, std::array<std::vector<Panels>, 3>& layers) {
+    const int64_t rows = round_up(std::min(args_.batch, args_.count), kernels_.block);
+    const auto matrix = [&](int64_t width) { return take_panels(arena_, rows, width, kernels_); };
+    ws.inputs = matrix(args_.layers[0].in);
+    for (std::vector<Panels>& each : layers) {
+      each.clear();
+      for (int64_t l = 0; l + 1 < args_.depth; ++l) each.push_back(matrix(args_.layers[l].out));
+    }
+    ws.hidden = layers[0].data();
+    ws.slopes = layers[1].data();
+    ws.grads = layers[2].data();
+    ws.head = take_rows(arena_, rows, 2 * args_.dims);
+    ws.head_grad = matrix(2 * args_.dims);
+    for (Rows* each : {&ws.targets, &ws.max_grad, &ws.min_grad}) *each = take_rows(arena_, rows, args_.dims);
+    arena_.take(ws.loss, rows);
   }
 
   const FitArgs& args_;
   const Kernels& kernels_;
   Arena arena_;
   std::vector<Dense> layers_;
-  std::vector<Rows> hidden_, slopes_, grads_;
-  std::vector<double> max_grad_, min_grad_;
+  // A workspace for each thread, and one that they share; its matrices.
+  std::vector<FitWorkspace> workspaces_;
+  std::vector<std::array<std::vector<Panels>, 3>> panels_;
 };
 
 }  // namespace
 
 double fit_steps(const FitArgs& args, const Kernels& kernels) {
-  FitState state(args, kernels);
-  const int64_t blocks = state.plan.rows / kernels.rows;
-  const int threads = static_cast<int>(std::min<int64_t>(args.threads, blocks));
+  const int64_t blocks = (std::min(args.batch, args.count) + kernels.block - 1) / kernels.block;
+  const int threads = static_cast<int>(std::min<int64_t>(args.threads, std::max(blocks, args.members)));
+  FitState state(args, kernels, threads);
   const int64_t steps = (args.count + args.batch - 1) / args.batch;
   double loss = 0.0;
-  std::barrier<> barrier(threads);
+  Barrier barrier(threads);
   std::vector<std::vector<AdamStep>> adam_steps(threads, std::vector<AdamStep>(args.depth));
   parallel(threads, [&](int thread) {
+    const Team all{thread, threads, &barrier};
     std::vector<AdamStep>& layer_steps = adam_steps[thread];
     for (int64_t step = 0; step < steps; ++step) {
       const int64_t begin = step * args.batch, count = std::min(args.batch, args.count - begin);
-      const int64_t used = (count + kernels.rows - 1) / kernels.rows;
-      const int64_t first = used * thread / threads, last = used * (thread + 1) / threads;
       const int64_t number = args.steps_before + step + 1;
       for (int64_t l = 0; l < args.depth; ++l)
         layer_steps[l] = adam_step(args.learning_rate, number, args.weight_decay[l], 0.0f);
-      for (int64_t member = 0; member < args.members; ++member) {
-        kernels.fit_rows(args, state.plan, member, begin, count, first * kernels.rows, last * kernels.rows);
-        barrier.arrive_and_wait();
-        kernels.fit_train(args, state.plan, member, count, layer_steps.data(), thread, threads);
-        if (thread == 0) {
-          state.add_member(count, loss);
-          if (member + 1 == args.members)
-            state.step_bounds(adam_step(args.learning_rate, number, 0.0f, 0.0f), loss);
-        }
-        barrier.arrive_and_wait();
-      }
+      for_each_network(args.members, all, [&](int64_t member, const Team& team) {
+        kernels.fit_member(args, state.plan, state.workspace(team, thread), member, begin, count,
+                           layer_steps.data(), team);
+      });
+      all.wait();
+      if (thread == 0) loss += state.step_bounds(adam_step(args.learning_rate, number, 0.0f, 0.0f));
+      all.wait();
     }
   });
   state.write_back();

@@ -1,11 +1,11 @@
-// Steps of the ensemble's maximum-likelihood fit, one member after the other: threads take rows of its batch,
-// forwards and backwards; then rows of its parameters.
+// A step of the ensemble's maximum-likelihood fit for one member: the team takes rows of its batch forwards; then,
+// layer by layer from the top, rows backwards and the layer's parameters.
 
 // The activation at x, and its derivative there.
 template <Activation activation>
 MOPO_INLINE vf activate_and_differentiate(vf x, vf& slope) {
   if constexpr (activation == Activation::kSilu) {
-    const vf gate = 1.0f / (1.0f + exp(-x)), y = x * gate;
+    const vf gate = sigmoid(x), y = x * gate;
     slope = gate + y * (1.0f - gate);
     return y;
   } else {
@@ -20,6 +20,7 @@ MOPO_INLINE vf activate_and_differentiate(vf x, vf& slope) {
 struct FitRows {
   const FitArgs& args;
   const FitPlan& plan;
+  const FitWorkspace& ws;
   const int64_t member, begin, count, first, last;
 
   int64_t end() const { return smaller(last, count); }
@@ -30,30 +31,46 @@ struct FitRows {
     const int64_t in = layers()[0].in;
     const int64_t* rows = args.rows + member * args.rows_stride + begin;
     for (int64_t row = first; row < end(); ++row) {
-      const float* input = args.inputs + rows[row] * in;
+      copy_row(args.inputs + rows[row] * in, in, ws.inputs, row, 0);
       const float* target = args.targets + rows[row] * args.dims;
-      for (int64_t d = 0; d < in; ++d) plan.inputs.at(row)[d] = input[d];
-      for (int64_t d = 0; d < args.dims; ++d) plan.targets.at(row)[d] = target[d];
+      for (int64_t d = 0; d < args.dims; ++d) ws.targets.at(row)[d] = target[d];
     }
+    set_ones(first, last, ws.inputs, in);
   }
 
   template <Activation activation>
   void forward() const {
-    const Rows* in = &plan.inputs;
+    const Panels* in = &ws.inputs;
     for (int64_t l = 0; l < hidden(); ++l) {
       const Dense& layer = layers()[l];
-      const Rows &out = plan.hidden[l], &slopes = plan.slopes[l];
-      forward_layer(first, last, *in, layer, layer.value, [&](int64_t row, int64_t column, vf x) {
-        vf slope;
-        store(out.at(row) + column, activate_and_differentiate<activation>(x, slope));
-        store(slopes.at(row) + column, slope);
+      const Panels& out = ws.hidden[l];
+      forward_layer(first, last, *in, layer, layer.value, [&](int64_t row, int64_t column, auto& block) {
+        const int64_t here = offset(out.rows, row, column);
+        float *outputs = out.data + here, *slopes = ws.slopes[l].data + here;
+        each_vector(block, [&](int i, int v, vf x) {
+          vf slope;
+          store(outputs + within(i, v), activate_and_differentiate<activation>(x, slope));
+          store(slopes + within(i, v), slope);
+        });
       });
       set_ones(first, last, out, layer.out);
       in = &out;
     }
     const Dense& head = layers()[hidden()];
-    forward_layer(first, last, *in, head, head.value,
-                  [&](int64_t row, int64_t column, vf x) { store(plan.head.at(row) + column, x); });
+    forward_layer(first, last, *in, head, head.value, [&](int64_t row, int64_t column, auto& block) {
+      each_vector(block, [&](int i, int v, vf x) { store(ws.head.at(row + i) + column + v * W, x); });
+    });
+  }
+
+  void forward() const {
+    switch (args.activation) {
+      case Activation::kSilu:
+        return forward<Activation::kSilu>();
+      case Activation::kRelu:
+        return forward<Activation::kRelu>();
+      case Activation::kTanh:
+        return forward<Activation::kTanh>();
+    }
   }
 
   // The Gaussian negative log-likelihood, and its gradient by the head's outputs and by the bounds.
@@ -64,8 +81,8 @@ struct FitRows {
       float loss = 0.0f;
       for (int64_t d = 0; d < dims; d += W) {
         const int64_t lanes = smaller(W, dims - d);
-        const vf raw = load_lanes(plan.head.at(row) + dims + d, lanes);
-        const vf error = load_lanes(plan.head.at(row) + d, lanes) - load(plan.targets.at(row) + d);
+        const vf raw = load_lanes(ws.head.at(row) + dims + d, lanes);
+        const vf error = load_lanes(ws.head.at(row) + d, lanes) - load(ws.targets.at(row) + d);
         const vf exp_min = load(plan.exp_min + d), exp_minus_max = load(plan.exp_minus_max + d);
         // The soft clamp in closed form (spec.h); below_max, above_min are its two slopes.
         const vf below = 1.0f / (exp_minus_max + exp(-raw));
@@ -77,57 +94,63 @@ struct FitRows {
         const vf logvar_grad = (1.0f - scaled) * share;
         const vf mean_grad = 2.0f * share * error * inverse;
         const vf raw_grad = logvar_grad * above_min * below_max;
-        store(plan.max_grad.at(row) + d, logvar_grad * above_min * (1.0f - below_max));
-        store(plan.min_grad.at(row) + d, logvar_grad * exp_min * inverse);
-        float* to = plan.head_grad.at(row) + d;
+        store(ws.max_grad.at(row) + d, logvar_grad * above_min * (1.0f - below_max));
+        store(ws.min_grad.at(row) + d, logvar_grad * exp_min * inverse);
         for (int lane = 0; lane < lanes; ++lane) {
-          to[lane] = mean_grad[lane];
-          to[dims + lane] = raw_grad[lane];
+          *at(ws.head_grad, row, d + lane) = mean_grad[lane];
+          *at(ws.head_grad, row, dims + d + lane) = raw_grad[lane];
           loss += losses[lane];
         }
       }
-      plan.loss[row] = loss * share;
+      ws.loss[row] = loss * share;
     }
   }
 
-  void backward() const {
-    const Rows* grad = &plan.head_grad;
-    for (int64_t l = hidden(); l > 0; --l) {
-      const Dense& layer = layers()[l];
-      const Rows &slopes = plan.slopes[l - 1], &to = plan.grads[l - 1];
-      product<false>(first, last, layer.in, layer.out, grad->data, grad->stride, layer.transposed,
-                     layer.transposed_stride, [&](int64_t row, int64_t column, vf x) {
-                       store(to.at(row) + column, x * load(slopes.at(row) + column));
+  // From the gradient of layer l's outputs to that of the pre-activations below it.
+  void backward(int64_t l, const Panels& grad) const {
+    const Dense& layer = layers()[l];
+    const Panels& to = ws.grads[l - 1];
+    product<false>(first, last, 0, layer.in, layer.out, grad, layer.transposed,
+                   [&](int64_t row, int64_t column, auto& block) {
+                     const int64_t here = offset(to.rows, row, column);
+                     float *grads = to.data + here, *slopes = ws.slopes[l - 1].data + here;
+                     each_vector(block, [&](int i, int v, vf x) {
+                       store(grads + within(i, v), x * load(slopes + within(i, v)));
                      });
-      grad = &to;
+                   });
+  }
+
+  // The member's loss, and its gradient by the bounds, over all rows in their order.
+  void add_up() const {
+    double loss = 0.0;
+    double* max_grad = plan.max_grad + member * args.dims;
+    double* min_grad = plan.min_grad + member * args.dims;
+    for (int64_t d = 0; d < args.dims; ++d) max_grad[d] = min_grad[d] = 0.0;
+    for (int64_t row = 0; row < count; ++row) {
+      loss += ws.loss[row];
+      for (int64_t d = 0; d < args.dims; ++d) {
+        max_grad[d] += ws.max_grad.at(row)[d];
+        min_grad[d] += ws.min_grad.at(row)[d];
+      }
     }
+    plan.loss[member] = loss;
   }
 };
 
-static void fit_rows(const FitArgs& args, const FitPlan& plan, int64_t member, int64_t begin, int64_t count,
-                     int64_t first, int64_t last) {
-  const FitRows rows{args, plan, member, begin, count, first, last};
+static void fit_member(const FitArgs& args, const FitPlan& plan, const FitWorkspace& ws, int64_t member,
+                       int64_t begin, int64_t count, const AdamStep* steps, const Team& team) {
+  const Span span = share(team, count);
+  const FitRows rows{args, plan, ws, member, begin, count, span.first, span.last};
   rows.gather();
-  switch (args.activation) {
-    case Activation::kSilu:
-      rows.forward<Activation::kSilu>();
-      break;
-    case Activation::kRelu:
-      rows.forward<Activation::kRelu>();
-      break;
-    case Activation::kTanh:
-      rows.forward<Activation::kTanh>();
-      break;
-  }
+  rows.forward();
   rows.differentiate_loss();
-  rows.backward();
-}
-
-static void fit_train(const FitArgs& args, const FitPlan& plan, int64_t member, int64_t count,
-                      const AdamStep* steps, int64_t part, int64_t parts) {
-  const Dense* layers = plan.layers + member * args.depth;
-  for (int64_t l = 0; l < args.depth; ++l)
-    train_layer(share_rows(layers[l].in + 1, part, parts), layers[l], steps[l], count,
-                l == 0 ? plan.inputs : plan.hidden[l - 1],
-                l + 1 == args.depth ? plan.head_grad : plan.grads[l]);
+  for (int64_t l = rows.hidden(); l >= 0; --l) {
+    const Panels& grad = l == rows.hidden() ? ws.head_grad : ws.grads[l];
+    // Before the layer's parameters move.
+    if (l > 0) rows.backward(l, grad);
+    team.wait();
+    if (l == rows.hidden() && team.part == 0) rows.add_up();
+    train_layer(team, rows.layers()[l], steps[l], count, l == 0 ? ws.inputs : ws.hidden[l - 1], grad);
+  }
+  team.wait();
 }

@@ -10,6 +10,8 @@
 
 namespace mopo {
 
+class Barrier;
+
 // A network's weights for the micro-kernel: per member and layer [padded(out) / block][words(in)][block], a
 // word being a float or two bfloat16 of consecutive inputs; then its biases [padded(out)]. offset[layer]
 // counts words from the member's start.
@@ -39,22 +41,33 @@ struct RolloutWorkspace {
   int64_t non_finite;  // rollouts cut
 };
 
-// A row-major matrix; rows and stride leave room for whole blocks.
+// A row-major matrix of whole vectors.
 struct Rows {
   float* data;
   int64_t stride;
   MOPO_METHOD float* at(int64_t row) const { return data + row * stride; }
 };
 
-// A layer under training as the kernels keep it: [in + 1][stride], the bias last, zeros beyond `out`; or,
-// with one output, as a row of in + 1 numbers.
+// A matrix in panels of `Kernels::panel` columns, [panel][rows][columns of the panel]: a product passes through
+// its factors and its result in the order of memory. `rows` are whole blocks.
+struct Panels {
+  float* data;
+  int64_t rows;
+};
+
+// A layer under training as the kernels keep it: matrices [in + 1][out] in panels of `rows` rows, the bias last,
+// zeros beyond; or, with one output, arrays of in + 1 numbers.
 struct Dense {
-  bool one_row;
-  int64_t in, out, stride;
+  int64_t in, out, rows;
   float *value, *exp_avg, *exp_avg_sq, *target;
-  float*
-      transposed;  // [out][transposed_stride], the weights of inputs first_input .. in; null where not needed
-  int64_t first_input, transposed_stride;
+  Panels transposed;  // the weights, [out][in]; null where not needed
+};
+
+// Threads that work on one network together: part of parts.
+struct Team {
+  int part, parts;
+  Barrier* barrier;
+  void wait() const;
 };
 
 // One step of Adam: -size * m / (sqrt(v) * root_correction + epsilon).
@@ -62,57 +75,64 @@ struct AdamStep {
   float size, root_correction, weight_decay, polyak;
 };
 
-// What an update of SAC is computed in; a thread has its rows of every matrix. hidden = depth - 1.
+// What an update of SAC is computed in. hidden = depth - 1.
 struct SacPlan {
   int64_t rows;         // of every matrix: the batch, rounded up to whole blocks
   const Dense* actor;   // [depth]
   const Dense* critic;  // [critics][depth]
   float alpha;
-  Rows observations, next_observations;     // obs_dim, 1
-  Rows inputs, next_inputs, policy_inputs;  // obs_dim, act_dim, 1
-  const Rows *actor_hidden, *actor_grad;    // [hidden]
-  Rows actor_head, actor_head_grad;         // 2 act_dim
-  const Rows *critic_hidden, *critic_grad;  // [critics][hidden]
-  const Rows* scratch_hidden;               // [critics][hidden]
-  Rows scratch_grad[2];
-  Rows noise, spread, actions, action_grad;         // act_dim
-  float *rewards, *continues, *log_prob, *targets;  // [rows]
-  float* minus_share;                               // [rows], - 1 / batch
-  float *q, *q_grad, *policy_q;                     // [critics][rows]
-  int64_t *least, *picked;                          // [rows]
+  Panels observations, next_observations;     // obs_dim, 1
+  Panels inputs, next_inputs, policy_inputs;  // obs_dim, act_dim, 1
+  const Panels *actor_hidden, *actor_grad;    // [hidden]
+  Rows actor_head;                            // 2 act_dim
+  Panels actor_head_grad;                     // likewise
+  const Panels *critic_hidden, *critic_grad;  // [critics][hidden]
+  const Panels* scratch_hidden;               // [critics][hidden], of the targets, then of the policy's actions
+  const Panels* scratch_grad;                 // [critics][2]
+  Rows noise, spread, actions;                // act_dim
+  Rows action_grad;                           // obs_dim, act_dim; the actions' columns count
+  float *rewards, *continues, *log_prob, *next_log_prob;  // [rows]
+  float* minus_share;                                     // [rows], - 1 / batch
+  float *q, *q_grad, *target_q, *policy_q;                // [critics][rows]
+  float* targets;                                         // [critics][rows], the same for all
+  int64_t* picked;                                        // [critics][rows]
 };
 
-// What a step of the fit is computed in, one member at a time. hidden = depth - 1.
+// What the members' steps of the fit share.
 struct FitPlan {
-  int64_t rows;                                 // of every matrix: the batch, rounded up to whole blocks
   const Dense* layers;                          // [members][depth]
-  Rows inputs;                                  // in, 1
-  const Rows *hidden, *slopes, *grads;          // [hidden]; slopes: the activation's derivative
-  Rows head, head_grad;                         // 2 dims
-  Rows targets, max_grad, min_grad;             // dims; gradients by the bounds of the log-variance
-  float* loss;                                  // [rows]
   float *max_logvar, *exp_minus_max, *exp_min;  // [dims]
+  double *loss, *max_grad, *min_grad;           // [members], [members][dims]: of the step
+};
+
+// What one member's step is computed in. hidden = depth - 1.
+struct FitWorkspace {
+  Panels inputs;                          // in, 1
+  const Panels *hidden, *slopes, *grads;  // [hidden]; slopes: the activation's derivative
+  Rows head;                              // 2 dims
+  Panels head_grad;                       // likewise
+  Rows targets, max_grad, min_grad;       // dims; gradients by the bounds of the log-variance
+  float* loss;                            // [rows]
 };
 
 enum class MathFunction : int { kExp, kLog, kSinTurns, kCosTurns, kTanh, kSilu };
 
 struct Kernels {
   const char* name;
-  int64_t tile, block;  // of the rollout
-  int64_t rows;         // of a block in training
+  int64_t tile;          // rows of a rollout's tile
+  int64_t block, panel;  // rows of a block and columns of a panel; a rollout's block is of outputs
   void (*rollout_chunk)(const RolloutArgs&, const RolloutPlan&, RolloutWorkspace&, int64_t first,
                         int64_t rows);
-  // Rows first .. last of one update, up to the gradients of the networks' outputs and hidden layers.
-  void (*sac_critic_rows)(const SacArgs&, const SacPlan&, int64_t update, int64_t first, int64_t last);
-  void (*sac_actor_rows)(const SacArgs&, const SacPlan&, int64_t update, int64_t first, int64_t last);
-  // The parameters' gradients and their step, the share of thread `part` of `parts`.
-  void (*sac_train_critics)(const SacArgs&, const SacPlan&, const AdamStep&, int64_t part, int64_t parts);
-  void (*sac_train_actor)(const SacArgs&, const SacPlan&, const AdamStep&, int64_t part, int64_t parts);
-  // Rows first .. last of a member's step, up to the gradients of its layers' outputs; then its parameters.
-  void (*fit_rows)(const FitArgs&, const FitPlan&, int64_t member, int64_t begin, int64_t count,
-                   int64_t first, int64_t last);
-  void (*fit_train)(const FitArgs&, const FitPlan&, int64_t member, int64_t count, const AdamStep* steps,
-                    int64_t part, int64_t parts);
+  // An update of SAC in its order; every thread has done one before any begins the next. Where the critics' step
+  // comes first, sac_critic does it; else sac_action_gradient.
+  void (*sac_sample)(const SacArgs&, const SacPlan&, const Team&, int64_t update);
+  void (*sac_target)(const SacArgs&, const SacPlan&, const Team&, int64_t critic);
+  void (*sac_critic)(const SacArgs&, const SacPlan&, const Team&, int64_t critic, const AdamStep&);
+  void (*sac_action_gradient)(const SacArgs&, const SacPlan&, const Team&, int64_t critic, const AdamStep&);
+  void (*sac_actor)(const SacArgs&, const SacPlan&, const Team&, const AdamStep&);
+  // A member's step on `count` rows that begin at `begin` in its pass.
+  void (*fit_member)(const FitArgs&, const FitPlan&, const FitWorkspace&, int64_t member, int64_t begin,
+                     int64_t count, const AdamStep* steps, const Team&);
   void (*math)(MathFunction, const float* x, float* y, int64_t count);
 };
 

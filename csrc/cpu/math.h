@@ -3,8 +3,7 @@
 
 // e^x within 2 ULP; 0 below -104, infinity above 89, NaN stays.
 MOPO_INLINE vf exp(vf x) {
-  x = select(x > 89.0f, broadcast(89.0f), x);
-  x = select(x < -104.0f, broadcast(-104.0f), x);
+  x = maximum(broadcast(-104.0f), minimum(broadcast(89.0f), x));
   // Adding and subtracting 1.5 * 2^23 rounds to the nearest whole number.
   const float magic = 12582912.0f;
   const vf n = (x * 1.44269504088896341f + magic) - magic;
@@ -16,10 +15,9 @@ MOPO_INLINE vf exp(vf x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  // 2^n as two factors: reaches infinity and the subnormals.
-  const vi whole = to_int(n), half = whole >> 1;
-  return p * bits_to_float((half + 127) << 23) * bits_to_float((whole - half + 127) << 23);
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  return scale(p, n);
 }
 
 // ln x within 2 ULP, for normal positive x.
@@ -84,8 +82,11 @@ MOPO_INLINE vf tanh(vf x) {
   return select(size < 0.625f, near, bits_to_float(float_to_bits(far) | sign));
 }
 
-// x sigmoid(x), within 4 ULP; -inf gives NaN as the definition does.
-MOPO_INLINE vf silu(vf x) { return x / (1.0f + exp(-x)); }
+// 1 / (1 + e^-x); 0 below -86.
+MOPO_INLINE vf sigmoid(vf x) { return select(x < -86.0f, vf{}, reciprocal(1.0f + exp(-x))); }
+
+// x sigmoid(x), within 4 ULP above -86; -inf gives NaN as the definition does.
+MOPO_INLINE vf silu(vf x) { return x * sigmoid(x); }
 
 template <Activation activation>
 MOPO_INLINE vf activate(vf x) {

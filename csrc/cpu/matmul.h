@@ -1,78 +1,126 @@
-// Matrix products for training: row-major, register-blocked, the work that follows them done in the epilogue.
-// Every matrix has room for whole blocks: zeros beyond its last column, any numbers beyond its last row.
+// Matrix products for training: register-blocked, over matrices in panels, the work that follows them done in the
+// epilogue. Beyond its last column a matrix holds zeros, beyond its last row any numbers.
 
-constexpr int kRows = MOPO_ROWS;  // rows at a time: kRows x 2 sums stay in registers
-constexpr int64_t kPart = 136;    // terms of a long sum that are added up at a time, about
+constexpr int kPanel = kVectors * W;
+constexpr int64_t kPart = 144;  // terms of a long sum that are added up at a time; whole panels
 
-// sum += the product of kRows rows of `a` and kVectors vectors of `b`, `depth` terms each.
-template <int kVectors, bool kTransposed>
-MOPO_INLINE void add_products(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
-                              int64_t depth, vf (&sum)[kRows][kVectors]) {
-  for (int64_t k = 0; k < depth; ++k) {
-    vf right[kVectors];
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) right[v] = load(b + v * W);
-#pragma GCC unroll 12
-    for (int i = 0; i < kRows; ++i) {
-      const vf left = broadcast(kTransposed ? a[i] : a[i * a_stride]);
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) sum[i][v] = sum[i][v] + left * right[v];
+MOPO_INLINE int64_t offset(int64_t rows, int64_t row, int64_t column) {
+  return (column / kPanel * rows + row) * kPanel + column % kPanel;
+}
+MOPO_INLINE float* at(const Panels& matrix, int64_t row, int64_t column) {
+  return matrix.data + offset(matrix.rows, row, column);
+}
+// Where vector v of row i of a block is, counted from the block's first number.
+constexpr int64_t within(int i, int v) { return i * kPanel + v * W; }
+
+// visit(i, v, x) for every vector of a block.
+template <int kWide, class Visit>
+MOPO_INLINE void each_vector(vf (&block)[kBlock][kWide], Visit visit) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kBlock; ++i)
+#pragma GCC unroll 3
+    for (int v = 0; v < kWide; ++v) visit(i, v, block[i][v]);
+}
+
+// sum += the outer product of kBlock numbers of a's and kWide vectors of b's term.
+template <int kWide, bool kTransposed>
+MOPO_INLINE void add_term(const float* a, const float* b, vf (&sum)[kBlock][kWide]) {
+  vf right[kWide];
+#pragma GCC unroll 3
+  for (int v = 0; v < kWide; ++v) right[v] = load(b + v * W);
+#pragma GCC unroll 8
+  for (int i = 0; i < kBlock; ++i) {
+    const vf left = broadcast(a[kTransposed ? i : i * kPanel]);
+#pragma GCC unroll 3
+    for (int v = 0; v < kWide; ++v) sum[i][v] = sum[i][v] + left * right[v];
+  }
+}
+
+// kBlock rows of the product, kWide vectors each. A term of a transposed `a` is a row of its panel; of another,
+// a column, and its panels are `a_panel` apart.
+template <int kWide, bool kTransposed>
+MOPO_INLINE void product_block(const float* a, int64_t a_panel, const float* b, int64_t depth,
+                               vf (&total)[kBlock][kWide]) {
+  while (depth > 0) {
+    // In parts a long sum loses less to rounding.
+    vf sum[kBlock][kWide] = {};
+    int64_t part = smaller(kPart, depth);
+    depth -= part;
+    while (part > 0) {
+      const int64_t terms = kTransposed ? part : smaller(kPanel, part);
+      for (int64_t k = 0; k < terms; ++k) {
+        add_term<kWide, kTransposed>(a + (kTransposed ? k * kPanel : k), b, sum);
+        b += kPanel;
+      }
+      a += kTransposed ? terms * kPanel : a_panel;
+      part -= terms;
     }
-    a += kTransposed ? a_stride : 1;
-    b += b_stride;
+    each_vector(total, [&](int i, int v, vf& x) { x = x + sum[i][v]; });
   }
 }
 
-// epilogue(i, v, sum): row i, vector v of the product.
-template <int kVectors, bool kTransposed, class Epilogue>
-MOPO_INLINE void product_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
-                              int64_t depth, Epilogue epilogue) {
-  vf total[kRows][kVectors] = {};
-  // In parts of equal length a long sum loses less to rounding.
-  const int64_t parts = (depth + kPart - 1) / kPart, part = (depth + parts - 1) / parts;
-  for (int64_t k = 0; k < depth; k += part) {
-    const int64_t step = kTransposed ? a_stride : 1;
-    vf sum[kRows][kVectors] = {};
-    add_products<kVectors, kTransposed>(a + k * step, a_stride, b + k * b_stride, b_stride,
-                                        smaller(part, depth - k), sum);
-#pragma GCC unroll 12
-    for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) total[i][v] = total[i][v] + sum[i][v];
-  }
-#pragma GCC unroll 12
-  for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) epilogue(i, v, total[i][v]);
-}
-
-// Rows first .. last (in steps of kRows) of a b, a [rows][depth] or, transposed, [depth][rows]; b
-// [depth][width]. epilogue(row, column, sums): a vector of them from that column on. prefetch(row, column):
-// of a block of kRows x 2 vectors, whose turn is next.
+// Rows first .. last (in steps of kBlock) and columns .. width of a b, a [rows][depth] or, transposed,
+// [depth][rows]; b [depth][width]. epilogue(row, column, block): the block of the product that begins there, an
+// array [kBlock][vectors]; prefetch(row, column): whose turn is next. The first column is that of a panel.
 template <bool kTransposed, class Epilogue, class Prefetch>
-MOPO_INLINE void product(int64_t first, int64_t last, int64_t width, int64_t depth, const float* a,
-                         int64_t a_stride, const float* b, int64_t b_stride, Epilogue epilogue,
-                         Prefetch prefetch) {
-  for (int64_t column = 0; column < width; column += 2 * W) {
-    const auto run = [&](auto tile) {
-      // A block of b's columns stays in the first-level cache while a passes by.
-      for (int64_t row = first; row < last; row += kRows) {
+MOPO_INLINE void product(int64_t first, int64_t last, int64_t first_column, int64_t width, int64_t depth,
+                         const Panels& a, const Panels& b, Epilogue epilogue, Prefetch prefetch) {
+  const int64_t a_panel = a.rows * kPanel;
+  for (int64_t column = first_column; column < width; column += kPanel) {
+    const float* right = at(b, 0, column);
+    const auto run = [&]<int kWide>() {
+      // The panel of b stays in the first-level cache while a passes by.
+      for (int64_t row = first; row < last; row += kBlock) {
         prefetch(row, column);
-        tile(a + row * (kTransposed ? 1 : a_stride), a_stride, b + column, b_stride, depth,
-             [&](int i, int v, vf sum) { epilogue(row + i, column + v * W, sum); });
+        vf total[kBlock][kWide] = {};
+        product_block<kWide, kTransposed>(kTransposed ? at(a, 0, row) : at(a, row, 0), a_panel, right, depth,
+                                          total);
+        epilogue(row, column, total);
       }
     };
-    if (width - column > W) {
-      run([](auto... arguments) { product_tile<2, kTransposed>(arguments...); });
-    } else {
-      run([](auto... arguments) { product_tile<1, kTransposed>(arguments...); });
+    switch (smaller(kVectors, (width - column + W - 1) / W)) {
+      case 1:
+        run.template operator()<1>();
+        break;
+      case 2:
+        run.template operator()<2>();
+        break;
+      default:
+        run.template operator()<kVectors>();
     }
   }
 }
 
 template <bool kTransposed, class Epilogue>
-MOPO_INLINE void product(int64_t first, int64_t last, int64_t width, int64_t depth, const float* a,
-                         int64_t a_stride, const float* b, int64_t b_stride, Epilogue epilogue) {
-  product<kTransposed>(first, last, width, depth, a, a_stride, b, b_stride, epilogue,
-                       [](int64_t, int64_t) {});
+MOPO_INLINE void product(int64_t first, int64_t last, int64_t first_column, int64_t width, int64_t depth,
+                         const Panels& a, const Panels& b, Epilogue epilogue) {
+  product<kTransposed>(first, last, first_column, width, depth, a, b, epilogue, [](int64_t, int64_t) {});
+}
+
+// Lane l of x0 .. x3 to to[l * kPanel + 0 .. 3].
+MOPO_INLINE void store_transposed(float* to, vf x0, vf x1, vf x2, vf x3) {
+  // Within each four lanes: of x and y in turn, of their lower or upper halves; then pairs of these.
+  const auto interleave = [](vf x, vf y, int from) {
+    vi order{};
+    for (int lane = 0; lane < W; ++lane) order[lane] = lane / 4 * 4 + from + lane % 4 / 2 + lane % 2 * W;
+    return __builtin_shuffle(x, y, order);
+  };
+  const auto join = [](vf x, vf y, int from) {
+    vi order{};
+    for (int lane = 0; lane < W; ++lane) order[lane] = lane / 4 * 4 + from + lane % 2 + lane % 4 / 2 * W;
+    return __builtin_shuffle(x, y, order);
+  };
+  typedef float quad __attribute__((vector_size(16), may_alias));
+  const vf low01 = interleave(x0, x1, 0), low23 = interleave(x2, x3, 0);
+  const vf high01 = interleave(x0, x1, 2), high23 = interleave(x2, x3, 2);
+  const vf columns[4] = {join(low01, low23, 0), join(low01, low23, 2), join(high01, high23, 0),
+                         join(high01, high23, 2)};
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j)
+#pragma GCC unroll 4
+    for (int group = 0; group < W / 4; ++group) {
+      quad four;
+      for (int i = 0; i < 4; ++i) four[i] = columns[j][4 * group + i];
+      *reinterpret_cast<quad*>(to + (4 * group + j) * kPanel) = four;
+    }
 }

@@ -4,5 +4,4 @@
 #define MOPO_KERNELS kPortableKernels
 #define MOPO_WIDTH 4
 #define MOPO_BLOCK 4
-#define MOPO_ROWS 6
 #include "kernels.inl"

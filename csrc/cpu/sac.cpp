@@ -1,8 +1,8 @@
 #include <algorithm>
-#include <barrier>
 #include <cmath>
 #include <vector>
 
+#include "barrier.h"
 #include "dispatch.h"
 #include "pool.h"
 #include "training.h"
@@ -19,17 +19,15 @@ class SacState {
     arena_.allocate_zeroed();
     lay_out();
     for (int64_t l = 0; l < args.depth; ++l) {
-      read_parameters(args.actor[l], 0, actor_[l]);
+      read_parameters(args.actor[l], 0, actor_[l], kernels);
       for (int64_t j = 0; j < args.critics; ++j)
-        read_parameters(args.critic[l], j, critic_[j * args.depth + l]);
+        read_parameters(args.critic[l], j, critic_[j * args.depth + l], kernels);
     }
     // Columns of ones; the hidden layers' are set as they are computed.
-    for (int64_t row = 0; row < plan.rows; ++row) {
-      for (const Rows& rows : {plan.observations, plan.next_observations}) rows.at(row)[args.obs_dim] = 1.0f;
-      for (const Rows& rows : {plan.inputs, plan.next_inputs, plan.policy_inputs})
-        rows.at(row)[args.obs_dim + args.act_dim] = 1.0f;
-      plan.minus_share[row] = -1.0f / static_cast<float>(batch());
-    }
+    const int64_t obs_dim = args.obs_dim, inputs = obs_dim + args.act_dim;
+    for (const Panels& matrix : {plan.observations, plan.next_observations}) set_ones(matrix, obs_dim);
+    for (const Panels& matrix : {plan.inputs, plan.next_inputs, plan.policy_inputs}) set_ones(matrix, inputs);
+    std::fill_n(plan.minus_share, plan.rows, -1.0f / static_cast<float>(batch()));
     plan.alpha = temperature();
   }
 
@@ -39,13 +37,15 @@ class SacState {
   void finish_update(const AdamStep& step, std::array<double, kSacMetrics>& metrics) {
     double squares = 0.0, q_sum = 0.0, log_probs = 0.0, least_q = 0.0;
     for (int64_t row = 0; row < batch(); ++row) {
+      double least = plan.policy_q[row];
       for (int64_t j = 0; j < args_.critics; ++j) {
         const double q = plan.q[j * plan.rows + row], error = q - plan.targets[row];
         q_sum += q;
         squares += error * error;
+        least = std::min<double>(least, plan.policy_q[j * plan.rows + row]);
       }
       log_probs += plan.log_prob[row];
-      least_q += plan.policy_q[plan.least[row] * plan.rows + row];
+      least_q += least;
     }
     const double count = static_cast<double>(batch()), entropy = -log_probs / count;
     const double gradient = entropy - args_.target_entropy;
@@ -62,9 +62,9 @@ class SacState {
 
   void write_back() const {
     for (int64_t l = 0; l < args_.depth; ++l) {
-      write_parameters(args_.actor[l], 0, actor_[l]);
+      write_parameters(args_.actor[l], 0, actor_[l], kernels_);
       for (int64_t j = 0; j < args_.critics; ++j)
-        write_parameters(args_.critic[l], j, critic_[j * args_.depth + l]);
+        write_parameters(args_.critic[l], j, critic_[j * args_.depth + l], kernels_);
     }
   }
 
@@ -73,11 +73,17 @@ class SacState {
  private:
   float temperature() const { return std::min(std::exp(*args_.log_alpha.value), args_.alpha_max); }
 
+  void set_ones(const Panels& matrix, int64_t column) {
+    const int64_t panel = kernels_.panel;
+    float* to = matrix.data + column / panel * matrix.rows * panel + column % panel;
+    for (int64_t row = 0; row < matrix.rows; ++row) to[row * panel] = 1.0f;
+  }
+
   void lay_out() {
-    const int64_t rows = round_up(batch(), kernels_.rows), hidden = args_.depth - 1;
+    const int64_t rows = round_up(batch(), kernels_.block), hidden = args_.depth - 1;
     const int64_t obs_dim = args_.obs_dim, act_dim = args_.act_dim;
-    const auto matrix = [&](int64_t width) { return take_rows(arena_, rows, width, kernels_); };
-    const auto hidden_layers = [&](std::vector<Rows>& layers, int64_t networks) {
+    const auto matrix = [&](int64_t width) { return take_panels(arena_, rows, width, kernels_); };
+    const auto hidden_layers = [&](std::vector<Panels>& layers, int64_t networks) {
       layers.clear();
       for (int64_t j = 0; j < networks; ++j)
         for (int64_t l = 0; l < hidden; ++l) layers.push_back(matrix(args_.actor[l].out));
@@ -85,73 +91,79 @@ class SacState {
     };
     actor_.clear();
     critic_.clear();
-    // The gradient goes back through every layer but the actor's first; of the critics' first, to the
-    // actions.
-    for (int64_t l = 0; l < args_.depth; ++l)
-      actor_.push_back(take_dense(arena_, args_.actor[l], l == 0 ? args_.actor[l].in : 0, kernels_));
-    for (int64_t j = 0; j < args_.critics; ++j)
-      for (int64_t l = 0; l < args_.depth; ++l)
-        critic_.push_back(l == hidden ? take_one_row(arena_, args_.critic[l], kernels_)
-                                      : take_dense(arena_, args_.critic[l], l == 0 ? obs_dim : 0, kernels_));
+    scratch_grad_.clear();
+    int64_t widest = 0;
+    for (int64_t l = 0; l < hidden; ++l) widest = std::max(widest, args_.actor[l].out);
     plan.rows = rows;
-    plan.actor = actor_.data();
-    plan.critic = critic_.data();
-    for (Rows* each : {&plan.observations, &plan.next_observations}) *each = matrix(obs_dim);
-    for (Rows* each : {&plan.inputs, &plan.next_inputs, &plan.policy_inputs})
-      *each = matrix(obs_dim + act_dim);
-    for (Rows* each : {&plan.actor_head, &plan.actor_head_grad}) *each = matrix(2 * act_dim);
-    for (Rows* each : {&plan.noise, &plan.spread, &plan.actions, &plan.action_grad}) *each = matrix(act_dim);
+    // The gradient goes back through every layer but the actor's first.
+    for (int64_t l = 0; l < args_.depth; ++l)
+      actor_.push_back(take_dense(arena_, args_.actor[l], l > 0, kernels_));
     plan.actor_hidden = hidden_layers(actor_hidden_, 1);
     plan.actor_grad = hidden_layers(actor_grad_, 1);
+    for (int64_t j = 0; j < args_.critics; ++j) {
+      for (int64_t l = 0; l < hidden; ++l)
+        critic_.push_back(take_dense(arena_, args_.critic[l], true, kernels_));
+      critic_.push_back(take_one_row(arena_, args_.critic[hidden], kernels_));
+      for (int i = 0; i < 2; ++i) scratch_grad_.push_back(matrix(widest));
+    }
     plan.critic_hidden = hidden_layers(critic_hidden_, args_.critics);
     plan.critic_grad = hidden_layers(critic_grad_, args_.critics);
     plan.scratch_hidden = hidden_layers(scratch_hidden_, args_.critics);
-    int64_t widest = 0;
-    for (int64_t l = 0; l < hidden; ++l) widest = std::max(widest, args_.actor[l].out);
-    for (Rows& each : plan.scratch_grad) each = matrix(widest);
-    for (float** each : {&plan.rewards, &plan.continues, &plan.log_prob, &plan.targets, &plan.minus_share})
+    plan.scratch_grad = scratch_grad_.data();
+    plan.actor = actor_.data();
+    plan.critic = critic_.data();
+    for (Panels* each : {&plan.observations, &plan.next_observations}) *each = matrix(obs_dim);
+    for (Panels* each : {&plan.inputs, &plan.next_inputs, &plan.policy_inputs})
+      *each = matrix(obs_dim + act_dim);
+    plan.actor_head = take_rows(arena_, rows, 2 * act_dim);
+    plan.actor_head_grad = matrix(2 * act_dim);
+    for (Rows* each : {&plan.noise, &plan.spread, &plan.actions}) *each = take_rows(arena_, rows, act_dim);
+    plan.action_grad = take_rows(arena_, rows, obs_dim + act_dim);
+    for (float** each :
+         {&plan.rewards, &plan.continues, &plan.log_prob, &plan.next_log_prob, &plan.minus_share})
       arena_.take(*each, rows);
-    for (float** each : {&plan.q, &plan.q_grad, &plan.policy_q}) arena_.take(*each, args_.critics * rows);
-    for (int64_t** each : {&plan.least, &plan.picked}) arena_.take(*each, rows);
+    for (float** each : {&plan.q, &plan.q_grad, &plan.target_q, &plan.policy_q, &plan.targets})
+      arena_.take(*each, args_.critics * rows);
+    arena_.take(plan.picked, args_.critics * rows);
   }
 
   const SacArgs& args_;
   const Kernels& kernels_;
   Arena arena_;
   std::vector<Dense> actor_, critic_;
-  std::vector<Rows> actor_hidden_, actor_grad_, critic_hidden_, critic_grad_, scratch_hidden_;
+  std::vector<Panels> actor_hidden_, actor_grad_, critic_hidden_, critic_grad_, scratch_hidden_, scratch_grad_;
 };
 
 }  // namespace
 
 std::array<double, kSacMetrics> sac_updates(const SacArgs& args, const Kernels& kernels) {
   SacState state(args, kernels);
-  const int64_t blocks = state.plan.rows / kernels.rows;
-  const int threads = static_cast<int>(std::min<int64_t>(args.threads, blocks));
+  const SacPlan& plan = state.plan;
+  const int threads = static_cast<int>(std::min<int64_t>(args.threads, plan.rows / kernels.block));
   std::array<double, kSacMetrics> metrics{};
-  std::barrier<> barrier(threads);
+  Barrier barrier(threads);
   parallel(threads, [&](int thread) {
-    const int64_t first = blocks * thread / threads * kernels.rows;
-    const int64_t last = blocks * (thread + 1) / threads * kernels.rows;
+    const Team all{thread, threads, &barrier};
     for (int64_t update = 0; update < args.updates; ++update) {
       const int64_t number = args.updates_before + update + 1;
-      const auto train_critics = [&] {
-        const AdamStep step = adam_step(args.critic_learning_rate, number, 0.0f, args.polyak);
-        kernels.sac_train_critics(args, state.plan, step, thread, threads);
-      };
-      kernels.sac_critic_rows(args, state.plan, update, first, last);
-      if (!args.simultaneous) {
-        barrier.arrive_and_wait();
-        train_critics();
-        barrier.arrive_and_wait();
-      }
-      kernels.sac_actor_rows(args, state.plan, update, first, last);
-      barrier.arrive_and_wait();
-      if (args.simultaneous) train_critics();
-      kernels.sac_train_actor(args, state.plan, adam_step(args.actor_learning_rate, number, 0.0f, 0.0f),
-                              thread, threads);
+      const AdamStep critic_step = adam_step(args.critic_learning_rate, number, 0.0f, args.polyak);
+      const AdamStep actor_step = adam_step(args.actor_learning_rate, number, 0.0f, 0.0f);
+      const auto for_each_critic = [&](auto work) { for_each_network(args.critics, all, work); };
+      kernels.sac_sample(args, plan, all, update);
+      all.wait();
+      for_each_critic([&](int64_t critic, const Team& team) { kernels.sac_target(args, plan, team, critic); });
+      all.wait();
+      for_each_critic([&](int64_t critic, const Team& team) {
+        kernels.sac_critic(args, plan, team, critic, critic_step);
+      });
+      all.wait();
+      for_each_critic([&](int64_t critic, const Team& team) {
+        kernels.sac_action_gradient(args, plan, team, critic, critic_step);
+      });
+      all.wait();
+      kernels.sac_actor(args, plan, all, actor_step);
       if (thread == 0) state.finish_update(adam_step(args.alpha_learning_rate, number, 0.0f, 0.0f), metrics);
-      barrier.arrive_and_wait();
+      all.wait();
     }
   });
   state.write_back();

@@ -1,42 +1,35 @@
-// SAC updates. Rows of a batch are independent of one another up to the gradients of the parameters: a thread
-// takes its rows through all networks, forwards and backwards; then it takes its share of the parameters.
+// SAC updates. Up to the gradients of the parameters a batch's rows are independent of one another: a team takes
+// rows through a network, forwards and backwards; then it takes the network's parameters.
 
-// Thread-private view of one update's rows first .. last, whole blocks; rows from `batch` on are padding.
+// One update's rows first .. last, whole blocks; rows from `batch` on are padding.
 struct SacRows {
   const SacArgs& args;
   const SacPlan& plan;
   const int64_t first, last;
-  const int64_t update;
 
   int64_t batch() const { return args.real_rows + args.model_rows; }
   int64_t end() const { return smaller(last, batch()); }
   int64_t hidden() const { return args.depth - 1; }
 
-  void gather() const {
-    const uint32_t step = static_cast<uint32_t>(args.first_draw + update);
+  void gather(uint32_t step) const {
     for (int64_t row = first; row < end(); ++row) {
       const SacSource& source = row < args.real_rows ? args.real : args.model;
       const uint32_t word = random_block(row, step, kBatchStream, 0, args.seed).word[0];
       const int64_t from = choose(word, static_cast<uint32_t>(source.size));
       const float* observation = source.observations + from * args.obs_dim;
       const float* next = source.next_observations + from * args.obs_dim;
-      copy(observation, args.obs_dim, plan.observations.at(row));
-      copy(observation, args.obs_dim, plan.inputs.at(row));
-      copy(source.actions + from * args.act_dim, args.act_dim, plan.inputs.at(row) + args.obs_dim);
-      copy(observation, args.obs_dim, plan.policy_inputs.at(row));
-      copy(next, args.obs_dim, plan.next_observations.at(row));
-      copy(next, args.obs_dim, plan.next_inputs.at(row));
+      copy_row(observation, args.obs_dim, plan.observations, row, 0);
+      copy_row(observation, args.obs_dim, plan.inputs, row, 0);
+      copy_row(observation, args.obs_dim, plan.policy_inputs, row, 0);
+      copy_row(next, args.obs_dim, plan.next_observations, row, 0);
+      copy_row(next, args.obs_dim, plan.next_inputs, row, 0);
+      copy_row(source.actions + from * args.act_dim, args.act_dim, plan.inputs, row, args.obs_dim);
       plan.rewards[row] = source.rewards[from];
       plan.continues[row] = source.terminals[from] ? 0.0f : args.discount;
     }
   }
 
-  static void copy(const float* from, int64_t count, float* to) {
-    for (int64_t i = 0; i < count; ++i) to[i] = from[i];
-  }
-
-  void draw_noise(Stream stream) const {
-    const uint32_t step = static_cast<uint32_t>(args.first_draw + update);
+  void draw_noise(Stream stream, uint32_t step) const {
     for (int64_t row = first; row < end(); row += W)
       for (int64_t d = 0; d < args.act_dim; d += 4) {
         PhiloxBlock blocks[W];
@@ -51,27 +44,33 @@ struct SacRows {
       }
   }
 
-  void hidden_layers(const Rows& input, const Dense* layers, bool targets, const Rows* outputs,
-                     int64_t stop) const {
-    const Rows* in = &input;
+  void hidden_layers(const Panels& input, const Dense* layers, bool targets, const Panels* outputs) const {
+    const Panels* in = &input;
     for (int64_t l = 0; l < hidden(); ++l) {
       const Dense& layer = layers[l];
-      const Rows& out = outputs[l];
-      forward_layer(first, stop, *in, layer, targets ? layer.target : layer.value,
-                    [&](int64_t row, int64_t column, vf x) {
-                      store(out.at(row) + column, activate<Activation::kRelu>(x));
+      const Panels& out = outputs[l];
+      forward_layer(first, last, *in, layer, targets ? layer.target : layer.value,
+                    [&](int64_t row, int64_t column, auto& block) {
+                      float* to = at(out, row, column);
+                      each_vector(block, [&](int i, int v, vf x) {
+                        store(to + within(i, v), activate<Activation::kRelu>(x));
+                      });
                     });
-      set_ones(first, stop, out, layer.out);
+      set_ones(first, last, out, layer.out);
       in = &out;
     }
   }
 
-  // Actions into `inputs`, the columns after the observations; log-probabilities into plan.log_prob.
-  void act(const Rows& observations, const Rows& inputs) const {
+  // Actions into `inputs`, the columns after the observations.
+  void act(const Panels& observations, const Panels& inputs, float* log_probs) const {
     const Dense& head = plan.actor[hidden()];
-    hidden_layers(observations, plan.actor, false, plan.actor_hidden, last);
+    hidden_layers(observations, plan.actor, false, plan.actor_hidden);
     forward_layer(first, last, plan.actor_hidden[hidden() - 1], head, head.value,
-                  [&](int64_t row, int64_t column, vf x) { store(plan.actor_head.at(row) + column, x); });
+                  [&](int64_t row, int64_t column, auto& block) {
+                    each_vector(block, [&](int i, int v, vf x) {
+                      store(plan.actor_head.at(row + i) + column + v * W, x);
+                    });
+                  });
     const int64_t act_dim = args.act_dim;
     for (int64_t row = first; row < end(); ++row) {
       float log_prob = 0.0f;
@@ -82,16 +81,16 @@ struct SacRows {
         const vf raw = mean + std * noise;
         // log(1 - tanh(x)^2) without cancellation.
         const vf squash = 2.0f * (0.69314718056f - raw - softplus(-2.0f * raw));
-        const vf log_probs = -0.5f * noise * noise - log_std - 0.91893853320f - squash;
+        const vf terms = -0.5f * noise * noise - log_std - 0.91893853320f - squash;
         const vf action = tanh(raw);
         store(plan.spread.at(row) + d, std * noise);
         store(plan.actions.at(row) + d, action);
         for (int lane = 0; lane < smaller(W, act_dim - d); ++lane) {
-          inputs.at(row)[args.obs_dim + d + lane] = action[lane];
-          log_prob += log_probs[lane];
+          *at(inputs, row, args.obs_dim + d + lane) = action[lane];
+          log_prob += terms[lane];
         }
       }
-      plan.log_prob[row] = log_prob;
+      log_probs[row] = log_prob;
     }
   }
 
@@ -105,18 +104,87 @@ struct SacRows {
     return select(x > 0.0f, x, vf{}) + log(1.0f + exp(-size));
   }
 
-  // q[row] of one critic; its last layer has one output, so its weights are a row and this is a dot product.
-  void evaluate(const Rows& input, int64_t critic, bool targets, const Rows* outputs, float* q) const {
-    const Dense* layers = plan.critic + critic * args.depth;
-    hidden_layers(input, layers, targets, outputs, last);
-    const Dense& head = layers[hidden()];
+  // Through one layer, from the gradient of its outputs to that of the pre-activations below it; `source` gives
+  // a row's row of `below`.
+  template <class Source>
+  void backward(const Dense& layer, const Panels& grad, const Panels& below, const Panels& to, int64_t stop,
+                Source source) const {
+    product<false>(first, stop, 0, layer.in, layer.out, grad, layer.transposed,
+                   [&](int64_t row, int64_t column, auto& block) {
+                     float* grads = at(to, row, column);
+                     each_vector(block, [&](int i, int v, vf x) {
+                       const vf output = load(at(below, source(row + i), column) + v * W);
+                       store(grads + within(i, v), select(output > 0.0f, x, vf{}));
+                     });
+                   });
+  }
+
+  // From the gradients of the actions through Q to those of the actor's hidden layers.
+  void actor_gradient() const {
+    const float share = 1.0f / static_cast<float>(batch());
+    const int64_t act_dim = args.act_dim;
+    for (int64_t row = first; row < end(); ++row)
+      for (int64_t d = 0; d < act_dim; d += W) {
+        const vf action = load(plan.actions.at(row) + d);
+        const vf q_grad = load_lanes(plan.action_grad.at(row) + args.obs_dim + d, act_dim - d);
+        const vf raw_grad = (plan.alpha * share) * 2.0f * action + q_grad * (1.0f - action * action);
+        const vf log_std = load_lanes(plan.actor_head.at(row) + act_dim + d, act_dim - d);
+        const vi free = (log_std >= args.log_std_min) & (log_std <= args.log_std_max);
+        const vf log_std_grad =
+            select(free, raw_grad * load(plan.spread.at(row) + d) - plan.alpha * share, vf{});
+        for (int lane = 0; lane < smaller(W, act_dim - d); ++lane) {
+          *at(plan.actor_head_grad, row, d + lane) = raw_grad[lane];
+          *at(plan.actor_head_grad, row, act_dim + d + lane) = log_std_grad[lane];
+        }
+      }
+    const auto itself = [](int64_t row) { return row; };
+    for (int64_t l = hidden(); l > 0; --l)
+      backward(plan.actor[l], l == hidden() ? plan.actor_head_grad : plan.actor_grad[l],
+               plan.actor_hidden[l - 1], plan.actor_grad[l - 1], last, itself);
+  }
+};
+
+// One critic's part of an update.
+struct SacCritic {
+  const SacRows rows;
+  const SacArgs& args;
+  const SacPlan& plan;
+  const int64_t critic, first, last;
+
+  SacCritic(const SacArgs& args, const SacPlan& plan, const Team& team, int64_t critic)
+      : SacCritic(args, plan, share(team, plan.rows), critic) {}
+  SacCritic(const SacArgs& args, const SacPlan& plan, Span span, int64_t critic)
+      : rows{args, plan, span.first, span.last},
+        args(args),
+        plan(plan),
+        critic(critic),
+        first(span.first),
+        last(span.last) {}
+
+  int64_t hidden() const { return args.depth - 1; }
+  const Dense* layers() const { return plan.critic + critic * args.depth; }
+  const Panels* outputs() const { return plan.critic_hidden + critic * hidden(); }
+  const Panels* grads() const { return plan.critic_grad + critic * hidden(); }
+  const Panels* scratch() const { return plan.scratch_hidden + critic * hidden(); }
+  // This critic's part of an array [critics][rows].
+  template <class T>
+  T* mine(T* array) const {
+    return array + critic * plan.rows;
+  }
+
+  // q[row]; the last layer has one output, so its weights are a row and this is a dot product.
+  void evaluate(const Panels& input, bool targets, const Panels* outputs, float* q) const {
+    rows.hidden_layers(input, layers(), targets, outputs);
+    const Dense& head = layers()[hidden()];
     const float* weight = targets ? head.target : head.value;
-    const Rows& top = outputs[hidden() - 1];
-    for (int64_t row = first; row < last; row += kRows) {
-      vf sum[kRows] = {};
-      for (int64_t k = 0; k <= head.in; k += W)
-        for (int i = 0; i < kRows; ++i) sum[i] = sum[i] + load(top.at(row + i) + k) * load(weight + k);
-      for (int i = 0; i < kRows; ++i) q[row + i] = sum_lanes(sum[i]);
+    const Panels& top = outputs[hidden() - 1];
+    for (int64_t row = first; row < last; row += kBlock) {
+      vf sum[kBlock] = {};
+      for (int64_t k = 0; k <= head.in; k += W) {
+        const float* block = at(top, row, k);
+        for (int i = 0; i < kBlock; ++i) sum[i] = sum[i] + load(block + within(i, 0)) * load(weight + k);
+      }
+      for (int i = 0; i < kBlock; ++i) q[row + i] = sum_lanes(sum[i]);
     }
   }
 
@@ -126,173 +194,141 @@ struct SacRows {
     return total;
   }
 
-  // d loss / d pre-activations of the last hidden layer, for rows to which `source` gives their row of `top`.
+  // d loss / d pre-activations of the last hidden layer; `source` gives a row's row of `top` and of q_grad.
   template <class Source>
-  void top_gradient(const Dense& head, const Rows& top, const Rows& grad, int64_t stop, const float* q_grad,
+  void top_gradient(const Panels& top, const Panels& grad, int64_t stop, const float* q_grad,
                     Source source) const {
+    const Dense& head = layers()[hidden()];
     for (int64_t row = first; row < stop; ++row) {
       const int64_t from = source(row);
-      for (int64_t k = 0; k < padded_lanes(head.in); k += W) {
-        const vf slope = q_grad[from] * load(head.value + k);
-        store(grad.at(row) + k, select(load(top.at(from) + k) > 0.0f, slope, vf{}));
+      for (int64_t k = 0; k < head.in; k += W) {
+        // The column of ones takes no gradient.
+        const vf weight = load_lanes(head.value + k, head.in - k);
+        store(at(grad, row, k), select(load(at(top, from, k)) > 0.0f, q_grad[from] * weight, vf{}));
       }
-      // The column of ones takes no gradient.
-      for (int64_t k = head.in; k < padded_lanes(head.in); ++k) grad.at(row)[k] = 0.0f;
     }
   }
 
-  static int64_t padded_lanes(int64_t count) { return (count + W - 1) / W * W; }
-
-  // Through layer `layer`, from the gradient of its outputs to that of the pre-activations below it.
-  template <class Source>
-  void backward(const Dense& layer, const Rows& grad, const Rows& below, const Rows& to, int64_t stop,
-                Source source) const {
-    product<false>(first, stop, layer.in, layer.out, grad.data, grad.stride, layer.transposed,
-                   layer.transposed_stride, [&](int64_t row, int64_t column, vf x) {
-                     const vf mask = load(below.at(source(row)) + column);
-                     store(to.at(row) + column, select(mask > 0.0f, x, vf{}));
-                   });
-  }
-
-  // Everything up to the critics' gradients.
-  void critics() const {
-    gather();
-    draw_noise(kNextActionStream);
-    act(plan.next_observations, plan.next_inputs);
-    const int64_t rows = plan.rows;
-    for (int64_t j = 0; j < args.critics; ++j)
-      evaluate(plan.next_inputs, j, true, plan.scratch_hidden + j * hidden(), plan.policy_q + j * rows);
+  // All but the parameters' step.
+  void differentiate() const {
+    float *q = mine(plan.q), *q_grad = mine(plan.q_grad), *targets = mine(plan.targets);
+    for (int64_t row = first; row < rows.end(); ++row) {
+      float least = plan.target_q[row];
+      for (int64_t j = 1; j < args.critics; ++j) least = nan_min(least, plan.target_q[j * plan.rows + row]);
+      const float value = least - plan.alpha * plan.next_log_prob[row];
+      targets[row] = plan.rewards[row] + (plan.continues[row] != 0.0f ? plan.continues[row] * value : 0.0f);
+    }
+    evaluate(plan.inputs, false, outputs(), q);
+    const float scale = 2.0f * args.critic_loss_scale / static_cast<float>(rows.batch());
+    for (int64_t row = first; row < last; ++row)
+      q_grad[row] = row < rows.batch() ? scale * (q[row] - targets[row]) : 0.0f;
     const auto itself = [](int64_t row) { return row; };
-    for (int64_t row = first; row < end(); ++row) {
-      float least = plan.policy_q[row];
-      for (int64_t j = 1; j < args.critics; ++j) least = nan_min(least, plan.policy_q[j * rows + row]);
-      plan.targets[row] =
-          plan.rewards[row] + (plan.continues[row] != 0.0f
-                                   ? plan.continues[row] * (least - plan.alpha * plan.log_prob[row])
-                                   : 0.0f);
-    }
-    const float scale = 2.0f * args.critic_loss_scale / static_cast<float>(batch());
-    for (int64_t j = 0; j < args.critics; ++j) {
-      const Dense* layers = plan.critic + j * args.depth;
-      const Rows* outputs = plan.critic_hidden + j * hidden();
-      const Rows* grads = plan.critic_grad + j * hidden();
-      float *q = plan.q + j * rows, *q_grad = plan.q_grad + j * rows;
-      evaluate(plan.inputs, j, false, outputs, q);
-      for (int64_t row = first; row < last; ++row)
-        q_grad[row] = row < batch() ? scale * (q[row] - plan.targets[row]) : 0.0f;
-      top_gradient(layers[hidden()], outputs[hidden() - 1], grads[hidden() - 1], last, q_grad, itself);
-      for (int64_t l = hidden() - 1; l > 0; --l)
-        backward(layers[l], grads[l], outputs[l - 1], grads[l - 1], last, itself);
-    }
+    top_gradient(outputs()[hidden() - 1], grads()[hidden() - 1], last, q_grad, itself);
+    for (int64_t l = hidden() - 1; l > 0; --l)
+      rows.backward(layers()[l], grads()[l], outputs()[l - 1], grads()[l - 1], last, itself);
   }
 
   static float nan_min(float a, float b) { return b < a || b != b ? b : a; }
 
-  // Everything up to the actor's gradients.
-  void actor() const {
-    draw_noise(kActionStream);
-    act(plan.observations, plan.policy_inputs);
-    const int64_t rows = plan.rows;
-    for (int64_t j = 0; j < args.critics; ++j)
-      evaluate(plan.policy_inputs, j, false, plan.scratch_hidden + j * hidden(), plan.policy_q + j * rows);
-    for (int64_t row = first; row < end(); ++row) {
-      plan.least[row] = 0;
-      for (int64_t j = 1; j < args.critics; ++j)
-        if (plan.policy_q[j * rows + row] < plan.policy_q[plan.least[row] * rows + row]) plan.least[row] = j;
-    }
-    for (int64_t j = 0; j < args.critics; ++j) action_gradient(j);
-
-    const float share = 1.0f / static_cast<float>(batch());
-    const int64_t act_dim = args.act_dim;
-    for (int64_t row = first; row < end(); ++row)
-      for (int64_t d = 0; d < act_dim; d += W) {
-        const vf action = load(plan.actions.at(row) + d);
-        const vf through_q = load(plan.action_grad.at(row) + d) * (1.0f - action * action);
-        const vf raw_grad = (plan.alpha * share) * 2.0f * action + through_q;
-        const vf log_std = load_lanes(plan.actor_head.at(row) + act_dim + d, act_dim - d);
-        const vi free = (log_std >= args.log_std_min) & (log_std <= args.log_std_max);
-        const vf log_std_grad =
-            select(free, raw_grad * load(plan.spread.at(row) + d) - plan.alpha * share, vf{});
-        float* to = plan.actor_head_grad.at(row) + d;
-        for (int lane = 0; lane < smaller(W, act_dim - d); ++lane) {
-          to[lane] = raw_grad[lane];
-          to[act_dim + lane] = log_std_grad[lane];
-        }
-      }
-    const Rows* grad = &plan.actor_head_grad;
-    const auto itself = [](int64_t row) { return row; };
-    for (int64_t l = hidden(); l > 0; --l) {
-      backward(plan.actor[l], *grad, plan.actor_hidden[l - 1], plan.actor_grad[l - 1], last, itself);
-      grad = &plan.actor_grad[l - 1];
-    }
-  }
-
-  // - d Q / d action / batch for the rows whose least Q is critic j's, gathered: the others' are zero.
-  void action_gradient(int64_t j) const {
+  // - d Q / d action / batch for the rows whose least Q is this critic's, gathered: the others' are zero.
+  void action_gradient() const {
+    int64_t* picked = mine(plan.picked);
     int64_t stop = first;
-    for (int64_t row = first; row < end(); ++row)
-      if (plan.least[row] == j) plan.picked[stop++] = row;
+    for (int64_t row = first; row < rows.end(); ++row)
+      if (least(row) == critic) picked[stop++] = row;
     if (stop == first) return;
-    for (; (stop - first) % kRows != 0; ++stop) plan.picked[stop] = plan.picked[stop - 1];
-    const auto picked = [&](int64_t row) { return plan.picked[row]; };
-    const Dense* layers = plan.critic + j * args.depth;
-    const Rows* outputs = plan.scratch_hidden + j * hidden();
-    Rows here = plan.scratch_grad[0], there = plan.scratch_grad[1];
-    top_gradient(layers[hidden()], outputs[hidden() - 1], here, stop, plan.minus_share, picked);
+    for (; (stop - first) % kBlock != 0; ++stop) picked[stop] = picked[stop - 1];
+    const auto source = [&](int64_t row) { return picked[row]; };
+    Panels here = plan.scratch_grad[2 * critic], there = plan.scratch_grad[2 * critic + 1];
+    top_gradient(scratch()[hidden() - 1], here, stop, plan.minus_share, source);
     for (int64_t l = hidden() - 1; l > 0; --l) {
-      backward(layers[l], here, outputs[l - 1], there, stop, picked);
-      const Rows other = here;
+      rows.backward(layers()[l], here, scratch()[l - 1], there, stop, source);
+      const Panels other = here;
       here = there;
       there = other;
     }
-    product<false>(first, stop, args.act_dim, layers[0].out, here.data, here.stride, layers[0].transposed,
-                   layers[0].transposed_stride, [&](int64_t row, int64_t column, vf x) {
-                     store(plan.action_grad.at(plan.picked[row]) + column, x);
+    const Dense& layer = layers()[0];
+    product<false>(first, stop, args.obs_dim / kPanel * kPanel, layer.in, layer.out, here, layer.transposed,
+                   [&](int64_t row, int64_t column, auto& block) {
+                     each_vector(block, [&](int i, int v, vf x) {
+                       store(plan.action_grad.at(picked[row + i]) + column + v * W, x);
+                     });
                    });
   }
-};
 
-static void sac_critic_rows(const SacArgs& args, const SacPlan& plan, int64_t update, int64_t first,
-                            int64_t last) {
-  SacRows{args, plan, first, last, update}.critics();
-}
+  // The critic whose Q of the policy's action is least.
+  int64_t least(int64_t row) const {
+    int64_t least = 0;
+    for (int64_t j = 1; j < args.critics; ++j)
+      if (plan.policy_q[j * plan.rows + row] < plan.policy_q[least * plan.rows + row]) least = j;
+    return least;
+  }
 
-static void sac_actor_rows(const SacArgs& args, const SacPlan& plan, int64_t update, int64_t first,
-                           int64_t last) {
-  SacRows{args, plan, first, last, update}.actor();
-}
-
-static void sac_train_critics(const SacArgs& args, const SacPlan& plan, const AdamStep& step, int64_t part,
-                              int64_t parts) {
-  const int64_t batch = args.real_rows + args.model_rows, hidden = args.depth - 1;
-  for (int64_t j = 0; j < args.critics; ++j) {
-    const Dense* layers = plan.critic + j * args.depth;
-    const Rows* outputs = plan.critic_hidden + j * hidden;
-    for (int64_t l = 0; l < hidden; ++l)
-      train_layer(share_rows(layers[l].in + 1, part, parts), layers[l], step, batch,
-                  l == 0 ? plan.inputs : outputs[l - 1], plan.critic_grad[j * hidden + l]);
-    if (j % parts != part) continue;
-    const Dense& head = layers[hidden];
-    const Rows& top = outputs[hidden - 1];
-    const float* q_grad = plan.q_grad + j * plan.rows;
+  void train(const Team& team, const AdamStep& step) const {
+    const int64_t batch = rows.batch();
+    for (int64_t l = 0; l < hidden(); ++l)
+      train_layer(team, layers()[l], step, batch, l == 0 ? plan.inputs : outputs()[l - 1], grads()[l]);
+    if (team.part != 0) return;
+    const Dense& head = layers()[hidden()];
+    const Panels& top = outputs()[hidden() - 1];
+    const float* q_grad = mine(plan.q_grad);
     for (int64_t k = 0; k <= head.in; k += W) {
       vf sum{};
       for (int64_t begin = 0; begin < batch; begin += 16) {
         vf part{};
         for (int64_t row = begin; row < smaller(begin + 16, batch); ++row)
-          part = part + load(top.at(row) + k) * q_grad[row];
+          part = part + load(at(top, row, k)) * q_grad[row];
         sum = sum + part;
       }
       adam(step, head, k, sum);
     }
   }
+};
+
+static void sac_sample(const SacArgs& args, const SacPlan& plan, const Team& team, int64_t update) {
+  const Span span = share(team, plan.rows);
+  const SacRows rows{args, plan, span.first, span.last};
+  const uint32_t step = static_cast<uint32_t>(args.first_draw + update);
+  rows.gather(step);
+  rows.draw_noise(kNextActionStream, step);
+  rows.act(plan.next_observations, plan.next_inputs, plan.next_log_prob);
+  rows.draw_noise(kActionStream, step);
+  rows.act(plan.observations, plan.policy_inputs, plan.log_prob);
 }
 
-static void sac_train_actor(const SacArgs& args, const SacPlan& plan, const AdamStep& step, int64_t part,
-                            int64_t parts) {
-  const int64_t batch = args.real_rows + args.model_rows, hidden = args.depth - 1;
-  for (int64_t l = 0; l <= hidden; ++l)
-    train_layer(share_rows(plan.actor[l].in + 1, part, parts), plan.actor[l], step, batch,
+static void sac_target(const SacArgs& args, const SacPlan& plan, const Team& team, int64_t critic) {
+  const SacCritic work(args, plan, team, critic);
+  work.evaluate(plan.next_inputs, true, work.scratch(), work.mine(plan.target_q));
+}
+
+static void sac_critic(const SacArgs& args, const SacPlan& plan, const Team& team, int64_t critic,
+                       const AdamStep& step) {
+  const SacCritic work(args, plan, team, critic);
+  work.differentiate();
+  if (!args.simultaneous) {
+    team.wait();
+    work.train(team, step);
+    team.wait();
+  }
+  work.evaluate(plan.policy_inputs, false, work.scratch(), work.mine(plan.policy_q));
+}
+
+static void sac_action_gradient(const SacArgs& args, const SacPlan& plan, const Team& team, int64_t critic,
+                                const AdamStep& step) {
+  const SacCritic work(args, plan, team, critic);
+  work.action_gradient();
+  if (!args.simultaneous) return;
+  team.wait();
+  work.train(team, step);
+}
+
+static void sac_actor(const SacArgs& args, const SacPlan& plan, const Team& team, const AdamStep& step) {
+  const Span span = share(team, plan.rows);
+  const SacRows rows{args, plan, span.first, span.last};
+  rows.actor_gradient();
+  team.wait();
+  for (int64_t l = 0; l <= rows.hidden(); ++l)
+    train_layer(team, plan.actor[l], step, rows.batch(),
                 l == 0 ? plan.observations : plan.actor_hidden[l - 1],
-                l == hidden ? plan.actor_head_grad : plan.actor_grad[l]);
+                l == rows.hidden() ? plan.actor_head_grad : plan.actor_grad[l]);
 }

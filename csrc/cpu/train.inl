@@ -1,10 +1,10 @@
-// What the training kernels share: layers forwards, backwards, and Adam where their gradient is made.
+// What the training kernels share: layers forwards, and Adam where a layer's gradient is made.
 
 // c = a w, w [layer.in + 1][..] with the bias as its last row, where a has a column of ones.
 template <class Epilogue>
-MOPO_INLINE void forward_layer(int64_t first, int64_t last, const Rows& a, const Dense& layer,
-                               const float* weight, Epilogue epilogue) {
-  product<false>(first, last, layer.out, layer.in + 1, a.data, a.stride, weight, layer.stride, epilogue);
+MOPO_INLINE void forward_layer(int64_t first, int64_t last, const Panels& a, const Dense& layer, float* weight,
+                               Epilogue epilogue) {
+  product<false>(first, last, 0, layer.out, layer.in + 1, a, {weight, layer.rows}, epilogue);
 }
 
 // The first `lanes` numbers from anywhere; zeros in the other lanes.
@@ -14,18 +14,22 @@ static vf load_lanes(const float* from, int64_t lanes) {
   return x;
 }
 
-// The column of ones that the next layer's bias is multiplied by.
-static void set_ones(int64_t first, int64_t last, const Rows& rows, int64_t column) {
-  for (int64_t row = first; row < last; ++row) rows.at(row)[column] = 1.0f;
+static void copy_row(const float* from, int64_t count, const Panels& to, int64_t row, int64_t column) {
+  for (int64_t i = 0; i < count; ++i) *at(to, row, column + i) = from[i];
 }
 
-// The part of a layer's parameters that thread `part` of `parts` takes: rows first .. last of [in + 1].
+// The column of ones that the next layer's bias is multiplied by.
+static void set_ones(int64_t first, int64_t last, const Panels& matrix, int64_t column) {
+  for (int64_t row = first; row < last; ++row) *at(matrix, row, column) = 1.0f;
+}
+
+// The team's share of `count` rows, whole blocks of them.
 struct Span {
   int64_t first, last;
 };
-static Span share_rows(int64_t rows, int64_t part, int64_t parts) {
-  const int64_t blocks = (rows + kRows - 1) / kRows;
-  return {blocks * part / parts * kRows, blocks * (part + 1) / parts * kRows};
+static Span share(const Team& team, int64_t count) {
+  const int64_t blocks = (count + kBlock - 1) / kBlock;
+  return {blocks * team.part / team.parts * kBlock, blocks * (team.part + 1) / team.parts * kBlock};
 }
 
 // One vector of parameters a step against its gradient; gives the new values.
@@ -33,8 +37,8 @@ MOPO_INLINE vf adam(const AdamStep& step, const Dense& layer, int64_t at, vf gra
   const vf m = load(layer.exp_avg + at), v = load(layer.exp_avg_sq + at);
   const vf new_m = m + (gradient - m) * static_cast<float>(1.0 - kBeta1);
   const vf new_v = v * static_cast<float>(kBeta2) + gradient * gradient * static_cast<float>(1.0 - kBeta2);
-  const vf divisor = sqrt(new_v) * step.root_correction + static_cast<float>(kEpsilon);
-  const vf value = load(layer.value + at) - step.size * new_m / divisor;
+  const vf divisor = fast_sqrt(new_v) * step.root_correction + static_cast<float>(kEpsilon);
+  const vf value = load(layer.value + at) - step.size * new_m * reciprocal(divisor);
   store(layer.exp_avg + at, new_m);
   store(layer.exp_avg_sq + at, new_v);
   store(layer.value + at, value);
@@ -45,31 +49,38 @@ MOPO_INLINE vf adam(const AdamStep& step, const Dense& layer, int64_t at, vf gra
   return value;
 }
 
-// The gradient of rows span of a layer's parameters, a^T grad over `count` rows, and Adam's step against it.
-static void train_layer(Span span, const Dense& layer, const AdamStep& step, int64_t count, const Rows& a,
-                        const Rows& grad) {
-  const auto update = [&](int64_t row, int64_t column, vf sum) {
-    const int64_t at = row * layer.stride + column;
-    // Weight decay is of the weights alone; the last row is the bias.
-    if (row < layer.in) sum = sum + step.weight_decay * load(layer.value + at);
-    const vf value = adam(step, layer, at, sum);
-    if (layer.transposed == nullptr || row < layer.first_input || row >= layer.in) return;
-    float* to = layer.transposed + column * layer.transposed_stride + row - layer.first_input;
-    const int64_t columns = smaller(W, layer.out - column);
-    for (int64_t i = 0; i < columns; ++i) to[i * layer.transposed_stride] = value[i];
+// The gradient of the team's share of a layer's parameters, a^T grad over `count` rows, and Adam's step.
+static void train_layer(const Team& team, const Dense& layer, const AdamStep& step, int64_t count,
+                        const Panels& a, const Panels& grad) {
+  const auto update = [&](int64_t row, int64_t column, auto& block) {
+    const int64_t begin = offset(layer.rows, row, column);
+    each_vector(block, [&](int i, int v, vf& x) {
+      const int64_t here = begin + within(i, v);
+      // Weight decay is of the weights alone; the last row is the bias.
+      if (row + i < layer.in) x = x + step.weight_decay * load(layer.value + here);
+      x = adam(step, layer, here, x);
+      if (row + i >= layer.in) x = vf{};
+    });
+    if (layer.transposed.data == nullptr) return;
+    constexpr int kWide = sizeof(block[0]) / sizeof(vf);
+#pragma GCC unroll 2
+    for (int i = 0; i < kBlock; i += 4)
+      if (row + i < layer.in)
+#pragma GCC unroll 3
+        for (int v = 0; v < kWide; ++v)
+          store_transposed(at(layer.transposed, column + v * W, row + i), block[i][v], block[i + 1][v],
+                           block[i + 2][v], block[i + 3][v]);
   };
   // The parameters come from far away; the product takes longer than they do.
   const auto prefetch = [&](int64_t row, int64_t column) {
-    for (int i = 0; i < kRows; ++i) {
-      const int64_t at = (row + i) * layer.stride + column;
-      for (int64_t line = 0; line < 2 * W; line += 16) {
-        __builtin_prefetch(layer.value + at + line, 1);
-        __builtin_prefetch(layer.exp_avg + at + line, 1);
-        __builtin_prefetch(layer.exp_avg_sq + at + line, 1);
-        if (layer.target != nullptr) __builtin_prefetch(layer.target + at + line, 1);
-      }
+    const int64_t begin = offset(layer.rows, row, column);
+    for (int64_t line = begin; line < begin + kBlock * kPanel; line += 16) {
+      __builtin_prefetch(layer.value + line, 1);
+      __builtin_prefetch(layer.exp_avg + line, 1);
+      __builtin_prefetch(layer.exp_avg_sq + line, 1);
+      if (layer.target != nullptr) __builtin_prefetch(layer.target + line, 1);
     }
   };
-  product<true>(span.first, span.last, layer.out, count, a.data, a.stride, grad.data, grad.stride, update,
-                prefetch);
+  const Span rows = share(team, layer.in + 1);
+  product<true>(rows.first, rows.last, 0, layer.out, count, a, grad, update, prefetch);
 }

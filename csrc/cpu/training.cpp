@@ -2,28 +2,39 @@
 
 #include <cmath>
 
+#include "barrier.h"
+
 namespace mopo {
 namespace {
 
+// Of an element of a matrix in panels.
+int64_t offset(int64_t rows, int64_t row, int64_t column, int64_t panel) {
+  return (column / panel * rows + row) * panel + column % panel;
+}
+
 // Calls visit(element of the caller's array, element of the kernels' array) for all weights and biases.
 template <class Visit>
-void pair_up(const TrainedLayer& layer, int64_t network, const Dense& dense, float* Parameter::* theirs,
-             float* ours, Visit visit) {
+void pair_up(const TrainedLayer& layer, int64_t network, const Dense& dense, int64_t panel,
+             float* Parameter::* theirs, float* ours, Visit visit) {
   float* weight = layer.weight.*theirs + network * layer.in * layer.out;
   float* bias = layer.bias.*theirs + network * layer.out;
-  const int64_t stride = dense.one_row ? 1 : dense.stride;
   for (int64_t k = 0; k <= layer.in; ++k) {
     float* row = k < layer.in ? weight + k * layer.out : bias;
-    for (int64_t n = 0; n < layer.out; ++n) visit(row[n], ours[k * stride + n]);
+    for (int64_t n = 0; n < layer.out; ++n)
+      visit(row[n], ours[dense.rows == 0 ? k : offset(dense.rows, k, n, panel)]);
   }
 }
 
 template <class Visit>
-void pair_up_all(const TrainedLayer& layer, int64_t network, const Dense& dense, Visit visit) {
-  pair_up(layer, network, dense, &Parameter::value, dense.value, visit);
-  pair_up(layer, network, dense, &Parameter::exp_avg, dense.exp_avg, visit);
-  pair_up(layer, network, dense, &Parameter::exp_avg_sq, dense.exp_avg_sq, visit);
-  if (dense.target != nullptr) pair_up(layer, network, dense, &Parameter::target, dense.target, visit);
+void pair_up_all(const TrainedLayer& layer, int64_t network, const Dense& dense, const Kernels& kernels,
+                 Visit visit) {
+  const auto pair = [&](float* Parameter::* theirs, float* ours) {
+    if (ours != nullptr) pair_up(layer, network, dense, kernels.panel, theirs, ours, visit);
+  };
+  pair(&Parameter::value, dense.value);
+  pair(&Parameter::exp_avg, dense.exp_avg);
+  pair(&Parameter::exp_avg_sq, dense.exp_avg_sq);
+  pair(&Parameter::target, dense.target);
 }
 
 void take_parameters(Arena& arena, const TrainedLayer& layer, int64_t size, Dense& dense) {
@@ -37,48 +48,50 @@ void take_parameters(Arena& arena, const TrainedLayer& layer, int64_t size, Dens
 
 }  // namespace
 
-int64_t matrix_stride(int64_t width, const Kernels& kernels) {
-  constexpr int64_t kLine = 16;
-  return (round_up(width + kernels.rows, kLine) / kLine | 1) * kLine;
+void Team::wait() const {
+  if (parts > 1) barrier->wait();
 }
 
-Rows take_rows(Arena& arena, int64_t rows, int64_t width, const Kernels& kernels) {
-  Rows result{nullptr, matrix_stride(width, kernels)};
+Rows take_rows(Arena& arena, int64_t rows, int64_t width) {
+  constexpr int64_t kWidest = 16;
+  Rows result{nullptr, round_up(width, kWidest)};
   arena.take(result.data, rows * result.stride);
   return result;
 }
 
-Dense take_dense(Arena& arena, const TrainedLayer& layer, int64_t first_input, const Kernels& kernels) {
+Panels take_panels(Arena& arena, int64_t rows, int64_t width, const Kernels& kernels) {
+  Panels result{nullptr, round_up(rows, kernels.block)};
+  arena.take(result.data, result.rows * round_up(width + 1, kernels.panel));
+  return result;
+}
+
+Dense take_dense(Arena& arena, const TrainedLayer& layer, bool transposed, const Kernels& kernels) {
   Dense dense{};
-  dense.stride = matrix_stride(layer.out, kernels);
-  take_parameters(arena, layer, round_up(layer.in + 1, kernels.rows) * dense.stride, dense);
-  dense.first_input = first_input;
-  if (first_input < layer.in) {
-    dense.transposed_stride = matrix_stride(layer.in - first_input, kernels);
-    arena.take(dense.transposed, layer.out * dense.transposed_stride);
-  }
+  dense.rows = round_up(layer.in + 1, kernels.block);
+  take_parameters(arena, layer, dense.rows * round_up(layer.out, kernels.panel), dense);
+  // Whole panels of rows: a block of parameters is stored with its padding.
+  if (transposed) dense.transposed = take_panels(arena, round_up(layer.out, kernels.panel), layer.in, kernels);
   return dense;
 }
 
 Dense take_one_row(Arena& arena, const TrainedLayer& layer, const Kernels& kernels) {
   Dense dense{};
-  dense.one_row = true;
-  dense.stride = matrix_stride(layer.in, kernels);
-  take_parameters(arena, layer, dense.stride, dense);
+  take_parameters(arena, layer, round_up(layer.in + 1, kernels.panel), dense);
   return dense;
 }
 
-void read_parameters(const TrainedLayer& layer, int64_t network, Dense& dense) {
-  pair_up_all(layer, network, dense, [](float& theirs, float& ours) { ours = theirs; });
-  if (dense.transposed == nullptr) return;
-  for (int64_t k = dense.first_input; k < dense.in; ++k)
+void read_parameters(const TrainedLayer& layer, int64_t network, const Dense& dense, const Kernels& kernels) {
+  pair_up_all(layer, network, dense, kernels, [](float& theirs, float& ours) { ours = theirs; });
+  if (dense.transposed.data == nullptr) return;
+  const int64_t panel = kernels.panel;
+  for (int64_t k = 0; k < dense.in; ++k)
     for (int64_t n = 0; n < dense.out; ++n)
-      dense.transposed[n * dense.transposed_stride + k - dense.first_input] =
-          dense.value[k * dense.stride + n];
+      dense.transposed.data[offset(dense.transposed.rows, n, k, panel)] =
+          dense.value[offset(dense.rows, k, n, panel)];
 }
 
-void write_parameters(const TrainedLayer& layer, int64_t network, const Dense& dense) {
-  pair_up_all(layer, network, dense, [](float& theirs, float& ours) { theirs = ours; });
+void write_parameters(const TrainedLayer& layer, int64_t network, const Dense& dense, const Kernels& kernels) {
+  pair_up_all(layer, network, dense, kernels, [](float& theirs, float& ours) { theirs = ours; });
 }
 
 AdamStep adam_step(float learning_rate, int64_t step, float weight_decay, float polyak) {

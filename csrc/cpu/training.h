@@ -1,4 +1,4 @@
-// Memory of the networks under training.
+// Memory of the networks under training, and who works on which.
 #pragma once
 
 #include "../train.h"
@@ -7,25 +7,33 @@
 
 namespace mopo {
 
-// The stride of a matrix of `width` columns: room for a column of ones and for whole blocks, and an odd
-// number of cache lines, so that the rows of a column spread over the cache.
-int64_t matrix_stride(int64_t width, const Kernels& kernels);
+// Zeroed, room for whole vectors.
+Rows take_rows(Arena& arena, int64_t rows, int64_t width);
+// Zeroed, room for a column of ones.
+Panels take_panels(Arena& arena, int64_t rows, int64_t width, const Kernels& kernels);
 
-// Zeroed [rows][matrix_stride(width)].
-Rows take_rows(Arena& arena, int64_t rows, int64_t width, const Kernels& kernels);
-
-// A layer, its numbers still zero. first_input: of the weights that are kept transposed too; `in` for none.
-Dense take_dense(Arena& arena, const TrainedLayer& layer, int64_t first_input, const Kernels& kernels);
+// A layer, its numbers still zero; `transposed`: its weights are kept so too.
+Dense take_dense(Arena& arena, const TrainedLayer& layer, bool transposed, const Kernels& kernels);
 // The last layer of a network with one output.
 Dense take_one_row(Arena& arena, const TrainedLayer& layer, const Kernels& kernels);
 
 // Between the caller's arrays of network number `network` and the kernels'.
-void read_parameters(const TrainedLayer& layer, int64_t network, Dense& dense);
-void write_parameters(const TrainedLayer& layer, int64_t network, const Dense& dense);
+void read_parameters(const TrainedLayer& layer, int64_t network, const Dense& dense, const Kernels& kernels);
+void write_parameters(const TrainedLayer& layer, int64_t network, const Dense& dense, const Kernels& kernels);
 
 AdamStep adam_step(float learning_rate, int64_t step, float weight_decay, float polyak);
 
 // Number `at` of a parameter a step against its gradient.
 void adam(const AdamStep& step, const Parameter& parameter, int64_t at, double gradient);
+
+// work(network, team) for all in which this thread, part `all.part`, has a part. As many as there are for every
+// thread are one thread's alone, which waits for nobody and keeps them in its cache; the others are everybody's.
+template <class Work>
+void for_each_network(int64_t networks, const Team& all, Work work) {
+  const int64_t own = networks / all.parts;
+  for (int64_t network = own * all.parts; network < networks; ++network) work(network, all);
+  for (int64_t network = own * all.part; network < own * (all.part + 1); ++network)
+    work(network, Team{0, 1, nullptr});
+}
 
 }  // namespace mopo

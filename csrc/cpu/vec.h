@@ -16,14 +16,38 @@ MOPO_INLINE vf bits_to_float(vi x) { return reinterpret_cast<vf>(x); }
 MOPO_INLINE vf broadcast_bits(float x) { return bits_to_float(vi{} + __builtin_bit_cast(int32_t, x)); }
 MOPO_INLINE vi float_to_bits(vf x) { return reinterpret_cast<vi>(x); }
 // mask lanes are 0 or -1, as comparisons give them.
-MOPO_INLINE vf select(vi mask, vf yes, vf no) {
-  return bits_to_float((float_to_bits(yes) & mask) | (float_to_bits(no) & ~mask));
-}
+MOPO_INLINE vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
+// The second where either is NaN.
+MOPO_INLINE vf minimum(vf a, vf b) { return select(a < b, a, b); }
+MOPO_INLINE vf maximum(vf a, vf b) { return select(a > b, a, b); }
 MOPO_INLINE vf sqrt(vf x) {
   vf result;
   for (int lane = 0; lane < W; ++lane) result[lane] = __builtin_sqrtf(x[lane]);
   return result;
 }
+
+// 1 / x, for x whose reciprocal is a normal number, and the square root of 0 and of normal numbers, within 2
+// ULP; x 2^n for whole n.
+#ifdef __AVX512F__
+MOPO_INLINE vf reciprocal(vf x) {
+  const vf r = (vf)_mm512_rcp14_ps((__m512)x);
+  return r + r * (1.0f - x * r);
+}
+MOPO_INLINE vf fast_sqrt(vf x) {
+  const vf r = (vf)_mm512_rsqrt14_ps((__m512)maximum(broadcast(0x1p-126f), x));
+  const vf root = x * r;
+  return root + (0.5f * root) * (1.0f - root * r);
+}
+MOPO_INLINE vf scale(vf x, vf n) { return (vf)_mm512_scalef_ps((__m512)x, (__m512)n); }
+#else
+MOPO_INLINE vf reciprocal(vf x) { return 1.0f / x; }
+MOPO_INLINE vf fast_sqrt(vf x) { return sqrt(x); }
+MOPO_INLINE vf scale(vf x, vf n) {
+  // As two factors: reaches infinity and the subnormals.
+  const vi whole = to_int(n), half = whole >> 1;
+  return x * bits_to_float((half + 127) << 23) * bits_to_float((whole - half + 127) << 23);
+}
+#endif
 
 // Two bfloat16 a word, the first in the lower half.
 #ifdef MOPO_BFLOAT16

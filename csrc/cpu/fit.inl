@@ -31,6 +31,10 @@ struct FitRows {
     const int64_t in = layers()[0].in;
     const int64_t* rows = args.rows + member * args.rows_stride + begin;
     for (int64_t row = first; row < end(); ++row) {
+      prefetch_row(args.inputs + rows[row] * in, in);
+      prefetch_row(args.targets + rows[row] * args.dims, args.dims);
+    }
+    for (int64_t row = first; row < end(); ++row) {
       copy_row(args.inputs + rows[row] * in, in, ws.inputs, row, 0);
       const float* target = args.targets + rows[row] * args.dims;
       for (int64_t d = 0; d < args.dims; ++d) ws.targets.at(row)[d] = target[d];

@@ -95,7 +95,7 @@ struct SacPlan {
   float* minus_share;                                     // [rows], - 1 / batch
   float *q, *q_grad, *target_q, *policy_q;                // [critics][rows]
   float* targets;                                         // [critics][rows], the same for all
-  int64_t* picked;                                        // [critics][rows]
+  int64_t *drawn, *picked;                                // [rows], [critics][rows]
 };
 
 // What the members' steps of the fit share.

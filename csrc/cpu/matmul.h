@@ -37,10 +37,11 @@ MOPO_INLINE void add_term(const float* a, const float* b, vf (&sum)[kBlock][kWid
 }
 
 // kBlock rows of the product, kWide vectors each. A term of a transposed `a` is a row of its panel; of another,
-// a column, and its panels are `a_panel` apart.
+// a column, and its panels are `a_panel` apart. On its own: among others' code the sums would leave the registers.
 template <int kWide, bool kTransposed>
-MOPO_INLINE void product_block(const float* a, int64_t a_panel, const float* b, int64_t depth,
-                               vf (&total)[kBlock][kWide]) {
+__attribute__((noinline)) static void product_block(const float* a, int64_t a_panel, const float* b,
+                                                    int64_t depth, vf (&total)[kBlock][kWide]) {
+  each_vector(total, [](int, int, vf& x) { x = vf{}; });
   while (depth > 0) {
     // In parts a long sum loses less to rounding.
     vf sum[kBlock][kWide] = {};
@@ -72,7 +73,7 @@ MOPO_INLINE void product(int64_t first, int64_t last, int64_t first_column, int6
       // The panel of b stays in the first-level cache while a passes by.
       for (int64_t row = first; row < last; row += kBlock) {
         prefetch(row, column);
-        vf total[kBlock][kWide] = {};
+        vf total[kBlock][kWide];
         product_block<kWide, kTransposed>(kTransposed ? at(a, 0, row) : at(a, row, 0), a_panel, right, depth,
                                           total);
         epilogue(row, column, total);

@@ -124,6 +124,7 @@ class SacState {
       arena_.take(*each, rows);
     for (float** each : {&plan.q, &plan.q_grad, &plan.target_q, &plan.policy_q, &plan.targets})
       arena_.take(*each, args_.critics * rows);
+    arena_.take(plan.drawn, rows);
     arena_.take(plan.picked, args_.critics * rows);
   }
 

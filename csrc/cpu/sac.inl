@@ -12,10 +12,23 @@ struct SacRows {
   int64_t hidden() const { return args.depth - 1; }
 
   void gather(uint32_t step) const {
+    const auto source_of = [&](int64_t row) -> const SacSource& {
+      return row < args.real_rows ? args.real : args.model;
+    };
     for (int64_t row = first; row < end(); ++row) {
-      const SacSource& source = row < args.real_rows ? args.real : args.model;
+      const SacSource& source = source_of(row);
       const uint32_t word = random_block(row, step, kBatchStream, 0, args.seed).word[0];
       const int64_t from = choose(word, static_cast<uint32_t>(source.size));
+      prefetch_row(source.observations + from * args.obs_dim, args.obs_dim);
+      prefetch_row(source.next_observations + from * args.obs_dim, args.obs_dim);
+      prefetch_row(source.actions + from * args.act_dim, args.act_dim);
+      __builtin_prefetch(source.rewards + from);
+      __builtin_prefetch(source.terminals + from);
+      plan.drawn[row] = from;
+    }
+    for (int64_t row = first; row < end(); ++row) {
+      const SacSource& source = source_of(row);
+      const int64_t from = plan.drawn[row];
       const float* observation = source.observations + from * args.obs_dim;
       const float* next = source.next_observations + from * args.obs_dim;
       copy_row(observation, args.obs_dim, plan.observations, row, 0);
@@ -112,8 +125,9 @@ struct SacRows {
     product<false>(first, stop, 0, layer.in, layer.out, grad, layer.transposed,
                    [&](int64_t row, int64_t column, auto& block) {
                      float* grads = at(to, row, column);
+                     const float* outputs = at(below, 0, column);
                      each_vector(block, [&](int i, int v, vf x) {
-                       const vf output = load(at(below, source(row + i), column) + v * W);
+                       const vf output = load(outputs + source(row + i) * kPanel + v * W);
                        store(grads + within(i, v), select(output > 0.0f, x, vf{}));
                      });
                    });
@@ -199,12 +213,15 @@ struct SacCritic {
   void top_gradient(const Panels& top, const Panels& grad, int64_t stop, const float* q_grad,
                     Source source) const {
     const Dense& head = layers()[hidden()];
-    for (int64_t row = first; row < stop; ++row) {
-      const int64_t from = source(row);
-      for (int64_t k = 0; k < head.in; k += W) {
-        // The column of ones takes no gradient.
-        const vf weight = load_lanes(head.value + k, head.in - k);
-        store(at(grad, row, k), select(load(at(top, from, k)) > 0.0f, q_grad[from] * weight, vf{}));
+    for (int64_t k = 0; k < head.in; k += W) {
+      // The column of ones takes no gradient.
+      const vf weight = load_lanes(head.value + k, head.in - k);
+      const float* outputs = at(top, 0, k);
+      float* to = at(grad, 0, k);
+      for (int64_t row = first; row < stop; ++row) {
+        const int64_t from = source(row);
+        const vf output = load(outputs + from * kPanel);
+        store(to + row * kPanel, select(output > 0.0f, q_grad[from] * weight, vf{}));
       }
     }
   }
@@ -273,11 +290,12 @@ struct SacCritic {
     const Panels& top = outputs()[hidden() - 1];
     const float* q_grad = mine(plan.q_grad);
     for (int64_t k = 0; k <= head.in; k += W) {
+      const float* outputs = at(top, 0, k);
       vf sum{};
       for (int64_t begin = 0; begin < batch; begin += 16) {
         vf part{};
         for (int64_t row = begin; row < smaller(begin + 16, batch); ++row)
-          part = part + load(at(top, row, k)) * q_grad[row];
+          part = part + load(outputs + row * kPanel) * q_grad[row];
         sum = sum + part;
       }
       adam(step, head, k, sum);

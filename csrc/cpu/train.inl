@@ -15,7 +15,20 @@ static vf load_lanes(const float* from, int64_t lanes) {
 }
 
 static void copy_row(const float* from, int64_t count, const Panels& to, int64_t row, int64_t column) {
-  for (int64_t i = 0; i < count; ++i) *at(to, row, column + i) = from[i];
+  while (count > 0) {
+    const int64_t columns = smaller(count, kPanel - column % kPanel);
+    float* target = at(to, row, column);
+    for (int64_t i = 0; i < columns; ++i) target[i] = from[i];
+    from += columns;
+    column += columns;
+    count -= columns;
+  }
+}
+
+// Rows drawn at random are far away: all are asked for before the first is read.
+static void prefetch_row(const float* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(from + i);
+  __builtin_prefetch(from + count - 1);
 }
 
 // The column of ones that the next layer's bias is multiplied by.

@@ -1,5 +1,6 @@
 #include "training.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "barrier.h"
@@ -12,24 +13,29 @@ int64_t offset(int64_t rows, int64_t row, int64_t column, int64_t panel) {
   return (column / panel * rows + row) * panel + column % panel;
 }
 
-// Calls visit(element of the caller's array, element of the kernels' array) for all weights and biases.
-template <class Visit>
+// Calls copy(part of the caller's array, part of the kernels', numbers in it) for all weights and biases.
+template <class Copy>
 void pair_up(const TrainedLayer& layer, int64_t network, const Dense& dense, int64_t panel,
-             float* Parameter::* theirs, float* ours, Visit visit) {
+             float* Parameter::* theirs, float* ours, Copy copy) {
   float* weight = layer.weight.*theirs + network * layer.in * layer.out;
   float* bias = layer.bias.*theirs + network * layer.out;
+  if (dense.rows == 0) {
+    copy(weight, ours, layer.in);
+    copy(bias, ours + layer.in, 1);
+    return;
+  }
   for (int64_t k = 0; k <= layer.in; ++k) {
     float* row = k < layer.in ? weight + k * layer.out : bias;
-    for (int64_t n = 0; n < layer.out; ++n)
-      visit(row[n], ours[dense.rows == 0 ? k : offset(dense.rows, k, n, panel)]);
+    for (int64_t n = 0; n < layer.out; n += panel)
+      copy(row + n, ours + offset(dense.rows, k, n, panel), std::min(panel, layer.out - n));
   }
 }
 
-template <class Visit>
+template <class Copy>
 void pair_up_all(const TrainedLayer& layer, int64_t network, const Dense& dense, const Kernels& kernels,
-                 Visit visit) {
+                 Copy copy) {
   const auto pair = [&](float* Parameter::* theirs, float* ours) {
-    if (ours != nullptr) pair_up(layer, network, dense, kernels.panel, theirs, ours, visit);
+    if (ours != nullptr) pair_up(layer, network, dense, kernels.panel, theirs, ours, copy);
   };
   pair(&Parameter::value, dense.value);
   pair(&Parameter::exp_avg, dense.exp_avg);
@@ -81,7 +87,7 @@ Dense take_one_row(Arena& arena, const TrainedLayer& layer, const Kernels& kerne
 }
 
 void read_parameters(const TrainedLayer& layer, int64_t network, const Dense& dense, const Kernels& kernels) {
-  pair_up_all(layer, network, dense, kernels, [](float& theirs, float& ours) { ours = theirs; });
+  pair_up_all(layer, network, dense, kernels, [](const float* theirs, float* ours, int64_t n) { std::copy_n(theirs, n, ours); });
   if (dense.transposed.data == nullptr) return;
   const int64_t panel = kernels.panel;
   for (int64_t k = 0; k < dense.in; ++k)
@@ -91,7 +97,7 @@ void read_parameters(const TrainedLayer& layer, int64_t network, const Dense& de
 }
 
 void write_parameters(const TrainedLayer& layer, int64_t network, const Dense& dense, const Kernels& kernels) {
-  pair_up_all(layer, network, dense, kernels, [](float& theirs, float& ours) { theirs = ours; });
+  pair_up_all(layer, network, dense, kernels, [](float* theirs, const float* ours, int64_t n) { std::copy_n(ours, n, theirs); });
 }
 
 AdamStep adam_step(float learning_rate, int64_t step, float weight_decay, float polyak) {

@@ -224,7 +224,8 @@ PYBIND11_MODULE(_cpu, module) {
       .value("sin_turns", mopo::MathFunction::kSinTurns)
       .value("cos_turns", mopo::MathFunction::kCosTurns)
       .value("tanh", mopo::MathFunction::kTanh)
-      .value("silu", mopo::MathFunction::kSilu);
+      .value("silu", mopo::MathFunction::kSilu)
+      .value("rough_silu", mopo::MathFunction::kRoughSilu);
   module.def(
       "math",
       [](const std::string& isa, mopo::MathFunction function, uintptr_t x, uintptr_t y, int64_t count) {

@@ -5,24 +5,42 @@ constexpr int kVectors = 3;          // vectors of rows in a tile
 constexpr int kTile = kVectors * W;  // rows in a tile
 constexpr int kBlock = MOPO_BLOCK;   // outputs at a time: kBlock x kVectors accumulators stay in registers
 
-constexpr int64_t padded(int64_t width) { return (width + kBlock - 1) / kBlock * kBlock; }
+constexpr int64_t round_up(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
 
 // What a 32-bit word of a layer's inputs and weights holds: a float ...
 struct Float32 {
-  static constexpr int kTerms = 1;
+  static constexpr Packing kPacking{1, kBlock, 1};
   MOPO_INLINE vf multiply_add(vf sum, vf rows, float weight) { return sum + rows * broadcast(weight); }
+  template <Activation activation>
+  MOPO_INLINE vf activate_output(vf x) {
+    return activate<activation>(x);
+  }
 };
 
 // ... or two bfloat16 that follow one another in the sum, the first in the lower half. Sums are float.
 struct BFloat16 {
-  static constexpr int kTerms = 2;
+#ifdef MOPO_AMX
+  static constexpr Packing kPacking{2, 32, 16};
+#else
+  static constexpr Packing kPacking{2, kBlock, 1};
+#endif
   MOPO_INLINE vf multiply_add(vf sum, vf rows, float weight) { return add_products(sum, rows, weight); }
+  template <Activation activation>
+  MOPO_INLINE vf activate_output(vf x) {
+    if constexpr (activation == Activation::kSilu) return rough_silu(x);
+    return activate<activation>(x);
+  }
 };
 
-constexpr int64_t words(int64_t depth, int terms) { return (depth + terms - 1) / terms; }
+// Words of `depth` inputs as the packing has them, zeros included.
+template <class Operand>
+constexpr int64_t packed_words(int64_t depth) {
+  constexpr Packing packing = Operand::kPacking;
+  return round_up((depth + packing.terms - 1) / packing.terms, packing.words);
+}
 
-// `weight` is packed [padded(width) / kBlock][words(depth)][kBlock], `bias` [padded(width)]; in
-// [words(depth)][kTile]. write(n, v, outputs): vector v of rows, kBlock outputs from n on.
+// A layer of packed `weight` and `bias`; in [packed_words(depth)][kTile]. write(n, v, outputs): vector v of rows,
+// kBlock outputs from n on.
 template <class Operand, class Write>
 MOPO_INLINE void layer_tile(const float* in, int64_t depth, const float* weight, const float* bias,
                             int64_t width, Write write) {
@@ -30,7 +48,7 @@ MOPO_INLINE void layer_tile(const float* in, int64_t depth, const float* weight,
     // The bias comes last: a large one, added first, would cost every product its low bits.
     vf sum[kBlock][kVectors] = {};
     const float* x = in;
-    for (int64_t k = words(depth, Operand::kTerms); k > 0; --k) {
+    for (int64_t k = packed_words<Operand>(depth); k > 0; --k) {
       vf rows[kVectors];
 #pragma GCC unroll 3
       for (int v = 0; v < kVectors; ++v) rows[v] = load(x + v * W);
@@ -51,18 +69,103 @@ MOPO_INLINE void layer_tile(const float* in, int64_t depth, const float* weight,
   }
 }
 
-// Outputs as floats [padded(width)][kTile].
+#ifdef MOPO_AMX
+// The same on tiles of 16 x 16: 32 outputs of 48 rows at a time, while what follows is done to the 32 before.
+template <class Write>
+MOPO_INLINE void layer_amx(const float* in, int64_t depth, const float* weight, const float* bias,
+                           int64_t width, Write write) {
+  constexpr int64_t kOutputs = 32, kTileWords = 16 * 16, kRowBytes = kTile * sizeof(float);
+  constexpr int kSlices = kOutputs / kBlock * kVectors;
+  static_assert(kVectors == 3);
+  alignas(64) float sums[2][kOutputs * kTile];
+  const int64_t steps = packed_words<BFloat16>(depth) / 16, blocks = (width + kOutputs - 1) / kOutputs;
+  // Slices of the block before: kBlock outputs of one vector of rows each.
+  const auto finish = [&](int64_t block, int slice, int end) {
+    const float* from = sums[block % 2];
+    for (; slice < end; ++slice) {
+      const int v = slice % kVectors, j = slice / kVectors * kBlock;
+      const int64_t n = block * kOutputs + j;
+      if (n >= width) return;
+      vf outputs[kBlock];
+#pragma GCC unroll 8
+      for (int i = 0; i < kBlock; ++i) outputs[i] = load(from + (j + i) * kTile + v * W) + bias[n + i];
+      write(n, v, outputs);
+    }
+  };
+  for (int64_t block = 0; block < blocks; ++block) {
+    // Tiles 0 to 2 and 3 to 5: the sums of 16 outputs each; 6: weights; 7: rows.
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_zero(4);
+    _tile_zero(5);
+    for (int64_t step = 0; step < steps; ++step) {
+      const float* rows = in + step * 16 * kTile;
+      _tile_loadd(6, weight, 64);
+      _tile_loadd(7, rows, kRowBytes);
+      _tile_dpbf16ps(0, 6, 7);
+      _tile_loadd(7, rows + W, kRowBytes);
+      _tile_dpbf16ps(1, 6, 7);
+      _tile_loadd(7, rows + 2 * W, kRowBytes);
+      _tile_dpbf16ps(2, 6, 7);
+      _tile_loadd(6, weight + kTileWords, 64);
+      _tile_dpbf16ps(5, 6, 7);
+      _tile_loadd(7, rows + W, kRowBytes);
+      _tile_dpbf16ps(4, 6, 7);
+      _tile_loadd(7, rows, kRowBytes);
+      _tile_dpbf16ps(3, 6, 7);
+      weight += 2 * kTileWords;
+      if (block > 0) finish(block - 1, kSlices * step / steps, kSlices * (step + 1) / steps);
+    }
+    float* to = sums[block % 2];
+    _tile_stored(0, to, kRowBytes);
+    _tile_stored(1, to + W, kRowBytes);
+    _tile_stored(2, to + 2 * W, kRowBytes);
+    to += 16 * kTile;
+    _tile_stored(3, to, kRowBytes);
+    _tile_stored(4, to + W, kRowBytes);
+    _tile_stored(5, to + 2 * W, kRowBytes);
+  }
+  finish(blocks - 1, 0, kSlices);
+}
+
+// All eight tiles of 16 rows of 64 bytes, until it goes out of scope.
+class Tiles {
+ public:
+  Tiles() {
+    struct {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {};
+      uint8_t rows[16] = {};
+    } config;
+    for (int i = 0; i < 8; ++i) {
+      config.row_bytes[i] = 64;
+      config.rows[i] = 16;
+    }
+    _tile_loadconfig(&config);
+  }
+  ~Tiles() { _tile_release(); }
+  Tiles(const Tiles&) = delete;
+};
+#else
+struct Tiles {
+  Tiles() {}
+};
+#endif
+
+// Outputs as floats [width, whole blocks][kTile].
 MOPO_INLINE void write_floats(float* out, int64_t n, int v, const vf (&outputs)[kBlock]) {
 #pragma GCC unroll 8
   for (int j = 0; j < kBlock; ++j) store(out + (n + j) * kTile + v * W, outputs[j]);
 }
 
-// Activated outputs as the next layer's inputs [words(padded(width))][kTile].
+// Activated outputs as the next layer's inputs.
 template <class Operand, Activation activation>
 MOPO_INLINE void write_operands(float* out, int64_t n, int v, vf (&outputs)[kBlock]) {
 #pragma GCC unroll 8
-  for (int j = 0; j < kBlock; ++j) outputs[j] = activate<activation>(outputs[j]);
-  if constexpr (Operand::kTerms == 1) {
+  for (int j = 0; j < kBlock; ++j) outputs[j] = Operand::template activate_output<activation>(outputs[j]);
+  if constexpr (Operand::kPacking.terms == 1) {
     write_floats(out, n, v, outputs);
   } else {
 #pragma GCC unroll 4
@@ -71,11 +174,18 @@ MOPO_INLINE void write_operands(float* out, int64_t n, int v, vf (&outputs)[kBlo
   }
 }
 
-// Floats [depth][kTile] as bfloat16 inputs [words(depth)][kTile].
+// Zeros where a packing has more words than `width` outputs fill.
+template <class Operand>
+static void fill_up(float* out, int64_t width) {
+  const int64_t written = round_up(width, kBlock) / Operand::kPacking.terms;
+  for (int64_t i = written * kTile; i < packed_words<Operand>(width) * kTile; i += W) store(out + i, vf{});
+}
+
+// Floats [depth][kTile] as bfloat16 inputs.
 static void convert_to_pairs(const float* in, int64_t depth, float* out) {
-  for (int64_t k = 0; k < depth; k += 2)
+  for (int64_t word = 0; word < packed_words<BFloat16>(depth); ++word)
     for (int64_t row = 0; row < kTile; row += W) {
-      const vf second = k + 1 < depth ? load(in + (k + 1) * kTile + row) : vf{};
-      store(out + k / 2 * kTile + row, pack_pair(load(in + k * kTile + row), second));
+      const auto term = [&](int64_t k) { return k < depth ? load(in + k * kTile + row) : vf{}; };
+      store(out + word * kTile + row, pack_pair(term(2 * word), term(2 * word + 1)));
     }
 }

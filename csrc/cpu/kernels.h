@@ -12,9 +12,17 @@ namespace mopo {
 
 class Barrier;
 
-// A network's weights for the micro-kernel: per member and layer [padded(out) / block][words(in)][block], a
-// word being a float or two bfloat16 of consecutive inputs; then its biases [padded(out)]. offset[layer]
-// counts words from the member's start.
+// What a layer's buffers are rounded up to: outputs, and inputs, that any kernel takes at a time.
+constexpr int64_t kRoom = 32;
+
+// How a rollout's weights are packed: a word is a float or two bfloat16 of consecutive inputs, and `outputs` rows
+// of `words` words lie together, [out / outputs][in / words][outputs][words], zeros filling up.
+struct Packing {
+  int64_t terms, outputs, words;
+};
+
+// A network's packed weights, member after member; after each layer's its biases [out]. offset[layer] counts
+// words from the member's start.
 struct PackedNetwork {
   const float* data;
   int64_t member_stride;
@@ -115,12 +123,13 @@ struct FitWorkspace {
   float* loss;                            // [rows]
 };
 
-enum class MathFunction : int { kExp, kLog, kSinTurns, kCosTurns, kTanh, kSilu };
+enum class MathFunction : int { kExp, kLog, kSinTurns, kCosTurns, kTanh, kSilu, kRoughSilu };
 
 struct Kernels {
   const char* name;
   int64_t tile;          // rows of a rollout's tile
-  int64_t block, panel;  // rows of a block and columns of a panel; a rollout's block is of outputs
+  Packing float32, bfloat16;
+  int64_t block, panel;  // in training: rows of a block and columns of a panel
   void (*rollout_chunk)(const RolloutArgs&, const RolloutPlan&, RolloutWorkspace&, int64_t first,
                         int64_t rows);
   // An update of SAC in its order; every thread has done one before any begins the next. Where the critics' step
@@ -141,6 +150,7 @@ extern const Kernels kPortableKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx512Bf16Kernels;
+extern const Kernels kAvx512AmxKernels;
 #endif
 
 }  // namespace mopo

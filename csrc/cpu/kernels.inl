@@ -48,6 +48,9 @@ static void math(MathFunction function, const float* x, float* y, int64_t count)
       case MathFunction::kSilu:
         out = silu(in);
         break;
+      case MathFunction::kRoughSilu:
+        out = rough_silu(in);
+        break;
     }
     for (int64_t lane = 0; lane < lanes; ++lane) y[i + lane] = out[lane];
   }
@@ -58,6 +61,8 @@ static void math(MathFunction function, const float* x, float* y, int64_t count)
 extern const Kernels MOPO_KERNELS = {
     MOPO_NAME,
     MOPO_ISA::kTile,
+    MOPO_ISA::Float32::kPacking,
+    MOPO_ISA::BFloat16::kPacking,
     MOPO_ISA::kBlock,
     MOPO_ISA::kPanel,
     MOPO_ISA::rollout_chunk,

@@ -23,16 +23,16 @@ uint32_t round_to_bfloat16(float x) {
 
 class Packed {
  public:
-  Packed(const Network& network, int64_t block, bool bfloat16)
-      : network_(network), block_(block), terms_(bfloat16 ? 2 : 1), offset_(network.depth) {
+  Packed(const Network& network, const Packing& packing)
+      : network_(network), packing_(packing), offset_(network.depth) {
     int64_t stride = 0;
     for (int64_t l = 0; l < network.depth; ++l) {
       offset_[l] = stride;
-      stride += (round_up(network.layers[l].in, terms_) / terms_ + 1) * width(l);
+      stride += (words(l) + 1) * width(l);
     }
     float* data = nullptr;
     arena_.take(data, stride * network.networks);
-    arena_.allocate();
+    arena_.allocate_zeroed();
     arena_.take(data, stride * network.networks);
     for (int64_t member = 0; member < network.networks; ++member)
       for (int64_t l = 0; l < network.depth; ++l) pack(member, l, data + member * stride + offset_[l]);
@@ -42,26 +42,24 @@ class Packed {
   const PackedNetwork& view() const { return view_; }
 
  private:
-  int64_t width(int64_t l) const { return (network_.layers[l].out + block_ - 1) / block_ * block_; }
+  int64_t width(int64_t l) const { return round_up(network_.layers[l].out, packing_.outputs); }
+  int64_t words(int64_t l) const {
+    return round_up((network_.layers[l].in + packing_.terms - 1) / packing_.terms, packing_.words);
+  }
 
   void pack(int64_t member, int64_t l, float* to) const {
     const Layer& layer = network_.layers[l];
     const float* weight = layer.weight + member * layer.in * layer.out;
-    const float* bias = layer.bias + member * layer.out;
-    for (int64_t n = 0; n < width(l); n += block_) {
-      const int64_t real = std::min(block_, layer.out - n);
-      for (int64_t k = 0; k < layer.in; k += terms_, to += block_) {
-        const float* first = weight + k * layer.out + n;
-        std::fill(to, to + block_, 0.0f);
-        if (terms_ == 1)
-          std::copy_n(first, real, to);
-        else
-          for (int64_t j = 0; j < real; ++j)
-            to[j] = pair(first[j], k + 1 < layer.in ? first[layer.out + j] : 0.0f);
+    const auto [terms, outputs, together] = packing_;
+    for (int64_t k = 0; k < layer.in; k += terms)
+      for (int64_t n = 0; n < layer.out; ++n) {
+        const int64_t word = k / terms, group = n / outputs * (words(l) / together) + word / together;
+        const float first = weight[k * layer.out + n];
+        const float second = k + 1 < layer.in ? weight[(k + 1) * layer.out + n] : 0.0f;
+        to[(group * outputs + n % outputs) * together + word % together] =
+            terms == 1 ? first : pair(first, second);
       }
-    }
-    std::fill(to, to + width(l), 0.0f);
-    std::copy_n(bias, layer.out, to);
+    std::copy_n(layer.bias + member * layer.out, layer.out, to + words(l) * width(l));
   }
 
   static float pair(float first, float second) {
@@ -69,27 +67,26 @@ class Packed {
   }
 
   const Network& network_;
-  const int64_t block_, terms_;
+  const Packing packing_;
   std::vector<int64_t> offset_;
   Arena arena_;
   PackedNetwork view_{};
 };
 
 // Room for any layer's output, and for the next observations, which pass through the same memory.
-int64_t widest(const RolloutArgs& args, int64_t block) {
-  int64_t width = std::max(args.obs_dim, args.act_dim);
+int64_t widest(const RolloutArgs& args) {
+  int64_t width = args.obs_dim + args.act_dim;
   for (const Network* network : {&args.dynamics, &args.policy})
     for (int64_t l = 0; l < network->depth; ++l) width = std::max(width, network->layers[l].out);
-  return round_up(width, block);
+  return round_up(width, kRoom);
 }
 
 void lay_out(Arena& arena, const RolloutArgs& args, const Kernels& kernels, int64_t rows,
              RolloutWorkspace& ws) {
   const int64_t dims = args.obs_dim + 1;
   // The policy's heads pass through the predictions.
-  const int64_t heads = std::max(round_up(2 * dims, kernels.block) * args.dynamics.networks,
-                                 round_up(2 * args.act_dim, kernels.block));
-  const int64_t width = widest(args, kernels.block);
+  const int64_t heads = std::max(round_up(2 * dims, kRoom) * args.dynamics.networks, round_up(2 * args.act_dim, kRoom));
+  const int64_t width = widest(args);
   // A small batch does not fill its one chunk; its records may be long.
   const int64_t records = std::min(rows, args.batch) * args.horizon;
   arena.take(ws.observations, rows * args.obs_dim);
@@ -171,8 +168,8 @@ void commit(const RolloutArgs& args, const RolloutWorkspace& ws, int64_t rows, i
 }  // namespace
 
 RolloutCounts rollout(const RolloutArgs& args, const Kernels& kernels) {
-  const Packed dynamics(args.dynamics, kernels.block, args.bfloat16);
-  const Packed policy(args.policy, kernels.block, args.bfloat16);
+  const Packing& packing = args.bfloat16 ? kernels.bfloat16 : kernels.float32;
+  const Packed dynamics(args.dynamics, packing), policy(args.policy, packing);
   std::vector<float> inverse_std, exp_minus_max, exp_min;
   for (int64_t d = 0; d < args.obs_dim + args.act_dim; ++d) inverse_std.push_back(1.0f / args.input_std[d]);
   for (int64_t d = 0; d <= args.obs_dim; ++d) {

@@ -2,30 +2,36 @@
 
 static vi is_finite(vf x) { return (float_to_bits(x) & 0x7f800000) != 0x7f800000; }
 
+template <class Operand, class Write>
+MOPO_INLINE void layer(const Layer& layer, const float* weight, const float* in, Write write) {
+  const int64_t width = round_up(layer.out, Operand::kPacking.outputs);
+  const float* bias = weight + packed_words<Operand>(layer.in) * width;
+#ifdef MOPO_AMX
+  if constexpr (Operand::kPacking.terms == 2) return layer_amx(in, layer.in, weight, bias, layer.out, write);
+#endif
+  layer_tile<Operand>(in, layer.in, weight, bias, layer.out, write);
+}
+
 template <class Operand, Activation activation>
 static void network_tile(const Network& network, const PackedNetwork& packed, int64_t member, const float* in,
                          float* here, float* there, float* out) {
   const float* data = packed.data + member * packed.member_stride;
-  if constexpr (Operand::kTerms == 2) {
+  if constexpr (Operand::kPacking.terms == 2) {
     convert_to_pairs(in, network.layers[0].in, there);
     in = there;
   }
-  for (int64_t l = 0; l < network.depth; ++l) {
-    const Layer& layer = network.layers[l];
-    const float* weight = data + packed.offset[l];
-    const float* bias = weight + words(layer.in, Operand::kTerms) * padded(layer.out);
-    if (l + 1 == network.depth) {
-      layer_tile<Operand>(in, layer.in, weight, bias, layer.out,
-                          [&](int64_t n, int v, vf(&outputs)[kBlock]) { write_floats(out, n, v, outputs); });
-    } else {
-      layer_tile<Operand>(in, layer.in, weight, bias, layer.out, [&](int64_t n, int v, vf(&outputs)[kBlock]) {
-        write_operands<Operand, activation>(here, n, v, outputs);
-      });
-      in = here;
-      here = there;
-      there = const_cast<float*>(in);
-    }
+  const int64_t hidden = network.depth - 1;
+  for (int64_t l = 0; l < hidden; ++l) {
+    layer<Operand>(network.layers[l], data + packed.offset[l], in, [&](int64_t n, int v, vf(&outputs)[kBlock]) {
+      write_operands<Operand, activation>(here, n, v, outputs);
+    });
+    fill_up<Operand>(here, network.layers[l].out);
+    in = here;
+    here = there;
+    there = const_cast<float*>(in);
   }
+  layer<Operand>(network.layers[hidden], data + packed.offset[hidden], in,
+                 [&](int64_t n, int v, vf(&outputs)[kBlock]) { write_floats(out, n, v, outputs); });
 }
 
 template <class Operand>
@@ -58,7 +64,7 @@ struct Chunk {
     return ws.alive[smaller(tile * kTile + lane, alive - 1)];
   }
   int64_t record(int64_t rollout) const { return rollout * args.horizon + t; }
-  int64_t outputs() const { return padded(2 * (args.obs_dim + 1)); }
+  int64_t outputs() const { return round_up(2 * (args.obs_dim + 1), kRoom); }
   float* observations(int64_t tile) const { return ws.observations + tile * args.obs_dim * kTile; }
   float* actions(int64_t tile) const { return ws.actions + tile * args.act_dim * kTile; }
   float* inputs(int64_t tile) const { return ws.inputs + tile * (args.obs_dim + args.act_dim) * kTile; }
@@ -274,5 +280,6 @@ static void rollout_chunk(const RolloutArgs& args, const RolloutPlan& plan, Roll
     ws.alive[i] = i;
     ws.length[i] = 0;
   }
+  const Tiles tiles;
   Chunk{args, plan, ws, first, rows, 0}.run();
 }

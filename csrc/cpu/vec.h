@@ -27,7 +27,7 @@ MOPO_INLINE vf sqrt(vf x) {
 }
 
 // 1 / x, for x whose reciprocal is a normal number, and the square root of 0 and of normal numbers, within 2
-// ULP; x 2^n for whole n.
+// ULP; x 2^n for whole n (AVX-512 takes the whole number below any n).
 #ifdef __AVX512F__
 MOPO_INLINE vf reciprocal(vf x) {
   const vf r = (vf)_mm512_rcp14_ps((__m512)x);

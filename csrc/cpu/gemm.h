@@ -1,15 +1,14 @@
 // One layer for one tile of rows: sum_k in[k][row] weight[k][n] + bias[n].
 // A vector holds one feature of W rows, so any width works and nothing is summed across lanes.
 
-constexpr int kVectors = 3;          // vectors of rows in a tile
-constexpr int kTile = kVectors * W;  // rows in a tile
-constexpr int kBlock = MOPO_BLOCK;   // outputs at a time: kBlock x kVectors accumulators stay in registers
+constexpr int kVectors = 3;         // vectors of rows at a time
+constexpr int kBlock = MOPO_BLOCK;  // outputs at a time: kBlock x kVectors accumulators stay in registers
 
 constexpr int64_t round_up(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
 
 // What a 32-bit word of a layer's inputs and weights holds: a float ...
 struct Float32 {
-  static constexpr Packing kPacking{1, kBlock, 1};
+  static constexpr Packing kPacking{kVectors * W, 1, kBlock, 1};
   MOPO_INLINE vf multiply_add(vf sum, vf rows, float weight) { return sum + rows * broadcast(weight); }
   template <Activation activation>
   MOPO_INLINE vf activate_output(vf x) {
@@ -20,9 +19,9 @@ struct Float32 {
 // ... or two bfloat16 that follow one another in the sum, the first in the lower half. Sums are float.
 struct BFloat16 {
 #ifdef MOPO_AMX
-  static constexpr Packing kPacking{2, 32, 16};
+  static constexpr Packing kPacking{2 * W, 2, 32, 16};
 #else
-  static constexpr Packing kPacking{2, kBlock, 1};
+  static constexpr Packing kPacking{kVectors * W, 2, kBlock, 1};
 #endif
   MOPO_INLINE vf multiply_add(vf sum, vf rows, float weight) { return add_products(sum, rows, weight); }
   template <Activation activation>
@@ -38,6 +37,10 @@ constexpr int64_t packed_words(int64_t depth) {
   constexpr Packing packing = Operand::kPacking;
   return round_up((depth + packing.terms - 1) / packing.terms, packing.words);
 }
+
+// Rows of a tile.
+template <class Operand>
+constexpr int kTile = Operand::kPacking.tile;
 
 // A layer of packed `weight` and `bias`; in [packed_words(depth)][kTile]. write(n, v, outputs): vector v of rows,
 // kBlock outputs from n on.
@@ -56,7 +59,7 @@ MOPO_INLINE void layer_tile(const float* in, int64_t depth, const float* weight,
       for (int j = 0; j < kBlock; ++j)
 #pragma GCC unroll 3
         for (int v = 0; v < kVectors; ++v) sum[j][v] = Operand::multiply_add(sum[j][v], rows[v], weight[j]);
-      x += kTile;
+      x += kTile<Operand>;
       weight += kBlock;
     }
 #pragma GCC unroll 3
@@ -70,80 +73,69 @@ MOPO_INLINE void layer_tile(const float* in, int64_t depth, const float* weight,
 }
 
 #ifdef MOPO_AMX
-// The same on tiles of 16 x 16: 32 outputs of 48 rows at a time, while what follows is done to the 32 before.
+// The same on tiles of 16 x 16: 32 outputs of 32 rows at a time, while what follows is done to the 32 before.
 template <class Write>
 MOPO_INLINE void layer_amx(const float* in, int64_t depth, const float* weight, const float* bias,
                            int64_t width, Write write) {
-  constexpr int64_t kOutputs = 32, kTileWords = 16 * 16, kRowBytes = kTile * sizeof(float);
-  constexpr int kSlices = kOutputs / kBlock * kVectors;
-  static_assert(kVectors == 3);
-  alignas(64) float sums[2][kOutputs * kTile];
-  const int64_t steps = packed_words<BFloat16>(depth) / 16, blocks = (width + kOutputs - 1) / kOutputs;
+  constexpr int64_t kSide = 32, kWords = 16, kRowBytes = kSide * sizeof(float);
+  static_assert(kTile<BFloat16> == kSide && W == 16);
+  constexpr int kSlices = 2 * kSide / kBlock;
+  alignas(64) float sums[2][kSide * kSide];
+  const int64_t steps = packed_words<BFloat16>(depth) / kWords, blocks = (width + kSide - 1) / kSide;
   // Slices of the block before: kBlock outputs of one vector of rows each.
-  const auto finish = [&](int64_t block, int slice, int end) {
+  const auto finish = [&](int64_t block, int64_t slice, int64_t end) {
     const float* from = sums[block % 2];
     for (; slice < end; ++slice) {
-      const int v = slice % kVectors, j = slice / kVectors * kBlock;
-      const int64_t n = block * kOutputs + j;
+      const int v = static_cast<int>(slice % 2);
+      const int64_t j = slice / 2 * kBlock, n = block * kSide + j;
       if (n >= width) return;
       vf outputs[kBlock];
 #pragma GCC unroll 8
-      for (int i = 0; i < kBlock; ++i) outputs[i] = load(from + (j + i) * kTile + v * W) + bias[n + i];
+      for (int i = 0; i < kBlock; ++i) outputs[i] = load(from + (j + i) * kSide + v * W) + bias[n + i];
       write(n, v, outputs);
     }
   };
   for (int64_t block = 0; block < blocks; ++block) {
-    // Tiles 0 to 2 and 3 to 5: the sums of 16 outputs each; 6: weights; 7: rows.
+    // Tiles 0 to 3: sums; 4 and 5: weights of 16 outputs each; 6 and 7: 16 rows each.
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    _tile_zero(4);
-    _tile_zero(5);
     for (int64_t step = 0; step < steps; ++step) {
-      const float* rows = in + step * 16 * kTile;
-      _tile_loadd(6, weight, 64);
-      _tile_loadd(7, rows, kRowBytes);
-      _tile_dpbf16ps(0, 6, 7);
+      const float* rows = in + step * kWords * kSide;
+      _tile_loadd(4, weight, kWords * sizeof(float));
+      _tile_loadd(6, rows, kRowBytes);
       _tile_loadd(7, rows + W, kRowBytes);
-      _tile_dpbf16ps(1, 6, 7);
-      _tile_loadd(7, rows + 2 * W, kRowBytes);
-      _tile_dpbf16ps(2, 6, 7);
-      _tile_loadd(6, weight + kTileWords, 64);
-      _tile_dpbf16ps(5, 6, 7);
-      _tile_loadd(7, rows + W, kRowBytes);
-      _tile_dpbf16ps(4, 6, 7);
-      _tile_loadd(7, rows, kRowBytes);
-      _tile_dpbf16ps(3, 6, 7);
-      weight += 2 * kTileWords;
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, weight + 16 * kWords, kWords * sizeof(float));
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+      weight += kSide * kWords;
       if (block > 0) finish(block - 1, kSlices * step / steps, kSlices * (step + 1) / steps);
     }
     float* to = sums[block % 2];
     _tile_stored(0, to, kRowBytes);
     _tile_stored(1, to + W, kRowBytes);
-    _tile_stored(2, to + 2 * W, kRowBytes);
-    to += 16 * kTile;
-    _tile_stored(3, to, kRowBytes);
-    _tile_stored(4, to + W, kRowBytes);
-    _tile_stored(5, to + 2 * W, kRowBytes);
+    _tile_stored(2, to + 16 * kSide, kRowBytes);
+    _tile_stored(3, to + 16 * kSide + W, kRowBytes);
   }
   finish(blocks - 1, 0, kSlices);
 }
+
+struct TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
 
 // All eight tiles of 16 rows of 64 bytes, until it goes out of scope.
 class Tiles {
  public:
   Tiles() {
-    struct {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {};
-      uint8_t rows[16] = {};
-    } config;
-    for (int i = 0; i < 8; ++i) {
-      config.row_bytes[i] = 64;
-      config.rows[i] = 16;
-    }
-    _tile_loadconfig(&config);
+    // A constant: GCC 12 does not know that the instruction reads all of it.
+    static constexpr TileConfig kConfig;
+    _tile_loadconfig(&kConfig);
   }
   ~Tiles() { _tile_release(); }
   Tiles(const Tiles&) = delete;
@@ -155,9 +147,10 @@ struct Tiles {
 #endif
 
 // Outputs as floats [width, whole blocks][kTile].
+template <class Operand>
 MOPO_INLINE void write_floats(float* out, int64_t n, int v, const vf (&outputs)[kBlock]) {
 #pragma GCC unroll 8
-  for (int j = 0; j < kBlock; ++j) store(out + (n + j) * kTile + v * W, outputs[j]);
+  for (int j = 0; j < kBlock; ++j) store(out + (n + j) * kTile<Operand> + v * W, outputs[j]);
 }
 
 // Activated outputs as the next layer's inputs.
@@ -166,11 +159,11 @@ MOPO_INLINE void write_operands(float* out, int64_t n, int v, vf (&outputs)[kBlo
 #pragma GCC unroll 8
   for (int j = 0; j < kBlock; ++j) outputs[j] = Operand::template activate_output<activation>(outputs[j]);
   if constexpr (Operand::kPacking.terms == 1) {
-    write_floats(out, n, v, outputs);
+    write_floats<Operand>(out, n, v, outputs);
   } else {
 #pragma GCC unroll 4
     for (int j = 0; j < kBlock; j += 2)
-      store(out + (n + j) / 2 * kTile + v * W, pack_pair(outputs[j], outputs[j + 1]));
+      store(out + (n / 2 + j / 2) * kTile<Operand> + v * W, pack_pair(outputs[j], outputs[j + 1]));
   }
 }
 
@@ -178,14 +171,17 @@ MOPO_INLINE void write_operands(float* out, int64_t n, int v, vf (&outputs)[kBlo
 template <class Operand>
 static void fill_up(float* out, int64_t width) {
   const int64_t written = round_up(width, kBlock) / Operand::kPacking.terms;
-  for (int64_t i = written * kTile; i < packed_words<Operand>(width) * kTile; i += W) store(out + i, vf{});
+  for (int64_t i = written * kTile<Operand>; i < packed_words<Operand>(width) * kTile<Operand>; i += W) store(out + i, vf{});
 }
 
-// Floats [depth][kTile] as bfloat16 inputs.
-static void convert_to_pairs(const float* in, int64_t depth, float* out) {
-  for (int64_t word = 0; word < packed_words<BFloat16>(depth); ++word)
-    for (int64_t row = 0; row < kTile; row += W) {
-      const auto term = [&](int64_t k) { return k < depth ? load(in + k * kTile + row) : vf{}; };
-      store(out + word * kTile + row, pack_pair(term(2 * word), term(2 * word + 1)));
+// Floats [depth][kTile] as a layer's inputs; `out` is where they go if they have to change.
+template <class Operand>
+static const float* as_operands(const float* in, int64_t depth, float* out) {
+  if constexpr (Operand::kPacking.terms == 1) return in;
+  for (int64_t word = 0; word < packed_words<Operand>(depth); ++word)
+    for (int64_t row = 0; row < kTile<Operand>; row += W) {
+      const auto term = [&](int64_t k) { return k < depth ? load(in + k * kTile<Operand> + row) : vf{}; };
+      store(out + word * kTile<Operand> + row, pack_pair(term(2 * word), term(2 * word + 1)));
     }
+  return out;
 }

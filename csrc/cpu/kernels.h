@@ -15,10 +15,10 @@ class Barrier;
 // What a layer's buffers are rounded up to: outputs, and inputs, that any kernel takes at a time.
 constexpr int64_t kRoom = 32;
 
-// How a rollout's weights are packed: a word is a float or two bfloat16 of consecutive inputs, and `outputs` rows
-// of `words` words lie together, [out / outputs][in / words][outputs][words], zeros filling up.
+// How a rollout's factors are packed: rows in tiles; words of `terms` consecutive inputs, a float or two bfloat16;
+// weights [out / outputs][in / terms / words][outputs][words], zeros filling up.
 struct Packing {
-  int64_t terms, outputs, words;
+  int tile, terms, outputs, words;
 };
 
 // A network's packed weights, member after member; after each layer's its biases [out]. offset[layer] counts
@@ -127,7 +127,6 @@ enum class MathFunction : int { kExp, kLog, kSinTurns, kCosTurns, kTanh, kSilu, 
 
 struct Kernels {
   const char* name;
-  int64_t tile;          // rows of a rollout's tile
   Packing float32, bfloat16;
   int64_t block, panel;  // in training: rows of a block and columns of a panel
   void (*rollout_chunk)(const RolloutArgs&, const RolloutPlan&, RolloutWorkspace&, int64_t first,

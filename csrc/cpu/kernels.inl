@@ -60,7 +60,6 @@ static void math(MathFunction function, const float* x, float* y, int64_t count)
 
 extern const Kernels MOPO_KERNELS = {
     MOPO_NAME,
-    MOPO_ISA::kTile,
     MOPO_ISA::Float32::kPacking,
     MOPO_ISA::BFloat16::kPacking,
     MOPO_ISA::kBlock,

@@ -50,7 +50,7 @@ class Packed {
   void pack(int64_t member, int64_t l, float* to) const {
     const Layer& layer = network_.layers[l];
     const float* weight = layer.weight + member * layer.in * layer.out;
-    const auto [terms, outputs, together] = packing_;
+    const int64_t terms = packing_.terms, outputs = packing_.outputs, together = packing_.words;
     for (int64_t k = 0; k < layer.in; k += terms)
       for (int64_t n = 0; n < layer.out; ++n) {
         const int64_t word = k / terms, group = n / outputs * (words(l) / together) + word / together;
@@ -81,8 +81,7 @@ int64_t widest(const RolloutArgs& args) {
   return round_up(width, kRoom);
 }
 
-void lay_out(Arena& arena, const RolloutArgs& args, const Kernels& kernels, int64_t rows,
-             RolloutWorkspace& ws) {
+void lay_out(Arena& arena, const RolloutArgs& args, int64_t tile, int64_t rows, RolloutWorkspace& ws) {
   const int64_t dims = args.obs_dim + 1;
   // The policy's heads pass through the predictions.
   const int64_t heads = std::max(round_up(2 * dims, kRoom) * args.dynamics.networks, round_up(2 * args.act_dim, kRoom));
@@ -93,12 +92,12 @@ void lay_out(Arena& arena, const RolloutArgs& args, const Kernels& kernels, int6
   arena.take(ws.actions, rows * args.act_dim);
   arena.take(ws.inputs, rows * (args.obs_dim + args.act_dim));
   arena.take(ws.predictions, rows * heads);
-  arena.take(ws.noise, round_up(std::max(dims, args.act_dim), 4) * kernels.tile);
-  arena.take(ws.layer_in, width * kernels.tile);
-  arena.take(ws.layer_out, width * kernels.tile);
+  arena.take(ws.noise, round_up(std::max(dims, args.act_dim), 4) * tile);
+  arena.take(ws.layer_in, width * tile);
+  arena.take(ws.layer_out, width * tile);
   arena.take(ws.alive, rows);
   arena.take(ws.survivors, rows);
-  arena.take(ws.drawn, kernels.tile);
+  arena.take(ws.drawn, tile);
   arena.take(ws.length, rows);
   arena.take(ws.record.observations, records * args.obs_dim);
   arena.take(ws.record.actions, records * args.act_dim);
@@ -114,14 +113,14 @@ void lay_out(Arena& arena, const RolloutArgs& args, const Kernels& kernels, int6
 
 // Rows in a chunk: enough that a member's weights are read from memory seldom, few enough that a chunk's
 // predictions and records stay in cache.
-int64_t chunk_rows(const RolloutArgs& args, const Kernels& kernels) {
+int64_t chunk_rows(const RolloutArgs& args, int64_t tile) {
   constexpr int64_t kMostRows = 480, kBytes = int64_t{2} << 20;
   const int64_t per_row =
       static_cast<int64_t>(sizeof(float)) * (2 * (args.obs_dim + 1) * args.dynamics.networks +
                                              args.horizon * (2 * args.obs_dim + args.act_dim + 8));
   const int64_t fair = (args.batch + args.threads - 1) / args.threads;
-  const int64_t rows = std::min({kMostRows, kBytes / per_row, round_up(fair, kernels.tile)});
-  return std::max(kernels.tile, rows / kernels.tile * kernels.tile);
+  const int64_t rows = std::min({kMostRows, kBytes / per_row, round_up(fair, tile)});
+  return std::max(tile, rows / tile * tile);
 }
 
 // Copies `rows` records from row `from` into the ring at row `to`.
@@ -176,7 +175,7 @@ RolloutCounts rollout(const RolloutArgs& args, const Kernels& kernels) {
     exp_minus_max.push_back(std::exp(-args.max_logvar[d]));
     exp_min.push_back(std::exp(args.min_logvar[d]));
   }
-  const int64_t rows = chunk_rows(args, kernels), chunks = (args.batch + rows - 1) / rows;
+  const int64_t rows = chunk_rows(args, packing.tile), chunks = (args.batch + rows - 1) / rows;
   const RolloutPlan plan{
       rows, dynamics.view(), policy.view(), inverse_std.data(), exp_minus_max.data(), exp_min.data()};
 
@@ -185,9 +184,9 @@ RolloutCounts rollout(const RolloutArgs& args, const Kernels& kernels) {
   std::vector<RolloutWorkspace> workspaces(threads);
   std::vector<Arena> arenas(threads);
   for (int i = 0; i < threads; ++i) {
-    lay_out(arenas[i], args, kernels, rows, workspaces[i]);
+    lay_out(arenas[i], args, packing.tile, rows, workspaces[i]);
     arenas[i].allocate();
-    lay_out(arenas[i], args, kernels, rows, workspaces[i]);
+    lay_out(arenas[i], args, packing.tile, rows, workspaces[i]);
   }
 
   std::atomic<int64_t> next{0};

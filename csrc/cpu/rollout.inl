@@ -16,10 +16,7 @@ template <class Operand, Activation activation>
 static void network_tile(const Network& network, const PackedNetwork& packed, int64_t member, const float* in,
                          float* here, float* there, float* out) {
   const float* data = packed.data + member * packed.member_stride;
-  if constexpr (Operand::kPacking.terms == 2) {
-    convert_to_pairs(in, network.layers[0].in, there);
-    in = there;
-  }
+  in = as_operands<Operand>(in, network.layers[0].in, there);
   const int64_t hidden = network.depth - 1;
   for (int64_t l = 0; l < hidden; ++l) {
     layer<Operand>(network.layers[l], data + packed.offset[l], in, [&](int64_t n, int v, vf(&outputs)[kBlock]) {
@@ -31,7 +28,7 @@ static void network_tile(const Network& network, const PackedNetwork& packed, in
     there = const_cast<float*>(in);
   }
   layer<Operand>(network.layers[hidden], data + packed.offset[hidden], in,
-                 [&](int64_t n, int v, vf(&outputs)[kBlock]) { write_floats(out, n, v, outputs); });
+                 [&](int64_t n, int v, vf(&outputs)[kBlock]) { write_floats<Operand>(out, n, v, outputs); });
 }
 
 template <class Operand>
@@ -49,7 +46,10 @@ static void network_tile(const Network& network, const PackedNetwork& packed, in
 }
 
 // A chunk of rollouts on its way through all steps, on one thread.
+template <class Operand>
 struct Chunk {
+  static constexpr int kTile = Operand::kPacking.tile;
+
   const RolloutArgs& args;
   const RolloutPlan& plan;
   RolloutWorkspace& ws;
@@ -86,7 +86,8 @@ struct Chunk {
       // Member outside, tile inside: a member's weights stay in the second-level cache.
       for (int64_t member = 0; member < args.dynamics.networks; ++member)
         for (int64_t tile = 0; tile < tiles(); ++tile)
-          evaluate(args.dynamics, plan.dynamics, member, inputs(tile), predictions(tile, member));
+          network_tile<Operand>(args.dynamics, plan.dynamics, member, inputs(tile), ws,
+                                predictions(tile, member));
       int64_t survivors = 0;
       for (int64_t tile = 0; tile < tiles(); ++tile) survivors = finish(tile, survivors);
       int64_t* ended = ws.alive;
@@ -94,11 +95,6 @@ struct Chunk {
       ws.survivors = ended;
       alive = survivors;
     }
-  }
-
-  void evaluate(const Network& network, const PackedNetwork& packed, int64_t member, const float* in,
-                float* out) const {
-    (args.bfloat16 ? network_tile<BFloat16> : network_tile<Float32>)(network, packed, member, in, ws, out);
   }
 
   void load_observations(int64_t tile) const {
@@ -122,7 +118,7 @@ struct Chunk {
   void act(int64_t tile) const {
     // The means and log stds are written where the first member's predictions will be.
     float* heads = predictions(tile, 0);
-    evaluate(args.policy, plan.policy, 0, observations(tile), heads);
+    network_tile<Operand>(args.policy, plan.policy, 0, observations(tile), ws, heads);
     if (!args.deterministic) draw_normals(tile, kActionStream, args.act_dim);
     for (int64_t i = 0; i < args.act_dim * kTile; i += W) {
       vf x = load(heads + i);
@@ -280,6 +276,10 @@ static void rollout_chunk(const RolloutArgs& args, const RolloutPlan& plan, Roll
     ws.alive[i] = i;
     ws.length[i] = 0;
   }
-  const Tiles tiles;
-  Chunk{args, plan, ws, first, rows, 0}.run();
+  if (args.bfloat16) {
+    const Tiles tiles;
+    Chunk<BFloat16>{args, plan, ws, first, rows, 0}.run();
+  } else {
+    Chunk<Float32>{args, plan, ws, first, rows, 0}.run();
+  }
 }

@@ -18,8 +18,13 @@ MOPO_INLINE vi float_to_bits(vf x) { return reinterpret_cast<vi>(x); }
 // mask lanes are 0 or -1, as comparisons give them.
 MOPO_INLINE vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
 // The second where either is NaN.
+#ifdef __AVX512F__
+MOPO_INLINE vf minimum(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+MOPO_INLINE vf maximum(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+#else
 MOPO_INLINE vf minimum(vf a, vf b) { return select(a < b, a, b); }
 MOPO_INLINE vf maximum(vf a, vf b) { return select(a > b, a, b); }
+#endif
 MOPO_INLINE vf sqrt(vf x) {
   vf result;
   for (int lane = 0; lane < W; ++lane) result[lane] = __builtin_sqrtf(x[lane]);
@@ -49,23 +54,28 @@ MOPO_INLINE vf scale(vf x, vf n) {
 }
 #endif
 
-// Two bfloat16 a word, the first in the lower half.
+// Two bfloat16 a word, the first in the lower half; to nearest, ties to even; a NaN stays one.
 #ifdef MOPO_BFLOAT16
-MOPO_INLINE vi round_to_bfloat16(vf x) {
-  typedef uint16_t narrow __attribute__((vector_size(MOPO_WIDTH * 2)));
-  return __builtin_convertvector((narrow)_mm512_cvtneps_pbh((__m512)x), vi);
+MOPO_INLINE vf pack_pair(vf first, vf second) {
+  typedef uint16_t halves __attribute__((vector_size(MOPO_WIDTH * 4)));
+  const halves both = (halves)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+  halves in_turn{};
+  for (int lane = 0; lane < 2 * W; ++lane) in_turn[lane] = static_cast<uint16_t>(lane / 2 + lane % 2 * W);
+  return (vf)__builtin_shuffle(both, in_turn);
 }
 MOPO_INLINE vf add_products(vf sum, vf pairs, float weights) {
   return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)pairs, (__m512bh)_mm512_set1_ps(weights));
 }
 #else
-// To nearest, ties to even; a NaN stays one.
 MOPO_INLINE vi round_to_bfloat16(vf x) {
   typedef uint32_t vu __attribute__((vector_size(MOPO_WIDTH * 4)));
   const vu bits = reinterpret_cast<vu>(x);
   const vi rounded = reinterpret_cast<vi>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
   const vi is_nan = x != x;
   return (is_nan & 0x7fc0) | (~is_nan & rounded);
+}
+MOPO_INLINE vf pack_pair(vf first, vf second) {
+  return bits_to_float(round_to_bfloat16(first) | (round_to_bfloat16(second) << 16));
 }
 MOPO_INLINE vf add_products(vf sum, vf pairs, float weights) {
   const vi x = float_to_bits(pairs), y = float_to_bits(broadcast_bits(weights));
@@ -74,6 +84,3 @@ MOPO_INLINE vf add_products(vf sum, vf pairs, float weights) {
          bits_to_float(x & high) * bits_to_float(y & high);
 }
 #endif
-MOPO_INLINE vf pack_pair(vf first, vf second) {
-  return bits_to_float(round_to_bfloat16(first) | (round_to_bfloat16(second) << 16));
-}

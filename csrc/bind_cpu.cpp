@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cpu/arena.h"
 #include "cpu/dispatch.h"
 #include "philox.h"
 
@@ -210,6 +211,10 @@ PYBIND11_MODULE(_cpu, module) {
              arg("rows"), arg("count"), arg("rows_stride"), arg("batch"), arg("learning_rate"),
              arg("logvar_bound_weight"), arg("weight_decay"), arg("steps_before"), arg("threads"),
              "Steps of the fit in place; see csrc/fit.h. Gives the sum of their losses.");
+  module.def(
+      "use_large_pages",
+      [](uintptr_t address, size_t bytes) { mopo::use_large_pages(pointer<char>(address), bytes); },
+      arg("address"), arg("bytes"), "Asks for large pages for memory that has not been touched yet.");
   module.def(
       "philox4x32",
       [](std::array<uint32_t, 4> counter, uint64_t key) {

@@ -2,6 +2,7 @@
 
 import torch
 
+from mopo_fast.backends import cpu
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.errors import InputError
 
@@ -25,14 +26,20 @@ class RingBuffer:
             raise InputError(
                 f"a buffer needs positive sizes, got capacity {capacity}, obs {obs_dim}, act {act_dim}"
             )
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            array = torch.empty(shape, dtype=dtype, device=device)
+            cpu.use_large_pages(array)
+            return array.zero_()
+
         self.storage = Transitions(
-            observations=torch.zeros(capacity, obs_dim, device=device),
-            actions=torch.zeros(capacity, act_dim, device=device),
-            rewards=torch.zeros(capacity, device=device),
-            next_observations=torch.zeros(capacity, obs_dim, device=device),
-            terminals=torch.zeros(capacity, dtype=torch.bool, device=device),
-            raw_rewards=torch.zeros(capacity, device=device),
-            penalties=torch.zeros(capacity, device=device),
+            observations=zeros(capacity, obs_dim),
+            actions=zeros(capacity, act_dim),
+            rewards=zeros(capacity),
+            next_observations=zeros(capacity, obs_dim),
+            terminals=zeros(capacity, dtype=torch.bool),
+            raw_rewards=zeros(capacity),
+            penalties=zeros(capacity),
             name="model",
         )
         self.capacity = capacity

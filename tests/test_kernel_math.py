@@ -44,6 +44,17 @@ def test_units_in_the_last_place(isa, function, x, exact, bound):
 
 
 @pytest.mark.parametrize("isa", cpu.isas())
+def test_rough_silu(isa):
+    """Its results are rounded to bfloat16, which errs by up to 2^-9."""
+    x = np.concatenate([around(4.0), RNG.uniform(-86.0, 100.0, COUNT)]).astype(np.float32)
+    truth = x / (1.0 + np.exp(-x.astype(np.float64)))
+    assert np.max(np.abs(evaluate(isa, "rough_silu", x) / truth - 1.0)) <= 2.0**-13
+    special = np.array([np.nan, np.inf, -np.inf, 0.0, -200.0, -3e38], dtype=np.float32)
+    expected = np.array([np.nan, np.inf, np.nan, 0.0, 0.0, 0.0], dtype=np.float32)
+    np.testing.assert_array_equal(evaluate(isa, "rough_silu", special), expected)
+
+
+@pytest.mark.parametrize("isa", cpu.isas())
 @pytest.mark.parametrize(("function", "exact"), [("sin_turns", np.sin), ("cos_turns", np.cos)])
 def test_turns(isa, function, exact):
     x = np.concatenate([UNIFORM, EDGES])

@@ -5,10 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import torch
 from jax import lax
 
 from benchmarks.baselines import ARRAYS, BETAS, EPS
+from benchmarks.baselines_rollout import CHUNK, PENALTY_COEF
+from mopo_fast import Actor, EnsembleDynamics
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.fit import Fit
@@ -115,6 +118,67 @@ class JaxSAC:
         for name, layers in nets.items():
             tensors |= _named(layers, f"{name}.")
         return tensors
+
+
+class JaxRollout:
+    """All steps of a chunk of rows in one scan, chunk after chunk; the ensemble under vmap."""
+
+    def __init__(self, ensemble: EnsembleDynamics, actor: Actor, start: torch.Tensor, horizon: int) -> None:
+        self.log_std_bounds, self.obs_dim = (actor.log_std_min, actor.log_std_max), ensemble.obs_dim
+        self.model = {"actor": _layers(actor), "members": _layers(ensemble)} | {
+            name: _array(getattr(ensemble, name))
+            for name in ("input_mean", "input_std", "max_logvar", "min_logvar", "elites")
+        }
+        self.key = jax.random.key(0)
+        size = next(size for size in range(min(CHUNK, len(start)), 0, -1) if len(start) % size == 0)
+        self.start = _array(start).reshape(-1, size, ensemble.obs_dim)
+
+        def roll_out(model: Tree, start: jax.Array, key: jax.Array) -> Tree:
+            def step(observations: jax.Array, key: jax.Array) -> Tree:
+                action_key, draw_key, noise_key = jax.random.split(key, 3)
+                results = self.model_step(
+                    observations,
+                    jax.random.normal(action_key, (size, actor.act_dim)),
+                    jax.random.randint(draw_key, (size,), 0, len(model["elites"])),
+                    jax.random.normal(noise_key, (size, self.obs_dim + 1)),
+                    model,
+                )
+                return results[-1], results
+
+            return lax.scan(step, start, jax.random.split(key, horizon))[1]
+
+        def run(model: Tree, start: jax.Array, key: jax.Array) -> Tree:
+            keys = jax.random.split(key, len(start))
+            results = lax.map(lambda chunk: roll_out(model, *chunk), (start, keys))
+            # [chunks, horizon, rows] to [horizon, all rows].
+            return [jnp.moveaxis(array, 1, 0).reshape(-1, *array.shape[3:]) for array in results]
+
+        self.run = jax.jit(run)
+
+    def __call__(self) -> dict[str, np.ndarray]:
+        self.key, key = jax.random.split(self.key)
+        arrays = jax.block_until_ready(self.run(self.model, self.start, key))
+        names = ("observations", "actions", "rewards", "next_observations")
+        named = {name: np.array(array) for name, array in zip(names, arrays, strict=True)}
+        return named | {"terminals": np.zeros(len(named["rewards"]), dtype=bool)}
+
+    def model_step(
+        self, observations: Tree, action_noise: Tree, draw: Tree, noise: Tree, model: Tree = None
+    ) -> Tree:
+        """As `baselines_rollout._Model.forward`."""
+        model = model or self.model
+        mean, log_std = jnp.split(_mlp(model["actor"], observations, jax.nn.relu), 2, axis=-1)
+        actions = jnp.tanh(mean + jnp.exp(jnp.clip(log_std, *self.log_std_bounds)) * action_noise)
+        inputs = jnp.concatenate([observations, actions], axis=-1)
+        inputs = (inputs - model["input_mean"]) / model["input_std"]
+        heads = jax.vmap(lambda layers: _mlp(layers, inputs, jax.nn.silu))(model["members"])
+        means, logvars = jnp.split(heads, 2, axis=-1)
+        variances = jnp.exp(model["min_logvar"]) + 1.0 / (jnp.exp(-model["max_logvar"]) + jnp.exp(-logvars))
+        penalties = jnp.sqrt(variances.sum(-1).max(0))
+        chosen = model["elites"][draw], jnp.arange(len(observations))
+        sample = means[chosen] + jnp.sqrt(variances[chosen]) * noise
+        rewards = sample[:, -1] - PENALTY_COEF * penalties
+        return observations, actions, rewards, observations + sample[:, :-1]
 
 
 class JaxFit:

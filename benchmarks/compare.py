@@ -18,6 +18,13 @@ import tyro
 from tyro.conf import Positional
 
 from benchmarks.baselines import CompiledFit, CompiledSAC, EagerFit, PlainSAC
+from benchmarks.baselines_rollout import (
+    BFloat16Rollout,
+    CompiledBFloat16Rollout,
+    CompiledRollout,
+    LinearRollout,
+    NumpyRollout,
+)
 from mopo_fast.atomic import write_json
 from mopo_fast.bench import bench
 from mopo_fast.doctor import examine
@@ -25,19 +32,27 @@ from mopo_fast.machine import resolve_threads
 
 # Beside the kernel and the reference.
 BASELINES: dict[str, dict[str, Callable[..., Any]]] = {
-    "rollout": {},
+    "rollout": {
+        "PyTorch, linears": LinearRollout,
+        "torch.compile": CompiledRollout,
+        "PyTorch, NumPy between": NumpyRollout,
+        "PyTorch, bfloat16": BFloat16Rollout,
+        "torch.compile, bfloat16": CompiledBFloat16Rollout,
+    },
     "sac": {"PyTorch, plain": PlainSAC, "torch.compile": CompiledSAC},
     "fit": {"PyTorch, eager": EagerFit, "torch.compile": CompiledFit},
 }
 if importlib.util.find_spec("jax"):
-    from benchmarks.baselines_jax import JaxFit, JaxSAC
+    from benchmarks.baselines_jax import JaxFit, JaxRollout, JaxSAC
 
-    BASELINES["sac"]["JAX"], BASELINES["fit"]["JAX"] = JaxSAC, JaxFit
+    for kernel, baseline in {"rollout": JaxRollout, "sac": JaxSAC, "fit": JaxFit}.items():
+        BASELINES[kernel]["JAX"] = baseline
 
 
 def compare(
     kernel: Annotated[Literal["rollout", "sac", "fit"], Positional],
     *,
+    dtype: Literal["float32", "bfloat16"] = "float32",
     rounds: int = 5,
     threads: int | None = None,
     json: Path | None = None,
@@ -47,18 +62,28 @@ def compare(
 
     Args:
         kernel: What to compare on.
+        dtype: Of the kernel's products, in a rollout.
         threads: By default every core.
-        json: By default benchmarks/results/KERNEL-cpu-ISA.json.
+        json: By default benchmarks/results/KERNEL-cpu-ISA.json, or KERNEL-DTYPE-cpu-ISA.json.
         quiet: No progress bar.
     """
     threads, findings = resolve_threads(threads), examine()
     # JAX takes every core that the process may use.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
-    options = {"baselines": BASELINES[kernel]} if BASELINES[kernel] else {}
-    rows = bench(kernel, backend="cpu", rounds=rounds, threads=threads, quiet=quiet, **options)
+    options: dict[str, Any] = {} if dtype == "float32" else {"dtype": dtype}
+    rows = bench(
+        kernel,
+        backend="cpu",
+        rounds=rounds,
+        threads=threads,
+        quiet=quiet,
+        baselines=BASELINES[kernel],
+        **options,
+    )
     for row in rows:
         print(row.text())
-    path = json or Path(__file__).parent / "results" / f"{kernel}-cpu-{findings.machine.isa}.json"
+    name = kernel if dtype == "float32" else f"{kernel}-{dtype}"
+    path = json or Path(__file__).parent / "results" / f"{name}-cpu-{findings.machine.isa}.json"
     record = {
         "command": " ".join(["python -m benchmarks.compare", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

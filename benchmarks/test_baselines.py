@@ -4,10 +4,14 @@ import contextlib
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from benchmarks.baselines_rollout import PENALTY_COEF, LinearRollout
 from benchmarks.compare import BASELINES
+from mopo_fast import Actor, EnsembleDynamics
+from mopo_fast.backends.reference import penalise
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import DynamicsConfig, SACConfig
 from mopo_fast.data.transitions import Transitions
@@ -20,7 +24,9 @@ FIT_CONFIG = DynamicsConfig(
     members=3, elites=1, hidden=(24, 12), weight_decay=(1e-2, 2e-2, 3e-2), batch_size=BATCH
 )
 # Skipped, and not absent, where JAX is not installed.
-SAC_NAMES, FIT_NAMES = (sorted({"JAX", *BASELINES[kernel]}) for kernel in ("sac", "fit"))
+SAC_NAMES, FIT_NAMES, ROLLOUT_NAMES = (
+    sorted({"JAX", *BASELINES[kernel]}) for kernel in ("sac", "fit", "rollout")
+)
 
 
 def baseline(kernel: str, name: str) -> Any:
@@ -92,6 +98,59 @@ def assert_same(
         assert moved > 1e-6, f"{name} did not move, so nothing was compared"
         error = (ours[name] - value).abs().max()
         assert error < 1e-6 * moved, f"{name}: {error} beside a movement of {moved}"
+
+
+@pytest.mark.parametrize("name", ROLLOUT_NAMES)
+def test_rollout_step(name: str) -> None:
+    """The same draws give what the reference's formulas give."""
+    rows, g = 40, torch.Generator().manual_seed(0)
+    ensemble = EnsembleDynamics(OBS, ACT, hidden=(24, 12), members=3, elites=2, generator=g)
+    actor = Actor(OBS, ACT, hidden=(16, 8), generator=g)
+    with torch.no_grad():
+        for parameter in [*ensemble.biases, *actor.biases, ensemble.input_mean]:
+            parameter.normal_(0.0, 0.3, generator=g)
+    ensemble, actor = ensemble.double(), actor.double()
+    start = torch.randn(rows, OBS, generator=g, dtype=torch.float64)
+    action_noise = torch.randn(rows, ACT, generator=g, dtype=torch.float64)
+    noise = torch.randn(3, rows, OBS + 1, generator=g, dtype=torch.float64)
+    draw = torch.randint(2, (rows,), generator=g)
+    members, everyone = ensemble.elites[draw], torch.arange(rows)
+    with torch.no_grad():
+        mean, log_std = actor(start)
+        actions = torch.tanh(mean + log_std.exp() * action_noise)
+        means, logvars = ensemble(torch.cat([start, actions], dim=-1))
+        variances = logvars.exp()
+        sample = means[members, everyone] + variances[members, everyone].sqrt() * noise[members, everyone]
+        rewards = sample[:, -1] - PENALTY_COEF * penalise("max_aleatoric", means, variances)
+    drawn = noise if name == "PyTorch, NumPy between" else noise[members, everyone]
+    given = [start, action_noise, draw, drawn]
+    with torch.no_grad(), precision(name):
+        other = baseline("rollout", name)(ensemble, actor, start, 3)
+        arrays = given if isinstance(other, LinearRollout) else [array.numpy() for array in given]
+        results = other.model_step(*arrays)
+        results = [x if isinstance(x, torch.Tensor) else torch.tensor(np.array(x)) for x in results]
+    tolerance = 0.05 if "bfloat16" in name else 1e-9
+    for ours, theirs in zip((start, actions, rewards, start + sample[:, :-1]), results, strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=0.0, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ROLLOUT_NAMES)
+def test_rollout_is_whole(name: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    ensemble, actor = EnsembleDynamics(OBS, ACT, generator=g), Actor(OBS, ACT, generator=g)
+    start = torch.randn(50, OBS, generator=g)
+    arrays = baseline("rollout", name)(ensemble, actor, start, 3)()
+    assert {name: tuple(array.shape) for name, array in arrays.items()} == {
+        **{"observations": (150, OBS), "actions": (150, ACT), "next_observations": (150, OBS)},
+        **{"rewards": (150,), "terminals": (150,)},
+    }
+    observations, following = (torch.as_tensor(arrays[key]) for key in ("observations", "next_observations"))
+    # Steps follow one another: every state but the first is what the step before it predicted.
+    assert torch.equal(observations[:50].sort(0).values, start.sort(0).values)
+    assert torch.equal(observations[50:].sort(0).values, following[:100].sort(0).values)
+    assert not torch.equal(
+        torch.as_tensor(arrays["actions"][:50]), torch.as_tensor(arrays["actions"][50:100])
+    )
 
 
 def copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

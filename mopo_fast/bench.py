@@ -7,7 +7,7 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -69,6 +69,7 @@ class Work:
         flop: arithmetic of the networks for one of them.
         threads: that every contender may use.
         contenders: by name, the one that the others are baselines of first.
+        dtypes: of a contender's products, where they are not float32.
     """
 
     kernel: str
@@ -78,20 +79,28 @@ class Work:
     flop: float
     threads: int
     contenders: dict[str, Contender]
+    dtypes: dict[str, str] = field(default_factory=dict)
 
 
 def rollout_work(
     *,
     backend: str = "auto",
+    dtype: str = "float32",
     obs_dim: int = 17,
     act_dim: int = 6,
     starts: int = 50_000,
     horizon: int = 5,
     threads: int | None = None,
+    baselines: Mapping[str, Callable[[EnsembleDynamics, Actor, torch.Tensor, int], Contender]] | None = None,
 ) -> Work:
     """Penalised rollouts, the canonical shape by default: 7 members of 4 x 200, policy of 2 x 256.
 
     Networks are drawn at random, nothing ends an episode.
+
+    Args:
+        dtype: of the first contender; with another than float32 it meets itself in float32 too.
+        baselines: more contenders, each made of the ensemble, the actor, the start states and the horizon;
+            where products are not in float32, an attribute `dtype` says so.
 
     Raises:
         InputError: a number out of range, or a backend that cannot serve.
@@ -102,7 +111,16 @@ def rollout_work(
     ensemble = EnsembleDynamics(obs_dim, act_dim, generator=generator)
     actor = Actor(obs_dim, act_dim, generator=generator)
     start = torch.randn(starts, obs_dim, generator=generator)
-    engines = [RolloutEngine(ensemble, backend=name, threads=threads) for name in (backend, "reference")]
+    engines = {}
+    for name, precision in ((backend, dtype), (backend, "float32"), ("reference", "float32")):
+        engine = RolloutEngine(ensemble, backend=name, dtype=precision, threads=threads)
+        engines[engine.backend if precision == "float32" else f"{engine.backend} {precision}"] = engine
+    contenders: dict[str, Contender] = {
+        name: partial(engine.rollout, actor, start, horizon, seed=0) for name, engine in engines.items()
+    }
+    for name, make in (baselines or {}).items():
+        contenders[name] = make(ensemble, actor, start, horizon)
+    dtypes = {name: getattr(run, "dtype", torch.float32) for name, run in contenders.items()}
     return Work(
         kernel="rollout",
         shape={
@@ -118,8 +136,12 @@ def rollout_work(
         amount=starts * horizon,
         flop=2.0 * (_forward_macs(ensemble.weights) + _forward_macs(actor.weights)),
         threads=threads,
-        contenders={
-            engine.backend: partial(engine.rollout, actor, start, horizon, seed=0) for engine in engines
+        contenders=contenders,
+        dtypes={next(iter(contenders)): dtype}
+        | {
+            name: str(value).removeprefix("torch.")
+            for name, value in dtypes.items()
+            if value != torch.float32
         },
     )
 
@@ -267,7 +289,7 @@ def measure(work: Work, *, rounds: int, quiet: bool = False) -> list[Row]:
             kernel=work.kernel,
             backend=name,
             device="cpu",
-            dtype="float32",
+            dtype=work.dtypes.get(name, "float32"),
             shape=work.shape | {"threads": work.threads, "rounds": rounds},
             rate=rate,
             unit=work.unit,

@@ -194,6 +194,7 @@ def bench(
     kernel: Annotated[Literal["rollout", "sac", "fit"], Positional] = "rollout",
     *,
     backend: str = "auto",
+    dtype: Literal["float32", "float64", "bfloat16"] | None = None,
     obs_dim: int = 17,
     act_dim: int = 6,
     starts: Number = None,
@@ -209,6 +210,7 @@ def bench(
 
     Args:
         kernel: What to measure.
+        dtype: Of a rollout's products; by default float32.
         starts: Of a rollout: start states; by default 50,000.
         horizon: Of a rollout: steps from each; by default 5.
         updates: Of sac: in a round; by default 100.
@@ -220,6 +222,7 @@ def bench(
     from mopo_fast.bench import bench
 
     sizes = {
+        ("rollout", "dtype"): dtype,
         ("rollout", "starts"): starts,
         ("rollout", "horizon"): horizon,
         ("sac", "updates"): updates,

@@ -16,8 +16,8 @@ inline int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// Asks for large pages where [p, p + bytes) holds whole ones: what is read here and there, or down the columns of a
-// matrix, then has its address translations at hand. To be called before the memory is touched.
+// Asks for large pages where [p, p + bytes) holds whole ones: what is read here and there, or down the
+// columns of a matrix, then has its address translations at hand. To be called before the memory is touched.
 inline void use_large_pages(char* p, size_t bytes) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t kLargePage = uintptr_t{2} << 20;

@@ -1,4 +1,5 @@
-// A barrier between threads that have a core each and meet every few hundred microseconds: too often to sleep.
+// A barrier between threads that have a core each and meet every few hundred microseconds: too often to
+// sleep.
 #pragma once
 
 #include <atomic>

@@ -1,5 +1,5 @@
-// A step of the ensemble's maximum-likelihood fit for one member: the team takes rows of its batch forwards; then,
-// layer by layer from the top, rows backwards and the layer's parameters.
+// A step of the ensemble's maximum-likelihood fit for one member: the team takes rows of its batch forwards;
+// then, layer by layer from the top, rows backwards and the layer's parameters.
 
 // The activation at x, and its derivative there.
 template <Activation activation>

@@ -4,7 +4,9 @@
 constexpr int kVectors = 3;         // vectors of rows at a time
 constexpr int kBlock = MOPO_BLOCK;  // outputs at a time: kBlock x kVectors accumulators stay in registers
 
-constexpr int64_t round_up(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
+constexpr int64_t round_up(int64_t count, int64_t multiple) {
+  return (count + multiple - 1) / multiple * multiple;
+}
 
 // What a 32-bit word of a layer's inputs and weights holds: a float ...
 struct Float32 {
@@ -42,8 +44,8 @@ constexpr int64_t packed_words(int64_t depth) {
 template <class Operand>
 constexpr int kTile = Operand::kPacking.tile;
 
-// A layer of packed `weight` and `bias`; in [packed_words(depth)][kTile]. write(n, v, outputs): vector v of rows,
-// kBlock outputs from n on.
+// A layer of packed `weight` and `bias`; in [packed_words(depth)][kTile]. write(n, v, outputs): vector v of
+// rows, kBlock outputs from n on.
 template <class Operand, class Write>
 MOPO_INLINE void layer_tile(const float* in, int64_t depth, const float* weight, const float* bias,
                             int64_t width, Write write) {
@@ -171,7 +173,8 @@ MOPO_INLINE void write_operands(float* out, int64_t n, int v, vf (&outputs)[kBlo
 template <class Operand>
 static void fill_up(float* out, int64_t width) {
   const int64_t written = round_up(width, kBlock) / Operand::kPacking.terms;
-  for (int64_t i = written * kTile<Operand>; i < packed_words<Operand>(width) * kTile<Operand>; i += W) store(out + i, vf{});
+  for (int64_t i = written * kTile<Operand>; i < packed_words<Operand>(width) * kTile<Operand>; i += W)
+    store(out + i, vf{});
 }
 
 // Floats [depth][kTile] as a layer's inputs; `out` is where they go if they have to change.

@@ -15,8 +15,8 @@ class Barrier;
 // What a layer's buffers are rounded up to: outputs, and inputs, that any kernel takes at a time.
 constexpr int64_t kRoom = 32;
 
-// How a rollout's factors are packed: rows in tiles; words of `terms` consecutive inputs, a float or two bfloat16;
-// weights [out / outputs][in / terms / words][outputs][words], zeros filling up.
+// How a rollout's factors are packed: rows in tiles; words of `terms` consecutive inputs, a float or two
+// bfloat16; weights [out / outputs][in / terms / words][outputs][words], zeros filling up.
 struct Packing {
   int tile, terms, outputs, words;
 };
@@ -56,15 +56,15 @@ struct Rows {
   MOPO_METHOD float* at(int64_t row) const { return data + row * stride; }
 };
 
-// A matrix in panels of `Kernels::panel` columns, [panel][rows][columns of the panel]: a product passes through
-// its factors and its result in the order of memory. `rows` are whole blocks.
+// A matrix in panels of `Kernels::panel` columns, [panel][rows][columns of the panel]: a product passes
+// through its factors and its result in the order of memory. `rows` are whole blocks.
 struct Panels {
   float* data;
   int64_t rows;
 };
 
-// A layer under training as the kernels keep it: matrices [in + 1][out] in panels of `rows` rows, the bias last,
-// zeros beyond; or, with one output, arrays of in + 1 numbers.
+// A layer under training as the kernels keep it: matrices [in + 1][out] in panels of `rows` rows, the bias
+// last, zeros beyond; or, with one output, arrays of in + 1 numbers.
 struct Dense {
   int64_t in, out, rows;
   float *value, *exp_avg, *exp_avg_sq, *target;
@@ -95,10 +95,10 @@ struct SacPlan {
   Rows actor_head;                            // 2 act_dim
   Panels actor_head_grad;                     // likewise
   const Panels *critic_hidden, *critic_grad;  // [critics][hidden]
-  const Panels* scratch_hidden;               // [critics][hidden], of the targets, then of the policy's actions
-  const Panels* scratch_grad;                 // [critics][2]
-  Rows noise, spread, actions;                // act_dim
-  Rows action_grad;                           // obs_dim, act_dim; the actions' columns count
+  const Panels* scratch_hidden;  // [critics][hidden], of the targets, then of the policy's actions
+  const Panels* scratch_grad;    // [critics][2]
+  Rows noise, spread, actions;   // act_dim
+  Rows action_grad;              // obs_dim, act_dim; the actions' columns count
   float *rewards, *continues, *log_prob, *next_log_prob;  // [rows]
   float* minus_share;                                     // [rows], - 1 / batch
   float *q, *q_grad, *target_q, *policy_q;                // [critics][rows]
@@ -131,8 +131,8 @@ struct Kernels {
   int64_t block, panel;  // in training: rows of a block and columns of a panel
   void (*rollout_chunk)(const RolloutArgs&, const RolloutPlan&, RolloutWorkspace&, int64_t first,
                         int64_t rows);
-  // An update of SAC in its order; every thread has done one before any begins the next. Where the critics' step
-  // comes first, sac_critic does it; else sac_action_gradient.
+  // An update of SAC in its order; every thread has done one before any begins the next. Where the critics'
+  // step comes first, sac_critic does it; else sac_action_gradient.
   void (*sac_sample)(const SacArgs&, const SacPlan&, const Team&, int64_t update);
   void (*sac_target)(const SacArgs&, const SacPlan&, const Team&, int64_t critic);
   void (*sac_critic)(const SacArgs&, const SacPlan&, const Team&, int64_t critic, const AdamStep&);

@@ -1,5 +1,5 @@
-// Matrix products for training: register-blocked, over matrices in panels, the work that follows them done in the
-// epilogue. Beyond its last column a matrix holds zeros, beyond its last row any numbers.
+// Matrix products for training: register-blocked, over matrices in panels, the work that follows them done in
+// the epilogue. Beyond its last column a matrix holds zeros, beyond its last row any numbers.
 
 constexpr int kPanel = kVectors * W;
 constexpr int64_t kPart = 144;  // terms of a long sum that are added up at a time; whole panels
@@ -36,8 +36,9 @@ MOPO_INLINE void add_term(const float* a, const float* b, vf (&sum)[kBlock][kWid
   }
 }
 
-// kBlock rows of the product, kWide vectors each. A term of a transposed `a` is a row of its panel; of another,
-// a column, and its panels are `a_panel` apart. On its own: among others' code the sums would leave the registers.
+// kBlock rows of the product, kWide vectors each. A term of a transposed `a` is a row of its panel; of
+// another, a column, and its panels are `a_panel` apart. On its own: among others' code the sums would leave
+// the registers.
 template <int kWide, bool kTransposed>
 __attribute__((noinline)) static void product_block(const float* a, int64_t a_panel, const float* b,
                                                     int64_t depth, vf (&total)[kBlock][kWide]) {
@@ -61,8 +62,8 @@ __attribute__((noinline)) static void product_block(const float* a, int64_t a_pa
 }
 
 // Rows first .. last (in steps of kBlock) and columns .. width of a b, a [rows][depth] or, transposed,
-// [depth][rows]; b [depth][width]. epilogue(row, column, block): the block of the product that begins there, an
-// array [kBlock][vectors]; prefetch(row, column): whose turn is next. The first column is that of a panel.
+// [depth][rows]; b [depth][width]. epilogue(row, column, block): the block of the product that begins there,
+// an array [kBlock][vectors]; prefetch(row, column): whose turn is next. The first column is that of a panel.
 template <bool kTransposed, class Epilogue, class Prefetch>
 MOPO_INLINE void product(int64_t first, int64_t last, int64_t first_column, int64_t width, int64_t depth,
                          const Panels& a, const Panels& b, Epilogue epilogue, Prefetch prefetch) {

@@ -84,7 +84,8 @@ int64_t widest(const RolloutArgs& args) {
 void lay_out(Arena& arena, const RolloutArgs& args, int64_t tile, int64_t rows, RolloutWorkspace& ws) {
   const int64_t dims = args.obs_dim + 1;
   // The policy's heads pass through the predictions.
-  const int64_t heads = std::max(round_up(2 * dims, kRoom) * args.dynamics.networks, round_up(2 * args.act_dim, kRoom));
+  const int64_t heads =
+      std::max(round_up(2 * dims, kRoom) * args.dynamics.networks, round_up(2 * args.act_dim, kRoom));
   const int64_t width = widest(args);
   // A small batch does not fill its one chunk; its records may be long.
   const int64_t records = std::min(rows, args.batch) * args.horizon;

@@ -19,9 +19,10 @@ static void network_tile(const Network& network, const PackedNetwork& packed, in
   in = as_operands<Operand>(in, network.layers[0].in, there);
   const int64_t hidden = network.depth - 1;
   for (int64_t l = 0; l < hidden; ++l) {
-    layer<Operand>(network.layers[l], data + packed.offset[l], in, [&](int64_t n, int v, vf(&outputs)[kBlock]) {
-      write_operands<Operand, activation>(here, n, v, outputs);
-    });
+    layer<Operand>(network.layers[l], data + packed.offset[l], in,
+                   [&](int64_t n, int v, vf(&outputs)[kBlock]) {
+                     write_operands<Operand, activation>(here, n, v, outputs);
+                   });
     fill_up<Operand>(here, network.layers[l].out);
     in = here;
     here = there;

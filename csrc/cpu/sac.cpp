@@ -132,7 +132,8 @@ class SacState {
   const Kernels& kernels_;
   Arena arena_;
   std::vector<Dense> actor_, critic_;
-  std::vector<Panels> actor_hidden_, actor_grad_, critic_hidden_, critic_grad_, scratch_hidden_, scratch_grad_;
+  std::vector<Panels> actor_hidden_, actor_grad_, critic_hidden_, critic_grad_, scratch_hidden_,
+      scratch_grad_;
 };
 
 }  // namespace
@@ -152,7 +153,8 @@ std::array<double, kSacMetrics> sac_updates(const SacArgs& args, const Kernels& 
       const auto for_each_critic = [&](auto work) { for_each_network(args.critics, all, work); };
       kernels.sac_sample(args, plan, all, update);
       all.wait();
-      for_each_critic([&](int64_t critic, const Team& team) { kernels.sac_target(args, plan, team, critic); });
+      for_each_critic(
+          [&](int64_t critic, const Team& team) { kernels.sac_target(args, plan, team, critic); });
       all.wait();
       for_each_critic([&](int64_t critic, const Team& team) {
         kernels.sac_critic(args, plan, team, critic, critic_step);

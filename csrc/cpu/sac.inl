@@ -1,5 +1,5 @@
-// SAC updates. Up to the gradients of the parameters a batch's rows are independent of one another: a team takes
-// rows through a network, forwards and backwards; then it takes the network's parameters.
+// SAC updates. Up to the gradients of the parameters a batch's rows are independent of one another: a team
+// takes rows through a network, forwards and backwards; then it takes the network's parameters.
 
 // One update's rows first .. last, whole blocks; rows from `batch` on are padding.
 struct SacRows {
@@ -117,8 +117,8 @@ struct SacRows {
     return select(x > 0.0f, x, vf{}) + log(1.0f + exp(-size));
   }
 
-  // Through one layer, from the gradient of its outputs to that of the pre-activations below it; `source` gives
-  // a row's row of `below`.
+  // Through one layer, from the gradient of its outputs to that of the pre-activations below it; `source`
+  // gives a row's row of `below`.
   template <class Source>
   void backward(const Dense& layer, const Panels& grad, const Panels& below, const Panels& to, int64_t stop,
                 Source source) const {

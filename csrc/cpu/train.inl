@@ -2,8 +2,8 @@
 
 // c = a w, w [layer.in + 1][..] with the bias as its last row, where a has a column of ones.
 template <class Epilogue>
-MOPO_INLINE void forward_layer(int64_t first, int64_t last, const Panels& a, const Dense& layer, float* weight,
-                               Epilogue epilogue) {
+MOPO_INLINE void forward_layer(int64_t first, int64_t last, const Panels& a, const Dense& layer,
+                               float* weight, Epilogue epilogue) {
   product<false>(first, last, 0, layer.out, layer.in + 1, a, {weight, layer.rows}, epilogue);
 }
 

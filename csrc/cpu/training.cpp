@@ -76,7 +76,8 @@ Dense take_dense(Arena& arena, const TrainedLayer& layer, bool transposed, const
   dense.rows = round_up(layer.in + 1, kernels.block);
   take_parameters(arena, layer, dense.rows * round_up(layer.out, kernels.panel), dense);
   // Whole panels of rows: a block of parameters is stored with its padding.
-  if (transposed) dense.transposed = take_panels(arena, round_up(layer.out, kernels.panel), layer.in, kernels);
+  if (transposed)
+    dense.transposed = take_panels(arena, round_up(layer.out, kernels.panel), layer.in, kernels);
   return dense;
 }
 
@@ -87,7 +88,8 @@ Dense take_one_row(Arena& arena, const TrainedLayer& layer, const Kernels& kerne
 }
 
 void read_parameters(const TrainedLayer& layer, int64_t network, const Dense& dense, const Kernels& kernels) {
-  pair_up_all(layer, network, dense, kernels, [](const float* theirs, float* ours, int64_t n) { std::copy_n(theirs, n, ours); });
+  pair_up_all(layer, network, dense, kernels,
+              [](const float* theirs, float* ours, int64_t n) { std::copy_n(theirs, n, ours); });
   if (dense.transposed.data == nullptr) return;
   const int64_t panel = kernels.panel;
   for (int64_t k = 0; k < dense.in; ++k)
@@ -96,8 +98,10 @@ void read_parameters(const TrainedLayer& layer, int64_t network, const Dense& de
           dense.value[offset(dense.rows, k, n, panel)];
 }
 
-void write_parameters(const TrainedLayer& layer, int64_t network, const Dense& dense, const Kernels& kernels) {
-  pair_up_all(layer, network, dense, kernels, [](float* theirs, const float* ours, int64_t n) { std::copy_n(ours, n, theirs); });
+void write_parameters(const TrainedLayer& layer, int64_t network, const Dense& dense,
+                      const Kernels& kernels) {
+  pair_up_all(layer, network, dense, kernels,
+              [](float* theirs, const float* ours, int64_t n) { std::copy_n(ours, n, theirs); });
 }
 
 AdamStep adam_step(float learning_rate, int64_t step, float weight_decay, float polyak) {

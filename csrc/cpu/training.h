@@ -26,8 +26,9 @@ AdamStep adam_step(float learning_rate, int64_t step, float weight_decay, float 
 // Number `at` of a parameter a step against its gradient.
 void adam(const AdamStep& step, const Parameter& parameter, int64_t at, double gradient);
 
-// work(network, team) for all in which this thread, part `all.part`, has a part. As many as there are for every
-// thread are one thread's alone, which waits for nobody and keeps them in its cache; the others are everybody's.
+// work(network, team) for all in which this thread, part `all.part`, has a part. As many as there are for
+// every thread are one thread's alone, which waits for nobody and keeps them in its cache; the others are
+// everybody's.
 template <class Work>
 void for_each_network(int64_t networks, const Team& all, Work work) {
   const int64_t own = networks / all.parts;

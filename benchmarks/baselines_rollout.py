@@ -1,0 +1,168 @@
+"""Other ways to roll a policy out in the ensemble, each as fast as its manner allows.
+
+A baseline is made of an ensemble, an actor, start states and a horizon; calling it does the whole rollout,
+with stochastic actions, the penalty `max_aleatoric` and a drawn elite's sample; nothing ends an episode.
+`model_step` is one step on given draws, for the tests that it does the reference's work.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from mopo_fast import Actor, EnsembleDynamics
+from mopo_fast.ensemble import soft_clamp_logvar, soft_clamp_variance
+
+# Rows at a time: the activations of a member then fit the second-level cache.
+CHUNK = 2000
+PENALTY_COEF = 1.0
+
+_Chunk = tuple[torch.Tensor, ...]
+
+
+class _Model(nn.Module):
+    """Actor and members as perceptrons of their own; one step of a chunk of rows."""
+
+    def __init__(self, ensemble: EnsembleDynamics, actor: Actor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.actor = _perceptron(actor.weights, actor.biases, nn.ReLU).to(dtype)
+        self.members = nn.ModuleList(
+            _perceptron([w[i] for w in ensemble.weights], [b[i] for b in ensemble.biases], nn.SiLU).to(dtype)
+            for i in range(ensemble.members)
+        )
+        self.log_std_bounds = actor.log_std_min, actor.log_std_max
+        for name in ("input_mean", "input_std", "max_logvar", "min_logvar", "elites"):
+            self.register_buffer(name, getattr(ensemble, name).detach().clone())
+
+    def forward(
+        self, observations: torch.Tensor, action_noise: torch.Tensor, draw: torch.Tensor, noise: torch.Tensor
+    ) -> _Chunk:
+        """(observations, actions, penalised rewards, next observations) of a step on these draws."""
+        mean, log_std = self._apply(self.actor, observations).chunk(2, dim=-1)
+        actions = torch.tanh(mean + log_std.clamp(*self.log_std_bounds).exp() * action_noise)
+        inputs = (torch.cat([observations, actions], dim=-1) - self.input_mean) / self.input_std
+        heads = torch.stack([self._apply(member, inputs) for member in self.members])
+        means, logvars = heads.chunk(2, dim=-1)
+        variances = soft_clamp_variance(logvars, self.max_logvar, self.min_logvar)
+        penalties = variances.sum(-1).amax(0).sqrt()
+        chosen = self.elites[draw], torch.arange(len(observations))
+        sample = means[chosen] + variances[chosen].sqrt() * noise
+        rewards = sample[:, -1] - PENALTY_COEF * penalties
+        return observations, actions, rewards, observations + sample[:, :-1]
+
+    def _apply(self, network: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return network(x.to(self.dtype)).to(x.dtype)
+
+
+class LinearRollout:
+    """Members one after the other, activations in place, 2000 rows at a time."""
+
+    dtype = torch.float32
+    options: ClassVar[dict[str, Any] | None] = None
+
+    def __init__(self, ensemble: EnsembleDynamics, actor: Actor, start: torch.Tensor, horizon: int) -> None:
+        self.start, self.horizon, self.act_dim = start, horizon, actor.act_dim
+        dtype = self.dtype if self.dtype == torch.bfloat16 else start.dtype
+        model = _Model(ensemble, actor, dtype).eval().requires_grad_(False)
+        self.elites = len(ensemble.elites)
+        self.model_step: Callable[..., _Chunk] = (
+            model if self.options is None else torch.compile(model, options=self.options, dynamic=False)
+        )
+
+    @torch.no_grad()
+    def __call__(self) -> dict[str, torch.Tensor]:
+        chunks = [self._roll_out(rows) for rows in self.start.split(CHUNK)]
+        names = ("observations", "actions", "rewards", "next_observations")
+        arrays = {
+            name: torch.cat(parts) for name, parts in zip(names, zip(*chunks, strict=True), strict=True)
+        }
+        return arrays | {"terminals": torch.zeros(len(arrays["rewards"]), dtype=torch.bool)}
+
+    def _roll_out(self, observations: torch.Tensor) -> list[torch.Tensor]:
+        steps = []
+        for _ in range(self.horizon):
+            count, obs_dim = observations.shape
+            action_noise, noise = torch.randn(count, self.act_dim), torch.randn(count, obs_dim + 1)
+            draw = torch.randint(self.elites, (count,))
+            steps.append(self.model_step(observations, action_noise, draw, noise))
+            observations = steps[-1][-1]
+        return [torch.cat(parts) for parts in zip(*steps, strict=True)]
+
+
+class CompiledRollout(LinearRollout):
+    """By torch.compile, the weights frozen into the graph."""
+
+    options: ClassVar = {"freezing": True}
+
+
+class BFloat16Rollout(LinearRollout):
+    """Weights and activations in bfloat16: PyTorch's fastest products where the processor has them."""
+
+    dtype = torch.bfloat16
+
+
+class CompiledBFloat16Rollout(BFloat16Rollout):
+    """By torch.compile, the weights frozen and packed, every product's implementation chosen by trial."""
+
+    options: ClassVar = {"freezing": True, "max_autotune": True}
+
+
+class NumpyRollout:
+    """In the manner of OfflineRL-Kit: the whole batch at once, an einsum a layer, NumPy in between."""
+
+    def __init__(self, ensemble: EnsembleDynamics, actor: Actor, start: torch.Tensor, horizon: int) -> None:
+        self.ensemble, self.actor = ensemble, actor
+        self.start, self.horizon = start.numpy(), horizon
+        self.random = np.random.default_rng(0)
+
+    def __call__(self) -> dict[str, np.ndarray]:
+        names = ("observations", "actions", "rewards", "next_observations", "terminals")
+        steps: dict[str, list[np.ndarray]] = {name: [] for name in names}
+        observations = self.start
+        for _ in range(self.horizon):
+            count, obs_dim = observations.shape
+            action_noise = torch.randn(count, self.actor.act_dim).numpy()
+            draw = self.random.integers(len(self.ensemble.elites), size=count)
+            noise = self.random.normal(size=(self.ensemble.members, count, obs_dim + 1))
+            step = self.model_step(observations, action_noise, draw, noise)
+            terminals = np.zeros(count, dtype=bool)
+            for name, array in zip(names, (*step, terminals), strict=True):
+                steps[name].append(array)
+            observations = step[-1]
+        return {name: np.concatenate(parts) for name, parts in steps.items()}
+
+    @torch.no_grad()
+    def model_step(
+        self, observations: np.ndarray, action_noise: np.ndarray, draw: np.ndarray, noise: np.ndarray
+    ) -> tuple[np.ndarray, ...]:
+        """As `_Model.forward`; noise [members, rows, obs_dim + 1]."""
+        ensemble = self.ensemble
+        mean, log_std = self.actor(torch.as_tensor(observations))
+        actions = torch.tanh(mean + log_std.exp() * torch.as_tensor(action_noise)).numpy()
+        inputs = np.concatenate([observations, actions], axis=-1)
+        scaled = (inputs - ensemble.input_mean.numpy()) / ensemble.input_std.numpy()
+        x = torch.as_tensor(scaled)
+        for i, (weight, bias) in enumerate(zip(ensemble.weights, ensemble.biases, strict=True)):
+            if i > 0:
+                x = x * torch.sigmoid(x)
+            x = torch.einsum("ij,bjk->bik" if i == 0 else "bij,bjk->bik", x, weight) + bias.unsqueeze(1)
+        means, logvars = x.chunk(2, dim=-1)
+        std = np.sqrt(np.exp(soft_clamp_logvar(logvars, ensemble.max_logvar, ensemble.min_logvar).numpy()))
+        means = means.numpy()
+        means[..., :-1] += observations
+        samples = (means + noise * std).astype(observations.dtype)
+        sample = samples[ensemble.elites.numpy()[draw], np.arange(len(observations))]
+        penalties = np.amax(np.linalg.norm(std, axis=2), axis=0)
+        return observations, actions, sample[:, -1] - PENALTY_COEF * penalties, sample[:, :-1]
+
+
+def _perceptron(weights: Any, biases: Any, activation: type[nn.Module]) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for weight, bias in zip(weights, biases, strict=True):
+        linear = nn.Linear(*weight.shape, dtype=weight.dtype)
+        linear.weight.data, linear.bias.data = weight.detach().T.contiguous(), bias.detach().clone()
+        layers += [linear, activation(inplace=True)]
+    return nn.Sequential(*layers[:-1])

@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.inl csrc/cpu/*.cpp)
 
-.PHONY: install demo test lint format bench sanitize clean
+.PHONY: install demo test lint format bench bench-compare sanitize clean
 install: $(INSTALLED)
 
 # Done again only when what is built or installed has changed. --no-compile: bytecode is made by the first
@@ -54,7 +54,13 @@ $(VENV)/.installed-bench: $(INSTALLED)
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m pytest benchmarks/test_*.py
 	$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-columns=median,iqr,rounds
-	for kernel in rollout sac fit; do $(BIN)/python -m benchmarks.compare $$kernel || exit 1; done
+	$(BIN)/python -m benchmarks.compare rollout --dtype bfloat16
+	for kernel in sac fit; do $(BIN)/python -m benchmarks.compare $$kernel || exit 1; done
+	$(BIN)/python -m benchmarks.canonical --rounds 5
+
+# Against another commit: make bench-compare REF=HEAD~1
+bench-compare: $(INSTALLED)
+	$(BIN)/python -m benchmarks.against $(REF)
 
 # The extension with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package of its own.
 SANITIZED := build/sanitized

@@ -27,8 +27,10 @@ from benchmarks.baselines_rollout import (
 )
 from mopo_fast.atomic import write_json
 from mopo_fast.bench import bench
-from mopo_fast.doctor import examine
+from mopo_fast.doctor import Report, examine
 from mopo_fast.machine import resolve_threads
+
+RESULTS = Path(__file__).parent / "results"
 
 # Beside the kernel and the reference.
 BASELINES: dict[str, dict[str, Callable[..., Any]]] = {
@@ -83,9 +85,15 @@ def compare(
     for row in rows:
         print(row.text())
     name = kernel if dtype == "float32" else f"{kernel}-{dtype}"
-    path = json or Path(__file__).parent / "results" / f"{name}-cpu-{findings.machine.isa}.json"
+    path = json or RESULTS / f"{name}-cpu-{findings.machine.isa}.json"
+    write_record(path, "compare", findings, {"rows": [dataclasses.asdict(row) for row in rows]})
+    print(path)
+
+
+def write_record(path: Path, module: str, findings: Report, results: dict[str, Any]) -> None:
+    """Write `results` with the command, date, commit, machine and versions that they belong to."""
     record = {
-        "command": " ".join(["python -m benchmarks.compare", *sys.argv[1:]]),
+        "command": " ".join([f"python -m benchmarks.{module}", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "machine": dataclasses.asdict(findings.machine),
@@ -95,10 +103,8 @@ def compare(
             **{name: importlib.metadata.version(name) for name in ("torch", "numpy")},
             "jax": importlib.metadata.version("jax") if importlib.util.find_spec("jax") else None,
         },
-        "rows": [dataclasses.asdict(row) for row in rows],
     }
-    write_json(path, record)
-    print(path)
+    write_json(path, record | results)
 
 
 def _commit() -> str:

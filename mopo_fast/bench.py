@@ -279,8 +279,8 @@ def measure(work: Work, *, rounds: int, quiet: bool = False) -> list[Row]:
     """A row for each contender of `work`, from medians over `rounds` in turn; one more round warms up."""
     peaks = {f"torch.mm {size}": _product(size) for size in _PEAK_SIZES}
     contenders = work.contenders | {name: run for name, (run, _) in peaks.items()}
-    with _torch_threads(work.threads):
-        seconds = _interleave(contenders, rounds, f"bench {work.kernel}: rounds", quiet)
+    with torch_threads(work.threads):
+        seconds = interleave(contenders, rounds, f"bench {work.kernel}: rounds", quiet)
     peak = max(flop / seconds[name] for name, (_, flop) in peaks.items())
     rates = {name: work.amount / seconds[name] for name in work.contenders}
     first, *others = rates
@@ -366,7 +366,7 @@ def _product(size: int) -> tuple[Contender, float]:
     return run, times * 2.0 * size**3
 
 
-def _interleave(
+def interleave(
     contenders: dict[str, Contender], rounds: int, description: str, quiet: bool
 ) -> dict[str, float]:
     """The median seconds of each contender over `rounds` in turn, after one to warm up."""
@@ -382,7 +382,7 @@ def _interleave(
 
 
 @contextlib.contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
+def torch_threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -1,0 +1,75 @@
+"""This checkout's kernels against another commit's, in turn: `make bench-compare REF=v0.1.0`.
+
+The other commit is built from a worktree of its own, into a folder of its own; the tests of this checkout's
+kernels have to pass first. Each round is a process of either: what drifts, drifts for both.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from tyro.conf import Positional
+
+ROOT = Path(__file__).parent.parent
+BENCHES = (["rollout"], ["rollout", "--dtype", "bfloat16"], ["sac"], ["fit"])
+
+
+def against(ref: Annotated[str, Positional], *, rounds: int = 5) -> None:
+    """Rates of this checkout over those of another commit.
+
+    Args:
+        ref: The commit to compare with.
+        rounds: Of each kernel, in turn; medians are compared.
+    """
+    _run(sys.executable, "-m", "pytest", "-q", *sorted(map(str, (ROOT / "tests").glob("test_kernel_*.py"))))
+    with tempfile.TemporaryDirectory() as folder:
+        worktree, site = Path(folder, "worktree"), Path(folder, "site")
+        _run("git", "-C", str(ROOT), "worktree", "add", "--detach", str(worktree), ref)
+        try:
+            _run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, worktree)
+            table = Table("kernel", "ref", "this checkout", "times ref")
+            for bench in BENCHES:
+                rates: dict[Path, list[float]] = {site: [], ROOT: []}
+                unit = ""
+                for _ in range(rounds):
+                    for source, measured in rates.items():
+                        row = _measure(source, bench, Path(folder, "rows.json"))
+                        if row is not None:
+                            measured.append(row["rate"])
+                            unit = row["unit"]
+                then, now = (statistics.median(values) if values else None for values in rates.values())
+                cells = [f"{rate:,.0f} {unit}" if rate else "refused" for rate in (then, now)]
+                table.add_row(" ".join(bench), *cells, f"{now / then:.2f}" if now and then else "")
+            Console().print(table)
+        finally:
+            _run("git", "-C", str(ROOT), "worktree", "remove", "--force", str(worktree))
+
+
+def _measure(source: Path, bench: list[str], rows: Path) -> dict[str, Any] | None:
+    """The first row of one round with the package in `source`; None where it does not know this bench."""
+    command = [sys.executable, "-P", "-m", "mopo_fast", "bench", *bench, "--quiet", "--rounds", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(source)}
+    result = subprocess.run(
+        [*command, "--json", str(rows)], env=environment, capture_output=True, check=False
+    )
+    if result.returncode == 2:
+        return None
+    result.check_returncode()
+    row: dict[str, Any] = json.loads(rows.read_text())[0]
+    return row
+
+
+def _run(*command: str | Path) -> None:
+    subprocess.run(list(map(str, command)), check=True)
+
+
+if __name__ == "__main__":
+    tyro.cli(against)

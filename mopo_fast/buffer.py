@@ -28,9 +28,7 @@ class RingBuffer:
             )
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-            array = torch.empty(shape, dtype=dtype, device=device)
-            cpu.use_large_pages(array)
-            return array.zero_()
+            return cpu.use_large_pages(torch.empty(shape, dtype=dtype, device=device)).zero_()
 
         self.storage = Transitions(
             observations=zeros(capacity, obs_dim),

@@ -207,8 +207,8 @@ class Fit:
 
         inputs, targets = inputs.float(), targets.float()
         self.holdout_inputs, self.holdout_targets = inputs[holdout].to(device), targets[holdout].to(device)
-        self.inputs = (inputs[train].to(device) - model.input_mean) / model.input_std
-        self.targets = targets[train].to(device)
+        self.inputs = cpu.in_large_pages((inputs[train].to(device) - model.input_mean) / model.input_std)
+        self.targets = cpu.in_large_pages(targets[train].to(device))
         bootstrap = np.random.default_rng(derive_seed(seed, FIT, _BOOTSTRAP))
         self.rows = bootstrap.integers(len(train), size=(config.members, len(train)))
 

@@ -63,7 +63,7 @@ def isa() -> str:
     return wanted or isas()[0]
 
 
-def use_large_pages(tensor: torch.Tensor) -> None:
+def use_large_pages(tensor: torch.Tensor) -> torch.Tensor:
     """Ask for large pages for a CPU tensor that has not been written to yet, if the extension is there.
 
     Rows drawn from it at random then cost no walk through page tables each.
@@ -71,6 +71,12 @@ def use_large_pages(tensor: torch.Tensor) -> None:
     module, _ = _load()
     if module is not None and tensor.device.type == "cpu":
         module.use_large_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
+
+
+def in_large_pages(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy, in memory of `use_large_pages`."""
+    return use_large_pages(torch.empty_like(tensor)).copy_(tensor)
 
 
 def _network(weights: list[torch.Tensor], biases: list[torch.Tensor], activation: str) -> _Network:

@@ -50,14 +50,18 @@ class Packed {
   void pack(int64_t member, int64_t l, float* to) const {
     const Layer& layer = network_.layers[l];
     const float* weight = layer.weight + member * layer.in * layer.out;
-    const int64_t terms = packing_.terms, outputs = packing_.outputs, together = packing_.words;
-    for (int64_t k = 0; k < layer.in; k += terms)
-      for (int64_t n = 0; n < layer.out; ++n) {
-        const int64_t word = k / terms, group = n / outputs * (words(l) / together) + word / together;
-        const float first = weight[k * layer.out + n];
-        const float second = k + 1 < layer.in ? weight[(k + 1) * layer.out + n] : 0.0f;
-        to[(group * outputs + n % outputs) * together + word % together] =
-            terms == 1 ? first : pair(first, second);
+    const int64_t outputs = packing_.outputs, together = packing_.words;
+    for (int64_t k = 0, word = 0; k < layer.in; k += packing_.terms, ++word)
+      for (int64_t n = 0; n < layer.out; n += outputs) {
+        const int64_t group = n / outputs * (words(l) / together) + word / together;
+        float* target = to + group * outputs * together + word % together;
+        const float* first = weight + k * layer.out + n;
+        const int64_t count = std::min(outputs, layer.out - n);
+        if (packing_.terms == 1)
+          for (int64_t j = 0; j < count; ++j) target[j * together] = first[j];
+        else
+          for (int64_t j = 0; j < count; ++j)
+            target[j * together] = pair(first[j], k + 1 < layer.in ? first[layer.out + j] : 0.0f);
       }
     std::copy_n(layer.bias + member * layer.out, layer.out, to + words(l) * width(l));
   }

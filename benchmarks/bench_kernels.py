@@ -1,0 +1,37 @@
+"""Every kernel, contender beside contender, a table a kernel.
+
+Times of one table are comparable as far as the machine was steady; `python -m benchmarks.compare` interleaves
+the contenders and gives ratios.
+"""
+
+import functools
+
+import pytest
+
+from benchmarks.compare import BASELINES
+from mopo_fast.bench import WORKS, Work
+
+SIZES = {
+    "rollout": {"dtype": "bfloat16", "starts": 10_000},
+    "sac": {"updates": 50},
+    "fit": {"steps": 16},
+}
+CONTENDERS = [
+    (kernel, name)
+    for kernel, baselines in BASELINES.items()
+    for name in (["cpu bfloat16"] if kernel == "rollout" else []) + ["cpu", "reference", *baselines]
+]
+
+
+@functools.cache
+def work(kernel: str) -> Work:
+    return WORKS[kernel](backend="cpu", baselines=BASELINES[kernel], **SIZES[kernel])
+
+
+@pytest.mark.parametrize(("kernel", "contender"), CONTENDERS)
+@pytest.mark.benchmark
+def test_kernel(benchmark, kernel, contender):
+    measured = work(kernel)
+    benchmark.group = f"{kernel}: {measured.amount} {measured.unit.removesuffix('/s')}"
+    benchmark.pedantic(measured.contenders[contender], rounds=3, warmup_rounds=1)
+    benchmark.extra_info[measured.unit] = measured.amount / benchmark.stats["median"]

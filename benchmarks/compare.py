@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from rich.console import Console
 from tyro.conf import Positional
 
 from benchmarks.baselines import CompiledFit, CompiledSAC, EagerFit, PlainSAC
@@ -26,7 +27,7 @@ from benchmarks.baselines_rollout import (
     NumpyRollout,
 )
 from mopo_fast.atomic import write_json
-from mopo_fast.bench import bench
+from mopo_fast.bench import bench, to_table
 from mopo_fast.doctor import Report, examine
 from mopo_fast.machine import resolve_threads
 
@@ -82,8 +83,7 @@ def compare(
         baselines=BASELINES[kernel],
         **options,
     )
-    for row in rows:
-        print(row.text())
+    Console().print(to_table(rows))
     name = kernel if dtype == "float32" else f"{kernel}-{dtype}"
     path = json or RESULTS / f"{name}-cpu-{findings.machine.isa}.json"
     write_record(path, "compare", findings, {"rows": [dataclasses.asdict(row) for row in rows]})

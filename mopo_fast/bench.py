@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from rich.table import Table
 
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import DynamicsConfig, SACConfig
@@ -50,13 +51,23 @@ class Row:
     baselines: dict[str, float]
     """Of the first contender: its rate over that of each other in the same rounds."""
 
-    def text(self) -> str:
-        """For people, one line."""
-        against = "".join(f", {ratio:.2f} x {name}" for name, ratio in self.baselines.items())
-        return (
-            f"{self.kernel} {self.backend} {self.device} {self.dtype}: {self.rate:,.0f} {self.unit},"
-            f" {self.gflops:.1f} GFLOP/s, {self.share_of_peak:.0%} of torch.mm{against}"
+
+def to_table(rows: list[Row]) -> Table:
+    """For people: a line for each contender, the last column how many times faster the first one is."""
+    first = rows[0]
+    table = Table("contender", "dtype", first.unit, "GFLOP/s", "of torch.mm", f"{first.backend} over it")
+    table.title = f"{first.kernel}, {first.device}, {first.shape['threads']} threads"
+    for row in rows:
+        ratio = first.baselines.get(row.backend)
+        table.add_row(
+            row.backend,
+            row.dtype,
+            f"{row.rate:,.0f}",
+            f"{row.gflops:.1f}",
+            f"{row.share_of_peak:.0%}",
+            "" if ratio is None else f"{ratio:.2f}",
         )
+    return table
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from rich.console import Console
 from rich.logging import RichHandler
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
@@ -219,7 +220,7 @@ def bench(
         json: Also write the rows to this file.
         quiet: No progress bar.
     """
-    from mopo_fast.bench import bench
+    from mopo_fast.bench import bench, to_table
 
     sizes = {
         ("rollout", "dtype"): dtype,
@@ -242,8 +243,7 @@ def bench(
         quiet=quiet,
         **{name: value for (_, name), value in given.items()},
     )
-    for row in rows:
-        print(row.text())
+    Console().print(to_table(rows))
     if json is not None:
         write_json(json, [dataclasses.asdict(row) for row in rows])
 

@@ -1,11 +1,14 @@
 """What measurements report; how fast anything is, no test says."""
 
+import io
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+from rich.console import Console
 
-from mopo_fast.bench import Row, Work, bench, measure
+from mopo_fast.bench import Row, Work, bench, measure, to_table
 from mopo_fast.config import DynamicsConfig, SACConfig
 from mopo_fast.sac import SAC
 
@@ -19,8 +22,11 @@ FIT_SIZES = {
 }
 
 
+ROLLOUT_SIZES = {"obs_dim": 3, "act_dim": 2, "starts": 20, "horizon": 2}
+
+
 def tiny(kernel: str, **options: Any) -> list[Row]:
-    sizes = {"sac": SAC_SIZES, "fit": FIT_SIZES}[kernel]
+    sizes = {"rollout": ROLLOUT_SIZES, "sac": SAC_SIZES, "fit": FIT_SIZES}[kernel]
     return bench(kernel, **(sizes | {"rounds": 1, "threads": 1, "quiet": True} | options))
 
 
@@ -89,4 +95,36 @@ def test_contenders_take_turns_and_the_first_round_is_not_counted(monkeypatch: p
     assert turns == ["fast", "slow", "peak"] * 4
     assert (fast.rate, slow.rate, fast.baselines) == (2.0, 0.5, {"slow": 4.0})
     assert (fast.gflops, fast.share_of_peak) == (2e-8, 0.2)
-    assert fast.text() == "k fast cpu float32: 2 things/s, 0.0 GFLOP/s, 20% of torch.mm, 4.00 x slow"
+    lines = shown([fast, slow])
+    assert ["fast", "float32", "2", "0.0", "20%"] in lines
+    assert ["slow", "float32", "0", "0.0", "5%", "4.00"] in lines
+
+
+def shown(rows: list[Row]) -> list[list[str]]:
+    """The words of the table's lines."""
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(to_table(rows))
+    return [line.replace("│", " ").split() for line in console.export_text().splitlines()]
+
+
+def test_bfloat16_meets_float32() -> None:
+    rows = tiny("rollout", backend="cpu", dtype="bfloat16")
+    assert [(row.backend, row.dtype) for row in rows] == [
+        ("cpu bfloat16", "bfloat16"),
+        ("cpu", "float32"),
+        ("reference", "float32"),
+    ]
+    assert rows[0].baselines.keys() == {"cpu", "reference"}
+
+
+class InHalf:
+    dtype = torch.float16
+
+    def __call__(self) -> None:
+        pass
+
+
+def test_a_rollout_baseline_says_its_dtype() -> None:
+    baselines = {"half": lambda ensemble, actor, start, horizon: InHalf(), "plain": lambda *_: lambda: None}
+    rows = tiny("rollout", backend="cpu", baselines=baselines)
+    assert [(row.backend, row.dtype) for row in rows[2:]] == [("half", "float16"), ("plain", "float32")]

@@ -137,7 +137,7 @@ struct Kernels {
   void (*sac_target)(const SacArgs&, const SacPlan&, const Team&, int64_t critic);
   void (*sac_critic)(const SacArgs&, const SacPlan&, const Team&, int64_t critic, const AdamStep&);
   void (*sac_action_gradient)(const SacArgs&, const SacPlan&, const Team&, int64_t critic, const AdamStep&);
-  void (*sac_actor)(const SacArgs&, const SacPlan&, const Team&, const AdamStep&);
+  void (*sac_actor)(const SacArgs&, const SacPlan&, const Team&, int64_t update, const AdamStep&);
   // A member's step on `count` rows that begin at `begin` in its pass.
   void (*fit_member)(const FitArgs&, const FitPlan&, const FitWorkspace&, int64_t member, int64_t begin,
                      int64_t count, const AdamStep* steps, const Team&);

@@ -11,23 +11,24 @@ struct SacRows {
   int64_t end() const { return smaller(last, batch()); }
   int64_t hidden() const { return args.depth - 1; }
 
-  void gather(uint32_t step) const {
-    const auto source_of = [&](int64_t row) -> const SacSource& {
-      return row < args.real_rows ? args.real : args.model;
-    };
+  const SacSource& source(int64_t row) const { return row < args.real_rows ? args.real : args.model; }
+
+  // Draws where a row of the batch comes from, and asks for it: it is far away.
+  void draw(int64_t row, uint32_t step) const {
+    const SacSource& source = this->source(row);
+    const uint32_t word = random_block(row, step, kBatchStream, 0, args.seed).word[0];
+    const int64_t from = choose(word, static_cast<uint32_t>(source.size));
+    prefetch_row(source.observations + from * args.obs_dim, args.obs_dim);
+    prefetch_row(source.next_observations + from * args.obs_dim, args.obs_dim);
+    prefetch_row(source.actions + from * args.act_dim, args.act_dim);
+    __builtin_prefetch(source.rewards + from);
+    __builtin_prefetch(source.terminals + from);
+    plan.drawn[row] = from;
+  }
+
+  void gather() const {
     for (int64_t row = first; row < end(); ++row) {
-      const SacSource& source = source_of(row);
-      const uint32_t word = random_block(row, step, kBatchStream, 0, args.seed).word[0];
-      const int64_t from = choose(word, static_cast<uint32_t>(source.size));
-      prefetch_row(source.observations + from * args.obs_dim, args.obs_dim);
-      prefetch_row(source.next_observations + from * args.obs_dim, args.obs_dim);
-      prefetch_row(source.actions + from * args.act_dim, args.act_dim);
-      __builtin_prefetch(source.rewards + from);
-      __builtin_prefetch(source.terminals + from);
-      plan.drawn[row] = from;
-    }
-    for (int64_t row = first; row < end(); ++row) {
-      const SacSource& source = source_of(row);
+      const SacSource& source = this->source(row);
       const int64_t from = plan.drawn[row];
       const float* observation = source.observations + from * args.obs_dim;
       const float* next = source.next_observations + from * args.obs_dim;
@@ -118,23 +119,33 @@ struct SacRows {
   }
 
   // Through one layer, from the gradient of its outputs to that of the pre-activations below it; `source`
-  // gives a row's row of `below`.
+  // gives a row's row of `below`, prefetch(row, column) comes before each block.
+  template <class Source, class Prefetch>
+  void backward(const Dense& layer, const Panels& grad, const Panels& below, const Panels& to, int64_t stop,
+                Source source, Prefetch prefetch) const {
+    product<false>(
+        first, stop, 0, layer.in, layer.out, grad, layer.transposed,
+        [&](int64_t row, int64_t column, auto& block) {
+          float* grads = at(to, row, column);
+          const float* outputs = at(below, 0, column);
+          each_vector(block, [&](int i, int v, vf x) {
+            const vf output = load(outputs + source(row + i) * kPanel + v * W);
+            store(grads + within(i, v), select(output > 0.0f, x, vf{}));
+          });
+        },
+        prefetch);
+  }
+
   template <class Source>
   void backward(const Dense& layer, const Panels& grad, const Panels& below, const Panels& to, int64_t stop,
                 Source source) const {
-    product<false>(first, stop, 0, layer.in, layer.out, grad, layer.transposed,
-                   [&](int64_t row, int64_t column, auto& block) {
-                     float* grads = at(to, row, column);
-                     const float* outputs = at(below, 0, column);
-                     each_vector(block, [&](int i, int v, vf x) {
-                       const vf output = load(outputs + source(row + i) * kPanel + v * W);
-                       store(grads + within(i, v), select(output > 0.0f, x, vf{}));
-                     });
-                   });
+    backward(layer, grad, below, to, stop, source, [](int64_t, int64_t) {});
   }
 
-  // From the gradients of the actions through Q to those of the actor's hidden layers.
-  void actor_gradient() const {
+  // From the gradients of the actions through Q to those of the actor's hidden layers; prefetch as of
+  // backward().
+  template <class Prefetch>
+  void actor_gradient(Prefetch prefetch) const {
     const float share = 1.0f / static_cast<float>(batch());
     const int64_t act_dim = args.act_dim;
     for (int64_t row = first; row < end(); ++row)
@@ -154,7 +165,7 @@ struct SacRows {
     const auto itself = [](int64_t row) { return row; };
     for (int64_t l = hidden(); l > 0; --l)
       backward(plan.actor[l], l == hidden() ? plan.actor_head_grad : plan.actor_grad[l],
-               plan.actor_hidden[l - 1], plan.actor_grad[l - 1], last, itself);
+               plan.actor_hidden[l - 1], plan.actor_grad[l - 1], last, itself, prefetch);
   }
 };
 
@@ -307,7 +318,9 @@ static void sac_sample(const SacArgs& args, const SacPlan& plan, const Team& tea
   const Span span = share(team, plan.rows);
   const SacRows rows{args, plan, span.first, span.last};
   const uint32_t step = static_cast<uint32_t>(args.first_draw + update);
-  rows.gather(step);
+  if (update == 0)
+    for (int64_t row = rows.first; row < rows.end(); ++row) rows.draw(row, step);
+  rows.gather();
   rows.draw_noise(kNextActionStream, step);
   rows.act(plan.next_observations, plan.next_inputs, plan.next_log_prob);
   rows.draw_noise(kActionStream, step);
@@ -340,10 +353,17 @@ static void sac_action_gradient(const SacArgs& args, const SacPlan& plan, const 
   work.train(team, step);
 }
 
-static void sac_actor(const SacArgs& args, const SacPlan& plan, const Team& team, const AdamStep& step) {
+static void sac_actor(const SacArgs& args, const SacPlan& plan, const Team& team, int64_t update,
+                      const AdamStep& step) {
   const Span span = share(team, plan.rows);
   const SacRows rows{args, plan, span.first, span.last};
-  rows.actor_gradient();
+  // The next update's rows come while the products go on: one for every block, as long as there are any.
+  const uint32_t next_draw = static_cast<uint32_t>(args.first_draw + update + 1);
+  int64_t next = rows.first;
+  rows.actor_gradient([&](int64_t, int64_t) {
+    if (next < rows.end()) rows.draw(next++, next_draw);
+  });
+  while (next < rows.end()) rows.draw(next++, next_draw);
   team.wait();
   for (int64_t l = 0; l <= rows.hidden(); ++l)
     train_layer(team, plan.actor[l], step, rows.batch(),

@@ -54,13 +54,25 @@ def against(ref: Annotated[str, Positional], *, rounds: int = 5) -> None:
 
 
 def _measure(source: Path, bench: list[str], rows: Path) -> dict[str, Any] | None:
-    """The first row of one round with the package in `source`; None where it does not know this bench."""
-    command = [sys.executable, "-P", "-m", "mopo_fast", "bench", *bench, "--quiet", "--rounds", "1"]
+    """The first row of one round with the package in `source`; None where the other lacks this bench."""
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "mopo_fast",
+        "bench",
+        *bench,
+        "--backend",
+        "cpu",
+        "--quiet",
+        "--rounds",
+        "1",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(source)}
     result = subprocess.run(
         [*command, "--json", str(rows)], env=environment, capture_output=True, check=False
     )
-    if result.returncode == 2:
+    if result.returncode == 2 and source != ROOT:
         return None
     result.check_returncode()
     row: dict[str, Any] = json.loads(rows.read_text())[0]

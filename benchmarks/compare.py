@@ -70,6 +70,8 @@ def compare(
         json: By default benchmarks/results/KERNEL-cpu-ISA.json, or KERNEL-DTYPE-cpu-ISA.json.
         quiet: No progress bar.
     """
+    if dtype != "float32" and kernel != "rollout":
+        raise SystemExit(f"--dtype is of rollout, not of {kernel}")
     threads, findings = resolve_threads(threads), examine()
     # JAX takes every core that the process may use.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])

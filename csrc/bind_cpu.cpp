@@ -230,7 +230,9 @@ PYBIND11_MODULE(_cpu, module) {
       .value("cos_turns", mopo::MathFunction::kCosTurns)
       .value("tanh", mopo::MathFunction::kTanh)
       .value("silu", mopo::MathFunction::kSilu)
-      .value("rough_silu", mopo::MathFunction::kRoughSilu);
+      .value("rough_silu", mopo::MathFunction::kRoughSilu)
+      .value("reciprocal", mopo::MathFunction::kReciprocal)
+      .value("sqrt", mopo::MathFunction::kSqrt);
   module.def(
       "math",
       [](const std::string& isa, mopo::MathFunction function, uintptr_t x, uintptr_t y, int64_t count) {

@@ -104,8 +104,12 @@ def test_every_parameter_moves() -> None:
 
 
 @pytest.mark.parametrize("threads", [2, 3, 64])
-@pytest.mark.parametrize("case", ["canonical", "short last batch"])
-def test_result_does_not_depend_on_threads(case: str, threads: int) -> None:
+@pytest.mark.parametrize("case", ["short last batch", "linear", "batch larger than the data"])
+@pytest.mark.parametrize("isa", cpu.isas())
+def test_result_does_not_depend_on_threads(
+    isa: str, case: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOPO_FAST_ISA", isa)
     one, many = make(case, "cpu"), make(case, "cpu", threads)
     assert steps(one, one.rows) == steps(many, many.rows)
     ours, theirs = state(one), state(many)

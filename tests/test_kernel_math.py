@@ -33,8 +33,10 @@ def around(scale):
         ("log", np.concatenate([UNIFORM, EDGES]), np.log, 2),
         ("tanh", around(2.0), np.tanh, 3),
         ("silu", around(4.0), lambda x: x / (1.0 + np.exp(-x)), 4),
+        ("reciprocal", np.exp(RNG.uniform(-86.0, 86.0, COUNT)), lambda x: 1.0 / x, 2),
+        ("sqrt", np.exp(RNG.uniform(-87.0, 88.0, COUNT)), np.sqrt, 2),
     ],
-    ids=["exp", "exp-small", "log", "tanh", "silu"],
+    ids=["exp", "exp-small", "log", "tanh", "silu", "reciprocal", "sqrt"],
 )
 def test_units_in_the_last_place(isa, function, x, exact, bound):
     x = x.astype(np.float32)
@@ -68,3 +70,5 @@ def test_special_values(isa):
     np.testing.assert_array_equal(evaluate(isa, "exp", x), [np.nan, np.inf, 0.0, 1.0, np.inf, 0.0])
     np.testing.assert_array_equal(evaluate(isa, "tanh", x), [np.nan, 1.0, -1.0, 0.0, 1.0, -1.0])
     np.testing.assert_array_equal(evaluate(isa, "silu", x), [np.nan, np.inf, np.nan, 0.0, 200.0, 0.0])
+    root = evaluate(isa, "sqrt", np.array([0.0, np.inf, np.nan], dtype=np.float32))
+    assert root[0] == 0.0 and root[1] > 1e19 and np.isnan(root[2])

@@ -83,6 +83,21 @@ def test_bfloat16(ensemble):
         assert error > 30.0 * (plain - truth).norm(), name
 
 
+def test_bfloat16_policy():
+    """Its actions too: hidden layers of odd widths, a head that fills no block."""
+    engine = RolloutEngine(make_ensemble(11, 3), dtype="bfloat16")
+    policy, start = make_policy(11, 3), inputs(1000, 11, 3)[0]
+    kernel = engine.rollout(policy, start, 1, seed=3)
+    same, float32 = (
+        oracle(engine, dtype).rollout(policy, start, 1, seed=3) for dtype in ("bfloat16", "float32")
+    )
+    exact = oracle(engine, "float64").rollout(policy, start.double(), 1, seed=3)
+    assert_as_accurate(kernel.actions, same.actions, exact.actions, "actions")
+    error = (same.actions - exact.actions).norm()
+    assert (kernel.actions - same.actions).norm() < 0.5 * error
+    assert error > 30.0 * (float32.actions - exact.actions).norm()
+
+
 @pytest.mark.parametrize(("obs_dim", "act_dim"), SHAPES)
 @pytest.mark.parametrize("batch", [1, 7, 1000])
 def test_every_shape(obs_dim, act_dim, batch):

@@ -105,7 +105,11 @@ def test_every_parameter_moves() -> None:
 
 @pytest.mark.parametrize("case", ["canonical", "canonical, others' options", "ten critics, three layers"])
 @pytest.mark.parametrize("threads", [2, 3, 64])
-def test_result_does_not_depend_on_threads(case: str, threads: int) -> None:
+@pytest.mark.parametrize("isa", cpu.isas())
+def test_result_does_not_depend_on_threads(
+    isa: str, case: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOPO_FAST_ISA", isa)
     one, one_metrics = run(case, "cpu", 3)
     many, many_metrics = run(case, "cpu", 3, threads=threads)
     assert all(torch.equal(one[name], many[name]) for name in one)

@@ -49,7 +49,7 @@ def test_constraints_pin_every_requirement() -> None:
     assert {re.split(r"[<>=\[]", name)[0].lower() for name in wanted} <= pinned
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16", "avx512_amx"])
 def test_the_linker_cannot_mix_instruction_sets(isa: str) -> None:
     # An inline function that two files share is kept once, compiled for either: an older processor would
     # then meet instructions that it does not have. So these files may share none.

@@ -5,4 +5,5 @@
 #define MOPO_KERNELS kAvx512Kernels
 #define MOPO_WIDTH 16
 #define MOPO_BLOCK 8
+#define MOPO_AVX512
 #include "kernels.inl"

@@ -5,6 +5,7 @@
 #define MOPO_KERNELS kAvx512AmxKernels
 #define MOPO_WIDTH 16
 #define MOPO_BLOCK 8
+#define MOPO_AVX512
 #define MOPO_BFLOAT16
 #define MOPO_AMX
 #include "kernels.inl"

@@ -5,5 +5,6 @@
 #define MOPO_KERNELS kAvx512Bf16Kernels
 #define MOPO_WIDTH 16
 #define MOPO_BLOCK 8
+#define MOPO_AVX512
 #define MOPO_BFLOAT16
 #include "kernels.inl"

@@ -28,7 +28,7 @@ class Barrier {
   }
 
  private:
-  static constexpr int kSpins = 4000;  // 50 to 200 microseconds
+  static constexpr int kSpins = 4000;  // 50 to 200 microseconds on x86
 
   static void pause() {
 #if defined(__x86_64__)

@@ -40,6 +40,13 @@ constexpr int64_t packed_words(int64_t depth) {
   return round_up((depth + packing.terms - 1) / packing.terms, packing.words);
 }
 
+template <class Operand>
+constexpr bool fits_room() {
+  constexpr Packing packing = Operand::kPacking;
+  return kRoom % packing.outputs == 0 && kRoom % (packing.terms * packing.words) == 0;
+}
+static_assert(fits_room<Float32>() && fits_room<BFloat16>());
+
 // Rows of a tile.
 template <class Operand>
 constexpr int kTile = Operand::kPacking.tile;
@@ -83,6 +90,8 @@ MOPO_INLINE void layer_amx(const float* in, int64_t depth, const float* weight, 
   static_assert(kTile<BFloat16> == kSide && W == 16);
   constexpr int kSlices = 2 * kSide / kBlock;
   alignas(64) float sums[2][kSide * kSide];
+  // GCC 12 does not know that loading a tile reads memory.
+  asm volatile("" ::: "memory");
   const int64_t steps = packed_words<BFloat16>(depth) / kWords, blocks = (width + kSide - 1) / kSide;
   // Slices of the block before: kBlock outputs of one vector of rows each.
   const auto finish = [&](int64_t block, int64_t slice, int64_t end) {

@@ -29,9 +29,8 @@ struct PackedNetwork {
   const int64_t* offset;
 };
 
-// Sizes that a rollout's threads share. A chunk is the rows that one thread takes through all steps.
+// What a rollout's threads share.
 struct RolloutPlan {
-  int64_t chunk_rows;  // a multiple of the tile
   PackedNetwork dynamics, policy;
   const float* inverse_std;    // [obs_dim + act_dim]
   const float* exp_minus_max;  // [obs_dim + 1]
@@ -123,7 +122,17 @@ struct FitWorkspace {
   float* loss;                            // [rows]
 };
 
-enum class MathFunction : int { kExp, kLog, kSinTurns, kCosTurns, kTanh, kSilu, kRoughSilu };
+enum class MathFunction : int {
+  kExp,
+  kLog,
+  kSinTurns,
+  kCosTurns,
+  kTanh,
+  kSilu,
+  kRoughSilu,
+  kReciprocal,
+  kSqrt
+};
 
 struct Kernels {
   const char* name;

@@ -51,6 +51,12 @@ static void math(MathFunction function, const float* x, float* y, int64_t count)
       case MathFunction::kRoughSilu:
         out = rough_silu(in);
         break;
+      case MathFunction::kReciprocal:
+        out = reciprocal(in);
+        break;
+      case MathFunction::kSqrt:
+        out = fast_sqrt(in);
+        break;
     }
     for (int64_t lane = 0; lane < lanes; ++lane) y[i + lane] = out[lane];
   }

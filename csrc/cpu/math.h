@@ -89,7 +89,7 @@ MOPO_INLINE vf sigmoid(vf x) { return select(x < -86.0f, vf{}, reciprocal(1.0f +
 MOPO_INLINE vf silu(vf x) { return x * sigmoid(x); }
 
 // silu within 2^-13 of itself, for results that are rounded to bfloat16.
-#ifdef __AVX512DQ__
+#ifdef MOPO_AVX512
 MOPO_INLINE vf rough_silu(vf x) {
   const vf t = x * -1.44269504088896341f;
   // 2^t: of what is above the whole number below t, by a minimax polynomial; scale() floors t itself.

@@ -3,6 +3,7 @@
 
 constexpr int kPanel = kVectors * W;
 constexpr int64_t kPart = 144;  // terms of a long sum that are added up at a time; whole panels
+static_assert(kPart % kPanel == 0 && kPanel % kBlock == 0 && kBlock % 4 == 0);
 
 MOPO_INLINE int64_t offset(int64_t rows, int64_t row, int64_t column) {
   return (column / kPanel * rows + row) * kPanel + column % kPanel;
@@ -105,12 +106,12 @@ MOPO_INLINE void store_transposed(float* to, vf x0, vf x1, vf x2, vf x3) {
   const auto interleave = [](vf x, vf y, int from) {
     vi order{};
     for (int lane = 0; lane < W; ++lane) order[lane] = lane / 4 * 4 + from + lane % 4 / 2 + lane % 2 * W;
-    return __builtin_shuffle(x, y, order);
+    return shuffle(x, y, order);
   };
   const auto join = [](vf x, vf y, int from) {
     vi order{};
     for (int lane = 0; lane < W; ++lane) order[lane] = lane / 4 * 4 + from + lane % 2 + lane % 4 / 2 * W;
-    return __builtin_shuffle(x, y, order);
+    return shuffle(x, y, order);
   };
   typedef float quad __attribute__((vector_size(16), may_alias));
   const vf low01 = interleave(x0, x1, 0), low23 = interleave(x2, x3, 0);

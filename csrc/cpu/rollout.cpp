@@ -181,8 +181,8 @@ RolloutCounts rollout(const RolloutArgs& args, const Kernels& kernels) {
     exp_min.push_back(std::exp(args.min_logvar[d]));
   }
   const int64_t rows = chunk_rows(args, packing.tile), chunks = (args.batch + rows - 1) / rows;
-  const RolloutPlan plan{
-      rows, dynamics.view(), policy.view(), inverse_std.data(), exp_minus_max.data(), exp_min.data()};
+  const RolloutPlan plan{dynamics.view(), policy.view(), inverse_std.data(), exp_minus_max.data(),
+                         exp_min.data()};
 
   // All memory is taken before the threads start, so that nothing can fail in them.
   const int threads = static_cast<int>(std::min<int64_t>(args.threads, chunks));

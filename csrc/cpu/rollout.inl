@@ -7,9 +7,11 @@ MOPO_INLINE void layer(const Layer& layer, const float* weight, const float* in,
   const int64_t width = round_up(layer.out, Operand::kPacking.outputs);
   const float* bias = weight + packed_words<Operand>(layer.in) * width;
 #ifdef MOPO_AMX
-  if constexpr (Operand::kPacking.terms == 2) return layer_amx(in, layer.in, weight, bias, layer.out, write);
+  if constexpr (Operand::kPacking.terms == 2) {
+    layer_amx(in, layer.in, weight, bias, layer.out, write);
+  } else
 #endif
-  layer_tile<Operand>(in, layer.in, weight, bias, layer.out, write);
+    layer_tile<Operand>(in, layer.in, weight, bias, layer.out, write);
 }
 
 template <class Operand, Activation activation>

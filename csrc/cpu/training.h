@@ -7,9 +7,9 @@
 
 namespace mopo {
 
-// Zeroed, room for whole vectors.
+// Room for whole vectors.
 Rows take_rows(Arena& arena, int64_t rows, int64_t width);
-// Zeroed, room for a column of ones.
+// Room for a column of ones and for whole blocks.
 Panels take_panels(Arena& arena, int64_t rows, int64_t width, const Kernels& kernels);
 
 // A layer, its numbers still zero; `transposed`: its weights are kept so too.

@@ -15,10 +15,20 @@ MOPO_INLINE vf bits_to_float(vi x) { return reinterpret_cast<vf>(x); }
 // The same bits in every lane, whatever number they are.
 MOPO_INLINE vf broadcast_bits(float x) { return bits_to_float(vi{} + __builtin_bit_cast(int32_t, x)); }
 MOPO_INLINE vi float_to_bits(vf x) { return reinterpret_cast<vi>(x); }
+// Lane i is lane order[i] of x, or from W on of y.
+MOPO_INLINE vf shuffle(vf x, vf y, vi order) {
+#ifdef __clang__
+  vf result{};
+  for (int lane = 0; lane < W; ++lane) result[lane] = order[lane] < W ? x[order[lane]] : y[order[lane] - W];
+  return result;
+#else
+  return __builtin_shuffle(x, y, order);
+#endif
+}
 // mask lanes are 0 or -1, as comparisons give them.
 MOPO_INLINE vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
 // The second where either is NaN.
-#ifdef __AVX512F__
+#ifdef MOPO_AVX512
 MOPO_INLINE vf minimum(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
 MOPO_INLINE vf maximum(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
 #else
@@ -31,14 +41,15 @@ MOPO_INLINE vf sqrt(vf x) {
   return result;
 }
 
-// 1 / x, for x whose reciprocal is a normal number, and the square root of 0 and of normal numbers, within 2
-// ULP; x 2^n for whole n (AVX-512 takes the whole number below any n).
-#ifdef __AVX512F__
+// 1 / x, for x whose reciprocal is a normal number, and the square root of 0 and of normal numbers (and a
+// large one of infinity), within 2 ULP; x 2^n for whole n (AVX-512 takes the whole number below any n).
+#ifdef MOPO_AVX512
 MOPO_INLINE vf reciprocal(vf x) {
   const vf r = (vf)_mm512_rcp14_ps((__m512)x);
   return r + r * (1.0f - x * r);
 }
 MOPO_INLINE vf fast_sqrt(vf x) {
+  x = minimum(broadcast(0x1.fffffep127f), x);
   const vf r = (vf)_mm512_rsqrt14_ps((__m512)maximum(broadcast(0x1p-126f), x));
   const vf root = x * r;
   return root + (0.5f * root) * (1.0f - root * r);
@@ -61,7 +72,7 @@ MOPO_INLINE vf pack_pair(vf first, vf second) {
   const halves both = (halves)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
   halves in_turn{};
   for (int lane = 0; lane < 2 * W; ++lane) in_turn[lane] = static_cast<uint16_t>(lane / 2 + lane % 2 * W);
-  return (vf)__builtin_shuffle(both, in_turn);
+  return (vf)_mm512_permutexvar_epi16((__m512i)in_turn, (__m512i)both);
 }
 MOPO_INLINE vf add_products(vf sum, vf pairs, float weights) {
   return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)pairs, (__m512bh)_mm512_set1_ps(weights));

@@ -66,7 +66,7 @@ def isa() -> str:
 def use_large_pages(tensor: torch.Tensor) -> torch.Tensor:
     """Ask for large pages for a CPU tensor that has not been written to yet, if the extension is there.
 
-    Rows drawn from it at random then cost no walk through page tables each.
+    Rows drawn from it at random then cost fewer walks through page tables.
     """
     module, _ = _load()
     if module is not None and tensor.device.type == "cpu":
@@ -75,8 +75,8 @@ def use_large_pages(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def in_large_pages(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy, in memory of `use_large_pages`."""
-    return use_large_pages(torch.empty_like(tensor)).copy_(tensor)
+    """A CPU tensor's copy in memory of `use_large_pages`; another device's tensor itself."""
+    return use_large_pages(torch.empty_like(tensor)).copy_(tensor) if tensor.device.type == "cpu" else tensor
 
 
 def _network(weights: list[torch.Tensor], biases: list[torch.Tensor], activation: str) -> _Network:

@@ -6,7 +6,7 @@ authors' options of SAC: all gradients at the parameters before the update, half
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -53,10 +53,10 @@ class PlainSAC(_SACBaseline):
     def __init__(self, sac: SAC, data: Transitions, buffer: RingBuffer, updates: int) -> None:
         super().__init__(sac, data, buffer, updates)
         config = self.config
-        self.actor = _linears(sac.actor.weights, sac.actor.biases)
+        self.actor = linears(sac.actor.weights, sac.actor.biases)
         self.critics, self.targets = (
             nn.ModuleList(
-                _linears([weight[i] for weight in critic.weights], [bias[i] for bias in critic.biases])
+                linears([weight[i] for weight in critic.weights], [bias[i] for bias in critic.biases])
                 for i in range(config.critics)
             )
             for critic in (sac.critic, sac.target)
@@ -252,15 +252,19 @@ class _WrittenAdam:
             parameter.sub_(rate * (avg / scale) / ((avg_sq / scale_sq).sqrt() + EPS))
 
 
-def _linears(weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> nn.Sequential:
-    """A perceptron of nn.Linear and ReLU with these parameters."""
+def linears(
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    activation: Callable[[], nn.Module] = nn.ReLU,
+) -> nn.Sequential:
+    """A perceptron of nn.Linear with these parameters."""
     layers: list[nn.Module] = []
     for weight, bias in zip(weights, biases, strict=True):
         linear = nn.Linear(*weight.shape, dtype=weight.dtype)
         with torch.no_grad():
             linear.weight.copy_(weight.T)
             linear.bias.copy_(bias)
-        layers += [linear, nn.ReLU()]
+        layers += [linear, activation()]
     return nn.Sequential(*layers[:-1])
 
 

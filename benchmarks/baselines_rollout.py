@@ -6,12 +6,14 @@ with stochastic actions, the penalty `max_aleatoric` and a drawn elite's sample;
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import nn
 
+from benchmarks.baselines import linears
 from mopo_fast import Actor, EnsembleDynamics
 from mopo_fast.ensemble import soft_clamp_logvar, soft_clamp_variance
 
@@ -28,9 +30,10 @@ class _Model(nn.Module):
     def __init__(self, ensemble: EnsembleDynamics, actor: Actor, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
-        self.actor = _perceptron(actor.weights, actor.biases, nn.ReLU).to(dtype)
+        self.actor = linears(actor.weights, actor.biases, partial(nn.ReLU, inplace=True)).to(dtype)
+        silu = partial(nn.SiLU, inplace=True)
         self.members = nn.ModuleList(
-            _perceptron([w[i] for w in ensemble.weights], [b[i] for b in ensemble.biases], nn.SiLU).to(dtype)
+            linears([w[i] for w in ensemble.weights], [b[i] for b in ensemble.biases], silu).to(dtype)
             for i in range(ensemble.members)
         )
         self.log_std_bounds = actor.log_std_min, actor.log_std_max
@@ -157,12 +160,3 @@ class NumpyRollout:
         sample = samples[ensemble.elites.numpy()[draw], np.arange(len(observations))]
         penalties = np.amax(np.linalg.norm(std, axis=2), axis=0)
         return observations, actions, sample[:, -1] - PENALTY_COEF * penalties, sample[:, :-1]
-
-
-def _perceptron(weights: Any, biases: Any, activation: type[nn.Module]) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for weight, bias in zip(weights, biases, strict=True):
-        linear = nn.Linear(*weight.shape, dtype=weight.dtype)
-        linear.weight.data, linear.bias.data = weight.detach().T.contiguous(), bias.detach().clone()
-        layers += [linear, activation(inplace=True)]
-    return nn.Sequential(*layers[:-1])

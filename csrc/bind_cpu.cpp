@@ -162,7 +162,7 @@ double fit_steps(const std::string& isa, int64_t members, int64_t dims,
                  const std::array<uintptr_t, 3>& max_logvar, const std::array<uintptr_t, 3>& min_logvar,
                  uintptr_t inputs, uintptr_t targets, uintptr_t rows, int64_t count, int64_t rows_stride,
                  int64_t batch, float learning_rate, float logvar_bound_weight,
-                 const std::vector<float>& weight_decay, int64_t steps_before, int threads) {
+                 const std::vector<float>& weight_decay, int64_t steps_before, bool bfloat16, int threads) {
   const std::vector<mopo::TrainedLayer> trained = trained_layers(layers);
   mopo::FitArgs args{};
   args.members = members;
@@ -182,6 +182,7 @@ double fit_steps(const std::string& isa, int64_t members, int64_t dims,
   args.logvar_bound_weight = logvar_bound_weight;
   args.weight_decay = weight_decay.data();
   args.steps_before = steps_before;
+  args.bfloat16 = bfloat16;
   args.threads = threads;
   const py::gil_scoped_release release;
   return mopo::fit_steps(args, mopo::kernels(isa));
@@ -209,8 +210,8 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("fit_steps", fit_steps, py::kw_only(), arg("isa"), arg("members"), arg("dims"), arg("layers"),
              arg("activation"), arg("max_logvar"), arg("min_logvar"), arg("inputs"), arg("targets"),
              arg("rows"), arg("count"), arg("rows_stride"), arg("batch"), arg("learning_rate"),
-             arg("logvar_bound_weight"), arg("weight_decay"), arg("steps_before"), arg("threads"),
-             "Steps of the fit in place; see csrc/fit.h. Gives the sum of their losses.");
+             arg("logvar_bound_weight"), arg("weight_decay"), arg("steps_before"), arg("bfloat16"),
+             arg("threads"), "Steps of the fit in place; see csrc/fit.h. Gives the sum of their losses.");
   module.def(
       "use_large_pages",
       [](uintptr_t address, size_t bytes) { mopo::use_large_pages(pointer<char>(address), bytes); },

@@ -21,6 +21,7 @@ struct FitArgs {
   float learning_rate, logvar_bound_weight;
   const float* weight_decay;  // [depth]
   int64_t steps_before;       // steps that Adam has made already
+  bool bfloat16;              // factors of products are rounded
   int threads;
 };
 

@@ -95,8 +95,14 @@ class LossGradient:
     small and where the maths is, are left to autograd.
     """
 
-    def __init__(self, model: EnsembleDynamics, batch_size: int, logvar_bound_weight: float) -> None:
-        self.model, self.logvar_bound_weight = model, logvar_bound_weight
+    def __init__(
+        self,
+        model: EnsembleDynamics,
+        batch_size: int,
+        logvar_bound_weight: float,
+        operands: torch.dtype | None = None,
+    ) -> None:
+        self.model, self.logvar_bound_weight, self.operands = model, logvar_bound_weight, operands
         self.bounds = (model.max_logvar, model.min_logvar)
         self.weights = [weight.detach() for weight in model.weights]
         self.biases = [bias.detach().unsqueeze(1) for bias in model.biases]
@@ -114,7 +120,8 @@ class LossGradient:
         + logvar_bound_weight * (sum(max) - sum(min)). Weight decay is the optimiser's.
 
         inputs [members, batch, obs + act] are standardised, targets [members, batch, obs + 1] raw;
-        batch is at most `batch_size`.
+        batch is at most `batch_size`. The factors of a product are rounded to `operands`, if any; its sums
+        are not.
         """
         with torch.no_grad():
             head = self._forward(inputs)
@@ -132,20 +139,25 @@ class LossGradient:
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.shape[1]
         for weight, bias, pre, act in zip(self.weights, self.biases, self.pre, self.act, strict=False):
-            torch.baddbmm(bias, x, weight, out=pre[:, :rows])
+            torch.baddbmm(bias, self._factor(x), self._factor(weight), out=pre[:, :rows])
             x = _activate_out(pre[:, :rows], self.model.activation, act[:, :rows])
-        return torch.baddbmm(self.biases[-1], x, self.weights[-1], out=self.pre[-1][:, :rows])
+        weight = self._factor(self.weights[-1])
+        return torch.baddbmm(self.biases[-1], self._factor(x), weight, out=self.pre[-1][:, :rows])
+
+    def _factor(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.operands is None else x.to(self.operands).to(x.dtype)
 
     def _backward(self, inputs: torch.Tensor, grad: torch.Tensor) -> None:
         rows = inputs.shape[1]
         for layer in reversed(range(len(self.weights))):
             x = self.act[layer - 1][:, :rows] if layer else inputs
-            torch.bmm(x.transpose(1, 2), grad, out=self.model.weights[layer].grad)
+            grad = self._factor(grad)
+            torch.bmm(self._factor(x).transpose(1, 2), grad, out=self.model.weights[layer].grad)
             torch.sum(grad, 1, out=self.model.biases[layer].grad)
             if layer:
                 pre = self.pre[layer - 1][:, :rows]
                 out = self.grad[layer - 1][:, :rows]
-                torch.bmm(grad, self.weights[layer].transpose(1, 2), out=out)
+                torch.bmm(grad, self._factor(self.weights[layer]).transpose(1, 2), out=out)
                 grad = _activate_backward_(out, pre, x, self.model.activation)
 
 
@@ -213,7 +225,8 @@ class Fit:
         self.rows = bootstrap.integers(len(train), size=(config.members, len(train)))
 
         rows = min(config.batch_size, len(train))
-        self.gradient = LossGradient(model, rows, config.logvar_bound_weight)
+        operands = torch.bfloat16 if config.dtype == "bfloat16" else None
+        self.gradient = LossGradient(model, rows, config.logvar_bound_weight, operands)
         # Adam's weight_decay adds coef * W to the gradient: that of coef * 0.5 ||W||^2 in the loss.
         self.optimizer = torch.optim.Adam(
             [

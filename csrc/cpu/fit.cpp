@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <vector>
 
@@ -15,12 +14,12 @@ namespace {
 class FitState {
  public:
   FitState(const FitArgs& args, const Kernels& kernels, int threads)
-      : args_(args), kernels_(kernels), workspaces_(threads + 1), panels_(threads + 1) {
+      : args_(args), kernels_(kernels), workspaces_(threads + 1), matrices_(threads + 1) {
     lay_out();
     arena_.allocate_zeroed();
     lay_out();
     visit([&](const TrainedLayer& layer, int64_t member, const Dense& dense) {
-      read_parameters(layer, member, dense, kernels_);
+      read_parameters(layer, member, dense, args_.bfloat16, kernels_);
     });
     read_bounds();
   }
@@ -57,6 +56,11 @@ class FitState {
   FitPlan plan{};
 
  private:
+  struct Matrices {
+    std::vector<Factor> hidden, grads;
+    std::vector<Panels> slopes;
+  };
+
   template <class Visit>
   void visit(Visit function) {
     for (int64_t member = 0; member < args_.members; ++member)
@@ -76,7 +80,7 @@ class FitState {
     layers_.clear();
     for (int64_t member = 0; member < args_.members; ++member)
       for (int64_t l = 0; l < args_.depth; ++l)
-        layers_.push_back(take_dense(arena_, args_.layers[l], l > 0, kernels_));
+        layers_.push_back(take_dense(arena_, args_.layers[l], l > 0, args_.bfloat16, kernels_));
     plan.layers = layers_.data();
     const int64_t dims = round_up(args_.dims, kernels_.panel);
     for (float** each : {&plan.max_logvar, &plan.exp_minus_max, &plan.exp_min}) arena_.take(*each, dims);
@@ -85,22 +89,35 @@ class FitState {
     const int64_t threads = static_cast<int64_t>(workspaces_.size()) - 1;
     const bool own = args_.members >= threads, shared = threads > 1 && args_.members % threads != 0;
     for (int64_t i = 0; i <= threads; ++i)
-      if (i < threads ? own : shared) lay_out(workspaces_[i], panels_[i]);
+      if (i < threads ? own : shared) lay_out(workspaces_[i], matrices_[i]);
   }
 
-  void lay_out(FitWorkspace& ws, std::array<std::vector<Panels>, 3>& layers) {
-    const int64_t rows = round_up(std::min(args_.batch, args_.count), kernels_.block);
-    const auto matrix = [&](int64_t width) { return take_panels(arena_, rows, width, kernels_); };
-    ws.inputs = matrix(args_.layers[0].in);
-    for (std::vector<Panels>& each : layers) {
-      each.clear();
-      for (int64_t l = 0; l + 1 < args_.depth; ++l) each.push_back(matrix(args_.layers[l].out));
+  void lay_out(FitWorkspace& ws, Matrices& matrices) {
+    const int64_t rows =
+        round_up(std::min(args_.batch, args_.count), std::max(kernels_.block, kernels_.tile));
+    const auto panels = [&](int64_t width) { return take_panels(arena_, rows, width, kernels_); };
+    const auto factor = [&](int64_t width, Side side) {
+      return take_factor(arena_, rows, width, side, args_.bfloat16, kernels_);
+    };
+    matrices = {};
+    for (int64_t l = 0; l + 1 < args_.depth; ++l) {
+      const int64_t width = args_.layers[l].out;
+      matrices.hidden.push_back(factor(width, Side::kLeft));
+      matrices.grads.push_back(factor(width, Side::kGrad));
+      matrices.slopes.push_back(panels(width));
     }
-    ws.hidden = layers[0].data();
-    ws.slopes = layers[1].data();
-    ws.grads = layers[2].data();
+    ws.hidden = matrices.hidden.data();
+    ws.grads = matrices.grads.data();
+    ws.slopes = matrices.slopes.data();
+    ws.inputs = factor(args_.layers[0].in, Side::kLeft);
+    ws.head_grad = factor(2 * args_.dims, Side::kGrad);
+    ws.gathered = ws.inputs.along;
+    ws.head_slopes = ws.head_grad.along;
+    if (args_.bfloat16) {
+      ws.gathered = panels(args_.layers[0].in);
+      ws.head_slopes = panels(2 * args_.dims);
+    }
     ws.head = take_rows(arena_, rows, 2 * args_.dims);
-    ws.head_grad = matrix(2 * args_.dims);
     for (Rows* each : {&ws.targets, &ws.max_grad, &ws.min_grad}) *each = take_rows(arena_, rows, args_.dims);
     arena_.take(ws.loss, rows);
   }
@@ -111,7 +128,7 @@ class FitState {
   std::vector<Dense> layers_;
   // A workspace for each thread, and one that they share; its matrices.
   std::vector<FitWorkspace> workspaces_;
-  std::vector<std::array<std::vector<Panels>, 3>> panels_;
+  std::vector<Matrices> matrices_;
 };
 
 }  // namespace

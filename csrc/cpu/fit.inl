@@ -1,11 +1,11 @@
 // A step of the ensemble's maximum-likelihood fit for one member: the team takes rows of its batch forwards;
 // then, layer by layer from the top, rows backwards and the layer's parameters.
 
-// The activation at x, and its derivative there.
-template <Activation activation>
+// The activation at x, and its derivative there; rough: for results that are rounded to bfloat16.
+template <Activation activation, bool kRough>
 MOPO_INLINE vf activate_and_differentiate(vf x, vf& slope) {
   if constexpr (activation == Activation::kSilu) {
-    const vf gate = sigmoid(x), y = x * gate;
+    const vf gate = kRough ? rough_sigmoid(x) : sigmoid(x), y = x * gate;
     slope = gate + y * (1.0f - gate);
     return y;
   } else {
@@ -17,6 +17,7 @@ MOPO_INLINE vf activate_and_differentiate(vf x, vf& slope) {
 
 // Rows first .. last, whole blocks, of a step on `count` rows of a member, which begin at `begin` in its
 // pass.
+template <class Factors>
 struct FitRows {
   const FitArgs& args;
   const FitPlan& plan;
@@ -35,33 +36,48 @@ struct FitRows {
       prefetch_row(args.targets + rows[row] * args.dims, args.dims);
     }
     for (int64_t row = first; row < end(); ++row) {
-      copy_row(args.inputs + rows[row] * in, in, ws.inputs, row, 0);
+      copy_row(args.inputs + rows[row] * in, in, ws.gathered, row, 0);
       const float* target = args.targets + rows[row] * args.dims;
       for (int64_t d = 0; d < args.dims; ++d) ws.targets.at(row)[d] = target[d];
     }
-    set_ones(first, last, ws.inputs, in);
+    set_ones(first, last, ws.gathered, in);
+    if constexpr (Factors::kRounded)
+      each_block(ws.gathered, in + 1, [&](int64_t row, int64_t column, auto& block) {
+        Factors::put_left(ws.inputs, row, column, block);
+      });
+  }
+
+  // visit(row, column, block) for the blocks of a matrix.
+  template <class Visit>
+  void each_block(const Panels& matrix, int64_t width, Visit visit) const {
+    for (int64_t column = 0; column < width; column += kPanel)
+      for (int64_t row = first; row < last; row += kBlock) {
+        const float* from = at(matrix, row, column);
+        vf block[kBlock][kWidest];
+        each_vector(block, [&](int i, int v, vf& x) { x = load(from + within(i, v)); });
+        visit(row, column, block);
+      }
   }
 
   template <Activation activation>
   void forward() const {
-    const Panels* in = &ws.inputs;
+    const Factor* in = &ws.inputs;
     for (int64_t l = 0; l < hidden(); ++l) {
       const Dense& layer = layers()[l];
-      const Panels& out = ws.hidden[l];
-      forward_layer(first, last, *in, layer, layer.value, [&](int64_t row, int64_t column, auto& block) {
-        const int64_t here = offset(out.rows, row, column);
-        float *outputs = out.data + here, *slopes = ws.slopes[l].data + here;
-        each_vector(block, [&](int i, int v, vf x) {
+      const Factor& out = ws.hidden[l];
+      Factors::forward(first, last, *in, layer, [&](int64_t row, int64_t column, auto& block) {
+        float* slopes = at(ws.slopes[l], row, column);
+        each_vector(block, [&](int i, int v, vf& x) {
           vf slope;
-          store(outputs + within(i, v), activate_and_differentiate<activation>(x, slope));
+          x = activate_and_differentiate<activation, Factors::kRounded>(x, slope);
           store(slopes + within(i, v), slope);
         });
+        Factors::put_left(out, row, column, block);
       });
-      set_ones(first, last, out, layer.out);
+      Factors::set_ones(first, last, out, layer.out);
       in = &out;
     }
-    const Dense& head = layers()[hidden()];
-    forward_layer(first, last, *in, head, head.value, [&](int64_t row, int64_t column, auto& block) {
+    Factors::forward(first, last, *in, layers()[hidden()], [&](int64_t row, int64_t column, auto& block) {
       each_vector(block, [&](int i, int v, vf x) { store(ws.head.at(row + i) + column + v * W, x); });
     });
   }
@@ -101,27 +117,29 @@ struct FitRows {
         store(ws.max_grad.at(row) + d, logvar_grad * above_min * (1.0f - below_max));
         store(ws.min_grad.at(row) + d, logvar_grad * exp_min * inverse);
         for (int lane = 0; lane < lanes; ++lane) {
-          *at(ws.head_grad, row, d + lane) = mean_grad[lane];
-          *at(ws.head_grad, row, dims + d + lane) = raw_grad[lane];
+          *at(ws.head_slopes, row, d + lane) = mean_grad[lane];
+          *at(ws.head_slopes, row, dims + d + lane) = raw_grad[lane];
           loss += losses[lane];
         }
       }
       ws.loss[row] = loss * share;
     }
+    if constexpr (Factors::kRounded) {
+      for (int64_t row = end(); row < last; ++row)
+        for (int64_t d = 0; d < 2 * dims; ++d) *at(ws.head_slopes, row, d) = 0.0f;
+      each_block(ws.head_slopes, 2 * dims, [&](int64_t row, int64_t column, auto& block) {
+        Factors::put_grad(ws.head_grad, row, column, block);
+      });
+    }
   }
 
   // From the gradient of layer l's outputs to that of the pre-activations below it.
-  void backward(int64_t l, const Panels& grad) const {
-    const Dense& layer = layers()[l];
-    const Panels& to = ws.grads[l - 1];
-    product<false>(first, last, 0, layer.in, layer.out, grad, layer.transposed,
-                   [&](int64_t row, int64_t column, auto& block) {
-                     const int64_t here = offset(to.rows, row, column);
-                     float *grads = to.data + here, *slopes = ws.slopes[l - 1].data + here;
-                     each_vector(block, [&](int i, int v, vf x) {
-                       store(grads + within(i, v), x * load(slopes + within(i, v)));
-                     });
-                   });
+  void backward(int64_t l, const Factor& grad) const {
+    Factors::backward(first, last, grad, layers()[l], [&](int64_t row, int64_t column, auto& block) {
+      const float* slopes = at(ws.slopes[l - 1], row, column);
+      each_vector(block, [&](int i, int v, vf& x) { x = x * load(slopes + within(i, v)); });
+      Factors::put_grad(ws.grads[l - 1], row, column, block);
+    });
   }
 
   // The member's loss, and its gradient by the bounds, over all rows in their order.
@@ -141,20 +159,29 @@ struct FitRows {
   }
 };
 
-static void fit_member(const FitArgs& args, const FitPlan& plan, const FitWorkspace& ws, int64_t member,
-                       int64_t begin, int64_t count, const AdamStep* steps, const Team& team) {
-  const Span span = share(team, count);
-  const FitRows rows{args, plan, ws, member, begin, count, span.first, span.last};
+template <class Factors>
+static void fit_member_in(const FitArgs& args, const FitPlan& plan, const FitWorkspace& ws, int64_t member,
+                          int64_t begin, int64_t count, const AdamStep* steps, const Team& team) {
+  const Span span = share(team, count, Factors::kRows);
+  const FitRows<Factors> rows{args, plan, ws, member, begin, count, span.first, span.last};
   rows.gather();
   rows.forward();
   rows.differentiate_loss();
   for (int64_t l = rows.hidden(); l >= 0; --l) {
-    const Panels& grad = l == rows.hidden() ? ws.head_grad : ws.grads[l];
+    const Factor& grad = l == rows.hidden() ? ws.head_grad : ws.grads[l];
     // Before the layer's parameters move.
     if (l > 0) rows.backward(l, grad);
     team.wait();
     if (l == rows.hidden() && team.part == 0) rows.add_up();
-    train_layer(team, rows.layers()[l], steps[l], count, l == 0 ? ws.inputs : ws.hidden[l - 1], grad);
+    train_layer<Factors>(team, rows.layers()[l], steps[l], count, l == 0 ? ws.inputs : ws.hidden[l - 1],
+                         grad);
   }
   team.wait();
+}
+
+static void fit_member(const FitArgs& args, const FitPlan& plan, const FitWorkspace& ws, int64_t member,
+                       int64_t begin, int64_t count, const AdamStep* steps, const Team& team) {
+  if (!args.bfloat16) return fit_member_in<Float32Factors>(args, plan, ws, member, begin, count, steps, team);
+  const Tiles tiles;
+  fit_member_in<BFloat16Factors>(args, plan, ws, member, begin, count, steps, team);
 }

@@ -62,12 +62,20 @@ struct Panels {
   int64_t rows;
 };
 
+// A matrix as a factor of products that sum over its columns (`along`) or over its rows (`across`). In
+// float32 and on most instruction sets `across`, and `along` of all but weights, are the matrix itself in
+// panels; with tiles of bfloat16 they are what factors.h says, [tiles][rows][words], and null where no
+// product asks.
+struct Factor {
+  Panels along, across;
+};
+
 // A layer under training as the kernels keep it: matrices [in + 1][out] in panels of `rows` rows, the bias
 // last, zeros beyond; or, with one output, arrays of in + 1 numbers.
 struct Dense {
   int64_t in, out, rows;
   float *value, *exp_avg, *exp_avg_sq, *target;
-  Panels transposed;  // the weights, [out][in]; null where not needed
+  Factor weight;  // in float32 `across` is `value`; `along`, [out][in], null where not needed
 };
 
 // Threads that work on one network together: part of parts.
@@ -114,12 +122,15 @@ struct FitPlan {
 
 // What one member's step is computed in. hidden = depth - 1.
 struct FitWorkspace {
-  Panels inputs;                          // in, 1
-  const Panels *hidden, *slopes, *grads;  // [hidden]; slopes: the activation's derivative
-  Rows head;                              // 2 dims
-  Panels head_grad;                       // likewise
-  Rows targets, max_grad, min_grad;       // dims; gradients by the bounds of the log-variance
-  float* loss;                            // [rows]
+  Panels gathered;                   // in, 1: what `inputs` are made of, and in float32 are
+  Factor inputs;                     // likewise
+  const Factor *hidden, *grads;      // [hidden]
+  const Panels* slopes;              // [hidden], the activation's derivative
+  Rows head;                         // 2 dims
+  Panels head_slopes;                // likewise: what `head_grad` is made of, and in float32 is
+  Factor head_grad;                  // likewise
+  Rows targets, max_grad, min_grad;  // dims; gradients by the bounds of the log-variance
+  float* loss;                       // [rows]
 };
 
 enum class MathFunction : int {
@@ -138,6 +149,7 @@ struct Kernels {
   const char* name;
   Packing float32, bfloat16;
   int64_t block, panel;  // in training: rows of a block and columns of a panel
+  int64_t tile;          // side of the square that bfloat16 training takes at a time; 0: panels, as float32
   void (*rollout_chunk)(const RolloutArgs&, const RolloutPlan&, RolloutWorkspace&, int64_t first,
                         int64_t rows);
   // An update of SAC in its order; every thread has done one before any begins the next. Where the critics'
@@ -147,6 +159,8 @@ struct Kernels {
   void (*sac_critic)(const SacArgs&, const SacPlan&, const Team&, int64_t critic, const AdamStep&);
   void (*sac_action_gradient)(const SacArgs&, const SacPlan&, const Team&, int64_t critic, const AdamStep&);
   void (*sac_actor)(const SacArgs&, const SacPlan&, const Team&, int64_t update, const AdamStep&);
+  // A layer's weights as factors, from its values.
+  void (*take_up)(const Dense&, bool bfloat16);
   // A member's step on `count` rows that begin at `begin` in its pass.
   void (*fit_member)(const FitArgs&, const FitPlan&, const FitWorkspace&, int64_t member, int64_t begin,
                      int64_t count, const AdamStep* steps, const Team&);

@@ -18,6 +18,7 @@ static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 #include "gemm.h"
 #include "rollout.inl"
 #include "matmul.h"
+#include "factors.h"
 #include "train.inl"
 #include "sac.inl"
 #include "fit.inl"
@@ -70,12 +71,18 @@ extern const Kernels MOPO_KERNELS = {
     MOPO_ISA::BFloat16::kPacking,
     MOPO_ISA::kBlock,
     MOPO_ISA::kPanel,
+#ifdef MOPO_AMX
+    MOPO_ISA::BFloat16Factors::kRows,
+#else
+    0,
+#endif
     MOPO_ISA::rollout_chunk,
     MOPO_ISA::sac_sample,
     MOPO_ISA::sac_target,
     MOPO_ISA::sac_critic,
     MOPO_ISA::sac_action_gradient,
     MOPO_ISA::sac_actor,
+    MOPO_ISA::take_up,
     MOPO_ISA::fit_member,
     MOPO_ISA::math,
 };

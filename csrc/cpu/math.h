@@ -88,9 +88,9 @@ MOPO_INLINE vf sigmoid(vf x) { return select(x < -86.0f, vf{}, reciprocal(1.0f +
 // x sigmoid(x), within 4 ULP above -86; -inf gives NaN as the definition does.
 MOPO_INLINE vf silu(vf x) { return x * sigmoid(x); }
 
-// silu within 2^-13 of itself, for results that are rounded to bfloat16.
+// sigmoid and silu within 2^-13 of themselves, for results that are rounded to bfloat16.
 #ifdef MOPO_AVX512
-MOPO_INLINE vf rough_silu(vf x) {
+MOPO_INLINE vf rough_sigmoid(vf x) {
   const vf t = x * -1.44269504088896341f;
   // 2^t: of what is above the whole number below t, by a minimax polynomial; scale() floors t itself.
   const vf r = (vf)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
@@ -99,11 +99,12 @@ MOPO_INLINE vf rough_silu(vf x) {
   p = p * r + 0.241442757f;
   p = p * r + 0.693003834f;
   p = p * r + 1.00000259f;
-  return x * (vf)_mm512_rcp14_ps((__m512)(1.0f + scale(p, t)));
+  return (vf)_mm512_rcp14_ps((__m512)(1.0f + scale(p, t)));
 }
 #else
-MOPO_INLINE vf rough_silu(vf x) { return silu(x); }
+MOPO_INLINE vf rough_sigmoid(vf x) { return sigmoid(x); }
 #endif
+MOPO_INLINE vf rough_silu(vf x) { return x * rough_sigmoid(x); }
 
 template <Activation activation>
 MOPO_INLINE vf activate(vf x) {

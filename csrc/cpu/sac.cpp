@@ -19,9 +19,9 @@ class SacState {
     arena_.allocate_zeroed();
     lay_out();
     for (int64_t l = 0; l < args.depth; ++l) {
-      read_parameters(args.actor[l], 0, actor_[l], kernels);
+      read_parameters(args.actor[l], 0, actor_[l], false, kernels);
       for (int64_t j = 0; j < args.critics; ++j)
-        read_parameters(args.critic[l], j, critic_[j * args.depth + l], kernels);
+        read_parameters(args.critic[l], j, critic_[j * args.depth + l], false, kernels);
     }
     // Columns of ones; the hidden layers' are set as they are computed.
     const int64_t obs_dim = args.obs_dim, inputs = obs_dim + args.act_dim;
@@ -97,12 +97,12 @@ class SacState {
     plan.rows = rows;
     // The gradient goes back through every layer but the actor's first.
     for (int64_t l = 0; l < args_.depth; ++l)
-      actor_.push_back(take_dense(arena_, args_.actor[l], l > 0, kernels_));
+      actor_.push_back(take_dense(arena_, args_.actor[l], l > 0, false, kernels_));
     plan.actor_hidden = hidden_layers(actor_hidden_, 1);
     plan.actor_grad = hidden_layers(actor_grad_, 1);
     for (int64_t j = 0; j < args_.critics; ++j) {
       for (int64_t l = 0; l < hidden; ++l)
-        critic_.push_back(take_dense(arena_, args_.critic[l], true, kernels_));
+        critic_.push_back(take_dense(arena_, args_.critic[l], true, false, kernels_));
       critic_.push_back(take_one_row(arena_, args_.critic[hidden], kernels_));
       for (int i = 0; i < 2; ++i) scratch_grad_.push_back(matrix(widest));
     }

@@ -1,6 +1,11 @@
 // SAC updates. Up to the gradients of the parameters a batch's rows are independent of one another: a team
 // takes rows through a network, forwards and backwards; then it takes the network's parameters.
 
+static void train_panels(const Team& team, const Dense& layer, const AdamStep& step, int64_t count,
+                         const Panels& x, const Panels& grad) {
+  train_layer<Float32Factors>(team, layer, step, count, {x, x}, {grad, grad});
+}
+
 // One update's rows first .. last, whole blocks; rows from `batch` on are padding.
 struct SacRows {
   const SacArgs& args;
@@ -63,7 +68,7 @@ struct SacRows {
     for (int64_t l = 0; l < hidden(); ++l) {
       const Dense& layer = layers[l];
       const Panels& out = outputs[l];
-      forward_layer(first, last, *in, layer, targets ? layer.target : layer.value,
+      forward_layer(first, last, *in, layer, {targets ? layer.target : layer.value, layer.rows},
                     [&](int64_t row, int64_t column, auto& block) {
                       float* to = at(out, row, column);
                       each_vector(block, [&](int i, int v, vf x) {
@@ -79,7 +84,7 @@ struct SacRows {
   void act(const Panels& observations, const Panels& inputs, float* log_probs) const {
     const Dense& head = plan.actor[hidden()];
     hidden_layers(observations, plan.actor, false, plan.actor_hidden);
-    forward_layer(first, last, plan.actor_hidden[hidden() - 1], head, head.value,
+    forward_layer(first, last, plan.actor_hidden[hidden() - 1], head, head.weight.across,
                   [&](int64_t row, int64_t column, auto& block) {
                     each_vector(block, [&](int i, int v, vf x) {
                       store(plan.actor_head.at(row + i) + column + v * W, x);
@@ -124,7 +129,7 @@ struct SacRows {
   void backward(const Dense& layer, const Panels& grad, const Panels& below, const Panels& to, int64_t stop,
                 Source source, Prefetch prefetch) const {
     product<false>(
-        first, stop, 0, layer.in, layer.out, grad, layer.transposed,
+        first, stop, 0, layer.in, layer.out, grad, layer.weight.along,
         [&](int64_t row, int64_t column, auto& block) {
           float* grads = at(to, row, column);
           const float* outputs = at(below, 0, column);
@@ -276,7 +281,7 @@ struct SacCritic {
       there = other;
     }
     const Dense& layer = layers()[0];
-    product<false>(first, stop, args.obs_dim / kPanel * kPanel, layer.in, layer.out, here, layer.transposed,
+    product<false>(first, stop, args.obs_dim / kPanel * kPanel, layer.in, layer.out, here, layer.weight.along,
                    [&](int64_t row, int64_t column, auto& block) {
                      each_vector(block, [&](int i, int v, vf x) {
                        store(plan.action_grad.at(picked[row + i]) + column + v * W, x);
@@ -295,7 +300,7 @@ struct SacCritic {
   void train(const Team& team, const AdamStep& step) const {
     const int64_t batch = rows.batch();
     for (int64_t l = 0; l < hidden(); ++l)
-      train_layer(team, layers()[l], step, batch, l == 0 ? plan.inputs : outputs()[l - 1], grads()[l]);
+      train_panels(team, layers()[l], step, batch, l == 0 ? plan.inputs : outputs()[l - 1], grads()[l]);
     if (team.part != 0) return;
     const Dense& head = layers()[hidden()];
     const Panels& top = outputs()[hidden() - 1];
@@ -366,7 +371,7 @@ static void sac_actor(const SacArgs& args, const SacPlan& plan, const Team& team
   while (next < rows.end()) rows.draw(next++, next_draw);
   team.wait();
   for (int64_t l = 0; l <= rows.hidden(); ++l)
-    train_layer(team, plan.actor[l], step, rows.batch(),
-                l == 0 ? plan.observations : plan.actor_hidden[l - 1],
-                l == rows.hidden() ? plan.actor_head_grad : plan.actor_grad[l]);
+    train_panels(team, plan.actor[l], step, rows.batch(),
+                 l == 0 ? plan.observations : plan.actor_hidden[l - 1],
+                 l == rows.hidden() ? plan.actor_head_grad : plan.actor_grad[l]);
 }

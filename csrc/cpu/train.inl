@@ -1,11 +1,4 @@
-// What the training kernels share: layers forwards, and Adam where a layer's gradient is made.
-
-// c = a w, w [layer.in + 1][..] with the bias as its last row, where a has a column of ones.
-template <class Epilogue>
-MOPO_INLINE void forward_layer(int64_t first, int64_t last, const Panels& a, const Dense& layer,
-                               float* weight, Epilogue epilogue) {
-  product<false>(first, last, 0, layer.out, layer.in + 1, a, {weight, layer.rows}, epilogue);
-}
+// What the training kernels share: rows of a batch, and Adam where a layer's gradient is made.
 
 // The first `lanes` numbers from anywhere; zeros in the other lanes.
 static vf load_lanes(const float* from, int64_t lanes) {
@@ -40,9 +33,9 @@ static void set_ones(int64_t first, int64_t last, const Panels& matrix, int64_t 
 struct Span {
   int64_t first, last;
 };
-static Span share(const Team& team, int64_t count) {
-  const int64_t blocks = (count + kBlock - 1) / kBlock;
-  return {blocks * team.part / team.parts * kBlock, blocks * (team.part + 1) / team.parts * kBlock};
+static Span share(const Team& team, int64_t count, int64_t block = kBlock) {
+  const int64_t blocks = (count + block - 1) / block;
+  return {blocks * team.part / team.parts * block, blocks * (team.part + 1) / team.parts * block};
 }
 
 // One vector of parameters a step against its gradient; gives the new values.
@@ -62,38 +55,46 @@ MOPO_INLINE vf adam(const AdamStep& step, const Dense& layer, int64_t at, vf gra
   return value;
 }
 
-// The gradient of the team's share of a layer's parameters, a^T grad over `count` rows, and Adam's step.
+// The gradient of the team's share of a layer's parameters, x^T grad over `count` rows, and Adam's step.
+template <class Factors>
 static void train_layer(const Team& team, const Dense& layer, const AdamStep& step, int64_t count,
-                        const Panels& a, const Panels& grad) {
+                        const Factor& x, const Factor& grad) {
   const auto update = [&](int64_t row, int64_t column, auto& block) {
     const int64_t begin = offset(layer.rows, row, column);
-    each_vector(block, [&](int i, int v, vf& x) {
+    each_vector(block, [&](int i, int v, vf& sum) {
       const int64_t here = begin + within(i, v);
       // Weight decay is of the weights alone; the last row is the bias.
-      if (row + i < layer.in) x = x + step.weight_decay * load(layer.value + here);
-      x = adam(step, layer, here, x);
-      if (row + i >= layer.in) x = vf{};
+      if (row + i < layer.in) sum = sum + step.weight_decay * load(layer.value + here);
+      sum = adam(step, layer, here, sum);
     });
-    if (layer.transposed.data == nullptr) return;
-    constexpr int kWide = sizeof(block[0]) / sizeof(vf);
-#pragma GCC unroll 2
-    for (int i = 0; i < kBlock; i += 4)
-      if (row + i < layer.in)
-#pragma GCC unroll 3
-        for (int v = 0; v < kWide; ++v)
-          store_transposed(at(layer.transposed, column + v * W, row + i), block[i][v], block[i + 1][v],
-                           block[i + 2][v], block[i + 3][v]);
+    Factors::put_weight(layer, row, column, block);
   };
   // The parameters come from far away; the product takes longer than they do.
   const auto prefetch = [&](int64_t row, int64_t column) {
     const int64_t begin = offset(layer.rows, row, column);
-    for (int64_t line = begin; line < begin + kBlock * kPanel; line += 16) {
+    for (int64_t line = begin; line < begin + Factors::kRows * kPanel; line += 16) {
       __builtin_prefetch(layer.value + line, 1);
       __builtin_prefetch(layer.exp_avg + line, 1);
       __builtin_prefetch(layer.exp_avg_sq + line, 1);
       if (layer.target != nullptr) __builtin_prefetch(layer.target + line, 1);
     }
   };
-  const Span rows = share(team, layer.in + 1);
-  product<true>(rows.first, rows.last, 0, layer.out, count, a, grad, update, prefetch);
+  const Span rows = share(team, layer.in + 1, Factors::kRows);
+  Factors::weight_gradient(rows.first, rows.last, count, x, grad, layer, update, prefetch);
+}
+
+// A layer's factors from its values.
+template <class Factors>
+static void take_up_weights(const Dense& layer) {
+  for (int64_t column = 0; column < layer.out; column += kPanel)
+    for (int64_t row = 0; row <= layer.in; row += kBlock) {
+      const float* values = layer.value + offset(layer.rows, row, column);
+      vf block[kBlock][kWidest];
+      each_vector(block, [&](int i, int v, vf& x) { x = load(values + within(i, v)); });
+      Factors::put_weight(layer, row, column, block);
+    }
+}
+
+static void take_up(const Dense& layer, bool bfloat16) {
+  bfloat16 ? take_up_weights<BFloat16Factors>(layer) : take_up_weights<Float32Factors>(layer);
 }

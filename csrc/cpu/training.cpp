@@ -52,6 +52,15 @@ void take_parameters(Arena& arena, const TrainedLayer& layer, int64_t size, Dens
   if (layer.weight.target != nullptr) arena.take(dense.target, size);
 }
 
+bool in_tiles(bool bfloat16, const Kernels& kernels) { return bfloat16 && kernels.tile > 0; }
+
+// A form of a factor in tiles: two numbers a word, `rows` times 16 words between one tile and the next.
+Panels take_words(Arena& arena, int64_t rows, int64_t others) {
+  Panels result{nullptr, rows};
+  arena.take(result.data, rows * others / 2);
+  return result;
+}
+
 }  // namespace
 
 void Team::wait() const {
@@ -71,13 +80,34 @@ Panels take_panels(Arena& arena, int64_t rows, int64_t width, const Kernels& ker
   return result;
 }
 
-Dense take_dense(Arena& arena, const TrainedLayer& layer, bool transposed, const Kernels& kernels) {
+Factor take_factor(Arena& arena, int64_t rows, int64_t width, Side side, bool bfloat16,
+                   const Kernels& kernels) {
+  if (in_tiles(bfloat16, kernels)) {
+    const int64_t height = round_up(rows, kernels.tile), breadth = round_up(width + 1, kernels.tile);
+    return {take_words(arena, height, breadth),
+            side == Side::kLeft ? take_words(arena, breadth, height) : take_words(arena, height, breadth)};
+  }
+  const Panels itself = take_panels(arena, rows, width, kernels);
+  return {itself, itself};
+}
+
+Dense take_dense(Arena& arena, const TrainedLayer& layer, bool backwards, bool bfloat16,
+                 const Kernels& kernels) {
   Dense dense{};
   dense.rows = round_up(layer.in + 1, kernels.block);
-  take_parameters(arena, layer, dense.rows * round_up(layer.out, kernels.panel), dense);
+  const int64_t size = dense.rows * round_up(layer.out, kernels.panel);
+  take_parameters(arena, layer, size, dense);
+  if (in_tiles(bfloat16, kernels)) {
+    const int64_t height = round_up(layer.in + 1, kernels.tile), breadth = round_up(layer.out, kernels.tile);
+    dense.weight.across = take_words(arena, height, breadth);
+    if (backwards) dense.weight.along = take_words(arena, breadth, height);
+    return dense;
+  }
+  dense.weight.across = {dense.value, dense.rows};
+  if (bfloat16) arena.take(dense.weight.across.data, size);
   // Whole panels of rows: a block of parameters is stored with its padding.
-  if (transposed)
-    dense.transposed = take_panels(arena, round_up(layer.out, kernels.panel), layer.in, kernels);
+  if (backwards)
+    dense.weight.along = take_panels(arena, round_up(layer.out, kernels.panel), layer.in, kernels);
   return dense;
 }
 
@@ -87,15 +117,11 @@ Dense take_one_row(Arena& arena, const TrainedLayer& layer, const Kernels& kerne
   return dense;
 }
 
-void read_parameters(const TrainedLayer& layer, int64_t network, const Dense& dense, const Kernels& kernels) {
+void read_parameters(const TrainedLayer& layer, int64_t network, const Dense& dense, bool bfloat16,
+                     const Kernels& kernels) {
   pair_up_all(layer, network, dense, kernels,
               [](const float* theirs, float* ours, int64_t n) { std::copy_n(theirs, n, ours); });
-  if (dense.transposed.data == nullptr) return;
-  const int64_t panel = kernels.panel;
-  for (int64_t k = 0; k < dense.in; ++k)
-    for (int64_t n = 0; n < dense.out; ++n)
-      dense.transposed.data[offset(dense.transposed.rows, n, k, panel)] =
-          dense.value[offset(dense.rows, k, n, panel)];
+  if (dense.rows > 0) kernels.take_up(dense, bfloat16);
 }
 
 void write_parameters(const TrainedLayer& layer, int64_t network, const Dense& dense,

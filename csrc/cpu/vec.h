@@ -74,6 +74,10 @@ MOPO_INLINE vf pack_pair(vf first, vf second) {
   for (int lane = 0; lane < 2 * W; ++lane) in_turn[lane] = static_cast<uint16_t>(lane / 2 + lane % 2 * W);
   return (vf)_mm512_permutexvar_epi16((__m512i)in_turn, (__m512i)both);
 }
+// Of numbers that follow one another in memory.
+MOPO_INLINE vf pack_row(vf first, vf second) {
+  return (vf)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+}
 MOPO_INLINE vf add_products(vf sum, vf pairs, float weights) {
   return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)pairs, (__m512bh)_mm512_set1_ps(weights));
 }

@@ -277,6 +277,7 @@ def fit_steps(
         logvar_bound_weight=config.logvar_bound_weight,
         weight_decay=list(config.weight_decay),
         steps_before=steps_before,
+        bfloat16=config.dtype == "bfloat16",
         threads=threads,
     )
     return loss

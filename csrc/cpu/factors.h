@@ -1,0 +1,264 @@
+// The factors of training's products: in float32 the matrices themselves; in bfloat16 their rounded copies,
+// whose products are summed in float32.
+//
+// In a layer, X [rows][in] is the left factor of X W and of X^T G; G [rows][out] the left one of G W^T and
+// the right one of X^T G; W [in][out] the right one of X W and of G W^T. A column of ones in X gives G's
+// sums, which are the bias's gradient; the bias itself is not rounded.
+
+// c = a w, w [layer.in + 1][..] with the bias as its last row, where a has a column of ones.
+template <class Epilogue>
+MOPO_INLINE void forward_layer(int64_t first, int64_t last, const Panels& a, const Dense& layer,
+                               const Panels& weight, Epilogue epilogue) {
+  product<false>(first, last, 0, layer.out, layer.in + 1, a, weight, epilogue);
+}
+
+// A block of a layer's values, the row of the bias made zero.
+template <int kWide>
+MOPO_INLINE void without_bias(const Dense& layer, int64_t row, vf (&block)[kBlock][kWide]) {
+  each_vector(block, [&](int i, int, vf& x) {
+    if (row + i >= layer.in) x = vf{};
+  });
+}
+
+// Matrices in panels.
+template <bool kToBFloat16>
+struct PanelFactors {
+  static constexpr bool kRounded = kToBFloat16;
+  static constexpr int64_t kRows = kBlock;  // rows that a product takes at a time
+
+  MOPO_INLINE vf round(vf x) {
+    if constexpr (kRounded) return pack_pair(vf{}, x);
+    return x;
+  }
+
+  // X's or G's factors from a block of the matrix.
+  template <int kWide>
+  MOPO_INLINE void put_left(const Factor& to, int64_t row, int64_t column, vf (&block)[kBlock][kWide]) {
+    float* first = at(to.along, row, column);
+    each_vector(block, [&](int i, int v, vf x) { store(first + within(i, v), round(x)); });
+  }
+  template <int kWide>
+  MOPO_INLINE void put_grad(const Factor& to, int64_t row, int64_t column, vf (&block)[kBlock][kWide]) {
+    put_left(to, row, column, block);
+  }
+
+  // W's from a block of a layer's values.
+  template <int kWide>
+  MOPO_INLINE void put_weight(const Dense& layer, int64_t row, int64_t column, vf (&block)[kBlock][kWide]) {
+    if constexpr (kRounded) {
+      float* first = at(layer.weight.across, row, column);
+      each_vector(block, [&](int i, int v, vf& x) {
+        if (row + i < layer.in) x = round(x);
+        store(first + within(i, v), x);
+      });
+    }
+    if (layer.weight.along.data == nullptr) return;
+    without_bias(layer, row, block);
+#pragma GCC unroll 2
+    for (int i = 0; i < kBlock; i += 4)
+      if (row + i < layer.in)
+#pragma GCC unroll 3
+        for (int v = 0; v < kWide; ++v)
+          store_transposed(at(layer.weight.along, column + v * W, row + i), kPanel, block[i][v],
+                           block[i + 1][v], block[i + 2][v], block[i + 3][v]);
+  }
+
+  MOPO_INLINE void set_ones(int64_t first, int64_t last, const Factor& x, int64_t column) {
+    for (int64_t row = first; row < last; ++row) *at(x.along, row, column) = 1.0f;
+  }
+
+  template <class Epilogue>
+  MOPO_INLINE void forward(int64_t first, int64_t last, const Factor& x, const Dense& layer,
+                           Epilogue epilogue) {
+    forward_layer(first, last, x.along, layer, layer.weight.across, epilogue);
+  }
+
+  // G W^T, `in` columns.
+  template <class Epilogue>
+  MOPO_INLINE void backward(int64_t first, int64_t last, const Factor& grad, const Dense& layer,
+                            Epilogue epilogue) {
+    product<false>(first, last, 0, layer.in, layer.out, grad.along, layer.weight.along, epilogue);
+  }
+
+  // Rows of X^T G, summed over `count` rows.
+  template <class Epilogue, class Prefetch>
+  MOPO_INLINE void weight_gradient(int64_t first, int64_t last, int64_t count, const Factor& x,
+                                   const Factor& grad, const Dense& layer, Epilogue epilogue,
+                                   Prefetch prefetch) {
+    product<true>(first, last, 0, layer.out, count, x.across, grad.across, epilogue, prefetch);
+  }
+};
+
+using Float32Factors = PanelFactors<false>;
+
+#ifndef MOPO_AMX
+using BFloat16Factors = PanelFactors<true>;
+#else
+// Matrices of words, two bfloat16 each that follow one another in a sum, in tiles of 16 words. A left
+// factor's tile holds a row of its matrix in a row, a right factor's a column in a column; two of a right
+// factor's tiles stand side by side. A tile holds rows that do not exist: zeros in G.
+struct BFloat16Factors {
+  static constexpr bool kRounded = true;
+  static constexpr int64_t kRows = 32;
+  static constexpr int64_t kWords = 16;  // in a tile's row
+  static_assert(W == kWords && kPanel == kRows);
+
+  template <int kWide>
+  MOPO_INLINE void put_left(const Factor& to, int64_t row, int64_t column, vf (&block)[kBlock][kWide]) {
+    put_along(to, row, column, block);
+    float* here = to.across.data + (row / kRows * to.across.rows + column) * kWords + row % kRows / 2;
+#pragma GCC unroll 2
+    for (int v = 0; v < kWide; ++v)
+      store_transposed(here + v * W * kWords, kWords, row_pair(block, 0, v), row_pair(block, 2, v),
+                       row_pair(block, 4, v), row_pair(block, 6, v));
+  }
+  template <int kWide>
+  MOPO_INLINE void put_grad(const Factor& to, int64_t row, int64_t column, vf (&block)[kBlock][kWide]) {
+    put_along(to, row, column, block);
+    put_across(to, row, column, block);
+  }
+  template <int kWide>
+  MOPO_INLINE void put_weight(const Dense& layer, int64_t row, int64_t column, vf (&block)[kBlock][kWide]) {
+    without_bias(layer, row, block);
+    put_across(layer.weight, row, column, block);
+    const Panels& along = layer.weight.along;
+    if (along.data == nullptr) return;
+    float* here = along.data + (row / kRows * along.rows + column) * kWords + row % kRows;
+#pragma GCC unroll 2
+    for (int i = 0; i < kBlock; i += 4)
+      store_transposed(here + i, kRows, column_pairs(block, i), column_pairs(block, i + 1),
+                       column_pairs(block, i + 2), column_pairs(block, i + 3));
+  }
+
+  MOPO_INLINE void set_ones(int64_t first, int64_t last, const Factor& x, int64_t column) {
+    const vf ones = pack_pair(broadcast(1.0f), broadcast(1.0f));
+    for (int64_t row = first; row < last; row += kRows)
+      store(x.across.data + (row / kRows * x.across.rows + column) * kWords, ones);
+  }
+
+  template <class Epilogue>
+  MOPO_INLINE void forward(int64_t first, int64_t last, const Factor& x, const Dense& layer,
+                           Epilogue epilogue) {
+    const Panels value{layer.value, layer.rows};
+    product(
+        first, last, layer.out, layer.in, x.along, layer.weight.across,
+        [&](int64_t row, int64_t column, auto& block) {
+          const float* bias = at(value, layer.in, column);
+          each_vector(block, [&](int, int v, vf& sum) { sum = sum + load(bias + v * W); });
+          epilogue(row, column, block);
+        },
+        [](int64_t, int64_t) {});
+  }
+
+  template <class Epilogue>
+  MOPO_INLINE void backward(int64_t first, int64_t last, const Factor& grad, const Dense& layer,
+                            Epilogue epilogue) {
+    product(first, last, layer.in, layer.out, grad.along, layer.weight.along, epilogue,
+            [](int64_t, int64_t) {});
+  }
+
+  template <class Epilogue, class Prefetch>
+  MOPO_INLINE void weight_gradient(int64_t first, int64_t last, int64_t count, const Factor& x,
+                                   const Factor& grad, const Dense& layer, Epilogue epilogue,
+                                   Prefetch prefetch) {
+    product(first, smaller(last, layer.rows), layer.out, count, x.across, grad.across, epilogue, prefetch);
+  }
+
+ private:
+  template <int kWide>
+  MOPO_INLINE vf row_pair(const vf (&block)[kBlock][kWide], int i, int v) {
+    return pack_pair(block[i][v], block[i + 1][v]);
+  }
+  template <int kWide>
+  MOPO_INLINE vf column_pairs(const vf (&block)[kBlock][kWide], int i) {
+    return pack_row(block[i][0], kWide == 2 ? block[i][kWide - 1] : vf{});
+  }
+  // Of X and G as left factors.
+  template <int kWide>
+  MOPO_INLINE void put_along(const Factor& to, int64_t row, int64_t column,
+                             const vf (&block)[kBlock][kWide]) {
+    float* here = to.along.data + (column / kRows * to.along.rows + row) * kWords;
+#pragma GCC unroll 8
+    for (int i = 0; i < kBlock; ++i) store(here + i * kWords, column_pairs(block, i));
+  }
+  // Of G and W as right factors.
+  template <int kWide>
+  MOPO_INLINE void put_across(const Factor& to, int64_t row, int64_t column,
+                              const vf (&block)[kBlock][kWide]) {
+    float* here = to.across.data + (column / kRows * to.across.rows + row) * kWords;
+#pragma GCC unroll 4
+    for (int i = 0; i < kBlock; i += 2)
+#pragma GCC unroll 2
+      for (int v = 0; v < kWide; ++v) store(here + i * kWords + v * W, row_pair(block, i, v));
+  }
+
+  // Rows first .. last and columns 0 .. width of a product that sums `depth` terms, in squares of four tiles;
+  // what follows a square is done, piece by piece, among the products of the next.
+  template <class Epilogue, class Prefetch>
+  MOPO_INLINE void product(int64_t first, int64_t last, int64_t width, int64_t depth, const Panels& a,
+                           const Panels& b, Epilogue epilogue, Prefetch prefetch) {
+    if (first >= last) return;
+    constexpr int64_t kPieces = kRows / kBlock;
+    alignas(64) float sums[2][kRows * kRows];
+    // GCC 12 does not know that loading a tile reads memory.
+    asm volatile("" ::: "memory");
+    const int64_t steps = (depth + kRows - 1) / kRows;
+    const int64_t row_squares = (last - first + kRows - 1) / kRows;
+    const int64_t squares = row_squares * ((width + kRows - 1) / kRows);
+    const auto row_of = [&](int64_t square) { return first + square % row_squares * kRows; };
+    const auto column_of = [&](int64_t square) { return square / row_squares * kRows; };
+    const auto finish = [&](int64_t square, int64_t piece, int64_t end) {
+      const int64_t column = column_of(square);
+      for (; piece < end; ++piece) {
+        const int64_t row = row_of(square) + piece * kBlock;
+        if (row >= last) return;
+        const float* from = sums[square % 2] + piece * kBlock * kRows;
+        const auto run = [&]<int kWide>() {
+          vf block[kBlock][kWide];
+          each_vector(block, [&](int i, int v, vf& x) { x = load(from + i * kRows + v * W); });
+          epilogue(row, column, block);
+        };
+        if (width - column > W)
+          run.template operator()<2>();
+        else
+          run.template operator()<1>();
+      }
+    };
+    for (int64_t square = 0; square < squares; ++square) {
+      const int64_t row = row_of(square), column = column_of(square);
+      prefetch(row, column);
+      const bool tall = last - row > W, wide = width - column > W;
+      const float* left = a.data + row * kWords;
+      const float* right = b.data + column / kRows * b.rows * kWords;
+      // Tiles 0 to 3: sums; 4 and 5: 16 rows of a each; 6 and 7: 16 columns of b.
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      for (int64_t step = 0; step < steps; ++step) {
+        _tile_loadd(4, left, kWords * sizeof(float));
+        _tile_loadd(6, right, kRows * sizeof(float));
+        _tile_dpbf16ps(0, 4, 6);
+        if (wide) {
+          _tile_loadd(7, right + W, kRows * sizeof(float));
+          _tile_dpbf16ps(1, 4, 7);
+        }
+        if (tall) {
+          _tile_loadd(5, left + W * kWords, kWords * sizeof(float));
+          _tile_dpbf16ps(2, 5, 6);
+          if (wide) _tile_dpbf16ps(3, 5, 7);
+        }
+        left += a.rows * kWords;
+        right += kWords * kRows;
+        if (square > 0) finish(square - 1, kPieces * step / steps, kPieces * (step + 1) / steps);
+      }
+      float* to = sums[square % 2];
+      _tile_stored(0, to, kRows * sizeof(float));
+      _tile_stored(1, to + W, kRows * sizeof(float));
+      _tile_stored(2, to + W * kRows, kRows * sizeof(float));
+      _tile_stored(3, to + W * kRows + W, kRows * sizeof(float));
+    }
+    finish(squares - 1, 0, kPieces);
+  }
+};
+#endif

@@ -160,8 +160,8 @@ std::array<double, mopo::kSacMetrics> sac_updates(
 double fit_steps(const std::string& isa, int64_t members, int64_t dims,
                  const std::vector<TrainedTuple>& layers, int activation,
                  const std::array<uintptr_t, 3>& max_logvar, const std::array<uintptr_t, 3>& min_logvar,
-                 uintptr_t inputs, uintptr_t targets, uintptr_t rows, int64_t count, int64_t rows_stride,
-                 int64_t batch, float learning_rate, float logvar_bound_weight,
+                 uintptr_t inputs, uintptr_t targets, int64_t stride, uintptr_t rows, int64_t count,
+                 int64_t rows_stride, int64_t batch, float learning_rate, float logvar_bound_weight,
                  const std::vector<float>& weight_decay, int64_t steps_before, bool bfloat16, int threads) {
   const std::vector<mopo::TrainedLayer> trained = trained_layers(layers);
   mopo::FitArgs args{};
@@ -174,6 +174,7 @@ double fit_steps(const std::string& isa, int64_t members, int64_t dims,
   args.min_logvar = parameter(min_logvar);
   args.inputs = pointer<float>(inputs);
   args.targets = pointer<float>(targets);
+  args.stride = stride;
   args.rows = pointer<int64_t>(rows);
   args.count = count;
   args.rows_stride = rows_stride;
@@ -209,7 +210,7 @@ PYBIND11_MODULE(_cpu, module) {
              arg("seed"), arg("threads"), "SAC updates in place; see csrc/sac.h. Gives sums of the metrics.");
   module.def("fit_steps", fit_steps, py::kw_only(), arg("isa"), arg("members"), arg("dims"), arg("layers"),
              arg("activation"), arg("max_logvar"), arg("min_logvar"), arg("inputs"), arg("targets"),
-             arg("rows"), arg("count"), arg("rows_stride"), arg("batch"), arg("learning_rate"),
+             arg("stride"), arg("rows"), arg("count"), arg("rows_stride"), arg("batch"), arg("learning_rate"),
              arg("logvar_bound_weight"), arg("weight_decay"), arg("steps_before"), arg("bfloat16"),
              arg("threads"), "Steps of the fit in place; see csrc/fit.h. Gives the sum of their losses.");
   module.def(

@@ -14,6 +14,7 @@ struct FitArgs {
 
   const float* inputs;   // [..][in of the first layer], standardised
   const float* targets;  // [..][dims]
+  int64_t stride;        // from one row to the next, of both
   const int64_t* rows;   // [members][rows_stride], of which `count` are used: a pass over each member's data
   int64_t count, rows_stride;
   int64_t batch;  // rows of each member in a step; the last step may have fewer

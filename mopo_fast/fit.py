@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from mopo_fast import backends
 from mopo_fast.atomic import write_json
@@ -219,8 +220,12 @@ class Fit:
 
         inputs, targets = inputs.float(), targets.float()
         self.holdout_inputs, self.holdout_targets = inputs[holdout].to(device), targets[holdout].to(device)
-        self.inputs = cpu.in_large_pages((inputs[train].to(device) - model.input_mean) / model.input_std)
-        self.targets = cpu.in_large_pages(targets[train].to(device))
+        standardised = (inputs[train].to(device) - model.input_mean) / model.input_std
+        # Side by side: rows are drawn at random, and each lies in one page and as few cache lines as it can.
+        table = torch.cat([standardised, targets[train].to(device)], 1)
+        self.table = cpu.in_large_pages(functional.pad(table, (0, -table.shape[1] % 16)))
+        self.inputs = self.table[:, : inputs.shape[1]]
+        self.targets = self.table[:, inputs.shape[1] : table.shape[1]]
         bootstrap = np.random.default_rng(derive_seed(seed, FIT, _BOOTSTRAP))
         self.rows = bootstrap.integers(len(train), size=(config.members, len(train)))
 
@@ -324,8 +329,8 @@ class Fit:
             layers=[parameter(layer) for layer in self.layers],
             bounds=(parameter(model.max_logvar), parameter(model.min_logvar)),
             activation=model.activation,
-            inputs=self.inputs,
-            targets=self.targets,
+            table=self.table,
+            dims=self.targets.shape[1],
             rows=rows,
             config=self.config,
             steps_before=int(done),

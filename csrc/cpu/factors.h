@@ -226,7 +226,6 @@ struct BFloat16Factors {
     };
     for (int64_t square = 0; square < squares; ++square) {
       const int64_t row = row_of(square), column = column_of(square);
-      prefetch(row, column);
       const bool tall = last - row > W, wide = width - column > W;
       const float* left = a.data + row * kWords;
       const float* right = b.data + column / kRows * b.rows * kWords;
@@ -250,7 +249,9 @@ struct BFloat16Factors {
         }
         left += a.rows * kWords;
         right += kWords * kRows;
-        if (square > 0) finish(square - 1, kPieces * step / steps, kPieces * (step + 1) / steps);
+        const int64_t piece = kPieces * step / steps, end = kPieces * (step + 1) / steps;
+        if (square > 0) finish(square - 1, piece, end);
+        for (int64_t i = piece; i < end; ++i) prefetch(row + i * kBlock, column);
       }
       float* to = sums[square % 2];
       _tile_stored(0, to, kRows * sizeof(float));

@@ -140,19 +140,18 @@ double fit_steps(const FitArgs& args, const Kernels& kernels) {
   const int64_t steps = (args.count + args.batch - 1) / args.batch;
   double loss = 0.0;
   Barrier barrier(threads);
-  std::vector<std::vector<AdamStep>> adam_steps(threads, std::vector<AdamStep>(args.depth));
   parallel(threads, [&](int thread) {
     const Team all{thread, threads, &barrier};
-    std::vector<AdamStep>& layer_steps = adam_steps[thread];
+    const std::vector<Turn> members = turns(args.members, all);
+    std::vector<AdamStep> layer_steps(args.depth);
     for (int64_t step = 0; step < steps; ++step) {
-      const int64_t begin = step * args.batch, count = std::min(args.batch, args.count - begin);
       const int64_t number = args.steps_before + step + 1;
       for (int64_t l = 0; l < args.depth; ++l)
         layer_steps[l] = adam_step(args.learning_rate, number, args.weight_decay[l], 0.0f);
-      for_each_network(args.members, all, [&](int64_t member, const Team& team) {
-        kernels.fit_member(args, state.plan, state.workspace(team, thread), member, begin, count,
-                           layer_steps.data(), team);
-      });
+      const int64_t begin = step * args.batch, count = std::min(args.batch, args.count - begin);
+      for (const Turn& turn : members)
+        kernels.fit_member(args, state.plan, state.workspace(turn.team, thread),
+                           {turn.network, begin, count, turn.team}, layer_steps.data());
       all.wait();
       if (thread == 0) loss += state.step_bounds(adam_step(args.learning_rate, number, 0.0f, 0.0f));
       all.wait();

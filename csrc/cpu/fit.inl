@@ -15,30 +15,28 @@ MOPO_INLINE vf activate_and_differentiate(vf x, vf& slope) {
   }
 }
 
-// Rows first .. last, whole blocks, of a step on `count` rows of a member, which begin at `begin` in its
-// pass.
+// Rows first .. last, whole blocks, of a turn.
 template <class Factors>
 struct FitRows {
   const FitArgs& args;
   const FitPlan& plan;
   const FitWorkspace& ws;
-  const int64_t member, begin, count, first, last;
+  const FitTurn& turn;
+  const int64_t first, last;
 
-  int64_t end() const { return smaller(last, count); }
+  int64_t end() const { return smaller(last, turn.count); }
   int64_t hidden() const { return args.depth - 1; }
-  const Dense* layers() const { return plan.layers + member * args.depth; }
+  const Dense* layers() const { return plan.layers + turn.member * args.depth; }
+  const float* input(int64_t row) const { return args.inputs + drawn(row) * args.stride; }
+  const float* target(int64_t row) const { return args.targets + drawn(row) * args.stride; }
+  int64_t drawn(int64_t row) const { return args.rows[turn.member * args.rows_stride + turn.begin + row]; }
 
   void gather() const {
     const int64_t in = layers()[0].in;
-    const int64_t* rows = args.rows + member * args.rows_stride + begin;
     for (int64_t row = first; row < end(); ++row) {
-      prefetch_row(args.inputs + rows[row] * in, in);
-      prefetch_row(args.targets + rows[row] * args.dims, args.dims);
-    }
-    for (int64_t row = first; row < end(); ++row) {
-      copy_row(args.inputs + rows[row] * in, in, ws.gathered, row, 0);
-      const float* target = args.targets + rows[row] * args.dims;
-      for (int64_t d = 0; d < args.dims; ++d) ws.targets.at(row)[d] = target[d];
+      copy_row(input(row), in, ws.gathered, row, 0);
+      const float* from = target(row);
+      for (int64_t d = 0; d < args.dims; ++d) ws.targets.at(row)[d] = from[d];
     }
     set_ones(first, last, ws.gathered, in);
     if constexpr (Factors::kRounded)
@@ -96,7 +94,7 @@ struct FitRows {
   // The Gaussian negative log-likelihood, and its gradient by the head's outputs and by the bounds.
   void differentiate_loss() const {
     const int64_t dims = args.dims;
-    const float share = 1.0f / static_cast<float>(count * dims);
+    const float share = 1.0f / static_cast<float>(turn.count * dims);
     for (int64_t row = first; row < end(); ++row) {
       float loss = 0.0f;
       for (int64_t d = 0; d < dims; d += W) {
@@ -145,25 +143,25 @@ struct FitRows {
   // The member's loss, and its gradient by the bounds, over all rows in their order.
   void add_up() const {
     double loss = 0.0;
-    double* max_grad = plan.max_grad + member * args.dims;
-    double* min_grad = plan.min_grad + member * args.dims;
+    double* max_grad = plan.max_grad + turn.member * args.dims;
+    double* min_grad = plan.min_grad + turn.member * args.dims;
     for (int64_t d = 0; d < args.dims; ++d) max_grad[d] = min_grad[d] = 0.0;
-    for (int64_t row = 0; row < count; ++row) {
+    for (int64_t row = 0; row < turn.count; ++row) {
       loss += ws.loss[row];
       for (int64_t d = 0; d < args.dims; ++d) {
         max_grad[d] += ws.max_grad.at(row)[d];
         min_grad[d] += ws.min_grad.at(row)[d];
       }
     }
-    plan.loss[member] = loss;
+    plan.loss[turn.member] = loss;
   }
 };
 
 template <class Factors>
-static void fit_member_in(const FitArgs& args, const FitPlan& plan, const FitWorkspace& ws, int64_t member,
-                          int64_t begin, int64_t count, const AdamStep* steps, const Team& team) {
-  const Span span = share(team, count, Factors::kRows);
-  const FitRows<Factors> rows{args, plan, ws, member, begin, count, span.first, span.last};
+static void fit_member_in(const FitArgs& args, const FitPlan& plan, const FitWorkspace& ws,
+                          const FitTurn& turn, const AdamStep* steps) {
+  const Span span = share(turn.team, turn.count, Factors::kRows);
+  const FitRows<Factors> rows{args, plan, ws, turn, span.first, span.last};
   rows.gather();
   rows.forward();
   rows.differentiate_loss();
@@ -171,17 +169,17 @@ static void fit_member_in(const FitArgs& args, const FitPlan& plan, const FitWor
     const Factor& grad = l == rows.hidden() ? ws.head_grad : ws.grads[l];
     // Before the layer's parameters move.
     if (l > 0) rows.backward(l, grad);
-    team.wait();
-    if (l == rows.hidden() && team.part == 0) rows.add_up();
-    train_layer<Factors>(team, rows.layers()[l], steps[l], count, l == 0 ? ws.inputs : ws.hidden[l - 1],
-                         grad);
+    turn.team.wait();
+    if (l == rows.hidden() && turn.team.part == 0) rows.add_up();
+    train_layer<Factors>(turn.team, rows.layers()[l], steps[l], turn.count,
+                         l == 0 ? ws.inputs : ws.hidden[l - 1], grad);
   }
-  team.wait();
+  turn.team.wait();
 }
 
-static void fit_member(const FitArgs& args, const FitPlan& plan, const FitWorkspace& ws, int64_t member,
-                       int64_t begin, int64_t count, const AdamStep* steps, const Team& team) {
-  if (!args.bfloat16) return fit_member_in<Float32Factors>(args, plan, ws, member, begin, count, steps, team);
+static void fit_member(const FitArgs& args, const FitPlan& plan, const FitWorkspace& ws, const FitTurn& turn,
+                       const AdamStep* steps) {
+  if (!args.bfloat16) return fit_member_in<Float32Factors>(args, plan, ws, turn, steps);
   const Tiles tiles;
-  fit_member_in<BFloat16Factors>(args, plan, ws, member, begin, count, steps, team);
+  fit_member_in<BFloat16Factors>(args, plan, ws, turn, steps);
 }

@@ -133,6 +133,12 @@ struct FitWorkspace {
   float* loss;                       // [rows]
 };
 
+// A member's step on rows begin .. begin + count of its pass, and who makes it.
+struct FitTurn {
+  int64_t member, begin, count;
+  Team team;
+};
+
 enum class MathFunction : int {
   kExp,
   kLog,
@@ -161,9 +167,8 @@ struct Kernels {
   void (*sac_actor)(const SacArgs&, const SacPlan&, const Team&, int64_t update, const AdamStep&);
   // A layer's weights as factors, from its values.
   void (*take_up)(const Dense&, bool bfloat16);
-  // A member's step on `count` rows that begin at `begin` in its pass.
-  void (*fit_member)(const FitArgs&, const FitPlan&, const FitWorkspace&, int64_t member, int64_t begin,
-                     int64_t count, const AdamStep* steps, const Team&);
+  void (*fit_member)(const FitArgs&, const FitPlan&, const FitWorkspace&, const FitTurn&,
+                     const AdamStep* steps);
   void (*math)(MathFunction, const float* x, float* y, int64_t count);
 };
 

@@ -146,23 +146,19 @@ std::array<double, kSacMetrics> sac_updates(const SacArgs& args, const Kernels& 
   Barrier barrier(threads);
   parallel(threads, [&](int thread) {
     const Team all{thread, threads, &barrier};
+    const std::vector<Turn> critics = turns(args.critics, all);
     for (int64_t update = 0; update < args.updates; ++update) {
       const int64_t number = args.updates_before + update + 1;
       const AdamStep critic_step = adam_step(args.critic_learning_rate, number, 0.0f, args.polyak);
       const AdamStep actor_step = adam_step(args.actor_learning_rate, number, 0.0f, 0.0f);
-      const auto for_each_critic = [&](auto work) { for_each_network(args.critics, all, work); };
       kernels.sac_sample(args, plan, all, update);
       all.wait();
-      for_each_critic(
-          [&](int64_t critic, const Team& team) { kernels.sac_target(args, plan, team, critic); });
+      for (const Turn& turn : critics) kernels.sac_target(args, plan, turn.team, turn.network);
       all.wait();
-      for_each_critic([&](int64_t critic, const Team& team) {
-        kernels.sac_critic(args, plan, team, critic, critic_step);
-      });
+      for (const Turn& turn : critics) kernels.sac_critic(args, plan, turn.team, turn.network, critic_step);
       all.wait();
-      for_each_critic([&](int64_t critic, const Team& team) {
-        kernels.sac_action_gradient(args, plan, team, critic, critic_step);
-      });
+      for (const Turn& turn : critics)
+        kernels.sac_action_gradient(args, plan, turn.team, turn.network, critic_step);
       all.wait();
       kernels.sac_actor(args, plan, all, update, actor_step);
       if (thread == 0) state.finish_update(adam_step(args.alpha_learning_rate, number, 0.0f, 0.0f), metrics);

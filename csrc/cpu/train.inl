@@ -72,7 +72,7 @@ static void train_layer(const Team& team, const Dense& layer, const AdamStep& st
   // The parameters come from far away; the product takes longer than they do.
   const auto prefetch = [&](int64_t row, int64_t column) {
     const int64_t begin = offset(layer.rows, row, column);
-    for (int64_t line = begin; line < begin + Factors::kRows * kPanel; line += 16) {
+    for (int64_t line = begin; line < begin + kBlock * kPanel; line += 16) {
       __builtin_prefetch(layer.value + line, 1);
       __builtin_prefetch(layer.exp_avg + line, 1);
       __builtin_prefetch(layer.exp_avg_sq + line, 1);

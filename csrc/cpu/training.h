@@ -1,6 +1,8 @@
 // Memory of the networks under training, and who works on which.
 #pragma once
 
+#include <vector>
+
 #include "../train.h"
 #include "arena.h"
 #include "kernels.h"
@@ -33,15 +35,13 @@ AdamStep adam_step(float learning_rate, int64_t step, float weight_decay, float 
 // Number `at` of a parameter a step against its gradient.
 void adam(const AdamStep& step, const Parameter& parameter, int64_t at, double gradient);
 
-// work(network, team) for all in which this thread, part `all.part`, has a part. As many as there are for
+// The networks in which this thread, part `all.part`, has a part, in their order. As many as there are for
 // every thread are one thread's alone, which waits for nobody and keeps them in its cache; the others are
 // everybody's.
-template <class Work>
-void for_each_network(int64_t networks, const Team& all, Work work) {
-  const int64_t own = networks / all.parts;
-  for (int64_t network = own * all.parts; network < networks; ++network) work(network, all);
-  for (int64_t network = own * all.part; network < own * (all.part + 1); ++network)
-    work(network, Team{0, 1, nullptr});
-}
+struct Turn {
+  int64_t network;
+  Team team;
+};
+std::vector<Turn> turns(int64_t networks, const Team& all);
 
 }  // namespace mopo

@@ -242,8 +242,8 @@ def fit_steps(
     layers: list[Parameter],
     bounds: tuple[Parameter, Parameter],
     activation: str,
-    inputs: torch.Tensor,
-    targets: torch.Tensor,
+    table: torch.Tensor,
+    dims: int,
     rows: torch.Tensor,
     config: DynamicsConfig,
     steps_before: int,
@@ -254,21 +254,23 @@ def fit_steps(
     Args:
         layers: the weights of all layers, then the biases.
         bounds: max_logvar and min_logvar.
-        inputs: [n, obs + act], standardised; targets [n, obs + 1].
+        table: [n, obs + act + obs + 1 or more], the inputs, standardised, and the `dims` = obs + 1 targets.
         rows: int64 [members, count], the rows that each member sees; may be columns of a wider matrix.
         steps_before: Adam's steps so far.
     """
+    width = layers[0][0].shape[1]
     max_logvar, min_logvar = ([_address(tensor) for tensor in bound[:3]] for bound in bounds)
     loss: float = extension().fit_steps(
         isa=isa(),
         members=rows.shape[0],
-        dims=targets.shape[1],
+        dims=dims,
         layers=_trained(layers),
         activation=ACTIVATIONS.index(activation),
         max_logvar=max_logvar,
         min_logvar=min_logvar,
-        inputs=_address(inputs),
-        targets=_address(targets),
+        inputs=_address(table),
+        targets=_address(table) + width * table.element_size(),
+        stride=table.shape[1],
         rows=rows.data_ptr(),
         count=rows.shape[1],
         rows_stride=rows.stride(0),

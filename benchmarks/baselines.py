@@ -30,7 +30,9 @@ class _SACBaseline:
         self.config, self.target_entropy, self.updates = sac.config, sac.target_entropy, updates
         self.rows, self.act_dim = sac.batch_rows, sac.actor.act_dim
         self.sources = [
-            [getattr(source, name) for name in ARRAYS] for source in (data, buffer.storage[: len(buffer)])
+            # Arrays of their own, as other code has them.
+            [getattr(source, name).contiguous() for name in ARRAYS]
+            for source in (data, buffer.storage[: len(buffer)])
         ]
 
     def __call__(self) -> None:

@@ -16,6 +16,14 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+// (address, stride)
+using ArrayTuple = std::pair<uintptr_t, int64_t>;
+
+template <class T>
+mopo::Array<T> array(const ArrayTuple& tuple) {
+  return {pointer<T>(tuple.first), tuple.second};
+}
+
 // (weight addresses, bias addresses, sizes: in, hidden, ..., out, networks, activation)
 using NetworkTuple =
     std::tuple<std::vector<uintptr_t>, std::vector<uintptr_t>, std::vector<int64_t>, int64_t, int>;
@@ -42,7 +50,7 @@ std::pair<int64_t, int64_t> rollout(const std::string& isa, int64_t obs_dim, int
                                     float log_std_min, float log_std_max, uintptr_t actions, int64_t batch,
                                     uintptr_t start, uintptr_t rows, int64_t horizon, uint32_t first_step,
                                     uint64_t seed, bool deterministic, bool bfloat16, bool keep_every_row,
-                                    const std::vector<uintptr_t>& out, int64_t capacity, int64_t head,
+                                    const std::vector<ArrayTuple>& out, int64_t capacity, int64_t head,
                                     uintptr_t mean, uintptr_t std, int threads) {
   const std::vector<mopo::Layer> dynamics_layers = layers(dynamics), policy_layers = layers(policy);
   mopo::RolloutArgs args{};
@@ -74,10 +82,9 @@ std::pair<int64_t, int64_t> rollout(const std::string& isa, int64_t obs_dim, int
   args.deterministic = deterministic;
   args.bfloat16 = bfloat16;
   args.keep_every_row = keep_every_row;
-  args.out = {pointer<float>(out[0]),  pointer<float>(out[1]),   pointer<float>(out[2]),
-              pointer<float>(out[3]),  pointer<bool>(out[4]),    pointer<float>(out[5]),
-              pointer<float>(out[6]),  pointer<int32_t>(out[7]), pointer<int64_t>(out[8]),
-              pointer<int32_t>(out[9])};
+  args.out = {array<float>(out[0]),   array<float>(out[1]),  array<float>(out[2]), array<float>(out[3]),
+              array<bool>(out[4]),    array<float>(out[5]),  array<float>(out[6]), array<int32_t>(out[7]),
+              array<int64_t>(out[8]), array<int32_t>(out[9])};
   args.capacity = capacity;
   args.head = head;
   args.mean = pointer<float>(mean);
@@ -106,13 +113,13 @@ mopo::Parameter parameter(const std::array<uintptr_t, 3>& a) {
   return {pointer<float>(a[0]), pointer<float>(a[1]), pointer<float>(a[2]), nullptr};
 }
 
-// (addresses of observations, actions, rewards, next_observations and terminals, size)
-using SourceTuple = std::tuple<std::array<uintptr_t, 5>, int64_t>;
+// (observations, actions, rewards, next_observations and terminals, size)
+using SourceTuple = std::tuple<std::array<ArrayTuple, 5>, int64_t>;
 
 mopo::SacSource source(const SourceTuple& tuple) {
   const auto& [a, size] = tuple;
-  return {pointer<float>(a[0]), pointer<float>(a[1]), pointer<float>(a[2]),
-          pointer<float>(a[3]), pointer<bool>(a[4]),  size};
+  return {array<const float>(a[0]), array<const float>(a[1]), array<const float>(a[2]),
+          array<const float>(a[3]), array<const bool>(a[4]),  size};
 }
 
 std::array<double, mopo::kSacMetrics> sac_updates(

@@ -19,4 +19,12 @@ constexpr int kMaxMembers = 32;
 enum class Activation : int { kSilu, kRelu, kTanh };
 enum class Penalty : int { kMaxAleatoric, kMaxDeviation, kMaxPairwise, kEnsembleStd, kMixtureStd };
 
+// An array, its rows `stride` elements apart: of its own, or columns of a table.
+template <class T>
+struct Array {
+  T* data;
+  int64_t stride;
+  MOPO_METHOD T* at(int64_t row) const { return data + row * stride; }
+};
+
 }  // namespace mopo

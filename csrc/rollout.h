@@ -23,17 +23,17 @@ struct Network {
 };
 
 // Row-major arrays of `capacity` rows, written as a ring; those that are not wanted are null.
+// Of `capacity` rows each; those after the terminals may be null.
 struct RolloutOutput {
-  float* observations;       // [capacity][obs_dim]
-  float* actions;            // [capacity][act_dim]
-  float* rewards;            // [capacity]
-  float* next_observations;  // [capacity][obs_dim]
-  bool* terminals;           // [capacity]
-  float* raw_rewards;        // [capacity], and so on
-  float* penalties;
-  int32_t* members;
-  int64_t* rollout_index;
-  int32_t* step;
+  Array<float> observations;  // obs_dim
+  Array<float> actions;       // act_dim
+  Array<float> rewards;
+  Array<float> next_observations;  // obs_dim
+  Array<bool> terminals;
+  Array<float> raw_rewards, penalties;
+  Array<int32_t> members;
+  Array<int64_t> rollout_index;
+  Array<int32_t> step;
 };
 
 struct RolloutArgs {

@@ -1,17 +1,18 @@
 // The SAC kernel's interface: raw pointers and sizes. The caller has checked everything.
 #pragma once
 
+#include "common.h"
 #include "train.h"
 
 namespace mopo {
 
 // Row-major arrays of `size` transitions to draw from.
 struct SacSource {
-  const float* observations;       // [size][obs_dim]
-  const float* actions;            // [size][act_dim]
-  const float* rewards;            // [size]
-  const float* next_observations;  // [size][obs_dim]
-  const bool* terminals;           // [size]
+  Array<const float> observations;  // obs_dim
+  Array<const float> actions;       // act_dim
+  Array<const float> rewards;
+  Array<const float> next_observations;  // obs_dim
+  Array<const bool> terminals;
   int64_t size;
 };
 

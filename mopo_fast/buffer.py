@@ -6,13 +6,35 @@ from mopo_fast.backends import cpu
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.errors import InputError
 
+# In words of float32.
+_CACHE_LINE = 16
+_SCALARS = ("rewards", "terminals", "raw_rewards", "penalties")
+
+
+def _widths(obs_dim: int, act_dim: int) -> dict[str, int]:
+    return {
+        "observations": obs_dim,
+        "actions": act_dim,
+        "rewards": 1,
+        "next_observations": obs_dim,
+        "terminals": 1,
+        "raw_rewards": 1,
+        "penalties": 1,
+    }
+
+
+def row_bytes(obs_dim: int, act_dim: int) -> int:
+    """Memory of one row of a `RingBuffer`."""
+    words = sum(_widths(obs_dim, act_dim).values())
+    return 4 * (words + -words % _CACHE_LINE)
+
 
 class RingBuffer:
     """The last `capacity` model transitions; backends write straight into `storage`.
 
     Attributes:
-        storage: `Transitions` of `capacity` rows with raw_rewards and penalties, float32; only its first
-            `size` rows hold data.
+        storage: `Transitions` of `capacity` rows with raw_rewards and penalties, float32, all columns of one
+            table; only its first `size` rows hold data.
         capacity: rows at most.
         head: the row that is written next.
         size: rows that hold data.
@@ -27,17 +49,16 @@ class RingBuffer:
                 f"a buffer needs positive sizes, got capacity {capacity}, obs {obs_dim}, act {act_dim}"
             )
 
-        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-            return cpu.use_large_pages(torch.empty(shape, dtype=dtype, device=device)).zero_()
-
+        widths = _widths(obs_dim, act_dim)
+        padding = -sum(widths.values()) % _CACHE_LINE
+        # Side by side: a row that is drawn at random lies in one page and as few cache lines as it can.
+        table = torch.empty(capacity, sum(widths.values()) + padding, device=device)
+        columns = cpu.use_large_pages(table).zero_().split([*widths.values(), padding], dim=1)
+        arrays = dict(zip(widths, columns, strict=False))
+        # One of the word's four bytes.
+        arrays["terminals"] = arrays["terminals"].view(torch.bool)[:, :1]
         self.storage = Transitions(
-            observations=zeros(capacity, obs_dim),
-            actions=zeros(capacity, act_dim),
-            rewards=zeros(capacity),
-            next_observations=zeros(capacity, obs_dim),
-            terminals=zeros(capacity, dtype=torch.bool),
-            raw_rewards=zeros(capacity),
-            penalties=zeros(capacity),
+            **{name: array.squeeze(1) if name in _SCALARS else array for name, array in arrays.items()},
             name="model",
         )
         self.capacity = capacity

@@ -40,7 +40,7 @@ class DynamicsConfig:
     batch_size: int = 256
     """Rows per member in one step."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: of the factors of the fit's products; all else is float32. Fast where the processor has AMX."""
+    """bfloat16: of the factors of the fit's products; all else is float32. Fast on AMX."""
     weight_decay: tuple[float, ...] = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)
     """Per layer, the last for both heads; each times 0.5 ||W||^2, weights only, added to the loss."""
     max_logvar: float = 0.5

@@ -345,14 +345,16 @@ def _learnable(data: Transitions, dtype: torch.dtype) -> Transitions:
     """The five arrays that SAC learns from, copied only where they are not in that form already."""
 
     def floats(array: torch.Tensor) -> torch.Tensor:
-        return array.to(dtype).contiguous()
+        array = array.to(dtype)
+        # The columns of a wider table will do.
+        return array if array.ndim == 1 or array.stride(1) == 1 else array.contiguous()
 
     return Transitions(
         observations=floats(data.observations),
         actions=floats(data.actions),
         rewards=floats(data.rewards),
         next_observations=floats(data.next_observations),
-        terminals=data.terminals.contiguous(),
+        terminals=data.terminals,
     )
 
 

@@ -24,7 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from mopo_fast import __version__
 from mopo_fast.atomic import atomic_path, read_json, write_json
-from mopo_fast.buffer import RingBuffer
+from mopo_fast.buffer import RingBuffer, row_bytes
 from mopo_fast.config import TUNED, RolloutConfig, TrainConfig, check_finite, to_dict
 from mopo_fast.data import Transitions, find_dataset, load_dataset
 from mopo_fast.ensemble import EnsembleDynamics, mlp_bytes
@@ -197,7 +197,7 @@ def resolve(config: TrainConfig, out: Path | None = None) -> tuple[TrainConfig, 
     check_finite(config)
     check_memory(
         "the model buffer",
-        _capacity(rollout) * (4 * (2 * task.obs_dim + task.act_dim + 3) + 1),
+        _capacity(rollout) * row_bytes(task.obs_dim, task.act_dim),
         config.device,
         "horizon, rollout.batch_size or rollout.retain_epochs",
     )

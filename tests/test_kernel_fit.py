@@ -39,13 +39,20 @@ def transitions(count: int, obs_dim: int, act_dim: int, scale: float = 0.3) -> T
     )
 
 
-def make(case: str, backend: str, threads: int = 1, double: bool = False) -> Fit:
+def make(case: str, backend: str, threads: int = 1, double: bool = False, dtype: str = "float32") -> Fit:
     obs_dim, act_dim, count, options = CASES[case]
     hidden = options.get("hidden", (200,) * 4)
     decay = tuple(1e-3 * (layer + 1) for layer in range(len(hidden) + 1))
     members = options.get("members", 7)
     config = DynamicsConfig(
-        **{"hidden": hidden, "members": members, **options, "weight_decay": decay, "elites": 1}
+        **{
+            "hidden": hidden,
+            "members": members,
+            **options,
+            "weight_decay": decay,
+            "elites": 1,
+            "dtype": dtype,
+        }
     )
     fit = Fit(transitions(count + 200, obs_dim, act_dim), 0, config, "cpu", backend, threads)
     fit.rows = fit.rows[:, :count]
@@ -80,12 +87,16 @@ def steps(fit: Fit, rows: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("one_step", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("isa", cpu.isas())
 @pytest.mark.parametrize("case", CASES)
-def test_as_accurate_as_pytorch(case: str, isa: str, one_step: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_as_accurate_as_pytorch(
+    case: str, isa: str, dtype: str, one_step: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MOPO_FAST_ISA", isa)
     before = state(make(case, "cpu"))
-    fits = [make(case, "cpu"), make(case, "reference"), make(case, "reference", double=True)]
+    fits = [make(case, backend, dtype=dtype) for backend in ("cpu", "reference")]
+    fits.append(make(case, "reference", double=True))
     batch = fits[0].config.batch_size
     losses = [steps(fit, fit.rows[:, :batch] if one_step else fit.rows) for fit in fits]
     kernel, same, exact = map(state, fits)
@@ -103,17 +114,33 @@ def test_every_parameter_moves() -> None:
     assert float(fit.optimizer.state[fit.model.max_logvar]["step"]) == 3.0
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("threads", [2, 3, 64])
 @pytest.mark.parametrize("case", ["short last batch", "linear", "batch larger than the data"])
 @pytest.mark.parametrize("isa", cpu.isas())
 def test_result_does_not_depend_on_threads(
-    isa: str, case: str, threads: int, monkeypatch: pytest.MonkeyPatch
+    isa: str, case: str, threads: int, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MOPO_FAST_ISA", isa)
-    one, many = make(case, "cpu"), make(case, "cpu", threads)
+    one, many = make(case, "cpu", dtype=dtype), make(case, "cpu", threads, dtype=dtype)
     assert steps(one, one.rows) == steps(many, many.rows)
     ours, theirs = state(one), state(many)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("isa", cpu.isas())
+def test_bfloat16_rounds_every_factor(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Far nearer to PyTorch on the same rounded factors than to unrounded ones."""
+    monkeypatch.setenv("MOPO_FAST_ISA", isa)
+    fits = [make("tanh", "cpu", dtype="bfloat16"), make("tanh", "reference", dtype="bfloat16")]
+    fits.append(make("tanh", "reference"))
+    for fit in fits:
+        steps(fit, fit.rows[:, :20])
+    kernel, rounded, unrounded = map(state, fits)
+    for layer in range(3):
+        name = f"weights.{layer}.exp_avg"
+        error, distance = (float((kernel[name] - other[name]).norm()) for other in (rounded, unrounded))
+        assert error < 0.02 * distance, f"{name}: {error:.3g} beside {distance:.3g}"
 
 
 def test_result_does_not_depend_on_the_calls() -> None:

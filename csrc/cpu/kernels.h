@@ -37,13 +37,23 @@ struct RolloutPlan {
   const float* exp_min;
 };
 
+// What a chunk's steps made, arrays of the output's shapes.
+struct RolloutRecord {
+  float *observations, *actions, *rewards, *next_observations;
+  bool* terminals;
+  float *raw_rewards, *penalties;
+  int32_t* members;
+  int64_t* rollout_index;
+  int32_t* step;
+};
+
 // A chunk's memory. Records are row-major, rollout r's step t at row r * horizon + t; the rest is tiles,
 // [tile][feature][rows of a tile].
 struct RolloutWorkspace {
   float *observations, *actions, *inputs, *predictions, *noise, *layer_in, *layer_out;
   int64_t *alive, *survivors;  // [chunk_rows], rollouts of the chunk that go on
   uint32_t* drawn;             // [tile]
-  RolloutOutput record;
+  RolloutRecord record;
   int64_t* length;     // [chunk_rows], steps that each rollout has
   int64_t non_finite;  // rollouts cut
 };
@@ -164,7 +174,7 @@ struct Kernels {
   void (*sac_target)(const SacArgs&, const SacPlan&, const Team&, int64_t critic);
   void (*sac_critic)(const SacArgs&, const SacPlan&, const Team&, int64_t critic, const AdamStep&);
   void (*sac_action_gradient)(const SacArgs&, const SacPlan&, const Team&, int64_t critic, const AdamStep&);
-  void (*sac_actor)(const SacArgs&, const SacPlan&, const Team&, int64_t update, const AdamStep&);
+  void (*sac_actor)(const SacArgs&, const SacPlan&, const Team&, const AdamStep&);
   // A layer's weights as factors, from its values.
   void (*take_up)(const Dense&, bool bfloat16);
   void (*fit_member)(const FitArgs&, const FitPlan&, const FitWorkspace&, const FitTurn&,

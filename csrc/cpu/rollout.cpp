@@ -129,14 +129,19 @@ int64_t chunk_rows(const RolloutArgs& args, int64_t tile) {
 }
 
 // Copies `rows` records from row `from` into the ring at row `to`.
-void copy_records(const RolloutArgs& args, const RolloutOutput& record, int64_t from, int64_t to,
+void copy_records(const RolloutArgs& args, const RolloutRecord& record, int64_t from, int64_t to,
                   int64_t rows) {
   while (rows > 0) {
     to %= args.capacity;
     const int64_t count = std::min(rows, args.capacity - to);
-    const auto copy = [&](auto* source, auto* target, int64_t width) {
-      if (target != nullptr)
-        std::memcpy(target + to * width, source + from * width, sizeof(*target) * count * width);
+    const auto copy = [&](const auto* source, const auto& target, int64_t width) {
+      if (target.data == nullptr) return;
+      if (target.stride == width) {
+        std::copy_n(source + from * width, count * width, target.at(to));
+        return;
+      }
+      for (int64_t row = 0; row < count; ++row)
+        std::copy_n(source + (from + row) * width, width, target.at(to + row));
     };
     copy(record.observations, args.out.observations, args.obs_dim);
     copy(record.actions, args.out.actions, args.act_dim);

@@ -160,7 +160,7 @@ std::array<double, kSacMetrics> sac_updates(const SacArgs& args, const Kernels& 
       for (const Turn& turn : critics)
         kernels.sac_action_gradient(args, plan, turn.team, turn.network, critic_step);
       all.wait();
-      kernels.sac_actor(args, plan, all, update, actor_step);
+      kernels.sac_actor(args, plan, all, actor_step);
       if (thread == 0) state.finish_update(adam_step(args.alpha_learning_rate, number, 0.0f, 0.0f), metrics);
       all.wait();
     }

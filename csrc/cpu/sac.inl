@@ -23,11 +23,11 @@ struct SacRows {
     const SacSource& source = this->source(row);
     const uint32_t word = random_block(row, step, kBatchStream, 0, args.seed).word[0];
     const int64_t from = choose(word, static_cast<uint32_t>(source.size));
-    prefetch_row(source.observations + from * args.obs_dim, args.obs_dim);
-    prefetch_row(source.next_observations + from * args.obs_dim, args.obs_dim);
-    prefetch_row(source.actions + from * args.act_dim, args.act_dim);
-    __builtin_prefetch(source.rewards + from);
-    __builtin_prefetch(source.terminals + from);
+    prefetch_row(source.observations.at(from), args.obs_dim);
+    prefetch_row(source.next_observations.at(from), args.obs_dim);
+    prefetch_row(source.actions.at(from), args.act_dim);
+    __builtin_prefetch(source.rewards.at(from));
+    __builtin_prefetch(source.terminals.at(from));
     plan.drawn[row] = from;
   }
 
@@ -35,16 +35,16 @@ struct SacRows {
     for (int64_t row = first; row < end(); ++row) {
       const SacSource& source = this->source(row);
       const int64_t from = plan.drawn[row];
-      const float* observation = source.observations + from * args.obs_dim;
-      const float* next = source.next_observations + from * args.obs_dim;
+      const float* observation = source.observations.at(from);
+      const float* next = source.next_observations.at(from);
       copy_row(observation, args.obs_dim, plan.observations, row, 0);
       copy_row(observation, args.obs_dim, plan.inputs, row, 0);
       copy_row(observation, args.obs_dim, plan.policy_inputs, row, 0);
       copy_row(next, args.obs_dim, plan.next_observations, row, 0);
       copy_row(next, args.obs_dim, plan.next_inputs, row, 0);
-      copy_row(source.actions + from * args.act_dim, args.act_dim, plan.inputs, row, args.obs_dim);
-      plan.rewards[row] = source.rewards[from];
-      plan.continues[row] = source.terminals[from] ? 0.0f : args.discount;
+      copy_row(source.actions.at(from), args.act_dim, plan.inputs, row, args.obs_dim);
+      plan.rewards[row] = *source.rewards.at(from);
+      plan.continues[row] = *source.terminals.at(from) ? 0.0f : args.discount;
     }
   }
 
@@ -124,33 +124,23 @@ struct SacRows {
   }
 
   // Through one layer, from the gradient of its outputs to that of the pre-activations below it; `source`
-  // gives a row's row of `below`, prefetch(row, column) comes before each block.
-  template <class Source, class Prefetch>
-  void backward(const Dense& layer, const Panels& grad, const Panels& below, const Panels& to, int64_t stop,
-                Source source, Prefetch prefetch) const {
-    product<false>(
-        first, stop, 0, layer.in, layer.out, grad, layer.weight.along,
-        [&](int64_t row, int64_t column, auto& block) {
-          float* grads = at(to, row, column);
-          const float* outputs = at(below, 0, column);
-          each_vector(block, [&](int i, int v, vf x) {
-            const vf output = load(outputs + source(row + i) * kPanel + v * W);
-            store(grads + within(i, v), select(output > 0.0f, x, vf{}));
-          });
-        },
-        prefetch);
-  }
-
+  // gives a row's row of `below`.
   template <class Source>
   void backward(const Dense& layer, const Panels& grad, const Panels& below, const Panels& to, int64_t stop,
                 Source source) const {
-    backward(layer, grad, below, to, stop, source, [](int64_t, int64_t) {});
+    product<false>(first, stop, 0, layer.in, layer.out, grad, layer.weight.along,
+                   [&](int64_t row, int64_t column, auto& block) {
+                     float* grads = at(to, row, column);
+                     const float* outputs = at(below, 0, column);
+                     each_vector(block, [&](int i, int v, vf x) {
+                       const vf output = load(outputs + source(row + i) * kPanel + v * W);
+                       store(grads + within(i, v), select(output > 0.0f, x, vf{}));
+                     });
+                   });
   }
 
-  // From the gradients of the actions through Q to those of the actor's hidden layers; prefetch as of
-  // backward().
-  template <class Prefetch>
-  void actor_gradient(Prefetch prefetch) const {
+  // From the gradients of the actions through Q to those of the actor's hidden layers.
+  void actor_gradient() const {
     const float share = 1.0f / static_cast<float>(batch());
     const int64_t act_dim = args.act_dim;
     for (int64_t row = first; row < end(); ++row)
@@ -170,7 +160,7 @@ struct SacRows {
     const auto itself = [](int64_t row) { return row; };
     for (int64_t l = hidden(); l > 0; --l)
       backward(plan.actor[l], l == hidden() ? plan.actor_head_grad : plan.actor_grad[l],
-               plan.actor_hidden[l - 1], plan.actor_grad[l - 1], last, itself, prefetch);
+               plan.actor_hidden[l - 1], plan.actor_grad[l - 1], last, itself);
   }
 };
 
@@ -323,10 +313,9 @@ static void sac_sample(const SacArgs& args, const SacPlan& plan, const Team& tea
   const Span span = share(team, plan.rows);
   const SacRows rows{args, plan, span.first, span.last};
   const uint32_t step = static_cast<uint32_t>(args.first_draw + update);
-  if (update == 0)
-    for (int64_t row = rows.first; row < rows.end(); ++row) rows.draw(row, step);
+  for (int64_t row = rows.first; row < rows.end(); ++row) rows.draw(row, step);
+  rows.draw_noise(kNextActionStream, step);  // while the rows are on their way
   rows.gather();
-  rows.draw_noise(kNextActionStream, step);
   rows.act(plan.next_observations, plan.next_inputs, plan.next_log_prob);
   rows.draw_noise(kActionStream, step);
   rows.act(plan.observations, plan.policy_inputs, plan.log_prob);
@@ -358,17 +347,10 @@ static void sac_action_gradient(const SacArgs& args, const SacPlan& plan, const 
   work.train(team, step);
 }
 
-static void sac_actor(const SacArgs& args, const SacPlan& plan, const Team& team, int64_t update,
-                      const AdamStep& step) {
+static void sac_actor(const SacArgs& args, const SacPlan& plan, const Team& team, const AdamStep& step) {
   const Span span = share(team, plan.rows);
   const SacRows rows{args, plan, span.first, span.last};
-  // The next update's rows come while the products go on: one for every block, as long as there are any.
-  const uint32_t next_draw = static_cast<uint32_t>(args.first_draw + update + 1);
-  int64_t next = rows.first;
-  rows.actor_gradient([&](int64_t, int64_t) {
-    if (next < rows.end()) rows.draw(next++, next_draw);
-  });
-  while (next < rows.end()) rows.draw(next++, next_draw);
+  rows.actor_gradient();
   team.wait();
   for (int64_t l = 0; l <= rows.hidden(); ++l)
     train_panels(team, plan.actor[l], step, rows.batch(),

@@ -106,7 +106,7 @@ def _run(
     std: torch.Tensor | None = None,
 ) -> tuple[int, int]:
     """Hand the arrays' addresses to the kernel; without a policy every row is kept."""
-    addresses = [out.arrays[name].data_ptr() if name in out.arrays else 0 for name in ROLLOUT_ARRAYS]
+    arrays = [out.arrays.get(name) for name in ROLLOUT_ARRAYS]
     written, cut = extension().rollout(
         isa=isa(),
         obs_dim=start.shape[1],
@@ -137,7 +137,7 @@ def _run(
         deterministic=settings.deterministic,
         bfloat16=settings.bfloat16,
         keep_every_row=policy is None,
-        out=addresses,
+        out=[(0, 0) if array is None else (array.data_ptr(), array.stride(0)) for array in arrays],
         capacity=out.capacity,
         head=out.head,
         mean=0 if mean is None else mean.data_ptr(),
@@ -176,9 +176,9 @@ def _trained(parameters: list[Parameter]) -> list[tuple[int, int, list[int]]]:
     ]
 
 
-def _source(data: Transitions, size: int) -> tuple[list[int], int]:
-    floats = (data.observations, data.actions, data.rewards, data.next_observations)
-    return [*map(_address, floats), _address(data.terminals, torch.bool)], size
+def _source(data: Transitions, size: int) -> tuple[list[tuple[int, int]], int]:
+    arrays = (data.observations, data.actions, data.rewards, data.next_observations, data.terminals)
+    return [(array.data_ptr(), array.stride(0)) for array in arrays], size
 
 
 def sac_updates(
@@ -203,7 +203,8 @@ def sac_updates(
 
     Args:
         actor, critic: the weights of all layers, then the biases; the critics' with targets.
-        real, model: to draw from, their first `sizes` rows; `rows` of each make a batch.
+        real, model: to draw from, their first `sizes` rows; `rows` of each make a batch. CPU tensors of
+            float32, terminals bool, the numbers of a row side by side.
         updates_before: Adam's steps so far.
         first_draw: number of the first update for the random counters, with `seed` as their key.
     """

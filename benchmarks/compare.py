@@ -30,6 +30,7 @@ from mopo_fast.atomic import write_json
 from mopo_fast.bench import bench, to_table
 from mopo_fast.doctor import Report, examine
 from mopo_fast.machine import resolve_threads
+from mopo_fast.roofline import check_picture, write_roofline
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -59,6 +60,7 @@ def compare(
     rounds: int = 5,
     threads: int | None = None,
     json: Path | None = None,
+    plot: Path | None = None,
     quiet: bool = False,
 ) -> None:
     """Time every contender of a kernel in turn; the first one's rate over each other's.
@@ -68,10 +70,13 @@ def compare(
         dtype: Of the kernel's products, in a rollout.
         threads: By default every core.
         json: By default benchmarks/results/KERNEL-cpu-ISA.json, or KERNEL-DTYPE-cpu-ISA.json.
+        plot: Also draw the rows' roofline into this file, .png, .svg or .pdf.
         quiet: No progress bar.
     """
     if dtype != "float32" and kernel != "rollout":
         raise SystemExit(f"--dtype is of rollout, not of {kernel}")
+    if plot is not None:
+        check_picture(plot)
     threads, findings = resolve_threads(threads), examine()
     # JAX takes every core that the process may use.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
@@ -89,6 +94,8 @@ def compare(
     name = kernel if dtype == "float32" else f"{kernel}-{dtype}"
     path = json or RESULTS / f"{name}-cpu-{findings.machine.isa}.json"
     write_record(path, "compare", findings, {"rows": [dataclasses.asdict(row) for row in rows]})
+    if plot is not None:
+        write_roofline(plot, rows)
     print(path)
 
 

@@ -28,6 +28,8 @@ from mopo_fast.sac import SAC
 
 # Sizes of the square matrices whose product is the peak: the best differs from machine to machine.
 _PEAK_SIZES = (256, 1024, 2048)
+# Of each of the two arrays whose copy tells the memory's bandwidth: together more than any last-level cache.
+_COPY_BYTES = 2**29
 
 # Does a round's work once.
 Contender = Callable[[], object]
@@ -46,8 +48,14 @@ class Row:
     unit: str
     gflops: float
     """Arithmetic of the networks alone, two per multiply-add, / 1e9 per second."""
+    peak_gflops: float
+    """Of the best of torch's own float32 matrix products between the same rounds, on the same threads."""
     share_of_peak: float
-    """Of the best of torch's own matrix products between the same rounds, on the same threads."""
+    """`gflops` over `peak_gflops`."""
+    intensity: float
+    """The same arithmetic over `Work.bytes`, FLOP per byte: at most this, as the traffic is at least that."""
+    bandwidth: float
+    """Of a large copy between the same rounds, on the same threads: GB/s, read and written."""
     baselines: dict[str, float]
     """Of the first contender: its rate over that of each other in the same rounds."""
 
@@ -78,6 +86,8 @@ class Work:
         kernel, shape, unit: as in `Row`.
         amount: how many of the unit's things a round does.
         flop: arithmetic of the networks for one of them.
+        bytes: memory traffic that one of them cannot do without, even in one kernel whose activations never
+            leave the cores' own caches: rows in and out, and the parameters that do not fit there.
         threads: that every contender may use.
         contenders: by name, the one that the others are baselines of first.
         dtypes: of a contender's products, where they are not float32.
@@ -88,6 +98,7 @@ class Work:
     unit: str
     amount: int
     flop: float
+    bytes: float
     threads: int
     contenders: dict[str, Contender]
     dtypes: dict[str, str] = field(default_factory=dict)
@@ -126,6 +137,8 @@ def rollout_work(
     for name, precision in ((backend, dtype), (backend, "float32"), ("reference", "float32")):
         engine = RolloutEngine(ensemble, backend=name, dtype=precision, threads=threads)
         engines[engine.backend if precision == "float32" else f"{engine.backend} {precision}"] = engine
+    # What a rollout stores, in float32: wider rows only move more.
+    stored = engine.rollout(actor, start[:1], 1, seed=0)
     contenders: dict[str, Contender] = {
         name: partial(engine.rollout, actor, start, horizon, seed=0) for name, engine in engines.items()
     }
@@ -146,6 +159,8 @@ def rollout_work(
         unit="transitions/s",
         amount=starts * horizon,
         flop=2.0 * (_forward_macs(ensemble.weights) + _forward_macs(actor.weights)),
+        # The row written, its share of the start state read; parameters, which every row needs, stay.
+        bytes=_row_bytes(stored.arrays().values()) + _row_bytes([start]) / horizon,
         threads=threads,
         contenders=contenders,
         dtypes={next(iter(contenders)): dtype}
@@ -212,6 +227,8 @@ def sac_work(
         unit="updates/s",
         amount=updates,
         flop=sac_flop(sac),
+        # The batch's rows, drawn from far more than fits; at this size parameters and Adam's moments stay.
+        bytes=sac.config.batch_size * _row_bytes(data.arrays().values()),
         threads=threads,
         contenders=contenders,
     )
@@ -251,6 +268,8 @@ def fit_work(
     contenders: dict[str, Contender] = {fit.backend: partial(fit.steps, drawn) for fit in fits}
     for name, make in (baselines or {}).items():
         contenders[name] = make(fresh("reference"), drawn)
+    fit = fits[0]
+    parameters = sum(array.nbytes for array in (*fit.model.weights, *fit.model.biases))
     return Work(
         kernel="fit",
         shape={
@@ -264,7 +283,9 @@ def fit_work(
         },
         unit="samples*members/s",
         amount=drawn.numel(),
-        flop=2.0 * _training_macs(fits[0].model.weights) / config.members,
+        flop=2.0 * _training_macs(fit.model.weights) / config.members,
+        # The row, its share of its member's parameters and Adam's moments in and out: all members' don't fit.
+        bytes=_row_bytes((fit.inputs, fit.targets)) + 6 * parameters / config.members / config.batch_size,
         threads=threads,
         contenders=contenders,
     )
@@ -289,7 +310,9 @@ def bench(kernel: str, *, rounds: int = 5, quiet: bool = False, **options: Any) 
 def measure(work: Work, *, rounds: int, quiet: bool = False) -> list[Row]:
     """A row for each contender of `work`, from medians over `rounds` in turn; one more round warms up."""
     peaks = {f"torch.mm {size}": _product(size) for size in _PEAK_SIZES}
-    contenders = work.contenders | {name: run for name, (run, _) in peaks.items()}
+    copy, moved = _copy()
+    # The copy empties the caches, so products come between it and the next round.
+    contenders = work.contenders | {"copy": copy} | {name: run for name, (run, _) in peaks.items()}
     with torch_threads(work.threads):
         seconds = interleave(contenders, rounds, f"bench {work.kernel}: rounds", quiet)
     peak = max(flop / seconds[name] for name, (_, flop) in peaks.items())
@@ -305,7 +328,10 @@ def measure(work: Work, *, rounds: int, quiet: bool = False) -> list[Row]:
             rate=rate,
             unit=work.unit,
             gflops=rate * work.flop / 1e9,
+            peak_gflops=peak / 1e9,
             share_of_peak=rate * work.flop / peak,
+            intensity=work.flop / work.bytes,
+            bandwidth=moved / seconds["copy"] / 1e9,
             baselines={other: rate / rates[other] for other in others} if name == first else {},
         )
         for name, rate in rates.items()
@@ -334,6 +360,11 @@ def _training_macs(weights: Iterable[torch.Tensor]) -> int:
     """Forwards, and backwards to weights and to inputs; the gradient of the first input nobody needs."""
     first, *others = weights
     return 2 * first.numel() + 3 * _forward_macs(others)
+
+
+def _row_bytes(arrays: Iterable[torch.Tensor]) -> int:
+    """Of one row of each."""
+    return sum(array[:1].nbytes for array in arrays)
 
 
 def _check_positive(**values: int) -> None:
@@ -375,6 +406,13 @@ def _product(size: int) -> tuple[Contender, float]:
             torch.mm(left, right, out=out)
 
     return run, times * 2.0 * size**3
+
+
+def _copy() -> tuple[Contender, float]:
+    """A copy of an array far larger than the caches, and the bytes that it reads and writes."""
+    # Ones, not zeros: an array never written to is one page of zeros many times over.
+    source = torch.ones(_COPY_BYTES // 4)
+    return partial(torch.empty_like(source).copy_, source), 2.0 * source.nbytes
 
 
 def interleave(

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from mopo_fast.atomic import write_json
+from mopo_fast.atomic import check_writable, write_json
 from mopo_fast.config import DynamicsConfig, TrainConfig
 from mopo_fast.errors import InputError
 from mopo_fast.progress import console
@@ -205,6 +205,7 @@ def bench(
     rounds: int = 5,
     threads: Number = None,
     json: File = None,
+    plot: File = None,
     quiet: bool = False,
 ) -> None:
     """Measure a kernel against the PyTorch reference, in turn, round after round; medians.
@@ -218,9 +219,11 @@ def bench(
         steps: Of fit: in a round; by default 64.
         threads: By default every core.
         json: Also write the rows to this file.
+        plot: Also draw their roofline into this file, .png, .svg or .pdf.
         quiet: No progress bar.
     """
     from mopo_fast.bench import bench, to_table
+    from mopo_fast.roofline import check_picture, write_roofline
 
     sizes = {
         ("rollout", "dtype"): dtype,
@@ -233,6 +236,10 @@ def bench(
     for of, name in given:
         if of != kernel:
             raise InputError(f"--{name} is of bench {of}, not of bench {kernel}")
+    if json is not None:
+        check_writable(json)
+    if plot is not None:
+        check_picture(plot)
     rows = bench(
         kernel,
         backend=backend,
@@ -246,6 +253,8 @@ def bench(
     Console().print(to_table(rows))
     if json is not None:
         write_json(json, [dataclasses.asdict(row) for row in rows])
+    if plot is not None:
+        write_roofline(plot, rows)
 
 
 def report(run: Run) -> None:

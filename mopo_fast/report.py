@@ -18,12 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
 from mopo_fast.atomic import atomic_path, read_json
 from mopo_fast.config import DynamicsConfig, RolloutConfig
@@ -31,26 +28,10 @@ from mopo_fast.data import Transitions, load_dataset
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.fit import data_sha256, dynamics_inputs_targets, split_holdout
+from mopo_fast.pictures import BLUE, GREEN, GREY, ORANGE, blank, blank_axes, label_log, look
 from mopo_fast.rollout import RolloutEngine
 from mopo_fast.seeds import REPORT, derive_seed
 
-_BLUE, _ORANGE, _GREEN, _GREY = "#2f6db3", "#d9772b", "#3a8f5c", "#7a828c"
-_STYLE = {
-    "font.family": "sans-serif",
-    "font.size": 10.5,
-    "axes.titlesize": 11.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": _GREY,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e4e7eb",
-    "grid.linewidth": 0.8,
-    "legend.frameon": False,
-    "savefig.dpi": 130,
-}
 T = TypeVar("T")
 # Share of a normal distribution within one and two standard deviations.
 _WITHIN = {1: math.erf(1 / math.sqrt(2)), 2: math.erf(2 / math.sqrt(2))}
@@ -153,9 +134,9 @@ def _learning_curve(run: _Run) -> tuple[Figure, str]:
     if not points:
         raise InputError(f"{path} holds no evaluation yet")
     updates, mean, std = np.array(points).T
-    figure, axes = _figure(7.5, 3.8)
-    axes.fill_between(updates, mean - std, mean + std, color=_BLUE, alpha=0.18, linewidth=0)
-    axes.plot(updates, mean, color=_BLUE, linewidth=1.8, marker="o" if len(points) < 30 else "", markersize=4)
+    figure, axes = blank_axes(7.5, 3.8)
+    axes.fill_between(updates, mean - std, mean + std, color=BLUE, alpha=0.18, linewidth=0)
+    axes.plot(updates, mean, color=BLUE, linewidth=1.8, marker="o" if len(points) < 30 else "", markersize=4)
     axes.set(xlabel="SAC updates", ylabel="normalised score" if name == "score" else "return")
     axes.xaxis.set_major_formatter(_thousands)
     what = "Normalised score (0: random, 100: expert)" if name == "score" else "Return"
@@ -169,7 +150,7 @@ def _learning_curve(run: _Run) -> tuple[Figure, str]:
 def _calibration(run: _Run) -> tuple[Figure, str]:
     held_out = run.held_out
     penalties, errors = held_out.penalties, held_out.errors
-    figure = _blank(10.0, 4.3)
+    figure = blank(10.0, 4.3)
     scatter, reliability = figure.subplots(1, 2, width_ratios=(1.15, 1.0))
 
     scatter.set(xscale="log", yscale="log", xlabel=f"penalty u(s, a), {held_out.penalty}")
@@ -180,9 +161,9 @@ def _calibration(run: _Run) -> tuple[Figure, str]:
             penalties, errors, xscale="log", yscale="log", gridsize=45, bins="log", cmap="Blues", mincnt=1
         )
     else:
-        scatter.plot(penalties, errors, ".", color=_BLUE, alpha=0.35, markersize=5, markeredgewidth=0)
+        scatter.plot(penalties, errors, ".", color=BLUE, alpha=0.35, markersize=5, markeredgewidth=0)
     ends = np.array([max(penalties.min(), errors.min()), min(penalties.max(), errors.max())])
-    scatter.plot(ends, ends, color=_GREY, linewidth=1.2, linestyle="--", label="error = penalty")
+    scatter.plot(ends, ends, color=GREY, linewidth=1.2, linestyle="--", label="error = penalty")
     scatter.legend(loc="upper left")
     scatter.set_title("Every held-out transition")
 
@@ -192,15 +173,15 @@ def _calibration(run: _Run) -> tuple[Figure, str]:
     spread = np.array([1.96 * errors[part].std() / math.sqrt(len(part)) for part in deciles])
     mean_penalty = np.array([penalties[part].mean() for part in deciles])
     reliability.errorbar(
-        number, mean_error, spread, color=_ORANGE, marker="o", markersize=5, capsize=3, label="error"
+        number, mean_error, spread, color=ORANGE, marker="o", markersize=5, capsize=3, label="error"
     )
-    reliability.plot(number, mean_penalty, color=_BLUE, marker="s", markersize=5, label="penalty")
+    reliability.plot(number, mean_penalty, color=BLUE, marker="s", markersize=5, label="penalty")
     reliability.set(yscale="log", xlabel="decile of the penalty", ylabel="mean in the decile")
     reliability.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
     reliability.legend(loc="upper left")
     reliability.set_title("By decile of the penalty")
     for axis in (scatter.xaxis, scatter.yaxis, reliability.yaxis):
-        _label_log(axis)
+        label_log(axis)
 
     covered = float((errors <= penalties).mean())
     caption = (
@@ -215,11 +196,11 @@ def _calibration(run: _Run) -> tuple[Figure, str]:
 def _residuals(run: _Run) -> tuple[Figure, str]:
     residuals = run.held_out.residuals
     flat = residuals.reshape(-1, residuals.shape[-1])
-    figure = _blank(10.0, 3.9)
+    figure = blank(10.0, 3.9)
     histogram, dims = figure.subplots(1, 2, width_ratios=(1.0, 1.35))
 
     grid = np.linspace(-5, 5, 201)
-    histogram.hist(flat.clip(-5, 5).ravel(), bins=80, range=(-5, 5), density=True, color=_BLUE, alpha=0.55)
+    histogram.hist(flat.clip(-5, 5).ravel(), bins=80, range=(-5, 5), density=True, color=BLUE, alpha=0.55)
     normal = np.exp(-0.5 * grid**2) / math.sqrt(2 * math.pi)
     histogram.plot(grid, normal, color="black", linewidth=1.2, label="standard normal")
     histogram.set(xlabel="(truth − mean) / std", ylabel="density")
@@ -227,7 +208,7 @@ def _residuals(run: _Run) -> tuple[Figure, str]:
     histogram.set_title("All dimensions")
 
     number = np.arange(flat.shape[1])
-    for sigmas, colour in ((1, _BLUE), (2, _GREEN)):
+    for sigmas, colour in ((1, BLUE), (2, GREEN)):
         share = 100 * (np.abs(flat) <= sigmas).mean(0)
         dims.axhline(100 * _WITHIN[sigmas], color=colour, linestyle="--", linewidth=1.2, alpha=0.8)
         dims.plot(number, share, "o", color=colour, markersize=6, label=f"within {sigmas} std")
@@ -257,12 +238,12 @@ def _fit_curves(run: _Run) -> tuple[Figure, str]:
     if mse.ndim != 2 or mse.size == 0:
         raise InputError(f"{run.folder / 'fit.json'} holds no holdout_mse per epoch and member")
     elites = fit["elites"]
-    figure, axes = _figure(7.5, 3.8)
+    figure, axes = blank_axes(7.5, 3.8)
     epochs = np.arange(1, len(mse) + 1)
     others = [member for member in range(mse.shape[1]) if member not in elites]
     for members, label, colour, line in (
-        (elites, "elites", _BLUE, "-"),
-        (others, "other members", _ORANGE, "--"),
+        (elites, "elites", BLUE, "-"),
+        (others, "other members", ORANGE, "--"),
     ):
         for member in members:
             name = label if member == members[0] else None
@@ -270,7 +251,7 @@ def _fit_curves(run: _Run) -> tuple[Figure, str]:
     axes.legend()
     axes.set(xlabel="epoch", ylabel="holdout MSE, raw units", yscale="log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _label_log(axes.yaxis)
+    label_log(axes.yaxis)
     best = np.mean([fit["best_mse"][member] for member in elites])
     caption = (
         f"Mean squared error of each member on the {fit['holdout']:,} transitions held out of"
@@ -285,9 +266,9 @@ def _time(run: _Run) -> tuple[Figure, str]:
     parts = {name: float(seconds[name]) for name in ("fit", "rollout", "sac", "evaluate")}
     total = float(seconds["total"])
     parts["other"] = max(0.0, total - sum(parts.values()))
-    figure, axes = _figure(7.5, 2.4)
+    figure, axes = blank_axes(7.5, 2.4)
     names = list(parts)[::-1]
-    bars = axes.barh(names, [parts[name] for name in names], color=_BLUE, height=0.62)
+    bars = axes.barh(names, [parts[name] for name in names], color=BLUE, height=0.62)
     labels = [f"{_duration(parts[name])}  ({parts[name] / max(total, 1e-9):.0%})" for name in names]
     axes.bar_label(bars, labels, padding=5, fontsize=10)
     axes.set(xlim=(0, 1.25 * max(*parts.values(), 1e-9)))
@@ -391,7 +372,7 @@ def write_report(run: str | os.PathLike[str], *, data: Transitions | None = None
     for title, name, build in _SECTIONS:
         parts.append(f"<h2>{html.escape(title)}</h2>")
         picture = folder / f"{name}.png"
-        with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
+        with look():
             section = _attempt(functools.partial(build, state))
             if isinstance(section, str):
                 picture.unlink(missing_ok=True)
@@ -428,22 +409,6 @@ def _missing(line: str) -> str:
 def _table(rows: list[tuple[str, str]]) -> str:
     cells = (f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in rows)
     return "<table>\n" + "\n".join(cells) + "\n</table>"
-
-
-def _blank(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = _blank(width, height)
-    return figure, figure.subplots()
-
-
-def _label_log(axis: Axis) -> None:
-    """Plain numbers at 1, 2, 5, 10, ...: a range of less than a decade gets more than one."""
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.set_major_formatter(lambda value, position: f"{value:g}")
-    axis.set_minor_formatter(NullFormatter())
 
 
 def _thousands(value: float, position: float) -> str:

@@ -5,11 +5,12 @@ import signal
 import stat
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from mopo_fast.atomic import atomic_path, read_json, write_json
+from mopo_fast.atomic import atomic_path, check_writable, read_json, write_json
 from mopo_fast.errors import InputError
 
 
@@ -61,13 +62,24 @@ def test_a_full_disk_is_one_sentence_and_the_old_file_stays(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("path", ["/proc/nowhere/file.json", "/dev/null/file.json"])
 def test_a_folder_that_cannot_be_written_is_named(path: str) -> None:
-    with pytest.raises(InputError, match=path):
-        write_json(path, {})
+    for write in (partial(write_json, value={}), check_writable):
+        with pytest.raises(InputError, match=path):
+            write(path)
 
 
 def test_a_folder_in_the_files_place_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=str(tmp_path)):
-        write_json(tmp_path, {})
+    for write in (partial(write_json, value={}), check_writable):
+        with pytest.raises(InputError, match=str(tmp_path)):
+            write(tmp_path)
+
+
+def test_a_check_leaves_everything_as_it_was(tmp_path: Path) -> None:
+    target = tmp_path / "file.json"
+    check_writable(target)
+    assert not list(tmp_path.iterdir())
+    target.write_text("old")
+    check_writable(target)
+    assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
 
 
 def test_json_comes_back(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from mopo_fast.bench import Row, Work, bench, measure, to_table
+from mopo_fast.bench import Row, Work, _copy, bench, measure, to_table
 from mopo_fast.config import DynamicsConfig, SACConfig
 from mopo_fast.sac import SAC
 
@@ -23,6 +23,12 @@ FIT_SIZES = {
 
 
 ROLLOUT_SIZES = {"obs_dim": 3, "act_dim": 2, "starts": 20, "horizon": 2}
+
+
+@pytest.fixture(autouse=True)
+def small_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quick: what the memory's bandwidth is, no test says."""
+    monkeypatch.setattr("mopo_fast.bench._COPY_BYTES", 2**16)
 
 
 def tiny(kernel: str, **options: Any) -> list[Row]:
@@ -57,6 +63,27 @@ def test_fit_rows() -> None:
     assert ours.gflops * 1e9 / ours.rate == pytest.approx(2 * (3 * 104 - 40))
 
 
+# Bytes of rows of 3 + 2 dimensions. A rollout stores both observations, the action, reward, raw reward and
+# penalty, member and step, rollout_index and terminal, and reads a start state every other transition; SAC
+# reads 40 rows without the extras; a member of the fit has 104 weights and 16 biases, each with two moments.
+@pytest.mark.parametrize(
+    ("kernel", "least"),
+    [
+        ("rollout", (3 + 3 + 2 + 3 + 2) * 4 + 8 + 1 + 3 * 4 / 2),
+        ("sac", 40 * ((3 + 3 + 2 + 1) * 4 + 1)),
+        ("fit", (5 + 4) * 4 + 2 * 3 * 120 * 4 / 16),
+    ],
+)
+def test_the_least_memory_traffic(kernel: str, least: float) -> None:
+    for row in tiny(kernel, backend="cpu"):
+        assert row.gflops * 1e9 / row.rate / row.intensity == pytest.approx(least)
+
+
+def test_rows_of_another_dtype_move_at_least_as_much() -> None:
+    wide, narrow = tiny("rollout", backend="reference", dtype="float64")
+    assert wide.dtype == "float64" and wide.intensity == narrow.intensity
+
+
 @pytest.mark.parametrize("kernel", ["sac", "fit"])
 def test_the_reference_alone_is_one_row(kernel: str) -> None:
     (row,) = tiny(kernel, backend="reference")
@@ -84,17 +111,21 @@ def test_contenders_take_turns_and_the_first_round_is_not_counted(monkeypatch: p
     monkeypatch.setattr("mopo_fast.bench.time.perf_counter", lambda: clock[0])
     monkeypatch.setattr("mopo_fast.bench._PEAK_SIZES", (1,))
     monkeypatch.setattr("mopo_fast.bench._product", lambda size: (lambda: sleep("peak", 1.0), 100.0))
+    monkeypatch.setattr("mopo_fast.bench._copy", lambda: (lambda: sleep("copy", 4.0), 200.0))
 
     def sleep(name: str, seconds: float) -> None:
         turns.append(name)
-        clock[0] += seconds if len(turns) > 3 else 1000.0
+        clock[0] += seconds if len(turns) > 4 else 1000.0
 
     contenders = {"fast": lambda: sleep("fast", 2.0), "slow": lambda: sleep("slow", 8.0)}
-    work = Work("k", {"size": 1}, "things/s", amount=4, flop=10.0, threads=1, contenders=contenders)
+    work = Work(
+        "k", {"size": 1}, "things/s", amount=4, flop=10.0, bytes=5.0, threads=1, contenders=contenders
+    )
     fast, slow = measure(work, rounds=3, quiet=True)
-    assert turns == ["fast", "slow", "peak"] * 4
+    assert turns == ["fast", "slow", "copy", "peak"] * 4
     assert (fast.rate, slow.rate, fast.baselines) == (2.0, 0.5, {"slow": 4.0})
-    assert (fast.gflops, fast.share_of_peak) == (2e-8, 0.2)
+    assert (fast.gflops, fast.peak_gflops, fast.share_of_peak) == (2e-8, 1e-7, 0.2)
+    assert (fast.intensity, fast.bandwidth) == (2.0, 5e-8) == (slow.intensity, slow.bandwidth)
     lines = shown([fast, slow])
     assert ["fast", "float32", "2", "0.0", "20%"] in lines
     assert ["slow", "float32", "0", "0.0", "5%", "4.00"] in lines
@@ -128,3 +159,10 @@ def test_a_rollout_baseline_says_its_dtype() -> None:
     baselines = {"half": lambda ensemble, actor, start, horizon: InHalf(), "plain": lambda *_: lambda: None}
     rows = tiny("rollout", backend="cpu", baselines=baselines)
     assert [(row.backend, row.dtype) for row in rows[2:]] == [("half", "float16"), ("plain", "float32")]
+
+
+def test_a_copy_counts_what_it_reads_and_writes() -> None:
+    run, moved = _copy()
+    assert moved == 2 * 2**16
+    copied = run()
+    assert isinstance(copied, torch.Tensor) and copied.nbytes == 2**16 and bool((copied == 1).all())

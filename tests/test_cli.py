@@ -218,18 +218,43 @@ def test_bench_writes_rows(
     flop: int,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    out = tmp_path / "bench.json"
+    monkeypatch.setattr("mopo_fast.bench._COPY_BYTES", 2**16)
+    out, picture = tmp_path / "bench.json", tmp_path / "bench.png"
     flags = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
-    arguments = ["--rounds", "2", "--threads", "1", "--quiet", "--json", str(out)]
+    arguments = ["--rounds", "2", "--threads", "1", "--quiet", "--json", str(out), "--plot", str(picture)]
     assert main(["bench", kernel, *flags, *arguments]) == 0
     ours, reference = json.loads(out.read_text())
     assert (ours["kernel"], reference["backend"]) == (kernel, "reference")
     assert ours["baselines"]["reference"] == pytest.approx(ours["rate"] / reference["rate"])
     assert ours["shape"].items() >= sizes.items() and ours["unit"] == unit
     assert ours["gflops"] * 1e9 / ours["rate"] == pytest.approx(flop)
+    assert min(ours["intensity"], ours["peak_gflops"], ours["bandwidth"]) > 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().out
     assert all(word in shown for word in (kernel, "cpu", "reference", "torch.mm"))
+
+
+@pytest.mark.parametrize(
+    ("flag", "name"),
+    [
+        ("--plot", "a.jpeg"),
+        ("--plot", "/proc/nowhere/a.png"),
+        ("--plot", "folder.png"),
+        ("--json", "/proc/a/b"),
+    ],
+)
+def test_a_bench_that_cannot_be_written_is_not_begun(
+    flag: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*args: object, **kwargs: object) -> None:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr("mopo_fast.bench.measure", measured)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    assert name in error_of(capsys, "bench", "rollout", "--starts", "1", flag, name)
 
 
 MISTAKES = {

@@ -188,10 +188,12 @@ class EagerFit:
 
     def __init__(self, fit: Fit, rows: torch.Tensor) -> None:
         self.fit, self.rows = fit, rows
+        # Arrays of their own, as other code has them.
+        self.inputs, self.targets = fit.inputs.contiguous(), fit.targets.contiguous()
 
     def __call__(self) -> None:
         for batch in self.rows.split(self.fit.config.batch_size, dim=1):
-            self.step(self.fit.inputs[batch], self.fit.targets[batch])
+            self.step(self.inputs[batch], self.targets[batch])
 
     def step(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         model, optimizer = self.fit.model, self.fit.optimizer
@@ -221,6 +223,26 @@ class CompiledFit(EagerFit):
 
     def _step(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         self.adam.step(torch.func.grad(_fit_loss)(self.parameters, inputs, targets, self.fit))
+
+
+class BFloat16Fit(EagerFit):
+    """The same under autocast."""
+
+    dtype = torch.bfloat16
+
+    def step(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            super().step(inputs, targets)
+
+
+class CompiledBFloat16Fit(CompiledFit):
+    """The same under autocast."""
+
+    dtype = torch.bfloat16
+
+    def _step(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            super()._step(inputs, targets)
 
 
 class _WrittenAdam:

@@ -18,7 +18,14 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional
 
-from benchmarks.baselines import CompiledFit, CompiledSAC, EagerFit, PlainSAC
+from benchmarks.baselines import (
+    BFloat16Fit,
+    CompiledBFloat16Fit,
+    CompiledFit,
+    CompiledSAC,
+    EagerFit,
+    PlainSAC,
+)
 from benchmarks.baselines_rollout import (
     BFloat16Rollout,
     CompiledBFloat16Rollout,
@@ -44,7 +51,12 @@ BASELINES: dict[str, dict[str, Callable[..., Any]]] = {
         "torch.compile, bfloat16": CompiledBFloat16Rollout,
     },
     "sac": {"PyTorch, plain": PlainSAC, "torch.compile": CompiledSAC},
-    "fit": {"PyTorch, eager": EagerFit, "torch.compile": CompiledFit},
+    "fit": {
+        "PyTorch, eager": EagerFit,
+        "torch.compile": CompiledFit,
+        "PyTorch, bfloat16": BFloat16Fit,
+        "torch.compile, bfloat16": CompiledBFloat16Fit,
+    },
 }
 if importlib.util.find_spec("jax"):
     from benchmarks.baselines_jax import JaxFit, JaxRollout, JaxSAC
@@ -67,14 +79,14 @@ def compare(
 
     Args:
         kernel: What to compare on.
-        dtype: Of the kernel's products, in a rollout.
+        dtype: Of the kernel's products, in a rollout or the fit.
         threads: By default every core.
         json: By default benchmarks/results/KERNEL-cpu-ISA.json, or KERNEL-DTYPE-cpu-ISA.json.
         plot: Also draw the rows' roofline into this file, .png, .svg or .pdf.
         quiet: No progress bar.
     """
-    if dtype != "float32" and kernel != "rollout":
-        raise SystemExit(f"--dtype is of rollout, not of {kernel}")
+    if dtype != "float32" and kernel == "sac":
+        raise SystemExit("--dtype is of rollout and fit, not of sac")
     if plot is not None:
         check_picture(plot)
     threads, findings = resolve_threads(threads), examine()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.baselines import EagerFit
 from benchmarks.baselines_rollout import PENALTY_COEF, LinearRollout
 from benchmarks.compare import BASELINES
 from mopo_fast import Actor, EnsembleDynamics
@@ -199,4 +200,21 @@ def test_fit(name: str) -> None:
         other()
         theirs = other.state()
     assert theirs.keys() == before.keys()
+    # Autocast leaves float64 alone.
     assert_same(dict(reference.model.named_parameters()), theirs, before)
+
+
+@pytest.mark.parametrize("name", [name for name in FIT_NAMES if "bfloat16" in name])
+def test_fit_in_bfloat16(name: str) -> None:
+    def fresh() -> Fit:
+        return Fit(transitions(200, seed=1), 0, FIT_CONFIG, backend="reference")
+
+    rows = torch.randint(len(fresh().inputs), (3, BATCH), generator=torch.Generator().manual_seed(0))
+    before = copied(dict(fresh().model.named_parameters()))
+    other, exact = baseline("fit", name)(fresh(), rows), EagerFit(fresh(), rows)
+    other()
+    exact()
+    for key, value in exact.state().items():
+        error, moved = ((value - x).abs().mean() for x in (other.state()[key], before[key]))
+        assert error < 0.2 * moved, f"{key}: {error} beside a movement of {moved}"
+        assert error > 0.0 or not key.startswith("weights"), f"{key} was not rounded"

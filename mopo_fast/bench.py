@@ -4,6 +4,7 @@ Programs timed one after the other are not comparable where the machine's speed 
 """
 
 import contextlib
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,11 +16,11 @@ import torch
 from rich.table import Table
 
 from mopo_fast.buffer import RingBuffer
-from mopo_fast.config import DynamicsConfig, SACConfig
+from mopo_fast.config import DynamicsConfig, FitDtype, SACConfig
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
-from mopo_fast.fit import Fit
+from mopo_fast.fit import Fit, check_config
 from mopo_fast.machine import resolve_threads
 from mopo_fast.policy import Actor
 from mopo_fast.progress import progress_bar
@@ -144,7 +145,6 @@ def rollout_work(
     }
     for name, make in (baselines or {}).items():
         contenders[name] = make(ensemble, actor, start, horizon)
-    dtypes = {name: getattr(run, "dtype", torch.float32) for name, run in contenders.items()}
     return Work(
         kernel="rollout",
         shape={
@@ -163,12 +163,7 @@ def rollout_work(
         bytes=_row_bytes(stored.arrays().values()) + _row_bytes([start]) / horizon,
         threads=threads,
         contenders=contenders,
-        dtypes={next(iter(contenders)): dtype}
-        | {
-            name: str(value).removeprefix("torch.")
-            for name, value in dtypes.items()
-            if value != torch.float32
-        },
+        dtypes=_dtypes(contenders, dtype),
     )
 
 
@@ -240,6 +235,7 @@ def fit_work(
     obs_dim: int = 17,
     act_dim: int = 6,
     steps: int = 64,
+    dtype: FitDtype = "float32",
     config: DynamicsConfig | None = None,
     rows: int = 200_000,
     threads: int | None = None,
@@ -250,7 +246,9 @@ def fit_work(
     Data are drawn at random, `rows` transitions.
 
     Args:
-        baselines: more contenders, each made of a fresh fit and the rows [members, count] of a round.
+        dtype: of the first contender; with another than float32 it meets itself in float32 too.
+        baselines: more contenders, each made of a fresh fit and the rows [members, count] of a round; where
+            products are not in float32, an attribute `dtype` says so.
 
     Raises:
         InputError: a number out of range, or a backend that cannot serve.
@@ -259,13 +257,20 @@ def fit_work(
     threads, config = resolve_threads(threads), config or DynamicsConfig()
     data = _random_transitions(rows, obs_dim, act_dim)
 
-    def fresh(backend: str) -> Fit:
-        return Fit(data, 0, config, "cpu", backend, threads)
+    def fresh(backend: str, dtype: FitDtype = "float32") -> Fit:
+        precise = dataclasses.replace(config, dtype=dtype)
+        check_config(precise)
+        return Fit(data, 0, precise, "cpu", backend, threads)
 
-    fits = [fresh(name) for name in (backend, "reference")]
+    fits = [fresh(backend, dtype), *([fresh(backend)] if dtype != "float32" else []), fresh("reference")]
     size = (config.members, steps * config.batch_size)
     drawn = torch.randint(len(fits[0].inputs), size, generator=torch.Generator().manual_seed(0))
-    contenders: dict[str, Contender] = {fit.backend: partial(fit.steps, drawn) for fit in fits}
+    contenders: dict[str, Contender] = {
+        fit.backend if fit.config.dtype == "float32" else f"{fit.backend} {fit.config.dtype}": partial(
+            fit.steps, drawn
+        )
+        for fit in fits
+    }
     for name, make in (baselines or {}).items():
         contenders[name] = make(fresh("reference"), drawn)
     fit = fits[0]
@@ -288,6 +293,7 @@ def fit_work(
         bytes=_row_bytes((fit.inputs, fit.targets)) + 6 * parameters / config.members / config.batch_size,
         threads=threads,
         contenders=contenders,
+        dtypes=_dtypes(contenders, dtype),
     )
 
 
@@ -365,6 +371,15 @@ def _training_macs(weights: Iterable[torch.Tensor]) -> int:
 def _row_bytes(arrays: Iterable[torch.Tensor]) -> int:
     """Of one row of each."""
     return sum(array[:1].nbytes for array in arrays)
+
+
+def _dtypes(contenders: Mapping[str, Contender], first: str) -> dict[str, str]:
+    """`Work.dtypes`: what the first contender's is, and what others say of themselves."""
+    given = {name: getattr(run, "dtype", torch.float32) for name, run in contenders.items()}
+    others = {
+        name: str(dtype).removeprefix("torch.") for name, dtype in given.items() if dtype != torch.float32
+    }
+    return {next(iter(contenders)): first} | others
 
 
 def _check_positive(**values: int) -> None:

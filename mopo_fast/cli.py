@@ -212,7 +212,7 @@ def bench(
 
     Args:
         kernel: What to measure.
-        dtype: Of a rollout's products; by default float32.
+        dtype: Of a rollout's or the fit's products; by default float32.
         starts: Of a rollout: start states; by default 50,000.
         horizon: Of a rollout: steps from each; by default 5.
         updates: Of sac: in a round; by default 100.
@@ -225,17 +225,18 @@ def bench(
     from mopo_fast.bench import bench, to_table
     from mopo_fast.roofline import check_picture, write_roofline
 
-    sizes = {
-        ("rollout", "dtype"): dtype,
-        ("rollout", "starts"): starts,
-        ("rollout", "horizon"): horizon,
-        ("sac", "updates"): updates,
-        ("fit", "steps"): steps,
+    options = {
+        "dtype": (dtype, ("rollout", "fit")),
+        "starts": (starts, ("rollout",)),
+        "horizon": (horizon, ("rollout",)),
+        "updates": (updates, ("sac",)),
+        "steps": (steps, ("fit",)),
     }
-    given = {key: value for key, value in sizes.items() if value is not None}
-    for of, name in given:
-        if of != kernel:
-            raise InputError(f"--{name} is of bench {of}, not of bench {kernel}")
+    given = {name: value for name, (value, _) in options.items() if value is not None}
+    for name in given:
+        kernels = options[name][1]
+        if kernel not in kernels:
+            raise InputError(f"--{name} is of bench {' and '.join(kernels)}, not of bench {kernel}")
     if json is not None:
         check_writable(json)
     if plot is not None:
@@ -248,7 +249,7 @@ def bench(
         rounds=rounds,
         threads=threads,
         quiet=quiet,
-        **{name: value for (_, name), value in given.items()},
+        **given,
     )
     Console().print(to_table(rows))
     if json is not None:

@@ -18,10 +18,12 @@ from mopo_fast.errors import InputError
 Activation = Literal["silu", "relu", "tanh"]
 Penalty = Literal["max_aleatoric", "max_deviation", "max_pairwise", "ensemble_std", "mixture_std"]
 PenaltyMembers = Literal["all", "elites"]
+FitDtype = Literal["float32", "bfloat16"]
 Tuned = Literal["authors", "offlinerl-kit"]
 # The order is the kernels': an index here is an enumerator there.
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 PENALTIES: tuple[Penalty, ...] = get_args(Penalty)
+FIT_DTYPES: tuple[FitDtype, ...] = get_args(FitDtype)
 TUNED: tuple[Tuned, ...] = get_args(Tuned)
 
 # On the command line `--horizon`, not `--rollout.horizon`.
@@ -39,7 +41,7 @@ class DynamicsConfig:
     learning_rate: float = 1e-3
     batch_size: int = 256
     """Rows per member in one step."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: FitDtype = "float32"
     """bfloat16: of the factors of the fit's products; all else is float32. Fast on AMX."""
     weight_decay: tuple[float, ...] = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)
     """Per layer, the last for both heads; each times 0.5 ||W||^2, weights only, added to the loss."""

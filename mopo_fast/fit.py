@@ -20,7 +20,7 @@ from torch.nn import functional
 from mopo_fast import backends
 from mopo_fast.atomic import write_json
 from mopo_fast.backends import cpu
-from mopo_fast.config import DynamicsConfig, check_finite, to_dict
+from mopo_fast.config import FIT_DTYPES, DynamicsConfig, check_finite, to_dict
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import EnsembleDynamics, mlp_bytes, soft_clamp_logvar
 from mopo_fast.errors import InputError
@@ -418,6 +418,8 @@ def check_config(config: DynamicsConfig, device: torch.device | str = "cpu") -> 
         raise InputError(
             f"weight_decay needs one value per layer, {len(config.hidden) + 1}, got {config.weight_decay}"
         )
+    if config.dtype not in FIT_DTYPES:
+        raise InputError(f"unknown dtype {config.dtype!r} of the fit; there are: {', '.join(FIT_DTYPES)}")
     for name in ("batch_size", "members"):
         if getattr(config, name) < 1:
             raise InputError(f"{name} must be at least 1, got {getattr(config, name)}")

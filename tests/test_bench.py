@@ -10,6 +10,7 @@ from rich.console import Console
 
 from mopo_fast.bench import Row, Work, _copy, bench, measure, to_table
 from mopo_fast.config import DynamicsConfig, SACConfig
+from mopo_fast.errors import InputError
 from mopo_fast.sac import SAC
 
 SAC_SIZES = {
@@ -82,6 +83,15 @@ def test_the_least_memory_traffic(kernel: str, least: float) -> None:
 def test_rows_of_another_dtype_move_at_least_as_much() -> None:
     wide, narrow = tiny("rollout", backend="reference", dtype="float64")
     assert wide.dtype == "float64" and wide.intensity == narrow.intensity
+
+
+def test_fit_in_bfloat16_meets_itself_in_float32() -> None:
+    rows = tiny("fit", backend="cpu", dtype="bfloat16")
+    assert [(row.backend, row.dtype) for row in rows] == [
+        ("cpu bfloat16", "bfloat16"), ("cpu", "float32"), ("reference", "float32"),
+    ]  # fmt: skip
+    with pytest.raises(InputError, match="unknown dtype 'float64' of the fit"):
+        tiny("fit", backend="cpu", dtype="float64")
 
 
 @pytest.mark.parametrize("kernel", ["sac", "fit"])

@@ -235,8 +235,8 @@ def fit_work(
     obs_dim: int = 17,
     act_dim: int = 6,
     steps: int = 64,
-    dtype: FitDtype = "float32",
     config: DynamicsConfig | None = None,
+    dtype: FitDtype | None = None,
     rows: int = 200_000,
     threads: int | None = None,
     baselines: Mapping[str, Callable[[Fit, torch.Tensor], Contender]] | None = None,
@@ -246,7 +246,7 @@ def fit_work(
     Data are drawn at random, `rows` transitions.
 
     Args:
-        dtype: of the first contender; with another than float32 it meets itself in float32 too.
+        dtype: of the first contender, by default config's; with bfloat16 it meets itself in float32 too.
         baselines: more contenders, each made of a fresh fit and the rows [members, count] of a round; where
             products are not in float32, an attribute `dtype` says so.
 
@@ -255,6 +255,7 @@ def fit_work(
     """
     _check_positive(obs_dim=obs_dim, act_dim=act_dim, steps=steps)
     threads, config = resolve_threads(threads), config or DynamicsConfig()
+    dtype = dtype or config.dtype
     data = _random_transitions(rows, obs_dim, act_dim)
 
     def fresh(backend: str, dtype: FitDtype = "float32") -> Fit:

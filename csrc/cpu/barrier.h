@@ -1,11 +1,26 @@
-// A barrier between threads that have a core each and meet every few hundred microseconds: too often to
-// sleep.
+// Threads that have a core each and wait for one another every few hundred microseconds: too often to sleep.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
 
 namespace mopo {
+
+// Until `value` is no longer `old`.
+template <class T>
+void wait_while(const std::atomic<T>& value, T old) {
+  constexpr int kSpins = 4000;  // 50 to 200 microseconds on x86
+  for (int spin = 0; spin < kSpins; ++spin) {
+    if (value.load(std::memory_order_acquire) != old) return;
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+  }
+  // The others have lost their core to somebody: leave them this one.
+  value.wait(old, std::memory_order_acquire);
+}
 
 class Barrier {
  public:
@@ -19,28 +34,28 @@ class Barrier {
       round_.notify_all();
       return;
     }
-    for (int spin = 0; spin < kSpins; ++spin) {
-      if (round_.load(std::memory_order_acquire) != round) return;
-      pause();
-    }
-    // The others have lost their core to somebody: leave them this one.
-    round_.wait(round, std::memory_order_acquire);
+    wait_while(round_, round);
   }
 
  private:
-  static constexpr int kSpins = 4000;  // 50 to 200 microseconds on x86
-
-  static void pause() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-  }
-
   const int threads_;
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint32_t> round_{0};
+};
+
+// How far something has come.
+class Milestone {
+ public:
+  void reach(int64_t step) {
+    step_.store(step, std::memory_order_release);
+    step_.notify_all();
+  }
+  void wait_for(int64_t step) const {
+    for (int64_t now; (now = step_.load(std::memory_order_acquire)) < step;) wait_while(step_, now);
+  }
+
+ private:
+  alignas(64) std::atomic<int64_t> step_{0};
 };
 
 }  // namespace mopo

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <vector>
 
 #include "barrier.h"
@@ -13,8 +14,8 @@ namespace {
 // The memory of a call: parameters in the kernels' layout, and what lies between a batch and their gradients.
 class FitState {
  public:
-  FitState(const FitArgs& args, const Kernels& kernels, int threads)
-      : args_(args), kernels_(kernels), workspaces_(threads + 1), matrices_(threads + 1) {
+  FitState(const FitArgs& args, const Kernels& kernels, int teams)
+      : workspaces(teams), args_(args), kernels_(kernels), matrices_(teams) {
     lay_out();
     arena_.allocate_zeroed();
     lay_out();
@@ -22,11 +23,6 @@ class FitState {
       read_parameters(layer, member, dense, args_.bfloat16, kernels_);
     });
     read_bounds();
-  }
-
-  // For a member of one thread alone, or for one of everybody's.
-  const FitWorkspace& workspace(const Team& team, int thread) const {
-    return workspaces_[team.parts == 1 ? thread : team.parts];
   }
 
   void write_back() {
@@ -54,6 +50,7 @@ class FitState {
   }
 
   FitPlan plan{};
+  std::vector<FitWorkspace> workspaces;  // a team's each
 
  private:
   struct Matrices {
@@ -86,10 +83,7 @@ class FitState {
     for (float** each : {&plan.max_logvar, &plan.exp_minus_max, &plan.exp_min}) arena_.take(*each, dims);
     arena_.take(plan.loss, args_.members);
     for (double** each : {&plan.max_grad, &plan.min_grad}) arena_.take(*each, args_.members * args_.dims);
-    const int64_t threads = static_cast<int64_t>(workspaces_.size()) - 1;
-    const bool own = args_.members >= threads, shared = threads > 1 && args_.members % threads != 0;
-    for (int64_t i = 0; i <= threads; ++i)
-      if (i < threads ? own : shared) lay_out(workspaces_[i], matrices_[i]);
+    for (size_t team = 0; team < workspaces.size(); ++team) lay_out(workspaces[team], matrices_[team]);
   }
 
   void lay_out(FitWorkspace& ws, Matrices& matrices) {
@@ -126,35 +120,45 @@ class FitState {
   const Kernels& kernels_;
   Arena arena_;
   std::vector<Dense> layers_;
-  // A workspace for each thread, and one that they share; its matrices.
-  std::vector<FitWorkspace> workspaces_;
-  std::vector<Matrices> matrices_;
+  std::vector<Matrices> matrices_;  // of the workspaces
 };
 
 }  // namespace
 
+// Members take turns, step after step, and teams take the turns one after the other, so that seven members
+// keep two teams busy. A member's turn waits for its last one; the loss for the bounds, which all members'
+// losses of the step before have moved.
 double fit_steps(const FitArgs& args, const Kernels& kernels) {
+  const int64_t members = args.members, steps = (args.count + args.batch - 1) / args.batch;
   const int64_t blocks = (std::min(args.batch, args.count) + kernels.block - 1) / kernels.block;
-  const int threads = static_cast<int>(std::min<int64_t>(args.threads, std::max(blocks, args.members)));
-  FitState state(args, kernels, threads);
-  const int64_t steps = (args.count + args.batch - 1) / args.batch;
+  const int size = static_cast<int>(std::clamp<int64_t>(args.threads / members, 1, blocks));
+  const int teams = static_cast<int>(std::min<int64_t>(args.threads / size, members));
+  FitState state(args, kernels, teams);
+  std::vector<std::unique_ptr<Barrier>> barriers;
+  for (int team = 0; team < teams; ++team) barriers.push_back(std::make_unique<Barrier>(size));
+  std::vector<Milestone> trained(members);
+  Milestone bounds;
+  std::atomic<int64_t> losses{0};
   double loss = 0.0;
-  Barrier barrier(threads);
-  parallel(threads, [&](int thread) {
-    const Team all{thread, threads, &barrier};
-    const std::vector<Turn> members = turns(args.members, all);
+  parallel(teams * size, [&](int thread) {
+    const Team team{thread % size, size, barriers[thread / size].get()};
+    const FitWorkspace& workspace = state.workspaces[thread / size];
     std::vector<AdamStep> layer_steps(args.depth);
-    for (int64_t step = 0; step < steps; ++step) {
-      const int64_t number = args.steps_before + step + 1;
+    for (int64_t number = thread / size; number < steps * members; number += teams) {
+      const int64_t step = number / members, member = number % members, begin = step * args.batch;
+      const int64_t adam_number = args.steps_before + step + 1;
       for (int64_t l = 0; l < args.depth; ++l)
-        layer_steps[l] = adam_step(args.learning_rate, number, args.weight_decay[l], 0.0f);
-      const int64_t begin = step * args.batch, count = std::min(args.batch, args.count - begin);
-      for (const Turn& turn : members)
-        kernels.fit_member(args, state.plan, state.workspace(turn.team, thread),
-                           {turn.network, begin, count, turn.team}, layer_steps.data());
-      all.wait();
-      if (thread == 0) loss += state.step_bounds(adam_step(args.learning_rate, number, 0.0f, 0.0f));
-      all.wait();
+        layer_steps[l] = adam_step(args.learning_rate, adam_number, args.weight_decay[l], 0.0f);
+      const FitTurn turn{member, begin, std::min(args.batch, args.count - begin), team};
+      trained[member].wait_for(step);
+      bounds.wait_for(step);
+      kernels.fit_forward(args, state.plan, workspace, turn);
+      if (team.part == 0 && losses.fetch_add(1, std::memory_order_acq_rel) + 1 == (step + 1) * members) {
+        loss += state.step_bounds(adam_step(args.learning_rate, adam_number, 0.0f, 0.0f));
+        bounds.reach(step + 1);
+      }
+      kernels.fit_backward(args, state.plan, workspace, turn, layer_steps.data());
+      if (team.part == 0) trained[member].reach(step + 1);
     }
   });
   state.write_back();

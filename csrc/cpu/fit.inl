@@ -1,4 +1,4 @@
-// A step of the ensemble's maximum-likelihood fit for one member: the team takes rows of its batch forwards;
+// A step of the ensemble's maximum-likelihood fit for one member: a team takes rows of its batch forwards;
 // then, layer by layer from the top, rows backwards and the layer's parameters.
 
 // The activation at x, and its derivative there; rough: for results that are rounded to bfloat16.
@@ -157,29 +157,41 @@ struct FitRows {
   }
 };
 
-template <class Factors>
-static void fit_member_in(const FitArgs& args, const FitPlan& plan, const FitWorkspace& ws,
-                          const FitTurn& turn, const AdamStep* steps) {
-  const Span span = share(turn.team, turn.count, Factors::kRows);
-  const FitRows<Factors> rows{args, plan, ws, turn, span.first, span.last};
-  rows.gather();
-  rows.forward();
-  rows.differentiate_loss();
-  for (int64_t l = rows.hidden(); l >= 0; --l) {
-    const Factor& grad = l == rows.hidden() ? ws.head_grad : ws.grads[l];
-    // Before the layer's parameters move.
-    if (l > 0) rows.backward(l, grad);
-    turn.team.wait();
-    if (l == rows.hidden() && turn.team.part == 0) rows.add_up();
-    train_layer<Factors>(turn.team, rows.layers()[l], steps[l], turn.count,
-                         l == 0 ? ws.inputs : ws.hidden[l - 1], grad);
-  }
-  turn.team.wait();
+// work(rows) for the rows of this thread, on the factors asked for.
+template <class Work>
+static void with_rows(const FitArgs& args, const FitPlan& plan, const FitWorkspace& ws, const FitTurn& turn,
+                      Work work) {
+  const auto run = [&]<class Factors>() {
+    const Span span = share(turn.team, turn.count, Factors::kRows);
+    work(FitRows<Factors>{args, plan, ws, turn, span.first, span.last});
+  };
+  if (!args.bfloat16) return run.template operator()<Float32Factors>();
+  const Tiles tiles;
+  run.template operator()<BFloat16Factors>();
 }
 
-static void fit_member(const FitArgs& args, const FitPlan& plan, const FitWorkspace& ws, const FitTurn& turn,
-                       const AdamStep* steps) {
-  if (!args.bfloat16) return fit_member_in<Float32Factors>(args, plan, ws, turn, steps);
-  const Tiles tiles;
-  fit_member_in<BFloat16Factors>(args, plan, ws, turn, steps);
+static void fit_forward(const FitArgs& args, const FitPlan& plan, const FitWorkspace& ws,
+                        const FitTurn& turn) {
+  with_rows(args, plan, ws, turn, [&](const auto& rows) {
+    rows.gather();
+    rows.forward();
+    rows.differentiate_loss();
+    turn.team.wait();
+    if (turn.team.part == 0) rows.add_up();
+  });
+}
+
+static void fit_backward(const FitArgs& args, const FitPlan& plan, const FitWorkspace& ws,
+                         const FitTurn& turn, const AdamStep* steps) {
+  with_rows(args, plan, ws, turn, [&]<class Factors>(const FitRows<Factors>& rows) {
+    for (int64_t l = rows.hidden(); l >= 0; --l) {
+      const Factor& grad = l == rows.hidden() ? ws.head_grad : ws.grads[l];
+      // Before the layer's parameters move.
+      if (l > 0) rows.backward(l, grad);
+      turn.team.wait();
+      train_layer<Factors>(turn.team, rows.layers()[l], steps[l], turn.count,
+                           l == 0 ? ws.inputs : ws.hidden[l - 1], grad);
+    }
+    turn.team.wait();
+  });
 }

@@ -177,8 +177,10 @@ struct Kernels {
   void (*sac_actor)(const SacArgs&, const SacPlan&, const Team&, const AdamStep&);
   // A layer's weights as factors, from its values.
   void (*take_up)(const Dense&, bool bfloat16);
-  void (*fit_member)(const FitArgs&, const FitPlan&, const FitWorkspace&, const FitTurn&,
-                     const AdamStep* steps);
+  // A member's step: up to the loss and its gradient by the bounds; then the parameters.
+  void (*fit_forward)(const FitArgs&, const FitPlan&, const FitWorkspace&, const FitTurn&);
+  void (*fit_backward)(const FitArgs&, const FitPlan&, const FitWorkspace&, const FitTurn&,
+                       const AdamStep* steps);
   void (*math)(MathFunction, const float* x, float* y, int64_t count);
 };
 

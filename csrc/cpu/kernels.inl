@@ -83,7 +83,8 @@ extern const Kernels MOPO_KERNELS = {
     MOPO_ISA::sac_action_gradient,
     MOPO_ISA::sac_actor,
     MOPO_ISA::take_up,
-    MOPO_ISA::fit_member,
+    MOPO_ISA::fit_forward,
+    MOPO_ISA::fit_backward,
     MOPO_ISA::math,
 };
 

@@ -136,6 +136,21 @@ class SacState {
       scratch_grad_;
 };
 
+// The critics in which this thread, part `all.part`, has a part, in their order. As many as there are for
+// every thread are one thread's alone, which waits for nobody and keeps them in its cache; the others are
+// everybody's.
+struct Turn {
+  int64_t critic;
+  Team team;
+};
+std::vector<Turn> turns(int64_t critics, const Team& all) {
+  std::vector<Turn> result;
+  const int64_t own = critics / all.parts;
+  for (int64_t critic = own * all.parts; critic < critics; ++critic) result.push_back({critic, all});
+  for (int64_t i = 0; i < own; ++i) result.push_back({own * all.part + i, Team{0, 1, nullptr}});
+  return result;
+}
+
 }  // namespace
 
 std::array<double, kSacMetrics> sac_updates(const SacArgs& args, const Kernels& kernels) {
@@ -153,12 +168,12 @@ std::array<double, kSacMetrics> sac_updates(const SacArgs& args, const Kernels& 
       const AdamStep actor_step = adam_step(args.actor_learning_rate, number, 0.0f, 0.0f);
       kernels.sac_sample(args, plan, all, update);
       all.wait();
-      for (const Turn& turn : critics) kernels.sac_target(args, plan, turn.team, turn.network);
+      for (const Turn& turn : critics) kernels.sac_target(args, plan, turn.team, turn.critic);
       all.wait();
-      for (const Turn& turn : critics) kernels.sac_critic(args, plan, turn.team, turn.network, critic_step);
+      for (const Turn& turn : critics) kernels.sac_critic(args, plan, turn.team, turn.critic, critic_step);
       all.wait();
       for (const Turn& turn : critics)
-        kernels.sac_action_gradient(args, plan, turn.team, turn.network, critic_step);
+        kernels.sac_action_gradient(args, plan, turn.team, turn.critic, critic_step);
       all.wait();
       kernels.sac_actor(args, plan, all, actor_step);
       if (thread == 0) state.finish_update(adam_step(args.alpha_learning_rate, number, 0.0f, 0.0f), metrics);

@@ -67,14 +67,6 @@ void Team::wait() const {
   if (parts > 1) barrier->wait();
 }
 
-std::vector<Turn> turns(int64_t networks, const Team& all) {
-  std::vector<Turn> result;
-  const int64_t own = networks / all.parts;
-  for (int64_t network = own * all.parts; network < networks; ++network) result.push_back({network, all});
-  for (int64_t i = 0; i < own; ++i) result.push_back({own * all.part + i, Team{0, 1, nullptr}});
-  return result;
-}
-
 Rows take_rows(Arena& arena, int64_t rows, int64_t width) {
   constexpr int64_t kWidest = 16;
   Rows result{nullptr, round_up(width, kWidest)};

@@ -1,8 +1,6 @@
 // Memory of the networks under training, and who works on which.
 #pragma once
 
-#include <vector>
-
 #include "../train.h"
 #include "arena.h"
 #include "kernels.h"
@@ -34,14 +32,5 @@ AdamStep adam_step(float learning_rate, int64_t step, float weight_decay, float 
 
 // Number `at` of a parameter a step against its gradient.
 void adam(const AdamStep& step, const Parameter& parameter, int64_t at, double gradient);
-
-// The networks in which this thread, part `all.part`, has a part, in their order. As many as there are for
-// every thread are one thread's alone, which waits for nobody and keeps them in its cache; the others are
-// everybody's.
-struct Turn {
-  int64_t network;
-  Team team;
-};
-std::vector<Turn> turns(int64_t networks, const Team& all);
 
 }  // namespace mopo

@@ -54,8 +54,9 @@ $(VENV)/.installed-bench: $(INSTALLED)
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m pytest benchmarks/test_*.py
 	$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-columns=median,iqr,rounds
-	$(BIN)/python -m benchmarks.compare rollout --dtype bfloat16
-	for kernel in sac fit; do $(BIN)/python -m benchmarks.compare $$kernel || exit 1; done
+	for kernel in rollout fit; do $(BIN)/python -m benchmarks.compare $$kernel --dtype bfloat16 || exit 1; done
+	$(BIN)/python -m benchmarks.compare sac
+	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.canonical --rounds 5
 
 # Against another commit: make bench-compare REF=HEAD~1

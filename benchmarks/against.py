@@ -19,7 +19,8 @@ from rich.table import Table
 from tyro.conf import Positional
 
 ROOT = Path(__file__).parent.parent
-BENCHES = (["rollout"], ["rollout", "--dtype", "bfloat16"], ["sac"], ["fit"])
+BFLOAT16 = ["--dtype", "bfloat16"]
+BENCHES = (["rollout"], ["rollout", *BFLOAT16], ["sac"], ["fit"], ["fit", *BFLOAT16])
 
 
 def against(ref: Annotated[str, Positional], *, rounds: int = 5) -> None:

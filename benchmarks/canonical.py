@@ -31,11 +31,11 @@ PHASES = ("fit", "rollout", "sac", "evaluate")
 # Whose piece of each phase: names of contenders of `mopo_fast.bench` and of `BASELINES`.
 WAYS = {
     "mopo_fast": ("cpu", "cpu", "cpu", "side by side"),
-    "mopo_fast, bfloat16 rollouts": ("cpu", "cpu bfloat16", "cpu", "side by side"),
+    "mopo_fast, bfloat16 fit and rollouts": ("cpu bfloat16", "cpu bfloat16", "cpu", "side by side"),
     "as OfflineRL-Kit": ("PyTorch, eager", "PyTorch, NumPy between", "PyTorch, plain", "one by one"),
     "torch.compile": ("torch.compile", "torch.compile", "torch.compile", "side by side"),
-    "torch.compile, bfloat16 rollouts": (
-        "torch.compile",
+    "torch.compile, bfloat16 fit and rollouts": (
+        "torch.compile, bfloat16",
         "torch.compile, bfloat16",
         "torch.compile",
         "side by side",
@@ -63,7 +63,13 @@ def canonical(
     threads, findings = resolve_threads(threads), examine()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     works = {
-        "fit": fit_work(backend="cpu", steps=STEPS_MEASURED, threads=threads, baselines=_used("fit", 0)),
+        "fit": fit_work(
+            backend="cpu",
+            dtype="bfloat16",
+            steps=STEPS_MEASURED,
+            threads=threads,
+            baselines=_used("fit", 0),
+        ),
         "rollout": rollout_work(
             backend="cpu", dtype="bfloat16", threads=threads, baselines=_used("rollout", 1)
         ),

@@ -1,0 +1,52 @@
+"""The kernels on one thread against all of them, in turn: `python -m benchmarks.scaling`."""
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.compare import RESULTS, write_record
+from mopo_fast.bench import WORKS, Work, interleave
+from mopo_fast.doctor import examine
+from mopo_fast.machine import resolve_threads
+
+BENCHES = (
+    ("rollout", "float32"),
+    ("rollout", "bfloat16"),
+    ("sac", ""),
+    ("fit", "float32"),
+    ("fit", "bfloat16"),
+)
+
+
+def scaling(*, rounds: int = 15, threads: int | None = None, quiet: bool = False) -> None:
+    """Rates on `threads` threads over those on one.
+
+    Args:
+        rounds: Of each kernel, in turn; medians are compared.
+        threads: By default every core.
+        quiet: No progress bar.
+    """
+    threads, findings = resolve_threads(threads), examine()
+    table = Table("kernel", "dtype", "unit", "1 thread", f"{threads} threads", "times")
+    results = []
+    for kernel, dtype in BENCHES:
+        works: dict[int, Work] = {}
+        for count in (1, threads):
+            works[count] = WORKS[kernel](backend="cpu", threads=count, **({"dtype": dtype} if dtype else {}))
+        # The first contender is the kernel in the dtype asked for.
+        runs = {str(count): next(iter(work.contenders.values())) for count, work in works.items()}
+        seconds = interleave(runs, rounds, f"{kernel} {dtype}: rounds", quiet)
+        work = works[threads]
+        one, many = (work.amount / seconds[str(count)] for count in works)
+        table.add_row(
+            kernel, dtype or "float32", work.unit, f"{one:,.0f}", f"{many:,.0f}", f"{many / one:.2f}"
+        )
+        results.append({"kernel": kernel, "dtype": dtype or "float32", "one": one, "many": many})
+    Console().print(table)
+    path = RESULTS / f"scaling-cpu-{findings.machine.isa}.json"
+    write_record(path, "scaling", findings, {"rounds": rounds, "threads": threads, "rates": results})
+    print(path)
+
+
+if __name__ == "__main__":
+    tyro.cli(scaling)

@@ -22,8 +22,7 @@ struct Network {
   Activation activation;
 };
 
-// Row-major arrays of `capacity` rows, written as a ring; those that are not wanted are null.
-// Of `capacity` rows each; those after the terminals may be null.
+// Arrays of `capacity` rows, written as a ring; those after the terminals may be null.
 struct RolloutOutput {
   Array<float> observations;  // obs_dim
   Array<float> actions;       // act_dim

@@ -8,7 +8,7 @@ from mopo_fast.errors import InputError
 
 # In words of float32.
 _CACHE_LINE = 16
-_SCALARS = ("rewards", "terminals", "raw_rewards", "penalties")
+_SCALARS = ("rewards", "raw_rewards", "penalties")
 
 
 def _widths(obs_dim: int, act_dim: int) -> dict[str, int]:
@@ -17,7 +17,6 @@ def _widths(obs_dim: int, act_dim: int) -> dict[str, int]:
         "actions": act_dim,
         "rewards": 1,
         "next_observations": obs_dim,
-        "terminals": 1,
         "raw_rewards": 1,
         "penalties": 1,
     }
@@ -26,15 +25,15 @@ def _widths(obs_dim: int, act_dim: int) -> dict[str, int]:
 def row_bytes(obs_dim: int, act_dim: int) -> int:
     """Memory of one row of a `RingBuffer`."""
     words = sum(_widths(obs_dim, act_dim).values())
-    return 4 * (words + -words % _CACHE_LINE)
+    return 4 * (words + -words % _CACHE_LINE) + 1
 
 
 class RingBuffer:
     """The last `capacity` model transitions; backends write straight into `storage`.
 
     Attributes:
-        storage: `Transitions` of `capacity` rows with raw_rewards and penalties, float32, all columns of one
-            table; only its first `size` rows hold data.
+        storage: `Transitions` of `capacity` rows with raw_rewards and penalties, float32; only its first
+            `size` rows hold data. All but the terminals are columns of one table.
         capacity: rows at most.
         head: the row that is written next.
         size: rows that hold data.
@@ -55,10 +54,10 @@ class RingBuffer:
         table = torch.empty(capacity, sum(widths.values()) + padding, device=device)
         columns = cpu.use_large_pages(table).zero_().split([*widths.values(), padding], dim=1)
         arrays = dict(zip(widths, columns, strict=False))
-        # One of the word's four bytes.
-        arrays["terminals"] = arrays["terminals"].view(torch.bool)[:, :1]
+        terminals = torch.empty(capacity, dtype=torch.bool, device=device)
         self.storage = Transitions(
             **{name: array.squeeze(1) if name in _SCALARS else array for name, array in arrays.items()},
+            terminals=cpu.use_large_pages(terminals).zero_(),
             name="model",
         )
         self.capacity = capacity

@@ -23,6 +23,7 @@ CASES: dict[str, tuple[int, int, int, dict[str, Any]]] = {
     "one unit": (3, 1, 30, {"hidden": (1, 1), "members": 2, "batch_size": 10}),
     "linear": (4, 2, 60, {"hidden": (), "members": 2, "batch_size": 30}),
     "humanoid": (376, 17, 70, {"hidden": (40,), "members": 2, "batch_size": 70}),
+    "edges of tiles": (10, 5, 90, {"hidden": (32, 31, 48, 16), "batch_size": 37, "members": 3}),
     "batch larger than the data": (4, 2, 25, {"hidden": (20, 20), "members": 32, "batch_size": 1000}),
 }
 
@@ -115,8 +116,10 @@ def test_every_parameter_moves() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("threads", [2, 3, 64])
-@pytest.mark.parametrize("case", ["short last batch", "linear", "batch larger than the data"])
+@pytest.mark.parametrize("threads", [2, 3, 6, 64])
+@pytest.mark.parametrize(
+    "case", ["short last batch", "linear", "edges of tiles", "batch larger than the data"]
+)
 @pytest.mark.parametrize("isa", cpu.isas())
 def test_result_does_not_depend_on_threads(
     isa: str, case: str, threads: int, dtype: str, monkeypatch: pytest.MonkeyPatch

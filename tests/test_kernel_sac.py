@@ -150,6 +150,14 @@ def test_refuses_parameters_that_it_cannot_train_in_place() -> None:
         sac.update_many(*sources(5, 2), 1, seed=0)
 
 
+def test_refuses_terminals_that_are_not_bool() -> None:
+    sac = make(5, 2, SACConfig(hidden=(4,)), "cpu")
+    data, buffer = sources(5, 2)
+    data.terminals = data.terminals.float()
+    with pytest.raises(InputError, match=r"contiguous torch.bool tensors .* got torch.float32"):
+        sac.update_many(data, buffer, 1, seed=0)
+
+
 def test_divergence_is_one_clear_error() -> None:
     sac = make(5, 2, SACConfig(hidden=(4,)), "cpu")
     data, buffer = sources(5, 2)

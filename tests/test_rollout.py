@@ -249,6 +249,27 @@ def test_rollout_operator(engine):
     torch.library.opcheck(torch.ops.mopo_fast.rollout.default, arguments)
 
 
+def test_rollout_compiles_into_a_buffer(engine):
+    """The buffer's arrays are columns of one table, and every one is written."""
+    policy, start = make_policy(5, 2), inputs(6, 5, 2)[0]
+    *dynamics, activation = engine._dynamics()
+    weights, biases = ([tensor.detach() for tensor in layers] for layers in (policy.weights, policy.biases))
+
+    def run(storage):
+        return torch.ops.mopo_fast.rollout(
+            *dynamics, weights, biases, start * 1.0, torch.arange(6),
+            storage.observations, storage.actions, storage.rewards, storage.next_observations,
+            storage.terminals, storage.raw_rewards, storage.penalties, None, None, None, 0, 3,
+            activation, "max_aleatoric", 1.0, "relu", -20.0, 2.0, 5, False, False, engine.backend, 1,
+        )  # fmt: skip
+
+    eager, compiled = RingBuffer(20, 5, 2).storage, RingBuffer(20, 5, 2).storage
+    counts = torch.compile(run, backend="aot_eager", fullgraph=True)(compiled)
+    assert torch.equal(counts, run(eager)) and counts[0] > 0
+    for name, array in eager.arrays().items():
+        assert torch.equal(compiled.arrays()[name], array), name
+
+
 def test_step_compiles_without_a_graph_break(engine):
     observations, actions = inputs(6, 5, 2)
     *dynamics, activation = engine._dynamics()

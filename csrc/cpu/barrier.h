@@ -30,7 +30,7 @@ class Barrier {
     const uint32_t round = round_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
       arrived_.store(0, std::memory_order_relaxed);
-      round_.store(round + 1, std::memory_order_release);
+      round_.store(round + 1);  // in one order with notify_all's look for sleepers
       round_.notify_all();
       return;
     }

@@ -64,7 +64,7 @@ struct PanelFactors {
   }
 
   MOPO_INLINE void set_ones(int64_t first, int64_t last, const Factor& x, int64_t column) {
-    for (int64_t row = first; row < last; ++row) *at(x.along, row, column) = 1.0f;
+    mopo::MOPO_ISA::set_ones(first, last, x.along, column);
   }
 
   template <class Epilogue>
@@ -96,7 +96,8 @@ using BFloat16Factors = PanelFactors<true>;
 #else
 // Matrices of words, two bfloat16 each that follow one another in a sum, in tiles of 16 words. A left
 // factor's tile holds a row of its matrix in a row, a right factor's a column in a column; two of a right
-// factor's tiles stand side by side. A tile holds rows that do not exist: zeros in G.
+// factor's tiles stand side by side. A tile holds rows that do not exist: zeros in G,
+// in X numbers that are finite, of an earlier batch.
 struct BFloat16Factors {
   static constexpr bool kRounded = true;
   static constexpr int64_t kRows = 32;
@@ -251,7 +252,7 @@ struct BFloat16Factors {
         right += kWords * kRows;
         const int64_t piece = kPieces * step / steps, end = kPieces * (step + 1) / steps;
         if (square > 0) finish(square - 1, piece, end);
-        for (int64_t i = piece; i < end; ++i) prefetch(row + i * kBlock, column);
+        for (int64_t i = piece; i < end && row + i * kBlock < last; ++i) prefetch(row + i * kBlock, column);
       }
       float* to = sums[square % 2];
       _tile_stored(0, to, kRows * sizeof(float));

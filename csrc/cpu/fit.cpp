@@ -1,6 +1,7 @@
 #include <algorithm>
+#include <atomic>
 #include <cmath>
-#include <memory>
+#include <deque>
 #include <vector>
 
 #include "barrier.h"
@@ -106,10 +107,10 @@ class FitState {
     ws.inputs = factor(args_.layers[0].in, Side::kLeft);
     ws.head_grad = factor(2 * args_.dims, Side::kGrad);
     ws.gathered = ws.inputs.along;
-    ws.head_slopes = ws.head_grad.along;
+    ws.head_floats = ws.head_grad.along;
     if (args_.bfloat16) {
       ws.gathered = panels(args_.layers[0].in);
-      ws.head_slopes = panels(2 * args_.dims);
+      ws.head_floats = panels(2 * args_.dims);
     }
     ws.head = take_rows(arena_, rows, 2 * args_.dims);
     for (Rows* each : {&ws.targets, &ws.max_grad, &ws.min_grad}) *each = take_rows(arena_, rows, args_.dims);
@@ -123,29 +124,46 @@ class FitState {
   std::vector<Matrices> matrices_;  // of the workspaces
 };
 
+// How the threads work together: the smallest teams that leave the fewest idle.
+struct Teams {
+  int size, count;
+};
+Teams make_teams(int64_t threads, int64_t members, int64_t blocks) {
+  Teams best{1, 1};
+  for (int64_t size = 1; size <= std::min(threads, blocks); ++size) {
+    const int64_t count = std::min(threads / size, members);
+    if (size * count > best.size * best.count) best = {static_cast<int>(size), static_cast<int>(count)};
+  }
+  return best;
+}
+
 }  // namespace
 
 // Members take turns, step after step, and teams take the turns one after the other, so that seven members
-// keep two teams busy. A member's turn waits for its last one; the loss for the bounds, which all members'
-// losses of the step before have moved.
+// keep two teams busy. A member's turn waits for its last one, and for the bounds, which the losses of all
+// members in the step before have moved.
 double fit_steps(const FitArgs& args, const Kernels& kernels) {
   const int64_t members = args.members, steps = (args.count + args.batch - 1) / args.batch;
-  const int64_t blocks = (std::min(args.batch, args.count) + kernels.block - 1) / kernels.block;
-  const int size = static_cast<int>(std::clamp<int64_t>(args.threads / members, 1, blocks));
-  const int teams = static_cast<int>(std::min<int64_t>(args.threads / size, members));
-  FitState state(args, kernels, teams);
-  std::vector<std::unique_ptr<Barrier>> barriers;
-  for (int team = 0; team < teams; ++team) barriers.push_back(std::make_unique<Barrier>(size));
+  const int64_t block = args.bfloat16 ? std::max(kernels.block, kernels.tile) : kernels.block;
+  const Teams teams =
+      make_teams(args.threads, members, round_up(std::min(args.batch, args.count), block) / block);
+  const int threads = teams.size * teams.count;
+  FitState state(args, kernels, teams.count);
+  // All memory is taken before the threads start, so that nothing can fail in them.
+  std::vector<std::vector<AdamStep>> adam_steps(threads, std::vector<AdamStep>(args.depth));
+  std::deque<Barrier> barriers;
+  for (int team = 0; team < teams.count; ++team) barriers.emplace_back(teams.size);
   std::vector<Milestone> trained(members);
   Milestone bounds;
   std::atomic<int64_t> losses{0};
   double loss = 0.0;
-  parallel(teams * size, [&](int thread) {
-    const Team team{thread % size, size, barriers[thread / size].get()};
-    const FitWorkspace& workspace = state.workspaces[thread / size];
-    std::vector<AdamStep> layer_steps(args.depth);
-    for (int64_t number = thread / size; number < steps * members; number += teams) {
-      const int64_t step = number / members, member = number % members, begin = step * args.batch;
+  parallel(threads, [&](int thread) {
+    const int number = thread / teams.size;
+    const Team team{thread % teams.size, teams.size, &barriers[number]};
+    const FitWorkspace& workspace = state.workspaces[number];
+    std::vector<AdamStep>& layer_steps = adam_steps[thread];
+    for (int64_t i = number; i < steps * members; i += teams.count) {
+      const int64_t step = i / members, member = i % members, begin = step * args.batch;
       const int64_t adam_number = args.steps_before + step + 1;
       for (int64_t l = 0; l < args.depth; ++l)
         layer_steps[l] = adam_step(args.learning_rate, adam_number, args.weight_decay[l], 0.0f);

@@ -115,8 +115,8 @@ struct FitRows {
         store(ws.max_grad.at(row) + d, logvar_grad * above_min * (1.0f - below_max));
         store(ws.min_grad.at(row) + d, logvar_grad * exp_min * inverse);
         for (int lane = 0; lane < lanes; ++lane) {
-          *at(ws.head_slopes, row, d + lane) = mean_grad[lane];
-          *at(ws.head_slopes, row, dims + d + lane) = raw_grad[lane];
+          *at(ws.head_floats, row, d + lane) = mean_grad[lane];
+          *at(ws.head_floats, row, dims + d + lane) = raw_grad[lane];
           loss += losses[lane];
         }
       }
@@ -124,8 +124,8 @@ struct FitRows {
     }
     if constexpr (Factors::kRounded) {
       for (int64_t row = end(); row < last; ++row)
-        for (int64_t d = 0; d < 2 * dims; ++d) *at(ws.head_slopes, row, d) = 0.0f;
-      each_block(ws.head_slopes, 2 * dims, [&](int64_t row, int64_t column, auto& block) {
+        for (int64_t d = 0; d < 2 * dims; ++d) *at(ws.head_floats, row, d) = 0.0f;
+      each_block(ws.head_floats, 2 * dims, [&](int64_t row, int64_t column, auto& block) {
         Factors::put_grad(ws.head_grad, row, column, block);
       });
     }

@@ -74,8 +74,7 @@ struct Panels {
 
 // A matrix as a factor of products that sum over its columns (`along`) or over its rows (`across`). In
 // float32 and on most instruction sets `across`, and `along` of all but weights, are the matrix itself in
-// panels; with tiles of bfloat16 they are what factors.h says, [tiles][rows][words], and null where no
-// product asks.
+// panels; with tiles of bfloat16 they are what factors.h says, [tiles][rows][words].
 struct Factor {
   Panels along, across;
 };
@@ -137,7 +136,7 @@ struct FitWorkspace {
   const Factor *hidden, *grads;      // [hidden]
   const Panels* slopes;              // [hidden], the activation's derivative
   Rows head;                         // 2 dims
-  Panels head_slopes;                // likewise: what `head_grad` is made of, and in float32 is
+  Panels head_floats;                // likewise: what `head_grad` is made of, and in float32 is
   Factor head_grad;                  // likewise
   Rows targets, max_grad, min_grad;  // dims; gradients by the bounds of the log-variance
   float* loss;                       // [rows]

@@ -12,6 +12,11 @@ MOPO_INLINE int64_t offset(int64_t rows, int64_t row, int64_t column) {
 MOPO_INLINE float* at(const Panels& matrix, int64_t row, int64_t column) {
   return matrix.data + offset(matrix.rows, row, column);
 }
+// The column of ones that the next layer's bias is multiplied by.
+static void set_ones(int64_t first, int64_t last, const Panels& matrix, int64_t column) {
+  for (int64_t row = first; row < last; ++row) *at(matrix, row, column) = 1.0f;
+}
+
 // Where vector v of row i of a block is, counted from the block's first number.
 constexpr int64_t within(int i, int v) { return i * kPanel + v * W; }
 

@@ -3,7 +3,6 @@
 #include <bit>
 #include <cmath>
 #include <condition_variable>
-#include <cstring>
 #include <mutex>
 #include <vector>
 

@@ -159,9 +159,13 @@ std::array<double, kSacMetrics> sac_updates(const SacArgs& args, const Kernels& 
   const int threads = static_cast<int>(std::min<int64_t>(args.threads, plan.rows / kernels.block));
   std::array<double, kSacMetrics> metrics{};
   Barrier barrier(threads);
+  // All memory is taken before the threads start, so that nothing can fail in them.
+  std::vector<std::vector<Turn>> turns_of;
+  for (int thread = 0; thread < threads; ++thread)
+    turns_of.push_back(turns(args.critics, {thread, threads, &barrier}));
   parallel(threads, [&](int thread) {
     const Team all{thread, threads, &barrier};
-    const std::vector<Turn> critics = turns(args.critics, all);
+    const std::vector<Turn>& critics = turns_of[thread];
     for (int64_t update = 0; update < args.updates; ++update) {
       const int64_t number = args.updates_before + update + 1;
       const AdamStep critic_step = adam_step(args.critic_learning_rate, number, 0.0f, args.polyak);

@@ -1,6 +1,12 @@
 // SAC updates. Up to the gradients of the parameters a batch's rows are independent of one another: a team
 // takes rows through a network, forwards and backwards; then it takes the network's parameters.
 
+// Rows drawn at random are far away: all are asked for before the first is read.
+static void prefetch_row(const float* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(from + i);
+  __builtin_prefetch(from + count - 1);
+}
+
 static void train_panels(const Team& team, const Dense& layer, const AdamStep& step, int64_t count,
                          const Panels& x, const Panels& grad) {
   train_layer<Float32Factors>(team, layer, step, count, {x, x}, {grad, grad});

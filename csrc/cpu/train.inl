@@ -18,17 +18,6 @@ static void copy_row(const float* from, int64_t count, const Panels& to, int64_t
   }
 }
 
-// Rows drawn at random are far away: all are asked for before the first is read.
-static void prefetch_row(const float* from, int64_t count) {
-  for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(from + i);
-  __builtin_prefetch(from + count - 1);
-}
-
-// The column of ones that the next layer's bias is multiplied by.
-static void set_ones(int64_t first, int64_t last, const Panels& matrix, int64_t column) {
-  for (int64_t row = first; row < last; ++row) *at(matrix, row, column) = 1.0f;
-}
-
 // The team's share of `count` rows, whole blocks of them.
 struct Span {
   int64_t first, last;

@@ -68,8 +68,8 @@ void Team::wait() const {
 }
 
 Rows take_rows(Arena& arena, int64_t rows, int64_t width) {
-  constexpr int64_t kWidest = 16;
-  Rows result{nullptr, round_up(width, kWidest)};
+  constexpr int64_t kLine = 16;
+  Rows result{nullptr, round_up(width, kLine)};
   arena.take(result.data, rows * result.stride);
   return result;
 }

@@ -159,12 +159,26 @@ def _address(tensor: torch.Tensor | None, dtype: torch.dtype = torch.float32) ->
     """
     if tensor is None:
         return 0
-    if tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
-        raise InputError(
-            f"the cpu backend trains contiguous {dtype} tensors in place, got {tensor.dtype} on"
-            f" {tensor.device}; use backend reference"
-        )
+    _check(tensor, dtype, tensor.is_contiguous())
     return tensor.data_ptr()
+
+
+def _array(tensor: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[int, int]:
+    """Where an array's rows are, and how many elements they are apart: it may be columns of a table.
+
+    Raises:
+        InputError: the kernel cannot read it as it is.
+    """
+    _check(tensor, dtype, tensor.ndim == 1 or tensor.shape[1] == 1 or tensor.stride(1) == 1)
+    return tensor.data_ptr(), tensor.stride(0)
+
+
+def _check(tensor: torch.Tensor, dtype: torch.dtype, side_by_side: bool) -> None:
+    if tensor.dtype != dtype or tensor.device.type != "cpu" or not side_by_side:
+        raise InputError(
+            f"the cpu backend reads and trains contiguous {dtype} tensors where they are, got {tensor.dtype},"
+            f" strides {tensor.stride()}, on {tensor.device}; use backend reference"
+        )
 
 
 def _trained(parameters: list[Parameter]) -> list[tuple[int, int, list[int]]]:
@@ -177,8 +191,8 @@ def _trained(parameters: list[Parameter]) -> list[tuple[int, int, list[int]]]:
 
 
 def _source(data: Transitions, size: int) -> tuple[list[tuple[int, int]], int]:
-    arrays = (data.observations, data.actions, data.rewards, data.next_observations, data.terminals)
-    return [(array.data_ptr(), array.stride(0)) for array in arrays], size
+    floats = (data.observations, data.actions, data.rewards, data.next_observations)
+    return [*map(_array, floats), _array(data.terminals, torch.bool)], size
 
 
 def sac_updates(
@@ -260,6 +274,7 @@ def fit_steps(
         steps_before: Adam's steps so far.
     """
     width = layers[0][0].shape[1]
+    stride = _array(rows, torch.int64)[1]
     max_logvar, min_logvar = ([_address(tensor) for tensor in bound[:3]] for bound in bounds)
     loss: float = extension().fit_steps(
         isa=isa(),
@@ -274,7 +289,7 @@ def fit_steps(
         stride=table.shape[1],
         rows=rows.data_ptr(),
         count=rows.shape[1],
-        rows_stride=rows.stride(0),
+        rows_stride=stride,
         batch=config.batch_size,
         learning_rate=config.learning_rate,
         logvar_bound_weight=config.logvar_bound_weight,

@@ -18,7 +18,7 @@ from rich.logging import RichHandler
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from mopo_fast.atomic import check_writable, write_json
-from mopo_fast.config import DynamicsConfig, TrainConfig
+from mopo_fast.config import DynamicsConfig, RolloutDtype, TrainConfig
 from mopo_fast.errors import InputError
 from mopo_fast.progress import console
 
@@ -195,7 +195,7 @@ def bench(
     kernel: Annotated[Literal["rollout", "sac", "fit"], Positional] = "rollout",
     *,
     backend: str = "auto",
-    dtype: Literal["float32", "float64", "bfloat16"] | None = None,
+    dtype: RolloutDtype | None = None,
     obs_dim: int = 17,
     act_dim: int = 6,
     starts: Number = None,

@@ -19,11 +19,13 @@ Activation = Literal["silu", "relu", "tanh"]
 Penalty = Literal["max_aleatoric", "max_deviation", "max_pairwise", "ensemble_std", "mixture_std"]
 PenaltyMembers = Literal["all", "elites"]
 FitDtype = Literal["float32", "bfloat16"]
+RolloutDtype = Literal["float32", "float64", "tfloat32", "bfloat16", "float16"]
 Tuned = Literal["authors", "offlinerl-kit"]
 # The order is the kernels': an index here is an enumerator there.
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 PENALTIES: tuple[Penalty, ...] = get_args(Penalty)
 FIT_DTYPES: tuple[FitDtype, ...] = get_args(FitDtype)
+ROLLOUT_DTYPES: tuple[RolloutDtype, ...] = get_args(RolloutDtype)
 TUNED: tuple[Tuned, ...] = get_args(Tuned)
 
 # On the command line `--horizon`, not `--rollout.horizon`.
@@ -81,8 +83,8 @@ class RolloutConfig:
     """SAC updates between rollouts: one epoch."""
     retain_epochs: int = 5
     """The model buffer holds retain_epochs * horizon * batch_size transitions."""
-    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
-    """bfloat16: of the factors of the networks' products; all else is float32."""
+    dtype: RolloutDtype = "float32"
+    """tfloat32, bfloat16, float16: of the factors of the networks' products; all else is float32."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from mopo_fast.data import d4rl
 from mopo_fast.data.collect import local_folder
 from mopo_fast.errors import InputError
 
-PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "h5py", "safetensors", "tensorboard")
+PACKAGES = ("torch", "triton", "numpy", "gymnasium", "mujoco", "h5py", "safetensors", "tensorboard")
 # The instruction sets that a CPU kernel could be built for, as /proc/cpuinfo writes them.
 ISA_FLAGS = ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_bf16")
 

@@ -32,26 +32,39 @@ def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
     return torch.tanh(x)
 
 
+def round_factor(x: torch.Tensor, operands: str) -> torch.Tensor:
+    """x as a factor of a product in `operands` (one of `config.ROLLOUT_DTYPES`), in its own dtype.
+
+    tfloat32 keeps 10 bits after the point of float32, to nearest, ties to even.
+    """
+    if operands in ("float16", "bfloat16"):
+        return x.to(getattr(torch, operands)).to(x.dtype)
+    if operands == "tfloat32":
+        bits = x.view(torch.int32)
+        rounded = (bits + 0x0FFF + ((bits >> 13) & 1)) & ~0x1FFF
+        return torch.where(x.isnan(), x, rounded.view(torch.float32))
+    return x
+
+
 def mlp(
     x: torch.Tensor,
     weights: Iterable[torch.Tensor],
     biases: Iterable[torch.Tensor],
     activation: str,
-    operands: torch.dtype | None = None,
+    operands: str = "float32",
 ) -> torch.Tensor:
     """A multi-layer perceptron with a linear last layer.
 
     One network: x [batch, in], weights [in, out], biases [out]. Many at once: x [batch, in] or
     [members, batch, in], weights [members, in, out], biases [members, out]. The factors of a product are
-    rounded to `operands`, if any; its sums are not.
+    rounded to `operands`; its sums are not.
     """
     hidden = False
     for weight, bias in zip(weights, biases, strict=True):
         if hidden:
             x = activate(x, activation)
         hidden = True
-        if operands is not None:
-            x, weight = x.to(operands).to(x.dtype), weight.to(operands).to(weight.dtype)
+        x, weight = round_factor(x, operands), round_factor(weight, operands)
         if weight.ndim == 2:
             x = torch.addmm(bias, x, weight)
         else:

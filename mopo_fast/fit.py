@@ -195,7 +195,7 @@ class Fit:
         threads: int | None = None,
     ) -> None:
         self.seed, self.config = seed, config
-        self.backend = backends.choose(backend, torch.float32, torch.device(device))
+        self.backend = backends.choose(backend, "float32", torch.device(device), training=True)
         self.threads = resolve_threads(threads)
         train, holdout = split_holdout(len(data), seed, config)
         inputs, targets = dynamics_inputs_targets(data.to("cpu"))

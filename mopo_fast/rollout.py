@@ -22,7 +22,7 @@ from mopo_fast.backends import (
 )
 from mopo_fast.backends.reference import act, rollout_by_steps
 from mopo_fast.buffer import RingBuffer
-from mopo_fast.config import PENALTIES, Penalty, PenaltyMembers
+from mopo_fast.config import PENALTIES, ROLLOUT_DTYPES, Penalty, PenaltyMembers
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
@@ -33,8 +33,6 @@ from mopo_fast.tasks import BOXES, Box, make_box
 logger = logging.getLogger("mopo_fast")
 
 TerminationFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any]
-# Of the arrays.
-_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
 
 
 class RolloutEngine:
@@ -47,8 +45,9 @@ class RolloutEngine:
         termination: a task's name, a `Box`, None (nothing ends an episode), or a function
             (observations, actions, next_observations) -> bool [batch], which is called step by step.
         backend: "auto", or one that `mopo-fast doctor` lists.
-        dtype: "float32" or "float64", of all arrays and arithmetic; or "bfloat16", of the factors of the
-            networks' products alone, all else as with float32. Fast where the processor multiplies them.
+        dtype: "float32" or "float64", of all arrays and arithmetic; or "bfloat16", "float16" or "tfloat32",
+            of the factors of the networks' products alone, all else as with float32. Fast where the
+            processor multiplies them.
         threads: of the CPU kernel; None: all cores that this process may use.
         penalty_members: whose predictions make the penalty, "all" (authors) or "elites" (Unifloral).
 
@@ -72,16 +71,18 @@ class RolloutEngine:
             raise InputError(f"unknown penalty {penalty!r}; there are: {', '.join(PENALTIES)}")
         if not isinstance(penalty_coef, (int, float)) or not 0.0 <= penalty_coef < float("inf"):
             raise InputError(f"penalty_coef must be finite and not negative, got {penalty_coef!r}")
-        if dtype not in _DTYPES:
-            raise InputError(f"unknown dtype {dtype!r}; there are: {', '.join(_DTYPES)}")
+        if dtype not in ROLLOUT_DTYPES:
+            raise InputError(f"unknown dtype {dtype!r}; there are: {', '.join(ROLLOUT_DTYPES)}")
         if penalty_members not in ("all", "elites"):
             raise InputError(f'penalty_members must be "all" or "elites", got {penalty_members!r}')
         self.ensemble = ensemble
         self.penalty, self.penalty_coef = penalty, float(penalty_coef)
         self.penalty_members = penalty_members
-        self.dtype, self.bfloat16 = _DTYPES[dtype], dtype == "bfloat16"
+        self.operands = dtype
+        # Of the arrays.
+        self.dtype = torch.float64 if dtype == "float64" else torch.float32
         self.device = ensemble.input_mean.device
-        self.backend = backends.choose(backend, self.dtype, self.device)
+        self.backend = backends.choose(backend, self.operands, self.device)
         self.threads = resolve_threads(threads)
         self.termination_function: TerminationFunction | None = None
         if callable(termination):
@@ -149,7 +150,7 @@ class RolloutEngine:
             _as_int64(seed),
             step,
             deterministic,
-            self.bfloat16,
+            self.operands,
             distributions,
             self.backend,
             self.threads,
@@ -221,7 +222,7 @@ class RolloutEngine:
                     f"{len(start)} rollouts of {horizon} steps can make {len(start) * horizon} transitions,"
                     f" the buffer holds {out.capacity}"
                 )
-        settings = Settings(seed, deterministic, self.bfloat16, self.threads)
+        settings = Settings(seed, deterministic, self.operands, self.threads)
         run = self._fused if self.termination_function is None else self._by_steps
         count, cut = run(policy, start, rows, horizon, Destination(storage, head), settings)
         if cut:
@@ -267,7 +268,7 @@ class RolloutEngine:
             policy.log_std_max,
             _as_int64(settings.seed),
             settings.deterministic,
-            settings.bfloat16,
+            settings.operands,
             self.backend,
             settings.threads,
         )
@@ -417,7 +418,7 @@ def _step_op(
     seed: int,
     step: int,
     deterministic: bool,
-    bfloat16: bool,
+    operands: str,
     distributions: bool,
     backend: str,
     threads: int,
@@ -442,7 +443,7 @@ def _step_op(
         rows,
         step,
         distributions,
-        Settings(seed % 2**64, deterministic, bfloat16, threads),
+        Settings(seed % 2**64, deterministic, operands, threads),
     )
     mean, std = result.mean, result.std
     return (
@@ -460,7 +461,7 @@ def _step_op(
 @_step_op.register_fake
 def _(  # type: ignore[no-untyped-def]
     weights, biases, input_mean, input_std, max_logvar, min_logvar, elites, penalty_members, low, high,
-    observations, actions, rows, activation, penalty, penalty_coef, seed, step, deterministic, bfloat16,
+    observations, actions, rows, activation, penalty, penalty_coef, seed, step, deterministic, operands,
     distributions, backend, threads,
 ):  # fmt: skip
     batch, members = observations.shape[0], weights[0].shape[0]
@@ -513,7 +514,7 @@ def _rollout_op(
     log_std_max: float,
     seed: int,
     deterministic: bool,
-    bfloat16: bool,
+    operands: str,
     backend: str,
     threads: int,
 ) -> torch.Tensor:
@@ -534,7 +535,7 @@ def _rollout_op(
         rows,
         horizon,
         Destination(named, head),
-        Settings(seed % 2**64, deterministic, bfloat16, threads),
+        Settings(seed % 2**64, deterministic, operands, threads),
     )
     return torch.tensor(counts)
 

@@ -107,7 +107,7 @@ class SAC:
         if config.actor_schedule == "cosine" and not total_updates:
             raise InputError("the cosine schedule needs total_updates, the number of updates it spans")
         self.config, self.total_updates, self.updates = config, total_updates, 0
-        self.backend = backends.choose(backend, torch.float32, torch.device(device))
+        self.backend = backends.choose(backend, "float32", torch.device(device), training=True)
         self.threads = resolve_threads(threads)
         self.target_entropy = (
             -float(act_dim) if config.target_entropy == "act_dim" else float(config.target_entropy)

@@ -8,6 +8,7 @@ from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine
 from mopo_fast.sac import SAC
+from mopo_fast.tasks import Box, make_box
 
 
 def make_ensemble(
@@ -98,6 +99,37 @@ def assert_as_accurate(
     )
     allowed = 2.0 * usual + units * torch.finfo(torch.float32).eps * float(exact.abs().max())
     assert error <= allowed, f"{what}: error {error:.3g}, PyTorch's {usual:.3g}"
+
+
+def check_step(engine: RolloutEngine, batch: int, *, deterministic: bool = False) -> None:
+    """One step of the kernel against the oracle in float32 and in float64."""
+    ensemble, device = engine.ensemble, engine.device
+    # The oracles see more rows than a small batch has, for a fair measure of PyTorch's own error.
+    observations, actions = (
+        array.to(device) for array in inputs(max(batch, 1000), ensemble.obs_dim, ensemble.act_dim)
+    )
+    rows = torch.arange(len(observations), device=device) * 3 + 2**33
+    call = {"seed": 2**63 + 11, "step": 4, "deterministic": deterministic, "distributions": True}
+    kernel = engine.step(observations[:batch], actions[:batch], rows=rows[:batch], **call)
+    same = oracle(engine, "float32").step(observations, actions, rows=rows, **call)
+    exact = oracle(engine, "float64").step(observations.double(), actions.double(), rows=rows, **call)
+    assert torch.equal(kernel.members, exact.members[:batch])
+    assert torch.equal(kernel.terminals, exact.terminals[:batch])
+    for name in ("next_observations", "rewards", "raw_rewards", "penalties", "mean", "std"):
+        assert_as_accurate(getattr(kernel, name), getattr(same, name), getattr(exact, name), name, batch)
+
+
+def narrow_box(obs_dim: int) -> Box:
+    """Ends about a tenth of all steps."""
+    return make_box(obs_dim, {0: (-1.8, 2.5), 1: (-3.0, 1.6)})
+
+
+def assert_same(a: Transitions, b: Transitions) -> None:
+    """The same arrays, bit for bit."""
+    left, right = a.arrays(), b.arrays()
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
 
 
 def assert_trained_alike(

@@ -4,13 +4,21 @@ import dataclasses
 
 import pytest
 import torch
-from kernel_cases import assert_as_accurate, inputs, make_ensemble, make_policy, oracle
+from kernel_cases import (
+    assert_as_accurate,
+    assert_same,
+    check_step,
+    inputs,
+    make_ensemble,
+    make_policy,
+    narrow_box,
+    oracle,
+)
 
 from mopo_fast.backends import cpu
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import ACTIVATIONS, PENALTIES
 from mopo_fast.rollout import RolloutEngine
-from mopo_fast.tasks import Box, make_box
 
 SHAPES = [(3, 1), (11, 3), (17, 6), (111, 8), (376, 17)]
 
@@ -21,29 +29,7 @@ def isa(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture(autouse=True)
-def poisoned_outputs():
-    """torch.empty gives NaN, True and the largest integer: what a kernel leaves out, shows."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    assert torch.empty(1).isnan()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def check_step(engine: RolloutEngine, batch: int, *, deterministic: bool = False) -> None:
-    ensemble = engine.ensemble
-    # The oracles see more rows than a small batch has, for a fair measure of PyTorch's own error.
-    observations, actions = inputs(max(batch, 1000), ensemble.obs_dim, ensemble.act_dim)
-    rows = torch.arange(len(observations)) * 3 + 2**33
-    call = {"seed": 2**63 + 11, "step": 4, "deterministic": deterministic, "distributions": True}
-    kernel = engine.step(observations[:batch], actions[:batch], rows=rows[:batch], **call)
-    same = oracle(engine, "float32").step(observations, actions, rows=rows, **call)
-    exact = oracle(engine, "float64").step(observations.double(), actions.double(), rows=rows, **call)
-    assert torch.equal(kernel.members, exact.members[:batch])
-    assert torch.equal(kernel.terminals, exact.terminals[:batch])
-    for name in ("next_observations", "rewards", "raw_rewards", "penalties", "mean", "std"):
-        assert_as_accurate(getattr(kernel, name), getattr(same, name), getattr(exact, name), name, batch)
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)
@@ -125,23 +111,11 @@ def test_a_large_odd_batch():
     check_step(RolloutEngine(make_ensemble(17, 6, members=3, hidden=(200, 200, 200, 200))), 50_001)
 
 
-def narrow_box(obs_dim: int) -> Box:
-    """Ends about a tenth of all steps."""
-    return make_box(obs_dim, {0: (-1.8, 2.5), 1: (-3.0, 1.6)})
-
-
 @pytest.fixture(params=["float32", "bfloat16"])
 def rollout(request):
     """An engine, a policy and start states whose rollouts end at every step."""
     engine = RolloutEngine(make_ensemble(11, 3), termination=narrow_box(11), threads=2, dtype=request.param)
     return engine, make_policy(11, 3), inputs(1003, 11, 3)[0]
-
-
-def assert_same(a, b):
-    left, right = a.arrays(), b.arrays()
-    assert left.keys() == right.keys()
-    for name in left:
-        assert torch.equal(left[name], right[name]), name
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)
@@ -180,8 +154,9 @@ def test_rollout_is_made_of_steps(rollout):
 @pytest.mark.parametrize("threads", [1, 3, 8])
 def test_threads_do_not_matter(rollout, threads):
     engine, policy, start = rollout
-    dtype = "bfloat16" if engine.bfloat16 else "float32"
-    other = RolloutEngine(engine.ensemble, termination=narrow_box(11), threads=threads, dtype=dtype)
+    other = RolloutEngine(
+        engine.ensemble, termination=narrow_box(11), threads=threads, dtype=engine.operands
+    )
     assert_same(engine.rollout(policy, start, 5, seed=1), other.rollout(policy, start, 5, seed=1))
 
 

@@ -29,7 +29,7 @@ def engine(request):
         ({"penalty": "variance"}, "unknown penalty 'variance'; there are: max_aleatoric"),
         ({"penalty_coef": -1.0}, "penalty_coef must be finite and not negative"),
         ({"penalty_coef": math.nan}, "penalty_coef must be finite"),
-        ({"dtype": "float16"}, "unknown dtype 'float16'; there are: float32, float64"),
+        ({"dtype": "float8"}, "unknown dtype 'float8'; there are: float32, float64, tfloat32"),
         ({"threads": 0}, "threads must be a whole number, 1 <= threads"),
         ({"threads": 2.5}, "threads must be a whole number"),
         ({"penalty_coef": "1"}, "penalty_coef must be finite and not negative, got '1'"),
@@ -40,8 +40,8 @@ def engine(request):
             {"termination": "hopper"},
             "the termination box has 11 dimensions, the ensemble's observations have 5",
         ),
-        ({"backend": "gpu"}, "unknown backend 'gpu'; there are: auto, cpu, reference"),
-        ({"backend": "cpu", "dtype": "float64"}, "cpu: serves float32, not float64"),
+        ({"backend": "gpu"}, "unknown backend 'gpu'; there are: auto, cpu, triton, reference"),
+        ({"backend": "cpu", "dtype": "float64"}, "cpu: serves float32 and bfloat16, not float64"),
     ],
 )
 def test_bad_settings(arguments, message):
@@ -228,7 +228,7 @@ def test_step_operator(engine, distributions):
     *dynamics, activation = engine._dynamics()
     arguments = (
         *dynamics, observations, actions, torch.arange(6),
-        activation, "max_aleatoric", 1.0, 5, 0, False, False, distributions, engine.backend, 1,
+        activation, "max_aleatoric", 1.0, 5, 0, False, "float32", distributions, engine.backend, 1,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.mopo_fast.step.default, arguments)
 
@@ -241,7 +241,7 @@ def test_rollout_operator(engine):
         *dynamics, list(policy.weights), list(policy.biases), start, torch.arange(6),
         storage.observations, storage.actions, storage.rewards, storage.next_observations,
         storage.terminals, storage.raw_rewards, None, None, None, None, 0, 3,
-        activation, "max_aleatoric", 1.0, "relu", -20.0, 2.0, 5, False, False, engine.backend, 1,
+        activation, "max_aleatoric", 1.0, "relu", -20.0, 2.0, 5, False, "float32", engine.backend, 1,
     )  # fmt: skip
     arguments = tuple(
         [tensor.detach() for tensor in value] if isinstance(value, list) else value for value in arguments
@@ -260,7 +260,7 @@ def test_rollout_compiles_into_a_buffer(engine):
             *dynamics, weights, biases, start * 1.0, torch.arange(6),
             storage.observations, storage.actions, storage.rewards, storage.next_observations,
             storage.terminals, storage.raw_rewards, storage.penalties, None, None, None, 0, 3,
-            activation, "max_aleatoric", 1.0, "relu", -20.0, 2.0, 5, False, False, engine.backend, 1,
+            activation, "max_aleatoric", 1.0, "relu", -20.0, 2.0, 5, False, "float32", engine.backend, 1,
         )  # fmt: skip
 
     eager, compiled = RingBuffer(20, 5, 2).storage, RingBuffer(20, 5, 2).storage
@@ -277,7 +277,7 @@ def test_step_compiles_without_a_graph_break(engine):
     def double(observations):
         result = torch.ops.mopo_fast.step(
             *dynamics, observations * 1.0, actions, torch.arange(6),
-            activation, "max_aleatoric", 1.0, 5, 0, False, False, False, engine.backend, 1,
+            activation, "max_aleatoric", 1.0, 5, 0, False, "float32", False, engine.backend, 1,
         )  # fmt: skip
         return result[0] * 2.0
 

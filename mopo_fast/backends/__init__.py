@@ -78,19 +78,15 @@ class Settings:
     Attributes:
         seed: unsigned 64 bits, key of the random numbers.
         deterministic: no noise, the mean over all members.
-        bfloat16: both factors of every product in the networks are rounded to it; sums and all else are not.
+        operands: one of `config.ROLLOUT_DTYPES`, which both factors of every product in the networks are
+            rounded to; sums and all else are not.
         threads: of a CPU kernel.
     """
 
     seed: int
     deterministic: bool
-    bfloat16: bool
+    operands: str
     threads: int
-
-    @property
-    def operands(self) -> torch.dtype | None:
-        """What the factors of a product are rounded to."""
-        return torch.bfloat16 if self.bfloat16 else None
 
 
 # The arrays of `Transitions` that a rollout fills, in the order of the kernels' interface.
@@ -122,23 +118,31 @@ class Destination:
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """Whether a backend can run on this machine, and the reason in words."""
+    """Whether a backend can run on this machine, and the reason in words.
+
+    `by_name_only`: it is for debugging, and "auto" passes it by.
+    """
 
     name: str
     available: bool
     reason: str
+    by_name_only: bool = False
 
 
 class Backend(Protocol):
-    """What every backend offers. Arguments are valid; nothing is checked again."""
+    """What every backend offers. Arguments are valid; nothing is checked again.
+
+    `trains`: it is a choice for SAC and the fit too, not for rollouts alone.
+    """
 
     name: str
+    trains: bool
 
     def status(self) -> BackendStatus:
         """Available on this machine?"""
 
-    def refusal(self, dtype: torch.dtype, device: torch.device) -> str | None:
-        """Why this backend cannot serve such arrays, or None where it can."""
+    def refusal(self, dtype: str, device: torch.device) -> str | None:
+        """Why this backend cannot serve one of `config.ROLLOUT_DTYPES` on a device, or None where it can."""
 
     def step(
         self,
@@ -169,10 +173,24 @@ class Backend(Protocol):
 def _backends() -> dict[str, Backend]:
     from mopo_fast.backends.cpu import CpuBackend
     from mopo_fast.backends.reference import ReferenceBackend
+    from mopo_fast.backends.triton import TritonBackend
 
     # Best first.
-    backends: list[Backend] = [CpuBackend(), ReferenceBackend()]
+    backends: list[Backend] = [CpuBackend(), TritonBackend(), ReferenceBackend()]
     return {backend.name: backend for backend in backends}
+
+
+def _reason_against(
+    candidate: Backend, wanted: str, dtype: str, device: torch.device, training: bool
+) -> str | None:
+    status = candidate.status()
+    if not status.available:
+        return status.reason
+    if training and not candidate.trains:
+        return "makes rollouts, does not train"
+    if status.by_name_only and wanted != candidate.name:
+        return f"serves where it is asked for by name ({status.reason})"
+    return candidate.refusal(dtype, device)
 
 
 def available() -> list[BackendStatus]:
@@ -185,8 +203,10 @@ def get_backend(name: str) -> Backend:
     return _backends()[name]
 
 
-def choose(name: str, dtype: torch.dtype, device: torch.device) -> str:
+def choose(name: str, dtype: str, device: torch.device, *, training: bool = False) -> str:
     """The backend to use: `name`, or for "auto" MOPO_FAST_BACKEND, else the best that can serve.
+
+    For rollouts, or for `training`, that is SAC and the fit.
 
     The choice and the reasons against better ones are logged once.
 
@@ -194,11 +214,11 @@ def choose(name: str, dtype: torch.dtype, device: torch.device) -> str:
         InputError: an unknown name, or one that cannot serve; says why.
     """
     wanted = (os.environ.get("MOPO_FAST_BACKEND") or "auto") if name == "auto" else name
-    return _choose(wanted, dtype, device)
+    return _choose(wanted, dtype, device, training)
 
 
 @functools.cache
-def _choose(wanted: str, dtype: torch.dtype, device: torch.device) -> str:
+def _choose(wanted: str, dtype: str, device: torch.device, training: bool) -> str:
     names = ", ".join(_backends())
     if wanted != "auto" and wanted not in _backends():
         raise InputError(f"unknown backend {wanted!r}; there are: auto, {names}")
@@ -206,8 +226,7 @@ def _choose(wanted: str, dtype: torch.dtype, device: torch.device) -> str:
     for candidate in _backends().values():
         if wanted not in ("auto", candidate.name):
             continue
-        status = candidate.status()
-        reason = candidate.refusal(dtype, device) if status.available else status.reason
+        reason = _reason_against(candidate, wanted, dtype, device, training)
         if reason is None:
             against = f" ({'; '.join(reasons)})" if reasons else ""
             logger.info("backend: %s%s", candidate.name, against)

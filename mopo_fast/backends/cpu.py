@@ -135,7 +135,7 @@ def _run(
         first_step=first_step,
         seed=settings.seed,
         deterministic=settings.deterministic,
-        bfloat16=settings.bfloat16,
+        bfloat16=settings.operands == "bfloat16",
         keep_every_row=policy is None,
         out=[(0, 0) if array is None else (array.data_ptr(), array.stride(0)) for array in arrays],
         capacity=out.capacity,
@@ -305,6 +305,7 @@ class CpuBackend:
     """float32 on CPU tensors of any shape."""
 
     name = "cpu"
+    trains = True
 
     def status(self) -> BackendStatus:
         module, reason = _load()
@@ -315,11 +316,11 @@ class CpuBackend:
         except InputError as error:
             return BackendStatus(self.name, False, str(error))
 
-    def refusal(self, dtype: torch.dtype, device: torch.device) -> str | None:
+    def refusal(self, dtype: str, device: torch.device) -> str | None:
         if device.type != "cpu":
             return f"serves CPU tensors, not {device}"
-        if dtype != torch.float32:
-            return f"serves float32, not {dtype}".replace("torch.", "")
+        if dtype not in ("float32", "bfloat16"):
+            return f"serves float32 and bfloat16, not {dtype}"
         return None
 
     def step(

@@ -32,7 +32,7 @@ def predict(
     dynamics: DynamicsArrays,
     observations: torch.Tensor,
     actions: torch.Tensor,
-    operands: torch.dtype | None = None,
+    operands: str = "float32",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Means and variances of (delta obs, reward), each [members, batch, obs_dim + 1]."""
     inputs = torch.cat([observations, actions], dim=-1)
@@ -170,11 +170,12 @@ class ReferenceBackend:
     """Plain PyTorch, in chunks of rows that stay in cache."""
 
     name = "reference"
+    trains = True
 
     def status(self) -> BackendStatus:
         return BackendStatus(self.name, True, "plain PyTorch, always there")
 
-    def refusal(self, dtype: torch.dtype, device: torch.device) -> str | None:
+    def refusal(self, dtype: str, device: torch.device) -> str | None:
         return None
 
     def step(

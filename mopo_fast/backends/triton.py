@@ -1,0 +1,294 @@
+"""The rollout in Triton, for any GPU that Triton serves; or interpreted on the CPU, to debug and test it."""
+
+import functools
+import importlib
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+
+from mopo_fast.backends import (
+    ROLLOUT_ARRAYS,
+    BackendStatus,
+    Destination,
+    DynamicsArrays,
+    PolicyArrays,
+    Settings,
+    StepResult,
+)
+from mopo_fast.backends.pack import PackedNetwork, pack, round_up, storage_dtype
+
+_SERVED = ("float32", "tfloat32", "bfloat16", "float16")
+# Of a call's record; a larger batch takes its turns.
+_RECORD_BYTES = 1 << 28
+# Rows that one program of the second kernel copies.
+_COPIED_ROWS = 128
+
+
+class Tile(NamedTuple):
+    """What a program multiplies at a time: `rows`, at most `columns` outputs, at most `depth` inputs."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# Products in float32 take registers where the others take tensor cores.
+_TILES = {
+    "float32": Tile(64, 64, 16, 4, 2),
+    "tfloat32": Tile(64, 128, 32, 4, 3),
+    "bfloat16": Tile(128, 128, 64, 8, 3),
+    "float16": Tile(128, 128, 64, 8, 3),
+}
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str]:
+    """The kernels, or None and the reason why they are not there."""
+    try:
+        return importlib.import_module("mopo_fast.backends.triton_kernels"), ""
+    except ImportError as error:
+        return None, f"Triton did not load ({error}); install with: pip install 'mopo_fast[triton]'"
+
+
+def _kernels() -> ModuleType:
+    module, _ = _load()
+    assert module is not None, "the backend was chosen, so it is there"
+    return module
+
+
+class _Record(NamedTuple):
+    """What a rollout leaves behind: [batch, horizon, ...] each, of which the first `lengths` [batch] exist."""
+
+    actions: torch.Tensor
+    rewards: torch.Tensor
+    next_observations: torch.Tensor
+    terminals: torch.Tensor
+    raw_rewards: torch.Tensor
+    penalties: torch.Tensor
+    members: torch.Tensor
+    lengths: torch.Tensor
+    cut: torch.Tensor
+
+
+def _empty_record(start: torch.Tensor, act_dim: int, horizon: int) -> _Record:
+    batch, obs_dim = start.shape
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=start.device)
+
+    return _Record(
+        actions=empty(batch, horizon, act_dim),
+        rewards=empty(batch, horizon),
+        next_observations=empty(batch, horizon, obs_dim),
+        terminals=empty(batch, horizon, dtype=torch.bool),
+        raw_rewards=empty(batch, horizon),
+        penalties=empty(batch, horizon),
+        members=empty(batch, horizon, dtype=torch.int32),
+        lengths=empty(batch, dtype=torch.int32),
+        cut=empty(batch, dtype=torch.int32),
+    )
+
+
+def _programs(tiles: int, device: torch.device) -> int:
+    """As many as run at a time; each takes tile after tile, so that their scratch stays in cache."""
+    if device.type == "cpu":
+        return min(tiles, 2)
+    return min(tiles, 2 * torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _run(
+    dynamics: DynamicsArrays,
+    networks: tuple[PackedNetwork, PackedNetwork | None],
+    policy: PolicyArrays | None,
+    start: torch.Tensor,
+    rows: torch.Tensor,
+    record: _Record,
+    settings: Settings,
+    *,
+    horizon: int = 1,
+    first_step: int = 0,
+    mean: torch.Tensor | None = None,
+    std: torch.Tensor | None = None,
+) -> None:
+    """All steps of all rollouts, into the record; without a policy its actions are read."""
+    tile = _TILES[settings.operands]
+    (batch, obs_dim), device = start.shape, start.device
+    packed, packed_policy = networks
+    members = len(packed.weights)
+    everyone = [network for network in networks if network is not None]
+    width = max(size for network in everyone for size in network.sizes[:-1])
+    heads = max(network.sizes[-1] for network in everyone)
+    programs = _programs(-(-batch // tile.rows), device)
+    factors = storage_dtype(settings.operands)
+    _kernels().rollout_kernel[(programs,)](
+        packed.weights,
+        packed.biases,
+        packed.weights.stride(0),
+        packed.biases.stride(0),
+        packed_policy and packed_policy.weights,
+        packed_policy and packed_policy.biases,
+        dynamics.input_mean,
+        dynamics.input_std,
+        torch.stack([torch.exp(-dynamics.max_logvar), torch.exp(dynamics.min_logvar)]),
+        dynamics.elites,
+        dynamics.penalty_members,
+        dynamics.low,
+        dynamics.high,
+        start,
+        rows,
+        batch,
+        horizon,
+        first_step,
+        settings.seed,
+        dynamics.penalty_coef,
+        policy.log_std_min if policy else 0.0,
+        policy.log_std_max if policy else 0.0,
+        *record,
+        mean,
+        std,
+        torch.zeros(programs, 3, tile.rows, width, dtype=factors, device=device),
+        torch.empty(programs, members + 2, tile.rows, heads, device=device),
+        OBS=obs_dim,
+        ACT=len(dynamics.input_mean) - obs_dim,
+        MEMBERS=members,
+        ELITES=len(dynamics.elites),
+        CHOSEN=len(dynamics.penalty_members),
+        SIZES=packed.sizes,
+        POLICY_SIZES=packed_policy and packed_policy.sizes,
+        ACTIVATION=dynamics.activation,
+        POLICY_ACTIVATION=policy and policy.activation,
+        PENALTY=dynamics.penalty,
+        DETERMINISTIC=settings.deterministic,
+        OPERANDS=settings.operands,
+        WIDTH=width,
+        HEADS=heads,
+        ROWS=tile.rows,
+        BLOCK_N=tile.columns,
+        BLOCK_K=tile.depth,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+def _compact(start: torch.Tensor, rows: torch.Tensor, record: _Record, out: Destination, head: int) -> None:
+    """Copy the record's rows that exist into the ring, from row `head` on."""
+    batch, horizon = record.rewards.shape
+    targets = [out.arrays.get(name) for name in ROLLOUT_ARRAYS]
+    _kernels().compact_kernel[(-(-batch * horizon // _COPIED_ROWS),)](
+        start,
+        rows,
+        *record[:-1],
+        record.lengths.cumsum(0) - record.lengths,
+        batch,
+        horizon,
+        *targets,
+        *(0 if target is None else target.stride(0) for target in targets),
+        head,
+        out.capacity,
+        OBS=start.shape[1],
+        ACT=record.actions.shape[2],
+        ROWS=_COPIED_ROWS,
+    )
+
+
+class TritonBackend:
+    """float32 arrays on a GPU, products in float32 or less; or CPU tensors, interpreted, if asked for by name."""
+
+    name = "triton"
+    trains = False
+
+    def status(self) -> BackendStatus:
+        kernels, reason = _load()
+        if kernels is None:
+            return BackendStatus(self.name, False, reason)
+        if kernels.INTERPRETED:
+            reason = "interpreted on the CPU for TRITON_INTERPRET=1, slow"
+            return BackendStatus(self.name, True, reason, by_name_only=True)
+        if not torch.cuda.is_available():
+            reason = "PyTorch sees no GPU; TRITON_INTERPRET=1 interprets the kernels on the CPU"
+            return BackendStatus(self.name, False, reason)
+        return BackendStatus(self.name, True, torch.cuda.get_device_name())
+
+    def refusal(self, dtype: str, device: torch.device) -> str | None:
+        interpreted = _kernels().INTERPRETED
+        if dtype not in _SERVED:
+            return f"serves {', '.join(_SERVED)}, not {dtype}"
+        if device.type != ("cpu" if interpreted else "cuda"):
+            return f"serves {'CPU tensors, as it is interpreted' if interpreted else 'CUDA tensors'}, not {device}"
+        if interpreted and dtype == "bfloat16":
+            return "Triton's interpreter multiplies bfloat16 wrongly"
+        if not interpreted and dtype in ("bfloat16", "tfloat32"):
+            capability = torch.cuda.get_device_capability(device)
+            if capability < (8, 0):
+                return f"{dtype} takes compute capability 8.0, {device} has {capability[0]}.{capability[1]}"
+        return None
+
+    def step(
+        self,
+        dynamics: DynamicsArrays,
+        observations: torch.Tensor,
+        actions: torch.Tensor,
+        rows: torch.Tensor,
+        step: int,
+        distributions: bool,
+        settings: Settings,
+    ) -> StepResult:
+        batch, obs_dim = observations.shape
+        record = _empty_record(observations, 0, 1)._replace(actions=actions)
+        packed = pack(dynamics.weights, dynamics.biases, settings.operands)
+        mean = std = None
+        if distributions:
+            shape = (len(packed.weights), batch, obs_dim + 1)
+            mean, std = observations.new_empty(shape), observations.new_empty(shape)
+        _run(
+            dynamics,
+            (packed, None),
+            None,
+            observations,
+            rows,
+            record,
+            settings,
+            first_step=step,
+            mean=mean,
+            std=std,
+        )
+        return StepResult(
+            next_observations=record.next_observations.squeeze(1),
+            rewards=record.rewards.squeeze(1),
+            terminals=record.terminals.squeeze(1),
+            raw_rewards=record.raw_rewards.squeeze(1),
+            penalties=record.penalties.squeeze(1),
+            members=record.members.squeeze(1),
+            mean=mean,
+            std=std,
+        )
+
+    def rollout(
+        self,
+        dynamics: DynamicsArrays,
+        policy: PolicyArrays,
+        start: torch.Tensor,
+        rows: torch.Tensor,
+        horizon: int,
+        out: Destination,
+        settings: Settings,
+    ) -> tuple[int, int]:
+        networks = (
+            pack(dynamics.weights, dynamics.biases, settings.operands),
+            pack(policy.weights, policy.biases, settings.operands),
+        )
+        act_dim = policy.weights[-1].shape[-1] // 2
+        row_bytes = 4 * horizon * (start.shape[1] + act_dim + 5)
+        turn = max(1, _RECORD_BYTES // row_bytes)
+        written = cut = 0
+        for begin in range(0, len(start), turn):
+            some, numbers = start[begin : begin + turn], rows[begin : begin + turn]
+            record = _empty_record(some, act_dim, horizon)
+            _run(dynamics, networks, policy, some, numbers, record, settings, horizon=horizon)
+            _compact(some, numbers, record, out, (out.head + written) % out.capacity)
+            counts: list[Any] = torch.stack([record.lengths.sum(), record.cut.sum()]).tolist()
+            written, cut = written + counts[0], cut + counts[1]
+        return written, cut

@@ -1,0 +1,495 @@
+"""The rollout in Triton: a program takes a tile of rows through all steps, a second kernel closes the gaps.
+
+A tile's activations pass from layer to layer through a scratch of the program's own, small enough for the
+second-level cache. Any size works: a layer's columns are cut into blocks of 128, then 64, 32 and 16, so that a
+width that is no power of two does not cost what the next one does. The mathematics is csrc/spec.h's, the random
+numbers are backends/philox.py's.
+
+Importing this module takes Triton; TRITON_INTERPRET=1, set before Triton's first import, interprets it.
+"""
+
+import triton
+import triton.language as tl
+
+from mopo_fast.backends import philox
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
+_ACTION_STREAM = tl.constexpr(philox.ACTION_STREAM)
+_NOISE_STREAM = tl.constexpr(philox.NOISE_STREAM)
+_MEMBER_STREAM = tl.constexpr(philox.MEMBER_STREAM)
+# Dimensions of observations and actions that are worked on at a time.
+_DIMS = tl.constexpr(16)
+
+
+@triton.jit
+def _at(matrix, row, column, stride):
+    return matrix + row[:, None] * stride + column[None, :]
+
+
+@triton.jit
+def _tanh(x):
+    size = tl.abs(x)
+    decay = tl.exp(-2.0 * size)
+    square = size * size
+    # Near zero 1 - decay cancels; the series is off by 1e-8 at most.
+    series = 0.13333333333333333 + square * (-0.05396825396825397 + square * 0.021869488536155203)
+    small = size + size * square * (-0.3333333333333333 + square * series)
+    result = tl.where(size < 0.25, small, (1.0 - decay) / (1.0 + decay))
+    return tl.where(x < 0.0, -result, result)
+
+
+@triton.jit
+def _activate(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "silu":
+        x = x / (1.0 + tl.exp(-x))
+    elif ACTIVATION == "relu":
+        # A maximum would hide a NaN.
+        x = tl.where(x < 0.0, 0.0, x)
+    elif ACTIVATION == "tanh":
+        x = _tanh(x)
+    return x
+
+
+@triton.jit
+def _store_factor(pointers, x, mask, OPERANDS: tl.constexpr):
+    """Store x as a factor of products, rounded as `ensemble.round_factor` does."""
+    if OPERANDS == "tfloat32":
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x0FFF + ((bits >> 13) & 1)) & 0xFFFFE000
+        x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
+    tl.store(pointers, x.to(pointers.dtype.element_ty), mask)
+
+
+@triton.jit
+def _uniform(word):
+    return ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
+
+
+@triton.jit
+def _box_muller(a, b):
+    radius = tl.sqrt_rn(-2.0 * tl.log(_uniform(a)))
+    angle = 6.283185307179586 * _uniform(b)
+    return radius * tl.cos(angle), radius * tl.sin(angle)
+
+
+@triton.jit
+def random_words(number, step, STREAM: tl.constexpr, first, seed):
+    """Words first .. first + 15 of a row's stream, as four [rows, 4]: those that are 0, 1, 2, 3 modulo 4."""
+    low, high = number.to(tl.uint32), (number >> 32).to(tl.uint32)
+    block = (first // 4 + tl.arange(0, 4)).to(tl.uint32) + STREAM * 65536
+    zero = tl.zeros([1, 4], tl.uint32)
+    return tl.philox(seed, low[:, None] + zero, high[:, None] + zero, step, block[None, :])
+
+
+@triton.jit
+def _normals(number, step, STREAM: tl.constexpr, first, seed):
+    """Standard normals first .. first + 15 of a row's stream: [rows, 16]."""
+    a, b, c, d = random_words(number, step, STREAM, first, seed)
+    x0, x1 = _box_muller(a, b)
+    x2, x3 = _box_muller(c, d)
+    return tl.interleave(tl.interleave(x0, x2), tl.interleave(x1, x3))
+
+
+@triton.jit
+def _multiply(
+    total, x, x_stride, weight, first, lane, column,
+    N: tl.constexpr, BLOCK_K: tl.constexpr, OPERANDS: tl.constexpr,
+):  # fmt: skip
+    """total + x[:, first : first + BLOCK_K] @ weight[first : first + BLOCK_K, column]."""
+    k = first + tl.arange(0, BLOCK_K)
+    left = tl.load(_at(x, lane, k, x_stride))
+    right = tl.load(_at(weight, k, column, N))
+    return tl.dot(left, right, total, input_precision="tf32" if OPERANDS == "tfloat32" else "ieee")
+
+
+@triton.jit
+def _columns(
+    x, x_stride, weight, bias, out, out_stride, first,
+    K: tl.constexpr, N: tl.constexpr, ACTIVATION: tl.constexpr, OPERANDS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out[:, first : first + BLOCK_N] = activation(x @ weight + bias)."""
+    lane = tl.arange(0, ROWS)
+    column = first + tl.arange(0, BLOCK_N)
+    total = tl.zeros([ROWS, BLOCK_N], tl.float32)
+    for k in range(0, K // BLOCK_K * BLOCK_K, BLOCK_K):
+        total = _multiply(total, x, x_stride, weight, k, lane, column, N, BLOCK_K, OPERANDS)
+    if BLOCK_K > 32 and K & 32:
+        total = _multiply(total, x, x_stride, weight, K // 64 * 64, lane, column, N, 32, OPERANDS)
+    if BLOCK_K > 16 and K & 16:
+        total = _multiply(total, x, x_stride, weight, K // 32 * 32, lane, column, N, 16, OPERANDS)
+    total += tl.load(bias + column)[None, :]
+    pointers = _at(out, lane, column, out_stride)
+    if ACTIVATION == "linear":
+        tl.store(pointers, total)
+    else:
+        _store_factor(pointers, _activate(total, ACTIVATION), None, OPERANDS)
+
+
+@triton.jit
+def _layer(
+    x, x_stride, weight, bias, out, out_stride,
+    K: tl.constexpr, N: tl.constexpr, ACTIVATION: tl.constexpr, OPERANDS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out = activation(x @ weight + bias) for a tile, in blocks of columns, none wider than BLOCK_N."""
+    for first in range(0, N // BLOCK_N * BLOCK_N, BLOCK_N):
+        _columns(x, x_stride, weight, bias, out, out_stride, first,
+                 K, N, ACTIVATION, OPERANDS, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
+    if BLOCK_N > 64 and N & 64:
+        _columns(x, x_stride, weight, bias, out, out_stride, N // 128 * 128,
+                 K, N, ACTIVATION, OPERANDS, ROWS, 64, BLOCK_K)  # fmt: skip
+    if BLOCK_N > 32 and N & 32:
+        _columns(x, x_stride, weight, bias, out, out_stride, N // 64 * 64,
+                 K, N, ACTIVATION, OPERANDS, ROWS, 32, BLOCK_K)  # fmt: skip
+    if BLOCK_N > 16 and N & 16:
+        _columns(x, x_stride, weight, bias, out, out_stride, N // 32 * 32,
+                 K, N, ACTIVATION, OPERANDS, ROWS, 16, BLOCK_K)  # fmt: skip
+    # What one thread has written, another reads.
+    tl.debug_barrier()
+
+
+@triton.jit
+def _network(
+    x, here, there, heads, weight, bias,
+    SIZES: tl.constexpr, ACTIVATION: tl.constexpr, OPERANDS: tl.constexpr, WIDTH: tl.constexpr,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A perceptron for a tile x [ROWS, WIDTH], which may lie in `there`: heads [ROWS, HEADS]."""
+    for layer in tl.static_range(len(SIZES) - 2):
+        _layer(x, WIDTH, weight, bias, here, WIDTH,
+               SIZES[layer], SIZES[layer + 1], ACTIVATION, OPERANDS, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
+        weight += SIZES[layer] * SIZES[layer + 1]
+        bias += SIZES[layer + 1]
+        x = here
+        here = there
+        there = x
+    _layer(x, WIDTH, weight, bias, heads, HEADS,
+           SIZES[len(SIZES) - 2], SIZES[len(SIZES) - 1], "linear", OPERANDS, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
+
+
+@triton.jit
+def _observe(
+    state, inputs, policy_inputs, input_mean, input_std,
+    POLICY: tl.constexpr, OBS: tl.constexpr, OPERANDS: tl.constexpr, WIDTH: tl.constexpr,
+    HEADS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Observations as the networks' inputs: as they are for the policy, standardised for the dynamics."""
+    lane = tl.arange(0, ROWS)
+    for first in range(0, OBS, _DIMS):
+        column = first + tl.arange(0, _DIMS)
+        inside = column < OBS
+        x = tl.load(_at(state, lane, column, HEADS), inside[None, :], 0.0)
+        if POLICY:
+            _store_factor(_at(policy_inputs, lane, column, WIDTH), x, None, OPERANDS)
+        mean, std = tl.load(input_mean + column, inside, 0.0), tl.load(input_std + column, inside, 1.0)
+        _store_factor(_at(inputs, lane, column, WIDTH), (x - mean) / std, inside[None, :], OPERANDS)
+
+
+@triton.jit
+def _act(
+    heads, actions, record, alive, number, step, seed, inputs, input_mean, input_std, log_std_min, log_std_max,
+    POLICY: tl.constexpr, DETERMINISTIC: tl.constexpr, OBS: tl.constexpr, ACT: tl.constexpr,
+    OPERANDS: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Actions, from the policy's heads into the record or read from there, as inputs of the dynamics."""
+    lane = tl.arange(0, ROWS)
+    for first in range(0, ACT, _DIMS):
+        column = first + tl.arange(0, _DIMS)
+        inside = column < ACT
+        taken = alive[:, None] & inside[None, :]
+        if POLICY:
+            x = tl.load(_at(heads, lane, column, HEADS), inside[None, :], 0.0)
+            if not DETERMINISTIC:
+                log_std = tl.load(_at(heads + ACT, lane, column, HEADS), inside[None, :], 0.0)
+                log_std = tl.where(log_std < log_std_min, log_std_min, log_std)
+                log_std = tl.where(log_std > log_std_max, log_std_max, log_std)
+                x += tl.exp(log_std) * _normals(number, step, _ACTION_STREAM, first, seed)
+            x = _tanh(x)
+            tl.store(_at(actions, record, column, ACT), x, taken)
+        else:
+            x = tl.load(_at(actions, record, column, ACT), taken, 0.0)
+        mean = tl.load(input_mean + OBS + column, inside, 0.0)
+        std = tl.load(input_std + OBS + column, inside, 1.0)
+        _store_factor(_at(inputs + OBS, lane, column, WIDTH), (x - mean) / std, inside[None, :], OPERANDS)
+
+
+@triton.jit
+def _variance(logvar, bounds, column, inside, OBS: tl.constexpr):
+    """The double soft clamp of what lies at `logvar`, as a variance; bounds [2, OBS + 1] e^-max, e^min."""
+    minus_max, minimum = tl.load(bounds + column, inside, 1.0), tl.load(bounds + OBS + 1 + column, inside, 0.0)
+    return minimum + 1.0 / (minus_max + tl.exp(-tl.load(logvar, inside[None, :], 0.0)))
+
+
+@triton.jit
+def _nan_max(a, b):
+    return tl.where((b > a) | (b != b), b, a)
+
+
+@triton.jit
+def _total_variance(heads, bounds, OBS: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr):
+    """Sum of the variances of a member's OBS + 1 dimensions: [ROWS]."""
+    lane = tl.arange(0, ROWS)
+    total = tl.zeros([ROWS, _DIMS], tl.float32)
+    for first in range(0, OBS + 1, _DIMS):
+        column = first + tl.arange(0, _DIMS)
+        inside = column <= OBS
+        variance = _variance(_at(heads + OBS + 1, lane, column, HEADS), bounds, column, inside, OBS)
+        total += tl.where(inside[None, :], variance, 0.0)
+    return tl.sum(total, axis=1)
+
+
+@triton.jit
+def _distance(heads, other, COUNT: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr):
+    """Square of the distance of two means in their first COUNT dimensions: [ROWS]."""
+    lane = tl.arange(0, ROWS)
+    total = tl.zeros([ROWS, _DIMS], tl.float32)
+    for first in range(0, COUNT, _DIMS):
+        column = first + tl.arange(0, _DIMS)
+        inside = (column < COUNT)[None, :]
+        left = tl.load(_at(heads, lane, column, HEADS), inside, 0.0)
+        difference = left - tl.load(_at(other, lane, column, HEADS), inside, 0.0)
+        total += difference * difference
+    return tl.sum(total, axis=1)
+
+
+@triton.jit
+def _store_centre(
+    predictions, chosen, centre,
+    CHOSEN: tl.constexpr, OBS: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The mean of the chosen members' means, where `_distance` finds it."""
+    lane = tl.arange(0, ROWS)
+    for first in range(0, OBS + 1, _DIMS):
+        column = first + tl.arange(0, _DIMS)
+        inside = (column <= OBS)[None, :]
+        total = tl.zeros([ROWS, _DIMS], tl.float32)
+        for i in range(CHOSEN):
+            heads = predictions + tl.load(chosen + i) * (ROWS * HEADS)
+            total += tl.load(_at(heads, lane, column, HEADS), inside, 0.0)
+        tl.store(_at(centre, lane, column, HEADS), total / CHOSEN, inside)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _penalise(
+    predictions, chosen, centre, bounds,
+    CHOSEN: tl.constexpr, PENALTY: tl.constexpr, OBS: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """u(s, a) [ROWS] from the members that are chosen; see `reference.penalise`."""
+    if PENALTY == "max_deviation" or PENALTY == "ensemble_std" or PENALTY == "mixture_std":
+        _store_centre(predictions, chosen, centre, CHOSEN, OBS, HEADS, ROWS)
+    u = tl.zeros([ROWS], tl.float32)
+    for i in range(CHOSEN):
+        heads = predictions + tl.load(chosen + i) * (ROWS * HEADS)
+        if PENALTY == "max_aleatoric":
+            u = _nan_max(u, _total_variance(heads, bounds, OBS, HEADS, ROWS))
+        elif PENALTY == "max_pairwise":
+            for j in range(i):
+                other = predictions + tl.load(chosen + j) * (ROWS * HEADS)
+                u = _nan_max(u, _distance(heads, other, OBS, HEADS, ROWS))
+        elif PENALTY == "max_deviation":
+            u = _nan_max(u, _distance(heads, centre, OBS, HEADS, ROWS))
+        elif PENALTY == "ensemble_std":
+            u += _distance(heads, centre, OBS, HEADS, ROWS) / OBS
+        elif PENALTY == "mixture_std":
+            u += _distance(heads, centre, OBS + 1, HEADS, ROWS)
+            u += _total_variance(heads, bounds, OBS, HEADS, ROWS)
+    if PENALTY == "ensemble_std" or PENALTY == "mixture_std":
+        u = u / CHOSEN
+    return tl.sqrt_rn(u)
+
+
+@triton.jit
+def _sample(
+    predictions, drawn, number, step, seed, bounds, first,
+    DETERMINISTIC: tl.constexpr, MEMBERS: tl.constexpr, OBS: tl.constexpr, HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """Dimensions first .. first + 15 of (delta obs, reward): the drawn member's sample, or the mean of all."""
+    lane = tl.arange(0, ROWS)
+    column = first + tl.arange(0, _DIMS)
+    inside = column <= OBS
+    if DETERMINISTIC:
+        total = tl.zeros([ROWS, _DIMS], tl.float32)
+        for member in range(MEMBERS):
+            heads = predictions + member * (ROWS * HEADS)
+            total += tl.load(_at(heads, lane, column, HEADS), inside[None, :], 0.0)
+        sample = total / MEMBERS
+    else:
+        heads = _at(predictions, drawn * ROWS + lane, column, HEADS)
+        noise = _normals(number, step, _NOISE_STREAM, first, seed)
+        std = tl.sqrt_rn(_variance(heads + OBS + 1, bounds, column, inside, OBS))
+        sample = tl.load(heads, inside[None, :], 0.0) + std * noise
+    return sample
+
+
+@triton.jit
+def _store_distributions(
+    predictions, bounds, mean, std, row, exists, batch,
+    MEMBERS: tl.constexpr, OBS: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Every member's mean and std into [members, batch, OBS + 1]."""
+    lane = tl.arange(0, ROWS)
+    for member in range(MEMBERS):
+        heads = predictions + member * (ROWS * HEADS)
+        for first in range(0, OBS + 1, _DIMS):
+            column = first + tl.arange(0, _DIMS)
+            inside = column <= OBS
+            pointers = _at(heads, lane, column, HEADS)
+            variance = _variance(pointers + OBS + 1, bounds, column, inside, OBS)
+            stored = exists[:, None] & inside[None, :]
+            to = member * batch.to(tl.int64) + row
+            tl.store(_at(mean, to, column, OBS + 1), tl.load(pointers, inside[None, :], 0.0), stored)
+            tl.store(_at(std, to, column, OBS + 1), tl.sqrt_rn(variance), stored)
+
+
+@triton.jit(do_not_specialize=["batch", "horizon", "first_step", "seed"])
+def rollout_kernel(
+    # The networks, packed, with the elements between two members; the dynamics' constants.
+    weights, biases, weights_stride, biases_stride, policy_weights, policy_biases,
+    input_mean, input_std, bounds, elites, chosen, low, high,
+    # Start states [batch, OBS] and the rows' numbers [batch].
+    start, rows, batch, horizon, first_step: tl.uint32, seed: tl.uint64, penalty_coef, log_std_min, log_std_max,
+    # The record, [batch, horizon, ...] each; without a policy, actions are read. lengths, cut: [batch].
+    actions, rewards, next_observations, terminals, raw_rewards, penalties, members, lengths, cut,
+    # [members, batch, OBS + 1] or None, of the last step.
+    mean, std,
+    # A program's own: activations [3, ROWS, WIDTH], zero at first; predictions [MEMBERS + 2, ROWS, HEADS].
+    activations, predictions,
+    OBS: tl.constexpr, ACT: tl.constexpr, MEMBERS: tl.constexpr, ELITES: tl.constexpr,
+    CHOSEN: tl.constexpr, SIZES: tl.constexpr, POLICY_SIZES: tl.constexpr, ACTIVATION: tl.constexpr,
+    POLICY_ACTIVATION: tl.constexpr, PENALTY: tl.constexpr, DETERMINISTIC: tl.constexpr,
+    OPERANDS: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """All steps of tile after tile of rollouts; POLICY_SIZES is None where the caller acts."""
+    POLICY: tl.constexpr = POLICY_SIZES is not None
+    program = tl.program_id(0).to(tl.int64)
+    inputs = activations + program * (3 * ROWS * WIDTH)
+    here = inputs + ROWS * WIDTH
+    there = here + ROWS * WIDTH
+    predictions += program * ((MEMBERS + 2) * ROWS * HEADS)
+    centre = predictions + MEMBERS * ROWS * HEADS
+    state = centre + ROWS * HEADS
+    lane = tl.arange(0, ROWS)
+    tile = tl.program_id(0)
+    while tile * ROWS < batch:
+        row = tile * ROWS + lane.to(tl.int64)
+        exists = row < batch
+        number = tl.load(rows + row, exists, 0)
+        for first in range(0, OBS, _DIMS):
+            column = first + tl.arange(0, _DIMS)
+            inside = exists[:, None] & (column < OBS)[None, :]
+            x = tl.load(_at(start, row, column, OBS), inside, 0.0)
+            tl.store(_at(state, lane, column, HEADS), x, (column < OBS)[None, :])
+        length = tl.zeros([ROWS], tl.int32)
+        ended_badly = tl.zeros([ROWS], tl.int32)
+        alive = exists
+        t = 0
+        while (t < horizon) & (tl.max(alive.to(tl.int32), axis=0) > 0):
+            tl.debug_barrier()
+            step = (first_step + t).to(tl.uint32)
+            record = row * horizon + t
+            _observe(state, inputs, there, input_mean, input_std, POLICY, OBS, OPERANDS, WIDTH, HEADS, ROWS)
+            tl.debug_barrier()
+            if POLICY:
+                _network(there, here, there, predictions, policy_weights, policy_biases,
+                         POLICY_SIZES, POLICY_ACTIVATION, OPERANDS, WIDTH, HEADS, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
+            _act(predictions, actions, record, alive, number, step, seed, inputs, input_mean, input_std,
+                 log_std_min, log_std_max, POLICY, DETERMINISTIC, OBS, ACT, OPERANDS, WIDTH, HEADS, ROWS)  # fmt: skip
+            tl.debug_barrier()
+            for member in range(MEMBERS):
+                _network(inputs, here, there, predictions + member * (ROWS * HEADS),
+                         weights + member * weights_stride, biases + member * biases_stride,
+                         SIZES, ACTIVATION, OPERANDS, WIDTH, HEADS, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
+
+            drawn = tl.zeros([ROWS], tl.int64)
+            if not DETERMINISTIC:
+                word, _, _, _ = tl.philox(seed, number.to(tl.uint32), (number >> 32).to(tl.uint32), step,
+                                          _MEMBER_STREAM * 65536)  # fmt: skip
+                drawn = tl.load(elites + ((word.to(tl.int64) * ELITES) >> 32))
+            penalty = _penalise(predictions, chosen, centre, bounds, CHOSEN, PENALTY, OBS, HEADS, ROWS)
+            raw_reward = tl.zeros([ROWS], tl.float32)
+            finite, inside_box = alive, alive
+            for first in range(0, OBS + 1, _DIMS):
+                column = first + tl.arange(0, _DIMS)
+                observed = (column < OBS)[None, :]
+                sample = _sample(predictions, drawn, number, step, seed, bounds, first,
+                                 DETERMINISTIC, MEMBERS, OBS, HEADS, ROWS)  # fmt: skip
+                raw_reward += tl.sum(tl.where((column == OBS)[None, :], sample, 0.0), axis=1)
+                pointers = _at(state, lane, column, HEADS)
+                x = tl.load(pointers, observed, 0.0) + sample
+                tl.store(pointers, x, observed)
+                tl.store(_at(next_observations, record, column, OBS), x, alive[:, None] & observed)
+                bad = (~(tl.abs(x) < float("inf"))) & observed
+                finite &= tl.max(bad.to(tl.int32), axis=1) == 0
+                least, most = tl.load(low + column, column < OBS, 0.0), tl.load(high + column, column < OBS, 0.0)
+                outside = (~((x >= least[None, :]) & (x <= most[None, :]))) & observed
+                inside_box &= tl.max(outside.to(tl.int32), axis=1) == 0
+            reward = raw_reward - penalty_coef * penalty
+            finite &= tl.abs(reward) < float("inf")
+            goes_on = finite & inside_box
+            tl.store(rewards + record, reward, alive)
+            tl.store(raw_rewards + record, raw_reward, alive)
+            tl.store(penalties + record, penalty, alive)
+            tl.store(terminals + record, ~goes_on, alive)
+            tl.store(members + record, tl.full([ROWS], -1, tl.int32) if DETERMINISTIC else drawn.to(tl.int32), alive)
+            if mean is not None:
+                _store_distributions(predictions, bounds, mean, std, row, exists, batch,
+                                     MEMBERS, OBS, HEADS, ROWS)  # fmt: skip
+            length += finite.to(tl.int32)
+            ended_badly += (alive & ~finite).to(tl.int32)
+            alive = goes_on
+            t += 1
+        tl.debug_barrier()
+        tl.store(lengths + row, length, exists)
+        tl.store(cut + row, ended_badly, exists)
+        tile += tl.num_programs(0)
+
+
+@triton.jit
+def _copy(source, target, mask, COUNT: tl.constexpr):
+    """COUNT numbers from each of `source` [rows] to each of `target` [rows]."""
+    for first in range(0, COUNT, _DIMS):
+        column = first + tl.arange(0, _DIMS)
+        inside = mask[:, None] & (column < COUNT)[None, :]
+        tl.store(target[:, None] + column[None, :], tl.load(source[:, None] + column[None, :], inside), inside)
+
+
+@triton.jit(do_not_specialize=["batch", "horizon", "head", "capacity"])
+def compact_kernel(
+    # What `rollout_kernel` was given and has recorded; offsets [batch] count the rows of the rollouts before.
+    start, rows, actions, rewards, next_observations, terminals, raw_rewards, penalties, members, lengths, offsets,
+    batch, horizon,
+    # The ring's arrays and the elements between two of their rows; those after the terminals may be None.
+    to_observations, to_actions, to_rewards, to_next_observations, to_terminals, to_raw_rewards,
+    to_penalties, to_members, to_rollout_index, to_step,
+    observations_stride, actions_stride, rewards_stride, next_observations_stride, terminals_stride,
+    raw_rewards_stride, penalties_stride, members_stride, rollout_index_stride, step_stride,
+    head, capacity,
+    OBS: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Copy the rows that exist into the ring, a rollout's together, in the order of the start states."""
+    record = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    rollout, t = record // horizon, record % horizon
+    exists = rollout < batch
+    exists &= t < tl.load(lengths + rollout, exists, 0)
+    to = (head + tl.load(offsets + rollout, exists, 0) + t) % capacity
+    before = tl.where(t == 0, start + rollout * OBS, next_observations + (record - 1) * OBS)
+    _copy(before, to_observations + to * observations_stride, exists, OBS)
+    _copy(actions + record * ACT, to_actions + to * actions_stride, exists, ACT)
+    _copy(next_observations + record * OBS, to_next_observations + to * next_observations_stride, exists, OBS)
+    tl.store(to_rewards + to * rewards_stride, tl.load(rewards + record, exists), exists)
+    tl.store(to_terminals + to * terminals_stride, tl.load(terminals + record, exists), exists)
+    if to_raw_rewards is not None:
+        tl.store(to_raw_rewards + to * raw_rewards_stride, tl.load(raw_rewards + record, exists), exists)
+    if to_penalties is not None:
+        tl.store(to_penalties + to * penalties_stride, tl.load(penalties + record, exists), exists)
+    if to_members is not None:
+        tl.store(to_members + to * members_stride, tl.load(members + record, exists), exists)
+    if to_rollout_index is not None:
+        tl.store(to_rollout_index + to * rollout_index_stride, tl.load(rows + rollout, exists), exists)
+    if to_step is not None:
+        tl.store(to_step + to * step_stride, t.to(tl.int32), exists)

@@ -1,0 +1,365 @@
+"""The Triton kernels against the float64 oracle: on a GPU where there is one, else interpreted."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from kernel_cases import (
+    assert_as_accurate,
+    assert_same,
+    check_step,
+    inputs,
+    make_ensemble,
+    make_policy,
+    narrow_box,
+    oracle,
+)
+
+from mopo_fast import backends
+from mopo_fast.backends import philox
+from mopo_fast.backends import triton as host
+from mopo_fast.backends.pack import pack
+from mopo_fast.buffer import RingBuffer
+from mopo_fast.config import ACTIVATIONS, PENALTIES
+from mopo_fast.data import Transitions
+from mopo_fast.ensemble import round_factor
+from mopo_fast.errors import InputError
+from mopo_fast.policy import Actor
+from mopo_fast.rollout import RolloutEngine
+
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+kernels = pytest.importorskip("mopo_fast.backends.triton_kernels")
+
+DEVICE = "cpu" if kernels.INTERPRETED else "cuda"
+if not kernels.INTERPRETED and not torch.cuda.is_available():
+    pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
+
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
+ROUNDED = ["tfloat32", "float16", *([] if kernels.INTERPRETED else ["bfloat16"])]
+Case = tuple[RolloutEngine, Actor, torch.Tensor]
+
+
+def make_engine(ensemble: torch.nn.Module, **options: Any) -> RolloutEngine:
+    return RolloutEngine(ensemble.to(DEVICE), backend="triton", **options)
+
+
+def make_start(batch: int, obs_dim: int) -> torch.Tensor:
+    return inputs(batch, obs_dim, 1)[0].to(DEVICE)
+
+
+@triton.jit
+def _words_kernel(
+    rows, words, step: tl.uint32, seed: tl.uint64, STREAM: tl.constexpr, FIRST: tl.constexpr, ROWS: tl.constexpr
+):
+    lane = tl.arange(0, ROWS)
+    number = tl.load(rows + lane)
+    a, b, c, d = kernels.random_words(number, step.to(tl.uint32), STREAM, FIRST, seed)
+    at = words + lane[:, None] * 16 + tl.arange(0, 4)[None, :] * 4
+    tl.store(at, a)
+    tl.store(at + 1, b)
+    tl.store(at + 2, c)
+    tl.store(at + 3, d)
+
+
+@pytest.mark.parametrize(("seed", "step"), [(0, 0), (7, 2**31 + 3), (2**63 + 11, 2**32 - 1)])
+@pytest.mark.parametrize("stream", [philox.ACTION_STREAM, philox.NOISE_STREAM])
+@pytest.mark.parametrize("first", [0, 400])
+def test_the_words_are_philox(seed: int, step: int, stream: int, first: int) -> None:
+    rows = torch.tensor([0, 1, 2**32 - 1, 2**32, 2**63 - 1, -1, 12345678901, 7], device=DEVICE)
+    words = torch.empty(8, 16, dtype=torch.int64, device=DEVICE)
+    _words_kernel[(1,)](rows, words, step, seed, STREAM=stream, FIRST=first, ROWS=8)
+    expected = philox.random_words(rows, step, stream, first + 16, seed)
+    assert torch.equal(words, expected[:, first:])
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("members", ["all", "elites"])
+def test_every_penalty(penalty: str, members: str) -> None:
+    ensemble = make_ensemble(17, 6)
+    check_step(make_engine(ensemble, penalty=penalty, penalty_coef=0.7, penalty_members=members), 33)
+
+
+@pytest.mark.parametrize(("obs_dim", "act_dim", "members"), [(3, 1, 7), (16, 16, 2), (111, 8, 1), (400, 17, 1)])
+@pytest.mark.parametrize("batch", [1, 33])
+def test_every_shape(obs_dim: int, act_dim: int, members: int, batch: int) -> None:
+    check_step(make_engine(make_ensemble(obs_dim, act_dim, members=members), penalty="mixture_std"), batch)
+
+
+@pytest.mark.parametrize("members", [1, 2, 32])
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_every_number_of_members(members: int, penalty: str) -> None:
+    check_step(make_engine(make_ensemble(3, 1, members=members, hidden=(1,)), penalty=penalty), 20)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("hidden", [(), (1,), (200, 200), (64, 7, 129)])
+def test_every_activation_and_depth(activation: str, hidden: tuple[int, ...]) -> None:
+    check_step(make_engine(make_ensemble(17, 6, members=2, hidden=hidden, activation=activation)), 130)
+
+
+def test_the_canonical_ensemble() -> None:
+    check_step(make_engine(make_ensemble(17, 6, hidden=(200,) * 4)), 70)
+
+
+def test_deterministic_is_the_mean_over_all_members() -> None:
+    check_step(make_engine(make_ensemble(17, 6)), 100, deterministic=True)
+
+
+@pytest.mark.parametrize("dtype", ROUNDED)
+@pytest.mark.parametrize("hidden", [(200, 200), (33, 51), ()])
+def test_rounded_factors(dtype: str, hidden: tuple[int, ...]) -> None:
+    """As accurate as PyTorch with the same roundings, which are far larger than float32's."""
+    engine = make_engine(make_ensemble(17, 6, members=3, hidden=hidden), dtype=dtype, penalty="mixture_std")
+    observations, actions = (array.to(DEVICE) for array in inputs(200, 17, 6))
+    call = {"seed": 5, "distributions": True}
+    kernel = engine.step(observations, actions, **call)
+    same, float32 = (oracle(engine, name).step(observations, actions, **call) for name in (dtype, "float32"))
+    exact = oracle(engine, "float64").step(observations.double(), actions.double(), **call)
+    for name in ("next_observations", "rewards", "raw_rewards", "penalties", "mean", "std"):
+        ours, theirs, plain, truth = (getattr(result, name) for result in (kernel, same, float32, exact))
+        assert_as_accurate(ours, theirs, truth, name)
+        error = (theirs - truth).norm()
+        assert (ours - theirs).norm() < 0.5 * error, name
+        assert error > 30.0 * (plain - truth).norm(), name
+
+
+@pytest.mark.parametrize("dtype", ROUNDED)
+def test_rounded_factors_of_the_policy(dtype: str) -> None:
+    engine = make_engine(make_ensemble(11, 3, members=2), dtype=dtype)
+    policy, start = make_policy(11, 3), make_start(300, 11)
+    kernel = engine.rollout(policy, start, 1, seed=3)
+    same = oracle(engine, dtype).rollout(policy, start, 1, seed=3)
+    exact = oracle(engine, "float64").rollout(policy, start.double(), 1, seed=3)
+    assert_as_accurate(kernel.actions, same.actions, exact.actions, "actions")
+    assert (kernel.actions - same.actions).norm() < 0.5 * (same.actions - exact.actions).norm()
+
+
+def test_tfloat32_is_rounded_to_nearest_and_keeps_what_is_not_finite() -> None:
+    step = 2.0**-10
+    x = torch.tensor([1.0, 1.0 + 0.5 * step, 1.0 + 1.5 * step, 1.0 + 0.51 * step, -3e38, torch.inf, torch.nan])
+    expected = torch.tensor([1.0, 1.0, 1.0 + 2.0 * step, 1.0 + step])
+    rounded = round_factor(x, "tfloat32")
+    assert torch.equal(rounded[:4], expected)
+    assert abs(rounded[4] / x[4] - 1.0) < step and rounded[5] == torch.inf and rounded[6].isnan()
+
+
+def test_packed_networks_are_padded_with_zeros() -> None:
+    weights, biases = [torch.ones(2, 3, 17), torch.ones(2, 17, 4)], [torch.ones(2, 17), torch.ones(2, 4)]
+    packed = pack(weights, biases, "float16")
+    assert packed.sizes == (16, 32, 16)
+    assert packed.weights.shape == (2, 16 * 32 + 32 * 16) and packed.weights.dtype == torch.float16
+    first = packed.weights[:, : 16 * 32].unflatten(1, (16, 32))
+    assert first[:, :3, :17].eq(1.0).all() and first.sum() == 2 * 3 * 17
+    assert packed.biases.sum() == 2 * 21 and packed.biases[:, 32:36].eq(1.0).all()
+
+
+@pytest.fixture(params=["float32", "float16"])
+def case(request: pytest.FixtureRequest) -> Case:
+    """An engine, a policy and start states whose rollouts end at every step."""
+    ensemble = make_ensemble(11, 3, members=3)
+    engine = make_engine(ensemble, termination=narrow_box(11), dtype=request.param)
+    return engine, make_policy(11, 3), make_start(203, 11)
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("case", ["float32"], indirect=True)
+def test_rollout_against_the_oracle(case: Case, penalty: str) -> None:
+    engine, policy, start = case
+    engine = make_engine(engine.ensemble, penalty=penalty, termination=narrow_box(11))
+    kernel = engine.rollout(policy, start, 4, seed=3)
+    same = oracle(engine, "float32").rollout(policy, start, 4, seed=3)
+    exact = oracle(engine, "float64").rollout(policy, start.double(), 4, seed=3)
+    assert kernel.terminals.sum() > 40
+    for name in ("rollout_index", "step", "members", "terminals"):
+        assert torch.equal(getattr(kernel, name), getattr(exact, name)), name
+    for name in ("observations", "actions", "next_observations", "rewards", "raw_rewards", "penalties"):
+        assert_as_accurate(getattr(kernel, name), getattr(same, name), getattr(exact, name), name)
+
+
+def test_rollout_is_made_of_steps(case: Case) -> None:
+    engine, policy, start = case
+    whole = engine.rollout(policy, start, 4, seed=9)
+    following = start
+    rows = torch.arange(len(start), device=DEVICE)
+    for t in range(4):
+        part = whole[whole.step == t]
+        assert torch.equal(part.rollout_index, rows)
+        assert torch.equal(part.observations, following)
+        result = engine.step(part.observations, part.actions, seed=9, step=t, rows=rows)
+        for field in dataclasses.fields(result):
+            if field.name not in ("mean", "std"):
+                assert torch.equal(getattr(part, field.name), getattr(result, field.name)), field.name
+        following, rows = result.next_observations[~result.terminals], rows[~result.terminals]
+    order = whole.rollout_index * 4 + whole.step
+    assert (order.diff() > 0).all()
+
+
+@pytest.mark.parametrize("split", [1, 70])
+def test_splits_do_not_matter(case: Case, split: int) -> None:
+    engine, policy, start = case
+    rows = torch.arange(len(start), device=DEVICE) + 10**10
+    whole = engine.rollout(policy, start, 3, seed=1, rows=rows)
+    parts = [
+        engine.rollout(policy, start[at], 3, seed=1, rows=rows[at])
+        for at in (slice(split), slice(split, None))
+    ]
+    for name, array in whole.arrays().items():
+        assert torch.equal(array, torch.cat([getattr(part, name) for part in parts])), name
+
+
+def test_a_batch_may_take_turns(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, policy, start = case
+    whole = engine.rollout(policy, start, 3, seed=1)
+    monkeypatch.setattr(host, "_RECORD_BYTES", 100 * 3 * 4 * (11 + 3 + 5))
+    assert_same(engine.rollout(policy, start, 3, seed=1), whole)
+
+
+def test_ring(case: Case) -> None:
+    """Columns of a table, written in place, wrapping around, and nothing but the new rows is touched."""
+    engine, policy, start = case
+    expected = engine.rollout(policy, start, 3, seed=1)
+    ring = RingBuffer(800, 11, 3, DEVICE)
+    ring.storage.rewards.fill_(float("nan"))
+    ring.head = 600
+    result = engine.rollout(policy, start, 3, seed=1, out=ring)
+    assert set(result.arrays()) == set(ring.storage.arrays())
+    for name, array in result.arrays().items():
+        assert torch.equal(array, getattr(expected, name)), name
+    count = len(expected)
+    assert count > 300 and ring.head == (600 + count) % 800 and ring.size == count
+    assert torch.equal(ring.storage.rewards[: ring.head], expected.rewards[200:])
+    assert ring.storage.rewards[ring.head : 600].isnan().all()
+
+
+def test_terminal_rows_are_kept_and_end_the_rollout(case: Case) -> None:
+    engine, policy, start = case
+    whole = engine.rollout(policy, start, 5, seed=2)
+    assert torch.equal(whole.terminals, ~narrow_box(11).contains(whole.next_observations))
+    last = torch.cat([whole.rollout_index.diff() != 0, torch.tensor([True], device=DEVICE)])
+    assert not whole.terminals[~last].any()
+    assert (whole.step[last & ~whole.terminals] == 4).all()
+    assert whole.rollout_index[last].equal(torch.arange(len(start), device=DEVICE))
+
+
+def test_deterministic_rollout(case: Case) -> None:
+    engine, policy, start = case
+    kernel = engine.rollout(policy, start, 2, seed=1, deterministic=True)
+    other = engine.rollout(policy, start, 2, seed=2, deterministic=True)
+    assert_same(kernel, other)
+    assert (kernel.members == -1).all()
+    expected = oracle(engine, engine.operands).rollout(policy, start, 2, seed=1, deterministic=True)
+    torch.testing.assert_close(kernel.actions, expected.actions, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("member", [0, 6])
+def test_what_is_not_finite_is_not_kept(member: int) -> None:
+    """One member overflows where an observation is large: its rows go, and all rows that it penalises."""
+    ensemble = make_ensemble(11, 3, elites=7)
+    with torch.no_grad():
+        ensemble.weights[0][member, 0, :] = 3e38
+    start = make_start(70, 11)
+    start[::5, 0] = 1e5
+    policy = make_policy(11, 3)
+    for penalty in PENALTIES:
+        engine = make_engine(ensemble, penalty=penalty, termination=None)
+        kernel = engine.rollout(policy, start, 1, seed=1)
+        exact = oracle(engine, "float32").rollout(policy, start, 1, seed=1)
+        assert kernel.info["non_finite"] == exact.info["non_finite"] > 0
+        assert torch.equal(kernel.rollout_index, exact.rollout_index)
+        kernel.validate()
+        step = engine.step(start, torch.zeros(70, 3, device=DEVICE), seed=1)
+        finite = torch.isfinite(step.next_observations).all(1) & torch.isfinite(step.rewards)
+        assert torch.equal(step.terminals, ~finite) and not finite.all()
+
+
+def test_nothing_finite_at_all() -> None:
+    ensemble = make_ensemble(5, 2)
+    with torch.no_grad():
+        ensemble.biases[-1].fill_(torch.inf)
+    result = make_engine(ensemble).rollout(make_policy(5, 2), make_start(30, 5), 7, seed=0)
+    assert len(result) == 0 and result.info["non_finite"] == 30
+
+
+@pytest.mark.parametrize("case", ["float32"], indirect=True)
+def test_log_std_is_clipped(case: Case) -> None:
+    engine, policy, start = case
+    with torch.no_grad():
+        policy.biases[-1][3:] = torch.tensor([50.0, -50.0, float(policy.log_std_max)])
+    kernel = engine.rollout(policy, start, 1, seed=1)
+    same = oracle(engine, "float32").rollout(policy, start, 1, seed=1)
+    exact = oracle(engine, "float64").rollout(policy, start.double(), 1, seed=1)
+    assert_as_accurate(kernel.actions, same.actions, exact.actions, "actions")
+
+
+def test_what_it_refuses() -> None:
+    ensemble = make_ensemble(5, 2).to(DEVICE)
+    with pytest.raises(InputError, match="triton: serves float32, tfloat32, bfloat16, float16, not float64"):
+        RolloutEngine(ensemble, backend="triton", dtype="float64")
+    with pytest.raises(InputError, match="triton: makes rollouts, does not train"):
+        backends.choose("triton", "float32", torch.device(DEVICE), training=True)
+
+
+@pytest.mark.skipif(not kernels.INTERPRETED, reason="of the interpreter")
+def test_the_interpreter_serves_by_name_alone() -> None:
+    ensemble = make_ensemble(5, 2)
+    assert RolloutEngine(ensemble, dtype="float16").backend == "reference"
+    with pytest.raises(InputError, match="triton: Triton's interpreter multiplies bfloat16 wrongly"):
+        RolloutEngine(ensemble, backend="triton", dtype="bfloat16")
+    reason = host.TritonBackend().refusal("float32", torch.device("cuda:0"))
+    assert reason == "serves CPU tensors, as it is interpreted, not cuda:0"
+
+
+def test_without_triton_there_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    host._load.cache_clear()
+    monkeypatch.setitem(__import__("sys").modules, "mopo_fast.backends.triton_kernels", None)
+    try:
+        status = host.TritonBackend().status()
+        assert not status.available and "pip install 'mopo_fast[triton]'" in status.reason
+    finally:
+        host._load.cache_clear()
+
+
+def test_without_a_gpu_there_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    status = host.TritonBackend().status()
+    assert not status.available and "PyTorch sees no GPU" in status.reason
+    reason = host.TritonBackend().refusal("float32", torch.device("cpu"))
+    assert reason == "serves CUDA tensors, not cpu"
+
+
+def test_arrays_after_the_terminals_may_be_missing(case: Case) -> None:
+    engine, policy, start = case
+    whole = engine.rollout(policy, start, 2, seed=1).arrays()
+    *dynamics, activation = engine._dynamics()
+    weights, biases = engine._policy(policy)
+    names = ("observations", "actions", "rewards", "next_observations", "terminals")
+    arrays = [torch.empty_like(whole[name]) for name in names]
+    counts = torch.ops.mopo_fast.rollout(
+        *dynamics, weights, biases, start, torch.arange(len(start), device=DEVICE),
+        *arrays, None, None, None, None, None, 0, 2, activation, engine.penalty, engine.penalty_coef,
+        policy.activation, policy.log_std_min, policy.log_std_max, 1, False, engine.operands, "triton", 1,
+    )  # fmt: skip
+    assert counts.tolist() == [len(whole["rewards"]), 0]
+    for name, array in zip(names, arrays, strict=True):
+        assert torch.equal(array, whole[name]), name
+
+
+def test_the_operators_agree_with_their_fakes(case: Case) -> None:
+    engine, _, start = case
+    *dynamics, activation = engine._dynamics()
+    actions = torch.zeros(6, 3, device=DEVICE)
+    arguments = (
+        *dynamics, start[:6], actions, torch.arange(6, device=DEVICE),
+        activation, "max_aleatoric", 1.0, 5, 0, False, engine.operands, True, "triton", 1,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.mopo_fast.step.default, arguments)
+
+
+def test_transitions_are_valid(case: Case) -> None:
+    engine, policy, start = case
+    result = engine.rollout(policy, start, 2, seed=4)
+    assert isinstance(result, Transitions)
+    result.validate()

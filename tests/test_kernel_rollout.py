@@ -154,9 +154,7 @@ def test_rollout_is_made_of_steps(rollout):
 @pytest.mark.parametrize("threads", [1, 3, 8])
 def test_threads_do_not_matter(rollout, threads):
     engine, policy, start = rollout
-    other = RolloutEngine(
-        engine.ensemble, termination=narrow_box(11), threads=threads, dtype=engine.operands
-    )
+    other = RolloutEngine(engine.ensemble, termination=narrow_box(11), threads=threads, dtype=engine.operands)
     assert_same(engine.rollout(policy, start, 5, seed=1), other.rollout(policy, start, 5, seed=1))
 
 

@@ -36,7 +36,11 @@ DEVICE = "cpu" if kernels.INTERPRETED else "cuda"
 if not kernels.INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 
-pytestmark = pytest.mark.usefixtures("poisoned_outputs")
+# The interpreter computes with NumPy, which warns of what is not finite.
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_outputs"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
 ROUNDED = ["tfloat32", "float16", *([] if kernels.INTERPRETED else ["bfloat16"])]
 Case = tuple[RolloutEngine, Actor, torch.Tensor]
 
@@ -51,7 +55,13 @@ def make_start(batch: int, obs_dim: int) -> torch.Tensor:
 
 @triton.jit
 def _words_kernel(
-    rows, words, step: tl.uint32, seed: tl.uint64, STREAM: tl.constexpr, FIRST: tl.constexpr, ROWS: tl.constexpr
+    rows,
+    words,
+    step: tl.uint32,
+    seed: tl.uint64,
+    STREAM: tl.constexpr,
+    FIRST: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     lane = tl.arange(0, ROWS)
     number = tl.load(rows + lane)
@@ -81,26 +91,44 @@ def test_every_penalty(penalty: str, members: str) -> None:
     check_step(make_engine(ensemble, penalty=penalty, penalty_coef=0.7, penalty_members=members), 33)
 
 
-@pytest.mark.parametrize(("obs_dim", "act_dim", "members"), [(3, 1, 7), (16, 16, 2), (111, 8, 1), (400, 17, 1)])
+@pytest.mark.parametrize(
+    ("obs_dim", "act_dim", "members"), [(3, 1, 7), (16, 16, 2), (111, 8, 1), (400, 17, 1)]
+)
 @pytest.mark.parametrize("batch", [1, 33])
 def test_every_shape(obs_dim: int, act_dim: int, members: int, batch: int) -> None:
     check_step(make_engine(make_ensemble(obs_dim, act_dim, members=members), penalty="mixture_std"), batch)
 
 
-@pytest.mark.parametrize("members", [1, 2, 32])
+@pytest.mark.parametrize("members", [1, 32])
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_every_number_of_members(members: int, penalty: str) -> None:
-    check_step(make_engine(make_ensemble(3, 1, members=members, hidden=(1,)), penalty=penalty), 20)
+    check_step(make_engine(make_ensemble(3, 1, members=members, hidden=()), penalty=penalty), 20)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("hidden", [(), (1,), (200, 200), (64, 7, 129)])
+@pytest.mark.parametrize("hidden", [(1,), (64, 7, 129)])
 def test_every_activation_and_depth(activation: str, hidden: tuple[int, ...]) -> None:
     check_step(make_engine(make_ensemble(17, 6, members=2, hidden=hidden, activation=activation)), 130)
 
 
+def test_a_large_odd_batch() -> None:
+    """Tiles enough that a program takes more than one."""
+    check_step(make_engine(make_ensemble(5, 2, members=2, hidden=(16,))), 300 if DEVICE == "cpu" else 50_001)
+
+
 def test_the_canonical_ensemble() -> None:
     check_step(make_engine(make_ensemble(17, 6, hidden=(200,) * 4)), 70)
+
+
+def test_the_canonical_policy() -> None:
+    """Its actions, and what follows from them."""
+    engine = make_engine(make_ensemble(17, 6, members=1, hidden=(200,) * 4))
+    policy, start = make_policy(17, 6, hidden=(256, 256)), make_start(200, 17)
+    kernel = engine.rollout(policy, start, 2, seed=1)
+    same = oracle(engine, "float32").rollout(policy, start, 2, seed=1)
+    exact = oracle(engine, "float64").rollout(policy, start.double(), 2, seed=1)
+    for name in ("actions", "next_observations", "rewards"):
+        assert_as_accurate(getattr(kernel, name), getattr(same, name), getattr(exact, name), name)
 
 
 def test_deterministic_is_the_mean_over_all_members() -> None:
@@ -138,7 +166,9 @@ def test_rounded_factors_of_the_policy(dtype: str) -> None:
 
 def test_tfloat32_is_rounded_to_nearest_and_keeps_what_is_not_finite() -> None:
     step = 2.0**-10
-    x = torch.tensor([1.0, 1.0 + 0.5 * step, 1.0 + 1.5 * step, 1.0 + 0.51 * step, -3e38, torch.inf, torch.nan])
+    x = torch.tensor(
+        [1.0, 1.0 + 0.5 * step, 1.0 + 1.5 * step, 1.0 + 0.51 * step, -3e38, torch.inf, torch.nan]
+    )
     expected = torch.tensor([1.0, 1.0, 1.0 + 2.0 * step, 1.0 + step])
     rounded = round_factor(x, "tfloat32")
     assert torch.equal(rounded[:4], expected)
@@ -155,35 +185,35 @@ def test_packed_networks_are_padded_with_zeros() -> None:
     assert packed.biases.sum() == 2 * 21 and packed.biases[:, 32:36].eq(1.0).all()
 
 
-@pytest.fixture(params=["float32", "float16"])
+@pytest.fixture
 def case(request: pytest.FixtureRequest) -> Case:
     """An engine, a policy and start states whose rollouts end at every step."""
-    ensemble = make_ensemble(11, 3, members=3)
-    engine = make_engine(ensemble, termination=narrow_box(11), dtype=request.param)
-    return engine, make_policy(11, 3), make_start(203, 11)
+    ensemble = make_ensemble(11, 3, members=2, elites=2, hidden=(33, 16))
+    engine = make_engine(ensemble, termination=narrow_box(11), dtype=getattr(request, "param", "float32"))
+    return engine, make_policy(11, 3, hidden=(41,)), make_start(150, 11)
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)
-@pytest.mark.parametrize("case", ["float32"], indirect=True)
 def test_rollout_against_the_oracle(case: Case, penalty: str) -> None:
     engine, policy, start = case
     engine = make_engine(engine.ensemble, penalty=penalty, termination=narrow_box(11))
     kernel = engine.rollout(policy, start, 4, seed=3)
     same = oracle(engine, "float32").rollout(policy, start, 4, seed=3)
     exact = oracle(engine, "float64").rollout(policy, start.double(), 4, seed=3)
-    assert kernel.terminals.sum() > 40
+    assert kernel.terminals.sum() > 30
     for name in ("rollout_index", "step", "members", "terminals"):
         assert torch.equal(getattr(kernel, name), getattr(exact, name)), name
     for name in ("observations", "actions", "next_observations", "rewards", "raw_rewards", "penalties"):
         assert_as_accurate(getattr(kernel, name), getattr(same, name), getattr(exact, name), name)
 
 
+@pytest.mark.parametrize("case", ["float32", "float16"], indirect=True)
 def test_rollout_is_made_of_steps(case: Case) -> None:
     engine, policy, start = case
-    whole = engine.rollout(policy, start, 4, seed=9)
+    whole = engine.rollout(policy, start, 3, seed=9)
     following = start
     rows = torch.arange(len(start), device=DEVICE)
-    for t in range(4):
+    for t in range(3):
         part = whole[whole.step == t]
         assert torch.equal(part.rollout_index, rows)
         assert torch.equal(part.observations, following)
@@ -192,17 +222,19 @@ def test_rollout_is_made_of_steps(case: Case) -> None:
             if field.name not in ("mean", "std"):
                 assert torch.equal(getattr(part, field.name), getattr(result, field.name)), field.name
         following, rows = result.next_observations[~result.terminals], rows[~result.terminals]
-    order = whole.rollout_index * 4 + whole.step
+    order = whole.rollout_index * 3 + whole.step
     assert (order.diff() > 0).all()
 
 
-@pytest.mark.parametrize("split", [1, 70])
-def test_splits_do_not_matter(case: Case, split: int) -> None:
+@pytest.mark.parametrize("case", ["float32", "float16"], indirect=True)
+def test_splits_do_not_matter(case: Case) -> None:
+    """Another split, other places in the tiles."""
     engine, policy, start = case
+    split = 37
     rows = torch.arange(len(start), device=DEVICE) + 10**10
-    whole = engine.rollout(policy, start, 3, seed=1, rows=rows)
+    whole = engine.rollout(policy, start, 2, seed=1, rows=rows)
     parts = [
-        engine.rollout(policy, start[at], 3, seed=1, rows=rows[at])
+        engine.rollout(policy, start[at], 2, seed=1, rows=rows[at])
         for at in (slice(split), slice(split, None))
     ]
     for name, array in whole.arrays().items():
@@ -211,35 +243,35 @@ def test_splits_do_not_matter(case: Case, split: int) -> None:
 
 def test_a_batch_may_take_turns(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, policy, start = case
-    whole = engine.rollout(policy, start, 3, seed=1)
-    monkeypatch.setattr(host, "_RECORD_BYTES", 100 * 3 * 4 * (11 + 3 + 5))
-    assert_same(engine.rollout(policy, start, 3, seed=1), whole)
+    whole = engine.rollout(policy, start, 2, seed=1)
+    monkeypatch.setattr(host, "_RECORD_BYTES", 100 * 2 * 4 * (11 + 3 + 5))
+    assert_same(engine.rollout(policy, start, 2, seed=1), whole)
 
 
 def test_ring(case: Case) -> None:
     """Columns of a table, written in place, wrapping around, and nothing but the new rows is touched."""
     engine, policy, start = case
-    expected = engine.rollout(policy, start, 3, seed=1)
-    ring = RingBuffer(800, 11, 3, DEVICE)
+    expected = engine.rollout(policy, start, 2, seed=1)
+    ring = RingBuffer(400, 11, 3, DEVICE)
     ring.storage.rewards.fill_(float("nan"))
-    ring.head = 600
-    result = engine.rollout(policy, start, 3, seed=1, out=ring)
+    ring.head = 300
+    result = engine.rollout(policy, start, 2, seed=1, out=ring)
     assert set(result.arrays()) == set(ring.storage.arrays())
     for name, array in result.arrays().items():
         assert torch.equal(array, getattr(expected, name)), name
     count = len(expected)
-    assert count > 300 and ring.head == (600 + count) % 800 and ring.size == count
-    assert torch.equal(ring.storage.rewards[: ring.head], expected.rewards[200:])
-    assert ring.storage.rewards[ring.head : 600].isnan().all()
+    assert count > 200 and ring.head == (300 + count) % 400 and ring.size == count
+    assert torch.equal(ring.storage.rewards[: ring.head], expected.rewards[100:])
+    assert ring.storage.rewards[ring.head : 300].isnan().all()
 
 
 def test_terminal_rows_are_kept_and_end_the_rollout(case: Case) -> None:
     engine, policy, start = case
-    whole = engine.rollout(policy, start, 5, seed=2)
+    whole = engine.rollout(policy, start, 3, seed=2)
     assert torch.equal(whole.terminals, ~narrow_box(11).contains(whole.next_observations))
     last = torch.cat([whole.rollout_index.diff() != 0, torch.tensor([True], device=DEVICE)])
     assert not whole.terminals[~last].any()
-    assert (whole.step[last & ~whole.terminals] == 4).all()
+    assert (whole.step[last & ~whole.terminals] == 2).all()
     assert whole.rollout_index[last].equal(torch.arange(len(start), device=DEVICE))
 
 
@@ -253,15 +285,15 @@ def test_deterministic_rollout(case: Case) -> None:
     torch.testing.assert_close(kernel.actions, expected.actions, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("member", [0, 6])
+@pytest.mark.parametrize("member", [0, 2])
 def test_what_is_not_finite_is_not_kept(member: int) -> None:
     """One member overflows where an observation is large: its rows go, and all rows that it penalises."""
-    ensemble = make_ensemble(11, 3, elites=7)
+    ensemble = make_ensemble(11, 3, members=3, elites=3, hidden=(16,))
     with torch.no_grad():
         ensemble.weights[0][member, 0, :] = 3e38
     start = make_start(70, 11)
     start[::5, 0] = 1e5
-    policy = make_policy(11, 3)
+    policy = make_policy(11, 3, hidden=())
     for penalty in PENALTIES:
         engine = make_engine(ensemble, penalty=penalty, termination=None)
         kernel = engine.rollout(policy, start, 1, seed=1)
@@ -282,7 +314,6 @@ def test_nothing_finite_at_all() -> None:
     assert len(result) == 0 and result.info["non_finite"] == 30
 
 
-@pytest.mark.parametrize("case", ["float32"], indirect=True)
 def test_log_std_is_clipped(case: Case) -> None:
     engine, policy, start = case
     with torch.no_grad():
@@ -291,6 +322,14 @@ def test_log_std_is_clipped(case: Case) -> None:
     same = oracle(engine, "float32").rollout(policy, start, 1, seed=1)
     exact = oracle(engine, "float64").rollout(policy, start.double(), 1, seed=1)
     assert_as_accurate(kernel.actions, same.actions, exact.actions, "actions")
+
+
+def test_gpus_that_cannot() -> None:
+    assert host._refusal_of_gpu("float16", (9, 0)) is None
+    reason = host._refusal_of_gpu("bfloat16", (7, 5))
+    assert reason == "bfloat16 takes compute capability 8.0, the GPU has 7.5"
+    assert "to a trap" in (host._refusal_of_gpu("float16", (10, 0)) or "")
+    assert host._refusal_of_gpu("float32", (10, 0)) is None
 
 
 def test_what_it_refuses() -> None:

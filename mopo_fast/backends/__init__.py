@@ -189,7 +189,7 @@ def _reason_against(
     if training and not candidate.trains:
         return "makes rollouts, does not train"
     if status.by_name_only and wanted != candidate.name:
-        return f"serves where it is asked for by name ({status.reason})"
+        return f"{status.reason}, serves where it is asked for by name"
     return candidate.refusal(dtype, device)
 
 

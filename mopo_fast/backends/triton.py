@@ -16,7 +16,7 @@ from mopo_fast.backends import (
     Settings,
     StepResult,
 )
-from mopo_fast.backends.pack import PackedNetwork, pack, round_up, storage_dtype
+from mopo_fast.backends.pack import PackedNetwork, pack, storage_dtype
 
 _SERVED = ("float32", "tfloat32", "bfloat16", "float16")
 # Of a call's record; a larger batch takes its turns.
@@ -42,6 +42,8 @@ _TILES = {
     "bfloat16": Tile(128, 128, 64, 8, 3),
     "float16": Tile(128, 128, 64, 8, 3),
 }
+# Interpreted, an operation takes as long for few numbers as for many.
+_INTERPRETED = Tile(128, 128, 64, 1, 1)
 
 
 @functools.cache
@@ -60,7 +62,7 @@ def _kernels() -> ModuleType:
 
 
 class _Record(NamedTuple):
-    """What a rollout leaves behind: [batch, horizon, ...] each, of which the first `lengths` [batch] exist."""
+    """What rollouts leave behind: [batch, horizon, ...] each, of which the first `lengths` [batch] exist."""
 
     actions: torch.Tensor
     rewards: torch.Tensor
@@ -92,11 +94,12 @@ def _empty_record(start: torch.Tensor, act_dim: int, horizon: int) -> _Record:
     )
 
 
-def _programs(tiles: int, device: torch.device) -> int:
+def _programs(tiles: int, warps: int, device: torch.device) -> int:
     """As many as run at a time; each takes tile after tile, so that their scratch stays in cache."""
     if device.type == "cpu":
         return min(tiles, 2)
-    return min(tiles, 2 * torch.cuda.get_device_properties(device).multi_processor_count)
+    # Eight warps of 255 registers a thread fill a multiprocessor.
+    return min(tiles, torch.cuda.get_device_properties(device).multi_processor_count * 8 // warps)
 
 
 def _run(
@@ -114,14 +117,14 @@ def _run(
     std: torch.Tensor | None = None,
 ) -> None:
     """All steps of all rollouts, into the record; without a policy its actions are read."""
-    tile = _TILES[settings.operands]
+    tile = _INTERPRETED if _kernels().INTERPRETED else _TILES[settings.operands]
     (batch, obs_dim), device = start.shape, start.device
     packed, packed_policy = networks
     members = len(packed.weights)
     everyone = [network for network in networks if network is not None]
     width = max(size for network in everyone for size in network.sizes[:-1])
     heads = max(network.sizes[-1] for network in everyone)
-    programs = _programs(-(-batch // tile.rows), device)
+    programs = _programs(-(-batch // tile.rows), tile.warps, device)
     factors = storage_dtype(settings.operands)
     _kernels().rollout_kernel[(programs,)](
         packed.weights,
@@ -194,8 +197,17 @@ def _compact(start: torch.Tensor, rows: torch.Tensor, record: _Record, out: Dest
     )
 
 
+def _refusal_of_gpu(dtype: str, capability: tuple[int, int]) -> str | None:
+    """Why a GPU of such a compute capability cannot serve one of `_SERVED`."""
+    if dtype in ("bfloat16", "tfloat32") and capability < (8, 0):
+        return f"{dtype} takes compute capability 8.0, the GPU has {capability[0]}.{capability[1]}"
+    if dtype != "float32" and capability[0] in (10, 11):
+        return f"Triton 3.6 compiles products in {dtype} to a trap for compute capability {capability[0]}"
+    return None
+
+
 class TritonBackend:
-    """float32 arrays on a GPU, products in float32 or less; or CPU tensors, interpreted, if asked for by name."""
+    """float32 arrays on a GPU, products in float32 or less; or interpreted, CPU tensors, by name alone."""
 
     name = "triton"
     trains = False
@@ -217,14 +229,11 @@ class TritonBackend:
         if dtype not in _SERVED:
             return f"serves {', '.join(_SERVED)}, not {dtype}"
         if device.type != ("cpu" if interpreted else "cuda"):
-            return f"serves {'CPU tensors, as it is interpreted' if interpreted else 'CUDA tensors'}, not {device}"
+            served = "CPU tensors, as it is interpreted" if interpreted else "CUDA tensors"
+            return f"serves {served}, not {device}"
         if interpreted and dtype == "bfloat16":
             return "Triton's interpreter multiplies bfloat16 wrongly"
-        if not interpreted and dtype in ("bfloat16", "tfloat32"):
-            capability = torch.cuda.get_device_capability(device)
-            if capability < (8, 0):
-                return f"{dtype} takes compute capability 8.0, {device} has {capability[0]}.{capability[1]}"
-        return None
+        return None if interpreted else _refusal_of_gpu(dtype, torch.cuda.get_device_capability(device))
 
     def step(
         self,
@@ -243,18 +252,19 @@ class TritonBackend:
         if distributions:
             shape = (len(packed.weights), batch, obs_dim + 1)
             mean, std = observations.new_empty(shape), observations.new_empty(shape)
-        _run(
-            dynamics,
-            (packed, None),
-            None,
-            observations,
-            rows,
-            record,
-            settings,
-            first_step=step,
-            mean=mean,
-            std=std,
-        )
+        with torch.cuda.device_of(observations):
+            _run(
+                dynamics,
+                (packed, None),
+                None,
+                observations,
+                rows,
+                record,
+                settings,
+                first_step=step,
+                mean=mean,
+                std=std,
+            )
         return StepResult(
             next_observations=record.next_observations.squeeze(1),
             rewards=record.rewards.squeeze(1),
@@ -287,8 +297,9 @@ class TritonBackend:
         for begin in range(0, len(start), turn):
             some, numbers = start[begin : begin + turn], rows[begin : begin + turn]
             record = _empty_record(some, act_dim, horizon)
-            _run(dynamics, networks, policy, some, numbers, record, settings, horizon=horizon)
-            _compact(some, numbers, record, out, (out.head + written) % out.capacity)
+            with torch.cuda.device_of(start):
+                _run(dynamics, networks, policy, some, numbers, record, settings, horizon=horizon)
+                _compact(some, numbers, record, out, (out.head + written) % out.capacity)
             counts: list[Any] = torch.stack([record.lengths.sum(), record.cut.sum()]).tolist()
             written, cut = written + counts[0], cut + counts[1]
         return written, cut

@@ -1,9 +1,9 @@
 """The rollout in Triton: a program takes a tile of rows through all steps, a second kernel closes the gaps.
 
 A tile's activations pass from layer to layer through a scratch of the program's own, small enough for the
-second-level cache. Any size works: a layer's columns are cut into blocks of 128, then 64, 32 and 16, so that a
-width that is no power of two does not cost what the next one does. The mathematics is csrc/spec.h's, the random
-numbers are backends/philox.py's.
+second-level cache. Any size works: a layer's columns are cut into blocks of 128, then 64, 32 and 16, so that
+a width that is no power of two does not cost what the next one does. The mathematics is csrc/spec.h's, the
+random numbers are backends/philox.py's.
 
 Importing this module takes Triton; TRITON_INTERPRET=1, set before Triton's first import, interprets it.
 """
@@ -166,7 +166,8 @@ def _network(
         here = there
         there = x
     _layer(x, WIDTH, weight, bias, heads, HEADS,
-           SIZES[len(SIZES) - 2], SIZES[len(SIZES) - 1], "linear", OPERANDS, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
+           SIZES[len(SIZES) - 2], SIZES[len(SIZES) - 1], "linear", OPERANDS,
+           ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
 
 
 @triton.jit
@@ -189,7 +190,8 @@ def _observe(
 
 @triton.jit
 def _act(
-    heads, actions, record, alive, number, step, seed, inputs, input_mean, input_std, log_std_min, log_std_max,
+    heads, actions, record, alive, number, step, seed, inputs, input_mean, input_std,
+    log_std_min, log_std_max,
     POLICY: tl.constexpr, DETERMINISTIC: tl.constexpr, OBS: tl.constexpr, ACT: tl.constexpr,
     OPERANDS: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -217,8 +219,9 @@ def _act(
 
 @triton.jit
 def _variance(logvar, bounds, column, inside, OBS: tl.constexpr):
-    """The double soft clamp of what lies at `logvar`, as a variance; bounds [2, OBS + 1] e^-max, e^min."""
-    minus_max, minimum = tl.load(bounds + column, inside, 1.0), tl.load(bounds + OBS + 1 + column, inside, 0.0)
+    """The double soft clamp of what lies at `logvar`, as a variance; bounds [2, OBS + 1]: e^-max, e^min."""
+    minus_max = tl.load(bounds + column, inside, 1.0)
+    minimum = tl.load(bounds + OBS + 1 + column, inside, 0.0)
     return minimum + 1.0 / (minus_max + tl.exp(-tl.load(logvar, inside[None, :], 0.0)))
 
 
@@ -302,12 +305,21 @@ def _penalise(
 
 
 @triton.jit
+def _draw(elites, number, step, seed, DETERMINISTIC: tl.constexpr, ELITES: tl.constexpr):
+    """The member that a row's sample is from: int64 [rows], -1 for the mean of all."""
+    low, high = number.to(tl.uint32), (number >> 32).to(tl.uint32)
+    word, _, _, _ = tl.philox(seed, low, high, step, _MEMBER_STREAM * 65536)
+    drawn = tl.load(elites + ((word.to(tl.int64) * ELITES) >> 32))
+    return tl.zeros_like(drawn) - 1 if DETERMINISTIC else drawn
+
+
+@triton.jit
 def _sample(
     predictions, drawn, number, step, seed, bounds, first,
     DETERMINISTIC: tl.constexpr, MEMBERS: tl.constexpr, OBS: tl.constexpr, HEADS: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Dimensions first .. first + 15 of (delta obs, reward): the drawn member's sample, or the mean of all."""
+    """Dimensions first .. first + 15 of (delta obs, reward): the drawn member's sample, or all's mean."""
     lane = tl.arange(0, ROWS)
     column = first + tl.arange(0, _DIMS)
     inside = column <= OBS
@@ -323,6 +335,38 @@ def _sample(
         std = tl.sqrt_rn(_variance(heads + OBS + 1, bounds, column, inside, OBS))
         sample = tl.load(heads, inside[None, :], 0.0) + std * noise
     return sample
+
+
+@triton.jit
+def _advance(
+    predictions, drawn, number, step, seed, bounds, low, high, state, next_observations, record, alive,
+    DETERMINISTIC: tl.constexpr, MEMBERS: tl.constexpr, OBS: tl.constexpr, HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """The next observations, into state and record: (raw rewards, all finite, in the box), each [ROWS]."""
+    lane = tl.arange(0, ROWS)
+    raw_reward = tl.zeros([ROWS], tl.float32)
+    finite, in_box = alive, alive
+    for first in range(0, OBS + 1, _DIMS):
+        column = first + tl.arange(0, _DIMS)
+        inside = column < OBS
+        observed = inside[None, :]
+        sample = _sample(predictions, drawn, number, step, seed, bounds, first,
+                         DETERMINISTIC, MEMBERS, OBS, HEADS, ROWS)  # fmt: skip
+        raw_reward += tl.sum(tl.where((column == OBS)[None, :], sample, 0.0), axis=1)
+        pointers = _at(state, lane, column, HEADS)
+        x = tl.load(pointers, observed, 0.0) + sample
+        tl.store(pointers, x, observed)
+        tl.store(_at(next_observations, record, column, OBS), x, alive[:, None] & observed)
+        least, most = tl.load(low + column, inside, 0.0), tl.load(high + column, inside, 0.0)
+        finite &= _all((tl.abs(x) < float("inf")) | ~observed)
+        in_box &= _all(((x >= least[None, :]) & (x <= most[None, :])) | ~observed)
+    return raw_reward, finite, in_box
+
+
+@triton.jit
+def _all(condition):
+    return tl.min(condition.to(tl.int32), axis=1) > 0
 
 
 @triton.jit
@@ -351,7 +395,8 @@ def rollout_kernel(
     weights, biases, weights_stride, biases_stride, policy_weights, policy_biases,
     input_mean, input_std, bounds, elites, chosen, low, high,
     # Start states [batch, OBS] and the rows' numbers [batch].
-    start, rows, batch, horizon, first_step: tl.uint32, seed: tl.uint64, penalty_coef, log_std_min, log_std_max,
+    start, rows, batch, horizon, first_step: tl.uint32, seed: tl.uint64,
+    penalty_coef, log_std_min, log_std_max,
     # The record, [batch, horizon, ...] each; without a policy, actions are read. lengths, cut: [batch].
     actions, rewards, next_observations, terminals, raw_rewards, penalties, members, lengths, cut,
     # [members, batch, OBS + 1] or None, of the last step.
@@ -392,50 +437,33 @@ def rollout_kernel(
             tl.debug_barrier()
             step = (first_step + t).to(tl.uint32)
             record = row * horizon + t
-            _observe(state, inputs, there, input_mean, input_std, POLICY, OBS, OPERANDS, WIDTH, HEADS, ROWS)
+            _observe(state, inputs, there, input_mean, input_std,
+                     POLICY, OBS, OPERANDS, WIDTH, HEADS, ROWS)  # fmt: skip
             tl.debug_barrier()
             if POLICY:
-                _network(there, here, there, predictions, policy_weights, policy_biases,
-                         POLICY_SIZES, POLICY_ACTIVATION, OPERANDS, WIDTH, HEADS, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
+                _network(there, here, there, predictions, policy_weights, policy_biases, POLICY_SIZES,
+                         POLICY_ACTIVATION, OPERANDS, WIDTH, HEADS, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
             _act(predictions, actions, record, alive, number, step, seed, inputs, input_mean, input_std,
-                 log_std_min, log_std_max, POLICY, DETERMINISTIC, OBS, ACT, OPERANDS, WIDTH, HEADS, ROWS)  # fmt: skip
+                 log_std_min, log_std_max,
+                 POLICY, DETERMINISTIC, OBS, ACT, OPERANDS, WIDTH, HEADS, ROWS)  # fmt: skip
             tl.debug_barrier()
             for member in range(MEMBERS):
                 _network(inputs, here, there, predictions + member * (ROWS * HEADS),
                          weights + member * weights_stride, biases + member * biases_stride,
                          SIZES, ACTIVATION, OPERANDS, WIDTH, HEADS, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
-
-            drawn = tl.zeros([ROWS], tl.int64)
-            if not DETERMINISTIC:
-                word, _, _, _ = tl.philox(seed, number.to(tl.uint32), (number >> 32).to(tl.uint32), step,
-                                          _MEMBER_STREAM * 65536)  # fmt: skip
-                drawn = tl.load(elites + ((word.to(tl.int64) * ELITES) >> 32))
             penalty = _penalise(predictions, chosen, centre, bounds, CHOSEN, PENALTY, OBS, HEADS, ROWS)
-            raw_reward = tl.zeros([ROWS], tl.float32)
-            finite, inside_box = alive, alive
-            for first in range(0, OBS + 1, _DIMS):
-                column = first + tl.arange(0, _DIMS)
-                observed = (column < OBS)[None, :]
-                sample = _sample(predictions, drawn, number, step, seed, bounds, first,
-                                 DETERMINISTIC, MEMBERS, OBS, HEADS, ROWS)  # fmt: skip
-                raw_reward += tl.sum(tl.where((column == OBS)[None, :], sample, 0.0), axis=1)
-                pointers = _at(state, lane, column, HEADS)
-                x = tl.load(pointers, observed, 0.0) + sample
-                tl.store(pointers, x, observed)
-                tl.store(_at(next_observations, record, column, OBS), x, alive[:, None] & observed)
-                bad = (~(tl.abs(x) < float("inf"))) & observed
-                finite &= tl.max(bad.to(tl.int32), axis=1) == 0
-                least, most = tl.load(low + column, column < OBS, 0.0), tl.load(high + column, column < OBS, 0.0)
-                outside = (~((x >= least[None, :]) & (x <= most[None, :]))) & observed
-                inside_box &= tl.max(outside.to(tl.int32), axis=1) == 0
+            drawn = _draw(elites, number, step, seed, DETERMINISTIC, ELITES)
+            raw_reward, finite, in_box = _advance(
+                predictions, drawn, number, step, seed, bounds, low, high, state, next_observations, record,
+                alive, DETERMINISTIC, MEMBERS, OBS, HEADS, ROWS)  # fmt: skip
             reward = raw_reward - penalty_coef * penalty
             finite &= tl.abs(reward) < float("inf")
-            goes_on = finite & inside_box
+            goes_on = finite & in_box
             tl.store(rewards + record, reward, alive)
             tl.store(raw_rewards + record, raw_reward, alive)
             tl.store(penalties + record, penalty, alive)
             tl.store(terminals + record, ~goes_on, alive)
-            tl.store(members + record, tl.full([ROWS], -1, tl.int32) if DETERMINISTIC else drawn.to(tl.int32), alive)
+            tl.store(members + record, drawn.to(tl.int32), alive)
             if mean is not None:
                 _store_distributions(predictions, bounds, mean, std, row, exists, batch,
                                      MEMBERS, OBS, HEADS, ROWS)  # fmt: skip
@@ -455,14 +483,15 @@ def _copy(source, target, mask, COUNT: tl.constexpr):
     for first in range(0, COUNT, _DIMS):
         column = first + tl.arange(0, _DIMS)
         inside = mask[:, None] & (column < COUNT)[None, :]
-        tl.store(target[:, None] + column[None, :], tl.load(source[:, None] + column[None, :], inside), inside)
+        x = tl.load(source[:, None] + column[None, :], inside)
+        tl.store(target[:, None] + column[None, :], x, inside)
 
 
 @triton.jit(do_not_specialize=["batch", "horizon", "head", "capacity"])
 def compact_kernel(
     # What `rollout_kernel` was given and has recorded; offsets [batch] count the rows of the rollouts before.
-    start, rows, actions, rewards, next_observations, terminals, raw_rewards, penalties, members, lengths, offsets,
-    batch, horizon,
+    start, rows, actions, rewards, next_observations, terminals, raw_rewards, penalties, members, lengths,
+    offsets, batch, horizon,
     # The ring's arrays and the elements between two of their rows; those after the terminals may be None.
     to_observations, to_actions, to_rewards, to_next_observations, to_terminals, to_raw_rewards,
     to_penalties, to_members, to_rollout_index, to_step,

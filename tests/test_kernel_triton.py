@@ -1,6 +1,11 @@
 """The Triton kernels against the float64 oracle: on a GPU where there is one, else interpreted."""
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -94,13 +99,15 @@ def test_every_penalty(penalty: str, members: str) -> None:
 @pytest.mark.parametrize(
     ("obs_dim", "act_dim", "members"), [(3, 1, 7), (16, 16, 2), (111, 8, 1), (400, 17, 1)]
 )
-@pytest.mark.parametrize("batch", [1, 33])
-def test_every_shape(obs_dim: int, act_dim: int, members: int, batch: int) -> None:
-    check_step(make_engine(make_ensemble(obs_dim, act_dim, members=members), penalty="mixture_std"), batch)
+def test_every_shape(obs_dim: int, act_dim: int, members: int) -> None:
+    check_step(make_engine(make_ensemble(obs_dim, act_dim, members=members), penalty="mixture_std"), 33)
 
 
-@pytest.mark.parametrize("members", [1, 32])
-@pytest.mark.parametrize("penalty", PENALTIES)
+def test_a_single_row() -> None:
+    check_step(make_engine(make_ensemble(17, 6)), 1)
+
+
+@pytest.mark.parametrize(("members", "penalty"), [(32, "max_pairwise"), *((1, name) for name in PENALTIES)])
 def test_every_number_of_members(members: int, penalty: str) -> None:
     check_step(make_engine(make_ensemble(3, 1, members=members, hidden=()), penalty=penalty), 20)
 
@@ -322,6 +329,18 @@ def test_log_std_is_clipped(case: Case) -> None:
     same = oracle(engine, "float32").rollout(policy, start, 1, seed=1)
     exact = oracle(engine, "float64").rollout(policy, start.double(), 1, seed=1)
     assert_as_accurate(kernel.actions, same.actions, exact.actions, "actions")
+
+
+@pytest.mark.slow
+def test_it_compiles_for_an_h100(tmp_path: Path) -> None:
+    """Without one; on its tensor cores, and not to nothing."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, Path(__file__).with_name("triton_compiles.py"), "90", "float16"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    step, rollout, compact = map(json.loads, run.stdout.splitlines())
+    assert step["wgmma"] and rollout["wgmma"] and compact["kernel"] == "compact_kernel"
+    assert not any(kernel["trap;"] for kernel in (step, rollout, compact))
 
 
 def test_gpus_that_cannot() -> None:

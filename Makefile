@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.inl csrc/cpu/*.cpp)
 
-.PHONY: install demo test lint format bench bench-compare sanitize clean
+.PHONY: install demo test lint format bench bench-compare sanitize sanitize-threads clean
 install: $(INSTALLED)
 
 # Done again only when what is built or installed has changed. --no-compile: bytecode is made by the first
@@ -63,15 +63,24 @@ bench: $(VENV)/.installed-bench
 bench-compare: $(INSTALLED)
 	$(BIN)/python -m benchmarks.against $(REF)
 
-# The extension with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package of its own.
+# The extension with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package of its own; and with
+# ThreadSanitizer, which sees no races in what it did not compile.
 SANITIZED := build/sanitized
-SANITIZED_PYTHON = PYTHONPATH=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" $(BIN)/python -P
+comma := ,
+sanitized = rm -rf $(SANITIZED) build/lib.* && \
+    MOPO_FAST_SANITIZE=$(1) $(BIN)/python -m pip install --quiet --no-deps --target $(SANITIZED) .
+runtime = $$($(CXX) -print-file-name=$(1))
+SANITIZED_PYTHON = PYTHONPATH=$(SANITIZED) $(BIN)/python -P
 sanitize: $(INSTALLED)
-	rm -rf $(SANITIZED) build/lib.*
-	MOPO_FAST_SANITIZE=address,undefined $(BIN)/python -m pip install --quiet --no-deps --target $(SANITIZED) .
-	$(SANITIZED_PYTHON) -c 'from mopo_fast import _cpu; assert "$(SANITIZED)" in _cpu.__file__, _cpu.__file__'
+	$(call sanitized,address$(comma)undefined)
+	export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    LD_PRELOAD="$(call runtime,libasan.so) $(call runtime,libstdc++.so)"; \
+	$(SANITIZED_PYTHON) -c 'from mopo_fast import _cpu; assert "$(SANITIZED)" in _cpu.__file__, _cpu.__file__' && \
 	$(SANITIZED_PYTHON) -m pytest -p no:cacheprovider tests/test_philox.py tests/test_kernel*.py
+sanitize-threads: $(INSTALLED)
+	$(call sanitized,thread)
+	export TSAN_OPTIONS=ignore_noninstrumented_modules=1 LD_PRELOAD="$(call runtime,libtsan.so)"; \
+	$(SANITIZED_PYTHON) -m pytest -p no:cacheprovider tests/test_kernel*.py -k "threads or splits or calls"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info mopo_fast/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

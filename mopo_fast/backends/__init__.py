@@ -120,7 +120,7 @@ class Destination:
 class BackendStatus:
     """Whether a backend can run on this machine, and the reason in words.
 
-    `by_name_only`: it is for debugging, and "auto" passes it by.
+    `by_name_only`: it is for debugging, or new, and "auto" passes it by.
     """
 
     name: str

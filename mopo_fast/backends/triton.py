@@ -202,12 +202,12 @@ def _refusal_of_gpu(dtype: str, capability: tuple[int, int]) -> str | None:
     if dtype in ("bfloat16", "tfloat32") and capability < (8, 0):
         return f"{dtype} takes compute capability 8.0, the GPU has {capability[0]}.{capability[1]}"
     if dtype != "float32" and capability[0] in (10, 11):
-        return f"Triton 3.6 compiles products in {dtype} to a trap for compute capability {capability[0]}"
+        return f"compute capability {capability[0]}: Triton 3.6 compiled products in {dtype} to a trap"
     return None
 
 
 class TritonBackend:
-    """float32 arrays on a GPU, products in float32 or less; or interpreted, CPU tensors, by name alone."""
+    """float32 arrays on a GPU, products in float32 or less; or interpreted, CPU tensors. By name alone."""
 
     name = "triton"
     trains = False
@@ -222,7 +222,9 @@ class TritonBackend:
         if not torch.cuda.is_available():
             reason = "PyTorch sees no GPU; TRITON_INTERPRET=1 interprets the kernels on the CPU"
             return BackendStatus(self.name, False, reason)
-        return BackendStatus(self.name, True, torch.cuda.get_device_name())
+        # Until its numbers on a GPU have been seen, "auto" does not choose it.
+        reason = f"{torch.cuda.get_device_name()}; not tested on a GPU yet"
+        return BackendStatus(self.name, True, reason, by_name_only=True)
 
     def refusal(self, dtype: str, device: torch.device) -> str | None:
         interpreted = _kernels().INTERPRETED

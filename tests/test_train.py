@@ -404,7 +404,7 @@ class TestResolve:
                 "penalty_coef must be finite and not negative, got nan",
             ),
             ({"backend": "gpu"}, "unknown backend .gpu."),
-            ({"rollout": {"dtype": "float16"}}, "unknown dtype 'float16'"),
+            ({"rollout": {"dtype": "float8"}}, "unknown dtype 'float8'"),
             ({"sac": {"real_ratio": -0.1}}, r"real_ratio must be in \[0, 1\], got -0.1"),
             ({"sac": {"batch_size": 0}}, "batch_size must be at least 1, got 0"),
             ({"evaluation": {"episodes": 0}}, "evaluation episodes must be at least 1, got 0"),

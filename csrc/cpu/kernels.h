@@ -91,7 +91,7 @@ struct Dense {
 struct Team {
   int part, parts;
   Barrier* barrier;
-  void wait() const;
+  void wait() const noexcept;
 };
 
 // One step of Adam: -size * m / (sqrt(v) * root_correction + epsilon).

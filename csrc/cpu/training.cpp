@@ -63,7 +63,7 @@ Panels take_words(Arena& arena, int64_t rows, int64_t others) {
 
 }  // namespace
 
-void Team::wait() const {
+void Team::wait() const noexcept {
   if (parts > 1) barrier->wait();
 }
 

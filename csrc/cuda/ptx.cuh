@@ -1,0 +1,256 @@
+// Hopper's instructions as functions: the only inline PTX, and all that a kernel asks of the machine beyond
+// CUDA C++. Source: the PTX ISA, "Asynchronous warpgroup level matrix instructions" and "mbarrier".
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace mopo::ptx {
+
+// Threads that multiply together: four warps, the first one's number a multiple of four.
+constexpr int kWarpgroup = 128;
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// ---- Barriers in shared memory: a phase ends when `count` threads have arrived and all bytes too. ----
+
+struct Barrier {
+  uint64_t word;
+};
+
+__device__ __forceinline__ void barrier_init(Barrier* barrier, uint32_t count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count)
+               : "memory");
+}
+
+// After the last barrier_init, before the cluster_sync that tells the others of them.
+__device__ __forceinline__ void fence_barrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// Arrive, and let the phase wait for `bytes` of bulk copies.
+__device__ __forceinline__ void barrier_arrive_expect(Barrier* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(bytes)
+               : "memory");
+}
+
+// Arrive at the barrier in the same place of the cluster's block `rank`.
+__device__ __forceinline__ void barrier_arrive_at(Barrier* barrier, uint32_t rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+
+// Wait until the phase of this parity has ended; a barrier begins in phase 0.
+__device__ __forceinline__ void barrier_wait(Barrier* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra finished;\n"
+      "bra again;\n"
+      "finished:\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// ---- Clusters of blocks ----
+
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// All threads of all blocks of the cluster.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+}
+
+// Copy `bytes` (a multiple of 16, aligned to 16) into the same place of every block in `blocks`, a mask, and
+// count them at the same barrier of each.
+__device__ __forceinline__ void bulk_load(void* shared, const void* global, uint32_t bytes, Barrier* barrier,
+                                          uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(shared)),
+      "l"(global), "r"(bytes), "r"(shared_address(barrier)), "h"(blocks)
+      : "memory");
+}
+
+// ---- Named barriers, 1 to 15: `threads` in all, of those that wait and those that only arrive. ----
+
+__device__ __forceinline__ void named_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void named_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// ---- Registers per thread, of all threads of a warpgroup; a multiple of 8 ----
+
+template <int kCount>
+__device__ __forceinline__ void more_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+
+template <int kCount>
+__device__ __forceinline__ void fewer_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+
+// ---- Products of a warpgroup: d [64, N] += a [64, 16] b [16, N], in the background ----
+//
+// d: thread t of the warpgroup has, for each block j of 8 columns, d[4 j] and d[4 j + 1] in row
+// 16 (t / 32) + t % 32 / 4, columns 8 j + 2 (t % 4) and one on, and d[4 j + 2], d[4 j + 3] eight rows down.
+// a: pairs of columns 2 (t % 4) and one on: a[0] of that row, a[1] eight rows down, a[2] and a[3] the same
+// eight columns on.
+// b: in shared memory, cores of 8 columns of b by 8 of its rows, each [column][row], 128 bytes together.
+
+// Of a b whose cores lie `rows_apart` bytes from one to the next eight rows, `columns_apart` likewise.
+__device__ __forceinline__ uint64_t matrix(const void* shared, uint32_t rows_apart, uint32_t columns_apart) {
+  return static_cast<uint64_t>((shared_address(shared) & 0x3FFFF) >> 4) |
+         static_cast<uint64_t>(rows_apart >> 4) << 16 | static_cast<uint64_t>(columns_apart >> 4) << 32;
+}
+
+// Before the first product, and wherever registers of d or a have been written since the last.
+__device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+// Everything since the last call is one group.
+__device__ __forceinline__ void products_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+// All groups but the last kPending are done: their b may be overwritten, and their d read where kPending is
+// 0.
+template <int kPending>
+__device__ __forceinline__ void products_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// An accumulator is not to be moved across the wait that follows the products into it.
+template <int kCount>
+__device__ __forceinline__ void keep(float (&d)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+#define MOPO_D1(i) "%" #i
+#define MOPO_D10(t) \
+  "%" #t "0,%" #t "1,%" #t "2,%" #t "3,%" #t "4,%" #t "5,%" #t "6,%" #t "7,%" #t "8,%" #t "9"
+#define MOPO_R1(i) "+f"(d[i])
+#define MOPO_R10(t)                                                                                        \
+  MOPO_R1(t##0), MOPO_R1(t##1), MOPO_R1(t##2), MOPO_R1(t##3), MOPO_R1(t##4), MOPO_R1(t##5), MOPO_R1(t##6), \
+      MOPO_R1(t##7), MOPO_R1(t##8), MOPO_R1(t##9)
+// b's descriptor and a's registers follow d's `count`.
+#define MOPO_PRODUCT(columns, type, outputs, a0, a1, a2, a3, b, ...)                              \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type " {" outputs \
+               "}, {%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "}, %" #b ", 1, 1, 1, 0;"                   \
+               : __VA_ARGS__                                                                      \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(matrix)                          \
+               : "memory")
+#define MOPO_PRODUCTS(columns, outputs, a0, a1, a2, a3, b, ...)                                         \
+  __device__ __forceinline__ void multiply_add(__half, float (&d)[columns / 2], const uint32_t (&a)[4], \
+                                               uint64_t matrix) {                                       \
+    MOPO_PRODUCT(columns, "f16", outputs, a0, a1, a2, a3, b, __VA_ARGS__);                              \
+  }                                                                                                     \
+  __device__ __forceinline__ void multiply_add(__nv_bfloat16, float (&d)[columns / 2],                  \
+                                               const uint32_t (&a)[4], uint64_t matrix) {               \
+    MOPO_PRODUCT(columns, "bf16", outputs, a0, a1, a2, a3, b, __VA_ARGS__);                             \
+  }
+
+// multiply_add(type of a and b, d, a, b).
+MOPO_PRODUCTS(16, "%0,%1,%2,%3,%4,%5,%6,%7", 8, 9, 10, 11, 12, MOPO_R1(0), MOPO_R1(1), MOPO_R1(2), MOPO_R1(3),
+              MOPO_R1(4), MOPO_R1(5), MOPO_R1(6), MOPO_R1(7))
+MOPO_PRODUCTS(40, MOPO_D10() "," MOPO_D10(1), 20, 21, 22, 23, 24, MOPO_R10(), MOPO_R10(1))
+MOPO_PRODUCTS(64, MOPO_D10() "," MOPO_D10(1) "," MOPO_D10(2) "," MOPO_D1(30) "," MOPO_D1(31), 32, 33, 34, 35,
+              36, MOPO_R10(), MOPO_R10(1), MOPO_R10(2), MOPO_R1(30), MOPO_R1(31))
+MOPO_PRODUCTS(128,
+              MOPO_D10() "," MOPO_D10(1) "," MOPO_D10(2) "," MOPO_D10(3) "," MOPO_D10(4) "," MOPO_D10(
+                  5) "," MOPO_D1(60) "," MOPO_D1(61) "," MOPO_D1(62) "," MOPO_D1(63),
+              64, 65, 66, 67, 68, MOPO_R10(), MOPO_R10(1), MOPO_R10(2), MOPO_R10(3), MOPO_R10(4), MOPO_R10(5),
+              MOPO_R1(60), MOPO_R1(61), MOPO_R1(62), MOPO_R1(63))
+MOPO_PRODUCTS(200,
+              MOPO_D10() "," MOPO_D10(1) "," MOPO_D10(2) "," MOPO_D10(3) "," MOPO_D10(4) "," MOPO_D10(
+                  5) "," MOPO_D10(6) "," MOPO_D10(7) "," MOPO_D10(8) "," MOPO_D10(9),
+              100, 101, 102, 103, 104, MOPO_R10(), MOPO_R10(1), MOPO_R10(2), MOPO_R10(3), MOPO_R10(4),
+              MOPO_R10(5), MOPO_R10(6), MOPO_R10(7), MOPO_R10(8), MOPO_R10(9))
+
+#undef MOPO_PRODUCTS
+#undef MOPO_PRODUCT
+#undef MOPO_R10
+#undef MOPO_R1
+#undef MOPO_D10
+#undef MOPO_D1
+
+// ---- Single instructions ----
+
+// The hardware's tanh: off by a factor of 1 +- 2^-11 at most.
+__device__ __forceinline__ float tanh_approx(float x) {
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// 2^x, within two units in the last place.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Two numbers rounded to the nearest, `low` in the lower half: a pair of a's columns.
+__device__ __forceinline__ uint32_t pack(__half, float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+__device__ __forceinline__ uint32_t pack(__nv_bfloat16, float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+// The value of the lane whose number differs by `mask`; all lanes of the warp call it.
+__device__ __forceinline__ float shuffle_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
+
+// ---- Launching ----
+
+// Blocks in clusters of kCluster, `shared` bytes of dynamic shared memory each.
+template <int kCluster, class Args>
+cudaError_t launch(void (*kernel)(Args), int blocks, int threads, int shared, cudaStream_t stream,
+                   const Args& args) {
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {kCluster, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, args);
+}
+
+}  // namespace mopo::ptx

@@ -17,6 +17,12 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// The block's shared memory, as much as was asked for at the launch.
+__device__ __forceinline__ unsigned char* dynamic_shared() {
+  extern __shared__ __align__(128) unsigned char bytes[];
+  return bytes;
+}
+
 // ---- Barriers in shared memory: a phase ends when `count` threads have arrived and all bytes too. ----
 
 struct Barrier {
@@ -234,7 +240,7 @@ __device__ __forceinline__ float shuffle_xor(float x, int mask) { return __shfl_
 
 // ---- Launching ----
 
-// Blocks in clusters of kCluster, `shared` bytes of dynamic shared memory each.
+// kernel(args) by blocks in clusters of kCluster, `shared` bytes of dynamic shared memory each.
 template <int kCluster, class Args>
 cudaError_t launch(void (*kernel)(Args), int blocks, int threads, int shared, cudaStream_t stream,
                    const Args& args) {

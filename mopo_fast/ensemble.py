@@ -56,8 +56,8 @@ def mlp(
     """A multi-layer perceptron with a linear last layer.
 
     One network: x [batch, in], weights [in, out], biases [out]. Many at once: x [batch, in] or
-    [members, batch, in], weights [members, in, out], biases [members, out]. The factors of a product are
-    rounded to `operands`; its sums are not.
+    [members, batch, in], weights [members, in, out], biases [members, out]; any more dimensions before these
+    broadcast. The factors of a product are rounded to `operands`; its sums are not.
     """
     hidden = False
     for weight, bias in zip(weights, biases, strict=True):
@@ -67,8 +67,10 @@ def mlp(
         x, weight = round_factor(x, operands), round_factor(weight, operands)
         if weight.ndim == 2:
             x = torch.addmm(bias, x, weight)
-        else:
+        elif weight.ndim == 3:
             x = torch.baddbmm(bias.unsqueeze(1), x.expand(weight.shape[0], -1, -1), weight)
+        else:
+            x = x @ weight + bias.unsqueeze(-2)
     return x
 
 

@@ -170,4 +170,5 @@ class Critic(nn.Module):
 
     def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         """Q-values [critics, batch]."""
-        return mlp(torch.cat([observations, actions], dim=-1), self.weights, self.biases, "relu").squeeze(-1)
+        x = torch.cat([observations, actions], dim=-1).unsqueeze(-3)
+        return mlp(x, self.weights, self.biases, "relu").squeeze(-1)

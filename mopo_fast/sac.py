@@ -4,15 +4,18 @@ Source: softlearning/algorithms/mopo.py of the authors' code; others' choices ar
 """
 
 import copy
+import functools
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
-from torch.optim.adam import adam
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mopo_fast import backends
+from mopo_fast.adam import Adam
 from mopo_fast.backends import cpu
 from mopo_fast.backends.philox import (
     ACTION_STREAM,
@@ -23,8 +26,9 @@ from mopo_fast.backends.philox import (
 )
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import SACConfig
-from mopo_fast.data.transitions import Transitions, concatenate
+from mopo_fast.data.transitions import Transitions
 from mopo_fast.errors import InputError
+from mopo_fast.graph import Graph
 from mopo_fast.machine import resolve_threads
 from mopo_fast.policy import Actor, Critic
 from mopo_fast.seeds import INIT, derive_seed
@@ -32,46 +36,10 @@ from mopo_fast.tensors import require_shape
 
 # Updates of one call of the kernel, or whose random numbers are drawn at once; an interrupt waits so long.
 _UPDATES_AT_ONCE = 100
+_LEARNED_FROM = ("observations", "actions", "rewards", "next_observations", "terminals")
+# To draw from: the data, the model's rows, and how many of each there are.
+_Source = tuple[Transitions, Transitions, tuple[int, int]]
 METRICS = ("critic_loss", "actor_loss", "alpha_loss", "q", "alpha", "entropy")
-
-
-class Adam:
-    """torch's fused Adam with its defaults, and its state in the open.
-
-    `torch.optim.Adam` costs more than the arithmetic for networks of this size.
-
-    Attributes:
-        parameters: leaf tensors, changed in place.
-        learning_rate: may be changed between steps.
-        exp_avgs, exp_avg_sqs: running moments, shaped as the parameters.
-        steps: float32 scalars, how many steps each has made.
-    """
-
-    def __init__(self, parameters: Iterable[torch.Tensor], learning_rate: float) -> None:
-        self.parameters, self.learning_rate = list(parameters), learning_rate
-        self.exp_avgs = [torch.zeros_like(parameter) for parameter in self.parameters]
-        self.exp_avg_sqs = [torch.zeros_like(parameter) for parameter in self.parameters]
-        self.steps = [torch.zeros((), device=parameter.device) for parameter in self.parameters]
-
-    @torch.no_grad()
-    def step(self, gradients: Sequence[torch.Tensor]) -> None:
-        """Move the parameters against `gradients`, one for each."""
-        adam(
-            self.parameters,
-            list(gradients),
-            self.exp_avgs,
-            self.exp_avg_sqs,
-            [],
-            self.steps,
-            fused=True,
-            lr=self.learning_rate,
-            beta1=0.9,
-            beta2=0.999,
-            eps=1e-8,
-            weight_decay=0.0,
-            amsgrad=False,
-            maximize=False,
-        )
 
 
 class SAC:
@@ -156,26 +124,27 @@ class SAC:
         Returns:
             The values of `METRICS` before the step, [6]; entropy is the mean of -log_prob.
         """
+        # Of several runs side by side, every tensor has one dimension more, the first.
         config, alpha = self.config, self.alpha
         actor, critic, temperature = (self.optimizers[name] for name in ("actor", "critic", "alpha"))
         target_q = self._target_q(batch, next_noise, alpha)
         q = self.critic(batch.observations, batch.actions)
-        critic_loss = (q - target_q).square().mean(dim=1).sum()
+        critic_loss = (q - target_q.unsqueeze(-2)).square().mean(dim=-1).sum(dim=-1)
         if config.critic_loss == "half_mse":
             critic_loss = 0.5 * critic_loss
-        critic_gradients = torch.autograd.grad(critic_loss, critic.parameters)
+        critic_gradients = torch.autograd.grad(critic_loss.sum(), critic.parameters)
         if not config.simultaneous:
             critic.step(critic_gradients)
 
         actions, log_prob = self.actor.sample(batch.observations, noise)
-        policy_q = self.critic(batch.observations, actions).min(dim=0).values
-        actor_loss = (alpha * log_prob - policy_q).mean()
+        policy_q = self.critic(batch.observations, actions).min(dim=-2).values
+        actor_loss = (alpha.unsqueeze(-1) * log_prob - policy_q).mean(dim=-1)
         # Naming the inputs spares the critics' weight gradients, which nobody needs here.
-        actor_gradients = torch.autograd.grad(actor_loss, actor.parameters)
+        actor_gradients = torch.autograd.grad(actor_loss.sum(), actor.parameters)
 
-        entropy = -log_prob.detach().mean()
+        entropy = -log_prob.detach().mean(dim=-1)
         alpha_loss = self.log_alpha * (entropy - self.target_entropy)
-        alpha_gradients = torch.autograd.grad(alpha_loss, temperature.parameters)
+        alpha_gradients = torch.autograd.grad(alpha_loss.sum(), temperature.parameters)
 
         if config.simultaneous:
             critic.step(critic_gradients)
@@ -184,14 +153,18 @@ class SAC:
         self._polyak(self._targets, critic.parameters, None)
         self.updates += 1
         losses = (critic_loss.detach(), actor_loss.detach(), alpha_loss.detach())
-        return torch.stack([*losses, q.detach().mean(), alpha, entropy])
+        return torch.stack([*losses, q.detach().mean(dim=(-2, -1)), alpha, entropy], dim=-1)
 
     @torch.no_grad()
     def _target_q(self, batch: Transitions, noise: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
         actions, log_prob = self.actor.sample(batch.next_observations, noise)
-        q = self.target(batch.next_observations, actions).min(dim=0).values
-        future = torch.where(batch.terminals, 0.0, q - alpha * log_prob)
+        q = self.target(batch.next_observations, actions).min(dim=-2).values
+        future = torch.where(batch.terminals, 0.0, q - alpha.unsqueeze(-1) * log_prob)
         return batch.rewards + self.config.discount * future
+
+    @functools.cached_property
+    def _alone(self) -> "Population":
+        return Population([self])
 
     def update_many(
         self, data: Transitions, model_buffer: RingBuffer, updates: int, seed: int
@@ -208,9 +181,10 @@ class SAC:
             InputError: rows of sizes that the networks do not take, none to draw from, or a loss that is
                 not finite.
         """
+        return self._alone.update_many(data, [model_buffer], updates, [seed])[0]
+
+    def _check_sources(self, data: Transitions, model_buffer: RingBuffer) -> None:
         real, model = self.batch_rows
-        if updates < 1:
-            raise InputError(f"updates must be at least 1, got {updates}")
         sizes = (self.actor.obs_dim, self.actor.act_dim)
         for source in (data, model_buffer.storage):
             if (source.obs_dim, source.act_dim) != sizes:
@@ -223,16 +197,8 @@ class SAC:
                 f"a batch takes {real} real and {model} model rows, but there are {len(data)} and"
                 f" {len(model_buffer)} to draw from"
             )
-        self._schedule()
-        dtype = self.log_alpha.dtype
-        update = self._update_fused if self.backend == "cpu" else self._update_by_autograd
-        total = update(
-            _learnable(data, dtype),
-            _learnable(model_buffer.storage, dtype),
-            (len(data), len(model_buffer)),
-            updates,
-            seed,
-        )
+
+    def _means(self, total: Sequence[float], updates: int) -> dict[str, float]:
         means = {name: value / updates for name, value in zip(METRICS, total, strict=True)}
         for name, value in means.items():
             if not math.isfinite(value):
@@ -242,17 +208,27 @@ class SAC:
                 )
         return means
 
-    def _update_by_autograd(
-        self, real: Transitions, model: Transitions, sizes: tuple[int, int], updates: int, seed: int
-    ) -> list[float]:
-        total = torch.zeros(len(METRICS), device=real.device)
-        for first in range(0, updates, _UPDATES_AT_ONCE):
-            count = min(_UPDATES_AT_ONCE, updates - first)
-            real_rows, model_rows, noise, next_noise = self._draw(sizes, first, count, seed)
-            for i in range(count):
-                batch = concatenate([real[real_rows[i]], model[model_rows[i]]])
-                total += self.update(batch, noise[i], next_noise[i])
-        return total.tolist()
+    def _batches(
+        self,
+        real: Transitions,
+        model: Transitions,
+        sizes: tuple[int, int],
+        first: int,
+        count: int,
+        seed: int,
+    ) -> list[torch.Tensor]:
+        """`_LEARNED_FROM`, noise and next_noise of `count` updates, the first of number `first`.
+
+        Each [count, batch, ...].
+        """
+        *rows, noise, next_noise = self._draw(sizes, first, count, seed)
+        arrays = [
+            torch.cat(
+                [getattr(source, name)[row] for source, row in zip((real, model), rows, strict=True)], 1
+            )
+            for name in _LEARNED_FROM
+        ]
+        return [*arrays, noise, next_noise]
 
     def _draw(self, sizes: tuple[int, int], first: int, count: int, seed: int) -> tuple[torch.Tensor, ...]:
         """Rows of the data and of the buffer [count, rows], noise and next_noise [count, batch, act_dim].
@@ -274,34 +250,42 @@ class SAC:
         return *drawn.split(self.batch_rows, dim=1), *noise
 
     def _update_fused(
-        self, real: Transitions, model: Transitions, sizes: tuple[int, int], updates: int, seed: int
+        self,
+        real: Transitions,
+        model: Transitions,
+        sizes: tuple[int, int],
+        first: int,
+        count: int,
+        seed: int,
+        threads: int,
     ) -> list[float]:
-        total = [0.0] * len(METRICS)
-        for first in range(0, updates, _UPDATES_AT_ONCE):
-            count = min(_UPDATES_AT_ONCE, updates - first)
-            sums = cpu.sac_updates(
-                actor=self._parameters("actor"),
-                critic=self._parameters("critic"),
-                log_alpha=self._parameters("alpha")[0],
-                config=self.config,
-                actor_learning_rate=self.optimizers["actor"].learning_rate,
-                target_entropy=self.target_entropy,
-                real=real,
-                model=model,
-                sizes=sizes,
-                rows=self.batch_rows,
-                updates=count,
-                updates_before=self.updates,
-                first_draw=first,
-                seed=seed,
-                threads=self.threads,
-            )
-            self.updates += count
-            total = [one + more for one, more in zip(total, sums, strict=True)]
-            for optimizer in self.optimizers.values():
-                for step in optimizer.steps:
-                    step.fill_(self.updates)
-        return total
+        """`count` updates by the kernel; the sum of the metrics."""
+        sums = cpu.sac_updates(
+            actor=self._parameters("actor"),
+            critic=self._parameters("critic"),
+            log_alpha=self._parameters("alpha")[0],
+            config=self.config,
+            actor_learning_rate=self.optimizers["actor"].learning_rate,
+            target_entropy=self.target_entropy,
+            real=real,
+            model=model,
+            sizes=sizes,
+            rows=self.batch_rows,
+            updates=count,
+            updates_before=self.updates,
+            first_draw=first,
+            seed=seed,
+            threads=threads,
+        )
+        self._count(count)
+        return sums
+
+    def _count(self, updates: int) -> None:
+        """Take over updates that were made without `update`."""
+        self.updates += updates
+        for optimizer in self.optimizers.values():
+            for step in optimizer.steps:
+                step.fill_(self.updates)
 
     def _parameters(self, name: str) -> list[cpu.Parameter]:
         optimizer = self.optimizers[name]
@@ -318,9 +302,14 @@ class SAC:
 
     def state(self) -> dict[str, torch.Tensor]:
         """All that the next update depends on, by name: the live tensors, and `updates`."""
-        tensors = {"log_alpha": self.log_alpha, "updates": torch.tensor(self.updates)}
+        state = {name: tensor.detach() for name, tensor in self._live_state().items()}
+        return state | {"updates": torch.tensor(self.updates)}
+
+    def _live_state(self) -> dict[str, torch.Tensor]:
+        """The tensors themselves, to be given other memory."""
+        tensors: dict[str, torch.Tensor] = {"log_alpha": self.log_alpha}
         for name, module in (("actor", self.actor), ("critic", self.critic), ("target", self.target)):
-            tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+            tensors |= {f"{name}.{key}": value for key, value in module.named_parameters()}
         for name, optimizer in self.optimizers.items():
             states = zip(optimizer.exp_avgs, optimizer.exp_avg_sqs, optimizer.steps, strict=True)
             for i, state in enumerate(states):
@@ -341,21 +330,140 @@ class SAC:
         self.updates = int(tensors["updates"])
 
 
+class Population:
+    """SACs of one config and of equally many updates, that are updated together.
+
+    In PyTorch as one batch of networks, on a GPU with many updates recorded in one graph; with the kernel
+    side by side on the cores. Each gets the parameters that it would get alone, to rounding; with the kernel
+    to the bit.
+    """
+
+    def __init__(self, sacs: Sequence[SAC]) -> None:
+        self.sacs = list(sacs)
+        self._batch: SAC | None = None
+        self._graphs: dict[tuple[int, int], Graph] = {}
+
+    def update_many(
+        self, data: Transitions, buffers: Sequence[RingBuffer], updates: int, seeds: Sequence[int]
+    ) -> list[dict[str, float]]:
+        """What `SAC.update_many` does, for each with its own buffer and seed."""
+        if updates < 1:
+            raise InputError(f"updates must be at least 1, got {updates}")
+        for sac, buffer in zip(self.sacs, buffers, strict=True):
+            sac._check_sources(data, buffer)
+            sac._schedule()
+        dtype = self.sacs[0].log_alpha.dtype
+        real = _learnable(data, dtype)
+        sources = [(real, _learnable(buffer.storage, dtype), (len(data), len(buffer))) for buffer in buffers]
+        run = self._fused if self.sacs[0].backend == "cpu" else self._by_autograd
+        totals = run(sources, updates, seeds)
+        return [sac._means(total, updates) for sac, total in zip(self.sacs, totals, strict=True)]
+
+    def _fused(self, sources: list[_Source], updates: int, seeds: Sequence[int]) -> list[list[float]]:
+        totals = [[0.0] * len(METRICS) for _ in self.sacs]
+        threads = max(1, self.sacs[0].threads // len(self.sacs))
+        with ThreadPoolExecutor(len(self.sacs)) as pool:
+            for first in range(0, updates, _UPDATES_AT_ONCE):
+                count = min(_UPDATES_AT_ONCE, updates - first)
+
+                def advance(
+                    sac: SAC, source: _Source, seed: int, first: int = first, count: int = count
+                ) -> list[float]:
+                    return sac._update_fused(*source, first, count, seed, threads)
+
+                sums = pool.map(advance, self.sacs, sources, seeds)
+                totals = [
+                    [one + more for one, more in zip(total, some, strict=True)]
+                    for total, some in zip(totals, sums, strict=True)
+                ]
+        return totals
+
+    def _by_autograd(self, sources: list[_Source], updates: int, seeds: Sequence[int]) -> list[list[float]]:
+        batch = self._side_by_side()
+        on_gpu = batch.log_alpha.device.type == "cuda"
+        # Drawing takes as many launches for few updates as for many.
+        at_once = _UPDATES_AT_ONCE * (10 if on_gpu else 1)
+        total = batch.log_alpha.new_zeros(*batch.log_alpha.shape, len(METRICS))
+        for first in range(0, updates, at_once):
+            count = min(at_once, updates - first)
+            each = [
+                sac._batches(*source, first, count, seed)
+                for sac, source, seed in zip(self.sacs, sources, seeds, strict=True)
+            ]
+            arrays = (
+                each[0]
+                if batch is self.sacs[0]
+                else [torch.stack(array, 1) for array in zip(*each, strict=True)]
+            )
+            for some in zip(*(array.split(_UPDATES_AT_ONCE) for array in arrays), strict=True):
+                total += self._play(some) if on_gpu else self._updates(*some)
+        if batch is not self.sacs[0]:
+            for sac in self.sacs:
+                sac._count(updates)
+        totals: list[list[float]] = total.reshape(-1, len(METRICS)).tolist()
+        return totals
+
+    def _side_by_side(self) -> SAC:
+        """One SAC with the parameters of all, [runs, ...] each; theirs become views of these."""
+        first = self.sacs[0]
+        if len(self.sacs) == 1:
+            return first
+        # Another population may have taken them since.
+        if self._batch is None or any(
+            sac.log_alpha.data_ptr() != log_alpha.data_ptr()
+            for sac, log_alpha in zip(self.sacs, self._batch.log_alpha, strict=True)
+        ):
+            self._batch = SAC(
+                first.actor.obs_dim,
+                first.actor.act_dim,
+                first.config,
+                device=first.log_alpha.device,
+                total_updates=first.total_updates,
+                backend="reference",
+            )
+            states = [sac._live_state() for sac in self.sacs]
+            for name, tensor in self._batch._live_state().items():
+                # The numbers of steps are the same for all.
+                if not name.endswith(".step"):
+                    tensor.data = torch.stack([state[name].data for state in states])
+                    for state, view in zip(states, tensor.data, strict=True):
+                        state[name].data = view
+        self._batch.updates = 0
+        self._batch._count(first.updates)
+        for name, optimizer in self._batch.optimizers.items():
+            optimizer.learning_rate = first.optimizers[name].learning_rate
+        return self._batch
+
+    def _updates(self, *arrays: torch.Tensor) -> torch.Tensor:
+        """An update for each of the first dimension of what `SAC._batches` gives; the metrics' sum."""
+        batch = self._batch or self.sacs[0]
+        total = batch.log_alpha.new_zeros(*batch.log_alpha.shape, len(METRICS))
+        for *learned_from, noise, next_noise in zip(*arrays, strict=True):
+            total += batch.update(Transitions(*learned_from), noise, next_noise)
+        return total
+
+    def _play(self, arrays: Sequence[torch.Tensor]) -> torch.Tensor:
+        """`_updates` from a graph, which is recorded at the first call with so many."""
+        batch = self._batch or self.sacs[0]
+        updates, what = batch.updates, (batch.log_alpha.data_ptr(), len(arrays[0]))
+        if what not in self._graphs:
+            self._graphs[what] = Graph(self._updates, arrays, list(batch.state().values()))
+        total = self._graphs[what](*arrays)
+        batch.updates = updates + len(arrays[0])
+        return total
+
+
 def _learnable(data: Transitions, dtype: torch.dtype) -> Transitions:
     """The five arrays that SAC learns from, copied only where they are not in that form already."""
 
-    def floats(array: torch.Tensor) -> torch.Tensor:
-        array = array.to(dtype)
+    def in_form(array: torch.Tensor) -> torch.Tensor:
+        if array.dtype != torch.bool:
+            array = array.to(dtype)
         # The columns of a wider table will do.
         return array if array.ndim == 1 or array.stride(1) == 1 else array.contiguous()
 
-    return Transitions(
-        observations=floats(data.observations),
-        actions=floats(data.actions),
-        rewards=floats(data.rewards),
-        next_observations=floats(data.next_observations),
-        terminals=data.terminals,
-    )
+    arrays: dict[str, Any] = {name: in_form(getattr(data, name)) for name in _LEARNED_FROM}
+    return Transitions(**arrays)
 
 
 def check_config(config: SACConfig) -> None:

@@ -13,7 +13,7 @@ from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import SACConfig
 from mopo_fast.data import Transitions
 from mopo_fast.errors import InputError
-from mopo_fast.sac import METRICS, SAC
+from mopo_fast.sac import METRICS, SAC, Population
 
 OBS, ACT, BATCH = 5, 2, 16
 CONFIG = SACConfig(hidden=(24, 24), batch_size=BATCH)
@@ -278,6 +278,74 @@ class TestUpdateMany:
         buffer.storage.rewards[:] = float("inf")
         with pytest.raises(InputError, match="SAC diverged before update 2"):
             sac.update_many(data, buffer, 2, seed=0)
+
+
+POPULATIONS = {
+    "authors": CONFIG,
+    "others": dataclasses.replace(
+        CONFIG, simultaneous=False, alpha_max=1.0, critic_loss="mse", critics=3, actor_schedule="cosine"
+    ),
+    "real only": dataclasses.replace(CONFIG, real_ratio=1.0),
+}
+
+
+class TestPopulation:
+    """Three runs of their own seeds, buffers and draws, updated together and one by one."""
+
+    def sacs(self, config: SACConfig, backend: str, double: bool = False) -> list[SAC]:
+        sacs = [SAC(OBS, ACT, config, seed=i, total_updates=20, backend=backend) for i in range(3)]
+        return [to_double(sac) for sac in sacs] if double else sacs
+
+    def buffers(self) -> list[RingBuffer]:
+        buffers = [filled(20 + 20 * i) for i in range(3)]
+        for i, buffer in enumerate(buffers):
+            buffer.storage.rewards.add_(i)
+        return buffers
+
+    @pytest.mark.parametrize("config", POPULATIONS.values(), ids=POPULATIONS)
+    def test_in_pytorch_each_gets_what_it_gets_alone(self, config: SACConfig) -> None:
+        data, buffers = transitions(50, seed=1, dtype=torch.float64), self.buffers()
+        together, alone = (self.sacs(config, "reference", double=True) for _ in range(2))
+        population = Population(together)
+        for call in range(2):
+            seeds = [10 * call + i for i in range(3)]
+            ours = population.update_many(data, buffers, 4, seeds)
+            for i, sac in enumerate(alone):
+                theirs = sac.update_many(data, buffers[i], 4, seeds[i])
+                assert ours[i] == pytest.approx(theirs, rel=1e-9, abs=1e-12)
+        for one, other in zip(together, alone, strict=True):
+            assert one.updates == 8
+            for name, tensor in other.state().items():
+                torch.testing.assert_close(one.state()[name], tensor, rtol=1e-9, atol=1e-12)
+
+    def test_the_kernel_gives_each_the_same_bits_as_alone(self) -> None:
+        data, buffers = transitions(50, seed=1), self.buffers()
+        together, alone = (self.sacs(CONFIG, "cpu") for _ in range(2))
+        ours = Population(together).update_many(data, buffers, 7, [4, 5, 6])
+        for i, sac in enumerate(alone):
+            assert sac.update_many(data, buffers[i], 7, 4 + i) == ours[i]
+            assert all(torch.equal(t, together[i].state()[name]) for name, t in sac.state().items())
+
+    def test_one_can_leave_and_join(self) -> None:
+        data, buffers = transitions(50, seed=1, dtype=torch.float64), self.buffers()
+        moving, staying = (self.sacs(CONFIG, "reference", double=True) for _ in range(2))
+        three = Population(moving)
+        three.update_many(data, buffers, 1, [0, 1, 2])
+        Population(moving[1:]).update_many(data, buffers[1:], 2, [3, 4])
+        moving[0].update_many(data, buffers[0], 2, 5)
+        three.update_many(data, buffers, 1, [6, 7, 8])
+        for i, (sac, buffer) in enumerate(zip(staying, buffers, strict=True)):
+            for updates, seed in ((1, i), (2, (5, 3, 4)[i]), (1, 6 + i)):
+                sac.update_many(data, buffer, updates, seed)
+            for name, tensor in sac.state().items():
+                torch.testing.assert_close(moving[i].state()[name], tensor, rtol=1e-9, atol=1e-12)
+
+    @pytest.mark.parametrize("backend", ["cpu", "reference"])
+    def test_one_that_diverges_is_one_clear_error(self, backend: str) -> None:
+        buffers = self.buffers()
+        buffers[1].storage.rewards[:] = float("inf")
+        with pytest.raises(InputError, match="SAC diverged before update 2"):
+            Population(self.sacs(CONFIG, backend)).update_many(transitions(50, seed=1), buffers, 2, [0, 1, 2])
 
 
 class TestState:

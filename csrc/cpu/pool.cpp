@@ -13,7 +13,6 @@ namespace {
 class Pool {
  public:
   void run(int count, const std::function<void(int)>& body) {
-    const std::lock_guard<std::mutex> turn(turn_);
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       while (static_cast<int>(threads_.size()) + 1 < count) {
@@ -48,7 +47,7 @@ class Pool {
     }
   }
 
-  std::mutex turn_, mutex_;
+  std::mutex mutex_;
   std::condition_variable start_, done_;
   std::vector<std::thread> threads_;
   const std::function<void(int)>* body_ = nullptr;
@@ -56,19 +55,33 @@ class Pool {
   long round_ = 0;
 };
 
-// A forked child has none of its parent's threads, so it starts a pool of its own; pools are never destroyed,
+// The pools that nobody uses: each call takes one, so that calls from several threads run side by side. A
+// forked child has none of its parent's threads, so it starts pools of its own; pools are never destroyed,
 // since their threads may outlive the static objects.
-Pool& pool() {
-  static std::mutex mutex;
-  static Pool* current = nullptr;
-  static pid_t owner = 0;
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (current == nullptr || owner != getpid()) {
-    current = new Pool;
-    owner = getpid();
+class Pools {
+ public:
+  Pool* take() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (owner_ != getpid()) {
+      free_.clear();
+      owner_ = getpid();
+    }
+    if (free_.empty()) return new Pool;
+    Pool* pool = free_.back();
+    free_.pop_back();
+    return pool;
   }
-  return *current;
-}
+
+  void give_back(Pool* pool) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    free_.push_back(pool);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<Pool*> free_;
+  pid_t owner_ = 0;
+};
 
 }  // namespace
 
@@ -76,7 +89,10 @@ void parallel(int count, const std::function<void(int)>& body) {
   if (count <= 1) {
     body(0);
   } else {
-    pool().run(count, body);
+    static Pools* const pools = new Pools;
+    Pool* pool = pools->take();
+    pool->run(count, body);
+    pools->give_back(pool);
   }
 }
 

@@ -190,17 +190,18 @@ class EagerFit:
         self.fit, self.rows = fit, rows
         # Arrays of their own, as other code has them.
         self.inputs, self.targets = fit.inputs.contiguous(), fit.targets.contiguous()
+        decays = zip(fit.parameters, fit.optimizer.weight_decay, strict=True)
+        groups = [{"params": [parameter], "weight_decay": decay} for parameter, decay in decays]
+        self.optimizer = torch.optim.Adam(groups, lr=fit.config.learning_rate, fused=True)
 
     def __call__(self) -> None:
         for batch in self.rows.split(self.fit.config.batch_size, dim=1):
             self.step(self.inputs[batch], self.targets[batch])
 
     def step(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
-        model, optimizer = self.fit.model, self.fit.optimizer
-        parameters = [*model.weights, *model.biases, model.max_logvar, model.min_logvar]
-        optimizer.zero_grad()
-        _fit_loss(parameters, inputs, targets, self.fit).backward()
-        optimizer.step()
+        self.optimizer.zero_grad()
+        _fit_loss(self.fit.parameters, inputs, targets, self.fit).backward()
+        self.optimizer.step()
 
     def state(self) -> dict[str, torch.Tensor]:
         return dict(self.fit.model.named_parameters())
@@ -211,14 +212,9 @@ class CompiledFit(EagerFit):
 
     def __init__(self, fit: Fit, rows: torch.Tensor) -> None:
         super().__init__(fit, rows)
-        model, config = fit.model, fit.config
-        parameters = [*model.weights, *model.biases, model.max_logvar, model.min_logvar]
-        self.parameters = _detached(parameters)
-        self.adam = _WrittenAdam(
-            self.parameters,
-            [config.learning_rate] * len(parameters),
-            [*config.weight_decay, *[0.0] * (len(parameters) - len(config.weight_decay))],
-        )
+        self.parameters = _detached(fit.parameters)
+        rates = [fit.config.learning_rate] * len(self.parameters)
+        self.adam = _WrittenAdam(self.parameters, rates, fit.optimizer.weight_decay)
         self.step = torch.compile(self._step)
 
     def _step(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:

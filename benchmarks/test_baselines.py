@@ -16,7 +16,7 @@ from mopo_fast.backends.reference import penalise
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import DynamicsConfig, SACConfig
 from mopo_fast.data.transitions import Transitions
-from mopo_fast.fit import Fit, LossGradient
+from mopo_fast.fit import Fit, _loss_gradient
 from mopo_fast.sac import SAC
 
 OBS, ACT, BATCH = 5, 2, 16
@@ -85,9 +85,9 @@ def double_fit() -> Fit:
     fit = Fit(transitions(200, seed=1), 0, FIT_CONFIG, backend="reference")
     fit.model.double()
     fit.inputs, fit.targets = fit.inputs.double(), fit.targets.double()
-    fit.gradient = LossGradient(fit.model, BATCH, FIT_CONFIG.logvar_bound_weight)
-    for state in fit.optimizer.state.values():
-        state["exp_avg"], state["exp_avg_sq"] = state["exp_avg"].double(), state["exp_avg_sq"].double()
+    fit.optimizer.exp_avgs = [moment.double() for moment in fit.optimizer.exp_avgs]
+    fit.optimizer.exp_avg_sqs = [moment.double() for moment in fit.optimizer.exp_avg_sqs]
+    fit.gradient = _loss_gradient(fit.parameters, FIT_CONFIG, len(fit.inputs))
     return fit
 
 

@@ -3,12 +3,14 @@
 Source: mopo/models/bnn.py of the authors' code (BNN.train, _save_best, _compile_losses).
 """
 
+import contextlib
+import functools
 import hashlib
 import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,14 @@ import torch
 from torch.nn import functional
 
 from mopo_fast import backends
+from mopo_fast.adam import Adam
 from mopo_fast.atomic import write_json
 from mopo_fast.backends import cpu
 from mopo_fast.config import FIT_DTYPES, DynamicsConfig, check_finite, to_dict
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import EnsembleDynamics, mlp_bytes, soft_clamp_logvar
 from mopo_fast.errors import InputError
+from mopo_fast.graph import Graph
 from mopo_fast.lock import locked
 from mopo_fast.machine import check_device, check_memory, resolve_threads
 from mopo_fast.progress import progress_bar
@@ -90,49 +94,65 @@ def data_sha256(data: Transitions) -> str:
 
 
 class LossGradient:
-    """The Gaussian negative log-likelihood of an ensemble and its gradient, in buffers made once.
+    """The Gaussian negative log-likelihood of ensembles and its gradient, in buffers made once.
 
     The layers' backward pass is written out, which spares autograd's allocations; the heads, which are
     small and where the maths is, are left to autograd.
+
+    Args:
+        weights, biases: of each layer, [networks, in, out] and [networks, out]: those of one ensemble, or of
+            several, one after the other.
+        bounds: max_logvar and min_logvar, [dims], or [ensembles, dims].
+        activation: of the hidden layers.
+        batch_size: rows at most.
+        logvar_bound_weight: times the bounds' sums, in the loss.
+        operands: what the factors of products are rounded to, if anything; their sums are not.
+
+    Attributes:
+        gradients: of weights, biases and bounds, in this order.
     """
 
     def __init__(
         self,
-        model: EnsembleDynamics,
+        weights: Sequence[torch.Tensor],
+        biases: Sequence[torch.Tensor],
+        bounds: tuple[torch.Tensor, torch.Tensor],
+        activation: str,
         batch_size: int,
         logvar_bound_weight: float,
         operands: torch.dtype | None = None,
     ) -> None:
-        self.model, self.logvar_bound_weight, self.operands = model, logvar_bound_weight, operands
-        self.bounds = (model.max_logvar, model.min_logvar)
-        self.weights = [weight.detach() for weight in model.weights]
-        self.biases = [bias.detach().unsqueeze(1) for bias in model.biases]
-        buffers = [bias.new_empty(model.members, batch_size, bias.shape[-1]) for bias in self.biases]
+        self.bounds, self.activation = bounds, activation
+        self.logvar_bound_weight, self.operands = logvar_bound_weight, operands
+        self.weights, self.biases = list(weights), list(biases)
+        buffers = [bias.new_empty(len(bias), batch_size, bias.shape[-1]) for bias in biases]
         self.pre = buffers
         self.act = [torch.empty_like(buffer) for buffer in buffers[:-1]]
         self.grad = [torch.empty_like(buffer) for buffer in buffers[:-1]]
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
+        self.gradients = [torch.zeros_like(parameter) for parameter in (*weights, *biases, *bounds)]
 
     def __call__(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Write the loss's gradient into every parameter's `.grad`; return the loss, a scalar.
+        """Write the loss's gradient into `gradients`; return the loss, a scalar, or [ensembles].
 
         Loss: sum over members of [mean over batch and dims of (mu - y)^2 exp(-lv) + lv]
         + logvar_bound_weight * (sum(max) - sum(min)). Weight decay is the optimiser's.
 
-        inputs [members, batch, obs + act] are standardised, targets [members, batch, obs + 1] raw;
-        batch is at most `batch_size`. The factors of a product are rounded to `operands`, if any; its sums
-        are not.
+        inputs [networks, batch, obs + act] are standardised, targets [networks, batch, obs + 1] raw;
+        batch is at most `batch_size`.
         """
         with torch.no_grad():
             head = self._forward(inputs)
         head.requires_grad_()
-        max_logvar, min_logvar = self.bounds
-        mean, raw_logvar = head.chunk(2, dim=-1)
+        max_logvar, min_logvar = (bound.reshape(-1, 1, 1, bound.shape[-1]) for bound in self.bounds)
+        ensembles = (len(max_logvar), -1)
+        mean, raw_logvar = head.unflatten(0, ensembles).chunk(2, dim=-1)
         logvar = soft_clamp_logvar(raw_logvar, max_logvar, min_logvar)
-        likelihood = ((mean - targets).square() * torch.exp(-logvar) + logvar).mean((1, 2)).sum()
-        loss = likelihood + self.logvar_bound_weight * (max_logvar.sum() - min_logvar.sum())
-        head_grad, max_logvar.grad, min_logvar.grad = torch.autograd.grad(loss, (head, *self.bounds))
+        errors = (mean - targets.unflatten(0, ensembles)).square()
+        likelihood = (errors * torch.exp(-logvar) + logvar).mean((2, 3)).sum(1)
+        between = (max_logvar - min_logvar).sum((1, 2, 3))
+        loss: torch.Tensor = likelihood + self.logvar_bound_weight * between
+        loss = loss.reshape(self.bounds[0].shape[:-1])
+        head_grad, *self.gradients[-2:] = torch.autograd.grad(loss.sum(), (head, *self.bounds))
         with torch.no_grad():
             self._backward(inputs, head_grad)
         return loss.detach()
@@ -140,26 +160,28 @@ class LossGradient:
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.shape[1]
         for weight, bias, pre, act in zip(self.weights, self.biases, self.pre, self.act, strict=False):
-            torch.baddbmm(bias, self._factor(x), self._factor(weight), out=pre[:, :rows])
-            x = _activate_out(pre[:, :rows], self.model.activation, act[:, :rows])
-        weight = self._factor(self.weights[-1])
-        return torch.baddbmm(self.biases[-1], self._factor(x), weight, out=self.pre[-1][:, :rows])
+            torch.baddbmm(bias.unsqueeze(1), self._factor(x), self._factor(weight), out=pre[:, :rows])
+            x = _activate_out(pre[:, :rows], self.activation, act[:, :rows])
+        weight, bias = self._factor(self.weights[-1]), self.biases[-1].unsqueeze(1)
+        head = self.pre[-1][:, :rows]
+        torch.baddbmm(bias, self._factor(x), weight, out=head)
+        return head
 
     def _factor(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.operands is None else x.to(self.operands).to(x.dtype)
 
     def _backward(self, inputs: torch.Tensor, grad: torch.Tensor) -> None:
-        rows = inputs.shape[1]
-        for layer in reversed(range(len(self.weights))):
+        rows, depth = inputs.shape[1], len(self.weights)
+        for layer in reversed(range(depth)):
             x = self.act[layer - 1][:, :rows] if layer else inputs
             grad = self._factor(grad)
-            torch.bmm(self._factor(x).transpose(1, 2), grad, out=self.model.weights[layer].grad)
-            torch.sum(grad, 1, out=self.model.biases[layer].grad)
+            torch.bmm(self._factor(x).transpose(1, 2), grad, out=self.gradients[layer])
+            torch.sum(grad, 1, out=self.gradients[depth + layer])
             if layer:
                 pre = self.pre[layer - 1][:, :rows]
                 out = self.grad[layer - 1][:, :rows]
                 torch.bmm(grad, self._factor(self.weights[layer]).transpose(1, 2), out=out)
-                grad = _activate_backward_(out, pre, x, self.model.activation)
+                grad = _activate_backward_(out, pre, x, self.activation)
 
 
 def _activate_out(pre: torch.Tensor, activation: str, out: torch.Tensor) -> torch.Tensor:
@@ -194,6 +216,10 @@ class Fit:
         backend: str = "auto",
         threads: int | None = None,
     ) -> None:
+        check_device(device)
+        check_config(config, device)
+        if seed < 0:
+            raise InputError(f"seed must not be negative, got {seed}")
         self.seed, self.config = seed, config
         self.backend = backends.choose(backend, "float32", torch.device(device), training=True)
         self.threads = resolve_threads(threads)
@@ -229,38 +255,31 @@ class Fit:
         bootstrap = np.random.default_rng(derive_seed(seed, FIT, _BOOTSTRAP))
         self.rows = bootstrap.integers(len(train), size=(config.members, len(train)))
 
-        rows = min(config.batch_size, len(train))
-        operands = torch.bfloat16 if config.dtype == "bfloat16" else None
-        self.gradient = LossGradient(model, rows, config.logvar_bound_weight, operands)
-        # Adam's weight_decay adds coef * W to the gradient: that of coef * 0.5 ||W||^2 in the loss.
-        self.optimizer = torch.optim.Adam(
-            [
-                {"params": [weight], "weight_decay": decay}
-                for weight, decay in zip(model.weights, config.weight_decay, strict=True)
-            ]
-            + [{"params": [*model.biases, model.max_logvar, model.min_logvar]}],
-            lr=config.learning_rate,
-            fused=True,
-        )
         # The bounds of the log-variance are shared by all members and not part of a snapshot (authors too).
         self.layers = [*model.weights, *model.biases]
         self.best = [layer.detach().clone() for layer in self.layers]
+        self.parameters = [*self.layers, model.max_logvar, model.min_logvar]
+        self.optimizer = _adam(self.parameters, config)
+        self.gradient = _loss_gradient(self.parameters, config, len(train))
         self.history: list[FitEpoch] = []
-        self.state = self._live_state()
 
     def _live_state(self) -> dict[str, torch.Tensor]:
         """Every tensor that the next epoch depends on, itself and not a copy."""
+        adam, places = self.optimizer, {id(parameter): i for i, parameter in enumerate(self.parameters)}
         state = {**self.model.state_dict(), **{f"best_{i}": best for i, best in enumerate(self.best)}}
         for name, parameter in self.model.named_parameters():
-            # What Adam would make at its first step, made now so that a checkpoint can be read into it.
-            adam = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
+            i = places[id(parameter)]
+            state |= {
+                f"{name}.step": adam.steps[i],
+                f"{name}.exp_avg": adam.exp_avgs[i],
+                f"{name}.exp_avg_sq": adam.exp_avg_sqs[i],
             }
-            self.optimizer.state[parameter] = adam
-            state |= {f"{name}.{key}": value for key, value in adam.items()}
         return state
+
+    @property
+    def steps_made(self) -> int:
+        """Of Adam, so far."""
+        return int(self.optimizer.steps[0])
 
     @property
     def best_mse(self) -> list[float]:
@@ -278,67 +297,66 @@ class Fit:
         end = max(improved, default=0) + self.config.patience + 1
         return end if self.config.max_epochs is None else min(end, self.config.max_epochs)
 
+    @functools.cached_property
+    def _alone(self) -> "Population":
+        return Population([self])
+
     def run_epoch(self, on_progress: Callable[[float], None]) -> FitEpoch:
         """One pass over every member's bootstrap rows, then the holdout.
 
         on_progress is told, now and then, how many epochs are done, with fractions.
         """
-        start = time.perf_counter()
-        config, epoch = self.config, len(self.history)
+        return self._alone.run_epoch(lambda share: on_progress(len(self.history) + share))[0]
+
+    def shuffled(self, epoch: int) -> torch.Tensor:
+        """The rows that each member sees in `epoch`, in its order: int64 [members, n]."""
         shuffle = np.random.default_rng(derive_seed(self.seed, FIT, _SHUFFLE, epoch))
-        rows = torch.from_numpy(shuffle.permuted(self.rows, axis=1)).to(self.inputs.device)
-        total, steps = 0.0, 0
-        for chunk in rows.split(config.batch_size * _STEPS_AT_ONCE, dim=1):
-            total += self.steps(chunk)
-            steps += math.ceil(chunk.shape[1] / config.batch_size)
-            on_progress(epoch + min(1.0, steps * config.batch_size / rows.shape[1]))
-        train_loss = total / steps
-        mse = self._holdout_mse()
+        return torch.from_numpy(shuffle.permuted(self.rows, axis=1)).to(self.inputs.device)
+
+    def end_epoch(self, train_loss: float, started: float) -> FitEpoch:
+        """Look at the holdout and keep what is better."""
+        epoch, mse = len(self.history), self._holdout_mse()
         if not np.isfinite([train_loss, *mse]).all():
             raise InputError(
                 f"the fit diverged in epoch {epoch}: loss {train_loss}, holdout MSE {mse};"
                 " check the data's scale or lower the learning rate"
             )
         improved = self._keep_best(mse)
-        record = FitEpoch(epoch, train_loss, tuple(mse), tuple(improved), time.perf_counter() - start)
+        record = FitEpoch(epoch, train_loss, tuple(mse), tuple(improved), time.perf_counter() - started)
         self.history.append(record)
         return record
 
+    def batches(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets of rows [members, count], int64: [members, count, ...] each."""
+        flat = rows.flatten()
+        inputs, targets = self.inputs.index_select(0, flat), self.targets.index_select(0, flat)
+        return inputs.view(*rows.shape, -1), targets.view(*rows.shape, -1)
+
     def steps(self, rows: torch.Tensor) -> float:
         """A step on each batch of rows [members, count], int64: the sum of the losses."""
-        return self._fused_steps(rows) if self.backend == "cpu" else self._autograd_steps(rows)
+        return self._alone.steps([rows])[0]
 
-    def _autograd_steps(self, rows: torch.Tensor) -> float:
-        size, flat = self.config.batch_size, rows.flatten()
-        inputs = self.inputs.index_select(0, flat).view(*rows.shape, -1)
-        targets = self.targets.index_select(0, flat).view(*rows.shape, -1)
-        total = torch.zeros((), dtype=torch.float64, device=self.inputs.device)
-        for x, y in zip(inputs.split(size, 1), targets.split(size, 1), strict=True):
-            total += self.gradient(x, y)
-            self.optimizer.step()
-        return float(total)
+    def fused_steps(self, rows: torch.Tensor) -> float:
+        """`steps` by the kernel."""
+        adam, count = self.optimizer, len(self.layers)
 
-    def _fused_steps(self, rows: torch.Tensor) -> float:
-        model, states = self.model, self.optimizer.state
-        done = states[model.max_logvar]["step"]
+        def parameter(i: int) -> cpu.Parameter:
+            return self.parameters[i], adam.exp_avgs[i], adam.exp_avg_sqs[i], None
 
-        def parameter(value: torch.Tensor) -> cpu.Parameter:
-            return value, states[value]["exp_avg"], states[value]["exp_avg_sq"], None
-
+        before = self.steps_made
         loss = cpu.fit_steps(
-            layers=[parameter(layer) for layer in self.layers],
-            bounds=(parameter(model.max_logvar), parameter(model.min_logvar)),
-            activation=model.activation,
+            layers=[parameter(i) for i in range(count)],
+            bounds=(parameter(count), parameter(count + 1)),
+            activation=self.model.activation,
             table=self.table,
             dims=self.targets.shape[1],
             rows=rows,
             config=self.config,
-            steps_before=int(done),
+            steps_before=before,
             threads=self.threads,
         )
-        steps = int(done) + math.ceil(rows.shape[1] / self.config.batch_size)
-        for state in states.values():
-            state["step"].fill_(steps)
+        for step in adam.steps:
+            step.fill_(before + math.ceil(rows.shape[1] / self.config.batch_size))
         return loss
 
     @torch.no_grad()
@@ -365,8 +383,6 @@ class Fit:
             layer.copy_(best)
         order = np.argsort(self._holdout_mse(), kind="stable")
         self.model.elites.copy_(torch.from_numpy(order[: self.config.elites].copy()))
-        for parameter in self.model.parameters():
-            parameter.grad = None
         return self.model
 
     def fingerprint(self, data: Transitions) -> torch.Tensor:
@@ -380,7 +396,7 @@ class Fit:
         history = {
             f"history.{name}": torch.tensor(column, dtype=torch.float64) for name, column in columns.items()
         }
-        save_tensors(path, {**self.state, **history, "fingerprint": fingerprint})
+        save_tensors(path, {**self._live_state(), **history, "fingerprint": fingerprint})
 
     @torch.no_grad()
     def restore(self, path: Path, fingerprint: torch.Tensor) -> None:
@@ -396,12 +412,11 @@ class Fit:
                 f"{path} belongs to a fit of other data, another seed or another config;"
                 " delete it to start afresh, or give what it was made with"
             )
-        for name, tensor in self.state.items():
+        for name, tensor in self._live_state().items():
             require_shape(path, tensors, name, tensor.shape)
             tensor.copy_(tensors[name])
         # Every step is one of Adam's: how long the history must be follows.
-        steps = int(self.state["max_logvar.step"])
-        epochs = steps // math.ceil(len(self.inputs) / self.config.batch_size)
+        epochs = self.steps_made // math.ceil(len(self.inputs) / self.config.batch_size)
         members = torch.Size([epochs, self.config.members])
         for name, shape in zip(_HISTORY, ([epochs], members, members, [epochs]), strict=True):
             require_shape(path, tensors, f"history.{name}", torch.Size(shape))
@@ -410,6 +425,130 @@ class Fit:
             FitEpoch(epoch, loss, tuple(mse), tuple(map(bool, improved)), seconds)
             for epoch, (loss, mse, improved, seconds) in enumerate(zip(*columns, strict=True))
         ]
+
+
+class Population:
+    """Fits of one config to equally much data and of equally many steps, that are stepped together.
+
+    In PyTorch as one batch of networks, on a GPU with many steps recorded in one graph; with the kernel one
+    after the other, since it keeps every core busy with one. Each gets what it would get alone, to rounding;
+    with the kernel to the bit.
+    """
+
+    def __init__(self, fits: Sequence[Fit]) -> None:
+        self.fits = list(fits)
+        self._batch: _Batch | None = None
+        self._graphs: dict[tuple[int, int], Graph] = {}
+
+    def run_epoch(self, on_progress: Callable[[float], None]) -> list[FitEpoch]:
+        """What `Fit.run_epoch` does, for each; on_progress is told the share of it that is done."""
+        started = time.perf_counter()
+        rows = [fit.shuffled(len(fit.history)) for fit in self.fits]
+        size, length = self.fits[0].config.batch_size, rows[0].shape[1]
+        totals = [0.0] * len(self.fits)
+        for first in range(0, length, size * _STEPS_AT_ONCE):
+            last = min(length, first + size * _STEPS_AT_ONCE)
+            losses = self.steps([each[:, first:last] for each in rows])
+            totals = [total + loss for total, loss in zip(totals, losses, strict=True)]
+            on_progress(last / length)
+        steps = math.ceil(length / size)
+        return [fit.end_epoch(total / steps, started) for fit, total in zip(self.fits, totals, strict=True)]
+
+    def steps(self, rows: Sequence[torch.Tensor]) -> list[float]:
+        """What `Fit.steps` does, for each with its own rows."""
+        if self.fits[0].backend == "cpu":
+            return [fit.fused_steps(some) for fit, some in zip(self.fits, rows, strict=True)]
+        batch = self._side_by_side()
+        each = [fit.batches(some) for fit, some in zip(self.fits, rows, strict=True)]
+        inputs, targets = each[0] if len(each) == 1 else map(torch.cat, zip(*each, strict=True))
+        if inputs.device.type == "cuda":
+            what = (batch.parameters[0].data_ptr(), inputs.shape[1])
+            if what not in self._graphs:
+                self._graphs[what] = Graph(batch, (inputs, targets), batch.state())
+            losses = self._graphs[what](inputs, targets)
+        else:
+            losses = batch(inputs, targets)
+        if len(each) > 1:
+            for fit in self.fits:
+                for step in fit.optimizer.steps:
+                    step.copy_(batch.optimizer.steps[0])
+        result: list[float] = losses.reshape(-1).tolist()
+        return result
+
+    def _side_by_side(self) -> "_Batch":
+        """The parameters of all fits: each layer's one after the other, the bounds' [fits, dims]."""
+        first = self.fits[0]
+        if len(self.fits) == 1:
+            return _Batch(first.parameters, first.optimizer, first.gradient, first.config.batch_size)
+        # Another population may have taken them since.
+        if self._batch is None or any(
+            fit.parameters[-1].data_ptr() != bound.data_ptr()
+            for fit, bound in zip(self.fits, self._batch.parameters[-1], strict=True)
+        ):
+            parameters = [
+                _lay_together(each).requires_grad_()
+                for each in zip(*(fit.parameters for fit in self.fits), strict=True)
+            ]
+            optimizer = _adam(parameters, first.config)
+            for name in ("exp_avgs", "exp_avg_sqs"):
+                moments = zip(*(getattr(fit.optimizer, name) for fit in self.fits), strict=True)
+                setattr(optimizer, name, [_lay_together(each) for each in moments])
+            gradient = _loss_gradient(parameters, first.config, len(first.inputs))
+            self._batch = _Batch(parameters, optimizer, gradient, first.config.batch_size)
+        for step in self._batch.optimizer.steps:
+            step.copy_(first.optimizer.steps[0])
+        return self._batch
+
+
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """One fit's parameters, or several fits', and what steps them."""
+
+    parameters: list[torch.Tensor]
+    optimizer: Adam
+    gradient: LossGradient
+    batch_size: int
+
+    def __call__(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """A step on each batch of [networks, count, ...]: the sum of the losses, float64, of each fit."""
+        total = self.parameters[-1].new_zeros(self.parameters[-1].shape[:-1], dtype=torch.float64)
+        for x, y in zip(inputs.split(self.batch_size, 1), targets.split(self.batch_size, 1), strict=True):
+            total += self.gradient(x, y)
+            self.optimizer.step(self.gradient.gradients)
+        return total
+
+    def state(self) -> list[torch.Tensor]:
+        adam = self.optimizer
+        return [*self.parameters, *adam.exp_avgs, *adam.exp_avg_sqs, *adam.steps]
+
+
+def _lay_together(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Several fits' tensors in one, layers' along the members, bounds' in rows; they become views of it."""
+    values = [tensor.data for tensor in tensors]
+    whole = torch.stack(values)
+    for tensor, view in zip(tensors, whole, strict=True):
+        tensor.data = view
+    return whole if whole.ndim == 2 else whole.flatten(0, 1)
+
+
+def _adam(parameters: Sequence[torch.Tensor], config: DynamicsConfig) -> Adam:
+    # Adam's weight_decay adds coef * W to the gradient: that of coef * 0.5 ||W||^2 in the loss.
+    others = [0.0] * (len(parameters) - len(config.weight_decay))
+    return Adam(parameters, config.learning_rate, [*config.weight_decay, *others])
+
+
+def _loss_gradient(parameters: Sequence[torch.Tensor], config: DynamicsConfig, rows: int) -> LossGradient:
+    *layers, max_logvar, min_logvar = parameters
+    depth = len(layers) // 2
+    return LossGradient(
+        layers[:depth],
+        layers[depth:],
+        (max_logvar, min_logvar),
+        config.activation,
+        min(config.batch_size, rows),
+        config.logvar_bound_weight,
+        torch.bfloat16 if config.dtype == "bfloat16" else None,
+    )
 
 
 def check_config(config: DynamicsConfig, device: torch.device | str = "cpu") -> None:
@@ -483,44 +622,54 @@ def fit_dynamics(
     Raises:
         InputError: unusable data, config, device or checkpoint; or the loss became not finite.
     """
-    fit = _run(data, seed, config or DynamicsConfig(), device, backend, threads, checkpoint, quiet, on_epoch)
+    fit = Fit(data.validate(), seed, config or DynamicsConfig(), device, backend, threads)
+    _run([fit], data, [None if checkpoint is None else Path(checkpoint)], quiet, on_epoch)
     return fit.finish()
 
 
 def _run(
+    fits: Sequence[Fit],
     data: Transitions,
-    seed: int,
-    config: DynamicsConfig,
-    device: torch.device | str,
-    backend: str,
-    threads: int | None,
-    checkpoint: str | os.PathLike[str] | None,
+    checkpoints: Sequence[Path | None],
     quiet: bool,
-    on_epoch: Callable[[FitEpoch], None] | None,
-) -> Fit:
-    data.validate()
-    check_device(device)
-    check_config(config, device)
-    if seed < 0:
-        raise InputError(f"seed must not be negative, got {seed}")
-    fit = Fit(data, seed, config, device, backend, threads)
-    if checkpoint is not None:
-        checkpoint, fingerprint = Path(checkpoint), fit.fingerprint(data)
-        if checkpoint.exists():
+    on_epoch: Callable[[FitEpoch], None] | None = None,
+) -> None:
+    """What is left to do of the fits, together; on_epoch hears of each."""
+    fingerprints = [fit.fingerprint(data) for fit in fits]
+    for fit, checkpoint, fingerprint in zip(fits, checkpoints, fingerprints, strict=True):
+        if checkpoint is not None and checkpoint.exists():
             fit.restore(checkpoint, fingerprint)
     report = on_epoch or (lambda record: None)
-    for record in fit.history:
-        report(record)
-    # The bar's end is where the fit stops if nothing improves any more: it moves while the fit gets better.
-    with progress_bar("fit: epochs", fit.last_epoch, quiet=quiet) as bar:
-        while len(fit.history) < fit.last_epoch:
-            record = fit.run_epoch(lambda epochs: bar.update(completed=epochs))
-            if checkpoint is not None:
-                fit.save(checkpoint, fingerprint)
+    for fit in fits:
+        for record in fit.history:
             report(record)
-            elite_mse = float(np.mean(sorted(record.holdout_mse)[: config.elites]))
-            bar.update(total=fit.last_epoch, note=f"holdout MSE {elite_mse:.4g}")
-    return fit
+    population: Population | None = None
+
+    def ends() -> int:
+        return sum(fit.last_epoch for fit in fits)
+
+    # The bar's end is where the fits stop if nothing improves any more: it moves while they get better.
+    with progress_bar("fit: epochs", ends(), quiet=quiet) as bar:
+        while unfinished := [fit for fit in fits if len(fit.history) < fit.last_epoch]:
+            # Those that are behind the others, when they are taken up again, catch up first.
+            least = min(len(fit.history) for fit in unfinished)
+            some = [fit for fit in unfinished if len(fit.history) == least]
+            if population is None or population.fits != some:
+                population = Population(some)
+            done, count = sum(len(fit.history) for fit in fits), len(some)
+
+            def on_progress(share: float, done: int = done, count: int = count) -> None:
+                bar.update(completed=done + share * count)
+
+            records = population.run_epoch(on_progress)
+            for fit, record in zip(some, records, strict=True):
+                place = fits.index(fit)
+                checkpoint = checkpoints[place]
+                if checkpoint is not None:
+                    fit.save(checkpoint, fingerprints[place])
+                report(record)
+            elites = [sorted(record.holdout_mse)[: some[0].config.elites] for record in records]
+            bar.update(total=ends(), note=f"holdout MSE {np.mean(elites):.4g}")
 
 
 def fit_and_save(
@@ -548,30 +697,65 @@ def fit_and_save(
     Raises:
         InputError: as `fit_dynamics`, or the folder cannot be written, or another process is at work in it.
     """
-    folder, config = Path(folder), config or DynamicsConfig()
-    checkpoint = folder / "checkpoint" / "fit.safetensors"
-    with locked(folder):
-        fit = _run(data, seed, config, device, backend, threads, checkpoint, quiet, on_epoch)
-        model, history = fit.finish(), fit.history
-        record = {
-            "dataset": data.name,
-            "data_sha256": data_sha256(data),
-            "transitions": len(data),
-            "holdout": len(split_holdout(len(data), seed, config)[1]),
-            "seed": seed,
-            "config": to_dict(config),
-            "device": str(device),
-            "backend": fit.backend,
-            "threads": fit.threads,
-            "epochs": len(history),
-            "seconds": sum(epoch.seconds for epoch in history),
-            "elites": model.elites.tolist(),
-            "best_mse": fit.best_mse,
-            "train_loss": [epoch.train_loss for epoch in history],
-            "holdout_mse": [list(epoch.holdout_mse) for epoch in history],
-            "improved": [list(epoch.improved) for epoch in history],
-        }
-        model.save(folder)
-        write_json(folder / "fit.json", record)
-        checkpoint.unlink(missing_ok=True)
-        return model, record
+    return fit_and_save_many(
+        data,
+        [folder],
+        seeds=[seed],
+        config=config,
+        device=device,
+        backend=backend,
+        threads=threads,
+        quiet=quiet,
+        on_epoch=on_epoch,
+    )[0]
+
+
+def fit_and_save_many(
+    data: Transitions,
+    folders: Sequence[str | os.PathLike[str]],
+    *,
+    seeds: Sequence[int],
+    config: DynamicsConfig | None = None,
+    device: torch.device | str = "cpu",
+    backend: str = "auto",
+    threads: int | None = None,
+    quiet: bool = True,
+    on_epoch: Callable[[FitEpoch], None] | None = None,
+) -> list[tuple[EnsembleDynamics, dict[str, Any]]]:
+    """`fit_and_save` for each of `seeds` into its own of `folders`, all at once: see `Population`."""
+    config, paths = config or DynamicsConfig(), [Path(folder) for folder in folders]
+    checkpoints = [folder / "checkpoint" / "fit.safetensors" for folder in paths]
+    with contextlib.ExitStack() as stack:
+        for folder in paths:
+            stack.enter_context(locked(folder))
+        data.validate()
+        fits = [Fit(data, seed, config, device, backend, threads) for seed in seeds]
+        _run(fits, data, checkpoints, quiet, on_epoch)
+        return [(fit.finish(), _save(fit, data, folder)) for fit, folder in zip(fits, paths, strict=True)]
+
+
+def _save(fit: Fit, data: Transitions, folder: Path) -> dict[str, Any]:
+    """Write a finished fit; what fit.json holds."""
+    config, history = fit.config, fit.history
+    record = {
+        "dataset": data.name,
+        "data_sha256": data_sha256(data),
+        "transitions": len(data),
+        "holdout": len(split_holdout(len(data), fit.seed, config)[1]),
+        "seed": fit.seed,
+        "config": to_dict(config),
+        "device": str(fit.inputs.device),
+        "backend": fit.backend,
+        "threads": fit.threads,
+        "epochs": len(history),
+        "seconds": sum(epoch.seconds for epoch in history),
+        "elites": fit.model.elites.tolist(),
+        "best_mse": fit.best_mse,
+        "train_loss": [epoch.train_loss for epoch in history],
+        "holdout_mse": [list(epoch.holdout_mse) for epoch in history],
+        "improved": [list(epoch.improved) for epoch in history],
+    }
+    fit.model.save(folder)
+    write_json(folder / "fit.json", record)
+    (folder / "checkpoint" / "fit.safetensors").unlink(missing_ok=True)
+    return record

@@ -1,10 +1,13 @@
 """Ensembles, policies and tolerances that the kernels' tests share."""
 
+import dataclasses
+
 import torch
 
 from mopo_fast.config import Activation
 from mopo_fast.data import Transitions
 from mopo_fast.ensemble import EnsembleDynamics
+from mopo_fast.fit import Fit, _loss_gradient
 from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine
 from mopo_fast.sac import SAC
@@ -167,6 +170,17 @@ def to_double(sac: SAC) -> SAC:
         optimizer.exp_avgs = [moment.double() for moment in optimizer.exp_avgs]
         optimizer.exp_avg_sqs = [moment.double() for moment in optimizer.exp_avg_sqs]
     return sac
+
+
+def fit_to_double(fit: Fit) -> Fit:
+    """Its data, parameters and Adam's moments in float64, for the reference backend."""
+    fit.model.double()
+    fit.inputs, fit.targets = fit.inputs.double(), fit.targets.double()
+    fit.optimizer.exp_avgs = [moment.double() for moment in fit.optimizer.exp_avgs]
+    fit.optimizer.exp_avg_sqs = [moment.double() for moment in fit.optimizer.exp_avg_sqs]
+    config = dataclasses.replace(fit.config, dtype="float32")
+    fit.gradient = _loss_gradient(fit.parameters, config, len(fit.inputs))
+    return fit
 
 
 def random_transitions(

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from kernel_cases import fit_to_double
 
 from mopo_fast.config import DynamicsConfig
 from mopo_fast.data.transitions import Transitions
@@ -21,9 +22,11 @@ from mopo_fast.fit import (
     Fit,
     FitEpoch,
     LossGradient,
+    Population,
     data_sha256,
     dynamics_inputs_targets,
     fit_and_save,
+    fit_and_save_many,
     fit_dynamics,
     split_holdout,
 )
@@ -100,14 +103,16 @@ def test_gradient_equals_autograd_in_float64(activation: str) -> None:
     with torch.no_grad():
         for bias in model.biases:
             bias.normal_()
-    gradient = LossGradient(model, 16, logvar_bound_weight=0.01)
+    bounds = (model.max_logvar, model.min_logvar)
+    gradient = LossGradient(list(model.weights), list(model.biases), bounds, activation, 16, 0.01)
+    parameters = [*model.weights, *model.biases, *bounds]
     for buffer in (*gradient.pre, *gradient.act, *gradient.grad):
         buffer.fill_(math.nan)
     for batch in (11, 16, 1):
         inputs = torch.randn(3, batch, 5, dtype=torch.float64)
         targets = torch.randn(3, batch, 4, dtype=torch.float64)
         loss = gradient(inputs, targets)
-        found = [parameter.grad.clone() for parameter in model.parameters()]
+        found = [found.clone() for found in gradient.gradients]
 
         mean, logvar = model(inputs)
         nll = -torch.distributions.Normal(mean, (0.5 * logvar).exp()).log_prob(targets)
@@ -115,7 +120,7 @@ def test_gradient_equals_autograd_in_float64(activation: str) -> None:
         expected = (2 * nll - math.log(2 * math.pi)).mean((1, 2)).sum()
         expected = expected + 0.01 * (model.max_logvar.sum() - model.min_logvar.sum())
         torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=1e-12)
-        oracle = torch.autograd.grad(expected, list(model.parameters()))
+        oracle = torch.autograd.grad(expected, parameters)
         for value, reference in zip(found, oracle, strict=True):
             torch.testing.assert_close(value, reference, rtol=1e-11, atol=1e-13)
 
@@ -181,7 +186,9 @@ def test_targets_are_delta_and_reward_in_raw_units() -> None:
     assert torch.equal(targets[:, 3], data.rewards)
 
 
-def test_each_member_has_its_own_bootstrap_and_a_new_order_each_epoch() -> None:
+def test_each_member_has_its_own_bootstrap_and_a_new_order_each_epoch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     fit = Fit(toy_data(1000), 0, SMALL, backend="reference")
     n = len(fit.inputs)
     assert fit.rows.shape == (3, n)
@@ -190,8 +197,13 @@ def test_each_member_has_its_own_bootstrap_and_a_new_order_each_epoch() -> None:
     assert all(0.58 < share < 0.68 for share in shares)
     assert not np.array_equal(np.sort(fit.rows[0]), np.sort(fit.rows[1]))
 
-    seen = []
-    fit.gradient = lambda x, y: seen.append(x.clone()) or torch.zeros(())
+    seen: list[torch.Tensor] = []
+
+    def spy(self: LossGradient, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        seen.append(x.clone())
+        return torch.zeros(())
+
+    monkeypatch.setattr(LossGradient, "__call__", spy)
     for _ in range(2):
         fit.run_epoch(lambda epochs: None)
     half = len(seen) // 2
@@ -495,3 +507,61 @@ def test_a_fit_that_diverges_says_so() -> None:
     data.rewards[:] = 1e30
     with pytest.raises(InputError, match="diverged in epoch 0"):
         fit_dynamics(data, config=SMALL)
+
+
+# --- several at once
+
+
+def test_in_pytorch_fits_together_get_what_each_gets_alone() -> None:
+    data = toy_data()
+    together, alone = (
+        [fit_to_double(Fit(data, i, SMALL, backend="reference")) for i in range(3)] for _ in "ab"
+    )
+    three = Population(together)
+    ours = [three.run_epoch(lambda share: None) for _ in range(2)]
+    # One stops, two go on; then it takes part again.
+    last = Population(together[1:]).run_epoch(lambda share: None)
+    together[0].run_epoch(lambda epochs: None)
+    three.run_epoch(lambda share: None)
+    for i, fit in enumerate(alone):
+        theirs = [fit.run_epoch(lambda epochs: None) for _ in range(4)]
+        records = [ours[0][i], ours[1][i], *([last[i - 1]] if i else [])]
+        for record, their in zip(records, theirs, strict=False):
+            assert record.train_loss == pytest.approx(their.train_loss, rel=1e-9)
+            assert record.holdout_mse == pytest.approx(their.holdout_mse, rel=1e-9)
+            assert record.improved == their.improved
+        for name, tensor in fit._live_state().items():
+            torch.testing.assert_close(together[i]._live_state()[name], tensor, rtol=1e-8, atol=1e-11)
+
+
+def test_by_the_kernel_fits_together_get_the_same_bits() -> None:
+    together, alone = ([Fit(toy_data(), i, SMALL, backend="cpu") for i in range(2)] for _ in "ab")
+    records = Population(together).run_epoch(lambda share: None)
+    for fit, other, record in zip(alone, together, records, strict=True):
+        assert fit.run_epoch(lambda epochs: None).train_loss == record.train_loss
+        assert all(torch.equal(t, other._live_state()[name]) for name, t in fit._live_state().items())
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_fits_together_stop_each_at_its_own_end_and_are_saved(tmp_path: Path, backend: str) -> None:
+    config = dataclasses.replace(SMALL, max_epochs=None, patience=1)
+    seeds, folders = [0, 1, 2], [tmp_path / str(seed) for seed in range(3)]
+    # One of them was stopped after its first epoch.
+    started = Fit(toy_data(), 1, config, backend=backend)
+    started.run_epoch(lambda epochs: None)
+    (folders[1] / "checkpoint").mkdir(parents=True)
+    started.save(folders[1] / "checkpoint" / "fit.safetensors", started.fingerprint(toy_data()))
+    fit_and_save_many(toy_data(), folders, seeds=seeds, config=config, backend=backend)
+    epochs = []
+    for seed, folder in zip(seeds, folders, strict=True):
+        model, record = fit_and_save(
+            toy_data(), tmp_path / "alone" / str(seed), seed=seed, config=config, backend=backend
+        )
+        together = json.loads((folder / "fit.json").read_text())
+        assert together["epochs"] == record["epochs"] and together["elites"] == record["elites"]
+        assert together["best_mse"] == pytest.approx(record["best_mse"], rel=1e-2)
+        weights = EnsembleDynamics.load(folder).weights[1]
+        torch.testing.assert_close(weights, model.weights[1], rtol=0.0, atol=1e-2)
+        assert not (folder / "checkpoint" / "fit.safetensors").exists()
+        epochs.append(record["epochs"])
+    assert len(set(epochs)) > 1, "they all stop at once, so nothing was shown"

@@ -5,13 +5,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kernel_cases import assert_trained_alike
+from kernel_cases import assert_trained_alike, fit_to_double
 
 from mopo_fast import fit as fit_module
 from mopo_fast.backends import cpu
 from mopo_fast.config import DynamicsConfig
 from mopo_fast.data import Transitions
-from mopo_fast.fit import Fit, LossGradient, fit_dynamics
+from mopo_fast.fit import Fit, _Batch, fit_dynamics
 
 # obs_dim, act_dim, rows of each member, config
 CASES: dict[str, tuple[int, int, int, dict[str, Any]]] = {
@@ -67,20 +67,18 @@ def make(case: str, backend: str, threads: int = 1, double: bool = False, dtype:
         fit.model.max_logvar.uniform_(-1.0, 0.5, generator=g)
         fit.model.min_logvar.uniform_(-8.0, -4.0, generator=g)
     if double:
-        fit.model.double()
-        fit.inputs, fit.targets = fit.inputs.double(), fit.targets.double()
-        fit.gradient = LossGradient(fit.model, config.batch_size, config.logvar_bound_weight)
-        for state in fit.optimizer.state.values():
-            state["exp_avg"], state["exp_avg_sq"] = state["exp_avg"].double(), state["exp_avg_sq"].double()
+        return fit_to_double(fit)
     return fit
 
 
 def state(fit: Fit) -> dict[str, torch.Tensor]:
-    tensors = {}
-    for name, parameter in fit.model.named_parameters():
-        adam = fit.optimizer.state[parameter]
-        tensors |= {name: parameter.detach()} | {f"{name}.{key}": value for key, value in adam.items()}
-    return tensors
+    """Of the parameters and of Adam."""
+    parameters = {name for name, _ in fit.model.named_parameters()}
+    return {
+        name: tensor
+        for name, tensor in fit._live_state().items()
+        if name in parameters or name.rpartition(".")[0] in parameters
+    }
 
 
 def steps(fit: Fit, rows: np.ndarray) -> float:
@@ -112,7 +110,7 @@ def test_every_parameter_moves() -> None:
     steps(fit, fit.rows)
     for name, tensor in state(fit).items():
         assert not torch.equal(tensor, before[name]), name
-    assert float(fit.optimizer.state[fit.model.max_logvar]["step"]) == 3.0
+    assert fit.steps_made == 3
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -159,22 +157,23 @@ def test_result_does_not_depend_on_the_calls() -> None:
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_fit_goes_through_the_backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    for name in ("_fused_steps", "_autograd_steps"):
-        method = getattr(Fit, name)
 
-        def spy(self, rows, name=name, method=method):
-            seen.append((name, rows.shape[1]))
-            return method(self, rows)
+    def fused(self: Fit, rows: torch.Tensor) -> float:
+        seen.append(("cpu", rows.shape[1]))
+        return 0.0
 
-        monkeypatch.setattr(Fit, name, spy)
+    def batched(self: _Batch, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        seen.append(("reference", inputs.shape[1]))
+        return torch.zeros(())
+
+    monkeypatch.setattr(Fit, "fused_steps", fused)
+    monkeypatch.setattr(_Batch, "__call__", batched)
     monkeypatch.setattr(fit_module, "_STEPS_AT_ONCE", 2)
     config = DynamicsConfig(
         hidden=(8,), weight_decay=(0.0, 0.0), batch_size=16, max_epochs=1, members=2, elites=1
     )
     fit_dynamics(transitions(100, 3, 1), config=config, backend=backend)
-    assert seen == [
-        ({"cpu": "_fused_steps", "reference": "_autograd_steps"}[backend], n) for n in (32, 32, 16)
-    ]
+    assert seen == [(backend, n) for n in (32, 32, 16)]
 
 
 def test_backends_fit_alike() -> None:

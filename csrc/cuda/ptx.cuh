@@ -188,16 +188,20 @@ MOPO_PRODUCTS(16, "%0,%1,%2,%3,%4,%5,%6,%7", 8, 9, 10, 11, 12, MOPO_R1(0), MOPO_
 MOPO_PRODUCTS(40, MOPO_D10() "," MOPO_D10(1), 20, 21, 22, 23, 24, MOPO_R10(), MOPO_R10(1))
 MOPO_PRODUCTS(64, MOPO_D10() "," MOPO_D10(1) "," MOPO_D10(2) "," MOPO_D1(30) "," MOPO_D1(31), 32, 33, 34, 35,
               36, MOPO_R10(), MOPO_R10(1), MOPO_R10(2), MOPO_R1(30), MOPO_R1(31))
-MOPO_PRODUCTS(128,
-              MOPO_D10() "," MOPO_D10(1) "," MOPO_D10(2) "," MOPO_D10(3) "," MOPO_D10(4) "," MOPO_D10(
-                  5) "," MOPO_D1(60) "," MOPO_D1(61) "," MOPO_D1(62) "," MOPO_D1(63),
-              64, 65, 66, 67, 68, MOPO_R10(), MOPO_R10(1), MOPO_R10(2), MOPO_R10(3), MOPO_R10(4), MOPO_R10(5),
-              MOPO_R1(60), MOPO_R1(61), MOPO_R1(62), MOPO_R1(63))
 MOPO_PRODUCTS(200,
               MOPO_D10() "," MOPO_D10(1) "," MOPO_D10(2) "," MOPO_D10(3) "," MOPO_D10(4) "," MOPO_D10(
                   5) "," MOPO_D10(6) "," MOPO_D10(7) "," MOPO_D10(8) "," MOPO_D10(9),
               100, 101, 102, 103, 104, MOPO_R10(), MOPO_R10(1), MOPO_R10(2), MOPO_R10(3), MOPO_R10(4),
               MOPO_R10(5), MOPO_R10(6), MOPO_R10(7), MOPO_R10(8), MOPO_R10(9))
+MOPO_PRODUCTS(256,
+              MOPO_D10() "," MOPO_D10(1) "," MOPO_D10(2) "," MOPO_D10(3) "," MOPO_D10(4) "," MOPO_D10(
+                  5) "," MOPO_D10(6) "," MOPO_D10(7) "," MOPO_D10(8) "," MOPO_D10(9) "," MOPO_D10(
+                  10) "," MOPO_D10(11) "," MOPO_D1(120) "," MOPO_D1(121) "," MOPO_D1(122) "," MOPO_D1(
+                  123) "," MOPO_D1(124) "," MOPO_D1(125) "," MOPO_D1(126) "," MOPO_D1(127),
+              128, 129, 130, 131, 132, MOPO_R10(), MOPO_R10(1), MOPO_R10(2), MOPO_R10(3), MOPO_R10(4),
+              MOPO_R10(5), MOPO_R10(6), MOPO_R10(7), MOPO_R10(8), MOPO_R10(9), MOPO_R10(10), MOPO_R10(11),
+              MOPO_R1(120), MOPO_R1(121), MOPO_R1(122), MOPO_R1(123), MOPO_R1(124), MOPO_R1(125),
+              MOPO_R1(126), MOPO_R1(127))
 
 #undef MOPO_PRODUCTS
 #undef MOPO_PRODUCT

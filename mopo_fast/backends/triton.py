@@ -26,24 +26,28 @@ _COPIED_ROWS = 128
 
 
 class Tile(NamedTuple):
-    """What a program multiplies at a time: `rows`, at most `columns` outputs, at most `depth` inputs."""
+    """What a program multiplies at a time: `rows`, at most `columns` outputs, at most `depth` inputs.
+
+    Layers at most `held` wide pass their activations on in registers.
+    """
 
     rows: int
     columns: int
     depth: int
     warps: int
     stages: int
+    held: int
 
 
 # Products in float32 take registers where the others take tensor cores.
 _TILES = {
-    "float32": Tile(64, 64, 16, 4, 2),
-    "tfloat32": Tile(64, 128, 32, 4, 3),
-    "bfloat16": Tile(128, 128, 64, 8, 3),
-    "float16": Tile(128, 128, 64, 8, 3),
+    "float32": Tile(64, 64, 16, 4, 2, 0),
+    "tfloat32": Tile(64, 128, 32, 4, 3, 0),
+    "bfloat16": Tile(128, 128, 64, 8, 2, 256),
+    "float16": Tile(128, 128, 64, 8, 2, 256),
 }
 # Interpreted, an operation takes as long for few numbers as for many.
-_INTERPRETED = Tile(128, 128, 64, 1, 1)
+_INTERPRETED = Tile(128, 128, 64, 1, 1, 256)
 
 
 @functools.cache
@@ -168,6 +172,7 @@ def _run(
         OPERANDS=settings.operands,
         WIDTH=width,
         HEADS=heads,
+        HELD=tile.held,
         ROWS=tile.rows,
         BLOCK_N=tile.columns,
         BLOCK_K=tile.depth,

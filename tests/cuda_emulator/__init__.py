@@ -17,13 +17,16 @@ SEED = "MOPO_EMULATOR_SEED"
 def build(target: Path, sources: Iterable[Path], includes: Iterable[str | Path] = ()) -> Path:
     """Compiles the sources and the emulator to the shared library `target`."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    flags = ["-std=c++20", "-O3", "-march=native", "-fPIC", "-D__CUDACC__", "-Wall", "-Wextra"]
-    flags += ["-Wno-unknown-pragmas", "-ftrivial-auto-var-init=pattern", "-fvisibility=hidden"]
+    flags = ["-std=c++20", "-O3", "-march=native", "-fPIC", "-fvisibility=hidden", "-Wall"]
+    flags += ["-Wno-unknown-pragmas", "-ftrivial-auto-var-init=pattern"]
     flags += [f"-I{folder}" for folder in (HERE, CSRC, *includes)]
+    # What nvcc does of itself.
+    cuda = ["-x", "c++", "-D__CUDACC__", "-include", "cuda_runtime.h"]
     objects, running = [], []
     for source in [*sources, *sorted(HERE.glob("*.cpp"))]:
         objects.append(target.parent / f"{target.name}.{source.name}.o")
-        command = ["g++", *flags, "-x", "c++", "-c", str(source), "-o", str(objects[-1])]
+        language = cuda if source.suffix == ".cu" else []
+        command = ["g++", *flags, *language, "-c", str(source), "-o", str(objects[-1])]
         running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
         if len(running) == 2:
             _finish(running.pop(0))

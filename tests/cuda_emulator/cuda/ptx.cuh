@@ -56,7 +56,7 @@ void keep(float (&)[kCount]) {}
 
 template <class T, int kCount>
 void multiply_add(T, float (&d)[kCount], const uint32_t (&a)[4], uint64_t matrix) {
-  static_assert(kCount == 8 || kCount == 20 || kCount == 32 || kCount == 64 || kCount == 100);
+  static_assert(kCount % 4 == 0 && kCount <= 128);
   emulator::multiply_add(emulator::operands(T{}), d, kCount, a, matrix);
 }
 

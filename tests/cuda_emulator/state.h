@@ -64,6 +64,11 @@ struct NamedBarrier : Waitable {
   std::vector<const Thread*> arrived;
 };
 
+// Of a counter in global memory: for all that wait for one.
+struct Arrivals : Waitable {
+  std::string describe(const Thread& who) const override;
+};
+
 struct RegisterPool : Waitable {
   std::string describe(const Thread& who) const override;
   int free = 0;
@@ -120,7 +125,7 @@ struct Thread {
   int number, index;
   bool done = false;
   Waitable* waits_for = nullptr;
-  uint32_t waits_parity = 0;
+  uint32_t waits_parity = 0, waits_count = 0;
   int registers = 0;
   uint64_t shuffles = 0;
   // Of products: whether products_begin stands before the next, what was issued, d's in flight.
@@ -173,6 +178,7 @@ struct Cluster {
   std::deque<BarrierState> barriers;
   std::vector<Piece> pieces;
   Meeting sync;
+  Arrivals arrivals;
   int alive;
   std::string error;
 };

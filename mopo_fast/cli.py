@@ -7,6 +7,7 @@ output, progress and errors to standard error.
 import dataclasses
 import json as json_format
 import logging
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -107,6 +108,8 @@ def fit(
 def train(
     config: Annotated[TrainConfig, arg(name="")],
     *,
+    seeds: Annotated[str | None, arg(metavar="FIRST:END")] = None,
+    penalty_coefs: Annotated[tuple[float, ...], arg(metavar="FLOAT ...")] = (),
     out: Annotated[Path | None, arg(metavar="RUN")] = None,
     resume: bool = False,
     quiet: bool = False,
@@ -114,19 +117,57 @@ def train(
     """Train a policy: fit the ensemble, then SAC on penalised model rollouts, evaluated in MuJoCo.
 
     Args:
-        out: The run's folder; by default runs/DATASET-seedSEED.
+        seeds: Several runs at once: 0:8 is seeds 0 to 7; or a list, 0,3,5.
+        penalty_coefs: Several runs at once: each of these for every seed.
+        out: The run's folder; by default runs/DATASET-seedSEED. Of several runs, the folder of theirs.
         resume: Go on from the last checkpoint in the run's folder, to the same final bits.
         quiet: No progress bars.
     """
-    from mopo_fast.train import train
+    from mopo_fast.train import train_many
 
-    out = out or Path("runs", f"{Path(config.dataset).stem}-seed{config.seed}")
+    configs, names = _population(config, seeds, penalty_coefs)
+    if out is None:
+        outs = [Path("runs", f"{Path(config.dataset).stem}-{name}") for name in names]
+    else:
+        outs = [out] if seeds is None and not penalty_coefs else [out / name for name in names]
     try:
-        summary = train(config, out, resume=resume, quiet=quiet)
+        summaries = train_many(configs, outs, resume=resume, quiet=quiet)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"stopped; the same command with --out {out} --resume goes on") from None
-    print(_outcome(summary))
-    print(out)
+        again = f"--out {outs[0]} --resume" if len(outs) == 1 else "--resume"
+        raise KeyboardInterrupt(f"stopped; the same command with {again} goes on") from None
+    for summary, folder in zip(summaries, outs, strict=True):
+        print(_outcome(summary))
+        print(folder)
+    if len(summaries) > 1:
+        print(_outcome_of_all(summaries))
+
+
+def _population(
+    config: TrainConfig, seeds: str | None, penalty_coefs: tuple[float, ...]
+) -> tuple[list[TrainConfig], list[str]]:
+    """A config for each seed and coefficient, and the name of its folder."""
+    configs, names = [], []
+    for seed in [config.seed] if seeds is None else _parse_seeds(seeds):
+        for coef in penalty_coefs or (config.rollout.penalty_coef,):
+            rollout = dataclasses.replace(config.rollout, penalty_coef=coef)
+            configs.append(dataclasses.replace(config, seed=seed, rollout=rollout))
+            names.append(f"seed{seed}" + (f"-coef{coef:g}" if penalty_coefs else ""))
+    return configs, names
+
+
+def _parse_seeds(text: str) -> list[int]:
+    """The numbers of "0:8" or of "0,3,5"."""
+    try:
+        if ":" in text:
+            first, end = map(int, text.split(":"))
+            seeds = list(range(first, end))
+        else:
+            seeds = [int(number) for number in text.split(",")]
+    except ValueError:
+        seeds = []
+    if not seeds:
+        raise InputError(f"--seeds takes FIRST:END, such as 0:8, or numbers with commas, got {text!r}")
+    return seeds
 
 
 def evaluate(
@@ -292,6 +333,21 @@ def _outcome(values: dict[str, Any]) -> str:
     if values["score_mean"] is not None:
         line += f", normalised score {values['score_mean']:.2f} +- {values['score_std']:.2f}"
     return line
+
+
+def _outcome_of_all(summaries: Sequence[dict[str, Any]]) -> str:
+    """For each penalty coefficient, the mean and the standard deviation over the seeds."""
+    lines = []
+    for coef in dict.fromkeys(summary["penalty_coef"] for summary in summaries):
+        some = [summary for summary in summaries if summary["penalty_coef"] == coef]
+        values: dict[str, Any] = {}
+        for name in ("return", "score"):
+            means = [summary[f"{name}_mean"] for summary in some]
+            known = None not in means
+            values[f"{name}_mean"] = statistics.fmean(means) if known else None
+            values[f"{name}_std"] = statistics.pstdev(means) if known else None
+        lines.append(f"penalty coefficient {coef:g}, {len(some)} seeds: {_outcome(values)}")
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -131,6 +131,8 @@ class EvaluationConfig:
     """Epochs between evaluations; the last epoch is always evaluated."""
     deterministic: bool = True
     """Unifloral: stochastic."""
+    workers: int | None = None
+    """Processes that evaluate beside the training; None: none on the CPU, whose cores train, else up to 4."""
 
 
 @dataclass(frozen=True)

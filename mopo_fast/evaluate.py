@@ -1,6 +1,13 @@
 """A policy in the real environment: returns and D4RL's normalised score."""
 
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -96,3 +103,58 @@ def evaluate(
     return Evaluation(
         tuple(returns), tuple(lengths), mean, std, task.normalized_score(mean), task.normalized_std(std)
     )
+
+
+class Evaluator:
+    """Evaluates policies, one after the other or beside the caller; a context manager.
+
+    Args:
+        workers: processes that evaluate; 0: the caller waits, in its own process.
+    """
+
+    def __init__(self, workers: int = 0) -> None:
+        self._pool: Executor | None = None
+        if workers:
+            # A forked child would share the GPU's state and the locks of the parent's threads.
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def submit(self, actor: Actor, task: Task, **options: Any) -> "Future[Evaluation]":
+        """`evaluate` with these options, of the actor as it is now."""
+        if self._pool is not None:
+            # Copies: they are sent off later, and the actor may learn meanwhile.
+            arrays = {name: np.array(value.cpu()) for name, value in actor.state_dict().items()}
+            return self._pool.submit(_evaluate_arrays, actor.settings(), arrays, task, options)
+        future: Future[Evaluation] = Future()
+        future.set_result(evaluate(actor, task, **options))
+        return future
+
+
+def _begin_worker() -> None:
+    torch.set_num_threads(1)
+    # An interrupt at the terminal is the parent's to answer.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    # A worker whose parent was killed would wait for work forever.
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _evaluate_arrays(
+    settings: dict[str, Any], arrays: dict[str, np.ndarray], task: Task, options: dict[str, Any]
+) -> Evaluation:
+    actor = Actor(**settings)
+    actor.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
+    return evaluate(actor, task, **options)

@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -69,6 +70,11 @@ class Actor(nn.Module):
     @property
     def hidden(self) -> tuple[int, ...]:
         return tuple(weight.shape[1] for weight in self.weights[:-1])
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments that make an actor of this shape."""
+        names = ("obs_dim", "act_dim", "hidden", "activation", "log_std_min", "log_std_max")
+        return {name: getattr(self, name) for name in names}
 
     def forward(self, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and clipped log standard deviation before the tanh, each [batch, act_dim]."""

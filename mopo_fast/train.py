@@ -5,6 +5,7 @@ epoch) alone, and a rollout on (ensemble, policy, start states, seed): so a chec
 model buffer, the policies that filled it, and a resumed run makes the same rows again.
 """
 
+import contextlib
 import copy
 import csv
 import dataclasses
@@ -15,6 +16,8 @@ import os
 import platform
 import shutil
 import time
+from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,26 +27,29 @@ from torch.utils.tensorboard import SummaryWriter
 
 from mopo_fast import __version__
 from mopo_fast.atomic import atomic_path, read_json, write_json
+from mopo_fast.backends.philox import BATCH_STREAM, random_choice
 from mopo_fast.buffer import RingBuffer, row_bytes
 from mopo_fast.config import TUNED, RolloutConfig, TrainConfig, check_finite, to_dict
 from mopo_fast.data import Transitions, find_dataset, load_dataset
 from mopo_fast.ensemble import EnsembleDynamics, mlp_bytes
 from mopo_fast.errors import InputError
-from mopo_fast.evaluate import Evaluation, evaluate
-from mopo_fast.fit import check_config, data_sha256, fit_and_save
+from mopo_fast.evaluate import Evaluation, Evaluator
+from mopo_fast.fit import check_config, data_sha256, fit_and_save_many
 from mopo_fast.lock import locked
-from mopo_fast.machine import check_device, check_memory
+from mopo_fast.machine import check_device, check_memory, resolve_threads
 from mopo_fast.policy import Actor
 from mopo_fast.progress import progress_bar
 from mopo_fast.report import write_report
 from mopo_fast.rollout import RolloutEngine
-from mopo_fast.sac import METRICS, SAC
+from mopo_fast.sac import METRICS, SAC, Population
 from mopo_fast.seeds import EVALUATE, ROLLOUT, START, derive_seed
 from mopo_fast.seeds import SAC as SAC_SEED
 from mopo_fast.tasks import Task, get_task, parse_dataset_name
 from mopo_fast.tensors import load_metadata, load_tensors, save_tensors, tensors_sha256
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+# Epochs at most whose evaluations are not there yet.
+_PENDING = 20
 
 # progress.csv's columns and the group of each in TensorBoard.
 COLUMNS = {
@@ -81,18 +87,82 @@ def train(
             `resume` is False or the run's config is another, the data or a checkpoint is not sound, or the
             training diverged.
     """
+    return train_many([config], [out], resume=resume, quiet=quiet)[0]
+
+
+def train_many(
+    configs: Sequence[TrainConfig],
+    outs: Sequence[str | os.PathLike[str]],
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+) -> list[dict[str, Any]]:
+    """Several runs at once, each in a folder of its own: what `train` does for each.
+
+    Their fits and their SAC updates are made together, see `fit.Population` and `sac.Population`; runs of one
+    seed share the fit. A run's numbers are those that it would have alone, to rounding, with the kernels of
+    the "cpu" backend to the bit; and it can be gone on with alone.
+
+    Args:
+        configs: they may differ in `seed` and `rollout.penalty_coef`.
+        outs: the runs' folders.
+
+    Raises:
+        InputError: as `train`; or the configs differ in anything else, or two folders are one.
+    """
     started = time.perf_counter()
-    out = Path(out)
-    config, task = resolve(config, out)
-    with locked(out):
-        _check_folder(out, config, resume)
-        return _run(config, task, out, started, quiet)
+    runs = [
+        _Run(*resolve(config, Path(out)), Path(out), started)
+        for config, out in zip(configs, outs, strict=True)
+    ]
+    _check_together(runs)
+    with contextlib.ExitStack() as stack:
+        for run in runs:
+            stack.enter_context(locked(run.out))
+            _check_folder(run.out, run.config, resume)
+        return _train_all(runs, quiet)
 
 
-def _run(config: TrainConfig, task: Task, out: Path, started: float, quiet: bool) -> dict[str, Any]:
-    """What is left to do of the run in `out`."""
-    summary_path, data = out / "summary.json", None
-    if not summary_path.exists():
+@dataclass
+class _Run:
+    """What is to be done, and where.
+
+    Attributes:
+        started: when, on the clock of `time.perf_counter`, earlier sessions' time being taken off.
+        ensemble: once it is there.
+        fit_seconds: what its fit took this run.
+    """
+
+    config: TrainConfig
+    task: Task
+    out: Path
+    started: float
+    ensemble: EnsembleDynamics | None = None
+    fit_seconds: float = 0.0
+
+
+def _check_together(runs: Sequence[_Run]) -> None:
+    def shared(config: TrainConfig) -> Any:
+        rollout = dataclasses.replace(config.rollout, penalty_coef=0.0)
+        return _as_json(dataclasses.replace(config, seed=0, rollout=rollout))
+
+    for run in runs:
+        difference = _first_difference(shared(runs[0].config), shared(run.config))
+        if difference:
+            raise InputError(
+                f"runs made together may differ in seed and penalty_coef alone: {runs[0].out} has"
+                f" {difference} as {run.out} has"
+            )
+    if len({run.out.resolve() for run in runs}) < len(runs):
+        raise InputError("every run needs a folder of its own; no seed or penalty_coef may be given twice")
+
+
+def _train_all(runs: Sequence[_Run], quiet: bool) -> list[dict[str, Any]]:
+    """What is left to do of the runs; their summaries."""
+    unfinished = [run for run in runs if not (run.out / "summary.json").exists()]
+    data = None
+    if unfinished:
+        config, task = unfinished[0].config, unfinished[0].task
         data = load_dataset(config.dataset, quiet=quiet)
         if (data.obs_dim, data.act_dim) != (task.obs_dim, task.act_dim):
             raise InputError(
@@ -104,22 +174,24 @@ def _run(config: TrainConfig, task: Task, out: Path, started: float, quiet: bool
             raise InputError(
                 f"{config.dataset}: actions reach {most:.4g}; scale the environment's range to [-1, 1]"
             )
-        if not (out / "config.json").exists():
-            write_json(out / "config.json", to_dict(config))
+        for run in unfinished:
+            if not (run.out / "config.json").exists():
+                write_json(run.out / "config.json", to_dict(run.config))
         fit_started = time.perf_counter()
-        ensemble, fit_seconds = _dynamics(config, data, out, quiet)
-        if _last_checkpoint(out) is None:
-            # What an earlier, interrupted session spent on the fit is part of the total too.
-            started -= max(0.0, fit_seconds - (time.perf_counter() - fit_started))
+        _make_dynamics(unfinished, data, quiet)
+        for run in unfinished:
+            if _last_checkpoint(run.out) is None:
+                # What an earlier, interrupted session spent on the fit is part of the total too.
+                run.started -= max(0.0, run.fit_seconds - (time.perf_counter() - fit_started))
         try:
-            summary = _train(config, task, data, ensemble, out, started, fit_seconds, quiet)
+            _train_together(unfinished, data, quiet)
         except OSError as error:
-            raise InputError(f"cannot go on with {out} ({error}); mend that, then --resume") from error
-        write_json(summary_path, summary)
-    if not (out / "report.html").exists():
-        write_report(out, data=data)
-    finished: dict[str, Any] = read_json(summary_path)
-    return finished
+            folders = ", ".join(str(run.out) for run in unfinished)
+            raise InputError(f"cannot go on with {folders} ({error}); mend that, then --resume") from error
+    for run in runs:
+        if not (run.out / "report.html").exists():
+            write_report(run.out, data=data)
+    return [read_json(run.out / "summary.json") for run in runs]
 
 
 def resolve(config: TrainConfig, out: Path | None = None) -> tuple[TrainConfig, Task]:
@@ -272,38 +344,53 @@ def _first_difference(theirs: Any, ours: Any, name: str = "") -> str | None:
     return None if theirs == ours else f"{name} = {theirs!r}, not {ours!r}"
 
 
-def _dynamics(
-    config: TrainConfig, data: Transitions, out: Path, quiet: bool
-) -> tuple[EnsembleDynamics, float]:
-    """The run's ensemble, in `out` from now on, and the seconds that its fit took this run."""
+def _make_dynamics(runs: Sequence[_Run], data: Transitions, quiet: bool) -> None:
+    """Every run's ensemble, in its folder from now on, and the seconds that its fit took this run."""
+    config = runs[0].config
     if config.dynamics_from is not None:
-        for name in ("dynamics.safetensors", "dynamics.json", "fit.json"):
-            source = Path(config.dynamics_from, name)
-            # An ensemble that was not fitted here has no fit.json.
-            missing = name == "fit.json" and not source.exists()
-            if _last_checkpoint(out) is None and not missing:
-                with atomic_path(out / name) as temporary:
-                    shutil.copyfile(source, temporary)
-        return EnsembleDynamics.load(out, config.device), 0.0
-    if not (out / "fit.json").exists():
-        fit_and_save(
+        for run in runs:
+            if _last_checkpoint(run.out) is None:
+                _copy_fit(Path(config.dynamics_from), run.out)
+            run.ensemble = EnsembleDynamics.load(run.out, config.device)
+        return
+    # One fit for each seed, in the folder of the run that has it already, or of the first.
+    fits: dict[int, _Run] = {}
+    for run in sorted(runs, key=lambda run: not (run.out / "fit.json").exists()):
+        fits.setdefault(run.config.seed, run)
+    missing = [run for run in fits.values() if not (run.out / "fit.json").exists()]
+    if missing:
+        fit_and_save_many(
             data,
-            out,
-            seed=config.seed,
+            [run.out for run in missing],
+            seeds=[run.config.seed for run in missing],
             config=config.dynamics,
             device=config.device,
             backend=config.backend,
             threads=config.threads,
             quiet=quiet,
         )
-    fit = read_json(out / "fit.json")
-    ours = {"data_sha256": data_sha256(data), "seed": config.seed, "config": _as_json(config.dynamics)}
-    difference = _first_difference({name: fit.get(name) for name in ours}, ours)
-    if difference:
-        raise InputError(f"{out / 'fit.json'} was made with {difference}; choose another --out")
-    # Still there where a run was killed between the two.
-    (out / "checkpoint" / "fit.safetensors").unlink(missing_ok=True)
-    return EnsembleDynamics.load(out, config.device), float(fit["seconds"])
+    sha256 = data_sha256(data)
+    for run in runs:
+        out, seed = run.out, run.config.seed
+        if not (out / "fit.json").exists():
+            _copy_fit(fits[seed].out, out)
+        fit = read_json(out / "fit.json")
+        ours = {"data_sha256": sha256, "seed": seed, "config": _as_json(config.dynamics)}
+        difference = _first_difference({name: fit.get(name) for name in ours}, ours)
+        if difference:
+            raise InputError(f"{out / 'fit.json'} was made with {difference}; choose another --out")
+        # Still there where a run was killed between the two.
+        (out / "checkpoint" / "fit.safetensors").unlink(missing_ok=True)
+        run.ensemble, run.fit_seconds = EnsembleDynamics.load(out, config.device), float(fit["seconds"])
+
+
+def _copy_fit(source: Path, out: Path) -> None:
+    """The files of a fit, fit.json last: where it is, the fit is whole."""
+    for name in ("dynamics.safetensors", "dynamics.json", "fit.json"):
+        # An ensemble that was not fitted here has no fit.json.
+        if name != "fit.json" or (source / name).exists():
+            with atomic_path(out / name) as temporary:
+                shutil.copyfile(source / name, temporary)
 
 
 def _last_checkpoint(out: Path) -> Path | None:
@@ -316,68 +403,70 @@ def _remove_older(checkpoint: Path) -> None:
             other.unlink()
 
 
-def _train(
-    config: TrainConfig,
-    task: Task,
-    data: Transitions,
-    ensemble: EnsembleDynamics,
-    out: Path,
-    started: float,
-    fit_seconds: float,
-    quiet: bool,
-) -> dict[str, Any]:
-    """All epochs that are left; the summary."""
-    last = _last_checkpoint(out)
-    loop = _Loop(config, task, data.to(config.device), ensemble, started)
-    if last is not None:
-        loop.restore(last)
-        _remove_older(last)
-    progress = out / "progress.csv"
-    _cut_back(progress, loop.epoch)
-    epochs = math.ceil(config.steps / config.rollout.interval)
+def _train_together(runs: Sequence[_Run], data: Transitions, quiet: bool) -> None:
+    """All epochs that are left of the runs, and their summaries."""
+    config = runs[0].config
+    on_device, epochs = data.to(config.device), math.ceil(config.steps / config.rollout.interval)
     with (
-        SummaryWriter(str(out), purge_step=loop.sac.updates + 1) as board,
-        progress_bar("train: epochs", epochs, quiet=quiet) as bar,
+        Evaluator(_workers(config)) as evaluator,
+        progress_bar("train: epochs", epochs * len(runs), quiet=quiet) as bar,
+        contextlib.ExitStack() as boards,
     ):
-        bar.update(completed=loop.epoch)
-        if last is None and (out / "fit.json").exists():
-            _log_fit(out)
-        while loop.epoch < epochs:
-            row = loop.run_epoch(last=loop.epoch + 1 == epochs)
-            _append_row(progress, row)
-            for name, value in row.items():
-                if value is not None and COLUMNS[name]:
-                    board.add_scalar(f"{COLUMNS[name]}/{name}", value, row["updates"])
-            board.flush()
-            loop.sac.actor.save(out)
-            loop.save(out / "checkpoint" / f"epoch-{loop.epoch:06}.safetensors")
-            score = loop.evaluation.score_mean if loop.evaluation else None
-            note = f"penalty {row['penalty']:.3g}, Q {row['q']:.4g}"
-            bar.update(completed=loop.epoch, note=note if score is None else f"score {score:.1f}, {note}")
-    assert loop.evaluation is not None  # the last epoch is always evaluated
-    result = dataclasses.asdict(loop.evaluation)
-    return {
-        **{name: result[name] for name in ("score_mean", "score_std", "return_mean", "return_std")},
-        "updates": loop.sac.updates,
-        "epochs": loop.epoch,
-        "seconds": {"fit": fit_seconds, **loop.seconds, "total": loop.elapsed()},
-        "backend": loop.engine.backend,
-        "device": config.device,
-        "dtype": config.rollout.dtype,
-        "threads": loop.engine.threads,
-        "dataset": config.dataset,
-        "transitions": len(data),
-        "task": task.name,
-        "seed": config.seed,
-        "horizon": config.rollout.horizon,
-        "penalty": config.rollout.penalty,
-        "penalty_coef": config.rollout.penalty_coef,
-        "versions": {
-            "mopo_fast": __version__,
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "mujoco")},
-        },
-    }
+        loops = [_Loop(run, on_device, evaluator) for run in runs]
+        for loop in loops:
+            loop.begin()
+            boards.callback(loop.board.close)
+        population: Population | None = None
+        while unfinished := [loop for loop in loops if loop.epoch < epochs]:
+            bar.update(completed=sum(loop.epoch for loop in loops))
+            # Those that are behind the others, when they are taken up again, catch up first.
+            least = min(loop.epoch for loop in unfinished)
+            some = [loop for loop in unfinished if loop.epoch == least]
+            sacs = [loop.sac for loop in some]
+            if population is None or population.sacs != sacs:
+                population = Population(sacs)
+            _run_epoch(some, population, last=least + 1 == epochs)
+            bar.update(completed=sum(loop.epoch for loop in loops), note=_note(loops))
+        for loop in loops:
+            loop.write_rows()
+            write_json(loop.run.out / "summary.json", loop.summary(len(runs)))
+
+
+def _run_epoch(loops: Sequence["_Loop"], population: Population, last: bool) -> None:
+    """Rollouts, `interval` updates, evaluations where they are due, and a checkpoint, of each."""
+    config, epoch = loops[0].config, loops[0].epoch + 1
+    for loop in loops:
+        loop.roll_out()
+    with contextlib.ExitStack() as clocks:
+        for loop in loops:
+            clocks.enter_context(_Clock(loop.seconds, "sac"))
+        metrics = population.update_many(
+            loops[0].data,
+            [loop.buffer for loop in loops],
+            min(config.rollout.interval, config.steps - loops[0].sac.updates),
+            [derive_seed(loop.config.seed, SAC_SEED, epoch) for loop in loops],
+        )
+    for loop, values in zip(loops, metrics, strict=True):
+        loop.end_epoch(values, evaluated=last or epoch % config.evaluation.interval == 0)
+
+
+def _workers(config: TrainConfig) -> int:
+    """Processes that evaluate beside the training."""
+    if config.evaluation.workers is not None:
+        return config.evaluation.workers
+    on_cpu = torch.device(config.device).type == "cpu"
+    return 0 if on_cpu else min(4, max(1, resolve_threads(None) - 1))
+
+
+def _note(loops: Sequence["_Loop"]) -> str:
+    """For the progress bar: what the runs have come to, on average."""
+    scores = [loop.evaluation.score_mean for loop in loops if loop.evaluation is not None]
+    known = [score for score in scores if score is not None]
+    rows = [loop.row for loop in loops if loop.row is not None]
+    parts = [f"score {sum(known) / len(known):.1f}"] if known else []
+    for name, form in (("penalty", ".3g"), ("q", ".4g")):
+        parts.append(f"{name} {sum(row[name] for row in rows) / len(rows):{form}}")
+    return ", ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -397,16 +486,32 @@ class _Rollout:
     policy: dict[str, torch.Tensor]
 
 
-class _Loop:
-    """The state of the training between two epochs, and the epoch itself."""
+@dataclass(eq=False)
+class _Pending:
+    """A row of progress.csv that waits for its policy's evaluation, or for an earlier row's.
 
-    def __init__(
-        self, config: TrainConfig, task: Task, data: Transitions, ensemble: EnsembleDynamics, started: float
-    ) -> None:
+    Attributes:
+        row: all of it but the evaluation.
+        policy: the actor's parameters to be evaluated; None: it is not evaluated.
+        evaluation: of these, at work.
+    """
+
+    row: dict[str, Any]
+    policy: dict[str, torch.Tensor] | None = None
+    evaluation: "Future[Evaluation] | None" = None
+
+
+class _Loop:
+    """The state of a run's training between two epochs, and the parts of an epoch."""
+
+    def __init__(self, run: _Run, data: Transitions, evaluator: Evaluator) -> None:
+        config, task = run.config, run.task
         rollout = config.rollout
-        assert rollout.horizon is not None
-        self.config, self.task, self.data, self.started = config, task, data, started
+        assert rollout.horizon is not None and run.ensemble is not None
+        self.run, self.config, self.task, self.data = run, config, task, data
+        self.started, self.evaluator = run.started, evaluator
         self.data_sha256 = data_sha256(data)
+        ensemble = run.ensemble
         named = {f"{ensemble.activation}.{name}": value for name, value in ensemble.state_dict().items()}
         self.dynamics_sha256 = tensors_sha256(named)
         self.horizon = rollout.horizon
@@ -414,50 +519,48 @@ class _Loop:
         self.buffer = RingBuffer(_capacity(rollout), task.obs_dim, task.act_dim, config.device)
         self.sac = _sac(config, task, config.backend)
         self.rollouts: list[_Rollout] = []
+        self.pending: list[_Pending] = []
         self.evaluation: Evaluation | None = None
+        self.row: dict[str, Any] | None = None
         self.epoch = 0
         self.seconds = {"rollout": 0.0, "sac": 0.0, "evaluate": 0.0}
+        self._before = dict(self.seconds)
 
     def elapsed(self) -> float:
         """Seconds since the run's start, the time between sessions left out."""
         return time.perf_counter() - self.started
 
-    def run_epoch(self, last: bool) -> dict[str, Any]:
-        """Rollout, `interval` updates, evaluation where it is due; the row of progress.csv."""
-        config, epoch = self.config, self.epoch + 1
-        before = dict(self.seconds)
+    def begin(self) -> None:
+        """Take up the run where it was left, its log included."""
+        out, last = self.run.out, _last_checkpoint(self.run.out)
+        if last is not None:
+            self.restore(last)
+            _remove_older(last)
+        _cut_back(out / "progress.csv", self.epoch - len(self.pending))
+        updates = self.pending[0].row["updates"] if self.pending else self.sac.updates + 1
+        self.board = SummaryWriter(str(out), purge_step=updates)
+        if last is None and (out / "fit.json").exists():
+            _log_fit(out)
+
+    def roll_out(self) -> None:
+        """The next epoch's model rollouts."""
+        epoch, self._before = self.epoch + 1, dict(self.seconds)
         policy = {name: value.clone() for name, value in self.sac.actor.state_dict().items()}
         head = self.buffer.head
         with _Clock(self.seconds, "rollout"):
-            rows = self._roll_out(self.sac.actor, epoch)
-        self.rollouts.append(_Rollout(epoch, head, len(rows), policy))
+            self._rows = self._roll_out(self.sac.actor, epoch)
+        self.rollouts.append(_Rollout(epoch, head, len(self._rows), policy))
         # One stays as long as any of its rows does: made again in order, they fill the buffer as it is.
         while sum(rollout.rows for rollout in self.rollouts[1:]) >= self.buffer.capacity:
             del self.rollouts[0]
-        with _Clock(self.seconds, "sac"):
-            metrics = self.sac.update_many(
-                self.data,
-                self.buffer,
-                min(config.rollout.interval, config.steps - self.sac.updates),
-                derive_seed(config.seed, SAC_SEED, epoch),
-            )
-        evaluation = None
-        if last or epoch % config.evaluation.interval == 0:
-            with _Clock(self.seconds, "evaluate"):
-                evaluation = self.evaluation = evaluate(
-                    self.sac.actor,
-                    self.task,
-                    episodes=config.evaluation.episodes,
-                    seed=derive_seed(config.seed, EVALUATE, epoch),
-                    deterministic=config.evaluation.deterministic,
-                )
-        self.epoch = epoch
+
+    def end_epoch(self, metrics: dict[str, float], evaluated: bool) -> None:
+        """What follows the updates: evaluation, log, policy, checkpoint."""
+        self.epoch, rows = self.epoch + 1, self._rows
         assert rows.penalties is not None and rows.raw_rewards is not None
         row = {
-            "epoch": epoch,
+            "epoch": self.epoch,
             "updates": self.sac.updates,
-            **{f"seconds_{name}": self.seconds[name] - before[name] for name in before},
-            "seconds_total": self.elapsed(),
             **metrics,
             "rows": len(rows),
             "penalty": rows.penalties.mean().item(),
@@ -466,18 +569,87 @@ class _Loop:
             "non_finite": rows.info["non_finite"],
             "buffer_size": self.buffer.size,
         }
-        for name in ("score_mean", "score_std", "return_mean", "return_std"):
-            row[name] = getattr(evaluation, name, None)
-        return {name: row[name] for name in COLUMNS}
+        pending = _Pending(row)
+        if evaluated:
+            pending.policy = {name: value.clone() for name, value in self.sac.actor.state_dict().items()}
+            self._evaluate(pending)
+        self.pending.append(pending)
+        row |= {f"seconds_{name}": self.seconds[name] - self._before[name] for name in self._before}
+        row["seconds_total"] = self.elapsed()
+        self.row = row
+        self.write_rows(waiting=_PENDING)
+        self.sac.actor.save(self.run.out)
+        self.save(self.run.out / "checkpoint" / f"epoch-{self.epoch:06}.safetensors")
+
+    def _evaluate(self, pending: _Pending) -> None:
+        """Have a row's policy evaluated, here or beside."""
+        assert pending.policy is not None
+        config, actor = self.config, copy.deepcopy(self.sac.actor)
+        actor.load_state_dict(pending.policy)
+        with _Clock(self.seconds, "evaluate"):
+            pending.evaluation = self.evaluator.submit(
+                actor,
+                self.task,
+                episodes=config.evaluation.episodes,
+                seed=derive_seed(config.seed, EVALUATE, pending.row["epoch"]),
+                deterministic=config.evaluation.deterministic,
+            )
+
+    def write_rows(self, waiting: int = 0) -> None:
+        """Write the rows whose evaluations are there; at most `waiting` are left."""
+        while self.pending:
+            first, found = self.pending[0], None
+            if first.evaluation is not None:
+                if len(self.pending) <= waiting and not first.evaluation.done():
+                    break
+                with _Clock(self.seconds, "evaluate"):
+                    found = self.evaluation = first.evaluation.result()
+            names = ("score_mean", "score_std", "return_mean", "return_std")
+            row = first.row | {name: getattr(found, name, None) for name in names}
+            _append_row(self.run.out / "progress.csv", {name: row[name] for name in COLUMNS})
+            for name, group in COLUMNS.items():
+                if row[name] is not None and group:
+                    self.board.add_scalar(f"{group}/{name}", row[name], row["updates"])
+            self.board.flush()
+            del self.pending[0]
+
+    def summary(self, together: int) -> dict[str, Any]:
+        """What summary.json holds; `together`: how many runs were made at once."""
+        config = self.config
+        assert self.evaluation is not None  # the last epoch is always evaluated
+        result = dataclasses.asdict(self.evaluation)
+        return {
+            **{name: result[name] for name in ("score_mean", "score_std", "return_mean", "return_std")},
+            "updates": self.sac.updates,
+            "epochs": self.epoch,
+            "seconds": {"fit": self.run.fit_seconds, **self.seconds, "total": self.elapsed()},
+            "backend": self.engine.backend,
+            "device": config.device,
+            "dtype": config.rollout.dtype,
+            "threads": self.engine.threads,
+            "runs_together": together,
+            "dataset": config.dataset,
+            "transitions": len(self.data),
+            "task": self.task.name,
+            "seed": config.seed,
+            "horizon": config.rollout.horizon,
+            "penalty": config.rollout.penalty,
+            "penalty_coef": config.rollout.penalty_coef,
+            "versions": {
+                "mopo_fast": __version__,
+                "python": platform.python_version(),
+                **{name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "mujoco")},
+            },
+        }
 
     def _roll_out(self, policy: Actor, epoch: int) -> Transitions:
         """The model rollouts of `epoch`, appended to the buffer."""
-        config = self.config
-        generator = torch.Generator().manual_seed(derive_seed(config.seed, START, epoch))
-        start = torch.randint(len(self.data), (config.rollout.batch_size,), generator=generator)
+        config, device = self.config, self.data.device
+        numbers = torch.arange(config.rollout.batch_size, device=device)
+        seed = derive_seed(config.seed, START, epoch)
         rows = self.engine.rollout(
             policy,
-            self.data.observations[start.to(self.data.device)],
+            self.data.observations[random_choice(numbers, 0, BATCH_STREAM, len(self.data), seed)],
             self.horizon,
             seed=derive_seed(config.seed, ROLLOUT, epoch),
             out=self.buffer,
@@ -500,6 +672,7 @@ class _Loop:
                 {"epoch": rollout.epoch, "head": rollout.head, "rows": rollout.rows}
                 for rollout in self.rollouts
             ],
+            "pending": [[pending.row, pending.policy is not None] for pending in self.pending],
             "backends": {"rollout": self.engine.backend, "sac": self.sac.backend},
             "data_sha256": self.data_sha256,
             "dynamics_sha256": self.dynamics_sha256,
@@ -507,6 +680,10 @@ class _Loop:
         tensors = {f"sac.{name}": tensor for name, tensor in self.sac.state().items()}
         for rollout in self.rollouts:
             tensors |= {f"policy.{rollout.epoch}.{name}": value for name, value in rollout.policy.items()}
+        for pending in self.pending:
+            epoch = pending.row["epoch"]
+            for name, value in (pending.policy or {}).items():
+                tensors[f"evaluated.{epoch}.{name}"] = value
         save_tensors(path, tensors, {"state": json.dumps(state)})
         _remove_older(path)
 
@@ -554,6 +731,11 @@ class _Loop:
             _Rollout(**rollout, policy=_within(tensors, f"policy.{rollout['epoch']}."))
             for rollout in state["rollouts"]
         ]
+        for row, evaluated in state["pending"]:
+            policy = _within(tensors, f"evaluated.{row['epoch']}.") if evaluated else None
+            self.pending.append(_Pending(row, policy))
+            if evaluated:
+                self._evaluate(self.pending[-1])
         actor = copy.deepcopy(self.sac.actor)
         self.buffer.head = self.rollouts[0].head
         with _Clock(self.seconds, "rollout"):

@@ -350,9 +350,9 @@ CALLS: dict[str, tuple[list[str], list[object], dict[str, object]]] = {
         [],
         {"seed": 3, "device": "cuda", "backend": "reference", "threads": 2, "quiet": True},
     ),
-    "train.train": (
+    "train.train_many": (
         ["train", "hopper-none.hdf5", "--seed", "3", "--resume", "--quiet"],
-        [TrainConfig("hopper-none.hdf5", seed=3), Path("runs/hopper-none-seed3")],
+        [[TrainConfig("hopper-none.hdf5", seed=3)], [Path("runs/hopper-none-seed3")]],
         {"resume": True, "quiet": True},
     ),
     "evaluate.evaluate": (

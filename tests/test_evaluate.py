@@ -1,6 +1,11 @@
 """Evaluation against a plain loop over one environment, scaling, scores, and what is refused."""
 
 import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
 import warnings
 
 import gymnasium
@@ -10,7 +15,7 @@ import torch
 
 from mopo_fast.environments import make_environment
 from mopo_fast.errors import InputError
-from mopo_fast.evaluate import evaluate
+from mopo_fast.evaluate import Evaluator, evaluate
 from mopo_fast.policy import Actor
 from mopo_fast.tasks import TASKS
 
@@ -137,3 +142,45 @@ def test_refuses_actions_that_are_not_finite() -> None:
         actor.biases[0].fill_(float("nan"))
     with pytest.raises(InputError, match="actions are not finite"):
         evaluate(actor, TASKS["hopper"], episodes=1, seed=0)
+
+
+def test_beside_the_caller_it_is_the_same() -> None:
+    """Of the policy as it was when it was handed over."""
+    actor = actor_for("hopper")
+    here = evaluate(actor, TASKS["hopper"], episodes=3, seed=1)
+    with Evaluator(1) as evaluator:
+        future = evaluator.submit(actor, TASKS["hopper"], episodes=3, seed=1)
+        with torch.no_grad():
+            actor.biases[0].fill_(9.0)
+        assert future.result(60) == here
+        refused = evaluator.submit(actor, TASKS["hopper"], episodes=0, seed=1)
+        with pytest.raises(InputError, match="episodes must be at least 1"):
+            refused.result(60)
+
+
+def test_no_worker_outlives_its_parent() -> None:
+    code = """
+import os
+from mopo_fast.evaluate import Evaluator
+if __name__ == "__main__":
+    with Evaluator(1) as evaluator:
+        print(evaluator._pool.submit(os.getpid).result(), flush=True)
+        evaluator._pool.submit(__import__("time").sleep, 600).result()
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    worker = int(parent.stdout.readline())
+    os.kill(worker, 0)
+    parent.send_signal(signal.SIGKILL)
+    parent.communicate()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            # A zombie has ended too: whoever inherits it may be slow to ask.
+            with open(f"/proc/{worker}/stat") as file:
+                if file.read().rpartition(")")[2].split()[0] == "Z":
+                    return
+        except FileNotFoundError:
+            return
+        time.sleep(0.05)
+    pytest.fail(f"the worker {worker} is still there")

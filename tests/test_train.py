@@ -472,7 +472,7 @@ def test_actions_in_other_units_are_refused(
     def past_the_check(*_: object) -> None:
         raise InputError("past the check")
 
-    monkeypatch.setattr("mopo_fast.train._dynamics", past_the_check)
+    monkeypatch.setattr("mopo_fast.train._make_dynamics", past_the_check)
     with pytest.raises(InputError, match="past the check"):
         train(config, tmp_path / "run", quiet=True)
 

@@ -1,0 +1,226 @@
+"""Several runs trained at once: each is what it is alone, however they are stopped and evaluated."""
+
+import csv
+import dataclasses
+import json
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mopo_fast.cli import main
+from mopo_fast.config import DynamicsConfig, EvaluationConfig, RolloutConfig, SACConfig, TrainConfig
+from mopo_fast.errors import InputError
+from mopo_fast.evaluate import Evaluation, Evaluator
+from mopo_fast.train import _Loop, train, train_many
+
+CONFIG = TrainConfig(
+    dataset="",
+    steps=45,
+    dynamics=DynamicsConfig(
+        members=3, elites=2, hidden=(16, 16), weight_decay=(1e-5, 1e-5, 1e-5), max_epochs=2, batch_size=64
+    ),
+    rollout=RolloutConfig(horizon=3, batch_size=60, interval=10, retain_epochs=2),
+    threads=1,
+    sac=SACConfig(hidden=(16, 16), batch_size=32),
+    evaluation=EvaluationConfig(episodes=2, interval=2),
+)
+TIMES = ("seconds_rollout", "seconds_sac", "seconds_evaluate", "seconds_total")
+
+
+@pytest.fixture(scope="module")
+def configs(hopper_data: Path) -> list[TrainConfig]:
+    """Two seeds, two penalties."""
+    config = dataclasses.replace(CONFIG, dataset=str(hopper_data))
+    return [
+        dataclasses.replace(config, seed=seed, rollout=dataclasses.replace(config.rollout, penalty_coef=coef))
+        for seed in (4, 5)
+        for coef in (0.0, 2.0)
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(configs: list[TrainConfig], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    outs = [tmp_path_factory.mktemp("alone") / str(i) for i in range(4)]
+    for config, out in zip(configs, outs, strict=True):
+        train(config, out, quiet=True)
+    return outs
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    with (out / "progress.csv").open() as file:
+        return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
+
+
+def assert_same(ours: list[Path], theirs: list[Path]) -> None:
+    """The same parameters, logs and configs, to the bit."""
+    for one, other in zip(ours, theirs, strict=True):
+        for name in ("dynamics.safetensors", "policy.safetensors", "checkpoint/epoch-000005.safetensors"):
+            left, right = load_file(one / name), load_file(other / name)
+            assert left.keys() == right.keys()
+            assert all(torch.equal(left[key], right[key]) for key in left), (one, name)
+        assert rows(one) == rows(other) and len(rows(one)) == 5
+        assert (one / "config.json").read_text() == (other / "config.json").read_text()
+        assert {path.name for path in one.iterdir() if "tfevents" not in path.name} == {
+            path.name for path in other.iterdir() if "tfevents" not in path.name
+        }
+        board = EventAccumulator(str(one))
+        board.Reload()
+        assert [event.step for event in board.Scalars("sac/q")] == [10, 20, 30, 40, 45]
+        assert [event.step for event in board.Scalars("evaluation/return_mean")] == [20, 40, 45]
+
+
+def test_each_is_what_it_is_alone(configs: list[TrainConfig], alone: list[Path], tmp_path: Path) -> None:
+    outs = [tmp_path / str(i) for i in range(4)]
+    summaries = train_many(configs, outs, quiet=True)
+    assert_same(outs, alone)
+    for summary, config, out in zip(summaries, configs, alone, strict=True):
+        theirs = json.loads((out / "summary.json").read_text())
+        assert (summary["runs_together"], theirs["runs_together"]) == (4, 1)
+        assert summary["score_mean"] == theirs["score_mean"] and summary["seed"] == config.seed
+    assert len({(out / "policy.safetensors").read_bytes() for out in outs}) == 4
+
+
+def test_in_pytorch_it_is_so_to_rounding(configs: list[TrainConfig], tmp_path: Path) -> None:
+    few = [dataclasses.replace(config, backend="reference", steps=20) for config in configs]
+    outs = [tmp_path / str(i) for i in range(4)]
+    train_many(few, outs, quiet=True)
+    for i, config in enumerate(few):
+        train(config, tmp_path / "alone" / str(i), quiet=True)
+        policies = [load_file(out / "policy.safetensors") for out in (outs[i], tmp_path / "alone" / str(i))]
+        for name, tensor in policies[1].items():
+            torch.testing.assert_close(policies[0][name], tensor, rtol=0.0, atol=2e-3)
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("saves", [3, 6, 8, 13])
+def test_stopped_between_the_checkpoints_of_two_they_go_on(
+    configs: list[TrainConfig],
+    alone: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    saves: int,
+) -> None:
+    outs, made, save = [tmp_path / str(i) for i in range(4)], 0, _Loop.save
+
+    def stopping(self: _Loop, path: Path) -> None:
+        nonlocal made
+        made += 1
+        if made > saves:
+            raise Stopped
+        save(self, path)
+
+    monkeypatch.setattr(_Loop, "save", stopping)
+    with pytest.raises(Stopped):
+        train_many(configs, outs, quiet=True)
+    monkeypatch.undo()
+    # One of them goes on alone.
+    train(configs[2], outs[2], resume=True, quiet=True)
+    train_many(configs, outs, resume=True, quiet=True)
+    assert_same(outs, alone)
+
+
+def test_evaluated_beside_the_training(configs: list[TrainConfig], alone: list[Path], tmp_path: Path) -> None:
+    def beside(config: TrainConfig) -> TrainConfig:
+        return dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, workers=1))
+
+    outs = [tmp_path / "0", tmp_path / "1"]
+    train_many([beside(config) for config in configs[:2]], outs, quiet=True)
+    for one, other in zip(outs, alone, strict=False):
+        assert rows(one) == rows(other)
+
+
+def test_stopped_while_evaluations_are_at_work_they_go_on(
+    configs: list[TrainConfig], alone: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first is there, no later one is: rows are held back, and written when the run is gone on with."""
+    outs, given, submit, save = [tmp_path / str(i) for i in range(4)], 0, Evaluator.submit, _Loop.save
+
+    def slow(self: Evaluator, *arguments: Any, **options: Any) -> "Future[Evaluation]":
+        nonlocal given
+        given += 1
+        return submit(self, *arguments, **options) if given == 1 else Future()
+
+    def stopping(self: _Loop, path: Path) -> None:
+        save(self, path)
+        if self.epoch == 4 and self.run.out == outs[3]:
+            raise Stopped
+
+    monkeypatch.setattr(Evaluator, "submit", slow)
+    monkeypatch.setattr(_Loop, "save", stopping)
+    with pytest.raises(Stopped):
+        train_many(configs, outs, quiet=True)
+    monkeypatch.undo()
+    assert [len(rows(out)) for out in outs] == [3, 1, 1, 1]
+    train_many(configs, outs, resume=True, quiet=True)
+    assert_same(outs, alone)
+
+
+def test_no_more_evaluations_wait_than_may(
+    configs: list[TrainConfig], alone: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mopo_fast.train._PENDING", 1)
+    waiting, write = [], _Loop.write_rows
+
+    def counted(self: _Loop, waiting_at_most: int = 0) -> None:
+        write(self, waiting_at_most)
+        waiting.append(len(self.pending))
+
+    monkeypatch.setattr(_Loop, "write_rows", lambda self, waiting=0: counted(self, waiting))
+    monkeypatch.setattr(Future, "done", lambda self: False)
+    train(configs[0], tmp_path / "run", quiet=True)
+    assert rows(tmp_path / "run") == rows(alone[0])
+    assert max(waiting) == 1 and waiting[-1] == 0
+
+
+def test_what_cannot_be_together_is_refused(configs: list[TrainConfig], tmp_path: Path) -> None:
+    other = dataclasses.replace(configs[0], steps=7)
+    with pytest.raises(InputError, match=r"differ in seed and penalty_coef alone: .*0 has steps = 45, not 7"):
+        train_many([configs[0], other], [tmp_path / "0", tmp_path / "1"], quiet=True)
+    with pytest.raises(InputError, match="every run needs a folder of its own"):
+        train_many(configs[:2], [tmp_path / "0", tmp_path / "0"], quiet=True)
+    assert not list(tmp_path.iterdir())
+
+
+class TestCommandLine:
+    def test_a_folder_for_each(
+        self,
+        hopper_data: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        small = (
+            "--steps 10 --rollout.interval 10 --rollout.batch-size 20 --horizon 1 --dynamics.max-epochs 1"
+            " --dynamics.members 2 --dynamics.elites 1 --dynamics.hidden 8 --dynamics.weight-decay 0 0"
+            " --sac.hidden 8 --evaluation.episodes 1 --quiet"
+        )
+        command = ["train", str(hopper_data), *small.split()]
+        assert main([*command, "--seeds", "2:4", "--penalty-coefs", "0", "1.5", "--out", "sweep"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        names = [f"seed{seed}-coef{coef}" for seed in (2, 3) for coef in ("0", "1.5")]
+        assert lines[1:8:2] == [f"sweep/{name}" for name in names]
+        assert [line.partition(" seeds: return ")[0] for line in lines[8:]] == [
+            "penalty coefficient 0, 2",
+            "penalty coefficient 1.5, 2",
+        ]
+        means = [json.loads(Path("sweep", name, "summary.json").read_text())["return_mean"] for name in names]
+        assert f"return {(means[0] + means[2]) / 2:.1f} +-" in lines[8]
+        assert main([*command, "--seeds", "7,9"]) == 0
+        stem = hopper_data.stem
+        assert {path.name for path in Path("runs").iterdir()} == {f"{stem}-seed7", f"{stem}-seed9"}
+
+    @pytest.mark.parametrize("text", ["", "3:3", "a", "0:8:2", "1,"])
+    def test_seeds_that_are_none(self, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["train", "x.hdf5", "--seeds", text]) == 2
+        assert f"error: --seeds takes FIRST:END, such as 0:8, or numbers with commas, got {text!r}" in (
+            capsys.readouterr().err
+        )

@@ -53,6 +53,7 @@ struct FitTile {
 
   __device__ __forceinline__ void forward() const {
     const int width = layer(0).in;
+    __syncthreads();
     for (int i = threadIdx.x; i < kTile * width; i += kThreads) {
       const int v = i / width, d = i % width;
       layer(0).inputs.at(first + v)[d] = x(d, v) = args.inputs[drawn(v) + d];

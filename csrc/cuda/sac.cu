@@ -97,7 +97,6 @@ struct SacTile {
       const int v = i / act_dim, d = i % act_dim;
       sac.pairs.at(row(0, v))[obs_dim + d] = source(v).actions.at(drawn()[v])[d];
     }
-    __syncthreads();
   }
 
   // Sections of `input` through a network's layers but the last, into x; those before `kept` are kept.
@@ -105,6 +104,7 @@ struct SacTile {
   __device__ __forceinline__ void hidden_layers(const Matrix& input, const Layer* layers,
                                                 Matrix Layer::* weights, int section, int kept) const {
     const int width = layers[0].in;
+    __syncthreads();
     for (int i = threadIdx.x; i < kRows / 4 * width; i += kThreads) {
       const int v = i / width * 4, d = i % width;
       four(&x(d, v)) = load_column(input, row(section, v), d);
@@ -166,7 +166,6 @@ struct SacTile {
       log_probs()[threadIdx.x] = log_prob;
       if (threadIdx.x < kTile) add(kLogProb, log_prob);
     }
-    __syncthreads();
   }
 
   // This thread's row's part in a sum.

@@ -171,7 +171,6 @@ class ReferenceBackend:
     """Plain PyTorch, in chunks of rows that stay in cache."""
 
     name = "reference"
-    trains = True
 
     def status(self) -> BackendStatus:
         return BackendStatus(self.name, True, "plain PyTorch, always there")
@@ -180,6 +179,9 @@ class ReferenceBackend:
         self, dtype: str, device: torch.device, ensemble: Sizes | None = None, policy: Sizes | None = None
     ) -> str | None:
         return None
+
+    def training_refusal(self, dtype: str, device: torch.device, widest: int) -> str | None:
+        return self.refusal(dtype, device)
 
     def step(
         self,

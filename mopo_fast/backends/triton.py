@@ -182,7 +182,6 @@ class TritonBackend:
     """float32 arrays on a GPU, products in float32 or less; or interpreted, CPU tensors. By name alone."""
 
     name = "triton"
-    trains = False
 
     def status(self) -> BackendStatus:
         kernels, reason = _load()
@@ -210,6 +209,9 @@ class TritonBackend:
         if interpreted and dtype == "bfloat16":
             return "Triton's interpreter multiplies bfloat16 wrongly"
         return None if interpreted else _refusal_of_gpu(dtype, torch.cuda.get_device_capability(device))
+
+    def training_refusal(self, dtype: str, device: torch.device, widest: int) -> str | None:
+        return "makes rollouts, does not train"
 
     def step(
         self,

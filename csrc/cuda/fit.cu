@@ -4,7 +4,7 @@
 namespace mopo::cuda {
 
 // Rows whose parts in a sum are added up first, whatever the tile.
-constexpr int kSummed = 8;
+constexpr int kSummed = 4;
 
 struct Fit {
   FitArgs args;           // but for the layers, which are
@@ -87,33 +87,34 @@ struct FitTile {
     const int dims = this->dims();
     const float share = 1.0f / static_cast<float>(count * dims);
     const Layer& head = layer(depth() - 1);
-    float* terms = partials();  // [3 dims][kTile]
-    for (int i = threadIdx.x; i < dims * kTile; i += kThreads) {
-      const int d = i / kTile, v = i % kTile;
-      const float raw = x(dims + d, v), error = x(d, v) - args.targets[drawn(v) + d];
-      const float max_logvar = args.max_logvar.value[d], exp_min = expf(args.min_logvar.value[d]);
-      // The soft clamp in closed form (spec.h); below_max, above_min are its two slopes.
-      const float below = 1.0f / (expf(-max_logvar) + expf(-raw));
-      const float inverse = 1.0f / (exp_min + below);
-      const float below_max = 1.0f / (1.0f + expf(raw - max_logvar));
-      const float above_min = below * inverse;
-      const float scaled = error * error * inverse;
-      const float logvar_grad = (1.0f - scaled) * share;
-      const float raw_grad = logvar_grad * above_min * below_max, mean_grad = 2.0f * share * error * inverse;
-      const bool exists = first + v < count;
-      terms[i] = exists ? logvar_grad * above_min * (1.0f - below_max) : 0.0f;
-      terms[dims * kTile + i] = exists ? logvar_grad * exp_min * inverse : 0.0f;
-      terms[2 * dims * kTile + i] = exists ? (scaled - logf(inverse)) * share : 0.0f;
-      head.grads.at(first + v)[d] = x(d, v) = mean_grad;
-      head.grads.at(first + v)[dims + d] = x(dims + d, v) = raw_grad;
-    }
-    __syncthreads();
     const int groups = (count + kSummed - 1) / kSummed;
-    for (int i = threadIdx.x; i < 3 * dims * (kTile / kSummed); i += kThreads) {
-      const int column = i / (kTile / kSummed), part = i % (kTile / kSummed), group = first / kSummed + part;
-      double sum = 0.0;
-      for (int v = 0; v < kSummed; ++v) sum += terms[column * kTile + part * kSummed + v];
-      if (group < groups) fit.sums[(column * args.members + member) * groups + group] = sum;
+    for (int i = threadIdx.x; i < dims * (kTile / kSummed); i += kThreads) {
+      const int d = i % dims, part = i / dims * kSummed, group = (first + part) / kSummed;
+      const float max_logvar = args.max_logvar.value[d];
+      const float exp_minus_max = expf(-max_logvar), exp_min = expf(args.min_logvar.value[d]);
+      double max_grad = 0.0, min_grad = 0.0, loss = 0.0;
+#pragma unroll
+      for (int v = part; v < part + kSummed; ++v) {
+        const float raw = x(dims + d, v), error = x(d, v) - args.targets[drawn(v) + d];
+        // The soft clamp in closed form (spec.h); below_max, above_min are its two slopes.
+        const float below = 1.0f / (exp_minus_max + expf(-raw));
+        const float inverse = 1.0f / (exp_min + below);
+        const float below_max = 1.0f / (1.0f + expf(raw - max_logvar));
+        const float above_min = below * inverse;
+        const float scaled = error * error * inverse;
+        const float logvar_grad = (1.0f - scaled) * share;
+        head.grads.at(first + v)[d] = x(d, v) = 2.0f * share * error * inverse;
+        head.grads.at(first + v)[dims + d] = x(dims + d, v) = logvar_grad * above_min * below_max;
+        if (first + v >= count) continue;
+        max_grad += logvar_grad * above_min * (1.0f - below_max);
+        min_grad += logvar_grad * exp_min * inverse;
+        loss += (scaled - logf(inverse)) * share;
+      }
+      if (group >= groups) continue;
+      const int members = static_cast<int>(args.members), to = (d * members + member) * groups + group;
+      fit.sums[to] = max_grad;
+      fit.sums[dims * members * groups + to] = min_grad;
+      fit.sums[2 * dims * members * groups + to] = loss;
     }
   }
 

@@ -12,7 +12,7 @@
 
 namespace mopo::cuda {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 256;
 
 MOPO_INLINE int round_up(int count, int multiple) { return (count + multiple - 1) / multiple * multiple; }
 
@@ -283,7 +283,7 @@ __device__ __forceinline__ void train_square(const Layer& layer, const AdamStep&
   float sums[4][4] = {};
   if (first_k + cell_k <= layer.in && first_n + cell_n < layer.out) {
     const float *inputs = layer.inputs.data + first_k + cell_k, *grads = layer.grads.data + first_n + cell_n;
-#pragma unroll 4
+#pragma unroll 8
     for (int row = slice; row < count; row += kSlices) {
       const float4 x = four(inputs + row * layer.inputs.stride), g = four(grads + row * layer.grads.stride);
       const float in[4] = {x.x, x.y, x.z, x.w};

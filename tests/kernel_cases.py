@@ -361,11 +361,12 @@ OTHERS = {
 SAC_CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "canonical": (17, 6, {}),
     "canonical, others' options": (17, 6, OTHERS),
-    "others' options, many rows": (5, 3, {"hidden": (24, 17), "batch_size": 77, **OTHERS}),
+    "others' options, many rows": (5, 3, {"hidden": (24, 17), "batch_size": 45, **OTHERS}),
     "one action": (3, 1, {"hidden": (24, 40), "batch_size": 7}),
     "one row": (11, 3, {"hidden": (16, 8), "batch_size": 1}),
     "one unit": (5, 2, {"hidden": (1,), "batch_size": 20}),
     "ten critics, three layers": (11, 3, {"hidden": (24, 17, 33), "critics": 10, "batch_size": 37}),
+    "three critics, many rows": (4, 2, {"hidden": (20, 12), "critics": 3, "batch_size": 45}),
     "one critic, one layer": (5, 2, {"hidden": (65,), "critics": 1, "batch_size": 50}),
     "ant, real rows only": (111, 8, {"hidden": (50, 31), "batch_size": 100, "real_ratio": 1.0}),
     "humanoid, no real rows": (376, 17, {"hidden": (48, 31), "batch_size": 64, "real_ratio": 0.0}),

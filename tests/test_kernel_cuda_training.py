@@ -37,7 +37,7 @@ from mopo_fast.sac import METRICS, SAC
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 # Multiprocessors and the emulator's schedule. Small tiles are for many multiprocessors.
-MACHINES = [(1, 0), (2, 1), (2, 2), (2, 3), (3, 4), (40, 0)]
+MACHINES = [(1, 0), (2, 1), (2, 2), (2, 3), (3, 4), (24, 0)]
 emulated = pytest.mark.skipif(ON_GPU, reason="a GPU is what it is")
 State = dict[str, torch.Tensor]
 
@@ -157,7 +157,7 @@ def test_steps_are_as_accurate_as_pytorch(case: str, one_step: bool) -> None:
     assert abs(loss - losses[1]) <= 2.0 * abs(losses[0] - losses[1]) + 1e-6 * abs(losses[1])
 
 
-UPDATED = ("ten critics, three layers", "others' options, many rows", "one critic, one layer")
+UPDATED = ("three critics, many rows", "others' options, many rows", "one critic, one layer")
 STEPPED = ("short last batch", "edges of tiles", "linear")
 
 

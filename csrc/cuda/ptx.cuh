@@ -242,6 +242,13 @@ __device__ __forceinline__ uint32_t pack(__nv_bfloat16, float low, float high) {
 // The value of the lane whose number differs by `mask`; all lanes of the warp call it.
 __device__ __forceinline__ float shuffle_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
 
+// The same pointer, which the compiler now knows to be one into global memory.
+template <class T>
+__device__ __forceinline__ T* global(T* pointer) {
+  __builtin_assume(__isGlobal(pointer));
+  return pointer;
+}
+
 // ---- Blocks that run together and wait for one another, by a counter in global memory ----
 
 // One thread, after a __syncthreads: what the block has written is there for those who see the count.

@@ -9,10 +9,10 @@ enum Sum { kLogProb, kSquares, kValues, kLeastValue, kSums };
 
 // One run. A matrix of several sections has the batch in each.
 struct Sac {
-  SacArgs args;                 // but for the layers, which are
-  const Layer *actor, *critic;  // [depth] and [critics][depth]
-  int batch, rows;              // rows of a section: the batch, rounded up to whole tiles
-  Matrix observations;          // 2 sections: observations; next observations
+  SacArgs args;            // but for the layers, which are
+  const Layer* layers;     // [critics + 1][depth], the actor's last
+  int batch, rows;         // rows of a section: the batch, rounded up to whole tiles
+  Matrix observations;     // 2 sections: observations; next observations
   Matrix pairs;            // 3 sections: these with actions, the data's; the policy's; next observations'
   Matrix actions;          // the policy's
   Matrix spread, log_std;  // its std * noise; log std before the clip
@@ -30,10 +30,11 @@ __device__ __forceinline__ float temperature(const SacArgs& args) {
 
 __device__ __forceinline__ float softplus(float x) { return (x > 0.0f ? x : 0.0f) + log1pf(expf(-fabsf(x))); }
 
-// kTile rows of a batch, from `first` on. What they take through a network are one or two sections of them.
-template <int kTile>
+// kTile rows of a batch, from `first` on. What they take through a network are one or two sections of them:
+// through the critics both of the first two at once, or one, then the other.
+template <int kTile, bool kBoth>
 struct SacTile {
-  static constexpr int kStride = 2 * kTile;
+  static constexpr int kStride = 2 * kTile, kCriticRows = kBoth ? kStride : kTile;
   const Sac& sac;
   const SacArgs& args;
   const float alpha;
@@ -60,7 +61,11 @@ struct SacTile {
   __device__ __forceinline__ int hidden() const { return static_cast<int>(args.depth) - 1; }
   __device__ __forceinline__ int obs_dim() const { return static_cast<int>(args.obs_dim); }
   __device__ __forceinline__ int act_dim() const { return static_cast<int>(args.act_dim); }
-  __device__ __forceinline__ const Layer* critic(int j) const { return sac.critic + j * args.depth; }
+  __device__ __forceinline__ const Layer* critic(int j) const { return sac.layers + j * args.depth; }
+  __device__ __forceinline__ const Layer* actor() const { return critic(static_cast<int>(args.critics)); }
+  // Of the sections from `section` on that the critics take at once, is 0 or is 1 one?
+  __device__ __forceinline__ static bool has_data(int section) { return section == 0; }
+  __device__ __forceinline__ static bool has_policy(int section) { return kBoth || section == 1; }
 
   // The row of a matrix that row v of what goes through a layer is, which begins with `section`.
   __device__ __forceinline__ int row(int section, int v) const {
@@ -99,48 +104,41 @@ struct SacTile {
     }
   }
 
-  // Sections of `input` through a network's layers but the last, into x; those before `kept` are kept.
+  // Sections of `input` through a network, the last layer's outputs into `to`, `stride` from one to the next.
+  // The inputs of the other layers are kept in the sections before `kept`.
   template <int kRows>
-  __device__ __forceinline__ void hidden_layers(const Matrix& input, const Layer* layers,
-                                                Matrix Layer::* weights, int section, int kept) const {
+  __device__ __forceinline__ void forward(const Matrix& input, const Layer* layers, Matrix Layer::* weights,
+                                          int section, int kept, float* to, int stride) const {
     const int width = layers[0].in;
     __syncthreads();
     for (int i = threadIdx.x; i < kRows / 4 * width; i += kThreads) {
       const int v = i / width * 4, d = i % width;
       four(&x(d, v)) = load_column(input, row(section, v), d);
     }
-    for (int l = 0; l < hidden(); ++l) {
+    for (int l = 0; l <= hidden(); ++l) {
       const Layer& layer = layers[l];
       const Matrix& matrix = layer.*weights;
       const float* bias = matrix.at(layer.in);
-      multiply<kRows, kStride>(
-          x(), matrix.data, matrix.stride, layer.in, layer.out, [&](int n, int v, float4 sum) {
-            const float4 y = each(sum, [b = bias[n]](float z) { return z + b < 0.0f ? 0.0f : z + b; });
-            four(&x(n, v)) = y;
-            if (section + v / kTile < kept) store_column(layers[l + 1].inputs, row(section, v), n, y);
-          });
+      multiply<kRows, kStride>(x(), matrix.data, matrix.stride, layer.in, layer.out,
+                               [&](int n, int v, float4 sum) {
+                                 float4 y = each(sum, [b = bias[n]](float z) { return z + b; });
+                                 if (l == hidden()) {
+                                   four(to + n * stride + v) = y;
+                                   return;
+                                 }
+                                 y = each(y, [](float z) { return z < 0.0f ? 0.0f : z; });
+                                 four(&x(n, v)) = y;
+                                 if (section + v / kTile < kept)
+                                   store_column(layers[l + 1].inputs, row(section, v), n, y);
+                               });
     }
-  }
-
-  // The last layer, into `to`, `stride` from one output to the next.
-  template <int kRows>
-  __device__ __forceinline__ void last_layer(const Layer* layers, Matrix Layer::* weights, float* to,
-                                             int stride) const {
-    const Layer& layer = layers[hidden()];
-    const Matrix& matrix = layer.*weights;
-    const float* bias = matrix.at(layer.in);
-    multiply<kRows, kStride>(
-        x(), matrix.data, matrix.stride, layer.in, layer.out, [&](int n, int v, float4 sum) {
-          four(to + n * stride + v) = each(sum, [b = bias[n]](float z) { return z + b; });
-        });
     __syncthreads();
   }
 
   // Actions and their log-probabilities, at observations and at next observations.
   __device__ __forceinline__ void act() const {
     const int act_dim = this->act_dim();
-    hidden_layers<kStride>(sac.observations, sac.actor, &Layer::value, 0, 1);
-    last_layer<kStride>(sac.actor, &Layer::value, x(), kStride);
+    forward<kStride>(sac.observations, actor(), &Layer::value, 0, 1, x(), kStride);
     float* terms = partials();
     for (int i = threadIdx.x; i < act_dim * kStride; i += kThreads) {
       const int d = i / kStride, v = i % kStride;
@@ -175,10 +173,8 @@ struct SacTile {
   }
 
   __device__ __forceinline__ void evaluate_targets() const {
-    for (int j = 0; j < args.critics; ++j) {
-      hidden_layers<kTile>(sac.pairs, critic(j), &Layer::target, 2, 0);
-      last_layer<kTile>(critic(j), &Layer::target, q(j) + 2 * kTile, 0);
-    }
+    for (int j = 0; j < args.critics; ++j)
+      forward<kTile>(sac.pairs, critic(j), &Layer::target, 2, 0, q(j) + 2 * kTile, 0);
     if (threadIdx.x >= kTile) return;
     const int v = threadIdx.x;
     float least = q(0)[2 * kTile + v];
@@ -190,96 +186,88 @@ struct SacTile {
     targets()[v] = rewards()[v] + (continues()[v] != 0.0f ? continues()[v] * value : 0.0f);
   }
 
-  // The critics forwards and backwards, kRows of the sections from `section` on: 0 for their own loss, 1 for
-  // the policy's.
-  template <int kRows>
+  // The critics forwards and backwards, the sections from `section` on: 0 for their own loss, 1 for the
+  // policy's.
   __device__ __forceinline__ void critics(int section) const {
-    for (int j = 0; j < args.critics; ++j) {
-      hidden_layers<kRows>(sac.pairs, critic(j), &Layer::value, section, 2);
-      last_layer<kRows>(critic(j), &Layer::value, q(j) + section * kTile, 0);
-    }
+    for (int j = 0; j < args.critics; ++j)
+      forward<kCriticRows>(sac.pairs, critic(j), &Layer::value, section, 2, q(j) + section * kTile, 0);
+    const int v = threadIdx.x;
     int least = 0;
-    if (threadIdx.x < kTile) {
-      const int v = threadIdx.x;
+    if (v < kTile && has_data(section)) {
       double squares = 0.0, sum = 0.0;
       for (int j = 0; j < args.critics; ++j) {
         const double error = static_cast<double>(q(j)[v]) - targets()[v];
         squares += error * error;
         sum += q(j)[v];
-        if (q(j)[kTile + v] < q(least)[kTile + v]) least = j;
       }
-      if (section == 0) {
-        add(kSquares, squares);
-        add(kValues, sum);
-      }
-      if (section + kRows / kTile > 1) {
-        double value = q(0)[kTile + v];
-        for (int j = 1; j < args.critics; ++j) value = q(j)[kTile + v] < value ? q(j)[kTile + v] : value;
-        add(kLeastValue, value);
-      }
+      add(kSquares, squares);
+      add(kValues, sum);
     }
+    if (v < kTile && has_policy(section)) {
+      for (int j = 1; j < args.critics; ++j)
+        if (q(j)[kTile + v] < q(least)[kTile + v]) least = j;
+      add(kLeastValue, q(least)[kTile + v]);
+    }
+    const float share = 1.0f / static_cast<float>(sac.batch), scale = 2.0f * args.critic_loss_scale * share;
     for (int j = 0; j < args.critics; ++j) {
       __syncthreads();
-      if (threadIdx.x < kTile) {
-        const int v = threadIdx.x;
-        const float share = 1.0f / static_cast<float>(sac.batch),
-                    scale = 2.0f * args.critic_loss_scale * share;
-        if (section == 0) q_grads()[v] = scale * (q(j)[v] - targets()[v]);
-        if (section + kRows / kTile > 1) q_grads()[(1 - section) * kTile + v] = least == j ? -share : 0.0f;
-      }
+      if (v < kTile && has_data(section)) q_grads()[v] = scale * (q(j)[v] - targets()[v]);
+      if (v < kTile && has_policy(section)) q_grads()[kTile + v] = least == j ? -share : 0.0f;
       __syncthreads();
-      critic_backward<kRows>(j, section);
+      critic_backward(j, section);
     }
   }
 
-  template <int kRows>
   __device__ __forceinline__ void critic_backward(int j, int section) const {
     const Layer *layers = critic(j), &head = layers[hidden()];
-    for (int i = threadIdx.x; i < kRows / 4 * head.in; i += kThreads) {
+    for (int i = threadIdx.x; i < kCriticRows / 4 * head.in; i += kThreads) {
       const int v = i / head.in * 4, k = i % head.in;
       const float4 outputs = load_column(head.inputs, row(section, v), k);
       const float4 grads =
-          each(outputs, four(q_grads() + v),
+          each(outputs, four(q_grads() + section * kTile + v),
                [w = *head.value.at(k)](float output, float grad) { return output > 0.0f ? grad * w : 0.0f; });
       four(&x(k, v)) = grads;
       if (section + v / kTile == 0) store_column(layers[hidden() - 1].grads, row(0, v), k, grads);
     }
-    if (section == 0 && threadIdx.x < kTile) *head.grads.at(first + threadIdx.x) = q_grads()[threadIdx.x];
-    for (int l = hidden() - 1; l > 0; --l) backward<kRows>(layers, l, section);
-    if (section + kRows / kTile == 1) return;
-    // Whole groups of four columns, from the actions on.
-    const Layer& layer = layers[0];
-    const int begin = obs_dim() / 4 * 4;
-    multiply<kTile, kStride>(x() + kRows - kTile, layer.transposed.data + begin, layer.transposed.stride,
-                             layer.out, layer.in - begin, [&](int n, int v, float4 sum) {
-                               const int d = begin + n - obs_dim();
-                               if (d < 0) return;
-                               if (j > 0)
-                                 sum = each(sum, load_column(sac.action_grad, row(0, v), d),
-                                            [](float a, float b) { return a + b; });
-                               store_column(sac.action_grad, row(0, v), d, sum);
-                             });
+    if (has_data(section) && threadIdx.x < kTile)
+      *head.grads.at(first + threadIdx.x) = q_grads()[threadIdx.x];
+    backward<kCriticRows>(layers, hidden() - 1, section, has_policy(section) ? 0 : 1, j > 0);
   }
 
-  // From the gradients of layer l's outputs to those before the activation below it.
+  // From the gradients of layer `top`'s outputs down to those of the outputs below layer `bottom`, before the
+  // activation. Below the critics' layer 0 are actions: their gradients are those of all critics together.
   template <int kRows>
-  __device__ __forceinline__ void backward(const Layer* layers, int l, int section) const {
-    const Layer &layer = layers[l], &below = layers[l - 1];
-    multiply<kRows, kStride>(x(), layer.transposed.data, layer.transposed.stride, layer.out, layer.in,
-                             [&](int k, int v, float4 sum) {
-                               const float4 grads =
-                                   each(sum, load_column(layer.inputs, row(section, v), k),
+  __device__ __forceinline__ void backward(const Layer* layers, int top, int section, int bottom,
+                                           bool adds) const {
+    for (int l = top; l >= bottom; --l) {
+      const Layer& layer = layers[l];
+      // Of the first layer's inputs whole groups of four, from the actions on.
+      const int begin = l == 0 ? obs_dim() / 4 * 4 : 0;
+      multiply<kRows, kStride>(
+          x(), layer.transposed.data + begin, layer.transposed.stride, layer.out, layer.in - begin,
+          [&](int k, int v, float4 sum) {
+            if (l > 0) {
+              const float4 grads = each(sum, load_column(layer.inputs, row(section, v), k),
                                         [](float grad, float output) { return output > 0.0f ? grad : 0.0f; });
-                               four(&x(k, v)) = grads;
-                               if (section + v / kTile == 0) store_column(below.grads, row(0, v), k, grads);
-                             });
+              four(&x(k, v)) = grads;
+              if (section + v / kTile == 0) store_column(layers[l - 1].grads, row(0, v), k, grads);
+              return;
+            }
+            const int d = begin + k - obs_dim();
+            if (d < 0 || section + v / kTile == 0) return;
+            const int to = first + v % kTile;
+            if (adds)
+              sum = each(sum, load_column(sac.action_grad, to, d), [](float a, float b) { return a + b; });
+            store_column(sac.action_grad, to, d, sum);
+          });
+    }
   }
 
   // From the gradients of the actions through Q to those of the actor's layers.
-  __device__ __forceinline__ void actor() const {
+  __device__ __forceinline__ void actor_backward() const {
     const float share = 1.0f / static_cast<float>(sac.batch);
     const int act_dim = this->act_dim();
-    const Layer& head = sac.actor[hidden()];
+    const Layer& head = actor()[hidden()];
     __syncthreads();
     for (int i = threadIdx.x; i < act_dim * kTile; i += kThreads) {
       const int d = i / kTile, v = i % kTile;
@@ -291,7 +279,7 @@ struct SacTile {
       head.grads.at(row(0, v))[d] = x(d, v) = raw_grad;
       head.grads.at(row(0, v))[act_dim + d] = x(act_dim + d, v) = log_std_grad;
     }
-    for (int l = hidden(); l > 0; --l) backward<kTile>(sac.actor, l, 0);
+    backward<kTile>(actor(), hidden(), 0, 1, false);
   }
 };
 
@@ -312,53 +300,39 @@ __device__ __forceinline__ void train_temperature(const Sac& sac, const AdamStep
   adam(step, args.log_alpha, 0, static_cast<float>(gradient));
 }
 
-template <int kTile>
+// kSimultaneous: one pass for the gradients of critics and actor; else the critics' parameters move in
+// between.
+template <int kTile, bool kSimultaneous>
 __global__ void __launch_bounds__(kThreads, 1) sac_kernel(const __grid_constant__ Launch<Sac> launch) {
   const Sac& sac = launch.runs[blockIdx.x / launch.blocks];
   const SacArgs& args = sac.args;
-  const int depth = static_cast<int>(args.depth), critic_layers = static_cast<int>(args.critics) * depth;
+  const int critic_layers = static_cast<int>(args.critics * args.depth);
+  const int layers = critic_layers + static_cast<int>(args.depth);
   Group group{launch.blocks, static_cast<int>(blockIdx.x) % launch.blocks, sac.counter};
-  for (int l = 0; l < critic_layers; ++l) take_up(group, sac.critic[l], sac.rows);
-  for (int l = 0; l < depth; ++l) take_up(group, sac.actor[l], sac.rows);
-  for (int update = 0; update < args.updates; ++update) {
-    const AdamStep* steps = sac.steps + 3 * update;
-    const uint32_t number = static_cast<uint32_t>(args.first_draw + update);
-    const auto each_tile = [&](auto work) {
-      group.wait();
-      const float alpha = temperature(args);
-      for (int first = group.block * kTile; first < sac.batch; first += group.blocks * kTile)
-        work(SacTile<kTile>{sac, args, alpha, number, first});
-      group.wait();
-    };
-    int next = group.block;
-    const auto train = [&](const Layer* layers, int count, const AdamStep& step) {
-      for (int l = 0; l < count; ++l) train_layer(group, layers[l], step, sac.batch, next);
-    };
-    const auto forward = [](const SacTile<kTile>& tile) {
-      tile.gather();
-      tile.act();
-      tile.evaluate_targets();
-    };
-    if (args.simultaneous) {
-      each_tile([&](const SacTile<kTile>& tile) {
-        forward(tile);
-        tile.template critics<2 * kTile>(0);
-        tile.actor();
-      });
-      train(sac.critic, critic_layers, steps[0]);
-    } else {
-      each_tile([&](const SacTile<kTile>& tile) {
-        forward(tile);
-        tile.template critics<kTile>(0);
-      });
-      train(sac.critic, critic_layers, steps[0]);
-      each_tile([&](const SacTile<kTile>& tile) {
-        tile.template critics<kTile>(1);
-        tile.actor();
-      });
+  for (int l = 0; l < layers; ++l) take_up(group, sac.layers[l], sac.rows);
+  constexpr int kPasses = kSimultaneous ? 1 : 2;
+  for (int pass = 0; pass < kPasses * args.updates; ++pass) {
+    const int update = pass / kPasses, section = pass % kPasses;
+    const bool begins = section == 0, ends = section == kPasses - 1;
+    group.wait();
+    const float alpha = temperature(args);
+    for (int first = group.block * kTile; first < sac.batch; first += group.blocks * kTile) {
+      const SacTile<kTile, kSimultaneous> tile{sac, args, alpha,
+                                               static_cast<uint32_t>(args.first_draw + update), first};
+      if (begins) {
+        tile.gather();
+        tile.act();
+        tile.evaluate_targets();
+      }
+      tile.critics(section);
+      if (ends) tile.actor_backward();
     }
-    train(sac.actor, depth, steps[1]);
-    if (group.block == group.blocks - 1) train_temperature(sac, steps[2]);
+    group.wait();
+    const AdamStep* steps = sac.steps + 3 * update;
+    int next = group.block;
+    for (int l = begins ? 0 : critic_layers; l < (ends ? layers : critic_layers); ++l)
+      train_layer(group, sac.layers[l], steps[l < critic_layers ? 0 : 1], sac.batch, next);
+    if (ends && group.block == group.blocks - 1) train_temperature(sac, steps[2]);
   }
 }
 
@@ -374,18 +348,17 @@ Sac lay_out(Memory& memory, const SacArgs& args, double* metrics) {
   sac.pairs = memory.take_matrix(3 * rows, args.obs_dim + args.act_dim + 1);
   for (Matrix* each : {&sac.actions, &sac.spread, &sac.log_std, &sac.action_grad})
     *each = memory.take_matrix(rows, args.act_dim);
-  const auto take = [&](std::vector<Layer>& layers, const TrainedLayer* from, int64_t network, Matrix inputs,
-                        int sections, bool to_the_inputs) {
+  std::vector<Layer> layers;
+  const auto take = [&](const TrainedLayer* from, int64_t network, Matrix inputs, int sections,
+                        bool to_the_inputs) {
     for (int64_t l = 0; l < args.depth; ++l) {
       if (l > 0) inputs = memory.take_matrix(sections * rows, from[l].in + 1);
       layers.push_back(memory.take_layer(from[l], network, inputs, rows, l > 0 || to_the_inputs));
     }
   };
-  std::vector<Layer> actor, critic;
-  take(actor, args.actor, 0, sac.observations, 1, false);
-  for (int64_t j = 0; j < args.critics; ++j) take(critic, args.critic, j, sac.pairs, 2, true);
-  sac.actor = memory.put(actor);
-  sac.critic = memory.put(critic);
+  for (int64_t j = 0; j < args.critics; ++j) take(args.critic, j, sac.pairs, 2, true);
+  take(args.actor, 0, sac.observations, 1, false);
+  sac.layers = memory.put(layers);
   sac.sums = memory.take<double>(kSums * sac.batch);
   std::vector<AdamStep> steps;
   for (int64_t number = args.updates_before + 1; number <= args.updates_before + args.updates; ++number) {
@@ -418,7 +391,10 @@ cudaError_t sac_updates(const std::vector<SacArgs>& runs, double* metrics, const
           return Launch<Sac>{memory.put(all), blocks};
         },
         [&](const Launch<Sac>& launch) {
-          return ptx::launch_together(large ? sac_kernel<8> : sac_kernel<4>, count * blocks, kThreads,
+          const auto kernel = first.simultaneous ? large ? sac_kernel<8, true> : sac_kernel<4, true>
+                              : large            ? sac_kernel<8, false>
+                                                 : sac_kernel<4, false>;
+          return ptx::launch_together(kernel, count * blocks, kThreads,
                                       shared_bytes((large ? 8 : 4) * floats), stream, launch);
         });
   });

@@ -20,7 +20,9 @@ MOPO_INLINE int round_up(int count, int multiple) { return (count + multiple - 1
 struct Matrix {
   float* data;
   int stride;
-  MOPO_METHOD float* at(int row) const { return data + static_cast<int64_t>(row) * stride; }
+  __device__ __forceinline__ float* at(int row) const {
+    return ptx::global(data + static_cast<int64_t>(row) * stride);
+  }
 };
 
 // A layer of one network.
@@ -181,7 +183,7 @@ __device__ __forceinline__ void multiply(const float* x, const float* m, int str
     const int end = (slice + 1) * count / slices;
 #pragma unroll(kRows > 8 ? 4 : 8)
     for (int k = slice * count / slices; k < end; ++k) {
-      const float4 weights = four(m + k * stride + 4 * quad);
+      const float4 weights = four(ptx::global(m) + k * stride + 4 * quad);
 #pragma unroll
       for (int row = 0; row < kRows; row += 4) {
         const float4 inputs = four(x + k * kStride + row);
@@ -282,7 +284,8 @@ __device__ __forceinline__ void train_square(const Layer& layer, const AdamStep&
   const int cell_k = cell / kCells * 4, cell_n = cell % kCells * 4;
   float sums[4][4] = {};
   if (first_k + cell_k <= layer.in && first_n + cell_n < layer.out) {
-    const float *inputs = layer.inputs.data + first_k + cell_k, *grads = layer.grads.data + first_n + cell_n;
+    const float *inputs = layer.inputs.at(0) + first_k + cell_k,
+                *grads = layer.grads.at(0) + first_n + cell_n;
 #pragma unroll 8
     for (int row = slice; row < count; row += kSlices) {
       const float4 x = four(inputs + row * layer.inputs.stride), g = four(grads + row * layer.grads.stride);

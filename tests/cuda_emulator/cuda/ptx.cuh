@@ -70,6 +70,11 @@ uint32_t pack(T, float low, float high) {
   return emulator::pack(emulator::operands(T{}), low, high);
 }
 
+template <class T>
+T* global(T* pointer) {
+  return pointer;
+}
+
 template <int kCluster, class Args>
 cudaError_t launch(void (*kernel)(Args), int blocks, int threads, int shared, cudaStream_t,
                    const Args& args) {

@@ -51,8 +51,8 @@ class Row:
     gflops: float
     """Arithmetic of the networks alone, two per multiply-add, / 1e9 per second."""
     peak_gflops: float
-    """Of the best of torch's own matrix products between the same rounds, on the same threads: of float32, on a
-    GPU of the first contender's dtype."""
+    """Of the best of torch's own matrix products between the same rounds, on the same threads: of float32, on
+    a GPU of the first contender's dtype."""
     share_of_peak: float
     """`gflops` over `peak_gflops`."""
     intensity: float

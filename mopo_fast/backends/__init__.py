@@ -213,8 +213,22 @@ def choose(name: str, dtype: str, device: torch.device, *, training: bool = Fals
     Raises:
         InputError: an unknown name, or one that cannot serve; says why.
     """
-    wanted = (os.environ.get("MOPO_FAST_BACKEND") or "auto") if name == "auto" else name
-    return _choose(wanted, dtype, device, training)
+    return _choose(_wanted(name), dtype, device, training)
+
+
+def choose_for_run(name: str, device: torch.device) -> str:
+    """The backend of a run's fit and SAC: one that makes rollouts alone leaves these to the best that can.
+
+    Raises:
+        InputError: as `choose`.
+    """
+    wanted = _wanted(name)
+    makes_rollouts_alone = wanted in _backends() and not _backends()[wanted].trains
+    return _choose("auto" if makes_rollouts_alone else wanted, "float32", device, True)
+
+
+def _wanted(name: str) -> str:
+    return (os.environ.get("MOPO_FAST_BACKEND") or "auto") if name == "auto" else name
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """Ensembles, policies and tolerances that the kernels' tests share."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -8,6 +9,7 @@ from mopo_fast.config import Activation
 from mopo_fast.data import Transitions
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.fit import Fit, _loss_gradient
+from mopo_fast.graph import Graph
 from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine
 from mopo_fast.sac import SAC
@@ -201,3 +203,27 @@ def random_transitions(
         raw_rewards=normal(count),
         penalties=normal(count),
     )
+
+
+class EagerGraph(Graph):
+    """Records nothing and does on the CPU what a `Graph` does on a GPU, the run that warms up included."""
+
+    def __init__(
+        self,
+        function: Callable[..., torch.Tensor],
+        arguments: Sequence[torch.Tensor],
+        state: Sequence[torch.Tensor],
+    ) -> None:
+        self.function, self.arguments = function, [argument.clone() for argument in arguments]
+        before = [tensor.detach().clone() for tensor in state]
+        # Once to warm up, once to record: neither may leave anything behind.
+        for _ in range(2):
+            function(*self.arguments)
+            with torch.no_grad():
+                for tensor, value in zip(state, before, strict=True):
+                    tensor.copy_(value)
+
+    def __call__(self, *arguments: torch.Tensor) -> torch.Tensor:
+        for mine, argument in zip(self.arguments, arguments, strict=True):
+            mine.copy_(argument)
+        return self.function(*self.arguments)

@@ -97,6 +97,14 @@ def test_a_fit_from_a_graph_is_as_good_as_on_the_cpu(tmp_path: Path) -> None:
     torch.testing.assert_close(losses["cuda"], losses["cpu"], rtol=1e-3, atol=1e-3)
 
 
+def test_on_the_gpu_every_member_sees_its_rows_in_a_new_order() -> None:
+    fit = Fit(random_transitions(500, 3, 2, seed=0), 0, FIT, "cuda", "reference")
+    first, second = (fit.shuffled(epoch).cpu() for epoch in range(2))
+    assert torch.equal(first, fit.shuffled(0).cpu()) and not torch.equal(first, second)
+    for order in (first, second):
+        assert torch.equal(order.sort(1).values, torch.from_numpy(fit.rows).sort(1).values)
+
+
 @pytest.mark.parametrize("backend", ["auto", "triton", "cuda"])
 def test_runs_on_the_gpu_can_be_stopped_and_gone_on_with(
     hopper_data: Path, tmp_path: Path, backend: str

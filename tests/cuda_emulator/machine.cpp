@@ -106,13 +106,18 @@ Block::Block(Cluster* cluster, int rank, int index, int threads, int shared)
       alive(threads),
       memory(new SharedMemory),
       copied(new SharedMemory),
-      landed(kSharedBytes / 16, Landed::kNever),
+      units(kSharedBytes / 16),
       warps((threads + 31) / 32),
       warpgroups((threads + 127) / 128) {
   // NaN as float, as half and as bfloat16.
   memset(memory->bytes, 0xFF, kSharedBytes);
   for (int id = 0; id < 16; ++id) named[id].id = id;
-  for (Warpgroup& warpgroup : warpgroups) warpgroup.block = this;
+  int count = 0;
+  for (Warpgroup& warpgroup : warpgroups) {
+    warpgroup.block = this;
+    warpgroup.index = count++;
+    warpgroup.number = 8 * rank + warpgroup.index;
+  }
 }
 
 Cluster::Cluster(const std::function<void()>& kernel, int first, int size, int threads_each, int shared,
@@ -149,7 +154,12 @@ void Cluster::happen() {
   pieces.erase(pieces.begin() + (choice - able.size()));
   memcpy(piece.block->at(piece.offset), piece.source, piece.bytes);
   memcpy(piece.block->copied->bytes + piece.offset, piece.source, piece.bytes);
-  std::fill_n(piece.block->landed.begin() + piece.offset / 16, piece.bytes / 16, Landed::kLanded);
+  for (uint32_t i = 0; i < piece.bytes / 16; ++i) {
+    Unit& unit = piece.block->units[piece.offset / 16 + i];
+    unit.copy = Unit::kLanded;
+    unit.barrier = piece.barrier;
+    unit.phase = piece.barrier->phase;
+  }
   piece.barrier->count_bytes(-static_cast<int64_t>(piece.bytes));
 }
 

@@ -61,6 +61,8 @@ BarrierState* find(const Block& block, const Barrier* barrier) {
   return number < cluster.barriers.size() ? &cluster.barriers[number] : nullptr;
 }
 
+}  // namespace
+
 BarrierState& barrier_of(Block& block, uint32_t offset) {
   BarrierState* state = find(block, reinterpret_cast<Barrier*>(block.at(offset)));
   if (state == nullptr || state->block != &block || state->offset != offset)
@@ -72,8 +74,6 @@ BarrierState& barrier_of(Block& block, uint32_t offset) {
   if (block.alive == 0) fail("the barrier at +%u of block %d, which has ended", offset, block.index);
   return *state;
 }
-
-}  // namespace
 
 std::string BarrierState::describe(const Thread& who) const {
   return text("barrier_wait(+%u, parity %u), in phase %llu, %u of %u arrivals and %lld bytes missing", offset,
@@ -148,31 +148,6 @@ void barrier_wait(Barrier* barrier, uint32_t parity) {
   while ((state.phase & 1) == parity) wait_for(state);
   self->clock.learn(state.told);
   self->clock.learn(state.number, state.phase);
-}
-
-// A copy is in flight until its bytes have landed; the source is read then.
-void bulk_load(void* shared, const void* global, uint32_t bytes, Barrier* barrier, uint16_t blocks) {
-  pause();
-  Cluster& cluster = *self->block->cluster;
-  const uint32_t offset = offset_of(shared, bytes), at = offset_of(barrier, sizeof *barrier);
-  const auto* source = static_cast<const unsigned char*>(global);
-  if (offset % 16 != 0 || bytes % 16 != 0 || bytes == 0 || reinterpret_cast<uintptr_t>(source) % 16 != 0)
-    fail("bulk_load of %u bytes from %p to +%u: not all multiples of 16", bytes, global, offset);
-  if (blocks == 0 || blocks >> cluster.blocks.size() != 0) fail("bulk_load to the blocks 0x%x", blocks);
-  for (Block& block : cluster.blocks) {
-    if ((blocks >> block.rank & 1) == 0) continue;
-    BarrierState& state = barrier_of(block, at);
-    if (!state.fenced) fail("bulk_load: the barrier at +%u is not fenced: fence_barrier_init", at);
-    check_copy_onto(block, offset, bytes);
-    memset(block.at(offset), 0xFF, bytes);
-    for (uint32_t i = 0; i < bytes / 16; ++i) block.units[offset / 16 + i].copy = Unit::kOnItsWay;
-    for (uint32_t done = 0; done < bytes;) {
-      uint32_t part = bytes - done;
-      if (cluster.schedule.chance(0.5)) part = 16 * (1 + cluster.schedule.below(part / 16));
-      cluster.pieces.push_back({&block, offset + done, part, source + done, &state});
-      done += part;
-    }
-  }
 }
 
 // ---- Named barriers: they count threads, warp by warp, and begin anew when all have come ----

@@ -152,15 +152,7 @@ void Cluster::happen() {
   if (choice < able.size()) return able[choice]->execute();
   const Piece piece = pieces[choice - able.size()];
   pieces.erase(pieces.begin() + (choice - able.size()));
-  memcpy(piece.block->at(piece.offset), piece.source, piece.bytes);
-  memcpy(piece.block->copied->bytes + piece.offset, piece.source, piece.bytes);
-  for (uint32_t i = 0; i < piece.bytes / 16; ++i) {
-    Unit& unit = piece.block->units[piece.offset / 16 + i];
-    unit.copy = Unit::kLanded;
-    unit.barrier = piece.barrier;
-    unit.phase = piece.barrier->phase;
-  }
-  piece.barrier->count_bytes(-static_cast<int64_t>(piece.bytes));
+  land(piece);
 }
 
 void Cluster::run() {

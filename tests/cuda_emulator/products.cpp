@@ -226,17 +226,4 @@ void products_wait(int pending) {
   });
 }
 
-// Onto the b of a product, which whoever copies must know to be done.
-void check_copy_onto(const Block& block, uint32_t offset, uint32_t bytes) {
-  for (uint32_t at = offset; at < offset + bytes; at += 16) {
-    const Unit& unit = block.units[at / 16];
-    if (unit.copy == Unit::kOnItsWay)
-      fail("a bulk copy to +%u of block %d, where another is on its way", at, block.index);
-    for (const Warpgroup& warpgroup : block.warpgroups)
-      if (unit.products[warpgroup.index] > self->clock.of(warpgroup.number))
-        fail("a bulk copy to +%u of block %d, onto b of a product of warpgroup %d that it knows no end of",
-             at, block.index, warpgroup.index);
-  }
-}
-
 }  // namespace mopo::emulator

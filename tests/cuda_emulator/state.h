@@ -224,6 +224,8 @@ void wait_for(Waitable& what);
 void pause();
 // Where in the block's shared memory, of which `bytes` from there on are used.
 uint32_t offset_of(const void* pointer, uint32_t bytes);
-void check_copy_onto(const Block& block, uint32_t offset, uint32_t bytes);
+// The barrier there, if the thread may use it.
+BarrierState& barrier_of(Block& block, uint32_t offset);
+void land(const Piece& piece);
 
 }  // namespace mopo::emulator

@@ -58,10 +58,16 @@ MOPO_INLINE V penalise(Penalty penalty, int count, int obs_dim, Mean mean, Varia
     return total * share;
   };
   if (penalty == Penalty::kMaxDeviation) {
-    for (int i = 0; i < count; ++i) {
-      Sum<V> total;
-      for (int d = first; d < obs_dim; d += apart) total.add(square(mean(i, d) - centre(d)));
-      largest = nan_max(largest, sum(total.value));
+    // Some members at a time: more sums than a GPU has registers for would go to its memory.
+    constexpr int kTogether = 4;
+    for (int i = 0; i < count; i += kTogether) {
+      Sum<V> totals[kTogether];
+      for (int d = first; d < obs_dim; d += apart) {
+        const V middle = centre(d);
+        for (int j = 0; j < kTogether; ++j)
+          if (i + j < count) totals[j].add(square(mean(i + j, d) - middle));
+      }
+      for (int j = 0; j < kTogether; ++j) largest = nan_max(largest, sum(totals[j].value));
     }
     return sqrt(largest);
   }

@@ -29,7 +29,7 @@ from kernel_cases import (
 )
 
 from mopo_fast import backends
-from mopo_fast.backends import philox
+from mopo_fast.backends import philox, record
 from mopo_fast.backends import triton as host
 from mopo_fast.backends.pack import pack
 from mopo_fast.config import ACTIVATIONS, PENALTIES
@@ -205,7 +205,7 @@ def test_splits_do_not_matter(case: Case) -> None:
 def test_a_batch_may_take_turns(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, policy, start = case
     whole = engine.rollout(policy, start, 2, seed=1)
-    monkeypatch.setattr(host, "_RECORD_BYTES", 100 * 2 * 4 * (11 + 3 + 5))
+    monkeypatch.setattr(record, "RECORD_BYTES", 100 * 2 * 4 * (11 + 3 + 5))
     assert_same(engine.rollout(policy, start, 2, seed=1), whole)
 
 

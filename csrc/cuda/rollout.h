@@ -23,7 +23,7 @@ struct Record {
 
 struct RolloutArgs {
   // All weights in the order of their use in a step (mopo_fast/backends/stream.py), and the chunks' sizes.
-  const unsigned char* stream;
+  const unsigned char* weights;
   const int32_t* chunk_bytes;
   int chunks;
 
@@ -59,18 +59,15 @@ struct RolloutArgs {
   float* mean;  // [members][batch][obs_dim + 1] or null, of the last step
   float* std;   // likewise
 
-  float* scratch;  // `scratch_floats` for each of `blocks`
+  float* scratch;  // [blocks][members][slots][2][256 threads][2]
   int blocks;      // even
 };
 
-// Which kernel: its class of sizes. Every hidden layer is padded to `width`, 200 or 256; an observation and
-// the reward to 4 `slots`, 20 or 32 dimensions.
-struct RolloutClass {
-  bool bfloat16;  // of the products' factors, else float16
-  int width, slots;
-};
-
-cudaError_t rollout(const RolloutArgs& args, RolloutClass which, cudaStream_t stream);
+// With products in float16 or bfloat16, of a class of sizes: every hidden layer of the dynamics is padded to
+// `width`, 200 or 256; an observation and the reward together to 4 `slots`, 20 or 32 dimensions. At most 8
+// dimensions of an action, and 256 of a hidden layer of the policy.
+cudaError_t rollout_float16(const RolloutArgs& args, int width, int slots, cudaStream_t stream);
+cudaError_t rollout_bfloat16(const RolloutArgs& args, int width, int slots, cudaStream_t stream);
 
 // The ring that a record's rows are copied into; as in csrc/rollout.h, those after the terminals may be null.
 struct CompactArgs {

@@ -1,3 +1,9 @@
-#include "rollout_sm90.cuh"
+#include "cuda/rollout_sm90.cuh"
 
-template cudaError_t mopo::cuda::rollout<__nv_bfloat16>(const RolloutArgs&, int, int, cudaStream_t);
+namespace mopo::cuda {
+
+cudaError_t rollout_bfloat16(const RolloutArgs& args, int width, int slots, cudaStream_t stream) {
+  return launch<__nv_bfloat16>(args, width, slots, stream);
+}
+
+}  // namespace mopo::cuda

@@ -7,16 +7,16 @@
 // what it gets from them: nothing passes between threads but sums over a row's four.
 #pragma once
 
-#include "../philox.h"
 #include "cuda/ptx.cuh"
-#include "rollout.h"
+#include "cuda/rollout.h"
+#include "philox.h"
 
 namespace mopo::cuda {
 
 MOPO_INLINE float select(bool mask, float yes, float no) { return mask ? yes : no; }
 MOPO_INLINE float sqrt(float x) { return sqrtf(x); }
 
-#include "../spec.h"
+#include "spec.h"
 
 constexpr int kTile = 128;                       // rollouts of a block
 constexpr int kConsumers = 2 * ptx::kWarpgroup;  // threads that multiply
@@ -68,7 +68,7 @@ __device__ __forceinline__ void produce(const RolloutArgs& args) {
   uint32_t n = 0;
   for (int row = first_tile(); is_tile(row, args.batch); row += next_tile())
     for (int t = 0; t < args.horizon; ++t) {
-      const unsigned char* chunk = args.stream;
+      const unsigned char* chunk = args.weights;
 #pragma unroll 1
       for (int i = 0; i < args.chunks; ++i, ++n) {
         const uint32_t bytes = args.chunk_bytes[i], half = bytes / kCluster;
@@ -233,9 +233,9 @@ struct Share {
   const RolloutArgs& args;
   const int q;
   float2* predictions;  // mean and variance: [members][kObsSlots][2], kConsumers apart
-  int first_row;
-  int t;
-  uint32_t alive;  // a bit for each row
+  int first_row = 0;
+  int t = 0;
+  uint32_t alive = 0;  // a bit for each row
 
   __device__ __forceinline__ int row(int half) const { return first_row + 8 * half; }
   __device__ __forceinline__ bool exists(int half) const { return row(half) < args.batch; }
@@ -304,8 +304,7 @@ struct Share {
       }
   }
 
-  __device__ __forceinline__ void predict(Consumer& consumer, int member,
-                                          const float (&heads)[4 * kObsSlots]) const {
+  __device__ __forceinline__ void predict(int member, const float (&heads)[4 * kObsSlots]) const {
 #pragma unroll
     for (int at = 0; at < kObsSlots; ++at) {
       const int d = 4 * at + q, dims = args.obs_dim + 1;
@@ -394,7 +393,7 @@ struct Share {
       for (int i = 0; i < 4 * kInputSteps; ++i) inputs[i / 4][i % 4] = kept[i * kConsumers];
       float heads[4 * kObsSlots];
       network<kWidth>(consumer, kType, args.activation, args.hidden_layers, inputs, heads);
-      predict(consumer, member, heads);
+      predict(member, heads);
     }
 #pragma unroll 1
     for (int half = 0; half < 2; ++half) finish(half);
@@ -434,12 +433,11 @@ __global__ void __launch_bounds__(kThreads, 1) rollout_kernel(const __grid_const
 }
 
 template <class T>
-cudaError_t rollout(const RolloutArgs& args, int width, int slots, cudaStream_t stream) {
-  const auto launch = [&](auto kernel) {
-    return ptx::launch<kCluster>(kernel, args.blocks, kThreads, kSharedBytes, stream, args);
-  };
-  if (slots == 5) return width == 200 ? launch(rollout_kernel<T, 200, 5>) : launch(rollout_kernel<T, 256, 5>);
-  return width == 200 ? launch(rollout_kernel<T, 200, 8>) : launch(rollout_kernel<T, 256, 8>);
+cudaError_t launch(const RolloutArgs& args, int width, int slots, cudaStream_t stream) {
+  const bool narrow = width == 200;
+  const auto kernel = slots == 5 ? (narrow ? rollout_kernel<T, 200, 5> : rollout_kernel<T, 256, 5>)
+                                 : (narrow ? rollout_kernel<T, 200, 8> : rollout_kernel<T, 256, 8>);
+  return ptx::launch<kCluster>(kernel, args.blocks, kThreads, kSharedBytes, stream, args);
 }
 
 }  // namespace mopo::cuda

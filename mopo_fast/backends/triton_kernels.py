@@ -198,16 +198,29 @@ def _store(
     """out = activation(x @ weight + bias) for a tile."""
     lane = tl.arange(0, ROWS)
     for block in tl.static_range(_blocks(N, BLOCK_N)):
-        first, columns = _first(N, BLOCK_N, block), _width(N, BLOCK_N, block)
+        first = _first(N, BLOCK_N, block)
         total = _columns(x, x_stride, weight, bias, first, K, N, OPERANDS, HELD,
-                         ROWS, columns, BLOCK_N, BLOCK_K)  # fmt: skip
-        pointers = _at(out, lane, first + tl.arange(0, columns), out_stride)
+                         ROWS, _width(N, BLOCK_N, block), BLOCK_N, BLOCK_K)  # fmt: skip
+        pointers = _at(out, lane, first + tl.arange(0, total.shape[1]), out_stride)
         if ACTIVATION == "linear":
             tl.store(pointers, total)
         else:
             _store_factor(pointers, _activate(total, ACTIVATION, OPERANDS), None, OPERANDS)
     # What one thread has written, another reads.
     tl.debug_barrier()
+
+
+@triton.constexpr_function
+def _integer(dtype):
+    return tl.int16 if dtype.primitive_bitwidth == 16 else tl.int32
+
+
+@triton.jit
+def _bitcast(blocks, DTYPE: tl.constexpr):
+    cast = ()
+    for block in tl.static_range(len(blocks)):
+        cast = cast + (blocks[block].to(DTYPE, bitcast=True),)
+    return cast
 
 
 @triton.jit
@@ -226,11 +239,18 @@ def _network(
         x = _hold(x, WIDTH, weight, bias, SIZES[0], N, ACTIVATION, OPERANDS, False, ROWS, BLOCK_N, BLOCK_K)
         weight += SIZES[0] * N
         bias += N
-        # A loop, so that a layer's weights come in while the one before is multiplied.
+        # A loop, so that a layer's weights come in while the one before is multiplied. It carries integers:
+        # Triton multiplies from registers what is made in the loop, but not what the loop carries as it is.
+        FACTOR: tl.constexpr = weight.dtype.element_ty
+        BITS: tl.constexpr = _integer(FACTOR)
+        carried = _bitcast(x, BITS)
         for _ in range(LAYERS - 2):
-            x = _hold(x, WIDTH, weight, bias, N, N, ACTIVATION, OPERANDS, True, ROWS, BLOCK_N, BLOCK_K)
+            x = _hold(_bitcast(carried, FACTOR), WIDTH, weight, bias, N, N, ACTIVATION, OPERANDS, True,
+                      ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
+            carried = _bitcast(x, BITS)
             weight += N * N
             bias += N
+        x = _bitcast(carried, FACTOR)
     else:
         for layer in tl.static_range(LAYERS - 1):
             _store(x, WIDTH, weight, bias, here, WIDTH, SIZES[layer], SIZES[layer + 1],

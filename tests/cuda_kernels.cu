@@ -214,10 +214,10 @@ cudaError_t product(int columns, const ProductArgs& args) {
       return product<T, 40>(args);
     case 64:
       return product<T, 64>(args);
-    case 128:
-      return product<T, 128>(args);
     case 200:
       return product<T, 200>(args);
+    case 256:
+      return product<T, 256>(args);
     default:
       return cudaErrorInvalidValue;
   }

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 KERNELS = Path(__file__).with_name("cuda_kernels.cu")
-COLUMNS = (16, 40, 64, 128, 200)
+COLUMNS = (16, 40, 64, 200, 256)
 # In the order of cuda_kernels.cu's Fault; and what the emulator says, or "" where a NaN shows.
 FAULTS = {
-    "kNoFullWait": "b of a product at .* where (no bulk copy was made|a bulk copy has not landed yet)",
-    "kEarlyRelease": "a bulk copy to .* where b of a product is that nobody has waited for",
+    "kNoFullWait": "b of a product at .* where (no bulk copy was made|a bulk copy has not landed yet)|not waited for",
+    "kEarlyRelease": "a bulk copy to .*, onto b of a product of warpgroup [01] that it knows no end of",
     "kOneRelease": "deadlock:(.|\n)*barrier_wait.*, [1-4] of 4 arrivals",
-    "kExtraRelease": "more arrivals in a phase than its [14]",
+    "kExtraRelease": "more arrivals in a phase than its [14]|that it knows no end of",
     "kEarlyRead": "",
     "kEarlyWrite": "d was written to while products add to it",
     "kNoBegin": "a product without products_begin since a pack",
@@ -106,11 +106,11 @@ def test_a_cluster_fills_a_ring_together(kernels: ctypes.CDLL, seed: int) -> Non
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_is_wrong_is_found(kernels: ctypes.CDLL, fault: str) -> None:
-    """By most of the schedules, and with the reason by one at least."""
+    """By nearly all schedules, and with the reason by one at least."""
     number = 1 + list(FAULTS).index(fault)
     runs = [run_pipeline(kernels, number, seed) for seed in range(8)]
     right = [told == "" and np.array_equal(d, expected) for told, d, expected in runs]
-    assert sum(right) <= 3
+    assert sum(right) <= 1
     if FAULTS[fault]:
         assert any(re.search(FAULTS[fault], told) for told, _, _ in runs), {told for told, _, _ in runs}
     else:

@@ -1,9 +1,15 @@
 """The CUDA kernels against the oracle, on a GPU and in the emulator; what they are compiled to."""
 
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import cuda_emulator
 import pytest
@@ -25,11 +31,14 @@ from kernel_cases import (
     narrow_box,
     oracle,
 )
+from torch.nn import functional
 
 from mopo_fast import backends
-from mopo_fast.backends import BackendStatus, philox, record
+from mopo_fast.backends import BackendStatus, DynamicsArrays, PolicyArrays, philox, record
 from mopo_fast.backends import cuda as host
+from mopo_fast.backends.stream import SLOT_BYTES, stream
 from mopo_fast.config import ACTIVATIONS, PENALTIES
+from mopo_fast.ensemble import mlp, round_factor
 from mopo_fast.errors import InputError
 from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine
@@ -303,6 +312,116 @@ def test_auto_falls_to_another_backend(device: str, monkeypatch: pytest.MonkeyPa
         engine.rollout(policy, start, 1, seed=0),
         oracle(engine, "float16").rollout(policy, start, 1, seed=0),
     )
+
+
+@pytest.mark.parametrize(("hidden", "obs_dim"), [((200, 200), 17), ((33, 256), 27)])
+def test_the_stream_holds_the_networks(hidden: tuple[int, ...], obs_dim: int) -> None:
+    """Multiplied as it lies there, with inputs where a thread of the kernel puts them."""
+    width, slots, dims, act_dim = max(hidden), 5 if obs_dim < 20 else 8, obs_dim + 1, 6
+    engine = RolloutEngine(make_ensemble(obs_dim, act_dim, members=3, hidden=hidden, activation="relu"))
+    actor = make_policy(obs_dim, act_dim, hidden=(256, 100))
+    dynamics = DynamicsArrays(*engine._dynamics(), "max_aleatoric", 1.0)
+    policy = PolicyArrays(*engine._policy(actor), "relu", -5.0, 2.0)
+    packed = stream(dynamics, policy, "float16", width, slots)
+    assert packed.chunk_bytes.sum() == len(packed.data)
+    assert packed.chunk_bytes.max() <= SLOT_BYTES and not (packed.chunk_bytes % 128).any()
+    position = 0
+
+    def take(count: int, dtype: torch.dtype) -> torch.Tensor:
+        nonlocal position
+        begin, position = position, position + count * dtype.itemsize
+        return packed.data[begin:position].view(dtype).float()
+
+    def network(x: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+        for columns in sizes:
+            bias = take(columns + -columns % 32, torch.float32)[:columns]
+            x = functional.pad(x, (0, -x.shape[1] % 16))
+            cores = take(x.shape[1] * columns, torch.float16).reshape(-1, 2, columns // 8, 8, 8)
+            total = bias + x @ cores.permute(0, 1, 4, 2, 3).reshape(-1, columns)
+            x = torch.relu(total)
+        return total
+
+    def fragment(x: torch.Tensor, of: int) -> torch.Tensor:
+        """Slot i of thread q of a k-step of 16 is input 8 (i / 2) + 2 q + i % 2, and dimension 4 i + q."""
+        inputs = torch.zeros(len(x), of + -of % 16)
+        for d in range(x.shape[1]):
+            slot, q = divmod(d, 4)
+            inputs[:, 16 * (slot // 4) + 8 * (slot % 4 // 2) + 2 * q + slot % 2] = x[:, d]
+        return inputs
+
+    observations, actions = inputs(50, obs_dim, act_dim)
+    heads = network(fragment(observations, 4 * slots), [256, 256, 16])
+    rounded = [round_factor(weight, "float16") for weight in policy.weights]
+    expected = mlp(observations, rounded, policy.biases, "relu")
+    torch.testing.assert_close(heads[:, : 2 * act_dim : 2], expected[:, :act_dim])
+    torch.testing.assert_close(heads[:, 1 : 2 * act_dim : 2], expected[:, act_dim:])
+    assert not heads[:, 2 * act_dim :].any()
+    rounded = [round_factor(weight, "float16") for weight in dynamics.weights]
+    x = torch.cat([observations, actions], dim=1)
+    together = torch.cat([functional.pad(observations, (0, 4 * slots - obs_dim)), actions], dim=1)
+    for expected in mlp(x, rounded, dynamics.biases, "relu"):
+        heads = network(fragment(together, 4 * slots + 8), [*(width for _ in hidden), 8 * slots])
+        torch.testing.assert_close(heads[:, : 2 * dims : 2], expected[:, :dims])
+        torch.testing.assert_close(heads[:, 1 : 2 * dims : 2], expected[:, dims:])
+        assert not heads[:, 2 * dims :].any()
+    assert position == len(packed.data)
+
+
+class Compiled(NamedTuple):
+    """What ptxas says of the kernels of a file, and their machine code by the kernel's name."""
+
+    report: str
+    code: dict[str, str]
+
+
+@pytest.fixture(scope="session", params=DTYPES)
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    """For an H100, which need not be there."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("needs nvcc")
+    triton = importlib.util.find_spec("triton")
+    beside = [] if triton is None else triton.submodule_search_locations or []
+    folders = [f"{folder}/backends/nvidia/bin" for folder in beside]
+    disassembler = shutil.which("nvdisasm", path=os.pathsep.join([*folders, os.environ["PATH"]]))
+    if disassembler is None:
+        pytest.skip("needs nvdisasm, of the CUDA toolkit or of Triton")
+    cubin = tmp_path_factory.mktemp("cuda") / f"{request.param}.cubin"
+    command = [nvcc, "-std=c++20", "-O3", "-prec-div=false", "-prec-sqrt=false", "-Xptxas=-v", "-I", CSRC]
+    command += ["-gencode=arch=compute_90a,code=sm_90a", "-cubin", "-o", cubin]
+    command += [CSRC / "cuda" / f"rollout_{request.param}.cu"]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    command = [disassembler, "-c", cubin]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    _, *parts = re.split(r"^\.text\.(\S*rollout_kernel\S*):", text, flags=re.MULTILINE)
+    return Compiled(report, dict(zip(parts[::2], parts[1::2], strict=True)))
+
+
+@pytest.mark.slow
+def test_the_registers_suffice(compiled: Compiled) -> None:
+    """Of which a thread that multiplies has 240; else ptxas would take memory, or make the products wait."""
+    assert compiled.report.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == 4
+    assert compiled.report.count("Used 168 registers") == len(compiled.code) == 4
+    # Warnings of products that wait for one another, of setmaxnreg that is ignored, and their like.
+    assert "(C75" not in compiled.report and "warning" not in compiled.report
+
+
+@pytest.mark.slow
+def test_the_machine_code(compiled: Compiled) -> None:
+    for name, code in compiled.code.items():
+        width, slots = map(int, re.findall(r"Li(\d+)E", name))
+        # Both factors' sizes, and the left one in registers.
+        products = re.findall(r"HGMMA\.64x(\d+)x16\.F32(?:\.BF16)? R\d+, R\d+, gdesc", code)
+        assert len(products) == code.count("HGMMA")
+        depth, inputs = -(-width // 16), -(-(slots + 2) // 4)
+        expected = Counter({"256": 2 + 16, "16": 16})
+        expected += Counter({str(width): inputs + depth, str(8 * slots): depth})
+        assert Counter(products) == expected, name
+        for instruction in ("UBLKCP.S.G.MULTICAST", "USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xf0", "MUFU.TANH"):
+            assert instruction in code, name
+        # Nothing in local memory; and no fence to L2, nor the first-level cache emptied, but by cluster_sync.
+        assert not re.search(r"\b(LDL|STL)\b", code), name
+        assert code.count("MEMBAR.ALL.GPU") == code.count("CCTL.IVALL") == 2, name
 
 
 def test_why_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

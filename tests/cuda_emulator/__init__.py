@@ -46,10 +46,11 @@ def _finish(process: "subprocess.Popen[str]") -> None:
 
 
 def build_extension(folder: Path) -> ModuleType:
-    """The package's CUDA extension, to run on CPU tensors."""
+    """The package's CUDA extension, to run on CPU tensors; as it is in the folder, if it is."""
     target = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     sources = [CSRC / "bind_cuda.cpp", *sorted((CSRC / "cuda").glob("*.cu"))]
-    build(target, sources, [pybind11.get_include(), sysconfig.get_paths()["include"]])
+    if not target.exists():
+        build(target, sources, [pybind11.get_include(), sysconfig.get_paths()["include"]])
     spec = importlib.util.spec_from_file_location("mopo_fast._cuda", target)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -11,7 +11,8 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.inl csrc/cpu/*.cpp)
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.inl csrc/cpu/*.cpp \
+    csrc/cuda/*.h csrc/cuda/*.cuh csrc/cuda/*.cu)
 CPP_OF_TESTS := $(wildcard $(addprefix tests/,*.cu cuda_emulator/*.h cuda_emulator/*.cpp cuda_emulator/cuda/*))
 
 .PHONY: install demo test lint format bench bench-compare sanitize sanitize-threads clean

@@ -27,14 +27,15 @@ constexpr int kActionSlots = 2;
 constexpr int kSlots = 8;
 constexpr int kSlotBytes = 26880;
 constexpr int kBarrierBytes = 2 * kSlots * sizeof(ptx::Barrier);
-constexpr int kSharedBytes = kSlots * kSlotBytes + kBarrierBytes + 12 * 4 * kConsumers;
+// The inputs of the ensemble, four words a k-step, lie behind it.
+constexpr int kMaxInputSteps = 3;
+constexpr int kSharedBytes = kSlots * kSlotBytes + kBarrierBytes + 4 * kMaxInputSteps * 4 * kConsumers;
 
 MOPO_INLINE constexpr int round_up(int count, int multiple) {
   return (count + multiple - 1) / multiple * multiple;
 }
 
-// ---- The ring: chunk n lies in slot n % kSlots, and that slot's barriers are in their phase n / kSlots.
-// ----
+// ---- The ring: chunk n lies in slot n % kSlots, whose barriers are in phase n / kSlots ----
 
 __device__ __forceinline__ unsigned char* slot(uint32_t n) {
   return ptx::dynamic_shared() + n % kSlots * kSlotBytes;
@@ -54,8 +55,7 @@ __device__ __forceinline__ void init_ring() {
   ptx::fence_barrier_init();
 }
 
-// The first row of the block's first tile; it goes on by that of all blocks, until the cluster's rows are
-// out.
+// The row that a block's tiles start at; all blocks go on alike, and both of a cluster until both are done.
 __device__ __forceinline__ int first_tile() { return blockIdx.x * kTile; }
 __device__ __forceinline__ int next_tile() { return gridDim.x * kTile; }
 __device__ __forceinline__ bool is_tile(int row, int batch) {
@@ -83,12 +83,6 @@ __device__ __forceinline__ void produce(const RolloutArgs& args) {
 // ---- Products and activations ----
 
 constexpr int kPolicyWidth = 256;
-
-// Behind the ring: a thread's inputs of the ensemble, kConsumers apart.
-__device__ __forceinline__ uint32_t* kept_inputs() {
-  return reinterpret_cast<uint32_t*>(ptx::dynamic_shared() + kSlots * kSlotBytes + kBarrierBytes) +
-         threadIdx.x;
-}
 
 // One of the two warpgroups that multiply.
 struct Consumer {
@@ -120,6 +114,7 @@ struct Consumer {
         release(n - 2);
       }
     }
+    // What is under way keeps the tensor cores busy until the other group's first product.
     pass_turn();
     ptx::products_wait<0>();
     ptx::keep(d);
@@ -231,6 +226,7 @@ struct Share {
   static constexpr int kPolicySteps = round_up(kObsSlots, 4) / 4;
   static constexpr int kInputSteps = round_up(kObsSlots + kActionSlots, 4) / 4;
   static constexpr T kType{};
+  static_assert(kInputSteps <= kMaxInputSteps);
 
   const RolloutArgs& args;
   const int q;
@@ -407,8 +403,9 @@ struct Share {
       if (at >= kObsSlots + kActionSlots || action >= args.act_dim) return 0.0f;
       return standardised(actions[at - kObsSlots][half], args.obs_dim + action);
     });
-    // Kept where they take no registers from the products.
-    uint32_t* kept = kept_inputs();
+    // Kept where they take no registers from the products, kConsumers apart.
+    unsigned char* behind_ring = ptx::dynamic_shared() + kSlots * kSlotBytes + kBarrierBytes;
+    uint32_t* kept = reinterpret_cast<uint32_t*>(behind_ring) + threadIdx.x;
 #pragma unroll
     for (int i = 0; i < 4 * kInputSteps; ++i) kept[i * kConsumers] = inputs[i / 4][i % 4];
 #pragma unroll 1

@@ -100,6 +100,7 @@ struct Consumer {
   __device__ __forceinline__ void multiply(T type, const uint32_t (&a)[kSteps][4], float (&d)[kCount]) {
     constexpr int kColumns = 2 * kCount, kImage = 32 * kColumns, kBias = round_up(4 * kColumns, 128);
     constexpr int kChunk = (kSlotBytes - kBias) / kImage;  // k-steps
+    static_assert(kSteps <= kChunk * kSlots, "the other group waits with the layer before");
     const unsigned char* image = wait();
     load_bias(image, d);
     image += kBias;
@@ -108,10 +109,11 @@ struct Consumer {
 #pragma unroll
     for (int first = 0; first < kSteps; first += kChunk) {
       if (first > 0) image = wait();
+      const uint64_t matrix = ptx::matrix(image, kImage / 2, 128);
       ptx::products_begin();
 #pragma unroll
       for (int s = first; s < kSteps && s < first + kChunk; ++s)
-        ptx::multiply_add(type, d, a[s], ptx::matrix(image + (s - first) * kImage, kImage / 2, 128));
+        ptx::multiply_add(type, d, a[s], ptx::behind(matrix, (s - first) * kImage));
       ptx::products_commit();
       if (first > 0) {
         ptx::products_wait<1>();
@@ -244,8 +246,11 @@ struct Share {
   __device__ __forceinline__ float2& prediction(int member, int d, int half) const {
     return predictions[((member * kObsSlots + d / 4) * 2 + half) * kConsumers];
   }
-  __device__ __forceinline__ PhiloxBlock random(int half, Stream stream, uint32_t block) const {
-    return random_block(args.rows[row(half)], args.first_step + t, stream, block, args.seed);
+  __device__ __forceinline__ int64_t number(int half) const {
+    return exists(half) ? args.rows[row(half)] : 0;
+  }
+  __device__ __forceinline__ PhiloxBlock random(int64_t number, Stream stream, uint32_t block) const {
+    return random_block(number, args.first_step + t, stream, block, args.seed);
   }
 
   __device__ __forceinline__ float observation(int d, int half) const {
@@ -285,22 +290,23 @@ struct Share {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int d = 4 * at + q;
-        float& action = actions[at][half];
-        action = 0.0f;
-        if (d >= args.act_dim || !is_alive(half)) continue;
+        const bool taken = d < args.act_dim && is_alive(half);
         float& recorded = args.record.actions[record(half) * args.act_dim + d];
+        float action = 0.0f;
         if (args.policy_hidden_layers == 0) {
-          action = recorded;
-          continue;
+          if (taken) action = recorded;
+        } else {
+          action = heads[4 * at + 2 * half];
+          if (!args.deterministic) {
+            float log_std = heads[4 * at + 2 * half + 1];
+            log_std = log_std < args.log_std_min ? args.log_std_min : log_std;
+            log_std = log_std > args.log_std_max ? args.log_std_max : log_std;
+            action += expf(log_std) * normal(random(number(half), kActionStream, at), q);
+          }
+          action = tanhf(action);
+          if (taken) recorded = action;
         }
-        action = heads[4 * at + 2 * half];
-        if (!args.deterministic) {
-          float log_std = heads[4 * at + 2 * half + 1];
-          log_std = log_std < args.log_std_min ? args.log_std_min : log_std;
-          log_std = log_std > args.log_std_max ? args.log_std_max : log_std;
-          action += expf(log_std) * normal(random(half, kActionStream, at), q);
-        }
-        recorded = action = tanhf(action);
+        actions[at][half] = action;
       }
   }
 
@@ -325,6 +331,33 @@ struct Share {
     }
   }
 
+  // The drawn member, and a sample of its Gaussian.
+  __device__ __forceinline__ int draw(int half, float (&samples)[kObsSlots]) const {
+    const int64_t row_number = number(half);
+    const uint32_t elite = choose(random(row_number, kMemberStream, 0).word[0], args.num_elites);
+    const int member = static_cast<int>(args.elites[elite]);
+#pragma unroll
+    for (int at = 0; at < kObsSlots; ++at) {
+      const int d = 4 * at + q;
+      const float2 gaussian = d <= args.obs_dim ? prediction(member, d, half) : float2{0.0f, 0.0f};
+      samples[at] = gaussian.x + sqrtf(gaussian.y) * normal(random(row_number, kNoiseStream, at), q);
+    }
+    return member;
+  }
+
+  // No member, and the mean of all members' means.
+  __device__ __forceinline__ int average(int half, float (&samples)[kObsSlots]) const {
+#pragma unroll
+    for (int at = 0; at < kObsSlots; ++at) {
+      const int d = 4 * at + q;
+      samples[at] = 0.0f;
+      for (int member = 0; d <= args.obs_dim && member < args.members; ++member)
+        samples[at] += prediction(member, d, half).x;
+      samples[at] /= static_cast<float>(args.members);
+    }
+    return -1;
+  }
+
   // Penalty, sample, termination and record of one row.
   __device__ __forceinline__ void finish(int half) {
     const bool on = is_alive(half);
@@ -333,27 +366,18 @@ struct Share {
         args.penalty, args.num_penalty_members, obs_dim,
         [&](int i, int d) { return prediction(args.penalty_members[i], d, half).x; },
         [&](int i, int d) { return prediction(args.penalty_members[i], d, half).y; }, q, 4, quad_sum);
-    int drawn = -1;
-    if (on && !args.deterministic)
-      drawn = args.elites[choose(random(half, kMemberStream, 0).word[0], args.num_elites)];
+    float samples[kObsSlots];
+    const int drawn = args.deterministic ? average(half, samples) : draw(half, samples);
     float raw_reward = 0.0f, not_finite = 0.0f, outside = 0.0f;
-    for (int d = q; on && d <= obs_dim; d += 4) {
-      float sample = 0.0f;
-      if (args.deterministic) {
-        for (int member = 0; member < args.members; ++member) sample += prediction(member, d, half).x;
-        sample /= static_cast<float>(args.members);
-      } else {
-        const float2 gaussian = prediction(drawn, d, half);
-        sample = gaussian.x + sqrtf(gaussian.y) * normal(random(half, kNoiseStream, d / 4), q);
-      }
-      if (d == obs_dim) {
-        raw_reward = sample;
-      } else {
-        const float x = observation(d, half) + sample;
-        args.record.next_observations[record(half) * obs_dim + d] = x;
-        not_finite += !is_finite(x);
-        outside += !(x >= args.low[d] && x <= args.high[d]);
-      }
+#pragma unroll
+    for (int at = 0; at < kObsSlots; ++at) {
+      const int d = 4 * at + q;
+      if (d == obs_dim) raw_reward = samples[at];
+      if (!on || d >= obs_dim) continue;
+      const float x = observation(d, half) + samples[at];
+      args.record.next_observations[record(half) * obs_dim + d] = x;
+      not_finite += !is_finite(x);
+      outside += !(x >= args.low[d] && x <= args.high[d]);
     }
     raw_reward = quad_sum(raw_reward);
     const float reward = raw_reward - args.penalty_coef * penalty;

@@ -13,8 +13,6 @@
 
 namespace mopo {
 
-constexpr int kMaxMembers = 32;
-
 // The order is that of mopo_fast/config.py.
 enum class Activation : int { kSilu, kRelu, kTanh };
 enum class Penalty : int { kMaxAleatoric, kMaxDeviation, kMaxPairwise, kEnsembleStd, kMixtureStd };

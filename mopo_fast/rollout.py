@@ -19,6 +19,7 @@ from mopo_fast.backends import (
     PolicyArrays,
     Settings,
     StepResult,
+    network_sizes,
 )
 from mopo_fast.backends.reference import act, rollout_by_steps
 from mopo_fast.buffer import RingBuffer
@@ -82,7 +83,10 @@ class RolloutEngine:
         # Of the arrays.
         self.dtype = torch.float64 if dtype == "float64" else torch.float32
         self.device = ensemble.input_mean.device
-        self.backend = backends.choose(backend, self.operands, self.device)
+        self._wanted_backend = backend
+        self.backend = backends.choose(
+            backend, self.operands, self.device, ensemble=network_sizes(ensemble.weights)
+        )
         self.threads = resolve_threads(threads)
         self.termination_function: TerminationFunction | None = None
         if callable(termination):
@@ -191,7 +195,8 @@ class RolloutEngine:
             alone, as views of the ring (a copy where they wrap around its end).
 
         Raises:
-            InputError: an argument has a wrong shape, type, device or value.
+            InputError: an argument has a wrong shape, type, device or value, or the backend that was asked
+                for cannot serve such a policy.
         """
         ensemble = self.ensemble
         start = self._checked("start_observations", start_observations, ensemble.obs_dim)
@@ -269,11 +274,20 @@ class RolloutEngine:
             _as_int64(settings.seed),
             settings.deterministic,
             settings.operands,
-            self.backend,
+            self._backend_for(policy),
             settings.threads,
         )
         count, cut = counts.tolist()
         return count, cut
+
+    def _backend_for(self, policy: Actor) -> str:
+        """The engine's, or another where that cannot serve such a policy."""
+        sizes = network_sizes(self.ensemble.weights), network_sizes(policy.weights)
+        if backends.get_backend(self.backend).refusal(self.operands, self.device, *sizes) is None:
+            return self.backend
+        return backends.choose(
+            self._wanted_backend, self.operands, self.device, ensemble=sizes[0], policy=sizes[1]
+        )
 
     def _by_steps(
         self,

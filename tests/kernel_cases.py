@@ -1,11 +1,12 @@
-"""Ensembles, policies and tolerances that the kernels' tests share."""
+"""Ensembles, policies, tolerances and checks that the kernels' tests share."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
 
-from mopo_fast.config import Activation
+from mopo_fast.buffer import RingBuffer
+from mopo_fast.config import PENALTIES, Activation
 from mopo_fast.data import Transitions
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.fit import Fit, _loss_gradient
@@ -135,6 +136,153 @@ def assert_same(a: Transitions, b: Transitions) -> None:
     assert left.keys() == right.keys()
     for name in left:
         assert torch.equal(left[name], right[name]), name
+
+
+def check_rounded_step(
+    engine: RolloutEngine, batch: int, *, deterministic: bool = False, apart: float = 0.5
+) -> None:
+    """With rounded factors: as accurate as PyTorch with the same roundings, far larger than float32's.
+
+    And no further from it than `apart` of its error.
+    """
+    ensemble = engine.ensemble
+    observations, actions = (
+        array.to(engine.device) for array in inputs(batch, ensemble.obs_dim, ensemble.act_dim)
+    )
+    call = {"seed": 5, "distributions": True, "deterministic": deterministic}
+    kernel = engine.step(observations, actions, **call)
+    same, float32 = (
+        oracle(engine, dtype).step(observations, actions, **call) for dtype in (engine.operands, "float32")
+    )
+    exact = oracle(engine, "float64").step(observations.double(), actions.double(), **call)
+    assert torch.equal(kernel.members, exact.members)
+    for name in ("next_observations", "rewards", "raw_rewards", "penalties", "mean", "std"):
+        ours, theirs, plain, truth = (getattr(result, name) for result in (kernel, same, float32, exact))
+        assert_as_accurate(ours, theirs, truth, name)
+        error = (theirs - truth).norm()
+        assert (ours - theirs).norm() < apart * error, name
+        assert error > 30.0 * (plain - truth).norm(), name
+
+
+def check_rounded_policy(engine: RolloutEngine, policy: Actor, start: torch.Tensor) -> None:
+    """`check_rounded_step` of a policy's actions."""
+    kernel = engine.rollout(policy, start, 1, seed=3)
+    same, float32 = (
+        oracle(engine, dtype).rollout(policy, start, 1, seed=3) for dtype in (engine.operands, "float32")
+    )
+    exact = oracle(engine, "float64").rollout(policy, start.double(), 1, seed=3)
+    assert_as_accurate(kernel.actions, same.actions, exact.actions, "actions")
+    error = (same.actions - exact.actions).norm()
+    assert (kernel.actions - same.actions).norm() < 0.5 * error
+    assert error > 30.0 * (float32.actions - exact.actions).norm()
+
+
+def check_actions(engine: RolloutEngine, policy: Actor, start: torch.Tensor) -> None:
+    """A policy's actions in float32."""
+    kernel = engine.rollout(policy, start, 1, seed=1)
+    same = oracle(engine, "float32").rollout(policy, start, 1, seed=1)
+    exact = oracle(engine, "float64").rollout(policy, start.double(), 1, seed=1)
+    assert_as_accurate(kernel.actions, same.actions, exact.actions, "actions")
+
+
+def check_rollout(
+    engine: RolloutEngine, policy: Actor, start: torch.Tensor, horizon: int, *, ended: int = 0
+) -> None:
+    """Rollouts in float32 against the oracle; at least `ended` of them end in a terminal."""
+    kernel = engine.rollout(policy, start, horizon, seed=3)
+    same = oracle(engine, "float32").rollout(policy, start, horizon, seed=3)
+    exact = oracle(engine, "float64").rollout(policy, start.double(), horizon, seed=3)
+    assert kernel.terminals.sum() >= ended
+    for name in ("rollout_index", "step", "members", "terminals"):
+        assert torch.equal(getattr(kernel, name), getattr(exact, name)), name
+    for name in ("observations", "actions", "next_observations", "rewards", "raw_rewards", "penalties"):
+        assert_as_accurate(getattr(kernel, name), getattr(same, name), getattr(exact, name), name)
+
+
+def check_made_of_steps(engine: RolloutEngine, policy: Actor, start: torch.Tensor, horizon: int) -> None:
+    """A rollout is what single steps give, bit for bit, in the order of the start states."""
+    whole = engine.rollout(policy, start, horizon, seed=9)
+    following = start
+    rows = torch.arange(len(start), device=start.device)
+    for t in range(horizon):
+        part = whole[whole.step == t]
+        assert torch.equal(part.rollout_index, rows)
+        assert torch.equal(part.observations, following)
+        result = engine.step(part.observations, part.actions, seed=9, step=t, rows=rows)
+        for field in dataclasses.fields(result):
+            if field.name not in ("mean", "std"):
+                assert torch.equal(getattr(part, field.name), getattr(result, field.name)), field.name
+        following, rows = result.next_observations[~result.terminals], rows[~result.terminals]
+    order = whole.rollout_index * horizon + whole.step
+    assert (order.diff() > 0).all()
+
+
+def check_split(
+    engine: RolloutEngine, policy: Actor, start: torch.Tensor, horizon: int, *, split: int
+) -> None:
+    """Two calls give what one does: another split, other places in the tiles."""
+    rows = torch.arange(len(start), device=start.device) + 10**10
+    whole = engine.rollout(policy, start, horizon, seed=1, rows=rows)
+    parts = [
+        engine.rollout(policy, start[at], horizon, seed=1, rows=rows[at])
+        for at in (slice(split), slice(split, None))
+    ]
+    for name, array in whole.arrays().items():
+        assert torch.equal(array, torch.cat([getattr(part, name) for part in parts])), name
+
+
+def check_ring(
+    engine: RolloutEngine, policy: Actor, start: torch.Tensor, horizon: int, *, capacity: int
+) -> None:
+    """Columns of a table, written in place, wrapping around, and nothing but the new rows is touched."""
+    expected = engine.rollout(policy, start, horizon, seed=1)
+    count = len(expected)
+    ring = RingBuffer(capacity, start.shape[1], expected.actions.shape[1], start.device)
+    ring.storage.rewards.fill_(float("nan"))
+    ring.head = head = capacity - count // 2
+    result = engine.rollout(policy, start, horizon, seed=1, out=ring)
+    assert set(result.arrays()) == set(ring.storage.arrays())
+    for name, array in result.arrays().items():
+        assert torch.equal(array, getattr(expected, name)), name
+    assert 0 < ring.head == count - count // 2 < head and ring.size == count
+    assert torch.equal(ring.storage.rewards[: ring.head], expected.rewards[count // 2 :])
+    assert ring.storage.rewards[ring.head : head].isnan().all()
+
+
+def check_terminals(
+    engine: RolloutEngine, policy: Actor, start: torch.Tensor, horizon: int, box: Box
+) -> None:
+    """Terminal rows are kept and end the rollout; all others reach the horizon."""
+    whole = engine.rollout(policy, start, horizon, seed=2)
+    assert torch.equal(whole.terminals, ~box.contains(whole.next_observations))
+    last = torch.cat([whole.rollout_index.diff() != 0, torch.ones_like(whole.terminals[:1])])
+    assert whole.terminals.any() and not whole.terminals[~last].any()
+    assert (whole.step[last & ~whole.terminals] == horizon - 1).all()
+    assert whole.rollout_index[last].equal(torch.arange(len(start), device=start.device))
+
+
+def check_not_finite(
+    make_engine: Callable[..., RolloutEngine],
+    ensemble: EnsembleDynamics,
+    policy: Actor,
+    start: torch.Tensor,
+    member: int,
+) -> None:
+    """One member overflows where an observation is large: its rows go, and all rows that it penalises."""
+    with torch.no_grad():
+        ensemble.weights[0][member, 0, :] = 3e38
+    start = start.clone()
+    start[::5, 0] = 1e5
+    for penalty in PENALTIES:
+        engine = make_engine(ensemble, penalty=penalty, termination=None)
+        kernel = engine.rollout(policy, start, 1, seed=1)
+        exact = oracle(engine, "float32").rollout(policy, start, 1, seed=1)
+        assert kernel.info["non_finite"] == exact.info["non_finite"] > 0
+        assert torch.equal(kernel.rollout_index, exact.rollout_index)
+        kernel.validate()
+        step = engine.step(start, start.new_zeros(len(start), ensemble.act_dim), seed=1)
+        finite = torch.isfinite(step.next_observations).all(1) & torch.isfinite(step.rewards)
+        assert torch.equal(step.terminals, ~finite) and not finite.all()
 
 
 def assert_trained_alike(

@@ -1,6 +1,5 @@
 """The Triton kernels against the float64 oracle: on a GPU where there is one, else interpreted."""
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -11,9 +10,17 @@ from typing import Any
 import pytest
 import torch
 from kernel_cases import (
-    assert_as_accurate,
     assert_same,
+    check_actions,
+    check_made_of_steps,
+    check_not_finite,
+    check_ring,
+    check_rollout,
+    check_rounded_policy,
+    check_rounded_step,
+    check_split,
     check_step,
+    check_terminals,
     inputs,
     make_ensemble,
     make_policy,
@@ -22,10 +29,9 @@ from kernel_cases import (
 )
 
 from mopo_fast import backends
-from mopo_fast.backends import philox
+from mopo_fast.backends import philox, record
 from mopo_fast.backends import triton as host
 from mopo_fast.backends.pack import pack
-from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import ACTIVATIONS, PENALTIES
 from mopo_fast.data import Transitions
 from mopo_fast.ensemble import round_factor
@@ -130,12 +136,7 @@ def test_the_canonical_ensemble() -> None:
 def test_the_canonical_policy() -> None:
     """Its actions, and what follows from them."""
     engine = make_engine(make_ensemble(17, 6, members=1, hidden=(200,) * 4))
-    policy, start = make_policy(17, 6, hidden=(256, 256)), make_start(200, 17)
-    kernel = engine.rollout(policy, start, 2, seed=1)
-    same = oracle(engine, "float32").rollout(policy, start, 2, seed=1)
-    exact = oracle(engine, "float64").rollout(policy, start.double(), 2, seed=1)
-    for name in ("actions", "next_observations", "rewards"):
-        assert_as_accurate(getattr(kernel, name), getattr(same, name), getattr(exact, name), name)
+    check_rollout(engine, make_policy(17, 6, hidden=(256, 256)), make_start(200, 17), 2)
 
 
 def test_deterministic_is_the_mean_over_all_members() -> None:
@@ -145,30 +146,14 @@ def test_deterministic_is_the_mean_over_all_members() -> None:
 @pytest.mark.parametrize("dtype", ROUNDED)
 @pytest.mark.parametrize("hidden", [(200, 200), (33, 51), ()])
 def test_rounded_factors(dtype: str, hidden: tuple[int, ...]) -> None:
-    """As accurate as PyTorch with the same roundings, which are far larger than float32's."""
     engine = make_engine(make_ensemble(17, 6, members=3, hidden=hidden), dtype=dtype, penalty="mixture_std")
-    observations, actions = (array.to(DEVICE) for array in inputs(200, 17, 6))
-    call = {"seed": 5, "distributions": True}
-    kernel = engine.step(observations, actions, **call)
-    same, float32 = (oracle(engine, name).step(observations, actions, **call) for name in (dtype, "float32"))
-    exact = oracle(engine, "float64").step(observations.double(), actions.double(), **call)
-    for name in ("next_observations", "rewards", "raw_rewards", "penalties", "mean", "std"):
-        ours, theirs, plain, truth = (getattr(result, name) for result in (kernel, same, float32, exact))
-        assert_as_accurate(ours, theirs, truth, name)
-        error = (theirs - truth).norm()
-        assert (ours - theirs).norm() < 0.5 * error, name
-        assert error > 30.0 * (plain - truth).norm(), name
+    check_rounded_step(engine, 200)
 
 
 @pytest.mark.parametrize("dtype", ROUNDED)
 def test_rounded_factors_of_the_policy(dtype: str) -> None:
     engine = make_engine(make_ensemble(11, 3, members=2), dtype=dtype)
-    policy, start = make_policy(11, 3), make_start(300, 11)
-    kernel = engine.rollout(policy, start, 1, seed=3)
-    same = oracle(engine, dtype).rollout(policy, start, 1, seed=3)
-    exact = oracle(engine, "float64").rollout(policy, start.double(), 1, seed=3)
-    assert_as_accurate(kernel.actions, same.actions, exact.actions, "actions")
-    assert (kernel.actions - same.actions).norm() < 0.5 * (same.actions - exact.actions).norm()
+    check_rounded_policy(engine, make_policy(11, 3), make_start(300, 11))
 
 
 def test_tfloat32_is_rounded_to_nearest_and_keeps_what_is_not_finite() -> None:
@@ -204,82 +189,32 @@ def case(request: pytest.FixtureRequest) -> Case:
 def test_rollout_against_the_oracle(case: Case, penalty: str) -> None:
     engine, policy, start = case
     engine = make_engine(engine.ensemble, penalty=penalty, termination=narrow_box(11))
-    kernel = engine.rollout(policy, start, 4, seed=3)
-    same = oracle(engine, "float32").rollout(policy, start, 4, seed=3)
-    exact = oracle(engine, "float64").rollout(policy, start.double(), 4, seed=3)
-    assert kernel.terminals.sum() > 30
-    for name in ("rollout_index", "step", "members", "terminals"):
-        assert torch.equal(getattr(kernel, name), getattr(exact, name)), name
-    for name in ("observations", "actions", "next_observations", "rewards", "raw_rewards", "penalties"):
-        assert_as_accurate(getattr(kernel, name), getattr(same, name), getattr(exact, name), name)
+    check_rollout(engine, policy, start, 4, ended=30)
 
 
 @pytest.mark.parametrize("case", ["float32", "float16"], indirect=True)
 def test_rollout_is_made_of_steps(case: Case) -> None:
-    engine, policy, start = case
-    whole = engine.rollout(policy, start, 3, seed=9)
-    following = start
-    rows = torch.arange(len(start), device=DEVICE)
-    for t in range(3):
-        part = whole[whole.step == t]
-        assert torch.equal(part.rollout_index, rows)
-        assert torch.equal(part.observations, following)
-        result = engine.step(part.observations, part.actions, seed=9, step=t, rows=rows)
-        for field in dataclasses.fields(result):
-            if field.name not in ("mean", "std"):
-                assert torch.equal(getattr(part, field.name), getattr(result, field.name)), field.name
-        following, rows = result.next_observations[~result.terminals], rows[~result.terminals]
-    order = whole.rollout_index * 3 + whole.step
-    assert (order.diff() > 0).all()
+    check_made_of_steps(*case, 3)
 
 
 @pytest.mark.parametrize("case", ["float32", "float16"], indirect=True)
 def test_splits_do_not_matter(case: Case) -> None:
-    """Another split, other places in the tiles."""
-    engine, policy, start = case
-    split = 37
-    rows = torch.arange(len(start), device=DEVICE) + 10**10
-    whole = engine.rollout(policy, start, 2, seed=1, rows=rows)
-    parts = [
-        engine.rollout(policy, start[at], 2, seed=1, rows=rows[at])
-        for at in (slice(split), slice(split, None))
-    ]
-    for name, array in whole.arrays().items():
-        assert torch.equal(array, torch.cat([getattr(part, name) for part in parts])), name
+    check_split(*case, 2, split=37)
 
 
 def test_a_batch_may_take_turns(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, policy, start = case
     whole = engine.rollout(policy, start, 2, seed=1)
-    monkeypatch.setattr(host, "_RECORD_BYTES", 100 * 2 * 4 * (11 + 3 + 5))
+    monkeypatch.setattr(record, "RECORD_BYTES", 100 * 2 * 4 * (11 + 3 + 5))
     assert_same(engine.rollout(policy, start, 2, seed=1), whole)
 
 
 def test_ring(case: Case) -> None:
-    """Columns of a table, written in place, wrapping around, and nothing but the new rows is touched."""
-    engine, policy, start = case
-    expected = engine.rollout(policy, start, 2, seed=1)
-    ring = RingBuffer(400, 11, 3, DEVICE)
-    ring.storage.rewards.fill_(float("nan"))
-    ring.head = 300
-    result = engine.rollout(policy, start, 2, seed=1, out=ring)
-    assert set(result.arrays()) == set(ring.storage.arrays())
-    for name, array in result.arrays().items():
-        assert torch.equal(array, getattr(expected, name)), name
-    count = len(expected)
-    assert count > 200 and ring.head == (300 + count) % 400 and ring.size == count
-    assert torch.equal(ring.storage.rewards[: ring.head], expected.rewards[100:])
-    assert ring.storage.rewards[ring.head : 300].isnan().all()
+    check_ring(*case, 2, capacity=400)
 
 
 def test_terminal_rows_are_kept_and_end_the_rollout(case: Case) -> None:
-    engine, policy, start = case
-    whole = engine.rollout(policy, start, 3, seed=2)
-    assert torch.equal(whole.terminals, ~narrow_box(11).contains(whole.next_observations))
-    last = torch.cat([whole.rollout_index.diff() != 0, torch.tensor([True], device=DEVICE)])
-    assert not whole.terminals[~last].any()
-    assert (whole.step[last & ~whole.terminals] == 2).all()
-    assert whole.rollout_index[last].equal(torch.arange(len(start), device=DEVICE))
+    check_terminals(*case, 3, narrow_box(11))
 
 
 def test_deterministic_rollout(case: Case) -> None:
@@ -294,23 +229,8 @@ def test_deterministic_rollout(case: Case) -> None:
 
 @pytest.mark.parametrize("member", [0, 2])
 def test_what_is_not_finite_is_not_kept(member: int) -> None:
-    """One member overflows where an observation is large: its rows go, and all rows that it penalises."""
     ensemble = make_ensemble(11, 3, members=3, elites=3, hidden=(16,))
-    with torch.no_grad():
-        ensemble.weights[0][member, 0, :] = 3e38
-    start = make_start(70, 11)
-    start[::5, 0] = 1e5
-    policy = make_policy(11, 3, hidden=())
-    for penalty in PENALTIES:
-        engine = make_engine(ensemble, penalty=penalty, termination=None)
-        kernel = engine.rollout(policy, start, 1, seed=1)
-        exact = oracle(engine, "float32").rollout(policy, start, 1, seed=1)
-        assert kernel.info["non_finite"] == exact.info["non_finite"] > 0
-        assert torch.equal(kernel.rollout_index, exact.rollout_index)
-        kernel.validate()
-        step = engine.step(start, torch.zeros(70, 3, device=DEVICE), seed=1)
-        finite = torch.isfinite(step.next_observations).all(1) & torch.isfinite(step.rewards)
-        assert torch.equal(step.terminals, ~finite) and not finite.all()
+    check_not_finite(make_engine, ensemble, make_policy(11, 3, hidden=()), make_start(70, 11), member)
 
 
 def test_nothing_finite_at_all() -> None:
@@ -325,10 +245,7 @@ def test_log_std_is_clipped(case: Case) -> None:
     engine, policy, start = case
     with torch.no_grad():
         policy.biases[-1][3:] = torch.tensor([50.0, -50.0, float(policy.log_std_max)])
-    kernel = engine.rollout(policy, start, 1, seed=1)
-    same = oracle(engine, "float32").rollout(policy, start, 1, seed=1)
-    exact = oracle(engine, "float64").rollout(policy, start.double(), 1, seed=1)
-    assert_as_accurate(kernel.actions, same.actions, exact.actions, "actions")
+    check_actions(engine, policy, start)
 
 
 @pytest.mark.slow

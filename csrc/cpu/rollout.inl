@@ -202,7 +202,7 @@ struct Chunk {
       const vf u = penalise<vf>(
           args.penalty, static_cast<int>(args.num_penalty_members), static_cast<int>(obs_dim),
           [&](int i, int d) { return mean(args.penalty_members[i], d); },
-          [&](int i, int d) { return variance(args.penalty_members[i], d); });
+          [&](int i, int d) { return variance(args.penalty_members[i], d); }, 0, 1, [](vf x) { return x; });
       const vf raw_reward = sample(obs_dim);
       const vf penalised = raw_reward - args.penalty_coef * u;
       vi is_inside = ~vi{}, all_finite = is_finite(penalised);

@@ -46,25 +46,27 @@ __device__ __forceinline__ void barrier_arrive_expect(Barrier* barrier, uint32_t
                : "memory");
 }
 
-// Arrive at the barrier in the same place of the cluster's block `rank`.
+// Arrive at the barrier in the same place of the cluster's block `rank`. What it orders are this block's
+// accesses to its own shared memory: a release to the cluster would wait for all that is under way to L2.
 __device__ __forceinline__ void barrier_arrive_at(Barrier* barrier, uint32_t rank) {
   asm volatile(
       "{\n"
       ".reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
       "}" ::"r"(shared_address(barrier)),
       "r"(rank)
       : "memory");
 }
 
-// Wait until the phase of this parity has ended; a barrier begins in phase 0.
+// Wait until the phase of this parity has ended; a barrier begins in phase 0. An acquire from the cluster
+// would empty the first-level cache.
 __device__ __forceinline__ void barrier_wait(Barrier* barrier, uint32_t parity) {
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
       "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@done bra finished;\n"
       "bra again;\n"
       "finished:\n"
@@ -136,6 +138,9 @@ __device__ __forceinline__ uint64_t matrix(const void* shared, uint32_t rows_apa
          static_cast<uint64_t>(rows_apart >> 4) << 16 | static_cast<uint64_t>(columns_apart >> 4) << 32;
 }
 
+// The matrix that lies `bytes` (a multiple of 16) behind another, cut likewise.
+__device__ __forceinline__ uint64_t behind(uint64_t matrix, uint32_t bytes) { return matrix + (bytes >> 4); }
+
 // Before the first product, and wherever registers of d or a have been written since the last.
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
@@ -188,16 +193,20 @@ MOPO_PRODUCTS(16, "%0,%1,%2,%3,%4,%5,%6,%7", 8, 9, 10, 11, 12, MOPO_R1(0), MOPO_
 MOPO_PRODUCTS(40, MOPO_D10() "," MOPO_D10(1), 20, 21, 22, 23, 24, MOPO_R10(), MOPO_R10(1))
 MOPO_PRODUCTS(64, MOPO_D10() "," MOPO_D10(1) "," MOPO_D10(2) "," MOPO_D1(30) "," MOPO_D1(31), 32, 33, 34, 35,
               36, MOPO_R10(), MOPO_R10(1), MOPO_R10(2), MOPO_R1(30), MOPO_R1(31))
-MOPO_PRODUCTS(128,
-              MOPO_D10() "," MOPO_D10(1) "," MOPO_D10(2) "," MOPO_D10(3) "," MOPO_D10(4) "," MOPO_D10(
-                  5) "," MOPO_D1(60) "," MOPO_D1(61) "," MOPO_D1(62) "," MOPO_D1(63),
-              64, 65, 66, 67, 68, MOPO_R10(), MOPO_R10(1), MOPO_R10(2), MOPO_R10(3), MOPO_R10(4), MOPO_R10(5),
-              MOPO_R1(60), MOPO_R1(61), MOPO_R1(62), MOPO_R1(63))
 MOPO_PRODUCTS(200,
               MOPO_D10() "," MOPO_D10(1) "," MOPO_D10(2) "," MOPO_D10(3) "," MOPO_D10(4) "," MOPO_D10(
                   5) "," MOPO_D10(6) "," MOPO_D10(7) "," MOPO_D10(8) "," MOPO_D10(9),
               100, 101, 102, 103, 104, MOPO_R10(), MOPO_R10(1), MOPO_R10(2), MOPO_R10(3), MOPO_R10(4),
               MOPO_R10(5), MOPO_R10(6), MOPO_R10(7), MOPO_R10(8), MOPO_R10(9))
+MOPO_PRODUCTS(256,
+              MOPO_D10() "," MOPO_D10(1) "," MOPO_D10(2) "," MOPO_D10(3) "," MOPO_D10(4) "," MOPO_D10(
+                  5) "," MOPO_D10(6) "," MOPO_D10(7) "," MOPO_D10(8) "," MOPO_D10(9) "," MOPO_D10(
+                  10) "," MOPO_D10(11) "," MOPO_D1(120) "," MOPO_D1(121) "," MOPO_D1(122) "," MOPO_D1(
+                  123) "," MOPO_D1(124) "," MOPO_D1(125) "," MOPO_D1(126) "," MOPO_D1(127),
+              128, 129, 130, 131, 132, MOPO_R10(), MOPO_R10(1), MOPO_R10(2), MOPO_R10(3), MOPO_R10(4),
+              MOPO_R10(5), MOPO_R10(6), MOPO_R10(7), MOPO_R10(8), MOPO_R10(9), MOPO_R10(10), MOPO_R10(11),
+              MOPO_R1(120), MOPO_R1(121), MOPO_R1(122), MOPO_R1(123), MOPO_R1(124), MOPO_R1(125),
+              MOPO_R1(126), MOPO_R1(127))
 
 #undef MOPO_PRODUCTS
 #undef MOPO_PRODUCT

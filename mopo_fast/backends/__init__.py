@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -129,6 +130,16 @@ class BackendStatus:
     by_name_only: bool = False
 
 
+# Of a network: inputs, hidden layers, outputs.
+Sizes = tuple[int, ...]
+
+
+def network_sizes(weights: Iterable[torch.Tensor]) -> Sizes:
+    """From weights [..., in, out]."""
+    first, *others = (weight.shape[-2:] for weight in weights)
+    return (*first, *(size for _, size in others))
+
+
 class Backend(Protocol):
     """What every backend offers. Arguments are valid; nothing is checked again.
 
@@ -141,8 +152,13 @@ class Backend(Protocol):
     def status(self) -> BackendStatus:
         """Available on this machine?"""
 
-    def refusal(self, dtype: str, device: torch.device) -> str | None:
-        """Why this backend cannot serve one of `config.ROLLOUT_DTYPES` on a device, or None where it can."""
+    def refusal(
+        self, dtype: str, device: torch.device, ensemble: Sizes | None = None, policy: Sizes | None = None
+    ) -> str | None:
+        """Why this backend cannot serve one of `config.ROLLOUT_DTYPES` on a device, or None where it can.
+
+        For rollouts the sizes are given, the policy's once it is known.
+        """
 
     def step(
         self,
@@ -172,16 +188,23 @@ class Backend(Protocol):
 @functools.cache
 def _backends() -> dict[str, Backend]:
     from mopo_fast.backends.cpu import CpuBackend
+    from mopo_fast.backends.cuda import CudaBackend
     from mopo_fast.backends.reference import ReferenceBackend
     from mopo_fast.backends.triton import TritonBackend
 
     # Best first.
-    backends: list[Backend] = [CpuBackend(), TritonBackend(), ReferenceBackend()]
+    backends: list[Backend] = [CpuBackend(), CudaBackend(), TritonBackend(), ReferenceBackend()]
     return {backend.name: backend for backend in backends}
 
 
 def _reason_against(
-    candidate: Backend, wanted: str, dtype: str, device: torch.device, training: bool
+    candidate: Backend,
+    wanted: str,
+    dtype: str,
+    device: torch.device,
+    training: bool,
+    ensemble: Sizes | None,
+    policy: Sizes | None,
 ) -> str | None:
     status = candidate.status()
     if not status.available:
@@ -190,7 +213,7 @@ def _reason_against(
         return "makes rollouts, does not train"
     if status.by_name_only and wanted != candidate.name:
         return f"{status.reason}, serves where it is asked for by name"
-    return candidate.refusal(dtype, device)
+    return candidate.refusal(dtype, device, ensemble, policy)
 
 
 def available() -> list[BackendStatus]:
@@ -203,17 +226,25 @@ def get_backend(name: str) -> Backend:
     return _backends()[name]
 
 
-def choose(name: str, dtype: str, device: torch.device, *, training: bool = False) -> str:
+def choose(
+    name: str,
+    dtype: str,
+    device: torch.device,
+    *,
+    training: bool = False,
+    ensemble: Sizes | None = None,
+    policy: Sizes | None = None,
+) -> str:
     """The backend to use: `name`, or for "auto" MOPO_FAST_BACKEND, else the best that can serve.
 
-    For rollouts, or for `training`, that is SAC and the fit.
+    For rollouts of networks of these sizes, or for `training`, that is SAC and the fit.
 
     The choice and the reasons against better ones are logged once.
 
     Raises:
         InputError: an unknown name, or one that cannot serve; says why.
     """
-    return _choose(_wanted(name), dtype, device, training)
+    return _choose(_wanted(name), dtype, device, training, ensemble, policy)
 
 
 def choose_for_run(name: str, device: torch.device) -> str:
@@ -224,7 +255,7 @@ def choose_for_run(name: str, device: torch.device) -> str:
     """
     wanted = _wanted(name)
     makes_rollouts_alone = wanted in _backends() and not _backends()[wanted].trains
-    return _choose("auto" if makes_rollouts_alone else wanted, "float32", device, True)
+    return _choose("auto" if makes_rollouts_alone else wanted, "float32", device, True, None, None)
 
 
 def _wanted(name: str) -> str:
@@ -232,7 +263,14 @@ def _wanted(name: str) -> str:
 
 
 @functools.cache
-def _choose(wanted: str, dtype: str, device: torch.device, training: bool) -> str:
+def _choose(
+    wanted: str,
+    dtype: str,
+    device: torch.device,
+    training: bool,
+    ensemble: Sizes | None,
+    policy: Sizes | None,
+) -> str:
     names = ", ".join(_backends())
     if wanted != "auto" and wanted not in _backends():
         raise InputError(f"unknown backend {wanted!r}; there are: auto, {names}")
@@ -240,7 +278,7 @@ def _choose(wanted: str, dtype: str, device: torch.device, training: bool) -> st
     for candidate in _backends().values():
         if wanted not in ("auto", candidate.name):
             continue
-        reason = _reason_against(candidate, wanted, dtype, device, training)
+        reason = _reason_against(candidate, wanted, dtype, device, training, ensemble, policy)
         if reason is None:
             against = f" ({'; '.join(reasons)})" if reasons else ""
             logger.info("backend: %s%s", candidate.name, against)

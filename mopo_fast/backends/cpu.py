@@ -15,6 +15,7 @@ from mopo_fast.backends import (
     DynamicsArrays,
     PolicyArrays,
     Settings,
+    Sizes,
     StepResult,
 )
 from mopo_fast.config import ACTIVATIONS, PENALTIES, DynamicsConfig, SACConfig
@@ -316,7 +317,9 @@ class CpuBackend:
         except InputError as error:
             return BackendStatus(self.name, False, str(error))
 
-    def refusal(self, dtype: str, device: torch.device) -> str | None:
+    def refusal(
+        self, dtype: str, device: torch.device, ensemble: Sizes | None = None, policy: Sizes | None = None
+    ) -> str | None:
         if device.type != "cpu":
             return f"serves CPU tensors, not {device}"
         if dtype not in ("float32", "bfloat16"):

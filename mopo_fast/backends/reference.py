@@ -13,6 +13,7 @@ from mopo_fast.backends import (
     DynamicsArrays,
     PolicyArrays,
     Settings,
+    Sizes,
     StepResult,
 )
 from mopo_fast.backends.philox import (
@@ -176,7 +177,9 @@ class ReferenceBackend:
     def status(self) -> BackendStatus:
         return BackendStatus(self.name, True, "plain PyTorch, always there")
 
-    def refusal(self, dtype: str, device: torch.device) -> str | None:
+    def refusal(
+        self, dtype: str, device: torch.device, ensemble: Sizes | None = None, policy: Sizes | None = None
+    ) -> str | None:
         return None
 
     def step(

@@ -3,7 +3,7 @@
 import functools
 import importlib
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -14,36 +14,40 @@ from mopo_fast.backends import (
     DynamicsArrays,
     PolicyArrays,
     Settings,
+    Sizes,
     StepResult,
 )
 from mopo_fast.backends.pack import PackedNetwork, pack, storage_dtype
+from mopo_fast.backends.record import Record, recorded_rollout, recorded_step
 
 _SERVED = ("float32", "tfloat32", "bfloat16", "float16")
-# Of a call's record; a larger batch takes its turns.
-_RECORD_BYTES = 1 << 28
 # Rows that one program of the second kernel copies.
 _COPIED_ROWS = 128
 
 
 class Tile(NamedTuple):
-    """What a program multiplies at a time: `rows`, at most `columns` outputs, at most `depth` inputs."""
+    """What a program multiplies at a time: `rows`, at most `columns` outputs, at most `depth` inputs.
+
+    Layers at most `held` wide pass their activations on in registers.
+    """
 
     rows: int
     columns: int
     depth: int
     warps: int
     stages: int
+    held: int
 
 
 # Products in float32 take registers where the others take tensor cores.
 _TILES = {
-    "float32": Tile(64, 64, 16, 4, 2),
-    "tfloat32": Tile(64, 128, 32, 4, 3),
-    "bfloat16": Tile(128, 128, 64, 8, 3),
-    "float16": Tile(128, 128, 64, 8, 3),
+    "float32": Tile(64, 64, 16, 4, 2, 0),
+    "tfloat32": Tile(64, 128, 32, 4, 3, 0),
+    "bfloat16": Tile(128, 128, 64, 8, 2, 256),
+    "float16": Tile(128, 128, 64, 8, 2, 256),
 }
 # Interpreted, an operation takes as long for few numbers as for many.
-_INTERPRETED = Tile(128, 128, 64, 1, 1)
+_INTERPRETED = Tile(128, 128, 64, 1, 1, 256)
 
 
 @functools.cache
@@ -61,39 +65,6 @@ def _kernels() -> ModuleType:
     return module
 
 
-class _Record(NamedTuple):
-    """What rollouts leave behind: [batch, horizon, ...] each, of which the first `lengths` [batch] exist."""
-
-    actions: torch.Tensor
-    rewards: torch.Tensor
-    next_observations: torch.Tensor
-    terminals: torch.Tensor
-    raw_rewards: torch.Tensor
-    penalties: torch.Tensor
-    members: torch.Tensor
-    lengths: torch.Tensor
-    cut: torch.Tensor
-
-
-def _empty_record(start: torch.Tensor, act_dim: int, horizon: int) -> _Record:
-    batch, obs_dim = start.shape
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=start.device)
-
-    return _Record(
-        actions=empty(batch, horizon, act_dim),
-        rewards=empty(batch, horizon),
-        next_observations=empty(batch, horizon, obs_dim),
-        terminals=empty(batch, horizon, dtype=torch.bool),
-        raw_rewards=empty(batch, horizon),
-        penalties=empty(batch, horizon),
-        members=empty(batch, horizon, dtype=torch.int32),
-        lengths=empty(batch, dtype=torch.int32),
-        cut=empty(batch, dtype=torch.int32),
-    )
-
-
 def _programs(tiles: int, warps: int, device: torch.device) -> int:
     """As many as run at a time; each takes tile after tile, so that their scratch stays in cache."""
     if device.type == "cpu":
@@ -108,7 +79,7 @@ def _run(
     policy: PolicyArrays | None,
     start: torch.Tensor,
     rows: torch.Tensor,
-    record: _Record,
+    record: Record,
     settings: Settings,
     *,
     horizon: int = 1,
@@ -168,6 +139,7 @@ def _run(
         OPERANDS=settings.operands,
         WIDTH=width,
         HEADS=heads,
+        HELD=tile.held,
         ROWS=tile.rows,
         BLOCK_N=tile.columns,
         BLOCK_K=tile.depth,
@@ -176,7 +148,7 @@ def _run(
     )
 
 
-def _compact(start: torch.Tensor, rows: torch.Tensor, record: _Record, out: Destination, head: int) -> None:
+def _compact(start: torch.Tensor, rows: torch.Tensor, record: Record, out: Destination, head: int) -> None:
     """Copy the record's rows that exist into the ring, from row `head` on."""
     batch, horizon = record.rewards.shape
     targets = [out.arrays.get(name) for name in ROLLOUT_ARRAYS]
@@ -226,7 +198,9 @@ class TritonBackend:
         reason = f"{torch.cuda.get_device_name()}; not tested on a GPU yet"
         return BackendStatus(self.name, True, reason, by_name_only=True)
 
-    def refusal(self, dtype: str, device: torch.device) -> str | None:
+    def refusal(
+        self, dtype: str, device: torch.device, ensemble: Sizes | None = None, policy: Sizes | None = None
+    ) -> str | None:
         interpreted = _kernels().INTERPRETED
         if dtype not in _SERVED:
             return f"serves {', '.join(_SERVED)}, not {dtype}"
@@ -247,36 +221,10 @@ class TritonBackend:
         distributions: bool,
         settings: Settings,
     ) -> StepResult:
-        batch, obs_dim = observations.shape
-        record = _empty_record(observations, 0, 1)._replace(actions=actions)
-        packed = pack(dynamics.weights, dynamics.biases, settings.operands)
-        mean = std = None
-        if distributions:
-            shape = (len(packed.weights), batch, obs_dim + 1)
-            mean, std = observations.new_empty(shape), observations.new_empty(shape)
-        with torch.cuda.device_of(observations):
-            _run(
-                dynamics,
-                (packed, None),
-                None,
-                observations,
-                rows,
-                record,
-                settings,
-                first_step=step,
-                mean=mean,
-                std=std,
-            )
-        return StepResult(
-            next_observations=record.next_observations.squeeze(1),
-            rewards=record.rewards.squeeze(1),
-            terminals=record.terminals.squeeze(1),
-            raw_rewards=record.raw_rewards.squeeze(1),
-            penalties=record.penalties.squeeze(1),
-            members=record.members.squeeze(1),
-            mean=mean,
-            std=std,
-        )
+        networks = (pack(dynamics.weights, dynamics.biases, settings.operands), None)
+        run = functools.partial(_run, dynamics, networks, None, settings=settings)
+        members = len(dynamics.weights[0]) if distributions else 0
+        return recorded_step(run, observations, actions, rows, step, members)
 
     def rollout(
         self,
@@ -292,16 +240,6 @@ class TritonBackend:
             pack(dynamics.weights, dynamics.biases, settings.operands),
             pack(policy.weights, policy.biases, settings.operands),
         )
+        run = functools.partial(_run, dynamics, networks, policy, settings=settings)
         act_dim = policy.weights[-1].shape[-1] // 2
-        row_bytes = 4 * horizon * (start.shape[1] + act_dim + 5)
-        turn = max(1, _RECORD_BYTES // row_bytes)
-        written = cut = 0
-        for begin in range(0, len(start), turn):
-            some, numbers = start[begin : begin + turn], rows[begin : begin + turn]
-            record = _empty_record(some, act_dim, horizon)
-            with torch.cuda.device_of(start):
-                _run(dynamics, networks, policy, some, numbers, record, settings, horizon=horizon)
-                _compact(some, numbers, record, out, (out.head + written) % out.capacity)
-            counts: list[Any] = torch.stack([record.lengths.sum(), record.cut.sum()]).tolist()
-            written, cut = written + counts[0], cut + counts[1]
-        return written, cut
+        return recorded_rollout(run, _compact, start, rows, act_dim, horizon, out)

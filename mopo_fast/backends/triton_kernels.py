@@ -10,6 +10,7 @@ Importing this module takes Triton; TRITON_INTERPRET=1, set before Triton's firs
 
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
 from mopo_fast.backends import philox
 
@@ -18,6 +19,7 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 _ACTION_STREAM = tl.constexpr(philox.ACTION_STREAM)
 _NOISE_STREAM = tl.constexpr(philox.NOISE_STREAM)
 _MEMBER_STREAM = tl.constexpr(philox.MEMBER_STREAM)
+_HARDWARE = tl.constexpr(not INTERPRETED)
 # Dimensions of observations and actions that are worked on at a time.
 _DIMS = tl.constexpr(16)
 
@@ -40,9 +42,24 @@ def _tanh(x):
 
 
 @triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "silu":
+def _silu(x, OPERANDS: tl.constexpr):
+    if _HARDWARE and (OPERANDS == "float16" or OPERANDS == "bfloat16") and cuda_capability_geq(7, 5):
+        # x sigmoid(x) by one instruction, whose tanh is off by 2^-11 of itself: that is |x| / 2 times 2^-11 at
+        # most, and where x > 0 no more than what rounding to float16 takes.
+        half = 0.5 * x
+        tanh = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [half], dtype=tl.float32, is_pure=True, pack=1
+        )
+        x = half + half * tanh
+    else:
         x = x / (1.0 + tl.exp(-x))
+    return x
+
+
+@triton.jit
+def _activate(x, ACTIVATION: tl.constexpr, OPERANDS: tl.constexpr):
+    if ACTIVATION == "silu":
+        x = _silu(x, OPERANDS)
     elif ACTIVATION == "relu":
         # A maximum would hide a NaN.
         x = tl.where(x < 0.0, 0.0, x)
@@ -52,13 +69,18 @@ def _activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _store_factor(pointers, x, mask, OPERANDS: tl.constexpr):
-    """Store x as a factor of products, rounded as `ensemble.round_factor` does."""
+def _factor(x, DTYPE: tl.constexpr, OPERANDS: tl.constexpr):
+    """x as a factor of products, rounded as `ensemble.round_factor` does."""
     if OPERANDS == "tfloat32":
         bits = x.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x0FFF + ((bits >> 13) & 1)) & 0xFFFFE000
         x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
-    tl.store(pointers, x.to(pointers.dtype.element_ty), mask)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def _store_factor(pointers, x, mask, OPERANDS: tl.constexpr):
+    tl.store(pointers, _factor(x, pointers.dtype.element_ty, OPERANDS), mask)
 
 
 @triton.jit
@@ -91,83 +113,155 @@ def _normals(number, step, STREAM: tl.constexpr, first, seed):
     return tl.interleave(tl.interleave(x0, x2), tl.interleave(x1, x3))
 
 
+@triton.constexpr_function
+def _widths(size, widest):
+    """Of the blocks that a layer's columns are cut into."""
+    rest = [width for width in (64, 32, 16) if size % widest & width]
+    return [widest] * (size // widest) + rest
+
+
+@triton.constexpr_function
+def _blocks(size, widest):
+    return len(_widths(size, widest))
+
+
+@triton.constexpr_function
+def _first(size, widest, block):
+    return sum(_widths(size, widest)[:block])
+
+
+@triton.constexpr_function
+def _width(size, widest, block):
+    return _widths(size, widest)[block]
+
+
+@triton.constexpr_function
+def _fits(sizes, held):
+    """Whether a network's activations stay in registers: its hidden layers are equal, `held` wide at most."""
+    hidden = sizes[1:-1]
+    return len(set(hidden)) == 1 and hidden[0] <= held
+
+
 @triton.jit
-def _multiply(
-    total, x, x_stride, weight, first, lane, column,
-    N: tl.constexpr, BLOCK_K: tl.constexpr, OPERANDS: tl.constexpr,
-):  # fmt: skip
-    """total + x[:, first : first + BLOCK_K] @ weight[first : first + BLOCK_K, column]."""
-    k = first + tl.arange(0, BLOCK_K)
-    left = tl.load(_at(x, lane, k, x_stride))
-    right = tl.load(_at(weight, k, column, N))
+def _multiply(total, left, weight, first, column, N: tl.constexpr, OPERANDS: tl.constexpr):
+    """total + left @ weight[first : first + what left has, column]."""
+    right = tl.load(_at(weight, first + tl.arange(0, left.shape[1]), column, N))
     return tl.dot(left, right, total, input_precision="tf32" if OPERANDS == "tfloat32" else "ieee")
 
 
 @triton.jit
 def _columns(
-    x, x_stride, weight, bias, out, out_stride, first,
-    K: tl.constexpr, N: tl.constexpr, ACTIVATION: tl.constexpr, OPERANDS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, x_stride, weight, bias, first,
+    K: tl.constexpr, N: tl.constexpr, OPERANDS: tl.constexpr, HELD: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out[:, first : first + BLOCK_N] = activation(x @ weight + bias)."""
+    """Columns first .. first + COLUMNS - 1 of x @ weight + bias."""
     lane = tl.arange(0, ROWS)
-    column = first + tl.arange(0, BLOCK_N)
-    total = tl.zeros([ROWS, BLOCK_N], tl.float32)
-    for k in range(0, K // BLOCK_K * BLOCK_K, BLOCK_K):
-        total = _multiply(total, x, x_stride, weight, k, lane, column, N, BLOCK_K, OPERANDS)
-    if BLOCK_K > 32 and K & 32:
-        total = _multiply(total, x, x_stride, weight, K // 64 * 64, lane, column, N, 32, OPERANDS)
-    if BLOCK_K > 16 and K & 16:
-        total = _multiply(total, x, x_stride, weight, K // 32 * 32, lane, column, N, 16, OPERANDS)
-    total += tl.load(bias + column)[None, :]
-    pointers = _at(out, lane, column, out_stride)
-    if ACTIVATION == "linear":
-        tl.store(pointers, total)
+    column = first + tl.arange(0, COLUMNS)
+    total = tl.broadcast_to(tl.load(bias + column)[None, :], [ROWS, COLUMNS])
+    if HELD:
+        for k in tl.static_range(_blocks(K, BLOCK_N)):
+            total = _multiply(total, x[k], weight, _first(K, BLOCK_N, k), column, N, OPERANDS)
     else:
-        _store_factor(pointers, _activate(total, ACTIVATION), None, OPERANDS)
+        for k in range(0, K // BLOCK_K * BLOCK_K, BLOCK_K):
+            left = tl.load(_at(x, lane, k + tl.arange(0, BLOCK_K), x_stride))
+            total = _multiply(total, left, weight, k, column, N, OPERANDS)
+        for block in tl.static_range(K // BLOCK_K, _blocks(K, BLOCK_K)):
+            k = _first(K, BLOCK_K, block)
+            left = tl.load(_at(x, lane, k + tl.arange(0, _width(K, BLOCK_K, block)), x_stride))
+            total = _multiply(total, left, weight, k, column, N, OPERANDS)
+    return total
 
 
 @triton.jit
-def _layer(
-    x, x_stride, weight, bias, out, out_stride,
-    K: tl.constexpr, N: tl.constexpr, ACTIVATION: tl.constexpr, OPERANDS: tl.constexpr,
+def _hold(
+    x, x_stride, weight, bias,
+    K: tl.constexpr, N: tl.constexpr, ACTIVATION: tl.constexpr, OPERANDS: tl.constexpr, HELD: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out = activation(x @ weight + bias) for a tile, in blocks of columns, none wider than BLOCK_N."""
-    for first in range(0, N // BLOCK_N * BLOCK_N, BLOCK_N):
-        _columns(x, x_stride, weight, bias, out, out_stride, first,
-                 K, N, ACTIVATION, OPERANDS, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
-    if BLOCK_N > 64 and N & 64:
-        _columns(x, x_stride, weight, bias, out, out_stride, N // 128 * 128,
-                 K, N, ACTIVATION, OPERANDS, ROWS, 64, BLOCK_K)  # fmt: skip
-    if BLOCK_N > 32 and N & 32:
-        _columns(x, x_stride, weight, bias, out, out_stride, N // 64 * 64,
-                 K, N, ACTIVATION, OPERANDS, ROWS, 32, BLOCK_K)  # fmt: skip
-    if BLOCK_N > 16 and N & 16:
-        _columns(x, x_stride, weight, bias, out, out_stride, N // 32 * 32,
-                 K, N, ACTIVATION, OPERANDS, ROWS, 16, BLOCK_K)  # fmt: skip
+    """activation(x @ weight + bias) for a tile, as the blocks of columns that are the next layer's x."""
+    blocks = ()
+    for block in tl.static_range(_blocks(N, BLOCK_N)):
+        total = _columns(x, x_stride, weight, bias, _first(N, BLOCK_N, block), K, N, OPERANDS, HELD,
+                         ROWS, _width(N, BLOCK_N, block), BLOCK_N, BLOCK_K)  # fmt: skip
+        activated = _activate(total, ACTIVATION, OPERANDS)
+        blocks = blocks + (_factor(activated, weight.dtype.element_ty, OPERANDS),)
+    return blocks
+
+
+@triton.jit
+def _store(
+    x, x_stride, weight, bias, out, out_stride,
+    K: tl.constexpr, N: tl.constexpr, ACTIVATION: tl.constexpr, OPERANDS: tl.constexpr, HELD: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out = activation(x @ weight + bias) for a tile."""
+    lane = tl.arange(0, ROWS)
+    for block in tl.static_range(_blocks(N, BLOCK_N)):
+        first = _first(N, BLOCK_N, block)
+        total = _columns(x, x_stride, weight, bias, first, K, N, OPERANDS, HELD,
+                         ROWS, _width(N, BLOCK_N, block), BLOCK_N, BLOCK_K)  # fmt: skip
+        pointers = _at(out, lane, first + tl.arange(0, total.shape[1]), out_stride)
+        if ACTIVATION == "linear":
+            tl.store(pointers, total)
+        else:
+            _store_factor(pointers, _activate(total, ACTIVATION, OPERANDS), None, OPERANDS)
     # What one thread has written, another reads.
     tl.debug_barrier()
+
+
+@triton.constexpr_function
+def _integer(dtype):
+    return tl.int16 if dtype.primitive_bitwidth == 16 else tl.int32
+
+
+@triton.jit
+def _bitcast(blocks, DTYPE: tl.constexpr):
+    cast = ()
+    for block in tl.static_range(len(blocks)):
+        cast = cast + (blocks[block].to(DTYPE, bitcast=True),)
+    return cast
 
 
 @triton.jit
 def _network(
     x, here, there, heads, weight, bias,
-    SIZES: tl.constexpr, ACTIVATION: tl.constexpr, OPERANDS: tl.constexpr, WIDTH: tl.constexpr,
-    HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SIZES: tl.constexpr, ACTIVATION: tl.constexpr, OPERANDS: tl.constexpr, HELD: tl.constexpr,
+    WIDTH: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A perceptron for a tile x [ROWS, WIDTH], which may lie in `there`: heads [ROWS, HEADS]."""
-    for layer in tl.static_range(len(SIZES) - 2):
-        _layer(x, WIDTH, weight, bias, here, WIDTH,
-               SIZES[layer], SIZES[layer + 1], ACTIVATION, OPERANDS, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
-        weight += SIZES[layer] * SIZES[layer + 1]
-        bias += SIZES[layer + 1]
-        x = here
-        here = there
-        there = x
-    _layer(x, WIDTH, weight, bias, heads, HEADS,
-           SIZES[len(SIZES) - 2], SIZES[len(SIZES) - 1], "linear", OPERANDS,
-           ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
+    """A perceptron for a tile x [ROWS, WIDTH], which may lie in `there`: heads [ROWS, HEADS].
+
+    HELD: the hidden layers are equally wide, and what passes between them stays in registers.
+    """
+    LAYERS: tl.constexpr = len(SIZES) - 1
+    if HELD:
+        N: tl.constexpr = SIZES[1]
+        x = _hold(x, WIDTH, weight, bias, SIZES[0], N, ACTIVATION, OPERANDS, False, ROWS, BLOCK_N, BLOCK_K)
+        weight += SIZES[0] * N
+        bias += N
+        # A loop, so that a layer's weights come in while the one before is multiplied. It carries integers:
+        # Triton multiplies from registers what is made in the loop, but not what the loop carries as it is.
+        FACTOR: tl.constexpr = weight.dtype.element_ty
+        BITS: tl.constexpr = _integer(FACTOR)
+        carried = _bitcast(x, BITS)
+        for _ in range(LAYERS - 2):
+            x = _hold(_bitcast(carried, FACTOR), WIDTH, weight, bias, N, N, ACTIVATION, OPERANDS, True,
+                      ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
+            carried = _bitcast(x, BITS)
+            weight += N * N
+            bias += N
+        x = _bitcast(carried, FACTOR)
+    else:
+        for layer in tl.static_range(LAYERS - 1):
+            _store(x, WIDTH, weight, bias, here, WIDTH, SIZES[layer], SIZES[layer + 1],
+                   ACTIVATION, OPERANDS, False, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
+            weight += SIZES[layer] * SIZES[layer + 1]
+            bias += SIZES[layer + 1]
+            x = here
+            here = there
+            there = x
+    _store(x, WIDTH, weight, bias, heads, HEADS, SIZES[LAYERS - 1], SIZES[LAYERS],
+           "linear", OPERANDS, HELD, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
 
 
 @triton.jit
@@ -406,8 +500,8 @@ def rollout_kernel(
     OBS: tl.constexpr, ACT: tl.constexpr, MEMBERS: tl.constexpr, ELITES: tl.constexpr,
     CHOSEN: tl.constexpr, SIZES: tl.constexpr, POLICY_SIZES: tl.constexpr, ACTIVATION: tl.constexpr,
     POLICY_ACTIVATION: tl.constexpr, PENALTY: tl.constexpr, DETERMINISTIC: tl.constexpr,
-    OPERANDS: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    OPERANDS: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, HELD: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """All steps of tile after tile of rollouts; POLICY_SIZES is None where the caller acts."""
     POLICY: tl.constexpr = POLICY_SIZES is not None
@@ -442,15 +536,17 @@ def rollout_kernel(
             tl.debug_barrier()
             if POLICY:
                 _network(there, here, there, predictions, policy_weights, policy_biases, POLICY_SIZES,
-                         POLICY_ACTIVATION, OPERANDS, WIDTH, HEADS, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
+                         POLICY_ACTIVATION, OPERANDS, _fits(POLICY_SIZES, HELD),
+                         WIDTH, HEADS, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
             _act(predictions, actions, record, alive, number, step, seed, inputs, input_mean, input_std,
                  log_std_min, log_std_max,
                  POLICY, DETERMINISTIC, OBS, ACT, OPERANDS, WIDTH, HEADS, ROWS)  # fmt: skip
             tl.debug_barrier()
-            for member in range(MEMBERS):
+            for member in tl.range(MEMBERS, num_stages=1):
                 _network(inputs, here, there, predictions + member * (ROWS * HEADS),
                          weights + member * weights_stride, biases + member * biases_stride,
-                         SIZES, ACTIVATION, OPERANDS, WIDTH, HEADS, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
+                         SIZES, ACTIVATION, OPERANDS, _fits(SIZES, HELD),
+                         WIDTH, HEADS, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
             penalty = _penalise(predictions, chosen, centre, bounds, CHOSEN, PENALTY, OBS, HEADS, ROWS)
             drawn = _draw(elites, number, step, seed, DETERMINISTIC, ELITES)
             raw_reward, finite, in_box = _advance(

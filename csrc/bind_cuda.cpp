@@ -1,0 +1,128 @@
+// pybind11: device addresses and sizes in. Nothing is checked here but what CUDA says;
+// mopo_fast/backends/cuda.py has done the rest.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+
+#include "cuda/rollout.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// (address, stride)
+using ArrayTuple = std::pair<uintptr_t, int64_t>;
+
+template <class T>
+mopo::Array<T> array(const ArrayTuple& tuple) {
+  return {pointer<T>(tuple.first), tuple.second};
+}
+
+// In the order of mopo::cuda::Record, and of mopo_fast/backends/record.py.
+using RecordAddresses = std::array<uintptr_t, 9>;
+
+mopo::cuda::Record record(const RecordAddresses& a) {
+  return {pointer<float>(a[0]),   pointer<float>(a[1]),   pointer<float>(a[2]),
+          pointer<bool>(a[3]),    pointer<float>(a[4]),   pointer<float>(a[5]),
+          pointer<int32_t>(a[6]), pointer<int32_t>(a[7]), pointer<int32_t>(a[8])};
+}
+
+void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+void rollout(bool bfloat16, int width, int slots, uintptr_t weights, uintptr_t chunk_bytes, int chunks,
+             int obs_dim, int act_dim, int members, int hidden_layers, int activation, uintptr_t input_mean,
+             uintptr_t input_std, uintptr_t exp_minus_max, uintptr_t exp_min, uintptr_t elites,
+             int num_elites, uintptr_t penalty_members, int num_penalty_members, int penalty,
+             float penalty_coef, uintptr_t low, uintptr_t high, int policy_hidden_layers,
+             int policy_activation, float log_std_min, float log_std_max, int batch, uintptr_t start,
+             uintptr_t rows, int horizon, uint32_t first_step, uint64_t seed, bool deterministic,
+             const RecordAddresses& to, uintptr_t mean, uintptr_t std, uintptr_t scratch, int blocks,
+             uintptr_t cuda_stream) {
+  mopo::cuda::RolloutArgs args{};
+  args.weights = pointer<unsigned char>(weights);
+  args.chunk_bytes = pointer<int32_t>(chunk_bytes);
+  args.chunks = chunks;
+  args.obs_dim = obs_dim;
+  args.act_dim = act_dim;
+  args.members = members;
+  args.hidden_layers = hidden_layers;
+  args.activation = static_cast<mopo::Activation>(activation);
+  args.input_mean = pointer<float>(input_mean);
+  args.input_std = pointer<float>(input_std);
+  args.exp_minus_max = pointer<float>(exp_minus_max);
+  args.exp_min = pointer<float>(exp_min);
+  args.elites = pointer<int64_t>(elites);
+  args.num_elites = num_elites;
+  args.penalty_members = pointer<int64_t>(penalty_members);
+  args.num_penalty_members = num_penalty_members;
+  args.penalty = static_cast<mopo::Penalty>(penalty);
+  args.penalty_coef = penalty_coef;
+  args.low = pointer<float>(low);
+  args.high = pointer<float>(high);
+  args.policy_hidden_layers = policy_hidden_layers;
+  args.policy_activation = static_cast<mopo::Activation>(policy_activation);
+  args.log_std_min = log_std_min;
+  args.log_std_max = log_std_max;
+  args.batch = batch;
+  args.start = pointer<float>(start);
+  args.rows = pointer<int64_t>(rows);
+  args.horizon = horizon;
+  args.first_step = first_step;
+  args.seed = seed;
+  args.deterministic = deterministic;
+  args.record = record(to);
+  args.mean = pointer<float>(mean);
+  args.std = pointer<float>(std);
+  args.scratch = pointer<float>(scratch);
+  args.blocks = blocks;
+  const py::gil_scoped_release release;
+  const auto launch = bfloat16 ? mopo::cuda::rollout_bfloat16 : mopo::cuda::rollout_float16;
+  check(launch(args, width, slots, reinterpret_cast<cudaStream_t>(cuda_stream)), "the rollout's kernel");
+}
+
+void compact(int obs_dim, int act_dim, int batch, int horizon, uintptr_t start, uintptr_t rows,
+             const RecordAddresses& from, uintptr_t offsets, const std::vector<ArrayTuple>& out,
+             int64_t capacity, int64_t head, uintptr_t cuda_stream) {
+  mopo::cuda::CompactArgs args{};
+  args.obs_dim = obs_dim;
+  args.act_dim = act_dim;
+  args.batch = batch;
+  args.horizon = horizon;
+  args.start = pointer<float>(start);
+  args.rows = pointer<int64_t>(rows);
+  args.record = record(from);
+  args.offsets = pointer<int64_t>(offsets);
+  args.out = {array<float>(out[0]),   array<float>(out[1]),  array<float>(out[2]), array<float>(out[3]),
+              array<bool>(out[4]),    array<float>(out[5]),  array<float>(out[6]), array<int32_t>(out[7]),
+              array<int64_t>(out[8]), array<int32_t>(out[9])};
+  args.capacity = capacity;
+  args.head = head;
+  const py::gil_scoped_release release;
+  check(mopo::cuda::compact(args, reinterpret_cast<cudaStream_t>(cuda_stream)), "the compaction's kernel");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, module) {
+  using py::arg;
+  module.def("rollout", rollout, py::kw_only(), arg("bfloat16"), arg("width"), arg("slots"), arg("weights"),
+             arg("chunk_bytes"), arg("chunks"), arg("obs_dim"), arg("act_dim"), arg("members"),
+             arg("hidden_layers"), arg("activation"), arg("input_mean"), arg("input_std"),
+             arg("exp_minus_max"), arg("exp_min"), arg("elites"), arg("num_elites"), arg("penalty_members"),
+             arg("num_penalty_members"), arg("penalty"), arg("penalty_coef"), arg("low"), arg("high"),
+             arg("policy_hidden_layers"), arg("policy_activation"), arg("log_std_min"), arg("log_std_max"),
+             arg("batch"), arg("start"), arg("rows"), arg("horizon"), arg("first_step"), arg("seed"),
+             arg("deterministic"), arg("record"), arg("mean"), arg("std"), arg("scratch"), arg("blocks"),
+             arg("stream"), "Starts the rollout on a stream; see csrc/cuda/rollout.h.");
+  module.def("compact", compact, py::kw_only(), arg("obs_dim"), arg("act_dim"), arg("batch"), arg("horizon"),
+             arg("start"), arg("rows"), arg("record"), arg("offsets"), arg("out"), arg("capacity"),
+             arg("head"), arg("stream"), "Starts the copy of a record's rows into the ring.");
+}

@@ -1,0 +1,9 @@
+#include "cuda/rollout_sm90.cuh"
+
+namespace mopo::cuda {
+
+cudaError_t rollout_float16(const RolloutArgs& args, int width, int slots, cudaStream_t stream) {
+  return launch<__half>(args, width, slots, stream);
+}
+
+}  // namespace mopo::cuda

@@ -1,0 +1,464 @@
+// The rollout on Hopper: a block takes tiles of 128 rollouts through all steps, its activations in registers.
+//
+// Two warpgroups multiply, 64 rows each, and take turns at the tensor cores, so that the activations of one
+// run beside the products of the other. One more thread streams the weights through a ring of slots in shared
+// memory; the two blocks of a cluster fetch half of every chunk each, for both. Features are laid out so that
+// a thread holds the dimensions 4 j + q, q = lane % 4, of two rows, in what it gives to the products and in
+// what it gets from them: nothing passes between threads but sums over a row's four.
+#pragma once
+
+#include "cuda/ptx.cuh"
+#include "cuda/rollout.h"
+#include "philox.h"
+
+namespace mopo::cuda {
+
+MOPO_INLINE float select(bool mask, float yes, float no) { return mask ? yes : no; }
+MOPO_INLINE float sqrt(float x) { return sqrtf(x); }
+
+#include "spec.h"
+
+constexpr int kTile = 128;                       // rollouts of a block
+constexpr int kConsumers = 2 * ptx::kWarpgroup;  // threads that multiply
+constexpr int kThreads = kConsumers + ptx::kWarpgroup;
+constexpr int kCluster = 2;
+constexpr int kActionSlots = 2;
+// The ring. mopo_fast/backends/stream.py cuts the weights into chunks of this size at most.
+constexpr int kSlots = 8;
+constexpr int kSlotBytes = 26880;
+constexpr int kBarrierBytes = 2 * kSlots * sizeof(ptx::Barrier);
+// The inputs of the ensemble, four words a k-step, lie behind it.
+constexpr int kMaxInputSteps = 3;
+constexpr int kSharedBytes = kSlots * kSlotBytes + kBarrierBytes + 4 * kMaxInputSteps * 4 * kConsumers;
+
+MOPO_INLINE constexpr int round_up(int count, int multiple) {
+  return (count + multiple - 1) / multiple * multiple;
+}
+
+// ---- The ring: chunk n lies in slot n % kSlots, whose barriers are in phase n / kSlots ----
+
+__device__ __forceinline__ unsigned char* slot(uint32_t n) {
+  return ptx::dynamic_shared() + n % kSlots * kSlotBytes;
+}
+// Its chunk is there, in this block.
+__device__ __forceinline__ ptx::Barrier* full(uint32_t n) {
+  return reinterpret_cast<ptx::Barrier*>(ptx::dynamic_shared() + kSlots * kSlotBytes) + n % kSlots;
+}
+// Every warp that multiplies, of both blocks, is done with its chunk.
+__device__ __forceinline__ ptx::Barrier* empty(uint32_t n) { return full(n) + kSlots; }
+
+__device__ __forceinline__ void init_ring() {
+  for (int n = 0; n < kSlots; ++n) {
+    ptx::barrier_init(full(n), 1);
+    ptx::barrier_init(empty(n), kCluster * kConsumers / 32);
+  }
+  ptx::fence_barrier_init();
+}
+
+// The row that a block's tiles start at; all blocks go on alike, and both of a cluster until both are done.
+__device__ __forceinline__ int first_tile() { return blockIdx.x * kTile; }
+__device__ __forceinline__ int next_tile() { return gridDim.x * kTile; }
+__device__ __forceinline__ bool is_tile(int row, int batch) {
+  return row / (kCluster * kTile) * (kCluster * kTile) < batch;
+}
+
+// One thread: the whole stream, once a step.
+__device__ __forceinline__ void produce(const RolloutArgs& args) {
+  const uint32_t rank = ptx::cluster_rank();
+  uint32_t n = 0;
+  for (int row = first_tile(); is_tile(row, args.batch); row += next_tile())
+    for (int t = 0; t < args.horizon; ++t) {
+      const unsigned char* chunk = args.weights;
+#pragma unroll 1
+      for (int i = 0; i < args.chunks; ++i, ++n) {
+        const uint32_t bytes = args.chunk_bytes[i], half = bytes / kCluster;
+        ptx::barrier_wait(empty(n), n / kSlots % 2 ^ 1);
+        ptx::barrier_arrive_expect(full(n), bytes);
+        ptx::bulk_load(slot(n) + rank * half, chunk + rank * half, half, full(n), (1 << kCluster) - 1);
+        chunk += bytes;
+      }
+    }
+}
+
+// ---- Products and activations ----
+
+constexpr int kPolicyWidth = 256;
+
+// One of the two warpgroups that multiply.
+struct Consumer {
+  int group;       // 0 or 1
+  uint32_t n = 0;  // chunks read
+
+  // d = bias + a * weight, for the next columns of the stream.
+  template <class T, int kSteps, int kCount>
+  __device__ __forceinline__ void multiply(T type, const uint32_t (&a)[kSteps][4], float (&d)[kCount]) {
+    constexpr int kColumns = 2 * kCount, kImage = 32 * kColumns, kBias = round_up(4 * kColumns, 128);
+    constexpr int kChunk = (kSlotBytes - kBias) / kImage;  // k-steps
+    static_assert(kSteps <= kChunk * kSlots, "the other group waits with the layer before");
+    const unsigned char* image = wait();
+    load_bias(image, d);
+    image += kBias;
+    take_turn();
+    ptx::keep(d);
+#pragma unroll
+    for (int first = 0; first < kSteps; first += kChunk) {
+      if (first > 0) image = wait();
+      const uint64_t matrix = ptx::matrix(image, kImage / 2, 128);
+      ptx::products_begin();
+#pragma unroll
+      for (int s = first; s < kSteps && s < first + kChunk; ++s)
+        ptx::multiply_add(type, d, a[s], ptx::behind(matrix, (s - first) * kImage));
+      ptx::products_commit();
+      if (first > 0) {
+        ptx::products_wait<1>();
+        release(n - 2);
+      }
+    }
+    // What is under way keeps the tensor cores busy until the other group's first product.
+    pass_turn();
+    ptx::products_wait<0>();
+    ptx::keep(d);
+    release(n - 1);
+  }
+
+  // The slot of the next chunk, once that is there.
+  __device__ __forceinline__ const unsigned char* wait() {
+    ptx::barrier_wait(full(n), n / kSlots % 2);
+    return slot(n++);
+  }
+
+  // Both blocks' producers have filled half of the slot: a lane for each.
+  __device__ __forceinline__ void release(uint32_t chunk) const {
+    const uint32_t lane = threadIdx.x % 32;
+    if (lane < kCluster) ptx::barrier_arrive_at(empty(chunk), lane);
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ static void load_bias(const unsigned char* image, float (&d)[kCount]) {
+    const float2* bias = reinterpret_cast<const float2*>(image) + threadIdx.x % 4;
+#pragma unroll
+    for (int j = 0; j < kCount / 4; ++j) {
+      const float2 pair = bias[4 * j];
+      d[4 * j] = d[4 * j + 2] = pair.x;
+      d[4 * j + 1] = d[4 * j + 3] = pair.y;
+    }
+  }
+
+  // Named barrier 1 + g says that it is group g's turn: the other one arrives, it waits.
+  __device__ __forceinline__ void start_turns() const {
+    if (group == 1) pass_turn();
+  }
+  __device__ __forceinline__ void take_turn() const { ptx::named_sync(1 + group, kConsumers); }
+  __device__ __forceinline__ void pass_turn() const { ptx::named_arrive(2 - group, kConsumers); }
+  // Group 1 has passed the last turn on.
+  __device__ __forceinline__ void end_turns() const {
+    if (group == 0) take_turn();
+  }
+};
+
+template <int kCount>
+__device__ __forceinline__ void activate(Activation activation, float (&d)[kCount]) {
+  switch (activation) {
+    case Activation::kSilu:
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const float u = 0.5f * d[i];
+        d[i] = u + u * ptx::tanh_approx(u);
+      }
+      return;
+    case Activation::kRelu:
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) d[i] = d[i] < 0.0f ? 0.0f : d[i];  // A maximum would hide a NaN.
+      return;
+    case Activation::kTanh:
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) d[i] = ptx::tanh_approx(d[i]);
+      return;
+  }
+}
+
+// out = activation(in * weight + bias).
+template <int kWidth, class T, int kSteps>
+__device__ __forceinline__ void hidden_layer(Consumer& consumer, T type, Activation activation,
+                                             const uint32_t (&in)[kSteps][4],
+                                             uint32_t (&out)[round_up(kWidth, 16) / 16][4]) {
+  float d[kWidth / 2];
+  consumer.multiply(type, in, d);
+  activate(activation, d);
+  // What comes out of one product is what goes into the next: d's pairs are a's.
+#pragma unroll
+  for (int pair = 0; pair < round_up(kWidth, 16) / 4; ++pair)
+    out[pair / 4][pair % 4] = pair < kWidth / 4 ? ptx::pack(type, d[2 * pair], d[2 * pair + 1]) : 0;
+}
+
+template <int kWidth, class T, int kSteps, int kCount>
+__device__ __forceinline__ void network(Consumer& consumer, T type, Activation activation, int hidden_layers,
+                                        const uint32_t (&in)[kSteps][4], float (&heads)[kCount]) {
+  uint32_t a[round_up(kWidth, 16) / 16][4];
+  hidden_layer<kWidth>(consumer, type, activation, in, a);
+#pragma unroll 1
+  for (int l = 1; l < hidden_layers; ++l) hidden_layer<kWidth>(consumer, type, activation, a, a);
+  consumer.multiply(type, a, heads);
+}
+
+// ---- A thread's share of a tile ----
+
+// Standard normal number `i` of a block's four, by Box-Muller.
+__device__ __forceinline__ float normal(const PhiloxBlock& block, int i) {
+  const auto uniform = [](uint32_t word) { return (static_cast<float>(word >> 9) + 0.5f) * 0x1p-23f; };
+  const float radius = sqrtf(-2.0f * logf(uniform(i < 2 ? block.word[0] : block.word[2])));
+  float sine, cosine;
+  sincospif(2.0f * uniform(i < 2 ? block.word[1] : block.word[3]), &sine, &cosine);
+  return radius * (i % 2 == 0 ? cosine : sine);
+}
+
+__device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < INFINITY; }
+
+// Of the four threads that share a row.
+__device__ __forceinline__ float quad_sum(float x) {
+  x += ptx::shuffle_xor(x, 1);
+  return x + ptx::shuffle_xor(x, 2);
+}
+
+// The dimensions q, 4 + q, 8 + q, ... of the rows `row(0)` and `row(1)`, eight apart.
+template <class T, int kObsSlots>
+struct Share {
+  static constexpr int kPolicySteps = round_up(kObsSlots, 4) / 4;
+  static constexpr int kInputSteps = round_up(kObsSlots + kActionSlots, 4) / 4;
+  static constexpr T kType{};
+  static_assert(kInputSteps <= kMaxInputSteps);
+
+  const RolloutArgs& args;
+  const int q;
+  float2* predictions;  // mean and variance: [members][kObsSlots][2], kConsumers apart
+  int first_row = 0;
+  int t = 0;
+  uint32_t alive = 0;  // a bit for each row
+
+  __device__ __forceinline__ int row(int half) const { return first_row + 8 * half; }
+  __device__ __forceinline__ bool exists(int half) const { return row(half) < args.batch; }
+  __device__ __forceinline__ bool is_alive(int half) const { return alive >> half & 1; }
+  __device__ __forceinline__ int64_t record(int half) const { return int64_t{row(half)} * args.horizon + t; }
+  __device__ __forceinline__ float2& prediction(int member, int d, int half) const {
+    return predictions[((member * kObsSlots + d / 4) * 2 + half) * kConsumers];
+  }
+  __device__ __forceinline__ int64_t number(int half) const {
+    return exists(half) ? args.rows[row(half)] : 0;
+  }
+  __device__ __forceinline__ PhiloxBlock random(int64_t number, Stream stream, uint32_t block) const {
+    return random_block(number, args.first_step + t, stream, block, args.seed);
+  }
+
+  __device__ __forceinline__ float observation(int d, int half) const {
+    if (d >= args.obs_dim || !is_alive(half)) return 0.0f;
+    const float* from = t == 0 ? args.start + int64_t{row(half)} * args.obs_dim
+                               : args.record.next_observations + (record(half) - 1) * args.obs_dim;
+    return from[d];
+  }
+
+  __device__ __forceinline__ float standardised(float x, int input) const {
+    return (x - args.input_mean[input]) / args.input_std[input];
+  }
+
+  // Slots of inputs as a's fragment: pairs 0 and 1 are the rows' first two of a k-step, 2 and 3 the others.
+  template <int kSteps, class Value>
+  __device__ __forceinline__ static void pack_inputs(uint32_t (&a)[kSteps][4], Value value) {
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int at = 4 * s + i / 2 * 2;
+        a[s][i] = ptx::pack(kType, value(at, i % 2), value(at + 1, i % 2));
+      }
+  }
+
+  __device__ __forceinline__ void act(Consumer& consumer, float (&actions)[kActionSlots][2]) const {
+    float heads[8 * kActionSlots / 2];
+    if (args.policy_hidden_layers > 0) {
+      uint32_t inputs[kPolicySteps][4];
+      pack_inputs(inputs,
+                  [&](int at, int half) { return at < kObsSlots ? observation(4 * at + q, half) : 0.0f; });
+      network<kPolicyWidth>(consumer, kType, args.policy_activation, args.policy_hidden_layers, inputs,
+                            heads);
+    }
+#pragma unroll
+    for (int at = 0; at < kActionSlots; ++at)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int d = 4 * at + q;
+        const bool taken = d < args.act_dim && is_alive(half);
+        float& recorded = args.record.actions[record(half) * args.act_dim + d];
+        float action = 0.0f;
+        if (args.policy_hidden_layers == 0) {
+          if (taken) action = recorded;
+        } else {
+          action = heads[4 * at + 2 * half];
+          if (!args.deterministic) {
+            float log_std = heads[4 * at + 2 * half + 1];
+            log_std = log_std < args.log_std_min ? args.log_std_min : log_std;
+            log_std = log_std > args.log_std_max ? args.log_std_max : log_std;
+            action += expf(log_std) * normal(random(number(half), kActionStream, at), q);
+          }
+          action = tanhf(action);
+          if (taken) recorded = action;
+        }
+        actions[at][half] = action;
+      }
+  }
+
+  __device__ __forceinline__ void predict(int member, const float (&heads)[4 * kObsSlots]) const {
+#pragma unroll
+    for (int at = 0; at < kObsSlots; ++at) {
+      const int d = 4 * at + q, dims = args.obs_dim + 1;
+      if (d >= dims) continue;
+      const float exp_minus_max = args.exp_minus_max[d], exp_min = args.exp_min[d];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float mean = heads[4 * at + 2 * half];
+        const float variance =
+            soft_clamp_variance(expf(-heads[4 * at + 2 * half + 1]), exp_minus_max, exp_min);
+        prediction(member, d, half) = {mean, variance};
+        if (args.mean != nullptr && exists(half)) {
+          const int64_t to = (int64_t{member} * args.batch + row(half)) * dims + d;
+          args.mean[to] = mean;
+          args.std[to] = sqrtf(variance);
+        }
+      }
+    }
+  }
+
+  // The drawn member, and a sample of its Gaussian.
+  __device__ __forceinline__ int draw(int half, float (&samples)[kObsSlots]) const {
+    const int64_t row_number = number(half);
+    const uint32_t elite = choose(random(row_number, kMemberStream, 0).word[0], args.num_elites);
+    const int member = static_cast<int>(args.elites[elite]);
+#pragma unroll
+    for (int at = 0; at < kObsSlots; ++at) {
+      const int d = 4 * at + q;
+      const float2 gaussian = d <= args.obs_dim ? prediction(member, d, half) : float2{0.0f, 0.0f};
+      samples[at] = gaussian.x + sqrtf(gaussian.y) * normal(random(row_number, kNoiseStream, at), q);
+    }
+    return member;
+  }
+
+  // No member, and the mean of all members' means.
+  __device__ __forceinline__ int average(int half, float (&samples)[kObsSlots]) const {
+#pragma unroll
+    for (int at = 0; at < kObsSlots; ++at) {
+      const int d = 4 * at + q;
+      samples[at] = 0.0f;
+      for (int member = 0; d <= args.obs_dim && member < args.members; ++member)
+        samples[at] += prediction(member, d, half).x;
+      samples[at] /= static_cast<float>(args.members);
+    }
+    return -1;
+  }
+
+  // Penalty, sample, termination and record of one row.
+  __device__ __forceinline__ void finish(int half) {
+    const bool on = is_alive(half);
+    const int obs_dim = args.obs_dim;
+    const float penalty = penalise<float>(
+        args.penalty, args.num_penalty_members, obs_dim,
+        [&](int i, int d) { return prediction(args.penalty_members[i], d, half).x; },
+        [&](int i, int d) { return prediction(args.penalty_members[i], d, half).y; }, q, 4, quad_sum);
+    float samples[kObsSlots];
+    const int drawn = args.deterministic ? average(half, samples) : draw(half, samples);
+    float raw_reward = 0.0f, not_finite = 0.0f, outside = 0.0f;
+#pragma unroll
+    for (int at = 0; at < kObsSlots; ++at) {
+      const int d = 4 * at + q;
+      if (d == obs_dim) raw_reward = samples[at];
+      if (!on || d >= obs_dim) continue;
+      const float x = observation(d, half) + samples[at];
+      args.record.next_observations[record(half) * obs_dim + d] = x;
+      not_finite += !is_finite(x);
+      outside += !(x >= args.low[d] && x <= args.high[d]);
+    }
+    raw_reward = quad_sum(raw_reward);
+    const float reward = raw_reward - args.penalty_coef * penalty;
+    not_finite = quad_sum(not_finite) + !is_finite(reward);
+    const bool ended = quad_sum(outside) + not_finite > 0.0f;
+    if (!on) return;
+    if (ended) alive &= ~(1u << half);
+    if (q > 0) return;
+    const int64_t at = record(half);
+    args.record.rewards[at] = reward;
+    args.record.raw_rewards[at] = raw_reward;
+    args.record.penalties[at] = penalty;
+    args.record.terminals[at] = ended;
+    args.record.members[at] = drawn;
+    args.record.lengths[row(half)] = t + (not_finite == 0.0f);
+    args.record.cut[row(half)] = not_finite > 0.0f;
+  }
+
+  template <int kWidth>
+  __device__ __forceinline__ void step(Consumer& consumer) {
+    float actions[kActionSlots][2];
+    act(consumer, actions);
+    uint32_t inputs[kInputSteps][4];
+    pack_inputs(inputs, [&](int at, int half) {
+      const int d = 4 * at + q, action = d - 4 * kObsSlots;
+      if (at < kObsSlots) return d < args.obs_dim ? standardised(observation(d, half), d) : 0.0f;
+      if (at >= kObsSlots + kActionSlots || action >= args.act_dim) return 0.0f;
+      return standardised(actions[at - kObsSlots][half], args.obs_dim + action);
+    });
+    // Kept where they take no registers from the products, kConsumers apart.
+    unsigned char* behind_ring = ptx::dynamic_shared() + kSlots * kSlotBytes + kBarrierBytes;
+    uint32_t* kept = reinterpret_cast<uint32_t*>(behind_ring) + threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < 4 * kInputSteps; ++i) kept[i * kConsumers] = inputs[i / 4][i % 4];
+#pragma unroll 1
+    for (int member = 0; member < args.members; ++member) {
+#pragma unroll
+      for (int i = 0; i < 4 * kInputSteps; ++i) inputs[i / 4][i % 4] = kept[i * kConsumers];
+      float heads[4 * kObsSlots];
+      network<kWidth>(consumer, kType, args.activation, args.hidden_layers, inputs, heads);
+      predict(member, heads);
+    }
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half) finish(half);
+  }
+};
+
+template <class T, int kWidth, int kObsSlots>
+__device__ __forceinline__ void consume(const RolloutArgs& args) {
+  const int thread = threadIdx.x;
+  Consumer consumer{thread / ptx::kWarpgroup};
+  float2* predictions = reinterpret_cast<float2*>(args.scratch) + thread +
+                        blockIdx.x * args.members * (2 * kObsSlots * kConsumers);
+  Share<T, kObsSlots> share{args, thread % 4, predictions};
+  consumer.start_turns();
+  share.first_row = first_tile() + thread / 32 * 16 + thread % 32 / 4;
+  for (; is_tile(share.first_row, args.batch); share.first_row += next_tile()) {
+    share.alive = share.exists(0) + 2 * share.exists(1);
+    for (share.t = 0; share.t < args.horizon; ++share.t) share.template step<kWidth>(consumer);
+  }
+  consumer.end_turns();
+}
+
+template <class T, int kWidth, int kObsSlots>
+__global__ void __launch_bounds__(kThreads, 1) rollout_kernel(const __grid_constant__ RolloutArgs args) {
+  if (threadIdx.x == 0) init_ring();
+  ptx::cluster_sync();
+  if (threadIdx.x >= kConsumers) {
+    ptx::fewer_registers<24>();
+    if (threadIdx.x == kConsumers) produce(args);
+    __syncwarp();
+  } else {
+    ptx::more_registers<240>();
+    consume<T, kWidth, kObsSlots>(args);
+  }
+  // Until here the other block writes into this one's shared memory.
+  ptx::cluster_sync();
+}
+
+template <class T>
+cudaError_t launch(const RolloutArgs& args, int width, int slots, cudaStream_t stream) {
+  const bool narrow = width == 200;
+  const auto kernel = slots == 5 ? (narrow ? rollout_kernel<T, 200, 5> : rollout_kernel<T, 256, 5>)
+                                 : (narrow ? rollout_kernel<T, 200, 8> : rollout_kernel<T, 256, 8>);
+  return ptx::launch<kCluster>(kernel, args.blocks, kThreads, kSharedBytes, stream, args);
+}
+
+}  // namespace mopo::cuda

@@ -1,0 +1,8 @@
+// bfloat16: the upper half of a float.
+#pragma once
+
+#include <cstdint>
+
+struct __nv_bfloat16 {
+  uint16_t bits;
+};

@@ -1,0 +1,60 @@
+// Who runs next, and when what is asynchronous happens: all that one seed decides.
+#pragma once
+
+#include <cstdint>
+#include <random>
+
+namespace mopo::emulator {
+
+class Schedule {
+ public:
+  // Seed 0: in turn, and everything asynchronous only when nobody can run.
+  explicit Schedule(uint64_t seed) : engine_(seed) {
+    if (seed == 0) return;
+    constexpr double kHaste[] = {0.0, 0.02, 0.3, 1.0};
+    order_ = static_cast<Order>(1 + below(3));
+    haste_ = kHaste[below(4)];
+    pause_ = kHaste[below(3)];
+    redraw();
+  }
+
+  uint32_t below(uint32_t count) { return std::uniform_int_distribution<uint32_t>(0, count - 1)(engine_); }
+  bool chance(double probability) {
+    return probability > 0.0 && std::uniform_real_distribution<>()(engine_) < probability;
+  }
+
+  // Whether something asynchronous happens before the next thread runs.
+  bool hasty() { return chance(haste_); }
+  // Whether a thread stops where it does not have to.
+  bool pauses() { return chance(pause_); }
+
+  // Which of the threads that can run; `ready[i]->number` counts them through the cluster.
+  template <class Ready>
+  size_t pick(const Ready& ready) {
+    if (order_ == kInTurn) return 0;
+    if (order_ == kRandom) return below(static_cast<uint32_t>(ready.size()));
+    // Some always before others, which starve: warps, or whole warpgroups; now and then others.
+    if (chance(1e-3)) redraw();
+    const int threads = order_ == kWarps ? 32 : 128;
+    size_t best = 0;
+    for (size_t i = 1; i < ready.size(); ++i)
+      if (rank(ready[i]->number / threads) > rank(ready[best]->number / threads)) best = i;
+    return best;
+  }
+
+ private:
+  enum Order { kInTurn, kRandom, kWarps, kWarpgroups };
+
+  void redraw() {
+    for (uint32_t& rank : ranks_) rank = static_cast<uint32_t>(engine_());
+  }
+  uint32_t rank(int unit) const { return ranks_[unit % kRanks]; }
+
+  static constexpr int kRanks = 256;
+  std::mt19937_64 engine_;
+  Order order_ = kInTurn;
+  double haste_ = 0.0, pause_ = 0.0;
+  uint32_t ranks_[kRanks] = {};
+};
+
+}  // namespace mopo::emulator

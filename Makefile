@@ -11,10 +11,12 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.inl csrc/cpu/*.cpp)
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.inl csrc/cpu/*.cpp \
+    csrc/cuda/*.h csrc/cuda/*.cuh csrc/cuda/*.cu)
 CPP_OF_TESTS := $(wildcard $(addprefix tests/,*.cu cuda_emulator/*.h cuda_emulator/*.cpp cuda_emulator/cuda/*))
 
-.PHONY: install demo test lint format bench bench-compare sanitize sanitize-threads clean
+.PHONY: install demo test test-gpu lint format bench bench-gpu bench-compare sanitize sanitize-gpu sanitize-threads \
+    clean
 install: $(INSTALLED)
 
 # Done again only when what is built or installed has changed. --no-compile: bytecode is made by the first
@@ -59,6 +61,25 @@ bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.compare sac
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.canonical --rounds 5
+
+# On a machine with a GPU: the kernels and recorded launches against the oracle; all that is measured there.
+GPU_TESTS := tests/test_gpu.py tests/test_kernel_triton.py $(wildcard tests/test_kernel_cuda*.py)
+has_gpu = $(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "PyTorch sees no GPU")'
+test-gpu: $(INSTALLED)
+	$(has_gpu)
+	$(BIN)/python -m pytest $(GPU_TESTS)
+
+bench-gpu: $(INSTALLED)
+	$(has_gpu)
+	$(BIN)/mopo-fast collect halfcheetah-random --out $(RUNS)/gpu/halfcheetah-random-local.hdf5 --overwrite
+	$(BIN)/python -m benchmarks.gpu --run $(RUNS)/gpu/halfcheetah-random-local.hdf5
+
+# Takes compute-sanitizer, of the CUDA toolkit. Small cases alone: everything is a hundred times slower.
+sanitize-gpu: $(INSTALLED)
+	for tool in memcheck racecheck; do \
+	    compute-sanitizer --tool $$tool --error-exitcode 1 --target-processes all \
+	        $(BIN)/python -m pytest $(wildcard tests/test_kernel_cuda*.py) -k "not canonical" || exit 1; \
+	done
 
 # Against another commit: make bench-compare REF=HEAD~1
 bench-compare: $(INSTALLED)

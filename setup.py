@@ -1,6 +1,7 @@
-"""Builds mopo_fast._cpu with CMake; everything else is in pyproject.toml.
+"""Builds mopo_fast._cpu, and mopo_fast._cuda where nvcc is found, with CMake; all else is in pyproject.toml.
 
-Environment: MOPO_FAST_SANITIZE=address,undefined (or thread) builds with sanitizers.
+Environment: MOPO_FAST_SANITIZE=address,undefined (or thread) builds with sanitizers, and without CUDA;
+MOPO_FAST_CUDA=1 makes it an error that nvcc is missing, 0 does without it.
 """
 
 import os
@@ -33,6 +34,7 @@ class CMakeBuild(build_ext):
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "MOPO_FAST_SANITIZE": sanitize,
+            "MOPO_FAST_CUDA": os.environ.get("MOPO_FAST_CUDA", "auto"),
         }
         flags = [f"-D{name}={value}" for name, value in options.items()]
         subprocess.run([program, "-S", ROOT, "-B", build, "-G", "Ninja", *flags], check=True)

@@ -7,6 +7,7 @@ authors' options of SAC: all gradients at the parameters before the update, half
 
 import math
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -36,13 +37,14 @@ class _SACBaseline:
         ]
 
     def __call__(self) -> None:
+        device = self.sources[0][0].device
         for _ in range(self.updates):
             parts = []
             for arrays, count in zip(self.sources, self.rows, strict=True):
-                rows = torch.randint(len(arrays[0]), (count,))
+                rows = torch.randint(len(arrays[0]), (count,), device=device)
                 parts.append([array[rows] for array in arrays])
             batch = [torch.cat(pair) for pair in zip(*parts, strict=True)]
-            self.update(batch, *torch.randn(2, self.config.batch_size, self.act_dim))
+            self.update(batch, *torch.randn(2, self.config.batch_size, self.act_dim, device=device))
 
     def update(self, batch: Sequence[torch.Tensor], noise: torch.Tensor, next_noise: torch.Tensor) -> None:
         """One update on the five arrays of `ARRAYS`."""
@@ -114,6 +116,8 @@ class PlainSAC(_SACBaseline):
 class CompiledSAC(_SACBaseline):
     """The reference's batched critics; gradients, Adam and target in one graph of torch.compile."""
 
+    mode: ClassVar[str | None] = None
+
     def __init__(self, sac: SAC, data: Transitions, buffer: RingBuffer, updates: int) -> None:
         super().__init__(sac, data, buffer, updates)
         self.names = [f"actor.{name}" for name, _ in sac.actor.named_parameters()]
@@ -127,7 +131,7 @@ class CompiledSAC(_SACBaseline):
         rates = [self.config.actor_learning_rate] * self.actor_end
         rates += [self.config.critic_learning_rate] * len(self.target)
         self.adam = _WrittenAdam(self.parameters, [*rates, self.config.alpha_learning_rate])
-        self.compiled = torch.compile(self._update)
+        self.compiled = torch.compile(self._update, mode=self.mode)
 
     def update(self, batch: Sequence[torch.Tensor], noise: torch.Tensor, next_noise: torch.Tensor) -> None:
         self.compiled(*batch, noise, next_noise)
@@ -181,6 +185,12 @@ class CompiledSAC(_SACBaseline):
         *networks, log_alpha = self.parameters
         tensors = dict(zip([*self.names, *targets], [*networks, *self.target], strict=True))
         return tensors | {"log_alpha": log_alpha.squeeze(0)}
+
+
+class RecordedSAC(CompiledSAC):
+    """The same with its launches recorded by torch.compile, where the device is a GPU."""
+
+    mode = "reduce-overhead"
 
 
 class EagerFit:

@@ -15,7 +15,7 @@ from torch import nn
 
 from benchmarks.baselines import linears
 from mopo_fast import Actor, EnsembleDynamics
-from mopo_fast.ensemble import soft_clamp_logvar, soft_clamp_variance
+from mopo_fast.ensemble import mlp, soft_clamp_logvar, soft_clamp_variance
 
 # Rows at a time: the activations of a member then fit the second-level cache.
 CHUNK = 2000
@@ -44,20 +44,38 @@ class _Model(nn.Module):
         self, observations: torch.Tensor, action_noise: torch.Tensor, draw: torch.Tensor, noise: torch.Tensor
     ) -> _Chunk:
         """(observations, actions, penalised rewards, next observations) of a step on these draws."""
-        mean, log_std = self._apply(self.actor, observations).chunk(2, dim=-1)
+        mean, log_std = self._in_dtype(self.actor, observations).chunk(2, dim=-1)
         actions = torch.tanh(mean + log_std.clamp(*self.log_std_bounds).exp() * action_noise)
         inputs = (torch.cat([observations, actions], dim=-1) - self.input_mean) / self.input_std
-        heads = torch.stack([self._apply(member, inputs) for member in self.members])
-        means, logvars = heads.chunk(2, dim=-1)
+        means, logvars = self._heads(inputs).chunk(2, dim=-1)
         variances = soft_clamp_variance(logvars, self.max_logvar, self.min_logvar)
         penalties = variances.sum(-1).amax(0).sqrt()
-        chosen = self.elites[draw], torch.arange(len(observations))
+        chosen = self.elites[draw], torch.arange(len(observations), device=observations.device)
         sample = means[chosen] + variances[chosen].sqrt() * noise
         rewards = sample[:, -1] - PENALTY_COEF * penalties
         return observations, actions, rewards, observations + sample[:, :-1]
 
-    def _apply(self, network: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    def _in_dtype(self, network: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return network(x.to(self.dtype)).to(x.dtype)
+
+    def _heads(self, inputs: torch.Tensor) -> torch.Tensor:
+        """[members, rows, 2 (obs + 1)]."""
+        return torch.stack([self._in_dtype(member, inputs) for member in self.members])
+
+
+class _BatchedModel(_Model):
+    """The members as one batch of matrices."""
+
+    def __init__(self, ensemble: EnsembleDynamics, actor: Actor, dtype: torch.dtype) -> None:
+        super().__init__(ensemble, actor, dtype)
+        self.activation = ensemble.activation
+        self.weights, self.biases = (
+            nn.ParameterList(parameter.detach().to(dtype) for parameter in parameters)
+            for parameters in (ensemble.weights, ensemble.biases)
+        )
+
+    def _heads(self, inputs: torch.Tensor) -> torch.Tensor:
+        return mlp(inputs.to(self.dtype), self.weights, self.biases, self.activation).to(inputs.dtype)
 
 
 class LinearRollout:
@@ -65,11 +83,13 @@ class LinearRollout:
 
     dtype = torch.float32
     options: ClassVar[dict[str, Any] | None] = None
+    model: ClassVar[type[_Model]] = _Model
+    chunk = CHUNK
 
     def __init__(self, ensemble: EnsembleDynamics, actor: Actor, start: torch.Tensor, horizon: int) -> None:
         self.start, self.horizon, self.act_dim = start, horizon, actor.act_dim
-        dtype = self.dtype if self.dtype == torch.bfloat16 else start.dtype
-        model = _Model(ensemble, actor, dtype).eval().requires_grad_(False)
+        dtype = start.dtype if self.dtype == torch.float32 else self.dtype
+        model = self.model(ensemble, actor, dtype).to(start.device).eval().requires_grad_(False)
         self.elites = len(ensemble.elites)
         self.model_step: Callable[..., _Chunk] = (
             model if self.options is None else torch.compile(model, options=self.options, dynamic=False)
@@ -77,19 +97,20 @@ class LinearRollout:
 
     @torch.no_grad()
     def __call__(self) -> dict[str, torch.Tensor]:
-        chunks = [self._roll_out(rows) for rows in self.start.split(CHUNK)]
+        chunks = [self._roll_out(rows) for rows in self.start.split(self.chunk)]
         names = ("observations", "actions", "rewards", "next_observations")
         arrays = {
             name: torch.cat(parts) for name, parts in zip(names, zip(*chunks, strict=True), strict=True)
         }
-        return arrays | {"terminals": torch.zeros(len(arrays["rewards"]), dtype=torch.bool)}
+        return arrays | {"terminals": torch.zeros_like(arrays["rewards"], dtype=torch.bool)}
 
     def _roll_out(self, observations: torch.Tensor) -> list[torch.Tensor]:
         steps = []
         for _ in range(self.horizon):
-            count, obs_dim = observations.shape
-            action_noise, noise = torch.randn(count, self.act_dim), torch.randn(count, obs_dim + 1)
-            draw = torch.randint(self.elites, (count,))
+            (count, obs_dim), device = observations.shape, observations.device
+            action_noise = torch.randn(count, self.act_dim, device=device)
+            noise = torch.randn(count, obs_dim + 1, device=device)
+            draw = torch.randint(self.elites, (count,), device=device)
             steps.append(self.model_step(observations, action_noise, draw, noise))
             observations = steps[-1][-1]
         return [torch.cat(parts) for parts in zip(*steps, strict=True)]
@@ -111,6 +132,32 @@ class CompiledBFloat16Rollout(BFloat16Rollout):
     """By torch.compile, the weights frozen and packed, every product's implementation chosen by trial."""
 
     options: ClassVar = {"freezing": True, "max_autotune": True}
+
+
+class BatchedFloat16Rollout(LinearRollout):
+    """For a GPU: members as one batch of matrices, in float16, as many rows at a time as pay for a launch."""
+
+    dtype = torch.float16
+    model = _BatchedModel
+    chunk = 2**17
+
+
+class CompiledFloat16Rollout(BatchedFloat16Rollout):
+    """By torch.compile, every product's implementation chosen by trial, launches recorded."""
+
+    options: ClassVar = {"max_autotune": True, "triton.cudagraphs": True}
+
+
+class BatchedBFloat16Rollout(BatchedFloat16Rollout):
+    """The same in bfloat16."""
+
+    dtype = torch.bfloat16
+
+
+class CompiledBatchedBFloat16Rollout(CompiledFloat16Rollout):
+    """The same in bfloat16."""
+
+    dtype = torch.bfloat16
 
 
 class NumpyRollout:

@@ -25,10 +25,15 @@ from benchmarks.baselines import (
     CompiledSAC,
     EagerFit,
     PlainSAC,
+    RecordedSAC,
 )
 from benchmarks.baselines_rollout import (
+    BatchedBFloat16Rollout,
+    BatchedFloat16Rollout,
     BFloat16Rollout,
+    CompiledBatchedBFloat16Rollout,
     CompiledBFloat16Rollout,
+    CompiledFloat16Rollout,
     CompiledRollout,
     LinearRollout,
     NumpyRollout,
@@ -57,6 +62,23 @@ BASELINES: dict[str, dict[str, Callable[..., Any]]] = {
         "PyTorch, bfloat16": BFloat16Fit,
         "torch.compile, bfloat16": CompiledBFloat16Fit,
     },
+}
+# For a GPU.
+GPU_BASELINES: dict[str, dict[str, Callable[..., Any]]] = {
+    "rollout float16": {
+        "PyTorch, float16": BatchedFloat16Rollout,
+        "torch.compile, float16": CompiledFloat16Rollout,
+    },
+    "rollout bfloat16": {
+        "PyTorch, batched, bfloat16": BatchedBFloat16Rollout,
+        "torch.compile, batched, bfloat16": CompiledBatchedBFloat16Rollout,
+    },
+    "sac": {
+        "PyTorch, plain": PlainSAC,
+        "torch.compile": CompiledSAC,
+        "torch.compile, recorded": RecordedSAC,
+    },
+    "fit": {"PyTorch, eager": EagerFit, "torch.compile": CompiledFit},
 }
 if importlib.util.find_spec("jax"):
     from benchmarks.baselines_jax import JaxFit, JaxRollout, JaxSAC

@@ -33,15 +33,34 @@ template <class V, class Mean, class Variance, class Share>
 MOPO_INLINE V penalise(Penalty penalty, int count, int obs_dim, Mean mean, Variance variance, int first,
                        int apart, Share sum) {
   const auto square = [](V x) { return x * x; };
+  const float share = 1.0f / static_cast<float>(count);
+  const auto centre = [&](int d) {
+    V total{};
+    for (int i = 0; i < count; ++i) total = total + mean(i, d);
+    return total * share;
+  };
   V largest{};
-  if (penalty == Penalty::kMaxAleatoric) {
-    for (int i = 0; i < count; ++i) {
-      Sum<V> total;
-      for (int d = first; d <= obs_dim; d += apart) total.add(variance(i, d));
-      largest = nan_max(largest, sum(total.value));
+  // The members' largest sum of terms(d)(i), some members at a time: what they read does not wait for one
+  // another, and their sums are no more than a GPU has registers for.
+  const auto take_largest = [&](int dims, auto terms) {
+    constexpr int kTogether = 4;
+    for (int i = 0; i < count; i += kTogether) {
+      Sum<V> totals[kTogether];
+      for (int d = first; d < dims; d += apart) {
+        const auto term = terms(d);
+        for (int j = 0; j < kTogether; ++j)
+          if (i + j < count) totals[j].add(term(i + j));
+      }
+      for (int j = 0; j < kTogether; ++j) largest = nan_max(largest, sum(totals[j].value));
     }
     return sqrt(largest);
-  }
+  };
+  if (penalty == Penalty::kMaxAleatoric)
+    return take_largest(obs_dim + 1, [&](int d) { return [&, d](int i) { return variance(i, d); }; });
+  if (penalty == Penalty::kMaxDeviation)
+    return take_largest(obs_dim, [&](int d) {
+      return [&, d, middle = centre(d)](int i) { return square(mean(i, d) - middle); };
+    });
   if (penalty == Penalty::kMaxPairwise) {
     for (int i = 0; i < count; ++i)
       for (int j = 0; j < i; ++j) {
@@ -49,20 +68,6 @@ MOPO_INLINE V penalise(Penalty penalty, int count, int obs_dim, Mean mean, Varia
         for (int d = first; d < obs_dim; d += apart) total.add(square(mean(i, d) - mean(j, d)));
         largest = nan_max(largest, sum(total.value));
       }
-    return sqrt(largest);
-  }
-  const float share = 1.0f / static_cast<float>(count);
-  const auto centre = [&](int d) {
-    V total{};
-    for (int i = 0; i < count; ++i) total = total + mean(i, d);
-    return total * share;
-  };
-  if (penalty == Penalty::kMaxDeviation) {
-    for (int i = 0; i < count; ++i) {
-      Sum<V> total;
-      for (int d = first; d < obs_dim; d += apart) total.add(square(mean(i, d) - centre(d)));
-      largest = nan_max(largest, sum(total.value));
-    }
     return sqrt(largest);
   }
   // The members' variance, summed over dimensions.

@@ -15,20 +15,21 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from mopo_fast.backends import get_backend
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import DynamicsConfig, FitDtype, SACConfig
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.fit import Fit, check_config
-from mopo_fast.machine import resolve_threads
+from mopo_fast.machine import check_device, device_name, resolve_threads
 from mopo_fast.policy import Actor
 from mopo_fast.progress import progress_bar
 from mopo_fast.rollout import RolloutEngine
-from mopo_fast.sac import SAC
+from mopo_fast.sac import SAC, Population
 
 # Sizes of the square matrices whose product is the peak: the best differs from machine to machine.
-_PEAK_SIZES = (256, 1024, 2048)
+_PEAK_SIZES = {"cpu": (256, 1024, 2048), "cuda": (4096, 8192)}
 # Of each of the two arrays whose copy tells the memory's bandwidth: together more than any last-level cache.
 _COPY_BYTES = 2**29
 
@@ -50,7 +51,8 @@ class Row:
     gflops: float
     """Arithmetic of the networks alone, two per multiply-add, / 1e9 per second."""
     peak_gflops: float
-    """Of the best of torch's own float32 matrix products between the same rounds, on the same threads."""
+    """Of the best of torch's own matrix products between the same rounds, on the same threads: of float32, on
+    a GPU of the first contender's dtype."""
     share_of_peak: float
     """`gflops` over `peak_gflops`."""
     intensity: float
@@ -65,7 +67,8 @@ def to_table(rows: list[Row]) -> Table:
     """For people: a line for each contender, the last column how many times faster the first one is."""
     first = rows[0]
     table = Table("contender", "dtype", first.unit, "GFLOP/s", "of torch.mm", f"{first.backend} over it")
-    table.title = f"{first.kernel}, {first.device}, {first.shape['threads']} threads"
+    threads = f", {first.shape['threads']} threads" if first.device == "cpu" else ""
+    table.title = f"{first.kernel}, {first.device}{threads}"
     for row in rows:
         ratio = first.baselines.get(row.backend)
         table.add_row(
@@ -90,6 +93,7 @@ class Work:
         bytes: memory traffic that one of them cannot do without, even in one kernel whose activations never
             leave the cores' own caches: rows in and out, and the parameters that do not fit there.
         threads: that every contender may use.
+        device: where it is done.
         contenders: by name, the one that the others are baselines of first.
         dtypes: of a contender's products, where they are not float32.
     """
@@ -101,6 +105,7 @@ class Work:
     flop: float
     bytes: float
     threads: int
+    device: torch.device
     contenders: dict[str, Contender]
     dtypes: dict[str, str] = field(default_factory=dict)
 
@@ -114,6 +119,7 @@ def rollout_work(
     starts: int = 50_000,
     horizon: int = 5,
     threads: int | None = None,
+    device: torch.device | str = "cpu",
     baselines: Mapping[str, Callable[[EnsembleDynamics, Actor, torch.Tensor, int], Contender]] | None = None,
 ) -> Work:
     """Penalised rollouts, the canonical shape by default: 7 members of 4 x 200, policy of 2 x 256.
@@ -121,7 +127,7 @@ def rollout_work(
     Networks are drawn at random, nothing ends an episode.
 
     Args:
-        dtype: of the first contender; with another than float32 it meets itself in float32 too.
+        dtype: of the first contender; with another than float32 it meets itself in float32 too, if it can.
         baselines: more contenders, each made of the ensemble, the actor, the start states and the horizon;
             where products are not in float32, an attribute `dtype` says so.
 
@@ -129,15 +135,16 @@ def rollout_work(
         InputError: a number out of range, or a backend that cannot serve.
     """
     _check_positive(obs_dim=obs_dim, act_dim=act_dim, starts=starts, horizon=horizon)
-    threads = resolve_threads(threads)
+    threads, device = resolve_threads(threads), _checked_device(device)
     generator = torch.Generator().manual_seed(0)
-    ensemble = EnsembleDynamics(obs_dim, act_dim, generator=generator)
-    actor = Actor(obs_dim, act_dim, generator=generator)
-    start = torch.randn(starts, obs_dim, generator=generator)
-    engines = {}
-    for name, precision in ((backend, dtype), (backend, "float32"), ("reference", "float32")):
-        engine = RolloutEngine(ensemble, backend=name, dtype=precision, threads=threads)
-        engines[engine.backend if precision == "float32" else f"{engine.backend} {precision}"] = engine
+    ensemble = EnsembleDynamics(obs_dim, act_dim, generator=generator).to(device)
+    actor = Actor(obs_dim, act_dim, generator=generator).to(device)
+    start = torch.randn(starts, obs_dim, generator=generator).to(device)
+    engine = RolloutEngine(ensemble, backend=backend, dtype=dtype, threads=threads)
+    engines = {engine.backend if dtype == "float32" else f"{engine.backend} {dtype}": engine}
+    for name in (engine.backend, "reference"):
+        if get_backend(name).refusal("float32", device) is None:
+            engines[name] = RolloutEngine(ensemble, backend=name, threads=threads)
     # What a rollout stores, in float32: wider rows only move more.
     stored = engine.rollout(actor, start[:1], 1, seed=0)
     contenders: dict[str, Contender] = {
@@ -162,6 +169,7 @@ def rollout_work(
         # The row written, its share of the start state read; parameters, which every row needs, stay.
         bytes=_row_bytes(stored.arrays().values()) + _row_bytes([start]) / horizon,
         threads=threads,
+        device=device,
         contenders=contenders,
         dtypes=_dtypes(contenders, dtype),
     )
@@ -176,7 +184,9 @@ def sac_work(
     config: SACConfig | None = None,
     real_rows: int = 200_000,
     model_rows: int = 1_250_000,
+    runs: int = 1,
     threads: int | None = None,
+    device: torch.device | str = "cpu",
     baselines: Mapping[str, Callable[[SAC, Transitions, RingBuffer, int], Contender]] | None = None,
 ) -> Work:
     """SAC updates, sampling included, the canonical shape by default: actor and 2 critics of 2 x 256.
@@ -184,29 +194,39 @@ def sac_work(
     Data are drawn at random: `real_rows` transitions, and a full buffer of `model_rows`.
 
     Args:
+        runs: made at once, `updates` of each in a round; they meet one after the other, too.
         baselines: more contenders, each made of a fresh SAC, the data, the buffer and the updates of a round.
 
     Raises:
         InputError: a number out of range, or a backend that cannot serve.
     """
-    _check_positive(obs_dim=obs_dim, act_dim=act_dim, updates=updates)
-    threads = resolve_threads(threads)
+    _check_positive(obs_dim=obs_dim, act_dim=act_dim, updates=updates, runs=runs)
+    threads, device = resolve_threads(threads), _checked_device(device)
 
     def fresh(backend: str) -> SAC:
-        return SAC(obs_dim, act_dim, config, backend=backend, threads=threads)
+        return SAC(obs_dim, act_dim, config, device=device, backend=backend, threads=threads)
 
-    learners = [fresh(name) for name in (backend, "reference")]
-    data = _random_transitions(real_rows, obs_dim, act_dim)
-    buffer = RingBuffer(model_rows, obs_dim, act_dim)
+    data = _random_transitions(real_rows, obs_dim, act_dim).to(device)
+    buffer = RingBuffer(model_rows, obs_dim, act_dim, device)
     _randomise(buffer.storage)
     buffer.advance(model_rows)
 
-    def updating(sac: SAC) -> Contender:
-        return lambda: sac.update_many(data, buffer, updates, seed=sac.updates)
+    def updating(*sacs: SAC) -> Contender:
+        population, buffers = Population(sacs), [buffer] * len(sacs)
 
-    contenders = {sac.backend: updating(sac) for sac in learners}
+        def run() -> None:
+            first = sacs[0].updates
+            population.update_many(data, buffers, updates, [first + i for i in range(len(sacs))])
+
+        return run
+
+    learners = [fresh(name) for name in (backend, "reference")]
+    contenders: dict[str, Contender] = {}
+    if runs > 1:
+        contenders[f"{learners[0].backend}, at once"] = updating(*(fresh(backend) for _ in range(runs)))
+    contenders |= {sac.backend: _times(runs, updating(sac)) for sac in learners}
     for name, make in (baselines or {}).items():
-        contenders[name] = make(fresh("reference"), data, buffer, updates)
+        contenders[name] = _times(runs, make(fresh("reference"), data, buffer, updates))
     sac = learners[0]
     return Work(
         kernel="sac",
@@ -218,13 +238,15 @@ def sac_work(
             "batch": list(sac.batch_rows),
             "rows": [real_rows, model_rows],
             "updates": updates,
+            "runs": runs,
         },
         unit="updates/s",
-        amount=updates,
+        amount=updates * runs,
         flop=sac_flop(sac),
         # The batch's rows, drawn from far more than fits; at this size parameters and Adam's moments stay.
         bytes=sac.config.batch_size * _row_bytes(data.arrays().values()),
         threads=threads,
+        device=device,
         contenders=contenders,
     )
 
@@ -239,6 +261,7 @@ def fit_work(
     dtype: FitDtype | None = None,
     rows: int = 200_000,
     threads: int | None = None,
+    device: torch.device | str = "cpu",
     baselines: Mapping[str, Callable[[Fit, torch.Tensor], Contender]] | None = None,
 ) -> Work:
     """Steps of the ensemble's fit, gathering included, the canonical shape by default: 7 members of 4 x 200.
@@ -255,17 +278,17 @@ def fit_work(
     """
     _check_positive(obs_dim=obs_dim, act_dim=act_dim, steps=steps)
     threads, config = resolve_threads(threads), config or DynamicsConfig()
-    dtype = dtype or config.dtype
+    dtype, device = dtype or config.dtype, _checked_device(device)
     data = _random_transitions(rows, obs_dim, act_dim)
 
     def fresh(backend: str, dtype: FitDtype = "float32") -> Fit:
         precise = dataclasses.replace(config, dtype=dtype)
-        check_config(precise)
-        return Fit(data, 0, precise, "cpu", backend, threads)
+        check_config(precise, device)
+        return Fit(data, 0, precise, device, backend, threads)
 
     fits = [fresh(backend, dtype), *([fresh(backend)] if dtype != "float32" else []), fresh("reference")]
     size = (config.members, steps * config.batch_size)
-    drawn = torch.randint(len(fits[0].inputs), size, generator=torch.Generator().manual_seed(0))
+    drawn = torch.randint(len(fits[0].inputs), size, generator=torch.Generator().manual_seed(0)).to(device)
     contenders: dict[str, Contender] = {
         fit.backend if fit.config.dtype == "float32" else f"{fit.backend} {fit.config.dtype}": partial(
             fit.steps, drawn
@@ -293,6 +316,7 @@ def fit_work(
         # The row, its share of its member's parameters and Adam's moments in and out: all members' don't fit.
         bytes=_row_bytes((fit.inputs, fit.targets)) + 6 * parameters / config.members / config.batch_size,
         threads=threads,
+        device=device,
         contenders=contenders,
         dtypes=_dtypes(contenders, dtype),
     )
@@ -316,10 +340,15 @@ def bench(kernel: str, *, rounds: int = 5, quiet: bool = False, **options: Any) 
 
 def measure(work: Work, *, rounds: int, quiet: bool = False) -> list[Row]:
     """A row for each contender of `work`, from medians over `rounds` in turn; one more round warms up."""
-    peaks = {f"torch.mm {size}": _product(size) for size in _PEAK_SIZES}
-    copy, moved = _copy()
+    device = work.device
+    named = work.dtypes.get(next(iter(work.contenders)), "float32")
+    dtype = torch.float32 if device.type == "cpu" else _product_dtype(named)
+    peaks = {f"torch.mm {size}": _product(size, device, dtype) for size in _PEAK_SIZES[device.type]}
+    copy, moved = _copy(device)
     # The copy empties the caches, so products come between it and the next round.
     contenders = work.contenders | {"copy": copy} | {name: run for name, (run, _) in peaks.items()}
+    if device.type == "cuda":
+        contenders = {name: _awaited(run, device) for name, run in contenders.items()}
     with torch_threads(work.threads):
         seconds = interleave(contenders, rounds, f"bench {work.kernel}: rounds", quiet)
     peak = max(flop / seconds[name] for name, (_, flop) in peaks.items())
@@ -329,7 +358,7 @@ def measure(work: Work, *, rounds: int, quiet: bool = False) -> list[Row]:
         Row(
             kernel=work.kernel,
             backend=name,
-            device="cpu",
+            device=device_name(device),
             dtype=work.dtypes.get(name, "float32"),
             shape=work.shape | {"threads": work.threads, "rounds": rounds},
             rate=rate,
@@ -401,9 +430,14 @@ def _random_transitions(count: int, obs_dim: int, act_dim: int) -> Transitions:
     return data
 
 
+def _checked_device(device: torch.device | str) -> torch.device:
+    check_device(device)
+    return torch.device(device)
+
+
 def _randomise(data: Transitions) -> None:
     """Standard normals, actions squashed, one row in a hundred terminal."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(data.device).manual_seed(0)
     for array in data.arrays().values():
         if array.dtype == torch.bool:
             array.bernoulli_(0.01, generator=generator)
@@ -412,10 +446,35 @@ def _randomise(data: Transitions) -> None:
     data.actions.tanh_()
 
 
-def _product(size: int) -> tuple[Contender, float]:
+def _times(count: int, run: Contender) -> Contender:
+    """A contender's work, `count` times over."""
+
+    def again() -> None:
+        for _ in range(count):
+            run()
+
+    return again
+
+
+def _awaited(run: Contender, device: torch.device) -> Contender:
+    """A contender until the GPU has done what it asked for."""
+
+    def to_the_end() -> None:
+        run()
+        torch.cuda.synchronize(device)
+
+    return to_the_end
+
+
+def _product_dtype(name: str) -> torch.dtype:
+    """Of the tensors that stand for one of `config.ROLLOUT_DTYPES`."""
+    return torch.float32 if name == "tfloat32" else getattr(torch, name)
+
+
+def _product(size: int, device: torch.device, dtype: torch.dtype) -> tuple[Contender, float]:
     """torch.mm of square matrices, often enough to be timed, and its arithmetic."""
-    left, right = torch.randn(2, size, size, generator=torch.Generator().manual_seed(0))
-    out, times = torch.empty(size, size), max(1, (1024 // size) ** 3)
+    left, right = torch.randn(2, size, size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    out, times = torch.empty_like(left), max(1, (1024 // size) ** 3)
 
     def run() -> None:
         for _ in range(times):
@@ -424,10 +483,10 @@ def _product(size: int) -> tuple[Contender, float]:
     return run, times * 2.0 * size**3
 
 
-def _copy() -> tuple[Contender, float]:
+def _copy(device: torch.device) -> tuple[Contender, float]:
     """A copy of an array far larger than the caches, and the bytes that it reads and writes."""
     # Ones, not zeros: an array never written to is one page of zeros many times over.
-    source = torch.ones(_COPY_BYTES // 4)
+    source = torch.ones(_COPY_BYTES // 4, device=device)
     return partial(torch.empty_like(source).copy_, source), 2.0 * source.nbytes
 
 

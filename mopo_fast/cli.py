@@ -242,9 +242,11 @@ def bench(
     starts: Number = None,
     horizon: Number = None,
     updates: Number = None,
+    runs: Number = None,
     steps: Number = None,
     rounds: int = 5,
     threads: Number = None,
+    device: str = "cpu",
     json: File = None,
     plot: File = None,
     quiet: bool = False,
@@ -257,8 +259,10 @@ def bench(
         starts: Of a rollout: start states; by default 50,000.
         horizon: Of a rollout: steps from each; by default 5.
         updates: Of sac: in a round; by default 100.
+        runs: Of sac: made at once; by default 1.
         steps: Of fit: in a round; by default 64.
         threads: By default every core.
+        device: cpu or cuda.
         json: Also write the rows to this file.
         plot: Also draw their roofline into this file, .png, .svg or .pdf.
         quiet: No progress bar.
@@ -271,6 +275,7 @@ def bench(
         "starts": (starts, ("rollout",)),
         "horizon": (horizon, ("rollout",)),
         "updates": (updates, ("sac",)),
+        "runs": (runs, ("sac",)),
         "steps": (steps, ("fit",)),
     }
     given = {name: value for name, (value, _) in options.items() if value is not None}
@@ -289,6 +294,7 @@ def bench(
         act_dim=act_dim,
         rounds=rounds,
         threads=threads,
+        device=device,
         quiet=quiet,
         **given,
     )

@@ -130,7 +130,7 @@ class Evaluator:
         """`evaluate` with these options, of the actor as it is now."""
         if self._pool is not None:
             # Copies: they are sent off later, and the actor may learn meanwhile.
-            arrays = {name: np.array(value.cpu()) for name, value in actor.state_dict().items()}
+            arrays = {name: value.cpu().numpy().copy() for name, value in actor.state_dict().items()}
             return self._pool.submit(_evaluate_arrays, actor.settings(), arrays, task, options)
         future: Future[Evaluation] = Future()
         future.set_result(evaluate(actor, task, **options))

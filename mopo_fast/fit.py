@@ -28,7 +28,7 @@ from mopo_fast.config import FIT_DTYPES, DynamicsConfig, check_finite, to_dict
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import EnsembleDynamics, mlp_bytes, soft_clamp_logvar
 from mopo_fast.errors import InputError
-from mopo_fast.graph import Graph
+from mopo_fast.graph import Graph, records
 from mopo_fast.lock import locked
 from mopo_fast.machine import check_device, check_memory, resolve_threads
 from mopo_fast.progress import progress_bar
@@ -312,8 +312,16 @@ class Fit:
 
     def shuffled(self, epoch: int) -> torch.Tensor:
         """The rows that each member sees in `epoch`, in its order: int64 [members, n]."""
-        shuffle = np.random.default_rng(derive_seed(self.seed, FIT, _SHUFFLE, epoch))
-        return torch.from_numpy(shuffle.permuted(self.rows, axis=1)).to(self.inputs.device)
+        seed, device = derive_seed(self.seed, FIT, _SHUFFLE, epoch), self.inputs.device
+        if device.type == "cpu":
+            return torch.from_numpy(np.random.default_rng(seed).permuted(self.rows, axis=1))
+        generator = torch.Generator(device).manual_seed(seed)
+        keys = torch.randint(2**62, self.rows.shape, generator=generator, device=device)
+        return self._rows_on_device.gather(1, keys.argsort(dim=1, stable=True))
+
+    @functools.cached_property
+    def _rows_on_device(self) -> torch.Tensor:
+        return torch.from_numpy(self.rows).to(self.inputs.device)
 
     def end_epoch(self, train_loss: float, started: float) -> FitEpoch:
         """Look at the holdout and keep what is better."""
@@ -468,7 +476,7 @@ class Population:
         batch = self._side_by_side()
         each = [fit.batches(some) for fit, some in zip(self.fits, rows, strict=True)]
         inputs, targets = each[0] if len(each) == 1 else map(torch.cat, zip(*each, strict=True))
-        if inputs.device.type == "cuda":
+        if records(inputs.device):
             what = (batch.parameters[0].data_ptr(), inputs.shape[1])
             if what not in self._graphs:
                 self._graphs[what] = Graph(batch, (inputs, targets), batch.state())

@@ -5,6 +5,11 @@ from collections.abc import Callable, Sequence
 import torch
 
 
+def records(device: torch.device) -> bool:
+    """Whether launches on a device can be recorded."""
+    return device.type == "cuda"
+
+
 class Graph:
     """A function's kernels on a GPU, recorded once and played back with other arguments.
 

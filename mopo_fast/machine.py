@@ -16,6 +16,12 @@ def check_device(device: torch.device | str) -> None:
         raise InputError(f"device {str(device)!r} cannot be used ({error}); try cpu") from error
 
 
+def device_name(device: torch.device | str) -> str:
+    """ "cpu", or what a GPU is called."""
+    device = torch.device(device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def resolve_threads(threads: int | None) -> int:
     """`threads`, or for None one for each core that this process may use.
 

@@ -27,7 +27,7 @@ from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import SACConfig
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.errors import InputError
-from mopo_fast.graph import Graph
+from mopo_fast.graph import Graph, records
 from mopo_fast.machine import resolve_threads
 from mopo_fast.policy import Actor, Critic
 from mopo_fast.seeds import INIT, derive_seed
@@ -381,9 +381,9 @@ class Population:
 
     def _by_autograd(self, sources: list[_Source], updates: int, seeds: Sequence[int]) -> list[list[float]]:
         batch = self._side_by_side()
-        on_gpu = batch.log_alpha.device.type == "cuda"
+        recorded = records(batch.log_alpha.device)
         # Drawing takes as many launches for few updates as for many.
-        at_once = _UPDATES_AT_ONCE * (10 if on_gpu else 1)
+        at_once = _UPDATES_AT_ONCE * (10 if recorded else 1)
         total = batch.log_alpha.new_zeros(*batch.log_alpha.shape, len(METRICS))
         for first in range(0, updates, at_once):
             count = min(at_once, updates - first)
@@ -397,7 +397,7 @@ class Population:
                 else [torch.stack(array, 1) for array in zip(*each, strict=True)]
             )
             for some in zip(*(array.split(_UPDATES_AT_ONCE) for array in arrays), strict=True):
-                total += self._play(some) if on_gpu else self._updates(*some)
+                total += self._play(some) if recorded else self._updates(*some)
         if batch is not self.sacs[0]:
             for sac in self.sacs:
                 sac._count(updates)

@@ -27,6 +27,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from mopo_fast import __version__
 from mopo_fast.atomic import atomic_path, read_json, write_json
+from mopo_fast.backends import choose_for_run
 from mopo_fast.backends.philox import BATCH_STREAM, random_choice
 from mopo_fast.buffer import RingBuffer, row_bytes
 from mopo_fast.config import TUNED, RolloutConfig, TrainConfig, check_finite, to_dict
@@ -265,7 +266,7 @@ def resolve(config: TrainConfig, out: Path | None = None) -> tuple[TrainConfig, 
     networks = 3 * mlp_bytes(1 + sac.critics, (1, *sac.hidden, 1), sac.batch_size)
     lower = "sac.batch_size, sac.hidden or sac.critics"
     check_memory("SAC", networks, config.device, lower)
-    _sac(config, task, config.backend)
+    _sac(config, task, _training_backend(config))
     check_finite(config)
     check_memory(
         "the model buffer",
@@ -295,6 +296,10 @@ def _engine(config: TrainConfig, task: Task, ensemble: EnsembleDynamics, backend
         dtype=rollout.dtype,
         threads=config.threads,
     )
+
+
+def _training_backend(config: TrainConfig) -> str:
+    return choose_for_run(config.backend, torch.device(config.device))
 
 
 def _sac(config: TrainConfig, task: Task, backend: str) -> SAC:
@@ -365,7 +370,7 @@ def _make_dynamics(runs: Sequence[_Run], data: Transitions, quiet: bool) -> None
             seeds=[run.config.seed for run in missing],
             config=config.dynamics,
             device=config.device,
-            backend=config.backend,
+            backend=_training_backend(config),
             threads=config.threads,
             quiet=quiet,
         )
@@ -517,7 +522,7 @@ class _Loop:
         self.horizon = rollout.horizon
         self.engine = _engine(config, task, ensemble, config.backend)
         self.buffer = RingBuffer(_capacity(rollout), task.obs_dim, task.act_dim, config.device)
-        self.sac = _sac(config, task, config.backend)
+        self.sac = _sac(config, task, _training_backend(config))
         self.rollouts: list[_Rollout] = []
         self.pending: list[_Pending] = []
         self.evaluation: Evaluation | None = None

@@ -55,23 +55,29 @@ __device__ unsigned char* load_b(const unsigned char* b, uint32_t bytes) {
   return shared;
 }
 
-// d += a b.
+// d += a b, with d [columns / 2][128] and a [steps][4][128] as the threads' registers have them.
 template <class T, int kColumns>
 __global__ void __launch_bounds__(128) product_kernel(const __grid_constant__ ProductArgs args) {
   constexpr uint32_t kImage = 32 * kColumns;
   const unsigned char* b = load_b(args.b, args.steps * kImage);
   float d[kColumns / 2];
-  load_d<kColumns>(args.d, d);
+#pragma unroll
+  for (int i = 0; i < kColumns / 2; ++i) d[i] = args.d[128 * i + threadIdx.x];
+#pragma unroll 1
   for (int step = 0; step < args.steps; ++step) {
+    const float* pairs = args.a + 128 * 4 * step + threadIdx.x;
     uint32_t a[4];
-    load_a<T>(args.a, 16 * args.steps, step, a);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = __float_as_uint(pairs[128 * i]);
+    ptx::keep(d);
     ptx::products_begin();
     ptx::multiply_add(T{}, d, a, ptx::matrix(b + step * kImage, 16 * kColumns, 128));
     ptx::products_commit();
     ptx::products_wait<0>();
     ptx::keep(d);
   }
-  store_d<kColumns>(d, args.d);
+#pragma unroll
+  for (int i = 0; i < kColumns / 2; ++i) args.d[128 * i + threadIdx.x] = d[i];
 }
 
 // d += relu(a b) b, of 64 columns and 4 steps: an accumulator becomes the next product's a. Two groups, so
@@ -214,10 +220,10 @@ cudaError_t product(int columns, const ProductArgs& args) {
       return product<T, 40>(args);
     case 64:
       return product<T, 64>(args);
-    case 128:
-      return product<T, 128>(args);
     case 200:
       return product<T, 200>(args);
+    case 256:
+      return product<T, 256>(args);
     default:
       return cudaErrorInvalidValue;
   }

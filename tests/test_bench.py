@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from mopo_fast.bench import Row, Work, _copy, bench, measure, to_table
+from mopo_fast.bench import Row, Work, _copy, bench, measure, sac_work, to_table
 from mopo_fast.config import DynamicsConfig, SACConfig
 from mopo_fast.errors import InputError
 from mopo_fast.sac import SAC
@@ -119,9 +119,9 @@ def test_baselines_compete_from_networks_of_their_own() -> None:
 def test_contenders_take_turns_and_the_first_round_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, turns = [0.0], []
     monkeypatch.setattr("mopo_fast.bench.time.perf_counter", lambda: clock[0])
-    monkeypatch.setattr("mopo_fast.bench._PEAK_SIZES", (1,))
-    monkeypatch.setattr("mopo_fast.bench._product", lambda size: (lambda: sleep("peak", 1.0), 100.0))
-    monkeypatch.setattr("mopo_fast.bench._copy", lambda: (lambda: sleep("copy", 4.0), 200.0))
+    monkeypatch.setattr("mopo_fast.bench._PEAK_SIZES", {"cpu": (1,)})
+    monkeypatch.setattr("mopo_fast.bench._product", lambda *_: (lambda: sleep("peak", 1.0), 100.0))
+    monkeypatch.setattr("mopo_fast.bench._copy", lambda _: (lambda: sleep("copy", 4.0), 200.0))
 
     def sleep(name: str, seconds: float) -> None:
         turns.append(name)
@@ -129,7 +129,15 @@ def test_contenders_take_turns_and_the_first_round_is_not_counted(monkeypatch: p
 
     contenders = {"fast": lambda: sleep("fast", 2.0), "slow": lambda: sleep("slow", 8.0)}
     work = Work(
-        "k", {"size": 1}, "things/s", amount=4, flop=10.0, bytes=5.0, threads=1, contenders=contenders
+        "k",
+        {"size": 1},
+        "things/s",
+        amount=4,
+        flop=10.0,
+        bytes=5.0,
+        threads=1,
+        device=torch.device("cpu"),
+        contenders=contenders,
     )
     fast, slow = measure(work, rounds=3, quiet=True)
     assert turns == ["fast", "slow", "copy", "peak"] * 4
@@ -172,7 +180,15 @@ def test_a_rollout_baseline_says_its_dtype() -> None:
 
 
 def test_a_copy_counts_what_it_reads_and_writes() -> None:
-    run, moved = _copy()
+    run, moved = _copy(torch.device("cpu"))
     assert moved == 2 * 2**16
     copied = run()
     assert isinstance(copied, torch.Tensor) and copied.nbytes == 2**16 and bool((copied == 1).all())
+
+
+def test_runs_at_once_make_as_many_updates_each() -> None:
+    work = sac_work(runs=3, **SAC_SIZES)
+    assert list(work.contenders) == ["cpu, at once", "cpu", "reference"]
+    assert (work.amount, work.shape["runs"]) == (6, 3)
+    for run in work.contenders.values():
+        run()

@@ -1,6 +1,7 @@
 """The emulator that the CUDA kernels' tests run on: small kernels that it must get right, and wrong ones."""
 
 import ctypes
+import importlib.util
 import os
 import re
 import shutil
@@ -12,13 +13,13 @@ import numpy as np
 import pytest
 
 KERNELS = Path(__file__).with_name("cuda_kernels.cu")
-COLUMNS = (16, 40, 64, 128, 200)
+COLUMNS = (16, 40, 64, 200, 256)
 # In the order of cuda_kernels.cu's Fault; and what the emulator says, or "" where a NaN shows.
 FAULTS = {
-    "kNoFullWait": "b of a product at .* where (no bulk copy was made|a bulk copy has not landed yet)",
-    "kEarlyRelease": "a bulk copy to .* where b of a product is that nobody has waited for",
+    "kNoFullWait": "a product by b that landed in phase 0 of .*, which it has not waited for",
+    "kEarlyRelease": "a bulk copy to .*, onto b of a product of warpgroup [01] that it knows no end of",
     "kOneRelease": "deadlock:(.|\n)*barrier_wait.*, [1-4] of 4 arrivals",
-    "kExtraRelease": "more arrivals in a phase than its [14]",
+    "kExtraRelease": "more arrivals in a phase than its [14]|that it knows no end of",
     "kEarlyRead": "",
     "kEarlyWrite": "d was written to while products add to it",
     "kNoBegin": "a product without products_begin since a pack",
@@ -46,18 +47,29 @@ def address(array: np.ndarray) -> ctypes.c_void_p:
     return array.ctypes.data_as(ctypes.c_void_p)
 
 
+def as_halves(x: np.ndarray, bfloat16: bool) -> np.ndarray:
+    """Small integers in 16 bits: bfloat16 has them whole."""
+    return (x.view(np.uint32) >> 16).astype(np.uint16) if bfloat16 else x.astype(np.float16).view(np.uint16)
+
+
 def images(b: np.ndarray, bfloat16: bool = False) -> np.ndarray:
     """b [k, n] in 16 bits, as [k / 16][k half][n / 8][n % 8][k % 8], at a multiple of 16."""
     k, n = b.shape
     cores = np.ascontiguousarray(b.reshape(k // 16, 2, 8, n // 8, 8).transpose(0, 1, 3, 4, 2))
-    # Small integers: bfloat16 has them whole.
-    bits = (cores.view(np.uint32) >> 16).astype(np.uint16)
-    if not bfloat16:
-        bits = cores.astype(np.float16).view(np.uint16)
-    memory = np.empty(bits.nbytes + 16, np.uint8)
-    aligned = memory[-memory.ctypes.data % 16 :][: bits.nbytes].view(np.uint16).reshape(bits.shape)
-    aligned[...] = bits
+    memory = np.empty(2 * cores.size + 16, np.uint8)
+    aligned = memory[-memory.ctypes.data % 16 :][: 2 * cores.size].view(np.uint16).reshape(cores.shape)
+    aligned[...] = as_halves(cores, bfloat16)
     return aligned
+
+
+def fragment(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column [count, 128] of a thread's values, by the PTX ISA's figures of wgmma's m64nNk16.
+
+    Of d, and of a's halves; those that follow one another eight values on differ: a has its rows first.
+    """
+    i, thread = np.arange(count)[:, None], np.arange(128)
+    row = 16 * (thread // 32) + thread % 32 // 4 + 8 * (i // 2 % 2)
+    return row, 8 * (i // 4) + 2 * (thread % 4) + i % 2
 
 
 def integers(shape: tuple[int, ...], largest: int, seed: int) -> np.ndarray:
@@ -69,10 +81,15 @@ def integers(shape: tuple[int, ...], largest: int, seed: int) -> np.ndarray:
 @pytest.mark.parametrize("columns", COLUMNS)
 def test_products(kernels: ctypes.CDLL, columns: int, bfloat16: bool) -> None:
     a, b, d = integers((64, 48), 9, 0), integers((48, columns), 9, 1), integers((64, columns), 9, 2)
-    expected = d + a @ b
-    told = kernels.run_product(bfloat16, columns, 3, address(a), address(images(b, bfloat16)), address(d))
+    # A thread's registers: 24 halves of a in pairs, lower first, and its part of d.
+    halves = as_halves(a[fragment(24)], bfloat16).astype(np.uint32)
+    pairs = halves[::2] | halves[1::2] << 16
+    registers = d[fragment(columns // 2)]
+    told = kernels.run_product(
+        bfloat16, columns, 3, address(pairs), address(images(b, bfloat16)), address(registers)
+    )
     assert told == b""
-    np.testing.assert_array_equal(d, expected)
+    np.testing.assert_array_equal(registers, (d + a @ b)[fragment(columns // 2)])
 
 
 @pytest.mark.parametrize("bfloat16", [False, True])
@@ -106,11 +123,11 @@ def test_a_cluster_fills_a_ring_together(kernels: ctypes.CDLL, seed: int) -> Non
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_is_wrong_is_found(kernels: ctypes.CDLL, fault: str) -> None:
-    """By most of the schedules, and with the reason by one at least."""
+    """By nearly all schedules, and with the reason by one at least."""
     number = 1 + list(FAULTS).index(fault)
     runs = [run_pipeline(kernels, number, seed) for seed in range(8)]
     right = [told == "" and np.array_equal(d, expected) for told, d, expected in runs]
-    assert sum(right) <= 3
+    assert sum(right) <= 1
     if FAULTS[fault]:
         assert any(re.search(FAULTS[fault], told) for told, _, _ in runs), {told for told, _, _ in runs}
     else:
@@ -133,8 +150,36 @@ def test_warps_and_rough_functions(kernels: ctypes.CDLL) -> None:
         assert 0.5 * most < error < 1.01 * most
 
 
+def disassembler() -> str | None:
+    """nvdisasm, of the toolkit or of Triton."""
+    found = importlib.util.find_spec("triton")
+    inside = Path(str(found and found.origin)).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    return shutil.which("nvdisasm") or (str(inside) if inside.exists() else None)
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not there")
 def test_the_kernels_are_cuda(tmp_path: Path) -> None:
+    """And ptx.cuh, which the emulator replaces, names a product's registers in their order."""
+    cubin = tmp_path / "kernels.cubin"
     command = ["nvcc", "-std=c++20", f"-I{cuda_emulator.CSRC}", "-gencode=arch=compute_90a,code=sm_90a"]
-    command += ["-cubin", str(KERNELS), "-o", str(tmp_path / "kernels.cubin")]
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run([*command, "-cubin", str(KERNELS), "-o", str(cubin)], check=True, capture_output=True)
+    if (nvdisasm := disassembler()) is None:
+        pytest.skip("nvdisasm is not there")
+    text = subprocess.run([nvdisasm, str(cubin)], check=True, capture_output=True, text=True).stdout
+    functions = [part for part in text.split(".section\t.text.")[1:] if "product_kernel" in part.split()[0]]
+    products = set()
+    for function in functions:
+        product = re.search(r"HGMMA\.64x(\d+)x16\.F32(\.BF16)? R(\d+), R(\d+), gdesc\S+ R(\d+)", function)
+        assert product is not None
+        columns, d, a, added = (int(product[group]) for group in (1, 3, 4, 5))
+        assert d == added
+        loads = re.findall(r"LDG\.E\S* R(\d+), \S*\[R(\d+)\.64(?:\+(-?0x\w+))?\]", function)
+        # One after the other, from addresses 512 bytes apart.
+        for first, count in ((d, columns // 2), (a, 4)):
+            places = {
+                int(to) - first: (base, int(by or "0", 16)) for to, base, by in loads if int(to) >= first
+            }
+            base, offset = places[0]
+            assert [places[i] for i in range(count)] == [(base, offset + 512 * i) for i in range(count)]
+        products.add((columns, product[2] is not None))
+    assert products == {(columns, bfloat16) for columns in COLUMNS for bfloat16 in (False, True)}

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from kernel_cases import fit_to_double
+from kernel_cases import EagerGraph, fit_to_double
 
 from mopo_fast.config import DynamicsConfig
 from mopo_fast.data.transitions import Transitions
@@ -565,3 +565,20 @@ def test_fits_together_stop_each_at_its_own_end_and_are_saved(tmp_path: Path, ba
         assert not (folder / "checkpoint" / "fit.safetensors").exists()
         epochs.append(record["epochs"])
     assert len(set(epochs)) > 1, "they all stop at once, so nothing was shown"
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_recorded_steps_are_the_same(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the recording itself, which takes a GPU."""
+    plain, recorded = ([Fit(toy_data(), i, SMALL, backend="reference") for i in range(count)] for _ in "ab")
+    populations = [Population(plain), Population(recorded)]
+    monkeypatch.setattr("mopo_fast.fit._STEPS_AT_ONCE", 3)
+    for _ in range(2):
+        eager = populations[0].run_epoch(lambda share: None)
+        with monkeypatch.context() as patch:
+            patch.setattr("mopo_fast.fit.records", lambda device: True)
+            patch.setattr("mopo_fast.fit.Graph", EagerGraph)
+            played = populations[1].run_epoch(lambda share: None)
+        assert [record.train_loss for record in played] == [record.train_loss for record in eager]
+    for one, other in zip(plain, recorded, strict=True):
+        assert all(torch.equal(t, other._live_state()[name]) for name, t in one._live_state().items())

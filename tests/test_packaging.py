@@ -33,10 +33,16 @@ def test_the_command_line_loads_without_torch() -> None:
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
 
 
+def test_cuda_loads_where_it_is_used() -> None:
+    check = "import sys, mopo_fast.rollout; sys.exit('mopo_fast._cuda' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
 def test_every_source_is_in_the_build() -> None:
     listed = (ROOT / "CMakeLists.txt").read_text()
-    for source in (ROOT / "csrc").rglob("*.cpp"):
-        assert str(source.relative_to(ROOT)) in listed
+    for suffix in ("cpp", "cu"):
+        for source in (ROOT / "csrc").rglob(f"*.{suffix}"):
+            assert str(source.relative_to(ROOT)) in listed
 
 
 def test_constraints_pin_every_requirement() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import random_transitions, to_double
+from kernel_cases import EagerGraph, random_transitions, to_double
 from torch import nn
 
 from mopo_fast.buffer import RingBuffer
@@ -317,6 +317,26 @@ class TestPopulation:
             assert one.updates == 8
             for name, tensor in other.state().items():
                 torch.testing.assert_close(one.state()[name], tensor, rtol=1e-9, atol=1e-12)
+
+    @pytest.mark.parametrize("runs", [1, 3])
+    def test_recorded_updates_are_the_same(self, runs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """All but the recording itself, which takes a GPU: whole graphs, a rest, a second call."""
+        data, buffers = transitions(50, seed=1), self.buffers()[:runs]
+        plain, recorded = (self.sacs(POPULATIONS["others"], "reference")[:runs] for _ in range(2))
+        populations = [Population(plain), Population(recorded)]
+        monkeypatch.setattr("mopo_fast.sac._UPDATES_AT_ONCE", 3)
+        for call in range(2):
+            seeds = [10 * call + i for i in range(runs)]
+            eager = populations[0].update_many(data, buffers, 8, seeds)
+            with monkeypatch.context() as patch:
+                patch.setattr("mopo_fast.sac.records", lambda device: True)
+                patch.setattr("mopo_fast.sac.Graph", EagerGraph)
+                played = populations[1].update_many(data, buffers, 8, seeds)
+            for ours, theirs in zip(played, eager, strict=True):
+                assert ours == pytest.approx(theirs, rel=1e-5)
+        for one, other in zip(plain, recorded, strict=True):
+            assert (one.updates, other.updates) == (16, 16)
+            assert all(torch.equal(tensor, other.state()[name]) for name, tensor in one.state().items())
 
     def test_the_kernel_gives_each_the_same_bits_as_alone(self) -> None:
         data, buffers = transitions(50, seed=1), self.buffers()

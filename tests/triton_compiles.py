@@ -48,6 +48,11 @@ def resources(cubin: Path) -> dict[str, int]:
     return {"registers": found["reg"], "spilled": found["stack"] + found["local"]}
 
 
+class Anywhere(TritonBackend):
+    def refusal(self, *_: Any) -> None:
+        return None
+
+
 class Compiled:
     """A kernel that is compiled where it would be launched."""
 
@@ -85,7 +90,7 @@ def main(capability: str, operands: str, folder: str) -> None:
     engine = RolloutEngine(make_ensemble(17, 6, hidden=(200,) * 4))
     # Served by name to arrays on the CPU, of which the kernels' types are all that is looked at.
     engine.operands = operands
-    backends._backends()[engine.backend] = TritonBackend()
+    backends._backends()[engine.backend] = Anywhere()
     observations, actions = inputs(1, 17, 6)
     engine.step(observations, actions, seed=2**63, distributions=True)
     engine.rollout(make_policy(17, 6, hidden=(256, 256)), observations, 1, seed=1)

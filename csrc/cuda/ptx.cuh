@@ -46,25 +46,27 @@ __device__ __forceinline__ void barrier_arrive_expect(Barrier* barrier, uint32_t
                : "memory");
 }
 
-// Arrive at the barrier in the same place of the cluster's block `rank`.
+// Arrive at the barrier in the same place of the cluster's block `rank`. What it orders are this block's
+// accesses to its own shared memory: a release to the cluster would wait for all that is under way to L2.
 __device__ __forceinline__ void barrier_arrive_at(Barrier* barrier, uint32_t rank) {
   asm volatile(
       "{\n"
       ".reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
       "}" ::"r"(shared_address(barrier)),
       "r"(rank)
       : "memory");
 }
 
-// Wait until the phase of this parity has ended; a barrier begins in phase 0.
+// Wait until the phase of this parity has ended; a barrier begins in phase 0. An acquire from the cluster
+// would empty the first-level cache.
 __device__ __forceinline__ void barrier_wait(Barrier* barrier, uint32_t parity) {
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
       "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@done bra finished;\n"
       "bra again;\n"
       "finished:\n"
@@ -135,6 +137,9 @@ __device__ __forceinline__ uint64_t matrix(const void* shared, uint32_t rows_apa
   return static_cast<uint64_t>((shared_address(shared) & 0x3FFFF) >> 4) |
          static_cast<uint64_t>(rows_apart >> 4) << 16 | static_cast<uint64_t>(columns_apart >> 4) << 32;
 }
+
+// The matrix that lies `bytes` (a multiple of 16) behind another, cut likewise.
+__device__ __forceinline__ uint64_t behind(uint64_t matrix, uint32_t bytes) { return matrix + (bytes >> 4); }
 
 // Before the first product, and wherever registers of d or a have been written since the last.
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

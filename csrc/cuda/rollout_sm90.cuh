@@ -27,14 +27,15 @@ constexpr int kActionSlots = 2;
 constexpr int kSlots = 8;
 constexpr int kSlotBytes = 26880;
 constexpr int kBarrierBytes = 2 * kSlots * sizeof(ptx::Barrier);
-constexpr int kSharedBytes = kSlots * kSlotBytes + kBarrierBytes + 12 * 4 * kConsumers;
+// The inputs of the ensemble, four words a k-step, lie behind it.
+constexpr int kMaxInputSteps = 3;
+constexpr int kSharedBytes = kSlots * kSlotBytes + kBarrierBytes + 4 * kMaxInputSteps * 4 * kConsumers;
 
 MOPO_INLINE constexpr int round_up(int count, int multiple) {
   return (count + multiple - 1) / multiple * multiple;
 }
 
-// ---- The ring: chunk n lies in slot n % kSlots, and that slot's barriers are in their phase n / kSlots.
-// ----
+// ---- The ring: chunk n lies in slot n % kSlots, whose barriers are in phase n / kSlots ----
 
 __device__ __forceinline__ unsigned char* slot(uint32_t n) {
   return ptx::dynamic_shared() + n % kSlots * kSlotBytes;
@@ -54,8 +55,7 @@ __device__ __forceinline__ void init_ring() {
   ptx::fence_barrier_init();
 }
 
-// The first row of the block's first tile; it goes on by that of all blocks, until the cluster's rows are
-// out.
+// The row that a block's tiles start at; all blocks go on alike, and both of a cluster until both are done.
 __device__ __forceinline__ int first_tile() { return blockIdx.x * kTile; }
 __device__ __forceinline__ int next_tile() { return gridDim.x * kTile; }
 __device__ __forceinline__ bool is_tile(int row, int batch) {
@@ -84,12 +84,6 @@ __device__ __forceinline__ void produce(const RolloutArgs& args) {
 
 constexpr int kPolicyWidth = 256;
 
-// Behind the ring: a thread's inputs of the ensemble, kConsumers apart.
-__device__ __forceinline__ uint32_t* kept_inputs() {
-  return reinterpret_cast<uint32_t*>(ptx::dynamic_shared() + kSlots * kSlotBytes + kBarrierBytes) +
-         threadIdx.x;
-}
-
 // One of the two warpgroups that multiply.
 struct Consumer {
   int group;       // 0 or 1
@@ -100,6 +94,7 @@ struct Consumer {
   __device__ __forceinline__ void multiply(T type, const uint32_t (&a)[kSteps][4], float (&d)[kCount]) {
     constexpr int kColumns = 2 * kCount, kImage = 32 * kColumns, kBias = round_up(4 * kColumns, 128);
     constexpr int kChunk = (kSlotBytes - kBias) / kImage;  // k-steps
+    static_assert(kSteps <= kChunk * kSlots, "the other group waits with the layer before");
     const unsigned char* image = wait();
     load_bias(image, d);
     image += kBias;
@@ -108,16 +103,18 @@ struct Consumer {
 #pragma unroll
     for (int first = 0; first < kSteps; first += kChunk) {
       if (first > 0) image = wait();
+      const uint64_t matrix = ptx::matrix(image, kImage / 2, 128);
       ptx::products_begin();
 #pragma unroll
       for (int s = first; s < kSteps && s < first + kChunk; ++s)
-        ptx::multiply_add(type, d, a[s], ptx::matrix(image + (s - first) * kImage, kImage / 2, 128));
+        ptx::multiply_add(type, d, a[s], ptx::behind(matrix, (s - first) * kImage));
       ptx::products_commit();
       if (first > 0) {
         ptx::products_wait<1>();
         release(n - 2);
       }
     }
+    // What is under way keeps the tensor cores busy until the other group's first product.
     pass_turn();
     ptx::products_wait<0>();
     ptx::keep(d);
@@ -229,6 +226,7 @@ struct Share {
   static constexpr int kPolicySteps = round_up(kObsSlots, 4) / 4;
   static constexpr int kInputSteps = round_up(kObsSlots + kActionSlots, 4) / 4;
   static constexpr T kType{};
+  static_assert(kInputSteps <= kMaxInputSteps);
 
   const RolloutArgs& args;
   const int q;
@@ -244,8 +242,11 @@ struct Share {
   __device__ __forceinline__ float2& prediction(int member, int d, int half) const {
     return predictions[((member * kObsSlots + d / 4) * 2 + half) * kConsumers];
   }
-  __device__ __forceinline__ PhiloxBlock random(int half, Stream stream, uint32_t block) const {
-    return random_block(args.rows[row(half)], args.first_step + t, stream, block, args.seed);
+  __device__ __forceinline__ int64_t number(int half) const {
+    return exists(half) ? args.rows[row(half)] : 0;
+  }
+  __device__ __forceinline__ PhiloxBlock random(int64_t number, Stream stream, uint32_t block) const {
+    return random_block(number, args.first_step + t, stream, block, args.seed);
   }
 
   __device__ __forceinline__ float observation(int d, int half) const {
@@ -285,22 +286,23 @@ struct Share {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int d = 4 * at + q;
-        float& action = actions[at][half];
-        action = 0.0f;
-        if (d >= args.act_dim || !is_alive(half)) continue;
+        const bool taken = d < args.act_dim && is_alive(half);
         float& recorded = args.record.actions[record(half) * args.act_dim + d];
+        float action = 0.0f;
         if (args.policy_hidden_layers == 0) {
-          action = recorded;
-          continue;
+          if (taken) action = recorded;
+        } else {
+          action = heads[4 * at + 2 * half];
+          if (!args.deterministic) {
+            float log_std = heads[4 * at + 2 * half + 1];
+            log_std = log_std < args.log_std_min ? args.log_std_min : log_std;
+            log_std = log_std > args.log_std_max ? args.log_std_max : log_std;
+            action += expf(log_std) * normal(random(number(half), kActionStream, at), q);
+          }
+          action = tanhf(action);
+          if (taken) recorded = action;
         }
-        action = heads[4 * at + 2 * half];
-        if (!args.deterministic) {
-          float log_std = heads[4 * at + 2 * half + 1];
-          log_std = log_std < args.log_std_min ? args.log_std_min : log_std;
-          log_std = log_std > args.log_std_max ? args.log_std_max : log_std;
-          action += expf(log_std) * normal(random(half, kActionStream, at), q);
-        }
-        recorded = action = tanhf(action);
+        actions[at][half] = action;
       }
   }
 
@@ -325,6 +327,33 @@ struct Share {
     }
   }
 
+  // The drawn member, and a sample of its Gaussian.
+  __device__ __forceinline__ int draw(int half, float (&samples)[kObsSlots]) const {
+    const int64_t row_number = number(half);
+    const uint32_t elite = choose(random(row_number, kMemberStream, 0).word[0], args.num_elites);
+    const int member = static_cast<int>(args.elites[elite]);
+#pragma unroll
+    for (int at = 0; at < kObsSlots; ++at) {
+      const int d = 4 * at + q;
+      const float2 gaussian = d <= args.obs_dim ? prediction(member, d, half) : float2{0.0f, 0.0f};
+      samples[at] = gaussian.x + sqrtf(gaussian.y) * normal(random(row_number, kNoiseStream, at), q);
+    }
+    return member;
+  }
+
+  // No member, and the mean of all members' means.
+  __device__ __forceinline__ int average(int half, float (&samples)[kObsSlots]) const {
+#pragma unroll
+    for (int at = 0; at < kObsSlots; ++at) {
+      const int d = 4 * at + q;
+      samples[at] = 0.0f;
+      for (int member = 0; d <= args.obs_dim && member < args.members; ++member)
+        samples[at] += prediction(member, d, half).x;
+      samples[at] /= static_cast<float>(args.members);
+    }
+    return -1;
+  }
+
   // Penalty, sample, termination and record of one row.
   __device__ __forceinline__ void finish(int half) {
     const bool on = is_alive(half);
@@ -333,27 +362,18 @@ struct Share {
         args.penalty, args.num_penalty_members, obs_dim,
         [&](int i, int d) { return prediction(args.penalty_members[i], d, half).x; },
         [&](int i, int d) { return prediction(args.penalty_members[i], d, half).y; }, q, 4, quad_sum);
-    int drawn = -1;
-    if (on && !args.deterministic)
-      drawn = args.elites[choose(random(half, kMemberStream, 0).word[0], args.num_elites)];
+    float samples[kObsSlots];
+    const int drawn = args.deterministic ? average(half, samples) : draw(half, samples);
     float raw_reward = 0.0f, not_finite = 0.0f, outside = 0.0f;
-    for (int d = q; on && d <= obs_dim; d += 4) {
-      float sample = 0.0f;
-      if (args.deterministic) {
-        for (int member = 0; member < args.members; ++member) sample += prediction(member, d, half).x;
-        sample /= static_cast<float>(args.members);
-      } else {
-        const float2 gaussian = prediction(drawn, d, half);
-        sample = gaussian.x + sqrtf(gaussian.y) * normal(random(half, kNoiseStream, d / 4), q);
-      }
-      if (d == obs_dim) {
-        raw_reward = sample;
-      } else {
-        const float x = observation(d, half) + sample;
-        args.record.next_observations[record(half) * obs_dim + d] = x;
-        not_finite += !is_finite(x);
-        outside += !(x >= args.low[d] && x <= args.high[d]);
-      }
+#pragma unroll
+    for (int at = 0; at < kObsSlots; ++at) {
+      const int d = 4 * at + q;
+      if (d == obs_dim) raw_reward = samples[at];
+      if (!on || d >= obs_dim) continue;
+      const float x = observation(d, half) + samples[at];
+      args.record.next_observations[record(half) * obs_dim + d] = x;
+      not_finite += !is_finite(x);
+      outside += !(x >= args.low[d] && x <= args.high[d]);
     }
     raw_reward = quad_sum(raw_reward);
     const float reward = raw_reward - args.penalty_coef * penalty;
@@ -383,8 +403,9 @@ struct Share {
       if (at >= kObsSlots + kActionSlots || action >= args.act_dim) return 0.0f;
       return standardised(actions[at - kObsSlots][half], args.obs_dim + action);
     });
-    // Kept where they take no registers from the products.
-    uint32_t* kept = kept_inputs();
+    // Kept where they take no registers from the products, kConsumers apart.
+    unsigned char* behind_ring = ptx::dynamic_shared() + kSlots * kSlotBytes + kBarrierBytes;
+    uint32_t* kept = reinterpret_cast<uint32_t*>(behind_ring) + threadIdx.x;
 #pragma unroll
     for (int i = 0; i < 4 * kInputSteps; ++i) kept[i * kConsumers] = inputs[i / 4][i % 4];
 #pragma unroll 1

@@ -152,9 +152,13 @@ class Kernels(Protocol):
 
 
 class Backend(Protocol):
-    """What every backend offers. Arguments are valid; nothing is checked again."""
+    """What every backend offers. Arguments are valid; nothing is checked again.
+
+    `trains`: a run that asks for it fits and updates with it too, and does not make rollouts alone.
+    """
 
     name: str
+    trains: bool
 
     def status(self) -> BackendStatus:
         """Available on this machine?"""
@@ -263,8 +267,22 @@ def choose(
     Raises:
         InputError: an unknown name, or one that cannot serve; says why.
     """
-    wanted = (os.environ.get("MOPO_FAST_BACKEND") or "auto") if name == "auto" else name
-    return _choose(wanted, dtype, device, training, ensemble, policy)
+    return _choose(_wanted(name), dtype, device, training, ensemble, policy)
+
+
+def choose_for_run(name: str, device: torch.device) -> str:
+    """The backend of a run's fit and SAC: one that makes rollouts alone leaves these to the best that can.
+
+    Raises:
+        InputError: as `choose`.
+    """
+    wanted = _wanted(name)
+    makes_rollouts_alone = wanted in _backends() and not _backends()[wanted].trains
+    return _choose("auto" if makes_rollouts_alone else wanted, "float32", device, 0, None, None)
+
+
+def _wanted(name: str) -> str:
+    return (os.environ.get("MOPO_FAST_BACKEND") or "auto") if name == "auto" else name
 
 
 @functools.cache

@@ -178,6 +178,7 @@ class CpuBackend:
     """float32 on CPU tensors of any shape."""
 
     name = "cpu"
+    trains = True
 
     def status(self) -> BackendStatus:
         module, reason = _load()

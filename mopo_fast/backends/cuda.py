@@ -236,6 +236,7 @@ class CudaBackend:
     """float32 arrays on a GPU, the rollout's products in bfloat16 or float16. By name alone."""
 
     name = "cuda"
+    trains = True
 
     def status(self) -> BackendStatus:
         module, reason = _load()

@@ -182,6 +182,7 @@ class TritonBackend:
     """float32 arrays on a GPU, products in float32 or less; or interpreted, CPU tensors. By name alone."""
 
     name = "triton"
+    trains = False
 
     def status(self) -> BackendStatus:
         kernels, reason = _load()

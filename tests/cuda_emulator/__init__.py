@@ -4,6 +4,7 @@ import importlib.util
 import subprocess
 import sysconfig
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -22,34 +23,29 @@ def build(target: Path, sources: Iterable[Path], includes: Iterable[str | Path] 
     flags += [f"-I{folder}" for folder in (HERE, CSRC, *includes)]
     # What nvcc does of itself.
     cuda = ["-x", "c++", "-D__CUDACC__", "-include", "cuda_runtime.h"]
-    objects, running = [], []
+    objects, commands = [], []
     for source in [*sources, *sorted(HERE.glob("*.cpp"))]:
-        objects.append(target.parent / f"{target.name}.{source.name}.o")
+        objects.append(str(target.parent / f"{target.name}.{source.name}.o"))
         language = cuda if source.suffix == ".cu" else []
-        command = ["g++", *flags, *language, "-c", str(source), "-o", str(objects[-1])]
-        running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
-        if len(running) == 2:
-            _finish(running.pop(0))
-    for process in running:
-        _finish(process)
-    command = ["g++", "-shared", *map(str, objects), "-o", str(target)]
-    subprocess.run(command, check=True, capture_output=True)
+        commands.append(["g++", *flags, *language, "-c", str(source), "-o", objects[-1]])
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(_compile, commands))
+    _compile(["g++", "-shared", *objects, "-o", str(target)])
     return target
 
 
-def _finish(process: "subprocess.Popen[str]") -> None:
-    _, errors = process.communicate()
-    if process.returncode != 0:
-        raise RuntimeError(errors)
-    if errors:
-        raise RuntimeError(f"warnings: {errors}")
+def _compile(command: list[str]) -> None:
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode != 0 or run.stderr:
+        raise RuntimeError(run.stderr)
 
 
 def build_extension(folder: Path) -> ModuleType:
-    """The package's CUDA extension, to run on CPU tensors."""
+    """The package's CUDA extension, to run on CPU tensors; as it is in the folder, if it is."""
     target = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     sources = [CSRC / "bind_cuda.cpp", *sorted((CSRC / "cuda").glob("*.cu"))]
-    build(target, sources, [pybind11.get_include(), sysconfig.get_paths()["include"]])
+    if not target.exists():
+        build(target, sources, [pybind11.get_include(), sysconfig.get_paths()["include"]])
     spec = importlib.util.spec_from_file_location("mopo_fast._cuda", target)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

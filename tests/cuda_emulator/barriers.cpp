@@ -14,26 +14,27 @@ void Meeting::meet(const char* name, int members) {
     fail("it is at %s, others of its warp or block at %s", name, what);
   what = name;
   ++arrived;
-  expect(members);
-  if (arrived == 0) return;
+  gathered.learn(self->clock);
   const uint64_t mine = generation;
+  expect(members);
   while (generation == mine) wait_for(*this);
+  self->clock.learn(told);
 }
 
 void Meeting::expect(int members) {
   if (arrived == 0 || arrived < members) return;
   arrived = 0;
   ++generation;
-  wake();
+  complete();
 }
 
 void cluster_sync() {
   Cluster& cluster = *self->block->cluster;
   for (BarrierState& barrier : cluster.barriers)
-    if (barrier.initialised_by == self) barrier.told = barrier.fenced;
+    if (barrier.initialised_by == self) barrier.announced = barrier.fenced;
   self->warp->meeting.meet("cluster_sync", self->warp->lanes);
   cluster.sync.meet("cluster_sync", cluster.alive);
-  for (BarrierState& barrier : cluster.barriers) barrier.published |= barrier.told;
+  for (BarrierState& barrier : cluster.barriers) barrier.published |= barrier.announced;
 }
 
 // Two shuffles in turn have two rows of `exchange`: a lane may be one ahead of another, not two.
@@ -60,6 +61,8 @@ BarrierState* find(const Block& block, const Barrier* barrier) {
   return number < cluster.barriers.size() ? &cluster.barriers[number] : nullptr;
 }
 
+}  // namespace
+
 BarrierState& barrier_of(Block& block, uint32_t offset) {
   BarrierState* state = find(block, reinterpret_cast<Barrier*>(block.at(offset)));
   if (state == nullptr || state->block != &block || state->offset != offset)
@@ -72,8 +75,6 @@ BarrierState& barrier_of(Block& block, uint32_t offset) {
   return *state;
 }
 
-}  // namespace
-
 std::string BarrierState::describe(const Thread& who) const {
   return text("barrier_wait(+%u, parity %u), in phase %llu, %u of %u arrivals and %lld bytes missing", offset,
               who.waits_parity, static_cast<unsigned long long>(phase), pending, count,
@@ -84,12 +85,13 @@ void BarrierState::advance() {
   if (pending > 0 || bytes != 0) return;
   ++phase;
   pending = count;
-  wake();
+  complete();
 }
 
 void BarrierState::arrive() {
   if (pending == 0) fail("the barrier at +%u: more arrivals in a phase than its %u", offset, count);
   --pending;
+  gathered.learn(self->clock);
   advance();
 }
 
@@ -110,6 +112,7 @@ void barrier_init(Barrier* barrier, uint32_t count) {
   BarrierState& state = block.cluster->barriers.emplace_back();
   state.block = &block;
   state.offset = offset;
+  state.number = 8 * block.cluster->blocks.size() + block.cluster->barriers.size();
   state.count = state.pending = count;
   state.initialised_by = self;
 }
@@ -143,31 +146,8 @@ void barrier_wait(Barrier* barrier, uint32_t parity) {
   if (parity > 1) fail("barrier_wait(+%u, parity %u)", state.offset, parity);
   self->waits_parity = parity;
   while ((state.phase & 1) == parity) wait_for(state);
-}
-
-// A copy is in flight until its bytes have landed; the source is read then.
-void bulk_load(void* shared, const void* global, uint32_t bytes, Barrier* barrier, uint16_t blocks) {
-  pause();
-  Cluster& cluster = *self->block->cluster;
-  const uint32_t offset = offset_of(shared, bytes), at = offset_of(barrier, sizeof *barrier);
-  const auto* source = static_cast<const unsigned char*>(global);
-  if (offset % 16 != 0 || bytes % 16 != 0 || bytes == 0 || reinterpret_cast<uintptr_t>(source) % 16 != 0)
-    fail("bulk_load of %u bytes from %p to +%u: not all multiples of 16", bytes, global, offset);
-  if (blocks == 0 || blocks >> cluster.blocks.size() != 0) fail("bulk_load to the blocks 0x%x", blocks);
-  for (Block& block : cluster.blocks) {
-    if ((blocks >> block.rank & 1) == 0) continue;
-    BarrierState& state = barrier_of(block, at);
-    if (!state.fenced) fail("bulk_load: the barrier at +%u is not fenced: fence_barrier_init", at);
-    check_copy_onto(block, offset, bytes);
-    memset(block.at(offset), 0xFF, bytes);
-    std::fill_n(block.landed.begin() + offset / 16, bytes / 16, Landed::kOnItsWay);
-    for (uint32_t done = 0; done < bytes;) {
-      uint32_t part = bytes - done;
-      if (cluster.schedule.chance(0.5)) part = 16 * (1 + cluster.schedule.below(part / 16));
-      cluster.pieces.push_back({&block, offset + done, part, source + done, &state});
-      done += part;
-    }
-  }
+  self->clock.learn(state.told);
+  self->clock.learn(state.number, state.phase);
 }
 
 // ---- Named barriers: they count threads, warp by warp, and begin anew when all have come ----
@@ -185,10 +165,11 @@ void NamedBarrier::arrive(int threads, Thread& who) {
     fail("named barrier %d: it comes a second time before all have come once", id);
   expected = threads;
   arrived.push_back(&who);
+  gathered.learn(who.clock);
   if (static_cast<int>(arrived.size()) < threads) return;
   arrived.clear();
   ++generation;
-  wake();
+  complete();
 }
 
 namespace {
@@ -208,6 +189,7 @@ void named_sync(int id, int threads) {
   const uint64_t mine = barrier.generation;
   barrier.arrive(threads, *self);
   while (barrier.generation == mine) wait_for(barrier);
+  self->clock.learn(barrier.told);
 }
 
 void named_arrive(int id, int threads) { named_barrier("named_arrive", id).arrive(threads, *self); }

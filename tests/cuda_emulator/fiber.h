@@ -1,7 +1,6 @@
 // A function on a stack of its own, which runs when resumed and stops when it suspends itself.
 #pragma once
 
-#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -19,10 +18,26 @@ class Fiber {
   Fiber(const Fiber&) = delete;
   ~Fiber() { unused().push_back(stack_); }
 
-  // Called by the scheduler alone. The first entry takes a system call, the others a jump.
-  __attribute__((noinline)) void resume() {
-    if (_setjmp(outside()) != 0) return;
-    if (started_) _longjmp(inside_, 1);
+  // Called by the scheduler alone.
+  void resume() {
+    if (__builtin_setjmp(outside()) == 0) enter();
+  }
+
+  // Called by the fiber itself.
+  void suspend() {
+    if (__builtin_setjmp(inside_) == 0) leave();
+  }
+
+ private:
+  static constexpr size_t kStack = 256 * 1024, kGuard = 4096;
+
+  // The compiler's own jumps: libc's, and those that sanitizers put in their place, look at the stack. They
+  // may not be made in the function that they lead to.
+  using Place = void* [5];
+
+  __attribute__((noinline)) void leave() { __builtin_longjmp(outside(), 1); }
+  __attribute__((noinline)) void enter() {
+    if (started_) __builtin_longjmp(inside_, 1);
     started_ = true;
     starting() = this;
     ucontext_t context;
@@ -33,14 +48,6 @@ class Fiber {
     makecontext(&context, [] { starting()->body_(); }, 0);
     setcontext(&context);
   }
-
-  // Called by the fiber itself.
-  __attribute__((noinline)) void suspend() {
-    if (_setjmp(inside_) == 0) _longjmp(outside(), 1);
-  }
-
- private:
-  static constexpr size_t kStack = 256 * 1024, kGuard = 4096;
 
   // Stacks are kept for the next fibers; below each is a page that nobody may touch.
   static std::vector<void*>& unused() {
@@ -60,9 +67,9 @@ class Fiber {
     return stack;
   }
 
-  static jmp_buf& outside() {
-    static jmp_buf buffer;
-    return buffer;
+  static Place& outside() {
+    static Place place;
+    return place;
   }
   static Fiber*& starting() {
     static Fiber* fiber = nullptr;
@@ -71,7 +78,7 @@ class Fiber {
 
   std::function<void()> body_;
   void* stack_;
-  jmp_buf inside_;
+  Place inside_;
   bool started_ = false;
 };
 

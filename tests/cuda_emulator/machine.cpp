@@ -106,13 +106,18 @@ Block::Block(Cluster* cluster, int rank, int index, int threads, int shared)
       alive(threads),
       memory(new SharedMemory),
       copied(new SharedMemory),
-      landed(kSharedBytes / 16, Landed::kNever),
+      units(kSharedBytes / 16),
       warps((threads + 31) / 32),
       warpgroups((threads + 127) / 128) {
   // NaN as float, as half and as bfloat16.
   memset(memory->bytes, 0xFF, kSharedBytes);
   for (int id = 0; id < 16; ++id) named[id].id = id;
-  for (Warpgroup& warpgroup : warpgroups) warpgroup.block = this;
+  int count = 0;
+  for (Warpgroup& warpgroup : warpgroups) {
+    warpgroup.block = this;
+    warpgroup.index = count++;
+    warpgroup.number = 8 * rank + warpgroup.index;
+  }
 }
 
 Cluster::Cluster(const std::function<void()>& kernel, int first, int size, int threads_each, int shared,
@@ -147,10 +152,7 @@ void Cluster::happen() {
   if (choice < able.size()) return able[choice]->execute();
   const Piece piece = pieces[choice - able.size()];
   pieces.erase(pieces.begin() + (choice - able.size()));
-  memcpy(piece.block->at(piece.offset), piece.source, piece.bytes);
-  memcpy(piece.block->copied->bytes + piece.offset, piece.source, piece.bytes);
-  std::fill_n(piece.block->landed.begin() + piece.offset / 16, piece.bytes / 16, Landed::kLanded);
-  piece.barrier->count_bytes(-static_cast<int64_t>(piece.bytes));
+  land(piece);
 }
 
 void Cluster::run() {

@@ -11,9 +11,10 @@
 // - Shared memory starts as NaN, and a bulk copy makes its destination NaN until its bytes land, later, in
 //   pieces, each counted at the barrier as it lands (copies.cpp).
 // - A product reads a and d when it is issued, b at any time until a wait; d is NaN in between. All threads
-// of
-//   the warpgroup must issue the same; what b was not loaded by bulk copies, is an error; so is a copy onto
-//   the b of a product that nobody has waited for (products.cpp).
+//   of the warpgroup must issue the same. b must have been brought by bulk copies that its threads have
+//   waited for, themselves or through others, and a copy onto it must come from one who knows that the
+//   product is done: this is followed through all that threads wait for, so no schedule hides it
+//   (products.cpp).
 // - Barriers count arrivals and bytes as PTX's mbarrier does, named barriers threads, __syncthreads and
 //   cluster_sync all that have not ended; registers come from a pool (barriers.cpp).
 // - Nobody can run and nothing is on its way: a deadlock, told with who waits for what.

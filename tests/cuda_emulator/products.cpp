@@ -76,13 +76,6 @@ void read_a(const Product& product, float (&a)[64][16]) {
 // As [k][column], and only what bulk copies have brought: what threads write would take a proxy fence.
 void read_b(const Product& product, Block& block, float (&b)[16][256]) {
   for_each_core(product.matrix, product.d->columns, [&](uint32_t core, int half, int columns) {
-    if (core + 128u > static_cast<uint32_t>(block.shared))
-      fail("block %d: b of a product at +%u, beyond the shared memory", block.index, core);
-    for (uint32_t at = core; at < core + 128; at += 16)
-      if (block.landed[at / 16] != Landed::kLanded)
-        fail("block %d: b of a product at +%u, where %s", block.index, at,
-             block.landed[at / 16] == Landed::kNever ? "no bulk copy was made"
-                                                     : "a bulk copy has not landed yet");
     if (memcmp(block.at(core), block.copied->bytes + core, 128) != 0)
       fail("block %d: b of a product at +%u, which threads have written to", block.index, core);
     for (int column = 0; column < 8; ++column)
@@ -91,6 +84,25 @@ void read_b(const Product& product, Block& block, float (&b)[16][256]) {
         memcpy(&bits, block.at(core + 16 * column + 2 * k), sizeof bits);
         b[8 * half + k][8 * columns + column] = to_float(product.type, bits);
       }
+  });
+}
+
+// b has landed when a product is issued; at which barriers, the threads must have waited for.
+void find_landings(Product& product, Warpgroup& warpgroup, uint64_t products) {
+  Block& block = *warpgroup.block;
+  for_each_core(product.matrix, product.d->columns, [&](uint32_t core, int, int) {
+    if (core % 16 != 0 || core + 128u > static_cast<uint32_t>(block.shared))
+      fail("b of a product at +%u, beyond the shared memory", core);
+    for (uint32_t at = core; at < core + 128; at += 16) {
+      Unit& unit = block.units[at / 16];
+      if (unit.copy != Unit::kLanded)
+        fail("b of a product at +%u, where %s", at,
+             unit.copy == Unit::kNothing ? "no bulk copy was made" : "a bulk copy has not landed yet");
+      unit.products[warpgroup.index] = products;
+      const auto landing = std::make_pair(unit.barrier, unit.phase + 1);
+      if (std::find(product.landings.begin(), product.landings.end(), landing) == product.landings.end())
+        product.landings.push_back(landing);
+    }
   });
 }
 
@@ -158,12 +170,17 @@ void multiply_add(Operands type, float* d, int count, const uint32_t (&a)[4], ui
     product.d = flight ? flight->d : std::make_shared<Accumulator>();
     product.d->columns = columns;
     product.d->value.resize(64 * columns);
+    find_landings(product, warpgroup, thread.issued);
   }
   Product& product = warpgroup.products[index];
   if (product.type != type || product.matrix != matrix || product.d->columns != columns)
     fail("a product of %d columns by the matrix %llx where others of its warpgroup have %d by %llx", columns,
          static_cast<unsigned long long>(matrix), product.d->columns,
          static_cast<unsigned long long>(product.matrix));
+  for (const auto& [barrier, phases] : product.landings)
+    if (thread.clock.of(barrier->number) < phases)
+      fail("a product by b that landed in phase %llu of the barrier at +%u, which it has not waited for",
+           static_cast<unsigned long long>(phases - 1), barrier->offset);
   if (flight ? flight->d != product.d : product.d->home[place] != nullptr)
     fail("a product into another d than that of the others of its warpgroup");
   if (flight == nullptr) {
@@ -198,6 +215,7 @@ void products_wait(int pending) {
   const int64_t end = warpgroup.group_ends[thread.groups - pending - 1];
   while (warpgroup.executed < end) wait_for(warpgroup);
   for (; warpgroup.first < end; ++warpgroup.first) warpgroup.products.pop_front();
+  thread.clock.learn(warpgroup.number, end);
   std::erase_if(thread.flights, [&](const Flight& flight) {
     if (flight.last >= end) return false;
     for_each_register(thread.index % 128, flight.d->columns, [&](int i, int at) {
@@ -206,20 +224,6 @@ void products_wait(int pending) {
     });
     return true;
   });
-}
-
-// Onto the b of a product that may still be running for all that anybody knows.
-void check_copy_onto(const Block& block, uint32_t offset, uint32_t bytes) {
-  for (uint32_t unit = offset / 16; unit < (offset + bytes) / 16; ++unit)
-    if (block.landed[unit] == Landed::kOnItsWay)
-      fail("a bulk copy to +%u of block %d, where another is on its way", 16 * unit, block.index);
-  for (const Warpgroup& warpgroup : block.warpgroups)
-    for (const Product& product : warpgroup.products)
-      for_each_core(product.matrix, product.d->columns, [&](uint32_t core, int, int) {
-        if (core < offset + bytes && offset < core + 128)
-          fail("a bulk copy to +%u of block %d, where b of a product is that nobody has waited for", offset,
-               block.index);
-      });
 }
 
 }  // namespace mopo::emulator

@@ -1,6 +1,7 @@
 // The state of the emulated machine while a cluster runs, and how its parts wait and fail.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <deque>
 #include <memory>
@@ -22,12 +23,33 @@ struct Block;
 struct Cluster;
 struct Thread;
 
+// What a thread knows to have happened, of itself or from those it has waited for: how many products of a
+// warpgroup are done, how many phases of a barrier. So that what is safe by luck alone is found whatever the
+// schedule.
+struct Clock {
+  void learn(const Clock& other) {
+    for (size_t i = 0; i < other.counts.size(); ++i) learn(i, other.counts[i]);
+  }
+  void learn(size_t what, uint64_t count) {
+    if (what >= counts.size()) counts.resize(what + 1);
+    counts[what] = std::max(counts[what], count);
+  }
+  uint64_t of(size_t what) const { return what < counts.size() ? counts[what] : 0; }
+  std::vector<uint64_t> counts;
+};
+
 // Something that threads wait for. Woken, they look again whether they still have to wait.
 struct Waitable {
   virtual ~Waitable() = default;
   virtual std::string describe(const Thread& who) const = 0;
   void wake();
+  // All that were to come have come: what they know is told.
+  void complete() {
+    told = gathered;
+    wake();
+  }
   std::vector<Thread*> waiting;
+  Clock gathered, told;
 };
 
 // Threads that all do the same together: a warp's collectives, __syncthreads, cluster_sync.
@@ -48,12 +70,13 @@ struct BarrierState : Waitable {
   void advance();
   Block* block;
   uint32_t offset;
+  size_t number;  // in clocks
   uint32_t count, pending;
   int64_t bytes = 0;
   uint64_t phase = 0;
   const Thread* initialised_by;
-  // By the fence of its thread; told by its cluster_sync; which has ended.
-  bool fenced = false, told = false, published = false;
+  // By the fence of its thread; announced by its cluster_sync; which has ended.
+  bool fenced = false, announced = false, published = false;
 };
 
 struct NamedBarrier : Waitable {
@@ -93,6 +116,8 @@ struct Product {
   uint64_t matrix;
   std::shared_ptr<Accumulator> d;
   std::array<std::array<uint32_t, 4>, 128> a;
+  // The barriers, and how many of their phases, that the bulk copies of b were counted at.
+  std::vector<std::pair<const BarrierState*, uint64_t>> landings;
   int issued = 0;
 };
 
@@ -101,6 +126,8 @@ struct Warpgroup : Waitable {
   bool can_execute() const;
   void execute();
   Block* block;
+  int index;
+  size_t number;  // in clocks
   // Products that nobody has waited for, numbered from `first` on; `executed` and `observed` of all.
   std::deque<Product> products;
   int64_t first = 0, executed = 0;
@@ -127,6 +154,7 @@ struct Thread {
   Waitable* waits_for = nullptr;
   uint32_t waits_parity = 0, waits_count = 0;
   int registers = 0;
+  Clock clock;
   uint64_t shuffles = 0;
   // Of products: whether products_begin stands before the next, what was issued, d's in flight.
   bool begun = false, packed = false;
@@ -138,7 +166,14 @@ struct alignas(1024) SharedMemory {
   unsigned char bytes[kSharedBytes];
 };
 
-enum class Landed : unsigned char { kNever, kOnItsWay, kLanded };
+// 16 bytes of shared memory: what the last bulk copy onto them did, and for each warpgroup how many of its
+// products there are up to the last that read them.
+struct Unit {
+  enum { kNothing, kOnItsWay, kLanded } copy = kNothing;
+  const BarrierState* barrier;
+  uint64_t phase;
+  std::array<uint64_t, 8> products{};
+};
 
 struct Block {
   Block(Cluster* cluster, int rank, int index, int threads, int shared);
@@ -147,9 +182,9 @@ struct Block {
   Cluster* cluster;
   int rank, index, threads, shared;
   int alive;
-  // What threads see; what bulk copies have brought; and for each 16 bytes of it, whether.
+  // What threads see; and what bulk copies have brought.
   std::unique_ptr<SharedMemory> memory, copied;
-  std::vector<Landed> landed;
+  std::vector<Unit> units;
   Meeting syncthreads;
   std::array<NamedBarrier, 16> named;
   RegisterPool registers;
@@ -195,6 +230,8 @@ void wait_for(Waitable& what);
 void pause();
 // Where in the block's shared memory, of which `bytes` from there on are used.
 uint32_t offset_of(const void* pointer, uint32_t bytes);
-void check_copy_onto(const Block& block, uint32_t offset, uint32_t bytes);
+// The barrier there, if the thread may use it.
+BarrierState& barrier_of(Block& block, uint32_t offset);
+void land(const Piece& piece);
 
 }  // namespace mopo::emulator

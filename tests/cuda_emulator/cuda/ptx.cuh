@@ -49,6 +49,8 @@ inline uint64_t matrix(const void* shared, uint32_t rows_apart, uint32_t columns
          static_cast<uint64_t>(rows_apart >> 4) << 16 | static_cast<uint64_t>(columns_apart >> 4) << 32;
 }
 
+inline uint64_t behind(uint64_t matrix, uint32_t bytes) { return matrix + (bytes >> 4); }
+
 template <int kPending>
 void products_wait() {
   emulator::products_wait(kPending);

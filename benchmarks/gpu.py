@@ -1,0 +1,155 @@
+"""Everything that is measured on a GPU, in one call: `python -m benchmarks.gpu`.
+
+Rollouts of the canonical shape in float16 and bfloat16, SAC for one run and for eight, the fit, each beside
+PyTorch and torch.compile in the same precision; with --run, a whole training run too. A file for each in
+benchmarks/results/, with the device, the versions, the commit and the date.
+"""
+
+import dataclasses
+import json as json_format
+import re
+import tempfile
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from rich.console import Console
+
+from benchmarks.compare import GPU_BASELINES, RESULTS, write_record
+from mopo_fast import Actor, EnsembleDynamics, RolloutEngine
+from mopo_fast.backends import get_backend
+from mopo_fast.bench import Work, fit_work, measure, rollout_work, sac_work, to_table
+from mopo_fast.config import EvaluationConfig, RolloutConfig, TrainConfig
+from mopo_fast.doctor import examine
+from mopo_fast.machine import check_device, device_name
+from mopo_fast.train import train
+
+
+def gpu(
+    *,
+    starts: int = 1_000_000,
+    updates: int = 1000,
+    steps: int = 512,
+    rounds: int = 5,
+    run: str | None = None,
+    out: Path = RESULTS,
+    device: str = "cuda",
+) -> None:
+    """Measure everything there is on a GPU.
+
+    Args:
+        starts: Start states of a rollout of 5 steps.
+        updates: Of SAC in a round, of each run.
+        steps: Of the fit in a round.
+        rounds: Medians are over these.
+        run: A data set to train on, from the fit to the last of 1,000,000 updates, evaluated every 10 epochs.
+        out: The folder of the results.
+        device: cuda, or cpu to try the script.
+    """
+    check_device(device)
+    measured: dict[str, Callable[[], dict[str, Any]]] = {}
+    for dtype in ("float16", "bfloat16"):
+        measured[f"rollout-{dtype}"] = partial(_rollouts, dtype, starts, device, rounds)
+    for runs in (1, 8):
+        measured[f"sac-{runs}"] = partial(_sac, runs, updates, device, rounds)
+    measured["fit"] = partial(_fit, steps, device, rounds)
+    if run is not None:
+        measured["run"] = partial(_run, run, device)
+    findings = examine()
+    slug = re.sub(r"\W+", "-", device_name(device)).strip("-").lower()
+    failed = []
+    for name, measure_it in measured.items():
+        try:
+            results = measure_it()
+        except Exception:
+            # The machine is lent for minutes: the others are measured all the same.
+            traceback.print_exc()
+            failed.append(name)
+            continue
+        versions = {"device": device_name(device), "cuda": torch.version.cuda}
+        write_record(out / f"{name}-{slug}.json", "gpu", findings, versions | results)
+    if failed:
+        raise SystemExit(f"not measured: {', '.join(failed)}")
+
+
+def _serving(dtype: str, device: str, training: bool = False) -> tuple[list[str], dict[str, str]]:
+    """The kernels for a GPU that can serve here, the best first; and why the others cannot."""
+    able, reasons = [], {}
+    for name in ("cuda", "triton"):
+        backend = get_backend(name)
+        status = backend.status()
+        if not status.available:
+            reasons[name] = status.reason
+        elif training and not backend.trains:
+            reasons[name] = "does not train"
+        elif reason := backend.refusal(dtype, torch.device(device)):
+            reasons[name] = reason
+        else:
+            able.append(name)
+    return [*able, "reference"], reasons
+
+
+def _rollouts(dtype: str, starts: int, device: str, rounds: int) -> dict[str, Any]:
+    (first, *others), reasons = _serving(dtype, device)
+
+    def made_by(backend: str) -> Callable[..., Callable[[], object]]:
+        def make(
+            ensemble: EnsembleDynamics, actor: Actor, start: torch.Tensor, horizon: int
+        ) -> Callable[[], object]:
+            engine = RolloutEngine(ensemble, backend=backend, dtype=dtype)
+            return partial(engine.rollout, actor, start, horizon, seed=0)
+
+        return make
+
+    kernels = {f"{name} {dtype}": made_by(name) for name in others if name != "reference"}
+    work = rollout_work(
+        backend=first,
+        dtype=dtype,
+        starts=starts,
+        device=device,
+        baselines={**kernels, **GPU_BASELINES[f"rollout {dtype}"]},
+    )
+    return _measured(work, rounds) | {"absent": reasons}
+
+
+def _sac(runs: int, updates: int, device: str, rounds: int) -> dict[str, Any]:
+    able, reasons = _serving("float32", device, training=True)
+    baselines = GPU_BASELINES["sac"]
+    work = sac_work(backend=able[0], updates=updates, runs=runs, device=device, baselines=baselines)
+    return _measured(work, rounds) | {"absent": reasons}
+
+
+def _fit(steps: int, device: str, rounds: int) -> dict[str, Any]:
+    able, reasons = _serving("float32", device, training=True)
+    work = fit_work(backend=able[0], steps=steps, device=device, baselines=GPU_BASELINES["fit"])
+    return _measured(work, rounds) | {"absent": reasons}
+
+
+def _measured(work: Work, rounds: int) -> dict[str, Any]:
+    rows = measure(work, rounds=rounds)
+    Console().print(to_table(rows))
+    return {"rows": [dataclasses.asdict(row) for row in rows]}
+
+
+def _run(dataset: str, device: str) -> dict[str, Any]:
+    """The canonical run: what its summary says."""
+    (backend, *_), reasons = _serving("float16", device)
+    config = TrainConfig(
+        dataset,
+        device=device,
+        backend=backend,
+        rollout=RolloutConfig(dtype="float16"),
+        evaluation=EvaluationConfig(interval=10),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        summary = train(config, folder)
+    print(json_format.dumps(summary, indent=2))
+    return {"config": dataclasses.asdict(config), "summary": summary, "absent": reasons}
+
+
+if __name__ == "__main__":
+    tyro.cli(gpu)

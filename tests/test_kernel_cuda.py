@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -14,7 +13,6 @@ from typing import Any, NamedTuple
 import cuda_emulator
 import pytest
 import torch
-from filelock import FileLock
 from kernel_cases import (
     assert_as_accurate,
     assert_same,
@@ -47,38 +45,6 @@ Case = tuple[RolloutEngine, Actor, torch.Tensor]
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 DTYPES = ("float16", "bfloat16")
 CSRC = Path(__file__).parents[1] / "csrc"
-
-
-@pytest.fixture(scope="session")
-def emulated(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> ModuleType:
-    """The extension, to run on CPU tensors; built once for all test processes."""
-    folder = tmp_path_factory.getbasetemp()
-    if worker_id != "master":
-        folder = folder.parent
-    with FileLock(folder / "cuda_emulator.lock"):
-        return cuda_emulator.build_extension(folder / "cuda_emulator")
-
-
-@pytest.fixture(params=["emulated", "gpu"])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Where the backend runs: on a GPU, or in the emulator."""
-    if request.param == "gpu":
-        status = host.CudaBackend().status()
-        if not status.available:
-            pytest.skip(status.reason)
-        yield "cuda"
-        return
-    module = request.getfixturevalue("emulated")
-    monkeypatch.setattr(host, "_load", lambda: (module, ""))
-    monkeypatch.setattr(host, "_DEVICE", "cpu")
-    monkeypatch.setattr(host, "_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(host, "_multiprocessors", lambda device: 4)
-    monkeypatch.setattr(host, "_current_stream", lambda device: 0)
-    status = BackendStatus("cuda", True, "emulated", by_name_only=True)
-    monkeypatch.setattr(host.CudaBackend, "status", lambda self: status)
-    backends._choose.cache_clear()
-    yield "cpu"
-    backends._choose.cache_clear()
 
 
 def make_engine(ensemble: torch.nn.Module, device: str, **options: Any) -> RolloutEngine:

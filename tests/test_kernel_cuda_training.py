@@ -3,9 +3,7 @@
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import cuda_emulator
 import numpy as np
@@ -24,9 +22,8 @@ from kernel_cases import (
     sac_sources,
 )
 
-from mopo_fast import backends, fit, sac
-from mopo_fast.backends import BackendStatus, cuda
-from mopo_fast.backends.training import Trainer
+from mopo_fast import fit, sac
+from mopo_fast.backends import cuda
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import DynamicsConfig, SACConfig
 from mopo_fast.data import Transitions
@@ -34,73 +31,41 @@ from mopo_fast.errors import InputError
 from mopo_fast.fit import Fit
 from mopo_fast.sac import METRICS, SAC
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 # Multiprocessors and the emulator's schedule. Small tiles are for many multiprocessors.
 MACHINES = [(1, 0), (2, 1), (2, 2), (2, 3), (3, 4), (24, 0)]
-emulated = pytest.mark.skipif(ON_GPU, reason="a GPU is what it is")
-State = dict[str, torch.Tensor]
 
 
-@pytest.fixture(scope="module")
-def extension(tmp_path_factory: pytest.TempPathFactory) -> ModuleType | None:
-    return None if ON_GPU else cuda_emulator.build_extension(tmp_path_factory.mktemp("cuda"))
-
-
-@pytest.fixture(autouse=True)
-def kernels(extension: ModuleType | None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The emulator in place of a GPU; and memory that is taken holds NaN."""
-    empty = torch.empty
-
-    def poisoned(*size: int, **options: object) -> torch.Tensor:
-        tensor = empty(*size, **options)
-        return tensor.fill_(255) if tensor.dtype == torch.uint8 else tensor
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-    if extension is not None:
-        monkeypatch.setattr(cuda, "_extension", lambda: extension)
-        monkeypatch.setattr(cuda, "_DEVICE", DEVICE)
-        monkeypatch.setattr(cuda, "_TRAINER", Trainer("cuda", DEVICE))
-        monkeypatch.setattr(cuda, "_capability", lambda device=None: (8, 0))
-        monkeypatch.setattr(cuda, "_current_stream", lambda device: 0)
-        monkeypatch.setattr(cuda.CudaBackend, "status", lambda self: BackendStatus("cuda", True, "emulated"))
-    elif not cuda.CudaBackend().status().available:
-        pytest.skip(cuda.CudaBackend().status().reason)
-    backends._choose.cache_clear()
-    yield
-    backends._choose.cache_clear()
-
-
-def make_cuda_sac(case: str) -> SAC:
+def make_cuda_sac(case: str, device: str) -> SAC:
     """`make_sac`'s."""
     obs_dim, act_dim, options = SAC_CASES[case]
     config = SACConfig(**options)
-    result = SAC(obs_dim, act_dim, config, device=DEVICE, backend="cuda")
+    result = SAC(obs_dim, act_dim, config, device=device, backend="cuda")
     result.load_state(make_sac(obs_dim, act_dim, config, "reference").state())
     return result
 
 
-def cuda_sources(case: str) -> tuple[Transitions, RingBuffer]:
+def cuda_sources(case: str, device: str) -> tuple[Transitions, RingBuffer]:
     data, buffer = sac_sources(*SAC_CASES[case][:2])
-    moved = RingBuffer(buffer.capacity, data.obs_dim, data.act_dim, DEVICE)
+    moved = RingBuffer(buffer.capacity, data.obs_dim, data.act_dim, device)
     for name, array in moved.storage.arrays().items():
         array.copy_(getattr(buffer.storage, name))
     moved.advance(len(buffer))
-    return data.to(DEVICE), moved
+    return data.to(device), moved
 
 
 def update(sacs: list[SAC], case: str, updates: int) -> list[dict[str, float]]:
     """Together, each with the seed of its place, as `run_sac` has it for the first."""
-    data, buffer = cuda_sources(case)
+    data, buffer = cuda_sources(case, sacs[0].log_alpha.device.type)
     seeds = [7 + place for place in range(len(sacs))]
     return sac.Population(sacs).update_many(data, [buffer] * len(sacs), updates, seeds)
 
 
-def make_cuda_fit(case: str, place: int = 0) -> Fit:
+def make_cuda_fit(case: str, device: str, place: int = 0) -> Fit:
     """`make_fit`'s, its rows in another order for another place."""
     twin = make_fit(case, "reference")
     obs_dim, act_dim, count, _ = FIT_CASES[case]
-    result = Fit(fit_transitions(count + 200, obs_dim, act_dim), 0, twin.config, DEVICE, "cuda")
+    result = Fit(fit_transitions(count + 200, obs_dim, act_dim), 0, twin.config, device, "cuda")
     with torch.no_grad():
         for mine, theirs in zip(result.parameters, twin.parameters, strict=True):
             mine.copy_(theirs)
@@ -110,7 +75,7 @@ def make_cuda_fit(case: str, place: int = 0) -> Fit:
 
 def step(fits: list[Fit], count: int | None = None) -> list[float]:
     """All steps on the first `count` rows, or all, together."""
-    rows = [torch.from_numpy(each.rows[:, :count]).to(DEVICE) for each in fits]
+    rows = [torch.from_numpy(each.rows[:, :count]).to(each.inputs.device) for each in fits]
     return fit.Population(fits).steps(rows)
 
 
@@ -127,8 +92,8 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     ("case", "updates"),
     [(case, updates) for case in SAC_CASES for updates in (1, 3) if updates == 1 or "canonical" not in case],
 )
-def test_updates_are_as_accurate_as_pytorch(case: str, updates: int) -> None:
-    kernel = make_cuda_sac(case)
+def test_updates_are_as_accurate_as_pytorch(device: str, case: str, updates: int) -> None:
+    kernel = make_cuda_sac(case, device)
     before = on_cpu(kernel.state())
     (metrics,) = update([kernel], case, updates)
     usual, usual_metrics = run_sac(case, "reference", updates)
@@ -143,9 +108,9 @@ def test_updates_are_as_accurate_as_pytorch(case: str, updates: int) -> None:
     ("case", "one_step"),
     [(case, one) for case in FIT_CASES for one in (True, False) if one or case != "canonical"],
 )
-def test_steps_are_as_accurate_as_pytorch(case: str, one_step: bool) -> None:
+def test_steps_are_as_accurate_as_pytorch(device: str, case: str, one_step: bool) -> None:
     kernel, usual, exact = (
-        make_cuda_fit(case),
+        make_cuda_fit(case, device),
         make_fit(case, "reference"),
         make_fit(case, "reference", double=True),
     )
@@ -162,20 +127,20 @@ STEPPED = ("short last batch", "edges of tiles", "linear")
 
 
 @pytest.mark.parametrize("case", UPDATED)
-def test_updates_together_are_updates_alone(case: str) -> None:
-    together, alone = ([make_cuda_sac(case) for _ in range(3)] for _ in range(2))
+def test_updates_together_are_updates_alone(device: str, case: str) -> None:
+    together, alone = ([make_cuda_sac(case, device) for _ in range(3)] for _ in range(2))
     metrics = update(together, case, 3)
     assert metrics[0] != metrics[1]
     assert metrics[0] == update(alone[:1], case, 3)[0]
-    data, buffer = cuda_sources(case)
+    data, buffer = cuda_sources(case, device)
     for place in (1, 2):
         assert metrics[place] == alone[place].update_many(data, buffer, 3, 7 + place)
     assert all(same(one.state(), other.state()) for one, other in zip(together, alone, strict=True))
 
 
 @pytest.mark.parametrize("case", STEPPED)
-def test_steps_together_are_steps_alone(case: str) -> None:
-    together, alone = ([make_cuda_fit(case, place) for place in range(3)] for _ in range(2))
+def test_steps_together_are_steps_alone(device: str, case: str) -> None:
+    together, alone = ([make_cuda_fit(case, device, place) for place in range(3)] for _ in range(2))
     losses = step(together)
     assert len(set(losses)) == 3
     assert losses == [step([each])[0] for each in alone]
@@ -187,79 +152,79 @@ def on_machine(monkeypatch: pytest.MonkeyPatch, multiprocessors: int, schedule: 
     monkeypatch.setenv(cuda_emulator.SEED, str(schedule))
 
 
-@emulated
+@pytest.mark.parametrize("device", ["emulated"], indirect=True)
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("case", UPDATED)
 def test_updates_do_not_depend_on_the_machine(
-    case: str, machine: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    device: str, case: str, machine: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usual, other = make_cuda_sac(case), [make_cuda_sac(case) for _ in range(2)]
+    usual, other = make_cuda_sac(case, device), [make_cuda_sac(case, device) for _ in range(2)]
     metrics = update([usual], case, 3)
     on_machine(monkeypatch, *machine)
     assert metrics[0] == update(other, case, 3)[0]
     assert same(usual.state(), other[0].state())
 
 
-@emulated
+@pytest.mark.parametrize("device", ["emulated"], indirect=True)
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("case", STEPPED)
 def test_steps_do_not_depend_on_the_machine(
-    case: str, machine: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    device: str, case: str, machine: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usual, other = make_cuda_fit(case), [make_cuda_fit(case, place) for place in range(2)]
+    usual, other = make_cuda_fit(case, device), [make_cuda_fit(case, device, place) for place in range(2)]
     losses = step([usual])
     on_machine(monkeypatch, *machine)
     assert losses[0] == step(other)[0]
     assert same(fit_state(usual), fit_state(other[0]))
 
 
-def test_result_does_not_depend_on_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_result_does_not_depend_on_the_calls(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = "others' options, many rows"
-    whole, parts = make_cuda_sac(case), make_cuda_sac(case)
+    whole, parts = make_cuda_sac(case, device), make_cuda_sac(case, device)
     update([whole], case, 5)
     monkeypatch.setattr(sac, "_UPDATES_AT_ONCE", 2)
     update([parts], case, 5)
     assert same(whole.state(), parts.state())
 
 
-def test_a_fit_by_the_backend() -> None:
+def test_a_fit_by_the_backend(device: str) -> None:
     """Several epochs, with the holdout and the best weights, as another backend fits."""
     data = fit_transitions(300, 3, 1)
     config = DynamicsConfig(
         hidden=(16, 16), weight_decay=(1e-5,) * 3, batch_size=32, max_epochs=4, members=3, elites=2
     )
     held_out = []
-    for backend, device in (("cuda", DEVICE), ("reference", "cpu")):
+    for backend in ("cuda", "reference"):
         records: list[fit.FitEpoch] = []
         fit.fit_dynamics(data, config=config, backend=backend, device=device, on_epoch=records.append)
         held_out.append([record.holdout_mse for record in records])
     np.testing.assert_allclose(held_out[0], held_out[1], rtol=1e-3)
 
 
-def test_divergence_is_one_clear_error() -> None:
+def test_divergence_is_one_clear_error(device: str) -> None:
     case = "one critic, one layer"
-    data, buffer = cuda_sources(case)
+    data, buffer = cuda_sources(case, device)
     buffer.storage.rewards.fill_(float("inf"))
     with pytest.raises(InputError, match="SAC diverged before update 2"):
-        make_cuda_sac(case).update_many(data, buffer, 2, seed=0)
+        make_cuda_sac(case, device).update_many(data, buffer, 2, seed=0)
 
 
-def test_refuses_what_it_cannot_train() -> None:
+def test_refuses_what_it_cannot_train(device: str) -> None:
     with pytest.raises(InputError, match="cuda: trains layers of at most 1024 inputs and outputs, not 1025"):
-        SAC(3, 1, SACConfig(hidden=(1025,)), device=DEVICE, backend="cuda")
+        SAC(3, 1, SACConfig(hidden=(1025,)), device=device, backend="cuda")
     with pytest.raises(InputError, match="cuda: trains in float32, not bfloat16"):
-        Fit(fit_transitions(300, 3, 1), 0, DynamicsConfig(dtype="bfloat16"), DEVICE, "cuda")
+        Fit(fit_transitions(300, 3, 1), 0, DynamicsConfig(dtype="bfloat16"), device, "cuda")
     case = "one unit"
-    kernel = make_cuda_sac(case)
+    kernel = make_cuda_sac(case, device)
     kernel.actor.double()
     with pytest.raises(InputError, match=r"the cuda backend .* trains contiguous torch.float32 .* reference"):
         update([kernel], case, 1)
 
 
-def test_refuses_an_old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refuses_an_old_gpu(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_capability", lambda device=None: (7, 5))
     with pytest.raises(InputError, match=r"compute capability 8\.0 or more is needed, the GPU has 7\.5"):
-        SAC(3, 1, SACConfig(), device=DEVICE, backend="cuda")
+        SAC(3, 1, SACConfig(), device=device, backend="cuda")
 
 
 @pytest.mark.slow

@@ -44,7 +44,7 @@ _TILES = {
     "float32": Tile(64, 64, 16, 4, 2, 0),
     "tfloat32": Tile(64, 128, 32, 4, 3, 0),
     "bfloat16": Tile(128, 128, 64, 8, 2, 256),
-    "float16": Tile(128, 128, 64, 8, 2, 256),
+    "float16": Tile(128, 64, 64, 8, 2, 240),
 }
 # Interpreted, an operation takes as long for few numbers as for many.
 _INTERPRETED = Tile(128, 128, 64, 1, 1, 256)

@@ -136,8 +136,11 @@ def assert_same(a: Transitions, b: Transitions) -> None:
         assert torch.equal(left[name], right[name]), name
 
 
-def check_rounded_step(engine: RolloutEngine, batch: int) -> None:
-    """With rounded factors: as accurate as PyTorch with the same roundings, far larger than float32's."""
+def check_rounded_step(engine: RolloutEngine, batch: int, *, apart: float = 0.5) -> None:
+    """With rounded factors: as accurate as PyTorch with the same roundings, far larger than float32's.
+
+    And `apart` of PyTorch's errors away from PyTorch at most: little, where all roundings are the same.
+    """
     ensemble = engine.ensemble
     observations, actions = (
         array.to(engine.device) for array in inputs(batch, ensemble.obs_dim, ensemble.act_dim)
@@ -152,7 +155,7 @@ def check_rounded_step(engine: RolloutEngine, batch: int) -> None:
         ours, theirs, plain, truth = (getattr(result, name) for result in (kernel, same, float32, exact))
         assert_as_accurate(ours, theirs, truth, name)
         error = (theirs - truth).norm()
-        assert (ours - theirs).norm() < 0.5 * error, name
+        assert (ours - theirs).norm() < apart * error, name
         assert error > 30.0 * (plain - truth).norm(), name
 
 

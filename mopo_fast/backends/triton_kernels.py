@@ -1,9 +1,9 @@
 """The rollout in Triton: a program takes a tile of rows through all steps, a second kernel closes the gaps.
 
-A tile's activations pass from layer to layer through a scratch of the program's own, small enough for the
-second-level cache. Any size works: a layer's columns are cut into blocks of 128, then 64, 32 and 16, so that
-a width that is no power of two does not cost what the next one does. The mathematics is csrc/spec.h's, the
-random numbers are backends/philox.py's.
+Where factors have 16 bits and layers are narrow, a tile's activations stay in registers from layer to layer.
+Else they pass through a scratch of the program's own, small enough for the second-level cache. Any size works: a
+layer's columns are cut into blocks, the last of them 32 and 16 wide, so that a width that is no power of two does
+not cost what the next one does. The mathematics is csrc/spec.h's, the random numbers are backends/philox.py's.
 
 Importing this module takes Triton; TRITON_INTERPRET=1, set before Triton's first import, interprets it.
 """
@@ -44,8 +44,8 @@ def _tanh(x):
 @triton.jit
 def _silu(x, OPERANDS: tl.constexpr):
     if _HARDWARE and (OPERANDS == "float16" or OPERANDS == "bfloat16") and cuda_capability_geq(7, 5):
-        # x sigmoid(x) by one instruction, whose tanh is off by 2^-11 of itself: that is |x| / 2 times 2^-11 at
-        # most, and where x > 0 no more than what rounding to float16 takes.
+        # One instruction in place of two. Its tanh is off by up to 2^-11 of itself, which adds less to the
+        # predictions' error than rounding to float16 has brought: test_kernel_triton.py holds it to that.
         half = 0.5 * x
         tanh = tl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;", "=f,f", [half], dtype=tl.float32, is_pure=True, pack=1
@@ -115,7 +115,7 @@ def _normals(number, step, STREAM: tl.constexpr, first, seed):
 
 @triton.constexpr_function
 def _widths(size, widest):
-    """Of the blocks that a layer's columns are cut into."""
+    """Of the blocks that `size` columns are cut into."""
     rest = [width for width in (64, 32, 16) if size % widest & width]
     return [widest] * (size // widest) + rest
 
@@ -138,7 +138,7 @@ def _width(size, widest, block):
 @triton.constexpr_function
 def _fits(sizes, held):
     """Whether activations stay in registers: no layer wider than `held`, and the hidden ones equally wide."""
-    return len(set(sizes[1:-1])) == 1 and max(sizes[:-1]) <= held
+    return len(set(sizes[1:-1])) == 1 and max(sizes) <= held
 
 
 @triton.constexpr_function
@@ -165,9 +165,7 @@ def _bias(bias, column, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _load_blocks(
-    matrix, stride, row, SIZE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def _load_blocks(matrix, stride, row, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """Some rows of a matrix of SIZE columns, as blocks of columns."""
     blocks = ()
     for block in tl.static_range(_blocks(SIZE, BLOCK)):
@@ -217,7 +215,7 @@ def _held_network(
     x = _held_layer(x, weight, bias, K, N, ACTIVATION, OPERANDS, ROWS, BLOCK)
     weight += K * N
     bias += N
-    # A loop, so that a layer's weights come in while the one before is multiplied. It carries integers: Triton
+    # A loop, so that a layer's weights come in while the one before is at work. It carries integers: Triton
     # multiplies from registers what is made in the loop, but not what the loop carries as it is.
     carried = _bitcast(x, BITS)
     for _ in range(len(SIZES) - 3):
@@ -278,8 +276,8 @@ def _layer(
 @triton.jit
 def _network(
     x, here, there, heads, weight, bias,
-    SIZES: tl.constexpr, ACTIVATION: tl.constexpr, OPERANDS: tl.constexpr, HELD: tl.constexpr,
-    WIDTH: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SIZES: tl.constexpr, ACTIVATION: tl.constexpr, OPERANDS: tl.constexpr, WIDTH: tl.constexpr,
+    HEADS: tl.constexpr, HELD: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A perceptron for a tile x [ROWS, WIDTH], which may lie in `there`: heads [ROWS, HEADS]."""
     if _fits(SIZES, HELD):
@@ -548,6 +546,7 @@ def rollout_kernel(
     centre = predictions + MEMBERS * ROWS * HEADS
     state = centre + ROWS * HEADS
     lane = tl.arange(0, ROWS)
+    # What does not change in a loop is computed again, not kept: registers are what is short.
     for tile in tl.range(tl.program_id(0), tl.cdiv(batch, ROWS), tl.num_programs(0), disable_licm=True):
         row = tile * ROWS + lane.to(tl.int64)
         exists = row < batch
@@ -559,46 +558,47 @@ def rollout_kernel(
             tl.store(_at(state, lane, column, HEADS), x, (column < OBS)[None, :])
         alive = exists
         for t in tl.range(horizon, disable_licm=True):
-          if tl.max(alive.to(tl.int32), axis=0) > 0:
-              tl.debug_barrier()
-              step = (first_step + t).to(tl.uint32)
-              record = row * horizon + t
-              _observe(state, inputs, there, input_mean, input_std,
-                       POLICY, OBS, OPERANDS, WIDTH, HEADS, ROWS)  # fmt: skip
-              tl.debug_barrier()
-              if POLICY:
-                  _network(there, here, there, predictions, policy_weights, policy_biases, POLICY_SIZES,
-                           POLICY_ACTIVATION, OPERANDS, HELD,
-                           WIDTH, HEADS, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
-              _act(predictions, actions, record, alive, number, step, seed, inputs, input_mean, input_std,
-                   log_std_min, log_std_max,
-                   POLICY, DETERMINISTIC, OBS, ACT, OPERANDS, WIDTH, HEADS, ROWS)  # fmt: skip
-              tl.debug_barrier()
-              for member in tl.range(MEMBERS, num_stages=1, disable_licm=True):
-                  _network(inputs, here, there, predictions + member * (ROWS * HEADS),
-                           weights + member * weights_stride, biases + member * biases_stride,
-                           SIZES, ACTIVATION, OPERANDS, HELD,
-                           WIDTH, HEADS, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
-              penalty = _penalise(predictions, chosen, centre, bounds, CHOSEN, PENALTY, OBS, HEADS, ROWS)
-              number = tl.load(rows + row, exists, 0)
-              drawn = _draw(elites, number, step, seed, DETERMINISTIC, ELITES)
-              raw_reward, finite, in_box = _advance(
-                  predictions, drawn, number, step, seed, bounds, low, high, state, next_observations, record,
-                  alive, DETERMINISTIC, MEMBERS, OBS, HEADS, ROWS)  # fmt: skip
-              reward = raw_reward - penalty_coef * penalty
-              finite &= tl.abs(reward) < float("inf")
-              goes_on = finite & in_box
-              tl.store(rewards + record, reward, alive)
-              tl.store(raw_rewards + record, raw_reward, alive)
-              tl.store(penalties + record, penalty, alive)
-              tl.store(terminals + record, ~goes_on, alive)
-              tl.store(members + record, drawn.to(tl.int32), alive)
-              if mean is not None:
-                  _store_distributions(predictions, bounds, mean, std, row, exists, batch,
-                                       MEMBERS, OBS, HEADS, ROWS)  # fmt: skip
-              tl.store(lengths + row, t + finite.to(tl.int32), alive)
-              tl.store(cut + row, (~finite).to(tl.int32), alive)
-              alive = goes_on
+            if tl.max(alive.to(tl.int32), axis=0) > 0:
+                tl.debug_barrier()
+                step = (first_step + t).to(tl.uint32)
+                record = row * horizon + t
+                _observe(state, inputs, there, input_mean, input_std,
+                         POLICY, OBS, OPERANDS, WIDTH, HEADS, ROWS)  # fmt: skip
+                tl.debug_barrier()
+                if POLICY:
+                    _network(there, here, there, predictions, policy_weights, policy_biases,
+                             POLICY_SIZES, POLICY_ACTIVATION,
+                             OPERANDS, WIDTH, HEADS, HELD, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
+                _act(predictions, actions, record, alive, number, step, seed, inputs, input_mean, input_std,
+                     log_std_min, log_std_max,
+                     POLICY, DETERMINISTIC, OBS, ACT, OPERANDS, WIDTH, HEADS, ROWS)  # fmt: skip
+                tl.debug_barrier()
+                for member in tl.range(MEMBERS, num_stages=1, disable_licm=True):
+                    _network(inputs, here, there, predictions + member * (ROWS * HEADS),
+                             weights + member * weights_stride, biases + member * biases_stride,
+                             SIZES, ACTIVATION,
+                             OPERANDS, WIDTH, HEADS, HELD, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
+                penalty = _penalise(predictions, chosen, centre, bounds, CHOSEN, PENALTY, OBS, HEADS, ROWS)
+                # Again, so that it takes no registers from the networks.
+                number = tl.load(rows + row, exists, 0)
+                drawn = _draw(elites, number, step, seed, DETERMINISTIC, ELITES)
+                raw_reward, finite, in_box = _advance(
+                    predictions, drawn, number, step, seed, bounds, low, high, state, next_observations,
+                    record, alive, DETERMINISTIC, MEMBERS, OBS, HEADS, ROWS)  # fmt: skip
+                reward = raw_reward - penalty_coef * penalty
+                finite &= tl.abs(reward) < float("inf")
+                goes_on = finite & in_box
+                tl.store(rewards + record, reward, alive)
+                tl.store(raw_rewards + record, raw_reward, alive)
+                tl.store(penalties + record, penalty, alive)
+                tl.store(terminals + record, ~goes_on, alive)
+                tl.store(members + record, drawn.to(tl.int32), alive)
+                if mean is not None:
+                    _store_distributions(predictions, bounds, mean, std, row, exists, batch,
+                                         MEMBERS, OBS, HEADS, ROWS)  # fmt: skip
+                tl.store(lengths + row, t + finite.to(tl.int32), alive)
+                tl.store(cut + row, (~finite).to(tl.int32), alive)
+                alive = goes_on
         tl.debug_barrier()
 
 

@@ -49,7 +49,7 @@ _TILES = {
     "float16": Tile(128, 64, 64, 8, 2, 240),
 }
 # Interpreted, an operation takes as long for few numbers as for many.
-_INTERPRETED = Tile(128, 128, 64, 1, 1, 256)
+_INTERPRETED = Tile(128, 64, 64, 1, 1, 240)
 
 
 @functools.cache

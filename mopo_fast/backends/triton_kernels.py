@@ -1,9 +1,10 @@
 """The rollout in Triton: a program takes a tile of rows through all steps, a second kernel closes the gaps.
 
-Where factors have 16 bits and layers are narrow, a tile's activations stay in registers from layer to layer.
-Else they pass through a scratch of the program's own, small enough for the second-level cache. Any size works: a
-layer's columns are cut into blocks, the last of them 32 and 16 wide, so that a width that is no power of two does
-not cost what the next one does. The mathematics is csrc/spec.h's, the random numbers are backends/philox.py's.
+Where factors have 16 bits and layers are narrow, a tile's activations stay in registers from layer to
+layer. Else they pass through a scratch of the program's own, small enough for the second-level cache. Any
+size works: a layer's columns are cut into blocks, the last of them 32 and 16 wide, so that a width that is
+no power of two does not cost what the next one does. The mathematics is csrc/spec.h's, the random numbers
+are backends/philox.py's.
 
 Importing this module takes Triton; TRITON_INTERPRET=1, set before Triton's first import, interprets it.
 """

@@ -29,7 +29,7 @@ _COPIED_ROWS = 128
 class Tile(NamedTuple):
     """What a program multiplies at a time: `rows`, at most `columns` outputs, at most `depth` inputs.
 
-    Layers at most `held` wide pass their activations on in registers.
+    Networks at most `held` wide pass activations on in registers, in blocks of `depth` columns.
     """
 
     rows: int
@@ -41,15 +41,15 @@ class Tile(NamedTuple):
 
 
 # Products in float32 take registers where the others take tensor cores. With factors of 16 bits there are
-# registers left for activations; 64 columns, so that no register is spilled on Hopper.
+# registers left for activations, in blocks of 64 columns without a spill on Hopper.
 _TILES = {
     "float32": Tile(64, 64, 16, 4, 2, 0),
     "tfloat32": Tile(64, 64, 32, 4, 3, 0),
-    "bfloat16": Tile(128, 64, 64, 8, 2, 240),
-    "float16": Tile(128, 64, 64, 8, 2, 240),
+    "bfloat16": Tile(128, 128, 64, 8, 2, 240),
+    "float16": Tile(128, 128, 64, 8, 2, 240),
 }
 # Interpreted, an operation takes as long for few numbers as for many.
-_INTERPRETED = Tile(128, 64, 64, 1, 1, 240)
+_INTERPRETED = Tile(128, 128, 64, 1, 1, 240)
 
 
 @functools.cache

@@ -282,7 +282,7 @@ def _network(
 ):  # fmt: skip
     """A perceptron for a tile x [ROWS, WIDTH], which may lie in `there`: heads [ROWS, HEADS]."""
     if _fits(SIZES, HELD):
-        _held_network(x, heads, weight, bias, SIZES, ACTIVATION, OPERANDS, WIDTH, HEADS, ROWS, BLOCK_N)
+        _held_network(x, heads, weight, bias, SIZES, ACTIVATION, OPERANDS, WIDTH, HEADS, ROWS, BLOCK_K)
     else:
         for layer in tl.static_range(len(SIZES) - 2):
             _layer(x, WIDTH, weight, bias, here, WIDTH, SIZES[layer], SIZES[layer + 1],

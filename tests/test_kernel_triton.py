@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -300,6 +301,17 @@ def test_it_compiles_for_an_h100(tmp_path: Path, operands: str) -> None:
 def test_it_compiles_for_others(tmp_path: Path, capability: int) -> None:
     for kernel in compile_for(tmp_path, capability, "float16")[:2]:
         assert kernel["mma.sync"] > 0 and kernel["shared"] <= 99 * 1024
+
+
+@pytest.mark.parametrize(("major", "shared", "held"), [(9, 232448, 240), (8, 101376, 224), (7, 65536, 0)])
+def test_activations_are_held_where_weights_fit(
+    monkeypatch: pytest.MonkeyPatch, major: int, shared: int, held: int
+) -> None:
+    gpu = SimpleNamespace(major=major, shared_memory_per_block_optin=shared)
+    monkeypatch.setattr(host, "_gpu", lambda _: gpu)
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    assert host._tile("float16", torch.device("cuda")).held == held
+    assert host._tile("tfloat32", torch.device("cuda")).held == 0
 
 
 def test_gpus_that_cannot() -> None:

@@ -1,5 +1,6 @@
 """A network's parameters as the Triton kernels read them: padded, rounded, one layer after the other."""
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +35,7 @@ class PackedNetwork:
 def pack(weights: list[torch.Tensor], biases: list[torch.Tensor], operands: str) -> PackedNetwork:
     """Pack `weights[i]` [networks, in, out], `biases[i]` [networks, out], or one network's."""
     sizes = [round_up(size) for size in (weights[0].shape[-2], *(weight.shape[-1] for weight in weights))]
-    shapes = list(zip(sizes, sizes[1:], strict=False))
+    shapes = list(itertools.pairwise(sizes))
     networks, dtype = biases[0].numel() // biases[0].shape[-1], storage_dtype(operands)
     all_weights = weights[0].new_zeros(networks, sum(rows * columns for rows, columns in shapes), dtype=dtype)
     all_biases = biases[0].new_zeros(networks, sum(sizes[1:]))

@@ -42,4 +42,8 @@ class CMakeBuild(build_ext):
         subprocess.run([program, "--install", build, "--prefix", prefix], check=True)
 
 
-setup(ext_modules=[Extension("mopo_fast._cpu", sources=[])], cmdclass={"build_ext": CMakeBuild})
+EXTENSIONS = [
+    Extension("mopo_fast._cpu", sources=[]),
+    Extension("mopo_fast._cuda", sources=[], optional=True),
+]
+setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": CMakeBuild})

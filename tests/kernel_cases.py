@@ -145,7 +145,7 @@ def check_rounded_step(
 ) -> None:
     """With rounded factors: as accurate as PyTorch with the same roundings, far larger than float32's.
 
-    And no further from it than `apart` of its error.
+    And `apart` of PyTorch's errors away from PyTorch at most: little, where all roundings are the same.
     """
     ensemble = engine.ensemble
     observations, actions = (

@@ -237,4 +237,4 @@ def test_registers_suffice(source: str, tmp_path: Path) -> None:
     command.append(str(cuda_emulator.CSRC / "cuda" / source))
     report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     needs = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", report)
-    assert needs == [("0", "0")] * 2
+    assert set(needs) == {("0", "0")}

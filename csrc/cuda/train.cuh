@@ -270,48 +270,16 @@ __device__ __forceinline__ Place place(const Layer& layer, int k, int n) {
   return k < layer.in ? Place{layer.weight, k * layer.out + n} : Place{layer.bias, n};
 }
 
-// A square of a layer's matrix a step against its gradient, inputs^T grads over `count` rows.
-constexpr int kSquare = 32;
-__device__ __forceinline__ int squares(const Layer& layer) {
-  return (layer.in / kSquare + 1) * ((layer.out + kSquare - 1) / kSquare);
-}
-__device__ __forceinline__ void train_square(const Layer& layer, const AdamStep& step, int count,
-                                             int square) {
-  constexpr int kCells = kSquare / 4, kSlices = kThreads / (kCells * kCells);
-  const int across = (layer.out + kSquare - 1) / kSquare;
-  const int first_k = square / across * kSquare, first_n = square % across * kSquare;
-  const int slice = threadIdx.x / (kCells * kCells), cell = threadIdx.x % (kCells * kCells);
-  const int cell_k = cell / kCells * 4, cell_n = cell % kCells * 4;
-  float sums[4][4] = {};
-  if (first_k + cell_k <= layer.in && first_n + cell_n < layer.out) {
-    const float *inputs = layer.inputs.at(0) + first_k + cell_k,
-                *grads = layer.grads.at(0) + first_n + cell_n;
-#pragma unroll 8
-    for (int row = slice; row < count; row += kSlices) {
-      const float4 x = four(inputs + row * layer.inputs.stride), g = four(grads + row * layer.grads.stride);
-      const float in[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        sums[i][0] = fmaf(in[i], g.x, sums[i][0]);
-        sums[i][1] = fmaf(in[i], g.y, sums[i][1]);
-        sums[i][2] = fmaf(in[i], g.z, sums[i][2]);
-        sums[i][3] = fmaf(in[i], g.w, sums[i][3]);
-      }
-    }
-  }
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-    four(partials() + (slice * kSquare + cell_k + i) * kSquare + cell_n) =
-        make_float4(sums[i][0], sums[i][1], sums[i][2], sums[i][3]);
-  __syncthreads();
-  float* values = partials() + kSlices * kSquare * kSquare;  // one more column: its own banks for each row
-  for (int i = threadIdx.x; i < kSquare * kSquare; i += kThreads) {
-    const int k = first_k + i / kSquare, n = first_n + i % kSquare;
+// kHalf x kHalf numbers of a layer's matrix a step against their gradients, whose parts are in shared memory.
+constexpr int kHalf = 32;
+__device__ __forceinline__ void step_quarter(const Layer& layer, const AdamStep& step, int begin_k,
+                                             int begin_n, int parts) {
+  float* values = partials() + parts * kHalf * kHalf;  // one more column: its own banks for each row
+  for (int i = threadIdx.x; i < kHalf * kHalf; i += kThreads) {
+    const int k = begin_k + i / kHalf, n = begin_n + i % kHalf;
     if (k > layer.in || n >= layer.out) continue;
     float gradient = 0.0f;
-#pragma unroll
-    for (int part = 0; part < kSlices; ++part) gradient += partials()[part * kSquare * kSquare + i];
+    for (int part = 0; part < parts; ++part) gradient += partials()[part * kHalf * kHalf + i];
     const auto [parameter, at] = place(layer, k, n);
     if (k < layer.in) gradient += step.weight_decay * parameter.value[at];
     const float value = adam(step, parameter, at, gradient);
@@ -321,14 +289,60 @@ __device__ __forceinline__ void train_square(const Layer& layer, const AdamStep&
       target = target + (value - target) * step.polyak;
       layer.target.at(k)[n] = target;
     }
-    values[i / kSquare * (kSquare + 1) + i % kSquare] = value;
+    values[i / kHalf * (kHalf + 1) + i % kHalf] = value;
   }
   if (layer.transposed.data == nullptr) return;
   __syncthreads();
-  for (int i = threadIdx.x; i < kSquare * kSquare; i += kThreads) {
-    const int k = first_k + i % kSquare, n = first_n + i / kSquare;
+  for (int i = threadIdx.x; i < kHalf * kHalf; i += kThreads) {
+    const int k = begin_k + i % kHalf, n = begin_n + i / kHalf;
     if (k < layer.in && n < layer.out)
-      layer.transposed.at(n)[k] = values[i % kSquare * (kSquare + 1) + i / kSquare];
+      layer.transposed.at(n)[k] = values[i % kHalf * (kHalf + 1) + i / kHalf];
+  }
+}
+
+// A square of a layer's matrix a step against its gradient, inputs^T grads over `count` rows. A thread takes
+// 8 x 8 numbers, in groups of four `kHalf` apart, over a slice of the rows.
+constexpr int kSquare = 2 * kHalf;
+__device__ __forceinline__ int squares(const Layer& layer) {
+  return (layer.in / kSquare + 1) * ((layer.out + kSquare - 1) / kSquare);
+}
+__device__ __forceinline__ void train_square(const Layer& layer, const AdamStep& step, int count,
+                                             int square) {
+  constexpr int kCells = kHalf / 4, kSlices = kThreads / (kCells * kCells);
+  const int across = (layer.out + kSquare - 1) / kSquare;
+  const int first_k = square / across * kSquare, first_n = square % across * kSquare;
+  const int slice = threadIdx.x / (kCells * kCells), cell = threadIdx.x % (kCells * kCells);
+  const int cell_k = cell / kCells * 4, cell_n = cell % kCells * 4;
+  float sums[8][8] = {};
+  const int k = first_k + cell_k, n = first_n + cell_n;
+  if (k <= layer.in && n < layer.out) {
+    const float *inputs = layer.inputs.at(0) + k, *grads = layer.grads.at(0) + n;
+    // What lies beyond the matrix is left alone below.
+    const int far_k = k + kHalf <= layer.in ? kHalf : 0, far_n = n + kHalf < layer.out ? kHalf : 0;
+#pragma unroll 4
+    for (int row = slice; row < count; row += kSlices) {
+      const float *x = inputs + row * layer.inputs.stride, *g = grads + row * layer.grads.stride;
+      const float4 near_x = four(x), far_x = four(x + far_k), near_g = four(g), far_g = four(g + far_n);
+      const float in[8] = {near_x.x, near_x.y, near_x.z, near_x.w, far_x.x, far_x.y, far_x.z, far_x.w};
+      const float out[8] = {near_g.x, near_g.y, near_g.z, near_g.w, far_g.x, far_g.y, far_g.z, far_g.w};
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+#pragma unroll
+        for (int o = 0; o < 8; ++o) sums[i][o] = fmaf(in[i], out[o], sums[i][o]);
+    }
+  }
+#pragma unroll
+  for (int quarter = 0; quarter < 4; ++quarter) {
+    const int i = quarter / 2 * 4, o = quarter % 2 * 4;
+    const int begin_k = first_k + quarter / 2 * kHalf, begin_n = first_n + quarter % 2 * kHalf;
+    if (begin_k > layer.in || begin_n >= layer.out) continue;
+    __syncthreads();
+#pragma unroll
+    for (int each = i; each < i + 4; ++each)
+      four(partials() + (slice * kHalf + cell_k + each - i) * kHalf + cell_n) =
+          make_float4(sums[each][o], sums[each][o + 1], sums[each][o + 2], sums[each][o + 3]);
+    __syncthreads();
+    step_quarter(layer, step, begin_k, begin_n, kSlices);
   }
 }
 

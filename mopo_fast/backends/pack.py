@@ -1,9 +1,9 @@
 """A network's parameters as the Triton kernels read them: padded, rounded, one layer after the other."""
 
+import itertools
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 
 from mopo_fast.ensemble import round_factor
 
@@ -34,22 +34,16 @@ class PackedNetwork:
 
 def pack(weights: list[torch.Tensor], biases: list[torch.Tensor], operands: str) -> PackedNetwork:
     """Pack `weights[i]` [networks, in, out], `biases[i]` [networks, out], or one network's."""
-
-    def padded(tensor: torch.Tensor, dims: int) -> torch.Tensor:
-        widths = [width for size in reversed(tensor.shape[-dims:]) for width in (0, -size % MULTIPLE)]
-        return functional.pad(tensor, widths).flatten(-dims).reshape(-1, _count(tensor.shape[-dims:]))
-
-    factors = [round_factor(weight, operands).to(storage_dtype(operands)) for weight in weights]
-    sizes = (weights[0].shape[-2], *(weight.shape[-1] for weight in weights))
-    return PackedNetwork(
-        tuple(map(round_up, sizes)),
-        torch.cat([padded(factor, 2) for factor in factors], dim=1),
-        torch.cat([padded(bias, 1) for bias in biases], dim=1),
-    )
-
-
-def _count(shape: torch.Size) -> int:
-    count = 1
-    for size in shape:
-        count *= round_up(size)
-    return count
+    sizes = [round_up(size) for size in (weights[0].shape[-2], *(weight.shape[-1] for weight in weights))]
+    shapes = list(itertools.pairwise(sizes))
+    networks, dtype = biases[0].numel() // biases[0].shape[-1], storage_dtype(operands)
+    all_weights = weights[0].new_zeros(networks, sum(rows * columns for rows, columns in shapes), dtype=dtype)
+    all_biases = biases[0].new_zeros(networks, sum(sizes[1:]))
+    places = all_weights.split([rows * columns for rows, columns in shapes], dim=1)
+    for place, shape, weight in zip(places, shapes, weights, strict=True):
+        # What is stored in 16 bits is rounded as it is copied.
+        factor = round_factor(weight, operands) if dtype == weight.dtype else weight
+        place.unflatten(1, shape)[:, : weight.shape[-2], : weight.shape[-1]] = factor
+    for place, bias in zip(all_biases.split(sizes[1:], dim=1), biases, strict=True):
+        place[:, : bias.shape[-1]] = bias
+    return PackedNetwork(tuple(sizes), all_weights, all_biases)

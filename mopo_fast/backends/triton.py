@@ -2,8 +2,9 @@
 
 import functools
 import importlib
+import math
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,7 +18,7 @@ from mopo_fast.backends import (
     Sizes,
     StepResult,
 )
-from mopo_fast.backends.pack import PackedNetwork, pack, storage_dtype
+from mopo_fast.backends.pack import MULTIPLE, PackedNetwork, pack, storage_dtype
 from mopo_fast.backends.record import Record, recorded_rollout, recorded_step
 
 _SERVED = ("float32", "tfloat32", "bfloat16", "float16")
@@ -28,7 +29,7 @@ _COPIED_ROWS = 128
 class Tile(NamedTuple):
     """What a program multiplies at a time: `rows`, at most `columns` outputs, at most `depth` inputs.
 
-    Layers at most `held` wide pass their activations on in registers.
+    Networks at most `held` wide pass activations on in registers, in blocks of `depth` columns.
     """
 
     rows: int
@@ -39,15 +40,16 @@ class Tile(NamedTuple):
     held: int
 
 
-# Products in float32 take registers where the others take tensor cores.
+# Products in float32 take registers where the others take tensor cores. With factors of 16 bits there are
+# registers left for activations, in blocks of 64 columns without a spill on Hopper.
 _TILES = {
     "float32": Tile(64, 64, 16, 4, 2, 0),
-    "tfloat32": Tile(64, 128, 32, 4, 3, 0),
-    "bfloat16": Tile(128, 128, 64, 8, 2, 256),
-    "float16": Tile(128, 128, 64, 8, 2, 256),
+    "tfloat32": Tile(64, 64, 32, 4, 3, 0),
+    "bfloat16": Tile(128, 128, 64, 8, 2, 240),
+    "float16": Tile(128, 128, 64, 8, 2, 240),
 }
 # Interpreted, an operation takes as long for few numbers as for many.
-_INTERPRETED = Tile(128, 128, 64, 1, 1, 256)
+_INTERPRETED = Tile(128, 128, 64, 1, 1, 240)
 
 
 @functools.cache
@@ -65,12 +67,27 @@ def _kernels() -> ModuleType:
     return module
 
 
+def _gpu(device: torch.device) -> Any:
+    return torch.cuda.get_device_properties(device)
+
+
+def _tile(operands: str, device: torch.device) -> Tile:
+    if _kernels().INTERPRETED:
+        return _INTERPRETED
+    tile, gpu = _TILES[operands], _gpu(device)
+    # A layer's weights lie in shared memory, on Hopper the next layer's beside them.
+    bytes_each = 4 if gpu.major == 9 else 2
+    room: int = math.isqrt(gpu.shared_memory_per_block_optin // bytes_each) // MULTIPLE * MULTIPLE
+    return tile._replace(held=min(tile.held, room) if gpu.major >= 8 else 0)
+
+
 def _programs(tiles: int, warps: int, device: torch.device) -> int:
     """As many as run at a time; each takes tile after tile, so that their scratch stays in cache."""
-    if device.type == "cpu":
+    if _kernels().INTERPRETED:
         return min(tiles, 2)
     # Eight warps of 255 registers a thread fill a multiprocessor.
-    return min(tiles, torch.cuda.get_device_properties(device).multi_processor_count * 8 // warps)
+    processors: int = _gpu(device).multi_processor_count
+    return min(tiles, processors * 8 // warps)
 
 
 def _run(
@@ -88,8 +105,8 @@ def _run(
     std: torch.Tensor | None = None,
 ) -> None:
     """All steps of all rollouts, into the record; without a policy its actions are read."""
-    tile = _INTERPRETED if _kernels().INTERPRETED else _TILES[settings.operands]
     (batch, obs_dim), device = start.shape, start.device
+    tile = _tile(settings.operands, device)
     packed, packed_policy = networks
     members = len(packed.weights)
     everyone = [network for network in networks if network is not None]

@@ -1,9 +1,10 @@
 """The rollout in Triton: a program takes a tile of rows through all steps, a second kernel closes the gaps.
 
-A tile's activations pass from layer to layer through a scratch of the program's own, small enough for the
-second-level cache. Any size works: a layer's columns are cut into blocks of 128, then 64, 32 and 16, so that
-a width that is no power of two does not cost what the next one does. The mathematics is csrc/spec.h's, the
-random numbers are backends/philox.py's.
+Where factors have 16 bits and layers are narrow, a tile's activations stay in registers from layer to
+layer. Else they pass through a scratch of the program's own, small enough for the second-level cache. Any
+size works: a layer's columns are cut into blocks, the last of them 32 and 16 wide, so that a width that is
+no power of two does not cost what the next one does. The mathematics is csrc/spec.h's, the random numbers
+are backends/philox.py's.
 
 Importing this module takes Triton; TRITON_INTERPRET=1, set before Triton's first import, interprets it.
 """
@@ -44,8 +45,8 @@ def _tanh(x):
 @triton.jit
 def _silu(x, OPERANDS: tl.constexpr):
     if _HARDWARE and (OPERANDS == "float16" or OPERANDS == "bfloat16") and cuda_capability_geq(7, 5):
-        # x sigmoid(x) by one instruction, whose tanh is off by 2^-11 of itself: that is |x| / 2 times 2^-11 at
-        # most, and where x > 0 no more than what rounding to float16 takes.
+        # One instruction in place of two. Its tanh is off by up to 2^-11 of itself, which adds less to the
+        # predictions' error than rounding to float16 has brought: test_kernel_triton.py holds it to that.
         half = 0.5 * x
         tanh = tl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;", "=f,f", [half], dtype=tl.float32, is_pure=True, pack=1
@@ -115,7 +116,7 @@ def _normals(number, step, STREAM: tl.constexpr, first, seed):
 
 @triton.constexpr_function
 def _widths(size, widest):
-    """Of the blocks that a layer's columns are cut into."""
+    """Of the blocks that `size` columns are cut into."""
     rest = [width for width in (64, 32, 16) if size % widest & width]
     return [widest] * (size // widest) + rest
 
@@ -137,77 +138,8 @@ def _width(size, widest, block):
 
 @triton.constexpr_function
 def _fits(sizes, held):
-    """Whether a network's activations stay in registers: its hidden layers are equal, `held` wide at most."""
-    hidden = sizes[1:-1]
-    return len(set(hidden)) == 1 and hidden[0] <= held
-
-
-@triton.jit
-def _multiply(total, left, weight, first, column, N: tl.constexpr, OPERANDS: tl.constexpr):
-    """total + left @ weight[first : first + what left has, column]."""
-    right = tl.load(_at(weight, first + tl.arange(0, left.shape[1]), column, N))
-    return tl.dot(left, right, total, input_precision="tf32" if OPERANDS == "tfloat32" else "ieee")
-
-
-@triton.jit
-def _columns(
-    x, x_stride, weight, bias, first,
-    K: tl.constexpr, N: tl.constexpr, OPERANDS: tl.constexpr, HELD: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Columns first .. first + COLUMNS - 1 of x @ weight + bias."""
-    lane = tl.arange(0, ROWS)
-    column = first + tl.arange(0, COLUMNS)
-    total = tl.broadcast_to(tl.load(bias + column)[None, :], [ROWS, COLUMNS])
-    if HELD:
-        for k in tl.static_range(_blocks(K, BLOCK_N)):
-            total = _multiply(total, x[k], weight, _first(K, BLOCK_N, k), column, N, OPERANDS)
-    else:
-        for k in range(0, K // BLOCK_K * BLOCK_K, BLOCK_K):
-            left = tl.load(_at(x, lane, k + tl.arange(0, BLOCK_K), x_stride))
-            total = _multiply(total, left, weight, k, column, N, OPERANDS)
-        for block in tl.static_range(K // BLOCK_K, _blocks(K, BLOCK_K)):
-            k = _first(K, BLOCK_K, block)
-            left = tl.load(_at(x, lane, k + tl.arange(0, _width(K, BLOCK_K, block)), x_stride))
-            total = _multiply(total, left, weight, k, column, N, OPERANDS)
-    return total
-
-
-@triton.jit
-def _hold(
-    x, x_stride, weight, bias,
-    K: tl.constexpr, N: tl.constexpr, ACTIVATION: tl.constexpr, OPERANDS: tl.constexpr, HELD: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """activation(x @ weight + bias) for a tile, as the blocks of columns that are the next layer's x."""
-    blocks = ()
-    for block in tl.static_range(_blocks(N, BLOCK_N)):
-        total = _columns(x, x_stride, weight, bias, _first(N, BLOCK_N, block), K, N, OPERANDS, HELD,
-                         ROWS, _width(N, BLOCK_N, block), BLOCK_N, BLOCK_K)  # fmt: skip
-        activated = _activate(total, ACTIVATION, OPERANDS)
-        blocks = blocks + (_factor(activated, weight.dtype.element_ty, OPERANDS),)
-    return blocks
-
-
-@triton.jit
-def _store(
-    x, x_stride, weight, bias, out, out_stride,
-    K: tl.constexpr, N: tl.constexpr, ACTIVATION: tl.constexpr, OPERANDS: tl.constexpr, HELD: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """out = activation(x @ weight + bias) for a tile."""
-    lane = tl.arange(0, ROWS)
-    for block in tl.static_range(_blocks(N, BLOCK_N)):
-        first = _first(N, BLOCK_N, block)
-        total = _columns(x, x_stride, weight, bias, first, K, N, OPERANDS, HELD,
-                         ROWS, _width(N, BLOCK_N, block), BLOCK_N, BLOCK_K)  # fmt: skip
-        pointers = _at(out, lane, first + tl.arange(0, total.shape[1]), out_stride)
-        if ACTIVATION == "linear":
-            tl.store(pointers, total)
-        else:
-            _store_factor(pointers, _activate(total, ACTIVATION, OPERANDS), None, OPERANDS)
-    # What one thread has written, another reads.
-    tl.debug_barrier()
+    """Whether activations stay in registers: no layer wider than `held`, and the hidden ones equally wide."""
+    return len(set(sizes[1:-1])) == 1 and max(sizes) <= held
 
 
 @triton.constexpr_function
@@ -224,44 +156,146 @@ def _bitcast(blocks, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _multiply(total, left, right, OPERANDS: tl.constexpr):
+    return tl.dot(left, right, total, input_precision="tf32" if OPERANDS == "tfloat32" else "ieee")
+
+
+@triton.jit
+def _bias(bias, column, ROWS: tl.constexpr):
+    return tl.broadcast_to(tl.load(bias + column)[None, :], [ROWS, column.shape[0]])
+
+
+@triton.jit
+def _load_blocks(matrix, stride, row, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Some rows of a matrix of SIZE columns, as blocks of columns."""
+    blocks = ()
+    for block in tl.static_range(_blocks(SIZE, BLOCK)):
+        column = _first(SIZE, BLOCK, block) + tl.arange(0, _width(SIZE, BLOCK, block))
+        blocks = blocks + (tl.load(_at(matrix, row, column, stride)),)
+    return blocks
+
+
+@triton.jit
+def _held_layer(
+    x, weight, bias,
+    K: tl.constexpr, N: tl.constexpr, ACTIVATION: tl.constexpr, OPERANDS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """activation(x @ weight + bias); it and x are blocks of columns in registers."""
+    # All loads first, so that none waits for a product.
+    rights = ()
+    for k in tl.static_range(_blocks(K, BLOCK)):
+        row = _first(K, BLOCK, k) + tl.arange(0, _width(K, BLOCK, k))
+        rights = rights + (_load_blocks(weight, N, row, N, BLOCK),)
+    blocks = ()
+    for block in tl.static_range(_blocks(N, BLOCK)):
+        column = _first(N, BLOCK, block) + tl.arange(0, _width(N, BLOCK, block))
+        total = _bias(bias, column, ROWS)
+        for k in tl.static_range(_blocks(K, BLOCK)):
+            total = _multiply(total, x[k], rights[k][block], OPERANDS)
+        if ACTIVATION != "linear":
+            total = _factor(_activate(total, ACTIVATION, OPERANDS), weight.dtype.element_ty, OPERANDS)
+        blocks = blocks + (total,)
+    return blocks
+
+
+@triton.jit
+def _held_network(
+    x, heads, weight, bias,
+    SIZES: tl.constexpr, ACTIVATION: tl.constexpr, OPERANDS: tl.constexpr,
+    WIDTH: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`_network` where what passes from layer to layer stays in registers."""
+    lane = tl.arange(0, ROWS)
+    K: tl.constexpr = SIZES[0]
+    N: tl.constexpr = SIZES[1]
+    OUT: tl.constexpr = SIZES[len(SIZES) - 1]
+    FACTOR: tl.constexpr = weight.dtype.element_ty
+    BITS: tl.constexpr = _integer(FACTOR)
+    x = _load_blocks(x, WIDTH, lane, K, BLOCK)
+    x = _held_layer(x, weight, bias, K, N, ACTIVATION, OPERANDS, ROWS, BLOCK)
+    weight += K * N
+    bias += N
+    # A loop, so that a layer's weights come in while the one before is at work. It carries integers: Triton
+    # multiplies from registers what is made in the loop, but not what the loop carries as it is.
+    carried = _bitcast(x, BITS)
+    for _ in range(len(SIZES) - 3):
+        x = _bitcast(carried, FACTOR)
+        x = _held_layer(x, weight, bias, N, N, ACTIVATION, OPERANDS, ROWS, BLOCK)
+        carried = _bitcast(x, BITS)
+        weight += N * N
+        bias += N
+    x = _bitcast(carried, FACTOR)
+    outputs = _held_layer(x, weight, bias, N, OUT, "linear", OPERANDS, ROWS, BLOCK)
+    for block in tl.static_range(_blocks(OUT, BLOCK)):
+        column = _first(OUT, BLOCK, block) + tl.arange(0, _width(OUT, BLOCK, block))
+        tl.store(_at(heads, lane, column, HEADS), outputs[block])
+
+
+@triton.jit
+def _columns(
+    x, x_stride, weight, bias, out, out_stride, first,
+    K: tl.constexpr, N: tl.constexpr, ACTIVATION: tl.constexpr, OPERANDS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out[:, first : first + COLUMNS] = activation(x @ weight + bias)."""
+    lane = tl.arange(0, ROWS)
+    column = first + tl.arange(0, COLUMNS)
+    total = _bias(bias, column, ROWS)
+    for k in range(0, K // BLOCK_K * BLOCK_K, BLOCK_K):
+        row = k + tl.arange(0, BLOCK_K)
+        left, right = tl.load(_at(x, lane, row, x_stride)), tl.load(_at(weight, row, column, N))
+        total = _multiply(total, left, right, OPERANDS)
+    for k in tl.static_range(K // BLOCK_K, _blocks(K, BLOCK_K)):
+        row = _first(K, BLOCK_K, k) + tl.arange(0, _width(K, BLOCK_K, k))
+        left, right = tl.load(_at(x, lane, row, x_stride)), tl.load(_at(weight, row, column, N))
+        total = _multiply(total, left, right, OPERANDS)
+    pointers = _at(out, lane, column, out_stride)
+    if ACTIVATION == "linear":
+        tl.store(pointers, total)
+    else:
+        _store_factor(pointers, _activate(total, ACTIVATION, OPERANDS), None, OPERANDS)
+
+
+@triton.jit
+def _layer(
+    x, x_stride, weight, bias, out, out_stride,
+    K: tl.constexpr, N: tl.constexpr, ACTIVATION: tl.constexpr, OPERANDS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out = activation(x @ weight + bias) for a tile."""
+    for first in range(0, N // BLOCK_N * BLOCK_N, BLOCK_N):
+        _columns(x, x_stride, weight, bias, out, out_stride, first,
+                 K, N, ACTIVATION, OPERANDS, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
+    for block in tl.static_range(N // BLOCK_N, _blocks(N, BLOCK_N)):
+        _columns(x, x_stride, weight, bias, out, out_stride, _first(N, BLOCK_N, block),
+                 K, N, ACTIVATION, OPERANDS, ROWS, _width(N, BLOCK_N, block), BLOCK_K)  # fmt: skip
+    # What one thread has written, another reads.
+    tl.debug_barrier()
+
+
+@triton.jit
 def _network(
     x, here, there, heads, weight, bias,
-    SIZES: tl.constexpr, ACTIVATION: tl.constexpr, OPERANDS: tl.constexpr, HELD: tl.constexpr,
-    WIDTH: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SIZES: tl.constexpr, ACTIVATION: tl.constexpr, OPERANDS: tl.constexpr, WIDTH: tl.constexpr,
+    HEADS: tl.constexpr, HELD: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A perceptron for a tile x [ROWS, WIDTH], which may lie in `there`: heads [ROWS, HEADS].
-
-    HELD: the hidden layers are equally wide, and what passes between them stays in registers.
-    """
-    LAYERS: tl.constexpr = len(SIZES) - 1
-    if HELD:
-        N: tl.constexpr = SIZES[1]
-        x = _hold(x, WIDTH, weight, bias, SIZES[0], N, ACTIVATION, OPERANDS, False, ROWS, BLOCK_N, BLOCK_K)
-        weight += SIZES[0] * N
-        bias += N
-        # A loop, so that a layer's weights come in while the one before is multiplied. It carries integers:
-        # Triton multiplies from registers what is made in the loop, but not what the loop carries as it is.
-        FACTOR: tl.constexpr = weight.dtype.element_ty
-        BITS: tl.constexpr = _integer(FACTOR)
-        carried = _bitcast(x, BITS)
-        for _ in range(LAYERS - 2):
-            x = _hold(_bitcast(carried, FACTOR), WIDTH, weight, bias, N, N, ACTIVATION, OPERANDS, True,
-                      ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
-            carried = _bitcast(x, BITS)
-            weight += N * N
-            bias += N
-        x = _bitcast(carried, FACTOR)
+    """A perceptron for a tile x [ROWS, WIDTH], which may lie in `there`: heads [ROWS, HEADS]."""
+    if _fits(SIZES, HELD):
+        _held_network(x, heads, weight, bias, SIZES, ACTIVATION, OPERANDS, WIDTH, HEADS, ROWS, BLOCK_K)
     else:
-        for layer in tl.static_range(LAYERS - 1):
-            _store(x, WIDTH, weight, bias, here, WIDTH, SIZES[layer], SIZES[layer + 1],
-                   ACTIVATION, OPERANDS, False, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
+        for layer in tl.static_range(len(SIZES) - 2):
+            _layer(x, WIDTH, weight, bias, here, WIDTH, SIZES[layer], SIZES[layer + 1],
+                   ACTIVATION, OPERANDS, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
             weight += SIZES[layer] * SIZES[layer + 1]
             bias += SIZES[layer + 1]
             x = here
             here = there
             there = x
-    _store(x, WIDTH, weight, bias, heads, HEADS, SIZES[LAYERS - 1], SIZES[LAYERS],
-           "linear", OPERANDS, HELD, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
+        _layer(x, WIDTH, weight, bias, heads, HEADS, SIZES[len(SIZES) - 2], SIZES[len(SIZES) - 1],
+               "linear", OPERANDS, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
+    # What one thread has written, another reads.
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -513,8 +547,8 @@ def rollout_kernel(
     centre = predictions + MEMBERS * ROWS * HEADS
     state = centre + ROWS * HEADS
     lane = tl.arange(0, ROWS)
-    tile = tl.program_id(0)
-    while tile * ROWS < batch:
+    # What does not change in a loop is computed again, not kept: registers are what is short.
+    for tile in tl.range(tl.program_id(0), tl.cdiv(batch, ROWS), tl.num_programs(0), disable_licm=True):
         row = tile * ROWS + lane.to(tl.int64)
         exists = row < batch
         number = tl.load(rows + row, exists, 0)
@@ -523,54 +557,50 @@ def rollout_kernel(
             inside = exists[:, None] & (column < OBS)[None, :]
             x = tl.load(_at(start, row, column, OBS), inside, 0.0)
             tl.store(_at(state, lane, column, HEADS), x, (column < OBS)[None, :])
-        length = tl.zeros([ROWS], tl.int32)
-        ended_badly = tl.zeros([ROWS], tl.int32)
         alive = exists
-        t = 0
-        while (t < horizon) & (tl.max(alive.to(tl.int32), axis=0) > 0):
-            tl.debug_barrier()
-            step = (first_step + t).to(tl.uint32)
-            record = row * horizon + t
-            _observe(state, inputs, there, input_mean, input_std,
-                     POLICY, OBS, OPERANDS, WIDTH, HEADS, ROWS)  # fmt: skip
-            tl.debug_barrier()
-            if POLICY:
-                _network(there, here, there, predictions, policy_weights, policy_biases, POLICY_SIZES,
-                         POLICY_ACTIVATION, OPERANDS, _fits(POLICY_SIZES, HELD),
-                         WIDTH, HEADS, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
-            _act(predictions, actions, record, alive, number, step, seed, inputs, input_mean, input_std,
-                 log_std_min, log_std_max,
-                 POLICY, DETERMINISTIC, OBS, ACT, OPERANDS, WIDTH, HEADS, ROWS)  # fmt: skip
-            tl.debug_barrier()
-            for member in tl.range(MEMBERS, num_stages=1):
-                _network(inputs, here, there, predictions + member * (ROWS * HEADS),
-                         weights + member * weights_stride, biases + member * biases_stride,
-                         SIZES, ACTIVATION, OPERANDS, _fits(SIZES, HELD),
-                         WIDTH, HEADS, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
-            penalty = _penalise(predictions, chosen, centre, bounds, CHOSEN, PENALTY, OBS, HEADS, ROWS)
-            drawn = _draw(elites, number, step, seed, DETERMINISTIC, ELITES)
-            raw_reward, finite, in_box = _advance(
-                predictions, drawn, number, step, seed, bounds, low, high, state, next_observations, record,
-                alive, DETERMINISTIC, MEMBERS, OBS, HEADS, ROWS)  # fmt: skip
-            reward = raw_reward - penalty_coef * penalty
-            finite &= tl.abs(reward) < float("inf")
-            goes_on = finite & in_box
-            tl.store(rewards + record, reward, alive)
-            tl.store(raw_rewards + record, raw_reward, alive)
-            tl.store(penalties + record, penalty, alive)
-            tl.store(terminals + record, ~goes_on, alive)
-            tl.store(members + record, drawn.to(tl.int32), alive)
-            if mean is not None:
-                _store_distributions(predictions, bounds, mean, std, row, exists, batch,
-                                     MEMBERS, OBS, HEADS, ROWS)  # fmt: skip
-            length += finite.to(tl.int32)
-            ended_badly += (alive & ~finite).to(tl.int32)
-            alive = goes_on
-            t += 1
+        for t in tl.range(horizon, disable_licm=True):
+            if tl.max(alive.to(tl.int32), axis=0) > 0:
+                tl.debug_barrier()
+                step = (first_step + t).to(tl.uint32)
+                record = row * horizon + t
+                _observe(state, inputs, there, input_mean, input_std,
+                         POLICY, OBS, OPERANDS, WIDTH, HEADS, ROWS)  # fmt: skip
+                tl.debug_barrier()
+                if POLICY:
+                    _network(there, here, there, predictions, policy_weights, policy_biases,
+                             POLICY_SIZES, POLICY_ACTIVATION,
+                             OPERANDS, WIDTH, HEADS, HELD, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
+                _act(predictions, actions, record, alive, number, step, seed, inputs, input_mean, input_std,
+                     log_std_min, log_std_max,
+                     POLICY, DETERMINISTIC, OBS, ACT, OPERANDS, WIDTH, HEADS, ROWS)  # fmt: skip
+                tl.debug_barrier()
+                for member in tl.range(MEMBERS, num_stages=1, disable_licm=True):
+                    _network(inputs, here, there, predictions + member * (ROWS * HEADS),
+                             weights + member * weights_stride, biases + member * biases_stride,
+                             SIZES, ACTIVATION,
+                             OPERANDS, WIDTH, HEADS, HELD, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
+                penalty = _penalise(predictions, chosen, centre, bounds, CHOSEN, PENALTY, OBS, HEADS, ROWS)
+                # Again, so that it takes no registers from the networks.
+                number = tl.load(rows + row, exists, 0)
+                drawn = _draw(elites, number, step, seed, DETERMINISTIC, ELITES)
+                raw_reward, finite, in_box = _advance(
+                    predictions, drawn, number, step, seed, bounds, low, high, state, next_observations,
+                    record, alive, DETERMINISTIC, MEMBERS, OBS, HEADS, ROWS)  # fmt: skip
+                reward = raw_reward - penalty_coef * penalty
+                finite &= tl.abs(reward) < float("inf")
+                goes_on = finite & in_box
+                tl.store(rewards + record, reward, alive)
+                tl.store(raw_rewards + record, raw_reward, alive)
+                tl.store(penalties + record, penalty, alive)
+                tl.store(terminals + record, ~goes_on, alive)
+                tl.store(members + record, drawn.to(tl.int32), alive)
+                if mean is not None:
+                    _store_distributions(predictions, bounds, mean, std, row, exists, batch,
+                                         MEMBERS, OBS, HEADS, ROWS)  # fmt: skip
+                tl.store(lengths + row, t + finite.to(tl.int32), alive)
+                tl.store(cut + row, (~finite).to(tl.int32), alive)
+                alive = goes_on
         tl.debug_barrier()
-        tl.store(lengths + row, length, exists)
-        tl.store(cut + row, ended_badly, exists)
-        tile += tl.num_programs(0)
 
 
 @triton.jit

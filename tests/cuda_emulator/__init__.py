@@ -1,4 +1,4 @@
-"""Builds CUDA sources for the emulator; machine.h says what that is."""
+"""Builds CUDA sources for the emulator, with g++ 12 or newer; machine.h says what that is."""
 
 import importlib.util
 import subprocess

@@ -1,5 +1,6 @@
-// Hopper's instructions as functions: the only inline PTX, and all that a kernel asks of the machine beyond
-// CUDA C++. Source: the PTX ISA, "Asynchronous warpgroup level matrix instructions" and "mbarrier".
+// Instructions, most of them Hopper's, as functions: the only inline PTX, and all that a kernel asks of the
+// machine beyond CUDA C++. Source: the PTX ISA, "Asynchronous warpgroup level matrix instructions" and
+// "mbarrier".
 #pragma once
 
 #include <cuda_bf16.h>

@@ -1,8 +1,7 @@
 // Standard normals on the device.
 #pragma once
 
-#include "../philox.h"
-#include "cuda/ptx.cuh"
+#include "philox.h"
 
 namespace mopo::cuda {
 

@@ -6,8 +6,8 @@
 #include <functional>
 #include <vector>
 
-#include "../fit.h"
-#include "../sac.h"
+#include "fit.h"
+#include "sac.h"
 
 namespace mopo::cuda {
 

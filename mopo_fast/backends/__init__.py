@@ -286,6 +286,11 @@ def _wanted(name: str) -> str:
 
 
 @functools.cache
+def _tell(choice: str) -> None:
+    logger.info("%s", choice)
+
+
+@functools.cache
 def _choose(
     wanted: str,
     dtype: str,
@@ -304,7 +309,7 @@ def _choose(
         reason = _reason_against(candidate, wanted, dtype, device, training, ensemble, policy)
         if reason is None:
             against = f" ({'; '.join(reasons)})" if reasons else ""
-            logger.info("backend: %s%s", candidate.name, against)
+            _tell(f"backend: {candidate.name}{against}")
             return candidate.name
         reasons.append(f"{candidate.name}: {reason}")
     raise InputError(f"no backend can serve {dtype} on {device}: {'; '.join(reasons)}")

@@ -30,8 +30,8 @@ __device__ __forceinline__ float temperature(const SacArgs& args) {
 
 __device__ __forceinline__ float softplus(float x) { return (x > 0.0f ? x : 0.0f) + log1pf(expf(-fabsf(x))); }
 
-// kTile rows of a batch, from `first` on. What they take through a network are one or two sections of them:
-// through the critics both of the first two at once, or one, then the other.
+// kTile rows of a batch, from `first` on. What goes through a network is one section of them, or two in turn:
+// through the critics the first two sections of pairs, kBoth at once, or one, then the other.
 template <int kTile, bool kBoth>
 struct SacTile {
   static constexpr int kStride = 2 * kTile, kCriticRows = kBoth ? kStride : kTile;
@@ -41,19 +41,16 @@ struct SacTile {
   const uint32_t step;
   const int first;
 
-  // In shared memory, of each row.
+  // In shared memory, of each row; of log-probabilities the sections of observations, of gradients by Q the
+  // first two of pairs, of Q all of them.
   __device__ __forceinline__ float* values() const { return activations(); }
   __device__ __forceinline__ int64_t* drawn() const { return reinterpret_cast<int64_t*>(values()); }
   __device__ __forceinline__ float* rewards() const { return values() + 2 * kTile; }
   __device__ __forceinline__ float* continues() const { return values() + 3 * kTile; }
   __device__ __forceinline__ float* targets() const { return values() + 4 * kTile; }
-  __device__ __forceinline__ float* log_probs() const {
-    return values() + 5 * kTile;
-  }  // of observations' sections
-  __device__ __forceinline__ float* q_grads() const { return values() + 7 * kTile; }  // of pairs' first two
-  __device__ __forceinline__ float* q(int critic) const {
-    return values() + (9 + 3 * critic) * kTile;
-  }  // of all
+  __device__ __forceinline__ float* log_probs() const { return values() + 5 * kTile; }
+  __device__ __forceinline__ float* q_grads() const { return values() + 7 * kTile; }
+  __device__ __forceinline__ float* q(int critic) const { return values() + (9 + 3 * critic) * kTile; }
   // What goes through a layer, [width][kStride].
   __device__ __forceinline__ float* x() const { return q(static_cast<int>(args.critics)); }
   __device__ __forceinline__ float& x(int column, int row) const { return x()[column * kStride + row]; }

@@ -1,7 +1,7 @@
 // What SAC's and the fit's kernels share. A group of blocks trains one run. A step has two phases, which its
 // blocks begin together: rows, where a block takes tiles of the batch through the networks and back; and
-// parameters, where it takes tiles of the gradients straight into Adam. Every sum has an order that depends
-// on the networks' sizes alone: not on the number of blocks, nor on how many rows a tile has.
+// parameters, where it takes squares of the gradients straight into Adam. Every sum has an order that depends
+// on the sizes of networks and batch alone: not on the number of blocks, nor on how many rows a tile has.
 #pragma once
 
 #include <algorithm>
@@ -25,15 +25,15 @@ struct Matrix {
   }
 };
 
-// A layer of one network.
+// A layer of one network. `target` and `transposed` have no data where there is no target, and where no
+// gradient goes back through the layer.
 struct Layer {
   int in, out;
   Parameter weight, bias;  // the caller's
-  Matrix value,
-      target;         // [in + 1][out], copies of these, the bias last; target.data null where there is none
-  Matrix transposed;  // [out][in], of the weights; data null where no gradient goes back through them
-  Matrix inputs;      // [rows][in + 1], the last column ones: the bias's
-  Matrix grads;       // [rows][out], of the loss by the outputs before the activation
+  Matrix value, target;    // [in + 1][out], copies of these, the bias last
+  Matrix transposed;       // [out][in], of the weights
+  Matrix inputs;           // [rows][in + 1], the last column ones: the bias's
+  Matrix grads;            // [rows][out], of the loss by the outputs before the activation
 };
 
 // ---- Host ----
@@ -205,7 +205,7 @@ __device__ __forceinline__ void multiply(const float* x, const float* m, int str
   };
 #pragma unroll
   for (int first = 0; first < kRows; first += kAtOnce) {
-    __syncthreads();
+    if (first > 0) __syncthreads();
     if (slice < slices) {
 #pragma unroll
       for (int row = 0; row < kAtOnce; row += 4)
@@ -254,7 +254,8 @@ __device__ __forceinline__ float4 each(float4 x, float4 y, Function function) {
 // A number of a parameter's a step against its gradient; gives the new value.
 __device__ __forceinline__ float adam(const AdamStep& step, const Parameter& parameter, int at,
                                       float gradient) {
-  float &m = parameter.exp_avg[at], &v = parameter.exp_avg_sq[at], &value = parameter.value[at];
+  float &m = ptx::global(parameter.exp_avg)[at], &v = ptx::global(parameter.exp_avg_sq)[at];
+  float& value = ptx::global(parameter.value)[at];
   m = m + (gradient - m) * static_cast<float>(1.0 - kBeta1);
   v = v * static_cast<float>(kBeta2) + gradient * gradient * static_cast<float>(1.0 - kBeta2);
   value = value - step.size * m / (sqrtf(v) * step.root_correction + static_cast<float>(kEpsilon));
@@ -285,7 +286,7 @@ __device__ __forceinline__ void step_quarter(const Layer& layer, const AdamStep&
     const float value = adam(step, parameter, at, gradient);
     layer.value.at(k)[n] = value;
     if (layer.target.data != nullptr) {
-      float& target = parameter.target[at];
+      float& target = ptx::global(parameter.target)[at];
       target = target + (value - target) * step.polyak;
       layer.target.at(k)[n] = target;
     }
@@ -369,7 +370,7 @@ __device__ __forceinline__ void take_up(const Group& group, const Layer& layer, 
   for (int row = first; row < rows; row += apart) layer.inputs.at(row)[layer.in] = 1.0f;
 }
 
-// The sums of `columns` arrays of `count` numbers, into shared memory behind the partial sums' first half.
+// The sums of `columns` arrays of `count` numbers, in shared memory.
 __device__ __forceinline__ const double* add_up(const double* arrays, int columns, int count) {
   double *shares = reinterpret_cast<double*>(partials()), *sums = shares + kThreads;
   __syncthreads();

@@ -31,7 +31,6 @@ from kernel_cases import (
 )
 from torch.nn import functional
 
-from mopo_fast import backends
 from mopo_fast.backends import BackendStatus, DynamicsArrays, PolicyArrays, philox, record
 from mopo_fast.backends import cuda as host
 from mopo_fast.backends.stream import SLOT_BYTES, stream
@@ -234,8 +233,6 @@ def test_arrays_after_the_terminals_may_be_missing(case: Case) -> None:
 def test_dtypes_that_it_refuses(device: str) -> None:
     with pytest.raises(InputError, match="cuda: serves bfloat16 and float16, not float32"):
         make_engine(make_ensemble(5, 2), device, dtype="float32")
-    with pytest.raises(InputError, match="cuda: makes rollouts, does not train"):
-        backends.choose("cuda", "float32", torch.device(device), training=True)
 
 
 @pytest.mark.parametrize(
@@ -402,8 +399,10 @@ def test_why_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert backend.status().reason == "PyTorch sees no GPU"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(host, "_capability", lambda device=None: (7, 5))
+    assert backend.status().reason == "compute capability 8.0 or more is needed, the GPU has 7.5"
     monkeypatch.setattr(host, "_capability", lambda device=None: (8, 6))
-    assert backend.status().reason == "compute capability 9.0 is needed, the GPU has 8.6"
     device = torch.device("cuda:1")
-    assert backend.refusal("float16", device) == "compute capability 9.0 is needed, cuda:1 has 8.6"
+    assert backend.refusal("float16", device) == "makes rollouts on compute capability 9.0, not 8.6"
+    assert backend.training_refusal("float32", device, 256) is None
     assert backend.refusal("float16", torch.device("cpu")) == "serves CUDA tensors, not cpu"

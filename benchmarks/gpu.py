@@ -76,17 +76,24 @@ def gpu(
         raise SystemExit(f"not measured: {', '.join(failed)}")
 
 
-def _serving(dtype: str, device: str, training: bool = False) -> tuple[list[str], dict[str, str]]:
-    """The kernels for a GPU that can serve here, the best first; and why the others cannot."""
+def _serving(dtype: str, device: str, training: int | None = None) -> tuple[list[str], dict[str, str]]:
+    """The kernels for a GPU that can make rollouts here, the best first; and why the others cannot.
+
+    Or that can train layers of up to `training` inputs and outputs.
+    """
     able, reasons = [], {}
     for name in ("cuda", "triton"):
         backend = get_backend(name)
         status = backend.status()
         if not status.available:
             reasons[name] = status.reason
-        elif training and not backend.trains:
-            reasons[name] = "does not train"
-        elif reason := backend.refusal(dtype, torch.device(device)):
+            continue
+        reason = (
+            backend.refusal(dtype, torch.device(device))
+            if training is None
+            else backend.training_refusal(dtype, torch.device(device), training)
+        )
+        if reason:
             reasons[name] = reason
         else:
             able.append(name)
@@ -117,14 +124,14 @@ def _rollouts(dtype: str, starts: int, device: str, rounds: int) -> dict[str, An
 
 
 def _sac(runs: int, updates: int, device: str, rounds: int) -> dict[str, Any]:
-    able, reasons = _serving("float32", device, training=True)
+    able, reasons = _serving("float32", device, training=256)
     baselines = GPU_BASELINES["sac"]
     work = sac_work(backend=able[0], updates=updates, runs=runs, device=device, baselines=baselines)
     return _measured(work, rounds) | {"absent": reasons}
 
 
 def _fit(steps: int, device: str, rounds: int) -> dict[str, Any]:
-    able, reasons = _serving("float32", device, training=True)
+    able, reasons = _serving("float32", device, training=256)
     work = fit_work(backend=able[0], steps=steps, device=device, baselines=GPU_BASELINES["fit"])
     return _measured(work, rounds) | {"absent": reasons}
 

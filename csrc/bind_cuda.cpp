@@ -1,28 +1,12 @@
 // pybind11: device addresses and sizes in. Nothing is checked here but what CUDA says;
 // mopo_fast/backends/cuda.py has done the rest.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <stdexcept>
 
+#include "bind.h"
 #include "cuda/rollout.h"
-
-namespace py = pybind11;
+#include "cuda/train.h"
 
 namespace {
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-// (address, stride)
-using ArrayTuple = std::pair<uintptr_t, int64_t>;
-
-template <class T>
-mopo::Array<T> array(const ArrayTuple& tuple) {
-  return {pointer<T>(tuple.first), tuple.second};
-}
 
 // In the order of mopo::cuda::Record, and of mopo_fast/backends/record.py.
 using RecordAddresses = std::array<uintptr_t, 9>;
@@ -109,6 +93,28 @@ void compact(int obs_dim, int act_dim, int batch, int horizon, uintptr_t start, 
   check(mopo::cuda::compact(args, reinterpret_cast<cudaStream_t>(cuda_stream)), "the compaction's kernel");
 }
 
+// `allocate` takes bytes and gives the address of so much of the device's memory.
+template <class Args, class Call>
+void train(cudaError_t (*start)(const std::vector<Args>&, double*, const mopo::cuda::Allocate&, cudaStream_t),
+           const std::vector<Call*>& calls, uintptr_t sums, const py::function& allocate,
+           uintptr_t cuda_stream) {
+  std::vector<Args> runs;
+  for (const Call* call : calls) runs.push_back(call->args);
+  const auto take = [&](size_t bytes) { return pointer<void>(allocate(bytes).cast<uintptr_t>()); };
+  check(start(runs, pointer<double>(sums), take, reinterpret_cast<cudaStream_t>(cuda_stream)),
+        "the training's kernel");
+}
+
+void sac_updates(const std::vector<SacCall*>& calls, uintptr_t metrics, const py::function& allocate,
+                 uintptr_t cuda_stream) {
+  train(mopo::cuda::sac_updates, calls, metrics, allocate, cuda_stream);
+}
+
+void fit_steps(const std::vector<FitCall*>& calls, uintptr_t losses, const py::function& allocate,
+               uintptr_t cuda_stream) {
+  train(mopo::cuda::fit_steps, calls, losses, allocate, cuda_stream);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
@@ -125,4 +131,9 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("compact", compact, py::kw_only(), arg("obs_dim"), arg("act_dim"), arg("batch"), arg("horizon"),
              arg("start"), arg("rows"), arg("record"), arg("offsets"), arg("out"), arg("capacity"),
              arg("head"), arg("stream"), "Starts the copy of a record's rows into the ring.");
+  bind_calls(module);
+  module.def("sac_updates", sac_updates, arg("calls"), arg("metrics"), arg("allocate"), arg("stream"),
+             "Starts runs' updates on a stream; adds to metrics [runs, 6], float64.");
+  module.def("fit_steps", fit_steps, arg("calls"), arg("losses"), arg("allocate"), arg("stream"),
+             "Starts runs' steps on a stream; adds to losses [runs], float64.");
 }

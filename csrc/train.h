@@ -1,6 +1,7 @@
 // Networks under training: what the SAC and the fit kernels' interfaces share.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 namespace mopo {
@@ -18,5 +19,19 @@ struct TrainedLayer {
 
 // Adam's constants, PyTorch's defaults.
 constexpr double kBeta1 = 0.9, kBeta2 = 0.999, kEpsilon = 1e-8;
+
+// One step of Adam: -size * m / (sqrt(v) * root_correction + epsilon); the target moves by `polyak` of the
+// way.
+struct AdamStep {
+  float size, root_correction, weight_decay, polyak;
+};
+
+// Number `step` of them, from 1 on.
+inline AdamStep adam_step(float learning_rate, int64_t step, float weight_decay, float polyak) {
+  const double correction1 = 1.0 - std::pow(kBeta1, static_cast<double>(step));
+  const double correction2 = 1.0 - std::pow(kBeta2, static_cast<double>(step));
+  return {static_cast<float>(learning_rate / correction1), static_cast<float>(1.0 / std::sqrt(correction2)),
+          weight_decay, polyak};
+}
 
 }  // namespace mopo

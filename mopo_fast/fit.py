@@ -23,6 +23,7 @@ from mopo_fast import backends
 from mopo_fast.adam import Adam
 from mopo_fast.atomic import write_json
 from mopo_fast.backends import cpu
+from mopo_fast.backends.training import FitRun, Parameter
 from mopo_fast.config import FIT_DTYPES, DynamicsConfig, check_finite, to_dict
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import EnsembleDynamics, mlp_bytes, soft_clamp_logvar
@@ -221,7 +222,8 @@ class Fit:
         if seed < 0:
             raise InputError(f"seed must not be negative, got {seed}")
         self.seed, self.config = seed, config
-        self.backend = backends.choose(backend, "float32", torch.device(device), training=True)
+        widest = max(data.obs_dim + data.act_dim, 2 * (data.obs_dim + 1), *config.hidden)
+        self.backend = backends.choose(backend, config.dtype, torch.device(device), training=widest)
         self.threads = resolve_threads(threads)
         train, holdout = split_holdout(len(data), seed, config)
         inputs, targets = dynamics_inputs_targets(data.to("cpu"))
@@ -344,15 +346,14 @@ class Fit:
         """A step on each batch of rows [members, count], int64: the sum of the losses."""
         return self._alone.steps([rows])[0]
 
-    def fused_steps(self, rows: torch.Tensor) -> float:
-        """`steps` by the kernel."""
+    def run(self, rows: torch.Tensor) -> FitRun:
+        """`steps` for a kernel."""
         adam, count = self.optimizer, len(self.layers)
 
-        def parameter(i: int) -> cpu.Parameter:
+        def parameter(i: int) -> Parameter:
             return self.parameters[i], adam.exp_avgs[i], adam.exp_avg_sqs[i], None
 
-        before = self.steps_made
-        loss = cpu.fit_steps(
+        return FitRun(
             layers=[parameter(i) for i in range(count)],
             bounds=(parameter(count), parameter(count + 1)),
             activation=self.model.activation,
@@ -360,12 +361,14 @@ class Fit:
             dims=self.targets.shape[1],
             rows=rows,
             config=self.config,
-            steps_before=before,
-            threads=self.threads,
+            steps_before=self.steps_made,
         )
-        for step in adam.steps:
-            step.fill_(before + math.ceil(rows.shape[1] / self.config.batch_size))
-        return loss
+
+    def count(self, rows: int) -> None:
+        """Take over the steps on so many rows of each member that a kernel has made."""
+        made = self.steps_made + math.ceil(rows / self.config.batch_size)
+        for step in self.optimizer.steps:
+            step.fill_(made)
 
     @torch.no_grad()
     def _holdout_mse(self) -> list[float]:
@@ -438,9 +441,9 @@ class Fit:
 class Population:
     """Fits of one config to equally much data and of equally many steps, that are stepped together.
 
-    In PyTorch as one batch of networks, on a GPU with many steps recorded in one graph; with the kernel one
-    after the other, since it keeps every core busy with one. Each gets what it would get alone, to rounding;
-    with the kernel to the bit.
+    In PyTorch as one batch of networks, on a GPU with many steps recorded in one graph; with the CPU's kernel
+    one after the other, with a GPU's side by side. Each gets what it would get alone, to rounding; with a
+    kernel to the bit.
     """
 
     def __init__(self, fits: Sequence[Fit]) -> None:
@@ -464,8 +467,12 @@ class Population:
 
     def steps(self, rows: Sequence[torch.Tensor]) -> list[float]:
         """What `Fit.steps` does, for each with its own rows."""
-        if self.fits[0].backend == "cpu":
-            return [fit.fused_steps(some) for fit, some in zip(self.fits, rows, strict=True)]
+        if kernels := backends.training_kernels(self.fits[0].backend):
+            runs = [fit.run(some) for fit, some in zip(self.fits, rows, strict=True)]
+            fused = kernels.fit_steps(runs, self.fits[0].threads)
+            for fit in self.fits:
+                fit.count(rows[0].shape[1])
+            return fused
         batch = self._side_by_side()
         each = [fit.batches(some) for fit, some in zip(self.fits, rows, strict=True)]
         inputs, targets = each[0] if len(each) == 1 else map(torch.cat, zip(*each, strict=True))
@@ -617,7 +624,7 @@ def fit_dynamics(
         data: n transitions, 5 or more with the default holdout; rewards and observations in raw units.
         seed: the whole result is a function of (data, seed, config) on one machine and backend.
         config: `DynamicsConfig()` if None.
-        backend: "cpu", the fused kernel; "reference", PyTorch on any device; or "auto".
+        backend: "cpu" or "cuda", the fused kernels; "reference", PyTorch on any device; or "auto".
         threads: of the CPU kernel; None: all cores that this process may use. The result is the same for any.
         checkpoint: a file that is written after every epoch and continued from where it exists, with the
             same final bits as a fit that was never stopped. It is left there at the end.

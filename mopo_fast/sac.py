@@ -8,7 +8,6 @@ import functools
 import math
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mopo_fast import backends
 from mopo_fast.adam import Adam
-from mopo_fast.backends import cpu
 from mopo_fast.backends.philox import (
     ACTION_STREAM,
     BATCH_STREAM,
@@ -24,6 +22,7 @@ from mopo_fast.backends.philox import (
     random_choice,
     random_normals,
 )
+from mopo_fast.backends.training import Parameter, SacRun
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import SACConfig
 from mopo_fast.data.transitions import Transitions
@@ -51,7 +50,8 @@ class SAC:
         seed: of the initial parameters.
         device: where everything lives.
         total_updates: where the cosine schedule of the actor's learning rate reaches zero; needed by it only.
-        backend: of `update_many`: "cpu", the fused kernel; "reference", `update` in a loop; or "auto".
+        backend: of `update_many`: "cpu" or "cuda", the fused kernels; "reference", `update` in a loop; or
+            "auto".
         threads: of the CPU kernel; None: all cores that this process may use. The result is the same for any.
 
     Raises:
@@ -75,7 +75,8 @@ class SAC:
         if config.actor_schedule == "cosine" and not total_updates:
             raise InputError("the cosine schedule needs total_updates, the number of updates it spans")
         self.config, self.total_updates, self.updates = config, total_updates, 0
-        self.backend = backends.choose(backend, "float32", torch.device(device), training=True)
+        widest = max(obs_dim + act_dim, 2 * act_dim, *config.hidden)
+        self.backend = backends.choose(backend, "float32", torch.device(device), training=widest)
         self.threads = resolve_threads(threads)
         self.target_entropy = (
             -float(act_dim) if config.target_entropy == "act_dim" else float(config.target_entropy)
@@ -249,7 +250,7 @@ class SAC:
         )
         return *drawn.split(self.batch_rows, dim=1), *noise
 
-    def _update_fused(
+    def _run(
         self,
         real: Transitions,
         model: Transitions,
@@ -257,10 +258,9 @@ class SAC:
         first: int,
         count: int,
         seed: int,
-        threads: int,
-    ) -> list[float]:
-        """`count` updates by the kernel; the sum of the metrics."""
-        sums = cpu.sac_updates(
+    ) -> SacRun:
+        """`count` updates, the first of number `first`, for a kernel."""
+        return SacRun(
             actor=self._parameters("actor"),
             critic=self._parameters("critic"),
             log_alpha=self._parameters("alpha")[0],
@@ -275,10 +275,7 @@ class SAC:
             updates_before=self.updates,
             first_draw=first,
             seed=seed,
-            threads=threads,
         )
-        self._count(count)
-        return sums
 
     def _count(self, updates: int) -> None:
         """Take over updates that were made without `update`."""
@@ -287,7 +284,7 @@ class SAC:
             for step in optimizer.steps:
                 step.fill_(self.updates)
 
-    def _parameters(self, name: str) -> list[cpu.Parameter]:
+    def _parameters(self, name: str) -> list[Parameter]:
         optimizer = self.optimizers[name]
         targets = self._targets if name == "critic" else [None] * len(optimizer.parameters)
         return list(
@@ -333,9 +330,9 @@ class SAC:
 class Population:
     """SACs of one config and of equally many updates, that are updated together.
 
-    In PyTorch as one batch of networks, on a GPU with many updates recorded in one graph; with the kernel
-    side by side on the cores. Each gets the parameters that it would get alone, to rounding; with the kernel
-    to the bit.
+    In PyTorch as one batch of networks, on a GPU with many updates recorded in one graph; with a kernel side
+    by side on the cores or multiprocessors. Each gets the parameters that it would get alone, to rounding;
+    with a kernel to the bit.
     """
 
     def __init__(self, sacs: Sequence[SAC]) -> None:
@@ -355,27 +352,31 @@ class Population:
         dtype = self.sacs[0].log_alpha.dtype
         real = _learnable(data, dtype)
         sources = [(real, _learnable(buffer.storage, dtype), (len(data), len(buffer))) for buffer in buffers]
-        run = self._fused if self.sacs[0].backend == "cpu" else self._by_autograd
-        totals = run(sources, updates, seeds)
+        kernels = backends.training_kernels(self.sacs[0].backend)
+        totals = (
+            self._fused(kernels, sources, updates, seeds)
+            if kernels
+            else self._by_autograd(sources, updates, seeds)
+        )
         return [sac._means(total, updates) for sac, total in zip(self.sacs, totals, strict=True)]
 
-    def _fused(self, sources: list[_Source], updates: int, seeds: Sequence[int]) -> list[list[float]]:
+    def _fused(
+        self, kernels: backends.Kernels, sources: list[_Source], updates: int, seeds: Sequence[int]
+    ) -> list[list[float]]:
         totals = [[0.0] * len(METRICS) for _ in self.sacs]
-        threads = max(1, self.sacs[0].threads // len(self.sacs))
-        with ThreadPoolExecutor(len(self.sacs)) as pool:
-            for first in range(0, updates, _UPDATES_AT_ONCE):
-                count = min(_UPDATES_AT_ONCE, updates - first)
-
-                def advance(
-                    sac: SAC, source: _Source, seed: int, first: int = first, count: int = count
-                ) -> list[float]:
-                    return sac._update_fused(*source, first, count, seed, threads)
-
-                sums = pool.map(advance, self.sacs, sources, seeds)
-                totals = [
-                    [one + more for one, more in zip(total, some, strict=True)]
-                    for total, some in zip(totals, sums, strict=True)
-                ]
+        for first in range(0, updates, _UPDATES_AT_ONCE):
+            count = min(_UPDATES_AT_ONCE, updates - first)
+            runs = [
+                sac._run(*source, first, count, seed)
+                for sac, source, seed in zip(self.sacs, sources, seeds, strict=True)
+            ]
+            sums = kernels.sac_updates(runs, self.sacs[0].threads)
+            for sac in self.sacs:
+                sac._count(count)
+            totals = [
+                [one + more for one, more in zip(total, some, strict=True)]
+                for total, some in zip(totals, sums, strict=True)
+            ]
         return totals
 
     def _by_autograd(self, sources: list[_Source], updates: int, seeds: Sequence[int]) -> list[list[float]]:

@@ -6,10 +6,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from filelock import FileLock
 
+from mopo_fast import backends
+from mopo_fast.backends import BackendStatus, cuda
+from mopo_fast.backends.training import Trainer
 from mopo_fast.data import collect
 
 torch.set_num_threads(1)
@@ -35,3 +40,39 @@ def hopper_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return collect(
         "hopper-random", 600, out=tmp_path_factory.mktemp("data") / "hopper-random-local.hdf5", quiet=True
     )
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> ModuleType:
+    """The CUDA extension, to run on CPU tensors; built once for all test processes."""
+    # With the first who needs it: not every test has a compiler.
+    import cuda_emulator
+
+    folder = tmp_path_factory.getbasetemp()
+    if worker_id != "master":
+        folder = folder.parent
+    with FileLock(folder / "cuda_emulator.lock"):
+        return cuda_emulator.build_extension(folder / "cuda_emulator")
+
+
+@pytest.fixture(params=["emulated", "gpu"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Where the cuda backend runs: on a GPU, or in the emulator."""
+    if request.param == "gpu":
+        status = cuda.CudaBackend().status()
+        if not status.available:
+            pytest.skip(status.reason)
+        yield "cuda"
+        return
+    module = request.getfixturevalue("emulated")
+    monkeypatch.setattr(cuda, "_load", lambda: (module, ""))
+    monkeypatch.setattr(cuda, "_DEVICE", "cpu")
+    monkeypatch.setattr(cuda, "_TRAINER", Trainer("cuda", "cpu"))
+    monkeypatch.setattr(cuda, "_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 4)
+    monkeypatch.setattr(cuda, "_current_stream", lambda device: 0)
+    status = BackendStatus("cuda", True, "emulated", by_name_only=True)
+    monkeypatch.setattr(cuda.CudaBackend, "status", lambda self: status)
+    backends._choose.cache_clear()
+    yield "cpu"
+    backends._choose.cache_clear()

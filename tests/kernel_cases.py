@@ -2,11 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 
 from mopo_fast.buffer import RingBuffer
-from mopo_fast.config import PENALTIES, Activation
+from mopo_fast.config import PENALTIES, Activation, DynamicsConfig, SACConfig
 from mopo_fast.data import Transitions
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.fit import Fit, _loss_gradient
@@ -351,6 +353,140 @@ def random_transitions(
         raw_rewards=normal(count),
         penalties=normal(count),
     )
+
+
+OTHERS = {
+    "simultaneous": False,
+    "critic_loss": "mse",
+    "alpha_max": 1.0,
+    "log_std_min": -5.0,
+    "target_entropy": "act_dim",
+    "actor_learning_rate": 1e-4,
+    "alpha_learning_rate": 1e-2,
+}
+# obs_dim, act_dim, config
+SAC_CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "canonical": (17, 6, {}),
+    "canonical, others' options": (17, 6, OTHERS),
+    "others' options, many rows": (5, 3, {"hidden": (24, 17), "batch_size": 45, **OTHERS}),
+    "one action": (3, 1, {"hidden": (24, 40), "batch_size": 7}),
+    "one row": (11, 3, {"hidden": (16, 8), "batch_size": 1}),
+    "one unit": (5, 2, {"hidden": (1,), "batch_size": 20}),
+    "ten critics, three layers": (11, 3, {"hidden": (24, 17, 33), "critics": 10, "batch_size": 37}),
+    "three critics, many rows": (4, 2, {"hidden": (20, 12), "critics": 3, "batch_size": 45}),
+    "one critic, one layer": (5, 2, {"hidden": (65,), "critics": 1, "batch_size": 50}),
+    "ant, real rows only": (111, 8, {"hidden": (50, 31), "batch_size": 100, "real_ratio": 1.0}),
+    "humanoid, no real rows": (376, 17, {"hidden": (48, 31), "batch_size": 64, "real_ratio": 0.0}),
+    "large batch": (4, 2, {"hidden": (20, 20), "batch_size": 301, "discount": 0.9, "polyak": 0.3}),
+}
+
+
+def sac_sources(obs_dim: int, act_dim: int) -> tuple[Transitions, RingBuffer]:
+    """A data set, and a buffer whose unused rows are poisoned."""
+    buffer = RingBuffer(100, obs_dim, act_dim)
+    for array in buffer.storage.arrays().values():
+        array.fill_(True if array.dtype == torch.bool else float("nan"))
+    rows = random_transitions(60, obs_dim, act_dim, seed=2).arrays()
+    for name, array in buffer.storage.arrays().items():
+        array[:60] = rows[name]
+    buffer.advance(60)
+    return random_transitions(50, obs_dim, act_dim, seed=1), buffer
+
+
+def make_sac(obs_dim: int, act_dim: int, config: SACConfig, backend: str, threads: int = 1) -> SAC:
+    """As different from a fresh one as a trained one: targets apart, biases, some log stds out of bounds."""
+    sac = SAC(obs_dim, act_dim, config, seed=3, backend=backend, threads=threads)
+    g = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for target in sac.target.parameters():
+            target.mul_(1.3)
+        for bias in (*sac.actor.biases, *sac.critic.biases):
+            bias.normal_(0.0, 0.2, generator=g)
+        sac.actor.biases[-1][act_dim] = config.log_std_max + 1.0
+        sac.actor.biases[-1][-1] = config.log_std_min - 1.0
+        sac.log_alpha.fill_(0.4)
+    return sac
+
+
+def run_sac(case: str, backend: str, updates: int, *, double: bool = False, threads: int = 1, seed: int = 7):
+    obs_dim, act_dim, options = SAC_CASES[case]
+    sac = make_sac(obs_dim, act_dim, SACConfig(**options), backend, threads)
+    if double:
+        to_double(sac)
+    metrics = sac.update_many(*sac_sources(obs_dim, act_dim), updates, seed)
+    return {name: tensor.detach().clone() for name, tensor in sac.state().items()}, metrics
+
+
+# obs_dim, act_dim, rows of each member, config
+FIT_CASES: dict[str, tuple[int, int, int, dict[str, Any]]] = {
+    "canonical": (17, 6, 600, {}),
+    "short last batch": (11, 3, 100, {"hidden": (24, 33), "batch_size": 48, "members": 3}),
+    "relu": (5, 2, 60, {"hidden": (17, 40), "activation": "relu", "batch_size": 20}),
+    "tanh": (5, 2, 60, {"hidden": (17, 40), "activation": "tanh", "batch_size": 20}),
+    "one member, one row": (3, 1, 3, {"hidden": (8,), "members": 1, "batch_size": 1}),
+    "one unit": (3, 1, 30, {"hidden": (1, 1), "members": 2, "batch_size": 10}),
+    "linear": (4, 2, 60, {"hidden": (), "members": 2, "batch_size": 30}),
+    "humanoid": (376, 17, 70, {"hidden": (40,), "members": 2, "batch_size": 70}),
+    "edges of tiles": (10, 5, 90, {"hidden": (32, 31, 48, 16), "batch_size": 37, "members": 3}),
+    "batch larger than the data": (4, 2, 25, {"hidden": (20, 20), "members": 32, "batch_size": 1000}),
+}
+
+
+def fit_transitions(count: int, obs_dim: int, act_dim: int, scale: float = 0.3) -> Transitions:
+    g = torch.Generator().manual_seed(1)
+    observations = torch.randn(count, obs_dim, generator=g)
+    return Transitions(
+        observations=observations,
+        actions=torch.randn(count, act_dim, generator=g).tanh(),
+        rewards=torch.randn(count, generator=g),
+        next_observations=observations + scale * torch.randn(count, obs_dim, generator=g),
+        terminals=torch.zeros(count, dtype=torch.bool),
+    )
+
+
+def make_fit(case: str, backend: str, threads: int = 1, double: bool = False, dtype: str = "float32") -> Fit:
+    obs_dim, act_dim, count, options = FIT_CASES[case]
+    hidden = options.get("hidden", (200,) * 4)
+    decay = tuple(1e-3 * (layer + 1) for layer in range(len(hidden) + 1))
+    members = options.get("members", 7)
+    config = DynamicsConfig(
+        **{
+            "hidden": hidden,
+            "members": members,
+            **options,
+            "weight_decay": decay,
+            "elites": 1,
+            "dtype": dtype,
+        }
+    )
+    fit = Fit(fit_transitions(count + 200, obs_dim, act_dim), 0, config, "cpu", backend, threads)
+    fit.rows = fit.rows[:, :count]
+    g = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for bias in fit.model.biases:
+            bias.normal_(0.0, 0.2, generator=g)
+        # Raw log-variances on both sides of the bounds, and far beyond them.
+        fit.model.biases[-1][:, obs_dim + 1] = 60.0
+        fit.model.biases[-1][:, -1] = -90.0
+        fit.model.max_logvar.uniform_(-1.0, 0.5, generator=g)
+        fit.model.min_logvar.uniform_(-8.0, -4.0, generator=g)
+    if double:
+        return fit_to_double(fit)
+    return fit
+
+
+def fit_state(fit: Fit) -> dict[str, torch.Tensor]:
+    """Of the parameters and of Adam."""
+    parameters = {name for name, _ in fit.model.named_parameters()}
+    return {
+        name: tensor
+        for name, tensor in fit._live_state().items()
+        if name in parameters or name.rpartition(".")[0] in parameters
+    }
+
+
+def fit_steps(fit: Fit, rows: np.ndarray) -> float:
+    return fit.steps(torch.from_numpy(rows))
 
 
 class EagerGraph(Graph):

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -14,7 +13,6 @@ from typing import Any, NamedTuple
 import cuda_emulator
 import pytest
 import torch
-from filelock import FileLock
 from kernel_cases import (
     assert_as_accurate,
     assert_same,
@@ -33,7 +31,6 @@ from kernel_cases import (
 )
 from torch.nn import functional
 
-from mopo_fast import backends
 from mopo_fast.backends import BackendStatus, DynamicsArrays, PolicyArrays, philox, record
 from mopo_fast.backends import cuda as host
 from mopo_fast.backends.stream import SLOT_BYTES, stream
@@ -47,38 +44,6 @@ Case = tuple[RolloutEngine, Actor, torch.Tensor]
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 DTYPES = ("float16", "bfloat16")
 CSRC = Path(__file__).parents[1] / "csrc"
-
-
-@pytest.fixture(scope="session")
-def emulated(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> ModuleType:
-    """The extension, to run on CPU tensors; built once for all test processes."""
-    folder = tmp_path_factory.getbasetemp()
-    if worker_id != "master":
-        folder = folder.parent
-    with FileLock(folder / "cuda_emulator.lock"):
-        return cuda_emulator.build_extension(folder / "cuda_emulator")
-
-
-@pytest.fixture(params=["emulated", "gpu"])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Where the backend runs: on a GPU, or in the emulator."""
-    if request.param == "gpu":
-        status = host.CudaBackend().status()
-        if not status.available:
-            pytest.skip(status.reason)
-        yield "cuda"
-        return
-    module = request.getfixturevalue("emulated")
-    monkeypatch.setattr(host, "_load", lambda: (module, ""))
-    monkeypatch.setattr(host, "_DEVICE", "cpu")
-    monkeypatch.setattr(host, "_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(host, "_multiprocessors", lambda device: 4)
-    monkeypatch.setattr(host, "_current_stream", lambda device: 0)
-    status = BackendStatus("cuda", True, "emulated", by_name_only=True)
-    monkeypatch.setattr(host.CudaBackend, "status", lambda self: status)
-    backends._choose.cache_clear()
-    yield "cpu"
-    backends._choose.cache_clear()
 
 
 def make_engine(ensemble: torch.nn.Module, device: str, **options: Any) -> RolloutEngine:
@@ -268,8 +233,6 @@ def test_arrays_after_the_terminals_may_be_missing(case: Case) -> None:
 def test_dtypes_that_it_refuses(device: str) -> None:
     with pytest.raises(InputError, match="cuda: serves bfloat16 and float16, not float32"):
         make_engine(make_ensemble(5, 2), device, dtype="float32")
-    with pytest.raises(InputError, match="cuda: makes rollouts, does not train"):
-        backends.choose("cuda", "float32", torch.device(device), training=True)
 
 
 @pytest.mark.parametrize(
@@ -436,8 +399,10 @@ def test_why_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert backend.status().reason == "PyTorch sees no GPU"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(host, "_capability", lambda device=None: (7, 5))
+    assert backend.status().reason == "compute capability 8.0 or more is needed, the GPU has 7.5"
     monkeypatch.setattr(host, "_capability", lambda device=None: (8, 6))
-    assert backend.status().reason == "compute capability 9.0 is needed, the GPU has 8.6"
     device = torch.device("cuda:1")
-    assert backend.refusal("float16", device) == "compute capability 9.0 is needed, cuda:1 has 8.6"
+    assert backend.refusal("float16", device) == "makes rollouts on compute capability 9.0, not 8.6"
+    assert backend.training_refusal("float32", device, 256) is None
     assert backend.refusal("float16", torch.device("cpu")) == "serves CUDA tensors, not cpu"

@@ -327,7 +327,7 @@ def test_what_it_refuses() -> None:
     with pytest.raises(InputError, match="triton: serves float32, tfloat32, bfloat16, float16, not float64"):
         RolloutEngine(ensemble, backend="triton", dtype="float64")
     with pytest.raises(InputError, match="triton: makes rollouts, does not train"):
-        backends.choose("triton", "float32", torch.device(DEVICE), training=True)
+        backends.choose("triton", "float32", torch.device(DEVICE), training=256)
 
 
 @pytest.mark.skipif(not kernels.INTERPRETED, reason="of the interpreter")

@@ -301,6 +301,7 @@ def test_environment_chooses_the_backend(monkeypatch):
 
 def test_the_choice_is_logged_once_with_its_reasons(caplog):
     backends._choose.cache_clear()
+    backends._tell.cache_clear()
     with caplog.at_level("INFO", logger="mopo_fast"):
         for _ in range(3):
             RolloutEngine(make_ensemble(5, 2), dtype="float64")

@@ -94,11 +94,6 @@ struct Team {
   void wait() const noexcept;
 };
 
-// One step of Adam: -size * m / (sqrt(v) * root_correction + epsilon).
-struct AdamStep {
-  float size, root_correction, weight_decay, polyak;
-};
-
 // What an update of SAC is computed in. hidden = depth - 1.
 struct SacPlan {
   int64_t rows;         // of every matrix: the batch, rounded up to whole blocks

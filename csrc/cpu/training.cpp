@@ -130,13 +130,6 @@ void write_parameters(const TrainedLayer& layer, int64_t network, const Dense& d
               [](float* theirs, const float* ours, int64_t n) { std::copy_n(ours, n, theirs); });
 }
 
-AdamStep adam_step(float learning_rate, int64_t step, float weight_decay, float polyak) {
-  const double correction1 = 1.0 - std::pow(kBeta1, static_cast<double>(step));
-  const double correction2 = 1.0 - std::pow(kBeta2, static_cast<double>(step));
-  return {static_cast<float>(learning_rate / correction1), static_cast<float>(1.0 / std::sqrt(correction2)),
-          weight_decay, polyak};
-}
-
 void adam(const AdamStep& step, const Parameter& parameter, int64_t at, double gradient) {
   float &m = parameter.exp_avg[at], &v = parameter.exp_avg_sq[at];
   m = static_cast<float>(m + (gradient - m) * (1.0 - kBeta1));

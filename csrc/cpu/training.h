@@ -28,8 +28,6 @@ void read_parameters(const TrainedLayer& layer, int64_t network, const Dense& de
                      const Kernels& kernels);
 void write_parameters(const TrainedLayer& layer, int64_t network, const Dense& dense, const Kernels& kernels);
 
-AdamStep adam_step(float learning_rate, int64_t step, float weight_decay, float polyak);
-
 // Number `at` of a parameter a step against its gradient.
 void adam(const AdamStep& step, const Parameter& parameter, int64_t at, double gradient);
 

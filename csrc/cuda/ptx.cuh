@@ -1,5 +1,6 @@
-// Hopper's instructions as functions: the only inline PTX, and all that a kernel asks of the machine beyond
-// CUDA C++. Source: the PTX ISA, "Asynchronous warpgroup level matrix instructions" and "mbarrier".
+// Instructions, most of them Hopper's, as functions: the only inline PTX, and all that a kernel asks of the
+// machine beyond CUDA C++. Source: the PTX ISA, "Asynchronous warpgroup level matrix instructions" and
+// "mbarrier".
 #pragma once
 
 #include <cuda_bf16.h>
@@ -247,6 +248,27 @@ __device__ __forceinline__ uint32_t pack(__nv_bfloat16, float low, float high) {
 // The value of the lane whose number differs by `mask`; all lanes of the warp call it.
 __device__ __forceinline__ float shuffle_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
 
+// The same pointer, which the compiler now knows to be one into global memory.
+template <class T>
+__device__ __forceinline__ T* global(T* pointer) {
+  __builtin_assume(__isGlobal(pointer));
+  return pointer;
+}
+
+// ---- Blocks that run together and wait for one another, by a counter in global memory ----
+
+// One thread, after a __syncthreads: what the block has written is there for those who see the count.
+__device__ __forceinline__ void arrive(uint32_t* counter) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+
+// Until `count` have arrived, modulo 2^32.
+__device__ __forceinline__ void wait_for(const uint32_t* counter, uint32_t count) {
+  uint32_t arrived;
+  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(arrived) : "l"(counter) : "memory");
+  while (static_cast<int32_t>(arrived - count) < 0);
+}
+
 // ---- Launching ----
 
 // kernel(args) by blocks in clusters of kCluster, `shared` bytes of dynamic shared memory each.
@@ -264,6 +286,25 @@ cudaError_t launch(void (*kernel)(Args), int blocks, int threads, int shared, cu
   config.dynamicSmemBytes = shared;
   config.stream = stream;
   config.attrs = &cluster;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, args);
+}
+
+// kernel(args) by blocks that all run at once, or not at all.
+template <class Args>
+cudaError_t launch_together(void (*kernel)(Args), int blocks, int threads, int shared, cudaStream_t stream,
+                            const Args& args) {
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute together{};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = &together;
   config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, kernel, args);
 }

@@ -8,8 +8,8 @@
 #pragma once
 
 #include "cuda/ptx.cuh"
+#include "cuda/random.cuh"
 #include "cuda/rollout.h"
-#include "philox.h"
 
 namespace mopo::cuda {
 
@@ -202,15 +202,6 @@ __device__ __forceinline__ void network(Consumer& consumer, T type, Activation a
 }
 
 // ---- A thread's share of a tile ----
-
-// Standard normal number `i` of a block's four, by Box-Muller.
-__device__ __forceinline__ float normal(const PhiloxBlock& block, int i) {
-  const auto uniform = [](uint32_t word) { return (static_cast<float>(word >> 9) + 0.5f) * 0x1p-23f; };
-  const float radius = sqrtf(-2.0f * logf(uniform(i < 2 ? block.word[0] : block.word[2])));
-  float sine, cosine;
-  sincospif(2.0f * uniform(i < 2 ? block.word[1] : block.word[3]), &sine, &cosine);
-  return radius * (i % 2 == 0 ? cosine : sine);
-}
 
 __device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < INFINITY; }
 

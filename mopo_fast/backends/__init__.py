@@ -3,12 +3,13 @@
 import functools
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from mopo_fast.backends.training import FitRun, SacRun
 from mopo_fast.errors import InputError
 
 logger = logging.getLogger("mopo_fast")
@@ -140,10 +141,20 @@ def network_sizes(weights: Iterable[torch.Tensor]) -> Sizes:
     return (*first, *(size for _, size in others))
 
 
+class Kernels(Protocol):
+    """What a backend's module offers that trains by kernels of its own. Each run gets the same bits alone."""
+
+    def sac_updates(self, runs: Sequence[SacRun], threads: int) -> list[list[float]]:
+        """SAC updates of each run in place: the sums over them of each of `sac.METRICS`."""
+
+    def fit_steps(self, runs: Sequence[FitRun], threads: int) -> list[float]:
+        """Steps of the fit of each run in place: the sums of their losses, weight decay left out."""
+
+
 class Backend(Protocol):
     """What every backend offers. Arguments are valid; nothing is checked again.
 
-    `trains`: it is a choice for SAC and the fit too, not for rollouts alone.
+    `trains`: a run that asks for it fits and updates with it too, and does not make rollouts alone.
     """
 
     name: str
@@ -159,6 +170,9 @@ class Backend(Protocol):
 
         For rollouts the sizes are given, the policy's once it is known.
         """
+
+    def training_refusal(self, dtype: str, device: torch.device, widest: int) -> str | None:
+        """Why it cannot train layers of up to `widest` inputs and outputs, likewise."""
 
     def step(
         self,
@@ -202,17 +216,17 @@ def _reason_against(
     wanted: str,
     dtype: str,
     device: torch.device,
-    training: bool,
+    training: int | None,
     ensemble: Sizes | None,
     policy: Sizes | None,
 ) -> str | None:
     status = candidate.status()
     if not status.available:
         return status.reason
-    if training and not candidate.trains:
-        return "makes rollouts, does not train"
     if status.by_name_only and wanted != candidate.name:
         return f"{status.reason}, serves where it is asked for by name"
+    if training is not None:
+        return candidate.training_refusal(dtype, device, training)
     return candidate.refusal(dtype, device, ensemble, policy)
 
 
@@ -226,18 +240,27 @@ def get_backend(name: str) -> Backend:
     return _backends()[name]
 
 
+def training_kernels(name: str) -> Kernels | None:
+    """What trains for the backend called `name`; None where PyTorch does."""
+    from mopo_fast.backends import cpu, cuda
+
+    kernels: dict[str, Kernels] = {"cpu": cpu, "cuda": cuda}
+    return kernels.get(name)
+
+
 def choose(
     name: str,
     dtype: str,
     device: torch.device,
     *,
-    training: bool = False,
+    training: int | None = None,
     ensemble: Sizes | None = None,
     policy: Sizes | None = None,
 ) -> str:
     """The backend to use: `name`, or for "auto" MOPO_FAST_BACKEND, else the best that can serve.
 
-    For rollouts of networks of these sizes, or for `training`, that is SAC and the fit.
+    For rollouts of networks of these sizes; or for SAC and the fit, `training` layers of so many inputs and
+    outputs at most.
 
     The choice and the reasons against better ones are logged once.
 
@@ -255,7 +278,7 @@ def choose_for_run(name: str, device: torch.device) -> str:
     """
     wanted = _wanted(name)
     makes_rollouts_alone = wanted in _backends() and not _backends()[wanted].trains
-    return _choose("auto" if makes_rollouts_alone else wanted, "float32", device, True, None, None)
+    return _choose("auto" if makes_rollouts_alone else wanted, "float32", device, 0, None, None)
 
 
 def _wanted(name: str) -> str:
@@ -263,11 +286,16 @@ def _wanted(name: str) -> str:
 
 
 @functools.cache
+def _tell(choice: str) -> None:
+    logger.info("%s", choice)
+
+
+@functools.cache
 def _choose(
     wanted: str,
     dtype: str,
     device: torch.device,
-    training: bool,
+    training: int | None,
     ensemble: Sizes | None,
     policy: Sizes | None,
 ) -> str:
@@ -281,7 +309,7 @@ def _choose(
         reason = _reason_against(candidate, wanted, dtype, device, training, ensemble, policy)
         if reason is None:
             against = f" ({'; '.join(reasons)})" if reasons else ""
-            logger.info("backend: %s%s", candidate.name, against)
+            _tell(f"backend: {candidate.name}{against}")
             return candidate.name
         reasons.append(f"{candidate.name}: {reason}")
     raise InputError(f"no backend can serve {dtype} on {device}: {'; '.join(reasons)}")

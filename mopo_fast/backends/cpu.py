@@ -2,8 +2,9 @@
 
 import functools
 import importlib
-import math
 import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
 import torch
@@ -18,8 +19,8 @@ from mopo_fast.backends import (
     Sizes,
     StepResult,
 )
-from mopo_fast.config import ACTIVATIONS, PENALTIES, DynamicsConfig, SACConfig
-from mopo_fast.data.transitions import Transitions
+from mopo_fast.backends.training import FitRun, SacRun, Trainer
+from mopo_fast.config import ACTIVATIONS, PENALTIES
 from mopo_fast.errors import InputError
 
 _Network = tuple[list[int], list[int], list[int], int, int]
@@ -148,158 +149,29 @@ def _run(
     return written, cut
 
 
-# A parameter under training: its value, Adam's two moments and the target that follows it, if any.
-Parameter = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
+_TRAINER = Trainer("cpu", "cpu")
 
 
-def _address(tensor: torch.Tensor | None, dtype: torch.dtype = torch.float32) -> int:
-    """Where a tensor's numbers are; 0 for None.
+def sac_updates(runs: Sequence[SacRun], threads: int) -> list[list[float]]:
+    """SAC updates of each run in place, side by side: the sums over them of each of `sac.METRICS`."""
+    each = max(1, threads // len(runs))
 
-    Raises:
-        InputError: the kernel cannot read it as it is.
+    def update(run: SacRun) -> list[float]:
+        call = _TRAINER.sac_call(extension(), run)
+        sums: list[float] = extension().sac_updates(call, isa=isa(), threads=each)
+        return sums
+
+    with ThreadPoolExecutor(len(runs)) as pool:
+        return list(pool.map(update, runs))
+
+
+def fit_steps(runs: Sequence[FitRun], threads: int) -> list[float]:
+    """Steps of the fit of each run in place: the sums of their losses, weight decay left out.
+
+    One run after the other, since each keeps every core busy.
     """
-    if tensor is None:
-        return 0
-    _check(tensor, dtype, tensor.is_contiguous())
-    return tensor.data_ptr()
-
-
-def _array(tensor: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[int, int]:
-    """Where an array's rows are, and how many elements they are apart: it may be columns of a table.
-
-    Raises:
-        InputError: the kernel cannot read it as it is.
-    """
-    _check(tensor, dtype, tensor.ndim == 1 or tensor.shape[1] == 1 or tensor.stride(1) == 1)
-    return tensor.data_ptr(), tensor.stride(0)
-
-
-def _check(tensor: torch.Tensor, dtype: torch.dtype, side_by_side: bool) -> None:
-    if tensor.dtype != dtype or tensor.device.type != "cpu" or not side_by_side:
-        raise InputError(
-            f"the cpu backend reads and trains contiguous {dtype} tensors where they are, got {tensor.dtype},"
-            f" strides {tensor.stride()}, on {tensor.device}; use backend reference"
-        )
-
-
-def _trained(parameters: list[Parameter]) -> list[tuple[int, int, list[int]]]:
-    """(in, out, addresses) of each layer, from all weights and then all biases."""
-    depth = len(parameters) // 2
-    return [
-        (*weight[0].shape[-2:], [_address(tensor) for tensor in (*weight, *bias)])
-        for weight, bias in zip(parameters[:depth], parameters[depth:], strict=True)
-    ]
-
-
-def _source(data: Transitions, size: int) -> tuple[list[tuple[int, int]], int]:
-    floats = (data.observations, data.actions, data.rewards, data.next_observations)
-    return [*map(_array, floats), _array(data.terminals, torch.bool)], size
-
-
-def sac_updates(
-    *,
-    actor: list[Parameter],
-    critic: list[Parameter],
-    log_alpha: Parameter,
-    config: SACConfig,
-    actor_learning_rate: float,
-    target_entropy: float,
-    real: Transitions,
-    model: Transitions,
-    sizes: tuple[int, int],
-    rows: tuple[int, int],
-    updates: int,
-    updates_before: int,
-    first_draw: int,
-    seed: int,
-    threads: int,
-) -> list[float]:
-    """SAC updates in place (csrc/sac.h): the sum over them of each of `sac.METRICS`.
-
-    Args:
-        actor, critic: the weights of all layers, then the biases; the critics' with targets.
-        real, model: to draw from, their first `sizes` rows; `rows` of each make a batch. CPU tensors of
-            float32, terminals bool, the numbers of a row side by side.
-        updates_before: Adam's steps so far.
-        first_draw: number of the first update for the random counters, with `seed` as their key.
-    """
-    sums: list[float] = extension().sac_updates(
-        isa=isa(),
-        obs_dim=real.obs_dim,
-        act_dim=real.act_dim,
-        critics=config.critics,
-        actor=_trained(actor),
-        critic=_trained(critic),
-        log_alpha=[_address(tensor) for tensor in log_alpha[:3]],
-        learning_rates=[actor_learning_rate, config.critic_learning_rate, config.alpha_learning_rate],
-        discount=config.discount,
-        polyak=config.polyak,
-        target_entropy=target_entropy,
-        log_std_min=config.log_std_min,
-        log_std_max=config.log_std_max,
-        alpha_max=math.inf if config.alpha_max is None else config.alpha_max,
-        critic_loss_scale=0.5 if config.critic_loss == "half_mse" else 1.0,
-        simultaneous=config.simultaneous,
-        real=_source(real, sizes[0]),
-        model=_source(model, sizes[1]),
-        real_rows=rows[0],
-        model_rows=rows[1],
-        updates=updates,
-        updates_before=updates_before,
-        first_draw=first_draw,
-        seed=seed,
-        threads=threads,
-    )
-    return sums
-
-
-def fit_steps(
-    *,
-    layers: list[Parameter],
-    bounds: tuple[Parameter, Parameter],
-    activation: str,
-    table: torch.Tensor,
-    dims: int,
-    rows: torch.Tensor,
-    config: DynamicsConfig,
-    steps_before: int,
-    threads: int,
-) -> float:
-    """Steps of the ensemble's fit in place (csrc/fit.h): the sum of their losses, weight decay left out.
-
-    Args:
-        layers: the weights of all layers, then the biases.
-        bounds: max_logvar and min_logvar.
-        table: [n, obs + act + obs + 1 or more], the inputs, standardised, and the `dims` = obs + 1 targets.
-        rows: int64 [members, count], the rows that each member sees; may be columns of a wider matrix.
-        steps_before: Adam's steps so far.
-    """
-    width = layers[0][0].shape[1]
-    stride = _array(rows, torch.int64)[1]
-    max_logvar, min_logvar = ([_address(tensor) for tensor in bound[:3]] for bound in bounds)
-    loss: float = extension().fit_steps(
-        isa=isa(),
-        members=rows.shape[0],
-        dims=dims,
-        layers=_trained(layers),
-        activation=ACTIVATIONS.index(activation),
-        max_logvar=max_logvar,
-        min_logvar=min_logvar,
-        inputs=_address(table),
-        targets=_address(table) + width * table.element_size(),
-        stride=table.shape[1],
-        rows=rows.data_ptr(),
-        count=rows.shape[1],
-        rows_stride=stride,
-        batch=config.batch_size,
-        learning_rate=config.learning_rate,
-        logvar_bound_weight=config.logvar_bound_weight,
-        weight_decay=list(config.weight_decay),
-        steps_before=steps_before,
-        bfloat16=config.dtype == "bfloat16",
-        threads=threads,
-    )
-    return loss
+    calls = (_TRAINER.fit_call(extension(), run) for run in runs)
+    return [extension().fit_steps(call, isa=isa(), threads=threads) for call in calls]
 
 
 class CpuBackend:
@@ -325,6 +197,9 @@ class CpuBackend:
         if dtype not in ("float32", "bfloat16"):
             return f"serves float32 and bfloat16, not {dtype}"
         return None
+
+    def training_refusal(self, dtype: str, device: torch.device, widest: int) -> str | None:
+        return self.refusal(dtype, device)
 
     def step(
         self,

@@ -1,8 +1,14 @@
-"""The rollout in CUDA (csrc/cuda/), for Hopper: products in 16 bits, activations in registers."""
+"""The kernels in CUDA (csrc/cuda/).
+
+The rollout is for Hopper: products in 16 bits, activations in registers. SAC and the fit are trained in
+float32, on any GPU from Ampere on.
+"""
 
 import functools
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -19,6 +25,7 @@ from mopo_fast.backends import (
 )
 from mopo_fast.backends.record import Record, Run, recorded_rollout, recorded_step
 from mopo_fast.backends.stream import ACTION_SLOTS, POLICY_WIDTH, Stream, stream
+from mopo_fast.backends.training import FitRun, SacRun, Trainer
 from mopo_fast.config import ACTIVATIONS, PENALTIES
 
 _SERVED = ("bfloat16", "float16")
@@ -27,6 +34,8 @@ _DEVICE = "cuda"
 # observation and the reward.
 _WIDTHS = (200, 256)
 _SLOTS = (5, 8)
+# What a block's shared memory on every such GPU has room for, in training.
+_WIDEST_TRAINED = 1024
 # Rollouts of a block, its threads that multiply, and blocks that work side by side.
 _TILE, _THREADS, _CLUSTER = 128, 256, 2
 
@@ -51,6 +60,13 @@ def _extension() -> ModuleType:
 
 def _capability(device: torch.device | None = None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
+
+
+def _refusal_of_capability(device: torch.device | None) -> str | None:
+    capability = _capability(device)
+    if capability < (8, 0):
+        return f"compute capability 8.0 or more is needed, the GPU has {'.'.join(map(str, capability))}"
+    return None
 
 
 def _multiprocessors(device: torch.device) -> int:
@@ -176,11 +192,51 @@ def _compact(start: torch.Tensor, rows: torch.Tensor, record: Record, out: Desti
     )
 
 
+_TRAINER = Trainer("cuda", _DEVICE)
+
+
+def _train(kernel: str, calls: Sequence[Any], shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """The calls by an extension's function, all in one launch: the sums that it gives, of this shape."""
+    sums = torch.zeros(shape, dtype=torch.float64, device=device)
+    memory: list[torch.Tensor] = []
+
+    def allocate(size: int) -> int:
+        memory.append(torch.empty(size, dtype=torch.uint8, device=device))
+        return memory[-1].data_ptr()
+
+    with torch.cuda.device_of(sums):
+        getattr(_extension(), kernel)(calls, sums.data_ptr(), allocate, _current_stream(device))
+    return sums
+
+
+def sac_updates(runs: Sequence[SacRun], threads: int) -> list[list[float]]:
+    """SAC updates of each run in place, side by side: the sums over them of each of `sac.METRICS`.
+
+    Raises:
+        InputError: tensors that the kernel cannot train in place.
+    """
+    calls = [_TRAINER.sac_call(_extension(), run) for run in runs]
+    device = runs[0].log_alpha[0].device
+    metrics: list[list[float]] = _train("sac_updates", calls, (len(runs), 6), device).tolist()
+    return metrics
+
+
+def fit_steps(runs: Sequence[FitRun], threads: int) -> list[float]:
+    """Steps of the fit of each run in place, side by side: the sums of their losses, weight decay left out.
+
+    Raises:
+        InputError: tensors that the kernel cannot train in place.
+    """
+    calls = [_TRAINER.fit_call(_extension(), run) for run in runs]
+    losses: list[float] = _train("fit_steps", calls, (len(runs),), runs[0].table.device).tolist()
+    return losses
+
+
 class CudaBackend:
-    """float32 arrays on an H100 or its like, products in bfloat16 or float16. By name alone."""
+    """float32 arrays on a GPU, the rollout's products in bfloat16 or float16. By name alone."""
 
     name = "cuda"
-    trains = False
+    trains = True
 
     def status(self) -> BackendStatus:
         module, reason = _load()
@@ -188,10 +244,8 @@ class CudaBackend:
             return BackendStatus(self.name, False, reason)
         if not torch.cuda.is_available():
             return BackendStatus(self.name, False, "PyTorch sees no GPU")
-        capability = _capability()
-        if capability != (9, 0):
-            has = ".".join(map(str, capability))
-            return BackendStatus(self.name, False, f"compute capability 9.0 is needed, the GPU has {has}")
+        if (refusal := _refusal_of_capability(None)) is not None:
+            return BackendStatus(self.name, False, refusal)
         # Until its numbers on a GPU have been seen, "auto" does not choose it.
         reason = f"{torch.cuda.get_device_name()}; not tested on a GPU yet"
         return BackendStatus(self.name, True, reason, by_name_only=True)
@@ -204,8 +258,17 @@ class CudaBackend:
         if device.type != _DEVICE:
             return f"serves CUDA tensors, not {device}"
         if _capability(device) != (9, 0):
-            return f"compute capability 9.0 is needed, {device} has {'.'.join(map(str, _capability(device)))}"
+            return f"makes rollouts on compute capability 9.0, not {'.'.join(map(str, _capability(device)))}"
         return None if ensemble is None else _refusal_of_sizes(ensemble, policy)
+
+    def training_refusal(self, dtype: str, device: torch.device, widest: int) -> str | None:
+        if dtype != "float32":
+            return f"trains in float32, not {dtype}"
+        if device.type != _DEVICE:
+            return f"serves CUDA tensors, not {device}"
+        if widest > _WIDEST_TRAINED:
+            return f"trains layers of at most {_WIDEST_TRAINED} inputs and outputs, not {widest}"
+        return _refusal_of_capability(device)
 
     def step(
         self,

@@ -182,6 +182,9 @@ class ReferenceBackend:
     ) -> str | None:
         return None
 
+    def training_refusal(self, dtype: str, device: torch.device, widest: int) -> str | None:
+        return self.refusal(dtype, device)
+
     def step(
         self,
         dynamics: DynamicsArrays,

@@ -228,6 +228,9 @@ class TritonBackend:
             return "Triton's interpreter multiplies bfloat16 wrongly"
         return None if interpreted else _refusal_of_gpu(dtype, torch.cuda.get_device_capability(device))
 
+    def training_refusal(self, dtype: str, device: torch.device, widest: int) -> str | None:
+        return "makes rollouts, does not train"
+
     def step(
         self,
         dynamics: DynamicsArrays,

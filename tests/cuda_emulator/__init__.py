@@ -12,14 +12,14 @@ import pybind11
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
-SEED = "MOPO_EMULATOR_SEED"
+SEED, MULTIPROCESSORS = "MOPO_EMULATOR_SEED", "MOPO_EMULATOR_MULTIPROCESSORS"
 
 
 def build(target: Path, sources: Iterable[Path], includes: Iterable[str | Path] = ()) -> Path:
     """Compiles the sources and the emulator to the shared library `target`."""
     target.parent.mkdir(parents=True, exist_ok=True)
     flags = ["-std=c++20", "-O3", "-march=native", "-fPIC", "-fvisibility=hidden", "-Wall"]
-    flags += ["-Wno-unknown-pragmas", "-ftrivial-auto-var-init=pattern"]
+    flags += ["-Wno-unknown-pragmas", "-ftrivial-auto-var-init=pattern", "-ffp-contract=off"]
     flags += [f"-I{folder}" for folder in (HERE, CSRC, *includes)]
     # What nvcc does of itself.
     cuda = ["-x", "c++", "-D__CUDACC__", "-include", "cuda_runtime.h"]

@@ -194,6 +194,22 @@ void named_sync(int id, int threads) {
 
 void named_arrive(int id, int threads) { named_barrier("named_arrive", id).arrive(threads, *self); }
 
+// ---- Counters in global memory ----
+
+std::string Arrivals::describe(const Thread& who) const { return text("wait_for(%u)", who.waits_count); }
+
+void arrive(uint32_t* counter) {
+  pause();
+  ++*counter;
+  self->block->cluster->arrivals.wake();
+}
+
+void wait_for(const uint32_t* counter, uint32_t count) {
+  pause();
+  self->waits_count = count;
+  while (static_cast<int32_t>(*counter - count) < 0) wait_for(self->block->cluster->arrivals);
+}
+
 // ---- setmaxnreg: more wait until the pool has them ----
 
 std::string RegisterPool::describe(const Thread& who) const {

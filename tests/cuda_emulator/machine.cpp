@@ -207,22 +207,50 @@ uint32_t shared_address(const void* pointer) { return kSharedWindow + offset_of(
 unsigned char* dynamic_shared() { return self->block->at(0); }
 uint32_t cluster_rank() { return static_cast<uint32_t>(self->block->rank); }
 
-cudaError_t launch(const std::function<void()>& kernel, int cluster, int blocks, int threads, int shared) {
+namespace {
+
+// Blocks in clusters of `cluster`, of which each runs to its end before the next begins.
+void run(const std::function<void()>& kernel, int cluster, int blocks, int threads, int shared) {
+  if (blocks < 1 || blocks % cluster != 0 || threads < 1 || threads > 1024 || shared < 0 ||
+      shared > kSharedBytes)
+    throw Failure(text("no launch of %d blocks in clusters of %d, %d threads, %d bytes", blocks, cluster,
+                       threads, shared));
   const char* seed = getenv("MOPO_EMULATOR_SEED");
+  gridDim = {static_cast<unsigned>(blocks)};
+  blockDim = {static_cast<unsigned>(threads)};
+  for (int first = 0; first < blocks; first += cluster)
+    Cluster(kernel, first, cluster, threads, shared, seed ? strtoull(seed, nullptr, 10) : 0).run();
+}
+
+cudaError_t with_errors(const std::function<void()>& work) {
   try {
-    if (blocks < 1 || cluster < 1 || cluster > 8 || blocks % cluster != 0 || threads < 1 || threads > 1024 ||
-        shared < 0 || shared > kSharedBytes)
-      throw Failure(text("no launch of %d blocks in clusters of %d, %d threads, %d bytes", blocks, cluster,
-                         threads, shared));
-    gridDim = {static_cast<unsigned>(blocks)};
-    blockDim = {static_cast<unsigned>(threads)};
-    for (int first = 0; first < blocks; first += cluster)
-      Cluster(kernel, first, cluster, threads, shared, seed ? strtoull(seed, nullptr, 10) : 0).run();
+    work();
   } catch (const Failure& failure) {
     last_error = failure.what();
     return cudaErrorLaunchFailure;
   }
   return cudaSuccess;
+}
+
+}  // namespace
+
+cudaError_t launch(const std::function<void()>& kernel, int cluster, int blocks, int threads, int shared) {
+  return with_errors([&] {
+    if (cluster < 1 || cluster > 8) throw Failure(text("no clusters of %d blocks", cluster));
+    run(kernel, cluster, blocks, threads, shared);
+  });
+}
+
+cudaError_t launch_together(const std::function<void()>& kernel, int blocks, int threads, int shared) {
+  return with_errors([&] {
+    if (blocks > multiprocessors()) throw Failure(text("%d blocks do not run at once", blocks));
+    run(kernel, blocks, blocks, threads, shared);
+  });
+}
+
+int multiprocessors() {
+  const char* count = getenv("MOPO_EMULATOR_MULTIPROCESSORS");
+  return count ? atoi(count) : 4;
 }
 
 // ---- Single instructions, as inaccurate as PTX allows: by an amount that the bits of the result decide ----
@@ -268,4 +296,11 @@ const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess             ? "no error"
          : error == cudaErrorInvalidValue ? "invalid value"
                                           : mopo::emulator::last_error.c_str();
+}
+
+// Of multiprocessors few, so that a small batch keeps every block busy for more than one tile.
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? mopo::emulator::multiprocessors()
+                                                       : mopo::emulator::kSharedBytes;
+  return cudaSuccess;
 }

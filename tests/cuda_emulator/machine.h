@@ -4,10 +4,10 @@
 // cuda_runtime.h and the like make CUDA C++ out of C++, and cuda/ptx.cuh stands for csrc/cuda/ptx.cuh.
 //
 // How it runs: every CUDA thread is a fiber that runs until it waits; the blocks of a cluster run together,
-// cluster after cluster. A scheduler picks who is next, and when what is asynchronous happens: by
-// MOPO_EMULATOR_SEED, 0 for in turn and as late as possible, else at random, some warps or warpgroups before
-// others (schedule.h). What PTX leaves undefined is an error with a text, which the launch returns as a CUDA
-// error, or shows as NaN:
+// cluster after cluster, or all blocks of a cooperative launch. A scheduler picks who is next, and when what
+// is asynchronous happens: by MOPO_EMULATOR_SEED, 0 for in turn and as late as possible, else at random, some
+// warps or warpgroups before others (schedule.h). What PTX leaves undefined is an error with a text, which
+// the launch returns as a CUDA error, or shows as NaN:
 // - Shared memory starts as NaN, and a bulk copy makes its destination NaN until its bytes land, later, in
 //   pieces, each counted at the barrier as it lands (copies.cpp).
 // - A product reads a and d when it is issued, b at any time until a wait; d is NaN in between. All threads
@@ -58,6 +58,8 @@ void barrier_arrive_at(Barrier* barrier, uint32_t rank);
 void barrier_wait(Barrier* barrier, uint32_t parity);
 void named_sync(int id, int threads);
 void named_arrive(int id, int threads);
+void arrive(uint32_t* counter);
+void wait_for(const uint32_t* counter, uint32_t count);
 void more_registers(int count);
 void fewer_registers(int count);
 
@@ -72,6 +74,10 @@ float tanh_approx(float x);
 float exp2_approx(float x);
 uint32_t pack(Operands type, float low, float high);
 
+// Of the device: MOPO_EMULATOR_MULTIPROCESSORS, or 4.
+int multiprocessors();
+
 cudaError_t launch(const std::function<void()>& kernel, int cluster, int blocks, int threads, int shared);
+cudaError_t launch_together(const std::function<void()>& kernel, int blocks, int threads, int shared);
 
 }  // namespace mopo::emulator

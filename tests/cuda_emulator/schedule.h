@@ -36,9 +36,12 @@ class Schedule {
     // Some always before others, which starve: warps, or whole warpgroups; now and then others.
     if (chance(1e-3)) redraw();
     const int threads = order_ == kWarps ? 32 : 128;
-    size_t best = 0;
-    for (size_t i = 1; i < ready.size(); ++i)
-      if (rank(ready[i]->number / threads) > rank(ready[best]->number / threads)) best = i;
+    size_t best = below(static_cast<uint32_t>(ready.size()));
+    // Of all that can run, so many are looked at.
+    for (int trial = 1; trial < kTrials; ++trial) {
+      const size_t other = below(static_cast<uint32_t>(ready.size()));
+      if (rank(ready[other]->number / threads) > rank(ready[best]->number / threads)) best = other;
+    }
     return best;
   }
 
@@ -50,7 +53,7 @@ class Schedule {
   }
   uint32_t rank(int unit) const { return ranks_[unit % kRanks]; }
 
-  static constexpr int kRanks = 256;
+  static constexpr int kRanks = 256, kTrials = 16;
   std::mt19937_64 engine_;
   Order order_ = kInTurn;
   double haste_ = 0.0, pause_ = 0.0;

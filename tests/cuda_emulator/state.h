@@ -87,6 +87,11 @@ struct NamedBarrier : Waitable {
   std::vector<const Thread*> arrived;
 };
 
+// Of a counter in global memory: for all that wait for one.
+struct Arrivals : Waitable {
+  std::string describe(const Thread& who) const override;
+};
+
 struct RegisterPool : Waitable {
   std::string describe(const Thread& who) const override;
   int free = 0;
@@ -147,7 +152,7 @@ struct Thread {
   int number, index;
   bool done = false;
   Waitable* waits_for = nullptr;
-  uint32_t waits_parity = 0;
+  uint32_t waits_parity = 0, waits_count = 0;
   int registers = 0;
   Clock clock;
   uint64_t shuffles = 0;
@@ -208,6 +213,7 @@ struct Cluster {
   std::deque<BarrierState> barriers;
   std::vector<Piece> pieces;
   Meeting sync;
+  Arrivals arrivals;
   int alive;
   std::string error;
 };

@@ -13,6 +13,7 @@ namespace mopo::ptx {
 
 constexpr int kWarpgroup = 128;
 
+using emulator::arrive;
 using emulator::Barrier;
 using emulator::barrier_arrive_at;
 using emulator::barrier_arrive_expect;
@@ -29,6 +30,7 @@ using emulator::products_begin;
 using emulator::products_commit;
 using emulator::shared_address;
 using emulator::shuffle_xor;
+using emulator::wait_for;
 
 template <int kCount>
 void more_registers() {
@@ -70,10 +72,20 @@ uint32_t pack(T, float low, float high) {
   return emulator::pack(emulator::operands(T{}), low, high);
 }
 
+template <class T>
+T* global(T* pointer) {
+  return pointer;
+}
+
 template <int kCluster, class Args>
 cudaError_t launch(void (*kernel)(Args), int blocks, int threads, int shared, cudaStream_t,
                    const Args& args) {
   return emulator::launch([kernel, &args] { kernel(args); }, kCluster, blocks, threads, shared);
+}
+template <class Args>
+cudaError_t launch_together(void (*kernel)(Args), int blocks, int threads, int shared, cudaStream_t,
+                            const Args& args) {
+  return emulator::launch_together([kernel, &args] { kernel(args); }, blocks, threads, shared);
 }
 
 }  // namespace mopo::ptx

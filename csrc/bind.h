@@ -1,0 +1,156 @@
+// What the bindings share: addresses, and the arguments of the kernels that train.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "fit.h"
+#include "sac.h"
+
+namespace py = pybind11;
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// (address, stride)
+using ArrayTuple = std::pair<uintptr_t, int64_t>;
+
+template <class T>
+mopo::Array<T> array(const ArrayTuple& tuple) {
+  return {pointer<T>(tuple.first), tuple.second};
+}
+
+// (in, out, addresses of the weight's value, exp_avg, exp_avg_sq and target, then of the bias's)
+using TrainedTuple = std::tuple<int64_t, int64_t, std::array<uintptr_t, 8>>;
+
+inline std::vector<mopo::TrainedLayer> trained_layers(const std::vector<TrainedTuple>& tuples) {
+  std::vector<mopo::TrainedLayer> result;
+  for (const auto& [in, out, a] : tuples)
+    result.push_back(
+        {in,
+         out,
+         {pointer<float>(a[0]), pointer<float>(a[1]), pointer<float>(a[2]), pointer<float>(a[3])},
+         {pointer<float>(a[4]), pointer<float>(a[5]), pointer<float>(a[6]), pointer<float>(a[7])}});
+  return result;
+}
+
+inline mopo::Parameter parameter(const std::array<uintptr_t, 3>& a) {
+  return {pointer<float>(a[0]), pointer<float>(a[1]), pointer<float>(a[2]), nullptr};
+}
+
+// (observations, actions, rewards, next_observations and terminals, size)
+using SourceTuple = std::tuple<std::array<ArrayTuple, 5>, int64_t>;
+
+inline mopo::SacSource source(const SourceTuple& tuple) {
+  const auto& [a, size] = tuple;
+  return {array<const float>(a[0]), array<const float>(a[1]), array<const float>(a[2]),
+          array<const float>(a[3]), array<const bool>(a[4]),  size};
+}
+
+// Arguments and the arrays that they point to: moved, never copied.
+struct SacCall {
+  SacCall(int64_t obs_dim, int64_t act_dim, int64_t critics, const std::vector<TrainedTuple>& actor,
+          const std::vector<TrainedTuple>& critic, const std::array<uintptr_t, 3>& log_alpha,
+          const std::array<float, 3>& learning_rates, float discount, float polyak, float target_entropy,
+          float log_std_min, float log_std_max, float alpha_max, float critic_loss_scale, bool simultaneous,
+          const SourceTuple& real, const SourceTuple& model, int64_t real_rows, int64_t model_rows,
+          int64_t updates, int64_t updates_before, int64_t first_draw, uint64_t seed)
+      : actor(trained_layers(actor)), critic(trained_layers(critic)) {
+    args.obs_dim = obs_dim;
+    args.act_dim = act_dim;
+    args.critics = critics;
+    args.depth = static_cast<int64_t>(actor.size());
+    args.actor = this->actor.data();
+    args.critic = this->critic.data();
+    args.log_alpha = parameter(log_alpha);
+    args.actor_learning_rate = learning_rates[0];
+    args.critic_learning_rate = learning_rates[1];
+    args.alpha_learning_rate = learning_rates[2];
+    args.discount = discount;
+    args.polyak = polyak;
+    args.target_entropy = target_entropy;
+    args.log_std_min = log_std_min;
+    args.log_std_max = log_std_max;
+    args.alpha_max = alpha_max;
+    args.critic_loss_scale = critic_loss_scale;
+    args.simultaneous = simultaneous;
+    args.real = source(real);
+    args.model = source(model);
+    args.real_rows = real_rows;
+    args.model_rows = model_rows;
+    args.updates = updates;
+    args.updates_before = updates_before;
+    args.first_draw = first_draw;
+    args.seed = seed;
+  }
+  SacCall(const SacCall&) = delete;
+
+  std::vector<mopo::TrainedLayer> actor, critic;
+  mopo::SacArgs args{};
+};
+
+struct FitCall {
+  FitCall(int64_t members, int64_t dims, const std::vector<TrainedTuple>& layers, int activation,
+          const std::array<uintptr_t, 3>& max_logvar, const std::array<uintptr_t, 3>& min_logvar,
+          uintptr_t inputs, uintptr_t targets, int64_t stride, uintptr_t rows, int64_t count,
+          int64_t rows_stride, int64_t batch, float learning_rate, float logvar_bound_weight,
+          const std::vector<float>& weight_decay, int64_t steps_before, bool bfloat16)
+      : layers(trained_layers(layers)), weight_decay(weight_decay) {
+    args.members = members;
+    args.depth = static_cast<int64_t>(layers.size());
+    args.dims = dims;
+    args.layers = this->layers.data();
+    args.activation = static_cast<mopo::Activation>(activation);
+    args.max_logvar = parameter(max_logvar);
+    args.min_logvar = parameter(min_logvar);
+    args.inputs = pointer<float>(inputs);
+    args.targets = pointer<float>(targets);
+    args.stride = stride;
+    args.rows = pointer<int64_t>(rows);
+    args.count = count;
+    args.rows_stride = rows_stride;
+    args.batch = batch;
+    args.learning_rate = learning_rate;
+    args.logvar_bound_weight = logvar_bound_weight;
+    args.weight_decay = this->weight_decay.data();
+    args.steps_before = steps_before;
+    args.bfloat16 = bfloat16;
+  }
+  FitCall(const FitCall&) = delete;
+
+  std::vector<mopo::TrainedLayer> layers;
+  std::vector<float> weight_decay;
+  mopo::FitArgs args{};
+};
+
+// Each extension has classes of its own.
+inline void bind_calls(py::module_& module) {
+  using py::arg;
+  py::class_<SacCall>(module, "SacCall", py::module_local(), "A run's SAC updates; see csrc/sac.h.")
+      .def(py::init<int64_t, int64_t, int64_t, const std::vector<TrainedTuple>&,
+                    const std::vector<TrainedTuple>&, const std::array<uintptr_t, 3>&,
+                    const std::array<float, 3>&, float, float, float, float, float, float, float, bool,
+                    const SourceTuple&, const SourceTuple&, int64_t, int64_t, int64_t, int64_t, int64_t,
+                    uint64_t>(),
+           py::kw_only(), arg("obs_dim"), arg("act_dim"), arg("critics"), arg("actor"), arg("critic"),
+           arg("log_alpha"), arg("learning_rates"), arg("discount"), arg("polyak"), arg("target_entropy"),
+           arg("log_std_min"), arg("log_std_max"), arg("alpha_max"), arg("critic_loss_scale"),
+           arg("simultaneous"), arg("real"), arg("model"), arg("real_rows"), arg("model_rows"),
+           arg("updates"), arg("updates_before"), arg("first_draw"), arg("seed"));
+  py::class_<FitCall>(module, "FitCall", py::module_local(), "A run's steps of the fit; see csrc/fit.h.")
+      .def(py::init<int64_t, int64_t, const std::vector<TrainedTuple>&, int, const std::array<uintptr_t, 3>&,
+                    const std::array<uintptr_t, 3>&, uintptr_t, uintptr_t, int64_t, uintptr_t, int64_t,
+                    int64_t, int64_t, float, float, const std::vector<float>&, int64_t, bool>(),
+           py::kw_only(), arg("members"), arg("dims"), arg("layers"), arg("activation"), arg("max_logvar"),
+           arg("min_logvar"), arg("inputs"), arg("targets"), arg("stride"), arg("rows"), arg("count"),
+           arg("rows_stride"), arg("batch"), arg("learning_rate"), arg("logvar_bound_weight"),
+           arg("weight_decay"), arg("steps_before"), arg("bfloat16"));
+}

@@ -1,0 +1,400 @@
+// SAC updates; csrc/cpu/sac.inl says the same for a processor.
+#include "cuda/random.cuh"
+#include "cuda/train.cuh"
+
+namespace mopo::cuda {
+
+// Numbers of a row that are summed over the batch.
+enum Sum { kLogProb, kSquares, kValues, kLeastValue, kSums };
+
+// One run. A matrix of several sections has the batch in each.
+struct Sac {
+  SacArgs args;            // but for the layers, which are
+  const Layer* layers;     // [critics + 1][depth], the actor's last
+  int batch, rows;         // rows of a section: the batch, rounded up to whole tiles
+  Matrix observations;     // 2 sections: observations; next observations
+  Matrix pairs;            // 3 sections: these with actions, the data's; the policy's; next observations'
+  Matrix actions;          // the policy's
+  Matrix spread, log_std;  // its std * noise; log std before the clip
+  Matrix action_grad;      // of - Q / batch by the policy's actions
+  double* sums;            // [kSums][batch]
+  const AdamStep* steps;   // [updates][3]: of the critics, the actor and the temperature
+  double* metrics;
+  uint32_t* counter;
+};
+
+__device__ __forceinline__ float temperature(const SacArgs& args) {
+  const float alpha = expf(*args.log_alpha.value);
+  return alpha > args.alpha_max ? args.alpha_max : alpha;
+}
+
+__device__ __forceinline__ float softplus(float x) { return (x > 0.0f ? x : 0.0f) + log1pf(expf(-fabsf(x))); }
+
+// kTile rows of a batch, from `first` on. What goes through a network is one section of them, or two in turn:
+// through the critics the first two sections of pairs, kBoth at once, or one, then the other.
+template <int kTile, bool kBoth>
+struct SacTile {
+  static constexpr int kStride = 2 * kTile, kCriticRows = kBoth ? kStride : kTile;
+  const Sac& sac;
+  const SacArgs& args;
+  const float alpha;
+  const uint32_t step;
+  const int first;
+
+  // In shared memory, of each row; of log-probabilities the sections of observations, of gradients by Q the
+  // first two of pairs, of Q all of them.
+  __device__ __forceinline__ float* values() const { return activations(); }
+  __device__ __forceinline__ int64_t* drawn() const { return reinterpret_cast<int64_t*>(values()); }
+  __device__ __forceinline__ float* rewards() const { return values() + 2 * kTile; }
+  __device__ __forceinline__ float* continues() const { return values() + 3 * kTile; }
+  __device__ __forceinline__ float* targets() const { return values() + 4 * kTile; }
+  __device__ __forceinline__ float* log_probs() const { return values() + 5 * kTile; }
+  __device__ __forceinline__ float* q_grads() const { return values() + 7 * kTile; }
+  __device__ __forceinline__ float* q(int critic) const { return values() + (9 + 3 * critic) * kTile; }
+  // What goes through a layer, [width][kStride].
+  __device__ __forceinline__ float* x() const { return q(static_cast<int>(args.critics)); }
+  __device__ __forceinline__ float& x(int column, int row) const { return x()[column * kStride + row]; }
+
+  __device__ __forceinline__ int hidden() const { return static_cast<int>(args.depth) - 1; }
+  __device__ __forceinline__ int obs_dim() const { return static_cast<int>(args.obs_dim); }
+  __device__ __forceinline__ int act_dim() const { return static_cast<int>(args.act_dim); }
+  __device__ __forceinline__ const Layer* critic(int j) const { return sac.layers + j * args.depth; }
+  __device__ __forceinline__ const Layer* actor() const { return critic(static_cast<int>(args.critics)); }
+  // Of the sections from `section` on that the critics take at once, is 0 or is 1 one?
+  __device__ __forceinline__ static bool has_data(int section) { return section == 0; }
+  __device__ __forceinline__ static bool has_policy(int section) { return kBoth || section == 1; }
+
+  // The row of a matrix that row v of what goes through a layer is, which begins with `section`.
+  __device__ __forceinline__ int row(int section, int v) const {
+    return (section + v / kTile) * sac.rows + first + v % kTile;
+  }
+  // Its row of the batch; the last tile's rows beyond the batch are its last, and leave no trace.
+  __device__ __forceinline__ int batch_row(int v) const { return min(first + v % kTile, sac.batch - 1); }
+  __device__ __forceinline__ const SacSource& source(int v) const {
+    return batch_row(v) < args.real_rows ? args.real : args.model;
+  }
+
+  __device__ __forceinline__ void gather() const {
+    const int obs_dim = this->obs_dim(), act_dim = this->act_dim();
+    if (threadIdx.x < kTile) {
+      const int v = threadIdx.x;
+      const uint32_t word = random_block(batch_row(v), step, kBatchStream, 0, args.seed).word[0];
+      const int64_t from = choose(word, static_cast<uint32_t>(source(v).size));
+      drawn()[v] = from;
+      rewards()[v] = *source(v).rewards.at(from);
+      continues()[v] = *source(v).terminals.at(from) ? 0.0f : args.discount;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < kTile * obs_dim; i += kThreads) {
+      const int v = i / obs_dim, d = i % obs_dim;
+      const float observation = source(v).observations.at(drawn()[v])[d];
+      const float next = source(v).next_observations.at(drawn()[v])[d];
+      sac.observations.at(row(0, v))[d] = observation;
+      sac.observations.at(row(1, v))[d] = next;
+      sac.pairs.at(row(0, v))[d] = observation;
+      sac.pairs.at(row(1, v))[d] = observation;
+      sac.pairs.at(row(2, v))[d] = next;
+    }
+    for (int i = threadIdx.x; i < kTile * act_dim; i += kThreads) {
+      const int v = i / act_dim, d = i % act_dim;
+      sac.pairs.at(row(0, v))[obs_dim + d] = source(v).actions.at(drawn()[v])[d];
+    }
+  }
+
+  // Sections of `input` through a network, the last layer's outputs into `to`, `stride` from one to the next.
+  // The inputs of the other layers are kept in the sections before `kept`.
+  template <int kRows>
+  __device__ __forceinline__ void forward(const Matrix& input, const Layer* layers, Matrix Layer::* weights,
+                                          int section, int kept, float* to, int stride) const {
+    const int width = layers[0].in;
+    __syncthreads();
+    for (int i = threadIdx.x; i < kRows / 4 * width; i += kThreads) {
+      const int v = i / width * 4, d = i % width;
+      four(&x(d, v)) = load_column(input, row(section, v), d);
+    }
+    for (int l = 0; l <= hidden(); ++l) {
+      const Layer& layer = layers[l];
+      const Matrix& matrix = layer.*weights;
+      const float* bias = matrix.at(layer.in);
+      multiply<kRows, kStride>(x(), matrix.data, matrix.stride, layer.in, layer.out,
+                               [&](int n, int v, float4 sum) {
+                                 float4 y = each(sum, [b = bias[n]](float z) { return z + b; });
+                                 if (l == hidden()) {
+                                   four(to + n * stride + v) = y;
+                                   return;
+                                 }
+                                 y = each(y, [](float z) { return z < 0.0f ? 0.0f : z; });
+                                 four(&x(n, v)) = y;
+                                 if (section + v / kTile < kept)
+                                   store_column(layers[l + 1].inputs, row(section, v), n, y);
+                               });
+    }
+    __syncthreads();
+  }
+
+  // Actions and their log-probabilities, at observations and at next observations.
+  __device__ __forceinline__ void act() const {
+    const int act_dim = this->act_dim();
+    forward<kStride>(sac.observations, actor(), &Layer::value, 0, 1, x(), kStride);
+    float* terms = partials();
+    for (int i = threadIdx.x; i < act_dim * kStride; i += kThreads) {
+      const int d = i / kStride, v = i % kStride;
+      const Stream stream = v < kTile ? kActionStream : kNextActionStream;
+      const float noise = normal(random_block(batch_row(v), step, stream, d / 4, args.seed), d % 4);
+      const float mean = x(d, v), raw_log_std = x(act_dim + d, v);
+      float log_std = raw_log_std < args.log_std_min ? args.log_std_min : raw_log_std;
+      log_std = log_std > args.log_std_max ? args.log_std_max : log_std;
+      const float spread = expf(log_std) * noise, raw = mean + spread, action = tanhf(raw);
+      // log(1 - tanh(x)^2) without cancellation.
+      const float squash = 2.0f * (0.69314718056f - raw - softplus(-2.0f * raw));
+      terms[i] = -0.5f * noise * noise - log_std - 0.91893853320f - squash;
+      sac.pairs.at(row(1, v))[obs_dim() + d] = action;
+      if (v >= kTile) continue;
+      sac.actions.at(row(0, v))[d] = action;
+      sac.spread.at(row(0, v))[d] = spread;
+      sac.log_std.at(row(0, v))[d] = raw_log_std;
+    }
+    __syncthreads();
+    if (threadIdx.x < kStride) {
+      float log_prob = 0.0f;
+      for (int d = 0; d < act_dim; ++d) log_prob += terms[d * kStride + threadIdx.x];
+      log_probs()[threadIdx.x] = log_prob;
+      if (threadIdx.x < kTile) add(kLogProb, log_prob);
+    }
+  }
+
+  // This thread's row's part in a sum.
+  __device__ __forceinline__ void add(Sum sum, double x) const {
+    const int row = first + threadIdx.x;
+    if (row < sac.batch) sac.sums[sum * sac.batch + row] = x;
+  }
+
+  __device__ __forceinline__ void evaluate_targets() const {
+    for (int j = 0; j < args.critics; ++j)
+      forward<kTile>(sac.pairs, critic(j), &Layer::target, 2, 0, q(j) + 2 * kTile, 0);
+    if (threadIdx.x >= kTile) return;
+    const int v = threadIdx.x;
+    float least = q(0)[2 * kTile + v];
+    for (int j = 1; j < args.critics; ++j) {
+      const float other = q(j)[2 * kTile + v];
+      if (other < least || other != other) least = other;
+    }
+    const float value = least - alpha * log_probs()[kTile + v];
+    targets()[v] = rewards()[v] + (continues()[v] != 0.0f ? continues()[v] * value : 0.0f);
+  }
+
+  // The critics forwards and backwards, the sections from `section` on: 0 for their own loss, 1 for the
+  // policy's.
+  __device__ __forceinline__ void critics(int section) const {
+    for (int j = 0; j < args.critics; ++j)
+      forward<kCriticRows>(sac.pairs, critic(j), &Layer::value, section, 2, q(j) + section * kTile, 0);
+    const int v = threadIdx.x;
+    int least = 0;
+    if (v < kTile && has_data(section)) {
+      double squares = 0.0, sum = 0.0;
+      for (int j = 0; j < args.critics; ++j) {
+        const double error = static_cast<double>(q(j)[v]) - targets()[v];
+        squares += error * error;
+        sum += q(j)[v];
+      }
+      add(kSquares, squares);
+      add(kValues, sum);
+    }
+    if (v < kTile && has_policy(section)) {
+      for (int j = 1; j < args.critics; ++j)
+        if (q(j)[kTile + v] < q(least)[kTile + v]) least = j;
+      add(kLeastValue, q(least)[kTile + v]);
+    }
+    const float share = 1.0f / static_cast<float>(sac.batch), scale = 2.0f * args.critic_loss_scale * share;
+    for (int j = 0; j < args.critics; ++j) {
+      __syncthreads();
+      if (v < kTile && has_data(section)) q_grads()[v] = scale * (q(j)[v] - targets()[v]);
+      if (v < kTile && has_policy(section)) q_grads()[kTile + v] = least == j ? -share : 0.0f;
+      __syncthreads();
+      critic_backward(j, section);
+    }
+  }
+
+  __device__ __forceinline__ void critic_backward(int j, int section) const {
+    const Layer *layers = critic(j), &head = layers[hidden()];
+    for (int i = threadIdx.x; i < kCriticRows / 4 * head.in; i += kThreads) {
+      const int v = i / head.in * 4, k = i % head.in;
+      const float4 outputs = load_column(head.inputs, row(section, v), k);
+      const float4 grads =
+          each(outputs, four(q_grads() + section * kTile + v),
+               [w = *head.value.at(k)](float output, float grad) { return output > 0.0f ? grad * w : 0.0f; });
+      four(&x(k, v)) = grads;
+      if (section + v / kTile == 0) store_column(layers[hidden() - 1].grads, row(0, v), k, grads);
+    }
+    if (has_data(section) && threadIdx.x < kTile)
+      *head.grads.at(first + threadIdx.x) = q_grads()[threadIdx.x];
+    backward<kCriticRows>(layers, hidden() - 1, section, has_policy(section) ? 0 : 1, j > 0);
+  }
+
+  // From the gradients of layer `top`'s outputs down to those of the outputs below layer `bottom`, before the
+  // activation. Below the critics' layer 0 are actions: their gradients are those of all critics together.
+  template <int kRows>
+  __device__ __forceinline__ void backward(const Layer* layers, int top, int section, int bottom,
+                                           bool adds) const {
+    for (int l = top; l >= bottom; --l) {
+      const Layer& layer = layers[l];
+      // Of the first layer's inputs whole groups of four, from the actions on.
+      const int begin = l == 0 ? obs_dim() / 4 * 4 : 0;
+      multiply<kRows, kStride>(
+          x(), layer.transposed.data + begin, layer.transposed.stride, layer.out, layer.in - begin,
+          [&](int k, int v, float4 sum) {
+            if (l > 0) {
+              const float4 grads = each(sum, load_column(layer.inputs, row(section, v), k),
+                                        [](float grad, float output) { return output > 0.0f ? grad : 0.0f; });
+              four(&x(k, v)) = grads;
+              if (section + v / kTile == 0) store_column(layers[l - 1].grads, row(0, v), k, grads);
+              return;
+            }
+            const int d = begin + k - obs_dim();
+            if (d < 0 || section + v / kTile == 0) return;
+            const int to = first + v % kTile;
+            if (adds)
+              sum = each(sum, load_column(sac.action_grad, to, d), [](float a, float b) { return a + b; });
+            store_column(sac.action_grad, to, d, sum);
+          });
+    }
+  }
+
+  // From the gradients of the actions through Q to those of the actor's layers.
+  __device__ __forceinline__ void actor_backward() const {
+    const float share = 1.0f / static_cast<float>(sac.batch);
+    const int act_dim = this->act_dim();
+    const Layer& head = actor()[hidden()];
+    __syncthreads();
+    for (int i = threadIdx.x; i < act_dim * kTile; i += kThreads) {
+      const int d = i / kTile, v = i % kTile;
+      const float action = sac.actions.at(row(0, v))[d], log_std = sac.log_std.at(row(0, v))[d];
+      const float q_grad = sac.action_grad.at(row(0, v))[d];
+      const float raw_grad = alpha * share * 2.0f * action + q_grad * (1.0f - action * action);
+      const bool free = log_std >= args.log_std_min && log_std <= args.log_std_max;
+      const float log_std_grad = free ? raw_grad * sac.spread.at(row(0, v))[d] - alpha * share : 0.0f;
+      head.grads.at(row(0, v))[d] = x(d, v) = raw_grad;
+      head.grads.at(row(0, v))[act_dim + d] = x(act_dim + d, v) = log_std_grad;
+    }
+    backward<kTile>(actor(), hidden(), 0, 1, false);
+  }
+};
+
+// The temperature's step, and the update's metrics, which are of the state before it.
+__device__ __forceinline__ void train_temperature(const Sac& sac, const AdamStep& step) {
+  const SacArgs& args = sac.args;
+  const double* sums = add_up(sac.sums, kSums, sac.batch);
+  if (threadIdx.x > 0) return;
+  const double count = sac.batch, entropy = -sums[kLogProb] / count, alpha = temperature(args);
+  const double gradient = entropy - args.target_entropy;
+  const double values[kSacMetrics] = {args.critic_loss_scale * sums[kSquares] / count,
+                                      -alpha * entropy - sums[kLeastValue] / count,
+                                      *args.log_alpha.value * gradient,
+                                      sums[kValues] / (count * static_cast<double>(args.critics)),
+                                      alpha,
+                                      entropy};
+  for (int i = 0; i < kSacMetrics; ++i) sac.metrics[i] += values[i];
+  adam(step, args.log_alpha, 0, static_cast<float>(gradient));
+}
+
+// kSimultaneous: one pass for the gradients of critics and actor; else the critics' parameters move in
+// between.
+template <int kTile, bool kSimultaneous>
+__global__ void __launch_bounds__(kThreads, 1) sac_kernel(const __grid_constant__ Launch<Sac> launch) {
+  const Sac& sac = launch.runs[blockIdx.x / launch.blocks];
+  const SacArgs& args = sac.args;
+  const int critic_layers = static_cast<int>(args.critics * args.depth);
+  const int layers = critic_layers + static_cast<int>(args.depth);
+  Group group{launch.blocks, static_cast<int>(blockIdx.x) % launch.blocks, sac.counter};
+  for (int l = 0; l < layers; ++l) take_up(group, sac.layers[l], sac.rows);
+  constexpr int kPasses = kSimultaneous ? 1 : 2;
+  for (int pass = 0; pass < kPasses * args.updates; ++pass) {
+    const int update = pass / kPasses, section = pass % kPasses;
+    const bool begins = section == 0, ends = section == kPasses - 1;
+    group.wait();
+    const float alpha = temperature(args);
+    for (int first = group.block * kTile; first < sac.batch; first += group.blocks * kTile) {
+      const SacTile<kTile, kSimultaneous> tile{sac, args, alpha,
+                                               static_cast<uint32_t>(args.first_draw + update), first};
+      if (begins) {
+        tile.gather();
+        tile.act();
+        tile.evaluate_targets();
+      }
+      tile.critics(section);
+      if (ends) tile.actor_backward();
+    }
+    group.wait();
+    const AdamStep* steps = sac.steps + 3 * update;
+    int next = group.block;
+    for (int l = begins ? 0 : critic_layers; l < (ends ? layers : critic_layers); ++l)
+      train_layer(group, sac.layers[l], steps[l < critic_layers ? 0 : 1], sac.batch, next);
+    if (ends && group.block == group.blocks - 1) train_temperature(sac, steps[2]);
+  }
+}
+
+namespace {
+
+Sac lay_out(Memory& memory, const SacArgs& args, double* metrics) {
+  Sac sac{};
+  sac.args = args;
+  sac.batch = static_cast<int>(args.real_rows + args.model_rows);
+  sac.rows = round_up(sac.batch, 8);
+  const int rows = sac.rows;
+  sac.observations = memory.take_matrix(2 * rows, args.obs_dim + 1);
+  sac.pairs = memory.take_matrix(3 * rows, args.obs_dim + args.act_dim + 1);
+  for (Matrix* each : {&sac.actions, &sac.spread, &sac.log_std, &sac.action_grad})
+    *each = memory.take_matrix(rows, args.act_dim);
+  std::vector<Layer> layers;
+  const auto take = [&](const TrainedLayer* from, int64_t network, Matrix inputs, int sections,
+                        bool to_the_inputs) {
+    for (int64_t l = 0; l < args.depth; ++l) {
+      if (l > 0) inputs = memory.take_matrix(sections * rows, from[l].in + 1);
+      layers.push_back(memory.take_layer(from[l], network, inputs, rows, l > 0 || to_the_inputs));
+    }
+  };
+  for (int64_t j = 0; j < args.critics; ++j) take(args.critic, j, sac.pairs, 2, true);
+  take(args.actor, 0, sac.observations, 1, false);
+  sac.layers = memory.put(layers);
+  sac.sums = memory.take<double>(kSums * sac.batch);
+  std::vector<AdamStep> steps;
+  for (int64_t number = args.updates_before + 1; number <= args.updates_before + args.updates; ++number) {
+    steps.push_back(adam_step(args.critic_learning_rate, number, 0.0f, args.polyak));
+    steps.push_back(adam_step(args.actor_learning_rate, number, 0.0f, 0.0f));
+    steps.push_back(adam_step(args.alpha_learning_rate, number, 0.0f, 0.0f));
+  }
+  sac.steps = memory.put(steps);
+  sac.metrics = metrics;
+  sac.counter = memory.put(std::vector<uint32_t>{0});
+  return sac;
+}
+
+}  // namespace
+
+cudaError_t sac_updates(const std::vector<SacArgs>& runs, double* metrics, const Allocate& allocate,
+                        cudaStream_t stream) {
+  const SacArgs& first = runs.front();
+  const int widest_layer = std::max(widest(first.actor, first.depth), widest(first.critic, first.depth));
+  const int floats = 9 + 3 * static_cast<int>(first.critics) + 2 * widest_layer;  // of a row
+  return each_launch(runs, [&](const SacArgs* some, int count, int blocks, const Device& device) {
+    const bool large =
+        first.real_rows + first.model_rows > 4 * blocks && shared_bytes(8 * floats) <= device.shared_bytes;
+    return launch_with_memory(
+        allocate, stream,
+        [&](Memory& memory) {
+          std::vector<Sac> all;
+          for (const SacArgs* args = some; args < some + count; ++args)
+            all.push_back(lay_out(memory, *args, metrics + (args - runs.data()) * kSacMetrics));
+          return Launch<Sac>{memory.put(all), blocks};
+        },
+        [&](const Launch<Sac>& launch) {
+          const auto kernel = first.simultaneous ? large ? sac_kernel<8, true> : sac_kernel<4, true>
+                              : large            ? sac_kernel<8, false>
+                                                 : sac_kernel<4, false>;
+          return ptx::launch_together(kernel, count * blocks, kThreads,
+                                      shared_bytes((large ? 8 : 4) * floats), stream, launch);
+        });
+  });
+}
+
+}  // namespace mopo::cuda

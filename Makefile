@@ -85,7 +85,7 @@ sanitize-gpu: $(INSTALLED)
 bench-compare: $(INSTALLED)
 	$(BIN)/python -m benchmarks.against $(REF)
 
-# The extension with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package of its own; and with
+# The CPU's extension with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package of its own; and with
 # ThreadSanitizer, which sees no races in what it did not compile.
 SANITIZED := build/sanitized
 comma := ,
@@ -93,16 +93,17 @@ sanitized = rm -rf $(SANITIZED) build/lib.* && \
     MOPO_FAST_SANITIZE=$(1) $(BIN)/python -m pip install --quiet --no-deps --target $(SANITIZED) .
 runtime = $$($(CXX) -print-file-name=$(1))
 SANITIZED_PYTHON = PYTHONPATH=$(SANITIZED) $(BIN)/python -P
+SANITIZED_TESTS := $(filter-out tests/test_kernel_cuda.py,$(wildcard tests/test_kernel*.py))
 sanitize: $(INSTALLED)
 	$(call sanitized,address$(comma)undefined)
 	export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$(call runtime,libasan.so) $(call runtime,libstdc++.so)"; \
 	$(SANITIZED_PYTHON) -c 'from mopo_fast import _cpu; assert "$(SANITIZED)" in _cpu.__file__, _cpu.__file__' && \
-	$(SANITIZED_PYTHON) -m pytest -p no:cacheprovider tests/test_philox.py tests/test_kernel*.py
+	$(SANITIZED_PYTHON) -m pytest -p no:cacheprovider tests/test_philox.py $(SANITIZED_TESTS)
 sanitize-threads: $(INSTALLED)
 	$(call sanitized,thread)
 	export TSAN_OPTIONS=ignore_noninstrumented_modules=1 LD_PRELOAD="$(call runtime,libtsan.so)"; \
-	$(SANITIZED_PYTHON) -m pytest -p no:cacheprovider tests/test_kernel*.py -k "threads or splits or calls"
+	$(SANITIZED_PYTHON) -m pytest -p no:cacheprovider $(SANITIZED_TESTS) -k "threads or splits or calls"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info mopo_fast/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -46,7 +46,8 @@ def build_extension(folder: Path) -> ModuleType:
     sources = [CSRC / "bind_cuda.cpp", *sorted((CSRC / "cuda").glob("*.cu"))]
     if not target.exists():
         build(target, sources, [pybind11.get_include(), sysconfig.get_paths()["include"]])
-    spec = importlib.util.spec_from_file_location("mopo_fast._cuda", target)
+    # A name of its own: the extension for a GPU may be loaded too.
+    spec = importlib.util.spec_from_file_location("cuda_emulator._cuda", target)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -369,6 +369,7 @@ SAC_CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "canonical": (17, 6, {}),
     "canonical, others' options": (17, 6, OTHERS),
     "others' options, many rows": (5, 3, {"hidden": (24, 17), "batch_size": 45, **OTHERS}),
+    "others' options, one layer": (4, 2, {"hidden": (12,), "batch_size": 20, **OTHERS}),
     "one action": (3, 1, {"hidden": (24, 40), "batch_size": 7}),
     "one row": (11, 3, {"hidden": (16, 8), "batch_size": 1}),
     "one unit": (5, 2, {"hidden": (1,), "batch_size": 20}),

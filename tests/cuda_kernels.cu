@@ -258,6 +258,29 @@ __global__ void __launch_bounds__(64) warp_kernel(const __grid_constant__ WarpAr
   args.exp2[i] = ptx::exp2_approx(args.x[i]);
 }
 
+// ---- Blocks that wait for one another ----
+
+enum class Company { kWaits, kDoesNotWait, kLacksOne };
+
+struct CompanyArgs {
+  Company how;
+  uint32_t* counter;
+  int* values;  // a block's own
+  int* sums;    // of all, of each block
+};
+
+__global__ void __launch_bounds__(32) company_kernel(const __grid_constant__ CompanyArgs args) {
+  if (threadIdx.x == 0) args.values[blockIdx.x] = 1 + blockIdx.x;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    if (args.how != Company::kLacksOne || blockIdx.x > 0) ptx::arrive(args.counter);
+    if (args.how != Company::kDoesNotWait) ptx::wait_for(args.counter, gridDim.x);
+    int sum = 0;
+    for (unsigned block = 0; block < gridDim.x; ++block) sum += args.values[block];
+    args.sums[blockIdx.x] = sum;
+  }
+}
+
 const char* told(cudaError_t error) { return error == cudaSuccess ? "" : cudaGetErrorString(error); }
 
 }  // namespace
@@ -288,6 +311,11 @@ const char* run_pipeline(int fault, int blocks, int steps, const float* a, const
 const char* run_warps(int blocks, const float* x, float* sums, float* tanh, float* exp2) {
   const mopo::WarpArgs args{x, sums, tanh, exp2};
   return mopo::told(mopo::ptx::launch<1>(mopo::warp_kernel, blocks, 64, 0, nullptr, args));
+}
+
+const char* run_company(int how, int blocks, uint32_t* counter, int* values, int* sums) {
+  const mopo::CompanyArgs args{mopo::Company{how}, counter, values, sums};
+  return mopo::told(mopo::ptx::launch_together(mopo::company_kernel, blocks, 32, 0, nullptr, args));
 }
 }
 #pragma GCC visibility pop

@@ -38,7 +38,7 @@ FAULTS = {
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     library = ctypes.CDLL(str(cuda_emulator.build(tmp_path_factory.mktemp("cuda") / "kernels.so", [KERNELS])))
-    for name in ("run_product", "run_chain", "run_pipeline", "run_warps"):
+    for name in ("run_product", "run_chain", "run_pipeline", "run_warps", "run_company"):
         getattr(library, name).restype = ctypes.c_char_p
     return library
 
@@ -148,6 +148,27 @@ def test_warps_and_rough_functions(kernels: ctypes.CDLL) -> None:
     for rough, exact, most in ((tanh, np.tanh(x), 2.0**-11), (exp2, np.exp2(x), 2.0**-22)):
         error = np.abs(rough / exact.astype(np.float64) - 1.0).max()
         assert 0.5 * most < error < 1.01 * most
+
+
+def run_company(kernels: ctypes.CDLL, how: int, blocks: int) -> tuple[str, list[int]]:
+    """What the emulator says; and 1 + 2 + ... + blocks, as each block has it."""
+    counter, values, sums = np.zeros(1, np.uint32), np.zeros(blocks, np.int32), np.zeros(blocks, np.int32)
+    told = kernels.run_company(how, blocks, address(counter), address(values), address(sums))
+    return told.decode(), sums.tolist()
+
+
+def test_blocks_wait_for_one_another(kernels: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits, does_not_wait, lacks_one = range(3)
+    found = []
+    for seed in range(8):
+        monkeypatch.setenv(cuda_emulator.SEED, str(seed))
+        assert run_company(kernels, waits, 4) == ("", [10] * 4)
+        found.append(run_company(kernels, does_not_wait, 4)[1] != [10] * 4)
+    assert any(found)
+    assert re.search(
+        r"deadlock:(.|\n)*block 3, warp  0: wait_for\(4\)", run_company(kernels, lacks_one, 4)[0]
+    )
+    assert "5 blocks do not run at once" in run_company(kernels, waits, 5)[0]
 
 
 def disassembler() -> str | None:

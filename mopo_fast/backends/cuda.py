@@ -193,6 +193,8 @@ def _compact(start: torch.Tensor, rows: torch.Tensor, record: Record, out: Desti
 
 
 _TRAINER = Trainer("cuda", _DEVICE)
+# kSacMetrics in csrc/sac.h.
+_SAC_METRICS = 6
 
 
 def _train(kernel: str, calls: Sequence[Any], shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
@@ -217,7 +219,7 @@ def sac_updates(runs: Sequence[SacRun], threads: int) -> list[list[float]]:
     """
     calls = [_TRAINER.sac_call(_extension(), run) for run in runs]
     device = runs[0].log_alpha[0].device
-    metrics: list[list[float]] = _train("sac_updates", calls, (len(runs), 6), device).tolist()
+    metrics: list[list[float]] = _train("sac_updates", calls, (len(runs), _SAC_METRICS), device).tolist()
     return metrics
 
 

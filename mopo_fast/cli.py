@@ -32,18 +32,22 @@ Number = Annotated[int | None, arg(metavar="INT")]
 def collect(
     name: Annotated[str, Positional, arg(metavar="NAME")],
     *,
-    steps: int = 1_000_000,
+    steps: Number = None,
     out: File = None,
     seed: int = 0,
     threads: Number = None,
     overwrite: bool = False,
     quiet: bool = False,
 ) -> None:
-    """Make a data set on this machine: uniform random actions in MuJoCo, D4RL's protocol and file layout.
+    """Make a data set on this machine, in MuJoCo, by D4RL's protocol and in its file layout.
+
+    Every tier but random takes a SAC agent trained online, in $MOPO_FAST_DATA_DIR/online/TASK-seedSEED.
+    All tiers of a seed share it; stopped, the same command goes on.
 
     Args:
-        name: halfcheetah-random, hopper-random or walker2d-random; the set is called NAME-local.
-        steps: Transitions.
+        name: TASK-TIER, such as hopper-medium-replay: halfcheetah, hopper, walker2d or ant; random, medium,
+            medium-replay, medium-expert, expert or full-replay. The set is called NAME-local.
+        steps: Transitions, by default 1,000,000; of each half of medium-expert. Replays hold what was stored.
         out: A file (.hdf5) or a folder; by default $MOPO_FAST_DATA_DIR, else ~/.mopo_fast/datasets.
         threads: By default every core. The file does not depend on it.
         overwrite: Replace the file if it exists.
@@ -51,7 +55,11 @@ def collect(
     """
     from mopo_fast.data import collect
 
-    print(collect(name, steps, seed=seed, out=out, threads=threads, overwrite=overwrite, quiet=quiet))
+    try:
+        path = collect(name, steps, seed=seed, out=out, threads=threads, overwrite=overwrite, quiet=quiet)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; the same command goes on") from None
+    print(path)
 
 
 def fit(

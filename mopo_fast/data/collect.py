@@ -24,6 +24,7 @@ import numpy.typing as npt
 from mopo_fast._version import __version__
 from mopo_fast.atomic import atomic_path, check_writable
 from mopo_fast.config import OnlineConfig
+from mopo_fast.data import d4rl
 from mopo_fast.environments import make_environment
 from mopo_fast.errors import InputError
 from mopo_fast.progress import progress_bar
@@ -32,12 +33,6 @@ from mopo_fast.tasks import TASKS
 
 Array = npt.NDArray[Any]
 
-SETS = tuple(
-    f"{task}-{tier}"
-    for task in ("halfcheetah", "hopper", "walker2d", "ant")
-    for tier in ("random", "medium", "medium-replay", "medium-expert", "expert", "full-replay")
-)
-"""What can be collected."""
 UNIFORM = "uniform random actions"
 MAX_PATH = 1000
 """Steps after which an episode is cut off: D4RL's limit and the environments' own."""
@@ -253,7 +248,7 @@ def collect(
     share. The file is the same for any number of threads.
 
     Args:
-        name: TASK-TIER, one of `SETS`; the set is called `<name>-local`.
+        name: TASK-TIER, as D4RL has them, such as `hopper-medium`; the set is called `<name>-local`.
         steps: transitions, by default 1 M; the last episode is cut. medium-expert has so many of each half.
             medium-replay and full-replay hold all that was stored and take none.
         out: the file (.hdf5 or .h5) or its folder; by default the folder of local data sets.
@@ -270,8 +265,11 @@ def collect(
     """
     local_name = name.removesuffix("-local")
     task, _, tier = local_name.partition("-")
-    if local_name not in SETS:
-        raise InputError(f"cannot collect {name!r}; these can be collected: {', '.join(SETS)}")
+    if task not in d4rl.TASKS or tier not in d4rl.TIERS:
+        raise InputError(
+            f"cannot collect {name!r}; it must be TASK-TIER with a task of {', '.join(d4rl.TASKS)}"
+            f" and a tier of {', '.join(d4rl.TIERS)}"
+        )
     if threads is None:
         threads = len(os.sched_getaffinity(0))
     if steps is not None and tier.endswith("replay"):

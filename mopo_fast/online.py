@@ -33,7 +33,7 @@ from mopo_fast.progress import Bar, progress_bar
 from mopo_fast.sac import SAC
 from mopo_fast.seeds import ONLINE, derive_seed
 from mopo_fast.tasks import Task, get_task
-from mopo_fast.tensors import load_metadata, load_tensors, save_tensors
+from mopo_fast.tensors import load_metadata, load_tensors, require_shape, save_tensors
 
 Rows = dict[str, npt.NDArray[Any]]
 
@@ -169,6 +169,7 @@ class OnlineTraining:
             _Paths(self.task, self.config.environments) as paths,
             progress_bar(what, total, quiet=quiet) as bar,
         ):
+            bar.update(completed=len(self.buffer))
             while self.epoch < self.config.epochs and not (until_medium and self.medium_epoch):
                 self._train_epoch(paths, bar)
                 self._save()
@@ -254,14 +255,21 @@ class OnlineTraining:
 
     def _load(self) -> None:
         path = self.folder / "state.safetensors"
-        record = json.loads(load_metadata(path)["record"])
+        try:
+            record = json.loads(load_metadata(path)["record"])
+        except (KeyError, json.JSONDecodeError) as error:
+            raise InputError(
+                f"{path} is not a training's state ({error}); remove {self.folder} to train from the start"
+            ) from error
         if record["settings"] != self._settings():
             raise InputError(
                 f"{self.folder} holds a training with other settings; remove it, or choose another seed"
             )
         tensors = load_tensors(path)
         self.sac.load_state(tensors, path)
-        self.medium.load_state_dict({key: tensors[f"medium.{key}"] for key in self.medium.state_dict()})
+        for name, target in self.medium.state_dict().items():
+            require_shape(path, tensors, f"medium.{name}", target.shape)
+            target.copy_(tensors[f"medium.{name}"])
         self.epoch, self.evaluations = record["epoch"], record["evaluations"]
         for epoch in range(1, self.epoch + 1):
             self._remember(self._rows(epoch))

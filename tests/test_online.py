@@ -27,6 +27,7 @@ from mopo_fast.online import OnlineTraining, sample_paths
 from mopo_fast.policy import Actor
 from mopo_fast.seeds import derive_seed
 from mopo_fast.tasks import TASKS
+from mopo_fast.tensors import load_tensors, save_tensors
 
 # Any policy is good enough for medium: the second evaluation is where it ends.
 SMALL = OnlineConfig(
@@ -301,6 +302,23 @@ def test_other_settings_are_refused(sets: dict[str, Path], tmp_path: Path) -> No
     other = dataclasses.replace(SMALL, medium_score=-999.0)
     with pytest.raises(InputError, match="a training with other settings"):
         make("hopper-expert", online=other, out=tmp_path)
+
+
+def test_a_broken_state_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOPO_FAST_DATA_DIR", str(tmp_path))
+    make("hopper-medium-replay", out=tmp_path / "one")
+    training = tmp_path / "online" / "hopper-seed0"
+    rows = (training / "rows-000002.safetensors").read_bytes()
+    (training / "rows-000002.safetensors").write_bytes(rows[:-1])
+    with pytest.raises(InputError, match=r"rows-000002\.safetensors is not a whole safetensors file"):
+        make("hopper-expert")
+    (training / "rows-000002.safetensors").write_bytes(rows)
+    tensors = load_tensors(training / "state.safetensors")
+    save_tensors(training / "state.safetensors", tensors)
+    with pytest.raises(
+        InputError, match=r"state\.safetensors is not a training's state .*remove .*hopper-seed0"
+    ):
+        make("hopper-expert")
 
 
 @pytest.mark.parametrize(

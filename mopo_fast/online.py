@@ -6,6 +6,7 @@ and on (seed, epoch) alone, so a training that was killed goes on from its last 
 """
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import math
@@ -22,7 +23,9 @@ import torch
 from mopo_fast.atomic import atomic_path
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import OnlineConfig, to_dict
-from mopo_fast.data.collect import MAX_PATH, UNIFORM, local_folder, new_file, store
+from mopo_fast.data.collect import MAX_PATH, UNIFORM, local_folder
+from mopo_fast.data.files import new_file, store
+from mopo_fast.data.relabel import RELABELLED
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.environments import make_environment
 from mopo_fast.errors import InputError
@@ -50,6 +53,7 @@ class _Paths:
         self.envs = [make_environment(task.env_id).unwrapped for _ in range(count)]
         self.observations = np.zeros((count, task.obs_dim), dtype=np.float32)
         self.lengths = [0] * count
+        self.recorded = task.recorded
 
     def __enter__(self) -> "_Paths":
         return self
@@ -67,8 +71,10 @@ class _Paths:
         env = self.envs[i]
         rows["infos/qpos"][at], rows["infos/qvel"][at] = env.data.qpos, env.data.qvel
         rows["observations"][at], rows["actions"][at] = self.observations[i], action
-        self.observations[i], rows["rewards"][at], fell, _, _ = env.step(action)
+        self.observations[i], rows["rewards"][at], fell, _, info = env.step(action)
         self.lengths[i] += 1
+        for name in self.recorded:
+            rows[f"infos/{name}"][at] = info[name]
         # MuJoCo starts a simulation that became unstable over, at time 0.
         stable = math.isclose(env.data.time, self.lengths[i] * env.dt, rel_tol=1e-6)
         if not (stable and np.isfinite(self.observations[i]).all()):
@@ -92,6 +98,7 @@ class _Paths:
             "infos/action_log_probs": np.empty(shape, np.float32),
             "infos/qpos": np.empty((*shape, env.model.nq)),
             "infos/qvel": np.empty((*shape, env.model.nv)),
+            **{f"infos/{name}": np.empty(shape) for name in self.recorded},
         }
 
 
@@ -144,7 +151,9 @@ class OnlineTraining:
 
     @property
     def medium_epoch(self) -> int | None:
-        """The epoch after which the policy was good enough for medium; None: it was not yet."""
+        """The epoch after which the policy was good enough for medium; None: not yet, or it has no score."""
+        if self.task.max_return is None:
+            return None
         scores = [evaluation["score_mean"] for evaluation in self.evaluations]
         for last in range(self.config.medium_window - 1, len(scores)):
             recent = scores[last + 1 - self.config.medium_window : last + 1]
@@ -214,7 +223,11 @@ class OnlineTraining:
         return derive_seed(self.seed, ONLINE, *path)
 
     def _last_score(self) -> str:
-        return f"score {self.evaluations[-1]['score_mean']:.1f}, " if self.evaluations else ""
+        if not self.evaluations:
+            return ""
+        last = self.evaluations[-1]
+        name = "return" if last["score_mean"] is None else "score"
+        return f"{name} {last[f'{name}_mean']:.1f}, "
 
     def _remember(self, rows: Rows) -> None:
         """Put rows [steps, environments, ...] into the replay."""
@@ -249,7 +262,7 @@ class OnlineTraining:
         record = {"settings": self._settings(), "epoch": self.epoch, "evaluations": self.evaluations}
         save_tensors(self.folder / "state.safetensors", tensors, {"record": json.dumps(record)})
         if self.evaluations:
-            lines = [",".join(map(str, row.values())) for row in self.evaluations]
+            lines = [",".join(map(_text, row.values())) for row in self.evaluations]
             with atomic_path(self.folder / "progress.csv") as temporary:
                 temporary.write_text("\n".join([",".join(self.evaluations[0]), *lines]) + "\n")
 
@@ -296,11 +309,20 @@ class OnlineTraining:
             tensors |= {f"{layer}/weight": weight.T, f"{layer}/bias": bias}
         return {
             "trained_steps": reached["steps"],
-            **{name: value for name, value in reached.items() if name not in ("epoch", "steps")},
+            "updates": reached["updates"],
+            **{
+                name: reached[name]
+                for name in ("return_mean", "return_std", "score_mean", "score_std")
+                if reached[name] is not None
+            },
             "policy/nonlinearity": actor.activation,
             "policy/output_distribution": "tanh_gaussian",
             **{f"policy/{name}": tensor.detach().numpy() for name, tensor in tensors.items()},
         }
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)
 
 
 def copy_actor(actor: Actor) -> Actor:
@@ -358,6 +380,9 @@ def collect_online(
         InputError: as `OnlineTraining` and `OnlineTraining.run`, or another process works on this training.
     """
     task = get_task(task_name)
+    if task.online_env_id is not None:
+        metadata = metadata | {"trained_in": task.online_env_id, "relabelled": task_name}
+        task = dataclasses.replace(task, env_id=task.online_env_id)
     folder = local_folder() / "online" / f"{task_name}-seed{seed}"
     with contextlib.ExitStack() as stack:
         # Actions are of a few rows, and must not depend on how many threads there are.
@@ -401,6 +426,8 @@ def collect_online(
             end = written + count
             while written < end:
                 rows = {key: array[: end - written] for key, array in next(paths).items()}
+                if task_name in RELABELLED:
+                    rows = RELABELLED[task_name](rows)
                 written += store(file, rows, written, total)
                 bar.update(completed=written)
             # Where it is cut a path does not go on.

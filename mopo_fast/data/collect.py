@@ -5,8 +5,6 @@ stored equals, bit for bit, what gymnasium's `env.step` returns, cast to float32
 others.
 """
 
-import contextlib
-import errno
 import math
 import os
 from collections.abc import Iterator
@@ -15,16 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium
-import h5py
 import mujoco
 import mujoco.rollout
 import numpy as np
 import numpy.typing as npt
 
 from mopo_fast._version import __version__
-from mopo_fast.atomic import atomic_path, check_writable
+from mopo_fast.atomic import check_writable
 from mopo_fast.config import OnlineConfig
 from mopo_fast.data import d4rl
+from mopo_fast.data.files import new_file, store
+from mopo_fast.data.relabel import RELABELLED
 from mopo_fast.environments import make_environment
 from mopo_fast.errors import InputError
 from mopo_fast.progress import progress_bar
@@ -194,31 +193,6 @@ class _Collector:
         return np.concatenate([states[:, 1 : self.nq], velocity], axis=1).astype(np.float32)
 
 
-@contextlib.contextmanager
-def new_file(path: Path, metadata: dict[str, Any]) -> Iterator[Any]:
-    """An HDF5 file to be filled, which is there when it is whole."""
-    with atomic_path(path) as temporary:
-        try:
-            with h5py.File(temporary, "w") as file:
-                for key, value in metadata.items():
-                    file[f"metadata/{key}"] = value
-                yield file
-                file["metadata/steps"] = len(file["rewards"])
-        except (OSError, RuntimeError) as error:
-            # What h5py raises on a full disk is of many kinds.
-            number = getattr(error, "errno", None) or getattr(error.__context__, "errno", None) or errno.EIO
-            raise OSError(number, os.strerror(number)) from error
-
-
-def store(file: Any, arrays: dict[str, Array], first: int, total: int) -> int:
-    """Write rows from row `first` of `total` on, as many as there is room for; return how many."""
-    count = min(len(arrays["rewards"]), total - first)
-    for key, array in arrays.items():
-        stored = file.require_dataset(key, (total, *array.shape[1:]), array.dtype)
-        stored[first : first + count] = array[:count]
-    return count
-
-
 def local_folder() -> Path:
     """Where local data sets live: `$MOPO_FAST_DATA_DIR`, else `~/.mopo_fast/datasets`."""
     return Path(os.environ.get("MOPO_FAST_DATA_DIR") or "~/.mopo_fast/datasets").expanduser()
@@ -248,9 +222,11 @@ def collect(
     share. The file is the same for any number of threads.
 
     Args:
-        name: TASK-TIER, as D4RL has them, such as `hopper-medium`; the set is called `<name>-local`.
+        name: TASK-TIER, as D4RL has them, such as `hopper-medium`, or one of the paper's two
+            out-of-distribution tasks, `halfcheetah-jump` or `ant-angle`: the full replay of an agent trained
+            by another reward, relabelled. The set is called `<name>-local`.
         steps: transitions, by default 1 M; the last episode is cut. medium-expert has so many of each half.
-            medium-replay and full-replay hold all that was stored and take none.
+            Replays hold all that was stored and take none.
         out: the file (.hdf5 or .h5) or its folder; by default the folder of local data sets.
         threads: None takes every core.
         overwrite: replace a file that is there already.
@@ -265,15 +241,17 @@ def collect(
     """
     local_name = name.removesuffix("-local")
     task, _, tier = local_name.partition("-")
-    if task not in d4rl.TASKS or tier not in d4rl.TIERS:
+    if local_name in RELABELLED:
+        task, tier = local_name, "full-replay"
+    elif task not in d4rl.TASKS or tier not in d4rl.TIERS:
         raise InputError(
             f"cannot collect {name!r}; it must be TASK-TIER with a task of {', '.join(d4rl.TASKS)}"
-            f" and a tier of {', '.join(d4rl.TIERS)}"
+            f" and a tier of {', '.join(d4rl.TIERS)}; or {' or '.join(RELABELLED)}"
         )
     if threads is None:
         threads = len(os.sched_getaffinity(0))
     if steps is not None and tier.endswith("replay"):
-        raise InputError(f"{tier} holds all that was stored; leave out steps, got {steps!r}")
+        raise InputError(f"{local_name} holds all that was stored; leave out steps, got {steps!r}")
     steps = 1_000_000 if steps is None else steps
     for what, value, least in (("steps", steps, 1), ("seed", seed, 0), ("threads", threads, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:

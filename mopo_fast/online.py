@@ -127,17 +127,15 @@ class OnlineTraining:
     """
 
     def __init__(self, folder: Path, task: Task, seed: int, config: OnlineConfig, threads: int) -> None:
-        sizes = (
-            config.environments,
-            config.epoch_steps,
-            config.epochs,
-            config.round_steps,
-            config.medium_window,
-        )
-        if min(sizes) < 1 or config.epoch_steps % config.round_steps or config.random_epochs < 1:
+        sizes = (config.environments, config.round_steps, config.epoch_steps, config.random_epochs)
+        if min(*sizes, config.medium_window) < 1 or config.epoch_steps % config.round_steps:
             raise InputError(
-                "online training needs at least one environment, epoch, random epoch, step and evaluation,"
-                f" and an epoch of whole rounds, got {config}"
+                "online training needs at least one environment, step, random epoch and evaluation, and an epoch"
+                f" of whole rounds, got {config}"
+            )
+        if config.epochs <= config.random_epochs:
+            raise InputError(
+                f"epochs must be more than random_epochs, got {config.epochs} and {config.random_epochs}"
             )
         self.folder, self.task, self.seed, self.config = folder, task, seed, config
         self.sac = SAC(task.obs_dim, task.act_dim, config.sac, seed=seed, threads=threads)

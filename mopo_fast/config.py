@@ -154,8 +154,8 @@ class OnlineConfig:
     round_steps: int = 10
     """Of every environment with one policy; then as many updates as there were steps, in one call."""
     medium_score: float = 33.0
-    """The first policy that reaches a third of the expert's score is the medium one. An ant that stands still has
-    31 already."""
+    """The first policy that reaches a third of the expert's score is the medium one. An ant that stands still
+    has 31 already."""
     medium_window: int = 3
     """Evaluations in a row whose mean counts for that, so that a lucky one does not."""
     episodes: int = 5

@@ -130,8 +130,8 @@ class OnlineTraining:
         sizes = (config.environments, config.round_steps, config.epoch_steps, config.random_epochs)
         if min(*sizes, config.medium_window) < 1 or config.epoch_steps % config.round_steps:
             raise InputError(
-                "online training needs at least one environment, step, random epoch and evaluation, and an epoch"
-                f" of whole rounds, got {config}"
+                "online training needs at least one environment, step, random epoch and evaluation,"
+                f" and an epoch of whole rounds, got {config}"
             )
         if config.epochs <= config.random_epochs:
             raise InputError(

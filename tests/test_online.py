@@ -322,12 +322,16 @@ def test_a_broken_state_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    "changes", [{"epoch_steps": 55}, {"environments": 0}, {"random_epochs": 0}, {"epochs": 1}]
+    ("changes", "message"),
+    [
+        ({"epoch_steps": 55}, "online training needs at least one .* whole rounds"),
+        ({"environments": 0}, "online training needs at least one environment"),
+        ({"random_epochs": 0}, "online training needs at least one .* random epoch"),
+        ({"epochs": 1}, "epochs must be more than random_epochs, got 1 and 1"),
+    ],
 )
-def test_bad_settings(changes: dict[str, int], tmp_path: Path) -> None:
-    with pytest.raises(
-        InputError, match="online training needs at least|epochs must be more than random_epochs"
-    ):
+def test_bad_settings(changes: dict[str, int], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
         OnlineTraining(tmp_path, TASKS["hopper"], 0, dataclasses.replace(SMALL, **changes), 1)
 
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from mopo_fast import online
+from mopo_fast.cli import main
 from mopo_fast.config import OnlineConfig, SACConfig
 from mopo_fast.data import collect, load_dataset
 from mopo_fast.environments import make_environment
@@ -260,6 +261,18 @@ def test_goes_on_when_killed(sets: dict[str, Path], tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.hdf5"))
     subprocess.run(command, env=environment, check=True)
     assert (tmp_path / "hopper_expert-local.hdf5").read_bytes() == sets["expert"].read_bytes()
+
+
+def test_an_interrupt_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(OnlineTraining, "_train_epoch", interrupt)
+    monkeypatch.setenv("MOPO_FAST_DATA_DIR", str(tmp_path))
+    assert main(["collect", "hopper-expert", "--quiet"]) == 130
+    assert capsys.readouterr().err == "stopped; the same command goes on\n"
 
 
 def test_one_process_at_a_time(folder: Path, sets: dict[str, Path], tmp_path: Path) -> None:

@@ -32,18 +32,23 @@ Number = Annotated[int | None, arg(metavar="INT")]
 def collect(
     name: Annotated[str, Positional, arg(metavar="NAME")],
     *,
-    steps: int = 1_000_000,
+    steps: Number = None,
     out: File = None,
     seed: int = 0,
     threads: Number = None,
     overwrite: bool = False,
     quiet: bool = False,
 ) -> None:
-    """Make a data set on this machine: uniform random actions in MuJoCo, D4RL's protocol and file layout.
+    """Make a data set on this machine, in MuJoCo, by D4RL's protocol and in its file layout.
+
+    Every tier but random takes a SAC agent trained online, in $MOPO_FAST_DATA_DIR/online/TASK-seedSEED.
+    All tiers of a seed share it; stopped, the same command goes on.
 
     Args:
-        name: halfcheetah-random, hopper-random or walker2d-random; the set is called NAME-local.
-        steps: Transitions.
+        name: TASK-TIER, such as hopper-medium-replay: halfcheetah, hopper, walker2d or ant; random, medium,
+            medium-replay, medium-expert, expert or full-replay. Or halfcheetah-jump, ant-angle: the full
+            replay of an agent trained by another reward, relabelled. The set is called NAME-local.
+        steps: Transitions, by default 1,000,000; of each half of medium-expert. Replays hold what was stored.
         out: A file (.hdf5) or a folder; by default $MOPO_FAST_DATA_DIR, else ~/.mopo_fast/datasets.
         threads: By default every core. The file does not depend on it.
         overwrite: Replace the file if it exists.
@@ -51,7 +56,32 @@ def collect(
     """
     from mopo_fast.data import collect
 
-    print(collect(name, steps, seed=seed, out=out, threads=threads, overwrite=overwrite, quiet=quiet))
+    try:
+        path = collect(name, steps, seed=seed, out=out, threads=threads, overwrite=overwrite, quiet=quiet)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; the same command goes on") from None
+    print(path)
+
+
+def relabel(
+    file: Annotated[Path, Positional, arg(metavar="FILE")],
+    *,
+    task: Annotated[str, arg(metavar="TASK")],
+    out: Annotated[Path, arg(metavar="FILE")],
+    overwrite: bool = False,
+) -> None:
+    """Give a data set the rewards and observations of one of the paper's two out-of-distribution tasks.
+
+    Args:
+        file: HDF5 in D4RL's layout. For halfcheetah-jump any halfcheetah set; for ant-angle one with
+            x_velocity and y_velocity in its infos.
+        task: halfcheetah-jump or ant-angle.
+        out: The file to write, .hdf5.
+        overwrite: Replace the file if it exists.
+    """
+    from mopo_fast.data import relabel_file
+
+    print(relabel_file(file, task, out, overwrite=overwrite))
 
 
 def fit(
@@ -329,7 +359,8 @@ def doctor(*, json: bool = False) -> None:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    command.__name__: command for command in (collect, fit, train, evaluate, rollout, bench, report, doctor)
+    command.__name__: command
+    for command in (collect, relabel, fit, train, evaluate, rollout, bench, report, doctor)
 }
 
 

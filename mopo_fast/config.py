@@ -136,6 +136,37 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class OnlineConfig:
+    """SAC in the environment itself, whose policies and replay make the data sets of every tier but random.
+
+    D4RL's sets were made likewise, with rlkit's SAC and one environment.
+    """
+
+    environments: int = 5
+    """Stepped side by side."""
+    epoch_steps: int = 1000
+    """Of every environment between two evaluations and checkpoints; where an epoch ends, paths are cut, as in
+    rlkit."""
+    random_epochs: int = 2
+    """Uniform actions and no updates at first: 10,000 steps."""
+    epochs: int = 200
+    """1 M steps."""
+    round_steps: int = 10
+    """Of every environment with one policy; then as many updates as there were steps, in one call."""
+    medium_score: float = 33.0
+    """The first policy that reaches a third of the expert's score is the medium one. An ant that stands still
+    has 31 already."""
+    medium_window: int = 3
+    """Evaluations in a row whose mean counts for that, so that a lucky one does not."""
+    episodes: int = 5
+    """Of an evaluation, deterministic."""
+    sac: SACConfig = field(
+        default_factory=lambda: SACConfig(target_entropy="act_dim", critic_loss="mse", real_ratio=0.0)
+    )
+    """rlkit's: critic_loss, target_entropy; a batch is of the replay alone."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One MOPO run."""
 

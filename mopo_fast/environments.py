@@ -1,10 +1,61 @@
-"""MuJoCo environments."""
+"""MuJoCo environments, gymnasium's own and those of the paper's two out-of-distribution tasks."""
 
+import math
 import warnings
 from typing import Any
 
 import gymnasium
 import mujoco
+import numpy as np
+from gymnasium.envs.mujoco.ant_v4 import AntEnv
+from gymnasium.envs.mujoco.half_cheetah_v4 import HalfCheetahEnv
+
+
+class HalfCheetahJump(HalfCheetahEnv):
+    """Reward: min(v_x, 3) - 0.1 |a|^2 + jump_weight (z - z_init), z the torso's height.
+
+    Observation: qpos without x, the torso's height, qvel: 18.
+    """
+
+    def __init__(self, jump_weight: float = 15.0, **options: Any) -> None:
+        super().__init__(**options)
+        self.jump_weight = jump_weight
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (18,), np.float64)
+
+    def step(self, action: Any) -> Any:
+        observation, _, terminated, truncated, info = super().step(action)
+        # The model's root is at its initial height where qpos[1] is 0.
+        jump = self.jump_weight * self.data.qpos[1]
+        reward = min(info["x_velocity"], 3.0) + info["reward_ctrl"] + jump
+        return observation, float(reward), terminated, truncated, info
+
+    def _get_obs(self) -> Any:
+        height = self.model.body("torso").pos[2] + self.data.qpos[1]
+        return np.concatenate([self.data.qpos[1:], [height], self.data.qvel])
+
+
+class AntAngle(AntEnv):
+    """Reward: the velocity towards `degrees` - 0.5 |a|^2 - 0.5e-3 |contact forces, clipped to 1|^2 + 1."""
+
+    def __init__(self, degrees: float = 30.0, **options: Any) -> None:
+        super().__init__(**options)
+        self.direction = math.radians(degrees)
+
+    def step(self, action: Any) -> Any:
+        observation, _, terminated, truncated, info = super().step(action)
+        speed = info["x_velocity"] * math.cos(self.direction) + info["y_velocity"] * math.sin(self.direction)
+        reward = speed + info["reward_ctrl"] + info["reward_survive"] - self.contact_cost
+        return observation, float(reward), terminated, truncated, info
+
+
+# The agents whose replay makes the data are trained in the second of each.
+for _name, _class, _options in (
+    ("HalfCheetahJump", HalfCheetahJump, {}),
+    ("HalfCheetahSpeed3", HalfCheetahJump, {"jump_weight": 0.0}),
+    ("AntAngle", AntAngle, {}),
+    ("AntForward", AntAngle, {"degrees": 0.0}),
+):
+    gymnasium.register(f"mopo_fast/{_name}-v0", _class, max_episode_steps=1000, kwargs=_options)
 
 
 def make_environment(env_id: str) -> Any:

@@ -10,4 +10,4 @@ def derive_seed(seed: int, *path: int) -> int:
 
 
 # First element of a path: who asks.
-FIT, INIT, START, ROLLOUT, SAC, EVALUATE, COLLECT, REPORT = range(8)
+FIT, INIT, START, ROLLOUT, SAC, EVALUATE, COLLECT, REPORT, ONLINE = range(9)

@@ -82,6 +82,9 @@ class Task:
         box: the termination rule.
         min_return, max_return: D4RL's random and expert reference returns; None where D4RL has none.
         tuned: {source: {tier: (horizon, penalty_coef)}}.
+        online_env_id: where the agent whose replay is the data is trained, by another reward than the task's;
+            None: the data have the environment's own.
+        recorded: what of a step's info such data keep, to be relabelled by.
     """
 
     name: str
@@ -92,6 +95,8 @@ class Task:
     min_return: float | None = None
     max_return: float | None = None
     tuned: dict[str, dict[str, tuple[int, float]]] = field(default_factory=dict)
+    online_env_id: str | None = None
+    recorded: tuple[str, ...] = ()
 
     def normalized_score(self, episode_return: float) -> float | None:
         """100 * (return - min) / (max - min); None where no references are known."""
@@ -163,6 +168,24 @@ TASKS: dict[str, Task] = {
         ),
         Task("walker2d", "Walker2d-v4", 17, 6, make_box(17, _WALKER), 1.629008, 4592.3, _TUNED_WALKER2D),
         Task("ant", "Ant-v4", 27, 8, make_box(27, {0: (_closed(0.2), 1.0)}), -325.6, 3879.7),
+        # The paper's two out-of-distribution tasks; horizon and lambda were not published.
+        Task(
+            "halfcheetah-jump",
+            "mopo_fast/HalfCheetahJump-v0",
+            18,
+            6,
+            make_box(18),
+            online_env_id="mopo_fast/HalfCheetahSpeed3-v0",
+        ),
+        Task(
+            "ant-angle",
+            "mopo_fast/AntAngle-v0",
+            27,
+            8,
+            make_box(27, {0: (_closed(0.2), 1.0)}),
+            online_env_id="mopo_fast/AntForward-v0",
+            recorded=("x_velocity", "y_velocity"),
+        ),
         Task("humanoid", "Humanoid-v4", 376, 17, make_box(376, {0: (1.0, 2.0)})),
         Task("pendulum", "Pendulum-v1", 3, 1, make_box(3)),
     )
@@ -197,12 +220,16 @@ def parse_dataset_name(name: str) -> tuple[str, str | None]:
         InputError: the name does not begin with a task.
     """
     parts = name.lower().replace("_", "-").split("-")
-    task = "walker2d" if parts[0] == "walker" else parts[0]
-    if task not in TASKS:
+    if parts[0] == "walker":
+        parts[0] = "walker2d"
+    # halfcheetah-jump is a task, halfcheetah-medium is not.
+    known = ["-".join(parts[:count]) for count in (2, 1)]
+    task = next((task for task in known if task in TASKS), None)
+    if task is None:
         raise InputError(
             f"the data set name {name!r} does not begin with a task; name one with --task: {', '.join(TASKS)}"
         )
-    tail = parts[1:]
+    tail = parts[1 + task.count("-") :]
     if tail and (tail[-1] == "local" or (tail[-1][:1] == "v" and tail[-1][1:].isdigit())):
         tail = tail[:-1]
     tier = "-".join(tail)

@@ -274,7 +274,7 @@ MISTAKES = {
     "a negative penalty": (["train", "DATA", "--penalty-coef", "-1"], ["penalty_coef", "-1"]),
     "a negative seed": (["train", "DATA", "--seed", "-1"], ["seed", "-1"]),
     "a folder that cannot be made": (["train", "DATA", "--out", "/proc/nowhere"], ["/proc/nowhere"]),
-    "collect what is not made": (["collect", "ant-random"], ["ant-random", "hopper-random"]),
+    "collect what is not made": (["collect", "humanoid-random"], ["humanoid-random", "hopper"]),
     "collect nothing": (["collect", "hopper-random", "--steps", "0", "--out", "OUT"], ["steps", "0"]),
     "evaluate no run": (["evaluate", "nowhere"], ["nowhere"]),
     "evaluate nothing": (["evaluate", "RUN", "--episodes", "0"], ["episodes", "0"]),

@@ -7,10 +7,20 @@ from pathlib import Path
 from mopo_fast.data import d4rl
 from mopo_fast.data.collect import collect, local_file, local_folder
 from mopo_fast.data.files import Compat, load_file
+from mopo_fast.data.relabel import relabel, relabel_file
 from mopo_fast.data.transitions import Transitions, concatenate
 from mopo_fast.errors import InputError
 
-__all__ = ["Transitions", "collect", "concatenate", "find_dataset", "load_dataset", "load_file"]
+__all__ = [
+    "Transitions",
+    "collect",
+    "concatenate",
+    "find_dataset",
+    "load_dataset",
+    "load_file",
+    "relabel",
+    "relabel_file",
+]
 
 _SUFFIXES = (".hdf5", ".h5", ".npz")
 

@@ -1,11 +1,10 @@
-"""Data sets made on this machine: uniform actions in MuJoCo, by D4RL's protocol, in D4RL's file layout.
+"""Data sets made on this machine by D4RL's protocol, in D4RL's file layout.
 
-Whole batches of episodes are stepped natively by `mujoco.rollout`; what is stored equals, bit for bit, what
-gymnasium's `env.step` returns, cast to float32.
+Here those of uniform actions: whole batches of episodes are stepped natively by `mujoco.rollout`; what is
+stored equals, bit for bit, what gymnasium's `env.step` returns, cast to float32. `mopo_fast.online` makes the
+others.
 """
 
-import contextlib
-import errno
 import math
 import os
 from collections.abc import Iterator
@@ -14,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium
-import h5py
 import mujoco
 import mujoco.rollout
 import numpy as np
 import numpy.typing as npt
 
 from mopo_fast._version import __version__
-from mopo_fast.atomic import atomic_path
+from mopo_fast.atomic import check_writable
+from mopo_fast.config import OnlineConfig
+from mopo_fast.data import d4rl
+from mopo_fast.data.files import new_file, store
+from mopo_fast.data.relabel import RELABELLED
 from mopo_fast.environments import make_environment
 from mopo_fast.errors import InputError
 from mopo_fast.progress import progress_bar
@@ -30,6 +32,7 @@ from mopo_fast.tasks import TASKS
 
 Array = npt.NDArray[Any]
 
+UNIFORM = "uniform random actions"
 MAX_PATH = 1000
 """Steps after which an episode is cut off: D4RL's limit and the environments' own."""
 
@@ -190,17 +193,6 @@ class _Collector:
         return np.concatenate([states[:, 1 : self.nq], velocity], axis=1).astype(np.float32)
 
 
-@contextlib.contextmanager
-def _new_hdf5(path: Path) -> Iterator[Any]:
-    """An HDF5 file to be filled; what h5py raises on a full disk, of whatever kind, is an OSError."""
-    try:
-        with h5py.File(path, "w") as file:
-            yield file
-    except (OSError, RuntimeError) as error:
-        number = getattr(error, "errno", None) or getattr(error.__context__, "errno", None) or errno.EIO
-        raise OSError(number, os.strerror(number)) from error
-
-
 def local_folder() -> Path:
     """Where local data sets live: `$MOPO_FAST_DATA_DIR`, else `~/.mopo_fast/datasets`."""
     return Path(os.environ.get("MOPO_FAST_DATA_DIR") or "~/.mopo_fast/datasets").expanduser()
@@ -214,74 +206,88 @@ def local_file(name: str, folder: Path | None = None) -> Path:
 
 def collect(
     name: str,
-    steps: int,
+    steps: int | None = None,
     *,
     seed: int = 0,
     out: str | os.PathLike[str] | None = None,
     threads: int | None = None,
     overwrite: bool = False,
     quiet: bool = False,
+    online: OnlineConfig | None = None,
 ) -> Path:
-    """Collect transitions of a uniform random policy into an HDF5 file in D4RL's layout.
+    """Make a data set in MuJoCo and write it to an HDF5 file in D4RL's layout.
 
-    Episodes last at most 1000 steps; the last one is cut so that there are `steps` rows. The file is the
-    same for any number of threads.
+    Episodes last at most 1000 steps. `random` sets are of uniform actions; the others come from a SAC agent
+    trained online (see `mopo_fast.online`), which goes on where it was stopped and which all tiers of a seed
+    share. The file is the same for any number of threads.
 
     Args:
-        name: `halfcheetah-random`, `hopper-random` or `walker2d-random`; the set is called `<name>-local`.
-        steps: transitions.
+        name: TASK-TIER, as D4RL has them, such as `hopper-medium`, or one of the paper's two
+            out-of-distribution tasks, `halfcheetah-jump` or `ant-angle`: the full replay of an agent trained
+            by another reward, relabelled. The set is called `<name>-local`.
+        steps: transitions, by default 1 M; the last episode is cut. medium-expert has so many of each half.
+            Replays hold all that was stored and take none.
         out: the file (.hdf5 or .h5) or its folder; by default the folder of local data sets.
         threads: None takes every core.
         overwrite: replace a file that is there already.
+        online: how the SAC agent is trained, by default `OnlineConfig()`.
 
     Returns:
         The file's path.
 
     Raises:
-        InputError: no such set, a number out of range, a file that exists,
-            or a folder that cannot be written.
+        InputError: no such set, a number out of range, a file that exists, a folder that cannot be written or
+            where another process trains, or a training that never got as good as the tier's name says.
     """
-    task, _, tier = name.removesuffix("-local").partition("-")
-    if task not in RULES or tier != "random":
-        sets = ", ".join(f"{known}-random" for known in RULES)
-        raise InputError(f"cannot collect {name!r}; these can be collected: {sets}")
+    local_name = name.removesuffix("-local")
+    task, _, tier = local_name.partition("-")
+    if local_name in RELABELLED:
+        task, tier = local_name, "full-replay"
+    elif task not in d4rl.TASKS or tier not in d4rl.TIERS:
+        raise InputError(
+            f"cannot collect {name!r}; it must be TASK-TIER with a task of {', '.join(d4rl.TASKS)}"
+            f" and a tier of {', '.join(d4rl.TIERS)}; or {' or '.join(RELABELLED)}"
+        )
     if threads is None:
         threads = len(os.sched_getaffinity(0))
+    if steps is not None and tier.endswith("replay"):
+        raise InputError(f"{local_name} holds all that was stored; leave out steps, got {steps!r}")
+    steps = 1_000_000 if steps is None else steps
     for what, value, least in (("steps", steps, 1), ("seed", seed, 0), ("threads", threads, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise InputError(f"{what} must be a whole number of at least {least}, got {value!r}")
-    local_name = f"{task}-{tier}-local"
+    local_name = f"{local_name}-local"
     path = Path(out).expanduser() if out is not None else local_file(local_name)
     if path.suffix not in (".hdf5", ".h5"):
         path = local_file(local_name, path)
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists already; choose another --out, or replace it with --overwrite")
+    check_writable(path)
     metadata = {
         "name": local_name,
         "env_id": TASKS[task].env_id,
-        "policy": "uniform random actions",
         "seed": seed,
-        "steps": steps,
         "max_path": MAX_PATH,
         "mopo_fast": __version__,
         "mujoco": mujoco.__version__,
         "gymnasium": gymnasium.__version__,
     }
+    if tier != "random" or task not in RULES:
+        # Its SAC learns from the data's `Transitions`, so it can be imported only after them.
+        from mopo_fast.online import collect_online
+
+        config = online or OnlineConfig()
+        collect_online(
+            path, task, tier, steps, metadata, seed=seed, threads=threads, config=config, quiet=quiet
+        )
+        return path
     with (
         _Collector(task, seed, threads) as collector,
         progress_bar(f"collect {local_name}", steps, quiet=quiet) as bar,
-        atomic_path(path) as temporary,
-        _new_hdf5(temporary) as file,
+        new_file(path, metadata | {"policy": UNIFORM}) as file,
     ):
-        for key, value in metadata.items():
-            file[f"metadata/{key}"] = value
         written = 0
         for episodes in collector.batches(steps):
-            arrays = collector.transitions(episodes)
-            count = min(len(arrays["actions"]), steps - written)
-            for key, array in arrays.items():
-                stored = file.require_dataset(key, (steps, *array.shape[1:]), array.dtype)
-                stored[written : written + count] = array[:count]
-            written += count
+            written += store(file, collector.transitions(episodes), written, steps)
             bar.update(completed=written)
     return path

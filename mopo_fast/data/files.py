@@ -1,6 +1,7 @@
-"""Any HDF5 or npz file in D4RL's layout to `Transitions`, checked on the way in."""
+"""Files in D4RL's layout: any HDF5 or npz to `Transitions`, checked on the way in; arrays to HDF5."""
 
 import contextlib
+import errno
 import os
 import zipfile
 import zlib
@@ -13,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from mopo_fast.atomic import atomic_path
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.errors import InputError
 
@@ -173,6 +175,31 @@ class _Reader:
             elif isinstance(value, (np.integer, np.floating)):
                 found[key] = value.item()
         return found
+
+
+@contextlib.contextmanager
+def new_file(path: Path, metadata: dict[str, Any]) -> Iterator[Any]:
+    """An HDF5 file to be filled, which is there when it is whole."""
+    with atomic_path(path) as temporary:
+        try:
+            with h5py.File(temporary, "w") as file:
+                for key, value in metadata.items():
+                    file[f"metadata/{key}"] = value
+                yield file
+                file["metadata/steps"] = len(file["rewards"])
+        except (OSError, RuntimeError) as error:
+            # What h5py raises on a full disk is of many kinds.
+            number = getattr(error, "errno", None) or getattr(error.__context__, "errno", None) or errno.EIO
+            raise OSError(number, os.strerror(number)) from error
+
+
+def store(file: Any, arrays: dict[str, Array], first: int, total: int) -> int:
+    """Write rows from row `first` of `total` on, as many as there is room for; return how many."""
+    count = min(len(arrays["rewards"]), total - first)
+    for key, array in arrays.items():
+        stored = file.require_dataset(key, (total, *array.shape[1:]), array.dtype)
+        stored[first : first + count] = array[:count]
+    return count
 
 
 def _step_limits(terminals: Array, after_terminal: int) -> Array:

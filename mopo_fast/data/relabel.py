@@ -1,0 +1,123 @@
+"""The same transitions with other rewards: a user's, or those of the paper's out-of-distribution tasks."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mopo_fast.data.files import load_file, new_file, store
+from mopo_fast.data.transitions import Transitions
+from mopo_fast.errors import InputError
+
+Arrays = dict[str, npt.NDArray[Any]]
+RewardFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+# Of the model: where halfcheetah's torso is when its root's coordinate is 0.
+_TORSO_HEIGHT = 0.7
+
+
+def relabel(data: Transitions, reward_function: RewardFunction) -> Transitions:
+    """The transitions with the rewards of a function of theirs.
+
+    Args:
+        reward_function: takes observations [n, obs_dim], actions [n, act_dim] and next_observations
+            [n, obs_dim]; returns rewards [n].
+
+    Raises:
+        InputError: the rewards have another shape or are not finite.
+    """
+    rewards = reward_function(data.observations, data.actions, data.next_observations)
+    if rewards.shape != data.rewards.shape:
+        raise InputError(
+            f"the reward function gave shape {tuple(rewards.shape)}, it must be {tuple(data.rewards.shape)}"
+        )
+    return dataclasses.replace(data, rewards=rewards.to(data.rewards)).validate()
+
+
+def _jump(arrays: Arrays) -> Arrays:
+    """halfcheetah-jump from rewards v_x - 0.1 |a|^2, whether or not v_x was capped at 3 in them.
+
+    min(v_x, 3) - 0.1 |a|^2 + 15 (z - z_init); observations that lack the torso's height get it.
+    """
+
+    def with_height(observations: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        if observations.shape[1] != 17:
+            return observations
+        return np.insert(observations, 8, _TORSO_HEIGHT + observations[:, 0], axis=1)
+
+    cost = 0.1 * np.square(arrays["actions"].astype(np.float64)).sum(axis=1)
+    jump = 15.0 * arrays["next_observations"][:, 0].astype(np.float64)
+    rewards = np.minimum(arrays["rewards"] + cost, 3.0) - cost + jump
+    return arrays | {
+        "observations": with_height(arrays["observations"]),
+        "next_observations": with_height(arrays["next_observations"]),
+        "rewards": rewards.astype(np.float32),
+    }
+
+
+def _angle(arrays: Arrays) -> Arrays:
+    """ant-angle from rewards with v_x in place of v_x cos 30 deg + v_y sin 30 deg, all else the same."""
+    x, y = arrays["infos/x_velocity"], arrays["infos/y_velocity"]
+    turned = (math.cos(math.pi / 6) - 1.0) * x + math.sin(math.pi / 6) * y
+    return arrays | {"rewards": (arrays["rewards"] + turned).astype(np.float32)}
+
+
+RELABELLED: dict[str, Callable[[Arrays], Arrays]] = {"halfcheetah-jump": _jump, "ant-angle": _angle}
+"""Of the paper's tasks: D4RL's arrays with the agent's own reward turned into the task's."""
+
+_TAKES = {
+    "halfcheetah-jump": ({17, 18}, 6, ("next_observations",)),
+    "ant-angle": ({27}, 8, ("next_observations", "infos/x_velocity", "infos/y_velocity")),
+}
+
+
+def relabel_file(
+    file: str | os.PathLike[str], task: str, out: str | os.PathLike[str], *, overwrite: bool = False
+) -> Path:
+    """Write an HDF5 file's rows, relabelled for a task of `RELABELLED`, to another; all else is copied.
+
+    Raises:
+        InputError: no such task, a file that is not sound, of other sizes, relabelled already or without what
+            the reward needs; a file that exists, or one that cannot be written.
+    """
+    if task not in RELABELLED:
+        raise InputError(f"cannot relabel for {task!r}; there are: {', '.join(RELABELLED)}")
+    path, out = Path(file), Path(out)
+    if out.suffix not in (".hdf5", ".h5"):
+        raise InputError(f"out must end in .hdf5 or .h5, got {out}")
+    if out.exists() and not overwrite:
+        raise InputError(f"{out} exists already; choose another --out, or replace it with --overwrite")
+    data = load_file(path)
+    obs_dims, act_dim, needed = _TAKES[task]
+    if data.obs_dim not in obs_dims or data.act_dim != act_dim:
+        raise InputError(
+            f"{path} has {data.obs_dim} observation and {data.act_dim} action dimensions, {task} is made of"
+            f" {' or '.join(map(str, sorted(obs_dims)))} and {act_dim}"
+        )
+    if "relabelled" in data.info["metadata"]:
+        raise InputError(f"{path} is relabelled already; take the file that it was made from")
+    arrays: Arrays = {}
+    metadata: dict[str, Any] = {}
+
+    def take(key: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset):
+            target = metadata if key.startswith("metadata/") else arrays
+            target[key.removeprefix("metadata/")] = item[()]
+
+    with h5py.File(path, "r", locking=False) as source:
+        source.visititems(take)
+    for key in needed:
+        if key not in arrays:
+            raise InputError(f"{path} lacks {key}, which the reward of {task} takes")
+    arrays = RELABELLED[task](arrays)
+    metadata.pop("steps", None)
+    with new_file(out, metadata | {"name": f"{task}-local", "relabelled": task}) as target:
+        store(target, arrays, 0, len(arrays["rewards"]))
+    return out

@@ -1,4 +1,4 @@
-"""Any HDF5 or npz file in D4RL's layout to `Transitions`, checked on the way in."""
+"""Files, or arrays by D4RL's names, to `Transitions`, checked on the way in."""
 
 import contextlib
 import os
@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from mopo_fast.data import trajectories
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.errors import InputError
 
@@ -23,7 +24,17 @@ MAX_EPISODE_STEPS = 1000
 """Where a file has no `timeouts`: the step limit of every D4RL MuJoCo environment."""
 
 # What h5py and numpy raise, each for another kind of damage.
-_DAMAGE = (OSError, ValueError, TypeError, KeyError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error)
+_DAMAGE = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    RuntimeError,
+    EOFError,
+    IndexError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 def load_file(
@@ -36,8 +47,12 @@ def load_file(
     compat="d4rl" does bit for bit what `d4rl.qlearning_dataset` does: the next row's observation, after a
     terminal too; only time-outs and the last row are left out.
 
+    NeoRL's npz files (obs, action, reward, next_obs, done, index) are known by their keys. Their observations
+    begin with the x position, which the environments' own and D4RL's leave out: 12 dimensions for hopper, 18
+    for halfcheetah and walker2d.
+
     Args:
-        path: .npz, or HDF5 with any other ending.
+        path: .npz, .pkl (a list of trajectories, see `trajectories.read`), or HDF5 with any other ending.
         name: by default the name in a locally collected file's metadata, else the file's stem.
 
     Returns:
@@ -46,76 +61,119 @@ def load_file(
     Raises:
         InputError: a file that is missing, truncated or not in this layout; values that are not finite.
     """
+    path = Path(path)
+    with open_file(path) as file:
+        data = from_arrays(file, compat=compat, name=name, source=str(path))
+    if not data.name:
+        local_name = str(data.info["metadata"].get("name", ""))
+        data.name = local_name if local_name.endswith("-local") else path.stem
+    data.info = {"path": str(path), **data.info}
+    return data.validate()
+
+
+def from_arrays(
+    arrays: Mapping[str, Any],
+    *,
+    compat: Compat | None = None,
+    name: str | None = None,
+    source: str = "the data set",
+    max_episode_steps: int | None = None,
+) -> Transitions:
+    """Transitions from arrays by D4RL's names, as `load_file` makes them.
+
+    Args:
+        source: what errors call the arrays.
+        max_episode_steps: where there are no time-outs: the step limit; None: `MAX_EPISODE_STEPS`.
+
+    Raises:
+        InputError: an array is missing, or has another shape or type; values that are not finite.
+    """
     if compat is not None and compat not in get_args(Compat):
         raise InputError(f'compat must be None or "d4rl", got {compat!r}')
-    path = Path(path)
-    with _open(path) as file:
-        reader = _Reader(path, file)
-        observations = reader.floats("observations", 2)
-        actions = reader.floats("actions", 2)
-        rewards = reader.floats("rewards", 1)
-        terminals = reader.flags("terminals")
-        timeouts = reader.flags("timeouts") if "timeouts" in file else None
-        successors = None
-        if compat is None and "next_observations" in file:
-            successors = reader.floats("next_observations", 2)
-        metadata = reader.metadata()
-    if timeouts is None:
-        timeouts = _step_limits(terminals, after_terminal=1 if compat == "d4rl" else 0)
-    if successors is not None:
+    reader = Reader(source, arrays)
+    observations = reader.floats("observations", 2)
+    actions = reader.floats("actions", 2)
+    rewards = reader.floats("rewards", 1)
+    terminals = reader.flags("terminals")
+    if "timeouts" in arrays:
+        timeouts = reader.flags("timeouts")
+    else:
+        timeouts = step_limits(terminals, 1 if compat == "d4rl" else 0, max_episode_steps)
+    if compat is None and "next_observations" in arrays:
         rule = "next_observations"
         keep: Array | slice = slice(None)
+        successors = reader.floats("next_observations", 2)
     else:
         rule = "next row, as d4rl.qlearning_dataset" if compat == "d4rl" else "next row of the episode"
         keep = ~timeouts if compat == "d4rl" else ~(timeouts | terminals)
         keep[-1:] = False
         keep = np.flatnonzero(keep)
         successors = observations[keep + 1]
-    local_name = str(metadata.get("name", ""))
     data = Transitions(
         observations=torch.from_numpy(observations[keep]),
         actions=torch.from_numpy(actions[keep]),
         rewards=torch.from_numpy(rewards[keep]),
         next_observations=torch.from_numpy(successors),
         terminals=torch.from_numpy(terminals[keep]),
-        name=name or (local_name if local_name.endswith("-local") else path.stem),
-        info={"path": str(path), "rows": len(rewards), "successors": rule, "metadata": metadata},
+        name=name or "",
+        info={"rows": len(rewards), "successors": rule, "metadata": reader.metadata()},
     )
     if len(data) == 0:
-        raise InputError(f"{path} has {len(rewards)} rows, none of them with a successor")
-    return data.validate()
+        raise InputError(f"{source} has {len(rewards)} rows, none of them with a successor")
+    return data
 
 
 @contextlib.contextmanager
-def _open(path: Path) -> Iterator[Mapping[str, Any]]:
+def open_file(path: Path) -> Iterator[Mapping[str, Any]]:
     """The file as {key: array to be read}; every way in which it can be broken is one `InputError`."""
     if not path.is_file():
         raise InputError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
+    kind = {".npz": "npz", ".pkl": "pickle"}.get(path.suffix, "HDF5")
     try:
-        if path.suffix != ".npz":
+        if kind == "HDF5":
             # Locks fail on many shared file systems, and files written here appear whole or not at all.
             with h5py.File(path, "r", locking=False) as file:
                 yield file
+        elif kind == "pickle":
+            yield trajectories.read(path)
         else:
             with open(path, "rb") as raw:
                 if not zipfile.is_zipfile(raw):
                     raise ValueError("no zip directory at its end")
                 # Never a pickle: an object array is refused.
                 with np.load(raw, allow_pickle=False) as file:
-                    yield file
+                    yield _from_neorl(file) if "obs" in file and "observations" not in file else file
     except InputError:
         raise
     except MemoryError as error:
         raise InputError(f"{path} does not fit into memory ({error})") from error
     except _DAMAGE as error:
-        kind = "npz" if path.suffix == ".npz" else "HDF5"
         raise InputError(f"{path} is not a whole {kind} file ({error}); get or make it again") from error
 
 
-class _Reader:
+def _from_neorl(file: Mapping[str, Any]) -> dict[str, Array]:
+    """NeoRL's arrays by D4RL's names; `index` holds the rows at which trajectories begin.
+
+    Its `done` does not tell an end from the step limit: one at the last step that is allowed is a time-out.
+    """
+    names = {"obs": "observations", "action": "actions", "reward": "rewards", "next_obs": "next_observations"}
+    arrays = {ours: np.asarray(file[theirs]) for theirs, ours in names.items() if theirs in file}
+    if "done" in file:
+        done = np.asarray(file["done"]).reshape(-1)
+        starts = np.asarray(file["index"]).reshape(-1) if "index" in file else np.zeros(1, np.int64)
+        if starts.dtype.kind not in "iu" or starts[:1].any() or (np.diff(starts) < 1).any():
+            raise ValueError("index does not hold the first rows of trajectories")
+        ends = np.append(starts[1:], len(done)) - 1
+        arrays["timeouts"] = np.zeros(len(done), bool)
+        arrays["timeouts"][ends] = (ends - starts + 1 >= MAX_EPISODE_STEPS) | (done[ends] == 0)
+        arrays["terminals"] = np.where(arrays["timeouts"], 0, done)
+    return arrays
+
+
+class Reader:
     """Reads arrays of a file and checks each against the first."""
 
-    def __init__(self, path: Path, file: Mapping[str, Any]) -> None:
+    def __init__(self, path: str, file: Mapping[str, Any]) -> None:
         self._path, self._file = path, file
         self._rows: int | None = None
 
@@ -165,24 +223,33 @@ class _Reader:
     def metadata(self) -> dict[str, str | float]:
         """The strings and numbers of the file's metadata group."""
         group = self._file.get("metadata")
+        if isinstance(group, h5py.Group):
+            items = dict(group.items())
+        else:
+            # A dictionary's or an npz file's keys are flat.
+            names = [key for key in self._file if str(key).startswith("metadata/")]
+            items = {name.removeprefix("metadata/"): np.asarray(self._file[name]) for name in names}
         found: dict[str, str | float] = {}
-        for key, item in group.items() if isinstance(group, h5py.Group) else ():
-            value = item[()] if isinstance(item, h5py.Dataset) and item.shape == () else None
+        for key, item in items.items():
+            value = item[()] if getattr(item, "shape", None) == () else None
             if isinstance(value, bytes):
                 found[key] = value.decode("utf-8", "replace")
+            elif isinstance(value, str):
+                found[key] = str(value)
             elif isinstance(value, (np.integer, np.floating)):
                 found[key] = value.item()
         return found
 
 
-def _step_limits(terminals: Array, after_terminal: int) -> Array:
-    """Time-outs of a file that has none: rows that complete `MAX_EPISODE_STEPS`.
+def step_limits(terminals: Array, after_terminal: int, limit: int | None = None) -> Array:
+    """Time-outs of a file that has none: rows that complete `limit` steps, by default `MAX_EPISODE_STEPS`.
 
     `after_terminal` is the step count after a terminal; d4rl.qlearning_dataset counts from 1 there.
     """
+    limit = limit or MAX_EPISODE_STEPS
     timeouts = np.zeros_like(terminals)
     start, count = 0, 0
     for end in [*np.flatnonzero(terminals), len(terminals) - 1]:
-        timeouts[start + MAX_EPISODE_STEPS - 1 - count : end + 1 : MAX_EPISODE_STEPS] = True
+        timeouts[start + limit - 1 - count : end + 1 : limit] = True
         start, count = end + 1, 0 if timeouts[end] else after_terminal
     return timeouts

@@ -54,6 +54,26 @@ def collect(
     print(collect(name, steps, seed=seed, out=out, threads=threads, overwrite=overwrite, quiet=quiet))
 
 
+def convert(
+    source: Annotated[str, Positional, arg(metavar="SRC")],
+    target: Annotated[str, Positional, arg(metavar="DST")],
+    *,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Write a data set in another format: .hdf5, .npz, or Minari's.
+
+    Args:
+        source: A name or a file, .pkl too; minari:ID.
+        target: A file ending in .hdf5, .h5 or .npz, or minari:ID.
+        overwrite: Replace it if it exists.
+        quiet: No progress bar.
+    """
+    from mopo_fast.data.convert import convert
+
+    print(f"{target}: {convert(source, target, overwrite=overwrite, quiet=quiet)} rows")
+
+
 def fit(
     dataset: Dataset,
     *,
@@ -221,7 +241,8 @@ def rollout(
         overwrite: Replace the file if it exists.
     """
     from mopo_fast.data import load_dataset
-    from mopo_fast.generate import check_file, generate, save_transitions
+    from mopo_fast.data.files import check_file
+    from mopo_fast.generate import generate, save_transitions
 
     check_file(out, overwrite)
     data = load_dataset(dataset)
@@ -329,7 +350,8 @@ def doctor(*, json: bool = False) -> None:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    command.__name__: command for command in (collect, fit, train, evaluate, rollout, bench, report, doctor)
+    command.__name__: command
+    for command in (collect, convert, fit, train, evaluate, rollout, bench, report, doctor)
 }
 
 

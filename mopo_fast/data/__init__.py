@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from mopo_fast.data import d4rl
+from mopo_fast.data import d4rl, minari
 from mopo_fast.data.collect import collect, local_file, local_folder
 from mopo_fast.data.files import Compat, from_arrays, load_file
 from mopo_fast.data.transitions import Transitions, concatenate
@@ -34,9 +34,9 @@ def load_dataset(
     Args:
         source: a file in D4RL's layout (.hdf5, .h5, .npz), a NeoRL .npz or a .pkl of trajectories, see
             `load_file`; a local set, `halfcheetah-random-local`, in `$MOPO_FAST_DATA_DIR`, else
-            `~/.mopo_fast/datasets`; a D4RL name, `hopper-medium-v2`, which is downloaded to
-            `$D4RL_DATASET_DIR`, else `~/.d4rl/datasets`, unless it is there; a dictionary of arrays by
-            D4RL's names; or an environment whose `get_dataset()` gives one.
+            `~/.mopo_fast/datasets`; a D4RL name, `hopper-medium-v2`, downloaded to `$D4RL_DATASET_DIR`, else
+            `~/.d4rl/datasets`, unless it is there; a Minari data set, `minari:ID`, likewise; a dictionary
+            of arrays by D4RL's names; or an environment whose `get_dataset()` gives one.
         compat: how successors are found, see `load_file`.
         quiet: no progress bar.
 
@@ -50,6 +50,9 @@ def load_dataset(
         return from_arrays(source, compat=compat).validate()
     if not isinstance(source, (str, os.PathLike)):
         return _from_environment(source, compat)
+    if str(source).startswith(minari.PREFIX):
+        known = str(source)
+        return from_arrays(minari.read(known), compat=compat, name=known, source=known).validate()
     path, name = find_dataset(source)
     if name not in d4rl.LOCATIONS:
         return load_file(path, compat=compat, name=name)
@@ -86,6 +89,8 @@ def find_dataset(name_or_path: str | os.PathLike[str]) -> tuple[Path, str | None
         if not path.exists():
             raise InputError(f"{path} does not exist")
         return path, None
+    if name.startswith(minari.PREFIX):
+        return minari.path(name), name
     if name in d4rl.LOCATIONS:
         return d4rl.cache_path(name), name
     if name.endswith("-local"):
@@ -103,5 +108,5 @@ def find_dataset(name_or_path: str | os.PathLike[str]) -> tuple[Path, str | None
         + f" There are D4RL's, TASK-TIER-VERSION with a task of {', '.join(d4rl.TASKS)},"
         f" a tier of {', '.join(d4rl.TIERS)} and a version of v0, v1, v2;"
         f" those collected here: {', '.join(local) or 'none yet, see `mopo-fast collect`'};"
-        f" and files ending in {', '.join(_SUFFIXES)}"
+        f" Minari's, minari:ID; and files ending in {', '.join(_SUFFIXES)}"
     )

@@ -1,6 +1,7 @@
 """Files, or arrays by D4RL's names, to `Transitions`, checked on the way in."""
 
 import contextlib
+import io
 import os
 import zipfile
 import zlib
@@ -13,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from mopo_fast.atomic import atomic_path
 from mopo_fast.data import trajectories
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.errors import InputError
@@ -194,7 +196,7 @@ class Reader:
             expected = "[n]" if ndim == 1 else "[n, dim]"
             raise InputError(f"{self._path}: {key} must be {expected}, got shape {array.shape}")
         if self._rows is None:
-            self._rows, self._dim = array.shape
+            self._rows, self._dim = len(array), array.shape[-1]
         if len(array) != self._rows:
             raise InputError(f"{self._path}: {key} has {len(array)} rows, observations {self._rows}")
         if key == "next_observations" and array.shape[1] != self._dim:
@@ -253,3 +255,26 @@ def step_limits(terminals: Array, after_terminal: int, limit: int | None = None)
         timeouts[start + limit - 1 - count : end + 1 : limit] = True
         start, count = end + 1, 0 if timeouts[end] else after_terminal
     return timeouts
+
+
+def check_file(path: str | os.PathLike[str], overwrite: bool = False) -> None:
+    """Raise `InputError` where a file cannot be `path`, to be told before the work."""
+    path = Path(path)
+    if path.suffix not in (".hdf5", ".h5", ".npz"):
+        raise InputError(f"cannot write {path}: the file's name must end in .hdf5, .h5 or .npz")
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} exists already; choose another file, or replace it with --overwrite")
+
+
+def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
+    """Write arrays, numbers and texts by their keys, to .npz or else to HDF5, uncompressed, atomically."""
+    # Made in memory: on a full disk HDF5 itself prints a traceback for every array.
+    content = io.BytesIO()
+    if Path(path).suffix == ".npz":
+        np.savez(content, allow_pickle=False, **arrays)
+    else:
+        with h5py.File(content, "w") as file:
+            for name, array in arrays.items():
+                file[name] = array
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content.getbuffer())

@@ -83,6 +83,7 @@ def fit(
     backend: str = "auto",
     threads: int | None = None,
     dynamics: DynamicsConfig,
+    memory_map: bool = False,
     overwrite: bool = False,
     quiet: bool = False,
 ) -> None:
@@ -94,6 +95,7 @@ def fit(
         device: cpu or cuda.
         backend: auto, or one that `mopo-fast doctor` lists.
         threads: Of the CPU kernel; by default all cores.
+        memory_map: Leave the data in their file: for sets larger than the memory.
         overwrite: Replace the fit if the folder holds one.
         quiet: No progress bar.
     """
@@ -107,7 +109,7 @@ def fit(
                 raise InputError(
                     f"{out / name} exists already; choose another --out, or replace the fit with --overwrite"
                 )
-        data = load_dataset(dataset, quiet=quiet)
+        data = load_dataset(dataset, memory_map=memory_map, quiet=quiet)
         _, record = fit_and_save(
             data,
             out,
@@ -132,6 +134,7 @@ def train(
     penalty_coefs: Annotated[tuple[float, ...], arg(metavar="FLOAT ...")] = (),
     out: Annotated[Path | None, arg(metavar="RUN")] = None,
     resume: bool = False,
+    memory_map: bool = False,
     quiet: bool = False,
 ) -> None:
     """Train a policy: fit the ensemble, then SAC on penalised model rollouts, evaluated in MuJoCo.
@@ -141,6 +144,7 @@ def train(
         penalty_coefs: Several runs at once: each of these for every seed.
         out: The run's folder; by default runs/DATASET-seedSEED. Of several runs, the folder of theirs.
         resume: Go on from the last checkpoint in the run's folder, to the same final bits.
+        memory_map: Leave the data in their file: for sets larger than the memory. The result is the same.
         quiet: No progress bars.
     """
     from mopo_fast.train import train_many
@@ -151,7 +155,7 @@ def train(
     else:
         outs = [out] if seeds is None and not penalty_coefs else [out / name for name in names]
     try:
-        summaries = train_many(configs, outs, resume=resume, quiet=quiet)
+        summaries = train_many(configs, outs, resume=resume, memory_map=memory_map, quiet=quiet)
     except KeyboardInterrupt:
         again = f"--out {outs[0]} --resume" if len(outs) == 1 else "--resume"
         raise KeyboardInterrupt(f"stopped; the same command with {again} goes on") from None

@@ -66,7 +66,12 @@ COLUMNS = {
 
 
 def train(
-    config: TrainConfig, out: str | os.PathLike[str], *, resume: bool = False, quiet: bool = False
+    config: TrainConfig,
+    out: str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    memory_map: bool = False,
+    quiet: bool = False,
 ) -> dict[str, Any]:
     """One MOPO run, from data set to report, in the folder `out`.
 
@@ -77,6 +82,8 @@ def train(
         resume: go on from the last checkpoint, to the same final parameters, bit for bit, as a run that was
             never stopped; a folder without a run is a run stopped before its first file. A finished run
             is left as it is.
+        memory_map: leave the data in their file, see `load_dataset`; the result is the same. What the fit
+            makes of them is in temporary files then.
         quiet: no progress bars.
 
     Returns:
@@ -88,7 +95,7 @@ def train(
             `resume` is False or the run's config is another, the data or a checkpoint is not sound, or the
             training diverged.
     """
-    return train_many([config], [out], resume=resume, quiet=quiet)[0]
+    return train_many([config], [out], resume=resume, memory_map=memory_map, quiet=quiet)[0]
 
 
 def train_many(
@@ -96,6 +103,7 @@ def train_many(
     outs: Sequence[str | os.PathLike[str]],
     *,
     resume: bool = False,
+    memory_map: bool = False,
     quiet: bool = False,
 ) -> list[dict[str, Any]]:
     """Several runs at once, each in a folder of its own: what `train` does for each.
@@ -121,7 +129,7 @@ def train_many(
         for run in runs:
             stack.enter_context(locked(run.out))
             _check_folder(run.out, run.config, resume)
-        return _train_all(runs, quiet)
+        return _train_all(runs, memory_map, quiet)
 
 
 @dataclass
@@ -158,19 +166,19 @@ def _check_together(runs: Sequence[_Run]) -> None:
         raise InputError("every run needs a folder of its own; no seed or penalty_coef may be given twice")
 
 
-def _train_all(runs: Sequence[_Run], quiet: bool) -> list[dict[str, Any]]:
+def _train_all(runs: Sequence[_Run], memory_map: bool, quiet: bool) -> list[dict[str, Any]]:
     """What is left to do of the runs; their summaries."""
     unfinished = [run for run in runs if not (run.out / "summary.json").exists()]
     data = None
     if unfinished:
         config, task = unfinished[0].config, unfinished[0].task
-        data = load_dataset(config.dataset, quiet=quiet)
+        data = load_dataset(config.dataset, memory_map=memory_map, quiet=quiet)
         if (data.obs_dim, data.act_dim) != (task.obs_dim, task.act_dim):
             raise InputError(
                 f"{config.dataset} has {data.obs_dim} observation and {data.act_dim} action dimensions, the"
                 f" task {task.name} has {task.obs_dim} and {task.act_dim}; name its own task with --task"
             )
-        most = float(data.actions.abs().max())
+        most = max(map(abs, map(float, data.actions.aminmax())))
         if most > 1.0 + 1e-3:
             raise InputError(
                 f"{config.dataset}: actions reach {most:.4g}; scale the environment's range to [-1, 1]"

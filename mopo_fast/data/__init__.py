@@ -27,6 +27,7 @@ def load_dataset(
     source: str | os.PathLike[str] | Mapping[str, Any] | OfflineEnvironment,
     *,
     compat: Compat | None = None,
+    memory_map: bool = False,
     quiet: bool = False,
 ) -> Transitions:
     """A data set by name or path, from arrays, or from a D4RL environment.
@@ -38,6 +39,7 @@ def load_dataset(
             `~/.d4rl/datasets`, unless it is there; a Minari data set, `minari:ID`, likewise; a dictionary
             of arrays by D4RL's names; or an environment whose `get_dataset()` gives one.
         compat: how successors are found, see `load_file`.
+        memory_map: leave a file's arrays in the file, see `load_file`.
         quiet: no progress bar.
 
     Returns:
@@ -46,6 +48,8 @@ def load_dataset(
     Raises:
         InputError: no such data set, one that cannot be fetched, or a file that is not sound.
     """
+    if memory_map and (not isinstance(source, (str, os.PathLike)) or str(source).startswith(minari.PREFIX)):
+        raise InputError("only a file can be mapped into memory; `mopo-fast convert` writes one")
     if isinstance(source, Mapping):
         return from_arrays(source, compat=compat).validate()
     if not isinstance(source, (str, os.PathLike)):
@@ -55,8 +59,8 @@ def load_dataset(
         return from_arrays(minari.read(known), compat=compat, name=known, source=known).validate()
     path, name = find_dataset(source)
     if name not in d4rl.LOCATIONS:
-        return load_file(path, compat=compat, name=name)
-    data = load_file(d4rl.fetch(name, quiet=quiet), compat=compat, name=name)
+        return load_file(path, compat=compat, name=name, memory_map=memory_map)
+    data = load_file(d4rl.fetch(name, quiet=quiet), compat=compat, name=name, memory_map=memory_map)
     return data if compat else d4rl.without_contact_forces(data)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ import torch
 
 from mopo_fast.atomic import atomic_path
 from mopo_fast.data import trajectories
-from mopo_fast.data.transitions import Transitions
+from mopo_fast.data.transitions import Transitions, first_not_finite
 from mopo_fast.errors import InputError
 
 Array = npt.NDArray[Any]
@@ -40,7 +41,11 @@ _DAMAGE = (
 
 
 def load_file(
-    path: str | os.PathLike[str], *, compat: Compat | None = None, name: str | None = None
+    path: str | os.PathLike[str],
+    *,
+    compat: Compat | None = None,
+    name: str | None = None,
+    memory_map: bool = False,
 ) -> Transitions:
     """Transitions from observations, actions, rewards, terminals and, if any, timeouts, next_observations.
 
@@ -56,6 +61,9 @@ def load_file(
     Args:
         path: .npz, .pkl (a list of trajectories, see `trajectories.read`), or HDF5 with any other ending.
         name: by default the name in a locally collected file's metadata, else the file's stem.
+        memory_map: leave all but the terminals in the file, to be read as they are needed; for sets larger
+            than the memory. It must be HDF5, uncompressed, float32, with next_observations, as `collect` and
+            `mopo-fast convert` write it.
 
     Returns:
         float32 transitions on the CPU.
@@ -65,7 +73,8 @@ def load_file(
     """
     path = Path(path)
     with open_file(path) as file:
-        data = from_arrays(file, compat=compat, name=name, source=str(path))
+        arrays = _mapped(path, file, compat) if memory_map else file
+        data = from_arrays(arrays, compat=compat, name=name, source=str(path))
     if not data.name:
         local_name = str(data.info["metadata"].get("name", ""))
         data.name = local_name if local_name.endswith("-local") else path.stem
@@ -97,28 +106,32 @@ def from_arrays(
     actions = reader.floats("actions", 2)
     rewards = reader.floats("rewards", 1)
     terminals = reader.flags("terminals")
-    if "timeouts" in arrays:
-        timeouts = reader.flags("timeouts")
-    else:
-        timeouts = step_limits(terminals, 1 if compat == "d4rl" else 0, max_episode_steps)
+    timeouts = reader.flags("timeouts") if "timeouts" in arrays else None
     if compat is None and "next_observations" in arrays:
         rule = "next_observations"
         keep: Array | slice = slice(None)
         successors = reader.floats("next_observations", 2)
     else:
+        if timeouts is None:
+            timeouts = step_limits(terminals, 1 if compat == "d4rl" else 0, max_episode_steps)
         rule = "next row, as d4rl.qlearning_dataset" if compat == "d4rl" else "next row of the episode"
         keep = ~timeouts if compat == "d4rl" else ~(timeouts | terminals)
         keep[-1:] = False
         keep = np.flatnonzero(keep)
         successors = observations[keep + 1]
     data = Transitions(
-        observations=torch.from_numpy(observations[keep]),
-        actions=torch.from_numpy(actions[keep]),
-        rewards=torch.from_numpy(rewards[keep]),
-        next_observations=torch.from_numpy(successors),
-        terminals=torch.from_numpy(terminals[keep]),
+        observations=as_tensor(observations[keep]),
+        actions=as_tensor(actions[keep]),
+        rewards=as_tensor(rewards[keep]),
+        next_observations=as_tensor(successors),
+        terminals=as_tensor(terminals[keep]),
         name=name or "",
-        info={"rows": len(rewards), "successors": rule, "metadata": reader.metadata()},
+        info={
+            "rows": len(rewards),
+            "successors": rule,
+            "memory_mapped": isinstance(observations, np.memmap),
+            "metadata": reader.metadata(),
+        },
     )
     if len(data) == 0:
         raise InputError(f"{source} has {len(rewards)} rows, none of them with a successor")
@@ -148,9 +161,44 @@ def open_file(path: Path) -> Iterator[Mapping[str, Any]]:
     except InputError:
         raise
     except MemoryError as error:
-        raise InputError(f"{path} does not fit into memory ({error})") from error
+        raise InputError(
+            f"{path} does not fit into memory ({error}); --memory-map (memory_map=True) leaves it in the file"
+        ) from error
     except _DAMAGE as error:
         raise InputError(f"{path} is not a whole {kind} file ({error}); get or make it again") from error
+
+
+def _mapped(path: Path, file: Mapping[str, Any], compat: Compat | None) -> dict[str, Any]:
+    """The file's arrays where they are, and its metadata."""
+
+    def array(key: str) -> Array:
+        stored = file[key]
+        offset = stored.id.get_offset() if isinstance(stored, h5py.Dataset) else None
+        if offset is None or stored.dtype != np.float32 or stored.size == 0:
+            raise InputError(
+                f"{path}: {key} cannot be mapped into memory, it must be uncompressed float32;"
+                " `mopo-fast convert` writes without compression"
+            )
+        return np.memmap(path, np.float32, "r", offset, stored.shape)
+
+    if not isinstance(file, h5py.File) or "next_observations" not in file or compat is not None:
+        raise InputError(
+            f"{path} cannot be mapped into memory: that takes HDF5 with next_observations, and no compat"
+        )
+    names = ("observations", "actions", "rewards", "next_observations")
+    arrays: dict[str, Any] = {key: array(key) for key in names if key in file}
+    if "terminals" in file:
+        arrays["terminals"] = file["terminals"]
+    for key in file.get("metadata", {}):
+        arrays[f"metadata/{key}"] = file[f"metadata/{key}"][()]
+    return arrays
+
+
+def as_tensor(array: Array) -> torch.Tensor:
+    """A tensor on the array's memory, which may be a file's that nobody writes to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+        return torch.from_numpy(array)
 
 
 def _from_neorl(file: Mapping[str, Any]) -> dict[str, Array]:
@@ -187,7 +235,7 @@ class Reader:
         # A group, an HDF5 null or a foreign member of an archive.
         if getattr(stored, "shape", None) is None:
             raise InputError(f"{self._path}: {key} is not an array")
-        array = np.asarray(stored)
+        array: Array = np.asanyarray(stored)
         if array.dtype.kind not in "fiub":
             raise InputError(f"{self._path}: {key} must be numbers, got {array.dtype}")
         if ndim == 1 and array.ndim == 2 and array.shape[1] == 1:
@@ -204,12 +252,13 @@ class Reader:
         return array
 
     def floats(self, key: str, ndim: int) -> Array:
-        """A float32 array, every value finite."""
-        with np.errstate(over="ignore"):
-            array = self._read(key, ndim).astype(np.float32)
-        finite = np.isfinite(array)
-        if not finite.all():
-            row = int(np.argwhere(~finite)[0, 0])
+        """A float32 array, every value finite; a copy, unless it is mapped."""
+        array = self._read(key, ndim)
+        if not isinstance(array, np.memmap) or array.dtype != np.float32:
+            with np.errstate(over="ignore"):
+                array = array.astype(np.float32)
+        row = first_not_finite(as_tensor(array))
+        if row is not None:
             raise InputError(f"{self._path}: {key} is not a finite float32 number at row {row}")
         return array
 

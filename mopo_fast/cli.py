@@ -364,7 +364,7 @@ def _outcome(values: dict[str, Any]) -> str:
     line = f"return {values['return_mean']:.1f} +- {values['return_std']:.1f}"
     if values["score_mean"] is not None:
         line += f", normalised score {values['score_mean']:.2f} +- {values['score_std']:.2f}"
-    return line
+    return line + (", by the model itself" if values.get("scored_by") == "model" else "")
 
 
 def _outcome_of_all(summaries: Sequence[dict[str, Any]]) -> str:

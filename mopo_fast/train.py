@@ -34,7 +34,7 @@ from mopo_fast.config import TUNED, RolloutConfig, TrainConfig, check_finite, to
 from mopo_fast.data import Transitions, find_dataset, load_dataset
 from mopo_fast.ensemble import EnsembleDynamics, mlp_bytes
 from mopo_fast.errors import InputError
-from mopo_fast.evaluate import Evaluation, Evaluator
+from mopo_fast.evaluate import Evaluation, Evaluator, evaluate_in_model
 from mopo_fast.fit import check_config, data_sha256, fit_and_save_many
 from mopo_fast.lock import locked
 from mopo_fast.machine import check_device, check_memory, resolve_threads
@@ -51,6 +51,8 @@ from mopo_fast.tensors import load_metadata, load_tensors, save_tensors, tensors
 FORMAT_VERSION = 3
 # Epochs at most whose evaluations are not there yet.
 _PENDING = 20
+# Start states of an evaluation by the model.
+_MODEL_STARTS = 1000
 
 # progress.csv's columns and the group of each in TensorBoard.
 COLUMNS = {
@@ -58,6 +60,7 @@ COLUMNS = {
     "updates": "",
     **dict.fromkeys(("seconds_rollout", "seconds_sac", "seconds_evaluate", "seconds_total"), "time"),
     **dict.fromkeys(("score_mean", "score_std", "return_mean", "return_std"), "evaluation"),
+    "scored_by": "",
     **dict.fromkeys(METRICS, "sac"),
     **dict.fromkeys(
         ("rows", "penalty", "raw_reward", "terminal_share", "non_finite", "buffer_size"), "rollout"
@@ -87,8 +90,9 @@ def train(
         quiet: no progress bars.
 
     Returns:
-        What summary.json holds: score_mean, score_std, return_mean, return_std (of the last policy), updates,
-        seconds {fit, rollout, sac, evaluate, total}, backend, device, dtype, dataset, task, seed, versions.
+        What summary.json holds: score_mean, score_std, return_mean, return_std (of the last policy),
+        scored_by ("environment" or "model"), updates, seconds {fit, rollout, sac, evaluate, total}, backend,
+        device, dtype, dataset, task, seed, versions.
 
     Raises:
         InputError: a setting cannot be used, another process is at work in `out`, it holds a run and
@@ -599,6 +603,9 @@ class _Loop:
         assert pending.policy is not None
         config, actor = self.config, copy.deepcopy(self.sac.actor)
         actor.load_state_dict(pending.policy)
+        if not self.task.env_id:
+            pending.evaluation = self._score_by_model(actor)
+            return
         with _Clock(self.seconds, "evaluate"):
             pending.evaluation = self.evaluator.submit(
                 actor,
@@ -607,6 +614,21 @@ class _Loop:
                 seed=derive_seed(config.seed, EVALUATE, pending.row["epoch"]),
                 deterministic=config.evaluation.deterministic,
             )
+
+    def _score_by_model(self, actor: Actor) -> Future[Evaluation]:
+        """`evaluate_in_model` from the same states of the data in every epoch."""
+        seed = derive_seed(self.config.seed, EVALUATE)
+        numbers = torch.arange(_MODEL_STARTS, device=self.data.device)
+        start = self.data.observations[random_choice(numbers, 0, BATCH_STREAM, len(self.data), seed)]
+        future: Future[Evaluation] = Future()
+        with _Clock(self.seconds, "evaluate"):
+            future.set_result(evaluate_in_model(self.engine, actor, start, self.horizon, seed=seed))
+        return future
+
+    @property
+    def scored_by(self) -> str:
+        """Whose returns the run's are."""
+        return "environment" if self.task.env_id else "model"
 
     def write_rows(self, waiting: int = 0) -> None:
         """Write the rows whose evaluations are there; at most `waiting` are left."""
@@ -619,6 +641,7 @@ class _Loop:
                     found = self.evaluation = first.evaluation.result()
             names = ("score_mean", "score_std", "return_mean", "return_std")
             row = first.row | {name: getattr(found, name, None) for name in names}
+            row["scored_by"] = self.scored_by if found else None
             _append_row(self.run.out / "progress.csv", {name: row[name] for name in COLUMNS})
             for name, group in COLUMNS.items():
                 if row[name] is not None and group:
@@ -633,6 +656,7 @@ class _Loop:
         result = dataclasses.asdict(self.evaluation)
         return {
             **{name: result[name] for name in ("score_mean", "score_std", "return_mean", "return_std")},
+            "scored_by": self.scored_by,
             "updates": self.sac.updates,
             "epochs": self.epoch,
             "seconds": {"fit": self.run.fit_seconds, **self.seconds, "total": self.elapsed()},

@@ -15,11 +15,13 @@ __all__ = [
     "InputError",
     "RolloutEngine",
     "StepResult",
+    "Task",
     "TrainConfig",
     "Transitions",
     "__version__",
     "fit_dynamics",
     "load_dataset",
+    "register_task",
 ]
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from mopo_fast.fit import fit_dynamics
     from mopo_fast.policy import Actor
     from mopo_fast.rollout import RolloutEngine
-    from mopo_fast.tasks import Box
+    from mopo_fast.tasks import Box, Task, register_task
 
 # Imported on first use: torch takes seconds, and `mopo-fast --help` does not need it.
 _HOMES = {
@@ -41,10 +43,12 @@ _HOMES = {
     "InputError": "errors",
     "RolloutEngine": "rollout",
     "StepResult": "backends",
+    "Task": "tasks",
     "TrainConfig": "config",
     "Transitions": "data",
     "fit_dynamics": "fit",
     "load_dataset": "data",
+    "register_task": "tasks",
 }
 
 

@@ -84,6 +84,26 @@ def relabel(
     print(relabel_file(file, task, out, overwrite=overwrite))
 
 
+def convert(
+    source: Annotated[str, Positional, arg(metavar="SRC")],
+    target: Annotated[str, Positional, arg(metavar="DST")],
+    *,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Write a data set in another format: .hdf5, .npz, or Minari's.
+
+    Args:
+        source: A name or a file, .pkl too; minari:ID.
+        target: A file ending in .hdf5, .h5 or .npz, or minari:ID.
+        overwrite: Replace it if it exists.
+        quiet: No progress bar.
+    """
+    from mopo_fast.data.convert import convert
+
+    print(f"{target}: {convert(source, target, overwrite=overwrite, quiet=quiet)} rows")
+
+
 def fit(
     dataset: Dataset,
     *,
@@ -93,6 +113,7 @@ def fit(
     backend: str = "auto",
     threads: int | None = None,
     dynamics: DynamicsConfig,
+    memory_map: bool = False,
     overwrite: bool = False,
     quiet: bool = False,
 ) -> None:
@@ -104,6 +125,7 @@ def fit(
         device: cpu or cuda.
         backend: auto, or one that `mopo-fast doctor` lists.
         threads: Of the CPU kernel; by default all cores.
+        memory_map: Leave the data in their file: for sets larger than the memory.
         overwrite: Replace the fit if the folder holds one.
         quiet: No progress bar.
     """
@@ -117,7 +139,7 @@ def fit(
                 raise InputError(
                     f"{out / name} exists already; choose another --out, or replace the fit with --overwrite"
                 )
-        data = load_dataset(dataset, quiet=quiet)
+        data = load_dataset(dataset, memory_map=memory_map, quiet=quiet)
         _, record = fit_and_save(
             data,
             out,
@@ -142,6 +164,7 @@ def train(
     penalty_coefs: Annotated[tuple[float, ...], arg(metavar="FLOAT ...")] = (),
     out: Annotated[Path | None, arg(metavar="RUN")] = None,
     resume: bool = False,
+    memory_map: bool = False,
     quiet: bool = False,
 ) -> None:
     """Train a policy: fit the ensemble, then SAC on penalised model rollouts, evaluated in MuJoCo.
@@ -151,6 +174,7 @@ def train(
         penalty_coefs: Several runs at once: each of these for every seed.
         out: The run's folder; by default runs/DATASET-seedSEED. Of several runs, the folder of theirs.
         resume: Go on from the last checkpoint in the run's folder, to the same final bits.
+        memory_map: Leave the data in their file: for sets larger than the memory. The result is the same.
         quiet: No progress bars.
     """
     from mopo_fast.train import train_many
@@ -161,7 +185,7 @@ def train(
     else:
         outs = [out] if seeds is None and not penalty_coefs else [out / name for name in names]
     try:
-        summaries = train_many(configs, outs, resume=resume, quiet=quiet)
+        summaries = train_many(configs, outs, resume=resume, memory_map=memory_map, quiet=quiet)
     except KeyboardInterrupt:
         again = f"--out {outs[0]} --resume" if len(outs) == 1 else "--resume"
         raise KeyboardInterrupt(f"stopped; the same command with {again} goes on") from None
@@ -251,7 +275,8 @@ def rollout(
         overwrite: Replace the file if it exists.
     """
     from mopo_fast.data import load_dataset
-    from mopo_fast.generate import check_file, generate, save_transitions
+    from mopo_fast.data.files import check_file
+    from mopo_fast.generate import generate, save_transitions
 
     check_file(out, overwrite)
     data = load_dataset(dataset)
@@ -360,7 +385,7 @@ def doctor(*, json: bool = False) -> None:
 
 COMMANDS: dict[str, Callable[..., None]] = {
     command.__name__: command
-    for command in (collect, relabel, fit, train, evaluate, rollout, bench, report, doctor)
+    for command in (collect, relabel, convert, fit, train, evaluate, rollout, bench, report, doctor)
 }
 
 
@@ -369,7 +394,7 @@ def _outcome(values: dict[str, Any]) -> str:
     line = f"return {values['return_mean']:.1f} +- {values['return_std']:.1f}"
     if values["score_mean"] is not None:
         line += f", normalised score {values['score_mean']:.2f} +- {values['score_std']:.2f}"
-    return line
+    return line + (", by the model itself" if values.get("scored_by") == "model" else "")
 
 
 def _outcome_of_all(summaries: Sequence[dict[str, Any]]) -> str:

@@ -173,7 +173,7 @@ class TrainConfig:
     dataset: Annotated[str, Positional, arg(metavar="DATASET")]
     """A name or a file: see `mopo_fast.load_dataset`."""
     task: str | None = None
-    """None: read from the data set's name."""
+    """None: read from the data set's name; or a Python file with a task of one's own, FILE.py."""
     seed: int = 0
     """Of every random draw: the same seed gives the same run, bit for bit."""
     steps: int = 1_000_000

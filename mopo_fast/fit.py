@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from mopo_fast import backends
 from mopo_fast.adam import Adam
@@ -30,7 +29,7 @@ from mopo_fast.ensemble import EnsembleDynamics, mlp_bytes, soft_clamp_logvar
 from mopo_fast.errors import InputError
 from mopo_fast.graph import Graph, records
 from mopo_fast.lock import locked
-from mopo_fast.machine import check_device, check_memory, resolve_threads
+from mopo_fast.machine import check_device, check_memory, file_backed, resolve_threads
 from mopo_fast.progress import progress_bar
 from mopo_fast.seeds import FIT, derive_seed
 from mopo_fast.tensors import load_tensors, require_shape, save_tensors, tensors_sha256
@@ -86,6 +85,27 @@ def dynamics_inputs_targets(data: Transitions) -> tuple[torch.Tensor, torch.Tens
     inputs = torch.cat([data.observations, data.actions], dim=-1)
     delta = data.next_observations - data.observations
     return inputs, torch.cat([delta, data.rewards.unsqueeze(-1)], dim=-1)
+
+
+def _block(data: Transitions) -> int:
+    """Rows at a time: a few megabytes of them."""
+    return max(1, 2**20 // (data.obs_dim + data.act_dim))
+
+
+def _moments(data: Transitions, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of the inputs over `rows`, float64; a constant's deviation is 1."""
+
+    def mean(function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        total = torch.zeros(data.obs_dim + data.act_dim, dtype=torch.float64)
+        for some in rows.split(_block(data)):
+            inputs = torch.cat([data.observations[some], data.actions[some]], dim=-1)
+            total += function(inputs.double()).sum(0)
+        return total / len(rows)
+
+    centre = mean(lambda inputs: inputs)
+    std = mean(lambda inputs: (inputs - centre).square()).sqrt()
+    std[std < 1e-12] = 1.0
+    return centre, std
 
 
 def data_sha256(data: Transitions) -> str:
@@ -226,9 +246,8 @@ class Fit:
         self.backend = backends.choose(backend, config.dtype, torch.device(device), training=widest)
         self.threads = resolve_threads(threads)
         train, holdout = split_holdout(len(data), seed, config)
-        inputs, targets = dynamics_inputs_targets(data.to("cpu"))
-        std, mean = torch.std_mean(inputs[train].double(), dim=0, correction=0)
-        std[std < 1e-12] = 1.0
+        data = data.to("cpu")
+        mean, std = _moments(data, train)
 
         generator = torch.Generator().manual_seed(derive_seed(seed, FIT, _WEIGHTS))
         model = EnsembleDynamics(
@@ -246,16 +265,28 @@ class Fit:
         model.input_std.copy_(std)
         self.model = model.to(device)
 
-        inputs, targets = inputs.float(), targets.float()
-        self.holdout_inputs, self.holdout_targets = inputs[holdout].to(device), targets[holdout].to(device)
-        standardised = (inputs[train].to(device) - model.input_mean) / model.input_std
+        inputs, targets = dynamics_inputs_targets(data[holdout])
+        self.holdout_inputs, self.holdout_targets = inputs.float().to(device), targets.float().to(device)
         # Side by side: rows are drawn at random, and each lies in one page and as few cache lines as it can.
-        table = torch.cat([standardised, targets[train].to(device)], 1)
-        self.table = cpu.in_large_pages(functional.pad(table, (0, -table.shape[1] % 16)))
-        self.inputs = self.table[:, : inputs.shape[1]]
-        self.targets = self.table[:, inputs.shape[1] : table.shape[1]]
+        split, width = inputs.shape[1], inputs.shape[1] + targets.shape[1]
+        # What grows with the data is in files where the data are.
+        self.mapped = bool(data.info.get("memory_mapped")) and torch.device(device).type == "cpu"
+        shape = len(train), width + -width % 16
+        if self.mapped:
+            self.table = torch.from_numpy(file_backed(shape, np.float32))
+        else:
+            self.table = torch.zeros(shape, device=device)
+            if self.table.device.type == "cpu":
+                cpu.use_large_pages(self.table)
+        self.inputs, self.targets = self.table[:, :split], self.table[:, split:width]
+        for rows, some in zip(self.table.split(_block(data)), train.split(_block(data)), strict=True):
+            inputs, targets = dynamics_inputs_targets(data[some])
+            rows[:, :split] = (inputs.float().to(device) - model.input_mean) / model.input_std
+            rows[:, split:width] = targets.to(device)
         bootstrap = np.random.default_rng(derive_seed(seed, FIT, _BOOTSTRAP))
-        self.rows = bootstrap.integers(len(train), size=(config.members, len(train)))
+        self.rows = self._indices()
+        for member in self.rows:
+            member[:] = bootstrap.integers(len(train), size=len(train))
 
         # The bounds of the log-variance are shared by all members and not part of a snapshot (authors too).
         self.layers = [*model.weights, *model.biases]
@@ -264,6 +295,11 @@ class Fit:
         self.optimizer = _adam(self.parameters, config)
         self.gradient = _loss_gradient(self.parameters, config, len(train))
         self.history: list[FitEpoch] = []
+
+    def _indices(self) -> np.ndarray:
+        """Room for a row number for each member and training row."""
+        shape = self.config.members, len(self.table)
+        return file_backed(shape, np.int64) if self.mapped else np.empty(shape, np.int64)
 
     def _live_state(self) -> dict[str, torch.Tensor]:
         """Every tensor that the next epoch depends on, itself and not a copy."""
@@ -314,7 +350,8 @@ class Fit:
         """The rows that each member sees in `epoch`, in its order: int64 [members, n]."""
         seed, device = derive_seed(self.seed, FIT, _SHUFFLE, epoch), self.inputs.device
         if device.type == "cpu":
-            return torch.from_numpy(np.random.default_rng(seed).permuted(self.rows, axis=1))
+            out = self._indices()[:, : self.rows.shape[1]]
+            return torch.from_numpy(np.random.default_rng(seed).permuted(self.rows, axis=1, out=out))
         generator = torch.Generator(device).manual_seed(seed)
         keys = torch.randint(2**62, self.rows.shape, generator=generator, device=device)
         return self._rows_on_device.gather(1, keys.argsort(dim=1, stable=True))

@@ -1,18 +1,17 @@
 """Penalised model rollouts to a file, in D4RL's layout."""
 
 import dataclasses
-import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import h5py
 import numpy as np
 import torch
 
 from mopo_fast import __version__
-from mopo_fast.atomic import atomic_path, read_json
+from mopo_fast.atomic import read_json
 from mopo_fast.config import Penalty, PenaltyMembers
+from mopo_fast.data.files import check_file, write_arrays
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
@@ -103,20 +102,11 @@ def run_settings(run: str | os.PathLike[str]) -> tuple[Task, RunSettings]:
         raise InputError(f"{path} lacks or garbles {error}; it is not a run's") from error
 
 
-def check_file(path: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """Raise `InputError` where `save_transitions` would refuse `path`, to be told before the rollouts."""
-    path = Path(path)
-    if path.suffix not in (".hdf5", ".h5", ".npz"):
-        raise InputError(f"cannot write {path}: the file's name must end in .hdf5, .h5 or .npz")
-    if path.exists() and not overwrite:
-        raise InputError(f"{path} exists already; choose another --out, or replace it with --overwrite")
-
-
 def save_transitions(path: str | os.PathLike[str], data: Transitions, *, overwrite: bool = False) -> None:
     """Write a rollout's transitions to .hdf5, .h5 or .npz in D4RL's layout, atomically.
 
     D4RL's keys, with `timeouts` where a rollout ends without a terminal, and the rollout's own arrays:
-    raw_rewards, penalties, members, rollout_index, step. `data.info` becomes metadata/* (HDF5 only).
+    raw_rewards, penalties, members, rollout_index, step. `data.info` becomes metadata/*.
 
     Raises:
         InputError: another ending, a file that exists without `overwrite`, no rollout_index, or the file
@@ -129,15 +119,4 @@ def save_transitions(path: str | os.PathLike[str], data: Transitions, *, overwri
     arrays = {name: array.cpu().numpy() for name, array in data.arrays().items()}
     last = np.append(np.diff(arrays["rollout_index"]) != 0, True)[: len(data)]
     arrays["timeouts"] = last & ~arrays["terminals"]
-    # Made in memory: on a full disk HDF5 itself prints a traceback for every array.
-    content = io.BytesIO()
-    if path.suffix == ".npz":
-        np.savez(content, allow_pickle=False, **arrays)
-    else:
-        with h5py.File(content, "w") as file:
-            for name, array in arrays.items():
-                file[name] = array
-            for name, value in data.info.items():
-                file[f"metadata/{name}"] = value
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(content.getbuffer())
+    write_arrays(path, {**arrays, **{f"metadata/{name}": value for name, value in data.info.items()}})

@@ -1,7 +1,11 @@
 """What the machine must have for what is asked, refused before the work begins."""
 
 import os
+import tempfile
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from mopo_fast.errors import InputError
@@ -46,3 +50,19 @@ def check_memory(what: str, size: int, device: torch.device | str, lower: str) -
         raise InputError(
             f"{what} would take {size / 2**30:,.0f} GiB, {device} has {total / 2**30:,.0f} GiB; lower {lower}"
         )
+
+
+def file_backed(shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
+    """Zeros in a nameless temporary file (in `TMPDIR`): memory that the system may write out.
+
+    Raises:
+        InputError: there is no room for it.
+    """
+    try:
+        with tempfile.TemporaryFile() as file:
+            os.posix_fallocate(file.fileno(), 0, max(1, int(np.prod(shape)) * np.dtype(dtype).itemsize))
+            return np.asarray(np.memmap(file, dtype, "r+", shape=shape))
+    except OSError as error:
+        raise InputError(
+            f"no room in {tempfile.gettempdir()} ({error.strerror}); set TMPDIR to a folder with more"
+        ) from error

@@ -140,9 +140,11 @@ def _learning_curve(run: _Run) -> tuple[Figure, str]:
     axes.set(xlabel="SAC updates", ylabel="normalised score" if name == "score" else "return")
     axes.xaxis.set_major_formatter(_thousands)
     what = "Normalised score (0: random, 100: expert)" if name == "score" else "Return"
+    by_model = any(row.get("scored_by") == "model" for row in rows)
     caption = (
-        f"{what} of the policy in the real environment; the band is one standard deviation over the"
-        f" episodes of an evaluation. Last: {mean[-1]:.1f} ± {std[-1]:.1f}; best: {mean.max():.1f}."
+        f"{what} of the policy in the {'model itself' if by_model else 'real environment'}; the band is one"
+        f" standard deviation over the episodes of an evaluation."
+        f" Last: {mean[-1]:.1f} ± {std[-1]:.1f}; best: {mean.max():.1f}."
     )
     return figure, caption
 

@@ -6,7 +6,6 @@ many calls of `step`, and any split of a batch gives the rows of the whole.
 """
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,11 +28,9 @@ from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.machine import resolve_threads
 from mopo_fast.policy import Actor
-from mopo_fast.tasks import BOXES, Box, make_box
+from mopo_fast.tasks import BOXES, Box, TerminationFunction, make_box
 
 logger = logging.getLogger("mopo_fast")
-
-TerminationFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any]
 
 
 class RolloutEngine:

@@ -4,8 +4,14 @@ hyperparameters were tuned for it.
 Termination rules: authors' mopo/static/*.py. Reference returns: d4rl/infos.py, the same for v0, v1, v2.
 """
 
+import dataclasses
+import functools
 import math
+import runpy
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,16 +76,19 @@ def make_box(
     return Box(tuple(low for low, _ in per_dim), tuple(high for _, high in per_dim))
 
 
+TerminationFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any]
+
+
 @dataclass(frozen=True)
 class Task:
     """An environment as MOPO sees it.
 
     Attributes:
-        name: the key in `TASKS`.
-        env_id: the gymnasium environment for evaluation; -v4 follows the v2 rules that D4RL's
-            reference scores belong to.
+        name: the key in `TASKS`, of lower-case letters and digits.
+        env_id: the gymnasium environment for evaluation; "" where there is none and the ensemble scores the
+            policy; -v4 follows the v2 rules that D4RL's reference scores belong to.
         obs_dim, act_dim: sizes of its observation and action.
-        box: the termination rule.
+        box: the termination rule; or a function (observations, actions, next_observations) -> bool [batch].
         min_return, max_return: D4RL's random and expert reference returns; None where D4RL has none.
         tuned: {source: {tier: (horizon, penalty_coef)}}.
         online_env_id: where the agent whose replay is the data is trained, by another reward than the task's;
@@ -91,7 +100,7 @@ class Task:
     env_id: str
     obs_dim: int
     act_dim: int
-    box: Box
+    box: Box | TerminationFunction
     min_return: float | None = None
     max_return: float | None = None
     tuned: dict[str, dict[str, tuple[int, float]]] = field(default_factory=dict)
@@ -193,21 +202,62 @@ TASKS: dict[str, Task] = {
 
 # Rules as other code has them, by name, for `RolloutEngine(termination=...)`.
 BOXES: dict[str, Box] = {
-    **{name: task.box for name, task in TASKS.items()},
+    **{name: task.box for name, task in TASKS.items() if isinstance(task.box, Box)},
     "hopper-authors": make_box(11, _HOPPER, _HUNDRED_SLIP),
     "halfcheetah-offlinerl-kit": make_box(17, rest=_HUNDRED),
     "walker2d-offlinerl-kit": make_box(17, _WALKER, _HUNDRED),
 }
 
 
-def get_task(name: str) -> Task:
-    """The task called `name`.
+def register_task(task: Task) -> Task:
+    """Make `task` known by its name in this process, to `train`, `evaluate` and data sets named after it.
 
     Raises:
-        InputError: no such task; the message lists those that exist.
+        InputError: the name is taken, or is not of lower-case letters and digits; sizes are not positive.
     """
+    if not (task.name.isalnum() and task.name.islower()):
+        raise InputError(f"a task's name must be of lower-case letters and digits, got {task.name!r}")
+    if TASKS.get(task.name, task) != task:
+        raise InputError(f"there is another task {task.name!r} already; choose another name")
+    _check_sizes(task)
+    TASKS[task.name] = task
+    return task
+
+
+def _check_sizes(task: Task) -> None:
+    if min(task.obs_dim, task.act_dim) < 1:
+        raise InputError(f"{task.name}: obs_dim and act_dim must be at least 1")
+    if isinstance(task.box, Box) and task.box.obs_dim != task.obs_dim:
+        raise InputError(
+            f"{task.name}: the termination box has {task.box.obs_dim} dimensions, observations {task.obs_dim}"
+        )
+
+
+@functools.cache
+def _task_of_file(path: Path) -> Task:
+    """The `task` that the Python file makes when it is run; its name is the path, to find it again by."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist")
+    try:
+        task = runpy.run_path(str(path)).get("task")
+    except Exception as error:
+        raise InputError(f"{path} does not run: {type(error).__name__}: {error}") from error
+    if not isinstance(task, Task):
+        raise InputError(f"{path} must set `task` to a mopo_fast.Task, got {task!r}")
+    _check_sizes(task)
+    return dataclasses.replace(task, name=str(path))
+
+
+def get_task(name: str) -> Task:
+    """The task called `name`, or that of a Python file of one's own, which is run.
+
+    Raises:
+        InputError: no such task; the message lists those that exist. Or the file has none.
+    """
+    if name.endswith(".py"):
+        return _task_of_file(Path(name).expanduser().resolve())
     if name not in TASKS:
-        raise InputError(f"unknown task {name!r}; there are: {', '.join(TASKS)}")
+        raise InputError(f"unknown task {name!r}; there are: {', '.join(TASKS)}; or a Python file, FILE.py")
     return TASKS[name]
 
 

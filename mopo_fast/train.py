@@ -34,7 +34,7 @@ from mopo_fast.config import TUNED, RolloutConfig, TrainConfig, check_finite, to
 from mopo_fast.data import Transitions, find_dataset, load_dataset
 from mopo_fast.ensemble import EnsembleDynamics, mlp_bytes
 from mopo_fast.errors import InputError
-from mopo_fast.evaluate import Evaluation, Evaluator
+from mopo_fast.evaluate import Evaluation, Evaluator, evaluate_in_model
 from mopo_fast.fit import check_config, data_sha256, fit_and_save_many
 from mopo_fast.lock import locked
 from mopo_fast.machine import check_device, check_memory, resolve_threads
@@ -51,6 +51,8 @@ from mopo_fast.tensors import load_metadata, load_tensors, save_tensors, tensors
 FORMAT_VERSION = 3
 # Epochs at most whose evaluations are not there yet.
 _PENDING = 20
+# Start states of an evaluation by the model.
+_MODEL_STARTS = 1000
 
 # progress.csv's columns and the group of each in TensorBoard.
 COLUMNS = {
@@ -58,6 +60,7 @@ COLUMNS = {
     "updates": "",
     **dict.fromkeys(("seconds_rollout", "seconds_sac", "seconds_evaluate", "seconds_total"), "time"),
     **dict.fromkeys(("score_mean", "score_std", "return_mean", "return_std"), "evaluation"),
+    "scored_by": "",
     **dict.fromkeys(METRICS, "sac"),
     **dict.fromkeys(
         ("rows", "penalty", "raw_reward", "terminal_share", "non_finite", "buffer_size"), "rollout"
@@ -66,7 +69,12 @@ COLUMNS = {
 
 
 def train(
-    config: TrainConfig, out: str | os.PathLike[str], *, resume: bool = False, quiet: bool = False
+    config: TrainConfig,
+    out: str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    memory_map: bool = False,
+    quiet: bool = False,
 ) -> dict[str, Any]:
     """One MOPO run, from data set to report, in the folder `out`.
 
@@ -77,18 +85,21 @@ def train(
         resume: go on from the last checkpoint, to the same final parameters, bit for bit, as a run that was
             never stopped; a folder without a run is a run stopped before its first file. A finished run
             is left as it is.
+        memory_map: leave the data in their file, see `load_dataset`; the result is the same. What the fit
+            makes of them is in temporary files then.
         quiet: no progress bars.
 
     Returns:
-        What summary.json holds: score_mean, score_std, return_mean, return_std (of the last policy), updates,
-        seconds {fit, rollout, sac, evaluate, total}, backend, device, dtype, dataset, task, seed, versions.
+        What summary.json holds: score_mean, score_std, return_mean, return_std (of the last policy),
+        scored_by ("environment" or "model"), updates, seconds {fit, rollout, sac, evaluate, total}, backend,
+        device, dtype, dataset, task, seed, versions.
 
     Raises:
         InputError: a setting cannot be used, another process is at work in `out`, it holds a run and
             `resume` is False or the run's config is another, the data or a checkpoint is not sound, or the
             training diverged.
     """
-    return train_many([config], [out], resume=resume, quiet=quiet)[0]
+    return train_many([config], [out], resume=resume, memory_map=memory_map, quiet=quiet)[0]
 
 
 def train_many(
@@ -96,6 +107,7 @@ def train_many(
     outs: Sequence[str | os.PathLike[str]],
     *,
     resume: bool = False,
+    memory_map: bool = False,
     quiet: bool = False,
 ) -> list[dict[str, Any]]:
     """Several runs at once, each in a folder of its own: what `train` does for each.
@@ -121,7 +133,7 @@ def train_many(
         for run in runs:
             stack.enter_context(locked(run.out))
             _check_folder(run.out, run.config, resume)
-        return _train_all(runs, quiet)
+        return _train_all(runs, memory_map, quiet)
 
 
 @dataclass
@@ -158,19 +170,19 @@ def _check_together(runs: Sequence[_Run]) -> None:
         raise InputError("every run needs a folder of its own; no seed or penalty_coef may be given twice")
 
 
-def _train_all(runs: Sequence[_Run], quiet: bool) -> list[dict[str, Any]]:
+def _train_all(runs: Sequence[_Run], memory_map: bool, quiet: bool) -> list[dict[str, Any]]:
     """What is left to do of the runs; their summaries."""
     unfinished = [run for run in runs if not (run.out / "summary.json").exists()]
     data = None
     if unfinished:
         config, task = unfinished[0].config, unfinished[0].task
-        data = load_dataset(config.dataset, quiet=quiet)
+        data = load_dataset(config.dataset, memory_map=memory_map, quiet=quiet)
         if (data.obs_dim, data.act_dim) != (task.obs_dim, task.act_dim):
             raise InputError(
                 f"{config.dataset} has {data.obs_dim} observation and {data.act_dim} action dimensions, the"
                 f" task {task.name} has {task.obs_dim} and {task.act_dim}; name its own task with --task"
             )
-        most = float(data.actions.abs().max())
+        most = max(map(abs, map(float, data.actions.aminmax())))
         if most > 1.0 + 1e-3:
             raise InputError(
                 f"{config.dataset}: actions reach {most:.4g}; scale the environment's range to [-1, 1]"
@@ -591,6 +603,9 @@ class _Loop:
         assert pending.policy is not None
         config, actor = self.config, copy.deepcopy(self.sac.actor)
         actor.load_state_dict(pending.policy)
+        if not self.task.env_id:
+            pending.evaluation = self._score_by_model(actor)
+            return
         with _Clock(self.seconds, "evaluate"):
             pending.evaluation = self.evaluator.submit(
                 actor,
@@ -599,6 +614,21 @@ class _Loop:
                 seed=derive_seed(config.seed, EVALUATE, pending.row["epoch"]),
                 deterministic=config.evaluation.deterministic,
             )
+
+    def _score_by_model(self, actor: Actor) -> Future[Evaluation]:
+        """`evaluate_in_model` from the same states of the data in every epoch."""
+        seed = derive_seed(self.config.seed, EVALUATE)
+        numbers = torch.arange(_MODEL_STARTS, device=self.data.device)
+        start = self.data.observations[random_choice(numbers, 0, BATCH_STREAM, len(self.data), seed)]
+        future: Future[Evaluation] = Future()
+        with _Clock(self.seconds, "evaluate"):
+            future.set_result(evaluate_in_model(self.engine, actor, start, self.horizon, seed=seed))
+        return future
+
+    @property
+    def scored_by(self) -> str:
+        """Whose returns the run's are."""
+        return "environment" if self.task.env_id else "model"
 
     def write_rows(self, waiting: int = 0) -> None:
         """Write the rows whose evaluations are there; at most `waiting` are left."""
@@ -611,6 +641,7 @@ class _Loop:
                     found = self.evaluation = first.evaluation.result()
             names = ("score_mean", "score_std", "return_mean", "return_std")
             row = first.row | {name: getattr(found, name, None) for name in names}
+            row["scored_by"] = self.scored_by if found else None
             _append_row(self.run.out / "progress.csv", {name: row[name] for name in COLUMNS})
             for name, group in COLUMNS.items():
                 if row[name] is not None and group:
@@ -625,6 +656,7 @@ class _Loop:
         result = dataclasses.asdict(self.evaluation)
         return {
             **{name: result[name] for name in ("score_mean", "score_std", "return_mean", "return_std")},
+            "scored_by": self.scored_by,
             "updates": self.sac.updates,
             "epochs": self.epoch,
             "seconds": {"fit": self.run.fit_seconds, **self.seconds, "total": self.elapsed()},

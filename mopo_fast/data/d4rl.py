@@ -4,13 +4,15 @@ import contextlib
 import dataclasses
 import fcntl
 import http.client
+import importlib
 import os
 import re
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import h5py
 
@@ -72,6 +74,24 @@ def without_contact_forces(data: Transitions) -> Transitions:
         observations=data.observations[:, :observed].contiguous(),
         next_observations=data.next_observations[:, :observed].contiguous(),
     )
+
+
+def import_d4rl() -> Any:
+    """The `d4rl` package, for its loader and its scores: its import alone asks for the old MuJoCo 2.1.
+
+    Its MuJoCo environments are left out, without its complaints, unless `mujoco_py` is imported already.
+
+    Raises:
+        InputError: the package is not installed, or cannot be imported.
+    """
+    os.environ.setdefault("D4RL_SUPPRESS_IMPORT_ERROR", "1")
+    sys.modules.setdefault("mujoco_py", None)  # type: ignore[arg-type]
+    try:
+        return importlib.import_module("d4rl")
+    except ImportError as error:
+        raise InputError(
+            f"the d4rl package cannot be imported ({error}); install it by `pip install 'mopo_fast[d4rl]'`"
+        ) from error
 
 
 class HostError(InputError):

@@ -100,13 +100,22 @@ class Transitions:
             if name not in ("observations", "actions", "next_observations") and array.ndim != 1:
                 raise InputError(f"{where}{name} must be [n], got shape {tuple(array.shape)}")
             if array.is_floating_point():
-                finite = torch.isfinite(array)
-                if not finite.all():
-                    row = int((~finite).nonzero()[0, 0])
+                row = first_not_finite(array)
+                if row is not None:
                     raise InputError(f"{where}{name} is not finite at row {row}; drop or mend such rows")
         if self.terminals.dtype != torch.bool:
             raise InputError(f"{where}terminals must be bool, got {self.terminals.dtype}")
         return self
+
+
+def first_not_finite(array: torch.Tensor) -> int | None:
+    """The first row of `array` with a value that is not finite; a block at a time, for arrays in files."""
+    size = max(1, 2**20 // max(1, array[:1].numel()))
+    for number, block in enumerate(array.split(size)):
+        finite = torch.isfinite(block)
+        if not finite.all():
+            return number * size + int((~finite).nonzero()[0, 0])
+    return None
 
 
 def concatenate(parts: list[Transitions]) -> Transitions:

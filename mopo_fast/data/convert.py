@@ -1,0 +1,71 @@
+"""One format of data set to another, all rows as they are."""
+
+from typing import Any
+
+import h5py
+import numpy as np
+
+from mopo_fast.data import d4rl, find_dataset, minari
+from mopo_fast.data.files import Array, Reader, check_file, from_arrays, open_file, step_limits, write_arrays
+
+
+def convert(source: str, target: str, *, overwrite: bool = False, quiet: bool = False) -> int:
+    """Write the data set `source` as `target`, whole or not at all; the number of rows.
+
+    To .hdf5, .h5 and .npz goes all that there is: rows without a successor, `infos`, `metadata`. HDF5 files
+    are written uncompressed. `minari:ID` takes transitions, as `load_dataset` makes them, ends and metadata.
+
+    Args:
+        source: what `load_dataset` takes by name.
+        target: a file by its ending, or `minari:ID`.
+        overwrite: replace what is there.
+        quiet: no progress bar.
+
+    Raises:
+        InputError: `source` is not sound, `target` exists or is of no known format, or cannot be written.
+    """
+    to_minari = target.startswith(minari.PREFIX)
+    minari.check(target, overwrite) if to_minari else check_file(target, overwrite)
+    arrays = _read(source, quiet)
+    data = from_arrays(arrays, source=source).validate()
+    if not to_minari:
+        write_arrays(target, arrays)
+        return len(arrays["rewards"])
+    timeouts = _timeouts(arrays, source)
+    if "next_observations" not in arrays:
+        # The rows that have a successor, as `from_arrays` takes them; the last of an episode was cut off.
+        ends = timeouts | np.asarray(arrays["terminals"], bool).reshape(-1)
+        ends[-1] = True
+        timeouts = np.append(ends[1:], True)[~ends]
+    columns = {name: array.numpy() for name, array in data.arrays().items()}
+    minari.write(target, {**columns, "timeouts": timeouts}, data.info["metadata"], overwrite=overwrite)
+    return len(data)
+
+
+def _read(source: str, quiet: bool) -> dict[str, Any]:
+    """Every array of a data set, and its metadata, by D4RL's flat keys."""
+    if source.startswith(minari.PREFIX):
+        return minari.read(source)
+    path, name = find_dataset(source)
+    if name in d4rl.LOCATIONS:
+        path = d4rl.fetch(name, quiet=quiet)
+    with open_file(path) as file:
+        if not isinstance(file, h5py.File):
+            return {key: np.asarray(file[key]) for key in file}
+        found: dict[str, Any] = {}
+
+        def keep(key: str, item: Any) -> None:
+            if isinstance(item, h5py.Dataset) and item.shape is not None:
+                value = item[()]
+                # Not arrays of texts: npz keeps them in a pickle alone.
+                if isinstance(value, bytes) or value.dtype.kind in "fiub":
+                    found[key] = value
+
+        file.visititems(keep)
+        return found
+
+
+def _timeouts(arrays: dict[str, Any], source: str) -> Array:
+    reader = Reader(source, arrays)
+    terminals = reader.flags("terminals")
+    return reader.flags("timeouts") if "timeouts" in arrays else step_limits(terminals, after_terminal=0)

@@ -1,0 +1,190 @@
+"""Data as others keep it: dictionaries, environments, NeoRL, pickled trajectories."""
+
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mopo_fast import InputError, Transitions, load_dataset
+from mopo_fast.data.files import MAX_EPISODE_STEPS
+
+Arrays = dict[str, Any]
+
+
+def trajectory(length: int, first: int = 0, terminal: bool = True) -> Arrays:
+    numbers = np.arange(first, first + length + 1, dtype=np.float32)
+    states = np.stack([numbers, -numbers], 1)
+    return {
+        "observations": states[:-1],
+        "next_observations": states[1:],
+        "actions": np.sin(numbers[:-1, None]).astype(np.float32),
+        "rewards": numbers[:-1] / 8,
+        "terminals": np.arange(length) == (length - 1 if terminal else length),
+    }
+
+
+def joined(*parts: Arrays) -> Arrays:
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+
+def assert_equal(data: Transitions, arrays: Arrays) -> None:
+    for key, array in arrays.items():
+        expected = torch.as_tensor(array)
+        found = getattr(data, key)
+        assert found.dtype == expected.dtype, key
+        assert torch.equal(found, expected), key
+
+
+def test_a_dictionary() -> None:
+    arrays = joined(trajectory(4), trajectory(3, 10))
+    data = load_dataset({**arrays, "metadata/algorithm": "SAC", "infos/qpos": np.zeros((7, 3))})
+    assert_equal(data, arrays)
+    assert data.info["metadata"] == {"algorithm": "SAC"}
+    assert len(load_dataset(arrays, compat="d4rl")) == 6
+    with pytest.raises(InputError, match="the data set lacks 'rewards'"):
+        load_dataset({key: array for key, array in arrays.items() if key != "rewards"})
+    # What is loaded is a copy: the caller's arrays are the caller's.
+    data.observations.zero_()
+    assert arrays["observations"].any()
+
+
+def test_an_environment() -> None:
+    arrays = joined(trajectory(6, terminal=False), trajectory(3, 10))
+    del arrays["next_observations"]
+    environment = SimpleNamespace(
+        spec=SimpleNamespace(id="hopper-mine-v0"), _max_episode_steps=6, get_dataset=lambda: arrays
+    )
+    data = load_dataset(environment)
+    assert data.name == "hopper-mine-v0"
+    assert data.observations[:, 0].tolist() == [0, 1, 2, 3, 4, 10, 11]
+    with pytest.raises(InputError, match=r"environment with get_dataset\(\), got int"):
+        load_dataset(3)  # type: ignore[arg-type]
+    arrays["actions"] = arrays["actions"][1:]
+    with pytest.raises(InputError, match="data set of hopper-mine-v0: actions has 8 rows, observations 9"):
+        load_dataset(environment)
+
+
+def neorl(*parts: Arrays) -> Arrays:
+    arrays = joined(*parts)
+    return {
+        "obs": arrays["observations"],
+        "action": arrays["actions"],
+        "reward": arrays["rewards"][:, None],
+        "next_obs": arrays["next_observations"],
+        "done": arrays["terminals"][:, None].astype(np.float32),
+        "index": np.cumsum([0, *(len(part["rewards"]) for part in parts[:-1])]),
+    }
+
+
+def test_neorl(tmp_path: Path) -> None:
+    # The second one's end is the step limit; the third one's is neither.
+    parts = trajectory(4), trajectory(MAX_EPISODE_STEPS, 10), trajectory(3, terminal=False)
+    np.savez(tmp_path / "a.npz", **neorl(*parts))
+    expected = joined(*parts)
+    expected["terminals"] = np.arange(MAX_EPISODE_STEPS + 7) == 3
+    assert_equal(load_dataset(tmp_path / "a.npz"), expected)
+    rows = load_dataset(tmp_path / "a.npz", compat="d4rl").observations[:, 0]
+    assert len(rows) == 4 + (MAX_EPISODE_STEPS - 1) + 2
+
+
+@pytest.mark.parametrize("index", [[1, 4], [0, 4, 4], [0, 99], [0.5]])
+def test_neorl_with_a_bad_index(index: list[float], tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", **{**neorl(trajectory(4), trajectory(3)), "index": np.array(index)})
+    with pytest.raises(InputError, match="is not a whole npz file"):
+        load_dataset(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_trajectories(protocol: int, tmp_path: Path) -> None:
+    parts = [trajectory(4), trajectory(5, 10, terminal=False), trajectory(1, 20)]
+    parts[1]["rewards"] = list(parts[1]["rewards"])  # numpy scalars, not an array
+    parts[2]["observations"] = np.asfortranarray(parts[2]["observations"])
+    (tmp_path / "hopper-mine.pkl").write_bytes(pickle.dumps(parts, protocol))
+    data = load_dataset(tmp_path / "hopper-mine.pkl")
+    assert_equal(data, joined(*parts))
+    assert data.name == "hopper-mine"
+    for part in parts:
+        part["dones"] = part.pop("terminals")
+        del part["next_observations"]
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(parts, protocol))
+    assert load_dataset(tmp_path / "a.pkl").observations[:, 0].tolist() == [0, 1, 2, 10, 11, 12, 13]
+
+
+class Runs:
+    """What a pickle runs when it is loaded."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+@pytest.mark.parametrize(
+    ("evil", "asks"),
+    [
+        (Runs(exec, "open('ran', 'w')"), r"(builtins|__builtin__)\.exec"),
+        (Runs(Path.touch, Path("ran")), r"(pathlib|builtins|__builtin__)\.\S+"),
+        (Runs(np.save, "ran", 0), r"numpy\.save"),
+        (Runs(eval, "open('ran', 'w')"), r"(builtins|__builtin__)\.eval"),
+        (SimpleNamespace(a=1), r"types\.SimpleNamespace"),
+    ],
+)
+def test_no_pickle_runs(
+    protocol: int, evil: Any, asks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asks = rf"asks for {asks}; only numpy arrays"
+    hidden = {**trajectory(3), "rewards": np.array([evil], object)}
+    for content, why in ([evil], asks), ([{"infos": evil}], asks), ([hidden], "holds an array of object"):
+        Path("a.pkl").write_bytes(pickle.dumps(content, protocol))
+        with pytest.raises(InputError, match=rf"a\.pkl: the pickle {why}"):
+            load_dataset("a.pkl")
+    assert not list(tmp_path.glob("ran*"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([], "must hold a list of trajectories"),
+        ({"observations": np.zeros((3, 2))}, "must hold a list of trajectories"),
+        ([np.zeros(3)], "must hold a list of trajectories"),
+        ([{**trajectory(3), "rewards": np.zeros(2)}], r"trajectory 0 have \[2, 3\] rows"),
+        ([trajectory(3), {"observations": np.zeros((3, 2))}], "actions of trajectory 1 is not an array"),
+        ([{**trajectory(3), "actions": np.array(["a"] * 3)}], "the pickle holds an array of <U1"),
+        ([{**trajectory(3), "actions": np.array([None] * 3)}], "the pickle holds an array of object"),
+        ([{**trajectory(3), "rewards": None}], "rewards of trajectory 0 is not an array of numbers"),
+        ([{"observations": np.zeros((3, 2)), "dones": np.zeros(3)}], "lacks 'actions'"),
+        ([trajectory(3), {**trajectory(2), "actions": np.zeros((2, 9))}], "not a whole pickle file"),
+    ],
+)  # fmt: skip
+def test_pickles_that_do_not_fit(content: Any, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(content))
+    with pytest.raises(InputError, match=message):
+        load_dataset(tmp_path / "a.pkl")
+
+
+def test_damaged_pickles(tmp_path: Path) -> None:
+    path, whole = tmp_path / "a.pkl", pickle.dumps([trajectory(20), trajectory(9)])
+    random, messages = np.random.default_rng(0), []
+    for size in (0, 5, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(InputError, match=r"a\.pkl is not a whole pickle file"):
+            load_dataset(path)
+    for _ in range(400):
+        damaged = bytearray(whole)
+        for _ in range(3):
+            damaged[random.integers(len(damaged))] = random.integers(256)
+        path.write_bytes(damaged)
+        # A flipped byte may leave a file that is sound; anything else is one clear error.
+        try:
+            load_dataset(path)
+        except InputError as error:
+            messages.append(str(error))
+    assert len(messages) > 50
+    assert all(message.startswith(str(path)) for message in messages)

@@ -27,7 +27,7 @@ from mopo_fast.config import FIT_DTYPES, DynamicsConfig, check_finite, to_dict
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import EnsembleDynamics, mlp_bytes, soft_clamp_logvar
 from mopo_fast.errors import InputError
-from mopo_fast.graph import Graph, records
+from mopo_fast.graph import Recorder, records
 from mopo_fast.lock import locked
 from mopo_fast.machine import check_device, check_memory, file_backed, resolve_threads
 from mopo_fast.progress import progress_bar
@@ -402,7 +402,7 @@ class Fit:
         )
 
     def count(self, rows: int) -> None:
-        """Take over the steps on so many rows of each member that a kernel has made."""
+        """Take over the steps on so many rows of each member that its own optimiser has not made."""
         made = self.steps_made + math.ceil(rows / self.config.batch_size)
         for step in self.optimizer.steps:
             step.fill_(made)
@@ -486,7 +486,7 @@ class Population:
     def __init__(self, fits: Sequence[Fit]) -> None:
         self.fits = list(fits)
         self._batch: _Batch | None = None
-        self._graphs: dict[tuple[int, int], Graph] = {}
+        self._recorder = Recorder()
 
     def run_epoch(self, on_progress: Callable[[float], None]) -> list[FitEpoch]:
         """What `Fit.run_epoch` does, for each; on_progress is told the share of it that is done."""
@@ -514,16 +514,12 @@ class Population:
         each = [fit.batches(some) for fit, some in zip(self.fits, rows, strict=True)]
         inputs, targets = each[0] if len(each) == 1 else map(torch.cat, zip(*each, strict=True))
         if records(inputs.device):
-            what = (batch.parameters[0].data_ptr(), inputs.shape[1])
-            if what not in self._graphs:
-                self._graphs[what] = Graph(batch, (inputs, targets), batch.state())
-            losses = self._graphs[what](inputs, targets)
+            losses = self._recorder.play(batch, (inputs, targets), batch.state())
         else:
             losses = batch(inputs, targets)
         if len(each) > 1:
             for fit in self.fits:
-                for step in fit.optimizer.steps:
-                    step.copy_(batch.optimizer.steps[0])
+                fit.count(rows[0].shape[1])
         result: list[float] = losses.reshape(-1).tolist()
         return result
 

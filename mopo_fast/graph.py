@@ -1,6 +1,7 @@
 """Many small kernels in one launch of a GPU."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -48,3 +49,22 @@ class Graph:
             mine.copy_(argument)
         self.graph.replay()
         return self.result
+
+
+class Recorder:
+    """Plays a function from graphs of its own, one for each shape of arguments and place of its state."""
+
+    def __init__(self) -> None:
+        self._graphs: dict[tuple[Any, ...], Graph] = {}
+
+    def play(
+        self,
+        function: Callable[..., torch.Tensor],
+        arguments: Sequence[torch.Tensor],
+        state: Sequence[torch.Tensor],
+    ) -> torch.Tensor:
+        """function(*arguments), recorded at the first call with such; see `Graph`."""
+        what = (*(argument.shape for argument in arguments), *(tensor.data_ptr() for tensor in state))
+        if what not in self._graphs:
+            self._graphs[what] = Graph(function, arguments, state)
+        return self._graphs[what](*arguments)

@@ -27,7 +27,7 @@ from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import SACConfig
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.errors import InputError
-from mopo_fast.graph import Graph, records
+from mopo_fast.graph import Recorder, records
 from mopo_fast.machine import resolve_threads
 from mopo_fast.policy import Actor, Critic
 from mopo_fast.seeds import INIT, derive_seed
@@ -338,7 +338,7 @@ class Population:
     def __init__(self, sacs: Sequence[SAC]) -> None:
         self.sacs = list(sacs)
         self._batch: SAC | None = None
-        self._graphs: dict[tuple[int, int], Graph] = {}
+        self._recorder = Recorder()
 
     def update_many(
         self, data: Transitions, buffers: Sequence[RingBuffer], updates: int, seeds: Sequence[int]
@@ -444,12 +444,11 @@ class Population:
         return total
 
     def _play(self, arrays: Sequence[torch.Tensor]) -> torch.Tensor:
-        """`_updates` from a graph, which is recorded at the first call with so many."""
+        """`_updates`, recorded."""
         batch = self._batch or self.sacs[0]
-        updates, what = batch.updates, (batch.log_alpha.data_ptr(), len(arrays[0]))
-        if what not in self._graphs:
-            self._graphs[what] = Graph(self._updates, arrays, list(batch.state().values()))
-        total = self._graphs[what](*arrays)
+        updates, state = batch.updates, list(batch._live_state().values())
+        total = self._recorder.play(self._updates, arrays, state)
+        # The run that warms up and the recording have counted theirs.
         batch.updates = updates + len(arrays[0])
         return total
 

@@ -577,7 +577,7 @@ def test_recorded_steps_are_the_same(count: int, monkeypatch: pytest.MonkeyPatch
         eager = populations[0].run_epoch(lambda share: None)
         with monkeypatch.context() as patch:
             patch.setattr("mopo_fast.fit.records", lambda device: True)
-            patch.setattr("mopo_fast.fit.Graph", EagerGraph)
+            patch.setattr("mopo_fast.graph.Graph", EagerGraph)
             played = populations[1].run_epoch(lambda share: None)
         assert [record.train_loss for record in played] == [record.train_loss for record in eager]
     for one, other in zip(plain, recorded, strict=True):

@@ -330,7 +330,7 @@ class TestPopulation:
             eager = populations[0].update_many(data, buffers, 8, seeds)
             with monkeypatch.context() as patch:
                 patch.setattr("mopo_fast.sac.records", lambda device: True)
-                patch.setattr("mopo_fast.sac.Graph", EagerGraph)
+                patch.setattr("mopo_fast.graph.Graph", EagerGraph)
                 played = populations[1].update_many(data, buffers, 8, seeds)
             for ours, theirs in zip(played, eager, strict=True):
                 assert ours == pytest.approx(theirs, rel=1e-5)

@@ -76,11 +76,6 @@ def use_large_pages(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def in_large_pages(tensor: torch.Tensor) -> torch.Tensor:
-    """A CPU tensor's copy in memory of `use_large_pages`; another device's tensor itself."""
-    return use_large_pages(torch.empty_like(tensor)).copy_(tensor) if tensor.device.type == "cpu" else tensor
-
-
 def _network(weights: list[torch.Tensor], biases: list[torch.Tensor], activation: str) -> _Network:
     networks = weights[0].shape[0] if weights[0].ndim == 3 else 1
     sizes = [weights[0].shape[-2], *(weight.shape[-1] for weight in weights)]

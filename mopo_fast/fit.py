@@ -433,9 +433,9 @@ class Fit:
         self.model.elites.copy_(torch.from_numpy(order[: self.config.elites].copy()))
         return self.model
 
-    def fingerprint(self, data: Transitions) -> torch.Tensor:
-        """uint8 [32]: which data, seed and config a checkpoint belongs to."""
-        what = json.dumps([data_sha256(data), self.seed, to_dict(self.config)])
+    def fingerprint(self, data_digest: str) -> torch.Tensor:
+        """uint8 [32]: which data (of this `data_sha256`), seed and config a checkpoint belongs to."""
+        what = json.dumps([data_digest, self.seed, to_dict(self.config)])
         return torch.tensor(list(hashlib.sha256(what.encode()).digest()), dtype=torch.uint8)
 
     def save(self, path: Path, fingerprint: torch.Tensor) -> None:
@@ -671,19 +671,19 @@ def fit_dynamics(
         InputError: unusable data, config, device or checkpoint; or the loss became not finite.
     """
     fit = Fit(data.validate(), seed, config or DynamicsConfig(), device, backend, threads)
-    _run([fit], data, [None if checkpoint is None else Path(checkpoint)], quiet, on_epoch)
+    _run([fit], data_sha256(data), [None if checkpoint is None else Path(checkpoint)], quiet, on_epoch)
     return fit.finish()
 
 
 def _run(
     fits: Sequence[Fit],
-    data: Transitions,
+    data_digest: str,
     checkpoints: Sequence[Path | None],
     quiet: bool,
     on_epoch: Callable[[FitEpoch], None] | None = None,
 ) -> None:
     """What is left to do of the fits, together; on_epoch hears of each."""
-    fingerprints = [fit.fingerprint(data) for fit in fits]
+    fingerprints = [fit.fingerprint(data_digest) for fit in fits]
     for fit, checkpoint, fingerprint in zip(fits, checkpoints, fingerprints, strict=True):
         if checkpoint is not None and checkpoint.exists():
             fit.restore(checkpoint, fingerprint)
@@ -778,16 +778,19 @@ def fit_and_save_many(
             stack.enter_context(locked(folder))
         data.validate()
         fits = [Fit(data, seed, config, device, backend, threads) for seed in seeds]
-        _run(fits, data, checkpoints, quiet, on_epoch)
-        return [(fit.finish(), _save(fit, data, folder)) for fit, folder in zip(fits, paths, strict=True)]
+        digest = data_sha256(data)
+        _run(fits, digest, checkpoints, quiet, on_epoch)
+        return [
+            (fit.finish(), _save(fit, data, digest, folder)) for fit, folder in zip(fits, paths, strict=True)
+        ]
 
 
-def _save(fit: Fit, data: Transitions, folder: Path) -> dict[str, Any]:
+def _save(fit: Fit, data: Transitions, data_digest: str, folder: Path) -> dict[str, Any]:
     """Write a finished fit; what fit.json holds."""
     config, history = fit.config, fit.history
     record = {
         "dataset": data.name,
-        "data_sha256": data_sha256(data),
+        "data_sha256": data_digest,
         "transitions": len(data),
         "holdout": len(split_holdout(len(data), fit.seed, config)[1]),
         "seed": fit.seed,

@@ -191,13 +191,14 @@ def _train_all(runs: Sequence[_Run], memory_map: bool, quiet: bool) -> list[dict
             if not (run.out / "config.json").exists():
                 write_json(run.out / "config.json", to_dict(run.config))
         fit_started = time.perf_counter()
-        _make_dynamics(unfinished, data, quiet)
+        digest = data_sha256(data)
+        _make_dynamics(unfinished, data, digest, quiet)
         for run in unfinished:
             if _last_checkpoint(run.out) is None:
                 # What an earlier, interrupted session spent on the fit is part of the total too.
                 run.started -= max(0.0, run.fit_seconds - (time.perf_counter() - fit_started))
         try:
-            _train_together(unfinished, data, quiet)
+            _train_together(unfinished, data, digest, quiet)
         except OSError as error:
             folders = ", ".join(str(run.out) for run in unfinished)
             raise InputError(f"cannot go on with {folders} ({error}); mend that, then --resume") from error
@@ -361,7 +362,7 @@ def _first_difference(theirs: Any, ours: Any, name: str = "") -> str | None:
     return None if theirs == ours else f"{name} = {theirs!r}, not {ours!r}"
 
 
-def _make_dynamics(runs: Sequence[_Run], data: Transitions, quiet: bool) -> None:
+def _make_dynamics(runs: Sequence[_Run], data: Transitions, data_digest: str, quiet: bool) -> None:
     """Every run's ensemble, in its folder from now on, and the seconds that its fit took this run."""
     config = runs[0].config
     if config.dynamics_from is not None:
@@ -386,13 +387,12 @@ def _make_dynamics(runs: Sequence[_Run], data: Transitions, quiet: bool) -> None
             threads=config.threads,
             quiet=quiet,
         )
-    sha256 = data_sha256(data)
     for run in runs:
         out, seed = run.out, run.config.seed
         if not (out / "fit.json").exists():
             _copy_fit(fits[seed].out, out)
         fit = read_json(out / "fit.json")
-        ours = {"data_sha256": sha256, "seed": seed, "config": _as_json(config.dynamics)}
+        ours = {"data_sha256": data_digest, "seed": seed, "config": _as_json(config.dynamics)}
         difference = _first_difference({name: fit.get(name) for name in ours}, ours)
         if difference:
             raise InputError(f"{out / 'fit.json'} was made with {difference}; choose another --out")
@@ -420,7 +420,7 @@ def _remove_older(checkpoint: Path) -> None:
             other.unlink()
 
 
-def _train_together(runs: Sequence[_Run], data: Transitions, quiet: bool) -> None:
+def _train_together(runs: Sequence[_Run], data: Transitions, data_digest: str, quiet: bool) -> None:
     """All epochs that are left of the runs, and their summaries."""
     config = runs[0].config
     on_device, epochs = data.to(config.device), math.ceil(config.steps / config.rollout.interval)
@@ -429,7 +429,7 @@ def _train_together(runs: Sequence[_Run], data: Transitions, quiet: bool) -> Non
         progress_bar("train: epochs", epochs * len(runs), quiet=quiet) as bar,
         contextlib.ExitStack() as boards,
     ):
-        loops = [_Loop(run, on_device, evaluator) for run in runs]
+        loops = [_Loop(run, on_device, data_digest, evaluator) for run in runs]
         for loop in loops:
             loop.begin()
             boards.callback(loop.board.close)
@@ -521,13 +521,13 @@ class _Pending:
 class _Loop:
     """The state of a run's training between two epochs, and the parts of an epoch."""
 
-    def __init__(self, run: _Run, data: Transitions, evaluator: Evaluator) -> None:
+    def __init__(self, run: _Run, data: Transitions, data_digest: str, evaluator: Evaluator) -> None:
         config, task = run.config, run.task
         rollout = config.rollout
         assert rollout.horizon is not None and run.ensemble is not None
         self.run, self.config, self.task, self.data = run, config, task, data
         self.started, self.evaluator = run.started, evaluator
-        self.data_sha256 = data_sha256(data)
+        self.data_sha256 = data_digest
         ensemble = run.ensemble
         named = {f"{ensemble.activation}.{name}": value for name, value in ensemble.state_dict().items()}
         self.dynamics_sha256 = tensors_sha256(named)

@@ -550,7 +550,7 @@ def test_fits_together_stop_each_at_its_own_end_and_are_saved(tmp_path: Path, ba
     started = Fit(toy_data(), 1, config, backend=backend)
     started.run_epoch(lambda epochs: None)
     (folders[1] / "checkpoint").mkdir(parents=True)
-    started.save(folders[1] / "checkpoint" / "fit.safetensors", started.fingerprint(toy_data()))
+    started.save(folders[1] / "checkpoint" / "fit.safetensors", started.fingerprint(data_sha256(toy_data())))
     fit_and_save_many(toy_data(), folders, seeds=seeds, config=config, backend=backend)
     epochs = []
     for seed, folder in zip(seeds, folders, strict=True):

@@ -5,8 +5,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
+from mopo_fast.backends import record
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import PENALTIES, Activation, DynamicsConfig, SACConfig
 from mopo_fast.data import Transitions
@@ -231,6 +233,33 @@ def check_split(
     ]
     for name, array in whole.arrays().items():
         assert torch.equal(array, torch.cat([getattr(part, name) for part in parts])), name
+
+
+def check_turns(
+    engine: RolloutEngine, policy: Actor, start: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch whose record is too large is rolled out 100 rows at a time, to the same rows."""
+    whole = engine.rollout(policy, start, 2, seed=1)
+    row_words = start.shape[1] + policy.act_dim + 5
+    monkeypatch.setattr(record, "RECORD_BYTES", 100 * 2 * 4 * row_words)
+    turns, empty = [], record._empty_record
+
+    def counted(some: torch.Tensor, act_dim: int, horizon: int) -> record.Record:
+        turns.append(len(some))
+        return empty(some, act_dim, horizon)
+
+    monkeypatch.setattr(record, "_empty_record", counted)
+    assert_same(engine.rollout(policy, start, 2, seed=1), whole)
+    assert turns == [100] * (len(start) // 100) + [len(start) % 100]
+
+
+def check_deterministic(engine: RolloutEngine, policy: Actor, start: torch.Tensor) -> None:
+    """The seed does not matter, no member is drawn, and actions are those of 16-bit factors at least."""
+    kernel = engine.rollout(policy, start, 2, seed=1, deterministic=True)
+    assert_same(kernel, engine.rollout(policy, start, 2, seed=2, deterministic=True))
+    assert (kernel.members == -1).all()
+    expected = oracle(engine, engine.operands).rollout(policy, start, 2, seed=1, deterministic=True)
+    torch.testing.assert_close(kernel.actions, expected.actions, rtol=1e-3, atol=1e-3)
 
 
 def check_ring(

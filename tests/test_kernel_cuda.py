@@ -16,6 +16,7 @@ import torch
 from kernel_cases import (
     assert_as_accurate,
     assert_same,
+    check_deterministic,
     check_made_of_steps,
     check_not_finite,
     check_ring,
@@ -23,6 +24,7 @@ from kernel_cases import (
     check_rounded_step,
     check_split,
     check_terminals,
+    check_turns,
     inputs,
     make_ensemble,
     make_policy,
@@ -31,7 +33,7 @@ from kernel_cases import (
 )
 from torch.nn import functional
 
-from mopo_fast.backends import BackendStatus, DynamicsArrays, PolicyArrays, philox, record
+from mopo_fast.backends import BackendStatus, DynamicsArrays, PolicyArrays, philox
 from mopo_fast.backends import cuda as host
 from mopo_fast.backends.stream import SLOT_BYTES, stream
 from mopo_fast.config import ACTIVATIONS, PENALTIES
@@ -160,10 +162,7 @@ def test_splits_do_not_matter(case: Case) -> None:
 
 
 def test_a_batch_may_take_turns(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, policy, start = case
-    whole = engine.rollout(policy, start, 2, seed=1)
-    monkeypatch.setattr(record, "RECORD_BYTES", 100 * 2 * 4 * (11 + 3 + 5))
-    assert_same(engine.rollout(policy, start, 2, seed=1), whole)
+    check_turns(*case, monkeypatch)
 
 
 def test_ring(case: Case) -> None:
@@ -175,12 +174,7 @@ def test_terminal_rows_are_kept_and_end_the_rollout(case: Case) -> None:
 
 
 def test_deterministic_rollout(case: Case) -> None:
-    engine, policy, start = case
-    kernel = engine.rollout(policy, start, 2, seed=1, deterministic=True)
-    assert_same(kernel, engine.rollout(policy, start, 2, seed=2, deterministic=True))
-    assert (kernel.members == -1).all()
-    expected = oracle(engine, engine.operands).rollout(policy, start, 2, seed=1, deterministic=True)
-    torch.testing.assert_close(kernel.actions, expected.actions, rtol=1e-3, atol=1e-3)
+    check_deterministic(*case)
 
 
 @pytest.mark.parametrize("member", [0, 2])

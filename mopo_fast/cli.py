@@ -19,7 +19,7 @@ from rich.logging import RichHandler
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from mopo_fast.atomic import check_writable, write_json
-from mopo_fast.config import DynamicsConfig, RolloutDtype, TrainConfig
+from mopo_fast.config import CheckpointFormat, DynamicsConfig, Hints, RolloutDtype, TrainConfig
 from mopo_fast.errors import InputError
 from mopo_fast.progress import console
 
@@ -88,17 +88,31 @@ def convert(
     source: Annotated[str, Positional, arg(metavar="SRC")],
     target: Annotated[str, Positional, arg(metavar="DST")],
     *,
+    source_format: Annotated[CheckpointFormat | None, arg(name="from")] = None,
+    target_format: Annotated[CheckpointFormat, arg(name="to")] = "mopo-fast",
+    hints: Hints,
     overwrite: bool = False,
     quiet: bool = False,
 ) -> None:
-    """Write a data set in another format: .hdf5, .npz, or Minari's.
+    """Write a data set in another format: .hdf5, .npz, or Minari's. With --from, models in another code's.
 
     Args:
-        source: A name or a file, .pkl too; minari:ID.
-        target: A file ending in .hdf5, .h5 or .npz, or minari:ID.
+        source: A name or a file, .pkl too; minari:ID. With --from, a code's file or folder.
+        target: A file ending in .hdf5, .h5 or .npz, or minari:ID. With --from, a file or folder.
+        source_format: The code that has left dynamics, a policy or both in SRC.
+        target_format: The code that they are for.
         overwrite: Replace it if it exists.
         quiet: No progress bar.
     """
+    if source_format is not None:
+        from mopo_fast.compat import convert_checkpoint
+
+        found = convert_checkpoint(source, target, source_format, target_format, hints, overwrite=overwrite)
+        models = {"dynamics": found.dynamics, "policy": found.policy}
+        print(f"{target}: {' and '.join(name for name, model in models.items() if model is not None)}")
+        return
+    if hints != Hints() or target_format != "mopo-fast":
+        raise InputError("--to, --activation, --elites and --absolute are for models: say --from what")
     from mopo_fast.data.convert import convert
 
     print(f"{target}: {convert(source, target, overwrite=overwrite, quiet=quiet)} rows")

@@ -21,12 +21,16 @@ PenaltyMembers = Literal["all", "elites"]
 FitDtype = Literal["float32", "bfloat16"]
 RolloutDtype = Literal["float32", "float64", "tfloat32", "bfloat16", "float16"]
 Tuned = Literal["authors", "offlinerl-kit"]
+CheckpointFormat = Literal[
+    "mopo-fast", "offlinerl-kit", "mopo-tf", "mbrl-lib", "unifloral", "polixir", "d3rlpy"
+]
 # The order is the kernels': an index here is an enumerator there.
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 PENALTIES: tuple[Penalty, ...] = get_args(Penalty)
 FIT_DTYPES: tuple[FitDtype, ...] = get_args(FitDtype)
 ROLLOUT_DTYPES: tuple[RolloutDtype, ...] = get_args(RolloutDtype)
 TUNED: tuple[Tuned, ...] = get_args(Tuned)
+CHECKPOINT_FORMATS: tuple[CheckpointFormat, ...] = get_args(CheckpointFormat)
 
 # On the command line `--horizon`, not `--rollout.horizon`.
 _short = arg(prefix_name=False)
@@ -190,6 +194,18 @@ class TrainConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     sac: SACConfig = field(default_factory=SACConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What another code's files may leave open; None: what they say, else that code's default."""
+
+    activation: Annotated[Activation | None, _short] = None
+    """With --from: of the dynamics' hidden layers."""
+    elites: Annotated[tuple[int, ...] | None, _short] = None
+    """With --from: the members that rollouts draw from, best first."""
+    absolute: Annotated[tuple[int, ...] | None, _short] = None
+    """With --from: the observation dimensions whose next value is predicted itself, not its change."""
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -1,0 +1,44 @@
+"""Models of other code: what all formats share. Each format's own tests are in test_compat_NAME.py."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mopo_fast import Actor, EnsembleDynamics, InputError
+from mopo_fast.cli import main
+from mopo_fast.compat import convert_checkpoint
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    EnsembleDynamics(3, 2, members=4, elites=2, hidden=(8,)).save(tmp_path / "run")
+    Actor(3, 2, hidden=(8,)).save(tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_ours_to_ours(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "copy"
+    assert main(["convert", str(run), str(target), "--from", "mopo-fast", "--elites", "3", "1"]) == 0
+    assert capsys.readouterr().out == f"{target}: dynamics and policy\n"
+    assert EnsembleDynamics.load(target).elites.tolist() == [3, 1]
+    for ours, copy in zip(Actor.load(run).parameters(), Actor.load(target).parameters(), strict=True):
+        assert torch.equal(ours, copy)
+
+
+def test_mistakes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def fails(*arguments: str) -> str:
+        assert main(["convert", *arguments]) == 2
+        return " ".join(capsys.readouterr().err.split())
+
+    copy = str(tmp_path / "copy")
+    assert "does not exist" in fails("nowhere", copy, "--from", "mopo-fast")
+    assert "exists already" in fails(str(run), str(run), "--from", "mopo-fast")
+    assert "elites must be distinct" in fails(str(run), copy, "--from", "mopo-fast", "--elites", "1", "9")
+    assert "leave them out" in fails(str(run), copy, "--from", "mopo-fast", "--activation", "relu")
+    assert "are for models: say --from what" in fails("a.hdf5", "b.npz", "--to", "polixir")
+    (tmp_path / "empty").mkdir()
+    assert "neither dynamics nor a policy" in fails(str(tmp_path / "empty"), copy, "--from", "mopo-fast")
+    assert not Path(copy).exists()
+    with pytest.raises(InputError, match="unknown format 'keras'; there are: mopo-fast, offlinerl-kit"):
+        convert_checkpoint(run, copy, "keras", "mopo-fast")  # type: ignore[arg-type]

@@ -76,7 +76,7 @@ def make_box(
     return Box(tuple(low for low, _ in per_dim), tuple(high for _, high in per_dim))
 
 
-TerminationFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any]
+TerminationFunction = Callable[[Any, Any, Any], Any]
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol
 
 import torch
+from typing_extensions import TypeVar
 
 from mopo_fast.backends.training import FitRun, SacRun
 from mopo_fast.errors import InputError
@@ -49,8 +50,12 @@ class PolicyArrays:
     log_std_max: float
 
 
+# An array of any library; a tensor where nothing else is said.
+A = TypeVar("A", default=torch.Tensor)
+
+
 @dataclass(frozen=True, eq=False)
-class StepResult:
+class StepResult(Generic[A]):
     """One step of the penalised model for a batch.
 
     Attributes:
@@ -63,14 +68,14 @@ class StepResult:
         mean, std: [members, batch, obs_dim + 1] of (delta obs, reward); None unless asked for.
     """
 
-    next_observations: torch.Tensor
-    rewards: torch.Tensor
-    terminals: torch.Tensor
-    raw_rewards: torch.Tensor
-    penalties: torch.Tensor
-    members: torch.Tensor
-    mean: torch.Tensor | None = None
-    std: torch.Tensor | None = None
+    next_observations: A
+    rewards: A
+    terminals: A
+    raw_rewards: A
+    penalties: A
+    members: A
+    mean: A | None = None
+    std: A | None = None
 
 
 @dataclass(frozen=True)

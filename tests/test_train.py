@@ -369,7 +369,12 @@ class TestResolve:
 
     def test_termination_by_name(self) -> None:
         ensemble = EnsembleDynamics(11, 3, members=2, elites=1, hidden=(8,))
-        for name, box in ((None, "hopper"), ("hopper-authors", "hopper-authors")):
+        for name, box in (
+            (None, "hopper"),
+            ("hopper-authors", "hopper-authors"),
+            ("authors", "hopper-authors"),
+            ("offlinerl-kit", "hopper-offlinerl-kit"),
+        ):
             rollout = dataclasses.replace(CONFIG.rollout, termination=name)
             config, task = resolve(dataclasses.replace(CONFIG, rollout=rollout))
             low = _engine(config, task, ensemble, "reference")._low

@@ -21,6 +21,7 @@ __all__ = [
     "__version__",
     "fit_dynamics",
     "load_dataset",
+    "open_rollouts",
     "register_task",
 ]
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from mopo_fast.fit import fit_dynamics
     from mopo_fast.policy import Actor
     from mopo_fast.rollout import RolloutEngine
+    from mopo_fast.shards import open_rollouts
     from mopo_fast.tasks import Box, Task, register_task
 
 # Imported on first use: torch takes seconds, and `mopo-fast --help` does not need it.
@@ -48,6 +50,7 @@ _HOMES = {
     "Transitions": "data",
     "fit_dynamics": "fit",
     "load_dataset": "data",
+    "open_rollouts": "shards",
     "register_task": "tasks",
 }
 

@@ -55,12 +55,28 @@ class RingBuffer:
         columns = cpu.use_large_pages(table).zero_().split([*widths.values(), padding], dim=1)
         arrays = dict(zip(widths, columns, strict=False))
         terminals = torch.empty(capacity, dtype=torch.bool, device=device)
-        self.storage = Transitions(
-            **{name: array.squeeze(1) if name in _SCALARS else array for name, array in arrays.items()},
-            terminals=cpu.use_large_pages(terminals).zero_(),
-            name="model",
+        self._use(
+            Transitions(
+                **{name: array.squeeze(1) if name in _SCALARS else array for name, array in arrays.items()},
+                terminals=cpu.use_large_pages(terminals).zero_(),
+                name="model",
+            )
         )
-        self.capacity = capacity
+
+    @classmethod
+    def over(cls, storage: Transitions) -> "RingBuffer":
+        """An empty ring whose rows are those of `storage`, with the arrays that it has."""
+        ring = cls.__new__(cls)
+        ring._use(storage)
+        return ring
+
+    def _use(self, storage: Transitions) -> None:
+        self.storage = storage
+        self.capacity = len(storage)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget every row."""
         self.head = 0
         self.size = 0
 

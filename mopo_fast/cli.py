@@ -24,10 +24,12 @@ from mopo_fast.atomic import check_writable, write_json
 from mopo_fast.config import (
     PRESETS,
     CheckpointFormat,
+    Compression,
     DynamicsConfig,
     Hints,
     Preset,
     RolloutDtype,
+    ShardFormat,
     TrainConfig,
 )
 from mopo_fast.errors import InputError
@@ -224,6 +226,53 @@ def train(
         print(_outcome_of_all(summaries))
 
 
+def sweep(
+    config: Annotated[TrainConfig, arg(name="")],
+    *,
+    preset: Preset | None = None,
+    seeds: Annotated[str, arg(metavar="FIRST:END")] = "0:3",
+    penalty_coefs: Annotated[tuple[float, ...], arg(metavar="FLOAT ...")] = (),
+    horizons: Annotated[tuple[int, ...], arg(metavar="INT ...")] = (),
+    out: Annotated[Path | None, arg(metavar="DIR")] = None,
+    ray: Annotated[str, arg(metavar="ADDRESS")] = "local",
+    memory_map: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Train all combinations of seeds, penalty coefficients and horizons on Ray Tune; a table and a plot.
+
+    Stopped, the same command goes on; finished runs are left as they are.
+
+    Args:
+        preset: Another code's hyperparameters as defaults, in place of the authors'; see `--help` with it.
+        seeds: 0:8 is seeds 0 to 7; or a list, 0,3,5.
+        penalty_coefs: By default the tuned one of the task and data tier, or --penalty-coef.
+        horizons: Likewise, or --horizon.
+        out: The folder of all runs; by default runs/DATASET-sweep.
+        ray: local: this machine's cores; auto: the cluster that runs on it; or an address.
+        memory_map: Leave the data in their file: for sets larger than the memory.
+        quiet: No progress bars.
+    """
+    del preset
+    from mopo_fast.sweep import sweep, to_table
+
+    folder = out or Path("runs", f"{Path(config.dataset).stem}-sweep")
+    try:
+        rows = sweep(
+            config,
+            folder,
+            seeds=_parse_seeds(seeds),
+            penalty_coefs=penalty_coefs,
+            horizons=horizons,
+            ray=ray,
+            memory_map=memory_map,
+            quiet=quiet,
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; the same command goes on") from None
+    Console().print(to_table(rows))
+    print(f"{folder / 'sweep.csv'}, {folder / 'sweep.png'}")
+
+
 def _population(
     config: TrainConfig, seeds: str | None, penalty_coefs: tuple[float, ...]
 ) -> tuple[list[TrainConfig], list[str]]:
@@ -279,40 +328,101 @@ def evaluate(
 
 
 def rollout(
-    run: Run,
+    run: Annotated[Path | None, Positional, arg(metavar="RUN")] = None,
     *,
-    dataset: Annotated[str, arg(metavar="DATASET")],
-    out: Annotated[Path, arg(metavar="FILE")],
-    count: int = 50_000,
+    dataset: Annotated[str | None, arg(metavar="DATASET")] = None,
+    out: Annotated[Path | None, arg(metavar="PATH")] = None,
+    count: int = 250_000,
     horizon: Number = None,
     seed: int = 0,
     penalty_coef: Annotated[float | None, arg(metavar="FLOAT")] = None,
+    dtype: RolloutDtype = "float32",
+    format: ShardFormat = "hdf5",
+    compression: Compression = "none",
+    shard_rows: int = 1_000_000,
+    ray: Annotated[str | None, arg(metavar="ADDRESS")] = None,
+    device: str = "cpu",
     backend: str = "auto",
+    threads: Number = None,
+    memory_map: bool = False,
+    verify: Annotated[Path | None, arg(metavar="DIR")] = None,
     overwrite: bool = False,
+    quiet: bool = False,
 ) -> None:
-    """Write penalised model rollouts of a run's policy, in D4RL's layout.
+    """Write penalised model transitions of a run's policy: one file, or any number in shards.
+
+    A folder that a stopped command has left is completed by the same command, to the same bytes.
 
     Args:
         run: A run's folder.
         dataset: Start states are drawn from its observations: a name or a file.
-        out: The file to write, .hdf5 or .npz.
-        count: Start states.
-        horizon: Steps from each; by default the run's own.
+        out: A file, .hdf5 or .npz, in D4RL's layout; or a folder, for shards of it and a manifest.
+        count: Transitions.
+        horizon: Steps of each rollout; by default the run's own.
         penalty_coef: By default the run's own.
+        dtype: Of the factors of the networks' products; bfloat16 is several times faster on AMX.
+        format: Of shards: D4RL's layout in HDF5, or Parquet.
+        compression: Of shards: none, lzf or gzip in HDF5; none, snappy or zstd in Parquet.
+        shard_rows: Transitions of a shard; two are held in memory.
+        ray: Spread shards over a Ray cluster: auto, local or an address. The folder must be seen by all.
+        device: cpu or cuda.
         backend: auto, or one that `mopo-fast doctor` lists.
-        overwrite: Replace the file if it exists.
+        threads: Of the CPU kernel; by default all cores. On a cluster, of one worker, by default 1.
+        memory_map: Leave the data in their file: for sets larger than the memory.
+        verify: Read every shard in this folder again, and compare it with the manifest. Nothing else is done.
+        overwrite: Replace the file if it exists, or the folder's shards.
+        quiet: No progress bar.
     """
+    from mopo_fast import shards
+
+    if verify is not None:
+        if run is not None or out is not None:
+            raise InputError("--verify takes a folder and neither RUN nor --out")
+        manifest = shards.verify(verify, quiet=quiet)
+        print(f"{verify}: {len(manifest['shards'])} shards, all sound")
+        print(shards.as_text(shards.summarise(manifest)))
+        return
+    if run is None or dataset is None or out is None:
+        raise InputError("say what to roll out: RUN, --dataset and --out; or --verify DIR")
     from mopo_fast.data import load_dataset
     from mopo_fast.data.files import check_file
     from mopo_fast.generate import generate, save_transitions
 
-    check_file(out, overwrite)
-    data = load_dataset(dataset)
-    rollouts = generate(
-        run, data, count=count, horizon=horizon, seed=seed, penalty_coef=penalty_coef, backend=backend
-    )
-    save_transitions(out, rollouts, overwrite=overwrite)
-    print(f"{out}: {len(rollouts)} transitions, mean penalised reward {rollouts.rewards.mean():.4g}")
+    settings: dict[str, Any] = {
+        "count": count,
+        "horizon": horizon,
+        "seed": seed,
+        "penalty_coef": penalty_coef,
+    }
+    settings |= {"dtype": dtype, "backend": backend, "threads": threads}
+    if out.suffix:
+        check_file(out, overwrite)
+        if ray is not None:
+            raise InputError("--ray takes a folder as --out, for shards")
+        rollouts = generate(run, load_dataset(dataset, memory_map=memory_map, quiet=quiet), **settings)
+        save_transitions(out, rollouts, overwrite=overwrite)
+        print(f"{out}: {len(rollouts)} transitions, mean penalised reward {rollouts.rewards.mean():.4g}")
+        return
+    data = load_dataset(dataset, memory_map=memory_map, quiet=quiet)
+    if overwrite:
+        shards.remove(out)
+    try:
+        manifest = shards.generate_shards(
+            run,
+            data,
+            out,
+            **settings,
+            shard_rows=shard_rows,
+            format=format,
+            compression=compression,
+            device=device,
+            ray=ray,
+            quiet=quiet,
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; the same command goes on") from None
+    print(f"{out}: {len(manifest['shards'])} shards")
+    print(shards.as_text(shards.summarise(manifest)))
 
 
 def bench(
@@ -413,7 +523,7 @@ def doctor(*, json: bool = False) -> None:
 
 COMMANDS: dict[str, Callable[..., None]] = {
     command.__name__: command
-    for command in (collect, relabel, convert, fit, train, evaluate, rollout, bench, report, doctor)
+    for command in (collect, relabel, convert, fit, train, sweep, evaluate, rollout, bench, report, doctor)
 }
 
 
@@ -441,7 +551,7 @@ def _outcome_of_all(summaries: Sequence[dict[str, Any]]) -> str:
 
 
 def _commands(argv: Sequence[str]) -> dict[str, Callable[..., None]]:
-    """COMMANDS, where `train --preset NAME` takes its defaults from the preset."""
+    """COMMANDS, where `train` and `sweep` take their defaults from a --preset."""
     given = [value for flag, value in itertools.pairwise(argv) if flag == "--preset"]
     given += [word.removeprefix("--preset=") for word in argv if word.startswith("--preset=")]
     # What is no preset is tyro's to refuse.
@@ -450,7 +560,10 @@ def _commands(argv: Sequence[str]) -> dict[str, Callable[..., None]]:
         return COMMANDS
     from mopo_fast.presets import preset
 
-    return COMMANDS | {"train": functools.partial(train, config=preset(known[-1], tyro.MISSING))}
+    config = preset(known[-1], tyro.MISSING)
+    return COMMANDS | {
+        command.__name__: functools.partial(command, config=config) for command in (train, sweep)
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,25 +1,34 @@
-"""Penalised model rollouts to a file, in D4RL's layout."""
+"""Penalised model rollouts of a trained run, as many transitions as are asked for."""
 
 import dataclasses
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from mopo_fast import __version__
 from mopo_fast.atomic import read_json
-from mopo_fast.config import Penalty, PenaltyMembers
+from mopo_fast.backends.philox import BATCH_STREAM, random_choice
+from mopo_fast.buffer import RingBuffer
+from mopo_fast.config import Penalty, PenaltyMembers, RolloutDtype
 from mopo_fast.data.files import check_file, write_arrays
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.machine import check_memory
 from mopo_fast.policy import Actor
-from mopo_fast.rollout import RolloutEngine
+from mopo_fast.rollout import RolloutEngine, allocate
 from mopo_fast.seeds import ROLLOUT, START, derive_seed
 from mopo_fast.tasks import Task, get_task, termination_of
+
+# Start states of one call: enough to be fast, few enough to show progress.
+_STARTS = 50_000
+# Rollouts in a row without a finite transition: the models are broken.
+_HOPELESS = 10_000
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,101 @@ class RunSettings:
     termination: str | None
 
 
+@dataclass(frozen=True)
+class GenerateConfig(RunSettings):
+    """What rollouts are made, and by what arithmetic."""
+
+    task: str
+    seed: int
+    dtype: RolloutDtype
+    backend: str
+
+
+class Generator:
+    """An endless sequence of rollouts; any stretch of it can be made alone, to the same rows.
+
+    Rollout `i` starts at an observation drawn by (seed, i), and its random numbers are of (seed, i).
+
+    Args:
+        observations: [n, obs_dim], which start states are drawn from, with replacement.
+        threads: of the CPU kernel; None: all cores.
+
+    Raises:
+        InputError: the models, the data or the settings do not fit each other.
+    """
+
+    def __init__(
+        self,
+        ensemble: EnsembleDynamics,
+        policy: Actor,
+        observations: torch.Tensor,
+        config: GenerateConfig,
+        threads: int | None = None,
+    ) -> None:
+        if config.seed < 0:
+            raise InputError(f"seed must not be negative, got {config.seed}")
+        self.config, self.policy = config, policy
+        self.engine = RolloutEngine(
+            ensemble,
+            penalty=config.penalty,
+            penalty_coef=config.penalty_coef,
+            termination=termination_of(get_task(config.task), config.termination),
+            backend=config.backend,
+            dtype=config.dtype,
+            threads=threads,
+            penalty_members=config.penalty_members,
+        )
+        self.observations = observations.to(self.engine.device)
+
+    def fill(
+        self, ring: RingBuffer, count: int, first: int = 0, advance: Callable[[int], None] = lambda _: None
+    ) -> tuple[int, int]:
+        """Write `count` transitions of rollouts `first`, first + 1, ... into the start of `ring`.
+
+        The last rollout may be cut short.
+
+        Args:
+            ring: empty, of at least count + horizon rows.
+            advance: called with the number of transitions after each stretch.
+
+        Returns:
+            Rollouts begun, and how many ended in a prediction that was not finite.
+
+        Raises:
+            InputError: nearly all rollouts end in one that is not finite.
+        """
+        horizon, seed = self.config.horizon, self.config.seed
+        starts, non_finite, fruitless = 0, 0, 0
+        while ring.size < count:
+            missing = count - ring.size
+            batch = min(-(-missing // horizon), _STARTS)
+            numbers = torch.arange(first + starts, first + starts + batch, device=self.engine.device)
+            drawn = random_choice(numbers, 0, BATCH_STREAM, len(self.observations), derive_seed(seed, START))
+            made = self.engine.rollout(
+                self.policy,
+                self.observations[drawn],
+                horizon,
+                seed=derive_seed(seed, ROLLOUT),
+                rows=numbers,
+                out=ring,
+            )
+            starts, non_finite = starts + batch, non_finite + made.info["non_finite"]
+            fruitless = 0 if len(made) else fruitless + batch
+            if fruitless >= _HOPELESS:
+                raise InputError(
+                    f"the last {fruitless} rollouts had no finite transition; the ensemble or the policy is"
+                    " broken, or the data are not its task's"
+                )
+            advance(min(len(made), missing))
+        return starts, non_finite
+
+    def ring(self, count: int) -> RingBuffer:
+        """A ring that `fill` can write `count` transitions into, with every array of a rollout."""
+        ensemble = self.engine.ensemble
+        rows = count + self.config.horizon
+        return RingBuffer.over(allocate(rows, ensemble.obs_dim, ensemble.act_dim, self.engine.device))
+
+
 def generate(
     run: str | os.PathLike[str],
     data: Transitions,
@@ -41,49 +145,77 @@ def generate(
     horizon: int | None = None,
     seed: int = 0,
     penalty_coef: float | None = None,
+    dtype: RolloutDtype = "float32",
     backend: str = "auto",
+    threads: int | None = None,
 ) -> Transitions:
-    """Roll a run's policy out in its ensemble, from `count` observations of `data` drawn with replacement.
+    """Roll a run's policy out in its ensemble, from observations of `data` drawn with replacement.
 
     Args:
         run: a run's folder; its config.json says which task ends an episode and which penalty counts.
+        count: transitions.
         horizon, penalty_coef: None: the run's own.
+
+    Returns:
+        `count` transitions, in memory, ordered by rollout, then step; `shards.generate_shards` writes any
+        number to disk.
 
     Raises:
         InputError: the run is not whole, the data do not fit it, or a number is out of range.
     """
-    if count < 1:
-        raise InputError(f"count must be at least 1, got {count}")
-    if seed < 0:
-        raise InputError(f"seed must not be negative, got {seed}")
-    task, settings = run_settings(run)
-    horizon = settings.horizon if horizon is None else horizon
-    # float32 arrays, a bool, then member, step and rollout_index.
-    row = 4 * (2 * task.obs_dim + task.act_dim + 3) + 1 + 4 + 4 + 8
-    check_memory(f"{count} rollouts of {horizon} steps", count * horizon * row, "cpu", "count or horizon")
-    engine = RolloutEngine(
-        EnsembleDynamics.load(run),
-        penalty=settings.penalty,
-        penalty_coef=settings.penalty_coef if penalty_coef is None else penalty_coef,
-        termination=termination_of(task, settings.termination),
-        backend=backend,
-        penalty_members=settings.penalty_members,
+    config = generate_config(
+        run, horizon=horizon, seed=seed, penalty_coef=penalty_coef, dtype=dtype, backend=backend
     )
-    generator = torch.Generator().manual_seed(derive_seed(seed, START))
-    start = data.observations[torch.randint(len(data), (count,), generator=generator)]
-    rollouts = engine.rollout(Actor.load(run), start, horizon, seed=derive_seed(seed, ROLLOUT))
-    rollouts.info |= {
+    check_count(run, config, count)
+    generator = Generator(EnsembleDynamics.load(run), Actor.load(run), data.observations, config, threads)
+    ring = generator.ring(count)
+    starts, non_finite = generator.fill(ring, count)
+    rollouts = ring.storage[:count]
+    rollouts.info = {
         "run": str(run),
         "dataset": data.name,
         "count": count,
-        "horizon": horizon,
-        "seed": seed,
-        "penalty": engine.penalty,
-        "penalty_coef": engine.penalty_coef,
-        "backend": engine.backend,
+        "starts": starts,
+        "non_finite": non_finite,
+        **dataclasses.asdict(config),
+        "backend": generator.engine.backend,
         "mopo_fast": __version__,
     }
     return rollouts
+
+
+def generate_config(
+    run: str | os.PathLike[str],
+    *,
+    horizon: int | None,
+    seed: int,
+    penalty_coef: float | None,
+    dtype: RolloutDtype,
+    backend: str,
+) -> GenerateConfig:
+    """The run's own settings, with what is given in their place."""
+    task, settings = run_settings(run)
+    given: dict[str, Any] = {"horizon": horizon, "penalty_coef": penalty_coef}
+    settings = dataclasses.replace(settings, **{k: v for k, v in given.items() if v is not None})
+    return GenerateConfig(
+        **dataclasses.asdict(settings), task=task.name, seed=seed, dtype=dtype, backend=backend
+    )
+
+
+def check_count(run: str | os.PathLike[str], config: GenerateConfig, count: int) -> None:
+    """Raise `InputError` where `count` transitions are no number or do not fit into memory."""
+    if count < 1:
+        raise InputError(f"count must be at least 1, got {count}")
+    task, _ = run_settings(run)
+    # float32 arrays, a bool, then member, step and rollout_index.
+    row = 4 * (2 * task.obs_dim + task.act_dim + 3) + 1 + 4 + 4 + 8
+    starts = min(-(-count // config.horizon), _STARTS)
+    check_memory(
+        f"{count} transitions, in rollouts of {config.horizon} steps",
+        (count + config.horizon + starts) * row,
+        "cpu",
+        "count or horizon",
+    )
 
 
 def run_settings(run: str | os.PathLike[str]) -> tuple[Task, RunSettings]:
@@ -102,11 +234,26 @@ def run_settings(run: str | os.PathLike[str]) -> tuple[Task, RunSettings]:
         raise InputError(f"{path} lacks or garbles {error}; it is not a run's") from error
 
 
+def d4rl_arrays(data: Transitions) -> dict[str, np.ndarray[Any, Any]]:
+    """A rollout's arrays by D4RL's keys and its own: raw_rewards, penalties, members, rollout_index, step.
+
+    `timeouts` are where a rollout ends without a terminal.
+
+    Raises:
+        InputError: there is no rollout_index.
+    """
+    if data.rollout_index is None:
+        raise InputError("only model rollouts can be saved: these transitions have no rollout_index")
+    arrays = {name: array.cpu().numpy() for name, array in data.arrays().items()}
+    last = np.append(np.diff(arrays["rollout_index"]) != 0, True)[: len(data)]
+    arrays["timeouts"] = last & ~arrays["terminals"]
+    return arrays
+
+
 def save_transitions(path: str | os.PathLike[str], data: Transitions, *, overwrite: bool = False) -> None:
     """Write a rollout's transitions to .hdf5, .h5 or .npz in D4RL's layout, atomically.
 
-    D4RL's keys, with `timeouts` where a rollout ends without a terminal, and the rollout's own arrays:
-    raw_rewards, penalties, members, rollout_index, step. `data.info` becomes metadata/*.
+    The arrays are those of `d4rl_arrays`; `data.info` becomes metadata/*.
 
     Raises:
         InputError: another ending, a file that exists without `overwrite`, no rollout_index, or the file
@@ -114,9 +261,5 @@ def save_transitions(path: str | os.PathLike[str], data: Transitions, *, overwri
     """
     path = Path(path)
     check_file(path, overwrite)
-    if data.rollout_index is None:
-        raise InputError("only model rollouts can be saved: these transitions have no rollout_index")
-    arrays = {name: array.cpu().numpy() for name, array in data.arrays().items()}
-    last = np.append(np.diff(arrays["rollout_index"]) != 0, True)[: len(data)]
-    arrays["timeouts"] = last & ~arrays["terminals"]
-    write_arrays(path, {**arrays, **{f"metadata/{name}": value for name, value in data.info.items()}})
+    metadata = {f"metadata/{name}": value for name, value in data.info.items() if value is not None}
+    write_arrays(path, d4rl_arrays(data) | metadata)

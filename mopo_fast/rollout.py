@@ -218,8 +218,8 @@ class RolloutEngine:
                 f" the ensemble for {ensemble.obs_dim} and {ensemble.act_dim}"
             )
         if out is None:
-            storage = self._allocate(len(start) * horizon)
-            head = 0
+            room = allocate(len(start) * horizon, ensemble.obs_dim, ensemble.act_dim, self.device, self.dtype)
+            storage, head = room.arrays(), 0
         else:
             storage, head = out.storage.arrays(), out.head
             if (out.storage.obs_dim, out.storage.act_dim) != (ensemble.obs_dim, ensemble.act_dim):
@@ -384,21 +384,27 @@ class RolloutEngine:
             raise InputError(f"rows is on {rows.device}, the ensemble on {self.device}")
         return rows.contiguous()
 
-    def _allocate(self, capacity: int) -> dict[str, torch.Tensor]:
-        obs_dim, act_dim = self.ensemble.obs_dim, self.ensemble.act_dim
-        shapes = {"observations": (obs_dim,), "next_observations": (obs_dim,), "actions": (act_dim,)}
-        dtypes = {
-            "terminals": torch.bool,
-            "members": torch.int32,
-            "rollout_index": torch.int64,
-            "step": torch.int32,
-        }
-        return {
-            name: torch.empty(
-                (capacity, *shapes.get(name, ())), dtype=dtypes.get(name, self.dtype), device=self.device
-            )
-            for name in ROLLOUT_ARRAYS
-        }
+
+def allocate(
+    capacity: int,
+    obs_dim: int,
+    act_dim: int,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+) -> Transitions:
+    """Room for `capacity` transitions of a rollout, with every array that it fills, not initialised."""
+    shapes = {"observations": (obs_dim,), "next_observations": (obs_dim,), "actions": (act_dim,)}
+    dtypes = {
+        "terminals": torch.bool,
+        "members": torch.int32,
+        "rollout_index": torch.int64,
+        "step": torch.int32,
+    }
+    arrays: dict[str, Any] = {
+        name: torch.empty((capacity, *shapes.get(name, ())), dtype=dtypes.get(name, dtype), device=device)
+        for name in ROLLOUT_ARRAYS
+    }
+    return Transitions(**arrays)
 
 
 def _check_range(name: str, value: int, low: int, high: int) -> None:

@@ -643,6 +643,8 @@ def _copy_parameters(source: EnsembleDynamics, target: EnsembleDynamics) -> None
     shapes = [{name: tuple(value.shape) for name, value in some.items()} for some in (theirs, ours)]
     if shapes[0] != shapes[1] or (source.log_scale, source.activation) != ("variance", target.activation):
         raise InputError(f"a fit of {shapes[1]} cannot begin with an ensemble of {shapes[0]}")
+    if bool(source.absolute.any()):
+        raise InputError("a fit of changes of the observation cannot begin with an ensemble that predicts it")
     with torch.no_grad():
         for name, value in ours.items():
             value.copy_(theirs[name])

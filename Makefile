@@ -23,7 +23,7 @@ install: $(INSTALLED)
 # import of a module, not at once for all of torch.
 $(INSTALLED): pyproject.toml setup.py CMakeLists.txt constraints.txt $(CPP)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --no-compile --editable '.[test,lint,triton,minari]'
+	$(BIN)/python -m pip install --no-compile --editable '.[test,lint,triton,minari,ray,parquet]'
 	touch $@
 
 DEMO_DATA := $(RUNS)/demo/halfcheetah-random-local.hdf5

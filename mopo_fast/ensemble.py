@@ -17,7 +17,7 @@ from mopo_fast.atomic import read_json, write_json
 from mopo_fast.config import ACTIVATIONS, LOG_SCALES, Activation, LogScale
 from mopo_fast.errors import InputError
 from mopo_fast.machine import check_memory
-from mopo_fast.tensors import layer_weights, load_tensors, require_shape, save_tensors
+from mopo_fast.tensors import layer_weights, load_tensors, require_shape, save_tensors, tensors_sha256
 
 FORMAT_VERSION = 2
 MAX_MEMBERS = 32
@@ -208,6 +208,15 @@ class EnsembleDynamics(nn.Module):
     def next_observations(self, observations: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
         """What `mean` [..., batch, obs_dim + 1] says follows on observations [batch, obs_dim]."""
         return torch.where(self.absolute, mean[..., :-1], observations + mean[..., :-1])
+
+    def sha256(self) -> str:
+        """Digest of the parameters and of what is declared."""
+        # Added where it is declared, so that the digests of all other ensembles stay what they were.
+        kind = self.activation + (".std" if self.log_scale == "std" else "")
+        named = {f"{kind}.{name}": value for name, value in self.state_dict().items()}
+        if bool(self.absolute.any()):
+            named["absolute"] = self.absolute
+        return tensors_sha256(named)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write dynamics.safetensors and dynamics.json, each atomically.

@@ -273,7 +273,7 @@ def generate_shards(
         rollout=dataclasses.replace(config, backend=generator.engine.backend),
         dataset=data.name,
         observations_sha256=tensors_sha256({"observations": data.observations}),
-        dynamics_sha256=tensors_sha256(dict(ensemble.state_dict())),
+        dynamics_sha256=ensemble.sha256(),
         policy_sha256=tensors_sha256(dict(policy.state_dict())),
     )
     with locked(out):

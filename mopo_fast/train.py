@@ -46,7 +46,7 @@ from mopo_fast.sac import METRICS, SAC, Population
 from mopo_fast.seeds import EVALUATE, ROLLOUT, START, derive_seed
 from mopo_fast.seeds import SAC as SAC_SEED
 from mopo_fast.tasks import Task, get_task, parse_dataset_name, termination_of
-from mopo_fast.tensors import load_metadata, load_tensors, save_tensors, tensors_sha256
+from mopo_fast.tensors import load_metadata, load_tensors, save_tensors
 
 FORMAT_VERSION = 3
 # Epochs at most whose evaluations are not there yet.
@@ -536,12 +536,7 @@ class _Loop:
         self.started, self.evaluator = run.started, evaluator
         self.data_sha256 = data_digest
         ensemble = run.ensemble
-        # Added where it is declared, so that the digests of all other ensembles stay what they were.
-        kind = ensemble.activation + (".std" if ensemble.log_scale == "std" else "")
-        named = {f"{kind}.{name}": value for name, value in ensemble.state_dict().items()}
-        if bool(ensemble.absolute.any()):
-            named["absolute"] = ensemble.absolute
-        self.dynamics_sha256 = tensors_sha256(named)
+        self.dynamics_sha256 = ensemble.sha256()
         self.horizon = rollout.horizon
         self.engine = _engine(config, task, ensemble, config.backend)
         self.buffer = RingBuffer(_capacity(rollout), task.obs_dim, task.act_dim, config.device)

@@ -1,0 +1,433 @@
+"""Rollouts in bulk: what shards hold, exactly once, formats, mistakes."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_generate import CONFIG
+
+from mopo_fast import Actor, EnsembleDynamics, InputError, RolloutEngine, Transitions, open_rollouts, shards
+from mopo_fast.backends.philox import BATCH_STREAM, random_choice
+from mopo_fast.cli import main
+from mopo_fast.data import load_dataset, load_file
+from mopo_fast.data.files import write_arrays
+from mopo_fast.seeds import ROLLOUT, START, derive_seed
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["mopo_fast.shards", "torch._dynamo", "pytest"])
+COUNT, SHARD = 1100, 200
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    generator = torch.Generator().manual_seed(0)
+    EnsembleDynamics(11, 3, hidden=(8,), generator=generator).save(folder)
+    Actor(11, 3, hidden=(8,), generator=generator).save(folder)
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path, n = tmp_path_factory.mktemp("data") / "hopper-still.hdf5", 10
+    observations = np.zeros((n, 11), np.float32)
+    observations[:, 0], observations[:, 5] = 1.25, np.arange(n) / 100
+    arrays = {"observations": observations, "next_observations": observations}
+    arrays |= {"actions": np.zeros((n, 3), np.float32), "rewards": np.zeros(n, np.float32)}
+    write_arrays(path, arrays | {"terminals": np.zeros(n, bool)})
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(dataset: Path) -> Transitions:
+    return load_dataset(dataset)
+
+
+def generate(run: Path, data: Transitions, out: Path, **options: Any) -> dict[str, Any]:
+    settings = {"count": COUNT, "shard_rows": SHARD, "seed": 7, "threads": 1, "quiet": True}
+    return shards.generate_shards(run, data, out, **settings | options)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run: Path, data: Transitions, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    generate(run, data, out)
+    return out
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
+def test_what_a_shard_holds(run: Path, data: Transitions, undisturbed: Path) -> None:
+    """Rollouts k * 2^32, ... of one endless sequence, as the engine makes them, cut to size."""
+    rollouts = open_rollouts(undisturbed)
+    assert len(rollouts) == COUNT and [len(shard) for shard in rollouts] == [SHARD] * 5 + [100]
+    engine = RolloutEngine(
+        EnsembleDynamics.load(run),
+        penalty="ensemble_std",
+        penalty_coef=2.0,
+        penalty_members="elites",
+        termination="hopper",
+    )
+    for number, found in enumerate(rollouts):
+        rows = torch.arange(300) + (number << 32)
+        start = data.observations[random_choice(rows, 0, BATCH_STREAM, len(data), derive_seed(7, START))]
+        made = engine.rollout(Actor.load(run), start, 3, seed=derive_seed(7, ROLLOUT), rows=rows)
+        for name, array in found.arrays().items():
+            assert torch.equal(array, made.arrays()[name][: len(found)]), (number, name)
+        record = rollouts.manifest["shards"][number]
+        assert found.rollout_index is not None
+        used = int(found.rollout_index[-1]) - (number << 32) + 1
+        assert used <= record["starts"] < used + 4
+
+
+def test_a_shard_is_a_d4rl_file(undisturbed: Path) -> None:
+    back = load_file(undisturbed / "shard-000001.hdf5")
+    expected = open_rollouts(undisturbed).shard(1)
+    for name in ("observations", "actions", "rewards", "next_observations", "terminals"):
+        assert torch.equal(back.arrays()[name], expected.arrays()[name])
+    assert back.info["metadata"]["shard"] == 1 and back.info["metadata"]["penalty_coef"] == 2.0
+    arrays, _ = shards.read_shard(undisturbed / "shard-000001.hdf5")
+    assert isinstance(arrays["observations"], np.memmap)
+    # Every rollout ends once, or is the last.
+    ends = arrays["terminals"] | arrays["timeouts"]
+    assert np.array_equal(np.flatnonzero(ends)[:-1] + 1, np.flatnonzero(np.diff(arrays["rollout_index"])) + 1)
+
+
+def test_more_shards_leave_the_first_as_they_are(
+    run: Path, data: Transitions, undisturbed: Path, tmp_path: Path
+) -> None:
+    generate(run, data, tmp_path / "more", count=COUNT + 500)
+    one, other = open_rollouts(undisturbed), open_rollouts(tmp_path / "more")
+    for number in range(5):
+        for name, array in one.shard(number).arrays().items():
+            assert torch.equal(array, other.shard(number).arrays()[name])
+
+
+def test_threads_do_not_matter(run: Path, data: Transitions, undisturbed: Path, tmp_path: Path) -> None:
+    generate(run, data, tmp_path / "out", threads=2)
+    assert content(tmp_path / "out") == content(undisturbed)
+
+
+def attempt_in_process(run: Path, dataset: Path, out: Path, die_at: int | None) -> None:
+    torch.set_num_threads(1)
+    if die_at is not None:
+        changes = 0
+
+        def watch(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal changes
+            if event in ("os.rename", "os.remove") and str(out) in str(arguments):
+                changes += 1
+                if changes == die_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(watch)
+    generate(run, load_dataset(dataset), out)
+
+
+def attempt(*arguments: Any, kill_after: float | None = None) -> int:
+    process = CONTEXT.Process(target=attempt_in_process, args=arguments)
+    process.start()
+    process.join(kill_after)
+    process.kill()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL), "the attempt failed of itself"
+    return process.exitcode
+
+
+def test_killed_at_its_own_writes(run: Path, dataset: Path, undisturbed: Path, tmp_path: Path) -> None:
+    out, changes = tmp_path / "out", 1
+    while attempt(run, dataset, out, changes) != 0:
+        # Nothing that was finished is lost, nothing half done is left in a shard's place.
+        for name, value in content(out).items():
+            assert name == shards.MANIFEST or name.startswith(".") or value == content(undisturbed)[name]
+        changes += 1
+    assert changes > 4
+    assert content(out) == content(undisturbed)
+
+
+def test_killed_at_random_moments(run: Path, dataset: Path, undisturbed: Path, tmp_path: Path) -> None:
+    rng, kills = random.Random(0), 0
+    for number in range(4):
+        out = tmp_path / f"out-{number}"
+        while attempt(run, dataset, out, None, kill_after=rng.uniform(0.05, 0.6)) != 0:
+            kills += 1
+            if kills > 40:
+                break
+        assert attempt(run, dataset, out, None) == 0
+        assert content(out) == content(undisturbed)
+    assert kills >= 3
+
+
+def test_a_second_process_is_refused(run: Path, dataset: Path, data: Transitions, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = CONTEXT.Process(target=attempt_in_process, args=(run, dataset, out, None))
+    first.start()
+    try:
+        while not (out / shards.MANIFEST).exists():
+            assert first.is_alive()
+            time.sleep(0.001)
+        os.kill(first.pid, signal.SIGSTOP)
+        with contextlib.suppress(FileNotFoundError):
+            before = content(out)
+            with pytest.raises(InputError, match="another process is at work"):
+                generate(run, data, out)
+            assert content(out) == before
+    finally:
+        first.kill()
+        first.join()
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk(run: Path, data: Transitions, undisturbed: Path, tmp_path: Path) -> None:
+    """All shards that were there stay, and the same call goes on once there is room."""
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    for number in (1, 4):
+        (out / f"shard-00000{number}.hdf5").unlink()
+    with files_of_at_most(16_384), pytest.raises(InputError, match=r"cannot write .*shard-000001"):
+        generate(run, data, out)
+    assert {name for name in content(out) if name.startswith("shard")} == {
+        f"shard-00000{number}.hdf5" for number in (0, 2, 3, 5)
+    }
+    generate(run, data, out)
+    assert content(out) == content(undisturbed)
+
+
+def test_too_little_room_is_told_before(
+    run: Path, data: Transitions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 1000))
+    with pytest.raises(InputError, match=r"takes another 0\.0 GiB, the disk has 0\.0 free"):
+        generate(run, data, tmp_path / "out")
+
+
+def test_a_corrupt_shard(
+    run: Path, data: Transitions, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    assert main(["rollout", "--verify", str(out), "--quiet"]) == 0
+    assert "6 shards, all sound" in capsys.readouterr().out
+    path = out / "shard-000002.hdf5"
+    damaged = bytearray(path.read_bytes())
+    damaged[-100] ^= 1
+    path.write_bytes(damaged)
+    (out / "shard-000004.hdf5").unlink()
+    assert main(["rollout", "--verify", str(out), "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert "2 of 6 shards are not sound" in error
+    assert "shard-000002.hdf5 has other bytes" in error and "shard-000004.hdf5 does not exist" in error
+    path.unlink()
+    generate(run, data, out)
+    assert content(out) == content(undisturbed)
+    path.write_bytes(damaged[:-10])
+    with pytest.raises(
+        InputError, match=r"shard-000002\.hdf5 has [\d,]+ bytes, manifest\.json says .*delete it"
+    ):
+        generate(run, data, out)
+
+
+def test_other_rollouts_and_other_things(
+    run: Path, data: Transitions, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    for change, message in (
+        ({"seed": 8}, "there rollout is"),
+        ({"count": 5}, "there count is 1100, here 5"),
+        ({"format": "parquet"}, "there format is 'hdf5', here 'parquet'"),
+    ):
+        with pytest.raises(InputError, match=f"holds other rollouts: {message}"):
+            generate(run, data, out, **change)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a.txt").touch()
+    with pytest.raises(InputError, match="holds other things"):
+        generate(run, data, tmp_path / "full")
+    (out / shards.MANIFEST).unlink()
+    with pytest.raises(InputError, match="holds other things"):
+        generate(run, data, out)
+    assert content(out).keys() == content(undisturbed).keys() - {shards.MANIFEST}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"count": 0}, "count must be at least 1, got 0"),
+        ({"shard_rows": 0}, "shard_rows must be at least 1"),
+        ({"format": "csv"}, "no format 'csv'.*there are hdf5: none, lzf, gzip; parquet: none, snappy, zstd"),
+        ({"compression": "zstd"}, "no format 'hdf5' with compression 'zstd'"),
+        ({"horizon": 10**12}, "lower count or horizon"),
+        ({"backend": "abacus"}, "unknown backend 'abacus'"),
+    ],
+)
+def test_bad_numbers(
+    run: Path, data: Transitions, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        generate(run, data, tmp_path / "out", **change)
+
+
+def test_models_without_a_finite_prediction(run: Path, data: Transitions, tmp_path: Path) -> None:
+    broken = tmp_path / "run"
+    shutil.copytree(run, broken)
+    ensemble = EnsembleDynamics.load(run)
+    with torch.no_grad():
+        ensemble.biases[-1].fill_(3e38)
+        ensemble.weights[-1].fill_(3e38)
+    ensemble.save(broken)
+    with pytest.raises(InputError, match="had no finite transition; the ensemble or the policy is broken"):
+        generate(broken, data, tmp_path / "out")
+
+
+# --- formats
+
+
+@pytest.mark.parametrize(
+    ("format", "compression"),
+    [(format, compression) for format, some in shards.COMPRESSIONS.items() for compression in some],
+)
+def test_every_format(
+    run: Path, data: Transitions, undisturbed: Path, tmp_path: Path, format: str, compression: str
+) -> None:
+    out = tmp_path / "out"
+    generate(run, data, out, format=format, compression=compression)
+    again = content(out)
+    assert generate(run, data, out, format=format, compression=compression)["shards"]
+    assert content(out) == again
+    shards.verify(out, quiet=True)
+    for one, other in zip(open_rollouts(undisturbed), open_rollouts(out), strict=True):
+        assert one.arrays().keys() == other.arrays().keys()
+        for name, array in one.arrays().items():
+            assert torch.equal(array, other.arrays()[name]), name
+    path = out / f"shard-000003.{format}"
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(InputError, match=r"shard-000003\.\w+ is not a whole"):
+        shards.read_shard(path)
+
+
+def test_parquet_is_read_by_others(run: Path, data: Transitions, undisturbed: Path, tmp_path: Path) -> None:
+    import pyarrow.dataset
+
+    generate(run, data, tmp_path / "out", format="parquet")
+    table = pyarrow.dataset.dataset(sorted((tmp_path / "out").glob("*.parquet"))).to_table()
+    whole = open_rollouts(undisturbed)[:]
+    assert np.array_equal(np.stack(table["observations"].to_numpy()), whole.observations)
+    assert np.array_equal(table["penalties"].to_numpy(), whole.penalties)
+
+
+def test_parquet_without_pyarrow(
+    run: Path, data: Transitions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(InputError, match=r"takes the extra mopo_fast\[parquet\]"):
+        generate(run, data, tmp_path / "out", format="parquet")
+
+
+# --- reading
+
+
+@pytest.mark.parametrize("format", ["hdf5", "parquet"])
+def test_rows_across_shards(run: Path, data: Transitions, tmp_path: Path, format: str) -> None:
+    generate(run, data, tmp_path, format=format)
+    rollouts = open_rollouts(tmp_path)
+    parts = list(rollouts)
+    whole = {name: torch.cat([part.arrays()[name] for part in parts]) for name in parts[0].arrays()}
+    mask = np.zeros(COUNT, bool)
+    mask[[3, 199, 200, 1099]] = True
+    for index in (slice(150, 450), slice(None, None, 97), mask, np.array([1099, 0, 500, 0]), slice(0, 0)):
+        found = rollouts[index]
+        for name, array in whole.items():
+            assert torch.equal(found.arrays()[name], torch.from_numpy(array.numpy()[index].copy()))
+    with pytest.raises(TypeError, match="for one row use"):
+        rollouts[3]
+    with pytest.raises(IndexError):
+        rollouts[np.array([COUNT])]
+    first, second = rollouts.batches(64, seed=1), rollouts.batches(64, seed=1)
+    for _ in range(3):
+        one, other = next(first), next(second)
+        assert len(one) == 64 and torch.equal(one.observations, other.observations)
+
+
+def test_an_unfinished_folder(run: Path, data: Transitions, undisturbed: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"manifest\.json does not exist"):
+        open_rollouts(tmp_path)
+    manifest = json.loads((undisturbed / shards.MANIFEST).read_text())
+    manifest["shards"].pop()
+    (tmp_path / shards.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="has 1,000 of 1,100 transitions"):
+        open_rollouts(tmp_path)
+    for broken in ("{}", "[]", json.dumps(manifest | {"format_version": 9})):
+        (tmp_path / shards.MANIFEST).write_text(broken)
+        with pytest.raises(InputError, match=r"manifest\.json"):
+            open_rollouts(tmp_path)
+
+
+def test_the_summary_counts_every_row(undisturbed: Path) -> None:
+    rollouts = open_rollouts(undisturbed)
+    summary, whole = shards.summarise(rollouts.manifest), rollouts[:]
+    assert whole.penalties is not None and whole.step is not None
+    assert summary["rows"] == sum(summary["penalty_counts"]) == sum(summary["rows_of_step"]) == COUNT
+    assert np.isclose(summary["penalty_mean"], whole.penalties.mean()) and summary["non_finite"] == 0
+    assert np.isclose(summary["reward_mean"], whole.rewards.mean())
+    edges = torch.tensor(summary["penalty_edges"], dtype=torch.float32)
+    expected = torch.bincount(torch.bucketize(whole.penalties, edges, right=True), minlength=len(edges) + 1)
+    assert summary["penalty_counts"] == expected.tolist()
+    ended = torch.bincount(whole.step[whole.terminals], minlength=3)
+    assert summary["terminals_of_step"] == ended.tolist()
+    text = shards.as_text(summary)
+    assert "1,100 transitions" in text and "step   1" in text and "from" in text
+
+
+# --- the command
+
+
+def test_the_command(
+    run: Path, dataset: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = ["rollout", str(run), "--dataset", str(dataset), "--out", str(out), "--count", str(COUNT)]
+    command += ["--shard-rows", str(SHARD), "--seed", "7", "--quiet"]
+    assert main(command) == 0
+    assert "1,100 transitions" in capsys.readouterr().out
+    assert content(out) == content(undisturbed)
+    assert main([*command, "--penalty-coef", "0"]) == 2
+    assert "holds other rollouts" in capsys.readouterr().err
+    assert main([*command, "--penalty-coef", "0", "--overwrite"]) == 0
+    assert (open_rollouts(out)[:].rewards - open_rollouts(undisturbed)[:].raw_rewards).abs().max() == 0
+    for wrong, message in (
+        (["rollout"], "say what to roll out"),
+        (["rollout", str(run), "--verify", str(out)], "--verify takes a folder and neither"),
+        (
+            ["rollout", str(run), "--dataset", str(dataset), "--out", "a.hdf5", "--ray", "local"],
+            "--ray takes a folder",
+        ),
+    ):
+        assert main(wrong) == 2
+        assert message in " ".join(capsys.readouterr().err.split())

@@ -24,7 +24,7 @@ from mopo_fast.fit import fit_and_save
 from mopo_fast.lock import locked
 from mopo_fast.pictures import BLUE, GREEN, GREY, ORANGE, blank_axes, look
 from mopo_fast.progress import progress_bar
-from mopo_fast.train import resolve, train
+from mopo_fast.train import check_folder, resolve, train
 
 _COLUMNS = ("seed", "horizon", "penalty_coef", "return_mean", "return_std", "score_mean", "score_std", "run")
 COLORS = (BLUE, ORANGE, GREEN, GREY)
@@ -85,6 +85,8 @@ def sweep(
                 name: dataclasses.replace(one, dynamics_from=str(folders[one.seed]))
                 for name, one in configs.items()
             }
+        for name, one in configs.items():
+            check_folder(out / name, one, resume=True)
         runs = [(one, out / name, memory_map) for name, one in configs.items()]
         _tune(_train, [run for run in runs if not (run[1] / "summary.json").exists()], config, "runs", quiet)
         rows = [_row(one, out / name) for name, one in configs.items()]

@@ -132,7 +132,7 @@ def train_many(
     with contextlib.ExitStack() as stack:
         for run in runs:
             stack.enter_context(locked(run.out))
-            _check_folder(run.out, run.config, resume)
+            check_folder(run.out, run.config, resume)
         return _train_all(runs, memory_map, quiet)
 
 
@@ -328,7 +328,7 @@ def _sac(config: TrainConfig, task: Task, backend: str) -> SAC:
     )
 
 
-def _check_folder(out: Path, config: TrainConfig, resume: bool) -> None:
+def check_folder(out: Path, config: TrainConfig, resume: bool) -> None:
     """Refuse a folder that holds another run."""
     if resume:
         # What atomic_path had not renamed yet when the run was killed; a folder below may be a live run's.

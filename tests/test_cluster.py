@@ -86,4 +86,4 @@ def test_a_sweep(hopper_data: Path, tmp_path: Path) -> None:
     for path, time in policies.items():
         assert path.parent == folder or path.stat().st_mtime_ns == time
     broken = start(*command[:-2], "--evaluation.episodes", 1, "--sac.discount", 0.5)
-    assert broken.returncode == 2
+    assert broken.returncode == 2 and "was made with sac.discount = 0.99, not 0.5" in broken.stderr

@@ -16,6 +16,7 @@ from tyro.conf import Positional, arg
 from mopo_fast.errors import InputError
 
 Activation = Literal["silu", "relu", "tanh"]
+LogScale = Literal["variance", "std"]
 Penalty = Literal["max_aleatoric", "max_deviation", "max_pairwise", "ensemble_std", "mixture_std"]
 PenaltyMembers = Literal["all", "elites"]
 FitDtype = Literal["float32", "bfloat16"]
@@ -25,6 +26,7 @@ Preset = Literal["mopo-tf", "offlinerl-kit", "mbrl-lib", "unifloral", "polixir",
 CheckpointFormat = Literal["mopo-fast", Preset]
 # The order is the kernels': an index here is an enumerator there.
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+LOG_SCALES: tuple[LogScale, ...] = get_args(LogScale)
 PENALTIES: tuple[Penalty, ...] = get_args(Penalty)
 FIT_DTYPES: tuple[FitDtype, ...] = get_args(FitDtype)
 ROLLOUT_DTYPES: tuple[RolloutDtype, ...] = get_args(RolloutDtype)

@@ -83,6 +83,8 @@ class RolloutEngine:
         # Of the arrays.
         self.dtype = torch.float64 if dtype == "float64" else torch.float32
         self.device = ensemble.input_mean.device
+        # Asked once: on a GPU, the answer has to be waited for.
+        self._absolute = bool(ensemble.absolute.any())
         self._wanted_backend = backend
         self.backend = backends.choose(
             backend, self.operands, self.device, ensemble=network_sizes(ensemble.weights)
@@ -146,12 +148,13 @@ class RolloutEngine:
         numbers = self._checked_rows(rows, len(start))
         _check_range("seed", seed, 0, 2**64)
         _check_range("step", step, 0, 2**32)
-        *dynamics, activation = self._dynamics()
+        *dynamics, log_std, activation = self._dynamics()
         outputs = _step_op(
             *dynamics,
             start,
             action,
             numbers,
+            log_std,
             activation,
             self.penalty,
             self.penalty_coef,
@@ -261,7 +264,7 @@ class RolloutEngine:
         out: Destination,
         settings: Settings,
     ) -> tuple[int, int]:
-        *dynamics, activation = self._dynamics()
+        *dynamics, log_std, activation = self._dynamics()
         weights, biases = self._policy(policy)
         counts = _rollout_op(
             *dynamics,
@@ -272,6 +275,7 @@ class RolloutEngine:
             *(out.arrays.get(name) for name in ROLLOUT_ARRAYS),
             out.head,
             horizon,
+            log_std,
             activation,
             self.penalty,
             self.penalty_coef,
@@ -343,12 +347,14 @@ class RolloutEngine:
             [self._cast(bias) for bias in ensemble.biases],
             self._cast(ensemble.input_mean),
             self._cast(ensemble.input_std),
-            self._cast(ensemble.max_logvar),
-            self._cast(ensemble.min_logvar),
+            self._cast(ensemble.max_logvar.reshape(-1, ensemble.obs_dim + 1)),
+            self._cast(ensemble.min_logvar.reshape(-1, ensemble.obs_dim + 1)),
+            self._cast(~ensemble.absolute) if self._absolute else None,
             ensemble.elites.contiguous(),
             everyone if self.penalty_members == "all" else ensemble.elites.contiguous(),
             self._low,
             self._high,
+            ensemble.log_scale == "std",
             ensemble.activation,
         )
 
@@ -419,6 +425,7 @@ def _step_op(
     input_std: torch.Tensor,
     max_logvar: torch.Tensor,
     min_logvar: torch.Tensor,
+    carry: torch.Tensor | None,
     elites: torch.Tensor,
     penalty_members: torch.Tensor,
     low: torch.Tensor,
@@ -426,6 +433,7 @@ def _step_op(
     observations: torch.Tensor,
     actions: torch.Tensor,
     rows: torch.Tensor,
+    log_std: bool,
     activation: str,
     penalty: str,
     penalty_coef: float,
@@ -447,8 +455,8 @@ def _step_op(
     torch.Tensor,
 ]:
     dynamics = DynamicsArrays(
-        weights, biases, input_mean, input_std, max_logvar, min_logvar, elites, penalty_members, low, high,
-        activation, penalty, penalty_coef,
+        weights, biases, input_mean, input_std, max_logvar, min_logvar, carry, elites, penalty_members, low,
+        high, log_std, activation, penalty, penalty_coef,
     )  # fmt: skip
     result = backends.get_backend(backend).step(
         dynamics,
@@ -474,9 +482,9 @@ def _step_op(
 
 @_step_op.register_fake
 def _(  # type: ignore[no-untyped-def]
-    weights, biases, input_mean, input_std, max_logvar, min_logvar, elites, penalty_members, low, high,
-    observations, actions, rows, activation, penalty, penalty_coef, seed, step, deterministic, operands,
-    distributions, backend, threads,
+    weights, biases, input_mean, input_std, max_logvar, min_logvar, carry, elites, penalty_members, low, high,
+    observations, actions, rows, log_std, activation, penalty, penalty_coef, seed, step, deterministic,
+    operands, distributions, backend, threads,
 ):  # fmt: skip
     batch, members = observations.shape[0], weights[0].shape[0]
     distribution = (members, batch, observations.shape[1] + 1) if distributions else (0,)
@@ -500,6 +508,7 @@ def _rollout_op(
     input_std: torch.Tensor,
     max_logvar: torch.Tensor,
     min_logvar: torch.Tensor,
+    carry: torch.Tensor | None,
     elites: torch.Tensor,
     penalty_members: torch.Tensor,
     low: torch.Tensor,
@@ -520,6 +529,7 @@ def _rollout_op(
     step: torch.Tensor | None,
     head: int,
     horizon: int,
+    log_std: bool,
     activation: str,
     penalty: str,
     penalty_coef: float,
@@ -533,8 +543,8 @@ def _rollout_op(
     threads: int,
 ) -> torch.Tensor:
     dynamics = DynamicsArrays(
-        weights, biases, input_mean, input_std, max_logvar, min_logvar, elites, penalty_members, low, high,
-        activation, penalty, penalty_coef,
+        weights, biases, input_mean, input_std, max_logvar, min_logvar, carry, elites, penalty_members, low,
+        high, log_std, activation, penalty, penalty_coef,
     )  # fmt: skip
     policy = PolicyArrays(policy_weights, policy_biases, policy_activation, log_std_min, log_std_max)
     arrays = (

@@ -14,6 +14,7 @@ import cuda_emulator
 import pytest
 import torch
 from kernel_cases import (
+    DECLARED,
     assert_as_accurate,
     assert_same,
     check_deterministic,
@@ -73,6 +74,12 @@ def test_every_penalty(device: str, dtype: str, penalty: str, members: str) -> N
     ensemble = make_ensemble(17, 6, activation="relu", members=4)
     options = {"penalty": penalty, "penalty_coef": 0.7, "penalty_members": members, "dtype": dtype}
     check_rounded_step(make_engine(ensemble, device, **options), 200)
+
+
+@pytest.mark.parametrize("declared", DECLARED)
+def test_models_of_other_code(device: str, declared: str) -> None:
+    ensemble = make_ensemble(5, 2, members=3, hidden=(64,), activation="relu", **DECLARED[declared])
+    check_rounded_step(make_engine(ensemble, device, penalty="mixture_std"), 130)
 
 
 @pytest.mark.parametrize(("obs_dim", "act_dim"), [(1, 1), (3, 4), (19, 8), (20, 5), (31, 8)])

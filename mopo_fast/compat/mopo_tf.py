@@ -3,9 +3,12 @@
 Source: mopo/models/fake_env.py, bnn.py, constructor.py, mopo/static/, softlearning/policies.
 """
 
+import contextlib
+import importlib
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,6 +90,7 @@ class FakeEnv:
         dtype: str = "float32",
         threads: int | None = None,
     ) -> None:
+        _settle_triton()
         self.model = _load(Path(model)) if isinstance(model, str | os.PathLike) else model
         self.config = config
         self.penalty_coeff = penalty_coeff
@@ -233,6 +237,18 @@ def _mixture(
     return *own, log_prob, mean.std(0).mean(-1)
 
 
+def _settle_triton() -> None:
+    """Triton crashes a process that has loaded TensorFlow before, and torch loads it when it can, with the
+    first operator: so it is loaded now, or never.
+    """
+    if "tensorflow" not in sys.modules:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("triton")
+    elif "triton" not in sys.modules:
+        logger.info("TensorFlow is loaded: torch has to do without Triton")
+        sys.modules["triton"] = None  # type: ignore[assignment]
+
+
 def _draw_seed() -> int:
     return int(np.random.randint(2**63, dtype=np.uint64))
 
@@ -292,6 +308,7 @@ def _dynamics(
             elites=len(weights[0]) if elites is None else len(elites),
             hidden=tuple(weight.shape[-1] for weight in weights[:-1]),
             activation=activation,
+            generator=torch.Generator(),
         )
         pairs = [*zip(model.weights, weights, strict=True), *zip(model.biases, biases, strict=True)]
         pairs += [(model.input_mean, mean[0]), (model.input_std, std[0])]

@@ -123,6 +123,8 @@ def _empty(transition: Any, members: int) -> EnsembleDynamics:
         hidden=tuple(shape[2] for shape in shapes[:-1]),
         log_scale="std",
         absolute=() if delta else range(obs_dim),
+        # Theirs draw from torch's own, and what they draw shall stay what it was.
+        generator=torch.Generator(),
     )
 
 

@@ -21,7 +21,9 @@ RULES = {"ant": 27, "antangle": 27, "halfcheetah": 17, "hopper": 11, "humanoid":
 
 def random_states(dims, seed):
     """States around every bound of mopo/static."""
-    return np.random.default_rng(seed).uniform(-1.5, 2.5, (300, dims)).astype(np.float32)
+    states = np.random.default_rng(seed).uniform(-1.5, 2.5, (1000, dims)).astype(np.float32)
+    states[::4, -1], states[1::4, -1] = -150.0, 150.0
+    return states
 
 
 def ends(obs, act, next_obs):

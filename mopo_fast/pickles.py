@@ -17,22 +17,28 @@ Array = npt.NDArray[Any]
 class Inert:
     """Stands in for an object of a class that is not to be run.
 
-    `arguments` are what it was made of, `state` is what it was given afterwards, usually its attributes.
+    `arguments` are what it was made of, `state` is what it was given afterwards, usually its attributes. What
+    is put into it, were it a container, is dropped.
     """
 
     arguments: tuple[Any, ...] = ()
     state: Any = None
 
-    def __new__(cls, *arguments: Any) -> "Inert":
+    def __new__(cls, *arguments: Any, **_: Any) -> "Inert":
         made = super().__new__(cls)
         made.arguments = arguments
         return made
 
-    def __init__(self, *_: Any) -> None:
+    def __init__(self, *_: Any, **__: Any) -> None:
         pass
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
+
+    def _drop(self, *_: Any) -> None:
+        pass
+
+    __setitem__ = append = extend = add = _drop
 
 
 class _Dtype:
@@ -79,32 +85,43 @@ def as_array(value: Any) -> Array:
 
 
 def unpickler(
-    allowed: Mapping[str, Callable[..., Any]] = NUMPY, inert: Collection[str] = ()
+    allowed: Mapping[str, Callable[..., Any]] = NUMPY, inert: Collection[str] | None = ()
 ) -> type[pickle.Unpickler]:
     """An unpickler that calls what is `allowed` by name alone and makes an `Inert` of what is `inert`.
 
-    Both go by "module.name". Containers, strings and numbers need no names. Anything else that a pickle asks
-    for raises `InputError`.
+    Both go by "module.name"; `inert` None: all that is not allowed. Containers, strings and numbers need no
+    names. Anything else that a pickle asks for raises `InputError`.
     """
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
             what = f"{module}.{name}"
             # A pickle may set attributes of what it is given: never of ours.
-            if what in inert:
-                return type(name, (Inert,), {})
             if what in allowed:
                 return lambda *arguments: allowed[what](*arguments)
+            if inert is None or what in inert:
+                return type(name, (Inert,), {})
             known = "numpy arrays" if allowed is NUMPY else "things that such a file holds"
             raise InputError(f"the pickle asks for {what}; only {known} in lists and dictionaries are read")
 
     return Unpickler
 
 
+class Pickler(pickle._Pickler):
+    """Names classes and functions without importing them, so that they may be stand-ins; NumPy's as NumPy 1
+    had them, which NumPy 2 still reads.
+    """
+
+    def save_global(self, obj: Any, name: str | None = None) -> None:
+        module = obj.__module__.replace("numpy._core", "numpy.core")
+        self.write(pickle.GLOBAL + f"{module}\n{name or obj.__qualname__}\n".encode())  # type: ignore[attr-defined]
+        self.memoize(obj)  # type: ignore[attr-defined]
+
+
 def load(
     path: str | os.PathLike[str],
     allowed: Mapping[str, Callable[..., Any]] = NUMPY,
-    inert: Collection[str] = (),
+    inert: Collection[str] | None = (),
 ) -> Any:
     """The object in a pickle file, made by `unpickler(allowed, inert)`.
 

@@ -1,0 +1,96 @@
+"""The authors' loop as shipped, with our FakeEnv, and with all steps of a rollout fused.
+
+Their code runs on TensorFlow 2 as examples/mopo_tf.py has it. Data and networks are of no meaning, and of
+halfcheetah's sizes; the loops are theirs: `_rollout_model`, and `_do_training` 1000 times after it.
+"""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from examples.mopo_tf import imitate_tensorflow_1, make_algorithm
+
+OBS_DIM, ACT_DIM = 17, 6
+
+
+def contenders(
+    checkout: Path, *, batch_size: int = 50_000, updates: int = 1000, **options: Any
+) -> dict[str, Callable[[], object]]:
+    """Each call is one rollout of 5 steps, or one epoch.
+
+    Args:
+        checkout: of tianheyu927/mopo.
+        batch_size: start states of a rollout.
+        updates: of an epoch.
+        options: of `RolloutEngine`: backend, dtype, threads.
+    """
+    # What they write is of no use here.
+    os.chdir(tempfile.mkdtemp())
+    tf = imitate_tensorflow_1(checkout)
+    import mopo.static
+
+    from mopo_fast.compat.mopo_tf import FakeEnv
+
+    random = np.random.default_rng(0)
+    shapes = {"observations": OBS_DIM, "actions": ACT_DIM, "next_observations": OBS_DIM, "rewards": 1}
+    data = {name: random.normal(size=(10_000, dim)) for name, dim in shapes.items()}
+    data["terminals"] = np.zeros(10_000)
+    with _quiet():
+        algorithm = make_algorithm(
+            tf, data, mopo.static["halfcheetah"], epoch_length=updates, rollout_batch_size=batch_size
+        )
+        algorithm._train_model(max_epochs=1, batch_size=256, holdout_ratio=0.2)
+        algorithm._init_training()
+        algorithm._epoch_before_hook()
+        algorithm.sampler.initialize(algorithm._training_environment, algorithm._policy, algorithm._pool)
+        algorithm._set_rollout_length()
+        algorithm._reallocate_model_pool()
+    algorithm._training_progress = SimpleNamespace(update=lambda: None, set_description=lambda: None)
+    theirs = algorithm.fake_env
+    ours = FakeEnv(
+        algorithm._model,
+        mopo.static["halfcheetah"],
+        theirs.penalty_coeff,
+        theirs.penalty_learned_var,
+        **options,
+    )
+
+    def rollout(environment: Any) -> Callable[[], None]:
+        def run() -> None:
+            algorithm.fake_env = environment
+            with _quiet():
+                algorithm._rollout_model(rollout_batch_size=batch_size, deterministic=False)
+
+        return run
+
+    def fused() -> None:
+        # In place of their loop.
+        obs = algorithm.sampler.random_batch(batch_size)["observations"]
+        samples = ours.rollout(algorithm._policy, obs, algorithm._rollout_length)
+        algorithm._model_pool.add_samples(samples)
+
+    def epoch(roll_out: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            roll_out()
+            for step in range(updates):
+                algorithm._do_training(step, algorithm._training_batch())
+
+        return run
+
+    rollouts = {"as shipped": rollout(theirs), "FakeEnv": rollout(ours), "fused": fused}
+    return {
+        **{f"rollout, {name}": run for name, run in rollouts.items()},
+        **{f"epoch, {name}": epoch(run) for name, run in rollouts.items()},
+    }
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield

@@ -1,0 +1,499 @@
+"""The authors' code (tianheyu927/mopo, TensorFlow 1): its `FakeEnv`, its models' and policies' files.
+
+Source: mopo/models/fake_env.py, bnn.py, constructor.py, mopo/static/, softlearning/policies.
+"""
+
+import contextlib
+import importlib
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mopo_fast.atomic import atomic_path
+from mopo_fast.compat import Checkpoint
+from mopo_fast.config import Activation, DynamicsConfig, Hints, Penalty
+from mopo_fast.ensemble import EnsembleDynamics
+from mopo_fast.errors import InputError
+from mopo_fast.pickles import Pickler, as_array, load
+from mopo_fast.policy import Actor
+from mopo_fast.rollout import RolloutEngine
+from mopo_fast.tasks import BOXES, Box, TerminationFunction
+
+logger = logging.getLogger("mopo_fast")
+
+Array = npt.NDArray[Any]
+
+_ACTIVATIONS: dict[str | None, Activation] = {"swish": "silu", "ReLU": "relu", "tanh": "tanh"}
+# mopo/static/: those that end an episode; hopper's with its slip. All others never do.
+_BOXES = {
+    "ant": "ant",
+    "antangle": "ant-angle",
+    "hopper": "hopper-authors",
+    "humanoid": "humanoid",
+    "walker2d": "walker2d",
+}
+_INFO = ("mean", "std", "log_prob", "dev", "unpenalized_rewards", "penalty", "penalized_rewards")
+
+
+class StepInfo(Mapping[str, Any]):
+    """What `FakeEnv.step` tells beside its results; what takes every member's prediction, once asked for."""
+
+    def __init__(self, known: dict[str, Any], predict: Callable[[], dict[str, Any]]) -> None:
+        self._known, self._predict = known, predict
+
+    def __getitem__(self, name: str) -> Any:
+        if name in _INFO and name not in self._known:
+            self._known |= self._predict()
+        return self._known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_INFO)
+
+    def __len__(self) -> int:
+        return len(_INFO)
+
+
+class FakeEnv:
+    """The authors' `FakeEnv` with our rollouts inside: `from mopo_fast.compat.mopo_tf import FakeEnv`.
+
+    Args:
+        model: their BNN; its numbers are fetched from its session once it was trained, and again after it was
+            trained again. Or our ensemble, or a folder or file that holds either's.
+        config: has `termination_fn(obs, act, next_obs)` -> bool [batch, 1], as mopo/static/*.py.
+        penalty_coeff: lambda >= 0; 0: no penalty.
+        penalty_learned_var: the penalty is the largest norm of a member's standard deviations, as their
+            configurations have it; else of its mean's distance from the mean over members.
+        penalty_learned_var_random: is not read, as in their code.
+        backend, dtype, threads: of `RolloutEngine`.
+
+    Raises:
+        InputError: the model is not one that ours can be; or as `RolloutEngine`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        config: Any,
+        penalty_coeff: float = 0.0,
+        penalty_learned_var: bool = False,
+        penalty_learned_var_random: bool = False,
+        *,
+        backend: str = "auto",
+        dtype: str = "float32",
+        threads: int | None = None,
+    ) -> None:
+        _settle_triton()
+        self.model = _load(Path(model)) if isinstance(model, str | os.PathLike) else model
+        self.config = config
+        self.penalty_coeff = penalty_coeff
+        self.penalty_learned_var = penalty_learned_var
+        self.penalty_learned_var_random = penalty_learned_var_random
+        self._options: dict[str, Any] = {"backend": backend, "dtype": dtype, "threads": threads}
+        self._fetched: EnsembleDynamics | None = None
+        self._trained: Any = None
+
+    @property
+    def dynamics(self) -> EnsembleDynamics:
+        """The model as our ensemble."""
+        if isinstance(self.model, EnsembleDynamics):
+            return self.model
+        # BNN.train ends with a new list of elites; before, there is none.
+        trained = getattr(self.model, "_model_inds", None)
+        if self._fetched is None or trained is None or trained is not self._trained:
+            self._fetched, self._trained = from_bnn(self.model), trained
+        return self._fetched
+
+    def step(
+        self, obs: Array, act: Array, deterministic: bool = False
+    ) -> tuple[Array, Array, Array, Mapping[str, Any]]:
+        """One step of the model for a batch, or for one row without the batch's dimension.
+
+        The seed is drawn from numpy.random, once a call: who seeds that gets the same step again. Numbers are
+        of float32's precision, in arrays of the types that their code has: float64, with `deterministic`
+        float32.
+
+        Args:
+            obs, act: finite floats [batch, obs_dim], [batch, act_dim].
+            deterministic: mean over all members, no noise.
+
+        Returns:
+            next_obs [batch, obs_dim], rewards less penalty [batch, 1], terminals [batch, 1], and an info that
+            reads like their dictionary: `mean`, `std` [batch, obs_dim + 2] of the drawn member, of (reward,
+            terminal, next_obs); `log_prob`, `dev` [batch]; `unpenalized_rewards`, `penalty`,
+            `penalized_rewards` [batch, 1]. The first four are computed when one of them is first asked for,
+            from the same draw.
+
+        Raises:
+            InputError: as `RolloutEngine.step`.
+        """
+        single = obs.ndim == 1
+        if single:
+            obs, act = obs[None], act[None]
+        engine = self._engine()
+        draw: dict[str, Any] = {"deterministic": deterministic, "seed": 0 if deterministic else _draw_seed()}
+        result = engine.step(obs, act, **draw)
+        kind = np.float32 if deterministic else np.float64
+        next_obs = result.next_observations.astype(kind)
+        raw_rewards = result.raw_rewards.astype(kind)[:, None]
+        terminals = self.config.termination_fn(obs, act, next_obs)
+        penalty = result.penalties[:, None] if self.penalty_coeff != 0 else None
+        rewards = raw_rewards if penalty is None else raw_rewards - self.penalty_coeff * penalty
+        inputs = obs.copy(), act.copy()
+
+        def first(array: Array) -> Array:
+            return array[0] if single else array
+
+        def predict() -> dict[str, Any]:
+            predictions = engine.step(*inputs, **draw, distributions=True)
+            added = np.where(engine.ensemble.absolute.cpu().numpy(), 0.0, inputs[0])
+            mean, std, log_prob, dev = _mixture(predictions, added, raw_rewards, next_obs, deterministic)
+            return {
+                "mean": first(np.concatenate((mean[:, :1], terminals, mean[:, 1:]), axis=-1)),
+                "std": first(np.insert(std.astype(np.float64), 1, 0.0, axis=-1)),
+                "log_prob": log_prob,
+                "dev": dev,
+            }
+
+        info = {
+            "unpenalized_rewards": first(raw_rewards),
+            "penalty": penalty,
+            "penalized_rewards": first(rewards),
+        }
+        return first(next_obs), first(rewards), first(terminals), StepInfo(info, predict)
+
+    def rollout(self, policy: Any, obs: Array, rollout_length: int) -> dict[str, Array]:
+        """All steps of their `_rollout_model` in one call: what its loop would add to the model pool.
+
+        A rule of mopo/static runs in the kernel, any other function of `config` step by step.
+
+        Args:
+            policy: their Gaussian policy, read through `get_weights`; or our `Actor`.
+            obs: finite floats [batch, obs_dim], the start states.
+            rollout_length: at least 1.
+
+        Returns:
+            `observations`, `actions`, `next_observations`, `rewards`, `terminals`, the last two [rows, 1];
+            ordered by start state, then step. A prediction that is not finite ends its rollout and is not in
+            there.
+
+        Raises:
+            InputError: as `RolloutEngine.rollout`; or the policy is not one that ours can be.
+        """
+        actor = policy if isinstance(policy, Actor) else _actor(policy.get_weights(), policy)
+        engine = self._engine(self._termination())
+        start = torch.from_numpy(np.asarray(obs, np.float32))
+        made = engine.rollout(actor, start, rollout_length, seed=_draw_seed())
+        names = ("observations", "actions", "next_observations", "rewards", "terminals")
+        arrays = {name: getattr(made, name).numpy() for name in names}
+        return {name: array if array.ndim == 2 else array[:, None] for name, array in arrays.items()}
+
+    def close(self) -> None:
+        """Theirs does nothing, too."""
+
+    def _engine(self, termination: Box | TerminationFunction | None = None) -> RolloutEngine:
+        penalty: Penalty = "max_aleatoric" if self.penalty_learned_var else "max_deviation"
+        return RolloutEngine(
+            self.dynamics,
+            penalty=penalty,
+            penalty_coef=self.penalty_coeff,
+            termination=termination,
+            **self._options,
+        )
+
+    def _termination(self) -> Box | TerminationFunction | None:
+        function = self.config.termination_fn
+        package, _, name = function.__module__.rpartition(".")
+        if package == "mopo.static":
+            box = BOXES.get(_BOXES.get(name, ""))
+            if box is None or box.obs_dim == self.dynamics.obs_dim:
+                return box
+        return lambda *tensors: torch.from_numpy(np.asarray(function(*(t.numpy() for t in tensors)), bool))
+
+
+def _mixture(
+    predictions: Any, added: Array, rewards: Array, next_obs: Array, deterministic: bool
+) -> tuple[Array, ...]:
+    """Mean and std of the drawn member or of all, log-probability of the sample, deviation of the means.
+
+    Of (reward, next_obs), from a `StepResult`; `added` [batch, obs_dim] makes next observations of means.
+    """
+    mean, std = np.roll(predictions.mean, 1, axis=-1), np.roll(predictions.std, 1, axis=-1)
+    mean[..., 1:] += added
+    sample = np.concatenate((rewards, next_obs), axis=-1)
+    distance = np.square((sample - mean) / std) + 2 * np.log(std) + np.log(2 * np.pi)
+    # Far from every mean the sum is zero, in theirs too.
+    with np.errstate(divide="ignore"):
+        log_prob = np.log(np.exp(-0.5 * distance.sum(-1)).sum(0))
+    chosen = predictions.members, np.arange(len(sample))
+    own = [array.mean(0) if deterministic else array[chosen] for array in (mean, std)]
+    return *own, log_prob, mean.std(0).mean(-1)
+
+
+def _settle_triton() -> None:
+    """Triton crashes a process that has loaded TensorFlow before, and torch loads it when it can, with the
+    first operator: so it is loaded now, or never.
+    """
+    if "tensorflow" not in sys.modules:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("triton")
+    elif "triton" not in sys.modules:
+        logger.info("TensorFlow is loaded: torch has to do without Triton")
+        sys.modules["triton"] = None  # type: ignore[assignment]
+
+
+def _draw_seed() -> int:
+    return int(np.random.randint(2**63, dtype=np.uint64))
+
+
+def from_bnn(model: Any) -> EnsembleDynamics:
+    """A BNN's numbers of this moment as our ensemble.
+
+    Args:
+        model: their BNN, finalized, with two heads or one. One that was not trained has no elites yet: all
+            its members are.
+
+    Raises:
+        InputError: its layers are not those of ours.
+    """
+    names = [layer.get_activation(as_func=False) for layer in model.layers]
+    if names[-1] is not None or model.end_act is not None:
+        raise InputError("the BNN has an activation on its outputs; ours has none")
+    return _dynamics(
+        model.sess.run(model.nonoptvars + model.optvars),
+        _activation(names[:-1], "the BNN"),
+        getattr(model, "_model_inds", None),
+        "the BNN",
+    )
+
+
+def _activation(names: Sequence[str | None], what: str) -> Activation:
+    if len(set(names)) > 1 or any(name not in _ACTIVATIONS for name in names):
+        raise InputError(
+            f"{what} has hidden layers of {', '.join(map(str, names))}; ours are all of one of"
+            f" {', '.join(map(str, _ACTIVATIONS))}"
+        )
+    return _ACTIVATIONS[names[0]] if names else "silu"
+
+
+def _dynamics(
+    arrays: Sequence[Any], activation: Activation, elites: Sequence[int] | None, what: str
+) -> EnsembleDynamics:
+    """From a BNN's numbers in its own order: scaler, every layer's weights and biases, bounds."""
+    try:
+        mean, std, *layers, high, low = (torch.from_numpy(np.array(a, np.float32)) for a in arrays)
+        weights, biases = layers[0::2], [bias.squeeze(1) for bias in layers[1::2]]
+        outputs = high.numel()
+        if weights[-1].shape[-1] == outputs:
+            # Two heads: our last layer has their columns side by side.
+            *weights, mean_weight, std_weight = weights
+            *biases, mean_bias, std_bias = biases
+            weights.append(torch.cat((mean_weight, std_weight), -1))
+            biases.append(torch.cat((mean_bias, std_bias), -1))
+        # Their reward comes first, ours last.
+        order = torch.arange(outputs).roll(-1)
+        for tensors in (weights, biases):
+            tensors[-1] = torch.cat([head[..., order] for head in tensors[-1].chunk(2, -1)], -1)
+        model = EnsembleDynamics(
+            outputs - 1,
+            mean.numel() - outputs + 1,
+            members=len(weights[0]),
+            elites=len(weights[0]) if elites is None else len(elites),
+            hidden=tuple(weight.shape[-1] for weight in weights[:-1]),
+            activation=activation,
+            generator=torch.Generator(),
+        )
+        pairs = [*zip(model.weights, weights, strict=True), *zip(model.biases, biases, strict=True)]
+        pairs += [(model.input_mean, mean[0]), (model.input_std, std[0])]
+        pairs += [(model.max_logvar, high[0, order]), (model.min_logvar, low[0, order])]
+        with torch.no_grad():
+            for ours, theirs in pairs:
+                if ours.shape != theirs.shape:
+                    raise InputError(f"a layer has {tuple(theirs.shape)} numbers, not {tuple(ours.shape)}")
+                if not bool(torch.isfinite(theirs).all()):
+                    raise InputError("there are numbers that are not finite")
+                ours.copy_(theirs)
+            if elites is not None:
+                model.elites.copy_(torch.tensor(elites))
+    except (InputError, ValueError, IndexError, TypeError, RuntimeError) as error:
+        raise InputError(f"{what} is not an ensemble as ours: {error}") from error
+    if not bool((model.input_std > 0).all()):
+        raise InputError(f"{what}: the scaler's deviations must be positive")
+    model.check_elites()
+    return model
+
+
+def _actor(weights: Sequence[Any], policy: Any = None, what: str = "the policy") -> Actor:
+    """From Keras' list of weights: kernel, bias, kernel, bias, ...; `policy` is what they were got from."""
+    activation: Activation = getattr(policy, "_activation", "relu")
+    if not getattr(policy, "_squash", True):
+        raise InputError(f"{what} is not squashed by tanh; ours is")
+    try:
+        arrays = [torch.from_numpy(np.array(as_array(a), np.float32)) for a in weights]
+        kernels, biases = arrays[0::2], arrays[1::2]
+        actor = Actor(
+            kernels[0].shape[0],
+            kernels[-1].shape[1] // 2,
+            hidden=tuple(kernel.shape[1] for kernel in kernels[:-1]),
+            activation=activation,
+        )
+        pairs = [*zip(actor.weights, kernels, strict=True), *zip(actor.biases, biases, strict=True)]
+        with torch.no_grad():
+            for ours, theirs in pairs:
+                if ours.shape != theirs.shape or not bool(torch.isfinite(theirs).all()):
+                    raise InputError(f"{tuple(theirs.shape)} numbers, not {tuple(ours.shape)} finite ones")
+                ours.copy_(theirs)
+    except (InputError, ValueError, IndexError, TypeError, RuntimeError) as error:
+        raise InputError(f"{what} holds no feed-forward Gaussian policy: {error}") from error
+    return actor
+
+
+def _load(source: Path) -> EnsembleDynamics:
+    if (source / "dynamics.json").exists():
+        return EnsembleDynamics.load(source)
+    dynamics = read(source).dynamics
+    if dynamics is None:
+        raise InputError(f"{source} holds no dynamics")
+    return dynamics
+
+
+def _scipy_io() -> Any:
+    try:
+        import scipy.io
+    except ImportError as error:
+        raise InputError(
+            f"MATLAB files take SciPy ({error}); install it with: pip install 'mopo_fast[mopo-tf]'"
+        ) from error
+    return scipy.io
+
+
+def _only(folder: Path, pattern: str) -> Path | None:
+    found = sorted(folder.glob(pattern))
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise InputError(f"{folder} holds several: {names}; name one of them")
+    return found[0] if found else None
+
+
+def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
+    """A model's NAME_STEP.mat, a checkpoint's .pkl, or a folder with one of either.
+
+    The files do not say which members are elites: all are, unless `hints` names them. Layers' activations are
+    in NAME_STEP.nns; where that is not beside, `hints` may name one, else it is their default. Of a pickle,
+    numbers are read and nothing is run.
+
+    Raises:
+        InputError: a file is missing, damaged or holds another model; there are several; SciPy is missing.
+    """
+    if hints.absolute is not None:
+        raise InputError("the authors' models predict changes; leave absolute out")
+    if source.is_dir():
+        mat, pkl = _only(source, "*.mat"), _only(source, "*.pkl")
+    else:
+        mat, pkl = (source, None) if source.suffix == ".mat" else (None, source)
+    return Checkpoint(
+        None if mat is None else _read_dynamics(mat, hints),
+        None if pkl is None else _read_policy(pkl),
+    )
+
+
+def _read_dynamics(path: Path, hints: Hints) -> EnsembleDynamics:
+    try:
+        arrays = _scipy_io().loadmat(path)
+    except InputError:
+        raise
+    # A damaged file fails in any way.
+    except Exception as error:
+        raise InputError(f"{path} is not a whole MATLAB file ({error}); get or make it again") from error
+    count = sum(name.isdecimal() for name in arrays)
+    if missing := [str(i) for i in range(count) if str(i) not in arrays]:
+        raise InputError(f"{path} lacks the array {missing[0]}")
+    activation = hints.activation or "silu"
+    structure = path.with_suffix(".nns")
+    if structure.exists():
+        if hints.activation is not None:
+            raise InputError(f"{structure} says what the activation is; leave it out")
+        names = re.findall(r"activation='?(\w+)'?", structure.read_text(errors="replace"))
+        if names[-1:] != ["None"]:
+            raise InputError(f"{structure} does not end in a layer without activation")
+        # One head's file repeats the last layer after every other one.
+        activation = _activation([name for name in names if name != "None"], str(structure))
+    if hints.elites is None:
+        logger.warning("%s does not say which members are elites: all are", path)
+    return _dynamics([arrays[str(i)] for i in range(count)], activation, hints.elites, str(path))
+
+
+def _read_policy(path: Path) -> Actor:
+    content = load(path, inert=None)
+    if not isinstance(content, dict) or not isinstance(content.get("policy_weights"), list):
+        raise InputError(f"{path} holds no list of policy_weights")
+    return _actor(content["policy_weights"], what=str(path))
+
+
+def write(checkpoint: Checkpoint, target: Path) -> None:
+    """A folder with BNN_0.mat, BNN_0.nns, BNN_0_var.nns and checkpoint.pkl.
+
+    Their `construct_model(name="BNN_0", load_dir=target, separate_mean_var=True)` reads the model, whose
+    elites are then those of its next training; their simulate_policy.py the policy.
+
+    Raises:
+        InputError: their code has no such model, SciPy is missing, or the folder cannot be written.
+    """
+    if checkpoint.dynamics is not None:
+        _write_dynamics(checkpoint.dynamics, target)
+    if checkpoint.policy is not None:
+        _write_policy(checkpoint.policy, target / "checkpoint.pkl")
+
+
+def _write_dynamics(model: EnsembleDynamics, folder: Path) -> None:
+    if model.log_scale != "variance" or model.max_logvar.ndim > 1 or bool(model.absolute.any()):
+        raise InputError(
+            "the authors' models predict changes, and log-variances within bounds that all members share"
+        )
+    io, outputs = _scipy_io(), model.obs_dim + 1
+    order = torch.arange(outputs).roll(1)
+
+    def heads(tensor: torch.Tensor) -> list[torch.Tensor]:
+        return [head[..., order] for head in tensor.chunk(2, -1)]
+
+    weights = [*model.weights[:-1], *heads(model.weights[-1])]
+    biases = [*model.biases[:-1], *heads(model.biases[-1])]
+    tensors = [model.input_mean[None], model.input_std[None]]
+    tensors += [t for w, b in zip(weights, biases, strict=True) for t in (w, b[:, None])]
+    tensors += [model.max_logvar[None, order], model.min_logvar[None, order]]
+    with atomic_path(folder / "BNN_0.mat") as temporary, open(temporary, "wb") as file:
+        io.savemat(file, {str(i): tensor.detach().cpu().numpy() for i, tensor in enumerate(tensors)})
+    names = [next(name for name, ours in _ACTIVATIONS.items() if ours == model.activation)] * len(
+        model.hidden
+    )
+    decays: Sequence[float | None] = DynamicsConfig().weight_decay
+    if len(decays) != len(model.weights):
+        decays = [None] * len(model.weights)
+    lines = [
+        f"FC(output_dim={weight.shape[2]}, input_dim={weight.shape[1]}, activation={name!r},"
+        f" weight_decay={decay!r}, ensemble_size={model.members})\n"
+        for weight, name, decay in zip(weights, [*names, None, None], [*decays, decays[-1]], strict=True)
+    ]
+    for file_name, text in (("BNN_0.nns", lines[:-1]), ("BNN_0_var.nns", lines[-1:])):
+        with atomic_path(folder / file_name) as temporary:
+            temporary.write_text("".join(text))
+
+
+def _write_policy(policy: Actor, path: Path) -> None:
+    if (policy.activation, policy.log_std_min, policy.log_std_max) != ("relu", -20.0, 2.0):
+        raise InputError(
+            f"the authors' policies are of ReLU with log stds in [-20, 2]; this one is of {policy.activation}"
+            f" with [{policy.log_std_min:g}, {policy.log_std_max:g}]"
+        )
+    layers = zip(policy.weights, policy.biases, strict=True)
+    weights = [tensor.detach().cpu().numpy() for layer in layers for tensor in layer]
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        # The newest protocol that their Python reads.
+        Pickler(file, protocol=4).dump({"policy_weights": weights})

@@ -1,0 +1,363 @@
+"""Polixir's OfflineRL: its ensemble called through our kernels, its models' and policies' files.
+
+Source: offlinerl/utils/net/model/ensemble.py, tanhpolicy.py, offlinerl/algo/modelbase/mopo.py.
+"""
+
+import functools
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from mopo_fast.atomic import atomic_path
+from mopo_fast.compat import Checkpoint
+from mopo_fast.config import Activation, Hints
+from mopo_fast.ensemble import EnsembleDynamics
+from mopo_fast.errors import InputError
+from mopo_fast.pickles import NUMPY, Inert, Pickler, unpickler
+from mopo_fast.policy import Actor
+from mopo_fast.rollout import RolloutEngine
+
+# Added to a standard deviation that divides.
+_EPSILON = 1e-8
+_ACTIVATIONS: dict[str, Activation] = {"ReLU": "relu", "Tanh": "tanh"}
+_LOG_STD_MIN, _LOG_STD_MAX = -5.0, 2.0
+
+
+class FastTransition:
+    """Their `EnsembleTransition`, whose predictions for a batch our kernels make.
+
+    In `AlgoTrainer.train`, what `train_policy` is given: `FastTransition(self.transition)`.
+    Calls with gradients, or with inputs of each member, are theirs; so is every other attribute.
+
+    Args:
+        transition: theirs, read at every call, so that it may train on; the members that it has selected are
+            those of a prediction.
+        backend, dtype, threads: of `RolloutEngine`.
+
+    Raises:
+        InputError: it predicts no reward; or as `RolloutEngine`.
+    """
+
+    def __init__(
+        self, transition: Any, *, backend: str = "auto", dtype: str = "float32", threads: int | None = None
+    ) -> None:
+        self.transition = transition
+        self._options: dict[str, Any] = {"backend": backend, "dtype": dtype, "threads": threads}
+        self._engine = self._made()
+
+    def __call__(self, obs_action: torch.Tensor) -> torch.distributions.Normal:
+        """The next observation and the reward: a Normal [selected, batch, obs_dim + 1].
+
+        Its samples are drawn from torch's generator, as theirs are: who seeds that gets the same samples.
+
+        Args:
+            obs_action: floats [batch, obs_dim + act_dim], finite.
+
+        Raises:
+            InputError: as `RolloutEngine.step`.
+        """
+        theirs = self.transition
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in (obs_action, *theirs.parameters()))
+        if trains or obs_action.ndim != 2:
+            return theirs(obs_action)  # type: ignore[no-any-return]
+        members = list(theirs.output_layer.select)
+        if len(members) != self._engine.ensemble.members:
+            self._engine = self._made()
+        ensemble = self._engine.ensemble
+        _copy_numbers(theirs, members, ensemble)
+        observations, actions = obs_action[:, : ensemble.obs_dim], obs_action[:, ensemble.obs_dim :]
+        result = self._engine.step(observations, actions, seed=0, deterministic=True, distributions=True)
+        assert result.mean is not None and result.std is not None
+        result.mean[..., :-1] = ensemble.next_observations(observations, result.mean)
+        return torch.distributions.Normal(result.mean, result.std)
+
+    forward = __call__
+
+    def __getattr__(self, name: str) -> Any:
+        # Copies are made before there is anything to ask.
+        if name == "transition" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.transition, name)
+
+    def _made(self) -> RolloutEngine:
+        ensemble = _empty(self.transition, len(self.transition.output_layer.select))
+        return RolloutEngine(ensemble.to(self.transition.max_logstd.device), **self._options)
+
+
+def from_transition(transition: Any) -> EnsembleDynamics:
+    """Their `EnsembleTransition` of this moment as our ensemble; the selected members are the elites.
+
+    Raises:
+        InputError: it predicts no reward, or its layers are not those of ours.
+    """
+    members = len(transition.output_layer.weight)
+    model = _empty(transition, members)
+    _copy_numbers(transition, range(members), model)
+    elites = list(transition.output_layer.select)
+    model.elites = torch.tensor(elites, dtype=torch.int64)
+    model.check_elites()
+    return model
+
+
+def _layers(transition: Any) -> list[Any]:
+    return [*transition.backbones, transition.output_layer]
+
+
+def _empty(transition: Any, members: int) -> EnsembleDynamics:
+    """An ensemble of the transition's sizes and kind, its numbers still to come."""
+    if not transition.with_reward:
+        raise InputError("the EnsembleTransition predicts no reward; ours do")
+    obs_dim, shapes = int(transition.obs_dim), [layer.weight.shape for layer in _layers(transition)]
+    delta = transition.mode in ("local", "normalize")
+    return EnsembleDynamics(
+        obs_dim,
+        shapes[0][1] - obs_dim,
+        members=members,
+        elites=members,
+        hidden=tuple(shape[2] for shape in shapes[:-1]),
+        log_scale="std",
+        absolute=() if delta else range(obs_dim),
+        # Theirs draw from torch's own, and what they draw shall stay what it was.
+        generator=torch.Generator(),
+    )
+
+
+@torch.no_grad()
+def _copy_numbers(transition: Any, members: Sequence[int], model: EnsembleDynamics) -> None:
+    for layer, weight, bias in zip(_layers(transition), model.weights, model.biases, strict=True):
+        weight.copy_(layer.weight[members])
+        bias.copy_(layer.bias[members, 0])
+    model.max_logvar.copy_(transition.max_logstd)
+    model.min_logvar.copy_(transition.min_logstd)
+    if transition.mode == "normalize" and transition.obs_mean is not None:
+        model.input_mean[: model.obs_dim] = transition.obs_mean
+        model.input_std[: model.obs_dim] = transition.obs_std + _EPSILON
+
+
+class _PickleModule:
+    """What torch.load and torch.save ask of a module of pickles: makes tensors, stands in for all else."""
+
+    Pickler = Pickler
+    Unpickler = unpickler(
+        {
+            **NUMPY,
+            "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
+            "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+            "collections.OrderedDict": OrderedDict,
+            **dict.fromkeys(("builtins.set", "__builtin__.set"), set),
+        },
+        inert=None,
+    )
+
+
+def _attributes(module: Inert) -> Any:
+    """A module's stand-in with what it holds as attributes, and its class's name as `kind`; or a list."""
+    state = module.state
+    values = {**state, **state["_parameters"], **state["_buffers"], **state["_modules"]}
+    values = {name: _attributes(v) if isinstance(v, Inert) else v for name, v in values.items()}
+    kind = type(module).__name__
+    if kind in ("ModuleList", "Sequential"):
+        return [values[name] for name in state["_modules"]]
+    return SimpleNamespace(kind=kind, **values)
+
+
+def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
+    """A file that `torch.save` made of an `EnsembleTransition` or a `TanhGaussianPolicy`; or a folder with
+    dynamics.pt, policy.pt, as `write` makes it.
+
+    The elites are the members that the file has selected, unless `hints` names others. Of the pickle inside,
+    numbers are read and nothing is run.
+
+    Raises:
+        InputError: a file is missing, damaged or holds another model.
+    """
+    if hints.activation is not None or hints.absolute is not None:
+        raise InputError(f"{source} says what activation and absolute are; leave them out")
+    if source.is_dir():
+        both = [source / name for name in ("dynamics.pt", "policy.pt")]
+        found = [read(path, hints) for path in both if path.exists()]
+        models = [(one.dynamics, one.policy) for one in found]
+        return Checkpoint(next((d for d, _ in models if d), None), next((p for _, p in models if p), None))
+    try:
+        # torch.load would hand a scripted module to another reader.
+        with zipfile.ZipFile(source) as archive:
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                raise InputError("it holds a scripted module")
+        content = torch.load(source, map_location="cpu", weights_only=False, pickle_module=_PickleModule)
+        module = _attributes(content)
+        if module.kind == "EnsembleTransition":
+            if module.activation.kind != "Swish":
+                raise InputError(f"it has hidden layers of {module.activation.kind}, not Swish")
+            dynamics = from_transition(module)
+            if hints.elites is not None:
+                dynamics.elites = torch.tensor(hints.elites)
+                dynamics.check_elites()
+            _check_finite(dynamics)
+            return Checkpoint(dynamics)
+        if module.kind == "TanhGaussianPolicy":
+            policy = _actor(module)
+            _check_finite(policy)
+            return Checkpoint(policy=policy)
+        raise InputError(f"it holds a {module.kind}")
+    except OSError as error:
+        raise InputError(f"cannot read {source}: {error.strerror or error}") from error
+    # A damaged or foreign file fails in any way.
+    except Exception as error:
+        raise InputError(
+            f"{source} is no EnsembleTransition or TanhGaussianPolicy that torch.save has written: {error}"
+        ) from error
+
+
+def _check_finite(model: nn.Module) -> None:
+    for name, tensor in model.state_dict().items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"{name} holds values that are not finite")
+
+
+def _actor(policy: Any) -> Actor:
+    if not policy._c_sigma:
+        raise InputError("its standard deviation does not depend on the observation; ours does")
+    kinds = {layer.kind for layer in policy.preprocess.model} - {"Linear"}
+    if len(kinds) != 1 or not kinds <= _ACTIVATIONS.keys():
+        raise InputError(f"it has layers of {', '.join(sorted(kinds))}; ours are all ReLU or all Tanh")
+    hidden = [layer for layer in policy.preprocess.model if layer.kind == "Linear"]
+    weights = [layer.weight.T for layer in hidden]
+    weights.append(torch.cat((policy.mu.weight, policy.sigma.weight)).T)
+    biases = [layer.bias for layer in hidden] + [torch.cat((policy.mu.bias, policy.sigma.bias))]
+    actor = Actor(
+        weights[0].shape[0],
+        len(policy.mu.bias),
+        hidden=tuple(weight.shape[1] for weight in weights[:-1]),
+        activation=_ACTIVATIONS[kinds.pop()],
+        log_std_min=_LOG_STD_MIN,
+        log_std_max=_LOG_STD_MAX,
+    )
+    ours = [*actor.weights, *actor.biases]
+    with torch.no_grad():
+        for target, tensor in zip(ours, [*weights, *biases], strict=True):
+            if target.shape != tensor.shape:
+                raise InputError(f"a layer has {tuple(tensor.shape)} numbers, not {tuple(target.shape)}")
+            target.copy_(tensor)
+    return actor
+
+
+def _stand_in(module: str, name: str) -> type[nn.Module]:
+    return type(name, (nn.Module,), {"__module__": f"offlinerl.utils.net.{module}"})
+
+
+_EnsembleLinear = _stand_in("model.ensemble", "EnsembleLinear")
+_EnsembleTransition = _stand_in("model.ensemble", "EnsembleTransition")
+_Swish = _stand_in("common", "Swish")
+_Net = _stand_in("common", "Net")
+_TanhGaussianPolicy = _stand_in("tanhpolicy", "TanhGaussianPolicy")
+
+
+def _parameter(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach().cpu().clone())
+
+
+def _module(kind: type[nn.Module], **attributes: Any) -> nn.Module:
+    made = kind()
+    for name, value in attributes.items():
+        setattr(made, name, value)
+    return made
+
+
+def write(checkpoint: Checkpoint, target: Path) -> None:
+    """A folder with dynamics.pt for `dynamics_path`, policy.pt for `BaseAlgo.load_model`.
+
+    Their package need not be there. It reads such files, its own too, with torch before 2.6, or with
+    `torch.load(path, weights_only=False)`.
+
+    Raises:
+        InputError: their code has no such model, or the folder cannot be written.
+    """
+    if checkpoint.dynamics is not None:
+        _save(_transition(checkpoint.dynamics), target / "dynamics.pt")
+    if checkpoint.policy is not None:
+        _save(_policy(checkpoint.policy), target / "policy.pt")
+
+
+def _save(module: nn.Module, path: Path) -> None:
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        torch.save(module, file, pickle_module=_PickleModule)
+
+
+def _transition(model: EnsembleDynamics) -> nn.Module:
+    absolute, obs_dim = bool(model.absolute.any()), model.obs_dim
+    scaled = bool((model.input_mean != 0).any() or (model.input_std != 1).any())
+    if model.log_scale != "std" or model.max_logvar.ndim > 1:
+        raise InputError("Polixir's models bound log standard deviations, for all members; this one does not")
+    if model.activation != "silu":
+        raise InputError(f"Polixir's models have hidden layers of SiLU, this one of {model.activation}")
+    if bool((model.input_mean[obs_dim:] != 0).any() or (model.input_std[obs_dim:] != 1).any()):
+        raise InputError("Polixir's models do not scale actions; this one does")
+    if absolute and (scaled or not bool(model.absolute.all())):
+        raise InputError(
+            "Polixir's models predict changes of all dimensions, or next values of all without scaling them;"
+            " this one does not"
+        )
+    elites = model.elites.tolist()
+
+    def linear(weight: torch.Tensor, bias: torch.Tensor) -> nn.Module:
+        bias = bias[:, None]
+        return _module(
+            _EnsembleLinear,
+            ensemble_size=model.members,
+            weight=_parameter(weight),
+            bias=_parameter(bias),
+            saved_weight=_parameter(weight),
+            saved_bias=_parameter(bias),
+            select=elites,
+        )
+
+    *backbones, output_layer = map(linear, model.weights, model.biases)
+    return _module(
+        _EnsembleTransition,
+        obs_dim=obs_dim,
+        mode="normalize" if scaled else "global" if absolute else "local",
+        with_reward=True,
+        ensemble_size=model.members,
+        activation=_Swish(),
+        backbones=nn.ModuleList(backbones),
+        output_layer=output_layer,
+        obs_mean=model.input_mean[:obs_dim].cpu() if scaled else None,
+        obs_std=model.input_std[:obs_dim].cpu() - _EPSILON if scaled else None,
+        max_logstd=_parameter(model.max_logvar),
+        min_logstd=_parameter(model.min_logvar),
+    )
+
+
+def _policy(actor: Actor) -> nn.Module:
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "relu": functools.partial(nn.ReLU, inplace=True),
+        "tanh": nn.Tanh,
+    }
+    if actor.activation not in makers or (actor.log_std_min, actor.log_std_max) != (
+        _LOG_STD_MIN,
+        _LOG_STD_MAX,
+    ):
+        raise InputError(
+            f"Polixir's policies are of ReLU or tanh with log stds in [-5, 2]; this one is of"
+            f" {actor.activation} with [{actor.log_std_min:g}, {actor.log_std_max:g}]"
+        )
+
+    def linear(weight: torch.Tensor, bias: torch.Tensor) -> nn.Linear:
+        made = nn.Linear(*weight.shape)
+        made.weight, made.bias = _parameter(weight.T.contiguous()), _parameter(bias)
+        return made
+
+    *hidden, last = zip(actor.weights, actor.biases, strict=True)
+    heads = zip(*(tensor.chunk(2, -1) for tensor in last), strict=True)
+    mu, sigma = (linear(weight, bias) for weight, bias in heads)
+    layers = [layer for pair in hidden for layer in (linear(*pair), makers[actor.activation]())]
+    net = _module(_Net, dueling=None, softmax=False, output_shape=0, model=nn.Sequential(*layers))
+    return _module(
+        _TanhGaussianPolicy, preprocess=net, mu=mu, sigma=sigma, _c_sigma=True, _max=1.0, _unbounded=False
+    )

@@ -3,6 +3,8 @@
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -354,3 +356,27 @@ def test_of_a_folder(tmp_path: Path, record: dict[str, Any], model: EnsembleDyna
     with pytest.raises(InputError, match="holds no dynamics"):
         FakeEnv(str(RECORDED / "checkpoint.pkl"), CONFIG)
     assert "hopper-authors" in BOXES
+
+
+BESIDE_TENSORFLOW = """
+import importlib.machinery, sys, types
+import numpy as np
+tensorflow = types.ModuleType("tensorflow")
+tensorflow.__spec__ = importlib.machinery.ModuleSpec("tensorflow", None)
+if "tensorflow" in sys.argv:
+    sys.modules["tensorflow"] = tensorflow
+from mopo_fast import EnsembleDynamics
+from mopo_fast.compat.mopo_tf import FakeEnv
+static = types.SimpleNamespace(termination_fn=lambda obs, act, next_obs: next_obs[:, :1] > 0)
+env = FakeEnv(EnsembleDynamics(3, 2, hidden=(4,)), static)
+before = sys.modules.get("triton", "not there")
+env.step(np.zeros((5, 3)), np.zeros((5, 2)))
+print(before is None, sys.modules.get("triton", "not there") is before)
+"""
+
+
+@pytest.mark.parametrize(("loaded", "blocked"), [("tensorflow", "True"), ("", "False")])
+def test_triton_comes_before_tensorflow_or_never(loaded: str, blocked: str) -> None:
+    command = [sys.executable, "-c", BESIDE_TENSORFLOW, loaded]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.split() == [blocked, "True"], done.stderr

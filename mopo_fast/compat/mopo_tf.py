@@ -129,7 +129,7 @@ class FakeEnv:
             reads like their dictionary: `mean`, `std` [batch, obs_dim + 2] of the drawn member, of (reward,
             terminal, next_obs); `log_prob`, `dev` [batch]; `unpenalized_rewards`, `penalty`,
             `penalized_rewards` [batch, 1]. The first four are computed when one of them is first asked for,
-            from the same draw.
+            from the same draw, by the model of the step; an ensemble of ours must not have changed till then.
 
         Raises:
             InputError: as `RolloutEngine.step`.
@@ -189,10 +189,10 @@ class FakeEnv:
         """
         actor = policy if isinstance(policy, Actor) else _actor(policy.get_weights(), policy)
         engine = self._engine(self._termination())
-        start = torch.from_numpy(np.asarray(obs, np.float32))
+        start = torch.tensor(obs, dtype=engine.dtype, device=engine.device)
         made = engine.rollout(actor, start, rollout_length, seed=_draw_seed())
         names = ("observations", "actions", "next_observations", "rewards", "terminals")
-        arrays = {name: getattr(made, name).numpy() for name in names}
+        arrays = {name: getattr(made, name).cpu().numpy() for name in names}
         return {name: array if array.ndim == 2 else array[:, None] for name, array in arrays.items()}
 
     def close(self) -> None:
@@ -215,7 +215,9 @@ class FakeEnv:
             box = BOXES.get(_BOXES.get(name, ""))
             if box is None or box.obs_dim == self.dynamics.obs_dim:
                 return box
-        return lambda *tensors: torch.from_numpy(np.asarray(function(*(t.numpy() for t in tensors)), bool))
+        return lambda *tensors: torch.from_numpy(
+            np.asarray(function(*(tensor.cpu().numpy() for tensor in tensors)), bool)
+        )
 
 
 def _mixture(

@@ -1,0 +1,116 @@
+"""The whole of `mopo-fast rollout` against the bare kernel: `python -m benchmarks.bulk RUN DATASET`.
+
+Rates in turn, round after round, medians; memory, of a process of its own for each size.
+"""
+
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from tyro.conf import Positional
+
+from benchmarks.compare import write_record
+from mopo_fast import Actor, EnsembleDynamics, load_dataset
+from mopo_fast.doctor import examine
+from mopo_fast.generate import Generator, generate_config
+from mopo_fast.shards import COMPRESSIONS, generate_shards
+
+_PEAK = """
+import resource, sys
+from mopo_fast.cli import main
+code = main(sys.argv[1:])
+print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def main(
+    run: Annotated[Path, Positional],
+    dataset: Annotated[str, Positional],
+    *,
+    count: int = 2_000_000,
+    rounds: int = 3,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    memory: tuple[int, ...] = (1_000_000, 10_000_000),
+    compressed: bool = True,
+    folder: Path | None = None,
+    json: Path | None = None,
+) -> None:
+    """Measure.
+
+    Args:
+        count: Transitions of a timed call.
+        memory: Counts whose peak of memory is measured.
+        compressed: Every format and compression too, once.
+        folder: Where the shards go for a while; by default the system's temporary folder.
+    """
+    data = load_dataset(dataset, quiet=True)
+    config = generate_config(run, horizon=None, seed=0, penalty_coef=None, dtype=dtype, backend="auto")
+    generator = Generator(EnsembleDynamics.load(run), Actor.load(run), data.observations, config)
+    ring = generator.ring(count)
+
+    def kernel() -> None:
+        ring.clear()
+        generator.fill(ring, count)
+
+    def whole(**options: Any) -> int:
+        with tempfile.TemporaryDirectory(dir=folder) as out:
+            manifest = generate_shards(run, data, out, count=count, dtype=dtype, quiet=True, **options)
+            return sum(shard["bytes"] for shard in manifest["shards"])
+
+    seconds: dict[str, list[float]] = {"bare kernel": [], "to disk": []}
+    for _ in range(rounds):
+        for name, call in (("bare kernel", kernel), ("to disk", whole)):
+            started = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - started)
+    bare, disk = (statistics.median(times) for times in seconds.values())
+    results: dict[str, Any] = {
+        "count": count,
+        "dtype": dtype,
+        "seconds": seconds,
+        "rate_kernel": count / bare,
+        "rate_to_disk": count / disk,
+        "ratio": bare / disk,
+    }
+    table = Table("", "transitions/s", "of the kernel's", "bytes a row")
+    table.add_row("bare kernel", f"{count / bare:,.0f}", "", "")
+    table.add_row("hdf5", f"{count / disk:,.0f}", f"{bare / disk:.2f}", "")
+    for format, some in COMPRESSIONS.items() if compressed else ():
+        for compression in some:
+            started = time.perf_counter()
+            size = whole(format=format, compression=compression)
+            took = time.perf_counter() - started
+            name = f"{format}, {compression}"
+            results[name] = {"seconds": took, "bytes": size, "ratio": bare / took}
+            table.add_row(name, f"{count / took:,.0f}", f"{bare / took:.2f}", f"{size / count:.1f}")
+    for rows in memory:
+        out = Path(tempfile.mkdtemp(dir=folder))
+        command = ["rollout", str(run), "--dataset", dataset, "--out", str(out), "--count", str(rows)]
+        command += ["--dtype", dtype, "--quiet"]
+        started = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", _PEAK, *command], capture_output=True, text=True, check=True
+        )
+        code, kilobytes = done.stdout.split()[-2:]
+        assert code == "0", done.stderr
+        took = time.perf_counter() - started
+        results[f"memory at {rows}"] = {"peak_mib": int(kilobytes) / 1024, "seconds": took}
+        table.add_row(
+            f"{rows:,} rows", f"{rows / took:,.0f} with its start", f"{int(kilobytes) / 1024:,.0f} MiB", ""
+        )
+        shutil.rmtree(out)
+    Console().print(table)
+    if json is not None:
+        write_record(json, "bulk", examine(), results)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

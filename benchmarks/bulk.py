@@ -96,16 +96,14 @@ def main(
         command = ["rollout", str(run), "--dataset", dataset, "--out", str(out), "--count", str(rows)]
         command += ["--dtype", dtype, "--quiet"]
         started = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-c", _PEAK, *command], capture_output=True, text=True, check=True
-        )
+        process = [sys.executable, "-c", _PEAK, *command]
+        done = subprocess.run(process, capture_output=True, text=True, check=True)
         code, kilobytes = done.stdout.split()[-2:]
         assert code == "0", done.stderr
         took = time.perf_counter() - started
         results[f"memory at {rows}"] = {"peak_mib": int(kilobytes) / 1024, "seconds": took}
-        table.add_row(
-            f"{rows:,} rows", f"{rows / took:,.0f} with its start", f"{int(kilobytes) / 1024:,.0f} MiB", ""
-        )
+        rate, peak = f"{rows / took:,.0f} with its start", f"{int(kilobytes) / 1024:,.0f} MiB at most"
+        table.add_row(f"{rows:,} rows", rate, peak, "")
         shutil.rmtree(out)
     Console().print(table)
     if json is not None:

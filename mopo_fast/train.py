@@ -536,7 +536,11 @@ class _Loop:
         self.started, self.evaluator = run.started, evaluator
         self.data_sha256 = data_digest
         ensemble = run.ensemble
-        named = {f"{ensemble.activation}.{name}": value for name, value in ensemble.state_dict().items()}
+        # Added where it is declared, so that the digests of all other ensembles stay what they were.
+        kind = ensemble.activation + (".std" if ensemble.log_scale == "std" else "")
+        named = {f"{kind}.{name}": value for name, value in ensemble.state_dict().items()}
+        if bool(ensemble.absolute.any()):
+            named["absolute"] = ensemble.absolute
         self.dynamics_sha256 = tensors_sha256(named)
         self.horizon = rollout.horizon
         self.engine = _engine(config, task, ensemble, config.backend)

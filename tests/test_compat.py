@@ -40,5 +40,5 @@ def test_mistakes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     (tmp_path / "empty").mkdir()
     assert "neither dynamics nor a policy" in fails(str(tmp_path / "empty"), copy, "--from", "mopo-fast")
     assert not Path(copy).exists()
-    with pytest.raises(InputError, match="unknown format 'keras'; there are: mopo-fast, offlinerl-kit"):
+    with pytest.raises(InputError, match="unknown format 'keras'; there are: mopo-fast, mopo-tf"):
         convert_checkpoint(run, copy, "keras", "mopo-fast")  # type: ignore[arg-type]

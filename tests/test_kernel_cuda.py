@@ -217,13 +217,13 @@ def test_log_std_is_clipped(case: Case) -> None:
 def test_arrays_after_the_terminals_may_be_missing(case: Case) -> None:
     engine, policy, start = case
     whole = engine.rollout(policy, start, 2, seed=1).arrays()
-    *dynamics, activation = engine._dynamics()
+    *dynamics, log_std, activation = engine._dynamics()
     weights, biases = engine._policy(policy)
     names = ("observations", "actions", "rewards", "next_observations", "terminals")
     arrays = [torch.empty_like(whole[name]) for name in names]
     counts = torch.ops.mopo_fast.rollout(
         *dynamics, weights, biases, start, torch.arange(len(start), device=start.device),
-        *arrays, None, None, None, None, None, 0, 2, activation, engine.penalty, engine.penalty_coef,
+        *arrays, None, None, None, None, None, 0, 2, log_std, activation, engine.penalty, engine.penalty_coef,
         policy.activation, policy.log_std_min, policy.log_std_max, 1, False, engine.operands, "cuda", 1,
     )  # fmt: skip
     assert counts.tolist() == [len(whole["rewards"]), 0]

@@ -259,6 +259,19 @@ class TestResume:
         with pytest.raises(InputError, match="resume with the dynamics that the run began with"):
             train(config, run, resume=True, quiet=True)
 
+    @pytest.mark.parametrize("declared", ["log_scale", "absolute"])
+    def test_an_ensemble_that_is_declared_another_is_noticed(
+        self, run: Path, config: TrainConfig, declared: str
+    ) -> None:
+        ensemble = EnsembleDynamics.load(run)
+        if declared == "log_scale":
+            ensemble.log_scale = "std"
+        else:
+            ensemble.absolute[2] = True
+        ensemble.save(run)
+        with pytest.raises(InputError, match=r"the dynamics beside .* are not those"):
+            train(config, run, resume=True, quiet=True)
+
 
 def write_config(out: Path, config: TrainConfig) -> None:
     resolved, _ = resolve(config)

@@ -30,8 +30,6 @@ def contenders(
         updates: of an epoch.
         options: of `RolloutEngine`: backend, dtype, threads.
     """
-    # What they write is of no use here.
-    os.chdir(tempfile.mkdtemp())
     tf = imitate_tensorflow_1(checkout)
     import mopo.static
 
@@ -41,7 +39,8 @@ def contenders(
     shapes = {"observations": OBS_DIM, "actions": ACT_DIM, "next_observations": OBS_DIM, "rewards": 1}
     data = {name: random.normal(size=(10_000, dim)) for name, dim in shapes.items()}
     data["terminals"] = np.zeros(10_000)
-    with _quiet():
+    # What they write is of no use here.
+    with _quiet(), tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         algorithm = make_algorithm(
             tf, data, mopo.static["halfcheetah"], epoch_length=updates, rollout_batch_size=batch_size
         )

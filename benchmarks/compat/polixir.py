@@ -4,8 +4,10 @@ Data and networks are of no meaning, and of halfcheetah's sizes; the loop is `Al
 no updates for a rollout alone, and 1000 for an epoch.
 """
 
+import atexit
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +33,8 @@ def contenders(
         options: of `RolloutEngine`: backend, dtype, threads.
     """
     # What they write is of no use here.
-    os.chdir(tempfile.mkdtemp())
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
     mopo = import_mopo(checkout)
     random = np.random.default_rng(0)
     dims = {"observations": OBS_DIM, "next_observations": OBS_DIM, "actions": ACT_DIM, "rewards": 1}
@@ -41,8 +44,9 @@ def contenders(
     sizes = {"data_collection_per_epoch": batch_size, "max_epoch": 1}
 
     def run(updates: int, ours: bool) -> Callable[[], None]:
-        arguments = make_arguments(OBS_DIM, ACT_DIM, "halfcheetah", steps_per_epoch=updates, **sizes)
-        trainer = mopo.AlgoTrainer(mopo.algo_init(arguments), arguments)
+        with contextlib.chdir(folder):
+            arguments = make_arguments(OBS_DIM, ACT_DIM, "halfcheetah", steps_per_epoch=updates, **sizes)
+            trainer = mopo.AlgoTrainer(mopo.algo_init(arguments), arguments)
         trainer.save_model = lambda path: None
         theirs = trainer.transition
         theirs.requires_grad_(False)

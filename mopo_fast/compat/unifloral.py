@@ -24,14 +24,13 @@ from mopo_fast.errors import InputError
 from mopo_fast.pickles import NUMPY, as_array, load
 from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine
+from mopo_fast.seeds import ROLLOUT, derive_seed
 
 logger = logging.getLogger("mopo_fast")
 
 # Of their TanhGaussianActor.
 LOG_STD_BOUNDS = (-5.0, 2.0)
 
-# Rows of the policy at a time: their activations then stay in cache.
-_CHUNK = 4096
 _DLPACK_CPU = 1
 
 
@@ -96,12 +95,25 @@ class EnsembleDynamics:
         """
         if term_penalty_offset is not None and None in (self.discrepancy, self.min_r):
             raise InputError("term_penalty_offset needs discrepancy and min_r: --precompute_term_stats")
-        engine = RolloutEngine(
-            self.ensemble, penalty_coef=step_penalty_coef, backend=backend, dtype=dtype, threads=threads
+        # Of no model: a rollout of one step in it is the policy's actions.
+        nothing = Ensemble(
+            self.ensemble.obs_dim,
+            self.ensemble.act_dim,
+            members=1,
+            elites=1,
+            hidden=(1,),
+            generator=torch.Generator(),
+        )
+        for weight in nothing.weights:
+            torch.nn.init.zeros_(weight)
+        engine, actor_engine = (
+            RolloutEngine(model, penalty_coef=coef, backend=backend, dtype=dtype, threads=threads)
+            for model, coef in ((self.ensemble, step_penalty_coef), (nothing, 0.0))
         )
         return _Rollout(
             self,
             engine,
+            actor_engine,
             batch_size,
             rollout_length,
             term_penalty_offset,
@@ -115,6 +127,7 @@ class EnsembleDynamics:
 class _Rollout:
     dynamics: EnsembleDynamics
     engine: RolloutEngine
+    actor_engine: RolloutEngine
     batch_size: int
     length: int
     term_penalty_offset: float | None
@@ -195,22 +208,19 @@ class _Rollout:
         low, high = halves.tolist()
         seed = high << 32 | low
         actor = make_actor(params, self.log_std_bounds)
+        for array in out.values():
+            array.fill_(torch.nan)
         rows = self.engine.rollout(actor, start, self.length, seed=seed)
         assert rows.step is not None and rows.rollout_index is not None
         # Ours lie rollout after rollout, theirs step after step.
         places = rows.step.long() * self.batch_size + rows.rollout_index
-        if len(rows) < len(out["reward"]):
-            for array in out.values():
-                array.fill_(torch.nan)
         out["obs"][places] = rows.observations
         out["action"][places] = rows.actions
         out["reward"][places] = rows.rewards
         out["next_obs"][places] = rows.next_observations
-        noise = torch.randn(rows.actions.shape, generator=torch.Generator().manual_seed(seed))
-        for chunk in zip(
-            places.split(_CHUNK), rows.next_observations.split(_CHUNK), noise.split(_CHUNK), strict=True
-        ):
-            out["next_action"][chunk[0]] = actor.act(*chunk[1:])
+        more = self.actor_engine.rollout(actor, rows.next_observations, 1, seed=derive_seed(seed, ROLLOUT))
+        assert more.rollout_index is not None
+        out["next_action"][places[more.rollout_index]] = more.actions
 
 
 def make_actor(params: Any, log_std_bounds: tuple[float, float] = LOG_STD_BOUNDS) -> Actor:

@@ -26,8 +26,8 @@ mopo::Network network(const NetworkTuple& tuple, const std::vector<mopo::Layer>&
 
 std::pair<int64_t, int64_t> rollout(const std::string& isa, int64_t obs_dim, int64_t act_dim,
                                     const NetworkTuple& dynamics, uintptr_t input_mean, uintptr_t input_std,
-                                    uintptr_t max_logvar, uintptr_t min_logvar, uintptr_t elites,
-                                    int64_t num_elites, uintptr_t penalty_members,
+                                    uintptr_t max_logvar, uintptr_t min_logvar, uintptr_t carry, bool log_std,
+                                    uintptr_t elites, int64_t num_elites, uintptr_t penalty_members,
                                     int64_t num_penalty_members, int penalty, float penalty_coef,
                                     uintptr_t low, uintptr_t high, const NetworkTuple& policy,
                                     float log_std_min, float log_std_max, uintptr_t actions, int64_t batch,
@@ -44,6 +44,8 @@ std::pair<int64_t, int64_t> rollout(const std::string& isa, int64_t obs_dim, int
   args.input_std = pointer<float>(input_std);
   args.max_logvar = pointer<float>(max_logvar);
   args.min_logvar = pointer<float>(min_logvar);
+  args.carry = pointer<float>(carry);
+  args.log_std = log_std;
   args.elites = pointer<int64_t>(elites);
   args.num_elites = num_elites;
   args.penalty_members = pointer<int64_t>(penalty_members);
@@ -98,12 +100,13 @@ PYBIND11_MODULE(_cpu, module) {
   using py::arg;
   module.def("isas", mopo::supported_isas, "Instruction sets that this processor can run, best first.");
   module.def("rollout", rollout, py::kw_only(), arg("isa"), arg("obs_dim"), arg("act_dim"), arg("dynamics"),
-             arg("input_mean"), arg("input_std"), arg("max_logvar"), arg("min_logvar"), arg("elites"),
-             arg("num_elites"), arg("penalty_members"), arg("num_penalty_members"), arg("penalty"),
-             arg("penalty_coef"), arg("low"), arg("high"), arg("policy"), arg("log_std_min"),
-             arg("log_std_max"), arg("actions"), arg("batch"), arg("start"), arg("rows"), arg("horizon"),
-             arg("first_step"), arg("seed"), arg("deterministic"), arg("bfloat16"), arg("keep_every_row"),
-             arg("out"), arg("capacity"), arg("head"), arg("mean"), arg("std"), arg("threads"),
+             arg("input_mean"), arg("input_std"), arg("max_logvar"), arg("min_logvar"), arg("carry"),
+             arg("log_std"), arg("elites"), arg("num_elites"), arg("penalty_members"),
+             arg("num_penalty_members"), arg("penalty"), arg("penalty_coef"), arg("low"), arg("high"),
+             arg("policy"), arg("log_std_min"), arg("log_std_max"), arg("actions"), arg("batch"),
+             arg("start"), arg("rows"), arg("horizon"), arg("first_step"), arg("seed"), arg("deterministic"),
+             arg("bfloat16"), arg("keep_every_row"), arg("out"), arg("capacity"), arg("head"), arg("mean"),
+             arg("std"), arg("threads"),
              "The fused rollout; see csrc/rollout.h. Gives (rows written, rollouts cut as not finite).");
   bind_calls(module);
   module.def("sac_updates", sac_updates, arg("call"), py::kw_only(), arg("isa"), arg("threads"),

@@ -23,9 +23,9 @@ void check(cudaError_t error, const char* what) {
 
 void rollout(bool bfloat16, int width, int slots, uintptr_t weights, uintptr_t chunk_bytes, int chunks,
              int obs_dim, int act_dim, int members, int hidden_layers, int activation, uintptr_t input_mean,
-             uintptr_t input_std, uintptr_t exp_minus_max, uintptr_t exp_min, uintptr_t elites,
-             int num_elites, uintptr_t penalty_members, int num_penalty_members, int penalty,
-             float penalty_coef, uintptr_t low, uintptr_t high, int policy_hidden_layers,
+             uintptr_t input_std, uintptr_t exp_minus_max, uintptr_t exp_min, uintptr_t carry, bool log_std,
+             uintptr_t elites, int num_elites, uintptr_t penalty_members, int num_penalty_members,
+             int penalty, float penalty_coef, uintptr_t low, uintptr_t high, int policy_hidden_layers,
              int policy_activation, float log_std_min, float log_std_max, int batch, uintptr_t start,
              uintptr_t rows, int horizon, uint32_t first_step, uint64_t seed, bool deterministic,
              const RecordAddresses& to, uintptr_t mean, uintptr_t std, uintptr_t scratch, int blocks,
@@ -43,6 +43,8 @@ void rollout(bool bfloat16, int width, int slots, uintptr_t weights, uintptr_t c
   args.input_std = pointer<float>(input_std);
   args.exp_minus_max = pointer<float>(exp_minus_max);
   args.exp_min = pointer<float>(exp_min);
+  args.carry = pointer<float>(carry);
+  args.log_std = log_std;
   args.elites = pointer<int64_t>(elites);
   args.num_elites = num_elites;
   args.penalty_members = pointer<int64_t>(penalty_members);
@@ -122,12 +124,13 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("rollout", rollout, py::kw_only(), arg("bfloat16"), arg("width"), arg("slots"), arg("weights"),
              arg("chunk_bytes"), arg("chunks"), arg("obs_dim"), arg("act_dim"), arg("members"),
              arg("hidden_layers"), arg("activation"), arg("input_mean"), arg("input_std"),
-             arg("exp_minus_max"), arg("exp_min"), arg("elites"), arg("num_elites"), arg("penalty_members"),
-             arg("num_penalty_members"), arg("penalty"), arg("penalty_coef"), arg("low"), arg("high"),
-             arg("policy_hidden_layers"), arg("policy_activation"), arg("log_std_min"), arg("log_std_max"),
-             arg("batch"), arg("start"), arg("rows"), arg("horizon"), arg("first_step"), arg("seed"),
-             arg("deterministic"), arg("record"), arg("mean"), arg("std"), arg("scratch"), arg("blocks"),
-             arg("stream"), "Starts the rollout on a stream; see csrc/cuda/rollout.h.");
+             arg("exp_minus_max"), arg("exp_min"), arg("carry"), arg("log_std"), arg("elites"),
+             arg("num_elites"), arg("penalty_members"), arg("num_penalty_members"), arg("penalty"),
+             arg("penalty_coef"), arg("low"), arg("high"), arg("policy_hidden_layers"),
+             arg("policy_activation"), arg("log_std_min"), arg("log_std_max"), arg("batch"), arg("start"),
+             arg("rows"), arg("horizon"), arg("first_step"), arg("seed"), arg("deterministic"), arg("record"),
+             arg("mean"), arg("std"), arg("scratch"), arg("blocks"), arg("stream"),
+             "Starts the rollout on a stream; see csrc/cuda/rollout.h.");
   module.def("compact", compact, py::kw_only(), arg("obs_dim"), arg("act_dim"), arg("batch"), arg("horizon"),
              arg("start"), arg("rows"), arg("record"), arg("offsets"), arg("out"), arg("capacity"),
              arg("head"), arg("stream"), "Starts the copy of a record's rows into the ring.");

@@ -39,12 +39,15 @@ struct RolloutArgs {
   int64_t obs_dim, act_dim;
 
   // Dynamics: in = obs_dim + act_dim, out = 2 (obs_dim + 1): means of (delta obs, reward), then
-  // log-variances.
+  // log-variances; or, with log_std, logarithms of standard deviations.
   Network dynamics;
   const float* input_mean;  // [obs_dim + act_dim]
   const float* input_std;
-  const float* max_logvar;  // [obs_dim + 1]
+  const float* max_logvar;  // [members][obs_dim + 1]
   const float* min_logvar;
+  const float* carry;  // [obs_dim], times the observation, to which the sample is added: 0 where the mean is
+                       // the next observation itself
+  bool log_std;
   const int64_t* elites;
   int64_t num_elites;
   const int64_t* penalty_members;

@@ -5,6 +5,8 @@ output, progress and errors to standard error.
 """
 
 import dataclasses
+import functools
+import itertools
 import json as json_format
 import logging
 import statistics
@@ -19,7 +21,15 @@ from rich.logging import RichHandler
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from mopo_fast.atomic import check_writable, write_json
-from mopo_fast.config import CheckpointFormat, DynamicsConfig, Hints, RolloutDtype, TrainConfig
+from mopo_fast.config import (
+    PRESETS,
+    CheckpointFormat,
+    DynamicsConfig,
+    Hints,
+    Preset,
+    RolloutDtype,
+    TrainConfig,
+)
 from mopo_fast.errors import InputError
 from mopo_fast.progress import console
 
@@ -174,6 +184,7 @@ def fit(
 def train(
     config: Annotated[TrainConfig, arg(name="")],
     *,
+    preset: Preset | None = None,
     seeds: Annotated[str | None, arg(metavar="FIRST:END")] = None,
     penalty_coefs: Annotated[tuple[float, ...], arg(metavar="FLOAT ...")] = (),
     out: Annotated[Path | None, arg(metavar="RUN")] = None,
@@ -184,6 +195,7 @@ def train(
     """Train a policy: fit the ensemble, then SAC on penalised model rollouts, evaluated in MuJoCo.
 
     Args:
+        preset: Another code's hyperparameters as defaults, in place of the authors'; see `--help` with it.
         seeds: Several runs at once: 0:8 is seeds 0 to 7; or a list, 0,3,5.
         penalty_coefs: Several runs at once: each of these for every seed.
         out: The run's folder; by default runs/DATASET-seedSEED. Of several runs, the folder of theirs.
@@ -191,6 +203,8 @@ def train(
         memory_map: Leave the data in their file: for sets larger than the memory. The result is the same.
         quiet: No progress bars.
     """
+    # main has made it the defaults of `config`.
+    del preset
     from mopo_fast.train import train_many
 
     configs, names = _population(config, seeds, penalty_coefs)
@@ -426,6 +440,19 @@ def _outcome_of_all(summaries: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _commands(argv: Sequence[str]) -> dict[str, Callable[..., None]]:
+    """COMMANDS, where `train --preset NAME` takes its defaults from the preset."""
+    given = [value for flag, value in itertools.pairwise(argv) if flag == "--preset"]
+    given += [word.removeprefix("--preset=") for word in argv if word.startswith("--preset=")]
+    # What is no preset is tyro's to refuse.
+    known = [name for name in given if name in PRESETS]
+    if not known:
+        return COMMANDS
+    from mopo_fast.presets import preset
+
+    return COMMANDS | {"train": functools.partial(train, config=preset(known[-1], tyro.MISSING))}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
     logger = logging.getLogger("mopo_fast")
@@ -433,7 +460,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logger.setLevel(logging.INFO)
     try:
         tyro.extras.subcommand_cli_from_dict(
-            COMMANDS,
+            _commands(sys.argv[1:] if argv is None else argv),
             prog="mopo-fast",
             description="MOPO, model-based offline policy optimization: data set in, policy and score out.",
             args=argv,

@@ -16,20 +16,22 @@ from tyro.conf import Positional, arg
 from mopo_fast.errors import InputError
 
 Activation = Literal["silu", "relu", "tanh"]
+LogScale = Literal["variance", "std"]
 Penalty = Literal["max_aleatoric", "max_deviation", "max_pairwise", "ensemble_std", "mixture_std"]
 PenaltyMembers = Literal["all", "elites"]
 FitDtype = Literal["float32", "bfloat16"]
 RolloutDtype = Literal["float32", "float64", "tfloat32", "bfloat16", "float16"]
 Tuned = Literal["authors", "offlinerl-kit"]
-CheckpointFormat = Literal[
-    "mopo-fast", "offlinerl-kit", "mopo-tf", "mbrl-lib", "unifloral", "polixir", "d3rlpy"
-]
+Preset = Literal["mopo-tf", "offlinerl-kit", "mbrl-lib", "unifloral", "polixir", "d3rlpy"]
+CheckpointFormat = Literal["mopo-fast", Preset]
 # The order is the kernels': an index here is an enumerator there.
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+LOG_SCALES: tuple[LogScale, ...] = get_args(LogScale)
 PENALTIES: tuple[Penalty, ...] = get_args(Penalty)
 FIT_DTYPES: tuple[FitDtype, ...] = get_args(FitDtype)
 ROLLOUT_DTYPES: tuple[RolloutDtype, ...] = get_args(RolloutDtype)
 TUNED: tuple[Tuned, ...] = get_args(Tuned)
+PRESETS: tuple[Preset, ...] = get_args(Preset)
 CHECKPOINT_FORMATS: tuple[CheckpointFormat, ...] = get_args(CheckpointFormat)
 
 # On the command line `--horizon`, not `--rollout.horizon`.
@@ -80,7 +82,8 @@ class RolloutConfig:
     tuned: Tuned = "authors"
     """Whose tuned horizon and penalty_coef fill in for None."""
     termination: str | None = None
-    """What ends an episode, one of `mopo_fast.tasks.BOXES`, such as hopper-authors; None: the task's own."""
+    """What ends an episode: one of `mopo_fast.tasks.BOXES`, such as hopper-authors; authors or offlinerl-kit,
+    the task's rule as that code has it; None: the task's own."""
     batch_size: int = 50_000
     """Start states per rollout."""
     interval: int = 1000

@@ -14,12 +14,12 @@ from torch import nn
 from torch.nn import functional
 
 from mopo_fast.atomic import read_json, write_json
-from mopo_fast.config import ACTIVATIONS, Activation
+from mopo_fast.config import ACTIVATIONS, LOG_SCALES, Activation, LogScale
 from mopo_fast.errors import InputError
 from mopo_fast.machine import check_memory
 from mopo_fast.tensors import layer_weights, load_tensors, require_shape, save_tensors
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_MEMBERS = 32
 
 
@@ -103,7 +103,16 @@ class EnsembleDynamics(nn.Module):
     Parameters, for layers i = 0 .. L: `weights[i]` [members, in, out], `biases[i]` [members, out]. The last
     layer has 2 (obs_dim + 1) outputs: means of (delta obs, reward) in raw units, then raw log-variances.
     `max_logvar`, `min_logvar` [obs_dim + 1] bound these. Buffers: `input_mean`, `input_std`
-    [obs_dim + act_dim]; `elites` int64, the members that rollouts draw from, best first.
+    [obs_dim + act_dim]; `elites` int64, the members that rollouts draw from, best first; `absolute` bool
+    [obs_dim].
+
+    Other code's models are declared, and nothing here makes or fits such ones:
+
+    Args:
+        log_scale: "std" where the second half of the outputs, and their bounds, are logarithms of standard
+            deviations (Polixir, d3rlpy).
+        member_bounds: `max_logvar`, `min_logvar` are [members, obs_dim + 1] (d3rlpy).
+        absolute: the observation dimensions whose mean is the next observation, not its change (mbrl-lib).
 
     Raises:
         InputError: a size is out of range.
@@ -112,6 +121,7 @@ class EnsembleDynamics(nn.Module):
     input_mean: torch.Tensor
     input_std: torch.Tensor
     elites: torch.Tensor
+    absolute: torch.Tensor
 
     def __init__(
         self,
@@ -124,6 +134,9 @@ class EnsembleDynamics(nn.Module):
         activation: Activation = "silu",
         max_logvar: float = 0.5,
         min_logvar: float = -10.0,
+        log_scale: LogScale = "variance",
+        member_bounds: bool = False,
+        absolute: Sequence[int] = (),
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -135,7 +148,14 @@ class EnsembleDynamics(nn.Module):
             raise InputError(f"elites must be 1 to members ({members}), got {elites}")
         if min((obs_dim, act_dim, *hidden)) < 1:
             raise InputError(f"sizes must be positive, got obs {obs_dim}, act {act_dim}, hidden {hidden}")
+        if log_scale not in LOG_SCALES:
+            raise InputError(f"unknown log_scale {log_scale!r}; there are: {', '.join(LOG_SCALES)}")
+        if any(not 0 <= dim < obs_dim for dim in absolute):
+            raise InputError(
+                f"absolute must name observation dimensions 0..{obs_dim - 1}, got {list(absolute)}"
+            )
         self.obs_dim, self.act_dim, self.activation = obs_dim, act_dim, activation
+        self.log_scale = log_scale
         sizes = [obs_dim + act_dim, *hidden, 2 * (obs_dim + 1)]
         what = f"an ensemble with obs {obs_dim}, act {act_dim}, hidden {hidden}"
         # Whatever its device will be, it is made on the CPU.
@@ -149,11 +169,16 @@ class EnsembleDynamics(nn.Module):
             nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
             self.weights.append(nn.Parameter(weight))
             self.biases.append(nn.Parameter(torch.zeros(members, fan_out)))
-        self.max_logvar = nn.Parameter(torch.full((obs_dim + 1,), float(max_logvar)))
-        self.min_logvar = nn.Parameter(torch.full((obs_dim + 1,), float(min_logvar)))
+        bounds = (members, obs_dim + 1) if member_bounds else (obs_dim + 1,)
+        self.max_logvar = nn.Parameter(torch.full(bounds, float(max_logvar)))
+        self.min_logvar = nn.Parameter(torch.full(bounds, float(min_logvar)))
         self.register_buffer("input_mean", torch.zeros(obs_dim + act_dim))
         self.register_buffer("input_std", torch.ones(obs_dim + act_dim))
         self.register_buffer("elites", torch.arange(elites))
+        mask = torch.zeros(obs_dim, dtype=torch.bool)
+        mask[list(absolute)] = True
+        # Not in a state dict: checkpoints of fits, whose models have none, are as they were.
+        self.register_buffer("absolute", mask, persistent=False)
 
     @property
     def members(self) -> int:
@@ -164,7 +189,7 @@ class EnsembleDynamics(nn.Module):
         return tuple(weight.shape[2] for weight in self.weights[:-1])
 
     def raw_heads(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Means and unbounded log-variances, each [members, batch, obs_dim + 1].
+        """Means and unbounded log-variances or log-stds, each [members, batch, obs_dim + 1].
 
         `inputs` are not yet standardised: [batch, obs_dim + act_dim], the same for all members, or
         [members, batch, obs_dim + act_dim].
@@ -174,9 +199,15 @@ class EnsembleDynamics(nn.Module):
         return mean, logvar
 
     def forward(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Means and bounded log-variances of (delta obs, reward), each [members, batch, obs_dim + 1]."""
+        """Means, as the networks give them, and bounded log-variances, each [members, batch, obs_dim + 1]."""
         mean, logvar = self.raw_heads(inputs)
-        return mean, soft_clamp_logvar(logvar, self.max_logvar, self.min_logvar)
+        bounds = (bound.expand(self.members, -1).unsqueeze(1) for bound in (self.max_logvar, self.min_logvar))
+        bounded = soft_clamp_logvar(logvar, *bounds)
+        return mean, 2.0 * bounded if self.log_scale == "std" else bounded
+
+    def next_observations(self, observations: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+        """What `mean` [..., batch, obs_dim + 1] says follows on observations [batch, obs_dim]."""
+        return torch.where(self.absolute, mean[..., :-1], observations + mean[..., :-1])
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write dynamics.safetensors and dynamics.json, each atomically.
@@ -191,6 +222,8 @@ class EnsembleDynamics(nn.Module):
             name: getattr(self, name)
             for name in ("input_mean", "input_std", "max_logvar", "min_logvar", "elites")
         }
+        if bool(self.absolute.any()):
+            tensors["absolute"] = self.absolute
         save_tensors(folder / "dynamics.safetensors", tensors)
         write_json(
             folder / "dynamics.json",
@@ -199,6 +232,7 @@ class EnsembleDynamics(nn.Module):
                 "obs_dim": self.obs_dim,
                 "act_dim": self.act_dim,
                 "activation": self.activation,
+                "log_scale": self.log_scale,
             },
         )
 
@@ -216,13 +250,19 @@ class EnsembleDynamics(nn.Module):
         try:
             version, obs_dim, act_dim = meta["format_version"], int(meta["obs_dim"]), int(meta["act_dim"])
             activation = meta["activation"]
+            log_scale: LogScale = meta["log_scale"] if version == FORMAT_VERSION else "variance"
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{folder / 'dynamics.json'} lacks or garbles {error}") from error
-        if version != FORMAT_VERSION:
+        if version not in (1, FORMAT_VERSION):
             raise InputError(f"{folder / 'dynamics.json'} has format_version {version}, not {FORMAT_VERSION}")
         weights = layer_weights(path, tensors, ndim=3)
         if "elites" not in tensors:
             raise InputError(f"{path} holds no elites; it is not an ensemble")
+        absolute: list[int] = []
+        if "absolute" in tensors:
+            require_shape(path, tensors, "absolute", torch.Size([max(0, obs_dim)]))
+            absolute = tensors["absolute"].nonzero()[:, 0].tolist()
+        bounds = tensors.get("max_logvar")
         model = cls(
             obs_dim,
             act_dim,
@@ -230,6 +270,9 @@ class EnsembleDynamics(nn.Module):
             elites=max(1, tensors["elites"].numel()),
             hidden=tuple(weight.shape[-1] for weight in weights[:-1]),
             activation=activation,
+            log_scale=log_scale,
+            member_bounds=bounds is not None and bounds.ndim == 2,
+            absolute=absolute,
         )
         targets: dict[str, torch.Tensor] = {f"weight_{i}": w for i, w in enumerate(model.weights)}
         targets |= {f"bias_{i}": b for i, b in enumerate(model.biases)}

@@ -236,6 +236,7 @@ class Fit:
         device: torch.device | str = "cpu",
         backend: str = "auto",
         threads: int | None = None,
+        initial: EnsembleDynamics | None = None,
     ) -> None:
         check_device(device)
         check_config(config, device)
@@ -261,6 +262,8 @@ class Fit:
             min_logvar=config.min_logvar,
             generator=generator,
         )
+        if initial is not None:
+            _copy_parameters(initial, model)
         model.input_mean.copy_(mean)
         model.input_std.copy_(std)
         self.model = model.to(device)
@@ -635,6 +638,18 @@ def check_config(config: DynamicsConfig, device: torch.device | str = "cpu") -> 
     check_memory("the ensemble's fit", size, device, "batch_size, members or hidden")
 
 
+def _copy_parameters(source: EnsembleDynamics, target: EnsembleDynamics) -> None:
+    theirs, ours = dict(source.named_parameters()), dict(target.named_parameters())
+    shapes = [{name: tuple(value.shape) for name, value in some.items()} for some in (theirs, ours)]
+    if shapes[0] != shapes[1] or (source.log_scale, source.activation) != ("variance", target.activation):
+        raise InputError(f"a fit of {shapes[1]} cannot begin with an ensemble of {shapes[0]}")
+    if bool(source.absolute.any()):
+        raise InputError("a fit of changes of the observation cannot begin with an ensemble that predicts it")
+    with torch.no_grad():
+        for name, value in ours.items():
+            value.copy_(theirs[name])
+
+
 def fit_dynamics(
     data: Transitions,
     *,
@@ -644,6 +659,7 @@ def fit_dynamics(
     backend: str = "auto",
     threads: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    initial: EnsembleDynamics | None = None,
     quiet: bool = True,
     on_epoch: Callable[[FitEpoch], None] | None = None,
 ) -> EnsembleDynamics:
@@ -661,6 +677,7 @@ def fit_dynamics(
         threads: of the CPU kernel; None: all cores that this process may use. The result is the same for any.
         checkpoint: a file that is written after every epoch and continued from where it exists, with the
             same final bits as a fit that was never stopped. It is left there at the end.
+        initial: an ensemble whose weights and bounds the fit begins with; None: fresh ones.
         quiet: no progress bar.
         on_epoch: called after every epoch, and first of all with the epochs that a checkpoint holds.
 
@@ -670,7 +687,7 @@ def fit_dynamics(
     Raises:
         InputError: unusable data, config, device or checkpoint; or the loss became not finite.
     """
-    fit = Fit(data.validate(), seed, config or DynamicsConfig(), device, backend, threads)
+    fit = Fit(data.validate(), seed, config or DynamicsConfig(), device, backend, threads, initial)
     _run([fit], data_sha256(data), [None if checkpoint is None else Path(checkpoint)], quiet, on_epoch)
     return fit.finish()
 

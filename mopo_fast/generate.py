@@ -19,7 +19,7 @@ from mopo_fast.machine import check_memory
 from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine
 from mopo_fast.seeds import ROLLOUT, START, derive_seed
-from mopo_fast.tasks import Task, get_task
+from mopo_fast.tasks import Task, get_task, termination_of
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def generate(
         EnsembleDynamics.load(run),
         penalty=settings.penalty,
         penalty_coef=settings.penalty_coef if penalty_coef is None else penalty_coef,
-        termination=task.box if settings.termination is None else settings.termination,
+        termination=termination_of(task, settings.termination),
         backend=backend,
         penalty_members=settings.penalty_members,
     )

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -44,7 +45,7 @@ class HeldOut:
     Attributes:
         penalty: what the penalty is called.
         penalties: [n] u(s, a), as training saw it.
-        errors: [n] norm of (mean over elites - truth) of (delta obs, reward), raw units.
+        errors: [n] norm of (mean over elites - truth) of (observation, reward), raw units.
         residuals: [elites, n, obs_dim + 1] (truth - mu) / sigma of every elite.
     """
 
@@ -95,6 +96,7 @@ class _Run:
         result = engine.step(held_out.observations, held_out.actions, seed=seed, distributions=True)
         assert result.mean is not None and result.std is not None
         _, targets = dynamics_inputs_targets(held_out)
+        targets[:, :-1] = torch.where(ensemble.absolute, held_out.next_observations, targets[:, :-1])
         mean, std = result.mean[ensemble.elites].double(), result.std[ensemble.elites].double()
         return HeldOut(
             penalty,

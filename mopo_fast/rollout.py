@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from mopo_fast import backends
+from mopo_fast.arrays import maker_like, map_tensors, to_tensor
 from mopo_fast.backends import (
     ROLLOUT_ARRAYS,
+    A,
     Destination,
     DynamicsArrays,
     PolicyArrays,
@@ -41,7 +43,8 @@ class RolloutEngine:
         penalty: u(s, a), one of `mopo_fast.config.PENALTIES`.
         penalty_coef: lambda >= 0; rewards are raw_rewards - penalty_coef * penalties.
         termination: a task's name, a `Box`, None (nothing ends an episode), or a function
-            (observations, actions, next_observations) -> bool [batch], which is called step by step.
+            (observations, actions, next_observations) -> bool [batch], which is called step by step; with
+            arrays of the kind that `step` is given, and tensors in a rollout.
         backend: "auto", or one that `mopo-fast doctor` lists.
         dtype: "float32" or "float64", of all arrays and arithmetic; or "bfloat16", "float16" or "tfloat32",
             of the factors of the networks' products alone, all else as with float32. Fast where the
@@ -80,6 +83,8 @@ class RolloutEngine:
         # Of the arrays.
         self.dtype = torch.float64 if dtype == "float64" else torch.float32
         self.device = ensemble.input_mean.device
+        # Asked once: on a GPU, the answer has to be waited for.
+        self._absolute = bool(ensemble.absolute.any())
         self._wanted_backend = backend
         self.backend = backends.choose(
             backend, self.operands, self.device, ensemble=network_sizes(ensemble.weights)
@@ -107,19 +112,21 @@ class RolloutEngine:
 
     def step(
         self,
-        observations: torch.Tensor,
-        actions: torch.Tensor,
+        observations: A,
+        actions: A,
         *,
         seed: int,
         step: int = 0,
-        rows: torch.Tensor | None = None,
+        rows: A | None = None,
         deterministic: bool = False,
         distributions: bool = False,
-    ) -> StepResult:
+    ) -> StepResult[A]:
         """One step of the model with the caller's actions.
 
         Args:
-            observations, actions: finite floats [batch, obs_dim], [batch, act_dim].
+            observations, actions: finite floats [batch, obs_dim], [batch, act_dim]: tensors, NumPy arrays,
+                or arrays of another library that speaks DLPack, such as JAX. Memory is shared, not copied,
+                where types agree.
             seed: 0 <= seed < 2^64; key of the random numbers.
             step: the step of the rollout that this is.
             rows: int64 [batch], the rows' numbers for the random numbers; None: 0, 1, 2, ...
@@ -127,24 +134,27 @@ class RolloutEngine:
             distributions: also give every member's mean and std.
 
         Returns:
-            A `StepResult`. A row whose prediction is not finite is terminal.
+            A `StepResult` of arrays of the kind of `observations`. A row whose prediction is not finite is
+            terminal.
 
         Raises:
             InputError: an argument has a wrong shape, type, device or value.
         """
-        observations = self._checked("observations", observations, self.ensemble.obs_dim)
-        actions = self._checked("actions", actions, self.ensemble.act_dim)
-        if len(actions) != len(observations):
-            raise InputError(f"there are {len(observations)} observations but {len(actions)} actions")
-        rows = self._checked_rows(rows, len(observations))
+        make = maker_like("observations", observations)
+        start = self._checked("observations", observations, self.ensemble.obs_dim)
+        action = self._checked("actions", actions, self.ensemble.act_dim)
+        if len(action) != len(start):
+            raise InputError(f"there are {len(start)} observations but {len(action)} actions")
+        numbers = self._checked_rows(rows, len(start))
         _check_range("seed", seed, 0, 2**64)
         _check_range("step", step, 0, 2**32)
-        *dynamics, activation = self._dynamics()
+        *dynamics, log_std, activation = self._dynamics()
         outputs = _step_op(
             *dynamics,
-            observations,
-            actions,
-            rows,
+            start,
+            action,
+            numbers,
+            log_std,
             activation,
             self.penalty,
             self.penalty_coef,
@@ -157,9 +167,12 @@ class RolloutEngine:
             self.threads,
         )
         result = StepResult(*outputs[:6], *(outputs[6:] if distributions else (None, None)))
-        if self.termination_function is None:
-            return result
-        return self._terminated(self.termination_function, observations, actions, result)
+        if self.termination_function is not None:
+            successors = make(result.next_observations)
+            ended = self.termination_function(observations, actions, successors)
+            result.terminals.logical_or_(self._checked_flags(ended, len(start)))
+        made: StepResult[A] = map_tensors(make, result)
+        return made
 
     def rollout(
         self,
@@ -251,7 +264,7 @@ class RolloutEngine:
         out: Destination,
         settings: Settings,
     ) -> tuple[int, int]:
-        *dynamics, activation = self._dynamics()
+        *dynamics, log_std, activation = self._dynamics()
         weights, biases = self._policy(policy)
         counts = _rollout_op(
             *dynamics,
@@ -262,6 +275,7 @@ class RolloutEngine:
             *(out.arrays.get(name) for name in ROLLOUT_ARRAYS),
             out.head,
             horizon,
+            log_std,
             activation,
             self.penalty,
             self.penalty_coef,
@@ -315,21 +329,13 @@ class RolloutEngine:
 
         return rollout_by_steps(model_step, choose_action, start, rows, horizon, out)
 
-    def _terminated(
-        self,
-        function: TerminationFunction,
-        observations: torch.Tensor,
-        actions: torch.Tensor,
-        result: StepResult,
-    ) -> StepResult:
-        ended = torch.as_tensor(function(observations, actions, result.next_observations), device=self.device)
-        if ended.dtype != torch.bool or ended.numel() != len(observations):
+    def _checked_flags(self, ended: Any, batch: int) -> torch.Tensor:
+        flags = to_tensor("what the termination function returns", ended, self.device).to(self.device)
+        if flags.dtype != torch.bool or flags.numel() != batch:
             raise InputError(
-                f"the termination function must return bool [{len(observations)}],"
-                f" got {ended.dtype} {list(ended.shape)}"
+                f"the termination function must return bool [{batch}], got {flags.dtype} {list(flags.shape)}"
             )
-        result.terminals.logical_or_(ended.reshape(-1))
-        return result
+        return flags.reshape(-1)
 
     def _dynamics(self) -> tuple[Any, ...]:
         ensemble = self.ensemble
@@ -341,12 +347,14 @@ class RolloutEngine:
             [self._cast(bias) for bias in ensemble.biases],
             self._cast(ensemble.input_mean),
             self._cast(ensemble.input_std),
-            self._cast(ensemble.max_logvar),
-            self._cast(ensemble.min_logvar),
+            self._cast(ensemble.max_logvar.reshape(-1, ensemble.obs_dim + 1)),
+            self._cast(ensemble.min_logvar.reshape(-1, ensemble.obs_dim + 1)),
+            self._cast(~ensemble.absolute) if self._absolute else None,
             ensemble.elites.contiguous(),
             everyone if self.penalty_members == "all" else ensemble.elites.contiguous(),
             self._low,
             self._high,
+            ensemble.log_scale == "std",
             ensemble.activation,
         )
 
@@ -356,10 +364,10 @@ class RolloutEngine:
     def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().to(self.device, self.dtype).contiguous()
 
-    def _checked(self, name: str, array: torch.Tensor, dim: int) -> torch.Tensor:
-        if not isinstance(array, torch.Tensor) or not array.is_floating_point():
-            kind = array.dtype if isinstance(array, torch.Tensor) else type(array).__name__
-            raise InputError(f"{name} must be a floating tensor, got {kind}")
+    def _checked(self, name: str, given: Any, dim: int) -> torch.Tensor:
+        array = to_tensor(name, given, self.device)
+        if not array.is_floating_point():
+            raise InputError(f"{name} must be floating, got {array.dtype}")
         if array.ndim != 2 or array.shape[1] != dim:
             raise InputError(f"{name} must be [batch, {dim}], got shape {list(array.shape)}")
         if len(array) == 0:
@@ -372,11 +380,12 @@ class RolloutEngine:
             raise InputError(f"{name} is not finite at row {row}")
         return array
 
-    def _checked_rows(self, rows: torch.Tensor | None, batch: int) -> torch.Tensor:
-        if rows is None:
+    def _checked_rows(self, given: Any, batch: int) -> torch.Tensor:
+        if given is None:
             return torch.arange(batch, device=self.device)
-        if not isinstance(rows, torch.Tensor) or rows.dtype != torch.int64 or rows.shape != (batch,):
-            raise InputError(f"rows must be an int64 tensor [{batch}]")
+        rows = to_tensor("rows", given, self.device)
+        if rows.dtype != torch.int64 or rows.shape != (batch,):
+            raise InputError(f"rows must be int64 [{batch}], got {rows.dtype} {list(rows.shape)}")
         if rows.device != self.device:
             raise InputError(f"rows is on {rows.device}, the ensemble on {self.device}")
         return rows.contiguous()
@@ -416,6 +425,7 @@ def _step_op(
     input_std: torch.Tensor,
     max_logvar: torch.Tensor,
     min_logvar: torch.Tensor,
+    carry: torch.Tensor | None,
     elites: torch.Tensor,
     penalty_members: torch.Tensor,
     low: torch.Tensor,
@@ -423,6 +433,7 @@ def _step_op(
     observations: torch.Tensor,
     actions: torch.Tensor,
     rows: torch.Tensor,
+    log_std: bool,
     activation: str,
     penalty: str,
     penalty_coef: float,
@@ -444,8 +455,8 @@ def _step_op(
     torch.Tensor,
 ]:
     dynamics = DynamicsArrays(
-        weights, biases, input_mean, input_std, max_logvar, min_logvar, elites, penalty_members, low, high,
-        activation, penalty, penalty_coef,
+        weights, biases, input_mean, input_std, max_logvar, min_logvar, carry, elites, penalty_members, low,
+        high, log_std, activation, penalty, penalty_coef,
     )  # fmt: skip
     result = backends.get_backend(backend).step(
         dynamics,
@@ -471,9 +482,9 @@ def _step_op(
 
 @_step_op.register_fake
 def _(  # type: ignore[no-untyped-def]
-    weights, biases, input_mean, input_std, max_logvar, min_logvar, elites, penalty_members, low, high,
-    observations, actions, rows, activation, penalty, penalty_coef, seed, step, deterministic, operands,
-    distributions, backend, threads,
+    weights, biases, input_mean, input_std, max_logvar, min_logvar, carry, elites, penalty_members, low, high,
+    observations, actions, rows, log_std, activation, penalty, penalty_coef, seed, step, deterministic,
+    operands, distributions, backend, threads,
 ):  # fmt: skip
     batch, members = observations.shape[0], weights[0].shape[0]
     distribution = (members, batch, observations.shape[1] + 1) if distributions else (0,)
@@ -497,6 +508,7 @@ def _rollout_op(
     input_std: torch.Tensor,
     max_logvar: torch.Tensor,
     min_logvar: torch.Tensor,
+    carry: torch.Tensor | None,
     elites: torch.Tensor,
     penalty_members: torch.Tensor,
     low: torch.Tensor,
@@ -517,6 +529,7 @@ def _rollout_op(
     step: torch.Tensor | None,
     head: int,
     horizon: int,
+    log_std: bool,
     activation: str,
     penalty: str,
     penalty_coef: float,
@@ -530,8 +543,8 @@ def _rollout_op(
     threads: int,
 ) -> torch.Tensor:
     dynamics = DynamicsArrays(
-        weights, biases, input_mean, input_std, max_logvar, min_logvar, elites, penalty_members, low, high,
-        activation, penalty, penalty_coef,
+        weights, biases, input_mean, input_std, max_logvar, min_logvar, carry, elites, penalty_members, low,
+        high, log_std, activation, penalty, penalty_coef,
     )  # fmt: skip
     policy = PolicyArrays(policy_weights, policy_biases, policy_activation, log_std_min, log_std_max)
     arrays = (

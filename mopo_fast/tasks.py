@@ -76,7 +76,7 @@ def make_box(
     return Box(tuple(low for low, _ in per_dim), tuple(high for _, high in per_dim))
 
 
-TerminationFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any]
+TerminationFunction = Callable[[Any, Any, Any], Any]
 
 
 @dataclass(frozen=True)
@@ -200,13 +200,21 @@ TASKS: dict[str, Task] = {
     )
 }
 
-# Rules as other code has them, by name, for `RolloutEngine(termination=...)`.
+# Rules by name, for `RolloutEngine(termination=...)`: a task's, and TASK-CODE as another code has it.
 BOXES: dict[str, Box] = {
     **{name: task.box for name, task in TASKS.items() if isinstance(task.box, Box)},
     "hopper-authors": make_box(11, _HOPPER, _HUNDRED_SLIP),
+    "hopper-offlinerl-kit": make_box(11, _HOPPER, _HUNDRED_SLIP),
     "halfcheetah-offlinerl-kit": make_box(17, rest=_HUNDRED),
     "walker2d-offlinerl-kit": make_box(17, _WALKER, _HUNDRED),
 }
+
+
+def termination_of(task: Task, name: str | None) -> str | Box | TerminationFunction:
+    """What ends an episode of `task`: its own rule, or as a code called `name` has it; else a rule's name."""
+    if name in ("authors", "offlinerl-kit"):
+        return BOXES.get(f"{task.name}-{name}", task.box)
+    return task.box if name is None else name
 
 
 def register_task(task: Task) -> Task:

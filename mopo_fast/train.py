@@ -45,7 +45,7 @@ from mopo_fast.rollout import RolloutEngine
 from mopo_fast.sac import METRICS, SAC, Population
 from mopo_fast.seeds import EVALUATE, ROLLOUT, START, derive_seed
 from mopo_fast.seeds import SAC as SAC_SEED
-from mopo_fast.tasks import Task, get_task, parse_dataset_name
+from mopo_fast.tasks import Task, get_task, parse_dataset_name, termination_of
 from mopo_fast.tensors import load_metadata, load_tensors, save_tensors, tensors_sha256
 
 FORMAT_VERSION = 3
@@ -304,7 +304,7 @@ def _engine(config: TrainConfig, task: Task, ensemble: EnsembleDynamics, backend
         penalty=rollout.penalty,
         penalty_coef=rollout.penalty_coef,
         penalty_members=rollout.penalty_members,
-        termination=task.box if rollout.termination is None else rollout.termination,
+        termination=termination_of(task, rollout.termination),
         backend=backend,
         dtype=rollout.dtype,
         threads=config.threads,
@@ -340,11 +340,18 @@ def _check_folder(out: Path, config: TrainConfig, resume: bool) -> None:
         return
     if not resume:
         raise InputError(f"{out} holds a run already; go on with it by --resume, or choose another --out")
-    difference = _first_difference(read_json(out / "config.json"), _as_json(config))
+    difference = _first_difference(_lasting(read_json(out / "config.json")), _lasting(_as_json(config)))
     if difference:
         raise InputError(
             f"{out} was made with {difference}; resume with the same settings or choose another --out"
         )
+
+
+def _lasting(config: Any) -> Any:
+    """Without what may change when a run goes on, since no result depends on it."""
+    if not isinstance(config, dict):
+        return config
+    return {name: _lasting(value) for name, value in config.items() if name not in ("threads", "workers")}
 
 
 def _as_json(config: Any) -> Any:
@@ -529,7 +536,11 @@ class _Loop:
         self.started, self.evaluator = run.started, evaluator
         self.data_sha256 = data_digest
         ensemble = run.ensemble
-        named = {f"{ensemble.activation}.{name}": value for name, value in ensemble.state_dict().items()}
+        # Added where it is declared, so that the digests of all other ensembles stay what they were.
+        kind = ensemble.activation + (".std" if ensemble.log_scale == "std" else "")
+        named = {f"{kind}.{name}": value for name, value in ensemble.state_dict().items()}
+        if bool(ensemble.absolute.any()):
+            named["absolute"] = ensemble.absolute
         self.dynamics_sha256 = tensors_sha256(named)
         self.horizon = rollout.horizon
         self.engine = _engine(config, task, ensemble, config.backend)

@@ -30,6 +30,7 @@ def make_ensemble(
     hidden: tuple[int, ...] = (33, 50),
     activation: Activation = "silu",
     seed: int = 0,
+    **declared: Any,
 ) -> EnsembleDynamics:
     """As different from a fresh ensemble as a trained one: biases, scales of inputs, bounds, elites."""
     generator = torch.Generator().manual_seed(seed)
@@ -42,6 +43,7 @@ def make_ensemble(
         hidden=hidden,
         activation=activation,
         generator=generator,
+        **declared,
     )
     with torch.no_grad():
         for bias in ensemble.biases:
@@ -54,6 +56,15 @@ def make_ensemble(
         ensemble.min_logvar.uniform_(-8.0, -4.0, generator=generator)
         ensemble.elites.copy_(torch.randperm(members, generator=generator)[:elites])
     return ensemble
+
+
+# What models of other code declare.
+DECLARED: dict[str, dict[str, Any]] = {
+    "log-stds": {"log_scale": "std"},
+    "bounds of each member": {"member_bounds": True},
+    "next observations": {"absolute": (0, 3)},
+    "all of it": {"log_scale": "std", "member_bounds": True, "absolute": range(5)},
+}
 
 
 def make_policy(obs_dim: int, act_dim: int, *, hidden: tuple[int, ...] = (41, 30), seed: int = 1) -> Actor:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from mopo_fast.config import LOG_SCALES, LogScale
 from mopo_fast.ensemble import EnsembleDynamics, activate, soft_clamp_logvar, soft_clamp_variance
 from mopo_fast.errors import InputError
 from mopo_fast.rollout import RolloutEngine
@@ -68,6 +69,47 @@ def test_the_reference_predicts_mean_and_variance_of_the_forward_pass() -> None:
     mean, logvar = model(torch.cat([observations, actions], -1))
     assert torch.equal(result.mean, mean)
     torch.testing.assert_close(result.std, (0.5 * logvar).exp(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("log_scale", LOG_SCALES)
+@pytest.mark.parametrize("member_bounds", [False, True])
+def test_what_other_code_declares(log_scale: LogScale, member_bounds: bool) -> None:
+    """Against the definitions: bounds by softplus, of each member, of log-stds; next observations."""
+    model = make_ensemble(log_scale=log_scale, member_bounds=member_bounds, absolute=[1, 3]).double()
+    with torch.no_grad():
+        model.max_logvar.uniform_(-1.0, 0.5)
+        model.min_logvar.uniform_(-5.0, -3.0)
+    observations, actions = torch.randn(7, 4, dtype=torch.float64), torch.rand(7, 2, dtype=torch.float64)
+    inputs = torch.cat([observations, actions], -1)
+    means, stds = [], []
+    for member in range(3):
+        mean, log = (heads[member] for heads in model.raw_heads(inputs))
+        high, low = (
+            bound[member] if member_bounds else bound for bound in (model.max_logvar, model.min_logvar)
+        )
+        log = high - functional.softplus(high - log)
+        log = low + functional.softplus(log - low)
+        means.append(mean)
+        stds.append(log.exp() if log_scale == "std" else (0.5 * log).exp())
+    mean, std = torch.stack(means), torch.stack(stds)
+    found_mean, found_logvar = model(inputs)
+    torch.testing.assert_close(found_mean, mean)
+    torch.testing.assert_close((0.5 * found_logvar).exp(), std)
+    engine = RolloutEngine(model, backend="reference", dtype="float64")
+    result = engine.step(observations, actions, seed=0, distributions=True, deterministic=True)
+    torch.testing.assert_close(result.mean, mean)
+    torch.testing.assert_close(result.std, std)
+    expected = mean.mean(0)[:, :4]
+    expected[:, [0, 2]] += observations[:, [0, 2]]
+    torch.testing.assert_close(result.next_observations, expected)
+    torch.testing.assert_close(model.next_observations(observations, mean.mean(0)), expected)
+
+
+def test_unknown_declarations_are_refused() -> None:
+    with pytest.raises(InputError, match="unknown log_scale 'precision'; there are: variance, std"):
+        make_ensemble(log_scale="precision")
+    with pytest.raises(InputError, match=r"absolute must name observation dimensions 0\.\.3, got \[4\]"):
+        make_ensemble(absolute=[4])
 
 
 def test_activate_knows_three_functions() -> None:
@@ -152,7 +194,13 @@ def test_dimensions_out_of_range_are_refused() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{}, {"members": 32, "elites": 7}, {"members": 1, "elites": 1, "hidden": ()}, {"activation": "tanh"}],
+    [
+        {},
+        {"members": 32, "elites": 7},
+        {"members": 1, "elites": 1, "hidden": ()},
+        {"activation": "tanh"},
+        {"log_scale": "std", "member_bounds": True, "absolute": [0, 3]},
+    ],
 )
 def test_load_gives_back_what_save_wrote(tmp_path: Path, change: dict[str, Any]) -> None:
     model = make_ensemble(**change)
@@ -160,6 +208,7 @@ def test_load_gives_back_what_save_wrote(tmp_path: Path, change: dict[str, Any])
     loaded = EnsembleDynamics.load(tmp_path / "new folder")
     assert (loaded.obs_dim, loaded.act_dim, loaded.activation) == (4, 2, model.activation)
     assert loaded.hidden == model.hidden
+    assert loaded.log_scale == model.log_scale and torch.equal(loaded.absolute, model.absolute)
     state = loaded.state_dict()
     assert state.keys() == model.state_dict().keys()
     for name, value in model.state_dict().items():
@@ -176,8 +225,11 @@ def test_the_file_has_the_names_that_other_code_reads(tmp_path: Path) -> None:
     }  # fmt: skip
     assert tensors["elites"].dtype == torch.int64
     assert json.loads((tmp_path / "dynamics.json").read_text()) == {
-        "format_version": 1, "obs_dim": 4, "act_dim": 2, "activation": "silu",
+        "format_version": 2, "obs_dim": 4, "act_dim": 2, "activation": "silu", "log_scale": "variance",
     }  # fmt: skip
+    old = {"format_version": 1, "obs_dim": 4, "act_dim": 2, "activation": "silu"}
+    (tmp_path / "dynamics.json").write_text(json.dumps(old))
+    assert EnsembleDynamics.load(tmp_path).log_scale == "variance"
 
 
 @pytest.mark.parametrize("name", ["dynamics.json", "dynamics.safetensors"])
@@ -205,7 +257,12 @@ def test_truncated_files_are_refused(tmp_path: Path) -> None:
         ("null", "dynamics.json"),
         ('{"format_version": 1, "obs_dim": 4}', "lacks or garbles 'act_dim'"),
         ('{"format_version": 1, "obs_dim": "x", "act_dim": 2, "activation": "silu"}', "garbles"),
-        ('{"format_version": 2, "obs_dim": 4, "act_dim": 2, "activation": "silu"}', "has format_version 2"),
+        ('{"format_version": 3, "obs_dim": 4, "act_dim": 2, "activation": "silu"}', "has format_version 3"),
+        ('{"format_version": 2, "obs_dim": 4, "act_dim": 2, "activation": "silu"}', "garbles 'log_scale'"),
+        (
+            '{"format_version": 2, "obs_dim": 4, "act_dim": 2, "activation": "silu", "log_scale": 1}',
+            "unknown log_scale 1",
+        ),
         ('{"format_version": 1, "obs_dim": 4, "act_dim": 2, "activation": "gelu"}', "unknown activation"),
         ('{"format_version": 1, "obs_dim": 4, "act_dim": 2, "activation": ["silu"]}', "unknown activation"),
         ('{"format_version": 1, "obs_dim": 5, "act_dim": 2, "activation": "silu"}', "weight_0 has shape"),
@@ -238,6 +295,8 @@ def test_wrong_metadata_are_refused(tmp_path: Path, meta: str, message: str) -> 
         ({"input_std": torch.tensor([1.0, 1, 1, 0, 1, 1])}, "input_std must be positive"),
         ({"input_mean": torch.full((6,), math.nan)}, "input_mean holds values that are not finite"),
         ({"max_logvar": torch.zeros(4)}, "max_logvar has shape"),
+        ({"max_logvar": torch.zeros(3, 5)}, "min_logvar has shape"),
+        ({"absolute": torch.ones(3, dtype=torch.bool)}, "absolute has shape"),
     ],
 )
 def test_wrong_tensors_are_refused(

@@ -493,6 +493,18 @@ def test_bad_data_are_refused() -> None:
         fit_dynamics(toy_data(4), config=SMALL)
 
 
+def test_only_an_ensemble_of_its_own_kind_can_be_fitted_further() -> None:
+    initial, shape = fit_dynamics(toy_data(), config=SMALL), {"members": 3, "elites": 2, "hidden": (16, 12)}
+    continued = fit_dynamics(
+        toy_data(), config=dataclasses.replace(SMALL, learning_rate=1e-12), initial=initial
+    )
+    torch.testing.assert_close(continued.weights[0], initial.weights[0])
+    for declared in ({"log_scale": "std"}, {"member_bounds": True}, {"absolute": [1]}):
+        other = EnsembleDynamics(3, 2, **shape, **declared)
+        with pytest.raises(InputError, match=r"a fit of .* cannot begin with an ensemble"):
+            fit_dynamics(toy_data(), config=SMALL, initial=other)
+
+
 def test_bad_seed_and_device_are_refused() -> None:
     with pytest.raises(InputError, match="seed must not be negative"):
         fit_dynamics(toy_data(), seed=-1, config=SMALL)

@@ -14,6 +14,7 @@ import cuda_emulator
 import pytest
 import torch
 from kernel_cases import (
+    DECLARED,
     assert_as_accurate,
     assert_same,
     check_deterministic,
@@ -73,6 +74,12 @@ def test_every_penalty(device: str, dtype: str, penalty: str, members: str) -> N
     ensemble = make_ensemble(17, 6, activation="relu", members=4)
     options = {"penalty": penalty, "penalty_coef": 0.7, "penalty_members": members, "dtype": dtype}
     check_rounded_step(make_engine(ensemble, device, **options), 200)
+
+
+@pytest.mark.parametrize("declared", DECLARED)
+def test_models_of_other_code(device: str, declared: str) -> None:
+    ensemble = make_ensemble(5, 2, members=3, hidden=(64,), activation="relu", **DECLARED[declared])
+    check_rounded_step(make_engine(ensemble, device, penalty="mixture_std"), 130)
 
 
 @pytest.mark.parametrize(("obs_dim", "act_dim"), [(1, 1), (3, 4), (19, 8), (20, 5), (31, 8)])
@@ -210,13 +217,13 @@ def test_log_std_is_clipped(case: Case) -> None:
 def test_arrays_after_the_terminals_may_be_missing(case: Case) -> None:
     engine, policy, start = case
     whole = engine.rollout(policy, start, 2, seed=1).arrays()
-    *dynamics, activation = engine._dynamics()
+    *dynamics, log_std, activation = engine._dynamics()
     weights, biases = engine._policy(policy)
     names = ("observations", "actions", "rewards", "next_observations", "terminals")
     arrays = [torch.empty_like(whole[name]) for name in names]
     counts = torch.ops.mopo_fast.rollout(
         *dynamics, weights, biases, start, torch.arange(len(start), device=start.device),
-        *arrays, None, None, None, None, None, 0, 2, activation, engine.penalty, engine.penalty_coef,
+        *arrays, None, None, None, None, None, 0, 2, log_std, activation, engine.penalty, engine.penalty_coef,
         policy.activation, policy.log_std_min, policy.log_std_max, 1, False, engine.operands, "cuda", 1,
     )  # fmt: skip
     assert counts.tolist() == [len(whole["rewards"]), 0]

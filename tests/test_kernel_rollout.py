@@ -3,6 +3,7 @@
 import pytest
 import torch
 from kernel_cases import (
+    DECLARED,
     assert_same,
     check_actions,
     check_made_of_steps,
@@ -63,6 +64,15 @@ def test_bfloat16_policy():
     """Its actions too: hidden layers of odd widths, a head that fills no block."""
     engine = RolloutEngine(make_ensemble(11, 3), dtype="bfloat16")
     check_rounded_policy(engine, make_policy(11, 3), inputs(1000, 11, 3)[0])
+
+
+@pytest.mark.parametrize("declared", DECLARED)
+def test_models_of_other_code(declared):
+    ensemble = make_ensemble(5, 2, members=3, **DECLARED[declared])
+    check_step(RolloutEngine(ensemble, penalty="mixture_std"), 300)
+    check_step(RolloutEngine(ensemble), 300, deterministic=True)
+    engine = RolloutEngine(ensemble, termination=narrow_box(5))
+    check_rollout(engine, make_policy(5, 2), inputs(1003, 5, 2)[0], 3)
 
 
 @pytest.mark.parametrize(("obs_dim", "act_dim"), SHAPES)

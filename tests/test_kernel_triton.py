@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from kernel_cases import (
+    DECLARED,
     check_actions,
     check_deterministic,
     check_made_of_steps,
@@ -109,6 +110,14 @@ def test_every_penalty(penalty: str, members: str) -> None:
 )
 def test_every_shape(obs_dim: int, act_dim: int, members: int) -> None:
     check_step(make_engine(make_ensemble(obs_dim, act_dim, members=members), penalty="mixture_std"), 33)
+
+
+@pytest.mark.parametrize("declared", DECLARED)
+def test_models_of_other_code(declared: str) -> None:
+    ensemble = make_ensemble(5, 2, members=3, **DECLARED[declared])
+    check_step(make_engine(ensemble, penalty="mixture_std"), 100)
+    engine = make_engine(ensemble, termination=narrow_box(5))
+    check_rollout(engine, make_policy(5, 2).to(DEVICE), make_start(200, 5), 2)
 
 
 def test_a_single_row() -> None:
@@ -354,13 +363,13 @@ def test_without_a_gpu_there_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_arrays_after_the_terminals_may_be_missing(case: Case) -> None:
     engine, policy, start = case
     whole = engine.rollout(policy, start, 2, seed=1).arrays()
-    *dynamics, activation = engine._dynamics()
+    *dynamics, log_std, activation = engine._dynamics()
     weights, biases = engine._policy(policy)
     names = ("observations", "actions", "rewards", "next_observations", "terminals")
     arrays = [torch.empty_like(whole[name]) for name in names]
     counts = torch.ops.mopo_fast.rollout(
         *dynamics, weights, biases, start, torch.arange(len(start), device=DEVICE),
-        *arrays, None, None, None, None, None, 0, 2, activation, engine.penalty, engine.penalty_coef,
+        *arrays, None, None, None, None, None, 0, 2, log_std, activation, engine.penalty, engine.penalty_coef,
         policy.activation, policy.log_std_min, policy.log_std_max, 1, False, engine.operands, "triton", 1,
     )  # fmt: skip
     assert counts.tolist() == [len(whole["rewards"]), 0]
@@ -370,11 +379,11 @@ def test_arrays_after_the_terminals_may_be_missing(case: Case) -> None:
 
 def test_the_operators_agree_with_their_fakes(case: Case) -> None:
     engine, _, start = case
-    *dynamics, activation = engine._dynamics()
+    *dynamics, log_std, activation = engine._dynamics()
     actions = torch.zeros(6, 3, device=DEVICE)
     arguments = (
         *dynamics, start[:6], actions, torch.arange(6, device=DEVICE),
-        activation, "max_aleatoric", 1.0, 5, 0, False, engine.operands, True, "triton", 1,
+        log_std, activation, "max_aleatoric", 1.0, 5, 0, False, engine.operands, True, "triton", 1,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.mopo_fast.step.default, arguments)
 

@@ -190,6 +190,22 @@ def test_held_out_numbers_equal_those_by_hand(run: Path) -> None:
         np.testing.assert_allclose(held_out.residuals[position], expected.numpy(), rtol=1e-3, atol=1e-4)
 
 
+def test_the_truth_of_an_absolute_mean_is_the_next_observation(run: Path) -> None:
+    data = toy_data(600)
+    model, dims = EnsembleDynamics.load(run), [0, 2]
+    changes = _Run(run, data).held_out
+    model.absolute[dims] = True
+    model.save(run)
+    held_out = _Run(run, data).held_out
+    rows = data[split_holdout(600, 0, SMALL)[1]]
+    shift = torch.zeros(len(rows), data.obs_dim + 1)
+    shift[:, dims] = rows.observations[:, dims]
+    with torch.no_grad():
+        _, logvar = model(torch.cat([rows.observations, rows.actions], -1))
+    moved = shift / (0.5 * logvar[model.elites]).exp()
+    np.testing.assert_allclose(held_out.residuals - changes.residuals, moved.numpy(), rtol=1e-3, atol=1e-3)
+
+
 def test_the_penalty_is_the_one_of_the_run(run: Path) -> None:
     data = toy_data(600)
     path = run / "config.json"

@@ -63,14 +63,15 @@ def test_bad_step_arguments(engine):
     refused("there are 8 observations but 7 actions", observations, actions[:7])
     refused("observations has no rows", observations[:0], actions[:0])
     refused("observations is not finite at row 3", broken, actions)
-    refused("observations must be a floating tensor, got torch.int64", observations.long(), actions)
-    refused("actions must be a floating tensor, got ndarray", observations, actions.numpy())
+    refused("observations must be floating, got torch.int64", observations.long(), actions)
+    refused("actions must be a tensor, a NumPy array or one that speaks DLPack, got list",
+            observations, actions.tolist())  # fmt: skip
     refused("seed must be a whole number", observations, actions, seed=-1)
     refused("seed must be a whole number", observations, actions, seed=2**64)
     refused("seed must be a whole number", observations, actions, seed=1.5)
     refused("step must be a whole number", observations, actions, step=2**32)
-    refused(r"rows must be an int64 tensor \[8\]", observations, actions, rows=torch.arange(7))
-    refused(r"rows must be an int64 tensor \[8\]", observations, actions, rows=torch.arange(8.0))
+    refused(r"rows must be int64 \[8\], got torch.int64 \[7\]", observations, actions, rows=torch.arange(7))
+    refused(r"rows must be int64 \[8\], got torch.float32", observations, actions, rows=torch.arange(8.0))
     refused("observations is on meta, the ensemble on cpu", observations.to("meta"), actions)
 
 
@@ -225,23 +226,23 @@ def test_nothing_finite_at_all(backend):
 def test_step_operator(engine, distributions):
     """The operator's schema, its fake and its behaviour under tracing agree."""
     observations, actions = inputs(6, 5, 2)
-    *dynamics, activation = engine._dynamics()
+    *dynamics, log_std, activation = engine._dynamics()
     arguments = (
         *dynamics, observations, actions, torch.arange(6),
-        activation, "max_aleatoric", 1.0, 5, 0, False, "float32", distributions, engine.backend, 1,
+        log_std, activation, "max_aleatoric", 1.0, 5, 0, False, "float32", distributions, engine.backend, 1,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.mopo_fast.step.default, arguments)
 
 
 def test_rollout_operator(engine):
     policy, start = make_policy(5, 2), inputs(6, 5, 2)[0]
-    *dynamics, activation = engine._dynamics()
+    *dynamics, log_std, activation = engine._dynamics()
     storage = RingBuffer(20, 5, 2).storage
     arguments = (
         *dynamics, list(policy.weights), list(policy.biases), start, torch.arange(6),
         storage.observations, storage.actions, storage.rewards, storage.next_observations,
         storage.terminals, storage.raw_rewards, None, None, None, None, 0, 3,
-        activation, "max_aleatoric", 1.0, "relu", -20.0, 2.0, 5, False, "float32", engine.backend, 1,
+        log_std, activation, "max_aleatoric", 1.0, "relu", -20.0, 2.0, 5, False, "float32", engine.backend, 1,
     )  # fmt: skip
     arguments = tuple(
         [tensor.detach() for tensor in value] if isinstance(value, list) else value for value in arguments
@@ -252,7 +253,7 @@ def test_rollout_operator(engine):
 def test_rollout_compiles_into_a_buffer(engine):
     """The buffer's arrays are columns of one table, and every one is written."""
     policy, start = make_policy(5, 2), inputs(6, 5, 2)[0]
-    *dynamics, activation = engine._dynamics()
+    *dynamics, log_std, activation = engine._dynamics()
     weights, biases = ([tensor.detach() for tensor in layers] for layers in (policy.weights, policy.biases))
 
     def run(storage):
@@ -260,7 +261,8 @@ def test_rollout_compiles_into_a_buffer(engine):
             *dynamics, weights, biases, start * 1.0, torch.arange(6),
             storage.observations, storage.actions, storage.rewards, storage.next_observations,
             storage.terminals, storage.raw_rewards, storage.penalties, None, None, None, 0, 3,
-            activation, "max_aleatoric", 1.0, "relu", -20.0, 2.0, 5, False, "float32", engine.backend, 1,
+            log_std, activation, "max_aleatoric", 1.0, "relu", -20.0, 2.0, 5, False, "float32",
+            engine.backend, 1,
         )  # fmt: skip
 
     eager, compiled = RingBuffer(20, 5, 2).storage, RingBuffer(20, 5, 2).storage
@@ -272,12 +274,12 @@ def test_rollout_compiles_into_a_buffer(engine):
 
 def test_step_compiles_without_a_graph_break(engine):
     observations, actions = inputs(6, 5, 2)
-    *dynamics, activation = engine._dynamics()
+    *dynamics, log_std, activation = engine._dynamics()
 
     def double(observations):
         result = torch.ops.mopo_fast.step(
             *dynamics, observations * 1.0, actions, torch.arange(6),
-            activation, "max_aleatoric", 1.0, 5, 0, False, "float32", False, engine.backend, 1,
+            log_std, activation, "max_aleatoric", 1.0, 5, 0, False, "float32", False, engine.backend, 1,
         )  # fmt: skip
         return result[0] * 2.0
 

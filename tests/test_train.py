@@ -259,6 +259,19 @@ class TestResume:
         with pytest.raises(InputError, match="resume with the dynamics that the run began with"):
             train(config, run, resume=True, quiet=True)
 
+    @pytest.mark.parametrize("declared", ["log_scale", "absolute"])
+    def test_an_ensemble_that_is_declared_another_is_noticed(
+        self, run: Path, config: TrainConfig, declared: str
+    ) -> None:
+        ensemble = EnsembleDynamics.load(run)
+        if declared == "log_scale":
+            ensemble.log_scale = "std"
+        else:
+            ensemble.absolute[2] = True
+        ensemble.save(run)
+        with pytest.raises(InputError, match=r"the dynamics beside .* are not those"):
+            train(config, run, resume=True, quiet=True)
+
 
 def write_config(out: Path, config: TrainConfig) -> None:
     resolved, _ = resolve(config)
@@ -369,7 +382,12 @@ class TestResolve:
 
     def test_termination_by_name(self) -> None:
         ensemble = EnsembleDynamics(11, 3, members=2, elites=1, hidden=(8,))
-        for name, box in ((None, "hopper"), ("hopper-authors", "hopper-authors")):
+        for name, box in (
+            (None, "hopper"),
+            ("hopper-authors", "hopper-authors"),
+            ("authors", "hopper-authors"),
+            ("offlinerl-kit", "hopper-offlinerl-kit"),
+        ):
             rollout = dataclasses.replace(CONFIG.rollout, termination=name)
             config, task = resolve(dataclasses.replace(CONFIG, rollout=rollout))
             low = _engine(config, task, ensemble, "reference")._low

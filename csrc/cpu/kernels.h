@@ -33,7 +33,7 @@ struct PackedNetwork {
 struct RolloutPlan {
   PackedNetwork dynamics, policy;
   const float* inverse_std;    // [obs_dim + act_dim]
-  const float* exp_minus_max;  // [obs_dim + 1]
+  const float* exp_minus_max;  // [members][obs_dim + 1]
   const float* exp_min;
 };
 

@@ -180,9 +180,9 @@ RolloutCounts rollout(const RolloutArgs& args, const Kernels& kernels) {
   const Packed dynamics(args.dynamics, packing), policy(args.policy, packing);
   std::vector<float> inverse_std, exp_minus_max, exp_min;
   for (int64_t d = 0; d < args.obs_dim + args.act_dim; ++d) inverse_std.push_back(1.0f / args.input_std[d]);
-  for (int64_t d = 0; d <= args.obs_dim; ++d) {
-    exp_minus_max.push_back(std::exp(-args.max_logvar[d]));
-    exp_min.push_back(std::exp(args.min_logvar[d]));
+  for (int64_t i = 0; i < args.dynamics.networks * (args.obs_dim + 1); ++i) {
+    exp_minus_max.push_back(std::exp(-args.max_logvar[i]));
+    exp_min.push_back(std::exp(args.min_logvar[i]));
   }
   const int64_t rows = chunk_rows(args, packing.tile), chunks = (args.batch + rows - 1) / rows;
   const RolloutPlan plan{dynamics.view(), policy.view(), inverse_std.data(), exp_minus_max.data(),

@@ -207,7 +207,7 @@ struct Chunk {
       const vf penalised = raw_reward - args.penalty_coef * u;
       vi is_inside = ~vi{}, all_finite = is_finite(penalised);
       for (int64_t d = 0; d < obs_dim; ++d) {
-        const vf x = load(observations(tile) + d * kTile + v) + sample(d);
+        const vf x = load(observations(tile) + d * kTile + v) * args.carry[d] + sample(d);
         is_inside &= (x >= args.low[d]) & (x <= args.high[d]);
         all_finite &= is_finite(x);
         store(next + d * kTile + v, x);
@@ -248,14 +248,18 @@ struct Chunk {
   }
 
   void bound_variances(int64_t tile) const {
+    const int64_t dims = args.obs_dim + 1;
     for (int64_t member = 0; member < args.dynamics.networks; ++member) {
-      float* logvar = predictions(tile, member) + (args.obs_dim + 1) * kTile;
-      for (int64_t d = 0; d <= args.obs_dim; ++d)
+      float* logvar = predictions(tile, member) + dims * kTile;
+      for (int64_t d = 0; d < dims; ++d) {
+        const vf exp_minus_max = broadcast(plan.exp_minus_max[member * dims + d]);
+        const vf exp_min = broadcast(plan.exp_min[member * dims + d]);
         for (int64_t v = 0; v < kTile; v += W) {
           float* x = logvar + d * kTile + v;
-          store(x, soft_clamp_variance<vf>(exp(-load(x)), broadcast(plan.exp_minus_max[d]),
-                                           broadcast(plan.exp_min[d])));
+          const vf bounded = soft_clamp_variance<vf>(exp(-load(x)), exp_minus_max, exp_min);
+          store(x, args.log_std ? bounded * bounded : bounded);
         }
+      }
     }
   }
 

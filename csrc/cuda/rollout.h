@@ -32,8 +32,10 @@ struct RolloutArgs {
   Activation activation;
   const float* input_mean;  // [obs_dim + act_dim]
   const float* input_std;
-  const float* exp_minus_max;  // [obs_dim + 1], of the bounds of the log-variance
+  const float* exp_minus_max;  // [members][obs_dim + 1], of the bounds
   const float* exp_min;
+  const float* carry;  // [obs_dim], times the observation
+  bool log_std;        // the bounds, and what they bound, are of standard deviations
   const int64_t* elites;
   int num_elites;
   const int64_t* penalty_members;

@@ -302,12 +302,13 @@ struct Share {
     for (int at = 0; at < kObsSlots; ++at) {
       const int d = 4 * at + q, dims = args.obs_dim + 1;
       if (d >= dims) continue;
-      const float exp_minus_max = args.exp_minus_max[d], exp_min = args.exp_min[d];
+      const float exp_minus_max = args.exp_minus_max[member * dims + d];
+      const float exp_min = args.exp_min[member * dims + d];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float mean = heads[4 * at + 2 * half];
-        const float variance =
-            soft_clamp_variance(expf(-heads[4 * at + 2 * half + 1]), exp_minus_max, exp_min);
+        float variance = soft_clamp_variance(expf(-heads[4 * at + 2 * half + 1]), exp_minus_max, exp_min);
+        if (args.log_std) variance *= variance;
         prediction(member, d, half) = {mean, variance};
         if (args.mean != nullptr && exists(half)) {
           const int64_t to = (int64_t{member} * args.batch + row(half)) * dims + d;
@@ -361,7 +362,7 @@ struct Share {
       const int d = 4 * at + q;
       if (d == obs_dim) raw_reward = samples[at];
       if (!on || d >= obs_dim) continue;
-      const float x = observation(d, half) + samples[at];
+      const float x = observation(d, half) * args.carry[d] + samples[at];
       args.record.next_observations[record(half) * obs_dim + d] = x;
       not_finite += !is_finite(x);
       outside += !(x >= args.low[d] && x <= args.high[d]);

@@ -5,9 +5,10 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol
 
 import torch
+from typing_extensions import TypeVar
 
 from mopo_fast.backends.training import FitRun, SacRun
 from mopo_fast.errors import InputError
@@ -20,7 +21,10 @@ class DynamicsArrays:
     """An ensemble and what is asked of it, as plain arrays of one dtype on one device.
 
     `weights[i]` [members, in, out], `biases[i]` [members, out]; `low`, `high` [obs_dim] termination box;
-    `elites`, `penalty_members` int64 member numbers.
+    `elites`, `penalty_members` int64 member numbers. `max_logvar`, `min_logvar` [1 or members, obs_dim + 1]
+    bound what the second half of the outputs is a logarithm of: the variance, or with `log_std` the standard
+    deviation. The next observation is `carry` [obs_dim] times the observation, plus the sample: 1 where the
+    mean is a change, 0 where it is the next observation itself; None where all are changes.
     """
 
     weights: list[torch.Tensor]
@@ -29,13 +33,22 @@ class DynamicsArrays:
     input_std: torch.Tensor
     max_logvar: torch.Tensor
     min_logvar: torch.Tensor
+    carry: torch.Tensor | None
     elites: torch.Tensor
     penalty_members: torch.Tensor
     low: torch.Tensor
     high: torch.Tensor
+    log_std: bool
     activation: str
     penalty: str
     penalty_coef: float
+
+    def spelled_out(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Bounds [members, obs_dim + 1], max and min, and carry: all there, as the C++ kernels read them."""
+        members = len(self.weights[0])
+        carry = torch.ones_like(self.low) if self.carry is None else self.carry
+        high, low = (bound.expand(members, -1).contiguous() for bound in (self.max_logvar, self.min_logvar))
+        return high, low, carry
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +62,12 @@ class PolicyArrays:
     log_std_max: float
 
 
+# An array of any library; a tensor where nothing else is said.
+A = TypeVar("A", default=torch.Tensor)
+
+
 @dataclass(frozen=True, eq=False)
-class StepResult:
+class StepResult(Generic[A]):
     """One step of the penalised model for a batch.
 
     Attributes:
@@ -63,14 +80,14 @@ class StepResult:
         mean, std: [members, batch, obs_dim + 1] of (delta obs, reward); None unless asked for.
     """
 
-    next_observations: torch.Tensor
-    rewards: torch.Tensor
-    terminals: torch.Tensor
-    raw_rewards: torch.Tensor
-    penalties: torch.Tensor
-    members: torch.Tensor
-    mean: torch.Tensor | None = None
-    std: torch.Tensor | None = None
+    next_observations: A
+    rewards: A
+    terminals: A
+    raw_rewards: A
+    penalties: A
+    members: A
+    mean: A | None = None
+    std: A | None = None
 
 
 @dataclass(frozen=True)

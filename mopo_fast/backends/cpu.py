@@ -104,6 +104,7 @@ def _run(
 ) -> tuple[int, int]:
     """Hand the arrays' addresses to the kernel; without a policy every row is kept."""
     arrays = [out.arrays.get(name) for name in ROLLOUT_ARRAYS]
+    max_logvar, min_logvar, carry = dynamics.spelled_out()
     written, cut = extension().rollout(
         isa=isa(),
         obs_dim=start.shape[1],
@@ -111,8 +112,10 @@ def _run(
         dynamics=_network(dynamics.weights, dynamics.biases, dynamics.activation),
         input_mean=dynamics.input_mean.data_ptr(),
         input_std=dynamics.input_std.data_ptr(),
-        max_logvar=dynamics.max_logvar.data_ptr(),
-        min_logvar=dynamics.min_logvar.data_ptr(),
+        max_logvar=max_logvar.data_ptr(),
+        min_logvar=min_logvar.data_ptr(),
+        carry=carry.data_ptr(),
+        log_std=dynamics.log_std,
         elites=dynamics.elites.data_ptr(),
         num_elites=len(dynamics.elites),
         penalty_members=dynamics.penalty_members.data_ptr(),

@@ -118,7 +118,8 @@ def _run(
     members = len(dynamics.weights[0])
     clusters = min(-(-batch // (_CLUSTER * _TILE)), _multiprocessors(device) // _CLUSTER)
     scratch = torch.empty(clusters * _CLUSTER, members, slots, 2, _THREADS, 2, device=device)
-    exp_minus_max, exp_min = torch.exp(-dynamics.max_logvar), torch.exp(dynamics.min_logvar)
+    max_logvar, min_logvar, carry = dynamics.spelled_out()
+    exp_minus_max, exp_min = torch.exp(-max_logvar), torch.exp(min_logvar)
     _extension().rollout(
         bfloat16=settings.operands == "bfloat16",
         width=width,
@@ -135,6 +136,8 @@ def _run(
         input_std=dynamics.input_std.data_ptr(),
         exp_minus_max=exp_minus_max.data_ptr(),
         exp_min=exp_min.data_ptr(),
+        carry=carry.data_ptr(),
+        log_std=dynamics.log_std,
         elites=dynamics.elites.data_ptr(),
         num_elites=len(dynamics.elites),
         penalty_members=dynamics.penalty_members.data_ptr(),
@@ -166,7 +169,7 @@ def _run(
 def _prepared(dynamics: DynamicsArrays, policy: PolicyArrays | None, settings: Settings) -> Run:
     """`_run` with the weights packed, for the smallest kernel that they fit."""
     width = _smallest(_WIDTHS, max(network_sizes(dynamics.weights)[1:-1]))
-    slots = _smallest(_SLOTS, -(-len(dynamics.max_logvar) // 4))
+    slots = _smallest(_SLOTS, -(-dynamics.max_logvar.shape[1] // 4))
     weights = stream(dynamics, policy, settings.operands, width, slots)
     return functools.partial(_run, dynamics, policy, width, slots, weights, settings=settings)
 

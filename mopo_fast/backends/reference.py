@@ -36,12 +36,14 @@ def predict(
     actions: torch.Tensor,
     operands: str = "float32",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Means and variances of (delta obs, reward), each [members, batch, obs_dim + 1]."""
+    """Means as the networks give them and variances, each [members, batch, obs_dim + 1]."""
     inputs = torch.cat([observations, actions], dim=-1)
     x = (inputs - dynamics.input_mean) / dynamics.input_std
     heads = mlp(x, dynamics.weights, dynamics.biases, dynamics.activation, operands)
     mean, logvar = heads.chunk(2, dim=-1)
-    return mean, soft_clamp_variance(logvar, dynamics.max_logvar, dynamics.min_logvar)
+    bounds = dynamics.max_logvar.unsqueeze(1), dynamics.min_logvar.unsqueeze(1)
+    bounded = soft_clamp_variance(logvar, *bounds)
+    return mean, bounded.square() if dynamics.log_std else bounded
 
 
 def penalise(penalty: str, mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
@@ -102,7 +104,8 @@ def _step(
         batch = torch.arange(len(rows), device=rows.device)
         noise = random_normals(rows, step, NOISE_STREAM, mean.shape[-1], settings.seed, mean.dtype)
         sample = mean[members, batch] + variance[members, batch].sqrt() * noise
-    next_observations = observations + sample[:, :-1]
+    carried = observations if dynamics.carry is None else dynamics.carry * observations
+    next_observations = carried + sample[:, :-1]
     raw_rewards = sample[:, -1]
     rewards = raw_rewards - dynamics.penalty_coef * penalties
     inside = (next_observations >= dynamics.low) & (next_observations <= dynamics.high)

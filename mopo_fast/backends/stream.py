@@ -97,7 +97,7 @@ def stream(
     dynamics: DynamicsArrays, policy: PolicyArrays | None, operands: str, width: int, slots: int
 ) -> Stream:
     """The policy, if any, then every member; hidden layers of `width`, observation and reward in `slots`."""
-    dims = len(dynamics.max_logvar)
+    dims = dynamics.max_logvar.shape[1]
     observation = _padded(list(range(dims - 1)), 4 * slots)
     action = list(range(dims - 1, len(dynamics.input_mean)))
     heads = head_order(dims, slots)

@@ -346,11 +346,22 @@ def _act(
 
 
 @triton.jit
-def _variance(logvar, bounds, column, inside, OBS: tl.constexpr):
+def _variance(logvar, bounds, column, inside, OBS: tl.constexpr, LOG_STD: tl.constexpr):
     """The double soft clamp of what lies at `logvar`, as a variance; bounds [2, OBS + 1]: e^-max, e^min."""
     minus_max = tl.load(bounds + column, inside, 1.0)
     minimum = tl.load(bounds + OBS + 1 + column, inside, 0.0)
-    return minimum + 1.0 / (minus_max + tl.exp(-tl.load(logvar, inside[None, :], 0.0)))
+    bounded = minimum + 1.0 / (minus_max + tl.exp(-tl.load(logvar, inside[None, :], 0.0)))
+    return bounded * bounded if LOG_STD else bounded
+
+
+@triton.jit
+def _own_variance(logvar, bounds, member, column, inside, OBS: tl.constexpr, LOG_STD: tl.constexpr):
+    """`_variance` with bounds [MEMBERS, 2, OBS + 1], each row's of its `member` [ROWS]."""
+    own = _at(bounds, member, column, 2 * (OBS + 1))
+    minus_max = tl.load(own, inside[None, :], 1.0)
+    minimum = tl.load(own + OBS + 1, inside[None, :], 0.0)
+    bounded = minimum + 1.0 / (minus_max + tl.exp(-tl.load(logvar, inside[None, :], 0.0)))
+    return bounded * bounded if LOG_STD else bounded
 
 
 @triton.jit
@@ -359,14 +370,16 @@ def _nan_max(a, b):
 
 
 @triton.jit
-def _total_variance(heads, bounds, OBS: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr):
+def _total_variance(
+    heads, bounds, OBS: tl.constexpr, LOG_STD: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr
+):
     """Sum of the variances of a member's OBS + 1 dimensions: [ROWS]."""
     lane = tl.arange(0, ROWS)
     total = tl.zeros([ROWS, _DIMS], tl.float32)
     for first in range(0, OBS + 1, _DIMS):
         column = first + tl.arange(0, _DIMS)
         inside = column <= OBS
-        variance = _variance(_at(heads + OBS + 1, lane, column, HEADS), bounds, column, inside, OBS)
+        variance = _variance(_at(heads + OBS + 1, lane, column, HEADS), bounds, column, inside, OBS, LOG_STD)
         total += tl.where(inside[None, :], variance, 0.0)
     return tl.sum(total, axis=1)
 
@@ -406,7 +419,8 @@ def _store_centre(
 @triton.jit
 def _penalise(
     predictions, chosen, centre, bounds,
-    CHOSEN: tl.constexpr, PENALTY: tl.constexpr, OBS: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
+    CHOSEN: tl.constexpr, PENALTY: tl.constexpr, OBS: tl.constexpr, LOG_STD: tl.constexpr,
+    OWN_BOUNDS: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """u(s, a) [ROWS] from the members that are chosen; see `reference.penalise`."""
     if PENALTY == "max_deviation" or PENALTY == "ensemble_std" or PENALTY == "mixture_std":
@@ -414,8 +428,9 @@ def _penalise(
     u = tl.zeros([ROWS], tl.float32)
     for i in range(CHOSEN):
         heads = predictions + tl.load(chosen + i) * (ROWS * HEADS)
+        own = bounds + tl.load(chosen + i) * (2 * (OBS + 1)) if OWN_BOUNDS else bounds
         if PENALTY == "max_aleatoric":
-            u = _nan_max(u, _total_variance(heads, bounds, OBS, HEADS, ROWS))
+            u = _nan_max(u, _total_variance(heads, own, OBS, LOG_STD, HEADS, ROWS))
         elif PENALTY == "max_pairwise":
             for j in range(i):
                 other = predictions + tl.load(chosen + j) * (ROWS * HEADS)
@@ -426,7 +441,7 @@ def _penalise(
             u += _distance(heads, centre, OBS, HEADS, ROWS) / OBS
         elif PENALTY == "mixture_std":
             u += _distance(heads, centre, OBS + 1, HEADS, ROWS)
-            u += _total_variance(heads, bounds, OBS, HEADS, ROWS)
+            u += _total_variance(heads, own, OBS, LOG_STD, HEADS, ROWS)
     if PENALTY == "ensemble_std" or PENALTY == "mixture_std":
         u = u / CHOSEN
     return tl.sqrt_rn(u)
@@ -444,8 +459,8 @@ def _draw(elites, number, step, seed, DETERMINISTIC: tl.constexpr, ELITES: tl.co
 @triton.jit
 def _sample(
     predictions, drawn, number, step, seed, bounds, first,
-    DETERMINISTIC: tl.constexpr, MEMBERS: tl.constexpr, OBS: tl.constexpr, HEADS: tl.constexpr,
-    ROWS: tl.constexpr,
+    DETERMINISTIC: tl.constexpr, MEMBERS: tl.constexpr, OBS: tl.constexpr, LOG_STD: tl.constexpr,
+    OWN_BOUNDS: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Dimensions first .. first + 15 of (delta obs, reward): the drawn member's sample, or all's mean."""
     lane = tl.arange(0, ROWS)
@@ -460,16 +475,20 @@ def _sample(
     else:
         heads = _at(predictions, drawn * ROWS + lane, column, HEADS)
         noise = _normals(number, step, _NOISE_STREAM, first, seed)
-        std = tl.sqrt_rn(_variance(heads + OBS + 1, bounds, column, inside, OBS))
+        if OWN_BOUNDS:
+            variance = _own_variance(heads + OBS + 1, bounds, drawn, column, inside, OBS, LOG_STD)
+        else:
+            variance = _variance(heads + OBS + 1, bounds, column, inside, OBS, LOG_STD)
+        std = tl.sqrt_rn(variance)
         sample = tl.load(heads, inside[None, :], 0.0) + std * noise
     return sample
 
 
 @triton.jit
 def _advance(
-    predictions, drawn, number, step, seed, bounds, low, high, state, next_observations, record, alive,
-    DETERMINISTIC: tl.constexpr, MEMBERS: tl.constexpr, OBS: tl.constexpr, HEADS: tl.constexpr,
-    ROWS: tl.constexpr,
+    predictions, drawn, number, step, seed, bounds, carry, low, high, state, next_observations, record, alive,
+    DETERMINISTIC: tl.constexpr, MEMBERS: tl.constexpr, OBS: tl.constexpr, LOG_STD: tl.constexpr,
+    OWN_BOUNDS: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The next observations, into state and record: (raw rewards, all finite, in the box), each [ROWS]."""
     lane = tl.arange(0, ROWS)
@@ -480,10 +499,13 @@ def _advance(
         inside = column < OBS
         observed = inside[None, :]
         sample = _sample(predictions, drawn, number, step, seed, bounds, first,
-                         DETERMINISTIC, MEMBERS, OBS, HEADS, ROWS)  # fmt: skip
+                         DETERMINISTIC, MEMBERS, OBS, LOG_STD, OWN_BOUNDS, HEADS, ROWS)  # fmt: skip
         raw_reward += tl.sum(tl.where((column == OBS)[None, :], sample, 0.0), axis=1)
         pointers = _at(state, lane, column, HEADS)
-        x = tl.load(pointers, observed, 0.0) + sample
+        x = tl.load(pointers, observed, 0.0)
+        if carry is not None:
+            x *= tl.load(carry + column, inside, 0.0)[None, :]
+        x += sample
         tl.store(pointers, x, observed)
         tl.store(_at(next_observations, record, column, OBS), x, alive[:, None] & observed)
         least, most = tl.load(low + column, inside, 0.0), tl.load(high + column, inside, 0.0)
@@ -500,17 +522,19 @@ def _all(condition):
 @triton.jit
 def _store_distributions(
     predictions, bounds, mean, std, row, exists, batch,
-    MEMBERS: tl.constexpr, OBS: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
+    MEMBERS: tl.constexpr, OBS: tl.constexpr, LOG_STD: tl.constexpr, OWN_BOUNDS: tl.constexpr,
+    HEADS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Every member's mean and std into [members, batch, OBS + 1]."""
     lane = tl.arange(0, ROWS)
     for member in range(MEMBERS):
         heads = predictions + member * (ROWS * HEADS)
+        own = bounds + member * (2 * (OBS + 1)) if OWN_BOUNDS else bounds
         for first in range(0, OBS + 1, _DIMS):
             column = first + tl.arange(0, _DIMS)
             inside = column <= OBS
             pointers = _at(heads, lane, column, HEADS)
-            variance = _variance(pointers + OBS + 1, bounds, column, inside, OBS)
+            variance = _variance(pointers + OBS + 1, own, column, inside, OBS, LOG_STD)
             stored = exists[:, None] & inside[None, :]
             to = member * batch.to(tl.int64) + row
             tl.store(_at(mean, to, column, OBS + 1), tl.load(pointers, inside[None, :], 0.0), stored)
@@ -519,9 +543,9 @@ def _store_distributions(
 
 @triton.jit(do_not_specialize=["batch", "horizon", "first_step", "seed"])
 def rollout_kernel(
-    # The networks, packed, with the elements between two members; the dynamics' constants.
+    # The networks, packed, with the elements between two members; the dynamics' constants. carry: or None.
     weights, biases, weights_stride, biases_stride, policy_weights, policy_biases,
-    input_mean, input_std, bounds, elites, chosen, low, high,
+    input_mean, input_std, bounds, carry, elites, chosen, low, high,
     # Start states [batch, OBS] and the rows' numbers [batch].
     start, rows, batch, horizon, first_step: tl.uint32, seed: tl.uint64,
     penalty_coef, log_std_min, log_std_max,
@@ -532,6 +556,7 @@ def rollout_kernel(
     # A program's own: activations [3, ROWS, WIDTH], zero at first; predictions [MEMBERS + 2, ROWS, HEADS].
     activations, predictions,
     OBS: tl.constexpr, ACT: tl.constexpr, MEMBERS: tl.constexpr, ELITES: tl.constexpr,
+    LOG_STD: tl.constexpr, OWN_BOUNDS: tl.constexpr,
     CHOSEN: tl.constexpr, SIZES: tl.constexpr, POLICY_SIZES: tl.constexpr, ACTIVATION: tl.constexpr,
     POLICY_ACTIVATION: tl.constexpr, PENALTY: tl.constexpr, DETERMINISTIC: tl.constexpr,
     OPERANDS: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, HELD: tl.constexpr,
@@ -579,13 +604,15 @@ def rollout_kernel(
                              weights + member * weights_stride, biases + member * biases_stride,
                              SIZES, ACTIVATION,
                              OPERANDS, WIDTH, HEADS, HELD, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
-                penalty = _penalise(predictions, chosen, centre, bounds, CHOSEN, PENALTY, OBS, HEADS, ROWS)
+                penalty = _penalise(predictions, chosen, centre, bounds,
+                                    CHOSEN, PENALTY, OBS, LOG_STD, OWN_BOUNDS, HEADS, ROWS)  # fmt: skip
                 # Again, so that it takes no registers from the networks.
                 number = tl.load(rows + row, exists, 0)
                 drawn = _draw(elites, number, step, seed, DETERMINISTIC, ELITES)
                 raw_reward, finite, in_box = _advance(
-                    predictions, drawn, number, step, seed, bounds, low, high, state, next_observations,
-                    record, alive, DETERMINISTIC, MEMBERS, OBS, HEADS, ROWS)  # fmt: skip
+                    predictions, drawn, number, step, seed, bounds, carry, low, high, state,
+                    next_observations, record, alive,
+                    DETERMINISTIC, MEMBERS, OBS, LOG_STD, OWN_BOUNDS, HEADS, ROWS)  # fmt: skip
                 reward = raw_reward - penalty_coef * penalty
                 finite &= tl.abs(reward) < float("inf")
                 goes_on = finite & in_box
@@ -596,7 +623,7 @@ def rollout_kernel(
                 tl.store(members + record, drawn.to(tl.int32), alive)
                 if mean is not None:
                     _store_distributions(predictions, bounds, mean, std, row, exists, batch,
-                                         MEMBERS, OBS, HEADS, ROWS)  # fmt: skip
+                                         MEMBERS, OBS, LOG_STD, OWN_BOUNDS, HEADS, ROWS)  # fmt: skip
                 tl.store(lengths + row, t + finite.to(tl.int32), alive)
                 tl.store(cut + row, (~finite).to(tl.int32), alive)
                 alive = goes_on

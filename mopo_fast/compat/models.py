@@ -1,0 +1,121 @@
+"""Ensembles and actors on tensors that other code holds: nothing is copied where layouts agree."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from mopo_fast.config import Activation, LogScale
+from mopo_fast.ensemble import EnsembleDynamics
+from mopo_fast.errors import InputError
+from mopo_fast.policy import Actor
+
+# Of torch modules and of functions in other libraries, by the name that they have there.
+_ACTIVATIONS: dict[str, Activation] = {
+    "swish": "silu",
+    "silu": "silu",
+    "relu": "relu",
+    "tanh": "tanh",
+}
+
+
+def activation_of(module: object) -> Activation:
+    """Ours for a module of theirs, by its class; for a function or a name, by that.
+
+    Raises:
+        InputError: it is none that our networks have.
+    """
+    given = module if isinstance(module, str) else getattr(module, "__name__", type(module).__name__)
+    if given.lower() not in _ACTIVATIONS:
+        raise InputError(f"the networks' activation is {given}; ours have SiLU (swish), ReLU or tanh")
+    return _ACTIVATIONS[given.lower()]
+
+
+def ensemble_of(
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    max_logvar: torch.Tensor,
+    min_logvar: torch.Tensor,
+    *,
+    activation: Activation,
+    input_mean: torch.Tensor | None = None,
+    input_std: torch.Tensor | None = None,
+    elites: Sequence[int] | None = None,
+    log_scale: LogScale = "variance",
+    absolute: Sequence[int] = (),
+) -> EnsembleDynamics:
+    """An ensemble whose parameters are these tensors' memory: what is written there later, it sees.
+
+    Args:
+        weights, biases: [members, in, out], [members, out] of each layer; the last has 2 (obs_dim + 1)
+            outputs: means of (observation, reward), then logarithms.
+        max_logvar, min_logvar: [obs_dim + 1] or [members, obs_dim + 1].
+        input_mean, input_std: [obs_dim + act_dim]; None: 0 and 1.
+        elites: None: every member.
+
+    Raises:
+        InputError: shapes that do not fit each other, or what `EnsembleDynamics` refuses.
+    """
+    members, inputs, _ = _three(weights[0])
+    obs_dim = weights[-1].shape[-1] // 2 - 1
+    ensemble = EnsembleDynamics(
+        obs_dim,
+        inputs - obs_dim,
+        members=members,
+        elites=members if elites is None else len(elites),
+        hidden=tuple(weight.shape[-1] for weight in weights[:-1]),
+        activation=activation,
+        log_scale=log_scale,
+        member_bounds=max_logvar.ndim == 2,
+        absolute=absolute,
+    )
+    for ours, theirs in zip(
+        (*ensemble.weights, *ensemble.biases, ensemble.max_logvar, ensemble.min_logvar),
+        (*weights, *biases, max_logvar, min_logvar),
+        strict=True,
+    ):
+        _use(ours, theirs)
+    ensemble.to(weights[0].device)
+    with torch.no_grad():
+        for buffer, values in ((ensemble.input_mean, input_mean), (ensemble.input_std, input_std)):
+            if values is not None:
+                buffer.copy_(values.reshape(buffer.shape))
+        if elites is not None:
+            ensemble.elites.copy_(torch.as_tensor(elites))
+    ensemble.check_elites()
+    return ensemble
+
+
+def actor_of(
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    *,
+    activation: Activation,
+    log_std_min: float,
+    log_std_max: float,
+) -> Actor:
+    """An actor whose parameters are these tensors' memory: [in, out], [out] of each layer, means first."""
+    actor = Actor(
+        weights[0].shape[0],
+        weights[-1].shape[1] // 2,
+        hidden=tuple(weight.shape[1] for weight in weights[:-1]),
+        activation=activation,
+        log_std_min=log_std_min,
+        log_std_max=log_std_max,
+    )
+    for ours, theirs in zip((*actor.weights, *actor.biases), (*weights, *biases), strict=True):
+        _use(ours, theirs)
+    return actor
+
+
+def _use(ours: nn.Parameter, theirs: torch.Tensor) -> None:
+    if ours.shape != theirs.shape:
+        raise InputError(f"a layer's tensor has shape {list(theirs.shape)}, expected {list(ours.shape)}")
+    ours.data = theirs.detach()
+    ours.requires_grad_(False)
+
+
+def _three(weight: torch.Tensor) -> torch.Size:
+    if weight.ndim != 3:
+        raise InputError(f"an ensemble's weights must be [members, in, out], got shape {list(weight.shape)}")
+    return weight.shape

@@ -1,0 +1,115 @@
+"""Other code's hyperparameters: `mopo-fast train ... --preset offlinerl-kit`.
+
+Each is what that code's own MOPO script has by default, as far as our options reach; docs/compat.md lists
+what differs beyond them. Sources are the files named below, in the versions that docs/compat.md names.
+"""
+
+import dataclasses
+from typing import Any
+
+from mopo_fast.config import PRESETS, Preset, TrainConfig
+from mopo_fast.errors import InputError
+
+# What differs from the authors' defaults: a dictionary for each part of the config.
+_CHANGES: dict[Preset, dict[str, Any]] = {
+    # examples/config/d4rl, mopo/static/hopper.py: the defaults, and the slip in hopper's rule.
+    "mopo-tf": {"rollout": {"termination": "authors"}},
+    # run_example/run_mopo.py, modules/dist_module.py, policy/model_free/sac.py.
+    "offlinerl-kit": {
+        "steps": 3_000_000,
+        # Stops after 5 epochs without improvement, the authors after 6.
+        "dynamics": {"patience": 4},
+        "rollout": {"tuned": "offlinerl-kit", "termination": "offlinerl-kit"},
+        "sac": {
+            "actor_learning_rate": 1e-4,
+            "alpha_learning_rate": 1e-4,
+            "actor_schedule": "cosine",
+            "log_std_min": -5.0,
+            "target_entropy": "act_dim",
+            "critic_loss": "mse",
+            "alpha_max": 1.0,
+            "simultaneous": False,
+        },
+    },
+    # algorithms/mopo.py, algorithms/dynamics.py.
+    "unifloral": {
+        "steps": 3_000_000,
+        "dynamics": {"activation": "relu", "holdout_max": 2**62, "max_epochs": 400, "patience": 400},
+        "rollout": {
+            "horizon": 5,
+            "penalty_coef": 0.5,
+            "penalty_members": "elites",
+            "termination": "offlinerl-kit",
+        },
+        "sac": {
+            "hidden": (256, 256, 256),
+            "critics": 10,
+            "actor_learning_rate": 1e-4,
+            "critic_learning_rate": 1e-4,
+            "alpha_learning_rate": 1e-4,
+            "log_std_min": -5.0,
+            "target_entropy": "act_dim",
+            "critic_loss": "mse",
+            "simultaneous": False,
+        },
+        "evaluation": {"deterministic": False},
+    },
+    # offlinerl/config/algo/mopo_config.py, algo/modelbase/mopo.py.
+    "polixir": {
+        "steps": 200_000,
+        "dynamics": {"hidden": (256, 256, 256, 256), "patience": 4, "improvement": 0.0},
+        "rollout": {"horizon": 5, "penalty_coef": 2.0, "penalty_members": "elites"},
+        "sac": {
+            "log_std_min": -5.0,
+            "target_entropy": "act_dim",
+            "critic_loss": "mse",
+            "simultaneous": False,
+        },
+    },
+    # d3rlpy/algos/mopo.py, d3rlpy/dynamics/probabilistic_ensemble_dynamics.py.
+    "d3rlpy": {
+        "dynamics": {
+            "members": 5,
+            "elites": 5,
+            "hidden": (256, 256),
+            "activation": "relu",
+            "batch_size": 100,
+            "weight_decay": (1e-4, 1e-4, 1e-4),
+        },
+        "rollout": {"horizon": 5, "penalty_coef": 1.0},
+        "sac": {
+            "batch_size": 100,
+            "target_entropy": "act_dim",
+            "critic_loss": "mse",
+            "simultaneous": False,
+        },
+    },
+    # examples/conf/algorithm/mbpo.yaml, overrides/mbpo_halfcheetah.yaml: MBPO, whose penalty is none.
+    "mbrl-lib": {
+        "dynamics": {"weight_decay": (1e-5,) * 5, "patience": 4},
+        "rollout": {"horizon": 1, "penalty_coef": 0.0},
+        "sac": {
+            "hidden": (512, 512),
+            "target_entropy": -1.0,
+            "critic_loss": "mse",
+            "real_ratio": 0.0,
+            "simultaneous": False,
+        },
+    },
+}
+
+
+def preset(name: str, dataset: str) -> TrainConfig:
+    """The config of a run on `dataset` with the numbers of the code called `name`.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    if name not in PRESETS:
+        raise InputError(f"unknown preset {name!r}; there are: {', '.join(PRESETS)}")
+    config = TrainConfig(dataset=dataset)
+    changes = {
+        part: dataclasses.replace(getattr(config, part), **value) if isinstance(value, dict) else value
+        for part, value in _CHANGES[name].items()
+    }
+    return dataclasses.replace(config, **changes)

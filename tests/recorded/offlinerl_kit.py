@@ -1,0 +1,91 @@
+"""What OfflineRL-Kit itself computes and writes: `python tests/recorded/offlinerl_kit.py CHECKOUT`.
+
+Made with commit e3ce697, torch 2.13.0, NumPy 2.4.6.
+"""
+
+import sys
+from pathlib import Path
+from unittest.mock import MagicMock
+
+import numpy as np
+import torch
+
+OBS, ACT, MEMBERS, ELITES, HIDDEN = 3, 2, 4, 3, (8, 6)
+OUT = Path(__file__).with_suffix("")
+# Members say different things of the first dimension, so that a sample shows which was drawn.
+APART = 3.0
+
+
+def main(checkout: str) -> None:
+    sys.path.insert(0, checkout)
+    for name in ("gym", "gym.envs", "gym.envs.mujoco"):
+        sys.modules[name] = MagicMock()
+    from offlinerlkit.dynamics import EnsembleDynamics
+    from offlinerlkit.modules import ActorProb, Critic, EnsembleDynamicsModel, TanhDiagGaussian
+    from offlinerlkit.nets import MLP
+    from offlinerlkit.policy import MOPOPolicy
+    from offlinerlkit.utils import termination_fns
+    from offlinerlkit.utils.scaler import StandardScaler
+
+    torch.manual_seed(0)
+    np.random.seed(0)
+    model = EnsembleDynamicsModel(OBS, ACT, HIDDEN, MEMBERS, ELITES, weight_decays=[1e-4] * 3)
+    with torch.no_grad():
+        for layer in (*model.backbones, model.output_layer):
+            layer.bias.normal_(0.0, 0.3)
+        model.output_layer.bias[:, 0, 0] = APART * torch.arange(MEMBERS)
+        model.output_layer.bias[:, 0, OBS + 1] = -6.0
+        model.max_logvar.uniform_(-0.5, 0.5)
+        model.min_logvar.uniform_(-7.0, -5.0)
+    model.update_save(list(range(MEMBERS)))
+    model.set_elites([3, 0, 2])
+    observations = np.random.normal(size=(32, OBS)).astype(np.float32)
+    actions = np.tanh(np.random.normal(size=(32, ACT))).astype(np.float32)
+    scaler = StandardScaler()
+    scaler.fit(np.concatenate([observations, actions], 1))
+    recorded = {"observations": observations, "actions": actions}
+
+    def dynamics(mode: str) -> EnsembleDynamics:
+        return EnsembleDynamics(model, None, scaler, termination_fns.termination_fn_point2denv, 0.7, mode)
+
+    inputs = scaler.transform(np.concatenate([observations, actions], 1))
+    with torch.no_grad():
+        mean, logvar = model(inputs)
+    recorded |= {"mean": mean.numpy(), "logvar": logvar.numpy()}
+    for mode in ("aleatoric", "pairwise-diff", "ensemble_std"):
+        *_, info = dynamics(mode).step(observations, actions)
+        recorded[f"penalty {mode}"] = info["penalty"]
+    many = [np.repeat(array[:1], 2000, axis=0) for array in (observations, actions)]
+    next_obs, _, _, info = dynamics("aleatoric").step(*many)
+    recorded["samples"] = np.concatenate([next_obs, info["raw_reward"]], 1)
+
+    # Around every bound of every rule, of as many dimensions as the widest needs.
+    states = np.random.uniform(-3.0, 3.0, size=(160, 27)).astype(np.float32)
+    edges = np.float32([-100, 100, 0.7, -0.2, 0.2, 0.8, 2.0, -1.0, 1.0, 0.075])
+    beside = [np.nextafter(edges, np.float32(far)) for far in (-1e9, 1e9)]
+    edges = np.concatenate([edges, *beside])
+    for row, value in enumerate(np.repeat(edges, 4)):
+        states[row, [0, 1, 5, 26][row % 4]] = value
+    recorded["states"] = states
+    for name in ("halfcheetah", "hopper", "walker2d", "ant", "antangle", "humanoid", "pen", "pendulum"):
+        function = getattr(termination_fns, f"termination_fn_{name}")
+        recorded[f"ended {name}"] = function(states, np.zeros((160, 2)), states).astype(bool)
+
+    actor = ActorProb(
+        MLP(OBS, HIDDEN), TanhDiagGaussian(HIDDEN[-1], ACT, unbounded=True, conditioned_sigma=True)
+    )
+    critics = [Critic(MLP(OBS + ACT, HIDDEN)) for _ in range(2)]
+    policy = MOPOPolicy(dynamics("aleatoric"), actor, *critics, None, None, None)
+    recorded["deterministic"] = policy.select_action(observations, deterministic=True)
+    # Made by arrays, some of them with the loudest noise.
+    distribution = actor(observations)
+    recorded["policy std"] = distribution.scale.detach().numpy()
+
+    OUT.mkdir(exist_ok=True)
+    dynamics("aleatoric").save(str(OUT))
+    torch.save(policy.state_dict(), OUT / "policy.pth")
+    np.savez_compressed(OUT / "recorded.npz", **recorded)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

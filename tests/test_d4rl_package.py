@@ -1,11 +1,11 @@
 """Beside the d4rl package itself, installed into a folder of its own."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from own_packages import run_with
 
 # What its loader imports: the MuJoCo 2.1 and the other simulators of its full list are not needed.
 PACKAGES = ["d4rl==1.1", "gym==0.24.1", "gym-notices==0.1.0", "tqdm==4.70.1"]
@@ -85,33 +85,7 @@ def test_without_the_package() -> None:
 
 @pytest.mark.slow
 def test_same_rows_and_scores(tmp_path: Path) -> None:
-    packages = tmp_path / "packages"
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--target",
-        str(packages),
-        *PACKAGES,
-    ]
-    # The build tools of gym's source are the package's own, none of ours.
-    environment = {key: value for key, value in os.environ.items() if not key.endswith("CONSTRAINT")}
-    installed = subprocess.run(pip, capture_output=True, text=True, timeout=300, env=environment)
-    if installed.returncode:
-        pytest.skip(f"the d4rl package cannot be installed: {installed.stderr.strip().splitlines()[-1]}")
-    here = str(Path(__file__).parents[1])
-    paths = os.pathsep.join([here, str(packages), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", PARITY],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": paths, "D4RL_DATASET_DIR": str(tmp_path / "cache")},
-    )
-    assert done.returncode == 0, done.stderr
-    compared, scores = map(int, done.stdout.split()[-2:])
+    printed = run_with(PACKAGES, PARITY, tmp_path, D4RL_DATASET_DIR=str(tmp_path / "cache"))
+    compared, scores = map(int, printed.split()[-2:])
     assert compared == 8
     assert scores > 60

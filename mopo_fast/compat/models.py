@@ -58,30 +58,33 @@ def ensemble_of(
     """
     members, inputs, _ = _three(weights[0])
     obs_dim = weights[-1].shape[-1] // 2 - 1
-    ensemble = EnsembleDynamics(
-        obs_dim,
-        inputs - obs_dim,
-        members=members,
-        elites=members if elites is None else len(elites),
-        hidden=tuple(weight.shape[-1] for weight in weights[:-1]),
-        activation=activation,
-        log_scale=log_scale,
-        member_bounds=max_logvar.ndim == 2,
-        absolute=absolute,
-    )
-    for ours, theirs in zip(
-        (*ensemble.weights, *ensemble.biases, ensemble.max_logvar, ensemble.min_logvar),
-        (*weights, *biases, max_logvar, min_logvar),
-        strict=True,
-    ):
-        _use(ours, theirs)
-    ensemble.to(weights[0].device)
-    with torch.no_grad():
-        for buffer, values in ((ensemble.input_mean, input_mean), (ensemble.input_std, input_std)):
-            if values is not None:
-                buffer.copy_(values.reshape(buffer.shape))
-        if elites is not None:
-            ensemble.elites.copy_(torch.as_tensor(elites))
+    # Without memory of its own, and without the time to fill it.
+    with torch.device("meta"):
+        ensemble = EnsembleDynamics(
+            obs_dim,
+            inputs - obs_dim,
+            members=members,
+            elites=members if elites is None else len(elites),
+            hidden=tuple(weight.shape[-1] for weight in weights[:-1]),
+            activation=activation,
+            log_scale=log_scale,
+            member_bounds=max_logvar.ndim == 2,
+            absolute=absolute,
+        )
+    _use(ensemble.weights, weights)
+    _use(ensemble.biases, biases)
+    for name, bound in (("max_logvar", max_logvar), ("min_logvar", min_logvar)):
+        setattr(ensemble, name, _as_parameter(getattr(ensemble, name), bound))
+    device = weights[0].device
+    for name, values, default in (("input_mean", input_mean, 0.0), ("input_std", input_std, 1.0)):
+        given = torch.full((inputs,), default) if values is None else values.detach().float()
+        if given.numel() != inputs:
+            raise InputError(f"{name} has {given.numel()} values, the networks have {inputs} inputs")
+        setattr(ensemble, name, given.reshape(inputs).to(device))
+    ensemble.elites = torch.tensor(range(members) if elites is None else elites, device=device)
+    mask = torch.zeros(obs_dim, dtype=torch.bool)
+    mask[list(absolute)] = True
+    ensemble.absolute = mask.to(device)
     ensemble.check_elites()
     return ensemble
 
@@ -95,24 +98,29 @@ def actor_of(
     log_std_max: float,
 ) -> Actor:
     """An actor whose parameters are these tensors' memory: [in, out], [out] of each layer, means first."""
-    actor = Actor(
-        weights[0].shape[0],
-        weights[-1].shape[1] // 2,
-        hidden=tuple(weight.shape[1] for weight in weights[:-1]),
-        activation=activation,
-        log_std_min=log_std_min,
-        log_std_max=log_std_max,
-    )
-    for ours, theirs in zip((*actor.weights, *actor.biases), (*weights, *biases), strict=True):
-        _use(ours, theirs)
+    with torch.device("meta"):
+        actor = Actor(
+            weights[0].shape[0],
+            weights[-1].shape[1] // 2,
+            hidden=tuple(weight.shape[1] for weight in weights[:-1]),
+            activation=activation,
+            log_std_min=log_std_min,
+            log_std_max=log_std_max,
+        )
+    _use(actor.weights, weights)
+    _use(actor.biases, biases)
     return actor
 
 
-def _use(ours: nn.Parameter, theirs: torch.Tensor) -> None:
+def _use(ours: nn.ParameterList, theirs: Sequence[torch.Tensor]) -> None:
+    for layer, tensor in enumerate(theirs):
+        ours[layer] = _as_parameter(ours[layer], tensor)
+
+
+def _as_parameter(ours: torch.Tensor, theirs: torch.Tensor) -> nn.Parameter:
     if ours.shape != theirs.shape:
         raise InputError(f"a layer's tensor has shape {list(theirs.shape)}, expected {list(ours.shape)}")
-    ours.data = theirs.detach()
-    ours.requires_grad_(False)
+    return nn.Parameter(theirs.detach(), requires_grad=False)
 
 
 def _three(weight: torch.Tensor) -> torch.Size:

@@ -1,0 +1,74 @@
+"""Other code's loops as shipped, and with our backend, in turn: `python -m benchmarks.compat NAME`.
+
+A module NAME of this package has `contenders(checkout, batch_size=, updates=, **options)`: calls by their
+names, "rollout, WAY" and "epoch, WAY", of which the first way is "as shipped".
+"""
+
+import importlib
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from tyro.conf import Positional
+
+from benchmarks.compare import write_record
+from mopo_fast.doctor import examine
+from mopo_fast.progress import progress_bar
+
+
+def main(
+    name: Annotated[
+        Literal["offlinerl_kit", "mopo_tf", "mbrl_lib", "unifloral", "polixir", "d3rlpy"], Positional
+    ],
+    checkout: Annotated[Path | None, Positional] = None,
+    *,
+    batch_size: int = 50_000,
+    updates: int = 1000,
+    rounds: int = 5,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    threads: int | None = None,
+    json: Path | None = None,
+    quiet: bool = False,
+) -> None:
+    """Time every way in turn, round after round; medians, and how many times as fast as shipped.
+
+    Args:
+        checkout: Of the code base, where it is on no registry.
+        batch_size: Start states of a rollout of 5 steps.
+        updates: Of SAC in an epoch, after one rollout.
+        dtype: Of the products of our kernels.
+        threads: Of ours; PyTorch has its own default.
+    """
+    folder = None if checkout is None else checkout.resolve()
+    options: dict[str, Any] = {"dtype": dtype, "threads": threads}
+    module = importlib.import_module(f"benchmarks.compat.{name}")
+    contenders = module.contenders(folder, batch_size=batch_size, updates=updates, **options)
+    seconds: dict[str, list[float]] = {what: [] for what in contenders}
+    with progress_bar(name, rounds * len(contenders), quiet=quiet) as bar:
+        for _ in range(rounds):
+            for what, call in contenders.items():
+                started = time.perf_counter()
+                call()
+                seconds[what].append(time.perf_counter() - started)
+                bar.advance()
+    rows = []
+    for what, times in seconds.items():
+        median = statistics.median(times)
+        shipped = statistics.median(seconds[f"{what.partition(',')[0]}, as shipped"])
+        rows.append({"what": what, "seconds": median, "all": times, "times_as_shipped": shipped / median})
+    table = Table("", "seconds", "of the best round", "times as fast as shipped")
+    for row in rows:
+        best = min(row["all"])
+        table.add_row(row["what"], f"{row['seconds']:.3f}", f"{best:.3f}", f"{row['times_as_shipped']:.2f}")
+    Console().print(table)
+    if json is not None:
+        settings = {"code": name, "batch_size": batch_size, "updates": updates, "rounds": rounds, **options}
+        write_record(json.resolve(), "compat", examine(), {"settings": settings, "rows": rows})
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

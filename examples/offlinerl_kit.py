@@ -1,0 +1,137 @@
+"""OfflineRL-Kit's MOPO with our dynamics and rollouts: python examples/offlinerl_kit.py CHECKOUT
+
+CHECKOUT is one of https://github.com/yihaosun1124/OfflineRL-Kit, as shipped; a stand-in takes gym's place,
+whose environments this does not use. The data are steps of random actions, made on the spot; `--theirs` runs
+their own dynamics, to compare.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+from unittest.mock import MagicMock
+
+import numpy as np
+import torch
+
+import mopo_fast
+from mopo_fast.compat import offlinerl_kit
+from mopo_fast.data.collect import collect
+from mopo_fast.environments import make_environment
+from mopo_fast.tasks import TASKS
+
+
+def imports(checkout):
+    """Make its package importable without gym."""
+    for name in ("gym", "gym.envs", "gym.envs.mujoco"):
+        sys.modules[name] = MagicMock()
+    sys.path.insert(0, str(checkout))
+
+
+def make_policy(obs_dim, act_dim, task, penalty_coef, theirs, **options):
+    """Its MOPOPolicy as its run_example/run_mopo.py makes it, with its dynamics or with ours."""
+    from offlinerlkit.dynamics import EnsembleDynamics
+    from offlinerlkit.modules import ActorProb, Critic, EnsembleDynamicsModel, TanhDiagGaussian
+    from offlinerlkit.nets import MLP
+    from offlinerlkit.policy import MOPOPolicy
+    from offlinerlkit.utils.scaler import StandardScaler
+    from offlinerlkit.utils.termination_fns import get_termination_fn
+
+    if not theirs:
+        # The first of the two lines that change: whose EnsembleDynamics is imported.
+        EnsembleDynamics = offlinerl_kit.EnsembleDynamics
+
+    decay = [2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4]
+    model = EnsembleDynamicsModel(obs_dim, act_dim, [200] * 4, weight_decays=decay)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    dynamics = EnsembleDynamics(
+        model, optimizer, StandardScaler(), get_termination_fn(task), penalty_coef=penalty_coef, **options
+    )
+    head = TanhDiagGaussian(256, act_dim, unbounded=True, conditioned_sigma=True)
+    actor = ActorProb(MLP(obs_dim, [256, 256]), head)
+    critics = [Critic(MLP(obs_dim + act_dim, [256, 256])) for _ in range(2)]
+    log_alpha = torch.zeros(1, requires_grad=True)
+    policy = MOPOPolicy(
+        dynamics,
+        actor,
+        *critics,
+        torch.optim.Adam(actor.parameters(), lr=1e-4),
+        *(torch.optim.Adam(critic.parameters(), lr=3e-4) for critic in critics),
+        alpha=(-act_dim, log_alpha, torch.optim.Adam([log_alpha], lr=1e-4)),
+    )
+    if not theirs:
+        # The second: all steps of a rollout in one call.
+        policy = offlinerl_kit.fuse_rollout(policy)
+    return policy
+
+
+def make_buffers(data, capacity):
+    """Its buffers: the real one filled with `data`, and an empty one."""
+    from offlinerlkit.buffer import ReplayBuffer
+
+    shapes = (data.obs_dim,), np.float32, data.act_dim, np.float32
+    real, fake = ReplayBuffer(len(data), *shapes), ReplayBuffer(capacity, *shapes)
+    names = ("observations", "actions", "next_observations", "rewards", "terminals")
+    real.load_dataset({name: getattr(data, name).numpy() for name in names})
+    return real, fake
+
+
+class OldGym:
+    """A gymnasium environment as gym had them, which is what its trainer evaluates in."""
+
+    def __init__(self, task):
+        self.env, self.task = make_environment(task.env_id), task
+
+    def reset(self):
+        return self.env.reset(seed=0)[0]
+
+    def step(self, action):
+        observation, reward, terminal, truncated, info = self.env.step(action)
+        return observation, reward, terminal or truncated, info
+
+    def get_normalized_score(self, value):
+        return self.task.normalized_score(value) / 100
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("checkout", type=Path)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=100, help="updates of an epoch")
+    parser.add_argument("--batch", type=int, default=5000, help="start states of a rollout")
+    parser.add_argument("--theirs", action="store_true", help="with their own dynamics")
+    arguments = parser.parse_args()
+    imports(arguments.checkout.resolve())
+    from offlinerlkit.policy_trainer import MBPolicyTrainer
+    from offlinerlkit.utils.logger import Logger
+
+    np.random.seed(0)
+    torch.manual_seed(0)
+    task = TASKS["hopper"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = collect("hopper-random", 10_000, out=Path(folder, "data.hdf5"), quiet=True)
+        data = mopo_fast.load_dataset(path)
+        policy = make_policy(data.obs_dim, data.act_dim, "hopper-random-v2", 1.0, arguments.theirs)
+        real, fake = make_buffers(data, 5 * 5 * arguments.batch)
+        logger = Logger(folder, {"consoleout_backup": "stdout", "progress": "csv"})
+        started = time.perf_counter()
+        policy.dynamics.train(real.sample_all(), logger, max_epochs=10)
+        print(f"fit: {time.perf_counter() - started:.1f} s")
+        trainer = MBPolicyTrainer(
+            policy,
+            OldGym(task),
+            real,
+            fake,
+            logger,
+            rollout_setting=(arguments.steps, arguments.batch, 5),
+            epoch=arguments.epochs,
+            step_per_epoch=arguments.steps,
+            real_ratio=0.05,
+            eval_episodes=2,
+        )
+        trainer.train()
+
+
+if __name__ == "__main__":
+    main()

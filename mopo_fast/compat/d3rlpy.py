@@ -1,0 +1,292 @@
+"""d3rlpy 1.x: its `ProbabilisticEnsembleDynamics` with the prediction by our kernels, and its files.
+
+    from mopo_fast.compat.d3rlpy import accelerate
+    mopo = d3rlpy.algos.MOPO(dynamics=accelerate(dynamics))
+
+Read in d3rlpy 1.1.1. Its penalty is the largest sum of variances, not the root of it, in the scaled space.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mopo_fast.atomic import read_json
+from mopo_fast.compat import Checkpoint
+from mopo_fast.compat.models import activation_of, actor_of, ensemble_of
+from mopo_fast.compat.torch_files import load, save
+from mopo_fast.config import Hints
+from mopo_fast.ensemble import EnsembleDynamics
+from mopo_fast.errors import InputError
+from mopo_fast.policy import Actor
+from mopo_fast.rollout import RolloutEngine
+
+Prediction = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def accelerate(
+    dynamics: Any, *, backend: str = "auto", dtype: str = "float32", threads: int | None = None
+) -> Any:
+    """The same ProbabilisticEnsembleDynamics, whose `predict` is one call of our kernel.
+
+    Scalers, files and training stay its own; weights are read at every call, spectral norms divided out.
+    Random numbers are drawn of torch's global generator, as there; where members are not given by `indices`,
+    they and the noise come from a seed that is drawn from it.
+
+    Args:
+        dynamics: built: fitted, loaded, or after `build_with_dataset`.
+        backend, dtype, threads: of `RolloutEngine`.
+
+    Raises:
+        InputError: it is not built, or of encoders that the kernels do not have; says which.
+    """
+    impl = getattr(dynamics, "_impl", None)
+    if impl is None or not hasattr(impl, "_dynamics"):
+        raise InputError("the dynamics have no model yet: fit or build them first (build_with_dataset)")
+    options: dict[str, Any] = {"backend": backend, "dtype": dtype, "threads": threads}
+    ensemble_over(impl._dynamics)
+
+    def predict(x: torch.Tensor, action: torch.Tensor, indices: torch.Tensor | None) -> Prediction:
+        engine = RolloutEngine(ensemble_over(impl._dynamics), penalty_coef=0.0, **options)
+        return _predict(engine, x, action, indices, impl._variance_type)
+
+    impl._predict = predict
+    return dynamics
+
+
+def _predict(
+    engine: RolloutEngine,
+    x: torch.Tensor,
+    action: torch.Tensor,
+    indices: torch.Tensor | None,
+    variance_type: str,
+) -> Prediction:
+    """Next observations [batch, obs_dim], rewards and variances, both [batch, 1]."""
+    if variance_type not in ("max", "data"):
+        raise InputError(f'variance_type must be "max" or "data", got {variance_type!r}')
+    seed = int(torch.randint(2**63 - 1, (1,)))
+    given = indices is not None or variance_type == "data"
+    made = engine.step(x, action, seed=seed, distributions=given)
+    largest = made.penalties.square()[:, None]
+    if not given:
+        return made.next_observations, made.raw_rewards[:, None], largest
+    assert made.mean is not None and made.std is not None
+    samples = made.mean + made.std * torch.randn_like(made.std)
+    members, rows = len(samples), torch.arange(len(x), device=x.device)
+    if indices is None:
+        indices = torch.randint(members, size=(len(x),), device=x.device)
+    drawn = samples[indices.long(), rows]
+    # All members' samples differ: the observation, which is added to each, does not change their spread.
+    spread = samples.var(0).sum(1, keepdim=True)
+    return x + drawn[:, :-1], drawn[:, -1:], largest if variance_type == "max" else spread
+
+
+def ensemble_over(model: Any) -> EnsembleDynamics:
+    """Its ProbabilisticEnsembleDynamicsModel as ours, of the weights as they are now.
+
+    Raises:
+        InputError: encoders with batch normalisation, dropout or dense connections, or another activation.
+    """
+    members = list(model._models)
+    for member in members:
+        encoder = member._encoder
+        if not hasattr(encoder, "_fcs"):
+            raise InputError(f"the encoder is {type(encoder).__name__}; ours are of vectors alone")
+        if encoder._use_batch_norm or encoder._dropout_rate is not None or encoder._use_dense:
+            raise InputError(
+                "the encoder has batch norms, dropout or dense connections; ours have none of these"
+            )
+        if getattr(encoder, "_discrete_action", False):
+            raise InputError("the actions are discrete; ours are continuous")
+    return _ensemble(
+        [member.state_dict() for member in members], activation_of(members[0]._encoder._activation)
+    )
+
+
+def _weight(state: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+    """[in, out], with torch.nn.utils.spectral_norm divided out where it is."""
+    if f"{name}.weight" in state:
+        return state[f"{name}.weight"].detach().T
+    weight = state[f"{name}.weight_orig"].detach()
+    norm = torch.dot(state[f"{name}.weight_u"], weight @ state[f"{name}.weight_v"])
+    return (weight / norm).T
+
+
+def _ensemble(
+    states: list[dict[str, torch.Tensor]], activation: Any, elites: tuple[int, ...] | None = None
+) -> EnsembleDynamics:
+    """Of each member's state dict; the two heads side by side."""
+    depth = sum(name.startswith("_encoder._fcs.") and name.endswith(".bias") for name in states[0])
+    layers = [[f"_encoder._fcs.{i}"] for i in range(depth)] + [["_mu", "_logstd"]]
+    return ensemble_of(
+        [torch.stack([torch.cat([_weight(s, n) for n in names], 1) for s in states]) for names in layers],
+        [torch.stack([torch.cat([s[f"{n}.bias"] for n in names]) for s in states]) for names in layers],
+        torch.stack([state["_max_logstd"][0] for state in states]),
+        torch.stack([state["_min_logstd"][0] for state in states]),
+        activation=activation,
+        elites=elites,
+        log_scale="std",
+    )
+
+
+# --- files
+
+
+def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
+    """What `save_model` has written, with params.json beside it for the scalers, if there are any.
+
+    Dynamics, or an algorithm's policy (SAC's and MOPO's). The scalers become part of the dynamics: these then
+    take and give unscaled numbers, and so do their penalties. The activation is ReLU unless `hints` say
+    otherwise: the file does not.
+
+    Raises:
+        InputError: the file is damaged, of something else, or of scalers that cannot be made part of a model.
+    """
+    content = load(source)
+    if not isinstance(content, dict) or not {"_dynamics", "_policy"} & content.keys():
+        raise InputError(f"{source} is not what save_model of dynamics or of a policy writes")
+    try:
+        if "_policy" in content:
+            return Checkpoint(policy=_read_policy(content["_policy"]))
+        states: list[dict[str, torch.Tensor]] = []
+        for name, value in content["_dynamics"].items():
+            _, member, parameter = name.split(".", 2)
+            if int(member) == len(states):
+                states.append({})
+            states[int(member)][parameter] = value
+        if any(not bool(torch.isfinite(value).all()) for state in states for value in state.values()):
+            raise InputError(f"{source} holds values that are not finite")
+        ensemble = _ensemble(states, hints.activation or "relu", hints.elites)
+    except InputError:
+        raise
+    except (KeyError, AttributeError, TypeError, IndexError, ValueError, RuntimeError) as error:
+        raise InputError(f"{source} lacks or garbles {error}") from error
+    if hints.absolute:
+        raise InputError("d3rlpy's models predict changes; leave absolute out")
+    parameters = source.parent / "params.json"
+    return Checkpoint(_unscaled(ensemble, read_json(parameters)) if parameters.exists() else ensemble)
+
+
+def _read_policy(state: dict[str, torch.Tensor]) -> Actor:
+    depth = sum(name.startswith("_encoder._fcs.") and name.endswith(".bias") for name in state)
+    layers = [[f"_encoder._fcs.{i}"] for i in range(depth)] + [["_mu", "_logstd"]]
+    return actor_of(
+        [torch.cat([state[f"{n}.weight"].T for n in names], 1) for names in layers],
+        [torch.cat([state[f"{n}.bias"] for n in names]) for names in layers],
+        activation="relu",
+        log_std_min=-20.0,
+        log_std_max=2.0,
+    )
+
+
+# {name: (a scaler's parameters) -> (offset, scale) of x = offset + scale * scaled}
+Scalers = dict[str, Callable[[Any], tuple[Any, Any]]]
+_OBSERVATION: Scalers = {
+    "standard": lambda p: (_tensor(p["mean"]), _tensor(p["std"]) + p["eps"]),
+    "min_max": lambda p: (_tensor(p["minimum"]), _tensor(p["maximum"]) - _tensor(p["minimum"])),
+}
+_ACTION: Scalers = {
+    "min_max": lambda p: (
+        (_tensor(p["maximum"]) + _tensor(p["minimum"])) / 2,
+        (_tensor(p["maximum"]) - _tensor(p["minimum"])) / 2,
+    ),
+}
+_REWARD: Scalers = {
+    "standard": lambda p: (p["mean"], (p["std"] + p["eps"]) / p["multiplier"]),
+    "min_max": lambda p: (p["minimum"], (p["maximum"] - p["minimum"]) / p["multiplier"]),
+    "multiply": lambda p: (0.0, 1.0 / p["multiplier"]),
+}
+
+
+def _tensor(values: Any) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32).reshape(-1)
+
+
+def _unscaled(ensemble: EnsembleDynamics, parameters: Any) -> EnsembleDynamics:
+    """The same model of unscaled numbers: scales go into the inputs, the last layer and the bounds."""
+
+    def scale(key: str, known: Scalers, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        scaler = parameters.get(key) if isinstance(parameters, dict) else None
+        if not scaler:
+            return torch.zeros(size), torch.ones(size)
+        if scaler["type"] not in known:
+            raise InputError(f"{key} {scaler['type']} cannot be part of a model: only {', '.join(known)}")
+        offset, factor = known[scaler["type"]](scaler["params"])
+        return torch.as_tensor(offset).float().expand(size), torch.as_tensor(factor).float().expand(size)
+
+    obs_offset, obs_scale = scale("scaler", _OBSERVATION, ensemble.obs_dim)
+    act_offset, act_scale = scale("action_scaler", _ACTION, ensemble.act_dim)
+    reward_offset, reward_scale = scale("reward_scaler", _REWARD, 1)
+    ensemble.input_mean = torch.cat([obs_offset, act_offset])
+    ensemble.input_std = torch.cat([obs_scale, act_scale])
+    dims = ensemble.obs_dim + 1
+    factor = torch.cat([obs_scale, reward_scale])
+    with torch.no_grad():
+        weight, bias = ensemble.weights[-1], ensemble.biases[-1]
+        weight[..., :dims] *= factor
+        bias[..., :dims] *= factor
+        bias[..., dims - 1] += reward_offset
+        # The soft bounds commute with a shift of what they bound.
+        for shifted in (bias[..., dims:], ensemble.max_logvar, ensemble.min_logvar):
+            shifted += factor.log()
+    return ensemble
+
+
+def write(checkpoint: Checkpoint, target: Path) -> None:
+    """A file for `load_model` of ProbabilisticEnsembleDynamics, built with as many members and layers.
+
+    The spectral norms are chosen so that the weights are what they are here; training it there goes on with
+    their true ones. Its optimiser begins anew.
+
+    Raises:
+        InputError: there are no such dynamics there; policies it keeps with their critics and optimisers.
+    """
+    ensemble = checkpoint.dynamics
+    if checkpoint.policy is not None or ensemble is None:
+        raise InputError("d3rlpy's files hold dynamics alone, or a policy with all that trains it")
+    if ensemble.log_scale != "std" or bool(ensemble.absolute.any()):
+        raise InputError("d3rlpy's models bound log-stds and predict changes; these dynamics do not")
+    scaled = bool((ensemble.input_mean != 0).any() or (ensemble.input_std != 1).any())
+    state: dict[str, torch.Tensor] = {}
+    weights, biases = (
+        [w.detach().clone() for w in ensemble.weights],
+        [b.detach().clone() for b in ensemble.biases],
+    )
+    if scaled:
+        # Into the first layer.
+        weights[0] /= ensemble.input_std[:, None]
+        biases[0] -= torch.einsum("i,mio->mo", ensemble.input_mean, weights[0])
+    for member in range(ensemble.members):
+        prefix = f"_models.{member}"
+        for layer in range(len(weights) - 1):
+            # Its search for layers to normalise does not find these.
+            name = f"{prefix}._encoder._fcs.{layer}"
+            state[f"{name}.weight"] = weights[layer][member].T.contiguous()
+            state[f"{name}.bias"] = biases[layer][member].clone()
+        mean, log = weights[-1][member].chunk(2, dim=1)
+        mean_bias, log_bias = biases[-1][member].chunk(2)
+        _write_normed(state, f"{prefix}._mu", mean, mean_bias)
+        state[f"{prefix}._logstd.weight"] = log.T.contiguous()
+        state[f"{prefix}._logstd.bias"] = log_bias.clone()
+        for name in ("max", "min"):
+            bound = getattr(ensemble, f"{name}_logvar").detach().expand(ensemble.members, -1)
+            state[f"{prefix}._{name}_logstd"] = bound[member][None].clone()
+    trained = [value for name, value in state.items() if not name.endswith(("_u", "_v"))]
+    optimizer = torch.optim.Adam([torch.nn.Parameter(value) for value in trained], lr=1e-3, weight_decay=1e-4)
+    save(target, {"_dynamics": state, "_optim": optimizer.state_dict()})
+
+
+def _write_normed(
+    state: dict[str, torch.Tensor], name: str, weight: torch.Tensor, bias: torch.Tensor
+) -> None:
+    """A layer under torch.nn.utils.spectral_norm whose norm, u W v, is 1 as it stands."""
+    matrix = weight.T.contiguous()
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    # One that is 1 already, as of a layer that comes from there, keeps its unit vectors.
+    root = math.sqrt(float(values[0])) if float(values[0]) > 0 else 1.0
+    state[f"{name}.bias"] = bias.clone()
+    state[f"{name}.weight_orig"] = matrix
+    state[f"{name}.weight_u"] = left[:, 0] / root
+    state[f"{name}.weight_v"] = right[0] / root

@@ -1,0 +1,363 @@
+"""mbrl-lib: its `ModelEnv` with the model step by our kernels, and its files.
+
+    from mopo_fast.compat.mbrl_lib import ModelEnv
+    model_env = ModelEnv(env, dynamics_model, termination_fn, generator=generator)
+
+mbrl-lib has MBPO, the same loop without a penalty: `penalty_coef` makes it MOPO. Read in mbrl 0.2.0.
+"""
+
+import dataclasses
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from mopo_fast import pickles
+from mopo_fast.atomic import atomic_path
+from mopo_fast.backends import StepResult
+from mopo_fast.compat import Checkpoint
+from mopo_fast.compat.models import activation_of, ensemble_of
+from mopo_fast.compat.torch_files import load, save
+from mopo_fast.config import Hints, Penalty
+from mopo_fast.ensemble import EnsembleDynamics
+from mopo_fast.errors import InputError
+from mopo_fast.rollout import RolloutEngine
+
+State = dict[str, Any]
+
+
+class ModelEnv:
+    """`mbrl.models.ModelEnv` of a OneDTransitionRewardModel around an ensemble GaussianMLP.
+
+    The same arguments, methods and results; the model's weights are ours, in place. Elites are drawn as
+    there: the batch is shuffled and split equally over them ("random_model", "fixed_model"), but need not be
+    a multiple of their number; "expectation" is the elites' mean. Noise is of a seed drawn from `generator`.
+
+    Args:
+        env: for its spaces.
+        model: the OneDTransitionRewardModel.
+        termination_fn: (actions, next_observations) -> bool [batch, 1].
+        reward_fn: (actions, next_observations) -> [batch, 1]; None: the model's rewards.
+        generator: as there.
+        penalty_coef: lambda; rewards are lowered by penalty_coef * u(s, a), over all members. 0 is MBPO.
+        penalty: u, as in `RolloutEngine`.
+        partition: "equal", as there; "independent": each row draws an elite of its own, as MOPO has it.
+        backend, dtype, threads: of `RolloutEngine`.
+
+    Attributes:
+        penalties: u(s, a) [batch, 1] of the last step; None where penalty_coef is 0.
+
+    Raises:
+        InputError: a model that the kernels do not have; says what it is.
+    """
+
+    def __init__(
+        self,
+        env: Any,
+        model: Any,
+        termination_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        reward_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        penalty_coef: float = 0.0,
+        penalty: Penalty = "max_aleatoric",
+        partition: Literal["equal", "independent"] = "equal",
+        backend: str = "auto",
+        dtype: str = "float32",
+        threads: int | None = None,
+    ) -> None:
+        if partition not in ("equal", "independent"):
+            raise InputError(f'partition must be "equal" or "independent", got {partition!r}')
+        _check(model)
+        self.dynamics_model, self.termination_fn, self.reward_fn = model, termination_fn, reward_fn
+        self.device = model.device
+        self.observation_space, self.action_space = env.observation_space, env.action_space
+        self.penalty_coef, self.penalty, self.partition = penalty_coef, penalty, partition
+        self.penalties: Any = None
+        self._options: State = {"backend": backend, "dtype": dtype, "threads": threads}
+        self._rng = generator or torch.Generator(device=self.device)
+        self._return_as_np = True
+
+    def reset(self, initial_obs_batch: np.ndarray[Any, Any], return_as_np: bool = True) -> State:
+        """Begin at a batch of observations [batch, obs_dim]: the model's state, as there."""
+        if np.ndim(initial_obs_batch) != 2:
+            raise InputError(f"observations must be [batch, dim], got shape {np.shape(initial_obs_batch)}")
+        self._return_as_np = return_as_np
+        state: State | None = self.dynamics_model.reset(
+            np.asarray(initial_obs_batch, dtype=np.float32), rng=self._rng
+        )
+        return state if state is not None else {}
+
+    def step(self, actions: Any, model_state: State, sample: bool = False) -> tuple[Any, Any, Any, State]:
+        """One step: next observations [batch, obs_dim], rewards [batch, 1], dones [batch, 1] and the state.
+
+        Tensors, or NumPy arrays as `reset` was told. The state is the one given, changed, as there.
+
+        Args:
+            sample: False: means, of the elites that are drawn.
+        """
+        with torch.no_grad():
+            if isinstance(actions, np.ndarray):
+                actions = torch.from_numpy(actions).to(self.device)
+            observations = torch.as_tensor(model_state["obs"], device=self.device)
+            made = self._step(observations, actions, model_state, sample)
+            rewards: Any = made.raw_rewards[:, None]
+            if self.reward_fn is not None:
+                rewards = self.reward_fn(actions, made.next_observations)
+            if self.penalty_coef:
+                self.penalties = made.penalties[:, None]
+                rewards = rewards - self.penalty_coef * self.penalties
+            dones: Any = self.termination_fn(actions, made.next_observations)
+            model_state["obs"] = made.next_observations
+            successors: Any = made.next_observations
+            if self._return_as_np:
+                successors, rewards, dones = (array.cpu().numpy() for array in (successors, rewards, dones))
+            return successors, rewards, dones, model_state
+
+    def evaluate_action_sequences(
+        self, action_sequences: torch.Tensor, initial_state: np.ndarray[Any, Any], num_particles: int
+    ) -> torch.Tensor:
+        """Sums of rewards [population] until a done, the mean of `num_particles` rollouts of each sequence.
+
+        Args:
+            action_sequences: [population, horizon, act_dim].
+            initial_state: [obs_dim].
+        """
+        population, horizon, _ = action_sequences.shape
+        start = np.repeat(np.asarray(initial_state, np.float32)[None], num_particles * population, axis=0)
+        with torch.no_grad():
+            state = self.reset(start, return_as_np=False)
+            total = torch.zeros(len(start), 1, device=self.device)
+            ended = torch.zeros(len(start), 1, dtype=torch.bool, device=self.device)
+            for step in range(horizon):
+                actions = action_sequences[:, step].repeat_interleave(num_particles, dim=0)
+                _, rewards, dones, state = self.step(actions, state, sample=True)
+                total += torch.where(ended, 0.0, rewards)
+                ended |= dones
+            return total.reshape(-1, num_particles).mean(dim=1)
+
+    def _step(
+        self, observations: torch.Tensor, actions: torch.Tensor, state: State, sample: bool
+    ) -> StepResult:
+        method = self.dynamics_model.model.propagation_method
+        ensemble = ensemble_over(self.dynamics_model)
+        elites = ensemble.elites.tolist()
+        if len(elites) > 1 and method is None:
+            raise InputError("an ensemble's step takes a propagation method; ModelEnv itself needs one, too")
+        seed = int(torch.randint(2**63 - 1, (1,), generator=self._rng, device=self.device))
+        everyone = self._engine(ensemble)
+        if self.partition == "independent" and method == "random_model" and sample:
+            return everyone.step(observations, actions, seed=seed)
+        penalties = None
+        if self.penalty_coef:
+            penalties = everyone.step(observations, actions, seed=seed, deterministic=True).penalties
+        if method == "expectation":
+            made = self._expectation(_members(ensemble, elites), observations, actions, sample)
+        else:
+            order = state["propagation_indices"] if method == "fixed_model" else None
+            if order is None:
+                # Of torch's global generator, as there.
+                order = torch.randperm(len(observations), device=self.device)
+            made = self._parts(ensemble, elites, observations, actions, order, seed, sample)
+        return made if penalties is None else dataclasses.replace(made, penalties=penalties)
+
+    def _parts(
+        self,
+        ensemble: EnsembleDynamics,
+        elites: list[int],
+        observations: torch.Tensor,
+        actions: torch.Tensor,
+        order: torch.Tensor,
+        seed: int,
+        sample: bool,
+    ) -> StepResult:
+        """Each elite its share of the rows, as `order` has them; no other member is computed."""
+        whole: dict[str, torch.Tensor] = {}
+        for elite, rows in zip(elites, order.tensor_split(len(elites)), strict=True):
+            if len(rows) == 0:
+                continue
+            part = self._engine(_members(ensemble, [elite])).step(
+                observations[rows], actions[rows], seed=seed, rows=rows, deterministic=not sample
+            )
+            for name in ("next_observations", "raw_rewards", "penalties", "terminals", "members"):
+                array = getattr(part, name)
+                whole.setdefault(name, array.new_empty((len(order), *array.shape[1:])))[rows] = array
+        return StepResult(**whole, rewards=whole["raw_rewards"])
+
+    def _expectation(
+        self, ensemble: EnsembleDynamics, observations: torch.Tensor, actions: torch.Tensor, sample: bool
+    ) -> StepResult:
+        """The mean of the elites' means, and of their log-variances."""
+        made = self._engine(ensemble).step(
+            observations, actions, seed=0, deterministic=True, distributions=sample
+        )
+        if not sample:
+            return made
+        assert made.std is not None
+        std = made.std.log().mean(0).exp()
+        noise = std * torch.randn(std.shape, generator=self._rng, device=std.device, dtype=std.dtype)
+        rewards = made.raw_rewards + noise[:, -1]
+        return dataclasses.replace(
+            made,
+            next_observations=made.next_observations + noise[:, :-1],
+            rewards=rewards,
+            raw_rewards=rewards,
+        )
+
+    def _engine(self, ensemble: EnsembleDynamics) -> RolloutEngine:
+        return RolloutEngine(ensemble, penalty=self.penalty, penalty_coef=0.0, **self._options)
+
+
+def _check(model: Any) -> None:
+    inner: Any = getattr(model, "model", None)
+    if not hasattr(inner, "mean_and_logvar") or not hasattr(inner, "hidden_layers"):
+        raise InputError("the model must be a OneDTransitionRewardModel around a GaussianMLP")
+    if inner.deterministic:
+        raise InputError("the GaussianMLP is deterministic: it has no variances to draw from or to penalise")
+    if model.obs_process_fn is not None:
+        raise InputError("the model sees processed observations (obs_process_fn); ours see what they predict")
+
+
+def ensemble_over(model: Any) -> EnsembleDynamics:
+    """A OneDTransitionRewardModel as our ensemble, on its own weights where it predicts rewards.
+
+    Raises:
+        InputError: see `ModelEnv`.
+    """
+    _check(model)
+    inner = model.model
+    layers = [layer[0] for layer in inner.hidden_layers] + [inner.mean_and_logvar]
+    weights = [layer.weight.detach() for layer in layers]
+    biases = [layer.bias.detach()[:, 0] for layer in layers]
+    bounds = [inner.max_logvar.detach()[0], inner.min_logvar.detach()[0]]
+    if not model.learned_rewards:
+        # A reward that is 0, and nothing to penalise.
+        weights[-1], biases[-1] = (_with_reward(tensor, 0.0) for tensor in (weights[-1], biases[-1]))
+        bounds = [torch.cat([bound, bound.new_tensor([-60.0 - i])]) for i, bound in enumerate(bounds)]
+    obs_dim = bounds[0].shape[0] - 1
+    absolute = model.no_delta_list if model.target_is_delta else range(obs_dim)
+    scale = model.input_normalizer
+    return ensemble_of(
+        weights,
+        biases,
+        *bounds,
+        activation=activation_of(inner.hidden_layers[0][1]),
+        input_mean=None if scale is None else scale.mean,
+        input_std=None if scale is None else scale.std,
+        elites=inner.elite_models,
+        absolute=sorted({dim % obs_dim for dim in absolute}),
+    )
+
+
+def _with_reward(heads: torch.Tensor, value: float) -> torch.Tensor:
+    """A column after each half of the last axis."""
+    halves = heads.chunk(2, dim=-1)
+    column = heads.new_full((*heads.shape[:-1], 1), value)
+    return torch.cat([halves[0], column, halves[1], column], dim=-1)
+
+
+def _members(ensemble: EnsembleDynamics, members: list[int]) -> EnsembleDynamics:
+    """Some of an ensemble's members; of one, on its own weights."""
+    some: Any = slice(members[0], members[0] + 1) if len(members) == 1 else members
+    return ensemble_of(
+        [weight[some] for weight in ensemble.weights],
+        [bias[some] for bias in ensemble.biases],
+        ensemble.max_logvar,
+        ensemble.min_logvar,
+        activation=ensemble.activation,
+        input_mean=ensemble.input_mean,
+        input_std=ensemble.input_std,
+        absolute=ensemble.absolute.nonzero()[:, 0].tolist(),
+    )
+
+
+# --- files
+
+
+def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
+    """model.pth and env_stats.pickle, if there is one, of a folder.
+
+    They say neither what activation the networks have nor what is predicted: `hints` do. The rewards are
+    taken to be learned.
+
+    Raises:
+        InputError: a file is damaged, or the activation is not given.
+    """
+    path = source / "model.pth"
+    if not path.exists():
+        return Checkpoint()
+    content = load(path)
+    state = content.get("state_dict") if isinstance(content, dict) else None
+    if not isinstance(state, dict) or "mean_and_logvar.weight" not in state or "max_logvar" not in state:
+        raise InputError(f"{path} is not what an ensemble GaussianMLP with variances saves")
+    if hints.activation is None:
+        raise InputError(
+            f"{path} does not say the activation; give it: --activation silu, as mbrl-lib's MBPO configs have"
+            " it, or relu, GaussianMLP's default"
+        )
+    depth = sum(name.startswith("hidden_layers.") and name.endswith(".weight") for name in state)
+    names = [*(f"hidden_layers.{i}.0" for i in range(depth)), "mean_and_logvar"]
+    try:
+        weights, biases = ([state[f"{name}.{kind}"] for name in names] for kind in ("weight", "bias"))
+        biases = [bias.squeeze(1) for bias in biases]
+        bounds = [state[f"{name}_logvar"].squeeze(0) for name in ("max", "min")]
+        tensors = [*weights, *biases, *bounds]
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+            raise InputError(f"{path} holds values that are not finite")
+    except (KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{path} lacks or garbles {error}") from error
+    mean = std = None
+    if (source / "env_stats.pickle").exists():
+        mean, std = _read_scale(source / "env_stats.pickle")
+    elites = content.get("elite_models") if hints.elites is None else list(hints.elites)
+    if elites is not None and not all(isinstance(elite, int) for elite in elites):
+        raise InputError(f"{path}: elite_models must be whole numbers, got {elites}")
+    dynamics = ensemble_of(
+        weights,
+        biases,
+        *bounds,
+        activation=hints.activation,
+        input_mean=mean,
+        input_std=std,
+        elites=elites,
+        absolute=hints.absolute or (),
+    )
+    return Checkpoint(dynamics)
+
+
+def _read_scale(path: Path) -> list[torch.Tensor]:
+    content = pickles.load(path)
+    if not isinstance(content, dict) or not {"mean", "std"} <= content.keys():
+        raise InputError(f"{path} must hold a dictionary of mean and std")
+    arrays = [pickles.as_array(content[name]) for name in ("mean", "std")]
+    if any(array.dtype.kind != "f" or not np.isfinite(array).all() for array in arrays):
+        raise InputError(f"{path}: mean and std must be finite floats")
+    return [torch.as_tensor(array.copy()) for array in arrays]
+
+
+def write(checkpoint: Checkpoint, target: Path) -> None:
+    """model.pth and env_stats.pickle, for `OneDTransitionRewardModel.load` of a model of the same shape.
+
+    What is predicted itself (`absolute`) is an argument of that model, `no_delta_list`, and not in its files.
+
+    Raises:
+        InputError: there is a policy, which it does not keep with the model; or it has no such dynamics.
+    """
+    ensemble = checkpoint.dynamics
+    if ensemble is None:
+        raise InputError("mbrl-lib's files are of dynamics, and there are none")
+    if ensemble.log_scale == "std" or ensemble.max_logvar.ndim == 2:
+        raise InputError("GaussianMLP has log-variances and bounds for all members; these dynamics do not")
+    names = [*(f"hidden_layers.{i}.0" for i in range(len(ensemble.hidden))), "mean_and_logvar"]
+    state = {f"{name}_logvar": getattr(ensemble, f"{name}_logvar").detach()[None] for name in ("min", "max")}
+    for name, weight, bias in zip(names, ensemble.weights, ensemble.biases, strict=True):
+        state[f"{name}.weight"], state[f"{name}.bias"] = weight.detach(), bias.detach()[:, None]
+    elites = ensemble.elites.tolist()
+    everyone = elites == list(range(ensemble.members))
+    save(target / "model.pth", {"state_dict": state, "elite_models": None if everyone else elites})
+    scale = {"mean": ensemble.input_mean, "std": ensemble.input_std}
+    with atomic_path(target / "env_stats.pickle") as temporary:
+        temporary.write_bytes(pickle.dumps({name: value.numpy()[None] for name, value in scale.items()}))

@@ -7,7 +7,7 @@ import contextlib
 import importlib
 import logging
 import pickle
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch.utils.dlpack import from_dlpack
 
 from mopo_fast.atomic import atomic_path
 from mopo_fast.compat import Checkpoint
+from mopo_fast.compat.models import actor_of, ensemble_of
 from mopo_fast.config import Activation, Hints
 from mopo_fast.ensemble import EnsembleDynamics as Ensemble
 from mopo_fast.errors import InputError
@@ -95,17 +96,14 @@ class EnsembleDynamics:
         """
         if term_penalty_offset is not None and None in (self.discrepancy, self.min_r):
             raise InputError("term_penalty_offset needs discrepancy and min_r: --precompute_term_stats")
-        # Of no model: a rollout of one step in it is the policy's actions.
-        nothing = Ensemble(
-            self.ensemble.obs_dim,
-            self.ensemble.act_dim,
-            members=1,
-            elites=1,
-            hidden=(1,),
-            generator=torch.Generator(),
+        # A model of nothing: one step in it is the policy's actions.
+        inputs, outputs = self.ensemble.obs_dim + self.ensemble.act_dim, 2 * (self.ensemble.obs_dim + 1)
+        nothing = ensemble_of(
+            [torch.zeros(1, inputs, outputs)],
+            [torch.zeros(1, outputs)],
+            *torch.zeros(2, outputs // 2),
+            activation="relu",
         )
-        for weight in nothing.weights:
-            torch.nn.init.zeros_(weight)
         engine, actor_engine = (
             RolloutEngine(model, penalty_coef=coef, backend=backend, dtype=dtype, threads=threads)
             for model, coef in ((self.ensemble, step_penalty_coef), (nothing, 0.0))
@@ -236,38 +234,16 @@ def make_actor(params: Any, log_std_bounds: tuple[float, float] = LOG_STD_BOUNDS
         *hidden, log_std, mean = _dense_layers(params["params"], _shared)
         # Theirs are two layers, that of the log standard deviation first.
         heads = [torch.cat(pair, dim=-1) for pair in zip(mean, log_std, strict=True)]
-        kernels, biases = zip(*hidden, heads, strict=True)
-        actor = Actor(
-            len(kernels[0]),
-            len(mean[1]),
-            hidden=tuple(len(bias) for bias in biases[:-1]),
-            log_std_min=low,
-            log_std_max=high,
-            generator=torch.Generator(),
-        )
-        _point_at([*actor.weights, *actor.biases], [*kernels, *biases])
-    return actor
+        layers = zip(*hidden, heads, strict=True)
+        return actor_of(*layers, activation="relu", log_std_min=low, log_std_max=high)
 
 
 def _make_ensemble(params: Any, as_tensor: Callable[[Any], torch.Tensor], activation: Activation) -> Ensemble:
     with _parameters_of("an EnsembleDynamicsModel"):
         params = params["params"]
         kernels, biases = zip(*_dense_layers(params["ensemble"], as_tensor), strict=True)
-        bounds = [as_tensor(params[name]) for name in ("max_logvar", "min_logvar")]
-        members, inputs, _ = kernels[0].shape
-        obs_dim = len(bounds[0]) - 1
-        ensemble = Ensemble(
-            obs_dim,
-            inputs - obs_dim,
-            members=members,
-            elites=members,
-            hidden=tuple(kernel.shape[-1] for kernel in kernels[:-1]),
-            activation=activation,
-            generator=torch.Generator(),
-        )
-        targets = [*ensemble.weights, *ensemble.biases, ensemble.max_logvar, ensemble.min_logvar]
-        _point_at(targets, [*kernels, *biases, *bounds])
-    return ensemble
+        bounds = (as_tensor(params[name]) for name in ("max_logvar", "min_logvar"))
+        return ensemble_of(kernels, biases, *bounds, activation=activation)
 
 
 @contextlib.contextmanager
@@ -277,19 +253,12 @@ def _parameters_of(what: str) -> Iterator[None]:
     except InputError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"these are not the parameters of {what} ({error!r})") from error
+        raise InputError(f"these are not the parameters of {what}: {error!r}") from error
 
 
 def _dense_layers(tree: Any, as_tensor: Callable[[Any], torch.Tensor]) -> list[list[torch.Tensor]]:
     layers = (tree[f"Dense_{i}"] for i in range(len(tree)))
     return [[as_tensor(layer[name]) for name in ("kernel", "bias")] for layer in layers]
-
-
-def _point_at(parameters: Iterable[torch.nn.Parameter], values: Iterable[torch.Tensor]) -> None:
-    for parameter, value in zip(parameters, values, strict=True):
-        if parameter.shape != value.shape:
-            raise ValueError(f"one has shape {list(value.shape)} in place of {list(parameter.shape)}")
-        parameter.data = value
 
 
 def _jax() -> Any:
@@ -429,6 +398,10 @@ def write(checkpoint: Checkpoint, target: Path) -> None:
         raise InputError(
             "Unifloral's dynamics have hidden layers of one width, with ReLU; these have"
             f" {model.hidden}, with {model.activation}"
+        )
+    if model.log_scale == "std" or model.max_logvar.ndim == 2 or bool(model.absolute.any()):
+        raise InputError(
+            "Unifloral's dynamics predict changes and bound all members' log-variances alike; these do not"
         )
     if checkpoint.policy is not None:
         logger.warning("%s: Unifloral saves no policies; this one is left out", target)

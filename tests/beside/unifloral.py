@@ -1,6 +1,6 @@
 """Unifloral's rollouts in JAX against what its own code has been recorded to do; takes JAX alone, not theirs.
 
-Run by tests/test_compat_unifloral.py, or: pytest tests/unifloral_in_jax.py
+Run by tests/test_compat_unifloral.py, or: pytest tests/beside/unifloral.py
 """
 
 import functools
@@ -20,7 +20,7 @@ from recorded.unifloral import ACT, OBS, ROLLOUTS, actor_params, healthy, policy
 from mopo_fast import InputError, RolloutEngine
 from mopo_fast.compat import unifloral
 
-RECORDED = Path(__file__).parent / "recorded"
+RECORDED = Path(__file__).parents[1] / "recorded"
 Transition = namedtuple("Transition", "obs action reward next_obs next_action done")
 
 

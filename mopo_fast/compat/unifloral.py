@@ -216,6 +216,8 @@ class _Rollout:
         out["action"][places] = rows.actions
         out["reward"][places] = rows.rewards
         out["next_obs"][places] = rows.next_observations
+        if len(rows) == 0:
+            return
         more = self.actor_engine.rollout(actor, rows.next_observations, 1, seed=derive_seed(seed, ROLLOUT))
         assert more.rollout_index is not None
         out["next_action"][places[more.rollout_index]] = more.actions

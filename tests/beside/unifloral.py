@@ -186,6 +186,9 @@ def test_fused_what_is_not_finite_is_nan(theirs: Any, recorded: dict[str, Any]) 
         assert jnp.array_equal(array[~lost], expected[~lost])
     assert jnp.isfinite(made.next_action[~lost]).all()
     assert (made.done[lost] == 1.0).all()
+    broken = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan), actor_params())
+    nothing = compiled(dynamics.make_rollout_fn(12, 2), broken)(jax.random.PRNGKey(0), make_buffer(24))
+    assert all(jnp.isnan(array).all() for array in nothing[:-1])
 
 
 # --- the policy's parameters

@@ -1,0 +1,66 @@
+"""Unifloral's rollout and epoch: its MOPO, of halfcheetah's sizes, on data of no meaning."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from examples.unifloral import import_theirs, make_dynamics, make_training
+from mopo_fast.compat import unifloral
+
+OBS_DIM, ACT_DIM, HORIZON = 17, 6, 5
+
+
+def contenders(
+    checkout: Path, *, batch_size: int, updates: int, **options: Any
+) -> dict[str, Callable[[], object]]:
+    """Each call is a rollout of 5 steps into their buffer, or that and `updates` of SAC with 10 critics.
+
+    "by steps" has the first line of examples/unifloral.py changed, the policy being run by JAX, "fused" both.
+    All is compiled beforehand.
+    """
+    keys = jax.random.split(jax.random.PRNGKey(0), 3)
+    sizes = ((10_000, dim) for dim in (OBS_DIM, ACT_DIM, OBS_DIM))
+    obs, action, next_obs = (jax.random.normal(key, size) for key, size in zip(keys, sizes, strict=True))
+    scalars = jnp.zeros(len(obs))
+    rollouts: dict[str, Callable[[], object]] = {}
+    epochs: dict[str, Callable[[], object]] = {}
+    for name in ("as shipped", "by steps", "fused"):
+        dynamics, mopo = import_theirs(checkout, name == "fused")
+        dataset = dynamics.Transition(obs, jnp.tanh(action), scalars, next_obs, jnp.tanh(action), scalars)
+        model = make_dynamics(dynamics, dataset, "halfcheetah-medium-v2", epochs=0)
+        ours = {} if name == "as shipped" else options
+        if name != "as shipped":
+            model = unifloral.EnsembleDynamics(model)
+        args = mopo.Args(rollout_interval=updates, rollout_batch_size=batch_size, rollout_length=HORIZON)
+        step, carry, rollout_fn = make_training(mopo, model, dataset, args, **ours)
+        apply = None if name == "fused" else mopo.TanhGaussianActor(ACT_DIM).apply
+        rollouts[f"rollout, {name}"] = _Repeated(functools.partial(_rollout, rollout_fn, apply), carry)
+        epochs[f"epoch, {name}"] = _Repeated(functools.partial(_epoch, step, updates), carry)
+    return rollouts | epochs
+
+
+def _rollout(rollout_fn: Any, apply: Any, carry: Any) -> Any:
+    key, agent, buffer = carry
+    key, rollout_key = jax.random.split(key)
+    params = agent.actor.params
+    policy = params if apply is None else lambda obs, rng: apply(params, obs).sample(seed=rng)
+    return key, agent, rollout_fn(rollout_key, policy, buffer)
+
+
+def _epoch(step: Any, updates: int, carry: Any) -> Any:
+    return jax.lax.scan(step, carry, None, updates)[0]
+
+
+class _Repeated:
+    """A compiled function of what it has returned last, in the same memory, as their loop does."""
+
+    def __init__(self, function: Any, carry: Any) -> None:
+        self.carry = jax.tree.map(jnp.copy, carry)
+        self.compiled = jax.jit(function, donate_argnums=0).lower(carry).compile()
+
+    def __call__(self) -> None:
+        self.carry = jax.block_until_ready(self.compiled(self.carry))

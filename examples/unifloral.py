@@ -1,0 +1,139 @@
+"""Unifloral's MOPO with our rollouts inside: python examples/unifloral.py CHECKOUT
+
+CHECKOUT is one of https://github.com/EmptyJackson/unifloral; with it take "jax<0.6", flax, optax, distrax and
+tyro. Stand-ins take the place of d4rl, gym and wandb, which are not called. The functions of its scripts fit
+and train, in the order of their main parts, on steps of random actions made on the spot. `--by-steps` changes
+the first of the two lines alone, which gives their numbers; `--theirs` none, to compare.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+import types
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+import mopo_fast
+from mopo_fast.compat import unifloral
+from mopo_fast.data.collect import collect
+from mopo_fast.evaluate import evaluate
+from mopo_fast.tasks import TASKS
+
+
+def import_theirs(checkout, fused):
+    """Their modules dynamics and mopo; with `fused`, mopo has the second line changed."""
+    for absent in ("d4rl", "gym", "wandb"):
+        sys.modules.setdefault(absent, types.ModuleType(absent))
+    sys.path.insert(0, str(checkout / "algorithms"))
+    warnings.filterwarnings("ignore", "jax.tree_map is deprecated")
+    import dynamics
+
+    source = (checkout / "algorithms" / "mopo.py").read_text()
+    if fused:
+        # The second of the two lines that change, in make_train_step: parameters for the function of them.
+        shipped = "rollout_fn(rng_buffer, policy_fn, rollout_buffer)"
+        assert shipped in source
+        source = source.replace(shipped, "rollout_fn(rng_buffer, params, rollout_buffer)")
+    mopo = types.ModuleType("mopo")
+    sys.modules["mopo"] = mopo
+    exec(compile(source, "mopo.py", "exec"), mopo.__dict__)
+    return dynamics, mopo
+
+
+def make_dataset(dynamics, data):
+    """Their Transition of a data set."""
+    arrays = {name: jnp.array(array.numpy()) for name, array in data.arrays().items()}
+    return dynamics.Transition(
+        obs=arrays["observations"],
+        action=arrays["actions"],
+        reward=arrays["rewards"],
+        next_obs=arrays["next_observations"],
+        next_action=jnp.roll(arrays["actions"], -1, axis=0),
+        done=arrays["terminals"],
+    )
+
+
+def make_dynamics(dynamics, dataset, task, epochs):
+    """Their EnsembleDynamics, fitted for some epochs by the main part of their dynamics.py."""
+    args = dynamics.Args(dataset=task, num_epochs=epochs)
+    obs_dim, act_dim = dataset.obs.shape[1], dataset.action.shape[1]
+    net = dynamics.EnsembleDynamicsModel(
+        obs_dim, act_dim, args.num_ensemble, n_layers=args.n_layers, layer_size=args.layer_size
+    )
+    key, fit_key = jax.random.split(jax.random.PRNGKey(0))
+    state = dynamics.create_train_state(args, key, net, [jnp.zeros(obs_dim + act_dim)])
+    elites = jnp.arange(args.num_elites)
+    if epochs:
+        state, elites = dynamics.train_dynamics_model(state, args, dataset, fit_key)
+    return dynamics.EnsembleDynamics(net, state.params, elites, dynamics.get_termination_fn(task))
+
+
+def make_training(mopo, dynamics_model, dataset, args, **options):
+    """Their train step, the state it begins with and the rollout in it, by the main part of their mopo.py."""
+    obs, action = dataset.obs[0], dataset.action[0]
+    actor_net, q_net, alpha_net = (
+        mopo.TanhGaussianActor(len(action)),
+        mopo.VectorQ(args.num_critics),
+        mopo.EntropyCoef(),
+    )
+    key, actor_key, q_key, alpha_key = jax.random.split(jax.random.PRNGKey(args.seed), 4)
+    agent = mopo.AgentTrainState(
+        actor=mopo.create_train_state(args, actor_key, actor_net, [obs]),
+        vec_q=mopo.create_train_state(args, q_key, q_net, [obs, action]),
+        vec_q_target=mopo.create_train_state(args, q_key, q_net, [obs, action]),
+        alpha=mopo.create_train_state(args, alpha_key, alpha_net, []),
+    )
+    dynamics_model.dataset = dataset
+    rows = args.rollout_batch_size * args.rollout_length * args.model_retain_epochs
+    buffer = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape[1:])), dataset)
+    rollout_fn = dynamics_model.make_rollout_fn(
+        batch_size=args.rollout_batch_size,
+        rollout_length=args.rollout_length,
+        step_penalty_coef=args.step_penalty_coef,
+        **options,
+    )
+    step = mopo.make_train_step(args, actor_net.apply, q_net.apply, alpha_net.apply, dataset, rollout_fn)
+    return step, (key, agent, buffer), rollout_fn
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("checkout", type=Path)
+    parser.add_argument("--fit-epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=100, help="updates of an epoch")
+    parser.add_argument("--batch", type=int, default=5000, help="start states of a rollout")
+    parser.add_argument("--by-steps", action="store_true", help="their policy's function in JAX")
+    parser.add_argument("--theirs", action="store_true", help="with their own rollouts")
+    options = parser.parse_args()
+    fused = not (options.by_steps or options.theirs)
+    dynamics, mopo = import_theirs(options.checkout.resolve(), fused)
+    with tempfile.TemporaryDirectory() as folder:
+        path = collect("hopper-random", 10_000, out=Path(folder, "data.hdf5"), quiet=True)
+        dataset = make_dataset(dynamics, mopo_fast.load_dataset(path))
+    started = time.perf_counter()
+    dynamics_model = make_dynamics(dynamics, dataset, "hopper-random-v2", options.fit_epochs)
+    print(f"fit: {time.perf_counter() - started:.1f} s")
+
+    if not options.theirs:
+        # The first line: after their load_dynamics_model.
+        dynamics_model = unifloral.EnsembleDynamics(dynamics_model)
+
+    args = mopo.Args(rollout_interval=options.steps, rollout_batch_size=options.batch)
+    step, carry, _ = make_training(mopo, dynamics_model, dataset, args)
+    for epoch in range(options.epochs):
+        started = time.perf_counter()
+        carry, loss = jax.block_until_ready(jax.lax.scan(step, carry, None, options.steps))
+        seconds = time.perf_counter() - started
+        policy = unifloral.make_actor(carry[1].actor.params)
+        returned = evaluate(policy, TASKS["hopper"], episodes=5, seed=0).return_mean
+        critic_loss = loss["critic_loss"][-1]
+        print(f"epoch {epoch}: {seconds:.1f} s, critic loss {critic_loss:.3f}, return {returned:.1f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,462 @@
+"""Unifloral (EmptyJackson/unifloral, JAX): the rollouts of its algorithms/dynamics.py, the pickles it saves.
+
+JAX is imported by what is handed JAX's arrays; files are read and written without it.
+"""
+
+import contextlib
+import importlib
+import logging
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.dlpack import from_dlpack
+
+from mopo_fast.atomic import atomic_path
+from mopo_fast.compat import Checkpoint
+from mopo_fast.compat.models import actor_of, ensemble_of
+from mopo_fast.config import Activation, Hints
+from mopo_fast.ensemble import EnsembleDynamics as Ensemble
+from mopo_fast.errors import InputError
+from mopo_fast.pickles import NUMPY, as_array, load
+from mopo_fast.policy import Actor
+from mopo_fast.rollout import RolloutEngine
+from mopo_fast.seeds import ROLLOUT, derive_seed
+
+logger = logging.getLogger("mopo_fast")
+
+# Of their TanhGaussianActor.
+LOG_STD_BOUNDS = (-5.0, 2.0)
+
+_DLPACK_CPU = 1
+
+
+class EnsembleDynamics:
+    """Stands in for theirs in mopo.py, combo.py, morel.py and unifloral.py; our kernels run the networks.
+
+    Args:
+        theirs: what their `load_dynamics_model` returns: its params (JAX arrays on the CPU, whose memory is
+            shared), termination_fn, discrepancy, min_r and dataset.
+        activation: of the hidden layers, which their code alone says.
+
+    Attributes:
+        ensemble: what the kernels read; it holds their elites and draws from all of them.
+        dataset: their Transition; rollouts start from its obs.
+
+    Raises:
+        InputError: the parameters are not those of an EnsembleDynamicsModel on the CPU.
+    """
+
+    def __init__(self, theirs: Any, *, activation: Activation = "relu") -> None:
+        self.params, self.termination_fn = theirs.params, theirs.termination_fn
+        self.discrepancy, self.min_r, self.dataset = theirs.discrepancy, theirs.min_r, theirs.dataset
+        self.ensemble = _make_ensemble(self.params, _shared, activation)
+        self.num_ensemble = self.ensemble.members
+
+    def make_rollout_fn(
+        self,
+        batch_size: int,
+        rollout_length: int,
+        step_penalty_coef: float = 0.0,
+        term_penalty_offset: float | None = None,
+        threshold_coef: float = 1.0,
+        *,
+        first_in_first_out: bool = False,
+        log_std_bounds: tuple[float, float] = LOG_STD_BOUNDS,
+        backend: str = "auto",
+        dtype: str = "float32",
+        threads: int | None = None,
+    ) -> Callable[[Any, Any, Any], Any]:
+        """Their function (rng, policy, rollout_buffer) -> rollout_buffer, for inside `jax.jit` and out of it.
+
+        The policy is one of two:
+
+        - their function (obs, rng) -> action of one row. JAX runs it, and the same rng draws the same start
+          states, actions, members and noise as theirs: their rollout row by row, to rounding.
+        - the parameters of their TanhGaussianActor, `agent_state.actor.params`. All steps are fused; start
+          states are theirs; actions, members and noise are drawn by us, with a seed from rng.
+
+        As theirs, and unlike the authors': rows go on after a terminal state, and where a prediction is not
+        finite (as NaN); only the last rows of the buffer are ever replaced, as many as there are new ones.
+
+        Args:
+            batch_size, rollout_length: batch_size * rollout_length rows, step after step.
+            step_penalty_coef: lambda >= 0, times the largest norm of a member's standard deviations.
+            term_penalty_offset, threshold_coef: MOReL's, with a function as policy.
+            first_in_first_out: the oldest rows are replaced, as the authors'.
+            log_std_bounds: of their TanhGaussianActor.
+            backend, dtype, threads: of `RolloutEngine`.
+
+        Raises:
+            InputError: an argument is out of range, or MOReL's statistics are missing.
+        """
+        if term_penalty_offset is not None and None in (self.discrepancy, self.min_r):
+            raise InputError("term_penalty_offset needs discrepancy and min_r: --precompute_term_stats")
+        # A model of nothing: one step in it is the policy's actions.
+        inputs, outputs = self.ensemble.obs_dim + self.ensemble.act_dim, 2 * (self.ensemble.obs_dim + 1)
+        nothing = ensemble_of(
+            [torch.zeros(1, inputs, outputs)],
+            [torch.zeros(1, outputs)],
+            *torch.zeros(2, outputs // 2),
+            activation="relu",
+        )
+        engine, actor_engine = (
+            RolloutEngine(model, penalty_coef=coef, backend=backend, dtype=dtype, threads=threads)
+            for model, coef in ((self.ensemble, step_penalty_coef), (nothing, 0.0))
+        )
+        return _Rollout(
+            self,
+            engine,
+            actor_engine,
+            batch_size,
+            rollout_length,
+            term_penalty_offset,
+            threshold_coef,
+            first_in_first_out,
+            log_std_bounds,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Rollout:
+    dynamics: EnsembleDynamics
+    engine: RolloutEngine
+    actor_engine: RolloutEngine
+    batch_size: int
+    length: int
+    term_penalty_offset: float | None
+    threshold_coef: float
+    first_in_first_out: bool
+    log_std_bounds: tuple[float, float]
+
+    def __call__(self, rng: Any, policy: Any, rollout_buffer: Any) -> Any:
+        jax = _jax()
+        _, start_key, key = jax.random.split(rng, 3)
+        states = self.dynamics.dataset.obs
+        start = states[jax.random.choice(start_key, len(states), (self.batch_size,))]
+        rows = (self._by_steps if callable(policy) else self._fused)(key, policy, start)
+        return jax.tree.map(self._append, rollout_buffer, rollout_buffer._replace(**rows))
+
+    def _append(self, old: Any, new: Any) -> Any:
+        count = min(len(old), len(new))
+        new = new[:count].astype(old.dtype)
+        if self.first_in_first_out:
+            return _jax().numpy.concatenate([old[count:], new])
+        return old.at[len(old) - count :].set(new)
+
+    def _by_steps(self, key: Any, policy: Any, start: Any) -> dict[str, Any]:
+        jax = _jax()
+        keys = jax.random.split(key, self.batch_size)
+        _, rows = jax.lax.scan(lambda carry, _: self._step(policy, *carry), (start, keys), None, self.length)
+        return {name: array.reshape(-1, *array.shape[2:]) for name, array in rows.items()}
+
+    def _step(self, policy: Any, obs: Any, keys: Any) -> tuple[tuple[Any, Any], dict[str, Any]]:
+        """One step of every row, and each row's next key; of theirs, all but the networks."""
+        jax = _jax()
+        numpy, random, each = jax.numpy, jax.random, jax.vmap
+        dynamics, members = self.dynamics, self.dynamics.num_ensemble
+        outputs = dynamics.ensemble.obs_dim + 1
+        now, keys = each(random.split, out_axes=1)(keys)
+        act, draw, noise, act_next = each(lambda key: random.split(key, 4), out_axes=1)(now)
+        action = each(policy)(obs, act)
+        shape = jax.ShapeDtypeStruct((members, self.batch_size, outputs), numpy.float32)
+        mean, std = _on_host(self._predict, (shape, shape), obs, action)
+        chosen = each(lambda key: random.randint(key, (), 0, members))(draw), numpy.arange(self.batch_size)
+        sample = mean[chosen] + each(lambda key: random.normal(key, (outputs,)))(noise) * std[chosen]
+        next_obs = obs + sample[:, :-1]
+        done = each(dynamics.termination_fn)(obs, action, next_obs)
+        reward = sample[:, -1] - self.engine.penalty_coef * numpy.linalg.norm(std, axis=-1).max(0)
+        if self.term_penalty_offset is not None:
+            distances = numpy.linalg.norm(mean[:, None] - mean, axis=-1)
+            uncertain = distances.max((0, 1)) > dynamics.discrepancy * self.threshold_coef
+            reward = numpy.where(uncertain, dynamics.min_r + self.term_penalty_offset, reward)
+            done |= uncertain
+        next_action = each(policy)(next_obs, act_next)
+        rows = {"obs": obs, "action": action, "reward": reward, "next_obs": next_obs}
+        return (next_obs, keys), rows | {"next_action": next_action, "done": done}
+
+    def _predict(self, out: Any, observations: torch.Tensor, actions: torch.Tensor) -> None:
+        # The engine takes no row that is not finite; theirs makes NaN of it.
+        lost = ~(observations.isfinite().all(1) & actions.isfinite().all(1))
+        finite = (array.nan_to_num(0.0, 0.0, 0.0) for array in (observations, actions))
+        result = self.engine.step(*finite, seed=0, deterministic=True, distributions=True)
+        for target, source in zip(out, (result.mean, result.std), strict=True):
+            target.copy_(source)
+            target[:, lost] = torch.nan
+
+    def _fused(self, key: Any, params: Any, start: Any) -> dict[str, Any]:
+        if self.term_penalty_offset is not None:
+            raise InputError("term_penalty_offset needs every member's mean: give the policy as a function")
+        jax, ensemble, count = _jax(), self.dynamics.ensemble, self.batch_size * self.length
+        shapes = {"obs": (count, ensemble.obs_dim), "action": (count, ensemble.act_dim), "reward": (count,)}
+        shapes |= {"next_" + name: shapes[name] for name in ("obs", "action")}
+        results = {name: jax.ShapeDtypeStruct(shape, jax.numpy.float32) for name, shape in shapes.items()}
+        seed = jax.random.bits(key, (2,), jax.numpy.uint32)
+        rows: dict[str, Any] = _on_host(self._roll, results, start, seed, params)
+        transitions = rows["obs"], rows["action"], rows["next_obs"]
+        return rows | {"done": jax.vmap(self.dynamics.termination_fn)(*transitions)}
+
+    def _roll(
+        self, out: dict[str, torch.Tensor], start: torch.Tensor, halves: torch.Tensor, params: Any
+    ) -> None:
+        low, high = halves.tolist()
+        seed = high << 32 | low
+        actor = make_actor(params, self.log_std_bounds)
+        for array in out.values():
+            array.fill_(torch.nan)
+        rows = self.engine.rollout(actor, start, self.length, seed=seed)
+        assert rows.step is not None and rows.rollout_index is not None
+        # Ours lie rollout after rollout, theirs step after step.
+        places = rows.step.long() * self.batch_size + rows.rollout_index
+        out["obs"][places] = rows.observations
+        out["action"][places] = rows.actions
+        out["reward"][places] = rows.rewards
+        out["next_obs"][places] = rows.next_observations
+        if len(rows) == 0:
+            return
+        more = self.actor_engine.rollout(actor, rows.next_observations, 1, seed=derive_seed(seed, ROLLOUT))
+        assert more.rollout_index is not None
+        out["next_action"][places[more.rollout_index]] = more.actions
+
+
+def make_actor(params: Any, log_std_bounds: tuple[float, float] = LOG_STD_BOUNDS) -> Actor:
+    """Our policy, in the memory of their TanhGaussianActor's parameters, `agent_state.actor.params`.
+
+    Those of mopo.py, combo.py, morel.py, sac_n.py and edac.py are meant; unifloral.py's Actor is another.
+
+    Raises:
+        InputError: they are of another module, or not on the CPU.
+    """
+    low, high = log_std_bounds
+    with _parameters_of("a TanhGaussianActor"):
+        *hidden, log_std, mean = _dense_layers(params["params"], _shared)
+        # Theirs are two layers, that of the log standard deviation first.
+        heads = [torch.cat(pair, dim=-1) for pair in zip(mean, log_std, strict=True)]
+        layers = zip(*hidden, heads, strict=True)
+        return actor_of(*layers, activation="relu", log_std_min=low, log_std_max=high)
+
+
+def _make_ensemble(params: Any, as_tensor: Callable[[Any], torch.Tensor], activation: Activation) -> Ensemble:
+    with _parameters_of("an EnsembleDynamicsModel"):
+        params = params["params"]
+        kernels, biases = zip(*_dense_layers(params["ensemble"], as_tensor), strict=True)
+        bounds = (as_tensor(params[name]) for name in ("max_logvar", "min_logvar"))
+        return ensemble_of(kernels, biases, *bounds, activation=activation)
+
+
+@contextlib.contextmanager
+def _parameters_of(what: str) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"these are not the parameters of {what}: {error!r}") from error
+
+
+def _dense_layers(tree: Any, as_tensor: Callable[[Any], torch.Tensor]) -> list[list[torch.Tensor]]:
+    layers = (tree[f"Dense_{i}"] for i in range(len(tree)))
+    return [[as_tensor(layer[name]) for name in ("kernel", "bias")] for layer in layers]
+
+
+def _jax() -> Any:
+    return importlib.import_module("jax")
+
+
+def _shared(array: Any) -> torch.Tensor:
+    """A tensor of the same memory."""
+    if array.__dlpack_device__()[0] != _DLPACK_CPU:
+        raise InputError("the parameters are not on the CPU, where alone JAX is served")
+    return from_dlpack(array).float()
+
+
+def _on_host(function: Callable[..., None], results: Any, *arguments: Any) -> Any:
+    """function(results, *arguments), which fills the results, on tensors of JAX's memory; compiled too."""
+    jax = _jax()
+
+    def tensors(tree: Any) -> Any:
+        return jax.tree.map(from_dlpack, tree)
+
+    try:
+        callbacks = importlib.import_module("jax.experimental.buffer_callback")
+    except ImportError:
+        # Of older versions, whose callbacks' results are copied once.
+        def fill(*arguments: Any) -> Any:
+            out = jax.tree.map(lambda result: np.empty(result.shape, result.dtype), results)
+            function(tensors(out), *tensors(arguments))
+            return out
+
+        return jax.pure_callback(fill, results, *arguments)
+
+    def fill_in_place(_: Any, out: Any, *arguments: Any) -> None:
+        function(tensors(out), *tensors(arguments))
+
+    return callbacks.buffer_callback(fill_in_place, results)(*arguments)
+
+
+# --- files: a pickled EnsembleDynamics, called ensemble_dynamics_model_DATASET_TIME.pkl
+
+# Their termination functions by the beginning of a data set's name, looked up in this order.
+_TERMINATION_FUNCTIONS = {
+    "halfcheetahvel": "termination_fn_halfcheetahveljump",
+    "halfcheetah": "termination_fn_halfcheetah",
+    "hopper": "termination_fn_hopper",
+    "antangle": "termination_fn_antangle",
+    "ant": "termination_fn_ant",
+    "walker2d": "termination_fn_walker2d",
+    "point2denv": "termination_fn_point2denv",
+    "point2dwallenv": "termination_fn_point2dwallenv",
+    "pendulum": "termination_fn_pendulum",
+    "humanoid": "termination_fn_humanoid",
+    "maze2d-open": "maze2d_open_termination_fn",
+    "maze2d-umaze": "maze2d_umaze_termination_fn",
+    "maze2d-medium": "maze2d_medium_termination_fn",
+    "maze2d-large": "maze2d_large_termination_fn",
+    "pen": "termination_fn_pen",
+    "door": "terminaltion_fn_door",
+    "relocate": "termination_fn_relocate",
+    "kitchen": "termination_fn_kitchen",
+}
+# Theirs are named by how dynamics.py was run: as a script, or imported by one.
+_CLASSES = ("__main__.EnsembleDynamics", "dynamics.EnsembleDynamics")
+_INERT = {
+    *_CLASSES,
+    *(name + "Model" for name in _CLASSES),
+    *(f"termination_fns.{name}" for name in _TERMINATION_FUNCTIONS.values()),
+    # A Flax module's own state.
+    "flax.ids.FlaxId",
+    "flax.linen.module.SetupState",
+    "flax.linen.module._ModuleInternalState",
+}
+
+
+def _filled(make: Any, arguments: Any, state: Any, _: Any) -> Any:
+    array = make(*arguments)
+    array.__setstate__(state)
+    return array
+
+
+_ALLOWED: dict[str, Callable[..., Any]] = {
+    **NUMPY,
+    "flax.core.frozen_dict.FrozenDict": lambda tree: tree,
+    "jax._src.array._reconstruct_array": _filled,
+    # As `write` has them.
+    "jax.numpy.asarray": lambda array: array,
+    "numpy.ndarray": lambda shape, kind, content: np.frombuffer(content, kind).reshape(shape),
+}
+
+
+def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
+    """The elites of a pickled EnsembleDynamics, as all members; MOReL's statistics are left out.
+
+    Raises:
+        InputError: see `Format.read`.
+    """
+    if hints.absolute:
+        raise InputError("Unifloral's dynamics predict changes alone; leave absolute out")
+    found = load(source, _ALLOWED, _INERT)
+    if type(found).__name__ != "EnsembleDynamics" or not isinstance(found.state, dict):
+        raise InputError(f"{source} holds no EnsembleDynamics of Unifloral")
+    try:
+        dynamics = _make_ensemble(
+            found.state.get("params"),
+            lambda value: torch.tensor(as_array(value), dtype=torch.float32),
+            hints.activation or "relu",
+        )
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
+    if not all(bool(parameter.isfinite().all()) for parameter in dynamics.parameters()):
+        raise InputError(f"{source} holds parameters that are not finite")
+    if hints.elites is not None:
+        dynamics.elites = torch.tensor(hints.elites)
+        dynamics.check_elites()
+    return Checkpoint(dynamics)
+
+
+def write(checkpoint: Checkpoint, target: Path) -> None:
+    """A pickle for their `load_dynamics_model`, which names their classes, Flax and JAX and is made without.
+
+    It holds elites alone, as theirs; standardised inputs go into the first layer. `target` names the data
+    set, as their files do, and with it the termination function. For policies they have no files.
+
+    Raises:
+        InputError: see `Format.write`.
+    """
+    model = checkpoint.dynamics
+    if model is None:
+        raise InputError("Unifloral saves dynamics alone: there are none")
+    dataset = target.name.removeprefix("ensemble_dynamics_model_")
+    beginning = next((known for known in _TERMINATION_FUNCTIONS if dataset.startswith(known)), None)
+    if beginning is None:
+        raise InputError(
+            f"{target.name} must name its data set, for the termination function, as Unifloral's files do:"
+            " ensemble_dynamics_model_hopper-medium-v2.pkl"
+        )
+    if model.activation != "relu" or len(set(model.hidden)) != 1:
+        raise InputError(
+            "Unifloral's dynamics have hidden layers of one width, with ReLU; these have"
+            f" {model.hidden}, with {model.activation}"
+        )
+    if model.log_scale == "std" or model.max_logvar.ndim == 2 or bool(model.absolute.any()):
+        raise InputError(
+            "Unifloral's dynamics predict changes and bound all members' log-variances alike; these do not"
+        )
+    if checkpoint.policy is not None:
+        logger.warning("%s: Unifloral saves no policies; this one is left out", target)
+    weights = [weight.detach()[model.elites] for weight in model.weights]
+    biases = [bias.detach()[model.elites] for bias in model.biases]
+    biases[0] = biases[0] - (model.input_mean / model.input_std) @ weights[0]
+    weights[0] = weights[0] / model.input_std.unsqueeze(-1)
+    layers = {
+        f"Dense_{i}": {"kernel": w, "bias": b} for i, (w, b) in enumerate(zip(weights, biases, strict=True))
+    }
+    params = {"ensemble": layers, "max_logvar": model.max_logvar, "min_logvar": model.min_logvar}
+    members, sizes = len(model.elites), (len(model.hidden), model.hidden[0])
+    state = {
+        "num_ensemble": members,
+        "dynamics_model": _Call(
+            "dynamics.EnsembleDynamicsModel", (model.obs_dim, model.act_dim, members, *sizes)
+        ),
+        "params": _Call("flax.core.frozen_dict.FrozenDict", ({"params": params},)),
+        "termination_fn": _Global(f"termination_fns.{_TERMINATION_FUNCTIONS[beginning]}"),
+        "discrepancy": None,
+        "min_r": None,
+        "dataset": None,
+    }
+    made = _encode(_Global("dynamics.EnsembleDynamics")) + pickle.EMPTY_TUPLE + pickle.NEWOBJ
+    with atomic_path(target) as temporary:
+        temporary.write_bytes(pickle.PROTO + b"\x03" + made + _encode(state) + pickle.BUILD + pickle.STOP)
+
+
+class _Global(str):
+    """What a pickle is to find by "module.name"."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a pickle is to call, and with what."""
+
+    function: str
+    arguments: tuple[Any, ...]
+
+
+def _encode(value: Any) -> bytes:
+    """A pickle's operations that leave `value` on its stack. Python's own pickler imports what it names."""
+    if isinstance(value, _Global):
+        return pickle.GLOBAL + "{}\n{}\n".format(*value.rsplit(".", 1)).encode()
+    if isinstance(value, _Call):
+        arguments = b"".join(map(_encode, value.arguments))
+        return _encode(_Global(value.function)) + pickle.MARK + arguments + pickle.TUPLE + pickle.REDUCE
+    if isinstance(value, dict):
+        items = b"".join(_encode(key) + _encode(entry) for key, entry in value.items())
+        return pickle.EMPTY_DICT + pickle.MARK + items + pickle.SETITEMS
+    if isinstance(value, torch.Tensor):
+        array = value.detach().cpu().numpy().astype("<f4")
+        return _encode(
+            _Call("jax.numpy.asarray", (_Call("numpy.ndarray", (array.shape, "<f4", array.tobytes())),))
+        )
+    return pickle.dumps(value, protocol=3)[2:-1]

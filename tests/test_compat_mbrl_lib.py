@@ -26,7 +26,7 @@ PARITY = Path(__file__).parent / "beside" / "mbrl_lib.py"
 
 @pytest.mark.slow
 def test_beside_the_real_one(tmp_path: Path) -> None:
-    assert int(run_with(PACKAGES, PARITY.read_text(), tmp_path).split()[-1]) == 288
+    assert int(run_with(PACKAGES, PARITY.read_text(), tmp_path).split()[-1]) == 360
 
 
 # --- files
@@ -109,4 +109,6 @@ def test_models_that_it_does_not_have(tmp_path: Path) -> None:
         mbrl_lib.write(Checkpoint(), tmp_path)
     with pytest.raises(InputError, match="OneDTransitionRewardModel around a GaussianMLP"):
         mbrl_lib.ModelEnv(None, object(), lambda *_: None)  # type: ignore[arg-type,return-value]
+    with pytest.raises(InputError, match="penalty_coef must be finite and not negative, got -1"):
+        mbrl_lib.ModelEnv(None, object(), lambda *_: None, penalty_coef=-1.0)  # type: ignore[arg-type,return-value]
     assert not list(tmp_path.iterdir())

@@ -8,7 +8,7 @@ mbrl-lib has MBPO, the same loop without a penalty: `penalty_coef` makes it MOPO
 
 import dataclasses
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +35,7 @@ class ModelEnv:
     The same arguments, methods and results; the model's weights are ours, in place. Elites are drawn as
     there: the batch is shuffled and split equally over them ("random_model", "fixed_model"), but need not be
     a multiple of their number; "expectation" is the elites' mean. Noise is of a seed drawn from `generator`.
+    Rows that are not finite go on as NaN, as there.
 
     Args:
         env: for its spaces.
@@ -51,7 +52,8 @@ class ModelEnv:
         penalties: u(s, a) [batch, 1] of the last step; None where penalty_coef is 0.
 
     Raises:
-        InputError: a model that the kernels do not have; says what it is.
+        InputError: a model that the kernels do not have, says what it is; no rewards, neither learned nor
+            of a function; or a `penalty_coef` that is out of range.
     """
 
     def __init__(
@@ -71,7 +73,11 @@ class ModelEnv:
     ) -> None:
         if partition not in ("equal", "independent"):
             raise InputError(f'partition must be "equal" or "independent", got {partition!r}')
+        if not 0.0 <= penalty_coef < float("inf"):
+            raise InputError(f"penalty_coef must be finite and not negative, got {penalty_coef!r}")
         _check(model)
+        if reward_fn is None and not model.learned_rewards:
+            raise InputError("the model has not learned rewards: give a reward_fn")
         self.dynamics_model, self.termination_fn, self.reward_fn = model, termination_fn, reward_fn
         self.device = model.device
         self.observation_space, self.action_space = env.observation_space, env.action_space
@@ -142,8 +148,37 @@ class ModelEnv:
     def _step(
         self, observations: torch.Tensor, actions: torch.Tensor, state: State, sample: bool
     ) -> StepResult:
+        model = self.dynamics_model
+        process = model.obs_process_fn
+        ensemble = _ensemble(model, absolute=None if process is None else range(_obs_dim(model)))
+        inputs = torch.cat([observations if process is None else process(observations), actions], dim=1)
+        finite = torch.isfinite(inputs).all(1, keepdim=True)
+        inputs = torch.where(finite, inputs, 0.0)
+        # Processed observations may have other dimensions: where all is absolute, it does not matter which
+        # inputs are called observations.
+        split = inputs.tensor_split([ensemble.obs_dim], dim=1)
+        made = self._predict(ensemble, split[0], split[1], state, sample)
+        successors = made.next_observations
+        if process is not None:
+            predicted = torch.zeros(ensemble.obs_dim, dtype=torch.bool, device=self.device)
+            predicted[_absolute(model)] = True
+            successors = torch.where(predicted, successors, observations + successors)
+        return dataclasses.replace(
+            made,
+            next_observations=torch.where(finite, successors, torch.nan),
+            raw_rewards=torch.where(finite[:, 0], made.raw_rewards, torch.nan),
+            penalties=torch.where(finite[:, 0], made.penalties, torch.nan),
+        )
+
+    def _predict(
+        self,
+        ensemble: EnsembleDynamics,
+        observations: torch.Tensor,
+        actions: torch.Tensor,
+        state: State,
+        sample: bool,
+    ) -> StepResult:
         method = self.dynamics_model.model.propagation_method
-        ensemble = ensemble_over(self.dynamics_model)
         elites = ensemble.elites.tolist()
         if len(elites) > 1 and method is None:
             raise InputError("an ensemble's step takes a propagation method; ModelEnv itself needs one, too")
@@ -217,17 +252,22 @@ def _check(model: Any) -> None:
         raise InputError("the model must be a OneDTransitionRewardModel around a GaussianMLP")
     if inner.deterministic:
         raise InputError("the GaussianMLP is deterministic: it has no variances to draw from or to penalise")
-    if model.obs_process_fn is not None:
-        raise InputError("the model sees processed observations (obs_process_fn); ours see what they predict")
 
 
 def ensemble_over(model: Any) -> EnsembleDynamics:
     """A OneDTransitionRewardModel as our ensemble, on its own weights where it predicts rewards.
 
     Raises:
-        InputError: see `ModelEnv`.
+        InputError: see `ModelEnv`; or it sees processed observations, which `ModelEnv` alone can give it.
     """
     _check(model)
+    if model.obs_process_fn is not None:
+        raise InputError("the model sees processed observations (obs_process_fn); ours see what they predict")
+    return _ensemble(model)
+
+
+def _ensemble(model: Any, absolute: Sequence[int] | None = None) -> EnsembleDynamics:
+    """`absolute` None: as the model says."""
     inner = model.model
     layers = [layer[0] for layer in inner.hidden_layers] + [inner.mean_and_logvar]
     weights = [layer.weight.detach() for layer in layers]
@@ -237,8 +277,6 @@ def ensemble_over(model: Any) -> EnsembleDynamics:
         # A reward that is 0, and nothing to penalise.
         weights[-1], biases[-1] = (_with_reward(tensor, 0.0) for tensor in (weights[-1], biases[-1]))
         bounds = [torch.cat([bound, bound.new_tensor([-60.0 - i])]) for i, bound in enumerate(bounds)]
-    obs_dim = bounds[0].shape[0] - 1
-    absolute = model.no_delta_list if model.target_is_delta else range(obs_dim)
     scale = model.input_normalizer
     return ensemble_of(
         weights,
@@ -248,8 +286,19 @@ def ensemble_over(model: Any) -> EnsembleDynamics:
         input_mean=None if scale is None else scale.mean,
         input_std=None if scale is None else scale.std,
         elites=inner.elite_models,
-        absolute=sorted({dim % obs_dim for dim in absolute}),
+        absolute=_absolute(model) if absolute is None else absolute,
     )
+
+
+def _obs_dim(model: Any) -> int:
+    return int(model.model.out_size) - bool(model.learned_rewards)
+
+
+def _absolute(model: Any) -> list[int]:
+    """The dimensions of the next observation that the model predicts themselves."""
+    obs_dim = _obs_dim(model)
+    dims = model.no_delta_list if model.target_is_delta else range(obs_dim)
+    return sorted({dim % obs_dim for dim in dims})
 
 
 def _with_reward(heads: torch.Tensor, value: float) -> torch.Tensor:

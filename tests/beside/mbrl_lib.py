@@ -16,7 +16,20 @@ torch.manual_seed(0)
 random = np.random.default_rng(0)
 space = SimpleNamespace(observation_space=None, action_space=None)
 
-OPTIONS = ({}, {"no_delta_list": [1]}, {"target_is_delta": False}, {"learned_rewards": False})
+
+def process(observations):
+    """One more than the observations, as its cartpole has it."""
+    angle = observations[..., 1:2]
+    return torch.cat([angle.sin(), angle.cos(), observations[..., :1], observations[..., 2:]], dim=-1)
+
+
+OPTIONS = (
+    {},
+    {"no_delta_list": [1]},
+    {"target_is_delta": False},
+    {"learned_rewards": False},
+    {"obs_process_fn": process, "no_delta_list": [0]},
+)
 
 
 def reward_of(actions, next_observations):
@@ -30,9 +43,9 @@ def ends(actions, next_observations):
 def make(method, activation="SiLU", double=False, elites=(3, 0, 2), **options):
     """A trained-like model: biases, an input scale, members that disagree in the first dimension."""
     torch.manual_seed(1)
-    rewards = options.get("learned_rewards", True)
+    rewards, inputs = options.get("learned_rewards", True), OBS + ACT + ("obs_process_fn" in options)
     mlp = mbrl.models.GaussianMLP(
-        OBS + ACT,
+        inputs,
         OBS + rewards,
         "cpu",
         num_layers=3,
@@ -53,7 +66,7 @@ def make(method, activation="SiLU", double=False, elites=(3, 0, 2), **options):
     model = mbrl.models.OneDTransitionRewardModel(
         mlp, normalize=True, normalize_double_precision=double, **options
     )
-    data = random.normal(0.3, 2.0, size=(100, OBS + ACT)).astype(np.float64 if double else np.float32)
+    data = random.normal(0.3, 2.0, size=(100, inputs)).astype(np.float64 if double else np.float32)
     model.input_normalizer.update_stats(data)
     return model
 
@@ -147,6 +160,21 @@ values = [
     env.evaluate_action_sequences(sequences, observations[0], 3000) for env in both(make("random_model"))
 ]
 assert values[0].shape == values[1].shape and torch.allclose(values[0], values[1], atol=0.1), values
+
+# Rows that are not finite go on, as there, and leave the others alone.
+broken = observations.copy()
+broken[4, 1], broken[9] = np.inf, np.nan
+for options in OPTIONS:
+    model = make("random_model", **options)
+    reward = None if options.get("learned_rewards", True) else reward_of
+    theirs, ours = (step(env, broken, actions, False) for env in both(model, reward))
+    for one, other in zip(theirs, ours, strict=True):
+        assert np.array_equal(np.isfinite(one), np.isfinite(other)), options
+        np.testing.assert_allclose(other, one, rtol=2e-5, atol=2e-5)
+    assert np.isnan(ours[0]).any(1).nonzero()[0].tolist() == [4, 9], options
+    ours = list(both(model, reward, penalty_coef=1.0))[1]
+    step(ours, broken, actions, True)
+    assert ours.penalties.isnan()[:, 0].nonzero()[:, 0].tolist() == [4, 9]
 
 # Files, both ways.
 model = make("random_model", double=True)

@@ -561,6 +561,7 @@ class _Loop:
             _remove_older(last)
         _cut_back(out / "progress.csv", self.epoch - len(self.pending))
         updates = self.pending[0].row["updates"] if self.pending else self.sac.updates + 1
+        _await_a_later_second(out)
         self.board = SummaryWriter(str(out), purge_step=updates)
         if last is None and (out / "fit.json").exists():
             _log_fit(out)
@@ -826,6 +827,12 @@ def _cut_back(path: Path, epochs: int) -> None:
         lines = path.read_text().splitlines(keepends=True)[: 1 + epochs]
         with atomic_path(path) as temporary:
             temporary.write_text("".join(lines) if epochs else "")
+
+
+def _await_a_later_second(out: Path) -> None:
+    """TensorBoard reads event files by their names, which begin with the second that each was begun in."""
+    seconds = [int(path.name.split(".")[3]) for path in out.glob("events.out.tfevents.*")]
+    time.sleep(min(1.0, max(0.0, max(seconds, default=0) + 1 - time.time())))
 
 
 def _log_fit(out: Path) -> None:

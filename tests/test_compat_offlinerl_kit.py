@@ -1,5 +1,6 @@
 """OfflineRL-Kit: against what its own code has computed and written (recorded/offlinerl_kit.py)."""
 
+import copy
 import pickle
 import types
 from pathlib import Path
@@ -224,11 +225,22 @@ def test_fused_rollout(recorded: dict[str, np.ndarray]) -> None:
     assert np.array_equal(rows["obss"][256 : 256 + len(going_on)], going_on)
 
 
+def test_a_copied_policy_rolls_out_itself(recorded: dict[str, np.ndarray]) -> None:
+    policy = kit.fuse_rollout(make_policy(make_dynamics()))
+    copied = copy.deepcopy(policy)
+    with torch.no_grad():
+        copied.actor.dist_net.mu.bias.fill_(20.0)
+    assert (copied.rollout(recorded["observations"], 1)[0]["actions"] > 0.9).all()
+    assert (policy.rollout(recorded["observations"], 1)[0]["actions"] < 0.9).any()
+
+
 def test_the_policys_actions(recorded: dict[str, np.ndarray]) -> None:
     actor = kit._actor(make_policy(make_dynamics()).actor)
     observations = torch.from_numpy(recorded["observations"])
     assert_close(actor.act(observations), recorded["deterministic"])
     assert_close(actor(observations)[1].exp(), recorded["policy std"])
+    assert np.isclose(recorded["policy std"].min(), np.exp(-5.0))
+    assert np.isclose(recorded["policy std"].max(), np.exp(2.0))
 
 
 def test_actors_that_cannot_be_fused() -> None:
@@ -283,6 +295,7 @@ def test_train(tmp_path: Path) -> None:
     data["rewards"] = data["observations"][:, :1] * data["actions"][:, 1:]
     dynamics, log = make_dynamics(), Log(tmp_path)
     before = [layer.weight.detach().clone() for layer in kit._layers(dynamics.model)]
+    bounds = {name: getattr(dynamics.model, name).detach().clone() for name in ("max_logvar", "min_logvar")}
     np.random.seed(0)
     dynamics.train(data, log, max_epochs=40)
     losses = [value for name, value in log.values if name == "loss/dynamics_holdout_loss"]
@@ -292,6 +305,7 @@ def test_train(tmp_path: Path) -> None:
     layers = kit._layers(dynamics.model)
     assert not any(torch.equal(layer.weight, old) for layer, old in zip(layers, before, strict=True))
     assert all(torch.equal(layer.weight, layer.saved_weight) for layer in layers)
+    assert not any(torch.equal(getattr(dynamics.model, name), old) for name, old in bounds.items())
     np.testing.assert_allclose(dynamics.scaler.mu[0, :3], data["observations"].mean(0), atol=0.05)
     fitted = kit.read(tmp_path).dynamics
     assert fitted is not None and fitted.elites.tolist() == dynamics.model.elites.tolist()
@@ -302,6 +316,18 @@ def test_train(tmp_path: Path) -> None:
     # A fit goes on from where it is.
     dynamics.train(data, log, max_epochs=1)
     assert log.values[-1][1] < 2 * losses[-1]
+
+
+def test_a_fit_of_0_epochs_at_most_has_no_limit(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    data = {
+        name: random.normal(size=(100, size)).astype(np.float32)
+        for name, size in (("observations", 3), ("actions", 2), ("next_observations", 3), ("rewards", 1))
+    }
+    dynamics, log = make_dynamics(), Log(tmp_path)
+    np.random.seed(0)
+    dynamics.train(data, log, max_epochs=0)
+    assert log.step > 1
 
 
 def test_fits_that_are_not_by_plain_adam(tmp_path: Path) -> None:

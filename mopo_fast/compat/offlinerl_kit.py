@@ -11,6 +11,7 @@ import io
 import logging
 import math
 import os
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -224,7 +225,8 @@ class EnsembleDynamics:
             holdout_fraction=holdout_ratio,
             # There the fifth epoch without improvement is the last, here the one after.
             patience=max_epochs_since_update - 1,
-            max_epochs=None if max_epochs is None else math.ceil(max_epochs),
+            # 0 is no limit there, as None is.
+            max_epochs=math.ceil(max_epochs) if max_epochs else None,
         )
         best = [1e10] * ensemble.members
 
@@ -296,15 +298,16 @@ def fuse_rollout(policy: Any) -> Any:
     if not isinstance(policy.dynamics, EnsembleDynamics):
         raise InputError("the policy's dynamics must be mopo_fast.compat.offlinerl_kit.EnsembleDynamics")
     _actor(policy.actor)
-
-    def rollout(init_obss: Array, rollout_length: int) -> tuple[dict[str, Array], dict[str, Any]]:
-        result: tuple[dict[str, Array], dict[str, Any]] = policy.dynamics.rollout(
-            _actor(policy.actor), init_obss, rollout_length
-        )
-        return result
-
-    policy.rollout = rollout
+    # Bound, so that a copy of the policy rolls out itself.
+    policy.rollout = types.MethodType(_rollout, policy)
     return policy
+
+
+def _rollout(policy: Any, init_obss: Array, rollout_length: int) -> tuple[dict[str, Array], dict[str, Any]]:
+    result: tuple[dict[str, Array], dict[str, Any]] = policy.dynamics.rollout(
+        _actor(policy.actor), init_obss, rollout_length
+    )
+    return result
 
 
 def _layers(model: Any) -> list[Any]:

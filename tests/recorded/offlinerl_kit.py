@@ -61,6 +61,9 @@ def main(checkout: str) -> None:
 
     # Around every bound of every rule, of as many dimensions as the widest needs.
     states = np.random.uniform(-3.0, 3.0, size=(160, 27)).astype(np.float32)
+    # No rule ends these, so that the one value beside a bound decides.
+    states[:120] = 0.0
+    states[:120, [0, 26]] = 1.0
     edges = np.float32([-100, 100, 0.7, -0.2, 0.2, 0.8, 2.0, -1.0, 1.0, 0.075])
     beside = [np.nextafter(edges, np.float32(far)) for far in (-1e9, 1e9)]
     edges = np.concatenate([edges, *beside])
@@ -76,8 +79,10 @@ def main(checkout: str) -> None:
     )
     critics = [Critic(MLP(OBS + ACT, HIDDEN)) for _ in range(2)]
     policy = MOPOPolicy(dynamics("aleatoric"), actor, *critics, None, None, None)
+    with torch.no_grad():
+        # Both ends of the clip are met.
+        actor.dist_net.sigma.weight.mul_(40.0)
     recorded["deterministic"] = policy.select_action(observations, deterministic=True)
-    # Made by arrays, some of them with the loudest noise.
     distribution = actor(observations)
     recorded["policy std"] = distribution.scale.detach().numpy()
 

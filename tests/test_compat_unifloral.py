@@ -246,4 +246,4 @@ def test_parameters_of_something_else() -> None:
 def test_rollouts_in_jax(tmp_path: Path) -> None:
     tests = str(TESTS / "beside" / "unifloral.py")
     code = f"import pytest, sys; sys.exit(pytest.main(['-p', 'no:cacheprovider', {tests!r}]))"
-    assert "19 passed" in run_with(PACKAGES, code, tmp_path)
+    assert "20 passed" in run_with(PACKAGES, code, tmp_path)

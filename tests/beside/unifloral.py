@@ -297,6 +297,17 @@ def test_fused_rollouts_are_repeatable(theirs: Any) -> None:
     assert jnp.isfinite(made[0].obs).all()
 
 
+def test_fused_noise_is_of_the_key_and_of_each_use(theirs: Any) -> None:
+    dynamics = unifloral.EnsembleDynamics(theirs)
+    dynamics.dataset = dynamics.dataset._replace(obs=dynamics.dataset.obs[:1])
+    run = compiled(dynamics.make_rollout_fn(2000, 1), actor_params())
+    one, other = (run(jax.random.PRNGKey(seed), make_buffer(2000)) for seed in (0, 1))
+    assert jnp.array_equal(one.obs, other.obs)
+    for uses in ((one.action, other.action), (one.action, one.next_action)):
+        first, second = (jnp.arctanh(array[:, 1]) for array in uses)
+        assert abs(jnp.corrcoef(first, second)[0, 1]) < 0.2
+
+
 def test_fused_rewards_are_penalised(theirs: Any) -> None:
     dynamics = unifloral.EnsembleDynamics(theirs)
     plain, penalised = (

@@ -1,6 +1,8 @@
 """Models of other code: what all formats share. Each format's own tests are in test_compat_NAME.py."""
 
+import logging
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -24,6 +26,26 @@ def test_ours_to_ours(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert EnsembleDynamics.load(target).elites.tolist() == [3, 1]
     for ours, copy in zip(Actor.load(run).parameters(), Actor.load(target).parameters(), strict=True):
         assert torch.equal(ours, copy)
+
+
+@pytest.mark.parametrize("name", ["mbrl-lib", "d3rlpy", "unifloral"])
+def test_code_without_files_for_policies(
+    name: Literal["mbrl-lib", "d3rlpy", "unifloral"],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What has been written is returned, and what has been left out is said."""
+    run, scale = tmp_path / "run", "std" if name == "d3rlpy" else "variance"
+    EnsembleDynamics(3, 2, members=2, elites=2, hidden=(8,), activation="relu", log_scale=scale).save(run)
+    Actor(3, 2, hidden=(8,)).save(run)
+    with caplog.at_level(logging.WARNING, "mopo_fast"):
+        made = convert_checkpoint(run, tmp_path / "hopper.pkl", "mopo-fast", name)
+    assert made.policy is None and made.dynamics is not None
+    assert f"the policy is left out: {name} has no files for policies" in caplog.text
+    for file in run.glob("dynamics.*"):
+        file.unlink()
+    with pytest.raises(InputError, match=f"holds a policy alone, and {name} has no files"):
+        convert_checkpoint(run, tmp_path / "other.pkl", "mopo-fast", name)
 
 
 def test_mistakes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from own_packages import run_with
 
-from mopo_fast import EnsembleDynamics, InputError
+from mopo_fast import Actor, EnsembleDynamics, InputError
 from mopo_fast.cli import main
 from mopo_fast.compat import Checkpoint, mbrl_lib
 from mopo_fast.config import Hints
@@ -105,8 +105,9 @@ def test_damaged_and_foreign_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_models_that_it_does_not_have(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="these dynamics do not"):
         mbrl_lib.write(Checkpoint(make_ensemble(log_scale="std")), tmp_path)
-    with pytest.raises(InputError, match="there are none"):
-        mbrl_lib.write(Checkpoint(), tmp_path)
+    for wrong in (Checkpoint(), Checkpoint(make_ensemble(), Actor(3, 2))):
+        with pytest.raises(InputError, match="of dynamics alone"):
+            mbrl_lib.write(wrong, tmp_path)
     with pytest.raises(InputError, match="OneDTransitionRewardModel around a GaussianMLP"):
         mbrl_lib.ModelEnv(None, object(), lambda *_: None)  # type: ignore[arg-type,return-value]
     with pytest.raises(InputError, match="penalty_coef must be finite and not negative, got -1"):

@@ -3,7 +3,6 @@
 What takes JAX is in beside/unifloral.py, run here with JAX in a folder of its own.
 """
 
-import logging
 import os
 import pickle
 import sys
@@ -151,21 +150,16 @@ def test_standardised_inputs_go_into_the_first_layer(tmp_path: Path) -> None:
     assert mean.std() > 0.01
 
 
-def test_a_policy_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = tmp_path / "hopper.pkl"
-    with caplog.at_level(logging.WARNING, "mopo_fast"):
-        unifloral.write(Checkpoint(standardised(), Actor(4, 2)), path)
-    assert "Unifloral saves no policies" in caplog.text
-    assert path.exists()
-
-
 def test_what_theirs_cannot_hold(tmp_path: Path) -> None:
-    def refused(name: str, dynamics: EnsembleDynamics | None, message: str) -> None:
+    def refused(
+        name: str, dynamics: EnsembleDynamics | None, message: str, policy: Actor | None = None
+    ) -> None:
         with pytest.raises(InputError, match=message):
-            unifloral.write(Checkpoint(dynamics, Actor(4, 2)), tmp_path / name)
+            unifloral.write(Checkpoint(dynamics, policy), tmp_path / name)
         assert not list(tmp_path.iterdir())
 
     refused("hopper.pkl", None, "saves dynamics alone")
+    refused("hopper.pkl", standardised(), "saves dynamics alone", Actor(4, 2))
     refused("dynamics.pkl", standardised(), "must name its data set, .*_hopper-medium-v2.pkl")
     silu = EnsembleDynamics(4, 2, members=2, elites=2, hidden=(8, 8))
     refused("hopper.pkl", silu, r"of one width, with ReLU; these have \(8, 8\), with silu")

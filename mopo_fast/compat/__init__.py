@@ -5,6 +5,7 @@ files. None imports the code base: what it hands over is used through the attrib
 """
 
 import importlib
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from mopo_fast.config import CHECKPOINT_FORMATS, CheckpointFormat, Hints
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.policy import Actor
+
+logger = logging.getLogger("mopo_fast")
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +28,12 @@ class Checkpoint:
 
 
 class Format(Protocol):
-    """What each module of this package offers for its code base's files."""
+    """What each module of this package offers for its code base's files.
+
+    `WRITES_POLICIES`: its code keeps policies alone, or beside dynamics, in files that `write` can make.
+    """
+
+    WRITES_POLICIES: bool
 
     def read(self, source: Path, hints: Hints = ...) -> Checkpoint:
         """The models in a file or folder of theirs.
@@ -71,6 +79,9 @@ def convert_checkpoint(
         hints: what `source` leaves open.
         overwrite: replace what is there.
 
+    Returns:
+        What has been written: without the policy where the target has no files for policies, which is logged.
+
     Raises:
         InputError: see `Format.read` and `Format.write`; or `target` exists.
     """
@@ -83,5 +94,10 @@ def convert_checkpoint(
     checkpoint = reader.read(source, hints or Hints())
     if checkpoint.dynamics is None and checkpoint.policy is None:
         raise InputError(f"{source} holds neither dynamics nor a policy of {source_format}")
+    if checkpoint.policy is not None and not writer.WRITES_POLICIES:
+        if checkpoint.dynamics is None:
+            raise InputError(f"{source} holds a policy alone, and {target_format} has no files for policies")
+        logger.warning("the policy is left out: %s has no files for policies", target_format)
+        checkpoint = Checkpoint(checkpoint.dynamics)
     writer.write(checkpoint, target)
     return checkpoint

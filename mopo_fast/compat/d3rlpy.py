@@ -134,6 +134,9 @@ def _ensemble(
 # --- files
 
 
+WRITES_POLICIES = False
+
+
 def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
     """What `save_model` has written, with params.json beside it for the scalers, if there are any.
 

@@ -326,6 +326,9 @@ def _members(ensemble: EnsembleDynamics, members: list[int]) -> EnsembleDynamics
 # --- files
 
 
+WRITES_POLICIES = False
+
+
 def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
     """model.pth and env_stats.pickle, if there is one, of a folder.
 
@@ -396,8 +399,8 @@ def write(checkpoint: Checkpoint, target: Path) -> None:
         InputError: there is a policy, which it does not keep with the model; or it has no such dynamics.
     """
     ensemble = checkpoint.dynamics
-    if ensemble is None:
-        raise InputError("mbrl-lib's files are of dynamics, and there are none")
+    if checkpoint.policy is not None or ensemble is None:
+        raise InputError("mbrl-lib's files are of dynamics alone")
     if ensemble.log_scale == "std" or ensemble.max_logvar.ndim == 2:
         raise InputError("GaussianMLP has log-variances and bounds for all members; these dynamics do not")
     names = [*(f"hidden_layers.{i}.0" for i in range(len(ensemble.hidden))), "mean_and_logvar"]

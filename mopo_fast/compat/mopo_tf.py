@@ -384,6 +384,9 @@ def _only(folder: Path, pattern: str) -> Path | None:
     return found[0] if found else None
 
 
+WRITES_POLICIES = True
+
+
 def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
     """A model's NAME_STEP.mat, a checkpoint's .pkl, or a folder with one of either.
 

@@ -10,6 +10,8 @@ from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.policy import Actor
 
+WRITES_POLICIES = True
+
 
 def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
     """The models of a run's folder; hints in place of what it says are refused, but for the elites."""

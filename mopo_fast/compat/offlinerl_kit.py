@@ -391,6 +391,9 @@ def _save_files(folder: Path, state: dict[str, torch.Tensor], mu: Any, std: Any)
             temporary.write_bytes(content.getbuffer())
 
 
+WRITES_POLICIES = True
+
+
 def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
     """dynamics.pth with mu.npy and std.npy, and policy.pth, of a folder; each pair may be missing.
 

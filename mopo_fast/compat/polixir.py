@@ -167,6 +167,9 @@ def _attributes(module: Inert) -> Any:
     return SimpleNamespace(kind=kind, **values)
 
 
+WRITES_POLICIES = True
+
+
 def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
     """A file that `torch.save` made of an `EnsembleTransition` or a `TanhGaussianPolicy`; or a folder with
     dynamics.pt, policy.pt, as `write` makes it.

@@ -5,7 +5,6 @@ JAX is imported by what is handed JAX's arrays; files are read and written witho
 
 import contextlib
 import importlib
-import logging
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,8 +25,6 @@ from mopo_fast.pickles import NUMPY, as_array, load
 from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine
 from mopo_fast.seeds import ROLLOUT, derive_seed
-
-logger = logging.getLogger("mopo_fast")
 
 # Of their TanhGaussianActor.
 LOG_STD_BOUNDS = (-5.0, 2.0)
@@ -350,6 +347,9 @@ _ALLOWED: dict[str, Callable[..., Any]] = {
 }
 
 
+WRITES_POLICIES = False
+
+
 def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
     """The elites of a pickled EnsembleDynamics, as all members; MOReL's statistics are left out.
 
@@ -387,8 +387,8 @@ def write(checkpoint: Checkpoint, target: Path) -> None:
         InputError: see `Format.write`.
     """
     model = checkpoint.dynamics
-    if model is None:
-        raise InputError("Unifloral saves dynamics alone: there are none")
+    if model is None or checkpoint.policy is not None:
+        raise InputError("Unifloral saves dynamics alone")
     dataset = target.name.removeprefix("ensemble_dynamics_model_")
     beginning = next((known for known in _TERMINATION_FUNCTIONS if dataset.startswith(known)), None)
     if beginning is None:
@@ -405,8 +405,6 @@ def write(checkpoint: Checkpoint, target: Path) -> None:
         raise InputError(
             "Unifloral's dynamics predict changes and bound all members' log-variances alike; these do not"
         )
-    if checkpoint.policy is not None:
-        logger.warning("%s: Unifloral saves no policies; this one is left out", target)
     weights = [weight.detach()[model.elites] for weight in model.weights]
     biases = [bias.detach()[model.elites] for bias in model.biases]
     biases[0] = biases[0] - (model.input_mean / model.input_std) @ weights[0]

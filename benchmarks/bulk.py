@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
 
-from benchmarks.compare import write_record
+from benchmarks.record import write_record
 from mopo_fast import Actor, EnsembleDynamics, load_dataset
 from mopo_fast.doctor import examine
 from mopo_fast.generate import Generator, generate_config

@@ -15,7 +15,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.compare import BASELINES, RESULTS, write_record
+from benchmarks.compare import BASELINES
+from benchmarks.record import RESULTS, write_record
 from mopo_fast import Actor
 from mopo_fast.bench import fit_work, interleave, rollout_work, sac_work, torch_threads
 from mopo_fast.doctor import examine

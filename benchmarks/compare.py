@@ -4,12 +4,9 @@ Rows go to standard output and, with the machine, the versions, the commit and t
 """
 
 import dataclasses
-import datetime
 import importlib.metadata
 import importlib.util
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -38,13 +35,11 @@ from benchmarks.baselines_rollout import (
     LinearRollout,
     NumpyRollout,
 )
-from mopo_fast.atomic import write_json
+from benchmarks.record import RESULTS, write_record
 from mopo_fast.bench import bench, to_table
-from mopo_fast.doctor import Report, examine
+from mopo_fast.doctor import examine
 from mopo_fast.machine import resolve_threads
 from mopo_fast.roofline import check_picture, write_roofline
-
-RESULTS = Path(__file__).parent / "results"
 
 # Beside the kernel and the reference.
 BASELINES: dict[str, dict[str, Callable[..., Any]]] = {
@@ -131,30 +126,6 @@ def compare(
     if plot is not None:
         write_roofline(plot, rows)
     print(path)
-
-
-def write_record(path: Path, module: str, findings: Report, results: dict[str, Any]) -> None:
-    """Write `results` with the command, date, commit, machine and versions that they belong to."""
-    record = {
-        "command": " ".join([f"python -m benchmarks.{module}", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "machine": dataclasses.asdict(findings.machine),
-        "versions": {
-            "python": findings.python.split()[0],
-            "mopo_fast": findings.version,
-            **{name: importlib.metadata.version(name) for name in ("torch", "numpy")},
-            "jax": importlib.metadata.version("jax") if importlib.util.find_spec("jax") else None,
-        },
-    }
-    write_json(path, record | results)
-
-
-def _commit() -> str:
-    """With "-dirty" where the tree differs from it."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ import torch
 import tyro
 from rich.console import Console
 
-from benchmarks.compare import GPU_BASELINES, RESULTS, write_record
+from benchmarks.compare import GPU_BASELINES
+from benchmarks.record import RESULTS, write_record
 from mopo_fast import Actor, EnsembleDynamics, RolloutEngine
 from mopo_fast.backends import get_backend
 from mopo_fast.bench import Work, fit_work, measure, rollout_work, sac_work, to_table

@@ -4,7 +4,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.compare import RESULTS, write_record
+from benchmarks.record import RESULTS, write_record
 from mopo_fast.bench import WORKS, Work, interleave
 from mopo_fast.doctor import examine
 from mopo_fast.machine import resolve_threads

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
 
-from benchmarks.compare import write_record
+from benchmarks.record import write_record
 from mopo_fast.doctor import examine
 from mopo_fast.progress import progress_bar
 

@@ -1,0 +1,67 @@
+"""d3rlpy 1.x's loop as shipped, and with our ensemble's predictions.
+
+Data and networks are of no meaning, and of halfcheetah's sizes; the loop is `LearnableBase.fit`: a rollout at
+the first step, and updates of SAC after it. d3rlpy has no termination within a rollout.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mopo_fast.compat.d3rlpy import accelerate
+
+OBS_DIM, ACT_DIM = 17, 6
+
+
+def contenders(
+    checkout: Path | None, *, batch_size: int = 50_000, updates: int = 1000, **options: Any
+) -> dict[str, Callable[[], object]]:
+    """Each call is one rollout of 5 steps, or one epoch.
+
+    Args:
+        checkout: not used: it is installed from PyPI.
+        batch_size: start states of a rollout.
+        updates: of an epoch.
+        options: of `RolloutEngine`: backend, dtype, threads.
+    """
+    from d3rlpy.algos import MOPO
+    from d3rlpy.dataset import MDPDataset
+    from d3rlpy.dynamics import ProbabilisticEnsembleDynamics
+
+    random = np.random.default_rng(0)
+    sizes = ((10_000, OBS_DIM), (10_000, ACT_DIM), (10_000,))
+    arrays = [random.uniform(-1, 1, size=size).astype(np.float32) for size in sizes]
+    dataset = MDPDataset(*arrays, terminals=np.arange(10_000) % 1000 == 999)
+
+    def make(ours: bool) -> Any:
+        dynamics = ProbabilisticEnsembleDynamics()
+        dynamics.build_with_dataset(dataset)
+        if ours:
+            accelerate(dynamics, **options)
+        mopo = MOPO(dynamics=dynamics, rollout_interval=updates, rollout_batch_size=batch_size)
+        mopo.build_with_dataset(dataset)
+        return mopo
+
+    ways = {"as shipped": make(False), "accelerate": make(True)}
+    calls = {
+        "rollout": functools.partial(_roll_out, dataset),
+        "epoch": functools.partial(_fit, dataset, updates),
+    }
+    return {
+        f"{what}, {name}": functools.partial(call, way)
+        for what, call in calls.items()
+        for name, way in ways.items()
+    }
+
+
+def _roll_out(dataset: Any, mopo: Any) -> None:
+    transitions = [transition for episode in dataset.episodes for transition in episode]
+    assert mopo.generate_new_data(transitions)
+
+
+def _fit(dataset: Any, updates: int, mopo: Any) -> None:
+    quiet = {"save_metrics": False, "show_progress": False, "verbose": False}
+    mopo.fit(dataset.episodes, n_steps=updates, n_steps_per_epoch=updates, **quiet)

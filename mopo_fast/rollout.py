@@ -6,6 +6,7 @@ many calls of `step`, and any split of a batch gives the rows of the whole.
 """
 
 import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -423,7 +424,19 @@ def _as_int64(seed: int) -> int:
     return seed - 2**64 if seed >= 2**63 else seed
 
 
-@torch.library.custom_op("mopo_fast::step", mutates_args=())
+def _operator(name: str, mutates_args: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Any]:
+    """`torch.library.custom_op` without its wrapper, whose first call imports all of torch's compiler."""
+
+    def register(function: Callable[..., Any]) -> Any:
+        schema = torch.library.infer_schema(function, mutates_args=mutates_args)
+        torch.library.define(f"mopo_fast::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.impl(f"mopo_fast::{name}", "CompositeExplicitAutograd", function)
+        return getattr(torch.ops.mopo_fast, name).default
+
+    return register
+
+
+@_operator("step")
 def _step_op(
     weights: list[torch.Tensor],
     biases: list[torch.Tensor],
@@ -486,7 +499,7 @@ def _step_op(
     )
 
 
-@_step_op.register_fake
+@torch.library.register_fake("mopo_fast::step")
 def _(  # type: ignore[no-untyped-def]
     weights, biases, input_mean, input_std, max_logvar, min_logvar, carry, elites, penalty_members, low, high,
     observations, actions, rows, log_std, activation, penalty, penalty_coef, seed, step, deterministic,
@@ -506,7 +519,7 @@ def _(  # type: ignore[no-untyped-def]
     )
 
 
-@torch.library.custom_op("mopo_fast::rollout", mutates_args=ROLLOUT_ARRAYS)
+@_operator("rollout", ROLLOUT_ARRAYS)
 def _rollout_op(
     weights: list[torch.Tensor],
     biases: list[torch.Tensor],
@@ -570,6 +583,6 @@ def _rollout_op(
     return torch.tensor(counts)
 
 
-@_rollout_op.register_fake
+@torch.library.register_fake("mopo_fast::rollout")
 def _(*args, **kwargs):  # type: ignore[no-untyped-def]
     return torch.empty(2, dtype=torch.int64)

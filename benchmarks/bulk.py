@@ -21,7 +21,8 @@ from benchmarks.record import write_record
 from mopo_fast import Actor, EnsembleDynamics, load_dataset
 from mopo_fast.doctor import examine
 from mopo_fast.generate import Generator, generate_config
-from mopo_fast.shards import COMPRESSIONS, generate_shards
+from mopo_fast.shard_files import COMPRESSIONS
+from mopo_fast.shards import generate_shards
 
 _PEAK = """
 import sys
@@ -37,7 +38,7 @@ def main(
     run: Annotated[Path, Positional],
     dataset: Annotated[str, Positional],
     *,
-    count: int = 2_000_000,
+    count: int = 5_000_000,
     rounds: int = 3,
     dtype: Literal["float32", "bfloat16"] = "float32",
     memory: tuple[int, ...] = (1_000_000, 10_000_000),

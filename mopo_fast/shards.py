@@ -7,7 +7,6 @@ process was killed holds whole shards, and the same call makes those that are mi
 
 import dataclasses
 import hashlib
-import io
 import json
 import os
 import queue
@@ -18,15 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import torch
 
 from mopo_fast import __version__
-from mopo_fast.atomic import atomic_path, read_json, write_json
+from mopo_fast.atomic import read_json, write_json
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import Compression, RolloutDtype, ShardFormat
-from mopo_fast.data.files import Array, as_tensor, open_file
+from mopo_fast.data.files import Array, as_tensor
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
@@ -34,14 +32,11 @@ from mopo_fast.generate import GenerateConfig, Generator, check_count, d4rl_arra
 from mopo_fast.lock import locked
 from mopo_fast.policy import Actor
 from mopo_fast.progress import progress_bar
+from mopo_fast.shard_files import COMPRESSIONS, file_sha256, import_pyarrow, read_file, write_file
 from mopo_fast.tensors import tensors_sha256
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-COMPRESSIONS: dict[ShardFormat, tuple[Compression, ...]] = {
-    "hdf5": ("none", "lzf", "gzip"),
-    "parquet": ("none", "snappy", "zstd"),
-}
 # Of the histogram of penalties: ten bins a decade, then those below and above.
 PENALTY_EDGES = np.geomspace(1e-4, 1e4, 81)
 
@@ -106,12 +101,8 @@ def write_shard(folder: Path, plan: Plan, rows: Transitions, metadata: dict[str,
         "dataset": plan.dataset,
         "mopo_fast": plan.mopo_fast,
     }
-    encode = _to_hdf5 if plan.format == "hdf5" else _to_parquet
-    content = encode(arrays, described, plan.compression)
-    with atomic_path(folder / plan.file(shard)) as temporary:
-        temporary.write_bytes(content)
-    digest = hashlib.sha256(content).hexdigest()
-    return _record(plan, arrays, metadata, len(content), digest)
+    size, digest = write_file(folder / plan.file(shard), arrays, described, plan.compression)
+    return _record(plan, arrays, metadata, size, digest)
 
 
 def _record(plan: Plan, arrays: dict[str, Array], metadata: dict[str, Any], size: int, digest: str) -> Record:
@@ -130,87 +121,6 @@ def _record(plan: Plan, arrays: dict[str, Array], metadata: dict[str, Any], size
         "rows_of_step": np.bincount(step, minlength=horizon).tolist(),
         "terminals_of_step": np.bincount(step[ended], minlength=horizon).tolist(),
     }
-
-
-def _to_hdf5(arrays: dict[str, Array], metadata: dict[str, Any], compression: Compression) -> Any:
-    # Made in memory: on a full disk HDF5 itself prints a traceback for every array.
-    content = io.BytesIO()
-    options: dict[str, Any] = {}
-    if compression != "none":
-        options = {"compression": compression, "shuffle": True}
-    with h5py.File(content, "w") as file:
-        for name, array in arrays.items():
-            # Of a whole number of rows, about a megabyte.
-            rows = max(1, 2**20 // max(1, array[:1].nbytes))
-            chunks = {"chunks": (min(rows, len(array)), *array.shape[1:])} if options else {}
-            file.create_dataset(name, data=array, **options, **chunks)
-        for name, value in metadata.items():
-            file[f"metadata/{name}"] = value
-    return content.getbuffer()
-
-
-def _pyarrow() -> Any:
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise InputError("Parquet takes the extra mopo_fast[parquet]: pip install pyarrow") from None
-    return pyarrow
-
-
-def _to_parquet(arrays: dict[str, Array], metadata: dict[str, Any], compression: Compression) -> Any:
-    pyarrow = _pyarrow()
-
-    def column(array: Array) -> Any:
-        values = pyarrow.array(np.ascontiguousarray(array).reshape(-1))
-        return values if array.ndim == 1 else pyarrow.FixedSizeListArray.from_arrays(values, array.shape[1])
-
-    table = pyarrow.table({name: column(array) for name, array in arrays.items()})
-    table = table.replace_schema_metadata({"mopo_fast": json.dumps(metadata)})
-    sink = pyarrow.BufferOutputStream()
-    # No dictionaries: floats repeat too seldom.
-    pyarrow.parquet.write_table(table, sink, compression=compression, use_dictionary=False)
-    return memoryview(sink.getvalue())
-
-
-def read_shard(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
-    """A shard's arrays, mapped into memory where it is uncompressed HDF5, and its metadata.
-
-    Raises:
-        InputError: it is missing or damaged.
-    """
-    if path.suffix == ".parquet":
-        return _from_parquet(path)
-    with open_file(path) as file:
-        metadata = {key: item[()] for key, item in file["metadata"].items()}
-        decoded = {k: v.decode() if isinstance(v, bytes) else v for k, v in metadata.items()}
-        arrays: dict[str, Array] = {}
-        for name, item in file.items():
-            if name == "metadata":
-                continue
-            offset = item.id.get_offset()
-            arrays[name] = (
-                item[()] if offset is None else np.memmap(path, item.dtype, "r", offset, item.shape)
-            )
-        return arrays, decoded
-
-
-def _from_parquet(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
-    pyarrow = _pyarrow()
-    if not path.is_file():
-        raise InputError(f"{path} does not exist")
-    try:
-        table = pyarrow.parquet.read_table(path).combine_chunks()
-        arrays: dict[str, Array] = {}
-        for name in table.column_names:
-            values = table[name].chunk(0)
-            if pyarrow.types.is_fixed_size_list(values.type):
-                flat = values.flatten().to_numpy(zero_copy_only=False)
-                arrays[name] = flat.reshape(-1, values.type.list_size)
-            else:
-                arrays[name] = values.to_numpy(zero_copy_only=False)
-        return arrays, json.loads(table.schema.metadata[b"mopo_fast"])
-    except (pyarrow.ArrowException, OSError, KeyError, TypeError, IndexError, ValueError) as error:
-        raise InputError(f"{path} is not a whole Parquet file ({error}); get or make it again") from error
 
 
 def generate_shards(
@@ -256,7 +166,7 @@ def generate_shards(
         known = "; ".join(f"{name}: {', '.join(some)}" for name, some in COMPRESSIONS.items())
         raise InputError(f"no format {format!r} with compression {compression!r}; there are {known}")
     if format == "parquet":
-        _pyarrow()
+        import_pyarrow()
     if not 1 <= shard_rows < 2**32:
         raise InputError(f"shard_rows must be at least 1 and below 2^32, got {shard_rows}")
     config = generate_config(
@@ -378,12 +288,10 @@ def _resume(out: Path, plan: Plan) -> dict[int, Record]:
     for shard in range(plan.shards):
         path = out / plan.file(shard)
         if shard not in found and path.exists():
-            arrays, metadata = read_shard(path)
+            arrays, metadata = read_file(path)
             if metadata.get("plan") != plan.sha256():
                 raise InputError(f"{path} is of other rollouts; delete it, or choose another folder")
-            content = path.read_bytes()
-            digest = hashlib.sha256(content).hexdigest()
-            found[shard] = _record(plan, arrays, metadata, len(content), digest)
+            found[shard] = _record(plan, arrays, metadata, path.stat().st_size, file_sha256(path))
     _write_manifest(out, plan, found)
     return found
 
@@ -475,7 +383,7 @@ class Rollouts:
         """One shard's transitions."""
         if number not in self._open:
             record = self.manifest["shards"][number]
-            arrays, metadata = read_shard(self._folder / record["file"])
+            arrays, metadata = read_file(self._folder / record["file"])
             names = {field.name for field in dataclasses.fields(Transitions)} & set(arrays)
             tensors: dict[str, Any] = {name: as_tensor(arrays[name]) for name in names}
             while len(self._open) >= self._keep:
@@ -556,9 +464,7 @@ def verify(folder: str | os.PathLike[str], *, quiet: bool = False) -> dict[str, 
 def _verify_shard(path: Path, record: Record, rollouts: Rollouts, number: int, coef: float) -> None:
     if not path.exists():
         raise InputError(f"{path} does not exist")
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != record["sha256"]:
+    if file_sha256(path) != record["sha256"]:
         raise InputError(f"{path} has other bytes than when it was written")
     rows = rollouts.shard(number).validate()
     assert rows.raw_rewards is not None and rows.penalties is not None

@@ -19,7 +19,16 @@ import pytest
 import torch
 from test_generate import CONFIG
 
-from mopo_fast import Actor, EnsembleDynamics, InputError, RolloutEngine, Transitions, open_rollouts, shards
+from mopo_fast import (
+    Actor,
+    EnsembleDynamics,
+    InputError,
+    RolloutEngine,
+    Transitions,
+    open_rollouts,
+    shard_files,
+    shards,
+)
 from mopo_fast.backends.philox import BATCH_STREAM, random_choice
 from mopo_fast.cli import main
 from mopo_fast.data import load_dataset, load_file
@@ -102,7 +111,7 @@ def test_a_shard_is_a_d4rl_file(undisturbed: Path) -> None:
     for name in ("observations", "actions", "rewards", "next_observations", "terminals"):
         assert torch.equal(back.arrays()[name], expected.arrays()[name])
     assert back.info["metadata"]["shard"] == 1 and back.info["metadata"]["penalty_coef"] == 2.0
-    arrays, _ = shards.read_shard(undisturbed / "shard-000001.hdf5")
+    arrays, _ = shard_files.read_file(undisturbed / "shard-000001.hdf5")
     assert isinstance(arrays["observations"], np.memmap)
     # Every rollout ends once, or is the last.
     ends = arrays["terminals"] | arrays["timeouts"]
@@ -312,7 +321,7 @@ def test_models_without_a_finite_prediction(run: Path, data: Transitions, tmp_pa
 
 @pytest.mark.parametrize(
     ("format", "compression"),
-    [(format, compression) for format, some in shards.COMPRESSIONS.items() for compression in some],
+    [(format, compression) for format, some in shard_files.COMPRESSIONS.items() for compression in some],
 )
 def test_every_format(
     run: Path, data: Transitions, undisturbed: Path, tmp_path: Path, format: str, compression: str
@@ -330,7 +339,7 @@ def test_every_format(
     path = out / f"shard-000003.{format}"
     path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(InputError, match=r"shard-000003\.\w+ is not a whole"):
-        shards.read_shard(path)
+        shard_files.read_file(path)
 
 
 def test_parquet_is_read_by_others(run: Path, data: Transitions, undisturbed: Path, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ struct RolloutPlan {
   const float* exp_min;
 };
 
-// What a chunk's steps made, arrays of the output's shapes.
+// What a chunk's steps made, arrays of the output's shapes, rollout r's step t at row r * horizon + t.
 struct RolloutRecord {
   float *observations, *actions, *rewards, *next_observations;
   bool* terminals;
@@ -45,17 +45,15 @@ struct RolloutRecord {
   int32_t* members;
   int64_t* rollout_index;
   int32_t* step;
+  int64_t* length;     // [chunk_rows], steps that each rollout has
+  int64_t non_finite;  // rollouts cut
 };
 
-// A chunk's memory. Records are row-major, rollout r's step t at row r * horizon + t; the rest is tiles,
-// [tile][feature][rows of a tile].
+// The memory that a thread makes a chunk in: tiles, [tile][feature][rows of a tile].
 struct RolloutWorkspace {
   float *observations, *actions, *inputs, *predictions, *noise, *layer_in, *layer_out;
   int64_t *alive, *survivors;  // [chunk_rows], rollouts of the chunk that go on
   uint32_t* drawn;             // [tile]
-  RolloutRecord record;
-  int64_t* length;     // [chunk_rows], steps that each rollout has
-  int64_t non_finite;  // rollouts cut
 };
 
 // A row-major matrix of whole vectors.
@@ -160,8 +158,8 @@ struct Kernels {
   Packing float32, bfloat16;
   int64_t block, panel;  // in training: rows of a block and columns of a panel
   int64_t tile;          // side of the square that bfloat16 training takes at a time; 0: panels, as float32
-  void (*rollout_chunk)(const RolloutArgs&, const RolloutPlan&, RolloutWorkspace&, int64_t first,
-                        int64_t rows);
+  void (*rollout_chunk)(const RolloutArgs&, const RolloutPlan&, RolloutWorkspace&, RolloutRecord&,
+                        int64_t first, int64_t rows);
   // An update of SAC in its order; every thread has done one before any begins the next. Where the critics'
   // step comes first, sac_critic does it; else sac_action_gradient.
   void (*sac_sample)(const SacArgs&, const SacPlan&, const Team&, int64_t update);

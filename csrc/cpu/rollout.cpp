@@ -1,9 +1,9 @@
 #include <algorithm>
-#include <atomic>
 #include <bit>
 #include <cmath>
 #include <condition_variable>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "arena.h"
@@ -90,8 +90,6 @@ void lay_out(Arena& arena, const RolloutArgs& args, int64_t tile, int64_t rows, 
   const int64_t heads =
       std::max(round_up(2 * dims, kRoom) * args.dynamics.networks, round_up(2 * args.act_dim, kRoom));
   const int64_t width = widest(args);
-  // A small batch does not fill its one chunk; its records may be long.
-  const int64_t records = std::min(rows, args.batch) * args.horizon;
   arena.take(ws.observations, rows * args.obs_dim);
   arena.take(ws.actions, rows * args.act_dim);
   arena.take(ws.inputs, rows * (args.obs_dim + args.act_dim));
@@ -102,17 +100,29 @@ void lay_out(Arena& arena, const RolloutArgs& args, int64_t tile, int64_t rows, 
   arena.take(ws.alive, rows);
   arena.take(ws.survivors, rows);
   arena.take(ws.drawn, tile);
-  arena.take(ws.length, rows);
-  arena.take(ws.record.observations, records * args.obs_dim);
-  arena.take(ws.record.actions, records * args.act_dim);
-  arena.take(ws.record.rewards, records);
-  arena.take(ws.record.next_observations, records * args.obs_dim);
-  arena.take(ws.record.terminals, records);
-  arena.take(ws.record.raw_rewards, records);
-  arena.take(ws.record.penalties, records);
-  arena.take(ws.record.members, records);
-  arena.take(ws.record.rollout_index, records);
-  arena.take(ws.record.step, records);
+}
+
+void lay_out(Arena& arena, const RolloutArgs& args, int64_t rows, RolloutRecord& record) {
+  // A small batch does not fill its one chunk; its records may be long.
+  const int64_t records = std::min(rows, args.batch) * args.horizon;
+  arena.take(record.observations, records * args.obs_dim);
+  arena.take(record.actions, records * args.act_dim);
+  arena.take(record.rewards, records);
+  arena.take(record.next_observations, records * args.obs_dim);
+  arena.take(record.terminals, records);
+  arena.take(record.raw_rewards, records);
+  arena.take(record.penalties, records);
+  arena.take(record.members, records);
+  arena.take(record.rollout_index, records);
+  arena.take(record.step, records);
+  arena.take(record.length, rows);
+}
+
+template <class Memory, class... Sizes>
+void allocate(Arena& arena, Memory& memory, const Sizes&... sizes) {
+  lay_out(arena, sizes..., memory);
+  arena.allocate();
+  lay_out(arena, sizes..., memory);
 }
 
 // Rows in a chunk: enough that a member's weights are read from memory seldom, few enough that a chunk's
@@ -158,20 +168,84 @@ void copy_records(const RolloutArgs& args, const RolloutRecord& record, int64_t 
   }
 }
 
+// What a chunk has made, until its place in the output is known.
+struct Made {
+  RolloutRecord record;
+  int64_t rows, to;
+};
+
 // Copies a chunk's rollouts, each as long as it lasted, in as few pieces as there are.
-void commit(const RolloutArgs& args, const RolloutWorkspace& ws, int64_t rows, int64_t to) {
-  int64_t begin = 0, count = 0;
-  for (int64_t r = 0; r < rows; ++r) {
+void commit(const RolloutArgs& args, const Made& made) {
+  int64_t begin = 0, count = 0, to = made.to;
+  for (int64_t r = 0; r < made.rows; ++r) {
     if (begin + count != r * args.horizon) {
-      copy_records(args, ws.record, begin, to, count);
+      copy_records(args, made.record, begin, to, count);
       to += count;
       begin = r * args.horizon;
       count = 0;
     }
-    count += ws.length[r];
+    count += made.record.length[r];
   }
-  copy_records(args, ws.record, begin, to, count);
+  copy_records(args, made.record, begin, to, count);
 }
+
+// Numbers chunks for the threads, and gives their results places in order, so that the output does not depend
+// on the threads. One that shares its core with others must not hold up the rest: each may be some ahead.
+class Order {
+ public:
+  static constexpr int kAhead = 4;
+
+  Order(const RolloutArgs& args, int64_t chunks, std::vector<Made>& made)
+      : args_(args), chunks_(chunks), finished_(made.size()) {
+    for (Made& one : made) free_.push_back(&one);
+  }
+
+  // The next chunk and room for it; nullptr: there is none left.
+  Made* take(int64_t& chunk) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    freed_.wait(lock, [this] { return next_ == chunks_ || !free_.empty(); });
+    if (next_ == chunks_) return nullptr;
+    chunk = next_++;
+    Made* made = free_.back();
+    free_.pop_back();
+    return made;
+  }
+
+  // `ready` becomes the results whose places this chunk was the last to wait for.
+  void finish(int64_t chunk, Made* made, std::vector<Made*>& ready) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    // Chunks that were taken and not yet released are no more than there is room for.
+    const auto at = [this](int64_t i) -> Made*& { return finished_[i % finished_.size()]; };
+    at(chunk) = made;
+    for (; at(placed_) != nullptr; ++placed_) {
+      Made& one = *std::exchange(at(placed_), nullptr);
+      one.to = args_.head + counts_.written;
+      for (int64_t r = 0; r < one.rows; ++r) counts_.written += one.record.length[r];
+      counts_.non_finite += one.record.non_finite;
+      ready.push_back(&one);
+    }
+  }
+
+  void release(std::vector<Made*>& ready) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      free_.insert(free_.end(), ready.begin(), ready.end());
+    }
+    freed_.notify_all();
+    ready.clear();
+  }
+
+  RolloutCounts counts() const { return counts_; }
+
+ private:
+  const RolloutArgs& args_;
+  const int64_t chunks_;
+  int64_t next_ = 0, placed_ = 0;
+  std::vector<Made*> free_, finished_;
+  RolloutCounts counts_{0, 0};
+  std::mutex mutex_;
+  std::condition_variable freed_;
+};
 
 }  // namespace
 
@@ -191,39 +265,27 @@ RolloutCounts rollout(const RolloutArgs& args, const Kernels& kernels) {
   // All memory is taken before the threads start, so that nothing can fail in them.
   const int threads = static_cast<int>(std::min<int64_t>(args.threads, chunks));
   std::vector<RolloutWorkspace> workspaces(threads);
-  std::vector<Arena> arenas(threads);
-  for (int i = 0; i < threads; ++i) {
-    lay_out(arenas[i], args, packing.tile, rows, workspaces[i]);
-    arenas[i].allocate();
-    lay_out(arenas[i], args, packing.tile, rows, workspaces[i]);
-  }
+  std::vector<Made> made(threads == 1 ? 1 : std::min<int64_t>(chunks, Order::kAhead * threads));
+  std::vector<Arena> arenas(workspaces.size() + made.size());
+  auto arena = arenas.begin();
+  for (RolloutWorkspace& ws : workspaces) allocate(*arena++, ws, args, packing.tile, rows);
+  for (Made& one : made) allocate(*arena++, one.record, args, rows);
+  std::vector<std::vector<Made*>> ready(threads);
+  for (auto& some : ready) some.reserve(made.size());
 
-  std::atomic<int64_t> next{0};
-  std::mutex mutex;
-  std::condition_variable turn;
-  int64_t committed = 0;  // chunks whose place in the output is known
-  RolloutCounts counts{0, 0};
+  Order order(args, chunks, made);
   parallel(threads, [&](int thread) {
-    RolloutWorkspace& ws = workspaces[thread];
-    for (int64_t chunk; (chunk = next++) < chunks;) {
-      const int64_t first = chunk * rows, size = std::min(rows, args.batch - first);
-      kernels.rollout_chunk(args, plan, ws, first, size);
-      int64_t written = 0, to;
-      for (int64_t r = 0; r < size; ++r) written += ws.length[r];
-      {
-        // Chunks take their places in order, so that the output does not depend on the threads.
-        std::unique_lock<std::mutex> lock(mutex);
-        turn.wait(lock, [&] { return committed == chunk; });
-        to = args.head + counts.written;
-        counts.written += written;
-        counts.non_finite += ws.non_finite;
-        ++committed;
-      }
-      turn.notify_all();
-      commit(args, ws, size, to);
+    int64_t chunk;
+    while (Made* mine = order.take(chunk)) {
+      const int64_t first = chunk * rows;
+      mine->rows = std::min(rows, args.batch - first);
+      kernels.rollout_chunk(args, plan, workspaces[thread], mine->record, first, mine->rows);
+      order.finish(chunk, mine, ready[thread]);
+      for (const Made* one : ready[thread]) commit(args, *one);
+      order.release(ready[thread]);
     }
   });
-  return counts;
+  return order.counts();
 }
 
 }  // namespace mopo

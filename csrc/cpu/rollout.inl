@@ -56,6 +56,7 @@ struct Chunk {
   const RolloutArgs& args;
   const RolloutPlan& plan;
   RolloutWorkspace& ws;
+  RolloutRecord& made;
   const int64_t first;  // the chunk's first start state
   int64_t alive;        // rollouts that go on, ws.alive[0 .. alive)
   int64_t t;
@@ -105,7 +106,7 @@ struct Chunk {
     for (int64_t lane = 0; lane < kTile; ++lane) {
       const int64_t r = rollout(tile, lane);
       const float* from = t == 0 ? args.start + (first + r) * args.obs_dim
-                                 : ws.record.next_observations + (record(r) - 1) * args.obs_dim;
+                                 : made.next_observations + (record(r) - 1) * args.obs_dim;
       for (int64_t d = 0; d < args.obs_dim; ++d) to[d * kTile + lane] = from[d];
     }
   }
@@ -221,23 +222,23 @@ struct Chunk {
     for (int64_t lane = 0; lane < lanes(tile); ++lane) {
       const int64_t r = rollout(tile, lane);
       if (!finite[lane]) {
-        ++ws.non_finite;
+        ++made.non_finite;
         if (!args.keep_every_row) continue;
       }
       const int64_t row = record(r);
-      copy_lane(observations(tile) + lane, obs_dim, ws.record.observations + row * obs_dim);
-      copy_lane(actions(tile) + lane, args.act_dim, ws.record.actions + row * args.act_dim);
-      copy_lane(next + lane, obs_dim, ws.record.next_observations + row * obs_dim);
+      copy_lane(observations(tile) + lane, obs_dim, made.observations + row * obs_dim);
+      copy_lane(actions(tile) + lane, args.act_dim, made.actions + row * args.act_dim);
+      copy_lane(next + lane, obs_dim, made.next_observations + row * obs_dim);
       const bool terminal = !(inside[lane] && finite[lane]);
-      ws.record.rewards[row] = reward[lane];
-      ws.record.terminals[row] = terminal;
-      ws.record.raw_rewards[row] = raw[lane];
-      ws.record.penalties[row] = penalty[lane];
-      ws.record.members[row] = args.deterministic ? -1 : static_cast<int32_t>(ws.drawn[lane]);
-      ws.record.rollout_index[row] = args.rows[first + r];
-      ws.record.step[row] = static_cast<int32_t>(args.first_step + t);
+      made.rewards[row] = reward[lane];
+      made.terminals[row] = terminal;
+      made.raw_rewards[row] = raw[lane];
+      made.penalties[row] = penalty[lane];
+      made.members[row] = args.deterministic ? -1 : static_cast<int32_t>(ws.drawn[lane]);
+      made.rollout_index[row] = args.rows[first + r];
+      made.step[row] = static_cast<int32_t>(args.first_step + t);
       if (args.mean != nullptr) store_distributions(tile, lane, first + r);
-      ++ws.length[r];
+      ++made.length[r];
       if (!terminal) ws.survivors[survivors++] = r;
     }
     return survivors;
@@ -277,16 +278,16 @@ struct Chunk {
 };
 
 static void rollout_chunk(const RolloutArgs& args, const RolloutPlan& plan, RolloutWorkspace& ws,
-                          int64_t first, int64_t rows) {
-  ws.non_finite = 0;
+                          RolloutRecord& made, int64_t first, int64_t rows) {
+  made.non_finite = 0;
   for (int64_t i = 0; i < rows; ++i) {
     ws.alive[i] = i;
-    ws.length[i] = 0;
+    made.length[i] = 0;
   }
   if (args.bfloat16) {
     const Tiles tiles;
-    Chunk<BFloat16>{args, plan, ws, first, rows, 0}.run();
+    Chunk<BFloat16>{args, plan, ws, made, first, rows, 0}.run();
   } else {
-    Chunk<Float32>{args, plan, ws, first, rows, 0}.run();
+    Chunk<Float32>{args, plan, ws, made, first, rows, 0}.run();
   }
 }

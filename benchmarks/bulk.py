@@ -41,7 +41,7 @@ def main(
     count: int = 5_000_000,
     rounds: int = 3,
     dtype: Literal["float32", "bfloat16"] = "float32",
-    memory: tuple[int, ...] = (1_000_000, 10_000_000),
+    memory: tuple[int, ...] = (1_000_000, 2_000_000, 10_000_000),
     compressed: bool = True,
     folder: Path | None = None,
     json: Path | None = None,

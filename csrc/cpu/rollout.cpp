@@ -125,16 +125,27 @@ void allocate(Arena& arena, Memory& memory, const Sizes&... sizes) {
   lay_out(arena, sizes..., memory);
 }
 
+constexpr int64_t kChunkBytes = int64_t{2} << 20;
+
+// Of predictions and records.
+int64_t row_bytes(const RolloutArgs& args) {
+  return static_cast<int64_t>(sizeof(float)) * (2 * (args.obs_dim + 1) * args.dynamics.networks +
+                                                args.horizon * (2 * args.obs_dim + args.act_dim + 8));
+}
+
 // Rows in a chunk: enough that a member's weights are read from memory seldom, few enough that a chunk's
 // predictions and records stay in cache.
 int64_t chunk_rows(const RolloutArgs& args, int64_t tile) {
-  constexpr int64_t kMostRows = 480, kBytes = int64_t{2} << 20;
-  const int64_t per_row =
-      static_cast<int64_t>(sizeof(float)) * (2 * (args.obs_dim + 1) * args.dynamics.networks +
-                                             args.horizon * (2 * args.obs_dim + args.act_dim + 8));
+  constexpr int64_t kMostRows = 480;
   const int64_t fair = (args.batch + args.threads - 1) / args.threads;
-  const int64_t rows = std::min({kMostRows, kBytes / per_row, round_up(fair, tile)});
+  const int64_t rows = std::min({kMostRows, kChunkBytes / row_bytes(args), round_up(fair, tile)});
   return std::max(tile, rows / tile * tile);
+}
+
+// Chunks that a thread may have made and not yet placed. Long rollouts exceed a chunk's size, and the memory
+// of several would be much.
+int chunks_ahead(const RolloutArgs& args, int64_t rows) {
+  return rows * row_bytes(args) <= kChunkBytes ? 4 : 1;
 }
 
 // Copies `rows` records from row `from` into the ring at row `to`.
@@ -193,8 +204,6 @@ void commit(const RolloutArgs& args, const Made& made) {
 // on the threads. One that shares its core with others must not hold up the rest: each may be some ahead.
 class Order {
  public:
-  static constexpr int kAhead = 4;
-
   Order(const RolloutArgs& args, int64_t chunks, std::vector<Made>& made)
       : args_(args), chunks_(chunks), finished_(made.size()) {
     for (Made& one : made) free_.push_back(&one);
@@ -265,7 +274,7 @@ RolloutCounts rollout(const RolloutArgs& args, const Kernels& kernels) {
   // All memory is taken before the threads start, so that nothing can fail in them.
   const int threads = static_cast<int>(std::min<int64_t>(args.threads, chunks));
   std::vector<RolloutWorkspace> workspaces(threads);
-  std::vector<Made> made(threads == 1 ? 1 : std::min<int64_t>(chunks, Order::kAhead * threads));
+  std::vector<Made> made(threads == 1 ? 1 : std::min<int64_t>(chunks, chunks_ahead(args, rows) * threads));
   std::vector<Arena> arenas(workspaces.size() + made.size());
   auto arena = arenas.begin();
   for (RolloutWorkspace& ws : workspaces) allocate(*arena++, ws, args, packing.tile, rows);

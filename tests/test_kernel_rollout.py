@@ -128,6 +128,19 @@ def test_threads_do_not_matter(rollout, threads):
     assert_same(engine.rollout(policy, start, 5, seed=1), other.rollout(policy, start, 5, seed=1))
 
 
+@pytest.mark.parametrize("threads", [2, 7])
+def test_threads_do_not_matter_among_many_chunks(rollout, threads):
+    """More chunks than there is room for at once, of different lengths."""
+    engine, policy, _ = rollout
+    start = inputs(20_011, 11, 3)[0]
+    one, other = (
+        RolloutEngine(engine.ensemble, termination=narrow_box(11), threads=n, dtype=engine.operands)
+        for n in (1, threads)
+    )
+    for _ in range(3):
+        assert_same(one.rollout(policy, start, 3, seed=1), other.rollout(policy, start, 3, seed=1))
+
+
 @pytest.mark.parametrize("split", [1, 24, 480, 1002])
 def test_splits_do_not_matter(rollout, split):
     check_split(*rollout, 3, split=split)

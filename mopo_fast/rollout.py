@@ -519,6 +519,13 @@ def _(  # type: ignore[no-untyped-def]
     )
 
 
+def _no_gradient(*_: Any) -> None:
+    raise InputError("mopo_fast::step has no gradient: detach its arguments")
+
+
+torch.library.register_autograd("mopo_fast::step", _no_gradient)
+
+
 @_operator("rollout", ROLLOUT_ARRAYS)
 def _rollout_op(
     weights: list[torch.Tensor],
@@ -580,6 +587,9 @@ def _rollout_op(
         Destination(named, head),
         Settings(seed % 2**64, deterministic, operands, threads),
     )
+    for array in named.values():
+        # Kernels write past autograd, which must know that what it may have kept is gone.
+        torch.autograd.graph.increment_version(array)
     return torch.tensor(counts)
 
 

@@ -60,7 +60,7 @@ class _Frame(io.RawIOBase):
         self.position = self.size = 0
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        self.position = offset + (self.size if whence == os.SEEK_END else 0)
+        self.position = offset + (0, self.position, self.size)[whence]
         return self.position
 
     def write(self, piece: Any, /) -> int:
@@ -91,10 +91,12 @@ def _to_hdf5_in_place(arrays: dict[str, Array], metadata: dict[str, Any]) -> Pie
     room = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     room.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     room.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    with h5py.File(frame, "w") as file:
+    # Aligned, to be mapped into memory.
+    with h5py.File(frame, "w", alignment_threshold=64, alignment_interval=64) as file:
         for name, array in arrays.items():
             made = file.create_dataset(name, array.shape, array.dtype, dcpl=room)
-            pieces.append((made.id.get_offset(), np.ascontiguousarray(array)))
+            if array.size:
+                pieces.append((made.id.get_offset(), np.ascontiguousarray(array)))
         _write_metadata(file, metadata)
     return [*frame.pieces, *pieces]
 

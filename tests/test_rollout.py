@@ -234,6 +234,26 @@ def test_step_operator(engine, distributions):
     torch.library.opcheck(torch.ops.mopo_fast.step.default, arguments)
 
 
+def test_step_operator_has_no_gradient(engine):
+    observations, actions = inputs(6, 5, 2)
+    *dynamics, log_std, activation = engine._dynamics()
+    made = torch.ops.mopo_fast.step(
+        *dynamics, observations.requires_grad_(), actions, torch.arange(6),
+        log_std, activation, "max_aleatoric", 1.0, 5, 0, False, "float32", False, engine.backend, 1,
+    )  # fmt: skip
+    with pytest.raises(InputError, match="no gradient"):
+        made[0].sum().backward()
+
+
+def test_a_rollout_is_seen_by_autograd(engine):
+    """What autograd has kept of a buffer is gone after a rollout into it."""
+    ring, weight = RingBuffer(100, 5, 2), torch.ones(10, 5, requires_grad=True)
+    loss = (ring.storage.observations[:10] * weight).sum()
+    engine.rollout(make_policy(5, 2), inputs(6, 5, 2)[0], 3, seed=0, out=ring)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_rollout_operator(engine):
     policy, start = make_policy(5, 2), inputs(6, 5, 2)[0]
     *dynamics, log_std, activation = engine._dynamics()

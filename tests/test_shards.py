@@ -1,6 +1,7 @@
 """Rollouts in bulk: what shards hold, exactly once, formats, mistakes."""
 
 import contextlib
+import hashlib
 import json
 import multiprocessing
 import os
@@ -350,6 +351,25 @@ def test_parquet_is_read_by_others(run: Path, data: Transitions, undisturbed: Pa
     whole = open_rollouts(undisturbed)[:]
     assert np.array_equal(np.stack(table["observations"].to_numpy()), whole.observations)
     assert np.array_equal(table["penalties"].to_numpy(), whole.penalties)
+
+
+def test_arrays_in_place(tmp_path: Path) -> None:
+    """Of sizes that nothing divides, aligned all the same; and none at all."""
+    random = np.random.default_rng(0)
+    for rows in (0, 1, 7, 1000):
+        arrays = {
+            "terminals": random.random(rows) < 0.5,
+            "rollout_index": random.integers(2**60, size=rows),
+            "observations": random.normal(size=(rows, 3)).astype(np.float32),
+        }
+        path = tmp_path / f"{rows}.hdf5"
+        size, digest = shard_files.write_file(path, arrays, {"seed": 3, "task": "hopper"}, "none")
+        assert (size, digest) == (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+        back, metadata = shard_files.read_file(path)
+        assert metadata == {"seed": 3, "task": "hopper"}
+        for name, array in arrays.items():
+            assert back[name].dtype == array.dtype and np.array_equal(back[name], array)
+            assert back[name].flags.aligned
 
 
 def test_parquet_without_pyarrow(

@@ -6,17 +6,15 @@ no import; it runs no computation itself.
 
 import csv
 import dataclasses
-import multiprocessing
 import os
 import random
 import signal
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from killed import CONTEXT, attempt, start
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -26,7 +24,6 @@ from mopo_fast.errors import InputError
 from mopo_fast.fit import fit_and_save
 from mopo_fast.train import train
 
-CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["mopo_fast.train", "torch._dynamo", "pytest", EventAccumulator.__module__, "matplotlib.pyplot"]
 )
@@ -48,34 +45,8 @@ CONFIG = TrainConfig(
 TIMES = ("seconds_rollout", "seconds_sac", "seconds_evaluate", "seconds_total")
 
 
-def run(config: TrainConfig, out: Path, die_at: int | None = None) -> None:
-    """One attempt, in a process of its own; with `die_at`, it dies at that change to the run's files."""
-    torch.set_num_threads(1)
-    if die_at is not None:
-        changes = 0
-
-        def watch(event: str, arguments: tuple[Any, ...]) -> None:
-            nonlocal changes
-            if event in ("os.rename", "os.remove") and str(out) in str(arguments):
-                changes += 1
-                if changes == die_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(watch)
+def go_on(config: TrainConfig, out: Path) -> None:
     train(config, out, resume=True, quiet=True)
-
-
-def attempt(
-    config: TrainConfig, out: Path, die_at: int | None = None, kill_after: float | None = None
-) -> int:
-    """The exit code of one attempt: 0, or -SIGKILL where it was killed in time."""
-    process = CONTEXT.Process(target=run, args=(config, out, die_at))
-    process.start()
-    process.join(kill_after)
-    process.kill()
-    process.join()
-    assert process.exitcode in (0, -signal.SIGKILL), "the attempt failed of itself"
-    return process.exitcode
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +57,7 @@ def config(hopper_data: Path) -> TrainConfig:
 @pytest.fixture(scope="module")
 def undisturbed(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed")
-    assert attempt(config, out) == 0
+    assert attempt(go_on, config, out) == 0
     return out
 
 
@@ -129,8 +100,7 @@ def assert_same(ours: Path, theirs: Path) -> None:
 def test_a_second_process_is_refused(config: TrainConfig, undisturbed: Path, tmp_path: Path) -> None:
     """While the first is at work, here stopped in the middle; once it is killed, the run goes on."""
     out = tmp_path / "run"
-    first = CONTEXT.Process(target=run, args=(config, out))
-    first.start()
+    first = start(go_on, config, out)
     try:
         while not has_checkpoint(out):
             assert first.is_alive()
@@ -148,7 +118,7 @@ def test_a_second_process_is_refused(config: TrainConfig, undisturbed: Path, tmp
     finally:
         first.kill()
         first.join()
-    assert attempt(config, out) == 0
+    assert attempt(go_on, config, out) == 0
     assert_same(out, undisturbed)
 
 
@@ -163,7 +133,7 @@ def test_killed_twenty_times(config: TrainConfig, undisturbed: Path, tmp_path: P
             threads, workers = rng.choice([1, 2]), rng.choice([0, 1])
             evaluation = dataclasses.replace(config.evaluation, workers=workers)
             varied = dataclasses.replace(config, threads=threads, evaluation=evaluation)
-            finished = attempt(varied, out, kill_after=kill_after) == 0
+            finished = attempt(go_on, varied, out, kill_after=kill_after) == 0
             kills += not finished
             late += not finished and has_checkpoint(out)
         assert_same(out, undisturbed)
@@ -174,7 +144,7 @@ def test_killed_twenty_times(config: TrainConfig, undisturbed: Path, tmp_path: P
 def test_killed_at_its_own_writes(config: TrainConfig, undisturbed: Path, tmp_path: Path) -> None:
     """Every attempt dies a little later, as it is about to rename or to remove a file of the run."""
     out, changes, late = tmp_path / "run", 1, 0
-    while attempt(config, out, die_at=changes) != 0:
+    while attempt(go_on, config, out, die_at=(out, changes)) != 0:
         changes += 2
         late += has_checkpoint(out)
     assert changes > 10 and late >= 3

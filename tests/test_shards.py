@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from killed import CONTEXT, attempt, start
 from test_generate import CONFIG
 
 from mopo_fast import (
@@ -36,8 +36,7 @@ from mopo_fast.data import load_dataset, load_file
 from mopo_fast.data.files import write_arrays
 from mopo_fast.seeds import ROLLOUT, START, derive_seed
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["mopo_fast.shards", "torch._dynamo", "pytest"])
+CONTEXT.set_forkserver_preload(["mopo_fast.shards", "pytest"])
 COUNT, SHARD = 1100, 200
 
 
@@ -134,35 +133,13 @@ def test_threads_do_not_matter(run: Path, data: Transitions, undisturbed: Path, 
     assert content(tmp_path / "out") == content(undisturbed)
 
 
-def attempt_in_process(run: Path, dataset: Path, out: Path, die_at: int | None) -> None:
-    torch.set_num_threads(1)
-    if die_at is not None:
-        changes = 0
-
-        def watch(event: str, arguments: tuple[Any, ...]) -> None:
-            nonlocal changes
-            if event in ("os.rename", "os.remove") and str(out) in str(arguments):
-                changes += 1
-                if changes == die_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(watch)
+def go_on(run: Path, dataset: Path, out: Path) -> None:
     generate(run, load_dataset(dataset), out)
-
-
-def attempt(*arguments: Any, kill_after: float | None = None) -> int:
-    process = CONTEXT.Process(target=attempt_in_process, args=arguments)
-    process.start()
-    process.join(kill_after)
-    process.kill()
-    process.join()
-    assert process.exitcode in (0, -signal.SIGKILL), "the attempt failed of itself"
-    return process.exitcode
 
 
 def test_killed_at_its_own_writes(run: Path, dataset: Path, undisturbed: Path, tmp_path: Path) -> None:
     out, changes = tmp_path / "out", 1
-    while attempt(run, dataset, out, changes) != 0:
+    while attempt(go_on, run, dataset, out, die_at=(out, changes)) != 0:
         # Nothing that was finished is lost, nothing half done is left in a shard's place.
         for name, value in content(out).items():
             assert name == shards.MANIFEST or name.startswith(".") or value == content(undisturbed)[name]
@@ -175,20 +152,19 @@ def test_killed_at_random_moments(run: Path, dataset: Path, undisturbed: Path, t
     rng, longest = random.Random(0), 0.6
     for number in range(4):
         out = tmp_path / f"out-{number}"
-        while attempt(run, dataset, out, None, kill_after=rng.uniform(0, longest)) == 0:
+        while attempt(go_on, run, dataset, out, kill_after=rng.uniform(0, longest)) == 0:
             # The machine was faster than the kill.
             shutil.rmtree(out)
             longest /= 2
         for _ in range(3):
-            attempt(run, dataset, out, None, kill_after=rng.uniform(0, longest))
-        assert attempt(run, dataset, out, None) == 0
+            attempt(go_on, run, dataset, out, kill_after=rng.uniform(0, longest))
+        assert attempt(go_on, run, dataset, out) == 0
         assert content(out) == content(undisturbed)
 
 
 def test_a_second_process_is_refused(run: Path, dataset: Path, data: Transitions, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    first = CONTEXT.Process(target=attempt_in_process, args=(run, dataset, out, None))
-    first.start()
+    first = start(go_on, run, dataset, out)
     try:
         while not (out / shards.MANIFEST).exists():
             assert first.is_alive()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -51,7 +52,7 @@ def main(
     Args:
         count: Transitions of a timed call.
         memory: Counts whose peak of memory is measured.
-        compressed: Every format and compression too, once.
+        compressed: Every other format and compression too, once.
         folder: Where the shards go for a while; by default the system's temporary folder.
     """
     data = load_dataset(dataset, quiet=True)
@@ -68,12 +69,16 @@ def main(
             manifest = generate_shards(run, data, out, count=count, dtype=dtype, quiet=True, **options)
             return sum(shard["bytes"] for shard in manifest["shards"])
 
+    def timed(call: Callable[..., Any], **options: Any) -> tuple[float, Any]:
+        started = time.perf_counter()
+        result = call(**options)
+        return time.perf_counter() - started, result
+
     seconds: dict[str, list[float]] = {"bare kernel": [], "to disk": []}
     for _ in range(rounds):
-        for name, call in (("bare kernel", kernel), ("to disk", whole)):
-            started = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - started)
+        seconds["bare kernel"].append(timed(kernel)[0])
+        took, size = timed(whole)
+        seconds["to disk"].append(took)
     bare, disk = (statistics.median(times) for times in seconds.values())
     results: dict[str, Any] = {
         "count": count,
@@ -82,28 +87,25 @@ def main(
         "rate_kernel": count / bare,
         "rate_to_disk": count / disk,
         "ratio": bare / disk,
+        "bytes": size,
     }
     table = Table("", "transitions/s", "of the kernel's", "bytes a row")
     table.add_row("bare kernel", f"{count / bare:,.0f}", "", "")
-    table.add_row("hdf5", f"{count / disk:,.0f}", f"{bare / disk:.2f}", "")
-    for format, some in COMPRESSIONS.items() if compressed else ():
-        for compression in some:
-            started = time.perf_counter()
-            size = whole(format=format, compression=compression)
-            took = time.perf_counter() - started
-            name = f"{format}, {compression}"
-            results[name] = {"seconds": took, "bytes": size, "ratio": bare / took}
-            table.add_row(name, f"{count / took:,.0f}", f"{bare / took:.2f}", f"{size / count:.1f}")
+    table.add_row("hdf5, none", f"{count / disk:,.0f}", f"{bare / disk:.2f}", f"{size / count:.1f}")
+    others = [(format, one) for format, some in COMPRESSIONS.items() for one in some][1:]
+    for format, compression in others if compressed else ():
+        took, size = timed(whole, format=format, compression=compression)
+        name = f"{format}, {compression}"
+        results[name] = {"seconds": took, "bytes": size, "ratio": bare / took}
+        table.add_row(name, f"{count / took:,.0f}", f"{bare / took:.2f}", f"{size / count:.1f}")
     for rows in memory:
         out = Path(tempfile.mkdtemp(dir=folder))
         command = ["rollout", str(run), "--dataset", dataset, "--out", str(out), "--count", str(rows)]
         command += ["--dtype", dtype, "--quiet"]
-        started = time.perf_counter()
         process = [sys.executable, "-c", _PEAK, *command]
-        done = subprocess.run(process, capture_output=True, text=True, check=True)
+        took, done = timed(subprocess.run, args=process, capture_output=True, text=True, check=True)
         code, kilobytes = done.stdout.split()[-2:]
         assert code == "0", done.stderr
-        took = time.perf_counter() - started
         results[f"memory at {rows}"] = {"peak_mib": int(kilobytes) / 1024, "seconds": took}
         rate, peak = f"{rows / took:,.0f} with its start", f"{int(kilobytes) / 1024:,.0f} MiB at most"
         table.add_row(f"{rows:,} rows", rate, peak, "")

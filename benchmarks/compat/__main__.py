@@ -1,7 +1,8 @@
 """Other code's loops as shipped, and with our backend, in turn: `python -m benchmarks.compat NAME`.
 
 A module NAME of this package has `contenders(checkout, batch_size=, updates=, **options)`: calls by their
-names, "rollout, WAY" and "epoch, WAY", of which the first way is "as shipped".
+names, "rollout, WAY" and "epoch, WAY", of which the first way is "as shipped". `checkout` is of the code
+base, None where it is installed; `options` are of `RolloutEngine`: dtype, threads.
 """
 
 import importlib

@@ -11,22 +11,16 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.compat import in_every_way
 from mopo_fast.compat.d3rlpy import accelerate
 
 OBS_DIM, ACT_DIM = 17, 6
 
 
 def contenders(
-    checkout: Path | None, *, batch_size: int = 50_000, updates: int = 1000, **options: Any
+    _: Path | None, *, batch_size: int, updates: int, **options: Any
 ) -> dict[str, Callable[[], object]]:
-    """Each call is one rollout of 5 steps, or one epoch.
-
-    Args:
-        checkout: not used: it is installed from PyPI.
-        batch_size: start states of a rollout.
-        updates: of an epoch.
-        options: of `RolloutEngine`: backend, dtype, threads.
-    """
+    """Each call is a rollout of 5 steps, or an epoch: that and `updates` of its own."""
     from d3rlpy.algos import MOPO
     from d3rlpy.dataset import MDPDataset
     from d3rlpy.dynamics import ProbabilisticEnsembleDynamics
@@ -50,11 +44,7 @@ def contenders(
         "rollout": functools.partial(_roll_out, dataset),
         "epoch": functools.partial(_fit, dataset, updates),
     }
-    return {
-        f"{what}, {name}": functools.partial(call, way)
-        for what, call in calls.items()
-        for name, way in ways.items()
-    }
+    return in_every_way(calls, ways)
 
 
 def _roll_out(dataset: Any, mopo: Any) -> None:

@@ -4,7 +4,6 @@ Data and networks are of no meaning, and of halfcheetah's sizes; the rollout is 
 `rollout_model_and_populate_sac_buffer`, the updates are of its SAC.
 """
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.compat import in_every_way
 from examples.mbrl_lib import make_agent, make_buffers, make_model
 from mopo_fast.compat import mbrl_lib
 from mopo_fast.data.transitions import Transitions
@@ -22,16 +22,9 @@ HORIZON = 5
 
 
 def contenders(
-    checkout: Path | None, *, batch_size: int = 50_000, updates: int = 1000, **options: Any
+    _: Path | None, *, batch_size: int, updates: int, **options: Any
 ) -> dict[str, Callable[[], object]]:
-    """Each call is one rollout of 5 steps, or one epoch.
-
-    Args:
-        checkout: not used: it is installed from PyPI.
-        batch_size: start states of a rollout.
-        updates: of an epoch.
-        options: of `RolloutEngine`: backend, dtype, threads.
-    """
+    """Each call is a rollout of 5 steps, or an epoch: that and `updates` of its own."""
     import mbrl.models
     from mbrl.algorithms.mbpo import rollout_model_and_populate_sac_buffer
     from mbrl.env.termination_fns import no_termination
@@ -60,11 +53,7 @@ def contenders(
             sac.update_parameters(fake, 256, update, reverse_mask=True)
 
     calls = {"rollout": roll_out, "epoch": epoch}
-    return {
-        f"{what}, {name}": functools.partial(call, way)
-        for what, call in calls.items()
-        for name, way in ways.items()
-    }
+    return in_every_way(calls, ways)
 
 
 def _noise(count: int, obs_dim: int, act_dim: int) -> Transitions:

@@ -22,16 +22,9 @@ OBS_DIM, ACT_DIM = 17, 6
 
 
 def contenders(
-    checkout: Path, *, batch_size: int = 50_000, updates: int = 1000, **options: Any
+    checkout: Path, *, batch_size: int, updates: int, **options: Any
 ) -> dict[str, Callable[[], object]]:
-    """Each call is one rollout of 5 steps, or one epoch.
-
-    Args:
-        checkout: of polixir/OfflineRL.
-        batch_size: start states of a rollout.
-        updates: of an epoch.
-        options: of `RolloutEngine`: backend, dtype, threads.
-    """
+    """Each call is a rollout of 5 steps, or an epoch: that and `updates` of its own."""
     # What they write is of no use here.
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder)

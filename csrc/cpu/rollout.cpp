@@ -142,9 +142,9 @@ int64_t chunk_rows(const RolloutArgs& args, int64_t tile) {
   return std::max(tile, rows / tile * tile);
 }
 
-// Chunks that a thread may have made and not yet placed. Long rollouts exceed a chunk's size, and the memory
-// of several would be much.
-int chunks_ahead(const RolloutArgs& args, int64_t rows) {
+// Chunks that there is room for, for each thread: the one it makes, and those that wait for their places.
+// Long rollouts exceed a chunk's size, and the memory of several would be much.
+int chunks_held(const RolloutArgs& args, int64_t rows) {
   return rows * row_bytes(args) <= kChunkBytes ? 4 : 1;
 }
 
@@ -274,7 +274,7 @@ RolloutCounts rollout(const RolloutArgs& args, const Kernels& kernels) {
   // All memory is taken before the threads start, so that nothing can fail in them.
   const int threads = static_cast<int>(std::min<int64_t>(args.threads, chunks));
   std::vector<RolloutWorkspace> workspaces(threads);
-  std::vector<Made> made(threads == 1 ? 1 : std::min<int64_t>(chunks, chunks_ahead(args, rows) * threads));
+  std::vector<Made> made(threads == 1 ? 1 : std::min<int64_t>(chunks, chunks_held(args, rows) * threads));
   std::vector<Arena> arenas(workspaces.size() + made.size());
   auto arena = arenas.begin();
   for (RolloutWorkspace& ws : workspaces) allocate(*arena++, ws, args, packing.tile, rows);

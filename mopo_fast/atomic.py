@@ -1,14 +1,28 @@
-"""Files that are either whole or not there: write to a temporary file, then rename."""
+"""Files that are either whole or not there: write to a temporary file, then rename.
+
+A temporary file is locked while its writer lives. One that nobody has locked belongs to a process that was
+killed, and the next writer of the same file removes it.
+"""
 
 import contextlib
+import errno
+import fcntl
+import glob
 import json
+import math
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mopo_fast.errors import InputError
+
+T = TypeVar("T")
+
+# Bytes of a JSON file that is read; a manifest of a million shards has about half of them.
+_LARGEST_JSON = 1 << 30
 
 
 @contextlib.contextmanager
@@ -21,23 +35,21 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         InputError: the folder cannot be written or the disk is full.
     """
     path = Path(path)
-    temporary = _make_temporary(path)
+    temporary, handle = _make_temporary(path)
     try:
         yield temporary
         # mkstemp, and some writers, make a private file; a finished one is as open() would have made it.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        os.fsync(handle)
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        raise InputError(
-            f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
-        ) from error
+        raise _cannot_write(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(handle)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -45,20 +57,53 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     path = Path(path)
     if path.is_dir():
         raise InputError(f"cannot write {path}: it is a folder")
-    _make_temporary(path).unlink()
+    temporary, handle = _make_temporary(path)
+    temporary.unlink()
+    os.close(handle)
 
 
-def _make_temporary(path: Path) -> Path:
-    """An empty file beside `path`, whose folder is made where there is none."""
+def sweep(folder: str | os.PathLike[str], name: str | None = None) -> None:
+    """Remove the temporary files of killed writers in `folder`: those of the file `name`, or of every file.
+
+    A file whose writer is alive is left alone, and so is everything where the file system has no locks.
+    """
+    pattern = f".{glob.escape(name) if name else '*'}.????????.tmp"
+    for leftover in Path(folder).glob(pattern):
+        with contextlib.suppress(OSError):
+            handle = os.open(leftover, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                leftover.unlink()
+            finally:
+                os.close(handle)
+
+
+def _make_temporary(path: Path) -> tuple[Path, int]:
+    """An empty file beside `path`, whose folder is made where there is none; and its locked descriptor."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        sweep(path.parent, path.name)
+        while True:
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+            if _lock(handle):
+                return Path(name), handle
+            os.close(handle)
     except OSError as error:
-        raise InputError(
-            f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
-        ) from error
-    os.close(handle)
-    return Path(name)
+        raise _cannot_write(path, error) from error
+
+
+def _lock(handle: int) -> bool:
+    """Lock a new file; False where another process has swept it away first."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # A file system without locks: nobody can sweep there.
+        return error.errno != errno.EWOULDBLOCK
+    return os.fstat(handle).st_nlink > 0
+
+
+def _cannot_write(path: Path, error: OSError) -> InputError:
+    return InputError(f"cannot write {path}: {error.strerror or error}; free space or choose another folder")
 
 
 def sync_folder(folder: Path) -> None:
@@ -78,10 +123,56 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read JSON; a missing or broken file is one `InputError` that names it."""
+    """Read JSON whose numbers are finite.
+
+    Raises:
+        InputError: the file is missing or is not sound; names it.
+    """
+    return _read_json(Path(path))[0]
+
+
+def read_json_as(path: str | os.PathLike[str], kind: type[T]) -> T:
+    """Read JSON of a declared type: a dataclass, a TypedDict, or a container of these.
+
+    The file's types must agree exactly: no text counts as a number, and no number as a flag.
+
+    Args:
+        kind: what pydantic validates; ranges are `Annotated[int, Field(ge=0)]`.
+
+    Raises:
+        InputError: the file is missing or not sound, or a value in it has another type or is out of range;
+            names the file and the value.
+    """
+    # Takes a tenth of a second, which help texts and errors need not wait for.
+    from pydantic import TypeAdapter, ValidationError
+
+    _, content = _read_json(Path(path))
     try:
-        return json.loads(Path(path).read_text())
+        return TypeAdapter(kind).validate_json(content, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the whole"
+        raise InputError(f"{path}: {where}: {first['msg']}; get or make the file again") from error
+
+
+def _read_json(path: Path) -> tuple[Any, bytes]:
+    """The value in a JSON file, and the file's bytes."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ValueError("it is no regular file")
+        if path.stat().st_size > _LARGEST_JSON:
+            raise ValueError(f"it has {path.stat().st_size:,} bytes")
+        content = path.read_bytes()
+        return json.loads(content.decode(), parse_constant=_finite, parse_float=_finite), content
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    # Damage, numbers of too many digits, and lists nested too deeply for the parser.
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not a readable JSON file ({error})") from error
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no finite number")
+    return value

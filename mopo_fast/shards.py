@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from mopo_fast import __version__
-from mopo_fast.atomic import read_json, write_json
+from mopo_fast.atomic import read_json, sweep, write_json
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import Compression, RolloutDtype, ShardFormat
 from mopo_fast.data.files import Array, as_tensor
@@ -259,8 +259,7 @@ def _resume(out: Path, plan: Plan) -> dict[int, Record]:
     Raises:
         InputError: the folder holds something else, or a shard that is not what the manifest says.
     """
-    for leftover in out.glob(".*.tmp"):
-        leftover.unlink()
+    sweep(out)
     found: dict[int, Record] = {}
     if (out / MANIFEST).exists():
         manifest = read_manifest(out)

@@ -26,7 +26,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from mopo_fast import __version__
-from mopo_fast.atomic import atomic_path, read_json, write_json
+from mopo_fast.atomic import atomic_path, read_json, sweep, write_json
 from mopo_fast.backends import choose_for_run
 from mopo_fast.backends.philox import BATCH_STREAM, random_choice
 from mopo_fast.buffer import RingBuffer, row_bytes
@@ -333,8 +333,7 @@ def check_folder(out: Path, config: TrainConfig, resume: bool) -> None:
     if resume:
         # What atomic_path had not renamed yet when the run was killed; a folder below may be a live run's.
         for folder in (out, out / "checkpoint"):
-            for leftover in folder.glob(".*.tmp"):
-                leftover.unlink()
+            sweep(folder)
     # config.json is the first file of a run.
     if not (out / "config.json").exists():
         return

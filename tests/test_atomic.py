@@ -5,12 +5,16 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import pytest
+from pydantic import Field
 
-from mopo_fast.atomic import atomic_path, check_writable, read_json, write_json
+from mopo_fast.atomic import atomic_path, check_writable, read_json, read_json_as, sweep, write_json
 from mopo_fast.errors import InputError
 
 
@@ -96,7 +100,20 @@ def test_json_has_no_nan(tmp_path: Path, value: float) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("content", [b"", b'{"a": ', b"\xff\xfe\x00", b"not json"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b'{"a": ',
+        b"\xff\xfe\x00",
+        b"not json",
+        b"[" * 100_000,
+        b"1" * 5_000,
+        b'{"a": NaN}',
+        b'{"a": -Infinity}',
+        b"[1e999]",
+    ],
+)
 def test_broken_json_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "file.json").write_bytes(content)
     with pytest.raises(InputError, match=r"file\.json is not a readable JSON file"):
@@ -108,6 +125,51 @@ def test_missing_json_is_named(tmp_path: Path) -> None:
         read_json(tmp_path / "nothing.json")
     with pytest.raises(InputError, match="not a readable JSON file"):
         read_json(tmp_path)
+
+
+def test_a_pipe_is_no_json_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "file.json")
+    with pytest.raises(InputError, match="no regular file"):
+        read_json(tmp_path / "file.json")
+
+
+@dataclass(frozen=True)
+class Declared:
+    name: str
+    count: Annotated[int, Field(ge=1)]
+    scale: float
+    sizes: tuple[int, ...] = ()
+    kind: Literal["a", "b"] = "a"
+
+
+def test_json_of_a_declared_type(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    write_json(path, {"name": "x", "count": 2, "scale": 3, "sizes": [4, 5], "kind": "b"})
+    assert read_json_as(path, Declared) == Declared("x", 2, 3.0, (4, 5), "b")
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ({"name": 1}, "name"),
+        ({"count": "2"}, "count"),
+        ({"count": True}, "count"),
+        ({"count": 0}, "count"),
+        ({"count": 1.5}, "count"),
+        ({"scale": None}, "scale"),
+        ({"sizes": [1, "2"]}, r"sizes\.1"),
+        ({"kind": "c"}, "kind"),
+    ],
+)
+def test_a_value_of_another_type_is_named(change: dict[str, Any], where: str, tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    write_json(path, {"name": "x", "count": 2, "scale": 3.0} | change)
+    with pytest.raises(InputError, match=rf"file\.json: {where}: "):
+        read_json_as(path, Declared)
+    for whole in ([], "text", {"name": "x"}):
+        write_json(path, whole)
+        with pytest.raises(InputError, match=r"file\.json: "):
+            read_json_as(path, Declared)
 
 
 KILLED_HALF_WAY = """
@@ -125,3 +187,45 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
     killed = subprocess.run([sys.executable, "-c", KILLED_HALF_WAY, target], check=False)
     assert killed.returncode == -signal.SIGKILL
     assert target.read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 2
+    check_writable(target)
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_sweep_spares_what_a_living_process_writes(tmp_path: Path) -> None:
+    dead = [tmp_path / f".{name}.12345678.tmp" for name in ("one", "other", "ab*c")]
+    others = [tmp_path / name for name in ("one.tmp", ".one.tmp", ".one.123456789.tmp")]
+    for path in (*dead, *others):
+        path.touch()
+    (tmp_path / ".link.12345678.tmp").symlink_to(others[0])
+    with atomic_path(tmp_path / "one") as temporary:
+        assert not dead[0].exists() and dead[1].exists()
+        sweep(tmp_path, "ab*c")
+        assert not dead[2].exists() and dead[1].exists()
+        sweep(tmp_path)
+        assert not dead[1].exists() and temporary.exists()
+        temporary.write_text("whole")
+    assert (tmp_path / "one").read_text() == "whole"
+    assert all(path.exists() for path in others)
+
+
+def test_writers_and_sweepers_side_by_side(tmp_path: Path) -> None:
+    """None takes another's new file for a dead one's."""
+    errors: list[Exception] = []
+
+    def work(number: int) -> None:
+        try:
+            for value in range(100):
+                write_json(tmp_path / "file.json", [number, value])
+                sweep(tmp_path)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
+    assert read_json(tmp_path / "file.json")[1] == 99

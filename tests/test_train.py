@@ -167,7 +167,7 @@ class TestResume:
 
     def test_what_lies_deeper_is_left_alone(self, run: Path, config: TrainConfig) -> None:
         """It may be what another run is about to rename."""
-        ours, theirs = run / "checkpoint" / ".a.tmp", run / "other" / "checkpoint" / ".a.tmp"
+        ours, theirs = (folder / ".a.12345678.tmp" for folder in (run / "checkpoint", run / "other"))
         theirs.parent.mkdir(parents=True)
         ours.touch()
         theirs.touch()
@@ -295,7 +295,7 @@ class TestReuse:
         reused = dataclasses.replace(config, dynamics_from=str(finished))
         # A run killed as it was about to name its first file leaves only this.
         (tmp_path / "run").mkdir()
-        (tmp_path / "run" / ".config.json.x.tmp").touch()
+        (tmp_path / "run" / ".config.json.12345678.tmp").touch()
         summary = train_alone(reused, tmp_path / "run")
         assert not list((tmp_path / "run").rglob("*.tmp"))
         assert summary["seconds"]["fit"] == 0.0 and summary["updates"] == 25

@@ -298,7 +298,7 @@ def new_file(path: Path, metadata: dict[str, Any]) -> Iterator[Any]:
     """An HDF5 file to be filled, which is there when it is whole."""
     with atomic_path(path) as temporary:
         try:
-            with h5py.File(temporary, "w") as file:
+            with h5py.File(temporary, "w", locking=False) as file:
                 for key, value in metadata.items():
                     file[f"metadata/{key}"] = value
                 yield file

@@ -107,7 +107,7 @@ def test_a_second_process_is_refused(config: TrainConfig, undisturbed: Path, tmp
             time.sleep(0.005)
         os.kill(first.pid, signal.SIGSTOP)
         # As if it were about to rename this one.
-        (out / ".a.tmp").touch()
+        (out / ".a.12345678.tmp").touch()
         before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
         for resume in (True, False):
             with pytest.raises(InputError, match=f"another process is at work in {out}"):
@@ -125,10 +125,13 @@ def test_a_second_process_is_refused(config: TrainConfig, undisturbed: Path, tmp
 def test_killed_twenty_times(config: TrainConfig, undisturbed: Path, tmp_path: Path) -> None:
     """At random moments, of the fit, the rollouts, the updates, the evaluation or between."""
     rng, kills, late, runs = random.Random(0), 0, 0, 0
+    started = time.perf_counter()
+    attempt(go_on, config, tmp_path / "timed")
+    whole = time.perf_counter() - started
     while kills < 20:
         out, finished = tmp_path / f"run-{runs}", False
         while not finished:
-            kill_after = rng.uniform(0.02, 0.7) if kills < 20 else None
+            kill_after = rng.uniform(0.02, whole) if kills < 20 else None
             # Neither may matter.
             threads, workers = rng.choice([1, 2]), rng.choice([0, 1])
             evaluation = dataclasses.replace(config.evaluation, workers=workers)

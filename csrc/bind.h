@@ -55,6 +55,18 @@ inline mopo::SacSource source(const SourceTuple& tuple) {
           array<const float>(a[3]), array<const bool>(a[4]),  size};
 }
 
+// Adam's counts of steps, which a finished call moves on in the same breath as the parameters: a signal's
+// handler can run before the next line of Python.
+struct StepCounts {
+  std::vector<uintptr_t> floats;  // one for each parameter
+  uintptr_t whole;                // int64; 0: there is none
+
+  void set(int64_t steps) const {
+    for (const uintptr_t address : floats) *pointer<float>(address) = static_cast<float>(steps);
+    if (whole != 0) *pointer<int64_t>(whole) = steps;
+  }
+};
+
 // Arguments and the arrays that they point to: moved, never copied.
 struct SacCall {
   SacCall(int64_t obs_dim, int64_t act_dim, int64_t critics, const std::vector<TrainedTuple>& actor,
@@ -62,8 +74,9 @@ struct SacCall {
           const std::array<float, 3>& learning_rates, float discount, float polyak, float target_entropy,
           float log_std_min, float log_std_max, float alpha_max, float critic_loss_scale, bool simultaneous,
           const SourceTuple& real, const SourceTuple& model, int64_t real_rows, int64_t model_rows,
-          int64_t updates, int64_t updates_before, int64_t first_draw, uint64_t seed)
-      : actor(trained_layers(actor)), critic(trained_layers(critic)) {
+          int64_t updates, int64_t updates_before, const std::vector<uintptr_t>& steps, uintptr_t count,
+          int64_t first_draw, uint64_t seed)
+      : actor(trained_layers(actor)), critic(trained_layers(critic)), counts{steps, count} {
     args.obs_dim = obs_dim;
     args.act_dim = act_dim;
     args.critics = critics;
@@ -93,7 +106,10 @@ struct SacCall {
   }
   SacCall(const SacCall&) = delete;
 
+  void count() const { counts.set(args.updates_before + args.updates); }
+
   std::vector<mopo::TrainedLayer> actor, critic;
+  StepCounts counts;
   mopo::SacArgs args{};
 };
 
@@ -102,8 +118,9 @@ struct FitCall {
           const std::array<uintptr_t, 3>& max_logvar, const std::array<uintptr_t, 3>& min_logvar,
           uintptr_t inputs, uintptr_t targets, int64_t stride, uintptr_t rows, int64_t count,
           int64_t rows_stride, int64_t batch, float learning_rate, float logvar_bound_weight,
-          const std::vector<float>& weight_decay, int64_t steps_before, bool bfloat16)
-      : layers(trained_layers(layers)), weight_decay(weight_decay) {
+          const std::vector<float>& weight_decay, int64_t steps_before, const std::vector<uintptr_t>& steps,
+          bool bfloat16)
+      : layers(trained_layers(layers)), weight_decay(weight_decay), counts{steps, 0} {
     args.members = members;
     args.depth = static_cast<int64_t>(layers.size());
     args.dims = dims;
@@ -126,8 +143,11 @@ struct FitCall {
   }
   FitCall(const FitCall&) = delete;
 
+  void count() const { counts.set(args.steps_before + (args.count + args.batch - 1) / args.batch); }
+
   std::vector<mopo::TrainedLayer> layers;
   std::vector<float> weight_decay;
+  StepCounts counts;
   mopo::FitArgs args{};
 };
 
@@ -138,19 +158,20 @@ inline void bind_calls(py::module_& module) {
       .def(py::init<int64_t, int64_t, int64_t, const std::vector<TrainedTuple>&,
                     const std::vector<TrainedTuple>&, const std::array<uintptr_t, 3>&,
                     const std::array<float, 3>&, float, float, float, float, float, float, float, bool,
-                    const SourceTuple&, const SourceTuple&, int64_t, int64_t, int64_t, int64_t, int64_t,
-                    uint64_t>(),
+                    const SourceTuple&, const SourceTuple&, int64_t, int64_t, int64_t, int64_t,
+                    const std::vector<uintptr_t>&, uintptr_t, int64_t, uint64_t>(),
            py::kw_only(), arg("obs_dim"), arg("act_dim"), arg("critics"), arg("actor"), arg("critic"),
            arg("log_alpha"), arg("learning_rates"), arg("discount"), arg("polyak"), arg("target_entropy"),
            arg("log_std_min"), arg("log_std_max"), arg("alpha_max"), arg("critic_loss_scale"),
            arg("simultaneous"), arg("real"), arg("model"), arg("real_rows"), arg("model_rows"),
-           arg("updates"), arg("updates_before"), arg("first_draw"), arg("seed"));
+           arg("updates"), arg("updates_before"), arg("steps"), arg("count"), arg("first_draw"), arg("seed"));
   py::class_<FitCall>(module, "FitCall", py::module_local(), "A run's steps of the fit; see csrc/fit.h.")
       .def(py::init<int64_t, int64_t, const std::vector<TrainedTuple>&, int, const std::array<uintptr_t, 3>&,
                     const std::array<uintptr_t, 3>&, uintptr_t, uintptr_t, int64_t, uintptr_t, int64_t,
-                    int64_t, int64_t, float, float, const std::vector<float>&, int64_t, bool>(),
+                    int64_t, int64_t, float, float, const std::vector<float>&, int64_t,
+                    const std::vector<uintptr_t>&, bool>(),
            py::kw_only(), arg("members"), arg("dims"), arg("layers"), arg("activation"), arg("max_logvar"),
            arg("min_logvar"), arg("inputs"), arg("targets"), arg("stride"), arg("rows"), arg("count"),
            arg("rows_stride"), arg("batch"), arg("learning_rate"), arg("logvar_bound_weight"),
-           arg("weight_decay"), arg("steps_before"), arg("bfloat16"));
+           arg("weight_decay"), arg("steps_before"), arg("steps"), arg("bfloat16"));
 }

@@ -24,6 +24,23 @@ mopo::Network network(const NetworkTuple& tuple, const std::vector<mopo::Layer>&
           static_cast<mopo::Activation>(std::get<4>(tuple))};
 }
 
+// Calls kernel(interrupt) without the interpreter's lock; a signal whose handler raises ends it with that
+// error.
+template <class Kernel>
+auto interruptible(Kernel kernel) {
+  mopo::Interrupt interrupt([] {
+    const py::gil_scoped_acquire acquire;
+    return PyErr_CheckSignals() != 0;
+  });
+  const auto call = [&] {
+    const py::gil_scoped_release release;
+    return kernel(interrupt);
+  };
+  auto result = call();
+  if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return result;
+}
+
 std::pair<int64_t, int64_t> rollout(const std::string& isa, int64_t obs_dim, int64_t act_dim,
                                     const NetworkTuple& dynamics, uintptr_t input_mean, uintptr_t input_std,
                                     uintptr_t max_logvar, uintptr_t min_logvar, uintptr_t carry, bool log_std,
@@ -75,23 +92,35 @@ std::pair<int64_t, int64_t> rollout(const std::string& isa, int64_t obs_dim, int
   args.mean = pointer<float>(mean);
   args.std = pointer<float>(std);
   args.threads = threads;
-  const py::gil_scoped_release release;
-  const mopo::RolloutCounts counts = mopo::rollout(args, mopo::kernels(isa));
+  const mopo::Kernels& kernels = mopo::kernels(isa);
+  const mopo::RolloutCounts counts =
+      interruptible([&](mopo::Interrupt& interrupt) { return mopo::rollout(args, kernels, interrupt); });
   return {counts.written, counts.non_finite};
 }
 
-std::array<double, mopo::kSacMetrics> sac_updates(const SacCall& call, const std::string& isa, int threads) {
-  mopo::SacArgs args = call.args;
-  args.threads = threads;
-  const py::gil_scoped_release release;
-  return mopo::sac_updates(args, mopo::kernels(isa));
+// Trains the calls' runs by train(runs, interrupt), each with so many threads, and counts their steps.
+template <class Call, class Train>
+auto train(const std::vector<Call*>& calls, int threads, Train train) {
+  std::vector<decltype(Call::args)> runs;
+  for (const Call* call : calls) {
+    runs.push_back(call->args);
+    runs.back().threads = threads;
+  }
+  auto result = interruptible([&](mopo::Interrupt& interrupt) { return train(runs, interrupt); });
+  for (const Call* call : calls) call->count();
+  return result;
 }
 
-double fit_steps(const FitCall& call, const std::string& isa, int threads) {
-  mopo::FitArgs args = call.args;
-  args.threads = threads;
-  const py::gil_scoped_release release;
-  return mopo::fit_steps(args, mopo::kernels(isa));
+auto sac_updates(const std::vector<SacCall*>& calls, const std::string& isa, int threads) {
+  return train(calls, threads, [&kernels = mopo::kernels(isa)](const auto& runs, mopo::Interrupt& interrupt) {
+    return mopo::sac_updates(runs, kernels, interrupt);
+  });
+}
+
+auto fit_steps(const std::vector<FitCall*>& calls, const std::string& isa, int threads) {
+  return train(calls, threads, [&kernels = mopo::kernels(isa)](const auto& runs, mopo::Interrupt& interrupt) {
+    return mopo::fit_steps(runs, kernels, interrupt);
+  });
 }
 
 }  // namespace
@@ -109,10 +138,10 @@ PYBIND11_MODULE(_cpu, module) {
              arg("std"), arg("threads"),
              "The fused rollout; see csrc/rollout.h. Gives (rows written, rollouts cut as not finite).");
   bind_calls(module);
-  module.def("sac_updates", sac_updates, arg("call"), py::kw_only(), arg("isa"), arg("threads"),
-             "SAC updates in place. Gives sums of the metrics.");
-  module.def("fit_steps", fit_steps, arg("call"), py::kw_only(), arg("isa"), arg("threads"),
-             "Steps of the fit in place. Gives the sum of their losses.");
+  module.def("sac_updates", sac_updates, arg("calls"), py::kw_only(), arg("isa"), arg("threads"),
+             "Updates runs in place, side by side, each with so many threads. Gives sums of their metrics.");
+  module.def("fit_steps", fit_steps, arg("calls"), py::kw_only(), arg("isa"), arg("threads"),
+             "Steps runs in place, one after the other. Gives the sum of each one's losses.");
   module.def(
       "use_large_pages",
       [](uintptr_t address, size_t bytes) { mopo::use_large_pages(pointer<char>(address), bytes); },

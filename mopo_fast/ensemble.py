@@ -299,7 +299,14 @@ class EnsembleDynamics(nn.Module):
         return model.to(device)
 
     def check_elites(self) -> None:
-        """Raise `InputError` where elites repeat or name no member."""
-        elites = self.elites.tolist()
-        if len(set(elites)) != len(elites) or not all(0 <= e < self.members for e in elites):
-            raise InputError(f"elites must be distinct members 0..{self.members - 1}, got {elites}")
+        """Raise `InputError` where elites are none, repeat, or name no member."""
+        check_members("elites", self.elites, self.members)
+
+
+def check_members(name: str, numbers: torch.Tensor, members: int) -> None:
+    """Raise `InputError` unless `numbers` are distinct members 0 .. members - 1: int64 [n], n at least 1."""
+    if numbers.dtype != torch.int64 or numbers.ndim != 1:
+        raise InputError(f"{name} must be int64 [n], got {numbers.dtype} {list(numbers.shape)}")
+    found = numbers.tolist()
+    if not found or len(set(found)) != len(found) or not all(0 <= one < members for one in found):
+        raise InputError(f"{name} must be distinct members 0..{members - 1}, got {found}")

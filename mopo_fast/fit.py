@@ -21,7 +21,7 @@ import torch
 from mopo_fast import backends
 from mopo_fast.adam import Adam
 from mopo_fast.atomic import write_json
-from mopo_fast.backends import cpu
+from mopo_fast.backends import checked, cpu
 from mopo_fast.backends.training import FitRun, Parameter
 from mopo_fast.config import FIT_DTYPES, DynamicsConfig, check_finite, to_dict
 from mopo_fast.data.transitions import Transitions
@@ -402,6 +402,7 @@ class Fit:
             rows=rows,
             config=self.config,
             steps_before=self.steps_made,
+            steps=adam.steps,
         )
 
     def count(self, rows: int) -> None:
@@ -509,10 +510,7 @@ class Population:
         """What `Fit.steps` does, for each with its own rows."""
         if kernels := backends.training_kernels(self.fits[0].backend):
             runs = [fit.run(some) for fit, some in zip(self.fits, rows, strict=True)]
-            fused = kernels.fit_steps(runs, self.fits[0].threads)
-            for fit in self.fits:
-                fit.count(rows[0].shape[1])
-            return fused
+            return checked.fit_steps(kernels, runs, self.fits[0].threads)
         batch = self._side_by_side()
         each = [fit.batches(some) for fit, some in zip(self.fits, rows, strict=True)]
         inputs, targets = each[0] if len(each) == 1 else map(torch.cat, zip(*each, strict=True))

@@ -10,6 +10,9 @@ import torch
 
 from mopo_fast.errors import InputError
 
+# A kernel call has no use for more.
+MAX_THREADS = 2**15
+
 
 def check_device(device: torch.device | str) -> None:
     """Raise `InputError` where nothing can be computed on `device`."""
@@ -34,8 +37,8 @@ def resolve_threads(threads: int | None) -> int:
     """
     if threads is None:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if not isinstance(threads, int) or isinstance(threads, bool) or not 1 <= threads < 2**15:
-        raise InputError(f"threads must be a whole number, 1 <= threads < {2**15}, got {threads!r}")
+    if not isinstance(threads, int) or isinstance(threads, bool) or not 1 <= threads < MAX_THREADS:
+        raise InputError(f"threads must be a whole number, 1 <= threads < {MAX_THREADS}, got {threads!r}")
     return threads
 
 

@@ -21,6 +21,8 @@ from mopo_fast.backends import (
     PolicyArrays,
     Settings,
     StepResult,
+    array_layout,
+    checked,
     network_sizes,
 )
 from mopo_fast.backends.reference import act, rollout_by_steps
@@ -226,18 +228,23 @@ class RolloutEngine:
             storage, head = room.arrays(), 0
         else:
             storage, head = out.storage.arrays(), out.head
-            if (out.storage.obs_dim, out.storage.act_dim) != (ensemble.obs_dim, ensemble.act_dim):
-                raise InputError(
-                    f"the buffer is for {out.storage.obs_dim} observation and {out.storage.act_dim} action"
-                    f" dimensions, the ensemble for {ensemble.obs_dim} and {ensemble.act_dim}"
-                )
-            if out.storage.device != self.device:
-                raise InputError(f"the buffer is on {out.storage.device}, the ensemble on {self.device}")
             if len(start) * horizon > out.capacity:
                 raise InputError(
                     f"{len(start)} rollouts of {horizon} steps can make {len(start) * horizon} transitions,"
                     f" the buffer holds {out.capacity}"
                 )
+            # The operator would be traced, and not run, where one of its tensors is on another device.
+            for name, array in storage.items():
+                if array.device != self.device:
+                    raise InputError(
+                        f"the buffer's {name} is on {array.device}, the ensemble on {self.device}"
+                    )
+            # Read while the buffer is written, they must not be a part of it.
+            memory = {array.untyped_storage().data_ptr() for array in storage.values()}
+            start, rows = (
+                array.clone() if array.untyped_storage().data_ptr() in memory else array
+                for array in (start, rows)
+            )
         settings = Settings(seed, deterministic, self.operands, self.threads)
         run = self._fused if self.termination_function is None else self._by_steps
         count, cut = run(policy, start, rows, horizon, Destination(storage, head), settings)
@@ -312,6 +319,9 @@ class RolloutEngine:
     ) -> tuple[int, int]:
         weights, biases = self._policy(policy)
         arrays = PolicyArrays(weights, biases, policy.activation, policy.log_std_min, policy.log_std_max)
+        layout = checked.Layout(self.dtype, self.device)
+        layout.network("the policy", weights, biases, (), policy.obs_dim, 2 * policy.act_dim)
+        checked.check_destination(out, layout, policy.obs_dim, policy.act_dim, len(start) * horizon)
 
         def model_step(
             observations: torch.Tensor, actions: torch.Tensor, alive: torch.Tensor, t: int
@@ -340,19 +350,18 @@ class RolloutEngine:
 
     def _dynamics(self) -> tuple[Any, ...]:
         ensemble = self.ensemble
-        # Read at every call, so checked at every call: a kernel trusts these numbers.
-        ensemble.check_elites()
         everyone = torch.arange(ensemble.members, device=self.device)
+        elites = ensemble.elites.to(self.device).contiguous()
         return (
             [self._cast(weight) for weight in ensemble.weights],
             [self._cast(bias) for bias in ensemble.biases],
             self._cast(ensemble.input_mean),
             self._cast(ensemble.input_std),
-            self._cast(ensemble.max_logvar.reshape(-1, ensemble.obs_dim + 1)),
-            self._cast(ensemble.min_logvar.reshape(-1, ensemble.obs_dim + 1)),
+            self._cast(torch.atleast_2d(ensemble.max_logvar)),
+            self._cast(torch.atleast_2d(ensemble.min_logvar)),
             self._cast(~ensemble.absolute) if self._absolute else None,
-            ensemble.elites.contiguous(),
-            everyone if self.penalty_members == "all" else ensemble.elites.contiguous(),
+            elites,
+            everyone if self.penalty_members == "all" else elites,
             self._low,
             self._high,
             ensemble.log_scale == "std",
@@ -400,17 +409,10 @@ def allocate(
     dtype: torch.dtype = torch.float32,
 ) -> Transitions:
     """Room for `capacity` transitions of a rollout, with every array that it fills, not initialised."""
-    shapes = {"observations": (obs_dim,), "next_observations": (obs_dim,), "actions": (act_dim,)}
-    dtypes = {
-        "terminals": torch.bool,
-        "members": torch.int32,
-        "rollout_index": torch.int64,
-        "step": torch.int32,
-    }
-    arrays: dict[str, Any] = {
-        name: torch.empty((capacity, *shapes.get(name, ())), dtype=dtypes.get(name, dtype), device=device)
-        for name in ROLLOUT_ARRAYS
-    }
+    arrays: dict[str, Any] = {}
+    for name in ROLLOUT_ARRAYS:
+        shape, kind = array_layout(name, obs_dim, act_dim, dtype)
+        arrays[name] = torch.empty((capacity, *shape), dtype=kind, device=device)
     return Transitions(**arrays)
 
 
@@ -477,7 +479,8 @@ def _step_op(
         weights, biases, input_mean, input_std, max_logvar, min_logvar, carry, elites, penalty_members, low,
         high, log_std, activation, penalty, penalty_coef,
     )  # fmt: skip
-    result = backends.get_backend(backend).step(
+    result = checked.step(
+        backends.get_backend(backend),
         dynamics,
         observations,
         actions,
@@ -578,7 +581,8 @@ def _rollout_op(
         raw_rewards, penalties, members, rollout_index, step,
     )  # fmt: skip
     named = {name: array for name, array in zip(ROLLOUT_ARRAYS, arrays, strict=True) if array is not None}
-    counts = backends.get_backend(backend).rollout(
+    counts = checked.rollout(
+        backends.get_backend(backend),
         dynamics,
         policy,
         start,

@@ -15,6 +15,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mopo_fast import backends
 from mopo_fast.adam import Adam
+from mopo_fast.backends import checked
 from mopo_fast.backends.philox import (
     ACTION_STREAM,
     BATCH_STREAM,
@@ -74,7 +75,9 @@ class SAC:
         check_config(config)
         if config.actor_schedule == "cosine" and not total_updates:
             raise InputError("the cosine schedule needs total_updates, the number of updates it spans")
-        self.config, self.total_updates, self.updates = config, total_updates, 0
+        self.config, self.total_updates = config, total_updates
+        # A tensor, for kernels to count in.
+        self._updates = torch.zeros((), dtype=torch.int64)
         widest = max(obs_dim + act_dim, 2 * act_dim, *config.hidden)
         self.backend = backends.choose(backend, "float32", torch.device(device), training=widest)
         self.threads = resolve_threads(threads)
@@ -102,6 +105,11 @@ class SAC:
         }
         self._targets = list(self.target.parameters())
         self._polyak = get_ema_multi_avg_fn(1.0 - config.polyak)
+
+    @property
+    def updates(self) -> int:
+        """How many updates have been made."""
+        return int(self._updates)
 
     @property
     def batch_rows(self) -> tuple[int, int]:
@@ -152,7 +160,7 @@ class SAC:
         actor.step(actor_gradients)
         temperature.step(alpha_gradients)
         self._polyak(self._targets, critic.parameters, None)
-        self.updates += 1
+        self._updates += 1
         losses = (critic_loss.detach(), actor_loss.detach(), alpha_loss.detach())
         return torch.stack([*losses, q.detach().mean(dim=(-2, -1)), alpha, entropy], dim=-1)
 
@@ -273,16 +281,18 @@ class SAC:
             rows=self.batch_rows,
             updates=count,
             updates_before=self.updates,
+            steps=[step for optimizer in self.optimizers.values() for step in optimizer.steps],
+            count=self._updates,
             first_draw=first,
             seed=seed,
         )
 
     def _count(self, updates: int) -> None:
-        """Take over updates that were made without `update`."""
-        self.updates += updates
+        """Take over a number of updates that others have made of the same parameters."""
+        self._updates.fill_(updates)
         for optimizer in self.optimizers.values():
             for step in optimizer.steps:
-                step.fill_(self.updates)
+                step.fill_(updates)
 
     def _parameters(self, name: str) -> list[Parameter]:
         optimizer = self.optimizers[name]
@@ -324,7 +334,7 @@ class SAC:
         for name, target in self.state().items():
             require_shape(source, tensors, name, target.shape)
             target.copy_(tensors[name])
-        self.updates = int(tensors["updates"])
+        self._updates.fill_(int(tensors["updates"]))
 
 
 class Population:
@@ -370,9 +380,7 @@ class Population:
                 sac._run(*source, first, count, seed)
                 for sac, source, seed in zip(self.sacs, sources, seeds, strict=True)
             ]
-            sums = kernels.sac_updates(runs, self.sacs[0].threads)
-            for sac in self.sacs:
-                sac._count(count)
+            sums = checked.sac_updates(kernels, runs, self.sacs[0].threads)
             totals = [
                 [one + more for one, more in zip(total, some, strict=True)]
                 for total, some in zip(totals, sums, strict=True)
@@ -400,7 +408,7 @@ class Population:
                 total += self._play(some) if recorded else self._updates(*some)
         if batch is not self.sacs[0]:
             for sac in self.sacs:
-                sac._count(updates)
+                sac._count(batch.updates)
         totals: list[list[float]] = total.reshape(-1, len(METRICS)).tolist()
         return totals
 
@@ -429,7 +437,6 @@ class Population:
                     tensor.data = torch.stack([state[name].data for state in states])
                     for state, view in zip(states, tensor.data, strict=True):
                         state[name].data = view
-        self._batch.updates = 0
         self._batch._count(first.updates)
         for name, optimizer in self._batch.optimizers.items():
             optimizer.learning_rate = first.optimizers[name].learning_rate
@@ -449,7 +456,7 @@ class Population:
         updates, state = batch.updates, list(batch._live_state().values())
         total = self._recorder.play(self._updates, arrays, state)
         # The run that warms up and the recording have counted theirs.
-        batch.updates = updates + len(arrays[0])
+        batch._updates.fill_(updates + len(arrays[0]))
         return total
 
 

@@ -14,7 +14,6 @@ from filelock import FileLock
 
 from mopo_fast import backends
 from mopo_fast.backends import BackendStatus, cuda
-from mopo_fast.backends.training import Trainer
 from mopo_fast.data import collect
 
 torch.set_num_threads(1)
@@ -66,8 +65,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         return
     module = request.getfixturevalue("emulated")
     monkeypatch.setattr(cuda, "_load", lambda: (module, ""))
-    monkeypatch.setattr(cuda, "_DEVICE", "cpu")
-    monkeypatch.setattr(cuda, "_TRAINER", Trainer("cuda", "cpu"))
+    monkeypatch.setattr(cuda, "DEVICE", "cpu")
     monkeypatch.setattr(cuda, "_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 4)
     monkeypatch.setattr(cuda, "_current_stream", lambda device: 0)

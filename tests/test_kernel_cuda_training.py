@@ -217,7 +217,7 @@ def test_refuses_what_it_cannot_train(device: str) -> None:
     case = "one unit"
     kernel = make_cuda_sac(case, device)
     kernel.actor.double()
-    with pytest.raises(InputError, match=r"the cuda backend .* trains contiguous torch.float32 .* reference"):
+    with pytest.raises(InputError, match=r"the kernels train contiguous torch.float32 .* reference"):
         update([kernel], case, 1)
 
 

@@ -84,7 +84,7 @@ def test_arrays_of_other_layouts_are_read_right() -> None:
 
 def test_refuses_parameters_that_it_cannot_train_in_place() -> None:
     sac = to_double(make_sac(5, 2, SACConfig(hidden=(4,)), "cpu"))
-    with pytest.raises(InputError, match=r"trains contiguous torch.float32 .*use backend reference"):
+    with pytest.raises(InputError, match=r"train contiguous torch.float32 .*use backend reference"):
         sac.update_many(*sac_sources(5, 2), 1, seed=0)
 
 
@@ -92,7 +92,9 @@ def test_refuses_terminals_that_are_not_bool() -> None:
     sac = make_sac(5, 2, SACConfig(hidden=(4,)), "cpu")
     data, buffer = sac_sources(5, 2)
     data.terminals = data.terminals.float()
-    with pytest.raises(InputError, match=r"contiguous torch.bool tensors .* got torch.float32"):
+    with pytest.raises(
+        InputError, match=r"the data's terminals must be torch.bool \[50\] .* got torch.float32"
+    ):
         sac.update_many(data, buffer, 1, seed=0)
 
 

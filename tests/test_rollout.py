@@ -88,9 +88,9 @@ def test_bad_rollout_arguments(engine):
     refused(r"start_observations must be \[batch, 5\]", policy, start[:, :4], 1)
     refused("8 rollouts of 3 steps can make 24 transitions, the buffer holds 23", policy, start, 3,
             out=RingBuffer(23, 5, 2))  # fmt: skip
-    refused("the buffer is for 4 observation and 2 action dimensions", policy, start, 3,
-            out=RingBuffer(24, 4, 2))  # fmt: skip
-    refused("the buffer is on meta, the ensemble on cpu", policy, start, 3,
+    refused(r"the buffer's observations must be torch.float32 \[24, 5\] .*, got torch.float32 \[24, 4\]",
+            policy, start, 3, out=RingBuffer(24, 4, 2))  # fmt: skip
+    refused("the buffer's observations is on meta, the ensemble on cpu", policy, start, 3,
             out=RingBuffer(24, 5, 2, "meta"))  # fmt: skip
     refused("policy must be a mopo_fast.Actor, got Linear", torch.nn.Linear(5, 4), start, 3)
 

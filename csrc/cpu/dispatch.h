@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "interrupt.h"
 #include "kernels.h"
 
 namespace mopo {
@@ -15,12 +16,16 @@ std::vector<std::string> supported_isas();
 // Kernels of `isa`, which must be one of supported_isas(); "" takes the best.
 const Kernels& kernels(const std::string& isa);
 
-RolloutCounts rollout(const RolloutArgs& args, const Kernels& kernels);
+// Rollouts, which an interrupt ends between two steps: the output then holds rows of the first ones only.
+RolloutCounts rollout(const RolloutArgs& args, const Kernels& kernels, Interrupt& interrupt);
 
-// Updates every parameter in place; sums of the metrics.
-std::array<double, kSacMetrics> sac_updates(const SacArgs& args, const Kernels& kernels);
+// Updates every parameter of all runs in place, side by side; sums of each run's metrics. Interrupted, it
+// leaves every run as it was, and gives nothing.
+std::vector<std::array<double, kSacMetrics>> sac_updates(const std::vector<SacArgs>& runs,
+                                                         const Kernels& kernels, Interrupt& interrupt);
 
-// Updates every parameter in place; the sum of the steps' losses, weight decay left out.
-double fit_steps(const FitArgs& args, const Kernels& kernels);
+// Updates every parameter of all runs in place, one run after the other; the sum of each one's losses, weight
+// decay left out. Interrupted likewise.
+std::vector<double> fit_steps(const std::vector<FitArgs>& runs, const Kernels& kernels, Interrupt& interrupt);
 
 }  // namespace mopo

@@ -23,6 +23,8 @@ class FitState {
     visit([&](const TrainedLayer& layer, int64_t member, const Dense& dense) {
       read_parameters(layer, member, dense, args_.bfloat16, kernels_);
     });
+    copy_bound(args.max_logvar, max_logvar_);
+    copy_bound(args.min_logvar, min_logvar_);
     read_bounds();
   }
 
@@ -30,6 +32,8 @@ class FitState {
     visit([&](const TrainedLayer& layer, int64_t member, const Dense& dense) {
       write_parameters(layer, member, dense, kernels_);
     });
+    copy_bound(max_logvar_, args_.max_logvar);
+    copy_bound(min_logvar_, args_.min_logvar);
   }
 
   // The bounds' step, after all members; gives the loss of the whole step.
@@ -37,14 +41,14 @@ class FitState {
     double loss = 0.0;
     for (int64_t member = 0; member < args_.members; ++member) loss += plan.loss[member];
     for (int64_t d = 0; d < args_.dims; ++d) {
-      loss += args_.logvar_bound_weight * (args_.max_logvar.value[d] - args_.min_logvar.value[d]);
+      loss += args_.logvar_bound_weight * (max_logvar_.value[d] - min_logvar_.value[d]);
       double max_grad = args_.logvar_bound_weight, min_grad = -args_.logvar_bound_weight;
       for (int64_t member = 0; member < args_.members; ++member) {
         max_grad += plan.max_grad[member * args_.dims + d];
         min_grad += plan.min_grad[member * args_.dims + d];
       }
-      adam(step, args_.max_logvar, d, max_grad);
-      adam(step, args_.min_logvar, d, min_grad);
+      adam(step, max_logvar_, d, max_grad);
+      adam(step, min_logvar_, d, min_grad);
     }
     read_bounds();
     return loss;
@@ -68,10 +72,16 @@ class FitState {
 
   void read_bounds() {
     for (int64_t d = 0; d < args_.dims; ++d) {
-      plan.max_logvar[d] = args_.max_logvar.value[d];
-      plan.exp_minus_max[d] = std::exp(-args_.max_logvar.value[d]);
-      plan.exp_min[d] = std::exp(args_.min_logvar.value[d]);
+      plan.max_logvar[d] = max_logvar_.value[d];
+      plan.exp_minus_max[d] = std::exp(-max_logvar_.value[d]);
+      plan.exp_min[d] = std::exp(min_logvar_.value[d]);
     }
+  }
+
+  void copy_bound(const Parameter& from, const Parameter& to) const {
+    std::copy_n(from.value, args_.dims, to.value);
+    std::copy_n(from.exp_avg, args_.dims, to.exp_avg);
+    std::copy_n(from.exp_avg_sq, args_.dims, to.exp_avg_sq);
   }
 
   void lay_out() {
@@ -82,6 +92,8 @@ class FitState {
     plan.layers = layers_.data();
     const int64_t dims = round_up(args_.dims, kernels_.panel);
     for (float** each : {&plan.max_logvar, &plan.exp_minus_max, &plan.exp_min}) arena_.take(*each, dims);
+    for (Parameter* bound : {&max_logvar_, &min_logvar_})
+      for (float** each : {&bound->value, &bound->exp_avg, &bound->exp_avg_sq}) arena_.take(*each, dims);
     arena_.take(plan.loss, args_.members);
     for (double** each : {&plan.max_grad, &plan.min_grad}) arena_.take(*each, args_.members * args_.dims);
     for (size_t team = 0; team < workspaces.size(); ++team) lay_out(workspaces[team], matrices_[team]);
@@ -121,6 +133,7 @@ class FitState {
   const Kernels& kernels_;
   Arena arena_;
   std::vector<Dense> layers_;
+  Parameter max_logvar_{}, min_logvar_{};
   std::vector<Matrices> matrices_;  // of the workspaces
 };
 
@@ -137,50 +150,89 @@ Teams make_teams(int64_t threads, int64_t members, int64_t blocks) {
   return best;
 }
 
-}  // namespace
-
+// A run, its memory and the sum of its losses.
+//
 // Members take turns, step after step, and teams take the turns one after the other, so that seven members
 // keep two teams busy. A member's turn waits for its last one, and for the bounds, which the losses of all
 // members in the step before have moved.
-double fit_steps(const FitArgs& args, const Kernels& kernels) {
-  const int64_t members = args.members, steps = (args.count + args.batch - 1) / args.batch;
-  const int64_t block = args.bfloat16 ? std::max(kernels.block, kernels.tile) : kernels.block;
-  const Teams teams =
-      make_teams(args.threads, members, round_up(std::min(args.batch, args.count), block) / block);
-  const int threads = teams.size * teams.count;
-  FitState state(args, kernels, teams.count);
-  // All memory is taken before the threads start, so that nothing can fail in them.
-  std::vector<std::vector<AdamStep>> adam_steps(threads, std::vector<AdamStep>(args.depth));
-  std::deque<Barrier> barriers;
-  for (int team = 0; team < teams.count; ++team) barriers.emplace_back(teams.size);
-  std::vector<Milestone> trained(members);
-  Milestone bounds;
-  std::atomic<int64_t> losses{0};
+class FitWork {
+ public:
+  FitWork(const FitArgs& args, const Kernels& kernels)
+      : args(args),
+        teams(make_teams(args.threads, args.members, blocks(args, kernels))),
+        state(args, kernels, teams.count),
+        adam_steps_(teams.size * teams.count, std::vector<AdamStep>(args.depth)),
+        trained_(args.members) {
+    for (int team = 0; team < teams.count; ++team) barriers_.emplace_back(teams.size);
+  }
+
+  void run(const Kernels& kernels, Interrupt& interrupt) {
+    parallel(teams.size * teams.count, [&](int thread) { work(kernels, interrupt, thread); }, interrupt);
+  }
+
+  const FitArgs& args;
+  const Teams teams;
+  FitState state;
   double loss = 0.0;
-  parallel(threads, [&](int thread) {
+
+ private:
+  // Of a batch's rows, which a team's threads share.
+  static int64_t blocks(const FitArgs& args, const Kernels& kernels) {
+    const int64_t block = args.bfloat16 ? std::max(kernels.block, kernels.tile) : kernels.block;
+    return round_up(std::min(args.batch, args.count), block) / block;
+  }
+
+  void work(const Kernels& kernels, Interrupt& interrupt, int thread) {
+    const int64_t members = args.members, steps = (args.count + args.batch - 1) / args.batch;
     const int number = thread / teams.size;
-    const Team team{thread % teams.size, teams.size, &barriers[number]};
+    const Team team{thread % teams.size, teams.size, &barriers_[number]};
     const FitWorkspace& workspace = state.workspaces[number];
-    std::vector<AdamStep>& layer_steps = adam_steps[thread];
+    std::vector<AdamStep>& layer_steps = adam_steps_[thread];
     for (int64_t i = number; i < steps * members; i += teams.count) {
       const int64_t step = i / members, member = i % members, begin = step * args.batch;
       const int64_t adam_number = args.steps_before + step + 1;
       for (int64_t l = 0; l < args.depth; ++l)
         layer_steps[l] = adam_step(args.learning_rate, adam_number, args.weight_decay[l], 0.0f);
       const FitTurn turn{member, begin, std::min(args.batch, args.count - begin), team};
-      trained[member].wait_for(step);
-      bounds.wait_for(step);
+      trained_[member].wait_for(step);
+      bounds_.wait_for(step);
+      if (stop_) return;
       kernels.fit_forward(args, state.plan, workspace, turn);
-      if (team.part == 0 && losses.fetch_add(1, std::memory_order_acq_rel) + 1 == (step + 1) * members) {
+      if (team.part == 0 && losses_.fetch_add(1, std::memory_order_acq_rel) + 1 == (step + 1) * members) {
         loss += state.step_bounds(adam_step(args.learning_rate, adam_number, 0.0f, 0.0f));
-        bounds.reach(step + 1);
+        stop_ = interrupt.requested();
+        bounds_.reach(step + 1);
       }
       kernels.fit_backward(args, state.plan, workspace, turn, layer_steps.data());
-      if (team.part == 0) trained[member].reach(step + 1);
+      if (team.part == 0) trained_[member].reach(step + 1);
+      interrupt.requested();
     }
-  });
-  state.write_back();
-  return loss;
+  }
+
+  std::vector<std::vector<AdamStep>> adam_steps_;  // of each thread's current turn
+  std::deque<Barrier> barriers_;                   // a team's each
+  std::vector<Milestone> trained_;
+  Milestone bounds_;
+  std::atomic<int64_t> losses_{0};
+  bool stop_ = false;  // decided by the thread that ends a step, before `bounds_` tells of its end
+};
+
+}  // namespace
+
+std::vector<double> fit_steps(const std::vector<FitArgs>& runs, const Kernels& kernels,
+                              Interrupt& interrupt) {
+  // All memory is taken before the threads start, so that nothing can fail in them.
+  std::deque<FitWork> works;
+  for (const FitArgs& args : runs) works.emplace_back(args, kernels);
+  std::vector<double> losses;
+  // One after the other: each keeps every core busy.
+  for (FitWork& work : works) work.run(kernels, interrupt);
+  if (interrupt.requested()) return losses;
+  for (FitWork& work : works) {
+    work.state.write_back();
+    losses.push_back(work.loss);
+  }
+  return losses;
 }
 
 }  // namespace mopo

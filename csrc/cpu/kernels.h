@@ -11,6 +11,7 @@
 namespace mopo {
 
 class Barrier;
+class Interrupt;
 
 // What a layer's buffers are rounded up to: outputs, and inputs, that any kernel takes at a time.
 constexpr int64_t kRoom = 32;
@@ -35,7 +36,11 @@ struct RolloutPlan {
   const float* inverse_std;    // [obs_dim + act_dim]
   const float* exp_minus_max;  // [members][obs_dim + 1]
   const float* exp_min;
+  Interrupt* interrupt;
 };
+
+// Whether the call is to end. A function of rollout.cpp, so that no instruction set's file has a copy.
+bool interrupted(const RolloutPlan& plan) noexcept;
 
 // What a chunk's steps made, arrays of the output's shapes, rollout r's step t at row r * horizon + t.
 struct RolloutRecord {

@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <thread>
@@ -12,7 +13,7 @@ namespace {
 
 class Pool {
  public:
-  void run(int count, const std::function<void(int)>& body) {
+  void run(int count, const std::function<void(int)>& body, Interrupt& interrupt) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       while (static_cast<int>(threads_.size()) + 1 < count) {
@@ -27,10 +28,16 @@ class Pool {
     start_.notify_all();
     body(0);
     std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [this] { return running_ == 0; });
+    while (!done_.wait_for(lock, kLook, [this] { return running_ == 0; })) {
+      lock.unlock();
+      interrupt.requested();
+      lock.lock();
+    }
   }
 
  private:
+  static constexpr std::chrono::milliseconds kLook{20};
+
   void work(int index, long seen) {
     for (;;) {
       const std::function<void(int)>* body;
@@ -85,13 +92,13 @@ class Pools {
 
 }  // namespace
 
-void parallel(int count, const std::function<void(int)>& body) {
+void parallel(int count, const std::function<void(int)>& body, Interrupt& interrupt) {
   if (count <= 1) {
     body(0);
   } else {
     static Pools* const pools = new Pools;
     Pool* pool = pools->take();
-    pool->run(count, body);
+    pool->run(count, body, interrupt);
     pools->give_back(pool);
   }
 }

@@ -209,6 +209,15 @@ class Order {
     for (Made& one : made) free_.push_back(&one);
   }
 
+  // No more chunks.
+  void stop() {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      next_ = chunks_;
+    }
+    freed_.notify_all();
+  }
+
   // The next chunk and room for it; nullptr: there is none left.
   Made* take(int64_t& chunk) {
     std::unique_lock<std::mutex> lock(mutex_);
@@ -258,7 +267,9 @@ class Order {
 
 }  // namespace
 
-RolloutCounts rollout(const RolloutArgs& args, const Kernels& kernels) {
+bool interrupted(const RolloutPlan& plan) noexcept { return plan.interrupt->requested(); }
+
+RolloutCounts rollout(const RolloutArgs& args, const Kernels& kernels, Interrupt& interrupt) {
   const Packing& packing = args.bfloat16 ? kernels.bfloat16 : kernels.float32;
   const Packed dynamics(args.dynamics, packing), policy(args.policy, packing);
   std::vector<float> inverse_std, exp_minus_max, exp_min;
@@ -268,8 +279,8 @@ RolloutCounts rollout(const RolloutArgs& args, const Kernels& kernels) {
     exp_min.push_back(std::exp(args.min_logvar[i]));
   }
   const int64_t rows = chunk_rows(args, packing.tile), chunks = (args.batch + rows - 1) / rows;
-  const RolloutPlan plan{dynamics.view(), policy.view(), inverse_std.data(), exp_minus_max.data(),
-                         exp_min.data()};
+  const RolloutPlan plan{dynamics.view(),      policy.view(),  inverse_std.data(),
+                         exp_minus_max.data(), exp_min.data(), &interrupt};
 
   // All memory is taken before the threads start, so that nothing can fail in them.
   const int threads = static_cast<int>(std::min<int64_t>(args.threads, chunks));
@@ -283,17 +294,20 @@ RolloutCounts rollout(const RolloutArgs& args, const Kernels& kernels) {
   for (auto& some : ready) some.reserve(made.size());
 
   Order order(args, chunks, made);
-  parallel(threads, [&](int thread) {
+  const auto work = [&](int thread) {
     int64_t chunk;
     while (Made* mine = order.take(chunk)) {
       const int64_t first = chunk * rows;
       mine->rows = std::min(rows, args.batch - first);
       kernels.rollout_chunk(args, plan, workspaces[thread], mine->record, first, mine->rows);
+      // The chunk may have been left in the middle: it gets no place, and no later one does.
+      if (interrupt.requested()) return order.stop();
       order.finish(chunk, mine, ready[thread]);
       for (const Made* one : ready[thread]) commit(args, *one);
       order.release(ready[thread]);
     }
-  });
+  };
+  parallel(threads, work, interrupt);
   return order.counts();
 }
 

@@ -48,6 +48,17 @@ static void network_tile(const Network& network, const PackedNetwork& packed, in
   }
 }
 
+// What the processor has to be set to for an operand's products: on AMX, the tiles. Not kept while signals
+// are looked for, since their handlers may do products of their own.
+template <class Operand>
+struct Products {
+  Products() {}
+};
+template <>
+struct Products<BFloat16> {
+  const Tiles tiles;
+};
+
 // A chunk of rollouts on its way through all steps, on one thread.
 template <class Operand>
 struct Chunk {
@@ -76,28 +87,38 @@ struct Chunk {
     return ws.predictions + (tile * args.dynamics.networks + member) * outputs() * kTile;
   }
 
+  // Ends early, in the middle of a step, where the call is interrupted.
   void run() {
     for (t = 0; t < args.horizon && alive > 0; ++t) {
-      for (int64_t tile = 0; tile < tiles(); ++tile) {
-        load_observations(tile);
-        if (args.policy.depth > 0) {
-          act(tile);
-        } else {
-          load_actions(tile);
-        }
-        standardise(tile);
-      }
+      if (interrupted(plan)) return;
+      prepare();
       // Member outside, tile inside: a member's weights stay in the second-level cache.
-      for (int64_t member = 0; member < args.dynamics.networks; ++member)
+      for (int64_t member = 0; member < args.dynamics.networks; ++member) {
+        if (interrupted(plan)) return;
+        const Products<Operand> products;
         for (int64_t tile = 0; tile < tiles(); ++tile)
           network_tile<Operand>(args.dynamics, plan.dynamics, member, inputs(tile), ws,
                                 predictions(tile, member));
+      }
       int64_t survivors = 0;
       for (int64_t tile = 0; tile < tiles(); ++tile) survivors = finish(tile, survivors);
       int64_t* ended = ws.alive;
       ws.alive = ws.survivors;
       ws.survivors = ended;
       alive = survivors;
+    }
+  }
+
+  void prepare() {
+    const Products<Operand> products;
+    for (int64_t tile = 0; tile < tiles(); ++tile) {
+      load_observations(tile);
+      if (args.policy.depth > 0) {
+        act(tile);
+      } else {
+        load_actions(tile);
+      }
+      standardise(tile);
     }
   }
 
@@ -284,10 +305,8 @@ static void rollout_chunk(const RolloutArgs& args, const RolloutPlan& plan, Roll
     ws.alive[i] = i;
     made.length[i] = 0;
   }
-  if (args.bfloat16) {
-    const Tiles tiles;
+  if (args.bfloat16)
     Chunk<BFloat16>{args, plan, ws, made, first, rows, 0}.run();
-  } else {
+  else
     Chunk<Float32>{args, plan, ws, made, first, rows, 0}.run();
-  }
 }

@@ -1,5 +1,7 @@
 #include <algorithm>
 #include <cmath>
+#include <deque>
+#include <exception>
 #include <vector>
 
 #include "barrier.h"
@@ -18,6 +20,7 @@ class SacState {
     lay_out();
     arena_.allocate_zeroed();
     lay_out();
+    copy_temperature(args.log_alpha, log_alpha());
     for (int64_t l = 0; l < args.depth; ++l) {
       read_parameters(args.actor[l], 0, actor_[l], false, kernels);
       for (int64_t j = 0; j < args.critics; ++j)
@@ -51,16 +54,17 @@ class SacState {
     const double gradient = entropy - args_.target_entropy;
     const double values[kSacMetrics] = {args_.critic_loss_scale * squares / count,
                                         -plan.alpha * entropy - least_q / count,
-                                        *args_.log_alpha.value * gradient,
+                                        log_alpha_[0] * gradient,
                                         q_sum / (count * static_cast<double>(args_.critics)),
                                         plan.alpha,
                                         entropy};
     for (int i = 0; i < kSacMetrics; ++i) metrics[i] += values[i];
-    adam(step, args_.log_alpha, 0, gradient);
+    adam(step, log_alpha(), 0, gradient);
     plan.alpha = temperature();
   }
 
-  void write_back() const {
+  void write_back() {
+    copy_temperature(log_alpha(), args_.log_alpha);
     for (int64_t l = 0; l < args_.depth; ++l) {
       write_parameters(args_.actor[l], 0, actor_[l], kernels_);
       for (int64_t j = 0; j < args_.critics; ++j)
@@ -71,7 +75,15 @@ class SacState {
   SacPlan plan{};
 
  private:
-  float temperature() const { return std::min(std::exp(*args_.log_alpha.value), args_.alpha_max); }
+  static void copy_temperature(const Parameter& from, const Parameter& to) {
+    *to.value = *from.value;
+    *to.exp_avg = *from.exp_avg;
+    *to.exp_avg_sq = *from.exp_avg_sq;
+  }
+
+  Parameter log_alpha() { return {&log_alpha_[0], &log_alpha_[1], &log_alpha_[2], nullptr}; }
+
+  float temperature() const { return std::min(std::exp(log_alpha_[0]), args_.alpha_max); }
 
   void set_ones(const Panels& matrix, int64_t column) {
     const int64_t panel = kernels_.panel;
@@ -131,6 +143,7 @@ class SacState {
   const SacArgs& args_;
   const Kernels& kernels_;
   Arena arena_;
+  float log_alpha_[3];  // value and moments
   std::vector<Dense> actor_, critic_;
   std::vector<Panels> actor_hidden_, actor_grad_, critic_hidden_, critic_grad_, scratch_hidden_,
       scratch_grad_;
@@ -151,27 +164,41 @@ std::vector<Turn> turns(int64_t critics, const Team& all) {
   return result;
 }
 
-}  // namespace
+// A run, its memory and the sums of its metrics.
+struct SacWork {
+  SacWork(const SacArgs& args, const Kernels& kernels)
+      : args(args),
+        state(args, kernels),
+        threads(static_cast<int>(std::min<int64_t>(args.threads, state.plan.rows / kernels.block))),
+        barrier(threads) {
+    for (int thread = 0; thread < threads; ++thread)
+      turns_of.push_back(turns(args.critics, {thread, threads, &barrier}));
+  }
 
-std::array<double, kSacMetrics> sac_updates(const SacArgs& args, const Kernels& kernels) {
-  SacState state(args, kernels);
-  const SacPlan& plan = state.plan;
-  const int threads = static_cast<int>(std::min<int64_t>(args.threads, plan.rows / kernels.block));
-  std::array<double, kSacMetrics> metrics{};
-  Barrier barrier(threads);
-  // All memory is taken before the threads start, so that nothing can fail in them.
+  void run(const Kernels& kernels, Interrupt& interrupt) {
+    parallel(threads, [&](int thread) { work(kernels, interrupt, thread); }, interrupt);
+  }
+
+  const SacArgs& args;
+  SacState state;
+  const int threads;
+  Barrier barrier;
   std::vector<std::vector<Turn>> turns_of;
-  for (int thread = 0; thread < threads; ++thread)
-    turns_of.push_back(turns(args.critics, {thread, threads, &barrier}));
-  parallel(threads, [&](int thread) {
+  std::array<double, kSacMetrics> metrics{};
+
+ private:
+  void work(const Kernels& kernels, Interrupt& interrupt, int thread) {
+    const SacPlan& plan = state.plan;
     const Team all{thread, threads, &barrier};
     const std::vector<Turn>& critics = turns_of[thread];
     for (int64_t update = 0; update < args.updates; ++update) {
       const int64_t number = args.updates_before + update + 1;
       const AdamStep critic_step = adam_step(args.critic_learning_rate, number, 0.0f, args.polyak);
       const AdamStep actor_step = adam_step(args.actor_learning_rate, number, 0.0f, 0.0f);
+      if (thread == 0) stop_ = interrupt.requested();
       kernels.sac_sample(args, plan, all, update);
       all.wait();
+      if (stop_) return;
       for (const Turn& turn : critics) kernels.sac_target(args, plan, turn.team, turn.critic);
       all.wait();
       for (const Turn& turn : critics) kernels.sac_critic(args, plan, turn.team, turn.critic, critic_step);
@@ -183,8 +210,36 @@ std::array<double, kSacMetrics> sac_updates(const SacArgs& args, const Kernels& 
       if (thread == 0) state.finish_update(adam_step(args.alpha_learning_rate, number, 0.0f, 0.0f), metrics);
       all.wait();
     }
-  });
-  state.write_back();
+  }
+
+  bool stop_ = false;  // decided before a barrier, so that all threads leave at the same update
+};
+
+}  // namespace
+
+std::vector<std::array<double, kSacMetrics>> sac_updates(const std::vector<SacArgs>& runs,
+                                                         const Kernels& kernels, Interrupt& interrupt) {
+  // All memory is taken before the threads start, so that nothing can fail in them.
+  std::deque<SacWork> works;
+  for (const SacArgs& args : runs) works.emplace_back(args, kernels);
+  // Threads of a run may be too many for the system; on a thread of the pool, that may not be thrown.
+  std::vector<std::exception_ptr> errors(works.size());
+  const auto work = [&](int run) {
+    try {
+      works[run].run(kernels, interrupt);
+    } catch (...) {
+      errors[run] = std::current_exception();
+    }
+  };
+  parallel(static_cast<int>(works.size()), work, interrupt);
+  for (const std::exception_ptr& error : errors)
+    if (error) std::rethrow_exception(error);
+  std::vector<std::array<double, kSacMetrics>> metrics;
+  if (interrupt.requested()) return metrics;
+  for (SacWork& done : works) {
+    done.state.write_back();
+    metrics.push_back(done.metrics);
+  }
   return metrics;
 }
 

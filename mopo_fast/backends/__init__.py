@@ -1,4 +1,7 @@
-"""Who computes. A backend gets checked arrays and returns arrays; it decides nothing."""
+"""Backends: the implementations of rollouts and training, and how one is chosen.
+
+A backend gets arrays that `checked` has looked at and returns arrays; it decides nothing.
+"""
 
 import functools
 import logging
@@ -123,6 +126,20 @@ ROLLOUT_ARRAYS = (
 )
 
 
+def array_layout(
+    name: str, obs_dim: int, act_dim: int, dtype: torch.dtype
+) -> tuple[tuple[int, ...], torch.dtype]:
+    """The shape of a row of one of `ROLLOUT_ARRAYS`, and its type where floats are of `dtype`."""
+    shapes = {"observations": (obs_dim,), "next_observations": (obs_dim,), "actions": (act_dim,)}
+    dtypes = {
+        "terminals": torch.bool,
+        "members": torch.int32,
+        "rollout_index": torch.int64,
+        "step": torch.int32,
+    }
+    return shapes.get(name, ()), dtypes.get(name, dtype)
+
+
 @dataclass(frozen=True, eq=False)
 class Destination:
     """Where a rollout is written: arrays of `capacity` rows, used as a ring from row `head` on."""
@@ -159,7 +176,13 @@ def network_sizes(weights: Iterable[torch.Tensor]) -> Sizes:
 
 
 class Kernels(Protocol):
-    """What a backend's module offers that trains by kernels of its own. Each run gets the same bits alone."""
+    """The kernels of a backend's module that trains by its own. Each run gets the same bits alone.
+
+    Attributes:
+        DEVICE: the type of the devices whose tensors they train.
+    """
+
+    DEVICE: str
 
     def sac_updates(self, runs: Sequence[SacRun], threads: int) -> list[list[float]]:
         """SAC updates of each run in place: the sums over them of each of `sac.METRICS`."""
@@ -282,8 +305,10 @@ def choose(
     The choice and the reasons against better ones are logged once.
 
     Raises:
-        InputError: an unknown name, or one that cannot serve; says why.
+        InputError: an unknown name, or one that cannot serve; says why. Or MOPO_FAST_ISA names no instruction
+            set of this processor.
     """
+    _check_isa()
     return _choose(_wanted(name), dtype, device, training, ensemble, policy)
 
 
@@ -293,9 +318,18 @@ def choose_for_run(name: str, device: torch.device) -> str:
     Raises:
         InputError: as `choose`.
     """
+    _check_isa()
     wanted = _wanted(name)
     makes_rollouts_alone = wanted in _backends() and not _backends()[wanted].trains
     return _choose("auto" if makes_rollouts_alone else wanted, "float32", device, 0, None, None)
+
+
+def _check_isa() -> None:
+    """Refuse a MOPO_FAST_ISA that is not there: no other backend may take the kernels' place unasked."""
+    from mopo_fast.backends import cpu
+
+    if cpu.is_built():
+        cpu.isa()
 
 
 def _wanted(name: str) -> str:

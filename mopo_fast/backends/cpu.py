@@ -1,10 +1,10 @@
 """The kernels in C++ (csrc/), one thread a core, for the best instruction set of the processor."""
 
+import contextlib
 import functools
 import importlib
 import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 import torch
@@ -19,7 +19,7 @@ from mopo_fast.backends import (
     Sizes,
     StepResult,
 )
-from mopo_fast.backends.training import FitRun, SacRun, Trainer
+from mopo_fast.backends.training import FitRun, SacRun, fit_call, sac_call
 from mopo_fast.config import ACTIVATIONS, PENALTIES
 from mopo_fast.errors import InputError
 
@@ -48,6 +48,11 @@ def extension() -> ModuleType:
     return module
 
 
+def is_built() -> bool:
+    """Whether the compiled extension is there."""
+    return _load()[0] is not None
+
+
 def isas() -> list[str]:
     """Instruction sets that this processor can run, best first."""
     return list(extension().isas())
@@ -74,6 +79,20 @@ def use_large_pages(tensor: torch.Tensor) -> torch.Tensor:
     if module is not None and tensor.device.type == "cpu":
         module.use_large_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor
+
+
+@contextlib.contextmanager
+def _within_resources() -> Iterator[None]:
+    """Tell what to do where a kernel finds no memory or the system has no more threads."""
+    try:
+        yield
+    except MemoryError as error:
+        raise InputError(
+            "there is no memory for the kernel's arrays; lower threads, the horizon or the networks' sizes"
+        ) from error
+    except RuntimeError as error:
+        # std::system_error is what C++ throws where a thread cannot be started.
+        raise InputError(f"the kernel cannot start its threads ({error}); lower threads") from error
 
 
 def _network(weights: list[torch.Tensor], biases: list[torch.Tensor], activation: str) -> _Network:
@@ -105,7 +124,8 @@ def _run(
     """Hand the arrays' addresses to the kernel; without a policy every row is kept."""
     arrays = [out.arrays.get(name) for name in ROLLOUT_ARRAYS]
     max_logvar, min_logvar, carry = dynamics.spelled_out()
-    written, cut = extension().rollout(
+    kernel = _within_resources()(extension().rollout)
+    written, cut = kernel(
         isa=isa(),
         obs_dim=start.shape[1],
         act_dim=len(dynamics.input_mean) - start.shape[1],
@@ -147,20 +167,17 @@ def _run(
     return written, cut
 
 
-_TRAINER = Trainer("cpu", "cpu")
+DEVICE = "cpu"
+"""The type of the devices whose tensors the kernels train."""
 
 
 def sac_updates(runs: Sequence[SacRun], threads: int) -> list[list[float]]:
     """SAC updates of each run in place, side by side: the sums over them of each of `sac.METRICS`."""
-    each = max(1, threads // len(runs))
-
-    def update(run: SacRun) -> list[float]:
-        call = _TRAINER.sac_call(extension(), run)
-        sums: list[float] = extension().sac_updates(call, isa=isa(), threads=each)
-        return sums
-
-    with ThreadPoolExecutor(len(runs)) as pool:
-        return list(pool.map(update, runs))
+    calls = [sac_call(extension(), run) for run in runs]
+    with _within_resources():
+        each = max(1, threads // len(runs))
+        sums: list[list[float]] = extension().sac_updates(calls, isa=isa(), threads=each)
+    return sums
 
 
 def fit_steps(runs: Sequence[FitRun], threads: int) -> list[float]:
@@ -168,8 +185,10 @@ def fit_steps(runs: Sequence[FitRun], threads: int) -> list[float]:
 
     One run after the other, since each keeps every core busy.
     """
-    calls = (_TRAINER.fit_call(extension(), run) for run in runs)
-    return [extension().fit_steps(call, isa=isa(), threads=threads) for call in calls]
+    calls = [fit_call(extension(), run) for run in runs]
+    with _within_resources():
+        losses: list[float] = extension().fit_steps(calls, isa=isa(), threads=threads)
+    return losses
 
 
 class CpuBackend:
@@ -185,7 +204,8 @@ class CpuBackend:
         try:
             return BackendStatus(self.name, True, f"{isa()}, of {', '.join(isas())}")
         except InputError as error:
-            return BackendStatus(self.name, False, str(error))
+            # To be read in a list of all backends; who chooses one asks `isa`, which raises it.
+            return BackendStatus(self.name, True, str(error))
 
     def refusal(
         self, dtype: str, device: torch.device, ensemble: Sizes | None = None, policy: Sizes | None = None

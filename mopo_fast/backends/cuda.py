@@ -25,11 +25,12 @@ from mopo_fast.backends import (
 )
 from mopo_fast.backends.record import Record, Run, recorded_rollout, recorded_step
 from mopo_fast.backends.stream import ACTION_SLOTS, POLICY_WIDTH, Stream, stream
-from mopo_fast.backends.training import FitRun, SacRun, Trainer
+from mopo_fast.backends.training import FitRun, SacRun, fit_call, sac_call
 from mopo_fast.config import ACTIVATIONS, PENALTIES
 
 _SERVED = ("bfloat16", "float16")
-_DEVICE = "cuda"
+DEVICE = "cuda"
+"""The type of the devices whose tensors the kernels train."""
 # The classes of sizes that there are kernels for: of hidden layers, and of 4 dimensions each of an
 # observation and the reward.
 _WIDTHS = (200, 256)
@@ -195,7 +196,6 @@ def _compact(start: torch.Tensor, rows: torch.Tensor, record: Record, out: Desti
     )
 
 
-_TRAINER = Trainer("cuda", _DEVICE)
 # kSacMetrics in csrc/sac.h.
 _SAC_METRICS = 6
 
@@ -214,26 +214,28 @@ def _train(kernel: str, calls: Sequence[Any], shape: tuple[int, ...], device: to
     return sums
 
 
-def sac_updates(runs: Sequence[SacRun], threads: int) -> list[list[float]]:
-    """SAC updates of each run in place, side by side: the sums over them of each of `sac.METRICS`.
+def _count(steps: Sequence[torch.Tensor], made: int) -> None:
+    for step in steps:
+        step.fill_(made)
 
-    Raises:
-        InputError: tensors that the kernel cannot train in place.
-    """
-    calls = [_TRAINER.sac_call(_extension(), run) for run in runs]
+
+def sac_updates(runs: Sequence[SacRun], threads: int) -> list[list[float]]:
+    """SAC updates of each run in place, side by side: the sums over them of each of `sac.METRICS`."""
+    calls = [sac_call(_extension(), run) for run in runs]
     device = runs[0].log_alpha[0].device
     metrics: list[list[float]] = _train("sac_updates", calls, (len(runs), _SAC_METRICS), device).tolist()
+    for run in runs:
+        run.count.fill_(run.updates_before + run.updates)
+        _count(run.steps, int(run.count))
     return metrics
 
 
 def fit_steps(runs: Sequence[FitRun], threads: int) -> list[float]:
-    """Steps of the fit of each run in place, side by side: the sums of their losses, weight decay left out.
-
-    Raises:
-        InputError: tensors that the kernel cannot train in place.
-    """
-    calls = [_TRAINER.fit_call(_extension(), run) for run in runs]
+    """Steps of the fit of each run in place, side by side: the sums of their losses without weight decay."""
+    calls = [fit_call(_extension(), run) for run in runs]
     losses: list[float] = _train("fit_steps", calls, (len(runs),), runs[0].table.device).tolist()
+    for run in runs:
+        _count(run.steps, run.steps_before + -(-run.rows.shape[1] // run.config.batch_size))
     return losses
 
 
@@ -260,7 +262,7 @@ class CudaBackend:
     ) -> str | None:
         if dtype not in _SERVED:
             return f"serves {' and '.join(_SERVED)}, not {dtype}"
-        if device.type != _DEVICE:
+        if device.type != DEVICE:
             return f"serves CUDA tensors, not {device}"
         if _capability(device) != (9, 0):
             return f"makes rollouts on compute capability 9.0, not {'.'.join(map(str, _capability(device)))}"
@@ -269,7 +271,7 @@ class CudaBackend:
     def training_refusal(self, dtype: str, device: torch.device, widest: int) -> str | None:
         if dtype != "float32":
             return f"trains in float32, not {dtype}"
-        if device.type != _DEVICE:
+        if device.type != DEVICE:
             return f"serves CUDA tensors, not {device}"
         if widest > _WIDEST_TRAINED:
             return f"trains layers of at most {_WIDEST_TRAINED} inputs and outputs, not {widest}"

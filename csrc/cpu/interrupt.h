@@ -1,0 +1,37 @@
+// How a call of a kernel is ended early: by a signal, which only the thread that calls can ask for.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <functional>
+#include <thread>
+
+namespace mopo {
+
+class Interrupt {
+ public:
+  // `asked` is called by the thread that made the object, now and then; true ends the call.
+  explicit Interrupt(std::function<bool()> asked)
+      : asked_(std::move(asked)), owner_(std::this_thread::get_id()) {}
+
+  // Any thread, as often as it likes. What is true once stays true.
+  bool requested() {
+    if (std::this_thread::get_id() == owner_ && !requested_.load(std::memory_order_relaxed)) {
+      const auto now = std::chrono::steady_clock::now();
+      if (now >= next_) {
+        next_ = now + kInterval;
+        if (asked_()) requested_.store(true, std::memory_order_relaxed);
+      }
+    }
+    return requested_.load(std::memory_order_relaxed);
+  }
+
+ private:
+  static constexpr std::chrono::milliseconds kInterval{50};
+  const std::function<bool()> asked_;
+  const std::thread::id owner_;
+  std::atomic<bool> requested_{false};
+  std::chrono::steady_clock::time_point next_{std::chrono::steady_clock::now() + kInterval};
+};
+
+}  // namespace mopo

@@ -1,0 +1,332 @@
+"""The boundary in front of every kernel: what each call hands over is checked here, at every call.
+
+C++ gets addresses and trusts them. Modules are live: a user may have replaced a weight, the elites or the
+buffer since the last call. So shapes are followed as a chain from the first layer to the last, and types,
+devices, strides and lengths are compared. A call costs some tens of microseconds.
+
+Callers check what a user passes to them, and name it in the user's words; this module is the last to look.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mopo_fast.backends import (
+    ROLLOUT_ARRAYS,
+    Backend,
+    Destination,
+    DynamicsArrays,
+    Kernels,
+    PolicyArrays,
+    Settings,
+    StepResult,
+    array_layout,
+)
+from mopo_fast.backends.training import FitRun, Parameter, SacRun
+from mopo_fast.config import ACTIVATIONS, FIT_DTYPES, PENALTIES, ROLLOUT_DTYPES
+from mopo_fast.ensemble import MAX_MEMBERS, check_members
+from mopo_fast.errors import InputError
+from mopo_fast.machine import MAX_THREADS
+
+# Of a rollout's arrays, those that a backend writes in any case.
+_REQUIRED = ROLLOUT_ARRAYS[:5]
+
+
+def step(
+    backend: Backend,
+    dynamics: DynamicsArrays,
+    observations: torch.Tensor,
+    actions: torch.Tensor,
+    rows: torch.Tensor,
+    step: int,
+    distributions: bool,
+    settings: Settings,
+) -> StepResult:
+    """Call `backend.step` with checked arguments.
+
+    Raises:
+        InputError: names the argument, what it is and what it must be.
+    """
+    layout, _, act_dim = _check_call(dynamics, observations, rows, settings)
+    layout.check("actions", actions, len(observations), act_dim)
+    _check_range("step", step, 0, 2**32)
+    return backend.step(dynamics, observations, actions, rows, step, distributions, settings)
+
+
+def rollout(
+    backend: Backend,
+    dynamics: DynamicsArrays,
+    policy: PolicyArrays,
+    start: torch.Tensor,
+    rows: torch.Tensor,
+    horizon: int,
+    out: Destination,
+    settings: Settings,
+) -> tuple[int, int]:
+    """Call `backend.rollout` with checked arguments.
+
+    Raises:
+        InputError: names the argument, what it is and what it must be.
+    """
+    layout, obs_dim, act_dim = _check_call(dynamics, start, rows, settings)
+    layout.network("the policy", policy.weights, policy.biases, (), obs_dim, 2 * act_dim)
+    _check_known("the policy's activation", policy.activation, ACTIVATIONS)
+    _check_range("horizon", horizon, 1, 2**31)
+    check_destination(out, layout, obs_dim, act_dim, len(start) * horizon)
+    return backend.rollout(dynamics, policy, start, rows, horizon, out, settings)
+
+
+def sac_updates(kernels: Kernels, runs: Sequence[SacRun], threads: int) -> list[list[float]]:
+    """Call `kernels.sac_updates` with checked runs.
+
+    Raises:
+        InputError: names the argument, what it is and what it must be.
+    """
+    _check_range("threads", threads, 1, MAX_THREADS)
+    for run in runs:
+        _check_sac(run, kernels.DEVICE)
+    return kernels.sac_updates(runs, threads)
+
+
+def fit_steps(kernels: Kernels, runs: Sequence[FitRun], threads: int) -> list[float]:
+    """Call `kernels.fit_steps` with checked runs.
+
+    Raises:
+        InputError: names the argument, what it is and what it must be.
+    """
+    _check_range("threads", threads, 1, MAX_THREADS)
+    for run in runs:
+        _check_fit(run, kernels.DEVICE)
+    return kernels.fit_steps(runs, threads)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The type and the device that a call's arrays share."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+    def check(self, name: str, array: Any, *shape: int, dtype: torch.dtype | None = None) -> None:
+        """Refuse what is not a contiguous tensor of this shape."""
+        if not (
+            isinstance(array, torch.Tensor)
+            and array.shape == shape
+            and array.dtype == (dtype or self.dtype)
+            and array.device == self.device
+            and array.is_contiguous()
+        ):
+            raise _other(name, array, f"contiguous {dtype or self.dtype} {list(shape)} on {self.device}")
+
+    def check_rows(self, name: str, array: Any, *shape: int, dtype: torch.dtype | None = None) -> None:
+        """Refuse what is not a tensor of this shape whose rows are contiguous and apart from each other."""
+        width = shape[1] if len(shape) > 1 else 1
+        if not (
+            isinstance(array, torch.Tensor)
+            and array.shape == shape
+            and array.dtype == (dtype or self.dtype)
+            and array.device == self.device
+            and (width == 1 or array.stride(1) == 1)
+            and (len(array) < 2 or array.stride(0) >= width)
+        ):
+            expected = f"{dtype or self.dtype} {list(shape)} with contiguous rows on {self.device}"
+            raise _other(name, array, expected)
+
+    def network(
+        self,
+        what: str,
+        weights: Sequence[torch.Tensor],
+        biases: Sequence[torch.Tensor],
+        networks: tuple[int, ...],
+        inputs: int,
+        outputs: int,
+    ) -> None:
+        """Refuse layers that do not lead from `inputs` to `outputs`; `networks` comes before their shapes."""
+        if not weights or len(weights) != len(biases):
+            raise InputError(f"{what} has {len(weights)} weights and {len(biases)} biases")
+        last = len(weights) - 1
+        for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+            width = outputs if i == last else (bias.shape[-1] if bias.ndim else 0)
+            self.check(f"{what}'s weights[{i}]", weight, *networks, inputs, width)
+            self.check(f"{what}'s biases[{i}]", bias, *networks, width)
+            inputs = width
+
+
+def _other(name: str, array: Any, expected: str) -> InputError:
+    if not isinstance(array, torch.Tensor):
+        return InputError(f"{name} must be {expected}, got {type(array).__name__}")
+    return InputError(
+        f"{name} must be {expected}, got {array.dtype} {list(array.shape)} with strides"
+        f" {list(array.stride())} on {array.device}"
+    )
+
+
+def _check_range(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value < high:
+        raise InputError(f"{name} must be a whole number, {low} <= {name} < {high}, got {value!r}")
+
+
+def _check_known(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise InputError(f"unknown {name} {value!r}; there are: {', '.join(known)}")
+
+
+def _check_call(
+    dynamics: DynamicsArrays, observations: torch.Tensor, rows: torch.Tensor, settings: Settings
+) -> tuple[Layout, int, int]:
+    """Check what a step and a rollout share; the layout of the arrays, obs_dim and act_dim."""
+    _check_known("dtype", settings.operands, ROLLOUT_DTYPES)
+    _check_known("penalty", dynamics.penalty, PENALTIES)
+    _check_known("the ensemble's activation", dynamics.activation, ACTIVATIONS)
+    _check_range("threads", settings.threads, 1, MAX_THREADS)
+    _check_range("seed", settings.seed, 0, 2**64)
+    dtype = torch.float64 if settings.operands == "float64" else torch.float32
+    layout = Layout(dtype, observations.device)
+    if observations.ndim != 2 or min(observations.shape) < 1:
+        raise _other("observations", observations, "[batch, obs_dim], neither of them 0")
+    batch, obs_dim = observations.shape
+    layout.check("observations", observations, batch, obs_dim)
+    layout.check("rows", rows, batch, dtype=torch.int64)
+    weights = dynamics.weights
+    if not weights or weights[0].ndim != 3:
+        raise InputError("the ensemble's weights must be [members, in, out], and of one layer at least")
+    members, inputs, _ = weights[0].shape
+    act_dim, dims = inputs - obs_dim, obs_dim + 1
+    _check_range("the ensemble's members", members, 1, MAX_MEMBERS + 1)
+    if act_dim < 1:
+        raise InputError(f"the ensemble has {inputs} inputs, observations take {obs_dim} of them alone")
+    layout.network("the ensemble", weights, dynamics.biases, (members,), inputs, 2 * dims)
+    layout.check("input_mean", dynamics.input_mean, inputs)
+    layout.check("input_std", dynamics.input_std, inputs)
+    for name in ("max_logvar", "min_logvar"):
+        bound = getattr(dynamics, name)
+        layout.check(name, bound, members if len(bound) == members else 1, dims)
+    if dynamics.carry is not None:
+        layout.check("carry", dynamics.carry, obs_dim)
+    layout.check("the termination's low", dynamics.low, obs_dim)
+    layout.check("the termination's high", dynamics.high, obs_dim)
+    for name in ("elites", "penalty_members"):
+        numbers = getattr(dynamics, name)
+        check_members(name, numbers, members)
+        layout.check(name, numbers, len(numbers), dtype=torch.int64)
+    return layout, obs_dim, act_dim
+
+
+def check_destination(out: Destination, layout: Layout, obs_dim: int, act_dim: int, most: int) -> None:
+    """Raise `InputError` where `out` cannot take up to `most` rows."""
+    for name in _REQUIRED:
+        if out.arrays.get(name) is None:
+            raise InputError(f"the buffer lacks {name}")
+    capacity = out.capacity
+    for name, array in out.arrays.items():
+        if array is not None:
+            width, dtype = array_layout(name, obs_dim, act_dim, layout.dtype)
+            layout.check_rows(f"the buffer's {name}", array, capacity, *width, dtype=dtype)
+    if most > capacity:
+        raise InputError(f"the rollouts can make {most} transitions, the buffer holds {capacity}")
+    _check_range("the buffer's head", out.head, 0, capacity)
+
+
+def _check_parameter(
+    layout: Layout, name: str, parameter: Parameter, *shape: int, target: bool = False
+) -> None:
+    value, exp_avg, exp_avg_sq, follower = parameter
+    layout.check(name, value, *shape)
+    layout.check(f"{name}'s exp_avg", exp_avg, *shape)
+    layout.check(f"{name}'s exp_avg_sq", exp_avg_sq, *shape)
+    if target:
+        layout.check(f"{name}'s target", follower, *shape)
+
+
+def _check_trained(
+    layout: Layout,
+    what: str,
+    parameters: Sequence[Parameter],
+    networks: tuple[int, ...],
+    sizes: Sequence[int],
+    *,
+    target: bool = False,
+) -> None:
+    """Refuse parameters, all weights and then all biases, that are not of layers of these sizes."""
+    depth = len(sizes) - 1
+    if len(parameters) != 2 * depth:
+        raise InputError(f"{what} has {len(parameters)} parameters, {depth} layers have {2 * depth}")
+    for i in range(depth):
+        weight, bias = parameters[i], parameters[depth + i]
+        shape = (*networks, sizes[i], sizes[i + 1])
+        _check_parameter(layout, f"{what}'s weights[{i}]", weight, *shape, target=target)
+        _check_parameter(layout, f"{what}'s biases[{i}]", bias, *networks, sizes[i + 1], target=target)
+
+
+def _trained_layout(device_type: str, example: torch.Tensor) -> Layout:
+    """float32 on the device of `example`; raise `InputError` where the kernels cannot train there."""
+    if example.device.type != device_type or example.dtype != torch.float32:
+        raise InputError(
+            f"the kernels train contiguous torch.float32 tensors on {device_type}, got"
+            f" {example.dtype} on {example.device}; use backend reference"
+        )
+    return Layout(torch.float32, example.device)
+
+
+def _hidden(parameters: Sequence[Parameter]) -> list[int]:
+    """Widths of the hidden layers, by their biases: the second half of all parameters."""
+    biases = [bias[0] for bias in parameters[len(parameters) // 2 : -1]]
+    return [bias.shape[-1] if bias.ndim else 0 for bias in biases]
+
+
+def _check_sac(run: SacRun, device_type: str) -> None:
+    layout = _trained_layout(device_type, run.log_alpha[0])
+    _check_parameter(layout, "log_alpha", run.log_alpha)
+    if run.real.observations.ndim != 2 or run.real.actions.ndim != 2:
+        raise InputError("the data's observations and actions must be [n, dim]")
+    obs_dim, act_dim, hidden = run.real.obs_dim, run.real.act_dim, _hidden(run.actor)
+    if not hidden:
+        raise InputError("the actor needs one hidden layer at least")
+    _check_trained(layout, "the actor", run.actor, (), [obs_dim, *hidden, 2 * act_dim])
+    sizes, critics = [obs_dim + act_dim, *hidden, 1], run.config.critics
+    _check_trained(layout, "the critic", run.critic, (critics,), sizes, target=True)
+    for what, data, size, rows in zip(
+        ("the data", "the buffer"), (run.real, run.model), run.sizes, run.rows, strict=True
+    ):
+        for name, array in data.arrays().items():
+            width, dtype = array_layout(name, obs_dim, act_dim, layout.dtype)
+            layout.check_rows(f"{what}'s {name}", array, len(data), *width, dtype=dtype)
+        _check_range(f"{what}'s rows", size, min(1, rows), len(data) + 1)
+        _check_range(f"a batch's rows of {what}", rows, 0, 2**31)
+    _check_range("a batch's rows", sum(run.rows), 1, 2**31)
+    _check_range("updates", run.updates, 1, 2**31)
+    _check_range("seed", run.seed, 0, 2**64)
+    _check_steps(layout, run.steps)
+    Layout(torch.int64, torch.device("cpu")).check("the count of updates", run.count)
+
+
+def _check_fit(run: FitRun, device_type: str) -> None:
+    layout = _trained_layout(device_type, run.bounds[0][0])
+    if run.table.ndim != 2 or run.rows.ndim != 2 or min(run.rows.shape) < 1:
+        raise InputError("the fit's table and rows must be matrices, the rows [members, count]")
+    members, count = run.rows.shape
+    (rows, width), inputs = run.table.shape, run.layers[0][0].shape[-2]
+    layout.check("the fit's table", run.table, rows, width)
+    layout.check_rows("the fit's rows", run.rows, members, count, dtype=torch.int64)
+    _check_range("the table's columns", width, inputs + run.dims, 2**31)
+    low, high = map(int, run.rows.aminmax())
+    if not 0 <= low <= high < rows:
+        raise InputError(f"the fit's rows must be 0 to {rows - 1}, got {low} to {high}")
+    _check_trained(
+        layout, "the ensemble", run.layers, (members,), [inputs, *_hidden(run.layers), 2 * run.dims]
+    )
+    for name, bound in zip(("max_logvar", "min_logvar"), run.bounds, strict=True):
+        _check_parameter(layout, name, bound, run.dims)
+    _check_known("the ensemble's activation", run.activation, ACTIVATIONS)
+    _check_known("dtype", run.config.dtype, FIT_DTYPES)
+    if len(run.config.weight_decay) != len(run.layers) // 2:
+        raise InputError(f"weight_decay needs one value per layer, got {run.config.weight_decay}")
+    _check_range("batch_size", run.config.batch_size, 1, 2**31)
+    _check_steps(layout, run.steps)
+
+
+def _check_steps(layout: Layout, steps: Sequence[torch.Tensor]) -> None:
+    for step in steps:
+        layout.check("Adam's count of steps", step)

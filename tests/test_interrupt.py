@@ -1,0 +1,140 @@
+"""A signal during a kernel's call ends it soon, and leaves what whole calls have made."""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from kernel_cases import inputs, make_ensemble, make_policy, make_sac, sac_sources
+
+from mopo_fast import RolloutEngine
+from mopo_fast.backends import cpu
+from mopo_fast.buffer import RingBuffer
+from mopo_fast.config import DynamicsConfig, SACConfig
+from mopo_fast.fit import Fit
+from mopo_fast.fit import Population as Fits
+from mopo_fast.sac import Population
+
+
+class Rung(Exception):
+    """Raised by a signal's handler, as KeyboardInterrupt is by Ctrl-C's."""
+
+
+@pytest.fixture
+def alarm() -> Iterator[Callable[..., None]]:
+    """Has a handler called after some seconds, by default one that raises `Rung`."""
+
+    def ring(*_: Any) -> None:
+        raise Rung
+
+    before = signal.signal(signal.SIGALRM, ring)
+
+    def set_alarm(seconds: float, handler: Callable[..., None] = ring) -> None:
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+    yield set_alarm
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def assert_ends_soon(call: Callable[[], Any], alarm: Callable[..., None]) -> None:
+    """A call that takes minutes ends with the handler's error; how soon is told where nothing else runs."""
+    alarm(0.2)
+    started = time.perf_counter()
+    with pytest.raises(Rung):
+        call()
+    assert time.perf_counter() - started < 10.0
+
+
+@pytest.mark.parametrize("isa", cpu.isas())
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("batch", "horizon"), [(1, 1_000_000), (20_000, 50)])
+def test_a_rollout(
+    batch: int,
+    horizon: int,
+    dtype: str,
+    isa: str,
+    alarm: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MOPO_FAST_ISA", isa)
+    ensemble = make_ensemble(5, 2, members=32, hidden=(200,) * 4)
+    engine = RolloutEngine(ensemble, dtype=dtype, threads=2)
+    policy, ring = make_policy(5, 2), RingBuffer(batch * horizon, 5, 2)
+    start = inputs(batch, 5, 2)[0]
+    assert_ends_soon(lambda: engine.rollout(policy, start, horizon, seed=0, out=ring), alarm)
+    assert (len(ring), ring.head) == (0, 0)
+    # What has been written are the first rows of an undisturbed one: the same call goes on to the same rows.
+    few = start[:64]
+    whole = engine.rollout(policy, few, 3, seed=0)
+    engine.rollout(policy, few, 3, seed=0, out=ring)
+    assert torch.equal(ring.storage.observations[: len(whole)], whole.observations)
+
+
+def test_a_step(alarm: Callable[..., None]) -> None:
+    engine = RolloutEngine(make_ensemble(5, 2, members=32, hidden=(200,) * 4), threads=1)
+    observations, actions = inputs(400_000, 5, 2)
+    assert_ends_soon(lambda: engine.step(observations, actions, seed=0), alarm)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("runs", [1, 3])
+def test_sac(runs: int, threads: int, alarm: Callable[..., None]) -> None:
+    """Every run has made as many updates, all of them whole."""
+    config = SACConfig(hidden=(64, 64), batch_size=32)
+    data, buffer = sac_sources(5, 2)
+    sacs = [make_sac(5, 2, config, "cpu", threads) for _ in range(runs)]
+    seeds = list(range(runs))
+    assert_ends_soon(lambda: Population(sacs).update_many(data, [buffer] * runs, 10**7, seeds), alarm)
+    updates = sacs[0].updates
+    assert updates > 0
+    for sac, seed in zip(sacs, seeds, strict=True):
+        same = make_sac(5, 2, config, "cpu", threads)
+        same.update_many(data, buffer, updates, seed)
+        assert all(torch.equal(tensor, sac.state()[name]) for name, tensor in same.state().items())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("runs", [1, 2])
+def test_the_fit(runs: int, threads: int, dtype: Any, alarm: Callable[..., None]) -> None:
+    """A call that is interrupted leaves everything as it was."""
+    data, _ = sac_sources(5, 2)
+    config = DynamicsConfig(
+        members=3, elites=2, hidden=(64,), batch_size=8, weight_decay=(0.0,) * 2, dtype=dtype
+    )
+    fits = [Fit(data, seed, config, backend="cpu", threads=threads) for seed in range(runs)]
+    few, many = torch.zeros(3, 64, dtype=torch.int64), torch.zeros(3, 10**7, dtype=torch.int64)
+    for fit in fits:
+        fit.steps(few)
+    before = [{name: tensor.clone() for name, tensor in fit._live_state().items()} for fit in fits]
+    assert_ends_soon(lambda: Fits(fits).steps([many] * runs), alarm)
+    for fit, state in zip(fits, before, strict=True):
+        assert fit.steps_made == 8
+        assert all(torch.equal(tensor, state[name]) for name, tensor in fit._live_state().items())
+        same = Fit(data, fit.seed, config, backend="cpu", threads=threads)
+        assert same.steps(few) and same.steps(few) == fit.steps(few)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_handler_that_raises_nothing(dtype: str, alarm: Callable[..., None]) -> None:
+    """The call goes on, whatever the handler has done with the processor's tiles."""
+    engine = RolloutEngine(make_ensemble(5, 2, hidden=(200,) * 4), dtype=dtype, threads=1)
+    policy, start = make_policy(5, 2), inputs(10_000, 5, 2)[0]
+    expected = engine.rollout(policy, start, 5, seed=0)
+    factor, calls = torch.ones(64, 64, dtype=torch.bfloat16), []
+
+    def multiply(*_: Any) -> None:
+        calls.append(factor @ factor)
+        signal.setitimer(signal.ITIMER_REAL, 0.06)
+
+    alarm(0.01, multiply)
+    for _ in range(3):
+        made = engine.rollout(policy, start, 5, seed=0)
+        for name, array in made.arrays().items():
+            assert torch.equal(array, expected.arrays()[name]), name
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    assert calls

@@ -93,7 +93,8 @@ sanitized = rm -rf $(SANITIZED) build/lib.* && \
     MOPO_FAST_SANITIZE=$(1) $(BIN)/python -m pip install --quiet --no-deps --target $(SANITIZED) .
 runtime = $$($(CXX) -print-file-name=$(1))
 SANITIZED_PYTHON = PYTHONPATH=$(SANITIZED) $(BIN)/python -P
-SANITIZED_TESTS := $(filter-out tests/test_kernel_cuda.py,$(wildcard tests/test_kernel*.py))
+SANITIZED_TESTS := $(filter-out tests/test_kernel_cuda.py,$(wildcard tests/test_kernel*.py)) \
+    tests/test_checked.py tests/test_interrupt.py
 sanitize: $(INSTALLED)
 	$(call sanitized,address$(comma)undefined)
 	export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
@@ -103,7 +104,7 @@ sanitize: $(INSTALLED)
 sanitize-threads: $(INSTALLED)
 	$(call sanitized,thread)
 	export TSAN_OPTIONS=ignore_noninstrumented_modules=1 LD_PRELOAD="$(call runtime,libtsan.so)"; \
-	$(SANITIZED_PYTHON) -m pytest -p no:cacheprovider $(SANITIZED_TESTS) -k "threads or splits or calls"
+	$(SANITIZED_PYTHON) -m pytest -p no:cacheprovider $(SANITIZED_TESTS) -k "threads or splits or calls or interrupt"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info mopo_fast/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

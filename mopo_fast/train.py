@@ -460,8 +460,7 @@ def _train_together(runs: Sequence[_Run], data: Transitions, data_digest: str, q
     ):
         loops = [_Loop(run, on_device, data_digest, evaluator) for run in runs]
         for loop in loops:
-            loop.begin()
-            boards.enter_context(contextlib.closing(loop.board))
+            loop.begin(boards)
         population: Population | None = None
         while unfinished := [loop for loop in loops if loop.epoch < epochs]:
             bar.update(completed=sum(loop.epoch for loop in loops))
@@ -611,15 +610,15 @@ class _Loop:
         """Seconds since the run's start, the time between sessions left out."""
         return time.perf_counter() - self.started
 
-    def begin(self) -> None:
-        """Take up the run where it was left, its log included."""
+    def begin(self, boards: contextlib.ExitStack) -> None:
+        """Take up the run where it was left, its log included, which `boards` closes."""
         out, last = self.run.out, _last_checkpoint(self.run.out)
         if last is not None:
             self.restore(last)
             _remove_older(last)
         cut_back(out / "progress.csv", self.epoch - len(self.pending))
         updates = self.pending[0].row["updates"] if self.pending else self.sac.updates + 1
-        self.board = Board(out, purge_step=updates)
+        self.board = boards.enter_context(contextlib.closing(Board(out, purge_step=updates)))
         if last is None and (out / "fit.json").exists():
             _log_fit(out)
 
@@ -842,8 +841,13 @@ class _Loop:
                 raise InputError(f"{path}: the rollouts that filled the buffer do not follow each other")
             head = (head + made["rows"]) % self.buffer.capacity
             self.rollouts.append(_Rollout(**made, policy=policy("policy", number)))
-        if not 0 <= self.rollouts[0].head < self.buffer.capacity or self.rollouts[0].epoch < 1:
-            raise InputError(f"{path}: the buffer has no row {self.rollouts[0].head}")
+        first, rows = self.rollouts[0], sum(made["rows"] for made in saved.rollouts)
+        if not 0 <= first.head < self.buffer.capacity or first.epoch < 1:
+            raise InputError(f"{path}: the buffer has no row {first.head}")
+        # Rows were overwritten by later ones alone.
+        whole = first.head == 0 if first.epoch == 1 else rows >= self.buffer.capacity
+        if not whole:
+            raise InputError(f"{path}: rollouts are missing of those that filled the buffer")
         known = COLUMNS.keys() - set(_EVALUATED)
         for number, (row, evaluated) in enumerate(saved.pending, start=1 + saved.epoch - len(saved.pending)):
             updates = min(number * interval, steps)

@@ -58,7 +58,7 @@ def changes(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any,
 
 
 def check_json(path: Path, read: Callable[[], Any], may_pass: Callable[[tuple[Any, ...], Any], bool]) -> None:
-    """Every change of the JSON file makes `read` raise an `InputError`, unless it may pass; nothing else ever."""
+    """Every change of the JSON file makes `read` raise an `InputError`, or, where it may pass, nothing."""
     whole = json.loads(path.read_text())
     try:
         for where, other, changed in changes(whole):

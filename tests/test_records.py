@@ -136,9 +136,9 @@ def test_a_full_disk_is_the_callers_to_hear(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
-        for step in range(100):
-            board.add_scalar("a/b", 1.0, step)
         with pytest.raises(OSError, match="File too large"):
+            for step in range(100):
+                board.add_scalar("a/b", 1.0, step)
             board.flush()
         with pytest.raises(OSError, match="File too large"):
             board.close()

@@ -35,7 +35,7 @@ from mopo_fast.machine import check_device, check_memory, file_backed, resolve_t
 from mopo_fast.progress import progress_bar
 from mopo_fast.records import Count, Number, Seconds
 from mopo_fast.seeds import FIT, derive_seed
-from mopo_fast.tensors import load_into, load_tensors, require_shape, save_tensors, tensors_sha256
+from mopo_fast.tensors import load_into, load_tensors, save_tensors, tensors_sha256
 
 # Second element of a seed's path: which draw of the fit.
 _SPLIT, _WEIGHTS, _BOOTSTRAP, _SHUFFLE = range(4)
@@ -475,8 +475,9 @@ class Fit:
 
     def _restore(self, path: Path, fingerprint: torch.Tensor) -> None:
         tensors = load_tensors(path)
-        require_shape(path, tensors, "fingerprint", fingerprint.shape)
-        if not torch.equal(tensors["fingerprint"], fingerprint):
+        theirs = torch.empty_like(fingerprint)
+        load_into(path, tensors, {"fingerprint": theirs})
+        if not torch.equal(theirs, fingerprint):
             raise InputError(
                 f"{path} belongs to a fit of other data, another seed or another config;"
                 " give what it was made with"

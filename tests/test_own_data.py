@@ -14,6 +14,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from garbled import GONE, check_json
 
 import mopo_fast
 import mopo_fast.report
@@ -308,3 +309,17 @@ def test_what_runs_is_what_was_read(tmp_path: Path) -> None:
         path.write_text(lines + f"task = Task('a', '', {size}, 1, make_box({size}))\n")
         task = get_task(str(path))
         assert (task.obs_dim, task.file_sha256) == (size, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def test_a_garbled_config_is_refused(foreign: Path) -> None:
+    config = json.loads((foreign / "config.json").read_text()) | {"task": "hopper", "task_sha256": None}
+    (foreign / "config.json").write_text(json.dumps(config))
+
+    def may_pass(where: tuple[Any, ...], other: Any) -> bool:
+        number = isinstance(other, (int, float)) and not isinstance(other, bool)
+        # What the engine looks at, and what is not read here.
+        engine = (where[-1] == "horizon" and other in (2**64, 10**400)) or where[-1] == "termination"
+        text = where[0] == "task_sha256" and other in ("x", "\x00", GONE)
+        return where[0] == "dataset" or text or engine or (number and where[-1] == "penalty_coef")
+
+    check_json(foreign / "config.json", lambda: run_settings(foreign), may_pass)

@@ -36,7 +36,7 @@ _HOPELESS = 10_000
 class RunSettings:
     """How a run's rollouts were made: `RolloutConfig`'s fields of these names, none left open."""
 
-    horizon: Annotated[int, Field(ge=1)]
+    horizon: Annotated[int, Field(ge=1, lt=2**31)]
     penalty: Penalty
     penalty_coef: float
     penalty_members: PenaltyMembers

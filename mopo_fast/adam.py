@@ -1,9 +1,12 @@
 """Adam, as all that is trained here uses it."""
 
+import os
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch.optim.adam import adam
+
+from mopo_fast.errors import InputError
 
 
 class Adam:
@@ -47,6 +50,11 @@ class Adam:
         self._learning_rate = value
         if self._rate is not None:
             self._rate.fill_(value)
+
+    def check_moments(self, source: str | os.PathLike[str]) -> None:
+        """Raise `InputError` where a second moment is negative; `source` names the file it was read from."""
+        if any(bool((square < 0).any()) for square in self.exp_avg_sqs):
+            raise InputError(f"{source}: a second moment of Adam is negative")
 
     @torch.no_grad()
     def step(self, gradients: Sequence[torch.Tensor]) -> None:

@@ -57,9 +57,23 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     path = Path(path)
     if path.is_dir():
         raise InputError(f"cannot write {path}: it is a folder")
+    made = missing_folders(path.parent)
     temporary, handle = _make_temporary(path)
     temporary.unlink()
     os.close(handle)
+    remove_empty(made)
+
+
+def missing_folders(folder: Path) -> list[Path]:
+    """Those of `folder` and its parents that are not there, `folder` first."""
+    return [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove folders, each inside the next, up to the first that holds anything."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def sweep(folder: str | os.PathLike[str], name: str | None = None) -> None:
@@ -143,16 +157,40 @@ def read_json_as(path: str | os.PathLike[str], kind: type[T]) -> T:
         InputError: the file is missing or not sound, or a value in it has another type or is out of range;
             names the file and the value.
     """
+    _, content = _read_json(Path(path))
+    return _validate(content, kind, path)
+
+
+def parse_json_as(text: str, kind: type[T], source: str | os.PathLike[str]) -> T:
+    """Do what `read_json_as` does with text that a file holds among other things.
+
+    Args:
+        source: the file, for errors.
+
+    Raises:
+        InputError: as `read_json_as`.
+    """
+    try:
+        _parse(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{source} does not hold readable JSON ({error}); get or make it again") from error
+    return _validate(text, kind, source)
+
+
+def _validate(content: str | bytes, kind: type[T], source: str | os.PathLike[str]) -> T:
     # Takes a tenth of a second, which help texts and errors need not wait for.
     from pydantic import TypeAdapter, ValidationError
 
-    _, content = _read_json(Path(path))
     try:
         return TypeAdapter(kind).validate_json(content, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the whole"
-        raise InputError(f"{path}: {where}: {first['msg']}; get or make the file again") from error
+        raise InputError(f"{source}: {where}: {first['msg']}; get or make the file again") from error
+
+
+def _parse(text: str) -> Any:
+    return json.loads(text, parse_constant=_finite, parse_float=_finite)
 
 
 def _read_json(path: Path) -> tuple[Any, bytes]:
@@ -163,7 +201,7 @@ def _read_json(path: Path) -> tuple[Any, bytes]:
         if path.stat().st_size > _LARGEST_JSON:
             raise ValueError(f"it has {path.stat().st_size:,} bytes")
         content = path.read_bytes()
-        return json.loads(content.decode(), parse_constant=_finite, parse_float=_finite), content
+        return _parse(content.decode()), content
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     # Damage, numbers of too many digits, and lists nested too deeply for the parser.

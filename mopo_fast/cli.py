@@ -31,6 +31,7 @@ from mopo_fast.config import (
     RolloutDtype,
     ShardFormat,
     TrainConfig,
+    check_runs,
 )
 from mopo_fast.errors import InputError
 from mopo_fast.progress import console
@@ -39,6 +40,7 @@ Dataset = Annotated[str, Positional, arg(metavar="DATASET")]
 Run = Annotated[Path, Positional, arg(metavar="RUN")]
 File = Annotated[Path | None, arg(metavar="FILE")]
 Number = Annotated[int | None, arg(metavar="INT")]
+RunTask = Annotated[str | None, arg(metavar="TASK")]
 
 
 def collect(
@@ -278,7 +280,9 @@ def _population(
 ) -> tuple[list[TrainConfig], list[str]]:
     """A config for each seed and coefficient, and the name of its folder."""
     configs, names = [], []
-    for seed in [config.seed] if seeds is None else _parse_seeds(seeds):
+    some = [config.seed] if seeds is None else _parse_seeds(seeds)
+    check_runs(some, penalty_coefs)
+    for seed in some:
         for coef in penalty_coefs or (config.rollout.penalty_coef,):
             rollout = dataclasses.replace(config.rollout, penalty_coef=coef)
             configs.append(dataclasses.replace(config, seed=seed, rollout=rollout))
@@ -286,24 +290,28 @@ def _population(
     return configs, names
 
 
-def _parse_seeds(text: str) -> list[int]:
+def _parse_seeds(text: str) -> Sequence[int]:
     """The numbers of "0:8" or of "0,3,5"."""
+    mistake = InputError(f"--seeds takes FIRST:END, such as 0:8, or numbers with commas, got {text[:100]!r}")
     try:
         if ":" in text:
-            first, end = map(int, text.split(":"))
-            seeds = list(range(first, end))
+            lowest, end = map(int, text.split(":"))
+            # A longer range cannot tell its length.
+            seeds: Sequence[int] = range(lowest, min(end, lowest + 2**62))
         else:
             seeds = [int(number) for number in text.split(",")]
+            lowest = min(seeds)
     except ValueError:
-        seeds = []
-    if not seeds:
-        raise InputError(f"--seeds takes FIRST:END, such as 0:8, or numbers with commas, got {text!r}")
+        raise mistake from None
+    if not seeds or lowest < 0:
+        raise mistake
     return seeds
 
 
 def evaluate(
     run: Run,
     *,
+    task: RunTask = None,
     episodes: int = 10,
     seed: int = 0,
     stochastic: bool = False,
@@ -313,7 +321,8 @@ def evaluate(
 
     Args:
         run: A run's folder.
-        episodes: Run side by side.
+        task: The run's task; needed where it is a Python file, FILE.py, which is executed.
+        episodes: Episodes, run side by side.
         stochastic: Sample actions; by default the policy's mean acts.
         json: Print JSON, with every episode's return and length.
     """
@@ -321,8 +330,8 @@ def evaluate(
     from mopo_fast.generate import run_settings
     from mopo_fast.policy import Actor
 
-    task, _ = run_settings(run)
-    result = evaluate(Actor.load(run), task, episodes=episodes, seed=seed, deterministic=not stochastic)
+    whole, _ = run_settings(run, task)
+    result = evaluate(Actor.load(run), whole, episodes=episodes, seed=seed, deterministic=not stochastic)
     values = dataclasses.asdict(result)
     print(json_format.dumps(values) if json else _outcome(values))
 
@@ -332,6 +341,7 @@ def rollout(
     *,
     dataset: Annotated[str | None, arg(metavar="DATASET")] = None,
     out: Annotated[Path | None, arg(metavar="PATH")] = None,
+    task: RunTask = None,
     count: int = 250_000,
     horizon: Number = None,
     seed: int = 0,
@@ -357,6 +367,7 @@ def rollout(
         run: A run's folder.
         dataset: Start states are drawn from its observations: a name or a file.
         out: A file, .hdf5 or .npz, in D4RL's layout; or a folder, for shards of it and a manifest.
+        task: The run's task; needed where it is a Python file, FILE.py, which is executed.
         count: Transitions.
         horizon: Steps of each rollout; by default the run's own.
         penalty_coef: By default the run's own.
@@ -394,7 +405,7 @@ def rollout(
         "seed": seed,
         "penalty_coef": penalty_coef,
     }
-    settings |= {"dtype": dtype, "backend": backend, "threads": threads}
+    settings |= {"dtype": dtype, "backend": backend, "threads": threads, "task": task}
     if out.suffix:
         check_file(out, overwrite)
         if ray is not None:

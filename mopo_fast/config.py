@@ -8,6 +8,7 @@ These classes are also the command line of `mopo-fast`: names, defaults and the 
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
@@ -35,6 +36,9 @@ ROLLOUT_DTYPES: tuple[RolloutDtype, ...] = get_args(RolloutDtype)
 TUNED: tuple[Tuned, ...] = get_args(Tuned)
 PRESETS: tuple[Preset, ...] = get_args(Preset)
 CHECKPOINT_FORMATS: tuple[CheckpointFormat, ...] = get_args(CheckpointFormat)
+
+MAX_RUNS = 10_000
+"""Runs at most that one call makes."""
 
 # On the command line `--horizon`, not `--rollout.horizon`.
 _short = arg(prefix_name=False)
@@ -202,6 +206,14 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class RunConfig(TrainConfig):
+    """A run as its config.json records it: nothing is left open."""
+
+    task_sha256: str | None = None
+    """Digest of the Python file that `task` names; None: it names none."""
+
+
+@dataclass(frozen=True)
 class Hints:
     """What another code's files may leave open; None: what they say, else that code's default."""
 
@@ -211,6 +223,13 @@ class Hints:
     """With --from: the members that rollouts draw from, best first."""
     absolute: Annotated[tuple[int, ...] | None, _short] = None
     """With --from: the observation dimensions whose next value is predicted itself, not its change."""
+
+
+def check_runs(*values: Sequence[Any]) -> None:
+    """Raise `InputError` where all combinations of `values` are more runs than one call makes."""
+    runs = math.prod(max(1, len(some)) for some in values)
+    if runs > MAX_RUNS:
+        raise InputError(f"{runs:,} runs were asked for at once; ask for at most {MAX_RUNS:,}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

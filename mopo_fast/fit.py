@@ -13,14 +13,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import ConfigDict, Field, with_config
+from typing_extensions import TypedDict
 
 from mopo_fast import backends
 from mopo_fast.adam import Adam
-from mopo_fast.atomic import write_json
+from mopo_fast.atomic import read_json_as, write_json
 from mopo_fast.backends import checked, cpu
 from mopo_fast.backends.training import FitRun, Parameter
 from mopo_fast.config import FIT_DTYPES, DynamicsConfig, check_finite, to_dict
@@ -31,8 +33,9 @@ from mopo_fast.graph import Recorder, records
 from mopo_fast.lock import locked
 from mopo_fast.machine import check_device, check_memory, file_backed, resolve_threads
 from mopo_fast.progress import progress_bar
+from mopo_fast.records import Count, Number, Seconds
 from mopo_fast.seeds import FIT, derive_seed
-from mopo_fast.tensors import load_tensors, require_shape, save_tensors, tensors_sha256
+from mopo_fast.tensors import load_into, load_tensors, save_tensors, tensors_sha256
 
 # Second element of a seed's path: which draw of the fit.
 _SPLIT, _WEIGHTS, _BOOTSTRAP, _SHUFFLE = range(4)
@@ -70,14 +73,20 @@ def split_holdout(n: int, seed: int, config: DynamicsConfig) -> tuple[torch.Tens
     Raises:
         InputError: either side would be empty.
     """
+    count = count_holdout(n, config)
+    order = torch.from_numpy(np.random.default_rng(derive_seed(seed, FIT, _SPLIT)).permutation(n))
+    return order[count:], order[:count]
+
+
+def count_holdout(n: int, config: DynamicsConfig) -> int:
+    """How many of `n` transitions are held out; raise `InputError` where that is none or all of them."""
     count = min(int(n * config.holdout_fraction), config.holdout_max)
     if not 1 <= count < n:
         raise InputError(
             f"{n} transitions with holdout_fraction {config.holdout_fraction} and holdout_max"
             f" {config.holdout_max} leave {count} to hold out; both sides need at least one transition"
         )
-    order = torch.from_numpy(np.random.default_rng(derive_seed(seed, FIT, _SPLIT)).permutation(n))
-    return order[count:], order[:count]
+    return count
 
 
 def dynamics_inputs_targets(data: Transitions) -> tuple[torch.Tensor, torch.Tensor]:
@@ -417,12 +426,16 @@ class Fit:
         mse: list[float] = (mean - self.holdout_targets).square().mean((1, 2)).tolist()
         return mse
 
-    @torch.no_grad()
-    def _keep_best(self, mse: list[float]) -> list[bool]:
-        improved = [
+    def _improved(self, mse: list[float]) -> list[bool]:
+        """[members] Whether the last epoch, of this holdout MSE, is better than those in the history."""
+        return [
             current < (1.0 - self.config.improvement) * best
             for best, current in zip(self.best_mse, mse, strict=True)
         ]
+
+    @torch.no_grad()
+    def _keep_best(self, mse: list[float]) -> list[bool]:
+        improved = self._improved(mse)
         for member in np.flatnonzero(improved):
             for best, layer in zip(self.best, self.layers, strict=True):
                 best[member].copy_(layer[member])
@@ -450,33 +463,47 @@ class Fit:
         }
         save_tensors(path, {**self._live_state(), **history, "fingerprint": fingerprint})
 
-    @torch.no_grad()
     def restore(self, path: Path, fingerprint: torch.Tensor) -> None:
         """Continue from what `save` wrote.
 
         Raises:
             InputError: truncated, not a fit's checkpoint, or of other data, seed or config.
         """
+        try:
+            self._restore(path, fingerprint)
+        except InputError as error:
+            raise InputError(f"{error}; delete {path} to start afresh") from error
+
+    def _restore(self, path: Path, fingerprint: torch.Tensor) -> None:
         tensors = load_tensors(path)
-        require_shape(path, tensors, "fingerprint", fingerprint.shape)
-        if not torch.equal(tensors["fingerprint"], fingerprint):
+        theirs = torch.empty_like(fingerprint)
+        load_into(path, tensors, {"fingerprint": theirs})
+        if not torch.equal(theirs, fingerprint):
             raise InputError(
                 f"{path} belongs to a fit of other data, another seed or another config;"
-                " delete it to start afresh, or give what it was made with"
+                " give what it was made with"
             )
-        for name, tensor in self._live_state().items():
-            require_shape(path, tensors, name, tensor.shape)
-            tensor.copy_(tensors[name])
+        load_into(path, tensors, self._live_state())
+        self.optimizer.check_moments(path)
+        if not bool((self.model.input_std > 0).all()):
+            raise InputError(f"{path}: input_std must be positive everywhere")
         # Every step is one of Adam's: how long the history must be follows.
-        epochs = self.steps_made // math.ceil(len(self.inputs) / self.config.batch_size)
-        members = torch.Size([epochs, self.config.members])
-        for name, shape in zip(_HISTORY, ([epochs], members, members, [epochs]), strict=True):
-            require_shape(path, tensors, f"history.{name}", torch.Size(shape))
-        columns = (tensors[f"history.{name}"].tolist() for name in _HISTORY)
-        self.history = [
-            FitEpoch(epoch, loss, tuple(mse), tuple(map(bool, improved)), seconds)
-            for epoch, (loss, mse, improved, seconds) in enumerate(zip(*columns, strict=True))
-        ]
+        steps = {float(step) for step in self.optimizer.steps}
+        made = steps.pop()
+        epochs, left = divmod(made, math.ceil(len(self.inputs) / self.config.batch_size))
+        if steps or left or not 0 <= epochs < 2**24:
+            raise InputError(f"{path}: Adam's steps are not those of whole epochs")
+        epochs = int(epochs)
+        shapes = (epochs,), (epochs, self.config.members), (epochs, self.config.members), (epochs,)
+        columns = [torch.empty(shape, dtype=torch.float64) for shape in shapes]
+        names = [f"history.{name}" for name in _HISTORY]
+        load_into(path, tensors, dict(zip(names, columns, strict=True)))
+        for loss, mse, improved, took in zip(*(column.tolist() for column in columns), strict=True):
+            if took < 0 or min(mse) < 0 or self._improved(mse) != [flag == 1.0 for flag in improved]:
+                raise InputError(f"{path}: its history does not agree with itself at {len(self.history)}")
+            self.history.append(
+                FitEpoch(len(self.history), loss, tuple(mse), tuple(map(bool, improved)), took)
+            )
 
 
 class Population:
@@ -800,6 +827,46 @@ def fit_and_save_many(
         ]
 
 
+@with_config(ConfigDict(extra="allow"))
+class _RecordedConfig(TypedDict):
+    holdout_fraction: Annotated[float, Field(gt=0, lt=1)]
+    holdout_max: Annotated[int, Field(ge=1)]
+
+
+class FitRecord(TypedDict):
+    """What is read of fit.json; see `fit_and_save`."""
+
+    dataset: str
+    data_sha256: str
+    transitions: Count
+    holdout: Count
+    seed: Annotated[int, Field(ge=0)]
+    config: _RecordedConfig
+    device: str
+    epochs: Count
+    seconds: Seconds
+    elites: Annotated[list[Count], Field(min_length=1)]
+    best_mse: list[Seconds]
+    train_loss: list[Number]
+    holdout_mse: Annotated[list[list[Seconds]], Field(min_length=1)]
+
+
+def read_fit(folder: Path) -> FitRecord:
+    """A finished fit's fit.json.
+
+    Raises:
+        InputError: it is missing, or is not a fit's.
+    """
+    path = folder / "fit.json"
+    fit = read_json_as(path, FitRecord)
+    members, lengths = len(fit["best_mse"]), {len(errors) for errors in fit["holdout_mse"]}
+    if lengths != {members} or max(fit["elites"]) >= members:
+        raise InputError(f"{path}: holdout_mse, best_mse and elites are not of the same members")
+    if not len(fit["holdout_mse"]) == len(fit["train_loss"]) == fit["epochs"]:
+        raise InputError(f"{path}: holdout_mse and train_loss are not of {fit['epochs']} epochs")
+    return fit
+
+
 def _save(fit: Fit, data: Transitions, data_digest: str, folder: Path) -> dict[str, Any]:
     """Write a finished fit; what fit.json holds."""
     config, history = fit.config, fit.history
@@ -807,7 +874,7 @@ def _save(fit: Fit, data: Transitions, data_digest: str, folder: Path) -> dict[s
         "dataset": data.name,
         "data_sha256": data_digest,
         "transitions": len(data),
-        "holdout": len(split_holdout(len(data), fit.seed, config)[1]),
+        "holdout": count_holdout(len(data), config),
         "seed": fit.seed,
         "config": to_dict(config),
         "device": str(fit.inputs.device),

@@ -5,13 +5,14 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from mopo_fast import __version__
-from mopo_fast.atomic import read_json
+from mopo_fast.atomic import read_json_as
 from mopo_fast.backends.philox import BATCH_STREAM, random_choice
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import Penalty, PenaltyMembers, RolloutDtype
@@ -23,7 +24,7 @@ from mopo_fast.machine import check_memory
 from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine, allocate
 from mopo_fast.seeds import ROLLOUT, START, derive_seed
-from mopo_fast.tasks import Task, get_task, termination_of
+from mopo_fast.tasks import Task, get_task, task_of_run, termination_of
 
 # Start states of one call: enough to be fast, few enough to show progress.
 _STARTS = 50_000
@@ -35,7 +36,7 @@ _HOPELESS = 10_000
 class RunSettings:
     """How a run's rollouts were made: `RolloutConfig`'s fields of these names, none left open."""
 
-    horizon: int
+    horizon: Annotated[int, Field(ge=1, lt=2**31)]
     penalty: Penalty
     penalty_coef: float
     penalty_members: PenaltyMembers
@@ -148,6 +149,7 @@ def generate(
     dtype: RolloutDtype = "float32",
     backend: str = "auto",
     threads: int | None = None,
+    task: str | Task | None = None,
 ) -> Transitions:
     """Roll a run's policy out in its ensemble, from observations of `data` drawn with replacement.
 
@@ -155,6 +157,7 @@ def generate(
         run: a run's folder; its config.json says which task ends an episode and which penalty counts.
         count: transitions.
         horizon, penalty_coef: None: the run's own.
+        task: the run's task; to be given where that is a Python file, which is executed.
 
     Returns:
         `count` transitions, in memory, ordered by rollout, then step; `shards.generate_shards` writes any
@@ -164,7 +167,7 @@ def generate(
         InputError: the run is not whole, the data do not fit it, or a number is out of range.
     """
     config = generate_config(
-        run, horizon=horizon, seed=seed, penalty_coef=penalty_coef, dtype=dtype, backend=backend
+        run, horizon=horizon, seed=seed, penalty_coef=penalty_coef, dtype=dtype, backend=backend, task=task
     )
     check_count(run, config, count)
     generator = Generator(EnsembleDynamics.load(run), Actor.load(run), data.observations, config, threads)
@@ -192,9 +195,10 @@ def generate_config(
     penalty_coef: float | None,
     dtype: RolloutDtype,
     backend: str,
+    task: str | Task | None = None,
 ) -> GenerateConfig:
     """The run's own settings, with what is given in their place."""
-    task, settings = run_settings(run)
+    task, settings = run_settings(run, task)
     given: dict[str, Any] = {"horizon": horizon, "penalty_coef": penalty_coef}
     settings = dataclasses.replace(settings, **{k: v for k, v in given.items() if v is not None})
     return GenerateConfig(
@@ -206,7 +210,7 @@ def check_count(run: str | os.PathLike[str], config: GenerateConfig, count: int)
     """Raise `InputError` where `count` transitions are no number or do not fit into memory."""
     if count < 1:
         raise InputError(f"count must be at least 1, got {count}")
-    task, _ = run_settings(run)
+    task = get_task(config.task)
     # float32 arrays, a bool, then member, step and rollout_index.
     row = 4 * (2 * task.obs_dim + task.act_dim + 3) + 1 + 4 + 4 + 8
     starts = min(-(-count // config.horizon), _STARTS)
@@ -218,20 +222,27 @@ def check_count(run: str | os.PathLike[str], config: GenerateConfig, count: int)
     )
 
 
-def run_settings(run: str | os.PathLike[str]) -> tuple[Task, RunSettings]:
+@dataclass(frozen=True)
+class _RecordedRun:
+    """What is read of config.json here."""
+
+    task: str
+    rollout: RunSettings
+    task_sha256: str | None = None
+
+
+def run_settings(run: str | os.PathLike[str], task: str | Task | None = None) -> tuple[Task, RunSettings]:
     """What a run's config.json says of its task and its rollouts.
 
+    Args:
+        task: the run's task; None: as config.json says, unless that is a Python file. See `task_of_run`.
+
     Raises:
-        InputError: there is no config.json, or it is not a run's.
+        InputError: there is no config.json, or it is not a run's; or `task` is not the run's.
     """
     path = Path(run) / "config.json"
-    config = read_json(path)
-    try:
-        rollout = config["rollout"]
-        names = (field.name for field in dataclasses.fields(RunSettings))
-        return get_task(config["task"]), RunSettings(**{name: rollout[name] for name in names})
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path} lacks or garbles {error}; it is not a run's") from error
+    config = read_json_as(path, _RecordedRun)
+    return task_of_run(path, config.task, config.task_sha256, task), config.rollout
 
 
 def d4rl_arrays(data: Transitions) -> dict[str, np.ndarray[Any, Any]]:

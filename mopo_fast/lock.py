@@ -7,6 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from mopo_fast.atomic import missing_folders, remove_empty
 from mopo_fast.errors import InputError
 
 
@@ -15,11 +16,13 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Keep every other process and thread out of `folder`, which is made where it is missing.
 
     The lock ends with its process, however that ends; the file .lock stays. Who holds it may take it again.
+    A folder that was made for the lock, and got no other file, is removed again.
 
     Raises:
         InputError: another process or thread is at work there, or the folder cannot be written or locked.
     """
     folder = Path(folder)
+    made = missing_folders(folder)
     # One object for all who ask for a folder: the fit inside a training takes what the training holds.
     lock = FileLock(folder / ".lock", is_singleton=True)
     try:
@@ -35,4 +38,7 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     finally:
+        if made and os.listdir(folder) == [".lock"]:
+            (folder / ".lock").unlink()
+            remove_empty(made)
         lock.release()

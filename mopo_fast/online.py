@@ -14,14 +14,16 @@ import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import Field
+from typing_extensions import TypedDict
 
-from mopo_fast.atomic import atomic_path
-from mopo_fast.buffer import RingBuffer
+from mopo_fast.atomic import atomic_path, parse_json_as
+from mopo_fast.buffer import RingBuffer, row_bytes
 from mopo_fast.config import OnlineConfig, to_dict
 from mopo_fast.data.collect import MAX_PATH, UNIFORM, local_folder
 from mopo_fast.data.files import new_file, store
@@ -31,12 +33,14 @@ from mopo_fast.environments import make_environment
 from mopo_fast.errors import InputError
 from mopo_fast.evaluate import evaluate
 from mopo_fast.lock import locked
+from mopo_fast.machine import check_memory
 from mopo_fast.policy import Actor
 from mopo_fast.progress import Bar, progress_bar
+from mopo_fast.records import Count, Number
 from mopo_fast.sac import SAC
 from mopo_fast.seeds import ONLINE, derive_seed
 from mopo_fast.tasks import Task, get_task
-from mopo_fast.tensors import load_metadata, load_tensors, require_shape, save_tensors
+from mopo_fast.tensors import load_into, load_metadata, load_tensors, save_tensors
 
 Rows = dict[str, npt.NDArray[Any]]
 
@@ -119,6 +123,26 @@ def _act(actor: Actor | None, observations: npt.NDArray[np.float32], drawn: torc
     return actions.numpy(), log_probs.numpy()
 
 
+class _Evaluated(TypedDict):
+    """A line of progress.csv."""
+
+    epoch: Count
+    steps: Count
+    updates: Count
+    return_mean: Number
+    return_std: Number
+    score_mean: Number | None
+    score_std: Number | None
+
+
+class _Record(TypedDict):
+    """A state's values that are no tensors."""
+
+    settings: dict[str, Any]
+    epoch: Annotated[int, Field(ge=1)]
+    evaluations: list[_Evaluated]
+
+
 class OnlineTraining:
     """SAC's training on one task from one seed, in a folder of its own, from its last checkpoint on.
 
@@ -140,9 +164,15 @@ class OnlineTraining:
         self.folder, self.task, self.seed, self.config = folder, task, seed, config
         self.sac = SAC(task.obs_dim, task.act_dim, config.sac, seed=seed, threads=threads)
         self.epoch_rows = config.environments * config.epoch_steps
+        check_memory(
+            "the replay",
+            config.epochs * self.epoch_rows * row_bytes(task.obs_dim, task.act_dim),
+            "cpu",
+            "epochs, epoch_steps or environments",
+        )
         self.buffer = RingBuffer(config.epochs * self.epoch_rows, task.obs_dim, task.act_dim)
         self.medium = copy_actor(self.sac.actor)
-        self.evaluations: list[dict[str, Any]] = []
+        self.evaluations: list[_Evaluated] = []
         self.epoch = 0
         if (folder / "state.safetensors").exists():
             self._load()
@@ -152,7 +182,7 @@ class OnlineTraining:
         """The epoch after which the policy was good enough for medium; None: not yet, or it has no score."""
         if self.task.max_return is None:
             return None
-        scores = [evaluation["score_mean"] for evaluation in self.evaluations]
+        scores = [one["score_mean"] for one in self.evaluations if one["score_mean"] is not None]
         for last in range(self.config.medium_window - 1, len(scores)):
             recent = scores[last + 1 - self.config.medium_window : last + 1]
             if statistics.fmean(recent) >= self.config.medium_score:
@@ -211,9 +241,17 @@ class OnlineTraining:
         if actor is not None:
             seed = self._derive_seed(_EVALUATE, epoch)
             result = evaluate(actor, self.task, episodes=config.episodes, seed=seed)
-            names = ("return_mean", "return_std", "score_mean", "score_std")
-            progress = {"epoch": epoch, "steps": epoch * self.epoch_rows, "updates": self.sac.updates}
-            self.evaluations.append(progress | {name: getattr(result, name) for name in names})
+            self.evaluations.append(
+                {
+                    "epoch": epoch,
+                    "steps": epoch * self.epoch_rows,
+                    "updates": self.sac.updates,
+                    "return_mean": result.return_mean,
+                    "return_std": result.return_std,
+                    "score_mean": result.score_mean,
+                    "score_std": result.score_std,
+                }
+            )
         if self.medium_epoch == epoch:
             self.medium = copy_actor(self.sac.actor)
 
@@ -224,8 +262,8 @@ class OnlineTraining:
         if not self.evaluations:
             return ""
         last = self.evaluations[-1]
-        name = "return" if last["score_mean"] is None else "score"
-        return f"{name} {last[f'{name}_mean']:.1f}, "
+        score = last["score_mean"]
+        return f"return {last['return_mean']:.1f}, " if score is None else f"score {score:.1f}, "
 
     def _remember(self, rows: Rows) -> None:
         """Put rows [steps, environments, ...] into the replay."""
@@ -238,7 +276,22 @@ class OnlineTraining:
         return self.folder / f"rows-{epoch:06}.safetensors"
 
     def _rows(self, epoch: int) -> Rows:
-        return {key: array.numpy() for key, array in load_tensors(self._rows_path(epoch)).items()}
+        path, shape = self._rows_path(epoch), (self.config.epoch_steps, self.config.environments)
+        tensors = load_tensors(path)
+        floats, flags = dict.fromkeys(("rewards", "infos/action_log_probs"), torch.float32), torch.bool
+        learned = {
+            **{
+                name: torch.empty(*shape, self.task.obs_dim) for name in ("observations", "next_observations")
+            },
+            "actions": torch.empty(*shape, self.task.act_dim),
+            **{name: torch.empty(shape, dtype=dtype) for name, dtype in floats.items()},
+            **{name: torch.empty(shape, dtype=flags) for name in ("terminals", "timeouts")},
+        }
+        load_into(path, tensors, learned)
+        for name, tensor in tensors.items():
+            if name not in learned and not (name.startswith("infos/") and tensor.shape[:2] == shape):
+                raise InputError(f"{path}: {name} is not an epoch's, shape {tuple(tensor.shape)}")
+        return {key: array.numpy() for key, array in tensors.items()}
 
     def replay(self, epochs: int) -> Iterator[Rows]:
         """Every step of the first `epochs` epochs, path by path."""
@@ -260,15 +313,15 @@ class OnlineTraining:
         record = {"settings": self._settings(), "epoch": self.epoch, "evaluations": self.evaluations}
         save_tensors(self.folder / "state.safetensors", tensors, {"record": json.dumps(record)})
         if self.evaluations:
-            lines = [",".join(map(_text, row.values())) for row in self.evaluations]
+            lines = [",".join("" if x is None else str(x) for x in row.values()) for row in self.evaluations]
             with atomic_path(self.folder / "progress.csv") as temporary:
                 temporary.write_text("\n".join([",".join(self.evaluations[0]), *lines]) + "\n")
 
     def _load(self) -> None:
         path = self.folder / "state.safetensors"
         try:
-            record = json.loads(load_metadata(path)["record"])
-        except (KeyError, json.JSONDecodeError) as error:
+            record = parse_json_as(load_metadata(path).get("record", "{}"), _Record, path)
+        except InputError as error:
             raise InputError(
                 f"{path} is not a training's state ({error}); remove {self.folder} to train from the start"
             ) from error
@@ -276,12 +329,33 @@ class OnlineTraining:
             raise InputError(
                 f"{self.folder} holds a training with other settings; remove it, or choose another seed"
             )
-        tensors = load_tensors(path)
+        try:
+            self._take(path, record)
+        except InputError as error:
+            raise InputError(f"{error}; remove {self.folder} to train from the start") from error
+
+    def _take(self, path: Path, record: "_Record") -> None:
+        """Take over a state of these settings, and the rows beside it."""
+        tensors, config = load_tensors(path), self.config
         self.sac.load_state(tensors, path)
-        for name, target in self.medium.state_dict().items():
-            require_shape(path, tensors, f"medium.{name}", target.shape)
-            target.copy_(tensors[f"medium.{name}"])
+        load_into(path, tensors, {f"medium.{name}": t for name, t in self.medium.state_dict().items()})
         self.epoch, self.evaluations = record["epoch"], record["evaluations"]
+
+        def counts(epoch: int) -> tuple[int, int, int]:
+            return epoch, epoch * self.epoch_rows, max(0, epoch - config.random_epochs) * self.epoch_rows
+
+        found = [(one["epoch"], one["steps"], one["updates"]) for one in self.evaluations]
+        trained = range(config.random_epochs + 1, self.epoch + 1)
+        if self.epoch > config.epochs or counts(self.epoch)[2] != self.sac.updates:
+            raise InputError(
+                f"{path} is of epoch {self.epoch} and {self.sac.updates} updates, which disagree"
+            )
+        scored = self.task.max_return is not None
+        if found != [counts(epoch) for epoch in trained] or any(
+            (one["score_mean"] is not None, one["score_std"] is not None) != (scored, scored)
+            for one in self.evaluations
+        ):
+            raise InputError(f"{path} does not hold one evaluation of each epoch")
         for epoch in range(1, self.epoch + 1):
             self._remember(self._rows(epoch))
 
@@ -293,7 +367,7 @@ class OnlineTraining:
         """
         actor, epoch = self.policies[policy]
         if epoch is None:
-            scores = [evaluation["score_mean"] for evaluation in self.evaluations]
+            scores = [one["score_mean"] for one in self.evaluations if one["score_mean"] is not None]
             raise InputError(
                 f"the mean score of {self.config.medium_window} evaluations never reached"
                 f" {self.config.medium_score:g}, the best score was {max(scores):.1f}; choose another seed"
@@ -309,18 +383,14 @@ class OnlineTraining:
             "trained_steps": reached["steps"],
             "updates": reached["updates"],
             **{
-                name: reached[name]
-                for name in ("return_mean", "return_std", "score_mean", "score_std")
-                if reached[name] is not None
+                name: value
+                for name, value in reached.items()
+                if name.startswith(("return_", "score_")) and value is not None
             },
             "policy/nonlinearity": actor.activation,
             "policy/output_distribution": "tanh_gaussian",
             **{f"policy/{name}": tensor.detach().numpy() for name, tensor in tensors.items()},
         }
-
-
-def _text(value: Any) -> str:
-    return "" if value is None else str(value)
 
 
 def copy_actor(actor: Actor) -> Actor:

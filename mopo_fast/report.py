@@ -6,14 +6,14 @@ the calibration section shows how far it does, on the transitions that the fit h
 """
 
 import base64
-import csv
+import contextlib
 import dataclasses
 import functools
 import html
 import io
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,13 +23,14 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mopo_fast.atomic import atomic_path, read_json
+from mopo_fast.atomic import atomic_path, read_json_as
 from mopo_fast.config import DynamicsConfig, RolloutConfig
-from mopo_fast.data import Transitions, load_dataset
+from mopo_fast.data import Transitions, find_dataset, load_dataset
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
-from mopo_fast.fit import data_sha256, dynamics_inputs_targets, split_holdout
+from mopo_fast.fit import data_sha256, dynamics_inputs_targets, read_fit, split_holdout
 from mopo_fast.pictures import BLUE, GREEN, GREY, ORANGE, blank, blank_axes, label_log, look
+from mopo_fast.records import RecordedConfig, RecordedRollout, read_rows, read_summary
 from mopo_fast.rollout import RolloutEngine
 from mopo_fast.seeds import REPORT, derive_seed
 
@@ -62,33 +63,26 @@ class _Run:
     folder: Path
     data: Transitions | None = None
 
-    def json(self, name: str) -> dict[str, Any]:
-        value = read_json(self.folder / name)
-        if not isinstance(value, dict):
-            raise InputError(f"{self.folder / name} is not a JSON object")
-        return value
-
-    def json_or_empty(self, name: str) -> dict[str, Any]:
-        try:
-            return self.json(name)
-        except InputError:
-            return {}
+    def config(self) -> RecordedConfig:
+        """What config.json records; of a fit alone, which has none, nothing."""
+        path = self.folder / "config.json"
+        return read_json_as(path, RecordedConfig) if path.exists() else {}
 
     @functools.cached_property
     def held_out(self) -> HeldOut:
-        fit, config = self.json("fit.json"), self.json_or_empty("config.json")
+        fit, config = read_fit(self.folder), self.config()
         ensemble = EnsembleDynamics.load(self.folder)
-        data = self.data
-        if data is None:
-            data = load_dataset(config.get("dataset") or fit["dataset"], quiet=True)
+        data = _local_dataset(config.get("dataset") or fit["dataset"]) if self.data is None else self.data
         data = data.to("cpu")
         if data_sha256(data) != fit["data_sha256"]:
             raise InputError(f"{data.name} is no longer the data set that the ensemble was fitted to")
-        sizes = {name: fit["config"][name] for name in ("holdout_fraction", "holdout_max")}
-        holdout_config = dataclasses.replace(DynamicsConfig(), **sizes)
+        sizes = fit["config"]
+        holdout_config = dataclasses.replace(
+            DynamicsConfig(), holdout_fraction=sizes["holdout_fraction"], holdout_max=sizes["holdout_max"]
+        )
         held_out = data[split_holdout(len(data), fit["seed"], holdout_config)[1]]
 
-        rollout = config.get("rollout", {})
+        rollout: RecordedRollout = config.get("rollout", {})
         penalty = rollout.get("penalty", RolloutConfig.penalty)
         members = rollout.get("penalty_members", RolloutConfig.penalty_members)
         engine = RolloutEngine(ensemble, penalty=penalty, penalty_members=members)
@@ -104,6 +98,14 @@ class _Run:
             (mean.mean(0) - targets).norm(dim=-1).numpy(),
             ((targets - mean) / std).numpy(),
         )
+
+
+def _local_dataset(name: str) -> Transitions:
+    """A data set that is on this machine: a run's folder from elsewhere must not begin a download."""
+    path, _ = find_dataset(name)
+    if not path.exists():
+        raise InputError(f"the data set {name} is not on this machine; load it, then report again")
+    return load_dataset(name, quiet=True)
 
 
 def spearman(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> float:
@@ -123,10 +125,7 @@ def spearman(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> float:
 
 def _learning_curve(run: _Run) -> tuple[Figure, str]:
     path = run.folder / "progress.csv"
-    if not path.is_file():
-        raise InputError(f"{path} does not exist")
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(path)
     name = "score" if any(row.get("score_mean") for row in rows) else "return"
     points = [
         [float(row[column]) for column in ("updates", f"{name}_mean", f"{name}_std")]
@@ -135,6 +134,8 @@ def _learning_curve(run: _Run) -> tuple[Figure, str]:
     ]
     if not points:
         raise InputError(f"{path} holds no evaluation yet")
+    if not np.isfinite(points).all():
+        raise InputError(f"{path} holds values that are not finite")
     updates, mean, std = np.array(points).T
     figure, axes = blank_axes(7.5, 3.8)
     axes.fill_between(updates, mean - std, mean + std, color=BLUE, alpha=0.18, linewidth=0)
@@ -237,10 +238,8 @@ def _residuals(run: _Run) -> tuple[Figure, str]:
 
 
 def _fit_curves(run: _Run) -> tuple[Figure, str]:
-    fit = run.json("fit.json")
+    fit = read_fit(run.folder)
     mse = np.array(fit["holdout_mse"], dtype=float)
-    if mse.ndim != 2 or mse.size == 0:
-        raise InputError(f"{run.folder / 'fit.json'} holds no holdout_mse per epoch and member")
     elites = fit["elites"]
     figure, axes = blank_axes(7.5, 3.8)
     epochs = np.arange(1, len(mse) + 1)
@@ -266,7 +265,7 @@ def _fit_curves(run: _Run) -> tuple[Figure, str]:
 
 
 def _time(run: _Run) -> tuple[Figure, str]:
-    seconds = run.json("summary.json")["seconds"]
+    seconds = read_summary(run.folder)["seconds"]
     parts = {name: float(seconds[name]) for name in ("fit", "rollout", "sac", "evaluate")}
     total = float(seconds["total"])
     parts["other"] = max(0.0, total - sum(parts.values()))
@@ -293,11 +292,17 @@ _SECTIONS: tuple[tuple[str, str, Callable[[_Run], tuple[Figure, str]]], ...] = (
 
 
 def _summary_rows(run: _Run) -> list[tuple[str, str]]:
-    config, summary = run.json_or_empty("config.json"), run.json_or_empty("summary.json")
-    fit = run.json_or_empty("fit.json")
+    summary = read_summary(run.folder) if (run.folder / "summary.json").exists() else {}
+    # A section of its own says what is wrong with these.
+    config: Mapping[str, Any] = {}
+    fit: Mapping[str, Any] = {}
+    with contextlib.suppress(InputError):
+        config = run.config()
+    with contextlib.suppress(InputError):
+        fit = read_fit(run.folder)
     rollout = config.get("rollout", {})
 
-    def first(name: str, *places: dict[str, Any]) -> str:
+    def first(name: str, *places: Mapping[str, Any]) -> str:
         values = (place.get(name) for place in places)
         return next((str(value) for value in values if value is not None), "–")
 
@@ -379,7 +384,7 @@ def write_report(run: str | os.PathLike[str], *, data: Transitions | None = None
         with look():
             section = _attempt(functools.partial(build, state))
             if isinstance(section, str):
-                picture.unlink(missing_ok=True)
+                _remove(picture)
                 parts.append(_missing(section))
                 continue
             figure, caption = section
@@ -402,8 +407,15 @@ def _attempt(build: Callable[[], T]) -> T | str:
         return build()
     except InputError as error:
         return f"Missing: {error}."
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OSError) as error:
+    except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError, OSError) as error:
         return f"Missing: a file of the run is not as it should be ({type(error).__name__}: {error})."
+
+
+def _remove(picture: Path) -> None:
+    try:
+        picture.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot remove {picture}: {error.strerror}; remove it by hand") from error
 
 
 def _missing(line: str) -> str:

@@ -32,7 +32,7 @@ from mopo_fast.graph import Recorder, records
 from mopo_fast.machine import resolve_threads
 from mopo_fast.policy import Actor, Critic
 from mopo_fast.seeds import INIT, derive_seed
-from mopo_fast.tensors import require_shape
+from mopo_fast.tensors import load_into
 
 # Updates of one call of the kernel, or whose random numbers are drawn at once; an interrupt waits so long.
 _UPDATES_AT_ONCE = 100
@@ -324,17 +324,20 @@ class SAC:
                 tensors |= {f"adam.{name}.{i}.{key}": value for key, value in zip(keys, state, strict=True)}
         return tensors
 
-    @torch.no_grad()
     def load_state(self, tensors: dict[str, torch.Tensor], source: str | os.PathLike[str] = "state") -> None:
         """Continue from what `state` returned; `source` names it in errors.
 
         Raises:
-            InputError: a tensor is missing or has another shape.
+            InputError: a tensor is missing, or has another shape or type; Adam's steps or its second moments
+                are not those of so many updates.
         """
-        for name, target in self.state().items():
-            require_shape(source, tensors, name, target.shape)
-            target.copy_(tensors[name])
-        self._updates.fill_(int(tensors["updates"]))
+        load_into(source, tensors, self._live_state() | {"updates": self._updates})
+        steps = [float(step) for optimizer in self.optimizers.values() for step in optimizer.steps]
+        # float32 counts no further by ones.
+        if self.updates < 0 or any(min(step, 2**24) != min(self.updates, 2**24) for step in steps):
+            raise InputError(f"{source}: Adam's steps are not its {self.updates} updates")
+        for optimizer in self.optimizers.values():
+            optimizer.check_moments(source)
 
 
 class Population:

@@ -33,6 +33,7 @@ from mopo_fast.lock import locked
 from mopo_fast.policy import Actor
 from mopo_fast.progress import progress_bar
 from mopo_fast.shard_files import COMPRESSIONS, file_sha256, import_pyarrow, read_file, write_file
+from mopo_fast.tasks import Task
 from mopo_fast.tensors import tensors_sha256
 
 FORMAT_VERSION = 1
@@ -140,6 +141,7 @@ def generate_shards(
     threads: int | None = None,
     device: str = "cpu",
     ray: str | None = None,
+    task: str | Task | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Write `count` transitions of a run's policy in its ensemble to a folder, shard by shard.
@@ -153,6 +155,7 @@ def generate_shards(
         horizon, penalty_coef: None: the run's own.
         format, compression: see `COMPRESSIONS`.
         ray: None: this process; "auto", "local" or an address: a Ray cluster, see `cluster.py`.
+        task: the run's task; to be given where that is a Python file, which is executed.
 
     Returns:
         The manifest.
@@ -170,7 +173,7 @@ def generate_shards(
     if not 1 <= shard_rows < 2**32:
         raise InputError(f"shard_rows must be at least 1 and below 2^32, got {shard_rows}")
     config = generate_config(
-        run, horizon=horizon, seed=seed, penalty_coef=penalty_coef, dtype=dtype, backend=backend
+        run, horizon=horizon, seed=seed, penalty_coef=penalty_coef, dtype=dtype, backend=backend, task=task
     )
     check_count(run, config, min(count, 3 * shard_rows))
     ensemble, policy = EnsembleDynamics.load(run, device), Actor.load(run, device)

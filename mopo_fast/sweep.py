@@ -15,15 +15,16 @@ from typing import Any
 
 from rich.table import Table
 
-from mopo_fast.atomic import atomic_path, read_json
+from mopo_fast.atomic import atomic_path
 from mopo_fast.cluster import connected
-from mopo_fast.config import TrainConfig
+from mopo_fast.config import RunConfig, TrainConfig, check_runs
 from mopo_fast.data import load_dataset
 from mopo_fast.errors import InputError
 from mopo_fast.fit import fit_and_save
 from mopo_fast.lock import locked
 from mopo_fast.pictures import BLUE, GREEN, GREY, ORANGE, blank_axes, look
 from mopo_fast.progress import progress_bar
+from mopo_fast.records import read_summary
 from mopo_fast.train import check_folder, resolve, train
 
 _COLUMNS = ("seed", "horizon", "penalty_coef", "return_mean", "return_std", "score_mean", "score_std", "run")
@@ -33,15 +34,24 @@ Rows = list[dict[str, Any]]
 
 def grid(
     config: TrainConfig, seeds: Sequence[int], penalty_coefs: Sequence[float], horizons: Sequence[int]
-) -> dict[str, TrainConfig]:
-    """A config for each combination, by the name of its folder; with none given, the config's own value."""
-    configs = {}
+) -> dict[str, RunConfig]:
+    """A config for each combination, by the name of its folder; with none given, the config's own value.
+
+    Raises:
+        InputError: there are too many, two have one name, or as `resolve`.
+    """
+    check_runs(seeds, penalty_coefs, horizons)
+    configs: dict[str, RunConfig] = {}
     for seed in seeds or [config.seed]:
         for horizon in horizons or (config.rollout.horizon,):
             for coef in penalty_coefs or (config.rollout.penalty_coef,):
                 rollout = dataclasses.replace(config.rollout, horizon=horizon, penalty_coef=coef)
                 one, _ = resolve(dataclasses.replace(config, seed=seed, rollout=rollout))
                 name = f"seed{seed}-h{one.rollout.horizon}-coef{one.rollout.penalty_coef:g}"
+                if name in configs:
+                    raise InputError(
+                        f"{name} was asked for twice; give each seed, horizon and coefficient once"
+                    )
                 configs[name] = one
     return configs
 
@@ -96,7 +106,7 @@ def sweep(
 
 
 # A run, its folder, and whether the data stay in their file.
-Job = tuple[TrainConfig, Path, bool]
+Job = tuple[RunConfig, Path, bool]
 
 
 def _fit(job: Job) -> None:
@@ -160,7 +170,7 @@ def _last_line(error: BaseException) -> str:
 
 
 def _row(config: TrainConfig, folder: Path) -> dict[str, Any]:
-    summary = read_json(folder / "summary.json")
+    summary = read_summary(folder)
     rollout = config.rollout
     own: dict[str, Any] = {
         "seed": config.seed,

@@ -6,8 +6,11 @@ Termination rules: authors' mopo/static/*.py. Reference returns: d4rl/infos.py, 
 
 import dataclasses
 import functools
+import hashlib
 import math
-import runpy
+import os
+import sys
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,6 +97,7 @@ class Task:
         online_env_id: where the agent whose replay is the data is trained, by another reward than the task's;
             None: the data have the environment's own.
         recorded: what of a step's info such data keep, to be relabelled by.
+        file_sha256: digest of the Python file that the task was read from; None: it was not.
     """
 
     name: str
@@ -106,6 +110,7 @@ class Task:
     tuned: dict[str, dict[str, tuple[int, float]]] = field(default_factory=dict)
     online_env_id: str | None = None
     recorded: tuple[str, ...] = ()
+    file_sha256: str | None = None
 
     def normalized_score(self, episode_return: float) -> float | None:
         """100 * (return - min) / (max - min); None where no references are known."""
@@ -242,18 +247,33 @@ def _check_sizes(task: Task) -> None:
 
 
 @functools.cache
-def _task_of_file(path: Path) -> Task:
+def _run_task_file(path: Path, content: bytes) -> Task:
     """The `task` that the Python file makes when it is run; its name is the path, to find it again by."""
-    if not path.is_file():
-        raise InputError(f"{path} does not exist")
+    # Not by `runpy`, which would read the file again: what is run is what was looked at.
+    module = types.ModuleType("<task>")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module
     try:
-        task = runpy.run_path(str(path)).get("task")
+        exec(compile(content, path, "exec"), module.__dict__)
     except Exception as error:
         raise InputError(f"{path} does not run: {type(error).__name__}: {error}") from error
+    finally:
+        del sys.modules[module.__name__]
+    task = getattr(module, "task", None)
     if not isinstance(task, Task):
         raise InputError(f"{path} must set `task` to a mopo_fast.Task, got {task!r}")
     _check_sizes(task)
-    return dataclasses.replace(task, name=str(path))
+    return dataclasses.replace(task, name=str(path), file_sha256=hashlib.sha256(content).hexdigest())
+
+
+def _read_task_file(name: str) -> tuple[Path, bytes]:
+    path = Path(name).expanduser().resolve()
+    if not path.is_file():
+        raise InputError(f"{path} does not exist")
+    try:
+        return path, path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def get_task(name: str) -> Task:
@@ -263,10 +283,46 @@ def get_task(name: str) -> Task:
         InputError: no such task; the message lists those that exist. Or the file has none.
     """
     if name.endswith(".py"):
-        return _task_of_file(Path(name).expanduser().resolve())
+        return _run_task_file(*_read_task_file(name))
     if name not in TASKS:
         raise InputError(f"unknown task {name!r}; there are: {', '.join(TASKS)}; or a Python file, FILE.py")
     return TASKS[name]
+
+
+def task_of_run(
+    config: str | os.PathLike[str], recorded: str, sha256: str | None, given: str | Task | None
+) -> Task:
+    """The task of a run; a Python file that its config.json names is run only where the user names it too.
+
+    Args:
+        config: the run's config.json, for errors.
+        recorded: the task's name there.
+        sha256: digest of the task's file there; None: it has no file, or the run is older than the record.
+        given: the task by the user's word, a name, a file, or a registered task; None: nothing was said.
+
+    Raises:
+        InputError: the run's task is a Python file and is not given, what is given is another task, or the
+            file's content is not what it was when the run was made.
+    """
+    if isinstance(given, Task):
+        given = given.name
+    if given is None:
+        if recorded.endswith(".py"):
+            raise InputError(
+                f"{config}: the run's task is the Python file {recorded}; reading it would execute it, allow"
+                f" that with --task {recorded}"
+            )
+        return get_task(recorded)
+    if given.endswith(".py") != recorded.endswith(".py") or not (given.endswith(".py") or given == recorded):
+        raise InputError(f"{config}: the run's task is {recorded}, not {given}; leave out --task")
+    if sha256 is not None:
+        path, content = _read_task_file(given)
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise InputError(
+                f"{path} is not the file that {config} records: it has changed since the run was made, or is"
+                " another; name the file as it was with --task"
+            )
+    return get_task(given)
 
 
 def parse_dataset_name(name: str) -> tuple[str, str | None]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors
@@ -10,6 +11,8 @@ import torch
 
 from mopo_fast.atomic import atomic_path
 from mopo_fast.errors import InputError
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def save_tensors(
@@ -38,7 +41,11 @@ def load_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path} is not a whole safetensors file ({error}); make it again") from error
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not tensor.is_floating_point():
+            continue
+        if tensor.dtype not in _FLOATS:
+            raise InputError(f"{path}: {name} is of {tensor.dtype}, which no file of this package has")
+        if not bool(torch.isfinite(tensor).all()):
             raise InputError(f"{path}: {name} holds values that are not finite")
     return tensors
 
@@ -59,13 +66,29 @@ def layer_weights(
 
 
 def require_shape(
-    path: str | os.PathLike[str], tensors: dict[str, torch.Tensor], name: str, shape: torch.Size
+    path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], name: str, shape: torch.Size
 ) -> None:
     """Raise `InputError` unless `tensors[name]` is there with `shape`."""
     if name not in tensors:
         raise InputError(f"{path} lacks {name}")
     if tensors[name].shape != shape:
         raise InputError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, expected {tuple(shape)}")
+
+
+@torch.no_grad()
+def load_into(
+    path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor]
+) -> None:
+    """Copy `tensors` into the `targets` of the same names, which may be on another device.
+
+    Raises:
+        InputError: a tensor is missing, or has another shape or type; `path` names the file.
+    """
+    for name, target in targets.items():
+        require_shape(path, tensors, name, target.shape)
+        if tensors[name].dtype != target.dtype:
+            raise InputError(f"{path}: {name} is of {tensors[name].dtype}, expected {target.dtype}")
+        target.copy_(tensors[name])
 
 
 def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:

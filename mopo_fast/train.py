@@ -7,46 +7,59 @@ model buffer, the policies that filled it, and a resumed run makes the same rows
 
 import contextlib
 import copy
-import csv
 import dataclasses
 import importlib.metadata
 import json
 import math
 import os
 import platform
+import re
+import reprlib
 import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from mopo_fast import __version__
-from mopo_fast.atomic import atomic_path, read_json, sweep, write_json
+from mopo_fast.atomic import atomic_path, parse_json_as, read_json_as, sweep, write_json
 from mopo_fast.backends import choose_for_run
 from mopo_fast.backends.philox import BATCH_STREAM, random_choice
 from mopo_fast.buffer import RingBuffer, row_bytes
-from mopo_fast.config import TUNED, RolloutConfig, TrainConfig, check_finite, to_dict
+from mopo_fast.config import TUNED, RolloutConfig, RunConfig, TrainConfig, check_finite, check_runs, to_dict
 from mopo_fast.data import Transitions, find_dataset, load_dataset
 from mopo_fast.ensemble import EnsembleDynamics, mlp_bytes
 from mopo_fast.errors import InputError
 from mopo_fast.evaluate import Evaluation, Evaluator, evaluate_in_model
-from mopo_fast.fit import check_config, data_sha256, fit_and_save_many
+from mopo_fast.fit import check_config, count_holdout, data_sha256, fit_and_save_many, read_fit
 from mopo_fast.lock import locked
 from mopo_fast.machine import check_device, check_memory, resolve_threads
 from mopo_fast.policy import Actor
 from mopo_fast.progress import progress_bar
+from mopo_fast.records import (
+    COLUMNS,
+    Board,
+    Count,
+    Number,
+    Seconds,
+    append_row,
+    cut_back,
+    event_files,
+    read_summary,
+)
 from mopo_fast.report import write_report
 from mopo_fast.rollout import RolloutEngine
-from mopo_fast.sac import METRICS, SAC, Population
+from mopo_fast.sac import SAC, Population
 from mopo_fast.seeds import EVALUATE, ROLLOUT, START, derive_seed
 from mopo_fast.seeds import SAC as SAC_SEED
 from mopo_fast.tasks import Task, get_task, parse_dataset_name, termination_of
-from mopo_fast.tensors import load_metadata, load_tensors, save_tensors
+from mopo_fast.tensors import load_into, load_metadata, load_tensors, save_tensors
 
 FORMAT_VERSION = 3
 # Epochs at most whose evaluations are not there yet.
@@ -54,18 +67,11 @@ _PENDING = 20
 # Start states of an evaluation by the model.
 _MODEL_STARTS = 1000
 
-# progress.csv's columns and the group of each in TensorBoard.
-COLUMNS = {
-    "epoch": "",
-    "updates": "",
-    **dict.fromkeys(("seconds_rollout", "seconds_sac", "seconds_evaluate", "seconds_total"), "time"),
-    **dict.fromkeys(("score_mean", "score_std", "return_mean", "return_std"), "evaluation"),
-    "scored_by": "",
-    **dict.fromkeys(METRICS, "sac"),
-    **dict.fromkeys(
-        ("rows", "penalty", "raw_reward", "terminal_share", "non_finite", "buffer_size"), "rollout"
-    ),
-}
+# What an evaluation adds to a row of progress.csv.
+_EVALUATED = ("score_mean", "score_std", "return_mean", "return_std", "scored_by")
+# Values in an error, of files that may hold anything.
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
 
 
 def train(
@@ -124,6 +130,7 @@ def train_many(
         InputError: as `train`; or the configs differ in anything else, or two folders are one.
     """
     started = time.perf_counter()
+    check_runs(configs)
     runs = [
         _Run(*resolve(config, Path(out)), Path(out), started)
         for config, out in zip(configs, outs, strict=True)
@@ -146,7 +153,7 @@ class _Run:
         fit_seconds: what its fit took this run.
     """
 
-    config: TrainConfig
+    config: RunConfig
     task: Task
     out: Path
     started: float
@@ -187,17 +194,19 @@ def _train_all(runs: Sequence[_Run], memory_map: bool, quiet: bool) -> list[dict
             raise InputError(
                 f"{config.dataset}: actions reach {most:.4g}; scale the environment's range to [-1, 1]"
             )
-        for run in unfinished:
-            if not (run.out / "config.json").exists():
-                write_json(run.out / "config.json", to_dict(run.config))
-        fit_started = time.perf_counter()
-        digest = data_sha256(data)
-        _make_dynamics(unfinished, data, digest, quiet)
-        for run in unfinished:
-            if _last_checkpoint(run.out) is None:
-                # What an earlier, interrupted session spent on the fit is part of the total too.
-                run.started -= max(0.0, run.fit_seconds - (time.perf_counter() - fit_started))
+        if config.dynamics_from is None:
+            count_holdout(len(data), config.dynamics)
         try:
+            for run in unfinished:
+                if not (run.out / "config.json").exists():
+                    write_json(run.out / "config.json", to_dict(run.config))
+            fit_started = time.perf_counter()
+            digest = data_sha256(data)
+            _make_dynamics(unfinished, data, digest, quiet)
+            for run in unfinished:
+                if _last_checkpoint(run.out) is None:
+                    # What an earlier, interrupted session spent on the fit is part of the total too.
+                    run.started -= max(0.0, run.fit_seconds - (time.perf_counter() - fit_started))
             _train_together(unfinished, data, digest, quiet)
         except OSError as error:
             folders = ", ".join(str(run.out) for run in unfinished)
@@ -205,10 +214,10 @@ def _train_all(runs: Sequence[_Run], memory_map: bool, quiet: bool) -> list[dict
     for run in runs:
         if not (run.out / "report.html").exists():
             write_report(run.out, data=data)
-    return [read_json(run.out / "summary.json") for run in runs]
+    return [read_summary(run.out) for run in runs]
 
 
-def resolve(config: TrainConfig, out: Path | None = None) -> tuple[TrainConfig, Task]:
+def resolve(config: TrainConfig, out: Path | None = None) -> tuple[RunConfig, Task]:
     """`config` with task, horizon and penalty_coef filled in, checked, and its task.
 
     Args:
@@ -235,7 +244,9 @@ def resolve(config: TrainConfig, out: Path | None = None) -> tuple[TrainConfig, 
         rollout = dataclasses.replace(rollout, horizon=horizon)
     if rollout.penalty_coef is None:
         rollout = dataclasses.replace(rollout, penalty_coef=penalty_coef)
-    config = dataclasses.replace(config, task=task.name, rollout=rollout)
+    given = {field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)}
+    given |= {"task": task.name, "rollout": rollout}
+    config = RunConfig(**given, task_sha256=task.file_sha256)
 
     if config.seed < 0:
         raise InputError(f"seed must not be negative, got {config.seed}")
@@ -328,7 +339,7 @@ def _sac(config: TrainConfig, task: Task, backend: str) -> SAC:
     )
 
 
-def check_folder(out: Path, config: TrainConfig, resume: bool) -> None:
+def check_folder(out: Path, config: RunConfig, resume: bool) -> None:
     """Refuse a folder that holds another run."""
     if resume:
         # What atomic_path had not renamed yet when the run was killed; a folder below may be a live run's.
@@ -339,18 +350,19 @@ def check_folder(out: Path, config: TrainConfig, resume: bool) -> None:
         return
     if not resume:
         raise InputError(f"{out} holds a run already; go on with it by --resume, or choose another --out")
-    difference = _first_difference(_lasting(read_json(out / "config.json")), _lasting(_as_json(config)))
+    theirs, ours = read_json_as(out / "config.json", dict[str, Any]), _as_json(config)
+    if theirs.get("task_sha256") is None and theirs.get("task") == ours["task"]:
+        # The run is older than the record.
+        del ours["task_sha256"]
+    difference = _first_difference(theirs, ours)
+    if difference and difference.startswith("task_sha256"):
+        raise InputError(
+            f"the file {config.task} has changed since {out} was made; bring it back, or choose another --out"
+        )
     if difference:
         raise InputError(
             f"{out} was made with {difference}; resume with the same settings or choose another --out"
         )
-
-
-def _lasting(config: Any) -> Any:
-    """Without what may change when a run goes on, since no result depends on it."""
-    if not isinstance(config, dict):
-        return config
-    return {name: _lasting(value) for name, value in config.items() if name not in ("threads", "workers")}
 
 
 def _as_json(config: Any) -> Any:
@@ -361,11 +373,14 @@ def _as_json(config: Any) -> Any:
 def _first_difference(theirs: Any, ours: Any, name: str = "") -> str | None:
     if isinstance(theirs, dict) and isinstance(ours, dict):
         for key in {**theirs, **ours}:
+            # These may change when a run goes on, since no result depends on them.
+            if key in ("threads", "workers"):
+                continue
             difference = _first_difference(theirs.get(key), ours.get(key), f"{name}.{key}".lstrip("."))
             if difference:
                 return difference
         return None
-    return None if theirs == ours else f"{name} = {theirs!r}, not {ours!r}"
+    return None if theirs == ours else f"{name} = {_SHORT.repr(theirs)}, not {_SHORT.repr(ours)}"
 
 
 def _make_dynamics(runs: Sequence[_Run], data: Transitions, data_digest: str, quiet: bool) -> None:
@@ -397,14 +412,14 @@ def _make_dynamics(runs: Sequence[_Run], data: Transitions, data_digest: str, qu
         out, seed = run.out, run.config.seed
         if not (out / "fit.json").exists():
             _copy_fit(fits[seed].out, out)
-        fit = read_json(out / "fit.json")
+        fit = read_fit(out)
         ours = {"data_sha256": data_digest, "seed": seed, "config": _as_json(config.dynamics)}
         difference = _first_difference({name: fit.get(name) for name in ours}, ours)
         if difference:
             raise InputError(f"{out / 'fit.json'} was made with {difference}; choose another --out")
         # Still there where a run was killed between the two.
         (out / "checkpoint" / "fit.safetensors").unlink(missing_ok=True)
-        run.ensemble, run.fit_seconds = EnsembleDynamics.load(out, config.device), float(fit["seconds"])
+        run.ensemble, run.fit_seconds = EnsembleDynamics.load(out, config.device), fit["seconds"]
 
 
 def _copy_fit(source: Path, out: Path) -> None:
@@ -416,14 +431,22 @@ def _copy_fit(source: Path, out: Path) -> None:
                 shutil.copyfile(source / name, temporary)
 
 
+def _checkpoints(folder: Path) -> dict[int, Path]:
+    """The checkpoints in a folder by their epochs."""
+    names = {path: re.fullmatch(r"epoch-(\d{6,})\.safetensors", path.name) for path in folder.glob("epoch-*")}
+    return {int(match[1]): path for path, match in names.items() if match}
+
+
 def _last_checkpoint(out: Path) -> Path | None:
-    return max((out / "checkpoint").glob("epoch-*.safetensors"), default=None)
+    found = _checkpoints(out / "checkpoint")
+    return found[max(found)] if found else None
 
 
 def _remove_older(checkpoint: Path) -> None:
-    for other in checkpoint.parent.glob("epoch-*.safetensors"):
-        if other < checkpoint:
-            other.unlink()
+    found = _checkpoints(checkpoint.parent)
+    for path in found.values():
+        if path != checkpoint:
+            path.unlink()
 
 
 def _train_together(runs: Sequence[_Run], data: Transitions, data_digest: str, quiet: bool) -> None:
@@ -437,8 +460,7 @@ def _train_together(runs: Sequence[_Run], data: Transitions, data_digest: str, q
     ):
         loops = [_Loop(run, on_device, data_digest, evaluator) for run in runs]
         for loop in loops:
-            loop.begin()
-            boards.callback(loop.board.close)
+            loop.begin(boards)
         population: Population | None = None
         while unfinished := [loop for loop in loops if loop.epoch < epochs]:
             bar.update(completed=sum(loop.epoch for loop in loops))
@@ -524,6 +546,42 @@ class _Pending:
     evaluation: "Future[Evaluation] | None" = None
 
 
+class _SavedSeconds(TypedDict):
+    rollout: Seconds
+    sac: Seconds
+    evaluate: Seconds
+    total: Seconds
+
+
+class _SavedRollout(TypedDict):
+    epoch: Count
+    head: Count
+    rows: Count
+
+
+class _SavedBackends(TypedDict):
+    rollout: str
+    sac: str
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """A checkpoint's values that are no tensors, as `_Loop.save` writes them.
+
+    Attributes:
+        pending: the rows of `_Pending`, and whether each has a policy.
+    """
+
+    epoch: Count
+    seconds: _SavedSeconds
+    evaluation: Evaluation | None
+    rollouts: Annotated[list[_SavedRollout], Field(min_length=1)]
+    pending: list[tuple[dict[str, Count | Number], bool]]
+    backends: _SavedBackends
+    data_sha256: str
+    dynamics_sha256: str
+
+
 class _Loop:
     """The state of a run's training between two epochs, and the parts of an epoch."""
 
@@ -552,16 +610,15 @@ class _Loop:
         """Seconds since the run's start, the time between sessions left out."""
         return time.perf_counter() - self.started
 
-    def begin(self) -> None:
-        """Take up the run where it was left, its log included."""
+    def begin(self, boards: contextlib.ExitStack) -> None:
+        """Take up the run where it was left, its log included, which `boards` closes."""
         out, last = self.run.out, _last_checkpoint(self.run.out)
         if last is not None:
             self.restore(last)
             _remove_older(last)
-        _cut_back(out / "progress.csv", self.epoch - len(self.pending))
+        cut_back(out / "progress.csv", self.epoch - len(self.pending))
         updates = self.pending[0].row["updates"] if self.pending else self.sac.updates + 1
-        _await_a_later_second(out)
-        self.board = SummaryWriter(str(out), purge_step=updates)
+        self.board = boards.enter_context(contextlib.closing(Board(out, purge_step=updates)))
         if last is None and (out / "fit.json").exists():
             _log_fit(out)
 
@@ -645,10 +702,9 @@ class _Loop:
                     break
                 with _Clock(self.seconds, "evaluate"):
                     found = self.evaluation = first.evaluation.result()
-            names = ("score_mean", "score_std", "return_mean", "return_std")
-            row = first.row | {name: getattr(found, name, None) for name in names}
+            row = first.row | {name: getattr(found, name, None) for name in _EVALUATED}
             row["scored_by"] = self.scored_by if found else None
-            _append_row(self.run.out / "progress.csv", {name: row[name] for name in COLUMNS})
+            append_row(self.run.out / "progress.csv", {name: row[name] for name in COLUMNS})
             for name, group in COLUMNS.items():
                 if row[name] is not None and group:
                     self.board.add_scalar(f"{group}/{name}", row[name], row["updates"])
@@ -736,49 +792,76 @@ class _Loop:
         Raises:
             InputError: the checkpoint is truncated or garbled, or its rollouts cannot be made again here.
         """
-        tensors = load_tensors(path)
-        try:
-            state = json.loads(load_metadata(path)["state"])
-            if state["format_version"] != FORMAT_VERSION:
-                raise InputError(
-                    f"{path} has format_version {state['format_version']},"
-                    f" this package reads {FORMAT_VERSION}"
-                )
-            self._restore(path, state, tensors)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            if isinstance(error, InputError):
-                raise
+        tensors, state = load_tensors(path), load_metadata(path).get("state", "{}")
+        version = parse_json_as(state, dict[str, Any], path).get("format_version")
+        if version != FORMAT_VERSION:
             raise InputError(
-                f"{path} is not a whole checkpoint ({error}); delete it to train from the start"
-            ) from error
-
-    def _restore(self, path: Path, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-        if state["data_sha256"] != self.data_sha256:
+                f"{path} has format_version {_SHORT.repr(version)}, this package reads {FORMAT_VERSION}"
+            )
+        saved = parse_json_as(state, _Saved, path)
+        if saved.data_sha256 != self.data_sha256:
             raise InputError(
                 f"{self.config.dataset} is not the data that {path} was made with; bring that data back"
             )
-        if state["dynamics_sha256"] != self.dynamics_sha256:
+        if saved.dynamics_sha256 != self.dynamics_sha256:
             raise InputError(
                 f"the dynamics beside {path.parent} are not those that {path} was made with;"
                 " resume with the dynamics that the run began with"
             )
-        chosen = state["backends"]
-        self.engine = _engine(self.config, self.task, self.engine.ensemble, chosen["rollout"])
-        self.sac = _sac(self.config, self.task, chosen["sac"])
+        try:
+            self._take(path, saved, tensors)
+        except InputError as error:
+            raise InputError(f"{error}; delete {path} to train from the start") from error
+        self._refill(path)
+
+    def _take(self, path: Path, saved: "_Saved", tensors: dict[str, torch.Tensor]) -> None:
+        """Take over a checkpoint's values, all but the buffer's rows."""
+        interval, steps = self.config.rollout.interval, self.config.steps
+        self.engine = _engine(self.config, self.task, self.engine.ensemble, saved.backends["rollout"])
+        self.sac = _sac(self.config, self.task, saved.backends["sac"])
         self.sac.load_state(_within(tensors, "sac."), path)
-        self.epoch = state["epoch"]
-        self.seconds = {name: float(state["seconds"][name]) for name in self.seconds}
-        self.started -= float(state["seconds"]["total"])
-        self.evaluation = Evaluation(**state["evaluation"]) if state["evaluation"] else None
-        self.rollouts = [
-            _Rollout(**rollout, policy=_within(tensors, f"policy.{rollout['epoch']}."))
-            for rollout in state["rollouts"]
-        ]
-        for row, evaluated in state["pending"]:
-            policy = _within(tensors, f"evaluated.{row['epoch']}.") if evaluated else None
-            self.pending.append(_Pending(row, policy))
-            if evaluated:
-                self._evaluate(self.pending[-1])
+        self.epoch = saved.epoch
+        epochs = math.ceil(steps / interval)
+        if _checkpoints(path.parent).get(saved.epoch) != path or not 1 <= saved.epoch <= epochs:
+            raise InputError(f"{path} holds epoch {saved.epoch}, which its name or the run does not have")
+        if self.sac.updates != min(saved.epoch * interval, steps):
+            raise InputError(f"{path} holds {self.sac.updates} updates, epoch {saved.epoch} does not")
+        self.seconds = {name: saved.seconds[name] for name in ("rollout", "sac", "evaluate")}
+        self.started -= saved.seconds["total"]
+        self.evaluation = saved.evaluation
+
+        def policy(prefix: str, epoch: int) -> dict[str, torch.Tensor]:
+            targets = {name: torch.empty_like(value) for name, value in self.sac.actor.state_dict().items()}
+            load_into(path, _within(tensors, f"{prefix}.{epoch}."), targets)
+            return targets
+
+        head, most = saved.rollouts[0]["head"], self.config.rollout.batch_size * self.horizon
+        for number, made in enumerate(saved.rollouts, start=1 + saved.epoch - len(saved.rollouts)):
+            if (made["epoch"], made["head"]) != (number, head) or not 1 <= made["rows"] <= most:
+                raise InputError(f"{path}: the rollouts that filled the buffer do not follow each other")
+            head = (head + made["rows"]) % self.buffer.capacity
+            self.rollouts.append(_Rollout(**made, policy=policy("policy", number)))
+        first, rows = self.rollouts[0], sum(made["rows"] for made in saved.rollouts)
+        if not 0 <= first.head < self.buffer.capacity or first.epoch < 1:
+            raise InputError(f"{path}: the buffer has no row {first.head}")
+        # Rows were overwritten by later ones alone.
+        whole = first.head == 0 if first.epoch == 1 else rows >= self.buffer.capacity
+        if not whole:
+            raise InputError(f"{path}: rollouts are missing of those that filled the buffer")
+        known = COLUMNS.keys() - set(_EVALUATED)
+        for number, (row, evaluated) in enumerate(saved.pending, start=1 + saved.epoch - len(saved.pending)):
+            updates = min(number * interval, steps)
+            if row.keys() != known or (row["epoch"], row["updates"]) != (number, updates) or number < 1:
+                raise InputError(f"{path}: its rows of progress.csv do not follow each other")
+            self.pending.append(_Pending(row, policy("evaluated", number) if evaluated else None))
+        if saved.epoch == epochs and not (saved.evaluation or (saved.pending and saved.pending[-1][1])):
+            raise InputError(f"{path}: the last policy was not evaluated")
+
+    def _refill(self, path: Path) -> None:
+        """Begin the evaluations that are pending, and make the buffer's rows again."""
+        for pending in self.pending:
+            if pending.policy is not None:
+                self._evaluate(pending)
         actor = copy.deepcopy(self.sac.actor)
         self.buffer.head = self.rollouts[0].head
         with _Clock(self.seconds, "rollout"):
@@ -809,38 +892,13 @@ def _within(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Te
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _append_row(path: Path, row: dict[str, Any]) -> None:
-    """Add one line to progress.csv; the header first, where the file is new."""
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(COLUMNS))
-        if file.tell() == 0:
-            writer.writeheader()
-        writer.writerow(row)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _cut_back(path: Path, epochs: int) -> None:
-    """Leave only the rows of progress.csv up to the checkpoint's epoch."""
-    if path.exists():
-        lines = path.read_text().splitlines(keepends=True)[: 1 + epochs]
-        with atomic_path(path) as temporary:
-            temporary.write_text("".join(lines) if epochs else "")
-
-
-def _await_a_later_second(out: Path) -> None:
-    """TensorBoard reads event files by their names, which begin with the second that each was begun in."""
-    seconds = [int(path.name.split(".")[3]) for path in out.glob("events.out.tfevents.*")]
-    time.sleep(min(1.0, max(0.0, max(seconds, default=0) + 1 - time.time())))
-
-
 def _log_fit(out: Path) -> None:
     """Write the fit's curves to TensorBoard, as a run of their own: their steps are epochs of the fit."""
-    fit, folder = read_json(out / "fit.json"), out / "tensorboard-fit"
+    fit, folder = read_fit(out), out / "tensorboard-fit"
     # Those of a session that was killed before its first checkpoint.
-    for events in folder.glob("events.out.tfevents.*"):
+    for events in event_files(folder):
         events.unlink()
-    with SummaryWriter(str(folder)) as board:
+    with contextlib.closing(Board(folder)) as board:
         for epoch, errors in enumerate(fit["holdout_mse"]):
             for member, error in enumerate(errors):
                 board.add_scalar(f"holdout_mse/member_{member}", error, epoch)

@@ -14,7 +14,15 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import Field
 
-from mopo_fast.atomic import atomic_path, check_writable, read_json, read_json_as, sweep, write_json
+from mopo_fast.atomic import (
+    atomic_path,
+    check_writable,
+    parse_json_as,
+    read_json,
+    read_json_as,
+    sweep,
+    write_json,
+)
 from mopo_fast.errors import InputError
 
 
@@ -174,7 +182,15 @@ def test_a_value_of_another_type_is_named(change: dict[str, Any], where: str, tm
 
 KILLED_HALF_WAY = """
 import os, signal, sys
-from mopo_fast.atomic import atomic_path
+from mopo_fast.atomic import (
+    atomic_path,
+    check_writable,
+    parse_json_as,
+    read_json,
+    read_json_as,
+    sweep,
+    write_json,
+)
 with atomic_path(sys.argv[1]) as temporary:
     temporary.write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -229,3 +245,15 @@ def test_writers_and_sweepers_side_by_side(tmp_path: Path) -> None:
     assert not errors
     assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
     assert read_json(tmp_path / "file.json")[1] == 99
+
+
+def test_a_check_leaves_no_folder_behind(tmp_path: Path) -> None:
+    check_writable(tmp_path / "a" / "b" / "file.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["", "{", "NaN", "[1e999]", "[" * 100_000, '{"a": 1}'])
+def test_text_is_read_by_its_declared_type(text: str) -> None:
+    assert parse_json_as("[1]", list[int], "here") == [1]
+    with pytest.raises(InputError, match=r"^here"):
+        parse_json_as(text, list[int], "here")

@@ -273,6 +273,26 @@ MISTAKES = {
     "no horizon": (["train", "DATA", "--horizon", "0"], ["horizon", "0"]),
     "a negative penalty": (["train", "DATA", "--penalty-coef", "-1"], ["penalty_coef", "-1"]),
     "a negative seed": (["train", "DATA", "--seed", "-1"], ["seed", "-1"]),
+    "a thousand million runs": (
+        ["train", "DATA", "--seeds", "0:1000000000"],
+        ["1,000,000,000 runs", "10,000"],
+    ),
+    "seeds without end": (["train", "DATA", "--seeds", f"0:{10**40}"], ["runs", "10,000"]),
+    "a sweep without end": (["sweep", "DATA", "--seeds", "0:1000000000"], ["1,000,000,000 runs", "10,000"]),
+    "too many combinations": (
+        ["sweep", "DATA", "--seeds", "0:9000", "--horizons", "1", "2"],
+        ["18,000 runs", "10,000"],
+    ),
+    "negative seeds": (["train", "DATA", "--seeds=-3:2"], ["--seeds", "'-3:2'"]),
+    "a negative seed among others": (["train", "DATA", "--seeds=3,-1,5"], ["--seeds", "'3,-1,5'"]),
+    "seeds from a later one": (["sweep", "DATA", "--seeds", "5:2"], ["--seeds", "'5:2'"]),
+    "seeds that are words": (["train", "DATA", "--seeds", "9" * 5000], ["--seeds"]),
+    "a seed twice": (["train", "DATA", "--seeds", "1,1"], ["twice"]),
+    "a seed twice in a sweep": (["sweep", "DATA", "--seeds", "1,1"], ["seed1-h", "twice"]),
+    "coefficients of one name": (
+        ["sweep", "DATA", "--penalty-coefs", "0.5", "0.5000000001"],
+        ["coef0.5", "twice"],
+    ),
     "a folder that cannot be made": (["train", "DATA", "--out", "/proc/nowhere"], ["/proc/nowhere"]),
     "collect what is not made": (["collect", "humanoid-random"], ["humanoid-random", "hopper"]),
     "collect nothing": (["collect", "hopper-random", "--steps", "0", "--out", "OUT"], ["steps", "0"]),
@@ -321,7 +341,7 @@ def test_a_mistake_is_one_line_that_names_it(
     arguments, words = MISTAKES[mistake]
     message = error_of(capsys, *(names.get(argument, argument) for argument in arguments))
     assert all(word in message for word in words), message
-    assert not (tmp_path / "out.npz").exists()
+    assert [path.name for path in tmp_path.rglob("*")] == ["junk.hdf5"]
 
 
 # What each command calls, a command line with no flag at its default, and what must arrive there.

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from garbled import check_tensors, read_tensors
 from kernel_cases import EagerGraph, fit_to_double
 
 from mopo_fast.config import DynamicsConfig
@@ -594,3 +595,48 @@ def test_recorded_steps_are_the_same(count: int, monkeypatch: pytest.MonkeyPatch
         assert [record.train_loss for record in played] == [record.train_loss for record in eager]
     for one, other in zip(plain, recorded, strict=True):
         assert all(torch.equal(t, other._live_state()[name]) for name, t in one._live_state().items())
+
+
+# --- a checkpoint from elsewhere
+
+
+def test_every_tensor_of_a_checkpoint_is_checked(tmp_path: Path) -> None:
+    path = tmp_path / "fit.safetensors"
+    fit_dynamics(toy_data(), config=SMALL, checkpoint=path)
+    fingerprint = Fit(toy_data(), 0, SMALL).fingerprint(data_sha256(toy_data()))
+    check_tensors(path, lambda: Fit(toy_data(), 0, SMALL).restore(path, fingerprint))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("weights.0.step", -1.0, "not those of whole epochs"),
+        ("weights.0.step", 1e30, "not those of whole epochs"),
+        ("every step", 1e30, "not those of whole epochs"),
+        ("every step", -8.0, "not those of whole epochs"),
+        ("every step", 0.5, "not those of whole epochs"),
+        ("weights.1.exp_avg_sq", -1.0, "second moment of Adam is negative"),
+        ("input_std", 0.0, "input_std must be positive everywhere"),
+        ("history.improved", 0.0, "does not agree with itself at 0"),
+        ("history.improved", 7.0, "does not agree with itself at 0"),
+        ("history.holdout_mse", -1.0, "does not agree with itself at 0"),
+        ("history.seconds", -1.0, "does not agree with itself at 0"),
+    ],
+)
+def test_values_that_no_fit_has_are_refused(name: str, value: float, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "fit.safetensors"
+    fit_dynamics(toy_data(), config=SMALL, checkpoint=path)
+    tensors, _ = read_tensors(path)
+    for key, tensor in tensors.items():
+        if key == name or (name == "every step" and key.endswith(".step")):
+            tensor.fill_(value)
+    save_tensors(path, tensors)
+    with pytest.raises(InputError, match=rf"fit\.safetensors.*{message}; delete .*fit\.safetensors"):
+        fit_dynamics(toy_data(), config=SMALL, checkpoint=path)
+
+
+def test_a_refused_fit_leaves_nothing_behind(tmp_path: Path) -> None:
+    for data, options in ((toy_data(4), {}), (toy_data(), {"seed": -1}), (toy_data(), {"device": "gpu"})):
+        with pytest.raises(InputError):
+            fit_and_save(data, tmp_path / "a" / "b", config=SMALL, **options)
+        assert list(tmp_path.iterdir()) == []

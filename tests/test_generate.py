@@ -156,8 +156,9 @@ def test_files_that_cannot_be_written_are_named(run: Path, data: Transitions, tm
     [
         (None, r"config\.json does not exist"),
         ("{", r"config\.json is not a readable JSON file"),
-        ("[]", "is not a run's"),
-        (json.dumps({"task": "hopper"}), "'rollout'.*is not a run's"),
+        ("[]", r"config\.json: the whole: .*object"),
+        (json.dumps({"task": "hopper"}), r"config\.json: rollout: Field required"),
+        (json.dumps(CONFIG).replace('"horizon": 3', '"horizon": 0'), r"rollout\.horizon: .*at least|greater"),
         (json.dumps({**CONFIG, "task": "cheetah"}), "unknown task 'cheetah'"),
     ],
 )

@@ -83,3 +83,15 @@ def test_a_folder_that_cannot_be_locked_is_named(tmp_path: Path) -> None:
     for folder in (tmp_path / "file", tmp_path / "odd", Path("/proc/nowhere")):
         with pytest.raises(InputError, match=rf"cannot work in {folder}: .*; choose another"), locked(folder):
             pass
+
+
+def test_a_folder_made_for_its_lock_alone_is_removed(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="mine"), locked(tmp_path / "a" / "b"):
+        with locked(tmp_path / "a" / "b"):
+            pass
+        assert (tmp_path / "a" / "b" / ".lock").exists()
+        raise OSError("mine")
+    assert list(tmp_path.iterdir()) == []
+    with locked(tmp_path / "a" / "b"):
+        (tmp_path / "a" / "kept").touch()
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["kept"]

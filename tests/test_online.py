@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from garbled import changes, check_tensors, expect, read_tensors
 
 from mopo_fast import online
 from mopo_fast.cli import main
@@ -367,3 +370,73 @@ def test_random_ant(tmp_path: Path) -> None:
     assert np.all(data["infos/action_log_probs"] == np.float32(8 * np.log(0.5)))
     assert np.abs(data["actions"]).max() <= 1 and abs(data["actions"].mean()) < 0.06
     paths_of(data)
+
+
+class TestGarbledTraining:
+    """Every value of a training's state and rows, changed: one `InputError` that says what to remove."""
+
+    @pytest.fixture
+    def training(self, folder: Path, sets: dict[str, Path], tmp_path: Path) -> Path:
+        shutil.copytree(folder / "online" / "hopper-seed0", tmp_path / "training")
+        return tmp_path / "training"
+
+    def load(self, training: Path) -> None:
+        OnlineTraining(training, TASKS["hopper"], 0, SMALL, 1)
+
+    def test_the_record(self, training: Path) -> None:
+        self.load(training)
+        path = training / "state.safetensors"
+        tensors, metadata = read_tensors(path)
+        for where, other, changed in changes(json.loads(metadata["record"])):
+            save_tensors(path, tensors, {"record": json.dumps(changed)})
+            harmless = where[-1] in ("return_mean", "return_std", "score_mean", "score_std")
+            number = isinstance(other, (int, float)) and not isinstance(other, bool)
+            expect(lambda: self.load(training), harmless and number, f"{where} = {other!r}")
+        for text in ("", "{", "[]", "null", "[" * 100_000, '{"epoch": NaN}'):
+            save_tensors(path, tensors, {"record": text})
+            with pytest.raises(InputError, match=rf"state\.safetensors .*; remove {training} to train from"):
+                self.load(training)
+
+    @pytest.mark.parametrize("name", ["state.safetensors", "rows-000002.safetensors"])
+    def test_the_tensors(self, training: Path, name: str) -> None:
+        if name.startswith("rows"):
+            # What is only copied into a data set: its shape and type are not known here.
+            tensors, _ = read_tensors(training / name)
+            kept = {key: value for key, value in tensors.items() if key not in ("infos/qpos", "infos/qvel")}
+            save_tensors(training / name, kept)
+        check_tensors(training / name, lambda: self.load(training))
+
+    def test_rows_of_another_length(self, training: Path) -> None:
+        path = training / "rows-000002.safetensors"
+        tensors, _ = read_tensors(path)
+        for name in ("infos/qpos", "odd"):
+            save_tensors(path, tensors | {name: torch.zeros(61, 2)})
+            with pytest.raises(InputError, match=rf"{name} is not an epoch's.*; remove {training} to train"):
+                self.load(training)
+        path.unlink()
+        with pytest.raises(InputError, match=rf"rows-000002.* does not exist; remove {training} to train"):
+            self.load(training)
+
+
+def test_a_replay_larger_than_the_memory_is_refused_first(tmp_path: Path) -> None:
+    huge = dataclasses.replace(SMALL, epochs=10**12)
+    with pytest.raises(
+        InputError, match=r"the replay would take [\d,]+ GiB, .*; lower epochs, epoch_steps or"
+    ):
+        make("hopper-expert", online=huge, seed=9, out=tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+    assert not (Path(os.environ["MOPO_FAST_DATA_DIR"]) / "online" / "hopper-seed9").exists()
+
+
+def test_a_full_disk_is_one_sentence_and_the_training_goes_on(
+    sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOPO_FAST_DATA_DIR", str(tmp_path))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, hard))
+    try:
+        with pytest.raises(InputError, match=r"cannot write .*rows-000001\.safetensors: .*free space"):
+            make("hopper-expert")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert make("hopper-expert").read_bytes() == sets["expert"].read_bytes()

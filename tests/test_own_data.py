@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import hashlib
 import json
 import re
 import shutil
@@ -10,17 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium
+import numpy as np
 import pytest
 import torch
+from garbled import GONE, check_json
 
 import mopo_fast
+import mopo_fast.report
 from mopo_fast import Box, InputError, Task, TrainConfig
 from mopo_fast.cli import main
 from mopo_fast.config import DynamicsConfig, EvaluationConfig, RolloutConfig, SACConfig
 from mopo_fast.evaluate import Evaluator, evaluate_in_model
+from mopo_fast.generate import run_settings
 from mopo_fast.rollout import RolloutEngine
 from mopo_fast.tasks import TASKS, get_task, make_box, register_task
-from mopo_fast.train import train
+from mopo_fast.train import check_folder, resolve, train
 
 HERE = Path(__file__).parent
 DOCUMENT = (HERE.parent / "docs" / "own-data.md").read_text()
@@ -58,9 +63,11 @@ def test_as_the_document_says(folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert summary["task"] == str(folder / "cart.py")
     assert 0 < summary["return_mean"] <= 50
     capsys.readouterr()
-    assert main(["evaluate", "runs/cart", "--json"]) == 0
+    evaluate = DOCUMENT.split("mopo-fast evaluate ")[1].split("\n")[0].split()
+    assert main(["evaluate", *evaluate, "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["returns"]) == 10
-    assert main(["rollout", "runs/cart", "--dataset", "cart.npz", "--out", "a.npz", "--count", "300"]) == 0
+    rollout = ["rollout", "runs/cart", "--task", "cart.py", "--dataset", "cart.npz", "--out", "a.npz"]
+    assert main([*rollout, "--count", "300"]) == 0
     rollouts = mopo_fast.load_dataset("a.npz")
     assert torch.equal(rollouts.terminals, rollouts.next_observations[:, 0].abs() > 1)
 
@@ -166,3 +173,153 @@ def test_an_environment_that_is_not_there(folder: Path) -> None:
     register_task(dataclasses.replace(get_task("cart.py"), name="cart", env_id="Nowhere-v0"))
     with pytest.raises(InputError, match="the environment of the task cart cannot be made"):
         train(TrainConfig("cart.npz", **SMALL), folder / "run", quiet=True)
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> Path:
+    """A run's folder from elsewhere, whose task is a Python file that leaves a trace where it is run."""
+    run = tmp_path / "run"
+    mopo_fast.EnsembleDynamics(2, 1, hidden=(8,)).save(run)
+    mopo_fast.Actor(2, 1, hidden=(8,)).save(run)
+    task = tmp_path / "task.py"
+    task.write_text(
+        f"with open({str(tmp_path / 'trace')!r}, 'a') as trace: trace.write('ran ')\n"
+        "from mopo_fast import Task\nfrom mopo_fast.tasks import make_box\n"
+        "task = Task('cart', '', 2, 1, make_box(2))\n"
+    )
+    config = {
+        "dataset": "cart.npz",
+        "task": str(task),
+        "task_sha256": hashlib.sha256(task.read_bytes()).hexdigest(),
+        "rollout": {
+            "horizon": 2,
+            "penalty_coef": 1.0,
+            "penalty": "max_aleatoric",
+            "penalty_members": "all",
+            "termination": None,
+        },
+    }
+    (run / "config.json").write_text(json.dumps(config))
+    data = {name: np.zeros((9, size), np.float32) for name, size in (("observations", 2), ("actions", 1))}
+    rows = {"rewards": np.zeros(9, np.float32), "terminals": np.zeros(9, bool), "timeouts": np.zeros(9, bool)}
+    np.savez(tmp_path / "cart.npz", **data, **rows, next_observations=data["observations"])
+    return run
+
+
+def commands(run: Path) -> dict[str, list[str]]:
+    data = ["--dataset", str(run.parent / "cart.npz")]
+    return {
+        "evaluate": ["evaluate", str(run)],
+        "file": ["rollout", str(run), *data, "--out", str(run.parent / "a.npz"), "--count", "9", "--quiet"],
+        "shards": [
+            "rollout",
+            str(run),
+            *data,
+            "--out",
+            str(run.parent / "shards"),
+            "--count",
+            "9",
+            "--quiet",
+        ],
+    }
+
+
+@pytest.mark.parametrize("command", ["evaluate", "file", "shards"])
+def test_a_runs_python_file_is_run_only_where_it_is_named(
+    command: str, foreign: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words, task, trace = commands(foreign)[command], foreign.parent / "task.py", foreign.parent / "trace"
+
+    def refused(*more: str) -> str:
+        assert main([*words, *more]) == 2
+        assert not trace.exists()
+        return capsys.readouterr().err
+
+    assert f"the run's task is the Python file {task}" in (error := refused()) and f"--task {task}" in error
+    assert "leave out --task" in refused("--task", "hopper")
+    (foreign.parent / "other.py").write_text(task.read_text() + "\n")
+    assert "is not the file that" in refused("--task", str(foreign.parent / "other.py"))
+    text = task.read_text()
+    task.write_text(text + "\n")
+    assert "it has changed since the run was made" in refused("--task", str(task))
+    # Where the file has moved to does not matter.
+    task.write_text(text)
+    moved = task.rename(foreign.parent / "moved.py")
+    code = main([*words, "--task", str(moved)])
+    assert trace.read_text() == "ran "
+    if command == "evaluate":
+        assert code == 2 and "has no environment" in capsys.readouterr().err
+    else:
+        assert code == 0
+
+
+def test_a_report_runs_no_task(foreign: Path) -> None:
+    mopo_fast.report.write_report(foreign)
+    assert not (foreign.parent / "trace").exists()
+
+
+def test_a_run_without_the_files_digest_is_older(foreign: Path) -> None:
+    config = json.loads((foreign / "config.json").read_text())
+    del config["task_sha256"]
+    (foreign / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="allow that with --task"):
+        run_settings(foreign)
+    assert run_settings(foreign, config["task"])[0].obs_dim == 2
+
+
+def test_a_run_of_a_known_task_takes_no_file(foreign: Path) -> None:
+    config = json.loads((foreign / "config.json").read_text()) | {"task": "hopper", "task_sha256": None}
+    (foreign / "config.json").write_text(json.dumps(config))
+    assert run_settings(foreign)[0] == run_settings(foreign, "hopper")[0] == TASKS["hopper"]
+    for other in ("ant", str(foreign.parent / "task.py")):
+        with pytest.raises(InputError, match="the run's task is hopper, not"):
+            run_settings(foreign, other)
+    assert not (foreign.parent / "trace").exists()
+
+
+def test_a_task_that_has_changed_is_not_trained_on(folder: Path) -> None:
+    config = TrainConfig("cart.npz", task="cart.py", **SMALL)
+    resolved, _ = resolve(config)
+    assert resolved.task_sha256 == hashlib.sha256((folder / "cart.py").read_bytes()).hexdigest()
+    run = folder / "run"
+    run.mkdir()
+    written = dataclasses.asdict(resolved)
+    (run / "config.json").write_text(json.dumps(written))
+    check_folder(run, resolved, resume=True)
+    changed = dataclasses.replace(resolved, task_sha256="0" * 64)
+    with pytest.raises(InputError, match=r"cart\.py has changed since .*run was made"):
+        check_folder(run, changed, resume=True)
+    # An older run does not say.
+    del written["task_sha256"]
+    (run / "config.json").write_text(json.dumps(written))
+    check_folder(run, resolved, resume=True)
+    # The run's own task is never taken from its folder.
+    np.savez(folder / "hopper-x.npz", **np.load(folder / "cart.npz"))
+    other, _ = resolve(TrainConfig("hopper-x.npz", **SMALL))
+    assert other.task == "hopper"
+
+
+def test_what_runs_is_what_was_read(tmp_path: Path) -> None:
+    path = tmp_path / "task.py"
+    lines = (
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom mopo_fast import Task\n"
+    )
+    lines += "from mopo_fast.tasks import make_box\n@dataclass\nclass A:\n    b: int\n"
+    for size in (2, 3):
+        path.write_text(lines + f"task = Task('a', '', {size}, 1, make_box({size}))\n")
+        task = get_task(str(path))
+        assert (task.obs_dim, task.file_sha256) == (size, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def test_a_garbled_config_is_refused(foreign: Path) -> None:
+    config = json.loads((foreign / "config.json").read_text()) | {"task": "hopper", "task_sha256": None}
+    (foreign / "config.json").write_text(json.dumps(config))
+
+    def may_pass(where: tuple[Any, ...], other: Any) -> bool:
+        number = isinstance(other, (int, float)) and not isinstance(other, bool)
+        # What the engine looks at, and what is not read here.
+        engine = where[-1] == "termination"
+        text = where[0] == "task_sha256" and other in ("x", "\x00", GONE)
+        return where[0] == "dataset" or text or engine or (number and where[-1] == "penalty_coef")
+
+    check_json(foreign / "config.json", lambda: run_settings(foreign), may_pass)

@@ -336,3 +336,42 @@ def test_a_full_disk_is_one_clear_error(run: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not (run / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", ["hopper-medium-v2", "minari:a/b-v0", "/dev/zero", "/proc/self/mem"])
+def test_a_report_downloads_nothing(
+    run: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetched(*arguments: object, **options: object) -> None:
+        raise AssertionError("a report has begun a download")
+
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "d4rl"))
+    monkeypatch.setattr("mopo_fast.data.d4rl.fetch", fetched)
+    monkeypatch.setattr("mopo_fast.data.minari.read", fetched)
+    monkeypatch.setattr("mopo_fast.data.minari.path", lambda name: tmp_path / "minari" / "absent")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"dataset": name}))
+    lines = missing(keep(run, "config.json", "fit.json", "dynamics.json", "dynamics.safetensors"))
+    assert len([line for line in lines if name in line]) == 2
+
+
+def test_a_picture_that_cannot_be_removed_is_one_sentence(run: Path) -> None:
+    (run / "learning_curve.png").mkdir()
+    with pytest.raises(InputError, match=r"learning_curve\.png"):
+        write_report(keep_files(run))
+
+
+def keep_files(run: Path) -> Path:
+    """The run with its configuration and folders alone."""
+    for path in run.iterdir():
+        if path.is_file() and path.name != "config.json":
+            path.unlink()
+    return run
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe", b"updates\n" + b"x" * 200_000, b'a,"b\n1\n', b"updates\n1,2\n"]
+)
+def test_a_log_that_is_no_csv_never_stops_the_report(run: Path, content: bytes) -> None:
+    (run / "progress.csv").write_bytes(content)
+    assert any("progress.csv" in line for line in missing(keep(run, "progress.csv")))

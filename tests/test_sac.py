@@ -410,6 +410,28 @@ class TestState:
         with pytest.raises(InputError, match=f"here: {name} has shape"):
             sac.load_state(state | {name: torch.zeros(3, 3, 3, 3)}, "here")
 
+    @pytest.mark.parametrize(
+        ("name", "value", "message"),
+        [
+            ("updates", -1, "Adam's steps are not its -1 updates"),
+            ("updates", 2**62, "Adam's steps are not its"),
+            ("adam.alpha.0.step", 2.0, "Adam's steps are not its 1 updates"),
+            ("adam.critic.0.exp_avg_sq", -1.0, "a second moment of Adam is negative"),
+        ],
+    )
+    def test_refuses_values_that_no_training_has(self, name: str, value: float, message: str) -> None:
+        sac = SAC(OBS, ACT, CONFIG)
+        sac.update_many(transitions(50, seed=1), filled(60), 1, seed=0)
+        state = {key: tensor.clone() for key, tensor in sac.state().items()}
+        state[name].fill_(value)
+        with pytest.raises(InputError, match=f"here: {message}"):
+            SAC(OBS, ACT, CONFIG).load_state(state, "here")
+
+    def test_refuses_a_tensor_of_another_type(self) -> None:
+        state = SAC(OBS, ACT, CONFIG).state()
+        with pytest.raises(InputError, match=r"log_alpha is of torch\.float64, expected torch\.float32"):
+            SAC(OBS, ACT, CONFIG).load_state(state | {"log_alpha": state["log_alpha"].double()}, "here")
+
 
 def test_initial_parameters_depend_on_the_seed_alone() -> None:
     one, same, other = (SAC(OBS, ACT, CONFIG, seed=seed) for seed in (1, 1, 2))

@@ -1,28 +1,39 @@
 """A whole small run in hopper, its folder, and what `train` refuses."""
 
+import contextlib
 import csv
 import dataclasses
 import json
 import math
+import os
+import pickle
+import re
 import resource
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from garbled import GONE, changes, check_json, check_tensors, expect, read_tensors
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mopo_fast.config import DynamicsConfig, EvaluationConfig, RolloutConfig, SACConfig, TrainConfig
 from mopo_fast.data import collect, load_dataset
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
-from mopo_fast.evaluate import evaluate
+from mopo_fast.evaluate import Evaluator, evaluate
+from mopo_fast.fit import data_sha256, read_fit
 from mopo_fast.policy import Actor
+from mopo_fast.records import COLUMNS
 from mopo_fast.seeds import EVALUATE, derive_seed
 from mopo_fast.tasks import BOXES, TASKS
-from mopo_fast.train import COLUMNS, _engine, resolve, train
+from mopo_fast.train import _EVALUATED, _engine, _Loop, _Run, resolve, train, train_many
 
 CONFIG = TrainConfig(
     dataset="hopper-random-local",
@@ -529,3 +540,231 @@ def test_diverging_training_says_so(finished: Path, config: TrainConfig, tmp_pat
     config = dataclasses.replace(config, rollout=rollout, dynamics_from=str(finished))
     with pytest.raises(InputError, match="SAC diverged"):
         train(config, tmp_path / "run", quiet=True)
+
+
+class TestGarbledCheckpoint:
+    """Every value of a checkpoint, changed: one `InputError`, or a value that does no harm."""
+
+    @pytest.fixture
+    def checkpoint(self, run: Path) -> Path:
+        return run / "checkpoint" / "epoch-000003.safetensors"
+
+    @pytest.fixture
+    def restore(self, run: Path, config: TrainConfig, checkpoint: Path) -> Callable[[], None]:
+        resolved, task = resolve(config)
+        data = load_dataset(config.dataset, quiet=True)
+        digest = data_sha256(data)
+        ensemble = EnsembleDynamics.load(run)
+        # Not what this is about, and slow.
+        evaluator = Evaluator()
+        evaluator.submit = lambda *_, **__: Future()  # type: ignore[method-assign]
+
+        def restore() -> None:
+            _Loop(_Run(resolved, task, run, 0.0, ensemble), data, digest, evaluator).restore(checkpoint)
+
+        restore()
+        return restore
+
+    def with_state(self, checkpoint: Path, change: Callable[[dict[str, Any]], None]) -> None:
+        tensors, metadata = read_tensors(checkpoint)
+        state = json.loads(metadata["state"])
+        change(state)
+        save_file(tensors, checkpoint, {"state": json.dumps(state)})
+
+    def test_the_state(self, checkpoint: Path, restore: Callable[[], None]) -> None:
+        tensors, metadata = read_tensors(checkpoint)
+        state = json.loads(metadata["state"])
+        assert state["pending"] == [] and len(state["rollouts"]) > 1
+        state["pending"] = [[{name: 1 for name in COLUMNS.keys() - set(_EVALUATED)}, False]]
+        state["pending"][0][0] |= {"epoch": 3, "updates": 25}
+        for where, other, changed in changes(state):
+            save_file(tensors, checkpoint, {"state": json.dumps(changed)})
+            # Numbers, and lists of numbers, that nothing is compared with.
+            free = where[0] in ("seconds", "evaluation") or (where[0] == "pending" and len(where) > 3)
+            number = other is None or (isinstance(other, (int, float)) and not isinstance(other, bool))
+            listed = where[:2] in (("evaluation", "returns"), ("evaluation", "lengths")) and other in (
+                GONE,
+                [],
+            )
+            none_waits = (where, other) in ((("pending",), []), (("pending", 0), GONE))
+            expect(restore, (free and number) or listed or none_waits, f"{where} {other}")
+        for text in ("", "{", "[]", "null", "[" * 100_000, '{"format_version": NaN}'):
+            save_file(tensors, checkpoint, {"state": text})
+            expect(restore, False, text[:20])
+
+    def test_the_tensors(self, checkpoint: Path, restore: Callable[[], None]) -> None:
+        check_tensors(checkpoint, restore)
+
+    @pytest.mark.parametrize("updates", [-1, 0, 24, 26, 2**40, -(2**63), 2**63 - 1])
+    def test_the_number_of_updates(self, checkpoint: Path, restore: Callable[[], None], updates: int) -> None:
+        tensors, metadata = read_tensors(checkpoint)
+        save_file(tensors | {"sac.updates": torch.tensor(updates)}, checkpoint, metadata)
+        with pytest.raises(
+            InputError, match=r"Adam's steps are not its -?\d+ updates; delete .*epoch-000003"
+        ):
+            restore()
+        for name in tensors:
+            if name.endswith(".step"):
+                tensors[name].fill_(updates)
+        save_file(tensors | {"sac.updates": torch.tensor(updates)}, checkpoint, metadata)
+        with pytest.raises(InputError, match=r"epoch-000003.* updates"):
+            restore()
+
+    def test_moments_that_are_negative(self, checkpoint: Path, restore: Callable[[], None]) -> None:
+        tensors, metadata = read_tensors(checkpoint)
+        tensors["sac.adam.critic.0.exp_avg_sq"][0] = -1.0
+        save_file(tensors, checkpoint, metadata)
+        with pytest.raises(InputError, match="second moment of Adam is negative"):
+            restore()
+
+    @pytest.mark.parametrize("head", [-1, 250, 2**62])
+    def test_rows_outside_the_buffer(self, checkpoint: Path, restore: Callable[[], None], head: int) -> None:
+        """Every rollout follows on the one before, but the first begins outside."""
+
+        def shift(state: dict[str, Any]) -> None:
+            at = head
+            for rollout in state["rollouts"]:
+                rollout["head"], at = at, (at + rollout["rows"]) % 250
+
+        self.with_state(checkpoint, shift)
+        with pytest.raises(
+            InputError, match=r"epoch-000003\.safetensors.*(buffer has no row|rollouts.0.head)"
+        ):
+            restore()
+
+    def test_another_files_name(self, checkpoint: Path, config: TrainConfig, run: Path) -> None:
+        checkpoint.rename(checkpoint.with_name("epoch-000002.safetensors"))
+        with pytest.raises(InputError, match="holds epoch 3, which its name or the run does not have"):
+            train(config, run, resume=True, quiet=True)
+
+    def test_names_that_are_no_checkpoints(self, checkpoint: Path, config: TrainConfig, run: Path) -> None:
+        others = [checkpoint.with_name(f"epoch-{name}.safetensors") for name in ("zzz", "00009", "9999999x")]
+        for other in others:
+            other.write_text("not ours")
+        assert train_alone(config, run)["updates"] == 25
+        assert all(other.read_text() == "not ours" for other in others)
+
+
+def test_a_garbled_fit_is_refused(run: Path) -> None:
+    def may_pass(where: tuple[Any, ...], other: Any) -> bool:
+        text = where[0] in ("dataset", "data_sha256", "device") and other in ("x", "\x00")
+        unread = where[0] in ("backend", "threads", "improved") or (where[0] == "config" and len(where) > 1)
+        numbers = (
+            "seconds",
+            "train_loss",
+            "holdout_mse",
+            "best_mse",
+            "seed",
+            "holdout",
+            "transitions",
+            "elites",
+        )
+        number = isinstance(other, (int, float)) and not isinstance(other, bool)
+        return (
+            text
+            or unread
+            or (
+                where[0] in numbers
+                and (number or (where[0] == "elites" and len(where) == 2 and other is GONE))
+            )
+        )
+
+    check_json(run / "fit.json", lambda: read_fit(run), may_pass)
+
+
+@pytest.mark.parametrize("name", ["config.json", "fit.json", "summary.json", "progress.csv", "policy.json"])
+@pytest.mark.parametrize("make", ["folder", "pipe", "nothing"])
+def test_a_file_that_is_none_is_one_sentence(
+    name: str, make: str, run: Path, config: TrainConfig, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Or the run goes on without it."""
+    path = run / name
+    path.unlink(missing_ok=True)
+    if make == "folder":
+        (path / "file").mkdir(parents=True)
+    elif make == "pipe":
+        os.mkfifo(path)
+    with contextlib.suppress(InputError):
+        train(config, run, resume=True, quiet=True)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "tensorboard-fit"])
+def test_a_file_where_a_folder_belongs_is_one_sentence(
+    name: str, config: TrainConfig, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / name).touch()
+    with pytest.raises(InputError, match=rf"{name}.*(choose another folder|then --resume)"):
+        train(config, out, quiet=True)
+
+
+def test_rows_that_the_checkpoint_comes_after_must_be_there(run: Path, config: TrainConfig) -> None:
+    lines = (run / "progress.csv").read_text().splitlines(keepends=True)
+    for content in ("".join(lines[:3]), "".join([lines[0], *lines[2:]]), ""):
+        (run / "progress.csv").write_text(content)
+        with pytest.raises(InputError, match=r"progress\.csv does not hold epochs 1 to 3"):
+            train(config, run, resume=True, quiet=True)
+
+
+def test_a_deeply_nested_config_is_refused(run: Path, config: TrainConfig) -> None:
+    written = json.loads((run / "config.json").read_text())
+    for depth in (50, 400, 900, 10**5):
+        deep = json.dumps(written)[:-1] + ', "x": ' + '{"a":' * depth + "1" + "}" * depth + "}"
+        (run / "config.json").write_text(deep)
+        with pytest.raises(InputError, match=r"x = {.*, not None|config\.json.* (recursion|readable)"):
+            train(config, run, resume=True, quiet=True)
+
+
+def test_a_refused_run_leaves_nothing_behind(config: TrainConfig, tmp_path: Path) -> None:
+    few = dataclasses.replace(config.dynamics, holdout_fraction=1e-9)
+    absent = dataclasses.replace(config, dataset=str(tmp_path / "hopper-none.hdf5"))
+    for refused in (
+        absent,
+        dataclasses.replace(config, task="halfcheetah"),
+        dataclasses.replace(config, dynamics=few),
+    ):
+        with pytest.raises(InputError):
+            train_many(
+                [refused, dataclasses.replace(refused, seed=7)], [tmp_path / "a/b/c", tmp_path / "a/d"]
+            )
+        assert list(tmp_path.iterdir()) == []
+    # What was there stays.
+    (tmp_path / "e").mkdir()
+    with pytest.raises(InputError):
+        train(absent, tmp_path / "e", quiet=True)
+    assert [path.name for path in tmp_path.rglob("*")] == ["e", ".lock"]
+
+
+def test_a_full_disk_under_tensorboards_log(config: TrainConfig, finished: Path, tmp_path: Path) -> None:
+    """One sentence on standard error, and no thread's traceback; then the run goes on to the same bits."""
+    # The fit's curves are the first file that is larger than the limit.
+    long = dataclasses.replace(
+        config.dynamics, hidden=(2,), weight_decay=(0.0, 0.0), max_epochs=250, patience=250
+    )
+    config = dataclasses.replace(config, dynamics=long)
+    command = (
+        "import resource, sys, pickle, mopo_fast.train as t; from mopo_fast.errors import InputError\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))\n"
+        "try: t.train(pickle.loads(bytes.fromhex(sys.argv[1])), sys.argv[2], quiet=True)\n"
+        "except InputError as error: sys.exit(str(error))\n"
+    )
+    train_alone(config, tmp_path / "whole")
+    (events,) = (tmp_path / "whole" / "tensorboard-fit").iterdir()
+    smaller, larger = (path.stat().st_size for path in (tmp_path / "whole" / "fit.json", events))
+    assert smaller + 1000 < larger
+    arguments = [pickle.dumps(config).hex(), str(tmp_path / "run"), str(larger - 500)]
+    result = subprocess.run(
+        [sys.executable, "-c", command, *arguments], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert re.fullmatch(
+        r"cannot go on with .*run \(\[Errno 27\] File too large\); mend that, then --resume\n", result.stderr
+    )
+    train_alone(config, tmp_path / "run")
+    one, other = (load_file(tmp_path / name / "policy.safetensors") for name in ("run", "whole"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    fit = EventAccumulator(str(tmp_path / "run" / "tensorboard-fit"))
+    fit.Reload()
+    assert len(fit.Scalars("train_loss")) == 250

@@ -1,0 +1,116 @@
+"""Values of files that were garbled on purpose: whatever reads them must refuse them in one sentence."""
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from mopo_fast.errors import InputError
+
+GONE = object()
+VALUES: list[Any] = [
+    None,
+    True,
+    -1,
+    2**64,
+    10**400,
+    1.5,
+    -1e308,
+    "x",
+    "\x00",
+    [],
+    [[None]],
+    {},
+    {"a": [1]},
+    GONE,
+]
+
+
+def changes(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any, Any]]:
+    """Where something was changed in a JSON value, to what, and the whole with that change.
+
+    Of a list, only its first and last entries are looked into.
+    """
+    keys: list[Any] = []
+    if isinstance(value, dict):
+        keys = list(value)
+    elif isinstance(value, list) and value:
+        keys = sorted({0, len(value) - 1})
+    for key in keys:
+        for other in VALUES:
+            changed = copy.copy(value)
+            if other is GONE:
+                del changed[key]
+            else:
+                changed[key] = other
+            if changed != value:
+                yield (*path, key), other, changed
+        for where, other, inner in changes(value[key], (*path, key)):
+            changed = copy.copy(value)
+            changed[key] = inner
+            yield where, other, changed
+
+
+def check_json(path: Path, read: Callable[[], Any], may_pass: Callable[[tuple[Any, ...], Any], bool]) -> None:
+    """Every change of the JSON file makes `read` raise an `InputError`, or, where it may pass, nothing."""
+    whole = json.loads(path.read_text())
+    try:
+        for where, other, changed in changes(whole):
+            path.write_text(json.dumps(changed))
+            expect(read, may_pass(where, other), f"{where} = {other!r}")
+        for text in (
+            "",
+            "{",
+            "[]",
+            "null",
+            "3",
+            "[" * 100_000,
+            '{"a":' * 900 + "1" + "}" * 900,
+            "NaN",
+            "\x00",
+        ):
+            path.write_text(text)
+            expect(read, False, text[:20])
+    finally:
+        path.write_text(json.dumps(whole))
+
+
+def expect(read: Callable[[], Any], may_pass: bool, what: str) -> None:
+    """`read` raises an `InputError`, or, where it may pass, nothing."""
+    try:
+        read()
+    except InputError:
+        return
+    except Exception as error:
+        raise AssertionError(f"{what}: {error!r}") from error
+    assert may_pass, f"{what} was taken"
+
+
+def check_tensors(path: Path, read: Callable[[], Any]) -> None:
+    """A tensor that is missing, or of another shape or type, is an `InputError` that names the file."""
+    whole, metadata = read_tensors(path)
+    try:
+        for name, tensor in whole.items():
+            others = [None, torch.zeros(3, 3, 3, 3), tensor.flatten()[:0], tensor.to(torch.float8_e4m3fn)]
+            others += [tensor.to(dtype) for dtype in (torch.float64, torch.int16) if dtype != tensor.dtype]
+            others += [torch.full_like(tensor, torch.nan)] if tensor.is_floating_point() else []
+            for other in others:
+                kept = {key: value for key, value in whole.items() if key != name}
+                save_file(kept | ({} if other is None else {name: other}), path, metadata)
+                with pytest.raises(InputError, match=path.name):
+                    read()
+    finally:
+        save_file(whole, path, metadata)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Copies of a safetensors file's tensors, and its metadata."""
+    with safe_open(path, framework="pt") as file:
+        metadata = dict(file.metadata() or {})
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}, metadata

@@ -2,16 +2,18 @@
 
 import dataclasses
 import os
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
 import numpy as np
 import torch
+from pydantic import Field, TypeAdapter, ValidationError
 
 from mopo_fast import __version__
-from mopo_fast.atomic import read_json
+from mopo_fast.atomic import read_json_as
 from mopo_fast.backends.philox import BATCH_STREAM, random_choice
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import Penalty, PenaltyMembers, RolloutDtype
@@ -29,15 +31,19 @@ from mopo_fast.tasks import Task, get_task, termination_of
 _STARTS = 50_000
 # Rollouts in a row without a finite transition: the models are broken.
 _HOPELESS = 10_000
+# Copies of a rollout that a file's writer holds beside it: the content, in a buffer that grows by eighths.
+_FILE_COPIES = 1.125
+
+Count = Annotated[int, Field(ge=1, lt=2**63)]
 
 
 @dataclass(frozen=True)
 class RunSettings:
     """How a run's rollouts were made: `RolloutConfig`'s fields of these names, none left open."""
 
-    horizon: int
+    horizon: Annotated[int, Field(ge=1, lt=2**31)]
     penalty: Penalty
-    penalty_coef: float
+    penalty_coef: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     penalty_members: PenaltyMembers
     termination: str | None
 
@@ -47,9 +53,17 @@ class GenerateConfig(RunSettings):
     """What rollouts are made, and by what arithmetic."""
 
     task: str
-    seed: int
+    seed: Annotated[int, Field(ge=0, lt=2**64)]
     dtype: RolloutDtype
     backend: str
+
+
+@dataclass(frozen=True)
+class _RunConfig:
+    """The part of a run's config.json that is read here."""
+
+    task: str
+    rollout: RunSettings
 
 
 class Generator:
@@ -73,8 +87,6 @@ class Generator:
         config: GenerateConfig,
         threads: int | None = None,
     ) -> None:
-        if config.seed < 0:
-            raise InputError(f"seed must not be negative, got {config.seed}")
         self.config, self.policy = config, policy
         self.engine = RolloutEngine(
             ensemble,
@@ -161,12 +173,14 @@ def generate(
         number to disk.
 
     Raises:
-        InputError: the run is not whole, the data do not fit it, or a number is out of range.
+        InputError: the run is not whole, the data do not fit it, a number is out of range, or the memory
+            does not hold the transitions and the file that `save_transitions` makes of them.
     """
     config = generate_config(
         run, horizon=horizon, seed=seed, penalty_coef=penalty_coef, dtype=dtype, backend=backend
     )
-    check_count(run, config, count)
+    check_value("count", count, Count)
+    check_rollout_memory(config, count, 1, _FILE_COPIES, "count or horizon")
     generator = Generator(EnsembleDynamics.load(run), Actor.load(run), data.observations, config, threads)
     ring = generator.ring(count)
     starts, non_finite = generator.fill(ring, count)
@@ -193,28 +207,58 @@ def generate_config(
     dtype: RolloutDtype,
     backend: str,
 ) -> GenerateConfig:
-    """The run's own settings, with what is given in their place."""
+    """The run's own settings, with what is given in their place.
+
+    Raises:
+        InputError: a value is out of range; or as `run_settings`.
+    """
     task, settings = run_settings(run)
     given: dict[str, Any] = {"horizon": horizon, "penalty_coef": penalty_coef}
-    settings = dataclasses.replace(settings, **{k: v for k, v in given.items() if v is not None})
-    return GenerateConfig(
-        **dataclasses.asdict(settings), task=task.name, seed=seed, dtype=dtype, backend=backend
-    )
+    values = dataclasses.asdict(settings) | {k: v for k, v in given.items() if v is not None}
+    config = GenerateConfig(**values, task=task.name, seed=seed, dtype=dtype, backend=backend)
+    for name, kind in get_type_hints(GenerateConfig, include_extras=True).items():
+        check_value(name, getattr(config, name), kind)
+    return dataclasses.replace(config, penalty_coef=float(config.penalty_coef))
 
 
-def check_count(run: str | os.PathLike[str], config: GenerateConfig, count: int) -> None:
-    """Raise `InputError` where `count` transitions are no number or do not fit into memory."""
-    if count < 1:
-        raise InputError(f"count must be at least 1, got {count}")
-    task, _ = run_settings(run)
-    # float32 arrays, a bool, then member, step and rollout_index.
-    row = 4 * (2 * task.obs_dim + task.act_dim + 3) + 1 + 4 + 4 + 8
+def check_value(name: str, value: Any, kind: Any) -> None:
+    """Raise `InputError` unless `value` is of the declared type, in its range.
+
+    Args:
+        name: what the error calls the value.
+        kind: a type; ranges are `Annotated[int, Field(ge=0)]`.
+    """
+    try:
+        TypeAdapter(kind).validate_python(value, strict=True)
+    except ValidationError as error:
+        must_be = error.errors(include_url=False)[0]["msg"].removeprefix("Input should be")
+        raise InputError(f"{name} must be{must_be}, got {reprlib.repr(value)}") from error
+
+
+def transition_bytes(obs_dim: int, act_dim: int) -> int:
+    """Bytes of one stored transition: float32 arrays, two flags, member and step, rollout_index."""
+    return 4 * (2 * obs_dim + act_dim + 3) + 2 + 4 + 4 + 8
+
+
+def check_rollout_memory(
+    config: GenerateConfig, count: int, rollouts: int, file_copies: float, lower: str
+) -> None:
+    """Raise `InputError` where the memory does not hold rollouts and what a writer needs beside them.
+
+    Args:
+        count: transitions of each rollout.
+        rollouts: how many are held at once.
+        file_copies: copies of one rollout that its writer makes.
+        lower: the arguments to lower.
+    """
+    task = get_task(config.task)
     starts = min(-(-count // config.horizon), _STARTS)
+    rows = rollouts * (count + config.horizon) + round(file_copies * count) + starts
     check_memory(
-        f"{count} transitions, in rollouts of {config.horizon} steps",
-        (count + config.horizon + starts) * row,
+        f"{count} transitions at once, in rollouts of {config.horizon} steps",
+        rows * transition_bytes(task.obs_dim, task.act_dim),
         "cpu",
-        "count or horizon",
+        lower,
     )
 
 
@@ -224,14 +268,8 @@ def run_settings(run: str | os.PathLike[str]) -> tuple[Task, RunSettings]:
     Raises:
         InputError: there is no config.json, or it is not a run's.
     """
-    path = Path(run) / "config.json"
-    config = read_json(path)
-    try:
-        rollout = config["rollout"]
-        names = (field.name for field in dataclasses.fields(RunSettings))
-        return get_task(config["task"]), RunSettings(**{name: rollout[name] for name in names})
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path} lacks or garbles {error}; it is not a run's") from error
+    config = read_json_as(Path(run) / "config.json", _RunConfig)
+    return get_task(config.task), config.rollout
 
 
 def d4rl_arrays(data: Transitions) -> dict[str, np.ndarray[Any, Any]]:

@@ -66,7 +66,7 @@ def data(dataset: Path) -> Transitions:
     return load_dataset(dataset)
 
 
-def generate(run: Path, data: Transitions, out: Path, **options: Any) -> dict[str, Any]:
+def generate(run: Path, data: Transitions, out: Path, **options: Any) -> shards.Manifest:
     settings = {"count": COUNT, "shard_rows": SHARD, "seed": 7, "threads": 1, "quiet": True}
     return shards.generate_shards(run, data, out, **settings | options)
 
@@ -99,10 +99,10 @@ def test_what_a_shard_holds(run: Path, data: Transitions, undisturbed: Path) -> 
         made = engine.rollout(Actor.load(run), start, 3, seed=derive_seed(7, ROLLOUT), rows=rows)
         for name, array in found.arrays().items():
             assert torch.equal(array, made.arrays()[name][: len(found)]), (number, name)
-        record = rollouts.manifest["shards"][number]
+        record = rollouts.manifest.shards[number]
         assert found.rollout_index is not None
         used = int(found.rollout_index[-1]) - (number << 32) + 1
-        assert used <= record["starts"] < used + 4
+        assert used <= record.starts < used + 4
 
 
 def test_a_shard_is_a_d4rl_file(undisturbed: Path) -> None:
@@ -247,7 +247,7 @@ def test_other_rollouts_and_other_things(
     out = tmp_path / "out"
     shutil.copytree(undisturbed, out)
     for change, message in (
-        ({"seed": 8}, "there rollout is"),
+        ({"seed": 8}, "there seed is 7, here 8"),
         ({"count": 5}, "there count is 1100, here 5"),
         ({"format": "parquet"}, "there format is 'hdf5', here 'parquet'"),
     ):
@@ -266,11 +266,11 @@ def test_other_rollouts_and_other_things(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"count": 0}, "count must be at least 1, got 0"),
-        ({"shard_rows": 0}, "shard_rows must be at least 1"),
+        ({"count": 0}, "count must be greater than or equal to 1, got 0"),
+        ({"shard_rows": 0}, "shard_rows must be greater than or equal to 1"),
         ({"format": "csv"}, "no format 'csv'.*there are hdf5: none, lzf, gzip; parquet: none, snappy, zstd"),
         ({"compression": "zstd"}, "no format 'hdf5' with compression 'zstd'"),
-        ({"horizon": 10**12}, "lower count or horizon"),
+        ({"horizon": 2**31 - 1}, "lower count, shard_rows or horizon"),
         ({"backend": "abacus"}, "unknown backend 'abacus'"),
     ],
 )
@@ -306,7 +306,7 @@ def test_every_format(
     out = tmp_path / "out"
     generate(run, data, out, format=format, compression=compression)
     again = content(out)
-    assert generate(run, data, out, format=format, compression=compression)["shards"]
+    assert generate(run, data, out, format=format, compression=compression).shards
     assert content(out) == again
     shards.verify(out, quiet=True)
     for one, other in zip(open_rollouts(undisturbed), open_rollouts(out), strict=True):

@@ -31,8 +31,9 @@ from mopo_fast.tasks import Task, get_task, termination_of
 _STARTS = 50_000
 # Rollouts in a row without a finite transition: the models are broken.
 _HOPELESS = 10_000
-# Copies of a rollout that a file's writer holds beside it: the content, in a buffer that grows by eighths.
-_FILE_COPIES = 1.125
+# Copies of a rollout that its writer holds beside it at most, time-outs included: where the whole file is made
+# in memory, and where pieces of it are written as they are made.
+ENCODED_WHOLE, WRITTEN_IN_PIECES = 1.125, 0.375
 
 Count = Annotated[int, Field(ge=1, lt=2**63)]
 
@@ -180,7 +181,7 @@ def generate(
         run, horizon=horizon, seed=seed, penalty_coef=penalty_coef, dtype=dtype, backend=backend
     )
     check_value("count", count, Count)
-    check_rollout_memory(config, count, 1, _FILE_COPIES, "count or horizon")
+    check_rollout_memory(config, count, 1, ENCODED_WHOLE, "count or horizon")
     generator = Generator(EnsembleDynamics.load(run), Actor.load(run), data.observations, config, threads)
     ring = generator.ring(count)
     starts, non_finite = generator.fill(ring, count)
@@ -207,7 +208,7 @@ def generate_config(
     dtype: RolloutDtype,
     backend: str,
 ) -> GenerateConfig:
-    """The run's own settings, with what is given in their place.
+    """Return the run's own settings, with what is given in their place.
 
     Raises:
         InputError: a value is out of range; or as `run_settings`.

@@ -34,6 +34,8 @@ from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import MAX_MEMBERS, EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.generate import (
+    ENCODED_WHOLE,
+    WRITTEN_IN_PIECES,
     Count,
     GenerateConfig,
     Generator,
@@ -54,9 +56,6 @@ MANIFEST = "manifest.json"
 PENALTY_EDGES = np.geomspace(1e-4, 1e4, 81)
 # A shard's number has six digits.
 MOST_SHARDS = 10**6
-# Copies of a shard that its encoder and writer hold beside it: the file's content, in a buffer that grows by
-# eighths; HDF5 without compression and Parquet are written from the shard itself.
-_WRITER_COPIES = 1.125
 
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Natural = Annotated[int, Field(ge=0, lt=2**63)]
@@ -356,7 +355,9 @@ def generate_shards(
     check_shards(count, shard_rows)
     rows = min(count, shard_rows)
     rings = 1 if count == rows else 2
-    check_rollout_memory(config, rows, rings, _WRITER_COPIES, "count, shard_rows or horizon")
+    # HDF5 compresses into memory.
+    copies = ENCODED_WHOLE if format == "hdf5" and compression != "none" else WRITTEN_IN_PIECES
+    check_rollout_memory(config, rows, rings, copies, "count, shard_rows or horizon")
     ensemble, policy = EnsembleDynamics.load(run, device), Actor.load(run, device)
     generator = Generator(ensemble, policy, data.observations, config, threads)
     plan = Plan(

@@ -1,15 +1,25 @@
 import json
 import resource
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from killed import CONTEXT
 
 from mopo_fast import Actor, EnsembleDynamics, InputError, Transitions
 from mopo_fast.data import load_file
-from mopo_fast.generate import generate, run_settings, save_transitions
+from mopo_fast.generate import (
+    ENCODED_WHOLE,
+    check_rollout_memory,
+    generate,
+    generate_config,
+    run_settings,
+    save_transitions,
+)
 from mopo_fast.rollout import RolloutEngine
 from mopo_fast.tasks import BOXES
 
@@ -156,8 +166,12 @@ def test_files_that_cannot_be_written_are_named(run: Path, data: Transitions, tm
     [
         (None, r"config\.json does not exist"),
         ("{", r"config\.json is not a readable JSON file"),
-        ("[]", "is not a run's"),
-        (json.dumps({"task": "hopper"}), "'rollout'.*is not a run's"),
+        ("[]", r"config\.json: the whole: "),
+        (json.dumps({"task": "hopper"}), r"config\.json: rollout: Field required"),
+        (
+            json.dumps({**CONFIG, "rollout": {**CONFIG["rollout"], "horizon": "3"}}),
+            r"config\.json: rollout\.horizon: Input should be a valid integer",
+        ),
         (json.dumps({**CONFIG, "task": "cheetah"}), "unknown task 'cheetah'"),
     ],
 )
@@ -170,16 +184,21 @@ def test_a_folder_that_is_no_run_is_named(run: Path, config: str | None, message
 
 
 def test_data_must_fit_the_run_and_count_be_positive(run: Path, data: Transitions) -> None:
-    with pytest.raises(InputError, match="count must be at least 1, got 0"):
-        generate(run, data, count=0)
-    with pytest.raises(InputError, match="seed must not be negative, got -1"):
-        generate(run, data, count=1, seed=-1)
-    with pytest.raises(
-        InputError, match=r"rollouts of 3 steps would take [\d,]+ GiB.* lower count or horizon"
+    for change, message in (
+        ({"count": 0}, "count must be greater than or equal to 1, got 0"),
+        ({"count": 10**30}, r"count must be less than \d+, got 1000"),
+        ({"count": 2.5}, r"count must be a valid integer, got 2\.5"),
+        ({"seed": -1}, "seed must be greater than or equal to 0, got -1"),
+        ({"seed": 2**64}, "seed must be less than 18446744073709551616"),
+        ({"horizon": 0}, "horizon must be greater than or equal to 1, got 0"),
+        ({"horizon": 2**31}, "horizon must be less than 2147483648"),
+        ({"penalty_coef": float("nan")}, "penalty_coef must be a finite number, got nan"),
+        ({"dtype": "int8"}, "dtype must be 'float32'"),
+        ({"count": 10**12}, r"rollouts of 3 steps would take [\d,]+ GiB.* lower count or horizon"),
+        ({"horizon": 2**31 - 1}, "lower count or horizon"),
     ):
-        generate(run, data, count=10**12)
-    with pytest.raises(InputError, match="lower count or horizon"):
-        generate(run, data, count=1, horizon=10**12)
+        with pytest.raises(InputError, match=message):
+            generate(run, data, **{"count": 1, **change})
     with pytest.raises(InputError, match=r"start_observations must be \[batch, 11\]"):
         generate(
             run,
@@ -210,3 +229,39 @@ def test_an_empty_rollout_is_saved(data: Transitions, tmp_path: Path) -> None:
     )
     save_transitions(tmp_path / "a.npz", empty)
     assert len(np.load(tmp_path / "a.npz")["timeouts"]) == 0
+
+
+def peak(run: Path, data: Transitions, path: Path | None, count: int, queue: Any) -> None:
+    rollouts = generate(run, data, count=count, threads=1)
+    if path is not None:
+        save_transitions(path, rollouts)
+    queue.put(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["a.hdf5", "a.npz"])
+def test_the_memory_is_estimated(
+    run: Path, data: Transitions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """What a transition adds to the peak, and what it is refused for."""
+    sizes = (400_000, 1_200_000)
+
+    def slope(bytes_of: Callable[[int], int]) -> float:
+        few, many = map(bytes_of, sizes)
+        return (many - few) / (sizes[1] - sizes[0])
+
+    def measured(count: int) -> int:
+        queue = CONTEXT.SimpleQueue()
+        process = CONTEXT.Process(target=peak, args=(run, data, tmp_path / f"{count}-{name}", count, queue))
+        process.start()
+        process.join()
+        return int(queue.get())
+
+    def estimated(count: int) -> int:
+        asked: list[int] = []
+        monkeypatch.setattr("mopo_fast.generate.check_memory", lambda what, size, *_: asked.append(size))
+        config = generate_config(run, horizon=3, seed=0, penalty_coef=None, dtype="float32", backend="auto")
+        check_rollout_memory(config, count, 1, ENCODED_WHOLE, "count")
+        return asked[0]
+
+    assert slope(measured) <= slope(estimated) <= 1.25 * slope(measured)

@@ -31,8 +31,8 @@ from mopo_fast.tasks import Task, get_task, termination_of
 _STARTS = 50_000
 # Rollouts in a row without a finite transition: the models are broken.
 _HOPELESS = 10_000
-# Copies of a rollout that its writer holds beside it at most, time-outs included: one that makes the whole file
-# in memory, and one that writes pieces as it makes them.
+# Copies of a rollout that its writer holds beside it at most, time-outs included: a writer that makes the
+# whole file in memory, and one that writes pieces as it makes them.
 ENCODED_WHOLE, WRITTEN_IN_PIECES = 1.125, 0.375
 
 Count = Annotated[int, Field(ge=1, lt=2**63)]

@@ -29,6 +29,8 @@ _BLOCK = 4 << 20
 # Rows of a row group in Parquet, and the most columns that are read.
 _ROW_GROUP = 1 << 17
 _MOST_COLUMNS = 64
+# The types of columns that are read, and of their lists' items.
+_ITEM_BYTES = {"bool": 1, "int32": 4, "int64": 8, "float": 4, "double": 8}
 
 
 def write_file(
@@ -197,17 +199,26 @@ def read_file(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
     if path.suffix == ".parquet":
         return _from_parquet(path)
     with open_file(path) as file:
-        metadata = {key: item[()] for key, item in file["metadata"].items()}
+        scalars = file["metadata"]
+        if not isinstance(scalars, h5py.Group):
+            raise ValueError("metadata is no group")
+        metadata = {key: _dataset(item)[()] for key, item in scalars.items()}
         decoded = {k: v.decode() if isinstance(v, bytes) else v for k, v in metadata.items()}
         arrays: dict[str, Array] = {}
         for name, item in file.items():
             if name == "metadata":
                 continue
-            offset = item.id.get_offset()
+            offset = _dataset(item).id.get_offset()
             arrays[name] = (
                 item[()] if offset is None else np.memmap(path, item.dtype, "r", offset, item.shape)
             )
         return arrays, decoded
+
+
+def _dataset(item: Any) -> h5py.Dataset:
+    if not isinstance(item, h5py.Dataset):
+        raise ValueError("it holds something that is no array")
+    return item
 
 
 def _from_parquet(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
@@ -226,7 +237,6 @@ def _from_parquet(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
         raise
     # pyarrow raises what is its own, and what Python has for the same.
     except (
-        NotImplementedError,
         pyarrow.ArrowException,
         OSError,
         LookupError,
@@ -246,10 +256,10 @@ def _check_parquet(path: Path, file: Any) -> None:
     width = 0
     for field in schema:
         size = _list_size(field.type)
-        dtype = np.dtype((field.type.value_type if size else field.type).to_pandas_dtype())
-        if dtype.kind not in "fib":
+        item = str(field.type.value_type if size else field.type)
+        if item not in _ITEM_BYTES:
             raise ValueError(f"{field.name} is of type {str(field.type)[:80]}")
-        width += max(1, size) * dtype.itemsize
+        width += max(1, size) * _ITEM_BYTES[item]
     stored = sum(max(0, footer.row_group(group).total_byte_size) for group in range(footer.num_row_groups))
     check_memory(f"{path} with {footer.num_rows} rows", stored + footer.num_rows * width, "cpu", "shard_rows")
 

@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -166,7 +166,7 @@ class ShardRecord:
 class Manifest:
     """A folder's manifest.json: the plan, and a record of each finished shard, in their order."""
 
-    format_version: Literal[1]
+    format_version: Annotated[int, Field(ge=1, le=1)]
     plan: Plan
     penalty_edges: list[Finite]
     shards: list[ShardRecord]
@@ -590,7 +590,7 @@ def _read_shard(path: Path, plan: Plan, shard: int) -> tuple[dict[str, Array], d
     regular_file(path)
     arrays, metadata = read_file(path)
     if arrays.keys() != _DTYPES.keys():
-        names = ", ".join(sorted(arrays.keys() ^ _DTYPES.keys()))
+        names = ", ".join(sorted(map(str, arrays.keys() ^ _DTYPES.keys())))
         raise InputError(f"{path} lacks, or has beside a rollout's arrays: {reprlib.repr(names)}")
     for name, array in arrays.items():
         ndim = 2 if name in _MATRICES else 1

@@ -370,7 +370,7 @@ def rollout(
         threads: Of the CPU kernel; by default all cores. On a cluster, of one worker, by default 1.
         memory_map: Leave the data in their file: for sets larger than the memory.
         verify: Read every shard in this folder again, and compare it with the manifest. Nothing else is done.
-        overwrite: Replace the file if it exists, or the folder's shards.
+        overwrite: Replace the file if it exists, or the shards that the folder's manifest lists.
         quiet: No progress bar.
     """
     from mopo_fast import shards

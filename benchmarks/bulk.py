@@ -67,7 +67,7 @@ def main(
     def whole(**options: Any) -> int:
         with tempfile.TemporaryDirectory(dir=folder) as out:
             manifest = generate_shards(run, data, out, count=count, dtype=dtype, quiet=True, **options)
-            return sum(shard["bytes"] for shard in manifest["shards"])
+            return sum(shard.bytes for shard in manifest.shards)
 
     def timed(call: Callable[..., Any], **options: Any) -> tuple[float, Any]:
         started = time.perf_counter()

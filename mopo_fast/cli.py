@@ -381,7 +381,7 @@ def rollout(
         threads: Of the CPU kernel; by default all cores. On a cluster, of one worker, by default 1.
         memory_map: Leave the data in their file: for sets larger than the memory.
         verify: Read every shard in this folder again, and compare it with the manifest. Nothing else is done.
-        overwrite: Replace the file if it exists, or the folder's shards.
+        overwrite: Replace the file if it exists, or the shards that the folder's manifest lists.
         quiet: No progress bar.
     """
     from mopo_fast import shards
@@ -390,7 +390,7 @@ def rollout(
         if run is not None or out is not None:
             raise InputError("--verify takes a folder and neither RUN nor --out")
         manifest = shards.verify(verify, quiet=quiet)
-        print(f"{verify}: {len(manifest['shards'])} shards, all sound")
+        print(f"{verify}: {len(manifest.shards)} shards, all sound")
         print(shards.as_text(shards.summarise(manifest)))
         return
     if run is None or dataset is None or out is None:
@@ -415,8 +415,6 @@ def rollout(
         print(f"{out}: {len(rollouts)} transitions, mean penalised reward {rollouts.rewards.mean():.4g}")
         return
     data = load_dataset(dataset, memory_map=memory_map, quiet=quiet)
-    if overwrite:
-        shards.remove(out)
     try:
         manifest = shards.generate_shards(
             run,
@@ -428,11 +426,12 @@ def rollout(
             compression=compression,
             device=device,
             ray=ray,
+            overwrite=overwrite,
             quiet=quiet,
         )
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped; the same command goes on") from None
-    print(f"{out}: {len(manifest['shards'])} shards")
+    print(f"{out}: {len(manifest.shards)} shards")
     print(shards.as_text(shards.summarise(manifest)))
 
 

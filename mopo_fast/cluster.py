@@ -16,7 +16,7 @@ from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.generate import Generator
 from mopo_fast.policy import Actor
-from mopo_fast.shards import Plan, Record, make_shard, write_shard
+from mopo_fast.shards import Maker, Plan, ShardRecord, make_shard, write_shard
 
 # How often a shard is tried again whose worker was lost.
 _RETRIES = 5
@@ -69,7 +69,7 @@ def _check_address(address: str) -> None:
 
 def _make(
     models: tuple[EnsembleDynamics, Actor, torch.Tensor], out: Path, plan: Plan, shard: int, threads: int
-) -> Record:
+) -> ShardRecord:
     """A worker's task: one shard, from the models that it has kept or gets now."""
     key = plan.sha256()
     if key not in _KEPT:
@@ -84,24 +84,16 @@ def _make(
 _KEPT: dict[str, Any] = {}
 
 
-def make_on_cluster(
-    address: str,
-    out: Path,
-    plan: Plan,
-    generator: Generator,
-    threads: int | None,
-    shards: list[int],
-    keep: Callable[[int, Record], None],
-    advance: Callable[[int], None],
-) -> None:
-    """Make shards on the CPUs or GPUs of a cluster; `out` is a folder that all its machines see.
+@contextlib.contextmanager
+def workers(address: str, generator: Generator, threads: int | None) -> Iterator[Maker]:
+    """What makes shards on the CPUs or GPUs of a cluster, in a folder that all its machines see.
 
     Args:
         threads: of one worker, which takes as many of the cluster's CPUs; None: 1.
-        keep, advance: called for each shard that is there, and with its transitions.
 
     Raises:
-        InputError: no cluster, a lost shard that cannot be made, or what its making raises.
+        InputError: no cluster, or none that is large enough; in the making, a shard that was lost too often,
+            or what a worker raises.
     """
     threads = threads or 1
     engine = generator.engine
@@ -115,27 +107,46 @@ def make_on_cluster(
             )
         task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=_RETRIES)(_make)
         models = ray.put((engine.ensemble, generator.policy, generator.observations))
-        folder = out.resolve()
         # Enough to keep every worker busy, few enough for the scheduler.
-        todo = list(reversed(shards))
-        running: dict[Any, int] = {}
-        while todo or running:
-            while todo and len(running) < 2 * max(1, int(total["CPU"]) // threads):
-                shard = todo.pop()
-                running[task.remote(models, folder, plan, shard, threads)] = shard
-            done, _ = ray.wait(list(running), num_returns=1)
-            for reference in done:
-                shard = running.pop(reference)
-                try:
-                    record = ray.get(reference)
-                except ray.exceptions.RayTaskError as error:
-                    if isinstance(error.cause, InputError):
-                        raise error.cause from None
-                    raise
-                except ray.exceptions.RayError as error:
-                    raise InputError(
-                        f"{plan.file(shard)} was lost {_RETRIES + 1} times with its worker ({error});"
-                        " the same command goes on"
-                    ) from error
-                keep(shard, record)
-                advance(record["rows"])
+        at_once = 2 * max(1, int(total["CPU"]) // threads)
+
+        def make(
+            out: Path,
+            plan: Plan,
+            shards: list[int],
+            keep: Callable[[int, ShardRecord], None],
+            advance: Callable[[int], None],
+        ) -> None:
+            folder, todo = out.resolve(), list(reversed(shards))
+            running: dict[Any, int] = {}
+            try:
+                while todo or running:
+                    while todo and len(running) < at_once:
+                        shard = todo.pop()
+                        running[task.remote(models, folder, plan, shard, threads)] = shard
+                    done, _ = ray.wait(list(running), num_returns=1)
+                    for reference in done:
+                        shard = running.pop(reference)
+                        record = _result(ray, reference, plan.file(shard))
+                        keep(shard, record)
+                        advance(record.rows)
+            finally:
+                # After a failure or an interruption nobody may go on writing into the folder.
+                for reference in running:
+                    ray.cancel(reference, force=True)
+
+        yield make
+
+
+def _result(ray: Any, reference: Any, file: str) -> ShardRecord:
+    try:
+        record: ShardRecord = ray.get(reference)
+        return record
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, InputError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.RayError as error:
+        raise InputError(
+            f"{file} was lost {_RETRIES + 1} times with its worker ({error}); the same command goes on"
+        ) from error

@@ -2,14 +2,15 @@
 
 import dataclasses
 import os
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, TypeAdapter, ValidationError
 
 from mopo_fast import __version__
 from mopo_fast.atomic import read_json_as
@@ -30,6 +31,11 @@ from mopo_fast.tasks import Task, get_task, task_of_run, termination_of
 _STARTS = 50_000
 # Rollouts in a row without a finite transition: the models are broken.
 _HOPELESS = 10_000
+# Copies of a rollout that its writer holds beside it at most, time-outs included: a writer that makes the
+# whole file in memory, and one that writes pieces as it makes them.
+ENCODED_WHOLE, WRITTEN_IN_PIECES = 1.125, 0.375
+
+Count = Annotated[int, Field(ge=1, lt=2**63)]
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class RunSettings:
 
     horizon: Annotated[int, Field(ge=1, lt=2**31)]
     penalty: Penalty
-    penalty_coef: float
+    penalty_coef: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     penalty_members: PenaltyMembers
     termination: str | None
 
@@ -48,9 +54,18 @@ class GenerateConfig(RunSettings):
     """What rollouts are made, and by what arithmetic."""
 
     task: str
-    seed: int
+    seed: Annotated[int, Field(ge=0, lt=2**64)]
     dtype: RolloutDtype
     backend: str
+
+
+@dataclass(frozen=True)
+class _RunConfig:
+    """The part of a run's config.json that is read here."""
+
+    task: str
+    rollout: RunSettings
+    task_sha256: str | None = None
 
 
 class Generator:
@@ -74,8 +89,6 @@ class Generator:
         config: GenerateConfig,
         threads: int | None = None,
     ) -> None:
-        if config.seed < 0:
-            raise InputError(f"seed must not be negative, got {config.seed}")
         self.config, self.policy = config, policy
         self.engine = RolloutEngine(
             ensemble,
@@ -164,12 +177,14 @@ def generate(
         number to disk.
 
     Raises:
-        InputError: the run is not whole, the data do not fit it, or a number is out of range.
+        InputError: the run is not whole, the data do not fit it, a number is out of range, or the memory
+            does not hold the transitions and the file that `save_transitions` makes of them.
     """
     config = generate_config(
         run, horizon=horizon, seed=seed, penalty_coef=penalty_coef, dtype=dtype, backend=backend, task=task
     )
-    check_count(run, config, count)
+    check_value("count", count, Count)
+    check_rollout_memory(config, count, 1, ENCODED_WHOLE, "count or horizon")
     generator = Generator(EnsembleDynamics.load(run), Actor.load(run), data.observations, config, threads)
     ring = generator.ring(count)
     starts, non_finite = generator.fill(ring, count)
@@ -197,38 +212,59 @@ def generate_config(
     backend: str,
     task: str | Task | None = None,
 ) -> GenerateConfig:
-    """The run's own settings, with what is given in their place."""
+    """Return the run's own settings, with what is given in their place.
+
+    Raises:
+        InputError: a value is out of range; or as `run_settings`.
+    """
     task, settings = run_settings(run, task)
     given: dict[str, Any] = {"horizon": horizon, "penalty_coef": penalty_coef}
-    settings = dataclasses.replace(settings, **{k: v for k, v in given.items() if v is not None})
-    return GenerateConfig(
-        **dataclasses.asdict(settings), task=task.name, seed=seed, dtype=dtype, backend=backend
-    )
+    values = dataclasses.asdict(settings) | {k: v for k, v in given.items() if v is not None}
+    config = GenerateConfig(**values, task=task.name, seed=seed, dtype=dtype, backend=backend)
+    for name, kind in get_type_hints(GenerateConfig, include_extras=True).items():
+        check_value(name, getattr(config, name), kind)
+    return dataclasses.replace(config, penalty_coef=float(config.penalty_coef))
 
 
-def check_count(run: str | os.PathLike[str], config: GenerateConfig, count: int) -> None:
-    """Raise `InputError` where `count` transitions are no number or do not fit into memory."""
-    if count < 1:
-        raise InputError(f"count must be at least 1, got {count}")
+def check_value(name: str, value: Any, kind: Any) -> None:
+    """Raise `InputError` unless `value` is of the declared type, in its range.
+
+    Args:
+        name: what the error calls the value.
+        kind: a type; ranges are `Annotated[int, Field(ge=0)]`.
+    """
+    try:
+        TypeAdapter(kind).validate_python(value, strict=True)
+    except ValidationError as error:
+        must_be = error.errors(include_url=False)[0]["msg"].removeprefix("Input should be")
+        raise InputError(f"{name} must be{must_be}, got {reprlib.repr(value)}") from error
+
+
+def transition_bytes(obs_dim: int, act_dim: int) -> int:
+    """Bytes of one stored transition: float32 arrays, two flags, member and step, rollout_index."""
+    return 4 * (2 * obs_dim + act_dim + 3) + 2 + 4 + 4 + 8
+
+
+def check_rollout_memory(
+    config: GenerateConfig, count: int, rollouts: int, file_copies: float, lower: str
+) -> None:
+    """Raise `InputError` where the memory does not hold rollouts and what a writer needs beside them.
+
+    Args:
+        count: transitions of each rollout.
+        rollouts: how many are held at once.
+        file_copies: copies of one rollout that its writer makes.
+        lower: the arguments to lower.
+    """
     task = get_task(config.task)
-    # float32 arrays, a bool, then member, step and rollout_index.
-    row = 4 * (2 * task.obs_dim + task.act_dim + 3) + 1 + 4 + 4 + 8
     starts = min(-(-count // config.horizon), _STARTS)
+    rows = rollouts * (count + config.horizon) + round(file_copies * count) + starts
     check_memory(
-        f"{count} transitions, in rollouts of {config.horizon} steps",
-        (count + config.horizon + starts) * row,
+        f"{count} transitions at once, in rollouts of {config.horizon} steps",
+        rows * transition_bytes(task.obs_dim, task.act_dim),
         "cpu",
-        "count or horizon",
+        lower,
     )
-
-
-@dataclass(frozen=True)
-class _RecordedRun:
-    """What is read of config.json here."""
-
-    task: str
-    rollout: RunSettings
-    task_sha256: str | None = None
 
 
 def run_settings(run: str | os.PathLike[str], task: str | Task | None = None) -> tuple[Task, RunSettings]:
@@ -241,7 +277,7 @@ def run_settings(run: str | os.PathLike[str], task: str | Task | None = None) ->
         InputError: there is no config.json, or it is not a run's; or `task` is not the run's.
     """
     path = Path(run) / "config.json"
-    config = read_json_as(path, _RecordedRun)
+    config = read_json_as(path, _RunConfig)
     return task_of_run(path, config.task, config.task_sha256, task), config.rollout
 
 

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from mopo_fast.atomic import atomic_path
 from mopo_fast.config import Compression, ShardFormat
 from mopo_fast.data.files import Array, open_file
 from mopo_fast.errors import InputError
+from mopo_fast.machine import check_memory
 
 COMPRESSIONS: dict[ShardFormat, tuple[Compression, ...]] = {
     "hdf5": ("none", "lzf", "gzip"),
@@ -22,34 +24,66 @@ COMPRESSIONS: dict[ShardFormat, tuple[Compression, ...]] = {
 
 # Bytes, and where in a file they go.
 Pieces = list[tuple[int, Any]]
+# Bytes that are written or hashed between two calls of `check`.
+_BLOCK = 4 << 20
+# Rows of a row group in Parquet, and the most columns that are read.
+_ROW_GROUP = 1 << 17
+_MOST_COLUMNS = 64
+# The types of columns that are read, and of their lists' items.
+_ITEM_BYTES = {"bool": 1, "int32": 4, "int64": 8, "float": 4, "double": 8}
 
 
 def write_file(
-    path: Path, arrays: dict[str, Array], metadata: dict[str, Any], compression: Compression
+    path: Path,
+    arrays: dict[str, Array],
+    metadata: dict[str, Any],
+    compression: Compression,
+    check: Callable[[], None] = lambda: None,
 ) -> tuple[int, str]:
-    """Write a shard, .hdf5 or .parquet; its size in bytes and its SHA-256.
+    """Write a shard, .hdf5 or .parquet; return its size in bytes and its SHA-256.
+
+    Args:
+        check: called every few megabytes; what it raises abandons the file, of which nothing is left.
 
     Raises:
         InputError: it cannot be written.
     """
-    if path.suffix == ".parquet":
-        pieces = _to_parquet(arrays, metadata, compression)
-    elif compression == "none":
+    with atomic_path(path) as temporary:
+        if path.suffix == ".parquet":
+            _write_parquet(temporary, arrays, metadata, compression, check)
+        else:
+            _write_hdf5(temporary, arrays, metadata, compression, check)
+        return temporary.stat().st_size, file_sha256(temporary, check)
+
+
+def file_sha256(path: Path, check: Callable[[], None] = lambda: None) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal; `check` as in `write_file`."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            check()
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _write_hdf5(
+    path: Path,
+    arrays: dict[str, Array],
+    metadata: dict[str, Any],
+    compression: Compression,
+    check: Callable[[], None],
+) -> None:
+    if compression == "none":
         pieces = _to_hdf5_in_place(arrays, metadata)
     else:
-        pieces = _to_hdf5(arrays, metadata, compression)
-    with atomic_path(path) as temporary, open(temporary, "r+b") as file:
+        pieces = _to_hdf5(arrays, metadata, compression, check)
+    with open(path, "r+b") as file:
         for offset, piece in pieces:
             file.seek(offset)
-            file.write(memoryview(piece).cast("B"))
-        file.flush()
-        return temporary.stat().st_size, file_sha256(temporary)
-
-
-def file_sha256(path: Path) -> str:
-    """Of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+            content = memoryview(piece).cast("B")
+            for first in range(0, len(content), _BLOCK):
+                check()
+                file.write(content[first : first + _BLOCK])
 
 
 class _Frame(io.RawIOBase):
@@ -101,7 +135,9 @@ def _to_hdf5_in_place(arrays: dict[str, Array], metadata: dict[str, Any]) -> Pie
     return [*frame.pieces, *pieces]
 
 
-def _to_hdf5(arrays: dict[str, Array], metadata: dict[str, Any], compression: Compression) -> Pieces:
+def _to_hdf5(
+    arrays: dict[str, Array], metadata: dict[str, Any], compression: Compression, check: Callable[[], None]
+) -> Pieces:
     # Made in memory: on a full disk HDF5 itself prints a traceback for every array.
     content = io.BytesIO()
     options: dict[str, Any] = {"compression": compression, "shuffle": True}
@@ -110,7 +146,10 @@ def _to_hdf5(arrays: dict[str, Array], metadata: dict[str, Any], compression: Co
             # Of a whole number of rows, about a megabyte.
             rows = max(1, 2**20 // max(1, array[:1].nbytes))
             chunks = (min(rows, len(array)), *array.shape[1:])
-            file.create_dataset(name, data=array, chunks=chunks, **options)
+            made = file.create_dataset(name, array.shape, array.dtype, chunks=chunks, **options)
+            for first in range(0, len(array), rows):
+                check()
+                made[first : first + rows] = array[first : first + rows]
         _write_metadata(file, metadata)
     return [(0, content.getbuffer())]
 
@@ -120,7 +159,13 @@ def _write_metadata(file: h5py.File, metadata: dict[str, Any]) -> None:
         file[f"metadata/{name}"] = value
 
 
-def _to_parquet(arrays: dict[str, Array], metadata: dict[str, Any], compression: Compression) -> Pieces:
+def _write_parquet(
+    path: Path,
+    arrays: dict[str, Array],
+    metadata: dict[str, Any],
+    compression: Compression,
+    check: Callable[[], None],
+) -> None:
     pyarrow = import_pyarrow()
 
     def column(array: Array) -> Any:
@@ -129,10 +174,12 @@ def _to_parquet(arrays: dict[str, Array], metadata: dict[str, Any], compression:
 
     table = pyarrow.table({name: column(array) for name, array in arrays.items()})
     table = table.replace_schema_metadata({"mopo_fast": json.dumps(metadata)})
-    sink = pyarrow.BufferOutputStream()
     # No dictionaries: floats repeat too seldom.
-    pyarrow.parquet.write_table(table, sink, compression=compression, use_dictionary=False)
-    return [(0, sink.getvalue())]
+    options = {"compression": compression, "use_dictionary": False}
+    with pyarrow.parquet.ParquetWriter(path, table.schema, **options) as writer:
+        for first in range(0, len(table), _ROW_GROUP):
+            check()
+            writer.write_table(table.slice(first, _ROW_GROUP))
 
 
 def import_pyarrow() -> Any:
@@ -152,17 +199,26 @@ def read_file(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
     if path.suffix == ".parquet":
         return _from_parquet(path)
     with open_file(path) as file:
-        metadata = {key: item[()] for key, item in file["metadata"].items()}
+        scalars = file["metadata"]
+        if not isinstance(scalars, h5py.Group):
+            raise ValueError("metadata is no group")
+        metadata = {key: _dataset(item)[()] for key, item in scalars.items()}
         decoded = {k: v.decode() if isinstance(v, bytes) else v for k, v in metadata.items()}
         arrays: dict[str, Array] = {}
         for name, item in file.items():
             if name == "metadata":
                 continue
-            offset = item.id.get_offset()
+            offset = _dataset(item).id.get_offset()
             arrays[name] = (
                 item[()] if offset is None else np.memmap(path, item.dtype, "r", offset, item.shape)
             )
         return arrays, decoded
+
+
+def _dataset(item: Any) -> h5py.Dataset:
+    if not isinstance(item, h5py.Dataset):
+        raise ValueError("it holds something that is no array")
+    return item
 
 
 def _from_parquet(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
@@ -170,15 +226,56 @@ def _from_parquet(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
     if not path.is_file():
         raise InputError(f"{path} does not exist")
     try:
-        table = pyarrow.parquet.read_table(path).combine_chunks()
-        arrays: dict[str, Array] = {}
-        for name in table.column_names:
-            values = table[name].chunk(0)
-            if pyarrow.types.is_fixed_size_list(values.type):
-                flat = values.flatten().to_numpy(zero_copy_only=False)
-                arrays[name] = flat.reshape(-1, values.type.list_size)
-            else:
-                arrays[name] = values.to_numpy(zero_copy_only=False)
-        return arrays, json.loads(table.schema.metadata[b"mopo_fast"])
-    except (pyarrow.ArrowException, OSError, KeyError, TypeError, IndexError, ValueError) as error:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            _check_parquet(path, file)
+            table = file.read()
+        metadata = json.loads(table.schema.metadata[b"mopo_fast"])
+        if not isinstance(metadata, dict):
+            raise ValueError("its metadata are no dictionary")
+        return {name: _from_column(name, table[name]) for name in table.column_names}, metadata
+    except InputError:
+        raise
+    # pyarrow raises what is its own, and what Python has for the same.
+    except (
+        pyarrow.ArrowException,
+        OSError,
+        LookupError,
+        TypeError,
+        ValueError,
+        RecursionError,
+        MemoryError,
+    ) as error:
         raise InputError(f"{path} is not a whole Parquet file ({error}); get or make it again") from error
+
+
+def _check_parquet(path: Path, file: Any) -> None:
+    """Raise where the footer of a Parquet file announces no flat arrays, or more than the memory holds."""
+    schema, footer = file.schema_arrow, file.metadata
+    if len(schema.names) > _MOST_COLUMNS or len(set(schema.names)) < len(schema.names):
+        raise ValueError(f"it has {len(schema.names)} columns, some of them of one name, or too many")
+    width = 0
+    for field in schema:
+        size = _list_size(field.type)
+        item = str(field.type.value_type if size else field.type)
+        if item not in _ITEM_BYTES:
+            raise ValueError(f"{field.name} is of type {str(field.type)[:80]}")
+        width += max(1, size) * _ITEM_BYTES[item]
+    stored = sum(max(0, footer.row_group(group).total_byte_size) for group in range(footer.num_row_groups))
+    check_memory(f"{path} with {footer.num_rows} rows", stored + footer.num_rows * width, "cpu", "shard_rows")
+
+
+def _list_size(kind: Any) -> int:
+    """The length of lists of a fixed size; 0 for another type."""
+    import pyarrow
+
+    return int(kind.list_size) if pyarrow.types.is_fixed_size_list(kind) else 0
+
+
+def _from_column(name: str, column: Any) -> Array:
+    values = column.combine_chunks()
+    size = _list_size(values.type)
+    flat = values.values[values.offset * size : (values.offset + len(values)) * size] if size else values
+    if values.null_count or flat.null_count:
+        raise ValueError(f"{name} has empty places")
+    array: Array = flat.to_numpy(zero_copy_only=False)
+    return array.reshape(-1, size) if size else array

@@ -1,15 +1,24 @@
 import json
 import resource
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from killed import attempt
 
 from mopo_fast import Actor, EnsembleDynamics, InputError, Transitions
 from mopo_fast.data import load_file
-from mopo_fast.generate import generate, run_settings, save_transitions
+from mopo_fast.generate import (
+    ENCODED_WHOLE,
+    check_rollout_memory,
+    generate,
+    generate_config,
+    run_settings,
+    save_transitions,
+)
 from mopo_fast.rollout import RolloutEngine
 from mopo_fast.tasks import BOXES
 
@@ -37,8 +46,12 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def data() -> Transitions:
+@pytest.fixture(name="data")
+def still() -> Transitions:
+    return make_still()
+
+
+def make_still() -> Transitions:
     observations = torch.zeros(10, 11)
     observations[:, 0] = 1.25
     # Told apart by a velocity, so that a start state's row can be found again.
@@ -159,6 +172,12 @@ def test_files_that_cannot_be_written_are_named(run: Path, data: Transitions, tm
         ("[]", r"config\.json: the whole: .*object"),
         (json.dumps({"task": "hopper"}), r"config\.json: rollout: Field required"),
         (json.dumps(CONFIG).replace('"horizon": 3', '"horizon": 0'), r"rollout\.horizon: .*at least|greater"),
+        ("[]", r"config\.json: the whole: "),
+        (json.dumps({"task": "hopper"}), r"config\.json: rollout: Field required"),
+        (
+            json.dumps({**CONFIG, "rollout": {**CONFIG["rollout"], "horizon": "3"}}),
+            r"config\.json: rollout\.horizon: Input should be a valid integer",
+        ),
         (json.dumps({**CONFIG, "task": "cheetah"}), "unknown task 'cheetah'"),
     ],
 )
@@ -171,16 +190,21 @@ def test_a_folder_that_is_no_run_is_named(run: Path, config: str | None, message
 
 
 def test_data_must_fit_the_run_and_count_be_positive(run: Path, data: Transitions) -> None:
-    with pytest.raises(InputError, match="count must be at least 1, got 0"):
-        generate(run, data, count=0)
-    with pytest.raises(InputError, match="seed must not be negative, got -1"):
-        generate(run, data, count=1, seed=-1)
-    with pytest.raises(
-        InputError, match=r"rollouts of 3 steps would take [\d,]+ GiB.* lower count or horizon"
+    for change, message in (
+        ({"count": 0}, "count must be greater than or equal to 1, got 0"),
+        ({"count": 10**30}, r"count must be less than \d+, got 1000"),
+        ({"count": 2.5}, r"count must be a valid integer, got 2\.5"),
+        ({"seed": -1}, "seed must be greater than or equal to 0, got -1"),
+        ({"seed": 2**64}, "seed must be less than 18446744073709551616"),
+        ({"horizon": 0}, "horizon must be greater than or equal to 1, got 0"),
+        ({"horizon": 2**31}, "horizon must be less than 2147483648"),
+        ({"penalty_coef": float("nan")}, "penalty_coef must be a finite number, got nan"),
+        ({"dtype": "int8"}, "dtype must be 'float32'"),
+        ({"count": 10**12}, r"rollouts of 3 steps would take [\d,]+ GiB.* lower count or horizon"),
+        ({"horizon": 2**31 - 1}, "lower count or horizon"),
     ):
-        generate(run, data, count=10**12)
-    with pytest.raises(InputError, match="lower count or horizon"):
-        generate(run, data, count=1, horizon=10**12)
+        with pytest.raises(InputError, match=message):
+            generate(run, data, **{"count": 1, **change})
     with pytest.raises(InputError, match=r"start_observations must be \[batch, 11\]"):
         generate(
             run,
@@ -211,3 +235,36 @@ def test_an_empty_rollout_is_saved(data: Transitions, tmp_path: Path) -> None:
     )
     save_transitions(tmp_path / "a.npz", empty)
     assert len(np.load(tmp_path / "a.npz")["timeouts"]) == 0
+
+
+def peak(run: Path, path: Path, count: int, result: Path) -> None:
+    save_transitions(path, generate(run, make_still(), count=count, threads=1))
+    result.write_text(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["a.hdf5", "a.npz"])
+def test_the_memory_is_estimated(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """What a transition adds to the peak, and what it is refused for."""
+    sizes = (400_000, 1_200_000)
+
+    def slope(bytes_of: Callable[[int], int]) -> float:
+        few, many = map(bytes_of, sizes)
+        return (many - few) / (sizes[1] - sizes[0])
+
+    def measured(count: int) -> int:
+        result = tmp_path / "peak"
+        assert attempt(peak, run, tmp_path / f"{count}-{name}", count, result) == 0
+        return int(result.read_text()) * 1024
+
+    def estimated(count: int) -> int:
+        asked: list[int] = []
+        monkeypatch.setattr("mopo_fast.generate.check_memory", lambda what, size, *_: asked.append(size))
+        config = generate_config(run, horizon=3, seed=0, penalty_coef=None, dtype="float32", backend="auto")
+        check_rollout_memory(config, count, 1, ENCODED_WHOLE, "count")
+        return asked[0]
+
+    taken = slope(measured)
+    assert taken <= slope(estimated) <= 1.25 * taken

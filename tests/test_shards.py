@@ -1,6 +1,7 @@
 """Rollouts in bulk: what shards hold, exactly once, formats, mistakes."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -9,8 +10,9 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +68,7 @@ def data(dataset: Path) -> Transitions:
     return load_dataset(dataset)
 
 
-def generate(run: Path, data: Transitions, out: Path, **options: Any) -> dict[str, Any]:
+def generate(run: Path, data: Transitions, out: Path, **options: Any) -> shards.Manifest:
     settings = {"count": COUNT, "shard_rows": SHARD, "seed": 7, "threads": 1, "quiet": True}
     return shards.generate_shards(run, data, out, **settings | options)
 
@@ -99,10 +101,10 @@ def test_what_a_shard_holds(run: Path, data: Transitions, undisturbed: Path) -> 
         made = engine.rollout(Actor.load(run), start, 3, seed=derive_seed(7, ROLLOUT), rows=rows)
         for name, array in found.arrays().items():
             assert torch.equal(array, made.arrays()[name][: len(found)]), (number, name)
-        record = rollouts.manifest["shards"][number]
+        record = rollouts.manifest.shards[number]
         assert found.rollout_index is not None
         used = int(found.rollout_index[-1]) - (number << 32) + 1
-        assert used <= record["starts"] < used + 4
+        assert used <= record.starts < used + 4
 
 
 def test_a_shard_is_a_d4rl_file(undisturbed: Path) -> None:
@@ -213,6 +215,7 @@ def test_too_little_room_is_told_before(
     monkeypatch.setattr(shards.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 1000))
     with pytest.raises(InputError, match=r"takes another 0\.0 GiB, the disk has 0\.0 free"):
         generate(run, data, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_corrupt_shard(
@@ -247,7 +250,7 @@ def test_other_rollouts_and_other_things(
     out = tmp_path / "out"
     shutil.copytree(undisturbed, out)
     for change, message in (
-        ({"seed": 8}, "there rollout is"),
+        ({"seed": 8}, "there seed is 7, here 8"),
         ({"count": 5}, "there count is 1100, here 5"),
         ({"format": "parquet"}, "there format is 'hdf5', here 'parquet'"),
     ):
@@ -266,11 +269,21 @@ def test_other_rollouts_and_other_things(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"count": 0}, "count must be at least 1, got 0"),
-        ({"shard_rows": 0}, "shard_rows must be at least 1"),
+        ({"count": 10**30}, r"count must be less than \d+, got 10000"),
+        (
+            {"count": 10**15},
+            "5,000,000,000,000 shards are more than 1,000,000; raise shard_rows or lower count",
+        ),
+        ({"shard_rows": 2**32}, "shard_rows must be less than 4294967296"),
+        ({"shard_rows": 2.0}, "shard_rows must be a valid integer"),
+        ({"seed": 2**64}, "seed must be less than 18446744073709551616"),
+        ({"horizon": 2**31}, "horizon must be less than 2147483648"),
+        ({"ray": "127.0.0.1:1"}, "cannot reach a Ray cluster|takes the extra"),
+        ({"count": 0}, "count must be greater than or equal to 1, got 0"),
+        ({"shard_rows": 0}, "shard_rows must be greater than or equal to 1"),
         ({"format": "csv"}, "no format 'csv'.*there are hdf5: none, lzf, gzip; parquet: none, snappy, zstd"),
         ({"compression": "zstd"}, "no format 'hdf5' with compression 'zstd'"),
-        ({"horizon": 10**12}, "lower count or horizon"),
+        ({"horizon": 2**31 - 1}, "lower count, shard_rows or horizon"),
         ({"backend": "abacus"}, "unknown backend 'abacus'"),
     ],
 )
@@ -278,7 +291,8 @@ def test_bad_numbers(
     run: Path, data: Transitions, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        generate(run, data, tmp_path / "out", **change)
+        generate(run, data, tmp_path / "new" / "out", **change)
+    assert not list(tmp_path.iterdir())
 
 
 def test_models_without_a_finite_prediction(run: Path, data: Transitions, tmp_path: Path) -> None:
@@ -290,7 +304,350 @@ def test_models_without_a_finite_prediction(run: Path, data: Transitions, tmp_pa
         ensemble.weights[-1].fill_(3e38)
     ensemble.save(broken)
     with pytest.raises(InputError, match="had no finite transition; the ensemble or the policy is broken"):
-        generate(broken, data, tmp_path / "out")
+        generate(broken, data, tmp_path / "new" / "out")
+    assert not (tmp_path / "new").exists()
+
+
+# --- interruptions
+
+
+@pytest.mark.parametrize(("format", "compression"), [("hdf5", "none"), ("hdf5", "gzip"), ("parquet", "zstd")])
+def test_an_interruption_abandons_the_shard_that_is_written(
+    run: Path,
+    data: Transitions,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    format: str,
+    compression: str,
+) -> None:
+    """The second shard is being written when the third is interrupted."""
+    writing = threading.Event()
+    write_file, make_shard = shards.write_file, shards.make_shard
+
+    def slowly(path: Path, arrays: Any, metadata: Any, compression: Any, check: Callable[[], None]) -> Any:
+        def slow_check() -> None:
+            if metadata["shard"] == 1:
+                writing.set()
+                time.sleep(0.05)
+            check()
+
+        return write_file(path, arrays, metadata, compression, slow_check)
+
+    def interrupted(generator: Any, ring: Any, plan: Any, shard: int, advance: Any) -> Any:
+        if shard == 2:
+            assert writing.wait(10)
+            raise KeyboardInterrupt
+        return make_shard(generator, ring, plan, shard, advance)
+
+    monkeypatch.setattr(shards, "write_file", slowly)
+    monkeypatch.setattr(shards, "make_shard", interrupted)
+    monkeypatch.setattr(shard_files, "_BLOCK", 64)
+    monkeypatch.setattr(shard_files, "_ROW_GROUP", 2)
+    options: dict[str, Any] = {"format": format, "compression": compression}
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        generate(run, data, tmp_path / "out", **options)
+    assert time.monotonic() - started < 5
+    assert content(tmp_path / "out").keys() == {f"shard-000000.{format}", shards.MANIFEST}
+    assert len(shards.read_manifest(tmp_path / "out").shards) == 1
+    monkeypatch.undo()
+    generate(run, data, tmp_path / "out", **options)
+    shards.verify(tmp_path / "out", quiet=True)
+
+
+def test_an_interruption_before_the_first_shard_leaves_nothing(
+    run: Path, data: Transitions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shards, "make_shard", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        generate(run, data, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+# --- what others have made of a folder
+
+
+@pytest.fixture(params=["hdf5", "parquet"])
+def recorded(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A folder of shards as format_version 1 was first written."""
+    return Path(
+        shutil.copytree(Path(__file__).parent / "recorded" / "shards" / request.param, tmp_path / "recorded")
+    )
+
+
+def test_recorded_shards_are_read(recorded: Path) -> None:
+    manifest = shards.verify(recorded, quiet=True)
+    assert len(open_rollouts(recorded)[:]) == manifest.plan.count
+    # What the shards' own metadata call the plan.
+    assert open_rollouts(recorded).shard(0).info["plan"] == manifest.plan.sha256()
+    assert json.loads((recorded / shards.MANIFEST).read_text()) == dataclasses.asdict(manifest)
+
+
+def edit(folder: Path, change: Callable[[Any], None]) -> None:
+    manifest = json.loads((folder / shards.MANIFEST).read_text())
+    change(manifest)
+    (folder / shards.MANIFEST).write_text(json.dumps(manifest))
+
+
+def places(value: Any, where: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path of every value in a manifest; the first and last elements stand for a list."""
+    yield where
+    some = value if isinstance(value, dict) else {0, len(value) - 1} if isinstance(value, list) else ()
+    for key in some:
+        yield from places(value[key], (*where, key))
+
+
+@pytest.mark.parametrize("recorded", ["hdf5"], indirect=True)
+def test_every_change_of_a_manifest_is_refused_or_harmless(
+    recorded: Path, run: Path, data: Transitions
+) -> None:
+    original = (recorded / shards.MANIFEST).read_text()
+    before = content(recorded).keys()
+    huge = (-1, 2**63, 10**400, 1.5, float("nan"), None, True, "x", "../x", [], [[]], {}, {"a": {"a": 1}})
+    refused = 0
+    for where in places(json.loads(original)):
+        for value in (*huge, "missing"):
+            manifest = json.loads(original)
+            holder = manifest
+            for key in where[:-1]:
+                holder = holder[key]
+            if not where:
+                manifest = value
+            elif value == "missing":
+                del holder[where[-1]]
+            else:
+                holder[where[-1]] = value
+            (recorded / shards.MANIFEST).write_text(json.dumps(manifest))
+            try:
+                shards.as_text(shards.summarise(shards.read_manifest(recorded)))
+                shards._listed_files(recorded)
+            except InputError as error:
+                refused += 1
+                assert "manifest.json" in str(error) and "\n" not in str(error)
+            else:
+                # Names, sums and settings that a manifest may have.
+                assert where[-1] in (
+                    "reward_sum",
+                    "penalty_sum",
+                    "dataset",
+                    "mopo_fast",
+                    "task",
+                    "backend",
+                    "seed",
+                    "termination",
+                    "penalty_coef",
+                    "shards",
+                    0,
+                    1,
+                    "starts",
+                ), (where, value)
+    assert refused > 500
+    assert content(recorded).keys() == before
+
+
+@pytest.mark.parametrize(
+    "name", ["../precious.txt", "/precious.txt", "shard-000000.txt", "shard-000009.hdf5"]
+)
+def test_files_of_other_names_are_neither_read_nor_deleted(
+    run: Path, data: Transitions, undisturbed: Path, tmp_path: Path, name: str
+) -> None:
+    out, precious = tmp_path / "out", tmp_path / "precious.txt"
+    shutil.copytree(undisturbed, out)
+    precious.write_text("precious")
+    name = str(precious) if name.startswith("/") else name
+    edit(out, lambda manifest: manifest["shards"][0].update(file=name))
+    before = content(out)
+    for call in (
+        lambda: open_rollouts(out),
+        lambda: shards.verify(out, quiet=True),
+        lambda: generate(run, data, out),
+        lambda: generate(run, data, out, overwrite=True),
+    ):
+        with pytest.raises(InputError, match=r"manifest\.json: .* is none of the plan's 6 shards"):
+            call()
+    assert content(out) == before and precious.read_text() == "precious"
+
+
+def test_a_shard_listed_twice_is_refused(undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    edit(out, lambda manifest: manifest["shards"].__setitem__(1, manifest["shards"][0]))
+    with pytest.raises(InputError, match=r"shard-000000\.hdf5 is listed twice"):
+        shards.verify(out, quiet=True)
+
+
+@pytest.mark.parametrize("name", [shards.MANIFEST, "shard-000002.hdf5"])
+def test_symbolic_links_are_refused(
+    run: Path, data: Transitions, undisturbed: Path, tmp_path: Path, name: str
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    (out / name).rename(tmp_path / name)
+    (out / name).symlink_to(tmp_path / name)
+    for call in (
+        lambda: open_rollouts(out)[:],
+        lambda: shards.verify(out, quiet=True),
+        lambda: generate(run, data, out),
+        lambda: generate(run, data, out, overwrite=True),
+    ):
+        with pytest.raises(InputError, match="is a symbolic link or no file"):
+            call()
+    assert content(out) == content(undisturbed)
+
+
+def test_a_refused_overwrite_deletes_nothing(
+    run: Path, data: Transitions, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    for change in ({"count": 0}, {"seed": -1}, {"backend": "abacus"}):
+        with pytest.raises(InputError):
+            generate(run, data, out, overwrite=True, **change)
+        assert content(out) == content(undisturbed)
+
+
+def test_other_files_in_the_folder_are_ignored(undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    for name in (".lock", ".shard-000001.hdf5.abcdefgh.tmp", "notes.txt", "shard-000009.hdf5"):
+        (out / name).write_text("x")
+    assert len(open_rollouts(out)[:]) == COUNT
+    shards.verify(out, quiet=True)
+
+
+def test_a_summary_of_nothing(undisturbed: Path, tmp_path: Path) -> None:
+    shutil.copy(undisturbed / shards.MANIFEST, tmp_path)
+    edit(tmp_path, lambda manifest: manifest.update(shards=[]))
+    assert "0 transitions of 0 rollouts" in shards.as_text(shards.summarise(shards.read_manifest(tmp_path)))
+
+
+# --- hostile shards
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("step", lambda a: a.astype(np.int64), "step must be int32"),
+        ("rewards", lambda a: a.astype(np.float16), "rewards must be float32"),
+        ("actions", lambda a: a[:, 0], "actions must be float32 of 2 dimensions"),
+        ("penalties", lambda a: a[:-1], "penalties must be float32 of 1 dimensions and 200 rows"),
+        ("observations", lambda a: a[:, :4], "have different shapes"),
+        ("extra", None, "beside a rollout's arrays: 'extra'"),
+    ],
+)
+def test_other_arrays_are_refused_as_they_are_read(
+    undisturbed: Path, tmp_path: Path, name: str, change: Callable[[Any], Any] | None, message: str
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    path = out / "shard-000001.hdf5"
+    arrays, metadata = shard_files.read_file(path)
+    changed = {**arrays, name: change(arrays[name]) if change else arrays["step"]}
+    shard_files.write_file(tmp_path / "x.hdf5", changed, metadata, "none")
+    (tmp_path / "x.hdf5").replace(path)
+    with pytest.raises(InputError, match=message):
+        open_rollouts(out).shard(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("step", 3, "step must be from 0 to below 3"),
+        ("rollout_index", 0, "rollout_index must be from 4294967296"),
+        ("members", 32, "members must be from -1 to below 32"),
+        ("penalties", -1.0, "penalties must be from 0"),
+        ("rewards", 7e4, "rewards are not raw_rewards"),
+        ("rewards", np.nan, "rewards is not finite at row 5"),
+        ("timeouts", None, "timeouts are not where"),
+        ("step", 1, "manifest.json has another rows_of_step"),
+    ],
+)
+def test_values_out_of_range_are_no_sound_shard(
+    undisturbed: Path, tmp_path: Path, name: str, value: float | None, message: str
+) -> None:
+    """Even where the manifest has the damaged file's bytes."""
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    path = out / "shard-000001.hdf5"
+    found, metadata = shard_files.read_file(path)
+    arrays = {key: np.array(array) for key, array in found.items()}
+    other = 5 if value != 1 else int(np.flatnonzero(arrays["step"] == 0)[0])
+    arrays[name][other] = ~arrays[name][other] if value is None else value
+    size, digest = shard_files.write_file(tmp_path / "x.hdf5", arrays, metadata, "none")
+    (tmp_path / "x.hdf5").replace(path)
+    edit(out, lambda manifest: manifest["shards"][1].update(sha256=digest, bytes=size))
+    with pytest.raises(InputError, match=message):
+        shards.verify(out, quiet=True)
+
+
+def test_parquet_of_other_types_is_refused(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    floats = pyarrow.array([1.0, 2.0], pyarrow.float32())
+    wide = pyarrow.array([0.0] * 8, pyarrow.float32())
+    path = tmp_path / "a.parquet"
+    for table, message in (
+        ({"a": pyarrow.array([{"b": 1}])}, "a is of type struct"),
+        ({"a": pyarrow.array([[1], [2]])}, "a is of type list"),
+        ({"a": pyarrow.array(["x"])}, "a is of type string"),
+        ({"a": pyarrow.array([b"x"])}, "a is of type binary"),
+        ({"a": pyarrow.array([1.0, None])}, "a has empty places"),
+        ({f"a{i}": floats for i in range(65)}, "it has 65 columns"),
+        ({"a": pyarrow.FixedSizeListArray.from_arrays(wide, 4)}, "KeyError|mopo_fast|subscriptable"),
+    ):
+        whole = pyarrow.table(table)
+        if "a0" in table or not isinstance(table.get("a"), pyarrow.FixedSizeListArray):
+            whole = whole.replace_schema_metadata({"mopo_fast": "{}"})
+        pyarrow.parquet.write_table(whole, path)
+        with pytest.raises(InputError, match=message):
+            shard_files.read_file(path)
+
+
+def test_parquet_that_announces_more_than_the_memory_is_not_read(tmp_path: Path) -> None:
+    """A run of one value is a few bytes, whatever its length."""
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "bomb.parquet"
+    schema = pyarrow.schema([(f"a{i}", pyarrow.bool_()) for i in range(60)], {"mopo_fast": "{}"})
+    column = pyarrow.array(np.zeros(10**6, bool))
+    block = pyarrow.table([column] * 60, schema)
+    with pyarrow.parquet.ParquetWriter(path, schema) as writer:
+        writer.write_table(block)
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+
+        def refuse(what: str, size: int, *_: Any) -> None:
+            asked.append(size)
+            raise InputError("too much")
+
+        patch.setattr(shard_files, "check_memory", refuse)
+        with pytest.raises(InputError, match="too much"):
+            shard_files.read_file(path)
+    assert path.stat().st_size < 10**6 < 60 * 10**6 <= asked[0]
+
+
+def read_damaged(folder: Path, count: int) -> None:
+    """Read a shard with other bytes, again and again: it is sound, or an `InputError`."""
+    plan = shards.read_manifest(folder).plan
+    path, rng = folder / plan.file(0), random.Random(0)
+    whole = path.read_bytes()
+    for _ in range(count):
+        damaged = bytearray(whole)
+        for _ in range(rng.choice((1, 2, 8, 64))):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        path.write_bytes(damaged[: rng.choice((None, rng.randrange(len(damaged))))])
+        with contextlib.suppress(InputError):
+            shards._read_record(path, plan, 0)
+
+
+def test_damaged_shards_end_in_one_error(recorded: Path) -> None:
+    """In a process of its own, for what a library might do with it."""
+    assert attempt(read_damaged, recorded, 300, kill_after=120) == 0
 
 
 # --- formats
@@ -306,7 +663,7 @@ def test_every_format(
     out = tmp_path / "out"
     generate(run, data, out, format=format, compression=compression)
     again = content(out)
-    assert generate(run, data, out, format=format, compression=compression)["shards"]
+    assert generate(run, data, out, format=format, compression=compression).shards
     assert content(out) == again
     shards.verify(out, quiet=True)
     for one, other in zip(open_rollouts(undisturbed), open_rollouts(out), strict=True):

@@ -38,7 +38,9 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     finally:
-        if made and os.listdir(folder) == [".lock"]:
-            (folder / ".lock").unlink()
-            remove_empty(made)
+        # The folder may be gone: its user removed what was made in vain.
+        with contextlib.suppress(FileNotFoundError):
+            if made and os.listdir(folder) == [".lock"]:
+                (folder / ".lock").unlink()
+                remove_empty(made)
         lock.release()

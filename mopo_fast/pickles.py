@@ -109,6 +109,8 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 NUMPY: dict[str, Any] = {
     "numpy.ndarray": _Array,
     "numpy.dtype": _Dtype,
+    # No bytes, as protocols before 3 have them.
+    **dict.fromkeys(("builtins.bytes", "__builtin__.bytes"), lambda: b""),
     **{f"numpy.{core}.{name}": what for core in ("core", "_core") for name, what in _FUNCTIONS.items()},
 }
 
@@ -183,7 +185,7 @@ class _Unpickler(_PurePython):
         if self._inert is None or what in self._inert:
             return type(name, (Inert,), {})
         known = "numpy arrays" if self._allowed is NUMPY else "things that such a file holds"
-        raise InputError(f"the pickle asks for {what}; only {known} in lists and dictionaries are read")
+        raise InputError(f"the pickle asks for {what[:100]}; only {known} in lists and dictionaries are read")
 
     def _require(self, kinds: Any, offset: int = -1) -> None:
         if not isinstance(self.stack[offset], kinds):

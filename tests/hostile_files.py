@@ -110,3 +110,50 @@ def members_of(content: bytes) -> dict[str, bytes]:
     """The members of a zip file."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         return {name: archive.read(name) for name in archive.namelist()}
+
+
+def opcodes(value: Any) -> bytes:
+    """The opcodes that leave a plain value on a pickle's stack, and its memo as it is."""
+    content = io.BytesIO()
+    pickler = pickle.Pickler(content, 2)
+    pickler.fast = True
+    pickler.dump(value)
+    return content.getvalue()[2:-1]
+
+
+def tensor_opcodes(
+    offset: Any,
+    size: Any,
+    stride: Any,
+    kind: str = "Float",
+    key: Any = "0",
+    count: Any = 4,
+    metadata: Any = None,
+) -> bytes:
+    """The opcodes of a tensor in a pickle of torch.save."""
+    storage = (
+        (b"(" + opcodes("storage") + f"ctorch\n{kind}Storage\n".encode() + opcodes(key) + opcodes("cpu"))
+        + opcodes(count)
+        + b"tQ"
+    )
+    return (
+        (
+            b"ctorch._utils\n_rebuild_tensor_v2\n("
+            + storage
+            + opcodes(offset)
+            + opcodes(size)
+            + opcodes(stride)
+        )
+        + b"\x89N"
+        + (b"" if metadata is None else opcodes(metadata))
+        + b"tR"
+    )
+
+
+def torch_file(tensors: dict[str, bytes], storage: bytes = bytes(16), **members: bytes) -> bytes:
+    """A file as torch.save writes it, of a dictionary of `tensor_opcodes`."""
+    items = b"".join(opcodes(name) + tensor + b"s" for name, tensor in tensors.items())
+    return zipped(
+        {"a/data.pkl": b"\x80\x02}" + items + b".", "a/byteorder": b"little", "a/data/0": storage}
+        | {f"a/{name}": data for name, data in members.items()}
+    )

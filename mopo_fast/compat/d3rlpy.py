@@ -16,8 +16,8 @@ import torch
 
 from mopo_fast.atomic import read_json_as
 from mopo_fast.compat import Checkpoint
-from mopo_fast.compat.models import activation_of, actor_of, check_model, ensemble_of
-from mopo_fast.compat.torch_files import as_state, load, save
+from mopo_fast.compat.models import activation_of, actor_of, check_first_layer, check_model, ensemble_of
+from mopo_fast.compat.torch_files import as_state, load, save, take
 from mopo_fast.config import Hints
 from mopo_fast.ensemble import MAX_MEMBERS, EnsembleDynamics
 from mopo_fast.errors import InputError
@@ -175,9 +175,21 @@ def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
     return Checkpoint(model)
 
 
+_DIMENSIONS = {
+    "weight": 2,
+    "weight_orig": 2,
+    **dict.fromkeys(("bias", "weight_u", "weight_v"), 1),
+    **dict.fromkeys(("_max_logstd", "_min_logstd"), 2),
+}
+
+
 def _floats(source: Path, state: Any) -> dict[str, torch.Tensor]:
-    # Concatenated with floats, integers would pass for them.
-    return {name: t for name, t in as_state(source, state).items() if t.is_floating_point()}
+    """A state dict whose tensors are floats with as many dimensions as their names say."""
+    found = as_state(source, state)
+    for name in found:
+        if (kind := name.rpartition(".")[2]) in _DIMENSIONS:
+            take(source, found, name, _DIMENSIONS[kind])
+    return found
 
 
 def _members(state: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
@@ -300,6 +312,7 @@ def write(checkpoint: Checkpoint, target: Path) -> None:
         # Into the first layer.
         weights[0] /= ensemble.input_std[:, None]
         biases[0] -= torch.einsum("i,mio->mo", ensemble.input_mean, weights[0])
+        check_first_layer(weights[0], biases[0])
     for member in range(ensemble.members):
         prefix = f"_models.{member}"
         for layer in range(len(weights) - 1):

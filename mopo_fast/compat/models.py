@@ -129,6 +129,12 @@ def check_model(path: str | os.PathLike[str], model: nn.Module) -> None:
         raise InputError(f"{path}: input_std must be positive everywhere")
 
 
+def check_first_layer(weight: torch.Tensor, bias: torch.Tensor) -> None:
+    """Raise `InputError` where a model's scales were too small to be divided out of its first layer."""
+    if not bool(weight.isfinite().all() and bias.isfinite().all()):
+        raise InputError("the scales of its inputs are too small to be divided out of the first layer")
+
+
 def _use(ours: nn.ParameterList, theirs: Sequence[torch.Tensor]) -> None:
     if len(ours) != len(theirs):
         raise InputError(f"there are {len(theirs)} biases, but {len(ours)} layers")

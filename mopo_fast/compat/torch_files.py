@@ -85,7 +85,7 @@ class _Archive:
         return self._file.read(size)
 
     def _check_layout(self) -> None:
-        """Raise `InputError` unless members, uncompressed, fill the file up to its directory without a gap."""
+        """Raise `InputError` unless members, uncompressed, fill the file up to its directory."""
         end = 0
         for member in sorted(self._zip.infolist(), key=lambda member: member.header_offset):
             if member.header_offset != end:

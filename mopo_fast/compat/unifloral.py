@@ -17,7 +17,7 @@ from torch.utils.dlpack import from_dlpack
 
 from mopo_fast.atomic import atomic_path
 from mopo_fast.compat import Checkpoint
-from mopo_fast.compat.models import actor_of, check_model, ensemble_of
+from mopo_fast.compat.models import actor_of, check_first_layer, check_model, ensemble_of
 from mopo_fast.config import Activation, Hints
 from mopo_fast.ensemble import EnsembleDynamics as Ensemble
 from mopo_fast.ensemble import elites_of
@@ -416,6 +416,7 @@ def write(checkpoint: Checkpoint, target: Path) -> None:
     biases = [bias.detach()[model.elites] for bias in model.biases]
     biases[0] = biases[0] - (model.input_mean / model.input_std) @ weights[0]
     weights[0] = weights[0] / model.input_std.unsqueeze(-1)
+    check_first_layer(weights[0], biases[0])
     layers = {
         f"Dense_{i}": {"kernel": w, "bias": b} for i, (w, b) in enumerate(zip(weights, biases, strict=True))
     }

@@ -16,7 +16,15 @@ import torch
 from hostile_files import members_of, opcodes, zipped
 
 from mopo_fast import Actor, EnsembleDynamics, InputError
-from mopo_fast.compat import Checkpoint, convert_checkpoint, get_format, mopo_tf, offlinerl_kit, polixir
+from mopo_fast.compat import (
+    Checkpoint,
+    convert_checkpoint,
+    get_format,
+    matlab_files,
+    mopo_tf,
+    offlinerl_kit,
+    polixir,
+)
 from mopo_fast.config import CHECKPOINT_FORMATS, CheckpointFormat, Hints
 from mopo_fast.tensors import load_tensors, save_tensors
 
@@ -303,13 +311,13 @@ def test_matlab_files(tmp_path: Path) -> None:
 
     assert refused(mat(arrays)) == "" == refused(mat(arrays | {"other": ["cells"]}))
     for wrong, message in (
-        (csc_array(np.eye(3)), "is a sparse; only matrices of floats"),
-        ({"a": 1.0}, "is a struct"),
-        (np.array([np.eye(2), "x"], object), "is a cell"),
-        ("text", "is a char"),
-        (np.arange(3), "is a int64"),
-        (np.array([True]), "is a logical"),
-        (np.ones((1, 3)) * 1j, "expected floats"),
+        (csc_array(np.eye(3)), "the array 0 is no matrix of real floats"),
+        ({"a": 1.0}, "is no matrix of real floats"),
+        (np.array([np.eye(2), "x"], object), "is no matrix of real floats"),
+        ("text", "is no matrix of real floats"),
+        (np.arange(3), "is no matrix of real floats"),
+        (np.array([True]), "is no matrix of real floats"),
+        (np.ones((1, 3)) * 1j, "is no matrix of real floats"),
         (np.full((1, 5), np.nan), "not finite"),
         (np.full((1, 5), 1e300), "not finite"),
         (np.ones((1, 9)), "of another model"),
@@ -318,14 +326,14 @@ def test_matlab_files(tmp_path: Path) -> None:
     ):
         assert message in refused(mat(arrays | {"0": wrong})), message
     assert "compressed" in refused(mat(arrays, do_compression=True))
-    assert "is not a MATLAB file of version 5 to 7" in refused(mat({"0": np.eye(2)}, format="4"))
+    assert "it is not of version 5 to 7" in refused(mat({"0": np.eye(2)}, format="4"))
     sound = mat(arrays)
     version = sound[:124] + b"\0\2" + sound[126:]
     assert "BNN_0.mat" in refused(version)
     # The first matrix's dimensions, and its bytes, are said to be huge.
     dims = sound.index(struct.pack("<II", 5, 8)) + 8
     huge = sound[:dims] + struct.pack("<ii", 1 << 20, 1 << 20) + sound[dims + 8 :]
-    assert "claims more numbers than the file has" in refused(huge)
+    assert "which are not those of its shape" in refused(huge)
     longer = sound[:132] + struct.pack("<I", (1 << 32) - 1) + sound[136:]
     assert "is not a whole MATLAB file" in refused(longer)
     random, failed = np.random.default_rng(0), 0
@@ -335,6 +343,30 @@ def test_matlab_files(tmp_path: Path) -> None:
             damaged[random.integers(400)] = random.integers(256)
         failed += bool(refused(bytes(damaged)))
     assert failed > 100
+
+
+def test_matlab_files_as_scipy_reads_them(tmp_path: Path) -> None:
+    from scipy.io import loadmat
+
+    made = {
+        "a": np.arange(6.0).reshape(2, 3),
+        "named_longer": np.arange(24, dtype=np.float32).reshape(2, 3, 4),
+        "one": 2.5,
+        "none": np.zeros((0, 3)),
+    }
+    (tmp_path / "made.mat").write_bytes(mat(made))
+    for path in (tmp_path / "made.mat", *sorted((RECORDED / "mopo_tf").glob("*.mat"))):
+        found, expected = matlab_files.load(path), loadmat(path)
+        assert found.keys() == {name for name in expected if not name.startswith("__")}
+        for name, array in found.items():
+            assert array.dtype == expected[name].dtype and np.array_equal(array, expected[name])
+    # The other byte order, and numbers that MATLAB has stored as small integers.
+    flags = struct.pack(">IIII", 6, 8, 6, 0) + struct.pack(">IIii", 5, 8, 1, 3)
+    body = flags + struct.pack(">HH4s", 1, 1, b"x") + struct.pack(">HH4s", 3, 2, b"\1\2\3")
+    (tmp_path / "a.mat").write_bytes(bytes(124) + b"\1\0MI" + struct.pack(">II", 14, len(body)) + body)
+    assert matlab_files.load(tmp_path / "a.mat")["x"].tolist() == [[1, 2, 3]]
+    with pytest.raises(InputError, match="does not exist"):
+        matlab_files.load(tmp_path)
 
 
 def test_layers_that_do_not_fit_take_no_memory(tmp_path: Path) -> None:

@@ -6,25 +6,23 @@ Source: mopo/models/fake_env.py, bnn.py, constructor.py, mopo/static/, softlearn
 import contextlib
 import importlib
 import logging
-import math
 import os
 import re
-import struct
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from mopo_fast.atomic import atomic_path
-from mopo_fast.compat import Checkpoint
+from mopo_fast.compat import Checkpoint, matlab_files
 from mopo_fast.config import Activation, DynamicsConfig, Hints, Penalty
 from mopo_fast.ensemble import EnsembleDynamics, elites_of
 from mopo_fast.errors import InputError
-from mopo_fast.pickles import Pickler, as_array, brief, load
+from mopo_fast.pickles import Pickler, as_array, load
 from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine
 from mopo_fast.tasks import BOXES, Box, TerminationFunction
@@ -43,8 +41,6 @@ _BOXES = {
     "humanoid": "humanoid",
     "walker2d": "walker2d",
 }
-# The type of a MATLAB file's element that is a matrix, uncompressed.
-_MATRIX = 14
 # Bytes of a .nns file; the authors' have a few hundred.
 _MAX_TEXT = 1 << 20
 _INFO = ("mean", "std", "log_prob", "dev", "unpenalized_rewards", "penalty", "penalized_rewards")
@@ -413,7 +409,7 @@ def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
     numbers are read and nothing is run.
 
     Raises:
-        InputError: a file is missing, damaged or holds another model; there are several; SciPy is missing.
+        InputError: a file is missing, damaged or holds another model; there are several.
     """
     if hints.absolute is not None:
         raise InputError("the authors' models predict changes; leave absolute out")
@@ -445,52 +441,14 @@ def _read_dynamics(path: Path, hints: Hints) -> EnsembleDynamics:
 
 
 def _load_mat(path: Path) -> list[Array]:
-    """The arrays called 0, 1, ... of a MATLAB file.
-
-    SciPy is given uncompressed matrices of floats alone, as its savemat writes them. It allocates what a file
-    declares, and follows cells in cells until the stack overflows.
-    """
-    io = _scipy_io()
-    try:
-        with open(path, "rb") as file:
-            if io.matlab.matfile_version(file)[0] != 1:
-                raise InputError(
-                    f"{path} is not a MATLAB file of version 5 to 7; save it with scipy.io.savemat"
-                )
-            _check_elements(file, path)
-            found = {name: (shape, kind) for name, shape, kind in io.whosmat(file) if name.isdecimal()}
-            for name, (shape, kind) in found.items():
-                if kind not in ("double", "single"):
-                    raise InputError(f"{path}: {name[:50]} is a {kind}; only matrices of floats are read")
-                if math.prod(shape) * 4 > path.stat().st_size:
-                    raise InputError(f"{path}: {name[:50]} claims more numbers than the file has")
-            if missing := [str(i) for i in range(len(found)) if str(i) not in found]:
-                raise InputError(f"{path} lacks the array {missing[0]}")
-            arrays = io.loadmat(file, variable_names=list(found))
-    except InputError:
-        raise
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or brief(error)}") from error
-    # A damaged file fails in any way.
-    except Exception as error:
-        raise InputError(
-            f"{path} is not a whole MATLAB file ({brief(error)}); get or make it again"
-        ) from error
-    return [arrays[str(i)] for i in range(len(found))]
-
-
-def _check_elements(file: BinaryIO, path: Path) -> None:
-    """Raise `InputError` unless the file's elements are uncompressed and end where it ends."""
-    header = file.seek(124), file.read(4)
-    order = "<" if header[1][2:] == b"IM" else ">"
-    size = path.stat().st_size
-    while file.tell() < size:
-        kind, length = struct.unpack(f"{order}II", file.read(8))
-        if kind != _MATRIX:
-            raise InputError(f"{path} has compressed elements; save it without compression")
-        if file.seek(length, os.SEEK_CUR) > size:
-            raise InputError(f"{path} is not a whole MATLAB file; get or make it again")
-    file.seek(0)
+    """The matrices called 0, 1, ... of a MATLAB file."""
+    found = {name: array for name, array in matlab_files.load(path).items() if name.isdecimal()}
+    for i in range(len(found)):
+        if str(i) not in found:
+            raise InputError(f"{path} lacks the array {i}")
+        if found[str(i)] is None:
+            raise InputError(f"{path}: the array {i} is no matrix of real floats")
+    return [found[str(i)] for i in range(len(found))]
 
 
 def _read_text(path: Path) -> str:

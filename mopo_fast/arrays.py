@@ -23,8 +23,8 @@ def to_tensor(name: str, array: Any, device: torch.device) -> torch.Tensor:
         return array
     try:
         if isinstance(array, np.ndarray):
-            # Tensors have neither negative strides nor memory that may not be written.
-            shared = np.require(array, requirements=["C", "W"])
+            # Tensors have neither negative strides, nor memory that may not be written, nor foreign bytes.
+            shared = np.require(array, array.dtype.newbyteorder("="), ["C", "W"])
             return torch.from_numpy(shared).to(device)
         if hasattr(array, "__dlpack__"):
             return from_dlpack(array)

@@ -7,20 +7,42 @@ import itertools
 import math
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
-from mopo_fast.atomic import read_json, write_json
+from mopo_fast.atomic import read_json_as, write_json
 from mopo_fast.config import ACTIVATIONS, LOG_SCALES, Activation, LogScale
 from mopo_fast.errors import InputError
 from mopo_fast.machine import check_memory
-from mopo_fast.tensors import layer_weights, load_tensors, require_shape, save_tensors, tensors_sha256
+from mopo_fast.tensors import (
+    as_float32,
+    check_sizes,
+    layer_weights,
+    load_into,
+    load_tensors,
+    save_tensors,
+    tensors_sha256,
+)
 
 FORMAT_VERSION = 2
 MAX_MEMBERS = 32
+
+
+@dataclass(frozen=True)
+class _Declared:
+    """What dynamics.json says. Version 1 had no `log_scale`."""
+
+    format_version: int
+    obs_dim: int
+    act_dim: int
+    activation: Activation
+    log_scale: LogScale | None = None
 
 
 def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
@@ -253,32 +275,33 @@ class EnsembleDynamics(nn.Module):
             InputError: a file is missing, truncated, of another version, or its shapes do not agree.
         """
         folder = Path(folder)
-        meta = read_json(folder / "dynamics.json")
+        meta = read_json_as(folder / "dynamics.json", _Declared)
         path = folder / "dynamics.safetensors"
-        tensors = load_tensors(path)
-        try:
-            version, obs_dim, act_dim = meta["format_version"], int(meta["obs_dim"]), int(meta["act_dim"])
-            activation = meta["activation"]
-            log_scale: LogScale = meta["log_scale"] if version == FORMAT_VERSION else "variance"
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{folder / 'dynamics.json'} lacks or garbles {error}") from error
-        if version not in (1, FORMAT_VERSION):
-            raise InputError(f"{folder / 'dynamics.json'} has format_version {version}, not {FORMAT_VERSION}")
+        tensors = as_float32(path, load_tensors(path))
+        if meta.format_version not in (1, FORMAT_VERSION):
+            raise InputError(
+                f"{folder / 'dynamics.json'} has format_version {meta.format_version}, not {FORMAT_VERSION}"
+            )
+        log_scale: LogScale | None = "variance" if meta.format_version == 1 else meta.log_scale
+        if log_scale is None:
+            raise InputError(f"{folder / 'dynamics.json'} lacks log_scale")
         weights = layer_weights(path, tensors, ndim=3)
+        check_sizes(path, weights, meta.obs_dim + meta.act_dim, 2 * (meta.obs_dim + 1))
         if "elites" not in tensors:
             raise InputError(f"{path} holds no elites; it is not an ensemble")
         absolute: list[int] = []
         if "absolute" in tensors:
-            require_shape(path, tensors, "absolute", torch.Size([max(0, obs_dim)]))
-            absolute = tensors["absolute"].nonzero()[:, 0].tolist()
+            mask = torch.zeros(meta.obs_dim, dtype=torch.bool)
+            load_into(path, tensors, {"absolute": mask})
+            absolute = mask.nonzero()[:, 0].tolist()
         bounds = tensors.get("max_logvar")
         model = cls(
-            obs_dim,
-            act_dim,
+            meta.obs_dim,
+            meta.act_dim,
             members=weights[0].shape[0],
             elites=max(1, tensors["elites"].numel()),
             hidden=tuple(weight.shape[-1] for weight in weights[:-1]),
-            activation=activation,
+            activation=meta.activation,
             log_scale=log_scale,
             member_bounds=bounds is not None and bounds.ndim == 2,
             absolute=absolute,
@@ -289,10 +312,7 @@ class EnsembleDynamics(nn.Module):
             name: getattr(model, name)
             for name in ("input_mean", "input_std", "max_logvar", "min_logvar", "elites")
         }
-        with torch.no_grad():
-            for name, target in targets.items():
-                require_shape(path, tensors, name, target.shape)
-                target.copy_(tensors[name])
+        load_into(path, tensors, targets)
         model.check_elites()
         if not bool((model.input_std > 0).all()):
             raise InputError(f"{path}: input_std must be positive everywhere")
@@ -307,6 +327,18 @@ def check_members(name: str, numbers: torch.Tensor, members: int) -> None:
     """Raise `InputError` unless `numbers` are distinct members 0 .. members - 1: int64 [n], n at least 1."""
     if numbers.dtype != torch.int64 or numbers.ndim != 1:
         raise InputError(f"{name} must be int64 [n], got {numbers.dtype} {list(numbers.shape)}")
-    found = numbers.tolist()
+    _check_distinct(name, numbers.tolist(), members)
+
+
+def elites_of(elites: Any, members: int) -> list[int]:
+    """Return `elites` as a list; raise `InputError` unless they are distinct members, one or more."""
+    given = list(elites) if isinstance(elites, list | tuple) else []
+    if not given or not all(isinstance(e, int | np.integer) and not isinstance(e, bool) for e in given):
+        raise InputError("elites must be whole numbers, one or more")
+    _check_distinct("elites", given, members)
+    return [int(e) for e in given]
+
+
+def _check_distinct(name: str, found: list[int], members: int) -> None:
     if not found or len(set(found)) != len(found) or not all(0 <= one < members for one in found):
-        raise InputError(f"{name} must be distinct members 0..{members - 1}, got {found}")
+        raise InputError(f"{name} must be distinct members 0..{members - 1}, got {str(found)[:100]}")

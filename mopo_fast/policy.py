@@ -6,6 +6,7 @@ Source: the authors' softlearning/policies and value_functions: two layers of 25
 import itertools
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from mopo_fast.atomic import read_json, write_json
+from mopo_fast.atomic import read_json_as, write_json
 from mopo_fast.config import ACTIVATIONS, Activation
 from mopo_fast.ensemble import mlp, mlp_bytes
 from mopo_fast.errors import InputError
 from mopo_fast.machine import check_memory
-from mopo_fast.tensors import layer_weights, load_tensors, require_shape, save_tensors
+from mopo_fast.tensors import as_float32, check_sizes, layer_weights, load_into, load_tensors, save_tensors
 
 FORMAT_VERSION = 1
 
@@ -27,6 +28,18 @@ def _xavier_uniform(shape: tuple[int, ...], generator: torch.Generator | None) -
     # Keras' default, which the authors' networks have.
     bound = math.sqrt(6.0 / (shape[-2] + shape[-1]))
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+@dataclass(frozen=True)
+class _Declared:
+    """What policy.json says."""
+
+    format_version: int
+    obs_dim: int
+    act_dim: int
+    activation: Activation
+    log_std_min: float
+    log_std_max: float
 
 
 class Actor(nn.Module):
@@ -122,30 +135,24 @@ class Actor(nn.Module):
             InputError: a file is missing, truncated, of another version, or its shapes do not agree.
         """
         folder = Path(folder)
-        meta = read_json(folder / "policy.json")
+        meta = read_json_as(folder / "policy.json", _Declared)
         path = folder / "policy.safetensors"
-        tensors = load_tensors(path)
-        if not isinstance(meta, dict) or meta.get("format_version") != FORMAT_VERSION:
+        tensors = as_float32(path, load_tensors(path))
+        if meta.format_version != FORMAT_VERSION:
             raise InputError(f"{folder / 'policy.json'} is not of format_version {FORMAT_VERSION}")
         weights = layer_weights(path, tensors, ndim=2)
-        try:
-            obs_dim, act_dim, activation = int(meta["obs_dim"]), int(meta["act_dim"]), meta["activation"]
-            log_std_min, log_std_max = float(meta["log_std_min"]), float(meta["log_std_max"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{folder / 'policy.json'} lacks or garbles {error}") from error
+        check_sizes(path, weights, meta.obs_dim, 2 * meta.act_dim)
         actor = cls(
-            obs_dim,
-            act_dim,
+            meta.obs_dim,
+            meta.act_dim,
             hidden=tuple(weight.shape[-1] for weight in weights[:-1]),
-            activation=activation,
-            log_std_min=log_std_min,
-            log_std_max=log_std_max,
+            activation=meta.activation,
+            log_std_min=meta.log_std_min,
+            log_std_max=meta.log_std_max,
         )
-        with torch.no_grad():
-            for prefix, parameters in (("weight", actor.weights), ("bias", actor.biases)):
-                for i, parameter in enumerate(parameters):
-                    require_shape(path, tensors, f"{prefix}_{i}", parameter.shape)
-                    parameter.copy_(tensors[f"{prefix}_{i}"])
+        targets: dict[str, torch.Tensor] = {f"weight_{i}": w for i, w in enumerate(actor.weights)}
+        targets |= {f"bias_{i}": b for i, b in enumerate(actor.biases)}
+        load_into(path, tensors, targets)
         return actor.to(device)
 
 

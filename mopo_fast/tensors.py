@@ -1,8 +1,9 @@
 """Named tensors on disk: safetensors, written atomically, checked on the way in."""
 
 import hashlib
+import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import safetensors
@@ -38,7 +39,8 @@ def load_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         raise InputError(f"{path} does not exist")
     try:
         tensors: dict[str, torch.Tensor] = safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
+    # A damaged file fails in any way.
+    except Exception as error:
         raise InputError(f"{path} is not a whole safetensors file ({error}); make it again") from error
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
@@ -63,6 +65,52 @@ def layer_weights(
             shape = tuple(tensors[name].shape)
             raise InputError(f"{path}: {name} must have {ndim} dimensions, got shape {shape}")
     return [tensors[name] for name in names]
+
+
+def check_layers(weights: Sequence[torch.Tensor], ndim: int) -> None:
+    """Raise `InputError` unless each layer takes what the one before gives, for as many networks.
+
+    Networks of the same sizes then take no more memory than these weights.
+
+    Args:
+        weights: [..., in, out], each of `ndim` dimensions.
+    """
+    if not weights:
+        raise InputError("there are no layers")
+    for weight in weights:
+        if weight.ndim != ndim:
+            raise InputError(f"a layer's weights must have {ndim} dimensions, got shape {list(weight.shape)}")
+    for before, after in itertools.pairwise(weights):
+        if before.shape[:-2] != after.shape[:-2] or before.shape[-1] != after.shape[-2]:
+            raise InputError(
+                f"a layer's tensor has shape {list(after.shape)}, the one before has {list(before.shape)}"
+            )
+
+
+def check_sizes(
+    path: str | os.PathLike[str], weights: Sequence[torch.Tensor], inputs: int, outputs: int
+) -> None:
+    """Raise `InputError`, which names `path`, unless layers [..., in, out] fit each other and these sizes."""
+    try:
+        check_layers(weights, weights[0].ndim)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    for layer, axis, size in ((0, -2, inputs), (len(weights) - 1, -1, outputs)):
+        if weights[layer].shape[axis] != size:
+            kind = "inputs" if axis == -2 else "outputs"
+            shape = list(weights[layer].shape)
+            raise InputError(f"{path}: weight_{layer} has shape {shape}, expected {size} {kind}")
+
+
+def as_float32(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same tensors, floats in float32; raise `InputError` where one is not finite in that."""
+    made = {
+        name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()
+    }
+    for name, tensor in made.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"{path}: {name} holds values that are not finite")
+    return made
 
 
 def require_shape(

@@ -76,10 +76,10 @@ def test_damaged_and_foreign_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ([1], "is not what an ensemble GaussianMLP"),
         (Bomb(), "not a whole file of tensors"),
         ({**content, "elite_models": [7]}, "elites must be distinct members"),
-        ({**content, "elite_models": ["a"]}, "elite_models must be whole numbers"),
+        ({**content, "elite_models": ["a"]}, "elites must be whole numbers"),
         (
             {**content, "state_dict": {k: v for k, v in state.items() if k != "hidden_layers.0.0.bias"}},
-            "lacks or garbles 'hidden_layers.0.0.bias'",
+            "lacks hidden_layers.0.0.bias",
         ),
         (
             {**content, "state_dict": {**state, "max_logvar": torch.full((1, 4), torch.inf)}},

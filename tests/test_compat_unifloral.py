@@ -221,7 +221,7 @@ def test_files_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     refused(encoded(of_another_shape), r"model.pkl: a layer's tensor has shape \[3, 15\], expected \[3, 16\]")
     refused(encoded(lambda params: params.clear()), not_theirs)
     refused(encoded(lambda params: params.update(ensemble=5)), not_theirs)
-    refused(encoded(not_finite), "model.pkl holds parameters that are not finite")
+    refused(encoded(not_finite), "model.pkl: max_logvar holds values that are not finite")
 
 
 def test_parameters_of_something_else() -> None:

@@ -8,18 +8,20 @@ Read in d3rlpy 1.1.1. Its penalty is the largest sum of variances, not the root 
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mopo_fast.atomic import read_json
+from mopo_fast.atomic import read_json_as
 from mopo_fast.compat import Checkpoint
-from mopo_fast.compat.models import activation_of, actor_of, ensemble_of
-from mopo_fast.compat.torch_files import load, save
+from mopo_fast.compat.models import activation_of, actor_of, check_first_layer, check_model, ensemble_of
+from mopo_fast.compat.torch_files import as_state, load, save, take
 from mopo_fast.config import Hints
-from mopo_fast.ensemble import EnsembleDynamics
+from mopo_fast.ensemble import MAX_MEMBERS, EnsembleDynamics
 from mopo_fast.errors import InputError
+from mopo_fast.pickles import brief
 from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine
 
@@ -150,26 +152,55 @@ def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
     content = load(source)
     if not isinstance(content, dict) or not {"_dynamics", "_policy"} & content.keys():
         raise InputError(f"{source} is not what save_model of dynamics or of a policy writes")
+    model: EnsembleDynamics | Actor
     try:
         if "_policy" in content:
-            return Checkpoint(policy=_read_policy(content["_policy"]))
-        states: list[dict[str, torch.Tensor]] = []
-        for name, value in content["_dynamics"].items():
-            _, member, parameter = name.split(".", 2)
-            if int(member) == len(states):
-                states.append({})
-            states[int(member)][parameter] = value
-        if any(not bool(torch.isfinite(value).all()) for state in states for value in state.values()):
-            raise InputError(f"{source} holds values that are not finite")
-        ensemble = _ensemble(states, hints.activation or "relu", hints.elites)
+            model = _read_policy(_floats(source, content["_policy"]))
+        else:
+            states = _members(_floats(source, content["_dynamics"]))
+            model = _ensemble(states, hints.activation or "relu", hints.elites)
     except InputError:
         raise
-    except (KeyError, AttributeError, TypeError, IndexError, ValueError, RuntimeError) as error:
-        raise InputError(f"{source} lacks or garbles {error}") from error
+    except (LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{source} lacks or garbles {brief(error)}") from error
+    check_model(source, model)
+    if isinstance(model, Actor):
+        return Checkpoint(policy=model)
     if hints.absolute:
         raise InputError("d3rlpy's models predict changes; leave absolute out")
-    parameters = source.parent / "params.json"
-    return Checkpoint(_unscaled(ensemble, read_json(parameters)) if parameters.exists() else ensemble)
+    path = source.parent / "params.json"
+    if path.exists():
+        _unscale(path, model, read_json_as(path, _Parameters))
+        check_model(path, model)
+    return Checkpoint(model)
+
+
+_DIMENSIONS = {
+    "weight": 2,
+    "weight_orig": 2,
+    **dict.fromkeys(("bias", "weight_u", "weight_v"), 1),
+    **dict.fromkeys(("_max_logstd", "_min_logstd"), 2),
+}
+
+
+def _floats(source: Path, state: Any) -> dict[str, torch.Tensor]:
+    """A state dict whose tensors are floats with as many dimensions as their names say."""
+    found = as_state(source, state)
+    for name in found:
+        if (kind := name.rpartition(".")[2]) in _DIMENSIONS:
+            take(source, found, name, _DIMENSIONS[kind])
+    return found
+
+
+def _members(state: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """Each member's tensors, of _models.0.NAME, _models.1.NAME, ..."""
+    states: list[dict[str, torch.Tensor]] = []
+    for name, value in state.items():
+        _, member, parameter = name.split(".", 2)
+        if int(member) == len(states) < MAX_MEMBERS:
+            states.append({})
+        states[int(member)][parameter] = value
+    return states
 
 
 def _read_policy(state: dict[str, torch.Tensor]) -> Actor:
@@ -184,40 +215,62 @@ def _read_policy(state: dict[str, torch.Tensor]) -> Actor:
     )
 
 
-# {name: (a scaler's parameters) -> (offset, scale) of x = offset + scale * scaled}
-Scalers = dict[str, Callable[[Any], tuple[Any, Any]]]
+@dataclass(frozen=True)
+class _Scaler:
+    type: str
+    params: dict[str, float | list[float] | None]
+
+
+@dataclass(frozen=True)
+class _Parameters:
+    """What is read of params.json."""
+
+    scaler: _Scaler | None = None
+    action_scaler: _Scaler | None = None
+    reward_scaler: _Scaler | None = None
+
+
+# {type: (a scaler's parameters) -> (offset, scale) of x = offset + scale * scaled}
+Numbers = Callable[[str], torch.Tensor]
+Scalers = dict[str, Callable[[Numbers], tuple[torch.Tensor, torch.Tensor]]]
 _OBSERVATION: Scalers = {
-    "standard": lambda p: (_tensor(p["mean"]), _tensor(p["std"]) + p["eps"]),
-    "min_max": lambda p: (_tensor(p["minimum"]), _tensor(p["maximum"]) - _tensor(p["minimum"])),
+    "standard": lambda p: (p("mean"), p("std") + p("eps")),
+    "min_max": lambda p: (p("minimum"), p("maximum") - p("minimum")),
 }
 _ACTION: Scalers = {
-    "min_max": lambda p: (
-        (_tensor(p["maximum"]) + _tensor(p["minimum"])) / 2,
-        (_tensor(p["maximum"]) - _tensor(p["minimum"])) / 2,
-    ),
+    "min_max": lambda p: ((p("maximum") + p("minimum")) / 2, (p("maximum") - p("minimum")) / 2),
 }
 _REWARD: Scalers = {
-    "standard": lambda p: (p["mean"], (p["std"] + p["eps"]) / p["multiplier"]),
-    "min_max": lambda p: (p["minimum"], (p["maximum"] - p["minimum"]) / p["multiplier"]),
-    "multiply": lambda p: (0.0, 1.0 / p["multiplier"]),
+    "standard": lambda p: (p("mean"), (p("std") + p("eps")) / p("multiplier")),
+    "min_max": lambda p: (p("minimum"), (p("maximum") - p("minimum")) / p("multiplier")),
+    "multiply": lambda p: (torch.zeros(1), 1.0 / p("multiplier")),
 }
 
 
-def _tensor(values: Any) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float32).reshape(-1)
-
-
-def _unscaled(ensemble: EnsembleDynamics, parameters: Any) -> EnsembleDynamics:
-    """The same model of unscaled numbers: scales go into the inputs, the last layer and the bounds."""
+@torch.no_grad()
+def _unscale(path: Path, ensemble: EnsembleDynamics, parameters: _Parameters) -> None:
+    """Make it a model of unscaled numbers: scales go into the inputs, the last layer and the bounds."""
 
     def scale(key: str, known: Scalers, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        scaler = parameters.get(key) if isinstance(parameters, dict) else None
-        if not scaler:
+        scaler: _Scaler | None = getattr(parameters, key)
+        if scaler is None:
             return torch.zeros(size), torch.ones(size)
-        if scaler["type"] not in known:
-            raise InputError(f"{key} {scaler['type']} cannot be part of a model: only {', '.join(known)}")
-        offset, factor = known[scaler["type"]](scaler["params"])
-        return torch.as_tensor(offset).float().expand(size), torch.as_tensor(factor).float().expand(size)
+        if scaler.type not in known:
+            raise InputError(
+                f"{path}: {key} {scaler.type[:50]} cannot be part of a model: only {', '.join(known)}"
+            )
+
+        def numbers(name: str) -> torch.Tensor:
+            values = scaler.params.get(name)
+            tensor = torch.tensor([] if values is None else values, dtype=torch.float64).reshape(-1)
+            if len(tensor) not in (1, size):
+                raise InputError(f"{path}: {key} has {len(tensor)} numbers in {name}, expected {size}")
+            return tensor.expand(size)
+
+        offset, factor = (values.float() for values in known[scaler.type](numbers))
+        if not bool(offset.isfinite().all() and factor.isfinite().all() and (factor > 0).all()):
+            raise InputError(f"{path}: {key} must have finite numbers, and scales above 0")
+        return offset, factor
 
     obs_offset, obs_scale = scale("scaler", _OBSERVATION, ensemble.obs_dim)
     act_offset, act_scale = scale("action_scaler", _ACTION, ensemble.act_dim)
@@ -226,15 +279,13 @@ def _unscaled(ensemble: EnsembleDynamics, parameters: Any) -> EnsembleDynamics:
     ensemble.input_std = torch.cat([obs_scale, act_scale])
     dims = ensemble.obs_dim + 1
     factor = torch.cat([obs_scale, reward_scale])
-    with torch.no_grad():
-        weight, bias = ensemble.weights[-1], ensemble.biases[-1]
-        weight[..., :dims] *= factor
-        bias[..., :dims] *= factor
-        bias[..., dims - 1] += reward_offset
-        # The soft bounds commute with a shift of what they bound.
-        for shifted in (bias[..., dims:], ensemble.max_logvar, ensemble.min_logvar):
-            shifted += factor.log()
-    return ensemble
+    weight, bias = ensemble.weights[-1], ensemble.biases[-1]
+    weight[..., :dims] *= factor
+    bias[..., :dims] *= factor
+    bias[..., dims - 1] += reward_offset
+    # The soft bounds commute with a shift of what they bound.
+    for shifted in (bias[..., dims:], ensemble.max_logvar, ensemble.min_logvar):
+        shifted += factor.log()
 
 
 def write(checkpoint: Checkpoint, target: Path) -> None:
@@ -261,6 +312,7 @@ def write(checkpoint: Checkpoint, target: Path) -> None:
         # Into the first layer.
         weights[0] /= ensemble.input_std[:, None]
         biases[0] -= torch.einsum("i,mio->mo", ensemble.input_mean, weights[0])
+        check_first_layer(weights[0], biases[0])
     for member in range(ensemble.members):
         prefix = f"_models.{member}"
         for layer in range(len(weights) - 1):

@@ -19,8 +19,8 @@ from mopo_fast import pickles
 from mopo_fast.atomic import atomic_path
 from mopo_fast.backends import StepResult
 from mopo_fast.compat import Checkpoint
-from mopo_fast.compat.models import activation_of, ensemble_of
-from mopo_fast.compat.torch_files import load, save
+from mopo_fast.compat.models import activation_of, check_model, ensemble_of
+from mopo_fast.compat.torch_files import as_state, load, save, take
 from mopo_fast.config import Hints, Penalty
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
@@ -342,9 +342,10 @@ def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
     if not path.exists():
         return Checkpoint()
     content = load(path)
-    state = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(state, dict) or "mean_and_logvar.weight" not in state or "max_logvar" not in state:
+    found = content.get("state_dict") if isinstance(content, dict) else None
+    if not isinstance(found, dict) or not {"mean_and_logvar.weight", "max_logvar"} <= found.keys():
         raise InputError(f"{path} is not what an ensemble GaussianMLP with variances saves")
+    state = as_state(path, found)
     if hints.activation is None:
         raise InputError(
             f"{path} does not say the activation; give it: --activation silu, as mbrl-lib's MBPO configs have"
@@ -352,31 +353,25 @@ def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
         )
     depth = sum(name.startswith("hidden_layers.") and name.endswith(".weight") for name in state)
     names = [*(f"hidden_layers.{i}.0" for i in range(depth)), "mean_and_logvar"]
-    try:
-        weights, biases = ([state[f"{name}.{kind}"] for name in names] for kind in ("weight", "bias"))
-        biases = [bias.squeeze(1) for bias in biases]
-        bounds = [state[f"{name}_logvar"].squeeze(0) for name in ("max", "min")]
-        tensors = [*weights, *biases, *bounds]
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
-            raise InputError(f"{path} holds values that are not finite")
-    except (KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"{path} lacks or garbles {error}") from error
+    weights, biases = (
+        [take(path, state, f"{name}.{kind}", 3) for name in names] for kind in ("weight", "bias")
+    )
+    bounds = [take(path, state, f"{name}_logvar", 2) for name in ("max", "min")]
     mean = std = None
     if (source / "env_stats.pickle").exists():
         mean, std = _read_scale(source / "env_stats.pickle")
     elites = content.get("elite_models") if hints.elites is None else list(hints.elites)
-    if elites is not None and not all(isinstance(elite, int) for elite in elites):
-        raise InputError(f"{path}: elite_models must be whole numbers, got {elites}")
     dynamics = ensemble_of(
         weights,
-        biases,
-        *bounds,
+        [bias.squeeze(1) for bias in biases],
+        *(bound.squeeze(0) for bound in bounds),
         activation=hints.activation,
         input_mean=mean,
         input_std=std,
         elites=elites,
         absolute=hints.absolute or (),
     )
+    check_model(path, dynamics)
     return Checkpoint(dynamics)
 
 
@@ -387,7 +382,8 @@ def _read_scale(path: Path) -> list[torch.Tensor]:
     arrays = [pickles.as_array(content[name]) for name in ("mean", "std")]
     if any(array.dtype.kind != "f" or not np.isfinite(array).all() for array in arrays):
         raise InputError(f"{path}: mean and std must be finite floats")
-    return [torch.as_tensor(array.copy()) for array in arrays]
+    with np.errstate(over="ignore"):
+        return [torch.from_numpy(array.astype(np.float32)) for array in arrays]
 
 
 def write(checkpoint: Checkpoint, target: Path) -> None:

@@ -1,16 +1,18 @@
 """Ensembles and actors on tensors that other code holds: nothing is copied where layouts agree."""
 
+import os
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from mopo_fast.config import Activation, LogScale
-from mopo_fast.ensemble import EnsembleDynamics
+from mopo_fast.ensemble import EnsembleDynamics, elites_of
 from mopo_fast.errors import InputError
 from mopo_fast.policy import Actor
+from mopo_fast.tensors import check_layers
 
-# Of torch modules and of functions in other libraries, by the name that they have there.
+# Names of torch's modules and of other libraries' functions.
 _ACTIVATIONS: dict[str, Activation] = {
     "swish": "silu",
     "silu": "silu",
@@ -56,15 +58,17 @@ def ensemble_of(
     Raises:
         InputError: shapes that do not fit each other, or what `EnsembleDynamics` refuses.
     """
-    members, inputs, _ = _three(weights[0])
+    check_layers(weights, ndim=3)
+    members, inputs, _ = weights[0].shape
     obs_dim = weights[-1].shape[-1] // 2 - 1
+    chosen = range(members) if elites is None else elites_of(elites, members)
     # Without memory of its own, and without the time to fill it.
     with torch.device("meta"):
         ensemble = EnsembleDynamics(
             obs_dim,
             inputs - obs_dim,
             members=members,
-            elites=members if elites is None else len(elites),
+            elites=len(chosen),
             hidden=tuple(weight.shape[-1] for weight in weights[:-1]),
             activation=activation,
             log_scale=log_scale,
@@ -81,11 +85,10 @@ def ensemble_of(
         if given.numel() != inputs:
             raise InputError(f"{name} has {given.numel()} values, the networks have {inputs} inputs")
         setattr(ensemble, name, given.reshape(inputs).to(device))
-    ensemble.elites = torch.tensor(range(members) if elites is None else elites, device=device)
+    ensemble.elites = torch.tensor(chosen, device=device)
     mask = torch.zeros(obs_dim, dtype=torch.bool)
     mask[list(absolute)] = True
     ensemble.absolute = mask.to(device)
-    ensemble.check_elites()
     return ensemble
 
 
@@ -97,7 +100,12 @@ def actor_of(
     log_std_min: float,
     log_std_max: float,
 ) -> Actor:
-    """An actor whose parameters are these tensors' memory: [in, out], [out] of each layer, means first."""
+    """An actor whose parameters are these tensors' memory: [in, out], [out] of each layer, means first.
+
+    Raises:
+        InputError: shapes that do not fit each other, or what `Actor` refuses.
+    """
+    check_layers(weights, ndim=2)
     with torch.device("meta"):
         actor = Actor(
             weights[0].shape[0],
@@ -112,7 +120,24 @@ def actor_of(
     return actor
 
 
+def check_model(path: str | os.PathLike[str], model: nn.Module) -> None:
+    """Raise `InputError`, which names `path`, unless all numbers are finite and scales are positive."""
+    for name, tensor in model.state_dict().items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"{path}: {name} holds values that are not finite")
+    if isinstance(model, EnsembleDynamics) and not bool((model.input_std > 0).all()):
+        raise InputError(f"{path}: input_std must be positive everywhere")
+
+
+def check_first_layer(weight: torch.Tensor, bias: torch.Tensor) -> None:
+    """Raise `InputError` where a model's scales were too small to be divided out of its first layer."""
+    if not bool(weight.isfinite().all() and bias.isfinite().all()):
+        raise InputError("the scales of its inputs are too small to be divided out of the first layer")
+
+
 def _use(ours: nn.ParameterList, theirs: Sequence[torch.Tensor]) -> None:
+    if len(ours) != len(theirs):
+        raise InputError(f"there are {len(theirs)} biases, but {len(ours)} layers")
     for layer, tensor in enumerate(theirs):
         ours[layer] = _as_parameter(ours[layer], tensor)
 
@@ -120,10 +145,6 @@ def _use(ours: nn.ParameterList, theirs: Sequence[torch.Tensor]) -> None:
 def _as_parameter(ours: torch.Tensor, theirs: torch.Tensor) -> nn.Parameter:
     if ours.shape != theirs.shape:
         raise InputError(f"a layer's tensor has shape {list(theirs.shape)}, expected {list(ours.shape)}")
+    if not theirs.is_floating_point():
+        raise InputError(f"a layer's tensor holds {theirs.dtype}, expected floats")
     return nn.Parameter(theirs.detach(), requires_grad=False)
-
-
-def _three(weight: torch.Tensor) -> torch.Size:
-    if weight.ndim != 3:
-        raise InputError(f"an ensemble's weights must be [members, in, out], got shape {list(weight.shape)}")
-    return weight.shape

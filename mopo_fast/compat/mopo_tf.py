@@ -18,14 +18,15 @@ import numpy.typing as npt
 import torch
 
 from mopo_fast.atomic import atomic_path
-from mopo_fast.compat import Checkpoint
+from mopo_fast.compat import Checkpoint, matlab_files
 from mopo_fast.config import Activation, DynamicsConfig, Hints, Penalty
-from mopo_fast.ensemble import EnsembleDynamics
+from mopo_fast.ensemble import EnsembleDynamics, elites_of
 from mopo_fast.errors import InputError
 from mopo_fast.pickles import Pickler, as_array, load
 from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine
 from mopo_fast.tasks import BOXES, Box, TerminationFunction
+from mopo_fast.tensors import check_layers
 
 logger = logging.getLogger("mopo_fast")
 
@@ -40,6 +41,8 @@ _BOXES = {
     "humanoid": "humanoid",
     "walker2d": "walker2d",
 }
+# Bytes of a .nns file; the authors' have a few hundred.
+_MAX_TEXT = 1 << 20
 _INFO = ("mean", "std", "log_prob", "dev", "unpenalized_rewards", "penalty", "penalized_rewards")
 
 
@@ -290,7 +293,7 @@ def _dynamics(
 ) -> EnsembleDynamics:
     """From a BNN's numbers in its own order: scaler, every layer's weights and biases, bounds."""
     try:
-        mean, std, *layers, high, low = (torch.from_numpy(np.array(a, np.float32)) for a in arrays)
+        mean, std, *layers, high, low = map(_floats, arrays)
         weights, biases = layers[0::2], [bias.squeeze(1) for bias in layers[1::2]]
         outputs = high.numel()
         if weights[-1].shape[-1] == outputs:
@@ -303,6 +306,9 @@ def _dynamics(
         order = torch.arange(outputs).roll(-1)
         for tensors in (weights, biases):
             tensors[-1] = torch.cat([head[..., order] for head in tensors[-1].chunk(2, -1)], -1)
+        check_layers(weights, ndim=3)
+        if weights[-1].shape[-1] != 2 * outputs or mean.numel() != weights[0].shape[1]:
+            raise InputError("its scaler or its bounds are of another model")
         model = EnsembleDynamics(
             outputs - 1,
             mean.numel() - outputs + 1,
@@ -323,13 +329,20 @@ def _dynamics(
                     raise InputError("there are numbers that are not finite")
                 ours.copy_(theirs)
             if elites is not None:
-                model.elites.copy_(torch.tensor(elites))
+                model.elites = torch.tensor(elites_of(list(elites), model.members))
     except (InputError, ValueError, IndexError, TypeError, RuntimeError) as error:
         raise InputError(f"{what} is not an ensemble as ours: {error}") from error
     if not bool((model.input_std > 0).all()):
         raise InputError(f"{what}: the scaler's deviations must be positive")
-    model.check_elites()
     return model
+
+
+def _floats(array: Any) -> torch.Tensor:
+    array = as_array(array)
+    if array.dtype.kind != "f":
+        raise InputError(f"it holds {array.dtype}, expected floats")
+    with np.errstate(over="ignore"):
+        return torch.from_numpy(array.astype(np.float32))
 
 
 def _actor(weights: Sequence[Any], policy: Any = None, what: str = "the policy") -> Actor:
@@ -338,8 +351,9 @@ def _actor(weights: Sequence[Any], policy: Any = None, what: str = "the policy")
     if not getattr(policy, "_squash", True):
         raise InputError(f"{what} is not squashed by tanh; ours is")
     try:
-        arrays = [torch.from_numpy(np.array(as_array(a), np.float32)) for a in weights]
+        arrays = [_floats(array) for array in weights]
         kernels, biases = arrays[0::2], arrays[1::2]
+        check_layers(kernels, ndim=2)
         actor = Actor(
             kernels[0].shape[0],
             kernels[-1].shape[1] // 2,
@@ -395,7 +409,7 @@ def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
     numbers are read and nothing is run.
 
     Raises:
-        InputError: a file is missing, damaged or holds another model; there are several; SciPy is missing.
+        InputError: a file is missing, damaged or holds another model; there are several.
     """
     if hints.absolute is not None:
         raise InputError("the authors' models predict changes; leave absolute out")
@@ -410,29 +424,40 @@ def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
 
 
 def _read_dynamics(path: Path, hints: Hints) -> EnsembleDynamics:
-    try:
-        arrays = _scipy_io().loadmat(path)
-    except InputError:
-        raise
-    # A damaged file fails in any way.
-    except Exception as error:
-        raise InputError(f"{path} is not a whole MATLAB file ({error}); get or make it again") from error
-    count = sum(name.isdecimal() for name in arrays)
-    if missing := [str(i) for i in range(count) if str(i) not in arrays]:
-        raise InputError(f"{path} lacks the array {missing[0]}")
+    arrays = _load_mat(path)
     activation = hints.activation or "silu"
     structure = path.with_suffix(".nns")
     if structure.exists():
         if hints.activation is not None:
             raise InputError(f"{structure} says what the activation is; leave it out")
-        names = re.findall(r"activation='?(\w+)'?", structure.read_text(errors="replace"))
+        names = re.findall(r"activation='?(\w+)'?", _read_text(structure))
         if names[-1:] != ["None"]:
             raise InputError(f"{structure} does not end in a layer without activation")
         # One head's file repeats the last layer after every other one.
         activation = _activation([name for name in names if name != "None"], str(structure))
     if hints.elites is None:
         logger.warning("%s does not say which members are elites: all are", path)
-    return _dynamics([arrays[str(i)] for i in range(count)], activation, hints.elites, str(path))
+    return _dynamics(arrays, activation, hints.elites, str(path))
+
+
+def _load_mat(path: Path) -> list[Array]:
+    """The matrices called 0, 1, ... of a MATLAB file."""
+    found = {name: array for name, array in matlab_files.load(path).items() if name.isdecimal()}
+    for i in range(len(found)):
+        if str(i) not in found:
+            raise InputError(f"{path} lacks the array {i}")
+        if found[str(i)] is None:
+            raise InputError(f"{path}: the array {i} is no matrix of real floats")
+    return [found[str(i)] for i in range(len(found))]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        if not path.is_file() or path.stat().st_size > _MAX_TEXT:
+            raise InputError(f"{path} is no text file of a few lines")
+        return path.read_text(errors="replace")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _read_policy(path: Path) -> Actor:
@@ -451,17 +476,26 @@ def write(checkpoint: Checkpoint, target: Path) -> None:
     Raises:
         InputError: their code has no such model, SciPy is missing, or the folder cannot be written.
     """
+    # All is refused that is to be refused before the first file is written.
+    if checkpoint.dynamics is not None:
+        _check_dynamics(checkpoint.dynamics)
+    if checkpoint.policy is not None:
+        _check_policy(checkpoint.policy)
     if checkpoint.dynamics is not None:
         _write_dynamics(checkpoint.dynamics, target)
     if checkpoint.policy is not None:
         _write_policy(checkpoint.policy, target / "checkpoint.pkl")
 
 
-def _write_dynamics(model: EnsembleDynamics, folder: Path) -> None:
+def _check_dynamics(model: EnsembleDynamics) -> None:
+    _scipy_io()
     if model.log_scale != "variance" or model.max_logvar.ndim > 1 or bool(model.absolute.any()):
         raise InputError(
             "the authors' models predict changes, and log-variances within bounds that all members share"
         )
+
+
+def _write_dynamics(model: EnsembleDynamics, folder: Path) -> None:
     io, outputs = _scipy_io(), model.obs_dim + 1
     order = torch.arange(outputs).roll(1)
 
@@ -491,12 +525,15 @@ def _write_dynamics(model: EnsembleDynamics, folder: Path) -> None:
             temporary.write_text("".join(text))
 
 
-def _write_policy(policy: Actor, path: Path) -> None:
+def _check_policy(policy: Actor) -> None:
     if (policy.activation, policy.log_std_min, policy.log_std_max) != ("relu", -20.0, 2.0):
         raise InputError(
             f"the authors' policies are of ReLU with log stds in [-20, 2]; this one is of {policy.activation}"
             f" with [{policy.log_std_min:g}, {policy.log_std_max:g}]"
         )
+
+
+def _write_policy(policy: Actor, path: Path) -> None:
     layers = zip(policy.weights, policy.biases, strict=True)
     weights = [tensor.detach().cpu().numpy() for layer in layers for tensor in layer]
     with atomic_path(path) as temporary, open(temporary, "wb") as file:

@@ -6,7 +6,7 @@ import torch
 
 from mopo_fast.compat import Checkpoint
 from mopo_fast.config import Hints
-from mopo_fast.ensemble import EnsembleDynamics
+from mopo_fast.ensemble import EnsembleDynamics, elites_of
 from mopo_fast.errors import InputError
 from mopo_fast.policy import Actor
 
@@ -19,8 +19,7 @@ def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
         raise InputError(f"{source / 'dynamics.json'} says what activation and absolute are; leave them out")
     dynamics = EnsembleDynamics.load(source) if (source / "dynamics.json").exists() else None
     if dynamics is not None and hints.elites is not None:
-        dynamics.elites = torch.tensor(hints.elites)
-        dynamics.check_elites()
+        dynamics.elites = torch.tensor(elites_of(hints.elites, dynamics.members))
     policy = Actor.load(source) if (source / "policy.json").exists() else None
     return Checkpoint(dynamics, policy)
 

@@ -22,13 +22,14 @@ import torch
 
 from mopo_fast.atomic import atomic_path
 from mopo_fast.compat import Checkpoint
-from mopo_fast.compat.models import activation_of, actor_of, ensemble_of
+from mopo_fast.compat.models import activation_of, actor_of, check_model, ensemble_of
 from mopo_fast.compat.torch_files import load_state, save, take
 from mopo_fast.config import DynamicsConfig, Hints, Penalty
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import EnsembleDynamics as Ensemble
 from mopo_fast.errors import InputError
 from mopo_fast.fit import FitEpoch, fit_dynamics
+from mopo_fast.pickles import brief
 from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine
 from mopo_fast.tasks import Box, above, below, make_box
@@ -121,10 +122,7 @@ class EnsembleDynamics:
     def ensemble(self) -> Ensemble:
         """The model as ours, on its own weights."""
         layers = _layers(self.model)
-        mean, std = (
-            None if value is None else torch.as_tensor(value, dtype=torch.float32)
-            for value in (self.scaler.mu, self.scaler.std)
-        )
+        mean, std = (None if value is None else _floats(value) for value in (self.scaler.mu, self.scaler.std))
         return ensemble_of(
             [layer.weight for layer in layers],
             [layer.bias.detach()[:, 0] for layer in layers],
@@ -343,7 +341,15 @@ def _draw_seed() -> int:
 
 
 def _tensors(engine: RolloutEngine, *arrays: Any) -> list[torch.Tensor]:
-    return [torch.as_tensor(array, dtype=torch.float32, device=engine.device) for array in arrays]
+    return [_floats(array).to(engine.device) for array in arrays]
+
+
+def _floats(array: Any) -> torch.Tensor:
+    """float32 of any numbers that NumPy has, as the original takes them; shared where possible."""
+    if isinstance(array, torch.Tensor):
+        return array.to(torch.float32)
+    with np.errstate(over="ignore"):
+        return torch.from_numpy(np.require(array, np.float32, ["C", "W"]))
 
 
 def _learning_rate(optim: torch.optim.Optimizer) -> float:
@@ -359,24 +365,25 @@ def _learning_rate(optim: torch.optim.Optimizer) -> float:
 
 def _transitions(data: dict[str, Array]) -> Transitions:
     floats: dict[str, Any] = {
-        name: torch.as_tensor(np.asarray(data[name], dtype=np.float32))
-        for name in ("observations", "actions", "next_observations")
+        name: _floats(data[name]) for name in ("observations", "actions", "next_observations")
     }
-    rewards = torch.as_tensor(np.asarray(data["rewards"], dtype=np.float32).reshape(-1))
-    terminals = np.asarray(data.get("terminals", np.zeros(len(rewards)))).reshape(-1) > 0
-    return Transitions(**floats, rewards=rewards, terminals=torch.as_tensor(terminals))
+    rewards = _floats(data["rewards"]).reshape(-1)
+    terminals = _floats(data.get("terminals", np.zeros(len(rewards)))).reshape(-1) > 0
+    return Transitions(**floats, rewards=rewards, terminals=terminals)
 
 
 # --- files
 
 
 def _load_array(path: Path) -> Array:
+    if not path.is_file():
+        raise InputError(f"{path} does not exist")
     try:
-        array: Array = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path} is not a whole .npy file ({error}); get or make it again") from error
+        # Mapped, so that nothing is allocated for a header which claims more than the file has.
+        array: Array = np.array(np.lib.format.open_memmap(path, mode="r"))
+    # A damaged file fails in any way.
+    except Exception as error:
+        raise InputError(f"{path} is not a whole .npy file ({brief(error)}); get or make it again") from error
     if array.dtype.kind != "f" or not np.isfinite(array).all():
         raise InputError(f"{path} must hold finite floats")
     return array
@@ -415,21 +422,25 @@ def _read_dynamics(source: Path, hints: Hints) -> Ensemble:
     state = load_state(path)
     depth = sum(name.startswith("backbones.") and name.endswith(".weight") for name in state)
     names = [*(f"backbones.{i}" for i in range(depth)), "output_layer"]
-    mean, std = (torch.as_tensor(_load_array(source / f"{name}.npy")).float() for name in ("mu", "std"))
-    biases = [take(path, state, f"{name}.bias") for name in names]
-    if any(bias.ndim != 3 for bias in biases):
+    mean, std = (_floats(_load_array(source / f"{name}.npy")) for name in ("mu", "std"))
+    biases = [take(path, state, f"{name}.bias", 3) for name in names]
+    if any(bias.shape[1] != 1 for bias in biases):
         raise InputError(f"{path}: biases must be [members, 1, out]")
-    return ensemble_of(
-        [take(path, state, f"{name}.weight") for name in names],
+    if hints.elites is None and "elites" not in state:
+        raise InputError(f"{path} lacks elites")
+    dynamics = ensemble_of(
+        [take(path, state, f"{name}.weight", 3) for name in names],
         [bias[:, 0] for bias in biases],
-        take(path, state, "max_logvar"),
-        take(path, state, "min_logvar"),
+        take(path, state, "max_logvar", 1),
+        take(path, state, "min_logvar", 1),
         activation=hints.activation or "silu",
         input_mean=mean,
         input_std=std,
-        elites=take(path, state, "elites").tolist() if hints.elites is None else hints.elites,
+        elites=state["elites"].tolist() if hints.elites is None else hints.elites,
         absolute=hints.absolute or (),
     )
+    check_model(path, dynamics)
+    return dynamics
 
 
 def _read_policy(path: Path) -> Actor:
@@ -438,12 +449,15 @@ def _read_policy(path: Path) -> Actor:
     depth = sum(name.startswith("actor.backbone.model.") and name.endswith(".weight") for name in state)
     names = [f"actor.backbone.model.{2 * i}" for i in range(depth)]
     heads = [
-        torch.cat([take(path, state, f"actor.dist_net.{head}.{kind}") for head in ("mu", "sigma")])
-        for kind in ("weight", "bias")
+        [take(path, state, f"actor.dist_net.{head}.{kind}", ndim) for head in ("mu", "sigma")]
+        for kind, ndim in (("weight", 2), ("bias", 1))
     ]
+    if any(mu.shape != sigma.shape for mu, sigma in heads):
+        raise InputError(f"{path}: mu and sigma have layers of other shapes")
+    weight, bias = map(torch.cat, heads)
     return actor_of(
-        [take(path, state, f"{name}.weight").T.contiguous() for name in names] + [heads[0].T.contiguous()],
-        [take(path, state, f"{name}.bias") for name in names] + [heads[1]],
+        [take(path, state, f"{name}.weight", 2).T.contiguous() for name in names] + [weight.T.contiguous()],
+        [take(path, state, f"{name}.bias", 1) for name in names] + [bias],
         activation="relu",
         log_std_min=-5.0,
         log_std_max=2.0,
@@ -458,36 +472,46 @@ def write(checkpoint: Checkpoint, target: Path) -> None:
     Raises:
         InputError: its code has no such model.
     """
-    ensemble, policy = checkpoint.dynamics, checkpoint.policy
+    # All is refused that is to be refused before the first file is written.
+    policy = None if checkpoint.policy is None else _policy_state(checkpoint.policy)
+    ensemble = checkpoint.dynamics
     if ensemble is not None:
-        if ensemble.log_scale == "std" or ensemble.max_logvar.ndim == 2 or bool(ensemble.absolute.any()):
-            raise InputError(
-                "OfflineRL-Kit's models have log-variances, bounds for all members, and predict changes;"
-                " these dynamics do not"
-            )
-        names = [*(f"backbones.{i}" for i in range(len(ensemble.hidden))), "output_layer"]
-        state: dict[str, torch.Tensor] = {
-            "max_logvar": ensemble.max_logvar.detach(),
-            "min_logvar": ensemble.min_logvar.detach(),
-            "elites": ensemble.elites,
-        }
-        for name, weight, bias in zip(names, ensemble.weights, ensemble.biases, strict=True):
-            for prefix in ("", "saved_"):
-                state[f"{name}.{prefix}weight"] = weight.detach()
-                state[f"{name}.{prefix}bias"] = bias.detach()[:, None]
         scale = (values.numpy()[None] for values in (ensemble.input_mean, ensemble.input_std))
-        _save_files(target, state, *scale)
+        _save_files(target, _dynamics_state(ensemble), *scale)
     if policy is not None:
-        if (policy.activation, policy.log_std_min, policy.log_std_max) != ("relu", -5.0, 2.0):
-            raise InputError(
-                "OfflineRL-Kit's actor has ReLU and log stds clipped to [-5, 2]; this policy has"
-                f" {policy.activation} and [{policy.log_std_min:g}, {policy.log_std_max:g}]"
-            )
-        state = {}
-        for i, (weight, bias) in enumerate(zip(policy.weights[:-1], policy.biases[:-1], strict=True)):
-            state[f"actor.backbone.model.{2 * i}.weight"] = weight.detach().T.contiguous()
-            state[f"actor.backbone.model.{2 * i}.bias"] = bias.detach()
-        for kind, value in (("weight", policy.weights[-1].detach().T), ("bias", policy.biases[-1].detach())):
-            for head, half in zip(("mu", "sigma"), value.chunk(2), strict=True):
-                state[f"actor.dist_net.{head}.{kind}"] = half.contiguous()
-        save(target / "policy.pth", state)
+        save(target / "policy.pth", policy)
+
+
+def _dynamics_state(ensemble: Ensemble) -> dict[str, torch.Tensor]:
+    if ensemble.log_scale == "std" or ensemble.max_logvar.ndim == 2 or bool(ensemble.absolute.any()):
+        raise InputError(
+            "OfflineRL-Kit's models have log-variances, bounds for all members, and predict changes;"
+            " these dynamics do not"
+        )
+    names = [*(f"backbones.{i}" for i in range(len(ensemble.hidden))), "output_layer"]
+    state: dict[str, torch.Tensor] = {
+        "max_logvar": ensemble.max_logvar.detach(),
+        "min_logvar": ensemble.min_logvar.detach(),
+        "elites": ensemble.elites,
+    }
+    for name, weight, bias in zip(names, ensemble.weights, ensemble.biases, strict=True):
+        for prefix in ("", "saved_"):
+            state[f"{name}.{prefix}weight"] = weight.detach()
+            state[f"{name}.{prefix}bias"] = bias.detach()[:, None]
+    return state
+
+
+def _policy_state(policy: Actor) -> dict[str, torch.Tensor]:
+    if (policy.activation, policy.log_std_min, policy.log_std_max) != ("relu", -5.0, 2.0):
+        raise InputError(
+            "OfflineRL-Kit's actor has ReLU and log stds clipped to [-5, 2]; this policy has"
+            f" {policy.activation} and [{policy.log_std_min:g}, {policy.log_std_max:g}]"
+        )
+    state = {}
+    for i, (weight, bias) in enumerate(zip(policy.weights[:-1], policy.biases[:-1], strict=True)):
+        state[f"actor.backbone.model.{2 * i}.weight"] = weight.detach().T.contiguous()
+        state[f"actor.backbone.model.{2 * i}.bias"] = bias.detach()
+    for kind, value in (("weight", policy.weights[-1].detach().T), ("bias", policy.biases[-1].detach())):
+        for head, half in zip(("mu", "sigma"), value.chunk(2), strict=True):
+            state[f"actor.dist_net.{head}.{kind}"] = half.contiguous()
+    return state

@@ -4,8 +4,7 @@ Source: offlinerl/utils/net/model/ensemble.py, tanhpolicy.py, offlinerl/algo/mod
 """
 
 import functools
-import zipfile
-from collections import OrderedDict
+import operator
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,12 +15,15 @@ from torch import nn
 
 from mopo_fast.atomic import atomic_path
 from mopo_fast.compat import Checkpoint
+from mopo_fast.compat.models import check_model
+from mopo_fast.compat.torch_files import load
 from mopo_fast.config import Activation, Hints
-from mopo_fast.ensemble import EnsembleDynamics
+from mopo_fast.ensemble import EnsembleDynamics, elites_of
 from mopo_fast.errors import InputError
-from mopo_fast.pickles import NUMPY, Inert, Pickler, unpickler
+from mopo_fast.pickles import Inert, Pickler, brief
 from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine
+from mopo_fast.tensors import check_layers
 
 # Added to a standard deviation that divides.
 _EPSILON = 1e-8
@@ -99,9 +101,7 @@ def from_transition(transition: Any) -> EnsembleDynamics:
     members = len(transition.output_layer.weight)
     model = _empty(transition, members)
     _copy_numbers(transition, range(members), model)
-    elites = list(transition.output_layer.select)
-    model.elites = torch.tensor(elites, dtype=torch.int64)
-    model.check_elites()
+    model.elites = torch.tensor(elites_of(list(transition.output_layer.select), members))
     return model
 
 
@@ -113,7 +113,11 @@ def _empty(transition: Any, members: int) -> EnsembleDynamics:
     """An ensemble of the transition's sizes and kind, its numbers still to come."""
     if not transition.with_reward:
         raise InputError("the EnsembleTransition predicts no reward; ours do")
-    obs_dim, shapes = int(transition.obs_dim), [layer.weight.shape for layer in _layers(transition)]
+    check_layers([layer.weight for layer in _layers(transition)], ndim=3)
+    shapes = [layer.weight.shape for layer in _layers(transition)]
+    obs_dim = operator.index(transition.obs_dim)
+    if not 0 < obs_dim < shapes[0][1] or shapes[-1][2] != 2 * (obs_dim + 1):
+        raise InputError(f"its layers are not those of observations of {obs_dim} dimensions")
     delta = transition.mode in ("local", "normalize")
     return EnsembleDynamics(
         obs_dim,
@@ -131,40 +135,45 @@ def _empty(transition: Any, members: int) -> EnsembleDynamics:
 @torch.no_grad()
 def _copy_numbers(transition: Any, members: Sequence[int], model: EnsembleDynamics) -> None:
     for layer, weight, bias in zip(_layers(transition), model.weights, model.biases, strict=True):
-        weight.copy_(layer.weight[members])
-        bias.copy_(layer.bias[members, 0])
-    model.max_logvar.copy_(transition.max_logstd)
-    model.min_logvar.copy_(transition.min_logstd)
+        _fill(weight, layer.weight[members])
+        _fill(bias, layer.bias[members, 0])
+    _fill(model.max_logvar, transition.max_logstd)
+    _fill(model.min_logvar, transition.min_logstd)
     if transition.mode == "normalize" and transition.obs_mean is not None:
-        model.input_mean[: model.obs_dim] = transition.obs_mean
-        model.input_std[: model.obs_dim] = transition.obs_std + _EPSILON
+        _fill(model.input_mean[: model.obs_dim], transition.obs_mean.reshape(-1))
+        _fill(model.input_std[: model.obs_dim], transition.obs_std.reshape(-1) + _EPSILON)
+
+
+def _fill(target: torch.Tensor, numbers: torch.Tensor) -> None:
+    if target.shape != numbers.shape or not numbers.is_floating_point():
+        raise InputError(
+            f"it has {numbers.dtype} of shape {list(numbers.shape)}, not floats of {list(target.shape)}"
+        )
+    target.copy_(numbers)
 
 
 class _PickleModule:
-    """What torch.load and torch.save ask of a module of pickles: makes tensors, stands in for all else."""
+    """What torch.save asks of a module of pickles."""
 
     Pickler = Pickler
-    Unpickler = unpickler(
-        {
-            **NUMPY,
-            "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
-            "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
-            "collections.OrderedDict": OrderedDict,
-            **dict.fromkeys(("builtins.set", "__builtin__.set"), set),
-        },
-        inert=None,
-    )
 
 
-def _attributes(module: Inert) -> Any:
-    """A module's stand-in with what it holds as attributes, and its class's name as `kind`; or a list."""
-    state = module.state
-    values = {**state, **state["_parameters"], **state["_buffers"], **state["_modules"]}
-    values = {name: _attributes(v) if isinstance(v, Inert) else v for name, v in values.items()}
-    kind = type(module).__name__
+def _attributes(module: Any, made: dict[int, Any]) -> Any:
+    """A module's stand-in with what it holds as attributes, and its class's name as `kind`; or a list.
+
+    `made` has what was made of modules before: each may be in many others.
+    """
+    # A set is a stand-in too, and has no state.
+    if not isinstance(module, Inert) or module.state is None or id(module) in made:
+        return made.get(id(module), module)
+    kind, state = type(module).__name__, module.state
     if kind in ("ModuleList", "Sequential"):
-        return [values[name] for name in state["_modules"]]
-    return SimpleNamespace(kind=kind, **values)
+        made[id(module)] = [_attributes(value, made) for value in state["_modules"].values()]
+        return made[id(module)]
+    made[id(module)] = SimpleNamespace(kind=kind)
+    for part in (state, state["_parameters"], state["_buffers"], state["_modules"]):
+        vars(made[id(module)]).update({name: _attributes(value, made) for name, value in part.items()})
+    return made[id(module)]
 
 
 WRITES_POLICIES = True
@@ -187,40 +196,30 @@ def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
         found = [read(path, hints) for path in both if path.exists()]
         models = [(one.dynamics, one.policy) for one in found]
         return Checkpoint(next((d for d, _ in models if d), None), next((p for _, p in models if p), None))
+    content = load(source, inert=None)
     try:
-        # torch.load would hand a scripted module to another reader.
-        with zipfile.ZipFile(source) as archive:
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                raise InputError("it holds a scripted module")
-        content = torch.load(source, map_location="cpu", weights_only=False, pickle_module=_PickleModule)
-        module = _attributes(content)
+        if not isinstance(content, Inert):
+            raise InputError(f"it holds a {type(content).__name__}")
+        module = _attributes(content, {})
         if module.kind == "EnsembleTransition":
             if module.activation.kind != "Swish":
                 raise InputError(f"it has hidden layers of {module.activation.kind}, not Swish")
             dynamics = from_transition(module)
             if hints.elites is not None:
-                dynamics.elites = torch.tensor(hints.elites)
-                dynamics.check_elites()
-            _check_finite(dynamics)
+                dynamics.elites = torch.tensor(elites_of(hints.elites, dynamics.members))
+            check_model(source, dynamics)
             return Checkpoint(dynamics)
         if module.kind == "TanhGaussianPolicy":
             policy = _actor(module)
-            _check_finite(policy)
+            check_model(source, policy)
             return Checkpoint(policy=policy)
         raise InputError(f"it holds a {module.kind}")
-    except OSError as error:
-        raise InputError(f"cannot read {source}: {error.strerror or error}") from error
     # A damaged or foreign file fails in any way.
     except Exception as error:
         raise InputError(
-            f"{source} is no EnsembleTransition or TanhGaussianPolicy that torch.save has written: {error}"
+            f"{source} is no EnsembleTransition or TanhGaussianPolicy that torch.save has written:"
+            f" {brief(error)}"
         ) from error
-
-
-def _check_finite(model: nn.Module) -> None:
-    for name, tensor in model.state_dict().items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise InputError(f"{name} holds values that are not finite")
 
 
 def _actor(policy: Any) -> Actor:
@@ -233,6 +232,7 @@ def _actor(policy: Any) -> Actor:
     weights = [layer.weight.T for layer in hidden]
     weights.append(torch.cat((policy.mu.weight, policy.sigma.weight)).T)
     biases = [layer.bias for layer in hidden] + [torch.cat((policy.mu.bias, policy.sigma.bias))]
+    check_layers(weights, ndim=2)
     actor = Actor(
         weights[0].shape[0],
         len(policy.mu.bias),
@@ -241,12 +241,9 @@ def _actor(policy: Any) -> Actor:
         log_std_min=_LOG_STD_MIN,
         log_std_max=_LOG_STD_MAX,
     )
-    ours = [*actor.weights, *actor.biases]
     with torch.no_grad():
-        for target, tensor in zip(ours, [*weights, *biases], strict=True):
-            if target.shape != tensor.shape:
-                raise InputError(f"a layer has {tuple(tensor.shape)} numbers, not {tuple(target.shape)}")
-            target.copy_(tensor)
+        for target, tensor in zip([*actor.weights, *actor.biases], [*weights, *biases], strict=True):
+            _fill(target, tensor)
     return actor
 
 
@@ -281,15 +278,15 @@ def write(checkpoint: Checkpoint, target: Path) -> None:
     Raises:
         InputError: their code has no such model, or the folder cannot be written.
     """
+    modules: dict[str, nn.Module] = {}
     if checkpoint.dynamics is not None:
-        _save(_transition(checkpoint.dynamics), target / "dynamics.pt")
+        modules["dynamics.pt"] = _transition(checkpoint.dynamics)
     if checkpoint.policy is not None:
-        _save(_policy(checkpoint.policy), target / "policy.pt")
-
-
-def _save(module: nn.Module, path: Path) -> None:
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        torch.save(module, file, pickle_module=_PickleModule)
+        modules["policy.pt"] = _policy(checkpoint.policy)
+    # All is refused that is to be refused before the first file is written.
+    for name, module in modules.items():
+        with atomic_path(target / name) as temporary, open(temporary, "wb") as file:
+            torch.save(module, file, pickle_module=_PickleModule)
 
 
 def _transition(model: EnsembleDynamics) -> nn.Module:

@@ -17,11 +17,12 @@ from torch.utils.dlpack import from_dlpack
 
 from mopo_fast.atomic import atomic_path
 from mopo_fast.compat import Checkpoint
-from mopo_fast.compat.models import actor_of, ensemble_of
+from mopo_fast.compat.models import actor_of, check_first_layer, check_model, ensemble_of
 from mopo_fast.config import Activation, Hints
 from mopo_fast.ensemble import EnsembleDynamics as Ensemble
+from mopo_fast.ensemble import elites_of
 from mopo_fast.errors import InputError
-from mopo_fast.pickles import NUMPY, as_array, load
+from mopo_fast.pickles import NUMPY, as_array, from_buffer, load
 from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine
 from mopo_fast.seeds import ROLLOUT, derive_seed
@@ -343,7 +344,7 @@ _ALLOWED: dict[str, Callable[..., Any]] = {
     "jax._src.array._reconstruct_array": _filled,
     # As `write` has them.
     "jax.numpy.asarray": lambda array: array,
-    "numpy.ndarray": lambda shape, kind, content: np.frombuffer(content, kind).reshape(shape),
+    "numpy.ndarray": lambda shape, kind, content: from_buffer(content, kind, shape, "C"),
 }
 
 
@@ -364,17 +365,23 @@ def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
     try:
         dynamics = _make_ensemble(
             found.state.get("params"),
-            lambda value: torch.tensor(as_array(value), dtype=torch.float32),
+            _copied,
             hints.activation or "relu",
         )
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
-    if not all(bool(parameter.isfinite().all()) for parameter in dynamics.parameters()):
-        raise InputError(f"{source} holds parameters that are not finite")
+    check_model(source, dynamics)
     if hints.elites is not None:
-        dynamics.elites = torch.tensor(hints.elites)
-        dynamics.check_elites()
+        dynamics.elites = torch.tensor(elites_of(hints.elites, dynamics.members))
     return Checkpoint(dynamics)
+
+
+def _copied(value: Any) -> torch.Tensor:
+    array = as_array(value)
+    if array.dtype.kind != "f":
+        raise InputError(f"a parameter holds {array.dtype}, expected floats")
+    with np.errstate(over="ignore"):
+        return torch.from_numpy(array.astype(np.float32))
 
 
 def write(checkpoint: Checkpoint, target: Path) -> None:
@@ -409,6 +416,7 @@ def write(checkpoint: Checkpoint, target: Path) -> None:
     biases = [bias.detach()[model.elites] for bias in model.biases]
     biases[0] = biases[0] - (model.input_mean / model.input_std) @ weights[0]
     weights[0] = weights[0] / model.input_std.unsqueeze(-1)
+    check_first_layer(weights[0], biases[0])
     layers = {
         f"Dense_{i}": {"kernel": w, "bias": b} for i, (w, b) in enumerate(zip(weights, biases, strict=True))
     }

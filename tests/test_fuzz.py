@@ -1,5 +1,7 @@
 """The fuzzer of readers (`make fuzz`): every reader has joined it, and it finds readers that are broken."""
 
+import contextlib
+import io
 import multiprocessing
 import os
 import pickle
@@ -13,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from fuzz import __main__ as fuzz_main
 from fuzz.children import SECRET, Entry, Fuzzer, Limits, Verdict, World, check_secret
 from fuzz.mutations import mutate_bytes, mutate_json_text, mutate_pickle
 from fuzz.readers import ENTRIES, EXEMPT
@@ -93,17 +96,18 @@ def test_what_does_not_read_is_no_reader(writing: str) -> None:
 def _read_sound_inputs(folder: Path) -> tuple[list[Verdict], list[Verdict]]:
     fuzzer = Fuzzer(ENTRIES, folder)
     sound = fuzzer.make_corpus(numbers=(0,))
-    by_name = {entry.name: entry for entry in ENTRIES}
+    by_name = {entry.name.replace(" ", "-"): entry for entry in ENTRIES}
     return sound, [fuzzer.replay(by_name[kept.parent.name], kept) for kept in sorted(REGRESSIONS.glob("*/*"))]
 
 
 def test_sound_inputs_are_read_and_regressions_stay_mended(tmp_path: Path) -> None:
-    """Regressions are folders, ENTRY/NAME, of files that take the place of a sound input's."""
+    """Regressions are folders of files, ENTRY-NAME/WHAT, that take the place of a sound input's."""
     names = [entry.name for entry in ENTRIES]
     assert len(set(names)) == len(names)
     sound, replayed = in_process(_read_sound_inputs, tmp_path)
     assert [verdict.entry for verdict in sound] == names
     assert {verdict.entry: verdict.details for verdict in sound if verdict.kind != "read"} == {}
+    assert replayed
     assert [verdict for verdict in replayed if verdict.failed] == []
 
 
@@ -165,6 +169,8 @@ def _find_broken(folder: Path) -> dict[str, Verdict]:
         assert (verdict.entry, verdict.number) not in found
         found[verdict.entry, verdict.number] = verdict
     fuzzer.keep(found["key", 7], folder / "kept")
+    replayed = fuzzer.replay(entries[list(BROKEN).index("segfault")], folder / "kept")
+    assert (replayed.kind, replayed.what) == ("crash", "SIGSEGV")
     assert len(found) == 2 * len(BROKEN)
     return {name: verdict for (name, number), verdict in found.items() if number == 8}
 
@@ -183,6 +189,26 @@ def test_broken_readers_are_found(tmp_path: Path) -> None:
     assert "KeyError: 'missing'" in found["key"].details
     assert "KeyError: 'missing'" in (tmp_path / "kept" / "verdict.txt").read_text()
     assert not (tmp_path / "elsewhere").exists() or found["writes elsewhere"].kind == "escape"
+
+
+def _run_main(folder: Path) -> list[tuple[int, str]]:
+    told = []
+    for name in ("refuses", "key"):
+        fuzz_main.ENTRIES = (Entry(name, _write_input, ("input.json",), BROKEN[name][0], ()),)
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):
+            code = fuzz_main.main(["--cases", "3", "--keep", str(folder / "kept"), "--seed", "5"])
+        told.append((code, output.getvalue()))
+    return told
+
+
+def test_the_command(tmp_path: Path) -> None:
+    (code, output), (failed, told) = in_process(_run_main, tmp_path)
+    # That input is never read is told too.
+    assert "refuses does not read its own input: no" in output and code == 1
+    assert failed == 1 and "3 cases" in told and "--seed 5" in told
+    assert "000 traceback: KeyError in test_fuzz.py:<lambda>, 3 cases of key" in told
+    assert "KeyError" in (tmp_path / "kept" / "000-traceback-key" / "verdict.txt").read_text()
 
 
 # --- mutations

@@ -2,6 +2,7 @@
 
 import argparse
 import random
+import resource
 import shutil
 import sys
 import tempfile
@@ -47,11 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         unsound = [verdict for verdict in fuzzer.make_corpus() if verdict.kind != "read"]
         for verdict in unsound:
             console.print(f"{verdict.entry} does not read its own input: {verdict.details}", markup=False)
-        began = time.monotonic()
+        began, cpu_before = time.monotonic(), _cpu_seconds()
         verdicts: list[Verdict] = []
         for verdict in fuzzer.run(cases):
             verdicts.append(verdict)
-        seconds = time.monotonic() - began
+        seconds, cpu = time.monotonic() - began, _cpu_seconds() - cpu_before
         unique = _unique(verdicts)
         shutil.rmtree(options.keep, ignore_errors=True)
         for number, group in enumerate(unique):
@@ -59,7 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 group[0], options.keep / f"{number:03}-{group[0].kind}-{group[0].entry.replace(' ', '-')}"
             )
     console.print(_table(verdicts))
-    console.print(f"{len(verdicts)} cases in {seconds:.0f} s, {len(verdicts) / seconds:.1f} a second")
+    rate = len(verdicts) / seconds
+    console.print(
+        f"{len(verdicts)} cases in {seconds:.0f} s, {rate:.1f} a second; {cpu:.0f} s of processor time"
+    )
     for number, group in enumerate(unique):
         first = group[0]
         where = f" in {first.where}" if first.where else ""
@@ -74,6 +78,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unique:
         console.print(f"Their files are in {options.keep}")
     return 1 if unique or unsound else 0
+
+
+def _cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _unique(verdicts: Sequence[Verdict]) -> list[list[Verdict]]:

@@ -5,7 +5,9 @@ import errno
 import faulthandler
 import hashlib
 import importlib
+import itertools
 import json
+import logging
 import os
 import random
 import re
@@ -96,6 +98,8 @@ class Verdict:
         return self.kind, self.what, self.where
 
 
+# Beside a failure's files.
+VERDICT = "verdict.txt"
 FAILURES = ("traceback", "crash", "hang", "memory", "escape", "mutation")
 
 
@@ -128,8 +132,11 @@ class World:
         secret = np.full(4096, SECRET, np.float32)
         (self.canary / "outside.bin").write_bytes(secret.tobytes())
         with h5py.File(self.canary / "outside.hdf5", "w") as file:
+            # Of the shapes that inputs have, and of any.
             file["floats"] = secret
-            file["bools"] = np.ones(40, bool)
+            for rows, columns in itertools.product((4, 8, 24, 30, 40), (None, 2, 3, 6, 8, 11, 17, 27)):
+                shape = (rows,) if columns is None else (rows, columns)
+                file["x".join(map(str, shape))] = np.full(shape, SECRET, np.float32)
 
     def _look(self) -> dict[str, Any]:
         """Content, mode and times of everything but the case's folder, and of temporary files."""
@@ -215,6 +222,7 @@ def settle(world: World, limits: Limits | None = None) -> None:
     socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = _no_network  # type: ignore[assignment]
     sys.dont_write_bytecode = True
     warnings.simplefilter("ignore")
+    logging.disable()
     if limits is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -557,7 +565,7 @@ class Fuzzer:
             f"entry: {verdict.entry}\ncase: {verdict.number}\nmutation: {verdict.mutation}\n"
             f"{verdict.kind}: {verdict.what} in {verdict.where}\n\n{verdict.details}\n"
         )
-        (target / "verdict.txt").write_text(told.encode("utf-8", "replace").decode())
+        (target / VERDICT).write_text(told.encode("utf-8", "replace").decode())
 
     def replay(self, entry: Entry, files: Path) -> Verdict:
         """The verdict on an entry's sound input with files of a folder in place of its own."""
@@ -572,7 +580,8 @@ class Fuzzer:
             os.close(receives)
             settle(world, self.limits)
             world.place(self.corpus / entry.name / "0")
-            shutil.copytree(files, world.case, dirs_exist_ok=True, symlinks=True)
+            told = shutil.ignore_patterns(VERDICT)
+            shutil.copytree(files, world.case, dirs_exist_ok=True, symlinks=True, ignore=told)
             os.write(sends, json.dumps({"reads": 0, "mutation": str(files)}).encode() + b"\n")
             os.write(sends, json.dumps(vars(judge(entry, 0, world, Watch(world)))).encode() + b"\n")
 

@@ -14,6 +14,7 @@ import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def mutate(path: Path, donor: Path, rng: random.Random) -> str:
     told: list[str] = []
     for _ in range(rng.choice((1, 1, 1, 1, 2, 3))):
         chance = rng.random()
-        if chance < 0.02:
+        if chance < 0.03:
             told.append(mutate_node(path, rng))
             break
         if structure is not None and chance < 0.65:
@@ -89,13 +90,20 @@ def mutate(path: Path, donor: Path, rng: random.Random) -> str:
 
 
 def mutate_node(path: Path, rng: random.Random) -> str:
-    """Put something else in the file's place."""
-    kind = rng.choice(
-        ("missing", "empty", "folder", "fifo", "loop", "dangling", "zero", "canary", "unreadable")
-    )
-    if kind == "unreadable":
-        path.chmod(0)
-        return kind
+    """Put something else in the file's place, or beside it."""
+    kinds = "missing,empty,folder,fifo,loop,dangling,zero,canary,unreadable,lock,lock,temporary".split(",")  # noqa: SIM905
+    kind = rng.choice(kinds)
+    canary = os.path.relpath(Path(CANARY, "text").resolve(), path.parent.resolve())
+    match kind:
+        case "unreadable":
+            path.chmod(0)
+            return kind
+        case "lock" | "temporary":
+            # What a process of ours would have left there.
+            beside = path.with_name(".lock" if kind == "lock" else f".{path.name}.abcdefgh.tmp")
+            make = rng.choice((beside.mkdir, beside.touch, partial(os.mkfifo, beside)))
+            rng.choice((make, partial(beside.symlink_to, canary)))()
+            return f"a {kind} file beside it"
     path.unlink()
     match kind:
         case "empty":
@@ -111,7 +119,7 @@ def mutate_node(path: Path, rng: random.Random) -> str:
         case "zero":
             path.symlink_to("/dev/zero")
         case "canary":
-            path.symlink_to(os.path.relpath(Path(CANARY, "text").resolve(), path.parent.resolve()))
+            path.symlink_to(canary)
     return f"{kind} in its place"
 
 
@@ -311,7 +319,7 @@ def _mutate_hdf5(path: Path, donor: Path, rng: random.Random) -> str:
         kind = rng.choice(HDF5_KINDS)
         value = file[name][()]
         array = np.asarray(value)
-        outside = f"{CANARY}/outside.hdf5"
+        outside, same_shape = f"{CANARY}/outside.hdf5", "x".join(map(str, array.shape))
 
         def replace(**options: Any) -> None:
             del file[name]
@@ -392,7 +400,7 @@ def _mutate_hdf5(path: Path, donor: Path, rng: random.Random) -> str:
             case "external":
                 del file[name]
                 target = rng.choice((outside, outside, path.name, "/dev/zero", "nothing.hdf5"))
-                file[name] = h5py.ExternalLink(target, rng.choice(("floats", "bools", name)))
+                file[name] = h5py.ExternalLink(target, rng.choice((same_shape, same_shape, "floats", name)))
             case "external storage":
                 shape = rng.choice((array.shape, array.shape, (10**12,)))
                 target = rng.choice(
@@ -408,9 +416,8 @@ def _mutate_hdf5(path: Path, donor: Path, rng: random.Random) -> str:
                 replace(shape=shape, dtype="f4", external=[(target, 0, size)])
             case "virtual":
                 layout = h5py.VirtualLayout(array.shape, "f4")
-                source = h5py.VirtualSource(
-                    rng.choice((outside, outside, "nothing.hdf5", ".")), "floats", array.shape
-                )
+                target = rng.choice((outside, outside, "nothing.hdf5", "."))
+                source = h5py.VirtualSource(target, same_shape, array.shape)
                 layout[...] = source
                 del file[name]
                 file.create_virtual_dataset(name, layout, fillvalue=rng.choice((None, 1.0)))
@@ -510,45 +517,11 @@ def _mutate_hdf5(path: Path, donor: Path, rng: random.Random) -> str:
     return f"HDF5 {kind} of {name}"
 
 
-HDF5_KINDS = (
-    *(
-        "delete",
-        "rename",
-        "exchange",
-        "dtype",
-        "reshape",
-        "rows",
-        "scalar",
-        "values",
-        "group",
-        "root group",
-        "soft",
-    ),
-    *(
-        "external",
-        "external storage",
-        "virtual",
-        "huge",
-        "early",
-        "wide",
-        "null",
-        "compound",
-        "variable",
-        "reference",
-    ),
-    *(
-        "enum",
-        "subarray",
-        "filter",
-        "attribute",
-        "metadata",
-        "metadata",
-        "drop metadata",
-        "more",
-        "names",
-        "deep",
-    ),
-)
+HDF5_KINDS = (  # noqa: SIM905
+    "delete,rename,exchange,dtype,reshape,rows,scalar,values,group,root group,soft,external,external,"
+    "external storage,external storage,virtual,virtual,huge,early,wide,null,compound,variable,reference,enum,"
+    "subarray,filter,attribute,metadata,metadata,drop metadata,more,names,deep"
+).split(",")
 
 
 # --- NumPy's files

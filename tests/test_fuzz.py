@@ -126,6 +126,13 @@ def _refuse() -> None:
     raise InputError("no")
 
 
+def _open_link() -> None:
+    """What a lock does: a link in its place is refused."""
+    Path("link").symlink_to("../canary/text")
+    with contextlib.suppress(OSError):
+        os.open("link", os.O_RDWR | os.O_NOFOLLOW)
+
+
 def _allocate() -> None:
     bytes(4 << 30)
 
@@ -150,6 +157,7 @@ BROKEN: dict[str, tuple[Callable[[], Any], str, str]] = {
     "removes": (lambda: Path("../canary/folder/inside").unlink(), "escape", "os.remove"),
     "tries to remove": (lambda: Path("../nothing").unlink(missing_ok=True), "escape", "os.remove"),
     "writes elsewhere": (lambda: Path("../../elsewhere").write_text(""), "escape", "open"),
+    "follows no link": (_open_link, "read", ""),
     "runs": (lambda: os.system("true"), "escape", "os.system"),
     "shell": (lambda: pickle.loads(b"cposix\nsystem\n(V: > ../canary/bomb\ntR."), "escape", "os.system"),
     "returns what is outside": (_read_outside, "escape", "read"),
@@ -207,7 +215,7 @@ def test_the_command(tmp_path: Path) -> None:
     # That input is never read is told too.
     assert "refuses does not read its own input: no" in output and code == 1
     assert failed == 1 and "3 cases" in told and "--seed 5" in told
-    assert "000 traceback: KeyError in test_fuzz.py:<lambda>, 3 cases of key" in told
+    assert "000 traceback: KeyError in children.py:judge, 3 cases of key" in told
     assert "KeyError" in (tmp_path / "kept" / "000-traceback-key" / "verdict.txt").read_text()
 
 

@@ -47,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         fuzzer = Fuzzer(entries, Path(folder), options.jobs, Limits(seconds=options.seconds))
         unsound = [verdict for verdict in fuzzer.make_corpus() if verdict.kind != "read"]
         for verdict in unsound:
-            console.print(f"{verdict.entry} does not read its own input: {verdict.details}", markup=False)
+            console.print(
+                f"{verdict.entry} does not read its own input: {_last_line(verdict.details)}", markup=False
+            )
         began, cpu_before = time.monotonic(), _cpu_seconds()
         verdicts: list[Verdict] = []
         for verdict in fuzzer.run(cases):

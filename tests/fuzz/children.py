@@ -169,7 +169,12 @@ class World:
         rng = random.Random(f"{entry.name} {number}")
         files = mutated_files(entry, sound)
         path = rng.choice(files)
-        return f"{path}: {mutate(Path(path), donor / path if (donor / path).exists() else sound / path, rng)}"
+        told = mutate(Path(path), donor / path if (donor / path).exists() else sound / path, rng)
+        if self.changes():
+            # HDF5 opens the files that a file refers to for writing too.
+            self._fill()
+            self._before = self._look()
+        return f"{path}: {told}"
 
     def place(self, folder: Path) -> None:
         """Make `folder`'s copy the case's folder."""
@@ -264,23 +269,20 @@ class Watch:
         elif event == "open" and isinstance(arguments[0], (str, bytes)):
             path, _, flags = arguments
             if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
-                self._check(event, path)
+                self._check(event, path, follows=not flags & os.O_NOFOLLOW)
         elif event in _CHANGES and not (
             event != "os.rename" and arguments[-1] not in (-1, None) and len(arguments) > 1
         ):
             for place in _CHANGES[event]:
                 self._check(event, arguments[place])
 
-    def _check(self, event: str, path: Any) -> None:
+    def _check(self, event: str, path: Any, follows: bool = False) -> None:
         if not isinstance(path, (str, bytes, os.PathLike)):
             return
-        # The last part is itself what changes, not what it points to, but for a file that is opened.
-        full = os.fsdecode(os.path.abspath(path))
-        full = (
-            os.path.realpath(full)
-            if event == "open"
-            else os.path.join(os.path.realpath(os.path.dirname(full)), os.path.basename(full))
-        )
+        folder, name = os.path.split(os.path.abspath(os.fsdecode(path)))
+        # But for a file that is opened, a link is itself what changes.
+        full = os.path.join(os.path.realpath(folder), name)
+        full = os.path.realpath(full) if follows else full
         inside = os.path.relpath(full, self._root).split(os.sep)[0]
         if inside not in ("case", "tmp", ".") and not full.startswith("/dev/"):
             self.seen.append(f"{event} {full}")
@@ -320,8 +322,10 @@ def judge(entry: Entry, number: int, world: World, watch: Watch, mutation: str =
 def _place(error: BaseException) -> str:
     """The innermost function of the package on the way to an error; else of all."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if frame.filename.startswith(PACKAGE)]
-    last = (own or frames)[-1]
+    # Comprehensions and lambdas say less than the function that they stand in.
+    named = [frame for frame in frames if not frame.name.startswith("<")]
+    own = [frame for frame in named if frame.filename.startswith(PACKAGE)]
+    last = (own or named or frames)[-1]
     name = os.path.relpath(last.filename, PACKAGE) if own else os.path.basename(last.filename)
     return f"{name}:{last.name}"
 

@@ -15,7 +15,7 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.inl csrc/cpu/*.cpp
     csrc/cuda/*.h csrc/cuda/*.cuh csrc/cuda/*.cu)
 CPP_OF_TESTS := $(wildcard $(addprefix tests/,*.cu cuda_emulator/*.h cuda_emulator/*.cpp cuda_emulator/cuda/*))
 
-.PHONY: install demo test test-gpu lint format bench bench-gpu bench-compare sanitize sanitize-gpu sanitize-threads \
+.PHONY: install demo test fuzz test-gpu lint format bench bench-gpu bench-compare sanitize sanitize-gpu sanitize-threads \
     clean
 install: $(INSTALLED)
 
@@ -37,6 +37,11 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED) lint
 	$(BIN)/python -m pytest -n $(JOBS)
+
+# Every reader of files, fed with mutated ones; what fails is kept in build/fuzz. SEED=N runs the same cases again.
+CASES ?= 2000
+fuzz: $(INSTALLED)
+	$(BIN)/python -m tests.fuzz --cases $(CASES) --jobs $(JOBS) $(if $(SEED),--seed $(SEED))
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

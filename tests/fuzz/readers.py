@@ -1,0 +1,869 @@
+"""The readers of files in the package: how each one's input is made and read, and what needs no fuzzing.
+
+A new reader joins `ENTRIES`, or `EXEMPT` with the reason; a test finds those that have not.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import pickle
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import h5py
+import matplotlib
+import numpy as np
+import torch
+from torch import nn
+
+from mopo_fast import shards, sweep, train
+from mopo_fast.atomic import read_json
+from mopo_fast.compat import Checkpoint, convert_checkpoint, get_format, offlinerl_kit
+from mopo_fast.config import (
+    DynamicsConfig,
+    EvaluationConfig,
+    Hints,
+    OnlineConfig,
+    RolloutConfig,
+    SACConfig,
+    TrainConfig,
+)
+from mopo_fast.data import Transitions, collect, d4rl, load_dataset, minari
+from mopo_fast.data.convert import convert
+from mopo_fast.data.relabel import relabel_file
+from mopo_fast.ensemble import EnsembleDynamics
+from mopo_fast.errors import InputError
+from mopo_fast.fit import fit_dynamics
+from mopo_fast.generate import generate, run_settings
+from mopo_fast.policy import Actor
+from mopo_fast.report import write_report
+from mopo_fast.rollout import RolloutEngine
+from mopo_fast.shard_files import file_sha256
+
+from .children import Entry, check_secret
+
+OBS, ACT, ROWS = 3, 2, 24
+
+# Functions that read, and why no mutated file is given to them.
+EXEMPT = {
+    "mopo_fast.atomic:sweep": "opens temporary files to lock them, and reads nothing",
+    "mopo_fast.atomic:sync_folder": "opens a folder to flush it",
+    "mopo_fast.atomic:read_json_as": "is called by readers, which join by themselves",
+    "mopo_fast.cli:fit": "hands a name to load_dataset",
+    "mopo_fast.cli:rollout": "hands a name to load_dataset",
+    "mopo_fast.data.d4rl:_transfer": "copies bytes from the network, which download checks",
+    "mopo_fast.doctor:_cpuinfo": "reads the kernel's /proc/cpuinfo",
+    "mopo_fast.machine:file_backed": "maps a temporary file of its own",
+    "mopo_fast.online:OnlineTraining._settings": "parses JSON that it has just made",
+    "mopo_fast.shard_files:write_file": "writes into a file of its own, and reads it for its digest",
+    "mopo_fast.sweep:_fit": "hands a name to load_dataset",
+    "mopo_fast.tasks:_task_of_file": "runs a Python file, which is trusted by being named",
+    "mopo_fast.train:_as_json": "parses JSON that it has just made",
+}
+
+
+# --- what inputs are made of, and what is done with what was read
+
+
+def arrays(number: int, obs: int = OBS, act: int = ACT, rows: int = ROWS) -> dict[str, Any]:
+    """D4RL's arrays of a few episodes."""
+    random = np.random.default_rng(number)
+    terminals = np.zeros(rows, bool)
+    timeouts = np.zeros(rows, bool)
+    terminals[5 + number :: 11], timeouts[9 + number :: 11] = True, True
+    return {
+        "observations": random.uniform(-1, 1, (rows, obs)).astype(np.float32),
+        "actions": random.uniform(-1, 1, (rows, act)).astype(np.float32),
+        "rewards": random.uniform(-1, 1, rows).astype(np.float32),
+        "next_observations": random.uniform(-1, 1, (rows, obs)).astype(np.float32),
+        "terminals": terminals,
+        "timeouts": timeouts,
+    }
+
+
+def write_hdf5(
+    path: str | Path, content: dict[str, Any], metadata: dict[str, Any] | None = None, **how: Any
+) -> None:
+    with h5py.File(path, "w", locking=False) as file:
+        for name, array in content.items():
+            file.create_dataset(name, data=array, **how)
+        for name, value in (
+            metadata or {"name": "data-local", "seed": 1, "policy/weight": np.ones(3)}
+        ).items():
+            file[f"metadata/{name}"] = value
+
+
+def touch(data: Transitions) -> None:
+    """Read every value of a data set, and one batch of it as training does."""
+    for array in data.arrays().values():
+        check_secret(array.numpy())
+        array.double().sum().item()
+    data[torch.arange(len(data)).flip(0)[:5]].validate()
+    for value in data.info.get("metadata", {}).values():
+        str(value)
+
+
+def use(checkpoint: Checkpoint | EnsembleDynamics | Actor) -> None:
+    """A step of the kernels with the models, which trust their numbers."""
+    if isinstance(checkpoint, EnsembleDynamics):
+        checkpoint = Checkpoint(checkpoint)
+    elif isinstance(checkpoint, Actor):
+        checkpoint = Checkpoint(policy=checkpoint)
+    model, actor = checkpoint.dynamics, checkpoint.policy
+    if actor is not None:
+        actor.act(torch.zeros(4, actor.obs_dim), torch.zeros(4, actor.act_dim))
+    if model is None:
+        return
+    engine = RolloutEngine(model, backend="cpu", threads=1)
+    observations = torch.zeros(5, model.obs_dim)
+    engine.step(observations, torch.zeros(5, model.act_dim), seed=1, distributions=True)
+    if actor is not None and (actor.obs_dim, actor.act_dim) == (model.obs_dim, model.act_dim):
+        touch(engine.rollout(actor, observations, 2, seed=1))
+
+
+@contextlib.contextmanager
+def even_clock() -> Iterator[None]:
+    """Make what is measured in seconds the same every time, so that the same bytes are written."""
+    clock, before = itertools.count(), time.perf_counter
+    time.perf_counter = lambda: float(next(clock))
+    try:
+        yield
+    finally:
+        time.perf_counter = before
+
+
+def seeded(number: int) -> None:
+    torch.manual_seed(number)
+    np.random.seed(number)
+
+
+def ensemble(number: int, obs: int = OBS, act: int = ACT, **options: Any) -> EnsembleDynamics:
+    seeded(number)
+    options = {"members": 3, "elites": 2, "hidden": (8, 8)} | options
+    model = EnsembleDynamics(obs, act, **options)
+    model.input_std.uniform_(0.5, 2.0)
+    return model
+
+
+def actor(number: int, obs: int = OBS, act: int = ACT, **options: Any) -> Actor:
+    seeded(number)
+    return Actor(obs, act, **{"hidden": (8, 8)} | options)
+
+
+# --- data sets
+
+HDF5 = ("mopo_fast.data.files:open_file", "mopo_fast.data.files:load_file", "mopo_fast.data:load_dataset")
+
+
+def _make_mapped(number: int) -> None:
+    write_hdf5("data.hdf5", arrays(number), {"name": "data-local", "seed": 1})
+
+
+def _make_hdf5(*without: str, **how: Any) -> Callable[[int], None]:
+    def make(number: int) -> None:
+        content = {key: array for key, array in arrays(number).items() if key not in without}
+        write_hdf5("data.hdf5", content, **how)
+
+    return make
+
+
+def _make_npz(number: int) -> None:
+    np.savez("data.npz", **arrays(number), **{"metadata/name": np.array(b"data-local")})
+
+
+def _make_neorl(number: int) -> None:
+    names = {"obs": "observations", "action": "actions", "reward": "rewards", "next_obs": "next_observations"}
+    content = arrays(number)
+    known = {theirs: content[ours] for theirs, ours in names.items()}
+    np.savez(
+        "data.npz", **known, done=content["terminals"].astype(np.float32)[:, None], index=np.array([0, 6, 15])
+    )
+
+
+def _make_trajectories(number: int) -> None:
+    content = {key: value for key, value in arrays(number).items() if key != "timeouts"}
+    paths = [{key: value[a : a + 8] for key, value in content.items()} for a in range(0, ROWS, 8)]
+    Path("data.pkl").write_bytes(pickle.dumps(paths, protocol=4 - 2 * number))
+
+
+def _make_minari(number: int) -> None:
+    minari.write("minari:fuzz/tiny-v0", arrays(number), {"name": "tiny-local", "seed": number})
+
+
+def _make_local(number: int) -> None:
+    Path("data").mkdir()
+    write_hdf5("data/hopper_random-local.hdf5", arrays(number))
+
+
+def _make_served(number: int) -> None:
+    Path("gym_mujoco_v2").mkdir()
+    write_hdf5("gym_mujoco_v2/hopper_random-v2.hdf5", arrays(number))
+
+
+def _read_served() -> None:
+    d4rl.BASE_URL = Path.cwd().as_uri() + "/"
+    if not Path("gym_mujoco_v2/hopper_random-v2.hdf5").is_file():
+        raise InputError("a server sends bytes")
+    touch(load_dataset("hopper-random-v2", quiet=True))
+
+
+def _make_relabelled(number: int) -> None:
+    write_hdf5("data.hdf5", arrays(number, 17, 6))
+
+
+def _make_cheetah(number: int) -> None:
+    content = arrays(number, 27, 8)
+    speeds = {f"infos/{axis}_velocity": content["rewards"] for axis in "xy"}
+    write_hdf5("data.hdf5", content | speeds)
+
+
+def _relabel(task: str) -> None:
+    relabel_file("data.hdf5", task, "out.hdf5")
+    touch(load_dataset(Path("out.hdf5")))
+
+
+def _convert(source: str, target: str) -> None:
+    convert(source, target, quiet=True)
+    touch(load_dataset(target, quiet=True))
+
+
+def _load(source: str = "data.hdf5", **options: Any) -> Callable[[], None]:
+    return lambda: touch(load_dataset(source, quiet=True, **options))
+
+
+_DATA = [
+    Entry("hdf5", _make_hdf5(), ("data.hdf5",), _load(), HDF5),
+    Entry("hdf5 gzip", _make_hdf5(compression="gzip", shuffle=True), ("data.hdf5",), _load(), HDF5),
+    Entry("hdf5 next row", _make_hdf5("next_observations", "timeouts"), ("data.hdf5",), _load(), HDF5),
+    Entry("hdf5 as d4rl", _make_hdf5("next_observations"), ("data.hdf5",), _load(compat="d4rl"), HDF5),
+    Entry(
+        "hdf5 mapped",
+        _make_mapped,
+        ("data.hdf5",),
+        _load(memory_map=True),
+        (*HDF5, "mopo_fast.data.files:_mapped"),
+    ),
+    Entry("npz", _make_npz, ("data.npz",), _load("data.npz"), HDF5),
+    Entry("npz of NeoRL", _make_neorl, ("data.npz",), _load("data.npz"), HDF5),
+    Entry(
+        "pickled trajectories",
+        _make_trajectories,
+        ("data.pkl",),
+        _load("data.pkl"),
+        (*HDF5, "mopo_fast.data.trajectories:read", "mopo_fast.pickles:load"),
+    ),
+    Entry(
+        "minari",
+        _make_minari,
+        ("minari/**/*.hdf5", "minari/**/*.json"),
+        _load("minari:fuzz/tiny-v0"),
+        ("mopo_fast.data.minari:read",),
+    ),
+    Entry("local set", _make_local, ("data/*.hdf5",), _load("hopper-random-local"), HDF5),
+    Entry(
+        "d4rl download",
+        _make_served,
+        ("gym_mujoco_v2/*.hdf5",),
+        _read_served,
+        ("mopo_fast.data.d4rl:download",),
+    ),
+    *(
+        Entry(
+            name,
+            make,
+            (files,),
+            functools.partial(_convert, source, target),
+            ("mopo_fast.data.convert:_read",),
+        )
+        for name, make, files, source, target in (
+            ("convert hdf5", _make_hdf5(), "data.hdf5", "data.hdf5", "out.npz"),
+            ("convert npz", _make_npz, "data.npz", "data.npz", "out.hdf5"),
+            (
+                "convert to minari",
+                _make_hdf5("next_observations"),
+                "data.hdf5",
+                "data.hdf5",
+                "minari:fuzz/out-v0",
+            ),
+        )
+    ),
+    *(
+        Entry(
+            f"relabel {task}",
+            make,
+            ("data.hdf5",),
+            functools.partial(_relabel, task),
+            ("mopo_fast.data.relabel:relabel_file",),
+        )
+        for task, make in (("halfcheetah-jump", _make_relabelled), ("ant-angle", _make_cheetah))
+    ),
+]
+
+
+# --- our models
+
+
+def _make_ensemble(number: int) -> None:
+    ensemble(number, absolute=[1], member_bounds=bool(number)).save("run")
+
+
+def _make_actor(number: int) -> None:
+    actor(number).save("run")
+
+
+TENSORS = ("mopo_fast.tensors:load_tensors", "mopo_fast.atomic:_read_json")
+_MODELS = [
+    Entry(
+        "EnsembleDynamics.load",
+        _make_ensemble,
+        ("run/dynamics.*",),
+        lambda: use(EnsembleDynamics.load("run")),
+        ("mopo_fast.ensemble:EnsembleDynamics.load", *TENSORS),
+    ),
+    Entry(
+        "Actor.load",
+        _make_actor,
+        ("run/policy.*",),
+        lambda: use(Actor.load("run")),
+        ("mopo_fast.policy:Actor.load", *TENSORS),
+    ),
+]
+
+
+# --- models of others
+
+
+def _make_model(format_name: str, target: str, policies: bool, **options: Any) -> Callable[[int], None]:
+    def make(number: int) -> None:
+        model = ensemble(number, **{"activation": "relu"} | options)
+        policy = (
+            actor(number, activation="relu", log_std_min=options.get("low", -5.0), log_std_max=2.0)
+            if policies
+            else None
+        )
+        get_format(format_name).write(Checkpoint(model, policy), Path(target))
+
+    return make
+
+
+def _compat(
+    format_name: str,
+    target: str,
+    files: tuple[str, ...],
+    make: Callable[[int], None],
+    *covers: str,
+    name: str = "",
+    **hints: Any,
+) -> Entry:
+    module = "native" if format_name == "mopo-fast" else format_name.replace("-", "_")
+
+    def read() -> None:
+        use(get_format(format_name).read(Path(target), Hints(**hints)))
+
+    def convert_it() -> None:
+        read()
+        convert_checkpoint(target, "out", format_name, "mopo-fast", Hints(**hints))  # type: ignore[arg-type]
+
+    full = tuple(
+        cover if "." in cover.split(":")[0] else f"mopo_fast.compat.{module}{cover}" for cover in covers
+    )
+    return Entry(name or format_name, make, files, convert_it, full)
+
+
+def _make_mopo_tf(number: int) -> None:
+    get_format("mopo-tf").write(
+        Checkpoint(ensemble(number, activation="silu"), actor(number, activation="relu", log_std_min=-20.0)),
+        Path("source"),
+    )
+
+
+def _make_polixir(number: int) -> None:
+    model = ensemble(number, log_scale="std", activation="silu")
+    if number == 0:
+        model.input_std[OBS:], model.input_mean[OBS:] = 1.0, 0.0
+    else:
+        model.input_std.fill_(1.0)
+    policy = actor(number, activation="relu", log_std_min=-5.0, log_std_max=2.0)
+    get_format("polixir").write(Checkpoint(model, policy), Path("source"))
+
+
+def _make_d3rlpy(number: int) -> None:
+    model = ensemble(number, log_scale="std", activation="relu", member_bounds=True)
+    get_format("d3rlpy").write(Checkpoint(model), Path("model.pt"))
+    standard = {"mean": [0.1] * OBS, "std": [1.5] * OBS, "eps": 0.001}
+    bounds = {"minimum": [-2.0] * ACT, "maximum": [2.0] * ACT}
+    parameters = {
+        "scaler": {"type": "standard", "params": standard},
+        "action_scaler": {"type": "min_max", "params": bounds},
+        "reward_scaler": {
+            "type": "standard",
+            "params": {"mean": 0.5, "std": 2.0, "eps": 0.001, "multiplier": 1.0},
+        },
+    }
+    Path("params.json").write_text(json.dumps(parameters))
+
+
+def _make_d3rlpy_policy(number: int) -> None:
+    ours, state = actor(number), {}
+    for layer, (weight, bias) in enumerate(zip(ours.weights[:-1], ours.biases[:-1], strict=True)):
+        state[f"_encoder._fcs.{layer}.weight"] = weight.detach().T.contiguous()
+        state[f"_encoder._fcs.{layer}.bias"] = bias.detach().clone()
+    for head, half in (("_mu", slice(0, ACT)), ("_logstd", slice(ACT, 2 * ACT))):
+        state[f"{head}.weight"] = ours.weights[-1].detach()[:, half].T.contiguous()
+        state[f"{head}.bias"] = ours.biases[-1].detach()[half].clone()
+    torch.save({"_policy": state, "_q_func": {}}, "model.pt")
+
+
+class _Layer(nn.Module):
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        members, _, outputs = sizes
+        for prefix in ("", "saved_"):
+            self.register_parameter(f"{prefix}weight", nn.Parameter(torch.zeros(sizes)))
+            self.register_parameter(f"{prefix}bias", nn.Parameter(torch.zeros(members, 1, outputs)))
+
+
+class _Model(nn.Module):
+    """OfflineRL-Kit's EnsembleDynamicsModel, as far as its files go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.activation = nn.SiLU()
+        self.backbones = nn.ModuleList([_Layer(3, OBS + ACT, 8), _Layer(3, 8, 8)])
+        self.output_layer = _Layer(3, 8, 2 * (OBS + 1))
+        for name in ("max_logvar", "min_logvar"):
+            self.register_parameter(name, nn.Parameter(torch.zeros(OBS + 1)))
+        self.elites = nn.Parameter(torch.arange(2), requires_grad=False)
+
+
+def _load_into_model() -> None:
+    model = _Model()
+    dynamics: Any = offlinerl_kit.EnsembleDynamics(
+        model,
+        None,  # type: ignore[arg-type]
+        SimpleNamespace(mu=None, std=None),
+        lambda *_: np.zeros((5, 1), bool),
+        penalty_coef=1.0,
+        threads=1,
+    )
+    dynamics.load("source")
+    dynamics.step(np.zeros((5, OBS), np.float32), np.zeros((5, ACT), np.float32))
+
+
+TORCH = ("mopo_fast.compat.torch_files:load", "mopo_fast.compat.torch_files:load_state")
+_COMPAT = [
+    _compat(
+        "offlinerl-kit",
+        "source",
+        ("source/*",),
+        _make_model("offlinerl-kit", "source", True, activation="silu"),
+        *(":_read_dynamics", ":_read_policy", ":_load_array", *TORCH),
+    ),
+    Entry(
+        "offlinerl-kit load",
+        _make_model("offlinerl-kit", "source", False, activation="silu"),
+        ("source/*",),
+        _load_into_model,
+        ("mopo_fast.compat.offlinerl_kit:EnsembleDynamics.load",),
+    ),
+    _compat("mopo-tf", "source", ("source/*",), _make_mopo_tf, ":_read_dynamics", ":_read_policy"),
+    _compat(
+        "mbrl-lib",
+        "source",
+        ("source/*",),
+        _make_model("mbrl-lib", "source", False),
+        *(":read", ":_read_scale"),
+        activation="relu",
+    ),
+    _compat(
+        "unifloral",
+        "ensemble_dynamics_model_hopper-medium-v2_1.pkl",
+        ("*.pkl",),
+        _make_model("unifloral", "ensemble_dynamics_model_hopper-medium-v2_1.pkl", False),
+        ":read",
+    ),
+    _compat("polixir", "source", ("source/*",), _make_polixir, ":read"),
+    _compat("d3rlpy", "model.pt", ("model.pt", "params.json"), _make_d3rlpy, ":read"),
+    _compat("d3rlpy", "model.pt", ("model.pt",), _make_d3rlpy_policy, ":read", name="d3rlpy policy"),
+    _compat(
+        "mopo-fast",
+        "source",
+        ("source/*",),
+        lambda number: _save_both(number, "source"),
+    ),
+]
+
+
+def _save_both(number: int, folder: str) -> None:
+    ensemble(number).save(folder)
+    actor(number).save(folder)
+
+
+# --- runs
+
+HOPPER = {"obs": 11, "act": 3}
+CONFIG = TrainConfig(
+    dataset="data.hdf5",
+    task="hopper",
+    seed=1,
+    steps=4,
+    threads=1,
+    backend="cpu",
+    dynamics=DynamicsConfig(
+        members=3, elites=2, hidden=(8,), weight_decay=(1e-5, 1e-5), max_epochs=3, batch_size=16
+    ),
+    rollout=RolloutConfig(horizon=2, penalty_coef=1.0, batch_size=8, interval=2, retain_epochs=2),
+    sac=SACConfig(hidden=(8,), batch_size=8),
+    evaluation=EvaluationConfig(episodes=1, interval=1),
+)
+
+
+def _make_run(number: int) -> None:
+    """A run of two epochs that was stopped after the first: its checkpoint is there, its summary is not."""
+    _make_finished(number)
+    last = Path("run/checkpoint")
+    for path in last.glob("epoch-*.safetensors"):
+        if path != min(last.glob("epoch-*.safetensors")):
+            path.unlink()
+    Path("run/summary.json").unlink()
+
+
+def _make_finished(number: int) -> None:
+    """A finished run."""
+    write_hdf5("data.hdf5", arrays(3, 11, 3, 40))
+    first = Path("../tmp", f"run-{number}")
+    if not first.exists():
+        keep_older, train._remove_older = train._remove_older, lambda path: None
+        write, train.write_report = train.write_report, lambda run, **_: Path(run, "report.html").touch()
+        with even_clock():
+            train.train(dataclasses.replace(CONFIG, seed=1 + number), first, quiet=True)
+        train._remove_older, train.write_report = keep_older, write
+    shutil.copytree(first, "run")
+    shutil.rmtree("run/tensorboard-fit", ignore_errors=True)
+
+
+def _make_first(number: int) -> None:
+    """A finished run, whose dynamics another one takes."""
+    _make_finished(number)
+    os.replace("run", "first")
+
+
+class _Board:
+    """Stands in for TensorBoard, which has a thread and makes files that no reader of ours takes."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
+
+    def __enter__(self) -> "_Board":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def _resume() -> None:
+    train.SummaryWriter = _Board
+    train._await_a_later_second = lambda out: None
+    train.train(CONFIG, "run", resume=True, quiet=True)
+    use(Actor.load("run"))
+
+
+def _summarise() -> None:
+    """What a sweep makes of the runs in its folder."""
+    summary = train.train(CONFIG, "run", resume=True, quiet=True)
+    str(summary["return_mean"])
+    rows = [sweep._row(CONFIG, Path("run"))]
+    sweep._write_csv(Path("sweep.csv"), rows)
+    _cheap_pictures()
+    sweep._write_plot(Path("sweep.png"), rows)
+
+
+def _cheap_pictures() -> None:
+    matplotlib.rcParams["savefig.dpi"] = matplotlib.rcParams["figure.dpi"] = 5
+
+
+def _report() -> None:
+    from mopo_fast import report
+
+    _cheap_pictures()
+    look = report.look
+
+    @contextlib.contextmanager
+    def cheap() -> Iterator[None]:
+        with look():
+            _cheap_pictures()
+            yield
+
+    report.look = cheap
+    try:
+        write_report("run")
+    finally:
+        report.look = look
+
+
+def _generate() -> None:
+    data = load_dataset("data.hdf5", quiet=True)
+    touch(generate("run", data, count=6, threads=1))
+    run_settings("run")
+
+
+def _make_models(number: int) -> None:
+    """What rollouts take of a run: its settings and its models."""
+    write_hdf5("data.hdf5", arrays(number, 11, 3, 30))
+    ensemble(number, **HOPPER).save("run")
+    actor(number, **HOPPER).save("run")
+    rollout = {
+        "horizon": 3,
+        "penalty_coef": 1.0,
+        "penalty": "max_aleatoric",
+        "penalty_members": "all",
+        "termination": None,
+    }
+    Path("run/config.json").write_text(json.dumps({"task": "hopper", "rollout": rollout}))
+
+
+class _Stop(Exception):
+    pass
+
+
+def _make_fit(number: int) -> None:
+    write_hdf5("data.hdf5", arrays(3, rows=40))
+
+    def stop(epoch: Any) -> None:
+        if epoch.epoch == number:
+            raise _Stop
+
+    with even_clock(), contextlib.suppress(_Stop):
+        _fit(on_epoch=stop)
+
+
+def _fit(**options: Any) -> None:
+    data = load_dataset("data.hdf5", quiet=True)
+    use(
+        fit_dynamics(
+            data,
+            seed=1,
+            config=CONFIG.dynamics,
+            backend="cpu",
+            threads=1,
+            checkpoint="fit.safetensors",
+            **options,
+        )
+    )
+
+
+_ONLINE = OnlineConfig(
+    environments=1,
+    epoch_steps=20,
+    random_epochs=1,
+    epochs=3,
+    round_steps=10,
+    medium_score=-1000.0,
+    medium_window=1,
+    episodes=1,
+    sac=SACConfig(hidden=(8,), batch_size=8, target_entropy="act_dim", real_ratio=0.0),
+)
+
+
+def _make_online(number: int) -> None:
+    with even_clock():
+        collect("hopper-medium", 5, out="first.hdf5", seed=0, threads=1, quiet=True, online=_ONLINE)
+    Path("first.hdf5").unlink()
+    if number == 1:
+        # Another sound training's: with one more epoch.
+        for epoch in (1, 2):
+            shutil.copy(f"data/online/hopper-seed0/rows-00000{3 - epoch}.safetensors", "rows")
+            os.replace("rows", f"data/online/hopper-seed0/rows-00000{epoch}.safetensors")
+
+
+def _go_on_online() -> None:
+    collect("hopper-full-replay", out="out.hdf5", seed=0, threads=1, quiet=True, online=_ONLINE)
+    touch(load_dataset(Path("out.hdf5")))
+
+
+_RUNS = [
+    Entry(
+        "train --resume",
+        _make_run,
+        ("run/*.json", "run/*.csv", "run/*.safetensors", "run/checkpoint/*", "run/checkpoint/*", "data.hdf5"),
+        _resume,
+        (
+            *("mopo_fast.train:check_folder", "mopo_fast.train:_make_dynamics", "mopo_fast.train:_cut_back"),
+            *("mopo_fast.train:_Loop.restore", "mopo_fast.train:_Loop._restore", "mopo_fast.train:_log_fit"),
+            *("mopo_fast.train:_train_all", "mopo_fast.tensors:load_metadata"),
+        ),
+    ),
+    Entry(
+        "train --resume checkpoint",
+        _make_run,
+        ("run/checkpoint/*",),
+        _resume,
+        ("mopo_fast.train:_Loop.restore", "mopo_fast.train:_Loop._restore"),
+    ),
+    Entry(
+        "train --dynamics",
+        _make_first,
+        ("first/dynamics.*", "first/fit.json"),
+        lambda: _train_on("first"),
+        ("mopo_fast.train:_copy_fit",),
+    ),
+    Entry("sweep rows", _make_finished, ("run/summary.json",), _summarise, ("mopo_fast.sweep:_row",), cost=4),
+    Entry(
+        "report",
+        _make_finished,
+        ("run/*.json", "run/*.csv", "run/dynamics.*"),
+        _report,
+        ("mopo_fast.report:_Run.json", "mopo_fast.report:_Run.held_out", "mopo_fast.report:_learning_curve"),
+        cost=10,
+    ),
+    Entry(
+        "run settings",
+        _make_models,
+        ("run/config.json", "run/*.json", "run/*.safetensors"),
+        _generate,
+        ("mopo_fast.generate:run_settings",),
+    ),
+    Entry("fit checkpoint", _make_fit, ("fit.safetensors",), _fit, ("mopo_fast.fit:Fit.restore",)),
+    Entry(
+        "online training",
+        _make_online,
+        ("data/online/*/*.safetensors",),
+        _go_on_online,
+        ("mopo_fast.online:OnlineTraining._load", "mopo_fast.online:OnlineTraining._rows"),
+    ),
+]
+
+
+def _train_on(folder: str) -> None:
+    train.SummaryWriter = _Board
+    train.write_report = lambda run, **_: Path(run, "report.html")
+    train.train(dataclasses.replace(CONFIG, dynamics_from=folder), "out", quiet=True)
+
+
+# --- shards
+
+
+def _generate_shards(**how: Any) -> dict[str, Any]:
+    data = load_dataset("data.hdf5", quiet=True)
+    return shards.generate_shards(
+        "run", data, "out", count=20, shard_rows=8, seed=1, threads=1, backend="cpu", quiet=True, **how
+    )
+
+
+def _make_shards(**how: Any) -> Callable[[int], None]:
+    def make(number: int) -> None:
+        _make_models(number)
+        _generate_shards(**how)
+
+    return make
+
+
+def _make_part(**how: Any) -> Callable[[int], None]:
+    """Shards whose manifest does not list the last one, and one that is missing."""
+
+    def make(number: int) -> None:
+        _make_shards(**how)(number)
+        manifest = read_json("out/manifest.json")
+        last = manifest["shards"].pop()
+        Path("out", manifest["shards"][0]["file"]).unlink()
+        assert Path("out", last["file"]).exists()
+        Path("out/manifest.json").write_text(json.dumps(manifest, indent=2))
+
+    return make
+
+
+def _read_shards() -> None:
+    rollouts = shards.open_rollouts("out")
+    for shard in rollouts:
+        touch(shard)
+    touch(rollouts[::-1])
+    touch(next(rollouts.batches(7, seed=1)))
+    shards.as_text(shards.summarise(rollouts.manifest))
+
+
+def _mend() -> None:
+    """Make the manifest say of each shard what it is now, so that more than its digest is looked at."""
+    with contextlib.suppress(Exception):
+        manifest = read_json("out/manifest.json")
+        for record in manifest["shards"]:
+            path = Path("out", record["file"])
+            record["sha256"], record["bytes"] = file_sha256(path), path.stat().st_size
+        Path("out/manifest.json").write_text(json.dumps(manifest, indent=2))
+
+
+def _verify() -> None:
+    if Path("out/manifest.json").is_file() and not any(
+        path.is_fifo() or path.is_symlink() for path in Path("out").iterdir()
+    ):
+        _mend()
+    manifest = shards.verify("out", quiet=True)
+    shards.as_text(shards.summarise(manifest))
+
+
+def _complete(**how: Any) -> Callable[[], None]:
+    def complete() -> None:
+        _generate_shards(**how)
+        _read_shards()
+
+    return complete
+
+
+SHARDS = (
+    "mopo_fast.shards:read_manifest",
+    "mopo_fast.shards:Rollouts.shard",
+    "mopo_fast.shard_files:read_file",
+)
+_PARQUET = {"format": "parquet", "compression": "snappy"}
+_SHARDS = [
+    Entry("shards", _make_shards(), ("out/*",), _read_shards, SHARDS),
+    Entry("shards gzip", _make_shards(compression="gzip"), ("out/*.hdf5",), _read_shards, SHARDS),
+    Entry(
+        "shards parquet",
+        _make_shards(**_PARQUET),
+        ("out/*",),
+        _read_shards,
+        (*SHARDS, "mopo_fast.shard_files:_from_parquet"),
+    ),
+    Entry(
+        "shards verify",
+        _make_shards(),
+        ("out/*",),
+        _verify,
+        (*SHARDS, "mopo_fast.shards:_verify_shard", "mopo_fast.shard_files:file_sha256"),
+    ),
+    Entry(
+        "shards verify parquet",
+        _make_shards(**_PARQUET),
+        ("out/*",),
+        _verify,
+        ("mopo_fast.shards:_verify_shard",),
+    ),
+    Entry("shards resume", _make_part(), ("out/*",), _complete(), ("mopo_fast.shards:_resume",)),
+    Entry(
+        "shards resume parquet",
+        _make_part(**_PARQUET),
+        ("out/*",),
+        _complete(**_PARQUET),
+        ("mopo_fast.shards:_resume",),
+    ),
+    Entry(
+        "shards remove",
+        _make_shards(),
+        ("out/manifest.json",),
+        lambda: shards.remove("out"),
+        ("mopo_fast.shards:read_manifest",),
+    ),
+]
+
+
+ENTRIES: tuple[Entry, ...] = (*_DATA, *_MODELS, *_COMPAT, *_RUNS, *_SHARDS)

@@ -15,7 +15,7 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.inl csrc/cpu/*.cpp
     csrc/cuda/*.h csrc/cuda/*.cuh csrc/cuda/*.cu)
 CPP_OF_TESTS := $(wildcard $(addprefix tests/,*.cu cuda_emulator/*.h cuda_emulator/*.cpp cuda_emulator/cuda/*))
 
-.PHONY: install demo test test-gpu lint format bench bench-gpu bench-compare sanitize sanitize-gpu sanitize-threads \
+.PHONY: install demo test soak test-gpu lint format bench bench-gpu bench-compare sanitize sanitize-gpu sanitize-threads \
     clean
 install: $(INSTALLED)
 
@@ -37,6 +37,11 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED) lint
 	$(BIN)/python -m pytest -n $(JOBS)
+
+# Commands killed, interrupted, and left without disk, rights or memory, at random moments: make soak MINUTES=30
+MINUTES ?= 1
+soak: $(INSTALLED)
+	$(BIN)/python tests/soak --minutes $(MINUTES) --jobs $(JOBS) $(if $(SEED),--seed $(SEED))
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -130,11 +130,13 @@ def test_finds_faults(
     def case(name: str) -> Any:
         return soak["Case"](scenario, fault, Middle(), tmp_path / name, tmp_path, f"test-{tmp_path}")
 
-    reference, found = soak["undisturbed"](case("undisturbed")), None
+    reference, found, disturbed = soak["undisturbed"](case("undisturbed")), None, case("case")
     try:
-        soak["FAULTS"][fault](case("case"), reference)
+        soak["FAULTS"][fault](disturbed, reference)
     except soak["Failure"] as failure:
         found = str(failure)
+    finally:
+        disturbed.close()
     assert found is None if finding is None else found is not None and found.startswith(finding), found
 
 

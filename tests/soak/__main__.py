@@ -20,7 +20,7 @@ from collections import Counter
 
 import disks
 from cases import FAULTS, MOUNTED, Case, Failure, Reference, References, undisturbed
-from processes import MARK, end_marked
+from processes import MARK
 from scenarios import ROOT, SCENARIOS, Scenario, environment, input_commands
 
 FOLDER = ROOT / "build" / "soak"
@@ -71,7 +71,10 @@ class Soak:
 
     def _undisturbed(self, scenario: Scenario) -> Reference:
         case = self._case(scenario, "undisturbed", random.Random(0), f"undisturbed-{scenario.name}")
-        reference = undisturbed(case)
+        try:
+            reference = undisturbed(case)
+        finally:
+            case.close()
         shutil.rmtree(case.folder)
         return reference
 
@@ -97,7 +100,7 @@ class Soak:
         except Exception:
             failure = Failure("the soak itself fails", traceback.format_exc())
         finally:
-            end_marked(case.mark)
+            case.close()
         with self._lock:
             self.cases[scenario.name, fault] += 1
             self.interrupts.setdefault(scenario.name, []).extend(case.interrupts)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from disks import Disk
-from processes import MARK, Ended, Process, marked, peak_memory
+from processes import MARK, Ended, Process, end_marked, marked, peak_memory
 from results import contents, difference, leftovers
 from scenarios import DISK, Scenario, environment
 
@@ -75,7 +75,7 @@ class Case:
     mark: str
     interrupts: list[float] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
-    attempts: int = 0
+    processes: list[Process] = field(default_factory=list)
 
     @property
     def disk(self) -> Path:
@@ -89,13 +89,21 @@ class Case:
 
     def start(self, *, again: bool = False, memory: int | None = None) -> Process:
         argv = self.scenario.argv(self.inputs, again=again, quiet=self.quiet)
-        self.attempts += 1
+        number = len(self.processes) + 1
         where = "on a terminal" if self.terminal else "into files"
         limit = f", ulimit -v {memory >> 10}" if memory else ""
-        self.note(f"[{self.attempts}] {shlex.join(argv)}   ({where}{limit})")
+        self.note(f"[{number}] {shlex.join(argv)}   ({where}{limit})")
         variables = environment(self.folder / "tmp") | {MARK: self.mark}
-        log = self.folder / f"attempt-{self.attempts}"
-        return Process(argv, self.folder, variables, log, terminal=self.terminal, memory=memory)
+        log = self.folder / f"attempt-{number}"
+        process = Process(argv, self.folder, variables, log, terminal=self.terminal, memory=memory)
+        self.processes.append(process)
+        return process
+
+    def close(self) -> None:
+        """Kill what a failed case has left alive."""
+        end_marked(self.mark)
+        for process in self.processes:
+            process.wait(60)
 
     def note(self, line: str) -> None:
         self.log.append(line)

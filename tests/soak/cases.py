@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -30,6 +31,7 @@ _UGLY = re.compile(
 )
 # The line of an exception, of C++'s end, and of ours.
 _TELLING = re.compile(r"^(\w+\.)*\w*(Error|Exception|Interrupt)\b|^error: |^stopped|what\(\):|^Fatal|libgomp")
+_OF_RAY = ("ray",)
 _OLD = b"what was there before\n"
 
 
@@ -82,8 +84,9 @@ class Case:
         return self.folder / DISK
 
     def __post_init__(self) -> None:
-        (self.folder / "tmp").mkdir(parents=True)
-        self.disk.mkdir()
+        self.disk.mkdir(parents=True)
+        # Its path is short: Ray's sockets lie in it.
+        self.temporary = Path(tempfile.mkdtemp(prefix="soak-"))
         self.terminal = self.rng.random() < 0.3
         self.quiet = self.rng.random() < 0.3
 
@@ -93,7 +96,7 @@ class Case:
         where = "on a terminal" if self.terminal else "into files"
         limit = f", ulimit -v {memory >> 10}" if memory else ""
         self.note(f"[{number}] {shlex.join(argv)}   ({where}{limit})")
-        variables = environment(self.folder / "tmp") | {MARK: self.mark}
+        variables = environment(self.temporary) | {MARK: self.mark}
         log = self.folder / f"attempt-{number}"
         process = Process(argv, self.folder, variables, log, terminal=self.terminal, memory=memory)
         self.processes.append(process)
@@ -104,6 +107,7 @@ class Case:
         end_marked(self.mark)
         for process in self.processes:
             process.wait(60)
+        shutil.rmtree(self.temporary, ignore_errors=True)
 
     def note(self, line: str) -> None:
         self.log.append(line)
@@ -149,6 +153,10 @@ class Case:
             raise Failure(f"temporary files are left: {_pattern(left[0])}", ", ".join(left))
         if differs := difference(contents(self.disk), reference.contents):
             raise Failure(f"the result differs from an undisturbed run's: {differs}")
+        # A killed process cannot remove what it has there.
+        others = sorted(path.name for path in self.temporary.iterdir() if path.name not in _OF_RAY)
+        if others and self.fault not in KILLING:
+            raise Failure(f"files are left in TMPDIR: {_pattern(others[0])}", ", ".join(others))
 
 
 def undisturbed(case: Case) -> Reference:
@@ -222,23 +230,28 @@ def _stopped(case: Case, reference: Reference, number: signal.Signals) -> None:
         case.note(f"    {number.name} after {moment:.2f} s")
         ended = case.end(process, _HANG)
         if number == signal.SIGINT:
-            _check_interrupt(case, ended, reference, moment)
+            _check_interrupt(case, ended, reference)
         elif ended.code not in (-number, 0):
             raise Failure(f"after {number.name}: {_said(ended)}")
     case.finish(reference, again=True)
 
 
-def _check_interrupt(case: Case, ended: Ended, reference: Reference, moment: float) -> None:
+def _check_interrupt(case: Case, ended: Ended, reference: Reference) -> None:
     text = ended.output + ended.errors
-    # Before the program's own first line, or after its last, it is Python's to answer.
-    early = moment < reference.began and "in main" not in text and ended.code in (1, -signal.SIGINT)
+    # Before the program's first line, or after its last, Python answers: with its own traceback.
+    early = ended.lines[-1:] in ([], ["KeyboardInterrupt"]) and ", in main" not in text
     late = reference.output.strip().splitlines()[-1] in text
     if early or late:
         case.note("    outside of the command itself")
         return
     case.interrupts.append(ended.seconds)
     _check_clean(ended)
-    if ended.code != 130 or not ended.lines[-1:] or not ended.lines[-1].startswith("stopped"):
+    # A shell sees 130 for both; Python dies of the signal where it came inside of an exec(), as in dataclasses.
+    if (
+        ended.code not in (130, -signal.SIGINT)
+        or not ended.lines[-1:]
+        or not ended.lines[-1].startswith("stopped")
+    ):
         raise Failure(f"after SIGINT, in place of exit code 130 and a line: {_said(ended)}")
     if left := leftovers(case.disk):
         raise Failure(f"after SIGINT, temporary files are left: {_pattern(left[0])}", ", ".join(left))
@@ -391,6 +404,7 @@ FAULTS: dict[str, Callable[[Case, Reference], None]] = {
     "memory": memory,
     "two": two,
 }
+KILLING = ("SIGKILL", "SIGTERM", "read-only")
 MOUNTED = ("full", "read-only")
 
 

@@ -246,12 +246,9 @@ def _check_interrupt(case: Case, ended: Ended, reference: Reference) -> None:
         return
     case.interrupts.append(ended.seconds)
     _check_clean(ended)
-    # A shell sees 130 for both; Python dies of the signal where it came inside of an exec(), as in dataclasses.
-    if (
-        ended.code not in (130, -signal.SIGINT)
-        or not ended.lines[-1:]
-        or not ended.lines[-1].startswith("stopped")
-    ):
+    # A shell sees 130 for both: Python dies of a signal that came inside of an exec(), as dataclasses do.
+    stopped = ended.code in (130, -signal.SIGINT) and ended.lines and ended.lines[-1].startswith("stopped")
+    if not stopped:
         raise Failure(f"after SIGINT, in place of exit code 130 and a line: {_said(ended)}")
     if left := leftovers(case.disk):
         raise Failure(f"after SIGINT, temporary files are left: {_pattern(left[0])}", ", ".join(left))

@@ -29,7 +29,7 @@ def contents(folder: Path) -> dict[str, str]:
         if path.is_dir():
             found[name] = "folder"
         else:
-            found[name] = hashlib.sha256(_lasting(path)).hexdigest()
+            found[name] = hashlib.sha256(_lasting(path, str(folder))).hexdigest()
     return found
 
 
@@ -46,11 +46,13 @@ def difference(ours: dict[str, str], theirs: dict[str, str]) -> str:
     return "; ".join(parts)
 
 
-def _lasting(path: Path) -> bytes:
-    """The file's content without the fields of clocks."""
+def _lasting(path: Path, folder: str) -> bytes:
+    """The file's content without the fields of clocks; in JSON, paths are relative to `folder`."""
     content = path.read_bytes()
     if path.suffix == ".json":
-        return json.dumps(_without_times(json.loads(content)), sort_keys=True).encode()
+        return json.dumps(
+            _without_times(json.loads(content.replace(folder.encode(), b""))), sort_keys=True
+        ).encode()
     if path.suffix == ".csv":
         rows = csv.DictReader(io.StringIO(content.decode()))
         return json.dumps([_without_times(row) for row in rows]).encode()

@@ -130,12 +130,14 @@ def test_finds_faults(
     def case(name: str) -> Any:
         return soak["Case"](scenario, fault, Middle(), tmp_path / name, tmp_path, f"test-{tmp_path}")
 
-    reference, found, disturbed = soak["undisturbed"](case("undisturbed")), None, case("case")
+    calm, disturbed, found = case("undisturbed"), case("case"), None
     try:
+        reference = soak["undisturbed"](calm)
         soak["FAULTS"][fault](disturbed, reference)
     except soak["Failure"] as failure:
         found = str(failure)
     finally:
+        calm.close()
         disturbed.close()
     assert found is None if finding is None else found is not None and found.startswith(finding), found
 

@@ -11,6 +11,7 @@ import os
 import random
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ from collections import Counter
 
 import disks
 from cases import FAULTS, MOUNTED, Case, Failure, Reference, References, undisturbed
-from processes import MARK
+from processes import MARK, end_marked
 from scenarios import ROOT, SCENARIOS, Scenario, environment, input_commands
 
 FOLDER = ROOT / "build" / "soak"
@@ -53,6 +54,12 @@ class Soak:
         self.distinct: dict[tuple[str, str, str], list[str]] = {}
         self.interrupts: dict[str, list[float]] = {}
         self._lock = threading.Lock()
+        self._running: set[Case] = set()
+
+    def stop(self) -> None:
+        """End the commands that run, whose cases then fail."""
+        for case in list(self._running):
+            end_marked(case.mark)
 
     def prepare(self) -> None:
         """Make what the scenarios read."""
@@ -74,12 +81,18 @@ class Soak:
         try:
             reference = undisturbed(case)
         finally:
-            case.close()
+            self._close(case)
         shutil.rmtree(case.folder)
         return reference
 
     def _case(self, scenario: Scenario, fault: str, rng: random.Random, name: str) -> Case:
-        return Case(scenario, fault, rng, FOLDER / name, self.inputs, f"{os.getpid()}-{name}")
+        case = Case(scenario, fault, rng, FOLDER / name, self.inputs, f"{os.getpid()}-{name}")
+        self._running.add(case)
+        return case
+
+    def _close(self, case: Case) -> None:
+        case.close()
+        self._running.discard(case)
 
     def draw(self, number: int) -> tuple[Scenario, str]:
         """The scenario and the fault of a case."""
@@ -100,7 +113,7 @@ class Soak:
         except Exception:
             failure = Failure("the soak itself fails", traceback.format_exc())
         finally:
-            case.close()
+            self._close(case)
         with self._lock:
             self.cases[scenario.name, fault] += 1
             self.interrupts.setdefault(scenario.name, []).extend(case.interrupts)
@@ -149,6 +162,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="cases at a time (default: 2)")
     options = parser.parse_args()
     disks.enter_namespace()
+    # As Ctrl-C: nothing is left running.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     seed = secrets.randbelow(10**6) if options.seed is None else options.seed
     scenarios = [one for one in SCENARIOS if options.scenario is None or one.name in options.scenario]
     faults = [fault for fault in FAULTS if options.fault is None or fault in options.fault]
@@ -172,8 +187,14 @@ def main() -> int:
                 soak.run(number)
 
         with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-            for worker in [pool.submit(work) for _ in range(options.jobs)]:
-                worker.result()
+            workers = [pool.submit(work) for _ in range(options.jobs)]
+            try:
+                for worker in workers:
+                    worker.result()
+            except KeyboardInterrupt:
+                # Stopped by hand: what has been found is still told.
+                deadline = 0.0
+                soak.stop()
     print(f"\nseed {seed}\n{soak.table()}")
     return 1 if soak.failures else 0
 

@@ -15,8 +15,8 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.inl csrc/cpu/*.cpp
     csrc/cuda/*.h csrc/cuda/*.cuh csrc/cuda/*.cu)
 CPP_OF_TESTS := $(wildcard $(addprefix tests/,*.cu cuda_emulator/*.h cuda_emulator/*.cpp cuda_emulator/cuda/*))
 
-.PHONY: install demo test fuzz test-gpu lint format bench bench-gpu bench-compare sanitize sanitize-gpu sanitize-threads \
-    clean
+.PHONY: install demo test fuzz soak test-gpu lint format bench bench-gpu bench-compare sanitize sanitize-gpu \
+    sanitize-threads clean
 install: $(INSTALLED)
 
 # Done again only when what is built or installed has changed. --no-compile: bytecode is made by the first
@@ -38,10 +38,17 @@ demo: $(INSTALLED)
 test: $(INSTALLED) lint
 	$(BIN)/python -m pytest -n $(JOBS)
 
-# Every reader of files, fed with mutated ones; what fails is kept in build/fuzz. SEED=N runs the same cases again.
+# Every reader of files, fed with mutated ones; what fails is kept in build/fuzz. Other cases: make fuzz SEED=7
 CASES ?= 2000
+SEED ?= 0
 fuzz: $(INSTALLED)
-	$(BIN)/python -m tests.fuzz --cases $(CASES) --jobs $(JOBS) $(if $(SEED),--seed $(SEED))
+	$(BIN)/python -m tests.fuzz --cases $(CASES) --jobs $(JOBS) --seed $(SEED)
+
+# Commands killed, interrupted, and left without disk, rights or memory, at random moments of a seed:
+# make soak MINUTES=30 SEED=7
+MINUTES ?= 1
+soak: $(INSTALLED)
+	$(BIN)/python tests/soak --minutes $(MINUTES) --jobs $(JOBS) --seed $(SEED)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

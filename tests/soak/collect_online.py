@@ -1,0 +1,26 @@
+"""`mopo-fast` whose online training is of seconds: the command line has no flags for its settings."""
+
+import sys
+from dataclasses import dataclass, field
+
+from mopo_fast import config
+from mopo_fast.cli import main
+
+
+@dataclass(frozen=True)
+class TinyConfig(config.OnlineConfig):
+    environments: int = 2
+    epoch_steps: int = 60
+    random_epochs: int = 1
+    epochs: int = 8
+    medium_score: float = -100.0
+    episodes: int = 1
+    sac: config.SACConfig = field(
+        default_factory=lambda: config.SACConfig(hidden=(16, 16), batch_size=32, real_ratio=0.0)
+    )
+
+
+if __name__ == "__main__":
+    # Before the command imports it.
+    vars(config)["OnlineConfig"] = TinyConfig
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""Command lines at sizes of seconds, each with how it is gone on with after it was stopped."""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+MOPO_FAST = [sys.executable, "-m", "mopo_fast"]
+ONLINE = [sys.executable, str(Path(__file__).with_name("collect_online.py"))]
+
+# What a command writes, relative to where it runs.
+DISK = "disk"
+
+_FIT = (
+    *("--dynamics.members", "3", "--dynamics.elites", "2", "--dynamics.hidden", "16", "16"),
+    *("--dynamics.weight-decay", "1e-5", "1e-5", "1e-5", "--dynamics.max-epochs", "40"),
+    *("--dynamics.batch-size", "64", "--threads", "1"),
+)
+_SAC = (
+    *("--steps", "75", "--horizon", "5", "--rollout.batch-size", "60", "--rollout.interval", "10"),
+    *("--rollout.retain-epochs", "1", "--sac.hidden", "16", "16", "--sac.batch-size", "32"),
+    *("--evaluation.episodes", "2", "--evaluation.interval", "2"),
+)
+# Networks of full size in few steps: what rollouts take their time for.
+_WIDE = (
+    *("--dynamics.max-epochs", "1", "--steps", "20", "--horizon", "5", "--rollout.batch-size", "60"),
+    *("--rollout.interval", "10", "--sac.hidden", "16", "16", "--threads", "1"),
+    *("--evaluation.episodes", "1"),
+)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One command.
+
+    Attributes:
+        arguments: after the program; {inputs} is the folder of what it reads.
+        resume: what is added when the command is given again.
+        old: a file that is there before and that the command replaces.
+        exclusive: its folder takes one process at a time.
+        rare: takes many seconds, and is drawn seldom.
+        quiet: always runs with --quiet.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    program: tuple[str, ...] = tuple(MOPO_FAST)
+    resume: tuple[str, ...] = ()
+    old: str | None = None
+    exclusive: bool = True
+    rare: bool = False
+    quiet: bool = False
+
+    def argv(self, inputs: Path, *, again: bool = False, quiet: bool = False) -> list[str]:
+        words = [word.replace("{inputs}", str(inputs)) for word in (*self.program, *self.arguments)]
+        return words + list(self.resume if again else ()) + ["--quiet"] * (quiet or self.quiet)
+
+
+_DATA = "{inputs}/hopper-random-local.hdf5"
+_ROLLOUT = ("rollout", "{inputs}/run", "--dataset", _DATA, "--threads", "1")
+_SHARDS = ("--count", "80000", "--shard-rows", "8000")
+
+SCENARIOS = [
+    Scenario(
+        "collect",
+        (
+            *("collect", "hopper-random", "--steps", "6000", "--threads", "1"),
+            *("--out", f"{DISK}/hopper.hdf5", "--overwrite"),
+        ),
+        old="hopper.hdf5",
+        exclusive=False,
+    ),
+    Scenario(
+        "collect-online",
+        (
+            *("collect", "hopper-medium-expert", "--steps", "2000", "--threads", "1"),
+            *("--out", f"{DISK}/hopper.hdf5", "--overwrite"),
+        ),
+        program=tuple(ONLINE),
+        old="hopper.hdf5",
+    ),
+    Scenario("fit", ("fit", _DATA, "--out", f"{DISK}/fit", *_FIT, "--overwrite")),
+    Scenario("train", ("train", _DATA, "--out", f"{DISK}/run", *_FIT, *_SAC), resume=("--resume",)),
+    Scenario(
+        "train-seeds",
+        ("train", _DATA, "--out", f"{DISK}/runs", "--seeds", "0:3", *_FIT, *_SAC),
+        resume=("--resume",),
+    ),
+    Scenario(
+        "rollout-file",
+        (*_ROLLOUT, "--count", "100000", "--out", f"{DISK}/rollouts.hdf5", "--overwrite"),
+        old="rollouts.hdf5",
+        exclusive=False,
+    ),
+    Scenario("rollout-gzip", (*_ROLLOUT, *_SHARDS, "--out", f"{DISK}/shards", "--compression", "gzip")),
+    Scenario("rollout-parquet", (*_ROLLOUT, *_SHARDS, "--out", f"{DISK}/shards", "--format", "parquet")),
+    Scenario(
+        "sweep",
+        ("sweep", _DATA, "--out", f"{DISK}/sweep", "--seeds", "0:2", *_FIT, *_SAC),
+        rare=True,
+        quiet=True,
+    ),
+]
+
+
+def input_commands(inputs: Path) -> list[list[str]]:
+    """The commands that make what the scenarios read."""
+    data = str(inputs / "hopper-random-local.hdf5")
+    return [
+        [*MOPO_FAST, "collect", "hopper-random", "--steps", "600", "--threads", "1", "--out", data],
+        [*MOPO_FAST, "train", data, "--out", str(inputs / "run"), *_WIDE],
+    ]
+
+
+def environment(temporary: Path) -> dict[str, str]:
+    """A user's environment, this checkout in front, one thread for each library."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    return kept | {
+        "PYTHONPATH": str(ROOT),
+        "PYTHONFAULTHANDLER": "1",
+        "OMP_NUM_THREADS": "1",
+        "MOPO_FAST_DATA_DIR": f"{DISK}/data",
+        "TMPDIR": str(temporary),
+        "TERM": "xterm",
+        "COLUMNS": "110",
+    }

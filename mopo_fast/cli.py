@@ -33,7 +33,7 @@ from mopo_fast.config import (
     TrainConfig,
     check_runs,
 )
-from mopo_fast.errors import InputError
+from mopo_fast.errors import InputError, is_out_of_resources
 from mopo_fast.progress import console
 
 Dataset = Annotated[str, Positional, arg(metavar="DATASET")]
@@ -595,4 +595,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "stopped", file=sys.stderr)
         return 130
+    except Exception as error:
+        if not is_out_of_resources(error):
+            raise
+        why = str(error).strip().splitlines() or [type(error).__name__]
+        advice = "free some, or lower --threads or the sizes"
+        print(f"error: the system has no more memory or threads ({why[0][:200]}); {advice}", file=sys.stderr)
+        return 2
     return 0

@@ -1,5 +1,12 @@
-"""The one error that a user's mistake raises."""
+"""The one error that a user's mistake raises, and how to tell that the machine is too small."""
 
 
 class InputError(ValueError):
     """Something the user gave cannot be used; the message names it, what it was and what to do."""
+
+
+def is_out_of_resources(error: BaseException) -> bool:
+    """Whether the system refused memory or a thread; each library has an error of its own for that."""
+    text = str(error).lower()
+    refusals = ("allocate memory", "out of memory", "start new thread", "resource temporarily unavailable")
+    return isinstance(error, MemoryError) or any(refusal in text for refusal in refusals)

@@ -84,6 +84,11 @@ def sweep(
     """
     out = Path(out).resolve()
     config = dataclasses.replace(config, threads=config.threads or 1)
+    # Workers have another working directory.
+    if Path(config.dataset).exists():
+        config = dataclasses.replace(config, dataset=str(Path(config.dataset).resolve()))
+    if config.dynamics_from is not None:
+        config = dataclasses.replace(config, dynamics_from=str(Path(config.dynamics_from).resolve()))
     configs = grid(config, seeds, penalty_coefs, horizons)
     with locked(out), connected(ray):
         if config.dynamics_from is None:
@@ -131,6 +136,8 @@ def _tune(task: Callable[[Job], None], jobs: list[Job], config: TrainConfig, wha
     """Each job as one trial; raise `InputError` where some have failed, once all have ended."""
     if not jobs:
         return
+    # Else Ray takes Ctrl-C for itself and comes back as if all trials had ended.
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     from ray import tune
 
     with progress_bar(what, len(jobs), quiet=quiet) as bar, tempfile.TemporaryDirectory() as scratch:
@@ -138,6 +145,10 @@ def _tune(task: Callable[[Job], None], jobs: list[Job], config: TrainConfig, wha
         class Progress(tune.Callback):
             def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
                 bar.advance()
+
+            def __reduce__(self) -> Any:
+                # Ray keeps a copy of its callbacks; a bar is of this terminal alone.
+                return tune.Callback, ()
 
         def trial(parameters: dict[str, int]) -> None:
             task(jobs[parameters["job"]])

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,15 @@ import numpy as np
 
 from mopo_fast.atomic import atomic_path
 from mopo_fast.config import Compression, ShardFormat
-from mopo_fast.data.files import Array, open_file
+from mopo_fast.data.files import open_file
+from mopo_fast.data.hdf5_writer import Pieces, hdf5_pieces, write_pieces, write_values
+from mopo_fast.data.stored import Array, check_fits, is_kept
 from mopo_fast.errors import InputError
 
 COMPRESSIONS: dict[ShardFormat, tuple[Compression, ...]] = {
     "hdf5": ("none", "lzf", "gzip"),
     "parquet": ("none", "snappy", "zstd"),
 }
-
-# Bytes, and where in a file they go.
-Pieces = list[tuple[int, Any]]
 
 
 def write_file(
@@ -34,15 +32,14 @@ def write_file(
     """
     if path.suffix == ".parquet":
         pieces = _to_parquet(arrays, metadata, compression)
-    elif compression == "none":
-        pieces = _to_hdf5_in_place(arrays, metadata)
     else:
-        pieces = _to_hdf5(arrays, metadata, compression)
-    with atomic_path(path) as temporary, open(temporary, "r+b") as file:
-        for offset, piece in pieces:
-            file.seek(offset)
-            file.write(memoryview(piece).cast("B"))
-        file.flush()
+        values = {f"metadata/{name}": value for name, value in metadata.items()}
+        if compression == "none":
+            pieces = hdf5_pieces(arrays | values)
+        else:
+            pieces = _to_hdf5(arrays, values, compression)
+    with atomic_path(path) as temporary:
+        write_pieces(temporary, pieces)
         return temporary.stat().st_size, file_sha256(temporary)
 
 
@@ -52,57 +49,8 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class _Frame(io.RawIOBase):
-    """A file in memory for what HDF5 writes around its arrays, without the room that it leaves for them."""
-
-    def __init__(self) -> None:
-        self.pieces: Pieces = []
-        self.position = self.size = 0
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        self.position = offset + (0, self.position, self.size)[whence]
-        return self.position
-
-    def write(self, piece: Any, /) -> int:
-        self.pieces.append((self.position, bytes(piece)))
-        self.position += len(piece)
-        self.size = max(self.size, self.position)
-        return len(piece)
-
-    def truncate(self, size: int | None = None, /) -> int:
-        self.size = self.position if size is None else size
-        return self.size
-
-    def readinto(self, buffer: Any, /) -> int:
-        content = np.zeros(len(buffer), np.uint8)
-        for offset, piece in self.pieces:
-            first = max(offset, self.position)
-            last = min(offset + len(piece), self.position + len(buffer))
-            if first < last:
-                part = np.frombuffer(piece, np.uint8)[first - offset : last - offset]
-                content[first - self.position : last - self.position] = part
-        memoryview(buffer)[:] = content.tobytes()
-        return len(buffer)
-
-
-def _to_hdf5_in_place(arrays: dict[str, Array], metadata: dict[str, Any]) -> Pieces:
-    """The arrays themselves, not copied: HDF5 only says where they go, and what stands between them."""
-    frame, pieces = _Frame(), []
-    room = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    room.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-    room.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    # Aligned, to be mapped into memory.
-    with h5py.File(frame, "w", alignment_threshold=64, alignment_interval=64) as file:
-        for name, array in arrays.items():
-            made = file.create_dataset(name, array.shape, array.dtype, dcpl=room)
-            if array.size:
-                pieces.append((made.id.get_offset(), np.ascontiguousarray(array)))
-        _write_metadata(file, metadata)
-    return [*frame.pieces, *pieces]
-
-
-def _to_hdf5(arrays: dict[str, Array], metadata: dict[str, Any], compression: Compression) -> Pieces:
-    # Made in memory: on a full disk HDF5 itself prints a traceback for every array.
+def _to_hdf5(arrays: dict[str, Array], values: dict[str, Any], compression: Compression) -> Pieces:
+    # Made in memory, where HDF5 cannot meet a full disk.
     content = io.BytesIO()
     options: dict[str, Any] = {"compression": compression, "shuffle": True}
     with h5py.File(content, "w") as file:
@@ -111,13 +59,8 @@ def _to_hdf5(arrays: dict[str, Array], metadata: dict[str, Any], compression: Co
             rows = max(1, 2**20 // max(1, array[:1].nbytes))
             chunks = (min(rows, len(array)), *array.shape[1:])
             file.create_dataset(name, data=array, chunks=chunks, **options)
-        _write_metadata(file, metadata)
+        write_values(file, values)
     return [(0, content.getbuffer())]
-
-
-def _write_metadata(file: h5py.File, metadata: dict[str, Any]) -> None:
-    for name, value in metadata.items():
-        file[f"metadata/{name}"] = value
 
 
 def _to_parquet(arrays: dict[str, Array], metadata: dict[str, Any], compression: Compression) -> Pieces:
@@ -152,17 +95,16 @@ def read_file(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
     if path.suffix == ".parquet":
         return _from_parquet(path)
     with open_file(path) as file:
-        metadata = {key: item[()] for key, item in file["metadata"].items()}
-        decoded = {k: v.decode() if isinstance(v, bytes) else v for k, v in metadata.items()}
-        arrays: dict[str, Array] = {}
-        for name, item in file.items():
-            if name == "metadata":
-                continue
-            offset = item.id.get_offset()
-            arrays[name] = (
-                item[()] if offset is None else np.memmap(path, item.dtype, "r", offset, item.shape)
-            )
-        return arrays, decoded
+        arrays = {key: item for key, item in file.items() if "/" not in key and item.shape is not None}
+        check_fits(path, sum(item.nbytes for item in arrays.values() if item.offset is None), "")
+        values = {
+            key.removeprefix("metadata/"): np.asarray(item).item()
+            for key, item in file.items()
+            if key.startswith("metadata/") and is_kept(item)
+        }
+        texts = {k: v.decode("utf-8", "replace") for k, v in values.items() if isinstance(v, bytes)}
+        found = {k: np.asarray(v) if v.offset is None else v.map(path) for k, v in arrays.items()}
+        return found, values | texts
 
 
 def _from_parquet(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:

@@ -273,6 +273,27 @@ def test_many_texts_are_not_read(tmp_path: Path) -> None:
             np.asarray(file["infos/texts"])
 
 
+def test_texts_in_a_damaged_heap(tmp_path: Path) -> None:
+    """HDF5 itself never returns from some of these; what it does not know is never waited for."""
+    texts = {"metadata/name": "x-local", "metadata/b": ""}
+    path = write(tmp_path / "a.hdf5", lambda file: file.update(texts))
+    assert load_file(path).info["metadata"] == {"name": "x-local", "b": ""}
+    whole = path.read_bytes()
+    heap = whole.index(b"GCOL")
+    with h5py.File(path) as file:
+        reference = file["metadata/name"].id.get_offset()
+    refused = 0
+    for at in (*range(heap, heap + 48), *range(reference, reference + 16)):
+        for value in (0, 1, 7, 0x7F, 0xFF):
+            path.write_bytes(whole[:at] + bytes([value]) + whole[at + 1 :])
+            try:
+                load_file(path)
+            except InputError as error:
+                refused += 1
+                assert str(error).startswith(f"{path} is not a whole HDF5 file (")
+    assert refused > 50
+
+
 def test_a_flag_is_zero_or_one(tmp_path: Path) -> None:
     """HDF5 hands out a bool of any byte, which every mask would take for granted."""
     path = write(tmp_path / "a.hdf5")

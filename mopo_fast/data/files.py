@@ -234,6 +234,8 @@ class Reader:
     def _as_array(self, key: str, value: Any) -> Array:
         try:
             return np.asanyarray(value)
+        except InputError:
+            raise
         # Arrays of other libraries fail in their own ways.
         except Exception as error:
             raise InputError(f"{self._path}: {key} is not an array ({error})") from error

@@ -8,6 +8,7 @@ process would keep that away.
 
 import contextlib
 import math
+import struct
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +27,11 @@ _DEEPEST = 32
 # In the order in which they are applied. All others are refused: their decoders are seldom used and tested.
 _FILTERS = {h5z.FILTER_SHUFFLE: 0, h5z.FILTER_DEFLATE: 1, h5z.FILTER_LZF: 1, h5z.FILTER_FLETCHER32: 2}
 _COMPRESSORS = (h5z.FILTER_DEFLATE, h5z.FILTER_LZF)
+
+# HDF5's file format, III.E: the reference to a text of any length, the heap that it lies in, an object there.
+_REFERENCE = struct.Struct("<IQI")
+_HEAP = struct.Struct("<5s3xQ")
+_HEAP_OBJECT = struct.Struct("<H6xQ")
 
 # Bytes that one compressed chunk may become before its true size is found out.
 _UNPROBED = 1 << 28
@@ -132,12 +138,13 @@ class _Walk:
                 raise ValueError(f"its arrays are stored in more bytes than the file's {self.size:,}")
         if logical > held * ratio + SLACK:
             raise ValueError(f"{key} declares {logical:,} bytes, more than its {held:,} stored ones hold")
-        readable = kind.get_class() in (h5t.INTEGER, h5t.FLOAT, h5t.ENUM)
+        read, readable = self._reader(key), kind.get_class() in (h5t.INTEGER, h5t.FLOAT, h5t.ENUM)
         if isinstance(kind, h5t.TypeStringID):
-            # Texts of any length lie elsewhere in the file, and take as much memory as they say.
-            readable = shape == () or not kind.is_variable_str()
-        read = self._reader(key) if readable else self._refusal(key)
-        return Stored(shape, np.dtype(kind.dtype), read, offset if readable else None)
+            readable = not kind.is_variable_str()
+            # One text of any length: those of an array take as much memory as they say.
+            if not readable and shape == () and layout == h5d.CONTIGUOUS and held in (0, _REFERENCE.size):
+                return Stored(shape, np.dtype(object), self._text_reader(dataset.get_offset()))
+        return Stored(shape, np.dtype(kind.dtype), *((read, offset) if readable else (self._refusal(key),)))
 
     def _chunks(self, key: str, dataset: h5d.DatasetID, properties: Any) -> tuple[int, int]:
         """Bytes that the chunks are stored in, and how many of the array's each of them can hold."""
@@ -183,6 +190,32 @@ class _Walk:
         def read() -> Array:
             with reading(self.path, "HDF5"):
                 return np.asarray(self.file[key][()])
+
+        return read
+
+    def _text_reader(self, offset: int | None) -> Callable[[], Array]:
+        """Read a text of any length without HDF5, which never returns from some damaged heaps."""
+
+        def read() -> Array:
+            with reading(self.path, "HDF5"), open(self.path, "rb") as raw:
+                if offset is None:
+                    return np.array(b"")
+                raw.seek(offset)
+                length, address, index = _REFERENCE.unpack(raw.read(_REFERENCE.size))
+                if length == 0:
+                    return np.array(b"")
+                raw.seek(min(address, self.size))
+                signature, size = _HEAP.unpack(raw.read(_HEAP.size))
+                if signature != b"GCOL\x01" or not _HEAP.size <= size <= self.size - address:
+                    raise ValueError("a text is not where it should be")
+                heap, at, number = raw.read(size - _HEAP.size), 0, 1
+                while number:
+                    number, count = _HEAP_OBJECT.unpack_from(heap, at)
+                    at += _HEAP_OBJECT.size
+                    if number == index and length <= count <= len(heap) - at:
+                        return np.array(heap[at : at + length])
+                    at += (count + 7) // 8 * 8
+                raise ValueError("a text is not where it should be")
 
         return read
 

@@ -243,8 +243,8 @@ def test_more_than_the_memory_holds(
 ) -> None:
     arrays = make_arrays([False] * 1000, successors=successors)
     path = write(tmp_path / f"a{suffix}", {**arrays, "infos/large": np.zeros(10**6)})
-    # What is asked for is not read, and what is read is float32: 9 or 7 columns, terminals among them.
-    needed = 9 * 4000 + 12_000 if successors else 2 * 7 * 4000 + 12_000
+    # Columns of float32 and the terminals, twice where rows are picked, and the actions while they are read.
+    needed = 8 * 4000 + 1000 + 12_000 if successors else 2 * (6 * 4000 + 1000) + 12_000
     monkeypatch.setattr("mopo_fast.data.stored.available_memory", lambda: needed)
     assert len(load_file(path)) >= 999
     monkeypatch.setattr("mopo_fast.data.stored.available_memory", lambda: needed - 1)

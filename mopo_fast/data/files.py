@@ -1,6 +1,7 @@
 """Files, or arrays by D4RL's names, to `Transitions`, checked on the way in; arrays to HDF5."""
 
 import contextlib
+import math
 import os
 import warnings
 from collections.abc import Collection, Iterator, Mapping
@@ -246,10 +247,11 @@ class Reader:
         Args:
             copied: rows are picked from them, which takes their size again.
         """
-        arrays = [self._file[key] for key in keys if isinstance(self._file.get(key), Stored)]
-        kept = sum(array.nbytes // array.dtype.itemsize * 4 for array in arrays if array.nbytes)
+        arrays = {key: self._file[key] for key in keys if isinstance(self._file.get(key), Stored)}
+        sizes = {key: 1 if key in ("terminals", "timeouts") else 4 for key in arrays}
+        kept = sum(math.prod(array.shape or (0,)) * sizes[key] for key, array in arrays.items())
         # The largest is there in its own type too while it is converted.
-        largest = max((array.nbytes for array in arrays), default=0)
+        largest = max((array.nbytes for array in arrays.values()), default=0)
         check_fits(
             self._path,
             kept * (1 + copied) + largest,

@@ -31,9 +31,9 @@ from mopo_fast.tasks import Task, get_task, task_of_run, termination_of
 _STARTS = 50_000
 # Rollouts in a row without a finite transition: the models are broken.
 _HOPELESS = 10_000
-# Copies of a rollout that its writer holds beside it at most, time-outs included: a writer that makes the
-# whole file in memory, and one that writes pieces as it makes them.
-ENCODED_WHOLE, WRITTEN_IN_PIECES = 1.125, 0.375
+# Copies of a rollout that its writer holds beside it at most, time-outs included: one that makes the whole file
+# in memory, one that writes pieces as it makes them, and one that writes from the rollout's own memory.
+ENCODED_WHOLE, WRITTEN_IN_PIECES, WRITTEN_IN_PLACE = 1.125, 0.375, 0.0
 
 Count = Annotated[int, Field(ge=1, lt=2**63)]
 
@@ -184,7 +184,7 @@ def generate(
         run, horizon=horizon, seed=seed, penalty_coef=penalty_coef, dtype=dtype, backend=backend, task=task
     )
     check_value("count", count, Count)
-    check_rollout_memory(config, count, 1, ENCODED_WHOLE, "count or horizon")
+    check_rollout_memory(config, count, 1, WRITTEN_IN_PLACE, "count or horizon")
     generator = Generator(EnsembleDynamics.load(run), Actor.load(run), data.observations, config, threads)
     ring = generator.ring(count)
     starts, non_finite = generator.fill(ring, count)

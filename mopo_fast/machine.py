@@ -1,7 +1,11 @@
 """What the machine must have for what is asked, refused before the work begins."""
 
+import contextlib
 import os
+import resource
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +16,8 @@ from mopo_fast.errors import InputError
 
 # A kernel call has no use for more.
 MAX_THREADS = 2**15
+
+_ROOT = Path("/")
 
 
 def check_device(device: torch.device | str) -> None:
@@ -42,17 +48,78 @@ def resolve_threads(threads: int | None) -> int:
     return threads
 
 
+def available_memory() -> int:
+    """Bytes that this process can still have: the machine's, its control group's, its own limits'.
+
+    What the system has only cached, and its swap, count as available.
+    """
+    machine = _kilobytes(_ROOT / "proc/meminfo")
+    if "MemAvailable" in machine:
+        available = [machine["MemAvailable"] + machine.get("SwapFree", 0)]
+    else:
+        available = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    used = _kilobytes(_ROOT / "proc/self/status")
+    for limit, name in (resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData"):
+        most = resource.getrlimit(limit)[0]
+        if most != resource.RLIM_INFINITY:
+            available.append(most - used.get(name, 0))
+    return max(0, min([*available, *_control_groups()]))
+
+
+def _kilobytes(path: Path) -> dict[str, int]:
+    """The sizes in a file of /proc, in bytes, by name; none where there is no such file."""
+    try:
+        fields = (line.split() for line in path.read_text().splitlines())
+        return {field[0].rstrip(":"): 1024 * int(field[1]) for field in fields if field[-1] == "kB"}
+    except OSError:
+        return {}
+
+
+def _control_groups() -> Iterator[int]:
+    """What each control group of this process, of version 1 or 2, still allows."""
+    try:
+        lines = (_ROOT / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, name = line.split(":", 2)
+        if controllers == "":
+            root, limit, usage, cached = "", "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            root, limit, usage = "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cached = "total_inactive_file"
+        else:
+            continue
+        mounted = _ROOT / "sys/fs/cgroup" / root
+        inside = mounted / name.lstrip("/")
+        for folder in [inside, *(parent for parent in inside.parents if parent.is_relative_to(mounted))]:
+            # A group has no such files at its root, and "max" where it has no limit.
+            with contextlib.suppress(OSError, ValueError):
+                statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                used = int((folder / usage).read_text()) - int(statistics.get(cached, 0))
+                yield int((folder / limit).read_text()) - used
+
+
 def check_memory(what: str, size: int, device: torch.device | str, lower: str) -> None:
-    """Raise `InputError` where `what`, of `size` bytes, is more than all the memory of `device`."""
+    """Raise `InputError` where `what`, of `size` bytes, is more than the memory that `device` has.
+
+    For a GPU that is all of its memory, since PyTorch keeps what it has once had.
+    """
     device = torch.device(device)
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
     else:
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        total = available_memory()
     if size > total:
         raise InputError(
-            f"{what} would take {size / 2**30:,.0f} GiB, {device} has {total / 2**30:,.0f} GiB; lower {lower}"
+            f"{what} would take {_gibibytes(size)}, {device} has {_gibibytes(total)}; lower {lower}"
         )
+
+
+def _gibibytes(size: int) -> str:
+    # Whole numbers of any length: a float ends at 10^308.
+    tenths = size * 10 // 2**30
+    return f"{tenths // 10:,}.{tenths % 10} GiB" if tenths < 10**12 else f"more than {10**11:,} GiB"
 
 
 def file_backed(shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:

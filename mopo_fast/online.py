@@ -26,7 +26,7 @@ from mopo_fast.atomic import atomic_path, parse_json_as
 from mopo_fast.buffer import RingBuffer, row_bytes
 from mopo_fast.config import OnlineConfig, to_dict
 from mopo_fast.data.collect import MAX_PATH, UNIFORM, local_folder
-from mopo_fast.data.files import new_file, store
+from mopo_fast.data.hdf5_writer import new_file
 from mopo_fast.data.relabel import RELABELLED
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.environments import make_environment
@@ -488,15 +488,15 @@ def collect_online(
                     parts.append((steps, sample_paths(task, training.policies[name][0], paths_seed)))
         total = sum(count for count, _ in parts)
         bar = stack.enter_context(progress_bar(f"write {path.name}", total, quiet=quiet))
-        file = stack.enter_context(new_file(path, metadata))
-        written = 0
+        file = stack.enter_context(new_file(path, total, metadata))
         for count, paths in parts:
-            end = written + count
-            while written < end:
-                rows = {key: array[: end - written] for key, array in next(paths).items()}
+            end = file.written + count
+            while file.written < end:
+                rows = {key: array[: end - file.written] for key, array in next(paths).items()}
                 if task_name in RELABELLED:
                     rows = RELABELLED[task_name](rows)
-                written += store(file, rows, written, total)
-                bar.update(completed=written)
-            # Where it is cut a path does not go on.
-            file["timeouts"][written - 1] = not file["terminals"][written - 1]
+                if file.written + len(rows["rewards"]) == end:
+                    # Where it is cut a path does not go on.
+                    rows["timeouts"][-1] = not rows["terminals"][-1]
+                file.append(rows)
+                bar.update(completed=file.written)

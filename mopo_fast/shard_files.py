@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,9 @@ import numpy as np
 
 from mopo_fast.atomic import atomic_path
 from mopo_fast.config import Compression, ShardFormat
-from mopo_fast.data.files import Array, open_file
+from mopo_fast.data.files import open_file
+from mopo_fast.data.hdf5_writer import Pieces, hdf5_pieces, write_pieces, write_values
+from mopo_fast.data.stored import Array, check_fits, is_kept
 from mopo_fast.errors import InputError
 from mopo_fast.machine import check_memory
 
@@ -22,9 +23,7 @@ COMPRESSIONS: dict[ShardFormat, tuple[Compression, ...]] = {
     "parquet": ("none", "snappy", "zstd"),
 }
 
-# Bytes, and where in a file they go.
-Pieces = list[tuple[int, Any]]
-# Bytes that are written or hashed between two calls of `check`.
+# Bytes that are hashed between two calls of `check`.
 _BLOCK = 4 << 20
 # Rows of a row group in Parquet, and the most columns that are read.
 _ROW_GROUP = 1 << 17
@@ -52,7 +51,12 @@ def write_file(
         if path.suffix == ".parquet":
             _write_parquet(temporary, arrays, metadata, compression, check)
         else:
-            _write_hdf5(temporary, arrays, metadata, compression, check)
+            values = {f"metadata/{name}": value for name, value in metadata.items()}
+            if compression == "none":
+                pieces = hdf5_pieces(arrays | values)
+            else:
+                pieces = _to_hdf5(arrays, values, compression, check)
+            write_pieces(temporary, pieces, check)
         return temporary.stat().st_size, file_sha256(temporary, check)
 
 
@@ -66,79 +70,10 @@ def file_sha256(path: Path, check: Callable[[], None] = lambda: None) -> str:
     return digest.hexdigest()
 
 
-def _write_hdf5(
-    path: Path,
-    arrays: dict[str, Array],
-    metadata: dict[str, Any],
-    compression: Compression,
-    check: Callable[[], None],
-) -> None:
-    if compression == "none":
-        pieces = _to_hdf5_in_place(arrays, metadata)
-    else:
-        pieces = _to_hdf5(arrays, metadata, compression, check)
-    with open(path, "r+b") as file:
-        for offset, piece in pieces:
-            file.seek(offset)
-            content = memoryview(piece).cast("B")
-            for first in range(0, len(content), _BLOCK):
-                check()
-                file.write(content[first : first + _BLOCK])
-
-
-class _Frame(io.RawIOBase):
-    """A file in memory for what HDF5 writes around its arrays, without the room that it leaves for them."""
-
-    def __init__(self) -> None:
-        self.pieces: Pieces = []
-        self.position = self.size = 0
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        self.position = offset + (0, self.position, self.size)[whence]
-        return self.position
-
-    def write(self, piece: Any, /) -> int:
-        self.pieces.append((self.position, bytes(piece)))
-        self.position += len(piece)
-        self.size = max(self.size, self.position)
-        return len(piece)
-
-    def truncate(self, size: int | None = None, /) -> int:
-        self.size = self.position if size is None else size
-        return self.size
-
-    def readinto(self, buffer: Any, /) -> int:
-        content = np.zeros(len(buffer), np.uint8)
-        for offset, piece in self.pieces:
-            first = max(offset, self.position)
-            last = min(offset + len(piece), self.position + len(buffer))
-            if first < last:
-                part = np.frombuffer(piece, np.uint8)[first - offset : last - offset]
-                content[first - self.position : last - self.position] = part
-        memoryview(buffer)[:] = content.tobytes()
-        return len(buffer)
-
-
-def _to_hdf5_in_place(arrays: dict[str, Array], metadata: dict[str, Any]) -> Pieces:
-    """The arrays themselves, not copied: HDF5 only says where they go, and what stands between them."""
-    frame, pieces = _Frame(), []
-    room = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    room.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-    room.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    # Aligned, to be mapped into memory.
-    with h5py.File(frame, "w", alignment_threshold=64, alignment_interval=64) as file:
-        for name, array in arrays.items():
-            made = file.create_dataset(name, array.shape, array.dtype, dcpl=room)
-            if array.size:
-                pieces.append((made.id.get_offset(), np.ascontiguousarray(array)))
-        _write_metadata(file, metadata)
-    return [*frame.pieces, *pieces]
-
-
 def _to_hdf5(
-    arrays: dict[str, Array], metadata: dict[str, Any], compression: Compression, check: Callable[[], None]
+    arrays: dict[str, Array], values: dict[str, Any], compression: Compression, check: Callable[[], None]
 ) -> Pieces:
-    # Made in memory: on a full disk HDF5 itself prints a traceback for every array.
+    # Made in memory, where HDF5 cannot meet a full disk.
     content = io.BytesIO()
     options: dict[str, Any] = {"compression": compression, "shuffle": True}
     with h5py.File(content, "w") as file:
@@ -150,13 +85,8 @@ def _to_hdf5(
             for first in range(0, len(array), rows):
                 check()
                 made[first : first + rows] = array[first : first + rows]
-        _write_metadata(file, metadata)
+        write_values(file, values)
     return [(0, content.getbuffer())]
-
-
-def _write_metadata(file: h5py.File, metadata: dict[str, Any]) -> None:
-    for name, value in metadata.items():
-        file[f"metadata/{name}"] = value
 
 
 def _write_parquet(
@@ -199,26 +129,16 @@ def read_file(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
     if path.suffix == ".parquet":
         return _from_parquet(path)
     with open_file(path) as file:
-        scalars = file["metadata"]
-        if not isinstance(scalars, h5py.Group):
-            raise ValueError("metadata is no group")
-        metadata = {key: _dataset(item)[()] for key, item in scalars.items()}
-        decoded = {k: v.decode() if isinstance(v, bytes) else v for k, v in metadata.items()}
-        arrays: dict[str, Array] = {}
-        for name, item in file.items():
-            if name == "metadata":
-                continue
-            offset = _dataset(item).id.get_offset()
-            arrays[name] = (
-                item[()] if offset is None else np.memmap(path, item.dtype, "r", offset, item.shape)
-            )
-        return arrays, decoded
-
-
-def _dataset(item: Any) -> h5py.Dataset:
-    if not isinstance(item, h5py.Dataset):
-        raise ValueError("it holds something that is no array")
-    return item
+        arrays = {key: item for key, item in file.items() if "/" not in key and item.shape is not None}
+        check_fits(path, sum(item.nbytes for item in arrays.values() if item.offset is None), "")
+        values = {
+            key.removeprefix("metadata/"): np.asarray(item).item()
+            for key, item in file.items()
+            if key.startswith("metadata/") and is_kept(item)
+        }
+        texts = {k: v.decode("utf-8", "replace") for k, v in values.items() if isinstance(v, bytes)}
+        found = {k: np.asarray(v) if v.offset is None else v.map(path) for k, v in arrays.items()}
+        return found, values | texts
 
 
 def _from_parquet(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:

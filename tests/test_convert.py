@@ -123,7 +123,7 @@ def test_no_such_minari_set(minari_folder: Path, source: Path, capsys: pytest.Ca
         load_dataset("minari:nowhere")
     assert main(["convert", str(source), "minari:no version"]) == 2
     assert "cannot write minari:no version (Malformed dataset ID" in capsys.readouterr().err
-    assert not list(minari_folder.iterdir())
+    assert not list(minari_folder.glob("*"))
 
 
 def test_refusals(source: Path, tmp_path: Path) -> None:

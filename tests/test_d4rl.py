@@ -1,5 +1,6 @@
 """D4RL's names, and downloads from a server on this machine that can be as bad as a real one."""
 
+import hashlib
 import http.server
 import io
 import multiprocessing
@@ -18,10 +19,10 @@ from mopo_fast.data.files import Compat
 from mopo_fast.errors import InputError
 
 
-def hdf5_bytes() -> bytes:
+def hdf5_bytes(seed: int = 0) -> bytes:
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as file:
-        file["observations"] = np.random.default_rng(0).normal(size=(4000, 11)).astype(np.float32)
+        file["observations"] = np.random.default_rng(seed).normal(size=(4000, 11)).astype(np.float32)
         file["actions"] = np.zeros((4000, 3), np.float32)
         file["rewards"] = np.zeros(4000, np.float32)
         file["terminals"] = np.zeros(4000, bool)
@@ -141,9 +142,43 @@ def test_download_then_cache(server: Server, tmp_path: Path) -> None:
     path = tmp_path / "cache" / "hopper_medium-v2.hdf5"
     assert data.info["path"] == str(path)
     assert path.read_bytes() == CONTENT
-    assert list(path.parent.iterdir()) == [path]
+    record = path.with_name(f"{path.name}.sha256")
+    assert sorted(path.parent.iterdir()) == [path, record]
+    assert record.read_text() == f"{hashlib.sha256(CONTENT).hexdigest()}  {path.name}\n"
     load_dataset("hopper-medium-v2", quiet=True)
     assert server.requests == [("/gym_mujoco_v2/hopper_medium-v2.hdf5", None)]
+
+
+def test_another_file_than_the_first_time(server: Server, tmp_path: Path) -> None:
+    path, record = tmp_path / "a.hdf5", tmp_path / "a.hdf5.sha256"
+    d4rl.download(server.address, path, quiet=True)
+    path.unlink()
+    # The same file may come again, in parts too.
+    server.most = 60_000
+    d4rl.download(server.address, path, quiet=True)
+    path.unlink()
+    server.most, server.content = None, hdf5_bytes(seed=1)
+    with pytest.raises(d4rl.HostError, match=r"sent another file .*: SHA-256 \w{64}, .*a\.hdf5\.sha256 has"):
+        d4rl.download(server.address, path, quiet=True)
+    assert not path.exists()
+    record.write_text("")
+    with pytest.raises(InputError, match=r"a\.hdf5\.sha256 is not a whole SHA-256 file"):
+        d4rl.download(server.address, path, quiet=True)
+    record.unlink()
+    d4rl.download(server.address, path, quiet=True)
+    assert path.read_bytes() == server.content
+    assert record.read_text().split() == [hashlib.sha256(server.content).hexdigest(), "a.hdf5"]
+
+
+def test_a_file_that_reaches_elsewhere_is_refused(server: Server, tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        file["observations"] = h5py.ExternalLink("/etc/passwd", "/")
+    server.content = buffer.getvalue()
+    with pytest.raises(d4rl.HostError, match=r"is refused: .*observations is a link to another place"):
+        d4rl.download(server.address, tmp_path / "a.hdf5", quiet=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.hdf5.part"]
+    assert (tmp_path / "a.hdf5.part").stat().st_size == 0
 
 
 def test_broken_connections_are_continued(server: Server, tmp_path: Path) -> None:

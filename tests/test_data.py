@@ -236,11 +236,20 @@ def test_damaged_files(suffix: str, tmp_path: Path) -> None:
     assert all(message.startswith(str(path)) for message in messages)
 
 
-def test_more_than_the_memory_holds(tmp_path: Path) -> None:
-    with h5py.File(tmp_path / "a.hdf5", "w") as file:
-        file.create_dataset("observations", (2**42, 100), np.float32, chunks=True)
-    with pytest.raises(InputError, match="does not fit into memory"):
-        load_file(tmp_path / "a.hdf5")
+@pytest.mark.parametrize("suffix", [".hdf5", ".npz"])
+@pytest.mark.parametrize("successors", [True, False])
+def test_more_than_the_memory_holds(
+    suffix: str, successors: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays = make_arrays([False] * 1000, successors=successors)
+    path = write(tmp_path / f"a{suffix}", {**arrays, "infos/large": np.zeros(10**6)})
+    # Columns of float32 and the terminals, twice where rows are picked, and the actions while they are read.
+    needed = 8 * 4000 + 1000 + 12_000 if successors else 2 * (6 * 4000 + 1000) + 12_000
+    monkeypatch.setattr("mopo_fast.data.stored.available_memory", lambda: needed)
+    assert len(load_file(path)) >= 999
+    monkeypatch.setattr("mopo_fast.data.stored.available_memory", lambda: needed - 1)
+    with pytest.raises(InputError, match=r"does not fit into memory: it takes 0\.0 GiB.*--memory-map"):
+        load_file(path)
 
 
 @pytest.mark.parametrize("name", ["a.hdf5", "a.npz"])

@@ -12,7 +12,7 @@ from killed import attempt
 from mopo_fast import Actor, EnsembleDynamics, InputError, Transitions
 from mopo_fast.data import load_file
 from mopo_fast.generate import (
-    ENCODED_WHOLE,
+    WRITTEN_IN_PLACE,
     check_rollout_memory,
     generate,
     generate_config,
@@ -263,7 +263,7 @@ def test_the_memory_is_estimated(
         asked: list[int] = []
         monkeypatch.setattr("mopo_fast.generate.check_memory", lambda what, size, *_: asked.append(size))
         config = generate_config(run, horizon=3, seed=0, penalty_coef=None, dtype="float32", backend="auto")
-        check_rollout_memory(config, count, 1, ENCODED_WHOLE, "count")
+        check_rollout_memory(config, count, 1, WRITTEN_IN_PLACE, "count")
         return asked[0]
 
     taken = slope(measured)

@@ -161,12 +161,30 @@ def test_no_pickle_runs(
         ([{**trajectory(3), "rewards": None}], "rewards of trajectory 0 is not an array of numbers"),
         ([{"observations": np.zeros((3, 2)), "dones": np.zeros(3)}], "lacks 'actions'"),
         ([trajectory(3), {**trajectory(2), "actions": np.zeros((2, 9))}], "not a whole pickle file"),
+        ([{**trajectory(3), "actions": np.zeros((3, 1), complex)}], "holds an array of complex128"),
+        ([{**trajectory(3), "actions": [[0.0], [1.0, 2.0], [3.0]]}], "not a whole pickle file"),
+        ([{**trajectory(3), "actions": {"a": 1}}], "actions of trajectory 0 is not an array of numbers"),
+        ([{**trajectory(3), "rewards": np.float32(1)}], "rewards of trajectory 0 is not an array of numbers"),
+        ([{**trajectory(3), "rewards": np.zeros((3, 2))}], r"rewards must be \[n\], got shape \(3, 2\)"),
+        ([{**trajectory(3), "rewards": np.full(3, 1e300)}], "rewards is not a finite .* at row 0"),
+        ([{**trajectory(3), "terminals": np.zeros((3, 0))}], r"must be \[n\], got shape \(3, 0\)"),
+        ([{**trajectory(3), "terminals": np.full(3, np.nan)}], "terminals must be 0 or 1, got nan at row 0"),
+        ([{**trajectory(3), "terminals": [10**30] * 3}], "terminals of trajectory 0 is not an array"),
+        ([trajectory(3), {**trajectory(3), "next_observations": "no"}], "next_observations of trajectory 1"),
     ],
 )  # fmt: skip
 def test_pickles_that_do_not_fit(content: Any, message: str, tmp_path: Path) -> None:
     (tmp_path / "a.pkl").write_bytes(pickle.dumps(content))
     with pytest.raises(InputError, match=message):
         load_dataset(tmp_path / "a.pkl")
+
+
+def test_pickles_larger_than_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.pkl"
+    path.write_bytes(pickle.dumps([trajectory(100)]))
+    monkeypatch.setattr("mopo_fast.data.stored.available_memory", lambda: 2 * path.stat().st_size - 1)
+    with pytest.raises(InputError, match=r"a\.pkl does not fit into memory"):
+        load_dataset(path)
 
 
 def test_damaged_pickles(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from mopo_fast._version import __version__
 from mopo_fast.atomic import check_writable
 from mopo_fast.config import OnlineConfig
 from mopo_fast.data import d4rl
-from mopo_fast.data.files import new_file, store
+from mopo_fast.data.hdf5_writer import new_file
 from mopo_fast.data.relabel import RELABELLED
 from mopo_fast.environments import make_environment
 from mopo_fast.errors import InputError
@@ -284,10 +284,9 @@ def collect(
     with (
         _Collector(task, seed, threads) as collector,
         progress_bar(f"collect {local_name}", steps, quiet=quiet) as bar,
-        new_file(path, metadata | {"policy": UNIFORM}) as file,
+        new_file(path, steps, metadata | {"policy": UNIFORM}) as file,
     ):
-        written = 0
         for episodes in collector.batches(steps):
-            written += store(file, collector.transitions(episodes), written, steps)
-            bar.update(completed=written)
+            file.append(collector.transitions(episodes))
+            bar.update(completed=file.written)
     return path

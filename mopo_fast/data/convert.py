@@ -2,11 +2,11 @@
 
 from typing import Any
 
-import h5py
 import numpy as np
 
 from mopo_fast.data import d4rl, find_dataset, minari
 from mopo_fast.data.files import Array, Reader, check_file, from_arrays, open_file, step_limits, write_arrays
+from mopo_fast.data.stored import read_all
 
 
 def convert(source: str, target: str, *, overwrite: bool = False, quiet: bool = False) -> int:
@@ -50,19 +50,7 @@ def _read(source: str, quiet: bool) -> dict[str, Any]:
     if name in d4rl.LOCATIONS:
         path = d4rl.fetch(name, quiet=quiet)
     with open_file(path) as file:
-        if not isinstance(file, h5py.File):
-            return {key: np.asarray(file[key]) for key in file}
-        found: dict[str, Any] = {}
-
-        def keep(key: str, item: Any) -> None:
-            if isinstance(item, h5py.Dataset) and item.shape is not None:
-                value = item[()]
-                # Not arrays of texts: npz keeps them in a pickle alone.
-                if isinstance(value, bytes) or value.dtype.kind in "fiub":
-                    found[key] = value
-
-        file.visititems(keep)
-        return found
+        return read_all(path, file)
 
 
 def _timeouts(arrays: dict[str, Any], source: str) -> Array:

@@ -1,8 +1,14 @@
-"""D4RL's Gym-MuJoCo data sets: names, files, download (d4rl/infos.py, d4rl/offline_env.py)."""
+"""D4RL's Gym-MuJoCo data sets: names, files, download (d4rl/infos.py, d4rl/offline_env.py).
+
+D4RL serves its files by plain HTTP, and publishes no checksums. So the first download of a file records its
+SHA-256 beside it, in NAME.hdf5.sha256, and a later download of the same file must have the same. What is in
+the cache is taken as it is; `sha256sum -c NAME.hdf5.sha256` in the cache's folder checks it.
+"""
 
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import http.client
 import importlib
 import os
@@ -14,9 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import h5py
-
-from mopo_fast.atomic import sync_folder
+from mopo_fast.atomic import atomic_path, sync_folder
+from mopo_fast.data.hdf5 import open_hdf5
+from mopo_fast.data.stored import reading
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.errors import InputError
 from mopo_fast.progress import Bar, progress_bar
@@ -120,10 +126,11 @@ def fetch(name: str, *, quiet: bool = False) -> Path:
 def download(source: str, path: Path, *, quiet: bool = False) -> None:
     """Download an HDF5 file; what has come stays in `<path>.part`, and the next call goes on from there.
 
-    Several processes may ask for the same file: one downloads, the others wait for it.
+    Several processes may ask for the same file: one downloads, the others wait for it. Its SHA-256 must be
+    the one in `<path>.sha256`, which is written where there is none.
 
     Raises:
-        HostError: no connection, or an answer that is not the file.
+        HostError: no connection, an answer that is not the file, or another file than before.
         InputError: the folder cannot be written.
     """
     part_path = path.with_name(path.name + ".part")
@@ -138,15 +145,36 @@ def download(source: str, path: Path, *, quiet: bool = False) -> None:
             while not _transfer(source, part, bar):
                 pass
         try:
-            # HDF5 would take the very lock that is held here.
-            h5py.File(part_path, "r", locking=False).close()
-        except OSError as error:
+            with open_hdf5(part_path):
+                pass
+        except InputError as error:
             _empty(part)
-            raise HostError(f"what {source} sent is not a whole HDF5 file ({error})") from error
+            raise HostError(f"what {source} sent is refused: {error}") from error
+        _check_sum(source, part, path)
         with _writing(path):
             os.fsync(part.fileno())
             os.replace(part_path, path)
             sync_folder(path.parent)
+
+
+def _check_sum(source: str, part: IO[bytes], path: Path) -> None:
+    """Compare what was downloaded with the first download of `path`, or record it as the first."""
+    part.seek(0)
+    found = hashlib.file_digest(part, "sha256").hexdigest()  # type: ignore[arg-type]
+    record = path.with_name(path.name + ".sha256")
+    if not record.exists():
+        # What `sha256sum -c` reads.
+        with atomic_path(record) as temporary:
+            temporary.write_text(f"{found}  {path.name}\n")
+        return
+    with reading(record, "SHA-256"):
+        known = record.read_text().split()[0]
+    if found != known:
+        _empty(part)
+        raise HostError(
+            f"{source} sent another file than at the first download: SHA-256 {found}, {record} has {known};"
+            " remove that record if the change is known to be right"
+        )
 
 
 def _transfer(source: str, part: IO[bytes], bar: Bar) -> bool:

@@ -1,23 +1,23 @@
 """Files, or arrays by D4RL's names, to `Transitions`, checked on the way in; arrays to HDF5."""
 
 import contextlib
-import errno
-import io
+import math
 import os
 import warnings
-import zipfile
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from mopo_fast.atomic import atomic_path
 from mopo_fast.data import trajectories
+from mopo_fast.data.hdf5 import open_hdf5
+from mopo_fast.data.hdf5_writer import Output, hdf5_pieces, write_pieces
+from mopo_fast.data.npz import open_npz
+from mopo_fast.data.stored import Stored, check_fits, is_kept, reading
 from mopo_fast.data.transitions import Transitions, first_not_finite
 from mopo_fast.errors import InputError
 
@@ -26,19 +26,6 @@ Compat = Literal["d4rl"]
 
 MAX_EPISODE_STEPS = 1000
 """Where a file has no `timeouts`: the step limit of every D4RL MuJoCo environment."""
-
-# What h5py and numpy raise, each for another kind of damage.
-_DAMAGE = (
-    OSError,
-    ValueError,
-    TypeError,
-    KeyError,
-    RuntimeError,
-    EOFError,
-    IndexError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
 
 
 def load_file(
@@ -103,12 +90,17 @@ def from_arrays(
     if compat is not None and compat not in get_args(Compat):
         raise InputError(f'compat must be None or "d4rl", got {compat!r}')
     reader = Reader(source, arrays)
+    stored = compat is None and "next_observations" in arrays
+    successor = ("next_observations",) if stored else ()
+    reader.check_memory(
+        ("observations", "actions", "rewards", "terminals", "timeouts", *successor), not stored
+    )
     observations = reader.floats("observations", 2)
     actions = reader.floats("actions", 2)
     rewards = reader.floats("rewards", 1)
     terminals = reader.flags("terminals")
     timeouts = reader.flags("timeouts") if "timeouts" in arrays else None
-    if compat is None and "next_observations" in arrays:
+    if stored:
         rule = "next_observations"
         keep: Array | slice = slice(None)
         successors = reader.floats("next_observations", 2)
@@ -144,54 +136,38 @@ def open_file(path: Path) -> Iterator[Mapping[str, Any]]:
     """The file as {key: array to be read}; every way in which it can be broken is one `InputError`."""
     if not path.is_file():
         raise InputError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
-    kind = {".npz": "npz", ".pkl": "pickle"}.get(path.suffix, "HDF5")
-    try:
-        if kind == "HDF5":
-            # Locks fail on many shared file systems, and files written here appear whole or not at all.
-            with h5py.File(path, "r", locking=False) as file:
-                yield file
-        elif kind == "pickle":
-            yield trajectories.read(path)
-        else:
-            with open(path, "rb") as raw:
-                if not zipfile.is_zipfile(raw):
-                    raise ValueError("no zip directory at its end")
-                # Never a pickle: an object array is refused.
-                with np.load(raw, allow_pickle=False) as file:
-                    yield _from_neorl(file) if "obs" in file and "observations" not in file else file
-    except InputError:
-        raise
-    except MemoryError as error:
-        raise InputError(
-            f"{path} does not fit into memory ({error}); --memory-map (memory_map=True) leaves it in the file"
-        ) from error
-    except _DAMAGE as error:
-        raise InputError(f"{path} is not a whole {kind} file ({error}); get or make it again") from error
+    if path.suffix == ".pkl":
+        with reading(path, "pickle"):
+            found = trajectories.read(path)
+        yield found
+    elif path.suffix == ".npz":
+        with open_npz(path) as file:
+            if "obs" in file and "observations" not in file:
+                with reading(path, "npz"):
+                    file = _from_neorl(file)
+            yield file
+    else:
+        with open_hdf5(path) as file:
+            yield file
 
 
 def _mapped(path: Path, file: Mapping[str, Any], compat: Compat | None) -> dict[str, Any]:
     """The file's arrays where they are, and its metadata."""
-
-    def array(key: str) -> Array:
-        stored = file[key]
-        offset = stored.id.get_offset() if isinstance(stored, h5py.Dataset) else None
-        if offset is None or stored.dtype != np.float32 or stored.size == 0:
+    names = ("observations", "actions", "rewards", "next_observations")
+    if path.suffix in (".npz", ".pkl") or "next_observations" not in file or compat is not None:
+        raise InputError(
+            f"{path} cannot be mapped into memory: that takes HDF5 with next_observations, and no compat"
+        )
+    arrays = dict(file)
+    for key in names:
+        stored = file.get(key)
+        if stored is not None and (stored.offset is None or stored.dtype != np.float32):
             raise InputError(
                 f"{path}: {key} cannot be mapped into memory, it must be uncompressed float32;"
                 " `mopo-fast convert` writes without compression"
             )
-        return np.memmap(path, np.float32, "r", offset, stored.shape)
-
-    if not isinstance(file, h5py.File) or "next_observations" not in file or compat is not None:
-        raise InputError(
-            f"{path} cannot be mapped into memory: that takes HDF5 with next_observations, and no compat"
-        )
-    names = ("observations", "actions", "rewards", "next_observations")
-    arrays: dict[str, Any] = {key: array(key) for key in names if key in file}
-    if "terminals" in file:
-        arrays["terminals"] = file["terminals"]
-    for key in file.get("metadata", {}):
-        arrays[f"metadata/{key}"] = file[f"metadata/{key}"][()]
+        if stored is not None:
+            arrays[key] = stored.map(path)
     return arrays
 
 
@@ -202,13 +178,13 @@ def as_tensor(array: Array) -> torch.Tensor:
         return torch.from_numpy(array)
 
 
-def _from_neorl(file: Mapping[str, Any]) -> dict[str, Array]:
+def _from_neorl(file: Mapping[str, Any]) -> dict[str, Any]:
     """NeoRL's arrays by D4RL's names; `index` holds the rows at which trajectories begin.
 
     Its `done` does not tell an end from the step limit: one at the last step that is allowed is a time-out.
     """
     names = {"obs": "observations", "action": "actions", "reward": "rewards", "next_obs": "next_observations"}
-    arrays = {ours: np.asarray(file[theirs]) for theirs, ours in names.items() if theirs in file}
+    arrays = {ours: file[theirs] for theirs, ours in names.items() if theirs in file}
     if "done" in file:
         done = np.asarray(file["done"]).reshape(-1)
         starts = np.asarray(file["index"]).reshape(-1) if "index" in file else np.zeros(1, np.int64)
@@ -230,34 +206,65 @@ class Reader:
 
     def _read(self, key: str, ndim: int) -> Array:
         if key not in self._file:
-            keys = ", ".join(sorted(map(str, self._file))) or "nothing"
+            keys = ", ".join(sorted({str(key).split("/")[0] for key in self._file})) or "nothing"
             raise InputError(f"{self._path} lacks {key!r}; it has {keys}")
         stored = self._file[key]
         # A group, an HDF5 null or a foreign member of an archive.
         if getattr(stored, "shape", None) is None:
             raise InputError(f"{self._path}: {key} is not an array")
-        array: Array = np.asanyarray(stored)
-        if array.dtype.kind not in "fiub":
-            raise InputError(f"{self._path}: {key} must be numbers, got {array.dtype}")
-        if ndim == 1 and array.ndim == 2 and array.shape[1] == 1:
-            array = array[:, 0]
-        if array.ndim != ndim or 0 in array.shape[1:]:
+        if not isinstance(stored, Stored):
+            stored = self._as_array(key, stored)
+        # From here on a file's array is known, and only then it is read.
+        if stored.dtype.kind not in "fiub":
+            raise InputError(f"{self._path}: {key} must be numbers, got {stored.dtype}")
+        shape = stored.shape
+        if ndim == 1 and len(shape) == 2 and shape[1] == 1:
+            shape = shape[:1]
+        if len(shape) != ndim or 0 in shape[1:]:
             expected = "[n]" if ndim == 1 else "[n, dim]"
-            raise InputError(f"{self._path}: {key} must be {expected}, got shape {array.shape}")
+            raise InputError(f"{self._path}: {key} must be {expected}, got shape {shape}")
         if self._rows is None:
-            self._rows, self._dim = len(array), array.shape[-1]
-        if len(array) != self._rows:
-            raise InputError(f"{self._path}: {key} has {len(array)} rows, observations {self._rows}")
-        if key == "next_observations" and array.shape[1] != self._dim:
-            raise InputError(f"{self._path}: {key} has {array.shape[1]} columns, observations {self._dim}")
-        return array
+            self._rows, self._dim = shape[0], shape[-1]
+        if shape[0] != self._rows:
+            raise InputError(f"{self._path}: {key} has {shape[0]} rows, observations {self._rows}")
+        if key == "next_observations" and shape[1] != self._dim:
+            raise InputError(f"{self._path}: {key} has {shape[1]} columns, observations {self._dim}")
+        array = stored.load() if isinstance(stored, Stored) else stored
+        return array[:, 0] if array.ndim > ndim else array
+
+    def _as_array(self, key: str, value: Any) -> Array:
+        try:
+            return np.asanyarray(value)
+        except InputError:
+            raise
+        # Arrays of other libraries fail in their own ways.
+        except Exception as error:
+            raise InputError(f"{self._path}: {key} is not an array ({error})") from error
+
+    def check_memory(self, keys: Collection[str], copied: bool) -> None:
+        """Raise `InputError` where the arrays of these keys, as float32 and flags, do not fit into memory.
+
+        Args:
+            copied: rows are picked from them, which takes their size again.
+        """
+        arrays = {key: self._file[key] for key in keys if isinstance(self._file.get(key), Stored)}
+        sizes = {key: 1 if key in ("terminals", "timeouts") else 4 for key in arrays}
+        kept = sum(math.prod(array.shape or (0,)) * sizes[key] for key, array in arrays.items())
+        # The largest is there in its own type too while it is converted.
+        largest = max((array.nbytes for array in arrays.values()), default=0)
+        check_fits(
+            self._path,
+            kept * (1 + copied) + largest,
+            "--memory-map (memory_map=True) leaves uncompressed HDF5 in the file",
+        )
 
     def floats(self, key: str, ndim: int) -> Array:
         """A float32 array, every value finite; a copy, unless it is mapped."""
         array = self._read(key, ndim)
         if not isinstance(array, np.memmap) or array.dtype != np.float32:
-            with np.errstate(over="ignore"):
-                array = array.astype(np.float32)
+            # What a file gave is a copy already; what does not fit into float32 shows below.
+            with np.errstate(all="ignore"):
+                array = array.astype(np.float32, copy=not isinstance(self._file[key], Stored))
         row = first_not_finite(as_tensor(array))
         if row is not None:
             raise InputError(f"{self._path}: {key} is not a finite float32 number at row {row}")
@@ -266,6 +273,9 @@ class Reader:
     def flags(self, key: str) -> Array:
         """A bool array, stored as bool or as 0 and 1."""
         array = self._read(key, 1)
+        # A file's bool may be any byte, which NumPy would take for granted.
+        if array.dtype == np.bool_:
+            array = array.view(np.uint8)
         flags = array.astype(bool)
         if not np.array_equal(array, flags):
             row = int(np.flatnonzero(array != flags)[0])
@@ -273,49 +283,23 @@ class Reader:
         return flags
 
     def metadata(self) -> dict[str, str | float]:
-        """The strings and numbers of the file's metadata group."""
-        group = self._file.get("metadata")
-        if isinstance(group, h5py.Group):
-            items = dict(group.items())
-        else:
-            # A dictionary's or an npz file's keys are flat.
-            names = [key for key in self._file if str(key).startswith("metadata/")]
-            items = {name.removeprefix("metadata/"): np.asarray(self._file[name]) for name in names}
+        """The texts and numbers by keys that begin with "metadata/"."""
         found: dict[str, str | float] = {}
-        for key, item in items.items():
-            value = item[()] if getattr(item, "shape", None) == () else None
+        for key, item in self._file.items():
+            if not str(key).startswith("metadata/"):
+                continue
+            name = str(key).removeprefix("metadata/")
+            if isinstance(item, Stored) and not is_kept(item):
+                continue
+            array = self._as_array(key, item)
+            value: Any = array[()] if array.shape == () else None
             if isinstance(value, bytes):
-                found[key] = value.decode("utf-8", "replace")
+                found[name] = value.decode("utf-8", "replace")
             elif isinstance(value, str):
-                found[key] = str(value)
+                found[name] = str(value)
             elif isinstance(value, (np.integer, np.floating)):
-                found[key] = value.item()
+                found[name] = value.item()
         return found
-
-
-@contextlib.contextmanager
-def new_file(path: Path, metadata: dict[str, Any]) -> Iterator[Any]:
-    """An HDF5 file to be filled, which is there when it is whole."""
-    with atomic_path(path) as temporary:
-        try:
-            with h5py.File(temporary, "w", locking=False) as file:
-                for key, value in metadata.items():
-                    file[f"metadata/{key}"] = value
-                yield file
-                file["metadata/steps"] = len(file["rewards"])
-        except (OSError, RuntimeError) as error:
-            # What h5py raises on a full disk is of many kinds.
-            number = getattr(error, "errno", None) or getattr(error.__context__, "errno", None) or errno.EIO
-            raise OSError(number, os.strerror(number)) from error
-
-
-def store(file: Any, arrays: dict[str, Array], first: int, total: int) -> int:
-    """Write rows from row `first` of `total` on, as many as there is room for; return how many."""
-    count = min(len(arrays["rewards"]), total - first)
-    for key, array in arrays.items():
-        stored = file.require_dataset(key, (total, *array.shape[1:]), array.dtype)
-        stored[first : first + count] = array[:count]
-    return count
 
 
 def step_limits(terminals: Array, after_terminal: int, limit: int | None = None) -> Array:
@@ -343,13 +327,10 @@ def check_file(path: str | os.PathLike[str], overwrite: bool = False) -> None:
 
 def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
     """Write arrays, numbers and texts by their keys, to .npz or else to HDF5, uncompressed, atomically."""
-    # Made in memory: on a full disk HDF5 itself prints a traceback for every array.
-    content = io.BytesIO()
-    if Path(path).suffix == ".npz":
-        np.savez(content, allow_pickle=False, **arrays)
-    else:
-        with h5py.File(content, "w") as file:
-            for name, array in arrays.items():
-                file[name] = array
     with atomic_path(path) as temporary:
-        temporary.write_bytes(content.getbuffer())
+        if Path(path).suffix != ".npz":
+            write_pieces(temporary, hdf5_pieces(arrays))
+            return
+        with contextlib.closing(Output(temporary)) as file:
+            np.savez(file, allow_pickle=False, **arrays)
+            file.check()

@@ -6,6 +6,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,17 @@ import gymnasium
 import numpy as np
 import numpy.typing as npt
 
-from mopo_fast.atomic import sync_folder
+from mopo_fast.atomic import read_json_as, sync_folder
+from mopo_fast.data.hdf5 import open_hdf5
+from mopo_fast.data.stored import check_fits, reading
 from mopo_fast.errors import InputError
 
 Array = npt.NDArray[Any]
 
 PREFIX = "minari:"
+
+# An episode has eight and more; there are sets of some ten thousand episodes.
+_MOST_OBJECTS = 10_000_000
 
 
 def read(name: str) -> dict[str, Any]:
@@ -29,11 +35,16 @@ def read(name: str) -> dict[str, Any]:
     Raises:
         InputError: the package or the data set is not there, or observations or actions are not vectors.
     """
-    minari = _package()
+    minari, identity, folder = _package(), name.removeprefix(PREFIX), path(name) / "data"
     try:
-        dataset = minari.load_dataset(name.removeprefix(PREFIX), download=True)
+        if not folder.exists():
+            minari.download_dataset(identity)
+        _check_files(folder)
+        dataset = minari.load_dataset(identity)
         stored = dataset.storage.metadata
         episodes = list(dataset.iterate_episodes())
+    except InputError:
+        raise
     # Whatever its storages and hosts raise.
     except Exception as error:
         raise InputError(
@@ -44,6 +55,8 @@ def read(name: str) -> dict[str, Any]:
             raise InputError(f"{name}: {what} must be vectors, got {space}")
     if not episodes:
         raise InputError(f"{name} has no episodes")
+    for number, episode in enumerate(episodes):
+        _check_episode(f"episode {number} of {name}", episode, dataset)
 
     def joined(part: Any) -> Array:
         return np.concatenate([np.asarray(part(episode)) for episode in episodes])
@@ -51,14 +64,17 @@ def read(name: str) -> dict[str, Any]:
     low, high = dataset.action_space.low, dataset.action_space.high
     actions = joined(lambda episode: episode.actions)
     if np.isfinite([low, high]).all() and not (np.all(low == -1) and np.all(high == 1)):
-        actions = 2.0 * (actions - low.astype(np.float64)) / (high - low) - 1.0
+        # Where a range is empty no action is finite, which is told of the actions.
+        with np.errstate(all="ignore"):
+            actions = 2.0 * (actions - low.astype(np.float64)) / (high - low) - 1.0
     terminals = joined(lambda episode: episode.terminations)
     last = np.cumsum([len(episode.rewards) for episode in episodes]) - 1
     timeouts = joined(lambda episode: episode.truncations)
     # An episode of which no end is known was cut off.
     timeouts[last] = ~terminals[last]
-    known = {key: value for key, value in stored.items() if isinstance(value, (str, int, float))}
-    metadata = known | json.loads(stored.get("mopo_fast", "{}"))
+    metadata = _texts_and_numbers(stored)
+    with reading(folder / "metadata.json", "JSON"):
+        metadata |= _texts_and_numbers(json.loads(metadata.get("mopo_fast", "{}")))
     return {
         "observations": joined(lambda episode: episode.observations[:-1]),
         "actions": actions,
@@ -68,6 +84,49 @@ def read(name: str) -> dict[str, Any]:
         "timeouts": timeouts & ~terminals,
         **{f"metadata/{key}": value for key, value in metadata.items() if key != "mopo_fast"},
     }
+
+
+@dataclass(frozen=True)
+class _Metadata:
+    """What Minari takes from its metadata.json; all else goes by."""
+
+    data_format: str
+    total_episodes: int
+    total_steps: int
+    observation_space: str | None = None
+    action_space: str | None = None
+    mopo_fast: str = "{}"
+
+
+def _check_files(folder: Path) -> None:
+    """Raise `InputError` where Minari is not to read what it has stored in a folder."""
+    metadata = read_json_as(folder / "metadata.json", _Metadata)
+    if metadata.data_format == "hdf5":
+        with open_hdf5(folder / "main_data.hdf5", _MOST_OBJECTS) as file:
+            # Once as episodes, once joined.
+            check_fits(folder, 2 * sum(item.nbytes for item in file.values()), "")
+
+
+def _check_episode(what: str, episode: Any, dataset: Any) -> None:
+    steps = np.size(episode.rewards)
+    if steps == 0:
+        raise InputError(f"{what} has no steps")
+    for part, shape, kinds in (
+        ("observations", (steps + 1, *dataset.observation_space.shape), "fiu"),
+        ("actions", (steps, *dataset.action_space.shape), "fiu"),
+        ("rewards", (steps,), "fiu"),
+        ("terminations", (steps,), "b"),
+        ("truncations", (steps,), "b"),
+    ):
+        array = getattr(episode, part)
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in kinds or array.shape != shape:
+            takes = "flags" if kinds == "b" else "numbers"
+            got = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+            raise InputError(f"{part} of {what} must be {takes} of shape {shape}, got {got}")
+
+
+def _texts_and_numbers(found: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in found.items() if isinstance(value, (str, int, float))}
 
 
 def write(
@@ -111,6 +170,8 @@ def write(
         first = last + 1
     root, before = path(PREFIX), os.environ.get("MINARI_DATASETS_PATH")
     try:
+        minari.dataset.minari_dataset.parse_dataset_id(identity)
+        root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root, prefix=".new-") as scratch:
             # Minari writes where this points to, step by step.
             os.environ["MINARI_DATASETS_PATH"] = scratch
@@ -133,7 +194,7 @@ def write(
     except (OSError, ValueError) as error:
         raise InputError(f"cannot write {name} ({error})") from error
     finally:
-        os.environ.pop("MINARI_DATASETS_PATH")
+        os.environ.pop("MINARI_DATASETS_PATH", None)
         if before is not None:
             os.environ["MINARI_DATASETS_PATH"] = before
 
@@ -146,8 +207,10 @@ def check(name: str, overwrite: bool) -> None:
 
 def path(name: str) -> Path:
     """The folder of `minari:ID`, which may not be there."""
-    found: Path = _package().storage.get_dataset_path(name.removeprefix(PREFIX))
-    return found
+    _package()
+    # Its own function makes the folder of all sets, which a refusal would leave behind.
+    root = os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets"
+    return Path(root) / name.removeprefix(PREFIX)
 
 
 def _space(array: Array, bound: float) -> gymnasium.spaces.Box:

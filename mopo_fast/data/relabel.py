@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from mopo_fast.data.files import load_file, new_file, store
+from mopo_fast.data.files import load_file, open_file, write_arrays
+from mopo_fast.data.stored import read_all
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.errors import InputError
 
@@ -103,21 +103,16 @@ def relabel_file(
         )
     if "relabelled" in data.info["metadata"]:
         raise InputError(f"{path} is relabelled already; take the file that it was made from")
-    arrays: Arrays = {}
-    metadata: dict[str, Any] = {}
-
-    def take(key: str, item: Any) -> None:
-        if isinstance(item, h5py.Dataset):
-            target = metadata if key.startswith("metadata/") else arrays
-            target[key.removeprefix("metadata/")] = item[()]
-
-    with h5py.File(path, "r", locking=False) as source:
-        source.visititems(take)
-    for key in needed:
-        if key not in arrays:
+    with open_file(path) as source:
+        found: dict[str, Any] = read_all(path, source)
+    for key in ("rewards", *needed):
+        if key not in found:
             raise InputError(f"{path} lacks {key}, which the reward of {task} takes")
-    arrays = RELABELLED[task](arrays)
-    metadata.pop("steps", None)
-    with new_file(out, metadata | {"name": f"{task}-local", "relabelled": task}) as target:
-        store(target, arrays, 0, len(arrays["rewards"]))
+        if key != "next_observations":
+            if found[key].size != len(data) or found[key].dtype.kind not in "fiub":
+                raise InputError(f"{path}: {key} must be {len(data)} numbers, got shape {found[key].shape}")
+            found[key] = found[key].reshape(-1)
+    found = RELABELLED[task](found)
+    marks = {"name": f"{task}-local", "relabelled": task, "steps": len(data)}
+    write_arrays(out, found | {f"metadata/{key}": value for key, value in marks.items()})
     return out

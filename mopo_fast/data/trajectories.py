@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from mopo_fast import pickles
+from mopo_fast.data.stored import check_fits
 from mopo_fast.errors import InputError
 from mopo_fast.pickles import Array
 
@@ -18,6 +19,8 @@ def read(path: Path) -> dict[str, Array]:
     Raises:
         InputError: the pickle asks for anything but numpy arrays, or is not such a list.
     """
+    # Once as trajectories, once joined.
+    check_fits(path, 2 * path.stat().st_size, "")
     found = pickles.load(path)
     if not isinstance(found, list) or not found or not all(isinstance(one, dict) for one in found):
         raise InputError(f"{path} must hold a list of trajectories, each a dictionary of arrays")

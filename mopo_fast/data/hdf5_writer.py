@@ -1,0 +1,235 @@
+"""HDF5 files that HDF5 itself never writes to.
+
+On a full disk HDF5 crashes, or reports an error for every array. So it writes its metadata into memory. The
+arrays go from their own memory to the places that it has given them, after room for the whole file was
+reserved. Each array lies in one piece, uncompressed, and aligned to be mapped into memory.
+"""
+
+import contextlib
+import errno
+import io
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+
+from mopo_fast.atomic import atomic_path
+
+Array = npt.NDArray[Any]
+
+Pieces = list[tuple[int, Any]]
+"""Bytes, and where in a file they go."""
+
+_ALIGNMENT = 64
+# Bytes that are written between two calls of `check`.
+_BLOCK = 4 << 20
+
+
+class Output(io.RawIOBase):
+    """An existing file to be filled: whole pieces at their places, or an `OSError`.
+
+    As a stream it never raises, so that whoever writes to it always comes to an end; `check` raises then.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._handle = os.open(path, os.O_RDWR)
+        self._position = self._end = 0
+        self._error: OSError | None = None
+
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self._handle)
+        super().close()
+
+    def reserve(self, size: int) -> None:
+        """Make the file `size` bytes long, with room on the disk for all of them."""
+        try:
+            os.posix_fallocate(self._handle, 0, max(1, size))
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+        # Where the file system reserves nothing, what is missing shows when it is written.
+        os.truncate(self._handle, size)
+
+    def write_at(self, offset: int, piece: Any) -> None:
+        """Write all bytes of an array or a buffer."""
+        rest = memoryview(piece).cast("B")
+        while len(rest):
+            written = os.pwrite(self._handle, rest, offset)
+            rest, offset = rest[written:], offset + written
+
+    def check(self) -> None:
+        """Raise the first error of `write`."""
+        if self._error is not None:
+            raise self._error
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        self._position = offset + (0, self._position, self._end)[whence]
+        return self._position
+
+    def write(self, piece: Any, /) -> int:
+        count = memoryview(piece).nbytes
+        if self._error is None:
+            try:
+                self.write_at(self._position, piece)
+            except OSError as error:
+                self._error = error
+        self._position += count
+        self._end = max(self._end, self._position)
+        return count
+
+
+class _Frame(io.RawIOBase):
+    """A file in memory for what HDF5 writes around its arrays, without the room that it leaves for them."""
+
+    def __init__(self) -> None:
+        self.pieces: Pieces = []
+        self.position = self.size = 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        self.position = offset + (0, self.position, self.size)[whence]
+        return self.position
+
+    def write(self, piece: Any, /) -> int:
+        self.pieces.append((self.position, bytes(piece)))
+        self.position += len(piece)
+        self.size = max(self.size, self.position)
+        return len(piece)
+
+    def truncate(self, size: int | None = None, /) -> int:
+        self.size = self.position if size is None else size
+        return self.size
+
+    def readinto(self, buffer: Any, /) -> int:
+        content = np.zeros(len(buffer), np.uint8)
+        for offset, piece in self.pieces:
+            first = max(offset, self.position)
+            last = min(offset + len(piece), self.position + len(buffer))
+            if first < last:
+                part = np.frombuffer(piece, np.uint8)[first - offset : last - offset]
+                content[first - self.position : last - self.position] = part
+        memoryview(buffer)[:] = content.tobytes()
+        return len(buffer)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """An HDF5 file without its arrays.
+
+    Attributes:
+        size: of the whole file, in bytes.
+        pieces: what stands around the arrays.
+        offsets: where each array begins; one without elements is nowhere.
+    """
+
+    size: int
+    pieces: Pieces
+    offsets: dict[str, int]
+
+
+def make_layout(
+    arrays: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]], values: Mapping[str, Any]
+) -> Layout:
+    """Lay out a file of arrays, each a shape and a type, with single numbers and texts beside them."""
+    frame, offsets = _Frame(), {}
+    room = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    room.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    room.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    with h5py.File(frame, "w", alignment_threshold=_ALIGNMENT, alignment_interval=_ALIGNMENT) as file:
+        for name, (shape, dtype) in arrays.items():
+            made = file.create_dataset(name, shape, dtype, dcpl=room)
+            if 0 not in shape:
+                offsets[name] = made.id.get_offset()
+        write_values(file, values)
+    return Layout(frame.size, frame.pieces, offsets)
+
+
+def write_values(file: h5py.File, values: Mapping[str, Any]) -> None:
+    """Write numbers, small arrays and texts; texts of fixed length, which need no heap of HDF5's."""
+    for name, value in values.items():
+        array = np.asarray(value)
+        if array.ndim == 0 and array.dtype.kind in "SU":
+            text = array.item()
+            content = text.encode() if isinstance(text, str) else text
+            array = np.array(content, h5py.string_dtype("utf-8", max(1, len(content))))
+        file[name] = array
+
+
+def hdf5_pieces(contents: Mapping[str, Any]) -> Pieces:
+    """A whole file of arrays, numbers and texts by their keys; the arrays are not copied."""
+    arrays = {name: np.ascontiguousarray(array) for name, array in contents.items() if np.ndim(array)}
+    values = {name: value for name, value in contents.items() if name not in arrays}
+    layout = make_layout({name: (array.shape, array.dtype) for name, array in arrays.items()}, values)
+    return [*layout.pieces, *((offset, arrays[name]) for name, offset in layout.offsets.items())]
+
+
+def write_pieces(path: Path, pieces: Pieces, check: Callable[[], None] = lambda: None) -> None:
+    """Fill an existing file with pieces at their places.
+
+    Args:
+        check: called every few megabytes; what it raises abandons the file.
+
+    Raises:
+        OSError: there is no room for them.
+    """
+    with contextlib.closing(Output(path)) as file:
+        file.reserve(max(offset + memoryview(piece).nbytes for offset, piece in pieces))
+        for offset, piece in pieces:
+            content = memoryview(piece).cast("B")
+            for first in range(0, len(content), _BLOCK):
+                check()
+                file.write_at(offset + first, content[first : first + _BLOCK])
+
+
+class RowsFile:
+    """An HDF5 file whose arrays are filled row by row; the first rows say which arrays there are."""
+
+    def __init__(self, file: Output, total: int, metadata: Mapping[str, Any]) -> None:
+        self.total, self.written = total, 0
+        self._file = file
+        self._values = {f"metadata/{key}": value for key, value in {**metadata, "steps": total}.items()}
+        self._offsets: dict[str, int] | None = None
+
+    def append(self, rows: Mapping[str, Array]) -> int:
+        """Write as many rows as there is room for, with the same arrays every time; return how many."""
+        if self._offsets is None:
+            self._offsets = self._begin(rows)
+        count = min(len(rows["rewards"]), self.total - self.written)
+        for key, array in rows.items():
+            part = np.ascontiguousarray(array[:count])
+            if part.size:
+                self._file.write_at(self._offsets[key] + self.written * part[0].nbytes, part)
+        self.written += count
+        return count
+
+    def _begin(self, rows: Mapping[str, Array]) -> dict[str, int]:
+        arrays = {key: ((self.total, *array.shape[1:]), array.dtype) for key, array in rows.items()}
+        layout = make_layout(arrays, self._values)
+        self._file.reserve(layout.size)
+        for offset, piece in layout.pieces:
+            self._file.write_at(offset, piece)
+        return layout.offsets
+
+
+@contextlib.contextmanager
+def new_file(path: Path, total: int, metadata: Mapping[str, Any]) -> Iterator[RowsFile]:
+    """A file of `total` rows to be filled, which is there when it is whole.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    with atomic_path(path) as temporary, contextlib.closing(Output(temporary)) as file:
+        rows = RowsFile(file, total, metadata)
+        yield rows
+        assert rows.written == total

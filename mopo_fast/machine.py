@@ -112,14 +112,8 @@ def check_memory(what: str, size: int, device: torch.device | str, lower: str) -
         total = available_memory()
     if size > total:
         raise InputError(
-            f"{what} would take {_gibibytes(size)}, {device} has {_gibibytes(total)}; lower {lower}"
+            f"{what} would take {-(-size // 2**30):,} GiB, {device} has {total // 2**30:,} GiB; lower {lower}"
         )
-
-
-def _gibibytes(size: int) -> str:
-    # Whole numbers of any length: a float ends at 10^308.
-    tenths = size * 10 // 2**30
-    return f"{tenths // 10:,}.{tenths % 10} GiB" if tenths < 10**12 else f"more than {10**11:,} GiB"
 
 
 def file_backed(shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:

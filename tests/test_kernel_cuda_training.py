@@ -217,7 +217,9 @@ def test_refuses_what_it_cannot_train(device: str) -> None:
     case = "one unit"
     kernel = make_cuda_sac(case, device)
     kernel.actor.double()
-    with pytest.raises(InputError, match=r"the kernels train contiguous torch.float32 .* reference"):
+    with pytest.raises(
+        InputError, match=r"the actor's weights\[0\] must be contiguous torch.float32 .* got torch.float64"
+    ):
         update([kernel], case, 1)
 
 

@@ -162,7 +162,7 @@ def test_no_pickle_runs(
         ([{"observations": np.zeros((3, 2)), "dones": np.zeros(3)}], "lacks 'actions'"),
         ([trajectory(3), {**trajectory(2), "actions": np.zeros((2, 9))}], "not a whole pickle file"),
         ([{**trajectory(3), "actions": np.zeros((3, 1), complex)}], "holds an array of complex128"),
-        ([{**trajectory(3), "actions": [[0.0], [1.0, 2.0], [3.0]]}], "not a whole pickle file"),
+        ([{**trajectory(3), "actions": [[0.0], [1.0, 2.0], [3.0]]}], "actions of trajectory 0 is not"),
         ([{**trajectory(3), "actions": {"a": 1}}], "actions of trajectory 0 is not an array of numbers"),
         ([{**trajectory(3), "rewards": np.float32(1)}], "rewards of trajectory 0 is not an array of numbers"),
         ([{**trajectory(3), "rewards": np.zeros((3, 2))}], r"rewards must be \[n\], got shape \(3, 2\)"),

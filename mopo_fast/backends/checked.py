@@ -219,10 +219,13 @@ def check_destination(out: Destination, layout: Layout, obs_dim: int, act_dim: i
     for name in _REQUIRED:
         if out.arrays.get(name) is None:
             raise InputError(f"the buffer lacks {name}")
-    capacity = out.capacity
+    capacity, floats = out.capacity, layout.dtype
+    if floats == torch.float64 and out.arrays["rewards"].dtype == torch.float32:
+        # The reference, which alone computes in float64, rounds what it writes.
+        floats = torch.float32
     for name, array in out.arrays.items():
         if array is not None:
-            width, dtype = array_layout(name, obs_dim, act_dim, layout.dtype)
+            width, dtype = array_layout(name, obs_dim, act_dim, floats)
             layout.check_rows(f"the buffer's {name}", array, capacity, *width, dtype=dtype)
     if most > capacity:
         raise InputError(f"the rollouts can make {most} transitions, the buffer holds {capacity}")

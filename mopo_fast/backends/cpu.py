@@ -204,8 +204,7 @@ class CpuBackend:
         try:
             return BackendStatus(self.name, True, f"{isa()}, of {', '.join(isas())}")
         except InputError as error:
-            # To be read in a list of all backends; who chooses one asks `isa`, which raises it.
-            return BackendStatus(self.name, True, str(error))
+            return BackendStatus(self.name, False, str(error))
 
     def refusal(
         self, dtype: str, device: torch.device, ensemble: Sizes | None = None, policy: Sizes | None = None

@@ -134,7 +134,7 @@ def read_file(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
         values = {
             key.removeprefix("metadata/"): np.asarray(item).item()
             for key, item in file.items()
-            if key.startswith("metadata/") and is_kept(item)
+            if key.startswith("metadata/") and item.shape == () and is_kept(item)
         }
         texts = {k: v.decode("utf-8", "replace") for k, v in values.items() if isinstance(v, bytes)}
         found = {k: np.asarray(v) if v.offset is None else v.map(path) for k, v in arrays.items()}

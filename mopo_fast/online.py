@@ -7,6 +7,7 @@ and on (seed, epoch) alone, so a training that was killed goes on from its last 
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -275,23 +276,22 @@ class OnlineTraining:
     def _rows_path(self, epoch: int) -> Path:
         return self.folder / f"rows-{epoch:06}.safetensors"
 
+    @functools.cached_property
+    def _layout(self) -> Rows:
+        """Arrays as those of an epoch's rows."""
+        with _Paths(self.task, 1) as paths:
+            return paths.new_rows(self.config.epoch_steps, self.config.environments)
+
     def _rows(self, epoch: int) -> Rows:
-        path, shape = self._rows_path(epoch), (self.config.epoch_steps, self.config.environments)
+        path = self._rows_path(epoch)
         tensors = load_tensors(path)
-        floats, flags = dict.fromkeys(("rewards", "infos/action_log_probs"), torch.float32), torch.bool
-        learned = {
-            **{
-                name: torch.empty(*shape, self.task.obs_dim) for name in ("observations", "next_observations")
-            },
-            "actions": torch.empty(*shape, self.task.act_dim),
-            **{name: torch.empty(shape, dtype=dtype) for name, dtype in floats.items()},
-            **{name: torch.empty(shape, dtype=flags) for name in ("terminals", "timeouts")},
-        }
-        load_into(path, tensors, learned)
-        for name, tensor in tensors.items():
-            if name not in learned and not (name.startswith("infos/") and tensor.shape[:2] == shape):
-                raise InputError(f"{path}: {name} is not an epoch's, shape {tuple(tensor.shape)}")
-        return {key: array.numpy() for key, array in tensors.items()}
+        if tensors.keys() != self._layout.keys():
+            raise InputError(
+                f"{path} must hold {', '.join(self._layout)}, it has {', '.join(tensors)}"[:1000]
+            )
+        rows = {name: np.empty_like(array) for name, array in self._layout.items()}
+        load_into(path, tensors, {name: torch.from_numpy(array) for name, array in rows.items()})
+        return rows
 
     def replay(self, epochs: int) -> Iterator[Rows]:
         """Every step of the first `epochs` epochs, path by path."""

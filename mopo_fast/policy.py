@@ -68,8 +68,12 @@ class Actor(nn.Module):
             raise InputError(f"unknown activation {activation!r}; there are: {', '.join(ACTIVATIONS)}")
         if min((obs_dim, act_dim, *hidden)) < 1:
             raise InputError(f"sizes must be positive, got obs {obs_dim}, act {act_dim}, hidden {hidden}")
-        if not log_std_min < log_std_max:
-            raise InputError(f"log_std_min {log_std_min} must be below log_std_max {log_std_max}")
+        most = torch.finfo(torch.float32).max
+        if not -most <= log_std_min < log_std_max <= most:
+            raise InputError(
+                f"log_std_min must be below log_std_max, both of them finite, got {log_std_min:g} and"
+                f" {log_std_max:g}"
+            )
         self.obs_dim, self.act_dim, self.activation = obs_dim, act_dim, activation
         self.log_std_min, self.log_std_max = float(log_std_min), float(log_std_max)
         sizes = [obs_dim, *hidden, 2 * act_dim]

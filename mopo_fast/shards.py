@@ -656,6 +656,7 @@ class Rollouts:
         self._folder, self.manifest = folder, manifest
         self._ends = np.cumsum([record.rows for record in manifest.shards], dtype=np.int64)
         self._open: dict[int, Transitions] = {}
+        self._sizes: tuple[tuple[int, ...], ...] | None = None
         mapped = (manifest.plan.format, manifest.plan.compression) == ("hdf5", "none")
         self._keep = len(self._ends) if mapped else 1
 
@@ -671,6 +672,10 @@ class Rollouts:
         if number not in self._open:
             plan = self.manifest.plan
             arrays, metadata = _read_shard(self._folder / plan.file(number), plan, number)
+            sizes = tuple(arrays[name].shape[1:] for name in _MATRICES)
+            if self._sizes not in (None, sizes):
+                raise InputError(f"{self._folder / plan.file(number)} has other dimensions than other shards")
+            self._sizes = sizes
             while len(self._open) >= self._keep:
                 del self._open[next(iter(self._open))]
             self._open[number] = Transitions(**_tensors(arrays), name=self.name, info=metadata)

@@ -145,6 +145,8 @@ def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     Raises:
         InputError: missing, truncated or not a safetensors file.
     """
+    if not Path(path).is_file():
+        raise InputError(f"{path} does not exist")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})

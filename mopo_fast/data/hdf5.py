@@ -50,6 +50,9 @@ def open_hdf5(path: Path, most: int = MOST_ARRAYS) -> Iterator[dict[str, Stored]
     """
     with contextlib.ExitStack() as stack:
         with reading(path, "HDF5"):
+            # To open a pipe would wait for somebody to write to it.
+            if not path.is_file():
+                raise ValueError("it is no regular file")
             with open(path, "rb") as raw:
                 if raw.read(len(_SIGNATURE)) != _SIGNATURE:
                     raise ValueError("it does not begin with HDF5's signature")

@@ -71,8 +71,7 @@ class Actor(nn.Module):
         most = torch.finfo(torch.float32).max
         if not -most <= log_std_min < log_std_max <= most:
             raise InputError(
-                f"log_std_min must be below log_std_max, both of them finite, got {log_std_min:g} and"
-                f" {log_std_max:g}"
+                f"log_std_min {log_std_min} must be below log_std_max {log_std_max}, and both of them finite"
             )
         self.obs_dim, self.act_dim, self.activation = obs_dim, act_dim, activation
         self.log_std_min, self.log_std_max = float(log_std_min), float(log_std_max)

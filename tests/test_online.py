@@ -409,10 +409,13 @@ class TestGarbledTraining:
     def test_rows_of_another_length(self, training: Path) -> None:
         path = training / "rows-000002.safetensors"
         tensors, _ = read_tensors(path)
-        for name in ("infos/qpos", "odd"):
+        for name, message in ("infos/qpos", "has shape"), ("odd", "it has .*odd"):
             save_tensors(path, tensors | {name: torch.zeros(61, 2)})
-            with pytest.raises(InputError, match=rf"{name} is not an epoch's.*; remove {training} to train"):
+            with pytest.raises(InputError, match=rf"{message}.*; remove {training} to train"):
                 self.load(training)
+        save_tensors(path, {name: tensor for name, tensor in tensors.items() if name != "infos/qvel"})
+        with pytest.raises(InputError, match="must hold .*infos/qvel"):
+            self.load(training)
         path.unlink()
         with pytest.raises(InputError, match=rf"rows-000002.* does not exist; remove {training} to train"):
             self.load(training)

@@ -414,7 +414,7 @@ class TestGarbledTraining:
             with pytest.raises(InputError, match=rf"{message}.*; remove {training} to train"):
                 self.load(training)
         save_tensors(path, {name: tensor for name, tensor in tensors.items() if name != "infos/qvel"})
-        with pytest.raises(InputError, match="must hold .*infos/qvel"):
+        with pytest.raises(InputError, match=r"must hold .*infos/qvel"):
             self.load(training)
         path.unlink()
         with pytest.raises(InputError, match=rf"rows-000002.* does not exist; remove {training} to train"):

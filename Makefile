@@ -37,6 +37,7 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED) lint
 	$(BIN)/python -m pytest -n $(JOBS)
+	$(MAKE) fuzz soak
 
 # Every reader of files, fed with mutated ones; what fails is kept in build/fuzz. Other cases: make fuzz SEED=7
 CASES ?= 2000

@@ -86,7 +86,7 @@ _KEPT: dict[str, Any] = {}
 
 @contextlib.contextmanager
 def workers(address: str, generator: Generator, threads: int | None) -> Iterator[Maker]:
-    """What makes shards on the CPUs or GPUs of a cluster, in a folder that all its machines see.
+    """A maker of shards on the CPUs or GPUs of a cluster, in a folder that all its machines see.
 
     Args:
         threads: of one worker, which takes as many of the cluster's CPUs; None: 1.

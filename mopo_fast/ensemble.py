@@ -36,7 +36,7 @@ MAX_MEMBERS = 32
 
 @dataclass(frozen=True)
 class _Declared:
-    """What dynamics.json says. Version 1 had no `log_scale`."""
+    """The contents of dynamics.json. Version 1 had no `log_scale`."""
 
     format_version: int
     obs_dim: int

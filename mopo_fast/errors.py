@@ -6,7 +6,7 @@ class InputError(ValueError):
 
 
 def is_out_of_resources(error: BaseException) -> bool:
-    """Whether the system refused memory or a thread; each library has an error of its own for that."""
+    """Tell whether the system refused memory or a thread; each library has an error of its own for that."""
     text = str(error).lower()
     refusals = ("allocate memory", "out of memory", "start new thread", "resource temporarily unavailable")
     return isinstance(error, MemoryError) or any(refusal in text for refusal in refusals)

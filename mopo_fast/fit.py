@@ -834,7 +834,7 @@ class _RecordedConfig(TypedDict):
 
 
 class FitRecord(TypedDict):
-    """What is read of fit.json; see `fit_and_save`."""
+    """The part of fit.json that is read; see `fit_and_save`."""
 
     dataset: str
     data_sha256: str

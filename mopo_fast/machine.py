@@ -76,7 +76,7 @@ def _kilobytes(path: Path) -> dict[str, int]:
 
 
 def _control_groups() -> Iterator[int]:
-    """What each control group of this process, of version 1 or 2, still allows."""
+    """Bytes that each control group of this process still allows, in versions 1 and 2."""
     try:
         lines = (_ROOT / "proc/self/cgroup").read_text().splitlines()
     except OSError:

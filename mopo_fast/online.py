@@ -496,7 +496,7 @@ def collect_online(
                 if task_name in RELABELLED:
                     rows = RELABELLED[task_name](rows)
                 if file.written + len(rows["rewards"]) == end:
-                    # Where it is cut a path does not go on.
+                    # A path that is cut ends by a time-out.
                     rows["timeouts"][-1] = not rows["terminals"][-1]
                 file.append(rows)
                 bar.update(completed=file.written)

@@ -32,7 +32,7 @@ def _xavier_uniform(shape: tuple[int, ...], generator: torch.Generator | None) -
 
 @dataclass(frozen=True)
 class _Declared:
-    """What policy.json says."""
+    """The contents of policy.json."""
 
     format_version: int
     obs_dim: int

@@ -1,4 +1,4 @@
-"""What a run's folder records of the run: config.json, summary.json, progress.csv and TensorBoard's events.
+"""The records in a run's folder: config.json, summary.json, progress.csv and TensorBoard's events.
 
 All of these are read with suspicion: a run's folder may have come from anywhere.
 """
@@ -43,7 +43,7 @@ COLUMNS = {
 
 
 class RecordedRollout(TypedDict, total=False):
-    """What a report shows of config.json's `rollout`."""
+    """The part of config.json's `rollout` that a report shows."""
 
     horizon: Count | None
     penalty_coef: Number | None
@@ -52,7 +52,7 @@ class RecordedRollout(TypedDict, total=False):
 
 
 class RecordedConfig(TypedDict, total=False):
-    """What a report shows of config.json."""
+    """The part of config.json that a report shows."""
 
     dataset: str
     task: str | None
@@ -62,7 +62,7 @@ class RecordedConfig(TypedDict, total=False):
 
 
 class RecordedSeconds(TypedDict):
-    """Where a run's time went."""
+    """Seconds that a run spent on each part."""
 
     fit: Seconds
     rollout: Seconds
@@ -73,7 +73,7 @@ class RecordedSeconds(TypedDict):
 
 @with_config(ConfigDict(extra="allow"))
 class Summary(TypedDict):
-    """What is read of summary.json; the rest is passed on as it is."""
+    """The checked part of summary.json; the rest is passed on as it is."""
 
     score_mean: Number | None
     score_std: Number | None

@@ -64,7 +64,7 @@ class _Run:
     data: Transitions | None = None
 
     def config(self) -> RecordedConfig:
-        """What config.json records; of a fit alone, which has none, nothing."""
+        """Read config.json; a fit alone has none, and gives an empty record."""
         path = self.folder / "config.json"
         return read_json_as(path, RecordedConfig) if path.exists() else {}
 

@@ -131,7 +131,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What the manifest says of one shard: its file, and counts over its rows.
+    """A shard's entry in the manifest: its file, and counts over its rows.
 
     Attributes:
         starts: rollouts begun; `non_finite` of them ended in a prediction that was not finite.
@@ -404,7 +404,7 @@ Maker = Callable[[Path, Plan, list[int], Callable[[int, ShardRecord], None], Cal
 
 @contextlib.contextmanager
 def _maker(ray: str | None, generator: Generator, threads: int | None) -> Iterator[Maker]:
-    """What makes shards: this process, or a cluster, connected for the length of the block."""
+    """The maker of shards: this process, or a cluster, connected for the length of the block."""
     if ray is None:
         yield lambda *arguments: _make_here(generator, *arguments)
     else:

@@ -67,7 +67,7 @@ _PENDING = 20
 # Start states of an evaluation by the model.
 _MODEL_STARTS = 1000
 
-# What an evaluation adds to a row of progress.csv.
+# Columns that an evaluation adds to a row of progress.csv.
 _EVALUATED = ("score_mean", "score_std", "return_mean", "return_std", "scored_by")
 # Values in an error, of files that may hold anything.
 _SHORT = reprlib.Repr()
@@ -205,7 +205,7 @@ def _train_all(runs: Sequence[_Run], memory_map: bool, quiet: bool) -> list[dict
             _make_dynamics(unfinished, data, digest, quiet)
             for run in unfinished:
                 if _last_checkpoint(run.out) is None:
-                    # What an earlier, interrupted session spent on the fit is part of the total too.
+                    # The total includes what an earlier, interrupted session spent on the fit.
                     run.started -= max(0.0, run.fit_seconds - (time.perf_counter() - fit_started))
             _train_together(unfinished, data, digest, quiet)
         except OSError as error:

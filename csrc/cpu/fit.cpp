@@ -176,7 +176,7 @@ class FitWork {
   double loss = 0.0;
 
  private:
-  // Of a batch's rows, which a team's threads share.
+  // Blocks of a batch's rows, which a team's threads share.
   static int64_t blocks(const FitArgs& args, const Kernels& kernels) {
     const int64_t block = args.bfloat16 ? std::max(kernels.block, kernels.tile) : kernels.block;
     return round_up(std::min(args.batch, args.count), block) / block;

@@ -39,7 +39,7 @@ struct RolloutPlan {
   Interrupt* interrupt;
 };
 
-// Whether the call is to end. A function of rollout.cpp, so that no instruction set's file has a copy.
+// True if the call is to end. It lies in rollout.cpp, so that no instruction set's file has a copy.
 bool interrupted(const RolloutPlan& plan) noexcept;
 
 // What a chunk's steps made, arrays of the output's shapes, rollout r's step t at row r * horizon + t.

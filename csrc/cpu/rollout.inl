@@ -48,7 +48,7 @@ static void network_tile(const Network& network, const PackedNetwork& packed, in
   }
 }
 
-// What the processor has to be set to for an operand's products: on AMX, the tiles. Not kept while signals
+// The state of the processor that an operand's products need: on AMX, the tiles. It is given up while signals
 // are looked for, since their handlers may do products of their own.
 template <class Operand>
 struct Products {

@@ -30,7 +30,7 @@ from mopo_fast.ensemble import MAX_MEMBERS, check_members
 from mopo_fast.errors import InputError
 from mopo_fast.machine import MAX_THREADS
 
-# Of a rollout's arrays, those that a backend writes in any case.
+# The arrays of a rollout that a backend writes in any case.
 _REQUIRED = ROLLOUT_ARRAYS[:5]
 
 

@@ -49,7 +49,7 @@ def extension() -> ModuleType:
 
 
 def is_built() -> bool:
-    """Whether the compiled extension is there."""
+    """Tell whether the compiled extension is there."""
     return _load()[0] is not None
 
 

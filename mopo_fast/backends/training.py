@@ -134,7 +134,7 @@ def fit_call(extension: ModuleType, run: FitRun) -> Any:
 
 
 def _addresses(parameter: Parameter) -> list[int]:
-    """Where a parameter's numbers are, its moments' and its target's; 0 where there is none."""
+    """Addresses of a parameter, its moments and its target; 0 for none."""
     return [0 if tensor is None else tensor.data_ptr() for tensor in parameter]
 
 

@@ -223,7 +223,7 @@ class _Scaler:
 
 @dataclass(frozen=True)
 class _Parameters:
-    """What is read of params.json."""
+    """The part of params.json that is read."""
 
     scaler: _Scaler | None = None
     action_scaler: _Scaler | None = None

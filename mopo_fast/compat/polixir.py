@@ -153,7 +153,7 @@ def _fill(target: torch.Tensor, numbers: torch.Tensor) -> None:
 
 
 class _PickleModule:
-    """What torch.save asks of a module of pickles."""
+    """The part of a pickle module that torch.save uses."""
 
     Pickler = Pickler
 

@@ -191,7 +191,7 @@ def _numbers(content: bytearray, dtype: torch.dtype) -> torch.Tensor:
 
 
 def load(path: str | os.PathLike[str], inert: Collection[str] | None = ("torch.device",)) -> Any:
-    """What `torch.save` has written, if it is dense tensors in containers, on the CPU; parameters as tensors.
+    """Read a checkpoint saved by `torch.save`: dense CPU tensors in containers; parameters become tensors.
 
     Args:
         inert: as in `pickles.unpickle`; None: every object that is no tensor, module or container.

@@ -163,7 +163,7 @@ def _check_sum(source: str, part: IO[bytes], path: Path) -> None:
     found = hashlib.file_digest(part, "sha256").hexdigest()  # type: ignore[arg-type]
     record = path.with_name(path.name + ".sha256")
     if not record.exists():
-        # What `sha256sum -c` reads.
+        # The format of `sha256sum -c`.
         with atomic_path(record) as temporary:
             temporary.write_text(f"{found}  {path.name}\n")
         return

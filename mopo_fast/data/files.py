@@ -262,7 +262,7 @@ class Reader:
         """A float32 array, every value finite; a copy, unless it is mapped."""
         array = self._read(key, ndim)
         if not isinstance(array, np.memmap) or array.dtype != np.float32:
-            # What a file gave is a copy already; what does not fit into float32 shows below.
+            # Arrays from a file are copies already; values beyond float32 are found below.
             with np.errstate(all="ignore"):
                 array = array.astype(np.float32, copy=not isinstance(self._file[key], Stored))
         row = first_not_finite(as_tensor(array))

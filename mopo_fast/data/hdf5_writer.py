@@ -53,7 +53,7 @@ class Output(io.RawIOBase):
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise
-        # Where the file system reserves nothing, what is missing shows when it is written.
+        # Some file systems reserve nothing; there, a lack of room shows at the write.
         os.truncate(self._handle, size)
 
     def write_at(self, offset: int, piece: Any) -> None:

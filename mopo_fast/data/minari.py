@@ -64,7 +64,7 @@ def read(name: str) -> dict[str, Any]:
     low, high = dataset.action_space.low, dataset.action_space.high
     actions = joined(lambda episode: episode.actions)
     if np.isfinite([low, high]).all() and not (np.all(low == -1) and np.all(high == 1)):
-        # Where a range is empty no action is finite, which is told of the actions.
+        # An empty range makes the actions not finite, and the check of the actions tells so.
         with np.errstate(all="ignore"):
             actions = 2.0 * (actions - low.astype(np.float64)) / (high - low) - 1.0
     terminals = joined(lambda episode: episode.terminations)
@@ -88,7 +88,7 @@ def read(name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Metadata:
-    """What Minari takes from its metadata.json; all else goes by."""
+    """The part of metadata.json that Minari uses; anything else is ignored."""
 
     data_format: str
     total_episodes: int

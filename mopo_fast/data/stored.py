@@ -69,7 +69,7 @@ def declared_bytes(shape: tuple[int, ...] | None, dtype: np.dtype[Any] | None) -
 
 
 def is_kept(item: Stored) -> bool:
-    """Whether it is numbers, or one text: all that one format takes from another."""
+    """Tell whether `item` holds numbers or one text, which is all that one format takes from another."""
     return item.kind in tuple("fiub") or (item.shape == () and item.kind in tuple("SUO"))
 
 

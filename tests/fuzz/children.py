@@ -60,7 +60,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Limits:
-    """What one case may take."""
+    """Limits of one case."""
 
     seconds: float = 20.0
     memory: int = 2 << 30
@@ -70,7 +70,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one case.
+    """The outcome of one case.
 
     Attributes:
         kind: "read", "refused" (an InputError), or a failure: one of `FAILURES`.
@@ -132,7 +132,7 @@ class World:
         secret = np.full(4096, SECRET, np.float32)
         (self.canary / "outside.bin").write_bytes(secret.tobytes())
         with h5py.File(self.canary / "outside.hdf5", "w") as file:
-            # Of the shapes that inputs have, and of any.
+            # Shapes as inputs have them, and any others.
             file["floats"] = secret
             for rows, columns in itertools.product((4, 8, 24, 30, 40), (None, 2, 3, 6, 8, 11, 17, 27)):
                 shape = (rows,) if columns is None else (rows, columns)
@@ -155,7 +155,7 @@ class World:
         return seen
 
     def changes(self) -> list[str]:
-        """What is no longer as it was."""
+        """Files that are no longer as they were."""
         after = self._look()
         return sorted(
             name for name in self._before.keys() | after.keys() if self._before.get(name) != after.get(name)

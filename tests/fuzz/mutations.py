@@ -21,7 +21,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-# What lies outside a case's folder, as seen from there: see `children.World`.
+# Places outside a case's folder, as seen from there: see `children.World`.
 CANARY = "../canary"
 # A float32 that only files in the canary folder hold: a reader that returns it has followed a way out.
 SECRET = 4242.125
@@ -78,7 +78,7 @@ def mutate(path: Path, donor: Path, rng: random.Random) -> str:
             told.append(mutate_node(path, rng))
             break
         if structure is not None and chance < 0.65:
-            # What a mutation before has broken cannot be taken apart again.
+            # A mutation before may have broken the file, which cannot be taken apart then.
             with contextlib.suppress(Exception):
                 told.append(structure(path, donor, rng))
                 continue
@@ -99,7 +99,7 @@ def mutate_node(path: Path, rng: random.Random) -> str:
             path.chmod(0)
             return kind
         case "lock" | "temporary":
-            # What a process of ours would have left there.
+            # A process of ours would have left this there.
             beside = path.with_name(".lock" if kind == "lock" else f".{path.name}.abcdefgh.tmp")
             make = rng.choice((beside.mkdir, beside.touch, partial(os.mkfifo, beside)))
             rng.choice((make, partial(beside.symlink_to, canary)))()

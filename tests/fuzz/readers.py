@@ -594,7 +594,7 @@ def _resume() -> None:
 
 
 def _summarise() -> None:
-    """What a sweep makes of the runs in its folder."""
+    """Do what a sweep does with the runs in its folder."""
     summary = train.train(CONFIG, "run", resume=True, quiet=True)
     str(summary["return_mean"])
     rows = [sweep._row(CONFIG, Path("run"))]

@@ -1,5 +1,7 @@
 // pybind11: addresses and sizes in, counts out. Nothing is checked here; mopo_fast/backends/cpu.py has done
 // it.
+#include <system_error>
+
 #include "bind.h"
 #include "cpu/arena.h"
 #include "cpu/dispatch.h"
@@ -127,6 +129,8 @@ auto fit_steps(const std::vector<FitCall*>& calls, const std::string& isa, int t
 
 PYBIND11_MODULE(_cpu, module) {
   using py::arg;
+  // What C++ throws where a thread cannot be started.
+  py::register_local_exception<std::system_error>(module, "ThreadError");
   module.def("isas", mopo::supported_isas, "Instruction sets that this processor can run, best first.");
   module.def("rollout", rollout, py::kw_only(), arg("isa"), arg("obs_dim"), arg("act_dim"), arg("dynamics"),
              arg("input_mean"), arg("input_std"), arg("max_logvar"), arg("min_logvar"), arg("carry"),

@@ -34,7 +34,7 @@ class Adam:
         self.weight_decay = list(weight_decay or [0.0] * len(self.parameters))
         self.exp_avgs = [torch.zeros_like(parameter) for parameter in self.parameters]
         self.exp_avg_sqs = [torch.zeros_like(parameter) for parameter in self.parameters]
-        self.steps = [torch.zeros((), device=parameter.device) for parameter in self.parameters]
+        self.steps = [torch.zeros((), dtype=torch.float32, device=each.device) for each in self.parameters]
         # On a GPU in a tensor: a recorded step reads what it is when played.
         on_gpu = self.parameters[0].device.type == "cuda"
         self._rate = torch.zeros((), device=self.parameters[0].device) if on_gpu else None

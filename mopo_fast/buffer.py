@@ -51,7 +51,7 @@ class RingBuffer:
         widths = _widths(obs_dim, act_dim)
         padding = -sum(widths.values()) % _CACHE_LINE
         # Side by side: a row that is drawn at random lies in one page and as few cache lines as it can.
-        table = torch.empty(capacity, sum(widths.values()) + padding, device=device)
+        table = torch.empty(capacity, sum(widths.values()) + padding, dtype=torch.float32, device=device)
         columns = cpu.use_large_pages(table).zero_().split([*widths.values(), padding], dim=1)
         arrays = dict(zip(widths, columns, strict=False))
         terminals = torch.empty(capacity, dtype=torch.bool, device=device)
@@ -65,7 +65,14 @@ class RingBuffer:
 
     @classmethod
     def over(cls, storage: Transitions) -> "RingBuffer":
-        """An empty ring whose rows are those of `storage`, with the arrays that it has."""
+        """An empty ring whose rows are those of `storage`, with the arrays that it has.
+
+        Raises:
+            InputError: its arrays are not of as many rows each.
+        """
+        lengths = {name: len(array) if array.ndim else 0 for name, array in storage.arrays().items()}
+        if len(set(lengths.values())) != 1 or not lengths["rewards"]:
+            raise InputError(f"a buffer's arrays need as many rows each, got {lengths}")
         ring = cls.__new__(cls)
         ring._use(storage)
         return ring

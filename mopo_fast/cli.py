@@ -73,7 +73,8 @@ def collect(
     try:
         path = collect(name, steps, seed=seed, out=out, threads=threads, overwrite=overwrite, quiet=quiet)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("stopped; the same command goes on") from None
+        kept = "begins anew" if "-random" in name else "goes on with the training"
+        raise KeyboardInterrupt(f"stopped; no file was written, and the same command {kept}") from None
     print(path)
 
 
@@ -430,7 +431,9 @@ def rollout(
             quiet=quiet,
         )
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("stopped; the same command goes on") from None
+        raise KeyboardInterrupt(
+            "stopped; finished shards are kept, and the same command makes the others"
+        ) from None
     print(f"{out}: {len(manifest.shards)} shards")
     print(shards.as_text(shards.summarise(manifest)))
 

@@ -244,8 +244,9 @@ class EnsembleDynamics(nn.Module):
         """Write dynamics.safetensors and dynamics.json, each atomically.
 
         Raises:
-            InputError: the folder cannot be written.
+            InputError: the folder cannot be written, or the elites are not members.
         """
+        self.check_elites()
         folder = Path(folder)
         tensors = {f"weight_{i}": weight for i, weight in enumerate(self.weights)}
         tensors |= {f"bias_{i}": bias for i, bias in enumerate(self.biases)}

@@ -30,6 +30,7 @@ from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import EnsembleDynamics, mlp_bytes, soft_clamp_logvar
 from mopo_fast.errors import InputError
 from mopo_fast.graph import Recorder, records
+from mopo_fast.interrupts import deferred
 from mopo_fast.lock import locked
 from mopo_fast.machine import check_device, check_memory, file_backed, resolve_threads
 from mopo_fast.progress import progress_bar
@@ -287,7 +288,7 @@ class Fit:
         if self.mapped:
             self.table = torch.from_numpy(file_backed(shape, np.float32))
         else:
-            self.table = torch.zeros(shape, device=device)
+            self.table = torch.zeros(shape, dtype=torch.float32, device=device)
             if self.table.device.type == "cpu":
                 cpu.use_large_pages(self.table)
         self.inputs, self.targets = self.table[:, :split], self.table[:, split:width]
@@ -400,7 +401,8 @@ class Fit:
         adam, count = self.optimizer, len(self.layers)
 
         def parameter(i: int) -> Parameter:
-            return self.parameters[i], adam.exp_avgs[i], adam.exp_avg_sqs[i], None
+            # Detached, it keeps the memory alive that a kernel writes to.
+            return self.parameters[i].detach(), adam.exp_avgs[i], adam.exp_avg_sqs[i], None
 
         return FitRun(
             layers=[parameter(i) for i in range(count)],
@@ -408,17 +410,17 @@ class Fit:
             activation=self.model.activation,
             table=self.table,
             dims=self.targets.shape[1],
-            rows=rows,
+            # A copy: numbers that address memory must stay what was checked.
+            rows=rows.clone(),
             config=self.config,
             steps_before=self.steps_made,
             steps=adam.steps,
         )
 
-    def count(self, rows: int) -> None:
-        """Take over the steps on so many rows of each member that its own optimiser has not made."""
-        made = self.steps_made + math.ceil(rows / self.config.batch_size)
+    def count(self, steps: int) -> None:
+        """Take over a number of steps that another optimiser has made of the same parameters."""
         for step in self.optimizer.steps:
-            step.fill_(made)
+            step.fill_(steps)
 
     @torch.no_grad()
     def _holdout_mse(self) -> list[float]:
@@ -516,6 +518,9 @@ class Population:
 
     def __init__(self, fits: Sequence[Fit]) -> None:
         self.fits = list(fits)
+        kinds = {(fit.config, fit.backend, fit.model.obs_dim, fit.model.act_dim) for fit in self.fits}
+        if len({id(fit) for fit in self.fits}) != len(self.fits) or len(kinds) != 1:
+            raise InputError("fits are stepped together where they are distinct, and of one config and size")
         self._batch: _Batch | None = None
         self._recorder = Recorder()
 
@@ -541,13 +546,17 @@ class Population:
         batch = self._side_by_side()
         each = [fit.batches(some) for fit, some in zip(self.fits, rows, strict=True)]
         inputs, targets = each[0] if len(each) == 1 else map(torch.cat, zip(*each, strict=True))
-        if records(inputs.device):
-            losses = self._recorder.play(batch, (inputs, targets), batch.state())
-        else:
-            losses = batch(inputs, targets)
-        if len(each) > 1:
-            for fit in self.fits:
-                fit.count(rows[0].shape[1])
+        try:
+            if records(inputs.device):
+                with deferred():
+                    losses = self._recorder.play(batch, (inputs, targets), batch.state())
+            else:
+                losses = batch(inputs, targets)
+        finally:
+            # After an interruption too: their parameters are views of the batch's.
+            if len(each) > 1:
+                for fit in self.fits:
+                    fit.count(int(batch.optimizer.steps[0]))
         result: list[float] = losses.reshape(-1).tolist()
         return result
 
@@ -589,8 +598,9 @@ class _Batch:
         """A step on each batch of [networks, count, ...]: the sum of the losses, float64, of each fit."""
         total = self.parameters[-1].new_zeros(self.parameters[-1].shape[:-1], dtype=torch.float64)
         for x, y in zip(inputs.split(self.batch_size, 1), targets.split(self.batch_size, 1), strict=True):
-            total += self.gradient(x, y)
-            self.optimizer.step(self.gradient.gradients)
+            with deferred():
+                total += self.gradient(x, y)
+                self.optimizer.step(self.gradient.gradients)
         return total
 
     def state(self) -> list[torch.Tensor]:

@@ -68,11 +68,12 @@ class Actor(nn.Module):
             raise InputError(f"unknown activation {activation!r}; there are: {', '.join(ACTIVATIONS)}")
         if min((obs_dim, act_dim, *hidden)) < 1:
             raise InputError(f"sizes must be positive, got obs {obs_dim}, act {act_dim}, hidden {hidden}")
-        most = torch.finfo(torch.float32).max
-        if not -most <= log_std_min < log_std_max <= most:
-            raise InputError(
-                f"log_std_min {log_std_min} must be below log_std_max {log_std_max}, and both of them finite"
-            )
+        if not log_std_min < log_std_max:
+            raise InputError(f"log_std_min {log_std_min} must be below log_std_max {log_std_max}")
+        if any(
+            torch.finfo(torch.float32).max < abs(bound) < math.inf for bound in (log_std_min, log_std_max)
+        ):
+            raise InputError(f"log_std_min {log_std_min} and log_std_max {log_std_max} must fit into float32")
         self.obs_dim, self.act_dim, self.activation = obs_dim, act_dim, activation
         self.log_std_min, self.log_std_max = float(log_std_min), float(log_std_max)
         sizes = [obs_dim, *hidden, 2 * act_dim]

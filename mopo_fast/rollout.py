@@ -6,6 +6,7 @@ many calls of `step`, and any split of a batch gives the rows of the whole.
 """
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ from mopo_fast.config import PENALTIES, ROLLOUT_DTYPES, Penalty, PenaltyMembers
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
-from mopo_fast.machine import resolve_threads
+from mopo_fast.machine import check_memory, resolve_threads
 from mopo_fast.policy import Actor
 from mopo_fast.tasks import BOXES, Box, TerminationFunction, make_box
 
@@ -351,7 +352,8 @@ class RolloutEngine:
     def _dynamics(self) -> tuple[Any, ...]:
         ensemble = self.ensemble
         everyone = torch.arange(ensemble.members, device=self.device)
-        elites = ensemble.elites.to(self.device).contiguous()
+        # A copy: numbers that address memory must stay what was checked, whatever another thread does.
+        elites = ensemble.elites.to(self.device, copy=True).contiguous()
         return (
             [self._cast(weight) for weight in ensemble.weights],
             [self._cast(bias) for bias in ensemble.biases],
@@ -378,6 +380,8 @@ class RolloutEngine:
         array = to_tensor(name, given, self.device)
         if not array.is_floating_point():
             raise InputError(f"{name} must be floating, got {array.dtype}")
+        if array.layout != torch.strided:
+            raise InputError(f"{name} must be dense, got {array.layout}")
         if array.ndim != 2 or array.shape[1] != dim:
             raise InputError(f"{name} must be [batch, {dim}], got shape {list(array.shape)}")
         if len(array) == 0:
@@ -408,10 +412,16 @@ def allocate(
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
 ) -> Transitions:
-    """Room for `capacity` transitions of a rollout, with every array that it fills, not initialised."""
+    """Room for `capacity` transitions of a rollout, with every array that it fills, not initialised.
+
+    Raises:
+        InputError: more than the memory that is available.
+    """
+    layouts = {name: array_layout(name, obs_dim, act_dim, dtype) for name in ROLLOUT_ARRAYS}
+    size = sum(math.prod(shape) * kind.itemsize for shape, kind in layouts.values())
+    check_memory(f"{capacity:,} transitions", capacity * size, device, "the horizon or the start states")
     arrays: dict[str, Any] = {}
-    for name in ROLLOUT_ARRAYS:
-        shape, kind = array_layout(name, obs_dim, act_dim, dtype)
+    for name, (shape, kind) in layouts.items():
         arrays[name] = torch.empty((capacity, *shape), dtype=kind, device=device)
     return Transitions(**arrays)
 

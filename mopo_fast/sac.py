@@ -29,6 +29,7 @@ from mopo_fast.config import SACConfig
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.errors import InputError
 from mopo_fast.graph import Recorder, records
+from mopo_fast.interrupts import deferred
 from mopo_fast.machine import resolve_threads
 from mopo_fast.policy import Actor, Critic
 from mopo_fast.seeds import INIT, derive_seed
@@ -77,7 +78,7 @@ class SAC:
             raise InputError("the cosine schedule needs total_updates, the number of updates it spans")
         self.config, self.total_updates = config, total_updates
         # A tensor, for kernels to count in.
-        self._updates = torch.zeros((), dtype=torch.int64)
+        self._updates = torch.zeros((), dtype=torch.int64, device="cpu")
         widest = max(obs_dim + act_dim, 2 * act_dim, *config.hidden)
         self.backend = backends.choose(backend, "float32", torch.device(device), training=widest)
         self.threads = resolve_threads(threads)
@@ -201,6 +202,9 @@ class SAC:
                     f"the networks take {sizes[0]} observation and {sizes[1]} action dimensions,"
                     f" {source.name or 'the data'} has {source.obs_dim} and {source.act_dim}"
                 )
+        size = model_buffer.size
+        if not isinstance(size, int) or not 0 <= size <= model_buffer.capacity:
+            raise InputError(f"the buffer's size must be 0 to {model_buffer.capacity}, got {size!r}")
         if (real and len(data) == 0) or (model and len(model_buffer) == 0):
             raise InputError(
                 f"a batch takes {real} real and {model} model rows, but there are {len(data)} and"
@@ -297,9 +301,10 @@ class SAC:
     def _parameters(self, name: str) -> list[Parameter]:
         optimizer = self.optimizers[name]
         targets = self._targets if name == "critic" else [None] * len(optimizer.parameters)
-        return list(
-            zip(optimizer.parameters, optimizer.exp_avgs, optimizer.exp_avg_sqs, targets, strict=True)
-        )
+        # Detached, they keep the memory that a kernel writes to, even if they are given another meanwhile.
+        parameters = [parameter.detach() for parameter in optimizer.parameters]
+        followers = [None if target is None else target.detach() for target in targets]
+        return list(zip(parameters, optimizer.exp_avgs, optimizer.exp_avg_sqs, followers, strict=True))
 
     def _schedule(self) -> None:
         if self.config.actor_schedule == "cosine" and self.total_updates:
@@ -350,6 +355,9 @@ class Population:
 
     def __init__(self, sacs: Sequence[SAC]) -> None:
         self.sacs = list(sacs)
+        kinds = {(sac.config, sac.backend, sac.actor.obs_dim, sac.actor.act_dim) for sac in self.sacs}
+        if len({id(sac) for sac in self.sacs}) != len(self.sacs) or len(kinds) != 1:
+            raise InputError("SACs are updated together where they are distinct, and of one config and size")
         self._batch: SAC | None = None
         self._recorder = Recorder()
 
@@ -396,22 +404,25 @@ class Population:
         # Drawing takes as many launches for few updates as for many.
         at_once = _UPDATES_AT_ONCE * (10 if recorded else 1)
         total = batch.log_alpha.new_zeros(*batch.log_alpha.shape, len(METRICS))
-        for first in range(0, updates, at_once):
-            count = min(at_once, updates - first)
-            each = [
-                sac._batches(*source, first, count, seed)
-                for sac, source, seed in zip(self.sacs, sources, seeds, strict=True)
-            ]
-            arrays = (
-                each[0]
-                if batch is self.sacs[0]
-                else [torch.stack(array, 1) for array in zip(*each, strict=True)]
-            )
-            for some in zip(*(array.split(_UPDATES_AT_ONCE) for array in arrays), strict=True):
-                total += self._play(some) if recorded else self._updates(*some)
-        if batch is not self.sacs[0]:
-            for sac in self.sacs:
-                sac._count(batch.updates)
+        try:
+            for first in range(0, updates, at_once):
+                count = min(at_once, updates - first)
+                each = [
+                    sac._batches(*source, first, count, seed)
+                    for sac, source, seed in zip(self.sacs, sources, seeds, strict=True)
+                ]
+                arrays = (
+                    each[0]
+                    if batch is self.sacs[0]
+                    else [torch.stack(array, 1) for array in zip(*each, strict=True)]
+                )
+                for some in zip(*(array.split(_UPDATES_AT_ONCE) for array in arrays), strict=True):
+                    total += self._play(some) if recorded else self._updates(*some)
+        finally:
+            # After an interruption too: their parameters are views of the batch's.
+            if batch is not self.sacs[0]:
+                for sac in self.sacs:
+                    sac._count(batch.updates)
         totals: list[list[float]] = total.reshape(-1, len(METRICS)).tolist()
         return totals
 
@@ -450,16 +461,18 @@ class Population:
         batch = self._batch or self.sacs[0]
         total = batch.log_alpha.new_zeros(*batch.log_alpha.shape, len(METRICS))
         for *learned_from, noise, next_noise in zip(*arrays, strict=True):
-            total += batch.update(Transitions(*learned_from), noise, next_noise)
+            with deferred():
+                total += batch.update(Transitions(*learned_from), noise, next_noise)
         return total
 
     def _play(self, arrays: Sequence[torch.Tensor]) -> torch.Tensor:
         """`_updates`, recorded."""
         batch = self._batch or self.sacs[0]
         updates, state = batch.updates, list(batch._live_state().values())
-        total = self._recorder.play(self._updates, arrays, state)
-        # The run that warms up and the recording have counted theirs.
-        batch._updates.fill_(updates + len(arrays[0]))
+        with deferred():
+            total = self._recorder.play(self._updates, arrays, state)
+            # The run that warms up and the recording have counted theirs.
+            batch._updates.fill_(updates + len(arrays[0]))
         return total
 
 

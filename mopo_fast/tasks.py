@@ -250,15 +250,18 @@ def _check_sizes(task: Task) -> None:
 def _run_task_file(path: Path, content: bytes) -> Task:
     """The `task` that the Python file makes when it is run; its name is the path, to find it again by."""
     # Not by `runpy`, which would read the file again: what is run is what was looked at.
-    module = types.ModuleType("<task>")
+    # A task file may use another one, so each has a module of its own.
+    module = types.ModuleType(f"<task {path}>")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module
     try:
         exec(compile(content, path, "exec"), module.__dict__)
+    except SystemExit as error:
+        raise InputError(f"{path} ends the program (exit {error.code}); it may only define `task`") from error
     except Exception as error:
         raise InputError(f"{path} does not run: {type(error).__name__}: {error}") from error
     finally:
-        del sys.modules[module.__name__]
+        sys.modules.pop(module.__name__, None)
     task = getattr(module, "task", None)
     if not isinstance(task, Task):
         raise InputError(f"{path} must set `task` to a mopo_fast.Task, got {task!r}")
@@ -314,7 +317,8 @@ def task_of_run(
             )
         return get_task(recorded)
     if given.endswith(".py") != recorded.endswith(".py") or not (given.endswith(".py") or given == recorded):
-        raise InputError(f"{config}: the run's task is {recorded}, not {given}; leave out --task")
+        say = f"name it with --task {recorded}" if recorded.endswith(".py") else "leave out --task"
+        raise InputError(f"{config}: the run's task is {recorded}, not {given}; {say}")
     if sha256 is not None:
         path, content = _read_task_file(given)
         if hashlib.sha256(content).hexdigest() != sha256:

@@ -792,7 +792,10 @@ class _Loop:
         Raises:
             InputError: the checkpoint is truncated or garbled, or its rollouts cannot be made again here.
         """
-        tensors, state = load_tensors(path), load_metadata(path).get("state", "{}")
+        try:
+            tensors, state = load_tensors(path), load_metadata(path).get("state", "{}")
+        except InputError as error:
+            raise InputError(f"{error}; delete {path} to train from the start") from error
         version = parse_json_as(state, dict[str, Any], path).get("format_version")
         if version != FORMAT_VERSION:
             raise InputError(

@@ -10,6 +10,8 @@ import torch
 from kernel_cases import inputs, make_ensemble, make_policy, make_sac, sac_sources
 
 from mopo_fast import EnsembleDynamics, InputError, RolloutEngine
+from mopo_fast import fit as fit_module
+from mopo_fast import sac as sac_module
 from mopo_fast.backends import checked, cpu
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import DynamicsConfig, SACConfig
@@ -96,10 +98,10 @@ def without(**changes: Any) -> Transitions:
 
 
 STORAGES: dict[str, tuple[Callable[[], Transitions], str]] = {
-    "short rewards": (lambda: without(rewards=torch.zeros(15)), "buffer's observations must be .*"),
-    "short terminals": (lambda: without(terminals=torch.zeros(15, dtype=torch.bool)), "terminals must be"),
+    "short rewards": (lambda: without(rewards=torch.zeros(15)), "as many rows each"),
+    "short terminals": (lambda: without(terminals=torch.zeros(15, dtype=torch.bool)), "as many rows each"),
     "narrow observations": (lambda: without(observations=torch.zeros(16, 4)), "observations must be"),
-    "flat actions": (lambda: without(actions=torch.zeros(32)), "actions must be"),
+    "flat actions": (lambda: without(actions=torch.zeros(16)), "actions must be"),
     "float64 penalties": (
         lambda: without(penalties=torch.zeros(16, dtype=torch.float64)),
         "penalties must be",
@@ -130,10 +132,9 @@ def test_a_buffer_that_does_not_fit(name: str, function: bool, backend: str) -> 
     storage, message = STORAGES[name]
     ended = (lambda o, a, n: n[:, 0] > 9.0) if function else None
     engine = RolloutEngine(make_ensemble(5, 2), backend=backend, termination=ended)
-    ring = RingBuffer.over(storage())
     with pytest.raises(InputError, match=message):
+        ring = RingBuffer.over(storage())
         engine.rollout(make_policy(5, 2), inputs(4, 5, 2)[0], 2, seed=0, out=ring)
-    assert len(ring) == 0
 
 
 @pytest.mark.parametrize("head", [-1, 16, 2**40])
@@ -213,14 +214,6 @@ def test_rows_that_are_none_any_more(where: str, name: str, array: torch.Tensor)
     data, buffer = sac_sources(5, 2)
     setattr(data if where == "data" else buffer.storage, name, array)
     with pytest.raises(InputError, match=f"the {where}'s {name} must be"):
-        sac.update_many(data, buffer, 1, 0)
-
-
-def test_sizes_that_rows_do_not_have() -> None:
-    sac = make_sac(5, 2, SACConfig(hidden=(4,), batch_size=8), "cpu")
-    data, buffer = sac_sources(5, 2)
-    buffer.size = buffer.capacity + 1
-    with pytest.raises(InputError, match="the buffer's rows must be a whole number"):
         sac.update_many(data, buffer, 1, 0)
 
 
@@ -310,3 +303,102 @@ def test_an_unknown_instruction_set_is_an_error_for_whoever_serves(monkeypatch: 
     with pytest.raises(InputError, match="MOPO_FAST_ISA=avx9"):
         make_sac(5, 2, SACConfig(hidden=(4,)), "auto")
     assert "MOPO_FAST_ISA=avx9" in cpu.CpuBackend().status().reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_torchs_default_type_changes_nothing(dtype: torch.dtype) -> None:
+    engine, policy = RolloutEngine(make_ensemble(5, 2), backend="cpu"), make_policy(5, 2)
+    observations, actions = inputs(300, 5, 2)
+    expected = engine.step(observations, actions, seed=0, distributions=True)
+    rolled = engine.rollout(policy, observations, 3, seed=0)
+    torch.set_default_dtype(dtype)
+    try:
+        made = engine.step(observations, actions, seed=0, distributions=True)
+        again = engine.rollout(policy, observations, 3, seed=0, out=RingBuffer(900, 5, 2))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for field in dataclasses.fields(made):
+        assert torch.equal(getattr(made, field.name), getattr(expected, field.name)), field.name
+    assert torch.equal(again.rewards, rolled.rewards)
+
+
+def test_memory_that_is_no_longer_held() -> None:
+    engine, policy = RolloutEngine(make_ensemble(5, 2), backend="cpu"), make_policy(5, 2)
+    observations, _ = inputs(8, 5, 2)
+    engine.ensemble.weights[1].untyped_storage().resize_(0)
+    with pytest.raises(InputError, match=r"weights\[1\] must be"):
+        engine.rollout(policy, observations, 1, seed=0)
+    sac = make_sac(5, 2, SACConfig(hidden=(4,), batch_size=8), "cpu")
+    sac.critic.weights[0].untyped_storage().resize_(8)
+    with pytest.raises(InputError, match=r"the critic's weights\[0\] must be"):
+        sac.update_many(*sac_sources(5, 2), 1, 0)
+
+
+def test_numbers_that_address_memory_are_copied(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread, or a signal's handler, may change them once they are checked."""
+    handed: list[Any] = []
+    monkeypatch.setattr(cpu, "fit_steps", lambda runs, threads: handed.extend(runs) or [0.0])
+    rows = torch.zeros(3, 8, dtype=torch.int64)
+    fit.steps(rows)
+    rows.fill_(2**40)
+    assert not handed[0].rows.any()
+    engine = RolloutEngine(make_ensemble(5, 2))
+    elites = engine._dynamics()[7]
+    engine.ensemble.elites.fill_(99)
+    assert elites.max() < 99
+
+
+def test_a_kernel_keeps_the_memory_that_it_writes_to() -> None:
+    sac = make_sac(5, 2, SACConfig(hidden=(4,), batch_size=8), "cpu")
+    value, *_ = sac._parameters("actor")[0]
+    address = value.data_ptr()
+    sac.actor.weights[0].data = torch.zeros(5, 4)
+    assert value.data_ptr() == address
+
+
+@pytest.mark.parametrize("operands", ["float64", "float16", "tfloat32"])
+def test_a_backend_that_cannot_serve_is_not_called(operands: str) -> None:
+    engine = RolloutEngine(make_ensemble(5, 2), backend="cpu")
+    engine.operands = operands
+    with pytest.raises(InputError, match=f"serves float32 and bfloat16, not {operands}|must be contiguous"):
+        engine.step(*inputs(8, 5, 2), seed=0)
+
+
+def test_more_than_the_memory_holds() -> None:
+    engine = RolloutEngine(make_ensemble(5, 2))
+    with pytest.raises(InputError, match=r"transitions would take .* GiB"):
+        engine.rollout(make_policy(5, 2), inputs(1, 5, 2)[0], 2**31 - 1, seed=0)
+
+
+def test_sparse_observations() -> None:
+    engine, (observations, actions) = RolloutEngine(make_ensemble(5, 2)), inputs(8, 5, 2)
+    with pytest.raises(InputError, match="observations must be dense"):
+        engine.step(observations.to_sparse(), actions, seed=0)
+
+
+@pytest.mark.parametrize("size", [-5, 2.5, 101])
+def test_a_buffers_size(size: Any) -> None:
+    sac = make_sac(5, 2, SACConfig(hidden=(4,), batch_size=8), "cpu")
+    data, buffer = sac_sources(5, 2)
+    buffer.size = size
+    with pytest.raises(InputError, match="the buffer's size must be 0 to 100"):
+        sac.update_many(data, buffer, 1, 0)
+
+
+def test_a_seed_that_is_none() -> None:
+    sac = make_sac(5, 2, SACConfig(hidden=(4,), batch_size=8), "cpu")
+    with pytest.raises(InputError, match="seed must be a whole number"):
+        sac.update_many(*sac_sources(5, 2), 1, None)  # type: ignore[arg-type]
+
+
+def test_a_population_of_one_twice(fit: Fit) -> None:
+    sac = make_sac(5, 2, SACConfig(hidden=(4,)), "cpu")
+    for others in (
+        [sac],
+        [make_sac(5, 2, SACConfig(hidden=(5,)), "cpu")],
+        [make_sac(4, 2, SACConfig(hidden=(4,)), "cpu")],
+    ):
+        with pytest.raises(InputError, match="SACs are updated together where they are distinct"):
+            sac_module.Population([sac, *others])
+    with pytest.raises(InputError, match="fits are stepped together where they are distinct"):
+        fit_module.Population([fit, fit])

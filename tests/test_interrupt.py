@@ -142,3 +142,59 @@ def test_a_handler_that_raises_nothing(dtype: str, alarm: Callable[..., None]) -
             assert torch.equal(array, expected.arrays()[name]), name
     signal.setitimer(signal.ITIMER_REAL, 0)
     assert calls
+
+
+@pytest.mark.parametrize(("members", "threads"), [(1, 2), (2, 5), (3, 2)])
+def test_the_fit_of_a_batch_that_takes_long(members: int, threads: int, alarm: Callable[..., None]) -> None:
+    """Within a step, teams of threads agree on the turns that they leave out."""
+    data, _ = sac_sources(5, 2)
+    config = DynamicsConfig(
+        members=members, elites=1, hidden=(200, 200), batch_size=30_000, weight_decay=(0.0,) * 3
+    )
+    fit = Fit(data, 0, config, backend="cpu", threads=threads)
+    before = {name: tensor.clone() for name, tensor in fit._live_state().items()}
+    rows = torch.zeros(members, 300_000, dtype=torch.int64)
+    assert_ends_soon(lambda: fit.steps(rows), alarm)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in fit._live_state().items())
+
+
+@pytest.mark.parametrize("runs", [1, 2])
+def test_sac_in_pytorch(runs: int, alarm: Callable[..., None]) -> None:
+    """Ctrl-C waits for the end of an update, so that parameters and counts belong together."""
+    data, buffer = sac_sources(5, 2)
+    sacs = [make_sac(5, 2, SACConfig(hidden=(8,), batch_size=8), "reference") for _ in range(runs)]
+    handler, seeds = signal.getsignal(signal.SIGINT), list(range(runs))
+    for moment in (0.05, 0.0513, 0.0527, 0.0541):
+        alarm(moment, lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            Population(sacs).update_many(data, [buffer] * runs, 10**7, seeds)
+        for sac in sacs:
+            assert {float(step) for each in sac.optimizers.values() for step in each.steps} == {sac.updates}
+            assert sac.updates == sacs[0].updates
+    assert signal.getsignal(signal.SIGINT) is handler
+    for sac, seed in zip(sacs, seeds, strict=True):
+        assert sac.updates > 0, seed
+
+
+def test_the_fit_in_pytorch(alarm: Callable[..., None]) -> None:
+    data, _ = sac_sources(5, 2)
+    config = DynamicsConfig(members=2, elites=1, hidden=(8,), batch_size=4, weight_decay=(0.0,) * 2)
+    fits = [Fit(data, seed, config, backend="reference") for seed in range(2)]
+    rows = torch.zeros(2, 300_000, dtype=torch.int64)
+    Fits(fits).steps([rows[:, :12]] * 2)
+    alarm(0.5, lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        Fits(fits).steps([rows] * 2)
+    assert fits[0].steps_made == fits[1].steps_made >= 3
+    assert all({float(step) for step in fit.optimizer.steps} == {fit.steps_made} for fit in fits)
+
+
+def test_a_handlers_own_error_is_passed_on(alarm: Callable[..., None]) -> None:
+    engine = RolloutEngine(make_ensemble(5, 2, members=32, hidden=(200,) * 4))
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("my own")
+
+    alarm(0.2, fail)
+    with pytest.raises(RuntimeError, match="my own"):
+        engine.rollout(make_policy(5, 2), inputs(20_000, 5, 2)[0], 50, seed=0)

@@ -236,7 +236,7 @@ def test_a_runs_python_file_is_run_only_where_it_is_named(
         return capsys.readouterr().err
 
     assert f"the run's task is the Python file {task}" in (error := refused()) and f"--task {task}" in error
-    assert "leave out --task" in refused("--task", "hopper")
+    assert "name it with --task" in refused("--task", "hopper")
     (foreign.parent / "other.py").write_text(task.read_text() + "\n")
     assert "is not the file that" in refused("--task", str(foreign.parent / "other.py"))
     text = task.read_text()
@@ -323,3 +323,20 @@ def test_a_garbled_config_is_refused(foreign: Path) -> None:
         return where[0] == "dataset" or text or engine or (number and where[-1] == "penalty_coef")
 
     check_json(foreign / "config.json", lambda: run_settings(foreign), may_pass)
+
+
+def test_a_task_file_may_use_another(tmp_path: Path) -> None:
+    (tmp_path / "one.py").write_text(
+        "import mopo_fast\nfrom mopo_fast.tasks import make_box\n"
+        'task = mopo_fast.Task("one", "", 3, 1, make_box(3))\n'
+    )
+    (tmp_path / "other.py").write_text(
+        f"from mopo_fast.tasks import get_task\ntask = get_task({str(tmp_path / 'one.py')!r})\n"
+    )
+    assert get_task(str(tmp_path / "other.py")).obs_dim == 3
+
+
+def test_a_task_file_that_ends_the_program(tmp_path: Path) -> None:
+    (tmp_path / "ends.py").write_text("import sys\nsys.exit(0)\n")
+    with pytest.raises(InputError, match=r"ends\.py ends the program \(exit 0\); it may only define `task`"):
+        get_task(str(tmp_path / "ends.py"))

@@ -162,6 +162,7 @@ class FitWork {
         teams(make_teams(args.threads, args.members, blocks(args, kernels))),
         state(args, kernels, teams.count),
         adam_steps_(teams.size * teams.count, std::vector<AdamStep>(args.depth)),
+        idle_(teams.count),
         trained_(args.members) {
     for (int team = 0; team < teams.count; ++team) barriers_.emplace_back(teams.size);
   }
@@ -197,13 +198,17 @@ class FitWork {
       trained_[member].wait_for(step);
       bounds_.wait_for(step);
       if (stop_) return;
-      kernels.fit_forward(args, state.plan, workspace, turn);
+      // Nothing comes of an interrupted call: turns that are left in this step are only counted.
+      if (team.part == 0) idle_[number] = interrupt.requested();
+      team.wait();
+      const bool idle = idle_[number];
+      if (!idle) kernels.fit_forward(args, state.plan, workspace, turn);
       if (team.part == 0 && losses_.fetch_add(1, std::memory_order_acq_rel) + 1 == (step + 1) * members) {
         loss += state.step_bounds(adam_step(args.learning_rate, adam_number, 0.0f, 0.0f));
         stop_ = interrupt.requested();
         bounds_.reach(step + 1);
       }
-      kernels.fit_backward(args, state.plan, workspace, turn, layer_steps.data());
+      if (!idle) kernels.fit_backward(args, state.plan, workspace, turn, layer_steps.data());
       if (team.part == 0) trained_[member].reach(step + 1);
       interrupt.requested();
     }
@@ -211,6 +216,7 @@ class FitWork {
 
   std::vector<std::vector<AdamStep>> adam_steps_;  // of each thread's current turn
   std::deque<Barrier> barriers_;                   // a team's each
+  std::vector<std::atomic<bool>> idle_;            // likewise
   std::vector<Milestone> trained_;
   Milestone bounds_;
   std::atomic<int64_t> losses_{0};

@@ -72,6 +72,8 @@ struct Chunk {
   int64_t alive;        // rollouts that go on, ws.alive[0 .. alive)
   int64_t t;
 
+  // Looking for interrupts costs nothing beside millions of multiply-adds.
+  int64_t tiles_between_looks() const { return 1 + (int64_t{1} << 22) / plan.dynamics.member_stride; }
   int64_t tiles() const { return (alive + kTile - 1) / kTile; }
   int64_t lanes(int64_t tile) const { return smaller(kTile, alive - tile * kTile); }
   // The rollout, counted from the chunk's first, in a lane; spare lanes of the last tile repeat the last one.
@@ -93,13 +95,14 @@ struct Chunk {
       if (interrupted(plan)) return;
       prepare();
       // Member outside, tile inside: a member's weights stay in the second-level cache.
-      for (int64_t member = 0; member < args.dynamics.networks; ++member) {
-        if (interrupted(plan)) return;
-        const Products<Operand> products;
-        for (int64_t tile = 0; tile < tiles(); ++tile)
-          network_tile<Operand>(args.dynamics, plan.dynamics, member, inputs(tile), ws,
-                                predictions(tile, member));
-      }
+      for (int64_t member = 0; member < args.dynamics.networks; ++member)
+        for (int64_t tile = 0; tile < tiles();) {
+          if (interrupted(plan)) return;
+          const Products<Operand> products;
+          for (const int64_t end = smaller(tiles(), tile + tiles_between_looks()); tile < end; ++tile)
+            network_tile<Operand>(args.dynamics, plan.dynamics, member, inputs(tile), ws,
+                                  predictions(tile, member));
+        }
       int64_t survivors = 0;
       for (int64_t tile = 0; tile < tiles(); ++tile) survivors = finish(tile, survivors);
       int64_t* ended = ws.alive;

@@ -191,28 +191,35 @@ struct SacWork {
     const SacPlan& plan = state.plan;
     const Team all{thread, threads, &barrier};
     const std::vector<Turn>& critics = turns_of[thread];
+    // Ends a pass through the networks; true if the call is to end, for all threads alike. A slow thread may
+    // still look at one decision when the next is made, but not when the one after that is.
+    int64_t passes = 0;
+    const auto ended = [&] {
+      bool& stop = stop_[passes++ % 2];
+      if (thread == 0) stop = interrupt.requested();
+      all.wait();
+      return stop;
+    };
     for (int64_t update = 0; update < args.updates; ++update) {
       const int64_t number = args.updates_before + update + 1;
       const AdamStep critic_step = adam_step(args.critic_learning_rate, number, 0.0f, args.polyak);
       const AdamStep actor_step = adam_step(args.actor_learning_rate, number, 0.0f, 0.0f);
-      if (thread == 0) stop_ = interrupt.requested();
       kernels.sac_sample(args, plan, all, update);
-      all.wait();
-      if (stop_) return;
+      if (ended()) return;
       for (const Turn& turn : critics) kernels.sac_target(args, plan, turn.team, turn.critic);
-      all.wait();
+      if (ended()) return;
       for (const Turn& turn : critics) kernels.sac_critic(args, plan, turn.team, turn.critic, critic_step);
-      all.wait();
+      if (ended()) return;
       for (const Turn& turn : critics)
         kernels.sac_action_gradient(args, plan, turn.team, turn.critic, critic_step);
-      all.wait();
+      if (ended()) return;
       kernels.sac_actor(args, plan, all, actor_step);
       if (thread == 0) state.finish_update(adam_step(args.alpha_learning_rate, number, 0.0f, 0.0f), metrics);
-      all.wait();
+      if (ended()) return;
     }
   }
 
-  bool stop_ = false;  // decided before a barrier, so that all threads leave at the same update
+  bool stop_[2] = {false, false};
 };
 
 }  // namespace

@@ -49,7 +49,7 @@ def step(
     Raises:
         InputError: names the argument, what it is and what it must be.
     """
-    layout, _, act_dim = _check_call(dynamics, observations, rows, settings)
+    layout, _, act_dim = _check_call(backend, dynamics, observations, rows, settings)
     layout.check("actions", actions, len(observations), act_dim)
     _check_range("step", step, 0, 2**32)
     return backend.step(dynamics, observations, actions, rows, step, distributions, settings)
@@ -70,7 +70,7 @@ def rollout(
     Raises:
         InputError: names the argument, what it is and what it must be.
     """
-    layout, obs_dim, act_dim = _check_call(dynamics, start, rows, settings)
+    layout, obs_dim, act_dim = _check_call(backend, dynamics, start, rows, settings)
     layout.network("the policy", policy.weights, policy.biases, (), obs_dim, 2 * act_dim)
     _check_known("the policy's activation", policy.activation, ACTIVATIONS)
     _check_range("horizon", horizon, 1, 2**31)
@@ -117,6 +117,7 @@ class Layout:
             and array.dtype == (dtype or self.dtype)
             and array.device == self.device
             and array.is_contiguous()
+            and _is_held(array, array.numel())
         ):
             raise _other(name, array, f"contiguous {dtype or self.dtype} {list(shape)} on {self.device}")
 
@@ -130,6 +131,7 @@ class Layout:
             and array.device == self.device
             and (width == 1 or array.stride(1) == 1)
             and (len(array) < 2 or array.stride(0) >= width)
+            and _is_held(array, (len(array) - 1) * array.stride(0) + width)
         ):
             expected = f"{dtype or self.dtype} {list(shape)} with contiguous rows on {self.device}"
             raise _other(name, array, expected)
@@ -154,9 +156,17 @@ class Layout:
             inputs = width
 
 
+def _is_held(array: torch.Tensor, elements: int) -> bool:
+    """Tell whether the storage holds so many elements: it may have been resized since."""
+    held = array.untyped_storage().nbytes()
+    return (array.storage_offset() + elements) * array.itemsize <= held or not array.numel()
+
+
 def _other(name: str, array: Any, expected: str) -> InputError:
     if not isinstance(array, torch.Tensor):
         return InputError(f"{name} must be {expected}, got {type(array).__name__}")
+    if array.layout != torch.strided:
+        return InputError(f"{name} must be {expected}, got one of layout {array.layout}")
     return InputError(
         f"{name} must be {expected}, got {array.dtype} {list(array.shape)} with strides"
         f" {list(array.stride())} on {array.device}"
@@ -164,7 +174,7 @@ def _other(name: str, array: Any, expected: str) -> InputError:
 
 
 def _check_range(name: str, value: int, low: int, high: int) -> None:
-    if not low <= value < high:
+    if not isinstance(value, int) or not low <= value < high:
         raise InputError(f"{name} must be a whole number, {low} <= {name} < {high}, got {value!r}")
 
 
@@ -174,10 +184,16 @@ def _check_known(name: str, value: str, known: Sequence[str]) -> None:
 
 
 def _check_call(
-    dynamics: DynamicsArrays, observations: torch.Tensor, rows: torch.Tensor, settings: Settings
+    backend: Backend,
+    dynamics: DynamicsArrays,
+    observations: torch.Tensor,
+    rows: torch.Tensor,
+    settings: Settings,
 ) -> tuple[Layout, int, int]:
     """Check what a step and a rollout share; the layout of the arrays, obs_dim and act_dim."""
     _check_known("dtype", settings.operands, ROLLOUT_DTYPES)
+    if (refusal := backend.refusal(settings.operands, observations.device)) is not None:
+        raise InputError(f"{backend.name}: {refusal}")
     _check_known("penalty", dynamics.penalty, PENALTIES)
     _check_known("the ensemble's activation", dynamics.activation, ACTIVATIONS)
     _check_range("threads", settings.threads, 1, MAX_THREADS)

@@ -18,6 +18,7 @@ from mopo_fast.backends import (
     Settings,
     Sizes,
     StepResult,
+    array_layout,
 )
 from mopo_fast.backends.training import FitRun, SacRun, fit_call, sac_call
 from mopo_fast.config import ACTIVATIONS, PENALTIES
@@ -90,8 +91,7 @@ def _within_resources() -> Iterator[None]:
         raise InputError(
             "there is no memory for the kernel's arrays; lower threads, the horizon or the networks' sizes"
         ) from error
-    except RuntimeError as error:
-        # std::system_error is what C++ throws where a thread cannot be started.
+    except extension().ThreadError as error:
         raise InputError(f"the kernel cannot start its threads ({error}); lower threads") from error
 
 
@@ -229,15 +229,15 @@ class CpuBackend:
         settings: Settings,
     ) -> StepResult:
         batch, obs_dim = observations.shape
-        scalars = {name: torch.empty(batch) for name in ("rewards", "raw_rewards", "penalties")} | {
-            "terminals": torch.empty(batch, dtype=torch.bool),
-            "members": torch.empty(batch, dtype=torch.int32),
-        }
-        arrays = scalars | {"next_observations": torch.empty_like(observations)}
+        arrays = {}
+        for name in ("next_observations", "rewards", "terminals", "raw_rewards", "penalties", "members"):
+            row, dtype = array_layout(name, obs_dim, actions.shape[1], torch.float32)
+            # Not torch's default type and device, which a user may have set.
+            arrays[name] = observations.new_empty(batch, *row, dtype=dtype)
         mean = std = None
         if distributions:
             shape = (dynamics.weights[0].shape[0], batch, obs_dim + 1)
-            mean, std = torch.empty(shape), torch.empty(shape)
+            mean, std = observations.new_empty(shape), observations.new_empty(shape)
         _run(
             dynamics,
             None,

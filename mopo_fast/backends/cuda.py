@@ -27,6 +27,7 @@ from mopo_fast.backends.record import Record, Run, recorded_rollout, recorded_st
 from mopo_fast.backends.stream import ACTION_SLOTS, POLICY_WIDTH, Stream, stream
 from mopo_fast.backends.training import FitRun, SacRun, fit_call, sac_call
 from mopo_fast.config import ACTIVATIONS, PENALTIES
+from mopo_fast.interrupts import deferred
 
 _SERVED = ("bfloat16", "float16")
 DEVICE = "cuda"
@@ -118,7 +119,7 @@ def _run(
     (batch, obs_dim), device = start.shape, start.device
     members = len(dynamics.weights[0])
     clusters = min(-(-batch // (_CLUSTER * _TILE)), _multiprocessors(device) // _CLUSTER)
-    scratch = torch.empty(clusters * _CLUSTER, members, slots, 2, _THREADS, 2, device=device)
+    scratch = start.new_empty(clusters * _CLUSTER, members, slots, 2, _THREADS, 2)
     max_logvar, min_logvar, carry = dynamics.spelled_out()
     exp_minus_max, exp_min = torch.exp(-max_logvar), torch.exp(min_logvar)
     _extension().rollout(
@@ -223,19 +224,21 @@ def sac_updates(runs: Sequence[SacRun], threads: int) -> list[list[float]]:
     """SAC updates of each run in place, side by side: the sums over them of each of `sac.METRICS`."""
     calls = [sac_call(_extension(), run) for run in runs]
     device = runs[0].log_alpha[0].device
-    metrics: list[list[float]] = _train("sac_updates", calls, (len(runs), _SAC_METRICS), device).tolist()
-    for run in runs:
-        run.count.fill_(run.updates_before + run.updates)
-        _count(run.steps, int(run.count))
+    with deferred():
+        metrics: list[list[float]] = _train("sac_updates", calls, (len(runs), _SAC_METRICS), device).tolist()
+        for run in runs:
+            run.count.fill_(run.updates_before + run.updates)
+            _count(run.steps, int(run.count))
     return metrics
 
 
 def fit_steps(runs: Sequence[FitRun], threads: int) -> list[float]:
     """Steps of the fit of each run in place, side by side: the sums of their losses without weight decay."""
     calls = [fit_call(_extension(), run) for run in runs]
-    losses: list[float] = _train("fit_steps", calls, (len(runs),), runs[0].table.device).tolist()
-    for run in runs:
-        _count(run.steps, run.steps_before + -(-run.rows.shape[1] // run.config.batch_size))
+    with deferred():
+        losses: list[float] = _train("fit_steps", calls, (len(runs),), runs[0].table.device).tolist()
+        for run in runs:
+            _count(run.steps, run.steps_before + -(-run.rows.shape[1] // run.config.batch_size))
     return losses
 
 

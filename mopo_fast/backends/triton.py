@@ -142,7 +142,7 @@ def _run(
         mean,
         std,
         torch.zeros(programs, 3, tile.rows, width, dtype=factors, device=device),
-        torch.empty(programs, members + 2, tile.rows, heads, device=device),
+        torch.empty(programs, members + 2, tile.rows, heads, dtype=torch.float32, device=device),
         OBS=obs_dim,
         ACT=len(dynamics.input_mean) - obs_dim,
         MEMBERS=members,

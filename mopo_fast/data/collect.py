@@ -258,6 +258,8 @@ def collect(
             raise InputError(f"{what} must be a whole number of at least {least}, got {value!r}")
     local_name = f"{local_name}-local"
     path = Path(out).expanduser() if out is not None else local_file(local_name)
+    if path.suffix in (".npz", ".pkl", ".csv", ".parquet"):
+        raise InputError(f"cannot write {path}: collect writes .hdf5; `mopo-fast convert` makes others of it")
     if path.suffix not in (".hdf5", ".h5"):
         path = local_file(local_name, path)
     if path.exists() and not overwrite:

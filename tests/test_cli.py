@@ -468,6 +468,18 @@ def test_an_interrupt_without_a_word_says_stopped(
     assert capsys.readouterr().err == "stopped\n"
 
 
+def test_an_interrupt_of_an_extension_modules_import_says_stopped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> None:
+        """Import what pybind11 has made."""
+        raise ImportError("initialization failed") from KeyboardInterrupt()
+
+    monkeypatch.setitem(COMMANDS, "doctor", interrupted)
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == "stopped\n"
+
+
 def test_an_interrupt_of_the_imports_says_stopped(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

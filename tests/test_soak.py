@@ -68,6 +68,9 @@ def main():
     except MemoryError:
         if mode == "traceback":
             raise
+        if mode == "rust":
+            print("memory allocation of 209715200 bytes failed", file=sys.stderr, flush=True)
+            os.abort()
         print("error: out of memory", file=sys.stderr)
         sys.exit(2)
     except SystemExit as refusal:
@@ -109,6 +112,7 @@ def soak() -> dict[str, Any]:
         ("sound", "SIGTERM", None),
         ("sound", "SIGINT", None),
         ("sound", "memory", None),
+        ("rust", "memory", None),
         ("sound", "two", None),
         ("curt", "two", "the second process is refused otherwise"),
         ("torn", "SIGKILL", "the result differs from an undisturbed run's: different: out/result"),

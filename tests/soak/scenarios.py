@@ -18,7 +18,7 @@ _FIT = (
     *("--dynamics.batch-size", "64", "--threads", "1"),
 )
 _SAC = (
-    *("--steps", "75", "--horizon", "5", "--rollout.batch-size", "60", "--rollout.interval", "10"),
+    *("--steps", "45", "--horizon", "5", "--rollout.batch-size", "60", "--rollout.interval", "10"),
     *("--rollout.retain-epochs", "1", "--sac.hidden", "16", "16", "--sac.batch-size", "32"),
     *("--evaluation.episodes", "2", "--evaluation.interval", "2"),
 )
@@ -59,7 +59,7 @@ class Scenario:
 
 _DATA = "{inputs}/hopper-random-local.hdf5"
 _ROLLOUT = ("rollout", "{inputs}/run", "--dataset", _DATA, "--threads", "1")
-_SHARDS = ("--count", "40000", "--shard-rows", "5000")
+_SHARDS = ("--count", "24000", "--shard-rows", "3000")
 
 SCENARIOS = [
     Scenario(
@@ -89,7 +89,7 @@ SCENARIOS = [
     ),
     Scenario(
         "rollout-file",
-        (*_ROLLOUT, "--count", "60000", "--out", f"{DISK}/rollouts.hdf5", "--overwrite"),
+        (*_ROLLOUT, "--count", "40000", "--out", f"{DISK}/rollouts.hdf5", "--overwrite"),
         old="rollouts.hdf5",
         exclusive=False,
     ),

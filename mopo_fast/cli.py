@@ -33,7 +33,7 @@ from mopo_fast.config import (
     TrainConfig,
     check_runs,
 )
-from mopo_fast.errors import InputError, is_out_of_resources
+from mopo_fast.errors import InputError, is_interrupt, is_out_of_resources
 from mopo_fast.progress import console
 
 Dataset = Annotated[str, Positional, arg(metavar="DATASET")]
@@ -599,6 +599,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(str(interrupt) or "stopped", file=sys.stderr)
         return 130
     except Exception as error:
+        if is_interrupt(error):
+            print("stopped", file=sys.stderr)
+            return 130
         if not is_out_of_resources(error):
             raise
         why = str(error).strip().splitlines() or [type(error).__name__]

@@ -5,7 +5,9 @@ the same bytes.
 """
 
 import contextlib
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -47,13 +49,39 @@ def connected(address: str) -> Iterator[Any]:
         return
     _check_address(address)
     try:
-        ray.init(address=address, log_to_driver=False, configure_logging=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise InputError(f"cannot reach a Ray cluster at {address!r}: {error}") from error
-    try:
+        try:
+            with _interrupt_kept():
+                ray.init(address=address, log_to_driver=False, configure_logging=False)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise InputError(f"cannot reach a Ray cluster at {address!r}: {error}") from error
         yield ray
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _interrupt_kept() -> Iterator[None]:
+    """Keep an interrupt to the end of the block; a second one is not kept.
+
+    A process whose `ray.init` is interrupted ends by SIGSEGV.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    kept: list[int] = []
+
+    def keep(number: int, frame: object) -> None:
+        if kept:
+            raise KeyboardInterrupt
+        kept.append(number)
+
+    before = signal.signal(signal.SIGINT, keep)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if kept:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _check_address(address: str) -> None:

@@ -1,4 +1,6 @@
-"""The one error that a user's mistake raises, and how to tell that the machine is too small."""
+"""The one error that a user's mistake raises, and how to tell an interrupt or a lack of memory."""
+
+from collections.abc import Iterator
 
 
 class InputError(ValueError):
@@ -7,6 +9,20 @@ class InputError(ValueError):
 
 def is_out_of_resources(error: BaseException) -> bool:
     """Tell whether the system refused memory or a thread; each library has an error of its own for that."""
-    text = str(error).lower()
     refusals = ("allocate memory", "out of memory", "start new thread", "resource temporarily unavailable")
-    return isinstance(error, MemoryError) or any(refusal in text for refusal in refusals)
+    return any(
+        isinstance(one, MemoryError) or any(refusal in str(one).lower() for refusal in refusals)
+        for one in _with_causes(error)
+    )
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Tell whether the error is an interrupt, or one in its place: extension modules raise ImportError from it."""
+    return any(isinstance(one, KeyboardInterrupt) for one in _with_causes(error))
+
+
+def _with_causes(error: BaseException) -> Iterator[BaseException]:
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__

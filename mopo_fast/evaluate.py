@@ -5,7 +5,7 @@ import multiprocessing.connection
 import os
 import signal
 import threading
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -138,7 +138,7 @@ class Evaluator:
     """
 
     def __init__(self, workers: int = 0) -> None:
-        self._pool: Executor | None = None
+        self._pool: ProcessPoolExecutor | None = None
         if workers:
             # A forked child would share the GPU's state and the locks of the parent's threads.
             context = multiprocessing.get_context("spawn")
@@ -147,9 +147,14 @@ class Evaluator:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._pool is None:
+            return
+        if kind is not None:
+            # Nobody waits for the evaluations that run. Python 3.14 has `kill_workers` for this.
+            for process in list((self._pool._processes or {}).values()):
+                process.kill()
+        self._pool.shutdown(cancel_futures=True)
 
     def submit(self, actor: Actor, task: Task, **options: Any) -> "Future[Evaluation]":
         """`evaluate` with these options, of the actor as it is now."""
@@ -158,7 +163,13 @@ class Evaluator:
             arrays = {name: value.cpu().numpy().copy() for name, value in actor.state_dict().items()}
             # A function of the user's own cannot be sent, nor is it needed; a task's file is read again.
             sent = task.name if task.name.endswith(".py") else replace(task, box=make_box(task.obs_dim))
-            return self._pool.submit(_evaluate_arrays, actor.settings(), arrays, sent, options)
+            # The first call starts the workers, which inherit the mask: an interrupt at the terminal is the
+            # parent's to answer.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                return self._pool.submit(_evaluate_arrays, actor.settings(), arrays, sent, options)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         future: Future[Evaluation] = Future()
         future.set_result(evaluate(actor, task, **options))
         return future
@@ -166,8 +177,6 @@ class Evaluator:
 
 def _begin_worker() -> None:
     torch.set_num_threads(1)
-    # An interrupt at the terminal is the parent's to answer.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -55,5 +55,10 @@ def progress_bar(description: str, total: float | None, *, quiet: bool = False) 
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console) as progress:
+    progress = Progress(*columns, console=console)
+    try:
+        # Without memory for its thread, it fails half-way: the cursor hidden, the outputs redirected.
+        progress.start()
         yield Bar(progress, progress.add_task(description, total=total, note=""))
+    finally:
+        progress.stop()

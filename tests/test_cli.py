@@ -1,8 +1,14 @@
+import errno
+import gc
+import importlib.abc
+import io
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -10,9 +16,11 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from test_lock import held_elsewhere
 
-from mopo_fast import Actor, EnsembleDynamics, load_dataset
+from mopo_fast import Actor, EnsembleDynamics, load_dataset, progress
+from mopo_fast import __main__ as entry
 from mopo_fast.cli import COMMANDS, _outcome, main
 from mopo_fast.config import TrainConfig
 from mopo_fast.errors import InputError
@@ -458,6 +466,83 @@ def test_an_interrupt_without_a_word_says_stopped(
     monkeypatch.setitem(COMMANDS, "doctor", interrupted)
     assert main(["doctor"]) == 130
     assert capsys.readouterr().err == "stopped\n"
+
+
+def test_an_interrupt_of_an_extension_modules_import_says_stopped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> None:
+        """Import what pybind11 has made."""
+        raise ImportError("initialization failed") from KeyboardInterrupt()
+
+    monkeypatch.setitem(COMMANDS, "doctor", interrupted)
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == "stopped\n"
+
+
+def test_an_interrupt_of_the_imports_says_stopped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupted(importlib.abc.MetaPathFinder):
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "mopo_fast.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "mopo_fast.cli")
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    frozen: list[bool] = []
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(True))
+    assert entry.run() == 130
+    assert capsys.readouterr().err == "stopped\n"
+    assert frozen == [True]
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (MemoryError(), "MemoryError"),
+        (RuntimeError("can't start new thread"), "can't start new thread"),
+        (ValueError("Error: engine error: Could not allocate memory\nand more"), "Error: engine error"),
+        (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), "Cannot allocate memory"),
+    ],
+)
+def test_a_lack_of_memory_is_told_in_a_sentence(
+    error: Exception, why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def greedy() -> None:
+        """Take too much."""
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "doctor", greedy)
+    assert main(["doctor"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: the system has no more memory or threads (") and said.count("\n") == 1
+    assert why in said
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong() -> None:
+        """Fail."""
+        raise RuntimeError("a fault")
+
+    monkeypatch.setitem(COMMANDS, "doctor", wrong)
+    with pytest.raises(RuntimeError, match="a fault"):
+        main(["doctor"])
+
+
+def test_a_bar_without_memory_leaves_the_terminal_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(progress, "console", Console(file=terminal, force_terminal=True))
+
+    def refused(thread: threading.Thread) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    errors = sys.stderr
+    with pytest.raises(MemoryError), progress.progress_bar("bar", 3):
+        pass
+    assert sys.stderr is errors
+    assert terminal.getvalue().rstrip().endswith("\x1b[?25h"), "the cursor is hidden"
 
 
 def test_an_interrupt_exits_with_130_and_says_how_to_go_on(dataset: Path, tmp_path: Path) -> None:

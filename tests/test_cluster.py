@@ -2,6 +2,7 @@
 
 import csv
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from test_shards import content, data, dataset, run, undisturbed  # noqa: F401
 
-from mopo_fast import InputError
+from mopo_fast import InputError, cluster
 from mopo_fast.cluster import connected
 
 HERE = Path(__file__).parent
@@ -56,6 +57,32 @@ def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InputError, match=r"takes the extra mopo_fast\[ray\]"), connected("local"):
         pass
+
+
+def test_an_interrupt_waits_for_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    class Ray:
+        def is_initialized(self) -> bool:
+            return False
+
+        def init(self, **options: Any) -> None:
+            signal.raise_signal(signal.SIGINT)
+            calls.append("connected")
+
+        def shutdown(self) -> None:
+            calls.append("shut down")
+
+    monkeypatch.setattr(cluster, "_import_ray", Ray)
+    # A suite run in the background ignores SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), connected("local"):
+            calls.append("at work")
+        assert calls == ["connected", "shut down"]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import resource
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import mujoco
@@ -168,6 +169,23 @@ def test_unstable_simulation_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
         collector.model.jnt_stiffness[:] = 1e9
         with pytest.raises(InputError, match="episode 0 became unstable"):
             next(collector.batches(MAX_PATH))
+
+
+@pytest.mark.parametrize("task", RULES)
+def test_calls_of_mujoco_are_short(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupt waits for the one that runs."""
+    steps = []
+    with _Collector(task, 0, 2) as collector:
+        rollout, limit = collector.pool.rollout, 2 * max(1 << 12, MAX_PATH * collector.env.frame_skip)
+
+        def counted(model: Any, data: Any, starts: Any, controls: Any, **options: Any) -> Any:
+            steps.append(controls.shape[0] * controls.shape[1])
+            return rollout(model, data, starts, controls, **options)
+
+        monkeypatch.setattr(collector.pool, "rollout", counted)
+        for _ in collector.batches(20 * MAX_PATH):
+            pass
+    assert 0 < max(steps) <= limit
 
 
 def test_existing_file_is_kept_unless_overwritten(tmp_path: Path) -> None:

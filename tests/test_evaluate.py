@@ -158,6 +158,20 @@ def test_beside_the_caller_it_is_the_same() -> None:
             refused.result(60)
 
 
+def test_an_interrupt_does_not_wait_for_workers() -> None:
+    """They are ended, and have left the interrupt at the terminal to their parent."""
+    actor, masks = actor_for("hopper"), []
+    with pytest.raises(KeyboardInterrupt), Evaluator(1) as evaluator:
+        evaluator.submit(actor, TASKS["hopper"], episodes=1, seed=0).result(60)
+        assert evaluator._pool is not None
+        masks.append(evaluator._pool.submit(signal.pthread_sigmask, signal.SIG_BLOCK, ()).result(60))
+        endless = evaluator._pool.submit(time.sleep, 600)
+        raise KeyboardInterrupt
+    assert signal.SIGINT in masks[0]
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    assert endless.done()
+
+
 def test_no_worker_outlives_its_parent() -> None:
     code = """
 import os

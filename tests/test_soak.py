@@ -3,15 +3,19 @@
 `make soak` runs it on the package.
 """
 
+import ctypes
 import json
+import os
 import random
 import runpy
+import shutil
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import mopo_fast._cpu
 import pytest
 
 SOAK = Path(__file__).with_name("soak")
@@ -23,6 +27,9 @@ mode, out = sys.argv[1], "disk/out"
 
 
 def work():
+    if mode == "flaky" and os.path.exists(__file__ + ".ran"):
+        sys.exit("error: no")
+    open(__file__ + ".ran", "w").close()
     os.makedirs(out, exist_ok=True)
     lock = open(out + "/.lock", "w")
     try:
@@ -61,6 +68,9 @@ def main():
     except MemoryError:
         if mode == "traceback":
             raise
+        if mode == "rust":
+            print("memory allocation of 209715200 bytes failed", file=sys.stderr, flush=True)
+            os.abort()
         print("error: out of memory", file=sys.stderr)
         sys.exit(2)
     except SystemExit as refusal:
@@ -102,6 +112,7 @@ def soak() -> dict[str, Any]:
         ("sound", "SIGTERM", None),
         ("sound", "SIGINT", None),
         ("sound", "memory", None),
+        ("rust", "memory", None),
         ("sound", "two", None),
         ("curt", "two", "the second process is refused otherwise"),
         ("torn", "SIGKILL", "the result differs from an undisturbed run's: different: out/result"),
@@ -109,6 +120,7 @@ def soak() -> dict[str, Any]:
         ("litter", "SIGINT", "after SIGINT, temporary files are left: out/.result.tmp"),
         ("traceback", "SIGINT", "'Traceback"),
         ("deaf", "SIGINT", "the command hangs"),
+        ("flaky", "SIGTERM", "the command ends before the signal with exit code 2: error: no"),
         ("traceback", "memory", "in place of exit code 2, exit code 1: MemoryError"),
     ],
 )
@@ -157,6 +169,16 @@ def test_contents_leave_out_clocks_alone(soak: dict[str, Any], tmp_path: Path) -
     (folders[1] / "checkpoint" / ".a.12345678.tmp").touch()
     assert results.leftovers(folders[1]) == ["checkpoint/.a.12345678.tmp"]
     assert results.difference(results.contents(folders[1]), one) == "new: checkpoint/.a.12345678.tmp"
+
+
+def test_counts_shared_libraries(soak: dict[str, Any], tmp_path: Path) -> None:
+    count = sys.modules["processes"].count_libraries
+    library = tmp_path / "library.so"
+    shutil.copy(mopo_fast._cpu.__file__, library)
+    before = count(os.getpid())
+    ctypes.CDLL(str(library))
+    assert count(os.getpid()) == before + 1
+    assert count(2**30) == 0
 
 
 def test_every_pair_is_drawn(soak: dict[str, Any]) -> None:

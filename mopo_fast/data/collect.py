@@ -35,6 +35,8 @@ Array = npt.NDArray[Any]
 UNIFORM = "uniform random actions"
 MAX_PATH = 1000
 """Steps after which an episode is cut off: D4RL's limit and the environments' own."""
+# Physics steps that a thread makes in one call of `mujoco.rollout`, or one episode if that has more.
+_BATCH_STEPS = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,8 @@ class _Collector:
         """Whole episodes in order until there are at least `steps` steps."""
         first, collected = 0, 0
         while collected < steps:
-            # Enough work to share out evenly, little enough memory: about 6 MB of states a thread.
-            most = max(1, self.threads * 2**15 // (self.rules.first_roll * self.env.frame_skip))
+            # An interrupt waits for the call, about 0.1 s.
+            most = self.threads * max(1, _BATCH_STEPS // (self.rules.first_roll * self.env.frame_skip))
             count = min(most, math.ceil((steps - collected) / self.rules.first_roll))
             episodes = self._batch(range(first, first + count))
             yield episodes

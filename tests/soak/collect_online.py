@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass, field
 
 from mopo_fast import config
-from mopo_fast.cli import main
+from mopo_fast.__main__ import run
 
 
 @dataclass(frozen=True)
@@ -12,7 +12,7 @@ class TinyConfig(config.OnlineConfig):
     environments: int = 2
     epoch_steps: int = 60
     random_epochs: int = 1
-    epochs: int = 8
+    epochs: int = 6
     medium_score: float = -100.0
     episodes: int = 1
     sac: config.SACConfig = field(
@@ -23,4 +23,4 @@ class TinyConfig(config.OnlineConfig):
 if __name__ == "__main__":
     # Before the command imports it.
     vars(config)["OnlineConfig"] = TinyConfig
-    sys.exit(main())
+    sys.exit(run())

@@ -150,3 +150,13 @@ def peak_memory(pid: int) -> int:
     except OSError:
         found = None
     return int(found[1]) << 10 if found else 0
+
+
+def count_libraries(pid: int) -> int:
+    """Count the shared libraries that the process has loaded; 0 when it is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    except OSError:
+        return 0
+    # Each has one part that is executed.
+    return sum(" r-xp " in line and ".so" in line for line in lines)

@@ -18,7 +18,7 @@ _FIT = (
     *("--dynamics.batch-size", "64", "--threads", "1"),
 )
 _SAC = (
-    *("--steps", "75", "--horizon", "5", "--rollout.batch-size", "60", "--rollout.interval", "10"),
+    *("--steps", "45", "--horizon", "5", "--rollout.batch-size", "60", "--rollout.interval", "10"),
     *("--rollout.retain-epochs", "1", "--sac.hidden", "16", "16", "--sac.batch-size", "32"),
     *("--evaluation.episodes", "2", "--evaluation.interval", "2"),
 )
@@ -59,13 +59,13 @@ class Scenario:
 
 _DATA = "{inputs}/hopper-random-local.hdf5"
 _ROLLOUT = ("rollout", "{inputs}/run", "--dataset", _DATA, "--threads", "1")
-_SHARDS = ("--count", "80000", "--shard-rows", "8000")
+_SHARDS = ("--count", "24000", "--shard-rows", "3000")
 
 SCENARIOS = [
     Scenario(
         "collect",
         (
-            *("collect", "hopper-random", "--steps", "6000", "--threads", "1"),
+            *("collect", "hopper-random", "--steps", "3000", "--threads", "1"),
             *("--out", f"{DISK}/hopper.hdf5", "--overwrite"),
         ),
         old="hopper.hdf5",
@@ -74,7 +74,7 @@ SCENARIOS = [
     Scenario(
         "collect-online",
         (
-            *("collect", "hopper-medium-expert", "--steps", "2000", "--threads", "1"),
+            *("collect", "hopper-medium-expert", "--steps", "1000", "--threads", "1"),
             *("--out", f"{DISK}/hopper.hdf5", "--overwrite"),
         ),
         program=tuple(ONLINE),
@@ -84,12 +84,12 @@ SCENARIOS = [
     Scenario("train", ("train", _DATA, "--out", f"{DISK}/run", *_FIT, *_SAC), resume=("--resume",)),
     Scenario(
         "train-seeds",
-        ("train", _DATA, "--out", f"{DISK}/runs", "--seeds", "0:3", *_FIT, *_SAC),
+        ("train", _DATA, "--out", f"{DISK}/runs", "--seeds", "0:2", *_FIT, *_SAC),
         resume=("--resume",),
     ),
     Scenario(
         "rollout-file",
-        (*_ROLLOUT, "--count", "100000", "--out", f"{DISK}/rollouts.hdf5", "--overwrite"),
+        (*_ROLLOUT, "--count", "40000", "--out", f"{DISK}/rollouts.hdf5", "--overwrite"),
         old="rollouts.hdf5",
         exclusive=False,
     ),

@@ -17,7 +17,7 @@ def is_out_of_resources(error: BaseException) -> bool:
 
 
 def is_interrupt(error: BaseException) -> bool:
-    """Tell whether the error is an interrupt, or one in its place: extension modules raise ImportError from it."""
+    """Tell whether the error is an interrupt, or the ImportError that extension modules make of one."""
     return any(isinstance(one, KeyboardInterrupt) for one in _with_causes(error))
 
 

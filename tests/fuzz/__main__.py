@@ -1,6 +1,8 @@
 """Feed every reader with mutated files: a table of what became of them, and the failures as files."""
 
 import argparse
+import contextlib
+import csv
 import random
 import resource
 import shutil
@@ -33,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--keep", type=Path, default=Path("build/fuzz"), help="folder of the failures (default: build/fuzz)"
     )
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the table to this file")
     options = parser.parse_args(arguments)
     entries = [e for e in ENTRIES if not options.only or any(part in e.name for part in options.only)]
     if not entries:
@@ -52,8 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         began, cpu_before = time.monotonic(), _cpu_seconds()
         verdicts: list[Verdict] = []
-        for verdict in fuzzer.run(cases):
-            verdicts.append(verdict)
+        # Ctrl-C ends a long run with the table of what it has done.
+        with contextlib.suppress(KeyboardInterrupt), contextlib.closing(fuzzer.run(cases)) as running:
+            for verdict in running:
+                verdicts.append(verdict)
         seconds, cpu = time.monotonic() - began, _cpu_seconds() - cpu_before
         unique = _unique(verdicts)
         shutil.rmtree(options.keep, ignore_errors=True)
@@ -61,7 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             fuzzer.keep(
                 group[0], options.keep / f"{number:03}-{group[0].kind}-{group[0].entry.replace(' ', '-')}"
             )
-    console.print(_table(verdicts))
+    columns, rows = _count(verdicts)
+    console.print(_table(columns, rows))
+    if options.csv is not None:
+        with options.csv.open("w", newline="") as file:
+            csv.writer(file).writerows([columns, *rows])
     rate = len(verdicts) / seconds
     console.print(
         f"{len(verdicts)} cases in {seconds:.0f} s, {rate:.1f} a second; {cpu:.0f} s of processor time"
@@ -100,21 +109,27 @@ def _last_line(text: str) -> str:
     return lines[-1][:200] if lines else ""
 
 
-def _table(verdicts: Sequence[Verdict]) -> Table:
-    table = Table()
-    table.add_column("reader", no_wrap=True)
+def _count(verdicts: Sequence[Verdict]) -> tuple[list[str], list[list[str]]]:
+    """Names of columns, and a row for each reader and for all; `ms` is the mean time of a case."""
     seen = {verdict.kind for verdict in verdicts}
-    columns = ("cases", "read", "refused", *(kind for kind in FAILURES if kind in seen), "ms")
-    for column in columns:
-        table.add_column(column, justify="right")
+    kinds = ["read", "refused", *(kind for kind in FAILURES if kind in seen)]
     by_entry: dict[str, list[Verdict]] = {}
     for verdict in verdicts:
         by_entry.setdefault(verdict.entry, []).append(verdict)
+    rows = []
     for name, some in [*by_entry.items(), ("all", list(verdicts))]:
-        kinds = Counter(verdict.kind for verdict in some)
+        counts = Counter(verdict.kind for verdict in some)
         mean = 1000 * sum(verdict.seconds for verdict in some) / max(1, len(some))
-        cells = [str(len(some)), *(str(kinds[kind] or "") for kind in columns[1:-1]), f"{mean:.0f}"]
-        table.add_row(name, *cells, end_section=name == list(by_entry)[-1])
+        rows.append([name, str(len(some)), *(str(counts[kind] or "") for kind in kinds), f"{mean:.0f}"])
+    return ["reader", "cases", *kinds, "ms"], rows
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table()
+    for column in columns:
+        table.add_column(column, justify="left" if column == "reader" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row, end_section=row is rows[-2])
     return table
 
 

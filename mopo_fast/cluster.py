@@ -5,9 +5,7 @@ the same bytes.
 """
 
 import contextlib
-import signal
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import torch
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.generate import Generator
+from mopo_fast.interrupts import deferred
 from mopo_fast.policy import Actor
 from mopo_fast.shards import Maker, Plan, ShardRecord, make_shard, write_shard
 
@@ -50,38 +49,14 @@ def connected(address: str) -> Iterator[Any]:
     _check_address(address)
     try:
         try:
-            with _interrupt_kept():
+            # A process whose `ray.init` is interrupted ends by SIGSEGV.
+            with deferred():
                 ray.init(address=address, log_to_driver=False, configure_logging=False)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise InputError(f"cannot reach a Ray cluster at {address!r}: {error}") from error
         yield ray
     finally:
         ray.shutdown()
-
-
-@contextlib.contextmanager
-def _interrupt_kept() -> Iterator[None]:
-    """Keep an interrupt to the end of the block; a second one is not kept.
-
-    A process whose `ray.init` is interrupted ends by SIGSEGV.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    kept: list[int] = []
-
-    def keep(number: int, frame: object) -> None:
-        if kept:
-            raise KeyboardInterrupt
-        kept.append(number)
-
-    before = signal.signal(signal.SIGINT, keep)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if kept:
-        signal.raise_signal(signal.SIGINT)
 
 
 def _check_address(address: str) -> None:

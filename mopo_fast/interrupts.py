@@ -11,6 +11,7 @@ from typing import Any
 def deferred() -> Iterator[None]:
     """Let Ctrl-C wait until the block has ended: what it changes is changed whole.
 
+    A second Ctrl-C does not wait.
     Signals reach Python's main thread alone; in any other, nothing needs to be done.
     """
     handler = signal.getsignal(signal.SIGINT)
@@ -18,7 +19,13 @@ def deferred() -> Iterator[None]:
         yield
         return
     caught: list[tuple[Any, ...]] = []
-    signal.signal(signal.SIGINT, lambda *arguments: caught.append(arguments))
+
+    def catch(*arguments: Any) -> None:
+        if caught:
+            handler(*arguments)
+        caught.append(arguments)
+
+    signal.signal(signal.SIGINT, catch)
     try:
         yield
     finally:

@@ -30,6 +30,8 @@ def alarm() -> Iterator[Callable[..., None]]:
         raise Rung
 
     before = signal.signal(signal.SIGALRM, ring)
+    # A suite that runs in the background ignores Ctrl-C.
+    ctrl_c = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def set_alarm(seconds: float, handler: Callable[..., None] = ring) -> None:
         signal.signal(signal.SIGALRM, handler)
@@ -38,6 +40,7 @@ def alarm() -> Iterator[Callable[..., None]]:
     yield set_alarm
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
+    signal.signal(signal.SIGINT, ctrl_c)
 
 
 def assert_ends_soon(call: Callable[[], Any], alarm: Callable[..., None]) -> None:

@@ -120,6 +120,16 @@ def _cannot_write(path: Path, error: OSError) -> InputError:
     return InputError(f"cannot write {path}: {error.strerror or error}; free space or choose another folder")
 
 
+def refuse_links(*folders: Path) -> None:
+    """Raise `InputError` where one of a run's own folders is there and is a link, or no folder.
+
+    What is removed and written in it would be removed and written elsewhere, in another run's folder say.
+    """
+    for folder in folders:
+        if os.path.lexists(folder) and not stat.S_ISDIR(folder.lstat().st_mode):
+            raise InputError(f"{folder} is a link or no folder; remove it, or choose another folder")
+
+
 def sync_folder(folder: Path) -> None:
     """Make a rename inside `folder` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -15,6 +15,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from mopo_fast.errors import printable
+
 console = Console(stderr=True)
 
 
@@ -47,13 +49,13 @@ def progress_bar(description: str, total: float | None, *, quiet: bool = False) 
         return
     columns = (
         SpinnerColumn(),
-        TextColumn("[bold]{task.description}"),
+        TextColumn("{task.description}", style="bold", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=console) as progress:
-        yield Bar(progress, progress.add_task(description, total=total, note=""))
+        yield Bar(progress, progress.add_task(printable(description), total=total, note=""))

@@ -158,6 +158,7 @@ def test_archives(tmp_path: Path) -> None:
         (archive_of(tmp_path / "a.npz", ["rewards.npy"] * 2, one), "rewards is there twice"),
         (archive_of(tmp_path / "b.npz", ["rewards.npy", "rewards"], one), "rewards is there twice"),
         (archive_of(tmp_path / "c.npz", list(map(str, range(10_001))), b""), "more than 10,000 members"),
+        (archive_of(tmp_path / "e.npz", ["\x1b[2J.npy"], one), r"'\\x1b\[2J' is no name"),
         (archive_of(tmp_path / "d.npz", ["a.npy"], one, zipfile.ZIP_BZIP2), "another method than deflate"),
     ):
         with pytest.raises(InputError, match=rf"npz file \(.*{message}"):

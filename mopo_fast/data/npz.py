@@ -47,6 +47,8 @@ def _walk(path: Path, archive: zipfile.ZipFile, size: int) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     for member in members:
         key = member.filename.removesuffix(".npy")
+        if not key.isprintable():
+            raise ValueError(f"{key!r} is no name")
         if key in found:
             raise ValueError(f"{key} is there twice")
         if member.flag_bits & 1:

@@ -159,16 +159,16 @@ def _check_keys(keys: Collection[Any]) -> None:
         raise InputError(f"the pickle has keys beyond {_LARGEST_KEY:,}")
 
 
-def _counted(load: Callable[["_Unpickler"], None]) -> Callable[["_Unpickler"], None]:
-    """An opcode that makes an object or remembers one, which no file does endlessly."""
+def _counted(opcode: Callable[["_Unpickler"], None]) -> Callable[["_Unpickler"], None]:
+    """Count what an opcode makes or remembers, which no sound file does endlessly."""
 
-    def load_and_count(self: "_Unpickler") -> None:
+    def opcode_and_count(self: "_Unpickler") -> None:
         self.made += 1
         if max(self.made, len(self.memo)) > _MOST_OBJECTS:
             raise InputError(f"the pickle has more than {_MOST_OBJECTS:,} objects")
-        load(self)
+        opcode(self)
 
-    return load_and_count
+    return opcode_and_count
 
 
 # Its methods are declared nowhere.

@@ -5,12 +5,14 @@ killed, and the next writer of the same file removes it.
 """
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import glob
 import json
 import math
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +25,10 @@ T = TypeVar("T")
 
 # Bytes of a JSON file that is read; a manifest of a million shards has about half of them.
 _LARGEST_JSON = 1 << 30
+# A replaced folder's name in a scratch folder, where folders cannot be exchanged.
+_OLD = ".old"
+# Of Linux's fcntl.h and fs.h.
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 @contextlib.contextmanager
@@ -92,6 +98,62 @@ def sweep(folder: str | os.PathLike[str], name: str | None = None) -> None:
                 os.close(handle)
 
 
+@contextlib.contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """Make a folder in `parent` for files that are not whole yet; remove it, and those of killed writers."""
+    for leftover in parent.glob(".new-*"):
+        # Where two renames were needed, a writer killed between them has left the only copy.
+        if not os.path.lexists(leftover / _OLD):
+            _remove_unlocked(leftover)
+    while True:
+        folder = Path(tempfile.mkdtemp(dir=parent, prefix=".new-"))
+        handle = os.open(folder, os.O_RDONLY)
+        if _lock(handle) and folder.exists():
+            break
+        os.close(handle)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(handle)
+
+
+def _remove_unlocked(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder)
+        finally:
+            os.close(handle)
+
+
+def replace_folder(scratch: Path, name: str, folder: Path) -> None:
+    """Put the folder `name` of a `scratch_folder` in the place of `folder`, which stays in scratch.
+
+    One step on Linux: whenever the process is killed, one of the two is there.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if not folder.exists():
+        os.replace(scratch / name, folder)
+    elif not _exchange(scratch / name, folder):
+        os.replace(folder, scratch / _OLD)
+        os.replace(scratch / name, folder)
+    sync_folder(folder.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange what two paths name; False where the system or the file system cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    if ctypes.get_errno() in (errno.EINVAL, errno.ENOSYS):
+        return False
+    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), os.fspath(other))
+
+
 def _make_temporary(path: Path) -> tuple[Path, int]:
     """An empty file beside `path`, whose folder is made where there is none; and its locked descriptor."""
     try:
@@ -118,6 +180,16 @@ def _lock(handle: int) -> bool:
 
 def _cannot_write(path: Path, error: OSError) -> InputError:
     return InputError(f"cannot write {path}: {error.strerror or error}; free space or choose another folder")
+
+
+def refuse_links(*folders: Path) -> None:
+    """Raise `InputError` where one of a run's own folders is there and is a link, or no folder.
+
+    What is removed and written in it would be removed and written elsewhere, in another run's folder say.
+    """
+    for folder in folders:
+        if os.path.lexists(folder) and not stat.S_ISDIR(folder.lstat().st_mode):
+            raise InputError(f"{folder} is a link or no folder; remove it, or choose another folder")
 
 
 def sync_folder(folder: Path) -> None:

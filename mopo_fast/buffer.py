@@ -68,8 +68,10 @@ class RingBuffer:
         """An empty ring whose rows are those of `storage`, with the arrays that it has.
 
         Raises:
-            InputError: its arrays are not of as many rows each.
+            InputError: its arrays are not of as many rows each, or are mapped from a file.
         """
+        if storage.info.get("memory_mapped"):
+            raise InputError("a buffer cannot be over data that are mapped from their file")
         lengths = {name: len(array) if array.ndim else 0 for name, array in storage.arrays().items()}
         if len(set(lengths.values())) != 1 or not lengths["rewards"]:
             raise InputError(f"a buffer's arrays need as many rows each, got {lengths}")

@@ -6,6 +6,7 @@ output, progress and errors to standard error.
 
 import dataclasses
 import functools
+import io
 import itertools
 import json as json_format
 import logging
@@ -33,7 +34,7 @@ from mopo_fast.config import (
     TrainConfig,
     check_runs,
 )
-from mopo_fast.errors import InputError, is_interrupt, is_out_of_resources
+from mopo_fast.errors import InputError, is_interrupt, is_out_of_resources, printable
 from mopo_fast.progress import console
 
 Dataset = Annotated[str, Positional, arg(metavar="DATASET")]
@@ -579,11 +580,27 @@ def _commands(argv: Sequence[str]) -> dict[str, Callable[..., None]]:
     }
 
 
+class _Printable(logging.Formatter):
+    """Messages without what a terminal would obey: names in them are those of files."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def _tell(message: str) -> None:
+    print(printable(message), file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
     logger = logging.getLogger("mopo_fast")
-    logger.handlers = [RichHandler(console=console, show_time=False, show_level=False, show_path=False)]
+    handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False)
+    handler.setFormatter(_Printable())
+    logger.handlers = [handler]
     logger.setLevel(logging.INFO)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # The name of a file may hold bytes that are no text.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         tyro.extras.subcommand_cli_from_dict(
             _commands(sys.argv[1:] if argv is None else argv),
@@ -593,19 +610,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             config=(FlagCreatePairsOff,),
         )
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _tell(f"error: {error}")
         return 2
     except KeyboardInterrupt as interrupt:
-        print(str(interrupt) or "stopped", file=sys.stderr)
+        _tell(str(interrupt) or "stopped")
         return 130
     except Exception as error:
         if is_interrupt(error):
-            print("stopped", file=sys.stderr)
+            _tell("stopped")
             return 130
         if not is_out_of_resources(error):
             raise
         why = str(error).strip().splitlines() or [type(error).__name__]
         advice = "free some, or lower --threads or the sizes"
-        print(f"error: the system has no more memory or threads ({why[0][:200]}); {advice}", file=sys.stderr)
+        _tell(f"error: the system has no more memory or threads ({why[0][:200]}); {advice}")
         return 2
     return 0

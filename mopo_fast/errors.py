@@ -1,4 +1,4 @@
-"""The one error that a user's mistake raises, and how to tell an interrupt or a lack of memory."""
+"""The one error that a user's mistake raises, how to print it, and how to tell what else has happened."""
 
 from collections.abc import Iterator
 
@@ -26,3 +26,10 @@ def _with_causes(error: BaseException) -> Iterator[BaseException]:
     while cause is not None:
         yield cause
         cause = cause.__cause__
+
+
+def printable(text: str) -> str:
+    """Spell out what a terminal would obey or hide, such as escape sequences; newlines stay."""
+    return "".join(
+        letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text
+    )

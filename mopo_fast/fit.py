@@ -22,7 +22,7 @@ from typing_extensions import TypedDict
 
 from mopo_fast import backends
 from mopo_fast.adam import Adam
-from mopo_fast.atomic import read_json_as, write_json
+from mopo_fast.atomic import read_json_as, refuse_links, write_json
 from mopo_fast.backends import checked, cpu
 from mopo_fast.backends.training import FitRun, Parameter
 from mopo_fast.config import FIT_DTYPES, DynamicsConfig, check_finite, to_dict
@@ -828,6 +828,7 @@ def fit_and_save_many(
     with contextlib.ExitStack() as stack:
         for folder in paths:
             stack.enter_context(locked(folder))
+            refuse_links(folder / "checkpoint")
         data.validate()
         fits = [Fit(data, seed, config, device, backend, threads) for seed in seeds]
         digest = data_sha256(data)

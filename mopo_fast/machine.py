@@ -6,7 +6,7 @@ import resource
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -64,6 +64,19 @@ def available_memory() -> int:
         if most != resource.RLIM_INFINITY:
             available.append(most - used.get(name, 0))
     return max(0, min([*available, *_control_groups()]))
+
+
+def map_mode() -> Literal["c", "r"]:
+    """The mode in which `np.memmap` is to map a file that is only read.
+
+    Copy on write: a kernel that is given such an array for its results then changes this process's copy;
+    into a read-only mapping it would write too, and the process would die of it. Read-only where the system
+    counts a copy as memory before it is made: files larger than the memory could not be mapped there.
+    """
+    counted = resource.getrlimit(resource.RLIMIT_DATA)[0] != resource.RLIM_INFINITY
+    with contextlib.suppress(OSError):
+        counted = counted or (_ROOT / "proc/sys/vm/overcommit_memory").read_text().strip() == "2"
+    return "r" if counted else "c"
 
 
 def _kilobytes(path: Path) -> dict[str, int]:

@@ -13,7 +13,7 @@ import pickle
 import struct
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,6 +29,11 @@ Array = npt.NDArray[Any]
 _MAX_DIMENSIONS = 64
 # Beyond this length a dimension is not believed of an array without elements.
 _LONGEST_EMPTY = 1 << 20
+# Containers and objects of a pickle, and what it remembers: each may take a byte of the file, and a hundred
+# of memory.
+_MOST_OBJECTS = 1 << 22
+# Whole numbers from here on can be chosen to have one hash, which makes a dictionary quadratic.
+_LARGEST_KEY = 1 << 60
 
 
 class Inert:
@@ -146,10 +151,24 @@ def _encoder() -> Callable[[Any, Any], bytes]:
     return encode_text
 
 
-def _check_keys(keys: Iterable[Any]) -> None:
+def _check_keys(keys: Collection[Any]) -> None:
     # A tuple's hash calls that of what it holds: nested deeply, it overflows the stack.
     if not all(key is None or isinstance(key, str | bytes | int | float | np.number) for key in keys):
         raise InputError("the pickle has keys that are neither texts nor numbers")
+    if any(isinstance(key, int | np.integer) and abs(int(key)) >= _LARGEST_KEY for key in keys):
+        raise InputError(f"the pickle has keys beyond {_LARGEST_KEY:,}")
+
+
+def _counted(opcode: Callable[["_Unpickler"], None]) -> Callable[["_Unpickler"], None]:
+    """Count what an opcode makes or remembers, which no sound file does endlessly."""
+
+    def opcode_and_count(self: "_Unpickler") -> None:
+        self.made += 1
+        if max(self.made, len(self.memo)) > _MOST_OBJECTS:
+            raise InputError(f"the pickle has more than {_MOST_OBJECTS:,} objects")
+        opcode(self)
+
+    return opcode_and_count
 
 
 # Its methods are declared nowhere.
@@ -167,7 +186,7 @@ class _Unpickler(_PurePython):
         persistent_load: Callable[[Any], Any] | None,
     ) -> None:
         super().__init__(file)
-        self._allowed, self._inert = allowed, inert
+        self._allowed, self._inert, self.made = allowed, inert, 0
         # Classes are large: each name has one.
         self._found: dict[str, Any] = {"_codecs.encode": _encoder()}
         if persistent_load is not None:
@@ -273,6 +292,13 @@ class _Unpickler(_PurePython):
         ord(pickle.BUILD): load_build,
         ord(pickle.BYTEARRAY8): load_bytearray8,
     }
+    for _op in (
+        *(pickle.MARK, pickle.EMPTY_LIST, pickle.LIST, pickle.EMPTY_DICT, pickle.DICT, pickle.EMPTY_SET),
+        *(pickle.FROZENSET, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
+        *(pickle.REDUCE, pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.INST, pickle.OBJ),
+        *(pickle.MEMOIZE, pickle.PUT, pickle.BINPUT, pickle.LONG_BINPUT),
+    ):
+        dispatch[ord(_op)] = _counted(dispatch[ord(_op)])
 
 
 class Pickler(pickle._Pickler):

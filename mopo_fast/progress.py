@@ -15,6 +15,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from mopo_fast.errors import printable
+
 console = Console(stderr=True)
 
 
@@ -47,18 +49,18 @@ def progress_bar(description: str, total: float | None, *, quiet: bool = False) 
         return
     columns = (
         SpinnerColumn(),
-        TextColumn("[bold]{task.description}"),
+        TextColumn("{task.description}", style="bold", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     progress = Progress(*columns, console=console)
     try:
         # Without memory for its thread, it fails half-way: the cursor hidden, the outputs redirected.
         progress.start()
-        yield Bar(progress, progress.add_task(description, total=total, note=""))
+        yield Bar(progress, progress.add_task(printable(description), total=total, note=""))
     finally:
         progress.stop()

@@ -39,6 +39,10 @@ T = TypeVar("T")
 _WITHIN = {1: math.erf(1 / math.sqrt(2)), 2: math.erf(2 / math.sqrt(2))}
 
 
+# Beyond it an axis of a picture overflows.
+_LARGEST = 1e100
+
+
 @dataclass(frozen=True)
 class HeldOut:
     """The model on the transitions that the fit never saw.
@@ -134,8 +138,8 @@ def _learning_curve(run: _Run) -> tuple[Figure, str]:
     ]
     if not points:
         raise InputError(f"{path} holds no evaluation yet")
-    if not np.isfinite(points).all():
-        raise InputError(f"{path} holds values that are not finite")
+    if not (np.abs(points) < _LARGEST).all():
+        raise InputError(f"{path} holds values that are not finite, or beyond {_LARGEST:g}")
     updates, mean, std = np.array(points).T
     figure, axes = blank_axes(7.5, 3.8)
     axes.fill_between(updates, mean - std, mean + std, color=BLUE, alpha=0.18, linewidth=0)
@@ -382,23 +386,31 @@ def write_report(run: str | os.PathLike[str], *, data: Transitions | None = None
         parts.append(f"<h2>{html.escape(title)}</h2>")
         picture = folder / f"{name}.png"
         with look():
-            section = _attempt(functools.partial(build, state))
-            if isinstance(section, str):
-                _remove(picture)
-                parts.append(_missing(section))
-                continue
-            figure, caption = section
-            png = io.BytesIO()
-            figure.savefig(png, format="png")
+            section = _attempt(functools.partial(_draw, build, state))
+        if isinstance(section, str):
+            _remove(picture)
+            parts.append(_missing(section))
+            continue
+        png, caption = section
         with atomic_path(picture) as temporary:
-            temporary.write_bytes(png.getvalue())
-        encoded = base64.b64encode(png.getvalue()).decode()
+            temporary.write_bytes(png)
+        encoded = base64.b64encode(png).decode()
         parts.append(f'<img alt="{html.escape(title)}" src="data:image/png;base64,{encoded}">')
         parts.append(f"<p>{html.escape(caption)}</p>")
     title = html.escape(f"MOPO run: {folder.resolve().name}")
     with atomic_path(folder / "report.html") as temporary:
-        temporary.write_text(_PAGE.format(title=title, body="\n".join(parts)), encoding="utf-8")
+        page = _PAGE.format(title=title, body="\n".join(parts))
+        # A folder's name and a file's texts may hold what UTF-8 has not.
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
     return folder / "report.html"
+
+
+def _draw(build: Callable[[_Run], tuple[Figure, str]], run: _Run) -> tuple[bytes, str]:
+    """Build a section; return its picture as PNG and its caption."""
+    figure, caption = build(run)
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    return png.getvalue(), caption
 
 
 def _attempt(build: Callable[[], T]) -> T | str:

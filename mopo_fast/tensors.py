@@ -12,6 +12,7 @@ import torch
 
 from mopo_fast.atomic import atomic_path
 from mopo_fast.errors import InputError
+from mopo_fast.machine import check_memory
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -21,12 +22,10 @@ def save_tensors(
 ) -> None:
     """Write `tensors` (any device; stored contiguous) with string `metadata`."""
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # Its own writer makes another temporary file, which nobody would sweep.
+    content = safetensors.torch.save(stored, metadata)
     with atomic_path(path) as temporary:
-        try:
-            safetensors.torch.save_file(stored, temporary, metadata)
-        except safetensors.SafetensorError as error:
-            # A full disk, most likely: atomic_path makes one clear error of it.
-            raise OSError(str(error)) from error
+        temporary.write_bytes(content)
 
 
 def load_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
@@ -37,6 +36,8 @@ def load_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     """
     if not Path(path).is_file():
         raise InputError(f"{path} does not exist")
+    # A tensor is there once more while it is checked.
+    check_memory(f"{path}", 2 * Path(path).stat().st_size, "cpu", "its size")
     try:
         tensors: dict[str, torch.Tensor] = safetensors.torch.load_file(path)
     # A damaged file fails in any way.
@@ -104,6 +105,12 @@ def check_sizes(
 
 def as_float32(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same tensors, floats in float32; raise `InputError` where one is not finite in that."""
+    others = [
+        tensor.numel()
+        for tensor in tensors.values()
+        if tensor.is_floating_point() and tensor.dtype != torch.float32
+    ]
+    check_memory(f"{path} in float32", 4 * sum(others), "cpu", "its size")
     made = {
         name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()
     }

@@ -15,7 +15,7 @@ import os
 import platform
 import re
 import reprlib
-import shutil
+import stat
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -28,7 +28,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from mopo_fast import __version__
-from mopo_fast.atomic import atomic_path, parse_json_as, read_json_as, sweep, write_json
+from mopo_fast.atomic import parse_json_as, read_json, read_json_as, refuse_links, sweep, write_json
 from mopo_fast.backends import choose_for_run
 from mopo_fast.backends.philox import BATCH_STREAM, random_choice
 from mopo_fast.buffer import RingBuffer, row_bytes
@@ -275,8 +275,11 @@ def resolve(config: TrainConfig, out: Path | None = None) -> tuple[RunConfig, Ta
             activation=dynamics.activation,
         ).to(config.device)
     else:
-        folder = config.dynamics_from if out is None or _last_checkpoint(out) is None else out
-        ensemble = EnsembleDynamics.load(folder, config.device)
+        if out is None or _last_checkpoint(out) is None:
+            folder = Path(config.dynamics_from)
+            ensemble = _read_dynamics(folder)[0].to(config.device)
+        else:
+            folder, ensemble = out, EnsembleDynamics.load(out, config.device)
         if (ensemble.obs_dim, ensemble.act_dim) != (task.obs_dim, task.act_dim):
             raise InputError(
                 f"the ensemble in {folder} is for {ensemble.obs_dim} observation and"
@@ -340,7 +343,8 @@ def _sac(config: TrainConfig, task: Task, backend: str) -> SAC:
 
 
 def check_folder(out: Path, config: RunConfig, resume: bool) -> None:
-    """Refuse a folder that holds another run."""
+    """Refuse a folder that holds another run, or whose parts are elsewhere."""
+    refuse_links(out / "checkpoint", out / "tensorboard-fit")
     if resume:
         # What atomic_path had not renamed yet when the run was killed; a folder below may be a live run's.
         for folder in (out, out / "checkpoint"):
@@ -422,13 +426,30 @@ def _make_dynamics(runs: Sequence[_Run], data: Transitions, data_digest: str, qu
         run.ensemble, run.fit_seconds = EnsembleDynamics.load(out, config.device), fit["seconds"]
 
 
-def _copy_fit(source: Path, out: Path) -> None:
-    """The files of a fit, fit.json last: where it is, the fit is whole."""
+def _read_dynamics(source: Path) -> tuple[EnsembleDynamics, Any]:
+    """Read an ensemble and its fit.json; None for that of an ensemble that was not fitted here.
+
+    Raises:
+        InputError: a file is missing or not sound, or it is a link, which could lead to anything.
+    """
     for name in ("dynamics.safetensors", "dynamics.json", "fit.json"):
-        # An ensemble that was not fitted here has no fit.json.
-        if name != "fit.json" or (source / name).exists():
-            with atomic_path(out / name) as temporary:
-                shutil.copyfile(source / name, temporary)
+        path = source / name
+        if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
+            raise InputError(f"{path} is a link or no regular file; give a folder that holds the file itself")
+    ensemble, fit = EnsembleDynamics.load(source), None
+    if (source / "fit.json").exists():
+        read_fit(source)
+        # All of it, in its order, so that the copy has the same bytes.
+        fit = read_json(source / "fit.json")
+    return ensemble, fit
+
+
+def _copy_fit(source: Path, out: Path) -> None:
+    """Write what the files of a fit hold into `out`, fit.json last: where it is, the fit is whole."""
+    ensemble, fit = _read_dynamics(source)
+    ensemble.save(out)
+    if fit is not None:
+        write_json(out / "fit.json", fit)
 
 
 def _checkpoints(folder: Path) -> dict[int, Path]:

@@ -15,6 +15,7 @@ import pytest
 from pydantic import Field
 
 from mopo_fast.atomic import (
+    _exchange,
     atomic_path,
     check_writable,
     parse_json_as,
@@ -183,6 +184,7 @@ def test_a_value_of_another_type_is_named(change: dict[str, Any], where: str, tm
 KILLED_HALF_WAY = """
 import os, signal, sys
 from mopo_fast.atomic import (
+    _exchange,
     atomic_path,
     check_writable,
     parse_json_as,
@@ -206,6 +208,16 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
     check_writable(target)
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_exchanging_two_folders(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"of {name}").touch()
+    assert _exchange(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "a" / "of b").exists() and (tmp_path / "b" / "of a").exists()
+    with pytest.raises(FileNotFoundError, match="none"):
+        _exchange(tmp_path / "a", tmp_path / "none")
 
 
 def test_a_sweep_spares_what_a_living_process_writes(tmp_path: Path) -> None:

@@ -394,6 +394,17 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
 # --- fit_and_save
 
 
+def test_a_checkpoint_folder_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    other, folder = tmp_path / "other", tmp_path / "fit"
+    other.mkdir()
+    (other / "fit.safetensors").write_bytes(b"another run's")
+    folder.mkdir()
+    (folder / "checkpoint").symlink_to(other)
+    with pytest.raises(InputError, match=r"fit/checkpoint is a link or no folder"):
+        fit_and_save(toy_data(), folder, config=SMALL)
+    assert (other / "fit.safetensors").read_bytes() == b"another run's"
+
+
 def test_fit_and_save_leaves_a_finished_folder(tmp_path: Path) -> None:
     data = toy_data()
     model, record = fit_and_save(data, tmp_path, seed=2, config=SMALL)

@@ -38,6 +38,10 @@ def write(path: Path, change: Callable[[h5py.File], None] = lambda file: None, *
     return path
 
 
+def escaping(file: h5py.File) -> None:
+    file["infos/\x1b[2J"] = 1
+
+
 def soft_link(file: h5py.File) -> None:
     file["rewards_again"] = h5py.SoftLink("/rewards")
 
@@ -137,6 +141,7 @@ def inflating_chunk(file: h5py.File) -> None:
         (soft_link, "rewards_again is a link to another place; copy"),
         (dangling_link, "infos/nothing is a link to another place"),
         (external_link, "rewards is a link to another place"),
+        (escaping, r"'infos/\\x1b\[2J' is no name"),
         (external_storage, "rewards is stored in other files"),
         (virtual, "metadata/itself is virtual"),
         (growing_virtual, "infos/itself is virtual"),

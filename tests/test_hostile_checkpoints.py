@@ -580,3 +580,17 @@ def test_data_that_the_original_trains_on() -> None:
     made = offlinerl_kit._transitions(data)
     assert np.array_equal(made.observations, values[::-1]) and np.array_equal(made.actions, values[:, :2])
     assert made.rewards.tolist() == [9, 6, 3, 0] and made.terminals.tolist() == [True, False, True, False]
+
+
+def test_sparse_files_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few bytes on disk claim more memory than there is."""
+    header = json.dumps({"a": {"dtype": "F64", "shape": [1 << 17], "data_offsets": [0, 1 << 20]}}).encode()
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    np.save(tmp_path / "mu.npy", np.zeros(1 << 17))
+    with open(tmp_path / "a.safetensors", "r+b") as file:
+        file.truncate(8 + len(header) + (1 << 20))
+    monkeypatch.setattr("mopo_fast.machine.available_memory", lambda: (2 << 20) - 1)
+    with pytest.raises(InputError, match=r"a\.safetensors would take 1 GiB, cpu has 0 GiB"):
+        load_tensors(tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match=r"mu\.npy would take 1 GiB, cpu has 0 GiB"):
+        offlinerl_kit._load_array(tmp_path / "mu.npy")

@@ -1,5 +1,6 @@
 """Data that stay in their file."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from mopo_fast import InputError, load_dataset
+from mopo_fast import InputError, load_dataset, machine
 from mopo_fast.config import DynamicsConfig
+from mopo_fast.data.hdf5 import open_hdf5
 from mopo_fast.fit import Fit, dynamics_inputs_targets
 
 # Humanoid's sizes: few rows make a large file.
@@ -43,6 +45,55 @@ def test_same_transitions(tmp_path: Path) -> None:
     with h5py.File(path, "r+") as file:
         file["observations"][7, 5] = 0.125
     assert (mapped.observations[7, 5], mapped.to("cpu").observations[7, 5]) == (0.125, 0.125)
+
+
+def test_writing_to_mapped_data_leaves_the_file_alone(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.hdf5", 300)
+    before = path.read_bytes()
+    with open_hdf5(path) as file:
+        mapped = file["observations"].map(path)
+    # To write to another one would end the process.
+    assert mapped.flags.writeable
+    mapped[0] = 5.0
+    load_dataset(path, memory_map=True).observations.fill_(7.0)
+    assert (mapped[0] == 5.0).all() and path.read_bytes() == before
+
+
+def test_mapped_data_take_no_memory(tmp_path: Path) -> None:
+    def anonymous() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+    path, before = write(tmp_path / "a.hdf5", 20_000), anonymous()
+    data = load_dataset(path, memory_map=True)
+    assert bool(torch.isfinite(data.observations.sum() + data.next_observations.sum()))
+    assert path.stat().st_size > 60_000_000
+    assert anonymous() - before < 16 << 20
+
+
+@pytest.mark.parametrize("system", ["a limit", "strict", "too large"])
+def test_a_system_that_counts_copies_maps_read_only(
+    system: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "a.hdf5", 300)
+    assert machine.map_mode() == "c"
+    if system == "a limit":
+        monkeypatch.setattr("resource.getrlimit", lambda _: (1 << 40, -1))
+    elif system == "strict":
+        (tmp_path / "proc/sys/vm").mkdir(parents=True)
+        (tmp_path / "proc/sys/vm/overcommit_memory").write_text("2\n")
+        monkeypatch.setattr(machine, "_ROOT", tmp_path)
+    else:
+        memmap = np.memmap
+
+        def refuse(path: Path, dtype: object, mode: str, *rest: object) -> object:
+            if mode == "c":
+                raise OSError(errno.ENOMEM, "Cannot allocate memory")
+            return memmap(path, dtype, mode, *rest)
+
+        monkeypatch.setattr(np, "memmap", refuse)
+    with open_hdf5(path) as file:
+        assert not file["observations"].map(path).flags.writeable
 
 
 def test_mapped_arrays_in_a_dictionary(tmp_path: Path) -> None:

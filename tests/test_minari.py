@@ -1,6 +1,9 @@
 """Minari's data sets as others may have left them."""
 
+import contextlib
+import fcntl
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,8 +25,15 @@ NAME = "minari:mine/hopper-v0"
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The data of a set of three episodes with three steps each."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    made = arrays()
+    minari.write(NAME, made, {"algorithm": "SAC"})
+    assert len(load_dataset(NAME)) == len(made["rewards"])
+    return tmp_path / "minari" / "mine" / "hopper-v0" / "data"
+
+
+def arrays() -> dict[str, Any]:
     random, n = np.random.default_rng(0), 9
-    arrays = {
+    made = {
         "observations": random.normal(size=(n, 2)).astype(np.float32),
         "next_observations": random.normal(size=(n, 2)).astype(np.float32),
         "actions": random.uniform(-1, 1, (n, 1)).astype(np.float32),
@@ -31,10 +41,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "terminals": np.arange(n) % 3 == 2,
         "timeouts": np.zeros(n, bool),
     }
-    arrays["next_observations"][np.arange(n) % 3 != 2] = arrays["observations"][1:][np.arange(n - 1) % 3 != 2]
-    minari.write(NAME, arrays, {"algorithm": "SAC"})
-    assert len(load_dataset(NAME)) == n
-    return tmp_path / "minari" / "mine" / "hopper-v0" / "data"
+    made["next_observations"][np.arange(n) % 3 != 2] = made["observations"][1:][np.arange(n - 1) % 3 != 2]
+    return made
 
 
 def replaced(name: str, value: Any) -> Callable[[h5py.File], None]:
@@ -133,3 +141,44 @@ def test_a_refused_conversion_makes_no_folder(tmp_path: Path, monkeypatch: pytes
         with pytest.raises(InputError, match="lacks 'actions'"):
             convert(str(tmp_path / "a.npz"), target)
     assert not (tmp_path / "minari").exists()
+
+
+@pytest.mark.parametrize("kind", ["exchanged", "renamed"])
+def test_overwriting(folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind == "renamed":
+        monkeypatch.setattr("mopo_fast.atomic._exchange", lambda *_: False)
+    for algorithm in ("TD3", "CQL"):
+        minari.write(NAME, arrays(), {"algorithm": algorithm}, overwrite=True)
+        assert load_dataset(NAME).info["metadata"]["algorithm"] == algorithm
+    assert [path.name for path in folder.parents[2].iterdir()] == ["mine"]
+
+
+def test_a_set_is_there_whenever_its_writer_dies(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace, made = os.replace, []
+
+    def die(*paths: Any) -> None:
+        made.append(paths)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", die)
+    with contextlib.suppress(KeyboardInterrupt):
+        minari.write(NAME, arrays(), {}, overwrite=True)
+    assert len(load_dataset(NAME)) == 9
+
+
+def test_folders_of_dead_writers_are_removed(folder: Path) -> None:
+    root = folder.parents[2]
+    for name in (".new-dead", ".new-alive", ".new-between", ".new-between/.old", "elsewhere"):
+        (root / name).mkdir()
+    (root / ".new-dead" / "file").touch()
+    (root / ".new-link").symlink_to(root / "elsewhere")
+    handle = os.open(root / ".new-alive", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        minari.write("minari:other/hopper-v0", arrays(), {})
+    finally:
+        os.close(handle)
+    left = {path.name for path in root.iterdir()}
+    assert left == {"mine", "other", "elsewhere", ".new-alive", ".new-between", ".new-link"}

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import tracemalloc
 import warnings
 import zipfile
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from mopo_fast import InputError
 from mopo_fast.cli import main
+from mopo_fast.compat import torch_files
 from mopo_fast.data import load_file
 from mopo_fast.data.npz import open_npz
 
@@ -156,10 +158,27 @@ def test_archives(tmp_path: Path) -> None:
         (archive_of(tmp_path / "a.npz", ["rewards.npy"] * 2, one), "rewards is there twice"),
         (archive_of(tmp_path / "b.npz", ["rewards.npy", "rewards"], one), "rewards is there twice"),
         (archive_of(tmp_path / "c.npz", list(map(str, range(10_001))), b""), "more than 10,000 members"),
+        (archive_of(tmp_path / "e.npz", ["\x1b[2J.npy"], one), r"'\\x1b\[2J' is no name"),
         (archive_of(tmp_path / "d.npz", ["a.npy"], one, zipfile.ZIP_BZIP2), "another method than deflate"),
     ):
         with pytest.raises(InputError, match=rf"npz file \(.*{message}"):
             load_file(path)
+
+
+def test_a_directory_is_measured_before_it_is_read(tmp_path: Path) -> None:
+    entry = struct.pack("<4s4B4HL2L5H2L", b"PK\1\2", 20, 3, 20, *[0] * 8, 1, *[0] * 6) + b"a"
+    count = (1 << 24) // len(entry) + 1
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0, 0, count * len(entry), 0, 0)
+    for name in ("a.npz", "a.pt"):
+        # What torch's files begin with.
+        (tmp_path / name).write_bytes(b"PK\3\4" + entry * count + end)
+    tracemalloc.start()
+    with pytest.raises(InputError, match=r"its zip directory has 16,777,\d+ bytes, more than 16,777,216"):
+        load_file(tmp_path / "a.npz")
+    with pytest.raises(InputError, match=r"its zip directory has 16,777,\d+ bytes, more than 16,777,216"):
+        torch_files.load(tmp_path / "a.pt")
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
 
 
 def patch_directory(path: Path, change: dict[int, bytes]) -> None:

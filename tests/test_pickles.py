@@ -99,6 +99,29 @@ def test_deep_keys(before: bytes, after: bytes, tmp_path: Path) -> None:
         pickles.load(tmp_path / "a.pkl")
 
 
+def test_keys_of_one_hash(tmp_path: Path) -> None:
+    """Multiples of the hash's modulus all hash to 0."""
+    scalar = b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(" + opcodes("i8") + b"tR"
+    for number in (1 << 60, -(1 << 60), 2**61 - 1, 5 * (2**61 - 1)):
+        assert "keys beyond" in refused(b"\x80\x02}" + opcodes(number) + b"Ns.", tmp_path)
+        assert "keys beyond" in refused(b"\x80\x02}(" + opcodes(number) + b"Nu.", tmp_path)
+        assert "keys beyond" in refused(b"\x80\x04\x8f(" + opcodes(number) + b"\x90.", tmp_path)
+    large = scalar + opcodes((2**61 - 1).to_bytes(8, "little")) + b"tR"
+    assert "keys beyond" in refused(b"\x80\x02}" + large + b"Ns.", tmp_path)
+    most = (1 << 60) - 1
+    assert load(b"\x80\x02}" + opcodes(most) + b"Ns.", tmp_path) == {most: None}
+
+
+@pytest.mark.parametrize(
+    "flood", [b"]", b"}", b"(", b"N\x85", b"\x8f", b"\x94", b"(l", b"(i_\n_\n", b"c_\n_\n)R"]
+)
+def test_a_flood_of_objects(flood: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pickles, "_MOST_OBJECTS", 1000)
+    allowed = {"_._": dict}
+    assert "more than 1,000 objects" in refused(b"\x80\x04N" + flood * 1001 + b".", tmp_path, allowed=allowed)
+    load(b"\x80\x04N" + flood * 400 + b"N.", tmp_path, allowed=allowed)
+
+
 def test_growth(tmp_path: Path) -> None:
     """What takes a byte to ask for again does not take a megabyte again."""
     text = b"X" + struct.pack("<I", 1 << 20) + b"a" * (1 << 20) + b"q\0"

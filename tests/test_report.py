@@ -4,17 +4,20 @@ import base64
 import dataclasses
 import json
 import math
+import os
 import re
 import resource
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from test_fit import SMALL, toy_data
 
+from mopo_fast.cli import main
 from mopo_fast.config import TrainConfig, to_dict
 from mopo_fast.data import Transitions
 from mopo_fast.ensemble import EnsembleDynamics
@@ -315,6 +318,32 @@ def test_one_garbled_file_spares_the_other_sections(run: Path, name: str) -> Non
 def test_scores_that_are_no_numbers_never_stop_the_report(run: Path, value: str) -> None:
     (run / "progress.csv").write_text(f"updates,score_mean,score_std\n1000,{value},1\n2000,5,1\n")
     write_report(keep(run, "progress.csv"))
+
+
+@pytest.mark.parametrize(
+    ("updates", "mean", "std"),
+    [("1", "1", "1e308"), ("1", "-1e308", "1"), ("1e308", "1", "1"), ("1", "1e101", "0")],
+)
+def test_scores_that_cannot_be_drawn_are_one_line(run: Path, updates: str, mean: str, std: str) -> None:
+    (run / "progress.csv").write_text(f"updates,score_mean,score_std\n0,1e99,1e99\n{updates},{mean},{std}\n")
+    assert any("beyond 1e+100" in line for line in missing(keep(run, "progress.csv")))
+    (run / "progress.csv").write_text("updates,score_mean,score_std\n1e-320,1e99,1e99\n1,-1e99,0\n")
+    assert not any("progress.csv" in line for line in missing(run))
+
+
+def test_a_picture_that_cannot_be_rendered_is_one_line(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError("Image size is too large")
+
+    monkeypatch.setattr("mopo_fast.report.Figure.savefig", fail)
+    assert sum("Image size is too large" in line for line in missing(keep(run, "progress.csv"))) == 1
+
+
+def test_a_name_that_is_no_text(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = keep(run, "summary.json").rename(os.fsdecode(os.fsencode(run.parent) + b"/run\xff"))
+    assert "run\\udcff" in write_report(folder).read_text()
+    assert main(["report", str(folder)]) == 0
+    assert capsys.readouterr().out == f"{run.parent}/run\\udcff/report.html\n"
 
 
 # --- bad input

@@ -333,6 +333,20 @@ def test_damage(tmp_path: Path) -> None:
     assert failed > 200
 
 
+def test_memory_is_asked_for_before_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {"a": torch.zeros(1000, dtype=torch.float16)}
+    torch.save(state, tmp_path / "a.pt")
+    available = 2 * (tmp_path / "a.pt").stat().st_size
+    monkeypatch.setattr("mopo_fast.machine.available_memory", lambda: available)
+    assert torch_files.load_state(tmp_path / "a.pt").keys() == {"a"}
+    with pytest.raises(InputError, match=r"a\.pt in float32 would take"):
+        torch_files.as_state(tmp_path / "a.pt", {"a": torch.zeros(available, dtype=torch.float16)})
+    monkeypatch.setattr("mopo_fast.machine.available_memory", lambda: available - 1)
+    monkeypatch.setattr(torch_files, "_Archive", lambda file: pytest.fail("it is read"))
+    with pytest.raises(InputError, match=r"a\.pt would take 1 GiB, cpu has 0 GiB; lower its size"):
+        torch_files.load(tmp_path / "a.pt")
+
+
 def test_folders_and_pipes(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for name in ("pipe", ".", "missing"):

@@ -261,6 +261,22 @@ class TestResume:
         with pytest.raises(InputError, match=r"epoch-000003\.safetensors"):
             train(config, run, resume=True, quiet=True)
 
+    @pytest.mark.parametrize("name", ["checkpoint", "tensorboard-fit"])
+    @pytest.mark.parametrize("kind", ["a link", "a dangling link", "a file"])
+    def test_a_folder_that_leads_into_another_run_is_refused(
+        self, run: Path, finished: Path, config: TrainConfig, tmp_path: Path, name: str, kind: str
+    ) -> None:
+        other = tmp_path / "other"
+        if kind == "a link":
+            shutil.copytree(finished / name, other)
+            (other / ".config.json.12345678.tmp").touch()
+        before = sorted(tmp_path.glob("other/*"))
+        shutil.rmtree(run / name)
+        (run / name).symlink_to(other) if "link" in kind else (run / name).touch()
+        with pytest.raises(InputError, match=rf"/{name} is a link or no folder"):
+            train(config, run, resume=True, quiet=True)
+        assert sorted(tmp_path.glob("other/*")) == before
+
     def test_another_ensemble_is_noticed(self, run: Path, config: TrainConfig) -> None:
         """However little it differs: here no rollout becomes shorter or longer."""
         ensemble = EnsembleDynamics.load(run)
@@ -341,6 +357,31 @@ class TestReuse:
         unfit = dataclasses.replace(config, dynamics_from=str(tmp_path / "cheetah"))
         with pytest.raises(InputError, match=r"is for 17 observation .* the task hopper has 11 and 3"):
             train(unfit, tmp_path / "run", quiet=True)
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize("name", ["dynamics.safetensors", "dynamics.json", "fit.json"])
+    @pytest.mark.parametrize("target", ["the file", "a secret", "/dev/zero"])
+    def test_links_in_its_folder_are_refused_before_anything_is_written(
+        self, finished: Path, config: TrainConfig, tmp_path: Path, name: str, target: str
+    ) -> None:
+        source, secret = tmp_path / "source", tmp_path / "secret"
+        shutil.copytree(finished, source)
+        secret.write_text('{"a": "private key"}')
+        (source / name).unlink()
+        links = {"the file": finished / name, "a secret": secret, "/dev/zero": Path("/dev/zero")}
+        (source / name).symlink_to(links[target])
+        with pytest.raises(InputError, match=rf"{re.escape(name)} is a link or no regular file"):
+            train(dataclasses.replace(config, dynamics_from=str(source)), tmp_path / "run", quiet=True)
+        assert not (tmp_path / "run").exists()
+
+    def test_an_unsound_fit_is_refused_before_anything_is_written(
+        self, finished: Path, config: TrainConfig, tmp_path: Path
+    ) -> None:
+        source = tmp_path / "source"
+        shutil.copytree(finished, source)
+        (source / "fit.json").write_text("root:x:0:0")
+        with pytest.raises(InputError, match=r"fit\.json is not a readable JSON file"):
+            train(dataclasses.replace(config, dynamics_from=str(source)), tmp_path / "run", quiet=True)
         assert not (tmp_path / "run").exists()
 
 

@@ -29,6 +29,7 @@ from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import EnsembleDynamics as Ensemble
 from mopo_fast.errors import InputError
 from mopo_fast.fit import FitEpoch, fit_dynamics
+from mopo_fast.machine import check_memory
 from mopo_fast.pickles import brief
 from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine
@@ -380,7 +381,12 @@ def _load_array(path: Path) -> Array:
         raise InputError(f"{path} does not exist")
     try:
         # Mapped, so that nothing is allocated for a header which claims more than the file has.
-        array: Array = np.array(np.lib.format.open_memmap(path, mode="r"))
+        mapped = np.lib.format.open_memmap(path, mode="r")
+        # Once more while it is checked.
+        check_memory(f"{path}", 2 * mapped.nbytes, "cpu", "its size")
+        array: Array = np.array(mapped)
+    except InputError:
+        raise
     # A damaged file fails in any way.
     except Exception as error:
         raise InputError(f"{path} is not a whole .npy file ({brief(error)}); get or make it again") from error

@@ -18,8 +18,10 @@ import torch
 
 from mopo_fast.atomic import atomic_path
 from mopo_fast.errors import InputError
+from mopo_fast.machine import check_memory
 from mopo_fast.pickles import NUMPY, brief, check_shape, unpickle
 from mopo_fast.tensors import as_float32
+from mopo_fast.zip_files import open_zip
 
 _DTYPES = {
     "Double": torch.float64,
@@ -65,7 +67,7 @@ class _Archive:
         # Elsewhere two readers could find two directories.
         if self._at(self.size - 22, 4) != b"PK\5\6" or self._at(self.size - 2, 2) != b"\0\0":
             raise InputError("it does not end in a zip file's directory")
-        self._zip = zipfile.ZipFile(file)
+        self._zip = open_zip(file)
         members = self._zip.infolist()
         prefix = members[0].filename.split("/")[0] + "/" if members else ""
         self._members = {member.filename.removeprefix(prefix): member for member in members}
@@ -202,6 +204,8 @@ def load(path: str | os.PathLike[str], inert: Collection[str] | None = ("torch.d
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path} does not exist")
+    # A storage is there as it was read, and as the tensors' memory.
+    check_memory(f"{path}", 2 * path.stat().st_size, "cpu", "its size")
     try:
         with open(path, "rb") as file:
             archive = _Archive(file)

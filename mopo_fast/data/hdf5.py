@@ -106,6 +106,8 @@ class _Walk:
         names = []
         for name, kind in links:
             key = prefix + name.decode()
+            if not key.isprintable():
+                raise ValueError(f"{key!r} is no name")
             if kind != h5l.TYPE_HARD:
                 raise ValueError(f"{key} is a link to another place; copy what it points to into the file")
             if b"/" in name or name in (b"", b".", b".."):

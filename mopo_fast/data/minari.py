@@ -3,7 +3,6 @@
 import importlib
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import gymnasium
 import numpy as np
 import numpy.typing as npt
 
-from mopo_fast.atomic import read_json_as, sync_folder
+from mopo_fast.atomic import read_json_as, replace_folder, scratch_folder
 from mopo_fast.data.hdf5 import open_hdf5
 from mopo_fast.data.stored import check_fits, reading
 from mopo_fast.errors import InputError
@@ -172,9 +171,9 @@ def write(
     try:
         minari.dataset.minari_dataset.parse_dataset_id(identity)
         root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root, prefix=".new-") as scratch:
+        with scratch_folder(root) as scratch:
             # Minari writes where this points to, step by step.
-            os.environ["MINARI_DATASETS_PATH"] = scratch
+            os.environ["MINARI_DATASETS_PATH"] = str(scratch)
             with warnings.catch_warnings():
                 # It misses authors, links and environments, which these data need not have.
                 warnings.simplefilter("ignore", UserWarning)
@@ -186,11 +185,7 @@ def write(
                     data_format="hdf5",
                 )
             dataset.storage.update_metadata({"mopo_fast": json.dumps(dict(metadata))})
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            if folder.exists():
-                os.replace(folder, Path(scratch, "old"))
-            os.replace(Path(scratch, identity), folder)
-            sync_folder(folder.parent)
+            replace_folder(scratch, identity, folder)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot write {name} ({error})") from error
     finally:

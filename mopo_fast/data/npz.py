@@ -17,6 +17,7 @@ from mopo_fast.data.stored import (
     declared_bytes,
     reading,
 )
+from mopo_fast.zip_files import open_zip
 
 _MAGIC = b"\x93NUMPY"
 
@@ -32,9 +33,7 @@ def open_npz(path: Path) -> Iterator[dict[str, Stored]]:
     with contextlib.ExitStack() as stack:
         with reading(path, "npz"):
             raw = stack.enter_context(open(path, "rb"))
-            if not zipfile.is_zipfile(raw):
-                raise ValueError("no zip directory at its end")
-            archive = stack.enter_context(zipfile.ZipFile(raw))
+            archive = stack.enter_context(open_zip(raw))
             found = _walk(path, archive, path.stat().st_size)
         yield found
 
@@ -48,6 +47,8 @@ def _walk(path: Path, archive: zipfile.ZipFile, size: int) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     for member in members:
         key = member.filename.removesuffix(".npy")
+        if not key.isprintable():
+            raise ValueError(f"{key!r} is no name")
         if key in found:
             raise ValueError(f"{key} is there twice")
         if member.flag_bits & 1:

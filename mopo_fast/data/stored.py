@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mopo_fast.errors import InputError
-from mopo_fast.machine import available_memory
+from mopo_fast.machine import available_memory, map_mode
 
 Array = npt.NDArray[Any]
 
@@ -50,8 +50,18 @@ class Stored:
         return "" if self.dtype is None else self.dtype.kind
 
     def map(self, path: Path) -> Array:
-        """The array in the file itself, which is read where it is used; it must have an offset."""
-        mapped: Array = np.memmap(path, self.dtype, "r", self.offset, self.shape)  # type: ignore[call-overload]
+        """The array in the file itself, which is read where it is used; it must have an offset.
+
+        What is written to it stays in this process, see `map_mode`.
+        """
+        # Its types refuse what a described array has.
+        memmap: Any = np.memmap
+        mapped: Array
+        try:
+            mapped = memmap(path, self.dtype, map_mode(), self.offset, self.shape)
+        except OSError:
+            # Linux promises nobody a copy of a file that is larger than all its memory.
+            mapped = memmap(path, self.dtype, "r", self.offset, self.shape)
         return mapped
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:

@@ -55,6 +55,8 @@ OBS, ACT, ROWS = 3, 2, 24
 EXEMPT = {
     "mopo_fast.atomic:sweep": "opens temporary files to lock them, and reads nothing",
     "mopo_fast.atomic:sync_folder": "opens a folder to flush it",
+    "mopo_fast.atomic:scratch_folder": "opens a folder to lock it",
+    "mopo_fast.atomic:_remove_unlocked": "opens a folder to lock it",
     "mopo_fast.atomic:_parse": "is called by readers, which join by themselves",
     "mopo_fast.atomic:_validate": "is called by readers, which join by themselves",
     "mopo_fast.cli:fit": "hands a name to load_dataset",
@@ -64,6 +66,7 @@ EXEMPT = {
     "mopo_fast.doctor:_cpuinfo": "reads the kernel's /proc/cpuinfo",
     "mopo_fast.machine:_control_groups": "reads the kernel's /proc and /sys",
     "mopo_fast.machine:_kilobytes": "reads the kernel's /proc/meminfo",
+    "mopo_fast.machine:map_mode": "reads the kernel's /proc/sys/vm/overcommit_memory",
     "mopo_fast.machine:file_backed": "maps a temporary file of its own",
     "mopo_fast.online:OnlineTraining._settings": "parses JSON that it has just made",
     "mopo_fast.records:append_row": "adds a line to a file, and reads nothing",
@@ -470,7 +473,7 @@ def _load_into_model() -> None:
 TORCH = (
     "mopo_fast.compat.torch_files:load",
     "mopo_fast.compat.torch_files:load_state",
-    "mopo_fast.compat.torch_files:_Archive.__init__",
+    "mopo_fast.zip_files:open_zip",
 )
 _COMPAT = [
     _compat(
@@ -730,7 +733,7 @@ _RUNS = [
         _make_first,
         ("first/dynamics.*", "first/fit.json"),
         lambda: _train_on("first"),
-        ("mopo_fast.train:_copy_fit",),
+        ("mopo_fast.train:_read_dynamics",),
     ),
     Entry(
         "sweep rows",

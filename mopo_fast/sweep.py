@@ -150,8 +150,13 @@ def _tune(task: Callable[[Job], None], jobs: list[Job], config: TrainConfig, wha
                 # Ray keeps a copy of its callbacks; a bar is of this terminal alone.
                 return tune.Callback, ()
 
-        def trial(parameters: dict[str, int]) -> None:
-            task(jobs[parameters["job"]])
+        def trial(parameters: dict[str, int]) -> dict[str, str]:
+            # An error would be printed by Ray with a traceback of its own.
+            try:
+                task(jobs[parameters["job"]])
+            except InputError as error:
+                return {"refused": str(error)}
+            return {}
 
         # A trial that is lost with its machine is made again, from the checkpoint in its own folder.
         results = tune.Tuner(
@@ -165,12 +170,12 @@ def _tune(task: Callable[[Job], None], jobs: list[Job], config: TrainConfig, wha
                 failure_config=tune.FailureConfig(max_failures=2),
             ),
         ).fit()
-    outcomes = [results[number] for number in range(len(results))]
-    failed = [
-        f"{jobs[one.config['job']][1]}: {_last_line(one.error)}"
-        for one in outcomes
-        if one.error is not None and one.config is not None
-    ]
+    failed = []
+    for one in (results[number] for number in range(len(results))):
+        assert one.config is not None
+        why = _last_line(one.error) if one.error is not None else (one.metrics or {}).get("refused")
+        if why is not None:
+            failed.append(f"{jobs[one.config['job']][1]}: {why}")
     if failed:
         raise InputError("\n".join([f"{len(failed)} of {len(jobs)} {what} have failed:", *failed]))
 

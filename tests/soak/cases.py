@@ -31,9 +31,13 @@ _UGLY = re.compile(
 )
 # The line of an exception, of C++'s end, and of ours.
 _TELLING = re.compile(r"^(\w+\.)*\w*(Error|Exception|Interrupt)\b|^error: |^stopped|what\(\):|^Fatal|libgomp")
-# Libraries that end the process where memory is refused, of which Python hears nothing: Rust's (safetensors),
-# and HDF5, by SIGSEGV, where it opens a file with less than 0.5 MiB of address space left.
-_CRASHES = re.compile(r"^memory allocation of \d+ bytes failed$|h5py/.* in make_fid$", re.MULTILINE)
+# Ends for want of memory that commands cannot turn into a sentence. Rust's libraries (safetensors) abort.
+# HDF5 ends by SIGSEGV where it opens a file with less than 0.5 MiB of address space left. MuJoCo's exception
+# says nothing.
+_CRASHES = re.compile(
+    r"^memory allocation of \d+ bytes failed$|h5py/.* in make_fid$|^RuntimeError: Caught an unknown exc",
+    re.MULTILINE,
+)
 # The data are opened right after the imports.
 _HDF5_OPENS = 2 << 20
 _OF_RAY = ("ray",)
@@ -338,7 +342,7 @@ def memory(case: Case, reference: Reference) -> None:
     case.note(f"the imports take {reference.memory_began >> 20} MiB, the command {reference.memory >> 20}")
     _put_old(case)
     ended = case.end(case.start(memory=limit), _HANG + 10 * reference.seconds)
-    if ended.code < 0 and (crash := _CRASHES.search(ended.errors)):
+    if ended.code not in (0, 2) and (crash := _CRASHES.search(ended.errors)):
         case.note(f"    a library has ended the process: {crash[0]}")
         case.crashed = True
         _check_old(case)

@@ -377,9 +377,13 @@ def write_report(run: str | os.PathLike[str], *, data: Transitions | None = None
     """
     folder = Path(run)
     known = ("config.json", "summary.json", "progress.csv", "fit.json")
-    if not any((folder / name).is_file() for name in known):
+    found = [name for name in known if (folder / name).is_file()]
+    if not found:
         raise InputError(f"{folder} is not a run folder: it holds none of {', '.join(known)}")
     state = _Run(folder, data)
+    # Other programs have a config.json too.
+    if found == ["config.json"] and "dataset" not in state.config():
+        raise InputError(f"{folder} is not a run folder: its config.json names no data set")
     rows = _attempt(lambda: _summary_rows(state))
     parts = [_missing(rows) if isinstance(rows, str) else _table(rows)]
     for title, name, build in _SECTIONS:

@@ -404,3 +404,11 @@ def keep_files(run: Path) -> Path:
 def test_a_log_that_is_no_csv_never_stops_the_report(run: Path, content: bytes) -> None:
     (run / "progress.csv").write_bytes(content)
     assert any("progress.csv" in line for line in missing(keep(run, "progress.csv")))
+
+
+@pytest.mark.parametrize("content", ['{"env": "Hopper-v2", "algo": "cql"}', '{"dataset": ', "[]"])
+def test_another_programs_folder_is_left_as_it_is(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(InputError, match=r"config\.json"):
+        write_report(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

@@ -6,6 +6,7 @@ import csv
 import random
 import resource
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -55,7 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         began, cpu_before = time.monotonic(), _cpu_seconds()
         verdicts: list[Verdict] = []
-        # Ctrl-C ends a long run with the table of what it has done.
+        # Ctrl-C, or a kill, ends a long run with the table of what it has done; so it does in the background,
+        # where shells have SIGINT ignored.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
         with contextlib.suppress(KeyboardInterrupt), contextlib.closing(fuzzer.run(cases)) as running:
             for verdict in running:
                 verdicts.append(verdict)

@@ -33,7 +33,7 @@ _STARTS = 50_000
 _HOPELESS = 10_000
 # Copies of a rollout that its writer holds beside it at most, time-outs included: one that makes the whole
 # file in memory, one that writes pieces as it makes them, and one that writes from the rollout's own memory.
-ENCODED_WHOLE, WRITTEN_IN_PIECES, WRITTEN_IN_PLACE = 1.125, 0.375, 0.0625
+ENCODED_WHOLE, WRITTEN_IN_PIECES, WRITTEN_IN_PLACE = 1.125, 0.375, 0.125
 
 Count = Annotated[int, Field(ge=1, lt=2**63)]
 

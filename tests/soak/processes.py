@@ -74,6 +74,8 @@ class Process:
                 stderr=streams[1],
                 # A group of its own, as a shell makes it: Ctrl-C is a signal to the group.
                 start_new_session=True,
+                # A soak in the background ignores SIGINT, and its children would too.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
             if terminal:
                 os.close(theirs)

@@ -129,7 +129,7 @@ auto fit_steps(const std::vector<FitCall*>& calls, const std::string& isa, int t
 
 PYBIND11_MODULE(_cpu, module) {
   using py::arg;
-  // What C++ throws where a thread cannot be started.
+  // C++ throws this error where a thread cannot be started.
   py::register_local_exception<std::system_error>(module, "ThreadError");
   module.def("isas", mopo::supported_isas, "Instruction sets that this processor can run, best first.");
   module.def("rollout", rollout, py::kw_only(), arg("isa"), arg("obs_dim"), arg("act_dim"), arg("dynamics"),

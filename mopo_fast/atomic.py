@@ -27,7 +27,7 @@ T = TypeVar("T")
 _LARGEST_JSON = 1 << 30
 # A replaced folder's name in a scratch folder, where folders cannot be exchanged.
 _OLD = ".old"
-# Of Linux's fcntl.h and fs.h.
+# Constants of Linux's fcntl.h and fs.h.
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -102,7 +102,7 @@ def sweep(folder: str | os.PathLike[str], name: str | None = None) -> None:
 def scratch_folder(parent: Path) -> Iterator[Path]:
     """Make a folder in `parent` for files that are not whole yet; remove it, and those of killed writers."""
     for leftover in parent.glob(".new-*"):
-        # Where two renames were needed, a writer killed between them has left the only copy.
+        # A writer that is killed between two renames leaves the only copy here.
         if not os.path.lexists(leftover / _OLD):
             _remove_unlocked(leftover)
     while True:

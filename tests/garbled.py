@@ -33,7 +33,7 @@ VALUES: list[Any] = [
 
 
 def changes(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any, Any]]:
-    """Where something was changed in a JSON value, to what, and the whole with that change.
+    """The place of a change in a JSON value, the new value there, and the whole with that change.
 
     Of a list, only its first and last entries are looked into.
     """

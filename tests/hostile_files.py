@@ -100,7 +100,7 @@ def zipped(members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> 
 
 
 def saved(value: Any) -> bytes:
-    """What torch.save writes."""
+    """The bytes that torch.save writes."""
     content = io.BytesIO()
     torch.save(value, content)
     return content.getvalue()

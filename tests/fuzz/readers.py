@@ -636,7 +636,7 @@ def _generate() -> None:
 
 
 def _make_models(number: int) -> None:
-    """What rollouts take of a run: its settings and its models."""
+    """A run's settings and models, which rollouts take."""
     write_hdf5("data.hdf5", arrays(number, 11, 3, 30))
     ensemble(number, **HOPPER).save("run")
     actor(number, **HOPPER).save("run")

@@ -76,7 +76,7 @@ def _reads(call: ast.Call) -> bool:
 
 
 def _only_writes(call: ast.Call, place: int) -> bool:
-    """Whether a mode is given and lets nothing be read."""
+    """Tell whether a mode is given and lets nothing be read."""
     modes = [keyword.value for keyword in call.keywords if keyword.arg == "mode"] + call.args[
         place : place + 1
     ]

@@ -45,7 +45,7 @@ _OLD = b"what was there before\n"
 
 
 class Failure(Exception):
-    """What a case has found, in a sentence; figures that differ from case to case in `detail`."""
+    """A case's finding, in a sentence; `detail` has figures that differ from case to case."""
 
     def __init__(self, what: str, detail: str = "") -> None:
         super().__init__(what)

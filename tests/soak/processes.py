@@ -25,13 +25,13 @@ class Ended:
     """As `subprocess` has it: negative for a signal."""
     output: str
     errors: str
-    """Of standard error; on a terminal, of both, as they came."""
+    """The text of standard error; on a terminal, of both outputs, as they came."""
     seconds: float
     """From the signal that ended it, else from its start."""
 
     @property
     def lines(self) -> list[str]:
-        """What standard error said, without blank lines."""
+        """The lines of standard error that are not blank."""
         return [line.strip() for line in self.errors.splitlines() if line.strip()]
 
 

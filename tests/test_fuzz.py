@@ -30,7 +30,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def in_process(work: Callable[..., Any], *arguments: Any) -> Any:
-    """What the work returns, in a process of its own."""
+    """Do the work in a process of its own; return its result."""
     receives, sends = CONTEXT.Pipe(duplex=False)
     process = CONTEXT.Process(target=_send, args=(sends, work, arguments))
     process.start()
@@ -127,7 +127,7 @@ def _refuse() -> None:
 
 
 def _open_link() -> None:
-    """What a lock does: a link in its place is refused."""
+    """Refuse a link in its place, as a lock does."""
     Path("link").symlink_to("../canary/text")
     with contextlib.suppress(OSError):
         os.open("link", os.O_RDWR | os.O_NOFOLLOW)

@@ -247,7 +247,7 @@ def peak(run: Path, path: Path, count: int, result: Path) -> None:
 def test_the_memory_is_estimated(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """What a transition adds to the peak, and what it is refused for."""
+    """Compare the memory that a transition adds with the memory that is asked for."""
     sizes = (400_000, 1_200_000)
 
     def slope(bytes_of: Callable[[int], int]) -> float:
@@ -267,5 +267,5 @@ def test_the_memory_is_estimated(
         return asked[0]
 
     taken = slope(measured)
-    # What the allocator keeps differs from run to run by a tenth.
+    # The memory that the allocator keeps differs from run to run by a tenth.
     assert 0.95 * taken <= slope(estimated) <= 1.4 * taken

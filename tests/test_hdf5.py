@@ -219,7 +219,7 @@ def test_types_that_are_no_numbers(make: Callable[[h5py.File], Any], message: st
         make(file.create_group("infos"))
         file["metadata"] = 3.0
 
-    # Where nobody asks for them, and where groups and data sets have changed places.
+    # In arrays that nobody asks for, and with groups and data sets in each other's places.
     path = write(tmp_path / "b.hdf5", aside)
     assert len(load_file(path)) == ROWS
     assert main(["convert", str(path), str(tmp_path / "c.hdf5"), "--quiet"]) == 0

@@ -184,7 +184,7 @@ def test_a_limit_of_the_file(work: Callable[[Path, Path], None], tmp_path: Path,
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
-    # What was there before is there still.
+    # The old file is still there.
     assert made.read_bytes() == old
 
 

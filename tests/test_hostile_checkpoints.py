@@ -56,7 +56,7 @@ def read(name: CheckpointFormat, path: Path) -> str:
 
 
 def changes(tensor: torch.Tensor) -> dict[str, Any]:
-    """What may stand in the place of a tensor, by what it is."""
+    """Values in the place of a tensor, by their kind."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         flat = tensor.float().reshape(-1)
@@ -123,7 +123,7 @@ def test_state_dicts(name: str, tmp_path: Path) -> None:
             continue
         if "saved_" in key and key != "output_layer.saved_bias":
             continue
-        # What is never used may be anything that is a finite tensor.
+        # A tensor that is never used may be any finite one.
         used = key.startswith("actor") if "kit policy" in name else "saved_" not in key and key != "elites"
         for kind, other in changes(tensor).items():
             state[key] = other

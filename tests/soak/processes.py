@@ -84,7 +84,7 @@ class Process:
         self._exit = os.pidfd_open(self.process.pid)
 
     def wait(self, seconds: float) -> bool:
-        """Whether it has ended within so many seconds."""
+        """Wait for its end, so many seconds at most; return whether it has ended."""
         if self.process.returncode is None and select.select([self._exit], [], [], max(0.0, seconds))[0]:
             self.process.wait()
         return self.process.returncode is not None
@@ -94,7 +94,7 @@ class Process:
         (os.killpg if group else os.kill)(self.process.pid, number)
 
     def ended(self) -> Ended:
-        """What became of it; it must have ended."""
+        """Return its exit code and outputs; it must have ended."""
         assert self.process.returncode is not None
         seconds = time.monotonic() - self.began
         os.close(self._exit)

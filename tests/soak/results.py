@@ -1,4 +1,4 @@
-"""What a command has left in its folder, so that two runs can be compared."""
+"""The files that a command has left in its folder, in a form in which two runs can be compared."""
 
 import csv
 import hashlib

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MOPO_FAST = [sys.executable, "-m", "mopo_fast"]
 ONLINE = [sys.executable, str(Path(__file__).with_name("collect_online.py"))]
 
-# What a command writes, relative to where it runs.
+# The place that a command writes to, relative to where it runs.
 DISK = "disk"
 
 _FIT = (

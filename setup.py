@@ -1,7 +1,8 @@
 """Builds mopo_fast._cpu, and mopo_fast._cuda where nvcc is found, with CMake; all else is in pyproject.toml.
 
 Environment: MOPO_FAST_SANITIZE=address,undefined (or thread) builds with sanitizers, and without CUDA;
-MOPO_FAST_CUDA=1 makes it an error that nvcc is missing, 0 does without it.
+MOPO_FAST_CUDA=1 makes it an error that nvcc is missing, 0 does without it; MOPO_FAST_WATCHDOG=1 builds CUDA
+kernels that end after two seconds of waiting and say who waits for what (csrc/cuda/watchdog.cuh).
 """
 
 import os
@@ -23,7 +24,8 @@ class CMakeBuild(build_ext):
 
     def build_extensions(self) -> None:
         sanitize = os.environ.get("MOPO_FAST_SANITIZE", "")
-        kind = sanitize.replace(",", "-") or "release"
+        watchdog = os.environ.get("MOPO_FAST_WATCHDOG", "0")
+        kind = sanitize.replace(",", "-") or ("release" if watchdog == "0" else "watchdog")
         build = ROOT / "build" / f"cmake-{kind}-{sys.implementation.cache_tag}"
         prefix = Path(self.get_ext_fullpath("mopo_fast._cpu")).resolve().parent.parent
         # The tools of the build environment by their paths: with build isolation these change every time.
@@ -34,6 +36,7 @@ class CMakeBuild(build_ext):
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "MOPO_FAST_SANITIZE": sanitize,
+            "MOPO_FAST_WATCHDOG": watchdog,
             "MOPO_FAST_CUDA": os.environ.get("MOPO_FAST_CUDA", "auto"),
         }
         flags = [f"-D{name}={value}" for name, value in options.items()]

@@ -95,6 +95,15 @@ void compact(int obs_dim, int act_dim, int batch, int horizon, uintptr_t start, 
   check(mopo::cuda::compact(args, reinterpret_cast<cudaStream_t>(cuda_stream)), "the compaction's kernel");
 }
 
+// CUDA's versions, 1000 major + 10 minor: the newest that the driver serves, 0 without a driver; and the
+// runtime's, which is linked in.
+std::pair<int, int> versions() {
+  int driver = 0, runtime = 0;
+  check(cudaDriverGetVersion(&driver), "the driver's version");
+  check(cudaRuntimeGetVersion(&runtime), "the runtime's version");
+  return {driver, runtime};
+}
+
 // `allocate` takes bytes and gives the address of so much of the device's memory.
 template <class Args, class Call>
 void train(cudaError_t (*start)(const std::vector<Args>&, double*, const mopo::cuda::Allocate&, cudaStream_t),
@@ -102,7 +111,11 @@ void train(cudaError_t (*start)(const std::vector<Args>&, double*, const mopo::c
            uintptr_t cuda_stream) {
   std::vector<Args> runs;
   for (const Call* call : calls) runs.push_back(call->args);
-  const auto take = [&](size_t bytes) { return pointer<void>(allocate(bytes).cast<uintptr_t>()); };
+  const auto take = [&](size_t bytes) {
+    const py::gil_scoped_acquire acquire;
+    return pointer<void>(allocate(bytes).cast<uintptr_t>());
+  };
+  const py::gil_scoped_release release;
   check(start(runs, pointer<double>(sums), take, reinterpret_cast<cudaStream_t>(cuda_stream)),
         "the training's kernel");
 }
@@ -121,6 +134,7 @@ void fit_steps(const std::vector<FitCall*>& calls, uintptr_t losses, const py::f
 
 PYBIND11_MODULE(_cuda, module) {
   using py::arg;
+  module.def("versions", versions, "CUDA's versions of the driver and of the runtime.");
   module.def("rollout", rollout, py::kw_only(), arg("bfloat16"), arg("width"), arg("slots"), arg("weights"),
              arg("chunk_bytes"), arg("chunks"), arg("obs_dim"), arg("act_dim"), arg("members"),
              arg("hidden_layers"), arg("activation"), arg("input_mean"), arg("input_std"),
@@ -136,7 +150,7 @@ PYBIND11_MODULE(_cuda, module) {
              arg("head"), arg("stream"), "Starts the copy of a record's rows into the ring.");
   bind_calls(module);
   module.def("sac_updates", sac_updates, arg("calls"), arg("metrics"), arg("allocate"), arg("stream"),
-             "Starts runs' updates on a stream; adds to metrics [runs, 6], float64.");
+             "Makes runs' updates on a stream and waits for them; adds to metrics [runs, 6], float64.");
   module.def("fit_steps", fit_steps, arg("calls"), arg("losses"), arg("allocate"), arg("stream"),
-             "Starts runs' steps on a stream; adds to losses [runs], float64.");
+             "Makes runs' steps on a stream and waits for them; adds to losses [runs], float64.");
 }

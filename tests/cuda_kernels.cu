@@ -1,4 +1,6 @@
-// Small kernels, each of which shows one thing that the emulator does; all are real CUDA.
+// Small kernels, each of which shows one thing that a GPU does, and the emulator with it.
+#include <vector>
+
 #include "cuda/ptx.cuh"
 
 namespace mopo {
@@ -281,41 +283,98 @@ __global__ void __launch_bounds__(32) company_kernel(const __grid_constant__ Com
   }
 }
 
+// ---- What the tests call: arrays of the host's in, and back; "" or what went wrong ----
+
 const char* told(cudaError_t error) { return error == cudaSuccess ? "" : cudaGetErrorString(error); }
+
+// Copies of arrays, on the device.
+class Arrays {
+ public:
+  template <class T>
+  T* put(T* array, size_t count) {
+    const size_t bytes = count * sizeof(T);
+    void* copy = nullptr;
+    note(cudaMalloc(&copy, bytes));
+    if (error_ == cudaSuccess) note(cudaMemcpy(copy, array, bytes, cudaMemcpyHostToDevice));
+    copies_.push_back({copy, array, bytes, std::is_const_v<T>});
+    return static_cast<T*>(copy);
+  }
+  bool are_there() const { return error_ == cudaSuccess; }
+  // Waits for the kernel, and copies what it may have written back.
+  const char* finish(cudaError_t launched) {
+    note(launched);
+    note(cudaDeviceSynchronize());
+    for (const Copy& copy : copies_)
+      if (!copy.is_input && error_ == cudaSuccess)
+        note(cudaMemcpy(const_cast<void*>(copy.host), copy.device, copy.bytes, cudaMemcpyDeviceToHost));
+    for (const Copy& copy : copies_) cudaFree(copy.device);
+    return told(error_);
+  }
+
+ private:
+  struct Copy {
+    void* device;
+    const void* host;
+    size_t bytes;
+    bool is_input;
+  };
+  void note(cudaError_t error) {
+    if (error_ == cudaSuccess) error_ = error;
+  }
+  std::vector<Copy> copies_;
+  cudaError_t error_ = cudaSuccess;
+};
 
 }  // namespace
 }  // namespace mopo
 
-// What the tests call: "" or what went wrong.
 #pragma GCC visibility push(default)
 extern "C" {
 
+// a [steps][4][128] words, b [steps][columns] rows of 16, d [columns / 2][128].
 const char* run_product(bool bfloat16, int columns, int steps, const float* a, const unsigned char* b,
                         float* d) {
-  const mopo::ProductArgs args{a, b, d, steps};
-  return mopo::told(bfloat16 ? mopo::product<__nv_bfloat16>(columns, args)
-                             : mopo::product<__half>(columns, args));
+  mopo::Arrays arrays;
+  const mopo::ProductArgs args{arrays.put(a, steps * 4 * 128), arrays.put(b, steps * 32 * columns),
+                               arrays.put(d, columns / 2 * 128), steps};
+  if (!arrays.are_there()) return arrays.finish(cudaSuccess);
+  return arrays.finish(bfloat16 ? mopo::product<__nv_bfloat16>(columns, args)
+                                : mopo::product<__half>(columns, args));
 }
 
 const char* run_chain(bool bfloat16, const float* a, const unsigned char* b, float* d) {
-  const mopo::ProductArgs args{a, b, d, 4};
-  return mopo::told(
+  mopo::Arrays arrays;
+  const mopo::ProductArgs args{arrays.put(a, 64 * 64), arrays.put(b, 4 * 32 * 64), arrays.put(d, 64 * 64), 4};
+  if (!arrays.are_there()) return arrays.finish(cudaSuccess);
+  return arrays.finish(
       mopo::ptx::launch<1>(bfloat16 ? mopo::chain_kernel<__nv_bfloat16> : mopo::chain_kernel<__half>, 1, 128,
                            4 * 32 * 64 + 16, nullptr, args));
 }
 
 const char* run_pipeline(int fault, int blocks, int steps, const float* a, const unsigned char* b, float* d) {
-  return mopo::told(mopo::pipeline(fault, blocks, {a, b, d, steps}));
+  mopo::Arrays arrays;
+  const mopo::ProductArgs args{arrays.put(a, blocks * 2 * 64 * 16 * steps),
+                               arrays.put(b, steps * mopo::kSlotBytes),
+                               arrays.put(d, blocks * 2 * 64 * mopo::kColumns), steps};
+  if (!arrays.are_there()) return arrays.finish(cudaSuccess);
+  return arrays.finish(mopo::pipeline(fault, blocks, args));
 }
 
 const char* run_warps(int blocks, const float* x, float* sums, float* tanh, float* exp2) {
-  const mopo::WarpArgs args{x, sums, tanh, exp2};
-  return mopo::told(mopo::ptx::launch<1>(mopo::warp_kernel, blocks, 64, 0, nullptr, args));
+  mopo::Arrays arrays;
+  const size_t count = 64 * blocks;
+  const mopo::WarpArgs args{arrays.put(x, count), arrays.put(sums, count), arrays.put(tanh, count),
+                            arrays.put(exp2, count)};
+  if (!arrays.are_there()) return arrays.finish(cudaSuccess);
+  return arrays.finish(mopo::ptx::launch<1>(mopo::warp_kernel, blocks, 64, 0, nullptr, args));
 }
 
 const char* run_company(int how, int blocks, uint32_t* counter, int* values, int* sums) {
-  const mopo::CompanyArgs args{mopo::Company{how}, counter, values, sums};
-  return mopo::told(mopo::ptx::launch_together(mopo::company_kernel, blocks, 32, 0, nullptr, args));
+  mopo::Arrays arrays;
+  const mopo::CompanyArgs args{mopo::Company{how}, arrays.put(counter, 1), arrays.put(values, blocks),
+                               arrays.put(sums, blocks)};
+  if (!arrays.are_there()) return arrays.finish(cudaSuccess);
+  return arrays.finish(mopo::ptx::launch_together(mopo::company_kernel, blocks, 32, 0, nullptr, args));
 }
 }
 #pragma GCC visibility pop

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from collections import Counter
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import cuda_emulator
@@ -396,12 +396,35 @@ def test_why_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "built without CUDA" in backend.status().reason and not backend.status().available
     finally:
         host._load.cache_clear()
-    monkeypatch.setattr(host, "_load", lambda: (ModuleType("_cuda"), ""))
+    versions = [13000, 13000]
+    extension = SimpleNamespace(versions=lambda: tuple(versions))
+    monkeypatch.setattr(host, "_load", lambda: (extension, ""))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert backend.status().reason == "PyTorch sees no GPU"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(host, "_capability", lambda device=None: (7, 5))
     assert backend.status().reason == "compute capability 8.0 or more is needed, the GPU has 7.5"
+    monkeypatch.setattr(host, "_capability", lambda device=None: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
+    versions[:] = 12080, 13000
+    assert not backend.status().available
+    assert backend.status().reason == (
+        "built for CUDA 13.0, the driver serves CUDA 12.8: "
+        "update the NVIDIA driver, or build with a CUDA toolkit of version 12.8 or older"
+    )
+    versions[:] = 0, 13000
+    assert backend.status().reason == "no NVIDIA driver was found"
+    for driver, capability, available in (
+        (13000, (8, 6), True),
+        (13010, (12, 0), True),
+        (14000, (8, 6), True),
+        (13000, (9, 0), True),
+        (13000, (10, 0), False),
+    ):
+        versions[:] = driver, 13010
+        monkeypatch.setattr(host, "_capability", lambda device=None, has=capability: has)
+        assert backend.status().available == available, (driver, capability)
+    assert "whose PTX the driver for CUDA 13.0 does not compile" in backend.status().reason
     monkeypatch.setattr(host, "_capability", lambda device=None: (8, 6))
     device = torch.device("cuda:1")
     assert backend.refusal("float16", device) == "makes rollouts on compute capability 9.0, not 8.6"

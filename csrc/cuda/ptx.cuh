@@ -9,6 +9,10 @@
 
 #include <cstdint>
 
+#ifdef MOPO_FAST_WATCHDOG
+#include "cuda/watchdog.cuh"
+#endif
+
 namespace mopo::ptx {
 
 // Threads that multiply together: four warps, the first one's number a multiple of four.
@@ -63,6 +67,12 @@ __device__ __forceinline__ void barrier_arrive_at(Barrier* barrier, uint32_t ran
 // Wait until the phase of this parity has ended; a barrier begins in phase 0. An acquire from the cluster
 // would empty the first-level cache.
 __device__ __forceinline__ void barrier_wait(Barrier* barrier, uint32_t parity) {
+#ifdef MOPO_FAST_WATCHDOG
+  asm volatile(MOPO_WATCHED("mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n")::"r"(
+                   shared_address(barrier)),
+               "r"(parity)
+               : "memory");
+#else
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
@@ -74,6 +84,7 @@ __device__ __forceinline__ void barrier_wait(Barrier* barrier, uint32_t parity) 
       "}" ::"r"(shared_address(barrier)),
       "r"(parity)
       : "memory");
+#endif
 }
 
 // ---- Clusters of blocks ----
@@ -264,9 +275,17 @@ __device__ __forceinline__ void arrive(uint32_t* counter) {
 
 // Until `count` have arrived, modulo 2^32.
 __device__ __forceinline__ void wait_for(const uint32_t* counter, uint32_t count) {
+#ifdef MOPO_FAST_WATCHDOG
+  asm volatile(MOPO_WATCHED("ld.acquire.gpu.global.u32 seen, [%2];\n"
+                            "sub.u32 now, seen, %1;\n"
+                            "setp.ge.s32 done, now, 0;\n")::"r"(watchdog::kBlocks),
+               "r"(count), "l"(counter)
+               : "memory");
+#else
   uint32_t arrived;
   do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(arrived) : "l"(counter) : "memory");
   while (static_cast<int32_t>(arrived - count) < 0);
+#endif
 }
 
 // ---- Launching ----
@@ -276,6 +295,9 @@ template <int kCluster, class Args>
 cudaError_t launch(void (*kernel)(Args), int blocks, int threads, int shared, cudaStream_t stream,
                    const Args& args) {
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+#ifdef MOPO_FAST_WATCHDOG
+  if (error == cudaSuccess) error = watchdog::begin();
+#endif
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
@@ -295,6 +317,9 @@ template <class Args>
 cudaError_t launch_together(void (*kernel)(Args), int blocks, int threads, int shared, cudaStream_t stream,
                             const Args& args) {
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+#ifdef MOPO_FAST_WATCHDOG
+  if (error == cudaSuccess) error = watchdog::begin();
+#endif
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute together{};
   together.id = cudaLaunchAttributeCooperative;

@@ -23,7 +23,7 @@ constexpr int kConsumers = 2 * ptx::kWarpgroup;  // threads that multiply
 constexpr int kThreads = kConsumers + ptx::kWarpgroup;
 constexpr int kCluster = 2;
 constexpr int kActionSlots = 2;
-// The ring. mopo_fast/backends/stream.py cuts the weights into chunks of this size at most.
+// The ring. mopo_fast/backends/stream.py cuts a layer into as few chunks of at most this size as it can.
 constexpr int kSlots = 8;
 constexpr int kSlotBytes = 26880;
 constexpr int kBarrierBytes = 2 * kSlots * sizeof(ptx::Barrier);
@@ -93,29 +93,32 @@ struct Consumer {
   template <class T, int kSteps, int kCount>
   __device__ __forceinline__ void multiply(T type, const uint32_t (&a)[kSteps][4], float (&d)[kCount]) {
     constexpr int kColumns = 2 * kCount, kImage = 32 * kColumns, kBias = round_up(4 * kColumns, 128);
-    constexpr int kChunk = (kSlotBytes - kBias) / kImage;  // k-steps
-    static_assert(kSteps <= kChunk * kSlots, "the other group waits with the layer before");
+    constexpr int kMost = (kSlotBytes - kBias) / kImage;  // k-steps of a chunk
+    constexpr int kChunks = (kSteps + kMost - 1) / kMost;
+    static_assert(kChunks <= kSlots, "the other group waits with the layer before");
     const unsigned char* image = wait();
     load_bias(image, d);
     image += kBias;
     take_turn();
     ptx::keep(d);
+    // As even as they can be: the last one is long enough to cover the change of turns.
+    const auto begin = [](int chunk) { return (chunk * kSteps + kChunks - 1) / kChunks; };
 #pragma unroll
-    for (int first = 0; first < kSteps; first += kChunk) {
-      if (first > 0) image = wait();
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      if (chunk > 0) image = wait();
       const uint64_t matrix = ptx::matrix(image, kImage / 2, 128);
       ptx::products_begin();
 #pragma unroll
-      for (int s = first; s < kSteps && s < first + kChunk; ++s)
-        ptx::multiply_add(type, d, a[s], ptx::behind(matrix, (s - first) * kImage));
+      for (int s = begin(chunk); s < begin(chunk + 1); ++s)
+        ptx::multiply_add(type, d, a[s], ptx::behind(matrix, (s - begin(chunk)) * kImage));
       ptx::products_commit();
-      if (first > 0) {
+      // What is under way keeps the tensor cores busy until the other group's first product.
+      if (chunk == kChunks - 1) pass_turn();
+      if (chunk > 0) {
         ptx::products_wait<1>();
         release(n - 2);
       }
     }
-    // What is under way keeps the tensor cores busy until the other group's first product.
-    pass_turn();
     ptx::products_wait<0>();
     ptx::keep(d);
     release(n - 1);

@@ -85,16 +85,19 @@ struct Memory {
   }
 };
 
-// launch(lay_out(memory)), the memory filled in.
+// launch(lay_out(memory)), the memory filled in; waits for the kernel. An asynchronous copy may read the
+// image for as long as it takes, so the image stays until then.
 template <class LayOut, class Launch>
 cudaError_t launch_with_memory(const Allocate& allocate, cudaStream_t stream, LayOut lay_out, Launch launch) {
   Memory sizes;
   lay_out(sizes);
   Memory memory{static_cast<char*>(allocate(sizes.used + sizes.image.size())), sizes.used};
   const auto args = lay_out(memory);
-  const cudaError_t error = cudaMemcpyAsync(memory.base + memory.image_at, memory.image.data(),
-                                            memory.image.size(), cudaMemcpyHostToDevice, stream);
-  return error == cudaSuccess ? launch(args) : error;
+  cudaError_t error = cudaMemcpyAsync(memory.base + memory.image_at, memory.image.data(), memory.image.size(),
+                                      cudaMemcpyHostToDevice, stream);
+  if (error == cudaSuccess) error = launch(args);
+  const cudaError_t waited = cudaStreamSynchronize(stream);
+  return error == cudaSuccess ? waited : error;
 }
 
 // What a kernel gets: runs, and how many blocks are each one's.

@@ -11,11 +11,11 @@
 
 namespace mopo::cuda {
 
-// Gives `bytes` of the device's memory; they must stay until what was put on the stream is done.
+// Gives `bytes` of the device's memory; they must stay until the call has returned.
 using Allocate = std::function<void*(size_t bytes)>;
 
-// The updates of each run; adds their metrics to `metrics` [runs][kSacMetrics] on the device. All addresses
-// in the arguments are the device's, those of their layers' arrays excepted.
+// The updates of each run, done when it returns; adds their metrics to `metrics` [runs][kSacMetrics] on the
+// device. All addresses in the arguments are the device's, those of their layers' arrays excepted.
 cudaError_t sac_updates(const std::vector<SacArgs>& runs, double* metrics, const Allocate& allocate,
                         cudaStream_t stream);
 

@@ -71,6 +71,21 @@ def _refusal_of_capability(device: torch.device | None) -> str | None:
     return None
 
 
+def _refusal_of_driver(driver: int, runtime: int, capability: tuple[int, int]) -> str | None:
+    """CUDA's versions as 1000 major + 10 minor; a driver runs its own major version's code, and older ones'."""
+    built = f"{runtime // 1000}.{runtime % 1000 // 10}"
+    served = f"{driver // 1000}.{driver % 1000 // 10}"
+    update = f"update the NVIDIA driver, or build with a CUDA toolkit of version {served} or older"
+    if driver == 0:
+        return "no NVIDIA driver was found"
+    if driver // 1000 < runtime // 1000:
+        return f"built for CUDA {built}, the driver serves CUDA {served}: {update}"
+    # Newer GPUs run what the driver compiles from PTX, and it compiles none that is newer than itself.
+    if capability[0] > 9 and driver < runtime:
+        return f"built for CUDA {built}, whose PTX the driver for CUDA {served} does not compile: {update}"
+    return None
+
+
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
@@ -254,7 +269,8 @@ class CudaBackend:
             return BackendStatus(self.name, False, reason)
         if not torch.cuda.is_available():
             return BackendStatus(self.name, False, "PyTorch sees no GPU")
-        if (refusal := _refusal_of_capability(None)) is not None:
+        refusal = _refusal_of_capability(None) or _refusal_of_driver(*module.versions(), _capability())
+        if refusal is not None:
             return BackendStatus(self.name, False, refusal)
         # Until its numbers on a GPU have been seen, "auto" does not choose it.
         reason = f"{torch.cuda.get_device_name()}; not tested on a GPU yet"

@@ -1,7 +1,8 @@
 """Networks as the Hopper kernel reads them: one stream, in the order of a step, of images of shared memory.
 
 A layer is its biases, then an image for every 16 inputs: [2][out / 8][8 outputs][8 inputs], what the tensor
-cores take without a swizzle. It is cut into chunks of at most `SLOT_BYTES`. A thread of the kernel holds the
+cores take without a swizzle. It is cut into as few chunks of at most `SLOT_BYTES` as it can be, and these hold
+as many images each as they can alike. A thread of the kernel holds the
 dimensions q, 4 + q, 8 + q, ... (q = 0 .. 3) of its rows; inputs and outputs stand where it finds its own.
 """
 
@@ -69,7 +70,9 @@ def _layer(
     data = torch.cat([part.contiguous().view(torch.uint8).flatten(1) for part in (biases, images)], dim=1)
     first, image = 4 * biases.shape[1], 32 * len(outputs)
     steps, most = len(inputs) // 16, (SLOT_BYTES - first) // image
-    chunks = [image * min(most, steps - done) for done in range(0, steps, most)]
+    count = -(-steps // most)
+    ends = [-(-chunk * steps // count) for chunk in range(count + 1)]
+    chunks = [image * (end - begin) for begin, end in pairwise(ends)]
     chunks[0] += first
     return _Part(data, chunks)
 

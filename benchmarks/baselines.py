@@ -7,7 +7,6 @@ authors' options of SAC: all gradients at the parameters before the update, half
 
 import math
 from collections.abc import Callable, Sequence
-from typing import ClassVar
 
 import torch
 from torch import nn
@@ -18,6 +17,7 @@ from mopo_fast.config import SACConfig
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import mlp, soft_clamp_logvar
 from mopo_fast.fit import Fit
+from mopo_fast.graph import Graph, records
 from mopo_fast.sac import SAC
 
 ARRAYS = ("observations", "actions", "rewards", "next_observations", "terminals")
@@ -37,14 +37,17 @@ class _SACBaseline:
         ]
 
     def __call__(self) -> None:
-        device = self.sources[0][0].device
         for _ in range(self.updates):
-            parts = []
-            for arrays, count in zip(self.sources, self.rows, strict=True):
-                rows = torch.randint(len(arrays[0]), (count,), device=device)
-                parts.append([array[rows] for array in arrays])
-            batch = [torch.cat(pair) for pair in zip(*parts, strict=True)]
-            self.update(batch, *torch.randn(2, self.config.batch_size, self.act_dim, device=device))
+            self.draw_and_update()
+
+    def draw_and_update(self) -> None:
+        device = self.sources[0][0].device
+        parts = []
+        for arrays, count in zip(self.sources, self.rows, strict=True):
+            rows = torch.randint(len(arrays[0]), (count,), device=device)
+            parts.append([array[rows] for array in arrays])
+        batch = [torch.cat(pair) for pair in zip(*parts, strict=True)]
+        self.update(batch, *torch.randn(2, self.config.batch_size, self.act_dim, device=device))
 
     def update(self, batch: Sequence[torch.Tensor], noise: torch.Tensor, next_noise: torch.Tensor) -> None:
         """One update on the five arrays of `ARRAYS`."""
@@ -116,8 +119,6 @@ class PlainSAC(_SACBaseline):
 class CompiledSAC(_SACBaseline):
     """The reference's batched critics; gradients, Adam and target in one graph of torch.compile."""
 
-    mode: ClassVar[str | None] = None
-
     def __init__(self, sac: SAC, data: Transitions, buffer: RingBuffer, updates: int) -> None:
         super().__init__(sac, data, buffer, updates)
         self.names = [f"actor.{name}" for name, _ in sac.actor.named_parameters()]
@@ -131,7 +132,7 @@ class CompiledSAC(_SACBaseline):
         rates = [self.config.actor_learning_rate] * self.actor_end
         rates += [self.config.critic_learning_rate] * len(self.target)
         self.adam = _WrittenAdam(self.parameters, [*rates, self.config.alpha_learning_rate])
-        self.compiled = torch.compile(self._update, mode=self.mode)
+        self.compiled = torch.compile(self._update)
 
     def update(self, batch: Sequence[torch.Tensor], noise: torch.Tensor, next_noise: torch.Tensor) -> None:
         self.compiled(*batch, noise, next_noise)
@@ -188,9 +189,29 @@ class CompiledSAC(_SACBaseline):
 
 
 class RecordedSAC(CompiledSAC):
-    """The same with its launches recorded by torch.compile, where the device is a GPU."""
+    """The same in CUDA graphs, the drawing of the batch included, up to 10 updates in each.
 
-    mode = "reduce-overhead"
+    By hand: torch.compile's own graphs (mode "reduce-overhead") leave out what changes its inputs in place.
+    """
+
+    def __init__(self, sac: SAC, data: Transitions, buffer: RingBuffer, updates: int) -> None:
+        super().__init__(sac, data, buffer, updates)
+        self.graph: Graph | None = None
+        self.recorded = math.gcd(updates, 10)
+
+    def __call__(self) -> None:
+        if not records(self.parameters[0].device):
+            return super().__call__()
+        if self.graph is None:
+            state = [*self.parameters, *self.target, *self.adam.state()]
+            self.graph = Graph(self._several, [], state)
+        for _ in range(self.updates // self.recorded):
+            self.graph()
+
+    def _several(self) -> torch.Tensor:
+        for _ in range(self.recorded):
+            self.draw_and_update()
+        return self.parameters[0]
 
 
 class EagerFit:
@@ -231,6 +252,27 @@ class CompiledFit(EagerFit):
         self.adam.step(torch.func.grad(_fit_loss)(self.parameters, inputs, targets, self.fit))
 
 
+class RecordedFit(CompiledFit):
+    """The same in a CUDA graph, the gathering of the batch included."""
+
+    def __init__(self, fit: Fit, rows: torch.Tensor) -> None:
+        super().__init__(fit, rows)
+        self.graphs: dict[torch.Size, Graph] = {}
+
+    def __call__(self) -> None:
+        if not records(self.rows.device):
+            return super().__call__()
+        for batch in self.rows.split(self.fit.config.batch_size, dim=1):
+            if batch.shape not in self.graphs:
+                state = [*self.parameters, *self.adam.state()]
+                self.graphs[batch.shape] = Graph(self._gather_and_step, [batch], state)
+            self.graphs[batch.shape](batch)
+
+    def _gather_and_step(self, batch: torch.Tensor) -> torch.Tensor:
+        self.step(self.inputs[batch], self.targets[batch])
+        return self.parameters[0]
+
+
 class BFloat16Fit(EagerFit):
     """The same under autocast."""
 
@@ -261,8 +303,12 @@ class _WrittenAdam:
         self.decay = decay or [0.0] * len(parameters)
         self.exp_avgs = [torch.zeros_like(parameter) for parameter in parameters]
         self.exp_avg_sqs = [torch.zeros_like(parameter) for parameter in parameters]
-        # One element, as CompiledSAC's log_alpha.
-        self.steps = torch.zeros(1, dtype=torch.float64)
+        # One element, as CompiledSAC's log_alpha; beside the parameters, or no graph could be recorded.
+        self.steps = torch.zeros(1, dtype=torch.float64, device=parameters[0].device)
+
+    def state(self) -> list[torch.Tensor]:
+        """All that a step changes beside the parameters."""
+        return [*self.exp_avgs, *self.exp_avg_sqs, self.steps]
 
     def step(self, gradients: Sequence[torch.Tensor]) -> None:
         self.steps.add_(1.0)
@@ -290,7 +336,7 @@ def linears(
     """A perceptron of nn.Linear with these parameters."""
     layers: list[nn.Module] = []
     for weight, bias in zip(weights, biases, strict=True):
-        linear = nn.Linear(*weight.shape, dtype=weight.dtype)
+        linear = nn.Linear(*weight.shape, device=weight.device, dtype=weight.dtype)
         with torch.no_grad():
             linear.weight.copy_(weight.T)
             linear.bias.copy_(bias)

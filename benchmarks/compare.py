@@ -22,6 +22,7 @@ from benchmarks.baselines import (
     CompiledSAC,
     EagerFit,
     PlainSAC,
+    RecordedFit,
     RecordedSAC,
 )
 from benchmarks.baselines_rollout import (
@@ -71,9 +72,13 @@ GPU_BASELINES: dict[str, dict[str, Callable[..., Any]]] = {
     "sac": {
         "PyTorch, plain": PlainSAC,
         "torch.compile": CompiledSAC,
-        "torch.compile, recorded": RecordedSAC,
+        "torch.compile, CUDA graphs": RecordedSAC,
     },
-    "fit": {"PyTorch, eager": EagerFit, "torch.compile": CompiledFit},
+    "fit": {
+        "PyTorch, eager": EagerFit,
+        "torch.compile": CompiledFit,
+        "torch.compile, CUDA graphs": RecordedFit,
+    },
 }
 if importlib.util.find_spec("jax"):
     from benchmarks.baselines_jax import JaxFit, JaxRollout, JaxSAC

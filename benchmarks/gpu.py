@@ -1,19 +1,22 @@
-"""Everything that is measured on a GPU, in one call: `python -m benchmarks.gpu`.
+"""Everything that is measured on a GPU, within five minutes: `python -m benchmarks.gpu`.
 
-Rollouts of the canonical shape in float16 and bfloat16, SAC for one run and for eight, the fit, each beside
-PyTorch and torch.compile in the same precision; with --run, a whole training run too. A file for each in
-benchmarks/results/, with the device, the versions, the commit and the date.
+SAC for one run and for eight, the fit, rollouts of the canonical shape in float16 and bfloat16, each beside
+PyTorch, torch.compile and torch.compile in CUDA graphs in the same precision. Each is measured by a process
+of its own, which is ended when it takes too long. A file for each in benchmarks/results/, with the device,
+the versions, the commit and the date.
+
+`python -m benchmarks.gpu --run DATA` measures a whole training run instead; that takes longer.
 """
 
 import dataclasses
 import json as json_format
 import re
+import sys
 import tempfile
-import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -28,53 +31,71 @@ from mopo_fast.config import EvaluationConfig, RolloutConfig, TrainConfig
 from mopo_fast.doctor import examine
 from mopo_fast.machine import check_device, device_name
 from mopo_fast.train import train
+from tests.bounded import Step, run_steps
+
+ROOT = Path(__file__).parents[1]
+# What a time on a GPU that ends too early should not cost comes first.
+SECONDS = {"sac-1": 90, "fit": 75, "rollout-float16": 90, "sac-8": 75, "rollout-bfloat16": 75}
 
 
 def gpu(
     *,
+    only: Literal["sac-1", "fit", "rollout-float16", "sac-8", "rollout-bfloat16"] | None = None,
     starts: int = 1_000_000,
     updates: int = 1000,
     steps: int = 512,
     rounds: int = 5,
     run: str | None = None,
+    minutes: float = 5.0,
     out: Path = RESULTS,
+    logs: Path = ROOT / "build" / "bench-gpu",
     device: str = "cuda",
 ) -> None:
     """Measure everything there is on a GPU.
 
     Args:
+        only: One measurement, in this process and without a limit of time.
         starts: Start states of a rollout of 5 steps.
-        updates: Of SAC in a round, of each run.
-        steps: Of the fit in a round.
+        updates: SAC updates in a round, for each run.
+        steps: Steps of the fit in a round.
         rounds: Medians are over these.
         run: A data set to train on, from the fit to the last of 1,000,000 updates, evaluated every 10 epochs.
+        minutes: For all measurements together.
         out: The folder of the results.
+        logs: The folder of what each measurement's process writes.
         device: cuda, or cpu to try the script.
     """
     check_device(device)
-    measured: dict[str, Callable[[], dict[str, Any]]] = {}
-    for dtype in ("float16", "bfloat16"):
-        measured[f"rollout-{dtype}"] = partial(_rollouts, dtype, starts, device, rounds)
-    for runs in (1, 8):
-        measured[f"sac-{runs}"] = partial(_sac, runs, updates, device, rounds)
-    measured["fit"] = partial(_fit, steps, device, rounds)
+    measured: dict[str, Callable[[], dict[str, Any]]] = {
+        "sac-1": partial(_sac, 1, updates, device, rounds),
+        "fit": partial(_fit, steps, device, rounds),
+        "rollout-float16": partial(_rollouts, "float16", starts, device, rounds),
+        "sac-8": partial(_sac, 8, updates, device, rounds),
+        "rollout-bfloat16": partial(_rollouts, "bfloat16", starts, device, rounds),
+    }
     if run is not None:
-        measured["run"] = partial(_run, run, device)
-    findings = examine()
+        _write("run", _run(run, device), out, device)
+    elif only is not None:
+        _write(only, measured[only](), out, device)
+    else:
+        sizes = {"starts": starts, "updates": updates, "steps": steps, "rounds": rounds}
+        flags = [f"--{name}={value}" for name, value in (sizes | {"out": out, "device": device}).items()]
+        outcomes = run_steps(
+            [
+                Step(name, SECONDS[name], [sys.executable, "-m", "benchmarks.gpu", "--only", name, *flags])
+                for name in measured
+            ],
+            logs,
+            60.0 * minutes,
+        )
+        if failed := [outcome.step.name for outcome in outcomes if outcome.is_bad]:
+            raise SystemExit(f"not measured: {', '.join(failed)}; {logs} says why")
+
+
+def _write(name: str, results: dict[str, Any], out: Path, device: str) -> None:
     slug = re.sub(r"\W+", "-", device_name(device)).strip("-").lower()
-    failed = []
-    for name, measure_it in measured.items():
-        try:
-            results = measure_it()
-        except Exception:
-            # The machine is lent for minutes: the others are measured all the same.
-            traceback.print_exc()
-            failed.append(name)
-            continue
-        versions = {"device": device_name(device), "cuda": torch.version.cuda}
-        write_record(out / f"{name}-{slug}.json", "gpu", findings, versions | results)
-    if failed:
-        raise SystemExit(f"not measured: {', '.join(failed)}")
+    versions = {"device": device_name(device), "cuda": torch.version.cuda}
+    write_record(out / f"{name}-{slug}.json", "gpu", examine(), versions | results)
 
 
 def _serving(dtype: str, device: str, training: int | None = None) -> tuple[list[str], dict[str, str]]:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.baselines import EagerFit
+from benchmarks import baselines
+from benchmarks.baselines import CompiledFit, EagerFit
 from benchmarks.baselines_rollout import PENALTY_COEF, LinearRollout
 from benchmarks.compare import BASELINES, GPU_BASELINES
 from mopo_fast import Actor, EnsembleDynamics
@@ -18,6 +19,7 @@ from mopo_fast.config import DynamicsConfig, SACConfig
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.fit import Fit, _loss_gradient
 from mopo_fast.sac import SAC
+from tests.kernel_cases import EagerGraph
 
 OBS, ACT, BATCH = 5, 2, 16
 SAC_CONFIG = SACConfig(hidden=(24, 12), batch_size=BATCH, real_ratio=0.5, polyak=0.05)
@@ -209,6 +211,90 @@ def test_fit(name: str) -> None:
     assert theirs.keys() == before.keys()
     # Autocast leaves float64 alone.
     assert_same(dict(reference.model.named_parameters()), theirs, before)
+
+
+@pytest.fixture
+def graphs_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baselines, "records", lambda device: True)
+    monkeypatch.setattr(baselines, "Graph", EagerGraph)
+
+
+@pytest.mark.usefixtures("graphs_without_a_gpu")
+def test_recorded_updates_are_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the same draws. What the two runs that warm up and record have changed is put back."""
+    states, before = [], copied(double_sac().state())
+    for make in (baselines.RecordedSAC, baselines.CompiledSAC):
+        learner = make(double_sac(), *sources(), 20)
+        draws = iter(range(1000))
+
+        def drawn(of: Any = learner, draws: Any = draws) -> None:
+            i = next(draws)
+            noise = torch.randn(
+                2, BATCH, ACT, generator=torch.Generator().manual_seed(i), dtype=torch.float64
+            )
+            of.update(list(transitions(BATCH, seed=i).arrays().values()), *noise)
+
+        if make is baselines.CompiledSAC:
+            next(i for i in draws if i == 19)
+        monkeypatch.setattr(learner, "draw_and_update", drawn)
+        learner()
+        states.append(learner.state())
+    assert_same(*states, before)
+
+
+@pytest.mark.usefixtures("graphs_without_a_gpu")
+def test_recorded_steps_are_the_others() -> None:
+    """The last batch is smaller."""
+    count, generator = len(double_fit().inputs), torch.Generator().manual_seed(0)
+    rows = torch.randint(count, (3, 2 * BATCH + 5), generator=generator)
+    before = copied(dict(double_fit().model.named_parameters()))
+    recorded, compiled = (make(double_fit(), rows) for make in (baselines.RecordedFit, CompiledFit))
+    recorded()
+    compiled()
+    assert len(recorded.graphs) == 2
+    assert_same(recorded.state(), compiled.state(), before)
+
+
+def on_meta(module: torch.nn.Module) -> None:
+    """Its parameters and buffers to the device that knows shapes alone."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            part._parameters[name] = None if parameter is None else torch.nn.Parameter(parameter.to("meta"))
+        for name, buffer in part._buffers.items():
+            part._buffers[name] = None if buffer is None else buffer.to("meta")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "name"), [(kernel, name) for kernel in GPU_BASELINES for name in GPU_BASELINES[kernel]]
+)
+def test_one_device_is_enough(kernel: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A baseline for a GPU makes no tensor on the CPU: beside tensors of another device it would fail."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    adam = torch.optim.Adam  # Its fused kernel knows no such device.
+    monkeypatch.setattr(torch.optim, "Adam", lambda groups, lr, fused=False: adam(groups, lr))
+    make = GPU_BASELINES[kernel][name]
+    if kernel == "sac":
+        data, buffer = sources()
+        sac = SAC(OBS, ACT, SAC_CONFIG, backend="reference")
+        for module in (sac.actor, sac.critic, sac.target):
+            on_meta(module)
+        sac.log_alpha = torch.nn.Parameter(sac.log_alpha.to("meta"))
+        buffer.storage = buffer.storage.to("meta")
+        made = make(sac, data.to("meta"), buffer, 2)
+    elif kernel == "fit":
+        fit = Fit(transitions(200, seed=1), 0, FIT_CONFIG, backend="reference")
+        places = {id(parameter): key for key, parameter in fit.model.named_parameters()}
+        names = [places[id(parameter)] for parameter in fit.parameters]
+        on_meta(fit.model)
+        fit.parameters = [fit.model.get_parameter(key) for key in names]
+        fit.inputs, fit.targets = fit.inputs.to("meta"), fit.targets.to("meta")
+        made = make(fit, torch.zeros(3, 2 * BATCH, dtype=torch.int64, device="meta"))
+    else:
+        ensemble, actor = EnsembleDynamics(OBS, ACT, hidden=(24, 12)), Actor(OBS, ACT, hidden=(16, 8))
+        on_meta(ensemble)
+        on_meta(actor)
+        made = make(ensemble, actor, torch.zeros(150, OBS, device="meta"), 2)
+    made()
 
 
 @pytest.mark.parametrize("name", [name for name in FIT_NAMES if "bfloat16" in name])

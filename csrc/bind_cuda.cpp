@@ -134,6 +134,11 @@ void fit_steps(const std::vector<FitCall*>& calls, uintptr_t losses, const py::f
 
 PYBIND11_MODULE(_cuda, module) {
   using py::arg;
+#ifdef MOPO_FAST_WATCHDOG
+  module.attr("watchdog") = true;
+#else
+  module.attr("watchdog") = false;
+#endif
   module.def("versions", versions, "CUDA's versions of the driver and of the runtime.");
   module.def("rollout", rollout, py::kw_only(), arg("bfloat16"), arg("width"), arg("slots"), arg("weights"),
              arg("chunk_bytes"), arg("chunks"), arg("obs_dim"), arg("act_dim"), arg("members"),

@@ -54,7 +54,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Module
         return cuda_emulator.build_extension(folder / "cuda_emulator")
 
 
-@pytest.fixture(params=["emulated", "gpu"])
+@pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Where the cuda backend runs: on a GPU, or in the emulator."""
     if request.param == "gpu":

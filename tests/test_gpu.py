@@ -16,7 +16,10 @@ from mopo_fast.graph import Graph
 from mopo_fast.sac import SAC, Population
 from mopo_fast.train import train, train_many
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU"),
+]
 
 OBS, ACT = 5, 2
 CONFIG = SACConfig(hidden=(24, 24), batch_size=32, actor_schedule="cosine")

@@ -52,6 +52,7 @@ if not kernels.INTERPRETED and not torch.cuda.is_available():
 
 # The interpreter computes with NumPy, which warns of what is not finite.
 pytestmark = [
+    pytest.mark.gpu,
     pytest.mark.usefixtures("poisoned_outputs"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]

@@ -45,10 +45,14 @@ inline cudaError_t share() {
   return error;
 }
 
-// Of each source file: the address of waits() on the device. Its name is found from PTX.
+}  // namespace mopo::watchdog
+
+// The address of waits() on the device, in each source file its own; PTX finds it by this name.
 extern "C" {
-__device__ Wait* mopo_fast_waits;
+__device__ mopo::watchdog::Wait* mopo_fast_waits;
 }
+
+namespace mopo::watchdog {
 
 // Before every launch.
 static cudaError_t begin() {

@@ -72,7 +72,10 @@ def _refusal_of_capability(device: torch.device | None) -> str | None:
 
 
 def _refusal_of_driver(driver: int, runtime: int, capability: tuple[int, int]) -> str | None:
-    """CUDA's versions as 1000 major + 10 minor; a driver runs its own major version's code, and older ones'."""
+    """Why a driver cannot run what was built for a CUDA runtime; versions as 1000 major + 10 minor.
+
+    Source: "Minor Version Compatibility" in NVIDIA's CUDA compatibility guide.
+    """
     built = f"{runtime // 1000}.{runtime % 1000 // 10}"
     served = f"{driver // 1000}.{driver % 1000 // 10}"
     update = f"update the NVIDIA driver, or build with a CUDA toolkit of version {served} or older"
@@ -269,7 +272,8 @@ class CudaBackend:
             return BackendStatus(self.name, False, reason)
         if not torch.cuda.is_available():
             return BackendStatus(self.name, False, "PyTorch sees no GPU")
-        refusal = _refusal_of_capability(None) or _refusal_of_driver(*module.versions(), _capability())
+        driver, runtime = module.versions()
+        refusal = _refusal_of_capability(None) or _refusal_of_driver(driver, runtime, _capability())
         if refusal is not None:
             return BackendStatus(self.name, False, refusal)
         # Until its numbers on a GPU have been seen, "auto" does not choose it.

@@ -1,9 +1,9 @@
 """Networks as the Hopper kernel reads them: one stream, in the order of a step, of images of shared memory.
 
 A layer is its biases, then an image for every 16 inputs: [2][out / 8][8 outputs][8 inputs], what the tensor
-cores take without a swizzle. It is cut into as few chunks of at most `SLOT_BYTES` as it can be, and these hold
-as many images each as they can alike. A thread of the kernel holds the
-dimensions q, 4 + q, 8 + q, ... (q = 0 .. 3) of its rows; inputs and outputs stand where it finds its own.
+cores take without a swizzle. It is cut into as few chunks of at most `SLOT_BYTES` as possible, whose numbers
+of images differ by one at most. A thread of the kernel holds the dimensions q, 4 + q, 8 + q, ... (q = 0 .. 3)
+of its rows; inputs and outputs stand where it finds its own.
 """
 
 from itertools import pairwise

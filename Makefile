@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.inl csrc/cpu/*.cpp \
     csrc/cuda/*.h csrc/cuda/*.cuh csrc/cuda/*.cu)
-CPP_OF_TESTS := $(wildcard $(addprefix tests/,*.cu cuda_emulator/*.h cuda_emulator/*.cpp cuda_emulator/cuda/*))
+CPP_OF_TESTS := $(wildcard $(addprefix tests/helpers/,*.cu cuda_emulator/*.h cuda_emulator/*.cpp cuda_emulator/cuda/*))
 
 .PHONY: install demo test fuzz soak test-gpu lint format bench bench-gpu bench-compare sanitize sanitize-gpu \
     sanitize-threads clean
@@ -88,7 +88,7 @@ bench-gpu:
 sanitize-gpu: $(INSTALLED)
 	for tool in memcheck racecheck; do \
 	    compute-sanitizer --tool $$tool --error-exitcode 1 --target-processes all \
-	        $(BIN)/python -m pytest $(wildcard tests/test_kernel_cuda*.py) -k "not canonical" || exit 1; \
+	        $(BIN)/python -m pytest $(wildcard tests/kernels/test_kernel_cuda*.py) -k "not canonical" || exit 1; \
 	done
 
 # Against another commit: make bench-compare REF=HEAD~1
@@ -103,14 +103,14 @@ sanitized = rm -rf $(SANITIZED) build/lib.* && \
     MOPO_FAST_SANITIZE=$(1) $(BIN)/python -m pip install --quiet --no-deps --target $(SANITIZED) .
 runtime = $$($(CXX) -print-file-name=$(1))
 SANITIZED_PYTHON = PYTHONPATH=$(SANITIZED) $(BIN)/python -P
-SANITIZED_TESTS := $(filter-out tests/test_kernel_cuda.py,$(wildcard tests/test_kernel*.py)) \
-    tests/test_checked.py tests/test_interrupt.py
+SANITIZED_TESTS := $(filter-out tests/kernels/test_kernel_cuda.py,$(wildcard tests/kernels/test_kernel*.py)) \
+    tests/kernels/test_checked.py tests/kernels/test_interrupt.py
 sanitize: $(INSTALLED)
 	$(call sanitized,address$(comma)undefined)
 	export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$(call runtime,libasan.so) $(call runtime,libstdc++.so)"; \
 	$(SANITIZED_PYTHON) -c 'from mopo_fast import _cpu; assert "$(SANITIZED)" in _cpu.__file__, _cpu.__file__' && \
-	$(SANITIZED_PYTHON) -m pytest -p no:cacheprovider tests/test_philox.py $(SANITIZED_TESTS) -k "not registers"
+	$(SANITIZED_PYTHON) -m pytest -p no:cacheprovider tests/kernels/test_philox.py $(SANITIZED_TESTS) -k "not registers"
 sanitize-threads: $(INSTALLED)
 	$(call sanitized,thread)
 	export TSAN_OPTIONS=ignore_noninstrumented_modules=1 LD_PRELOAD="$(call runtime,libtsan.so)"; \

@@ -17,8 +17,8 @@ from mopo_fast.config import SACConfig
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import mlp, soft_clamp_logvar
 from mopo_fast.fit import Fit
-from mopo_fast.graph import Graph, records
 from mopo_fast.sac import SAC
+from mopo_fast.utils.cuda_graphs import Graph, records
 
 ARRAYS = ("observations", "actions", "rewards", "next_observations", "terminals")
 BETAS, EPS = (0.9, 0.999), 1e-8

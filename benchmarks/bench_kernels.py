@@ -9,7 +9,7 @@ import functools
 import pytest
 
 from benchmarks.compare import BASELINES
-from mopo_fast.bench import WORKS, Work
+from mopo_fast.bench.measure import WORKS, Work
 
 SIZES = {
     "rollout": {"dtype": "bfloat16", "starts": 10_000},

@@ -20,10 +20,10 @@ from tyro.conf import Positional
 
 from benchmarks.record import write_record
 from mopo_fast import Actor, EnsembleDynamics, load_dataset
+from mopo_fast.bulk.files import COMPRESSIONS
+from mopo_fast.bulk.generate import Generator, generate_config
+from mopo_fast.bulk.shards import generate_shards
 from mopo_fast.doctor import examine
-from mopo_fast.generate import Generator, generate_config
-from mopo_fast.shard_files import COMPRESSIONS
-from mopo_fast.shards import generate_shards
 
 _PEAK = """
 import sys

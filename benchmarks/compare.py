@@ -37,10 +37,10 @@ from benchmarks.baselines_rollout import (
     NumpyRollout,
 )
 from benchmarks.record import RESULTS, write_record
-from mopo_fast.bench import bench, to_table
+from mopo_fast.bench.measure import bench, to_table
+from mopo_fast.bench.roofline import check_picture, write_roofline
 from mopo_fast.doctor import examine
-from mopo_fast.machine import resolve_threads
-from mopo_fast.roofline import check_picture, write_roofline
+from mopo_fast.utils.machine import resolve_threads
 
 # Beside the kernel and the reference.
 BASELINES: dict[str, dict[str, Callable[..., Any]]] = {

@@ -26,11 +26,11 @@ from benchmarks.compare import GPU_BASELINES
 from benchmarks.record import RESULTS, write_record
 from mopo_fast import Actor, EnsembleDynamics, RolloutEngine
 from mopo_fast.backends import get_backend
-from mopo_fast.bench import Work, fit_work, measure, rollout_work, sac_work, to_table
+from mopo_fast.bench.measure import Work, fit_work, measure, rollout_work, sac_work, to_table
 from mopo_fast.config import EvaluationConfig, RolloutConfig, TrainConfig
 from mopo_fast.doctor import examine
-from mopo_fast.machine import check_device, device_name
 from mopo_fast.train import train
+from mopo_fast.utils.machine import check_device, device_name
 from tests.bounded import Step, run_steps
 
 ROOT = Path(__file__).parents[1]

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mopo_fast.atomic import write_json
 from mopo_fast.doctor import Report
+from mopo_fast.utils.atomic import write_json
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -5,9 +5,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.record import RESULTS, write_record
-from mopo_fast.bench import WORKS, Work, interleave
+from mopo_fast.bench.measure import WORKS, Work, interleave
 from mopo_fast.doctor import examine
-from mopo_fast.machine import resolve_threads
+from mopo_fast.utils.machine import resolve_threads
 
 BENCHES = (
     ("rollout", "float32"),

@@ -19,7 +19,7 @@ from mopo_fast.config import DynamicsConfig, SACConfig
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.fit import Fit, _loss_gradient
 from mopo_fast.sac import SAC
-from tests.kernel_cases import EagerGraph
+from tests.helpers.kernel_cases import EagerGraph
 
 OBS, ACT, BATCH = 5, 2, 16
 SAC_CONFIG = SACConfig(hidden=(24, 12), batch_size=BATCH, real_ratio=0.5, polyak=0.05)

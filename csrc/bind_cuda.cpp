@@ -1,5 +1,5 @@
 // pybind11: device addresses and sizes in. Nothing is checked here but what CUDA says;
-// mopo_fast/backends/cuda.py has done the rest.
+// mopo_fast/backends/gpu/cuda.py has done the rest.
 #include <stdexcept>
 
 #include "bind.h"
@@ -8,7 +8,7 @@
 
 namespace {
 
-// In the order of mopo::cuda::Record, and of mopo_fast/backends/record.py.
+// In the order of mopo::cuda::Record, and of mopo_fast/backends/gpu/record.py.
 using RecordAddresses = std::array<uintptr_t, 9>;
 
 mopo::cuda::Record record(const RecordAddresses& a) {

@@ -1,6 +1,6 @@
 """d3rlpy 1.x's MOPO with our ensemble's predictions: python examples/d3rlpy.py
 
-d3rlpy 1.1.1 is built with NumPy 1.26 and Cython 0.29 (tests/test_compat_d3rlpy.py does it). The data are
+d3rlpy 1.1.1 is built with NumPy 1.26 and Cython 0.29, as tests/compat/test_compat_d3rlpy.py does. The data are
 steps of random actions, made on the spot; `--theirs` leaves the predictions to it. Run it with -P, since
 this folder has a module of the same name.
 """
@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 import mopo_fast
+from mopo_fast.collect.uniform import collect
 from mopo_fast.compat import d3rlpy as fast
-from mopo_fast.data.collect import collect
 
 
 def make_dataset(data):

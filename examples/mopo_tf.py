@@ -141,8 +141,8 @@ def main():
     import mopo.static
 
     import mopo_fast
+    from mopo_fast.collect.uniform import collect
     from mopo_fast.compat import mopo_tf
-    from mopo_fast.data.collect import collect
     from mopo_fast.evaluate import evaluate
     from mopo_fast.tasks import TASKS
 

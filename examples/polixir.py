@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 import mopo_fast
+from mopo_fast.collect.uniform import collect
 from mopo_fast.compat import polixir
-from mopo_fast.data.collect import collect
 from mopo_fast.evaluate import evaluate
 from mopo_fast.tasks import TASKS
 

@@ -27,6 +27,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from mopo_fast.backends import StepResult
+    from mopo_fast.bulk.shards import open_rollouts
     from mopo_fast.config import TrainConfig
     from mopo_fast.data import Transitions, load_dataset
     from mopo_fast.ensemble import EnsembleDynamics
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from mopo_fast.fit import fit_dynamics
     from mopo_fast.policy import Actor
     from mopo_fast.rollout import RolloutEngine
-    from mopo_fast.shards import open_rollouts
     from mopo_fast.tasks import Box, Task, register_task
 
 # Imported on first use: torch takes seconds, and `mopo-fast --help` does not need it.
@@ -50,7 +50,7 @@ _HOMES = {
     "Transitions": "data",
     "fit_dynamics": "fit",
     "load_dataset": "data",
-    "open_rollouts": "shards",
+    "open_rollouts": "bulk.shards",
     "register_task": "tasks",
 }
 

@@ -21,7 +21,6 @@ from rich.console import Console
 from rich.logging import RichHandler
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from mopo_fast.atomic import check_writable, write_json
 from mopo_fast.config import (
     PRESETS,
     CheckpointFormat,
@@ -35,7 +34,8 @@ from mopo_fast.config import (
     check_runs,
 )
 from mopo_fast.errors import InputError, is_interrupt, is_out_of_resources, printable
-from mopo_fast.progress import console
+from mopo_fast.utils.atomic import check_writable, write_json
+from mopo_fast.utils.progress import console
 
 Dataset = Annotated[str, Positional, arg(metavar="DATASET")]
 Run = Annotated[Path, Positional, arg(metavar="RUN")]
@@ -69,7 +69,7 @@ def collect(
         overwrite: Replace the file if it exists.
         quiet: No progress bar.
     """
-    from mopo_fast.data import collect
+    from mopo_fast.collect import collect
 
     try:
         path = collect(name, steps, seed=seed, out=out, threads=threads, overwrite=overwrite, quiet=quiet)
@@ -161,7 +161,7 @@ def fit(
     """
     from mopo_fast.data import load_dataset
     from mopo_fast.fit import fit_and_save
-    from mopo_fast.lock import locked
+    from mopo_fast.utils.lock import locked
 
     with locked(out):
         for name in ("config.json", "fit.json"):
@@ -328,8 +328,8 @@ def evaluate(
         stochastic: Sample actions; by default the policy's mean acts.
         json: Print JSON, with every episode's return and length.
     """
+    from mopo_fast.bulk.generate import run_settings
     from mopo_fast.evaluate import evaluate
-    from mopo_fast.generate import run_settings
     from mopo_fast.policy import Actor
 
     whole, _ = run_settings(run, task)
@@ -386,7 +386,7 @@ def rollout(
         overwrite: Replace the file if it exists, or the shards that the folder's manifest lists.
         quiet: No progress bar.
     """
-    from mopo_fast import shards
+    from mopo_fast.bulk import shards
 
     if verify is not None:
         if run is not None or out is not None:
@@ -397,9 +397,9 @@ def rollout(
         return
     if run is None or dataset is None or out is None:
         raise InputError("say what to roll out: RUN, --dataset and --out; or --verify DIR")
+    from mopo_fast.bulk.generate import generate, save_transitions
     from mopo_fast.data import load_dataset
     from mopo_fast.data.files import check_file
-    from mopo_fast.generate import generate, save_transitions
 
     settings: dict[str, Any] = {
         "count": count,
@@ -474,8 +474,8 @@ def bench(
         plot: Also draw their roofline into this file, .png, .svg or .pdf.
         quiet: No progress bar.
     """
-    from mopo_fast.bench import bench, to_table
-    from mopo_fast.roofline import check_picture, write_roofline
+    from mopo_fast.bench.measure import bench, to_table
+    from mopo_fast.bench.roofline import check_picture, write_roofline
 
     options = {
         "dtype": (dtype, ("rollout", "fit")),

@@ -11,7 +11,7 @@ import torch
 
 from mopo_fast import __version__, backends
 from mopo_fast.data import d4rl
-from mopo_fast.data.collect import local_folder
+from mopo_fast.data.local import local_folder
 from mopo_fast.errors import InputError
 
 PACKAGES = ("torch", "triton", "numpy", "gymnasium", "mujoco", "h5py", "safetensors", "tensorboard")

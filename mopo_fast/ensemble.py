@@ -16,11 +16,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from mopo_fast.atomic import read_json_as, write_json
 from mopo_fast.config import ACTIVATIONS, LOG_SCALES, Activation, LogScale
 from mopo_fast.errors import InputError
-from mopo_fast.machine import check_memory
-from mopo_fast.tensors import (
+from mopo_fast.utils.atomic import read_json_as, write_json
+from mopo_fast.utils.machine import check_memory
+from mopo_fast.utils.tensors import (
     as_float32,
     check_sizes,
     layer_weights,

@@ -17,8 +17,8 @@ from mopo_fast.environments import make_environment
 from mopo_fast.errors import InputError
 from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine
-from mopo_fast.seeds import EVALUATE, derive_seed
 from mopo_fast.tasks import Task, get_task, make_box
+from mopo_fast.utils.seeds import EVALUATE, derive_seed
 
 # Second element of a seed's path.
 _RESET, _NOISE = range(2)

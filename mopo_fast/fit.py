@@ -21,22 +21,22 @@ from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
 from mopo_fast import backends
-from mopo_fast.adam import Adam
-from mopo_fast.atomic import read_json_as, refuse_links, write_json
 from mopo_fast.backends import checked, cpu
 from mopo_fast.backends.training import FitRun, Parameter
 from mopo_fast.config import FIT_DTYPES, DynamicsConfig, check_finite, to_dict
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import EnsembleDynamics, mlp_bytes, soft_clamp_logvar
 from mopo_fast.errors import InputError
-from mopo_fast.graph import Recorder, records
-from mopo_fast.interrupts import deferred
-from mopo_fast.lock import locked
-from mopo_fast.machine import check_device, check_memory, file_backed, resolve_threads
-from mopo_fast.progress import progress_bar
-from mopo_fast.records import Count, Number, Seconds
-from mopo_fast.seeds import FIT, derive_seed
-from mopo_fast.tensors import load_into, load_tensors, save_tensors, tensors_sha256
+from mopo_fast.run.folder import Count, Number, Seconds
+from mopo_fast.utils.adam import Adam
+from mopo_fast.utils.atomic import read_json_as, refuse_links, write_json
+from mopo_fast.utils.cuda_graphs import Recorder, records
+from mopo_fast.utils.interrupts import deferred
+from mopo_fast.utils.lock import locked
+from mopo_fast.utils.machine import check_device, check_memory, file_backed, resolve_threads
+from mopo_fast.utils.progress import progress_bar
+from mopo_fast.utils.seeds import FIT, derive_seed
+from mopo_fast.utils.tensors import load_into, load_tensors, save_tensors, tensors_sha256
 
 # Second element of a seed's path: which draw of the fit.
 _SPLIT, _WEIGHTS, _BOOTSTRAP, _SHUFFLE = range(4)

@@ -14,12 +14,19 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from mopo_fast.atomic import read_json_as, write_json
 from mopo_fast.config import ACTIVATIONS, Activation
 from mopo_fast.ensemble import mlp, mlp_bytes
 from mopo_fast.errors import InputError
-from mopo_fast.machine import check_memory
-from mopo_fast.tensors import as_float32, check_sizes, layer_weights, load_into, load_tensors, save_tensors
+from mopo_fast.utils.atomic import read_json_as, write_json
+from mopo_fast.utils.machine import check_memory
+from mopo_fast.utils.tensors import (
+    as_float32,
+    check_sizes,
+    layer_weights,
+    load_into,
+    load_tensors,
+    save_tensors,
+)
 
 FORMAT_VERSION = 1
 

@@ -23,16 +23,16 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mopo_fast.atomic import atomic_path, read_json_as
 from mopo_fast.config import DynamicsConfig, RolloutConfig
 from mopo_fast.data import Transitions, find_dataset, load_dataset
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.fit import data_sha256, dynamics_inputs_targets, read_fit, split_holdout
-from mopo_fast.pictures import BLUE, GREEN, GREY, ORANGE, blank, blank_axes, label_log, look
-from mopo_fast.records import RecordedConfig, RecordedRollout, read_rows, read_summary
 from mopo_fast.rollout import RolloutEngine
-from mopo_fast.seeds import REPORT, derive_seed
+from mopo_fast.run.folder import RecordedConfig, RecordedRollout, read_rows, read_summary
+from mopo_fast.utils.atomic import atomic_path, read_json_as
+from mopo_fast.utils.pictures import BLUE, GREEN, GREY, ORANGE, blank, blank_axes, label_log, look
+from mopo_fast.utils.seeds import REPORT, derive_seed
 
 T = TypeVar("T")
 # Share of a normal distribution within one and two standard deviations.

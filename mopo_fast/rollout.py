@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from mopo_fast import backends
-from mopo_fast.arrays import maker_like, map_tensors, to_tensor
 from mopo_fast.backends import (
     ROLLOUT_ARRAYS,
     A,
@@ -32,9 +31,10 @@ from mopo_fast.config import PENALTIES, ROLLOUT_DTYPES, Penalty, PenaltyMembers
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
-from mopo_fast.machine import check_memory, resolve_threads
 from mopo_fast.policy import Actor
 from mopo_fast.tasks import BOXES, Box, TerminationFunction, make_box
+from mopo_fast.utils.arrays import maker_like, map_tensors, to_tensor
+from mopo_fast.utils.machine import check_memory, resolve_threads
 
 logger = logging.getLogger("mopo_fast")
 

@@ -14,7 +14,6 @@ import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mopo_fast import backends
-from mopo_fast.adam import Adam
 from mopo_fast.backends import checked
 from mopo_fast.backends.philox import (
     ACTION_STREAM,
@@ -28,12 +27,13 @@ from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import SACConfig
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.errors import InputError
-from mopo_fast.graph import Recorder, records
-from mopo_fast.interrupts import deferred
-from mopo_fast.machine import resolve_threads
 from mopo_fast.policy import Actor, Critic
-from mopo_fast.seeds import INIT, derive_seed
-from mopo_fast.tensors import load_into
+from mopo_fast.utils.adam import Adam
+from mopo_fast.utils.cuda_graphs import Recorder, records
+from mopo_fast.utils.interrupts import deferred
+from mopo_fast.utils.machine import resolve_threads
+from mopo_fast.utils.seeds import INIT, derive_seed
+from mopo_fast.utils.tensors import load_into
 
 # Updates of one call of the kernel, or whose random numbers are drawn at once; an interrupt waits so long.
 _UPDATES_AT_ONCE = 100

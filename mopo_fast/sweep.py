@@ -15,17 +15,17 @@ from typing import Any
 
 from rich.table import Table
 
-from mopo_fast.atomic import atomic_path
-from mopo_fast.cluster import connected
+from mopo_fast.bulk.cluster import connected
 from mopo_fast.config import RunConfig, TrainConfig, check_runs
 from mopo_fast.data import load_dataset
 from mopo_fast.errors import InputError
 from mopo_fast.fit import fit_and_save
-from mopo_fast.lock import locked
-from mopo_fast.pictures import BLUE, GREEN, GREY, ORANGE, blank_axes, look
-from mopo_fast.progress import progress_bar
-from mopo_fast.records import read_summary
+from mopo_fast.run.folder import read_summary
 from mopo_fast.train import check_folder, resolve, train
+from mopo_fast.utils.atomic import atomic_path
+from mopo_fast.utils.lock import locked
+from mopo_fast.utils.pictures import BLUE, GREEN, GREY, ORANGE, blank_axes, look
+from mopo_fast.utils.progress import progress_bar
 
 _COLUMNS = ("seed", "horizon", "penalty_coef", "return_mean", "return_std", "score_mean", "score_std", "run")
 COLORS = (BLUE, ORANGE, GREEN, GREY)

@@ -28,7 +28,6 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from mopo_fast import __version__
-from mopo_fast.atomic import parse_json_as, read_json, read_json_as, refuse_links, sweep, write_json
 from mopo_fast.backends import choose_for_run
 from mopo_fast.backends.philox import BATCH_STREAM, random_choice
 from mopo_fast.buffer import RingBuffer, row_bytes
@@ -38,11 +37,10 @@ from mopo_fast.ensemble import EnsembleDynamics, mlp_bytes
 from mopo_fast.errors import InputError
 from mopo_fast.evaluate import Evaluation, Evaluator, evaluate_in_model
 from mopo_fast.fit import check_config, count_holdout, data_sha256, fit_and_save_many, read_fit
-from mopo_fast.lock import locked
-from mopo_fast.machine import check_device, check_memory, resolve_threads
 from mopo_fast.policy import Actor
-from mopo_fast.progress import progress_bar
-from mopo_fast.records import (
+from mopo_fast.report import write_report
+from mopo_fast.rollout import RolloutEngine
+from mopo_fast.run.folder import (
     COLUMNS,
     Board,
     Count,
@@ -53,13 +51,15 @@ from mopo_fast.records import (
     event_files,
     read_summary,
 )
-from mopo_fast.report import write_report
-from mopo_fast.rollout import RolloutEngine
 from mopo_fast.sac import SAC, Population
-from mopo_fast.seeds import EVALUATE, ROLLOUT, START, derive_seed
-from mopo_fast.seeds import SAC as SAC_SEED
 from mopo_fast.tasks import Task, get_task, parse_dataset_name, termination_of
-from mopo_fast.tensors import load_into, load_metadata, load_tensors, save_tensors
+from mopo_fast.utils.atomic import parse_json_as, read_json, read_json_as, refuse_links, sweep, write_json
+from mopo_fast.utils.lock import locked
+from mopo_fast.utils.machine import check_device, check_memory, resolve_threads
+from mopo_fast.utils.progress import progress_bar
+from mopo_fast.utils.seeds import EVALUATE, ROLLOUT, START, derive_seed
+from mopo_fast.utils.seeds import SAC as SAC_SEED
+from mopo_fast.utils.tensors import load_into, load_metadata, load_tensors, save_tensors
 
 FORMAT_VERSION = 3
 # Epochs at most whose evaluations are not there yet.

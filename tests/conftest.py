@@ -13,8 +13,9 @@ import torch
 from filelock import FileLock
 
 from mopo_fast import backends
-from mopo_fast.backends import BackendStatus, cuda
-from mopo_fast.data import collect
+from mopo_fast.backends import BackendStatus
+from mopo_fast.backends.gpu import cuda
+from mopo_fast.collect import collect
 
 torch.set_num_threads(1)
 

@@ -19,6 +19,7 @@ from tests.bounded import Step, run_steps
 
 ROOT = Path(__file__).parents[1]
 WATCHED = ROOT / "build" / "watchdog"
+FOLDER = ROOT / "tests" / "kernels"
 KERNELS, TRAINING, ROLLOUT = "test_cuda_kernels.py", "test_kernel_cuda_training.py", "test_kernel_cuda.py"
 TRITON, GRAPHS = "test_kernel_triton.py", "test_gpu.py"
 
@@ -39,7 +40,7 @@ def _pytest(
     name: str, seconds: float, file: str, *options: str, watched: bool = False, sanitizer: bool = False
 ) -> Step:
     arguments = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-o", "filterwarnings=default"]
-    command, environment = _python(*arguments, *options, ROOT / "tests" / file, watched=watched)
+    command, environment = _python(*arguments, *options, FOLDER / file, watched=watched)
     # What there is no GPU for is skipped, not interpreted.
     environment |= {"TRITON_INTERPRET": "0"}
     if sanitizer:

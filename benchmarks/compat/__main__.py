@@ -18,7 +18,7 @@ from tyro.conf import Positional
 
 from benchmarks.record import write_record
 from mopo_fast.doctor import examine
-from mopo_fast.progress import progress_bar
+from mopo_fast.utils.progress import progress_bar
 
 
 def main(

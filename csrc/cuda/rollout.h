@@ -22,7 +22,7 @@ struct Record {
 };
 
 struct RolloutArgs {
-  // All weights in the order of their use in a step (mopo_fast/backends/stream.py), and the chunks' sizes.
+  // All weights in the order of their use in a step (mopo_fast/backends/gpu/stream.py), and the chunks' sizes.
   const unsigned char* weights;
   const int32_t* chunk_bytes;
   int chunks;

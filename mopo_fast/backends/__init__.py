@@ -242,9 +242,9 @@ class Backend(Protocol):
 @functools.cache
 def _backends() -> dict[str, Backend]:
     from mopo_fast.backends.cpu import CpuBackend
-    from mopo_fast.backends.cuda import CudaBackend
+    from mopo_fast.backends.gpu.cuda import CudaBackend
+    from mopo_fast.backends.gpu.triton import TritonBackend
     from mopo_fast.backends.reference import ReferenceBackend
-    from mopo_fast.backends.triton import TritonBackend
 
     # Best first.
     backends: list[Backend] = [CpuBackend(), CudaBackend(), TritonBackend(), ReferenceBackend()]
@@ -282,7 +282,8 @@ def get_backend(name: str) -> Backend:
 
 def training_kernels(name: str) -> Kernels | None:
     """What trains for the backend called `name`; None where PyTorch does."""
-    from mopo_fast.backends import cpu, cuda
+    from mopo_fast.backends import cpu
+    from mopo_fast.backends.gpu import cuda
 
     kernels: dict[str, Kernels] = {"cpu": cpu, "cuda": cuda}
     return kernels.get(name)

@@ -28,7 +28,7 @@ from mopo_fast.backends.training import FitRun, Parameter, SacRun
 from mopo_fast.config import ACTIVATIONS, FIT_DTYPES, PENALTIES, ROLLOUT_DTYPES
 from mopo_fast.ensemble import MAX_MEMBERS, check_members
 from mopo_fast.errors import InputError
-from mopo_fast.machine import MAX_THREADS
+from mopo_fast.utils.machine import MAX_THREADS
 
 # The arrays of a rollout that a backend writes in any case.
 _REQUIRED = ROLLOUT_ARRAYS[:5]

@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 
-from mopo_fast.atomic import read_json_as
 from mopo_fast.compat import Checkpoint
 from mopo_fast.compat.models import activation_of, actor_of, check_first_layer, check_model, ensemble_of
 from mopo_fast.compat.torch_files import as_state, load, save, take
 from mopo_fast.config import Hints
 from mopo_fast.ensemble import MAX_MEMBERS, EnsembleDynamics
 from mopo_fast.errors import InputError
-from mopo_fast.pickles import brief
 from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine
+from mopo_fast.utils.atomic import read_json_as
+from mopo_fast.utils.pickles import brief
 
 Prediction = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mopo_fast.errors import InputError
-from mopo_fast.machine import check_memory
-from mopo_fast.pickles import brief, check_shape
+from mopo_fast.utils.machine import check_memory
+from mopo_fast.utils.pickles import brief, check_shape
 
 # Types of elements, as the format's description has them (MAT-File Format, MathWorks).
 _INT8, _INT32, _UINT32, _MATRIX, _COMPRESSED = 1, 5, 6, 14, 15

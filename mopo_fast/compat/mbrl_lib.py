@@ -15,8 +15,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from mopo_fast import pickles
-from mopo_fast.atomic import atomic_path
 from mopo_fast.backends import StepResult
 from mopo_fast.compat import Checkpoint
 from mopo_fast.compat.models import activation_of, check_model, ensemble_of
@@ -25,6 +23,8 @@ from mopo_fast.config import Hints, Penalty
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.rollout import RolloutEngine
+from mopo_fast.utils import pickles
+from mopo_fast.utils.atomic import atomic_path
 
 State = dict[str, Any]
 

@@ -10,7 +10,7 @@ from mopo_fast.config import Activation, LogScale
 from mopo_fast.ensemble import EnsembleDynamics, elites_of
 from mopo_fast.errors import InputError
 from mopo_fast.policy import Actor
-from mopo_fast.tensors import check_layers
+from mopo_fast.utils.tensors import check_layers
 
 # Names of torch's modules and of other libraries' functions.
 _ACTIVATIONS: dict[str, Activation] = {

@@ -17,16 +17,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mopo_fast.atomic import atomic_path
 from mopo_fast.compat import Checkpoint, matlab_files
 from mopo_fast.config import Activation, DynamicsConfig, Hints, Penalty
 from mopo_fast.ensemble import EnsembleDynamics, elites_of
 from mopo_fast.errors import InputError
-from mopo_fast.pickles import Pickler, as_array, load
 from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine
 from mopo_fast.tasks import BOXES, Box, TerminationFunction
-from mopo_fast.tensors import check_layers
+from mopo_fast.utils.atomic import atomic_path
+from mopo_fast.utils.pickles import Pickler, as_array, load
+from mopo_fast.utils.tensors import check_layers
 
 logger = logging.getLogger("mopo_fast")
 

@@ -20,7 +20,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mopo_fast.atomic import atomic_path
 from mopo_fast.compat import Checkpoint
 from mopo_fast.compat.models import activation_of, actor_of, check_model, ensemble_of
 from mopo_fast.compat.torch_files import load_state, save, take
@@ -29,11 +28,12 @@ from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import EnsembleDynamics as Ensemble
 from mopo_fast.errors import InputError
 from mopo_fast.fit import FitEpoch, fit_dynamics
-from mopo_fast.machine import check_memory
-from mopo_fast.pickles import brief
 from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine
 from mopo_fast.tasks import Box, above, below, make_box
+from mopo_fast.utils.atomic import atomic_path
+from mopo_fast.utils.machine import check_memory
+from mopo_fast.utils.pickles import brief
 
 logger = logging.getLogger("mopo_fast")
 

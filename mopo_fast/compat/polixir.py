@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from mopo_fast.atomic import atomic_path
 from mopo_fast.compat import Checkpoint
 from mopo_fast.compat.models import check_model
 from mopo_fast.compat.torch_files import load
 from mopo_fast.config import Activation, Hints
 from mopo_fast.ensemble import EnsembleDynamics, elites_of
 from mopo_fast.errors import InputError
-from mopo_fast.pickles import Inert, Pickler, brief
 from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine
-from mopo_fast.tensors import check_layers
+from mopo_fast.utils.atomic import atomic_path
+from mopo_fast.utils.pickles import Inert, Pickler, brief
+from mopo_fast.utils.tensors import check_layers
 
 # Added to a standard deviation that divides.
 _EPSILON = 1e-8

@@ -16,12 +16,12 @@ from typing import Any, BinaryIO
 
 import torch
 
-from mopo_fast.atomic import atomic_path
 from mopo_fast.errors import InputError
-from mopo_fast.machine import check_memory
-from mopo_fast.pickles import NUMPY, brief, check_shape, unpickle
-from mopo_fast.tensors import as_float32
-from mopo_fast.zip_files import open_zip
+from mopo_fast.utils.atomic import atomic_path
+from mopo_fast.utils.machine import check_memory
+from mopo_fast.utils.pickles import NUMPY, brief, check_shape, unpickle
+from mopo_fast.utils.tensors import as_float32
+from mopo_fast.utils.zip_files import open_zip
 
 _DTYPES = {
     "Double": torch.float64,

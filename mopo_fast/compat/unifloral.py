@@ -15,17 +15,17 @@ import numpy as np
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from mopo_fast.atomic import atomic_path
 from mopo_fast.compat import Checkpoint
 from mopo_fast.compat.models import actor_of, check_first_layer, check_model, ensemble_of
 from mopo_fast.config import Activation, Hints
 from mopo_fast.ensemble import EnsembleDynamics as Ensemble
 from mopo_fast.ensemble import elites_of
 from mopo_fast.errors import InputError
-from mopo_fast.pickles import NUMPY, as_array, from_buffer, load
 from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine
-from mopo_fast.seeds import ROLLOUT, derive_seed
+from mopo_fast.utils.atomic import atomic_path
+from mopo_fast.utils.pickles import NUMPY, as_array, from_buffer, load
+from mopo_fast.utils.seeds import ROLLOUT, derive_seed
 
 # Of their TanhGaussianActor.
 LOG_STD_BOUNDS = (-5.0, 2.0)

@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mopo_fast.data import d4rl, minari
-from mopo_fast.data.collect import collect, local_file, local_folder
 from mopo_fast.data.files import Compat, from_arrays, load_file
+from mopo_fast.data.local import local_file, local_folder
 from mopo_fast.data.relabel import relabel, relabel_file
 from mopo_fast.data.transitions import Transitions, concatenate
 from mopo_fast.errors import InputError
 
 __all__ = [
     "Transitions",
-    "collect",
     "concatenate",
     "find_dataset",
     "load_dataset",

@@ -20,12 +20,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from mopo_fast.atomic import atomic_path, sync_folder
 from mopo_fast.data.hdf5 import open_hdf5
 from mopo_fast.data.stored import reading
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.errors import InputError
-from mopo_fast.progress import Bar, progress_bar
+from mopo_fast.utils.atomic import atomic_path, sync_folder
+from mopo_fast.utils.progress import Bar, progress_bar
 
 BASE_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
 TASKS = ("halfcheetah", "hopper", "walker2d", "ant")

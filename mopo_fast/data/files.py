@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mopo_fast.atomic import atomic_path
 from mopo_fast.data import trajectories
 from mopo_fast.data.hdf5 import open_hdf5
 from mopo_fast.data.hdf5_writer import Output, hdf5_pieces, write_pieces
@@ -20,6 +19,7 @@ from mopo_fast.data.npz import open_npz
 from mopo_fast.data.stored import Stored, check_fits, is_kept, reading
 from mopo_fast.data.transitions import Transitions, first_not_finite
 from mopo_fast.errors import InputError
+from mopo_fast.utils.atomic import atomic_path
 
 Array = npt.NDArray[Any]
 Compat = Literal["d4rl"]

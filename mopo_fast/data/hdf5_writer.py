@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from mopo_fast.atomic import atomic_path
+from mopo_fast.utils.atomic import atomic_path
 
 Array = npt.NDArray[Any]
 

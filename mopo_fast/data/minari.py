@@ -13,10 +13,10 @@ import gymnasium
 import numpy as np
 import numpy.typing as npt
 
-from mopo_fast.atomic import read_json_as, replace_folder, scratch_folder
 from mopo_fast.data.hdf5 import open_hdf5
 from mopo_fast.data.stored import check_fits, reading
 from mopo_fast.errors import InputError
+from mopo_fast.utils.atomic import read_json_as, replace_folder, scratch_folder
 
 Array = npt.NDArray[Any]
 

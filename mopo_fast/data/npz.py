@@ -8,16 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from mopo_fast.data.stored import (
-    DEFLATE_RATIO,
-    MOST_ARRAYS,
-    SLACK,
-    Array,
-    Stored,
-    declared_bytes,
-    reading,
-)
-from mopo_fast.zip_files import open_zip
+from mopo_fast.data.stored import DEFLATE_RATIO, MOST_ARRAYS, SLACK, Array, Stored, declared_bytes, reading
+from mopo_fast.utils.zip_files import open_zip
 
 _MAGIC = b"\x93NUMPY"
 

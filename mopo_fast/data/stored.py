@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mopo_fast.errors import InputError
-from mopo_fast.machine import available_memory, map_mode
+from mopo_fast.utils.machine import available_memory, map_mode
 
 Array = npt.NDArray[Any]
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mopo_fast import pickles
 from mopo_fast.data.stored import check_fits
 from mopo_fast.errors import InputError
-from mopo_fast.pickles import Array
+from mopo_fast.utils import pickles
+from mopo_fast.utils.pickles import Array
 
 
 def read(path: Path) -> dict[str, Array]:

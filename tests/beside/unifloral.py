@@ -1,6 +1,6 @@
 """Unifloral's rollouts in JAX against what its own code has been recorded to do; takes JAX alone, not theirs.
 
-Run by tests/test_compat_unifloral.py, or: pytest tests/beside/unifloral.py
+Run by tests/compat/test_compat_unifloral.py, or: pytest tests/beside/unifloral.py
 """
 
 import functools

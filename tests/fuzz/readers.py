@@ -23,8 +23,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from mopo_fast import shards, sweep, train
-from mopo_fast.atomic import read_json
+from mopo_fast import sweep, train
+from mopo_fast.bulk import shards
+from mopo_fast.bulk.files import file_sha256
+from mopo_fast.bulk.generate import generate, run_settings
+from mopo_fast.collect import collect
 from mopo_fast.compat import Checkpoint, convert_checkpoint, get_format, offlinerl_kit
 from mopo_fast.config import (
     DynamicsConfig,
@@ -35,17 +38,16 @@ from mopo_fast.config import (
     SACConfig,
     TrainConfig,
 )
-from mopo_fast.data import Transitions, collect, d4rl, load_dataset, minari
+from mopo_fast.data import Transitions, d4rl, load_dataset, minari
 from mopo_fast.data.convert import convert
 from mopo_fast.data.relabel import relabel_file
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.fit import fit_dynamics
-from mopo_fast.generate import generate, run_settings
 from mopo_fast.policy import Actor
 from mopo_fast.report import write_report
 from mopo_fast.rollout import RolloutEngine
-from mopo_fast.shard_files import file_sha256
+from mopo_fast.utils.atomic import read_json
 
 from .children import Entry, check_secret
 
@@ -53,24 +55,24 @@ OBS, ACT, ROWS = 3, 2, 24
 
 # Functions that read, and why no mutated file is given to them.
 EXEMPT = {
-    "mopo_fast.atomic:sweep": "opens temporary files to lock them, and reads nothing",
-    "mopo_fast.atomic:sync_folder": "opens a folder to flush it",
-    "mopo_fast.atomic:scratch_folder": "opens a folder to lock it",
-    "mopo_fast.atomic:_remove_unlocked": "opens a folder to lock it",
-    "mopo_fast.atomic:_parse": "is called by readers, which join by themselves",
-    "mopo_fast.atomic:_validate": "is called by readers, which join by themselves",
+    "mopo_fast.utils.atomic:sweep": "opens temporary files to lock them, and reads nothing",
+    "mopo_fast.utils.atomic:sync_folder": "opens a folder to flush it",
+    "mopo_fast.utils.atomic:scratch_folder": "opens a folder to lock it",
+    "mopo_fast.utils.atomic:_remove_unlocked": "opens a folder to lock it",
+    "mopo_fast.utils.atomic:_parse": "is called by readers, which join by themselves",
+    "mopo_fast.utils.atomic:_validate": "is called by readers, which join by themselves",
     "mopo_fast.cli:fit": "hands a name to load_dataset",
     "mopo_fast.cli:rollout": "hands a name to load_dataset",
     "mopo_fast.data.d4rl:_transfer": "copies bytes from the network, which download checks",
     "mopo_fast.data.hdf5_writer:Output.__init__": "opens a file of its own to write to it",
     "mopo_fast.doctor:_cpuinfo": "reads the kernel's /proc/cpuinfo",
-    "mopo_fast.machine:_control_groups": "reads the kernel's /proc and /sys",
-    "mopo_fast.machine:_kilobytes": "reads the kernel's /proc/meminfo",
-    "mopo_fast.machine:map_mode": "reads the kernel's /proc/sys/vm/overcommit_memory",
-    "mopo_fast.machine:file_backed": "maps a temporary file of its own",
-    "mopo_fast.online:OnlineTraining._settings": "parses JSON that it has just made",
-    "mopo_fast.records:append_row": "adds a line to a file, and reads nothing",
-    "mopo_fast.shard_files:write_file": "writes into a file of its own, and reads it for its digest",
+    "mopo_fast.utils.machine:_control_groups": "reads the kernel's /proc and /sys",
+    "mopo_fast.utils.machine:_kilobytes": "reads the kernel's /proc/meminfo",
+    "mopo_fast.utils.machine:map_mode": "reads the kernel's /proc/sys/vm/overcommit_memory",
+    "mopo_fast.utils.machine:file_backed": "maps a temporary file of its own",
+    "mopo_fast.collect.online:OnlineTraining._settings": "parses JSON that it has just made",
+    "mopo_fast.run.folder:append_row": "adds a line to a file, and reads nothing",
+    "mopo_fast.bulk.files:write_file": "writes into a file of its own, and reads it for its digest",
     "mopo_fast.sweep:_fit": "hands a name to load_dataset",
     "mopo_fast.tasks:_read_task_file": "runs a Python file, which is trusted by being named",
     "mopo_fast.train:_as_json": "parses JSON that it has just made",
@@ -270,7 +272,7 @@ _DATA = [
         _make_trajectories,
         ("data.pkl",),
         _load("data.pkl"),
-        (*FILES, "mopo_fast.data.trajectories:read", "mopo_fast.pickles:load"),
+        (*FILES, "mopo_fast.data.trajectories:read", "mopo_fast.utils.pickles:load"),
     ),
     Entry(
         "minari",
@@ -331,7 +333,7 @@ def _make_actor(number: int) -> None:
     actor(number).save("run")
 
 
-TENSORS = ("mopo_fast.tensors:load_tensors", "mopo_fast.atomic:_read_json")
+TENSORS = ("mopo_fast.utils.tensors:load_tensors", "mopo_fast.utils.atomic:_read_json")
 _MODELS = [
     Entry(
         "EnsembleDynamics.load",
@@ -473,7 +475,7 @@ def _load_into_model() -> None:
 TORCH = (
     "mopo_fast.compat.torch_files:load",
     "mopo_fast.compat.torch_files:load_state",
-    "mopo_fast.zip_files:open_zip",
+    "mopo_fast.utils.zip_files:open_zip",
 )
 _COMPAT = [
     _compat(
@@ -717,8 +719,8 @@ _RUNS = [
         _resume,
         (
             *("mopo_fast.train:check_folder", "mopo_fast.train:_Loop.restore", "mopo_fast.train:_Loop._take"),
-            *("mopo_fast.train:_train_all", "mopo_fast.tensors:load_metadata"),
-            *("mopo_fast.fit:read_fit", "mopo_fast.records:_parse", "mopo_fast.records:_whole_lines"),
+            *("mopo_fast.train:_train_all", "mopo_fast.utils.tensors:load_metadata"),
+            *("mopo_fast.fit:read_fit", "mopo_fast.run.folder:_parse", "mopo_fast.run.folder:_whole_lines"),
         ),
     ),
     Entry(
@@ -740,7 +742,7 @@ _RUNS = [
         _make_finished,
         ("run/summary.json",),
         _summarise,
-        ("mopo_fast.records:read_summary",),
+        ("mopo_fast.run.folder:read_summary",),
         cost=4,
     ),
     Entry(
@@ -756,7 +758,7 @@ _RUNS = [
         _make_models,
         ("run/config.json", "run/*.json", "run/*.safetensors"),
         _generate,
-        ("mopo_fast.generate:run_settings",),
+        ("mopo_fast.bulk.generate:run_settings",),
     ),
     Entry("fit checkpoint", _make_fit, ("fit.safetensors",), _fit, ("mopo_fast.fit:Fit._restore",)),
     Entry(
@@ -765,8 +767,9 @@ _RUNS = [
         ("data/online/*/*.safetensors",),
         _go_on_online,
         (
-            *("mopo_fast.online:OnlineTraining._load", "mopo_fast.online:OnlineTraining._take"),
-            "mopo_fast.online:OnlineTraining._rows",
+            "mopo_fast.collect.online:OnlineTraining._load",
+            "mopo_fast.collect.online:OnlineTraining._take",
+            "mopo_fast.collect.online:OnlineTraining._rows",
         ),
     ),
 ]
@@ -847,9 +850,9 @@ def _complete(**how: Any) -> Callable[[], None]:
 
 
 SHARDS = (
-    "mopo_fast.shards:read_manifest",
-    "mopo_fast.shards:_read_shard",
-    "mopo_fast.shard_files:read_file",
+    "mopo_fast.bulk.shards:read_manifest",
+    "mopo_fast.bulk.shards:_read_shard",
+    "mopo_fast.bulk.files:read_file",
 )
 _PARQUET = {"format": "parquet", "compression": "snappy"}
 _SHARDS = [
@@ -860,36 +863,36 @@ _SHARDS = [
         _make_shards(**_PARQUET),
         ("out/*",),
         _read_shards,
-        (*SHARDS, "mopo_fast.shard_files:_from_parquet"),
+        (*SHARDS, "mopo_fast.bulk.files:_from_parquet"),
     ),
     Entry(
         "shards verify",
         _make_shards(),
         ("out/*",),
         _verify,
-        (*SHARDS, "mopo_fast.shards:_verify_shard", "mopo_fast.shard_files:file_sha256"),
+        (*SHARDS, "mopo_fast.bulk.shards:_verify_shard", "mopo_fast.bulk.files:file_sha256"),
     ),
     Entry(
         "shards verify parquet",
         _make_shards(**_PARQUET),
         ("out/*",),
         _verify,
-        ("mopo_fast.shards:_verify_shard",),
+        ("mopo_fast.bulk.shards:_verify_shard",),
     ),
-    Entry("shards resume", _make_part(), ("out/*",), _complete(), ("mopo_fast.shards:_read_record",)),
+    Entry("shards resume", _make_part(), ("out/*",), _complete(), ("mopo_fast.bulk.shards:_read_record",)),
     Entry(
         "shards resume parquet",
         _make_part(**_PARQUET),
         ("out/*",),
         _complete(**_PARQUET),
-        ("mopo_fast.shards:_read_record",),
+        ("mopo_fast.bulk.shards:_read_record",),
     ),
     Entry(
         "shards overwrite",
         _make_shards(),
         ("out/manifest.json",),
         _complete(overwrite=True),
-        ("mopo_fast.shards:read_manifest",),
+        ("mopo_fast.bulk.shards:read_manifest",),
     ),
 ]
 

@@ -1,4 +1,4 @@
-"""Record what Unifloral's own code does, for tests/test_compat_unifloral.py and tests/beside/unifloral.py.
+"""Record what Unifloral does, for tests/compat/test_compat_unifloral.py and tests/beside/unifloral.py.
 
     python tests/recorded/unifloral.py CHECKOUT
 

@@ -1,0 +1,1 @@
+"""Backends for GPUs: Triton and CUDA."""

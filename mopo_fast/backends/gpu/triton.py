@@ -1,0 +1,268 @@
+"""The rollout in Triton, for any GPU that Triton serves; or interpreted on the CPU, to debug and test it."""
+
+import functools
+import importlib
+import math
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+
+from mopo_fast.backends import (
+    ROLLOUT_ARRAYS,
+    BackendStatus,
+    Destination,
+    DynamicsArrays,
+    PolicyArrays,
+    Settings,
+    Sizes,
+    StepResult,
+)
+from mopo_fast.backends.gpu.pack import MULTIPLE, PackedNetwork, pack, storage_dtype
+from mopo_fast.backends.gpu.record import Record, recorded_rollout, recorded_step
+
+_SERVED = ("float32", "tfloat32", "bfloat16", "float16")
+# Rows that one program of the second kernel copies.
+_COPIED_ROWS = 128
+
+
+class Tile(NamedTuple):
+    """What a program multiplies at a time: `rows`, at most `columns` outputs, at most `depth` inputs.
+
+    Networks at most `held` wide pass activations on in registers, in blocks of `depth` columns.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    held: int
+
+
+# Products in float32 take registers where the others take tensor cores. With factors of 16 bits there are
+# registers left for activations, in blocks of 64 columns without a spill on Hopper.
+_TILES = {
+    "float32": Tile(64, 64, 16, 4, 2, 0),
+    "tfloat32": Tile(64, 64, 32, 4, 3, 0),
+    "bfloat16": Tile(128, 128, 64, 8, 2, 240),
+    "float16": Tile(128, 128, 64, 8, 2, 240),
+}
+# Interpreted, an operation takes as long for few numbers as for many.
+_INTERPRETED = Tile(128, 128, 64, 1, 1, 240)
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str]:
+    """The kernels, or None and the reason why they are not there."""
+    try:
+        return importlib.import_module("mopo_fast.backends.gpu.triton_kernels"), ""
+    except ImportError as error:
+        return None, f"Triton did not load ({error}); install with: pip install 'mopo_fast[triton]'"
+
+
+def _kernels() -> ModuleType:
+    module, _ = _load()
+    assert module is not None, "the backend was chosen, so it is there"
+    return module
+
+
+def _gpu(device: torch.device) -> Any:
+    return torch.cuda.get_device_properties(device)
+
+
+def _tile(operands: str, device: torch.device) -> Tile:
+    if _kernels().INTERPRETED:
+        return _INTERPRETED
+    tile, gpu = _TILES[operands], _gpu(device)
+    # A layer's weights lie in shared memory, on Hopper the next layer's beside them.
+    bytes_each = 4 if gpu.major == 9 else 2
+    room: int = math.isqrt(gpu.shared_memory_per_block_optin // bytes_each) // MULTIPLE * MULTIPLE
+    return tile._replace(held=min(tile.held, room) if gpu.major >= 8 else 0)
+
+
+def _programs(tiles: int, warps: int, device: torch.device) -> int:
+    """As many as run at a time; each takes tile after tile, so that their scratch stays in cache."""
+    if _kernels().INTERPRETED:
+        return min(tiles, 2)
+    # Eight warps of 255 registers a thread fill a multiprocessor.
+    processors: int = _gpu(device).multi_processor_count
+    return min(tiles, processors * 8 // warps)
+
+
+def _run(
+    dynamics: DynamicsArrays,
+    networks: tuple[PackedNetwork, PackedNetwork | None],
+    policy: PolicyArrays | None,
+    start: torch.Tensor,
+    rows: torch.Tensor,
+    record: Record,
+    settings: Settings,
+    *,
+    horizon: int = 1,
+    first_step: int = 0,
+    mean: torch.Tensor | None = None,
+    std: torch.Tensor | None = None,
+) -> None:
+    """All steps of all rollouts, into the record; without a policy its actions are read."""
+    (batch, obs_dim), device = start.shape, start.device
+    tile = _tile(settings.operands, device)
+    packed, packed_policy = networks
+    members = len(packed.weights)
+    everyone = [network for network in networks if network is not None]
+    width = max(size for network in everyone for size in network.sizes[:-1])
+    heads = max(network.sizes[-1] for network in everyone)
+    programs = _programs(-(-batch // tile.rows), tile.warps, device)
+    factors = storage_dtype(settings.operands)
+    _kernels().rollout_kernel[(programs,)](
+        packed.weights,
+        packed.biases,
+        packed.weights.stride(0),
+        packed.biases.stride(0),
+        packed_policy and packed_policy.weights,
+        packed_policy and packed_policy.biases,
+        dynamics.input_mean,
+        dynamics.input_std,
+        torch.stack([torch.exp(-dynamics.max_logvar), torch.exp(dynamics.min_logvar)], dim=1),
+        dynamics.carry,
+        dynamics.elites,
+        dynamics.penalty_members,
+        dynamics.low,
+        dynamics.high,
+        start,
+        rows,
+        batch,
+        horizon,
+        first_step,
+        settings.seed,
+        dynamics.penalty_coef,
+        policy.log_std_min if policy else 0.0,
+        policy.log_std_max if policy else 0.0,
+        *record,
+        mean,
+        std,
+        torch.zeros(programs, 3, tile.rows, width, dtype=factors, device=device),
+        torch.empty(programs, members + 2, tile.rows, heads, dtype=torch.float32, device=device),
+        OBS=obs_dim,
+        ACT=len(dynamics.input_mean) - obs_dim,
+        MEMBERS=members,
+        LOG_STD=dynamics.log_std,
+        OWN_BOUNDS=len(dynamics.max_logvar) > 1,
+        ELITES=len(dynamics.elites),
+        CHOSEN=len(dynamics.penalty_members),
+        SIZES=packed.sizes,
+        POLICY_SIZES=packed_policy and packed_policy.sizes,
+        ACTIVATION=dynamics.activation,
+        POLICY_ACTIVATION=policy and policy.activation,
+        PENALTY=dynamics.penalty,
+        DETERMINISTIC=settings.deterministic,
+        OPERANDS=settings.operands,
+        WIDTH=width,
+        HEADS=heads,
+        HELD=tile.held,
+        ROWS=tile.rows,
+        BLOCK_N=tile.columns,
+        BLOCK_K=tile.depth,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+def _compact(start: torch.Tensor, rows: torch.Tensor, record: Record, out: Destination, head: int) -> None:
+    """Copy the record's rows that exist into the ring, from row `head` on."""
+    batch, horizon = record.rewards.shape
+    targets = [out.arrays.get(name) for name in ROLLOUT_ARRAYS]
+    _kernels().compact_kernel[(-(-batch * horizon // _COPIED_ROWS),)](
+        start,
+        rows,
+        *record[:-1],
+        record.lengths.cumsum(0) - record.lengths,
+        batch,
+        horizon,
+        *targets,
+        *(0 if target is None else target.stride(0) for target in targets),
+        head,
+        out.capacity,
+        OBS=start.shape[1],
+        ACT=record.actions.shape[2],
+        ROWS=_COPIED_ROWS,
+    )
+
+
+def _refusal_of_gpu(dtype: str, capability: tuple[int, int]) -> str | None:
+    """Why a GPU of such a compute capability cannot serve one of `_SERVED`."""
+    if dtype in ("bfloat16", "tfloat32") and capability < (8, 0):
+        return f"{dtype} takes compute capability 8.0, the GPU has {capability[0]}.{capability[1]}"
+    if dtype != "float32" and capability[0] in (10, 11):
+        return f"compute capability {capability[0]}: Triton 3.6 compiled products in {dtype} to a trap"
+    return None
+
+
+class TritonBackend:
+    """float32 arrays on a GPU, products in float32 or less; or interpreted, CPU tensors. By name alone."""
+
+    name = "triton"
+    trains = False
+
+    def status(self) -> BackendStatus:
+        kernels, reason = _load()
+        if kernels is None:
+            return BackendStatus(self.name, False, reason)
+        if kernels.INTERPRETED:
+            reason = "interpreted on the CPU for TRITON_INTERPRET=1, slow"
+            return BackendStatus(self.name, True, reason, by_name_only=True)
+        if not torch.cuda.is_available():
+            reason = "PyTorch sees no GPU; TRITON_INTERPRET=1 interprets the kernels on the CPU"
+            return BackendStatus(self.name, False, reason)
+        # Until its numbers on a GPU have been seen, "auto" does not choose it.
+        reason = f"{torch.cuda.get_device_name()}; not tested on a GPU yet"
+        return BackendStatus(self.name, True, reason, by_name_only=True)
+
+    def refusal(
+        self, dtype: str, device: torch.device, ensemble: Sizes | None = None, policy: Sizes | None = None
+    ) -> str | None:
+        interpreted = _kernels().INTERPRETED
+        if dtype not in _SERVED:
+            return f"serves {', '.join(_SERVED)}, not {dtype}"
+        if device.type != ("cpu" if interpreted else "cuda"):
+            served = "CPU tensors, as it is interpreted" if interpreted else "CUDA tensors"
+            return f"serves {served}, not {device}"
+        if interpreted and dtype == "bfloat16":
+            return "Triton's interpreter multiplies bfloat16 wrongly"
+        return None if interpreted else _refusal_of_gpu(dtype, torch.cuda.get_device_capability(device))
+
+    def training_refusal(self, dtype: str, device: torch.device, widest: int) -> str | None:
+        return "makes rollouts, does not train"
+
+    def step(
+        self,
+        dynamics: DynamicsArrays,
+        observations: torch.Tensor,
+        actions: torch.Tensor,
+        rows: torch.Tensor,
+        step: int,
+        distributions: bool,
+        settings: Settings,
+    ) -> StepResult:
+        networks = (pack(dynamics.weights, dynamics.biases, settings.operands), None)
+        run = functools.partial(_run, dynamics, networks, None, settings=settings)
+        members = len(dynamics.weights[0]) if distributions else 0
+        return recorded_step(run, observations, actions, rows, step, members)
+
+    def rollout(
+        self,
+        dynamics: DynamicsArrays,
+        policy: PolicyArrays,
+        start: torch.Tensor,
+        rows: torch.Tensor,
+        horizon: int,
+        out: Destination,
+        settings: Settings,
+    ) -> tuple[int, int]:
+        networks = (
+            pack(dynamics.weights, dynamics.biases, settings.operands),
+            pack(policy.weights, policy.biases, settings.operands),
+        )
+        run = functools.partial(_run, dynamics, networks, policy, settings=settings)
+        act_dim = policy.weights[-1].shape[-1] // 2
+        return recorded_rollout(run, _compact, start, rows, act_dim, horizon, out)

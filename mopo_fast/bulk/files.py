@@ -1,0 +1,201 @@
+"""A shard as a file: HDF5 in D4RL's layout or Parquet, written whole or not at all, and read."""
+
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from mopo_fast.config import Compression, ShardFormat
+from mopo_fast.data.files import open_file
+from mopo_fast.data.hdf5_writer import Pieces, hdf5_pieces, write_pieces, write_values
+from mopo_fast.data.stored import Array, check_fits, is_kept
+from mopo_fast.errors import InputError
+from mopo_fast.utils.atomic import atomic_path
+from mopo_fast.utils.machine import check_memory
+
+COMPRESSIONS: dict[ShardFormat, tuple[Compression, ...]] = {
+    "hdf5": ("none", "lzf", "gzip"),
+    "parquet": ("none", "snappy", "zstd"),
+}
+
+# Bytes that are hashed between two calls of `check`.
+_BLOCK = 4 << 20
+# Rows of a row group in Parquet, and the most columns that are read.
+_ROW_GROUP = 1 << 17
+_MOST_COLUMNS = 64
+# The types of columns that are read, and of their lists' items.
+_ITEM_BYTES = {"bool": 1, "int32": 4, "int64": 8, "float": 4, "double": 8}
+
+
+def write_file(
+    path: Path,
+    arrays: dict[str, Array],
+    metadata: dict[str, Any],
+    compression: Compression,
+    check: Callable[[], None] = lambda: None,
+) -> tuple[int, str]:
+    """Write a shard, .hdf5 or .parquet; return its size in bytes and its SHA-256.
+
+    Args:
+        check: called every few megabytes; what it raises abandons the file, of which nothing is left.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    with atomic_path(path) as temporary:
+        if path.suffix == ".parquet":
+            _write_parquet(temporary, arrays, metadata, compression, check)
+        else:
+            values = {f"metadata/{name}": value for name, value in metadata.items()}
+            if compression == "none":
+                pieces = hdf5_pieces(arrays | values)
+            else:
+                pieces = _to_hdf5(arrays, values, compression, check)
+            write_pieces(temporary, pieces, check)
+        return temporary.stat().st_size, file_sha256(temporary, check)
+
+
+def file_sha256(path: Path, check: Callable[[], None] = lambda: None) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal; `check` as in `write_file`."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            check()
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _to_hdf5(
+    arrays: dict[str, Array], values: dict[str, Any], compression: Compression, check: Callable[[], None]
+) -> Pieces:
+    # Made in memory, where HDF5 cannot meet a full disk.
+    content = io.BytesIO()
+    options: dict[str, Any] = {"compression": compression, "shuffle": True}
+    with h5py.File(content, "w") as file:
+        for name, array in arrays.items():
+            # Of a whole number of rows, about a megabyte.
+            rows = max(1, 2**20 // max(1, array[:1].nbytes))
+            chunks = (min(rows, len(array)), *array.shape[1:])
+            made = file.create_dataset(name, array.shape, array.dtype, chunks=chunks, **options)
+            for first in range(0, len(array), rows):
+                check()
+                made[first : first + rows] = array[first : first + rows]
+        write_values(file, values)
+    return [(0, content.getbuffer())]
+
+
+def _write_parquet(
+    path: Path,
+    arrays: dict[str, Array],
+    metadata: dict[str, Any],
+    compression: Compression,
+    check: Callable[[], None],
+) -> None:
+    pyarrow = import_pyarrow()
+
+    def column(array: Array) -> Any:
+        values = pyarrow.array(np.ascontiguousarray(array).reshape(-1))
+        return values if array.ndim == 1 else pyarrow.FixedSizeListArray.from_arrays(values, array.shape[1])
+
+    table = pyarrow.table({name: column(array) for name, array in arrays.items()})
+    table = table.replace_schema_metadata({"mopo_fast": json.dumps(metadata)})
+    # No dictionaries: floats repeat too seldom.
+    options = {"compression": compression, "use_dictionary": False}
+    with pyarrow.parquet.ParquetWriter(path, table.schema, **options) as writer:
+        for first in range(0, len(table), _ROW_GROUP):
+            check()
+            writer.write_table(table.slice(first, _ROW_GROUP))
+
+
+def import_pyarrow() -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise InputError("Parquet takes the extra mopo_fast[parquet]: pip install pyarrow") from None
+    return pyarrow
+
+
+def read_file(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
+    """A shard's arrays, mapped into memory where it is uncompressed HDF5, and its metadata.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    if path.suffix == ".parquet":
+        return _from_parquet(path)
+    with open_file(path) as file:
+        arrays = {key: item for key, item in file.items() if "/" not in key and item.shape is not None}
+        check_fits(path, sum(item.nbytes for item in arrays.values() if item.offset is None), "")
+        values = {
+            key.removeprefix("metadata/"): np.asarray(item).item()
+            for key, item in file.items()
+            if key.startswith("metadata/") and item.shape == () and is_kept(item)
+        }
+        texts = {k: v.decode("utf-8", "replace") for k, v in values.items() if isinstance(v, bytes)}
+        found = {k: np.asarray(v) if v.offset is None else v.map(path) for k, v in arrays.items()}
+        return found, values | texts
+
+
+def _from_parquet(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
+    pyarrow = import_pyarrow()
+    if not path.is_file():
+        raise InputError(f"{path} does not exist")
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            _check_parquet(path, file)
+            table = file.read()
+        metadata = json.loads(table.schema.metadata[b"mopo_fast"])
+        if not isinstance(metadata, dict):
+            raise ValueError("its metadata are no dictionary")
+        return {name: _from_column(name, table[name]) for name in table.column_names}, metadata
+    except InputError:
+        raise
+    # pyarrow raises what is its own, and what Python has for the same.
+    except (
+        pyarrow.ArrowException,
+        OSError,
+        LookupError,
+        TypeError,
+        ValueError,
+        RecursionError,
+        MemoryError,
+    ) as error:
+        raise InputError(f"{path} is not a whole Parquet file ({error}); get or make it again") from error
+
+
+def _check_parquet(path: Path, file: Any) -> None:
+    """Raise where the footer of a Parquet file announces no flat arrays, or more than the memory holds."""
+    schema, footer = file.schema_arrow, file.metadata
+    if len(schema.names) > _MOST_COLUMNS or len(set(schema.names)) < len(schema.names):
+        raise ValueError(f"it has {len(schema.names)} columns, some of them of one name, or too many")
+    width = 0
+    for field in schema:
+        size = _list_size(field.type)
+        item = str(field.type.value_type if size else field.type)
+        if item not in _ITEM_BYTES:
+            raise ValueError(f"{field.name} is of type {str(field.type)[:80]}")
+        width += max(1, size) * _ITEM_BYTES[item]
+    stored = sum(max(0, footer.row_group(group).total_byte_size) for group in range(footer.num_row_groups))
+    check_memory(f"{path} with {footer.num_rows} rows", stored + footer.num_rows * width, "cpu", "shard_rows")
+
+
+def _list_size(kind: Any) -> int:
+    """The length of lists of a fixed size; 0 for another type."""
+    import pyarrow
+
+    return int(kind.list_size) if pyarrow.types.is_fixed_size_list(kind) else 0
+
+
+def _from_column(name: str, column: Any) -> Array:
+    values = column.combine_chunks()
+    size = _list_size(values.type)
+    flat = values.values[values.offset * size : (values.offset + len(values)) * size] if size else values
+    if values.null_count or flat.null_count:
+        raise ValueError(f"{name} has empty places")
+    array: Array = flat.to_numpy(zero_copy_only=False)
+    return array.reshape(-1, size) if size else array

@@ -1,0 +1,1 @@
+"""A training run: its folder and how it is resumed, and several runs at once."""

@@ -1,0 +1,1 @@
+"""Small things that anything may use; nothing here imports more of the package than `errors`."""

@@ -1,0 +1,194 @@
+"""What measurements report; how fast anything is, no test says."""
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from mopo_fast.bench.measure import Row, Work, _copy, bench, measure, sac_work, to_table
+from mopo_fast.config import DynamicsConfig, SACConfig
+from mopo_fast.errors import InputError
+from mopo_fast.sac import SAC
+
+SAC_SIZES = {
+    **{"config": SACConfig(hidden=(8, 8), batch_size=40), "obs_dim": 3, "act_dim": 2},
+    **{"updates": 2, "real_rows": 30, "model_rows": 50},
+}
+FIT_SIZES = {
+    **{"config": DynamicsConfig(members=3, elites=1, hidden=(8,), weight_decay=(0.0, 0.0), batch_size=16)},
+    **{"obs_dim": 3, "act_dim": 2, "steps": 2, "rows": 100},
+}
+
+
+ROLLOUT_SIZES = {"obs_dim": 3, "act_dim": 2, "starts": 20, "horizon": 2}
+
+
+@pytest.fixture(autouse=True)
+def small_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quick: what the memory's bandwidth is, no test says."""
+    monkeypatch.setattr("mopo_fast.bench.measure._COPY_BYTES", 2**16)
+
+
+def tiny(kernel: str, **options: Any) -> list[Row]:
+    sizes = {"rollout": ROLLOUT_SIZES, "sac": SAC_SIZES, "fit": FIT_SIZES}[kernel]
+    return bench(kernel, **(sizes | {"rounds": 1, "threads": 1, "quiet": True} | options))
+
+
+def test_sac_rows() -> None:
+    ours, reference = tiny("sac", backend="cpu")
+    assert (ours.kernel, ours.backend, reference.backend) == ("sac", "cpu", "reference")
+    assert ours.baselines == {"reference": ours.rate / reference.rate} and reference.baselines == {}
+    assert ours.unit == "updates/s" and ours.shape["batch"] == [2, 38] and ours.shape["rounds"] == 1
+    assert ours.share_of_peak / reference.share_of_peak == pytest.approx(ours.rate / reference.rate)
+
+
+def test_sac_arithmetic() -> None:
+    # An actor of 3-8-8-4 and two critics of 5-8-8-1: multiply-adds of all layers, and of the first.
+    actor, first_actor, critics, first_critics = 120, 24, 2 * 112, 2 * 40
+    next_value = actor + critics
+    critics_step = 3 * critics - first_critics
+    # Through the critics to the 2 of their 5 inputs that are actions.
+    actor_step = 3 * actor - first_actor + critics + (critics - first_critics + first_critics * 2 // 5)
+    ours, _ = tiny("sac", backend="cpu")
+    assert ours.gflops * 1e9 / ours.rate == pytest.approx(2 * 40 * (next_value + critics_step + actor_step))
+
+
+def test_fit_rows() -> None:
+    ours, reference = tiny("fit", backend="cpu")
+    assert (ours.kernel, ours.backend, reference.backend) == ("fit", "cpu", "reference")
+    assert ours.shape["members"] == 3 and ours.shape["steps"] == 2
+    # 5-8-8: 104 multiply-adds a sample and member, 40 of them in the first layer.
+    assert ours.gflops * 1e9 / ours.rate == pytest.approx(2 * (3 * 104 - 40))
+
+
+# Bytes of rows of 3 + 2 dimensions. A rollout stores both observations, the action, reward, raw reward and
+# penalty, member and step, rollout_index and terminal, and reads a start state every other transition; SAC
+# reads 40 rows without the extras; a member of the fit has 104 weights and 16 biases, each with two moments.
+@pytest.mark.parametrize(
+    ("kernel", "least"),
+    [
+        ("rollout", (3 + 3 + 2 + 3 + 2) * 4 + 8 + 1 + 3 * 4 / 2),
+        ("sac", 40 * ((3 + 3 + 2 + 1) * 4 + 1)),
+        ("fit", (5 + 4) * 4 + 2 * 3 * 120 * 4 / 16),
+    ],
+)
+def test_the_least_memory_traffic(kernel: str, least: float) -> None:
+    for row in tiny(kernel, backend="cpu"):
+        assert row.gflops * 1e9 / row.rate / row.intensity == pytest.approx(least)
+
+
+def test_rows_of_another_dtype_move_at_least_as_much() -> None:
+    wide, narrow = tiny("rollout", backend="reference", dtype="float64")
+    assert wide.dtype == "float64" and wide.intensity == narrow.intensity
+
+
+def test_fit_in_bfloat16_meets_itself_in_float32() -> None:
+    rows = tiny("fit", backend="cpu", dtype="bfloat16")
+    assert [(row.backend, row.dtype) for row in rows] == [
+        ("cpu bfloat16", "bfloat16"), ("cpu", "float32"), ("reference", "float32"),
+    ]  # fmt: skip
+    with pytest.raises(InputError, match="unknown dtype 'float64' of the fit"):
+        tiny("fit", backend="cpu", dtype="float64")
+
+
+@pytest.mark.parametrize("kernel", ["sac", "fit"])
+def test_the_reference_alone_is_one_row(kernel: str) -> None:
+    (row,) = tiny(kernel, backend="reference")
+    assert row.backend == "reference" and row.baselines == {}
+
+
+def test_baselines_compete_from_networks_of_their_own() -> None:
+    made: list[tuple[SAC, int]] = []
+    ran: list[str] = []
+
+    def make(sac: SAC, data: object, buffer: object, updates: int) -> Callable[[], object]:
+        made.append((sac, updates))
+        return lambda: ran.append("other")
+
+    rows = tiny("sac", backend="cpu", rounds=2, baselines={"other": make})
+    assert [row.backend for row in rows] == ["cpu", "reference", "other"]
+    assert rows[0].baselines.keys() == {"reference", "other"} and not rows[2].baselines
+    ((sac, updates),) = made
+    assert (sac.backend, sac.updates, updates) == ("reference", 0, 2)
+    assert ran == ["other"] * 3
+
+
+def test_contenders_take_turns_and_the_first_round_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, turns = [0.0], []
+    monkeypatch.setattr("mopo_fast.bench.measure.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("mopo_fast.bench.measure._PEAK_SIZES", {"cpu": (1,)})
+    monkeypatch.setattr("mopo_fast.bench.measure._product", lambda *_: (lambda: sleep("peak", 1.0), 100.0))
+    monkeypatch.setattr("mopo_fast.bench.measure._copy", lambda _: (lambda: sleep("copy", 4.0), 200.0))
+
+    def sleep(name: str, seconds: float) -> None:
+        turns.append(name)
+        clock[0] += seconds if len(turns) > 4 else 1000.0
+
+    contenders = {"fast": lambda: sleep("fast", 2.0), "slow": lambda: sleep("slow", 8.0)}
+    work = Work(
+        "k",
+        {"size": 1},
+        "things/s",
+        amount=4,
+        flop=10.0,
+        bytes=5.0,
+        threads=1,
+        device=torch.device("cpu"),
+        contenders=contenders,
+    )
+    fast, slow = measure(work, rounds=3, quiet=True)
+    assert turns == ["fast", "slow", "copy", "peak"] * 4
+    assert (fast.rate, slow.rate, fast.baselines) == (2.0, 0.5, {"slow": 4.0})
+    assert (fast.gflops, fast.peak_gflops, fast.share_of_peak) == (2e-8, 1e-7, 0.2)
+    assert (fast.intensity, fast.bandwidth) == (2.0, 5e-8) == (slow.intensity, slow.bandwidth)
+    lines = shown([fast, slow])
+    assert ["fast", "float32", "2", "0.0", "20%"] in lines
+    assert ["slow", "float32", "0", "0.0", "5%", "4.00"] in lines
+
+
+def shown(rows: list[Row]) -> list[list[str]]:
+    """The words of the table's lines."""
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(to_table(rows))
+    return [line.replace("│", " ").split() for line in console.export_text().splitlines()]
+
+
+def test_bfloat16_meets_float32() -> None:
+    rows = tiny("rollout", backend="cpu", dtype="bfloat16")
+    assert [(row.backend, row.dtype) for row in rows] == [
+        ("cpu bfloat16", "bfloat16"),
+        ("cpu", "float32"),
+        ("reference", "float32"),
+    ]
+    assert rows[0].baselines.keys() == {"cpu", "reference"}
+
+
+class InHalf:
+    dtype = torch.float16
+
+    def __call__(self) -> None:
+        pass
+
+
+def test_a_rollout_baseline_says_its_dtype() -> None:
+    baselines = {"half": lambda ensemble, actor, start, horizon: InHalf(), "plain": lambda *_: lambda: None}
+    rows = tiny("rollout", backend="cpu", baselines=baselines)
+    assert [(row.backend, row.dtype) for row in rows[2:]] == [("half", "float16"), ("plain", "float32")]
+
+
+def test_a_copy_counts_what_it_reads_and_writes() -> None:
+    run, moved = _copy(torch.device("cpu"))
+    assert moved == 2 * 2**16
+    copied = run()
+    assert isinstance(copied, torch.Tensor) and copied.nbytes == 2**16 and bool((copied == 1).all())
+
+
+def test_runs_at_once_make_as_many_updates_each() -> None:
+    work = sac_work(runs=3, **SAC_SIZES)
+    assert list(work.contenders) == ["cpu, at once", "cpu", "reference"]
+    assert (work.amount, work.shape["runs"]) == (6, 3)
+    for run in work.contenders.values():
+        run()

@@ -1,0 +1,562 @@
+import errno
+import gc
+import importlib.abc
+import io
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from held_folders import held_elsewhere
+from rich.console import Console
+
+from mopo_fast import Actor, EnsembleDynamics, load_dataset
+from mopo_fast import __main__ as entry
+from mopo_fast.cli import COMMANDS, _outcome, main
+from mopo_fast.config import TrainConfig
+from mopo_fast.errors import InputError
+from mopo_fast.tasks import TASKS
+from mopo_fast.utils import progress
+
+TINY_FIT = [
+    *("--dynamics.hidden", "16", "16", "--dynamics.weight-decay", "1e-5", "1e-5", "1e-5"),
+    *("--dynamics.max-epochs", "2"),
+]
+TINY = [
+    *TINY_FIT,
+    *("--sac.hidden", "16", "16"),
+    *("--rollout.batch-size", "50", "--rollout.interval", "10", "--evaluation.episodes", "2"),
+]
+
+
+def mopo_fast(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The installed command, as a user runs it."""
+    command = [sys.executable, "-m", "mopo_fast", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "hopper-random.hdf5"
+    assert main(["collect", "hopper-random", "--steps", "2000", "--out", str(path), "--quiet"]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "run"
+    arguments = ["train", str(dataset), "--steps", "20", "--horizon", "2", "--penalty-coef", "0.25"]
+    assert main([*arguments, "--out", str(path), "--quiet", *TINY]) == 0
+    return path
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line that a user's mistake prints."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    out, err = capsys.readouterr()
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("error: ") and "Traceback" not in err and not out
+    return last
+
+
+def test_help_names_every_command() -> None:
+    text = mopo_fast("--help").stdout
+    assert all(f"• {name} " in text for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"usage: mopo-fast {command}" in capsys.readouterr().out
+
+
+def test_flags_of_train_are_short_and_the_rest_is_reachable(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = capsys.readouterr().out
+    for flag in ("task", "seed", "steps", "out", "device", "backend", "horizon", "penalty-coef", "penalty"):
+        assert f" --{flag} " in text, flag
+    for flag in ("dynamics", "resume", "quiet", "sac.alpha-max", "rollout.retain-epochs"):
+        assert f" --{flag} " in text, flag
+
+
+def test_an_unknown_flag_is_told_the_near_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "hopper-random-local", "--horizn", "3"])
+    assert stop.value.code == 2
+    assert "--horizon" in capsys.readouterr().err
+
+
+def test_collect_says_where(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(load_dataset(dataset)) == 2000
+    other = dataset.with_name("other.hdf5")
+    main(["collect", "hopper-random", "--steps", "10", "--out", str(other), "--quiet"])
+    assert capsys.readouterr().out.strip() == str(other)
+    message = error_of(capsys, "collect", "hopper-random", "--steps", "10", "--out", other)
+    assert str(other) in message and "--overwrite" in message
+    assert main(["collect", "hopper-random", "--steps", "12", "--out", str(other), "--overwrite"]) == 0
+    assert len(load_dataset(other)) == 12
+
+
+def test_a_run_holds_all_that_it_should(run: Path) -> None:
+    names = {path.name for path in run.iterdir()}
+    assert names >= {
+        *("config.json", "progress.csv", "fit.json", "dynamics.safetensors", "dynamics.json"),
+        *("policy.safetensors", "policy.json", "checkpoint", "summary.json", "report.html"),
+    }
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["updates"] == 20 and summary["seed"] == 0
+    config = json.loads((run / "config.json").read_text())
+    assert config["rollout"]["horizon"] == 2 and config["rollout"]["penalty_coef"] == 0.25
+    assert Actor.load(run).hidden == (16, 16)
+    assert EnsembleDynamics.load(run).hidden == (16, 16)
+
+
+def test_fit_then_train_on_that_fit(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit = tmp_path / "fit"
+    assert main(["fit", str(dataset), "--out", str(fit), "--quiet", *TINY_FIT]) == 0
+    assert "2 epochs" in capsys.readouterr().out
+    (fit / "dynamics.json").unlink()
+    again = ["fit", str(dataset), "--out", str(fit), "--quiet", *TINY_FIT]
+    message = error_of(capsys, *again)
+    assert str(fit / "fit.json") in message and "--overwrite" in message
+    assert not (fit / "dynamics.json").exists()
+    with held_elsewhere(fit):
+        message = error_of(capsys, "fit", "nothing.hdf5", "--out", fit, "--overwrite")
+        assert f"another process is at work in {fit}" in message
+    assert main([*again, "--overwrite"]) == 0
+    out = tmp_path / "run"
+    arguments = ["--steps", "10", "--horizon", "1", "--dynamics", str(fit), "--out", str(out), "--quiet"]
+    assert main(["train", str(dataset), *arguments, *TINY]) == 0
+    assert (out / "dynamics.safetensors").read_bytes() == (fit / "dynamics.safetensors").read_bytes()
+    assert (out / "fit.json").read_text() == (fit / "fit.json").read_text()
+
+
+def test_evaluate_prints_a_line_or_json(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--episodes", "3", "--seed", "5", "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert len(values["returns"]) == len(values["lengths"]) == 3
+    assert values["return_mean"] == pytest.approx(np.mean(values["returns"]))
+    assert main(["evaluate", str(run), "--episodes", "3", "--seed", "5"]) == 0
+    assert f"return {values['return_mean']:.1f} " in capsys.readouterr().out
+    assert main(["evaluate", str(run), "--episodes", "3", "--seed", "5", "--stochastic", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["returns"] != values["returns"]
+
+
+def test_report_is_written_again(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "report.html").unlink()
+    capsys.readouterr()
+    assert main(["report", str(run)]) == 0
+    assert capsys.readouterr().out.strip() == str(run / "report.html")
+    assert "<html" in (run / "report.html").read_text()
+
+
+@pytest.mark.parametrize("suffix", [".hdf5", ".npz"])
+def test_rollouts_come_back_as_a_data_set(run: Path, dataset: Path, tmp_path: Path, suffix: str) -> None:
+    out = tmp_path / f"rollouts{suffix}"
+    arguments = ["--dataset", str(dataset), "--count", "100", "--horizon", "3", "--out", str(out)]
+    assert main(["rollout", str(run), *arguments, "--backend", "reference"]) == 0
+    file = h5py.File(out) if suffix == ".hdf5" else np.load(out)
+    with file:
+        arrays = {key: file[key][()] for key in file if key != "metadata"}
+    data = load_dataset(out)
+    assert len(data) == len(arrays["rewards"]) == 100
+    assert torch.equal(data.next_observations, torch.from_numpy(arrays["next_observations"]))
+    np.testing.assert_allclose(
+        arrays["rewards"], arrays["raw_rewards"] - 0.25 * arrays["penalties"], rtol=1e-5, atol=1e-5
+    )
+    # Every rollout ends once: by a terminal, or by its third step, which is a time-out; the last is cut.
+    ends = arrays["terminals"] | arrays["timeouts"]
+    assert not (arrays["terminals"] & arrays["timeouts"]).any()
+    assert ends.sum() == len(np.unique(arrays["rollout_index"])) and ends[-1]
+    assert np.array_equal(np.flatnonzero(arrays["step"] == 0)[1:], np.flatnonzero(ends)[:-1] + 1)
+    assert (arrays["step"][:-1][arrays["timeouts"][:-1]] == 2).all()
+    inside = TASKS["hopper"].box.contains(data.next_observations)
+    assert np.array_equal(~inside.numpy(), arrays["terminals"])
+
+
+def test_where_rollouts_go_is_asked_first(
+    run: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before even the data set is read: there is none."""
+    nothing = ["rollout", run, "--dataset", "nothing.hdf5", "--out"]
+    assert "must end in" in error_of(capsys, *nothing, tmp_path / "a.csv")
+    assert "exists already" in error_of(capsys, *nothing, dataset)
+    out = tmp_path / "a.npz"
+    out.touch()
+    arguments = ["rollout", str(run), "--dataset", str(dataset), "--count", "4", "--out", str(out)]
+    assert main([*arguments, "--overwrite"]) == 0
+    assert len(load_dataset(out)) > 0
+
+
+def test_doctor_prints_text_or_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    assert "backend reference" in capsys.readouterr().out
+    assert main(["doctor", "--json"]) == 0
+    assert {"machine", "backends", "packages"} <= json.loads(capsys.readouterr().out).keys()
+
+
+# 2 x (7 members of 131,800 and a policy of 72,960 multiply-adds) a transition; in training, the gradients of
+# weights and inputs as well, but for the 4600 of the first layer's input.
+@pytest.mark.parametrize(
+    ("kernel", "sizes", "unit", "flop"),
+    [
+        ("rollout", {"starts": 20, "horizon": 2}, "transitions/s", 2 * (7 * 131_800 + 72_960)),
+        ("fit", {"steps": 1}, "samples*members/s", 2 * (3 * 131_800 - 4600)),
+    ],
+)
+def test_bench_writes_rows(
+    kernel: str,
+    sizes: dict[str, int],
+    unit: str,
+    flop: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("mopo_fast.bench.measure._COPY_BYTES", 2**16)
+    out, picture = tmp_path / "bench.json", tmp_path / "bench.png"
+    flags = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    arguments = ["--rounds", "2", "--threads", "1", "--quiet", "--json", str(out), "--plot", str(picture)]
+    assert main(["bench", kernel, *flags, *arguments]) == 0
+    ours, reference = json.loads(out.read_text())
+    assert (ours["kernel"], reference["backend"]) == (kernel, "reference")
+    assert ours["baselines"]["reference"] == pytest.approx(ours["rate"] / reference["rate"])
+    assert ours["shape"].items() >= sizes.items() and ours["unit"] == unit
+    assert ours["gflops"] * 1e9 / ours["rate"] == pytest.approx(flop)
+    assert min(ours["intensity"], ours["peak_gflops"], ours["bandwidth"]) > 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in (kernel, "cpu", "reference", "torch.mm"))
+
+
+@pytest.mark.parametrize(
+    ("flag", "name"),
+    [
+        ("--plot", "a.jpeg"),
+        ("--plot", "/proc/nowhere/a.png"),
+        ("--plot", "folder.png"),
+        ("--json", "/proc/a/b"),
+    ],
+)
+def test_a_bench_that_cannot_be_written_is_not_begun(
+    flag: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*args: object, **kwargs: object) -> None:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr("mopo_fast.bench.measure", measured)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    assert name in error_of(capsys, "bench", "rollout", "--starts", "1", flag, name)
+
+
+MISTAKES = {
+    "a task that does not exist": (["train", "DATA", "--task", "cheetah"], ["cheetah", *TASKS]),
+    "a task of other sizes": (["train", "DATA", "--task", "halfcheetah"], ["17"]),
+    "no such file": (["train", "hopper-none.hdf5"], ["hopper-none.hdf5", "does not exist"]),
+    "no such data set": (["train", "hopper-mediun-v2"], ["hopper-mediun-v2", "hopper-medium-v2"]),
+    "a name without a task": (["train", "JUNK"], ["junk", "--task", *TASKS]),
+    "neither file nor task": (["train", "nothing.hdf5"], ["nothing.hdf5", "does not exist"]),
+    "neither set nor task": (["train", "nothing"], ["unknown data set 'nothing'", "hopper"]),
+    "not a data set": (["fit", "JUNK", "--out", "OUT"], ["junk.hdf5"]),
+    "no such backend": (["train", "DATA", "--backend", "abacus"], ["abacus", "reference"]),
+    "no such device": (["train", "DATA", "--device", "abacus"], ["abacus"]),
+    "no such ensemble": (["train", "DATA", "--dynamics", "nowhere"], ["nowhere"]),
+    "no steps": (["train", "DATA", "--steps", "0"], ["steps", "0"]),
+    "no horizon": (["train", "DATA", "--horizon", "0"], ["horizon", "0"]),
+    "a negative penalty": (["train", "DATA", "--penalty-coef", "-1"], ["penalty_coef", "-1"]),
+    "a negative seed": (["train", "DATA", "--seed", "-1"], ["seed", "-1"]),
+    "a thousand million runs": (
+        ["train", "DATA", "--seeds", "0:1000000000"],
+        ["1,000,000,000 runs", "10,000"],
+    ),
+    "seeds without end": (["train", "DATA", "--seeds", f"0:{10**40}"], ["runs", "10,000"]),
+    "a sweep without end": (["sweep", "DATA", "--seeds", "0:1000000000"], ["1,000,000,000 runs", "10,000"]),
+    "too many combinations": (
+        ["sweep", "DATA", "--seeds", "0:9000", "--horizons", "1", "2"],
+        ["18,000 runs", "10,000"],
+    ),
+    "negative seeds": (["train", "DATA", "--seeds=-3:2"], ["--seeds", "'-3:2'"]),
+    "a negative seed among others": (["train", "DATA", "--seeds=3,-1,5"], ["--seeds", "'3,-1,5'"]),
+    "seeds from a later one": (["sweep", "DATA", "--seeds", "5:2"], ["--seeds", "'5:2'"]),
+    "seeds that are words": (["train", "DATA", "--seeds", "9" * 5000], ["--seeds"]),
+    "a seed twice": (["train", "DATA", "--seeds", "1,1"], ["twice"]),
+    "a seed twice in a sweep": (["sweep", "DATA", "--seeds", "1,1"], ["seed1-h", "twice"]),
+    "coefficients of one name": (
+        ["sweep", "DATA", "--penalty-coefs", "0.5", "0.5000000001"],
+        ["coef0.5", "twice"],
+    ),
+    "a folder that cannot be made": (["train", "DATA", "--out", "/proc/nowhere"], ["/proc/nowhere"]),
+    "collect what is not made": (["collect", "humanoid-random"], ["humanoid-random", "hopper"]),
+    "collect nothing": (["collect", "hopper-random", "--steps", "0", "--out", "OUT"], ["steps", "0"]),
+    "evaluate no run": (["evaluate", "nowhere"], ["nowhere"]),
+    "evaluate nothing": (["evaluate", "RUN", "--episodes", "0"], ["episodes", "0"]),
+    "report no run": (["report", "nowhere"], ["nowhere"]),
+    "roll out no run": (["rollout", "nowhere", "--dataset", "DATA", "--out", "OUT.npz"], ["nowhere"]),
+    "roll out to no format": (["rollout", "RUN", "--dataset", "DATA", "--out", "a.csv"], ["a.csv", ".npz"]),
+    "roll out nothing": (
+        ["rollout", "RUN", "--dataset", "DATA", "--out", "OUT.npz", "--count", "0"],
+        ["count", "0"],
+    ),
+    "roll out over the data": (["rollout", "RUN", "--dataset", "DATA", "--out", "DATA"], ["--overwrite"]),
+    "roll out a negative seed": (
+        ["rollout", "RUN", "--dataset", "DATA", "--out", "OUT.npz", "--seed", "-1"],
+        ["seed", "-1"],
+    ),
+    "roll out too much": (
+        ["rollout", "RUN", "--dataset", "DATA", "--out", "OUT.npz", "--count", str(10**12)],
+        ["GiB", "count"],
+    ),
+    "fit over a run": (["fit", "DATA", "--out", "RUN"], ["config.json", "choose another --out"]),
+    "no such termination": (
+        ["train", "DATA", "--rollout.termination", "abacus"],
+        ["abacus", "hopper-authors"],
+    ),
+    "bench no rounds": (["bench", "rollout", "--rounds", "0"], ["rounds", "0"]),
+    "bench no updates": (["bench", "sac", "--updates", "0"], ["updates", "0"]),
+    "bench another's size": (["bench", "fit", "--horizon", "1"], ["horizon", "rollout", "fit"]),
+    "bench on no backend": (["bench", "rollout", "--backend", "abacus"], ["abacus"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_that_names_it(
+    mistake: str,
+    dataset: Path,
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "junk.hdf5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
+    names = {"DATA": dataset, "RUN": run, "JUNK": "junk.hdf5", "OUT": "out", "OUT.npz": "out.npz"}
+    arguments, words = MISTAKES[mistake]
+    message = error_of(capsys, *(names.get(argument, argument) for argument in arguments))
+    assert all(word in message for word in words), message
+    assert [path.name for path in tmp_path.rglob("*")] == ["junk.hdf5"]
+
+
+# What each command calls, a command line with no flag at its default, and what must arrive there.
+CALLS: dict[str, tuple[list[str], list[object], dict[str, object]]] = {
+    "data.collect": (
+        [
+            "collect",
+            "hopper-random",
+            "--steps",
+            "7",
+            "--seed",
+            "3",
+            "--threads",
+            "2",
+            "--overwrite",
+            "--quiet",
+        ],
+        ["hopper-random", 7],
+        {"seed": 3, "out": None, "threads": 2, "overwrite": True, "quiet": True},
+    ),
+    "fit.fit_and_save": (
+        [
+            *("fit", "DATA", "--out", "OUT", "--seed", "3", "--device", "cuda", "--backend", "reference"),
+            *("--threads", "2", "--quiet"),
+        ],
+        [],
+        {"seed": 3, "device": "cuda", "backend": "reference", "threads": 2, "quiet": True},
+    ),
+    "train.train_many": (
+        ["train", "hopper-none.hdf5", "--seed", "3", "--resume", "--quiet"],
+        [[TrainConfig("hopper-none.hdf5", seed=3)], [Path("runs/hopper-none-seed3")]],
+        {"resume": True, "quiet": True},
+    ),
+    "evaluate.evaluate": (
+        ["evaluate", "RUN", "--episodes", "7", "--seed", "3", "--stochastic"],
+        [],
+        {"episodes": 7, "seed": 3, "deterministic": False},
+    ),
+    "generate.generate": (
+        [
+            *("rollout", "RUN", "--dataset", "DATA", "--out", "OUT.npz", "--count", "7", "--horizon", "3"),
+            *("--seed", "3", "--penalty-coef", "0", "--backend", "reference"),
+        ],
+        [],
+        {"count": 7, "horizon": 3, "seed": 3, "penalty_coef": 0.0, "backend": "reference"},
+    ),
+    "bench.bench": (
+        [
+            *("bench", "sac", "--backend", "reference", "--obs-dim", "3", "--act-dim", "2"),
+            *("--updates", "7", "--rounds", "6", "--threads", "2", "--quiet"),
+        ],
+        ["sac"],
+        {
+            **{"backend": "reference", "obs_dim": 3, "act_dim": 2, "updates": 7, "rounds": 6},
+            **{"threads": 2, "quiet": True},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("function", CALLS)
+def test_every_flag_arrives(
+    function: str,
+    dataset: Path,
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def called(*args: object, **kwargs: object) -> None:
+        assert [argument for argument in positional if argument not in args] == []
+        assert {name: kwargs.get(name) for name in named} == named
+        raise InputError("arrived")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(f"mopo_fast.{function}", called)
+    names = {"DATA": dataset, "RUN": run, "OUT": "out", "OUT.npz": "out.npz"}
+    arguments, positional, named = CALLS[function]
+    assert error_of(capsys, *(names.get(argument, argument) for argument in arguments)) == "error: arrived"
+
+
+def test_an_outcome_without_a_score_is_a_return() -> None:
+    values = {"return_mean": 1.25, "return_std": 0.5, "score_mean": None, "score_std": None}
+    assert _outcome(values) == "return 1.2 +- 0.5"
+    assert _outcome(values | {"score_mean": 3.0, "score_std": 4.0}).endswith("score 3.00 +- 4.00")
+
+
+def test_a_mistake_exits_with_2_and_no_traceback() -> None:
+    result = mopo_fast("train", "nothing.hdf5")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+def test_what_is_logged_goes_to_standard_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def talkative() -> None:
+        """Log a word and print another."""
+        logging.getLogger("mopo_fast").info("logged")
+        print("printed")
+
+    monkeypatch.setitem(COMMANDS, "doctor", talkative)
+    assert main(["doctor"]) == 0
+    assert [text.strip() for text in capsys.readouterr()] == ["printed", "logged"]
+
+
+def test_an_interrupt_without_a_word_says_stopped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> None:
+        """Stop at once."""
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(COMMANDS, "doctor", interrupted)
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == "stopped\n"
+
+
+def test_an_interrupt_of_an_extension_modules_import_says_stopped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> None:
+        """Import what pybind11 has made."""
+        raise ImportError("initialization failed") from KeyboardInterrupt()
+
+    monkeypatch.setitem(COMMANDS, "doctor", interrupted)
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == "stopped\n"
+
+
+def test_an_interrupt_of_the_imports_says_stopped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupted(importlib.abc.MetaPathFinder):
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "mopo_fast.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "mopo_fast.cli")
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    frozen: list[bool] = []
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(True))
+    assert entry.run() == 130
+    assert capsys.readouterr().err == "stopped\n"
+    assert frozen == [True]
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (MemoryError(), "MemoryError"),
+        (RuntimeError("can't start new thread"), "can't start new thread"),
+        (ValueError("Error: engine error: Could not allocate memory\nand more"), "Error: engine error"),
+        (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), "Cannot allocate memory"),
+    ],
+)
+def test_a_lack_of_memory_is_told_in_a_sentence(
+    error: Exception, why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def greedy() -> None:
+        """Take too much."""
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "doctor", greedy)
+    assert main(["doctor"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: the system has no more memory or threads (") and said.count("\n") == 1
+    assert why in said
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong() -> None:
+        """Fail."""
+        raise RuntimeError("a fault")
+
+    monkeypatch.setitem(COMMANDS, "doctor", wrong)
+    with pytest.raises(RuntimeError, match="a fault"):
+        main(["doctor"])
+
+
+def test_a_bar_without_memory_leaves_the_terminal_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(progress, "console", Console(file=terminal, force_terminal=True))
+
+    def refused(thread: threading.Thread) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    errors = sys.stderr
+    with pytest.raises(MemoryError), progress.progress_bar("bar", 3):
+        pass
+    assert sys.stderr is errors
+    assert terminal.getvalue().rstrip().endswith("\x1b[?25h"), "the cursor is hidden"
+
+
+def test_an_interrupt_exits_with_130_and_says_how_to_go_on(dataset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "mopo_fast", "train", dataset, "--out", out, "--quiet", *TINY]
+    # A suite run in the background ignores SIGINT, and its children would too.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, handler)
+    deadline = time.monotonic() + 60
+    while not (out / "config.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert f"--out {out} --resume" in errors and "Traceback" not in errors

@@ -1,0 +1,71 @@
+"""What is installed: one version, lazy imports, sources that a wheel can be built from."""
+
+import importlib.metadata
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+
+import pytest
+from places import ROOT
+
+import mopo_fast
+
+
+def test_every_public_name_is_there() -> None:
+    for name in mopo_fast.__all__:
+        assert getattr(mopo_fast, name) is not None
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = mopo_fast.nothing
+
+
+def test_one_version() -> None:
+    assert importlib.metadata.version("mopo_fast") == mopo_fast.__version__
+    assert f"## {mopo_fast.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_command_line_loads_without_torch() -> None:
+    check = "import sys, mopo_fast.cli; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+def test_cuda_loads_where_it_is_used() -> None:
+    check = "import sys, mopo_fast.rollout; sys.exit('mopo_fast._cuda' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+def test_every_source_is_in_the_build() -> None:
+    listed = (ROOT / "CMakeLists.txt").read_text()
+    for suffix in ("cpp", "cu"):
+        for source in (ROOT / "csrc").rglob(f"*.{suffix}"):
+            assert str(source.relative_to(ROOT)) in listed
+
+
+def test_constraints_pin_every_requirement() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"]
+    wanted = [*project["project"]["dependencies"], *(name for extra in extras.values() for name in extra)]
+    wanted += project["build-system"]["requires"]
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {line.split("==")[0].lower().replace("_", "-") for line in lines if "==" in line}
+    assert {re.split(r"[<>=\[]", name)[0].lower() for name in wanted} <= pinned
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16", "avx512_amx"])
+def test_the_linker_cannot_mix_instruction_sets(isa: str) -> None:
+    # An inline function that two files share is kept once, compiled for either: an older processor would
+    # then meet instructions that it does not have. So these files may share none.
+    objects = list((ROOT / "build").glob(f"cmake-release-*/**/{isa}.cpp.o"))
+    if shutil.which("nm") is None:
+        pytest.skip("needs nm")
+    if isa != "portable" and platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("built on x86-64 alone")
+    assert objects, "the extension was not built in this tree: make install"
+    for path in objects:
+        symbols = subprocess.run(
+            ["nm", "-C", "--defined-only", path], capture_output=True, text=True, check=True
+        )
+        weak = [line.split(maxsplit=2)[2] for line in symbols.stdout.splitlines() if line.split()[1] in "WVu"]
+        assert not [name for name in weak if f"mopo::{isa}::" not in name]

@@ -1,0 +1,414 @@
+"""The report: its figures' numbers, its page, and what it says when a part is missing."""
+
+import base64
+import dataclasses
+import json
+import math
+import os
+import re
+import resource
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_fits import SMALL, toy_data
+
+from mopo_fast.cli import main
+from mopo_fast.config import TrainConfig, to_dict
+from mopo_fast.data import Transitions
+from mopo_fast.ensemble import EnsembleDynamics
+from mopo_fast.errors import InputError
+from mopo_fast.fit import fit_and_save, split_holdout
+from mopo_fast.report import HeldOut, _Run, spearman, write_report
+
+PICTURES = ("learning_curve", "penalty_calibration", "residuals", "fit", "time")
+SUMMARY = {
+    "score_mean": 26.14, "score_std": 0.72, "return_mean": 2965.2, "return_std": 89.0, "updates": 100_000,
+    "seconds": {"fit": 700.0, "rollout": 310.0, "sac": 1400.0, "evaluate": 45.0, "total": 2500.0},
+    "backend": "cpu", "device": "cpu", "dtype": "float32", "dataset": "toy", "task": "hopper", "seed": 0,
+    "horizon": 5, "penalty": "max_aleatoric", "penalty_coef": 0.5,
+    "versions": {"mopo_fast": "0.1.0", "torch": "2.13.0"},
+}  # fmt: skip
+
+
+class Page(HTMLParser):
+    """What a browser would show: texts and pictures; every tag must be closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+        self.images: list[dict[str, str | None]] = []
+        self.links: list[str | None] = []
+        self.open: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "img":
+            self.images.append(dict(attrs))
+        self.links += [value for name, value in attrs if name in ("href", "src")]
+        if tag not in ("img", "meta"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if data.strip() and self.open[-1] != "style":
+            self.texts.append(data.strip())
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fitted")
+    fit_and_save(toy_data(600), folder, config=SMALL)
+    return folder
+
+
+@pytest.fixture
+def run(fitted: Path, tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "a run"
+    folder.mkdir()
+    for path in fitted.iterdir():
+        if path.is_file():
+            (folder / path.name).write_bytes(path.read_bytes())
+    config = to_dict(TrainConfig("toy", task="hopper"))
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "summary.json").write_text(json.dumps(SUMMARY))
+    lines = ["epoch,updates,score_mean,score_std,return_mean,return_std"]
+    lines += [
+        f"{i},{1000 * i},{2.5 * i},1.5,{100 * i},50" if i % 2 else f"{i},{1000 * i},,,," for i in range(1, 8)
+    ]
+    (folder / "progress.csv").write_text("\n".join(lines) + "\n")
+    yield folder
+
+
+def keep(run: Path, *names: str) -> Path:
+    """The run with these files alone: what is not drawn takes no time."""
+    for path in run.iterdir():
+        if path.name not in names:
+            path.unlink()
+    return run
+
+
+def texts_of(run: Path, data: Transitions | None = None) -> list[str]:
+    return Page(write_report(run, data=data).read_text()).texts
+
+
+def missing(run: Path, data: Transitions | None = None) -> list[str]:
+    return [text for text in texts_of(run, data) if text.startswith("Missing")]
+
+
+# --- the whole page
+
+
+def test_the_page_is_whole_and_self_contained(run: Path) -> None:
+    path = write_report(run, data=toy_data(600))
+    assert path == run / "report.html"
+    page = Page(path.read_text())
+    assert not [text for text in page.texts if text.startswith("Missing")]
+    assert len(page.images) == len(PICTURES)
+    for name, image in zip(PICTURES, page.images, strict=True):
+        kind, encoded = str(image["src"]).split(",")
+        assert kind == "data:image/png;base64"
+        picture = base64.b64decode(encoded)
+        assert picture == (run / f"{name}.png").read_bytes()
+        assert picture.startswith(b"\x89PNG") and picture.endswith(b"IEND\xaeB\x60\x82")
+        assert image["alt"]
+    assert all(str(link).startswith("data:") for link in page.links)
+
+
+def test_the_table_gives_the_run_in_short(run: Path) -> None:
+    texts = texts_of(keep(run, "config.json", "summary.json"))
+    for value in (
+        "toy",
+        "hopper",
+        "26.1 ± 0.7",
+        "2965.2 ± 89.0",
+        "100,000",
+        "41 min 40 s",
+        "cpu, float32",
+        "0.5",
+    ):
+        assert value in texts
+    assert "mopo_fast 0.1.0, torch 2.13.0" in texts
+
+
+def test_the_learning_curve_has_the_evaluated_epochs(run: Path) -> None:
+    figure_text = next(text for text in texts_of(keep(run, "progress.csv")) if "Normalised score (0" in text)
+    assert "Last: 17.5 ± 1.5; best: 17.5" in figure_text
+
+
+def test_a_task_without_references_shows_returns(run: Path) -> None:
+    (run / "progress.csv").write_text("updates,score_mean,score_std,return_mean,return_std\n1000,,,321.5,4\n")
+    (run / "summary.json").write_text(json.dumps(SUMMARY | {"score_mean": None, "score_std": None}))
+    texts = texts_of(keep(run, "progress.csv", "summary.json"))
+    assert any(text.startswith("Return of the policy") and "321.5 ± 4.0" in text for text in texts)
+    assert not [text for text in texts if "not as it should be" in text]
+
+
+def test_everything_is_escaped(run: Path) -> None:
+    evil = "<script>alert('&')</script>"
+    (run / "summary.json").write_text(json.dumps(SUMMARY | {"dataset": evil, "versions": {evil: evil}}))
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"dataset": evil + ".hdf5"}))
+    folder = keep(run, "config.json", "summary.json", "fit.json", "dynamics.json", "dynamics.safetensors")
+    folder = folder.rename(run.parent / "<b>run")
+    page = Page(write_report(folder).read_text())
+    assert evil in page.texts
+    assert any(evil in text for text in page.texts if text.startswith("Missing"))
+    assert "MOPO run: <b>run" in page.texts
+    assert "<script" not in (folder / "report.html").read_text()
+
+
+def test_a_fit_alone_is_a_run(run: Path) -> None:
+    lines = missing(keep(run, "fit.json", "dynamics.json", "dynamics.safetensors"), toy_data(600))
+    assert len(lines) == 2
+    assert "progress.csv does not exist" in lines[0]
+    assert "summary.json does not exist" in lines[1]
+
+
+# --- the numbers
+
+
+def test_held_out_numbers_equal_those_by_hand(run: Path) -> None:
+    data = toy_data(600)
+    held_out = _Run(run, data).held_out
+    tensors = data[split_holdout(600, 0, SMALL)[1]]
+    model = EnsembleDynamics.load(run)
+    with torch.no_grad():
+        mean, logvar = model(torch.cat([tensors.observations, tensors.actions], -1))
+    truth = torch.cat([tensors.next_observations - tensors.observations, tensors.rewards[:, None]], -1)
+    variance, elites = logvar.exp(), model.elites.tolist()
+    assert held_out.penalty == "max_aleatoric"
+    np.testing.assert_allclose(held_out.penalties, variance.sum(-1).sqrt().max(0).values.numpy(), rtol=1e-4)
+    errors = (sum(mean[e] for e in elites) / len(elites) - truth).norm(dim=-1)
+    np.testing.assert_allclose(held_out.errors, errors.numpy(), rtol=1e-4, atol=1e-5)
+    for position, elite in enumerate(elites):
+        expected = (truth - mean[elite]) / variance[elite].sqrt()
+        np.testing.assert_allclose(held_out.residuals[position], expected.numpy(), rtol=1e-3, atol=1e-4)
+
+
+def test_the_truth_of_an_absolute_mean_is_the_next_observation(run: Path) -> None:
+    data = toy_data(600)
+    model, dims = EnsembleDynamics.load(run), [0, 2]
+    changes = _Run(run, data).held_out
+    model.absolute[dims] = True
+    model.save(run)
+    held_out = _Run(run, data).held_out
+    rows = data[split_holdout(600, 0, SMALL)[1]]
+    shift = torch.zeros(len(rows), data.obs_dim + 1)
+    shift[:, dims] = rows.observations[:, dims]
+    with torch.no_grad():
+        _, logvar = model(torch.cat([rows.observations, rows.actions], -1))
+    moved = shift / (0.5 * logvar[model.elites]).exp()
+    np.testing.assert_allclose(held_out.residuals - changes.residuals, moved.numpy(), rtol=1e-3, atol=1e-3)
+
+
+def test_the_penalty_is_the_one_of_the_run(run: Path) -> None:
+    data = toy_data(600)
+    path = run / "config.json"
+    config = json.loads(path.read_text())
+
+    def held_out(**rollout: str) -> HeldOut:
+        path.write_text(json.dumps(config | {"rollout": config["rollout"] | rollout}))
+        return _Run(run, data).held_out
+
+    model = EnsembleDynamics.load(run)
+    rows = data[split_holdout(600, 0, SMALL)[1]]
+    with torch.no_grad():
+        mean, logvar = model(torch.cat([rows.observations, rows.actions], -1))
+    elites_only = logvar.exp()[model.elites].sum(-1).sqrt().max(0).values.numpy()
+    np.testing.assert_allclose(held_out(penalty_members="elites").penalties, elites_only, rtol=1e-4)
+    spread = mean[..., :-1].var(0, correction=0).mean(-1).sqrt().numpy()
+    other = held_out(penalty="ensemble_std")
+    np.testing.assert_allclose(other.penalties, spread, rtol=1e-3)
+    assert other.penalty == "ensemble_std"
+
+
+def test_spearman_against_known_values() -> None:
+    x = np.arange(10.0)
+    assert spearman(x, x**3) == pytest.approx(1.0)
+    assert spearman(x, -np.exp(x)) == pytest.approx(-1.0)
+    # Ties share their mean rank: (1, 2.5, 2.5, 4, 5) against (2, 1, 4.5, 4.5, 3) is 3.75 / 9.5.
+    assert spearman(np.array([1.0, 2, 2, 3, 5]), np.array([2.0, 1, 4, 4, 3])) == pytest.approx(3.75 / 9.5)
+    assert math.isnan(spearman(x, np.ones(10)))
+
+
+def test_the_residuals_of_a_normal_model_are_called_calibrated(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held_out = _Run(run, toy_data(600)).held_out
+    normal = np.random.default_rng(0).normal(size=(5, 20_000, 4))
+    held_out = dataclasses.replace(held_out, residuals=normal)
+    monkeypatch.setattr(_Run, "held_out", held_out)
+    caption = next(text for text in texts_of(run) if text.startswith("Standardised residuals"))
+    one, two = re.findall(r"([\d.]+)% (?:lie )?within", caption)
+    assert float(one) == pytest.approx(68.3, abs=0.5)
+    assert float(two) == pytest.approx(95.4, abs=0.3)
+
+
+# --- what is missing or garbled
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("progress.csv", 1),
+        ("summary.json", 1),
+        ("fit.json", 3),
+        ("dynamics.safetensors", 2),
+        ("config.json", 0),
+    ],
+)
+def test_a_missing_file_is_one_line_per_section(run: Path, name: str, lines: int) -> None:
+    for picture in PICTURES:
+        (run / f"{picture}.png").write_bytes(b"from before")
+    (run / name).unlink()
+    found = missing(run, toy_data(600))
+    assert len(found) == lines
+    assert all(f"{name} does not exist" in line for line in found)
+    # A picture from before would be a lie.
+    assert len(list(run.glob("*.png"))) == 5 - lines
+
+
+def test_data_that_are_gone_or_changed_are_said(run: Path) -> None:
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"dataset": str(run / "gone.hdf5")}))
+    keep(run, "config.json", "fit.json", "dynamics.json", "dynamics.safetensors")
+    lines = [line for line in missing(run) if "gone.hdf5" in line]
+    assert len(lines) == 2
+    changed = toy_data(600)
+    changed.rewards[0] += 1
+    lines = [line for line in missing(run, changed) if "no longer the data set" in line]
+    assert len(lines) == 2
+
+
+GARBLED = (
+    "",
+    "{",
+    "[]",
+    "null",
+    "{}",
+    "\x00\x01",
+    '{"seconds": 3, "rollout": 3, "config": 3}',
+    "updates\n1\n",
+)
+
+
+@pytest.mark.parametrize("content", GARBLED)
+def test_garbled_files_never_stop_the_report(run: Path, content: str) -> None:
+    for name in ("config.json", "summary.json", "fit.json", "progress.csv"):
+        (run / name).write_text(content)
+    assert len(missing(run, toy_data(600))) >= 5
+
+
+@pytest.mark.parametrize("name", ["config.json", "summary.json", "fit.json", "progress.csv"])
+def test_one_garbled_file_spares_the_other_sections(run: Path, name: str) -> None:
+    (run / name).write_text('{"seconds": 3, "rollout": 3, "config": 3}')
+    found = missing(run, toy_data(600))
+    assert {"config.json": 2, "summary.json": 2, "fit.json": 3, "progress.csv": 1}[name] == len(found), found
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "x", "1e400"])
+def test_scores_that_are_no_numbers_never_stop_the_report(run: Path, value: str) -> None:
+    (run / "progress.csv").write_text(f"updates,score_mean,score_std\n1000,{value},1\n2000,5,1\n")
+    write_report(keep(run, "progress.csv"))
+
+
+@pytest.mark.parametrize(
+    ("updates", "mean", "std"),
+    [("1", "1", "1e308"), ("1", "-1e308", "1"), ("1e308", "1", "1"), ("1", "1e101", "0")],
+)
+def test_scores_that_cannot_be_drawn_are_one_line(run: Path, updates: str, mean: str, std: str) -> None:
+    (run / "progress.csv").write_text(f"updates,score_mean,score_std\n0,1e99,1e99\n{updates},{mean},{std}\n")
+    assert any("beyond 1e+100" in line for line in missing(keep(run, "progress.csv")))
+    (run / "progress.csv").write_text("updates,score_mean,score_std\n1e-320,1e99,1e99\n1,-1e99,0\n")
+    assert not any("progress.csv" in line for line in missing(run))
+
+
+def test_a_picture_that_cannot_be_rendered_is_one_line(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError("Image size is too large")
+
+    monkeypatch.setattr("mopo_fast.report.Figure.savefig", fail)
+    assert sum("Image size is too large" in line for line in missing(keep(run, "progress.csv"))) == 1
+
+
+def test_a_name_that_is_no_text(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = keep(run, "summary.json").rename(os.fsdecode(os.fsencode(run.parent) + b"/run\xff"))
+    assert "run\\udcff" in write_report(folder).read_text()
+    assert main(["report", str(folder)]) == 0
+    assert capsys.readouterr().out == f"{run.parent}/run\\udcff/report.html\n"
+
+
+# --- bad input
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(InputError, match="is not a run folder"):
+            write_report(folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_one_clear_error(run: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
+    try:
+        with pytest.raises(InputError, match="cannot write"):
+            write_report(run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (run / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", ["hopper-medium-v2", "minari:a/b-v0", "/dev/zero", "/proc/self/mem"])
+def test_a_report_downloads_nothing(
+    run: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetched(*arguments: object, **options: object) -> None:
+        raise AssertionError("a report has begun a download")
+
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "d4rl"))
+    monkeypatch.setattr("mopo_fast.data.d4rl.fetch", fetched)
+    monkeypatch.setattr("mopo_fast.data.minari.read", fetched)
+    monkeypatch.setattr("mopo_fast.data.minari.path", lambda name: tmp_path / "minari" / "absent")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"dataset": name}))
+    lines = missing(keep(run, "config.json", "fit.json", "dynamics.json", "dynamics.safetensors"))
+    assert len([line for line in lines if name in line]) == 2
+
+
+def test_a_picture_that_cannot_be_removed_is_one_sentence(run: Path) -> None:
+    (run / "learning_curve.png").mkdir()
+    with pytest.raises(InputError, match=r"learning_curve\.png"):
+        write_report(keep_files(run))
+
+
+def keep_files(run: Path) -> Path:
+    """The run with its configuration and folders alone."""
+    for path in run.iterdir():
+        if path.is_file() and path.name != "config.json":
+            path.unlink()
+    return run
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe", b"updates\n" + b"x" * 200_000, b'a,"b\n1\n', b"updates\n1,2\n"]
+)
+def test_a_log_that_is_no_csv_never_stops_the_report(run: Path, content: bytes) -> None:
+    (run / "progress.csv").write_bytes(content)
+    assert any("progress.csv" in line for line in missing(keep(run, "progress.csv")))
+
+
+@pytest.mark.parametrize("content", ['{"env": "Hopper-v2", "algo": "cql"}', '{"dataset": ', "[]"])
+def test_another_programs_folder_is_left_as_it_is(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(InputError, match=r"config\.json"):
+        write_report(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

@@ -1,0 +1,469 @@
+"""SAC against an independent implementation in float64, its options, its state, and what it refuses."""
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from kernel_cases import EagerGraph, random_transitions, to_double
+from torch import nn
+
+from mopo_fast.buffer import RingBuffer
+from mopo_fast.config import SACConfig
+from mopo_fast.data import Transitions
+from mopo_fast.errors import InputError
+from mopo_fast.sac import METRICS, SAC, Population
+
+OBS, ACT, BATCH = 5, 2, 16
+CONFIG = SACConfig(hidden=(24, 24), batch_size=BATCH)
+VARIANTS = {
+    "authors": {},
+    "act_dim": {"target_entropy": "act_dim"},
+    "offlinerl-kit": {
+        "simultaneous": False,
+        "critic_loss": "mse",
+        "alpha_max": 1.0,
+        "log_std_min": -5.0,
+        "actor_learning_rate": 1e-4,
+        "alpha_learning_rate": 1e-2,
+    },
+    "ten critics, three layers": {"critics": 10, "hidden": (24, 16, 24)},
+    "real only": {"real_ratio": 1.0, "discount": 0.9, "polyak": 0.1},
+}
+
+
+def transitions(count: int, seed: int, dtype: torch.dtype = torch.float32) -> Transitions:
+    return random_transitions(count, OBS, ACT, seed, dtype)
+
+
+def filled(count: int) -> RingBuffer:
+    buffer = RingBuffer(100, OBS, ACT)
+    for array in buffer.storage.arrays().values():
+        array.fill_(True if array.dtype == torch.bool else float("nan"))
+    buffer.append(transitions(count, seed=2))
+    return buffer
+
+
+class Plain:
+    """SAC as one would first write it: nn.Linear, one critic at a time, backward() and step()."""
+
+    def __init__(self, sac: SAC) -> None:
+        self.config, self.target_entropy = sac.config, sac.target_entropy
+        self.actor = self.mlp(sac.actor.weights, sac.actor.biases)
+        self.critics = self.split(sac.critic)
+        self.targets = self.split(sac.target)
+        self.log_alpha = sac.log_alpha.detach().clone().requires_grad_()
+        c = self.config
+        self.actor_adam = torch.optim.Adam(self.actor.parameters(), c.actor_learning_rate)
+        self.critic_adams = [torch.optim.Adam(q.parameters(), c.critic_learning_rate) for q in self.critics]
+        self.alpha_adam = torch.optim.Adam([self.log_alpha], c.alpha_learning_rate)
+
+    @staticmethod
+    def mlp(weights: Any, biases: Any) -> nn.Sequential:
+        layers: list[nn.Module] = []
+        for weight, bias in zip(weights, biases, strict=True):
+            linear = nn.Linear(*weight.shape, dtype=weight.dtype)
+            with torch.no_grad():
+                linear.weight.copy_(weight.T)
+                linear.bias.copy_(bias)
+            layers += [linear, nn.ReLU()]
+        return nn.Sequential(*layers[:-1])
+
+    def split(self, critic: Any) -> list[nn.Sequential]:
+        return [
+            self.mlp([w[k] for w in critic.weights], [b[k] for b in critic.biases])
+            for k in range(self.config.critics)
+        ]
+
+    def sample(self, observations: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, log_std = self.actor(observations).split(ACT, dim=-1)
+        std = log_std.clamp(self.config.log_std_min, self.config.log_std_max).exp()
+        gaussian = torch.distributions.Normal(mean, std)
+        raw = mean + std * noise
+        actions = raw.tanh()
+        log_prob = gaussian.log_prob(raw) - (1 - actions.square()).log()
+        return actions, log_prob.sum(-1)
+
+    def alpha(self) -> float:
+        alpha = math.exp(self.log_alpha.item())
+        return alpha if self.config.alpha_max is None else min(alpha, self.config.alpha_max)
+
+    def update(self, batch: Transitions, noise: torch.Tensor, next_noise: torch.Tensor) -> None:
+        config, alpha = self.config, self.alpha()
+        s, a, r, s2 = batch.observations, batch.actions, batch.rewards, batch.next_observations
+        with torch.no_grad():
+            a2, log_prob2 = self.sample(s2, next_noise)
+            q2 = torch.stack([q(torch.cat([s2, a2], -1))[:, 0] for q in self.targets]).min(0).values
+            y = r + (1 - batch.terminals.to(r)) * config.discount * (q2 - alpha * log_prob2)
+
+        def critic_step() -> None:
+            for adam in self.critic_adams:
+                adam.step()
+
+        for q, adam in zip(self.critics, self.critic_adams, strict=True):
+            adam.zero_grad()
+            scale = {"half_mse": 0.5, "mse": 1.0}[config.critic_loss]
+            (scale * (q(torch.cat([s, a], -1))[:, 0] - y).square().mean()).backward()
+        held = [[p.grad.clone() for p in q.parameters()] for q in self.critics]
+        if not config.simultaneous:
+            critic_step()
+
+        actions, log_prob = self.sample(s, noise)
+        q_min = torch.stack([q(torch.cat([s, actions], -1))[:, 0] for q in self.critics]).min(0).values
+        self.actor_adam.zero_grad()
+        (alpha * log_prob - q_min).mean().backward()
+        if config.simultaneous:
+            # The actor's backward pass went through the critics too: their own gradients come back.
+            for q, gradients in zip(self.critics, held, strict=True):
+                for parameter, gradient in zip(q.parameters(), gradients, strict=True):
+                    parameter.grad = gradient
+            critic_step()
+        self.actor_adam.step()
+
+        self.alpha_adam.zero_grad()
+        (-(self.log_alpha * (log_prob + self.target_entropy).detach()).mean()).backward()
+        self.alpha_adam.step()
+
+        with torch.no_grad():
+            for target, q in zip(self.targets, self.critics, strict=True):
+                for old, new in zip(target.parameters(), q.parameters(), strict=True):
+                    old.copy_((1 - config.polyak) * old + config.polyak * new)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        tensors = {"log_alpha": self.log_alpha}
+        nets = {"actor": [self.actor], "critic": self.critics, "target": self.targets}
+        for name, copies in nets.items():
+            for i in range(len(copies[0][::2])):
+                weights = [net[2 * i].weight.T for net in copies]
+                biases = [net[2 * i].bias for net in copies]
+                single = name == "actor"
+                tensors[f"{name}.weights.{i}"] = weights[0] if single else torch.stack(weights)
+                tensors[f"{name}.biases.{i}"] = biases[0] if single else torch.stack(biases)
+        return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_updates_equal_a_plain_implementation(variant: str) -> None:
+    config = dataclasses.replace(CONFIG, **VARIANTS[variant])
+    sac = to_double(SAC(OBS, ACT, config, seed=3))
+    with torch.no_grad():
+        # Targets apart from critics, and an alpha that a clamp would change.
+        for target in sac.target.parameters():
+            target.mul_(1.3)
+        sac.log_alpha.fill_(0.4)
+    plain = Plain(sac)
+    g = torch.Generator().manual_seed(0)
+    before = plain.state()
+    for i in range(3):
+        batch = transitions(BATCH, seed=i, dtype=torch.float64)
+        noise, next_noise = torch.randn(2, BATCH, ACT, generator=g, dtype=torch.float64)
+        sac.update(batch, noise, next_noise)
+        plain.update(batch, noise, next_noise)
+        ours, theirs = sac.state(), plain.state()
+        for name, expected in theirs.items():
+            moved = (expected - before[name]).abs().max()
+            assert moved > 1e-6, f"{name} did not move, so nothing was compared"
+            error = (ours[name] - expected).abs().max()
+            assert error < 1e-6 * moved, f"{name}, update {i}: {error} beside a movement of {moved}"
+
+
+def test_metrics_are_of_the_state_before_the_update() -> None:
+    sac = SAC(OBS, ACT, CONFIG)
+    batch, noise = transitions(BATCH, seed=1), torch.zeros(BATCH, ACT)
+    with torch.no_grad():
+        q = sac.critic(batch.observations, batch.actions)
+        actions, log_prob = sac.actor.sample(batch.observations, noise)
+        actor_loss = (log_prob - sac.critic(batch.observations, actions).min(0).values).mean()
+    metrics = dict(zip(METRICS, sac.update(batch, noise, noise).tolist(), strict=True))
+    assert metrics["q"] == pytest.approx(q.mean().item(), rel=1e-5)
+    assert metrics["actor_loss"] == pytest.approx(actor_loss.item(), rel=1e-5)
+    assert metrics["entropy"] == pytest.approx(-log_prob.mean().item(), rel=1e-5)
+    assert metrics["alpha"] == 1.0
+
+
+def test_learns_the_value_of_a_constant_reward() -> None:
+    config = dataclasses.replace(CONFIG, discount=0.5, polyak=0.5, critic_learning_rate=1e-2, real_ratio=1.0)
+    sac = SAC(OBS, ACT, config)
+    with torch.no_grad():
+        sac.log_alpha.fill_(-20.0)
+    data = dataclasses.replace(
+        transitions(200, seed=0), rewards=torch.ones(200), terminals=torch.zeros(200, dtype=torch.bool)
+    )
+    sac.update_many(data, RingBuffer(1, OBS, ACT), 120, seed=0)
+    q = sac.critic(data.observations, data.actions)
+    assert q.mean().item() == pytest.approx(2.0, abs=0.1)
+
+
+class TestUpdateMany:
+    def test_same_seed_same_parameters(self) -> None:
+        states = []
+        for seed in (5, 5, 6):
+            sac = SAC(OBS, ACT, CONFIG)
+            sac.update_many(transitions(50, seed=1), filled(60), 4, seed=seed)
+            states.append({name: tensor.clone() for name, tensor in sac.state().items()})
+        assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+        assert not torch.equal(states[0]["actor.weights.0"], states[2]["actor.weights.0"])
+
+    @pytest.mark.parametrize(("ratio", "real"), [(0.05, 12), (0.0, 0), (1.0, 256), (0.5, 128)])
+    def test_batches_mix_real_and_valid_model_rows(
+        self, ratio: float, real: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sac = SAC(OBS, ACT, SACConfig(hidden=(4,), real_ratio=ratio), backend="reference")
+        data, buffer = transitions(30, seed=1), filled(60)
+        data.rewards[:] = torch.arange(30.0)
+        buffer.storage.rewards[:60] = torch.arange(1000.0, 1060.0)
+        seen: list[torch.Tensor] = []
+        update = sac.update
+
+        def spy(batch: Transitions, noise: torch.Tensor, next_noise: torch.Tensor) -> torch.Tensor:
+            seen.append(batch.rewards)
+            assert noise.shape == next_noise.shape == (256, ACT)
+            assert not torch.equal(noise, next_noise)
+            return update(batch, noise, next_noise)
+
+        monkeypatch.setattr(sac, "update", spy)
+        sac.update_many(data, buffer, 20, seed=0)
+        rewards = torch.stack(seen)
+        assert rewards.shape == (20, 256)
+        assert bool((rewards[:, :real] < 30).all()) and bool((rewards[:, real:] >= 1000).all())
+        for rows, count in ((rewards[:, :real], 30), (rewards[:, real:], 60)):
+            if rows.numel():
+                # Every row is drawn, none far too often (5 sigma of the binomial).
+                drawn = rows.unique(return_counts=True)[1].double()
+                mean = rows.numel() / count
+                assert len(drawn) == count
+                assert bool(((drawn - mean).abs() < 5 * math.sqrt(mean)).all())
+
+    def test_returns_means(self) -> None:
+        sac = SAC(OBS, ACT, CONFIG)
+        means = sac.update_many(transitions(50, seed=1), filled(60), 10, seed=0)
+        assert set(means) == set(METRICS)
+        assert sac.updates == 10
+        # alpha moves by at most one learning rate a step, and is recorded before the step.
+        assert abs(means["alpha"] - 1.0) < 10 * CONFIG.alpha_learning_rate
+
+    def test_cosine_schedule_falls_to_zero(self) -> None:
+        config = dataclasses.replace(CONFIG, actor_schedule="cosine")
+        sac = SAC(OBS, ACT, config, total_updates=20)
+        rates = []
+        for _ in range(4):
+            sac.update_many(transitions(50, seed=1), filled(60), 5, seed=0)
+            rates.append(sac.optimizers["actor"].learning_rate)
+        expected = [3e-4 * 0.5 * (1 + math.cos(math.pi * share)) for share in (0, 0.25, 0.5, 0.75)]
+        assert rates == pytest.approx(expected)
+        before = {name: p.clone() for name, p in sac.actor.named_parameters()}
+        sac.update_many(transitions(50, seed=1), filled(60), 1, seed=0)
+        assert all(torch.equal(p, before[name]) for name, p in sac.actor.named_parameters())
+        assert sac.optimizers["critic"].learning_rate == 3e-4
+
+    def test_refuses_nothing_to_draw_from(self) -> None:
+        sac = SAC(OBS, ACT, CONFIG)
+        with pytest.raises(InputError, match="0 real and 16 model rows, but there are 50 and 0"):
+            sac.update_many(transitions(50, seed=1), RingBuffer(9, OBS, ACT), 1, seed=0)
+        with pytest.raises(InputError, match="updates must be at least 1, got 0"):
+            sac.update_many(transitions(50, seed=1), filled(60), 0, seed=0)
+
+    def test_refuses_rows_of_other_sizes(self) -> None:
+        sac = SAC(OBS + 1, ACT, CONFIG)
+        with pytest.raises(InputError, match=r"take 6 observation and 2 action .*, the data has 5 and 2"):
+            sac.update_many(transitions(50, seed=1), filled(60), 1, seed=0)
+        with pytest.raises(InputError, match=r"take 5 observation and 2 action .*, model has 5 and 3"):
+            buffer = RingBuffer(9, OBS, ACT + 1)
+            SAC(OBS, ACT, CONFIG).update_many(transitions(50, seed=1), buffer, 1, seed=0)
+
+    def test_divergence_is_one_clear_error(self) -> None:
+        sac, data = SAC(OBS, ACT, CONFIG), transitions(50, seed=1)
+        buffer = filled(60)
+        buffer.storage.rewards[:] = float("inf")
+        with pytest.raises(InputError, match="SAC diverged before update 2"):
+            sac.update_many(data, buffer, 2, seed=0)
+
+
+POPULATIONS = {
+    "authors": CONFIG,
+    "others": dataclasses.replace(
+        CONFIG, simultaneous=False, alpha_max=1.0, critic_loss="mse", critics=3, actor_schedule="cosine"
+    ),
+    "real only": dataclasses.replace(CONFIG, real_ratio=1.0),
+}
+
+
+class TestPopulation:
+    """Three runs of their own seeds, buffers and draws, updated together and one by one."""
+
+    def sacs(self, config: SACConfig, backend: str, double: bool = False) -> list[SAC]:
+        sacs = [SAC(OBS, ACT, config, seed=i, total_updates=20, backend=backend) for i in range(3)]
+        return [to_double(sac) for sac in sacs] if double else sacs
+
+    def buffers(self) -> list[RingBuffer]:
+        buffers = [filled(20 + 20 * i) for i in range(3)]
+        for i, buffer in enumerate(buffers):
+            buffer.storage.rewards.add_(i)
+        return buffers
+
+    @pytest.mark.parametrize("config", POPULATIONS.values(), ids=POPULATIONS)
+    def test_in_pytorch_each_gets_what_it_gets_alone(self, config: SACConfig) -> None:
+        data, buffers = transitions(50, seed=1, dtype=torch.float64), self.buffers()
+        together, alone = (self.sacs(config, "reference", double=True) for _ in range(2))
+        population = Population(together)
+        for call in range(2):
+            seeds = [10 * call + i for i in range(3)]
+            ours = population.update_many(data, buffers, 4, seeds)
+            for i, sac in enumerate(alone):
+                theirs = sac.update_many(data, buffers[i], 4, seeds[i])
+                assert ours[i] == pytest.approx(theirs, rel=1e-9, abs=1e-12)
+        for one, other in zip(together, alone, strict=True):
+            assert one.updates == 8
+            for name, tensor in other.state().items():
+                torch.testing.assert_close(one.state()[name], tensor, rtol=1e-9, atol=1e-12)
+
+    @pytest.mark.parametrize("runs", [1, 3])
+    def test_recorded_updates_are_the_same(self, runs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """All but the recording itself, which takes a GPU: whole graphs, a rest, a second call."""
+        data, buffers = transitions(50, seed=1), self.buffers()[:runs]
+        plain, recorded = (self.sacs(POPULATIONS["others"], "reference")[:runs] for _ in range(2))
+        populations = [Population(plain), Population(recorded)]
+        monkeypatch.setattr("mopo_fast.sac._UPDATES_AT_ONCE", 3)
+        for call in range(2):
+            seeds = [10 * call + i for i in range(runs)]
+            eager = populations[0].update_many(data, buffers, 8, seeds)
+            with monkeypatch.context() as patch:
+                patch.setattr("mopo_fast.sac.records", lambda device: True)
+                patch.setattr("mopo_fast.utils.cuda_graphs.Graph", EagerGraph)
+                played = populations[1].update_many(data, buffers, 8, seeds)
+            for ours, theirs in zip(played, eager, strict=True):
+                assert ours == pytest.approx(theirs, rel=1e-5)
+        for one, other in zip(plain, recorded, strict=True):
+            assert (one.updates, other.updates) == (16, 16)
+            assert all(torch.equal(tensor, other.state()[name]) for name, tensor in one.state().items())
+
+    def test_the_kernel_gives_each_the_same_bits_as_alone(self) -> None:
+        data, buffers = transitions(50, seed=1), self.buffers()
+        together, alone = (self.sacs(CONFIG, "cpu") for _ in range(2))
+        ours = Population(together).update_many(data, buffers, 7, [4, 5, 6])
+        for i, sac in enumerate(alone):
+            assert sac.update_many(data, buffers[i], 7, 4 + i) == ours[i]
+            assert all(torch.equal(t, together[i].state()[name]) for name, t in sac.state().items())
+
+    def test_one_can_leave_and_join(self) -> None:
+        data, buffers = transitions(50, seed=1, dtype=torch.float64), self.buffers()
+        moving, staying = (self.sacs(CONFIG, "reference", double=True) for _ in range(2))
+        three = Population(moving)
+        three.update_many(data, buffers, 1, [0, 1, 2])
+        Population(moving[1:]).update_many(data, buffers[1:], 2, [3, 4])
+        moving[0].update_many(data, buffers[0], 2, 5)
+        three.update_many(data, buffers, 1, [6, 7, 8])
+        for i, (sac, buffer) in enumerate(zip(staying, buffers, strict=True)):
+            for updates, seed in ((1, i), (2, (5, 3, 4)[i]), (1, 6 + i)):
+                sac.update_many(data, buffer, updates, seed)
+            for name, tensor in sac.state().items():
+                torch.testing.assert_close(moving[i].state()[name], tensor, rtol=1e-9, atol=1e-12)
+
+    @pytest.mark.parametrize("backend", ["cpu", "reference"])
+    def test_one_that_diverges_is_one_clear_error(self, backend: str) -> None:
+        buffers = self.buffers()
+        buffers[1].storage.rewards[:] = float("inf")
+        with pytest.raises(InputError, match="SAC diverged before update 2"):
+            Population(self.sacs(CONFIG, backend)).update_many(transitions(50, seed=1), buffers, 2, [0, 1, 2])
+
+
+class TestState:
+    def test_restored_state_continues_bit_for_bit(self) -> None:
+        data, buffer = transitions(50, seed=1), filled(60)
+        config = dataclasses.replace(CONFIG, actor_schedule="cosine")
+        straight = SAC(OBS, ACT, config, total_updates=100)
+        straight.update_many(data, buffer, 5, seed=0)
+        saved = {name: tensor.clone() for name, tensor in straight.state().items()}
+        straight.update_many(data, buffer, 5, seed=1)
+        resumed = SAC(OBS, ACT, config, seed=9, total_updates=100)
+        resumed.load_state(saved)
+        resumed.update_many(data, buffer, 5, seed=1)
+        ours, theirs = resumed.state(), straight.state()
+        assert ours.keys() == theirs.keys()
+        assert any(name.startswith("adam.critic.") for name in ours)
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+    def test_does_not_keep_what_it_was_given(self) -> None:
+        data, buffer = transitions(50, seed=1), filled(60)
+        sac = SAC(OBS, ACT, CONFIG)
+        sac.update_many(data, buffer, 2, seed=0)
+        saved = {name: tensor.clone() for name, tensor in sac.state().items()}
+        copies = {name: tensor.clone() for name, tensor in saved.items()}
+        other = SAC(OBS, ACT, CONFIG)
+        other.load_state(saved)
+        other.update_many(data, buffer, 2, seed=1)
+        assert all(torch.equal(saved[name], copies[name]) for name in saved)
+
+    def test_a_fresh_state_can_be_loaded(self) -> None:
+        one, other = SAC(OBS, ACT, CONFIG, seed=1), SAC(OBS, ACT, CONFIG, seed=2)
+        other.load_state(one.state())
+        assert torch.equal(one.actor.weights[0], other.actor.weights[0])
+
+    @pytest.mark.parametrize("name", ["target.weights.1", "adam.actor.0.exp_avg", "log_alpha", "updates"])
+    def test_refuses_a_missing_or_misshapen_tensor(self, name: str) -> None:
+        sac = SAC(OBS, ACT, CONFIG)
+        sac.update_many(transitions(50, seed=1), filled(60), 1, seed=0)
+        state = sac.state()
+        with pytest.raises(InputError, match=f"here lacks {name}"):
+            sac.load_state({key: value for key, value in state.items() if key != name}, "here")
+        with pytest.raises(InputError, match=f"here: {name} has shape"):
+            sac.load_state(state | {name: torch.zeros(3, 3, 3, 3)}, "here")
+
+    @pytest.mark.parametrize(
+        ("name", "value", "message"),
+        [
+            ("updates", -1, "Adam's steps are not its -1 updates"),
+            ("updates", 2**62, "Adam's steps are not its"),
+            ("adam.alpha.0.step", 2.0, "Adam's steps are not its 1 updates"),
+            ("adam.critic.0.exp_avg_sq", -1.0, "a second moment of Adam is negative"),
+        ],
+    )
+    def test_refuses_values_that_no_training_has(self, name: str, value: float, message: str) -> None:
+        sac = SAC(OBS, ACT, CONFIG)
+        sac.update_many(transitions(50, seed=1), filled(60), 1, seed=0)
+        state = {key: tensor.clone() for key, tensor in sac.state().items()}
+        state[name].fill_(value)
+        with pytest.raises(InputError, match=f"here: {message}"):
+            SAC(OBS, ACT, CONFIG).load_state(state, "here")
+
+    def test_refuses_a_tensor_of_another_type(self) -> None:
+        state = SAC(OBS, ACT, CONFIG).state()
+        with pytest.raises(InputError, match=r"log_alpha is of torch\.float64, expected torch\.float32"):
+            SAC(OBS, ACT, CONFIG).load_state(state | {"log_alpha": state["log_alpha"].double()}, "here")
+
+
+def test_initial_parameters_depend_on_the_seed_alone() -> None:
+    one, same, other = (SAC(OBS, ACT, CONFIG, seed=seed) for seed in (1, 1, 2))
+    torch.manual_seed(123)
+    assert all(torch.equal(a, b) for a, b in zip(one.state().values(), same.state().values(), strict=True))
+    assert not torch.equal(one.critic.weights[0], other.critic.weights[0])
+    assert not torch.equal(one.critic.weights[0][0], one.critic.weights[0][1])
+    assert all(
+        torch.equal(a, b) for a, b in zip(one.critic.parameters(), one.target.parameters(), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"real_ratio": 1.5}, r"real_ratio must be in \[0, 1\], got 1.5"),
+        ({"real_ratio": math.nan}, "real_ratio"),
+        ({"actor_learning_rate": 0.0}, "learning rates must be positive"),
+        ({"critic_learning_rate": math.inf}, "learning rates must be positive"),
+        ({"critics": 0}, "at least one critic and one hidden layer"),
+        ({"hidden": ()}, "at least one critic and one hidden layer"),
+        ({"hidden": (8, 0)}, "at least one critic and one hidden layer"),
+        ({"discount": 1.0}, "discount must be in"),
+        ({"polyak": 0.0}, "polyak in"),
+        ({"alpha_max": 0.0}, "alpha_max must be positive"),
+        ({"target_entropy": "none"}, "target_entropy must be a number"),
+        ({"critic_loss": "huber"}, "unknown critic_loss 'huber'; there are: half_mse, mse"),
+        ({"actor_schedule": "cosine"}, "cosine schedule needs total_updates"),
+        ({"log_std_min": 3.0}, "log_std_min 3.0 must be below"),
+    ],
+)
+def test_refuses_a_bad_config(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        SAC(OBS, ACT, dataclasses.replace(CONFIG, **change))

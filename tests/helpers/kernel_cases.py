@@ -1,0 +1,569 @@
+"""Ensembles, policies, tolerances and checks that the kernels' tests share."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mopo_fast.backends.gpu import record
+from mopo_fast.buffer import RingBuffer
+from mopo_fast.config import PENALTIES, Activation, DynamicsConfig, SACConfig
+from mopo_fast.data import Transitions
+from mopo_fast.ensemble import EnsembleDynamics
+from mopo_fast.fit import Fit, _loss_gradient
+from mopo_fast.policy import Actor
+from mopo_fast.rollout import RolloutEngine
+from mopo_fast.sac import SAC
+from mopo_fast.tasks import Box, make_box
+from mopo_fast.utils.cuda_graphs import Graph
+
+
+def make_ensemble(
+    obs_dim: int,
+    act_dim: int,
+    *,
+    members: int = 7,
+    elites: int | None = None,
+    hidden: tuple[int, ...] = (33, 50),
+    activation: Activation = "silu",
+    seed: int = 0,
+    **declared: Any,
+) -> EnsembleDynamics:
+    """As different from a fresh ensemble as a trained one: biases, scales of inputs, bounds, elites."""
+    generator = torch.Generator().manual_seed(seed)
+    elites = elites or max(1, members - 2)
+    ensemble = EnsembleDynamics(
+        obs_dim,
+        act_dim,
+        members=members,
+        elites=elites,
+        hidden=hidden,
+        activation=activation,
+        generator=generator,
+        **declared,
+    )
+    with torch.no_grad():
+        for bias in ensemble.biases:
+            bias.normal_(0.0, 0.2, generator=generator)
+        for weight in ensemble.weights:
+            weight.mul_(1.5)
+        ensemble.input_mean.normal_(0.0, 0.5, generator=generator)
+        ensemble.input_std.uniform_(0.5, 2.0, generator=generator)
+        ensemble.max_logvar.uniform_(-1.0, 0.5, generator=generator)
+        ensemble.min_logvar.uniform_(-8.0, -4.0, generator=generator)
+        ensemble.elites.copy_(torch.randperm(members, generator=generator)[:elites])
+    return ensemble
+
+
+# What models of other code declare.
+DECLARED: dict[str, dict[str, Any]] = {
+    "log-stds": {"log_scale": "std"},
+    "bounds of each member": {"member_bounds": True},
+    "next observations": {"absolute": (0, 3)},
+    "all of it": {"log_scale": "std", "member_bounds": True, "absolute": range(5)},
+}
+
+
+def make_policy(obs_dim: int, act_dim: int, *, hidden: tuple[int, ...] = (41, 30), seed: int = 1) -> Actor:
+    generator = torch.Generator().manual_seed(seed)
+    policy = Actor(obs_dim, act_dim, hidden=hidden, generator=generator)
+    with torch.no_grad():
+        for bias in policy.biases:
+            bias.normal_(0.0, 0.2, generator=generator)
+    return policy
+
+
+def inputs(batch: int, obs_dim: int, act_dim: int, seed: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    observations = torch.randn(batch, obs_dim, generator=generator)
+    return observations, torch.tanh(torch.randn(batch, act_dim, generator=generator))
+
+
+def oracle(engine: RolloutEngine, dtype: str) -> RolloutEngine:
+    """The reference backend on the same problem."""
+    twin = RolloutEngine(
+        engine.ensemble,
+        penalty=engine.penalty,
+        penalty_coef=engine.penalty_coef,
+        penalty_members=engine.penalty_members,
+        backend="reference",
+        dtype=dtype,
+    )
+    twin._low, twin._high = engine._low.to(twin.dtype), engine._high.to(twin.dtype)
+    return twin
+
+
+def assert_as_accurate(
+    kernel: torch.Tensor,
+    same: torch.Tensor,
+    exact: torch.Tensor,
+    what: str,
+    rows: int | None = None,
+    units: float = 0.0,
+) -> None:
+    """The kernel's error against float64 is at most twice that of PyTorch's float32.
+
+    And `units` in the last place of the largest value more: where there are few values, PyTorch's happen to
+    be exact.
+
+    PyTorch's error, `same - exact`, is taken over all its rows, the kernel's over the first `rows` that it
+    has; as root mean squares, or as the largest where the kernel's values are too few for these.
+    """
+    assert torch.isfinite(kernel).all(), f"{what} holds values that are not finite"
+    truth = exact if rows is None else exact.narrow(exact.ndim - 2 if exact.ndim > 1 else 0, 0, rows)
+    few = kernel.numel() < 1000
+    error, usual = (
+        float(x.abs().max() if few else x.square().mean().sqrt()) for x in (kernel - truth, same - exact)
+    )
+    allowed = 2.0 * usual + units * torch.finfo(torch.float32).eps * float(exact.abs().max())
+    assert error <= allowed, f"{what}: error {error:.3g}, PyTorch's {usual:.3g}"
+
+
+def truncation(engine: RolloutEngine, policy: Actor | None = None) -> float:
+    """Units in the last place that a tensor core's sums may be off by; none on a CPU.
+
+    A tensor core truncates 16 products and the sum so far to the last place of the largest of them. That is
+    17 units of 2^-23 for every 16 inputs of a layer (Fasi et al. 2021, "Numerical behavior of NVIDIA tensor
+    cores"), and the layers' errors add up.
+    """
+    if engine.device.type == "cpu":
+        return 0.0
+    networks = [engine.ensemble.weights, *([] if policy is None else [policy.weights])]
+    return sum(17.0 * -(-weight.shape[-2] // 16) for network in networks for weight in network)
+
+
+def check_step(engine: RolloutEngine, batch: int, *, deterministic: bool = False) -> None:
+    """One step of the kernel against the oracle in float32 and in float64."""
+    ensemble, device = engine.ensemble, engine.device
+    # The oracles see more rows than a small batch has, for a fair measure of PyTorch's own error.
+    observations, actions = (
+        array.to(device) for array in inputs(max(batch, 1000), ensemble.obs_dim, ensemble.act_dim)
+    )
+    rows = torch.arange(len(observations), device=device) * 3 + 2**33
+    call = {"seed": 2**63 + 11, "step": 4, "deterministic": deterministic, "distributions": True}
+    kernel = engine.step(observations[:batch], actions[:batch], rows=rows[:batch], **call)
+    same = oracle(engine, "float32").step(observations, actions, rows=rows, **call)
+    exact = oracle(engine, "float64").step(observations.double(), actions.double(), rows=rows, **call)
+    assert torch.equal(kernel.members, exact.members[:batch])
+    assert torch.equal(kernel.terminals, exact.terminals[:batch])
+    for name in ("next_observations", "rewards", "raw_rewards", "penalties", "mean", "std"):
+        assert_as_accurate(getattr(kernel, name), getattr(same, name), getattr(exact, name), name, batch)
+
+
+def narrow_box(obs_dim: int) -> Box:
+    """Ends about a tenth of all steps."""
+    return make_box(obs_dim, {0: (-1.8, 2.5), 1: (-3.0, 1.6)})
+
+
+def assert_same(a: Transitions, b: Transitions) -> None:
+    """The same arrays, bit for bit."""
+    left, right = a.arrays(), b.arrays()
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+def check_rounded_step(
+    engine: RolloutEngine, batch: int, *, deterministic: bool = False, apart: float = 0.5
+) -> None:
+    """With rounded factors: as accurate as PyTorch with the same roundings, far larger than float32's.
+
+    And `apart` of PyTorch's errors away from PyTorch at most: little, where all roundings are the same.
+    """
+    ensemble = engine.ensemble
+    observations, actions = (
+        array.to(engine.device) for array in inputs(batch, ensemble.obs_dim, ensemble.act_dim)
+    )
+    call = {"seed": 5, "distributions": True, "deterministic": deterministic}
+    kernel = engine.step(observations, actions, **call)
+    same, float32 = (
+        oracle(engine, dtype).step(observations, actions, **call) for dtype in (engine.operands, "float32")
+    )
+    exact = oracle(engine, "float64").step(observations.double(), actions.double(), **call)
+    assert torch.equal(kernel.members, exact.members)
+    for name in ("next_observations", "rewards", "raw_rewards", "penalties", "mean", "std"):
+        ours, theirs, plain, truth = (getattr(result, name) for result in (kernel, same, float32, exact))
+        assert_as_accurate(ours, theirs, truth, name, units=truncation(engine))
+        error = (theirs - truth).norm()
+        assert (ours - theirs).norm() < apart * error, name
+        assert error > 30.0 * (plain - truth).norm(), name
+
+
+def check_rounded_policy(engine: RolloutEngine, policy: Actor, start: torch.Tensor) -> None:
+    """`check_rounded_step` of a policy's actions."""
+    kernel = engine.rollout(policy, start, 1, seed=3)
+    same, float32 = (
+        oracle(engine, dtype).rollout(policy, start, 1, seed=3) for dtype in (engine.operands, "float32")
+    )
+    exact = oracle(engine, "float64").rollout(policy, start.double(), 1, seed=3)
+    assert_as_accurate(
+        kernel.actions, same.actions, exact.actions, "actions", units=truncation(engine, policy)
+    )
+    error = (same.actions - exact.actions).norm()
+    assert (kernel.actions - same.actions).norm() < 0.5 * error
+    assert error > 30.0 * (float32.actions - exact.actions).norm()
+
+
+def check_actions(engine: RolloutEngine, policy: Actor, start: torch.Tensor) -> None:
+    """A policy's actions in float32."""
+    kernel = engine.rollout(policy, start, 1, seed=1)
+    same = oracle(engine, "float32").rollout(policy, start, 1, seed=1)
+    exact = oracle(engine, "float64").rollout(policy, start.double(), 1, seed=1)
+    assert_as_accurate(kernel.actions, same.actions, exact.actions, "actions")
+
+
+def check_rollout(
+    engine: RolloutEngine, policy: Actor, start: torch.Tensor, horizon: int, *, ended: int = 0
+) -> None:
+    """Rollouts in float32 against the oracle; at least `ended` of them end in a terminal."""
+    kernel = engine.rollout(policy, start, horizon, seed=3)
+    same = oracle(engine, "float32").rollout(policy, start, horizon, seed=3)
+    exact = oracle(engine, "float64").rollout(policy, start.double(), horizon, seed=3)
+    assert kernel.terminals.sum() >= ended
+    for name in ("rollout_index", "step", "members", "terminals"):
+        assert torch.equal(getattr(kernel, name), getattr(exact, name)), name
+    for name in ("observations", "actions", "next_observations", "rewards", "raw_rewards", "penalties"):
+        assert_as_accurate(getattr(kernel, name), getattr(same, name), getattr(exact, name), name)
+
+
+def check_made_of_steps(engine: RolloutEngine, policy: Actor, start: torch.Tensor, horizon: int) -> None:
+    """A rollout is what single steps give, bit for bit, in the order of the start states."""
+    whole = engine.rollout(policy, start, horizon, seed=9)
+    following = start
+    rows = torch.arange(len(start), device=start.device)
+    for t in range(horizon):
+        part = whole[whole.step == t]
+        assert torch.equal(part.rollout_index, rows)
+        assert torch.equal(part.observations, following)
+        result = engine.step(part.observations, part.actions, seed=9, step=t, rows=rows)
+        for field in dataclasses.fields(result):
+            if field.name not in ("mean", "std"):
+                assert torch.equal(getattr(part, field.name), getattr(result, field.name)), field.name
+        following, rows = result.next_observations[~result.terminals], rows[~result.terminals]
+    order = whole.rollout_index * horizon + whole.step
+    assert (order.diff() > 0).all()
+
+
+def check_split(
+    engine: RolloutEngine, policy: Actor, start: torch.Tensor, horizon: int, *, split: int
+) -> None:
+    """Two calls give what one does: another split, other places in the tiles."""
+    rows = torch.arange(len(start), device=start.device) + 10**10
+    whole = engine.rollout(policy, start, horizon, seed=1, rows=rows)
+    parts = [
+        engine.rollout(policy, start[at], horizon, seed=1, rows=rows[at])
+        for at in (slice(split), slice(split, None))
+    ]
+    for name, array in whole.arrays().items():
+        assert torch.equal(array, torch.cat([getattr(part, name) for part in parts])), name
+
+
+def check_turns(
+    engine: RolloutEngine, policy: Actor, start: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch whose record is too large is rolled out 100 rows at a time, to the same rows."""
+    whole = engine.rollout(policy, start, 2, seed=1)
+    row_words = start.shape[1] + policy.act_dim + 5
+    monkeypatch.setattr(record, "RECORD_BYTES", 100 * 2 * 4 * row_words)
+    turns, empty = [], record._empty_record
+
+    def counted(some: torch.Tensor, act_dim: int, horizon: int) -> record.Record:
+        turns.append(len(some))
+        return empty(some, act_dim, horizon)
+
+    monkeypatch.setattr(record, "_empty_record", counted)
+    assert_same(engine.rollout(policy, start, 2, seed=1), whole)
+    assert turns == [100] * (len(start) // 100) + [len(start) % 100]
+
+
+def check_deterministic(engine: RolloutEngine, policy: Actor, start: torch.Tensor) -> None:
+    """The seed does not matter, no member is drawn, and actions are those of 16-bit factors at least."""
+    kernel = engine.rollout(policy, start, 2, seed=1, deterministic=True)
+    assert_same(kernel, engine.rollout(policy, start, 2, seed=2, deterministic=True))
+    assert (kernel.members == -1).all()
+    expected = oracle(engine, engine.operands).rollout(policy, start, 2, seed=1, deterministic=True)
+    torch.testing.assert_close(kernel.actions, expected.actions, rtol=1e-3, atol=1e-3)
+
+
+def check_ring(
+    engine: RolloutEngine, policy: Actor, start: torch.Tensor, horizon: int, *, capacity: int
+) -> None:
+    """Columns of a table, written in place, wrapping around, and nothing but the new rows is touched."""
+    expected = engine.rollout(policy, start, horizon, seed=1)
+    count = len(expected)
+    ring = RingBuffer(capacity, start.shape[1], expected.actions.shape[1], start.device)
+    ring.storage.rewards.fill_(float("nan"))
+    ring.head = head = capacity - count // 2
+    result = engine.rollout(policy, start, horizon, seed=1, out=ring)
+    assert set(result.arrays()) == set(ring.storage.arrays())
+    for name, array in result.arrays().items():
+        assert torch.equal(array, getattr(expected, name)), name
+    assert 0 < ring.head == count - count // 2 < head and ring.size == count
+    assert torch.equal(ring.storage.rewards[: ring.head], expected.rewards[count // 2 :])
+    assert ring.storage.rewards[ring.head : head].isnan().all()
+
+
+def check_terminals(
+    engine: RolloutEngine, policy: Actor, start: torch.Tensor, horizon: int, box: Box
+) -> None:
+    """Terminal rows are kept and end the rollout; all others reach the horizon."""
+    whole = engine.rollout(policy, start, horizon, seed=2)
+    assert torch.equal(whole.terminals, ~box.contains(whole.next_observations))
+    last = torch.cat([whole.rollout_index.diff() != 0, torch.ones_like(whole.terminals[:1])])
+    assert whole.terminals.any() and not whole.terminals[~last].any()
+    assert (whole.step[last & ~whole.terminals] == horizon - 1).all()
+    assert whole.rollout_index[last].equal(torch.arange(len(start), device=start.device))
+
+
+def check_not_finite(
+    make_engine: Callable[..., RolloutEngine],
+    ensemble: EnsembleDynamics,
+    policy: Actor,
+    start: torch.Tensor,
+    member: int,
+) -> None:
+    """One member overflows where an observation is large: its rows go, and all rows that it penalises."""
+    with torch.no_grad():
+        ensemble.weights[0][member, 0, :] = 3e38
+    start = start.clone()
+    start[::5, 0] = 1e5
+    for penalty in PENALTIES:
+        engine = make_engine(ensemble, penalty=penalty, termination=None)
+        kernel = engine.rollout(policy, start, 1, seed=1)
+        exact = oracle(engine, "float32").rollout(policy, start, 1, seed=1)
+        assert kernel.info["non_finite"] == exact.info["non_finite"] > 0
+        assert torch.equal(kernel.rollout_index, exact.rollout_index)
+        kernel.validate()
+        step = engine.step(start, start.new_zeros(len(start), ensemble.act_dim), seed=1)
+        finite = torch.isfinite(step.next_observations).all(1) & torch.isfinite(step.rewards)
+        assert torch.equal(step.terminals, ~finite) and not finite.all()
+
+
+def assert_trained_alike(
+    kernel: dict[str, torch.Tensor],
+    same: dict[str, torch.Tensor],
+    exact: dict[str, torch.Tensor],
+    before: dict[str, torch.Tensor],
+    one_step: bool,
+) -> None:
+    """The kernel's parameters and Adam's moments are as accurate as PyTorch's, `exact` being float64's.
+
+    After one step from moments of zero, these are the gradients and their squares up to a factor, and the
+    strict rule holds. Later, and for the parameters, which Adam moves as far for a small gradient as for a
+    large one, a rounding may tip a ReLU or the sign of a step: errors are held against what has moved, too.
+    """
+    assert kernel.keys() == exact.keys()
+    for name, truth in exact.items():
+        if one_step and ".exp_avg" in name:
+            assert_as_accurate(kernel[name], same[name], truth, name, units=8.0)
+            continue
+        error, usual, moved = (
+            float((x.detach() - truth).double().norm()) for x in (kernel[name], same[name], before[name])
+        )
+        allowed = max(2.0 * usual, 1e-3 * moved)
+        assert error <= allowed, f"{name}: error {error:.3g}, PyTorch's {usual:.3g}, movement {moved:.3g}"
+        assert moved > 0.0, f"{name} did not move, so nothing was compared"
+
+
+def to_double(sac: SAC) -> SAC:
+    """Its parameters and Adam's moments in float64, for the reference backend."""
+    for module in (sac.actor, sac.critic, sac.target):
+        module.double()
+    sac.log_alpha.data = sac.log_alpha.data.double()
+    for optimizer in sac.optimizers.values():
+        optimizer.exp_avgs = [moment.double() for moment in optimizer.exp_avgs]
+        optimizer.exp_avg_sqs = [moment.double() for moment in optimizer.exp_avg_sqs]
+    return sac
+
+
+def fit_to_double(fit: Fit) -> Fit:
+    """Its data, parameters and Adam's moments in float64, for the reference backend."""
+    fit.model.double()
+    fit.inputs, fit.targets = fit.inputs.double(), fit.targets.double()
+    fit.optimizer.exp_avgs = [moment.double() for moment in fit.optimizer.exp_avgs]
+    fit.optimizer.exp_avg_sqs = [moment.double() for moment in fit.optimizer.exp_avg_sqs]
+    config = dataclasses.replace(fit.config, dtype="float32")
+    fit.gradient = _loss_gradient(fit.parameters, config, len(fit.inputs))
+    return fit
+
+
+def random_transitions(
+    count: int, obs_dim: int, act_dim: int, seed: int, dtype: torch.dtype = torch.float32
+) -> Transitions:
+    """Standard normals, actions squashed, three rows in ten terminal."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=g, dtype=dtype)
+
+    return Transitions(
+        observations=normal(count, obs_dim),
+        actions=normal(count, act_dim).tanh(),
+        rewards=normal(count),
+        next_observations=normal(count, obs_dim),
+        terminals=torch.rand(count, generator=g) < 0.3,
+        raw_rewards=normal(count),
+        penalties=normal(count),
+    )
+
+
+OTHERS = {
+    "simultaneous": False,
+    "critic_loss": "mse",
+    "alpha_max": 1.0,
+    "log_std_min": -5.0,
+    "target_entropy": "act_dim",
+    "actor_learning_rate": 1e-4,
+    "alpha_learning_rate": 1e-2,
+}
+# obs_dim, act_dim, config
+SAC_CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "canonical": (17, 6, {}),
+    "canonical, others' options": (17, 6, OTHERS),
+    "others' options, many rows": (5, 3, {"hidden": (24, 17), "batch_size": 45, **OTHERS}),
+    "others' options, one layer": (4, 2, {"hidden": (12,), "batch_size": 20, **OTHERS}),
+    "one action": (3, 1, {"hidden": (24, 40), "batch_size": 7}),
+    "one row": (11, 3, {"hidden": (16, 8), "batch_size": 1}),
+    "one unit": (5, 2, {"hidden": (1,), "batch_size": 20}),
+    "ten critics, three layers": (11, 3, {"hidden": (24, 17, 33), "critics": 10, "batch_size": 37}),
+    "three critics, many rows": (4, 2, {"hidden": (20, 12), "critics": 3, "batch_size": 45}),
+    "one critic, one layer": (5, 2, {"hidden": (65,), "critics": 1, "batch_size": 50}),
+    "ant, real rows only": (111, 8, {"hidden": (50, 31), "batch_size": 100, "real_ratio": 1.0}),
+    "humanoid, no real rows": (376, 17, {"hidden": (48, 31), "batch_size": 64, "real_ratio": 0.0}),
+    "large batch": (4, 2, {"hidden": (20, 20), "batch_size": 301, "discount": 0.9, "polyak": 0.3}),
+}
+
+
+def sac_sources(obs_dim: int, act_dim: int) -> tuple[Transitions, RingBuffer]:
+    """A data set, and a buffer whose unused rows are poisoned."""
+    buffer = RingBuffer(100, obs_dim, act_dim)
+    for array in buffer.storage.arrays().values():
+        array.fill_(True if array.dtype == torch.bool else float("nan"))
+    rows = random_transitions(60, obs_dim, act_dim, seed=2).arrays()
+    for name, array in buffer.storage.arrays().items():
+        array[:60] = rows[name]
+    buffer.advance(60)
+    return random_transitions(50, obs_dim, act_dim, seed=1), buffer
+
+
+def make_sac(obs_dim: int, act_dim: int, config: SACConfig, backend: str, threads: int = 1) -> SAC:
+    """As different from a fresh one as a trained one: targets apart, biases, some log stds out of bounds."""
+    sac = SAC(obs_dim, act_dim, config, seed=3, backend=backend, threads=threads)
+    g = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for target in sac.target.parameters():
+            target.mul_(1.3)
+        for bias in (*sac.actor.biases, *sac.critic.biases):
+            bias.normal_(0.0, 0.2, generator=g)
+        sac.actor.biases[-1][act_dim] = config.log_std_max + 1.0
+        sac.actor.biases[-1][-1] = config.log_std_min - 1.0
+        sac.log_alpha.fill_(0.4)
+    return sac
+
+
+def run_sac(case: str, backend: str, updates: int, *, double: bool = False, threads: int = 1, seed: int = 7):
+    obs_dim, act_dim, options = SAC_CASES[case]
+    sac = make_sac(obs_dim, act_dim, SACConfig(**options), backend, threads)
+    if double:
+        to_double(sac)
+    metrics = sac.update_many(*sac_sources(obs_dim, act_dim), updates, seed)
+    return {name: tensor.detach().clone() for name, tensor in sac.state().items()}, metrics
+
+
+# obs_dim, act_dim, rows of each member, config
+FIT_CASES: dict[str, tuple[int, int, int, dict[str, Any]]] = {
+    "canonical": (17, 6, 600, {}),
+    "short last batch": (11, 3, 100, {"hidden": (24, 33), "batch_size": 48, "members": 3}),
+    "relu": (5, 2, 60, {"hidden": (17, 40), "activation": "relu", "batch_size": 20}),
+    "tanh": (5, 2, 60, {"hidden": (17, 40), "activation": "tanh", "batch_size": 20}),
+    "one member, one row": (3, 1, 3, {"hidden": (8,), "members": 1, "batch_size": 1}),
+    "one unit": (3, 1, 30, {"hidden": (1, 1), "members": 2, "batch_size": 10}),
+    "linear": (4, 2, 60, {"hidden": (), "members": 2, "batch_size": 30}),
+    "humanoid": (376, 17, 70, {"hidden": (40,), "members": 2, "batch_size": 70}),
+    "edges of tiles": (10, 5, 90, {"hidden": (32, 31, 48, 16), "batch_size": 37, "members": 3}),
+    "batch larger than the data": (4, 2, 25, {"hidden": (20, 20), "members": 32, "batch_size": 1000}),
+}
+
+
+def fit_transitions(count: int, obs_dim: int, act_dim: int, scale: float = 0.3) -> Transitions:
+    g = torch.Generator().manual_seed(1)
+    observations = torch.randn(count, obs_dim, generator=g)
+    return Transitions(
+        observations=observations,
+        actions=torch.randn(count, act_dim, generator=g).tanh(),
+        rewards=torch.randn(count, generator=g),
+        next_observations=observations + scale * torch.randn(count, obs_dim, generator=g),
+        terminals=torch.zeros(count, dtype=torch.bool),
+    )
+
+
+def make_fit(case: str, backend: str, threads: int = 1, double: bool = False, dtype: str = "float32") -> Fit:
+    obs_dim, act_dim, count, options = FIT_CASES[case]
+    hidden = options.get("hidden", (200,) * 4)
+    decay = tuple(1e-3 * (layer + 1) for layer in range(len(hidden) + 1))
+    members = options.get("members", 7)
+    config = DynamicsConfig(
+        **{
+            "hidden": hidden,
+            "members": members,
+            **options,
+            "weight_decay": decay,
+            "elites": 1,
+            "dtype": dtype,
+        }
+    )
+    fit = Fit(fit_transitions(count + 200, obs_dim, act_dim), 0, config, "cpu", backend, threads)
+    fit.rows = fit.rows[:, :count]
+    g = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for bias in fit.model.biases:
+            bias.normal_(0.0, 0.2, generator=g)
+        # Raw log-variances on both sides of the bounds, and far beyond them.
+        fit.model.biases[-1][:, obs_dim + 1] = 60.0
+        fit.model.biases[-1][:, -1] = -90.0
+        fit.model.max_logvar.uniform_(-1.0, 0.5, generator=g)
+        fit.model.min_logvar.uniform_(-8.0, -4.0, generator=g)
+    if double:
+        return fit_to_double(fit)
+    return fit
+
+
+def fit_state(fit: Fit) -> dict[str, torch.Tensor]:
+    """Of the parameters and of Adam."""
+    parameters = {name for name, _ in fit.model.named_parameters()}
+    return {
+        name: tensor
+        for name, tensor in fit._live_state().items()
+        if name in parameters or name.rpartition(".")[0] in parameters
+    }
+
+
+def fit_steps(fit: Fit, rows: np.ndarray) -> float:
+    return fit.steps(torch.from_numpy(rows))
+
+
+class EagerGraph(Graph):
+    """Records nothing and does on the CPU what a `Graph` does on a GPU, the run that warms up included."""
+
+    def __init__(
+        self,
+        function: Callable[..., torch.Tensor],
+        arguments: Sequence[torch.Tensor],
+        state: Sequence[torch.Tensor],
+    ) -> None:
+        self.function, self.arguments = function, [argument.clone() for argument in arguments]
+        before = [tensor.detach().clone() for tensor in state]
+        # Once to warm up, once to record: neither may leave anything behind.
+        for _ in range(2):
+            function(*self.arguments)
+            with torch.no_grad():
+                for tensor, value in zip(state, before, strict=True):
+                    tensor.copy_(value)
+
+    def __call__(self, *arguments: torch.Tensor) -> torch.Tensor:
+        for mine, argument in zip(self.arguments, arguments, strict=True):
+            mine.copy_(argument)
+        return self.function(*self.arguments)

@@ -1,0 +1,51 @@
+"""Real packages of others, installed into a folder of a test's own."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from places import HELPERS, ROOT
+
+
+def run_with(
+    packages: list[str], code: str, folder: Path, *, built_with: Sequence[str] = (), **environment: str
+) -> str:
+    """What a program prints that sees `packages` beside ours; the test is skipped where they cannot be had.
+
+    They come without what they depend on: name all of it that is needed.
+
+    Args:
+        built_with: what builds sources among `packages`, where they do not say it themselves.
+    """
+    target = folder / "packages"
+    # The build tools of their sources are their own, none of ours.
+    outside = {key: value for key, value in os.environ.items() if not key.endswith("CONSTRAINT")}
+    if built_with:
+        tools = folder / "tools"
+        _install(list(built_with), tools, outside)
+        outside["PYTHONPATH"] = str(tools)
+    _install([*(["--no-build-isolation"] if built_with else []), *packages], target, outside)
+    paths = [str(ROOT), str(HELPERS), str(target)]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")]),
+            **environment,
+        },
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def _install(what: list[str], target: Path, environment: dict[str, str]) -> None:
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), *what]
+    installed = subprocess.run(pip, capture_output=True, text=True, timeout=600, env=environment)
+    if installed.returncode:
+        pytest.skip(f"{what[-1]} cannot be installed: {installed.stderr.strip().splitlines()[-1]}")

@@ -1,6 +1,6 @@
 """d3rlpy 1.x's MOPO with our ensemble's predictions: python examples/d3rlpy.py
 
-d3rlpy 1.1.1 is built with NumPy 1.26 and Cython 0.29, as tests/compat/test_compat_d3rlpy.py does. The data are
+d3rlpy 1.1.1 is built with NumPy 1.26 and Cython 0.29: see tests/compat/test_compat_d3rlpy.py. The data are
 steps of random actions, made on the spot; `--theirs` leaves the predictions to it. Run it with -P, since
 this folder has a module of the same name.
 """

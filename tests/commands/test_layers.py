@@ -1,0 +1,71 @@
+"""What may import what: docs/architecture.md has the picture."""
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+
+import pytest
+from places import ROOT
+
+PACKAGE = ROOT / "mopo_fast"
+MODULES = {
+    ".".join(("mopo_fast", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
+}
+
+
+def imports(name: str) -> set[str]:
+    """The package's modules that a module imports, in functions too, but not for types alone."""
+    tree, found = ast.parse(MODULES[name].read_text()), set()
+    for_types = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and id(node) not in for_types:
+            assert node.level == 0, f"{name} imports relatively"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found & MODULES.keys() - {name, "mopo_fast"}
+
+
+IMPORTS = {name: imports(name) for name in MODULES}
+
+
+def test_imports_make_no_circle() -> None:
+    try:
+        TopologicalSorter(IMPORTS).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+# A room, and what of the package its files may import beside the room itself.
+NOTHING_ELSE = {"mopo_fast.utils": ("mopo_fast.errors",)}
+# Files or rooms, and rooms that they never import.
+NEVER = [
+    ("mopo_fast.data", "mopo_fast.collect"),
+    ("mopo_fast.data", "mopo_fast.sac"),
+    ("mopo_fast.buffer", "mopo_fast.backends"),
+    ("mopo_fast.fit", "mopo_fast.backends.cpu"),
+]
+
+
+def inside(name: str, room: str) -> bool:
+    return name == room or name.startswith(f"{room}.")
+
+
+@pytest.mark.parametrize(("room", "allowed"), NOTHING_ELSE.items())
+def test_a_room_imports_nothing_else(room: str, allowed: tuple[str, ...]) -> None:
+    for name in MODULES:
+        if inside(name, room):
+            others = {other for other in IMPORTS[name] if not inside(other, room)}
+            assert others <= set(allowed), f"{name} imports {others - set(allowed)}"
+
+
+@pytest.mark.parametrize(("room", "other"), NEVER)
+def test_what_never_imports_what(room: str, other: str) -> None:
+    for name in MODULES:
+        if inside(name, room):
+            assert not [found for found in IMPORTS[name] if inside(found, other)], f"{name} imports {other}"

@@ -111,7 +111,10 @@ class LinearRollout:
             action_noise = torch.randn(count, self.act_dim, device=device)
             noise = torch.randn(count, obs_dim + 1, device=device)
             draw = torch.randint(self.elites, (count,), device=device)
-            steps.append(self.model_step(observations, action_noise, draw, noise))
+            step = self.model_step(observations, action_noise, draw, noise)
+            # The next call of a recorded graph writes over what this one returned.
+            recorded = self.options is not None and "triton.cudagraphs" in self.options
+            steps.append(tuple(array.clone() for array in step) if recorded else step)
             observations = steps[-1][-1]
         return [torch.cat(parts) for parts in zip(*steps, strict=True)]
 
@@ -143,9 +146,12 @@ class BatchedFloat16Rollout(LinearRollout):
 
 
 class CompiledFloat16Rollout(BatchedFloat16Rollout):
-    """By torch.compile, every product's implementation chosen by trial, launches recorded."""
+    """By torch.compile, launches recorded.
 
-    options: ClassVar = {"max_autotune": True, "triton.cudagraphs": True}
+    Choosing every product's implementation by trial would take minutes at these sizes.
+    """
+
+    options: ClassVar = {"triton.cudagraphs": True}
 
 
 class BatchedBFloat16Rollout(BatchedFloat16Rollout):

@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-# What a process that was killed has, to go: one that waits for a driver may never.
+# For the last words of a process whose time is over; and for one that was killed to go: one that waits for a
+# driver may never.
 _SECONDS_TO_GO = 5.0
 _LAST_LINES = 15
 
@@ -52,7 +53,8 @@ def run_steps(steps: Sequence[Step], logs: Path, seconds: float) -> list[Outcome
     """Run the steps in order, all of them within `seconds`, and print a table of how they ended.
 
     Args:
-        steps: a step's process and all that it has started are killed once its time is over.
+        steps: once a step's time is over its process is interrupted, so that it can say how far it came, and
+            killed a few seconds later with all that it has started.
         logs: the folder that gets a file NAME.log for each.
         seconds: for all; a step gets what is left of it, and is not run where nothing is.
     """
@@ -93,6 +95,9 @@ def _run(step: Step, logs: Path, left: float) -> Outcome:
             code: int | None = process.wait(limit)
         except subprocess.TimeoutExpired:
             code = None
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, signal.SIGINT)
+                process.wait(_SECONDS_TO_GO)
         finally:
             gone = _kill(process)
     taken = time.monotonic() - began

@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# With the deterministic algorithms of `poisoned_outputs`, some versions of torch multiply on a GPU only so.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,7 +64,9 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         status = cuda.CudaBackend().status()
         if not status.available:
             pytest.skip(status.reason)
+        backends._choose.cache_clear()
         yield "cuda"
+        backends._choose.cache_clear()
         return
     module = request.getfixturevalue("emulated")
     monkeypatch.setattr(cuda, "_load", lambda: (module, ""))

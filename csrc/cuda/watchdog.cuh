@@ -39,10 +39,14 @@ inline void print() {
     }
 }
 
+// Once a process: a second registration would fail.
 inline cudaError_t share() {
-  const cudaError_t error = cudaHostRegister(waits(), sizeof waits(), cudaHostRegisterMapped);
-  if (error == cudaSuccess) std::atexit(print);
-  return error;
+  static const cudaError_t shared = [] {
+    const cudaError_t error = cudaHostRegister(waits(), sizeof waits(), cudaHostRegisterMapped);
+    if (error == cudaSuccess) std::atexit(print);
+    return error;
+  }();
+  return shared;
 }
 
 }  // namespace mopo::watchdog
@@ -56,10 +60,9 @@ namespace mopo::watchdog {
 
 // Before every launch.
 static cudaError_t begin() {
-  static const cudaError_t shared = share();
-  if (shared != cudaSuccess) return shared;
   void* address = nullptr;
-  const cudaError_t error = cudaHostGetDevicePointer(&address, waits(), 0);
+  cudaError_t error = share();
+  if (error == cudaSuccess) error = cudaHostGetDevicePointer(&address, waits(), 0);
   return error == cudaSuccess ? cudaMemcpyToSymbol(mopo_fast_waits, &address, sizeof address) : error;
 }
 

@@ -125,7 +125,7 @@ def test_the_steps_end_without_a_gpu(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ([], "PyTorch sees no GPU; --without-gpu goes through the steps"),
-        (["--without-gpu", "--only", "tritn"], "no step tritn; there are: build with the watchdog, "),
+        (["--without-gpu", "--only", "tritn"], "no step tritn; there are: build, doctor, "),
     ],
 )
 def test_what_cannot_be_tested_is_told(arguments: list[str], message: str) -> None:

@@ -252,17 +252,21 @@ HANGS = {
 }
 
 
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    need_hopper()
+    return build_for_gpu(tmp_path_factory.mktemp("watched") / "kernels.so", "-DMOPO_FAST_WATCHDOG")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("hang", HANGS)
-def test_the_watchdog_ends_a_hang(hang: str, tmp_path: Path) -> None:
+def test_the_watchdog_ends_a_hang(hang: str, watched: Path) -> None:
     """In a process of its own, for the GPU's context is lost with the kernel."""
-    need_hopper()
-    library = build_for_gpu(tmp_path / "kernels.so", "-DMOPO_FAST_WATCHDOG")
     script = f"""
 import sys
 sys.path.insert(0, {str(HELPERS)!r})
 from test_cuda_kernels import *
-kernels = load(Path({str(library)!r}))
+kernels = load(Path({str(watched)!r}))
 print(({hang})[0])
 """
     command = [sys.executable, "-c", script]

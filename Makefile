@@ -77,12 +77,13 @@ bench: $(VENV)/.installed-bench
 
 # On a machine with a GPU, each within five minutes: the kernels and recorded launches against the oracle; all
 # that is measured there. Neither sets anything up: without $(VENV), what $(PYTHON) can import has to do.
+# ARGS="--logs FOLDER" and the like are handed on.
 GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 test-gpu:
-	$(GPU_PYTHON) -m tests.gpu
+	$(GPU_PYTHON) -m tests.gpu $(ARGS)
 
 bench-gpu:
-	$(GPU_PYTHON) -m benchmarks.gpu
+	$(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
 
 # Takes compute-sanitizer, of the CUDA toolkit. Small cases alone: everything is a hundred times slower.
 sanitize-gpu: $(INSTALLED)

@@ -40,9 +40,13 @@ class CMakeBuild(build_ext):
             "MOPO_FAST_CUDA": os.environ.get("MOPO_FAST_CUDA", "auto"),
         }
         flags = [f"-D{name}={value}" for name, value in options.items()]
-        subprocess.run([program, "-S", ROOT, "-B", build, "-G", "Ninja", *flags], check=True)
-        subprocess.run([program, "--build", build], check=True)
-        subprocess.run([program, "--install", build, "--prefix", prefix], check=True)
+        for arguments in (
+            ["-S", ROOT, "-B", build, "-G", "Ninja", *flags],
+            ["--build", build],
+            ["--install", build, "--prefix", prefix],
+        ):
+            if subprocess.run([program, *arguments], check=False).returncode != 0:
+                sys.exit("the extensions were not built; the messages above say why")
 
 
 EXTENSIONS = [

@@ -29,12 +29,14 @@ from mopo_fast.backends import get_backend
 from mopo_fast.bench.measure import Work, fit_work, measure, rollout_work, sac_work, to_table
 from mopo_fast.config import EvaluationConfig, RolloutConfig, TrainConfig
 from mopo_fast.doctor import examine
+from mopo_fast.errors import InputError
 from mopo_fast.train import train
 from mopo_fast.utils.machine import check_device, device_name
 from tests.bounded import Step, run_steps
+from tests.gpu import build_step
 
 ROOT = Path(__file__).parents[1]
-# What a time on a GPU that ends too early should not cost comes first.
+# Limits; the most important measurements come first, in case time runs out.
 SECONDS = {"sac-1": 75, "fit": 60, "rollout-float16": 60, "sac-8": 60, "rollout-bfloat16": 45}
 
 
@@ -51,21 +53,25 @@ def gpu(
     logs: Path = ROOT / "build" / "bench-gpu",
     device: str = "cuda",
 ) -> None:
-    """Measure everything there is on a GPU.
+    """Build the CUDA kernels and measure them on a GPU, in steps that are bounded in time.
 
     Args:
-        only: One measurement, in this process and without a limit of time.
+        only: Measure this in the process itself, without a time limit and without building.
         starts: Start states of a rollout of 5 steps.
         updates: SAC updates in a round; a fifth of them for each of eight runs.
         steps: Steps of the fit in a round.
-        rounds: Medians are over these.
-        run: A data set to train on, from the fit to the last of 1,000,000 updates, evaluated every 10 epochs.
-        minutes: For all measurements together.
-        out: The folder of the results.
-        logs: The folder of what each measurement's process writes.
+        rounds: Rounds; the median is reported.
+        run: Train on this data set instead, 1,000,000 updates and no time limit.
+        minutes: Time limit for the whole run.
+        out: Folder for the results.
+        logs: Folder for the steps' logs.
         device: cuda, or cpu to try the script.
     """
-    check_device(device)
+    try:
+        check_device(device)
+    except InputError as error:
+        raise SystemExit(str(error)) from error
+    on_gpu = torch.device(device).type == "cuda"
     measured: dict[str, Callable[[], dict[str, Any]]] = {
         "sac-1": partial(_sac, 1, updates, device, rounds),
         "fit": partial(_fit, steps, device, rounds),
@@ -80,28 +86,35 @@ def gpu(
     else:
         sizes = {"starts": starts, "updates": updates, "steps": steps, "rounds": rounds}
         flags = [f"--{name}={value}" for name, value in (sizes | {"out": out, "device": device}).items()]
-        outcomes = run_steps(
-            [
-                Step(name, SECONDS[name], [sys.executable, "-m", "benchmarks.gpu", "--only", name, *flags])
-                for name in measured
-            ],
-            logs,
-            60.0 * minutes,
-        )
+        command = [sys.executable, "-m", "benchmarks.gpu", *flags, "--only"]
+        environment, needs = {"COLUMNS": "140"}, ("build",)
+        chosen = [Step(name, SECONDS[name], [*command, name], environment, needs) for name in measured]
+        if on_gpu:
+            chosen.insert(0, build_step(watched=False))
+        outcomes = run_steps(chosen, logs, 60.0 * minutes)
         if failed := [outcome.step.name for outcome in outcomes if outcome.is_bad]:
             raise SystemExit(f"not measured: {', '.join(failed)}; {logs} says why")
 
 
 def _write(name: str, results: dict[str, Any], out: Path, device: str) -> None:
+    """Write a measurement's file.
+
+    Raises:
+        SystemExit: on a GPU the CUDA kernels were not among those measured.
+    """
     slug = re.sub(r"\W+", "-", device_name(device)).strip("-").lower()
     versions = {"device": device_name(device), "cuda": torch.version.cuda}
     write_record(out / f"{name}-{slug}.json", "gpu", examine(), versions | results)
+    for backend, reason in results["absent"].items():
+        print(f"without {backend}: {reason}")
+    if torch.device(device).type == "cuda" and "cuda" in results["absent"]:
+        raise SystemExit(f"error: {name} was measured without the CUDA kernels")
 
 
 def _serving(dtype: str, device: str, training: int | None = None) -> tuple[list[str], dict[str, str]]:
-    """The kernels for a GPU that can make rollouts here, the best first; and why the others cannot.
+    """Name the backends for a GPU that can serve here, the best first; and why the others cannot.
 
-    Or that can train layers of up to `training` inputs and outputs.
+    For rollouts, or for the training of layers of up to `training` inputs and outputs.
     """
     able, reasons = [], {}
     for name in ("cuda", "triton"):
@@ -181,4 +194,4 @@ def _run(dataset: str, device: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    tyro.cli(gpu)
+    tyro.cli(gpu, prog="python -m benchmarks.gpu")

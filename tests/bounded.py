@@ -1,15 +1,16 @@
-"""Steps in processes of their own, each bounded in time: a hang costs its step, and the next one goes on.
+"""Steps in processes of their own, each bounded in time: one that hangs is ended, and the next one goes on.
 
-For machines that are there for minutes. A step's output goes to a file; a table at the end says how each
+For machines that are there for minutes. A step's output goes to a file; a table at the end says how each step
 ended.
 """
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,27 +18,40 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-# For the last words of a process whose time is over; and for one that was killed to go: one that waits for a
-# driver may never.
-_SECONDS_TO_GO = 5.0
+# Seconds for an interrupted process to say how far it came, and for a killed one to exit. One that is stuck
+# in a driver may never exit.
+_SECONDS_TO_EXIT = 5.0
 _LAST_LINES = 15
+_PYTEST_SUMMARY = re.compile(r"\d+ (?:passed|failed|skipped|errors?|deselected)\b.* in [\d.]+s")
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command, the seconds that it may take, and variables that it gets beside those of this process."""
+    """A command that may take so many seconds.
+
+    Attributes:
+        environment: variables beside those of this process.
+        needs: names of steps that must have passed, if they are run at all.
+        gates: a failure of this step is one of the whole run; else it is reported alone.
+    """
 
     name: str
     seconds: float
     command: Sequence[str | Path]
     environment: dict[str, str] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
     gates: bool = True
-    """Whether its failure is one of the whole; else it is reported alone."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a step ended: passed, skipped, failed, cut or not run; `detail` is the last line that it wrote."""
+    """How a step ended.
+
+    Attributes:
+        state: "passed", "skipped", "failed", "cut" at the end of its time, "absent" where the command is not
+            there, or "not run".
+        detail: the line of its output that says most.
+    """
 
     step: Step
     state: str
@@ -46,39 +60,62 @@ class Outcome:
 
     @property
     def is_bad(self) -> bool:
-        return self.step.gates and self.state in ("failed", "cut", "not run")
+        """Whether the whole run fails by it. Skipped steps are the caller's to judge."""
+        return self.step.gates and self.state not in ("passed", "skipped")
 
 
 def run_steps(steps: Sequence[Step], logs: Path, seconds: float) -> list[Outcome]:
-    """Run the steps in order, all of them within `seconds`, and print a table of how they ended.
+    """Run the steps in order within `seconds`, and print a table of how they ended.
+
+    A step whose time is over is interrupted, so that it can say how far it came; five seconds later it is
+    killed with all that it has started. So is the step under way when this process is interrupted or
+    terminated.
 
     Args:
-        steps: once a step's time is over its process is interrupted, so that it can say how far it came, and
-            killed a few seconds later with all that it has started.
-        logs: the folder that gets a file NAME.log for each.
-        seconds: for all; a step gets what is left of it, and is not run where nothing is.
+        steps: what to run.
+        logs: the folder that gets a file NAME.log for each step.
+        seconds: the time for all steps together; a step gets what is left of it, or is not run.
     """
     console = Console(highlight=False)
     logs.mkdir(parents=True, exist_ok=True)
-    outcomes, deadline = [], time.monotonic() + seconds
-    try:
-        for step in steps:
-            console.print(f"== {escape(step.name)}")
-            outcomes.append(_run(step, logs, deadline - time.monotonic()))
-            console.print(f"== {escape(step.name)}: {outcomes[-1].state}, {outcomes[-1].seconds:.0f} s\n")
-    finally:
-        console.print(_table(outcomes))
+    outcomes: list[Outcome] = []
+    deadline = time.monotonic() + seconds
+    with _ended_by_signals():
+        try:
+            for step in steps:
+                console.print(f"== {escape(step.name)}")
+                lacking = [o.step.name for o in outcomes if o.step.name in step.needs and o.state != "passed"]
+                if lacking:
+                    outcome = Outcome(step, "not run", 0.0, f"{', '.join(lacking)} did not pass")
+                else:
+                    outcome = _run(step, logs / f"{step.name}.log", deadline - time.monotonic())
+                outcomes.append(outcome)
+                console.print(f"== {escape(step.name)}: {outcome.state}, {outcome.seconds:.0f} s\n")
+        finally:
+            console.print(_table(outcomes))
     return outcomes
 
 
-def _run(step: Step, logs: Path, left: float) -> Outcome:
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the program as Ctrl-C does, so that it can end its step."""
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, end) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _run(step: Step, path: Path, left: float) -> Outcome:
     if left < 1.0:
         return Outcome(step, "not run", 0.0, "no time was left")
-    path, limit, began = (
-        logs / f"{step.name.replace(' ', '-')}.log",
-        min(step.seconds, left),
-        time.monotonic(),
-    )
+    limit, began = min(step.seconds, left), time.monotonic()
     with path.open("wb") as log:
         try:
             process = subprocess.Popen(
@@ -90,43 +127,47 @@ def _run(step: Step, logs: Path, left: float) -> Outcome:
                 start_new_session=True,
             )
         except OSError as error:
-            return Outcome(step, "failed", 0.0, str(error))
+            log.write(f"{error}\n".encode())
+            return Outcome(step, "absent", 0.0, str(error))
+        code: int | None = None
         try:
-            code: int | None = process.wait(limit)
+            code = process.wait(limit)
         except subprocess.TimeoutExpired:
-            code = None
-            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                os.killpg(process.pid, signal.SIGINT)
-                process.wait(_SECONDS_TO_GO)
+            _signal(process, signal.SIGINT)
         finally:
-            gone = _kill(process)
+            _signal(process, signal.SIGKILL)
     taken = time.monotonic() - began
     lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
     print("\n".join(lines[-_LAST_LINES:]), flush=True)
-    last = lines[-1].strip(" =") if lines else "it wrote nothing"
     if code is None:
-        stays = "" if gone else "; killed, but it is still there"
-        return Outcome(step, "cut", taken, f"ended after {limit:.0f} s{stays}; last: {last}")
+        stays = "" if process.poll() is not None else "; killed, but it is still there"
+        return Outcome(step, "cut", taken, f"ended after {limit:.0f} s{stays}; {_last(lines)}")
+    # pytest: 0 where all tests of its files were skipped, 5 where all files were.
+    summary = _last(lines)
+    if code in (0, 5) and " skipped" in summary and " passed" not in summary:
+        reasons = [line.partition(": ")[2] for line in lines if line.startswith("SKIPPED")]
+        return Outcome(step, "skipped", taken, reasons[0] if reasons else summary)
     if code != 0:
-        return Outcome(step, "failed", taken, f"exit status {code}; last: {last}")
-    # pytest ends well where all tests were skipped.
-    skipped = " skipped" in last and " passed" not in last
-    return Outcome(step, "skipped" if skipped else "passed", taken, last)
+        errors = [line for line in lines if re.search(r"\berror\b", line, re.IGNORECASE)]
+        detail = summary if _PYTEST_SUMMARY.search(summary) or not errors else errors[0].strip()
+        return Outcome(step, "failed", taken, f"exit status {code}; {detail}")
+    return Outcome(step, "passed", taken, summary if _PYTEST_SUMMARY.search(summary) else "")
 
 
-def _kill(process: subprocess.Popen[bytes]) -> bool:
-    """Kill the process and all of its group; whether it is gone."""
+def _last(lines: Sequence[str]) -> str:
+    return lines[-1].strip(" =") if lines else "it wrote nothing"
+
+
+def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    """Send a signal to the process and all of its group, and give it the time to exit."""
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    try:
-        process.wait(_SECONDS_TO_GO)
-    except subprocess.TimeoutExpired:
-        return False
-    return True
+        os.killpg(process.pid, number)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_SECONDS_TO_EXIT)
 
 
 def _table(outcomes: Sequence[Outcome]) -> Table:
-    table = Table("step", "state", "seconds", "last line")
+    table = Table("step", "state", "seconds", "what it said")
     for outcome in outcomes:
         name = outcome.step.name + ("" if outcome.step.gates else " (reported only)")
         table.add_row(escape(name), outcome.state, f"{outcome.seconds:.0f}", escape(outcome.detail))

@@ -1,8 +1,7 @@
 """Test all that runs on a GPU, simplest first, within five minutes: `python -m tests.gpu`.
 
-It builds the CUDA extension where that is not built, once as it is and once with the watchdog, which ends a
-kernel that waits for two seconds. It takes no virtual environment and no package index: only what can be
-imported.
+It builds the CUDA extension first, once as it is and once with the watchdog, which ends a kernel that waits
+for two seconds. It needs neither a virtual environment nor a package index, only what can be imported.
 """
 
 import importlib.util
@@ -27,60 +26,59 @@ TRITON, GRAPHS = "test_kernel_triton.py", "test_gpu.py"
 
 def _python(*arguments: str | Path, watched: bool = False) -> tuple[list[str | Path], dict[str, str]]:
     """A command and its environment; `watched` takes the package with the watchdog."""
-    paths = (
-        [str(WATCHED), os.environ.get("PYTHONPATH", "")] if watched else [os.environ.get("PYTHONPATH", "")]
-    )
-    # -P: or the package in the working directory comes before the watched one.
+    paths = [*([str(WATCHED)] if watched else []), os.environ.get("PYTHONPATH", "")]
+    # Without -P the package in the working directory would come before the watched one.
     return [sys.executable, *(["-P"] if watched else []), *arguments], {
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "PYTHONUNBUFFERED": "1",
+        "COLUMNS": "120",
     }
 
 
 def _pytest(
     name: str, seconds: float, file: str, *options: str, watched: bool = False, sanitizer: bool = False
 ) -> Step:
-    # What is slow compiles for a GPU that need not be there.
-    arguments = ["-m", "pytest", "-q", "--tb=short", "-m", "gpu and not slow", "-p", "no:cacheprovider"]
-    arguments += ["-o", "filterwarnings=default"]
+    # Slow tests compile for a GPU that need not be there.
+    arguments = ["-m", "pytest", "-q", "-rs", "--tb=short", "-m", "gpu and not slow"]
+    arguments += ["-p", "no:cacheprovider", "-o", "filterwarnings=default"]
     command, environment = _python(*arguments, *options, FOLDER / file, watched=watched)
-    # What there is no GPU for is skipped, not interpreted.
+    # Without a GPU, Triton's tests are skipped and not interpreted.
     environment |= {"TRITON_INTERPRET": "0"}
     if sanitizer:
         command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "1", *command]
-    return Step(name, seconds, command, environment, gates=not sanitizer)
+    needs = ("watchdog",) if watched else ("build",)
+    return Step(name, seconds, command, environment, needs=needs, gates=not sanitizer)
 
 
-def _build() -> Step:
-    """Both extensions side by side; the usual one where it is not there."""
-    builds = [f'MOPO_FAST_WATCHDOG=1 "$PYTHON" setup.py -q build --build-lib {shlex.quote(str(WATCHED))}']
-    if importlib.util.find_spec("mopo_fast._cuda") is None:
-        builds.append('MOPO_FAST_WATCHDOG=0 "$PYTHON" setup.py -q build_ext --inplace')
-    script = " & ".join([*builds[1:], builds[0]])
-    waits = " && wait $!" if len(builds) > 1 else ""
-    environment = {"PYTHON": sys.executable, "MOPO_FAST_CUDA": "1"}
-    return Step("build", 150, ["sh", "-c", f"{script}{waits}"], environment)
+def build_step(*, watched: bool) -> Step:
+    """Build the extension in place, and beside it the one with the watchdog; quick where both are current."""
+    script = 'MOPO_FAST_WATCHDOG=0 "$PYTHON" setup.py -q build_ext --inplace'
+    if watched:
+        library = shlex.quote(str(WATCHED))
+        script += f' & MOPO_FAST_WATCHDOG=1 "$PYTHON" setup.py -q build --build-lib {library} && wait $!'
+    return Step("build", 150, ["sh", "-c", script], {"PYTHON": sys.executable, "MOPO_FAST_CUDA": "1"})
 
 
 def steps() -> list[Step]:
     """All steps in their order."""
-    is_watched = "from mopo_fast import _cuda; assert _cuda.watchdog, f'{_cuda.__file__} has no watchdog'"
+    has_watchdog = "from mopo_fast import _cuda; assert _cuda.watchdog, f'{_cuda.__file__} has no watchdog'"
+    has_watchdog, environment = _python("-c", has_watchdog, watched=True)
     jobs = ("-n", "8") if importlib.util.find_spec("xdist") else ()
     return [
-        _build(),
+        build_step(watched=True),
         Step("doctor", 30, *_python("-m", "mopo_fast", "doctor")),
-        Step("the watchdog is there", 30, *_python("-c", is_watched, watched=True)),
-        _pytest("exact integers", 100, KERNELS),
-        _pytest("training, watched", 45, TRAINING, watched=True),
-        _pytest("rollout, watched", 45, ROLLOUT, watched=True),
+        Step("watchdog", 30, has_watchdog, environment, needs=("build",)),
+        _pytest("exact-integers", 100, KERNELS),
+        _pytest("training-watched", 45, TRAINING, watched=True),
+        _pytest("rollout-watched", 45, ROLLOUT, watched=True),
         _pytest("training", 45, TRAINING),
         _pytest("rollout", 45, ROLLOUT),
         # Nearly every test compiles a kernel of its own.
         _pytest("triton", 120, TRITON, *jobs),
-        _pytest("graphs and whole runs", 60, GRAPHS),
-        # It may not cope with asynchronous products and changing register counts, and it takes a hundredfold.
-        _pytest("memcheck of training", 45, TRAINING, "-k", "not canonical", sanitizer=True),
-        _pytest("memcheck of the rollout", 45, ROLLOUT, "-k", "not canonical", sanitizer=True),
+        _pytest("graphs", 60, GRAPHS),
+        # compute-sanitizer may not cope with the rollout's instructions. It takes a hundred times as long.
+        _pytest("memcheck-training", 45, TRAINING, "-k", "not canonical", sanitizer=True),
+        _pytest("memcheck-rollout", 45, ROLLOUT, "-k", "not canonical", sanitizer=True),
     ]
 
 
@@ -91,25 +89,31 @@ def gpu(
     logs: Path = ROOT / "build" / "gpu",
     without_gpu: bool = False,
 ) -> None:
-    """Run the tests that need a GPU, in steps that are bounded in time.
+    """Build the CUDA kernels and test all that runs on a GPU, in steps that are bounded in time.
+
+    Steps: build, doctor, watchdog, exact-integers, training-watched, rollout-watched, training, rollout,
+    triton, graphs, memcheck-training, memcheck-rollout.
 
     Args:
-        only: Names of steps; all by default. Can be given several times.
-        minutes: For all steps together.
-        logs: The folder of what each step writes.
-        without_gpu: Go through the steps where there is no GPU, to try them: the tests are skipped.
+        only: Run this step only. Can be given several times.
+        minutes: Time limit for the whole run.
+        logs: Folder for the steps' logs.
+        without_gpu: Try the steps on a machine without a GPU: their tests are skipped.
     """
     if not without_gpu and not torch.cuda.is_available():
         raise SystemExit("PyTorch sees no GPU; --without-gpu goes through the steps all the same")
-    chosen = [step for step in steps() if not only or step.name in only]
-    if unknown := set(only) - {step.name for step in chosen}:
-        names = ", ".join(step.name for step in steps())
-        raise SystemExit(f"no step {', '.join(sorted(unknown))}; there are: {names}")
+    there = {step.name: step for step in steps()}
+    if unknown := [name for name in only if name not in there]:
+        raise SystemExit(f"no step {', '.join(unknown)}; there are: {', '.join(there)}")
     os.chdir(ROOT)
+    chosen = [step for step in there.values() if not only or step.name in only]
     outcomes = run_steps(chosen, logs, 60.0 * minutes)
-    print(f"Everything that the steps wrote is in {logs}")
+    print(f"The steps' logs are in {logs}")
+    skipped = [outcome.step.name for outcome in outcomes if outcome.state == "skipped" and outcome.step.gates]
+    if skipped and not without_gpu:
+        raise SystemExit(f"tests nothing on this GPU: {', '.join(skipped)}")
     raise SystemExit(any(outcome.is_bad for outcome in outcomes))
 
 
 if __name__ == "__main__":
-    tyro.cli(gpu)
+    tyro.cli(gpu, prog="python -m tests.gpu")

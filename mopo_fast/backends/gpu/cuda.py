@@ -48,8 +48,7 @@ def _load() -> tuple[ModuleType | None, str]:
     try:
         return importlib.import_module("mopo_fast._cuda"), ""
     except ModuleNotFoundError:
-        reason = "built without CUDA: nvcc was not found; install with MOPO_FAST_CUDA=1 to make that an error"
-        return None, reason
+        return None, "not built; that takes nvcc, and MOPO_FAST_CUDA=1 makes a failure to build it an error"
     except ImportError as error:
         return None, f"the extension mopo_fast._cuda did not load ({error})"
 
@@ -74,11 +73,11 @@ def _refusal_of_capability(device: torch.device | None) -> str | None:
 def _refusal_of_driver(driver: int, runtime: int, capability: tuple[int, int]) -> str | None:
     """Why a driver cannot run what was built for a CUDA runtime; versions as 1000 major + 10 minor.
 
-    Source: "Minor Version Compatibility" in NVIDIA's CUDA compatibility guide.
+    Source: NVIDIA's guide "CUDA Compatibility", on minor versions and on PTX.
     """
     built = f"{runtime // 1000}.{runtime % 1000 // 10}"
     served = f"{driver // 1000}.{driver % 1000 // 10}"
-    update = f"update the NVIDIA driver, or build with a CUDA toolkit of version {served} or older"
+    update = f"update the NVIDIA driver, or build with CUDA {served}"
     if driver == 0:
         return "no NVIDIA driver was found"
     if driver // 1000 < runtime // 1000:
@@ -272,7 +271,10 @@ class CudaBackend:
             return BackendStatus(self.name, False, reason)
         if not torch.cuda.is_available():
             return BackendStatus(self.name, False, "PyTorch sees no GPU")
-        driver, runtime = module.versions()
+        try:
+            driver, runtime = module.versions()
+        except RuntimeError as error:
+            return BackendStatus(self.name, False, str(error))
         refusal = _refusal_of_capability(None) or _refusal_of_driver(driver, runtime, _capability())
         if refusal is not None:
             return BackendStatus(self.name, False, refusal)

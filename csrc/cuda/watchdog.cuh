@@ -1,7 +1,6 @@
-// The watchdog of builds with MOPO_FAST_WATCHDOG: a wait of two seconds ends its kernel with an error, and
-// the process says at its end which warps waited for what. They write it to the host's memory, which outlives
-// the error. A call of printf, or a branch that ptxas sees, would put the rollout's products one after the
-// other.
+// The watchdog of builds with MOPO_FAST_WATCHDOG: a wait of two seconds ends its kernel with an error. The
+// process says at its end which warps waited for what. They write it to the host's memory, which outlives the
+// error. printf, or a branch in C++, would make ptxas serialise the rollout's products (wgmma).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,12 +11,12 @@
 
 namespace mopo::watchdog {
 
-// A wait that did not end. `awaited`: the parity of a barrier's phase, or how many blocks, of which `seen`
-// are here.
+// A wait that did not end. `barrier`: its address in shared memory, and `awaited` the parity of its phase; or
+// kBlocks, of whom `awaited` are waited for and `seen` have come.
 struct alignas(16) Wait {
   uint32_t barrier, awaited, seen, is_set;
 };
-// Stands for the counter of blocks, among the addresses of barriers in shared memory.
+// No address of shared memory: the blocks' counter in global memory.
 constexpr uint32_t kBlocks = ~0u;
 constexpr int kMostBlocks = 1024, kWarps = 16;
 
@@ -51,14 +50,14 @@ inline cudaError_t share() {
 
 }  // namespace mopo::watchdog
 
-// The address of waits() on the device, in each source file its own; PTX finds it by this name.
+// The device's address of waits(). PTX finds it by this name; each source file has one.
 extern "C" {
 __device__ mopo::watchdog::Wait* mopo_fast_waits;
 }
 
 namespace mopo::watchdog {
 
-// Before every launch.
+// Tell this device and source file where waits() is. Called before every launch.
 static cudaError_t begin() {
   void* address = nullptr;
   cudaError_t error = share();

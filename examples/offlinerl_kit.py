@@ -81,10 +81,12 @@ class OldGym:
     """A gymnasium environment as gym had them, which is what its trainer evaluates in."""
 
     def __init__(self, task):
-        self.env, self.task = make_environment(task.env_id), task
+        self.env, self.task, self.seed = make_environment(task.env_id), task, 0
 
     def reset(self):
-        return self.env.reset(seed=0)[0]
+        """Begin another episode: the first reset seeds all that follow."""
+        seed, self.seed = self.seed, None
+        return self.env.reset(seed=seed)[0]
 
     def step(self, action):
         observation, reward, terminal, truncated, info = self.env.step(action)

@@ -147,7 +147,7 @@ def fit(
     overwrite: bool = False,
     quiet: bool = False,
 ) -> None:
-    """Fit the dynamics ensemble alone; `train --dynamics RUN` uses it. Stopped, the same command goes on.
+    """Fit the dynamics ensemble alone, for `train --dynamics-from RUN`. The same command goes on when stopped.
 
     Args:
         dataset: A name or a file.
@@ -450,7 +450,7 @@ def bench(
     horizon: Number = None,
     updates: Number = None,
     runs: Number = None,
-    steps: Number = None,
+    fit_steps: Number = None,
     rounds: int = 5,
     threads: Number = None,
     device: str = "cpu",
@@ -462,13 +462,13 @@ def bench(
 
     Args:
         kernel: What to measure.
-        dtype: Of a rollout's or the fit's products; by default float32.
-        starts: Of a rollout: start states; by default 50,000.
-        horizon: Of a rollout: steps from each; by default 5.
-        updates: Of sac: in a round; by default 100.
-        runs: Of sac: made at once; by default 1.
-        steps: Of fit: in a round; by default 64.
-        threads: By default every core.
+        dtype: Precision of the products in a rollout or a fit (default: float32).
+        starts: Start states of a rollout (default: 50,000).
+        horizon: Steps of a rollout (default: 5).
+        updates: SAC updates in a round (default: 100).
+        runs: SAC runs that are updated at once (default: 1).
+        fit_steps: Steps of the fit in a round (default: 64).
+        threads: Threads of the CPU kernels (default: every core).
         device: cpu or cuda.
         json: Also write the rows to this file.
         plot: Also draw their roofline into this file, .png, .svg or .pdf.
@@ -483,13 +483,18 @@ def bench(
         "horizon": (horizon, ("rollout",)),
         "updates": (updates, ("sac",)),
         "runs": (runs, ("sac",)),
-        "steps": (steps, ("fit",)),
+        "fit_steps": (fit_steps, ("fit",)),
     }
     given = {name: value for name, (value, _) in options.items() if value is not None}
     for name in given:
         kernels = options[name][1]
         if kernel not in kernels:
-            raise InputError(f"--{name} is of bench {' and '.join(kernels)}, not of bench {kernel}")
+            flag = name.replace("_", "-")
+            raise InputError(
+                f"--{flag} belongs to bench {' and bench '.join(kernels)}, not to bench {kernel}"
+            )
+    if "fit_steps" in given:
+        given["steps"] = given.pop("fit_steps")
     if json is not None:
         check_writable(json)
     if plot is not None:

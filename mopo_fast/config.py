@@ -197,8 +197,8 @@ class TrainConfig:
     """auto, or one that `mopo-fast doctor` lists; of the fit, the rollouts and SAC."""
     threads: int | None = None
     """Of the CPU kernels; None: all cores. The result does not depend on it."""
-    dynamics_from: Annotated[str | None, arg(name="dynamics", metavar="RUN")] = None
-    """A folder with dynamics.safetensors to reuse in place of a fit."""
+    dynamics_from: Annotated[str | None, arg(metavar="RUN")] = None
+    """A folder whose dynamics.safetensors the run takes instead of fitting an ensemble."""
     dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     sac: SACConfig = field(default_factory=SACConfig)

@@ -5,6 +5,7 @@ Source: mopo/models/fake_env.py, bnn.py, constructor.py, mopo/static/, softlearn
 
 import contextlib
 import importlib
+import importlib.util
 import logging
 import os
 import re
@@ -93,7 +94,7 @@ class FakeEnv:
         dtype: str = "float32",
         threads: int | None = None,
     ) -> None:
-        _settle_triton()
+        _check_triton()
         self.model = _load(Path(model)) if isinstance(model, str | os.PathLike) else model
         self.config = config
         self.penalty_coeff = penalty_coeff
@@ -242,16 +243,30 @@ def _mixture(
     return *own, log_prob, mean.std(0).mean(-1)
 
 
-def _settle_triton() -> None:
-    """Triton crashes a process that has loaded TensorFlow before, and torch loads it when it can, with the
-    first operator: so it is loaded now, or never.
+def do_without_triton() -> None:
+    """Keep torch from loading Triton in this process, before `FakeEnv` is made in one with TensorFlow.
+
+    Triton crashes a process that has loaded TensorFlow before it, and torch loads Triton with its first
+    operator. To have both, import Triton before TensorFlow.
+    """
+    sys.modules["triton"] = None  # type: ignore[assignment]
+
+
+def _check_triton() -> None:
+    """Load Triton while it can be loaded.
+
+    Raises:
+        InputError: TensorFlow was loaded before, so that torch would crash the process.
     """
     if "tensorflow" not in sys.modules:
         with contextlib.suppress(ImportError):
             importlib.import_module("triton")
-    elif "triton" not in sys.modules:
-        logger.info("TensorFlow is loaded: torch has to do without Triton")
-        sys.modules["triton"] = None  # type: ignore[assignment]
+    elif "triton" not in sys.modules and importlib.util.find_spec("triton") is not None:
+        raise InputError(
+            "TensorFlow was loaded before Triton, which torch would load next and which would then crash this"
+            " process; import triton before tensorflow, or call"
+            " mopo_fast.compat.mopo_tf.do_without_triton() first"
+        )
 
 
 def _draw_seed() -> int:

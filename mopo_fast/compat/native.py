@@ -25,7 +25,7 @@ def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
 
 
 def write(checkpoint: Checkpoint, target: Path) -> None:
-    """The models in a folder that `mopo-fast train --dynamics`, `evaluate` and `rollout` take."""
+    """The models in a folder that `mopo-fast train --dynamics-from`, `evaluate` and `rollout` take."""
     for model in (checkpoint.dynamics, checkpoint.policy):
         if model is not None:
             model.save(target)

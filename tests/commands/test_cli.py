@@ -140,7 +140,7 @@ def test_fit_then_train_on_that_fit(
         assert f"another process is at work in {fit}" in message
     assert main([*again, "--overwrite"]) == 0
     out = tmp_path / "run"
-    arguments = ["--steps", "10", "--horizon", "1", "--dynamics", str(fit), "--out", str(out), "--quiet"]
+    arguments = ["--steps", "10", "--horizon", "1", "--dynamics-from", str(fit), "--out", str(out), "--quiet"]
     assert main(["train", str(dataset), *arguments, *TINY]) == 0
     assert (out / "dynamics.safetensors").read_bytes() == (fit / "dynamics.safetensors").read_bytes()
     assert (out / "fit.json").read_text() == (fit / "fit.json").read_text()
@@ -277,7 +277,7 @@ MISTAKES = {
     "not a data set": (["fit", "JUNK", "--out", "OUT"], ["junk.hdf5"]),
     "no such backend": (["train", "DATA", "--backend", "abacus"], ["abacus", "reference"]),
     "no such device": (["train", "DATA", "--device", "abacus"], ["abacus"]),
-    "no such ensemble": (["train", "DATA", "--dynamics", "nowhere"], ["nowhere"]),
+    "no such ensemble": (["train", "DATA", "--dynamics-from", "nowhere"], ["nowhere"]),
     "no steps": (["train", "DATA", "--steps", "0"], ["steps", "0"]),
     "no horizon": (["train", "DATA", "--horizon", "0"], ["horizon", "0"]),
     "a negative penalty": (["train", "DATA", "--penalty-coef", "-1"], ["penalty_coef", "-1"]),

@@ -731,7 +731,7 @@ _RUNS = [
         ("mopo_fast.train:_Loop.restore", "mopo_fast.train:_Loop._take"),
     ),
     Entry(
-        "train --dynamics",
+        "train --dynamics-from",
         _make_first,
         ("first/dynamics.*", "first/fit.json"),
         lambda: _train_on("first"),

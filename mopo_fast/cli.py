@@ -147,7 +147,7 @@ def fit(
     overwrite: bool = False,
     quiet: bool = False,
 ) -> None:
-    """Fit the dynamics ensemble alone, for `train --dynamics-from RUN`. The same command goes on when stopped.
+    """Fit the dynamics ensemble alone, for `train --dynamics-from RUN`. Run it again to go on if stopped.
 
     Args:
         dataset: A name or a file.

@@ -88,7 +88,7 @@ def test_flags_of_train_are_short_and_the_rest_is_reachable(capsys: pytest.Captu
     text = capsys.readouterr().out
     for flag in ("task", "seed", "steps", "out", "device", "backend", "horizon", "penalty-coef", "penalty"):
         assert f" --{flag} " in text, flag
-    for flag in ("dynamics", "resume", "quiet", "sac.alpha-max", "rollout.retain-epochs"):
+    for flag in ("dynamics-from", "resume", "quiet", "sac.alpha-max", "rollout.retain-epochs"):
         assert f" --{flag} " in text, flag
 
 
@@ -217,7 +217,7 @@ def test_doctor_prints_text_or_json(capsys: pytest.CaptureFixture[str]) -> None:
     ("kernel", "sizes", "unit", "flop"),
     [
         ("rollout", {"starts": 20, "horizon": 2}, "transitions/s", 2 * (7 * 131_800 + 72_960)),
-        ("fit", {"steps": 1}, "samples*members/s", 2 * (3 * 131_800 - 4600)),
+        ("fit", {"fit-steps": 1}, "samples*members/s", 2 * (3 * 131_800 - 4600)),
     ],
 )
 def test_bench_writes_rows(
@@ -237,7 +237,8 @@ def test_bench_writes_rows(
     ours, reference = json.loads(out.read_text())
     assert (ours["kernel"], reference["backend"]) == (kernel, "reference")
     assert ours["baselines"]["reference"] == pytest.approx(ours["rate"] / reference["rate"])
-    assert ours["shape"].items() >= sizes.items() and ours["unit"] == unit
+    shape = {name.removeprefix("fit-"): value for name, value in sizes.items()}
+    assert ours["shape"].items() >= shape.items() and ours["unit"] == unit
     assert ours["gflops"] * 1e9 / ours["rate"] == pytest.approx(flop)
     assert min(ours["intensity"], ours["peak_gflops"], ours["bandwidth"]) > 0
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -355,7 +356,7 @@ def test_a_mistake_is_one_line_that_names_it(
 
 # What each command calls, a command line with no flag at its default, and what must arrive there.
 CALLS: dict[str, tuple[list[str], list[object], dict[str, object]]] = {
-    "data.collect": (
+    "collect.collect": (
         [
             "collect",
             "hopper-random",
@@ -389,7 +390,7 @@ CALLS: dict[str, tuple[list[str], list[object], dict[str, object]]] = {
         [],
         {"episodes": 7, "seed": 3, "deterministic": False},
     ),
-    "generate.generate": (
+    "bulk.generate.generate": (
         [
             *("rollout", "RUN", "--dataset", "DATA", "--out", "OUT.npz", "--count", "7", "--horizon", "3"),
             *("--seed", "3", "--penalty-coef", "0", "--backend", "reference"),
@@ -397,7 +398,7 @@ CALLS: dict[str, tuple[list[str], list[object], dict[str, object]]] = {
         [],
         {"count": 7, "horizon": 3, "seed": 3, "penalty_coef": 0.0, "backend": "reference"},
     ),
-    "bench.bench": (
+    "bench.measure.bench": (
         [
             *("bench", "sac", "--backend", "reference", "--obs-dim", "3", "--act-dim", "2"),
             *("--updates", "7", "--rounds", "6", "--threads", "2", "--quiet"),

@@ -132,11 +132,23 @@ class Task:
 # A third party's choice where nothing was published; also the most frequent tuned pair.
 UNTUNED = (5, 1.0)
 
-_HOPPER = {0: (above(0.7), math.inf), 1: (above(-0.2), below(0.2))}
 _HUNDRED = (above(-100.0), below(100.0))
-# authors' hopper has a slip, np.abs(x < 100) for abs(x) < 100, which leaves no lower bound.
-_HUNDRED_SLIP = (-math.inf, below(100.0))
+_HOPPER = {0: (above(0.7), math.inf), 1: (above(-0.2), below(0.2))}
 _WALKER = {0: (above(0.8), below(2.0)), 1: (above(-1.0), below(1.0))}
+_ANT = {0: (_closed(0.2), 1.0)}
+_HUMANOID = {0: (1.0, 2.0)}
+# OfflineRL-Kit's rules (offlinerlkit/utils/termination_fns.py) by the names of its functions, for `make_box`.
+# The authors' hopper has the same slip, np.abs(x < 100) for abs(x) < 100, which leaves no lower bound.
+OFFLINERL_KIT_RULES: dict[str, dict[str, Any]] = {
+    "halfcheetah": {"rest": _HUNDRED},
+    "hopper": {"bounds": _HOPPER, "rest": (-math.inf, below(100.0))},
+    "walker2d": {"bounds": _WALKER, "rest": _HUNDRED},
+    "ant": {"bounds": _ANT},
+    "antangle": {"bounds": _ANT},
+    "humanoid": {"bounds": _HUMANOID},
+    "pen": {"bounds": {26: (_closed(0.075), math.inf)}},
+    **{name: {} for name in ("halfcheetahveljump", "point2denv", "point2dwallenv", "pendulum", "door")},
+}
 
 _TUNED_HALFCHEETAH = {
     "authors": {
@@ -181,7 +193,7 @@ TASKS: dict[str, Task] = {
             _TUNED_HOPPER,
         ),
         Task("walker2d", "Walker2d-v4", 17, 6, make_box(17, _WALKER), 1.629008, 4592.3, _TUNED_WALKER2D),
-        Task("ant", "Ant-v4", 27, 8, make_box(27, {0: (_closed(0.2), 1.0)}), -325.6, 3879.7),
+        Task("ant", "Ant-v4", 27, 8, make_box(27, _ANT), -325.6, 3879.7),
         # The paper's two out-of-distribution tasks; horizon and lambda were not published.
         Task(
             "halfcheetah-jump",
@@ -196,11 +208,11 @@ TASKS: dict[str, Task] = {
             "mopo_fast/AntAngle-v0",
             27,
             8,
-            make_box(27, {0: (_closed(0.2), 1.0)}),
+            make_box(27, _ANT),
             online_env_id="mopo_fast/AntForward-v0",
             recorded=("x_velocity", "y_velocity"),
         ),
-        Task("humanoid", "Humanoid-v4", 376, 17, make_box(376, {0: (1.0, 2.0)})),
+        Task("humanoid", "Humanoid-v4", 376, 17, make_box(376, _HUMANOID)),
         Task("pendulum", "Pendulum-v1", 3, 1, make_box(3)),
     )
 }
@@ -208,10 +220,11 @@ TASKS: dict[str, Task] = {
 # Rules by name, for `RolloutEngine(termination=...)`: a task's, and TASK-CODE as another code has it.
 BOXES: dict[str, Box] = {
     **{name: task.box for name, task in TASKS.items() if isinstance(task.box, Box)},
-    "hopper-authors": make_box(11, _HOPPER, _HUNDRED_SLIP),
-    "hopper-offlinerl-kit": make_box(11, _HOPPER, _HUNDRED_SLIP),
-    "halfcheetah-offlinerl-kit": make_box(17, rest=_HUNDRED),
-    "walker2d-offlinerl-kit": make_box(17, _WALKER, _HUNDRED),
+    "hopper-authors": make_box(11, **OFFLINERL_KIT_RULES["hopper"]),
+    **{
+        f"{name}-offlinerl-kit": make_box(TASKS[name].obs_dim, **OFFLINERL_KIT_RULES[name])
+        for name in ("hopper", "halfcheetah", "walker2d")
+    },
 }
 
 

@@ -15,7 +15,14 @@ from typing import Any
 import torch
 
 from mopo_fast.compat import Checkpoint
-from mopo_fast.compat.models import activation_of, actor_of, check_first_layer, check_model, ensemble_of
+from mopo_fast.compat.models import (
+    activation_of,
+    actor_of,
+    check_first_layer,
+    check_kind,
+    check_model,
+    ensemble_of,
+)
 from mopo_fast.compat.torch_files import as_state, load, save, take
 from mopo_fast.config import Hints
 from mopo_fast.ensemble import MAX_MEMBERS, EnsembleDynamics
@@ -300,8 +307,7 @@ def write(checkpoint: Checkpoint, target: Path) -> None:
     ensemble = checkpoint.dynamics
     if checkpoint.policy is not None or ensemble is None:
         raise InputError("d3rlpy's files hold dynamics alone, or a policy with all that trains it")
-    if ensemble.log_scale != "std" or bool(ensemble.absolute.any()):
-        raise InputError("d3rlpy's models bound log-stds and predict changes; these dynamics do not")
+    check_kind(ensemble, "d3rlpy's models", log_scale="std", member_bounds=True)
     scaled = bool((ensemble.input_mean != 0).any() or (ensemble.input_std != 1).any())
     state: dict[str, torch.Tensor] = {}
     weights, biases = (

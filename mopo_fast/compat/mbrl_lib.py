@@ -17,7 +17,7 @@ import torch
 
 from mopo_fast.backends import StepResult
 from mopo_fast.compat import Checkpoint
-from mopo_fast.compat.models import activation_of, check_model, ensemble_of
+from mopo_fast.compat.models import activation_of, check_kind, check_model, ensemble_of
 from mopo_fast.compat.torch_files import as_state, load, save, take
 from mopo_fast.config import Hints, Penalty
 from mopo_fast.ensemble import EnsembleDynamics
@@ -397,8 +397,7 @@ def write(checkpoint: Checkpoint, target: Path) -> None:
     ensemble = checkpoint.dynamics
     if checkpoint.policy is not None or ensemble is None:
         raise InputError("mbrl-lib's files are of dynamics alone")
-    if ensemble.log_scale == "std" or ensemble.max_logvar.ndim == 2:
-        raise InputError("GaussianMLP has log-variances and bounds for all members; these dynamics do not")
+    check_kind(ensemble, "mbrl-lib's models", log_scale="variance", absolute=True)
     names = [*(f"hidden_layers.{i}.0" for i in range(len(ensemble.hidden))), "mean_and_logvar"]
     state = {f"{name}_logvar": getattr(ensemble, f"{name}_logvar").detach()[None] for name in ("min", "max")}
     for name, weight, bias in zip(names, ensemble.weights, ensemble.biases, strict=True):

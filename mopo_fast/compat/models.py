@@ -33,6 +33,31 @@ def activation_of(module: object) -> Activation:
     return _ACTIVATIONS[given.lower()]
 
 
+def check_kind(
+    ensemble: EnsembleDynamics,
+    models: str,
+    *,
+    log_scale: LogScale,
+    member_bounds: bool = False,
+    absolute: bool = False,
+) -> None:
+    """Raise `InputError` where an ensemble is of a kind that another code's `models` cannot be.
+
+    Args:
+        log_scale: what the logarithms of theirs are of.
+        member_bounds: each member of theirs may have bounds of its own.
+        absolute: theirs may predict next observations instead of changes.
+    """
+    lacking = {
+        "log-variances" if log_scale == "std" else "log standard deviations": ensemble.log_scale != log_scale,
+        "bounds of each member": ensemble.max_logvar.ndim == 2 and not member_bounds,
+        "predictions of next observations": bool(ensemble.absolute.any()) and not absolute,
+    }
+    if any(lacking.values()):
+        kinds = ", ".join(kind for kind, lacks in lacking.items() if lacks)
+        raise InputError(f"{models} have no {kinds}; these dynamics do")
+
+
 def ensemble_of(
     weights: Sequence[torch.Tensor],
     biases: Sequence[torch.Tensor],

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from mopo_fast.compat import Checkpoint, matlab_files
+from mopo_fast.compat.models import activation_of, check_kind
 from mopo_fast.config import Activation, DynamicsConfig, Hints, Penalty
 from mopo_fast.ensemble import EnsembleDynamics, elites_of
 from mopo_fast.errors import InputError
@@ -33,7 +34,8 @@ logger = logging.getLogger("mopo_fast")
 
 Array = npt.NDArray[Any]
 
-_ACTIVATIONS: dict[str | None, Activation] = {"swish": "silu", "ReLU": "relu", "tanh": "tanh"}
+# As .nns files have them.
+_ACTIVATION_NAMES: dict[Activation, str] = {"silu": "swish", "relu": "ReLU", "tanh": "tanh"}
 # mopo/static/: those that end an episode; hopper's with its slip. All others never do.
 _BOXES = {
     "ant": "ant",
@@ -295,12 +297,11 @@ def from_bnn(model: Any) -> EnsembleDynamics:
 
 
 def _activation(names: Sequence[str | None], what: str) -> Activation:
-    if len(set(names)) > 1 or any(name not in _ACTIVATIONS for name in names):
+    if len(set(names)) > 1:
         raise InputError(
-            f"{what} has hidden layers of {', '.join(map(str, names))}; ours are all of one of"
-            f" {', '.join(map(str, _ACTIVATIONS))}"
+            f"{what} has hidden layers of {', '.join(map(str, names))}; ours have one activation"
         )
-    return _ACTIVATIONS[names[0]] if names else "silu"
+    return activation_of(str(names[0])) if names else "silu"
 
 
 def _dynamics(
@@ -504,10 +505,7 @@ def write(checkpoint: Checkpoint, target: Path) -> None:
 
 def _check_dynamics(model: EnsembleDynamics) -> None:
     _scipy_io()
-    if model.log_scale != "variance" or model.max_logvar.ndim > 1 or bool(model.absolute.any()):
-        raise InputError(
-            "the authors' models predict changes, and log-variances within bounds that all members share"
-        )
+    check_kind(model, "the authors' models", log_scale="variance")
 
 
 def _write_dynamics(model: EnsembleDynamics, folder: Path) -> None:
@@ -524,9 +522,7 @@ def _write_dynamics(model: EnsembleDynamics, folder: Path) -> None:
     tensors += [model.max_logvar[None, order], model.min_logvar[None, order]]
     with atomic_path(folder / "BNN_0.mat") as temporary, open(temporary, "wb") as file:
         io.savemat(file, {str(i): tensor.detach().cpu().numpy() for i, tensor in enumerate(tensors)})
-    names = [next(name for name, ours in _ACTIVATIONS.items() if ours == model.activation)] * len(
-        model.hidden
-    )
+    names = [_ACTIVATION_NAMES[model.activation]] * len(model.hidden)
     decays: Sequence[float | None] = DynamicsConfig().weight_decay
     if len(decays) != len(model.weights):
         decays = [None] * len(model.weights)

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 
 from mopo_fast.compat import Checkpoint
-from mopo_fast.compat.models import activation_of, actor_of, check_model, ensemble_of
+from mopo_fast.compat.models import activation_of, actor_of, check_kind, check_model, ensemble_of
 from mopo_fast.compat.torch_files import load_state, save, take
 from mopo_fast.config import DynamicsConfig, Hints, Penalty
 from mopo_fast.data.transitions import Transitions
@@ -30,7 +30,7 @@ from mopo_fast.errors import InputError
 from mopo_fast.fit import FitEpoch, fit_dynamics
 from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine
-from mopo_fast.tasks import Box, above, below, make_box
+from mopo_fast.tasks import OFFLINERL_KIT_RULES, Box, make_box
 from mopo_fast.utils.atomic import atomic_path
 from mopo_fast.utils.machine import check_memory
 from mopo_fast.utils.pickles import brief
@@ -45,21 +45,6 @@ PENALTIES: dict[str, Penalty] = {
     "pairwise-diff": "max_deviation",
     "ensemble_std": "ensemble_std",
 }
-_HUNDRED = (above(-100.0), below(100.0))
-# offlinerlkit/utils/termination_fns.py; hopper's np.abs(x < 100) has no lower bound.
-_RULES: dict[str, dict[str, Any]] = {
-    "halfcheetah": {"rest": _HUNDRED},
-    "hopper": {
-        "bounds": {0: (above(0.7), math.inf), 1: (above(-0.2), below(0.2))},
-        "rest": (-math.inf, below(100.0)),
-    },
-    "walker2d": {"bounds": {0: (above(0.8), below(2.0)), 1: (above(-1.0), below(1.0))}, "rest": _HUNDRED},
-    "ant": {"bounds": {0: (float(np.float32(0.2)), 1.0)}},
-    "antangle": {"bounds": {0: (float(np.float32(0.2)), 1.0)}},
-    "humanoid": {"bounds": {0: (1.0, 2.0)}},
-    "pen": {"bounds": {26: (float(np.float32(0.075)), math.inf)}},
-    **{name: {} for name in ("halfcheetahveljump", "point2denv", "point2dwallenv", "pendulum", "door")},
-}
 
 
 def termination_box(function: Any, obs_dim: int) -> Box | None:
@@ -69,9 +54,9 @@ def termination_box(function: Any, obs_dim: int) -> Box | None:
     """
     module, name = getattr(function, "__module__", ""), getattr(function, "__name__", "")
     task = name.removeprefix("termination_fn_").removeprefix("terminaltion_fn_")
-    if not module.endswith("termination_fns") or task == name or task not in _RULES:
+    if not module.endswith("termination_fns") or task == name or task not in OFFLINERL_KIT_RULES:
         return None
-    return make_box(obs_dim, **_RULES[task])
+    return make_box(obs_dim, **OFFLINERL_KIT_RULES[task])
 
 
 class EnsembleDynamics:
@@ -489,11 +474,7 @@ def write(checkpoint: Checkpoint, target: Path) -> None:
 
 
 def _dynamics_state(ensemble: Ensemble) -> dict[str, torch.Tensor]:
-    if ensemble.log_scale == "std" or ensemble.max_logvar.ndim == 2 or bool(ensemble.absolute.any()):
-        raise InputError(
-            "OfflineRL-Kit's models have log-variances, bounds for all members, and predict changes;"
-            " these dynamics do not"
-        )
+    check_kind(ensemble, "OfflineRL-Kit's models", log_scale="variance")
     names = [*(f"backbones.{i}" for i in range(len(ensemble.hidden))), "output_layer"]
     state: dict[str, torch.Tensor] = {
         "max_logvar": ensemble.max_logvar.detach(),

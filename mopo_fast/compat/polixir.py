@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from mopo_fast.compat import Checkpoint
-from mopo_fast.compat.models import check_model
+from mopo_fast.compat.models import activation_of, check_kind, check_model
 from mopo_fast.compat.torch_files import load
-from mopo_fast.config import Activation, Hints
+from mopo_fast.config import Hints
 from mopo_fast.ensemble import EnsembleDynamics, elites_of
 from mopo_fast.errors import InputError
 from mopo_fast.policy import Actor
@@ -27,7 +27,6 @@ from mopo_fast.utils.tensors import check_layers
 
 # Added to a standard deviation that divides.
 _EPSILON = 1e-8
-_ACTIVATIONS: dict[str, Activation] = {"ReLU": "relu", "Tanh": "tanh"}
 _LOG_STD_MIN, _LOG_STD_MAX = -5.0, 2.0
 
 
@@ -226,8 +225,8 @@ def _actor(policy: Any) -> Actor:
     if not policy._c_sigma:
         raise InputError("its standard deviation does not depend on the observation; ours does")
     kinds = {layer.kind for layer in policy.preprocess.model} - {"Linear"}
-    if len(kinds) != 1 or not kinds <= _ACTIVATIONS.keys():
-        raise InputError(f"it has layers of {', '.join(sorted(kinds))}; ours are all ReLU or all Tanh")
+    if len(kinds) != 1:
+        raise InputError(f"it has layers of {', '.join(sorted(kinds))}; ours have one activation")
     hidden = [layer for layer in policy.preprocess.model if layer.kind == "Linear"]
     weights = [layer.weight.T for layer in hidden]
     weights.append(torch.cat((policy.mu.weight, policy.sigma.weight)).T)
@@ -237,7 +236,7 @@ def _actor(policy: Any) -> Actor:
         weights[0].shape[0],
         len(policy.mu.bias),
         hidden=tuple(weight.shape[1] for weight in weights[:-1]),
-        activation=_ACTIVATIONS[kinds.pop()],
+        activation=activation_of(kinds.pop()),
         log_std_min=_LOG_STD_MIN,
         log_std_max=_LOG_STD_MAX,
     )
@@ -292,8 +291,7 @@ def write(checkpoint: Checkpoint, target: Path) -> None:
 def _transition(model: EnsembleDynamics) -> nn.Module:
     absolute, obs_dim = bool(model.absolute.any()), model.obs_dim
     scaled = bool((model.input_mean != 0).any() or (model.input_std != 1).any())
-    if model.log_scale != "std" or model.max_logvar.ndim > 1:
-        raise InputError("Polixir's models bound log standard deviations, for all members; this one does not")
+    check_kind(model, "Polixir's models", log_scale="std", absolute=True)
     if model.activation != "silu":
         raise InputError(f"Polixir's models have hidden layers of SiLU, this one of {model.activation}")
     if bool((model.input_mean[obs_dim:] != 0).any() or (model.input_std[obs_dim:] != 1).any()):

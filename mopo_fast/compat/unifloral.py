@@ -16,7 +16,7 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from mopo_fast.compat import Checkpoint
-from mopo_fast.compat.models import actor_of, check_first_layer, check_model, ensemble_of
+from mopo_fast.compat.models import actor_of, check_first_layer, check_kind, check_model, ensemble_of
 from mopo_fast.config import Activation, Hints
 from mopo_fast.ensemble import EnsembleDynamics as Ensemble
 from mopo_fast.ensemble import elites_of
@@ -408,10 +408,7 @@ def write(checkpoint: Checkpoint, target: Path) -> None:
             "Unifloral's dynamics have hidden layers of one width, with ReLU; these have"
             f" {model.hidden}, with {model.activation}"
         )
-    if model.log_scale == "std" or model.max_logvar.ndim == 2 or bool(model.absolute.any()):
-        raise InputError(
-            "Unifloral's dynamics predict changes and bound all members' log-variances alike; these do not"
-        )
+    check_kind(model, "Unifloral's dynamics", log_scale="variance")
     weights = [weight.detach()[model.elites] for weight in model.weights]
     biases = [bias.detach()[model.elites] for bias in model.biases]
     biases[0] = biases[0] - (model.input_mean / model.input_std) @ weights[0]

@@ -104,7 +104,7 @@ def test_damaged_and_foreign_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_models_that_it_does_not_have(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="these dynamics do not"):
+    with pytest.raises(InputError, match="; these dynamics do"):
         mbrl_lib.write(Checkpoint(make_ensemble(log_scale="std")), tmp_path)
     for wrong in (Checkpoint(), Checkpoint(make_ensemble(), Actor(3, 2))):
         with pytest.raises(InputError, match="of dynamics alone"):

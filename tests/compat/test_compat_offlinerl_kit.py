@@ -431,7 +431,7 @@ def test_damaged_and_foreign_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_models_that_it_does_not_have(tmp_path: Path) -> None:
     for declared in ({"log_scale": "std"}, {"member_bounds": True}, {"absolute": [0]}):
         ensemble = EnsembleDynamics(3, 2, members=2, elites=1, hidden=(8,), **declared)
-        with pytest.raises(InputError, match="these dynamics do not"):
+        with pytest.raises(InputError, match="; these dynamics do"):
             kit.write(Checkpoint(ensemble), tmp_path)
     with pytest.raises(InputError, match=r"this policy has relu and \[-20, 2\]"):
         kit.write(Checkpoint(policy=Actor(3, 2)), tmp_path)

@@ -269,7 +269,7 @@ def test_models_that_the_other_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="hidden layers of Swash, not Swish"):
         read(renamed(tmp_path / "dynamics.pt", b"Swish", b"Swash"))
     write(read(RECORDED / "policy.pt"), tmp_path)
-    with pytest.raises(InputError, match="it has layers of CELU"):
+    with pytest.raises(InputError, match="activation is CELU"):
         read(renamed(tmp_path / "policy.pt", b"\nReLU", b"\nCELU"))
 
     def refused(model: EnsembleDynamics | Actor) -> str:
@@ -278,7 +278,7 @@ def test_models_that_the_other_cannot_be(tmp_path: Path) -> None:
             write(checkpoint, tmp_path)
         return str(error.value)
 
-    assert "bound log standard deviations" in refused(EnsembleDynamics(3, 2, hidden=(4,)))
+    assert "have no log-variances; these dynamics do" in refused(EnsembleDynamics(3, 2, hidden=(4,)))
     tanh = EnsembleDynamics(3, 2, hidden=(4,), log_scale="std", activation="tanh")
     assert "hidden layers of SiLU, this one of tanh" in refused(tanh)
     model = EnsembleDynamics(3, 2, hidden=(4,), log_scale="std")

@@ -1,6 +1,8 @@
-"""What the machine must have for what is asked, refused before the work begins."""
+"""The machine's memory, threads and devices: requests that it cannot meet are refused before the work."""
 
 import contextlib
+import ctypes
+import mmap
 import os
 import resource
 import tempfile
@@ -16,6 +18,8 @@ from mopo_fast.errors import InputError
 
 # A kernel call has no use for more.
 MAX_THREADS = 2**15
+# x86-64's and AArch64's usual size.
+_LARGE_PAGE = 2 << 20
 
 _ROOT = Path("/")
 
@@ -127,6 +131,20 @@ def check_memory(what: str, size: int, device: torch.device | str, lower: str) -
         raise InputError(
             f"{what} would take {-(-size // 2**30):,} GiB, {device} has {total // 2**30:,} GiB; lower {lower}"
         )
+
+
+def use_large_pages(tensor: torch.Tensor) -> torch.Tensor:
+    """Ask Linux for large pages for a CPU tensor that has not been written to yet; return the tensor.
+
+    Rows drawn from it at random then cost fewer walks through page tables. This is a hint: where the system
+    has no such pages or refuses them, nothing changes.
+    """
+    first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    first, last = -(-first // _LARGE_PAGE) * _LARGE_PAGE, last // _LARGE_PAGE * _LARGE_PAGE
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)
+    if tensor.device.type == "cpu" and first < last and advice is not None:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), advice)
+    return tensor
 
 
 def file_backed(shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:

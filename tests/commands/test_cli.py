@@ -389,7 +389,7 @@ CALLS: dict[str, tuple[list[str], list[object], dict[str, object]]] = {
         [],
         {"episodes": 7, "seed": 3, "deterministic": False},
     ),
-    "generate.generate": (
+    "bulk.generate.generate": (
         [
             *("rollout", "RUN", "--dataset", "DATA", "--out", "OUT.npz", "--count", "7", "--horizon", "3"),
             *("--seed", "3", "--penalty-coef", "0", "--backend", "reference"),

@@ -21,7 +21,7 @@ from mopo_fast.bulk.plan import SHARD_ARRAYS, Plan, ShardRecord, count_rows
 from mopo_fast.config import Compression
 from mopo_fast.data.files import as_tensor, check_file, open_file, write_arrays
 from mopo_fast.data.hdf5_writer import Pieces, hdf5_pieces, write_pieces, write_values
-from mopo_fast.data.stored import Array, check_fits, is_kept
+from mopo_fast.data.stored import Array, check_fits, is_kept, reading
 from mopo_fast.data.transitions import ROLLOUT_ARRAYS, Transitions, array_layout
 from mopo_fast.ensemble import MAX_MEMBERS
 from mopo_fast.errors import InputError
@@ -41,9 +41,9 @@ _ITEM_BYTES = {"bool": 1, "int32": 4, "int64": 8, "float": 4, "double": 8}
 
 
 def d4rl_arrays(data: Transitions) -> dict[str, Array]:
-    """A rollout's arrays by D4RL's keys and its own: raw_rewards, penalties, members, rollout_index, step.
+    """Return a rollout's arrays by their names in a file: those of `Transitions`, and timeouts.
 
-    `timeouts` are where a rollout ends without a terminal.
+    A time-out is the last row of a rollout that has no terminal.
 
     Raises:
         InputError: there is no rollout_index.
@@ -127,9 +127,10 @@ def read_shard(path: Path, plan: Plan, shard: int) -> tuple[dict[str, Array], di
         names = ", ".join(sorted(arrays.keys() ^ set(SHARD_ARRAYS)))
         raise InputError(f"{path} lacks, or has beside a rollout's arrays: {reprlib.repr(names)}")
     for name, array in arrays.items():
-        # Dimensions of any size.
+        # The sizes of observations and actions are free here.
         row, kind = array_layout(name, 1, 1)
-        dtype, ndim, rows = torch.empty(0, dtype=kind).numpy().dtype, 1 + len(row), plan.rows(shard)
+        dtype = torch.empty(0, dtype=kind, device="cpu").numpy().dtype
+        ndim, rows = 1 + len(row), plan.rows(shard)
         if array.dtype != dtype or array.ndim != ndim or len(array) != rows or 0 in array.shape:
             raise InputError(
                 f"{path}: {name} must be {dtype} of {ndim} dimensions and {rows} rows,"
@@ -214,7 +215,7 @@ def _to_hdf5(
     options: dict[str, Any] = {"compression": compression, "shuffle": True}
     with h5py.File(content, "w") as file:
         for name, array in arrays.items():
-            # Of a whole number of rows, about a megabyte.
+            # A chunk is a whole number of rows, about a megabyte.
             rows = max(1, 2**20 // max(1, array[:1].nbytes))
             chunks = (min(rows, len(array)), *array.shape[1:])
             made = file.create_dataset(name, array.shape, array.dtype, chunks=chunks, **options)
@@ -257,7 +258,7 @@ def import_pyarrow() -> Any:
 
 
 def read_file(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
-    """A shard's arrays, mapped into memory where it is uncompressed HDF5, and its metadata.
+    """Read a shard's arrays, mapped into memory where it is uncompressed HDF5, and its metadata.
 
     Raises:
         InputError: it is missing or damaged.
@@ -281,7 +282,7 @@ def _from_parquet(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
     pyarrow = import_pyarrow()
     if not path.is_file():
         raise InputError(f"{path} does not exist")
-    try:
+    with reading(path, "Parquet"):
         with pyarrow.parquet.ParquetFile(path) as file:
             _check_parquet(path, file)
             table = file.read()
@@ -289,19 +290,6 @@ def _from_parquet(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
         if not isinstance(metadata, dict):
             raise ValueError("its metadata are no dictionary")
         return {name: _from_column(name, table[name]) for name in table.column_names}, metadata
-    except InputError:
-        raise
-    # pyarrow raises what is its own, and what Python has for the same.
-    except (
-        pyarrow.ArrowException,
-        OSError,
-        LookupError,
-        TypeError,
-        ValueError,
-        RecursionError,
-        MemoryError,
-    ) as error:
-        raise InputError(f"{path} is not a whole Parquet file ({error}); get or make it again") from error
 
 
 def _check_parquet(path: Path, file: Any) -> None:
@@ -321,7 +309,7 @@ def _check_parquet(path: Path, file: Any) -> None:
 
 
 def _list_size(kind: Any) -> int:
-    """The length of lists of a fixed size; 0 for another type."""
+    """Return the length of lists of a fixed size; 0 for another type."""
     import pyarrow
 
     return int(kind.list_size) if pyarrow.types.is_fixed_size_list(kind) else 0

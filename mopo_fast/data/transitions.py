@@ -114,7 +114,7 @@ class Transitions:
         return self._map(lambda array: array[index])
 
     def to(self, device: torch.device | str) -> "Transitions":
-        """The same transitions on `device`; no copy where they are there already."""
+        """Return the same transitions on `device`; no copy where they are there already."""
         return self._map(lambda array: array.to(device))
 
     def validate(self) -> "Transitions":
@@ -150,7 +150,7 @@ class Transitions:
 
 
 def first_not_finite(array: torch.Tensor) -> int | None:
-    """The first row of `array` with a value that is not finite; a block at a time, for arrays in files."""
+    """Return the first row with a value that is not finite; a block at a time, for arrays in files."""
     size = max(1, 2**20 // max(1, array[:1].numel()))
     for number, block in enumerate(array.split(size)):
         finite = torch.isfinite(block)
@@ -160,7 +160,7 @@ def first_not_finite(array: torch.Tensor) -> int | None:
 
 
 def concatenate(parts: list[Transitions]) -> Transitions:
-    """One set out of several with the same arrays; name and info are the first one's."""
+    """Join sets with the same arrays; name and info are the first one's."""
     if not parts:
         raise InputError("nothing to concatenate")
     arrays = [part.arrays() for part in parts]

@@ -34,13 +34,13 @@ def check_device(device: torch.device | str) -> None:
 
 
 def device_name(device: torch.device | str) -> str:
-    """ "cpu", or what a GPU is called."""
+    """Return "cpu", or the name of a GPU."""
     device = torch.device(device)
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def resolve_threads(threads: int | None) -> int:
-    """`threads`, or for None one for each core that this process may use.
+    """Return `threads`, or for None the number of cores that this process may use.
 
     Raises:
         InputError: not a whole number, or out of range.
@@ -53,7 +53,7 @@ def resolve_threads(threads: int | None) -> int:
 
 
 def available_memory() -> int:
-    """Bytes that this process can still have: the machine's, its control group's, its own limits'.
+    """Return the bytes that this process can still have: within the machine, its control group, its limits.
 
     What the system has only cached, and its swap, count as available.
     """
@@ -71,7 +71,7 @@ def available_memory() -> int:
 
 
 def map_mode() -> Literal["c", "r"]:
-    """The mode in which `np.memmap` is to map a file that is only read.
+    """Return the mode in which `np.memmap` is to map a file that is only read.
 
     Copy on write: a kernel that is given such an array for its results then changes this process's copy;
     into a read-only mapping it would write too, and the process would die of it. Read-only where the system
@@ -84,7 +84,7 @@ def map_mode() -> Literal["c", "r"]:
 
 
 def _kilobytes(path: Path) -> dict[str, int]:
-    """The sizes in a file of /proc, in bytes, by name; none where there is no such file."""
+    """Read the sizes in a file of /proc, in bytes, by name; none where there is no such file."""
     try:
         fields = (line.split() for line in path.read_text().splitlines())
         return {field[0].rstrip(":"): 1024 * int(field[1]) for field in fields if field[-1] == "kB"}
@@ -93,7 +93,7 @@ def _kilobytes(path: Path) -> dict[str, int]:
 
 
 def _control_groups() -> Iterator[int]:
-    """Bytes that each control group of this process still allows, in versions 1 and 2."""
+    """Yield the bytes that each control group of this process still allows, in versions 1 and 2."""
     try:
         lines = (_ROOT / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -148,7 +148,7 @@ def use_large_pages(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def file_backed(shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
-    """Zeros in a nameless temporary file (in `TMPDIR`): memory that the system may write out.
+    """Return zeros in a nameless temporary file (in `TMPDIR`): memory that the system may write out.
 
     Raises:
         InputError: there is no room for it.

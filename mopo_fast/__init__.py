@@ -27,7 +27,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from mopo_fast.backends import StepResult
-    from mopo_fast.bulk.shards import open_rollouts
+    from mopo_fast.bulk.read import open_rollouts
     from mopo_fast.config import TrainConfig
     from mopo_fast.data import Transitions, load_dataset
     from mopo_fast.ensemble import EnsembleDynamics
@@ -50,7 +50,7 @@ _HOMES = {
     "Transitions": "data",
     "fit_dynamics": "fit",
     "load_dataset": "data",
-    "open_rollouts": "bulk.shards",
+    "open_rollouts": "bulk.read",
     "register_task": "tasks",
 }
 

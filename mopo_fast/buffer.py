@@ -1,31 +1,27 @@
 """The model buffer: a preallocated ring of transitions, first in, first out, on one device."""
 
+import math
+from typing import Any
+
 import torch
 
-from mopo_fast.backends import cpu
-from mopo_fast.data.transitions import Transitions
+from mopo_fast.data.transitions import Transitions, array_layout, transition_bytes
 from mopo_fast.errors import InputError
+from mopo_fast.utils.machine import use_large_pages
 
-# In words of float32.
-_CACHE_LINE = 16
-_SCALARS = ("rewards", "raw_rewards", "penalties")
+# The arrays that are columns of one table, in this order.
+_COLUMNS = ("observations", "actions", "rewards", "next_observations", "raw_rewards", "penalties")
+_CACHE_LINE = 64
 
 
-def _widths(obs_dim: int, act_dim: int) -> dict[str, int]:
-    return {
-        "observations": obs_dim,
-        "actions": act_dim,
-        "rewards": 1,
-        "next_observations": obs_dim,
-        "raw_rewards": 1,
-        "penalties": 1,
-    }
+def _table_row_bytes(obs_dim: int, act_dim: int) -> int:
+    size = transition_bytes(_COLUMNS, obs_dim, act_dim)
+    return size + -size % _CACHE_LINE
 
 
 def row_bytes(obs_dim: int, act_dim: int) -> int:
-    """Memory of one row of a `RingBuffer`."""
-    words = sum(_widths(obs_dim, act_dim).values())
-    return 4 * (words + -words % _CACHE_LINE) + 1
+    """Return the memory that one row of a `RingBuffer` takes, padding included."""
+    return _table_row_bytes(obs_dim, act_dim) + transition_bytes(["terminals"], obs_dim, act_dim)
 
 
 class RingBuffer:
@@ -48,24 +44,22 @@ class RingBuffer:
                 f"a buffer needs positive sizes, got capacity {capacity}, obs {obs_dim}, act {act_dim}"
             )
 
-        widths = _widths(obs_dim, act_dim)
-        padding = -sum(widths.values()) % _CACHE_LINE
         # Side by side: a row that is drawn at random lies in one page and as few cache lines as it can.
-        table = torch.empty(capacity, sum(widths.values()) + padding, dtype=torch.float32, device=device)
-        columns = cpu.use_large_pages(table).zero_().split([*widths.values(), padding], dim=1)
-        arrays = dict(zip(widths, columns, strict=False))
+        words = _table_row_bytes(obs_dim, act_dim) // 4
+        table = torch.empty(capacity, words, dtype=torch.float32, device=device)
+        use_large_pages(table).zero_()
+        arrays: dict[str, Any] = {}
+        first = 0
+        for name in _COLUMNS:
+            shape, _ = array_layout(name, obs_dim, act_dim)
+            arrays[name] = table[:, first : first + math.prod(shape)].view(capacity, *shape)
+            first += math.prod(shape)
         terminals = torch.empty(capacity, dtype=torch.bool, device=device)
-        self._use(
-            Transitions(
-                **{name: array.squeeze(1) if name in _SCALARS else array for name, array in arrays.items()},
-                terminals=cpu.use_large_pages(terminals).zero_(),
-                name="model",
-            )
-        )
+        self._use(Transitions(**arrays, terminals=use_large_pages(terminals).zero_(), name="model"))
 
     @classmethod
     def over(cls, storage: Transitions) -> "RingBuffer":
-        """An empty ring whose rows are those of `storage`, with the arrays that it has.
+        """Make an empty ring whose rows are those of `storage`, with the arrays that it has.
 
         Raises:
             InputError: its arrays are not of as many rows each, or are mapped from a file.

@@ -328,7 +328,7 @@ def evaluate(
         stochastic: Sample actions; by default the policy's mean acts.
         json: Print JSON, with every episode's return and length.
     """
-    from mopo_fast.bulk.generate import run_settings
+    from mopo_fast.bulk.plan import run_settings
     from mopo_fast.evaluate import evaluate
     from mopo_fast.policy import Actor
 
@@ -386,18 +386,21 @@ def rollout(
         overwrite: Replace the file if it exists, or the shards that the folder's manifest lists.
         quiet: No progress bar.
     """
-    from mopo_fast.bulk import shards
+    from mopo_fast.bulk.read import as_text, summarise
+    from mopo_fast.bulk.read import verify as verify_shards
 
     if verify is not None:
         if run is not None or out is not None:
             raise InputError("--verify takes a folder and neither RUN nor --out")
-        manifest = shards.verify(verify, quiet=quiet)
+        manifest = verify_shards(verify, quiet=quiet)
         print(f"{verify}: {len(manifest.shards)} shards, all sound")
-        print(shards.as_text(shards.summarise(manifest)))
+        print(as_text(summarise(manifest)))
         return
     if run is None or dataset is None or out is None:
         raise InputError("say what to roll out: RUN, --dataset and --out; or --verify DIR")
-    from mopo_fast.bulk.generate import generate, save_transitions
+    from mopo_fast.bulk.files import save_transitions
+    from mopo_fast.bulk.generate import generate
+    from mopo_fast.bulk.write import generate_shards
     from mopo_fast.data import load_dataset
     from mopo_fast.data.files import check_file
 
@@ -418,7 +421,7 @@ def rollout(
         return
     data = load_dataset(dataset, memory_map=memory_map, quiet=quiet)
     try:
-        manifest = shards.generate_shards(
+        manifest = generate_shards(
             run,
             data,
             out,
@@ -436,7 +439,7 @@ def rollout(
             "stopped; finished shards are kept, and the same command makes the others"
         ) from None
     print(f"{out}: {len(manifest.shards)} shards")
-    print(shards.as_text(shards.summarise(manifest)))
+    print(as_text(summarise(manifest)))
 
 
 def bench(

@@ -21,7 +21,7 @@ from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
 from mopo_fast import backends
-from mopo_fast.backends import checked, cpu
+from mopo_fast.backends import checked
 from mopo_fast.backends.training import FitRun, Parameter
 from mopo_fast.config import FIT_DTYPES, DynamicsConfig, check_finite, to_dict
 from mopo_fast.data.transitions import Transitions
@@ -33,7 +33,13 @@ from mopo_fast.utils.atomic import read_json_as, refuse_links, write_json
 from mopo_fast.utils.cuda_graphs import Recorder, records
 from mopo_fast.utils.interrupts import deferred
 from mopo_fast.utils.lock import locked
-from mopo_fast.utils.machine import check_device, check_memory, file_backed, resolve_threads
+from mopo_fast.utils.machine import (
+    check_device,
+    check_memory,
+    file_backed,
+    resolve_threads,
+    use_large_pages,
+)
 from mopo_fast.utils.progress import progress_bar
 from mopo_fast.utils.seeds import FIT, derive_seed
 from mopo_fast.utils.tensors import load_into, load_tensors, save_tensors, tensors_sha256
@@ -289,8 +295,7 @@ class Fit:
             self.table = torch.from_numpy(file_backed(shape, np.float32))
         else:
             self.table = torch.zeros(shape, dtype=torch.float32, device=device)
-            if self.table.device.type == "cpu":
-                cpu.use_large_pages(self.table)
+            use_large_pages(self.table)
         self.inputs, self.targets = self.table[:, :split], self.table[:, split:width]
         for rows, some in zip(self.table.split(_block(data)), train.split(_block(data)), strict=True):
             inputs, targets = dynamics_inputs_targets(data[some])

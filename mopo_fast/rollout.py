@@ -6,7 +6,6 @@ many calls of `step`, and any split of a batch gives the rows of the whole.
 """
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,21 +13,19 @@ import torch
 
 from mopo_fast import backends
 from mopo_fast.backends import (
-    ROLLOUT_ARRAYS,
     A,
     Destination,
     DynamicsArrays,
     PolicyArrays,
     Settings,
     StepResult,
-    array_layout,
     checked,
     network_sizes,
 )
 from mopo_fast.backends.reference import act, rollout_by_steps
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import PENALTIES, ROLLOUT_DTYPES, Penalty, PenaltyMembers
-from mopo_fast.data.transitions import Transitions
+from mopo_fast.data.transitions import ROLLOUT_ARRAYS, Transitions, array_layout, transition_bytes
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.policy import Actor
@@ -412,16 +409,16 @@ def allocate(
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
 ) -> Transitions:
-    """Room for `capacity` transitions of a rollout, with every array that it fills, not initialised.
+    """Allocate `capacity` transitions with every array that a rollout fills, not initialised.
 
     Raises:
         InputError: more than the memory that is available.
     """
-    layouts = {name: array_layout(name, obs_dim, act_dim, dtype) for name in ROLLOUT_ARRAYS}
-    size = sum(math.prod(shape) * kind.itemsize for shape, kind in layouts.values())
-    check_memory(f"{capacity:,} transitions", capacity * size, device, "the horizon or the start states")
+    size = capacity * transition_bytes(ROLLOUT_ARRAYS, obs_dim, act_dim, dtype)
+    check_memory(f"{capacity:,} transitions", size, device, "the horizon or the start states")
     arrays: dict[str, Any] = {}
-    for name, (shape, kind) in layouts.items():
+    for name in ROLLOUT_ARRAYS:
+        shape, kind = array_layout(name, obs_dim, act_dim, dtype)
         arrays[name] = torch.empty((capacity, *shape), dtype=kind, device=device)
     return Transitions(**arrays)
 

@@ -14,6 +14,8 @@ import torch
 from typing_extensions import TypeVar
 
 from mopo_fast.backends.training import FitRun, SacRun
+from mopo_fast.data.transitions import ROLLOUT_ARRAYS as ROLLOUT_ARRAYS
+from mopo_fast.data.transitions import array_layout as array_layout
 from mopo_fast.errors import InputError
 
 logger = logging.getLogger("mopo_fast")
@@ -109,35 +111,6 @@ class Settings:
     deterministic: bool
     operands: str
     threads: int
-
-
-# The arrays of `Transitions` that a rollout fills, in the order of the kernels' interface.
-ROLLOUT_ARRAYS = (
-    "observations",
-    "actions",
-    "rewards",
-    "next_observations",
-    "terminals",
-    "raw_rewards",
-    "penalties",
-    "members",
-    "rollout_index",
-    "step",
-)
-
-
-def array_layout(
-    name: str, obs_dim: int, act_dim: int, dtype: torch.dtype
-) -> tuple[tuple[int, ...], torch.dtype]:
-    """The shape of a row of one of `ROLLOUT_ARRAYS`, and its type where floats are of `dtype`."""
-    shapes = {"observations": (obs_dim,), "next_observations": (obs_dim,), "actions": (act_dim,)}
-    dtypes = {
-        "terminals": torch.bool,
-        "members": torch.int32,
-        "rollout_index": torch.int64,
-        "step": torch.int32,
-    }
-    return shapes.get(name, ()), dtypes.get(name, dtype)
 
 
 @dataclass(frozen=True, eq=False)

@@ -71,17 +71,6 @@ def isa() -> str:
     return wanted or isas()[0]
 
 
-def use_large_pages(tensor: torch.Tensor) -> torch.Tensor:
-    """Ask for large pages for a CPU tensor that has not been written to yet, if the extension is there.
-
-    Rows drawn from it at random then cost fewer walks through page tables.
-    """
-    module, _ = _load()
-    if module is not None and tensor.device.type == "cpu":
-        module.use_large_pages(tensor.data_ptr(), tensor.nbytes)
-    return tensor
-
-
 @contextlib.contextmanager
 def _within_resources() -> Iterator[None]:
     """Tell what to do where a kernel finds no memory or the system has no more threads."""

@@ -12,12 +12,17 @@ from typing import Any
 
 import torch
 
+from mopo_fast.bulk.files import write_shard
 from mopo_fast.bulk.generate import Generator
-from mopo_fast.bulk.shards import Maker, Plan, ShardRecord, make_shard, write_shard
+from mopo_fast.bulk.plan import Plan, ShardRecord
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.policy import Actor
 from mopo_fast.utils.interrupts import deferred
+
+# Makes shards of a plan, given by their numbers, in a folder. It calls the first function with the record of
+# each that is written, the second with numbers of transitions as they are made.
+Maker = Callable[[Path, Plan, list[int], Callable[[ShardRecord], None], Callable[[int], None]], None]
 
 # How often a shard is tried again whose worker was lost.
 _RETRIES = 5
@@ -33,7 +38,7 @@ def _import_ray() -> Any:
 
 @contextlib.contextmanager
 def connected(address: str) -> Iterator[Any]:
-    """Ray, connected to a cluster for the length of the block; left as it was where it is connected already.
+    """Connect Ray to a cluster for the length of the block, unless it is connected already.
 
     Args:
         address: "auto": the cluster that runs on this machine; "local": one of this process alone, with this
@@ -73,23 +78,23 @@ def _check_address(address: str) -> None:
 def _make(
     models: tuple[EnsembleDynamics, Actor, torch.Tensor], out: Path, plan: Plan, shard: int, threads: int
 ) -> ShardRecord:
-    """A worker's task: one shard, from the models that it has kept or gets now."""
+    """Make one shard in a worker, which keeps the models for the next."""
     key = plan.sha256()
     if key not in _KEPT:
         _KEPT.clear()
         generator = Generator(*models, plan.rollout, threads)
         _KEPT[key] = generator, generator.ring(plan.rows(0))
     generator, ring = _KEPT[key]
-    return write_shard(out, plan, *make_shard(generator, ring, plan, shard, lambda _: None))
+    return write_shard(out, plan, *generator.shard(plan, shard, ring))
 
 
-# In a worker: the generator of the last plan.
+# A worker's generator and ring for the last plan, by the plan's digest.
 _KEPT: dict[str, Any] = {}
 
 
 @contextlib.contextmanager
 def workers(address: str, generator: Generator, threads: int | None) -> Iterator[Maker]:
-    """A maker of shards on the CPUs or GPUs of a cluster, in a folder that all its machines see.
+    """Yield a maker of shards on the CPUs or GPUs of a cluster, in a folder that all its machines see.
 
     Args:
         threads: of one worker, which takes as many of the cluster's CPUs; None: 1.
@@ -117,7 +122,7 @@ def workers(address: str, generator: Generator, threads: int | None) -> Iterator
             out: Path,
             plan: Plan,
             shards: list[int],
-            keep: Callable[[int, ShardRecord], None],
+            keep: Callable[[ShardRecord], None],
             advance: Callable[[int], None],
         ) -> None:
             folder, todo = out.resolve(), list(reversed(shards))
@@ -131,7 +136,7 @@ def workers(address: str, generator: Generator, threads: int | None) -> Iterator
                     for reference in done:
                         shard = running.pop(reference)
                         record = _result(ray, reference, plan.file(shard))
-                        keep(shard, record)
+                        keep(record)
                         advance(record.rows)
             finally:
                 # After a failure or an interruption nobody may go on writing into the folder.

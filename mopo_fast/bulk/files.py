@@ -1,27 +1,32 @@
-"""A shard as a file: HDF5 in D4RL's layout or Parquet, written whole or not at all, and read."""
+"""Rollouts as files, each written whole or not at all: a file in D4RL's layout, or one shard of a plan.
 
+A shard is HDF5, in D4RL's layout too and mapped into memory as it is read, or Parquet.
+"""
+
+import dataclasses
 import hashlib
 import io
 import json
+import os
+import reprlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
+import torch
 
-from mopo_fast.config import Compression, ShardFormat
-from mopo_fast.data.files import open_file
+from mopo_fast.bulk.plan import SHARD_ARRAYS, Plan, ShardRecord, count_rows
+from mopo_fast.config import Compression
+from mopo_fast.data.files import as_tensor, check_file, open_file, write_arrays
 from mopo_fast.data.hdf5_writer import Pieces, hdf5_pieces, write_pieces, write_values
-from mopo_fast.data.stored import Array, check_fits, is_kept
+from mopo_fast.data.stored import Array, check_fits, is_kept, reading
+from mopo_fast.data.transitions import ROLLOUT_ARRAYS, Transitions, array_layout
+from mopo_fast.ensemble import MAX_MEMBERS
 from mopo_fast.errors import InputError
-from mopo_fast.utils.atomic import atomic_path
+from mopo_fast.utils.atomic import atomic_path, regular_file
 from mopo_fast.utils.machine import check_memory
-
-COMPRESSIONS: dict[ShardFormat, tuple[Compression, ...]] = {
-    "hdf5": ("none", "lzf", "gzip"),
-    "parquet": ("none", "snappy", "zstd"),
-}
 
 # Bytes that are hashed between two calls of `check`.
 _BLOCK = 4 << 20
@@ -30,6 +35,138 @@ _ROW_GROUP = 1 << 17
 _MOST_COLUMNS = 64
 # The types of columns that are read, and of their lists' items.
 _ITEM_BYTES = {"bool": 1, "int32": 4, "int64": 8, "float": 4, "double": 8}
+
+
+# --- a rollout's arrays, and a file of them
+
+
+def d4rl_arrays(data: Transitions) -> dict[str, Array]:
+    """Return a rollout's arrays by their names in a file: those of `Transitions`, and timeouts.
+
+    A time-out is the last row of a rollout that has no terminal.
+
+    Raises:
+        InputError: there is no rollout_index.
+    """
+    if data.rollout_index is None:
+        raise InputError("only model rollouts can be saved: these transitions have no rollout_index")
+    arrays = {name: array.cpu().numpy() for name, array in data.arrays().items()}
+    last = np.append(np.diff(arrays["rollout_index"]) != 0, True)[: len(data)]
+    arrays["timeouts"] = last & ~arrays["terminals"]
+    return arrays
+
+
+def as_transitions(arrays: dict[str, Array], name: str, info: dict[str, Any]) -> Transitions:
+    """Return a shard's arrays as transitions, on the same memory."""
+    tensors: dict[str, Any] = {key: as_tensor(arrays[key]) for key in ROLLOUT_ARRAYS}
+    return Transitions(**tensors, name=name, info=info)
+
+
+def save_transitions(path: str | os.PathLike[str], data: Transitions, *, overwrite: bool = False) -> None:
+    """Write a rollout's transitions to .hdf5, .h5 or .npz in D4RL's layout, atomically.
+
+    The arrays are those of `d4rl_arrays`; `data.info` becomes metadata/*.
+
+    Raises:
+        InputError: another ending, a file that exists without `overwrite`, no rollout_index, or the file
+            cannot be written.
+    """
+    path = Path(path)
+    check_file(path, overwrite)
+    metadata = {f"metadata/{name}": value for name, value in data.info.items() if value is not None}
+    write_arrays(path, d4rl_arrays(data) | metadata)
+
+
+# --- one shard
+
+
+def write_shard(
+    folder: Path,
+    plan: Plan,
+    rows: Transitions,
+    metadata: dict[str, Any],
+    check: Callable[[], None] = lambda: None,
+) -> ShardRecord:
+    """Write one shard, whole or not at all; return its entry for the manifest.
+
+    Args:
+        rows, metadata: as `Generator.shard` makes them.
+        check: called every few megabytes; what it raises abandons the shard.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    arrays = d4rl_arrays(rows)
+    described = {
+        **metadata,
+        **{name: value for name, value in dataclasses.asdict(plan.rollout).items() if value is not None},
+        "dataset": plan.dataset,
+        "mopo_fast": plan.mopo_fast,
+    }
+    path = folder / plan.file(metadata["shard"])
+    size, digest = write_file(path, arrays, described, plan.compression, check)
+    return ShardRecord(
+        file=path.name,
+        bytes=size,
+        sha256=digest,
+        starts=metadata["starts"],
+        non_finite=metadata["non_finite"],
+        **count_rows(arrays, plan.rollout.horizon),
+    )
+
+
+def read_shard(path: Path, plan: Plan, shard: int) -> tuple[dict[str, Array], dict[str, Any]]:
+    """Read a shard: its arrays, which have the plan's names, types and shapes, and its metadata.
+
+    Raises:
+        InputError: the file is missing, damaged, or holds other arrays.
+    """
+    regular_file(path)
+    arrays, metadata = read_file(path)
+    if arrays.keys() != set(SHARD_ARRAYS):
+        names = ", ".join(sorted(arrays.keys() ^ set(SHARD_ARRAYS)))
+        raise InputError(f"{path} lacks, or has beside a rollout's arrays: {reprlib.repr(names)}")
+    for name, array in arrays.items():
+        # The sizes of observations and actions are free here.
+        row, kind = array_layout(name, 1, 1)
+        dtype = torch.empty(0, dtype=kind, device="cpu").numpy().dtype
+        ndim, rows = 1 + len(row), plan.rows(shard)
+        if array.dtype != dtype or array.ndim != ndim or len(array) != rows or 0 in array.shape:
+            raise InputError(
+                f"{path}: {name} must be {dtype} of {ndim} dimensions and {rows} rows,"
+                f" got {array.dtype} {array.shape}"
+            )
+    if arrays["observations"].shape != arrays["next_observations"].shape:
+        raise InputError(f"{path}: observations and next_observations have different shapes")
+    return arrays, metadata
+
+
+def check_values(path: Path, arrays: dict[str, Array], plan: Plan, shard: int) -> None:
+    """Raise `InputError` where a shard's arrays hold values that no rollout of the plan has."""
+    first = shard << 32
+    ranges = {
+        "step": (0, plan.rollout.horizon),
+        "rollout_index": (first, first + 2**32),
+        "members": (-1, MAX_MEMBERS),
+        "penalties": (0, np.inf),
+    }
+    for name, (low, high) in ranges.items():
+        if not (arrays[name].min() >= low and arrays[name].max() < high):
+            raise InputError(f"{path}: {name} must be from {low} to below {high}")
+    for name in ("terminals", "timeouts"):
+        # A file's bytes may be others than those of true and false.
+        if arrays[name].view(np.uint8).max() > 1:
+            raise InputError(f"{path}: {name} holds bytes that are neither 0 nor 1")
+    rows = as_transitions(arrays, str(path), {}).validate()
+    if not np.array_equal(d4rl_arrays(rows)["timeouts"], arrays["timeouts"]):
+        raise InputError(f"{path}: timeouts are not where rollouts end without a terminal")
+    coef = plan.rollout.penalty_coef
+    expected = arrays["raw_rewards"] - np.float32(coef) * arrays["penalties"]
+    if not np.allclose(arrays["rewards"], expected, rtol=1e-4, atol=1e-4):
+        raise InputError(f"{path}: rewards are not raw_rewards - {coef:g} * penalties")
+
+
+# --- its formats
 
 
 def write_file(
@@ -78,7 +215,7 @@ def _to_hdf5(
     options: dict[str, Any] = {"compression": compression, "shuffle": True}
     with h5py.File(content, "w") as file:
         for name, array in arrays.items():
-            # Of a whole number of rows, about a megabyte.
+            # A chunk is a whole number of rows, about a megabyte.
             rows = max(1, 2**20 // max(1, array[:1].nbytes))
             chunks = (min(rows, len(array)), *array.shape[1:])
             made = file.create_dataset(name, array.shape, array.dtype, chunks=chunks, **options)
@@ -121,7 +258,7 @@ def import_pyarrow() -> Any:
 
 
 def read_file(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
-    """A shard's arrays, mapped into memory where it is uncompressed HDF5, and its metadata.
+    """Read a shard's arrays, mapped into memory where it is uncompressed HDF5, and its metadata.
 
     Raises:
         InputError: it is missing or damaged.
@@ -145,7 +282,7 @@ def _from_parquet(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
     pyarrow = import_pyarrow()
     if not path.is_file():
         raise InputError(f"{path} does not exist")
-    try:
+    with reading(path, "Parquet"):
         with pyarrow.parquet.ParquetFile(path) as file:
             _check_parquet(path, file)
             table = file.read()
@@ -153,19 +290,6 @@ def _from_parquet(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
         if not isinstance(metadata, dict):
             raise ValueError("its metadata are no dictionary")
         return {name: _from_column(name, table[name]) for name in table.column_names}, metadata
-    except InputError:
-        raise
-    # pyarrow raises what is its own, and what Python has for the same.
-    except (
-        pyarrow.ArrowException,
-        OSError,
-        LookupError,
-        TypeError,
-        ValueError,
-        RecursionError,
-        MemoryError,
-    ) as error:
-        raise InputError(f"{path} is not a whole Parquet file ({error}); get or make it again") from error
 
 
 def _check_parquet(path: Path, file: Any) -> None:
@@ -185,7 +309,7 @@ def _check_parquet(path: Path, file: Any) -> None:
 
 
 def _list_size(kind: Any) -> int:
-    """The length of lists of a fixed size; 0 for another type."""
+    """Return the length of lists of a fixed size; 0 for another type."""
     import pyarrow
 
     return int(kind.list_size) if pyarrow.types.is_fixed_size_list(kind) else 0

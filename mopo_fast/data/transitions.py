@@ -1,6 +1,8 @@
-"""The one shape in which data goes through the house."""
+"""`Transitions`: the one form of data in this package, and the layout of its arrays."""
 
 import dataclasses
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,8 +10,48 @@ import torch
 
 from mopo_fast.errors import InputError
 
-# Arrays that only a model rollout fills.
-_EXTRAS = ("raw_rewards", "penalties", "members", "rollout_index", "step")
+# The arrays of `Transitions` that a rollout fills, in the order of the kernels' interface. Data sets have the
+# first five.
+ROLLOUT_ARRAYS = (
+    "observations",
+    "actions",
+    "rewards",
+    "next_observations",
+    "terminals",
+    "raw_rewards",
+    "penalties",
+    "members",
+    "rollout_index",
+    "step",
+)
+
+
+def array_layout(
+    name: str, obs_dim: int, act_dim: int, dtype: torch.dtype = torch.float32
+) -> tuple[tuple[int, ...], torch.dtype]:
+    """Return the shape of one row of an array, and the array's type.
+
+    Args:
+        name: one of `ROLLOUT_ARRAYS`, or timeouts, which files have.
+        dtype: the type of floats.
+    """
+    shapes = {"observations": (obs_dim,), "next_observations": (obs_dim,), "actions": (act_dim,)}
+    dtypes = {
+        "terminals": torch.bool,
+        "timeouts": torch.bool,
+        "members": torch.int32,
+        "rollout_index": torch.int64,
+        "step": torch.int32,
+    }
+    return shapes.get(name, ()), dtypes.get(name, dtype)
+
+
+def transition_bytes(
+    names: Iterable[str], obs_dim: int, act_dim: int, dtype: torch.dtype = torch.float32
+) -> int:
+    """Return the bytes of one row of the named arrays together, see `array_layout`."""
+    layouts = (array_layout(name, obs_dim, act_dim, dtype) for name in names)
+    return sum(math.prod(shape) * kind.itemsize for shape, kind in layouts)
 
 
 @dataclass
@@ -59,9 +101,8 @@ class Transitions:
         return self.observations.device
 
     def arrays(self) -> dict[str, torch.Tensor]:
-        """Every array that is there, by name."""
-        names = ("observations", "actions", "rewards", "next_observations", "terminals", *_EXTRAS)
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        """Return every array that is there, by name."""
+        return {name: getattr(self, name) for name in ROLLOUT_ARRAYS if getattr(self, name) is not None}
 
     def _map(self, function: Any) -> "Transitions":
         return dataclasses.replace(self, **{name: function(array) for name, array in self.arrays().items()})
@@ -73,7 +114,7 @@ class Transitions:
         return self._map(lambda array: array[index])
 
     def to(self, device: torch.device | str) -> "Transitions":
-        """The same transitions on `device`; no copy where they are there already."""
+        """Return the same transitions on `device`; no copy where they are there already."""
         return self._map(lambda array: array.to(device))
 
     def validate(self) -> "Transitions":
@@ -109,7 +150,7 @@ class Transitions:
 
 
 def first_not_finite(array: torch.Tensor) -> int | None:
-    """The first row of `array` with a value that is not finite; a block at a time, for arrays in files."""
+    """Return the first row with a value that is not finite; a block at a time, for arrays in files."""
     size = max(1, 2**20 // max(1, array[:1].numel()))
     for number, block in enumerate(array.split(size)):
         finite = torch.isfinite(block)
@@ -119,7 +160,7 @@ def first_not_finite(array: torch.Tensor) -> int | None:
 
 
 def concatenate(parts: list[Transitions]) -> Transitions:
-    """One set out of several with the same arrays; name and info are the first one's."""
+    """Join sets with the same arrays; name and info are the first one's."""
     if not parts:
         raise InputError("nothing to concatenate")
     arrays = [part.arrays() for part in parts]

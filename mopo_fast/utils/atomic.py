@@ -12,6 +12,7 @@ import glob
 import json
 import math
 import os
+import reprlib
 import shutil
 import stat
 import tempfile
@@ -192,6 +193,23 @@ def refuse_links(*folders: Path) -> None:
             raise InputError(f"{folder} is a link or no folder; remove it, or choose another folder")
 
 
+def regular_file(path: Path) -> os.stat_result:
+    """Return the status of a file that lies in its folder itself.
+
+    Raises:
+        InputError: there is none, or it is a symbolic link, which may lead anywhere, or no file.
+    """
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"{path} is a symbolic link or no file; remove it")
+    return status
+
+
 def sync_folder(folder: Path) -> None:
     """Make a rename inside `folder` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -247,6 +265,28 @@ def parse_json_as(text: str, kind: type[T], source: str | os.PathLike[str]) -> T
     except (ValueError, RecursionError) as error:
         raise InputError(f"{source} does not hold readable JSON ({error}); get or make it again") from error
     return _validate(text, kind, source)
+
+
+def check_value(name: str, value: Any, kind: Any) -> Any:
+    """Return a value that is of a declared type and in its range.
+
+    As in `read_json_as` the type must agree exactly, but for a whole number in a float's place, which is
+    returned as a float.
+
+    Args:
+        name: the value's name in the error.
+        kind: what pydantic validates, such as `Annotated[int, Field(ge=0)]`.
+
+    Raises:
+        InputError: the value is of another type, or out of range.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_python(value, strict=True)
+    except ValidationError as error:
+        must_be = error.errors(include_url=False)[0]["msg"].removeprefix("Input should be")
+        raise InputError(f"{name} must be{must_be}, got {reprlib.repr(value)}") from error
 
 
 def _validate(content: str | bytes, kind: type[T], source: str | os.PathLike[str]) -> T:

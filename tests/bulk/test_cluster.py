@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from places import HELPERS, ROOT
-from test_shards import content, data, dataset, run, undisturbed  # noqa: F401
+from small_shards import content
 
 from mopo_fast import InputError
 from mopo_fast.bulk import cluster
@@ -29,7 +29,7 @@ def start(*command: Any, **environment: str) -> subprocess.CompletedProcess[str]
 
 
 @pytest.mark.slow
-def test_a_lost_worker(run: Path, dataset: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_lost_worker(run: Path, dataset: Path, tmp_path: Path) -> None:
     """Two workers, one killed midway: the same bytes as one process makes."""
     outs = [tmp_path / name for name in ("killed", "whole")]
     for out, kill in zip(outs, ("kill", "no"), strict=True):
@@ -43,7 +43,7 @@ def test_a_lost_worker(run: Path, dataset: Path, tmp_path: Path) -> None:  # noq
 
 
 @pytest.mark.slow
-def test_mistakes_cross_the_cluster(run: Path, dataset: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_mistakes_cross_the_cluster(run: Path, dataset: Path, tmp_path: Path) -> None:
     command = ["-m", "mopo_fast", "rollout", run, "--dataset", dataset, "--out", tmp_path / "out", "--quiet"]
     nowhere = start(*command, "--count", 100, "--ray", "127.0.0.1:1")
     assert nowhere.returncode == 2 and "cannot reach a Ray cluster at '127.0.0.1:1'" in nowhere.stderr

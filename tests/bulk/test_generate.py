@@ -1,49 +1,25 @@
+"""The rollouts of a run in memory: start states, settings, what is refused, the memory that is asked for."""
+
 import json
-import resource
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from killed import attempt
+from small_shards import CONFIG, make_run
 
-from mopo_fast import Actor, EnsembleDynamics, InputError, Transitions
-from mopo_fast.bulk.generate import (
-    WRITTEN_IN_PLACE,
-    check_rollout_memory,
-    generate,
-    generate_config,
-    run_settings,
-    save_transitions,
-)
-from mopo_fast.data import load_file
+from mopo_fast import EnsembleDynamics, InputError, Transitions
+from mopo_fast.bulk.files import save_transitions
+from mopo_fast.bulk.generate import WRITTEN_IN_PLACE, check_rollout_memory, generate
+from mopo_fast.bulk.plan import generate_config
 from mopo_fast.rollout import RolloutEngine
 from mopo_fast.tasks import BOXES
-
-CONFIG = {
-    "dataset": "hopper-random-local",
-    "task": "hopper",
-    "rollout": {
-        "horizon": 3,
-        "penalty": "ensemble_std",
-        "penalty_coef": 2.0,
-        "penalty_members": "elites",
-        "termination": None,
-        "backend": "auto",
-    },
-}
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    folder = tmp_path / "run"
-    generator = torch.Generator().manual_seed(0)
-    EnsembleDynamics(11, 3, hidden=(8,), generator=generator).save(folder)
-    Actor(11, 3, hidden=(8,), generator=generator).save(folder)
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    return folder
+    return make_run(tmp_path / "run")
 
 
 @pytest.fixture(name="data")
@@ -93,53 +69,6 @@ def test_lambda_can_be_another(run: Path, data: Transitions) -> None:
     assert rollouts.raw_rewards is not None and torch.equal(rollouts.rewards, rollouts.raw_rewards)
 
 
-def test_what_is_saved_is_what_is_loaded(run: Path, data: Transitions, tmp_path: Path) -> None:
-    rollouts = generate(run, data, count=20)
-    for name in ("a.hdf5", "a.h5", "a.npz"):
-        save_transitions(tmp_path / name, rollouts)
-        back = load_file(tmp_path / name)
-        for key, array in back.arrays().items():
-            assert torch.equal(array, rollouts.arrays()[key]), key
-    assert back.name == "a"
-
-
-def test_metadata_tells_how_a_file_was_made(run: Path, data: Transitions, tmp_path: Path) -> None:
-    save_transitions(
-        tmp_path / "a.hdf5", generate(run, data, count=7, horizon=2, seed=3, backend="reference")
-    )
-    metadata = load_file(tmp_path / "a.hdf5").info["metadata"]
-    assert (metadata["seed"], metadata["count"], metadata["horizon"]) == (3, 7, 2)
-    assert (metadata["penalty_coef"], metadata["backend"]) == (2.0, "reference")
-
-
-@pytest.mark.parametrize("suffix", [".hdf5", ".npz"])
-def test_a_full_disk_leaves_nothing(run: Path, data: Transitions, tmp_path: Path, suffix: str) -> None:
-    rollouts = generate(run, data, count=200)
-    folder = tmp_path / "full"
-    folder.mkdir()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    try:
-        with pytest.raises(InputError, match="cannot write"):
-            save_transitions(folder / f"a{suffix}", rollouts)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
-    assert not list(folder.iterdir())
-
-
-def test_an_existing_file_needs_overwrite(run: Path, data: Transitions, tmp_path: Path) -> None:
-    path = tmp_path / "a.npz"
-    path.write_bytes(b"precious")
-    rollouts = generate(run, data, count=2)
-    with pytest.raises(InputError, match=r"a\.npz exists already; .* --overwrite"):
-        save_transitions(path, rollouts)
-    assert path.read_bytes() == b"precious"
-    save_transitions(path, rollouts, overwrite=True)
-    assert len(load_file(path)) == len(rollouts)
-
-
 def test_the_runs_termination_holds(run: Path, data: Transitions) -> None:
     """hopper-authors lets a coordinate fall below -100, where hopper's own rule ends the episode."""
     data.observations[:, 5] = -200.0
@@ -152,41 +81,6 @@ def test_the_runs_termination_holds(run: Path, data: Transitions) -> None:
         expected = ~BOXES[name or "hopper"].contains(rollouts.next_observations)
         assert torch.equal(rollouts.terminals, expected)
     assert ends[None].all() and not ends["hopper-authors"].all()
-
-
-def test_files_that_cannot_be_written_are_named(run: Path, data: Transitions, tmp_path: Path) -> None:
-    rollouts = generate(run, data, count=2)
-    with pytest.raises(InputError, match=r"a\.csv: the file's name must end in"):
-        save_transitions(tmp_path / "a.csv", rollouts)
-    with pytest.raises(InputError, match=r"cannot write /proc/a\.npz"):
-        save_transitions("/proc/a.npz", rollouts)
-    with pytest.raises(InputError, match="rollout_index"):
-        save_transitions(tmp_path / "a.npz", data)
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (None, r"config\.json does not exist"),
-        ("{", r"config\.json is not a readable JSON file"),
-        ("[]", r"config\.json: the whole: .*object"),
-        (json.dumps({"task": "hopper"}), r"config\.json: rollout: Field required"),
-        (json.dumps(CONFIG).replace('"horizon": 3', '"horizon": 0'), r"rollout\.horizon: .*at least|greater"),
-        ("[]", r"config\.json: the whole: "),
-        (json.dumps({"task": "hopper"}), r"config\.json: rollout: Field required"),
-        (
-            json.dumps({**CONFIG, "rollout": {**CONFIG["rollout"], "horizon": "3"}}),
-            r"config\.json: rollout\.horizon: Input should be a valid integer",
-        ),
-        (json.dumps({**CONFIG, "task": "cheetah"}), "unknown task 'cheetah'"),
-    ],
-)
-def test_a_folder_that_is_no_run_is_named(run: Path, config: str | None, message: str) -> None:
-    (run / "config.json").unlink()
-    if config is not None:
-        (run / "config.json").write_text(config)
-    with pytest.raises(InputError, match=message):
-        run_settings(run)
 
 
 def test_data_must_fit_the_run_and_count_be_positive(run: Path, data: Transitions) -> None:
@@ -225,16 +119,6 @@ def test_data_must_fit_the_run_and_count_be_positive(run: Path, data: Transition
     (run / "policy.safetensors").write_bytes(b"broken")
     with pytest.raises(InputError, match=r"policy\.safetensors"):
         generate(run, data, count=1)
-
-
-def test_an_empty_rollout_is_saved(data: Transitions, tmp_path: Path) -> None:
-    empty = Transitions(
-        *(torch.empty(0, *shape) for shape in ((11,), (3,), (), (11,))),
-        torch.empty(0, dtype=torch.bool),
-        rollout_index=torch.empty(0, dtype=torch.int64),
-    )
-    save_transitions(tmp_path / "a.npz", empty)
-    assert len(np.load(tmp_path / "a.npz")["timeouts"]) == 0
 
 
 def peak(run: Path, path: Path, count: int, result: Path) -> None:

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from mopo_fast.buffer import RingBuffer
+from mopo_fast.buffer import RingBuffer, row_bytes
 from mopo_fast.data import Transitions
 from mopo_fast.errors import InputError
 
@@ -50,6 +50,18 @@ def test_storage_is_allocated_once() -> None:
     for first in range(0, 30, 3):
         buffer.append(numbered(first, 3))
     assert addresses == {name: array.data_ptr() for name, array in buffer.storage.arrays().items()}
+
+
+@pytest.mark.parametrize("sizes", [(3, 2), (11, 3), (1, 1), (400, 80)])
+def test_the_memory_of_a_row(sizes: tuple[int, int]) -> None:
+    """Rows begin at cache lines, 64 bytes apart or a multiple, and terminals take a byte each."""
+    storage = RingBuffer(10, *sizes).storage
+    table = storage.observations.untyped_storage().nbytes()
+    assert table + storage.terminals.nbytes == 10 * row_bytes(*sizes)
+    assert storage.observations.stride(0) * 4 % 64 == 0
+    for name, array in storage.arrays().items():
+        if name != "terminals":
+            assert array.untyped_storage().data_ptr() == storage.observations.data_ptr(), name
 
 
 def test_rows_written_into_storage_count_after_advance() -> None:

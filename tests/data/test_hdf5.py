@@ -8,26 +8,13 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from small_arrays import ROWS, arrays
 
 from mopo_fast import InputError, load_dataset
 from mopo_fast.bulk.files import read_file
 from mopo_fast.cli import main
 from mopo_fast.data import hdf5, load_file
 from mopo_fast.data.hdf5 import open_hdf5
-
-ROWS = 20
-
-
-def arrays() -> dict[str, Any]:
-    random = np.random.default_rng(0)
-    return {
-        "observations": random.normal(size=(ROWS, 3)).astype(np.float32),
-        "next_observations": random.normal(size=(ROWS, 3)).astype(np.float32),
-        "actions": random.uniform(-1, 1, (ROWS, 2)).astype(np.float32),
-        "rewards": random.normal(size=ROWS).astype(np.float32),
-        "terminals": np.arange(ROWS) % 7 == 6,
-        "timeouts": np.zeros(ROWS, bool),
-    }
 
 
 def write(path: Path, change: Callable[[h5py.File], None] = lambda file: None, **options: Any) -> Path:

@@ -10,25 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from small_arrays import ROWS, arrays
 
 from mopo_fast import InputError
 from mopo_fast.cli import main
 from mopo_fast.compat import torch_files
 from mopo_fast.data import load_file
 from mopo_fast.data.npz import open_npz
-
-ROWS = 20
-
-
-def arrays() -> dict[str, Any]:
-    random = np.random.default_rng(0)
-    return {
-        "observations": random.normal(size=(ROWS, 3)).astype(np.float32),
-        "next_observations": random.normal(size=(ROWS, 3)).astype(np.float32),
-        "actions": random.uniform(-1, 1, (ROWS, 2)).astype(np.float32),
-        "rewards": random.normal(size=ROWS).astype(np.float32),
-        "terminals": np.arange(ROWS) % 7 == 6,
-    }
 
 
 def npy(array: Any) -> bytes:

@@ -20,7 +20,7 @@ from places import HELPERS, ROOT
 import mopo_fast
 import mopo_fast.report
 from mopo_fast import Box, InputError, Task, TrainConfig
-from mopo_fast.bulk.generate import run_settings
+from mopo_fast.bulk.plan import run_settings
 from mopo_fast.cli import main
 from mopo_fast.config import DynamicsConfig, EvaluationConfig, RolloutConfig, SACConfig
 from mopo_fast.evaluate import Evaluator, evaluate_in_model

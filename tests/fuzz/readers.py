@@ -24,9 +24,11 @@ import torch
 from torch import nn
 
 from mopo_fast import sweep, train
-from mopo_fast.bulk import shards
 from mopo_fast.bulk.files import file_sha256
-from mopo_fast.bulk.generate import generate, run_settings
+from mopo_fast.bulk.generate import generate
+from mopo_fast.bulk.plan import Manifest, run_settings
+from mopo_fast.bulk.read import as_text, open_rollouts, summarise, verify
+from mopo_fast.bulk.write import generate_shards
 from mopo_fast.collect import collect
 from mopo_fast.compat import Checkpoint, convert_checkpoint, get_format, offlinerl_kit
 from mopo_fast.config import (
@@ -758,7 +760,7 @@ _RUNS = [
         _make_models,
         ("run/config.json", "run/*.json", "run/*.safetensors"),
         _generate,
-        ("mopo_fast.bulk.generate:run_settings",),
+        ("mopo_fast.bulk.plan:run_settings",),
     ),
     Entry("fit checkpoint", _make_fit, ("fit.safetensors",), _fit, ("mopo_fast.fit:Fit._restore",)),
     Entry(
@@ -784,9 +786,9 @@ def _train_on(folder: str) -> None:
 # --- shards
 
 
-def _generate_shards(**how: Any) -> dict[str, Any]:
+def _generate_shards(**how: Any) -> Manifest:
     data = load_dataset("data.hdf5", quiet=True)
-    return shards.generate_shards(
+    return generate_shards(
         "run", data, "out", count=20, shard_rows=8, seed=1, threads=1, backend="cpu", quiet=True, **how
     )
 
@@ -814,12 +816,12 @@ def _make_part(**how: Any) -> Callable[[int], None]:
 
 
 def _read_shards() -> None:
-    rollouts = shards.open_rollouts("out")
+    rollouts = open_rollouts("out")
     for shard in rollouts:
         touch(shard)
     touch(rollouts[::-1])
     touch(next(rollouts.batches(7, seed=1)))
-    shards.as_text(shards.summarise(rollouts.manifest))
+    as_text(summarise(rollouts.manifest))
 
 
 def _mend() -> None:
@@ -837,8 +839,8 @@ def _verify() -> None:
         path.is_fifo() or path.is_symlink() for path in Path("out").iterdir()
     ):
         _mend()
-    manifest = shards.verify("out", quiet=True)
-    shards.as_text(shards.summarise(manifest))
+    manifest = verify("out", quiet=True)
+    as_text(summarise(manifest))
 
 
 def _complete(**how: Any) -> Callable[[], None]:
@@ -850,8 +852,8 @@ def _complete(**how: Any) -> Callable[[], None]:
 
 
 SHARDS = (
-    "mopo_fast.bulk.shards:read_manifest",
-    "mopo_fast.bulk.shards:_read_shard",
+    "mopo_fast.bulk.plan:read_manifest",
+    "mopo_fast.bulk.files:read_shard",
     "mopo_fast.bulk.files:read_file",
 )
 _PARQUET = {"format": "parquet", "compression": "snappy"}
@@ -870,29 +872,29 @@ _SHARDS = [
         _make_shards(),
         ("out/*",),
         _verify,
-        (*SHARDS, "mopo_fast.bulk.shards:_verify_shard", "mopo_fast.bulk.files:file_sha256"),
+        (*SHARDS, "mopo_fast.bulk.read:_verify_shard", "mopo_fast.bulk.files:file_sha256"),
     ),
     Entry(
         "shards verify parquet",
         _make_shards(**_PARQUET),
         ("out/*",),
         _verify,
-        ("mopo_fast.bulk.shards:_verify_shard",),
+        ("mopo_fast.bulk.read:_verify_shard",),
     ),
-    Entry("shards resume", _make_part(), ("out/*",), _complete(), ("mopo_fast.bulk.shards:_read_record",)),
+    Entry("shards resume", _make_part(), ("out/*",), _complete(), ("mopo_fast.bulk.write:_read_record",)),
     Entry(
         "shards resume parquet",
         _make_part(**_PARQUET),
         ("out/*",),
         _complete(**_PARQUET),
-        ("mopo_fast.bulk.shards:_read_record",),
+        ("mopo_fast.bulk.write:_read_record",),
     ),
     Entry(
         "shards overwrite",
         _make_shards(),
         ("out/manifest.json",),
         _complete(overwrite=True),
-        ("mopo_fast.bulk.shards:read_manifest",),
+        ("mopo_fast.bulk.plan:read_manifest",),
     ),
 ]
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import ray
 
-from mopo_fast.bulk import shards
+from mopo_fast.bulk.write import generate_shards
 from mopo_fast.data import load_dataset
 
 
 def workers() -> list[int]:
-    """Ray's processes that make shards, which it renames after their task."""
+    """Find Ray's processes that make shards, which it renames after their task."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -26,7 +26,7 @@ def workers() -> list[int]:
 
 
 def kill_one(out: Path, killed: list[int]) -> None:
-    """Once a shard is there, and while others are made."""
+    """Kill a worker once a shard is there, while others are made."""
     while not list(out.glob("shard-*")):
         time.sleep(0.001)
     while not killed:
@@ -40,7 +40,7 @@ def main(run: str, dataset: str, out: str, count: str, shard_rows: str, kill: st
     killed: list[int] = []
     if kill == "kill":
         threading.Thread(target=kill_one, args=(Path(out), killed), daemon=True).start()
-    shards.generate_shards(
+    generate_shards(
         run,
         load_dataset(dataset),
         out,

@@ -18,10 +18,12 @@ from mopo_fast.errors import InputError
 from mopo_fast.utils.atomic import (
     _exchange,
     atomic_path,
+    check_value,
     check_writable,
     parse_json_as,
     read_json,
     read_json_as,
+    regular_file,
     sweep,
     write_json,
 )
@@ -269,3 +271,32 @@ def test_text_is_read_by_its_declared_type(text: str) -> None:
     assert parse_json_as("[1]", list[int], "here") == [1]
     with pytest.raises(InputError, match=r"^here"):
         parse_json_as(text, list[int], "here")
+
+
+def test_values_of_a_declared_type() -> None:
+    share = Annotated[float, Field(ge=0, le=1)]
+    whole = check_value("share", 1, share)
+    assert whole == 1.0 and type(whole) is float
+    for value, message in (
+        (1.5, r"share must be less than or equal to 1, got 1\.5"),
+        ("1", "share must be a valid number, got '1'"),
+        (None, "share must be a valid number, got None"),
+        ("x" * 1000, r"share must be a valid number, got 'x{1,20}\.\.\.x{1,20}'$"),
+    ):
+        with pytest.raises(InputError, match=message):
+            check_value("share", value, share)
+
+
+def test_a_regular_file_is_no_link(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("abc")
+    assert regular_file(tmp_path / "a").st_size == 3
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    (tmp_path / "folder").mkdir()
+    for name, message in (
+        ("link", "is a symbolic link or no file"),
+        ("folder", "is a symbolic link or no file"),
+        ("none", "does not exist"),
+        ("a/b", "cannot read .*Not a directory"),
+    ):
+        with pytest.raises(InputError, match=message):
+            regular_file(tmp_path / name)

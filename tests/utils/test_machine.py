@@ -1,13 +1,17 @@
-"""The memory that is available, of a system made of files."""
+"""The memory that is available, of a system made of files; large pages."""
 
+import ctypes
+import mmap
 import resource
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from mopo_fast import InputError
 from mopo_fast.utils import machine
-from mopo_fast.utils.machine import available_memory, check_memory
+from mopo_fast.utils.machine import available_memory, check_memory, use_large_pages
 
 GIB = 2**20  # in the kilobytes of /proc
 
@@ -77,3 +81,72 @@ def test_other_systems(root: Path) -> None:
 
 def test_this_one() -> None:
     assert available_memory() > 2**20
+
+
+# --- large pages
+
+
+def flags_at(address: int) -> list[str]:
+    """The flags of the mapping in which an address of this process lies, as /proc/self/smaps has them."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, dash, last = line.split()[0].partition("-")
+        if dash:
+            inside = int(first, 16) <= address < int(last, 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    return []
+
+
+def test_large_pages_are_asked_for() -> None:
+    # A mapping of its own: memory of the allocator may have been advised before.
+    memory = mmap.mmap(-1, 16 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    tensor = torch.frombuffer(memory, dtype=torch.uint8)
+    middle = tensor.data_ptr() + tensor.nbytes // 2
+    before = flags_at(middle)
+    if "rd" not in before or not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("this system does not tell, or has no large pages")
+    assert "hg" not in before
+    assert use_large_pages(tensor) is tensor
+    assert "hg" in flags_at(middle)
+
+
+@pytest.fixture
+def advised(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
+    """The calls of madvise, each of which fails: address, length, advice."""
+    calls = []
+
+    def madvise(address: ctypes.c_void_p, length: ctypes.c_size_t, advice: int) -> int:
+        calls.append((address.value, length.value, advice))
+        return -1
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(madvise=madvise))
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 14, raising=False)
+    return calls
+
+
+def test_only_whole_large_pages_inside_the_tensor_are_advised(advised: list[tuple[int, int, int]]) -> None:
+    page = 2 << 20
+    whole = torch.empty(8 * page, dtype=torch.uint8)
+    first = -whole.data_ptr() % page
+    for begin, end, pages in (
+        (first, first + 3 * page, (0, 3)),
+        (first + 1, first + 3 * page - 1, (1, 2)),
+        (first, first + page, (0, 1)),
+    ):
+        use_large_pages(whole[begin:end])
+        low, high = pages
+        expected = whole.data_ptr() + first + low * page, (high - low) * page, 14
+        assert advised.pop() == expected and not advised
+    for begin, end in ((first + 1, first + page), (first + 1, first + 2 * page - 1), (first, first)):
+        use_large_pages(whole[begin:end])
+    use_large_pages(torch.empty(8 * page, dtype=torch.uint8, device="meta"))
+    assert not advised
+
+
+def test_a_system_without_large_pages(
+    advised: list[tuple[int, int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(mmap, "MADV_HUGEPAGE")
+    tensor = torch.empty(16 << 20, dtype=torch.uint8)
+    assert use_large_pages(tensor) is tensor and not advised

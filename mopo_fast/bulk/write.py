@@ -1,0 +1,303 @@
+"""Write a folder of shards: find those that are there, make those that are missing.
+
+A shard appears whole, by a rename; the manifest is written anew after each. So a folder whose process was
+killed holds whole shards, and the same call goes on.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import queue
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mopo_fast import __version__
+from mopo_fast.buffer import RingBuffer
+from mopo_fast.bulk.cluster import Maker, workers
+from mopo_fast.bulk.files import check_values, file_sha256, import_pyarrow, read_shard, write_shard
+from mopo_fast.bulk.generate import ENCODED_WHOLE, WRITTEN_IN_PIECES, Generator, check_rollout_memory
+from mopo_fast.bulk.plan import (
+    MANIFEST,
+    SHARD_ARRAYS,
+    Manifest,
+    Natural,
+    Plan,
+    Positive,
+    ShardRecord,
+    ShardRows,
+    Starts,
+    count_rows,
+    generate_config,
+    read_manifest,
+    write_manifest,
+)
+from mopo_fast.config import Compression, RolloutDtype, ShardFormat
+from mopo_fast.data.transitions import Transitions, transition_bytes
+from mopo_fast.ensemble import EnsembleDynamics
+from mopo_fast.errors import InputError
+from mopo_fast.policy import Actor
+from mopo_fast.tasks import Task
+from mopo_fast.utils.atomic import check_value, regular_file, sweep
+from mopo_fast.utils.lock import locked
+from mopo_fast.utils.progress import progress_bar
+from mopo_fast.utils.tensors import tensors_sha256
+
+
+def generate_shards(
+    run: str | os.PathLike[str],
+    data: Transitions,
+    out: str | os.PathLike[str],
+    *,
+    count: int,
+    shard_rows: int = 1_000_000,
+    horizon: int | None = None,
+    seed: int = 0,
+    penalty_coef: float | None = None,
+    format: ShardFormat = "hdf5",
+    compression: Compression = "none",
+    dtype: RolloutDtype = "float32",
+    backend: str = "auto",
+    threads: int | None = None,
+    device: str = "cpu",
+    ray: str | None = None,
+    task: str | Task | None = None,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> Manifest:
+    """Write `count` transitions of a run's policy in its ensemble to a folder, shard by shard.
+
+    A folder with a part of the same shards is completed; one that has them all is left as it is. A call that
+    is refused leaves everything as it was; one that is interrupted leaves its finished shards.
+
+    Args:
+        run: a run's folder; its config.json says which task ends an episode and which penalty counts.
+        data: start states are drawn from its observations, with replacement.
+        shard_rows: transitions in each shard; two shards are held in memory.
+        horizon, penalty_coef: None: the run's own.
+        format, compression: see `COMPRESSIONS` in plan.py.
+        ray: None: this process; "auto", "local" or an address: a Ray cluster, see cluster.py.
+        task: the run's task; to be given where that is a Python file, which is executed.
+        overwrite: delete the shards that the folder's manifest lists first.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        InputError: the run is not whole, the data do not fit it, a number is out of range, the folder holds
+            something else or cannot be written, or another process is at work in it.
+    """
+    out = Path(out)
+    if format == "parquet":
+        import_pyarrow()
+    config = generate_config(
+        run, horizon=horizon, seed=seed, penalty_coef=penalty_coef, dtype=dtype, backend=backend, task=task
+    )
+    check_value("count", count, Positive)
+    check_value("shard_rows", shard_rows, ShardRows)
+    rows = min(count, shard_rows)
+    rings = 1 if count == rows else 2
+    # HDF5 compresses into memory.
+    copies = ENCODED_WHOLE if format == "hdf5" and compression != "none" else WRITTEN_IN_PIECES
+    check_rollout_memory(config, rows, rings, copies, "count, shard_rows or horizon")
+    ensemble, policy = EnsembleDynamics.load(run, device), Actor.load(run, device)
+    generator = Generator(ensemble, policy, data.observations, config, threads)
+    plan = Plan(
+        count=count,
+        shard_rows=shard_rows,
+        format=format,
+        compression=compression,
+        rollout=dataclasses.replace(config, backend=generator.engine.backend),
+        dataset=data.name,
+        observations_sha256=tensors_sha256({"observations": data.observations}),
+        dynamics_sha256=ensemble.sha256(),
+        policy_sha256=tensors_sha256(dict(policy.state_dict())),
+        mopo_fast=__version__,
+    )
+    making: contextlib.AbstractContextManager[Maker]
+    if ray is None:
+        making = contextlib.nullcontext(functools.partial(_make_here, generator))
+    else:
+        making = workers(ray, generator, threads)
+    with making as make, _tidily_locked(out):
+        records, doomed = _find_shards(out, plan, overwrite)
+        missing = [shard for shard in range(plan.shards) if plan.file(shard) not in records]
+        _check_space(out, plan, missing, generator, doomed)
+        for path in doomed:
+            path.unlink()
+        write_manifest(out, plan, records)
+        with progress_bar("transitions", count, quiet=quiet) as bar:
+            bar.update(completed=sum(record.rows for record in records.values()))
+
+            def keep(record: ShardRecord) -> None:
+                records[record.file] = record
+                write_manifest(out, plan, records)
+                rows = sum(one.rows for one in records.values())
+                penalty = sum(one.penalty_sum for one in records.values()) / rows
+                bar.update(note=f"mean penalty {penalty:.4g}")
+
+            make(out, plan, missing, keep, bar.advance)
+        return write_manifest(out, plan, records)
+
+
+@contextlib.contextmanager
+def _tidily_locked(out: Path) -> Iterator[None]:
+    """Lock a folder; where the block fails before a shard is there, leave the folder as it was."""
+    lock_is_new = out.is_dir() and not (out / ".lock").exists()
+    with locked(out):
+        manifest_is_new = not (out / MANIFEST).exists()
+        try:
+            yield
+        except BaseException:
+            if manifest_is_new and not any(out.glob("shard-*")):
+                (out / MANIFEST).unlink(missing_ok=True)
+                if lock_is_new:
+                    (out / ".lock").unlink(missing_ok=True)
+            raise
+
+
+class _Abandoned(Exception):
+    """Raised to end the writing of a shard that is not wanted any more."""
+
+
+def _make_here(
+    generator: Generator,
+    out: Path,
+    plan: Plan,
+    shards: list[int],
+    keep: Callable[[ShardRecord], None],
+    advance: Callable[[int], None],
+) -> None:
+    """Make shards one after the other, while the one before is encoded and written.
+
+    A failure or an interruption abandons the shard that is being written.
+    """
+    if not shards:
+        return
+    rows = max(plan.rows(shard) for shard in shards)
+    free: queue.Queue[RingBuffer] = queue.Queue()
+    for _ in range(min(2, len(shards))):
+        free.put(generator.ring(rows))
+    full: queue.Queue[Any] = queue.Queue()
+    errors: list[BaseException] = []
+    failed = threading.Event()
+
+    def check() -> None:
+        if failed.is_set():
+            raise _Abandoned
+
+    def write() -> None:
+        while (job := full.get()) is not None:
+            ring, made, metadata = job
+            try:
+                if not errors:
+                    check()
+                    keep(write_shard(out, plan, made, metadata, check))
+            except BaseException as error:
+                errors.append(error)
+            free.put(ring)
+
+    writer = threading.Thread(target=write, name="mopo_fast shards")
+    try:
+        writer.start()
+        for shard in shards:
+            ring = free.get()
+            if errors:
+                break
+            full.put((ring, *generator.shard(plan, shard, ring, advance)))
+        full.put(None)
+        writer.join()
+    except BaseException:
+        failed.set()
+        full.put(None)
+        writer.join()
+        raise
+    if errors:
+        raise errors[0]
+
+
+def _find_shards(out: Path, plan: Plan, overwrite: bool) -> tuple[dict[str, ShardRecord], list[Path]]:
+    """Find the shards that are there.
+
+    Args:
+        overwrite: those that the manifest lists are not wanted.
+
+    Returns:
+        The records of the plan's finished shards by their files, and the files that are to be deleted.
+
+    Raises:
+        InputError: the folder holds something else, or a shard that is not what the manifest says.
+    """
+    listed: dict[str, ShardRecord] = {}
+    if os.path.lexists(out / MANIFEST):
+        manifest = read_manifest(out)
+        if not overwrite:
+            _check_same(out, manifest.plan, plan)
+        for record in manifest.shards:
+            path = out / record.file
+            if not os.path.lexists(path):
+                continue
+            size = regular_file(path).st_size
+            if size != record.bytes and not overwrite:
+                raise InputError(
+                    f"{path} has {size:,} bytes, {MANIFEST} says {record.bytes:,};"
+                    " delete it to have it made again"
+                )
+            listed[record.file] = record
+    elif any(not path.name.startswith((".lock", f".{MANIFEST}.", ".shard-")) for path in out.iterdir()):
+        raise InputError(f"{out} holds other things; choose a new folder")
+    sweep(out)
+    found = {} if overwrite else dict(listed)
+    # Whole, but the process was killed before the manifest could say so.
+    for shard in range(plan.shards):
+        file = plan.file(shard)
+        if file not in listed and os.path.lexists(out / file):
+            found[file] = _read_record(out / file, plan, shard)
+    return found, [out / file for file in listed] if overwrite else []
+
+
+def _check_same(out: Path, theirs: Plan, ours: Plan) -> None:
+    """Raise `InputError` where a folder's shards are of another plan; name the first setting that differs."""
+    there, here = (dataclasses.asdict(plan.rollout) | dataclasses.asdict(plan) for plan in (theirs, ours))
+    for name in here:
+        if name != "rollout" and there[name] != here[name]:
+            raise InputError(
+                f"{out} holds other rollouts: there {name} is {there[name]!r}, here {here[name]!r};"
+                " choose another folder, or go on with the same settings"
+            )
+
+
+def _read_record(path: Path, plan: Plan, shard: int) -> ShardRecord:
+    """Read a shard that the manifest does not list yet.
+
+    Raises:
+        InputError: it is of another plan, or not sound.
+    """
+    arrays, metadata = read_shard(path, plan, shard)
+    if (str(metadata.get("plan")), str(metadata.get("shard"))) != (plan.sha256(), str(shard)):
+        raise InputError(f"{path} is of other rollouts; delete it, or choose another folder")
+    check_values(path, arrays, plan, shard)
+    return ShardRecord(
+        file=path.name,
+        bytes=path.stat().st_size,
+        sha256=file_sha256(path),
+        starts=check_value(f"{path}: starts", metadata.get("starts"), Starts),
+        non_finite=check_value(f"{path}: non_finite", metadata.get("non_finite"), Natural),
+        **count_rows(arrays, plan.rollout.horizon),
+    )
+
+
+def _check_space(out: Path, plan: Plan, missing: list[int], generator: Generator, doomed: list[Path]) -> None:
+    """Raise `InputError` where the disk has no room for the missing shards in the place of those doomed."""
+    ensemble = generator.engine.ensemble
+    row = transition_bytes(SHARD_ARRAYS, ensemble.obs_dim, ensemble.act_dim)
+    needed = row * sum(map(plan.rows, missing))
+    free = shutil.disk_usage(out).free + sum(path.lstat().st_size for path in doomed)
+    if plan.compression == "none" and needed > free:
+        raise InputError(
+            f"{out} takes another {needed / 2**30:.1f} GiB, the disk has {free / 2**30:.1f} free;"
+            " lower count, compress, or choose another disk"
+        )

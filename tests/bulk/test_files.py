@@ -1,0 +1,247 @@
+"""Rollouts as files: every format, damaged and hostile ones, full disks."""
+
+import contextlib
+import hashlib
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from killed import attempt
+from small_shards import content, files_of_at_most, make_shards
+
+from mopo_fast import InputError, Transitions, open_rollouts
+from mopo_fast.bulk import files
+from mopo_fast.bulk.files import save_transitions
+from mopo_fast.bulk.generate import generate
+from mopo_fast.bulk.plan import COMPRESSIONS, read_manifest
+from mopo_fast.bulk.read import verify
+from mopo_fast.bulk.write import _read_record
+from mopo_fast.data import load_file
+
+
+def test_what_is_saved_is_what_is_loaded(run: Path, data: Transitions, tmp_path: Path) -> None:
+    rollouts = generate(run, data, count=20)
+    for name in ("a.hdf5", "a.h5", "a.npz"):
+        save_transitions(tmp_path / name, rollouts)
+        back = load_file(tmp_path / name)
+        for key, array in back.arrays().items():
+            assert torch.equal(array, rollouts.arrays()[key]), key
+    assert back.name == "a"
+
+
+def test_metadata_tells_how_a_file_was_made(run: Path, data: Transitions, tmp_path: Path) -> None:
+    save_transitions(
+        tmp_path / "a.hdf5", generate(run, data, count=7, horizon=2, seed=3, backend="reference")
+    )
+    metadata = load_file(tmp_path / "a.hdf5").info["metadata"]
+    assert (metadata["seed"], metadata["count"], metadata["horizon"]) == (3, 7, 2)
+    assert (metadata["penalty_coef"], metadata["backend"]) == (2.0, "reference")
+
+
+@pytest.mark.parametrize("suffix", [".hdf5", ".npz"])
+def test_a_full_disk_leaves_nothing(run: Path, data: Transitions, tmp_path: Path, suffix: str) -> None:
+    rollouts = generate(run, data, count=200)
+    folder = tmp_path / "full"
+    folder.mkdir()
+    with files_of_at_most(4096), pytest.raises(InputError, match="cannot write"):
+        save_transitions(folder / f"a{suffix}", rollouts)
+    assert not list(folder.iterdir())
+
+
+def test_an_existing_file_needs_overwrite(run: Path, data: Transitions, tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    path.write_bytes(b"precious")
+    rollouts = generate(run, data, count=2)
+    with pytest.raises(InputError, match=r"a\.npz exists already; .* --overwrite"):
+        save_transitions(path, rollouts)
+    assert path.read_bytes() == b"precious"
+    save_transitions(path, rollouts, overwrite=True)
+    assert len(load_file(path)) == len(rollouts)
+
+
+def test_files_that_cannot_be_written_are_named(run: Path, data: Transitions, tmp_path: Path) -> None:
+    rollouts = generate(run, data, count=2)
+    with pytest.raises(InputError, match=r"a\.csv: the file's name must end in"):
+        save_transitions(tmp_path / "a.csv", rollouts)
+    with pytest.raises(InputError, match=r"cannot write /proc/a\.npz"):
+        save_transitions("/proc/a.npz", rollouts)
+    with pytest.raises(InputError, match="rollout_index"):
+        save_transitions(tmp_path / "a.npz", data)
+
+
+def test_an_empty_rollout_is_saved(data: Transitions, tmp_path: Path) -> None:
+    empty = Transitions(
+        *(torch.empty(0, *shape) for shape in ((11,), (3,), (), (11,))),
+        torch.empty(0, dtype=torch.bool),
+        rollout_index=torch.empty(0, dtype=torch.int64),
+    )
+    save_transitions(tmp_path / "a.npz", empty)
+    assert len(np.load(tmp_path / "a.npz")["timeouts"]) == 0
+
+
+# --- shards
+
+
+def test_a_shard_is_a_d4rl_file(undisturbed: Path) -> None:
+    back = load_file(undisturbed / "shard-000001.hdf5")
+    expected = open_rollouts(undisturbed).shard(1)
+    for name in ("observations", "actions", "rewards", "next_observations", "terminals"):
+        assert torch.equal(back.arrays()[name], expected.arrays()[name])
+    assert back.info["metadata"]["shard"] == 1 and back.info["metadata"]["penalty_coef"] == 2.0
+    arrays, _ = files.read_file(undisturbed / "shard-000001.hdf5")
+    assert isinstance(arrays["observations"], np.memmap)
+    # Every rollout ends once, or is the last.
+    ends = arrays["terminals"] | arrays["timeouts"]
+    assert np.array_equal(np.flatnonzero(ends)[:-1] + 1, np.flatnonzero(np.diff(arrays["rollout_index"])) + 1)
+
+
+@pytest.mark.parametrize(
+    ("format", "compression"),
+    [(format, compression) for format, some in COMPRESSIONS.items() for compression in some],
+)
+def test_every_format(
+    run: Path, data: Transitions, undisturbed: Path, tmp_path: Path, format: str, compression: str
+) -> None:
+    out = tmp_path / "out"
+    make_shards(run, data, out, format=format, compression=compression)
+    again = content(out)
+    assert make_shards(run, data, out, format=format, compression=compression).shards
+    assert content(out) == again
+    verify(out, quiet=True)
+    for one, other in zip(open_rollouts(undisturbed), open_rollouts(out), strict=True):
+        assert one.arrays().keys() == other.arrays().keys()
+        for name, array in one.arrays().items():
+            assert torch.equal(array, other.arrays()[name]), name
+    path = out / f"shard-000003.{format}"
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(InputError, match=r"shard-000003\.\w+ is not a whole"):
+        files.read_file(path)
+
+
+def test_parquet_is_read_by_others(run: Path, data: Transitions, undisturbed: Path, tmp_path: Path) -> None:
+    import pyarrow.dataset
+
+    make_shards(run, data, tmp_path / "out", format="parquet")
+    table = pyarrow.dataset.dataset(sorted((tmp_path / "out").glob("*.parquet"))).to_table()
+    whole = open_rollouts(undisturbed)[:]
+    assert np.array_equal(np.stack(table["observations"].to_numpy()), whole.observations)
+    assert np.array_equal(table["penalties"].to_numpy(), whole.penalties)
+
+
+def test_arrays_in_place(tmp_path: Path) -> None:
+    """Of sizes that nothing divides, aligned all the same; and none at all."""
+    random = np.random.default_rng(0)
+    for rows in (0, 1, 7, 1000):
+        arrays = {
+            "terminals": random.random(rows) < 0.5,
+            "rollout_index": random.integers(2**60, size=rows),
+            "observations": random.normal(size=(rows, 3)).astype(np.float32),
+        }
+        path = tmp_path / f"{rows}.hdf5"
+        size, digest = files.write_file(path, arrays, {"seed": 3, "task": "hopper"}, "none")
+        assert (size, digest) == (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+        back, metadata = files.read_file(path)
+        assert metadata == {"seed": 3, "task": "hopper"}
+        for name, array in arrays.items():
+            assert back[name].dtype == array.dtype and np.array_equal(back[name], array)
+            assert back[name].flags.aligned
+
+
+# --- hostile shards
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("step", lambda a: a.astype(np.int64), "step must be int32"),
+        ("rewards", lambda a: a.astype(np.float16), "rewards must be float32"),
+        ("actions", lambda a: a[:, 0], "actions must be float32 of 2 dimensions"),
+        ("penalties", lambda a: a[:-1], "penalties must be float32 of 1 dimensions and 200 rows"),
+        ("observations", lambda a: a[:, :4], "have different shapes"),
+        ("extra", None, "beside a rollout's arrays: 'extra'"),
+    ],
+)
+def test_other_arrays_are_refused_as_they_are_read(
+    undisturbed: Path, tmp_path: Path, name: str, change: Callable[[Any], Any] | None, message: str
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    path = out / "shard-000001.hdf5"
+    arrays, metadata = files.read_file(path)
+    changed = {**arrays, name: change(arrays[name]) if change else arrays["step"]}
+    files.write_file(tmp_path / "x.hdf5", changed, metadata, "none")
+    (tmp_path / "x.hdf5").replace(path)
+    with pytest.raises(InputError, match=message):
+        open_rollouts(out).shard(1)
+
+
+def test_parquet_of_other_types_is_refused(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    floats = pyarrow.array([1.0, 2.0], pyarrow.float32())
+    wide = pyarrow.array([0.0] * 8, pyarrow.float32())
+    path = tmp_path / "a.parquet"
+    for table, message in (
+        ({"a": pyarrow.array([{"b": 1}])}, "a is of type struct"),
+        ({"a": pyarrow.array([[1], [2]])}, "a is of type list"),
+        ({"a": pyarrow.array(["x"])}, "a is of type string"),
+        ({"a": pyarrow.array([b"x"])}, "a is of type binary"),
+        ({"a": pyarrow.array([1.0, None])}, "a has empty places"),
+        ({f"a{i}": floats for i in range(65)}, "it has 65 columns"),
+        ({"a": pyarrow.FixedSizeListArray.from_arrays(wide, 4)}, "KeyError|mopo_fast|subscriptable"),
+    ):
+        whole = pyarrow.table(table)
+        if "a0" in table or not isinstance(table.get("a"), pyarrow.FixedSizeListArray):
+            whole = whole.replace_schema_metadata({"mopo_fast": "{}"})
+        pyarrow.parquet.write_table(whole, path)
+        with pytest.raises(InputError, match=message):
+            files.read_file(path)
+
+
+def test_parquet_that_announces_more_than_the_memory_is_not_read(tmp_path: Path) -> None:
+    """A run of one value is a few bytes, whatever its length."""
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "bomb.parquet"
+    schema = pyarrow.schema([(f"a{i}", pyarrow.bool_()) for i in range(60)], {"mopo_fast": "{}"})
+    column = pyarrow.array(np.zeros(10**6, bool))
+    block = pyarrow.table([column] * 60, schema)
+    with pyarrow.parquet.ParquetWriter(path, schema) as writer:
+        writer.write_table(block)
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+
+        def refuse(what: str, size: int, *_: Any) -> None:
+            asked.append(size)
+            raise InputError("too much")
+
+        patch.setattr(files, "check_memory", refuse)
+        with pytest.raises(InputError, match="too much"):
+            files.read_file(path)
+    assert path.stat().st_size < 10**6 < 60 * 10**6 <= asked[0]
+
+
+def read_damaged(folder: Path, count: int) -> None:
+    """Read a shard with other bytes, again and again: it is sound, or an `InputError`."""
+    plan = read_manifest(folder).plan
+    path, rng = folder / plan.file(0), random.Random(0)
+    whole = path.read_bytes()
+    for _ in range(count):
+        damaged = bytearray(whole)
+        for _ in range(rng.choice((1, 2, 8, 64))):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        path.write_bytes(damaged[: rng.choice((None, rng.randrange(len(damaged))))])
+        with contextlib.suppress(InputError):
+            _read_record(path, plan, 0)
+
+
+def test_damaged_shards_end_in_one_error(recorded: Path) -> None:
+    """In a process of its own, for what a library might do with it."""
+    assert attempt(read_damaged, recorded, 300, kill_after=120) == 0

@@ -1,0 +1,104 @@
+"""The settings that a run's folder holds, and manifests: those of others, damaged or forged."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_shards import CONFIG, content, edit
+
+from mopo_fast import InputError
+from mopo_fast.bulk.plan import MANIFEST, read_manifest, run_settings
+from mopo_fast.bulk.read import as_text, summarise, verify
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, r"config\.json does not exist"),
+        ("{", r"config\.json is not a readable JSON file"),
+        ("[]", r"config\.json: the whole: .*object"),
+        (json.dumps({"task": "hopper"}), r"config\.json: rollout: Field required"),
+        (json.dumps(CONFIG).replace('"horizon": 3', '"horizon": 0'), r"rollout\.horizon: .*at least|greater"),
+        (
+            json.dumps({**CONFIG, "rollout": {**CONFIG["rollout"], "horizon": "3"}}),
+            r"config\.json: rollout\.horizon: Input should be a valid integer",
+        ),
+        (json.dumps({**CONFIG, "task": "cheetah"}), "unknown task 'cheetah'"),
+    ],
+)
+def test_a_folder_that_is_no_run_is_named(tmp_path: Path, config: str | None, message: str) -> None:
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(InputError, match=message):
+        run_settings(tmp_path)
+
+
+# --- the manifest
+
+
+def places(value: Any, where: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path of every value in a manifest; the first and last elements stand for a list."""
+    yield where
+    some = value if isinstance(value, dict) else {0, len(value) - 1} if isinstance(value, list) else ()
+    for key in some:
+        yield from places(value[key], (*where, key))
+
+
+@pytest.mark.parametrize("recorded", ["hdf5"], indirect=True)
+def test_every_change_of_a_manifest_is_refused_or_harmless(
+    recorded: Path,
+) -> None:
+    original = (recorded / MANIFEST).read_text()
+    before = content(recorded).keys()
+    huge = (-1, 2**63, 10**400, 1.5, float("nan"), None, True, "x", "../x", [], [[]], {}, {"a": {"a": 1}})
+    refused = 0
+    for where in places(json.loads(original)):
+        for value in (*huge, "missing"):
+            manifest = json.loads(original)
+            holder = manifest
+            for key in where[:-1]:
+                holder = holder[key]
+            if not where:
+                manifest = value
+            elif value == "missing":
+                del holder[where[-1]]
+            else:
+                holder[where[-1]] = value
+            (recorded / MANIFEST).write_text(json.dumps(manifest))
+            try:
+                manifest = read_manifest(recorded)
+                as_text(summarise(manifest))
+                assert {record.file for record in manifest.shards} <= before
+            except InputError as error:
+                refused += 1
+                assert "manifest.json" in str(error) and "\n" not in str(error)
+            else:
+                # Names, sums and settings that a manifest may have.
+                assert where[-1] in (
+                    "reward_sum",
+                    "penalty_sum",
+                    "dataset",
+                    "mopo_fast",
+                    "task",
+                    "backend",
+                    "seed",
+                    "termination",
+                    "penalty_coef",
+                    "shards",
+                    0,
+                    1,
+                    "starts",
+                ), (where, value)
+    assert refused > 500
+    assert content(recorded).keys() == before
+
+
+def test_a_shard_listed_twice_is_refused(undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    edit(out, lambda manifest: manifest["shards"].__setitem__(1, manifest["shards"][0]))
+    with pytest.raises(InputError, match=r"shard-000000\.hdf5 is listed twice"):
+        verify(out, quiet=True)

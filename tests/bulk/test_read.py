@@ -1,0 +1,155 @@
+"""Folders of shards, read: rows across shards, verification, sums."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_shards import COUNT, content, edit, make_shards
+
+from mopo_fast import InputError, Transitions, open_rollouts
+from mopo_fast.bulk import files
+from mopo_fast.bulk.plan import MANIFEST, read_manifest
+from mopo_fast.bulk.read import as_text, summarise, verify
+from mopo_fast.cli import main
+
+
+@pytest.mark.parametrize("format", ["hdf5", "parquet"])
+def test_rows_across_shards(run: Path, data: Transitions, tmp_path: Path, format: str) -> None:
+    make_shards(run, data, tmp_path, format=format)
+    rollouts = open_rollouts(tmp_path)
+    parts = list(rollouts)
+    whole = {name: torch.cat([part.arrays()[name] for part in parts]) for name in parts[0].arrays()}
+    mask = np.zeros(COUNT, bool)
+    mask[[3, 199, 200, 1099]] = True
+    for index in (slice(150, 450), slice(None, None, 97), mask, np.array([1099, 0, 500, 0]), slice(0, 0)):
+        found = rollouts[index]
+        for name, array in whole.items():
+            assert torch.equal(found.arrays()[name], torch.from_numpy(array.numpy()[index].copy()))
+    with pytest.raises(TypeError, match="for one row use"):
+        rollouts[3]
+    with pytest.raises(IndexError):
+        rollouts[np.array([COUNT])]
+    first, second = rollouts.batches(64, seed=1), rollouts.batches(64, seed=1)
+    for _ in range(3):
+        one, other = next(first), next(second)
+        assert len(one) == 64 and torch.equal(one.observations, other.observations)
+
+
+def test_an_unfinished_folder(run: Path, data: Transitions, undisturbed: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"manifest\.json does not exist"):
+        open_rollouts(tmp_path)
+    manifest = json.loads((undisturbed / MANIFEST).read_text())
+    manifest["shards"].pop()
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="has 1,000 of 1,100 transitions"):
+        open_rollouts(tmp_path)
+    for broken in ("{}", "[]", json.dumps(manifest | {"format_version": 9})):
+        (tmp_path / MANIFEST).write_text(broken)
+        with pytest.raises(InputError, match=r"manifest\.json"):
+            open_rollouts(tmp_path)
+
+
+def test_recorded_shards_are_read(recorded: Path) -> None:
+    manifest = verify(recorded, quiet=True)
+    assert len(open_rollouts(recorded)[:]) == manifest.plan.count
+    # What the shards' own metadata call the plan.
+    assert open_rollouts(recorded).shard(0).info["plan"] == manifest.plan.sha256()
+    assert json.loads((recorded / MANIFEST).read_text()) == dataclasses.asdict(manifest)
+
+
+def test_other_files_in_the_folder_are_ignored(undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    for name in (".lock", ".shard-000001.hdf5.abcdefgh.tmp", "notes.txt", "shard-000009.hdf5"):
+        (out / name).write_text("x")
+    assert len(open_rollouts(out)[:]) == COUNT
+    verify(out, quiet=True)
+
+
+# --- verification
+
+
+def test_a_corrupt_shard(
+    run: Path, data: Transitions, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    assert main(["rollout", "--verify", str(out), "--quiet"]) == 0
+    assert "6 shards, all sound" in capsys.readouterr().out
+    path = out / "shard-000002.hdf5"
+    damaged = bytearray(path.read_bytes())
+    damaged[-100] ^= 1
+    path.write_bytes(damaged)
+    (out / "shard-000004.hdf5").unlink()
+    assert main(["rollout", "--verify", str(out), "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert "2 of 6 shards are not sound" in error
+    assert "shard-000002.hdf5 has other bytes" in error and "shard-000004.hdf5 does not exist" in error
+    path.unlink()
+    make_shards(run, data, out)
+    assert content(out) == content(undisturbed)
+    path.write_bytes(damaged[:-10])
+    with pytest.raises(
+        InputError, match=r"shard-000002\.hdf5 has [\d,]+ bytes, manifest\.json says .*delete it"
+    ):
+        make_shards(run, data, out)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("step", 3, "step must be from 0 to below 3"),
+        ("rollout_index", 0, "rollout_index must be from 4294967296"),
+        ("members", 32, "members must be from -1 to below 32"),
+        ("penalties", -1.0, "penalties must be from 0"),
+        ("rewards", 7e4, "rewards are not raw_rewards"),
+        ("rewards", np.nan, "rewards is not finite at row 5"),
+        ("timeouts", None, "timeouts are not where"),
+        ("step", 1, "manifest.json has another rows_of_step"),
+    ],
+)
+def test_values_out_of_range_are_no_sound_shard(
+    undisturbed: Path, tmp_path: Path, name: str, value: float | None, message: str
+) -> None:
+    """Even where the manifest has the damaged file's bytes."""
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    path = out / "shard-000001.hdf5"
+    found, metadata = files.read_file(path)
+    arrays = {key: np.array(array) for key, array in found.items()}
+    other = 5 if value != 1 else int(np.flatnonzero(arrays["step"] == 0)[0])
+    arrays[name][other] = ~arrays[name][other] if value is None else value
+    size, digest = files.write_file(tmp_path / "x.hdf5", arrays, metadata, "none")
+    (tmp_path / "x.hdf5").replace(path)
+    edit(out, lambda manifest: manifest["shards"][1].update(sha256=digest, bytes=size))
+    with pytest.raises(InputError, match=message):
+        verify(out, quiet=True)
+
+
+# --- sums
+
+
+def test_the_summary_counts_every_row(undisturbed: Path) -> None:
+    rollouts = open_rollouts(undisturbed)
+    summary, whole = summarise(rollouts.manifest), rollouts[:]
+    assert whole.penalties is not None and whole.step is not None
+    assert summary["rows"] == sum(summary["penalty_counts"]) == sum(summary["rows_of_step"]) == COUNT
+    assert np.isclose(summary["penalty_mean"], whole.penalties.mean()) and summary["non_finite"] == 0
+    assert np.isclose(summary["reward_mean"], whole.rewards.mean())
+    edges = torch.tensor(summary["penalty_edges"], dtype=torch.float32)
+    expected = torch.bincount(torch.bucketize(whole.penalties, edges, right=True), minlength=len(edges) + 1)
+    assert summary["penalty_counts"] == expected.tolist()
+    ended = torch.bincount(whole.step[whole.terminals], minlength=3)
+    assert summary["terminals_of_step"] == ended.tolist()
+    text = as_text(summary)
+    assert "1,100 transitions" in text and "step   1" in text and "from" in text
+
+
+def test_a_summary_of_nothing(undisturbed: Path, tmp_path: Path) -> None:
+    shutil.copy(undisturbed / MANIFEST, tmp_path)
+    edit(tmp_path, lambda manifest: manifest.update(shards=[]))
+    assert "0 transitions of 0 rollouts" in as_text(summarise(read_manifest(tmp_path)))

@@ -1,0 +1,401 @@
+"""Folders of shards: the rows that each holds, made exactly once, whatever happens on the way."""
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from killed import CONTEXT, attempt, start
+from small_shards import COUNT, SHARD, content, edit, files_of_at_most, make_shards
+
+from mopo_fast import Actor, EnsembleDynamics, InputError, RolloutEngine, Transitions, open_rollouts
+from mopo_fast.backends.philox import BATCH_STREAM, random_choice
+from mopo_fast.bulk import files, write
+from mopo_fast.bulk.generate import Generator
+from mopo_fast.bulk.plan import MANIFEST, read_manifest
+from mopo_fast.bulk.read import verify
+from mopo_fast.cli import main
+from mopo_fast.data import load_dataset
+from mopo_fast.utils.seeds import ROLLOUT, START, derive_seed
+
+CONTEXT.set_forkserver_preload(["mopo_fast.bulk.write", "pytest"])
+
+
+def test_what_a_shard_holds(run: Path, data: Transitions, undisturbed: Path) -> None:
+    """Rollouts k * 2^32, ... of one endless sequence, as the engine makes them, cut to size."""
+    rollouts = open_rollouts(undisturbed)
+    assert len(rollouts) == COUNT and [len(shard) for shard in rollouts] == [SHARD] * 5 + [100]
+    engine = RolloutEngine(
+        EnsembleDynamics.load(run),
+        penalty="ensemble_std",
+        penalty_coef=2.0,
+        penalty_members="elites",
+        termination="hopper",
+    )
+    for number, found in enumerate(rollouts):
+        rows = torch.arange(300) + (number << 32)
+        start = data.observations[random_choice(rows, 0, BATCH_STREAM, len(data), derive_seed(7, START))]
+        made = engine.rollout(Actor.load(run), start, 3, seed=derive_seed(7, ROLLOUT), rows=rows)
+        for name, array in found.arrays().items():
+            assert torch.equal(array, made.arrays()[name][: len(found)]), (number, name)
+        record = rollouts.manifest.shards[number]
+        assert found.rollout_index is not None
+        used = int(found.rollout_index[-1]) - (number << 32) + 1
+        assert used <= record.starts < used + 4
+
+
+def test_more_shards_leave_the_first_as_they_are(
+    run: Path, data: Transitions, undisturbed: Path, tmp_path: Path
+) -> None:
+    make_shards(run, data, tmp_path / "more", count=COUNT + 500)
+    one, other = open_rollouts(undisturbed), open_rollouts(tmp_path / "more")
+    for number in range(5):
+        for name, array in one.shard(number).arrays().items():
+            assert torch.equal(array, other.shard(number).arrays()[name])
+
+
+def test_threads_do_not_matter(run: Path, data: Transitions, undisturbed: Path, tmp_path: Path) -> None:
+    make_shards(run, data, tmp_path / "out", threads=2)
+    assert content(tmp_path / "out") == content(undisturbed)
+
+
+# --- processes that are killed, and others at the same time
+
+
+def go_on(run: Path, dataset: Path, out: Path) -> None:
+    make_shards(run, load_dataset(dataset), out)
+
+
+def test_killed_at_its_own_writes(run: Path, dataset: Path, undisturbed: Path, tmp_path: Path) -> None:
+    out, changes = tmp_path / "out", 1
+    while attempt(go_on, run, dataset, out, die_at=(out, changes)) != 0:
+        # Nothing that was finished is lost, nothing half done is left in a shard's place.
+        for name, value in content(out).items():
+            assert name == MANIFEST or name.startswith(".") or value == content(undisturbed)[name]
+        changes += 1
+    assert changes > 4
+    assert content(out) == content(undisturbed)
+
+
+def test_killed_at_random_moments(run: Path, dataset: Path, undisturbed: Path, tmp_path: Path) -> None:
+    rng, longest = random.Random(0), 0.6
+    for number in range(4):
+        out = tmp_path / f"out-{number}"
+        while attempt(go_on, run, dataset, out, kill_after=rng.uniform(0, longest)) == 0:
+            # The machine was faster than the kill.
+            shutil.rmtree(out)
+            longest /= 2
+        for _ in range(3):
+            attempt(go_on, run, dataset, out, kill_after=rng.uniform(0, longest))
+        assert attempt(go_on, run, dataset, out) == 0
+        assert content(out) == content(undisturbed)
+
+
+def test_a_second_process_is_refused(run: Path, dataset: Path, data: Transitions, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = start(go_on, run, dataset, out)
+    try:
+        while not (out / MANIFEST).exists():
+            assert first.is_alive()
+            time.sleep(0.001)
+        os.kill(first.pid, signal.SIGSTOP)
+        with contextlib.suppress(FileNotFoundError):
+            before = content(out)
+            with pytest.raises(InputError, match="another process is at work"):
+                make_shards(run, data, out)
+            assert content(out) == before
+    finally:
+        first.kill()
+        first.join()
+
+
+# --- disks
+
+
+def test_a_full_disk(run: Path, data: Transitions, undisturbed: Path, tmp_path: Path) -> None:
+    """All shards that were there stay, and the same call goes on once there is room."""
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    for number in (1, 4):
+        (out / f"shard-00000{number}.hdf5").unlink()
+    with files_of_at_most(16_384), pytest.raises(InputError, match=r"cannot write .*shard-000001"):
+        make_shards(run, data, out)
+    assert {name for name in content(out) if name.startswith("shard")} == {
+        f"shard-00000{number}.hdf5" for number in (0, 2, 3, 5)
+    }
+    make_shards(run, data, out)
+    assert content(out) == content(undisturbed)
+
+
+def test_too_little_room_is_told_before(
+    run: Path, data: Transitions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(write.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 1000))
+    with pytest.raises(InputError, match=r"takes another 0\.0 GiB, the disk has 0\.0 free"):
+        make_shards(run, data, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+# --- what is refused
+
+
+def test_other_rollouts_and_other_things(
+    run: Path, data: Transitions, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    for change, message in (
+        ({"seed": 8}, "there seed is 7, here 8"),
+        ({"count": 5}, "there count is 1100, here 5"),
+        ({"format": "parquet"}, "there format is 'hdf5', here 'parquet'"),
+    ):
+        with pytest.raises(InputError, match=f"holds other rollouts: {message}"):
+            make_shards(run, data, out, **change)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a.txt").touch()
+    with pytest.raises(InputError, match="holds other things"):
+        make_shards(run, data, tmp_path / "full")
+    (out / MANIFEST).unlink()
+    with pytest.raises(InputError, match="holds other things"):
+        make_shards(run, data, out)
+    assert content(out).keys() == content(undisturbed).keys() - {MANIFEST}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"count": 10**30}, r"count must be less than \d+, got 10000"),
+        (
+            {"count": 10**15},
+            "5,000,000,000,000 shards are more than 1,000,000; raise shard_rows or lower count",
+        ),
+        ({"shard_rows": 2**32}, "shard_rows must be less than 4294967296"),
+        ({"shard_rows": 2.0}, "shard_rows must be a valid integer"),
+        ({"seed": 2**64}, "seed must be less than 18446744073709551616"),
+        ({"horizon": 2**31}, "horizon must be less than 2147483648"),
+        ({"ray": "127.0.0.1:1"}, "cannot reach a Ray cluster|takes the extra"),
+        ({"count": 0}, "count must be greater than or equal to 1, got 0"),
+        ({"shard_rows": 0}, "shard_rows must be greater than or equal to 1"),
+        ({"format": "csv"}, "no format 'csv'.*there are hdf5: none, lzf, gzip; parquet: none, snappy, zstd"),
+        ({"compression": "zstd"}, "no format 'hdf5' with compression 'zstd'"),
+        ({"horizon": 2**31 - 1}, "lower count, shard_rows or horizon"),
+        ({"backend": "abacus"}, "unknown backend 'abacus'"),
+    ],
+)
+def test_bad_numbers(
+    run: Path, data: Transitions, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        make_shards(run, data, tmp_path / "new" / "out", **change)
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_without_a_finite_prediction(run: Path, data: Transitions, tmp_path: Path) -> None:
+    broken = tmp_path / "run"
+    shutil.copytree(run, broken)
+    ensemble = EnsembleDynamics.load(run)
+    with torch.no_grad():
+        ensemble.biases[-1].fill_(3e38)
+        ensemble.weights[-1].fill_(3e38)
+    ensemble.save(broken)
+    with pytest.raises(InputError, match="had no finite transition; the ensemble or the policy is broken"):
+        make_shards(broken, data, tmp_path / "new" / "out")
+    assert not (tmp_path / "new").exists()
+
+
+def test_parquet_without_pyarrow(
+    run: Path, data: Transitions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(InputError, match=r"takes the extra mopo_fast\[parquet\]"):
+        make_shards(run, data, tmp_path / "out", format="parquet")
+
+
+# --- interruptions
+
+
+@pytest.mark.parametrize(("format", "compression"), [("hdf5", "none"), ("hdf5", "gzip"), ("parquet", "zstd")])
+def test_an_interruption_abandons_the_shard_that_is_written(
+    run: Path,
+    data: Transitions,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    format: str,
+    compression: str,
+) -> None:
+    """The second shard is being written when the third is interrupted."""
+    writing = threading.Event()
+    write_file, make_shard = files.write_file, Generator.shard
+
+    def slowly(path: Path, arrays: Any, metadata: Any, compression: Any, check: Callable[[], None]) -> Any:
+        def slow_check() -> None:
+            if metadata["shard"] == 1:
+                writing.set()
+                time.sleep(0.05)
+            check()
+
+        return write_file(path, arrays, metadata, compression, slow_check)
+
+    def interrupted(generator: Generator, plan: Any, shard: int, ring: Any, advance: Any) -> Any:
+        if shard == 2:
+            assert writing.wait(10)
+            raise KeyboardInterrupt
+        return make_shard(generator, plan, shard, ring, advance)
+
+    monkeypatch.setattr(files, "write_file", slowly)
+    monkeypatch.setattr(Generator, "shard", interrupted)
+    monkeypatch.setattr(files, "_BLOCK", 64)
+    monkeypatch.setattr(files, "_ROW_GROUP", 2)
+    options: dict[str, Any] = {"format": format, "compression": compression}
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        make_shards(run, data, tmp_path / "out", **options)
+    assert time.monotonic() - started < 5
+    assert content(tmp_path / "out").keys() == {f"shard-000000.{format}", MANIFEST}
+    assert len(read_manifest(tmp_path / "out").shards) == 1
+    monkeypatch.undo()
+    make_shards(run, data, tmp_path / "out", **options)
+    verify(tmp_path / "out", quiet=True)
+
+
+def test_an_interruption_before_the_first_shard_leaves_nothing(
+    run: Path, data: Transitions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Generator, "shard", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        make_shards(run, data, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+# --- folders that others have changed
+
+
+@pytest.mark.parametrize(
+    "name", ["../precious.txt", "/precious.txt", "shard-000000.txt", "shard-000009.hdf5"]
+)
+def test_files_of_other_names_are_neither_read_nor_deleted(
+    run: Path, data: Transitions, undisturbed: Path, tmp_path: Path, name: str
+) -> None:
+    out, precious = tmp_path / "out", tmp_path / "precious.txt"
+    shutil.copytree(undisturbed, out)
+    precious.write_text("precious")
+    name = str(precious) if name.startswith("/") else name
+    edit(out, lambda manifest: manifest["shards"][0].update(file=name))
+    before = content(out)
+    for call in (
+        lambda: open_rollouts(out),
+        lambda: verify(out, quiet=True),
+        lambda: make_shards(run, data, out),
+        lambda: make_shards(run, data, out, overwrite=True),
+    ):
+        with pytest.raises(InputError, match=r"manifest\.json: .* is none of the plan's 6 shards"):
+            call()
+    assert content(out) == before and precious.read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", [MANIFEST, "shard-000002.hdf5"])
+def test_symbolic_links_are_refused(
+    run: Path, data: Transitions, undisturbed: Path, tmp_path: Path, name: str
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    (out / name).rename(tmp_path / name)
+    (out / name).symlink_to(tmp_path / name)
+    for call in (
+        lambda: open_rollouts(out)[:],
+        lambda: verify(out, quiet=True),
+        lambda: make_shards(run, data, out),
+        lambda: make_shards(run, data, out, overwrite=True),
+    ):
+        with pytest.raises(InputError, match="is a symbolic link or no file"):
+            call()
+    assert content(out) == content(undisturbed)
+
+
+def test_a_refused_overwrite_deletes_nothing(
+    run: Path, data: Transitions, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    for change in ({"count": 0}, {"seed": -1}, {"backend": "abacus"}):
+        with pytest.raises(InputError):
+            make_shards(run, data, out, overwrite=True, **change)
+        assert content(out) == content(undisturbed)
+
+
+def test_overwriting_other_rollouts(run: Path, data: Transitions, undisturbed: Path, tmp_path: Path) -> None:
+    """Whether their shards are there, or the manifest alone."""
+    make_shards(run, data, tmp_path / "there", seed=8)
+    make_shards(run, data, tmp_path / "gone", seed=8)
+    for path in (tmp_path / "gone").glob("shard-*"):
+        path.unlink()
+    for name in ("there", "gone"):
+        with pytest.raises(InputError, match="there seed is 8, here 7"):
+            make_shards(run, data, tmp_path / name)
+        make_shards(run, data, tmp_path / name, overwrite=True)
+        assert content(tmp_path / name) == content(undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"starts": 0}, "starts must be greater than or equal to 1, got 0"),
+        ({"starts": "many"}, "starts must be a valid integer, got 'many'"),
+        ({"non_finite": -1}, "non_finite must be greater than or equal to 0, got -1"),
+        ({"non_finite": 10**6}, "has more ends than rollouts"),
+        ({"shard": 1}, "is of other rollouts; delete it"),
+        ({"plan": "x"}, "is of other rollouts; delete it"),
+    ],
+)
+def test_a_shard_that_no_manifest_lists_yet_must_be_the_plans(
+    run: Path, data: Transitions, undisturbed: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    edit(out, lambda manifest: manifest["shards"].pop())
+    path = out / "shard-000005.hdf5"
+    arrays, metadata = files.read_file(path)
+    files.write_file(tmp_path / "x.hdf5", arrays, metadata | change, "none")
+    (tmp_path / "x.hdf5").replace(path)
+    with pytest.raises(InputError, match=rf"shard-000005\.hdf5.* {message}"):
+        make_shards(run, data, out)
+
+
+# --- the command
+
+
+def test_the_command(
+    run: Path, dataset: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = ["rollout", str(run), "--dataset", str(dataset), "--out", str(out), "--count", str(COUNT)]
+    command += ["--shard-rows", str(SHARD), "--seed", "7", "--quiet"]
+    assert main(command) == 0
+    assert "1,100 transitions" in capsys.readouterr().out
+    assert content(out) == content(undisturbed)
+    assert main([*command, "--penalty-coef", "0"]) == 2
+    assert "holds other rollouts" in capsys.readouterr().err
+    assert main([*command, "--penalty-coef", "0", "--overwrite"]) == 0
+    assert (open_rollouts(out)[:].rewards - open_rollouts(undisturbed)[:].raw_rewards).abs().max() == 0
+    for wrong, message in (
+        (["rollout"], "say what to roll out"),
+        (["rollout", str(run), "--verify", str(out)], "--verify takes a folder and neither"),
+        (
+            ["rollout", str(run), "--dataset", str(dataset), "--out", "a.hdf5", "--ray", "local"],
+            "--ray takes a folder",
+        ),
+    ):
+        assert main(wrong) == 2
+        assert message in " ".join(capsys.readouterr().err.split())

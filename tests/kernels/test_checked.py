@@ -271,11 +271,12 @@ def test_rows_that_the_table_lacks(rows: torch.Tensor, message: str, fit: Fit) -
         fit.steps(rows)
 
 
-def test_the_operators_are_behind_the_boundary(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever calls `torch.ops.mopo_fast` with numbers of their own meets the same checks."""
+@pytest.mark.parametrize("function", [False, True])
+def test_every_call_is_checked(function: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     monkeypatch.setattr(checked, "_check_call", lambda *arguments: seen.append(arguments) or 1 / 0)
-    engine = RolloutEngine(make_ensemble(5, 2))
+    ended = (lambda o, a, n: n[:, 0] > 9.0) if function else None
+    engine = RolloutEngine(make_ensemble(5, 2), termination=ended)
     observations, actions = inputs(8, 5, 2)
     with pytest.raises(ZeroDivisionError):
         engine.step(observations, actions, seed=0)
@@ -337,13 +338,13 @@ def test_memory_that_is_no_longer_held() -> None:
 def test_numbers_that_address_memory_are_copied(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another thread, or a signal's handler, may change them once they are checked."""
     handed: list[Any] = []
-    monkeypatch.setattr(cpu, "fit_steps", lambda runs, threads: handed.extend(runs) or [0.0])
+    monkeypatch.setattr(cpu.CpuBackend, "fit_steps", lambda self, runs, threads: handed.extend(runs) or [0.0])
     rows = torch.zeros(3, 8, dtype=torch.int64)
     fit.steps(rows)
     rows.fill_(2**40)
     assert not handed[0].rows.any()
     engine = RolloutEngine(make_ensemble(5, 2))
-    elites = engine._dynamics()[7]
+    elites = engine._dynamics().elites
     engine.ensemble.elites.fill_(99)
     assert elites.max() < 99
 

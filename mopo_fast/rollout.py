@@ -104,7 +104,7 @@ class RolloutEngine:
         self.penalty, self.penalty_coef = penalty, float(penalty_coef)
         self.penalty_members = penalty_members
         self.operands = dtype
-        # Of the arrays.
+        # The type of the arrays.
         self.dtype = torch.float64 if dtype == "float64" else torch.float32
         self.device = ensemble.input_mean.device
         # Asked once: on a GPU, the answer has to be waited for.

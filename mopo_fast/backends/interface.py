@@ -57,7 +57,7 @@ class PolicyArrays:
     log_std_max: float
 
 
-# An array of any library; a tensor where nothing else is said.
+# An array of any library; a tensor by default.
 A = TypeVar("A", default=torch.Tensor)
 
 
@@ -87,14 +87,14 @@ class StepResult(Generic[A]):
 
 @dataclass(frozen=True)
 class Settings:
-    """How to compute, for a step as for a rollout.
+    """The settings that a step and a rollout share.
 
     Attributes:
         seed: unsigned 64 bits, key of the random numbers.
         deterministic: no noise, the mean over all members.
-        operands: one of `config.ROLLOUT_DTYPES`, which both factors of every product in the networks are
-            rounded to; sums and all else are not.
-        threads: of a CPU kernel.
+        operands: one of `config.ROLLOUT_DTYPES`. Both factors of every product in the networks are rounded to
+            it; sums and all else are not.
+        threads: number of threads of a CPU kernel.
     """
 
     seed: int
@@ -121,7 +121,7 @@ ROLLOUT_ARRAYS = (
 def array_layout(
     name: str, obs_dim: int, act_dim: int, dtype: torch.dtype
 ) -> tuple[tuple[int, ...], torch.dtype]:
-    """The shape of a row of one of `ROLLOUT_ARRAYS`, and its type where floats are of `dtype`."""
+    """Give the shape of a row of one of `ROLLOUT_ARRAYS`, and its type where floats are of `dtype`."""
     shapes = {"observations": (obs_dim,), "next_observations": (obs_dim,), "actions": (act_dim,)}
     dtypes = {
         "terminals": torch.bool,
@@ -134,7 +134,7 @@ def array_layout(
 
 @dataclass(frozen=True, eq=False)
 class Destination:
-    """Where a rollout is written: arrays of `capacity` rows, used as a ring from row `head` on."""
+    """The arrays of `capacity` rows that a rollout is written to, as a ring from row `head` on."""
 
     arrays: dict[str, torch.Tensor]
     head: int
@@ -187,11 +187,11 @@ class SacRun:
 
     Attributes:
         actor, critic: the weights of all layers, then the biases; the critics' with targets.
-        real, model: to draw from, their first `sizes` rows; `rows` of each make a batch. float32, terminals
-            bool, the numbers of a row side by side.
+        real, model: the transitions to draw from, by their first `sizes` rows; `rows` of each make a batch.
+            float32, terminals bool, the numbers of a row side by side.
         updates_before: Adam's steps so far.
-        steps: Adam's counts of them, float32 scalars, moved on with the parameters; so is
-        count: an int64 scalar on the CPU.
+        steps: Adam's counts of them, float32 scalars, moved on with the parameters.
+        count: the SAC's count of updates, an int64 scalar on the CPU, moved on likewise.
         first_draw: number of the first update for the random counters, with `seed` as their key.
     """
 

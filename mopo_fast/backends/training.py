@@ -1,4 +1,4 @@
-"""What the kernels that train are handed: csrc/sac.h and csrc/fit.h, the same for every device."""
+"""The arguments of the kernels that train, csrc/sac.h and csrc/fit.h, the same for every device."""
 
 import math
 from types import ModuleType
@@ -10,7 +10,7 @@ from mopo_fast.data.transitions import Transitions
 
 
 def sac_call(extension: ModuleType, run: SacRun) -> Any:
-    """The arguments of the kernel's updates; `checked.sac_updates` has looked at them."""
+    """Pack a run that `checked.sac_updates` has looked at."""
     config = run.config
     return extension.SacCall(
         obs_dim=run.real.obs_dim,
@@ -46,7 +46,7 @@ def sac_call(extension: ModuleType, run: SacRun) -> Any:
 
 
 def fit_call(extension: ModuleType, run: FitRun) -> Any:
-    """The arguments of the kernel's steps; `checked.fit_steps` has looked at them."""
+    """Pack a run that `checked.fit_steps` has looked at."""
     config, width = run.config, run.layers[0][0].shape[1]
     max_logvar, min_logvar = (_addresses(bound)[:3] for bound in run.bounds)
     return extension.FitCall(

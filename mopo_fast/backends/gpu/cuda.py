@@ -38,7 +38,7 @@ _DEVICE = "cuda"
 # observation and the reward.
 _WIDTHS = (200, 256)
 _SLOTS = (5, 8)
-# What a block's shared memory on every such GPU has room for, in training.
+# The widest layer that a block's shared memory on every such GPU has room for, in training.
 _WIDEST_TRAINED = 1024
 # Rollouts of a block, its threads that multiply, and blocks that work side by side.
 _TILE, _THREADS, _CLUSTER = 128, 256, 2
@@ -74,7 +74,7 @@ def _refusal_of_capability(device: torch.device | None) -> str | None:
 
 
 def _refusal_of_driver(driver: int, runtime: int, capability: tuple[int, int]) -> str | None:
-    """Why a driver cannot run what was built for a CUDA runtime; versions as 1000 major + 10 minor.
+    """Tell why a driver cannot run what was built for a CUDA runtime; versions as 1000 major + 10 minor.
 
     Source: "Minor Version Compatibility" in NVIDIA's CUDA compatibility guide.
     """

@@ -42,7 +42,7 @@ def _padded(indices: list[int], count: int) -> list[int]:
 
 
 def input_order(dims: list[int]) -> list[int]:
-    """Which dimension each input is: of 16 inputs, thread q has numbers 2 q, 2 q + 1, 2 q + 8, 2 q + 9."""
+    """Give each input's dimension: of 16 inputs, thread q has numbers 2 q, 2 q + 1, 2 q + 8, 2 q + 9."""
     dims = _padded(dims, len(dims) + -len(dims) % 16)
     return [
         dims[first + 4 * (2 * half + odd) + q]
@@ -54,7 +54,7 @@ def input_order(dims: list[int]) -> list[int]:
 
 
 def head_order(size: int, slots: int) -> list[int]:
-    """Which output each column is: a dimension's two, its mean and what follows the means, side by side."""
+    """Give each column's output: a dimension's two, its mean and what follows the means, side by side."""
     means = _padded(list(range(size)), 4 * slots)
     return [-1 if mean < 0 else mean + other for mean in means for other in (0, size)]
 

@@ -26,7 +26,7 @@ _COPIED_ROWS = 128
 
 
 class Tile(NamedTuple):
-    """What a program multiplies at a time: `rows`, at most `columns` outputs, at most `depth` inputs.
+    """The sizes of a program's products: `rows`, at most `columns` outputs, at most `depth` inputs.
 
     Networks at most `held` wide pass activations on in registers, in blocks of `depth` columns.
     """
@@ -184,7 +184,7 @@ def _compact(call: RolloutCall, padded: PaddedRollouts, head: int) -> None:
 
 
 def _refusal_of_gpu(dtype: str, capability: tuple[int, int]) -> str | None:
-    """Why a GPU of such a compute capability cannot serve one of `_SERVED`."""
+    """Tell why a GPU of such a compute capability cannot serve one of `_SERVED`."""
     if dtype in ("bfloat16", "tfloat32") and capability < (8, 0):
         return f"{dtype} takes compute capability 8.0, the GPU has {capability[0]}.{capability[1]}"
     if dtype != "float32" and capability[0] in (10, 11):

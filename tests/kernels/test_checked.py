@@ -13,6 +13,7 @@ from mopo_fast import EnsembleDynamics, InputError, RolloutEngine
 from mopo_fast import fit as fit_module
 from mopo_fast import sac as sac_module
 from mopo_fast.backends import checked, cpu
+from mopo_fast.backends.gpu.triton import TritonBackend
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import DynamicsConfig, SACConfig
 from mopo_fast.data import Transitions
@@ -363,6 +364,15 @@ def test_a_backend_that_cannot_serve_is_not_called(operands: str) -> None:
     engine.operands = operands
     with pytest.raises(InputError, match=f"serves float32 and bfloat16, not {operands}|must be contiguous"):
         engine.step(*inputs(8, 5, 2), seed=0)
+
+
+def test_a_backend_that_cannot_train_is_not_called(fit: Fit) -> None:
+    run = fit.run(torch.zeros(3, 8, dtype=torch.int64))
+    with pytest.raises(InputError, match="triton: makes rollouts, does not train"):
+        checked.fit_steps(TritonBackend(), [run], 1)
+    elsewhere: Any = [[tensor.to("meta") for tensor in bound[:3]] for bound in run.bounds]
+    with pytest.raises(InputError, match="cpu: serves CPU tensors, not meta"):
+        checked.fit_steps(cpu.CpuBackend(), [dataclasses.replace(run, bounds=elsewhere)], 1)
 
 
 def test_more_than_the_memory_holds() -> None:

@@ -26,6 +26,7 @@ from benchmarks.compare import GPU_BASELINES
 from benchmarks.record import RESULTS, write_record
 from mopo_fast import Actor, EnsembleDynamics, RolloutEngine
 from mopo_fast.backends import get_backend
+from mopo_fast.backends.interface import Need
 from mopo_fast.bench.measure import Work, fit_work, measure, rollout_work, sac_work, to_table
 from mopo_fast.config import EvaluationConfig, RolloutConfig, TrainConfig
 from mopo_fast.doctor import examine
@@ -123,12 +124,7 @@ def _serving(dtype: str, device: str, training: int | None = None) -> tuple[list
         if not status.available:
             reasons[name] = status.reason
             continue
-        reason = (
-            backend.refusal(dtype, torch.device(device))
-            if training is None
-            else backend.training_refusal(dtype, torch.device(device), training)
-        )
-        if reason:
+        if reason := backend.refusal(Need(dtype, torch.device(device), training=training)):
             reasons[name] = reason
         else:
             able.append(name)

@@ -1,4 +1,4 @@
-"""What this machine is, what is installed, which backend would run and why not another."""
+"""Examine this machine: what is installed, which backend would run and why not another."""
 
 import importlib.metadata
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from mopo_fast import __version__, backends
+from mopo_fast.backends import cpu
 from mopo_fast.data import d4rl
 from mopo_fast.data.local import local_folder
 from mopo_fast.errors import InputError
@@ -104,16 +105,13 @@ def examine() -> Report:
 
 def _extension() -> tuple[str | None, str | None]:
     """(path of the compiled extension, the ISA it chose)."""
-    try:
-        from mopo_fast import _cpu
-    except ImportError:
+    if not cpu.is_built():
         return None, None
-    from mopo_fast.backends import cpu
-
+    path = cpu.extension().__file__
     try:
-        return _cpu.__file__, cpu.isa()
+        return path, cpu.isa()
     except InputError as error:
-        return _cpu.__file__, f"none: {error}"
+        return path, f"none: {error}"
 
 
 def _version(package: str) -> str | None:

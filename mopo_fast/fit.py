@@ -22,7 +22,7 @@ from typing_extensions import TypedDict
 
 from mopo_fast import backends
 from mopo_fast.backends import checked
-from mopo_fast.backends.training import FitRun, Parameter
+from mopo_fast.backends.interface import FitRun, Parameter
 from mopo_fast.config import FIT_DTYPES, DynamicsConfig, check_finite, to_dict
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import EnsembleDynamics, mlp_bytes, soft_clamp_logvar

@@ -15,6 +15,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mopo_fast import backends
 from mopo_fast.backends import checked
+from mopo_fast.backends.interface import Backend, Parameter, SacRun
 from mopo_fast.backends.philox import (
     ACTION_STREAM,
     BATCH_STREAM,
@@ -22,7 +23,6 @@ from mopo_fast.backends.philox import (
     random_choice,
     random_normals,
 )
-from mopo_fast.backends.training import Parameter, SacRun
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import SACConfig
 from mopo_fast.data.transitions import Transitions
@@ -382,7 +382,7 @@ class Population:
         return [sac._means(total, updates) for sac, total in zip(self.sacs, totals, strict=True)]
 
     def _fused(
-        self, kernels: backends.Kernels, sources: list[_Source], updates: int, seeds: Sequence[int]
+        self, kernels: Backend, sources: list[_Source], updates: int, seeds: Sequence[int]
     ) -> list[list[float]]:
         totals = [[0.0] * len(METRICS) for _ in self.sacs]
         for first in range(0, updates, _UPDATES_AT_ONCE):

@@ -14,7 +14,6 @@ import pytest
 import torch
 from filelock import FileLock
 
-from mopo_fast import backends
 from mopo_fast.backends import BackendStatus
 from mopo_fast.backends.gpu import cuda
 from mopo_fast.collect import collect
@@ -64,18 +63,14 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         status = cuda.CudaBackend().status()
         if not status.available:
             pytest.skip(status.reason)
-        backends._choose.cache_clear()
         yield "cuda"
-        backends._choose.cache_clear()
         return
     module = request.getfixturevalue("emulated")
     monkeypatch.setattr(cuda, "_load", lambda: (module, ""))
-    monkeypatch.setattr(cuda, "DEVICE", "cpu")
+    monkeypatch.setattr(cuda, "_DEVICE", "cpu")
     monkeypatch.setattr(cuda, "_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 4)
-    monkeypatch.setattr(cuda, "_current_stream", lambda device: 0)
+    monkeypatch.setattr(cuda, "_cuda_stream", lambda device: 0)
     status = BackendStatus("cuda", True, "emulated", by_name_only=True)
     monkeypatch.setattr(cuda.CudaBackend, "status", lambda self: status)
-    backends._choose.cache_clear()
     yield "cpu"
-    backends._choose.cache_clear()

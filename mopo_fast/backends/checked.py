@@ -13,19 +13,19 @@ from typing import Any
 
 import torch
 
-from mopo_fast.backends import (
-    ROLLOUT_ARRAYS,
+from mopo_fast.backends.interface import (
     Backend,
     Destination,
-    DynamicsArrays,
-    Kernels,
-    PolicyArrays,
-    Settings,
+    FitRun,
+    Need,
+    Parameter,
+    RolloutCall,
+    SacRun,
+    StepCall,
     StepResult,
-    array_layout,
 )
-from mopo_fast.backends.training import FitRun, Parameter, SacRun
 from mopo_fast.config import ACTIVATIONS, FIT_DTYPES, PENALTIES, ROLLOUT_DTYPES
+from mopo_fast.data.transitions import ROLLOUT_ARRAYS, array_layout
 from mopo_fast.ensemble import MAX_MEMBERS, check_members
 from mopo_fast.errors import InputError
 from mopo_fast.utils.machine import MAX_THREADS
@@ -34,72 +34,48 @@ from mopo_fast.utils.machine import MAX_THREADS
 _REQUIRED = ROLLOUT_ARRAYS[:5]
 
 
-def step(
-    backend: Backend,
-    dynamics: DynamicsArrays,
-    observations: torch.Tensor,
-    actions: torch.Tensor,
-    rows: torch.Tensor,
-    step: int,
-    distributions: bool,
-    settings: Settings,
-) -> StepResult:
-    """Call `backend.step` with checked arguments.
+def step(backend: Backend, call: StepCall) -> StepResult:
+    """Call `backend.step` with a checked call.
 
     Raises:
-        InputError: names the argument, what it is and what it must be.
+        InputError: names the argument, what it is and what it must be; so do the functions below.
     """
-    layout, _, act_dim = _check_call(backend, dynamics, observations, rows, settings)
-    layout.check("actions", actions, len(observations), act_dim)
-    _check_range("step", step, 0, 2**32)
-    return backend.step(dynamics, observations, actions, rows, step, distributions, settings)
+    layout, _, act_dim = _check_call(backend, call)
+    layout.check("actions", call.actions, len(call.observations), act_dim)
+    _check_range("step", call.step, 0, 2**32)
+    return backend.step(call)
 
 
-def rollout(
-    backend: Backend,
-    dynamics: DynamicsArrays,
-    policy: PolicyArrays,
-    start: torch.Tensor,
-    rows: torch.Tensor,
-    horizon: int,
-    out: Destination,
-    settings: Settings,
-) -> tuple[int, int]:
-    """Call `backend.rollout` with checked arguments.
+def rollout(backend: Backend, call: RolloutCall) -> tuple[int, int]:
+    """Call `backend.rollout` with a checked call."""
+    check_rollout(backend, call)
+    return backend.rollout(call)
 
-    Raises:
-        InputError: names the argument, what it is and what it must be.
-    """
-    layout, obs_dim, act_dim = _check_call(backend, dynamics, start, rows, settings)
+
+def check_rollout(backend: Backend, call: RolloutCall) -> None:
+    """Check what `rollout` checks, and call nothing."""
+    layout, obs_dim, act_dim = _check_call(backend, call)
+    policy = call.policy
     layout.network("the policy", policy.weights, policy.biases, (), obs_dim, 2 * act_dim)
     _check_known("the policy's activation", policy.activation, ACTIVATIONS)
-    _check_range("horizon", horizon, 1, 2**31)
-    check_destination(out, layout, obs_dim, act_dim, len(start) * horizon)
-    return backend.rollout(dynamics, policy, start, rows, horizon, out, settings)
+    _check_range("horizon", call.horizon, 1, 2**31)
+    _check_destination(call.out, layout, obs_dim, act_dim, len(call.observations) * call.horizon)
 
 
-def sac_updates(kernels: Kernels, runs: Sequence[SacRun], threads: int) -> list[list[float]]:
-    """Call `kernels.sac_updates` with checked runs.
-
-    Raises:
-        InputError: names the argument, what it is and what it must be.
-    """
+def sac_updates(backend: Backend, runs: Sequence[SacRun], threads: int) -> list[list[float]]:
+    """Call `backend.sac_updates` with checked runs."""
     _check_range("threads", threads, 1, MAX_THREADS)
     for run in runs:
-        _check_sac(run, kernels.DEVICE)
-    return kernels.sac_updates(runs, threads)
+        _check_sac(backend, run)
+    return backend.sac_updates(runs, threads)
 
 
-def fit_steps(kernels: Kernels, runs: Sequence[FitRun], threads: int) -> list[float]:
-    """Call `kernels.fit_steps` with checked runs.
-
-    Raises:
-        InputError: names the argument, what it is and what it must be.
-    """
+def fit_steps(backend: Backend, runs: Sequence[FitRun], threads: int) -> list[float]:
+    """Call `backend.fit_steps` with checked runs."""
     _check_range("threads", threads, 1, MAX_THREADS)
     for run in runs:
-        _check_fit(run, kernels.DEVICE)
-    return kernels.fit_steps(runs, threads)
+        _check_fit(backend, run)
+    return backend.fit_steps(runs, threads)
 
 
 @dataclass(frozen=True)
@@ -183,17 +159,16 @@ def _check_known(name: str, value: str, known: Sequence[str]) -> None:
         raise InputError(f"unknown {name} {value!r}; there are: {', '.join(known)}")
 
 
-def _check_call(
-    backend: Backend,
-    dynamics: DynamicsArrays,
-    observations: torch.Tensor,
-    rows: torch.Tensor,
-    settings: Settings,
-) -> tuple[Layout, int, int]:
-    """Check what a step and a rollout share; the layout of the arrays, obs_dim and act_dim."""
-    _check_known("dtype", settings.operands, ROLLOUT_DTYPES)
-    if (refusal := backend.refusal(settings.operands, observations.device)) is not None:
+def _check_serves(backend: Backend, need: Need) -> None:
+    if (refusal := backend.refusal(need)) is not None:
         raise InputError(f"{backend.name}: {refusal}")
+
+
+def _check_call(backend: Backend, call: StepCall | RolloutCall) -> tuple[Layout, int, int]:
+    """Check what a step and a rollout share; the layout of the arrays, obs_dim and act_dim."""
+    dynamics, observations, settings = call.dynamics, call.observations, call.settings
+    _check_known("dtype", settings.operands, ROLLOUT_DTYPES)
+    _check_serves(backend, Need(settings.operands, observations.device))
     _check_known("penalty", dynamics.penalty, PENALTIES)
     _check_known("the ensemble's activation", dynamics.activation, ACTIVATIONS)
     _check_range("threads", settings.threads, 1, MAX_THREADS)
@@ -204,7 +179,7 @@ def _check_call(
         raise _other("observations", observations, "[batch, obs_dim], neither of them 0")
     batch, obs_dim = observations.shape
     layout.check("observations", observations, batch, obs_dim)
-    layout.check("rows", rows, batch, dtype=torch.int64)
+    layout.check("rows", call.rows, batch, dtype=torch.int64)
     weights = dynamics.weights
     if not weights or weights[0].ndim != 3:
         raise InputError("the ensemble's weights must be [members, in, out], and of one layer at least")
@@ -230,7 +205,7 @@ def _check_call(
     return layout, obs_dim, act_dim
 
 
-def check_destination(out: Destination, layout: Layout, obs_dim: int, act_dim: int, most: int) -> None:
+def _check_destination(out: Destination, layout: Layout, obs_dim: int, act_dim: int, most: int) -> None:
     """Raise `InputError` where `out` cannot take up to `most` rows."""
     for name in _REQUIRED:
         if out.arrays.get(name) is None:
@@ -279,13 +254,13 @@ def _check_trained(
         _check_parameter(layout, f"{what}'s biases[{i}]", bias, *networks, sizes[i + 1], target=target)
 
 
-def _trained_layout(device_type: str, example: torch.Tensor) -> Layout:
-    """float32 on the device of `example`; raise `InputError` where the kernels cannot train there."""
-    if example.device.type != device_type or example.dtype != torch.float32:
+def _trained_layout(backend: Backend, dtype: str, example: torch.Tensor) -> Layout:
+    """float32 on the device of `example`; raise `InputError` where the backend cannot train there."""
+    if example.dtype != torch.float32:
         raise InputError(
-            f"the kernels train contiguous torch.float32 tensors on {device_type}, got"
-            f" {example.dtype} on {example.device}; use backend reference"
+            f"the kernels train contiguous torch.float32 tensors, got {example.dtype}; use backend reference"
         )
+    _check_serves(backend, Need(dtype, example.device, training=0))
     return Layout(torch.float32, example.device)
 
 
@@ -295,8 +270,8 @@ def _hidden(parameters: Sequence[Parameter]) -> list[int]:
     return [bias.shape[-1] if bias.ndim else 0 for bias in biases]
 
 
-def _check_sac(run: SacRun, device_type: str) -> None:
-    layout = _trained_layout(device_type, run.log_alpha[0])
+def _check_sac(backend: Backend, run: SacRun) -> None:
+    layout = _trained_layout(backend, "float32", run.log_alpha[0])
     _check_parameter(layout, "log_alpha", run.log_alpha)
     if run.real.observations.ndim != 2 or run.real.actions.ndim != 2:
         raise InputError("the data's observations and actions must be [n, dim]")
@@ -321,8 +296,9 @@ def _check_sac(run: SacRun, device_type: str) -> None:
     Layout(torch.int64, torch.device("cpu")).check("the count of updates", run.count)
 
 
-def _check_fit(run: FitRun, device_type: str) -> None:
-    layout = _trained_layout(device_type, run.bounds[0][0])
+def _check_fit(backend: Backend, run: FitRun) -> None:
+    _check_known("dtype", run.config.dtype, FIT_DTYPES)
+    layout = _trained_layout(backend, run.config.dtype, run.bounds[0][0])
     if run.table.ndim != 2 or run.rows.ndim != 2 or min(run.rows.shape) < 1:
         raise InputError("the fit's table and rows must be matrices, the rows [members, count]")
     members, count = run.rows.shape
@@ -339,7 +315,6 @@ def _check_fit(run: FitRun, device_type: str) -> None:
     for name, bound in zip(("max_logvar", "min_logvar"), run.bounds, strict=True):
         _check_parameter(layout, name, bound, run.dims)
     _check_known("the ensemble's activation", run.activation, ACTIVATIONS)
-    _check_known("dtype", run.config.dtype, FIT_DTYPES)
     if len(run.config.weight_decay) != len(run.layers) // 2:
         raise InputError(f"weight_decay needs one value per layer, got {run.config.weight_decay}")
     _check_range("batch_size", run.config.batch_size, 1, 2**31)

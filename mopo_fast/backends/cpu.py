@@ -9,19 +9,20 @@ from types import ModuleType
 
 import torch
 
-from mopo_fast.backends import (
-    ROLLOUT_ARRAYS,
+from mopo_fast.backends.interface import (
+    Backend,
     BackendStatus,
     Destination,
-    DynamicsArrays,
-    PolicyArrays,
-    Settings,
-    Sizes,
+    FitRun,
+    Need,
+    RolloutCall,
+    SacRun,
+    StepCall,
     StepResult,
-    array_layout,
 )
-from mopo_fast.backends.training import FitRun, SacRun, fit_call, sac_call
+from mopo_fast.backends.training import fit_call, sac_call
 from mopo_fast.config import ACTIVATIONS, PENALTIES
+from mopo_fast.data.transitions import ROLLOUT_ARRAYS, array_layout
 from mopo_fast.errors import InputError
 
 _Network = tuple[list[int], list[int], list[int], int, int]
@@ -96,21 +97,16 @@ def _network(weights: list[torch.Tensor], biases: list[torch.Tensor], activation
     )
 
 
-def _run(
-    dynamics: DynamicsArrays,
-    policy: PolicyArrays | None,
-    actions: torch.Tensor | None,
-    start: torch.Tensor,
-    rows: torch.Tensor,
+def _launch(
+    call: StepCall | RolloutCall,
     out: Destination,
-    settings: Settings,
     *,
-    horizon: int = 1,
-    first_step: int = 0,
+    actions: torch.Tensor | None = None,
     mean: torch.Tensor | None = None,
     std: torch.Tensor | None = None,
 ) -> tuple[int, int]:
     """Hand the arrays' addresses to the kernel; without a policy every row is kept."""
+    dynamics, policy, start, settings = call.dynamics, call.policy, call.observations, call.settings
     arrays = [out.arrays.get(name) for name in ROLLOUT_ARRAYS]
     max_logvar, min_logvar, carry = dynamics.spelled_out()
     kernel = _within_resources()(extension().rollout)
@@ -139,9 +135,9 @@ def _run(
         actions=0 if actions is None else actions.data_ptr(),
         batch=len(start),
         start=start.data_ptr(),
-        rows=rows.data_ptr(),
-        horizon=horizon,
-        first_step=first_step,
+        rows=call.rows.data_ptr(),
+        horizon=call.horizon,
+        first_step=call.step,
         seed=settings.seed,
         deterministic=settings.deterministic,
         bfloat16=settings.operands == "bfloat16",
@@ -156,35 +152,11 @@ def _run(
     return written, cut
 
 
-DEVICE = "cpu"
-"""The type of the devices whose tensors the kernels train."""
-
-
-def sac_updates(runs: Sequence[SacRun], threads: int) -> list[list[float]]:
-    """SAC updates of each run in place, side by side: the sums over them of each of `sac.METRICS`."""
-    calls = [sac_call(extension(), run) for run in runs]
-    with _within_resources():
-        each = max(1, threads // len(runs))
-        sums: list[list[float]] = extension().sac_updates(calls, isa=isa(), threads=each)
-    return sums
-
-
-def fit_steps(runs: Sequence[FitRun], threads: int) -> list[float]:
-    """Steps of the fit of each run in place: the sums of their losses, weight decay left out.
-
-    One run after the other, since each keeps every core busy.
-    """
-    calls = [fit_call(extension(), run) for run in runs]
-    with _within_resources():
-        losses: list[float] = extension().fit_steps(calls, isa=isa(), threads=threads)
-    return losses
-
-
-class CpuBackend:
+class CpuBackend(Backend):
     """float32 on CPU tensors of any shape."""
 
     name = "cpu"
-    trains = True
+    trains = "kernels"
 
     def status(self) -> BackendStatus:
         module, reason = _load()
@@ -195,60 +167,42 @@ class CpuBackend:
         except InputError as error:
             return BackendStatus(self.name, False, str(error))
 
-    def refusal(
-        self, dtype: str, device: torch.device, ensemble: Sizes | None = None, policy: Sizes | None = None
-    ) -> str | None:
-        if device.type != "cpu":
-            return f"serves CPU tensors, not {device}"
-        if dtype not in ("float32", "bfloat16"):
-            return f"serves float32 and bfloat16, not {dtype}"
+    def refusal(self, need: Need) -> str | None:
+        if need.device.type != "cpu":
+            return f"serves CPU tensors, not {need.device}"
+        if need.dtype not in ("float32", "bfloat16"):
+            return f"serves float32 and bfloat16, not {need.dtype}"
         return None
 
-    def training_refusal(self, dtype: str, device: torch.device, widest: int) -> str | None:
-        return self.refusal(dtype, device)
-
-    def step(
-        self,
-        dynamics: DynamicsArrays,
-        observations: torch.Tensor,
-        actions: torch.Tensor,
-        rows: torch.Tensor,
-        step: int,
-        distributions: bool,
-        settings: Settings,
-    ) -> StepResult:
-        batch, obs_dim = observations.shape
+    def step(self, call: StepCall) -> StepResult:
+        batch, obs_dim = call.observations.shape
+        # Not torch's default type and device, which a user may have set.
+        empty = call.observations.new_empty
         arrays = {}
         for name in ("next_observations", "rewards", "terminals", "raw_rewards", "penalties", "members"):
-            row, dtype = array_layout(name, obs_dim, actions.shape[1], torch.float32)
-            # Not torch's default type and device, which a user may have set.
-            arrays[name] = observations.new_empty(batch, *row, dtype=dtype)
+            row, dtype = array_layout(name, obs_dim, call.actions.shape[1], torch.float32)
+            arrays[name] = empty(batch, *row, dtype=dtype)
         mean = std = None
-        if distributions:
-            shape = (dynamics.weights[0].shape[0], batch, obs_dim + 1)
-            mean, std = observations.new_empty(shape), observations.new_empty(shape)
-        _run(
-            dynamics,
-            None,
-            actions,
-            observations,
-            rows,
-            Destination(arrays, 0),
-            settings,
-            first_step=step,
-            mean=mean,
-            std=std,
-        )
+        if call.distributions:
+            shape = (len(call.dynamics.weights[0]), batch, obs_dim + 1)
+            mean, std = empty(shape), empty(shape)
+        _launch(call, Destination(arrays, 0), actions=call.actions, mean=mean, std=std)
         return StepResult(**arrays, mean=mean, std=std)
 
-    def rollout(
-        self,
-        dynamics: DynamicsArrays,
-        policy: PolicyArrays,
-        start: torch.Tensor,
-        rows: torch.Tensor,
-        horizon: int,
-        out: Destination,
-        settings: Settings,
-    ) -> tuple[int, int]:
-        return _run(dynamics, policy, None, start, rows, out, settings, horizon=horizon)
+    def rollout(self, call: RolloutCall) -> tuple[int, int]:
+        return _launch(call, call.out)
+
+    def sac_updates(self, runs: Sequence[SacRun], threads: int) -> list[list[float]]:
+        """All runs side by side, each with its share of the threads."""
+        calls = [sac_call(extension(), run) for run in runs]
+        with _within_resources():
+            each = max(1, threads // len(runs))
+            sums: list[list[float]] = extension().sac_updates(calls, isa=isa(), threads=each)
+        return sums
+
+    def fit_steps(self, runs: Sequence[FitRun], threads: int) -> list[float]:
+        """One run after the other, since each keeps every core busy."""
+        calls = [fit_call(extension(), run) for run in runs]
+        with _within_resources():
+            losses: list[float] = extension().fit_steps(calls, isa=isa(), threads=threads)
+        return losses

@@ -8,7 +8,8 @@ import math
 
 import torch
 
-# Who draws; the upper half of the counter's last word, its lower half numbers blocks of four words.
+# A stream for each kind of draw: the upper half of the counter's last word. The lower half numbers blocks of
+# four words.
 ACTION_STREAM, NOISE_STREAM, MEMBER_STREAM, BATCH_STREAM, NEXT_ACTION_STREAM = range(5)
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

@@ -7,13 +7,15 @@ from collections.abc import Callable
 
 import torch
 
-from mopo_fast.backends import (
+from mopo_fast.backends.interface import (
+    Backend,
     BackendStatus,
-    Destination,
     DynamicsArrays,
+    Need,
     PolicyArrays,
+    RolloutCall,
     Settings,
-    Sizes,
+    StepCall,
     StepResult,
 )
 from mopo_fast.backends.philox import (
@@ -123,26 +125,21 @@ def _step(
 
 
 def rollout_by_steps(
-    step: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], StepResult],
-    policy: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor],
-    start: torch.Tensor,
-    rows: torch.Tensor,
-    horizon: int,
-    out: Destination,
+    call: RolloutCall, step: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], StepResult]
 ) -> tuple[int, int]:
-    """A rollout made of single steps, in the order and with the rules of a fused one.
+    """Make a rollout of single steps, in the order and with the rules of a fused one.
 
-    `step(observations, actions, rows, t)` and `policy(observations, rows, t)` act on the rows still alive;
-    returns (rows written, rollouts cut because a prediction was not finite).
+    `step(observations, actions, rows, t)` is made of the rows still alive; returns (rows written, rollouts
+    cut because a prediction was not finite).
     """
+    observations, rows, out = call.observations, call.rows, call.out
     position = torch.arange(len(rows), device=rows.device)
-    observations = start
     parts: list[dict[str, torch.Tensor]] = []
     cut = 0
-    for t in range(horizon):
+    for t in range(call.horizon):
         if len(rows) == 0:
             break
-        actions = policy(observations, rows, t)
+        actions = act(call.policy, observations, rows, t, call.settings)
         result = step(observations, actions, rows, t)
         finite = torch.isfinite(result.next_observations).all(-1) & torch.isfinite(result.rewards)
         cut += int((~finite).sum())
@@ -171,38 +168,24 @@ def rollout_by_steps(
     return len(order), cut
 
 
-class ReferenceBackend:
+class ReferenceBackend(Backend):
     """Plain PyTorch, in chunks of rows that stay in cache."""
 
     name = "reference"
-    trains = True
+    trains = "pytorch"
 
     def status(self) -> BackendStatus:
         return BackendStatus(self.name, True, "plain PyTorch, always there")
 
-    def refusal(
-        self, dtype: str, device: torch.device, ensemble: Sizes | None = None, policy: Sizes | None = None
-    ) -> str | None:
+    def refusal(self, need: Need) -> str | None:
         return None
 
-    def training_refusal(self, dtype: str, device: torch.device, widest: int) -> str | None:
-        return self.refusal(dtype, device)
-
-    def step(
-        self,
-        dynamics: DynamicsArrays,
-        observations: torch.Tensor,
-        actions: torch.Tensor,
-        rows: torch.Tensor,
-        step: int,
-        distributions: bool,
-        settings: Settings,
-    ) -> StepResult:
-        size = _CHUNKS.get(observations.device.type, _CHUNKS["cuda"])
-        chunks = [
-            _step(dynamics, *chunk, step, settings)
-            for chunk in zip(observations.split(size), actions.split(size), rows.split(size), strict=True)
-        ]
+    def step(self, call: StepCall) -> StepResult:
+        size = _CHUNKS.get(call.observations.device.type, _CHUNKS["cuda"])
+        batch = zip(
+            call.observations.split(size), call.actions.split(size), call.rows.split(size), strict=True
+        )
+        chunks = [_step(call.dynamics, *chunk, call.step, call.settings) for chunk in batch]
 
         def join(name: str, dim: int = 0) -> torch.Tensor:
             return torch.cat([getattr(chunk, name) for chunk in chunks], dim=dim)
@@ -214,26 +197,14 @@ class ReferenceBackend:
             raw_rewards=join("raw_rewards"),
             penalties=join("penalties"),
             members=join("members"),
-            mean=join("mean", dim=1) if distributions else None,
-            std=join("std", dim=1) if distributions else None,
+            mean=join("mean", dim=1) if call.distributions else None,
+            std=join("std", dim=1) if call.distributions else None,
         )
 
-    def rollout(
-        self,
-        dynamics: DynamicsArrays,
-        policy: PolicyArrays,
-        start: torch.Tensor,
-        rows: torch.Tensor,
-        horizon: int,
-        out: Destination,
-        settings: Settings,
-    ) -> tuple[int, int]:
-        def model_step(
-            observations: torch.Tensor, actions: torch.Tensor, alive: torch.Tensor, t: int
-        ) -> StepResult:
-            return self.step(dynamics, observations, actions, alive, t, False, settings)
+    def rollout(self, call: RolloutCall) -> tuple[int, int]:
+        def step(observations: torch.Tensor, actions: torch.Tensor, rows: torch.Tensor, t: int) -> StepResult:
+            return self.step(
+                StepCall(call.dynamics, observations, rows, call.settings, actions, t, distributions=False)
+            )
 
-        def choose_action(observations: torch.Tensor, alive: torch.Tensor, t: int) -> torch.Tensor:
-            return act(policy, observations, alive, t, settings)
-
-        return rollout_by_steps(model_step, choose_action, start, rows, horizon, out)
+        return rollout_by_steps(call, step)

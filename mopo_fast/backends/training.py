@@ -1,77 +1,16 @@
-"""What the kernels that train are handed: csrc/sac.h and csrc/fit.h, the same for every device."""
+"""The arguments of the kernels that train, csrc/sac.h and csrc/fit.h, the same for every device."""
 
 import math
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-import torch
-
-from mopo_fast.config import ACTIVATIONS, DynamicsConfig, SACConfig
+from mopo_fast.backends.interface import FitRun, Parameter, SacRun
+from mopo_fast.config import ACTIVATIONS
 from mopo_fast.data.transitions import Transitions
-
-# A parameter under training: its value, Adam's two moments and the target that follows it, if any.
-Parameter = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
-
-
-@dataclass(frozen=True, eq=False)
-class SacRun:
-    """A run's SAC updates, made in place.
-
-    Attributes:
-        actor, critic: the weights of all layers, then the biases; the critics' with targets.
-        real, model: to draw from, their first `sizes` rows; `rows` of each make a batch. float32, terminals
-            bool, the numbers of a row side by side.
-        updates_before: Adam's steps so far.
-        steps: Adam's counts of them, float32 scalars, moved on with the parameters; so is
-        count: an int64 scalar on the CPU.
-        first_draw: number of the first update for the random counters, with `seed` as their key.
-    """
-
-    actor: list[Parameter]
-    critic: list[Parameter]
-    log_alpha: Parameter
-    config: SACConfig
-    actor_learning_rate: float
-    target_entropy: float
-    real: Transitions
-    model: Transitions
-    sizes: tuple[int, int]
-    rows: tuple[int, int]
-    updates: int
-    updates_before: int
-    steps: list[torch.Tensor]
-    count: torch.Tensor
-    first_draw: int
-    seed: int
-
-
-@dataclass(frozen=True, eq=False)
-class FitRun:
-    """A run's steps of the ensemble's fit, made in place.
-
-    Attributes:
-        layers: the weights of all layers, then the biases.
-        bounds: max_logvar and min_logvar.
-        table: [n, obs + act + obs + 1 or more], the inputs, standardised, and the `dims` = obs + 1 targets.
-        rows: int64 [members, count], the rows that each member sees; may be columns of a wider matrix.
-        steps_before: Adam's steps so far.
-        steps: Adam's counts of them, float32 scalars, moved on with the parameters.
-    """
-
-    layers: list[Parameter]
-    bounds: tuple[Parameter, Parameter]
-    activation: str
-    table: torch.Tensor
-    dims: int
-    rows: torch.Tensor
-    config: DynamicsConfig
-    steps_before: int
-    steps: list[torch.Tensor]
 
 
 def sac_call(extension: ModuleType, run: SacRun) -> Any:
-    """The arguments of the kernel's updates; `checked.sac_updates` has looked at them."""
+    """Pack a run that `checked.sac_updates` has looked at."""
     config = run.config
     return extension.SacCall(
         obs_dim=run.real.obs_dim,
@@ -107,7 +46,7 @@ def sac_call(extension: ModuleType, run: SacRun) -> Any:
 
 
 def fit_call(extension: ModuleType, run: FitRun) -> Any:
-    """The arguments of the kernel's steps; `checked.fit_steps` has looked at them."""
+    """Pack a run that `checked.fit_steps` has looked at."""
     config, width = run.config, run.layers[0][0].shape[1]
     max_logvar, min_logvar = (_addresses(bound)[:3] for bound in run.bounds)
     return extension.FitCall(

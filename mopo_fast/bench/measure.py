@@ -16,6 +16,7 @@ import torch
 from rich.table import Table
 
 from mopo_fast.backends import get_backend
+from mopo_fast.backends.interface import Need
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import DynamicsConfig, FitDtype, SACConfig
 from mopo_fast.data.transitions import Transitions
@@ -143,7 +144,7 @@ def rollout_work(
     engine = RolloutEngine(ensemble, backend=backend, dtype=dtype, threads=threads)
     engines = {engine.backend if dtype == "float32" else f"{engine.backend} {dtype}": engine}
     for name in (engine.backend, "reference"):
-        if get_backend(name).refusal("float32", device) is None:
+        if get_backend(name).refusal(Need("float32", device)) is None:
             engines[name] = RolloutEngine(ensemble, backend=name, threads=threads)
     # What a rollout stores, in float32: wider rows only move more.
     stored = engine.rollout(actor, start[:1], 1, seed=0)

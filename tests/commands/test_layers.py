@@ -25,7 +25,8 @@ def imports(name: str) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and id(node) not in for_types:
             assert node.level == 0, f"{name} imports relatively"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+            full = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {each if each in MODULES else node.module for each in full}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
     return found & MODULES.keys() - {name, "mopo_fast"}

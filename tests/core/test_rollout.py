@@ -1,4 +1,4 @@
-"""RolloutEngine: what it refuses, what it returns, its operators, a user's own termination function."""
+"""RolloutEngine: what it refuses, what it returns, torch.compile, a user's own termination function."""
 
 import math
 
@@ -8,6 +8,7 @@ from kernel_cases import inputs, make_ensemble, make_policy
 
 from mopo_fast import backends
 from mopo_fast.backends import cpu
+from mopo_fast.backends.choose import _log_once
 from mopo_fast.backends.reference import penalise
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import PENALTIES
@@ -90,7 +91,7 @@ def test_bad_rollout_arguments(engine):
             out=RingBuffer(23, 5, 2))  # fmt: skip
     refused(r"the buffer's observations must be torch.float32 \[24, 5\] .*, got torch.float32 \[24, 4\]",
             policy, start, 3, out=RingBuffer(24, 4, 2))  # fmt: skip
-    refused("the buffer's observations is on meta, the ensemble on cpu", policy, start, 3,
+    refused("the buffer's observations must be .* on cpu, got .* on meta", policy, start, 3,
             out=RingBuffer(24, 5, 2, "meta"))  # fmt: skip
     refused("policy must be a mopo_fast.Actor, got Linear", torch.nn.Linear(5, 4), start, 3)
 
@@ -222,27 +223,13 @@ def test_nothing_finite_at_all(backend):
     assert len(result) == 0 and result.info["non_finite"] == 30
 
 
-@pytest.mark.parametrize("distributions", [False, True])
-def test_step_operator(engine, distributions):
-    """The operator's schema, its fake and its behaviour under tracing agree."""
-    observations, actions = inputs(6, 5, 2)
-    *dynamics, log_std, activation = engine._dynamics()
-    arguments = (
-        *dynamics, observations, actions, torch.arange(6),
-        log_std, activation, "max_aleatoric", 1.0, 5, 0, False, "float32", distributions, engine.backend, 1,
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.mopo_fast.step.default, arguments)
-
-
-def test_step_operator_has_no_gradient(engine):
-    observations, actions = inputs(6, 5, 2)
-    *dynamics, log_std, activation = engine._dynamics()
-    made = torch.ops.mopo_fast.step(
-        *dynamics, observations.requires_grad_(), actions, torch.arange(6),
-        log_std, activation, "max_aleatoric", 1.0, 5, 0, False, "float32", False, engine.backend, 1,
-    )  # fmt: skip
-    with pytest.raises(InputError, match="no gradient"):
-        made[0].sum().backward()
+def test_no_gradient_passes(engine):
+    """The ensemble's parameters, observations and actions may ask for one; the result has none."""
+    observations, actions = (array.requires_grad_() for array in inputs(6, 5, 2))
+    result = engine.step(observations, actions, seed=0, distributions=True)
+    assert result.mean is not None and not result.mean.requires_grad
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        result.rewards.sum().backward()
 
 
 def test_a_rollout_is_seen_by_autograd(engine):
@@ -254,57 +241,26 @@ def test_a_rollout_is_seen_by_autograd(engine):
         loss.backward()
 
 
-def test_rollout_operator(engine):
-    policy, start = make_policy(5, 2), inputs(6, 5, 2)[0]
-    *dynamics, log_std, activation = engine._dynamics()
-    storage = RingBuffer(20, 5, 2).storage
-    arguments = (
-        *dynamics, list(policy.weights), list(policy.biases), start, torch.arange(6),
-        storage.observations, storage.actions, storage.rewards, storage.next_observations,
-        storage.terminals, storage.raw_rewards, None, None, None, None, 0, 3,
-        log_std, activation, "max_aleatoric", 1.0, "relu", -20.0, 2.0, 5, False, "float32", engine.backend, 1,
-    )  # fmt: skip
-    arguments = tuple(
-        [tensor.detach() for tensor in value] if isinstance(value, list) else value for value in arguments
-    )
-    torch.library.opcheck(torch.ops.mopo_fast.rollout.default, arguments)
-
-
-def test_rollout_compiles_into_a_buffer(engine):
-    """The buffer's arrays are columns of one table, and every one is written."""
-    policy, start = make_policy(5, 2), inputs(6, 5, 2)[0]
-    *dynamics, log_std, activation = engine._dynamics()
-    weights, biases = ([tensor.detach() for tensor in layers] for layers in (policy.weights, policy.biases))
-
-    def run(storage):
-        return torch.ops.mopo_fast.rollout(
-            *dynamics, weights, biases, start * 1.0, torch.arange(6),
-            storage.observations, storage.actions, storage.rewards, storage.next_observations,
-            storage.terminals, storage.raw_rewards, storage.penalties, None, None, None, 0, 3,
-            log_std, activation, "max_aleatoric", 1.0, "relu", -20.0, 2.0, 5, False, "float32",
-            engine.backend, 1,
-        )  # fmt: skip
-
-    eager, compiled = RingBuffer(20, 5, 2).storage, RingBuffer(20, 5, 2).storage
-    counts = torch.compile(run, backend="aot_eager", fullgraph=True)(compiled)
-    assert torch.equal(counts, run(eager)) and counts[0] > 0
-    for name, array in eager.arrays().items():
-        assert torch.equal(compiled.arrays()[name], array), name
-
-
-def test_step_compiles_without_a_graph_break(engine):
+@pytest.mark.parametrize("method", ["step", "rollout"])
+def test_torch_compile_breaks_its_graph_once(method):
+    """What comes before a call and what comes after it are a graph each."""
+    engine, policy, graphs = RolloutEngine(make_ensemble(5, 2), backend="cpu"), make_policy(5, 2), []
     observations, actions = inputs(6, 5, 2)
-    *dynamics, log_std, activation = engine._dynamics()
 
-    def double(observations):
-        result = torch.ops.mopo_fast.step(
-            *dynamics, observations * 1.0, actions, torch.arange(6),
-            log_std, activation, "max_aleatoric", 1.0, 5, 0, False, "float32", False, engine.backend, 1,
-        )  # fmt: skip
-        return result[0] * 2.0
+    def doubled(observations):
+        if method == "step":
+            result = engine.step(observations * 1.0, actions, seed=5)
+        else:
+            result = engine.rollout(policy, observations * 1.0, 3, seed=5)
+        return result.next_observations * 2.0
 
-    compiled = torch.compile(double, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(observations), double(observations))
+    def kept(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    expected = doubled(observations)
+    assert torch.equal(torch.compile(doubled, backend=kept)(observations), expected)
+    assert len(graphs) == 2
 
 
 def test_environment_chooses_the_backend(monkeypatch):
@@ -322,8 +278,7 @@ def test_environment_chooses_the_backend(monkeypatch):
 
 
 def test_the_choice_is_logged_once_with_its_reasons(caplog):
-    backends._choose.cache_clear()
-    backends._tell.cache_clear()
+    _log_once.cache_clear()
     with caplog.at_level("INFO", logger="mopo_fast"):
         for _ in range(3):
             RolloutEngine(make_ensemble(5, 2), dtype="float64")
@@ -340,7 +295,6 @@ def test_unknown_instruction_set(monkeypatch):
 def test_a_missing_extension_is_a_reason(monkeypatch):
     """Without the compiled part everything still works, on the reference, and says so."""
     cpu._load.cache_clear()
-    backends._choose.cache_clear()
     monkeypatch.setitem(__import__("sys").modules, "mopo_fast._cpu", None)
     try:
         status = {status.name: status for status in backends.available()}
@@ -351,4 +305,3 @@ def test_a_missing_extension_is_a_reason(monkeypatch):
     finally:
         monkeypatch.undo()
         cpu._load.cache_clear()
-        backends._choose.cache_clear()

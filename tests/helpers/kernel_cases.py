@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from mopo_fast.backends.gpu import record
+from mopo_fast.backends.gpu import padded
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import PENALTIES, Activation, DynamicsConfig, SACConfig
 from mopo_fast.data import Transitions
+from mopo_fast.data.transitions import ROLLOUT_ARRAYS
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.fit import Fit, _loss_gradient
 from mopo_fast.policy import Actor
@@ -264,17 +265,17 @@ def check_split(
 def check_turns(
     engine: RolloutEngine, policy: Actor, start: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A batch whose record is too large is rolled out 100 rows at a time, to the same rows."""
+    """A batch whose padded rollouts are too large is rolled out 100 rows at a time, to the same rows."""
     whole = engine.rollout(policy, start, 2, seed=1)
     row_words = start.shape[1] + policy.act_dim + 5
-    monkeypatch.setattr(record, "RECORD_BYTES", 100 * 2 * 4 * row_words)
-    turns, empty = [], record._empty_record
+    monkeypatch.setattr(padded, "PADDED_BYTES", 100 * 2 * 4 * row_words)
+    turns, empty = [], padded._empty
 
-    def counted(some: torch.Tensor, act_dim: int, horizon: int) -> record.Record:
+    def counted(some: torch.Tensor, act_dim: int, horizon: int) -> padded.PaddedRollouts:
         turns.append(len(some))
         return empty(some, act_dim, horizon)
 
-    monkeypatch.setattr(record, "_empty_record", counted)
+    monkeypatch.setattr(padded, "_empty", counted)
     assert_same(engine.rollout(policy, start, 2, seed=1), whole)
     assert turns == [100] * (len(start) // 100) + [len(start) % 100]
 
@@ -304,6 +305,19 @@ def check_ring(
     assert 0 < ring.head == count - count // 2 < head and ring.size == count
     assert torch.equal(ring.storage.rewards[: ring.head], expected.rewards[count // 2 :])
     assert ring.storage.rewards[ring.head : head].isnan().all()
+
+
+def check_missing_arrays(engine: RolloutEngine, policy: Actor, start: torch.Tensor) -> None:
+    """A buffer needs no arrays after the terminals."""
+    expected = engine.rollout(policy, start, 2, seed=1).arrays()
+    arrays: dict[str, Any] = {
+        name: expected[name].new_empty(2 * len(start), *expected[name].shape[1:])
+        for name in ROLLOUT_ARRAYS[:5]
+    }
+    made = engine.rollout(policy, start, 2, seed=1, out=RingBuffer.over(Transitions(**arrays))).arrays()
+    assert made.keys() == arrays.keys()
+    for name, array in made.items():
+        assert torch.equal(array, expected[name]), name
 
 
 def check_terminals(

@@ -19,7 +19,7 @@ from kernel_cases import inputs, make_ensemble, make_policy
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 
-from mopo_fast import backends
+from mopo_fast.backends.choose import BACKENDS
 from mopo_fast.backends.gpu import triton as host
 from mopo_fast.backends.gpu import triton_kernels
 from mopo_fast.rollout import RolloutEngine
@@ -106,7 +106,7 @@ def main(capability: int, operands: str, folder: str) -> None:
     engine = RolloutEngine(make_ensemble(17, 6, hidden=(200,) * 4))
     # Served by name to arrays on the CPU, of which the kernels' types are all that is looked at.
     engine.operands = operands
-    backends._backends()[engine.backend] = Anywhere()
+    BACKENDS[engine.backend] = Anywhere()
     observations, actions = inputs(1, 17, 6)
     engine.step(observations, actions, seed=2**63, distributions=True)
     engine.rollout(make_policy(17, 6, hidden=(256, 256)), observations, 1, seed=1)

@@ -13,6 +13,7 @@ from mopo_fast import EnsembleDynamics, InputError, RolloutEngine
 from mopo_fast import fit as fit_module
 from mopo_fast import sac as sac_module
 from mopo_fast.backends import checked, cpu
+from mopo_fast.backends.gpu.triton import TritonBackend
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import DynamicsConfig, SACConfig
 from mopo_fast.data import Transitions
@@ -271,11 +272,12 @@ def test_rows_that_the_table_lacks(rows: torch.Tensor, message: str, fit: Fit) -
         fit.steps(rows)
 
 
-def test_the_operators_are_behind_the_boundary(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever calls `torch.ops.mopo_fast` with numbers of their own meets the same checks."""
+@pytest.mark.parametrize("function", [False, True])
+def test_every_call_is_checked(function: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     monkeypatch.setattr(checked, "_check_call", lambda *arguments: seen.append(arguments) or 1 / 0)
-    engine = RolloutEngine(make_ensemble(5, 2))
+    ended = (lambda o, a, n: n[:, 0] > 9.0) if function else None
+    engine = RolloutEngine(make_ensemble(5, 2), termination=ended)
     observations, actions = inputs(8, 5, 2)
     with pytest.raises(ZeroDivisionError):
         engine.step(observations, actions, seed=0)
@@ -337,13 +339,13 @@ def test_memory_that_is_no_longer_held() -> None:
 def test_numbers_that_address_memory_are_copied(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another thread, or a signal's handler, may change them once they are checked."""
     handed: list[Any] = []
-    monkeypatch.setattr(cpu, "fit_steps", lambda runs, threads: handed.extend(runs) or [0.0])
+    monkeypatch.setattr(cpu.CpuBackend, "fit_steps", lambda self, runs, threads: handed.extend(runs) or [0.0])
     rows = torch.zeros(3, 8, dtype=torch.int64)
     fit.steps(rows)
     rows.fill_(2**40)
     assert not handed[0].rows.any()
     engine = RolloutEngine(make_ensemble(5, 2))
-    elites = engine._dynamics()[7]
+    elites = engine._dynamics().elites
     engine.ensemble.elites.fill_(99)
     assert elites.max() < 99
 
@@ -362,6 +364,15 @@ def test_a_backend_that_cannot_serve_is_not_called(operands: str) -> None:
     engine.operands = operands
     with pytest.raises(InputError, match=f"serves float32 and bfloat16, not {operands}|must be contiguous"):
         engine.step(*inputs(8, 5, 2), seed=0)
+
+
+def test_a_backend_that_cannot_train_is_not_called(fit: Fit) -> None:
+    run = fit.run(torch.zeros(3, 8, dtype=torch.int64))
+    with pytest.raises(InputError, match="triton: makes rollouts, does not train"):
+        checked.fit_steps(TritonBackend(), [run], 1)
+    elsewhere: Any = [[tensor.to("meta") for tensor in bound[:3]] for bound in run.bounds]
+    with pytest.raises(InputError, match="cpu: serves CPU tensors, not meta"):
+        checked.fit_steps(cpu.CpuBackend(), [dataclasses.replace(run, bounds=elsewhere)], 1)
 
 
 def test_more_than_the_memory_holds() -> None:

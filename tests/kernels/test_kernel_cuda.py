@@ -19,6 +19,7 @@ from kernel_cases import (
     assert_same,
     check_deterministic,
     check_made_of_steps,
+    check_missing_arrays,
     check_not_finite,
     check_ring,
     check_rounded_policy,
@@ -36,9 +37,10 @@ from kernel_cases import (
 from places import CSRC
 from torch.nn import functional
 
-from mopo_fast.backends import BackendStatus, DynamicsArrays, PolicyArrays, philox
+from mopo_fast.backends import BackendStatus, philox
 from mopo_fast.backends.gpu import cuda as host
-from mopo_fast.backends.gpu.stream import SLOT_BYTES, stream
+from mopo_fast.backends.gpu.hopper_weights import SLOT_BYTES, hopper_weights
+from mopo_fast.backends.interface import Need
 from mopo_fast.config import ACTIVATIONS, PENALTIES
 from mopo_fast.ensemble import mlp, round_factor
 from mopo_fast.errors import InputError
@@ -217,20 +219,7 @@ def test_log_std_is_clipped(case: Case) -> None:
 
 
 def test_arrays_after_the_terminals_may_be_missing(case: Case) -> None:
-    engine, policy, start = case
-    whole = engine.rollout(policy, start, 2, seed=1).arrays()
-    *dynamics, log_std, activation = engine._dynamics()
-    weights, biases = engine._policy(policy)
-    names = ("observations", "actions", "rewards", "next_observations", "terminals")
-    arrays = [whole[name].new_empty(2 * len(start), *whole[name].shape[1:]) for name in names]
-    counts = torch.ops.mopo_fast.rollout(
-        *dynamics, weights, biases, start, torch.arange(len(start), device=start.device),
-        *arrays, None, None, None, None, None, 0, 2, log_std, activation, engine.penalty, engine.penalty_coef,
-        policy.activation, policy.log_std_min, policy.log_std_max, 1, False, engine.operands, "cuda", 1,
-    )  # fmt: skip
-    assert counts.tolist() == [len(whole["rewards"]), 0]
-    for name, array in zip(names, arrays, strict=True):
-        assert torch.equal(array[: len(whole[name])], whole[name]), name
+    check_missing_arrays(*case)
 
 
 def test_dtypes_that_it_refuses(device: str) -> None:
@@ -271,9 +260,9 @@ def test_auto_falls_to_another_backend(device: str, monkeypatch: pytest.MonkeyPa
     ensemble, large = (make_ensemble(*sizes).to(device) for sizes in ((5, 2), (40, 2)))
     assert RolloutEngine(large, dtype="float16").backend != "cuda"
     engine = RolloutEngine(ensemble, dtype="float16")
-    assert engine.backend == engine._backend_for(make_policy(5, 2)) == "cuda"
+    assert engine.backend == engine._backend_for(make_policy(5, 2)).name == "cuda"
     policy, start = make_policy(5, 2, hidden=(300,)), make_start(20, 5, device)
-    assert engine._backend_for(policy) != "cuda"
+    assert engine._backend_for(policy).name != "cuda"
     assert_same(
         engine.rollout(policy, start, 1, seed=0),
         oracle(engine, "float16").rollout(policy, start, 1, seed=0),
@@ -281,14 +270,13 @@ def test_auto_falls_to_another_backend(device: str, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(("hidden", "obs_dim"), [((200, 200), 17), ((33, 256), 27)])
-def test_the_stream_holds_the_networks(hidden: tuple[int, ...], obs_dim: int) -> None:
+def test_the_packed_weights_are_the_networks(hidden: tuple[int, ...], obs_dim: int) -> None:
     """Multiplied as it lies there, with inputs where a thread of the kernel puts them."""
     width, slots, dims, act_dim = max(hidden), 5 if obs_dim < 20 else 8, obs_dim + 1, 6
     engine = RolloutEngine(make_ensemble(obs_dim, act_dim, members=3, hidden=hidden, activation="relu"))
     actor = make_policy(obs_dim, act_dim, hidden=(256, 100))
-    dynamics = DynamicsArrays(*engine._dynamics(), "max_aleatoric", 1.0)
-    policy = PolicyArrays(*engine._policy(actor), "relu", -5.0, 2.0)
-    packed = stream(dynamics, policy, "float16", width, slots)
+    dynamics, policy = engine._dynamics(), engine._policy(actor)
+    packed = hopper_weights(dynamics, policy, "float16", width, slots)
     assert packed.chunk_bytes.sum() == len(packed.data)
     assert packed.chunk_bytes.max() <= SLOT_BYTES and not (packed.chunk_bytes % 128).any()
     position = 0
@@ -451,6 +439,6 @@ def test_why_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "whose PTX the driver for CUDA 13.0 does not compile" in backend.status().reason
     monkeypatch.setattr(host, "_capability", lambda device=None: (8, 6))
     device = torch.device("cuda:1")
-    assert backend.refusal("float16", device) == "makes rollouts on compute capability 9.0, not 8.6"
-    assert backend.training_refusal("float32", device, 256) is None
-    assert backend.refusal("float16", torch.device("cpu")) == "serves CUDA tensors, not cpu"
+    assert backend.refusal(Need("float16", device)) == "makes rollouts on compute capability 9.0, not 8.6"
+    assert backend.refusal(Need("float32", device, training=256)) is None
+    assert backend.refusal(Need("float16", torch.device("cpu"))) == "serves CUDA tensors, not cpu"

@@ -15,6 +15,7 @@ from kernel_cases import (
     check_actions,
     check_deterministic,
     check_made_of_steps,
+    check_missing_arrays,
     check_not_finite,
     check_ring,
     check_rollout,
@@ -32,10 +33,10 @@ from kernel_cases import (
 )
 from places import HELPERS
 
-from mopo_fast import backends
-from mopo_fast.backends import philox
+from mopo_fast.backends import choose, philox, training_kernels
 from mopo_fast.backends.gpu import triton as host
 from mopo_fast.backends.gpu.pack import pack
+from mopo_fast.backends.interface import Need
 from mopo_fast.config import ACTIVATIONS, PENALTIES
 from mopo_fast.data import Transitions
 from mopo_fast.ensemble import round_factor
@@ -330,7 +331,11 @@ def test_what_it_refuses() -> None:
     with pytest.raises(InputError, match="triton: serves float32, tfloat32, bfloat16, float16, not float64"):
         RolloutEngine(ensemble, backend="triton", dtype="float64")
     with pytest.raises(InputError, match="triton: makes rollouts, does not train"):
-        backends.choose("triton", "float32", torch.device(DEVICE), training=256)
+        choose("triton", "float32", torch.device(DEVICE), training=256)
+    assert training_kernels("triton") is training_kernels("reference") is None
+    for train in (host.TritonBackend().sac_updates, host.TritonBackend().fit_steps):
+        with pytest.raises(RuntimeError, match="backend triton has no kernels that train"):
+            train([], 1)
 
 
 @pytest.mark.skipif(not kernels.INTERPRETED, reason="of the interpreter")
@@ -339,7 +344,7 @@ def test_the_interpreter_serves_by_name_alone() -> None:
     assert RolloutEngine(ensemble, dtype="float16").backend == "reference"
     with pytest.raises(InputError, match="triton: Triton's interpreter multiplies bfloat16 wrongly"):
         RolloutEngine(ensemble, backend="triton", dtype="bfloat16")
-    reason = host.TritonBackend().refusal("float32", torch.device("cuda:0"))
+    reason = host.TritonBackend().refusal(Need("float32", torch.device("cuda:0")))
     assert reason == "serves CPU tensors, as it is interpreted, not cuda:0"
 
 
@@ -358,36 +363,12 @@ def test_without_a_gpu_there_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     status = host.TritonBackend().status()
     assert not status.available and "PyTorch sees no GPU" in status.reason
-    reason = host.TritonBackend().refusal("float32", torch.device("cpu"))
+    reason = host.TritonBackend().refusal(Need("float32", torch.device("cpu")))
     assert reason == "serves CUDA tensors, not cpu"
 
 
 def test_arrays_after_the_terminals_may_be_missing(case: Case) -> None:
-    engine, policy, start = case
-    whole = engine.rollout(policy, start, 2, seed=1).arrays()
-    *dynamics, log_std, activation = engine._dynamics()
-    weights, biases = engine._policy(policy)
-    names = ("observations", "actions", "rewards", "next_observations", "terminals")
-    arrays = [whole[name].new_empty(2 * len(start), *whole[name].shape[1:]) for name in names]
-    counts = torch.ops.mopo_fast.rollout(
-        *dynamics, weights, biases, start, torch.arange(len(start), device=DEVICE),
-        *arrays, None, None, None, None, None, 0, 2, log_std, activation, engine.penalty, engine.penalty_coef,
-        policy.activation, policy.log_std_min, policy.log_std_max, 1, False, engine.operands, "triton", 1,
-    )  # fmt: skip
-    assert counts.tolist() == [len(whole["rewards"]), 0]
-    for name, array in zip(names, arrays, strict=True):
-        assert torch.equal(array[: len(whole[name])], whole[name]), name
-
-
-def test_the_operators_agree_with_their_fakes(case: Case) -> None:
-    engine, _, start = case
-    *dynamics, log_std, activation = engine._dynamics()
-    actions = torch.zeros(6, 3, device=DEVICE)
-    arguments = (
-        *dynamics, start[:6], actions, torch.arange(6, device=DEVICE),
-        log_std, activation, "max_aleatoric", 1.0, 5, 0, False, engine.operands, True, "triton", 1,
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.mopo_fast.step.default, arguments)
+    check_missing_arrays(*case)
 
 
 def test_transitions_are_valid(case: Case) -> None:

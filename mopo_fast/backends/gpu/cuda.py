@@ -12,31 +12,33 @@ from typing import Any
 
 import torch
 
-from mopo_fast.backends import (
-    ROLLOUT_ARRAYS,
+from mopo_fast.backends.gpu.hopper_weights import ACTION_SLOTS, POLICY_WIDTH, HopperWeights, hopper_weights
+from mopo_fast.backends.gpu.padded import Launch, PaddedRollouts, padded_rollout, padded_step
+from mopo_fast.backends.interface import (
+    Backend,
     BackendStatus,
-    Destination,
-    DynamicsArrays,
-    PolicyArrays,
-    Settings,
+    FitRun,
+    Need,
+    RolloutCall,
+    SacRun,
     Sizes,
+    StepCall,
     StepResult,
     network_sizes,
 )
-from mopo_fast.backends.gpu.record import Record, Run, recorded_rollout, recorded_step
-from mopo_fast.backends.gpu.stream import ACTION_SLOTS, POLICY_WIDTH, Stream, stream
-from mopo_fast.backends.training import FitRun, SacRun, fit_call, sac_call
+from mopo_fast.backends.training import fit_call, sac_call
 from mopo_fast.config import ACTIVATIONS, PENALTIES
+from mopo_fast.data.transitions import ROLLOUT_ARRAYS
 from mopo_fast.utils.interrupts import deferred
 
 _SERVED = ("bfloat16", "float16")
-DEVICE = "cuda"
-"""The type of the devices whose tensors the kernels train."""
+# The devices whose tensors the kernels take.
+_DEVICE = "cuda"
 # The classes of sizes that there are kernels for: of hidden layers, and of 4 dimensions each of an
 # observation and the reward.
 _WIDTHS = (200, 256)
 _SLOTS = (5, 8)
-# What a block's shared memory on every such GPU has room for, in training.
+# The widest layer that a block's shared memory on every such GPU has room for, in training.
 _WIDEST_TRAINED = 1024
 # Rollouts of a block, its threads that multiply, and blocks that work side by side.
 _TILE, _THREADS, _CLUSTER = 128, 256, 2
@@ -71,7 +73,7 @@ def _refusal_of_capability(device: torch.device | None) -> str | None:
 
 
 def _refusal_of_driver(driver: int, runtime: int, capability: tuple[int, int]) -> str | None:
-    """Why a driver cannot run what was built for a CUDA runtime; versions as 1000 major + 10 minor.
+    """Tell why a driver cannot run what was built for a CUDA runtime; versions as 1000 major + 10 minor.
 
     Source: NVIDIA's guide "CUDA Compatibility", on minor versions and on PTX.
     """
@@ -92,7 +94,7 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _current_stream(device: torch.device) -> int:
+def _cuda_stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream
 
 
@@ -116,23 +118,18 @@ def _refusal_of_sizes(ensemble: Sizes, policy: Sizes | None) -> str | None:
     return None
 
 
-def _run(
-    dynamics: DynamicsArrays,
-    policy: PolicyArrays | None,
+def _launch(
     width: int,
     slots: int,
-    weights: Stream,
-    start: torch.Tensor,
-    rows: torch.Tensor,
-    record: Record,
-    settings: Settings,
+    weights: HopperWeights,
+    call: StepCall | RolloutCall,
+    padded: PaddedRollouts,
     *,
-    horizon: int = 1,
-    first_step: int = 0,
     mean: torch.Tensor | None = None,
     std: torch.Tensor | None = None,
 ) -> None:
-    """All steps of all rollouts, into the record; without a policy its actions are read."""
+    """Make all steps of all rollouts; without a policy the actions are read."""
+    dynamics, policy, start, settings = call.dynamics, call.policy, call.observations, call.settings
     (batch, obs_dim), device = start.shape, start.device
     members = len(dynamics.weights[0])
     clusters = min(-(-batch // (_CLUSTER * _TILE)), _multiprocessors(device) // _CLUSTER)
@@ -171,46 +168,47 @@ def _run(
         log_std_max=policy.log_std_max if policy else 0.0,
         batch=batch,
         start=start.data_ptr(),
-        rows=rows.data_ptr(),
-        horizon=horizon,
-        first_step=first_step,
+        rows=call.rows.data_ptr(),
+        horizon=call.horizon,
+        first_step=call.step,
         seed=settings.seed,
         deterministic=settings.deterministic,
-        record=[array.data_ptr() for array in record],
+        record=[array.data_ptr() for array in padded],
         mean=0 if mean is None else mean.data_ptr(),
         std=0 if std is None else std.data_ptr(),
         scratch=scratch.data_ptr(),
         blocks=clusters * _CLUSTER,
-        stream=_current_stream(device),
+        stream=_cuda_stream(device),
     )
 
 
-def _prepared(dynamics: DynamicsArrays, policy: PolicyArrays | None, settings: Settings) -> Run:
-    """`_run` with the weights packed, for the smallest kernel that they fit."""
+def _prepared(call: StepCall | RolloutCall) -> Launch:
+    """`_launch` with the weights packed, for the smallest kernel that they fit."""
+    dynamics = call.dynamics
     width = _smallest(_WIDTHS, max(network_sizes(dynamics.weights)[1:-1]))
     slots = _smallest(_SLOTS, -(-dynamics.max_logvar.shape[1] // 4))
-    weights = stream(dynamics, policy, settings.operands, width, slots)
-    return functools.partial(_run, dynamics, policy, width, slots, weights, settings=settings)
+    weights = hopper_weights(dynamics, call.policy, call.settings.operands, width, slots)
+    return functools.partial(_launch, width, slots, weights)
 
 
-def _compact(start: torch.Tensor, rows: torch.Tensor, record: Record, out: Destination, head: int) -> None:
-    """Copy the record's rows that exist into the ring, from row `head` on."""
-    batch, horizon = record.rewards.shape
-    arrays = [out.arrays.get(name) for name in ROLLOUT_ARRAYS]
-    offsets = record.lengths.cumsum(0) - record.lengths
+def _compact(call: RolloutCall, padded: PaddedRollouts, head: int) -> None:
+    """Copy the rows that exist into the ring, from row `head` on."""
+    start, (batch, horizon) = call.observations, padded.rewards.shape
+    arrays = [call.out.arrays.get(name) for name in ROLLOUT_ARRAYS]
+    offsets = padded.lengths.cumsum(0) - padded.lengths
     _extension().compact(
         obs_dim=start.shape[1],
-        act_dim=record.actions.shape[2],
+        act_dim=padded.actions.shape[2],
         batch=batch,
         horizon=horizon,
         start=start.data_ptr(),
-        rows=rows.data_ptr(),
-        record=[array.data_ptr() for array in record],
+        rows=call.rows.data_ptr(),
+        record=[array.data_ptr() for array in padded],
         offsets=offsets.data_ptr(),
         out=[(0, 0) if array is None else (array.data_ptr(), array.stride(0)) for array in arrays],
-        capacity=out.capacity,
+        capacity=call.out.capacity,
         head=head,
-        stream=_current_stream(start.device),
+        stream=_cuda_stream(start.device),
     )
 
 
@@ -228,7 +226,7 @@ def _train(kernel: str, calls: Sequence[Any], shape: tuple[int, ...], device: to
         return memory[-1].data_ptr()
 
     with torch.cuda.device_of(sums):
-        getattr(_extension(), kernel)(calls, sums.data_ptr(), allocate, _current_stream(device))
+        getattr(_extension(), kernel)(calls, sums.data_ptr(), allocate, _cuda_stream(device))
     return sums
 
 
@@ -237,33 +235,11 @@ def _count(steps: Sequence[torch.Tensor], made: int) -> None:
         step.fill_(made)
 
 
-def sac_updates(runs: Sequence[SacRun], threads: int) -> list[list[float]]:
-    """SAC updates of each run in place, side by side: the sums over them of each of `sac.METRICS`."""
-    calls = [sac_call(_extension(), run) for run in runs]
-    device = runs[0].log_alpha[0].device
-    with deferred():
-        metrics: list[list[float]] = _train("sac_updates", calls, (len(runs), _SAC_METRICS), device).tolist()
-        for run in runs:
-            run.count.fill_(run.updates_before + run.updates)
-            _count(run.steps, int(run.count))
-    return metrics
-
-
-def fit_steps(runs: Sequence[FitRun], threads: int) -> list[float]:
-    """Steps of the fit of each run in place, side by side: the sums of their losses without weight decay."""
-    calls = [fit_call(_extension(), run) for run in runs]
-    with deferred():
-        losses: list[float] = _train("fit_steps", calls, (len(runs),), runs[0].table.device).tolist()
-        for run in runs:
-            _count(run.steps, run.steps_before + -(-run.rows.shape[1] // run.config.batch_size))
-    return losses
-
-
-class CudaBackend:
+class CudaBackend(Backend):
     """float32 arrays on a GPU, the rollout's products in bfloat16 or float16. By name alone."""
 
     name = "cuda"
-    trains = True
+    trains = "kernels"
 
     def status(self) -> BackendStatus:
         module, reason = _load()
@@ -282,49 +258,44 @@ class CudaBackend:
         reason = f"{torch.cuda.get_device_name()}; not tested on a GPU yet"
         return BackendStatus(self.name, True, reason, by_name_only=True)
 
-    def refusal(
-        self, dtype: str, device: torch.device, ensemble: Sizes | None = None, policy: Sizes | None = None
-    ) -> str | None:
-        if dtype not in _SERVED:
-            return f"serves {' and '.join(_SERVED)}, not {dtype}"
-        if device.type != DEVICE:
-            return f"serves CUDA tensors, not {device}"
-        if _capability(device) != (9, 0):
-            return f"makes rollouts on compute capability 9.0, not {'.'.join(map(str, _capability(device)))}"
-        return None if ensemble is None else _refusal_of_sizes(ensemble, policy)
+    def refusal(self, need: Need) -> str | None:
+        if need.device.type != _DEVICE:
+            return f"serves CUDA tensors, not {need.device}"
+        if need.training is not None:
+            if need.dtype != "float32":
+                return f"trains in float32, not {need.dtype}"
+            if need.training > _WIDEST_TRAINED:
+                return f"trains layers of at most {_WIDEST_TRAINED} inputs and outputs, not {need.training}"
+            return _refusal_of_capability(need.device)
+        if need.dtype not in _SERVED:
+            return f"serves {' and '.join(_SERVED)}, not {need.dtype}"
+        capability = _capability(need.device)
+        if capability != (9, 0):
+            return f"makes rollouts on compute capability 9.0, not {'.'.join(map(str, capability))}"
+        return None if need.ensemble is None else _refusal_of_sizes(need.ensemble, need.policy)
 
-    def training_refusal(self, dtype: str, device: torch.device, widest: int) -> str | None:
-        if dtype != "float32":
-            return f"trains in float32, not {dtype}"
-        if device.type != DEVICE:
-            return f"serves CUDA tensors, not {device}"
-        if widest > _WIDEST_TRAINED:
-            return f"trains layers of at most {_WIDEST_TRAINED} inputs and outputs, not {widest}"
-        return _refusal_of_capability(device)
+    def step(self, call: StepCall) -> StepResult:
+        return padded_step(_prepared(call), call)
 
-    def step(
-        self,
-        dynamics: DynamicsArrays,
-        observations: torch.Tensor,
-        actions: torch.Tensor,
-        rows: torch.Tensor,
-        step: int,
-        distributions: bool,
-        settings: Settings,
-    ) -> StepResult:
-        members = len(dynamics.weights[0]) if distributions else 0
-        return recorded_step(_prepared(dynamics, None, settings), observations, actions, rows, step, members)
+    def rollout(self, call: RolloutCall) -> tuple[int, int]:
+        return padded_rollout(_prepared(call), _compact, call)
 
-    def rollout(
-        self,
-        dynamics: DynamicsArrays,
-        policy: PolicyArrays,
-        start: torch.Tensor,
-        rows: torch.Tensor,
-        horizon: int,
-        out: Destination,
-        settings: Settings,
-    ) -> tuple[int, int]:
-        run = _prepared(dynamics, policy, settings)
-        act_dim = policy.weights[-1].shape[-1] // 2
-        return recorded_rollout(run, _compact, start, rows, act_dim, horizon, out)
+    def sac_updates(self, runs: Sequence[SacRun], threads: int) -> list[list[float]]:
+        """All runs side by side, in one launch."""
+        calls = [sac_call(_extension(), run) for run in runs]
+        device, shape = runs[0].log_alpha[0].device, (len(runs), _SAC_METRICS)
+        with deferred():
+            metrics: list[list[float]] = _train("sac_updates", calls, shape, device).tolist()
+            for run in runs:
+                run.count.fill_(run.updates_before + run.updates)
+                _count(run.steps, int(run.count))
+        return metrics
+
+    def fit_steps(self, runs: Sequence[FitRun], threads: int) -> list[float]:
+        """All runs side by side, in one launch."""
+        calls = [fit_call(_extension(), run) for run in runs]
+        with deferred():
+            losses: list[float] = _train("fit_steps", calls, (len(runs),), runs[0].table.device).tolist()
+            for run in runs:
+                _count(run.steps, run.steps_before + -(-run.rows.shape[1] // run.config.batch_size))
+        return losses

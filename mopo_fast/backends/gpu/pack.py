@@ -7,7 +7,7 @@ import torch
 
 from mopo_fast.ensemble import round_factor
 
-# Of the sizes of layers: the least that a tensor core multiplies.
+# Layers' sizes are rounded up to a multiple of the least that a tensor core multiplies.
 MULTIPLE = 16
 
 
@@ -16,7 +16,7 @@ def round_up(size: int) -> int:
 
 
 def storage_dtype(operands: str) -> torch.dtype:
-    """What factors of products in `operands` (one of `config.ROLLOUT_DTYPES`) are kept in."""
+    """Give the type to keep factors in, for products in `operands`, one of `config.ROLLOUT_DTYPES`."""
     return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(operands, torch.float32)
 
 
@@ -41,7 +41,7 @@ def pack(weights: list[torch.Tensor], biases: list[torch.Tensor], operands: str)
     all_biases = biases[0].new_zeros(networks, sum(sizes[1:]))
     places = all_weights.split([rows * columns for rows, columns in shapes], dim=1)
     for place, shape, weight in zip(places, shapes, weights, strict=True):
-        # What is stored in 16 bits is rounded as it is copied.
+        # Copying rounds to 16 bits.
         factor = round_factor(weight, operands) if dtype == weight.dtype else weight
         place.unflatten(1, shape)[:, : weight.shape[-2], : weight.shape[-1]] = factor
     for place, bias in zip(all_biases.split(sizes[1:], dim=1), biases, strict=True):

@@ -8,18 +8,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mopo_fast.backends import (
-    ROLLOUT_ARRAYS,
+from mopo_fast.backends.gpu.pack import MULTIPLE, PackedNetwork, pack, storage_dtype
+from mopo_fast.backends.gpu.padded import PaddedRollouts, padded_rollout, padded_step
+from mopo_fast.backends.interface import (
+    Backend,
     BackendStatus,
-    Destination,
-    DynamicsArrays,
-    PolicyArrays,
-    Settings,
-    Sizes,
+    Need,
+    RolloutCall,
+    StepCall,
     StepResult,
 )
-from mopo_fast.backends.gpu.pack import MULTIPLE, PackedNetwork, pack, storage_dtype
-from mopo_fast.backends.gpu.record import Record, recorded_rollout, recorded_step
+from mopo_fast.data.transitions import ROLLOUT_ARRAYS
 
 _SERVED = ("float32", "tfloat32", "bfloat16", "float16")
 # Rows that one program of the second kernel copies.
@@ -27,7 +26,7 @@ _COPIED_ROWS = 128
 
 
 class Tile(NamedTuple):
-    """What a program multiplies at a time: `rows`, at most `columns` outputs, at most `depth` inputs.
+    """The sizes of a program's products: `rows`, at most `columns` outputs, at most `depth` inputs.
 
     Networks at most `held` wide pass activations on in registers, in blocks of `depth` columns.
     """
@@ -90,21 +89,16 @@ def _programs(tiles: int, warps: int, device: torch.device) -> int:
     return min(tiles, processors * 8 // warps)
 
 
-def _run(
-    dynamics: DynamicsArrays,
+def _launch(
     networks: tuple[PackedNetwork, PackedNetwork | None],
-    policy: PolicyArrays | None,
-    start: torch.Tensor,
-    rows: torch.Tensor,
-    record: Record,
-    settings: Settings,
+    call: StepCall | RolloutCall,
+    padded: PaddedRollouts,
     *,
-    horizon: int = 1,
-    first_step: int = 0,
     mean: torch.Tensor | None = None,
     std: torch.Tensor | None = None,
 ) -> None:
-    """All steps of all rollouts, into the record; without a policy its actions are read."""
+    """Make all steps of all rollouts; without a policy the actions are read."""
+    dynamics, policy, start, settings = call.dynamics, call.policy, call.observations, call.settings
     (batch, obs_dim), device = start.shape, start.device
     tile = _tile(settings.operands, device)
     packed, packed_policy = networks
@@ -130,15 +124,15 @@ def _run(
         dynamics.low,
         dynamics.high,
         start,
-        rows,
+        call.rows,
         batch,
-        horizon,
-        first_step,
+        call.horizon,
+        call.step,
         settings.seed,
         dynamics.penalty_coef,
         policy.log_std_min if policy else 0.0,
         policy.log_std_max if policy else 0.0,
-        *record,
+        *padded,
         mean,
         std,
         torch.zeros(programs, 3, tile.rows, width, dtype=factors, device=device),
@@ -168,29 +162,29 @@ def _run(
     )
 
 
-def _compact(start: torch.Tensor, rows: torch.Tensor, record: Record, out: Destination, head: int) -> None:
-    """Copy the record's rows that exist into the ring, from row `head` on."""
-    batch, horizon = record.rewards.shape
-    targets = [out.arrays.get(name) for name in ROLLOUT_ARRAYS]
+def _compact(call: RolloutCall, padded: PaddedRollouts, head: int) -> None:
+    """Copy the rows that exist into the ring, from row `head` on."""
+    batch, horizon = padded.rewards.shape
+    targets = [call.out.arrays.get(name) for name in ROLLOUT_ARRAYS]
     _kernels().compact_kernel[(-(-batch * horizon // _COPIED_ROWS),)](
-        start,
-        rows,
-        *record[:-1],
-        record.lengths.cumsum(0) - record.lengths,
+        call.observations,
+        call.rows,
+        *padded[:-1],
+        padded.lengths.cumsum(0) - padded.lengths,
         batch,
         horizon,
         *targets,
         *(0 if target is None else target.stride(0) for target in targets),
         head,
-        out.capacity,
-        OBS=start.shape[1],
-        ACT=record.actions.shape[2],
+        call.out.capacity,
+        OBS=call.observations.shape[1],
+        ACT=padded.actions.shape[2],
         ROWS=_COPIED_ROWS,
     )
 
 
 def _refusal_of_gpu(dtype: str, capability: tuple[int, int]) -> str | None:
-    """Why a GPU of such a compute capability cannot serve one of `_SERVED`."""
+    """Tell why a GPU of such a compute capability cannot serve one of `_SERVED`."""
     if dtype in ("bfloat16", "tfloat32") and capability < (8, 0):
         return f"{dtype} takes compute capability 8.0, the GPU has {capability[0]}.{capability[1]}"
     if dtype != "float32" and capability[0] in (10, 11):
@@ -198,11 +192,11 @@ def _refusal_of_gpu(dtype: str, capability: tuple[int, int]) -> str | None:
     return None
 
 
-class TritonBackend:
+class TritonBackend(Backend):
     """float32 arrays on a GPU, products in float32 or less; or interpreted, CPU tensors. By name alone."""
 
     name = "triton"
-    trains = False
+    trains = None
 
     def status(self) -> BackendStatus:
         kernels, reason = _load()
@@ -218,51 +212,30 @@ class TritonBackend:
         reason = f"{torch.cuda.get_device_name()}; not tested on a GPU yet"
         return BackendStatus(self.name, True, reason, by_name_only=True)
 
-    def refusal(
-        self, dtype: str, device: torch.device, ensemble: Sizes | None = None, policy: Sizes | None = None
-    ) -> str | None:
+    def refusal(self, need: Need) -> str | None:
+        if need.training is not None:
+            return "makes rollouts, does not train"
         interpreted = _kernels().INTERPRETED
-        if dtype not in _SERVED:
-            return f"serves {', '.join(_SERVED)}, not {dtype}"
-        if device.type != ("cpu" if interpreted else "cuda"):
+        if need.dtype not in _SERVED:
+            return f"serves {', '.join(_SERVED)}, not {need.dtype}"
+        if need.device.type != ("cpu" if interpreted else "cuda"):
             served = "CPU tensors, as it is interpreted" if interpreted else "CUDA tensors"
-            return f"serves {served}, not {device}"
-        if interpreted and dtype == "bfloat16":
+            return f"serves {served}, not {need.device}"
+        if interpreted and need.dtype == "bfloat16":
             return "Triton's interpreter multiplies bfloat16 wrongly"
-        return None if interpreted else _refusal_of_gpu(dtype, torch.cuda.get_device_capability(device))
-
-    def training_refusal(self, dtype: str, device: torch.device, widest: int) -> str | None:
-        return "makes rollouts, does not train"
-
-    def step(
-        self,
-        dynamics: DynamicsArrays,
-        observations: torch.Tensor,
-        actions: torch.Tensor,
-        rows: torch.Tensor,
-        step: int,
-        distributions: bool,
-        settings: Settings,
-    ) -> StepResult:
-        networks = (pack(dynamics.weights, dynamics.biases, settings.operands), None)
-        run = functools.partial(_run, dynamics, networks, None, settings=settings)
-        members = len(dynamics.weights[0]) if distributions else 0
-        return recorded_step(run, observations, actions, rows, step, members)
-
-    def rollout(
-        self,
-        dynamics: DynamicsArrays,
-        policy: PolicyArrays,
-        start: torch.Tensor,
-        rows: torch.Tensor,
-        horizon: int,
-        out: Destination,
-        settings: Settings,
-    ) -> tuple[int, int]:
-        networks = (
-            pack(dynamics.weights, dynamics.biases, settings.operands),
-            pack(policy.weights, policy.biases, settings.operands),
+        return (
+            None
+            if interpreted
+            else _refusal_of_gpu(need.dtype, torch.cuda.get_device_capability(need.device))
         )
-        run = functools.partial(_run, dynamics, networks, policy, settings=settings)
-        act_dim = policy.weights[-1].shape[-1] // 2
-        return recorded_rollout(run, _compact, start, rows, act_dim, horizon, out)
+
+    def step(self, call: StepCall) -> StepResult:
+        dynamics = pack(call.dynamics.weights, call.dynamics.biases, call.settings.operands)
+        return padded_step(functools.partial(_launch, (dynamics, None)), call)
+
+    def rollout(self, call: RolloutCall) -> tuple[int, int]:
+        networks = (
+            pack(call.dynamics.weights, call.dynamics.biases, call.settings.operands),
+            pack(call.policy.weights, call.policy.biases, call.settings.operands),
+        )
+        return padded_rollout(functools.partial(_launch, networks), _compact, call)

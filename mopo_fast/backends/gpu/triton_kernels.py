@@ -116,7 +116,7 @@ def _normals(number, step, STREAM: tl.constexpr, first, seed):
 
 @triton.constexpr_function
 def _widths(size, widest):
-    """Of the blocks that `size` columns are cut into."""
+    """Give the widths of the blocks that `size` columns are cut into."""
     rest = [width for width in (64, 32, 16) if size % widest & width]
     return [widest] * (size // widest) + rest
 
@@ -318,12 +318,12 @@ def _observe(
 
 @triton.jit
 def _act(
-    heads, actions, record, alive, number, step, seed, inputs, input_mean, input_std,
+    heads, actions, place, alive, number, step, seed, inputs, input_mean, input_std,
     log_std_min, log_std_max,
     POLICY: tl.constexpr, DETERMINISTIC: tl.constexpr, OBS: tl.constexpr, ACT: tl.constexpr,
     OPERANDS: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Actions, from the policy's heads into the record or read from there, as inputs of the dynamics."""
+    """Actions, from the policy's heads into `actions` or read from there, as inputs of the dynamics."""
     lane = tl.arange(0, ROWS)
     for first in range(0, ACT, _DIMS):
         column = first + tl.arange(0, _DIMS)
@@ -337,9 +337,9 @@ def _act(
                 log_std = tl.where(log_std > log_std_max, log_std_max, log_std)
                 x += tl.exp(log_std) * _normals(number, step, _ACTION_STREAM, first, seed)
             x = _tanh(x)
-            tl.store(_at(actions, record, column, ACT), x, taken)
+            tl.store(_at(actions, place, column, ACT), x, taken)
         else:
-            x = tl.load(_at(actions, record, column, ACT), taken, 0.0)
+            x = tl.load(_at(actions, place, column, ACT), taken, 0.0)
         mean = tl.load(input_mean + OBS + column, inside, 0.0)
         std = tl.load(input_std + OBS + column, inside, 1.0)
         _store_factor(_at(inputs + OBS, lane, column, WIDTH), (x - mean) / std, inside[None, :], OPERANDS)
@@ -486,11 +486,11 @@ def _sample(
 
 @triton.jit
 def _advance(
-    predictions, drawn, number, step, seed, bounds, carry, low, high, state, next_observations, record, alive,
+    predictions, drawn, number, step, seed, bounds, carry, low, high, state, next_observations, place, alive,
     DETERMINISTIC: tl.constexpr, MEMBERS: tl.constexpr, OBS: tl.constexpr, LOG_STD: tl.constexpr,
     OWN_BOUNDS: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The next observations, into state and record: (raw rewards, all finite, in the box), each [ROWS]."""
+    """The next observations, into state and output: (raw rewards, all finite, in the box), each [ROWS]."""
     lane = tl.arange(0, ROWS)
     raw_reward = tl.zeros([ROWS], tl.float32)
     finite, in_box = alive, alive
@@ -507,7 +507,7 @@ def _advance(
             x *= tl.load(carry + column, inside, 0.0)[None, :]
         x += sample
         tl.store(pointers, x, observed)
-        tl.store(_at(next_observations, record, column, OBS), x, alive[:, None] & observed)
+        tl.store(_at(next_observations, place, column, OBS), x, alive[:, None] & observed)
         least, most = tl.load(low + column, inside, 0.0), tl.load(high + column, inside, 0.0)
         finite &= _all((tl.abs(x) < float("inf")) | ~observed)
         in_box &= _all(((x >= least[None, :]) & (x <= most[None, :])) | ~observed)
@@ -549,7 +549,7 @@ def rollout_kernel(
     # Start states [batch, OBS] and the rows' numbers [batch].
     start, rows, batch, horizon, first_step: tl.uint32, seed: tl.uint64,
     penalty_coef, log_std_min, log_std_max,
-    # The record, [batch, horizon, ...] each; without a policy, actions are read. lengths, cut: [batch].
+    # Padded rollouts, [batch, horizon, ...]; without a policy actions are read. lengths, cut: [batch].
     actions, rewards, next_observations, terminals, raw_rewards, penalties, members, lengths, cut,
     # [members, batch, OBS + 1] or None, of the last step.
     mean, std,
@@ -587,7 +587,7 @@ def rollout_kernel(
             if tl.max(alive.to(tl.int32), axis=0) > 0:
                 tl.debug_barrier()
                 step = (first_step + t).to(tl.uint32)
-                record = row * horizon + t
+                place = row * horizon + t
                 _observe(state, inputs, there, input_mean, input_std,
                          POLICY, OBS, OPERANDS, WIDTH, HEADS, ROWS)  # fmt: skip
                 tl.debug_barrier()
@@ -595,7 +595,7 @@ def rollout_kernel(
                     _network(there, here, there, predictions, policy_weights, policy_biases,
                              POLICY_SIZES, POLICY_ACTIVATION,
                              OPERANDS, WIDTH, HEADS, HELD, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
-                _act(predictions, actions, record, alive, number, step, seed, inputs, input_mean, input_std,
+                _act(predictions, actions, place, alive, number, step, seed, inputs, input_mean, input_std,
                      log_std_min, log_std_max,
                      POLICY, DETERMINISTIC, OBS, ACT, OPERANDS, WIDTH, HEADS, ROWS)  # fmt: skip
                 tl.debug_barrier()
@@ -611,16 +611,16 @@ def rollout_kernel(
                 drawn = _draw(elites, number, step, seed, DETERMINISTIC, ELITES)
                 raw_reward, finite, in_box = _advance(
                     predictions, drawn, number, step, seed, bounds, carry, low, high, state,
-                    next_observations, record, alive,
+                    next_observations, place, alive,
                     DETERMINISTIC, MEMBERS, OBS, LOG_STD, OWN_BOUNDS, HEADS, ROWS)  # fmt: skip
                 reward = raw_reward - penalty_coef * penalty
                 finite &= tl.abs(reward) < float("inf")
                 goes_on = finite & in_box
-                tl.store(rewards + record, reward, alive)
-                tl.store(raw_rewards + record, raw_reward, alive)
-                tl.store(penalties + record, penalty, alive)
-                tl.store(terminals + record, ~goes_on, alive)
-                tl.store(members + record, drawn.to(tl.int32), alive)
+                tl.store(rewards + place, reward, alive)
+                tl.store(raw_rewards + place, raw_reward, alive)
+                tl.store(penalties + place, penalty, alive)
+                tl.store(terminals + place, ~goes_on, alive)
+                tl.store(members + place, drawn.to(tl.int32), alive)
                 if mean is not None:
                     _store_distributions(predictions, bounds, mean, std, row, exists, batch,
                                          MEMBERS, OBS, LOG_STD, OWN_BOUNDS, HEADS, ROWS)  # fmt: skip
@@ -642,7 +642,7 @@ def _copy(source, target, mask, COUNT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["batch", "horizon", "head", "capacity"])
 def compact_kernel(
-    # What `rollout_kernel` was given and has recorded; offsets [batch] count the rows of the rollouts before.
+    # Given to `rollout_kernel`, and made by it; offsets [batch] count the rows of the rollouts before.
     start, rows, actions, rewards, next_observations, terminals, raw_rewards, penalties, members, lengths,
     offsets, batch, horizon,
     # The ring's arrays and the elements between two of their rows; those after the terminals may be None.
@@ -654,23 +654,23 @@ def compact_kernel(
     OBS: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Copy the rows that exist into the ring, a rollout's together, in the order of the start states."""
-    record = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    rollout, t = record // horizon, record % horizon
+    place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    rollout, t = place // horizon, place % horizon
     exists = rollout < batch
     exists &= t < tl.load(lengths + rollout, exists, 0)
     to = (head + tl.load(offsets + rollout, exists, 0) + t) % capacity
-    before = tl.where(t == 0, start + rollout * OBS, next_observations + (record - 1) * OBS)
+    before = tl.where(t == 0, start + rollout * OBS, next_observations + (place - 1) * OBS)
     _copy(before, to_observations + to * observations_stride, exists, OBS)
-    _copy(actions + record * ACT, to_actions + to * actions_stride, exists, ACT)
-    _copy(next_observations + record * OBS, to_next_observations + to * next_observations_stride, exists, OBS)
-    tl.store(to_rewards + to * rewards_stride, tl.load(rewards + record, exists), exists)
-    tl.store(to_terminals + to * terminals_stride, tl.load(terminals + record, exists), exists)
+    _copy(actions + place * ACT, to_actions + to * actions_stride, exists, ACT)
+    _copy(next_observations + place * OBS, to_next_observations + to * next_observations_stride, exists, OBS)
+    tl.store(to_rewards + to * rewards_stride, tl.load(rewards + place, exists), exists)
+    tl.store(to_terminals + to * terminals_stride, tl.load(terminals + place, exists), exists)
     if to_raw_rewards is not None:
-        tl.store(to_raw_rewards + to * raw_rewards_stride, tl.load(raw_rewards + record, exists), exists)
+        tl.store(to_raw_rewards + to * raw_rewards_stride, tl.load(raw_rewards + place, exists), exists)
     if to_penalties is not None:
-        tl.store(to_penalties + to * penalties_stride, tl.load(penalties + record, exists), exists)
+        tl.store(to_penalties + to * penalties_stride, tl.load(penalties + place, exists), exists)
     if to_members is not None:
-        tl.store(to_members + to * members_stride, tl.load(members + record, exists), exists)
+        tl.store(to_members + to * members_stride, tl.load(members + place, exists), exists)
     if to_rollout_index is not None:
         tl.store(to_rollout_index + to * rollout_index_stride, tl.load(rows + rollout, exists), exists)
     if to_step is not None:

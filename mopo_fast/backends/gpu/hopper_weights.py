@@ -1,4 +1,4 @@
-"""Networks as the Hopper kernel reads them: one stream, in the order of a step, of images of shared memory.
+"""Networks as the Hopper kernel reads them: images of shared memory, in the order in which a step uses them.
 
 A layer is its biases, then an image for every 16 inputs: [2][out / 8][8 outputs][8 inputs], what the tensor
 cores take without a swizzle. It is cut into as few chunks of at most `SLOT_BYTES` as possible, whose numbers
@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from mopo_fast.backends import DynamicsArrays, PolicyArrays, network_sizes
 from mopo_fast.backends.gpu.pack import storage_dtype
+from mopo_fast.backends.interface import DynamicsArrays, PolicyArrays, network_sizes
 from mopo_fast.ensemble import round_factor
 
 # As in csrc/cuda/rollout_sm90.cuh.
@@ -22,7 +22,7 @@ ACTION_SLOTS = 2
 POLICY_WIDTH = 256
 
 
-class Stream(NamedTuple):
+class HopperWeights(NamedTuple):
     """`data` uint8; int32 `chunk_bytes` of the chunks that it is made of."""
 
     data: torch.Tensor
@@ -42,7 +42,7 @@ def _padded(indices: list[int], count: int) -> list[int]:
 
 
 def input_order(dims: list[int]) -> list[int]:
-    """Which dimension each input is: of 16 inputs, thread q has numbers 2 q, 2 q + 1, 2 q + 8, 2 q + 9."""
+    """Give each input's dimension: of 16 inputs, thread q has numbers 2 q, 2 q + 1, 2 q + 8, 2 q + 9."""
     dims = _padded(dims, len(dims) + -len(dims) % 16)
     return [
         dims[first + 4 * (2 * half + odd) + q]
@@ -54,7 +54,7 @@ def input_order(dims: list[int]) -> list[int]:
 
 
 def head_order(size: int, slots: int) -> list[int]:
-    """Which output each column is: a dimension's two, its mean and what follows the means, side by side."""
+    """Give each column's output: a dimension's two, its mean and what follows the means, side by side."""
     means = _padded(list(range(size)), 4 * slots)
     return [-1 if mean < 0 else mean + other for mean in means for other in (0, size)]
 
@@ -96,10 +96,10 @@ def _network(
     return _Part(torch.cat([layer.data for layer in layers], dim=1), chunks)
 
 
-def stream(
+def hopper_weights(
     dynamics: DynamicsArrays, policy: PolicyArrays | None, operands: str, width: int, slots: int
-) -> Stream:
-    """The policy, if any, then every member; hidden layers of `width`, observation and reward in `slots`."""
+) -> HopperWeights:
+    """Pack the policy, if any, then every member: layers of `width`, observation and reward in `slots`."""
     dims = dynamics.max_logvar.shape[1]
     observation = _padded(list(range(dims - 1)), 4 * slots)
     action = list(range(dims - 1, len(dynamics.input_mean)))
@@ -112,4 +112,4 @@ def stream(
         parts.insert(0, _network(weights, biases, input_order(observation), POLICY_WIDTH, heads, operands))
     chunks = [chunk for part in parts for chunk in part.chunks * len(part.data)]
     data = torch.cat([part.data.flatten() for part in parts])
-    return Stream(data, torch.tensor(chunks, dtype=torch.int32, device=data.device))
+    return HopperWeights(data, torch.tensor(chunks, dtype=torch.int32, device=data.device))

@@ -1,0 +1,101 @@
+"""Rollouts on a GPU: padded to the horizon first, then the rows that exist are closed up into the ring."""
+
+import dataclasses
+from typing import NamedTuple, Protocol
+
+import torch
+
+from mopo_fast.backends.interface import RolloutCall, StepCall, StepResult
+
+# The size of the padded rollouts that are made at a time; a larger batch takes turns.
+PADDED_BYTES = 1 << 28
+
+
+class PaddedRollouts(NamedTuple):
+    """[batch, horizon, ...] each, of which the first `lengths` [batch] exist; `cut` [batch]: not finite."""
+
+    actions: torch.Tensor
+    rewards: torch.Tensor
+    next_observations: torch.Tensor
+    terminals: torch.Tensor
+    raw_rewards: torch.Tensor
+    penalties: torch.Tensor
+    members: torch.Tensor
+    lengths: torch.Tensor
+    cut: torch.Tensor
+
+
+class Launch(Protocol):
+    """Make all steps of all rollouts; without a policy the actions are read."""
+
+    def __call__(
+        self,
+        call: StepCall | RolloutCall,
+        padded: PaddedRollouts,
+        *,
+        mean: torch.Tensor | None = None,
+        std: torch.Tensor | None = None,
+    ) -> None: ...
+
+
+class Compact(Protocol):
+    """Copy the rows that exist into the ring, from row `head` on."""
+
+    def __call__(self, call: RolloutCall, padded: PaddedRollouts, head: int) -> None: ...
+
+
+def _empty(start: torch.Tensor, act_dim: int, horizon: int) -> PaddedRollouts:
+    batch, obs_dim = start.shape
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=start.device)
+
+    return PaddedRollouts(
+        actions=empty(batch, horizon, act_dim),
+        rewards=empty(batch, horizon),
+        next_observations=empty(batch, horizon, obs_dim),
+        terminals=empty(batch, horizon, dtype=torch.bool),
+        raw_rewards=empty(batch, horizon),
+        penalties=empty(batch, horizon),
+        members=empty(batch, horizon, dtype=torch.int32),
+        lengths=empty(batch, dtype=torch.int32),
+        cut=empty(batch, dtype=torch.int32),
+    )
+
+
+def padded_step(launch: Launch, call: StepCall) -> StepResult:
+    """Make a step as a rollout of one, with the members' distributions where they are asked for."""
+    batch, obs_dim = call.observations.shape
+    padded = _empty(call.observations, 0, 1)._replace(actions=call.actions)
+    mean = std = None
+    if call.distributions:
+        shape = (len(call.dynamics.weights[0]), batch, obs_dim + 1)
+        mean, std = call.observations.new_empty(shape), call.observations.new_empty(shape)
+    with torch.cuda.device_of(call.observations):
+        launch(call, padded, mean=mean, std=std)
+    return StepResult(
+        next_observations=padded.next_observations.squeeze(1),
+        rewards=padded.rewards.squeeze(1),
+        terminals=padded.terminals.squeeze(1),
+        raw_rewards=padded.raw_rewards.squeeze(1),
+        penalties=padded.penalties.squeeze(1),
+        members=padded.members.squeeze(1),
+        mean=mean,
+        std=std,
+    )
+
+
+def padded_rollout(launch: Launch, compact: Compact, call: RolloutCall) -> tuple[int, int]:
+    """Make rollouts into the ring: (rows written, rollouts cut as not finite)."""
+    obs_dim, act_dim = call.observations.shape[1], call.policy.weights[-1].shape[-1] // 2
+    turn = max(1, PADDED_BYTES // (4 * call.horizon * (obs_dim + act_dim + 5)))
+    written = cut = 0
+    for start, rows in zip(call.observations.split(turn), call.rows.split(turn), strict=True):
+        part = dataclasses.replace(call, observations=start, rows=rows)
+        padded = _empty(start, act_dim, call.horizon)
+        with torch.cuda.device_of(start):
+            launch(part, padded)
+            compact(part, padded, (call.out.head + written) % call.out.capacity)
+        counts: list[int] = torch.stack([padded.lengths.sum(), padded.cut.sum()]).tolist()
+        written, cut = written + counts[0], cut + counts[1]
+    return written, cut

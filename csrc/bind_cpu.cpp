@@ -13,15 +13,15 @@ namespace {
 using NetworkTuple =
     std::tuple<std::vector<uintptr_t>, std::vector<uintptr_t>, std::vector<int64_t>, int64_t, int>;
 
-std::vector<mopo::Layer> layers(const NetworkTuple& network) {
+std::vector<mopo::NetworkLayer> layers(const NetworkTuple& network) {
   const auto& [weights, biases, sizes, networks, activation] = network;
-  std::vector<mopo::Layer> result;
+  std::vector<mopo::NetworkLayer> result;
   for (size_t l = 0; l < weights.size(); ++l)
     result.push_back({pointer<float>(weights[l]), pointer<float>(biases[l]), sizes[l], sizes[l + 1]});
   return result;
 }
 
-mopo::Network network(const NetworkTuple& tuple, const std::vector<mopo::Layer>& layers) {
+mopo::Network network(const NetworkTuple& tuple, const std::vector<mopo::NetworkLayer>& layers) {
   return {layers.data(), static_cast<int64_t>(layers.size()), std::get<3>(tuple),
           static_cast<mopo::Activation>(std::get<4>(tuple))};
 }
@@ -54,7 +54,7 @@ std::pair<int64_t, int64_t> rollout(const std::string& isa, int64_t obs_dim, int
                                     uint64_t seed, bool deterministic, bool bfloat16, bool keep_every_row,
                                     const std::vector<ArrayTuple>& out, int64_t capacity, int64_t head,
                                     uintptr_t mean, uintptr_t std, int threads) {
-  const std::vector<mopo::Layer> dynamics_layers = layers(dynamics), policy_layers = layers(policy);
+  const std::vector<mopo::NetworkLayer> dynamics_layers = layers(dynamics), policy_layers = layers(policy);
   mopo::RolloutArgs args{};
   args.obs_dim = obs_dim;
   args.act_dim = act_dim;

@@ -43,7 +43,7 @@ struct RolloutPlan {
 bool interrupted(const RolloutPlan& plan) noexcept;
 
 // What a chunk's steps made, arrays of the output's shapes, rollout r's step t at row r * horizon + t.
-struct RolloutRecord {
+struct ChunkOutput {
   float *observations, *actions, *rewards, *next_observations;
   bool* terminals;
   float *raw_rewards, *penalties;
@@ -163,7 +163,7 @@ struct Kernels {
   Packing float32, bfloat16;
   int64_t block, panel;  // in training: rows of a block and columns of a panel
   int64_t tile;          // side of the square that bfloat16 training takes at a time; 0: panels, as float32
-  void (*rollout_chunk)(const RolloutArgs&, const RolloutPlan&, RolloutWorkspace&, RolloutRecord&,
+  void (*rollout_chunk)(const RolloutArgs&, const RolloutPlan&, RolloutWorkspace&, ChunkOutput&,
                         int64_t first, int64_t rows);
   // An update of SAC in its order; every thread has done one before any begins the next. Where the critics'
   // step comes first, sac_critic does it; else sac_action_gradient.

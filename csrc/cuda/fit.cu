@@ -7,8 +7,8 @@ namespace mopo::cuda {
 constexpr int kSummed = 4;
 
 struct Fit {
-  FitArgs args;           // but for the layers, which are
-  const Layer* layers;    // [members][depth]
+  FitArgs args;               // but for the layers, which are
+  const DeviceLayer* layers;  // [members][depth]
   double* sums;           // by max_logvar, by min_logvar, of the loss: [3 dims][members][kSummed rows each]
   const AdamStep* steps;  // [steps][depth + 1], the last of the bounds
   double* loss;
@@ -44,7 +44,9 @@ struct FitTile {
 
   __device__ __forceinline__ int depth() const { return static_cast<int>(args.depth); }
   __device__ __forceinline__ int dims() const { return static_cast<int>(args.dims); }
-  __device__ __forceinline__ const Layer& layer(int l) const { return fit.layers[member * depth() + l]; }
+  __device__ __forceinline__ const DeviceLayer& layer(int l) const {
+    return fit.layers[member * depth() + l];
+  }
 
   // The last tile's rows beyond the batch are its last, and leave no trace.
   __device__ __forceinline__ int64_t drawn(int v) const {
@@ -59,7 +61,7 @@ struct FitTile {
       layer(0).inputs.at(first + v)[d] = x(d, v) = args.inputs[drawn(v) + d];
     }
     for (int l = 0; l < depth(); ++l) {
-      const Layer& here = layer(l);
+      const DeviceLayer& here = layer(l);
       const float* bias = here.value.at(here.in);
       multiply<kTile, kTile>(x(), here.value.data, here.value.stride, here.in, here.out,
                              [&](int n, int v, float4 sum) {
@@ -86,7 +88,7 @@ struct FitTile {
   __device__ __forceinline__ void differentiate_loss() const {
     const int dims = this->dims();
     const float share = 1.0f / static_cast<float>(count * dims);
-    const Layer& head = layer(depth() - 1);
+    const DeviceLayer& head = layer(depth() - 1);
     const int groups = (count + kSummed - 1) / kSummed;
     for (int i = threadIdx.x; i < dims * (kTile / kSummed); i += kThreads) {
       const int d = i % dims, part = i / dims * kSummed, group = (first + part) / kSummed;
@@ -96,19 +98,13 @@ struct FitTile {
 #pragma unroll
       for (int v = part; v < part + kSummed; ++v) {
         const float raw = x(dims + d, v), error = x(d, v) - args.targets[drawn(v) + d];
-        // The soft clamp in closed form (spec.h); below_max, above_min are its two slopes.
-        const float below = 1.0f / (exp_minus_max + expf(-raw));
-        const float inverse = 1.0f / (exp_min + below);
-        const float below_max = 1.0f / (1.0f + expf(raw - max_logvar));
-        const float above_min = below * inverse;
-        const float scaled = error * error * inverse;
-        const float logvar_grad = (1.0f - scaled) * share;
-        head.grads.at(first + v)[d] = x(d, v) = 2.0f * share * error * inverse;
-        head.grads.at(first + v)[dims + d] = x(dims + d, v) = logvar_grad * above_min * below_max;
+        const auto one = likelihood(error, raw, max_logvar, exp_minus_max, exp_min, share);
+        head.grads.at(first + v)[d] = x(d, v) = one.mean_grad;
+        head.grads.at(first + v)[dims + d] = x(dims + d, v) = one.raw_grad;
         if (first + v >= count) continue;
-        max_grad += logvar_grad * above_min * (1.0f - below_max);
-        min_grad += logvar_grad * exp_min * inverse;
-        loss += (scaled - logf(inverse)) * share;
+        max_grad += one.max_grad;
+        min_grad += one.min_grad;
+        loss += one.loss * share;
       }
       if (group >= groups) continue;
       const int members = static_cast<int>(args.members), to = (d * members + member) * groups + group;
@@ -120,7 +116,7 @@ struct FitTile {
 
   __device__ __forceinline__ void backward() const {
     for (int l = depth() - 1; l > 0; --l) {
-      const Layer &here = layer(l), &below = layer(l - 1);
+      const DeviceLayer &here = layer(l), &below = layer(l - 1);
       multiply<kTile, kTile>(x(), here.transposed.data, here.transposed.stride, here.out, here.in,
                              [&](int k, int v, float4 sum) {
                                const float4 slopes = load_column(below.grads, first + v, k);
@@ -185,7 +181,7 @@ Fit lay_out(Memory& memory, const FitArgs& args, double* loss) {
   Fit fit{};
   fit.args = args;
   const int rows = round_up(static_cast<int>(batch_of(args)), 16);
-  std::vector<Layer> layers;
+  std::vector<DeviceLayer> layers;
   for (int64_t member = 0; member < args.members; ++member)
     for (int64_t l = 0; l < args.depth; ++l) {
       const Matrix inputs = memory.take_matrix(rows, args.layers[l].in + 1);
@@ -208,14 +204,14 @@ Fit lay_out(Memory& memory, const FitArgs& args, double* loss) {
 }  // namespace
 
 cudaError_t fit_steps(const std::vector<FitArgs>& runs, double* losses, const Allocate& allocate,
-                      cudaStream_t stream) {
+                      cudaStream_t cuda_stream) {
   const FitArgs& first = runs.front();
   const int floats = widest(first.layers, first.depth);  // of a row
   return each_launch(runs, [&](const FitArgs* some, int count, int blocks, const Device& device) {
     const bool large =
         first.members * batch_of(first) > 8 * blocks && shared_bytes(16 * floats) <= device.shared_bytes;
     return launch_with_memory(
-        allocate, stream,
+        allocate, cuda_stream,
         [&](Memory& memory) {
           std::vector<Fit> all;
           for (const FitArgs* args = some; args < some + count; ++args)
@@ -224,7 +220,7 @@ cudaError_t fit_steps(const std::vector<FitArgs>& runs, double* losses, const Al
         },
         [&](const Launch<Fit>& launch) {
           return ptx::launch_together(large ? fit_kernel<16> : fit_kernel<8>, count * blocks, kThreads,
-                                      shared_bytes((large ? 16 : 8) * floats), stream, launch);
+                                      shared_bytes((large ? 16 : 8) * floats), cuda_stream, launch);
         });
   });
 }

@@ -30,11 +30,11 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
 
 // ---- Barriers in shared memory: a phase ends when `count` threads have arrived and all bytes too. ----
 
-struct Barrier {
+struct SharedBarrier {
   uint64_t word;
 };
 
-__device__ __forceinline__ void barrier_init(Barrier* barrier, uint32_t count) {
+__device__ __forceinline__ void barrier_init(SharedBarrier* barrier, uint32_t count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count)
                : "memory");
 }
@@ -45,7 +45,7 @@ __device__ __forceinline__ void fence_barrier_init() {
 }
 
 // Arrive, and let the phase wait for `bytes` of bulk copies.
-__device__ __forceinline__ void barrier_arrive_expect(Barrier* barrier, uint32_t bytes) {
+__device__ __forceinline__ void barrier_arrive_expect(SharedBarrier* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
                "r"(bytes)
                : "memory");
@@ -53,7 +53,7 @@ __device__ __forceinline__ void barrier_arrive_expect(Barrier* barrier, uint32_t
 
 // Arrive at the barrier in the same place of the cluster's block `rank`. What it orders are this block's
 // accesses to its own shared memory: a release to the cluster would wait for all that is under way to L2.
-__device__ __forceinline__ void barrier_arrive_at(Barrier* barrier, uint32_t rank) {
+__device__ __forceinline__ void barrier_arrive_at(SharedBarrier* barrier, uint32_t rank) {
   asm volatile(
       "{\n"
       ".reg .b32 remote;\n"
@@ -66,7 +66,7 @@ __device__ __forceinline__ void barrier_arrive_at(Barrier* barrier, uint32_t ran
 
 // Wait until the phase of this parity has ended; a barrier begins in phase 0. An acquire from the cluster
 // would empty the first-level cache.
-__device__ __forceinline__ void barrier_wait(Barrier* barrier, uint32_t parity) {
+__device__ __forceinline__ void barrier_wait(SharedBarrier* barrier, uint32_t parity) {
 #ifdef MOPO_FAST_WATCHDOG
   asm volatile(MOPO_WATCHED("mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n")::"r"(
                    shared_address(barrier)),
@@ -105,8 +105,8 @@ __device__ __forceinline__ void cluster_sync() {
 
 // Copy `bytes` (a multiple of 16, aligned to 16) into the same place of every block in `blocks`, a mask, and
 // count them at the same barrier of each.
-__device__ __forceinline__ void bulk_load(void* shared, const void* global, uint32_t bytes, Barrier* barrier,
-                                          uint16_t blocks) {
+__device__ __forceinline__ void bulk_load(void* shared, const void* global, uint32_t bytes,
+                                          SharedBarrier* barrier, uint16_t blocks) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
       " [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(shared)),
@@ -292,7 +292,7 @@ __device__ __forceinline__ void wait_for(const uint32_t* counter, uint32_t count
 
 // kernel(args) by blocks in clusters of kCluster, `shared` bytes of dynamic shared memory each.
 template <int kCluster, class Args>
-cudaError_t launch(void (*kernel)(Args), int blocks, int threads, int shared, cudaStream_t stream,
+cudaError_t launch(void (*kernel)(Args), int blocks, int threads, int shared, cudaStream_t cuda_stream,
                    const Args& args) {
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
 #ifdef MOPO_FAST_WATCHDOG
@@ -306,7 +306,7 @@ cudaError_t launch(void (*kernel)(Args), int blocks, int threads, int shared, cu
   config.gridDim = blocks;
   config.blockDim = threads;
   config.dynamicSmemBytes = shared;
-  config.stream = stream;
+  config.stream = cuda_stream;
   config.attrs = &cluster;
   config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, kernel, args);
@@ -314,8 +314,8 @@ cudaError_t launch(void (*kernel)(Args), int blocks, int threads, int shared, cu
 
 // kernel(args) by blocks that all run at once, or not at all.
 template <class Args>
-cudaError_t launch_together(void (*kernel)(Args), int blocks, int threads, int shared, cudaStream_t stream,
-                            const Args& args) {
+cudaError_t launch_together(void (*kernel)(Args), int blocks, int threads, int shared,
+                            cudaStream_t cuda_stream, const Args& args) {
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
 #ifdef MOPO_FAST_WATCHDOG
   if (error == cudaSuccess) error = watchdog::begin();
@@ -328,7 +328,7 @@ cudaError_t launch_together(void (*kernel)(Args), int blocks, int threads, int s
   config.gridDim = blocks;
   config.blockDim = threads;
   config.dynamicSmemBytes = shared;
-  config.stream = stream;
+  config.stream = cuda_stream;
   config.attrs = &together;
   config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, kernel, args);

@@ -1,7 +1,7 @@
 // The rollout on Hopper: a block takes tiles of 128 rollouts through all steps, its activations in registers.
 //
 // Two warpgroups multiply, 64 rows each, and take turns at the tensor cores, so that the activations of one
-// run beside the products of the other. One more thread streams the weights through a ring of slots in shared
+// run beside the products of the other. One more thread feeds the weights through a ring of slots in shared
 // memory; the two blocks of a cluster fetch half of every chunk each, for both. Features are laid out so that
 // a thread holds the dimensions 4 j + q, q = lane % 4, of two rows, in what it gives to the products and in
 // what it gets from them: nothing passes between threads but sums over a row's four.
@@ -9,14 +9,10 @@
 
 #include "cuda/ptx.cuh"
 #include "cuda/random.cuh"
-#include "cuda/rollout.h"
+#include "cuda/rollout_launch.h"
+#include "scalar.h"
 
 namespace mopo::cuda {
-
-MOPO_INLINE float select(bool mask, float yes, float no) { return mask ? yes : no; }
-MOPO_INLINE float sqrt(float x) { return sqrtf(x); }
-
-#include "spec.h"
 
 constexpr int kTile = 128;                       // rollouts of a block
 constexpr int kConsumers = 2 * ptx::kWarpgroup;  // threads that multiply
@@ -26,7 +22,7 @@ constexpr int kActionSlots = 2;
 // The ring. mopo_fast/backends/gpu/stream.py cuts a layer into as few chunks of at most this size as it can.
 constexpr int kSlots = 8;
 constexpr int kSlotBytes = 26880;
-constexpr int kBarrierBytes = 2 * kSlots * sizeof(ptx::Barrier);
+constexpr int kBarrierBytes = 2 * kSlots * sizeof(ptx::SharedBarrier);
 // The inputs of the ensemble, four words a k-step, lie behind it.
 constexpr int kMaxInputSteps = 3;
 constexpr int kSharedBytes = kSlots * kSlotBytes + kBarrierBytes + 4 * kMaxInputSteps * 4 * kConsumers;
@@ -41,11 +37,11 @@ __device__ __forceinline__ unsigned char* slot(uint32_t n) {
   return ptx::dynamic_shared() + n % kSlots * kSlotBytes;
 }
 // Its chunk is there, in this block.
-__device__ __forceinline__ ptx::Barrier* full(uint32_t n) {
-  return reinterpret_cast<ptx::Barrier*>(ptx::dynamic_shared() + kSlots * kSlotBytes) + n % kSlots;
+__device__ __forceinline__ ptx::SharedBarrier* full(uint32_t n) {
+  return reinterpret_cast<ptx::SharedBarrier*>(ptx::dynamic_shared() + kSlots * kSlotBytes) + n % kSlots;
 }
 // Every warp that multiplies, of both blocks, is done with its chunk.
-__device__ __forceinline__ ptx::Barrier* empty(uint32_t n) { return full(n) + kSlots; }
+__device__ __forceinline__ ptx::SharedBarrier* empty(uint32_t n) { return full(n) + kSlots; }
 
 __device__ __forceinline__ void init_ring() {
   for (int n = 0; n < kSlots; ++n) {
@@ -62,8 +58,8 @@ __device__ __forceinline__ bool is_tile(int row, int batch) {
   return row / (kCluster * kTile) * (kCluster * kTile) < batch;
 }
 
-// One thread: the whole stream, once a step.
-__device__ __forceinline__ void produce(const RolloutArgs& args) {
+// One thread: feeds all weights, once a step.
+__device__ __forceinline__ void produce(const RolloutLaunch& args) {
   const uint32_t rank = ptx::cluster_rank();
   uint32_t n = 0;
   for (int row = first_tile(); is_tile(row, args.batch); row += next_tile())
@@ -89,7 +85,7 @@ struct Consumer {
   int group;       // 0 or 1
   uint32_t n = 0;  // chunks read
 
-  // d = bias + a * weight, for the next columns of the stream.
+  // d = bias + a * weight, for the next columns of the weights.
   template <class T, int kSteps, int kCount>
   __device__ __forceinline__ void multiply(T type, const uint32_t (&a)[kSteps][4], float (&d)[kCount]) {
     constexpr int kColumns = 2 * kCount, kImage = 32 * kColumns, kBias = round_up(4 * kColumns, 128);
@@ -222,7 +218,7 @@ struct Share {
   static constexpr T kType{};
   static_assert(kInputSteps <= kMaxInputSteps);
 
-  const RolloutArgs& args;
+  const RolloutLaunch& args;
   const int q;
   float2* predictions;  // mean and variance: [members][kObsSlots][2], kConsumers apart
   int first_row = 0;
@@ -239,7 +235,7 @@ struct Share {
   __device__ __forceinline__ int64_t number(int half) const {
     return exists(half) ? args.rows[row(half)] : 0;
   }
-  __device__ __forceinline__ PhiloxBlock random(int64_t number, Stream stream, uint32_t block) const {
+  __device__ __forceinline__ PhiloxBlock random(int64_t number, PhiloxStream stream, uint32_t block) const {
     return random_block(number, args.first_step + t, stream, block, args.seed);
   }
 
@@ -287,12 +283,10 @@ struct Share {
           if (taken) action = recorded;
         } else {
           action = heads[4 * at + 2 * half];
-          if (!args.deterministic) {
-            float log_std = heads[4 * at + 2 * half + 1];
-            log_std = log_std < args.log_std_min ? args.log_std_min : log_std;
-            log_std = log_std > args.log_std_max ? args.log_std_max : log_std;
-            action += expf(log_std) * normal(random(number(half), kActionStream, at), q);
-          }
+          if (!args.deterministic)
+            action = SquashedGaussian(action, heads[4 * at + 2 * half + 1], args.log_std_min,
+                                      args.log_std_max, normal(random(number(half), kActionStream, at), q))
+                         .raw;
           action = tanhf(action);
           if (taken) recorded = action;
         }
@@ -417,7 +411,7 @@ struct Share {
 };
 
 template <class T, int kWidth, int kObsSlots>
-__device__ __forceinline__ void consume(const RolloutArgs& args) {
+__device__ __forceinline__ void consume(const RolloutLaunch& args) {
   const int thread = threadIdx.x;
   Consumer consumer{thread / ptx::kWarpgroup};
   float2* predictions = reinterpret_cast<float2*>(args.scratch) + thread +
@@ -433,7 +427,7 @@ __device__ __forceinline__ void consume(const RolloutArgs& args) {
 }
 
 template <class T, int kWidth, int kObsSlots>
-__global__ void __launch_bounds__(kThreads, 1) rollout_kernel(const __grid_constant__ RolloutArgs args) {
+__global__ void __launch_bounds__(kThreads, 1) rollout_kernel(const __grid_constant__ RolloutLaunch args) {
   if (threadIdx.x == 0) init_ring();
   ptx::cluster_sync();
   if (threadIdx.x >= kConsumers) {
@@ -449,11 +443,11 @@ __global__ void __launch_bounds__(kThreads, 1) rollout_kernel(const __grid_const
 }
 
 template <class T>
-cudaError_t launch(const RolloutArgs& args, int width, int slots, cudaStream_t stream) {
+cudaError_t launch(const RolloutLaunch& args, int width, int slots, cudaStream_t cuda_stream) {
   const bool narrow = width == 200;
   const auto kernel = slots == 5 ? (narrow ? rollout_kernel<T, 200, 5> : rollout_kernel<T, 256, 5>)
                                  : (narrow ? rollout_kernel<T, 200, 8> : rollout_kernel<T, 256, 8>);
-  return ptx::launch<kCluster>(kernel, args.blocks, kThreads, kSharedBytes, stream, args);
+  return ptx::launch<kCluster>(kernel, args.blocks, kThreads, kSharedBytes, cuda_stream, args);
 }
 
 }  // namespace mopo::cuda

@@ -8,7 +8,8 @@
 #include <cstring>
 
 #include "cuda/ptx.cuh"
-#include "cuda/train.h"
+#include "cuda/training_launch.h"
+#include "scalar.h"
 
 namespace mopo::cuda {
 
@@ -27,7 +28,7 @@ struct Matrix {
 
 // A layer of one network. `target` and `transposed` have no data where there is no target, and where no
 // gradient goes back through the layer.
-struct Layer {
+struct DeviceLayer {
   int in, out;
   Parameter weight, bias;  // the caller's
   Matrix value, target;    // [in + 1][out], copies of these, the bias last
@@ -57,13 +58,14 @@ struct Memory {
     const int stride = round_up(static_cast<int>(columns), 4);
     return {take<float>(rows * stride), stride};
   }
-  Layer take_layer(const TrainedLayer& from, int64_t network, Matrix inputs, int64_t rows, bool backwards) {
+  DeviceLayer take_layer(const TrainedLayer& from, int64_t network, Matrix inputs, int64_t rows,
+                         bool backwards) {
     const auto mine = [network](const Parameter& whole, int64_t size) {
       float* target = whole.target == nullptr ? nullptr : whole.target + network * size;
       return Parameter{whole.value + network * size, whole.exp_avg + network * size,
                        whole.exp_avg_sq + network * size, target};
     };
-    Layer layer{};
+    DeviceLayer layer{};
     layer.in = static_cast<int>(from.in);
     layer.out = static_cast<int>(from.out);
     layer.weight = mine(from.weight, from.in * from.out);
@@ -88,15 +90,16 @@ struct Memory {
 // launch(lay_out(memory)), the memory filled in; waits for the kernel. An asynchronous copy may read the
 // image for as long as it takes, so the image stays until then.
 template <class LayOut, class Launch>
-cudaError_t launch_with_memory(const Allocate& allocate, cudaStream_t stream, LayOut lay_out, Launch launch) {
+cudaError_t launch_with_memory(const Allocate& allocate, cudaStream_t cuda_stream, LayOut lay_out,
+                               Launch launch) {
   Memory sizes;
   lay_out(sizes);
   Memory memory{static_cast<char*>(allocate(sizes.used + sizes.image.size())), sizes.used};
   const auto args = lay_out(memory);
   cudaError_t error = cudaMemcpyAsync(memory.base + memory.image_at, memory.image.data(), memory.image.size(),
-                                      cudaMemcpyHostToDevice, stream);
+                                      cudaMemcpyHostToDevice, cuda_stream);
   if (error == cudaSuccess) error = launch(args);
-  const cudaError_t waited = cudaStreamSynchronize(stream);
+  const cudaError_t waited = cudaStreamSynchronize(cuda_stream);
   return error == cudaSuccess ? waited : error;
 }
 
@@ -257,11 +260,9 @@ __device__ __forceinline__ float4 each(float4 x, float4 y, Function function) {
 // A number of a parameter's a step against its gradient; gives the new value.
 __device__ __forceinline__ float adam(const AdamStep& step, const Parameter& parameter, int at,
                                       float gradient) {
-  float &m = ptx::global(parameter.exp_avg)[at], &v = ptx::global(parameter.exp_avg_sq)[at];
   float& value = ptx::global(parameter.value)[at];
-  m = m + (gradient - m) * static_cast<float>(1.0 - kBeta1);
-  v = v * static_cast<float>(kBeta2) + gradient * gradient * static_cast<float>(1.0 - kBeta2);
-  value = value - step.size * m / (sqrtf(v) * step.root_correction + static_cast<float>(kEpsilon));
+  adam<float>(step, gradient, value, ptx::global(parameter.exp_avg)[at],
+              ptx::global(parameter.exp_avg_sq)[at]);
   return value;
 }
 
@@ -270,13 +271,13 @@ struct Place {
   const Parameter& parameter;
   int at;
 };
-__device__ __forceinline__ Place place(const Layer& layer, int k, int n) {
+__device__ __forceinline__ Place place(const DeviceLayer& layer, int k, int n) {
   return k < layer.in ? Place{layer.weight, k * layer.out + n} : Place{layer.bias, n};
 }
 
 // kHalf x kHalf numbers of a layer's matrix a step against their gradients, whose parts are in shared memory.
 constexpr int kHalf = 32;
-__device__ __forceinline__ void step_quarter(const Layer& layer, const AdamStep& step, int begin_k,
+__device__ __forceinline__ void step_quarter(const DeviceLayer& layer, const AdamStep& step, int begin_k,
                                              int begin_n, int parts) {
   float* values = partials() + parts * kHalf * kHalf;  // one more column: its own banks for each row
   for (int i = threadIdx.x; i < kHalf * kHalf; i += kThreads) {
@@ -307,10 +308,10 @@ __device__ __forceinline__ void step_quarter(const Layer& layer, const AdamStep&
 // A square of a layer's matrix a step against its gradient, inputs^T grads over `count` rows. A thread takes
 // 8 x 8 numbers, in groups of four `kHalf` apart, over a slice of the rows.
 constexpr int kSquare = 2 * kHalf;
-__device__ __forceinline__ int squares(const Layer& layer) {
+__device__ __forceinline__ int squares(const DeviceLayer& layer) {
   return (layer.in / kSquare + 1) * ((layer.out + kSquare - 1) / kSquare);
 }
-__device__ __forceinline__ void train_square(const Layer& layer, const AdamStep& step, int count,
+__device__ __forceinline__ void train_square(const DeviceLayer& layer, const AdamStep& step, int count,
                                              int square) {
   constexpr int kCells = kHalf / 4, kSlices = kThreads / (kCells * kCells);
   const int across = (layer.out + kSquare - 1) / kSquare;
@@ -352,15 +353,15 @@ __device__ __forceinline__ void train_square(const Layer& layer, const AdamStep&
 
 // The group's squares of layers are dealt out in turn. `next` is the block's first in the first layer; it
 // goes on to the layers after the last.
-__device__ __forceinline__ void train_layer(const Group& group, const Layer& layer, const AdamStep& step,
-                                            int count, int& next) {
+__device__ __forceinline__ void train_layer(const Group& group, const DeviceLayer& layer,
+                                            const AdamStep& step, int count, int& next) {
   const int all = squares(layer);
   for (; next < all; next += group.blocks) train_square(layer, step, count, next);
   next -= all;
 }
 
 // The copies of a layer's parameters, and the column of ones.
-__device__ __forceinline__ void take_up(const Group& group, const Layer& layer, int rows) {
+__device__ __forceinline__ void take_up(const Group& group, const DeviceLayer& layer, int rows) {
   const int first = group.block * kThreads + threadIdx.x, apart = group.blocks * kThreads;
   for (int i = first; i < (layer.in + 1) * layer.out; i += apart) {
     const int k = i / layer.out, n = i % layer.out;

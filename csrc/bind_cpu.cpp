@@ -125,6 +125,12 @@ auto fit_steps(const std::vector<FitCall*>& calls, const std::string& isa, int t
   });
 }
 
+double multiply_adds(const std::string& isa, bool bfloat16, int64_t rounds, int threads) {
+  return interruptible([&](mopo::Interrupt& interrupt) {
+    return mopo::multiply_adds(mopo::kernels(isa), bfloat16, rounds, threads, interrupt);
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
@@ -146,6 +152,8 @@ PYBIND11_MODULE(_cpu, module) {
              "Updates runs in place, side by side, each with so many threads. Gives sums of their metrics.");
   module.def("fit_steps", fit_steps, arg("calls"), py::kw_only(), arg("isa"), arg("threads"),
              "Steps runs in place, one after the other. Gives the sum of each one's losses.");
+  module.def("multiply_adds", multiply_adds, py::kw_only(), arg("isa"), arg("bfloat16"), arg("rounds"),
+             arg("threads"), "The machine's peak, to be timed: rounds of multiply-adds. Gives their FLOP.");
   module.def(
       "use_large_pages",
       [](uintptr_t address, size_t bytes) { mopo::use_large_pages(pointer<char>(address), bytes); },

@@ -158,6 +158,9 @@ enum class MathFunction : int {
   kSqrt
 };
 
+// Room that the peak's loops need.
+constexpr int kPeakNumbers = 1024;
+
 struct Kernels {
   const char* name;
   Packing float32, bfloat16;
@@ -178,6 +181,9 @@ struct Kernels {
   void (*fit_forward)(const FitArgs&, const FitPlan&, const FitWorkspace&, const FitTurn&);
   void (*fit_backward)(const FitArgs&, const FitPlan&, const FitWorkspace&, const FitTurn&,
                        const AdamStep* steps);
+  // Multiply-adds for nothing but their time, on numbers [kPeakNumbers]; gives their FLOP.
+  double (*float32_peak)(int64_t rounds, float* numbers);
+  double (*bfloat16_peak)(int64_t rounds, float* numbers);
   void (*math)(MathFunction, const float* x, float* y, int64_t count);
 };
 

@@ -3,7 +3,6 @@
 #include <system_error>
 
 #include "bind.h"
-#include "cpu/arena.h"
 #include "cpu/dispatch.h"
 #include "philox.h"
 
@@ -154,10 +153,6 @@ PYBIND11_MODULE(_cpu, module) {
              "Steps runs in place, one after the other. Gives the sum of each one's losses.");
   module.def("multiply_adds", multiply_adds, py::kw_only(), arg("isa"), arg("bfloat16"), arg("rounds"),
              arg("threads"), "The machine's peak, to be timed: rounds of multiply-adds. Gives their FLOP.");
-  module.def(
-      "use_large_pages",
-      [](uintptr_t address, size_t bytes) { mopo::use_large_pages(pointer<char>(address), bytes); },
-      arg("address"), arg("bytes"), "Asks for large pages for memory that has not been touched yet.");
   module.def(
       "philox4x32",
       [](std::array<uint32_t, 4> counter, uint64_t key) {

@@ -15,10 +15,7 @@ MOPO_INLINE float log(float x) { return logf(x); }
 MOPO_INLINE float log1p(float x) { return log1pf(x); }
 MOPO_INLINE float tanh(float x) { return tanhf(x); }
 MOPO_INLINE float fast_sqrt(float x) { return sqrtf(x); }
-template <class Number>
-MOPO_INLINE Number fast_quotient(float x, Number y) {
-  return x / y;
-}
+MOPO_INLINE auto fast_quotient(float x, auto y) { return x / y; }
 
 #include "spec.h"
 

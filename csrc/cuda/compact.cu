@@ -6,7 +6,7 @@ namespace mopo::cuda {
 
 constexpr int kThreads = 256;
 
-__device__ __forceinline__ void copy(const float* from, float* to, int count) {
+MOPO_DEVICE void copy(const float* from, float* to, int count) {
   for (int i = threadIdx.x % 32; i < count; i += 32) to[i] = from[i];
 }
 

@@ -7,8 +7,8 @@ namespace mopo::cuda {
 constexpr int kSummed = 4;
 
 struct Fit {
-  FitArgs args;               // but for the layers, which are
-  const DeviceLayer* layers;  // [members][depth]
+  FitArgs args;           // but for the layers, which are
+  const Layer* layers;    // [members][depth]
   double* sums;           // by max_logvar, by min_logvar, of the loss: [3 dims][members][kSummed rows each]
   const AdamStep* steps;  // [steps][depth + 1], the last of the bounds
   double* loss;
@@ -16,7 +16,7 @@ struct Fit {
 };
 
 // The activation at z, and its derivative there.
-__device__ __forceinline__ float activate(Activation activation, float z, float& slope) {
+MOPO_DEVICE float activate(Activation activation, float z, float& slope) {
   if (activation == Activation::kSilu) {
     const float gate = 1.0f / (1.0f + expf(-z)), y = z * gate;
     slope = gate + y * (1.0f - gate);
@@ -39,21 +39,19 @@ struct FitTile {
   const int begin, count, member, first;
 
   // What goes through a layer, [width][kTile].
-  __device__ __forceinline__ float* x() const { return activations(); }
-  __device__ __forceinline__ float& x(int column, int row) const { return x()[column * kTile + row]; }
+  MOPO_DEVICE float* x() const { return activations(); }
+  MOPO_DEVICE float& x(int column, int row) const { return x()[column * kTile + row]; }
 
-  __device__ __forceinline__ int depth() const { return static_cast<int>(args.depth); }
-  __device__ __forceinline__ int dims() const { return static_cast<int>(args.dims); }
-  __device__ __forceinline__ const DeviceLayer& layer(int l) const {
-    return fit.layers[member * depth() + l];
-  }
+  MOPO_DEVICE int depth() const { return static_cast<int>(args.depth); }
+  MOPO_DEVICE int dims() const { return static_cast<int>(args.dims); }
+  MOPO_DEVICE const Layer& layer(int l) const { return fit.layers[member * depth() + l]; }
 
   // The last tile's rows beyond the batch are its last, and leave no trace.
-  __device__ __forceinline__ int64_t drawn(int v) const {
+  MOPO_DEVICE int64_t drawn(int v) const {
     return args.rows[member * args.rows_stride + begin + min(first + v, count - 1)] * args.stride;
   }
 
-  __device__ __forceinline__ void forward() const {
+  MOPO_DEVICE void forward() const {
     const int width = layer(0).in;
     __syncthreads();
     for (int i = threadIdx.x; i < kTile * width; i += kThreads) {
@@ -61,7 +59,7 @@ struct FitTile {
       layer(0).inputs.at(first + v)[d] = x(d, v) = args.inputs[drawn(v) + d];
     }
     for (int l = 0; l < depth(); ++l) {
-      const DeviceLayer& here = layer(l);
+      const Layer& here = layer(l);
       const float* bias = here.value.at(here.in);
       multiply<kTile, kTile>(x(), here.value.data, here.value.stride, here.in, here.out,
                              [&](int n, int v, float4 sum) {
@@ -79,16 +77,16 @@ struct FitTile {
     __syncthreads();
   }
 
-  __device__ __forceinline__ float4 activate(float4 z, float4& slopes) const {
+  MOPO_DEVICE float4 activate(float4 z, float4& slopes) const {
     const auto one = [&](float x, float& slope) { return cuda::activate(args.activation, x, slope); };
     return make_float4(one(z.x, slopes.x), one(z.y, slopes.y), one(z.z, slopes.z), one(z.w, slopes.w));
   }
 
   // The Gaussian negative log-likelihood, and its gradient by the head's outputs and by the bounds.
-  __device__ __forceinline__ void differentiate_loss() const {
+  MOPO_DEVICE void differentiate_loss() const {
     const int dims = this->dims();
     const float share = 1.0f / static_cast<float>(count * dims);
-    const DeviceLayer& head = layer(depth() - 1);
+    const Layer& head = layer(depth() - 1);
     const int groups = (count + kSummed - 1) / kSummed;
     for (int i = threadIdx.x; i < dims * (kTile / kSummed); i += kThreads) {
       const int d = i % dims, part = i / dims * kSummed, group = (first + part) / kSummed;
@@ -114,9 +112,9 @@ struct FitTile {
     }
   }
 
-  __device__ __forceinline__ void backward() const {
+  MOPO_DEVICE void backward() const {
     for (int l = depth() - 1; l > 0; --l) {
-      const DeviceLayer &here = layer(l), &below = layer(l - 1);
+      const Layer &here = layer(l), &below = layer(l - 1);
       multiply<kTile, kTile>(x(), here.transposed.data, here.transposed.stride, here.out, here.in,
                              [&](int k, int v, float4 sum) {
                                const float4 slopes = load_column(below.grads, first + v, k);
@@ -129,7 +127,7 @@ struct FitTile {
 };
 
 // The bounds' step, of the losses of all members; adds the step's loss.
-__device__ __forceinline__ void train_bounds(const Fit& fit, const AdamStep& step, int count) {
+MOPO_DEVICE void train_bounds(const Fit& fit, const AdamStep& step, int count) {
   const FitArgs& args = fit.args;
   const int dims = static_cast<int>(args.dims), groups = (count + kSummed - 1) / kSummed;
   const double* sums = add_up(fit.sums, 3 * dims, static_cast<int>(args.members) * groups);
@@ -181,7 +179,7 @@ Fit lay_out(Memory& memory, const FitArgs& args, double* loss) {
   Fit fit{};
   fit.args = args;
   const int rows = round_up(static_cast<int>(batch_of(args)), 16);
-  std::vector<DeviceLayer> layers;
+  std::vector<Layer> layers;
   for (int64_t member = 0; member < args.members; ++member)
     for (int64_t l = 0; l < args.depth; ++l) {
       const Matrix inputs = memory.take_matrix(rows, args.layers[l].in + 1);

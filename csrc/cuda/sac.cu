@@ -9,21 +9,21 @@ enum RowSum { kLogProb, kSquares, kValues, kLeastValue, kSums };
 
 // One run. A matrix of several sections has the batch in each.
 struct Sac {
-  SacArgs args;               // but for the layers, which are
-  const DeviceLayer* layers;  // [critics + 1][depth], the actor's last
-  int batch, rows;            // rows of a section: the batch, rounded up to whole tiles
-  Matrix observations;        // 2 sections: observations; next observations
-  Matrix pairs;               // 3 sections: these with actions, the data's; the policy's; next observations'
-  Matrix actions;             // the policy's
-  Matrix spread, log_std;     // its std * noise; log std before the clip
-  Matrix action_grad;         // of - Q / batch by the policy's actions
-  double* sums;               // [kSums][batch]
-  const AdamStep* steps;      // [updates][3]: of the critics, the actor and the temperature
+  SacArgs args;            // but for the layers, which are
+  const Layer* layers;     // [critics + 1][depth], the actor's last
+  int batch, rows;         // rows of a section: the batch, rounded up to whole tiles
+  Matrix observations;     // 2 sections: observations; next observations
+  Matrix pairs;            // 3 sections: these with actions, the data's; the policy's; next observations'
+  Matrix actions;          // the policy's
+  Matrix spread, log_std;  // its std * noise; log std before the clip
+  Matrix action_grad;      // of - Q / batch by the policy's actions
+  double* sums;            // [kSums][batch]
+  const AdamStep* steps;   // [updates][3]: of the critics, the actor and the temperature
   double* metrics;
   uint32_t* counter;
 };
 
-__device__ __forceinline__ float temperature(const SacArgs& args) {
+MOPO_DEVICE float temperature(const SacArgs& args) {
   const float alpha = expf(*args.log_alpha.value);
   return alpha > args.alpha_max ? args.alpha_max : alpha;
 }
@@ -41,40 +41,38 @@ struct SacTile {
 
   // In shared memory, of each row; of log-probabilities the sections of observations, of gradients by Q the
   // first two of pairs, of Q all of them.
-  __device__ __forceinline__ float* values() const { return activations(); }
-  __device__ __forceinline__ int64_t* drawn() const { return reinterpret_cast<int64_t*>(values()); }
-  __device__ __forceinline__ float* rewards() const { return values() + 2 * kTile; }
-  __device__ __forceinline__ float* continues() const { return values() + 3 * kTile; }
-  __device__ __forceinline__ float* targets() const { return values() + 4 * kTile; }
-  __device__ __forceinline__ float* log_probs() const { return values() + 5 * kTile; }
-  __device__ __forceinline__ float* q_grads() const { return values() + 7 * kTile; }
-  __device__ __forceinline__ float* q(int critic) const { return values() + (9 + 3 * critic) * kTile; }
+  MOPO_DEVICE float* values() const { return activations(); }
+  MOPO_DEVICE int64_t* drawn() const { return reinterpret_cast<int64_t*>(values()); }
+  MOPO_DEVICE float* rewards() const { return values() + 2 * kTile; }
+  MOPO_DEVICE float* continues() const { return values() + 3 * kTile; }
+  MOPO_DEVICE float* targets() const { return values() + 4 * kTile; }
+  MOPO_DEVICE float* log_probs() const { return values() + 5 * kTile; }
+  MOPO_DEVICE float* q_grads() const { return values() + 7 * kTile; }
+  MOPO_DEVICE float* q(int critic) const { return values() + (9 + 3 * critic) * kTile; }
   // What goes through a layer, [width][kStride].
-  __device__ __forceinline__ float* x() const { return q(static_cast<int>(args.critics)); }
-  __device__ __forceinline__ float& x(int column, int row) const { return x()[column * kStride + row]; }
+  MOPO_DEVICE float* x() const { return q(static_cast<int>(args.critics)); }
+  MOPO_DEVICE float& x(int column, int row) const { return x()[column * kStride + row]; }
 
-  __device__ __forceinline__ int hidden() const { return static_cast<int>(args.depth) - 1; }
-  __device__ __forceinline__ int obs_dim() const { return static_cast<int>(args.obs_dim); }
-  __device__ __forceinline__ int act_dim() const { return static_cast<int>(args.act_dim); }
-  __device__ __forceinline__ const DeviceLayer* critic(int j) const { return sac.layers + j * args.depth; }
-  __device__ __forceinline__ const DeviceLayer* actor() const {
-    return critic(static_cast<int>(args.critics));
-  }
+  MOPO_DEVICE int hidden() const { return static_cast<int>(args.depth) - 1; }
+  MOPO_DEVICE int obs_dim() const { return static_cast<int>(args.obs_dim); }
+  MOPO_DEVICE int act_dim() const { return static_cast<int>(args.act_dim); }
+  MOPO_DEVICE const Layer* critic(int j) const { return sac.layers + j * args.depth; }
+  MOPO_DEVICE const Layer* actor() const { return critic(static_cast<int>(args.critics)); }
   // Of the sections from `section` on that the critics take at once, is 0 or is 1 one?
-  __device__ __forceinline__ static bool has_data(int section) { return section == 0; }
-  __device__ __forceinline__ static bool has_policy(int section) { return kBoth || section == 1; }
+  MOPO_DEVICE static bool has_data(int section) { return section == 0; }
+  MOPO_DEVICE static bool has_policy(int section) { return kBoth || section == 1; }
 
   // The row of a matrix that row v of what goes through a layer is, which begins with `section`.
-  __device__ __forceinline__ int row(int section, int v) const {
+  MOPO_DEVICE int row(int section, int v) const {
     return (section + v / kTile) * sac.rows + first + v % kTile;
   }
   // Its row of the batch; the last tile's rows beyond the batch are its last, and leave no trace.
-  __device__ __forceinline__ int batch_row(int v) const { return min(first + v % kTile, sac.batch - 1); }
-  __device__ __forceinline__ const SacSource& source(int v) const {
+  MOPO_DEVICE int batch_row(int v) const { return min(first + v % kTile, sac.batch - 1); }
+  MOPO_DEVICE const SacSource& source(int v) const {
     return batch_row(v) < args.real_rows ? args.real : args.model;
   }
 
-  __device__ __forceinline__ void gather() const {
+  MOPO_DEVICE void gather() const {
     const int obs_dim = this->obs_dim(), act_dim = this->act_dim();
     if (threadIdx.x < kTile) {
       const int v = threadIdx.x;
@@ -104,9 +102,8 @@ struct SacTile {
   // Sections of `input` through a network, the last layer's outputs into `to`, `stride` from one to the next.
   // The inputs of the other layers are kept in the sections before `kept`.
   template <int kRows>
-  __device__ __forceinline__ void forward(const Matrix& input, const DeviceLayer* layers,
-                                          Matrix DeviceLayer::* weights, int section, int kept, float* to,
-                                          int stride) const {
+  MOPO_DEVICE void forward(const Matrix& input, const Layer* layers, Matrix Layer::* weights, int section,
+                           int kept, float* to, int stride) const {
     const int width = layers[0].in;
     __syncthreads();
     for (int i = threadIdx.x; i < kRows / 4 * width; i += kThreads) {
@@ -114,7 +111,7 @@ struct SacTile {
       four(&x(d, v)) = load_column(input, row(section, v), d);
     }
     for (int l = 0; l <= hidden(); ++l) {
-      const DeviceLayer& layer = layers[l];
+      const Layer& layer = layers[l];
       const Matrix& matrix = layer.*weights;
       const float* bias = matrix.at(layer.in);
       multiply<kRows, kStride>(x(), matrix.data, matrix.stride, layer.in, layer.out,
@@ -134,9 +131,9 @@ struct SacTile {
   }
 
   // Actions and their log-probabilities, at observations and at next observations.
-  __device__ __forceinline__ void act() const {
+  MOPO_DEVICE void act() const {
     const int act_dim = this->act_dim();
-    forward<kStride>(sac.observations, actor(), &DeviceLayer::value, 0, 1, x(), kStride);
+    forward<kStride>(sac.observations, actor(), &Layer::value, 0, 1, x(), kStride);
     float* terms = partials();
     for (int i = threadIdx.x; i < act_dim * kStride; i += kThreads) {
       const int d = i / kStride, v = i % kStride;
@@ -162,14 +159,14 @@ struct SacTile {
   }
 
   // This thread's row's part in a sum.
-  __device__ __forceinline__ void add(RowSum sum, double x) const {
+  MOPO_DEVICE void add(RowSum sum, double x) const {
     const int row = first + threadIdx.x;
     if (row < sac.batch) sac.sums[sum * sac.batch + row] = x;
   }
 
-  __device__ __forceinline__ void evaluate_targets() const {
+  MOPO_DEVICE void evaluate_targets() const {
     for (int j = 0; j < args.critics; ++j)
-      forward<kTile>(sac.pairs, critic(j), &DeviceLayer::target, 2, 0, q(j) + 2 * kTile, 0);
+      forward<kTile>(sac.pairs, critic(j), &Layer::target, 2, 0, q(j) + 2 * kTile, 0);
     if (threadIdx.x >= kTile) return;
     const int v = threadIdx.x;
     float least = q(0)[2 * kTile + v];
@@ -183,9 +180,9 @@ struct SacTile {
 
   // The critics forwards and backwards, the sections from `section` on: 0 for their own loss, 1 for the
   // policy's.
-  __device__ __forceinline__ void critics(int section) const {
+  MOPO_DEVICE void critics(int section) const {
     for (int j = 0; j < args.critics; ++j)
-      forward<kCriticRows>(sac.pairs, critic(j), &DeviceLayer::value, section, 2, q(j) + section * kTile, 0);
+      forward<kCriticRows>(sac.pairs, critic(j), &Layer::value, section, 2, q(j) + section * kTile, 0);
     const int v = threadIdx.x;
     int least = 0;
     if (v < kTile && has_data(section)) {
@@ -213,8 +210,8 @@ struct SacTile {
     }
   }
 
-  __device__ __forceinline__ void critic_backward(int j, int section) const {
-    const DeviceLayer *layers = critic(j), &head = layers[hidden()];
+  MOPO_DEVICE void critic_backward(int j, int section) const {
+    const Layer *layers = critic(j), &head = layers[hidden()];
     for (int i = threadIdx.x; i < kCriticRows / 4 * head.in; i += kThreads) {
       const int v = i / head.in * 4, k = i % head.in;
       const float4 outputs = load_column(head.inputs, row(section, v), k);
@@ -232,10 +229,9 @@ struct SacTile {
   // From the gradients of layer `top`'s outputs down to those of the outputs below layer `bottom`, before the
   // activation. Below the critics' layer 0 are actions: their gradients are those of all critics together.
   template <int kRows>
-  __device__ __forceinline__ void backward(const DeviceLayer* layers, int top, int section, int bottom,
-                                           bool adds) const {
+  MOPO_DEVICE void backward(const Layer* layers, int top, int section, int bottom, bool adds) const {
     for (int l = top; l >= bottom; --l) {
-      const DeviceLayer& layer = layers[l];
+      const Layer& layer = layers[l];
       // Of the first layer's inputs whole groups of four, from the actions on.
       const int begin = l == 0 ? obs_dim() / 4 * 4 : 0;
       multiply<kRows, kStride>(
@@ -259,10 +255,10 @@ struct SacTile {
   }
 
   // From the gradients of the actions through Q to those of the actor's layers.
-  __device__ __forceinline__ void actor_backward() const {
+  MOPO_DEVICE void actor_backward() const {
     const float share = 1.0f / static_cast<float>(sac.batch);
     const int act_dim = this->act_dim();
-    const DeviceLayer& head = actor()[hidden()];
+    const Layer& head = actor()[hidden()];
     __syncthreads();
     for (int i = threadIdx.x; i < act_dim * kTile; i += kThreads) {
       const int d = i / kTile, v = i % kTile;
@@ -277,7 +273,7 @@ struct SacTile {
 };
 
 // The temperature's step, and the update's metrics, which are of the state before it.
-__device__ __forceinline__ void train_temperature(const Sac& sac, const AdamStep& step) {
+MOPO_DEVICE void train_temperature(const Sac& sac, const AdamStep& step) {
   const SacArgs& args = sac.args;
   const double* sums = add_up(sac.sums, kSums, sac.batch);
   if (threadIdx.x > 0) return;
@@ -341,7 +337,7 @@ Sac lay_out(Memory& memory, const SacArgs& args, double* metrics) {
   sac.pairs = memory.take_matrix(3 * rows, args.obs_dim + args.act_dim + 1);
   for (Matrix* each : {&sac.actions, &sac.spread, &sac.log_std, &sac.action_grad})
     *each = memory.take_matrix(rows, args.act_dim);
-  std::vector<DeviceLayer> layers;
+  std::vector<Layer> layers;
   const auto take = [&](const TrainedLayer* from, int64_t network, Matrix inputs, int sections,
                         bool to_the_inputs) {
     for (int64_t l = 0; l < args.depth; ++l) {

@@ -21,14 +21,12 @@ MOPO_INLINE int round_up(int count, int multiple) { return (count + multiple - 1
 struct Matrix {
   float* data;
   int stride;
-  __device__ __forceinline__ float* at(int row) const {
-    return ptx::global(data + static_cast<int64_t>(row) * stride);
-  }
+  MOPO_DEVICE float* at(int row) const { return ptx::global(data + static_cast<int64_t>(row) * stride); }
 };
 
 // A layer of one network. `target` and `transposed` have no data where there is no target, and where no
 // gradient goes back through the layer.
-struct DeviceLayer {
+struct Layer {
   int in, out;
   Parameter weight, bias;  // the caller's
   Matrix value, target;    // [in + 1][out], copies of these, the bias last
@@ -58,14 +56,13 @@ struct Memory {
     const int stride = round_up(static_cast<int>(columns), 4);
     return {take<float>(rows * stride), stride};
   }
-  DeviceLayer take_layer(const TrainedLayer& from, int64_t network, Matrix inputs, int64_t rows,
-                         bool backwards) {
+  Layer take_layer(const TrainedLayer& from, int64_t network, Matrix inputs, int64_t rows, bool backwards) {
     const auto mine = [network](const Parameter& whole, int64_t size) {
       float* target = whole.target == nullptr ? nullptr : whole.target + network * size;
       return Parameter{whole.value + network * size, whole.exp_avg + network * size,
                        whole.exp_avg_sq + network * size, target};
     };
-    DeviceLayer layer{};
+    Layer layer{};
     layer.in = static_cast<int>(from.in);
     layer.out = static_cast<int>(from.out);
     layer.weight = mine(from.weight, from.in * from.out);
@@ -147,7 +144,7 @@ struct Group {
   uint32_t awaited = 0;
 
   // Until all blocks are here; what they have written before is there.
-  __device__ __forceinline__ void wait() {
+  MOPO_DEVICE void wait() {
     __syncthreads();
     awaited += blocks;
     if (threadIdx.x == 0) {
@@ -163,14 +160,14 @@ struct Group {
 // Of 4 columns a thread, padded, and of 8 rows at a time.
 constexpr int kPartials = 4 * kThreads / 8 * 9 * 8;
 
-__device__ __forceinline__ float* partials() { return reinterpret_cast<float*>(ptx::dynamic_shared()); }
-__device__ __forceinline__ float* activations() { return partials() + kPartials; }
+MOPO_DEVICE float* partials() { return reinterpret_cast<float*>(ptx::dynamic_shared()); }
+MOPO_DEVICE float* activations() { return partials() + kPartials; }
 inline int shared_bytes(int activations) {
   return (kPartials + activations) * static_cast<int>(sizeof(float));
 }
 
-__device__ __forceinline__ float4& four(float* at) { return *reinterpret_cast<float4*>(at); }
-__device__ __forceinline__ float4 four(const float* at) { return *reinterpret_cast<const float4*>(at); }
+MOPO_DEVICE float4& four(float* at) { return *reinterpret_cast<float4*>(at); }
+MOPO_DEVICE float4 four(const float* at) { return *reinterpret_cast<const float4*>(at); }
 
 // A product x^T m of x [count][kStride] in shared memory, of which kRows columns, and m [count][columns] in
 // global memory: visit(column, row, values of four rows from there on), as many at once as there are threads.
@@ -178,8 +175,7 @@ __device__ __forceinline__ float4 four(const float* at) { return *reinterpret_ca
 //
 // A thread takes four columns for all rows, and a slice of `count`; the slices' sums are added up in order.
 template <int kRows, int kStride, class Visit>
-__device__ __forceinline__ void multiply(const float* x, const float* m, int stride, int count, int columns,
-                                         Visit visit) {
+MOPO_DEVICE void multiply(const float* x, const float* m, int stride, int count, int columns, Visit visit) {
   constexpr int kAtOnce = kRows < 8 ? kRows : 8, kMostSlices = 32;
   const int quads = (columns + 3) / 4, slices = min(kMostSlices, kThreads / quads);
   const int slice = threadIdx.x / quads, quad = threadIdx.x % quads;
@@ -235,31 +231,30 @@ __device__ __forceinline__ void multiply(const float* x, const float* m, int str
 }
 
 // Four rows' values in one column of a matrix.
-__device__ __forceinline__ void store_column(const Matrix& matrix, int row, int column, float4 x) {
+MOPO_DEVICE void store_column(const Matrix& matrix, int row, int column, float4 x) {
   float* to = matrix.at(row) + column;
   to[0] = x.x;
   to[matrix.stride] = x.y;
   to[2 * matrix.stride] = x.z;
   to[3 * matrix.stride] = x.w;
 }
-__device__ __forceinline__ float4 load_column(const Matrix& matrix, int row, int column) {
+MOPO_DEVICE float4 load_column(const Matrix& matrix, int row, int column) {
   const float* from = matrix.at(row) + column;
   return make_float4(from[0], from[matrix.stride], from[2 * matrix.stride], from[3 * matrix.stride]);
 }
 template <class Function>
-__device__ __forceinline__ float4 each(float4 x, Function function) {
+MOPO_DEVICE float4 each(float4 x, Function function) {
   return make_float4(function(x.x), function(x.y), function(x.z), function(x.w));
 }
 template <class Function>
-__device__ __forceinline__ float4 each(float4 x, float4 y, Function function) {
+MOPO_DEVICE float4 each(float4 x, float4 y, Function function) {
   return make_float4(function(x.x, y.x), function(x.y, y.y), function(x.z, y.z), function(x.w, y.w));
 }
 
 // ---- Device: parameters ----
 
 // A number of a parameter's a step against its gradient; gives the new value.
-__device__ __forceinline__ float adam(const AdamStep& step, const Parameter& parameter, int at,
-                                      float gradient) {
+MOPO_DEVICE float adam(const AdamStep& step, const Parameter& parameter, int at, float gradient) {
   float& value = ptx::global(parameter.value)[at];
   adam<float>(step, gradient, value, ptx::global(parameter.exp_avg)[at],
               ptx::global(parameter.exp_avg_sq)[at]);
@@ -271,14 +266,13 @@ struct Place {
   const Parameter& parameter;
   int at;
 };
-__device__ __forceinline__ Place place(const DeviceLayer& layer, int k, int n) {
+MOPO_DEVICE Place place(const Layer& layer, int k, int n) {
   return k < layer.in ? Place{layer.weight, k * layer.out + n} : Place{layer.bias, n};
 }
 
 // kHalf x kHalf numbers of a layer's matrix a step against their gradients, whose parts are in shared memory.
 constexpr int kHalf = 32;
-__device__ __forceinline__ void step_quarter(const DeviceLayer& layer, const AdamStep& step, int begin_k,
-                                             int begin_n, int parts) {
+MOPO_DEVICE void step_quarter(const Layer& layer, const AdamStep& step, int begin_k, int begin_n, int parts) {
   float* values = partials() + parts * kHalf * kHalf;  // one more column: its own banks for each row
   for (int i = threadIdx.x; i < kHalf * kHalf; i += kThreads) {
     const int k = begin_k + i / kHalf, n = begin_n + i % kHalf;
@@ -308,11 +302,10 @@ __device__ __forceinline__ void step_quarter(const DeviceLayer& layer, const Ada
 // A square of a layer's matrix a step against its gradient, inputs^T grads over `count` rows. A thread takes
 // 8 x 8 numbers, in groups of four `kHalf` apart, over a slice of the rows.
 constexpr int kSquare = 2 * kHalf;
-__device__ __forceinline__ int squares(const DeviceLayer& layer) {
+MOPO_DEVICE int squares(const Layer& layer) {
   return (layer.in / kSquare + 1) * ((layer.out + kSquare - 1) / kSquare);
 }
-__device__ __forceinline__ void train_square(const DeviceLayer& layer, const AdamStep& step, int count,
-                                             int square) {
+MOPO_DEVICE void train_square(const Layer& layer, const AdamStep& step, int count, int square) {
   constexpr int kCells = kHalf / 4, kSlices = kThreads / (kCells * kCells);
   const int across = (layer.out + kSquare - 1) / kSquare;
   const int first_k = square / across * kSquare, first_n = square % across * kSquare;
@@ -353,15 +346,15 @@ __device__ __forceinline__ void train_square(const DeviceLayer& layer, const Ada
 
 // The group's squares of layers are dealt out in turn. `next` is the block's first in the first layer; it
 // goes on to the layers after the last.
-__device__ __forceinline__ void train_layer(const Group& group, const DeviceLayer& layer,
-                                            const AdamStep& step, int count, int& next) {
+MOPO_DEVICE void train_layer(const Group& group, const Layer& layer, const AdamStep& step, int count,
+                             int& next) {
   const int all = squares(layer);
   for (; next < all; next += group.blocks) train_square(layer, step, count, next);
   next -= all;
 }
 
 // The copies of a layer's parameters, and the column of ones.
-__device__ __forceinline__ void take_up(const Group& group, const DeviceLayer& layer, int rows) {
+MOPO_DEVICE void take_up(const Group& group, const Layer& layer, int rows) {
   const int first = group.block * kThreads + threadIdx.x, apart = group.blocks * kThreads;
   for (int i = first; i < (layer.in + 1) * layer.out; i += apart) {
     const int k = i / layer.out, n = i % layer.out;
@@ -375,7 +368,7 @@ __device__ __forceinline__ void take_up(const Group& group, const DeviceLayer& l
 }
 
 // The sums of `columns` arrays of `count` numbers, in shared memory.
-__device__ __forceinline__ const double* add_up(const double* arrays, int columns, int count) {
+MOPO_DEVICE const double* add_up(const double* arrays, int columns, int count) {
   double *shares = reinterpret_cast<double*>(partials()), *sums = shares + kThreads;
   __syncthreads();
   for (int column = threadIdx.x / 32; column < columns; column += kThreads / 32) {

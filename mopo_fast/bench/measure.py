@@ -54,7 +54,7 @@ class Row:
     """Arithmetic of the networks alone, two per multiply-add, / 1e9 per second."""
     peak: str
     """The arithmetic that measures the machine's peak. On a CPU these are multiply-adds on registers: for a
-    row in bfloat16 those of the faster dtype, else float32's. On a GPU, and without the extension: torch.mm."""
+    row in bfloat16 those of the faster dtype, else float32's. On a GPU or without the extension: torch.mm."""
     peak_gflops: float
     """Its rate between the same rounds, on the same threads."""
     share_of_peak: float

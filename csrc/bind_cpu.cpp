@@ -3,7 +3,6 @@
 #include <system_error>
 
 #include "bind.h"
-#include "cpu/arena.h"
 #include "cpu/dispatch.h"
 #include "philox.h"
 
@@ -13,15 +12,15 @@ namespace {
 using NetworkTuple =
     std::tuple<std::vector<uintptr_t>, std::vector<uintptr_t>, std::vector<int64_t>, int64_t, int>;
 
-std::vector<mopo::Layer> layers(const NetworkTuple& network) {
+std::vector<mopo::NetworkLayer> layers(const NetworkTuple& network) {
   const auto& [weights, biases, sizes, networks, activation] = network;
-  std::vector<mopo::Layer> result;
+  std::vector<mopo::NetworkLayer> result;
   for (size_t l = 0; l < weights.size(); ++l)
     result.push_back({pointer<float>(weights[l]), pointer<float>(biases[l]), sizes[l], sizes[l + 1]});
   return result;
 }
 
-mopo::Network network(const NetworkTuple& tuple, const std::vector<mopo::Layer>& layers) {
+mopo::Network network(const NetworkTuple& tuple, const std::vector<mopo::NetworkLayer>& layers) {
   return {layers.data(), static_cast<int64_t>(layers.size()), std::get<3>(tuple),
           static_cast<mopo::Activation>(std::get<4>(tuple))};
 }
@@ -54,7 +53,7 @@ std::pair<int64_t, int64_t> rollout(const std::string& isa, int64_t obs_dim, int
                                     uint64_t seed, bool deterministic, bool bfloat16, bool keep_every_row,
                                     const std::vector<ArrayTuple>& out, int64_t capacity, int64_t head,
                                     uintptr_t mean, uintptr_t std, int threads) {
-  const std::vector<mopo::Layer> dynamics_layers = layers(dynamics), policy_layers = layers(policy);
+  const std::vector<mopo::NetworkLayer> dynamics_layers = layers(dynamics), policy_layers = layers(policy);
   mopo::RolloutArgs args{};
   args.obs_dim = obs_dim;
   args.act_dim = act_dim;
@@ -125,6 +124,12 @@ auto fit_steps(const std::vector<FitCall*>& calls, const std::string& isa, int t
   });
 }
 
+double multiply_adds(const std::string& isa, bool bfloat16, int64_t rounds, int threads) {
+  return interruptible([&](mopo::Interrupt& interrupt) {
+    return mopo::multiply_adds(mopo::kernels(isa), bfloat16, rounds, threads, interrupt);
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
@@ -146,10 +151,8 @@ PYBIND11_MODULE(_cpu, module) {
              "Updates runs in place, side by side, each with so many threads. Gives sums of their metrics.");
   module.def("fit_steps", fit_steps, arg("calls"), py::kw_only(), arg("isa"), arg("threads"),
              "Steps runs in place, one after the other. Gives the sum of each one's losses.");
-  module.def(
-      "use_large_pages",
-      [](uintptr_t address, size_t bytes) { mopo::use_large_pages(pointer<char>(address), bytes); },
-      arg("address"), arg("bytes"), "Asks for large pages for memory that has not been touched yet.");
+  module.def("multiply_adds", multiply_adds, py::kw_only(), arg("isa"), arg("bfloat16"), arg("rounds"),
+             arg("threads"), "The machine's peak, to be timed: rounds of multiply-adds. Gives their FLOP.");
   module.def(
       "philox4x32",
       [](std::array<uint32_t, 4> counter, uint64_t key) {

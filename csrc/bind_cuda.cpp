@@ -3,15 +3,15 @@
 #include <stdexcept>
 
 #include "bind.h"
-#include "cuda/rollout.h"
-#include "cuda/train.h"
+#include "cuda/rollout_launch.h"
+#include "cuda/training_launch.h"
 
 namespace {
 
-// In the order of mopo::cuda::Record, and of mopo_fast/backends/gpu/record.py.
+// In the order of mopo::cuda::DeviceRecord, and of mopo_fast/backends/gpu/record.py.
 using RecordAddresses = std::array<uintptr_t, 9>;
 
-mopo::cuda::Record record(const RecordAddresses& a) {
+mopo::cuda::DeviceRecord record(const RecordAddresses& a) {
   return {pointer<float>(a[0]),   pointer<float>(a[1]),   pointer<float>(a[2]),
           pointer<bool>(a[3]),    pointer<float>(a[4]),   pointer<float>(a[5]),
           pointer<int32_t>(a[6]), pointer<int32_t>(a[7]), pointer<int32_t>(a[8])};
@@ -30,7 +30,7 @@ void rollout(bool bfloat16, int width, int slots, uintptr_t weights, uintptr_t c
              uintptr_t rows, int horizon, uint32_t first_step, uint64_t seed, bool deterministic,
              const RecordAddresses& to, uintptr_t mean, uintptr_t std, uintptr_t scratch, int blocks,
              uintptr_t cuda_stream) {
-  mopo::cuda::RolloutArgs args{};
+  mopo::cuda::RolloutLaunch args{};
   args.weights = pointer<unsigned char>(weights);
   args.chunk_bytes = pointer<int32_t>(chunk_bytes);
   args.chunks = chunks;
@@ -77,7 +77,7 @@ void rollout(bool bfloat16, int width, int slots, uintptr_t weights, uintptr_t c
 void compact(int obs_dim, int act_dim, int batch, int horizon, uintptr_t start, uintptr_t rows,
              const RecordAddresses& from, uintptr_t offsets, const std::vector<ArrayTuple>& out,
              int64_t capacity, int64_t head, uintptr_t cuda_stream) {
-  mopo::cuda::CompactArgs args{};
+  mopo::cuda::CompactLaunch args{};
   args.obs_dim = obs_dim;
   args.act_dim = act_dim;
   args.batch = batch;
@@ -149,13 +149,13 @@ PYBIND11_MODULE(_cuda, module) {
              arg("policy_activation"), arg("log_std_min"), arg("log_std_max"), arg("batch"), arg("start"),
              arg("rows"), arg("horizon"), arg("first_step"), arg("seed"), arg("deterministic"), arg("record"),
              arg("mean"), arg("std"), arg("scratch"), arg("blocks"), arg("stream"),
-             "Starts the rollout on a stream; see csrc/cuda/rollout.h.");
+             "Starts the rollout on a CUDA stream; see csrc/cuda/rollout_launch.h.");
   module.def("compact", compact, py::kw_only(), arg("obs_dim"), arg("act_dim"), arg("batch"), arg("horizon"),
              arg("start"), arg("rows"), arg("record"), arg("offsets"), arg("out"), arg("capacity"),
              arg("head"), arg("stream"), "Starts the copy of a record's rows into the ring.");
   bind_calls(module);
   module.def("sac_updates", sac_updates, arg("calls"), arg("metrics"), arg("allocate"), arg("stream"),
-             "Makes runs' updates on a stream and waits for them; adds to metrics [runs, 6], float64.");
+             "Makes runs' updates on a CUDA stream and waits for them; adds to metrics [runs, 6], float64.");
   module.def("fit_steps", fit_steps, arg("calls"), arg("losses"), arg("allocate"), arg("stream"),
-             "Makes runs' steps on a stream and waits for them; adds to losses [runs], float64.");
+             "Makes runs' steps on a CUDA stream and waits for them; adds to losses [runs], float64.");
 }

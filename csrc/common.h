@@ -5,6 +5,7 @@
 
 #ifdef __CUDACC__
 #define MOPO_METHOD __host__ __device__ __forceinline__
+#define MOPO_DEVICE __device__ __forceinline__
 #else
 #define MOPO_METHOD inline __attribute__((always_inline))
 #endif

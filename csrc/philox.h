@@ -9,7 +9,7 @@
 namespace mopo {
 
 // Who draws: the upper half of the counter's last word; the lower half numbers blocks of four words.
-enum Stream : uint32_t {
+enum PhiloxStream : uint32_t {
   kActionStream = 0,
   kNoiseStream = 1,
   kMemberStream = 2,
@@ -37,7 +37,7 @@ MOPO_INLINE PhiloxBlock philox4x32(PhiloxBlock counter, uint64_t key) {
   return {{c0, c1, c2, c3}};
 }
 
-MOPO_INLINE PhiloxBlock random_block(int64_t row, uint32_t step, Stream stream, uint32_t block,
+MOPO_INLINE PhiloxBlock random_block(int64_t row, uint32_t step, PhiloxStream stream, uint32_t block,
                                      uint64_t seed) {
   const uint64_t number = static_cast<uint64_t>(row);
   return philox4x32(

@@ -8,7 +8,7 @@
 
 namespace mopo {
 
-struct Layer {
+struct NetworkLayer {
   const float* weight;  // [networks][in][out]
   const float* bias;    // [networks][out]
   int64_t in, out;
@@ -16,7 +16,7 @@ struct Layer {
 
 // `networks` multi-layer perceptrons of one shape; the last layer is linear.
 struct Network {
-  const Layer* layers;
+  const NetworkLayer* layers;
   int64_t depth;  // number of layers
   int64_t networks;
   Activation activation;

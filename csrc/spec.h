@@ -1,10 +1,80 @@
-// The mathematics of MOPO, once, for host and device: over a value type V, one float or a vector of them.
-// Included where select(mask, yes, no) and sqrt(V) are in scope, once per instruction set, in its namespace.
+// The mathematics of MOPO and its training, once, for host and device: over a value type V, one float or a
+// vector of them. Included in the namespace of the type's functions: of scalar.h, or of each instruction set.
 
 // The authors' double soft clamp of the log-variance, as a variance: e^min + 1 / (e^-max + e^-logvar).
 template <class V>
 MOPO_INLINE V soft_clamp_variance(V exp_minus_logvar, V exp_minus_max, V exp_min) {
   return exp_min + 1.0f / (exp_minus_max + exp_minus_logvar);
+}
+
+// The clamp's negative log-likelihood of a prediction that is off by `error`, with the gradient of `share`
+// times it by mean, log-variance before the clamp, and bounds.
+template <class V>
+struct Likelihood {
+  V loss, mean_grad, raw_grad, max_grad, min_grad;
+};
+template <class V>
+MOPO_INLINE Likelihood<V> likelihood(V error, V raw, V max_logvar, V exp_minus_max, V exp_min, float share) {
+  // In closed form; below_max and above_min are the clamp's two slopes.
+  const V below = 1.0f / (exp_minus_max + exp(-raw));
+  const V inverse = 1.0f / (exp_min + below);
+  const V below_max = 1.0f / (1.0f + exp(raw - max_logvar));
+  const V above_min = below * inverse;
+  const V scaled = error * error * inverse;
+  const V logvar_grad = (1.0f - scaled) * share;
+  return {scaled - log(inverse), 2.0f * share * error * inverse, logvar_grad * above_min * below_max,
+          logvar_grad * above_min * (1.0f - below_max), logvar_grad * exp_min * inverse};
+}
+
+// ln(1 + e^x) without overflow.
+template <class V>
+MOPO_INLINE V softplus(V x) {
+  const auto positive = x > 0.0f;
+  return select(positive, x, V{}) + log1p(exp(select(positive, -x, x)));
+}
+
+// A draw from a Gaussian whose tanh is the action (Haarnoja et al., "Soft Actor-Critic", 2018).
+template <class V>
+struct SquashedGaussian {
+  V log_std, noise;  // clipped; a standard normal
+  V spread, raw;     // std * noise; mean + spread
+
+  MOPO_METHOD SquashedGaussian(V mean, V raw_log_std, V log_std_min, V log_std_max, V noise) : noise(noise) {
+    log_std = select(raw_log_std < log_std_min, log_std_min, raw_log_std);
+    log_std = select(log_std > log_std_max, log_std_max, log_std);
+    spread = exp(log_std) * noise;
+    raw = mean + spread;
+  }
+  MOPO_METHOD V action() const { return tanh(raw); }
+  MOPO_METHOD V log_prob() const {
+    // log(1 - tanh(raw)^2) without cancellation.
+    const V squash = 2.0f * (0.69314718056f - raw - softplus(-2.0f * raw));
+    return -0.5f * noise * noise - log_std - 0.91893853320f - squash;
+  }
+};
+
+// The gradient of share * (alpha * log_prob - Q) by the mean and by the log std before the clip; q_grad is
+// that of -share * Q by the action.
+template <class V>
+struct SquashedGradient {
+  V mean, log_std;
+};
+template <class V>
+MOPO_INLINE SquashedGradient<V> squashed_gradient(V action, V spread, V raw_log_std, float log_std_min,
+                                                  float log_std_max, V q_grad, float alpha, float share) {
+  const V mean_grad = alpha * share * 2.0f * action + q_grad * (1.0f - action * action);
+  const auto free = (raw_log_std >= log_std_min) & (raw_log_std <= log_std_max);
+  return {mean_grad, select(free, mean_grad * spread - alpha * share, V{})};
+}
+
+// A step of Adam against a gradient, one number of type T or a vector of them; the arithmetic is in T.
+template <class T, class V, class Gradient>
+MOPO_INLINE void adam(const AdamStep& step, Gradient gradient, V& value, V& exp_avg, V& exp_avg_sq) {
+  exp_avg = static_cast<V>(exp_avg + (gradient - exp_avg) * static_cast<T>(1.0 - kBeta1));
+  exp_avg_sq = static_cast<V>(exp_avg_sq * static_cast<T>(kBeta2) +
+                              gradient * gradient * static_cast<T>(1.0 - kBeta2));
+  const auto divisor = fast_sqrt(exp_avg_sq) * step.root_correction + static_cast<T>(kEpsilon);
+  value = value - static_cast<V>(fast_quotient(step.size * exp_avg, divisor));
 }
 
 // The larger one; a NaN on either side wins, so that it is never hidden.
@@ -13,9 +83,9 @@ MOPO_INLINE V nan_max(V a, V b) {
   return select((b > a) | (b != b), b, a);
 }
 
-// A sum that carries its rounding error along (Kahan): as good for 400 dimensions as for 4.
+// A sum that carries its rounding error along: as good for 400 dimensions as for 4.
 template <class V>
-struct Sum {
+struct KahanSum {
   V value{}, lost{};
 
   MOPO_METHOD void add(V x) {
@@ -45,7 +115,7 @@ MOPO_INLINE V penalise(Penalty penalty, int count, int obs_dim, Mean mean, Varia
   const auto take_largest = [&](int dims, auto terms) {
     constexpr int kTogether = 4;
     for (int i = 0; i < count; i += kTogether) {
-      Sum<V> totals[kTogether];
+      KahanSum<V> totals[kTogether];
       for (int d = first; d < dims; d += apart) {
         const auto term = terms(d);
         for (int j = 0; j < kTogether; ++j)
@@ -64,7 +134,7 @@ MOPO_INLINE V penalise(Penalty penalty, int count, int obs_dim, Mean mean, Varia
   if (penalty == Penalty::kMaxPairwise) {
     for (int i = 0; i < count; ++i)
       for (int j = 0; j < i; ++j) {
-        Sum<V> total;
+        KahanSum<V> total;
         for (int d = first; d < obs_dim; d += apart) total.add(square(mean(i, d) - mean(j, d)));
         largest = nan_max(largest, sum(total.value));
       }
@@ -73,7 +143,7 @@ MOPO_INLINE V penalise(Penalty penalty, int count, int obs_dim, Mean mean, Varia
   // The members' variance, summed over dimensions.
   const bool mixture = penalty == Penalty::kMixtureStd;
   const int dims = mixture ? obs_dim + 1 : obs_dim;
-  Sum<V> total;
+  KahanSum<V> total;
   for (int d = first; d < dims; d += apart) {
     const V middle = centre(d);
     for (int i = 0; i < count; ++i) {

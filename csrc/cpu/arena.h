@@ -16,17 +16,6 @@ inline int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// Asks for large pages where [p, p + bytes) holds whole ones: what is read here and there, or down the
-// columns of a matrix, then has its address translations at hand. To be called before the memory is touched.
-inline void use_large_pages(char* p, size_t bytes) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kLargePage = uintptr_t{2} << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(p) + kLargePage - 1) / kLargePage * kLargePage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(p) + bytes) / kLargePage * kLargePage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 // Hands out aligned pieces of one allocation. Sizes are asked for twice: first to add them up, then for
 // real.
 class Arena {
@@ -44,7 +33,10 @@ class Arena {
     const size_t bytes = (used_ + alignment) / alignment * alignment;
     memory_.reset(static_cast<char*>(std::aligned_alloc(alignment, bytes)));
     if (!memory_) throw std::bad_alloc();
-    if (large) use_large_pages(memory_.get(), bytes);
+#ifdef MADV_HUGEPAGE
+    // What is read down the columns of a matrix then has its address translations at hand.
+    if (large) madvise(memory_.get(), bytes, MADV_HUGEPAGE);
+#endif
     used_ = 0;
   }
 

@@ -28,4 +28,9 @@ std::vector<std::array<double, kSacMetrics>> sac_updates(const std::vector<SacAr
 // decay left out. Interrupted likewise.
 std::vector<double> fit_steps(const std::vector<FitArgs>& runs, const Kernels& kernels, Interrupt& interrupt);
 
+// The machine's peak, to be timed: so many rounds of multiply-adds on registers on each thread; gives their
+// FLOP.
+double multiply_adds(const Kernels& kernels, bool bfloat16, int64_t rounds, int threads,
+                     Interrupt& interrupt);
+
 }  // namespace mopo

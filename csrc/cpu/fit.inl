@@ -101,23 +101,14 @@ struct FitRows {
         const int64_t lanes = smaller(W, dims - d);
         const vf raw = load_lanes(ws.head.at(row) + dims + d, lanes);
         const vf error = load_lanes(ws.head.at(row) + d, lanes) - load(ws.targets.at(row) + d);
-        const vf exp_min = load(plan.exp_min + d), exp_minus_max = load(plan.exp_minus_max + d);
-        // The soft clamp in closed form (spec.h); below_max, above_min are its two slopes.
-        const vf below = 1.0f / (exp_minus_max + exp(-raw));
-        const vf inverse = 1.0f / (exp_min + below);
-        const vf below_max = 1.0f / (1.0f + exp(raw - load(plan.max_logvar + d)));
-        const vf above_min = below * inverse;
-        const vf scaled = error * error * inverse;
-        const vf losses = scaled - log(inverse);
-        const vf logvar_grad = (1.0f - scaled) * share;
-        const vf mean_grad = 2.0f * share * error * inverse;
-        const vf raw_grad = logvar_grad * above_min * below_max;
-        store(ws.max_grad.at(row) + d, logvar_grad * above_min * (1.0f - below_max));
-        store(ws.min_grad.at(row) + d, logvar_grad * exp_min * inverse);
+        const auto some = likelihood(error, raw, load(plan.max_logvar + d), load(plan.exp_minus_max + d),
+                                     load(plan.exp_min + d), share);
+        store(ws.max_grad.at(row) + d, some.max_grad);
+        store(ws.min_grad.at(row) + d, some.min_grad);
         for (int lane = 0; lane < lanes; ++lane) {
-          *at(ws.head_floats, row, d + lane) = mean_grad[lane];
-          *at(ws.head_floats, row, dims + d + lane) = raw_grad[lane];
-          loss += losses[lane];
+          *at(ws.head_floats, row, d + lane) = some.mean_grad[lane];
+          *at(ws.head_floats, row, dims + d + lane) = some.raw_grad[lane];
+          loss += some.loss[lane];
         }
       }
       ws.loss[row] = loss * share;

@@ -43,7 +43,7 @@ struct RolloutPlan {
 bool interrupted(const RolloutPlan& plan) noexcept;
 
 // What a chunk's steps made, arrays of the output's shapes, rollout r's step t at row r * horizon + t.
-struct RolloutRecord {
+struct ChunkOutput {
   float *observations, *actions, *rewards, *next_observations;
   bool* terminals;
   float *raw_rewards, *penalties;
@@ -158,12 +158,15 @@ enum class MathFunction : int {
   kSqrt
 };
 
+// Room that the peak's loops need.
+constexpr int kPeakNumbers = 1024;
+
 struct Kernels {
   const char* name;
   Packing float32, bfloat16;
   int64_t block, panel;  // in training: rows of a block and columns of a panel
   int64_t tile;          // side of the square that bfloat16 training takes at a time; 0: panels, as float32
-  void (*rollout_chunk)(const RolloutArgs&, const RolloutPlan&, RolloutWorkspace&, RolloutRecord&,
+  void (*rollout_chunk)(const RolloutArgs&, const RolloutPlan&, RolloutWorkspace&, ChunkOutput&,
                         int64_t first, int64_t rows);
   // An update of SAC in its order; every thread has done one before any begins the next. Where the critics'
   // step comes first, sac_critic does it; else sac_action_gradient.
@@ -178,6 +181,9 @@ struct Kernels {
   void (*fit_forward)(const FitArgs&, const FitPlan&, const FitWorkspace&, const FitTurn&);
   void (*fit_backward)(const FitArgs&, const FitPlan&, const FitWorkspace&, const FitTurn&,
                        const AdamStep* steps);
+  // Multiply-adds for nothing but their time, on numbers [kPeakNumbers]; gives their FLOP.
+  double (*float32_peak)(int64_t rounds, float* numbers);
+  double (*bfloat16_peak)(int64_t rounds, float* numbers);
   void (*math)(MathFunction, const float* x, float* y, int64_t count);
 };
 

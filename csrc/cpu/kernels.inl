@@ -22,6 +22,7 @@ static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 #include "train.inl"
 #include "sac.inl"
 #include "fit.inl"
+#include "peak.inl"
 // clang-format on
 
 static void math(MathFunction function, const float* x, float* y, int64_t count) {
@@ -85,6 +86,8 @@ extern const Kernels MOPO_KERNELS = {
     MOPO_ISA::take_up,
     MOPO_ISA::fit_forward,
     MOPO_ISA::fit_backward,
+    MOPO_ISA::float32_peak,
+    MOPO_ISA::bfloat16_peak,
     MOPO_ISA::math,
 };
 

@@ -43,6 +43,9 @@ MOPO_INLINE vf log(vf x) {
   return (m + y) + e * 0.693359375f;
 }
 
+// ln(1 + x) for x >= 0. Only its absolute error is small, near 0 too.
+MOPO_INLINE vf log1p(vf x) { return log(1.0f + x); }
+
 struct SinCos {
   vf sin, cos;
 };

@@ -47,7 +47,7 @@ class Packed {
   }
 
   void pack(int64_t member, int64_t l, float* to) const {
-    const Layer& layer = network_.layers[l];
+    const NetworkLayer& layer = network_.layers[l];
     const float* weight = layer.weight + member * layer.in * layer.out;
     const int64_t outputs = packing_.outputs, together = packing_.words;
     for (int64_t k = 0, word = 0; k < layer.in; k += packing_.terms, ++word)
@@ -102,20 +102,20 @@ void lay_out(Arena& arena, const RolloutArgs& args, int64_t tile, int64_t rows, 
   arena.take(ws.drawn, tile);
 }
 
-void lay_out(Arena& arena, const RolloutArgs& args, int64_t rows, RolloutRecord& record) {
-  // A small batch does not fill its one chunk; its records may be long.
-  const int64_t records = std::min(rows, args.batch) * args.horizon;
-  arena.take(record.observations, records * args.obs_dim);
-  arena.take(record.actions, records * args.act_dim);
-  arena.take(record.rewards, records);
-  arena.take(record.next_observations, records * args.obs_dim);
-  arena.take(record.terminals, records);
-  arena.take(record.raw_rewards, records);
-  arena.take(record.penalties, records);
-  arena.take(record.members, records);
-  arena.take(record.rollout_index, records);
-  arena.take(record.step, records);
-  arena.take(record.length, rows);
+void lay_out(Arena& arena, const RolloutArgs& args, int64_t rows, ChunkOutput& output) {
+  // A small batch does not fill its one chunk; its rollouts may be long.
+  const int64_t output_rows = std::min(rows, args.batch) * args.horizon;
+  arena.take(output.observations, output_rows * args.obs_dim);
+  arena.take(output.actions, output_rows * args.act_dim);
+  arena.take(output.rewards, output_rows);
+  arena.take(output.next_observations, output_rows * args.obs_dim);
+  arena.take(output.terminals, output_rows);
+  arena.take(output.raw_rewards, output_rows);
+  arena.take(output.penalties, output_rows);
+  arena.take(output.members, output_rows);
+  arena.take(output.rollout_index, output_rows);
+  arena.take(output.step, output_rows);
+  arena.take(output.length, rows);
 }
 
 template <class Memory, class... Sizes>
@@ -127,14 +127,14 @@ void allocate(Arena& arena, Memory& memory, const Sizes&... sizes) {
 
 constexpr int64_t kChunkBytes = int64_t{2} << 20;
 
-// Of predictions and records.
+// Of predictions and output.
 int64_t row_bytes(const RolloutArgs& args) {
   return static_cast<int64_t>(sizeof(float)) * (2 * (args.obs_dim + 1) * args.dynamics.networks +
                                                 args.horizon * (2 * args.obs_dim + args.act_dim + 8));
 }
 
 // Rows in a chunk: enough that a member's weights are read from memory seldom, few enough that a chunk's
-// predictions and records stay in cache.
+// predictions and output stay in cache.
 int64_t chunk_rows(const RolloutArgs& args, int64_t tile) {
   constexpr int64_t kMostRows = 480;
   const int64_t fair = (args.batch + args.threads - 1) / args.threads;
@@ -148,9 +148,8 @@ int chunks_held(const RolloutArgs& args, int64_t rows) {
   return rows * row_bytes(args) <= kChunkBytes ? 4 : 1;
 }
 
-// Copies `rows` records from row `from` into the ring at row `to`.
-void copy_records(const RolloutArgs& args, const RolloutRecord& record, int64_t from, int64_t to,
-                  int64_t rows) {
+// Copies `rows` rows from row `from` into the ring at row `to`.
+void copy_rows(const RolloutArgs& args, const ChunkOutput& output, int64_t from, int64_t to, int64_t rows) {
   while (rows > 0) {
     to %= args.capacity;
     const int64_t count = std::min(rows, args.capacity - to);
@@ -163,16 +162,16 @@ void copy_records(const RolloutArgs& args, const RolloutRecord& record, int64_t 
       for (int64_t row = 0; row < count; ++row)
         std::copy_n(source + (from + row) * width, width, target.at(to + row));
     };
-    copy(record.observations, args.out.observations, args.obs_dim);
-    copy(record.actions, args.out.actions, args.act_dim);
-    copy(record.rewards, args.out.rewards, 1);
-    copy(record.next_observations, args.out.next_observations, args.obs_dim);
-    copy(record.terminals, args.out.terminals, 1);
-    copy(record.raw_rewards, args.out.raw_rewards, 1);
-    copy(record.penalties, args.out.penalties, 1);
-    copy(record.members, args.out.members, 1);
-    copy(record.rollout_index, args.out.rollout_index, 1);
-    copy(record.step, args.out.step, 1);
+    copy(output.observations, args.out.observations, args.obs_dim);
+    copy(output.actions, args.out.actions, args.act_dim);
+    copy(output.rewards, args.out.rewards, 1);
+    copy(output.next_observations, args.out.next_observations, args.obs_dim);
+    copy(output.terminals, args.out.terminals, 1);
+    copy(output.raw_rewards, args.out.raw_rewards, 1);
+    copy(output.penalties, args.out.penalties, 1);
+    copy(output.members, args.out.members, 1);
+    copy(output.rollout_index, args.out.rollout_index, 1);
+    copy(output.step, args.out.step, 1);
     from += count;
     to += count;
     rows -= count;
@@ -181,7 +180,7 @@ void copy_records(const RolloutArgs& args, const RolloutRecord& record, int64_t 
 
 // What a chunk has made, until its place in the output is known.
 struct Made {
-  RolloutRecord record;
+  ChunkOutput output;
   int64_t rows, to;
 };
 
@@ -190,14 +189,14 @@ void commit(const RolloutArgs& args, const Made& made) {
   int64_t begin = 0, count = 0, to = made.to;
   for (int64_t r = 0; r < made.rows; ++r) {
     if (begin + count != r * args.horizon) {
-      copy_records(args, made.record, begin, to, count);
+      copy_rows(args, made.output, begin, to, count);
       to += count;
       begin = r * args.horizon;
       count = 0;
     }
-    count += made.record.length[r];
+    count += made.output.length[r];
   }
-  copy_records(args, made.record, begin, to, count);
+  copy_rows(args, made.output, begin, to, count);
 }
 
 // Numbers chunks for the threads, and gives their results places in order, so that the output does not depend
@@ -238,8 +237,8 @@ class Order {
     for (; at(placed_) != nullptr; ++placed_) {
       Made& one = *std::exchange(at(placed_), nullptr);
       one.to = args_.head + counts_.written;
-      for (int64_t r = 0; r < one.rows; ++r) counts_.written += one.record.length[r];
-      counts_.non_finite += one.record.non_finite;
+      for (int64_t r = 0; r < one.rows; ++r) counts_.written += one.output.length[r];
+      counts_.non_finite += one.output.non_finite;
       ready.push_back(&one);
     }
   }
@@ -289,7 +288,7 @@ RolloutCounts rollout(const RolloutArgs& args, const Kernels& kernels, Interrupt
   std::vector<Arena> arenas(workspaces.size() + made.size());
   auto arena = arenas.begin();
   for (RolloutWorkspace& ws : workspaces) allocate(*arena++, ws, args, packing.tile, rows);
-  for (Made& one : made) allocate(*arena++, one.record, args, rows);
+  for (Made& one : made) allocate(*arena++, one.output, args, rows);
   std::vector<std::vector<Made*>> ready(threads);
   for (auto& some : ready) some.reserve(made.size());
 
@@ -299,7 +298,7 @@ RolloutCounts rollout(const RolloutArgs& args, const Kernels& kernels, Interrupt
     while (Made* mine = order.take(chunk)) {
       const int64_t first = chunk * rows;
       mine->rows = std::min(rows, args.batch - first);
-      kernels.rollout_chunk(args, plan, workspaces[thread], mine->record, first, mine->rows);
+      kernels.rollout_chunk(args, plan, workspaces[thread], mine->output, first, mine->rows);
       // The chunk may have been left in the middle: it gets no place, and no later one does.
       if (interrupt.requested()) return order.stop();
       order.finish(chunk, mine, ready[thread]);

@@ -3,7 +3,7 @@
 static vi is_finite(vf x) { return (float_to_bits(x) & 0x7f800000) != 0x7f800000; }
 
 template <class Operand, class Write>
-MOPO_INLINE void layer(const Layer& layer, const float* weight, const float* in, Write write) {
+MOPO_INLINE void layer(const NetworkLayer& layer, const float* weight, const float* in, Write write) {
   const int64_t width = round_up(layer.out, Operand::kPacking.outputs);
   const float* bias = weight + packed_words<Operand>(layer.in) * width;
 #ifdef MOPO_AMX
@@ -67,7 +67,7 @@ struct Chunk {
   const RolloutArgs& args;
   const RolloutPlan& plan;
   RolloutWorkspace& ws;
-  RolloutRecord& made;
+  ChunkOutput& made;
   const int64_t first;  // the chunk's first start state
   int64_t alive;        // rollouts that go on, ws.alive[0 .. alive)
   int64_t t;
@@ -80,7 +80,7 @@ struct Chunk {
   int64_t rollout(int64_t tile, int64_t lane) const {
     return ws.alive[smaller(tile * kTile + lane, alive - 1)];
   }
-  int64_t record(int64_t rollout) const { return rollout * args.horizon + t; }
+  int64_t row_of(int64_t rollout) const { return rollout * args.horizon + t; }
   int64_t outputs() const { return round_up(2 * (args.obs_dim + 1), kRoom); }
   float* observations(int64_t tile) const { return ws.observations + tile * args.obs_dim * kTile; }
   float* actions(int64_t tile) const { return ws.actions + tile * args.act_dim * kTile; }
@@ -130,7 +130,7 @@ struct Chunk {
     for (int64_t lane = 0; lane < kTile; ++lane) {
       const int64_t r = rollout(tile, lane);
       const float* from = t == 0 ? args.start + (first + r) * args.obs_dim
-                                 : made.next_observations + (record(r) - 1) * args.obs_dim;
+                                 : made.next_observations + (row_of(r) - 1) * args.obs_dim;
       for (int64_t d = 0; d < args.obs_dim; ++d) to[d * kTile + lane] = from[d];
     }
   }
@@ -150,12 +150,10 @@ struct Chunk {
     if (!args.deterministic) draw_normals(tile, kActionStream, args.act_dim);
     for (int64_t i = 0; i < args.act_dim * kTile; i += W) {
       vf x = load(heads + i);
-      if (!args.deterministic) {
-        vf log_std = load(heads + args.act_dim * kTile + i);
-        log_std = select(log_std < args.log_std_min, broadcast(args.log_std_min), log_std);
-        log_std = select(log_std > args.log_std_max, broadcast(args.log_std_max), log_std);
-        x = x + exp(log_std) * load(ws.noise + i);
-      }
+      if (!args.deterministic)
+        x = SquashedGaussian(x, load(heads + args.act_dim * kTile + i), broadcast(args.log_std_min),
+                             broadcast(args.log_std_max), load(ws.noise + i))
+                .raw;
       store(actions(tile) + i, tanh(x));
     }
   }
@@ -173,13 +171,13 @@ struct Chunk {
     convert(actions(tile), args.act_dim, args.obs_dim);
   }
 
-  PhiloxBlock random(int64_t tile, int64_t lane, Stream stream, uint32_t block) const {
+  PhiloxBlock random(int64_t tile, int64_t lane, PhiloxStream stream, uint32_t block) const {
     const int64_t row = args.rows[first + rollout(tile, lane)];
     return random_block(row, args.first_step + static_cast<uint32_t>(t), stream, block, args.seed);
   }
 
   // `count` standard normals a row into ws.noise [count, rounded up to 4][tile], by Box-Muller.
-  void draw_normals(int64_t tile, Stream stream, int64_t count) const {
+  void draw_normals(int64_t tile, PhiloxStream stream, int64_t count) const {
     for (int64_t v = 0; v < kTile; v += W)
       for (int64_t d = 0; d < count; d += 4) {
         PhiloxBlock blocks[W];
@@ -191,7 +189,7 @@ struct Chunk {
       }
   }
 
-  // Penalty, sample, termination and records of one tile; gives the number of survivors so far.
+  // Penalty, sample, termination and output of one tile; gives the number of survivors so far.
   int64_t finish(int64_t tile, int64_t survivors) {
     const int64_t obs_dim = args.obs_dim, members = args.dynamics.networks;
     bound_variances(tile);
@@ -249,7 +247,7 @@ struct Chunk {
         ++made.non_finite;
         if (!args.keep_every_row) continue;
       }
-      const int64_t row = record(r);
+      const int64_t row = row_of(r);
       copy_lane(observations(tile) + lane, obs_dim, made.observations + row * obs_dim);
       copy_lane(actions(tile) + lane, args.act_dim, made.actions + row * args.act_dim);
       copy_lane(next + lane, obs_dim, made.next_observations + row * obs_dim);
@@ -302,7 +300,7 @@ struct Chunk {
 };
 
 static void rollout_chunk(const RolloutArgs& args, const RolloutPlan& plan, RolloutWorkspace& ws,
-                          RolloutRecord& made, int64_t first, int64_t rows) {
+                          ChunkOutput& made, int64_t first, int64_t rows) {
   made.non_finite = 0;
   for (int64_t i = 0; i < rows; ++i) {
     ws.alive[i] = i;

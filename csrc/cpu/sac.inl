@@ -54,7 +54,7 @@ struct SacRows {
     }
   }
 
-  void draw_noise(Stream stream, uint32_t step) const {
+  void draw_noise(PhiloxStream stream, uint32_t step) const {
     for (int64_t row = first; row < end(); row += W)
       for (int64_t d = 0; d < args.act_dim; d += 4) {
         PhiloxBlock blocks[W];
@@ -101,14 +101,11 @@ struct SacRows {
       float log_prob = 0.0f;
       for (int64_t d = 0; d < act_dim; d += W) {
         const vf mean = load_lanes(plan.actor_head.at(row) + d, act_dim - d);
-        const vf log_std = clip_log_std(load_lanes(plan.actor_head.at(row) + act_dim + d, act_dim - d));
-        const vf noise = load(plan.noise.at(row) + d), std = exp(log_std);
-        const vf raw = mean + std * noise;
-        // log(1 - tanh(x)^2) without cancellation.
-        const vf squash = 2.0f * (0.69314718056f - raw - softplus(-2.0f * raw));
-        const vf terms = -0.5f * noise * noise - log_std - 0.91893853320f - squash;
-        const vf action = tanh(raw);
-        store(plan.spread.at(row) + d, std * noise);
+        const vf raw_log_std = load_lanes(plan.actor_head.at(row) + act_dim + d, act_dim - d);
+        const SquashedGaussian draw(mean, raw_log_std, broadcast(args.log_std_min),
+                                    broadcast(args.log_std_max), load(plan.noise.at(row) + d));
+        const vf terms = draw.log_prob(), action = draw.action();
+        store(plan.spread.at(row) + d, draw.spread);
         store(plan.actions.at(row) + d, action);
         for (int lane = 0; lane < smaller(W, act_dim - d); ++lane) {
           *at(inputs, row, args.obs_dim + d + lane) = action[lane];
@@ -117,16 +114,6 @@ struct SacRows {
       }
       log_probs[row] = log_prob;
     }
-  }
-
-  vf clip_log_std(vf x) const {
-    x = select(x < args.log_std_min, broadcast(args.log_std_min), x);
-    return select(x > args.log_std_max, broadcast(args.log_std_max), x);
-  }
-
-  static vf softplus(vf x) {
-    const vf size = bits_to_float(float_to_bits(x) & 0x7fffffff);
-    return select(x > 0.0f, x, vf{}) + log(1.0f + exp(-size));
   }
 
   // Through one layer, from the gradient of its outputs to that of the pre-activations below it; `source`
@@ -151,16 +138,14 @@ struct SacRows {
     const int64_t act_dim = args.act_dim;
     for (int64_t row = first; row < end(); ++row)
       for (int64_t d = 0; d < act_dim; d += W) {
-        const vf action = load(plan.actions.at(row) + d);
-        const vf q_grad = load_lanes(plan.action_grad.at(row) + args.obs_dim + d, act_dim - d);
-        const vf raw_grad = (plan.alpha * share) * 2.0f * action + q_grad * (1.0f - action * action);
         const vf log_std = load_lanes(plan.actor_head.at(row) + act_dim + d, act_dim - d);
-        const vi free = (log_std >= args.log_std_min) & (log_std <= args.log_std_max);
-        const vf log_std_grad =
-            select(free, raw_grad * load(plan.spread.at(row) + d) - plan.alpha * share, vf{});
+        const vf q_grad = load_lanes(plan.action_grad.at(row) + args.obs_dim + d, act_dim - d);
+        const auto grad =
+            squashed_gradient(load(plan.actions.at(row) + d), load(plan.spread.at(row) + d), log_std,
+                              args.log_std_min, args.log_std_max, q_grad, plan.alpha, share);
         for (int lane = 0; lane < smaller(W, act_dim - d); ++lane) {
-          *at(plan.actor_head_grad, row, d + lane) = raw_grad[lane];
-          *at(plan.actor_head_grad, row, act_dim + d + lane) = log_std_grad[lane];
+          *at(plan.actor_head_grad, row, d + lane) = grad.mean[lane];
+          *at(plan.actor_head_grad, row, act_dim + d + lane) = grad.log_std[lane];
         }
       }
     const auto itself = [](int64_t row) { return row; };

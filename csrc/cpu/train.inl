@@ -29,13 +29,10 @@ static Span share(const Team& team, int64_t count, int64_t block = kBlock) {
 
 // One vector of parameters a step against its gradient; gives the new values.
 MOPO_INLINE vf adam(const AdamStep& step, const Dense& layer, int64_t at, vf gradient) {
-  const vf m = load(layer.exp_avg + at), v = load(layer.exp_avg_sq + at);
-  const vf new_m = m + (gradient - m) * static_cast<float>(1.0 - kBeta1);
-  const vf new_v = v * static_cast<float>(kBeta2) + gradient * gradient * static_cast<float>(1.0 - kBeta2);
-  const vf divisor = fast_sqrt(new_v) * step.root_correction + static_cast<float>(kEpsilon);
-  const vf value = load(layer.value + at) - step.size * new_m * reciprocal(divisor);
-  store(layer.exp_avg + at, new_m);
-  store(layer.exp_avg_sq + at, new_v);
+  vf value = load(layer.value + at), m = load(layer.exp_avg + at), v = load(layer.exp_avg_sq + at);
+  adam<float>(step, gradient, value, m, v);
+  store(layer.exp_avg + at, m);
+  store(layer.exp_avg_sq + at, v);
   store(layer.value + at, value);
   if (layer.target != nullptr) {
     const vf target = load(layer.target + at);

@@ -1,8 +1,8 @@
 #include "training.h"
 
 #include <algorithm>
-#include <cmath>
 
+#include "../scalar.h"
 #include "barrier.h"
 
 namespace mopo {
@@ -131,10 +131,7 @@ void write_parameters(const TrainedLayer& layer, int64_t network, const Dense& d
 }
 
 void adam(const AdamStep& step, const Parameter& parameter, int64_t at, double gradient) {
-  float &m = parameter.exp_avg[at], &v = parameter.exp_avg_sq[at];
-  m = static_cast<float>(m + (gradient - m) * (1.0 - kBeta1));
-  v = static_cast<float>(v * kBeta2 + gradient * gradient * (1.0 - kBeta2));
-  parameter.value[at] -= static_cast<float>(step.size * m / (std::sqrt(v) * step.root_correction + kEpsilon));
+  adam<double>(step, gradient, parameter.value[at], parameter.exp_avg[at], parameter.exp_avg_sq[at]);
 }
 
 }  // namespace mopo

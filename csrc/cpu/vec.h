@@ -65,6 +65,9 @@ MOPO_INLINE vf scale(vf x, vf n) {
 }
 #endif
 
+// x / y likewise, for y whose reciprocal is a normal number.
+MOPO_INLINE vf fast_quotient(vf x, vf y) { return x * reciprocal(y); }
+
 // Two bfloat16 a word, the first in the lower half; to nearest, ties to even; a NaN stays one.
 #ifdef MOPO_BFLOAT16
 MOPO_INLINE vf pack_pair(vf first, vf second) {

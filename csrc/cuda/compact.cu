@@ -1,20 +1,20 @@
 // What rollouts have left in a record, closed up into the ring: a warp takes a row.
 #include "cuda/ptx.cuh"
-#include "cuda/rollout.h"
+#include "cuda/rollout_launch.h"
 
 namespace mopo::cuda {
 
 constexpr int kThreads = 256;
 
-__device__ __forceinline__ void copy(const float* from, float* to, int count) {
+MOPO_DEVICE void copy(const float* from, float* to, int count) {
   for (int i = threadIdx.x % 32; i < count; i += 32) to[i] = from[i];
 }
 
-__global__ void __launch_bounds__(kThreads) compact_kernel(const __grid_constant__ CompactArgs args) {
+__global__ void __launch_bounds__(kThreads) compact_kernel(const __grid_constant__ CompactLaunch args) {
   const int64_t from = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / 32;
   const int64_t rollout = from / args.horizon;
   const int t = static_cast<int>(from % args.horizon);
-  const Record& record = args.record;
+  const DeviceRecord& record = args.record;
   if (rollout >= args.batch || t >= record.lengths[rollout]) return;
   const RolloutOutput& out = args.out;
   const int64_t to = (args.head + args.offsets[rollout] + t) % args.capacity;
@@ -33,10 +33,10 @@ __global__ void __launch_bounds__(kThreads) compact_kernel(const __grid_constant
   if (out.step.data != nullptr) *out.step.at(to) = t;
 }
 
-cudaError_t compact(const CompactArgs& args, cudaStream_t stream) {
+cudaError_t compact(const CompactLaunch& args, cudaStream_t cuda_stream) {
   const int64_t threads = int64_t{args.batch} * args.horizon * 32;
   const int blocks = static_cast<int>((threads + kThreads - 1) / kThreads);
-  return ptx::launch<1>(compact_kernel, blocks, kThreads, 0, stream, args);
+  return ptx::launch<1>(compact_kernel, blocks, kThreads, 0, cuda_stream, args);
 }
 
 }  // namespace mopo::cuda

@@ -16,7 +16,7 @@ struct Fit {
 };
 
 // The activation at z, and its derivative there.
-__device__ __forceinline__ float activate(Activation activation, float z, float& slope) {
+MOPO_DEVICE float activate(Activation activation, float z, float& slope) {
   if (activation == Activation::kSilu) {
     const float gate = 1.0f / (1.0f + expf(-z)), y = z * gate;
     slope = gate + y * (1.0f - gate);
@@ -39,19 +39,19 @@ struct FitTile {
   const int begin, count, member, first;
 
   // What goes through a layer, [width][kTile].
-  __device__ __forceinline__ float* x() const { return activations(); }
-  __device__ __forceinline__ float& x(int column, int row) const { return x()[column * kTile + row]; }
+  MOPO_DEVICE float* x() const { return activations(); }
+  MOPO_DEVICE float& x(int column, int row) const { return x()[column * kTile + row]; }
 
-  __device__ __forceinline__ int depth() const { return static_cast<int>(args.depth); }
-  __device__ __forceinline__ int dims() const { return static_cast<int>(args.dims); }
-  __device__ __forceinline__ const Layer& layer(int l) const { return fit.layers[member * depth() + l]; }
+  MOPO_DEVICE int depth() const { return static_cast<int>(args.depth); }
+  MOPO_DEVICE int dims() const { return static_cast<int>(args.dims); }
+  MOPO_DEVICE const Layer& layer(int l) const { return fit.layers[member * depth() + l]; }
 
   // The last tile's rows beyond the batch are its last, and leave no trace.
-  __device__ __forceinline__ int64_t drawn(int v) const {
+  MOPO_DEVICE int64_t drawn(int v) const {
     return args.rows[member * args.rows_stride + begin + min(first + v, count - 1)] * args.stride;
   }
 
-  __device__ __forceinline__ void forward() const {
+  MOPO_DEVICE void forward() const {
     const int width = layer(0).in;
     __syncthreads();
     for (int i = threadIdx.x; i < kTile * width; i += kThreads) {
@@ -77,13 +77,13 @@ struct FitTile {
     __syncthreads();
   }
 
-  __device__ __forceinline__ float4 activate(float4 z, float4& slopes) const {
+  MOPO_DEVICE float4 activate(float4 z, float4& slopes) const {
     const auto one = [&](float x, float& slope) { return cuda::activate(args.activation, x, slope); };
     return make_float4(one(z.x, slopes.x), one(z.y, slopes.y), one(z.z, slopes.z), one(z.w, slopes.w));
   }
 
   // The Gaussian negative log-likelihood, and its gradient by the head's outputs and by the bounds.
-  __device__ __forceinline__ void differentiate_loss() const {
+  MOPO_DEVICE void differentiate_loss() const {
     const int dims = this->dims();
     const float share = 1.0f / static_cast<float>(count * dims);
     const Layer& head = layer(depth() - 1);
@@ -96,19 +96,13 @@ struct FitTile {
 #pragma unroll
       for (int v = part; v < part + kSummed; ++v) {
         const float raw = x(dims + d, v), error = x(d, v) - args.targets[drawn(v) + d];
-        // The soft clamp in closed form (spec.h); below_max, above_min are its two slopes.
-        const float below = 1.0f / (exp_minus_max + expf(-raw));
-        const float inverse = 1.0f / (exp_min + below);
-        const float below_max = 1.0f / (1.0f + expf(raw - max_logvar));
-        const float above_min = below * inverse;
-        const float scaled = error * error * inverse;
-        const float logvar_grad = (1.0f - scaled) * share;
-        head.grads.at(first + v)[d] = x(d, v) = 2.0f * share * error * inverse;
-        head.grads.at(first + v)[dims + d] = x(dims + d, v) = logvar_grad * above_min * below_max;
+        const auto one = likelihood(error, raw, max_logvar, exp_minus_max, exp_min, share);
+        head.grads.at(first + v)[d] = x(d, v) = one.mean_grad;
+        head.grads.at(first + v)[dims + d] = x(dims + d, v) = one.raw_grad;
         if (first + v >= count) continue;
-        max_grad += logvar_grad * above_min * (1.0f - below_max);
-        min_grad += logvar_grad * exp_min * inverse;
-        loss += (scaled - logf(inverse)) * share;
+        max_grad += one.max_grad;
+        min_grad += one.min_grad;
+        loss += one.loss * share;
       }
       if (group >= groups) continue;
       const int members = static_cast<int>(args.members), to = (d * members + member) * groups + group;
@@ -118,7 +112,7 @@ struct FitTile {
     }
   }
 
-  __device__ __forceinline__ void backward() const {
+  MOPO_DEVICE void backward() const {
     for (int l = depth() - 1; l > 0; --l) {
       const Layer &here = layer(l), &below = layer(l - 1);
       multiply<kTile, kTile>(x(), here.transposed.data, here.transposed.stride, here.out, here.in,
@@ -133,7 +127,7 @@ struct FitTile {
 };
 
 // The bounds' step, of the losses of all members; adds the step's loss.
-__device__ __forceinline__ void train_bounds(const Fit& fit, const AdamStep& step, int count) {
+MOPO_DEVICE void train_bounds(const Fit& fit, const AdamStep& step, int count) {
   const FitArgs& args = fit.args;
   const int dims = static_cast<int>(args.dims), groups = (count + kSummed - 1) / kSummed;
   const double* sums = add_up(fit.sums, 3 * dims, static_cast<int>(args.members) * groups);
@@ -208,14 +202,14 @@ Fit lay_out(Memory& memory, const FitArgs& args, double* loss) {
 }  // namespace
 
 cudaError_t fit_steps(const std::vector<FitArgs>& runs, double* losses, const Allocate& allocate,
-                      cudaStream_t stream) {
+                      cudaStream_t cuda_stream) {
   const FitArgs& first = runs.front();
   const int floats = widest(first.layers, first.depth);  // of a row
   return each_launch(runs, [&](const FitArgs* some, int count, int blocks, const Device& device) {
     const bool large =
         first.members * batch_of(first) > 8 * blocks && shared_bytes(16 * floats) <= device.shared_bytes;
     return launch_with_memory(
-        allocate, stream,
+        allocate, cuda_stream,
         [&](Memory& memory) {
           std::vector<Fit> all;
           for (const FitArgs* args = some; args < some + count; ++args)
@@ -224,7 +218,7 @@ cudaError_t fit_steps(const std::vector<FitArgs>& runs, double* losses, const Al
         },
         [&](const Launch<Fit>& launch) {
           return ptx::launch_together(large ? fit_kernel<16> : fit_kernel<8>, count * blocks, kThreads,
-                                      shared_bytes((large ? 16 : 8) * floats), stream, launch);
+                                      shared_bytes((large ? 16 : 8) * floats), cuda_stream, launch);
         });
   });
 }

@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "common.h"
 #ifdef MOPO_FAST_WATCHDOG
 #include "cuda/watchdog.cuh"
 #endif
@@ -18,34 +19,32 @@ namespace mopo::ptx {
 // Threads that multiply together: four warps, the first one's number a multiple of four.
 constexpr int kWarpgroup = 128;
 
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+MOPO_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
 // The block's shared memory, as much as was asked for at the launch.
-__device__ __forceinline__ unsigned char* dynamic_shared() {
+MOPO_DEVICE unsigned char* dynamic_shared() {
   extern __shared__ __align__(128) unsigned char bytes[];
   return bytes;
 }
 
 // ---- Barriers in shared memory: a phase ends when `count` threads have arrived and all bytes too. ----
 
-struct Barrier {
+struct SharedBarrier {
   uint64_t word;
 };
 
-__device__ __forceinline__ void barrier_init(Barrier* barrier, uint32_t count) {
+MOPO_DEVICE void barrier_init(SharedBarrier* barrier, uint32_t count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count)
                : "memory");
 }
 
 // After the last barrier_init, before the cluster_sync that tells the others of them.
-__device__ __forceinline__ void fence_barrier_init() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
+MOPO_DEVICE void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 // Arrive, and let the phase wait for `bytes` of bulk copies.
-__device__ __forceinline__ void barrier_arrive_expect(Barrier* barrier, uint32_t bytes) {
+MOPO_DEVICE void barrier_arrive_expect(SharedBarrier* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
                "r"(bytes)
                : "memory");
@@ -53,7 +52,7 @@ __device__ __forceinline__ void barrier_arrive_expect(Barrier* barrier, uint32_t
 
 // Arrive at the barrier in the same place of the cluster's block `rank`. What it orders are this block's
 // accesses to its own shared memory: a release to the cluster would wait for all that is under way to L2.
-__device__ __forceinline__ void barrier_arrive_at(Barrier* barrier, uint32_t rank) {
+MOPO_DEVICE void barrier_arrive_at(SharedBarrier* barrier, uint32_t rank) {
   asm volatile(
       "{\n"
       ".reg .b32 remote;\n"
@@ -66,7 +65,7 @@ __device__ __forceinline__ void barrier_arrive_at(Barrier* barrier, uint32_t ran
 
 // Wait until the phase of this parity has ended; a barrier begins in phase 0. An acquire from the cluster
 // would empty the first-level cache.
-__device__ __forceinline__ void barrier_wait(Barrier* barrier, uint32_t parity) {
+MOPO_DEVICE void barrier_wait(SharedBarrier* barrier, uint32_t parity) {
 #ifdef MOPO_FAST_WATCHDOG
   asm volatile(MOPO_WATCHED("mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n")::"r"(
                    shared_address(barrier)),
@@ -89,14 +88,14 @@ __device__ __forceinline__ void barrier_wait(Barrier* barrier, uint32_t parity) 
 
 // ---- Clusters of blocks ----
 
-__device__ __forceinline__ uint32_t cluster_rank() {
+MOPO_DEVICE uint32_t cluster_rank() {
   uint32_t rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
 
 // All threads of all blocks of the cluster.
-__device__ __forceinline__ void cluster_sync() {
+MOPO_DEVICE void cluster_sync() {
   asm volatile(
       "barrier.cluster.arrive.release.aligned;\n"
       "barrier.cluster.wait.acquire.aligned;" ::
@@ -105,8 +104,8 @@ __device__ __forceinline__ void cluster_sync() {
 
 // Copy `bytes` (a multiple of 16, aligned to 16) into the same place of every block in `blocks`, a mask, and
 // count them at the same barrier of each.
-__device__ __forceinline__ void bulk_load(void* shared, const void* global, uint32_t bytes, Barrier* barrier,
-                                          uint16_t blocks) {
+MOPO_DEVICE void bulk_load(void* shared, const void* global, uint32_t bytes, SharedBarrier* barrier,
+                           uint16_t blocks) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
       " [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(shared)),
@@ -116,23 +115,23 @@ __device__ __forceinline__ void bulk_load(void* shared, const void* global, uint
 
 // ---- Named barriers, 1 to 15: `threads` in all, of those that wait and those that only arrive. ----
 
-__device__ __forceinline__ void named_sync(int id, int threads) {
+MOPO_DEVICE void named_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-__device__ __forceinline__ void named_arrive(int id, int threads) {
+MOPO_DEVICE void named_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // ---- Registers per thread, of all threads of a warpgroup; a multiple of 8 ----
 
 template <int kCount>
-__device__ __forceinline__ void more_registers() {
+MOPO_DEVICE void more_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 
 template <int kCount>
-__device__ __forceinline__ void fewer_registers() {
+MOPO_DEVICE void fewer_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 
@@ -145,32 +144,30 @@ __device__ __forceinline__ void fewer_registers() {
 // b: in shared memory, cores of 8 columns of b by 8 of its rows, each [column][row], 128 bytes together.
 
 // Of a b whose cores lie `rows_apart` bytes from one to the next eight rows, `columns_apart` likewise.
-__device__ __forceinline__ uint64_t matrix(const void* shared, uint32_t rows_apart, uint32_t columns_apart) {
+MOPO_DEVICE uint64_t matrix(const void* shared, uint32_t rows_apart, uint32_t columns_apart) {
   return static_cast<uint64_t>((shared_address(shared) & 0x3FFFF) >> 4) |
          static_cast<uint64_t>(rows_apart >> 4) << 16 | static_cast<uint64_t>(columns_apart >> 4) << 32;
 }
 
 // The matrix that lies `bytes` (a multiple of 16) behind another, cut likewise.
-__device__ __forceinline__ uint64_t behind(uint64_t matrix, uint32_t bytes) { return matrix + (bytes >> 4); }
+MOPO_DEVICE uint64_t behind(uint64_t matrix, uint32_t bytes) { return matrix + (bytes >> 4); }
 
 // Before the first product, and wherever registers of d or a have been written since the last.
-__device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+MOPO_DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 // Everything since the last call is one group.
-__device__ __forceinline__ void products_commit() {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
+MOPO_DEVICE void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 // All groups but the last kPending are done: their b may be overwritten, and their d read where kPending is
 // 0.
 template <int kPending>
-__device__ __forceinline__ void products_wait() {
+MOPO_DEVICE void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
 // An accumulator is not to be moved across the wait that follows the products into it.
 template <int kCount>
-__device__ __forceinline__ void keep(float (&d)[kCount]) {
+MOPO_DEVICE void keep(float (&d)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
@@ -189,14 +186,13 @@ __device__ __forceinline__ void keep(float (&d)[kCount]) {
                : __VA_ARGS__                                                                      \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(matrix)                          \
                : "memory")
-#define MOPO_PRODUCTS(columns, outputs, a0, a1, a2, a3, b, ...)                                         \
-  __device__ __forceinline__ void multiply_add(__half, float (&d)[columns / 2], const uint32_t (&a)[4], \
-                                               uint64_t matrix) {                                       \
-    MOPO_PRODUCT(columns, "f16", outputs, a0, a1, a2, a3, b, __VA_ARGS__);                              \
-  }                                                                                                     \
-  __device__ __forceinline__ void multiply_add(__nv_bfloat16, float (&d)[columns / 2],                  \
-                                               const uint32_t (&a)[4], uint64_t matrix) {               \
-    MOPO_PRODUCT(columns, "bf16", outputs, a0, a1, a2, a3, b, __VA_ARGS__);                             \
+#define MOPO_PRODUCTS(columns, outputs, a0, a1, a2, a3, b, ...)                                             \
+  MOPO_DEVICE void multiply_add(__half, float (&d)[columns / 2], const uint32_t (&a)[4], uint64_t matrix) { \
+    MOPO_PRODUCT(columns, "f16", outputs, a0, a1, a2, a3, b, __VA_ARGS__);                                  \
+  }                                                                                                         \
+  MOPO_DEVICE void multiply_add(__nv_bfloat16, float (&d)[columns / 2], const uint32_t (&a)[4],             \
+                                uint64_t matrix) {                                                          \
+    MOPO_PRODUCT(columns, "bf16", outputs, a0, a1, a2, a3, b, __VA_ARGS__);                                 \
   }
 
 // multiply_add(type of a and b, d, a, b).
@@ -230,38 +226,38 @@ MOPO_PRODUCTS(256,
 // ---- Single instructions ----
 
 // The hardware's tanh: off by a factor of 1 +- 2^-11 at most.
-__device__ __forceinline__ float tanh_approx(float x) {
+MOPO_DEVICE float tanh_approx(float x) {
   float y;
   asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
 // 2^x, within two units in the last place.
-__device__ __forceinline__ float exp2_approx(float x) {
+MOPO_DEVICE float exp2_approx(float x) {
   float y;
   asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
 // Two numbers rounded to the nearest, `low` in the lower half: a pair of a's columns.
-__device__ __forceinline__ uint32_t pack(__half, float low, float high) {
+MOPO_DEVICE uint32_t pack(__half, float low, float high) {
   uint32_t pair;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
 }
 
-__device__ __forceinline__ uint32_t pack(__nv_bfloat16, float low, float high) {
+MOPO_DEVICE uint32_t pack(__nv_bfloat16, float low, float high) {
   uint32_t pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
 }
 
 // The value of the lane whose number differs by `mask`; all lanes of the warp call it.
-__device__ __forceinline__ float shuffle_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
+MOPO_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
 
 // The same pointer, which the compiler now knows to be one into global memory.
 template <class T>
-__device__ __forceinline__ T* global(T* pointer) {
+MOPO_DEVICE T* global(T* pointer) {
   __builtin_assume(__isGlobal(pointer));
   return pointer;
 }
@@ -269,12 +265,12 @@ __device__ __forceinline__ T* global(T* pointer) {
 // ---- Blocks that run together and wait for one another, by a counter in global memory ----
 
 // One thread, after a __syncthreads: what the block has written is there for those who see the count.
-__device__ __forceinline__ void arrive(uint32_t* counter) {
+MOPO_DEVICE void arrive(uint32_t* counter) {
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
 }
 
 // Until `count` have arrived, modulo 2^32.
-__device__ __forceinline__ void wait_for(const uint32_t* counter, uint32_t count) {
+MOPO_DEVICE void wait_for(const uint32_t* counter, uint32_t count) {
 #ifdef MOPO_FAST_WATCHDOG
   asm volatile(MOPO_WATCHED("ld.acquire.gpu.global.u32 seen, [%2];\n"
                             "sub.u32 now, seen, %1;\n"
@@ -292,7 +288,7 @@ __device__ __forceinline__ void wait_for(const uint32_t* counter, uint32_t count
 
 // kernel(args) by blocks in clusters of kCluster, `shared` bytes of dynamic shared memory each.
 template <int kCluster, class Args>
-cudaError_t launch(void (*kernel)(Args), int blocks, int threads, int shared, cudaStream_t stream,
+cudaError_t launch(void (*kernel)(Args), int blocks, int threads, int shared, cudaStream_t cuda_stream,
                    const Args& args) {
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
 #ifdef MOPO_FAST_WATCHDOG
@@ -306,7 +302,7 @@ cudaError_t launch(void (*kernel)(Args), int blocks, int threads, int shared, cu
   config.gridDim = blocks;
   config.blockDim = threads;
   config.dynamicSmemBytes = shared;
-  config.stream = stream;
+  config.stream = cuda_stream;
   config.attrs = &cluster;
   config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, kernel, args);
@@ -314,8 +310,8 @@ cudaError_t launch(void (*kernel)(Args), int blocks, int threads, int shared, cu
 
 // kernel(args) by blocks that all run at once, or not at all.
 template <class Args>
-cudaError_t launch_together(void (*kernel)(Args), int blocks, int threads, int shared, cudaStream_t stream,
-                            const Args& args) {
+cudaError_t launch_together(void (*kernel)(Args), int blocks, int threads, int shared,
+                            cudaStream_t cuda_stream, const Args& args) {
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
 #ifdef MOPO_FAST_WATCHDOG
   if (error == cudaSuccess) error = watchdog::begin();
@@ -328,7 +324,7 @@ cudaError_t launch_together(void (*kernel)(Args), int blocks, int threads, int s
   config.gridDim = blocks;
   config.blockDim = threads;
   config.dynamicSmemBytes = shared;
-  config.stream = stream;
+  config.stream = cuda_stream;
   config.attrs = &together;
   config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, kernel, args);

@@ -6,7 +6,7 @@
 namespace mopo::cuda {
 
 // Standard normal number `i` of a block's four, by Box-Muller.
-__device__ __forceinline__ float normal(const PhiloxBlock& block, int i) {
+MOPO_DEVICE float normal(const PhiloxBlock& block, int i) {
   const auto uniform = [](uint32_t word) { return (static_cast<float>(word >> 9) + 0.5f) * 0x1p-23f; };
   const float radius = sqrtf(-2.0f * logf(uniform(i < 2 ? block.word[0] : block.word[2])));
   float sine, cosine;

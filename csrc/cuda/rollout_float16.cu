@@ -2,8 +2,8 @@
 
 namespace mopo::cuda {
 
-cudaError_t rollout_float16(const RolloutArgs& args, int width, int slots, cudaStream_t stream) {
-  return launch<__half>(args, width, slots, stream);
+cudaError_t rollout_float16(const RolloutLaunch& args, int width, int slots, cudaStream_t cuda_stream) {
+  return launch<__half>(args, width, slots, cuda_stream);
 }
 
 }  // namespace mopo::cuda

@@ -1,7 +1,7 @@
 // The rollout on Hopper: a block takes tiles of 128 rollouts through all steps, its activations in registers.
 //
 // Two warpgroups multiply, 64 rows each, and take turns at the tensor cores, so that the activations of one
-// run beside the products of the other. One more thread streams the weights through a ring of slots in shared
+// run beside the products of the other. One more thread feeds the weights through a ring of slots in shared
 // memory; the two blocks of a cluster fetch half of every chunk each, for both. Features are laid out so that
 // a thread holds the dimensions 4 j + q, q = lane % 4, of two rows, in what it gives to the products and in
 // what it gets from them: nothing passes between threads but sums over a row's four.
@@ -9,14 +9,10 @@
 
 #include "cuda/ptx.cuh"
 #include "cuda/random.cuh"
-#include "cuda/rollout.h"
+#include "cuda/rollout_launch.h"
+#include "scalar.h"
 
 namespace mopo::cuda {
-
-MOPO_INLINE float select(bool mask, float yes, float no) { return mask ? yes : no; }
-MOPO_INLINE float sqrt(float x) { return sqrtf(x); }
-
-#include "spec.h"
 
 constexpr int kTile = 128;                       // rollouts of a block
 constexpr int kConsumers = 2 * ptx::kWarpgroup;  // threads that multiply
@@ -26,7 +22,7 @@ constexpr int kActionSlots = 2;
 // The ring. mopo_fast/backends/gpu/stream.py cuts a layer into as few chunks of at most this size as it can.
 constexpr int kSlots = 8;
 constexpr int kSlotBytes = 26880;
-constexpr int kBarrierBytes = 2 * kSlots * sizeof(ptx::Barrier);
+constexpr int kBarrierBytes = 2 * kSlots * sizeof(ptx::SharedBarrier);
 // The inputs of the ensemble, four words a k-step, lie behind it.
 constexpr int kMaxInputSteps = 3;
 constexpr int kSharedBytes = kSlots * kSlotBytes + kBarrierBytes + 4 * kMaxInputSteps * 4 * kConsumers;
@@ -37,17 +33,15 @@ MOPO_INLINE constexpr int round_up(int count, int multiple) {
 
 // ---- The ring: chunk n lies in slot n % kSlots, whose barriers are in phase n / kSlots ----
 
-__device__ __forceinline__ unsigned char* slot(uint32_t n) {
-  return ptx::dynamic_shared() + n % kSlots * kSlotBytes;
-}
+MOPO_DEVICE unsigned char* slot(uint32_t n) { return ptx::dynamic_shared() + n % kSlots * kSlotBytes; }
 // Its chunk is there, in this block.
-__device__ __forceinline__ ptx::Barrier* full(uint32_t n) {
-  return reinterpret_cast<ptx::Barrier*>(ptx::dynamic_shared() + kSlots * kSlotBytes) + n % kSlots;
+MOPO_DEVICE ptx::SharedBarrier* full(uint32_t n) {
+  return reinterpret_cast<ptx::SharedBarrier*>(ptx::dynamic_shared() + kSlots * kSlotBytes) + n % kSlots;
 }
 // Every warp that multiplies, of both blocks, is done with its chunk.
-__device__ __forceinline__ ptx::Barrier* empty(uint32_t n) { return full(n) + kSlots; }
+MOPO_DEVICE ptx::SharedBarrier* empty(uint32_t n) { return full(n) + kSlots; }
 
-__device__ __forceinline__ void init_ring() {
+MOPO_DEVICE void init_ring() {
   for (int n = 0; n < kSlots; ++n) {
     ptx::barrier_init(full(n), 1);
     ptx::barrier_init(empty(n), kCluster * kConsumers / 32);
@@ -56,14 +50,12 @@ __device__ __forceinline__ void init_ring() {
 }
 
 // The row that a block's tiles start at; all blocks go on alike, and both of a cluster until both are done.
-__device__ __forceinline__ int first_tile() { return blockIdx.x * kTile; }
-__device__ __forceinline__ int next_tile() { return gridDim.x * kTile; }
-__device__ __forceinline__ bool is_tile(int row, int batch) {
-  return row / (kCluster * kTile) * (kCluster * kTile) < batch;
-}
+MOPO_DEVICE int first_tile() { return blockIdx.x * kTile; }
+MOPO_DEVICE int next_tile() { return gridDim.x * kTile; }
+MOPO_DEVICE bool is_tile(int row, int batch) { return row / (kCluster * kTile) * (kCluster * kTile) < batch; }
 
-// One thread: the whole stream, once a step.
-__device__ __forceinline__ void produce(const RolloutArgs& args) {
+// One thread: feeds all weights, once a step.
+MOPO_DEVICE void produce(const RolloutLaunch& args) {
   const uint32_t rank = ptx::cluster_rank();
   uint32_t n = 0;
   for (int row = first_tile(); is_tile(row, args.batch); row += next_tile())
@@ -89,9 +81,9 @@ struct Consumer {
   int group;       // 0 or 1
   uint32_t n = 0;  // chunks read
 
-  // d = bias + a * weight, for the next columns of the stream.
+  // d = bias + a * weight, for the next columns of the weights.
   template <class T, int kSteps, int kCount>
-  __device__ __forceinline__ void multiply(T type, const uint32_t (&a)[kSteps][4], float (&d)[kCount]) {
+  MOPO_DEVICE void multiply(T type, const uint32_t (&a)[kSteps][4], float (&d)[kCount]) {
     constexpr int kColumns = 2 * kCount, kImage = 32 * kColumns, kBias = round_up(4 * kColumns, 128);
     constexpr int kMost = (kSlotBytes - kBias) / kImage;  // k-steps of a chunk
     constexpr int kChunks = (kSteps + kMost - 1) / kMost;
@@ -125,19 +117,19 @@ struct Consumer {
   }
 
   // The slot of the next chunk, once that is there.
-  __device__ __forceinline__ const unsigned char* wait() {
+  MOPO_DEVICE const unsigned char* wait() {
     ptx::barrier_wait(full(n), n / kSlots % 2);
     return slot(n++);
   }
 
   // Both blocks' producers have filled half of the slot: a lane for each.
-  __device__ __forceinline__ void release(uint32_t chunk) const {
+  MOPO_DEVICE void release(uint32_t chunk) const {
     const uint32_t lane = threadIdx.x % 32;
     if (lane < kCluster) ptx::barrier_arrive_at(empty(chunk), lane);
   }
 
   template <int kCount>
-  __device__ __forceinline__ static void load_bias(const unsigned char* image, float (&d)[kCount]) {
+  MOPO_DEVICE static void load_bias(const unsigned char* image, float (&d)[kCount]) {
     const float2* bias = reinterpret_cast<const float2*>(image) + threadIdx.x % 4;
 #pragma unroll
     for (int j = 0; j < kCount / 4; ++j) {
@@ -148,19 +140,19 @@ struct Consumer {
   }
 
   // Named barrier 1 + g says that it is group g's turn: the other one arrives, it waits.
-  __device__ __forceinline__ void start_turns() const {
+  MOPO_DEVICE void start_turns() const {
     if (group == 1) pass_turn();
   }
-  __device__ __forceinline__ void take_turn() const { ptx::named_sync(1 + group, kConsumers); }
-  __device__ __forceinline__ void pass_turn() const { ptx::named_arrive(2 - group, kConsumers); }
+  MOPO_DEVICE void take_turn() const { ptx::named_sync(1 + group, kConsumers); }
+  MOPO_DEVICE void pass_turn() const { ptx::named_arrive(2 - group, kConsumers); }
   // Group 1 has passed the last turn on.
-  __device__ __forceinline__ void end_turns() const {
+  MOPO_DEVICE void end_turns() const {
     if (group == 0) take_turn();
   }
 };
 
 template <int kCount>
-__device__ __forceinline__ void activate(Activation activation, float (&d)[kCount]) {
+MOPO_DEVICE void activate(Activation activation, float (&d)[kCount]) {
   switch (activation) {
     case Activation::kSilu:
 #pragma unroll
@@ -182,9 +174,9 @@ __device__ __forceinline__ void activate(Activation activation, float (&d)[kCoun
 
 // out = activation(in * weight + bias).
 template <int kWidth, class T, int kSteps>
-__device__ __forceinline__ void hidden_layer(Consumer& consumer, T type, Activation activation,
-                                             const uint32_t (&in)[kSteps][4],
-                                             uint32_t (&out)[round_up(kWidth, 16) / 16][4]) {
+MOPO_DEVICE void hidden_layer(Consumer& consumer, T type, Activation activation,
+                              const uint32_t (&in)[kSteps][4],
+                              uint32_t (&out)[round_up(kWidth, 16) / 16][4]) {
   float d[kWidth / 2];
   consumer.multiply(type, in, d);
   activate(activation, d);
@@ -195,8 +187,8 @@ __device__ __forceinline__ void hidden_layer(Consumer& consumer, T type, Activat
 }
 
 template <int kWidth, class T, int kSteps, int kCount>
-__device__ __forceinline__ void network(Consumer& consumer, T type, Activation activation, int hidden_layers,
-                                        const uint32_t (&in)[kSteps][4], float (&heads)[kCount]) {
+MOPO_DEVICE void network(Consumer& consumer, T type, Activation activation, int hidden_layers,
+                         const uint32_t (&in)[kSteps][4], float (&heads)[kCount]) {
   uint32_t a[round_up(kWidth, 16) / 16][4];
   hidden_layer<kWidth>(consumer, type, activation, in, a);
 #pragma unroll 1
@@ -206,10 +198,10 @@ __device__ __forceinline__ void network(Consumer& consumer, T type, Activation a
 
 // ---- A thread's share of a tile ----
 
-__device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < INFINITY; }
+MOPO_DEVICE bool is_finite(float x) { return fabsf(x) < INFINITY; }
 
 // Of the four threads that share a row.
-__device__ __forceinline__ float quad_sum(float x) {
+MOPO_DEVICE float quad_sum(float x) {
   x += ptx::shuffle_xor(x, 1);
   return x + ptx::shuffle_xor(x, 2);
 }
@@ -222,41 +214,39 @@ struct Share {
   static constexpr T kType{};
   static_assert(kInputSteps <= kMaxInputSteps);
 
-  const RolloutArgs& args;
+  const RolloutLaunch& args;
   const int q;
   float2* predictions;  // mean and variance: [members][kObsSlots][2], kConsumers apart
   int first_row = 0;
   int t = 0;
   uint32_t alive = 0;  // a bit for each row
 
-  __device__ __forceinline__ int row(int half) const { return first_row + 8 * half; }
-  __device__ __forceinline__ bool exists(int half) const { return row(half) < args.batch; }
-  __device__ __forceinline__ bool is_alive(int half) const { return alive >> half & 1; }
-  __device__ __forceinline__ int64_t record(int half) const { return int64_t{row(half)} * args.horizon + t; }
-  __device__ __forceinline__ float2& prediction(int member, int d, int half) const {
+  MOPO_DEVICE int row(int half) const { return first_row + 8 * half; }
+  MOPO_DEVICE bool exists(int half) const { return row(half) < args.batch; }
+  MOPO_DEVICE bool is_alive(int half) const { return alive >> half & 1; }
+  MOPO_DEVICE int64_t record(int half) const { return int64_t{row(half)} * args.horizon + t; }
+  MOPO_DEVICE float2& prediction(int member, int d, int half) const {
     return predictions[((member * kObsSlots + d / 4) * 2 + half) * kConsumers];
   }
-  __device__ __forceinline__ int64_t number(int half) const {
-    return exists(half) ? args.rows[row(half)] : 0;
-  }
-  __device__ __forceinline__ PhiloxBlock random(int64_t number, Stream stream, uint32_t block) const {
+  MOPO_DEVICE int64_t number(int half) const { return exists(half) ? args.rows[row(half)] : 0; }
+  MOPO_DEVICE PhiloxBlock random(int64_t number, PhiloxStream stream, uint32_t block) const {
     return random_block(number, args.first_step + t, stream, block, args.seed);
   }
 
-  __device__ __forceinline__ float observation(int d, int half) const {
+  MOPO_DEVICE float observation(int d, int half) const {
     if (d >= args.obs_dim || !is_alive(half)) return 0.0f;
     const float* from = t == 0 ? args.start + int64_t{row(half)} * args.obs_dim
                                : args.record.next_observations + (record(half) - 1) * args.obs_dim;
     return from[d];
   }
 
-  __device__ __forceinline__ float standardised(float x, int input) const {
+  MOPO_DEVICE float standardised(float x, int input) const {
     return (x - args.input_mean[input]) / args.input_std[input];
   }
 
   // Slots of inputs as a's fragment: pairs 0 and 1 are the rows' first two of a k-step, 2 and 3 the others.
   template <int kSteps, class Value>
-  __device__ __forceinline__ static void pack_inputs(uint32_t (&a)[kSteps][4], Value value) {
+  MOPO_DEVICE static void pack_inputs(uint32_t (&a)[kSteps][4], Value value) {
 #pragma unroll
     for (int s = 0; s < kSteps; ++s)
 #pragma unroll
@@ -266,7 +256,7 @@ struct Share {
       }
   }
 
-  __device__ __forceinline__ void act(Consumer& consumer, float (&actions)[kActionSlots][2]) const {
+  MOPO_DEVICE void act(Consumer& consumer, float (&actions)[kActionSlots][2]) const {
     float heads[8 * kActionSlots / 2];
     if (args.policy_hidden_layers > 0) {
       uint32_t inputs[kPolicySteps][4];
@@ -287,12 +277,10 @@ struct Share {
           if (taken) action = recorded;
         } else {
           action = heads[4 * at + 2 * half];
-          if (!args.deterministic) {
-            float log_std = heads[4 * at + 2 * half + 1];
-            log_std = log_std < args.log_std_min ? args.log_std_min : log_std;
-            log_std = log_std > args.log_std_max ? args.log_std_max : log_std;
-            action += expf(log_std) * normal(random(number(half), kActionStream, at), q);
-          }
+          if (!args.deterministic)
+            action = SquashedGaussian(action, heads[4 * at + 2 * half + 1], args.log_std_min,
+                                      args.log_std_max, normal(random(number(half), kActionStream, at), q))
+                         .raw;
           action = tanhf(action);
           if (taken) recorded = action;
         }
@@ -300,7 +288,7 @@ struct Share {
       }
   }
 
-  __device__ __forceinline__ void predict(int member, const float (&heads)[4 * kObsSlots]) const {
+  MOPO_DEVICE void predict(int member, const float (&heads)[4 * kObsSlots]) const {
 #pragma unroll
     for (int at = 0; at < kObsSlots; ++at) {
       const int d = 4 * at + q, dims = args.obs_dim + 1;
@@ -323,7 +311,7 @@ struct Share {
   }
 
   // The drawn member, and a sample of its Gaussian.
-  __device__ __forceinline__ int draw(int half, float (&samples)[kObsSlots]) const {
+  MOPO_DEVICE int draw(int half, float (&samples)[kObsSlots]) const {
     const int64_t row_number = number(half);
     const uint32_t elite = choose(random(row_number, kMemberStream, 0).word[0], args.num_elites);
     const int member = static_cast<int>(args.elites[elite]);
@@ -337,7 +325,7 @@ struct Share {
   }
 
   // No member, and the mean of all members' means.
-  __device__ __forceinline__ int average(int half, float (&samples)[kObsSlots]) const {
+  MOPO_DEVICE int average(int half, float (&samples)[kObsSlots]) const {
 #pragma unroll
     for (int at = 0; at < kObsSlots; ++at) {
       const int d = 4 * at + q;
@@ -350,7 +338,7 @@ struct Share {
   }
 
   // Penalty, sample, termination and record of one row.
-  __device__ __forceinline__ void finish(int half) {
+  MOPO_DEVICE void finish(int half) {
     const bool on = is_alive(half);
     const int obs_dim = args.obs_dim;
     const float penalty = penalise<float>(
@@ -388,7 +376,7 @@ struct Share {
   }
 
   template <int kWidth>
-  __device__ __forceinline__ void step(Consumer& consumer) {
+  MOPO_DEVICE void step(Consumer& consumer) {
     float actions[kActionSlots][2];
     act(consumer, actions);
     uint32_t inputs[kInputSteps][4];
@@ -417,7 +405,7 @@ struct Share {
 };
 
 template <class T, int kWidth, int kObsSlots>
-__device__ __forceinline__ void consume(const RolloutArgs& args) {
+MOPO_DEVICE void consume(const RolloutLaunch& args) {
   const int thread = threadIdx.x;
   Consumer consumer{thread / ptx::kWarpgroup};
   float2* predictions = reinterpret_cast<float2*>(args.scratch) + thread +
@@ -433,7 +421,7 @@ __device__ __forceinline__ void consume(const RolloutArgs& args) {
 }
 
 template <class T, int kWidth, int kObsSlots>
-__global__ void __launch_bounds__(kThreads, 1) rollout_kernel(const __grid_constant__ RolloutArgs args) {
+__global__ void __launch_bounds__(kThreads, 1) rollout_kernel(const __grid_constant__ RolloutLaunch args) {
   if (threadIdx.x == 0) init_ring();
   ptx::cluster_sync();
   if (threadIdx.x >= kConsumers) {
@@ -449,11 +437,11 @@ __global__ void __launch_bounds__(kThreads, 1) rollout_kernel(const __grid_const
 }
 
 template <class T>
-cudaError_t launch(const RolloutArgs& args, int width, int slots, cudaStream_t stream) {
+cudaError_t launch(const RolloutLaunch& args, int width, int slots, cudaStream_t cuda_stream) {
   const bool narrow = width == 200;
   const auto kernel = slots == 5 ? (narrow ? rollout_kernel<T, 200, 5> : rollout_kernel<T, 256, 5>)
                                  : (narrow ? rollout_kernel<T, 200, 8> : rollout_kernel<T, 256, 8>);
-  return ptx::launch<kCluster>(kernel, args.blocks, kThreads, kSharedBytes, stream, args);
+  return ptx::launch<kCluster>(kernel, args.blocks, kThreads, kSharedBytes, cuda_stream, args);
 }
 
 }  // namespace mopo::cuda

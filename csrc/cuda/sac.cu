@@ -5,7 +5,7 @@
 namespace mopo::cuda {
 
 // Numbers of a row that are summed over the batch.
-enum Sum { kLogProb, kSquares, kValues, kLeastValue, kSums };
+enum RowSum { kLogProb, kSquares, kValues, kLeastValue, kSums };
 
 // One run. A matrix of several sections has the batch in each.
 struct Sac {
@@ -23,12 +23,10 @@ struct Sac {
   uint32_t* counter;
 };
 
-__device__ __forceinline__ float temperature(const SacArgs& args) {
+MOPO_DEVICE float temperature(const SacArgs& args) {
   const float alpha = expf(*args.log_alpha.value);
   return alpha > args.alpha_max ? args.alpha_max : alpha;
 }
-
-__device__ __forceinline__ float softplus(float x) { return (x > 0.0f ? x : 0.0f) + log1pf(expf(-fabsf(x))); }
 
 // kTile rows of a batch, from `first` on. What goes through a network is one section of them, or two in turn:
 // through the critics the first two sections of pairs, kBoth at once, or one, then the other.
@@ -43,38 +41,38 @@ struct SacTile {
 
   // In shared memory, of each row; of log-probabilities the sections of observations, of gradients by Q the
   // first two of pairs, of Q all of them.
-  __device__ __forceinline__ float* values() const { return activations(); }
-  __device__ __forceinline__ int64_t* drawn() const { return reinterpret_cast<int64_t*>(values()); }
-  __device__ __forceinline__ float* rewards() const { return values() + 2 * kTile; }
-  __device__ __forceinline__ float* continues() const { return values() + 3 * kTile; }
-  __device__ __forceinline__ float* targets() const { return values() + 4 * kTile; }
-  __device__ __forceinline__ float* log_probs() const { return values() + 5 * kTile; }
-  __device__ __forceinline__ float* q_grads() const { return values() + 7 * kTile; }
-  __device__ __forceinline__ float* q(int critic) const { return values() + (9 + 3 * critic) * kTile; }
+  MOPO_DEVICE float* values() const { return activations(); }
+  MOPO_DEVICE int64_t* drawn() const { return reinterpret_cast<int64_t*>(values()); }
+  MOPO_DEVICE float* rewards() const { return values() + 2 * kTile; }
+  MOPO_DEVICE float* continues() const { return values() + 3 * kTile; }
+  MOPO_DEVICE float* targets() const { return values() + 4 * kTile; }
+  MOPO_DEVICE float* log_probs() const { return values() + 5 * kTile; }
+  MOPO_DEVICE float* q_grads() const { return values() + 7 * kTile; }
+  MOPO_DEVICE float* q(int critic) const { return values() + (9 + 3 * critic) * kTile; }
   // What goes through a layer, [width][kStride].
-  __device__ __forceinline__ float* x() const { return q(static_cast<int>(args.critics)); }
-  __device__ __forceinline__ float& x(int column, int row) const { return x()[column * kStride + row]; }
+  MOPO_DEVICE float* x() const { return q(static_cast<int>(args.critics)); }
+  MOPO_DEVICE float& x(int column, int row) const { return x()[column * kStride + row]; }
 
-  __device__ __forceinline__ int hidden() const { return static_cast<int>(args.depth) - 1; }
-  __device__ __forceinline__ int obs_dim() const { return static_cast<int>(args.obs_dim); }
-  __device__ __forceinline__ int act_dim() const { return static_cast<int>(args.act_dim); }
-  __device__ __forceinline__ const Layer* critic(int j) const { return sac.layers + j * args.depth; }
-  __device__ __forceinline__ const Layer* actor() const { return critic(static_cast<int>(args.critics)); }
+  MOPO_DEVICE int hidden() const { return static_cast<int>(args.depth) - 1; }
+  MOPO_DEVICE int obs_dim() const { return static_cast<int>(args.obs_dim); }
+  MOPO_DEVICE int act_dim() const { return static_cast<int>(args.act_dim); }
+  MOPO_DEVICE const Layer* critic(int j) const { return sac.layers + j * args.depth; }
+  MOPO_DEVICE const Layer* actor() const { return critic(static_cast<int>(args.critics)); }
   // Of the sections from `section` on that the critics take at once, is 0 or is 1 one?
-  __device__ __forceinline__ static bool has_data(int section) { return section == 0; }
-  __device__ __forceinline__ static bool has_policy(int section) { return kBoth || section == 1; }
+  MOPO_DEVICE static bool has_data(int section) { return section == 0; }
+  MOPO_DEVICE static bool has_policy(int section) { return kBoth || section == 1; }
 
   // The row of a matrix that row v of what goes through a layer is, which begins with `section`.
-  __device__ __forceinline__ int row(int section, int v) const {
+  MOPO_DEVICE int row(int section, int v) const {
     return (section + v / kTile) * sac.rows + first + v % kTile;
   }
   // Its row of the batch; the last tile's rows beyond the batch are its last, and leave no trace.
-  __device__ __forceinline__ int batch_row(int v) const { return min(first + v % kTile, sac.batch - 1); }
-  __device__ __forceinline__ const SacSource& source(int v) const {
+  MOPO_DEVICE int batch_row(int v) const { return min(first + v % kTile, sac.batch - 1); }
+  MOPO_DEVICE const SacSource& source(int v) const {
     return batch_row(v) < args.real_rows ? args.real : args.model;
   }
 
-  __device__ __forceinline__ void gather() const {
+  MOPO_DEVICE void gather() const {
     const int obs_dim = this->obs_dim(), act_dim = this->act_dim();
     if (threadIdx.x < kTile) {
       const int v = threadIdx.x;
@@ -104,8 +102,8 @@ struct SacTile {
   // Sections of `input` through a network, the last layer's outputs into `to`, `stride` from one to the next.
   // The inputs of the other layers are kept in the sections before `kept`.
   template <int kRows>
-  __device__ __forceinline__ void forward(const Matrix& input, const Layer* layers, Matrix Layer::* weights,
-                                          int section, int kept, float* to, int stride) const {
+  MOPO_DEVICE void forward(const Matrix& input, const Layer* layers, Matrix Layer::* weights, int section,
+                           int kept, float* to, int stride) const {
     const int width = layers[0].in;
     __syncthreads();
     for (int i = threadIdx.x; i < kRows / 4 * width; i += kThreads) {
@@ -133,25 +131,22 @@ struct SacTile {
   }
 
   // Actions and their log-probabilities, at observations and at next observations.
-  __device__ __forceinline__ void act() const {
+  MOPO_DEVICE void act() const {
     const int act_dim = this->act_dim();
     forward<kStride>(sac.observations, actor(), &Layer::value, 0, 1, x(), kStride);
     float* terms = partials();
     for (int i = threadIdx.x; i < act_dim * kStride; i += kThreads) {
       const int d = i / kStride, v = i % kStride;
-      const Stream stream = v < kTile ? kActionStream : kNextActionStream;
+      const PhiloxStream stream = v < kTile ? kActionStream : kNextActionStream;
       const float noise = normal(random_block(batch_row(v), step, stream, d / 4, args.seed), d % 4);
-      const float mean = x(d, v), raw_log_std = x(act_dim + d, v);
-      float log_std = raw_log_std < args.log_std_min ? args.log_std_min : raw_log_std;
-      log_std = log_std > args.log_std_max ? args.log_std_max : log_std;
-      const float spread = expf(log_std) * noise, raw = mean + spread, action = tanhf(raw);
-      // log(1 - tanh(x)^2) without cancellation.
-      const float squash = 2.0f * (0.69314718056f - raw - softplus(-2.0f * raw));
-      terms[i] = -0.5f * noise * noise - log_std - 0.91893853320f - squash;
+      const float raw_log_std = x(act_dim + d, v);
+      const SquashedGaussian draw(x(d, v), raw_log_std, args.log_std_min, args.log_std_max, noise);
+      const float action = draw.action();
+      terms[i] = draw.log_prob();
       sac.pairs.at(row(1, v))[obs_dim() + d] = action;
       if (v >= kTile) continue;
       sac.actions.at(row(0, v))[d] = action;
-      sac.spread.at(row(0, v))[d] = spread;
+      sac.spread.at(row(0, v))[d] = draw.spread;
       sac.log_std.at(row(0, v))[d] = raw_log_std;
     }
     __syncthreads();
@@ -164,12 +159,12 @@ struct SacTile {
   }
 
   // This thread's row's part in a sum.
-  __device__ __forceinline__ void add(Sum sum, double x) const {
+  MOPO_DEVICE void add(RowSum sum, double x) const {
     const int row = first + threadIdx.x;
     if (row < sac.batch) sac.sums[sum * sac.batch + row] = x;
   }
 
-  __device__ __forceinline__ void evaluate_targets() const {
+  MOPO_DEVICE void evaluate_targets() const {
     for (int j = 0; j < args.critics; ++j)
       forward<kTile>(sac.pairs, critic(j), &Layer::target, 2, 0, q(j) + 2 * kTile, 0);
     if (threadIdx.x >= kTile) return;
@@ -185,7 +180,7 @@ struct SacTile {
 
   // The critics forwards and backwards, the sections from `section` on: 0 for their own loss, 1 for the
   // policy's.
-  __device__ __forceinline__ void critics(int section) const {
+  MOPO_DEVICE void critics(int section) const {
     for (int j = 0; j < args.critics; ++j)
       forward<kCriticRows>(sac.pairs, critic(j), &Layer::value, section, 2, q(j) + section * kTile, 0);
     const int v = threadIdx.x;
@@ -215,7 +210,7 @@ struct SacTile {
     }
   }
 
-  __device__ __forceinline__ void critic_backward(int j, int section) const {
+  MOPO_DEVICE void critic_backward(int j, int section) const {
     const Layer *layers = critic(j), &head = layers[hidden()];
     for (int i = threadIdx.x; i < kCriticRows / 4 * head.in; i += kThreads) {
       const int v = i / head.in * 4, k = i % head.in;
@@ -234,8 +229,7 @@ struct SacTile {
   // From the gradients of layer `top`'s outputs down to those of the outputs below layer `bottom`, before the
   // activation. Below the critics' layer 0 are actions: their gradients are those of all critics together.
   template <int kRows>
-  __device__ __forceinline__ void backward(const Layer* layers, int top, int section, int bottom,
-                                           bool adds) const {
+  MOPO_DEVICE void backward(const Layer* layers, int top, int section, int bottom, bool adds) const {
     for (int l = top; l >= bottom; --l) {
       const Layer& layer = layers[l];
       // Of the first layer's inputs whole groups of four, from the actions on.
@@ -261,27 +255,25 @@ struct SacTile {
   }
 
   // From the gradients of the actions through Q to those of the actor's layers.
-  __device__ __forceinline__ void actor_backward() const {
+  MOPO_DEVICE void actor_backward() const {
     const float share = 1.0f / static_cast<float>(sac.batch);
     const int act_dim = this->act_dim();
     const Layer& head = actor()[hidden()];
     __syncthreads();
     for (int i = threadIdx.x; i < act_dim * kTile; i += kThreads) {
       const int d = i / kTile, v = i % kTile;
-      const float action = sac.actions.at(row(0, v))[d], log_std = sac.log_std.at(row(0, v))[d];
-      const float q_grad = sac.action_grad.at(row(0, v))[d];
-      const float raw_grad = alpha * share * 2.0f * action + q_grad * (1.0f - action * action);
-      const bool free = log_std >= args.log_std_min && log_std <= args.log_std_max;
-      const float log_std_grad = free ? raw_grad * sac.spread.at(row(0, v))[d] - alpha * share : 0.0f;
-      head.grads.at(row(0, v))[d] = x(d, v) = raw_grad;
-      head.grads.at(row(0, v))[act_dim + d] = x(act_dim + d, v) = log_std_grad;
+      const auto grad = squashed_gradient(sac.actions.at(row(0, v))[d], sac.spread.at(row(0, v))[d],
+                                          sac.log_std.at(row(0, v))[d], args.log_std_min, args.log_std_max,
+                                          sac.action_grad.at(row(0, v))[d], alpha, share);
+      head.grads.at(row(0, v))[d] = x(d, v) = grad.mean;
+      head.grads.at(row(0, v))[act_dim + d] = x(act_dim + d, v) = grad.log_std;
     }
     backward<kTile>(actor(), hidden(), 0, 1, false);
   }
 };
 
 // The temperature's step, and the update's metrics, which are of the state before it.
-__device__ __forceinline__ void train_temperature(const Sac& sac, const AdamStep& step) {
+MOPO_DEVICE void train_temperature(const Sac& sac, const AdamStep& step) {
   const SacArgs& args = sac.args;
   const double* sums = add_up(sac.sums, kSums, sac.batch);
   if (threadIdx.x > 0) return;
@@ -372,7 +364,7 @@ Sac lay_out(Memory& memory, const SacArgs& args, double* metrics) {
 }  // namespace
 
 cudaError_t sac_updates(const std::vector<SacArgs>& runs, double* metrics, const Allocate& allocate,
-                        cudaStream_t stream) {
+                        cudaStream_t cuda_stream) {
   const SacArgs& first = runs.front();
   const int widest_layer = std::max(widest(first.actor, first.depth), widest(first.critic, first.depth));
   const int floats = 9 + 3 * static_cast<int>(first.critics) + 2 * widest_layer;  // of a row
@@ -380,7 +372,7 @@ cudaError_t sac_updates(const std::vector<SacArgs>& runs, double* metrics, const
     const bool large =
         first.real_rows + first.model_rows > 4 * blocks && shared_bytes(8 * floats) <= device.shared_bytes;
     return launch_with_memory(
-        allocate, stream,
+        allocate, cuda_stream,
         [&](Memory& memory) {
           std::vector<Sac> all;
           for (const SacArgs* args = some; args < some + count; ++args)
@@ -392,7 +384,7 @@ cudaError_t sac_updates(const std::vector<SacArgs>& runs, double* metrics, const
                               : large            ? sac_kernel<8, false>
                                                  : sac_kernel<4, false>;
           return ptx::launch_together(kernel, count * blocks, kThreads,
-                                      shared_bytes((large ? 8 : 4) * floats), stream, launch);
+                                      shared_bytes((large ? 8 : 4) * floats), cuda_stream, launch);
         });
   });
 }

@@ -8,7 +8,8 @@
 #include <cstring>
 
 #include "cuda/ptx.cuh"
-#include "cuda/train.h"
+#include "cuda/training_launch.h"
+#include "scalar.h"
 
 namespace mopo::cuda {
 
@@ -20,9 +21,7 @@ MOPO_INLINE int round_up(int count, int multiple) { return (count + multiple - 1
 struct Matrix {
   float* data;
   int stride;
-  __device__ __forceinline__ float* at(int row) const {
-    return ptx::global(data + static_cast<int64_t>(row) * stride);
-  }
+  MOPO_DEVICE float* at(int row) const { return ptx::global(data + static_cast<int64_t>(row) * stride); }
 };
 
 // A layer of one network. `target` and `transposed` have no data where there is no target, and where no
@@ -88,15 +87,16 @@ struct Memory {
 // launch(lay_out(memory)), the memory filled in; waits for the kernel. An asynchronous copy may read the
 // image for as long as it takes, so the image stays until then.
 template <class LayOut, class Launch>
-cudaError_t launch_with_memory(const Allocate& allocate, cudaStream_t stream, LayOut lay_out, Launch launch) {
+cudaError_t launch_with_memory(const Allocate& allocate, cudaStream_t cuda_stream, LayOut lay_out,
+                               Launch launch) {
   Memory sizes;
   lay_out(sizes);
   Memory memory{static_cast<char*>(allocate(sizes.used + sizes.image.size())), sizes.used};
   const auto args = lay_out(memory);
   cudaError_t error = cudaMemcpyAsync(memory.base + memory.image_at, memory.image.data(), memory.image.size(),
-                                      cudaMemcpyHostToDevice, stream);
+                                      cudaMemcpyHostToDevice, cuda_stream);
   if (error == cudaSuccess) error = launch(args);
-  const cudaError_t waited = cudaStreamSynchronize(stream);
+  const cudaError_t waited = cudaStreamSynchronize(cuda_stream);
   return error == cudaSuccess ? waited : error;
 }
 
@@ -144,7 +144,7 @@ struct Group {
   uint32_t awaited = 0;
 
   // Until all blocks are here; what they have written before is there.
-  __device__ __forceinline__ void wait() {
+  MOPO_DEVICE void wait() {
     __syncthreads();
     awaited += blocks;
     if (threadIdx.x == 0) {
@@ -160,14 +160,14 @@ struct Group {
 // Of 4 columns a thread, padded, and of 8 rows at a time.
 constexpr int kPartials = 4 * kThreads / 8 * 9 * 8;
 
-__device__ __forceinline__ float* partials() { return reinterpret_cast<float*>(ptx::dynamic_shared()); }
-__device__ __forceinline__ float* activations() { return partials() + kPartials; }
+MOPO_DEVICE float* partials() { return reinterpret_cast<float*>(ptx::dynamic_shared()); }
+MOPO_DEVICE float* activations() { return partials() + kPartials; }
 inline int shared_bytes(int activations) {
   return (kPartials + activations) * static_cast<int>(sizeof(float));
 }
 
-__device__ __forceinline__ float4& four(float* at) { return *reinterpret_cast<float4*>(at); }
-__device__ __forceinline__ float4 four(const float* at) { return *reinterpret_cast<const float4*>(at); }
+MOPO_DEVICE float4& four(float* at) { return *reinterpret_cast<float4*>(at); }
+MOPO_DEVICE float4 four(const float* at) { return *reinterpret_cast<const float4*>(at); }
 
 // A product x^T m of x [count][kStride] in shared memory, of which kRows columns, and m [count][columns] in
 // global memory: visit(column, row, values of four rows from there on), as many at once as there are threads.
@@ -175,8 +175,7 @@ __device__ __forceinline__ float4 four(const float* at) { return *reinterpret_ca
 //
 // A thread takes four columns for all rows, and a slice of `count`; the slices' sums are added up in order.
 template <int kRows, int kStride, class Visit>
-__device__ __forceinline__ void multiply(const float* x, const float* m, int stride, int count, int columns,
-                                         Visit visit) {
+MOPO_DEVICE void multiply(const float* x, const float* m, int stride, int count, int columns, Visit visit) {
   constexpr int kAtOnce = kRows < 8 ? kRows : 8, kMostSlices = 32;
   const int quads = (columns + 3) / 4, slices = min(kMostSlices, kThreads / quads);
   const int slice = threadIdx.x / quads, quad = threadIdx.x % quads;
@@ -232,36 +231,33 @@ __device__ __forceinline__ void multiply(const float* x, const float* m, int str
 }
 
 // Four rows' values in one column of a matrix.
-__device__ __forceinline__ void store_column(const Matrix& matrix, int row, int column, float4 x) {
+MOPO_DEVICE void store_column(const Matrix& matrix, int row, int column, float4 x) {
   float* to = matrix.at(row) + column;
   to[0] = x.x;
   to[matrix.stride] = x.y;
   to[2 * matrix.stride] = x.z;
   to[3 * matrix.stride] = x.w;
 }
-__device__ __forceinline__ float4 load_column(const Matrix& matrix, int row, int column) {
+MOPO_DEVICE float4 load_column(const Matrix& matrix, int row, int column) {
   const float* from = matrix.at(row) + column;
   return make_float4(from[0], from[matrix.stride], from[2 * matrix.stride], from[3 * matrix.stride]);
 }
 template <class Function>
-__device__ __forceinline__ float4 each(float4 x, Function function) {
+MOPO_DEVICE float4 each(float4 x, Function function) {
   return make_float4(function(x.x), function(x.y), function(x.z), function(x.w));
 }
 template <class Function>
-__device__ __forceinline__ float4 each(float4 x, float4 y, Function function) {
+MOPO_DEVICE float4 each(float4 x, float4 y, Function function) {
   return make_float4(function(x.x, y.x), function(x.y, y.y), function(x.z, y.z), function(x.w, y.w));
 }
 
 // ---- Device: parameters ----
 
 // A number of a parameter's a step against its gradient; gives the new value.
-__device__ __forceinline__ float adam(const AdamStep& step, const Parameter& parameter, int at,
-                                      float gradient) {
-  float &m = ptx::global(parameter.exp_avg)[at], &v = ptx::global(parameter.exp_avg_sq)[at];
+MOPO_DEVICE float adam(const AdamStep& step, const Parameter& parameter, int at, float gradient) {
   float& value = ptx::global(parameter.value)[at];
-  m = m + (gradient - m) * static_cast<float>(1.0 - kBeta1);
-  v = v * static_cast<float>(kBeta2) + gradient * gradient * static_cast<float>(1.0 - kBeta2);
-  value = value - step.size * m / (sqrtf(v) * step.root_correction + static_cast<float>(kEpsilon));
+  adam<float>(step, gradient, value, ptx::global(parameter.exp_avg)[at],
+              ptx::global(parameter.exp_avg_sq)[at]);
   return value;
 }
 
@@ -270,14 +266,13 @@ struct Place {
   const Parameter& parameter;
   int at;
 };
-__device__ __forceinline__ Place place(const Layer& layer, int k, int n) {
+MOPO_DEVICE Place place(const Layer& layer, int k, int n) {
   return k < layer.in ? Place{layer.weight, k * layer.out + n} : Place{layer.bias, n};
 }
 
 // kHalf x kHalf numbers of a layer's matrix a step against their gradients, whose parts are in shared memory.
 constexpr int kHalf = 32;
-__device__ __forceinline__ void step_quarter(const Layer& layer, const AdamStep& step, int begin_k,
-                                             int begin_n, int parts) {
+MOPO_DEVICE void step_quarter(const Layer& layer, const AdamStep& step, int begin_k, int begin_n, int parts) {
   float* values = partials() + parts * kHalf * kHalf;  // one more column: its own banks for each row
   for (int i = threadIdx.x; i < kHalf * kHalf; i += kThreads) {
     const int k = begin_k + i / kHalf, n = begin_n + i % kHalf;
@@ -307,11 +302,10 @@ __device__ __forceinline__ void step_quarter(const Layer& layer, const AdamStep&
 // A square of a layer's matrix a step against its gradient, inputs^T grads over `count` rows. A thread takes
 // 8 x 8 numbers, in groups of four `kHalf` apart, over a slice of the rows.
 constexpr int kSquare = 2 * kHalf;
-__device__ __forceinline__ int squares(const Layer& layer) {
+MOPO_DEVICE int squares(const Layer& layer) {
   return (layer.in / kSquare + 1) * ((layer.out + kSquare - 1) / kSquare);
 }
-__device__ __forceinline__ void train_square(const Layer& layer, const AdamStep& step, int count,
-                                             int square) {
+MOPO_DEVICE void train_square(const Layer& layer, const AdamStep& step, int count, int square) {
   constexpr int kCells = kHalf / 4, kSlices = kThreads / (kCells * kCells);
   const int across = (layer.out + kSquare - 1) / kSquare;
   const int first_k = square / across * kSquare, first_n = square % across * kSquare;
@@ -352,15 +346,15 @@ __device__ __forceinline__ void train_square(const Layer& layer, const AdamStep&
 
 // The group's squares of layers are dealt out in turn. `next` is the block's first in the first layer; it
 // goes on to the layers after the last.
-__device__ __forceinline__ void train_layer(const Group& group, const Layer& layer, const AdamStep& step,
-                                            int count, int& next) {
+MOPO_DEVICE void train_layer(const Group& group, const Layer& layer, const AdamStep& step, int count,
+                             int& next) {
   const int all = squares(layer);
   for (; next < all; next += group.blocks) train_square(layer, step, count, next);
   next -= all;
 }
 
 // The copies of a layer's parameters, and the column of ones.
-__device__ __forceinline__ void take_up(const Group& group, const Layer& layer, int rows) {
+MOPO_DEVICE void take_up(const Group& group, const Layer& layer, int rows) {
   const int first = group.block * kThreads + threadIdx.x, apart = group.blocks * kThreads;
   for (int i = first; i < (layer.in + 1) * layer.out; i += apart) {
     const int k = i / layer.out, n = i % layer.out;
@@ -374,7 +368,7 @@ __device__ __forceinline__ void take_up(const Group& group, const Layer& layer, 
 }
 
 // The sums of `columns` arrays of `count` numbers, in shared memory.
-__device__ __forceinline__ const double* add_up(const double* arrays, int columns, int count) {
+MOPO_DEVICE const double* add_up(const double* arrays, int columns, int count) {
   double *shares = reinterpret_cast<double*>(partials()), *sums = shares + kThreads;
   __syncthreads();
   for (int column = threadIdx.x / 32; column < columns; column += kThreads / 32) {

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from mopo_fast.backends import get_backend
+from mopo_fast.backends import cpu, get_backend
 from mopo_fast.backends.interface import Need
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import DynamicsConfig, FitDtype, SACConfig
@@ -29,8 +29,10 @@ from mopo_fast.sac import SAC, Population
 from mopo_fast.utils.machine import check_device, device_name, resolve_threads
 from mopo_fast.utils.progress import progress_bar
 
-# Sizes of the square matrices whose product is the peak: the best differs from machine to machine.
-_PEAK_SIZES = {"cpu": (256, 1024, 2048), "cuda": (4096, 8192)}
+# Sizes of the square matrices that torch.mm multiplies: the best differs from machine to machine.
+_MM_SIZES = {"cpu": (256, 1024, 2048), "cuda": (4096, 8192)}
+# A run of the loop that measures the CPU's peak takes at least so long.
+_PEAK_SECONDS = 0.02
 # Of each of the two arrays whose copy tells the memory's bandwidth: together more than any last-level cache.
 _COPY_BYTES = 2**29
 
@@ -51,11 +53,15 @@ class Row:
     unit: str
     gflops: float
     """Arithmetic of the networks alone, two per multiply-add, / 1e9 per second."""
+    peak: str
+    """The arithmetic that measures the machine's peak. On a CPU these are multiply-adds on registers: for a
+    row in bfloat16 those of the faster dtype, else float32's. On a GPU or without the extension: torch.mm."""
     peak_gflops: float
-    """Of the best of torch's own matrix products between the same rounds, on the same threads: of float32, on
-    a GPU of the first contender's dtype."""
+    """Its rate between the same rounds, on the same threads."""
     share_of_peak: float
     """`gflops` over `peak_gflops`."""
+    mm_gflops: float
+    """The rate of torch.mm, likewise: in float32, on a GPU in the first contender's dtype."""
     intensity: float
     """The same arithmetic over `Work.bytes`, FLOP per byte: at most this, as the traffic is at least that."""
     bandwidth: float
@@ -67,7 +73,16 @@ class Row:
 def to_table(rows: list[Row]) -> Table:
     """For people: a line for each contender, the last column how many times faster the first one is."""
     first = rows[0]
-    table = Table("contender", "dtype", first.unit, "GFLOP/s", "of torch.mm", f"{first.backend} over it")
+    columns = [
+        "contender",
+        "dtype",
+        first.unit,
+        "GFLOP/s",
+        "of peak",
+        "of torch.mm",
+        f"{first.backend} over it",
+    ]
+    table = Table(*columns)
     threads = f", {first.shape['threads']} threads" if first.device == "cpu" else ""
     table.title = f"{first.kernel}, {first.device}{threads}"
     for row in rows:
@@ -78,6 +93,7 @@ def to_table(rows: list[Row]) -> Table:
             f"{row.rate:,.0f}",
             f"{row.gflops:.1f}",
             f"{row.share_of_peak:.0%}",
+            f"{row.gflops / row.mm_gflops:.0%}",
             "" if ratio is None else f"{ratio:.2f}",
         )
     return table
@@ -342,31 +358,51 @@ def bench(kernel: str, *, rounds: int = 5, quiet: bool = False, **options: Any) 
 def measure(work: Work, *, rounds: int, quiet: bool = False) -> list[Row]:
     """A row for each contender of `work`, from medians over `rounds` in turn; one more round warms up."""
     device = work.device
-    named = work.dtypes.get(next(iter(work.contenders)), "float32")
-    dtype = torch.float32 if device.type == "cpu" else _product_dtype(named)
-    peaks = {f"torch.mm {size}": _product(size, device, dtype) for size in _PEAK_SIZES[device.type]}
+    dtypes = {name: work.dtypes.get(name, "float32") for name in work.contenders}
+    first, *others = dtypes
+    loops: dict[str, tuple[Contender, float]] = {}
+    mm_dtype = dtypes[first]
+    if device.type == "cpu":
+        mm_dtype = "float32"
+        if cpu.is_built():
+            loops = {
+                f"multiply-adds, {dtype}": _loop(dtype, work.threads) for dtype in ("float32", "bfloat16")
+            }
+    products = {
+        f"torch.mm of {size}, {mm_dtype}": _product(size, device, _product_dtype(mm_dtype))
+        for size in _MM_SIZES[device.type]
+    }
+    arithmetic = loops | products
     copy, moved = _copy(device)
-    # The copy empties the caches, so products come between it and the next round.
-    contenders = work.contenders | {"copy": copy} | {name: run for name, (run, _) in peaks.items()}
+    # The copy empties the caches, so arithmetic comes between it and the next round.
+    contenders = work.contenders | {"copy": copy} | {name: run for name, (run, _) in arithmetic.items()}
     if device.type == "cuda":
         contenders = {name: _awaited(run, device) for name, run in contenders.items()}
     with torch_threads(work.threads):
         seconds = interleave(contenders, rounds, f"bench {work.kernel}: rounds", quiet)
-    peak = max(flop / seconds[name] for name, (_, flop) in peaks.items())
+    gflops = {name: flop / seconds[name] / 1e9 for name, (_, flop) in arithmetic.items()}
     rates = {name: work.amount / seconds[name] for name in work.contenders}
-    first, *others = rates
+
+    def peak(dtype: str) -> str:
+        # Some instruction sets multiply bfloat16 more slowly than float32, or not at all.
+        usable = [name for name in loops if name.endswith((" float32", f" {dtype}"))]
+        return max(usable or products, key=gflops.__getitem__)
+
+    peaks = {name: peak(dtype) for name, dtype in dtypes.items()}
     return [
         Row(
             kernel=work.kernel,
             backend=name,
             device=device_name(device),
-            dtype=work.dtypes.get(name, "float32"),
+            dtype=dtypes[name],
             shape=work.shape | {"threads": work.threads, "rounds": rounds},
             rate=rate,
             unit=work.unit,
             gflops=rate * work.flop / 1e9,
-            peak_gflops=peak / 1e9,
-            share_of_peak=rate * work.flop / peak,
+            peak=peaks[name],
+            peak_gflops=gflops[peaks[name]],
+            share_of_peak=rate * work.flop / 1e9 / gflops[peaks[name]],
+            mm_gflops=max(gflops[name] for name in products),
             intensity=work.flop / work.bytes,
             bandwidth=moved / seconds["copy"] / 1e9,
             baselines={other: rate / rates[other] for other in others} if name == first else {},
@@ -379,8 +415,9 @@ def sac_flop(sac: SAC) -> float:
     """Arithmetic of the matrix products of one update, those that its gradients need."""
     actor, critic, actions = sac.actor.weights, sac.critic.weights, sac.actor.act_dim
     critics, inputs, outputs = critic[0].shape
-    # Through the critics, but not to their weights, and in the first layer to the actions alone.
-    to_actions = _forward_macs(critic) - (inputs - actions) * outputs * critics
+    # Through a critic, but not to its weights, and in the first layer to the actions alone. The policy's loss
+    # takes the least Q of a row, so the gradient of one critic is enough: the other critics' is zero.
+    to_actions = _forward_macs(critic) // critics - (inputs - actions) * outputs
     next_value = _forward_macs(actor) + _forward_macs(critic)
     critics_step = _training_macs(critic)
     actor_step = _training_macs(actor) + _forward_macs(critic) + to_actions
@@ -482,6 +519,18 @@ def _product(size: int, device: torch.device, dtype: torch.dtype) -> tuple[Conte
             torch.mm(left, right, out=out)
 
     return run, times * 2.0 * size**3
+
+
+def _loop(dtype: str, threads: int) -> tuple[Contender, float]:
+    """Multiply-adds by the instruction set in use, often enough to be timed, and their arithmetic."""
+    run = partial(cpu.extension().multiply_adds, isa=cpu.isa(), bfloat16=dtype == "bfloat16", threads=threads)
+    rounds = 1000
+    while True:
+        began = time.perf_counter()
+        flop: float = run(rounds=rounds)
+        if time.perf_counter() - began >= _PEAK_SECONDS:
+            return partial(run, rounds=rounds), flop
+        rounds *= 2
 
 
 def _copy(device: torch.device) -> tuple[Contender, float]:

@@ -42,20 +42,24 @@ def write_roofline(path: str | os.PathLike[str], rows: list[Row]) -> None:
 
 
 def roofline(rows: list[Row]) -> Figure:
-    """The rows of one bench, GFLOP/s over FLOP per byte, and the machine's two roofs; all logarithmic.
+    """Draw the rows of one bench, GFLOP/s over FLOP per byte, below the machine's roofs; all logarithmic.
 
+    The roofs are the memory's bandwidth and each dtype's peak. torch.mm is drawn where it is not the peak.
     Points lie where the least memory traffic puts them: what moves more bytes truly lies further left.
     """
     first = rows[0]
     rising = sorted(rows, key=lambda row: row.gflops)
     slowest, fastest = rising[0].gflops, rising[-1].gflops
-    peak, bandwidth = first.peak_gflops, first.bandwidth
-    ridge = peak / bandwidth
-    x = np.array([min(ridge, first.intensity) / 8, max(ridge, first.intensity) * 4])
-    y = np.array([slowest / 2, max(fastest, peak) * 2])
+    peaks = {row.peak: row.peak_gflops for row in rows}
+    mm, bandwidth = first.mm_gflops, first.bandwidth
+    ridges = [peak / bandwidth for peak in peaks.values()]
+    x = np.array([min(*ridges, first.intensity) / 8, max(*ridges, first.intensity) * 4])
+    y = np.array([slowest / 2, max(fastest, mm, *peaks.values()) * 2])
 
     figure, axes = blank_axes(9.0, 4.8)
-    axes.plot(x, np.full(2, peak), color=GREY, label=f"torch.mm, float32: {peak:,.1f} GFLOP/s")
+    roofs = peaks if first.peak_gflops == mm else peaks | {"torch.mm, float32": mm}
+    for (name, rate), style in zip(roofs.items(), ("-", "--", ":"), strict=False):
+        axes.plot(x, np.full(2, rate), style, color=GREY, label=f"{name}: {rate:,.1f} GFLOP/s")
     axes.plot(x, bandwidth * x, color=GREEN, label=f"memory, a large copy: {bandwidth:,.1f} GB/s")
     heights = _spread([math.log(row.gflops) for row in rising], _GAP * math.log(y[1] / y[0]))
     for row, height in zip(rising, heights, strict=True):

@@ -1,14 +1,18 @@
 """What measurements report; how fast anything is, no test says."""
 
 import io
+import platform
+import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
-from mopo_fast.bench.measure import Row, Work, _copy, bench, measure, sac_work, to_table
+from mopo_fast.backends import cpu
+from mopo_fast.bench.measure import Row, Work, _copy, _loop, bench, measure, sac_flop, sac_work, to_table
 from mopo_fast.config import DynamicsConfig, SACConfig
 from mopo_fast.errors import InputError
 from mopo_fast.sac import SAC
@@ -27,9 +31,11 @@ ROLLOUT_SIZES = {"obs_dim": 3, "act_dim": 2, "starts": 20, "horizon": 2}
 
 
 @pytest.fixture(autouse=True)
-def small_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Quick: what the memory's bandwidth is, no test says."""
+def small_roofs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quick: how fast the machine is, no test says."""
     monkeypatch.setattr("mopo_fast.bench.measure._COPY_BYTES", 2**16)
+    monkeypatch.setattr("mopo_fast.bench.measure._MM_SIZES", {"cpu": (64, 128)})
+    monkeypatch.setattr("mopo_fast.bench.measure._PEAK_SECONDS", 0.0)
 
 
 def tiny(kernel: str, **options: Any) -> list[Row]:
@@ -50,10 +56,14 @@ def test_sac_arithmetic() -> None:
     actor, first_actor, critics, first_critics = 120, 24, 2 * 112, 2 * 40
     next_value = actor + critics
     critics_step = 3 * critics - first_critics
-    # Through the critics to the 2 of their 5 inputs that are actions.
-    actor_step = 3 * actor - first_actor + critics + (critics - first_critics + first_critics * 2 // 5)
+    # Through both critics, and back through one to the 2 of its 5 inputs that are actions.
+    actor_step = 3 * actor - first_actor + critics + (112 - 40 + 40 * 2 // 5)
     ours, _ = tiny("sac", backend="cpu")
     assert ours.gflops * 1e9 / ours.rate == pytest.approx(2 * 40 * (next_value + critics_step + actor_step))
+
+
+def test_arithmetic_of_the_canonical_update() -> None:
+    assert sac_flop(SAC(17, 6)) == pytest.approx(0.543e9, rel=1e-3)
 
 
 def test_fit_rows() -> None:
@@ -119,13 +129,14 @@ def test_baselines_compete_from_networks_of_their_own() -> None:
 def test_contenders_take_turns_and_the_first_round_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, turns = [0.0], []
     monkeypatch.setattr("mopo_fast.bench.measure.time.perf_counter", lambda: clock[0])
-    monkeypatch.setattr("mopo_fast.bench.measure._PEAK_SIZES", {"cpu": (1,)})
-    monkeypatch.setattr("mopo_fast.bench.measure._product", lambda *_: (lambda: sleep("peak", 1.0), 100.0))
+    monkeypatch.setattr("mopo_fast.bench.measure._MM_SIZES", {"cpu": (1,)})
+    monkeypatch.setattr("mopo_fast.bench.measure._product", lambda *_: (lambda: sleep("mm", 2.0), 100.0))
+    monkeypatch.setattr("mopo_fast.bench.measure._loop", lambda dtype, _: (lambda: sleep(dtype, 1.0), 100.0))
     monkeypatch.setattr("mopo_fast.bench.measure._copy", lambda _: (lambda: sleep("copy", 4.0), 200.0))
 
     def sleep(name: str, seconds: float) -> None:
         turns.append(name)
-        clock[0] += seconds if len(turns) > 4 else 1000.0
+        clock[0] += seconds if len(turns) > 6 else 1000.0
 
     contenders = {"fast": lambda: sleep("fast", 2.0), "slow": lambda: sleep("slow", 8.0)}
     work = Work(
@@ -140,13 +151,13 @@ def test_contenders_take_turns_and_the_first_round_is_not_counted(monkeypatch: p
         contenders=contenders,
     )
     fast, slow = measure(work, rounds=3, quiet=True)
-    assert turns == ["fast", "slow", "copy", "peak"] * 4
+    assert turns == ["fast", "slow", "copy", "float32", "bfloat16", "mm"] * 4
     assert (fast.rate, slow.rate, fast.baselines) == (2.0, 0.5, {"slow": 4.0})
-    assert (fast.gflops, fast.peak_gflops, fast.share_of_peak) == (2e-8, 1e-7, 0.2)
+    assert (fast.gflops, fast.peak_gflops, fast.share_of_peak, fast.mm_gflops) == (2e-8, 1e-7, 0.2, 5e-8)
     assert (fast.intensity, fast.bandwidth) == (2.0, 5e-8) == (slow.intensity, slow.bandwidth)
     lines = shown([fast, slow])
-    assert ["fast", "float32", "2", "0.0", "20%"] in lines
-    assert ["slow", "float32", "0", "0.0", "5%", "4.00"] in lines
+    assert ["fast", "float32", "2", "0.0", "20%", "40%"] in lines
+    assert ["slow", "float32", "0", "0.0", "5%", "10%", "4.00"] in lines
 
 
 def shown(rows: list[Row]) -> list[list[str]]:
@@ -177,6 +188,76 @@ def test_a_rollout_baseline_says_its_dtype() -> None:
     baselines = {"half": lambda ensemble, actor, start, horizon: InHalf(), "plain": lambda *_: lambda: None}
     rows = tiny("rollout", backend="cpu", baselines=baselines)
     assert [(row.backend, row.dtype) for row in rows[2:]] == [("half", "float16"), ("plain", "float32")]
+
+
+def measured(
+    monkeypatch: pytest.MonkeyPatch, dtypes: dict[str, str], loop_seconds: dict[str, float]
+) -> list[Row]:
+    """Rows of contenders that take a second for 10 FLOP, on a machine whose loops do 100 in these seconds."""
+    clock = [0.0]
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+
+    def loop(dtype: str, threads: int) -> tuple[Callable[[], object], float]:
+        return lambda: sleep(loop_seconds[dtype]), 100.0
+
+    monkeypatch.setattr("mopo_fast.bench.measure.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("mopo_fast.bench.measure._loop", loop)
+    monkeypatch.setattr("mopo_fast.bench.measure._product", lambda *_: (lambda: sleep(4.0), 100.0))
+    monkeypatch.setattr("mopo_fast.bench.measure._copy", lambda _: (lambda: sleep(1.0), 100.0))
+    sizes: dict[str, Any] = {
+        "kernel": "k",
+        "shape": {},
+        "unit": "things/s",
+        "amount": 1,
+        "flop": 10.0,
+        "bytes": 5.0,
+    }
+    contenders = {name: lambda: sleep(1.0) for name in dtypes}
+    work = Work(**sizes, threads=1, device=torch.device("cpu"), contenders=contenders, dtypes=dtypes)
+    return measure(work, rounds=1, quiet=True)
+
+
+def test_the_peak_is_of_the_dtype_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    dtypes = {"ours": "bfloat16", "same": "float32", "half": "float16", "double": "float64"}
+    rows = measured(monkeypatch, dtypes, {"float32": 1.0, "bfloat16": 0.25})
+    float32 = ("multiply-adds, float32", 1e-7, 0.1)
+    assert [(row.peak, row.peak_gflops, row.share_of_peak) for row in rows] == [
+        ("multiply-adds, bfloat16", 4e-7, 0.025), float32, float32, float32,
+    ]  # fmt: skip
+    assert {row.mm_gflops for row in rows} == {2.5e-8}
+
+
+def test_bfloat16_has_at_least_the_peak_of_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    (row,) = measured(monkeypatch, {"ours": "bfloat16"}, {"float32": 1.0, "bfloat16": 2.0})
+    assert (row.peak, row.peak_gflops) == ("multiply-adds, float32", 1e-7)
+
+
+def test_without_the_extension_torch_mm_is_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "is_built", lambda: False)
+    (row,) = measured(monkeypatch, {"ours": "float32"}, {})
+    assert row.peak.startswith("torch.mm of") and row.peak_gflops == row.mm_gflops == 2.5e-8
+
+
+@pytest.mark.parametrize("isa", cpu.isas())
+def test_the_loops_of_the_peak_count_what_they_do(isa: str) -> None:
+    """Two a multiply-add, for each number of the vectors that are summed at once."""
+    width = {"portable": 4, "avx2": 8}.get(isa, 16)
+    chains = 24 if width == 16 or platform.machine() == "aarch64" else 12
+    float32 = 2.0 * width * chains
+    bfloat16 = {"avx512_bf16": 2.0 * float32, "avx512_amx": 4 * 2.0 * 16 * 16 * 32}.get(isa, float32)
+    loop = partial(cpu.extension().multiply_adds, isa=isa)
+    assert loop(bfloat16=False, rounds=7, threads=1) == 7 * float32
+    assert loop(bfloat16=True, rounds=7, threads=2) == 2 * 7 * bfloat16
+
+
+def test_a_loop_takes_as_long_as_it_takes_to_time_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mopo_fast.bench.measure._PEAK_SECONDS", 0.01)
+    run, flop = _loop("float32", 1)
+    began = time.perf_counter()
+    assert run() == flop > 0
+    assert time.perf_counter() - began > 0.001
 
 
 def test_a_copy_counts_what_it_reads_and_writes() -> None:

@@ -18,7 +18,8 @@ RATES = {"ours": 50.0, "fast": 400.0, "close": 50.1, "slow": 2.0}
 def drawn_rows(intensity: float = 10.0) -> list[Row]:
     row = Row(
         **{"kernel": "fit", "backend": "", "device": "cpu", "dtype": "float32", "shape": {"threads": 2}},
-        **{"rate": 1.0, "unit": "things/s", "gflops": 0.0, "peak_gflops": 200.0, "share_of_peak": 0.0},
+        **{"rate": 1.0, "unit": "things/s", "gflops": 0.0, "peak": "multiply-adds, float32"},
+        **{"peak_gflops": 200.0, "share_of_peak": 0.0, "mm_gflops": 150.0},
         **{"intensity": intensity, "bandwidth": 8.0, "baselines": {}},
     )
     return [dataclasses.replace(row, backend=name, gflops=rate) for name, rate in RATES.items()]
@@ -30,8 +31,9 @@ def test_a_roofline_shows_the_roofs_and_the_rates(intensity: float) -> None:
     (axes,) = roofline(drawn_rows(intensity)).axes
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
     assert "lower bound of memory traffic" in axes.get_xlabel() and axes.get_ylabel() == "GFLOP/s"
-    peak, memory, *points = axes.lines
-    assert set(peak.get_ydata()) == {200.0} and "200.0 GFLOP/s" in peak.get_label()
+    peak, mm, memory, *points = axes.lines
+    assert set(peak.get_ydata()) == {200.0} and peak.get_label() == "multiply-adds, float32: 200.0 GFLOP/s"
+    assert set(mm.get_ydata()) == {150.0} and mm.get_label() == "torch.mm, float32: 150.0 GFLOP/s"
     assert memory.get_ydata() == pytest.approx(8.0 * memory.get_xdata())
     assert "8.0 GB/s" in memory.get_label()
     assert sorted(point.get_xydata()[0].tolist() for point in points) == [
@@ -41,6 +43,28 @@ def test_a_roofline_shows_the_roofs_and_the_rates(intensity: float) -> None:
     shown = axes.viewLim
     for x, y in [(25.0, 200.0), *((intensity, rate) for rate in RATES.values())]:
         assert shown.x0 < x < shown.x1 and shown.y0 < y < shown.y1
+
+
+def test_a_roofline_has_the_peak_of_each_dtype() -> None:
+    first, *others = drawn_rows()
+    first = dataclasses.replace(first, dtype="bfloat16", peak="multiply-adds, bfloat16", peak_gflops=3000.0)
+    (axes,) = roofline([first, *others]).axes
+    roofs = {line.get_label().partition(":")[0]: set(line.get_ydata()) for line in axes.lines[:3]}
+    assert roofs == {
+        **{"multiply-adds, bfloat16": {3000.0}, "multiply-adds, float32": {200.0}},
+        "torch.mm, float32": {150.0},
+    }
+    assert axes.viewLim.y1 > 3000.0 and axes.viewLim.x1 > 3000.0 / 8.0
+
+
+def test_where_torch_mm_is_the_peak_it_is_drawn_once() -> None:
+    rows = [
+        dataclasses.replace(row, peak="torch.mm of 8192, float16", mm_gflops=row.peak_gflops)
+        for row in drawn_rows()
+    ]
+    (axes,) = roofline(rows).axes
+    peak, memory, *_ = axes.lines
+    assert peak.get_label() == "torch.mm of 8192, float16: 200.0 GFLOP/s" and "memory" in memory.get_label()
 
 
 def test_labels_are_their_points_and_do_not_overlap() -> None:

@@ -6,7 +6,7 @@
 namespace mopo {
 namespace {
 
-using ptx::Barrier;
+using ptx::SharedBarrier;
 
 // a [64, 16 steps] and d [64, columns], row-major; b as the images of its steps, 16 rows each.
 struct ProductArgs {
@@ -45,7 +45,7 @@ __device__ void store_d(const float (&d)[kColumns / 2], float* to) {
 // All of b to shared memory, before `use`: what every kernel of one block needs.
 __device__ unsigned char* load_b(const unsigned char* b, uint32_t bytes) {
   unsigned char* shared = ptx::dynamic_shared();
-  auto* barrier = reinterpret_cast<Barrier*>(shared + bytes);
+  auto* barrier = reinterpret_cast<SharedBarrier*>(shared + bytes);
   if (threadIdx.x == 0) {
     ptx::barrier_init(barrier, 1);
     ptx::fence_barrier_init();
@@ -146,8 +146,8 @@ constexpr uint32_t kSlotBytes = 32 * kColumns;
 template <Fault kFault>
 __global__ void __launch_bounds__(kThreads, 1) pipeline_kernel(const __grid_constant__ ProductArgs args) {
   unsigned char* ring = ptx::dynamic_shared();
-  auto* full = reinterpret_cast<Barrier*>(ring + kSlots * kSlotBytes);
-  Barrier* empty = full + kSlots;
+  auto* full = reinterpret_cast<SharedBarrier*>(ring + kSlots * kSlotBytes);
+  SharedBarrier* empty = full + kSlots;
   const int warpgroup = threadIdx.x / ptx::kWarpgroup, thread = threadIdx.x % ptx::kWarpgroup;
   if (threadIdx.x == 0) {
     for (int slot = 0; slot < kSlots; ++slot) {

@@ -55,7 +55,7 @@ namespace {
 // The word of an initialised barrier: a mark, and its number.
 constexpr uint64_t kMark = 0xBA221E5000000000u;
 
-BarrierState* find(const Block& block, const Barrier* barrier) {
+BarrierState* find(const Block& block, const SharedBarrier* barrier) {
   Cluster& cluster = *block.cluster;
   const uint64_t number = barrier->word ^ kMark;
   return number < cluster.barriers.size() ? &cluster.barriers[number] : nullptr;
@@ -64,7 +64,7 @@ BarrierState* find(const Block& block, const Barrier* barrier) {
 }  // namespace
 
 BarrierState& barrier_of(Block& block, uint32_t offset) {
-  BarrierState* state = find(block, reinterpret_cast<Barrier*>(block.at(offset)));
+  BarrierState* state = find(block, reinterpret_cast<SharedBarrier*>(block.at(offset)));
   if (state == nullptr || state->block != &block || state->offset != offset)
     fail("the barrier at +%u of block %d is not initialised", offset, block.index);
   // Also an asynchronous copy's view of it, and another block's.
@@ -103,7 +103,7 @@ void BarrierState::count_bytes(int64_t change) {
   advance();
 }
 
-void barrier_init(Barrier* barrier, uint32_t count) {
+void barrier_init(SharedBarrier* barrier, uint32_t count) {
   const uint32_t offset = offset_of(barrier, sizeof *barrier);
   Block& block = *self->block;
   if (offset % 8 != 0 || count == 0 || count >= 1 << 20) fail("barrier_init(+%u, %u)", offset, count);
@@ -122,7 +122,7 @@ void fence_barrier_init() {
     if (barrier.initialised_by == self) barrier.fenced = true;
 }
 
-void barrier_arrive_expect(Barrier* barrier, uint32_t bytes) {
+void barrier_arrive_expect(SharedBarrier* barrier, uint32_t bytes) {
   pause();
   BarrierState& state = barrier_of(*self->block, offset_of(barrier, sizeof *barrier));
   // The bytes first: the phase must not end between the two.
@@ -131,7 +131,7 @@ void barrier_arrive_expect(Barrier* barrier, uint32_t bytes) {
   state.arrive();
 }
 
-void barrier_arrive_at(Barrier* barrier, uint32_t rank) {
+void barrier_arrive_at(SharedBarrier* barrier, uint32_t rank) {
   pause();
   Cluster& cluster = *self->block->cluster;
   const uint32_t offset = offset_of(barrier, sizeof *barrier);
@@ -140,7 +140,7 @@ void barrier_arrive_at(Barrier* barrier, uint32_t rank) {
 }
 
 // By parity: a wait for the phase before the current one returns, whichever of that parity is meant.
-void barrier_wait(Barrier* barrier, uint32_t parity) {
+void barrier_wait(SharedBarrier* barrier, uint32_t parity) {
   pause();
   BarrierState& state = barrier_of(*self->block, offset_of(barrier, sizeof *barrier));
   if (parity > 1) fail("barrier_wait(+%u, parity %u)", state.offset, parity);

@@ -20,7 +20,7 @@ void check_target(const Block& block, uint32_t offset, uint32_t bytes) {
 }  // namespace
 
 // A copy is in flight until its bytes have landed; the source is read then.
-void bulk_load(void* shared, const void* global, uint32_t bytes, Barrier* barrier, uint16_t blocks) {
+void bulk_load(void* shared, const void* global, uint32_t bytes, SharedBarrier* barrier, uint16_t blocks) {
   pause();
   Cluster& cluster = *self->block->cluster;
   const uint32_t offset = offset_of(shared, bytes), at = offset_of(barrier, sizeof *barrier);

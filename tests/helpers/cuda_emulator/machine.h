@@ -37,7 +37,7 @@ namespace mopo::emulator {
 
 // ---- What ptx.cuh offers to a kernel; each is described there ----
 
-struct Barrier {
+struct SharedBarrier {
   uint64_t word;
 };
 
@@ -51,11 +51,11 @@ uint32_t cluster_rank();
 void cluster_sync();
 float shuffle_xor(float x, int mask);
 
-void barrier_init(Barrier* barrier, uint32_t count);
+void barrier_init(SharedBarrier* barrier, uint32_t count);
 void fence_barrier_init();
-void barrier_arrive_expect(Barrier* barrier, uint32_t bytes);
-void barrier_arrive_at(Barrier* barrier, uint32_t rank);
-void barrier_wait(Barrier* barrier, uint32_t parity);
+void barrier_arrive_expect(SharedBarrier* barrier, uint32_t bytes);
+void barrier_arrive_at(SharedBarrier* barrier, uint32_t rank);
+void barrier_wait(SharedBarrier* barrier, uint32_t parity);
 void named_sync(int id, int threads);
 void named_arrive(int id, int threads);
 void arrive(uint32_t* counter);
@@ -63,7 +63,7 @@ void wait_for(const uint32_t* counter, uint32_t count);
 void more_registers(int count);
 void fewer_registers(int count);
 
-void bulk_load(void* shared, const void* global, uint32_t bytes, Barrier* barrier, uint16_t blocks);
+void bulk_load(void* shared, const void* global, uint32_t bytes, SharedBarrier* barrier, uint16_t blocks);
 
 void products_begin();
 void multiply_add(Operands type, float* d, int count, const uint32_t (&a)[4], uint64_t matrix);

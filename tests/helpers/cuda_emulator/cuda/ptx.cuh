@@ -14,7 +14,6 @@ namespace mopo::ptx {
 constexpr int kWarpgroup = 128;
 
 using emulator::arrive;
-using emulator::Barrier;
 using emulator::barrier_arrive_at;
 using emulator::barrier_arrive_expect;
 using emulator::barrier_init;
@@ -29,6 +28,7 @@ using emulator::named_sync;
 using emulator::products_begin;
 using emulator::products_commit;
 using emulator::shared_address;
+using emulator::SharedBarrier;
 using emulator::shuffle_xor;
 using emulator::wait_for;
 

@@ -11,7 +11,7 @@
 namespace mopo::cuda {
 
 // What rollouts leave behind: [batch][horizon] rows, of which the first lengths[i] of rollout i exist.
-struct Record {
+struct DeviceRecord {
   float* actions;  // act_dim; read where there is no policy
   float* rewards;
   float* next_observations;  // obs_dim
@@ -21,8 +21,8 @@ struct Record {
   int32_t *lengths, *cut;  // [batch]; cut: 1 where a prediction that was not finite ended it
 };
 
-struct RolloutArgs {
-  // All weights in the order of their use in a step (mopo_fast/backends/gpu/stream.py), and the chunks' sizes.
+struct RolloutLaunch {
+  // All weights in the order of their use (mopo_fast/backends/gpu/stream.py), and the chunks' sizes.
   const unsigned char* weights;
   const int32_t* chunk_bytes;
   int chunks;
@@ -57,7 +57,7 @@ struct RolloutArgs {
   uint64_t seed;
   bool deterministic;
 
-  Record record;
+  DeviceRecord record;
   float* mean;  // [members][batch][obs_dim + 1] or null, of the last step
   float* std;   // likewise
 
@@ -68,22 +68,22 @@ struct RolloutArgs {
 // With products in float16 or bfloat16, of a class of sizes: every hidden layer of the dynamics is padded to
 // `width`, 200 or 256; an observation and the reward together to 4 `slots`, 20 or 32 dimensions. At most 8
 // dimensions of an action, and 256 of a hidden layer of the policy.
-cudaError_t rollout_float16(const RolloutArgs& args, int width, int slots, cudaStream_t stream);
-cudaError_t rollout_bfloat16(const RolloutArgs& args, int width, int slots, cudaStream_t stream);
+cudaError_t rollout_float16(const RolloutLaunch& args, int width, int slots, cudaStream_t cuda_stream);
+cudaError_t rollout_bfloat16(const RolloutLaunch& args, int width, int slots, cudaStream_t cuda_stream);
 
 // The ring that a record's rows are copied into; as in csrc/rollout.h, those after the terminals may be null.
-struct CompactArgs {
+struct CompactLaunch {
   int obs_dim, act_dim;
   int batch;
   int horizon;
   const float* start;
   const int64_t* rows;
-  Record record;
+  DeviceRecord record;
   const int64_t* offsets;  // [batch], rows of the rollouts before
   RolloutOutput out;
   int64_t capacity, head;
 };
 
-cudaError_t compact(const CompactArgs& args, cudaStream_t stream);
+cudaError_t compact(const CompactLaunch& args, cudaStream_t cuda_stream);
 
 }  // namespace mopo::cuda

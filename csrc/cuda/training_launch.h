@@ -17,10 +17,10 @@ using Allocate = std::function<void*(size_t bytes)>;
 // The updates of each run, done when it returns; adds their metrics to `metrics` [runs][kSacMetrics] on the
 // device. All addresses in the arguments are the device's, those of their layers' arrays excepted.
 cudaError_t sac_updates(const std::vector<SacArgs>& runs, double* metrics, const Allocate& allocate,
-                        cudaStream_t stream);
+                        cudaStream_t cuda_stream);
 
 // The steps of each run; adds their losses to `losses` [runs], likewise.
 cudaError_t fit_steps(const std::vector<FitArgs>& runs, double* losses, const Allocate& allocate,
-                      cudaStream_t stream);
+                      cudaStream_t cuda_stream);
 
 }  // namespace mopo::cuda

@@ -1,0 +1,22 @@
+// What spec.h asks of a number type, for one float on host and device; a vector's is in cpu/vec.h and math.h.
+#pragma once
+
+#include <cmath>
+
+#include "common.h"
+#include "train.h"
+
+namespace mopo {
+
+MOPO_INLINE float select(bool mask, float yes, float no) { return mask ? yes : no; }
+MOPO_INLINE float sqrt(float x) { return sqrtf(x); }
+MOPO_INLINE float exp(float x) { return expf(x); }
+MOPO_INLINE float log(float x) { return logf(x); }
+MOPO_INLINE float log1p(float x) { return log1pf(x); }
+MOPO_INLINE float tanh(float x) { return tanhf(x); }
+MOPO_INLINE float fast_sqrt(float x) { return sqrtf(x); }
+MOPO_INLINE auto fast_quotient(float x, auto y) { return x / y; }
+
+#include "spec.h"
+
+}  // namespace mopo

@@ -8,7 +8,7 @@
 
 namespace {
 
-// In the order of mopo::cuda::DeviceRecord, and of mopo_fast/backends/gpu/record.py.
+// In the order of mopo::cuda::DeviceRecord, and of mopo_fast/backends/gpu/padded.py.
 using RecordAddresses = std::array<uintptr_t, 9>;
 
 mopo::cuda::DeviceRecord record(const RecordAddresses& a) {

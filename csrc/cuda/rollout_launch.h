@@ -22,7 +22,7 @@ struct DeviceRecord {
 };
 
 struct RolloutLaunch {
-  // All weights in the order of their use (mopo_fast/backends/gpu/stream.py), and the chunks' sizes.
+  // All weights in the order of their use (mopo_fast/backends/gpu/hopper_weights.py), and the chunks' sizes.
   const unsigned char* weights;
   const int32_t* chunk_bytes;
   int chunks;

@@ -19,7 +19,8 @@ constexpr int kConsumers = 2 * ptx::kWarpgroup;  // threads that multiply
 constexpr int kThreads = kConsumers + ptx::kWarpgroup;
 constexpr int kCluster = 2;
 constexpr int kActionSlots = 2;
-// The ring. mopo_fast/backends/gpu/stream.py cuts a layer into as few chunks of at most this size as it can.
+// The ring. mopo_fast/backends/gpu/hopper_weights.py cuts a layer into as few chunks of at most this size as
+// it can.
 constexpr int kSlots = 8;
 constexpr int kSlotBytes = 26880;
 constexpr int kBarrierBytes = 2 * kSlots * sizeof(ptx::SharedBarrier);

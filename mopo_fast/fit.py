@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +25,14 @@ from mopo_fast.backends import checked, cpu
 from mopo_fast.backends.training import FitRun, Parameter
 from mopo_fast.config import FIT_DTYPES, DynamicsConfig, check_finite, to_dict
 from mopo_fast.data.transitions import Transitions
-from mopo_fast.ensemble import EnsembleDynamics, mlp_bytes, soft_clamp_logvar
+from mopo_fast.ensemble import (
+    EnsembleDynamics,
+    activate,
+    mlp,
+    mlp_bytes,
+    round_factor,
+    soft_clamp_logvar,
+)
 from mopo_fast.errors import InputError
 from mopo_fast.run.folder import Count, Number, Seconds
 from mopo_fast.utils.adam import Adam
@@ -124,115 +131,82 @@ def data_sha256(data: Transitions) -> str:
     return tensors_sha256({name: getattr(data, name) for name in names})
 
 
-class LossGradient:
-    """The Gaussian negative log-likelihood of ensembles and its gradient, in buffers made once.
+def negative_log_likelihood(
+    parameters: Sequence[torch.Tensor], inputs: torch.Tensor, targets: torch.Tensor, config: DynamicsConfig
+) -> torch.Tensor:
+    """Compute the loss of an ensemble on one batch: the oracle of the kernels that fit.
 
-    The layers' backward pass is written out, which spares autograd's allocations; the heads, which are
-    small and where the maths is, are left to autograd.
+    The sum over members of [mean over batch and dims of (mu - y)^2 exp(-lv) + lv]
+    + logvar_bound_weight * (sum(max) - sum(min)), a scalar. Weight decay is the optimiser's.
+
+    For several ensembles at once every tensor has one dimension more, the first, and so has the loss.
 
     Args:
-        weights, biases: of each layer, [networks, in, out] and [networks, out]: those of one ensemble, or of
-            several, one after the other.
-        bounds: max_logvar and min_logvar, [dims], or [ensembles, dims].
-        activation: of the hidden layers.
-        batch_size: rows at most.
-        logvar_bound_weight: times the bounds' sums, in the loss.
-        operands: what the factors of products are rounded to, if anything; their sums are not.
+        parameters: weights [members, in, out] and biases [members, out] of all layers; max_logvar and
+            min_logvar [obs + 1].
+        inputs: [members, batch, obs + act], standardised.
+        targets: [members, batch, obs + 1], raw units.
+    """
+    *layers, max_logvar, min_logvar = parameters
+    weights, biases = layers[: len(layers) // 2], layers[len(layers) // 2 :]
+    network = mlp if config.dtype == "float32" else _rounded_mlp
+    mean, raw_logvar = network(inputs, weights, biases, config.activation).chunk(2, dim=-1)
+    logvar = soft_clamp_logvar(raw_logvar, max_logvar[..., None, None, :], min_logvar[..., None, None, :])
+    likelihood = ((mean - targets).square() * torch.exp(-logvar) + logvar).mean((-2, -1)).sum(-1)
+    return likelihood + config.logvar_bound_weight * (max_logvar - min_logvar).sum(-1)
+
+
+def _rounded_mlp(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor], activation: str
+) -> torch.Tensor:
+    """Compute `mlp` with all factors of products in bfloat16, also in the backward pass, as the kernels do."""
+    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        x = _round(activate(x, activation) if layer else x) @ _round(weight) + bias.unsqueeze(-2)
+        x.register_hook(_to_bfloat16)
+    return x
+
+
+def _round(x: torch.Tensor) -> torch.Tensor:
+    """Round to bfloat16, and pass the gradient on as it is."""
+    return x + (_to_bfloat16(x) - x).detach()
+
+
+def _to_bfloat16(x: torch.Tensor) -> torch.Tensor:
+    return round_factor(x, "bfloat16")
+
+
+@dataclass(frozen=True, eq=False)
+class ReferenceSteps:
+    """Steps of the fit in plain PyTorch, of one ensemble or of several.
 
     Attributes:
-        gradients: of weights, biases and bounds, in this order.
+        parameters: as `negative_log_likelihood` takes them, changed in place.
+        optimizer: theirs.
     """
 
-    def __init__(
-        self,
-        weights: Sequence[torch.Tensor],
-        biases: Sequence[torch.Tensor],
-        bounds: tuple[torch.Tensor, torch.Tensor],
-        activation: str,
-        batch_size: int,
-        logvar_bound_weight: float,
-        operands: torch.dtype | None = None,
-    ) -> None:
-        self.bounds, self.activation = bounds, activation
-        self.logvar_bound_weight, self.operands = logvar_bound_weight, operands
-        self.weights, self.biases = list(weights), list(biases)
-        buffers = [bias.new_empty(len(bias), batch_size, bias.shape[-1]) for bias in biases]
-        self.pre = buffers
-        self.act = [torch.empty_like(buffer) for buffer in buffers[:-1]]
-        self.grad = [torch.empty_like(buffer) for buffer in buffers[:-1]]
-        self.gradients = [torch.zeros_like(parameter) for parameter in (*weights, *biases, *bounds)]
+    parameters: Sequence[torch.Tensor]
+    optimizer: Adam
+    config: DynamicsConfig
+    _recorder: Recorder = field(default_factory=Recorder)
 
     def __call__(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Write the loss's gradient into `gradients`; return the loss, a scalar, or [ensembles].
+        """Make a step on each batch of [members, count, ...]: the sum of the losses, float64."""
+        if not records(inputs.device):
+            return self._steps(inputs, targets)
+        adam = self.optimizer
+        state = [*self.parameters, *adam.exp_avgs, *adam.exp_avg_sqs, *adam.steps]
+        with deferred():
+            return self._recorder.play(self._steps, (inputs, targets), state)
 
-        Loss: sum over members of [mean over batch and dims of (mu - y)^2 exp(-lv) + lv]
-        + logvar_bound_weight * (sum(max) - sum(min)). Weight decay is the optimiser's.
-
-        inputs [networks, batch, obs + act] are standardised, targets [networks, batch, obs + 1] raw;
-        batch is at most `batch_size`.
-        """
-        with torch.no_grad():
-            head = self._forward(inputs)
-        head.requires_grad_()
-        max_logvar, min_logvar = (bound.reshape(-1, 1, 1, bound.shape[-1]) for bound in self.bounds)
-        ensembles = (len(max_logvar), -1)
-        mean, raw_logvar = head.unflatten(0, ensembles).chunk(2, dim=-1)
-        logvar = soft_clamp_logvar(raw_logvar, max_logvar, min_logvar)
-        errors = (mean - targets.unflatten(0, ensembles)).square()
-        likelihood = (errors * torch.exp(-logvar) + logvar).mean((2, 3)).sum(1)
-        between = (max_logvar - min_logvar).sum((1, 2, 3))
-        loss: torch.Tensor = likelihood + self.logvar_bound_weight * between
-        loss = loss.reshape(self.bounds[0].shape[:-1])
-        head_grad, *self.gradients[-2:] = torch.autograd.grad(loss.sum(), (head, *self.bounds))
-        with torch.no_grad():
-            self._backward(inputs, head_grad)
-        return loss.detach()
-
-    def _forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.shape[1]
-        for weight, bias, pre, act in zip(self.weights, self.biases, self.pre, self.act, strict=False):
-            torch.baddbmm(bias.unsqueeze(1), self._factor(x), self._factor(weight), out=pre[:, :rows])
-            x = _activate_out(pre[:, :rows], self.activation, act[:, :rows])
-        weight, bias = self._factor(self.weights[-1]), self.biases[-1].unsqueeze(1)
-        head = self.pre[-1][:, :rows]
-        torch.baddbmm(bias, self._factor(x), weight, out=head)
-        return head
-
-    def _factor(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.operands is None else x.to(self.operands).to(x.dtype)
-
-    def _backward(self, inputs: torch.Tensor, grad: torch.Tensor) -> None:
-        rows, depth = inputs.shape[1], len(self.weights)
-        for layer in reversed(range(depth)):
-            x = self.act[layer - 1][:, :rows] if layer else inputs
-            grad = self._factor(grad)
-            torch.bmm(self._factor(x).transpose(1, 2), grad, out=self.gradients[layer])
-            torch.sum(grad, 1, out=self.gradients[depth + layer])
-            if layer:
-                pre = self.pre[layer - 1][:, :rows]
-                out = self.grad[layer - 1][:, :rows]
-                torch.bmm(grad, self._factor(self.weights[layer]).transpose(1, 2), out=out)
-                grad = _activate_backward_(out, pre, x, self.activation)
-
-
-def _activate_out(pre: torch.Tensor, activation: str, out: torch.Tensor) -> torch.Tensor:
-    function = {"silu": torch.ops.aten.silu, "relu": torch.ops.aten.relu, "tanh": torch.ops.aten.tanh}
-    function[activation].out(pre, out=out)
-    return out
-
-
-def _activate_backward_(
-    grad: torch.Tensor, pre: torch.Tensor, act: torch.Tensor, activation: str
-) -> torch.Tensor:
-    """Turn d/d act into d/d pre, in place."""
-    aten = torch.ops.aten
-    if activation == "silu":
-        aten.silu_backward.grad_input(grad, pre, grad_input=grad)
-    elif activation == "relu":
-        aten.threshold_backward.grad_input(grad, pre, 0, grad_input=grad)
-    else:
-        aten.tanh_backward.grad_input(grad, act, grad_input=grad)
-    return grad
+    def _steps(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        total = self.parameters[-1].new_zeros(self.parameters[-1].shape[:-1], dtype=torch.float64)
+        size = self.config.batch_size
+        for x, y in zip(inputs.split(size, -2), targets.split(size, -2), strict=True):
+            with deferred():
+                loss = negative_log_likelihood(self.parameters, x, y, self.config)
+                self.optimizer.step(torch.autograd.grad(loss.sum(), self.parameters))
+                total += loss.detach()
+        return total
 
 
 class Fit:
@@ -306,7 +280,7 @@ class Fit:
         self.best = [layer.detach().clone() for layer in self.layers]
         self.parameters = [*self.layers, model.max_logvar, model.min_logvar]
         self.optimizer = _adam(self.parameters, config)
-        self.gradient = _loss_gradient(self.parameters, config, len(train))
+        self.reference = ReferenceSteps(self.parameters, self.optimizer, config)
         self.history: list[FitEpoch] = []
 
     def _indices(self) -> np.ndarray:
@@ -521,8 +495,7 @@ class Population:
         kinds = {(fit.config, fit.backend, fit.model.obs_dim, fit.model.act_dim) for fit in self.fits}
         if len({id(fit) for fit in self.fits}) != len(self.fits) or len(kinds) != 1:
             raise InputError("fits are stepped together where they are distinct, and of one config and size")
-        self._batch: _Batch | None = None
-        self._recorder = Recorder()
+        self._batch: ReferenceSteps | None = None
 
     def run_epoch(self, on_progress: Callable[[float], None]) -> list[FitEpoch]:
         """What `Fit.run_epoch` does, for each; on_progress is told the share of it that is done."""
@@ -543,28 +516,22 @@ class Population:
         if kernels := backends.training_kernels(self.fits[0].backend):
             runs = [fit.run(some) for fit, some in zip(self.fits, rows, strict=True)]
             return checked.fit_steps(kernels, runs, self.fits[0].threads)
-        batch = self._side_by_side()
         each = [fit.batches(some) for fit, some in zip(self.fits, rows, strict=True)]
-        inputs, targets = each[0] if len(each) == 1 else map(torch.cat, zip(*each, strict=True))
+        if len(each) == 1:
+            return [float(self.fits[0].reference(*each[0]))]
+        batch = self._side_by_side()
+        inputs, targets = map(torch.stack, zip(*each, strict=True))
         try:
-            if records(inputs.device):
-                with deferred():
-                    losses = self._recorder.play(batch, (inputs, targets), batch.state())
-            else:
-                losses = batch(inputs, targets)
+            losses: list[float] = batch(inputs, targets).tolist()
         finally:
             # After an interruption too: their parameters are views of the batch's.
-            if len(each) > 1:
-                for fit in self.fits:
-                    fit.count(int(batch.optimizer.steps[0]))
-        result: list[float] = losses.reshape(-1).tolist()
-        return result
+            for fit in self.fits:
+                fit.count(int(batch.optimizer.steps[0]))
+        return losses
 
-    def _side_by_side(self) -> "_Batch":
-        """The parameters of all fits: each layer's one after the other, the bounds' [fits, dims]."""
+    def _side_by_side(self) -> ReferenceSteps:
+        """The parameters of all fits, [fits, ...] each; theirs become views of these."""
         first = self.fits[0]
-        if len(self.fits) == 1:
-            return _Batch(first.parameters, first.optimizer, first.gradient, first.config.batch_size)
         # Another population may have taken them since.
         if self._batch is None or any(
             fit.parameters[-1].data_ptr() != bound.data_ptr()
@@ -578,63 +545,24 @@ class Population:
             for name in ("exp_avgs", "exp_avg_sqs"):
                 moments = zip(*(getattr(fit.optimizer, name) for fit in self.fits), strict=True)
                 setattr(optimizer, name, [_lay_together(each) for each in moments])
-            gradient = _loss_gradient(parameters, first.config, len(first.inputs))
-            self._batch = _Batch(parameters, optimizer, gradient, first.config.batch_size)
+            self._batch = ReferenceSteps(parameters, optimizer, first.config)
         for step in self._batch.optimizer.steps:
             step.copy_(first.optimizer.steps[0])
         return self._batch
 
 
-@dataclass(frozen=True, eq=False)
-class _Batch:
-    """One fit's parameters, or several fits', and what steps them."""
-
-    parameters: list[torch.Tensor]
-    optimizer: Adam
-    gradient: LossGradient
-    batch_size: int
-
-    def __call__(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """A step on each batch of [networks, count, ...]: the sum of the losses, float64, of each fit."""
-        total = self.parameters[-1].new_zeros(self.parameters[-1].shape[:-1], dtype=torch.float64)
-        for x, y in zip(inputs.split(self.batch_size, 1), targets.split(self.batch_size, 1), strict=True):
-            with deferred():
-                total += self.gradient(x, y)
-                self.optimizer.step(self.gradient.gradients)
-        return total
-
-    def state(self) -> list[torch.Tensor]:
-        adam = self.optimizer
-        return [*self.parameters, *adam.exp_avgs, *adam.exp_avg_sqs, *adam.steps]
-
-
 def _lay_together(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Several fits' tensors in one, layers' along the members, bounds' in rows; they become views of it."""
-    values = [tensor.data for tensor in tensors]
-    whole = torch.stack(values)
+    """Stack several fits' tensors in one, of which they become views."""
+    whole = torch.stack([tensor.data for tensor in tensors])
     for tensor, view in zip(tensors, whole, strict=True):
         tensor.data = view
-    return whole if whole.ndim == 2 else whole.flatten(0, 1)
+    return whole
 
 
 def _adam(parameters: Sequence[torch.Tensor], config: DynamicsConfig) -> Adam:
     # Adam's weight_decay adds coef * W to the gradient: that of coef * 0.5 ||W||^2 in the loss.
     others = [0.0] * (len(parameters) - len(config.weight_decay))
     return Adam(parameters, config.learning_rate, [*config.weight_decay, *others])
-
-
-def _loss_gradient(parameters: Sequence[torch.Tensor], config: DynamicsConfig, rows: int) -> LossGradient:
-    *layers, max_logvar, min_logvar = parameters
-    depth = len(layers) // 2
-    return LossGradient(
-        layers[:depth],
-        layers[depth:],
-        (max_logvar, min_logvar),
-        config.activation,
-        min(config.batch_size, rows),
-        config.logvar_bound_weight,
-        torch.bfloat16 if config.dtype == "bfloat16" else None,
-    )
 
 
 def check_config(config: DynamicsConfig, device: torch.device | str = "cpu") -> None:

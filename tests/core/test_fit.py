@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,13 +25,14 @@ from mopo_fast.errors import InputError
 from mopo_fast.fit import (
     Fit,
     FitEpoch,
-    LossGradient,
     Population,
+    ReferenceSteps,
     data_sha256,
     dynamics_inputs_targets,
     fit_and_save,
     fit_and_save_many,
     fit_dynamics,
+    negative_log_likelihood,
     split_holdout,
 )
 from mopo_fast.utils.tensors import load_tensors, save_tensors
@@ -80,32 +82,53 @@ def test_a_holdout_that_cannot_be_is_refused(n: int, config: dict[str, float]) -
 
 
 @pytest.mark.parametrize("activation", ["silu", "relu", "tanh"])
-def test_gradient_equals_autograd_in_float64(activation: str) -> None:
+def test_the_loss_is_that_of_a_normal_distribution(activation: str) -> None:
     torch.manual_seed(0)
+    config = dataclasses.replace(SMALL, activation=activation, logvar_bound_weight=0.03)
     model = EnsembleDynamics(3, 2, members=3, elites=2, hidden=(8, 5), activation=activation).double()
     with torch.no_grad():
-        for bias in model.biases:
-            bias.normal_()
-    bounds = (model.max_logvar, model.min_logvar)
-    gradient = LossGradient(list(model.weights), list(model.biases), bounds, activation, 16, 0.01)
-    parameters = [*model.weights, *model.biases, *bounds]
-    for buffer in (*gradient.pre, *gradient.act, *gradient.grad):
-        buffer.fill_(math.nan)
-    for batch in (11, 16, 1):
-        inputs = torch.randn(3, batch, 5, dtype=torch.float64)
-        targets = torch.randn(3, batch, 4, dtype=torch.float64)
-        loss = gradient(inputs, targets)
-        found = [found.clone() for found in gradient.gradients]
+        for parameter in (*model.biases, model.max_logvar, model.min_logvar):
+            parameter.normal_()
+    parameters = [*model.weights, *model.biases, model.max_logvar, model.min_logvar]
+    inputs = torch.randn(3, 11, 5, dtype=torch.float64)
+    targets = torch.randn(3, 11, 4, dtype=torch.float64)
+    loss = negative_log_likelihood(parameters, inputs, targets, config)
 
-        mean, logvar = model(inputs)
-        nll = -torch.distributions.Normal(mean, (0.5 * logvar).exp()).log_prob(targets)
-        # (mu - y)^2 / sigma^2 + log sigma^2 is 2 nll - log 2 pi.
-        expected = (2 * nll - math.log(2 * math.pi)).mean((1, 2)).sum()
-        expected = expected + 0.01 * (model.max_logvar.sum() - model.min_logvar.sum())
-        torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=1e-12)
-        oracle = torch.autograd.grad(expected, parameters)
-        for value, reference in zip(found, oracle, strict=True):
-            torch.testing.assert_close(value, reference, rtol=1e-11, atol=1e-13)
+    mean, logvar = model(inputs)
+    nll = -torch.distributions.Normal(mean, (0.5 * logvar).exp()).log_prob(targets)
+    # (mu - y)^2 / sigma^2 + log sigma^2 is 2 nll - log 2 pi.
+    expected = (2 * nll - math.log(2 * math.pi)).mean((1, 2)).sum()
+    expected = expected + 0.03 * (model.max_logvar.sum() - model.min_logvar.sum())
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    several = [torch.stack([parameter, parameter]) for parameter in parameters]
+    both = negative_log_likelihood(several, torch.stack([inputs, inputs]), torch.stack([targets] * 2), config)
+    torch.testing.assert_close(both, torch.stack([expected, expected]), rtol=1e-12, atol=1e-12)
+
+
+def test_bfloat16_rounds_the_factors_of_every_product() -> None:
+    """Against products written out: of one layer, forwards and backwards."""
+    config = dataclasses.replace(SMALL, hidden=(), weight_decay=(0.0,), dtype="bfloat16")
+    g = torch.Generator().manual_seed(0)
+    weight, bias = (torch.randn(shape, generator=g) for shape in ((2, 5, 8), (2, 8)))
+    inputs, targets = (torch.randn(2, 7, width, generator=g) for width in (5, 4))
+    parameters = [weight, bias, torch.full((4,), 0.5), torch.full((4,), -3.0)]
+    for parameter in parameters:
+        parameter.requires_grad_()
+    loss = negative_log_likelihood(parameters, inputs, targets, config)
+    found = torch.autograd.grad(loss, parameters)
+
+    rounded_inputs, rounded_weight = (x.detach().bfloat16().float() for x in (inputs, weight))
+    head = (rounded_inputs @ rounded_weight + bias.detach().unsqueeze(1)).requires_grad_()
+    mean, raw = head.chunk(2, dim=-1)
+    logvar = 0.5 - torch.nn.functional.softplus(0.5 - raw)
+    logvar = -3.0 + torch.nn.functional.softplus(logvar + 3.0)
+    expected = ((mean - targets).square() * (-logvar).exp() + logvar).mean((1, 2)).sum()
+    (grad,) = torch.autograd.grad(expected, head)
+    rounded = grad.bfloat16().float()
+    torch.testing.assert_close(loss.detach(), expected.detach() + 0.01 * 4 * 3.5)
+    # Nearer to products of rounded factors than a factor's rounding, 2^-9, lets them come by chance.
+    torch.testing.assert_close(found[0], rounded_inputs.mT @ rounded, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[1], rounded.sum(1), rtol=1e-5, atol=1e-6)
 
 
 def test_two_epochs_equal_a_plain_training_loop(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,13 +137,12 @@ def test_two_epochs_equal_a_plain_training_loop(monkeypatch: pytest.MonkeyPatch)
     model = EnsembleDynamics(3, 2, members=3, elites=2, hidden=config.hidden)
     model.load_state_dict(fit.model.state_dict())
     batches: list[tuple[torch.Tensor, torch.Tensor]] = []
-    fitted = LossGradient.__call__
 
-    def spy(self: LossGradient, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def spy(parameters: Any, x: torch.Tensor, y: torch.Tensor, config: DynamicsConfig) -> torch.Tensor:
         batches.append((x.clone(), y.clone()))
-        return fitted(self, x, y)
+        return negative_log_likelihood(parameters, x, y, config)
 
-    monkeypatch.setattr(LossGradient, "__call__", spy)
+    monkeypatch.setattr("mopo_fast.fit.negative_log_likelihood", spy)
     records = [fit.run_epoch(lambda epochs: None) for _ in range(2)]
     # 240 rows in batches of 32, the last one smaller.
     assert [x.shape[1] for x, _ in batches] == [32] * 7 + [16] + [32] * 7 + [16]
@@ -182,11 +204,11 @@ def test_each_member_has_its_own_bootstrap_and_a_new_order_each_epoch(
 
     seen: list[torch.Tensor] = []
 
-    def spy(self: LossGradient, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        seen.append(x.clone())
+    def spy(self: ReferenceSteps, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        seen.append(inputs.clone())
         return torch.zeros(())
 
-    monkeypatch.setattr(LossGradient, "__call__", spy)
+    monkeypatch.setattr(ReferenceSteps, "__call__", spy)
     for _ in range(2):
         fit.run_epoch(lambda epochs: None)
     half = len(seen) // 2

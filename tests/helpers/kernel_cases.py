@@ -13,7 +13,7 @@ from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import PENALTIES, Activation, DynamicsConfig, SACConfig
 from mopo_fast.data import Transitions
 from mopo_fast.ensemble import EnsembleDynamics
-from mopo_fast.fit import Fit, _loss_gradient
+from mopo_fast.fit import Fit
 from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine
 from mopo_fast.sac import SAC
@@ -385,8 +385,6 @@ def fit_to_double(fit: Fit) -> Fit:
     fit.inputs, fit.targets = fit.inputs.double(), fit.targets.double()
     fit.optimizer.exp_avgs = [moment.double() for moment in fit.optimizer.exp_avgs]
     fit.optimizer.exp_avg_sqs = [moment.double() for moment in fit.optimizer.exp_avg_sqs]
-    config = dataclasses.replace(fit.config, dtype="float32")
-    fit.gradient = _loss_gradient(fit.parameters, config, len(fit.inputs))
     return fit
 
 

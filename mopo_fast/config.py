@@ -24,6 +24,8 @@ FitDtype = Literal["float32", "bfloat16"]
 RolloutDtype = Literal["float32", "float64", "tfloat32", "bfloat16", "float16"]
 ShardFormat = Literal["hdf5", "parquet"]
 Compression = Literal["none", "lzf", "gzip", "snappy", "zstd"]
+ActorSchedule = Literal["constant", "cosine"]
+CriticLoss = Literal["half_mse", "mse"]
 Tuned = Literal["authors", "offlinerl-kit"]
 Preset = Literal["mopo-tf", "offlinerl-kit", "mbrl-lib", "unifloral", "polixir", "d3rlpy"]
 CheckpointFormat = Literal["mopo-fast", Preset]
@@ -33,6 +35,8 @@ LOG_SCALES: tuple[LogScale, ...] = get_args(LogScale)
 PENALTIES: tuple[Penalty, ...] = get_args(Penalty)
 FIT_DTYPES: tuple[FitDtype, ...] = get_args(FitDtype)
 ROLLOUT_DTYPES: tuple[RolloutDtype, ...] = get_args(RolloutDtype)
+ACTOR_SCHEDULES: tuple[ActorSchedule, ...] = get_args(ActorSchedule)
+CRITIC_LOSSES: tuple[CriticLoss, ...] = get_args(CriticLoss)
 TUNED: tuple[Tuned, ...] = get_args(Tuned)
 PRESETS: tuple[Preset, ...] = get_args(Preset)
 CHECKPOINT_FORMATS: tuple[CheckpointFormat, ...] = get_args(CheckpointFormat)
@@ -72,6 +76,36 @@ class DynamicsConfig:
     max_epochs: int | None = None
     """The authors set no cap."""
 
+    def validate(self) -> None:
+        """Raise `InputError` where a value is out of range."""
+        if len(self.weight_decay) != len(self.hidden) + 1:
+            raise InputError(
+                f"weight_decay needs one value per layer, {len(self.hidden) + 1}, got {self.weight_decay}"
+            )
+        if self.dtype not in FIT_DTYPES:
+            raise InputError(f"unknown dtype {self.dtype!r} of the fit; there are: {', '.join(FIT_DTYPES)}")
+        _at_least_one(self, "", "batch_size", "members")
+        if self.patience < 0 or (self.max_epochs is not None and self.max_epochs < 1):
+            raise InputError(
+                f"patience must be at least 0 and max_epochs at least 1,"
+                f" got {self.patience} and {self.max_epochs}"
+            )
+        if not (self.learning_rate > 0 and min(self.weight_decay) >= 0 and 0 <= self.improvement < 1):
+            raise InputError(
+                f"learning_rate must be positive, weight_decay not negative and improvement in [0, 1),"
+                f" got {self.learning_rate}, {self.weight_decay}, {self.improvement}"
+            )
+        if not (0 < self.holdout_fraction < 1 and self.holdout_max >= 1):
+            raise InputError(
+                f"holdout_fraction must be in (0, 1) and holdout_max at least 1,"
+                f" got {self.holdout_fraction} and {self.holdout_max}"
+            )
+        _check_finite(self)
+        if not self.min_logvar < self.max_logvar:
+            raise InputError(
+                f"min_logvar must be less than max_logvar, got {self.min_logvar} and {self.max_logvar}"
+            )
+
 
 @dataclass(frozen=True)
 class RolloutConfig:
@@ -99,6 +133,19 @@ class RolloutConfig:
     dtype: RolloutDtype = "float32"
     """tfloat32, bfloat16, float16: of the factors of the networks' products; all else is float32."""
 
+    @property
+    def buffer_rows(self) -> int:
+        """Rows of the model buffer."""
+        assert self.horizon is not None
+        return self.retain_epochs * self.horizon * self.batch_size
+
+    def validate(self) -> None:
+        """Raise `InputError` where a value is out of range. `RolloutEngine` knows what it can do."""
+        if self.tuned not in TUNED:
+            raise InputError(f"unknown tuned {self.tuned!r}; there are: {', '.join(TUNED)}")
+        _at_least_one(self, "rollout ", "horizon", "batch_size", "interval", "retain_epochs")
+        _check_finite(self)
+
 
 @dataclass(frozen=True)
 class SACConfig:
@@ -114,14 +161,14 @@ class SACConfig:
     """Unifloral: 1e-4."""
     alpha_learning_rate: float = 3e-4
     """OfflineRL-Kit, Unifloral: 1e-4."""
-    actor_schedule: Literal["constant", "cosine"] = "constant"
+    actor_schedule: ActorSchedule = "constant"
     """OfflineRL-Kit: cosine, one step per epoch, to zero at the end."""
     log_std_min: float = -20.0
     """OfflineRL-Kit, Unifloral: -5."""
     log_std_max: float = 2.0
     target_entropy: float | Literal["act_dim"] = -3.0
     """authors: -3 on all D4RL tasks; "act_dim" is -act_dim, as the others have it."""
-    critic_loss: Literal["half_mse", "mse"] = "half_mse"
+    critic_loss: CriticLoss = "half_mse"
     """Summed over the critics. authors: half the MSE; OfflineRL-Kit, Unifloral: MSE."""
     alpha_max: float | None = None
     """OfflineRL-Kit clamps alpha to at most 1."""
@@ -133,6 +180,32 @@ class SACConfig:
     batch_size: int = 256
     real_ratio: float = 0.05
     """Share of a batch drawn from the data set: int(real_ratio * batch_size) rows, 12 of 256."""
+
+    def validate(self) -> None:
+        """Raise `InputError` where a value is out of range."""
+        rates = (self.actor_learning_rate, self.critic_learning_rate, self.alpha_learning_rate)
+        _at_least_one(self, "SAC's ", "batch_size")
+        if not 0.0 <= self.real_ratio <= 1.0:
+            raise InputError(f"real_ratio must be in [0, 1], got {self.real_ratio}")
+        if not all(0.0 < rate < math.inf for rate in rates):
+            raise InputError(f"learning rates must be positive, got {rates} for actor, critic and alpha")
+        if self.critics < 1 or min(self.hidden, default=0) < 1:
+            raise InputError(
+                "SAC needs at least one critic and one hidden layer, each of positive size,"
+                f" got {self.critics} critics and hidden sizes {self.hidden}"
+            )
+        if not (0.0 <= self.discount < 1.0 and 0.0 < self.polyak <= 1.0):
+            raise InputError(
+                f"discount must be in [0, 1) and polyak in (0, 1], got {self.discount} and {self.polyak}"
+            )
+        if self.alpha_max is not None and not self.alpha_max > 0.0:
+            raise InputError(f"alpha_max must be positive or None, got {self.alpha_max}")
+        if self.target_entropy != "act_dim" and not isinstance(self.target_entropy, (int, float)):
+            raise InputError(f'target_entropy must be a number or "act_dim", got {self.target_entropy!r}')
+        for name, known in (("critic_loss", CRITIC_LOSSES), ("actor_schedule", ACTOR_SCHEDULES)):
+            if getattr(self, name) not in known:
+                raise InputError(f"unknown {name} {getattr(self, name)!r}; there are: {', '.join(known)}")
+        _check_finite(self)
 
 
 @dataclass(frozen=True)
@@ -146,6 +219,10 @@ class EvaluationConfig:
     """Unifloral: stochastic."""
     workers: int | None = None
     """Processes that evaluate beside the training; None: none on the CPU, whose cores train, else up to 4."""
+
+    def validate(self) -> None:
+        """Raise `InputError` where a value is out of range."""
+        _at_least_one(self, "evaluation ", "episodes", "interval")
 
 
 @dataclass(frozen=True)
@@ -178,6 +255,20 @@ class OnlineConfig:
     )
     """rlkit's: critic_loss, target_entropy; a batch is of the replay alone."""
 
+    def validate(self) -> None:
+        """Raise `InputError` where a value is out of range."""
+        sizes = (self.environments, self.round_steps, self.epoch_steps, self.random_epochs)
+        if min(*sizes, self.medium_window) < 1 or self.epoch_steps % self.round_steps:
+            raise InputError(
+                "online training needs at least one environment, step, random epoch and evaluation,"
+                f" and an epoch of whole rounds, got {self}"
+            )
+        if self.epochs <= self.random_epochs:
+            raise InputError(
+                f"epochs must be more than random_epochs, got {self.epochs} and {self.random_epochs}"
+            )
+        self.sac.validate()
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -203,6 +294,27 @@ class TrainConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     sac: SACConfig = field(default_factory=SACConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of `rollout.interval` updates, the last one perhaps of fewer."""
+        return math.ceil(self.steps / self.rollout.interval)
+
+    def updates_after(self, epoch: int) -> int:
+        """Return how many updates have been made after so many epochs."""
+        return min(epoch * self.rollout.interval, self.steps)
+
+    def validate(self) -> None:
+        """Raise `InputError` where a value of the run or of a part is out of range."""
+        _check_finite(self)
+        if self.seed < 0:
+            raise InputError(f"seed must not be negative, got {self.seed}")
+        _at_least_one(self, "", "steps")
+        for part in (self.rollout, self.evaluation, self.sac):
+            part.validate()
+        # An ensemble that is there already is not fitted.
+        if self.dynamics_from is None:
+            self.dynamics.validate()
 
 
 @dataclass(frozen=True)
@@ -237,12 +349,19 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def check_finite(config: Any, prefix: str = "") -> None:
+def _at_least_one(config: Any, what: str, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise InputError(f"{what}{name} must be at least 1, got {value}")
+
+
+def _check_finite(config: Any, prefix: str = "") -> None:
     """Raise `InputError` where a number of `config`, or of a config or tuple in it, is NaN or infinite."""
     for entry in dataclasses.fields(config):
         name, value = prefix + entry.name, getattr(config, entry.name)
         if dataclasses.is_dataclass(value):
-            check_finite(value, f"{name}.")
+            _check_finite(value, f"{name}.")
             continue
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, float) and not math.isfinite(number):

@@ -25,16 +25,15 @@ from mopo_fast.errors import InputError
 from mopo_fast.fit import (
     Fit,
     FitEpoch,
-    Population,
     ReferenceSteps,
     data_sha256,
     dynamics_inputs_targets,
     fit_and_save,
-    fit_and_save_many,
     fit_dynamics,
     negative_log_likelihood,
     split_holdout,
 )
+from mopo_fast.run.population import FitPopulation, fit_and_save_many
 from mopo_fast.utils.tensors import load_tensors, save_tensors
 
 
@@ -545,10 +544,10 @@ def test_in_pytorch_fits_together_get_what_each_gets_alone() -> None:
     together, alone = (
         [fit_to_double(Fit(data, i, SMALL, backend="reference")) for i in range(3)] for _ in "ab"
     )
-    three = Population(together)
+    three = FitPopulation(together)
     ours = [three.run_epoch(lambda share: None) for _ in range(2)]
     # One stops, two go on; then it takes part again.
-    last = Population(together[1:]).run_epoch(lambda share: None)
+    last = FitPopulation(together[1:]).run_epoch(lambda share: None)
     together[0].run_epoch(lambda epochs: None)
     three.run_epoch(lambda share: None)
     for i, fit in enumerate(alone):
@@ -558,16 +557,16 @@ def test_in_pytorch_fits_together_get_what_each_gets_alone() -> None:
             assert record.train_loss == pytest.approx(their.train_loss, rel=1e-9)
             assert record.holdout_mse == pytest.approx(their.holdout_mse, rel=1e-9)
             assert record.improved == their.improved
-        for name, tensor in fit._live_state().items():
-            torch.testing.assert_close(together[i]._live_state()[name], tensor, rtol=1e-8, atol=1e-11)
+        for name, tensor in fit.live_state().items():
+            torch.testing.assert_close(together[i].live_state()[name], tensor, rtol=1e-8, atol=1e-11)
 
 
 def test_by_the_kernel_fits_together_get_the_same_bits() -> None:
     together, alone = ([Fit(toy_data(), i, SMALL, backend="cpu") for i in range(2)] for _ in "ab")
-    records = Population(together).run_epoch(lambda share: None)
+    records = FitPopulation(together).run_epoch(lambda share: None)
     for fit, other, record in zip(alone, together, records, strict=True):
         assert fit.run_epoch(lambda epochs: None).train_loss == record.train_loss
-        assert all(torch.equal(t, other._live_state()[name]) for name, t in fit._live_state().items())
+        assert all(torch.equal(t, other.live_state()[name]) for name, t in fit.live_state().items())
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -599,7 +598,7 @@ def test_fits_together_stop_each_at_its_own_end_and_are_saved(tmp_path: Path, ba
 def test_recorded_steps_are_the_same(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """All but the recording itself, which takes a GPU."""
     plain, recorded = ([Fit(toy_data(), i, SMALL, backend="reference") for i in range(count)] for _ in "ab")
-    populations = [Population(plain), Population(recorded)]
+    populations = [FitPopulation(plain), FitPopulation(recorded)]
     monkeypatch.setattr("mopo_fast.fit._STEPS_AT_ONCE", 3)
     for _ in range(2):
         eager = populations[0].run_epoch(lambda share: None)
@@ -609,7 +608,7 @@ def test_recorded_steps_are_the_same(count: int, monkeypatch: pytest.MonkeyPatch
             played = populations[1].run_epoch(lambda share: None)
         assert [record.train_loss for record in played] == [record.train_loss for record in eager]
     for one, other in zip(plain, recorded, strict=True):
-        assert all(torch.equal(t, other._live_state()[name]) for name, t in one._live_state().items())
+        assert all(torch.equal(t, other.live_state()[name]) for name, t in one.live_state().items())
 
 
 # --- a checkpoint from elsewhere

@@ -534,7 +534,7 @@ def fit_state(fit: Fit) -> dict[str, torch.Tensor]:
     parameters = {name for name, _ in fit.model.named_parameters()}
     return {
         name: tensor
-        for name, tensor in fit._live_state().items()
+        for name, tensor in fit.live_state().items()
         if name in parameters or name.rpartition(".")[0] in parameters
     }
 

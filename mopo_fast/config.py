@@ -78,33 +78,18 @@ class DynamicsConfig:
 
     def validate(self) -> None:
         """Raise `InputError` where a value is out of range."""
-        if len(self.weight_decay) != len(self.hidden) + 1:
-            raise InputError(
-                f"weight_decay needs one value per layer, {len(self.hidden) + 1}, got {self.weight_decay}"
-            )
-        if self.dtype not in FIT_DTYPES:
-            raise InputError(f"unknown dtype {self.dtype!r} of the fit; there are: {', '.join(FIT_DTYPES)}")
-        _at_least_one(self, "", "batch_size", "members")
-        if self.patience < 0 or (self.max_epochs is not None and self.max_epochs < 1):
-            raise InputError(
-                f"patience must be at least 0 and max_epochs at least 1,"
-                f" got {self.patience} and {self.max_epochs}"
-            )
-        if not (self.learning_rate > 0 and min(self.weight_decay) >= 0 and 0 <= self.improvement < 1):
-            raise InputError(
-                f"learning_rate must be positive, weight_decay not negative and improvement in [0, 1),"
-                f" got {self.learning_rate}, {self.weight_decay}, {self.improvement}"
-            )
-        if not (0 < self.holdout_fraction < 1 and self.holdout_max >= 1):
-            raise InputError(
-                f"holdout_fraction must be in (0, 1) and holdout_max at least 1,"
-                f" got {self.holdout_fraction} and {self.holdout_max}"
-            )
+        layers, decay = len(self.hidden) + 1, self.weight_decay
+        _require(len(decay) == layers, f"weight_decay needs one value per layer, {layers}, got {decay}")
+        _require_known("dtype of the fit", self.dtype, FIT_DTYPES)
+        _require_positive(self, "", "batch_size", "members", "max_epochs", "holdout_max")
+        _require(self.patience >= 0, f"patience must be at least 0, got {self.patience}")
+        _require(self.learning_rate > 0, f"learning_rate must be positive, got {self.learning_rate}")
+        _require(min(decay) >= 0, f"weight_decay must not be negative, got {decay}")
+        _require(0 <= self.improvement < 1, f"improvement must be in [0, 1), got {self.improvement}")
+        fraction, low, high = self.holdout_fraction, self.min_logvar, self.max_logvar
+        _require(0 < fraction < 1, f"holdout_fraction must be in (0, 1), got {fraction}")
         _check_finite(self)
-        if not self.min_logvar < self.max_logvar:
-            raise InputError(
-                f"min_logvar must be less than max_logvar, got {self.min_logvar} and {self.max_logvar}"
-            )
+        _require(low < high, f"min_logvar must be less than max_logvar, got {low} and {high}")
 
 
 @dataclass(frozen=True)
@@ -141,9 +126,8 @@ class RolloutConfig:
 
     def validate(self) -> None:
         """Raise `InputError` where a value is out of range. `RolloutEngine` knows what it can do."""
-        if self.tuned not in TUNED:
-            raise InputError(f"unknown tuned {self.tuned!r}; there are: {', '.join(TUNED)}")
-        _at_least_one(self, "rollout ", "horizon", "batch_size", "interval", "retain_epochs")
+        _require_known("tuned", self.tuned, TUNED)
+        _require_positive(self, "rollout ", "horizon", "batch_size", "interval", "retain_epochs")
         _check_finite(self)
 
 
@@ -184,27 +168,23 @@ class SACConfig:
     def validate(self) -> None:
         """Raise `InputError` where a value is out of range."""
         rates = (self.actor_learning_rate, self.critic_learning_rate, self.alpha_learning_rate)
-        _at_least_one(self, "SAC's ", "batch_size")
-        if not 0.0 <= self.real_ratio <= 1.0:
-            raise InputError(f"real_ratio must be in [0, 1], got {self.real_ratio}")
-        if not all(0.0 < rate < math.inf for rate in rates):
-            raise InputError(f"learning rates must be positive, got {rates} for actor, critic and alpha")
-        if self.critics < 1 or min(self.hidden, default=0) < 1:
-            raise InputError(
-                "SAC needs at least one critic and one hidden layer, each of positive size,"
-                f" got {self.critics} critics and hidden sizes {self.hidden}"
-            )
-        if not (0.0 <= self.discount < 1.0 and 0.0 < self.polyak <= 1.0):
-            raise InputError(
-                f"discount must be in [0, 1) and polyak in (0, 1], got {self.discount} and {self.polyak}"
-            )
-        if self.alpha_max is not None and not self.alpha_max > 0.0:
-            raise InputError(f"alpha_max must be positive or None, got {self.alpha_max}")
-        if self.target_entropy != "act_dim" and not isinstance(self.target_entropy, (int, float)):
-            raise InputError(f'target_entropy must be a number or "act_dim", got {self.target_entropy!r}')
-        for name, known in (("critic_loss", CRITIC_LOSSES), ("actor_schedule", ACTOR_SCHEDULES)):
-            if getattr(self, name) not in known:
-                raise InputError(f"unknown {name} {getattr(self, name)!r}; there are: {', '.join(known)}")
+        _require_positive(self, "SAC's ", "batch_size")
+        _require(0.0 <= self.real_ratio <= 1.0, f"real_ratio must be in [0, 1], got {self.real_ratio}")
+        positive = all(0.0 < rate < math.inf for rate in rates)
+        _require(positive, f"learning rates must be positive, got {rates} for actor, critic and alpha")
+        _require(
+            self.critics >= 1 and min(self.hidden, default=0) >= 1,
+            "SAC needs at least one critic and one hidden layer, each of positive size,"
+            f" got {self.critics} critics and hidden sizes {self.hidden}",
+        )
+        _require(0.0 <= self.discount < 1.0, f"discount must be in [0, 1), got {self.discount}")
+        _require(0.0 < self.polyak <= 1.0, f"polyak must be in (0, 1], got {self.polyak}")
+        alpha_max, entropy = self.alpha_max, self.target_entropy
+        _require(alpha_max is None or alpha_max > 0.0, f"alpha_max must be positive or None, got {alpha_max}")
+        known = entropy == "act_dim" or isinstance(entropy, (int, float))
+        _require(known, f'target_entropy must be a number or "act_dim", got {entropy!r}')
+        _require_known("critic_loss", self.critic_loss, CRITIC_LOSSES)
+        _require_known("actor_schedule", self.actor_schedule, ACTOR_SCHEDULES)
         _check_finite(self)
 
 
@@ -222,7 +202,7 @@ class EvaluationConfig:
 
     def validate(self) -> None:
         """Raise `InputError` where a value is out of range."""
-        _at_least_one(self, "evaluation ", "episodes", "interval")
+        _require_positive(self, "evaluation ", "episodes", "interval")
 
 
 @dataclass(frozen=True)
@@ -258,15 +238,13 @@ class OnlineConfig:
     def validate(self) -> None:
         """Raise `InputError` where a value is out of range."""
         sizes = (self.environments, self.round_steps, self.epoch_steps, self.random_epochs)
-        if min(*sizes, self.medium_window) < 1 or self.epoch_steps % self.round_steps:
-            raise InputError(
-                "online training needs at least one environment, step, random epoch and evaluation,"
-                f" and an epoch of whole rounds, got {self}"
-            )
-        if self.epochs <= self.random_epochs:
-            raise InputError(
-                f"epochs must be more than random_epochs, got {self.epochs} and {self.random_epochs}"
-            )
+        _require(
+            min(*sizes, self.medium_window) >= 1 and self.epoch_steps % self.round_steps == 0,
+            "online training needs at least one environment, step, random epoch and evaluation,"
+            f" and an epoch of whole rounds, got {self}",
+        )
+        few, many = self.random_epochs, self.epochs
+        _require(many > few, f"epochs must be more than random_epochs, got {many} and {few}")
         self.sac.validate()
 
 
@@ -307,9 +285,8 @@ class TrainConfig:
     def validate(self) -> None:
         """Raise `InputError` where a value of the run or of a part is out of range."""
         _check_finite(self)
-        if self.seed < 0:
-            raise InputError(f"seed must not be negative, got {self.seed}")
-        _at_least_one(self, "", "steps")
+        _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        _require_positive(self, "", "steps")
         for part in (self.rollout, self.evaluation, self.sac):
             part.validate()
         # An ensemble that is there already is not fitted.
@@ -349,11 +326,19 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def _at_least_one(config: Any, what: str, *names: str) -> None:
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise InputError(otherwise)
+
+
+def _require_known(what: str, value: str, known: Sequence[str]) -> None:
+    _require(value in known, f"unknown {what} {value!r}; there are: {', '.join(known)}")
+
+
+def _require_positive(config: Any, what: str, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if value is not None and value < 1:
-            raise InputError(f"{what}{name} must be at least 1, got {value}")
+        _require(value is None or value >= 1, f"{what}{name} must be at least 1, got {value}")
 
 
 def _check_finite(config: Any, prefix: str = "") -> None:
@@ -364,5 +349,5 @@ def _check_finite(config: Any, prefix: str = "") -> None:
             _check_finite(value, f"{name}.")
             continue
         for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, float) and not math.isfinite(number):
-                raise InputError(f"{name} must be finite, got {value}")
+            finite = not isinstance(number, float) or math.isfinite(number)
+            _require(finite, f"{name} must be finite, got {value}")

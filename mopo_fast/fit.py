@@ -211,6 +211,15 @@ class ReferenceSteps:
         return total
 
 
+def make_ensemble(
+    obs_dim: int, act_dim: int, config: DynamicsConfig, generator: torch.Generator | None = None
+) -> EnsembleDynamics:
+    """Make the ensemble that a fit of this config begins with."""
+    names = ("members", "elites", "hidden", "activation", "max_logvar", "min_logvar")
+    settings = {name: getattr(config, name) for name in names}
+    return EnsembleDynamics(obs_dim, act_dim, generator=generator, **settings)
+
+
 class Fit:
     """The state of a fit between two epochs: what a checkpoint holds, and the epoch itself."""
 
@@ -239,17 +248,7 @@ class Fit:
         mean, std = _moments(data, train)
 
         generator = torch.Generator().manual_seed(derive_seed(seed, FIT, _WEIGHTS))
-        model = EnsembleDynamics(
-            data.obs_dim,
-            data.act_dim,
-            members=config.members,
-            elites=config.elites,
-            hidden=config.hidden,
-            activation=config.activation,
-            max_logvar=config.max_logvar,
-            min_logvar=config.min_logvar,
-            generator=generator,
-        )
+        model = make_ensemble(data.obs_dim, data.act_dim, config, generator)
         if initial is not None:
             _copy_parameters(initial, model)
         model.input_mean.copy_(mean)

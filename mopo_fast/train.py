@@ -13,8 +13,9 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 
@@ -30,13 +31,16 @@ from mopo_fast.fit import count_holdout, data_sha256, fit_and_save, fit_checkpoi
 from mopo_fast.policy import Actor
 from mopo_fast.report import write_report
 from mopo_fast.run.checkpoint import (
-    Checkpoint,
-    Pending,
     Rollout,
+    SpentSeconds,
+    State,
+    Tensors,
     deletable,
     last_checkpoint,
     load_checkpoint,
     remove_older,
+    save_checkpoint,
+    within,
 )
 from mopo_fast.run.folder import (
     COLUMNS,
@@ -61,6 +65,7 @@ from mopo_fast.utils.machine import resolve_threads
 from mopo_fast.utils.progress import progress_bar
 from mopo_fast.utils.seeds import EVALUATE, ROLLOUT, START, derive_seed
 from mopo_fast.utils.seeds import SAC as SAC_SEED
+from mopo_fast.utils.tensors import load_into
 
 # Epochs at most whose evaluations are not there yet.
 _PENDING = 20
@@ -188,6 +193,21 @@ def workers(config: TrainConfig) -> int:
     return 0 if on_cpu else min(4, max(1, resolve_threads(None) - 1))
 
 
+@dataclass(eq=False)
+class Pending:
+    """A row of progress.csv that waits for its policy's evaluation, or for an earlier row's.
+
+    Attributes:
+        row: all of it but the evaluation.
+        policy: the actor's parameters to be evaluated; None: it is not evaluated.
+        evaluation: the evaluation of these, at work.
+    """
+
+    row: dict[str, Any]
+    policy: Tensors | None = None
+    evaluation: "Future[Evaluation] | None" = None
+
+
 class Training:
     """A run's training, whose ensemble is in its folder; a context manager, which takes up what was left.
 
@@ -224,7 +244,9 @@ class Training:
         self.engine = make_engine(config, task, ensemble, config.backend)
         self.buffer = RingBuffer(config.rollout.buffer_rows, task.obs_dim, task.act_dim, config.device)
         self.sac = make_sac(config, task, training_backend(config))
+        # Those that filled the buffer, and by their epochs the policies that made them.
         self.rollouts: list[Rollout] = []
+        self.policies: dict[int, Tensors] = {}
         self.pending: list[Pending] = []
         self.evaluation: Evaluation | None = None
         self.row: dict[str, Any] | None = None
@@ -252,13 +274,14 @@ class Training:
     def roll_out(self) -> Transitions:
         """Begin an epoch with its model rollouts, which go into the buffer, too."""
         self.epoch += 1
-        self._before, policy, head = dict(self.seconds), self._policy(), self.buffer.head
+        self._before, head = dict(self.seconds), self.buffer.head
+        self.policies[self.epoch] = self._policy()
         with self.clock("rollout"):
             rows = self._roll_out(self.sac.actor, self.epoch)
-        self.rollouts.append(Rollout(self.epoch, head, len(rows), policy))
+        self.rollouts.append(Rollout(self.epoch, head, len(rows)))
         # One stays as long as any of its rows does: made again in order, they fill the buffer as it is.
         while sum(rollout.rows for rollout in self.rollouts[1:]) >= self.buffer.capacity:
-            del self.rollouts[0]
+            del self.policies[self.rollouts.pop(0).epoch]
         return rows
 
     def update(self) -> dict[str, float]:
@@ -303,17 +326,19 @@ class Training:
     def save(self) -> None:
         """End an epoch: write the policy and a checkpoint."""
         self.sac.actor.save(self.out)
-        Checkpoint(
-            epoch=self.epoch,
-            seconds={**self.seconds, "total": self.elapsed()},
-            evaluation=self.evaluation,
-            rollouts=self.rollouts,
-            pending=self.pending,
-            backends={"rollout": self.engine.backend, "sac": self.sac.backend},
-            data_sha256=self.data_sha256,
-            dynamics_sha256=self.dynamics_sha256,
-            sac=self.sac.state(),
-        ).save(self.out)
+        state = State(
+            self.epoch,
+            cast(SpentSeconds, self.seconds | {"total": self.elapsed()}),
+            self.evaluation,
+            self.rollouts,
+            [(pending.row, pending.policy is not None) for pending in self.pending],
+            {"rollout": self.engine.backend, "sac": self.sac.backend},
+            self.data_sha256,
+            self.dynamics_sha256,
+        )
+        tensors = {f"policy.{epoch}": policy for epoch, policy in self.policies.items()}
+        tensors |= {f"evaluated.{one.row['epoch']}": one.policy or {} for one in self.pending}
+        save_checkpoint(self.out, state, {"sac": self.sac.state(), **tensors})
 
     def finish(self, together: int = 1) -> None:
         """Await the evaluations and write summary.json; `together`: how many runs were made at once."""
@@ -354,17 +379,27 @@ class Training:
             InputError: the checkpoint is not sound, or its rollouts cannot be made again here.
         """
         config = self.config
-        saved = load_checkpoint(path, config, self.data_sha256, self.dynamics_sha256, self._policy())
+        saved, tensors = load_checkpoint(path, config, self.data_sha256, self.dynamics_sha256)
+
+        def policy(prefix: str) -> Tensors:
+            targets = self._policy()
+            load_into(path, within(tensors, prefix), targets)
+            return targets
+
         with deletable(path):
             self.engine = make_engine(config, self.task, self.engine.ensemble, saved.backends["rollout"])
             self.sac = make_sac(config, self.task, saved.backends["sac"])
-            self.sac.load_state(saved.sac, path)
+            self.sac.load_state(within(tensors, "sac"), path)
             if self.sac.updates != config.updates_after(saved.epoch):
                 raise InputError(f"{path} holds {self.sac.updates} updates, epoch {saved.epoch} does not")
-        self.epoch, self.evaluation = saved.epoch, saved.evaluation
-        self.rollouts, self.pending = saved.rollouts, saved.pending
-        self.seconds = {name: saved.seconds[name] for name in self.seconds}
-        self.started -= saved.seconds["total"]
+            self.policies = {made.epoch: policy(f"policy.{made.epoch}") for made in saved.rollouts}
+            self.pending = [
+                Pending(row, policy(f"evaluated.{row['epoch']}") if evaluated else None)
+                for row, evaluated in saved.pending
+            ]
+        self.epoch, self.evaluation, self.rollouts = saved.epoch, saved.evaluation, saved.rollouts
+        self.seconds = dict(cast(dict[str, float], saved.seconds))
+        self.started -= self.seconds.pop("total")
         for pending in self.pending:
             if pending.policy is not None:
                 self._evaluate(pending)
@@ -376,7 +411,7 @@ class Training:
         self.buffer.head = self.rollouts[0].head
         with self.clock("rollout"):
             for rollout in self.rollouts:
-                actor.load_state_dict(rollout.policy)
+                actor.load_state_dict(self.policies[rollout.epoch])
                 rows = len(self._roll_out(actor, rollout.epoch))
                 if rows != rollout.rows:
                     raise InputError(
@@ -404,7 +439,7 @@ class Training:
         numbers = torch.arange(count, device=self.data.device)
         return self.data.observations[random_choice(numbers, 0, BATCH_STREAM, len(self.data), seed)]
 
-    def _policy(self) -> dict[str, torch.Tensor]:
+    def _policy(self) -> Tensors:
         """Return a copy of the actor's parameters."""
         return {name: value.clone() for name, value in self.sac.actor.state_dict().items()}
 

@@ -11,7 +11,7 @@ from mopo_fast.config import RunConfig, TrainConfig
 from mopo_fast.data import find_dataset
 from mopo_fast.ensemble import EnsembleDynamics, mlp_bytes
 from mopo_fast.errors import InputError
-from mopo_fast.fit import check_fit_memory
+from mopo_fast.fit import check_fit_memory, make_ensemble
 from mopo_fast.rollout import RolloutEngine
 from mopo_fast.run.checkpoint import last_checkpoint
 from mopo_fast.run.folder import read_dynamics
@@ -63,16 +63,8 @@ def _fill_in(config: TrainConfig) -> tuple[RunConfig, Task]:
 def _ensemble(config: RunConfig, task: Task, out: Path | None) -> EnsembleDynamics:
     """Return an ensemble of the shape that the run's will have."""
     if config.dynamics_from is None:
-        dynamics = config.dynamics
-        check_fit_memory(dynamics, config.device)
-        return EnsembleDynamics(
-            task.obs_dim,
-            task.act_dim,
-            members=dynamics.members,
-            elites=dynamics.elites,
-            hidden=dynamics.hidden,
-            activation=dynamics.activation,
-        ).to(config.device)
+        check_fit_memory(config.dynamics, config.device)
+        return make_ensemble(task.obs_dim, task.act_dim, config.dynamics).to(config.device)
     if out is None or last_checkpoint(out) is None:
         folder = Path(config.dynamics_from)
         ensemble = read_dynamics(folder)[0].to(config.device)

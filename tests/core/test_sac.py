@@ -366,9 +366,8 @@ class TestPopulation:
         buffers = self.buffers()
         buffers[1].storage.rewards[:] = float("inf")
         with pytest.raises(InputError, match="SAC diverged before update 2"):
-            SacPopulation(self.sacs(CONFIG, backend)).update_many(
-                transitions(50, seed=1), buffers, 2, [0, 1, 2]
-            )
+            population = SacPopulation(self.sacs(CONFIG, backend))
+            population.update_many(transitions(50, seed=1), buffers, 2, [0, 1, 2])
 
 
 class TestState:
@@ -459,7 +458,7 @@ def test_initial_parameters_depend_on_the_seed_alone() -> None:
         ({"hidden": ()}, "at least one critic and one hidden layer"),
         ({"hidden": (8, 0)}, "at least one critic and one hidden layer"),
         ({"discount": 1.0}, "discount must be in"),
-        ({"polyak": 0.0}, "polyak in"),
+        ({"polyak": 0.0}, "polyak must be in"),
         ({"alpha_max": 0.0}, "alpha_max must be positive"),
         ({"target_entropy": "none"}, "target_entropy must be a number"),
         ({"critic_loss": "huber"}, "unknown critic_loss 'huber'; there are: half_mse, mse"),

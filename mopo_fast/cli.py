@@ -220,11 +220,9 @@ def train(
     else:
         outs = [out] if seeds is None and not penalty_coefs else [out / name for name in names]
     try:
-        options = {"resume": resume, "memory_map": memory_map, "quiet": quiet}
-        if len(configs) == 1:
-            summaries = [train(configs[0], outs[0], **options)]
-        else:
-            summaries = train_many(configs, outs, **options)
+        how = {"resume": resume, "memory_map": memory_map, "quiet": quiet}
+        one = len(configs) == 1
+        summaries = [train(configs[0], outs[0], **how)] if one else train_many(configs, outs, **how)
     except KeyboardInterrupt:
         again = f"--out {outs[0]} --resume" if len(outs) == 1 else "--resume"
         raise KeyboardInterrupt(f"stopped; the same command with {again} goes on") from None

@@ -170,8 +170,7 @@ def _round(x: torch.Tensor) -> torch.Tensor:
     return x + (_to_bfloat16(x) - x).detach()
 
 
-def _to_bfloat16(x: torch.Tensor) -> torch.Tensor:
-    return round_factor(x, "bfloat16")
+_to_bfloat16 = functools.partial(round_factor, operands="bfloat16")
 
 
 class ReferenceSteps:

@@ -4,62 +4,41 @@ Source: softlearning/algorithms/mopo.py of the authors' code. Every epoch's rand
 epoch) alone.
 """
 
-import contextlib
 import copy
-import dataclasses
-import importlib.metadata
 import os
-import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
 
-from mopo_fast import __version__
 from mopo_fast.backends.philox import BATCH_STREAM, random_choice
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import RunConfig, TrainConfig
-from mopo_fast.data import Transitions, load_dataset
+from mopo_fast.data import Transitions
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
-from mopo_fast.evaluate import Evaluation, Evaluator, evaluate_in_model
-from mopo_fast.fit import count_holdout, data_sha256, fit_and_save, fit_checkpoint, read_fit
+from mopo_fast.evaluate import Evaluator, evaluate_in_model
+from mopo_fast.fit import data_sha256, read_fit
 from mopo_fast.policy import Actor
 from mopo_fast.report import write_report
-from mopo_fast.run.checkpoint import (
-    Rollout,
-    SpentSeconds,
-    State,
-    Tensors,
-    deletable,
-    last_checkpoint,
-    load_checkpoint,
-    remove_older,
-    save_checkpoint,
-    within,
-)
+from mopo_fast.run import checkpoint
+from mopo_fast.run.checkpoint import Rollout, Tensors
+from mopo_fast.run.dynamics import make_dynamics
 from mopo_fast.run.folder import (
-    COLUMNS,
-    EVALUATED,
-    Board,
-    append_row,
-    as_json,
+    SpentSeconds,
     check_folder,
-    copy_fit,
-    cut_back,
-    first_difference,
     log_fit,
     mendable,
     read_summary,
     write_config,
+    write_summary,
 )
-from mopo_fast.run.resolve import make_engine, make_sac, resolve, training_backend
+from mopo_fast.run.log import Clock, Log, Pending
+from mopo_fast.run.resolve import load_data, make_engine, make_sac, resolve, training_backend
 from mopo_fast.tasks import Task
-from mopo_fast.utils.atomic import write_json
 from mopo_fast.utils.lock import locked
 from mopo_fast.utils.machine import resolve_threads
 from mopo_fast.utils.progress import progress_bar
@@ -67,8 +46,6 @@ from mopo_fast.utils.seeds import EVALUATE, ROLLOUT, START, derive_seed
 from mopo_fast.utils.seeds import SAC as SAC_SEED
 from mopo_fast.utils.tensors import load_into
 
-# Epochs at most whose evaluations are not there yet.
-_PENDING = 20
 # Start states of an evaluation by the model.
 _MODEL_STARTS = 1000
 
@@ -132,80 +109,12 @@ def train(
         return read_summary(out)
 
 
-def load_data(config: RunConfig, task: Task, *, memory_map: bool, quiet: bool) -> Transitions:
-    """Load a run's data set.
-
-    Raises:
-        InputError: it cannot be read, or a run of this config cannot be made of it.
-    """
-    data = load_dataset(config.dataset, memory_map=memory_map, quiet=quiet)
-    if (data.obs_dim, data.act_dim) != (task.obs_dim, task.act_dim):
-        raise InputError(
-            f"{config.dataset} has {data.obs_dim} observation and {data.act_dim} action dimensions, the"
-            f" task {task.name} has {task.obs_dim} and {task.act_dim}; name its own task with --task"
-        )
-    most = max(map(abs, map(float, data.actions.aminmax())))
-    if most > 1.0 + 1e-3:
-        raise InputError(
-            f"{config.dataset}: actions reach {most:.4g}; scale the environment's range to [-1, 1]"
-        )
-    if config.dynamics_from is None:
-        count_holdout(len(data), config.dynamics)
-    return data
-
-
-def make_dynamics(config: RunConfig, out: Path, data: Transitions, data_digest: str, quiet: bool) -> None:
-    """Fit the run's ensemble, or copy it from `config.dynamics_from`, where its folder has none yet.
-
-    Raises:
-        InputError: the fit in the folder is of other data, another seed or another config, or as
-            `fit_and_save`.
-    """
-    if config.dynamics_from is not None:
-        if last_checkpoint(out) is None:
-            copy_fit(Path(config.dynamics_from), out)
-        return
-    if not (out / "fit.json").exists():
-        fit_and_save(
-            data,
-            out,
-            seed=config.seed,
-            config=config.dynamics,
-            device=config.device,
-            backend=training_backend(config),
-            threads=config.threads,
-            quiet=quiet,
-        )
-    fit = read_fit(out)
-    ours = {"data_sha256": data_digest, "seed": config.seed, "config": as_json(config.dynamics)}
-    difference = first_difference({name: fit.get(name) for name in ours}, ours)
-    if difference:
-        raise InputError(f"{out / 'fit.json'} was made with {difference}; choose another --out")
-    # Still there where a run was killed between the two.
-    fit_checkpoint(out).unlink(missing_ok=True)
-
-
 def workers(config: TrainConfig) -> int:
     """Return how many processes evaluate beside the training."""
     if config.evaluation.workers is not None:
         return config.evaluation.workers
     on_cpu = torch.device(config.device).type == "cpu"
     return 0 if on_cpu else min(4, max(1, resolve_threads(None) - 1))
-
-
-@dataclass(eq=False)
-class Pending:
-    """A row of progress.csv that waits for its policy's evaluation, or for an earlier row's.
-
-    Attributes:
-        row: all of it but the evaluation.
-        policy: the actor's parameters to be evaluated; None: it is not evaluated.
-        evaluation: the evaluation of these, at work.
-    """
-
-    row: dict[str, Any]
-    policy: Tensors | None = None
-    evaluation: "Future[Evaluation] | None" = None
 
 
 class Training:
@@ -220,9 +129,6 @@ class Training:
 
     Attributes:
         epoch: the last one that has begun, from 1; 0: none.
-        row: the last epoch's row of progress.csv, without its evaluation.
-        evaluation: the last one that is there.
-        seconds: spent so far on rollout, sac and evaluate.
     """
 
     def __init__(
@@ -237,7 +143,7 @@ class Training:
     ) -> None:
         assert config.rollout.horizon is not None
         self.config, self.task, self.out, self.data = config, task, out, data
-        self.data_sha256, self.evaluator, self.started = data_digest, evaluator, started
+        self.data_sha256, self.evaluator = data_digest, evaluator
         ensemble = EnsembleDynamics.load(out, config.device)
         self.dynamics_sha256, self.horizon = ensemble.sha256(), config.rollout.horizon
         self.fit_seconds = 0.0 if config.dynamics_from is not None else read_fit(out)["seconds"]
@@ -247,34 +153,31 @@ class Training:
         # Those that filled the buffer, and by their epochs the policies that made them.
         self.rollouts: list[Rollout] = []
         self.policies: dict[int, Tensors] = {}
-        self.pending: list[Pending] = []
-        self.evaluation: Evaluation | None = None
-        self.row: dict[str, Any] | None = None
+        self.clock = Clock(started)
+        # Where there is no environment the model says how good a policy is.
+        self.log = Log(out, self.clock, "environment" if task.env_id else "model")
         self.epoch = 0
-        self.seconds = {"rollout": 0.0, "sac": 0.0, "evaluate": 0.0}
 
     def __enter__(self) -> Self:
-        last = last_checkpoint(self.out)
+        last = checkpoint.last_checkpoint(self.out)
         if last is None:
             # The total includes what an earlier, interrupted session spent on the fit.
-            self.started = min(self.started, time.perf_counter() - self.fit_seconds)
+            self.clock.started = min(self.clock.started, time.perf_counter() - self.fit_seconds)
             if (self.out / "fit.json").exists():
                 log_fit(self.out)
         else:
             self.restore(last)
-            remove_older(last)
-        cut_back(self.out / "progress.csv", self.epoch - len(self.pending))
-        updates = self.pending[0].row["updates"] if self.pending else self.sac.updates + 1
-        self.board = Board(self.out, purge_step=updates)
+            checkpoint.remove_older(last)
+        self.log.open(self.epoch, self.sac.updates)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.board.close()
+        self.log.close()
 
     def roll_out(self) -> Transitions:
         """Begin an epoch with its model rollouts, which go into the buffer, too."""
         self.epoch += 1
-        self._before, head = dict(self.seconds), self.buffer.head
+        self._before, head = dict(self.clock.seconds), self.buffer.head
         self.policies[self.epoch] = self._policy()
         with self.clock("rollout"):
             rows = self._roll_out(self.sac.actor, self.epoch)
@@ -287,17 +190,12 @@ class Training:
     def update(self) -> dict[str, float]:
         """Make the epoch's SAC updates: the means of `sac.METRICS`."""
         with self.clock("sac"):
-            return self.sac.update_many(self.data, self.buffer, self.updates_due, self.update_seed)
+            return self.sac.update_many(self.data, self.buffer, *self.updates_due())
 
-    @property
-    def updates_due(self) -> int:
-        """SAC updates that the epoch lacks."""
-        return self.config.updates_after(self.epoch) - self.sac.updates
-
-    @property
-    def update_seed(self) -> int:
-        """Seed of the epoch's SAC updates."""
-        return derive_seed(self.config.seed, SAC_SEED, self.epoch)
+    def updates_due(self) -> tuple[int, int]:
+        """Return how many updates the epoch has, and their seed."""
+        updates = self.config.updates_after(self.epoch) - self.sac.updates
+        return updates, derive_seed(self.config.seed, SAC_SEED, self.epoch)
 
     def evaluate(self, rows: Transitions, metrics: dict[str, float]) -> None:
         """Have the policy evaluated, where that is due, and log the epoch, when its evaluation is there."""
@@ -317,60 +215,45 @@ class Training:
         if self.epoch == self.config.epochs or self.epoch % self.config.evaluation.interval == 0:
             pending.policy = self._policy()
             self._evaluate(pending)
-        self.pending.append(pending)
-        row |= {f"seconds_{name}": self.seconds[name] - self._before[name] for name in self._before}
-        row["seconds_total"] = self.elapsed()
-        self.row = row
-        self._write_rows(waiting=_PENDING)
+        spent = {name: seconds - self._before[name] for name, seconds in self.clock.seconds.items()}
+        row |= {f"seconds_{name}": seconds for name, seconds in spent.items()}
+        row["seconds_total"] = self.clock.elapsed()
+        self.log.add(pending)
 
     def save(self) -> None:
         """End an epoch: write the policy and a checkpoint."""
         self.sac.actor.save(self.out)
-        state = State(
+        state = checkpoint.State(
             self.epoch,
-            cast(SpentSeconds, self.seconds | {"total": self.elapsed()}),
-            self.evaluation,
+            cast(SpentSeconds, self.clock.seconds | {"total": self.clock.elapsed()}),
+            self.log.evaluation,
             self.rollouts,
-            [(pending.row, pending.policy is not None) for pending in self.pending],
+            [(pending.row, pending.policy is not None) for pending in self.log.pending],
             {"rollout": self.engine.backend, "sac": self.sac.backend},
             self.data_sha256,
             self.dynamics_sha256,
         )
         tensors = {f"policy.{epoch}": policy for epoch, policy in self.policies.items()}
-        tensors |= {f"evaluated.{one.row['epoch']}": one.policy or {} for one in self.pending}
-        save_checkpoint(self.out, state, {"sac": self.sac.state(), **tensors})
+        tensors |= {f"evaluated.{one.row['epoch']}": one.policy or {} for one in self.log.pending}
+        checkpoint.save_checkpoint(self.out, state, {"sac": self.sac.state(), **tensors})
 
     def finish(self, together: int = 1) -> None:
         """Await the evaluations and write summary.json; `together`: how many runs were made at once."""
-        self._write_rows()
-        config = self.config
-        assert self.evaluation is not None  # the last epoch is always evaluated
-        result = dataclasses.asdict(self.evaluation)
-        summary = {
-            **{name: result[name] for name in ("score_mean", "score_std", "return_mean", "return_std")},
-            "scored_by": self.scored_by,
-            "updates": self.sac.updates,
-            "epochs": self.epoch,
-            "seconds": {"fit": self.fit_seconds, **self.seconds, "total": self.elapsed()},
-            "backend": self.engine.backend,
-            "device": config.device,
-            "dtype": config.rollout.dtype,
-            "threads": self.engine.threads,
-            "runs_together": together,
-            "dataset": config.dataset,
-            "transitions": len(self.data),
-            "task": self.task.name,
-            "seed": config.seed,
-            "horizon": config.rollout.horizon,
-            "penalty": config.rollout.penalty,
-            "penalty_coef": config.rollout.penalty_coef,
-            "versions": {
-                "mopo_fast": __version__,
-                "python": platform.python_version(),
-                **{name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "mujoco")},
-            },
-        }
-        write_json(self.out / "summary.json", summary)
+        self.log.write()
+        assert self.log.evaluation is not None  # the last epoch is always evaluated
+        write_summary(
+            self.out,
+            self.config,
+            self.log.evaluation,
+            scored_by=self.log.scored_by,
+            updates=self.sac.updates,
+            epochs=self.epoch,
+            seconds={"fit": self.fit_seconds, **self.clock.seconds, "total": self.clock.elapsed()},
+            backend=self.engine.backend,
+            threads=self.engine.threads,
+            runs_together=together,
+            transitions=len(self.data),
+        )
 
     def restore(self, path: Path) -> None:
         """Continue from a checkpoint: the buffer is filled again by the policies that filled it.
@@ -379,28 +262,28 @@ class Training:
             InputError: the checkpoint is not sound, or its rollouts cannot be made again here.
         """
         config = self.config
-        saved, tensors = load_checkpoint(path, config, self.data_sha256, self.dynamics_sha256)
+        saved, tensors = checkpoint.load_checkpoint(path, config, self.data_sha256, self.dynamics_sha256)
 
         def policy(prefix: str) -> Tensors:
             targets = self._policy()
-            load_into(path, within(tensors, prefix), targets)
+            load_into(path, checkpoint.within(tensors, prefix), targets)
             return targets
 
-        with deletable(path):
+        with checkpoint.deletable(path):
             self.engine = make_engine(config, self.task, self.engine.ensemble, saved.backends["rollout"])
             self.sac = make_sac(config, self.task, saved.backends["sac"])
-            self.sac.load_state(within(tensors, "sac"), path)
+            self.sac.load_state(checkpoint.within(tensors, "sac"), path)
             if self.sac.updates != config.updates_after(saved.epoch):
                 raise InputError(f"{path} holds {self.sac.updates} updates, epoch {saved.epoch} does not")
             self.policies = {made.epoch: policy(f"policy.{made.epoch}") for made in saved.rollouts}
-            self.pending = [
+            self.log.pending = [
                 Pending(row, policy(f"evaluated.{row['epoch']}") if evaluated else None)
                 for row, evaluated in saved.pending
             ]
-        self.epoch, self.evaluation, self.rollouts = saved.epoch, saved.evaluation, saved.rollouts
-        self.seconds = dict(cast(dict[str, float], saved.seconds))
-        self.started -= self.seconds.pop("total")
-        for pending in self.pending:
+        self.epoch, self.log.evaluation, self.rollouts = saved.epoch, saved.evaluation, saved.rollouts
+        self.clock.seconds = dict(cast(dict[str, float], saved.seconds))
+        self.clock.started -= self.clock.seconds.pop("total")
+        for pending in self.log.pending:
             if pending.policy is not None:
                 self._evaluate(pending)
         self._refill(path)
@@ -466,46 +349,12 @@ class Training:
                     evaluate_in_model(self.engine, actor, starts, self.horizon, seed=seed)
                 )
 
-    def _write_rows(self, waiting: int = 0) -> None:
-        """Write the rows whose evaluations are there; at most `waiting` are left."""
-        while self.pending:
-            first, found = self.pending[0], None
-            if first.evaluation is not None:
-                if len(self.pending) <= waiting and not first.evaluation.done():
-                    break
-                with self.clock("evaluate"):
-                    found = self.evaluation = first.evaluation.result()
-            row = first.row | {name: getattr(found, name, None) for name in EVALUATED}
-            row["scored_by"] = self.scored_by if found else None
-            append_row(self.out / "progress.csv", {name: row[name] for name in COLUMNS})
-            for name, group in COLUMNS.items():
-                if row[name] is not None and group:
-                    self.board.add_scalar(f"{group}/{name}", row[name], row["updates"])
-            self.board.flush()
-            del self.pending[0]
-
-    @property
-    def scored_by(self) -> str:
-        """What the run's returns are of: the environment, or the model where there is none."""
-        return "environment" if self.task.env_id else "model"
-
-    def elapsed(self) -> float:
-        """Return the seconds since the run's start, the time between sessions left out."""
-        return time.perf_counter() - self.started
-
-    @contextlib.contextmanager
-    def clock(self, name: str) -> Iterator[None]:
-        """Add the seconds spent inside to `seconds`."""
-        started = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - started
-
 
 def progress_note(runs: Sequence[Training]) -> str:
     """Return what the runs have come to, on average, for the progress bar."""
-    scores = [run.evaluation.score_mean for run in runs if run.evaluation is not None]
+    scores = [run.log.evaluation.score_mean for run in runs if run.log.evaluation is not None]
     known = [score for score in scores if score is not None]
-    rows = [run.row for run in runs if run.row is not None]
+    rows = [run.log.row for run in runs if run.log.row is not None]
     parts = [f"score {sum(known) / len(known):.1f}"] if known else []
     for name, form in (("penalty", ".3g"), ("q", ".4g")):
         parts.append(f"{name} {sum(row[name] for row in rows) / len(rows):{form}}")

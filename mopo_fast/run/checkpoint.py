@@ -21,9 +21,9 @@ from typing_extensions import TypedDict
 from mopo_fast.config import RunConfig
 from mopo_fast.errors import InputError
 from mopo_fast.evaluate import Evaluation
-from mopo_fast.run.folder import COLUMNS, EVALUATED, shorten
+from mopo_fast.run.folder import COLUMNS, EVALUATED, SpentSeconds, shorten
 from mopo_fast.utils.atomic import parse_json_as
-from mopo_fast.utils.kinds import Count, Number, Seconds
+from mopo_fast.utils.kinds import Count, Number
 from mopo_fast.utils.tensors import load_metadata, load_tensors, save_tensors
 
 FORMAT_VERSION = 3
@@ -43,15 +43,6 @@ class Rollout:
     epoch: Count
     head: Count
     rows: Count
-
-
-class SpentSeconds(TypedDict):
-    """Seconds that a run's training has spent on each part."""
-
-    rollout: Seconds
-    sac: Seconds
-    evaluate: Seconds
-    total: Seconds
 
 
 class Backends(TypedDict):

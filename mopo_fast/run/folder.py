@@ -5,13 +5,14 @@ All of these are read with suspicion: a run's folder may have come from anywhere
 
 import contextlib
 import csv
+import importlib.metadata
 import io
 import json
 import os
+import platform
 import re
 import reprlib
 import socket
-import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,14 +24,14 @@ from tensorboard.compat.proto.summary_pb2 import Summary as EventSummary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from typing_extensions import TypedDict
 
+from mopo_fast import __version__
 from mopo_fast.config import Penalty, PenaltyMembers, RunConfig, to_dict
-from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
+from mopo_fast.evaluate import Evaluation
 from mopo_fast.fit import read_fit
 from mopo_fast.sac import METRICS
 from mopo_fast.utils.atomic import (
     atomic_path,
-    read_json,
     read_json_as,
     refuse_links,
     sweep,
@@ -79,14 +80,19 @@ class RecordedConfig(TypedDict, total=False):
     rollout: RecordedRollout
 
 
-class RecordedSeconds(TypedDict):
-    """Seconds that a run spent on each part."""
+class SpentSeconds(TypedDict):
+    """Seconds that a run's training has spent on each part."""
 
-    fit: Seconds
     rollout: Seconds
     sac: Seconds
     evaluate: Seconds
     total: Seconds
+
+
+class RecordedSeconds(SpentSeconds):
+    """Seconds that a run spent on each part."""
+
+    fit: Seconds
 
 
 @with_config(ConfigDict(extra="allow"))
@@ -119,6 +125,20 @@ def read_summary(run: Path) -> dict[str, Any]:
         InputError: it is missing or is not a run's.
     """
     return dict(read_json_as(run / "summary.json", Summary))
+
+
+def write_summary(out: Path, config: RunConfig, evaluation: Evaluation, **of_run: Any) -> None:
+    """Write a finished run's summary.json: its last evaluation, what is `of_run`, and its settings."""
+    names = ("score_mean", "score_std", "return_mean", "return_std")
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "mujoco")}
+    summary = {
+        **{name: getattr(evaluation, name) for name in names},
+        **of_run,
+        **{name: getattr(config, name) for name in ("device", "dataset", "task", "seed")},
+        **{name: getattr(config.rollout, name) for name in ("dtype", "horizon", "penalty", "penalty_coef")},
+        "versions": {"mopo_fast": __version__, "python": platform.python_version(), **versions},
+    }
+    write_json(out / "summary.json", summary)
 
 
 def check_folder(out: Path, config: RunConfig, resume: bool) -> None:
@@ -181,32 +201,6 @@ def write_config(out: Path, config: RunConfig) -> None:
     """Write config.json, the first file of a run, where it is not there yet."""
     if not (out / "config.json").exists():
         write_json(out / "config.json", to_dict(config))
-
-
-def read_dynamics(source: Path) -> tuple[EnsembleDynamics, Any]:
-    """Read an ensemble and its fit.json; None for that of an ensemble that was not fitted here.
-
-    Raises:
-        InputError: a file is missing or not sound, or it is a link, which could lead to anything.
-    """
-    for name in ("dynamics.safetensors", "dynamics.json", "fit.json"):
-        path = source / name
-        if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
-            raise InputError(f"{path} is a link or no regular file; give a folder that holds the file itself")
-    ensemble, fit = EnsembleDynamics.load(source), None
-    if (source / "fit.json").exists():
-        read_fit(source)
-        # All of it, in its order, so that the copy has the same bytes.
-        fit = read_json(source / "fit.json")
-    return ensemble, fit
-
-
-def copy_fit(source: Path, out: Path) -> None:
-    """Write what the files of a fit hold into `out`, fit.json last: where it is, the fit is whole."""
-    ensemble, fit = read_dynamics(source)
-    ensemble.save(out)
-    if fit is not None:
-        write_json(out / "fit.json", fit)
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
@@ -306,6 +300,13 @@ class Board:
         """Log one value."""
         summary = EventSummary(value=[EventSummary.Value(tag=tag, simple_value=value)])
         self._write(Event(step=step, summary=summary))
+
+    def add_row(self, row: dict[str, Any]) -> None:
+        """Log the numbers of a row of progress.csv."""
+        for name, group in COLUMNS.items():
+            if row[name] is not None and group:
+                self.add_scalar(f"{group}/{name}", row[name], row["updates"])
+        self.flush()
 
     def flush(self) -> None:
         """Hand what was logged to the system."""

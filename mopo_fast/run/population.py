@@ -27,24 +27,24 @@ from mopo_fast.errors import InputError
 from mopo_fast.evaluate import Evaluator
 from mopo_fast.fit import Fit, FitEpoch, ReferenceSteps, data_sha256, fit_checkpoint, save_fit
 from mopo_fast.report import write_report
+from mopo_fast.run.dynamics import copy_fit, make_dynamics
 from mopo_fast.run.folder import (
     as_json,
     check_folder,
-    copy_fit,
     first_difference,
     mendable,
     read_summary,
     write_config,
 )
-from mopo_fast.run.resolve import resolve, training_backend
+from mopo_fast.run.resolve import load_data, resolve, training_backend
 from mopo_fast.sac import SAC, sum_by_kernel
 from mopo_fast.tasks import Task
-from mopo_fast.train import Training, load_data, make_dynamics, progress_note, workers
+from mopo_fast.train import Training, progress_note, workers
 from mopo_fast.utils.atomic import refuse_links
 from mopo_fast.utils.lock import locked
 from mopo_fast.utils.progress import progress_bar
 
-T = TypeVar("T")
+T = TypeVar("T", Fit, Training)
 
 
 class SacPopulation:
@@ -56,9 +56,8 @@ class SacPopulation:
 
     def __init__(self, sacs: Sequence[SAC]) -> None:
         self.sacs = list(sacs)
-        kinds = {(sac.config, sac.backend, sac.actor.obs_dim, sac.actor.act_dim) for sac in self.sacs}
-        if len({id(sac) for sac in self.sacs}) != len(self.sacs) or len(kinds) != 1:
-            raise InputError("SACs are updated together where they are distinct, and of one config and size")
+        kinds = [(sac.config, sac.backend, sac.actor.obs_dim, sac.actor.act_dim) for sac in self.sacs]
+        _check_alike("SACs are updated", self.sacs, kinds)
         self._whole: SAC | None = None
 
     def update_many(
@@ -122,9 +121,8 @@ class FitPopulation:
 
     def __init__(self, fits: Sequence[Fit]) -> None:
         self.fits = list(fits)
-        kinds = {(fit.config, fit.backend, fit.model.obs_dim, fit.model.act_dim) for fit in self.fits}
-        if len({id(fit) for fit in self.fits}) != len(self.fits) or len(kinds) != 1:
-            raise InputError("fits are stepped together where they are distinct, and of one config and size")
+        kinds = [(fit.config, fit.backend, fit.model.obs_dim, fit.model.act_dim) for fit in self.fits]
+        _check_alike("fits are stepped", self.fits, kinds)
         self._whole: ReferenceSteps | None = None
 
     def run_epoch(self, on_progress: Callable[[float], None] = lambda _: None) -> list[FitEpoch]:
@@ -169,6 +167,11 @@ class FitPopulation:
         return self._whole
 
 
+def _check_alike(what: str, several: Sequence[Any], kinds: Sequence[Any]) -> None:
+    if len(set(map(id, several))) != len(several) or len(set(kinds)) != 1:
+        raise InputError(f"{what} together where they are distinct, and of one config and size")
+
+
 def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Stack the tensors of several runs in one, of which they become views."""
     whole = torch.stack([tensor.data for tensor in tensors])
@@ -202,49 +205,41 @@ def fit_and_save_many(
         data.validate()
         fits = [Fit(data, seed, config, device, backend, threads) for seed in seeds]
         digest = data_sha256(data)
-        _fit_all(fits, digest, [fit_checkpoint(folder) for folder in paths], quiet)
-        return [
-            (fit.finish(), save_fit(fit, data, digest, folder))
-            for fit, folder in zip(fits, paths, strict=True)
-        ]
-
-
-def _fit_all(fits: Sequence[Fit], data_digest: str, checkpoints: Sequence[Path], quiet: bool) -> None:
-    """Make the epochs that are left of the fits."""
-    fingerprints = [fit.fingerprint(data_digest) for fit in fits]
-    for fit, checkpoint, fingerprint in zip(fits, checkpoints, fingerprints, strict=True):
-        if checkpoint.exists():
-            fit.restore(checkpoint, fingerprint)
-
-    def ends() -> int:
-        return sum(fit.last_epoch for fit in fits)
-
-    population: FitPopulation | None = None
-    with progress_bar("fit: epochs", ends(), quiet=quiet) as bar:
-        while some := _least([fit for fit in fits if len(fit.history) < fit.last_epoch], _epochs):
+        fingerprints = [fit.fingerprint(digest) for fit in fits]
+        checkpoints = [fit_checkpoint(folder) for folder in paths]
+        for fit, checkpoint, fingerprint in zip(fits, checkpoints, fingerprints, strict=True):
+            if checkpoint.exists():
+                fit.restore(checkpoint, fingerprint)
+        bar = stack.enter_context(progress_bar("fit: epochs", None, quiet=quiet))
+        population: FitPopulation | None = None
+        while some := _behind([fit for fit in fits if len(fit.history) < fit.last_epoch]):
             if population is None or population.fits != some:
                 population = FitPopulation(some)
-            done, count = sum(map(_epochs, fits)), len(some)
+            bar.update(total=sum(fit.last_epoch for fit in fits))
 
-            def on_progress(share: float, done: int = done, count: int = count) -> None:
-                bar.update(completed=done + share * count)
+            def on_progress(share: float, done: int = sum(map(_epochs, fits)), more: int = len(some)) -> None:
+                bar.update(completed=done + share * more)
 
             records = population.run_epoch(on_progress)
             for fit, checkpoint, fingerprint in zip(fits, checkpoints, fingerprints, strict=True):
                 if fit in some:
                     fit.save(checkpoint, fingerprint)
             elites = [sorted(record.holdout_mse)[: some[0].config.elites] for record in records]
-            bar.update(total=ends(), note=f"holdout MSE {np.mean(elites):.4g}")
+            bar.update(note=f"holdout MSE {np.mean(elites):.4g}")
+        return [
+            (fit.finish(), save_fit(fit, data, digest, folder))
+            for fit, folder in zip(fits, paths, strict=True)
+        ]
 
 
-def _epochs(fit: Fit) -> int:
-    return len(fit.history)
+def _epochs(one: Fit | Training) -> int:
+    return len(one.history) if isinstance(one, Fit) else one.epoch
 
 
-def _least(things: Sequence[T], done: Callable[[T], int]) -> list[T]:
+def _behind(several: Sequence[T]) -> list[T]:
     """Return those that are behind the others, as after an interruption: they catch up first."""
-    least = min(map(done, things), default=0)
-    return [thing for thing in things if done(thing) == least]
+    least = min(map(_epochs, several), default=0)
+    return [one for one in several if _epochs(one) == least]
 
 
 def train_many(
@@ -326,19 +321,15 @@ def _train_all(
             for out, one in configs.items()
         ]
         population: SacPopulation | None = None
-        bar.update(completed=sum(map(_epoch, runs)))
-        while some := _least([run for run in runs if run.epoch < config.epochs], _epoch):
+        bar.update(completed=sum(map(_epochs, runs)))
+        while some := _behind([run for run in runs if run.epoch < config.epochs]):
             sacs = [run.sac for run in some]
             if population is None or population.sacs != sacs:
                 population = SacPopulation(sacs)
             _run_epoch(some, population)
-            bar.update(completed=sum(map(_epoch, runs)), note=progress_note(runs))
+            bar.update(completed=sum(map(_epochs, runs)), note=progress_note(runs))
         for run in runs:
             run.finish(together=len(runs))
-
-
-def _epoch(run: Training) -> int:
-    return run.epoch
 
 
 def _fit_seeds(configs: dict[Path, RunConfig], data: Transitions, quiet: bool) -> None:
@@ -369,12 +360,8 @@ def _run_epoch(runs: Sequence[Training], population: SacPopulation) -> None:
     with contextlib.ExitStack() as clocks:
         for run in runs:
             clocks.enter_context(run.clock("sac"))
-        metrics = population.update_many(
-            runs[0].data,
-            [run.buffer for run in runs],
-            runs[0].updates_due,
-            [run.update_seed for run in runs],
-        )
+        updates, seeds = zip(*(run.updates_due() for run in runs), strict=True)
+        metrics = population.update_many(runs[0].data, [run.buffer for run in runs], updates[0], seeds)
     for run, some, values in zip(runs, rows, metrics, strict=True):
         run.evaluate(some, values)
         run.save()

@@ -8,13 +8,13 @@ import torch
 from mopo_fast.backends import choose_for_run
 from mopo_fast.buffer import row_bytes
 from mopo_fast.config import RunConfig, TrainConfig
-from mopo_fast.data import find_dataset
+from mopo_fast.data import Transitions, find_dataset, load_dataset
 from mopo_fast.ensemble import EnsembleDynamics, mlp_bytes
 from mopo_fast.errors import InputError
-from mopo_fast.fit import check_fit_memory, make_ensemble
+from mopo_fast.fit import check_fit_memory, count_holdout, make_ensemble
 from mopo_fast.rollout import RolloutEngine
 from mopo_fast.run.checkpoint import last_checkpoint
-from mopo_fast.run.folder import read_dynamics
+from mopo_fast.run.dynamics import read_dynamics
 from mopo_fast.sac import SAC
 from mopo_fast.tasks import Task, get_task, parse_dataset_name, termination_of
 from mopo_fast.utils.machine import check_device, check_memory
@@ -37,6 +37,28 @@ def resolve(config: TrainConfig, out: Path | None = None) -> tuple[RunConfig, Ta
     _check_memory(config, task)
     make_sac(config, task, training_backend(config))
     return config, task
+
+
+def load_data(config: RunConfig, task: Task, *, memory_map: bool, quiet: bool) -> Transitions:
+    """Load a run's data set.
+
+    Raises:
+        InputError: it cannot be read, or a run of this config cannot be made of it.
+    """
+    data = load_dataset(config.dataset, memory_map=memory_map, quiet=quiet)
+    if (data.obs_dim, data.act_dim) != (task.obs_dim, task.act_dim):
+        raise InputError(
+            f"{config.dataset} has {data.obs_dim} observation and {data.act_dim} action dimensions, the"
+            f" task {task.name} has {task.obs_dim} and {task.act_dim}; name its own task with --task"
+        )
+    most = max(map(abs, map(float, data.actions.aminmax())))
+    if most > 1.0 + 1e-3:
+        raise InputError(
+            f"{config.dataset}: actions reach {most:.4g}; scale the environment's range to [-1, 1]"
+        )
+    if config.dynamics_from is None:
+        count_holdout(len(data), config.dynamics)
+    return data
 
 
 def _fill_in(config: TrainConfig) -> tuple[RunConfig, Task]:

@@ -142,7 +142,7 @@ def test_two_epochs_equal_a_plain_training_loop(monkeypatch: pytest.MonkeyPatch)
         return negative_log_likelihood(parameters, x, y, config)
 
     monkeypatch.setattr("mopo_fast.fit.negative_log_likelihood", spy)
-    records = [fit.run_epoch(lambda epochs: None) for _ in range(2)]
+    records = [fit.run_epoch() for _ in range(2)]
     # 240 rows in batches of 32, the last one smaller.
     assert [x.shape[1] for x, _ in batches] == [32] * 7 + [16] + [32] * 7 + [16]
 
@@ -209,7 +209,7 @@ def test_each_member_has_its_own_bootstrap_and_a_new_order_each_epoch(
 
     monkeypatch.setattr(ReferenceSteps, "__call__", spy)
     for _ in range(2):
-        fit.run_epoch(lambda epochs: None)
+        fit.run_epoch()
     half = len(seen) // 2
     first, second = torch.cat(seen[:half], 1), torch.cat(seen[half:], 1)
     for member, rows in enumerate(fit.rows):
@@ -545,13 +545,13 @@ def test_in_pytorch_fits_together_get_what_each_gets_alone() -> None:
         [fit_to_double(Fit(data, i, SMALL, backend="reference")) for i in range(3)] for _ in "ab"
     )
     three = FitPopulation(together)
-    ours = [three.run_epoch(lambda share: None) for _ in range(2)]
+    ours = [three.run_epoch() for _ in range(2)]
     # One stops, two go on; then it takes part again.
-    last = FitPopulation(together[1:]).run_epoch(lambda share: None)
-    together[0].run_epoch(lambda epochs: None)
-    three.run_epoch(lambda share: None)
+    last = FitPopulation(together[1:]).run_epoch()
+    together[0].run_epoch()
+    three.run_epoch()
     for i, fit in enumerate(alone):
-        theirs = [fit.run_epoch(lambda epochs: None) for _ in range(4)]
+        theirs = [fit.run_epoch() for _ in range(4)]
         records = [ours[0][i], ours[1][i], *([last[i - 1]] if i else [])]
         for record, their in zip(records, theirs, strict=False):
             assert record.train_loss == pytest.approx(their.train_loss, rel=1e-9)
@@ -563,9 +563,9 @@ def test_in_pytorch_fits_together_get_what_each_gets_alone() -> None:
 
 def test_by_the_kernel_fits_together_get_the_same_bits() -> None:
     together, alone = ([Fit(toy_data(), i, SMALL, backend="cpu") for i in range(2)] for _ in "ab")
-    records = FitPopulation(together).run_epoch(lambda share: None)
+    records = FitPopulation(together).run_epoch()
     for fit, other, record in zip(alone, together, records, strict=True):
-        assert fit.run_epoch(lambda epochs: None).train_loss == record.train_loss
+        assert fit.run_epoch().train_loss == record.train_loss
         assert all(torch.equal(t, other.live_state()[name]) for name, t in fit.live_state().items())
 
 
@@ -575,7 +575,7 @@ def test_fits_together_stop_each_at_its_own_end_and_are_saved(tmp_path: Path, ba
     seeds, folders = [0, 1, 2], [tmp_path / str(seed) for seed in range(3)]
     # One of them was stopped after its first epoch.
     started = Fit(toy_data(), 1, config, backend=backend)
-    started.run_epoch(lambda epochs: None)
+    started.run_epoch()
     (folders[1] / "checkpoint").mkdir(parents=True)
     started.save(folders[1] / "checkpoint" / "fit.safetensors", started.fingerprint(data_sha256(toy_data())))
     fit_and_save_many(toy_data(), folders, seeds=seeds, config=config, backend=backend)
@@ -601,11 +601,11 @@ def test_recorded_steps_are_the_same(count: int, monkeypatch: pytest.MonkeyPatch
     populations = [FitPopulation(plain), FitPopulation(recorded)]
     monkeypatch.setattr("mopo_fast.fit._STEPS_AT_ONCE", 3)
     for _ in range(2):
-        eager = populations[0].run_epoch(lambda share: None)
+        eager = populations[0].run_epoch()
         with monkeypatch.context() as patch:
             patch.setattr("mopo_fast.fit.records", lambda device: True)
             patch.setattr("mopo_fast.utils.cuda_graphs.Graph", EagerGraph)
-            played = populations[1].run_epoch(lambda share: None)
+            played = populations[1].run_epoch()
         assert [record.train_loss for record in played] == [record.train_loss for record in eager]
     for one, other in zip(plain, recorded, strict=True):
         assert all(torch.equal(t, other.live_state()[name]) for name, t in one.live_state().items())

@@ -719,7 +719,7 @@ _RUNS = [
         _resume,
         (
             *("mopo_fast.run.folder:check_folder", "mopo_fast.run.checkpoint:load_checkpoint"),
-            *("mopo_fast.train:load_data", "mopo_fast.utils.tensors:load_metadata"),
+            *("mopo_fast.run.resolve:load_data", "mopo_fast.utils.tensors:load_metadata"),
             *("mopo_fast.fit:read_fit", "mopo_fast.run.folder:_parse", "mopo_fast.run.folder:_whole_lines"),
         ),
     ),
@@ -735,7 +735,7 @@ _RUNS = [
         _make_first,
         ("first/dynamics.*", "first/fit.json"),
         lambda: _train_on("first"),
-        ("mopo_fast.run.folder:read_dynamics",),
+        ("mopo_fast.run.dynamics:read_dynamics",),
     ),
     Entry(
         "sweep rows",

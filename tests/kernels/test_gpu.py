@@ -84,7 +84,7 @@ def test_a_fit_from_a_graph_is_as_good_as_on_the_cpu(tmp_path: Path) -> None:
     for device in ("cpu", "cuda"):
         fits = [Fit(data, seed, FIT, device, "reference") for seed in range(2)]
         population = FitPopulation(fits)
-        records = [population.run_epoch(lambda share: None) for _ in range(3)]
+        records = [population.run_epoch() for _ in range(3)]
         losses[device] = torch.tensor([[record.train_loss for record in some] for some in records])
         saved = fit_and_save_many(
             data,

@@ -16,6 +16,7 @@ from mopo_fast.cli import main
 from mopo_fast.config import DynamicsConfig, EvaluationConfig, RolloutConfig, SACConfig, TrainConfig
 from mopo_fast.errors import InputError
 from mopo_fast.evaluate import Evaluation, Evaluator
+from mopo_fast.run.log import Log
 from mopo_fast.run.population import train_many
 from mopo_fast.train import Training, train
 
@@ -167,14 +168,14 @@ def test_stopped_while_evaluations_are_at_work_they_go_on(
 def test_no_more_evaluations_wait_than_may(
     configs: list[TrainConfig], alone: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mopo_fast.train._PENDING", 1)
-    waiting, write = [], Training._write_rows
+    monkeypatch.setattr("mopo_fast.run.log._PENDING", 1)
+    waiting, write = [], Log.write
 
-    def counted(self: Training, waiting_at_most: int = 0) -> None:
+    def counted(self: Log, waiting_at_most: int = 0) -> None:
         write(self, waiting_at_most)
         waiting.append(len(self.pending))
 
-    monkeypatch.setattr(Training, "_write_rows", lambda self, waiting=0: counted(self, waiting))
+    monkeypatch.setattr(Log, "write", lambda self, waiting=0: counted(self, waiting))
     monkeypatch.setattr(Future, "done", lambda self: False)
     train(configs[0], tmp_path / "run", quiet=True)
     assert rows(tmp_path / "run") == rows(alone[0])

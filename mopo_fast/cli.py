@@ -211,7 +211,8 @@ def train(
     """
     # main has made it the defaults of `config`.
     del preset
-    from mopo_fast.train import train_many
+    from mopo_fast.run.population import train_many
+    from mopo_fast.train import train
 
     configs, names = _population(config, seeds, penalty_coefs)
     if out is None:
@@ -219,7 +220,9 @@ def train(
     else:
         outs = [out] if seeds is None and not penalty_coefs else [out / name for name in names]
     try:
-        summaries = train_many(configs, outs, resume=resume, memory_map=memory_map, quiet=quiet)
+        how = {"resume": resume, "memory_map": memory_map, "quiet": quiet}
+        one = len(configs) == 1
+        summaries = [train(configs[0], outs[0], **how)] if one else train_many(configs, outs, **how)
     except KeyboardInterrupt:
         again = f"--out {outs[0]} --resume" if len(outs) == 1 else "--resume"
         raise KeyboardInterrupt(f"stopped; the same command with {again} goes on") from None

@@ -24,6 +24,8 @@ FitDtype = Literal["float32", "bfloat16"]
 RolloutDtype = Literal["float32", "float64", "tfloat32", "bfloat16", "float16"]
 ShardFormat = Literal["hdf5", "parquet"]
 Compression = Literal["none", "lzf", "gzip", "snappy", "zstd"]
+ActorSchedule = Literal["constant", "cosine"]
+CriticLoss = Literal["half_mse", "mse"]
 Tuned = Literal["authors", "offlinerl-kit"]
 Preset = Literal["mopo-tf", "offlinerl-kit", "mbrl-lib", "unifloral", "polixir", "d3rlpy"]
 CheckpointFormat = Literal["mopo-fast", Preset]
@@ -33,6 +35,8 @@ LOG_SCALES: tuple[LogScale, ...] = get_args(LogScale)
 PENALTIES: tuple[Penalty, ...] = get_args(Penalty)
 FIT_DTYPES: tuple[FitDtype, ...] = get_args(FitDtype)
 ROLLOUT_DTYPES: tuple[RolloutDtype, ...] = get_args(RolloutDtype)
+ACTOR_SCHEDULES: tuple[ActorSchedule, ...] = get_args(ActorSchedule)
+CRITIC_LOSSES: tuple[CriticLoss, ...] = get_args(CriticLoss)
 TUNED: tuple[Tuned, ...] = get_args(Tuned)
 PRESETS: tuple[Preset, ...] = get_args(Preset)
 CHECKPOINT_FORMATS: tuple[CheckpointFormat, ...] = get_args(CheckpointFormat)
@@ -72,6 +76,21 @@ class DynamicsConfig:
     max_epochs: int | None = None
     """The authors set no cap."""
 
+    def validate(self) -> None:
+        """Raise `InputError` where a value is out of range."""
+        layers, decay = len(self.hidden) + 1, self.weight_decay
+        _require(len(decay) == layers, f"weight_decay needs one value per layer, {layers}, got {decay}")
+        _require_known("dtype of the fit", self.dtype, FIT_DTYPES)
+        _require_positive(self, "", "batch_size", "members", "max_epochs", "holdout_max")
+        _require(self.patience >= 0, f"patience must be at least 0, got {self.patience}")
+        _require(self.learning_rate > 0, f"learning_rate must be positive, got {self.learning_rate}")
+        _require(min(decay) >= 0, f"weight_decay must not be negative, got {decay}")
+        _require(0 <= self.improvement < 1, f"improvement must be in [0, 1), got {self.improvement}")
+        fraction, low, high = self.holdout_fraction, self.min_logvar, self.max_logvar
+        _require(0 < fraction < 1, f"holdout_fraction must be in (0, 1), got {fraction}")
+        _check_finite(self)
+        _require(low < high, f"min_logvar must be less than max_logvar, got {low} and {high}")
+
 
 @dataclass(frozen=True)
 class RolloutConfig:
@@ -99,6 +118,18 @@ class RolloutConfig:
     dtype: RolloutDtype = "float32"
     """tfloat32, bfloat16, float16: of the factors of the networks' products; all else is float32."""
 
+    @property
+    def buffer_rows(self) -> int:
+        """Rows of the model buffer."""
+        assert self.horizon is not None
+        return self.retain_epochs * self.horizon * self.batch_size
+
+    def validate(self) -> None:
+        """Raise `InputError` where a value is out of range. `RolloutEngine` knows what it can do."""
+        _require_known("tuned", self.tuned, TUNED)
+        _require_positive(self, "rollout ", "horizon", "batch_size", "interval", "retain_epochs")
+        _check_finite(self)
+
 
 @dataclass(frozen=True)
 class SACConfig:
@@ -114,14 +145,14 @@ class SACConfig:
     """Unifloral: 1e-4."""
     alpha_learning_rate: float = 3e-4
     """OfflineRL-Kit, Unifloral: 1e-4."""
-    actor_schedule: Literal["constant", "cosine"] = "constant"
+    actor_schedule: ActorSchedule = "constant"
     """OfflineRL-Kit: cosine, one step per epoch, to zero at the end."""
     log_std_min: float = -20.0
     """OfflineRL-Kit, Unifloral: -5."""
     log_std_max: float = 2.0
     target_entropy: float | Literal["act_dim"] = -3.0
     """authors: -3 on all D4RL tasks; "act_dim" is -act_dim, as the others have it."""
-    critic_loss: Literal["half_mse", "mse"] = "half_mse"
+    critic_loss: CriticLoss = "half_mse"
     """Summed over the critics. authors: half the MSE; OfflineRL-Kit, Unifloral: MSE."""
     alpha_max: float | None = None
     """OfflineRL-Kit clamps alpha to at most 1."""
@@ -133,6 +164,28 @@ class SACConfig:
     batch_size: int = 256
     real_ratio: float = 0.05
     """Share of a batch drawn from the data set: int(real_ratio * batch_size) rows, 12 of 256."""
+
+    def validate(self) -> None:
+        """Raise `InputError` where a value is out of range."""
+        rates = (self.actor_learning_rate, self.critic_learning_rate, self.alpha_learning_rate)
+        _require_positive(self, "SAC's ", "batch_size")
+        _require(0.0 <= self.real_ratio <= 1.0, f"real_ratio must be in [0, 1], got {self.real_ratio}")
+        positive = all(0.0 < rate < math.inf for rate in rates)
+        _require(positive, f"learning rates must be positive, got {rates} for actor, critic and alpha")
+        _require(
+            self.critics >= 1 and min(self.hidden, default=0) >= 1,
+            "SAC needs at least one critic and one hidden layer, each of positive size,"
+            f" got {self.critics} critics and hidden sizes {self.hidden}",
+        )
+        _require(0.0 <= self.discount < 1.0, f"discount must be in [0, 1), got {self.discount}")
+        _require(0.0 < self.polyak <= 1.0, f"polyak must be in (0, 1], got {self.polyak}")
+        alpha_max, entropy = self.alpha_max, self.target_entropy
+        _require(alpha_max is None or alpha_max > 0.0, f"alpha_max must be positive or None, got {alpha_max}")
+        known = entropy == "act_dim" or isinstance(entropy, (int, float))
+        _require(known, f'target_entropy must be a number or "act_dim", got {entropy!r}')
+        _require_known("critic_loss", self.critic_loss, CRITIC_LOSSES)
+        _require_known("actor_schedule", self.actor_schedule, ACTOR_SCHEDULES)
+        _check_finite(self)
 
 
 @dataclass(frozen=True)
@@ -146,6 +199,10 @@ class EvaluationConfig:
     """Unifloral: stochastic."""
     workers: int | None = None
     """Processes that evaluate beside the training; None: none on the CPU, whose cores train, else up to 4."""
+
+    def validate(self) -> None:
+        """Raise `InputError` where a value is out of range."""
+        _require_positive(self, "evaluation ", "episodes", "interval")
 
 
 @dataclass(frozen=True)
@@ -178,6 +235,18 @@ class OnlineConfig:
     )
     """rlkit's: critic_loss, target_entropy; a batch is of the replay alone."""
 
+    def validate(self) -> None:
+        """Raise `InputError` where a value is out of range."""
+        sizes = (self.environments, self.round_steps, self.epoch_steps, self.random_epochs)
+        _require(
+            min(*sizes, self.medium_window) >= 1 and self.epoch_steps % self.round_steps == 0,
+            "online training needs at least one environment, step, random epoch and evaluation,"
+            f" and an epoch of whole rounds, got {self}",
+        )
+        few, many = self.random_epochs, self.epochs
+        _require(many > few, f"epochs must be more than random_epochs, got {many} and {few}")
+        self.sac.validate()
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -203,6 +272,26 @@ class TrainConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     sac: SACConfig = field(default_factory=SACConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of `rollout.interval` updates, the last one perhaps of fewer."""
+        return math.ceil(self.steps / self.rollout.interval)
+
+    def updates_after(self, epoch: int) -> int:
+        """Return how many updates have been made after so many epochs."""
+        return min(epoch * self.rollout.interval, self.steps)
+
+    def validate(self) -> None:
+        """Raise `InputError` where a value of the run or of a part is out of range."""
+        _check_finite(self)
+        _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        _require_positive(self, "", "steps")
+        for part in (self.rollout, self.evaluation, self.sac):
+            part.validate()
+        # An ensemble that is there already is not fitted.
+        if self.dynamics_from is None:
+            self.dynamics.validate()
 
 
 @dataclass(frozen=True)
@@ -237,13 +326,28 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def check_finite(config: Any, prefix: str = "") -> None:
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise InputError(otherwise)
+
+
+def _require_known(what: str, value: str, known: Sequence[str]) -> None:
+    _require(value in known, f"unknown {what} {value!r}; there are: {', '.join(known)}")
+
+
+def _require_positive(config: Any, what: str, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value is None or value >= 1, f"{what}{name} must be at least 1, got {value}")
+
+
+def _check_finite(config: Any, prefix: str = "") -> None:
     """Raise `InputError` where a number of `config`, or of a config or tuple in it, is NaN or infinite."""
     for entry in dataclasses.fields(config):
         name, value = prefix + entry.name, getattr(config, entry.name)
         if dataclasses.is_dataclass(value):
-            check_finite(value, f"{name}.")
+            _check_finite(value, f"{name}.")
             continue
         for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, float) and not math.isfinite(number):
-                raise InputError(f"{name} must be finite, got {value}")
+            finite = not isinstance(number, float) or math.isfinite(number)
+            _require(finite, f"{name} must be finite, got {value}")

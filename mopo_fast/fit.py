@@ -3,7 +3,6 @@
 Source: mopo/models/bnn.py of the authors' code (BNN.train, _save_best, _compile_losses).
 """
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -23,15 +22,22 @@ from typing_extensions import TypedDict
 from mopo_fast import backends
 from mopo_fast.backends import checked
 from mopo_fast.backends.interface import FitRun, Parameter
-from mopo_fast.config import FIT_DTYPES, DynamicsConfig, check_finite, to_dict
+from mopo_fast.config import DynamicsConfig, to_dict
 from mopo_fast.data.transitions import Transitions
-from mopo_fast.ensemble import EnsembleDynamics, mlp_bytes, soft_clamp_logvar
+from mopo_fast.ensemble import (
+    EnsembleDynamics,
+    activate,
+    mlp,
+    mlp_bytes,
+    round_factor,
+    soft_clamp_logvar,
+)
 from mopo_fast.errors import InputError
-from mopo_fast.run.folder import Count, Number, Seconds
 from mopo_fast.utils.adam import Adam
 from mopo_fast.utils.atomic import read_json_as, refuse_links, write_json
 from mopo_fast.utils.cuda_graphs import Recorder, records
 from mopo_fast.utils.interrupts import deferred
+from mopo_fast.utils.kinds import Count, Number, Seconds
 from mopo_fast.utils.lock import locked
 from mopo_fast.utils.machine import (
     check_device,
@@ -130,115 +136,93 @@ def data_sha256(data: Transitions) -> str:
     return tensors_sha256({name: getattr(data, name) for name in names})
 
 
-class LossGradient:
-    """The Gaussian negative log-likelihood of ensembles and its gradient, in buffers made once.
+def negative_log_likelihood(
+    parameters: Sequence[torch.Tensor], inputs: torch.Tensor, targets: torch.Tensor, config: DynamicsConfig
+) -> torch.Tensor:
+    """Compute the loss of an ensemble on one batch: the oracle of the kernels that fit.
 
-    The layers' backward pass is written out, which spares autograd's allocations; the heads, which are
-    small and where the maths is, are left to autograd.
+    The sum over members of [mean over batch and dims of (mu - y)^2 exp(-lv) + lv]
+    + logvar_bound_weight * (sum(max) - sum(min)), a scalar. Weight decay is the optimiser's.
+
+    For several ensembles at once every tensor has one dimension more, the first, and so has the loss.
 
     Args:
-        weights, biases: of each layer, [networks, in, out] and [networks, out]: those of one ensemble, or of
-            several, one after the other.
-        bounds: max_logvar and min_logvar, [dims], or [ensembles, dims].
-        activation: of the hidden layers.
-        batch_size: rows at most.
-        logvar_bound_weight: times the bounds' sums, in the loss.
-        operands: what the factors of products are rounded to, if anything; their sums are not.
+        parameters: weights [members, in, out] and biases [members, out] of all layers; max_logvar and
+            min_logvar [obs + 1].
+        inputs: [members, batch, obs + act], standardised.
+        targets: [members, batch, obs + 1], raw units.
+    """
+    *layers, max_logvar, min_logvar = parameters
+    weights, biases = layers[: len(layers) // 2], layers[len(layers) // 2 :]
+    network = mlp if config.dtype == "float32" else _rounded_mlp
+    mean, raw_logvar = network(inputs, weights, biases, config.activation).chunk(2, dim=-1)
+    logvar = soft_clamp_logvar(raw_logvar, max_logvar[..., None, None, :], min_logvar[..., None, None, :])
+    likelihood = ((mean - targets).square() * torch.exp(-logvar) + logvar).mean((-2, -1)).sum(-1)
+    return likelihood + config.logvar_bound_weight * (max_logvar - min_logvar).sum(-1)
+
+
+def _rounded_mlp(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor], activation: str
+) -> torch.Tensor:
+    """Compute `mlp` with all factors of products in bfloat16, as the kernels do: in the backward pass too."""
+    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        x = _round(activate(x, activation) if layer else x) @ _round(weight) + bias.unsqueeze(-2)
+        x.register_hook(_to_bfloat16)
+    return x
+
+
+def _round(x: torch.Tensor) -> torch.Tensor:
+    """Round to bfloat16, and pass the gradient on as it is."""
+    return x + (_to_bfloat16(x) - x).detach()
+
+
+_to_bfloat16 = functools.partial(round_factor, operands="bfloat16")
+
+
+class ReferenceSteps:
+    """Steps of the fit in plain PyTorch, of one ensemble or of several.
+
+    Args:
+        parameters: as `negative_log_likelihood` takes them, changed in place.
 
     Attributes:
-        gradients: of weights, biases and bounds, in this order.
+        optimizer: their Adam.
     """
 
-    def __init__(
-        self,
-        weights: Sequence[torch.Tensor],
-        biases: Sequence[torch.Tensor],
-        bounds: tuple[torch.Tensor, torch.Tensor],
-        activation: str,
-        batch_size: int,
-        logvar_bound_weight: float,
-        operands: torch.dtype | None = None,
-    ) -> None:
-        self.bounds, self.activation = bounds, activation
-        self.logvar_bound_weight, self.operands = logvar_bound_weight, operands
-        self.weights, self.biases = list(weights), list(biases)
-        buffers = [bias.new_empty(len(bias), batch_size, bias.shape[-1]) for bias in biases]
-        self.pre = buffers
-        self.act = [torch.empty_like(buffer) for buffer in buffers[:-1]]
-        self.grad = [torch.empty_like(buffer) for buffer in buffers[:-1]]
-        self.gradients = [torch.zeros_like(parameter) for parameter in (*weights, *biases, *bounds)]
+    def __init__(self, parameters: Sequence[torch.Tensor], config: DynamicsConfig) -> None:
+        self.parameters, self.config = parameters, config
+        # Adam's weight_decay adds coef * W to the gradient: that of coef * 0.5 ||W||^2 in the loss.
+        others = [0.0] * (len(parameters) - len(config.weight_decay))
+        self.optimizer = Adam(parameters, config.learning_rate, [*config.weight_decay, *others])
+        self._recorder = Recorder()
 
     def __call__(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Write the loss's gradient into `gradients`; return the loss, a scalar, or [ensembles].
+        """Make a step on each batch of [members, count, ...]: the sum of the losses, float64."""
+        if not records(inputs.device):
+            return self._steps(inputs, targets)
+        adam = self.optimizer
+        state = [*self.parameters, *adam.exp_avgs, *adam.exp_avg_sqs, *adam.steps]
+        with deferred():
+            return self._recorder.play(self._steps, (inputs, targets), state)
 
-        Loss: sum over members of [mean over batch and dims of (mu - y)^2 exp(-lv) + lv]
-        + logvar_bound_weight * (sum(max) - sum(min)). Weight decay is the optimiser's.
-
-        inputs [networks, batch, obs + act] are standardised, targets [networks, batch, obs + 1] raw;
-        batch is at most `batch_size`.
-        """
-        with torch.no_grad():
-            head = self._forward(inputs)
-        head.requires_grad_()
-        max_logvar, min_logvar = (bound.reshape(-1, 1, 1, bound.shape[-1]) for bound in self.bounds)
-        ensembles = (len(max_logvar), -1)
-        mean, raw_logvar = head.unflatten(0, ensembles).chunk(2, dim=-1)
-        logvar = soft_clamp_logvar(raw_logvar, max_logvar, min_logvar)
-        errors = (mean - targets.unflatten(0, ensembles)).square()
-        likelihood = (errors * torch.exp(-logvar) + logvar).mean((2, 3)).sum(1)
-        between = (max_logvar - min_logvar).sum((1, 2, 3))
-        loss: torch.Tensor = likelihood + self.logvar_bound_weight * between
-        loss = loss.reshape(self.bounds[0].shape[:-1])
-        head_grad, *self.gradients[-2:] = torch.autograd.grad(loss.sum(), (head, *self.bounds))
-        with torch.no_grad():
-            self._backward(inputs, head_grad)
-        return loss.detach()
-
-    def _forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.shape[1]
-        for weight, bias, pre, act in zip(self.weights, self.biases, self.pre, self.act, strict=False):
-            torch.baddbmm(bias.unsqueeze(1), self._factor(x), self._factor(weight), out=pre[:, :rows])
-            x = _activate_out(pre[:, :rows], self.activation, act[:, :rows])
-        weight, bias = self._factor(self.weights[-1]), self.biases[-1].unsqueeze(1)
-        head = self.pre[-1][:, :rows]
-        torch.baddbmm(bias, self._factor(x), weight, out=head)
-        return head
-
-    def _factor(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.operands is None else x.to(self.operands).to(x.dtype)
-
-    def _backward(self, inputs: torch.Tensor, grad: torch.Tensor) -> None:
-        rows, depth = inputs.shape[1], len(self.weights)
-        for layer in reversed(range(depth)):
-            x = self.act[layer - 1][:, :rows] if layer else inputs
-            grad = self._factor(grad)
-            torch.bmm(self._factor(x).transpose(1, 2), grad, out=self.gradients[layer])
-            torch.sum(grad, 1, out=self.gradients[depth + layer])
-            if layer:
-                pre = self.pre[layer - 1][:, :rows]
-                out = self.grad[layer - 1][:, :rows]
-                torch.bmm(grad, self._factor(self.weights[layer]).transpose(1, 2), out=out)
-                grad = _activate_backward_(out, pre, x, self.activation)
+    def _steps(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        total = self.parameters[-1].new_zeros(self.parameters[-1].shape[:-1], dtype=torch.float64)
+        size = self.config.batch_size
+        for x, y in zip(inputs.split(size, -2), targets.split(size, -2), strict=True):
+            with deferred():
+                loss = negative_log_likelihood(self.parameters, x, y, self.config)
+                self.optimizer.step(torch.autograd.grad(loss.sum(), self.parameters))
+                total += loss.detach()
+        return total
 
 
-def _activate_out(pre: torch.Tensor, activation: str, out: torch.Tensor) -> torch.Tensor:
-    function = {"silu": torch.ops.aten.silu, "relu": torch.ops.aten.relu, "tanh": torch.ops.aten.tanh}
-    function[activation].out(pre, out=out)
-    return out
-
-
-def _activate_backward_(
-    grad: torch.Tensor, pre: torch.Tensor, act: torch.Tensor, activation: str
-) -> torch.Tensor:
-    """Turn d/d act into d/d pre, in place."""
-    aten = torch.ops.aten
-    if activation == "silu":
-        aten.silu_backward.grad_input(grad, pre, grad_input=grad)
-    elif activation == "relu":
-        aten.threshold_backward.grad_input(grad, pre, 0, grad_input=grad)
-    else:
-        aten.tanh_backward.grad_input(grad, act, grad_input=grad)
-    return grad
+def make_ensemble(
+    obs_dim: int, act_dim: int, config: DynamicsConfig, generator: torch.Generator | None = None
+) -> EnsembleDynamics:
+    """Make the ensemble that a fit of this config begins with."""
+    names = ("members", "elites", "hidden", "activation", "max_logvar", "min_logvar")
+    settings = {name: getattr(config, name) for name in names}
+    return EnsembleDynamics(obs_dim, act_dim, generator=generator, **settings)
 
 
 class Fit:
@@ -248,14 +232,16 @@ class Fit:
         self,
         data: Transitions,
         seed: int,
-        config: DynamicsConfig,
+        config: DynamicsConfig | None = None,
         device: torch.device | str = "cpu",
         backend: str = "auto",
         threads: int | None = None,
         initial: EnsembleDynamics | None = None,
     ) -> None:
+        config = config or DynamicsConfig()
         check_device(device)
-        check_config(config, device)
+        config.validate()
+        check_fit_memory(config, device)
         if seed < 0:
             raise InputError(f"seed must not be negative, got {seed}")
         self.seed, self.config = seed, config
@@ -267,17 +253,7 @@ class Fit:
         mean, std = _moments(data, train)
 
         generator = torch.Generator().manual_seed(derive_seed(seed, FIT, _WEIGHTS))
-        model = EnsembleDynamics(
-            data.obs_dim,
-            data.act_dim,
-            members=config.members,
-            elites=config.elites,
-            hidden=config.hidden,
-            activation=config.activation,
-            max_logvar=config.max_logvar,
-            min_logvar=config.min_logvar,
-            generator=generator,
-        )
+        model = make_ensemble(data.obs_dim, data.act_dim, config, generator)
         if initial is not None:
             _copy_parameters(initial, model)
         model.input_mean.copy_(mean)
@@ -310,8 +286,8 @@ class Fit:
         self.layers = [*model.weights, *model.biases]
         self.best = [layer.detach().clone() for layer in self.layers]
         self.parameters = [*self.layers, model.max_logvar, model.min_logvar]
-        self.optimizer = _adam(self.parameters, config)
-        self.gradient = _loss_gradient(self.parameters, config, len(train))
+        self.reference = ReferenceSteps(self.parameters, config)
+        self.optimizer = self.reference.optimizer
         self.history: list[FitEpoch] = []
 
     def _indices(self) -> np.ndarray:
@@ -319,8 +295,8 @@ class Fit:
         shape = self.config.members, len(self.table)
         return file_backed(shape, np.int64) if self.mapped else np.empty(shape, np.int64)
 
-    def _live_state(self) -> dict[str, torch.Tensor]:
-        """Every tensor that the next epoch depends on, itself and not a copy."""
+    def live_state(self) -> dict[str, torch.Tensor]:
+        """Return every tensor that the next epoch depends on, itself and not a copy."""
         adam, places = self.optimizer, {id(parameter): i for i, parameter in enumerate(self.parameters)}
         state = {**self.model.state_dict(), **{f"best_{i}": best for i, best in enumerate(self.best)}}
         for name, parameter in self.model.named_parameters():
@@ -334,8 +310,13 @@ class Fit:
 
     @property
     def steps_made(self) -> int:
-        """Of Adam, so far."""
+        """Steps of Adam made so far. Who sets it has made them otherwise."""
         return int(self.optimizer.steps[0])
+
+    @steps_made.setter
+    def steps_made(self, value: int) -> None:
+        for step in self.optimizer.steps:
+            step.fill_(value)
 
     @property
     def best_mse(self) -> list[float]:
@@ -353,19 +334,25 @@ class Fit:
         end = max(improved, default=0) + self.config.patience + 1
         return end if self.config.max_epochs is None else min(end, self.config.max_epochs)
 
-    @functools.cached_property
-    def _alone(self) -> "Population":
-        return Population([self])
-
-    def run_epoch(self, on_progress: Callable[[float], None]) -> FitEpoch:
-        """One pass over every member's bootstrap rows, then the holdout.
+    def run_epoch(self, on_progress: Callable[[float], None] = lambda _: None) -> FitEpoch:
+        """Pass once over every member's bootstrap rows, then look at the holdout.
 
         on_progress is told, now and then, how many epochs are done, with fractions.
         """
-        return self._alone.run_epoch(lambda share: on_progress(len(self.history) + share))[0]
+        started, total, pieces = time.perf_counter(), 0.0, self.epoch_rows()
+        for number, rows in enumerate(pieces, start=1):
+            total += self.steps(rows)
+            on_progress(len(self.history) + number / len(pieces))
+        return self.end_epoch(total, started)
 
-    def shuffled(self, epoch: int) -> torch.Tensor:
-        """The rows that each member sees in `epoch`, in its order: int64 [members, n]."""
+    def epoch_rows(self) -> tuple[torch.Tensor, ...]:
+        """Return the rows that each member sees in the next epoch, in its order and in pieces for `steps`.
+
+        Each int64 [members, up to 64 batches].
+        """
+        return torch.split(self._shuffled(len(self.history)), self.config.batch_size * _STEPS_AT_ONCE, dim=1)
+
+    def _shuffled(self, epoch: int) -> torch.Tensor:
         seed, device = derive_seed(self.seed, FIT, _SHUFFLE, epoch), self.inputs.device
         if device.type == "cpu":
             out = self._indices()[:, : self.rows.shape[1]]
@@ -378,9 +365,15 @@ class Fit:
     def _rows_on_device(self) -> torch.Tensor:
         return torch.from_numpy(self.rows).to(self.inputs.device)
 
-    def end_epoch(self, train_loss: float, started: float) -> FitEpoch:
-        """Look at the holdout and keep what is better."""
+    def end_epoch(self, total_loss: float, started: float) -> FitEpoch:
+        """Look at the holdout and keep what is better.
+
+        Args:
+            total_loss: the sum over the epoch's steps.
+            started: when the epoch began, by `time.perf_counter`.
+        """
         epoch, mse = len(self.history), self._holdout_mse()
+        train_loss = total_loss / math.ceil(self.rows.shape[1] / self.config.batch_size)
         if not np.isfinite([train_loss, *mse]).all():
             raise InputError(
                 f"the fit diverged in epoch {epoch}: loss {train_loss}, holdout MSE {mse};"
@@ -392,17 +385,19 @@ class Fit:
         return record
 
     def batches(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets of rows [members, count], int64: [members, count, ...] each."""
+        """Gather inputs and targets of rows [members, count], int64: [members, count, ...] each."""
         flat = rows.flatten()
         inputs, targets = self.inputs.index_select(0, flat), self.targets.index_select(0, flat)
         return inputs.view(*rows.shape, -1), targets.view(*rows.shape, -1)
 
     def steps(self, rows: torch.Tensor) -> float:
-        """A step on each batch of rows [members, count], int64: the sum of the losses."""
-        return self._alone.steps([rows])[0]
+        """Make a step on each batch of rows [members, count], int64: the sum of the losses."""
+        if kernels := backends.training_kernels(self.backend):
+            return checked.fit_steps(kernels, [self.kernel_run(rows)], self.threads)[0]
+        return float(self.reference(*self.batches(rows)))
 
-    def run(self, rows: torch.Tensor) -> FitRun:
-        """`steps` for a kernel."""
+    def kernel_run(self, rows: torch.Tensor) -> FitRun:
+        """Return the call of a kernel that makes `steps`."""
         adam, count = self.optimizer, len(self.layers)
 
         def parameter(i: int) -> Parameter:
@@ -421,11 +416,6 @@ class Fit:
             steps_before=self.steps_made,
             steps=adam.steps,
         )
-
-    def count(self, steps: int) -> None:
-        """Take over a number of steps that another optimiser has made of the same parameters."""
-        for step in self.optimizer.steps:
-            step.fill_(steps)
 
     @torch.no_grad()
     def _holdout_mse(self) -> list[float]:
@@ -468,7 +458,7 @@ class Fit:
         history = {
             f"history.{name}": torch.tensor(column, dtype=torch.float64) for name, column in columns.items()
         }
-        save_tensors(path, {**self._live_state(), **history, "fingerprint": fingerprint})
+        save_tensors(path, {**self.live_state(), **history, "fingerprint": fingerprint})
 
     def restore(self, path: Path, fingerprint: torch.Tensor) -> None:
         """Continue from what `save` wrote.
@@ -490,7 +480,7 @@ class Fit:
                 f"{path} belongs to a fit of other data, another seed or another config;"
                 " give what it was made with"
             )
-        load_into(path, tensors, self._live_state())
+        load_into(path, tensors, self.live_state())
         self.optimizer.check_moments(path)
         if not bool((self.model.input_std > 0).all()):
             raise InputError(f"{path}: input_std must be positive everywhere")
@@ -513,166 +503,8 @@ class Fit:
             )
 
 
-class Population:
-    """Fits of one config to equally much data and of equally many steps, that are stepped together.
-
-    In PyTorch as one batch of networks, on a GPU with many steps recorded in one graph; with the CPU's kernel
-    one after the other, with a GPU's side by side. Each gets what it would get alone, to rounding; with a
-    kernel to the bit.
-    """
-
-    def __init__(self, fits: Sequence[Fit]) -> None:
-        self.fits = list(fits)
-        kinds = {(fit.config, fit.backend, fit.model.obs_dim, fit.model.act_dim) for fit in self.fits}
-        if len({id(fit) for fit in self.fits}) != len(self.fits) or len(kinds) != 1:
-            raise InputError("fits are stepped together where they are distinct, and of one config and size")
-        self._batch: _Batch | None = None
-        self._recorder = Recorder()
-
-    def run_epoch(self, on_progress: Callable[[float], None]) -> list[FitEpoch]:
-        """What `Fit.run_epoch` does, for each; on_progress is told the share of it that is done."""
-        started = time.perf_counter()
-        rows = [fit.shuffled(len(fit.history)) for fit in self.fits]
-        size, length = self.fits[0].config.batch_size, rows[0].shape[1]
-        totals = [0.0] * len(self.fits)
-        for first in range(0, length, size * _STEPS_AT_ONCE):
-            last = min(length, first + size * _STEPS_AT_ONCE)
-            losses = self.steps([each[:, first:last] for each in rows])
-            totals = [total + loss for total, loss in zip(totals, losses, strict=True)]
-            on_progress(last / length)
-        steps = math.ceil(length / size)
-        return [fit.end_epoch(total / steps, started) for fit, total in zip(self.fits, totals, strict=True)]
-
-    def steps(self, rows: Sequence[torch.Tensor]) -> list[float]:
-        """What `Fit.steps` does, for each with its own rows."""
-        if kernels := backends.training_kernels(self.fits[0].backend):
-            runs = [fit.run(some) for fit, some in zip(self.fits, rows, strict=True)]
-            return checked.fit_steps(kernels, runs, self.fits[0].threads)
-        batch = self._side_by_side()
-        each = [fit.batches(some) for fit, some in zip(self.fits, rows, strict=True)]
-        inputs, targets = each[0] if len(each) == 1 else map(torch.cat, zip(*each, strict=True))
-        try:
-            if records(inputs.device):
-                with deferred():
-                    losses = self._recorder.play(batch, (inputs, targets), batch.state())
-            else:
-                losses = batch(inputs, targets)
-        finally:
-            # After an interruption too: their parameters are views of the batch's.
-            if len(each) > 1:
-                for fit in self.fits:
-                    fit.count(int(batch.optimizer.steps[0]))
-        result: list[float] = losses.reshape(-1).tolist()
-        return result
-
-    def _side_by_side(self) -> "_Batch":
-        """The parameters of all fits: each layer's one after the other, the bounds' [fits, dims]."""
-        first = self.fits[0]
-        if len(self.fits) == 1:
-            return _Batch(first.parameters, first.optimizer, first.gradient, first.config.batch_size)
-        # Another population may have taken them since.
-        if self._batch is None or any(
-            fit.parameters[-1].data_ptr() != bound.data_ptr()
-            for fit, bound in zip(self.fits, self._batch.parameters[-1], strict=True)
-        ):
-            parameters = [
-                _lay_together(each).requires_grad_()
-                for each in zip(*(fit.parameters for fit in self.fits), strict=True)
-            ]
-            optimizer = _adam(parameters, first.config)
-            for name in ("exp_avgs", "exp_avg_sqs"):
-                moments = zip(*(getattr(fit.optimizer, name) for fit in self.fits), strict=True)
-                setattr(optimizer, name, [_lay_together(each) for each in moments])
-            gradient = _loss_gradient(parameters, first.config, len(first.inputs))
-            self._batch = _Batch(parameters, optimizer, gradient, first.config.batch_size)
-        for step in self._batch.optimizer.steps:
-            step.copy_(first.optimizer.steps[0])
-        return self._batch
-
-
-@dataclass(frozen=True, eq=False)
-class _Batch:
-    """One fit's parameters, or several fits', and what steps them."""
-
-    parameters: list[torch.Tensor]
-    optimizer: Adam
-    gradient: LossGradient
-    batch_size: int
-
-    def __call__(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """A step on each batch of [networks, count, ...]: the sum of the losses, float64, of each fit."""
-        total = self.parameters[-1].new_zeros(self.parameters[-1].shape[:-1], dtype=torch.float64)
-        for x, y in zip(inputs.split(self.batch_size, 1), targets.split(self.batch_size, 1), strict=True):
-            with deferred():
-                total += self.gradient(x, y)
-                self.optimizer.step(self.gradient.gradients)
-        return total
-
-    def state(self) -> list[torch.Tensor]:
-        adam = self.optimizer
-        return [*self.parameters, *adam.exp_avgs, *adam.exp_avg_sqs, *adam.steps]
-
-
-def _lay_together(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Several fits' tensors in one, layers' along the members, bounds' in rows; they become views of it."""
-    values = [tensor.data for tensor in tensors]
-    whole = torch.stack(values)
-    for tensor, view in zip(tensors, whole, strict=True):
-        tensor.data = view
-    return whole if whole.ndim == 2 else whole.flatten(0, 1)
-
-
-def _adam(parameters: Sequence[torch.Tensor], config: DynamicsConfig) -> Adam:
-    # Adam's weight_decay adds coef * W to the gradient: that of coef * 0.5 ||W||^2 in the loss.
-    others = [0.0] * (len(parameters) - len(config.weight_decay))
-    return Adam(parameters, config.learning_rate, [*config.weight_decay, *others])
-
-
-def _loss_gradient(parameters: Sequence[torch.Tensor], config: DynamicsConfig, rows: int) -> LossGradient:
-    *layers, max_logvar, min_logvar = parameters
-    depth = len(layers) // 2
-    return LossGradient(
-        layers[:depth],
-        layers[depth:],
-        (max_logvar, min_logvar),
-        config.activation,
-        min(config.batch_size, rows),
-        config.logvar_bound_weight,
-        torch.bfloat16 if config.dtype == "bfloat16" else None,
-    )
-
-
-def check_config(config: DynamicsConfig, device: torch.device | str = "cpu") -> None:
-    """Raise `InputError` where a hyperparameter of the fit is out of range, or `device` too small for it."""
-    if len(config.weight_decay) != len(config.hidden) + 1:
-        raise InputError(
-            f"weight_decay needs one value per layer, {len(config.hidden) + 1}, got {config.weight_decay}"
-        )
-    if config.dtype not in FIT_DTYPES:
-        raise InputError(f"unknown dtype {config.dtype!r} of the fit; there are: {', '.join(FIT_DTYPES)}")
-    for name in ("batch_size", "members"):
-        if getattr(config, name) < 1:
-            raise InputError(f"{name} must be at least 1, got {getattr(config, name)}")
-    if config.patience < 0 or (config.max_epochs is not None and config.max_epochs < 1):
-        raise InputError(
-            f"patience must be at least 0 and max_epochs at least 1,"
-            f" got {config.patience} and {config.max_epochs}"
-        )
-    if not (config.learning_rate > 0 and min(config.weight_decay) >= 0 and 0 <= config.improvement < 1):
-        raise InputError(
-            f"learning_rate must be positive, weight_decay not negative and improvement in [0, 1),"
-            f" got {config.learning_rate}, {config.weight_decay}, {config.improvement}"
-        )
-    if not (0 < config.holdout_fraction < 1 and config.holdout_max >= 1):
-        raise InputError(
-            f"holdout_fraction must be in (0, 1) and holdout_max at least 1,"
-            f" got {config.holdout_fraction} and {config.holdout_max}"
-        )
-    check_finite(config)
-    if not config.min_logvar < config.max_logvar:
-        raise InputError(
-            f"min_logvar must be less than max_logvar, got {config.min_logvar} and {config.max_logvar}"
-        )
+def check_fit_memory(config: DynamicsConfig, device: torch.device | str) -> None:
+    """Raise `InputError` where `device` has too little memory for a fit."""
     # Inputs and outputs are one wide at least; everything has a gradient and one or two arrays more.
     size = 3 * mlp_bytes(config.members, (1, *config.hidden, 1), config.batch_size)
     check_memory("the ensemble's fit", size, device, "batch_size, members or hidden")
@@ -727,54 +559,33 @@ def fit_dynamics(
     Raises:
         InputError: unusable data, config, device or checkpoint; or the loss became not finite.
     """
-    fit = Fit(data.validate(), seed, config or DynamicsConfig(), device, backend, threads, initial)
-    _run([fit], data_sha256(data), [None if checkpoint is None else Path(checkpoint)], quiet, on_epoch)
+    fit = Fit(data.validate(), seed, config, device, backend, threads, initial)
+    _run(fit, data_sha256(data), None if checkpoint is None else Path(checkpoint), quiet, on_epoch)
     return fit.finish()
 
 
 def _run(
-    fits: Sequence[Fit],
+    fit: Fit,
     data_digest: str,
-    checkpoints: Sequence[Path | None],
+    checkpoint: Path | None,
     quiet: bool,
-    on_epoch: Callable[[FitEpoch], None] | None = None,
+    on_epoch: Callable[[FitEpoch], None] | None,
 ) -> None:
-    """What is left to do of the fits, together; on_epoch hears of each."""
-    fingerprints = [fit.fingerprint(data_digest) for fit in fits]
-    for fit, checkpoint, fingerprint in zip(fits, checkpoints, fingerprints, strict=True):
-        if checkpoint is not None and checkpoint.exists():
-            fit.restore(checkpoint, fingerprint)
-    report = on_epoch or (lambda record: None)
-    for fit in fits:
-        for record in fit.history:
+    """Make the epochs that are left of a fit; on_epoch hears of all."""
+    fingerprint, report = fit.fingerprint(data_digest), on_epoch or (lambda _: None)
+    if checkpoint is not None and checkpoint.exists():
+        fit.restore(checkpoint, fingerprint)
+    for record in fit.history:
+        report(record)
+    # The bar's end is where the fit stops if nothing improves any more: it moves while it gets better.
+    with progress_bar("fit: epochs", fit.last_epoch, quiet=quiet) as bar:
+        while len(fit.history) < fit.last_epoch:
+            record = fit.run_epoch(lambda done: bar.update(completed=done))
+            if checkpoint is not None:
+                fit.save(checkpoint, fingerprint)
             report(record)
-    population: Population | None = None
-
-    def ends() -> int:
-        return sum(fit.last_epoch for fit in fits)
-
-    # The bar's end is where the fits stop if nothing improves any more: it moves while they get better.
-    with progress_bar("fit: epochs", ends(), quiet=quiet) as bar:
-        while unfinished := [fit for fit in fits if len(fit.history) < fit.last_epoch]:
-            # Those that are behind the others, when they are taken up again, catch up first.
-            least = min(len(fit.history) for fit in unfinished)
-            some = [fit for fit in unfinished if len(fit.history) == least]
-            if population is None or population.fits != some:
-                population = Population(some)
-            done, count = sum(len(fit.history) for fit in fits), len(some)
-
-            def on_progress(share: float, done: int = done, count: int = count) -> None:
-                bar.update(completed=done + share * count)
-
-            records = population.run_epoch(on_progress)
-            for fit, record in zip(some, records, strict=True):
-                place = fits.index(fit)
-                checkpoint = checkpoints[place]
-                if checkpoint is not None:
-                    fit.save(checkpoint, fingerprints[place])
-                report(record)
-            elites = [sorted(record.holdout_mse)[: some[0].config.elites] for record in records]
-            bar.update(total=ends(), note=f"holdout MSE {np.mean(elites):.4g}")
+            elites = sorted(record.holdout_mse)[: fit.config.elites]
+            bar.update(total=fit.last_epoch, note=f"holdout MSE {np.mean(elites):.4g}")
 
 
 def fit_and_save(
@@ -802,45 +613,17 @@ def fit_and_save(
     Raises:
         InputError: as `fit_dynamics`, or the folder cannot be written, or another process is at work in it.
     """
-    return fit_and_save_many(
-        data,
-        [folder],
-        seeds=[seed],
-        config=config,
-        device=device,
-        backend=backend,
-        threads=threads,
-        quiet=quiet,
-        on_epoch=on_epoch,
-    )[0]
+    folder = Path(folder)
+    with locked(folder):
+        refuse_links(folder / "checkpoint")
+        fit, digest = Fit(data.validate(), seed, config, device, backend, threads), data_sha256(data)
+        _run(fit, digest, fit_checkpoint(folder), quiet, on_epoch)
+        return fit.finish(), save_fit(fit, data, digest, folder)
 
 
-def fit_and_save_many(
-    data: Transitions,
-    folders: Sequence[str | os.PathLike[str]],
-    *,
-    seeds: Sequence[int],
-    config: DynamicsConfig | None = None,
-    device: torch.device | str = "cpu",
-    backend: str = "auto",
-    threads: int | None = None,
-    quiet: bool = True,
-    on_epoch: Callable[[FitEpoch], None] | None = None,
-) -> list[tuple[EnsembleDynamics, dict[str, Any]]]:
-    """`fit_and_save` for each of `seeds` into its own of `folders`, all at once: see `Population`."""
-    config, paths = config or DynamicsConfig(), [Path(folder) for folder in folders]
-    checkpoints = [folder / "checkpoint" / "fit.safetensors" for folder in paths]
-    with contextlib.ExitStack() as stack:
-        for folder in paths:
-            stack.enter_context(locked(folder))
-            refuse_links(folder / "checkpoint")
-        data.validate()
-        fits = [Fit(data, seed, config, device, backend, threads) for seed in seeds]
-        digest = data_sha256(data)
-        _run(fits, digest, checkpoints, quiet, on_epoch)
-        return [
-            (fit.finish(), _save(fit, data, digest, folder)) for fit, folder in zip(fits, paths, strict=True)
-        ]
+def fit_checkpoint(folder: Path) -> Path:
+    """Return the checkpoint of a fit in its folder, there until the fit is finished."""
+    return folder / "checkpoint" / "fit.safetensors"
 
 
 @with_config(ConfigDict(extra="allow"))
@@ -883,8 +666,8 @@ def read_fit(folder: Path) -> FitRecord:
     return fit
 
 
-def _save(fit: Fit, data: Transitions, data_digest: str, folder: Path) -> dict[str, Any]:
-    """Write a finished fit; what fit.json holds."""
+def save_fit(fit: Fit, data: Transitions, data_digest: str, folder: Path) -> dict[str, Any]:
+    """Write a finished fit and remove its checkpoint: what fit.json holds."""
     config, history = fit.config, fit.history
     record = {
         "dataset": data.name,
@@ -906,5 +689,5 @@ def _save(fit: Fit, data: Transitions, data_digest: str, folder: Path) -> dict[s
     }
     fit.model.save(folder)
     write_json(folder / "fit.json", record)
-    (folder / "checkpoint" / "fit.safetensors").unlink(missing_ok=True)
+    fit_checkpoint(folder).unlink(missing_ok=True)
     return record

@@ -20,8 +20,9 @@ from mopo_fast.config import RunConfig, TrainConfig, check_runs
 from mopo_fast.data import load_dataset
 from mopo_fast.errors import InputError
 from mopo_fast.fit import fit_and_save
-from mopo_fast.run.folder import read_summary
-from mopo_fast.train import check_folder, resolve, train
+from mopo_fast.run.folder import check_folder, read_summary
+from mopo_fast.run.resolve import resolve
+from mopo_fast.train import train
 from mopo_fast.utils.atomic import atomic_path
 from mopo_fast.utils.lock import locked
 from mopo_fast.utils.pictures import BLUE, GREEN, GREY, ORANGE, blank_axes, look

@@ -22,10 +22,11 @@ from mopo_fast.config import DynamicsConfig, FitDtype, SACConfig
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
-from mopo_fast.fit import Fit, check_config
+from mopo_fast.fit import Fit
 from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine
-from mopo_fast.sac import SAC, Population
+from mopo_fast.run.population import SacPopulation
+from mopo_fast.sac import SAC
 from mopo_fast.utils.machine import check_device, device_name, resolve_threads
 from mopo_fast.utils.progress import progress_bar
 
@@ -229,7 +230,7 @@ def sac_work(
     buffer.advance(model_rows)
 
     def updating(*sacs: SAC) -> Contender:
-        population, buffers = Population(sacs), [buffer] * len(sacs)
+        population, buffers = SacPopulation(sacs), [buffer] * len(sacs)
 
         def run() -> None:
             first = sacs[0].updates
@@ -300,7 +301,6 @@ def fit_work(
 
     def fresh(backend: str, dtype: FitDtype = "float32") -> Fit:
         precise = dataclasses.replace(config, dtype=dtype)
-        check_config(precise, device)
         return Fit(data, 0, precise, device, backend, threads)
 
     fits = [fresh(backend, dtype), *([fresh(backend)] if dtype != "float32" else []), fresh("reference")]

@@ -34,10 +34,10 @@ from mopo_fast.environments import make_environment
 from mopo_fast.errors import InputError
 from mopo_fast.evaluate import evaluate
 from mopo_fast.policy import Actor
-from mopo_fast.run.folder import Count, Number
 from mopo_fast.sac import SAC
 from mopo_fast.tasks import Task, get_task
 from mopo_fast.utils.atomic import atomic_path, parse_json_as
+from mopo_fast.utils.kinds import Count, Number
 from mopo_fast.utils.lock import locked
 from mopo_fast.utils.machine import check_memory
 from mopo_fast.utils.progress import Bar, progress_bar
@@ -153,16 +153,7 @@ class OnlineTraining:
     """
 
     def __init__(self, folder: Path, task: Task, seed: int, config: OnlineConfig, threads: int) -> None:
-        sizes = (config.environments, config.round_steps, config.epoch_steps, config.random_epochs)
-        if min(*sizes, config.medium_window) < 1 or config.epoch_steps % config.round_steps:
-            raise InputError(
-                "online training needs at least one environment, step, random epoch and evaluation,"
-                f" and an epoch of whole rounds, got {config}"
-            )
-        if config.epochs <= config.random_epochs:
-            raise InputError(
-                f"epochs must be more than random_epochs, got {config.epochs} and {config.random_epochs}"
-            )
+        config.validate()
         self.folder, self.task, self.seed, self.config = folder, task, seed, config
         self.sac = SAC(task.obs_dim, task.act_dim, config.sac, seed=seed, threads=threads)
         self.epoch_rows = config.environments * config.epoch_steps

@@ -380,9 +380,17 @@ CALLS: dict[str, tuple[list[str], list[object], dict[str, object]]] = {
         [],
         {"seed": 3, "device": "cuda", "backend": "reference", "threads": 2, "quiet": True},
     ),
-    "train.train_many": (
+    "train.train": (
         ["train", "hopper-none.hdf5", "--seed", "3", "--resume", "--quiet"],
-        [[TrainConfig("hopper-none.hdf5", seed=3)], [Path("runs/hopper-none-seed3")]],
+        [TrainConfig("hopper-none.hdf5", seed=3), Path("runs/hopper-none-seed3")],
+        {"resume": True, "quiet": True},
+    ),
+    "run.population.train_many": (
+        ["train", "hopper-none.hdf5", "--seeds", "3,5", "--resume", "--quiet"],
+        [
+            [TrainConfig("hopper-none.hdf5", seed=seed) for seed in (3, 5)],
+            [Path(f"runs/hopper-none-seed{seed}") for seed in (3, 5)],
+        ],
         {"resume": True, "quiet": True},
     ),
     "evaluate.evaluate": (

@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,15 +25,15 @@ from mopo_fast.errors import InputError
 from mopo_fast.fit import (
     Fit,
     FitEpoch,
-    LossGradient,
-    Population,
+    ReferenceSteps,
     data_sha256,
     dynamics_inputs_targets,
     fit_and_save,
-    fit_and_save_many,
     fit_dynamics,
+    negative_log_likelihood,
     split_holdout,
 )
+from mopo_fast.run.population import FitPopulation, fit_and_save_many
 from mopo_fast.utils.tensors import load_tensors, save_tensors
 
 
@@ -80,32 +81,53 @@ def test_a_holdout_that_cannot_be_is_refused(n: int, config: dict[str, float]) -
 
 
 @pytest.mark.parametrize("activation", ["silu", "relu", "tanh"])
-def test_gradient_equals_autograd_in_float64(activation: str) -> None:
+def test_the_loss_is_that_of_a_normal_distribution(activation: str) -> None:
     torch.manual_seed(0)
+    config = dataclasses.replace(SMALL, activation=activation, logvar_bound_weight=0.03)
     model = EnsembleDynamics(3, 2, members=3, elites=2, hidden=(8, 5), activation=activation).double()
     with torch.no_grad():
-        for bias in model.biases:
-            bias.normal_()
-    bounds = (model.max_logvar, model.min_logvar)
-    gradient = LossGradient(list(model.weights), list(model.biases), bounds, activation, 16, 0.01)
-    parameters = [*model.weights, *model.biases, *bounds]
-    for buffer in (*gradient.pre, *gradient.act, *gradient.grad):
-        buffer.fill_(math.nan)
-    for batch in (11, 16, 1):
-        inputs = torch.randn(3, batch, 5, dtype=torch.float64)
-        targets = torch.randn(3, batch, 4, dtype=torch.float64)
-        loss = gradient(inputs, targets)
-        found = [found.clone() for found in gradient.gradients]
+        for parameter in (*model.biases, model.max_logvar, model.min_logvar):
+            parameter.normal_()
+    parameters = [*model.weights, *model.biases, model.max_logvar, model.min_logvar]
+    inputs = torch.randn(3, 11, 5, dtype=torch.float64)
+    targets = torch.randn(3, 11, 4, dtype=torch.float64)
+    loss = negative_log_likelihood(parameters, inputs, targets, config)
 
-        mean, logvar = model(inputs)
-        nll = -torch.distributions.Normal(mean, (0.5 * logvar).exp()).log_prob(targets)
-        # (mu - y)^2 / sigma^2 + log sigma^2 is 2 nll - log 2 pi.
-        expected = (2 * nll - math.log(2 * math.pi)).mean((1, 2)).sum()
-        expected = expected + 0.01 * (model.max_logvar.sum() - model.min_logvar.sum())
-        torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=1e-12)
-        oracle = torch.autograd.grad(expected, parameters)
-        for value, reference in zip(found, oracle, strict=True):
-            torch.testing.assert_close(value, reference, rtol=1e-11, atol=1e-13)
+    mean, logvar = model(inputs)
+    nll = -torch.distributions.Normal(mean, (0.5 * logvar).exp()).log_prob(targets)
+    # (mu - y)^2 / sigma^2 + log sigma^2 is 2 nll - log 2 pi.
+    expected = (2 * nll - math.log(2 * math.pi)).mean((1, 2)).sum()
+    expected = expected + 0.03 * (model.max_logvar.sum() - model.min_logvar.sum())
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    several = [torch.stack([parameter, parameter]) for parameter in parameters]
+    both = negative_log_likelihood(several, torch.stack([inputs, inputs]), torch.stack([targets] * 2), config)
+    torch.testing.assert_close(both, torch.stack([expected, expected]), rtol=1e-12, atol=1e-12)
+
+
+def test_bfloat16_rounds_the_factors_of_every_product() -> None:
+    """Against products written out: of one layer, forwards and backwards."""
+    config = dataclasses.replace(SMALL, hidden=(), weight_decay=(0.0,), dtype="bfloat16")
+    g = torch.Generator().manual_seed(0)
+    weight, bias = (torch.randn(shape, generator=g) for shape in ((2, 5, 8), (2, 8)))
+    inputs, targets = (torch.randn(2, 7, width, generator=g) for width in (5, 4))
+    parameters = [weight, bias, torch.full((4,), 0.5), torch.full((4,), -3.0)]
+    for parameter in parameters:
+        parameter.requires_grad_()
+    loss = negative_log_likelihood(parameters, inputs, targets, config)
+    found = torch.autograd.grad(loss, parameters)
+
+    rounded_inputs, rounded_weight = (x.detach().bfloat16().float() for x in (inputs, weight))
+    head = (rounded_inputs @ rounded_weight + bias.detach().unsqueeze(1)).requires_grad_()
+    mean, raw = head.chunk(2, dim=-1)
+    logvar = 0.5 - torch.nn.functional.softplus(0.5 - raw)
+    logvar = -3.0 + torch.nn.functional.softplus(logvar + 3.0)
+    expected = ((mean - targets).square() * (-logvar).exp() + logvar).mean((1, 2)).sum()
+    (grad,) = torch.autograd.grad(expected, head)
+    rounded = grad.bfloat16().float()
+    torch.testing.assert_close(loss.detach(), expected.detach() + 0.01 * 4 * 3.5)
+    # Nearer to products of rounded factors than a factor's rounding, 2^-9, lets them come by chance.
+    torch.testing.assert_close(found[0], rounded_inputs.mT @ rounded, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[1], rounded.sum(1), rtol=1e-5, atol=1e-6)
 
 
 def test_two_epochs_equal_a_plain_training_loop(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,14 +136,13 @@ def test_two_epochs_equal_a_plain_training_loop(monkeypatch: pytest.MonkeyPatch)
     model = EnsembleDynamics(3, 2, members=3, elites=2, hidden=config.hidden)
     model.load_state_dict(fit.model.state_dict())
     batches: list[tuple[torch.Tensor, torch.Tensor]] = []
-    fitted = LossGradient.__call__
 
-    def spy(self: LossGradient, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def spy(parameters: Any, x: torch.Tensor, y: torch.Tensor, config: DynamicsConfig) -> torch.Tensor:
         batches.append((x.clone(), y.clone()))
-        return fitted(self, x, y)
+        return negative_log_likelihood(parameters, x, y, config)
 
-    monkeypatch.setattr(LossGradient, "__call__", spy)
-    records = [fit.run_epoch(lambda epochs: None) for _ in range(2)]
+    monkeypatch.setattr("mopo_fast.fit.negative_log_likelihood", spy)
+    records = [fit.run_epoch() for _ in range(2)]
     # 240 rows in batches of 32, the last one smaller.
     assert [x.shape[1] for x, _ in batches] == [32] * 7 + [16] + [32] * 7 + [16]
 
@@ -182,13 +203,13 @@ def test_each_member_has_its_own_bootstrap_and_a_new_order_each_epoch(
 
     seen: list[torch.Tensor] = []
 
-    def spy(self: LossGradient, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        seen.append(x.clone())
+    def spy(self: ReferenceSteps, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        seen.append(inputs.clone())
         return torch.zeros(())
 
-    monkeypatch.setattr(LossGradient, "__call__", spy)
+    monkeypatch.setattr(ReferenceSteps, "__call__", spy)
     for _ in range(2):
-        fit.run_epoch(lambda epochs: None)
+        fit.run_epoch()
     half = len(seen) // 2
     first, second = torch.cat(seen[:half], 1), torch.cat(seen[half:], 1)
     for member, rows in enumerate(fit.rows):
@@ -441,7 +462,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"weight_decay": (1e-3,)}, "weight_decay needs one value per layer, 3"),
-        ({"weight_decay": (1e-3, -1e-3, 0.0)}, "weight_decay not negative"),
+        ({"weight_decay": (1e-3, -1e-3, 0.0)}, "weight_decay must not be negative"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"members": 0}, "members must be"),
         ({"members": 33}, "members must be"),
@@ -449,13 +470,13 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
         ({"hidden": (16, 0)}, "sizes must be positive"),
         ({"activation": "gelu"}, "unknown activation 'gelu'"),
         ({"patience": -1}, "patience must be"),
-        ({"max_epochs": 0}, "max_epochs at least 1"),
+        ({"max_epochs": 0}, "max_epochs must be at least 1"),
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
         ({"learning_rate": math.nan}, "learning_rate must be positive"),
-        ({"improvement": 1.0}, "improvement in"),
+        ({"improvement": 1.0}, "improvement must be in"),
         ({"holdout_fraction": 0.0}, r"holdout_fraction must be in \(0, 1\)"),
         ({"holdout_fraction": math.nan}, r"holdout_fraction must be in \(0, 1\)"),
-        ({"holdout_max": 0}, "holdout_max at least 1"),
+        ({"holdout_max": 0}, "holdout_max must be at least 1"),
         ({"learning_rate": math.inf}, "learning_rate must be finite, got inf"),
         ({"weight_decay": (0.0, math.inf, 0.0)}, "weight_decay must be finite"),
         ({"logvar_bound_weight": math.nan}, "logvar_bound_weight must be finite, got nan"),
@@ -523,29 +544,29 @@ def test_in_pytorch_fits_together_get_what_each_gets_alone() -> None:
     together, alone = (
         [fit_to_double(Fit(data, i, SMALL, backend="reference")) for i in range(3)] for _ in "ab"
     )
-    three = Population(together)
-    ours = [three.run_epoch(lambda share: None) for _ in range(2)]
+    three = FitPopulation(together)
+    ours = [three.run_epoch() for _ in range(2)]
     # One stops, two go on; then it takes part again.
-    last = Population(together[1:]).run_epoch(lambda share: None)
-    together[0].run_epoch(lambda epochs: None)
-    three.run_epoch(lambda share: None)
+    last = FitPopulation(together[1:]).run_epoch()
+    together[0].run_epoch()
+    three.run_epoch()
     for i, fit in enumerate(alone):
-        theirs = [fit.run_epoch(lambda epochs: None) for _ in range(4)]
+        theirs = [fit.run_epoch() for _ in range(4)]
         records = [ours[0][i], ours[1][i], *([last[i - 1]] if i else [])]
         for record, their in zip(records, theirs, strict=False):
             assert record.train_loss == pytest.approx(their.train_loss, rel=1e-9)
             assert record.holdout_mse == pytest.approx(their.holdout_mse, rel=1e-9)
             assert record.improved == their.improved
-        for name, tensor in fit._live_state().items():
-            torch.testing.assert_close(together[i]._live_state()[name], tensor, rtol=1e-8, atol=1e-11)
+        for name, tensor in fit.live_state().items():
+            torch.testing.assert_close(together[i].live_state()[name], tensor, rtol=1e-8, atol=1e-11)
 
 
 def test_by_the_kernel_fits_together_get_the_same_bits() -> None:
     together, alone = ([Fit(toy_data(), i, SMALL, backend="cpu") for i in range(2)] for _ in "ab")
-    records = Population(together).run_epoch(lambda share: None)
+    records = FitPopulation(together).run_epoch()
     for fit, other, record in zip(alone, together, records, strict=True):
-        assert fit.run_epoch(lambda epochs: None).train_loss == record.train_loss
-        assert all(torch.equal(t, other._live_state()[name]) for name, t in fit._live_state().items())
+        assert fit.run_epoch().train_loss == record.train_loss
+        assert all(torch.equal(t, other.live_state()[name]) for name, t in fit.live_state().items())
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -554,7 +575,7 @@ def test_fits_together_stop_each_at_its_own_end_and_are_saved(tmp_path: Path, ba
     seeds, folders = [0, 1, 2], [tmp_path / str(seed) for seed in range(3)]
     # One of them was stopped after its first epoch.
     started = Fit(toy_data(), 1, config, backend=backend)
-    started.run_epoch(lambda epochs: None)
+    started.run_epoch()
     (folders[1] / "checkpoint").mkdir(parents=True)
     started.save(folders[1] / "checkpoint" / "fit.safetensors", started.fingerprint(data_sha256(toy_data())))
     fit_and_save_many(toy_data(), folders, seeds=seeds, config=config, backend=backend)
@@ -577,17 +598,17 @@ def test_fits_together_stop_each_at_its_own_end_and_are_saved(tmp_path: Path, ba
 def test_recorded_steps_are_the_same(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """All but the recording itself, which takes a GPU."""
     plain, recorded = ([Fit(toy_data(), i, SMALL, backend="reference") for i in range(count)] for _ in "ab")
-    populations = [Population(plain), Population(recorded)]
+    populations = [FitPopulation(plain), FitPopulation(recorded)]
     monkeypatch.setattr("mopo_fast.fit._STEPS_AT_ONCE", 3)
     for _ in range(2):
-        eager = populations[0].run_epoch(lambda share: None)
+        eager = populations[0].run_epoch()
         with monkeypatch.context() as patch:
             patch.setattr("mopo_fast.fit.records", lambda device: True)
             patch.setattr("mopo_fast.utils.cuda_graphs.Graph", EagerGraph)
-            played = populations[1].run_epoch(lambda share: None)
+            played = populations[1].run_epoch()
         assert [record.train_loss for record in played] == [record.train_loss for record in eager]
     for one, other in zip(plain, recorded, strict=True):
-        assert all(torch.equal(t, other._live_state()[name]) for name, t in one._live_state().items())
+        assert all(torch.equal(t, other.live_state()[name]) for name, t in one.live_state().items())
 
 
 # --- a checkpoint from elsewhere

@@ -8,8 +8,8 @@ import pytest
 from mopo_fast import InputError, cli
 from mopo_fast.config import PRESETS, TrainConfig
 from mopo_fast.presets import preset
+from mopo_fast.run.resolve import resolve
 from mopo_fast.tasks import BOXES, get_task, termination_of
-from mopo_fast.train import resolve
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -37,11 +37,11 @@ def test_unknown() -> None:
 def test_flags_count_beside_a_preset(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[TrainConfig] = []
 
-    def train_many(configs: list[TrainConfig], *_: object, **__: object) -> list[dict[str, Any]]:
-        seen.extend(configs)
-        return [{"return_mean": 0.0, "return_std": 0.0, "score_mean": None}]
+    def train(config: TrainConfig, *_: object, **__: object) -> dict[str, Any]:
+        seen.append(config)
+        return {"return_mean": 0.0, "return_std": 0.0, "score_mean": None}
 
-    monkeypatch.setattr("mopo_fast.train.train_many", train_many)
+    monkeypatch.setattr("mopo_fast.train.train", train)
     for arguments in (["hopper-medium-v2", *flags], [*flags, "hopper-medium-v2"]):
         assert cli.main(["train", *arguments, "--sac.critics", "3"]) == 0
     expected = preset("unifloral", "hopper-medium-v2")

@@ -13,7 +13,8 @@ from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import SACConfig
 from mopo_fast.data import Transitions
 from mopo_fast.errors import InputError
-from mopo_fast.sac import METRICS, SAC, Population
+from mopo_fast.run.population import SacPopulation
+from mopo_fast.sac import METRICS, SAC
 
 OBS, ACT, BATCH = 5, 2, 16
 CONFIG = SACConfig(hidden=(24, 24), batch_size=BATCH)
@@ -306,7 +307,7 @@ class TestPopulation:
     def test_in_pytorch_each_gets_what_it_gets_alone(self, config: SACConfig) -> None:
         data, buffers = transitions(50, seed=1, dtype=torch.float64), self.buffers()
         together, alone = (self.sacs(config, "reference", double=True) for _ in range(2))
-        population = Population(together)
+        population = SacPopulation(together)
         for call in range(2):
             seeds = [10 * call + i for i in range(3)]
             ours = population.update_many(data, buffers, 4, seeds)
@@ -323,7 +324,7 @@ class TestPopulation:
         """All but the recording itself, which takes a GPU: whole graphs, a rest, a second call."""
         data, buffers = transitions(50, seed=1), self.buffers()[:runs]
         plain, recorded = (self.sacs(POPULATIONS["others"], "reference")[:runs] for _ in range(2))
-        populations = [Population(plain), Population(recorded)]
+        populations = [SacPopulation(plain), SacPopulation(recorded)]
         monkeypatch.setattr("mopo_fast.sac._UPDATES_AT_ONCE", 3)
         for call in range(2):
             seeds = [10 * call + i for i in range(runs)]
@@ -341,7 +342,7 @@ class TestPopulation:
     def test_the_kernel_gives_each_the_same_bits_as_alone(self) -> None:
         data, buffers = transitions(50, seed=1), self.buffers()
         together, alone = (self.sacs(CONFIG, "cpu") for _ in range(2))
-        ours = Population(together).update_many(data, buffers, 7, [4, 5, 6])
+        ours = SacPopulation(together).update_many(data, buffers, 7, [4, 5, 6])
         for i, sac in enumerate(alone):
             assert sac.update_many(data, buffers[i], 7, 4 + i) == ours[i]
             assert all(torch.equal(t, together[i].state()[name]) for name, t in sac.state().items())
@@ -349,9 +350,9 @@ class TestPopulation:
     def test_one_can_leave_and_join(self) -> None:
         data, buffers = transitions(50, seed=1, dtype=torch.float64), self.buffers()
         moving, staying = (self.sacs(CONFIG, "reference", double=True) for _ in range(2))
-        three = Population(moving)
+        three = SacPopulation(moving)
         three.update_many(data, buffers, 1, [0, 1, 2])
-        Population(moving[1:]).update_many(data, buffers[1:], 2, [3, 4])
+        SacPopulation(moving[1:]).update_many(data, buffers[1:], 2, [3, 4])
         moving[0].update_many(data, buffers[0], 2, 5)
         three.update_many(data, buffers, 1, [6, 7, 8])
         for i, (sac, buffer) in enumerate(zip(staying, buffers, strict=True)):
@@ -365,7 +366,8 @@ class TestPopulation:
         buffers = self.buffers()
         buffers[1].storage.rewards[:] = float("inf")
         with pytest.raises(InputError, match="SAC diverged before update 2"):
-            Population(self.sacs(CONFIG, backend)).update_many(transitions(50, seed=1), buffers, 2, [0, 1, 2])
+            population = SacPopulation(self.sacs(CONFIG, backend))
+            population.update_many(transitions(50, seed=1), buffers, 2, [0, 1, 2])
 
 
 class TestState:
@@ -456,7 +458,7 @@ def test_initial_parameters_depend_on_the_seed_alone() -> None:
         ({"hidden": ()}, "at least one critic and one hidden layer"),
         ({"hidden": (8, 0)}, "at least one critic and one hidden layer"),
         ({"discount": 1.0}, "discount must be in"),
-        ({"polyak": 0.0}, "polyak in"),
+        ({"polyak": 0.0}, "polyak must be in"),
         ({"alpha_max": 0.0}, "alpha_max must be positive"),
         ({"target_entropy": "none"}, "target_entropy must be a number"),
         ({"critic_loss": "huber"}, "unknown critic_loss 'huber'; there are: half_mse, mse"),

@@ -31,9 +31,11 @@ from mopo_fast.errors import InputError
 from mopo_fast.evaluate import Evaluator, evaluate
 from mopo_fast.fit import data_sha256, read_fit
 from mopo_fast.policy import Actor
-from mopo_fast.run.folder import COLUMNS
+from mopo_fast.run.folder import COLUMNS, EVALUATED
+from mopo_fast.run.population import train_many
+from mopo_fast.run.resolve import make_engine, resolve
 from mopo_fast.tasks import BOXES, TASKS
-from mopo_fast.train import _EVALUATED, _engine, _Loop, _Run, resolve, train, train_many
+from mopo_fast.train import Training, train
 from mopo_fast.utils.seeds import EVALUATE, derive_seed
 
 CONFIG = TrainConfig(
@@ -443,7 +445,7 @@ class TestResolve:
         ):
             rollout = dataclasses.replace(CONFIG.rollout, termination=name)
             config, task = resolve(dataclasses.replace(CONFIG, rollout=rollout))
-            low = _engine(config, task, ensemble, "reference")._low
+            low = make_engine(config, task, ensemble, "reference")._low
             assert low.tolist() == list(BOXES[box].low)
 
     def test_given_values_stay(self) -> None:
@@ -471,8 +473,12 @@ class TestResolve:
             ({"rollout": {"retain_epochs": 0}}, "rollout retain_epochs must be at least 1, got 0"),
             ({"rollout": {"penalty": "max"}}, "unknown penalty 'max'; there are: max_aleatoric"),
             (
+                {"rollout": {"penalty_coef": -1.0}},
+                "penalty_coef must be finite and not negative, got -1.0",
+            ),
+            (
                 {"rollout": {"penalty_coef": math.nan}},
-                "penalty_coef must be finite and not negative, got nan",
+                r"rollout\.penalty_coef must be finite, got nan",
             ),
             ({"backend": "gpu"}, "unknown backend .gpu."),
             ({"rollout": {"dtype": "float8"}}, "unknown dtype 'float8'"),
@@ -532,7 +538,7 @@ def test_actions_in_other_units_are_refused(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = load_dataset(config.dataset, quiet=True)
-    monkeypatch.setattr("mopo_fast.train.load_dataset", lambda *_, **__: data)
+    monkeypatch.setattr("mopo_fast.run.resolve.load_dataset", lambda *_, **__: data)
     for action in (-2.5, 1.01):
         data.actions[3, 1] = action
         with pytest.raises(InputError, match=rf"actions reach {abs(action)}; scale .* range to \[-1, 1\]"):
@@ -543,7 +549,7 @@ def test_actions_in_other_units_are_refused(
     def past_the_check(*_: object) -> None:
         raise InputError("past the check")
 
-    monkeypatch.setattr("mopo_fast.train._make_dynamics", past_the_check)
+    monkeypatch.setattr("mopo_fast.train.make_dynamics", past_the_check)
     with pytest.raises(InputError, match="past the check"):
         train(config, tmp_path / "run", quiet=True)
 
@@ -596,13 +602,12 @@ class TestGarbledCheckpoint:
         resolved, task = resolve(config)
         data = load_dataset(config.dataset, quiet=True)
         digest = data_sha256(data)
-        ensemble = EnsembleDynamics.load(run)
         # Not what this is about, and slow.
         evaluator = Evaluator()
         evaluator.submit = lambda *_, **__: Future()  # type: ignore[method-assign]
 
         def restore() -> None:
-            _Loop(_Run(resolved, task, run, 0.0, ensemble), data, digest, evaluator).restore(checkpoint)
+            Training(resolved, task, run, data, digest, evaluator, 0.0).restore(checkpoint)
 
         restore()
         return restore
@@ -617,7 +622,7 @@ class TestGarbledCheckpoint:
         tensors, metadata = read_tensors(checkpoint)
         state = json.loads(metadata["state"])
         assert state["pending"] == [] and len(state["rollouts"]) > 1
-        state["pending"] = [[{name: 1 for name in COLUMNS.keys() - set(_EVALUATED)}, False]]
+        state["pending"] = [[{name: 1 for name in COLUMNS.keys() - set(EVALUATED)}, False]]
         state["pending"][0][0] |= {"epoch": 3, "updates": 25}
         for where, other, changed in changes(state):
             save_file(tensors, checkpoint, {"state": json.dumps(changed)})

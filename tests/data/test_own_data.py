@@ -25,8 +25,10 @@ from mopo_fast.cli import main
 from mopo_fast.config import DynamicsConfig, EvaluationConfig, RolloutConfig, SACConfig
 from mopo_fast.evaluate import Evaluator, evaluate_in_model
 from mopo_fast.rollout import RolloutEngine
+from mopo_fast.run.folder import check_folder
+from mopo_fast.run.resolve import resolve
 from mopo_fast.tasks import TASKS, get_task, make_box, register_task
-from mopo_fast.train import check_folder, resolve, train
+from mopo_fast.train import train
 
 DOCUMENT = (ROOT / "docs" / "own-data.md").read_text()
 SMALL: dict[str, Any] = {

@@ -77,7 +77,7 @@ EXEMPT = {
     "mopo_fast.bulk.files:write_file": "writes into a file of its own, and reads it for its digest",
     "mopo_fast.sweep:_fit": "hands a name to load_dataset",
     "mopo_fast.tasks:_read_task_file": "runs a Python file, which is trusted by being named",
-    "mopo_fast.train:_as_json": "parses JSON that it has just made",
+    "mopo_fast.run.folder:as_json": "parses JSON that it has just made",
 }
 
 
@@ -720,8 +720,8 @@ _RUNS = [
         ("run/*.json", "run/*.csv", "run/*.safetensors", "run/checkpoint/*", "run/checkpoint/*", "data.hdf5"),
         _resume,
         (
-            *("mopo_fast.train:check_folder", "mopo_fast.train:_Loop.restore", "mopo_fast.train:_Loop._take"),
-            *("mopo_fast.train:_train_all", "mopo_fast.utils.tensors:load_metadata"),
+            *("mopo_fast.run.folder:check_folder", "mopo_fast.run.checkpoint:load_checkpoint"),
+            *("mopo_fast.run.resolve:load_data", "mopo_fast.utils.tensors:load_metadata"),
             *("mopo_fast.fit:read_fit", "mopo_fast.run.folder:_parse", "mopo_fast.run.folder:_whole_lines"),
         ),
     ),
@@ -730,14 +730,14 @@ _RUNS = [
         _make_run,
         ("run/checkpoint/*",),
         _resume,
-        ("mopo_fast.train:_Loop.restore", "mopo_fast.train:_Loop._take"),
+        ("mopo_fast.run.checkpoint:load_checkpoint",),
     ),
     Entry(
         "train --dynamics-from",
         _make_first,
         ("first/dynamics.*", "first/fit.json"),
         lambda: _train_on("first"),
-        ("mopo_fast.train:_read_dynamics",),
+        ("mopo_fast.run.dynamics:read_dynamics",),
     ),
     Entry(
         "sweep rows",

@@ -14,7 +14,7 @@ from mopo_fast.config import PENALTIES, Activation, DynamicsConfig, SACConfig
 from mopo_fast.data import Transitions
 from mopo_fast.data.transitions import ROLLOUT_ARRAYS
 from mopo_fast.ensemble import EnsembleDynamics
-from mopo_fast.fit import Fit, _loss_gradient
+from mopo_fast.fit import Fit
 from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine
 from mopo_fast.sac import SAC
@@ -399,8 +399,6 @@ def fit_to_double(fit: Fit) -> Fit:
     fit.inputs, fit.targets = fit.inputs.double(), fit.targets.double()
     fit.optimizer.exp_avgs = [moment.double() for moment in fit.optimizer.exp_avgs]
     fit.optimizer.exp_avg_sqs = [moment.double() for moment in fit.optimizer.exp_avg_sqs]
-    config = dataclasses.replace(fit.config, dtype="float32")
-    fit.gradient = _loss_gradient(fit.parameters, config, len(fit.inputs))
     return fit
 
 
@@ -550,7 +548,7 @@ def fit_state(fit: Fit) -> dict[str, torch.Tensor]:
     parameters = {name for name, _ in fit.model.named_parameters()}
     return {
         name: tensor
-        for name, tensor in fit._live_state().items()
+        for name, tensor in fit.live_state().items()
         if name in parameters or name.rpartition(".")[0] in parameters
     }
 

@@ -10,8 +10,6 @@ import torch
 from kernel_cases import inputs, make_ensemble, make_policy, make_sac, sac_sources
 
 from mopo_fast import EnsembleDynamics, InputError, RolloutEngine
-from mopo_fast import fit as fit_module
-from mopo_fast import sac as sac_module
 from mopo_fast.backends import checked, cpu
 from mopo_fast.backends.gpu.triton import TritonBackend
 from mopo_fast.buffer import RingBuffer
@@ -19,6 +17,7 @@ from mopo_fast.config import DynamicsConfig, SACConfig
 from mopo_fast.data import Transitions
 from mopo_fast.fit import Fit
 from mopo_fast.rollout import allocate
+from mopo_fast.run.population import FitPopulation, SacPopulation
 
 BACKENDS = ["reference", "cpu"]
 
@@ -410,6 +409,6 @@ def test_a_population_of_one_twice(fit: Fit) -> None:
         [make_sac(4, 2, SACConfig(hidden=(4,)), "cpu")],
     ):
         with pytest.raises(InputError, match="SACs are updated together where they are distinct"):
-            sac_module.Population([sac, *others])
+            SacPopulation([sac, *others])
     with pytest.raises(InputError, match="fits are stepped together where they are distinct"):
-        fit_module.Population([fit, fit])
+        FitPopulation([fit, fit])

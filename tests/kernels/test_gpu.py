@@ -10,10 +10,10 @@ from kernel_cases import assert_trained_alike, random_transitions, to_double
 
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import DynamicsConfig, EvaluationConfig, RolloutConfig, SACConfig, TrainConfig
-from mopo_fast.fit import Fit, fit_and_save_many
-from mopo_fast.fit import Population as FitPopulation
-from mopo_fast.sac import SAC, Population
-from mopo_fast.train import train, train_many
+from mopo_fast.fit import Fit
+from mopo_fast.run.population import FitPopulation, SacPopulation, fit_and_save_many, train_many
+from mopo_fast.sac import SAC
+from mopo_fast.train import train
 from mopo_fast.utils.cuda_graphs import Graph
 
 pytestmark = [
@@ -61,7 +61,7 @@ def test_sac_from_a_graph_is_as_accurate_as_on_the_cpu(runs: int) -> None:
         ]
         if double:
             sacs = [to_double(sac) for sac in sacs]
-        population, (data, buffers) = Population(sacs), sources(runs, device)
+        population, (data, buffers) = SacPopulation(sacs), sources(runs, device)
         for call in range(2):
             population.update_many(data, buffers, 103, [call * runs + i for i in range(runs)])
         assert [sac.updates for sac in sacs] == [206] * runs
@@ -84,7 +84,7 @@ def test_a_fit_from_a_graph_is_as_good_as_on_the_cpu(tmp_path: Path) -> None:
     for device in ("cpu", "cuda"):
         fits = [Fit(data, seed, FIT, device, "reference") for seed in range(2)]
         population = FitPopulation(fits)
-        records = [population.run_epoch(lambda share: None) for _ in range(3)]
+        records = [population.run_epoch() for _ in range(3)]
         losses[device] = torch.tensor([[record.train_loss for record in some] for some in records])
         saved = fit_and_save_many(
             data,

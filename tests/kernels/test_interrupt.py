@@ -14,8 +14,8 @@ from mopo_fast.backends import cpu
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import DynamicsConfig, SACConfig
 from mopo_fast.fit import Fit
-from mopo_fast.fit import Population as Fits
-from mopo_fast.sac import Population
+from mopo_fast.run.population import FitPopulation as Fits
+from mopo_fast.run.population import SacPopulation as Population
 
 
 class Rung(Exception):
@@ -117,11 +117,11 @@ def test_the_fit(runs: int, threads: int, dtype: Any, alarm: Callable[..., None]
     few, many = torch.zeros(3, 64, dtype=torch.int64), torch.zeros(3, 10**7, dtype=torch.int64)
     for fit in fits:
         fit.steps(few)
-    before = [{name: tensor.clone() for name, tensor in fit._live_state().items()} for fit in fits]
+    before = [{name: tensor.clone() for name, tensor in fit.live_state().items()} for fit in fits]
     assert_ends_soon(lambda: Fits(fits).steps([many] * runs), alarm)
     for fit, state in zip(fits, before, strict=True):
         assert fit.steps_made == 8
-        assert all(torch.equal(tensor, state[name]) for name, tensor in fit._live_state().items())
+        assert all(torch.equal(tensor, state[name]) for name, tensor in fit.live_state().items())
         same = Fit(data, fit.seed, config, backend="cpu", threads=threads)
         assert same.steps(few) and same.steps(few) == fit.steps(few)
 
@@ -155,10 +155,10 @@ def test_the_fit_of_a_batch_that_takes_long(members: int, threads: int, alarm: C
         members=members, elites=1, hidden=(200, 200), batch_size=30_000, weight_decay=(0.0,) * 3
     )
     fit = Fit(data, 0, config, backend="cpu", threads=threads)
-    before = {name: tensor.clone() for name, tensor in fit._live_state().items()}
+    before = {name: tensor.clone() for name, tensor in fit.live_state().items()}
     rows = torch.zeros(members, 300_000, dtype=torch.int64)
     assert_ends_soon(lambda: fit.steps(rows), alarm)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in fit._live_state().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in fit.live_state().items())
 
 
 @pytest.mark.parametrize("runs", [1, 2])

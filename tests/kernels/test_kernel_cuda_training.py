@@ -29,6 +29,7 @@ from mopo_fast.config import DynamicsConfig, SACConfig
 from mopo_fast.data import Transitions
 from mopo_fast.errors import InputError
 from mopo_fast.fit import Fit
+from mopo_fast.run.population import FitPopulation, SacPopulation
 from mopo_fast.sac import METRICS, SAC
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
@@ -58,7 +59,7 @@ def update(sacs: list[SAC], case: str, updates: int) -> list[dict[str, float]]:
     """Together, each with the seed of its place, as `run_sac` has it for the first."""
     data, buffer = cuda_sources(case, sacs[0].log_alpha.device.type)
     seeds = [7 + place for place in range(len(sacs))]
-    return sac.Population(sacs).update_many(data, [buffer] * len(sacs), updates, seeds)
+    return SacPopulation(sacs).update_many(data, [buffer] * len(sacs), updates, seeds)
 
 
 def make_cuda_fit(case: str, device: str, place: int = 0) -> Fit:
@@ -76,7 +77,7 @@ def make_cuda_fit(case: str, device: str, place: int = 0) -> Fit:
 def step(fits: list[Fit], count: int | None = None) -> list[float]:
     """All steps on the first `count` rows, or all, together."""
     rows = [torch.from_numpy(each.rows[:, :count]).to(each.inputs.device) for each in fits]
-    return fit.Population(fits).steps(rows)
+    return FitPopulation(fits).steps(rows)
 
 
 def on_cpu(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

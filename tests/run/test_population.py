@@ -16,7 +16,9 @@ from mopo_fast.cli import main
 from mopo_fast.config import DynamicsConfig, EvaluationConfig, RolloutConfig, SACConfig, TrainConfig
 from mopo_fast.errors import InputError
 from mopo_fast.evaluate import Evaluation, Evaluator
-from mopo_fast.train import _Loop, train, train_many
+from mopo_fast.run.log import Log
+from mopo_fast.run.population import train_many
+from mopo_fast.train import Training, train
 
 CONFIG = TrainConfig(
     dataset="",
@@ -108,16 +110,16 @@ def test_stopped_between_the_checkpoints_of_two_they_go_on(
     monkeypatch: pytest.MonkeyPatch,
     saves: int,
 ) -> None:
-    outs, made, save = [tmp_path / str(i) for i in range(4)], 0, _Loop.save
+    outs, made, save = [tmp_path / str(i) for i in range(4)], 0, Training.save
 
-    def stopping(self: _Loop, path: Path) -> None:
+    def stopping(self: Training) -> None:
         nonlocal made
         made += 1
         if made > saves:
             raise Stopped
-        save(self, path)
+        save(self)
 
-    monkeypatch.setattr(_Loop, "save", stopping)
+    monkeypatch.setattr(Training, "save", stopping)
     with pytest.raises(Stopped):
         train_many(configs, outs, quiet=True)
     monkeypatch.undo()
@@ -141,20 +143,20 @@ def test_stopped_while_evaluations_are_at_work_they_go_on(
     configs: list[TrainConfig], alone: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first is there, no later one is: rows are held back, and written when the run is gone on with."""
-    outs, given, submit, save = [tmp_path / str(i) for i in range(4)], 0, Evaluator.submit, _Loop.save
+    outs, given, submit, save = [tmp_path / str(i) for i in range(4)], 0, Evaluator.submit, Training.save
 
     def slow(self: Evaluator, *arguments: Any, **options: Any) -> "Future[Evaluation]":
         nonlocal given
         given += 1
         return submit(self, *arguments, **options) if given == 1 else Future()
 
-    def stopping(self: _Loop, path: Path) -> None:
-        save(self, path)
-        if self.epoch == 4 and self.run.out == outs[3]:
+    def stopping(self: Training) -> None:
+        save(self)
+        if self.epoch == 4 and self.out == outs[3]:
             raise Stopped
 
     monkeypatch.setattr(Evaluator, "submit", slow)
-    monkeypatch.setattr(_Loop, "save", stopping)
+    monkeypatch.setattr(Training, "save", stopping)
     with pytest.raises(Stopped):
         train_many(configs, outs, quiet=True)
     monkeypatch.undo()
@@ -166,14 +168,14 @@ def test_stopped_while_evaluations_are_at_work_they_go_on(
 def test_no_more_evaluations_wait_than_may(
     configs: list[TrainConfig], alone: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mopo_fast.train._PENDING", 1)
-    waiting, write = [], _Loop.write_rows
+    monkeypatch.setattr("mopo_fast.run.log._PENDING", 1)
+    waiting, write = [], Log.write
 
-    def counted(self: _Loop, waiting_at_most: int = 0) -> None:
+    def counted(self: Log, waiting_at_most: int = 0) -> None:
         write(self, waiting_at_most)
         waiting.append(len(self.pending))
 
-    monkeypatch.setattr(_Loop, "write_rows", lambda self, waiting=0: counted(self, waiting))
+    monkeypatch.setattr(Log, "write", lambda self, waiting=0: counted(self, waiting))
     monkeypatch.setattr(Future, "done", lambda self: False)
     train(configs[0], tmp_path / "run", quiet=True)
     assert rows(tmp_path / "run") == rows(alone[0])

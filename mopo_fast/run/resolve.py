@@ -1,0 +1,145 @@
+"""A run's settings: what is left open is filled in, and all of it is checked before anything is written."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from mopo_fast.backends import choose_for_run
+from mopo_fast.buffer import row_bytes
+from mopo_fast.config import RunConfig, TrainConfig
+from mopo_fast.data import Transitions, find_dataset, load_dataset
+from mopo_fast.ensemble import EnsembleDynamics, mlp_bytes
+from mopo_fast.errors import InputError
+from mopo_fast.fit import check_fit_memory, count_holdout, make_ensemble
+from mopo_fast.rollout import RolloutEngine
+from mopo_fast.run.checkpoint import last_checkpoint
+from mopo_fast.run.dynamics import read_dynamics
+from mopo_fast.sac import SAC
+from mopo_fast.tasks import Task, get_task, parse_dataset_name, termination_of
+from mopo_fast.utils.machine import check_device, check_memory
+
+
+def resolve(config: TrainConfig, out: Path | None = None) -> tuple[RunConfig, Task]:
+    """Fill in task, horizon and penalty_coef, and check everything; return the task too.
+
+    Args:
+        out: the run's folder; with a checkpoint there, its own copy of the dynamics is what counts.
+
+    Raises:
+        InputError: a setting is unknown or out of range, or what it asks for is not available here.
+    """
+    config, task = _fill_in(config)
+    config.validate()
+    check_device(config.device)
+    # What these refuse is refused now, before the data set is read and the ensemble fitted.
+    make_engine(config, task, _ensemble(config, task, out), config.backend)
+    _check_memory(config, task)
+    make_sac(config, task, training_backend(config))
+    return config, task
+
+
+def load_data(config: RunConfig, task: Task, *, memory_map: bool, quiet: bool) -> Transitions:
+    """Load a run's data set.
+
+    Raises:
+        InputError: it cannot be read, or a run of this config cannot be made of it.
+    """
+    data = load_dataset(config.dataset, memory_map=memory_map, quiet=quiet)
+    if (data.obs_dim, data.act_dim) != (task.obs_dim, task.act_dim):
+        raise InputError(
+            f"{config.dataset} has {data.obs_dim} observation and {data.act_dim} action dimensions, the"
+            f" task {task.name} has {task.obs_dim} and {task.act_dim}; name its own task with --task"
+        )
+    most = max(map(abs, map(float, data.actions.aminmax())))
+    if most > 1.0 + 1e-3:
+        raise InputError(
+            f"{config.dataset}: actions reach {most:.4g}; scale the environment's range to [-1, 1]"
+        )
+    if config.dynamics_from is None:
+        count_holdout(len(data), config.dynamics)
+    return data
+
+
+def _fill_in(config: TrainConfig) -> tuple[RunConfig, Task]:
+    try:
+        named_task, tier = parse_dataset_name(Path(config.dataset).stem)
+    except InputError:
+        if config.task is None:
+            # A data set that is not there at all is the likelier mistake.
+            find_dataset(config.dataset)
+            raise
+        named_task, tier = config.task, None
+    task = get_task(config.task or named_task)
+    rollout = config.rollout
+    horizon, penalty_coef = task.tuned_for(tier, rollout.tuned)
+    if rollout.horizon is None:
+        rollout = dataclasses.replace(rollout, horizon=horizon)
+    if rollout.penalty_coef is None:
+        rollout = dataclasses.replace(rollout, penalty_coef=penalty_coef)
+    given = {field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)}
+    given |= {"task": task.name, "rollout": rollout}
+    return RunConfig(**given, task_sha256=task.file_sha256), task
+
+
+def _ensemble(config: RunConfig, task: Task, out: Path | None) -> EnsembleDynamics:
+    """Return an ensemble of the shape that the run's will have."""
+    if config.dynamics_from is None:
+        check_fit_memory(config.dynamics, config.device)
+        return make_ensemble(task.obs_dim, task.act_dim, config.dynamics).to(config.device)
+    if out is None or last_checkpoint(out) is None:
+        folder = Path(config.dynamics_from)
+        ensemble = read_dynamics(folder)[0].to(config.device)
+    else:
+        folder, ensemble = out, EnsembleDynamics.load(out, config.device)
+    if (ensemble.obs_dim, ensemble.act_dim) != (task.obs_dim, task.act_dim):
+        raise InputError(
+            f"the ensemble in {folder} is for {ensemble.obs_dim} observation and {ensemble.act_dim} action"
+            f" dimensions, the task {task.name} has {task.obs_dim} and {task.act_dim}"
+        )
+    return ensemble
+
+
+def _check_memory(config: RunConfig, task: Task) -> None:
+    sac, rollout = config.sac, config.rollout
+    # As for the fit.
+    networks = 3 * mlp_bytes(1 + sac.critics, (1, *sac.hidden, 1), sac.batch_size)
+    check_memory("SAC", networks, config.device, "sac.batch_size, sac.hidden or sac.critics")
+    rows = rollout.buffer_rows * row_bytes(task.obs_dim, task.act_dim)
+    lower = "horizon, rollout.batch_size or rollout.retain_epochs"
+    check_memory("the model buffer", rows, config.device, lower)
+
+
+def make_engine(config: TrainConfig, task: Task, ensemble: EnsembleDynamics, backend: str) -> RolloutEngine:
+    """Make the engine of a run's rollouts."""
+    rollout = config.rollout
+    assert rollout.penalty_coef is not None
+    return RolloutEngine(
+        ensemble,
+        penalty=rollout.penalty,
+        penalty_coef=rollout.penalty_coef,
+        penalty_members=rollout.penalty_members,
+        termination=termination_of(task, rollout.termination),
+        backend=backend,
+        dtype=rollout.dtype,
+        threads=config.threads,
+    )
+
+
+def make_sac(config: TrainConfig, task: Task, backend: str) -> SAC:
+    """Make a run's SAC as it begins."""
+    return SAC(
+        task.obs_dim,
+        task.act_dim,
+        config.sac,
+        seed=config.seed,
+        device=config.device,
+        total_updates=config.steps,
+        backend=backend,
+        threads=config.threads,
+    )
+
+
+def training_backend(config: TrainConfig) -> str:
+    """Choose the backend of a run's fit and SAC."""
+    return choose_for_run(config.backend, torch.device(config.device))

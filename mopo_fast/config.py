@@ -80,7 +80,7 @@ class DynamicsConfig:
         """Raise `InputError` where a value is out of range."""
         layers, decay = len(self.hidden) + 1, self.weight_decay
         _require(len(decay) == layers, f"weight_decay needs one value per layer, {layers}, got {decay}")
-        _require_known("dtype of the fit", self.dtype, FIT_DTYPES)
+        _require_known("dtype", self.dtype, FIT_DTYPES, " of the fit")
         _require_positive(self, "", "batch_size", "members", "max_epochs", "holdout_max")
         _require(self.patience >= 0, f"patience must be at least 0, got {self.patience}")
         _require(self.learning_rate > 0, f"learning_rate must be positive, got {self.learning_rate}")
@@ -331,8 +331,8 @@ def _require(holds: bool, otherwise: str) -> None:
         raise InputError(otherwise)
 
 
-def _require_known(what: str, value: str, known: Sequence[str]) -> None:
-    _require(value in known, f"unknown {what} {value!r}; there are: {', '.join(known)}")
+def _require_known(what: str, value: str, known: Sequence[str], of: str = "") -> None:
+    _require(value in known, f"unknown {what} {value!r}{of}; there are: {', '.join(known)}")
 
 
 def _require_positive(config: Any, what: str, *names: str) -> None:

@@ -49,6 +49,8 @@ from mopo_fast.fit import fit_dynamics
 from mopo_fast.policy import Actor
 from mopo_fast.report import write_report
 from mopo_fast.rollout import RolloutEngine
+from mopo_fast.run import checkpoint, log
+from mopo_fast.run import folder as folder_files
 from mopo_fast.utils.atomic import read_json
 
 from .children import Entry, check_secret
@@ -569,11 +571,11 @@ def _make_finished(number: int) -> None:
     write_hdf5("data.hdf5", arrays(3, 11, 3, 40))
     first = Path("../tmp", f"run-{number}")
     if not first.exists():
-        keep_older, train._remove_older = train._remove_older, lambda path: None
+        keep_older, checkpoint.remove_older = checkpoint.remove_older, lambda path: None
         write, train.write_report = train.write_report, lambda run, **_: Path(run, "report.html").touch()
         with even_clock():
             train.train(dataclasses.replace(CONFIG, seed=1 + number), first, quiet=True)
-        train._remove_older, train.write_report = keep_older, write
+        checkpoint.remove_older, train.write_report = keep_older, write
     shutil.copytree(first, "run")
     shutil.rmtree("run/tensorboard-fit", ignore_errors=True)
 
@@ -595,7 +597,7 @@ class _Board:
 
 
 def _resume() -> None:
-    train.Board = _Board
+    folder_files.Board = log.Board = _Board
     train.train(CONFIG, "run", resume=True, quiet=True)
     use(Actor.load("run"))
 
@@ -721,6 +723,7 @@ _RUNS = [
         _resume,
         (
             *("mopo_fast.run.folder:check_folder", "mopo_fast.run.checkpoint:load_checkpoint"),
+            *("mopo_fast.train:Training.__enter__", "mopo_fast.train:Training.restore"),
             *("mopo_fast.run.resolve:load_data", "mopo_fast.utils.tensors:load_metadata"),
             *("mopo_fast.fit:read_fit", "mopo_fast.run.folder:_parse", "mopo_fast.run.folder:_whole_lines"),
         ),
@@ -730,7 +733,7 @@ _RUNS = [
         _make_run,
         ("run/checkpoint/*",),
         _resume,
-        ("mopo_fast.run.checkpoint:load_checkpoint",),
+        ("mopo_fast.run.checkpoint:load_checkpoint", "mopo_fast.train:Training.restore"),
     ),
     Entry(
         "train --dynamics-from",
@@ -778,7 +781,7 @@ _RUNS = [
 
 
 def _train_on(folder: str) -> None:
-    train.Board = _Board
+    folder_files.Board = log.Board = _Board
     train.write_report = lambda run, **_: Path(run, "report.html")
     train.train(dataclasses.replace(CONFIG, dynamics_from=folder), "out", quiet=True)
 

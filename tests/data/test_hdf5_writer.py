@@ -191,7 +191,7 @@ def test_a_limit_of_the_file(work: Callable[[Path, Path], None], tmp_path: Path,
 
 KILLED = """
 import os, signal, sys
-from mopo_fast.data import collect
+from mopo_fast.collect import collect
 from mopo_fast.data.hdf5_writer import RowsFile
 append = RowsFile.append
 def append_and_die(self, rows):

@@ -15,7 +15,7 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.inl csrc/cpu/*.cpp
     csrc/cuda/*.h csrc/cuda/*.cuh csrc/cuda/*.cu)
 CPP_OF_TESTS := $(wildcard $(addprefix tests/helpers/,*.cu cuda_emulator/*.h cuda_emulator/*.cpp cuda_emulator/cuda/*))
 
-.PHONY: install demo test fuzz soak test-gpu lint format bench bench-gpu bench-compare sanitize sanitize-gpu \
+.PHONY: install demo check test fuzz soak test-gpu lint format bench bench-gpu bench-compare sanitize sanitize-gpu \
     sanitize-threads clean
 install: $(INSTALLED)
 
@@ -38,6 +38,14 @@ demo: $(INSTALLED)
 test: $(INSTALLED) lint
 	$(BIN)/python -m pytest -n $(JOBS)
 	$(MAKE) fuzz soak
+
+# For work in between, in under 90 seconds: lint, and tests of every room that are quick.
+QUICK := utils core/test_buffer.py core/test_ensemble.py core/test_policy.py core/test_rollout.py core/test_tasks.py \
+    core/test_presets.py run/test_folder.py data/test_data.py data/test_npz.py data/test_transitions.py \
+    bulk/test_plan.py bench kernels/test_checked.py kernels/test_philox.py kernels/test_kernel_math.py \
+    kernels/test_kernel_sac.py kernels/test_kernel_fit.py commands/test_layers.py commands/test_doctor.py
+check: $(INSTALLED) lint
+	$(BIN)/python -m pytest -q -n $(JOBS) -m "not slow" $(addprefix tests/,$(QUICK))
 
 # Every reader of files, fed with mutated ones; what fails is kept in build/fuzz. Other cases: make fuzz SEED=7
 CASES ?= 2000

@@ -1,5 +1,4 @@
-// pybind11: addresses and sizes in, counts out. Nothing is checked here; mopo_fast/backends/cpu.py has done
-// it.
+// pybind11: addresses and sizes in, counts out. Nothing is checked here; mopo_fast/backends/checked.py has.
 #include <system_error>
 
 #include "bind.h"

@@ -1,5 +1,5 @@
 // pybind11: device addresses and sizes in. Nothing is checked here but what CUDA says;
-// mopo_fast/backends/gpu/cuda.py has done the rest.
+// mopo_fast/backends/checked.py has done the rest.
 #include <stdexcept>
 
 #include "bind.h"

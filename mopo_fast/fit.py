@@ -61,7 +61,7 @@ _HISTORY = ("train_loss", "holdout_mse", "improved", "seconds")
 
 @dataclass(frozen=True)
 class FitEpoch:
-    """What one epoch of `fit_dynamics` did.
+    """A record of one epoch of `fit_dynamics`.
 
     Attributes:
         epoch: from 0.
@@ -92,7 +92,7 @@ def split_holdout(n: int, seed: int, config: DynamicsConfig) -> tuple[torch.Tens
 
 
 def count_holdout(n: int, config: DynamicsConfig) -> int:
-    """How many of `n` transitions are held out; raise `InputError` where that is none or all of them."""
+    """Count the held-out ones of `n` transitions; raise `InputError` where that is none or all of them."""
     count = min(int(n * config.holdout_fraction), config.holdout_max)
     if not 1 <= count < n:
         raise InputError(
@@ -179,7 +179,7 @@ def _round(x: torch.Tensor) -> torch.Tensor:
 _to_bfloat16 = functools.partial(round_factor, operands="bfloat16")
 
 
-class ReferenceSteps:
+class PyTorchSteps:
     """Steps of the fit in plain PyTorch, of one ensemble or of several.
 
     Args:
@@ -264,7 +264,7 @@ class Fit:
         self.holdout_inputs, self.holdout_targets = inputs.float().to(device), targets.float().to(device)
         # Side by side: rows are drawn at random, and each lies in one page and as few cache lines as it can.
         split, width = inputs.shape[1], inputs.shape[1] + targets.shape[1]
-        # What grows with the data is in files where the data are.
+        # Tables that grow with the data lie in files if the data do.
         self.mapped = bool(data.info.get("memory_mapped")) and torch.device(device).type == "cpu"
         shape = len(train), width + -width % 16
         if self.mapped:
@@ -286,8 +286,8 @@ class Fit:
         self.layers = [*model.weights, *model.biases]
         self.best = [layer.detach().clone() for layer in self.layers]
         self.parameters = [*self.layers, model.max_logvar, model.min_logvar]
-        self.reference = ReferenceSteps(self.parameters, config)
-        self.optimizer = self.reference.optimizer
+        self.pytorch_steps = PyTorchSteps(self.parameters, config)
+        self.optimizer = self.pytorch_steps.optimizer
         self.history: list[FitEpoch] = []
 
     def _indices(self) -> np.ndarray:
@@ -328,8 +328,8 @@ class Fit:
         return best
 
     @property
-    def last_epoch(self) -> int:
-        """How many epochs there will be if no member improves any more."""
+    def expected_epochs(self) -> int:
+        """The number of epochs after which the fit ends if no member improves any more."""
         improved = [record.epoch + 1 for record in self.history if any(record.improved)]
         end = max(improved, default=0) + self.config.patience + 1
         return end if self.config.max_epochs is None else min(end, self.config.max_epochs)
@@ -394,7 +394,7 @@ class Fit:
         """Make a step on each batch of rows [members, count], int64: the sum of the losses."""
         if kernels := backends.training_kernels(self.backend):
             return checked.fit_steps(kernels, [self.kernel_run(rows)], self.threads)[0]
-        return float(self.reference(*self.batches(rows)))
+        return float(self.pytorch_steps(*self.batches(rows)))
 
     def kernel_run(self, rows: torch.Tensor) -> FitRun:
         """Return the call of a kernel that makes `steps`."""
@@ -578,14 +578,14 @@ def _run(
     for record in fit.history:
         report(record)
     # The bar's end is where the fit stops if nothing improves any more: it moves while it gets better.
-    with progress_bar("fit: epochs", fit.last_epoch, quiet=quiet) as bar:
-        while len(fit.history) < fit.last_epoch:
+    with progress_bar("fit: epochs", fit.expected_epochs, quiet=quiet) as bar:
+        while len(fit.history) < fit.expected_epochs:
             record = fit.run_epoch(lambda done: bar.update(completed=done))
             if checkpoint is not None:
                 fit.save(checkpoint, fingerprint)
             report(record)
             elites = sorted(record.holdout_mse)[: fit.config.elites]
-            bar.update(total=fit.last_epoch, note=f"holdout MSE {np.mean(elites):.4g}")
+            bar.update(total=fit.expected_epochs, note=f"holdout MSE {np.mean(elites):.4g}")
 
 
 def fit_and_save(

@@ -137,7 +137,7 @@ class SAC:
 
     @property
     def batch_rows(self) -> tuple[int, int]:
-        """How many rows of a batch are of the data set, and how many of the model."""
+        """The numbers of rows in a batch that come from the data set and from the model."""
         real = int(self.config.real_ratio * self.config.batch_size)
         return real, self.config.batch_size - real
 
@@ -157,7 +157,7 @@ class SAC:
         Returns:
             The values of `METRICS` before the step, [6]; entropy is the mean of -log_prob.
         """
-        # Of several runs side by side, every tensor has one dimension more, the first.
+        # With several runs at once every tensor has a leading dimension more.
         config, alpha = self.config, self.alpha
         actor, critic, temperature = (self.optimizers[name] for name in ("actor", "critic", "alpha"))
         target_q = self._target_q(batch, next_noise, alpha)

@@ -26,7 +26,7 @@ from mopo_fast.policy import Actor
 from mopo_fast.report import write_report
 from mopo_fast.run import checkpoint
 from mopo_fast.run.checkpoint import Rollout, Tensors
-from mopo_fast.run.dynamics import make_dynamics
+from mopo_fast.run.dynamics import make_dynamics, training_backend
 from mopo_fast.run.folder import (
     SpentSeconds,
     check_folder,
@@ -37,7 +37,7 @@ from mopo_fast.run.folder import (
     write_summary,
 )
 from mopo_fast.run.log import Clock, Log, Pending
-from mopo_fast.run.resolve import load_data, make_engine, make_sac, resolve, training_backend
+from mopo_fast.run.resolve import load_data, make_engine, make_sac, resolve
 from mopo_fast.tasks import Task
 from mopo_fast.utils.lock import locked
 from mopo_fast.utils.machine import resolve_threads
@@ -92,7 +92,7 @@ def train(
                 digest = data_sha256(data)
                 make_dynamics(config, out, data, digest, quiet)
                 with (
-                    Evaluator(workers(config)) as evaluator,
+                    Evaluator(evaluation_workers(config)) as evaluator,
                     Training(config, task, out, data.to(config.device), digest, evaluator, started) as run,
                     progress_bar("train: epochs", config.epochs, quiet=quiet) as bar,
                 ):
@@ -109,7 +109,7 @@ def train(
         return read_summary(out)
 
 
-def workers(config: TrainConfig) -> int:
+def evaluation_workers(config: TrainConfig) -> int:
     """Return how many processes evaluate beside the training."""
     if config.evaluation.workers is not None:
         return config.evaluation.workers
@@ -154,6 +154,7 @@ class Training:
         self.rollouts: list[Rollout] = []
         self.policies: dict[int, Tensors] = {}
         self.clock = Clock(started)
+        self._before = dict(self.clock.seconds)
         # Where there is no environment the model says how good a policy is.
         self.log = Log(out, self.clock, "environment" if task.env_id else "model")
         self.epoch = 0
@@ -180,7 +181,7 @@ class Training:
         self._before, head = dict(self.clock.seconds), self.buffer.head
         self.policies[self.epoch] = self._policy()
         with self.clock("rollout"):
-            rows = self._roll_out(self.sac.actor, self.epoch)
+            rows = self._fill_buffer(self.sac.actor, self.epoch)
         self.rollouts.append(Rollout(self.epoch, head, len(rows)))
         # One stays as long as any of its rows does: made again in order, they fill the buffer as it is.
         while sum(rollout.rows for rollout in self.rollouts[1:]) >= self.buffer.capacity:
@@ -214,7 +215,7 @@ class Training:
         pending = Pending(row)
         if self.epoch == self.config.epochs or self.epoch % self.config.evaluation.interval == 0:
             pending.policy = self._policy()
-            self._evaluate(pending)
+            self._begin_evaluation(pending)
         spent = {name: seconds - self._before[name] for name, seconds in self.clock.seconds.items()}
         row |= {f"seconds_{name}": seconds for name, seconds in spent.items()}
         row["seconds_total"] = self.clock.elapsed()
@@ -285,7 +286,7 @@ class Training:
         self.clock.started -= self.clock.seconds.pop("total")
         for pending in self.log.pending:
             if pending.policy is not None:
-                self._evaluate(pending)
+                self._begin_evaluation(pending)
         self._refill(path)
 
     def _refill(self, path: Path) -> None:
@@ -295,14 +296,14 @@ class Training:
         with self.clock("rollout"):
             for rollout in self.rollouts:
                 actor.load_state_dict(self.policies[rollout.epoch])
-                rows = len(self._roll_out(actor, rollout.epoch))
+                rows = len(self._fill_buffer(actor, rollout.epoch))
                 if rows != rollout.rows:
                     raise InputError(
                         f"{path}: the rollout of epoch {rollout.epoch} gave {rows} rows, {rollout.rows} when"
                         " it was made; resume with the dynamics that the run began with"
                     )
 
-    def _roll_out(self, policy: Actor, epoch: int) -> Transitions:
+    def _fill_buffer(self, policy: Actor, epoch: int) -> Transitions:
         """Append the model rollouts of `epoch` to the buffer."""
         rows = self.engine.rollout(
             policy,
@@ -326,7 +327,7 @@ class Training:
         """Return a copy of the actor's parameters."""
         return {name: value.clone() for name, value in self.sac.actor.state_dict().items()}
 
-    def _evaluate(self, pending: Pending) -> None:
+    def _begin_evaluation(self, pending: Pending) -> None:
         """Have a row's policy evaluated, here or beside; without an environment by the model, here."""
         assert pending.policy is not None
         config, actor = self.config, copy.deepcopy(self.sac.actor)

@@ -45,7 +45,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a step ended.
+    """A step and its end.
 
     Attributes:
         state: "passed", "skipped", "failed", "cut" at the end of its time, "absent" where the command is not
@@ -60,7 +60,7 @@ class Outcome:
 
     @property
     def is_bad(self) -> bool:
-        """Whether the whole run fails by it. Skipped steps are the caller's to judge."""
+        """True if the whole run fails by it. Skipped steps are the caller's to judge."""
         return self.step.gates and self.state not in ("passed", "skipped")
 
 

@@ -20,7 +20,7 @@ from mopo_fast.backends.interface import (
     StepCall,
     StepResult,
 )
-from mopo_fast.backends.training import fit_call, sac_call
+from mopo_fast.backends.training_calls import fit_call, sac_call
 from mopo_fast.config import ACTIVATIONS, PENALTIES
 from mopo_fast.data.transitions import ROLLOUT_ARRAYS, array_layout
 from mopo_fast.errors import InputError

@@ -238,7 +238,7 @@ class Need:
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """Whether a backend can run on this machine, and the reason in words.
+    """A backend's availability on this machine, and the reason in words.
 
     `by_name_only`: it is for debugging, or new, and "auto" passes it by.
     """

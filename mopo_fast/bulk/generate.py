@@ -113,7 +113,7 @@ class Generator:
         """Make a shard's transitions, which are the first rows of `ring`, and its metadata.
 
         Args:
-            ring: of `ring`, for the plan's largest shard; its former rows are lost.
+            ring: made by `self.ring` for the plan's largest shard; its former rows are lost.
             advance: as in `fill`.
 
         Raises:

@@ -159,7 +159,11 @@ def summarise(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def as_text(summary: dict[str, Any], width: int = 40) -> str:
+# Columns of a histogram's longest bar.
+_WIDTH = 40
+
+
+def as_text(summary: dict[str, Any]) -> str:
     """Draw a summary for a terminal: counts, the histogram of penalties, terminations step by step."""
     rows, counts = summary["rows"], summary["penalty_counts"]
     lines = [
@@ -173,11 +177,11 @@ def as_text(summary: dict[str, Any], width: int = 40) -> str:
     filled = [i for i, count in enumerate(counts) if count]
     most = max(counts, default=0)
     for i in range(filled[0], filled[-1] + 1) if filled else ():
-        lines.append(f"  from {edges[i]:>8} {'█' * round(width * counts[i] / most):<{width}} {counts[i]:,}")
+        lines.append(f"  from {edges[i]:>8} {'█' * round(_WIDTH * counts[i] / most):<{_WIDTH}} {counts[i]:,}")
     lines += ["", "ended by termination"]
     for step, (here, ended) in enumerate(
         zip(summary["rows_of_step"], summary["terminals_of_step"], strict=True)
     ):
         share = ended / here if here else 0.0
-        lines.append(f"  step {step + 1:>3} {'█' * round(width * share):<{width}} {share:.2%} of {here:,}")
+        lines.append(f"  step {step + 1:>3} {'█' * round(_WIDTH * share):<{_WIDTH}} {share:.2%} of {here:,}")
     return "\n".join(lines)

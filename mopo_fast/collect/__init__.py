@@ -17,6 +17,7 @@ from mopo_fast.data.relabel import RELABELLED
 from mopo_fast.errors import InputError
 from mopo_fast.tasks import TASKS
 from mopo_fast.utils.atomic import check_writable
+from mopo_fast.utils.machine import resolve_threads
 
 __all__ = ["collect"]
 
@@ -65,12 +66,11 @@ def collect(
             f"cannot collect {name!r}; it must be TASK-TIER with a task of {', '.join(d4rl.TASKS)}"
             f" and a tier of {', '.join(d4rl.TIERS)}; or {' or '.join(RELABELLED)}"
         )
-    if threads is None:
-        threads = len(os.sched_getaffinity(0))
+    threads = resolve_threads(threads)
     if steps is not None and tier.endswith("replay"):
         raise InputError(f"{local_name} holds all that was stored; leave out steps, got {steps!r}")
     steps = 1_000_000 if steps is None else steps
-    for what, value, least in (("steps", steps, 1), ("seed", seed, 0), ("threads", threads, 1)):
+    for what, value, least in (("steps", steps, 1), ("seed", seed, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise InputError(f"{what} must be a whole number of at least {least}, got {value!r}")
     local_name = f"{local_name}-local"

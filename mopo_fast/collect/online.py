@@ -109,7 +109,7 @@ class _Paths:
 
 
 def _draw(actor: Actor | None, seed: int, *shape: int) -> torch.Tensor:
-    """Of each action: standard normal noise for the actor's; without an actor the action itself, uniform."""
+    """Draw standard normal noise for the actor's actions; without an actor uniform actions themselves."""
     generator = torch.Generator().manual_seed(seed)
     if actor is None:
         return torch.empty(shape).uniform_(-1.0, 1.0, generator=generator)
@@ -434,7 +434,7 @@ def collect_online(
     config: OnlineConfig,
     quiet: bool,
 ) -> None:
-    """What `mopo_fast.collect.uniform` does for one data set, its arguments checked.
+    """Write one data set of SAC trained online; `collect` has checked the arguments.
 
     Raises:
         InputError: as `OnlineTraining` and `OnlineTraining.run`, or another process works on this training.

@@ -10,12 +10,11 @@ from mopo_fast.data import d4rl, minari
 from mopo_fast.data.files import Compat, from_arrays, load_file
 from mopo_fast.data.local import local_file, local_folder
 from mopo_fast.data.relabel import relabel, relabel_file
-from mopo_fast.data.transitions import Transitions, concatenate
+from mopo_fast.data.transitions import Transitions
 from mopo_fast.errors import InputError
 
 __all__ = [
     "Transitions",
-    "concatenate",
     "find_dataset",
     "load_dataset",
     "load_file",

@@ -157,14 +157,3 @@ def first_not_finite(array: torch.Tensor) -> int | None:
         if not finite.all():
             return number * size + int((~finite).nonzero()[0, 0])
     return None
-
-
-def concatenate(parts: list[Transitions]) -> Transitions:
-    """Join sets with the same arrays; name and info are the first one's."""
-    if not parts:
-        raise InputError("nothing to concatenate")
-    arrays = [part.arrays() for part in parts]
-    if any(other.keys() != arrays[0].keys() for other in arrays):
-        raise InputError(f"cannot concatenate sets with different arrays: {[sorted(a) for a in arrays]}")
-    joined: dict[str, Any] = {name: torch.cat([other[name] for other in arrays]) for name in arrays[0]}
-    return dataclasses.replace(parts[0], **joined)

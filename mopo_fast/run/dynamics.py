@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mopo_fast.backends import choose_for_run
-from mopo_fast.config import RunConfig
+from mopo_fast.config import RunConfig, TrainConfig
 from mopo_fast.data import Transitions
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
@@ -36,7 +36,7 @@ def make_dynamics(config: RunConfig, out: Path, data: Transitions, data_digest: 
             seed=config.seed,
             config=config.dynamics,
             device=config.device,
-            backend=choose_for_run(config.backend, torch.device(config.device)),
+            backend=training_backend(config),
             threads=config.threads,
             quiet=quiet,
         )
@@ -73,3 +73,8 @@ def copy_fit(source: Path, out: Path) -> None:
     ensemble.save(out)
     if fit is not None:
         write_json(out / "fit.json", fit)
+
+
+def training_backend(config: TrainConfig) -> str:
+    """Choose the backend of a run's fit and SAC."""
+    return choose_for_run(config.backend, torch.device(config.device))

@@ -145,7 +145,7 @@ def check_folder(out: Path, config: RunConfig, resume: bool) -> None:
     """Refuse a folder that holds another run, or whose parts are elsewhere."""
     refuse_links(out / "checkpoint", out / "tensorboard-fit")
     if resume:
-        # What atomic_path had not renamed yet when the run was killed; a folder below may be a live run's.
+        # Remove the temporary files of a killed session, but not below: a folder there may be a live run's.
         for folder in (out, out / "checkpoint"):
             sweep(folder)
     # config.json is the first file of a run.

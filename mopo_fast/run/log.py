@@ -59,7 +59,7 @@ class Log:
     """The rows of a run's epochs, written in order, each once its evaluation is there.
 
     Args:
-        scored_by: what returns are of, the environment or the model.
+        scored_by: "environment" or "model".
 
     Attributes:
         pending: rows that are not written yet.

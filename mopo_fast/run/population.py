@@ -25,9 +25,9 @@ from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.evaluate import Evaluator
-from mopo_fast.fit import Fit, FitEpoch, ReferenceSteps, data_sha256, fit_checkpoint, save_fit
+from mopo_fast.fit import Fit, FitEpoch, PyTorchSteps, data_sha256, fit_checkpoint, save_fit
 from mopo_fast.report import write_report
-from mopo_fast.run.dynamics import copy_fit, make_dynamics
+from mopo_fast.run.dynamics import copy_fit, make_dynamics, training_backend
 from mopo_fast.run.folder import (
     as_json,
     check_folder,
@@ -36,10 +36,10 @@ from mopo_fast.run.folder import (
     read_summary,
     write_config,
 )
-from mopo_fast.run.resolve import load_data, resolve, training_backend
+from mopo_fast.run.resolve import load_data, resolve
 from mopo_fast.sac import SAC, sum_by_kernel
 from mopo_fast.tasks import Task
-from mopo_fast.train import Training, progress_note, workers
+from mopo_fast.train import Training, evaluation_workers, progress_note
 from mopo_fast.utils.atomic import refuse_links
 from mopo_fast.utils.lock import locked
 from mopo_fast.utils.progress import progress_bar
@@ -123,7 +123,7 @@ class FitPopulation:
         self.fits = list(fits)
         kinds = [(fit.config, fit.backend, fit.model.obs_dim, fit.model.act_dim) for fit in self.fits]
         _check_alike("fits are stepped", self.fits, kinds)
-        self._whole: ReferenceSteps | None = None
+        self._whole: PyTorchSteps | None = None
 
     def run_epoch(self, on_progress: Callable[[float], None] = lambda _: None) -> list[FitEpoch]:
         """Do for each what `Fit.run_epoch` does; on_progress is told the share of it that is done."""
@@ -152,13 +152,13 @@ class FitPopulation:
                 fit.steps_made = int(whole.optimizer.steps[0])
         return losses
 
-    def _lay_together(self) -> ReferenceSteps:
+    def _lay_together(self) -> PyTorchSteps:
         """Return steps of the parameters of all, [fits, ...] each; theirs become views of these."""
         first, bounds = self.fits[0], [fit.parameters[-1] for fit in self.fits]
         # Another population may have taken them since.
         if self._whole is None or not _are_views(bounds, self._whole.parameters[-1]):
             parameters = [_stack(each) for each in zip(*(fit.parameters for fit in self.fits), strict=True)]
-            self._whole = ReferenceSteps([each.requires_grad_() for each in parameters], first.config)
+            self._whole = PyTorchSteps([each.requires_grad_() for each in parameters], first.config)
             for name in ("exp_avgs", "exp_avg_sqs"):
                 moments = zip(*(getattr(fit.optimizer, name) for fit in self.fits), strict=True)
                 setattr(self._whole.optimizer, name, list(map(_stack, moments)))
@@ -212,10 +212,10 @@ def fit_and_save_many(
                 fit.restore(checkpoint, fingerprint)
         bar = stack.enter_context(progress_bar("fit: epochs", None, quiet=quiet))
         population: FitPopulation | None = None
-        while some := _behind([fit for fit in fits if len(fit.history) < fit.last_epoch]):
+        while some := _behind([fit for fit in fits if len(fit.history) < fit.expected_epochs]):
             if population is None or population.fits != some:
                 population = FitPopulation(some)
-            bar.update(total=sum(fit.last_epoch for fit in fits))
+            bar.update(total=sum(fit.expected_epochs for fit in fits))
 
             def on_progress(share: float, done: int = sum(map(_epochs, fits)), more: int = len(some)) -> None:
                 bar.update(completed=done + share * more)
@@ -312,7 +312,7 @@ def _train_all(
         make_dynamics(one, out, data, digest, quiet)
     on_device = data.to(config.device)
     with (
-        Evaluator(workers(config)) as evaluator,
+        Evaluator(evaluation_workers(config)) as evaluator,
         progress_bar("train: epochs", config.epochs * len(configs), quiet=quiet) as bar,
         contextlib.ExitStack() as stack,
     ):

@@ -1,11 +1,8 @@
-"""A run's settings: what is left open is filled in, and all of it is checked before anything is written."""
+"""A run's settings, filled in and checked before anything is written; and what a run is made of by them."""
 
 import dataclasses
 from pathlib import Path
 
-import torch
-
-from mopo_fast.backends import choose_for_run
 from mopo_fast.buffer import row_bytes
 from mopo_fast.config import RunConfig, TrainConfig
 from mopo_fast.data import Transitions, find_dataset, load_dataset
@@ -14,7 +11,7 @@ from mopo_fast.errors import InputError
 from mopo_fast.fit import check_fit_memory, count_holdout, make_ensemble
 from mopo_fast.rollout import RolloutEngine
 from mopo_fast.run.checkpoint import last_checkpoint
-from mopo_fast.run.dynamics import read_dynamics
+from mopo_fast.run.dynamics import read_dynamics, training_backend
 from mopo_fast.sac import SAC
 from mopo_fast.tasks import Task, get_task, parse_dataset_name, termination_of
 from mopo_fast.utils.machine import check_device, check_memory
@@ -32,7 +29,7 @@ def resolve(config: TrainConfig, out: Path | None = None) -> tuple[RunConfig, Ta
     config, task = _fill_in(config)
     config.validate()
     check_device(config.device)
-    # What these refuse is refused now, before the data set is read and the ensemble fitted.
+    # Made once now, so that their errors come before the data set is read and the ensemble fitted.
     make_engine(config, task, _ensemble(config, task, out), config.backend)
     _check_memory(config, task)
     make_sac(config, task, training_backend(config))
@@ -138,8 +135,3 @@ def make_sac(config: TrainConfig, task: Task, backend: str) -> SAC:
         backend=backend,
         threads=config.threads,
     )
-
-
-def training_backend(config: TrainConfig) -> str:
-    """Choose the backend of a run's fit and SAC."""
-    return choose_for_run(config.backend, torch.device(config.device))

@@ -25,7 +25,7 @@ from mopo_fast.errors import InputError
 from mopo_fast.fit import (
     Fit,
     FitEpoch,
-    ReferenceSteps,
+    PyTorchSteps,
     data_sha256,
     dynamics_inputs_targets,
     fit_and_save,
@@ -203,11 +203,11 @@ def test_each_member_has_its_own_bootstrap_and_a_new_order_each_epoch(
 
     seen: list[torch.Tensor] = []
 
-    def spy(self: ReferenceSteps, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def spy(self: PyTorchSteps, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         seen.append(inputs.clone())
         return torch.zeros(())
 
-    monkeypatch.setattr(ReferenceSteps, "__call__", spy)
+    monkeypatch.setattr(PyTorchSteps, "__call__", spy)
     for _ in range(2):
         fit.run_epoch()
     half = len(seen) // 2

@@ -10,7 +10,7 @@ from mopo_fast.backends import cpu
 from mopo_fast.backends.cpu import CpuBackend
 from mopo_fast.backends.interface import FitRun
 from mopo_fast.config import DynamicsConfig
-from mopo_fast.fit import ReferenceSteps, fit_dynamics
+from mopo_fast.fit import PyTorchSteps, fit_dynamics
 
 
 @pytest.mark.parametrize("one_step", [True, False])
@@ -90,12 +90,12 @@ def test_fit_goes_through_the_backend(backend: str, monkeypatch: pytest.MonkeyPa
         seen.append(("cpu", runs[0].rows.shape[1]))
         return [0.0]
 
-    def batched(self: ReferenceSteps, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def batched(self: PyTorchSteps, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         seen.append(("reference", inputs.shape[1]))
         return torch.zeros(())
 
     monkeypatch.setattr(CpuBackend, "fit_steps", fused)
-    monkeypatch.setattr(ReferenceSteps, "__call__", batched)
+    monkeypatch.setattr(PyTorchSteps, "__call__", batched)
     monkeypatch.setattr(fit_module, "_STEPS_AT_ONCE", 2)
     config = DynamicsConfig(
         hidden=(8,), weight_decay=(0.0, 0.0), batch_size=16, max_epochs=1, members=2, elites=1

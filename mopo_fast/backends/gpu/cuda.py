@@ -26,7 +26,7 @@ from mopo_fast.backends.interface import (
     StepResult,
     network_sizes,
 )
-from mopo_fast.backends.training import fit_call, sac_call
+from mopo_fast.backends.training_calls import fit_call, sac_call
 from mopo_fast.config import ACTIVATIONS, PENALTIES
 from mopo_fast.data.transitions import ROLLOUT_ARRAYS
 from mopo_fast.utils.interrupts import deferred

@@ -208,11 +208,12 @@ class PyTorchSteps:
     def _steps(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         total = self.parameters[-1].new_zeros(self.parameters[-1].shape[:-1], dtype=torch.float64)
         size = self.config.batch_size
-        for x, y in zip(inputs.split(size, -2), targets.split(size, -2), strict=True):
-            with deferred():
+        with deferred() as interrupts:
+            for x, y in zip(inputs.split(size, -2), targets.split(size, -2), strict=True):
                 loss = negative_log_likelihood(self.parameters, x, y, self.config)
                 self.optimizer.step(torch.autograd.grad(loss.sum(), self.parameters))
                 total += loss.detach()
+                interrupts.look()
         return total
 
 

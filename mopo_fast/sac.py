@@ -285,9 +285,10 @@ class SAC:
 
     def _learn(self, *batches: torch.Tensor) -> torch.Tensor:
         total = self.log_alpha.new_zeros(*self.log_alpha.shape, len(METRICS))
-        for *learned_from, noise, next_noise in zip(*batches, strict=True):
-            with deferred():
+        with deferred() as interrupts:
+            for *learned_from, noise, next_noise in zip(*batches, strict=True):
                 total += self.update(Transitions(*learned_from), noise, next_noise)
+                interrupts.look()
         return total
 
     def means(self, total: Sequence[float], updates: int) -> dict[str, float]:

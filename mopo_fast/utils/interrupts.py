@@ -3,32 +3,50 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
-@contextlib.contextmanager
-def deferred() -> Iterator[None]:
-    """Let Ctrl-C wait until the block has ended: what it changes is changed whole.
+class Interrupts:
+    """Ctrl-C that waits for a moment at which nothing is half done.
 
-    A second Ctrl-C does not wait.
-    Signals reach Python's main thread alone; in any other, nothing needs to be done.
+    Args:
+        handler: for a Ctrl-C whose moment has come.
+    """
+
+    def __init__(self, handler: Callable[..., Any]) -> None:
+        self._handler = handler
+        self._waiting: tuple[Any, ...] | None = None
+
+    def catch(self, *arguments: Any) -> None:
+        """Handle the signal: the first one waits, a second one does not."""
+        if self._waiting is not None:
+            self._handler(*arguments)
+        self._waiting = arguments
+
+    def look(self) -> None:
+        """Let a Ctrl-C that waits happen now, between two steps of a loop."""
+        if self._waiting is not None:
+            arguments, self._waiting = self._waiting, None
+            self._handler(*arguments)
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[Interrupts]:
+    """Let Ctrl-C wait until the block looks for it, or has ended: what it changes is changed whole.
+
+    Python loses an exception that a signal raises in the middle of a garbage collection; one that waits is
+    not lost. A second Ctrl-C does not wait. Signals reach Python's main thread alone; in any other, nothing
+    needs to be done.
     """
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
+        yield Interrupts(lambda *_: None)
         return
-    caught: list[tuple[Any, ...]] = []
-
-    def catch(*arguments: Any) -> None:
-        if caught:
-            handler(*arguments)
-        caught.append(arguments)
-
-    signal.signal(signal.SIGINT, catch)
+    interrupts = Interrupts(handler)
+    signal.signal(signal.SIGINT, interrupts.catch)
     try:
-        yield
+        yield interrupts
     finally:
         signal.signal(signal.SIGINT, handler)
-        if caught:
-            handler(*caught[0])
+        interrupts.look()

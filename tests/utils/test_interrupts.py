@@ -1,0 +1,91 @@
+"""Ctrl-C that waits for its moment."""
+
+import signal
+import threading
+import weakref
+from collections.abc import Iterator
+
+import pytest
+
+from mopo_fast.utils.interrupts import deferred
+
+
+@pytest.fixture(autouse=True)
+def raising() -> Iterator[None]:
+    """Ctrl-C raises, also where the tests run in the background; and the handler comes back."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
+def interrupt() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_it_waits_for_a_look() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), deferred() as interrupts:
+        for step in range(5):
+            if step == 2:
+                interrupt()
+            done.append(step)
+            interrupts.look()
+    assert done == [0, 1, 2]
+
+
+def test_it_waits_for_the_end() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), deferred():
+        interrupt()
+        done.append("whole")
+    assert done == ["whole"]
+
+
+def test_a_second_one_does_not_wait() -> None:
+    with pytest.raises(KeyboardInterrupt), deferred():
+        interrupt()
+        interrupt()
+        pytest.fail("it waited")
+
+
+def test_an_inner_block_leaves_it_to_the_outer_one() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), deferred() as outer:
+        with deferred() as inner:
+            interrupt()
+            inner.look()
+            done.append("inner")
+        done.append("between")
+        outer.look()
+        done.append("after")
+    assert done == ["inner", "between"]
+
+
+def test_it_is_not_lost_where_python_loses_exceptions() -> None:
+    """An exception in the callback of a weak reference, as in a garbage collection, goes nowhere."""
+
+    class Some:
+        pass
+
+    with pytest.raises(KeyboardInterrupt), deferred() as interrupts:
+        some = Some()
+        reference = weakref.ref(some, lambda _: interrupt())
+        del some
+        assert reference() is None
+        interrupts.look()
+        pytest.fail("it was lost")
+
+
+def test_other_threads_need_nothing() -> None:
+    seen = []
+
+    def work() -> None:
+        with deferred() as interrupts:
+            interrupts.look()
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [signal.default_int_handler]

@@ -33,9 +33,10 @@ _UGLY = re.compile(
 _TELLING = re.compile(r"^(\w+\.)*\w*(Error|Exception|Interrupt)\b|^error: |^stopped|what\(\):|^Fatal|libgomp")
 # Ends for want of memory that commands cannot turn into a sentence. Rust's libraries (safetensors) abort.
 # HDF5 ends by SIGSEGV where it opens a file with less than 0.5 MiB of address space left. MuJoCo's exception
-# says nothing.
+# says nothing. NumPy's OpenBLAS exits by itself.
 _CRASHES = re.compile(
-    r"^memory allocation of \d+ bytes failed$|h5py/.* in make_fid$|^RuntimeError: Caught an unknown exc",
+    r"^memory allocation of \d+ bytes failed$|h5py/.* in make_fid$|^RuntimeError: Caught an unknown exc|"
+    r"^OpenBLAS error: Memory allocation still failed",
     re.MULTILINE,
 )
 # The data are opened right after the imports.

@@ -29,7 +29,7 @@ TRANSITIONS, EPOCHS, UPDATES, EPISODES = 1_000_000, 1000, 1000, 10
 STEPS_MEASURED, UPDATES_MEASURED = 64, 100
 PHASES = ("fit", "rollout", "sac", "evaluate")
 
-# Whose piece of each phase: names of contenders of `mopo_fast.bench.measure` and of `BASELINES`.
+# The contender that makes each phase, by its name in `mopo_fast.bench.measure` or in `BASELINES`.
 WAYS = {
     "mopo_fast": ("cpu", "cpu", "cpu", "side by side"),
     "mopo_fast, bfloat16 fit and rollouts": ("cpu bfloat16", "cpu bfloat16", "cpu", "side by side"),

@@ -1,4 +1,4 @@
-"""What measures a GPU is tried on the CPU, small: a machine with a GPU may be there for minutes."""
+"""The measurements for a GPU, tried small on the CPU: a GPU may be there for minutes."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-// What spec.h asks of a number type, for one float on host and device; a vector's is in cpu/vec.h and math.h.
+// The functions that spec.h needs, for one float on host and device. Vectors have theirs in cpu/.
 #pragma once
 
 #include <cmath>

@@ -155,7 +155,7 @@ class Training:
         self.policies: dict[int, Tensors] = {}
         self.clock = Clock(started)
         self._before = dict(self.clock.seconds)
-        # Where there is no environment the model says how good a policy is.
+        # A task without an environment is scored by the model.
         self.log = Log(out, self.clock, "environment" if task.env_id else "model")
         self.epoch = 0
 

@@ -34,7 +34,7 @@ class Arena {
     memory_.reset(static_cast<char*>(std::aligned_alloc(alignment, bytes)));
     if (!memory_) throw std::bad_alloc();
 #ifdef MADV_HUGEPAGE
-    // What is read down the columns of a matrix then has its address translations at hand.
+    // Reading down the columns of a matrix then costs fewer address translations.
     if (large) madvise(memory_.get(), bytes, MADV_HUGEPAGE);
 #endif
     used_ = 0;

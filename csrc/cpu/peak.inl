@@ -26,7 +26,7 @@ static double float32_peak(int64_t rounds, float* numbers) {
   return 2.0 * W * kChains * static_cast<double>(rounds);
 }
 
-// Where the instruction set has none of bfloat16, its products are float32's.
+// Without bfloat16 products of its own, an instruction set's peak is float32's.
 static double bfloat16_peak(int64_t rounds, float* numbers) {
 #if defined(MOPO_AMX)
   // Four sums of 16 x 16 numbers, each of 32 products: a tile's product takes as long as three others begin.

@@ -127,7 +127,7 @@ void allocate(Arena& arena, Memory& memory, const Sizes&... sizes) {
 
 constexpr int64_t kChunkBytes = int64_t{2} << 20;
 
-// Of predictions and output.
+// Bytes that a row of predictions and output takes.
 int64_t row_bytes(const RolloutArgs& args) {
   return static_cast<int64_t>(sizeof(float)) * (2 * (args.obs_dim + 1) * args.dynamics.networks +
                                                 args.horizon * (2 * args.obs_dim + args.act_dim + 8));

@@ -105,7 +105,7 @@ struct Consumer {
       for (int s = begin(chunk); s < begin(chunk + 1); ++s)
         ptx::multiply_add(type, d, a[s], ptx::behind(matrix, (s - begin(chunk)) * kImage));
       ptx::products_commit();
-      // What is under way keeps the tensor cores busy until the other group's first product.
+      // The products under way keep the tensor cores busy until the other group's first one.
       if (chunk == kChunks - 1) pass_turn();
       if (chunk > 0) {
         ptx::products_wait<1>();

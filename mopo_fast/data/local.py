@@ -5,11 +5,11 @@ from pathlib import Path
 
 
 def local_folder() -> Path:
-    """Where local data sets live: `$MOPO_FAST_DATA_DIR`, else `~/.mopo_fast/datasets`."""
+    """Return the folder of local data sets: `$MOPO_FAST_DATA_DIR`, else `~/.mopo_fast/datasets`."""
     return Path(os.environ.get("MOPO_FAST_DATA_DIR") or "~/.mopo_fast/datasets").expanduser()
 
 
 def local_file(name: str, folder: Path | None = None) -> Path:
-    """The file of a local data set, by D4RL's rule: `hopper-random-local` is `hopper_random-local.hdf5`."""
+    """Return a local data set's file, by D4RL's rule: `hopper-random-local` is `hopper_random-local.hdf5`."""
     stem = name.removesuffix("-local").replace("-", "_")
     return (folder or local_folder()) / f"{stem}-local.hdf5"

@@ -134,7 +134,7 @@ def test_parquet_is_read_by_others(run: Path, data: Transitions, undisturbed: Pa
 
 
 def test_arrays_in_place(tmp_path: Path) -> None:
-    """Of sizes that nothing divides, aligned all the same; and none at all."""
+    """Arrays of odd sizes are aligned too; those without rows are read as well."""
     random = np.random.default_rng(0)
     for rows in (0, 1, 7, 1000):
         arrays = {

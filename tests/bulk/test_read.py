@@ -56,7 +56,7 @@ def test_an_unfinished_folder(run: Path, data: Transitions, undisturbed: Path, t
 def test_recorded_shards_are_read(recorded: Path) -> None:
     manifest = verify(recorded, quiet=True)
     assert len(open_rollouts(recorded)[:]) == manifest.plan.count
-    # What the shards' own metadata call the plan.
+    # The shards' own metadata name the plan by its digest.
     assert open_rollouts(recorded).shard(0).info["plan"] == manifest.plan.sha256()
     assert json.loads((recorded / MANIFEST).read_text()) == dataclasses.asdict(manifest)
 

@@ -336,7 +336,7 @@ def test_a_refused_overwrite_deletes_nothing(
 
 
 def test_overwriting_other_rollouts(run: Path, data: Transitions, undisturbed: Path, tmp_path: Path) -> None:
-    """Whether their shards are there, or the manifest alone."""
+    """Both with the shards of the other rollouts, and with their manifest alone."""
     make_shards(run, data, tmp_path / "there", seed=8)
     make_shards(run, data, tmp_path / "gone", seed=8)
     for path in (tmp_path / "gone").glob("shard-*"):

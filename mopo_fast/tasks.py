@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mopo_fast.config import UNTUNED
 from mopo_fast.errors import InputError
 
 
@@ -128,9 +129,6 @@ class Task:
         """(horizon, penalty_coef) tuned for a data tier, else `UNTUNED`."""
         return self.tuned.get(source, {}).get(tier or "", UNTUNED)
 
-
-# A third party's choice where nothing was published; also the most frequent tuned pair.
-UNTUNED = (5, 1.0)
 
 _HUNDRED = (above(-100.0), below(100.0))
 _HOPPER = {0: (above(0.7), math.inf), 1: (above(-0.2), below(0.2))}

@@ -459,8 +459,8 @@ def sac_flop(sac: SAC) -> float:
     """Return the arithmetic of the matrix products that one update needs, in FLOP."""
     actor, critic, actions = sac.actor.weights, sac.critic.weights, sac.actor.act_dim
     critics, inputs, outputs = critic[0].shape
-    # The actor's gradient goes through one critic, the one with the least Q of a row: it is zero for the others.
-    # It does not go to the critic's weights, and in the first layer it goes to the actions alone.
+    # The actor's gradient goes through the critic with the least Q of a row, and is zero for the others. It
+    # does not go to that critic's weights, and in the first layer it goes to the actions alone.
     to_actions = _forward_macs(critic) // critics - (inputs - actions) * outputs
     next_value = _forward_macs(actor) + _forward_macs(critic)
     critics_step = _training_macs(critic)

@@ -45,8 +45,8 @@ def roofline(rows: list[Row]) -> Figure:
     """Draw the rows of one bench in GFLOP/s over FLOP per byte, on logarithmic axes, with the roofs.
 
     The roofs are the memory's bandwidth and the peak of each dtype. torch.mm is drawn where it is not the
-    peak. Points are placed by the least possible memory traffic. The true point of a contender that moves more
-    bytes lies further left.
+    peak. Points are placed by the least possible memory traffic. The true point of a contender that moves
+    more bytes lies further left.
     """
     first = rows[0]
     rising = sorted(rows, key=lambda row: row.gflops)

@@ -213,8 +213,7 @@ def fit(
         device: Device that fits: cpu or cuda.
         backend: Implementation of the fit: auto to choose one, or a name that `mopo-fast doctor` lists.
         threads: Number of threads of the CPU kernels. The result does not depend on it.
-        dynamics: Probabilistic ensemble and its maximum-likelihood fit. The authors have theirs in
-            models/bnn.py.
+        dynamics: Probabilistic ensemble and its maximum-likelihood fit.
         memory_map: Leave the data in their file, for a data set larger than the memory. Results do not
             change.
         overwrite: Replace the ensemble if the folder holds one.
@@ -256,8 +255,8 @@ def train(
     config: Annotated[TrainConfig, arg(name="")],
     *,
     preset: AnyPreset = None,
-    seeds: Annotated[str | None, flag("--seed alone", "FIRST:END")] = None,
-    penalty_coefs: Annotated[tuple[float, ...], flag("--penalty-coef alone", "FLOAT ...")] = (),
+    seeds: Annotated[str | None, flag("that of --seed", "FIRST:END")] = None,
+    penalty_coefs: Annotated[tuple[float, ...], flag("that of --penalty-coef", "FLOAT ...")] = (),
     out: Annotated[Path | None, flag("runs/DATASET-seedSEED", "RUN")] = None,
     resume: Switch = False,
     memory_map: Switch = False,
@@ -269,7 +268,7 @@ def train(
 
     At the end the policy's return in MuJoCo is printed, and its normalised score where the task has one.
 
-    All defaults are those of MOPO's authors, Yu et al. (2020), unless you choose a preset.
+    Hyperparameters are those of MOPO's authors, Yu et al. (2020), unless you set them or choose a preset.
 
     Args:
         config: Settings of the run.
@@ -316,8 +315,8 @@ def sweep(
     *,
     preset: AnyPreset = None,
     seeds: Annotated[str, arg(metavar="FIRST:END")] = "0:3",
-    penalty_coefs: Annotated[tuple[float, ...], flag("--penalty-coef alone", "FLOAT ...")] = (),
-    horizons: Annotated[tuple[int, ...], flag("--horizon alone", "INT ...")] = (),
+    penalty_coefs: Annotated[tuple[float, ...], flag("that of --penalty-coef", "FLOAT ...")] = (),
+    horizons: Annotated[tuple[int, ...], flag("that of --horizon", "INT ...")] = (),
     out: Annotated[Path | None, flag("runs/DATASET-sweep", "DIR")] = None,
     ray: Annotated[str, arg(metavar="ADDRESS")] = "local",
     memory_map: Switch = False,

@@ -166,10 +166,11 @@ class RolloutConfig:
         penalty_members: Members whose predictions make the penalty. The authors' code uses all members,
             Unifloral the elites.
         tuned: Code whose tuned horizon and penalty_coef are used where these two are not given.
-        termination: Rule by which a rollout ends early. Give authors or offlinerl-kit for the task's rule
-            as that code has it, or the name of a rule in `mopo_fast.tasks.BOXES`, such as hopper-authors.
+        termination: Rule by which a rollout ends early. The task's own rule is the authors', with a mistake
+            in hopper's corrected. Give authors or offlinerl-kit for the task's rule as that code has it, or
+            the name of a rule in `mopo_fast.tasks.BOXES`, such as hopper-authors.
         batch_size: Number of rollouts made at once, each from a state drawn from the data set.
-        interval: SAC updates between two such batches of rollouts. One epoch has this many updates.
+        interval: Number of SAC updates between two such batches of rollouts. These updates are one epoch.
         retain_epochs: Number of epochs whose rollouts stay in the model buffer, which has room for
             retain_epochs * horizon * batch_size transitions.
         dtype: Precision of the networks. With tfloat32, bfloat16 or float16 only the factors of matrix
@@ -218,19 +219,19 @@ class SACConfig:
             have 1e-4.
         actor_schedule: Course of the actor's learning rate. OfflineRL-Kit has cosine, which lowers the rate
             once per epoch, to zero at the end.
-        log_std_min: Lower bound of the policy's log standard deviations. OfflineRL-Kit and Unifloral have
-            a bound of -5.
+        log_std_min: Lower bound of the policy's log standard deviations. The bound is -5
+            in OfflineRL-Kit and Unifloral.
         log_std_max: Upper bound of the policy's log standard deviations.
         target_entropy: Entropy of the policy that alpha is adjusted to. The authors have -3 on all D4RL
             tasks. Other code has act_dim, which stands for minus the number of action dimensions.
-        critic_loss: Loss of a critic; those of all critics are summed. The authors have half the mean squared
-            error, OfflineRL-Kit and Unifloral the mean squared error.
+        critic_loss: Loss of each critic. The losses of all critics are summed. The authors have half the mean
+            squared error, OfflineRL-Kit and Unifloral the mean squared error.
         alpha_max: Upper limit of alpha. OfflineRL-Kit has 1.
         simultaneous: Take the gradients of critics, actor and alpha at the same parameters, as the authors
             do. Otherwise the critics are updated first and the actor's gradient goes through the updated
             critics, as in OfflineRL-Kit.
         discount: Discount factor of the returns.
-        polyak: Weight of the critics in the moving average that the target critics are.
+        polyak: Share of the distance to the critics that the target critics move after each update.
         batch_size: Transitions of one update, from the data set and the model buffer together.
         real_ratio: Share of each batch that is drawn from the data set, rounded down to whole transitions.
             The rest is drawn from the model buffer.
@@ -278,12 +279,12 @@ class SACConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Evaluation of the policy in the real environment during the training.
+    """Evaluations of the policy in the real environment during the training.
 
     Attributes:
         episodes: Number of episodes of one evaluation.
         interval: Epochs between two evaluations. The last epoch is always evaluated.
-        deterministic: Act by the mean of the policy. Otherwise actions are sampled, as Unifloral does.
+        deterministic: Take the mean action of the policy. Otherwise actions are sampled, as in Unifloral.
         workers: Number of processes that evaluate while the training goes on. With 0 the training waits for
             each evaluation, which is best on the CPU, where the training itself uses all cores.
     """
@@ -296,6 +297,8 @@ class EvaluationConfig:
     def validate(self) -> None:
         """Raise `InputError` where a value is out of range."""
         _require_positive(self, "evaluation ", "episodes", "interval")
+        workers = self.workers
+        _require(workers is None or workers >= 0, f"evaluation workers must not be negative, got {workers}")
 
 
 @dataclass(frozen=True)
@@ -355,8 +358,8 @@ class TrainConfig:
         dataset: Name or file of the data set. A name is one of D4RL's (hopper-medium-v2, downloaded if need
             be), of `mopo-fast collect` (hopper-medium-local) or of Minari (minari:ID). A file is .hdf5
             or .npz in D4RL's layout, a NeoRL .npz, or a .pkl of trajectories.
-        task: Name of the task, which defines the environment, the termination rule and the reference scores,
-            or a Python file, FILE.py, that defines a task of your own.
+        task: Task, which defines the environment, the termination rule and the reference scores. Give a name,
+            or a Python file, FILE.py, with a task of your own.
         seed: Seed of all random numbers. The same seed reproduces the run bit for bit.
         steps: Number of SAC updates.
         device: Device that fits, makes rollouts and trains: cpu or cuda.
@@ -365,11 +368,10 @@ class TrainConfig:
         threads: Number of threads of the CPU kernels. The result does not depend on it.
         dynamics_from: Folder of another run or of `mopo-fast fit`, whose ensemble is used instead of fitting
             a new one.
-        dynamics: Probabilistic ensemble and its maximum-likelihood fit. The authors have theirs in
-            models/bnn.py.
-        rollout: Rollouts of the policy in the ensemble. The authors have theirs in models/fake_env.py.
-        sac: Soft actor-critic, which trains the policy on those rollouts and on the data set.
-        evaluation: Evaluation of the policy in the real environment during the training.
+        dynamics: Probabilistic ensemble and its maximum-likelihood fit.
+        rollout: Rollouts of the policy in the ensemble. Their rewards are penalised for its uncertainty.
+        sac: Soft actor-critic, which trains the policy on these rollouts and on the data set.
+        evaluation: Evaluations of the policy in the real environment during the training.
     """
 
     dataset: Annotated[str, Positional, arg(metavar="DATASET")]

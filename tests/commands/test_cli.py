@@ -282,6 +282,7 @@ MISTAKES = {
     "no steps": (["train", "DATA", "--steps", "0"], ["steps", "0"]),
     "no horizon": (["train", "DATA", "--horizon", "0"], ["horizon", "0"]),
     "a negative penalty": (["train", "DATA", "--penalty-coef", "-1"], ["penalty_coef", "-1"]),
+    "negative workers": (["train", "DATA", "--evaluation.workers", "-1"], ["workers", "-1"]),
     "a negative seed": (["train", "DATA", "--seed", "-1"], ["seed", "-1"]),
     "a thousand million runs": (
         ["train", "DATA", "--seeds", "0:1000000000"],

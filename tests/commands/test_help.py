@@ -11,12 +11,12 @@ from mopo_fast.cli import COMMANDS, main
 
 WIDTH = 100
 QUESTIONS = {"What", "Of", "Where", "Whose", "Who", "Whether", "Which", "How"}
-# The last words of a help text: a default, or that the flag must be given.
+# The end of a help text: the default, or a note that the flag is required.
 HINT = re.compile(r" ?\((default: .*|required.*)\)$")
 
 
 def help_of(*arguments: str) -> str:
-    # tyro draws its boxes where the output's encoding has them.
+    # tyro draws boxes only if the encoding of the output has their characters.
     with io.TextIOWrapper(io.BytesIO(), "utf-8") as out, pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", str(WIDTH))
         with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as stop:
@@ -27,10 +27,10 @@ def help_of(*arguments: str) -> str:
 
 
 def entries(text: str) -> Iterator[tuple[str, list[str]]]:
-    """The flags and positional arguments in the boxes of a help, each with the lines of its text."""
+    """Yield the flags and positional arguments in the boxes of a help, each with the lines of its text."""
     for box in re.findall(r"^╭─.*?^╰─", text, re.MULTILINE | re.DOTALL):
         lines = [line[2:-1].rstrip() for line in box.splitlines()[1:-1]]
-        # A description of the box comes first, above a line.
+        # The description of a box stands above a line.
         first = next((i + 1 for i, line in enumerate(lines) if line.startswith("─")), 0)
         name, words = "", list[str]()
         for line in lines[first:]:

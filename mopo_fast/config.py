@@ -56,15 +56,15 @@ def flag(default: str | None = None, metavar: str | None = None, prefix: bool = 
     """Say how a field appears on the command line.
 
     Args:
-        default: the text to show as the default where the value is None, empty or False, instead of that
-            value. A preset may set another value, which is shown as it is.
-        metavar: the text to show in place of the flag's value.
-        prefix: whether the flag's name begins with the name of its part of the config. Without it
-            `--rollout.horizon` is `--horizon`.
+        default: text to show as the default where the value is None or empty. A preset may set another value,
+            which is shown as it is.
+        metavar: text to show in place of the flag's value.
+        prefix: False drops the name of the config's part from the flag, as in `--horizon`, which is
+            `rollout.horizon`.
     """
 
     def hint(value: str) -> str:
-        return f"(default: {default if value in ('None', '', 'False') else value})"
+        return f"(default: {default if value in ('None', '') else value})"
 
     return arg(metavar=metavar, prefix_name=prefix, help_behavior_hint=None if default is None else hint)
 
@@ -200,7 +200,7 @@ class RolloutConfig:
         return self.retain_epochs * self.horizon * self.batch_size
 
     def validate(self) -> None:
-        """Raise `InputError` where a value is out of range. `RolloutEngine` knows what it can do."""
+        """Raise `InputError` where a value is out of range. `RolloutEngine` checks the penalty and dtype."""
         _require_known("tuned", self.tuned, TUNED)
         _require_positive(self, "rollout ", "horizon", "batch_size", "interval", "retain_epochs")
         _check_finite(self)

@@ -1,6 +1,6 @@
 """MOPO, model-based offline policy optimization, with compiled model rollouts.
 
-The loop itself is `mopo_fast.train.train`; its evaluation in MuJoCo is `mopo_fast.evaluate.evaluate`.
+The training loop is `mopo_fast.train.train`, the evaluation in MuJoCo `mopo_fast.evaluate.evaluate`.
 """
 
 import importlib
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from mopo_fast.rollout import RolloutEngine
     from mopo_fast.tasks import Box, Task, register_task
 
-# Imported on first use: torch takes seconds, and `mopo-fast --help` does not need it.
+# These modules are imported on first use: torch takes seconds, and `mopo-fast --help` does not need it.
 _HOMES = {
     "Actor": "policy",
     "Box": "tasks",

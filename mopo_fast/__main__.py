@@ -5,17 +5,17 @@ import sys
 
 
 def run() -> int:
-    """Run the command of `sys.argv`; return the exit code, as `cli.main`."""
+    """Run the command in `sys.argv` and return its exit code, as `cli.main` does."""
     try:
         from mopo_fast.cli import main
 
         return main()
     except KeyboardInterrupt:
-        # `main` answers its own interrupts; this one came while it was imported.
+        # This interrupt came during the import. `main` handles those that come later.
         print("stopped", file=sys.stderr)
         return 130
     finally:
-        # Python's last garbage collection, over all of torch's objects, takes 0.5 s and frees nothing.
+        # Without this, Python's last garbage collection walks all of torch's objects for 0.5 s.
         gc.freeze()
 
 

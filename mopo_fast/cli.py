@@ -1,15 +1,21 @@
 """The command line: `mopo-fast COMMAND --help`.
 
-Commands import what they need when they run, so that help and mistakes answer at once. Results go to standard
-output, progress and errors to standard error.
+Results go to standard output, progress and errors to standard error. A command imports what it needs when it
+runs, because torch takes seconds, and neither help texts nor most errors need it.
+
+The docstring of a command is its help: the first paragraph stands in the list of commands too, and its
+`Examples:` are printed at the end.
 """
 
 import dataclasses
 import functools
+import inspect
 import io
 import itertools
 import json as json_format
 import logging
+import operator
+import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -19,10 +25,12 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 from rich.logging import RichHandler
-from tyro.conf import FlagCreatePairsOff, Positional, arg
+from tyro.conf import FlagCreatePairsOff, Positional, arg, subcommand
 
 from mopo_fast.config import (
+    CHECKPOINT_FORMATS,
     PRESETS,
+    ROLLOUT_DTYPES,
     CheckpointFormat,
     Compression,
     DynamicsConfig,
@@ -32,6 +40,9 @@ from mopo_fast.config import (
     ShardFormat,
     TrainConfig,
     check_runs,
+    flag,
+    one_of,
+    switch,
 )
 from mopo_fast.errors import InputError, is_interrupt, is_out_of_resources, printable
 from mopo_fast.utils.atomic import check_writable, write_json
@@ -39,35 +50,57 @@ from mopo_fast.utils.progress import console
 
 Dataset = Annotated[str, Positional, arg(metavar="DATASET")]
 Run = Annotated[Path, Positional, arg(metavar="RUN")]
-File = Annotated[Path | None, arg(metavar="FILE")]
-Number = Annotated[int | None, arg(metavar="INT")]
-RunTask = Annotated[str | None, arg(metavar="TASK")]
+RunTask = Annotated[str | None, flag("the task in the run's config.json", "TASK")]
+AnyPreset = Annotated[Preset | None, flag("the authors' values", one_of(PRESETS))]
+Threads = Annotated[int | None, flag("all cores", "INT")]
+Switch = Annotated[bool, switch("on", "off")]
+_NOT_WRITTEN = flag("not written", "FILE")
+_NOT_VERIFY = "(required, except with --verify)"
+_FIRST_STEPS = """\
+Examples:
+    mopo-fast collect hopper-random
+    mopo-fast train hopper-random-local
+    mopo-fast train --help
+
+Completion of commands and flags in bash (likewise in zsh and fish):
+    mopo-fast --tyro-write-completion bash ~/.local/share/bash-completion/completions/mopo-fast"""
 
 
 def collect(
     name: Annotated[str, Positional, arg(metavar="NAME")],
     *,
-    steps: Number = None,
-    out: File = None,
+    steps: Annotated[int | None, flag("1000000", "INT")] = None,
+    out: Annotated[Path | None, flag("$MOPO_FAST_DATA_DIR, else ~/.mopo_fast/datasets", "PATH")] = None,
     seed: int = 0,
-    threads: Number = None,
-    overwrite: bool = False,
-    quiet: bool = False,
+    threads: Threads = None,
+    overwrite: Switch = False,
+    quiet: Switch = False,
 ) -> None:
-    """Make a data set on this machine, in MuJoCo, by D4RL's protocol and in its file layout.
+    """Make a data set in MuJoCo by D4RL's protocol and write it to one HDF5 file in D4RL's layout.
 
-    Every tier but random takes a SAC agent trained online, in $MOPO_FAST_DATA_DIR/online/TASK-seedSEED.
-    All tiers of a seed share it; stopped, the same command goes on.
+    Random sets take uniform actions. All others take a SAC agent, which is trained first.
+
+    The agent is kept in $MOPO_FAST_DATA_DIR/online/TASK-seedSEED and serves every tier of its seed.
+
+    The same command continues the training of an agent that was stopped.
 
     Args:
-        name: TASK-TIER, such as hopper-medium-replay: halfcheetah, hopper, walker2d or ant; random, medium,
-            medium-replay, medium-expert, expert or full-replay. Or halfcheetah-jump, ant-angle: the full
-            replay of an agent trained by another reward, relabelled. The set is called NAME-local.
-        steps: Transitions, by default 1,000,000; of each half of medium-expert. Replays hold what was stored.
-        out: A file (.hdf5) or a folder; by default $MOPO_FAST_DATA_DIR, else ~/.mopo_fast/datasets.
-        threads: By default every core. The file does not depend on it.
+        name: Data set, as TASK-TIER. Tasks are halfcheetah, hopper, walker2d and ant. Tiers are random,
+            medium, medium-replay, medium-expert, expert and full-replay. The paper's two out-of-distribution
+            tasks, halfcheetah-jump and ant-angle, have no tiers: the data are the full replay of an agent
+            trained on another reward, with the task's own rewards. `mopo-fast train` finds the set as
+            NAME-local.
+        steps: Transitions to collect; medium-expert has this many of each half. Replay sets refuse the flag,
+            because they hold all that their agent has stored.
+        out: HDF5 file, or the folder for it.
+        seed: Seed of all random numbers. The same seed gives the same data.
+        threads: Number of threads. The data do not depend on it.
         overwrite: Replace the file if it exists.
-        quiet: No progress bar.
+        quiet: Show no progress bar.
+
+    Examples:
+        mopo-fast collect hopper-random
+        mopo-fast collect halfcheetah-medium-replay --seed 1
     """
     from mopo_fast.collect import collect
 
@@ -84,16 +117,21 @@ def relabel(
     *,
     task: Annotated[str, arg(metavar="TASK")],
     out: Annotated[Path, arg(metavar="FILE")],
-    overwrite: bool = False,
+    overwrite: Switch = False,
 ) -> None:
-    """Give a data set the rewards and observations of one of the paper's two out-of-distribution tasks.
+    """Copy a data set with the rewards of one of the paper's two out-of-distribution tasks.
+
+    Observations are adapted too where the task has others. The result is an HDF5 file in D4RL's layout.
 
     Args:
-        file: HDF5 in D4RL's layout. For halfcheetah-jump any halfcheetah set; for ant-angle one with
-            x_velocity and y_velocity in its infos.
-        task: halfcheetah-jump or ant-angle.
-        out: The file to write, .hdf5.
+        file: Data set, an HDF5 file in D4RL's layout. Any halfcheetah set will do for halfcheetah-jump. For
+            ant-angle it must hold x_velocity and y_velocity in its infos, as sets made by `collect` do.
+        task: Task of the new rewards: halfcheetah-jump or ant-angle.
+        out: HDF5 file to write.
         overwrite: Replace the file if it exists.
+
+    Examples:
+        mopo-fast relabel halfcheetah_medium-v2.hdf5 --task halfcheetah-jump --out jump.hdf5
     """
     from mopo_fast.data import relabel_file
 
@@ -104,21 +142,34 @@ def convert(
     source: Annotated[str, Positional, arg(metavar="SRC")],
     target: Annotated[str, Positional, arg(metavar="DST")],
     *,
-    source_format: Annotated[CheckpointFormat | None, arg(name="from")] = None,
+    source_format: Annotated[
+        CheckpointFormat | None,
+        arg(name="from"),
+        flag("SRC is a data set", one_of(CHECKPOINT_FORMATS)),
+    ] = None,
     target_format: Annotated[CheckpointFormat, arg(name="to")] = "mopo-fast",
     hints: Hints,
-    overwrite: bool = False,
-    quiet: bool = False,
+    overwrite: Switch = False,
+    quiet: Switch = False,
 ) -> None:
-    """Write a data set in another format: .hdf5, .npz, or Minari's. With --from, models in another code's.
+    """Convert a data set to another format, or, with --from, trained models of another code.
+
+    DST is written whole or not at all. Its ending says which format a data set is converted to.
 
     Args:
-        source: A name or a file, .pkl too; minari:ID. With --from, a code's file or folder.
-        target: A file ending in .hdf5, .h5 or .npz, or minari:ID. With --from, a file or folder.
-        source_format: The code that has left dynamics, a policy or both in SRC.
-        target_format: The code that they are for.
-        overwrite: Replace it if it exists.
-        quiet: No progress bar.
+        source: Name or file of a data set: .hdf5, .npz, .pkl or minari:ID. With --from, a file or folder that
+            the other code has written.
+        target: Data set to write: .hdf5, .h5, .npz or minari:ID. With --from, the file or folder for the
+            models.
+        source_format: Code that wrote the models in SRC, which are an ensemble, a policy or both.
+        target_format: Code to write the models for. It is used with --from alone.
+        hints: Properties of models that another code's files may lack. They are used with --from alone.
+        overwrite: Replace DST if it exists.
+        quiet: Show no progress bar.
+
+    Examples:
+        mopo-fast convert hopper-medium-v2 hopper-medium.npz
+        mopo-fast convert dynamics/ run/ --from offlinerl-kit
     """
     if source_format is not None:
         from mopo_fast.compat import convert_checkpoint
@@ -128,7 +179,9 @@ def convert(
         print(f"{target}: {' and '.join(name for name, model in models.items() if model is not None)}")
         return
     if hints != Hints() or target_format != "mopo-fast":
-        raise InputError("--to, --activation, --elites and --absolute are for models: say --from what")
+        raise InputError(
+            "--to, --activation, --elites and --absolute convert models; name the code of SRC with --from"
+        )
     from mopo_fast.data.convert import convert
 
     print(f"{target}: {convert(source, target, overwrite=overwrite, quiet=quiet)} rows")
@@ -141,23 +194,34 @@ def fit(
     seed: int = 0,
     device: str = "cpu",
     backend: str = "auto",
-    threads: int | None = None,
+    threads: Threads = None,
     dynamics: DynamicsConfig,
-    memory_map: bool = False,
-    overwrite: bool = False,
-    quiet: bool = False,
+    memory_map: Switch = False,
+    overwrite: Switch = False,
+    quiet: Switch = False,
 ) -> None:
-    """Fit the dynamics ensemble alone, for `train --dynamics-from RUN`. Run it again to go on if stopped.
+    """Fit the dynamics ensemble alone, to be used by any number of trainings.
+
+    The folder RUN receives dynamics.safetensors, dynamics.json and fit.json, for `train --dynamics-from RUN`.
+
+    The same command continues a fit that was stopped.
 
     Args:
-        dataset: A name or a file.
-        out: The folder for dynamics.safetensors, dynamics.json and fit.json.
-        device: cpu or cuda.
-        backend: auto, or one that `mopo-fast doctor` lists.
-        threads: Of the CPU kernel; by default all cores.
-        memory_map: Leave the data in their file: for sets larger than the memory.
-        overwrite: Replace the fit if the folder holds one.
-        quiet: No progress bar.
+        dataset: Name or file of the data set, as in `mopo-fast train --help`.
+        out: Folder for the ensemble.
+        seed: Seed of all random numbers. The same seed reproduces the fit bit for bit.
+        device: Device that fits: cpu or cuda.
+        backend: Implementation of the fit: auto to choose one, or a name that `mopo-fast doctor` lists.
+        threads: Number of threads of the CPU kernels. The result does not depend on it.
+        dynamics: Probabilistic ensemble and its maximum-likelihood fit.
+        memory_map: Leave the data in their file, for a data set larger than the memory. Results do not
+            change.
+        overwrite: Replace the ensemble if the folder holds one.
+        quiet: Show no progress bar.
+
+    Examples:
+        mopo-fast fit hopper-medium-v2 --out fits/hopper-medium
+        mopo-fast train hopper-medium-v2 --dynamics-from fits/hopper-medium
     """
     from mopo_fast.data import load_dataset
     from mopo_fast.fit import fit_and_save
@@ -190,26 +254,39 @@ def fit(
 def train(
     config: Annotated[TrainConfig, arg(name="")],
     *,
-    preset: Preset | None = None,
-    seeds: Annotated[str | None, arg(metavar="FIRST:END")] = None,
-    penalty_coefs: Annotated[tuple[float, ...], arg(metavar="FLOAT ...")] = (),
-    out: Annotated[Path | None, arg(metavar="RUN")] = None,
-    resume: bool = False,
-    memory_map: bool = False,
-    quiet: bool = False,
+    preset: AnyPreset = None,
+    seeds: Annotated[str | None, flag("that of --seed", "FIRST:END")] = None,
+    penalty_coefs: Annotated[tuple[float, ...], flag("that of --penalty-coef", "FLOAT ...")] = (),
+    out: Annotated[Path | None, flag("runs/DATASET-seedSEED", "RUN")] = None,
+    resume: Switch = False,
+    memory_map: Switch = False,
+    quiet: Switch = False,
 ) -> None:
-    """Train a policy: fit the ensemble, then SAC on penalised model rollouts, evaluated in MuJoCo.
+    """Train a policy by MOPO: fit an ensemble of models to the data, then train SAC on rollouts in it.
+
+    The folder RUN receives the policy, the ensemble, learning curves, a checkpoint and report.html.
+
+    At the end the policy's return in MuJoCo is printed, and its normalised score where the task has one.
+
+    Hyperparameters are those of MOPO's authors, Yu et al. (2020), unless you set them or choose a preset.
 
     Args:
-        preset: Another code's hyperparameters as defaults, in place of the authors'; see `--help` with it.
-        seeds: Several runs at once: 0:8 is seeds 0 to 7; or a list, 0,3,5.
-        penalty_coefs: Several runs at once: each of these for every seed.
-        out: The run's folder; by default runs/DATASET-seedSEED. Of several runs, the folder of theirs.
-        resume: Go on from the last checkpoint in the run's folder, to the same final bits.
-        memory_map: Leave the data in their file: for sets larger than the memory. The result is the same.
-        quiet: No progress bars.
+        config: Settings of the run.
+        preset: Code base whose hyperparameters become the defaults. Add --help to see them.
+        seeds: Seeds of several runs to train at once, as a range (0:8 is 0 to 7) or a list (0,3,5).
+        penalty_coefs: Penalty coefficients of several runs to train at once, each with every seed.
+        out: Folder of the run. With several runs, each has a folder of its own in it.
+        resume: Go on from the last checkpoint in the folder. The result is the same, bit for bit, as that of
+            a run without interruption.
+        memory_map: Leave the data in their file, for a data set larger than the memory. Results do not
+            change.
+        quiet: Show no progress bars.
+
+    Examples:
+        mopo-fast train hopper-medium-v2
+        mopo-fast train hopper-medium-v2 --steps 100000 --seeds 0:4
     """
-    # main has made it the defaults of `config`.
+    # `_commands` has made the preset the defaults of `config`.
     del preset
     from mopo_fast.run.population import train_many
     from mopo_fast.train import train
@@ -236,28 +313,36 @@ def train(
 def sweep(
     config: Annotated[TrainConfig, arg(name="")],
     *,
-    preset: Preset | None = None,
+    preset: AnyPreset = None,
     seeds: Annotated[str, arg(metavar="FIRST:END")] = "0:3",
-    penalty_coefs: Annotated[tuple[float, ...], arg(metavar="FLOAT ...")] = (),
-    horizons: Annotated[tuple[int, ...], arg(metavar="INT ...")] = (),
-    out: Annotated[Path | None, arg(metavar="DIR")] = None,
+    penalty_coefs: Annotated[tuple[float, ...], flag("that of --penalty-coef", "FLOAT ...")] = (),
+    horizons: Annotated[tuple[int, ...], flag("that of --horizon", "INT ...")] = (),
+    out: Annotated[Path | None, flag("runs/DATASET-sweep", "DIR")] = None,
     ray: Annotated[str, arg(metavar="ADDRESS")] = "local",
-    memory_map: bool = False,
-    quiet: bool = False,
+    memory_map: Switch = False,
+    quiet: Switch = False,
 ) -> None:
-    """Train all combinations of seeds, penalty coefficients and horizons on Ray Tune; a table and a plot.
+    """Train every combination of seeds, penalty coefficients and horizons on Ray Tune.
 
-    Stopped, the same command goes on; finished runs are left as they are.
+    The folder DIR receives the folder of each run, a table and a plot of all scores: sweep.csv, sweep.png.
+
+    The ensemble is fitted once for each seed. The same command continues a sweep that was stopped.
 
     Args:
-        preset: Another code's hyperparameters as defaults, in place of the authors'; see `--help` with it.
-        seeds: 0:8 is seeds 0 to 7; or a list, 0,3,5.
-        penalty_coefs: By default the tuned one of the task and data tier, or --penalty-coef.
-        horizons: Likewise, or --horizon.
-        out: The folder of all runs; by default runs/DATASET-sweep.
-        ray: local: this machine's cores; auto: the cluster that runs on it; or an address.
-        memory_map: Leave the data in their file: for sets larger than the memory.
-        quiet: No progress bars.
+        config: Settings of the runs.
+        preset: Code base whose hyperparameters become the defaults. Add --help to see them.
+        seeds: Seeds of the runs, as a range (0:8 is 0 to 7) or a list (0,3,5). They replace --seed.
+        penalty_coefs: Penalty coefficients of the runs.
+        horizons: Rollout lengths of the runs.
+        out: Folder of the sweep. On a cluster every machine must see it.
+        ray: Ray cluster that trains: local for the cores of this machine, auto for the cluster that runs on
+            it, or the address of one.
+        memory_map: Leave the data in their file, for a data set larger than the memory. Results do not
+            change.
+        quiet: Show no progress bars.
+
+    Examples:
+        mopo-fast sweep hopper-medium-v2 --seeds 0:3 --penalty-coefs 0.5 1 5 --horizons 1 5
     """
     del preset
     from mopo_fast.sweep import sweep, to_table
@@ -283,11 +368,11 @@ def sweep(
 def _population(
     config: TrainConfig, seeds: str | None, penalty_coefs: tuple[float, ...]
 ) -> tuple[list[TrainConfig], list[str]]:
-    """A config for each seed and coefficient, and the name of its folder."""
+    """Return a config for each seed and coefficient, and the names of their folders."""
     configs, names = [], []
-    some = [config.seed] if seeds is None else _parse_seeds(seeds)
-    check_runs(some, penalty_coefs)
-    for seed in some:
+    numbers = [config.seed] if seeds is None else _parse_seeds(seeds)
+    check_runs(numbers, penalty_coefs)
+    for seed in numbers:
         for coef in penalty_coefs or (config.rollout.penalty_coef,):
             rollout = dataclasses.replace(config.rollout, penalty_coef=coef)
             configs.append(dataclasses.replace(config, seed=seed, rollout=rollout))
@@ -296,12 +381,14 @@ def _population(
 
 
 def _parse_seeds(text: str) -> Sequence[int]:
-    """The numbers of "0:8" or of "0,3,5"."""
-    mistake = InputError(f"--seeds takes FIRST:END, such as 0:8, or numbers with commas, got {text[:100]!r}")
+    """Parse "0:8" or "0,3,5"."""
+    mistake = InputError(
+        f"--seeds takes FIRST:END, such as 0:8, or a list, such as 0,3,5, got {text[:100]!r}"
+    )
     try:
         if ":" in text:
             lowest, end = map(int, text.split(":"))
-            # A longer range cannot tell its length.
+            # len() fails for a longer range.
             seeds: Sequence[int] = range(lowest, min(end, lowest + 2**62))
         else:
             seeds = [int(number) for number in text.split(",")]
@@ -319,17 +406,24 @@ def evaluate(
     task: RunTask = None,
     episodes: int = 10,
     seed: int = 0,
-    stochastic: bool = False,
-    json: bool = False,
+    stochastic: Switch = False,
+    json: Switch = False,
 ) -> None:
-    """Evaluate a run's policy in MuJoCo.
+    """Evaluate the policy of a run in MuJoCo and print its return and normalised score.
+
+    Nothing is written.
 
     Args:
-        run: A run's folder.
-        task: The run's task; needed where it is a Python file, FILE.py, which is executed.
-        episodes: Episodes, run side by side.
-        stochastic: Sample actions; by default the policy's mean acts.
-        json: Print JSON, with every episode's return and length.
+        run: Folder of the run.
+        task: Task of the run. It must be given where the task is a Python file, FILE.py, because that is
+            executed.
+        episodes: Number of episodes. They run side by side.
+        seed: Seed of the environments and of the policy's noise.
+        stochastic: Sample actions from the policy. Otherwise its mean acts.
+        json: Print JSON, which also has the return and length of each episode.
+
+    Examples:
+        mopo-fast evaluate runs/hopper-medium-v2-seed0 --episodes 100
     """
     from mopo_fast.bulk.plan import run_settings
     from mopo_fast.evaluate import evaluate
@@ -342,52 +436,67 @@ def evaluate(
 
 
 def rollout(
-    run: Annotated[Path | None, Positional, arg(metavar="RUN")] = None,
+    run: Annotated[Path | None, Positional, arg(metavar="RUN", help_behavior_hint=_NOT_VERIFY)] = None,
     *,
-    dataset: Annotated[str | None, arg(metavar="DATASET")] = None,
-    out: Annotated[Path | None, arg(metavar="PATH")] = None,
+    dataset: Annotated[str | None, arg(metavar="DATASET", help_behavior_hint=_NOT_VERIFY)] = None,
+    out: Annotated[Path | None, arg(metavar="PATH", help_behavior_hint=_NOT_VERIFY)] = None,
     task: RunTask = None,
     count: int = 250_000,
-    horizon: Number = None,
+    horizon: Annotated[int | None, flag("the run's", "INT")] = None,
     seed: int = 0,
-    penalty_coef: Annotated[float | None, arg(metavar="FLOAT")] = None,
+    penalty_coef: Annotated[float | None, flag("the run's", "FLOAT")] = None,
     dtype: RolloutDtype = "float32",
     format: ShardFormat = "hdf5",
     compression: Compression = "none",
     shard_rows: int = 1_000_000,
-    ray: Annotated[str | None, arg(metavar="ADDRESS")] = None,
+    ray: Annotated[str | None, flag("this process alone", "ADDRESS")] = None,
     device: str = "cpu",
     backend: str = "auto",
-    threads: Number = None,
-    memory_map: bool = False,
-    verify: Annotated[Path | None, arg(metavar="DIR")] = None,
-    overwrite: bool = False,
-    quiet: bool = False,
+    threads: Annotated[int | None, flag("all cores; with --ray, 1 for each worker", "INT")] = None,
+    memory_map: Switch = False,
+    verify: Annotated[Path | None, flag("make rollouts", "DIR")] = None,
+    overwrite: Switch = False,
+    quiet: Switch = False,
 ) -> None:
-    """Write penalised model transitions of a run's policy: one file, or any number in shards.
+    """Roll out a run's policy in its ensemble and write the penalised transitions to disk.
 
-    A folder that a stopped command has left is completed by the same command, to the same bytes.
+    They go to one file, or to a folder of shards with a manifest, which may be larger than the memory.
+
+    The same command completes a folder that was stopped, to the same bytes.
 
     Args:
-        run: A run's folder.
-        dataset: Start states are drawn from its observations: a name or a file.
-        out: A file, .hdf5 or .npz, in D4RL's layout; or a folder, for shards of it and a manifest.
-        task: The run's task; needed where it is a Python file, FILE.py, which is executed.
-        count: Transitions.
-        horizon: Steps of each rollout; by default the run's own.
-        penalty_coef: By default the run's own.
-        dtype: Of the factors of the networks' products; bfloat16 is several times faster on AMX.
-        format: Of shards: D4RL's layout in HDF5, or Parquet.
-        compression: Of shards: none, lzf or gzip in HDF5; none, snappy or zstd in Parquet.
-        shard_rows: Transitions of a shard; two are held in memory.
-        ray: Spread shards over a Ray cluster: auto, local or an address. The folder must be seen by all.
-        device: cpu or cuda.
-        backend: auto, or one that `mopo-fast doctor` lists.
-        threads: Of the CPU kernel; by default all cores. On a cluster, of one worker, by default 1.
-        memory_map: Leave the data in their file: for sets larger than the memory.
-        verify: Read every shard in this folder again, and compare it with the manifest. Nothing else is done.
+        run: Folder of the run whose policy and ensemble are used.
+        dataset: Name or file of the data set that start states are drawn from, as in `mopo-fast
+            train --help`.
+        out: File to write, .hdf5 or .npz, in D4RL's layout, or a folder for shards.
+        task: Task of the run. It must be given where the task is a Python file, FILE.py, because that is
+            executed.
+        count: Number of transitions.
+        horizon: Steps of each rollout.
+        seed: Seed of all random numbers. The same seed gives the same transitions.
+        penalty_coef: Weight of the penalty in the reward.
+        dtype: Precision of the networks. With tfloat32, bfloat16 or float16 only the factors of matrix
+            products are rounded; everything else is float32. Rollouts on a CPU with AMX are several times
+            faster in bfloat16.
+        format: Format of the shards. In HDF5 they have D4RL's layout.
+        compression: Compression of the shards: none, lzf or gzip in HDF5, and none, snappy or zstd in
+            Parquet.
+        shard_rows: Transitions of one shard. Two shards are held in memory.
+        ray: Ray cluster that makes the shards: local for the cores of this machine, auto for the cluster that
+            runs on it, or the address of one. Every machine must see the folder.
+        device: Device that makes shards: cpu or cuda. One file is always made on the CPU.
+        backend: Implementation of the rollouts: auto to choose one, or a name that `mopo-fast doctor` lists.
+        threads: Number of threads of the CPU kernels. The result does not depend on it.
+        memory_map: Leave the data in their file, for a data set larger than the memory. Results do not
+            change.
+        verify: Folder of shards to read and compare with its manifest. Nothing is written.
         overwrite: Replace the file if it exists, or the shards that the folder's manifest lists.
-        quiet: No progress bar.
+        quiet: Show no progress bar.
+
+    Examples:
+        mopo-fast rollout RUN --dataset hopper-medium-v2 --out rollouts.hdf5
+        mopo-fast rollout RUN --dataset hopper-medium-v2 --out shards/ --count 100000000
+        mopo-fast rollout --verify shards/
     """
     from mopo_fast.bulk.read import as_text, summarise
     from mopo_fast.bulk.read import verify as verify_shards
@@ -400,7 +509,9 @@ def rollout(
         print(as_text(summarise(manifest)))
         return
     if run is None or dataset is None or out is None:
-        raise InputError("say what to roll out: RUN, --dataset and --out; or --verify DIR")
+        raise InputError(
+            "rollout needs RUN, --dataset and --out; or --verify DIR, to check a folder of shards"
+        )
     from mopo_fast.bulk.files import save_transitions
     from mopo_fast.bulk.generate import generate
     from mopo_fast.bulk.write import generate_shards
@@ -446,39 +557,51 @@ def rollout(
 
 
 def bench(
-    kernel: Annotated[Literal["rollout", "sac", "fit"], Positional] = "rollout",
+    kernel: Annotated[
+        Literal["rollout", "sac", "fit"], Positional, arg(metavar="[{rollout,sac,fit}]")
+    ] = "rollout",
     *,
     backend: str = "auto",
-    dtype: RolloutDtype | None = None,
+    dtype: Annotated[RolloutDtype | None, flag("float32", one_of(ROLLOUT_DTYPES))] = None,
     obs_dim: int = 17,
     act_dim: int = 6,
-    starts: Number = None,
-    horizon: Number = None,
-    updates: Number = None,
-    runs: Number = None,
-    fit_steps: Number = None,
+    starts: Annotated[int | None, flag("50000", "INT")] = None,
+    horizon: Annotated[int | None, flag("5", "INT")] = None,
+    updates: Annotated[int | None, flag("100", "INT")] = None,
+    runs: Annotated[int | None, flag("1", "INT")] = None,
+    fit_steps: Annotated[int | None, flag("64", "INT")] = None,
     rounds: int = 5,
-    threads: Number = None,
+    threads: Threads = None,
     device: str = "cpu",
-    json: File = None,
-    plot: File = None,
-    quiet: bool = False,
+    json: Annotated[Path | None, _NOT_WRITTEN] = None,
+    plot: Annotated[Path | None, _NOT_WRITTEN] = None,
+    quiet: Switch = False,
 ) -> None:
-    """Measure a kernel against the PyTorch reference, in turn, round after round; medians.
+    """Measure the speed of a kernel beside the PyTorch reference and the peak of the machine.
+
+    All take turns, round after round. The medians are printed as a table.
 
     Args:
-        kernel: What to measure.
-        dtype: Precision of the products in a rollout or a fit (default: float32).
-        starts: Start states of a rollout (default: 50,000).
-        horizon: Steps of a rollout (default: 5).
-        updates: SAC updates in a round (default: 100).
-        runs: SAC runs that are updated at once (default: 1).
-        fit_steps: Steps of the fit in a round (default: 64).
-        threads: Threads of the CPU kernels (default: every core).
-        device: cpu or cuda.
-        json: Also write the rows to this file.
-        plot: Also draw their roofline into this file, .png, .svg or .pdf.
-        quiet: No progress bar.
+        kernel: Kernel to measure: rollouts in the ensemble, SAC updates, or the fit of the ensemble.
+        backend: Implementation to measure: auto to choose one, or a name that `mopo-fast doctor` lists.
+        dtype: Precision of the matrix products in a rollout or a fit.
+        obs_dim: Dimensions of an observation.
+        act_dim: Dimensions of an action.
+        starts: Start states of a rollout. Only for bench rollout.
+        horizon: Steps of a rollout. Only for bench rollout.
+        updates: Number of SAC updates in a round. Only for bench sac.
+        runs: Number of SAC runs that are updated at once. Only for bench sac.
+        fit_steps: Gradient steps of the fit in a round. Only for bench fit.
+        rounds: Number of rounds. More rounds give steadier medians.
+        threads: Number of threads of the CPU kernels.
+        device: Device to measure: cpu or cuda.
+        json: File for the measurements in JSON.
+        plot: File for the roofline plot of the measurements: .png, .svg or .pdf.
+        quiet: Show no progress bar.
+
+    Examples:
+        mopo-fast bench rollout --dtype bfloat16
+        mopo-fast bench sac --json sac.json --plot sac.png
     """
     from mopo_fast.bench.measure import bench, to_table
     from mopo_fast.bench.roofline import check_picture, write_roofline
@@ -524,21 +647,27 @@ def bench(
 
 
 def report(run: Run) -> None:
-    """Write a run's report.html and its pictures.
+    """Write the report of a run again: report.html and its pictures, in the run's folder.
 
     Args:
-        run: A run's folder.
+        run: Folder of the run.
+
+    Examples:
+        mopo-fast report runs/hopper-medium-v2-seed0
     """
     from mopo_fast.report import write_report
 
     print(write_report(run))
 
 
-def doctor(*, json: bool = False) -> None:
-    """Print the machine, the versions, and every backend with why it can or cannot run.
+def doctor(*, json: Switch = False) -> None:
+    """Print the machine, the versions, the data sets found, and for each backend why it can or cannot run.
 
     Args:
         json: Print JSON.
+
+    Examples:
+        mopo-fast doctor
     """
     from mopo_fast.doctor import examine
 
@@ -550,10 +679,13 @@ COMMANDS: dict[str, Callable[..., None]] = {
     command.__name__: command
     for command in (collect, relabel, convert, fit, train, sweep, evaluate, rollout, bench, report, doctor)
 }
+for _command in COMMANDS.values():
+    # tyro ends a line of the help where the docstring does, so an argument's text is put on one line.
+    _command.__doc__ = re.sub(r"\n {8,}", " ", inspect.cleandoc(_command.__doc__ or ""))
 
 
 def _outcome(values: dict[str, Any]) -> str:
-    """A summary's or an evaluation's return and score, in one line."""
+    """Describe the return and score of a summary or an evaluation in one line."""
     line = f"return {values['return_mean']:.1f} +- {values['return_std']:.1f}"
     if values["score_mean"] is not None:
         line += f", normalised score {values['score_mean']:.2f} +- {values['score_std']:.2f}"
@@ -561,25 +693,25 @@ def _outcome(values: dict[str, Any]) -> str:
 
 
 def _outcome_of_all(summaries: Sequence[dict[str, Any]]) -> str:
-    """For each penalty coefficient, the mean and the standard deviation over the seeds."""
+    """Describe the mean and standard deviation over the seeds for each penalty coefficient."""
     lines = []
     for coef in dict.fromkeys(summary["penalty_coef"] for summary in summaries):
-        some = [summary for summary in summaries if summary["penalty_coef"] == coef]
+        group = [summary for summary in summaries if summary["penalty_coef"] == coef]
         values: dict[str, Any] = {}
         for name in ("return", "score"):
-            means = [summary[f"{name}_mean"] for summary in some]
+            means = [summary[f"{name}_mean"] for summary in group]
             known = None not in means
             values[f"{name}_mean"] = statistics.fmean(means) if known else None
             values[f"{name}_std"] = statistics.pstdev(means) if known else None
-        lines.append(f"penalty coefficient {coef:g}, {len(some)} seeds: {_outcome(values)}")
+        lines.append(f"penalty coefficient {coef:g}, {len(group)} seeds: {_outcome(values)}")
     return "\n".join(lines)
 
 
 def _commands(argv: Sequence[str]) -> dict[str, Callable[..., None]]:
-    """COMMANDS, where `train` and `sweep` take their defaults from a --preset."""
+    """Return `COMMANDS`, in which `train` and `sweep` take their defaults from a --preset."""
     given = [value for flag, value in itertools.pairwise(argv) if flag == "--preset"]
     given += [word.removeprefix("--preset=") for word in argv if word.startswith("--preset=")]
-    # What is no preset is tyro's to refuse.
+    # tyro reports unknown presets.
     known = [name for name in given if name in PRESETS]
     if not known:
         return COMMANDS
@@ -591,10 +723,41 @@ def _commands(argv: Sequence[str]) -> dict[str, Callable[..., None]]:
     }
 
 
+def _docstring(command: str) -> str:
+    return COMMANDS[command].__doc__ or ""
+
+
+def _parser(argv: Sequence[str]) -> Any:
+    """Return the type that tyro parses a command line into: one of the commands."""
+    commands = _commands(argv)
+    # Each command's help has its whole description, the list of commands only the first paragraph.
+    listed = not argv or argv[0] not in commands
+    types = [
+        Annotated[
+            Any,
+            subcommand(
+                name,
+                description=_docstring(name).partition("\n\n")[0] if listed else None,
+                constructor=command,
+            ),
+        ]
+        for name, command in commands.items()
+    ]
+    return functools.reduce(operator.or_, types)
+
+
+def _epilog(argv: Sequence[str]) -> str:
+    """Return the text at the end of a help: a command's examples, or how to set up completion."""
+    if argv[0] not in COMMANDS:
+        return _FIRST_STEPS
+    return "".join(_docstring(argv[0]).partition("Examples:")[1:])
+
+
 class _Printable(logging.Formatter):
-    """Messages without what a terminal would obey: names in them are those of files."""
+    """Formats messages without control characters, which names of files may hold."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """Format the record, its control characters spelled out."""
         return printable(super().format(record))
 
 
@@ -603,23 +766,35 @@ def _tell(message: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
+    """Run one command and return the exit code: 0, 2 for a user's mistake, or 130 after an interrupt.
+
+    Args:
+        argv: the arguments after the program's name, by default those of the process.
+
+    Raises:
+        SystemExit: after a help text, or where tyro cannot parse the arguments.
+    """
+    arguments = sys.argv[1:] if argv is None else list(argv)
     logger = logging.getLogger("mopo_fast")
     handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False)
     handler.setFormatter(_Printable())
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # The name of a file may hold bytes that are no text.
+        # Names of files may hold bytes that are not valid UTF-8.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        tyro.extras.subcommand_cli_from_dict(
-            _commands(sys.argv[1:] if argv is None else argv),
+        tyro.cli(
+            _parser(arguments),
             prog="mopo-fast",
             description="MOPO, model-based offline policy optimization: data set in, policy and score out.",
-            args=argv,
+            args=arguments,
             config=(FlagCreatePairsOff,),
         )
+    except SystemExit as end:
+        if not end.code and {"-h", "--help"} & set(arguments):
+            print(f"\n{_epilog(arguments)}")
+        raise
     except InputError as error:
         _tell(f"error: {error}")
         return 2

@@ -1,9 +1,11 @@
-"""Every default, once, with its source.
+"""The settings of a run, each with its default and the source of the default.
 
-"authors" is the TF1 code of Yu et al. (NeurIPS 2020, arXiv 2005.13239), github.com/tianheyu927/mopo.
-Where other code differs, the difference is an option here and the authors' value is the default.
+The authors are Yu et al. (NeurIPS 2020, arXiv 2005.13239), their code is github.com/tianheyu927/mopo in TF1.
+Their value is the default. Other code with another value is named beside it; `presets.py` has all its values.
 
-These classes are also the command line of `mopo-fast`: names, defaults and the texts below become its flags.
+These classes are also the command line of `mopo-fast`: names and defaults below become its flags, and the
+text of an attribute becomes the help of its flag. A line that continues such a text begins with a letter,
+because tyro starts a new line of the help before anything else.
 """
 
 import dataclasses
@@ -29,7 +31,7 @@ CriticLoss = Literal["half_mse", "mse"]
 Tuned = Literal["authors", "offlinerl-kit"]
 Preset = Literal["mopo-tf", "offlinerl-kit", "mbrl-lib", "unifloral", "polixir", "d3rlpy"]
 CheckpointFormat = Literal["mopo-fast", Preset]
-# The order is the kernels': an index here is an enumerator there.
+# The order is fixed: the kernels' enumerators in csrc/ are indices into these tuples.
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 LOG_SCALES: tuple[LogScale, ...] = get_args(LogScale)
 PENALTIES: tuple[Penalty, ...] = get_args(Penalty)
@@ -42,39 +44,92 @@ PRESETS: tuple[Preset, ...] = get_args(Preset)
 CHECKPOINT_FORMATS: tuple[CheckpointFormat, ...] = get_args(CheckpointFormat)
 
 MAX_RUNS = 10_000
-"""Runs at most that one call makes."""
+"""Upper limit of the runs that one call makes."""
+UNTUNED = (5, 1.0)
+"""The horizon and penalty_coef of data sets that nobody has published tuned values for.
 
-# On the command line `--horizon`, not `--rollout.horizon`.
-_short = arg(prefix_name=False)
+They are a third party's choice, and the most frequent pair of the tuned ones.
+"""
+
+
+def flag(default: str | None = None, metavar: str | None = None, prefix: bool = True) -> Any:
+    """Say how a field appears on the command line.
+
+    Args:
+        default: text to show as the default where the value is None or empty. A preset may set another value,
+            which is shown as it is.
+        metavar: text to show in place of the flag's value.
+        prefix: False drops the name of the config's part from the flag, as in `--horizon`, which is
+            `rollout.horizon`.
+    """
+
+    def hint(value: str) -> str:
+        return f"(default: {default if value in ('None', '') else value})"
+
+    return arg(metavar=metavar, prefix_name=prefix, help_behavior_hint=None if default is None else hint)
+
+
+def one_of(names: Sequence[str]) -> str:
+    """Join the values that a flag takes to its metavar, in tyro's form but without None."""
+    return f"{{{','.join(names)}}}"
+
+
+def switch(on: str, off: str) -> Any:
+    """Name the two states of a field that is True or False, to be shown as its default."""
+    return arg(help_behavior_hint=lambda value: f"(default: {on if value == 'True' else off})")
 
 
 @dataclass(frozen=True)
 class DynamicsConfig:
-    """The probabilistic ensemble and its maximum-likelihood fit (authors: models/bnn.py)."""
+    """Probabilistic ensemble and its maximum-likelihood fit. Defaults are from the authors' models/bnn.py.
+
+    Attributes:
+        members: Number of networks in the ensemble.
+        elites: Number of members that rollouts draw from. They are the ones with the lowest holdout error.
+        hidden: Widths of the hidden layers. For another number of layers give weight_decay too, which has
+            one value more.
+        activation: Activation function of the hidden layers.
+        learning_rate: Learning rate of Adam.
+        batch_size: Transitions of each member in one gradient step.
+        dtype: Precision of the factors in the matrix products. Sums and parameters are always float32.
+            The fit is faster in bfloat16 on a CPU with AMX, and no faster on others.
+        weight_decay: Weight decay of each layer; the last value is that of both output heads. The loss gains
+            half of it times the sum of the squared weights of the layer. Biases have no decay.
+        max_logvar: Upper bound of the predicted log-variances before training. The bound itself is learned.
+        min_logvar: Lower bound of the predicted log-variances before training. The bound itself is learned.
+        logvar_bound_weight: Weight of sum(max_logvar) - sum(min_logvar) in the loss, which keeps the bounds
+            close to each other.
+        holdout_fraction: Share of the transitions that is held out to measure the error after each epoch.
+        holdout_max: Upper limit of the number of transitions held out.
+        improvement: Relative fall of a member's holdout error that counts as an improvement.
+            The member's weights are kept whenever it improves.
+        patience: Number of epochs in a row that may pass without an improvement of any member. The fit stops
+            after one more, as the authors' does after 6. OfflineRL-Kit's stops after 5.
+        max_epochs: Upper limit of the number of epochs. The authors set none.
+    """
 
     members: int = 7
     elites: int = 5
-    hidden: tuple[int, ...] = (200, 200, 200, 200)
+    hidden: Annotated[tuple[int, ...], flag(metavar="INT ...")] = (200, 200, 200, 200)
     activation: Activation = "silu"
     learning_rate: float = 1e-3
     batch_size: int = 256
-    """Rows per member in one step."""
     dtype: FitDtype = "float32"
-    """bfloat16: of the factors of the fit's products; all else is float32. Fast on AMX."""
-    weight_decay: tuple[float, ...] = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)
-    """Per layer, the last for both heads; each times 0.5 ||W||^2, weights only, added to the loss."""
+    weight_decay: Annotated[tuple[float, ...], flag(metavar="FLOAT ...")] = (
+        2.5e-5,
+        5e-5,
+        7.5e-5,
+        7.5e-5,
+        1e-4,
+    )
     max_logvar: float = 0.5
     min_logvar: float = -10.0
     logvar_bound_weight: float = 0.01
-    """Times sum(max) - sum(min), added to the loss."""
     holdout_fraction: float = 0.2
     holdout_max: int = 1000
     improvement: float = 0.01
-    """A member's weights are kept when its holdout MSE falls by more than this share."""
     patience: int = 5
-    """Training stops when more than this many epochs have passed since any member improved."""
-    max_epochs: int | None = None
-    """The authors set no cap."""
+    max_epochs: Annotated[int | None, flag("no limit", "INT")] = None
 
     def validate(self) -> None:
         """Raise `InputError` where a value is out of range."""
@@ -94,29 +149,49 @@ class DynamicsConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """Model rollouts (authors: softlearning/algorithms/mopo.py, models/fake_env.py)."""
+    """Rollouts of the policy in the ensemble.
 
-    horizon: Annotated[int | None, _short] = None
-    """None: the tuned value of the task and data tier, see `mopo_fast.tasks`."""
-    penalty_coef: Annotated[float | None, _short] = None
-    """lambda; None: tuned, likewise. 0 is MBPO on offline data."""
-    penalty: Annotated[Penalty, _short] = "max_aleatoric"
-    """u(s, a), subtracted from every reward penalty_coef times."""
+    Defaults are from the authors' softlearning/algorithms/mopo.py and models/fake_env.py.
+
+    Attributes:
+        horizon: Steps of a rollout, the h of the paper.
+        penalty_coef: Weight of the penalty in the reward, the lambda of the paper. At 0 there is no penalty,
+            and the algorithm is MBPO on offline data.
+        penalty: Measure u(s, a) of the ensemble's uncertainty. Each reward loses penalty_coef times u.
+            max_aleatoric (the authors'): largest norm of a member's predicted standard deviations.
+            max_deviation: largest distance of a member's mean from the average of all means.
+            max_pairwise (MOReL): largest distance between two members' means.
+            ensemble_std (OfflineRL-Kit): standard deviation of the members' means.
+            mixture_std (Lu et al. 2022): norm of the standard deviations of the members' mixture.
+        penalty_members: Members whose predictions make the penalty. The authors' code uses all members,
+            Unifloral the elites.
+        tuned: Code whose tuned horizon and penalty_coef are used where these two are not given.
+        termination: Rule by which a rollout ends early. The task's own rule is the authors', with a mistake
+            in hopper's corrected. Give authors or offlinerl-kit for the task's rule as that code has it, or
+            the name of a rule in `mopo_fast.tasks.BOXES`, such as hopper-authors.
+        batch_size: Number of rollouts made at once, each from a state drawn from the data set.
+        interval: Number of SAC updates between two such batches of rollouts. These updates are one epoch.
+        retain_epochs: Number of epochs whose rollouts stay in the model buffer, which has room for
+            retain_epochs * horizon * batch_size transitions.
+        dtype: Precision of the networks. With tfloat32, bfloat16 or float16 only the factors of matrix
+            products are rounded; everything else is float32. Rollouts on a CPU with AMX are several times
+            faster in bfloat16.
+    """
+
+    horizon: Annotated[int | None, flag(f"tuned for the data set, or {UNTUNED[0]}", "INT", prefix=False)] = (
+        None
+    )
+    penalty_coef: Annotated[
+        float | None, flag(f"tuned for the data set, or {UNTUNED[1]:g}", "FLOAT", prefix=False)
+    ] = None
+    penalty: Annotated[Penalty, flag(prefix=False)] = "max_aleatoric"
     penalty_members: PenaltyMembers = "all"
-    """Whose predictions make the penalty. authors: all members; Unifloral: elites."""
     tuned: Tuned = "authors"
-    """Whose tuned horizon and penalty_coef fill in for None."""
-    termination: str | None = None
-    """What ends an episode: one of `mopo_fast.tasks.BOXES`, such as hopper-authors; authors or offlinerl-kit,
-    the task's rule as that code has it; None: the task's own."""
+    termination: Annotated[str | None, flag("the task's own rule", "RULE")] = None
     batch_size: int = 50_000
-    """Start states per rollout."""
     interval: int = 1000
-    """SAC updates between rollouts: one epoch."""
     retain_epochs: int = 5
-    """The model buffer holds retain_epochs * horizon * batch_size transitions."""
     dtype: RolloutDtype = "float32"
-    """tfloat32, bfloat16, float16: of the factors of the networks' products; all else is float32."""
 
     @property
     def buffer_rows(self) -> int:
@@ -125,7 +200,7 @@ class RolloutConfig:
         return self.retain_epochs * self.horizon * self.batch_size
 
     def validate(self) -> None:
-        """Raise `InputError` where a value is out of range. `RolloutEngine` knows what it can do."""
+        """Raise `InputError` where a value is out of range. `RolloutEngine` checks the penalty and dtype."""
         _require_known("tuned", self.tuned, TUNED)
         _require_positive(self, "rollout ", "horizon", "batch_size", "interval", "retain_epochs")
         _check_finite(self)
@@ -133,37 +208,51 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class SACConfig:
-    """Soft actor-critic (authors' values; others' in the comments)."""
+    """Soft actor-critic. Defaults are the authors'.
 
-    hidden: tuple[int, ...] = (256, 256)
-    """Unifloral: three layers."""
+    Attributes:
+        hidden: Widths of the hidden layers of the actor and of each critic. Unifloral has three layers.
+        critics: Number of critics. The lowest of their Q values counts. Unifloral has 10.
+        actor_learning_rate: Learning rate of the actor. OfflineRL-Kit and Unifloral have 1e-4.
+        critic_learning_rate: Learning rate of the critics. Unifloral has 1e-4.
+        alpha_learning_rate: Learning rate of alpha, the weight of the entropy. OfflineRL-Kit and Unifloral
+            have 1e-4.
+        actor_schedule: Course of the actor's learning rate. OfflineRL-Kit has cosine, which lowers the rate
+            once per epoch, to zero at the end.
+        log_std_min: Lower bound of the policy's log standard deviations. The bound is -5
+            in OfflineRL-Kit and Unifloral.
+        log_std_max: Upper bound of the policy's log standard deviations.
+        target_entropy: Entropy of the policy that alpha is adjusted to. The authors have -3 on all D4RL
+            tasks. Other code has act_dim, which stands for minus the number of action dimensions.
+        critic_loss: Loss of each critic. The losses of all critics are summed. The authors have half the mean
+            squared error, OfflineRL-Kit and Unifloral the mean squared error.
+        alpha_max: Upper limit of alpha. OfflineRL-Kit has 1.
+        simultaneous: Take the gradients of critics, actor and alpha at the same parameters, as the authors
+            do. Otherwise the critics are updated first and the actor's gradient goes through the updated
+            critics, as in OfflineRL-Kit.
+        discount: Discount factor of the returns.
+        polyak: Share of the distance to the critics that the target critics move after each update.
+        batch_size: Transitions of one update, from the data set and the model buffer together.
+        real_ratio: Share of each batch that is drawn from the data set, rounded down to whole transitions.
+            The rest is drawn from the model buffer.
+    """
+
+    hidden: Annotated[tuple[int, ...], flag(metavar="INT ...")] = (256, 256)
     critics: int = 2
-    """Unifloral: 10."""
     actor_learning_rate: float = 3e-4
-    """OfflineRL-Kit, Unifloral: 1e-4."""
     critic_learning_rate: float = 3e-4
-    """Unifloral: 1e-4."""
     alpha_learning_rate: float = 3e-4
-    """OfflineRL-Kit, Unifloral: 1e-4."""
     actor_schedule: ActorSchedule = "constant"
-    """OfflineRL-Kit: cosine, one step per epoch, to zero at the end."""
     log_std_min: float = -20.0
-    """OfflineRL-Kit, Unifloral: -5."""
     log_std_max: float = 2.0
     target_entropy: float | Literal["act_dim"] = -3.0
-    """authors: -3 on all D4RL tasks; "act_dim" is -act_dim, as the others have it."""
     critic_loss: CriticLoss = "half_mse"
-    """Summed over the critics. authors: half the MSE; OfflineRL-Kit, Unifloral: MSE."""
-    alpha_max: float | None = None
-    """OfflineRL-Kit clamps alpha to at most 1."""
-    simultaneous: bool = True
-    """authors: all three gradients are taken at the parameters before the update;
-    False: the critics' step comes first and the actor's gradient sees it (OfflineRL-Kit)."""
+    alpha_max: Annotated[float | None, flag("no limit", "FLOAT")] = None
+    simultaneous: Annotated[bool, switch("simultaneous", "critics first")] = True
     discount: float = 0.99
     polyak: float = 0.005
     batch_size: int = 256
     real_ratio: float = 0.05
-    """Share of a batch drawn from the data set: int(real_ratio * batch_size) rows, 12 of 256."""
 
     def validate(self) -> None:
         """Raise `InputError` where a value is out of range."""
@@ -190,50 +279,63 @@ class SACConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Evaluation in the real environment."""
+    """Evaluations of the policy in the real environment during the training.
+
+    Attributes:
+        episodes: Number of episodes of one evaluation.
+        interval: Epochs between two evaluations. The last epoch is always evaluated.
+        deterministic: Take the mean action of the policy. Otherwise actions are sampled, as in Unifloral.
+        workers: Number of processes that evaluate while the training goes on. With 0 the training waits for
+            each evaluation, which is best on the CPU, where the training itself uses all cores.
+    """
 
     episodes: int = 10
     interval: int = 1
-    """Epochs between evaluations; the last epoch is always evaluated."""
-    deterministic: bool = True
-    """Unifloral: stochastic."""
-    workers: int | None = None
-    """Processes that evaluate beside the training; None: none on the CPU, whose cores train, else up to 4."""
+    deterministic: Annotated[bool, switch("deterministic", "sampled")] = True
+    workers: Annotated[int | None, flag("0 on the CPU, else up to 4", "INT")] = None
 
     def validate(self) -> None:
         """Raise `InputError` where a value is out of range."""
         _require_positive(self, "evaluation ", "episodes", "interval")
+        workers = self.workers
+        _require(workers is None or workers >= 0, f"evaluation workers must not be negative, got {workers}")
 
 
 @dataclass(frozen=True)
 class OnlineConfig:
-    """SAC in the environment itself, whose policies and replay make the data sets of every tier but random.
+    """SAC trained online, whose policies and replay buffer make the data sets of every tier but random.
 
-    D4RL's sets were made likewise, with rlkit's SAC and one environment.
+    D4RL's sets were made in the same way, with rlkit's SAC and one environment.
+
+    Attributes:
+        environments: Number of environments that are stepped side by side.
+        epoch_steps: Steps of each environment between two evaluations and checkpoints. Paths are cut where an
+            epoch ends, as in rlkit.
+        random_epochs: Number of epochs at the beginning with uniform actions and no updates. The default is
+            10,000 steps.
+        epochs: Number of epochs. The default is 1 M steps.
+        round_steps: Steps that each environment takes before the policy is updated. One update follows for
+            each step of each environment, all in one call.
+        medium_score: Score at which a policy is the medium one, a third of the expert's. An ant that stands
+            still has 31 already.
+        medium_window: Number of consecutive evaluations whose mean must reach that score, so that a lucky one
+            does not.
+        episodes: Episodes of an evaluation, in which the policy is deterministic.
+        sac: Settings of SAC. critic_loss and target_entropy are rlkit's. Batches are drawn from the replay
+            buffer alone.
     """
 
     environments: int = 5
-    """Stepped side by side."""
     epoch_steps: int = 1000
-    """Of every environment between two evaluations and checkpoints; where an epoch ends, paths are cut, as in
-    rlkit."""
     random_epochs: int = 2
-    """Uniform actions and no updates at first: 10,000 steps."""
     epochs: int = 200
-    """1 M steps."""
     round_steps: int = 10
-    """Of every environment with one policy; then as many updates as there were steps, in one call."""
     medium_score: float = 33.0
-    """The first policy that reaches a third of the expert's score is the medium one. An ant that stands still
-    has 31 already."""
     medium_window: int = 3
-    """Evaluations in a row whose mean counts for that, so that a lucky one does not."""
     episodes: int = 5
-    """Of an evaluation, deterministic."""
     sac: SACConfig = field(
         default_factory=lambda: SACConfig(target_entropy="act_dim", critic_loss="mse", real_ratio=0.0)
     )
-    """rlkit's: critic_loss, target_entropy; a batch is of the replay alone."""
 
     def validate(self) -> None:
         """Raise `InputError` where a value is out of range."""
@@ -250,24 +352,36 @@ class OnlineConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One MOPO run."""
+    """One MOPO run.
+
+    Attributes:
+        dataset: Name or file of the data set. A name is one of D4RL's (hopper-medium-v2, downloaded if need
+            be), of `mopo-fast collect` (hopper-medium-local) or of Minari (minari:ID). A file is .hdf5
+            or .npz in D4RL's layout, a NeoRL .npz, or a .pkl of trajectories.
+        task: Task, which defines the environment, the termination rule and the reference scores. Give a name,
+            or a Python file, FILE.py, with a task of your own.
+        seed: Seed of all random numbers. The same seed reproduces the run bit for bit.
+        steps: Number of SAC updates.
+        device: Device that fits, makes rollouts and trains: cpu or cuda.
+        backend: Implementation of the fit, the rollouts and SAC: auto to choose one, or a
+            name that `mopo-fast doctor` lists.
+        threads: Number of threads of the CPU kernels. The result does not depend on it.
+        dynamics_from: Folder of another run or of `mopo-fast fit`, whose ensemble is used instead of fitting
+            a new one.
+        dynamics: Probabilistic ensemble and its maximum-likelihood fit.
+        rollout: Rollouts of the policy in the ensemble. Their rewards are penalised for its uncertainty.
+        sac: Soft actor-critic, which trains the policy on these rollouts and on the data set.
+        evaluation: Evaluations of the policy in the real environment during the training.
+    """
 
     dataset: Annotated[str, Positional, arg(metavar="DATASET")]
-    """A name or a file: see `mopo_fast.load_dataset`."""
-    task: str | None = None
-    """None: read from the data set's name; or a Python file with a task of one's own, FILE.py."""
+    task: Annotated[str | None, flag("read from the data set's name", "TASK")] = None
     seed: int = 0
-    """Of every random draw: the same seed gives the same run, bit for bit."""
     steps: int = 1_000_000
-    """SAC updates."""
     device: str = "cpu"
-    """cpu or cuda."""
     backend: str = "auto"
-    """auto, or one that `mopo-fast doctor` lists; of the fit, the rollouts and SAC."""
-    threads: int | None = None
-    """Of the CPU kernels; None: all cores. The result does not depend on it."""
-    dynamics_from: Annotated[str | None, arg(metavar="RUN")] = None
-    """A folder whose dynamics.safetensors the run takes instead of fitting an ensemble."""
+    threads: Annotated[int | None, flag("all cores; in a sweep, 1 for each run", "INT")] = None
+    dynamics_from: Annotated[str | None, flag("fit a new ensemble", "RUN")] = None
     dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     sac: SACConfig = field(default_factory=SACConfig)
@@ -275,54 +389,69 @@ class TrainConfig:
 
     @property
     def epochs(self) -> int:
-        """Epochs of `rollout.interval` updates, the last one perhaps of fewer."""
+        """Number of epochs of `rollout.interval` updates; the last one may have fewer."""
         return math.ceil(self.steps / self.rollout.interval)
 
     def updates_after(self, epoch: int) -> int:
-        """Return how many updates have been made after so many epochs."""
+        """Return the number of updates made by the end of `epoch` epochs."""
         return min(epoch * self.rollout.interval, self.steps)
 
     def validate(self) -> None:
-        """Raise `InputError` where a value of the run or of a part is out of range."""
+        """Raise `InputError` where a value of the run or of one of its parts is out of range."""
         _check_finite(self)
         _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
         _require_positive(self, "", "steps")
         for part in (self.rollout, self.evaluation, self.sac):
             part.validate()
-        # An ensemble that is there already is not fitted.
+        # The settings of a fit are not used where the ensemble is given.
         if self.dynamics_from is None:
             self.dynamics.validate()
 
 
 @dataclass(frozen=True)
 class RunConfig(TrainConfig):
-    """A run as its config.json records it: nothing is left open."""
+    """A run as its config.json records it, with task, horizon and penalty_coef filled in.
+
+    Attributes:
+        task_sha256: SHA-256 digest of the Python file that `task` names, or None where it names no file.
+    """
 
     task_sha256: str | None = None
-    """Digest of the Python file that `task` names; None: it names none."""
 
 
 @dataclass(frozen=True)
 class Hints:
-    """What another code's files may leave open; None: what they say, else that code's default."""
+    """Properties of models that another code's files may lack. They are used with --from alone.
 
-    activation: Annotated[Activation | None, _short] = None
-    """With --from: of the dynamics' hidden layers."""
-    elites: Annotated[tuple[int, ...] | None, _short] = None
-    """With --from: the members that rollouts draw from, best first."""
-    absolute: Annotated[tuple[int, ...] | None, _short] = None
-    """With --from: the observation dimensions whose next value is predicted itself, not its change."""
+    Attributes:
+        activation: Activation function of the ensemble's hidden layers.
+        elites: Indices of the members that rollouts draw from, best first.
+        absolute: Observation dimensions whose next value the ensemble predicts itself, not its change.
+    """
+
+    activation: Annotated[
+        Activation | None,
+        flag("read from the files", one_of(ACTIVATIONS), prefix=False),
+    ] = None
+    elites: Annotated[
+        tuple[int, ...] | None,
+        flag("read from the files", "INT ...", prefix=False),
+    ] = None
+    absolute: Annotated[
+        tuple[int, ...] | None,
+        flag("read from the files", "INT ...", prefix=False),
+    ] = None
 
 
 def check_runs(*values: Sequence[Any]) -> None:
-    """Raise `InputError` where all combinations of `values` are more runs than one call makes."""
+    """Raise `InputError` where the combinations of `values` are more than `MAX_RUNS`."""
     runs = math.prod(max(1, len(some)) for some in values)
     if runs > MAX_RUNS:
         raise InputError(f"{runs:,} runs were asked for at once; ask for at most {MAX_RUNS:,}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as JSON-ready nested dictionaries."""
+    """Convert a config to nested dictionaries that JSON can hold."""
     return dataclasses.asdict(config)
 
 
@@ -342,7 +471,7 @@ def _require_positive(config: Any, what: str, *names: str) -> None:
 
 
 def _check_finite(config: Any, prefix: str = "") -> None:
-    """Raise `InputError` where a number of `config`, or of a config or tuple in it, is NaN or infinite."""
+    """Raise `InputError` where a number in `config` or its parts is NaN or infinite."""
     for entry in dataclasses.fields(config):
         name, value = prefix + entry.name, getattr(config, entry.name)
         if dataclasses.is_dataclass(value):

@@ -1,4 +1,4 @@
-"""Examine this machine: what is installed, which backend would run and why not another."""
+"""Examine this machine: hardware, installed packages, and the backends that can run here."""
 
 import importlib.metadata
 import os
@@ -16,13 +16,22 @@ from mopo_fast.data.local import local_folder
 from mopo_fast.errors import InputError
 
 PACKAGES = ("torch", "triton", "numpy", "gymnasium", "mujoco", "h5py", "safetensors", "tensorboard")
-# The instruction sets that a CPU kernel could be built for, as /proc/cpuinfo writes them.
+# Flags in /proc/cpuinfo of the instruction sets that the CPU kernels are built for.
 ISA_FLAGS = ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_bf16")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """`cores` are those that this process may use; `memory_gib` is None where the system does not say."""
+    """The hardware and the system.
+
+    Attributes:
+        system: name and version of the operating system.
+        cpu: model of the CPU.
+        cores: number of cores that this process may use.
+        memory_gib: memory in GiB, or None where the system does not tell.
+        isa_flags: those of `ISA_FLAGS` that the CPU has.
+        isa: instruction set that the CPU kernels chose, or None where the extension is missing.
+    """
 
     system: str
     cpu: str
@@ -30,7 +39,6 @@ class Machine:
     memory_gib: float | None
     isa_flags: list[str]
     isa: str | None
-    """The one that the CPU kernel chose; None where the extension is missing."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,18 @@ class Folder:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that `mopo-fast doctor` prints."""
+    """Everything that `mopo-fast doctor` prints.
+
+    Attributes:
+        version: version of this package.
+        python: version and path of the interpreter.
+        packages: versions of `PACKAGES`, None where one is missing.
+        machine: the hardware and the system.
+        extension: path of the compiled extension, or None where it is missing.
+        torch_threads: number of threads that torch uses.
+        backends: every backend, with the reason why it can or cannot run.
+        folders: the folders of data sets, by the kind of their sets.
+    """
 
     version: str
     python: str
@@ -55,7 +74,7 @@ class Report:
     folders: dict[str, Folder]
 
     def text(self) -> str:
-        """For people."""
+        """Format the report as a table for people."""
         machine = self.machine
         memory = "unknown" if machine.memory_gib is None else f"{machine.memory_gib:.1f} GiB"
         packages = ", ".join(f"{name} {version or 'missing'}" for name, version in self.packages.items())
@@ -78,7 +97,7 @@ class Report:
 
 
 def examine() -> Report:
-    """Look at this machine and installation; never fails for something that is missing."""
+    """Examine this machine and installation. What is missing is reported, and never an error."""
     extension, isa = _extension()
     d4rl_folder = d4rl.cache_path("hopper-medium-v2").parent
     return Report(
@@ -104,7 +123,7 @@ def examine() -> Report:
 
 
 def _extension() -> tuple[str | None, str | None]:
-    """(path of the compiled extension, the ISA it chose)."""
+    """Return the path of the compiled extension and the instruction set it chose."""
     if not cpu.is_built():
         return None, None
     path = cpu.extension().__file__
@@ -122,7 +141,7 @@ def _version(package: str) -> str | None:
 
 
 def _cpuinfo(key: str) -> str:
-    """The first core's entry in /proc/cpuinfo; empty where there is none."""
+    """Return the first core's entry in /proc/cpuinfo, or an empty string where there is none."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

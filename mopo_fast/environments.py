@@ -1,4 +1,4 @@
-"""MuJoCo environments, gymnasium's own and those of the paper's two out-of-distribution tasks."""
+"""MuJoCo environments: gymnasium's, and those of the paper's two out-of-distribution tasks."""
 
 import math
 import warnings
@@ -12,9 +12,14 @@ from gymnasium.envs.mujoco.half_cheetah_v4 import HalfCheetahEnv
 
 
 class HalfCheetahJump(HalfCheetahEnv):
-    """Reward: min(v_x, 3) - 0.1 |a|^2 + jump_weight (z - z_init), z the torso's height.
+    """HalfCheetah that is rewarded for jumping.
 
-    Observation: qpos without x, the torso's height, qvel: 18.
+    The reward is min(v_x, 3) - 0.1 |a|^2 + jump_weight (z - z_init), where z is the torso's height. The
+    observation has 18 dimensions: qpos without x, the torso's height, and qvel.
+
+    Args:
+        jump_weight: weight of the height in the reward.
+        **options: arguments of gymnasium's HalfCheetah.
     """
 
     def __init__(self, jump_weight: float = 15.0, **options: Any) -> None:
@@ -23,8 +28,9 @@ class HalfCheetahJump(HalfCheetahEnv):
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (18,), np.float64)
 
     def step(self, action: Any) -> Any:
+        """Step as gymnasium's HalfCheetah does, with this class's reward."""
         observation, _, terminated, truncated, info = super().step(action)
-        # The model's root is at its initial height where qpos[1] is 0.
+        # qpos[1] is the height above the initial one.
         jump = self.jump_weight * self.data.qpos[1]
         reward = min(info["x_velocity"], 3.0) + info["reward_ctrl"] + jump
         return observation, float(reward), terminated, truncated, info
@@ -35,20 +41,29 @@ class HalfCheetahJump(HalfCheetahEnv):
 
 
 class AntAngle(AntEnv):
-    """Reward: the velocity towards `degrees` - 0.5 |a|^2 - 0.5e-3 |contact forces, clipped to 1|^2 + 1."""
+    """Ant that is rewarded for running in one direction.
+
+    The reward is v - 0.5 |a|^2 - 0.5e-3 |f|^2 + 1, where v is the velocity in that direction and f are the
+    contact forces, clipped to [-1, 1].
+
+    Args:
+        degrees: angle between that direction and the x axis.
+        **options: arguments of gymnasium's Ant.
+    """
 
     def __init__(self, degrees: float = 30.0, **options: Any) -> None:
         super().__init__(**options)
         self.direction = math.radians(degrees)
 
     def step(self, action: Any) -> Any:
+        """Step as gymnasium's Ant does, with this class's reward."""
         observation, _, terminated, truncated, info = super().step(action)
         speed = info["x_velocity"] * math.cos(self.direction) + info["y_velocity"] * math.sin(self.direction)
         reward = speed + info["reward_ctrl"] + info["reward_survive"] - self.contact_cost
         return observation, float(reward), terminated, truncated, info
 
 
-# The agents whose replay makes the data are trained in the second of each.
+# Each task is followed by the environment that trains the agent whose replay is the task's data set.
 for _name, _class, _options in (
     ("HalfCheetahJump", HalfCheetahJump, {}),
     ("HalfCheetahSpeed3", HalfCheetahJump, {"jump_weight": 0.0}),
@@ -59,11 +74,11 @@ for _name, _class, _options in (
 
 
 def make_environment(env_id: str) -> Any:
-    """`gymnasium.make`, without two complaints that are not the user's to mend.
+    """Call `gymnasium.make` without two warnings that the user can do nothing about.
 
-    -v4 is meant (its rules are those that D4RL's reference scores belong to), so gymnasium's advice to take
-    -v5 is not passed on; nor is what MuJoCo finds fault with in gymnasium's own half_cheetah.xml, which would
-    be written to a MUJOCO_LOG.TXT in the working folder.
+    One is gymnasium's advice to take -v5: D4RL's reference scores belong to the rules of -v4. The other is
+    MuJoCo's, about gymnasium's own half_cheetah.xml, which MuJoCo would write to MUJOCO_LOG.TXT in the
+    working folder.
     """
     handler = mujoco.get_mju_user_warning()
     mujoco.set_mju_user_warning(lambda message: None)

@@ -1,7 +1,8 @@
-"""Other code's hyperparameters: `mopo-fast train ... --preset offlinerl-kit`.
+"""Hyperparameters of other code, as in `mopo-fast train DATASET --preset offlinerl-kit`.
 
-Each is what that code's own MOPO script has by default, as far as our options reach; docs/compat.md lists
-what differs beyond them. Sources are the files named below, in the versions that docs/compat.md names.
+A preset holds the defaults of that code's own MOPO script, as far as there are options for them here.
+docs/compat.md lists the remaining differences. The sources are the files named below, in the versions that
+docs/compat.md names.
 """
 
 import dataclasses
@@ -10,14 +11,14 @@ from typing import Any
 from mopo_fast.config import PRESETS, Preset, TrainConfig
 from mopo_fast.errors import InputError
 
-# What differs from the authors' defaults: a dictionary for each part of the config.
+# Differences from the authors' defaults, as a dictionary for each part of the config.
 _CHANGES: dict[Preset, dict[str, Any]] = {
-    # examples/config/d4rl, mopo/static/hopper.py: the defaults, and the slip in hopper's rule.
+    # examples/config/d4rl, mopo/static/hopper.py: the defaults with the mistake in hopper's rule.
     "mopo-tf": {"rollout": {"termination": "authors"}},
     # run_example/run_mopo.py, modules/dist_module.py, policy/model_free/sac.py.
     "offlinerl-kit": {
         "steps": 3_000_000,
-        # Stops after 5 epochs without improvement, the authors after 6.
+        # The fit stops after 5 epochs without improvement, the authors' after 6.
         "dynamics": {"patience": 4},
         "rollout": {"tuned": "offlinerl-kit", "termination": "offlinerl-kit"},
         "sac": {
@@ -84,7 +85,7 @@ _CHANGES: dict[Preset, dict[str, Any]] = {
             "simultaneous": False,
         },
     },
-    # examples/conf/algorithm/mbpo.yaml, overrides/mbpo_halfcheetah.yaml: MBPO, whose penalty is none.
+    # examples/conf/algorithm/mbpo.yaml, overrides/mbpo_halfcheetah.yaml: MBPO, which has no penalty.
     "mbrl-lib": {
         "dynamics": {"weight_decay": (1e-5,) * 5, "patience": 4},
         "rollout": {"horizon": 1, "penalty_coef": 0.0},
@@ -100,10 +101,10 @@ _CHANGES: dict[Preset, dict[str, Any]] = {
 
 
 def preset(name: str, dataset: str) -> TrainConfig:
-    """The config of a run on `dataset` with the numbers of the code called `name`.
+    """Make the config of a run on `dataset` with the hyperparameters of the code `name`.
 
     Raises:
-        InputError: an unknown name.
+        InputError: the name is unknown.
     """
     if name not in PRESETS:
         raise InputError(f"unknown preset {name!r}; there are: {', '.join(PRESETS)}")

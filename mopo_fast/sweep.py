@@ -1,7 +1,7 @@
-"""Many trainings on Ray Tune: seeds, penalty coefficients and horizons; a table and a plot of their scores.
+"""Trainings of many seeds, penalty coefficients and horizons on Ray Tune.
 
-One fit for each seed. Every run is a folder of its own, what `train` makes of it alone, so a sweep that was
-stopped goes on by the same call.
+The ensemble is fitted once for each seed. Every run has a folder of its own, as `train` makes it, so the same
+call continues a sweep that was stopped. A table and a plot of all scores are written at the end.
 """
 
 import csv
@@ -36,10 +36,16 @@ Rows = list[dict[str, Any]]
 def grid(
     config: TrainConfig, seeds: Sequence[int], penalty_coefs: Sequence[float], horizons: Sequence[int]
 ) -> dict[str, RunConfig]:
-    """A config for each combination, by the name of its folder; with none given, the config's own value.
+    """Return a config for each combination, by the name of its folder.
+
+    Args:
+        config: settings of all runs.
+        seeds: seeds to combine. Here and below an empty sequence stands for the config's own value.
+        penalty_coefs: penalty coefficients to combine.
+        horizons: horizons to combine.
 
     Raises:
-        InputError: there are too many, two have one name, or as `resolve`.
+        InputError: there are too many combinations, two have the same name, or one is refused by `resolve`.
     """
     check_runs(seeds, penalty_coefs, horizons)
     configs: dict[str, RunConfig] = {}
@@ -68,24 +74,30 @@ def sweep(
     memory_map: bool = False,
     quiet: bool = False,
 ) -> Rows:
-    """Train every combination, as many side by side as the cluster has CPUs for, or GPUs.
+    """Train every combination, as many at a time as the cluster has CPUs or GPUs for.
 
     Args:
-        config: of all runs; `threads` of each, by default 1; `dynamics_from` spares the fits.
-        out: a folder, on a cluster one that all its machines see: a run's folder for each, a fit's for each
-            seed, sweep.csv, sweep.png.
-        seeds, penalty_coefs, horizons: all combinations are trained; empty: the config's own.
-        ray: "local", "auto" or an address, see `cluster.connected`.
+        config: settings of all runs. `threads` is that of one run, by default 1. With `dynamics_from` nothing
+            is fitted.
+        out: folder that receives a folder for each run, a folder for the fit of each seed, sweep.csv and
+            sweep.png. On a cluster every machine must see it.
+        seeds: seeds to combine. Here and below an empty sequence stands for the config's own value.
+        penalty_coefs: penalty coefficients to combine.
+        horizons: horizons to combine.
+        ray: "local", "auto" or an address, as in `cluster.connected`.
+        memory_map: leave the data in their file.
+        quiet: show no progress bars.
 
     Returns:
         A row for each run, as in sweep.csv.
 
     Raises:
-        InputError: as `train`; no Ray or no cluster; or a run has failed, when all others have ended.
+        InputError: `train` refuses a run, Ray or its cluster is missing, or a run has failed. In the last
+            case all other runs have ended.
     """
     out = Path(out).resolve()
     config = dataclasses.replace(config, threads=config.threads or 1)
-    # Workers have another working directory.
+    # Ray's workers have another working directory.
     if Path(config.dataset).exists():
         config = dataclasses.replace(config, dataset=str(Path(config.dataset).resolve()))
     if config.dynamics_from is not None:
@@ -111,7 +123,7 @@ def sweep(
     return rows
 
 
-# A run, its folder, and whether the data stay in their file.
+# A run's config and folder, and whether the data stay in their file.
 Job = tuple[RunConfig, Path, bool]
 
 
@@ -134,10 +146,10 @@ def _train(job: Job) -> None:
 
 
 def _tune(task: Callable[[Job], None], jobs: list[Job], config: TrainConfig, what: str, quiet: bool) -> None:
-    """Each job as one trial; raise `InputError` where some have failed, once all have ended."""
+    """Run each job as one trial; raise `InputError` where some have failed, once all have ended."""
     if not jobs:
         return
-    # Else Ray takes Ctrl-C for itself and comes back as if all trials had ended.
+    # Otherwise Ray handles Ctrl-C itself and returns as if all trials had ended.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     from ray import tune
 
@@ -148,18 +160,18 @@ def _tune(task: Callable[[Job], None], jobs: list[Job], config: TrainConfig, wha
                 bar.advance()
 
             def __reduce__(self) -> Any:
-                # Ray keeps a copy of its callbacks; a bar is of this terminal alone.
+                # Ray pickles its callbacks, and a progress bar cannot be pickled.
                 return tune.Callback, ()
 
         def trial(parameters: dict[str, int]) -> dict[str, str]:
-            # An error would be printed by Ray with a traceback of its own.
+            # Ray would print an error with its own traceback.
             try:
                 task(jobs[parameters["job"]])
             except InputError as error:
                 return {"refused": str(error)}
             return {}
 
-        # A trial that is lost with its machine is made again, from the checkpoint in its own folder.
+        # Ray repeats a trial that was lost with its machine. It goes on from the checkpoint in its folder.
         results = tune.Tuner(
             tune.with_resources(trial, {"cpu": config.threads or 1, "gpu": int(config.device == "cuda")}),
             param_space={"job": tune.grid_search(list(range(len(jobs))))},
@@ -182,7 +194,7 @@ def _tune(task: Callable[[Job], None], jobs: list[Job], config: TrainConfig, wha
 
 
 def _last_line(error: BaseException) -> str:
-    """What the trial itself raised, without the traceback that Ray makes part of it."""
+    """Return the error that the trial itself raised, without the traceback that Ray adds to its text."""
     return str(error).strip().splitlines()[-1]
 
 
@@ -206,9 +218,9 @@ def _write_csv(path: Path, rows: Rows) -> None:
 
 
 def over_seeds(rows: Rows) -> Rows:
-    """For each horizon and coefficient: the mean over the seeds and its standard deviation.
+    """Compute the mean and standard deviation over the seeds for each horizon and coefficient.
 
-    Of the score, or of the return where there is none: `metric`.
+    They are those of the score, or of the return if a run has no score; `metric` says which.
     """
     metric = "return" if any(row["score_mean"] is None for row in rows) else "score"
     groups: dict[tuple[int, float], list[float]] = {}
@@ -228,7 +240,7 @@ def over_seeds(rows: Rows) -> Rows:
 
 
 def to_table(rows: Rows) -> Table:
-    """`over_seeds`, for a terminal."""
+    """Format `over_seeds(rows)` as a table for a terminal."""
     table = Table("horizon", "penalty coefficient", "seeds", over_seeds(rows)[0]["metric"])
     for group in over_seeds(rows):
         outcome = f"{group['mean']:.2f} ± {group['std']:.2f}"
@@ -237,7 +249,10 @@ def to_table(rows: Rows) -> Table:
 
 
 def _write_plot(path: Path, rows: Rows) -> None:
-    """The score over the penalty coefficient, a line for each horizon; bars are standard deviations."""
+    """Plot the score over the penalty coefficient, with a line for each horizon.
+
+    Error bars are standard deviations.
+    """
     groups = over_seeds(rows)
     coefs = sorted({group["penalty_coef"] for group in groups})
     with look(), atomic_path(path) as temporary:
@@ -253,7 +268,7 @@ def _write_plot(path: Path, rows: Rows) -> None:
                 capsize=3,
                 label=f"horizon {horizon}",
             )
-        # Coefficients are tried in no regular steps.
+        # Coefficients are not evenly spaced, so they are placed by their order.
         axes.set_xticks(range(len(coefs)), [f"{coef:g}" for coef in coefs])
         axes.set_xlabel("penalty coefficient")
         axes.set_ylabel("normalised score" if groups[0]["metric"] == "score" else "return")

@@ -1,7 +1,7 @@
-"""What the algorithm must know of an environment: when an episode ends, what a score means, which
-hyperparameters were tuned for it.
+"""Tasks: an environment with its termination rule, reference returns and tuned hyperparameters.
 
-Termination rules: authors' mopo/static/*.py. Reference returns: d4rl/infos.py, the same for v0, v1, v2.
+Termination rules are from the authors' mopo/static/*.py. Reference returns are from d4rl/infos.py, where they
+are the same for v0, v1 and v2.
 """
 
 import dataclasses
@@ -19,15 +19,20 @@ from typing import Any
 import numpy as np
 import torch
 
+from mopo_fast.config import UNTUNED
 from mopo_fast.errors import InputError
 
 
 @dataclass(frozen=True)
 class Box:
-    """The next observations that do not end an episode: low <= s' <= high in every dimension.
+    """Termination rule: an episode goes on while low <= s' <= high in every dimension.
 
-    A prediction that is not finite always ends its episode. Bounds are inclusive float32 values; an
-    open bound is its neighbouring float32 (`above`, `below`).
+    A prediction that is not finite always ends its episode. An open bound is written as the neighbouring
+    float32 (`above`, `below`).
+
+    Attributes:
+        low: lower bound of each dimension of the next observation s', a float32 value, inclusive.
+        high: upper bound of each dimension, likewise.
     """
 
     low: tuple[float, ...]
@@ -45,10 +50,11 @@ class Box:
 
     @property
     def obs_dim(self) -> int:
+        """Number of dimensions of an observation."""
         return len(self.low)
 
     def contains(self, observations: torch.Tensor) -> torch.Tensor:
-        """bool [batch]: True where no bound is crossed and all of observations [batch, obs] is finite."""
+        """Return as bool [batch] which observations [batch, obs] are finite and within all bounds."""
         low = torch.tensor(self.low, dtype=observations.dtype, device=observations.device)
         high = torch.tensor(self.high, dtype=observations.dtype, device=observations.device)
         inside = (observations >= low) & (observations <= high) & torch.isfinite(observations)
@@ -56,12 +62,12 @@ class Box:
 
 
 def above(value: float) -> float:
-    """The least float32 greater than `value`: makes `x > value` a closed bound."""
+    """Return the least float32 greater than `value`, so that `x > value` becomes a closed bound."""
     return float(np.nextafter(np.float32(value), np.float32(np.inf)))
 
 
 def below(value: float) -> float:
-    """The greatest float32 less than `value`."""
+    """Return the greatest float32 less than `value`."""
     return float(np.nextafter(np.float32(value), np.float32(-np.inf)))
 
 
@@ -74,7 +80,7 @@ def make_box(
     bounds: dict[int, tuple[float, float]] | None = None,
     rest: tuple[float, float] = (-math.inf, math.inf),
 ) -> Box:
-    """A box with `bounds` {dimension: (low, high)} and `rest` for every other dimension."""
+    """Make a box with `bounds` {dimension: (low, high)}, and `rest` for every other dimension."""
     per_dim = [(bounds or {}).get(dim, rest) for dim in range(obs_dim)]
     return Box(tuple(low for low, _ in per_dim), tuple(high for _, high in per_dim))
 
@@ -84,20 +90,23 @@ TerminationFunction = Callable[[Any, Any, Any], Any]
 
 @dataclass(frozen=True)
 class Task:
-    """An environment as MOPO sees it.
+    """All that MOPO needs to know about an environment.
 
     Attributes:
-        name: the key in `TASKS`, of lower-case letters and digits.
-        env_id: the gymnasium environment for evaluation; "" where there is none and the ensemble scores the
-            policy; -v4 follows the v2 rules that D4RL's reference scores belong to.
-        obs_dim, act_dim: sizes of its observation and action.
-        box: the termination rule; or a function (observations, actions, next_observations) -> bool [batch].
-        min_return, max_return: D4RL's random and expert reference returns; None where D4RL has none.
-        tuned: {source: {tier: (horizon, penalty_coef)}}.
-        online_env_id: where the agent whose replay is the data is trained, by another reward than the task's;
-            None: the data have the environment's own.
-        recorded: what of a step's info such data keep, to be relabelled by.
-        file_sha256: digest of the Python file that the task was read from; None: it was not.
+        name: key in `TASKS`, made of lower-case letters and digits.
+        env_id: id of the gymnasium environment for evaluation, or "" where there is none and the ensemble
+            itself scores the policy. The -v4 environments follow the v2 rules of D4RL's reference scores.
+        obs_dim: size of an observation.
+        act_dim: size of an action.
+        box: termination rule, or a function (observations, actions, next_observations) -> bool [batch].
+        min_return: return of D4RL's random policy, or None where D4RL has none.
+        max_return: return of D4RL's expert, or None where D4RL has none.
+        tuned: tuned hyperparameters, {source: {tier: (horizon, penalty_coef)}}.
+        online_env_id: id of the environment, with another reward, that trains the agent whose replay is the
+            data set. None where the agent is trained on the task's own reward.
+        recorded: keys of a step's info that such a data set keeps for relabelling.
+        file_sha256: SHA-256 digest of the Python file that defines the task, or None for a built-in or
+            registered task.
     """
 
     name: str
@@ -113,24 +122,21 @@ class Task:
     file_sha256: str | None = None
 
     def normalized_score(self, episode_return: float) -> float | None:
-        """100 * (return - min) / (max - min); None where no references are known."""
+        """Return 100 * (return - min) / (max - min), or None where the task has no reference returns."""
         if self.min_return is None or self.max_return is None:
             return None
         return 100.0 * (episode_return - self.min_return) / (self.max_return - self.min_return)
 
     def normalized_std(self, return_std: float) -> float | None:
-        """A standard deviation on the score's scale: no offset."""
+        """Return a return's standard deviation on the scale of the score, which has no offset."""
         if self.min_return is None or self.max_return is None:
             return None
         return 100.0 * return_std / (self.max_return - self.min_return)
 
     def tuned_for(self, tier: str | None, source: str = "authors") -> tuple[int, float]:
-        """(horizon, penalty_coef) tuned for a data tier, else `UNTUNED`."""
+        """Return the horizon and penalty_coef that `source` tuned for a data tier, or else `UNTUNED`."""
         return self.tuned.get(source, {}).get(tier or "", UNTUNED)
 
-
-# A third party's choice where nothing was published; also the most frequent tuned pair.
-UNTUNED = (5, 1.0)
 
 _HUNDRED = (above(-100.0), below(100.0))
 _HOPPER = {0: (above(0.7), math.inf), 1: (above(-0.2), below(0.2))}
@@ -138,7 +144,7 @@ _WALKER = {0: (above(0.8), below(2.0)), 1: (above(-1.0), below(1.0))}
 _ANT = {0: (_closed(0.2), 1.0)}
 _HUMANOID = {0: (1.0, 2.0)}
 # OfflineRL-Kit's rules (offlinerlkit/utils/termination_fns.py) by the names of its functions, for `make_box`.
-# The authors' hopper has the same slip, np.abs(x < 100) for abs(x) < 100, which leaves no lower bound.
+# Hopper's has no lower bound: it says np.abs(x < 100) for np.abs(x) < 100. The authors' has the same mistake.
 OFFLINERL_KIT_RULES: dict[str, dict[str, Any]] = {
     "halfcheetah": {"rest": _HUNDRED},
     "hopper": {"bounds": _HOPPER, "rest": (-math.inf, below(100.0))},
@@ -194,7 +200,7 @@ TASKS: dict[str, Task] = {
         ),
         Task("walker2d", "Walker2d-v4", 17, 6, make_box(17, _WALKER), 1.629008, 4592.3, _TUNED_WALKER2D),
         Task("ant", "Ant-v4", 27, 8, make_box(27, _ANT), -325.6, 3879.7),
-        # The paper's two out-of-distribution tasks; horizon and lambda were not published.
+        # The paper's two out-of-distribution tasks. Their horizon and lambda were not published.
         Task(
             "halfcheetah-jump",
             "mopo_fast/HalfCheetahJump-v0",
@@ -217,7 +223,7 @@ TASKS: dict[str, Task] = {
     )
 }
 
-# Rules by name, for `RolloutEngine(termination=...)`: a task's, and TASK-CODE as another code has it.
+# Rules by name, for `RolloutEngine(termination=...)`. TASK is the task's own, TASK-CODE that of another code.
 BOXES: dict[str, Box] = {
     **{name: task.box for name, task in TASKS.items() if isinstance(task.box, Box)},
     "hopper-authors": make_box(11, **OFFLINERL_KIT_RULES["hopper"]),
@@ -229,17 +235,24 @@ BOXES: dict[str, Box] = {
 
 
 def termination_of(task: Task, name: str | None) -> str | Box | TerminationFunction:
-    """What ends an episode of `task`: its own rule, or as a code called `name` has it; else a rule's name."""
+    """Return the termination rule of a run.
+
+    Args:
+        task: task of the run, whose own rule is the default.
+        name: "authors" or "offlinerl-kit" for the task's rule in that code, the name of a rule in `BOXES`,
+            which is returned as it is, or None.
+    """
     if name in ("authors", "offlinerl-kit"):
         return BOXES.get(f"{task.name}-{name}", task.box)
     return task.box if name is None else name
 
 
 def register_task(task: Task) -> Task:
-    """Make `task` known by its name in this process, to `train`, `evaluate` and data sets named after it.
+    """Register `task` under its name in this process, for `train`, `evaluate` and names of data sets.
 
     Raises:
-        InputError: the name is taken, or is not of lower-case letters and digits; sizes are not positive.
+        InputError: the name is taken or has other characters than lower-case letters and digits, or a size
+            is not positive.
     """
     if not (task.name.isalnum() and task.name.islower()):
         raise InputError(f"a task's name must be of lower-case letters and digits, got {task.name!r}")
@@ -261,9 +274,9 @@ def _check_sizes(task: Task) -> None:
 
 @functools.cache
 def _run_task_file(path: Path, content: bytes) -> Task:
-    """The `task` that the Python file makes when it is run; its name is the path, to find it again by."""
-    # Not by `runpy`, which would read the file again: what is run is what was looked at.
-    # A task file may use another one, so each has a module of its own.
+    """Execute a Python file and return the `task` that it defines, named by the file's path."""
+    # `runpy` would read the file again, so that other content than that of the digest might be executed.
+    # A task file may load another one, so each has a module of its own.
     module = types.ModuleType(f"<task {path}>")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module
@@ -293,10 +306,10 @@ def _read_task_file(name: str) -> tuple[Path, bytes]:
 
 
 def get_task(name: str) -> Task:
-    """The task called `name`, or that of a Python file of one's own, which is run.
+    """Return the task called `name`, or the one that a Python file FILE.py defines, which is executed.
 
     Raises:
-        InputError: no such task; the message lists those that exist. Or the file has none.
+        InputError: there is no such task, or the file defines none. The message lists the tasks.
     """
     if name.endswith(".py"):
         return _run_task_file(*_read_task_file(name))
@@ -308,17 +321,20 @@ def get_task(name: str) -> Task:
 def task_of_run(
     config: str | os.PathLike[str], recorded: str, sha256: str | None, given: str | Task | None
 ) -> Task:
-    """The task of a run; a Python file that its config.json names is run only where the user names it too.
+    """Return the task of a run.
+
+    A Python file that config.json names is executed only if the user names it too.
 
     Args:
-        config: the run's config.json, for errors.
-        recorded: the task's name there.
-        sha256: digest of the task's file there; None: it has no file, or the run is older than the record.
-        given: the task by the user's word, a name, a file, or a registered task; None: nothing was said.
+        config: path of the run's config.json, for error messages.
+        recorded: name of the task in config.json.
+        sha256: digest of the task's file in config.json, or None where the task has no file or the run was
+            made by an earlier version, which kept none.
+        given: task that the user named: a name, a file or a registered task. None where the user named none.
 
     Raises:
-        InputError: the run's task is a Python file and is not given, what is given is another task, or the
-            file's content is not what it was when the run was made.
+        InputError: the run's task is a Python file and the user did not name it, the user named another task,
+            or the file has changed since the run was made.
     """
     if isinstance(given, Task):
         given = given.name
@@ -343,9 +359,9 @@ def task_of_run(
 
 
 def parse_dataset_name(name: str) -> tuple[str, str | None]:
-    """(task, tier) of a data set's name: `halfcheetah-medium-replay-v2`, `hopper-random-local`.
+    """Split the name of a data set, such as `halfcheetah-medium-replay-v2`, into task and tier.
 
-    authors' "mixed" is D4RL's later "medium-replay". The tier is None where the name has none.
+    The authors' tier "mixed" is D4RL's later "medium-replay". The tier is None where the name has none.
 
     Raises:
         InputError: the name does not begin with a task.

@@ -1,1 +1,1 @@
-"""How fast the kernels are, beside other ways and beside the machine's limits."""
+"""Speed of the kernels, beside other implementations and the limits of the machine."""

@@ -1,6 +1,6 @@
-"""Measurements that compare: every contender runs in turn, round after round, and medians are reported.
+"""Comparison of kernels: all contenders run in turn, round after round, and medians are reported.
 
-Programs timed one after the other are not comparable where the machine's speed drifts; interleaved, they are.
+A machine's speed drifts, so programs that are timed one after the other cannot be compared.
 """
 
 import contextlib
@@ -30,20 +30,43 @@ from mopo_fast.sac import SAC
 from mopo_fast.utils.machine import check_device, device_name, resolve_threads
 from mopo_fast.utils.progress import progress_bar
 
-# Sizes of the square matrices that torch.mm multiplies: the best differs from machine to machine.
+# Sizes of the square matrices that torch.mm multiplies. The fastest size differs between machines.
 _MM_SIZES = {"cpu": (256, 1024, 2048), "cuda": (4096, 8192)}
-# A run of the loop that measures the CPU's peak takes at least so long.
+# Least seconds of one call of the loop that measures the CPU's peak.
 _PEAK_SECONDS = 0.02
-# Of each of the two arrays whose copy tells the memory's bandwidth: together more than any last-level cache.
+# Bytes of each of the two arrays whose copy measures the memory's bandwidth, more than any cache holds.
 _COPY_BYTES = 2**29
 
-# Does a round's work once.
+# A function that does the work of one round.
 Contender = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement, as `--json` writes it."""
+    """One measurement, as `--json` writes it.
+
+    Attributes:
+        kernel: name of the kernel.
+        backend: name of the contender, which for those of this package is its backend.
+        device: name of the device.
+        dtype: precision of the contender's matrix products.
+        shape: sizes that decide the amount of work.
+        rate: units done per second.
+        unit: unit of `rate`.
+        gflops: arithmetic of the networks alone, in 1e9 operations per second. A multiply-add counts as two.
+        peak: the arithmetic that measures the machine's peak. On a CPU these are multiply-adds on registers:
+            in float32, or, for a row in bfloat16, in the faster one of the two. On a GPU, or without the
+            extension, it is torch.mm.
+        peak_gflops: rate of `peak` between the same rounds, on the same threads.
+        share_of_peak: `gflops` divided by `peak_gflops`.
+        mm_gflops: rate of torch.mm between the same rounds, in float32 on a CPU and in the first contender's
+            dtype on a GPU.
+        intensity: arithmetic per byte of memory traffic, in FLOP per byte. It is an upper bound, since
+            `Work.bytes` is a lower bound of the traffic.
+        bandwidth: rate of a large copy between the same rounds, on the same threads, in GB/s, with the bytes
+            read and those written.
+        baselines: for the first contender, its rate divided by that of each other one. Others have none.
+    """
 
     kernel: str
     backend: str
@@ -53,26 +76,17 @@ class Row:
     rate: float
     unit: str
     gflops: float
-    """Arithmetic of the networks alone, two per multiply-add, / 1e9 per second."""
     peak: str
-    """The arithmetic that measures the machine's peak. On a CPU these are multiply-adds on registers: for a
-    row in bfloat16 those of the faster dtype, else float32's. On a GPU or without the extension: torch.mm."""
     peak_gflops: float
-    """Its rate between the same rounds, on the same threads."""
     share_of_peak: float
-    """`gflops` over `peak_gflops`."""
     mm_gflops: float
-    """The rate of torch.mm, likewise: in float32, on a GPU in the first contender's dtype."""
     intensity: float
-    """The same arithmetic over `Work.bytes`, FLOP per byte: at most this, as the traffic is at least that."""
     bandwidth: float
-    """Of a large copy between the same rounds, on the same threads: GB/s, read and written."""
     baselines: dict[str, float]
-    """Of the first contender: its rate over that of each other in the same rounds."""
 
 
 def to_table(rows: list[Row]) -> Table:
-    """For people: a line for each contender, the last column how many times faster the first one is."""
+    """Format measurements as a table, whose last column says how many times faster the first contender is."""
     first = rows[0]
     table = Table("contender", "dtype", first.unit, "GFLOP/s", "of peak", f"{first.backend} over it")
     table.caption = f"torch.mm: {first.mm_gflops:,.1f} GFLOP/s"
@@ -93,18 +107,20 @@ def to_table(rows: list[Row]) -> Table:
 
 @dataclass(frozen=True)
 class Work:
-    """What every contender does in a round.
+    """The work that every contender does in a round.
 
     Attributes:
-        kernel, shape, unit: as in `Row`.
-        amount: how many of the unit's things a round does.
-        flop: arithmetic of the networks for one of them.
-        bytes: memory traffic that one of them cannot do without, even in one kernel whose activations never
-            leave the cores' own caches: rows in and out, and the parameters that do not fit there.
-        threads: that every contender may use.
-        device: where it is done.
-        contenders: by name, the one that the others are baselines of first.
-        dtypes: of a contender's products, where they are not float32.
+        kernel: name of the kernel.
+        shape: sizes that decide the amount of work.
+        unit: unit of the rate, such as "transitions/s".
+        amount: number of units in a round.
+        flop: arithmetic of the networks for one unit.
+        bytes: least memory traffic of one unit, in a kernel whose activations never leave the cores' own
+            caches: rows in and out, and the parameters that do not fit into the caches.
+        threads: number of threads that every contender may use.
+        device: device of all contenders.
+        contenders: functions by name. The first is compared with all others.
+        dtypes: precision of the matrix products of the contenders that do not use float32.
     """
 
     kernel: str
@@ -131,17 +147,25 @@ def rollout_work(
     device: torch.device | str = "cpu",
     baselines: Mapping[str, Callable[[EnsembleDynamics, Actor, torch.Tensor, int], Contender]] | None = None,
 ) -> Work:
-    """Penalised rollouts, the canonical shape by default: 7 members of 4 x 200, policy of 2 x 256.
+    """Make the work of penalised rollouts, with 7 members of 4 x 200 and a policy of 2 x 256.
 
-    Networks are drawn at random, nothing ends an episode.
+    The networks are random, and nothing ends a rollout early.
 
     Args:
-        dtype: of the first contender; with another than float32 it meets itself in float32 too, if it can.
-        baselines: more contenders, each made of the ensemble, the actor, the start states and the horizon;
-            where products are not in float32, an attribute `dtype` says so.
+        backend: backend of the first contender.
+        dtype: precision of the first contender. If it is not float32, the backend is measured in float32 too,
+            where it can.
+        obs_dim: size of an observation.
+        act_dim: size of an action.
+        starts: number of start states.
+        horizon: steps of a rollout.
+        threads: number of threads, or None for all cores.
+        device: device of all contenders.
+        baselines: functions that make further contenders from the ensemble, the actor, the start states and
+            the horizon. A contender with other products than float32 has an attribute `dtype`.
 
     Raises:
-        InputError: a number out of range, or a backend that cannot serve.
+        InputError: a number is out of range, or the backend cannot do this work.
     """
     _check_positive(obs_dim=obs_dim, act_dim=act_dim, starts=starts, horizon=horizon)
     threads, device = resolve_threads(threads), _checked_device(device)
@@ -154,7 +178,7 @@ def rollout_work(
     for name in (engine.backend, "reference"):
         if get_backend(name).refusal(Need("float32", device)) is None:
             engines[name] = RolloutEngine(ensemble, backend=name, threads=threads)
-    # What a rollout stores, in float32: wider rows only move more.
+    # The row that a rollout stores. float32 makes the traffic a lower bound for float64 too.
     stored = engine.rollout(actor, start[:1], 1, seed=0)
     contenders: dict[str, Contender] = {
         name: partial(engine.rollout, actor, start, horizon, seed=0) for name, engine in engines.items()
@@ -175,7 +199,7 @@ def rollout_work(
         unit="transitions/s",
         amount=starts * horizon,
         flop=2.0 * (_forward_macs(ensemble.weights) + _forward_macs(actor.weights)),
-        # The row written, its share of the start state read; parameters, which every row needs, stay.
+        # A row is written and its share of the start state read. The parameters stay in the caches.
         bytes=_row_bytes(stored.arrays().values()) + _row_bytes([start]) / horizon,
         threads=threads,
         device=device,
@@ -198,16 +222,25 @@ def sac_work(
     device: torch.device | str = "cpu",
     baselines: Mapping[str, Callable[[SAC, Transitions, RingBuffer, int], Contender]] | None = None,
 ) -> Work:
-    """SAC updates, sampling included, the canonical shape by default: actor and 2 critics of 2 x 256.
-
-    Data are drawn at random: `real_rows` transitions, and a full buffer of `model_rows`.
+    """Make the work of SAC updates on random data, sampling of batches included.
 
     Args:
-        runs: made at once, `updates` of each in a round; they meet one after the other, too.
-        baselines: more contenders, each made of a fresh SAC, the data, the buffer and the updates of a round.
+        backend: backend of the first contender.
+        obs_dim: size of an observation.
+        act_dim: size of an action.
+        updates: updates of each run in a round.
+        config: settings of SAC. The default has an actor and 2 critics of 2 x 256.
+        real_rows: transitions in the data set.
+        model_rows: transitions in the model buffer, which is full.
+        runs: number of runs that the first contender updates at once. Their updates one after the other are
+            measured too.
+        threads: number of threads, or None for all cores.
+        device: device of all contenders.
+        baselines: functions that make further contenders from a fresh SAC, the data, the buffer and the
+            number of updates in a round.
 
     Raises:
-        InputError: a number out of range, or a backend that cannot serve.
+        InputError: a number is out of range, or the backend cannot do this work.
     """
     _check_positive(obs_dim=obs_dim, act_dim=act_dim, updates=updates, runs=runs)
     threads, device = resolve_threads(threads), _checked_device(device)
@@ -252,7 +285,7 @@ def sac_work(
         unit="updates/s",
         amount=updates * runs,
         flop=sac_flop(sac),
-        # The batch's rows, drawn from far more than fits; at this size parameters and Adam's moments stay.
+        # The rows of a batch are read. Parameters and Adam's moments of this size stay in the caches.
         bytes=sac.config.batch_size * _row_bytes(data.arrays().values()),
         threads=threads,
         device=device,
@@ -273,17 +306,24 @@ def fit_work(
     device: torch.device | str = "cpu",
     baselines: Mapping[str, Callable[[Fit, torch.Tensor], Contender]] | None = None,
 ) -> Work:
-    """Steps of the ensemble's fit, gathering included, the canonical shape by default: 7 members of 4 x 200.
-
-    Data are drawn at random, `rows` transitions.
+    """Make the work of gradient steps of the fit on random data, gathering of batches included.
 
     Args:
-        dtype: of the first contender, by default config's; with bfloat16 it meets itself in float32 too.
-        baselines: more contenders, each made of a fresh fit and the rows [members, count] of a round; where
-            products are not in float32, an attribute `dtype` says so.
+        backend: backend of the first contender.
+        obs_dim: size of an observation.
+        act_dim: size of an action.
+        steps: gradient steps in a round.
+        config: settings of the fit. The default has 7 members of 4 x 200.
+        dtype: precision of the first contender, by default that of `config`. With bfloat16 the backend is
+            measured in float32 too.
+        rows: transitions in the data set.
+        threads: number of threads, or None for all cores.
+        device: device of all contenders.
+        baselines: functions that make further contenders from a fresh fit and the row numbers [members,
+            count] of a round. A contender with other products than float32 has an attribute `dtype`.
 
     Raises:
-        InputError: a number out of range, or a backend that cannot serve.
+        InputError: a number is out of range, or the backend cannot do this work.
     """
     _check_positive(obs_dim=obs_dim, act_dim=act_dim, steps=steps)
     threads, config = resolve_threads(threads), config or DynamicsConfig()
@@ -321,7 +361,8 @@ def fit_work(
         unit="samples*members/s",
         amount=drawn.numel(),
         flop=2.0 * _training_macs(fit.model.weights) / config.members,
-        # The row, its share of its member's parameters and Adam's moments in and out: all members' don't fit.
+        # A row is read, and its share of parameters and Adam's moments read and written: the caches are too
+        # small for those of all members.
         bytes=_row_bytes((fit.inputs, fit.targets)) + 6 * parameters / config.members / config.batch_size,
         threads=threads,
         device=device,
@@ -334,20 +375,32 @@ WORKS: dict[str, Callable[..., Work]] = {"rollout": rollout_work, "sac": sac_wor
 
 
 def bench(kernel: str, *, rounds: int = 5, quiet: bool = False, **options: Any) -> list[Row]:
-    """Measure a kernel of `WORKS`, its function's `options` given, against the PyTorch reference.
+    """Measure a kernel beside the PyTorch reference.
+
+    Args:
+        kernel: name of the kernel in `WORKS`.
+        rounds: number of rounds.
+        quiet: show no progress bar.
+        **options: arguments of the kernel's function in `WORKS`.
 
     Returns:
-        A row for each contender, as `measure`.
+        A row for each contender.
 
     Raises:
-        InputError: a number out of range, or a backend that cannot serve.
+        InputError: a number is out of range, or the backend cannot do this work.
     """
     _check_positive(rounds=rounds)
     return measure(WORKS[kernel](**options), rounds=rounds, quiet=quiet)
 
 
 def measure(work: Work, *, rounds: int, quiet: bool = False) -> list[Row]:
-    """A row for each contender of `work`, from medians over `rounds` in turn; one more round warms up."""
+    """Measure all contenders of `work` in turn and return a row for each.
+
+    Args:
+        work: the work and its contenders.
+        rounds: number of rounds, of which the median counts. One more round comes first, to warm up.
+        quiet: show no progress bar.
+    """
     device = work.device
     dtypes = {name: work.dtypes.get(name, "float32") for name in work.contenders}
     first, *others = dtypes
@@ -365,7 +418,7 @@ def measure(work: Work, *, rounds: int, quiet: bool = False) -> list[Row]:
     }
     arithmetic = loops | products
     copy, moved = _copy(device)
-    # The copy empties the caches, so arithmetic comes between it and the next round.
+    # The copy empties the caches, so the arithmetic comes between it and the next round.
     contenders = work.contenders | {"copy": copy} | {name: run for name, (run, _) in arithmetic.items()}
     if device.type == "cuda":
         contenders = {name: _awaited(run, device) for name, run in contenders.items()}
@@ -403,11 +456,11 @@ def measure(work: Work, *, rounds: int, quiet: bool = False) -> list[Row]:
 
 
 def sac_flop(sac: SAC) -> float:
-    """Arithmetic of the matrix products of one update, those that its gradients need."""
+    """Return the arithmetic of the matrix products that one update needs, in FLOP."""
     actor, critic, actions = sac.actor.weights, sac.critic.weights, sac.actor.act_dim
     critics, inputs, outputs = critic[0].shape
-    # Through a critic, but not to its weights, and in the first layer to the actions alone. The policy's loss
-    # takes the least Q of a row, so the gradient of one critic is enough: the other critics' is zero.
+    # The actor's gradient goes through the critic with the least Q of a row, and is zero for the others. It
+    # does not go to that critic's weights, and in the first layer it goes to the actions alone.
     to_actions = _forward_macs(critic) // critics - (inputs - actions) * outputs
     next_value = _forward_macs(actor) + _forward_macs(critic)
     critics_step = _training_macs(critic)
@@ -417,23 +470,26 @@ def sac_flop(sac: SAC) -> float:
 
 
 def _forward_macs(weights: Iterable[torch.Tensor]) -> int:
-    """Multiply-adds of a row through these layers."""
+    """Return the multiply-adds of one row in a forward pass through these layers."""
     return sum(weight.numel() for weight in weights)
 
 
 def _training_macs(weights: Iterable[torch.Tensor]) -> int:
-    """Forwards, and backwards to weights and to inputs; the gradient of the first input nobody needs."""
+    """Return the multiply-adds of one row in a forward and a backward pass.
+
+    The gradient of the network's input is not needed.
+    """
     first, *others = weights
     return 2 * first.numel() + 3 * _forward_macs(others)
 
 
 def _row_bytes(arrays: Iterable[torch.Tensor]) -> int:
-    """Of one row of each."""
+    """Return the bytes of one row of all arrays."""
     return sum(array[:1].nbytes for array in arrays)
 
 
 def _dtypes(contenders: Mapping[str, Contender], first: str) -> dict[str, str]:
-    """`Work.dtypes`: what the first contender's is, and what others say of themselves."""
+    """Return `Work.dtypes` from that of the first contender and the attributes `dtype` of the others."""
     given = {name: getattr(run, "dtype", torch.float32) for name, run in contenders.items()}
     others = {
         name: str(dtype).removeprefix("torch.") for name, dtype in given.items() if dtype != torch.float32
@@ -465,7 +521,7 @@ def _checked_device(device: torch.device | str) -> torch.device:
 
 
 def _randomise(data: Transitions) -> None:
-    """Standard normals, actions squashed, one row in a hundred terminal."""
+    """Fill `data` with standard normals, squashed actions, and one terminal row in a hundred."""
     generator = torch.Generator(data.device).manual_seed(0)
     for array in data.arrays().values():
         if array.dtype == torch.bool:
@@ -476,7 +532,7 @@ def _randomise(data: Transitions) -> None:
 
 
 def _times(count: int, run: Contender) -> Contender:
-    """A contender's work, `count` times over."""
+    """Return a contender that does the work of `run` `count` times."""
 
     def again() -> None:
         for _ in range(count):
@@ -486,7 +542,7 @@ def _times(count: int, run: Contender) -> Contender:
 
 
 def _awaited(run: Contender, device: torch.device) -> Contender:
-    """A contender until the GPU has done what it asked for."""
+    """Return a contender that also waits until the GPU has finished."""
 
     def to_the_end() -> None:
         run()
@@ -496,12 +552,12 @@ def _awaited(run: Contender, device: torch.device) -> Contender:
 
 
 def _product_dtype(name: str) -> torch.dtype:
-    """Of the tensors that stand for one of `config.ROLLOUT_DTYPES`."""
+    """Return the dtype of tensors for one of `config.ROLLOUT_DTYPES`."""
     return torch.float32 if name == "tfloat32" else getattr(torch, name)
 
 
 def _product(size: int, device: torch.device, dtype: torch.dtype) -> tuple[Contender, float]:
-    """torch.mm of square matrices, often enough to be timed, and its arithmetic."""
+    """Return a contender that calls torch.mm often enough to be timed, and its arithmetic in FLOP."""
     left, right = torch.randn(2, size, size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     out, times = torch.empty_like(left), max(1, (1024 // size) ** 3)
 
@@ -513,7 +569,7 @@ def _product(size: int, device: torch.device, dtype: torch.dtype) -> tuple[Conte
 
 
 def _loop(dtype: str, threads: int) -> tuple[Contender, float]:
-    """Multiply-adds by the instruction set in use, often enough to be timed, and their arithmetic."""
+    """Return a contender that makes enough multiply-adds to be timed, and its arithmetic in FLOP."""
     run = partial(cpu.extension().multiply_adds, isa=cpu.isa(), bfloat16=dtype == "bfloat16", threads=threads)
     rounds = 1000
     while True:
@@ -525,8 +581,8 @@ def _loop(dtype: str, threads: int) -> tuple[Contender, float]:
 
 
 def _copy(device: torch.device) -> tuple[Contender, float]:
-    """A copy of an array far larger than the caches, and the bytes that it reads and writes."""
-    # Ones, not zeros: an array never written to is one page of zeros many times over.
+    """Return a contender that copies a large array, and the bytes that it reads and writes."""
+    # The array is written, because all pages of one that never was are the same page of zeros.
     source = torch.ones(_COPY_BYTES // 4, device=device)
     return partial(torch.empty_like(source).copy_, source), 2.0 * source.nbytes
 
@@ -534,7 +590,7 @@ def _copy(device: torch.device) -> tuple[Contender, float]:
 def interleave(
     contenders: dict[str, Contender], rounds: int, description: str, quiet: bool
 ) -> dict[str, float]:
-    """The median seconds of each contender over `rounds` in turn, after one to warm up."""
+    """Run all contenders in turn and return the median seconds of each; the first round only warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     with progress_bar(description, rounds + 1, quiet=quiet) as bar:
         for _ in range(rounds + 1):
@@ -548,6 +604,7 @@ def interleave(
 
 @contextlib.contextmanager
 def torch_threads(count: int) -> Iterator[None]:
+    """Set the number of torch's threads during the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -1,4 +1,4 @@
-"""The roofline of a bench: each contender's rate below what the machine's arithmetic and memory allow.
+"""Roofline plot of a bench: the rate of each contender, below the limits of the machine.
 
 Source: Williams, Waterman and Patterson, "Roofline: an insightful visual performance model", CACM 2009.
 """
@@ -17,12 +17,12 @@ from mopo_fast.utils.atomic import atomic_path, check_writable
 from mopo_fast.utils.pictures import BLUE, GREEN, GREY, ORANGE, blank_axes, label_log, look
 
 _FORMATS = (".png", ".svg", ".pdf")
-# Between two labels, as a share of the axis.
+# Distance between two labels, as a share of the axis.
 _GAP = 0.055
 
 
 def check_picture(path: str | os.PathLike[str]) -> None:
-    """Raise `InputError` where `write_roofline` would refuse `path`, to be told before the measurement."""
+    """Raise `InputError` where `write_roofline` would refuse `path`, so that the user learns it early."""
     path = Path(path)
     if path.suffix.lower() not in _FORMATS:
         raise InputError(f"cannot write {path}: the file's name must end in .png, .svg or .pdf")
@@ -30,10 +30,10 @@ def check_picture(path: str | os.PathLike[str]) -> None:
 
 
 def write_roofline(path: str | os.PathLike[str], rows: list[Row]) -> None:
-    """Draw the rows of one bench into a file, in the format that its name ends in, atomically.
+    """Draw the rows of one bench into a file, atomically. The name's ending decides the format.
 
     Raises:
-        InputError: another ending, or the file cannot be written.
+        InputError: the ending is unknown, or the file cannot be written.
     """
     path = Path(path)
     check_picture(path)
@@ -42,10 +42,11 @@ def write_roofline(path: str | os.PathLike[str], rows: list[Row]) -> None:
 
 
 def roofline(rows: list[Row]) -> Figure:
-    """Draw the rows of one bench, GFLOP/s over FLOP per byte, below the machine's roofs; all logarithmic.
+    """Draw the rows of one bench in GFLOP/s over FLOP per byte, on logarithmic axes, with the roofs.
 
-    The roofs are the memory's bandwidth and each dtype's peak. torch.mm is drawn where it is not the peak.
-    Points lie where the least memory traffic puts them: what moves more bytes truly lies further left.
+    The roofs are the memory's bandwidth and the peak of each dtype. torch.mm is drawn where it is not the
+    peak. Points are placed by the least possible memory traffic. The true point of a contender that moves
+    more bytes lies further left.
     """
     first = rows[0]
     rising = sorted(rows, key=lambda row: row.gflops)
@@ -84,7 +85,7 @@ def roofline(rows: list[Row]) -> Figure:
 
 
 def _spread(rising: list[float], gap: float) -> list[float]:
-    """The nearest values that are `gap` apart: isotonic regression by its min-max formula."""
+    """Return the nearest values that are at least `gap` apart, by isotonic regression (min-max formula)."""
     rest = [value - gap * i for i, value in enumerate(rising)]
     n = len(rest)
     return [

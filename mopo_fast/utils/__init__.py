@@ -1,1 +1,1 @@
-"""Small things that anything may use; nothing here imports more of the package than `errors`."""
+"""Utilities that any module may use. They import nothing of the package but `errors`."""

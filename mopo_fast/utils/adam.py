@@ -1,4 +1,4 @@
-"""Adam, as all that is trained here uses it."""
+"""Adam, the optimiser of the fit and of SAC."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -10,18 +10,22 @@ from mopo_fast.errors import InputError
 
 
 class Adam:
-    """torch's fused Adam with its defaults, and its state in the open.
+    """torch's fused Adam with its default betas and epsilon, and with its state in public attributes.
 
-    `torch.optim.Adam` costs more than the arithmetic for networks of this size.
+    `torch.optim.Adam` would take more time than the arithmetic of networks of this size.
 
     Args:
-        parameters: leaf tensors, changed in place.
-        learning_rate: of the first step.
-        weight_decay: one for each parameter; times it, added to its gradient. None: none.
+        parameters: leaf tensors, which are changed in place.
+        learning_rate: learning rate of the first step.
+        weight_decay: a factor for each parameter, by which the parameter is added to its gradient. None
+            stands for no decay.
 
     Attributes:
-        exp_avgs, exp_avg_sqs: running moments, shaped as the parameters.
-        steps: float32 scalars, how many steps each has made.
+        parameters: the parameters.
+        weight_decay: the factor of each parameter.
+        exp_avgs: running means of the gradients, of the parameters' shapes.
+        exp_avg_sqs: running means of the squared gradients, of the parameters' shapes.
+        steps: number of steps of each parameter, as float32 scalars.
     """
 
     def __init__(
@@ -35,14 +39,14 @@ class Adam:
         self.exp_avgs = [torch.zeros_like(parameter) for parameter in self.parameters]
         self.exp_avg_sqs = [torch.zeros_like(parameter) for parameter in self.parameters]
         self.steps = [torch.zeros((), dtype=torch.float32, device=each.device) for each in self.parameters]
-        # On a GPU in a tensor: a recorded step reads what it is when played.
+        # A CUDA graph reads the rate when it is replayed, so it must be in a tensor on the GPU.
         on_gpu = self.parameters[0].device.type == "cuda"
         self._rate = torch.zeros((), device=self.parameters[0].device) if on_gpu else None
         self.learning_rate = learning_rate
 
     @property
     def learning_rate(self) -> float:
-        """May be changed between steps."""
+        """Learning rate of the next step."""
         return self._learning_rate
 
     @learning_rate.setter
@@ -52,22 +56,22 @@ class Adam:
             self._rate.fill_(value)
 
     def check_moments(self, source: str | os.PathLike[str]) -> None:
-        """Raise `InputError` where a second moment is negative; `source` names the file it was read from."""
+        """Raise `InputError` where a second moment is negative. `source` is the file it was read from."""
         if any(bool((square < 0).any()) for square in self.exp_avg_sqs):
             raise InputError(f"{source}: a second moment of Adam is negative")
 
     @torch.no_grad()
     def step(self, gradients: Sequence[torch.Tensor]) -> None:
-        """Move the parameters against `gradients`, one for each."""
+        """Make one step with `gradients`, one for each parameter."""
         for decay in sorted(set(self.weight_decay)):
-            some = [i for i, other in enumerate(self.weight_decay) if other == decay]
+            group = [i for i, other in enumerate(self.weight_decay) if other == decay]
             adam(
-                [self.parameters[i] for i in some],
-                [gradients[i] for i in some],
-                [self.exp_avgs[i] for i in some],
-                [self.exp_avg_sqs[i] for i in some],
+                [self.parameters[i] for i in group],
+                [gradients[i] for i in group],
+                [self.exp_avgs[i] for i in group],
+                [self.exp_avg_sqs[i] for i in group],
                 [],
-                [self.steps[i] for i in some],
+                [self.steps[i] for i in group],
                 fused=True,
                 lr=self._learning_rate if self._rate is None else self._rate,
                 beta1=0.9,

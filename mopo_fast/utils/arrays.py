@@ -1,4 +1,4 @@
-"""Arrays of any library in, the same kind out: NumPy's, and what speaks DLPack, such as JAX's and CuPy's."""
+"""Conversion between tensors and arrays of NumPy or any library with DLPack, such as JAX and CuPy."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,18 +12,23 @@ from mopo_fast.errors import InputError
 
 
 def to_tensor(name: str, array: Any, device: torch.device) -> torch.Tensor:
-    """`array` as a tensor, not copied where its memory can be shared.
+    """Convert `array` to a tensor that shares its memory where possible.
 
-    NumPy's arrays, which know the CPU alone, are put on `device`; all others stay where they are.
+    NumPy arrays, which are always in the CPU's memory, are moved to `device`. All others stay where they are.
+
+    Args:
+        name: name of the array, for error messages.
+        array: a tensor, a NumPy array, or an array that supports DLPack.
+        device: device for NumPy arrays.
 
     Raises:
-        InputError: it is no array, or one of a type that tensors do not have.
+        InputError: `array` is not an array, or tensors do not have its type.
     """
     if isinstance(array, torch.Tensor):
         return array
     try:
         if isinstance(array, np.ndarray):
-            # Tensors have neither negative strides, nor memory that may not be written, nor foreign bytes.
+            # Tensors support neither negative strides, nor read-only memory, nor another byte order.
             shared = np.require(array, array.dtype.newbyteorder("="), ["C", "W"])
             return torch.from_numpy(shared).to(device)
         if hasattr(array, "__dlpack__"):
@@ -31,15 +36,19 @@ def to_tensor(name: str, array: Any, device: torch.device) -> torch.Tensor:
     except (TypeError, ValueError, RuntimeError, BufferError) as error:
         raise InputError(f"{name} cannot be read as a tensor: {error}") from error
     raise InputError(
-        f"{name} must be a tensor, a NumPy array or one that speaks DLPack, got {type(array).__name__}"
+        f"{name} must be a tensor, a NumPy array or an array with DLPack, got {type(array).__name__}"
     )
 
 
 def maker_like(name: str, array: Any) -> Callable[[torch.Tensor], Any]:
-    """What makes arrays of `array`'s kind from tensors, not copied where their memory can be shared.
+    """Return a function that converts tensors to arrays of `array`'s library, which share their memory.
+
+    Args:
+        name: name of the array, for error messages.
+        array: a tensor, a NumPy array, or an array of a library with the array API standard.
 
     Raises:
-        InputError: its library does not say how (`__array_namespace__` of the array API standard).
+        InputError: `array` lacks `__array_namespace__` of the array API standard.
     """
     if isinstance(array, torch.Tensor):
         return lambda tensor: tensor
@@ -55,7 +64,7 @@ def maker_like(name: str, array: Any) -> Callable[[torch.Tensor], Any]:
 
 
 def map_tensors(function: Callable[[torch.Tensor], Any], record: Any) -> Any:
-    """A dataclass like `record` with `function` of each tensor in it."""
+    """Return a copy of the dataclass `record` with `function` applied to each of its tensors."""
     values = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
     changed = {name: function(v) for name, v in values.items() if isinstance(v, torch.Tensor)}
     return dataclasses.replace(record, **changed)

@@ -1,7 +1,7 @@
-"""Files that are either whole or not there: write to a temporary file, then rename.
+"""Atomic writing of files and folders: write to a temporary file, then rename it.
 
-A temporary file is locked while its writer lives. One that nobody has locked belongs to a process that was
-killed, and the next writer of the same file removes it.
+A temporary file is locked while its writer runs. An unlocked one belongs to a writer that was killed, and
+the next writer of the same file removes it.
 """
 
 import contextlib
@@ -24,9 +24,9 @@ from mopo_fast.errors import InputError
 
 T = TypeVar("T")
 
-# Bytes of a JSON file that is read; a manifest of a million shards has about half of them.
+# Upper limit of the bytes of a JSON file. The manifest of a million shards has about half of them.
 _LARGEST_JSON = 1 << 30
-# A replaced folder's name in a scratch folder, where folders cannot be exchanged.
+# Name of a replaced folder in a scratch folder, on systems that cannot exchange two folders.
 _OLD = ".old"
 # Constants of Linux's fcntl.h and fs.h.
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -45,7 +45,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary, handle = _make_temporary(path)
     try:
         yield temporary
-        # mkstemp, and some writers, make a private file; a finished one is as open() would have made it.
+        # mkstemp and some writers make a private file. This gives it the permissions of open().
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
@@ -60,10 +60,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raise `InputError` where `atomic_path` would refuse `path`, to be told before the work."""
+    """Raise `InputError` where `atomic_path` would refuse `path`, so that the user learns it early."""
     path = Path(path)
     if path.is_dir():
-        raise InputError(f"cannot write {path}: it is a folder")
+        raise InputError(f"cannot write {path}: it is a folder; choose another file")
     made = missing_folders(path.parent)
     temporary, handle = _make_temporary(path)
     temporary.unlink()
@@ -72,21 +72,25 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 
 def missing_folders(folder: Path) -> list[Path]:
-    """Those of `folder` and its parents that are not there, `folder` first."""
+    """Return those of `folder` and its parents that do not exist, `folder` first."""
     return [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
 
 
 def remove_empty(folders: list[Path]) -> None:
-    """Remove folders, each inside the next, up to the first that holds anything."""
+    """Remove folders, each of which lies in the next, up to the first that is not empty."""
     with contextlib.suppress(OSError):
         for folder in folders:
             folder.rmdir()
 
 
 def sweep(folder: str | os.PathLike[str], name: str | None = None) -> None:
-    """Remove the temporary files of killed writers in `folder`: those of the file `name`, or of every file.
+    """Remove the temporary files that killed writers left in `folder`.
 
-    A file whose writer is alive is left alone, and so is everything where the file system has no locks.
+    Files of running writers stay, and so does everything on a file system without locks.
+
+    Args:
+        folder: folder to clean.
+        name: file whose temporary files are removed; None removes those of all files.
     """
     pattern = f".{glob.escape(name) if name else '*'}.????????.tmp"
     for leftover in Path(folder).glob(pattern):
@@ -101,9 +105,9 @@ def sweep(folder: str | os.PathLike[str], name: str | None = None) -> None:
 
 @contextlib.contextmanager
 def scratch_folder(parent: Path) -> Iterator[Path]:
-    """Make a folder in `parent` for files that are not whole yet; remove it, and those of killed writers."""
+    """Yield a temporary folder in `parent`, and remove it and those of killed writers."""
     for leftover in parent.glob(".new-*"):
-        # A writer that is killed between two renames leaves the only copy here.
+        # A writer that was killed between two renames has left the only copy of a folder here.
         if not os.path.lexists(leftover / _OLD):
             _remove_unlocked(leftover)
     while True:
@@ -130,9 +134,9 @@ def _remove_unlocked(folder: Path) -> None:
 
 
 def replace_folder(scratch: Path, name: str, folder: Path) -> None:
-    """Put the folder `name` of a `scratch_folder` in the place of `folder`, which stays in scratch.
+    """Replace `folder` by the folder `name` in a `scratch_folder`. The replaced one stays in `scratch`.
 
-    One step on Linux: whenever the process is killed, one of the two is there.
+    This is one step on Linux, so that one of the two is in place whenever the process is killed.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     if not folder.exists():
@@ -144,7 +148,7 @@ def replace_folder(scratch: Path, name: str, folder: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange what two paths name; False where the system or the file system cannot."""
+    """Exchange two paths; return False where the system or the file system cannot do it."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         return False
@@ -156,7 +160,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _make_temporary(path: Path) -> tuple[Path, int]:
-    """An empty file beside `path`, whose folder is made where there is none; and its locked descriptor."""
+    """Make an empty file beside `path`, and its folder if need be; return it and its locked descriptor."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent, path.name)
@@ -170,11 +174,11 @@ def _make_temporary(path: Path) -> tuple[Path, int]:
 
 
 def _lock(handle: int) -> bool:
-    """Lock a new file; False where another process has swept it away first."""
+    """Lock a new file; return False where another process has already removed it."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        # A file system without locks: nobody can sweep there.
+        # On a file system without locks nobody removes temporary files.
         return error.errno != errno.EWOULDBLOCK
     return os.fstat(handle).st_nlink > 0
 
@@ -184,9 +188,9 @@ def _cannot_write(path: Path, error: OSError) -> InputError:
 
 
 def refuse_links(*folders: Path) -> None:
-    """Raise `InputError` where one of a run's own folders is there and is a link, or no folder.
+    """Raise `InputError` where one of a run's own folders exists and is a link, or is not a folder.
 
-    What is removed and written in it would be removed and written elsewhere, in another run's folder say.
+    Through a link, files would be written and removed elsewhere, for example in another run's folder.
     """
     for folder in folders:
         if os.path.lexists(folder) and not stat.S_ISDIR(folder.lstat().st_mode):
@@ -194,10 +198,10 @@ def refuse_links(*folders: Path) -> None:
 
 
 def regular_file(path: Path) -> os.stat_result:
-    """Return the status of a file that lies in its folder itself.
+    """Return the status of a regular file.
 
     Raises:
-        InputError: there is none, or it is a symbolic link, which may lead anywhere, or no file.
+        InputError: `path` does not exist, is a symbolic link, which may lead anywhere, or is not a file.
     """
     try:
         status = path.lstat()
@@ -220,17 +224,22 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write `value` as indented JSON, atomically. NaN and infinity are refused."""
+    """Write `value` as indented JSON, atomically.
+
+    Raises:
+        InputError: the file cannot be written.
+        ValueError: `value` holds NaN or infinity.
+    """
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     with atomic_path(path) as temporary:
         temporary.write_text(text)
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read JSON whose numbers are finite.
+    """Read JSON in which all numbers are finite.
 
     Raises:
-        InputError: the file is missing or is not sound; names it.
+        InputError: the file is missing, or is not JSON of this kind.
     """
     return _read_json(Path(path))[0]
 
@@ -238,27 +247,30 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 def read_json_as(path: str | os.PathLike[str], kind: type[T]) -> T:
     """Read JSON of a declared type: a dataclass, a TypedDict, or a container of these.
 
-    The file's types must agree exactly: no text counts as a number, and no number as a flag.
+    Types must agree exactly: text is no number, and a number is no flag.
 
     Args:
-        kind: what pydantic validates; ranges are `Annotated[int, Field(ge=0)]`.
+        path: file to read.
+        kind: type that pydantic validates. Ranges are written `Annotated[int, Field(ge=0)]`.
 
     Raises:
-        InputError: the file is missing or not sound, or a value in it has another type or is out of range;
-            names the file and the value.
+        InputError: the file is missing or is not JSON, or a value in it has another type or is out of range.
+            The message names the file and the value.
     """
     _, content = _read_json(Path(path))
     return _validate(content, kind, path)
 
 
 def parse_json_as(text: str, kind: type[T], source: str | os.PathLike[str]) -> T:
-    """Do what `read_json_as` does with text that a file holds among other things.
+    """Parse JSON that is part of a file, as `read_json_as` does.
 
     Args:
-        source: the file, for errors.
+        text: JSON to parse.
+        kind: type that pydantic validates.
+        source: the file, for error messages.
 
     Raises:
-        InputError: as `read_json_as`.
+        InputError: as in `read_json_as`.
     """
     try:
         _parse(text)
@@ -268,17 +280,17 @@ def parse_json_as(text: str, kind: type[T], source: str | os.PathLike[str]) -> T
 
 
 def check_value(name: str, value: Any, kind: Any) -> Any:
-    """Return a value that is of a declared type and in its range.
+    """Check that a value has a declared type and is in its range, and return it.
 
-    As in `read_json_as` the type must agree exactly, but for a whole number in a float's place, which is
-    returned as a float.
+    The type must agree exactly. Only a whole number is accepted in place of a float, and returned as one.
 
     Args:
-        name: the value's name in the error.
-        kind: what pydantic validates, such as `Annotated[int, Field(ge=0)]`.
+        name: name of the value, for error messages.
+        value: value to check.
+        kind: type that pydantic validates, such as `Annotated[int, Field(ge=0)]`.
 
     Raises:
-        InputError: the value is of another type, or out of range.
+        InputError: the value has another type or is out of range.
     """
     from pydantic import TypeAdapter, ValidationError
 
@@ -290,7 +302,7 @@ def check_value(name: str, value: Any, kind: Any) -> Any:
 
 
 def _validate(content: str | bytes, kind: type[T], source: str | os.PathLike[str]) -> T:
-    # Takes a tenth of a second, which help texts and errors need not wait for.
+    # This import takes a tenth of a second, for which help texts and errors should not wait.
     from pydantic import TypeAdapter, ValidationError
 
     try:
@@ -306,7 +318,7 @@ def _parse(text: str) -> Any:
 
 
 def _read_json(path: Path) -> tuple[Any, bytes]:
-    """The value in a JSON file, and the file's bytes."""
+    """Return the value in a JSON file and the file's bytes."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise ValueError("it is no regular file")
@@ -316,7 +328,7 @@ def _read_json(path: Path) -> tuple[Any, bytes]:
         return _parse(content.decode()), content
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
-    # Damage, numbers of too many digits, and lists nested too deeply for the parser.
+    # The file may be damaged, or have numbers too long or lists too deep for the parser.
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not a readable JSON file ({error})") from error
 

@@ -1,4 +1,4 @@
-"""Many small kernels in one launch of a GPU."""
+"""CUDA graphs: many small kernels of a GPU in one launch."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,20 +7,20 @@ import torch
 
 
 def records(device: torch.device) -> bool:
-    """Whether launches on a device can be recorded."""
+    """Tell whether launches on a device can be recorded."""
     return device.type == "cuda"
 
 
 class Graph:
-    """A function's kernels on a GPU, recorded once and played back with other arguments.
+    """The kernels of a function on a GPU, recorded once and replayed with other arguments.
 
     Source: "CUDA Graphs" in PyTorch's notes on CUDA semantics.
 
     Args:
-        function: of CUDA tensors; it may read and change other tensors in place, but the host may not look at
-            their values.
-        arguments: of the shapes that it will be called with.
-        state: all that it changes, to be put back after the run that warms it up.
+        function: a function of CUDA tensors. It may read other tensors and change them in place, but may not
+            read values back to the host.
+        arguments: arguments of the shapes that the graph will be called with.
+        state: all tensors that `function` changes. They are restored after its warm-up run.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Graph:
             self.result = function(*self.arguments)
 
     def __call__(self, *arguments: torch.Tensor) -> torch.Tensor:
-        """What `function` returns, good until the next call."""
+        """Replay the function; its result is valid until the next call."""
         for mine, argument in zip(self.arguments, arguments, strict=True):
             mine.copy_(argument)
         self.graph.replay()
@@ -52,7 +52,7 @@ class Graph:
 
 
 class Recorder:
-    """Plays a function from graphs of its own, one for each shape of arguments and place of its state."""
+    """Plays functions from graphs, one for each shape of the arguments and each address of the state."""
 
     def __init__(self) -> None:
         self._graphs: dict[tuple[Any, ...], Graph] = {}
@@ -63,8 +63,8 @@ class Recorder:
         arguments: Sequence[torch.Tensor],
         state: Sequence[torch.Tensor],
     ) -> torch.Tensor:
-        """function(*arguments), recorded at the first call with such; see `Graph`."""
-        what = (*(argument.shape for argument in arguments), *(tensor.data_ptr() for tensor in state))
-        if what not in self._graphs:
-            self._graphs[what] = Graph(function, arguments, state)
-        return self._graphs[what](*arguments)
+        """Return function(*arguments), recorded at the first call. The arguments are those of `Graph`."""
+        key = (*(argument.shape for argument in arguments), *(tensor.data_ptr() for tensor in state))
+        if key not in self._graphs:
+            self._graphs[key] = Graph(function, arguments, state)
+        return self._graphs[key](*arguments)

@@ -1,4 +1,4 @@
-"""Ctrl-C between two steps of work in Python, and not in the middle of one."""
+"""Deferred Ctrl-C: an interrupt takes effect between two steps, not in the middle of one."""
 
 import contextlib
 import signal
@@ -8,10 +8,10 @@ from typing import Any
 
 
 class Interrupts:
-    """Ctrl-C that waits for a moment at which nothing is half done.
+    """A Ctrl-C that waits until no step is half done.
 
     Args:
-        handler: for a Ctrl-C whose moment has come.
+        handler: signal handler to call when the Ctrl-C takes effect.
     """
 
     def __init__(self, handler: Callable[..., Any]) -> None:
@@ -19,13 +19,13 @@ class Interrupts:
         self._waiting: tuple[Any, ...] | None = None
 
     def catch(self, *arguments: Any) -> None:
-        """Handle the signal: the first one waits, a second one does not."""
+        """Handle a signal. The first one waits, a second one takes effect at once."""
         if self._waiting is not None:
             self._handler(*arguments)
         self._waiting = arguments
 
     def look(self) -> None:
-        """Let a Ctrl-C that waits happen now, between two steps of a loop."""
+        """Let a waiting Ctrl-C take effect. Call this between two steps of a loop."""
         if self._waiting is not None:
             arguments, self._waiting = self._waiting, None
             self._handler(*arguments)
@@ -33,11 +33,11 @@ class Interrupts:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[Interrupts]:
-    """Let Ctrl-C wait until the block looks for it, or has ended: what it changes is changed whole.
+    """Let Ctrl-C wait until the block calls `Interrupts.look` or ends, so that no step is left half done.
 
-    Python loses an exception that a signal raises in the middle of a garbage collection; one that waits is
-    not lost. A second Ctrl-C does not wait. Signals reach Python's main thread alone; in any other, nothing
-    needs to be done.
+    A second Ctrl-C does not wait. In threads other than the main one nothing is done, since signals only
+    reach the main thread. Waiting also keeps the exception from being raised in a garbage collection, where
+    Python would lose it.
     """
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):

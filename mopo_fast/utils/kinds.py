@@ -1,4 +1,4 @@
-"""Numbers in files, as `atomic.read_json_as` checks them."""
+"""Types of numbers in JSON files, which `atomic.read_json_as` checks."""
 
 from typing import Annotated
 

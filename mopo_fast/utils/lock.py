@@ -1,4 +1,4 @@
-"""One process at a time in a run's folder."""
+"""A lock that lets one process at a time work in a folder."""
 
 import contextlib
 import os
@@ -13,17 +13,17 @@ from mopo_fast.utils.atomic import missing_folders, remove_empty
 
 @contextlib.contextmanager
 def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Keep every other process and thread out of `folder`, which is made where it is missing.
+    """Keep all other processes and threads out of `folder` during the block; make the folder if need be.
 
-    The lock ends with its process, however that ends; the file .lock stays. Who holds it may take it again.
-    A folder that was made for the lock, and got no other file, is removed again.
+    The holder of the lock may take it again. The lock ends with its process, however that ends; the file
+    .lock stays. A folder that was made for the lock and received no other file is removed.
 
     Raises:
         InputError: another process or thread is at work there, or the folder cannot be written or locked.
     """
     folder = Path(folder)
     made = missing_folders(folder)
-    # One object for all who ask for a folder: the fit inside a training takes what the training holds.
+    # A singleton, so that the fit within a training can take the lock that the training holds.
     lock = FileLock(folder / ".lock", is_singleton=True)
     try:
         lock.acquire(blocking=False)
@@ -38,7 +38,7 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     finally:
-        # The folder may be gone: its user removed what was made in vain.
+        # The caller may have removed the folder.
         with contextlib.suppress(FileNotFoundError):
             if made and os.listdir(folder) == [".lock"]:
                 (folder / ".lock").unlink()

@@ -1,4 +1,4 @@
-"""The machine's memory, threads and devices: requests that it cannot meet are refused before the work."""
+"""Memory, threads and devices of the machine, and checks that refuse what it cannot do before the work."""
 
 import contextlib
 import ctypes
@@ -16,9 +16,9 @@ import torch
 
 from mopo_fast.errors import InputError
 
-# A kernel call has no use for more.
+# Upper limit of the threads of a kernel call.
 MAX_THREADS = 2**15
-# x86-64's and AArch64's usual size.
+# Bytes of a large page, as usual on x86-64 and AArch64.
 _LARGE_PAGE = 2 << 20
 
 _ROOT = Path("/")
@@ -27,7 +27,7 @@ _ROOT = Path("/")
 def check_device(device: torch.device | str) -> None:
     """Raise `InputError` where nothing can be computed on `device`."""
     try:
-        # An empty tensor would be had on "meta" too, which holds no values.
+        # Reading a value also refuses the device "meta", which holds none.
         torch.zeros((), device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {str(device)!r} cannot be used ({error}); try cpu") from error
@@ -43,7 +43,7 @@ def resolve_threads(threads: int | None) -> int:
     """Return `threads`, or for None the number of cores that this process may use.
 
     Raises:
-        InputError: not a whole number, or out of range.
+        InputError: `threads` is not a whole number, or is out of range.
     """
     if threads is None:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -53,9 +53,10 @@ def resolve_threads(threads: int | None) -> int:
 
 
 def available_memory() -> int:
-    """Return the bytes that this process can still have: within the machine, its control group, its limits.
+    """Return the bytes that this process can still allocate.
 
-    What the system has only cached, and its swap, count as available.
+    This is the least of what the machine, the process's control groups and its resource limits leave. Cached
+    files and swap count as available.
     """
     machine = _kilobytes(_ROOT / "proc/meminfo")
     if "MemAvailable" in machine:
@@ -71,11 +72,12 @@ def available_memory() -> int:
 
 
 def map_mode() -> Literal["c", "r"]:
-    """Return the mode in which `np.memmap` is to map a file that is only read.
+    """Return the mode in which `np.memmap` maps a file that is only read.
 
-    Copy on write: a kernel that is given such an array for its results then changes this process's copy;
-    into a read-only mapping it would write too, and the process would die of it. Read-only where the system
-    counts a copy as memory before it is made: files larger than the memory could not be mapped there.
+    The mode is copy on write. If a kernel writes its results to such an array by mistake, it changes this
+    process's copy; a write to a read-only mapping would crash the process. The mode is read-only where the
+    system reserves memory for all copies in advance, because files larger than the memory could not be
+    mapped there.
     """
     counted = resource.getrlimit(resource.RLIMIT_DATA)[0] != resource.RLIM_INFINITY
     with contextlib.suppress(OSError):
@@ -84,7 +86,7 @@ def map_mode() -> Literal["c", "r"]:
 
 
 def _kilobytes(path: Path) -> dict[str, int]:
-    """Read the sizes in a file of /proc, in bytes, by name; none where there is no such file."""
+    """Read the sizes in a file of /proc, in bytes, by name. Without such a file the result is empty."""
     try:
         fields = (line.split() for line in path.read_text().splitlines())
         return {field[0].rstrip(":"): 1024 * int(field[1]) for field in fields if field[-1] == "kB"}
@@ -110,7 +112,7 @@ def _control_groups() -> Iterator[int]:
         mounted = _ROOT / "sys/fs/cgroup" / root
         inside = mounted / name.lstrip("/")
         for folder in [inside, *(parent for parent in inside.parents if parent.is_relative_to(mounted))]:
-            # A group has no such files at its root, and "max" where it has no limit.
+            # The root group has no such files. A limit of "max" is none.
             with contextlib.suppress(OSError, ValueError):
                 statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
                 used = int((folder / usage).read_text()) - int(statistics.get(cached, 0))
@@ -118,9 +120,15 @@ def _control_groups() -> Iterator[int]:
 
 
 def check_memory(what: str, size: int, device: torch.device | str, lower: str) -> None:
-    """Raise `InputError` where `what`, of `size` bytes, is more than the memory that `device` has.
+    """Raise `InputError` where something does not fit into the memory of a device.
 
-    For a GPU that is all of its memory, since PyTorch keeps what it has once had.
+    A GPU is taken to be empty, since PyTorch keeps the memory that it has once allocated.
+
+    Args:
+        what: name of the thing, for the error message.
+        size: its size in bytes.
+        device: device that must hold it.
+        lower: name of the setting that the user should lower, for the error message.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -134,10 +142,10 @@ def check_memory(what: str, size: int, device: torch.device | str, lower: str) -
 
 
 def use_large_pages(tensor: torch.Tensor) -> torch.Tensor:
-    """Ask Linux for large pages for a CPU tensor that has not been written to yet; return the tensor.
+    """Ask Linux for large pages for a CPU tensor that has not been written to yet, and return the tensor.
 
-    Rows drawn from it at random then cost fewer walks through page tables. This is a hint: where the system
-    has no such pages or refuses them, nothing changes.
+    Random reads of its rows then need fewer walks through page tables. Nothing changes where the system has
+    no such pages or refuses them.
     """
     first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
     first, last = -(-first // _LARGE_PAGE) * _LARGE_PAGE, last // _LARGE_PAGE * _LARGE_PAGE
@@ -148,10 +156,10 @@ def use_large_pages(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def file_backed(shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
-    """Return zeros in a nameless temporary file (in `TMPDIR`): memory that the system may write out.
+    """Return zeros in an unnamed temporary file in `TMPDIR`, which the system may write to disk.
 
     Raises:
-        InputError: there is no room for it.
+        InputError: there is no room for the file.
     """
     try:
         with tempfile.TemporaryFile() as file:

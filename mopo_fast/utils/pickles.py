@@ -1,7 +1,7 @@
-"""Pickles of others, read without running anything: arrays, containers, numbers, stand-ins for objects.
+"""Reading untrusted pickles without running code: arrays, containers, numbers, and stand-ins for objects.
 
-Python's own unpickler written in Python reads them. The one in C allocates what a file declares, before it
-looks whether the file has as much, and crashes on what is nested deeply.
+This builds on the unpickler of the standard library that is written in Python. The one in C allocates what a
+file declares before it checks that the file is so large, and crashes on deeply nested values.
 """
 
 import errno
@@ -25,27 +25,30 @@ from mopo_fast.utils.machine import check_memory
 
 Array = npt.NDArray[Any]
 
-# NumPy has no more.
+# NumPy's upper limit.
 _MAX_DIMENSIONS = 64
-# Beyond this length a dimension is not believed of an array without elements.
+# Upper limit of a dimension of an array without elements.
 _LONGEST_EMPTY = 1 << 20
-# Containers and objects of a pickle, and what it remembers: each may take a byte of the file, and a hundred
-# of memory.
+# Upper limit of the containers and objects of a pickle, and of its memo. Each may take one byte of the file
+# and a hundred bytes of memory.
 _MOST_OBJECTS = 1 << 22
-# Whole numbers from here on can be chosen to have one hash, which makes a dictionary quadratic.
+# Larger whole numbers can be chosen to have the same hash, which makes a dictionary quadratic.
 _LARGEST_KEY = 1 << 60
 
 
 class Inert:
-    """Stands in for an object of a class that is not to be run.
+    """Stand-in for an object of a class that must not be run.
 
-    `state` is what it was given after it was made, usually its attributes. What is put into it, were it a
-    container, is dropped.
+    Items that the pickle puts into it are dropped.
+
+    Attributes:
+        state: the state in the pickle, usually the object's attributes.
     """
 
     state: Any = None
 
     def __new__(cls, *_: Any, **__: Any) -> "Inert":
+        """Take and ignore any arguments."""
         return super().__new__(cls)
 
     def __init__(self, *_: Any, **__: Any) -> None:
@@ -61,7 +64,7 @@ class Inert:
 
 
 class _Dtype:
-    """Stands in for numpy.dtype, whose own __setstate__ trusts what it is given."""
+    """Stand-in for numpy.dtype, whose own __setstate__ does not check its argument."""
 
     def __init__(self, code: str, *_: Any) -> None:
         if not isinstance(code, str):
@@ -75,7 +78,7 @@ class _Dtype:
 
 
 class _Array:
-    """Stands in for numpy.ndarray, likewise; `array` is there once its state is."""
+    """Stand-in for numpy.ndarray, for the same reason. Its state sets the attribute `array`."""
 
     def __setstate__(self, state: Any) -> None:
         _, shape, kind, fortran, content = state
@@ -83,21 +86,21 @@ class _Array:
 
 
 def check_shape(shape: Any) -> tuple[int, ...]:
-    """The shape of an array; raise `InputError` where it is no tuple of counts, or absurd."""
+    """Return the shape of an array; raise `InputError` where it is not a tuple of plausible sizes."""
     if not isinstance(shape, tuple) or len(shape) > _MAX_DIMENSIONS:
-        raise InputError("an array's shape is no tuple of a few numbers")
+        raise InputError("an array's shape is not a tuple of a few numbers")
     if not all(type(size) is int and size >= 0 for size in shape):
-        raise InputError("an array's shape holds what is no whole number")
+        raise InputError("an array's shape holds something other than whole numbers")
     if math.prod(shape) == 0 and max(shape) > _LONGEST_EMPTY:
         raise InputError("an array without elements claims to be huge")
     return shape
 
 
 def from_buffer(content: Any, kind: Any, shape: Any, order: Any) -> Array:
-    """An array in the memory of `content`; `kind` is a `_Dtype` or the name of one."""
+    """Make an array in the memory of `content`. Its `kind` is a `_Dtype` or the name of one."""
     kind = kind if isinstance(kind, _Dtype) else _Dtype(kind)
     if not isinstance(content, bytes | bytearray) or order not in ("C", "F"):
-        raise InputError("an array's content is no bytes")
+        raise InputError("an array's content is not bytes")
     return np.frombuffer(content, kind.dtype).reshape(check_shape(shape), order=order)
 
 
@@ -110,21 +113,21 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "multiarray.scalar": _scalar,
     "numeric._frombuffer": from_buffer,
 }
-# All that a pickle of numpy arrays asks for; numpy 2 has moved some. Old protocols encode bytes as text.
+# All names that a pickle of NumPy arrays needs. NumPy 2 has moved some. Old protocols encode bytes as text.
 NUMPY: dict[str, Any] = {
     "numpy.ndarray": _Array,
     "numpy.dtype": _Dtype,
-    # No bytes, as protocols before 3 have them.
+    # Protocols before 3 make empty bytes by this call.
     **dict.fromkeys(("builtins.bytes", "__builtin__.bytes"), lambda: b""),
     **{f"numpy.{core}.{name}": what for core in ("core", "_core") for name, what in _FUNCTIONS.items()},
 }
 
 
 def as_array(value: Any) -> Array:
-    """The array of what was pickled as an array, a number, or a list of numbers or of rows of numbers.
+    """Convert an array, a number, or a list of numbers or of rows of numbers to an array.
 
-    An array of kind object where it is none of these. A list may hold one row a million times, and its rows
-    themselves: nothing is made of a list before its elements are counted.
+    Anything else becomes an empty array of dtype object. The elements of a list are counted before anything
+    is allocated, because a list may hold one row a million times.
     """
     value = getattr(value, "array", value) if isinstance(value, _Array) else value
     if isinstance(value, list | tuple):
@@ -140,19 +143,19 @@ def as_array(value: Any) -> Array:
 
 
 def _encoder() -> Callable[[Any, Any], bytes]:
-    """`_codecs.encode` for one file: however often that asks for it, a text is encoded once."""
+    """Make `_codecs.encode` for one file, which encodes a text once however often the file asks for it."""
     encode = functools.cache(lambda text: str.encode(text, "latin1"))
 
     def encode_text(text: Any, _: Any) -> bytes:
         if not isinstance(text, str):
-            raise InputError("the pickle encodes what is no text")
+            raise InputError("the pickle encodes something that is not text")
         return encode(text)
 
     return encode_text
 
 
 def _check_keys(keys: Collection[Any]) -> None:
-    # A tuple's hash calls that of what it holds: nested deeply, it overflows the stack.
+    # The hash of a deeply nested tuple overflows the stack.
     if not all(key is None or isinstance(key, str | bytes | int | float | np.number) for key in keys):
         raise InputError("the pickle has keys that are neither texts nor numbers")
     if any(isinstance(key, int | np.integer) and abs(int(key)) >= _LARGEST_KEY for key in keys):
@@ -160,7 +163,7 @@ def _check_keys(keys: Collection[Any]) -> None:
 
 
 def _counted(opcode: Callable[["_Unpickler"], None]) -> Callable[["_Unpickler"], None]:
-    """Count what an opcode makes or remembers, which no sound file does endlessly."""
+    """Limit how many objects an opcode makes and remembers."""
 
     def opcode_and_count(self: "_Unpickler") -> None:
         self.made += 1
@@ -171,12 +174,12 @@ def _counted(opcode: Callable[["_Unpickler"], None]) -> Callable[["_Unpickler"],
     return opcode_and_count
 
 
-# Its methods are declared nowhere.
+# typeshed does not declare its methods.
 _PurePython: Any = pickle._Unpickler
 
 
 class _Unpickler(_PurePython):
-    """Does what a pickle says to containers and stand-ins, and to no other object."""
+    """Unpickler that changes containers and stand-ins, and no other object."""
 
     def __init__(
         self,
@@ -187,12 +190,13 @@ class _Unpickler(_PurePython):
     ) -> None:
         super().__init__(file)
         self._allowed, self._inert, self.made = allowed, inert, 0
-        # Classes are large: each name has one.
+        # Classes are large, so each name gets one only.
         self._found: dict[str, Any] = {"_codecs.encode": _encoder()}
         if persistent_load is not None:
             self.persistent_load = persistent_load
 
     def find_class(self, module: str, name: str) -> Any:
+        """Return the allowed value or the stand-in for a name; raise `InputError` where there is none."""
         what = f"{module}.{name}"
         if what not in self._found:
             self._found[what] = self._find(what, name)
@@ -257,18 +261,18 @@ class _Unpickler(_PurePython):
 
     def _make(self, kind: Any, arguments: Any) -> None:
         if not (isinstance(kind, type) and issubclass(kind, Inert)):
-            raise InputError("the pickle makes an object of what is no class")
+            raise InputError("the pickle makes an object of something that is not a class")
         self.stack.append(kind())
 
     def load_build(self) -> None:
         state = self.stack.pop()
-        # A state dict's attributes, its versions, are left out.
+        # The attributes of a state dict, which hold version numbers, are left out.
         self._require(Inert | _Dtype | _Array | OrderedDict)
         if not isinstance(self.stack[-1], OrderedDict):
             self.stack[-1].__setstate__(state)
 
     def load_bytearray8(self) -> None:
-        # The original allocates as much as the file says.
+        # The original allocates as many bytes as the file declares.
         (length,) = struct.unpack("<Q", self.read(8))
         self.stack.append(bytearray(self.read(min(length, sys.maxsize))))
 
@@ -302,11 +306,13 @@ class _Unpickler(_PurePython):
 
 
 class Pickler(pickle._Pickler):
-    """Names classes and functions without importing them, so that they may be stand-ins; NumPy's as NumPy 1
-    had them, which NumPy 2 still reads.
+    """Pickler that writes names of classes and functions without importing them.
+
+    They may therefore be stand-ins. NumPy's get the names of NumPy 1, which NumPy 2 still reads.
     """
 
     def save_global(self, obj: Any, name: str | None = None) -> None:
+        """Write the name of a class or function."""
         module = obj.__module__.replace("numpy._core", "numpy.core")
         self.write(pickle.GLOBAL + f"{module}\n{name or obj.__qualname__}\n".encode())  # type: ignore[attr-defined]
         self.memoize(obj)  # type: ignore[attr-defined]
@@ -318,19 +324,19 @@ def unpickle(
     inert: Collection[str] | None = (),
     persistent_load: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """The object in a pickle, of which nothing but what is `allowed` is called.
+    """Read the object in a pickle, which can call nothing that is not `allowed`.
 
-    Containers, texts and numbers need no names. Keys must be texts or numbers.
+    Containers, texts and numbers are always allowed. Keys must be texts or numbers.
 
     Args:
-        file: in memory (`io.BytesIO`, `mmap.mmap`): a read beyond its end allocates nothing.
-        allowed: functions and values by the "module.name" that the pickle has for them.
-        inert: the names of what is made an `Inert`; None: all that is not allowed.
-        persistent_load: makes what the pickle keeps elsewhere, as in `pickle.Unpickler`.
+        file: a file in memory (`io.BytesIO`, `mmap.mmap`), of which reads beyond the end allocate nothing.
+        allowed: functions and values, by the "module.name" that the pickle has for them.
+        inert: names that become an `Inert`. None stands for all names that are not allowed.
+        persistent_load: function that returns objects stored outside the pickle, as in `pickle.Unpickler`.
 
     Raises:
-        InputError: it asks for something else.
-        Exception: any, where the pickle is not sound.
+        InputError: the pickle asks for something else.
+        Exception: the pickle is damaged, which may raise any exception.
     """
     return _Unpickler(file, allowed, inert, persistent_load).load()
 
@@ -340,10 +346,15 @@ def load(
     allowed: Mapping[str, Any] = NUMPY,
     inert: Collection[str] | None = (),
 ) -> Any:
-    """`unpickle` of a file.
+    """Read the object in a pickle file, as `unpickle` does.
+
+    Args:
+        path: file to read.
+        allowed: as in `unpickle`.
+        inert: as in `unpickle`.
 
     Raises:
-        InputError: the file is missing, is no sound pickle, or asks for something else.
+        InputError: the file is missing, is damaged, or asks for something that is not allowed.
     """
     path = Path(path)
     try:
@@ -356,7 +367,7 @@ def load(
         raise InputError(f"{path}: {error}") from None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    # A damaged pickle fails in any way.
+    # A damaged pickle may raise any exception.
     except Exception as error:
         raise InputError(
             f"{path} is not a whole pickle file ({brief(error)}); get or make it again"
@@ -364,6 +375,6 @@ def load(
 
 
 def brief(error: Exception) -> str:
-    """An error's first line, cut off where it is long: a file's own texts may be in it."""
+    """Return the first line of an error, shortened, because it may quote a text of the file."""
     lines = str(error).splitlines() or [type(error).__name__]
     return lines[0][:200]

@@ -1,4 +1,4 @@
-"""One look for every picture."""
+"""The common style of all figures."""
 
 from contextlib import AbstractContextManager
 
@@ -28,23 +28,29 @@ _STYLE = {
 
 
 def look() -> AbstractContextManager[None]:
-    """Within it figures are drawn and saved in the look of the house."""
+    """Apply the common style to figures that are drawn and saved within the block."""
     return matplotlib.rc_context(_STYLE)  # type: ignore[arg-type]
 
 
 def blank(width: float, height: float) -> Figure:
-    """A figure without axes, inches."""
+    """Make a figure without axes, of a size in inches."""
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def blank_axes(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure with one pair of axes, inches."""
+    """Make a figure with one pair of axes, of a size in inches."""
     figure = blank(width, height)
     return figure, figure.subplots()
 
 
 def label_log(axis: Axis, subs: tuple[float, ...] = (1.0, 2.0, 5.0)) -> None:
-    """Plain numbers at 1, 2, 5, 10, ...: a range of less than a decade gets more than one."""
+    """Label a logarithmic axis with plain numbers.
+
+    Args:
+        axis: axis to label.
+        subs: multiples of each power of ten that get a label. The default gives more than one label to a
+            range of less than a decade.
+    """
     axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter(lambda value, position: f"{value:g}")
     axis.set_minor_formatter(NullFormatter())

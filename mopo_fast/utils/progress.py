@@ -1,4 +1,4 @@
-"""Progress bars with the time left, for every step that takes longer than a breath."""
+"""Progress bars with the time left."""
 
 import contextlib
 from collections.abc import Iterator
@@ -21,19 +21,20 @@ console = Console(stderr=True)
 
 
 class Bar:
-    """A bar on the terminal; every method does nothing where bars are off."""
+    """A progress bar on the terminal. Its methods do nothing where bars are off."""
 
     def __init__(self, progress: Progress | None, task: TaskID | None) -> None:
         self._progress, self._task = progress, task
 
     def advance(self, amount: float = 1) -> None:
+        """Move the position by `amount` units."""
         if self._progress is not None and self._task is not None:
             self._progress.advance(self._task, amount)
 
     def update(
         self, *, completed: float | None = None, total: float | None = None, note: str | None = None
     ) -> None:
-        """Set the position, the length, or the text at the bar's end."""
+        """Set the position, the length, or the note at the end of the bar."""
         if self._progress is None or self._task is None:
             return
         self._progress.update(self._task, completed=completed, total=total)
@@ -43,7 +44,7 @@ class Bar:
 
 @contextlib.contextmanager
 def progress_bar(description: str, total: float | None, *, quiet: bool = False) -> Iterator[Bar]:
-    """A bar of `total` units (None: unknown), gone quiet with `quiet=True`."""
+    """Show a bar of `total` units during the block, or none with `quiet`. A total of None is unknown."""
     if quiet:
         yield Bar(None, None)
         return
@@ -59,7 +60,7 @@ def progress_bar(description: str, total: float | None, *, quiet: bool = False) 
     )
     progress = Progress(*columns, console=console)
     try:
-        # Without memory for its thread, it fails half-way: the cursor hidden, the outputs redirected.
+        # If start() finds no memory for its thread, stop() must still show the cursor and free the outputs.
         progress.start()
         yield Bar(progress, progress.add_task(printable(description), total=total, note=""))
     finally:

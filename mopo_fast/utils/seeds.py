@@ -1,13 +1,13 @@
-"""Independent 64-bit seeds from one: what makes every part of a run repeatable on its own."""
+"""Independent 64-bit seeds for the parts of a run, so that each part can be repeated on its own."""
 
 import numpy as np
 
 
 def derive_seed(seed: int, *path: int) -> int:
-    """The seed of the part of a run named by `path`, e.g. (ROLLOUT, epoch)."""
+    """Derive the seed of the part of a run that `path` names, such as (ROLLOUT, epoch)."""
     state = np.random.SeedSequence(entropy=seed, spawn_key=path).generate_state(1, np.uint64)
     return int(state[0])
 
 
-# First element of a path: who asks.
+# First elements of a path: the parts of a run. Their values decide all random numbers of all runs.
 FIT, INIT, START, ROLLOUT, SAC, EVALUATE, COLLECT, REPORT, ONLINE = range(9)

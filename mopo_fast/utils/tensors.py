@@ -1,4 +1,4 @@
-"""Named tensors on disk: safetensors, written atomically, checked on the way in."""
+"""Named tensors in safetensors files, which are written atomically and checked when read."""
 
 import hashlib
 import itertools
@@ -20,27 +20,27 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def save_tensors(
     path: str | os.PathLike[str], tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write `tensors` (any device; stored contiguous) with string `metadata`."""
+    """Write `tensors`, from any device, with string `metadata`."""
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    # Its own writer makes another temporary file, which nobody would sweep.
+    # safetensors' own writer makes another temporary file, which would stay if the process is killed.
     content = safetensors.torch.save(stored, metadata)
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
 
 
 def load_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    """Read every tensor of a safetensors file to the CPU; floating values must be finite.
+    """Read all tensors of a safetensors file to the CPU.
 
     Raises:
-        InputError: missing, truncated or not a safetensors file, or not finite.
+        InputError: the file is missing, truncated or not a safetensors file, or a value is not finite.
     """
     if not Path(path).is_file():
         raise InputError(f"{path} does not exist")
-    # A tensor is there once more while it is checked.
+    # The check needs a copy of a tensor.
     check_memory(f"{path}", 2 * Path(path).stat().st_size, "cpu", "its size")
     try:
         tensors: dict[str, torch.Tensor] = safetensors.torch.load_file(path)
-    # A damaged file fails in any way.
+    # A damaged file may raise any exception.
     except Exception as error:
         raise InputError(f"{path} is not a whole safetensors file ({error}); make it again") from error
     for name, tensor in tensors.items():
@@ -56,7 +56,11 @@ def load_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
 def layer_weights(
     path: str | os.PathLike[str], tensors: dict[str, torch.Tensor], ndim: int
 ) -> list[torch.Tensor]:
-    """weight_0, weight_1, ...; raise `InputError` unless there are some, all there, of `ndim` dimensions."""
+    """Return weight_0, weight_1, ... of a file, in order.
+
+    Raises:
+        InputError: there is none, one is missing, or one does not have `ndim` dimensions.
+    """
     count = sum(name.startswith("weight_") for name in tensors)
     names = [f"weight_{layer}" for layer in range(max(1, count))]
     for name in names:
@@ -69,12 +73,13 @@ def layer_weights(
 
 
 def check_layers(weights: Sequence[torch.Tensor], ndim: int) -> None:
-    """Raise `InputError` unless each layer takes what the one before gives, for as many networks.
+    """Raise `InputError` unless each layer has as many inputs as the one before has outputs.
 
-    Networks of the same sizes then take no more memory than these weights.
+    A network made with the sizes of checked weights takes no more memory than the weights do.
 
     Args:
-        weights: [..., in, out], each of `ndim` dimensions.
+        weights: weights [..., in, out] of each layer.
+        ndim: number of dimensions that they must have.
     """
     if not weights:
         raise InputError("there are no layers")
@@ -91,7 +96,7 @@ def check_layers(weights: Sequence[torch.Tensor], ndim: int) -> None:
 def check_sizes(
     path: str | os.PathLike[str], weights: Sequence[torch.Tensor], inputs: int, outputs: int
 ) -> None:
-    """Raise `InputError`, which names `path`, unless layers [..., in, out] fit each other and these sizes."""
+    """Raise `InputError` unless weights [..., in, out] fit each other and the sizes of input and output."""
     try:
         check_layers(weights, weights[0].ndim)
     except InputError as error:
@@ -104,7 +109,7 @@ def check_sizes(
 
 
 def as_float32(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same tensors, floats in float32; raise `InputError` where one is not finite in that."""
+    """Convert floating tensors to float32; raise `InputError` where a value is not finite then."""
     others = [
         tensor.numel()
         for tensor in tensors.values()
@@ -123,7 +128,7 @@ def as_float32(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor]
 def require_shape(
     path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], name: str, shape: torch.Size
 ) -> None:
-    """Raise `InputError` unless `tensors[name]` is there with `shape`."""
+    """Raise `InputError` unless `tensors[name]` exists and has this shape."""
     if name not in tensors:
         raise InputError(f"{path} lacks {name}")
     if tensors[name].shape != shape:
@@ -136,8 +141,13 @@ def load_into(
 ) -> None:
     """Copy `tensors` into the `targets` of the same names, which may be on another device.
 
+    Args:
+        path: the file of the tensors, for error messages.
+        tensors: tensors by name.
+        targets: tensors to change, by name.
+
     Raises:
-        InputError: a tensor is missing, or has another shape or type; `path` names the file.
+        InputError: a tensor is missing, or has another shape or type.
     """
     for name, target in targets.items():
         require_shape(path, tensors, name, target.shape)
@@ -147,10 +157,10 @@ def load_into(
 
 
 def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The string metadata that `save_tensors` was given.
+    """Read the metadata that `save_tensors` was given.
 
     Raises:
-        InputError: missing, truncated or not a safetensors file.
+        InputError: the file is missing, truncated or not a safetensors file.
     """
     if not Path(path).is_file():
         raise InputError(f"{path} does not exist")
@@ -162,7 +172,7 @@ def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
-    """Digest of names, shapes, types and bytes, to recognise the same tensors again."""
+    """Return the SHA-256 digest of the tensors' names, shapes, types and bytes."""
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

@@ -1,20 +1,20 @@
-"""Zip files whose directory is measured before it is read."""
+"""Zip files, opened only if their directory has a reasonable size."""
 
 import zipfile
 from typing import Any, BinaryIO
 
-# A directory of 65,536 members has about 4 MiB. Python takes ten times as much memory for it.
+# Upper limit of the bytes of a directory. One of 65,536 members has about 4 MiB, which take Python 40 MiB.
 _LARGEST_DIRECTORY = 1 << 24
-# Python's own search of the end record, which is declared nowhere: another could find another record.
+# Python's own search for the end record. It is private, but a search of our own might find another record.
 _end_record: Any = zipfile._EndRecData  # type: ignore[attr-defined]
 _SIZE = 5
 
 
 def open_zip(file: BinaryIO) -> zipfile.ZipFile:
-    """`zipfile.ZipFile` for reading, unless its directory has more than 16 MiB.
+    """Open a zip file for reading.
 
     Raises:
-        ValueError: it has, or there is no directory at the file's end.
+        ValueError: the directory has more than 16 MiB, or there is none at the end of the file.
     """
     record = _end_record(file)
     if not record:

@@ -1,4 +1,4 @@
-"""What measurements report; how fast anything is, no test says."""
+"""The contents of measurements. No test depends on how fast the machine is."""
 
 import io
 import platform
@@ -32,7 +32,7 @@ ROLLOUT_SIZES = {"obs_dim": 3, "act_dim": 2, "starts": 20, "horizon": 2}
 
 @pytest.fixture(autouse=True)
 def small_roofs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Quick: how fast the machine is, no test says."""
+    """Measure quickly, since no test depends on the speed."""
     monkeypatch.setattr("mopo_fast.bench.measure._COPY_BYTES", 2**16)
     monkeypatch.setattr("mopo_fast.bench.measure._MM_SIZES", {"cpu": (64, 128)})
     monkeypatch.setattr("mopo_fast.bench.measure._PEAK_SECONDS", 0.0)
@@ -56,7 +56,7 @@ def test_sac_arithmetic() -> None:
     actor, first_actor, critics, first_critics = 120, 24, 2 * 112, 2 * 40
     next_value = actor + critics
     critics_step = 3 * critics - first_critics
-    # Through both critics, and back through one to the 2 of its 5 inputs that are actions.
+    # The loss goes through both critics, and back through one to the 2 of its 5 inputs that are actions.
     actor_step = 3 * actor - first_actor + critics + (112 - 40 + 40 * 2 // 5)
     ours, _ = tiny("sac", backend="cpu")
     assert ours.gflops * 1e9 / ours.rate == pytest.approx(2 * 40 * (next_value + critics_step + actor_step))
@@ -162,7 +162,7 @@ def test_contenders_take_turns_and_the_first_round_is_not_counted(monkeypatch: p
 
 
 def shown(rows: list[Row]) -> list[list[str]]:
-    """The words of the table's lines."""
+    """Return the words of the table's lines."""
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(to_table(rows))
     return [line.replace("│", " ").split() for line in console.export_text().splitlines()]
@@ -194,7 +194,7 @@ def test_a_rollout_baseline_says_its_dtype() -> None:
 def measured(
     monkeypatch: pytest.MonkeyPatch, dtypes: dict[str, str], loop_seconds: dict[str, float]
 ) -> list[Row]:
-    """Rows of contenders that take a second for 10 FLOP, on a machine whose loops do 100 in these seconds."""
+    """Return rows of contenders that make 10 FLOP in a second, where a loop makes 100 in `loop_seconds`."""
     clock = [0.0]
 
     def sleep(seconds: float) -> None:
@@ -243,7 +243,7 @@ def test_without_the_extension_torch_mm_is_the_peak(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("isa", cpu.isas())
 def test_the_loops_of_the_peak_count_what_they_do(isa: str) -> None:
-    """Two a multiply-add, for each number of the vectors that are summed at once."""
+    """The loop counts two FLOP for each multiply-add of each vector element."""
     width = {"portable": 4, "avx2": 8}.get(isa, 16)
     chains = 24 if width == 16 or platform.machine() == "aarch64" else 12
     float32 = 2.0 * width * chains

@@ -1,4 +1,4 @@
-"""The roofline: what is drawn where, and the file that it is drawn into."""
+"""The roofline plot: positions of its points and labels, and its file."""
 
 import dataclasses
 import itertools
@@ -11,7 +11,7 @@ from mopo_fast.bench.measure import Row
 from mopo_fast.bench.roofline import _spread, roofline, write_roofline
 from mopo_fast.errors import InputError
 
-# A contender above the peak, and two so close that their labels would lie on each other; not in order.
+# One contender is above the peak, two are so close that their labels would overlap, and they are unordered.
 RATES = {"ours": 50.0, "fast": 400.0, "close": 50.1, "slow": 2.0}
 
 
@@ -25,7 +25,7 @@ def drawn_rows(intensity: float = 10.0) -> list[Row]:
     return [dataclasses.replace(row, backend=name, gflops=rate) for name, rate in RATES.items()]
 
 
-# Left of the ridge, 25 FLOP per byte, and far to its right.
+# These intensities lie left of the ridge, which is at 25 FLOP per byte, and far to its right.
 @pytest.mark.parametrize("intensity", [10.0, 5000.0])
 def test_a_roofline_shows_the_roofs_and_the_rates(intensity: float) -> None:
     (axes,) = roofline(drawn_rows(intensity)).axes
@@ -39,7 +39,7 @@ def test_a_roofline_shows_the_roofs_and_the_rates(intensity: float) -> None:
     assert sorted(point.get_xydata()[0].tolist() for point in points) == [
         [intensity, rate] for rate in sorted(RATES.values())
     ]
-    # All of it within the picture, the ridge too.
+    # Everything lies within the picture, the ridge too.
     shown = axes.viewLim
     for x, y in [(25.0, 200.0), *((intensity, rate) for rate in RATES.values())]:
         assert shown.x0 < x < shown.x1 and shown.y0 < y < shown.y1

@@ -24,7 +24,7 @@ def states(outcomes: list[Outcome]) -> list[str]:
 
 
 def is_running(pid: int) -> bool:
-    """Whether the process is there, and no zombie."""
+    """Tell whether the process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -73,7 +73,7 @@ def test_every_end_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_a_hang_costs_its_step_alone(tmp_path: Path) -> None:
-    """What it has started is killed with it, even where it ignores interrupts."""
+    """The processes that a step has started are killed with it, even if they ignore interrupts."""
     hang = f"sleep 1000 & echo $! > {tmp_path}/pid; trap '' TERM INT; echo begun; wait; sleep 1000"
     began = time.monotonic()
     outcomes = run_steps([shell("hang", hang, 2.0), shell("next", "echo here")], tmp_path, 60.0)
@@ -129,9 +129,9 @@ run_steps(some, Path({str(tmp_path)!r}), 200.0)
 
 
 def test_every_test_for_a_gpu_has_a_step() -> None:
-    """The steps name files, for their order; none that has such tests may be missing."""
+    """The steps list files, in their order. No file that has such tests may be missing."""
     marked = {path.name for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text()}
-    # By the fixture `device` of conftest.py.
+    # Such tests use the fixture `device` of conftest.py.
     marked |= {"test_kernel_cuda.py", "test_kernel_cuda_training.py"}
     named = {Path(word).name for step in steps() for word in step.command if str(word).endswith(".py")}
     assert marked - {Path(__file__).name} == named
@@ -156,7 +156,7 @@ def go_through(tmp_path: Path, *names: str, pretend: bool = False) -> subprocess
 
 
 def test_the_steps_end_without_a_gpu(tmp_path: Path) -> None:
-    """Their tests are skipped, and what is not there is told."""
+    """The tests are skipped, and the table says what is missing."""
     run = go_through(tmp_path, "doctor", "exact-integers", "triton", "graphs", "memcheck-training")
     assert run.returncode == 0, run.stdout + run.stderr
     ends = re.findall(r"^== ([\w-]+): (\w+), ", run.stdout, re.MULTILINE)

@@ -39,7 +39,7 @@ TINY = [
 
 
 def mopo_fast(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """The installed command, as a user runs it."""
+    """Run the installed command, as a user does."""
     command = [sys.executable, "-m", "mopo_fast", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
@@ -60,7 +60,7 @@ def run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The one line that a user's mistake prints."""
+    """Return the one line that a user's mistake prints."""
     capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == 2
     out, err = capsys.readouterr()
@@ -180,7 +180,7 @@ def test_rollouts_come_back_as_a_data_set(run: Path, dataset: Path, tmp_path: Pa
     np.testing.assert_allclose(
         arrays["rewards"], arrays["raw_rewards"] - 0.25 * arrays["penalties"], rtol=1e-5, atol=1e-5
     )
-    # Every rollout ends once: by a terminal, or by its third step, which is a time-out; the last is cut.
+    # Every rollout ends once: by a terminal, or by a time-out at its third step. The last one is cut.
     ends = arrays["terminals"] | arrays["timeouts"]
     assert not (arrays["terminals"] & arrays["timeouts"]).any()
     assert ends.sum() == len(np.unique(arrays["rollout_index"])) and ends[-1]
@@ -193,7 +193,7 @@ def test_rollouts_come_back_as_a_data_set(run: Path, dataset: Path, tmp_path: Pa
 def test_where_rollouts_go_is_asked_first(
     run: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Before even the data set is read: there is none."""
+    """The check comes before the data set is read; here there is none."""
     nothing = ["rollout", run, "--dataset", "nothing.hdf5", "--out"]
     assert "must end in" in error_of(capsys, *nothing, tmp_path / "a.csv")
     assert "exists already" in error_of(capsys, *nothing, dataset)
@@ -211,8 +211,8 @@ def test_doctor_prints_text_or_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"machine", "backends", "packages"} <= json.loads(capsys.readouterr().out).keys()
 
 
-# 2 x (7 members of 131,800 and a policy of 72,960 multiply-adds) a transition; in training, the gradients of
-# weights and inputs as well, but for the 4600 of the first layer's input.
+# FLOP of a transition: 2 x (7 members of 131,800 and a policy of 72,960 multiply-adds). Training adds the
+# gradients of weights and inputs, except for the 4600 of the first layer's input.
 @pytest.mark.parametrize(
     ("kernel", "sizes", "unit", "flop"),
     [
@@ -282,6 +282,7 @@ MISTAKES = {
     "no steps": (["train", "DATA", "--steps", "0"], ["steps", "0"]),
     "no horizon": (["train", "DATA", "--horizon", "0"], ["horizon", "0"]),
     "a negative penalty": (["train", "DATA", "--penalty-coef", "-1"], ["penalty_coef", "-1"]),
+    "negative workers": (["train", "DATA", "--evaluation.workers", "-1"], ["workers", "-1"]),
     "a negative seed": (["train", "DATA", "--seed", "-1"], ["seed", "-1"]),
     "a thousand million runs": (
         ["train", "DATA", "--seeds", "0:1000000000"],
@@ -354,7 +355,8 @@ def test_a_mistake_is_one_line_that_names_it(
     assert [path.name for path in tmp_path.rglob("*")] == ["junk.hdf5"]
 
 
-# What each command calls, a command line with no flag at its default, and what must arrive there.
+# The function that each command calls, a command line with no flag at its default, and the arguments that
+# must arrive.
 CALLS: dict[str, tuple[list[str], list[object], dict[str, object]]] = {
     "collect.collect": (
         [
@@ -457,7 +459,7 @@ def test_what_is_logged_goes_to_standard_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def talkative() -> None:
-        """Log a word and print another."""
+        """Log one word and print another."""
         logging.getLogger("mopo_fast").info("logged")
         print("printed")
 
@@ -482,7 +484,7 @@ def test_an_interrupt_of_an_extension_modules_import_says_stopped(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted() -> None:
-        """Import what pybind11 has made."""
+        """Fail as an interrupted import of a pybind11 module does."""
         raise ImportError("initialization failed") from KeyboardInterrupt()
 
     monkeypatch.setitem(COMMANDS, "doctor", interrupted)
@@ -520,7 +522,7 @@ def test_a_lack_of_memory_is_told_in_a_sentence(
     error: Exception, why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def greedy() -> None:
-        """Take too much."""
+        """Fail for want of memory."""
         raise error
 
     monkeypatch.setitem(COMMANDS, "doctor", greedy)

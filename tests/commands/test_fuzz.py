@@ -1,4 +1,4 @@
-"""The fuzzer of readers (`make fuzz`): every reader has joined it, and it finds readers that are broken."""
+"""The fuzzer of readers (`make fuzz`): it knows every reader, and it finds readers that are broken."""
 
 import contextlib
 import io
@@ -26,12 +26,12 @@ import mopo_fast
 from mopo_fast.errors import InputError
 
 REGRESSIONS = TESTS / "fuzz" / "regressions"
-# A process without threads, of which the fuzzer forks its children.
+# The fuzzer forks its children from a process without threads.
 CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def in_process(work: Callable[..., Any], *arguments: Any) -> Any:
-    """Do the work in a process of its own; return its result."""
+    """Do the work in a process of its own and return its result."""
     receives, sends = CONTEXT.Pipe(duplex=False)
     process = CONTEXT.Process(target=_send, args=(sends, work, arguments))
     process.start()
@@ -102,7 +102,7 @@ def _read_sound_inputs(folder: Path) -> tuple[list[Verdict], list[Verdict]]:
 
 
 def test_sound_inputs_are_read_and_regressions_stay_mended(tmp_path: Path) -> None:
-    """Regressions are folders of files, ENTRY-NAME/WHAT, that take the place of a sound input's."""
+    """Regressions are folders of files, ENTRY-NAME/FILE, that replace the files of a sound input."""
     names = [entry.name for entry in ENTRIES]
     assert len(set(names)) == len(names)
     sound, replayed = in_process(_read_sound_inputs, tmp_path)
@@ -112,7 +112,7 @@ def test_sound_inputs_are_read_and_regressions_stay_mended(tmp_path: Path) -> No
     assert [verdict for verdict in replayed if verdict.failed] == []
 
 
-# --- what it finds
+# --- its findings
 
 
 def _crash() -> None:
@@ -128,7 +128,7 @@ def _refuse() -> None:
 
 
 def _open_link() -> None:
-    """Refuse a link in its place, as a lock does."""
+    """Refuse a link in place of the file, as a lock does."""
     Path("link").symlink_to("../canary/text")
     with contextlib.suppress(OSError):
         os.open("link", os.O_RDWR | os.O_NOFOLLOW)
@@ -213,7 +213,7 @@ def _run_main(folder: Path) -> list[tuple[int, str]]:
 
 def test_the_command(tmp_path: Path) -> None:
     (code, output), (failed, told) = in_process(_run_main, tmp_path)
-    # That input is never read is told too.
+    # The fuzzer also reports inputs that are never read.
     assert "refuses does not read its own input: no" in output and code == 1
     assert failed == 1 and "3 cases" in told and "--seed 5" in told
     assert "000 traceback: KeyError in children.py:judge, 3 cases of key" in told

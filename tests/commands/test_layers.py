@@ -1,4 +1,4 @@
-"""What may import what: docs/architecture.md has the picture."""
+"""The imports that docs/architecture.md allows between the parts of the package."""
 
 import ast
 from graphlib import CycleError, TopologicalSorter
@@ -14,7 +14,7 @@ MODULES = {
 
 
 def imports(name: str) -> set[str]:
-    """The package's modules that a module imports, in functions too, but not for types alone."""
+    """Return the modules of the package that a module imports, also in functions, but not for types alone."""
     tree, found = ast.parse(MODULES[name].read_text()), set()
     for_types = {
         id(inner)
@@ -42,14 +42,14 @@ def test_imports_make_no_circle() -> None:
         pytest.fail(" imports ".join(reversed(error.args[1])))
 
 
-# A room, and what of the package its files may import beside the room itself.
+# Folders, and the parts of the package that their files may import beside the folder itself.
 NOTHING_ELSE = {"mopo_fast.utils": ("mopo_fast.errors",)}
-# One run reads as one run: several at once are opt-in.
+# Several runs at once are optional, so nothing that makes one run may depend on them.
 ONE_RUN = [
     *("mopo_fast.sac", "mopo_fast.fit", "mopo_fast.train", "mopo_fast.evaluate", "mopo_fast.rollout"),
     *("mopo_fast.run.folder", "mopo_fast.run.checkpoint", "mopo_fast.run.resolve", "mopo_fast.report"),
 ]
-# Files or rooms, and rooms that they never import.
+# Files or folders, and folders that they never import.
 NEVER = [
     ("mopo_fast.data", "mopo_fast.collect"),
     ("mopo_fast.data", "mopo_fast.sac"),

@@ -1,4 +1,4 @@
-"""What is installed: one version, lazy imports, sources that a wheel can be built from."""
+"""The installed package: one version, lazy imports, sources that a wheel can be built from."""
 
 import importlib.metadata
 import platform
@@ -55,8 +55,8 @@ def test_constraints_pin_every_requirement() -> None:
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16", "avx512_amx"])
 def test_the_linker_cannot_mix_instruction_sets(isa: str) -> None:
-    # An inline function that two files share is kept once, compiled for either: an older processor would
-    # then meet instructions that it does not have. So these files may share none.
+    # The linker keeps one copy of an inline function that two files share, compiled for either instruction
+    # set. An older processor could then meet instructions that it lacks, so these files may share none.
     objects = list((ROOT / "build").glob(f"cmake-release-*/**/{isa}.cpp.o"))
     if shutil.which("nm") is None:
         pytest.skip("needs nm")

@@ -84,7 +84,7 @@ main()
 
 
 class Middle(random.Random):
-    """Draws that stop a program once, while it writes."""
+    """Random draws that stop a program once, while it writes."""
 
     def random(self) -> float:
         return 0.4
@@ -137,7 +137,7 @@ def test_finds_faults(
     program.write_text(PROGRAM)
     scenario = soak["Scenario"]("program", (mode,), program=(sys.executable, str(program)))
     if mode == "deaf":
-        # The program goes on for less than that, but a Ctrl-C that does nothing must not count as an end.
+        # The program takes less time than that, but a Ctrl-C without effect must not count as its end.
         monkeypatch.setitem(sys.modules["cases"].__dict__, "_HANG", 0.05)
 
     def case(name: str) -> Any:

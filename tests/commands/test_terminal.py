@@ -1,4 +1,4 @@
-"""What reaches the terminal of names and texts that are others'."""
+"""Names and texts from files, as they reach the terminal."""
 
 import logging
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Other code's hyperparameters."""
+"""Presets: the hyperparameters of other code."""
 
 import dataclasses
 from typing import Any

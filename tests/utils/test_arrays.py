@@ -1,4 +1,4 @@
-"""RolloutEngine.step with arrays of other libraries: the same kind out, memory shared."""
+"""RolloutEngine.step with arrays of other libraries: results are of the same kind and share memory."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +13,7 @@ from mopo_fast.utils.arrays import to_tensor
 
 
 class Foreign:
-    """An array of a library that speaks DLPack and the array API standard, and nothing else."""
+    """An array that supports DLPack and the array API standard, and nothing else."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor = tensor

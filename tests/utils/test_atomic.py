@@ -240,7 +240,7 @@ def test_a_sweep_spares_what_a_living_process_writes(tmp_path: Path) -> None:
 
 
 def test_writers_and_sweepers_side_by_side(tmp_path: Path) -> None:
-    """None takes another's new file for a dead one's."""
+    """No writer mistakes a new file of another one for that of a killed one."""
     errors: list[Exception] = []
 
     def work(number: int) -> None:

@@ -1,4 +1,4 @@
-"""Ctrl-C that waits for its moment."""
+"""Deferred Ctrl-C."""
 
 import signal
 import threading
@@ -12,7 +12,7 @@ from mopo_fast.utils.interrupts import deferred
 
 @pytest.fixture(autouse=True)
 def raising() -> Iterator[None]:
-    """Ctrl-C raises, also where the tests run in the background; and the handler comes back."""
+    """Let Ctrl-C raise, even if the tests run in the background, and restore the handler."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -63,7 +63,7 @@ def test_an_inner_block_leaves_it_to_the_outer_one() -> None:
 
 
 def test_it_is_not_lost_where_python_loses_exceptions() -> None:
-    """An exception in the callback of a weak reference, as in a garbage collection, goes nowhere."""
+    """Python drops an exception in the callback of a weak reference, as in a garbage collection."""
 
     class Some:
         pass

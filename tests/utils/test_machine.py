@@ -1,4 +1,4 @@
-"""The memory that is available, of a system made of files; large pages."""
+"""Available memory, on a system simulated by files, and large pages."""
 
 import ctypes
 import mmap
@@ -23,7 +23,7 @@ def write(path: Path, content: object) -> None:
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine with 8 GiB, of which 6 are available, and a GiB of swap; this process has 2."""
+    """Simulate a machine with 8 GiB, 6 of them available, 1 GiB of swap, and 2 used by this process."""
     monkeypatch.setattr(machine, "_ROOT", tmp_path)
     monkeypatch.setattr(resource, "getrlimit", lambda limit: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     available = f"MemTotal: {8 * GIB} kB\nMemAvailable: {6 * GIB} kB\nHugePages_Total: 0\nSwapFree: {GIB} kB"
@@ -56,7 +56,7 @@ def test_control_groups(root: Path) -> None:
     write(folder / "memory.current", 3 * 2**30)
     write(folder / "memory.stat", f"anon 7\ninactive_file {2 * 2**30}")
     assert available_memory() == 3 * 2**30
-    # A group above may have less.
+    # A parent group may allow less.
     for name, value in (("max", 2**30), ("current", 0), ("stat", "anon 0")):
         write(folder.parent / f"memory.{name}", value)
     assert available_memory() == 2**30
@@ -87,7 +87,7 @@ def test_this_one() -> None:
 
 
 def flags_at(address: int) -> list[str]:
-    """The flags of the mapping in which an address of this process lies, as /proc/self/smaps has them."""
+    """Return the flags in /proc/self/smaps of the mapping that holds an address of this process."""
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         first, dash, last = line.split()[0].partition("-")
@@ -99,7 +99,7 @@ def flags_at(address: int) -> list[str]:
 
 
 def test_large_pages_are_asked_for() -> None:
-    # A mapping of its own: memory of the allocator may have been advised before.
+    # The array has its own mapping, because the allocator's memory may have been advised before.
     memory = mmap.mmap(-1, 16 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     tensor = torch.frombuffer(memory, dtype=torch.uint8)
     middle = tensor.data_ptr() + tensor.nbytes // 2
@@ -113,7 +113,7 @@ def test_large_pages_are_asked_for() -> None:
 
 @pytest.fixture
 def advised(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
-    """The calls of madvise, each of which fails: address, length, advice."""
+    """Record the calls of madvise (address, length, advice) and let each fail."""
     calls = []
 
     def madvise(address: ctypes.c_void_p, length: ctypes.c_size_t, advice: int) -> int:

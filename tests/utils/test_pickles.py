@@ -1,4 +1,4 @@
-"""Pickles that attack who reads them: claims of size, depth, growth, and calls that are not allowed."""
+"""Malicious pickles: false sizes, deep nesting, growth, and calls that are not allowed."""
 
 import copyreg
 import pickle
@@ -26,7 +26,7 @@ def load(content: bytes, folder: Path, **options: Any) -> Any:
 
 
 def refused(content: bytes, folder: Path, **options: Any) -> str:
-    """The error of a file that is refused without taking memory."""
+    """Return the error of a file that must be refused without taking memory."""
     tracemalloc.start()
     try:
         with pytest.raises(InputError) as error:
@@ -83,7 +83,7 @@ DEEPLY = {
 
 @pytest.mark.parametrize("kind", DEEPLY)
 def test_depth(kind: str, tmp_path: Path) -> None:
-    """Lists in lists, tuples in tuples, as values."""
+    """The values are lists in lists and tuples in tuples."""
     for content in (DEEPLY[kind] + b".", b"]}" + opcodes("observations") + DEEPLY[kind] + b"sa."):
         (tmp_path / "a.pkl").write_bytes(b"\x80\x04" + content)
         with pytest.raises(InputError):
@@ -94,7 +94,7 @@ def test_depth(kind: str, tmp_path: Path) -> None:
     ("before", "after"), [(b"}", b"Ns"), (b"}(", b"Nu"), (b"(", b"Nd"), (b"\x8f(", b"\x90"), (b"(", b"\x91")]
 )
 def test_deep_keys(before: bytes, after: bytes, tmp_path: Path) -> None:
-    """A tuple's hash takes the stack for each tuple in it, till a process crashes."""
+    """The hash of a tuple recurses into the tuples in it, and a deep one would crash the process."""
     (tmp_path / "a.pkl").write_bytes(b"\x80\x04" + before + DEEPLY["tuples"] + after + b".")
     with pytest.raises(InputError, match="keys that are neither texts nor numbers"):
         pickles.load(tmp_path / "a.pkl")
@@ -124,7 +124,7 @@ def test_a_flood_of_objects(flood: bytes, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_growth(tmp_path: Path) -> None:
-    """What takes a byte to ask for again does not take a megabyte again."""
+    """A text that the file encodes again, which takes a byte, does not take its memory again."""
     text = b"X" + struct.pack("<I", 1 << 20) + b"a" * (1 << 20) + b"q\0"
     encode = b"c_codecs\nencode\nq\1"
     again = b"h\1(h\0" + opcodes("latin1") + b"tR"
@@ -133,7 +133,7 @@ def test_growth(tmp_path: Path) -> None:
     assert tracemalloc.get_traced_memory()[1] < 20 << 20
     tracemalloc.stop()
     assert all(item is found[2] for item in found[3:])
-    # Lists that hold one list often, that holds one list often.
+    # These lists hold one list many times, which holds one list many times, and so on.
     row = b"](" + b"K\1" * 1000 + b"eq\0"
     many = b"](" + b"h\0" * 1000 + b"eq\0"
     rows = load(b"\x80\x02" + row + many + b".", tmp_path)
@@ -151,15 +151,15 @@ def test_growth(tmp_path: Path) -> None:
     ("array", "message"),
     [
         (opcodes((1 << 62, 4)), "whole pickle"),
-        (opcodes((-1,)), "no whole number"),
+        (opcodes((-1,)), "other than whole numbers"),
         (opcodes((0, 1 << 62)), "claims to be huge"),
         (opcodes((1 << 32, 1 << 32, 0)), "claims to be huge"),
         (opcodes((3,)), "whole pickle"),
-        (opcodes((2.0,)), "no whole number"),
-        (opcodes((True,)), "no whole number"),
-        (opcodes([2]), "no tuple"),
-        (opcodes(2), "no tuple"),
-        (opcodes((1,) * 70), "no tuple"),
+        (opcodes((2.0,)), "other than whole numbers"),
+        (opcodes((True,)), "other than whole numbers"),
+        (opcodes([2]), "not a tuple"),
+        (opcodes(2), "not a tuple"),
+        (opcodes((1,) * 70), "not a tuple"),
     ],
 )
 def test_shapes(array: bytes, message: str, tmp_path: Path) -> None:
@@ -182,17 +182,17 @@ def test_shapes(array: bytes, message: str, tmp_path: Path) -> None:
         (b"cnumpy\ndtype\n(" + opcodes("c8") + b"tR.", "array of complex64"),
         (DTYPE + opcodes((3, "x")) + b"b.", "whole pickle"),
         (b"cnumpy.core.multiarray\nscalar\n(" + DTYPE + b"C\x03abctR.", "whole pickle"),
-        (b"cnumpy.core.multiarray\nscalar\n(" + DTYPE + b"KatR.", "no bytes"),
+        (b"cnumpy.core.multiarray\nscalar\n(" + DTYPE + b"KatR.", "not bytes"),
         (
             b"cnumpy._core.numeric\n_frombuffer\n(" + b"C\x04abcd" + DTYPE + opcodes((1,)) + b"KatR.",
-            "no bytes",
+            "not bytes",
         ),
-        (b"c_codecs\nencode\n(K\1" + opcodes("latin1") + b"tR.", "encodes what is no text"),
+        (b"c_codecs\nencode\n(K\1" + opcodes("latin1") + b"tR.", "encodes something that is not text"),
         (b"c_codecs\nencode\n(" + opcodes("€") + opcodes("utf8") + b"tR.", "whole pickle"),
         (b"c_codecs\nencode\n" + opcodes({"__code__": 1}) + b"b.", "the pickle changes a function"),
         (b"cnumpy\ndtype\n" + opcodes({"a": 1}) + b"b.", "the pickle changes a type"),
-        (b"cnumpy\ndtype\n)\x81.", "makes an object of what is no class"),
-        (b"cnumpy\ndtype\n)}\x92.", "makes an object of what is no class"),
+        (b"cnumpy\ndtype\n)\x81.", "makes an object of something that is not a class"),
+        (b"cnumpy\ndtype\n)}\x92.", "makes an object of something that is not a class"),
         (b"]" + opcodes({"a": 1}) + b"b.", "the pickle changes a list"),
         (b"K\1K\2a.", "the pickle changes a int"),
         (b"]K\1K\2s.", "the pickle changes a list"),
@@ -218,7 +218,7 @@ def test_tricks(content: bytes, message: str, tmp_path: Path) -> None:
 
 
 def test_a_registered_extension_is_not_had(tmp_path: Path) -> None:
-    """Python's unpickler keeps what an extension names, past the check of names."""
+    """Python's unpickler caches the objects of extension codes, which bypasses the check of names."""
     copyreg.add_extension("builtins", "exec", 240)
     try:
         copyreg._extension_cache[240] = exec  # type: ignore[attr-defined]
@@ -229,7 +229,7 @@ def test_a_registered_extension_is_not_had(tmp_path: Path) -> None:
 
 
 def test_stand_ins(tmp_path: Path) -> None:
-    """A class of a name is made once; what is done to a stand-in does nothing."""
+    """Each name gets one class, and operations on a stand-in have no effect."""
     one = b"cother\nThing\n)R"
     content = b"\x80\x02](" + one * 3 + b"cother\nThing\n)\x81" + one + opcodes({"a": 1}) + b"be."
     found = load(content, tmp_path, inert=None)

@@ -109,7 +109,7 @@ def compare(
         quiet: Show no progress bar.
     """
     if dtype != "float32" and kernel == "sac":
-        raise SystemExit("--dtype is of rollout and fit, not of sac")
+        raise SystemExit("--dtype applies to rollout and fit; sac is always float32")
     if plot is not None:
         check_picture(plot)
     threads, findings = resolve_threads(threads), examine()

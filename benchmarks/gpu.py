@@ -94,7 +94,7 @@ def gpu(
             chosen.insert(0, build_step(watched=False))
         outcomes = run_steps(chosen, logs, 60.0 * minutes)
         if failed := [outcome.step.name for outcome in outcomes if outcome.is_bad]:
-            raise SystemExit(f"not measured: {', '.join(failed)}; {logs} says why")
+            raise SystemExit(f"not measured: {', '.join(failed)}; the logs in {logs} say why")
 
 
 def _write(name: str, results: dict[str, Any], out: Path, device: str) -> None:
@@ -109,7 +109,7 @@ def _write(name: str, results: dict[str, Any], out: Path, device: str) -> None:
     for backend, reason in results["absent"].items():
         print(f"without {backend}: {reason}")
     if torch.device(device).type == "cuda" and "cuda" in results["absent"]:
-        raise SystemExit(f"error: {name} was measured without the CUDA kernels")
+        raise SystemExit(f"error: {name} was measured, but not with the CUDA kernels")
 
 
 def _serving(dtype: str, device: str, training: int | None = None) -> tuple[list[str], dict[str, str]]:

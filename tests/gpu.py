@@ -102,17 +102,17 @@ def gpu(
         without_gpu: Try the steps on a machine without a GPU. The tests are skipped.
     """
     if not without_gpu and not torch.cuda.is_available():
-        raise SystemExit("PyTorch sees no GPU; --without-gpu goes through the steps all the same")
+        raise SystemExit("PyTorch finds no GPU; to try the steps without one, add --without-gpu")
     there = {step.name: step for step in steps()}
     if unknown := [name for name in only if name not in there]:
-        raise SystemExit(f"no step {', '.join(unknown)}; there are: {', '.join(there)}")
+        raise SystemExit(f"unknown step {', '.join(unknown)}; there are: {', '.join(there)}")
     os.chdir(ROOT)
     chosen = [step for step in there.values() if not only or step.name in only]
     outcomes = run_steps(chosen, logs, 60.0 * minutes)
     print(f"The steps' logs are in {logs}")
     skipped = [outcome.step.name for outcome in outcomes if outcome.state == "skipped" and outcome.step.gates]
     if skipped and not without_gpu:
-        raise SystemExit(f"tests nothing on this GPU: {', '.join(skipped)}")
+        raise SystemExit(f"all tests were skipped on this GPU in: {', '.join(skipped)}")
     raise SystemExit(any(outcome.is_bad for outcome in outcomes))
 
 

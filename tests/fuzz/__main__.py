@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     entries = [e for e in ENTRIES if not options.only or any(part in e.name for part in options.only)]
     if not entries:
-        parser.error(f"no reader is called so; there are: {', '.join(entry.name for entry in ENTRIES)}")
+        parser.error(f"no reader has such a name; there are: {', '.join(entry.name for entry in ENTRIES)}")
     seed = random.SystemRandom().randrange(10**9) if options.seed is None else options.seed
     share = options.cases / sum(1 / entry.cost for entry in entries)
     cases = [(entry, range(seed, seed + max(1, round(share / entry.cost)))) for entry in entries]

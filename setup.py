@@ -1,9 +1,9 @@
-"""Build mopo_fast._cpu, and mopo_fast._cuda if nvcc is found, with CMake. Everything else is in pyproject.toml.
+"""Build mopo_fast._cpu, and mopo_fast._cuda if nvcc is found, with CMake. All else is in pyproject.toml.
 
 Environment variables:
-    MOPO_FAST_CUDA: auto (default) builds the CUDA kernels if nvcc is found, 1 requires nvcc, 0 leaves them out.
+    MOPO_FAST_CUDA: auto (default) builds CUDA kernels if nvcc is found, 1 requires nvcc, 0 builds none.
     MOPO_FAST_SANITIZE: sanitizers to build with, address,undefined or thread; leaves out CUDA.
-    MOPO_FAST_WATCHDOG: 1 builds CUDA kernels that end after a wait of two seconds and report what they wait for
+    MOPO_FAST_WATCHDOG: 1 builds CUDA kernels that end after a wait of two seconds and report the wait
         (csrc/cuda/watchdog.cuh).
 """
 

@@ -103,8 +103,8 @@ struct Team {
   void wait() const noexcept;
 };
 
-// The matrices of an update of SAC. hidden = depth - 1. Numbers behind `//` are columns: a term 1 is the
-// column of ones that the next layer's bias is multiplied by.
+// The matrices of an update of SAC. hidden = depth - 1. A comment such as `obs_dim, act_dim, 1` lists columns;
+// the 1 is the column of ones that the next layer's bias is multiplied by.
 struct SacPlan {
   int64_t rows;         // of every matrix: the batch, rounded up to whole blocks
   const Dense* actor;   // [depth]
@@ -134,7 +134,7 @@ struct FitPlan {
   double *loss, *max_grad, *min_grad;           // [members], then twice [members][dims]: of the current step
 };
 
-// A team's memory for one member's step. hidden = depth - 1. Numbers behind `//` are columns, as in SacPlan.
+// A team's memory for one member's step. hidden = depth - 1. Comments list columns, as in SacPlan.
 struct FitWorkspace {
   Panels gathered;               // in, 1: floats, from which `inputs` is packed; in float32 `inputs` itself
   Factor inputs;                 // likewise

@@ -103,8 +103,8 @@ struct Team {
   void wait() const noexcept;
 };
 
-// The matrices of an update of SAC. hidden = depth - 1. A comment such as `obs_dim, act_dim, 1` lists columns;
-// the 1 is the column of ones that the next layer's bias is multiplied by.
+// The matrices of an update of SAC. hidden = depth - 1. A comment such as `obs_dim, act_dim, 1` lists
+// columns; the 1 is the column of ones that the next layer's bias is multiplied by.
 struct SacPlan {
   int64_t rows;         // of every matrix: the batch, rounded up to whole blocks
   const Dense* actor;   // [depth]

@@ -1,8 +1,10 @@
-"""Builds mopo_fast._cpu, and mopo_fast._cuda where nvcc is found, with CMake; all else is in pyproject.toml.
+"""Build mopo_fast._cpu, and mopo_fast._cuda if nvcc is found, with CMake. All else is in pyproject.toml.
 
-Environment: MOPO_FAST_SANITIZE=address,undefined (or thread) builds with sanitizers, and without CUDA;
-MOPO_FAST_CUDA=1 makes it an error that nvcc is missing, 0 does without it; MOPO_FAST_WATCHDOG=1 builds CUDA
-kernels that end after two seconds of waiting and say who waits for what (csrc/cuda/watchdog.cuh).
+Environment variables:
+    MOPO_FAST_CUDA: auto (default) builds CUDA kernels if nvcc is found, 1 requires nvcc, 0 builds none.
+    MOPO_FAST_SANITIZE: sanitizers to build with, address,undefined or thread; leaves out CUDA.
+    MOPO_FAST_WATCHDOG: 1 builds CUDA kernels that end after a wait of two seconds and report the wait
+        (csrc/cuda/watchdog.cuh).
 """
 
 import os
@@ -20,7 +22,7 @@ ROOT = Path(__file__).parent.resolve()
 
 
 class CMakeBuild(build_ext):
-    """Configures, builds and installs every extension in one CMake run."""
+    """Build of all extensions in one CMake run."""
 
     def build_extensions(self) -> None:
         sanitize = os.environ.get("MOPO_FAST_SANITIZE", "")
@@ -28,7 +30,7 @@ class CMakeBuild(build_ext):
         kind = sanitize.replace(",", "-") or ("release" if watchdog == "0" else "watchdog")
         build = ROOT / "build" / f"cmake-{kind}-{sys.implementation.cache_tag}"
         prefix = Path(self.get_ext_fullpath("mopo_fast._cpu")).resolve().parent.parent
-        # The tools of the build environment by their paths: with build isolation these change every time.
+        # Paths of the build environment's tools, which change in each isolated build.
         program = Path(cmake.CMAKE_BIN_DIR, "cmake")
         options = {
             "CMAKE_BUILD_TYPE": "Release",
@@ -46,7 +48,7 @@ class CMakeBuild(build_ext):
             ["--install", build, "--prefix", prefix],
         ):
             if subprocess.run([program, *arguments], check=False).returncode != 0:
-                sys.exit("the extensions were not built; the messages above say why")
+                sys.exit("the extensions could not be built; see the messages above")
 
 
 EXTENSIONS = [

@@ -1,1 +1,1 @@
-"""What `make bench` runs: the kernels beside PyTorch and JAX."""
+"""Benchmarks of the kernels beside PyTorch and JAX: `make bench`."""

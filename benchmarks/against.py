@@ -1,7 +1,8 @@
-"""This checkout's kernels against another commit's, in turn: `make bench-compare REF=v0.1.0`.
+"""Compare the speed of the kernels with another commit's: `make bench-compare REF=v0.1.0`.
 
-The other commit is built from a worktree of its own, into a folder of its own; the tests of this checkout's
-kernels have to pass first. Each round is a process of either: what drifts, drifts for both.
+The tests of this checkout's kernels must pass first. The other commit is built from a temporary worktree into
+a temporary folder. The rounds of both alternate, each in a process of its own, so that a drift of the machine
+affects both.
 """
 
 import json
@@ -24,11 +25,11 @@ BENCHES = (["rollout"], ["rollout", *BFLOAT16], ["sac"], ["fit"], ["fit", *BFLOA
 
 
 def against(ref: Annotated[str, Positional], *, rounds: int = 5) -> None:
-    """Rates of this checkout over those of another commit.
+    """Print the kernels' rates of this checkout, divided by those of another commit.
 
     Args:
         ref: The commit to compare with.
-        rounds: Of each kernel, in turn; medians are compared.
+        rounds: Rounds of each kernel, of which the median counts.
     """
     _run(sys.executable, "-m", "pytest", "-q", *sorted(map(str, (ROOT / "tests").glob("test_kernel_*.py"))))
     with tempfile.TemporaryDirectory() as folder:
@@ -55,7 +56,7 @@ def against(ref: Annotated[str, Positional], *, rounds: int = 5) -> None:
 
 
 def _measure(source: Path, bench: list[str], rows: Path) -> dict[str, Any] | None:
-    """The first row of one round with the package in `source`; None where the other lacks this bench."""
+    """Measure one round with the package in `source`; return None if it lacks this bench."""
     command = [
         sys.executable,
         "-P",

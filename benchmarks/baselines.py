@@ -1,8 +1,9 @@
-"""Other ways to do the kernels' work in PyTorch, each as fast as its manner allows.
+"""Baselines of SAC and the fit in PyTorch, each as fast as its way of doing it allows.
 
-A baseline is made of a fresh `SAC` or `Fit` and starts from its parameters; calling it does a round's work.
-`state` names its parameters as the reference does, for the tests that it does the same work. Here are the
-authors' options of SAC: all gradients at the parameters before the update, half the MSE, alpha not clamped.
+A baseline takes the parameters of a fresh `SAC` or `Fit`; calling it does the work of one round. Its `state`
+names parameters as the reference does, so that tests can compare them. SAC has the authors' options: all
+gradients are taken at the parameters before the update, the critics' loss is half the MSE, alpha is not
+clamped.
 """
 
 import math
@@ -25,13 +26,13 @@ BETAS, EPS = (0.9, 0.999), 1e-8
 
 
 class _SACBaseline:
-    """Batches drawn as other code draws them: torch's own generator, one update at a time."""
+    """SAC whose batches are drawn as in other code: by torch's generator, one update at a time."""
 
     def __init__(self, sac: SAC, data: Transitions, buffer: RingBuffer, updates: int) -> None:
         self.config, self.target_entropy, self.updates = sac.config, sac.target_entropy, updates
         self.rows, self.act_dim = sac.batch_rows, sac.actor.act_dim
         self.sources = [
-            # Arrays of their own, as other code has them.
+            # Contiguous arrays, as other code has them.
             [getattr(source, name).contiguous() for name in ARRAYS]
             for source in (data, buffer.storage[: len(buffer)])
         ]
@@ -50,12 +51,12 @@ class _SACBaseline:
         self.update(batch, *torch.randn(2, self.config.batch_size, self.act_dim, device=device))
 
     def update(self, batch: Sequence[torch.Tensor], noise: torch.Tensor, next_noise: torch.Tensor) -> None:
-        """One update on the five arrays of `ARRAYS`."""
+        """Make one update on the five arrays of `ARRAYS`."""
         raise NotImplementedError
 
 
 class PlainSAC(_SACBaseline):
-    """One network at a time, three optimisers, backward() through all: in the manner of OfflineRL-Kit."""
+    """SAC as OfflineRL-Kit does it: one network at a time, three optimisers, backward() through all."""
 
     def __init__(self, sac: SAC, data: Transitions, buffer: RingBuffer, updates: int) -> None:
         super().__init__(sac, data, buffer, updates)
@@ -87,7 +88,7 @@ class PlainSAC(_SACBaseline):
         self.actor_adam.zero_grad()
         (alpha * log_prob - policy_q).mean().backward()
 
-        # The critics' gradients of the actor's loss, which nobody needs, go here.
+        # The actor's loss leaves gradients at the critics too, which are discarded.
         self.critic_adam.zero_grad()
         q = self._values(self.critics, observations, actions)
         (0.5 * (q - target_q).square().mean(1).sum()).backward()
@@ -117,13 +118,13 @@ class PlainSAC(_SACBaseline):
 
 
 class CompiledSAC(_SACBaseline):
-    """The reference's batched critics; gradients, Adam and target in one graph of torch.compile."""
+    """SAC with the reference's batched critics; gradients, Adam and targets in one graph of torch.compile."""
 
     def __init__(self, sac: SAC, data: Transitions, buffer: RingBuffer, updates: int) -> None:
         super().__init__(sac, data, buffer, updates)
         self.names = [f"actor.{name}" for name, _ in sac.actor.named_parameters()]
         self.names += [f"critic.{name}" for name, _ in sac.critic.named_parameters()]
-        # Of one element: torch 2.13 compiled loses what is written in place into a tensor of no dimension.
+        # One element, not a scalar: compiled by torch 2.13, in-place writes to a scalar tensor are lost.
         log_alpha = sac.log_alpha.view(1)
         parameters = [*sac.actor.parameters(), *sac.critic.parameters(), log_alpha]
         self.parameters = [parameter.detach() for parameter in parameters]
@@ -153,7 +154,7 @@ class CompiledSAC(_SACBaseline):
         noise: torch.Tensor,
         next_noise: torch.Tensor,
     ) -> torch.Tensor:
-        """All three losses in one: none of them reaches the others' parameters."""
+        """Return the sum of the three losses, of which none depends on the others' parameters."""
         actor, critic = parameters[: self.actor_end], parameters[self.actor_end : -1]
         log_alpha = parameters[-1].squeeze(0)
         alpha = log_alpha.detach().exp()
@@ -189,9 +190,10 @@ class CompiledSAC(_SACBaseline):
 
 
 class RecordedSAC(CompiledSAC):
-    """The same in CUDA graphs, the drawing of the batch included, up to 10 updates in each.
+    """CompiledSAC in CUDA graphs of up to 10 updates, drawing of the batches included.
 
-    By hand: torch.compile's own graphs (mode "reduce-overhead") leave out what changes its inputs in place.
+    The graphs are recorded here, since torch.compile's own (mode "reduce-overhead") leave out functions that
+    change their inputs in place.
     """
 
     def __init__(self, sac: SAC, data: Transitions, buffer: RingBuffer, updates: int) -> None:
@@ -215,11 +217,11 @@ class RecordedSAC(CompiledSAC):
 
 
 class EagerFit:
-    """The ensemble as one batch of matrices, autograd, torch's fused Adam."""
+    """The fit with the ensemble as one batch of matrices, autograd and torch's fused Adam."""
 
     def __init__(self, fit: Fit, rows: torch.Tensor) -> None:
         self.fit, self.rows = fit, rows
-        # Arrays of their own, as other code has them.
+        # Contiguous arrays, as other code has them.
         self.inputs, self.targets = fit.inputs.contiguous(), fit.targets.contiguous()
         decays = zip(fit.parameters, fit.optimizer.weight_decay, strict=True)
         groups = [{"params": [parameter], "weight_decay": decay} for parameter, decay in decays]
@@ -239,7 +241,7 @@ class EagerFit:
 
 
 class CompiledFit(EagerFit):
-    """Gradient and Adam in one graph of torch.compile."""
+    """The fit with gradient and Adam in one graph of torch.compile."""
 
     def __init__(self, fit: Fit, rows: torch.Tensor) -> None:
         super().__init__(fit, rows)
@@ -253,7 +255,7 @@ class CompiledFit(EagerFit):
 
 
 class RecordedFit(CompiledFit):
-    """The same in a CUDA graph, the gathering of the batch included."""
+    """CompiledFit in a CUDA graph, the gathering of the batch included."""
 
     def __init__(self, fit: Fit, rows: torch.Tensor) -> None:
         super().__init__(fit, rows)
@@ -274,7 +276,7 @@ class RecordedFit(CompiledFit):
 
 
 class BFloat16Fit(EagerFit):
-    """The same under autocast."""
+    """EagerFit under autocast to bfloat16."""
 
     dtype = torch.bfloat16
 
@@ -284,7 +286,7 @@ class BFloat16Fit(EagerFit):
 
 
 class CompiledBFloat16Fit(CompiledFit):
-    """The same under autocast."""
+    """CompiledFit under autocast to bfloat16."""
 
     dtype = torch.bfloat16
 
@@ -294,7 +296,7 @@ class CompiledBFloat16Fit(CompiledFit):
 
 
 class _WrittenAdam:
-    """Adam in plain operations, which a compiler can fuse."""
+    """Adam in plain operations that a compiler can fuse."""
 
     def __init__(
         self, parameters: list[torch.Tensor], learning_rates: list[float], decay: list[float] | None = None
@@ -303,11 +305,11 @@ class _WrittenAdam:
         self.decay = decay or [0.0] * len(parameters)
         self.exp_avgs = [torch.zeros_like(parameter) for parameter in parameters]
         self.exp_avg_sqs = [torch.zeros_like(parameter) for parameter in parameters]
-        # One element, as CompiledSAC's log_alpha; beside the parameters, or no graph could be recorded.
+        # One element, as CompiledSAC's log_alpha. On the parameters' device, or no graph could be recorded.
         self.steps = torch.zeros(1, dtype=torch.float64, device=parameters[0].device)
 
     def state(self) -> list[torch.Tensor]:
-        """All that a step changes beside the parameters."""
+        """Return all tensors that a step changes besides the parameters."""
         return [*self.exp_avgs, *self.exp_avg_sqs, self.steps]
 
     def step(self, gradients: Sequence[torch.Tensor]) -> None:
@@ -333,7 +335,7 @@ def linears(
     biases: Sequence[torch.Tensor],
     activation: Callable[[], nn.Module] = nn.ReLU,
 ) -> nn.Sequential:
-    """A perceptron of nn.Linear with these parameters."""
+    """Make a perceptron of nn.Linear with these parameters."""
     layers: list[nn.Module] = []
     for weight, bias in zip(weights, biases, strict=True):
         linear = nn.Linear(*weight.shape, device=weight.device, dtype=weight.dtype)
@@ -345,7 +347,7 @@ def linears(
 
 
 def _squash(head: torch.Tensor, noise: torch.Tensor, config: SACConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Actions and log-probabilities of the tanh-Gaussian with this head."""
+    """Draw actions of the tanh-Gaussian from the actor's outputs; return them and their log-probabilities."""
     mean, log_std = head.chunk(2, dim=-1)
     log_std = log_std.clamp(config.log_std_min, config.log_std_max)
     raw = mean + log_std.exp() * noise
@@ -357,7 +359,7 @@ def _squash(head: torch.Tensor, noise: torch.Tensor, config: SACConfig) -> tuple
 def _fit_loss(
     parameters: Sequence[torch.Tensor], inputs: torch.Tensor, targets: torch.Tensor, fit: Fit
 ) -> torch.Tensor:
-    """The Gaussian likelihood; parameters are weights, biases, max_logvar, min_logvar."""
+    """Return the Gaussian negative log-likelihood; parameters are weights, biases, max_logvar, min_logvar."""
     *layers, max_logvar, min_logvar = parameters
     mean, logvar = mlp(inputs, *_halves(layers), fit.model.activation).chunk(2, dim=-1)
     logvar = soft_clamp_logvar(logvar, max_logvar, min_logvar)
@@ -366,7 +368,7 @@ def _fit_loss(
 
 
 def _halves(layers: Sequence[torch.Tensor]) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
-    """Weights and biases."""
+    """Split a list of parameters into weights and biases."""
     return layers[: len(layers) // 2], layers[len(layers) // 2 :]
 
 

@@ -1,4 +1,4 @@
-"""The same work in JAX: every update of a round in one jitted scan, in the manner of Unifloral."""
+"""Baselines in JAX: all updates of a round in one jitted scan, as Unifloral does them."""
 
 import math
 from typing import Any
@@ -21,7 +21,7 @@ Tree = Any
 
 
 class JaxSAC:
-    """Critics under vmap, rows and noise drawn inside the scan."""
+    """SAC with critics under vmap; rows and noise are drawn inside the scan."""
 
     def __init__(self, sac: SAC, data: Transitions, buffer: RingBuffer, updates: int) -> None:
         self.config, self.target_entropy = sac.config, sac.target_entropy
@@ -81,7 +81,7 @@ class JaxSAC:
     def _loss(
         self, parameters: Tree, target: Tree, batch: Tree, noise: jax.Array, next_noise: jax.Array
     ) -> jax.Array:
-        """All three losses in one: none of them reaches the others' parameters."""
+        """Return the sum of the three losses, of which none depends on the others' parameters."""
         observations, actions, rewards, next_observations, terminals = batch
         held = lax.stop_gradient(parameters)
         alpha = jnp.exp(held["log_alpha"])
@@ -121,7 +121,7 @@ class JaxSAC:
 
 
 class JaxRollout:
-    """All steps of a chunk of rows in one scan, chunk after chunk; the ensemble under vmap."""
+    """Rollouts with all steps of a chunk of rows in one scan, and the ensemble under vmap."""
 
     def __init__(self, ensemble: EnsembleDynamics, actor: Actor, start: torch.Tensor, horizon: int) -> None:
         self.log_std_bounds, self.obs_dim = (actor.log_std_min, actor.log_std_max), ensemble.obs_dim
@@ -150,7 +150,7 @@ class JaxRollout:
         def run(model: Tree, start: jax.Array, key: jax.Array) -> Tree:
             keys = jax.random.split(key, len(start))
             results = lax.map(lambda chunk: roll_out(model, *chunk), (start, keys))
-            # [chunks, horizon, rows] to [horizon, all rows].
+            # [chunks, horizon, rows] becomes [horizon, all rows].
             return [jnp.moveaxis(array, 1, 0).reshape(-1, *array.shape[3:]) for array in results]
 
         self.run = jax.jit(run)
@@ -165,7 +165,7 @@ class JaxRollout:
     def model_step(
         self, observations: Tree, action_noise: Tree, draw: Tree, noise: Tree, model: Tree = None
     ) -> Tree:
-        """As `baselines_rollout._Model.forward`."""
+        """Make one step, as `baselines_rollout._Model.forward` does."""
         model = model or self.model
         mean, log_std = jnp.split(_mlp(model["actor"], observations, jax.nn.relu), 2, axis=-1)
         actions = jnp.tanh(mean + jnp.exp(jnp.clip(log_std, *self.log_std_bounds)) * action_noise)
@@ -182,7 +182,7 @@ class JaxRollout:
 
 
 class JaxFit:
-    """The ensemble under vmap, every step of a round in one scan, rows gathered inside it."""
+    """The fit with the ensemble under vmap; all steps of a round in one scan, which gathers the rows."""
 
     def __init__(self, fit: Fit, rows: torch.Tensor) -> None:
         self.config, model = fit.config, fit.model
@@ -251,14 +251,14 @@ def _adam_state(parameters: Tree) -> Tree:
     return {
         "parameters": parameters,
         "exp_avg": zeros,
-        # Not the same arrays again: what is donated must be there once.
+        # Other arrays than before: a donated array may be passed only once.
         "exp_avg_sq": jax.tree.map(jnp.zeros_like, parameters),
         "step": jnp.zeros(()),
     }
 
 
 def _adam_step(adam: Tree, gradients: Tree, rates: dict[str, float]) -> Tree:
-    """torch's Adam with its defaults; a learning rate for each entry of the parameters."""
+    """Make one step of torch's Adam with its defaults and a learning rate for each parameter."""
     step = adam["step"] + 1.0
     first, second = BETAS
     exp_avg = jax.tree.map(lambda m, g: first * m + (1.0 - first) * g, adam["exp_avg"], gradients)

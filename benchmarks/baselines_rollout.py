@@ -1,8 +1,8 @@
-"""Other ways to roll a policy out in the ensemble, each as fast as its manner allows.
+"""Baselines of the rollout in PyTorch, each as fast as its way of doing it allows.
 
-A baseline is made of an ensemble, an actor, start states and a horizon; calling it does the whole rollout,
-with stochastic actions, the penalty `max_aleatoric` and a drawn elite's sample; nothing ends an episode.
-`model_step` is one step on given draws, for the tests that it does the reference's work.
+A baseline takes an ensemble, an actor, start states and a horizon; calling it does the whole rollout, with
+stochastic actions, the penalty `max_aleatoric` and a sample of a random elite; no rollout terminates.
+`model_step` makes one step with given random numbers, so that tests can compare it with the reference.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from benchmarks.baselines import linears
 from mopo_fast import Actor, EnsembleDynamics
 from mopo_fast.ensemble import mlp, soft_clamp_logvar, soft_clamp_variance
 
-# Rows at a time: the activations of a member then fit the second-level cache.
+# Rows at a time, so that the activations of a member fit the second-level cache.
 CHUNK = 2000
 PENALTY_COEF = 1.0
 
@@ -25,7 +25,7 @@ _Chunk = tuple[torch.Tensor, ...]
 
 
 class _Model(nn.Module):
-    """Actor and members as perceptrons of their own; one step of a chunk of rows."""
+    """One step of a chunk of rows, with the actor and each member as a perceptron of nn.Linear."""
 
     def __init__(self, ensemble: EnsembleDynamics, actor: Actor, dtype: torch.dtype) -> None:
         super().__init__()
@@ -43,7 +43,11 @@ class _Model(nn.Module):
     def forward(
         self, observations: torch.Tensor, action_noise: torch.Tensor, draw: torch.Tensor, noise: torch.Tensor
     ) -> _Chunk:
-        """(observations, actions, penalised rewards, next observations) of a step on these draws."""
+        """Make a step with these random numbers.
+
+        Returns:
+            (observations, actions, penalised rewards, next observations).
+        """
         mean, log_std = self._in_dtype(self.actor, observations).chunk(2, dim=-1)
         actions = torch.tanh(mean + log_std.clamp(*self.log_std_bounds).exp() * action_noise)
         inputs = (torch.cat([observations, actions], dim=-1) - self.input_mean) / self.input_std
@@ -59,12 +63,12 @@ class _Model(nn.Module):
         return network(x.to(self.dtype)).to(x.dtype)
 
     def _heads(self, inputs: torch.Tensor) -> torch.Tensor:
-        """[members, rows, 2 (obs + 1)]."""
+        """Return the members' outputs [members, rows, 2 (obs + 1)]."""
         return torch.stack([self._in_dtype(member, inputs) for member in self.members])
 
 
 class _BatchedModel(_Model):
-    """The members as one batch of matrices."""
+    """_Model with the members as one batch of matrices."""
 
     def __init__(self, ensemble: EnsembleDynamics, actor: Actor, dtype: torch.dtype) -> None:
         super().__init__(ensemble, actor, dtype)
@@ -79,7 +83,7 @@ class _BatchedModel(_Model):
 
 
 class LinearRollout:
-    """Members one after the other, activations in place, 2000 rows at a time."""
+    """Rollouts with members one after the other, activations in place, 2000 rows at a time."""
 
     dtype = torch.float32
     options: ClassVar[dict[str, Any] | None] = None
@@ -112,7 +116,7 @@ class LinearRollout:
             noise = torch.randn(count, obs_dim + 1, device=device)
             draw = torch.randint(self.elites, (count,), device=device)
             step = self.model_step(observations, action_noise, draw, noise)
-            # The next call of a recorded graph writes over what this one returned.
+            # Copied, because the next call of a recorded graph overwrites the result of this one.
             recorded = self.options is not None and "triton.cudagraphs" in self.options
             steps.append(tuple(array.clone() for array in step) if recorded else step)
             observations = steps[-1][-1]
@@ -120,25 +124,25 @@ class LinearRollout:
 
 
 class CompiledRollout(LinearRollout):
-    """By torch.compile, the weights frozen into the graph."""
+    """LinearRollout by torch.compile, the weights frozen into the graph."""
 
     options: ClassVar = {"freezing": True}
 
 
 class BFloat16Rollout(LinearRollout):
-    """Weights and activations in bfloat16: PyTorch's fastest products where the processor has them."""
+    """LinearRollout in bfloat16: PyTorch's fastest products on processors that have them."""
 
     dtype = torch.bfloat16
 
 
 class CompiledBFloat16Rollout(BFloat16Rollout):
-    """By torch.compile, the weights frozen and packed, every product's implementation chosen by trial."""
+    """BFloat16Rollout by torch.compile: weights packed, each product's implementation chosen by trial."""
 
     options: ClassVar = {"freezing": True, "max_autotune": True}
 
 
 class BatchedFloat16Rollout(LinearRollout):
-    """For a GPU: members as one batch of matrices, in float16, as many rows at a time as pay for a launch."""
+    """Rollouts for a GPU in float16: members as one batch of matrices, many rows a launch."""
 
     dtype = torch.float16
     model = _BatchedModel
@@ -146,28 +150,28 @@ class BatchedFloat16Rollout(LinearRollout):
 
 
 class CompiledFloat16Rollout(BatchedFloat16Rollout):
-    """By torch.compile, launches recorded.
+    """BatchedFloat16Rollout by torch.compile, with its launches recorded in CUDA graphs.
 
-    Choosing every product's implementation by trial would take minutes at these sizes.
+    Products' implementations are not chosen by trial, which would take minutes at these sizes.
     """
 
     options: ClassVar = {"triton.cudagraphs": True}
 
 
 class BatchedBFloat16Rollout(BatchedFloat16Rollout):
-    """The same in bfloat16."""
+    """BatchedFloat16Rollout in bfloat16."""
 
     dtype = torch.bfloat16
 
 
 class CompiledBatchedBFloat16Rollout(CompiledFloat16Rollout):
-    """The same in bfloat16."""
+    """CompiledFloat16Rollout in bfloat16."""
 
     dtype = torch.bfloat16
 
 
 class NumpyRollout:
-    """In the manner of OfflineRL-Kit: the whole batch at once, an einsum a layer, NumPy in between."""
+    """Rollouts as OfflineRL-Kit does them: the whole batch at once, an einsum a layer, NumPy in between."""
 
     def __init__(self, ensemble: EnsembleDynamics, actor: Actor, start: torch.Tensor, horizon: int) -> None:
         self.ensemble, self.actor = ensemble, actor
@@ -194,7 +198,7 @@ class NumpyRollout:
     def model_step(
         self, observations: np.ndarray, action_noise: np.ndarray, draw: np.ndarray, noise: np.ndarray
     ) -> tuple[np.ndarray, ...]:
-        """As `_Model.forward`; noise [members, rows, obs_dim + 1]."""
+        """Make one step, as `_Model.forward` does; noise is [members, rows, obs_dim + 1]."""
         ensemble = self.ensemble
         mean, log_std = self.actor(torch.as_tensor(observations))
         actions = torch.tanh(mean + log_std.exp() * torch.as_tensor(action_noise)).numpy()

@@ -1,7 +1,7 @@
-"""Every kernel, contender beside contender, a table a kernel.
+"""Time all contenders of every kernel with pytest-benchmark, one table for each kernel.
 
-Times of one table are comparable as far as the machine was steady; `python -m benchmarks.compare` interleaves
-the contenders and gives ratios.
+Times of a table can be compared if the machine was steady. `python -m benchmarks.compare` interleaves the
+contenders and reports ratios.
 """
 
 import functools

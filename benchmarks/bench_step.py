@@ -1,4 +1,4 @@
-"""One step of the model with the caller's actions, backend beside backend, a table a batch size."""
+"""Time one step of the model with the caller's actions on every backend, one table for each batch size."""
 
 import pytest
 import torch

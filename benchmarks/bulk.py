@@ -1,6 +1,7 @@
-"""The whole of `mopo-fast rollout` against the bare kernel: `python -m benchmarks.bulk RUN DATASET`.
+"""Compare all of `mopo-fast rollout` with the bare kernel: `python -m benchmarks.bulk RUN DATASET`.
 
-Rates in turn, round after round, medians; memory, of a process of its own for each size.
+Rates are medians over rounds in which all contenders take turns. Memory is measured in a process of its own
+for each size.
 """
 
 import shutil
@@ -47,13 +48,13 @@ def main(
     folder: Path | None = None,
     json: Path | None = None,
 ) -> None:
-    """Measure.
+    """Measure the rates and memory of rollouts to disk.
 
     Args:
         count: Transitions of a timed call.
-        memory: Counts whose peak of memory is measured.
-        compressed: Every other format and compression too, once.
-        folder: Where the shards go for a while; by default the system's temporary folder.
+        memory: Numbers of transitions at which the peak of memory is measured.
+        compressed: Also measure every other format and compression, once.
+        folder: Folder for temporary shards (default: the system's temporary folder).
     """
     data = load_dataset(dataset, quiet=True)
     config = generate_config(run, horizon=None, seed=0, penalty_coef=None, dtype=dtype, backend="auto")

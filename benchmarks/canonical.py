@@ -1,8 +1,8 @@
-"""A canonical MOPO run, extrapolated from measured pieces: `python -m benchmarks.canonical`.
+"""Extrapolate the hours of a canonical MOPO run from measured pieces: `python -m benchmarks.canonical`.
 
-The run: halfcheetah's sizes, a fit on 1,000,000 transitions, then 1000 epochs of a rollout of 50,000 starts
-and 5 steps, 1000 SAC updates and an evaluation of 10 episodes. Every way of doing it takes its turn at every
-piece, round after round; medians are multiplied up. Data are random, the evaluation is MuJoCo's.
+The run has halfcheetah's sizes: a fit on 1,000,000 transitions, then 1000 epochs, each a rollout of 50,000
+starts and 5 steps, 1000 SAC updates and an evaluation of 10 episodes. In each round every way of doing it
+measures every piece; the medians are multiplied up. Data are random; the evaluation is in MuJoCo.
 """
 
 import os
@@ -29,7 +29,7 @@ TRANSITIONS, EPOCHS, UPDATES, EPISODES = 1_000_000, 1000, 1000, 10
 STEPS_MEASURED, UPDATES_MEASURED = 64, 100
 PHASES = ("fit", "rollout", "sac", "evaluate")
 
-# The contender that makes each phase, by its name in `mopo_fast.bench.measure` or in `BASELINES`.
+# The contender for each phase, by its name in `mopo_fast.bench.measure` or in `BASELINES`.
 WAYS = {
     "mopo_fast": ("cpu", "cpu", "cpu", "side by side"),
     "mopo_fast, bfloat16 fit and rollouts": ("cpu bfloat16", "cpu bfloat16", "cpu", "side by side"),
@@ -52,14 +52,15 @@ def canonical(
     json: Path | None = None,
     quiet: bool = False,
 ) -> None:
-    """Hours of a canonical run, phase by phase, for each way of doing it.
+    """Print the hours of a canonical run, phase by phase, for each way of doing it.
 
     Args:
-        rounds: In each a rollout and an evaluation, a tenth of an epoch's updates, 64 steps of the fit.
-        fit_epochs: Passes over the data that the fit is taken to need.
-        threads: By default every core.
-        json: By default benchmarks/results/canonical-cpu-ISA.json.
-        quiet: No progress bar.
+        rounds: Rounds, each of a rollout, an evaluation, a tenth of an epoch's updates and 64 steps of the
+            fit.
+        fit_epochs: Passes over the data that the fit is assumed to need.
+        threads: CPU threads (default: one for each core).
+        json: File of the results (default: benchmarks/results/canonical-cpu-ISA.json).
+        quiet: Show no progress bar.
     """
     threads, findings = resolve_threads(threads), examine()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
@@ -117,7 +118,7 @@ def _used(kernel: str, phase: int) -> dict[str, Callable[..., Callable[[], objec
 
 
 def _evaluate_one_by_one(actor: Actor, env_id: str) -> float:
-    """Episode after episode, the network on one row at a time: as OfflineRL-Kit does it."""
+    """Evaluate as OfflineRL-Kit does: one episode after the other, the network on one row at a time."""
     total = 0.0
     environment = make_environment(env_id)
     for episode in range(EPISODES):

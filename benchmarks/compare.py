@@ -1,6 +1,6 @@
-"""Every contender of a kernel in turn, round after round: `python -m benchmarks.compare sac`.
+"""Compare all contenders of a kernel, which take turns in every round: `python -m benchmarks.compare sac`.
 
-Rows go to standard output and, with the machine, the versions, the commit and the date, to a JSON file.
+Results go to standard output and, with the machine, versions, commit and date, to a JSON file.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ from mopo_fast.bench.roofline import check_picture, write_roofline
 from mopo_fast.doctor import examine
 from mopo_fast.utils.machine import resolve_threads
 
-# Beside the kernel and the reference.
+# Contenders on a CPU besides the kernel and the reference.
 BASELINES: dict[str, dict[str, Callable[..., Any]]] = {
     "rollout": {
         "PyTorch, linears": LinearRollout,
@@ -59,7 +59,7 @@ BASELINES: dict[str, dict[str, Callable[..., Any]]] = {
         "torch.compile, bfloat16": CompiledBFloat16Fit,
     },
 }
-# For a GPU.
+# Contenders on a GPU.
 GPU_BASELINES: dict[str, dict[str, Callable[..., Any]]] = {
     "rollout float16": {
         "PyTorch, float16": BatchedFloat16Rollout,
@@ -97,22 +97,23 @@ def compare(
     plot: Path | None = None,
     quiet: bool = False,
 ) -> None:
-    """Time every contender of a kernel in turn; the first one's rate over each other's.
+    """Time all contenders of a kernel in turn; print the first one's rate divided by each other's.
 
     Args:
-        kernel: What to compare on.
-        dtype: Of the kernel's products, in a rollout or the fit.
-        threads: By default every core.
-        json: By default benchmarks/results/KERNEL-cpu-ISA.json, or KERNEL-DTYPE-cpu-ISA.json.
-        plot: Also draw the rows' roofline into this file, .png, .svg or .pdf.
-        quiet: No progress bar.
+        kernel: The kernel to compare.
+        dtype: Precision of the kernel's products, for the rollout and the fit.
+        threads: CPU threads (default: one for each core).
+        json: File of the results (default: benchmarks/results/KERNEL-cpu-ISA.json, or
+            KERNEL-DTYPE-cpu-ISA.json).
+        plot: Also draw a roofline of the results to this .png, .svg or .pdf file.
+        quiet: Show no progress bar.
     """
     if dtype != "float32" and kernel == "sac":
-        raise SystemExit("--dtype is of rollout and fit, not of sac")
+        raise SystemExit("--dtype applies to rollout and fit; sac is always float32")
     if plot is not None:
         check_picture(plot)
     threads, findings = resolve_threads(threads), examine()
-    # JAX takes every core that the process may use.
+    # JAX uses every core that the process may use.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     options: dict[str, Any] = {} if dtype == "float32" else {"dtype": dtype}
     rows = bench(

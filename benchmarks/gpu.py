@@ -1,9 +1,9 @@
-"""Everything that is measured on a GPU, within five minutes: `python -m benchmarks.gpu`.
+"""Measure everything on a GPU, within five minutes: `python -m benchmarks.gpu`.
 
 SAC for one run and for eight, the fit, rollouts of the canonical shape in float16 and bfloat16, each beside
-PyTorch, torch.compile and torch.compile in CUDA graphs in the same precision. Each is measured by a process
-of its own, which is ended when it takes too long. A file for each in benchmarks/results/, with the device,
-the versions, the commit and the date.
+PyTorch, torch.compile and torch.compile in CUDA graphs in the same precision. Each measurement is a process
+of its own with a time limit, and writes a file in benchmarks/results/ with the device, versions, commit and
+date.
 
 `python -m benchmarks.gpu --run DATA` measures a whole training run instead; that takes longer.
 """
@@ -57,12 +57,12 @@ def gpu(
     """Build the CUDA kernels and measure them on a GPU, in steps that are bounded in time.
 
     Args:
-        only: Measure this in the process itself, without a time limit and without building.
+        only: Measure only this, in this process, without building and without a time limit.
         starts: Start states of a rollout of 5 steps.
-        updates: SAC updates in a round; a fifth of them for each of eight runs.
+        updates: SAC updates in a round. Each of eight runs makes a fifth of them.
         steps: Steps of the fit in a round.
         rounds: Rounds; the median is reported.
-        run: Train on this data set instead, 1,000,000 updates and no time limit.
+        run: Train on this data set instead, with 1,000,000 updates and no time limit.
         minutes: Time limit for the whole run.
         out: Folder for the results.
         logs: Folder for the steps' logs.
@@ -94,14 +94,14 @@ def gpu(
             chosen.insert(0, build_step(watched=False))
         outcomes = run_steps(chosen, logs, 60.0 * minutes)
         if failed := [outcome.step.name for outcome in outcomes if outcome.is_bad]:
-            raise SystemExit(f"not measured: {', '.join(failed)}; {logs} says why")
+            raise SystemExit(f"not measured: {', '.join(failed)}; the logs in {logs} say why")
 
 
 def _write(name: str, results: dict[str, Any], out: Path, device: str) -> None:
     """Write a measurement's file.
 
     Raises:
-        SystemExit: on a GPU the CUDA kernels were not among those measured.
+        SystemExit: the CUDA kernels could not be measured on a GPU.
     """
     slug = re.sub(r"\W+", "-", device_name(device)).strip("-").lower()
     versions = {"device": device_name(device), "cuda": torch.version.cuda}
@@ -109,13 +109,14 @@ def _write(name: str, results: dict[str, Any], out: Path, device: str) -> None:
     for backend, reason in results["absent"].items():
         print(f"without {backend}: {reason}")
     if torch.device(device).type == "cuda" and "cuda" in results["absent"]:
-        raise SystemExit(f"error: {name} was measured without the CUDA kernels")
+        raise SystemExit(f"error: {name} was measured, but not with the CUDA kernels")
 
 
 def _serving(dtype: str, device: str, training: int | None = None) -> tuple[list[str], dict[str, str]]:
-    """Name the backends for a GPU that can serve here, the best first; and why the others cannot.
+    """Name the GPU backends that can serve here, best first, and say why the others cannot.
 
-    For rollouts, or for the training of layers of up to `training` inputs and outputs.
+    They are to make rollouts or, if `training` is given, to train layers of up to that many inputs and
+    outputs.
     """
     able, reasons = [], {}
     for name in ("cuda", "triton"):
@@ -174,7 +175,7 @@ def _measured(work: Work, rounds: int) -> dict[str, Any]:
 
 
 def _run(dataset: str, device: str) -> dict[str, Any]:
-    """The canonical run: what its summary says."""
+    """Make the canonical run and print its summary."""
     (backend, *_), reasons = _serving("float16", device)
     config = TrainConfig(
         dataset,

@@ -1,4 +1,4 @@
-"""Memory of a rollout beside its start states and its output: `python -m benchmarks.memory`."""
+"""Measure a rollout's memory besides its start states and output: `python -m benchmarks.memory`."""
 
 import resource
 
@@ -11,12 +11,12 @@ OBS_DIM, ACT_DIM = 17, 6
 
 
 def memory(*, starts: int = 10_000_000, horizon: int = 5, dtype: str = "bfloat16") -> None:
-    """The peak of the process while it rolls out, less what it held before and what it returns.
+    """Print the process's peak of memory during a rollout, less its memory before and the output.
 
     Args:
         starts: Start states.
-        horizon: Steps from each.
-        dtype: Of the networks' products.
+        horizon: Steps of each rollout.
+        dtype: Precision of the networks' products.
     """
     generator = torch.Generator().manual_seed(0)
     engine = RolloutEngine(
@@ -24,7 +24,7 @@ def memory(*, starts: int = 10_000_000, horizon: int = 5, dtype: str = "bfloat16
     )
     actor = Actor(OBS_DIM, ACT_DIM, generator=generator)
     start = torch.randn(starts, OBS_DIM, generator=generator)
-    engine.rollout(actor, start[:1000], horizon, seed=0)  # what every call needs once
+    engine.rollout(actor, start[:1000], horizon, seed=0)  # The first call allocates what all calls share.
     before = _peak()
     rollouts = engine.rollout(actor, start, horizon, seed=0)
     output = sum(array.untyped_storage().nbytes() for array in rollouts.arrays().values())
@@ -35,7 +35,7 @@ def memory(*, starts: int = 10_000_000, horizon: int = 5, dtype: str = "bfloat16
 
 
 def _peak() -> int:
-    """Bytes of memory that the process has held at most; Linux counts in KiB."""
+    """Return the process's peak of memory in bytes; Linux counts in KiB."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 

@@ -1,6 +1,7 @@
-"""What each precision does to a trained ensemble's predictions: `python -m benchmarks.precision RUN DATASET`.
+"""Measure the errors of a trained ensemble in each precision: `python -m benchmarks.precision RUN DATASET`.
 
-Root mean squares over rows of the data, against float64; each beside the size of the thing itself.
+Errors are root mean squares over rows of the data, against float64, beside the root mean square of the
+quantity.
 """
 
 import copy
@@ -28,9 +29,9 @@ def precision(
     """Print the errors of each precision.
 
     Args:
-        run: A folder with dynamics.safetensors.
-        dataset: Its data: a name or a file.
-        rows: That are drawn from the data.
+        run: Folder with dynamics.safetensors.
+        dataset: Name or file of its data set.
+        rows: Rows that are drawn from the data.
     """
     ensemble, data = EnsembleDynamics.load(run), load_dataset(dataset, quiet=True)
     drawn = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:rows]

@@ -1,4 +1,4 @@
-"""Results as JSON, with all that they belong to."""
+"""Results as JSON, with the command, commit, machine and versions that they belong to."""
 
 import dataclasses
 import datetime
@@ -33,7 +33,7 @@ def write_record(path: Path, module: str, findings: Report, results: dict[str, A
 
 
 def _commit() -> str:
-    """With "-dirty" where the tree differs from it."""
+    """Return the commit, with "-dirty" if the working tree differs from it."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return result.stdout.strip() or "unknown"

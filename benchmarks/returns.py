@@ -1,4 +1,4 @@
-"""The returns of a data set's episodes: `python -m benchmarks.returns NAME ...`."""
+"""Print the returns of data sets' episodes: `python -m benchmarks.returns NAME ...`."""
 
 import sys
 
@@ -15,7 +15,7 @@ def main(names: list[str]) -> None:
         with h5py.File(path) as file:
             rewards = file["rewards"][()].astype(np.float64)
             ends = np.flatnonzero(file["terminals"][()] | file["timeouts"][()])
-        # Rows after the last end are of no whole episode.
+        # Rows after the last end belong to an episode that is not complete.
         sums = np.diff(np.concatenate([[0.0], rewards.cumsum()[ends]]))
         task = get_task(parse_dataset_name(path.stem)[0])
         line = f"{path.stem}: {len(rewards):,} transitions, {len(sums):,} episodes, return"

@@ -1,4 +1,4 @@
-"""The kernels on one thread against all of them, in turn: `python -m benchmarks.scaling`."""
+"""Compare the kernels on one thread and on all threads, in turn: `python -m benchmarks.scaling`."""
 
 import tyro
 from rich.console import Console
@@ -19,12 +19,12 @@ BENCHES = (
 
 
 def scaling(*, rounds: int = 15, threads: int | None = None, quiet: bool = False) -> None:
-    """Rates on `threads` threads over those on one.
+    """Print the rates on `threads` threads, divided by those on one.
 
     Args:
-        rounds: Of each kernel, in turn; medians are compared.
-        threads: By default every core.
-        quiet: No progress bar.
+        rounds: Rounds of each kernel, of which the median counts.
+        threads: CPU threads (default: one for each core).
+        quiet: Show no progress bar.
     """
     threads, findings = resolve_threads(threads), examine()
     table = Table("kernel", "dtype", "unit", "1 thread", f"{threads} threads", "times")
@@ -33,7 +33,7 @@ def scaling(*, rounds: int = 15, threads: int | None = None, quiet: bool = False
         works: dict[int, Work] = {}
         for count in (1, threads):
             works[count] = WORKS[kernel](backend="cpu", threads=count, **({"dtype": dtype} if dtype else {}))
-        # The first contender is the kernel in the dtype asked for.
+        # The first contender is the kernel itself in this dtype.
         runs = {str(count): next(iter(work.contenders.values())) for count, work in works.items()}
         seconds = interleave(runs, rounds, f"{kernel} {dtype}: rounds", quiet)
         work = works[threads]

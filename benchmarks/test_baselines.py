@@ -1,4 +1,4 @@
-"""The baselines do the reference's work: the same batches give the same parameters, in float64."""
+"""Tests that the baselines do the reference's work: the same batches give the same parameters, in float64."""
 
 import contextlib
 import dataclasses
@@ -27,7 +27,7 @@ FIT_CONFIG = DynamicsConfig(
     members=3, elites=1, hidden=(24, 12), weight_decay=(1e-2, 2e-2, 3e-2), batch_size=BATCH
 )
 KERNELS = ("sac", "fit", "rollout")
-# Those for a GPU do the same work on the CPU.
+# Baselines for a GPU run on the CPU here.
 MADE_OF = {
     kernel: {
         **BASELINES[kernel],
@@ -35,7 +35,7 @@ MADE_OF = {
     }
     for kernel in KERNELS
 }
-# Skipped, and not absent, where JAX is not installed.
+# Without JAX these tests are skipped, but collected.
 SAC_NAMES, FIT_NAMES, ROLLOUT_NAMES = (sorted({"JAX", *MADE_OF[kernel]}) for kernel in KERNELS)
 
 
@@ -46,7 +46,7 @@ def baseline(kernel: str, name: str) -> Any:
 
 
 def precision(name: str) -> contextlib.AbstractContextManager[Any]:
-    """JAX knows float64 only where it is told to."""
+    """Enable float64 in JAX, which is off by default."""
     if name != "JAX":
         return contextlib.nullcontext()
     import jax
@@ -111,7 +111,7 @@ def assert_same(
 
 @pytest.mark.parametrize("name", ROLLOUT_NAMES)
 def test_rollout_step(name: str) -> None:
-    """The same draws give what the reference's formulas give."""
+    """Compare a step with the reference's formulas on the same random numbers."""
     rows, g = 40, torch.Generator().manual_seed(0)
     ensemble = EnsembleDynamics(OBS, ACT, hidden=(24, 12), members=3, elites=2, generator=g)
     actor = Actor(OBS, ACT, hidden=(16, 8), generator=g)
@@ -154,7 +154,7 @@ def test_rollout_is_whole(name: str) -> None:
         **{"rewards": (150,), "terminals": (150,)},
     }
     observations, following = (torch.as_tensor(arrays[key]) for key in ("observations", "next_observations"))
-    # Steps follow one another: every state but the first is what the step before it predicted.
+    # Every state but the first is the prediction of the step before.
     assert torch.equal(observations[:50].sort(0).values, start.sort(0).values)
     assert torch.equal(observations[50:].sort(0).values, following[:100].sort(0).values)
     assert not torch.equal(
@@ -208,7 +208,7 @@ def test_fit(name: str) -> None:
         other()
         theirs = other.state()
     assert theirs.keys() == before.keys()
-    # Autocast leaves float64 alone.
+    # Autocast does not change float64.
     assert_same(dict(reference.model.named_parameters()), theirs, before)
 
 
@@ -220,7 +220,7 @@ def graphs_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("graphs_without_a_gpu")
 def test_recorded_updates_are_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the same draws. What the two runs that warm up and record have changed is put back."""
+    """Compare on the same random numbers, with the changes of warm-up and recording undone."""
     states, before = [], copied(double_sac().state())
     for make in (baselines.RecordedSAC, baselines.CompiledSAC):
         learner = make(double_sac(), *sources(), 20)
@@ -243,7 +243,7 @@ def test_recorded_updates_are_the_others(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.usefixtures("graphs_without_a_gpu")
 def test_recorded_steps_are_the_others() -> None:
-    """The last batch is smaller."""
+    """Compare a pass whose last batch is smaller."""
     count, generator = len(double_fit().inputs), torch.Generator().manual_seed(0)
     rows = torch.randint(count, (3, 2 * BATCH + 5), generator=generator)
     before = copied(dict(double_fit().model.named_parameters()))
@@ -255,7 +255,7 @@ def test_recorded_steps_are_the_others() -> None:
 
 
 def on_meta(module: torch.nn.Module) -> None:
-    """Its parameters and buffers to the device that knows shapes alone."""
+    """Move parameters and buffers to the meta device, which has shapes but no data."""
     for part in module.modules():
         for name, parameter in part._parameters.items():
             part._parameters[name] = None if parameter is None else torch.nn.Parameter(parameter.to("meta"))
@@ -267,9 +267,9 @@ def on_meta(module: torch.nn.Module) -> None:
     ("kernel", "name"), [(kernel, name) for kernel in GPU_BASELINES for name in GPU_BASELINES[kernel]]
 )
 def test_one_device_is_enough(kernel: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A baseline for a GPU makes no tensor on the CPU: beside tensors of another device it would fail."""
+    """Check that a baseline for a GPU makes no tensor on the CPU: mixing it with meta tensors would fail."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    adam = torch.optim.Adam  # Its fused kernel knows no such device.
+    adam = torch.optim.Adam  # Adam's fused kernel does not support the meta device.
     monkeypatch.setattr(torch.optim, "Adam", lambda groups, lr, fused=False: adam(groups, lr))
     make = GPU_BASELINES[kernel][name]
     if kernel == "sac":

@@ -1,4 +1,4 @@
-"""The measurements for a GPU, tried small on the CPU: a GPU may be there for minutes."""
+"""Tests of the GPU measurements, small and on the CPU: a GPU may be available only for minutes."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def test_every_measurement_leaves_its_file(tmp_path: Path) -> None:
 def test_one_that_fails_or_hangs_does_not_cost_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An update too many for its time, and starts that are none."""
+    """Run a measurement that exceeds its time and one with an invalid number of starts."""
     monkeypatch.setitem(gpu.SECONDS, "sac-1", 8)
     monkeypatch.setitem(gpu.SECONDS, "sac-8", 8)
     options = SMALL | {"updates": 10**6, "starts": 0}

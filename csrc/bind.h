@@ -1,4 +1,4 @@
-// What the bindings share: addresses, and the arguments of the kernels that train.
+// Shared by the two bindings: addresses as pointers, and the arguments of the kernels that train.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -28,7 +28,7 @@ mopo::Array<T> array(const ArrayTuple& tuple) {
   return {pointer<T>(tuple.first), tuple.second};
 }
 
-// (in, out, addresses of the weight's value, exp_avg, exp_avg_sq and target, then of the bias's)
+// (in, out, addresses): of the weight's value, exp_avg, exp_avg_sq and target, then the bias's four.
 using TrainedTuple = std::tuple<int64_t, int64_t, std::array<uintptr_t, 8>>;
 
 inline std::vector<mopo::TrainedLayer> trained_layers(const std::vector<TrainedTuple>& tuples) {
@@ -46,7 +46,7 @@ inline mopo::Parameter parameter(const std::array<uintptr_t, 3>& a) {
   return {pointer<float>(a[0]), pointer<float>(a[1]), pointer<float>(a[2]), nullptr};
 }
 
-// (observations, actions, rewards, next_observations and terminals, size)
+// (arrays, size): observations, actions, rewards, next_observations and terminals.
 using SourceTuple = std::tuple<std::array<ArrayTuple, 5>, int64_t>;
 
 inline mopo::SacSource source(const SourceTuple& tuple) {
@@ -55,11 +55,11 @@ inline mopo::SacSource source(const SourceTuple& tuple) {
           array<const float>(a[3]), array<const bool>(a[4]),  size};
 }
 
-// Adam's counts of steps, which a finished call moves on in the same breath as the parameters: a signal's
-// handler can run before the next line of Python.
+// Adam's counts of steps. A finished call sets them before it returns to Python, together with the
+// parameters: a signal handler could run before the next line of Python and see one without the other.
 struct StepCounts {
-  std::vector<uintptr_t> floats;  // one for each parameter
-  uintptr_t whole;                // int64; 0: there is none
+  std::vector<uintptr_t> floats;  // addresses of a float for each parameter
+  uintptr_t whole;                // address of an int64, or 0 for none
 
   void set(int64_t steps) const {
     for (const uintptr_t address : floats) *pointer<float>(address) = static_cast<float>(steps);
@@ -67,7 +67,7 @@ struct StepCounts {
   }
 };
 
-// Arguments and the arrays that they point to: moved, never copied.
+// SacArgs with the arrays that they point to. Never copied: the pointers would lead to the original.
 struct SacCall {
   SacCall(int64_t obs_dim, int64_t act_dim, int64_t critics, const std::vector<TrainedTuple>& actor,
           const std::vector<TrainedTuple>& critic, const std::array<uintptr_t, 3>& log_alpha,
@@ -106,13 +106,14 @@ struct SacCall {
   }
   SacCall(const SacCall&) = delete;
 
-  void count() const { counts.set(args.updates_before + args.updates); }
+  void count_steps() const { counts.set(args.updates_before + args.updates); }
 
   std::vector<mopo::TrainedLayer> actor, critic;
   StepCounts counts;
   mopo::SacArgs args{};
 };
 
+// FitArgs with the arrays that they point to. Never copied, for the same reason.
 struct FitCall {
   FitCall(int64_t members, int64_t dims, const std::vector<TrainedTuple>& layers, int activation,
           const std::array<uintptr_t, 3>& max_logvar, const std::array<uintptr_t, 3>& min_logvar,
@@ -143,7 +144,7 @@ struct FitCall {
   }
   FitCall(const FitCall&) = delete;
 
-  void count() const { counts.set(args.steps_before + (args.count + args.batch - 1) / args.batch); }
+  void count_steps() const { counts.set(args.steps_before + (args.count + args.batch - 1) / args.batch); }
 
   std::vector<mopo::TrainedLayer> layers;
   std::vector<float> weight_decay;
@@ -151,10 +152,11 @@ struct FitCall {
   mopo::FitArgs args{};
 };
 
-// Each extension has classes of its own.
+// The classes are local to the module: each of the two extensions defines its own.
 inline void bind_calls(py::module_& module) {
   using py::arg;
-  py::class_<SacCall>(module, "SacCall", py::module_local(), "A run's SAC updates; see csrc/sac.h.")
+  py::class_<SacCall>(module, "SacCall", py::module_local(),
+                      "SAC updates of one run; the arguments are described in csrc/sac.h.")
       .def(py::init<int64_t, int64_t, int64_t, const std::vector<TrainedTuple>&,
                     const std::vector<TrainedTuple>&, const std::array<uintptr_t, 3>&,
                     const std::array<float, 3>&, float, float, float, float, float, float, float, bool,
@@ -165,7 +167,8 @@ inline void bind_calls(py::module_& module) {
            arg("log_std_min"), arg("log_std_max"), arg("alpha_max"), arg("critic_loss_scale"),
            arg("simultaneous"), arg("real"), arg("model"), arg("real_rows"), arg("model_rows"),
            arg("updates"), arg("updates_before"), arg("steps"), arg("count"), arg("first_draw"), arg("seed"));
-  py::class_<FitCall>(module, "FitCall", py::module_local(), "A run's steps of the fit; see csrc/fit.h.")
+  py::class_<FitCall>(module, "FitCall", py::module_local(),
+                      "Fit steps of one run; the arguments are described in csrc/fit.h.")
       .def(py::init<int64_t, int64_t, const std::vector<TrainedTuple>&, int, const std::array<uintptr_t, 3>&,
                     const std::array<uintptr_t, 3>&, uintptr_t, uintptr_t, int64_t, uintptr_t, int64_t,
                     int64_t, int64_t, float, float, const std::vector<float>&, int64_t,

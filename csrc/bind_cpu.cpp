@@ -1,13 +1,16 @@
-// pybind11: addresses and sizes in, counts out. Nothing is checked here; mopo_fast/backends/checked.py has.
+// The Python module _cpu: addresses and sizes in, counts out. mopo_fast/backends/checked.py checks them
+// first.
 #include <system_error>
 
 #include "bind.h"
+#include "cpu/calls.h"
 #include "cpu/dispatch.h"
+#include "cpu/peak.h"
 #include "philox.h"
 
 namespace {
 
-// (weight addresses, bias addresses, sizes: in, hidden, ..., out, networks, activation)
+// (weight addresses, bias addresses, sizes, networks, activation); sizes are in, hidden ..., out.
 using NetworkTuple =
     std::tuple<std::vector<uintptr_t>, std::vector<uintptr_t>, std::vector<int64_t>, int64_t, int>;
 
@@ -24,8 +27,8 @@ mopo::Network network(const NetworkTuple& tuple, const std::vector<mopo::Network
           static_cast<mopo::Activation>(std::get<4>(tuple))};
 }
 
-// Calls kernel(interrupt) without the interpreter's lock; a signal whose handler raises ends it with that
-// error.
+// Calls kernel(interrupt) without the interpreter's lock. A signal whose handler raises ends the call with
+// that error.
 template <class Kernel>
 auto interruptible(Kernel kernel) {
   mopo::Interrupt interrupt([] {
@@ -98,7 +101,7 @@ std::pair<int64_t, int64_t> rollout(const std::string& isa, int64_t obs_dim, int
   return {counts.written, counts.non_finite};
 }
 
-// Trains the calls' runs by train(runs, interrupt), each with so many threads, and counts their steps.
+// Calls train(runs, interrupt) with `threads` threads for each run, then sets their counts of steps.
 template <class Call, class Train>
 auto train(const std::vector<Call*>& calls, int threads, Train train) {
   std::vector<decltype(Call::args)> runs;
@@ -107,7 +110,7 @@ auto train(const std::vector<Call*>& calls, int threads, Train train) {
     runs.back().threads = threads;
   }
   auto result = interruptible([&](mopo::Interrupt& interrupt) { return train(runs, interrupt); });
-  for (const Call* call : calls) call->count();
+  for (const Call* call : calls) call->count_steps();
   return result;
 }
 
@@ -133,9 +136,10 @@ double multiply_adds(const std::string& isa, bool bfloat16, int64_t rounds, int 
 
 PYBIND11_MODULE(_cpu, module) {
   using py::arg;
-  // C++ throws this error where a thread cannot be started.
+  // std::thread throws it where the system starts no more threads.
   py::register_local_exception<std::system_error>(module, "ThreadError");
-  module.def("isas", mopo::supported_isas, "Instruction sets that this processor can run, best first.");
+  module.def("isas", mopo::supported_isas,
+             "List the instruction sets that this processor can run, best first.");
   module.def("rollout", rollout, py::kw_only(), arg("isa"), arg("obs_dim"), arg("act_dim"), arg("dynamics"),
              arg("input_mean"), arg("input_std"), arg("max_logvar"), arg("min_logvar"), arg("carry"),
              arg("log_std"), arg("elites"), arg("num_elites"), arg("penalty_members"),
@@ -144,14 +148,16 @@ PYBIND11_MODULE(_cpu, module) {
              arg("start"), arg("rows"), arg("horizon"), arg("first_step"), arg("seed"), arg("deterministic"),
              arg("bfloat16"), arg("keep_every_row"), arg("out"), arg("capacity"), arg("head"), arg("mean"),
              arg("std"), arg("threads"),
-             "The fused rollout; see csrc/rollout.h. Gives (rows written, rollouts cut as not finite).");
+             "Run the fused rollout of csrc/rollout.h. Return (rows written, rollouts cut as not finite).");
   bind_calls(module);
   module.def("sac_updates", sac_updates, arg("calls"), py::kw_only(), arg("isa"), arg("threads"),
-             "Updates runs in place, side by side, each with so many threads. Gives sums of their metrics.");
-  module.def("fit_steps", fit_steps, arg("calls"), py::kw_only(), arg("isa"), arg("threads"),
-             "Steps runs in place, one after the other. Gives the sum of each one's losses.");
+             "Update runs in place, side by side, each on `threads` threads. Return sums of their metrics.");
+  module.def(
+      "fit_steps", fit_steps, arg("calls"), py::kw_only(), arg("isa"), arg("threads"),
+      "Make the fit steps of runs in place, one run after the other. Return the sum of each run's losses.");
   module.def("multiply_adds", multiply_adds, py::kw_only(), arg("isa"), arg("bfloat16"), arg("rounds"),
-             arg("threads"), "The machine's peak, to be timed: rounds of multiply-adds. Gives their FLOP.");
+             arg("threads"),
+             "Make `rounds` rounds of multiply-adds on registers, to time the peak. Return their FLOP.");
   module.def(
       "philox4x32",
       [](std::array<uint32_t, 4> counter, uint64_t key) {
@@ -159,7 +165,8 @@ PYBIND11_MODULE(_cpu, module) {
             mopo::philox4x32({{counter[0], counter[1], counter[2], counter[3]}}, key);
         return std::array<uint32_t, 4>{block.word[0], block.word[1], block.word[2], block.word[3]};
       },
-      arg("counter"), arg("key"), "Ten rounds; for the known-answer test.");
+      arg("counter"), arg("key"),
+      "Return the four words of one Philox4x32-10 block; for the known-answer test.");
   py::enum_<mopo::MathFunction>(module, "MathFunction")
       .value("exp", mopo::MathFunction::kExp)
       .value("log", mopo::MathFunction::kLog)
@@ -176,5 +183,5 @@ PYBIND11_MODULE(_cpu, module) {
         mopo::kernels(isa).math(function, pointer<float>(x), pointer<float>(y), count);
       },
       arg("isa"), arg("function"), arg("x"), arg("y"), arg("count"),
-      "y = function(x), for the accuracy test.");
+      "Write function(x) to y; for the accuracy test.");
 }

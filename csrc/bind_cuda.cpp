@@ -1,5 +1,5 @@
-// pybind11: device addresses and sizes in. Nothing is checked here but what CUDA says;
-// mopo_fast/backends/checked.py has done the rest.
+// The Python module _cuda: device addresses and sizes in. mopo_fast/backends/checked.py checks them first;
+// only CUDA's own errors are looked at here.
 #include <stdexcept>
 
 #include "bind.h"
@@ -8,7 +8,8 @@
 
 namespace {
 
-// In the order of mopo::cuda::DeviceRecord, and of mopo_fast/backends/gpu/padded.py.
+// The arrays of mopo::cuda::DeviceRecord in its order, which is also that of
+// mopo_fast/backends/gpu/padded.py.
 using RecordAddresses = std::array<uintptr_t, 9>;
 
 mopo::cuda::DeviceRecord record(const RecordAddresses& a) {
@@ -95,8 +96,8 @@ void compact(int obs_dim, int act_dim, int batch, int horizon, uintptr_t start, 
   check(mopo::cuda::compact(args, reinterpret_cast<cudaStream_t>(cuda_stream)), "the compaction's kernel");
 }
 
-// CUDA's versions, 1000 major + 10 minor: the newest that the driver serves, 0 without a driver; and the
-// runtime's, which is linked in.
+// (driver, runtime) versions of CUDA as 1000 major + 10 minor. The driver's is the newest version that it
+// serves, 0 without a driver; the runtime is linked in.
 std::pair<int, int> versions() {
   int driver = 0, runtime = 0;
   check(cudaDriverGetVersion(&driver), "the driver's version");
@@ -104,7 +105,7 @@ std::pair<int, int> versions() {
   return {driver, runtime};
 }
 
-// `allocate` takes bytes and gives the address of so much of the device's memory.
+// Trains runs on a CUDA stream. allocate(bytes) returns the address of device memory.
 template <class Args, class Call>
 void train(cudaError_t (*start)(const std::vector<Args>&, double*, const mopo::cuda::Allocate&, cudaStream_t),
            const std::vector<Call*>& calls, uintptr_t sums, const py::function& allocate,
@@ -139,7 +140,7 @@ PYBIND11_MODULE(_cuda, module) {
 #else
   module.attr("watchdog") = false;
 #endif
-  module.def("versions", versions, "CUDA's versions of the driver and of the runtime.");
+  module.def("versions", versions, "Return the CUDA versions of the driver and of the runtime.");
   module.def("rollout", rollout, py::kw_only(), arg("bfloat16"), arg("width"), arg("slots"), arg("weights"),
              arg("chunk_bytes"), arg("chunks"), arg("obs_dim"), arg("act_dim"), arg("members"),
              arg("hidden_layers"), arg("activation"), arg("input_mean"), arg("input_std"),
@@ -149,13 +150,13 @@ PYBIND11_MODULE(_cuda, module) {
              arg("policy_activation"), arg("log_std_min"), arg("log_std_max"), arg("batch"), arg("start"),
              arg("rows"), arg("horizon"), arg("first_step"), arg("seed"), arg("deterministic"), arg("record"),
              arg("mean"), arg("std"), arg("scratch"), arg("blocks"), arg("stream"),
-             "Starts the rollout on a CUDA stream; see csrc/cuda/rollout_launch.h.");
+             "Start the rollout of csrc/cuda/rollout_launch.h on a CUDA stream.");
   module.def("compact", compact, py::kw_only(), arg("obs_dim"), arg("act_dim"), arg("batch"), arg("horizon"),
              arg("start"), arg("rows"), arg("record"), arg("offsets"), arg("out"), arg("capacity"),
-             arg("head"), arg("stream"), "Starts the copy of a record's rows into the ring.");
+             arg("head"), arg("stream"), "Start the copy of a record's rows into the ring.");
   bind_calls(module);
   module.def("sac_updates", sac_updates, arg("calls"), arg("metrics"), arg("allocate"), arg("stream"),
-             "Makes runs' updates on a CUDA stream and waits for them; adds to metrics [runs, 6], float64.");
+             "Make runs' updates on a CUDA stream and wait for them; add to metrics [runs, 6], float64.");
   module.def("fit_steps", fit_steps, arg("calls"), arg("losses"), arg("allocate"), arg("stream"),
-             "Makes runs' steps on a CUDA stream and waits for them; adds to losses [runs], float64.");
+             "Make runs' fit steps on a CUDA stream and wait for them; add to losses [runs], float64.");
 }

@@ -1,24 +1,26 @@
-// Words that every kernel shares, on host and device.
+// Macros, enumerations and the strided array that every kernel shares, on host and device.
 #pragma once
 
 #include <cstdint>
 
+// MOPO_METHOD: inlined members for host and device. MOPO_DEVICE: inlined functions for the device alone.
 #ifdef __CUDACC__
 #define MOPO_METHOD __host__ __device__ __forceinline__
 #define MOPO_DEVICE __device__ __forceinline__
 #else
 #define MOPO_METHOD inline __attribute__((always_inline))
 #endif
-// Internal linkage: each instruction set's file has its own copy, and the linker may not choose among them.
+// An inlined function. Internal linkage gives each instruction set's file its own copy: the linker must not
+// choose one of them for all.
 #define MOPO_INLINE static MOPO_METHOD
 
 namespace mopo {
 
-// The order is that of mopo_fast/config.py.
+// Both in the order of mopo_fast/config.py, which passes them as integers.
 enum class Activation : int { kSilu, kRelu, kTanh };
 enum class Penalty : int { kMaxAleatoric, kMaxDeviation, kMaxPairwise, kEnsembleStd, kMixtureStd };
 
-// An array, its rows `stride` elements apart: of its own, or columns of a table.
+// Rows that begin `stride` elements apart: a contiguous array, or columns of a wider table.
 template <class T>
 struct Array {
   T* data;

@@ -1,4 +1,4 @@
-// The fit kernel's interface: raw pointers and sizes. The caller has checked everything.
+// The interface of the fit kernels: raw pointers and sizes. The caller has checked everything.
 #pragma once
 
 #include "common.h"
@@ -8,21 +8,21 @@ namespace mopo {
 
 struct FitArgs {
   int64_t members, depth, dims;  // dims = obs_dim + 1; the last layer has 2 dims outputs
-  const TrainedLayer* layers;    // [depth], of `members` networks
+  const TrainedLayer* layers;    // [depth], `members` networks
   Activation activation;
   Parameter max_logvar, min_logvar;  // [dims], shared by the members
 
   const float* inputs;   // [..][in of the first layer], standardised
   const float* targets;  // [..][dims]
-  int64_t stride;        // from one row to the next, of both
-  const int64_t* rows;   // [members][rows_stride], of which `count` are used: a pass over each member's data
+  int64_t stride;        // elements from one row to the next, in inputs and in targets
+  const int64_t* rows;   // [members][rows_stride], the first `count`: a pass over each member's data
   int64_t count, rows_stride;
   int64_t batch;  // rows of each member in a step; the last step may have fewer
 
   float learning_rate, logvar_bound_weight;
   const float* weight_decay;  // [depth]
   int64_t steps_before;       // steps that Adam has made already
-  bool bfloat16;              // factors of products are rounded
+  bool bfloat16;              // the products' factors are rounded to bfloat16; sums are float
   int threads;
 };
 

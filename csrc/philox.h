@@ -1,5 +1,6 @@
 // Philox4x32-10, Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), for host and device.
-// A value depends on (seed, row, step, stream) and nothing else. backends/philox.py is the same function.
+// A value depends on (seed, row, step, stream, block) and on nothing else. backends/philox.py is the same
+// function.
 #pragma once
 
 #include <cstdint>
@@ -8,13 +9,14 @@
 
 namespace mopo {
 
-// Who draws: the upper half of the counter's last word; the lower half numbers blocks of four words.
+// The purpose of a draw, in the upper half of the counter's last word. The lower half numbers the blocks of
+// four words that one purpose takes.
 enum PhiloxStream : uint32_t {
-  kActionStream = 0,
-  kNoiseStream = 1,
-  kMemberStream = 2,
-  kBatchStream = 3,
-  kNextActionStream = 4
+  kActionStream = 0,     // the policy's noise
+  kNoiseStream = 1,      // the dynamics' noise
+  kMemberStream = 2,     // the elite member of a step
+  kBatchStream = 3,      // the transition that a row of a SAC batch is
+  kNextActionStream = 4  // the policy's noise at next observations, in SAC's target
 };
 
 struct PhiloxBlock {
@@ -37,6 +39,8 @@ MOPO_INLINE PhiloxBlock philox4x32(PhiloxBlock counter, uint64_t key) {
   return {{c0, c1, c2, c3}};
 }
 
+// Block number `block` of a stream. `row` is a rollout's number, or a row of a SAC batch; `step` the step of
+// the rollout, or the number of the update.
 MOPO_INLINE PhiloxBlock random_block(int64_t row, uint32_t step, PhiloxStream stream, uint32_t block,
                                      uint64_t seed) {
   const uint64_t number = static_cast<uint64_t>(row);
@@ -45,7 +49,7 @@ MOPO_INLINE PhiloxBlock random_block(int64_t row, uint32_t step, PhiloxStream st
       seed);
 }
 
-// Uniform in [0, choices) from one word.
+// Uniform in [0, choices) from one word, by the high half of a product: the bias is choices / 2^32 at most.
 MOPO_INLINE uint32_t choose(uint32_t word, uint32_t choices) {
   return static_cast<uint32_t>((static_cast<uint64_t>(word) * choices) >> 32);
 }

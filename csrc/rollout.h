@@ -1,4 +1,4 @@
-// The rollout kernels' interface: raw pointers and sizes. No torch, no Python; the caller has checked
+// The interface of the rollout kernels: raw pointers and sizes, no torch, no Python. The caller has checked
 // everything.
 #pragma once
 
@@ -17,12 +17,12 @@ struct NetworkLayer {
 // `networks` multi-layer perceptrons of one shape; the last layer is linear.
 struct Network {
   const NetworkLayer* layers;
-  int64_t depth;  // number of layers
-  int64_t networks;
+  int64_t depth;     // number of layers
+  int64_t networks;  // members of an ensemble; 1 for a policy
   Activation activation;
 };
 
-// Arrays of `capacity` rows, written as a ring; those after the terminals may be null.
+// Arrays of `capacity` rows, written as a ring. The arrays after `terminals` may be null.
 struct RolloutOutput {
   Array<float> observations;  // obs_dim
   Array<float> actions;       // act_dim
@@ -39,14 +39,15 @@ struct RolloutArgs {
   int64_t obs_dim, act_dim;
 
   // Dynamics: in = obs_dim + act_dim, out = 2 (obs_dim + 1): means of (delta obs, reward), then
-  // log-variances; or, with log_std, logarithms of standard deviations.
+  // log-variances, or logarithms of standard deviations where log_std is true.
   Network dynamics;
   const float* input_mean;  // [obs_dim + act_dim]
   const float* input_std;
   const float* max_logvar;  // [members][obs_dim + 1]
   const float* min_logvar;
-  const float* carry;  // [obs_dim], times the observation, to which the sample is added: 0 where the mean is
-                       // the next observation itself
+  // [obs_dim]: next observation = carry * observation + sample. 1 where the network predicts a change, 0
+  // where it predicts the next observation itself.
+  const float* carry;
   bool log_std;
   const int64_t* elites;
   int64_t num_elites;
@@ -54,24 +55,24 @@ struct RolloutArgs {
   int64_t num_penalty_members;
   Penalty penalty;
   float penalty_coef;
-  const float* low;  // [obs_dim], termination box
+  const float* low;  // [obs_dim]; a rollout terminates outside of low .. high
   const float* high;
 
-  // Policy: in = obs_dim, out = 2 act_dim: means, then log stds. depth 0: `actions` holds the actions.
+  // Policy: in = obs_dim, out = 2 act_dim: means, then log stds. With depth 0 the actions are `actions`.
   Network policy;
   float log_std_min, log_std_max;
   const float* actions;  // [batch][act_dim] or null
 
   int64_t batch;
   const float* start;   // [batch][obs_dim]
-  const int64_t* rows;  // [batch], numbers for the random counters
+  const int64_t* rows;  // [batch], the rollouts' numbers in the random counters
   int64_t horizon;
   uint32_t first_step;
   uint64_t seed;
   bool deterministic;
-  bool bfloat16;  // operands of the networks' products; sums and all else are float
+  bool bfloat16;  // the products' factors are rounded to bfloat16; sums and all else are float
 
-  // One row per start state, ended or finite or not: what a single step returns.
+  // Keep one row for each start state, non-finite ones too: for RolloutEngine.step.
   bool keep_every_row;
   RolloutOutput out;
   int64_t capacity, head;

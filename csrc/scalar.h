@@ -1,4 +1,4 @@
-// The functions that spec.h needs, for one float on host and device. Vectors have theirs in cpu/.
+// spec.h over one float, on host and device, and the functions that it needs. Vectors have theirs in cpu/.
 #pragma once
 
 #include <cmath>

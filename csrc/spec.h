@@ -1,5 +1,7 @@
-// The mathematics of MOPO and its training, once, for host and device: over a value type V, one float or a
-// vector of them. Included in the namespace of the type's functions: of scalar.h, or of each instruction set.
+// The mathematics of MOPO and of its training, written once for host and device over a value type V: one
+// float or a vector of them. It is included inside the namespace that has V's functions (exp, select, ...):
+// by scalar.h for one float, by cpu/kernels.inl for the vectors of each instruction set. Hence no include
+// guard.
 
 // The authors' double soft clamp of the log-variance, as a variance: e^min + 1 / (e^-max + e^-logvar).
 template <class V>
@@ -7,22 +9,22 @@ MOPO_INLINE V soft_clamp_variance(V exp_minus_logvar, V exp_minus_max, V exp_min
   return exp_min + 1.0f / (exp_minus_max + exp_minus_logvar);
 }
 
-// The clamp's negative log-likelihood of a prediction that is off by `error`, with the gradient of `share`
-// times it by mean, log-variance before the clamp, and bounds.
+// The Gaussian negative log-likelihood of a prediction that is off by `error`, its log-variance `raw` softly
+// clamped; and the gradient of scale * loss by the mean, by `raw` and by the two bounds.
 template <class V>
 struct Likelihood {
   V loss, mean_grad, raw_grad, max_grad, min_grad;
 };
 template <class V>
-MOPO_INLINE Likelihood<V> likelihood(V error, V raw, V max_logvar, V exp_minus_max, V exp_min, float share) {
-  // In closed form; below_max and above_min are the clamp's two slopes.
+MOPO_INLINE Likelihood<V> likelihood(V error, V raw, V max_logvar, V exp_minus_max, V exp_min, float scale) {
+  // The derivatives in closed form; below_max and above_min are the clamp's two slopes.
   const V below = 1.0f / (exp_minus_max + exp(-raw));
   const V inverse = 1.0f / (exp_min + below);
   const V below_max = 1.0f / (1.0f + exp(raw - max_logvar));
   const V above_min = below * inverse;
   const V scaled = error * error * inverse;
-  const V logvar_grad = (1.0f - scaled) * share;
-  return {scaled - log(inverse), 2.0f * share * error * inverse, logvar_grad * above_min * below_max,
+  const V logvar_grad = (1.0f - scaled) * scale;
+  return {scaled - log(inverse), 2.0f * scale * error * inverse, logvar_grad * above_min * below_max,
           logvar_grad * above_min * (1.0f - below_max), logvar_grad * exp_min * inverse};
 }
 
@@ -36,8 +38,10 @@ MOPO_INLINE V softplus(V x) {
 // A draw from a Gaussian whose tanh is the action (Haarnoja et al., "Soft Actor-Critic", 2018).
 template <class V>
 struct SquashedGaussian {
-  V log_std, noise;  // clipped; a standard normal
-  V spread, raw;     // std * noise; mean + spread
+  V log_std;  // clipped
+  V noise;    // standard normal
+  V spread;   // std * noise
+  V raw;      // mean + spread: the action before tanh
 
   MOPO_METHOD SquashedGaussian(V mean, V raw_log_std, V log_std_min, V log_std_max, V noise) : noise(noise) {
     log_std = select(raw_log_std < log_std_min, log_std_min, raw_log_std);
@@ -53,21 +57,21 @@ struct SquashedGaussian {
   }
 };
 
-// The gradient of share * (alpha * log_prob - Q) by the mean and by the log std before the clip; q_grad is
-// that of -share * Q by the action.
+// The gradient of scale * (alpha * log_prob - Q) by the mean and by the log std before the clip. `q_grad` is
+// the gradient of -scale * Q by the action.
 template <class V>
 struct SquashedGradient {
   V mean, log_std;
 };
 template <class V>
 MOPO_INLINE SquashedGradient<V> squashed_gradient(V action, V spread, V raw_log_std, float log_std_min,
-                                                  float log_std_max, V q_grad, float alpha, float share) {
-  const V mean_grad = alpha * share * 2.0f * action + q_grad * (1.0f - action * action);
+                                                  float log_std_max, V q_grad, float alpha, float scale) {
+  const V mean_grad = alpha * scale * 2.0f * action + q_grad * (1.0f - action * action);
   const auto free = (raw_log_std >= log_std_min) & (raw_log_std <= log_std_max);
-  return {mean_grad, select(free, mean_grad * spread - alpha * share, V{})};
+  return {mean_grad, select(free, mean_grad * spread - alpha * scale, V{})};
 }
 
-// A step of Adam against a gradient, one number of type T or a vector of them; the arithmetic is in T.
+// One step of Adam, its arithmetic in T. Adam has no weight decay here: `gradient` includes it.
 template <class T, class V, class Gradient>
 MOPO_INLINE void adam(const AdamStep& step, Gradient gradient, V& value, V& exp_avg, V& exp_avg_sq) {
   exp_avg = static_cast<V>(exp_avg + (gradient - exp_avg) * static_cast<T>(1.0 - kBeta1));
@@ -77,13 +81,13 @@ MOPO_INLINE void adam(const AdamStep& step, Gradient gradient, V& value, V& exp_
   value = value - static_cast<V>(fast_quotient(step.size * exp_avg, divisor));
 }
 
-// The larger one; a NaN on either side wins, so that it is never hidden.
+// The larger of two values. A NaN on either side is the result, so that it is never hidden.
 template <class V>
 MOPO_INLINE V nan_max(V a, V b) {
   return select((b > a) | (b != b), b, a);
 }
 
-// A sum that carries its rounding error along: as good for 400 dimensions as for 4.
+// Compensated summation (Kahan): the error does not grow with the number of dimensions, which may be 400.
 template <class V>
 struct KahanSum {
   V value{}, lost{};
@@ -96,22 +100,22 @@ struct KahanSum {
   }
 };
 
-// u(s, a) over `count` members; mean(i, d) and variance(i, d) give V for the i-th of them, d = obs_dim is the
-// reward. Of the dimensions a caller takes `first` and every `apart`-th one on, and sum(V) adds up what those
-// who share a row have.
-template <class V, class Mean, class Variance, class Share>
+// The uncertainty penalty u(s, a) over `count` members. mean(i, d) and variance(i, d) are those of member i;
+// dimension d = obs_dim is the reward. Several threads may share a row: each takes the dimensions first,
+// first + apart, ..., and sum(V) adds up the threads' parts. A thread on its own has first = 0, apart = 1.
+template <class V, class Mean, class Variance, class Sum>
 MOPO_INLINE V penalise(Penalty penalty, int count, int obs_dim, Mean mean, Variance variance, int first,
-                       int apart, Share sum) {
+                       int apart, Sum sum) {
   const auto square = [](V x) { return x * x; };
-  const float share = 1.0f / static_cast<float>(count);
+  const float inverse_count = 1.0f / static_cast<float>(count);
   const auto centre = [&](int d) {
     V total{};
     for (int i = 0; i < count; ++i) total = total + mean(i, d);
-    return total * share;
+    return total * inverse_count;
   };
   V largest{};
-  // The members' largest sum of terms(d)(i), some members at a time: what they read does not wait for one
-  // another, and their sums are no more than a GPU has registers for.
+  // The root of the members' largest sum of terms(d)(i). Four members at a time: their loads overlap, and
+  // their sums fit a GPU's registers.
   const auto take_largest = [&](int dims, auto terms) {
     constexpr int kTogether = 4;
     for (int i = 0; i < count; i += kTogether) {
@@ -140,7 +144,7 @@ MOPO_INLINE V penalise(Penalty penalty, int count, int obs_dim, Mean mean, Varia
       }
     return sqrt(largest);
   }
-  // The members' variance, summed over dimensions.
+  // kEnsembleStd and kMixtureStd: the members' variance, summed over dimensions.
   const bool mixture = penalty == Penalty::kMixtureStd;
   const int dims = mixture ? obs_dim + 1 : obs_dim;
   KahanSum<V> total;
@@ -151,5 +155,5 @@ MOPO_INLINE V penalise(Penalty penalty, int count, int obs_dim, Mean mean, Varia
       if (mixture) total.add(variance(i, d));
     }
   }
-  return sqrt(sum(total.value) * (mixture ? share : share / static_cast<float>(obs_dim)));
+  return sqrt(sum(total.value) * (mixture ? inverse_count : inverse_count / static_cast<float>(obs_dim)));
 }

@@ -1,4 +1,4 @@
-// Networks under training: what the SAC and the fit kernels' interfaces share.
+// Parameters under training and Adam's constants: shared by the interfaces of SAC and the fit.
 #pragma once
 
 #include <cmath>
@@ -6,7 +6,7 @@
 
 namespace mopo {
 
-// A parameter and Adam's moments, shaped alike; `target` follows it slowly, null where there is none.
+// A parameter and Adam's moments, of one shape. `target` is its slow copy, null where there is none.
 struct Parameter {
   float *value, *exp_avg, *exp_avg_sq, *target;
 };
@@ -20,13 +20,13 @@ struct TrainedLayer {
 // Adam's constants, PyTorch's defaults.
 constexpr double kBeta1 = 0.9, kBeta2 = 0.999, kEpsilon = 1e-8;
 
-// One step of Adam: -size * m / (sqrt(v) * root_correction + epsilon); the target moves by `polyak` of the
-// way.
+// One step of Adam: value -= size * m / (sqrt(v) * root_correction + epsilon), and then
+// target += polyak * (value - target).
 struct AdamStep {
   float size, root_correction, weight_decay, polyak;
 };
 
-// Number `step` of them, from 1 on.
+// Adam's step number `step`, counted from 1.
 inline AdamStep adam_step(float learning_rate, int64_t step, float weight_decay, float polyak) {
   const double correction1 = 1.0 - std::pow(kBeta1, static_cast<double>(step));
   const double correction2 = 1.0 - std::pow(kBeta2, static_cast<double>(step));

@@ -1,7 +1,7 @@
-"""Steps in processes of their own, each bounded in time: one that hangs is ended, and the next one goes on.
+"""Steps in processes of their own with time limits: a step that hangs is ended, and the next one runs.
 
-For machines that are there for minutes. A step's output goes to a file; a table at the end says how each step
-ended.
+For machines that are available for minutes. Each step's output goes to a file; a table at the end says how
+each step ended.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-# Seconds for an interrupted process to say how far it came, and for a killed one to exit. One that is stuck
-# in a driver may never exit.
+# Seconds for an interrupted process to report how far it came, and for a killed one to exit. A process that
+# is stuck in a driver may never exit.
 _SECONDS_TO_EXIT = 5.0
 _LAST_LINES = 15
 _PYTEST_SUMMARY = re.compile(r"\d+ (?:passed|failed|skipped|errors?|deselected)\b.* in [\d.]+s")
@@ -27,12 +27,12 @@ _PYTEST_SUMMARY = re.compile(r"\d+ (?:passed|failed|skipped|errors?|deselected)\
 
 @dataclass(frozen=True)
 class Step:
-    """A command that may take so many seconds.
+    """A command with a time limit.
 
     Attributes:
-        environment: variables beside those of this process.
-        needs: names of steps that must have passed, if they are run at all.
-        gates: a failure of this step is one of the whole run; else it is reported alone.
+        environment: variables added to those of this process.
+        needs: names of steps that must have passed, unless they are not among the steps to run.
+        gates: True if the whole run fails with this step; otherwise a failure is only reported.
     """
 
     name: str
@@ -45,12 +45,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A step and its end.
+    """The outcome of a step.
 
     Attributes:
-        state: "passed", "skipped", "failed", "cut" at the end of its time, "absent" where the command is not
-            there, or "not run".
-        detail: the line of its output that says most.
+        state: "passed", "skipped", "failed", "cut" by its time limit, "absent" if there is no such command,
+            or "not run".
+        detail: the most informative line of its output.
     """
 
     step: Step
@@ -60,21 +60,21 @@ class Outcome:
 
     @property
     def is_bad(self) -> bool:
-        """True if the whole run fails by it. Skipped steps are the caller's to judge."""
+        """Tell whether the whole run fails with this step. The caller decides on skipped steps."""
         return self.step.gates and self.state not in ("passed", "skipped")
 
 
 def run_steps(steps: Sequence[Step], logs: Path, seconds: float) -> list[Outcome]:
     """Run the steps in order within `seconds`, and print a table of how they ended.
 
-    A step whose time is over is interrupted, so that it can say how far it came; five seconds later it is
-    killed with all that it has started. So is the step under way when this process is interrupted or
-    terminated.
+    A step whose time is over is interrupted, so that it can report how far it came; five seconds later it is
+    killed with all processes that it has started. The same happens to the current step when this process is
+    interrupted or terminated.
 
     Args:
-        steps: what to run.
-        logs: the folder that gets a file NAME.log for each step.
-        seconds: the time for all steps together; a step gets what is left of it, or is not run.
+        steps: the steps.
+        logs: folder for a file NAME.log of each step.
+        seconds: time limit for all steps together. Steps that would begin after it are not run.
     """
     console = Console(highlight=False)
     logs.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ def run_steps(steps: Sequence[Step], logs: Path, seconds: float) -> list[Outcome
 
 @contextlib.contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the program as Ctrl-C does, so that it can end its step."""
+    """Let SIGTERM and SIGHUP end the program as Ctrl-C does, so that it ends its step."""
 
     def end(number: int, _: object) -> None:
         raise SystemExit(128 + number)
@@ -142,7 +142,7 @@ def _run(step: Step, path: Path, left: float) -> Outcome:
     if code is None:
         stays = "" if process.poll() is not None else "; killed, but it is still there"
         return Outcome(step, "cut", taken, f"ended after {limit:.0f} s{stays}; {_last(lines)}")
-    # pytest: 0 where all tests of its files were skipped, 5 where all files were.
+    # pytest exits with 0 if all tests were skipped, and with 5 if all files were.
     summary = _last(lines)
     if code in (0, 5) and " skipped" in summary and " passed" not in summary:
         reasons = [line.partition(": ")[2] for line in lines if line.startswith("SKIPPED")]
@@ -159,7 +159,7 @@ def _last(lines: Sequence[str]) -> str:
 
 
 def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    """Send a signal to the process and all of its group, and give it the time to exit."""
+    """Send a signal to the process and its group, and wait for its exit."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, number)
     with contextlib.suppress(subprocess.TimeoutExpired):

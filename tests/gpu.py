@@ -1,7 +1,8 @@
-"""Test all that runs on a GPU, simplest first, within five minutes: `python -m tests.gpu`.
+"""Test everything that runs on a GPU, simplest first, within five minutes: `python -m tests.gpu`.
 
-It builds the CUDA extension first, once as it is and once with the watchdog, which ends a kernel that waits
-for two seconds. It needs neither a virtual environment nor a package index, only what can be imported.
+It first builds the CUDA extension twice, without and with the watchdog, which ends a kernel that waits for
+two seconds. It needs no virtual environment and no package index, only an interpreter that can import the
+dependencies.
 """
 
 import importlib.util
@@ -25,9 +26,9 @@ TRITON, GRAPHS = "test_kernel_triton.py", "test_gpu.py"
 
 
 def _python(*arguments: str | Path, watched: bool = False) -> tuple[list[str | Path], dict[str, str]]:
-    """A command and its environment; `watched` takes the package with the watchdog."""
+    """Return a command and its environment; `watched` takes the package with the watchdog."""
     paths = [*([str(WATCHED)] if watched else []), os.environ.get("PYTHONPATH", "")]
-    # Without -P the package in the working directory would come before the watched one.
+    # Without -P, Python would import the package in the working directory and not the watched one.
     return [sys.executable, *(["-P"] if watched else []), *arguments], {
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "PYTHONUNBUFFERED": "1",
@@ -38,11 +39,11 @@ def _python(*arguments: str | Path, watched: bool = False) -> tuple[list[str | P
 def _pytest(
     name: str, seconds: float, file: str, *options: str, watched: bool = False, sanitizer: bool = False
 ) -> Step:
-    # Slow tests compile for a GPU that need not be there.
+    # Slow tests compile for a GPU and do not need one.
     arguments = ["-m", "pytest", "-q", "-rs", "--tb=short", "-m", "gpu and not slow"]
     arguments += ["-p", "no:cacheprovider", "-o", "filterwarnings=default"]
     command, environment = _python(*arguments, *options, FOLDER / file, watched=watched)
-    # Without a GPU, Triton's tests are skipped and not interpreted.
+    # Without a GPU, skip Triton's tests and do not interpret its kernels.
     environment |= {"TRITON_INTERPRET": "0"}
     if sanitizer:
         command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "1", *command]
@@ -51,7 +52,7 @@ def _pytest(
 
 
 def build_step(*, watched: bool) -> Step:
-    """Build the extension in place, and beside it the one with the watchdog; quick where both are current."""
+    """Return the step that builds the extension in place, and if `watched` also the one with the watchdog."""
     script = 'MOPO_FAST_WATCHDOG=0 "$PYTHON" setup.py -q build_ext --inplace'
     if watched:
         library = shlex.quote(str(WATCHED))
@@ -60,7 +61,7 @@ def build_step(*, watched: bool) -> Step:
 
 
 def steps() -> list[Step]:
-    """All steps in their order."""
+    """Return all steps in order."""
     has_watchdog = "from mopo_fast import _cuda; assert _cuda.watchdog, f'{_cuda.__file__} has no watchdog'"
     has_watchdog, environment = _python("-c", has_watchdog, watched=True)
     jobs = ("-n", "8") if importlib.util.find_spec("xdist") else ()
@@ -73,10 +74,10 @@ def steps() -> list[Step]:
         _pytest("rollout-watched", 45, ROLLOUT, watched=True),
         _pytest("training", 45, TRAINING),
         _pytest("rollout", 45, ROLLOUT),
-        # Nearly every test compiles a kernel of its own.
+        # Slow: nearly every test compiles a kernel of its own.
         _pytest("triton", 120, TRITON, *jobs),
         _pytest("graphs", 60, GRAPHS),
-        # compute-sanitizer may not cope with the rollout's instructions. It takes a hundred times as long.
+        # compute-sanitizer takes a hundred times as long, and may not support the rollout's instructions.
         _pytest("memcheck-training", 45, TRAINING, "-k", "not canonical", sanitizer=True),
         _pytest("memcheck-rollout", 45, ROLLOUT, "-k", "not canonical", sanitizer=True),
     ]
@@ -95,23 +96,23 @@ def gpu(
     triton, graphs, memcheck-training, memcheck-rollout.
 
     Args:
-        only: Run this step only. Can be given several times.
+        only: Run only this step. Can be given several times.
         minutes: Time limit for the whole run.
         logs: Folder for the steps' logs.
-        without_gpu: Try the steps on a machine without a GPU: their tests are skipped.
+        without_gpu: Try the steps on a machine without a GPU. The tests are skipped.
     """
     if not without_gpu and not torch.cuda.is_available():
-        raise SystemExit("PyTorch sees no GPU; --without-gpu goes through the steps all the same")
+        raise SystemExit("PyTorch finds no GPU; to try the steps without one, add --without-gpu")
     there = {step.name: step for step in steps()}
     if unknown := [name for name in only if name not in there]:
-        raise SystemExit(f"no step {', '.join(unknown)}; there are: {', '.join(there)}")
+        raise SystemExit(f"unknown step {', '.join(unknown)}; there are: {', '.join(there)}")
     os.chdir(ROOT)
     chosen = [step for step in there.values() if not only or step.name in only]
     outcomes = run_steps(chosen, logs, 60.0 * minutes)
     print(f"The steps' logs are in {logs}")
     skipped = [outcome.step.name for outcome in outcomes if outcome.state == "skipped" and outcome.step.gates]
     if skipped and not without_gpu:
-        raise SystemExit(f"tests nothing on this GPU: {', '.join(skipped)}")
+        raise SystemExit(f"all tests were skipped on this GPU in: {', '.join(skipped)}")
     raise SystemExit(any(outcome.is_bad for outcome in outcomes))
 
 

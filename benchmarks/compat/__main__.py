@@ -1,8 +1,8 @@
-"""Other code's loops as shipped, and with our backend, in turn: `python -m benchmarks.compat NAME`.
+"""Compare other code's loops as shipped and with our backend: `python -m benchmarks.compat NAME`.
 
-A module NAME of this package has `contenders(checkout, batch_size=, updates=, **options)`: calls by their
-names, "rollout, WAY" and "epoch, WAY", of which the first way is "as shipped". `checkout` is of the code
-base, None where it is installed; `options` are of `RolloutEngine`: dtype, threads.
+A module NAME of this package has `contenders(checkout, batch_size=, updates=, **options)`, which returns
+calls by name: "rollout, WAY" and "epoch, WAY", where the first way is "as shipped". `checkout` is the code
+base's folder, or None if it is installed; `options` are dtype and threads of `RolloutEngine`.
 """
 
 import importlib
@@ -35,14 +35,14 @@ def main(
     json: Path | None = None,
     quiet: bool = False,
 ) -> None:
-    """Time every way in turn, round after round; medians, and how many times as fast as shipped.
+    """Time every way in turn; print medians and speed-ups over the code as shipped.
 
     Args:
-        checkout: Of the code base, where it is on no registry.
+        checkout: Folder of the code base, if it is not an installed package.
         batch_size: Start states of a rollout of 5 steps.
-        updates: Of SAC in an epoch, after one rollout.
-        dtype: Of the products of our kernels.
-        threads: Of ours; PyTorch has its own default.
+        updates: SAC updates of an epoch, after one rollout.
+        dtype: Precision of our kernels' products.
+        threads: CPU threads of our kernels. PyTorch keeps its default.
     """
     folder = None if checkout is None else checkout.resolve()
     options: dict[str, Any] = {"dtype": dtype, "threads": threads}

@@ -1,7 +1,7 @@
-"""d3rlpy 1.x's loop as shipped, and with our ensemble's predictions.
+"""The loop of d3rlpy 1.x as shipped, and with our ensemble's predictions.
 
-Data and networks are of no meaning, and of halfcheetah's sizes; the loop is `LearnableBase.fit`: a rollout at
-the first step, and updates of SAC after it. d3rlpy has no termination within a rollout.
+Data and networks are random, of halfcheetah's sizes. The loop is `LearnableBase.fit`: a rollout at the
+first step, then SAC updates. d3rlpy does not terminate rollouts.
 """
 
 import functools
@@ -20,7 +20,7 @@ OBS_DIM, ACT_DIM = 17, 6
 def contenders(
     _: Path | None, *, batch_size: int, updates: int, **options: Any
 ) -> dict[str, Callable[[], object]]:
-    """Each call is a rollout of 5 steps, or an epoch: that and `updates` of its own."""
+    """Return calls by name; each is a rollout of 5 steps, or an epoch: a rollout and `updates` of its own."""
     from d3rlpy.algos import MOPO
     from d3rlpy.dataset import MDPDataset
     from d3rlpy.dynamics import ProbabilisticEnsembleDynamics

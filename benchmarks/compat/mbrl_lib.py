@@ -1,7 +1,7 @@
-"""mbrl-lib's MBPO loop as shipped, with our ModelEnv, and with MOPO's penalty as well.
+"""The MBPO loop of mbrl-lib as shipped, with our ModelEnv, and with our ModelEnv and MOPO's penalty.
 
-Data and networks are of no meaning, and of halfcheetah's sizes; the rollout is its
-`rollout_model_and_populate_sac_buffer`, the updates are of its SAC.
+Data and networks are random, of halfcheetah's sizes. The rollout is
+`rollout_model_and_populate_sac_buffer`; the updates are those of its SAC.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ HORIZON = 5
 def contenders(
     _: Path | None, *, batch_size: int, updates: int, **options: Any
 ) -> dict[str, Callable[[], object]]:
-    """Each call is a rollout of 5 steps, or an epoch: that and `updates` of its own."""
+    """Return calls by name; each is a rollout of 5 steps, or an epoch: a rollout and `updates` of its own."""
     import mbrl.models
     from mbrl.algorithms.mbpo import rollout_model_and_populate_sac_buffer
     from mbrl.env.termination_fns import no_termination

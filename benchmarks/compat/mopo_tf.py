@@ -1,7 +1,7 @@
-"""The authors' loop as shipped, with our FakeEnv, and with all steps of a rollout fused.
+"""The loop of MOPO's authors as shipped, with our FakeEnv, and with all steps of a rollout fused.
 
-Their code runs on TensorFlow 2 as examples/mopo_tf.py has it. Data and networks are of no meaning, and of
-halfcheetah's sizes; the loops are theirs: `_rollout_model`, and `_do_training` 1000 times after it.
+Their code runs on TensorFlow 2 with the changes in examples/mopo_tf.py. Data and networks are random, of
+halfcheetah's sizes. The loops are theirs: `_rollout_model`, then `_do_training` 1000 times.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ OBS_DIM, ACT_DIM = 17, 6
 def contenders(
     checkout: Path, *, batch_size: int, updates: int, **options: Any
 ) -> dict[str, Callable[[], object]]:
-    """Each call is a rollout of 5 steps, or an epoch: that and `updates` of its own."""
+    """Return calls by name; each is a rollout of 5 steps, or an epoch: a rollout and `updates` of its own."""
     tf = imitate_tensorflow_1(checkout)
     import mopo.static
 
@@ -32,7 +32,7 @@ def contenders(
     shapes = {"observations": OBS_DIM, "actions": ACT_DIM, "next_observations": OBS_DIM, "rewards": 1}
     data = {name: random.normal(size=(10_000, dim)) for name, dim in shapes.items()}
     data["terminals"] = np.zeros(10_000)
-    # What they write is of no use here.
+    # Their output is not needed.
     with _quiet(), tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         algorithm = make_algorithm(
             tf, data, mopo.static["halfcheetah"], epoch_length=updates, rollout_batch_size=batch_size
@@ -62,7 +62,7 @@ def contenders(
         return run
 
     def fused() -> None:
-        # In place of their loop.
+        # Replaces their loop.
         obs = algorithm.sampler.random_batch(batch_size)["observations"]
         samples = ours.rollout(algorithm._policy, obs, algorithm._rollout_length)
         algorithm._model_pool.add_samples(samples)

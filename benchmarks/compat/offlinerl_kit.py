@@ -1,4 +1,4 @@
-"""OfflineRL-Kit's rollout and epoch: its MOPOPolicy, of halfcheetah's sizes, on data of no meaning."""
+"""The rollout and the epoch of OfflineRL-Kit: its MOPOPolicy, of halfcheetah's sizes, on random data."""
 
 import functools
 from collections.abc import Callable
@@ -17,7 +17,7 @@ OBS_DIM, ACT_DIM = 17, 6
 def contenders(
     checkout: Path, *, batch_size: int, updates: int, **options: Any
 ) -> dict[str, Callable[[], object]]:
-    """Each call is a rollout of 5 steps, or that and `updates` of SAC, as its MBPolicyTrainer makes them."""
+    """Return calls by name; each is a rollout of 5 steps, or that and `updates` as of MBPolicyTrainer."""
     imports(checkout)
     random = np.random.default_rng(0)
     arrays = [

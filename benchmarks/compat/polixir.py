@@ -1,7 +1,7 @@
-"""Polixir's loop as shipped, and with our forward pass of the ensemble.
+"""The loop of Polixir's OfflineRL as shipped, and with our forward pass of the ensemble.
 
-Data and networks are of no meaning, and of halfcheetah's sizes; the loop is `AlgoTrainer.train_policy`, with
-no updates for a rollout alone, and 1000 for an epoch.
+Data and networks are random, of halfcheetah's sizes. The loop is `AlgoTrainer.train_policy`, with no
+updates for a rollout alone, and 1000 for an epoch.
 """
 
 import atexit
@@ -24,8 +24,8 @@ OBS_DIM, ACT_DIM = 17, 6
 def contenders(
     checkout: Path, *, batch_size: int, updates: int, **options: Any
 ) -> dict[str, Callable[[], object]]:
-    """Each call is a rollout of 5 steps, or an epoch: that and `updates` of its own."""
-    # What they write is of no use here.
+    """Return calls by name; each is a rollout of 5 steps, or an epoch: a rollout and `updates` of its own."""
+    # Their output is not needed.
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder)
     mopo = import_mopo(checkout)

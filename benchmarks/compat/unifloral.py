@@ -1,4 +1,4 @@
-"""Unifloral's rollout and epoch: its MOPO, of halfcheetah's sizes, on data of no meaning."""
+"""The rollout and the epoch of Unifloral: its MOPO, of halfcheetah's sizes, on random data."""
 
 import functools
 from collections.abc import Callable
@@ -17,10 +17,10 @@ OBS_DIM, ACT_DIM, HORIZON = 17, 6, 5
 def contenders(
     checkout: Path, *, batch_size: int, updates: int, **options: Any
 ) -> dict[str, Callable[[], object]]:
-    """Each call is a rollout of 5 steps into their buffer, or that and `updates` of SAC with 10 critics.
+    """Return calls by name; each is a rollout of 5 steps into their buffer, or that and `updates`.
 
-    "by steps" has the first line of examples/unifloral.py changed, the policy being run by JAX, "fused" both.
-    All is compiled beforehand.
+    An update has 10 critics. "by steps" has the first change of examples/unifloral.py, so that JAX runs the
+    policy; "fused" has both. All calls are compiled beforehand.
     """
     keys = jax.random.split(jax.random.PRNGKey(0), 3)
     sizes = ((10_000, dim) for dim in (OBS_DIM, ACT_DIM, OBS_DIM))
@@ -56,7 +56,7 @@ def _epoch(step: Any, updates: int, carry: Any) -> Any:
 
 
 class _Repeated:
-    """A compiled function of what it has returned last, in the same memory, as their loop does."""
+    """A compiled function of its own last result, which it overwrites, as in their loop."""
 
     def __init__(self, function: Any, carry: Any) -> None:
         self.carry = jax.tree.map(jnp.copy, carry)

@@ -1,4 +1,4 @@
-// Aligned memory for the kernels.
+// One aligned allocation from which a call takes all its arrays.
 #pragma once
 
 #include <sys/mman.h>
@@ -16,8 +16,8 @@ inline int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// Hands out aligned pieces of one allocation. Sizes are asked for twice: first to add them up, then for
-// real.
+// Hands out aligned pieces of one allocation. A caller takes all pieces twice, in the same order: first the
+// arena only adds up their sizes, and after allocate() it sets the pointers.
 class Arena {
  public:
   template <class T>
@@ -34,7 +34,7 @@ class Arena {
     memory_.reset(static_cast<char*>(std::aligned_alloc(alignment, bytes)));
     if (!memory_) throw std::bad_alloc();
 #ifdef MADV_HUGEPAGE
-    // Reading down the columns of a matrix then costs fewer address translations.
+    // Large pages: a matrix read down its columns takes fewer address translations.
     if (large) madvise(memory_.get(), bytes, MADV_HUGEPAGE);
 #endif
     used_ = 0;

@@ -1,4 +1,5 @@
-// AVX-512 F, BW, DQ, VL: 32 registers hold 8 x 3 sums, 3 vectors of rows and a weight; 200 = 25 x 8.
+// The kernels for AVX-512 F, BW, DQ, VL: 32 registers hold 8 x 3 sums, 3 vectors of rows and a weight. 8
+// divides 200.
 #include <immintrin.h>
 #define MOPO_ISA avx512
 #define MOPO_NAME "avx512"

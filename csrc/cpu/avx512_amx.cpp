@@ -1,4 +1,4 @@
-// AVX-512 with products of bfloat16 on matrix tiles (AMX); otherwise as avx512_bf16.cpp.
+// The kernels for AMX: products of bfloat16 on matrix tiles; all else is as in avx512_bf16.cpp.
 #include <immintrin.h>
 #define MOPO_ISA avx512_amx
 #define MOPO_NAME "avx512_amx"

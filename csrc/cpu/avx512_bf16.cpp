@@ -1,4 +1,4 @@
-// AVX-512 with products of bfloat16 pairs; otherwise as avx512.cpp.
+// The kernels for AVX-512 BF16: products of pairs of bfloat16; all else is as in avx512.cpp.
 #include <immintrin.h>
 #define MOPO_ISA avx512_bf16
 #define MOPO_NAME "avx512_bf16"

@@ -1,4 +1,4 @@
-// Threads that have a core each and wait for one another every few hundred microseconds: too often to sleep.
+// Barriers for threads that wait for one another every few hundred microseconds: they spin before they sleep.
 #pragma once
 
 #include <atomic>
@@ -6,7 +6,7 @@
 
 namespace mopo {
 
-// Until `value` is no longer `old`.
+// Returns when `value` is no longer `old`.
 template <class T>
 void wait_while(const std::atomic<T>& value, T old) {
   constexpr int kSpins = 4000;  // 50 to 200 microseconds on x86
@@ -18,10 +18,11 @@ void wait_while(const std::atomic<T>& value, T old) {
     asm volatile("yield");
 #endif
   }
-  // The others have lost their core to somebody: leave them this one.
+  // Another thread has probably lost its core: leave it this one.
   value.wait(old, std::memory_order_acquire);
 }
 
+// Lets `threads` threads pass together, again and again.
 class Barrier {
  public:
   explicit Barrier(int threads) : threads_(threads) {}
@@ -30,7 +31,7 @@ class Barrier {
     const uint32_t round = round_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
       arrived_.store(0, std::memory_order_relaxed);
-      round_.store(round + 1);  // in one order with notify_all's look for sleepers
+      round_.store(round + 1);  // sequentially consistent: before notify_all looks for sleepers
       round_.notify_all();
       return;
     }
@@ -43,7 +44,7 @@ class Barrier {
   alignas(64) std::atomic<uint32_t> round_{0};
 };
 
-// How far something has come.
+// A step number that only grows. One thread at a time announces it, any may wait for it.
 class Milestone {
  public:
   void reach(int64_t step) {

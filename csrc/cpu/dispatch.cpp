@@ -1,3 +1,4 @@
+// Asks the processor, and for AMX the system, which instruction sets there are.
 #include "dispatch.h"
 
 #include <stdexcept>
@@ -11,7 +12,8 @@ namespace mopo {
 namespace {
 
 #ifdef MOPO_FAST_X86
-// Whether the processor has tiles of bfloat16, and the kernel lets this process use them: it has to be asked.
+// True if the processor has AMX tiles of bfloat16 and Linux lets this process use them, for which it must
+// ask.
 bool has_amx() {
 #ifdef __linux__
   unsigned a, b, c, d;
@@ -58,7 +60,7 @@ std::vector<std::string> supported_isas() {
 
 const Kernels& kernels(const std::string& isa) {
   for (const Kernels* kernels : supported())
-    if (isa.empty() || isa == kernels->name) return *kernels;
+    if (isa == kernels->name) return *kernels;
   throw std::invalid_argument("instruction set not supported here: " + isa);
 }
 

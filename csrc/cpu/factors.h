@@ -1,18 +1,18 @@
-// The factors of training's products: in float32 the matrices themselves; in bfloat16 their rounded copies,
-// whose products are summed in float32.
+// The factors of training's products. In float32 they are the matrices themselves, in bfloat16 rounded
+// copies; sums are always float32.
 //
-// In a layer, X [rows][in] is the left factor of X W and of X^T G; G [rows][out] the left one of G W^T and
-// the right one of X^T G; W [in][out] the right one of X W and of G W^T. A column of ones in X gives G's
-// sums, which are the bias's gradient; the bias itself is not rounded.
+// A layer has three matrices: inputs X [rows][in], gradients of its outputs G [rows][out], weights W
+// [in][out]. Its three products are forwards X W, backwards G W^T, and the weight's gradient X^T G. X has a
+// column of ones, so that X^T G has the bias's gradient as its last row. The bias itself is never rounded.
 
-// c = a w, w [layer.in + 1][..] with the bias as its last row, where a has a column of ones.
+// The product of a, which has a column of ones, and `weight`, whose last row is the bias.
 template <class Epilogue>
 MOPO_INLINE void forward_layer(int64_t first, int64_t last, const Panels& a, const Dense& layer,
                                const Panels& weight, Epilogue epilogue) {
   product<false>(first, last, 0, layer.out, layer.in + 1, a, weight, epilogue);
 }
 
-// A block of a layer's values, the row of the bias made zero.
+// Zeroes the bias's row in a block of a layer's values.
 template <int kWide>
 MOPO_INLINE void without_bias(const Dense& layer, int64_t row, vf (&block)[kBlock][kWide]) {
   each_vector(block, [&](int i, int, vf& x) {
@@ -20,7 +20,7 @@ MOPO_INLINE void without_bias(const Dense& layer, int64_t row, vf (&block)[kBloc
   });
 }
 
-// Matrices in panels.
+// Factors as matrices in panels: float32 everywhere; bfloat16 without AMX, as rounded floats.
 template <bool kToBFloat16>
 struct PanelFactors {
   static constexpr bool kRounded = kToBFloat16;
@@ -31,7 +31,7 @@ struct PanelFactors {
     return x;
   }
 
-  // X's or G's factors from a block of the matrix.
+  // Stores a block of X as a factor; put_grad a block of G, put_weight a block of a layer's values.
   template <int kWide>
   MOPO_INLINE void put_left(const Factor& to, int64_t row, int64_t column, vf (&block)[kBlock][kWide]) {
     float* first = at(to.along, row, column);
@@ -42,7 +42,6 @@ struct PanelFactors {
     put_left(to, row, column, block);
   }
 
-  // W's from a block of a layer's values.
   template <int kWide>
   MOPO_INLINE void put_weight(const Dense& layer, int64_t row, int64_t column, vf (&block)[kBlock][kWide]) {
     if constexpr (kRounded) {
@@ -73,14 +72,14 @@ struct PanelFactors {
     forward_layer(first, last, x.along, layer, layer.weight.across, epilogue);
   }
 
-  // G W^T, `in` columns.
+  // G W^T: gradients of the layer's inputs.
   template <class Epilogue>
   MOPO_INLINE void backward(int64_t first, int64_t last, const Factor& grad, const Dense& layer,
                             Epilogue epilogue) {
     product<false>(first, last, 0, layer.in, layer.out, grad.along, layer.weight.along, epilogue);
   }
 
-  // Rows of X^T G, summed over `count` rows.
+  // Rows first .. last of X^T G, summed over `count` rows of the batch.
   template <class Epilogue, class Prefetch>
   MOPO_INLINE void weight_gradient(int64_t first, int64_t last, int64_t count, const Factor& x,
                                    const Factor& grad, const Dense& layer, Epilogue epilogue,
@@ -94,10 +93,10 @@ using Float32Factors = PanelFactors<false>;
 #ifndef MOPO_AMX
 using BFloat16Factors = PanelFactors<true>;
 #else
-// Matrices of words, two bfloat16 each that follow one another in a sum, in tiles of 16 words. A left
-// factor's tile holds a row of its matrix in a row, a right factor's a column in a column; two of a right
-// factor's tiles stand side by side. A tile holds rows that do not exist: zeros in G,
-// in X numbers that are finite, of an earlier batch.
+// Factors for AMX: words of two bfloat16 that follow one another in the sum, in tiles of 16 x 16 words. A row
+// of a left factor's tile is a row of the matrix; a column of a right factor's tile is a column of the
+// matrix, and two such tiles stand side by side. Padding rows of a batch are zeros in G and finite numbers of
+// an earlier batch in X.
 struct BFloat16Factors {
   static constexpr bool kRounded = true;
   static constexpr int64_t kRows = 32;
@@ -174,7 +173,7 @@ struct BFloat16Factors {
   MOPO_INLINE vf column_pairs(const vf (&block)[kBlock][kWide], int i) {
     return pack_row(block[i][0], kWide == 2 ? block[i][kWide - 1] : vf{});
   }
-  // Of X and G as left factors.
+  // Stores X or G as a left factor: pairs along its rows.
   template <int kWide>
   MOPO_INLINE void put_along(const Factor& to, int64_t row, int64_t column,
                              const vf (&block)[kBlock][kWide]) {
@@ -182,7 +181,7 @@ struct BFloat16Factors {
 #pragma GCC unroll 8
     for (int i = 0; i < kBlock; ++i) store(here + i * kWords, column_pairs(block, i));
   }
-  // Of G and W as right factors.
+  // Stores G or W as a right factor: pairs along its columns.
   template <int kWide>
   MOPO_INLINE void put_across(const Factor& to, int64_t row, int64_t column,
                               const vf (&block)[kBlock][kWide]) {
@@ -193,8 +192,8 @@ struct BFloat16Factors {
       for (int v = 0; v < kWide; ++v) store(here + i * kWords + v * W, row_pair(block, i, v));
   }
 
-  // Rows first .. last and columns 0 .. width of a product that sums `depth` terms, in squares of four tiles;
-  // what follows a square is done, piece by piece, among the products of the next.
+  // Rows first .. last and columns 0 .. width of a product that sums `depth` terms, in squares of four tiles.
+  // The epilogue of a square runs piece by piece among the tile products of the next one.
   template <class Epilogue, class Prefetch>
   MOPO_INLINE void product(int64_t first, int64_t last, int64_t width, int64_t depth, const Panels& a,
                            const Panels& b, Epilogue epilogue, Prefetch prefetch) {
@@ -230,7 +229,7 @@ struct BFloat16Factors {
       const bool tall = last - row > W, wide = width - column > W;
       const float* left = a.data + row * kWords;
       const float* right = b.data + column / kRows * b.rows * kWords;
-      // Tiles 0 to 3: sums; 4 and 5: 16 rows of a each; 6 and 7: 16 columns of b.
+      // Tiles 0 to 3 are sums; 4 and 5 hold 16 rows of a each; 6 and 7 hold 16 columns of b each.
       _tile_zero(0);
       _tile_zero(1);
       _tile_zero(2);

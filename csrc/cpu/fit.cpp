@@ -1,3 +1,4 @@
+// A call of fit steps: its memory, and the members' turns on teams of threads.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -5,14 +6,14 @@
 #include <vector>
 
 #include "barrier.h"
-#include "dispatch.h"
+#include "calls.h"
 #include "pool.h"
 #include "training.h"
 
 namespace mopo {
 namespace {
 
-// The memory of a call: parameters in the kernels' layout, and what lies between a batch and their gradients.
+// A run's memory: parameters in the kernels' layout, and a workspace for each team.
 class FitState {
  public:
   FitState(const FitArgs& args, const Kernels& kernels, int teams)
@@ -36,7 +37,8 @@ class FitState {
     copy_bound(min_logvar_, args_.min_logvar);
   }
 
-  // The bounds' step, after all members; gives the loss of the whole step.
+  // Steps the bounds by the gradients of all members, in the members' order. Returns the loss of the whole
+  // step.
   double step_bounds(const AdamStep& step) {
     double loss = 0.0;
     for (int64_t member = 0; member < args_.members; ++member) loss += plan.loss[member];
@@ -55,7 +57,7 @@ class FitState {
   }
 
   FitPlan plan{};
-  std::vector<FitWorkspace> workspaces;  // a team's each
+  std::vector<FitWorkspace> workspaces;  // one for each team
 
  private:
   struct Matrices {
@@ -134,10 +136,10 @@ class FitState {
   Arena arena_;
   std::vector<Dense> layers_;
   Parameter max_logvar_{}, min_logvar_{};
-  std::vector<Matrices> matrices_;  // of the workspaces
+  std::vector<Matrices> matrices_;  // the arrays that the workspaces point to
 };
 
-// How the threads work together: the smallest teams that leave the fewest idle.
+// `count` teams of `size` threads: the smallest teams that leave the fewest threads idle.
 struct Teams {
   int size, count;
 };
@@ -150,11 +152,11 @@ Teams make_teams(int64_t threads, int64_t members, int64_t blocks) {
   return best;
 }
 
-// A run, its memory and the sum of its losses.
+// One run of a call: its memory, its teams and the sum of its losses.
 //
-// Members take turns, step after step, and teams take the turns one after the other, so that seven members
-// keep two teams busy. A member's turn waits for its last one, and for the bounds, which the losses of all
-// members in the step before have moved.
+// A turn is one member's step. Turns are numbered step by step, member by member, and dealt out to the teams
+// in that order, so that seven members keep two teams busy. A turn waits for the member's turn in the step
+// before, and for the bounds, which that step's losses of all members have moved; for nothing else.
 class FitWork {
  public:
   FitWork(const FitArgs& args, const Kernels& kernels)
@@ -177,7 +179,7 @@ class FitWork {
   double loss = 0.0;
 
  private:
-  // Blocks of a batch's rows, which a team's threads share.
+  // Blocks of a batch's rows: a team has no more threads than these.
   static int64_t blocks(const FitArgs& args, const Kernels& kernels) {
     const int64_t block = args.bfloat16 ? std::max(kernels.block, kernels.tile) : kernels.block;
     return round_up(std::min(args.batch, args.count), block) / block;
@@ -198,7 +200,7 @@ class FitWork {
       trained_[member].wait_for(step);
       bounds_.wait_for(step);
       if (stop_) return;
-      // Nothing comes of an interrupted call: turns that are left in this step are only counted.
+      // An interrupted call changes nothing, so the turns that are left in this step are only counted.
       if (team.part == 0) idle_[number] = interrupt.requested();
       team.wait();
       const bool idle = idle_[number];
@@ -214,13 +216,13 @@ class FitWork {
     }
   }
 
-  std::vector<std::vector<AdamStep>> adam_steps_;  // of each thread's current turn
-  std::deque<Barrier> barriers_;                   // a team's each
-  std::vector<std::atomic<bool>> idle_;            // likewise
+  std::vector<std::vector<AdamStep>> adam_steps_;  // [threads][depth], for the current turn
+  std::deque<Barrier> barriers_;                   // [teams]
+  std::vector<std::atomic<bool>> idle_;            // [teams], true once the call is interrupted
   std::vector<Milestone> trained_;
   Milestone bounds_;
   std::atomic<int64_t> losses_{0};
-  bool stop_ = false;  // decided by the thread that ends a step, before `bounds_` tells of its end
+  bool stop_ = false;  // written by the thread that ends a step, before it announces this by `bounds_`
 };
 
 }  // namespace
@@ -231,7 +233,7 @@ std::vector<double> fit_steps(const std::vector<FitArgs>& runs, const Kernels& k
   std::deque<FitWork> works;
   for (const FitArgs& args : runs) works.emplace_back(args, kernels);
   std::vector<double> losses;
-  // One after the other: each keeps every core busy.
+  // One run after the other: each keeps every core busy.
   for (FitWork& work : works) work.run(kernels, interrupt);
   if (interrupt.requested()) return losses;
   for (FitWork& work : works) {

@@ -1,7 +1,7 @@
-// A step of the ensemble's maximum-likelihood fit for one member: a team takes rows of its batch forwards;
-// then, layer by layer from the top, rows backwards and the layer's parameters.
+// A step of the ensemble's maximum-likelihood fit for one member. The threads of a team each take rows of the
+// batch forwards; then, layer by layer from the top, rows backwards and rows of the layer's parameters.
 
-// The activation at x, and its derivative there; rough: for results that are rounded to bfloat16.
+// The activation at x and its derivative. kRough allows errors that rounding to bfloat16 hides.
 template <Activation activation, bool kRough>
 MOPO_INLINE vf activate_and_differentiate(vf x, vf& slope) {
   if constexpr (activation == Activation::kSilu) {
@@ -15,7 +15,7 @@ MOPO_INLINE vf activate_and_differentiate(vf x, vf& slope) {
   }
 }
 
-// Rows first .. last, whole blocks, of a turn.
+// Rows first .. last of a turn's batch, whole blocks. Rows from turn.count on are padding.
 template <class Factors>
 struct FitRows {
   const FitArgs& args;
@@ -45,7 +45,7 @@ struct FitRows {
       });
   }
 
-  // visit(row, column, block) for the blocks of a matrix.
+  // Calls visit(row, column, block) for the blocks of a matrix in these rows.
   template <class Visit>
   void each_block(const Panels& matrix, int64_t width, Visit visit) const {
     for (int64_t column = 0; column < width; column += kPanel)
@@ -91,10 +91,11 @@ struct FitRows {
     }
   }
 
-  // The Gaussian negative log-likelihood, and its gradient by the head's outputs and by the bounds.
+  // The Gaussian negative log-likelihood of each row; its gradient by the last layer's outputs and by the
+  // bounds.
   void differentiate_loss() const {
     const int64_t dims = args.dims;
-    const float share = 1.0f / static_cast<float>(turn.count * dims);
+    const float inverse_count = 1.0f / static_cast<float>(turn.count * dims);
     for (int64_t row = first; row < end(); ++row) {
       float loss = 0.0f;
       for (int64_t d = 0; d < dims; d += W) {
@@ -102,7 +103,7 @@ struct FitRows {
         const vf raw = load_lanes(ws.head.at(row) + dims + d, lanes);
         const vf error = load_lanes(ws.head.at(row) + d, lanes) - load(ws.targets.at(row) + d);
         const auto some = likelihood(error, raw, load(plan.max_logvar + d), load(plan.exp_minus_max + d),
-                                     load(plan.exp_min + d), share);
+                                     load(plan.exp_min + d), inverse_count);
         store(ws.max_grad.at(row) + d, some.max_grad);
         store(ws.min_grad.at(row) + d, some.min_grad);
         for (int lane = 0; lane < lanes; ++lane) {
@@ -111,7 +112,7 @@ struct FitRows {
           loss += some.loss[lane];
         }
       }
-      ws.loss[row] = loss * share;
+      ws.loss[row] = loss * inverse_count;
     }
     if constexpr (Factors::kRounded) {
       for (int64_t row = end(); row < last; ++row)
@@ -122,7 +123,8 @@ struct FitRows {
     }
   }
 
-  // From the gradient of layer l's outputs to that of the pre-activations below it.
+  // Backwards through layer l: from the gradient of its outputs to that of the pre-activations of layer l
+  // - 1.
   void backward(int64_t l, const Factor& grad) const {
     Factors::backward(first, last, grad, layers()[l], [&](int64_t row, int64_t column, auto& block) {
       const float* slopes = at(ws.slopes[l - 1], row, column);
@@ -131,7 +133,7 @@ struct FitRows {
     });
   }
 
-  // The member's loss, and its gradient by the bounds, over all rows in their order.
+  // Sums the member's loss and its gradient by the bounds over all rows, in order: by one thread of the team.
   void add_up() const {
     double loss = 0.0;
     double* max_grad = plan.max_grad + turn.member * args.dims;
@@ -148,12 +150,12 @@ struct FitRows {
   }
 };
 
-// work(rows) for the rows of this thread, on the factors asked for.
+// Calls work(rows) for this thread's rows, with the factors of the precision asked for.
 template <class Work>
 static void with_rows(const FitArgs& args, const FitPlan& plan, const FitWorkspace& ws, const FitTurn& turn,
                       Work work) {
   const auto run = [&]<class Factors>() {
-    const Span span = share(turn.team, turn.count, Factors::kRows);
+    const Span span = rows_of(turn.team, turn.count, Factors::kRows);
     work(FitRows<Factors>{args, plan, ws, turn, span.first, span.last});
   };
   if (!args.bfloat16) return run.template operator()<Float32Factors>();
@@ -177,7 +179,7 @@ static void fit_backward(const FitArgs& args, const FitPlan& plan, const FitWork
   with_rows(args, plan, ws, turn, [&]<class Factors>(const FitRows<Factors>& rows) {
     for (int64_t l = rows.hidden(); l >= 0; --l) {
       const Factor& grad = l == rows.hidden() ? ws.head_grad : ws.grads[l];
-      // Before the layer's parameters move.
+      // Gradients pass through the layer before its parameters move.
       if (l > 0) rows.backward(l, grad);
       turn.team.wait();
       train_layer<Factors>(turn.team, rows.layers()[l], steps[l], turn.count,

@@ -1,5 +1,6 @@
-// One layer for one tile of rows: sum_k in[k][row] weight[k][n] + bias[n].
-// A vector holds one feature of W rows, so any width works and nothing is summed across lanes.
+// One layer of a network for one tile of a rollout's rows: sum_k in[k][row] weight[k][n] + bias[n].
+// A vector holds one feature of W rows, so any width works and nothing is summed across lanes. Products for
+// training are in matmul.h.
 
 constexpr int kVectors = 3;         // vectors of rows at a time
 constexpr int kBlock = MOPO_BLOCK;  // outputs at a time: kBlock x kVectors accumulators stay in registers
@@ -8,7 +9,7 @@ constexpr int64_t round_up(int64_t count, int64_t multiple) {
   return (count + multiple - 1) / multiple * multiple;
 }
 
-// What a 32-bit word of a layer's inputs and weights holds: a float ...
+// The two precisions of a layer's inputs and weights. A 32-bit word holds a float ...
 struct Float32 {
   static constexpr Packing kPacking{kVectors * W, 1, kBlock, 1};
   MOPO_INLINE vf multiply_add(vf sum, vf rows, float weight) { return sum + rows * broadcast(weight); }
@@ -33,7 +34,7 @@ struct BFloat16 {
   }
 };
 
-// Words of `depth` inputs as the packing has them, zeros included.
+// Words of `depth` packed inputs, padding included.
 template <class Operand>
 constexpr int64_t packed_words(int64_t depth) {
   constexpr Packing packing = Operand::kPacking;
@@ -41,23 +42,23 @@ constexpr int64_t packed_words(int64_t depth) {
 }
 
 template <class Operand>
-constexpr bool fits_room() {
+constexpr bool divides_width_multiple() {
   constexpr Packing packing = Operand::kPacking;
-  return kRoom % packing.outputs == 0 && kRoom % (packing.terms * packing.words) == 0;
+  return kWidthMultiple % packing.outputs == 0 && kWidthMultiple % (packing.terms * packing.words) == 0;
 }
-static_assert(fits_room<Float32>() && fits_room<BFloat16>());
+static_assert(divides_width_multiple<Float32>() && divides_width_multiple<BFloat16>());
 
 // Rows of a tile.
 template <class Operand>
 constexpr int kTile = Operand::kPacking.tile;
 
-// A layer of packed `weight` and `bias`; in [packed_words(depth)][kTile]. write(n, v, outputs): vector v of
-// rows, kBlock outputs from n on.
+// A layer of packed `weight` and `bias` on a tile, in [packed_words(depth)][kTile]. Calls write(n, v,
+// outputs) for kBlock outputs from n on of vector v of the tile's rows.
 template <class Operand, class Write>
 MOPO_INLINE void layer_tile(const float* in, int64_t depth, const float* weight, const float* bias,
                             int64_t width, Write write) {
   for (int64_t n = 0; n < width; n += kBlock) {
-    // The bias comes last: a large one, added first, would cost every product its low bits.
+    // The bias is added last: added first, a large one would cost every product its low bits.
     vf sum[kBlock][kVectors] = {};
     const float* x = in;
     for (int64_t k = packed_words<Operand>(depth); k > 0; --k) {
@@ -82,7 +83,8 @@ MOPO_INLINE void layer_tile(const float* in, int64_t depth, const float* weight,
 }
 
 #ifdef MOPO_AMX
-// The same on tiles of 16 x 16: 32 outputs of 32 rows at a time, while what follows is done to the 32 before.
+// layer_tile on AMX: 32 outputs of 32 rows at a time, in four tiles of 16 x 16. Among the tile instructions,
+// write() takes the 32 outputs before.
 template <class Write>
 MOPO_INLINE void layer_amx(const float* in, int64_t depth, const float* weight, const float* bias,
                            int64_t width, Write write) {
@@ -93,7 +95,7 @@ MOPO_INLINE void layer_amx(const float* in, int64_t depth, const float* weight, 
   // GCC 12 does not know that loading a tile reads memory.
   asm volatile("" ::: "memory");
   const int64_t steps = packed_words<BFloat16>(depth) / kWords, blocks = (width + kSide - 1) / kSide;
-  // Slices of the block before: kBlock outputs of one vector of rows each.
+  // Writes slices of a finished block; a slice is kBlock outputs of one vector of rows.
   const auto finish = [&](int64_t block, int64_t slice, int64_t end) {
     const float* from = sums[block % 2];
     for (; slice < end; ++slice) {
@@ -107,7 +109,7 @@ MOPO_INLINE void layer_amx(const float* in, int64_t depth, const float* weight, 
     }
   };
   for (int64_t block = 0; block < blocks; ++block) {
-    // Tiles 0 to 3: sums; 4 and 5: weights of 16 outputs each; 6 and 7: 16 rows each.
+    // Tiles 0 to 3 are sums; 4 and 5 weights of 16 outputs each; 6 and 7 inputs of 16 rows each.
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -134,17 +136,19 @@ MOPO_INLINE void layer_amx(const float* in, int64_t depth, const float* weight, 
   finish(blocks - 1, 0, kSlices);
 }
 
+// The operand of ldtilecfg.
 struct TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// All eight tiles of 16 rows of 64 bytes, until it goes out of scope.
+// Configures all eight tiles as 16 rows of 64 bytes for the lifetime of the object. Such a thread must not
+// call code that may use AMX itself.
 class Tiles {
  public:
   Tiles() {
-    // A constant: GCC 12 does not know that the instruction reads all of it.
+    // Static: GCC 12 does not know that the instruction reads all of it.
     static constexpr TileConfig kConfig;
     _tile_loadconfig(&kConfig);
   }
@@ -157,14 +161,14 @@ struct Tiles {
 };
 #endif
 
-// Outputs as floats [width, whole blocks][kTile].
+// Stores outputs as floats, [width, rounded up to kBlock][kTile].
 template <class Operand>
 MOPO_INLINE void write_floats(float* out, int64_t n, int v, const vf (&outputs)[kBlock]) {
 #pragma GCC unroll 8
   for (int j = 0; j < kBlock; ++j) store(out + (n + j) * kTile<Operand> + v * W, outputs[j]);
 }
 
-// Activated outputs as the next layer's inputs.
+// Stores activated outputs as the next layer's inputs.
 template <class Operand, Activation activation>
 MOPO_INLINE void write_operands(float* out, int64_t n, int v, vf (&outputs)[kBlock]) {
 #pragma GCC unroll 8
@@ -178,7 +182,7 @@ MOPO_INLINE void write_operands(float* out, int64_t n, int v, vf (&outputs)[kBlo
   }
 }
 
-// Zeros where a packing has more words than `width` outputs fill.
+// Writes zeros to the words of a packing that `width` outputs do not fill.
 template <class Operand>
 static void fill_up(float* out, int64_t width) {
   const int64_t written = round_up(width, kBlock) / Operand::kPacking.terms;
@@ -186,7 +190,7 @@ static void fill_up(float* out, int64_t width) {
     store(out + i, vf{});
 }
 
-// Floats [depth][kTile] as a layer's inputs; `out` is where they go if they have to change.
+// Returns floats [depth][kTile] as a layer's inputs: `in` itself in float32, else packed into `out`.
 template <class Operand>
 static const float* as_operands(const float* in, int64_t depth, float* out) {
   if constexpr (Operand::kPacking.terms == 1) return in;

@@ -1,4 +1,4 @@
-// How a call of a kernel is ended early: by a signal, which only the thread that calls can ask for.
+// The early end of a kernel's call by a signal, for which only the thread that calls can look.
 #pragma once
 
 #include <atomic>
@@ -10,11 +10,12 @@ namespace mopo {
 
 class Interrupt {
  public:
-  // `asked` is called by the thread that made the object, now and then; true ends the call.
+  // asked() is called by the thread that made the object, every 50 ms at most. If it returns true, the call
+  // ends.
   explicit Interrupt(std::function<bool()> asked)
       : asked_(std::move(asked)), owner_(std::this_thread::get_id()) {}
 
-  // Any thread, as often as it likes. What is true once stays true.
+  // True if the call is to end. Any thread may ask, at any rate; once true, it stays true.
   bool requested() {
     if (std::this_thread::get_id() == owner_ && !requested_.load(std::memory_order_relaxed)) {
       const auto now = std::chrono::steady_clock::now();

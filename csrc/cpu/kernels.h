@@ -1,4 +1,5 @@
-// What each instruction set's file gives to dispatch.cpp, and what it gets.
+// The table of kernels that each instruction set's file fills, and the structs that it works on. The .cpp
+// files of this folder allocate and share out the work; the .inl files, compiled once a set, do it.
 #pragma once
 
 #include <cstddef>
@@ -13,24 +14,27 @@ namespace mopo {
 class Barrier;
 class Interrupt;
 
-// What a layer's buffers are rounded up to: outputs, and inputs, that any kernel takes at a time.
-constexpr int64_t kRoom = 32;
+// Buffers for a layer's inputs and outputs are rounded up to this multiple: no kernel takes more at a time.
+constexpr int64_t kWidthMultiple = 32;
 
-// How a rollout's factors are packed: rows in tiles; words of `terms` consecutive inputs, a float or two
-// bfloat16; weights [out / outputs][in / terms / words][outputs][words], zeros filling up.
+// The layout of a rollout's factors, in words of 32 bits. Activations: [tiles][in / terms][tile]. Weights:
+// [out / outputs][in / terms / words][outputs][words]. Zeros fill up what is not a multiple.
 struct Packing {
-  int tile, terms, outputs, words;
+  int tile;     // rows of a tile
+  int terms;    // consecutive inputs in a word: one float, or two bfloat16, the first in the lower half
+  int outputs;  // outputs that a kernel takes at a time
+  int words;    // consecutive words of one output's weights
 };
 
-// A network's packed weights, member after member; after each layer's its biases [out]. offset[layer] counts
-// words from the member's start.
+// A network's packed weights, member after member. A layer's biases [out] follow its weights; offset[layer]
+// counts words from the member's start to the layer.
 struct PackedNetwork {
   const float* data;
   int64_t member_stride;
   const int64_t* offset;
 };
 
-// What a rollout's threads share.
+// Read by all threads of a rollout.
 struct RolloutPlan {
   PackedNetwork dynamics, policy;
   const float* inverse_std;    // [obs_dim + act_dim]
@@ -39,10 +43,10 @@ struct RolloutPlan {
   Interrupt* interrupt;
 };
 
-// True if the call is to end. It lies in rollout.cpp, so that no instruction set's file has a copy.
+// True if the call is to end. Defined in rollout.cpp, so that no instruction set's file has a copy of it.
 bool interrupted(const RolloutPlan& plan) noexcept;
 
-// What a chunk's steps made, arrays of the output's shapes, rollout r's step t at row r * horizon + t.
+// The transitions of a chunk, in arrays of the output's shapes: step t of rollout r is row r * horizon + t.
 struct ChunkOutput {
   float *observations, *actions, *rewards, *next_observations;
   bool* terminals;
@@ -50,54 +54,57 @@ struct ChunkOutput {
   int32_t* members;
   int64_t* rollout_index;
   int32_t* step;
-  int64_t* length;     // [chunk_rows], steps that each rollout has
-  int64_t non_finite;  // rollouts cut
+  int64_t* length;     // [chunk_rows], transitions of each rollout
+  int64_t non_finite;  // rollouts cut because a prediction was not finite
 };
 
-// The memory that a thread makes a chunk in: tiles, [tile][feature][rows of a tile].
+// A thread's memory for one chunk. The floats are in tiles, [tile][feature][rows of a tile].
 struct RolloutWorkspace {
   float *observations, *actions, *inputs, *predictions, *noise, *layer_in, *layer_out;
-  int64_t *alive, *survivors;  // [chunk_rows], rollouts of the chunk that go on
-  uint32_t* drawn;             // [tile]
+  int64_t *alive, *survivors;  // [chunk_rows], rollouts that go on: in this step, and in the next
+  uint32_t* drawn;             // [tile], the member that each row drew
 };
 
-// A row-major matrix of whole vectors.
+// A row-major matrix whose rows are whole vectors.
 struct Rows {
   float* data;
   int64_t stride;
   MOPO_METHOD float* at(int64_t row) const { return data + row * stride; }
 };
 
-// A matrix in panels of `Kernels::panel` columns, [panel][rows][columns of the panel]: a product passes
-// through its factors and its result in the order of memory. `rows` are whole blocks.
+// A matrix in panels of `Kernels::panel` columns, [panels][rows][columns of a panel]: a product passes
+// through its factors and its result in the order of memory. `rows` is a multiple of `Kernels::block`.
 struct Panels {
   float* data;
   int64_t rows;
 };
 
-// A matrix as a factor of products that sum over its columns (`along`) or over its rows (`across`). In
-// float32 and on most instruction sets `across`, and `along` of all but weights, are the matrix itself in
-// panels; with tiles of bfloat16 they are what factors.h says, [tiles][rows][words].
+// A matrix as a factor of products that sum over its columns (`along`) or over its rows (`across`). Without
+// AMX both are the matrix itself in panels, but for a weight's `along`, which is its transpose. With tiles of
+// bfloat16 they are two packed forms, [tiles][rows][words], described in factors.h.
 struct Factor {
   Panels along, across;
 };
 
-// A layer under training as the kernels keep it: matrices [in + 1][out] in panels of `rows` rows, the bias
-// last, zeros beyond; or, with one output, arrays of in + 1 numbers.
+// A layer under training as the kernels keep it: matrices [in + 1][out] in panels of `rows` rows. The last of
+// the in + 1 rows is the bias; padding is zero. A layer with one output has `rows` = 0 and arrays of in + 1
+// numbers.
 struct Dense {
   int64_t in, out, rows;
   float *value, *exp_avg, *exp_avg_sq, *target;
-  Factor weight;  // in float32 `across` is `value`; `along`, [out][in], null where not needed
+  // In float32 `across` is `value`. `along`, [out][in], is null where no gradient passes through the layer.
+  Factor weight;
 };
 
-// Threads that work on one network together: part of parts.
+// Threads that work on one network together; this one is number `part` of `parts`.
 struct Team {
   int part, parts;
   Barrier* barrier;
   void wait() const noexcept;
 };
 
-// What an update of SAC is computed in. hidden = depth - 1.
+// The matrices of an update of SAC. hidden = depth - 1. A comment such as `obs_dim, act_dim, 1` lists
+// columns; the 1 is the column of ones that the next layer's bias is multiplied by.
 struct SacPlan {
   int64_t rows;         // of every matrix: the batch, rounded up to whole blocks
   const Dense* actor;   // [depth]
@@ -105,42 +112,42 @@ struct SacPlan {
   float alpha;
   Panels observations, next_observations;     // obs_dim, 1
   Panels inputs, next_inputs, policy_inputs;  // obs_dim, act_dim, 1
-  const Panels *actor_hidden, *actor_grad;    // [hidden]
+  const Panels *actor_hidden, *actor_grad;    // [hidden]: outputs, and gradients before the activation
   Rows actor_head;                            // 2 act_dim
   Panels actor_head_grad;                     // likewise
   const Panels *critic_hidden, *critic_grad;  // [critics][hidden]
-  const Panels* scratch_hidden;  // [critics][hidden], of the targets, then of the policy's actions
+  const Panels* scratch_hidden;  // [critics][hidden]: of the targets, then at the policy's actions
   const Panels* scratch_grad;    // [critics][2]
   Rows noise, spread, actions;   // act_dim
-  Rows action_grad;              // obs_dim, act_dim; the actions' columns count
+  Rows action_grad;              // obs_dim, act_dim; only the actions' columns are used
   float *rewards, *continues, *log_prob, *next_log_prob;  // [rows]
-  float* minus_share;                                     // [rows], - 1 / batch
+  float* policy_q_grad;                                   // [rows], -1 / batch: of the actor's loss by Q
   float *q, *q_grad, *target_q, *policy_q;                // [critics][rows]
   float* targets;                                         // [critics][rows], the same for all
   int64_t *drawn, *picked;                                // [rows], [critics][rows]
 };
 
-// What the members' steps of the fit share.
+// Shared by all members' steps of the fit.
 struct FitPlan {
   const Dense* layers;                          // [members][depth]
   float *max_logvar, *exp_minus_max, *exp_min;  // [dims]
-  double *loss, *max_grad, *min_grad;           // [members], [members][dims]: of the step
+  double *loss, *max_grad, *min_grad;           // [members], then twice [members][dims]: of the current step
 };
 
-// What one member's step is computed in. hidden = depth - 1.
+// A team's memory for one member's step. hidden = depth - 1. Comments list columns, as in SacPlan.
 struct FitWorkspace {
-  Panels gathered;                   // in, 1: what `inputs` are made of, and in float32 are
-  Factor inputs;                     // likewise
-  const Factor *hidden, *grads;      // [hidden]
-  const Panels* slopes;              // [hidden], the activation's derivative
-  Rows head;                         // 2 dims
-  Panels head_floats;                // likewise: what `head_grad` is made of, and in float32 is
-  Factor head_grad;                  // likewise
-  Rows targets, max_grad, min_grad;  // dims; gradients by the bounds of the log-variance
+  Panels gathered;               // in, 1: floats, from which `inputs` is packed; in float32 `inputs` itself
+  Factor inputs;                 // likewise
+  const Factor *hidden, *grads;  // [hidden]
+  const Panels* slopes;          // [hidden], derivatives of the activation
+  Rows head;                     // 2 dims
+  Panels head_floats;            // 2 dims: floats, from which `head_grad` is packed; in float32 itself
+  Factor head_grad;              // 2 dims
+  Rows targets, max_grad, min_grad;  // dims; the gradients are by the bounds of the log-variance
   float* loss;                       // [rows]
 };
 
-// A member's step on rows begin .. begin + count of its pass, and who makes it.
+// A member's step on rows begin .. begin + count of its pass, and the team that makes it.
 struct FitTurn {
   int64_t member, begin, count;
   Team team;
@@ -158,32 +165,33 @@ enum class MathFunction : int {
   kSqrt
 };
 
-// Room that the peak's loops need.
+// Size of the array that the loops of peak.inl work on.
 constexpr int kPeakNumbers = 1024;
 
 struct Kernels {
   const char* name;
   Packing float32, bfloat16;
   int64_t block, panel;  // in training: rows of a block and columns of a panel
-  int64_t tile;          // side of the square that bfloat16 training takes at a time; 0: panels, as float32
+  int64_t tile;          // side of the squares of bfloat16 training; 0 where it uses panels, as float32 does
   void (*rollout_chunk)(const RolloutArgs&, const RolloutPlan&, RolloutWorkspace&, ChunkOutput&,
                         int64_t first, int64_t rows);
-  // An update of SAC in its order; every thread has done one before any begins the next. Where the critics'
-  // step comes first, sac_critic does it; else sac_action_gradient.
+  // The stages of an update of SAC, in order; all threads finish one before any begins the next. The critics'
+  // parameters move in sac_critic, or in sac_action_gradient where SacArgs::simultaneous is true.
   void (*sac_sample)(const SacArgs&, const SacPlan&, const Team&, int64_t update);
   void (*sac_target)(const SacArgs&, const SacPlan&, const Team&, int64_t critic);
   void (*sac_critic)(const SacArgs&, const SacPlan&, const Team&, int64_t critic, const AdamStep&);
   void (*sac_action_gradient)(const SacArgs&, const SacPlan&, const Team&, int64_t critic, const AdamStep&);
   void (*sac_actor)(const SacArgs&, const SacPlan&, const Team&, const AdamStep&);
-  // A layer's weights as factors, from its values.
-  void (*take_up)(const Dense&, bool bfloat16);
-  // A member's step: up to the loss and its gradient by the bounds; then the parameters.
+  // Makes a layer's weight factors from its values.
+  void (*make_factors)(const Dense&, bool bfloat16);
+  // A member's step of the fit: up to the loss and its gradient by the bounds; then back to the parameters.
   void (*fit_forward)(const FitArgs&, const FitPlan&, const FitWorkspace&, const FitTurn&);
   void (*fit_backward)(const FitArgs&, const FitPlan&, const FitWorkspace&, const FitTurn&,
                        const AdamStep* steps);
-  // Multiply-adds for nothing but their time, on numbers [kPeakNumbers]; gives their FLOP.
+  // Multiply-adds to be timed, on numbers [kPeakNumbers]. Both return their FLOP.
   double (*float32_peak)(int64_t rounds, float* numbers);
   double (*bfloat16_peak)(int64_t rounds, float* numbers);
+  // y = function(x), for the accuracy test.
   void (*math)(MathFunction, const float* x, float* y, int64_t count);
 };
 

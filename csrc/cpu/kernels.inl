@@ -1,6 +1,9 @@
-// Every kernel, written once over the vector type; each instruction set's file includes this.
-// All of it lives in that set's namespace: code compiled for one set must never be linked into another's
-// path.
+// Every kernel, written once over the vector type. Each instruction set's file includes this after it has
+// defined MOPO_ISA, MOPO_NAME, MOPO_KERNELS, MOPO_WIDTH (floats of a vector) and MOPO_BLOCK (outputs at a
+// time).
+//
+// All of it lies in a namespace of the set's own: the linker merges inline functions of one name, and code
+// compiled for one set must never run on a processor that lacks it.
 
 #include "../philox.h"
 #include "kernels.h"
@@ -83,7 +86,7 @@ extern const Kernels MOPO_KERNELS = {
     MOPO_ISA::sac_critic,
     MOPO_ISA::sac_action_gradient,
     MOPO_ISA::sac_actor,
-    MOPO_ISA::take_up,
+    MOPO_ISA::make_factors,
     MOPO_ISA::fit_forward,
     MOPO_ISA::fit_backward,
     MOPO_ISA::float32_peak,

@@ -1,7 +1,7 @@
-// exp, log, sin, cos, tanh and SiLU over the vector type. The bounds in units in the last place are tested.
-// Polynomials: S. Moshier's Cephes library, single precision.
+// exp, log, sin, cos, tanh and SiLU over the vector type. Tests hold the error bounds, which are in units in
+// the last place (ULP). Polynomials: S. Moshier's Cephes library, single precision.
 
-// e^x within 2 ULP; 0 below -104, infinity above 89, NaN stays.
+// e^x within 2 ULP; 0 below -104, infinity above 89, NaN for NaN.
 MOPO_INLINE vf exp(vf x) {
   x = maximum(broadcast(-104.0f), minimum(broadcast(89.0f), x));
   // Adding and subtracting 1.5 * 2^23 rounds to the nearest whole number.
@@ -20,7 +20,7 @@ MOPO_INLINE vf exp(vf x) {
   return scale(p, n);
 }
 
-// ln x within 2 ULP, for normal positive x.
+// ln x within 2 ULP, for normal x > 0.
 MOPO_INLINE vf log(vf x) {
   const vi bits = float_to_bits(x);
   // x = m 2^e with m in [sqrt(1/2), sqrt(2)).
@@ -43,7 +43,7 @@ MOPO_INLINE vf log(vf x) {
   return (m + y) + e * 0.693359375f;
 }
 
-// ln(1 + x) for x >= 0. Only its absolute error is small, near 0 too.
+// ln(1 + x) for x >= 0. Its absolute error is small; near 0 its relative error is not.
 MOPO_INLINE vf log1p(vf x) { return log(1.0f + x); }
 
 struct SinCos {
@@ -70,7 +70,7 @@ MOPO_INLINE SinCos sincos_turns(vf u) {
   return {select((q & 2) != 0, -sine, sine), select(((q + 1) & 2) != 0, -cosine, cosine)};
 }
 
-// Within 3 ULP.
+// tanh x within 3 ULP.
 MOPO_INLINE vf tanh(vf x) {
   const vi sign = float_to_bits(x) & static_cast<int32_t>(0x80000000);
   const vf size = bits_to_float(float_to_bits(x) & 0x7fffffff);
@@ -88,14 +88,14 @@ MOPO_INLINE vf tanh(vf x) {
 // 1 / (1 + e^-x); 0 below -86.
 MOPO_INLINE vf sigmoid(vf x) { return select(x < -86.0f, vf{}, reciprocal(1.0f + exp(-x))); }
 
-// x sigmoid(x), within 4 ULP above -86; -inf gives NaN as the definition does.
+// x sigmoid(x), within 4 ULP above -86. As by definition, -inf gives NaN.
 MOPO_INLINE vf silu(vf x) { return x * sigmoid(x); }
 
-// sigmoid and silu within 2^-13 of themselves, for results that are rounded to bfloat16.
+// sigmoid and silu within a relative error of 2^-13, for results that are rounded to bfloat16.
 #ifdef MOPO_AVX512
 MOPO_INLINE vf rough_sigmoid(vf x) {
   const vf t = x * -1.44269504088896341f;
-  // 2^t: of what is above the whole number below t, by a minimax polynomial; scale() floors t itself.
+  // 2^t = 2^r 2^floor(t): 2^r by a minimax polynomial, and scale() floors t itself.
   const vf r = (vf)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   vf p = broadcast(0.0135341679f);
   p = p * r + 0.0520114606f;

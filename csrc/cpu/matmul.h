@@ -1,9 +1,9 @@
-// Matrix products for training: register-blocked, over matrices in panels, the work that follows them done in
-// the epilogue. Beyond its last column a matrix holds zeros, beyond its last row any numbers.
+// Matrix products for training: register-blocked, over matrices in panels. The caller's epilogue takes each
+// block of the product while it is in registers. Padding columns are zeros; padding rows hold any numbers.
 
-constexpr int kWidest = W == 16 ? 2 : kVectors;  // vectors of a block; AVX-512's 8 x 2 are as fast as 8 x 3
+constexpr int kWidest = W == 16 ? 2 : kVectors;  // vectors of a block; on AVX-512 8 x 2 are as fast as 8 x 3
 constexpr int kPanel = kWidest * W;
-constexpr int64_t kPart = 128 / kPanel * kPanel;  // terms of a long sum that are added up at a time
+constexpr int64_t kPart = 128 / kPanel * kPanel;  // terms of a partial sum
 static_assert(kPanel % kBlock == 0 && kBlock % 4 == 0);
 
 MOPO_INLINE int64_t offset(int64_t rows, int64_t row, int64_t column) {
@@ -12,15 +12,15 @@ MOPO_INLINE int64_t offset(int64_t rows, int64_t row, int64_t column) {
 MOPO_INLINE float* at(const Panels& matrix, int64_t row, int64_t column) {
   return matrix.data + offset(matrix.rows, row, column);
 }
-// The column of ones that the next layer's bias is multiplied by.
+// Sets the column of ones that the next layer's bias is multiplied by.
 static void set_ones(int64_t first, int64_t last, const Panels& matrix, int64_t column) {
   for (int64_t row = first; row < last; ++row) *at(matrix, row, column) = 1.0f;
 }
 
-// Where vector v of row i of a block is, counted from the block's first number.
+// Offset of vector v of row i within a block.
 constexpr int64_t within(int i, int v) { return i * kPanel + v * W; }
 
-// visit(i, v, x) for every vector of a block.
+// Calls visit(i, v, x) for every vector of a block.
 template <int kWide, class Visit>
 MOPO_INLINE void each_vector(vf (&block)[kBlock][kWide], Visit visit) {
 #pragma GCC unroll 8
@@ -29,7 +29,7 @@ MOPO_INLINE void each_vector(vf (&block)[kBlock][kWide], Visit visit) {
     for (int v = 0; v < kWide; ++v) visit(i, v, block[i][v]);
 }
 
-// sum += the outer product of kBlock numbers of a's and kWide vectors of b's term.
+// Adds one term of the product: the outer product of kBlock numbers of a and kWide vectors of b.
 template <int kWide, bool kTransposed>
 MOPO_INLINE void add_term(const float* a, const float* b, vf (&sum)[kBlock][kWide]) {
   vf right[kWide];
@@ -43,15 +43,15 @@ MOPO_INLINE void add_term(const float* a, const float* b, vf (&sum)[kBlock][kWid
   }
 }
 
-// kBlock rows of the product, kWide vectors each. A term of a transposed `a` is a row of its panel; of
-// another, a column, and its panels are `a_panel` apart. On its own: among others' code the sums would leave
-// the registers.
+// kBlock rows of the product, kWide vectors each. A term is a row of the panel of a transposed `a`; of any
+// other `a` it is a column, and panels lie `a_panel` floats apart. Not inlined: among other code the compiler
+// would spill the sums. Order of a sum: terms in parts of kPart, then the parts, both ascending.
 template <int kWide, bool kTransposed>
 __attribute__((noinline)) static void product_block(const float* a, int64_t a_panel, const float* b,
                                                     int64_t depth, vf (&total)[kBlock][kWide]) {
   each_vector(total, [](int, int, vf& x) { x = vf{}; });
   while (depth > 0) {
-    // In parts a long sum loses less to rounding.
+    // Partial sums lose less to rounding.
     vf sum[kBlock][kWide] = {};
     int64_t part = smaller(kPart, depth);
     depth -= part;
@@ -68,9 +68,9 @@ __attribute__((noinline)) static void product_block(const float* a, int64_t a_pa
   }
 }
 
-// Rows first .. last (in steps of kBlock) and columns .. width of a b, a [rows][depth] or, transposed,
-// [depth][rows]; b [depth][width]. epilogue(row, column, block): the block of the product that begins there,
-// an array [kBlock][vectors]; prefetch(row, column): whose turn is next. The first column is that of a panel.
+// Rows first .. last (in steps of kBlock) and columns first_column .. width of a b, where a is [rows][depth],
+// or [depth][rows] if transposed, and b [depth][width]. Calls prefetch(row, column) before and epilogue(row,
+// column, block) after each block [kBlock][vectors] of the product. first_column begins a panel.
 template <bool kTransposed, class Epilogue, class Prefetch>
 MOPO_INLINE void product(int64_t first, int64_t last, int64_t first_column, int64_t width, int64_t depth,
                          const Panels& a, const Panels& b, Epilogue epilogue, Prefetch prefetch) {
@@ -103,9 +103,10 @@ MOPO_INLINE void product(int64_t first, int64_t last, int64_t first_column, int6
   product<kTransposed>(first, last, first_column, width, depth, a, b, epilogue, [](int64_t, int64_t) {});
 }
 
-// Lane l of x0 .. x3 to to[l * stride + 0 .. 3].
+// Stores lane l of x0 .. x3 to to[l * stride + 0 .. 3].
 MOPO_INLINE void store_transposed(float* to, int64_t stride, vf x0, vf x1, vf x2, vf x3) {
-  // Within each four lanes: of x and y in turn, of their lower or upper halves; then pairs of these.
+  // Within each four lanes: interleaves the lower or upper halves of x and y; then joins pairs of the
+  // results.
   const auto interleave = [](vf x, vf y, int from) {
     vi order{};
     for (int lane = 0; lane < W; ++lane) order[lane] = lane / 4 * 4 + from + lane % 4 / 2 + lane % 2 * W;

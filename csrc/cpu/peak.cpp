@@ -1,8 +1,10 @@
+// The loops of peak.inl on several threads.
+#include "peak.h"
+
 #include <algorithm>
 #include <numeric>
 #include <vector>
 
-#include "dispatch.h"
 #include "pool.h"
 
 namespace mopo {

@@ -1,7 +1,8 @@
-// The peak of a core's arithmetic: multiply-adds on registers alone, in as many sums as its pipelines hold.
+// A core's peak rate of arithmetic: multiply-adds on registers alone, in enough independent sums to fill its
+// pipelines.
 
-// Sums that wait for nobody but themselves: with the factors they fill 16 or 32 registers, and a result takes
-// some four cycles on two to four units.
+// Independent sums. A multiply-add takes some four cycles on two to four units, so at least 8 to 16 are
+// needed; with the factors they fill 16 or 32 registers.
 #if MOPO_WIDTH == 16 || defined(__aarch64__)
 constexpr int kChains = 24;
 #else
@@ -9,7 +10,7 @@ constexpr int kChains = 12;
 #endif
 static_assert(kChains * W <= kPeakNumbers);
 
-// step(sum) for every sum, `rounds` times.
+// Calls sum = step(sum) for every sum, `rounds` times.
 template <class Step>
 MOPO_INLINE void repeat(int64_t rounds, float* numbers, Step step) {
   vf sums[kChains];
@@ -26,10 +27,11 @@ static double float32_peak(int64_t rounds, float* numbers) {
   return 2.0 * W * kChains * static_cast<double>(rounds);
 }
 
-// Without bfloat16 products of its own, an instruction set's peak is float32's.
+// The peak of bfloat16 products; float32's peak where the instruction set has no such products.
 static double bfloat16_peak(int64_t rounds, float* numbers) {
 #if defined(MOPO_AMX)
-  // Four sums of 16 x 16 numbers, each of 32 products: a tile's product takes as long as three others begin.
+  // Four tiles of sums, 16 x 16 numbers each, hide the latency of a tile product; it adds 32 products to each
+  // number.
   constexpr int64_t kSide = 16, kRowBytes = kSide * sizeof(float);
   static_assert(4 * kSide * kSide <= kPeakNumbers);
   const Tiles tiles;

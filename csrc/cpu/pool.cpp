@@ -1,3 +1,4 @@
+// The pools of threads behind parallel().
 #include "pool.h"
 
 #include <unistd.h>
@@ -62,9 +63,9 @@ class Pool {
   long round_ = 0;
 };
 
-// The pools that nobody uses: each call takes one, so that calls from several threads run side by side. A
-// forked child has none of its parent's threads, so it starts pools of its own; pools are never destroyed,
-// since their threads may outlive the static objects.
+// The idle pools. Each call takes one, so that calls from several threads run side by side. A forked child
+// has none of its parent's threads, so it starts pools of its own. Pools are never destroyed: their threads
+// may outlive static objects.
 class Pools {
  public:
   Pool* take() {

@@ -1,4 +1,4 @@
-// Any machine: four lanes, whatever the compiler's baseline makes of them.
+// The kernels for any machine: four lanes, compiled for the baseline of the compiler.
 #define MOPO_ISA portable
 #define MOPO_NAME "portable"
 #define MOPO_KERNELS kPortableKernels

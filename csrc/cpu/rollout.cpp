@@ -1,3 +1,5 @@
+// A rollout call: packs the networks, deals chunks of rollouts out to threads and puts their results into the
+// output in order.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -7,19 +9,20 @@
 #include <vector>
 
 #include "arena.h"
-#include "dispatch.h"
+#include "calls.h"
 #include "pool.h"
 
 namespace mopo {
 namespace {
 
-// To nearest, ties to even; a NaN stays one.
+// Rounds to nearest, ties to even; a NaN stays a NaN.
 uint32_t round_to_bfloat16(float x) {
   if (x != x) return 0x7fc0;
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
+// A network in the layout of PackedNetwork, in memory of its own.
 class Packed {
  public:
   Packed(const Network& network, const Packing& packing)
@@ -76,19 +79,19 @@ class Packed {
   PackedNetwork view_{};
 };
 
-// Room for any layer's output, and for the next observations, which pass through the same memory.
+// Width of the widest layer, or of an input: the next observations pass through the same memory.
 int64_t widest(const RolloutArgs& args) {
   int64_t width = args.obs_dim + args.act_dim;
   for (const Network* network : {&args.dynamics, &args.policy})
     for (int64_t l = 0; l < network->depth; ++l) width = std::max(width, network->layers[l].out);
-  return round_up(width, kRoom);
+  return round_up(width, kWidthMultiple);
 }
 
 void lay_out(Arena& arena, const RolloutArgs& args, int64_t tile, int64_t rows, RolloutWorkspace& ws) {
   const int64_t dims = args.obs_dim + 1;
-  // The policy's heads pass through the predictions.
-  const int64_t heads =
-      std::max(round_up(2 * dims, kRoom) * args.dynamics.networks, round_up(2 * args.act_dim, kRoom));
+  // The policy's outputs lie in the predictions' memory before these are made.
+  const int64_t heads = std::max(round_up(2 * dims, kWidthMultiple) * args.dynamics.networks,
+                                 round_up(2 * args.act_dim, kWidthMultiple));
   const int64_t width = widest(args);
   arena.take(ws.observations, rows * args.obs_dim);
   arena.take(ws.actions, rows * args.act_dim);
@@ -103,7 +106,7 @@ void lay_out(Arena& arena, const RolloutArgs& args, int64_t tile, int64_t rows, 
 }
 
 void lay_out(Arena& arena, const RolloutArgs& args, int64_t rows, ChunkOutput& output) {
-  // A small batch does not fill its one chunk; its rollouts may be long.
+  // A batch smaller than a chunk may have long rollouts: allocate no more rows than it has.
   const int64_t output_rows = std::min(rows, args.batch) * args.horizon;
   arena.take(output.observations, output_rows * args.obs_dim);
   arena.take(output.actions, output_rows * args.act_dim);
@@ -125,15 +128,16 @@ void allocate(Arena& arena, Memory& memory, const Sizes&... sizes) {
   lay_out(arena, sizes..., memory);
 }
 
-constexpr int64_t kChunkBytes = int64_t{2} << 20;
+constexpr int64_t kChunkBytes = int64_t{2}
+                                << 20;  // of predictions and output: about a core's second-level cache
 
-// Bytes that a row of predictions and output takes.
+// Bytes of predictions and output for each rollout.
 int64_t row_bytes(const RolloutArgs& args) {
   return static_cast<int64_t>(sizeof(float)) * (2 * (args.obs_dim + 1) * args.dynamics.networks +
                                                 args.horizon * (2 * args.obs_dim + args.act_dim + 8));
 }
 
-// Rows in a chunk: enough that a member's weights are read from memory seldom, few enough that a chunk's
+// Rollouts in a chunk: many, so that a member's weights are seldom read from memory; few, so that a chunk's
 // predictions and output stay in cache.
 int64_t chunk_rows(const RolloutArgs& args, int64_t tile) {
   constexpr int64_t kMostRows = 480;
@@ -142,13 +146,13 @@ int64_t chunk_rows(const RolloutArgs& args, int64_t tile) {
   return std::max(tile, rows / tile * tile);
 }
 
-// Chunks that there is room for, for each thread: the one it makes, and those that wait for their places.
-// Long rollouts exceed a chunk's size, and the memory of several would be much.
+// Chunks' outputs held in memory for each thread: the one it makes, and those that wait for their places.
+// Only one where long rollouts exceed kChunkBytes.
 int chunks_held(const RolloutArgs& args, int64_t rows) {
   return rows * row_bytes(args) <= kChunkBytes ? 4 : 1;
 }
 
-// Copies `rows` rows from row `from` into the ring at row `to`.
+// Copies `rows` rows, from row `from` on, into the ring at row `to`.
 void copy_rows(const RolloutArgs& args, const ChunkOutput& output, int64_t from, int64_t to, int64_t rows) {
   while (rows > 0) {
     to %= args.capacity;
@@ -178,13 +182,14 @@ void copy_rows(const RolloutArgs& args, const ChunkOutput& output, int64_t from,
   }
 }
 
-// What a chunk has made, until its place in the output is known.
+// The output of one chunk, until its place in the ring is known.
 struct Made {
   ChunkOutput output;
-  int64_t rows, to;
+  int64_t rows;  // rollouts
+  int64_t to;    // first row in the ring
 };
 
-// Copies a chunk's rollouts, each as long as it lasted, in as few pieces as there are.
+// Copies a chunk's transitions into the ring, contiguous ones at once.
 void commit(const RolloutArgs& args, const Made& made) {
   int64_t begin = 0, count = 0, to = made.to;
   for (int64_t r = 0; r < made.rows; ++r) {
@@ -199,16 +204,17 @@ void commit(const RolloutArgs& args, const Made& made) {
   copy_rows(args, made.output, begin, to, count);
 }
 
-// Numbers chunks for the threads, and gives their results places in order, so that the output does not depend
-// on the threads. One that shares its core with others must not hold up the rest: each may be some ahead.
-class Order {
+// Deals chunks out to threads and gives their results places in the order of the chunks, so that the output
+// does not depend on the threads. A thread need not wait for a slower one: finished chunks may be some ahead
+// of their turn.
+class ChunkOrder {
  public:
-  Order(const RolloutArgs& args, int64_t chunks, std::vector<Made>& made)
+  ChunkOrder(const RolloutArgs& args, int64_t chunks, std::vector<Made>& made)
       : args_(args), chunks_(chunks), finished_(made.size()) {
     for (Made& one : made) free_.push_back(&one);
   }
 
-  // No more chunks.
+  // Deals out no more chunks.
   void stop() {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -217,7 +223,7 @@ class Order {
     freed_.notify_all();
   }
 
-  // The next chunk and room for it; nullptr: there is none left.
+  // Takes the next chunk and returns room for its output, when there is some; nullptr when no chunk is left.
   Made* take(int64_t& chunk) {
     std::unique_lock<std::mutex> lock(mutex_);
     freed_.wait(lock, [this] { return next_ == chunks_ || !free_.empty(); });
@@ -228,10 +234,10 @@ class Order {
     return made;
   }
 
-  // `ready` becomes the results whose places this chunk was the last to wait for.
+  // Appends to `ready` this chunk and those behind it, as far as their places are now known.
   void finish(int64_t chunk, Made* made, std::vector<Made*>& ready) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    // Chunks that were taken and not yet released are no more than there is room for.
+    // A slot is free: no more chunks are under way than there are outputs.
     const auto at = [this](int64_t i) -> Made*& { return finished_[i % finished_.size()]; };
     at(chunk) = made;
     for (; at(placed_) != nullptr; ++placed_) {
@@ -243,6 +249,7 @@ class Order {
     }
   }
 
+  // Frees outputs that have been copied.
   void release(std::vector<Made*>& ready) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -292,14 +299,14 @@ RolloutCounts rollout(const RolloutArgs& args, const Kernels& kernels, Interrupt
   std::vector<std::vector<Made*>> ready(threads);
   for (auto& some : ready) some.reserve(made.size());
 
-  Order order(args, chunks, made);
+  ChunkOrder order(args, chunks, made);
   const auto work = [&](int thread) {
     int64_t chunk;
     while (Made* mine = order.take(chunk)) {
       const int64_t first = chunk * rows;
       mine->rows = std::min(rows, args.batch - first);
       kernels.rollout_chunk(args, plan, workspaces[thread], mine->output, first, mine->rows);
-      // The chunk may have been left in the middle: it gets no place, and no later one does.
+      // The chunk may be unfinished, so neither it nor a later one gets a place.
       if (interrupt.requested()) return order.stop();
       order.finish(chunk, mine, ready[thread]);
       for (const Made* one : ready[thread]) commit(args, *one);

@@ -1,7 +1,9 @@
-// The rollout: lanes are rows of a tile, and a chunk of rollouts goes through all steps on one thread.
+// The rollout: one thread takes a chunk of rollouts, in tiles of rows, through all steps. The lanes of a
+// vector are rows of a tile.
 
 static vi is_finite(vf x) { return (float_to_bits(x) & 0x7f800000) != 0x7f800000; }
 
+// One layer for one tile, on AMX tiles where the operand has them.
 template <class Operand, class Write>
 MOPO_INLINE void layer(const NetworkLayer& layer, const float* weight, const float* in, Write write) {
   const int64_t width = round_up(layer.out, Operand::kPacking.outputs);
@@ -14,6 +16,8 @@ MOPO_INLINE void layer(const NetworkLayer& layer, const float* weight, const flo
     layer_tile<Operand>(in, layer.in, weight, bias, layer.out, write);
 }
 
+// A member's network for one tile. Activations pass between two buffers, `here` and `there`; `out` receives
+// the last layer's outputs as floats.
 template <class Operand, Activation activation>
 static void network_tile(const Network& network, const PackedNetwork& packed, int64_t member, const float* in,
                          float* here, float* there, float* out) {
@@ -48,8 +52,8 @@ static void network_tile(const Network& network, const PackedNetwork& packed, in
   }
 }
 
-// The state of the processor that an operand's products need: on AMX, the tiles. It is given up while signals
-// are looked for, since their handlers may do products of their own.
+// The processor's state that an operand's products need: on AMX, the configuration of the tiles. No object of
+// it may be alive while a call looks for signals, since their handlers may use AMX themselves.
 template <class Operand>
 struct Products {
   Products() {}
@@ -72,7 +76,7 @@ struct Chunk {
   int64_t alive;        // rollouts that go on, ws.alive[0 .. alive)
   int64_t t;
 
-  // Looking for interrupts costs nothing beside millions of multiply-adds.
+  // About four million multiply-adds, beside which looking for an interrupt costs nothing.
   int64_t tiles_between_looks() const { return 1 + (int64_t{1} << 22) / plan.dynamics.member_stride; }
   int64_t tiles() const { return (alive + kTile - 1) / kTile; }
   int64_t lanes(int64_t tile) const { return smaller(kTile, alive - tile * kTile); }
@@ -81,7 +85,7 @@ struct Chunk {
     return ws.alive[smaller(tile * kTile + lane, alive - 1)];
   }
   int64_t row_of(int64_t rollout) const { return rollout * args.horizon + t; }
-  int64_t outputs() const { return round_up(2 * (args.obs_dim + 1), kRoom); }
+  int64_t outputs() const { return round_up(2 * (args.obs_dim + 1), kWidthMultiple); }
   float* observations(int64_t tile) const { return ws.observations + tile * args.obs_dim * kTile; }
   float* actions(int64_t tile) const { return ws.actions + tile * args.act_dim * kTile; }
   float* inputs(int64_t tile) const { return ws.inputs + tile * (args.obs_dim + args.act_dim) * kTile; }
@@ -89,12 +93,12 @@ struct Chunk {
     return ws.predictions + (tile * args.dynamics.networks + member) * outputs() * kTile;
   }
 
-  // Ends early, in the middle of a step, where the call is interrupted.
+  // All steps; an interrupted call ends in the middle of one.
   void run() {
     for (t = 0; t < args.horizon && alive > 0; ++t) {
       if (interrupted(plan)) return;
       prepare();
-      // Member outside, tile inside: a member's weights stay in the second-level cache.
+      // Members outside, tiles inside: a member's weights stay in the second-level cache.
       for (int64_t member = 0; member < args.dynamics.networks; ++member)
         for (int64_t tile = 0; tile < tiles();) {
           if (interrupted(plan)) return;
@@ -144,7 +148,7 @@ struct Chunk {
   }
 
   void act(int64_t tile) const {
-    // The means and log stds are written where the first member's predictions will be.
+    // The policy's means and log stds lie where the first member's predictions will be.
     float* heads = predictions(tile, 0);
     network_tile<Operand>(args.policy, plan.policy, 0, observations(tile), ws, heads);
     if (!args.deterministic) draw_normals(tile, kActionStream, args.act_dim);
@@ -176,7 +180,7 @@ struct Chunk {
     return random_block(row, args.first_step + static_cast<uint32_t>(t), stream, block, args.seed);
   }
 
-  // `count` standard normals a row into ws.noise [count, rounded up to 4][tile], by Box-Muller.
+  // Draws `count` standard normals for each row into ws.noise [count, rounded up to 4][tile].
   void draw_normals(int64_t tile, PhiloxStream stream, int64_t count) const {
     for (int64_t v = 0; v < kTile; v += W)
       for (int64_t d = 0; d < count; d += 4) {
@@ -189,7 +193,8 @@ struct Chunk {
       }
   }
 
-  // Penalty, sample, termination and output of one tile; gives the number of survivors so far.
+  // Penalty, sample, termination and output of one tile. Appends the rollouts that go on to ws.survivors,
+  // which has `survivors` of them, and returns the new number.
   int64_t finish(int64_t tile, int64_t survivors) {
     const int64_t obs_dim = args.obs_dim, members = args.dynamics.networks;
     bound_variances(tile);
@@ -270,6 +275,7 @@ struct Chunk {
     for (int64_t d = 0; d < count; ++d) to[d] = from[d * kTile];
   }
 
+  // Turns the predicted log-variances of all members into bounded variances, in place.
   void bound_variances(int64_t tile) const {
     const int64_t dims = args.obs_dim + 1;
     for (int64_t member = 0; member < args.dynamics.networks; ++member) {

@@ -1,3 +1,4 @@
+// A call of SAC updates: its memory, and the stages of an update on the threads of each run.
 #include <algorithm>
 #include <cmath>
 #include <deque>
@@ -5,15 +6,14 @@
 #include <vector>
 
 #include "barrier.h"
-#include "dispatch.h"
+#include "calls.h"
 #include "pool.h"
 #include "training.h"
 
 namespace mopo {
 namespace {
 
-// The memory of a call: parameters in the kernels' layout, and everything between a batch and their
-// gradients.
+// A run's memory: parameters in the kernels' layout, and all matrices between a batch and the gradients.
 class SacState {
  public:
   SacState(const SacArgs& args, const Kernels& kernels) : args_(args), kernels_(kernels) {
@@ -26,17 +26,17 @@ class SacState {
       for (int64_t j = 0; j < args.critics; ++j)
         read_parameters(args.critic[l], j, critic_[j * args.depth + l], false, kernels);
     }
-    // Columns of ones; the hidden layers' are set as they are computed.
+    // Columns of ones. Those of the hidden layers are set when these are computed.
     const int64_t obs_dim = args.obs_dim, inputs = obs_dim + args.act_dim;
     for (const Panels& matrix : {plan.observations, plan.next_observations}) set_ones(matrix, obs_dim);
     for (const Panels& matrix : {plan.inputs, plan.next_inputs, plan.policy_inputs}) set_ones(matrix, inputs);
-    std::fill_n(plan.minus_share, plan.rows, -1.0f / static_cast<float>(batch()));
+    std::fill_n(plan.policy_q_grad, plan.rows, -1.0f / static_cast<float>(batch()));
     plan.alpha = temperature();
   }
 
   int64_t batch() const { return args_.real_rows + args_.model_rows; }
 
-  // The temperature's step; adds the update's metrics, which are of the state before it.
+  // Adds the update's metrics, which are of the parameters before it, and steps the temperature.
   void finish_update(const AdamStep& step, std::array<double, kSacMetrics>& metrics) {
     double squares = 0.0, q_sum = 0.0, log_probs = 0.0, least_q = 0.0;
     for (int64_t row = 0; row < batch(); ++row) {
@@ -63,6 +63,7 @@ class SacState {
     plan.alpha = temperature();
   }
 
+  // Copies the parameters to the caller's arrays.
   void write_back() {
     copy_temperature(log_alpha(), args_.log_alpha);
     for (int64_t l = 0; l < args_.depth; ++l) {
@@ -107,7 +108,7 @@ class SacState {
     int64_t widest = 0;
     for (int64_t l = 0; l < hidden; ++l) widest = std::max(widest, args_.actor[l].out);
     plan.rows = rows;
-    // The gradient goes back through every layer but the actor's first.
+    // Gradients pass through every layer but the actor's first.
     for (int64_t l = 0; l < args_.depth; ++l)
       actor_.push_back(take_dense(arena_, args_.actor[l], l > 0, false, kernels_));
     plan.actor_hidden = hidden_layers(actor_hidden_, 1);
@@ -132,7 +133,7 @@ class SacState {
     for (Rows* each : {&plan.noise, &plan.spread, &plan.actions}) *each = take_rows(arena_, rows, act_dim);
     plan.action_grad = take_rows(arena_, rows, obs_dim + act_dim);
     for (float** each :
-         {&plan.rewards, &plan.continues, &plan.log_prob, &plan.next_log_prob, &plan.minus_share})
+         {&plan.rewards, &plan.continues, &plan.log_prob, &plan.next_log_prob, &plan.policy_q_grad})
       arena_.take(*each, rows);
     for (float** each : {&plan.q, &plan.q_grad, &plan.target_q, &plan.policy_q, &plan.targets})
       arena_.take(*each, args_.critics * rows);
@@ -149,22 +150,22 @@ class SacState {
       scratch_grad_;
 };
 
-// The critics in which this thread, part `all.part`, has a part, in their order. As many as there are for
-// every thread are one thread's alone, which waits for nobody and keeps them in its cache; the others are
-// everybody's.
-struct Turn {
+// The critics that a thread works on, in its order, and the team for each. With c critics and t threads,
+// every thread has floor(c / t) critics to itself, for which it waits for nobody and which stay in its cache;
+// all threads share the rest, which come first.
+struct CriticTurn {
   int64_t critic;
   Team team;
 };
-std::vector<Turn> turns(int64_t critics, const Team& all) {
-  std::vector<Turn> result;
+std::vector<CriticTurn> turns(int64_t critics, const Team& all) {
+  std::vector<CriticTurn> result;
   const int64_t own = critics / all.parts;
   for (int64_t critic = own * all.parts; critic < critics; ++critic) result.push_back({critic, all});
   for (int64_t i = 0; i < own; ++i) result.push_back({own * all.part + i, Team{0, 1, nullptr}});
   return result;
 }
 
-// A run, its memory and the sums of its metrics.
+// One run of a call: its memory, its threads and the sums of its metrics.
 struct SacWork {
   SacWork(const SacArgs& args, const Kernels& kernels)
       : args(args),
@@ -183,16 +184,17 @@ struct SacWork {
   SacState state;
   const int threads;
   Barrier barrier;
-  std::vector<std::vector<Turn>> turns_of;
+  std::vector<std::vector<CriticTurn>> turns_of;  // a thread's each
   std::array<double, kSacMetrics> metrics{};
 
  private:
   void work(const Kernels& kernels, Interrupt& interrupt, int thread) {
     const SacPlan& plan = state.plan;
     const Team all{thread, threads, &barrier};
-    const std::vector<Turn>& critics = turns_of[thread];
-    // Ends a pass through the networks; true if the call is to end, for all threads alike. A slow thread may
-    // still look at one decision when the next is made, but not when the one after that is.
+    const std::vector<CriticTurn>& critics = turns_of[thread];
+    // Ends a stage: waits for all threads. True if the call is to end, the same for all. Two flags in turn,
+    // because a slow thread may still read one when the next stage's is written; it has read it before the
+    // one after that.
     int64_t passes = 0;
     const auto ended = [&] {
       bool& stop = stop_[passes++ % 2];
@@ -206,11 +208,12 @@ struct SacWork {
       const AdamStep actor_step = adam_step(args.actor_learning_rate, number, 0.0f, 0.0f);
       kernels.sac_sample(args, plan, all, update);
       if (ended()) return;
-      for (const Turn& turn : critics) kernels.sac_target(args, plan, turn.team, turn.critic);
+      for (const CriticTurn& turn : critics) kernels.sac_target(args, plan, turn.team, turn.critic);
       if (ended()) return;
-      for (const Turn& turn : critics) kernels.sac_critic(args, plan, turn.team, turn.critic, critic_step);
+      for (const CriticTurn& turn : critics)
+        kernels.sac_critic(args, plan, turn.team, turn.critic, critic_step);
       if (ended()) return;
-      for (const Turn& turn : critics)
+      for (const CriticTurn& turn : critics)
         kernels.sac_action_gradient(args, plan, turn.team, turn.critic, critic_step);
       if (ended()) return;
       kernels.sac_actor(args, plan, all, actor_step);
@@ -229,7 +232,7 @@ std::vector<std::array<double, kSacMetrics>> sac_updates(const std::vector<SacAr
   // All memory is taken before the threads start, so that nothing can fail in them.
   std::deque<SacWork> works;
   for (const SacArgs& args : runs) works.emplace_back(args, kernels);
-  // Threads of a run may be too many for the system; on a thread of the pool, that may not be thrown.
+  // A run's threads may be too many for the system, but nothing may be thrown on a thread of the pool.
   std::vector<std::exception_ptr> errors(works.size());
   const auto work = [&](int run) {
     try {

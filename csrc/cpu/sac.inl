@@ -1,7 +1,9 @@
-// SAC updates. Up to the gradients of the parameters a batch's rows are independent of one another: a team
-// takes rows through a network, forwards and backwards; then it takes the network's parameters.
+// The stages of a SAC update. The rows of a batch are independent up to the gradients of the parameters: the
+// threads of a team each take rows through a network, forwards and backwards; then each takes rows of the
+// network's parameters.
 
-// Rows drawn at random are far away: all are asked for before the first is read.
+// Prefetches a row of the data: rows drawn at random come from memory, so all are asked for before one is
+// read.
 static void prefetch_row(const float* from, int64_t count) {
   for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(from + i);
   __builtin_prefetch(from + count - 1);
@@ -12,7 +14,7 @@ static void train_panels(const Team& team, const Dense& layer, const AdamStep& s
   train_layer<Float32Factors>(team, layer, step, count, {x, x}, {grad, grad});
 }
 
-// One update's rows first .. last, whole blocks; rows from `batch` on are padding.
+// Rows first .. last of an update's batch, whole blocks. Rows from batch() on are padding.
 struct SacRows {
   const SacArgs& args;
   const SacPlan& plan;
@@ -24,7 +26,7 @@ struct SacRows {
 
   const SacSource& source(int64_t row) const { return row < args.real_rows ? args.real : args.model; }
 
-  // Draws where a row of the batch comes from, and asks for it: it is far away.
+  // Draws the transition that a row of the batch is, and prefetches it.
   void draw(int64_t row, uint32_t step) const {
     const SacSource& source = this->source(row);
     const uint32_t word = random_block(row, step, kBatchStream, 0, args.seed).word[0];
@@ -86,7 +88,8 @@ struct SacRows {
     }
   }
 
-  // Actions into `inputs`, the columns after the observations.
+  // The policy's actions at `observations`, written behind the observations of `inputs`, and their
+  // log-probabilities.
   void act(const Panels& observations, const Panels& inputs, float* log_probs) const {
     const Dense& head = plan.actor[hidden()];
     hidden_layers(observations, plan.actor, false, plan.actor_hidden);
@@ -116,8 +119,8 @@ struct SacRows {
     }
   }
 
-  // Through one layer, from the gradient of its outputs to that of the pre-activations below it; `source`
-  // gives a row's row of `below`.
+  // Backwards through one layer: from the gradient of its outputs to that of the pre-activations of the layer
+  // below, whose outputs are `below`. source(row) is the row of `below` that belongs to a row of `grad`.
   template <class Source>
   void backward(const Dense& layer, const Panels& grad, const Panels& below, const Panels& to, int64_t stop,
                 Source source) const {
@@ -132,9 +135,9 @@ struct SacRows {
                    });
   }
 
-  // From the gradients of the actions through Q to those of the actor's hidden layers.
+  // From the gradients of Q by the actions to those of the actor's layers.
   void actor_gradient() const {
-    const float share = 1.0f / static_cast<float>(batch());
+    const float inverse_batch = 1.0f / static_cast<float>(batch());
     const int64_t act_dim = args.act_dim;
     for (int64_t row = first; row < end(); ++row)
       for (int64_t d = 0; d < act_dim; d += W) {
@@ -142,7 +145,7 @@ struct SacRows {
         const vf q_grad = load_lanes(plan.action_grad.at(row) + args.obs_dim + d, act_dim - d);
         const auto grad =
             squashed_gradient(load(plan.actions.at(row) + d), load(plan.spread.at(row) + d), log_std,
-                              args.log_std_min, args.log_std_max, q_grad, plan.alpha, share);
+                              args.log_std_min, args.log_std_max, q_grad, plan.alpha, inverse_batch);
         for (int lane = 0; lane < smaller(W, act_dim - d); ++lane) {
           *at(plan.actor_head_grad, row, d + lane) = grad.mean[lane];
           *at(plan.actor_head_grad, row, act_dim + d + lane) = grad.log_std[lane];
@@ -155,7 +158,7 @@ struct SacRows {
   }
 };
 
-// One critic's part of an update.
+// One critic's part of an update, for a thread's rows.
 struct SacCritic {
   const SacRows rows;
   const SacArgs& args;
@@ -163,7 +166,7 @@ struct SacCritic {
   const int64_t critic, first, last;
 
   SacCritic(const SacArgs& args, const SacPlan& plan, const Team& team, int64_t critic)
-      : SacCritic(args, plan, share(team, plan.rows), critic) {}
+      : SacCritic(args, plan, rows_of(team, plan.rows), critic) {}
   SacCritic(const SacArgs& args, const SacPlan& plan, Span span, int64_t critic)
       : rows{args, plan, span.first, span.last},
         args(args),
@@ -183,7 +186,7 @@ struct SacCritic {
     return array + critic * plan.rows;
   }
 
-  // q[row]; the last layer has one output, so its weights are a row and this is a dot product.
+  // Writes Q to q[row]. The last layer has one output, so its weights are one row and Q is a dot product.
   void evaluate(const Panels& input, bool targets, const Panels* outputs, float* q) const {
     rows.hidden_layers(input, layers(), targets, outputs);
     const Dense& head = layers()[hidden()];
@@ -205,7 +208,8 @@ struct SacCritic {
     return total;
   }
 
-  // d loss / d pre-activations of the last hidden layer; `source` gives a row's row of `top` and of q_grad.
+  // The gradient by the pre-activations of the last hidden layer. source(row) is the row of `top` and of
+  // q_grad that belongs to a row of `grad`.
   template <class Source>
   void top_gradient(const Panels& top, const Panels& grad, int64_t stop, const float* q_grad,
                     Source source) const {
@@ -223,7 +227,7 @@ struct SacCritic {
     }
   }
 
-  // All but the parameters' step.
+  // TD targets, Q, and the gradients of the critic's loss by all pre-activations.
   void differentiate() const {
     float *q = mine(plan.q), *q_grad = mine(plan.q_grad), *targets = mine(plan.targets);
     for (int64_t row = first; row < rows.end(); ++row) {
@@ -244,7 +248,8 @@ struct SacCritic {
 
   static float nan_min(float a, float b) { return b < a || b != b ? b : a; }
 
-  // - d Q / d action / batch for the rows whose least Q is this critic's, gathered: the others' are zero.
+  // The gradient of -Q / batch by the action, in rows where this critic's Q is the least; the gradient of the
+  // other critics is zero there. These rows are gathered into whole blocks, so only they are computed.
   void action_gradient() const {
     int64_t* picked = mine(plan.picked);
     int64_t stop = first;
@@ -254,7 +259,7 @@ struct SacCritic {
     for (; (stop - first) % kBlock != 0; ++stop) picked[stop] = picked[stop - 1];
     const auto source = [&](int64_t row) { return picked[row]; };
     Panels here = plan.scratch_grad[2 * critic], there = plan.scratch_grad[2 * critic + 1];
-    top_gradient(scratch()[hidden() - 1], here, stop, plan.minus_share, source);
+    top_gradient(scratch()[hidden() - 1], here, stop, plan.policy_q_grad, source);
     for (int64_t l = hidden() - 1; l > 0; --l) {
       rows.backward(layers()[l], here, scratch()[l - 1], there, stop, source);
       const Panels other = here;
@@ -270,7 +275,7 @@ struct SacCritic {
                    });
   }
 
-  // The critic whose Q of the policy's action is least.
+  // The critic whose Q of the policy's action is the least, the first of equals.
   int64_t least(int64_t row) const {
     int64_t least = 0;
     for (int64_t j = 1; j < args.critics; ++j)
@@ -278,6 +283,7 @@ struct SacCritic {
     return least;
   }
 
+  // The step of the critic's parameters.
   void train(const Team& team, const AdamStep& step) const {
     const int64_t batch = rows.batch();
     for (int64_t l = 0; l < hidden(); ++l)
@@ -301,11 +307,11 @@ struct SacCritic {
 };
 
 static void sac_sample(const SacArgs& args, const SacPlan& plan, const Team& team, int64_t update) {
-  const Span span = share(team, plan.rows);
+  const Span span = rows_of(team, plan.rows);
   const SacRows rows{args, plan, span.first, span.last};
   const uint32_t step = static_cast<uint32_t>(args.first_draw + update);
   for (int64_t row = rows.first; row < rows.end(); ++row) rows.draw(row, step);
-  rows.draw_noise(kNextActionStream, step);  // while the rows are on their way
+  rows.draw_noise(kNextActionStream, step);  // overlaps with the prefetches
   rows.gather();
   rows.act(plan.next_observations, plan.next_inputs, plan.next_log_prob);
   rows.draw_noise(kActionStream, step);
@@ -339,7 +345,7 @@ static void sac_action_gradient(const SacArgs& args, const SacPlan& plan, const 
 }
 
 static void sac_actor(const SacArgs& args, const SacPlan& plan, const Team& team, const AdamStep& step) {
-  const Span span = share(team, plan.rows);
+  const Span span = rows_of(team, plan.rows);
   const SacRows rows{args, plan, span.first, span.last};
   rows.actor_gradient();
   team.wait();

@@ -1,12 +1,13 @@
-// What the training kernels share: rows of a batch, and Adam where a layer's gradient is made.
+// Shared by SAC and the fit: a team's rows of a batch, and a layer's gradient with Adam in its epilogue.
 
-// The first `lanes` numbers from anywhere; zeros in the other lanes.
+// Loads `lanes` numbers, unaligned; zeros in the other lanes.
 static vf load_lanes(const float* from, int64_t lanes) {
   vf x{};
   for (int lane = 0; lane < smaller(W, lanes); ++lane) x[lane] = from[lane];
   return x;
 }
 
+// Copies `count` numbers into a row of a matrix in panels, from `column` on.
 static void copy_row(const float* from, int64_t count, const Panels& to, int64_t row, int64_t column) {
   while (count > 0) {
     const int64_t columns = smaller(count, kPanel - column % kPanel);
@@ -18,16 +19,17 @@ static void copy_row(const float* from, int64_t count, const Panels& to, int64_t
   }
 }
 
-// The team's share of `count` rows, whole blocks of them.
+// Rows first .. last.
 struct Span {
   int64_t first, last;
 };
-static Span share(const Team& team, int64_t count, int64_t block = kBlock) {
+// This thread's part of `count` rows, in whole blocks. The last block may go beyond `count`.
+static Span rows_of(const Team& team, int64_t count, int64_t block = kBlock) {
   const int64_t blocks = (count + block - 1) / block;
   return {blocks * team.part / team.parts * block, blocks * (team.part + 1) / team.parts * block};
 }
 
-// One vector of parameters a step against its gradient; gives the new values.
+// One step of Adam on a vector of parameters, and of their target. Returns the new values.
 MOPO_INLINE vf adam(const AdamStep& step, const Dense& layer, int64_t at, vf gradient) {
   vf value = load(layer.value + at), m = load(layer.exp_avg + at), v = load(layer.exp_avg_sq + at);
   adam<float>(step, gradient, value, m, v);
@@ -41,7 +43,9 @@ MOPO_INLINE vf adam(const AdamStep& step, const Dense& layer, int64_t at, vf gra
   return value;
 }
 
-// The gradient of the team's share of a layer's parameters, x^T grad over `count` rows, and Adam's step.
+// This thread's part of a layer's parameters: the gradient x^T grad over `count` rows of the batch, and
+// Adam's step. Each parameter has one thread, and its sum runs over the batch in order: the result does not
+// depend on the team.
 template <class Factors>
 static void train_layer(const Team& team, const Dense& layer, const AdamStep& step, int64_t count,
                         const Factor& x, const Factor& grad) {
@@ -49,13 +53,13 @@ static void train_layer(const Team& team, const Dense& layer, const AdamStep& st
     const int64_t begin = offset(layer.rows, row, column);
     each_vector(block, [&](int i, int v, vf& sum) {
       const int64_t here = begin + within(i, v);
-      // Weight decay is of the weights alone; the last row is the bias.
+      // No weight decay for the bias, which is the last row.
       if (row + i < layer.in) sum = sum + step.weight_decay * load(layer.value + here);
       sum = adam(step, layer, here, sum);
     });
     Factors::put_weight(layer, row, column, block);
   };
-  // The parameters come from far away; the product takes longer than they do.
+  // Parameters and moments come from the last-level cache or from memory while the product is computed.
   const auto prefetch = [&](int64_t row, int64_t column) {
     const int64_t begin = offset(layer.rows, row, column);
     for (int64_t line = begin; line < begin + kBlock * kPanel; line += 16) {
@@ -65,13 +69,12 @@ static void train_layer(const Team& team, const Dense& layer, const AdamStep& st
       if (layer.target != nullptr) __builtin_prefetch(layer.target + line, 1);
     }
   };
-  const Span rows = share(team, layer.in + 1, Factors::kRows);
+  const Span rows = rows_of(team, layer.in + 1, Factors::kRows);
   Factors::weight_gradient(rows.first, rows.last, count, x, grad, layer, update, prefetch);
 }
 
-// A layer's factors from its values.
 template <class Factors>
-static void take_up_weights(const Dense& layer) {
+static void make_weight_factors(const Dense& layer) {
   for (int64_t column = 0; column < layer.out; column += kPanel)
     for (int64_t row = 0; row <= layer.in; row += kBlock) {
       const float* values = layer.value + offset(layer.rows, row, column);
@@ -81,6 +84,6 @@ static void take_up_weights(const Dense& layer) {
     }
 }
 
-static void take_up(const Dense& layer, bool bfloat16) {
-  bfloat16 ? take_up_weights<BFloat16Factors>(layer) : take_up_weights<Float32Factors>(layer);
+static void make_factors(const Dense& layer, bool bfloat16) {
+  bfloat16 ? make_weight_factors<BFloat16Factors>(layer) : make_weight_factors<Float32Factors>(layer);
 }

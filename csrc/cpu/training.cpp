@@ -1,3 +1,4 @@
+// The layouts of training.h.
 #include "training.h"
 
 #include <algorithm>
@@ -8,12 +9,13 @@
 namespace mopo {
 namespace {
 
-// Of an element of a matrix in panels.
+// Position of an element of a matrix in panels.
 int64_t offset(int64_t rows, int64_t row, int64_t column, int64_t panel) {
   return (column / panel * rows + row) * panel + column % panel;
 }
 
-// Calls copy(part of the caller's array, part of the kernels', numbers in it) for all weights and biases.
+// Calls copy(theirs, ours, count) for each stretch of weights and biases that is contiguous in the caller's
+// array and in the kernels'.
 template <class Copy>
 void pair_up(const TrainedLayer& layer, int64_t network, const Dense& dense, int64_t panel,
              float* Parameter::* theirs, float* ours, Copy copy) {
@@ -54,7 +56,7 @@ void take_parameters(Arena& arena, const TrainedLayer& layer, int64_t size, Dens
 
 bool in_tiles(bool bfloat16, const Kernels& kernels) { return bfloat16 && kernels.tile > 0; }
 
-// A form of a factor in tiles: two numbers a word, `rows` times 16 words between one tile and the next.
+// One form of a factor in tiles, two numbers a word; consecutive tiles lie `rows` times 16 words apart.
 Panels take_words(Arena& arena, int64_t rows, int64_t others) {
   Panels result{nullptr, rows};
   arena.take(result.data, rows * others / 2);
@@ -105,7 +107,7 @@ Dense take_dense(Arena& arena, const TrainedLayer& layer, bool backwards, bool b
   }
   dense.weight.across = {dense.value, dense.rows};
   if (bfloat16) arena.take(dense.weight.across.data, size);
-  // Whole panels of rows: a block of parameters is stored with its padding.
+  // Whole panels of rows, since a block of parameters is stored with its padding.
   if (backwards)
     dense.weight.along = take_panels(arena, round_up(layer.out, kernels.panel), layer.in, kernels);
   return dense;
@@ -121,7 +123,7 @@ void read_parameters(const TrainedLayer& layer, int64_t network, const Dense& de
                      const Kernels& kernels) {
   pair_up_all(layer, network, dense, kernels,
               [](const float* theirs, float* ours, int64_t n) { std::copy_n(theirs, n, ours); });
-  if (dense.rows > 0) kernels.take_up(dense, bfloat16);
+  if (dense.rows > 0) kernels.make_factors(dense, bfloat16);
 }
 
 void write_parameters(const TrainedLayer& layer, int64_t network, const Dense& dense,

@@ -1,4 +1,4 @@
-// Memory of the networks under training, and who works on which.
+// Memory of networks under training, and their parameters between the caller's layout and the kernels'.
 #pragma once
 
 #include "../train.h"
@@ -7,28 +7,28 @@
 
 namespace mopo {
 
-// Room for whole vectors.
+// [rows][width], each row rounded up to whole vectors.
 Rows take_rows(Arena& arena, int64_t rows, int64_t width);
-// Room for a column of ones and for whole blocks.
+// [rows][width + 1] in panels, rounded up to whole blocks: the last column is for ones.
 Panels take_panels(Arena& arena, int64_t rows, int64_t width, const Kernels& kernels);
 
-// X or G of factors.h, [rows][width], X with its column of ones.
+// A factor [rows][width] of factors.h: kLeft is X, with its column of ones, kGrad is G.
 enum class Side { kLeft, kGrad };
 Factor take_factor(Arena& arena, int64_t rows, int64_t width, Side side, bool bfloat16,
                    const Kernels& kernels);
 
-// A layer, its numbers still zero; `backwards`: gradients go back through it.
+// A layer whose numbers are still zero. `backwards`: gradients pass through it, so it needs weight.along.
 Dense take_dense(Arena& arena, const TrainedLayer& layer, bool backwards, bool bfloat16,
                  const Kernels& kernels);
-// The last layer of a network with one output.
+// The last layer of a network that has one output.
 Dense take_one_row(Arena& arena, const TrainedLayer& layer, const Kernels& kernels);
 
-// Between the caller's arrays of network number `network` and the kernels'.
+// Copy network number `network` from the caller's arrays, and back.
 void read_parameters(const TrainedLayer& layer, int64_t network, const Dense& dense, bool bfloat16,
                      const Kernels& kernels);
 void write_parameters(const TrainedLayer& layer, int64_t network, const Dense& dense, const Kernels& kernels);
 
-// Number `at` of a parameter a step against its gradient.
+// One step of Adam, in double, on number `at` of a parameter.
 void adam(const AdamStep& step, const Parameter& parameter, int64_t at, double gradient);
 
 }  // namespace mopo

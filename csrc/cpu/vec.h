@@ -1,5 +1,5 @@
-// The vector type that each kernel is written over: GCC and Clang vector extensions, W floats wide.
-// Included once per instruction set, which has set MOPO_WIDTH, inside that set's own namespace.
+// The vector types that each kernel is written over: vf of W floats, vi of W int32, as GCC's and Clang's
+// vector extensions. Included once an instruction set, inside its namespace, with MOPO_WIDTH = W.
 
 constexpr int W = MOPO_WIDTH;
 
@@ -12,10 +12,10 @@ MOPO_INLINE vf broadcast(float x) { return x - vf{}; }
 MOPO_INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 MOPO_INLINE vi to_int(vf x) { return __builtin_convertvector(x, vi); }
 MOPO_INLINE vf bits_to_float(vi x) { return reinterpret_cast<vf>(x); }
-// The same bits in every lane, whatever number they are.
+// The bits of x in every lane; arithmetic could change those of a NaN.
 MOPO_INLINE vf broadcast_bits(float x) { return bits_to_float(vi{} + __builtin_bit_cast(int32_t, x)); }
 MOPO_INLINE vi float_to_bits(vf x) { return reinterpret_cast<vi>(x); }
-// Lane i is lane order[i] of x, or from W on of y.
+// Lane i is lane order[i] of x, or lane order[i] - W of y.
 MOPO_INLINE vf shuffle(vf x, vf y, vi order) {
 #ifdef __clang__
   vf result{};
@@ -25,9 +25,9 @@ MOPO_INLINE vf shuffle(vf x, vf y, vi order) {
   return __builtin_shuffle(x, y, order);
 #endif
 }
-// mask lanes are 0 or -1, as comparisons give them.
+// A mask's lanes are 0 or -1, as comparisons give them.
 MOPO_INLINE vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
-// The second where either is NaN.
+// minimum and maximum: the second operand where either is NaN.
 #ifdef MOPO_AVX512
 MOPO_INLINE vf minimum(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
 MOPO_INLINE vf maximum(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
@@ -41,8 +41,9 @@ MOPO_INLINE vf sqrt(vf x) {
   return result;
 }
 
-// 1 / x, for x whose reciprocal is a normal number, and the square root of 0 and of normal numbers (and a
-// large one of infinity), within 2 ULP; x 2^n for whole n (AVX-512 takes the whole number below any n).
+// reciprocal: 1 / x within 2 ULP, for x whose reciprocal is a normal number.
+// fast_sqrt: within 2 ULP, for 0 and normal numbers; infinity gives a large finite number on AVX-512.
+// scale: x 2^n for whole n; AVX-512 takes the whole number below any n.
 #ifdef MOPO_AVX512
 MOPO_INLINE vf reciprocal(vf x) {
   const vf r = (vf)_mm512_rcp14_ps((__m512)x);
@@ -59,16 +60,17 @@ MOPO_INLINE vf scale(vf x, vf n) { return (vf)_mm512_scalef_ps((__m512)x, (__m51
 MOPO_INLINE vf reciprocal(vf x) { return 1.0f / x; }
 MOPO_INLINE vf fast_sqrt(vf x) { return sqrt(x); }
 MOPO_INLINE vf scale(vf x, vf n) {
-  // As two factors: reaches infinity and the subnormals.
+  // Two factors reach infinity and the subnormals.
   const vi whole = to_int(n), half = whole >> 1;
   return x * bits_to_float((half + 127) << 23) * bits_to_float((whole - half + 127) << 23);
 }
 #endif
 
-// x / y likewise, for y whose reciprocal is a normal number.
+// x / y, for y whose reciprocal is a normal number.
 MOPO_INLINE vf fast_quotient(vf x, vf y) { return x * reciprocal(y); }
 
-// Two bfloat16 a word, the first in the lower half; to nearest, ties to even; a NaN stays one.
+// pack_pair: words of two bfloat16, lane i of `first` in the lower half; rounded to nearest, ties to even; a
+// NaN stays a NaN. add_products: sum + both products of a word's halves.
 #ifdef MOPO_BFLOAT16
 MOPO_INLINE vf pack_pair(vf first, vf second) {
   typedef uint16_t halves __attribute__((vector_size(MOPO_WIDTH * 4)));
@@ -77,7 +79,7 @@ MOPO_INLINE vf pack_pair(vf first, vf second) {
   for (int lane = 0; lane < 2 * W; ++lane) in_turn[lane] = static_cast<uint16_t>(lane / 2 + lane % 2 * W);
   return (vf)_mm512_permutexvar_epi16((__m512i)in_turn, (__m512i)both);
 }
-// Of numbers that follow one another in memory.
+// 2 W numbers that follow one another, packed in that order.
 MOPO_INLINE vf pack_row(vf first, vf second) {
   return (vf)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
 }

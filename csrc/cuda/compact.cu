@@ -1,4 +1,4 @@
-// What rollouts have left in a record, closed up into the ring: a warp takes a row.
+// Copies the rows of a rollout record that exist into the ring, one after the other: a warp takes a row.
 #include "cuda/ptx.cuh"
 #include "cuda/rollout_launch.h"
 

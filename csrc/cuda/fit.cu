@@ -1,21 +1,22 @@
-// Steps of the ensemble's fit; csrc/cpu/fit.inl says the same for a processor.
+// Steps of the ensemble's fit in CUDA, the counterpart of csrc/cpu/fit.inl.
 #include "cuda/train.cuh"
 
 namespace mopo::cuda {
 
-// Rows whose parts in a sum are added up first, whatever the tile.
+// Rows of a partial sum of losses and of gradients by the bounds, the same for every tile size.
 constexpr int kSummed = 4;
 
+// One run.
 struct Fit {
-  FitArgs args;           // but for the layers, which are
-  const Layer* layers;    // [members][depth]
-  double* sums;           // by max_logvar, by min_logvar, of the loss: [3 dims][members][kSummed rows each]
-  const AdamStep* steps;  // [steps][depth + 1], the last of the bounds
+  FitArgs args;         // its layers are the host's; the device has
+  const Layer* layers;  // [members][depth]
+  double* sums;         // [max_logvar's gradient, min_logvar's, loss][dims][members][groups of kSummed rows]
+  const AdamStep* steps;  // [steps][depth + 1]: layers, then the bounds
   double* loss;
   uint32_t* counter;
 };
 
-// The activation at z, and its derivative there.
+// The activation at z and its derivative.
 MOPO_DEVICE float activate(Activation activation, float z, float& slope) {
   if (activation == Activation::kSilu) {
     const float gate = 1.0f / (1.0f + expf(-z)), y = z * gate;
@@ -31,14 +32,15 @@ MOPO_DEVICE float activate(Activation activation, float z, float& slope) {
   return z < 0.0f ? 0.0f : z;
 }
 
-// Rows first .. first + kTile of a member's batch of `count`, which begins at `begin` of its rows.
+// Rows first .. first + kTile of a member's batch, which is `count` rows from `begin` on in the member's
+// pass.
 template <int kTile>
 struct FitTile {
   const Fit& fit;
   const FitArgs& args;
   const int begin, count, member, first;
 
-  // What goes through a layer, [width][kTile].
+  // The inputs or gradients that pass through a layer, [width][kTile].
   MOPO_DEVICE float* x() const { return activations(); }
   MOPO_DEVICE float& x(int column, int row) const { return x()[column * kTile + row]; }
 
@@ -46,7 +48,7 @@ struct FitTile {
   MOPO_DEVICE int dims() const { return static_cast<int>(args.dims); }
   MOPO_DEVICE const Layer& layer(int l) const { return fit.layers[member * depth() + l]; }
 
-  // The last tile's rows beyond the batch are its last, and leave no trace.
+  // Rows of the last tile beyond the batch repeat the batch's last row, and enter no sum.
   MOPO_DEVICE int64_t drawn(int v) const {
     return args.rows[member * args.rows_stride + begin + min(first + v, count - 1)] * args.stride;
   }
@@ -68,7 +70,7 @@ struct FitTile {
                                  float4 slopes;
                                  y = activate(y, slopes);
                                  store_column(layer(l + 1).inputs, first + v, n, y);
-                                 // Until the backward pass comes by.
+                                 // The derivatives lie here until the backward pass overwrites them.
                                  store_column(here.grads, first + v, n, slopes);
                                }
                                four(&x(n, v)) = y;
@@ -82,10 +84,10 @@ struct FitTile {
     return make_float4(one(z.x, slopes.x), one(z.y, slopes.y), one(z.z, slopes.z), one(z.w, slopes.w));
   }
 
-  // The Gaussian negative log-likelihood, and its gradient by the head's outputs and by the bounds.
+  // The Gaussian negative log-likelihood, and its gradient by the last layer's outputs and by the bounds.
   MOPO_DEVICE void differentiate_loss() const {
     const int dims = this->dims();
-    const float share = 1.0f / static_cast<float>(count * dims);
+    const float inverse_count = 1.0f / static_cast<float>(count * dims);
     const Layer& head = layer(depth() - 1);
     const int groups = (count + kSummed - 1) / kSummed;
     for (int i = threadIdx.x; i < dims * (kTile / kSummed); i += kThreads) {
@@ -96,13 +98,13 @@ struct FitTile {
 #pragma unroll
       for (int v = part; v < part + kSummed; ++v) {
         const float raw = x(dims + d, v), error = x(d, v) - args.targets[drawn(v) + d];
-        const auto one = likelihood(error, raw, max_logvar, exp_minus_max, exp_min, share);
+        const auto one = likelihood(error, raw, max_logvar, exp_minus_max, exp_min, inverse_count);
         head.grads.at(first + v)[d] = x(d, v) = one.mean_grad;
         head.grads.at(first + v)[dims + d] = x(dims + d, v) = one.raw_grad;
         if (first + v >= count) continue;
         max_grad += one.max_grad;
         min_grad += one.min_grad;
-        loss += one.loss * share;
+        loss += one.loss * inverse_count;
       }
       if (group >= groups) continue;
       const int members = static_cast<int>(args.members), to = (d * members + member) * groups + group;
@@ -126,7 +128,7 @@ struct FitTile {
   }
 };
 
-// The bounds' step, of the losses of all members; adds the step's loss.
+// Steps the bounds by the gradients of all members, and adds the step's loss.
 MOPO_DEVICE void train_bounds(const Fit& fit, const AdamStep& step, int count) {
   const FitArgs& args = fit.args;
   const int dims = static_cast<int>(args.dims), groups = (count + kSummed - 1) / kSummed;
@@ -152,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, 1) fit_kernel(const __grid_constant_
   const int members = static_cast<int>(args.members), depth = static_cast<int>(args.depth);
   const int all = static_cast<int>(args.count), batch = min(static_cast<int>(args.batch), all);
   Group group{launch.blocks, static_cast<int>(blockIdx.x) % launch.blocks, fit.counter};
-  for (int l = 0; l < members * depth; ++l) take_up(group, fit.layers[l], batch);
+  for (int l = 0; l < members * depth; ++l) copy_parameters(group, fit.layers[l], batch);
   const AdamStep* steps = fit.steps;
   for (int begin = 0; begin < all; begin += batch, steps += depth + 1) {
     const int count = min(batch, all - begin), tiles = (count + kTile - 1) / kTile;
@@ -204,7 +206,7 @@ Fit lay_out(Memory& memory, const FitArgs& args, double* loss) {
 cudaError_t fit_steps(const std::vector<FitArgs>& runs, double* losses, const Allocate& allocate,
                       cudaStream_t cuda_stream) {
   const FitArgs& first = runs.front();
-  const int floats = widest(first.layers, first.depth);  // of a row
+  const int floats = widest(first.layers, first.depth);  // of shared memory, for each row of a tile
   return each_launch(runs, [&](const FitArgs* some, int count, int blocks, const Device& device) {
     const bool large =
         first.members * batch_of(first) > 8 * blocks && shared_bytes(16 * floats) <= device.shared_bytes;

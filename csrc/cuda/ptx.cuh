@@ -1,6 +1,6 @@
-// Instructions, most of them Hopper's, as functions: the only inline PTX, and all that a kernel asks of the
-// machine beyond CUDA C++. Source: the PTX ISA, "Asynchronous warpgroup level matrix instructions" and
-// "mbarrier".
+// PTX instructions as functions, most of them Hopper's: all that the kernels use beyond CUDA C++. No other
+// file but watchdog.cuh has inline PTX. Source: the PTX ISA, "Asynchronous warpgroup level matrix
+// instructions" and "mbarrier".
 #pragma once
 
 #include <cuda_bf16.h>
@@ -16,20 +16,20 @@
 
 namespace mopo::ptx {
 
-// Threads that multiply together: four warps, the first one's number a multiple of four.
+// Threads of a warpgroup, which multiplies together: four warps, the first one's number a multiple of four.
 constexpr int kWarpgroup = 128;
 
 MOPO_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// The block's shared memory, as much as was asked for at the launch.
+// The block's dynamic shared memory, of the size given at the launch.
 MOPO_DEVICE unsigned char* dynamic_shared() {
   extern __shared__ __align__(128) unsigned char bytes[];
   return bytes;
 }
 
-// ---- Barriers in shared memory: a phase ends when `count` threads have arrived and all bytes too. ----
+// ---- Barriers in shared memory: a phase ends when `count` threads and all expected bytes have arrived ----
 
 struct SharedBarrier {
   uint64_t word;
@@ -40,18 +40,19 @@ MOPO_DEVICE void barrier_init(SharedBarrier* barrier, uint32_t count) {
                : "memory");
 }
 
-// After the last barrier_init, before the cluster_sync that tells the others of them.
+// Called after the last barrier_init and before the cluster_sync after which other threads use the barriers.
 MOPO_DEVICE void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
-// Arrive, and let the phase wait for `bytes` of bulk copies.
+// Arrives, and lets the phase wait for `bytes` of bulk copies too.
 MOPO_DEVICE void barrier_arrive_expect(SharedBarrier* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
                "r"(bytes)
                : "memory");
 }
 
-// Arrive at the barrier in the same place of the cluster's block `rank`. What it orders are this block's
-// accesses to its own shared memory: a release to the cluster would wait for all that is under way to L2.
+// Arrives at the barrier in the same place of the cluster's block `rank`. It orders only this block's
+// accesses to its own shared memory: a release to the cluster would wait for all stores under way to the
+// second-level cache.
 MOPO_DEVICE void barrier_arrive_at(SharedBarrier* barrier, uint32_t rank) {
   asm volatile(
       "{\n"
@@ -63,8 +64,8 @@ MOPO_DEVICE void barrier_arrive_at(SharedBarrier* barrier, uint32_t rank) {
       : "memory");
 }
 
-// Wait until the phase of this parity has ended; a barrier begins in phase 0. An acquire from the cluster
-// would empty the first-level cache.
+// Waits until the phase of this parity has ended; a barrier begins in phase 0. Not an acquire from the
+// cluster, which would empty the first-level cache.
 MOPO_DEVICE void barrier_wait(SharedBarrier* barrier, uint32_t parity) {
 #ifdef MOPO_FAST_WATCHDOG
   asm volatile(MOPO_WATCHED("mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n")::"r"(
@@ -94,7 +95,7 @@ MOPO_DEVICE uint32_t cluster_rank() {
   return rank;
 }
 
-// All threads of all blocks of the cluster.
+// Waits for all threads of all blocks of the cluster.
 MOPO_DEVICE void cluster_sync() {
   asm volatile(
       "barrier.cluster.arrive.release.aligned;\n"
@@ -102,8 +103,8 @@ MOPO_DEVICE void cluster_sync() {
           : "memory");
 }
 
-// Copy `bytes` (a multiple of 16, aligned to 16) into the same place of every block in `blocks`, a mask, and
-// count them at the same barrier of each.
+// Copies `bytes` (a multiple of 16, aligned to 16) to the same place in every block of the mask `blocks`, and
+// counts them at the barrier in the same place of each.
 MOPO_DEVICE void bulk_load(void* shared, const void* global, uint32_t bytes, SharedBarrier* barrier,
                            uint16_t blocks) {
   asm volatile(
@@ -113,7 +114,7 @@ MOPO_DEVICE void bulk_load(void* shared, const void* global, uint32_t bytes, Sha
       : "memory");
 }
 
-// ---- Named barriers, 1 to 15: `threads` in all, of those that wait and those that only arrive. ----
+// ---- Named barriers 1 to 15; `threads` counts those that wait and those that only arrive ----
 
 MOPO_DEVICE void named_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -123,7 +124,7 @@ MOPO_DEVICE void named_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// ---- Registers per thread, of all threads of a warpgroup; a multiple of 8 ----
+// ---- Registers per thread: called by all threads of a warpgroup, with a multiple of 8 ----
 
 template <int kCount>
 MOPO_DEVICE void more_registers() {
@@ -137,35 +138,35 @@ MOPO_DEVICE void fewer_registers() {
 
 // ---- Products of a warpgroup: d [64, N] += a [64, 16] b [16, N], in the background ----
 //
-// d: thread t of the warpgroup has, for each block j of 8 columns, d[4 j] and d[4 j + 1] in row
-// 16 (t / 32) + t % 32 / 4, columns 8 j + 2 (t % 4) and one on, and d[4 j + 2], d[4 j + 3] eight rows down.
-// a: pairs of columns 2 (t % 4) and one on: a[0] of that row, a[1] eight rows down, a[2] and a[3] the same
-// eight columns on.
-// b: in shared memory, cores of 8 columns of b by 8 of its rows, each [column][row], 128 bytes together.
+// d: thread t holds, for each block j of 8 columns, d[4 j] and d[4 j + 1] at row r = 16 (t / 32) + t % 32 / 4
+// and columns 8 j + 2 (t % 4) + {0, 1}; d[4 j + 2] and d[4 j + 3] at row r + 8. a: each register is a pair of
+// columns 2 (t % 4) + {0, 1}: a[0] at row r, a[1] at row r + 8, a[2] and a[3] the same eight columns further
+// on. b: in shared memory, in cores of 8 columns by 8 rows, each core [column][row] in 128 contiguous bytes.
 
-// Of a b whose cores lie `rows_apart` bytes from one to the next eight rows, `columns_apart` likewise.
+// The descriptor of a b whose cores lie `rows_apart` bytes apart from eight rows to the next, and
+// `columns_apart` from eight columns to the next.
 MOPO_DEVICE uint64_t matrix(const void* shared, uint32_t rows_apart, uint32_t columns_apart) {
   return static_cast<uint64_t>((shared_address(shared) & 0x3FFFF) >> 4) |
          static_cast<uint64_t>(rows_apart >> 4) << 16 | static_cast<uint64_t>(columns_apart >> 4) << 32;
 }
 
-// The matrix that lies `bytes` (a multiple of 16) behind another, cut likewise.
+// The descriptor of the matrix `bytes` (a multiple of 16) behind another of the same layout.
 MOPO_DEVICE uint64_t behind(uint64_t matrix, uint32_t bytes) { return matrix + (bytes >> 4); }
 
-// Before the first product, and wherever registers of d or a have been written since the last.
+// Called before the first product, and whenever registers of d or a have been written since the last product.
 MOPO_DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
-// Everything since the last call is one group.
+// Makes all products since the last call one group.
 MOPO_DEVICE void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// All groups but the last kPending are done: their b may be overwritten, and their d read where kPending is
-// 0.
+// Waits for all groups but the last kPending. Then their b may be overwritten and, if kPending is 0, their d
+// read.
 template <int kPending>
 MOPO_DEVICE void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// An accumulator is not to be moved across the wait that follows the products into it.
+// Keeps the compiler from moving accesses to an accumulator across the wait for the products into it.
 template <int kCount>
 MOPO_DEVICE void keep(float (&d)[kCount]) {
 #pragma unroll
@@ -179,7 +180,7 @@ MOPO_DEVICE void keep(float (&d)[kCount]) {
 #define MOPO_R10(t)                                                                                        \
   MOPO_R1(t##0), MOPO_R1(t##1), MOPO_R1(t##2), MOPO_R1(t##3), MOPO_R1(t##4), MOPO_R1(t##5), MOPO_R1(t##6), \
       MOPO_R1(t##7), MOPO_R1(t##8), MOPO_R1(t##9)
-// b's descriptor and a's registers follow d's `count`.
+// Operands: d's columns / 2 registers, a's four, b's descriptor.
 #define MOPO_PRODUCT(columns, type, outputs, a0, a1, a2, a3, b, ...)                              \
   asm volatile("wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type " {" outputs \
                "}, {%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "}, %" #b ", 1, 1, 1, 0;"                   \
@@ -195,7 +196,7 @@ MOPO_DEVICE void keep(float (&d)[kCount]) {
     MOPO_PRODUCT(columns, "bf16", outputs, a0, a1, a2, a3, b, __VA_ARGS__);                                 \
   }
 
-// multiply_add(type of a and b, d, a, b).
+// multiply_add(type of a and b, d, a, descriptor of b): starts d += a b.
 MOPO_PRODUCTS(16, "%0,%1,%2,%3,%4,%5,%6,%7", 8, 9, 10, 11, 12, MOPO_R1(0), MOPO_R1(1), MOPO_R1(2), MOPO_R1(3),
               MOPO_R1(4), MOPO_R1(5), MOPO_R1(6), MOPO_R1(7))
 MOPO_PRODUCTS(40, MOPO_D10() "," MOPO_D10(1), 20, 21, 22, 23, 24, MOPO_R10(), MOPO_R10(1))
@@ -225,7 +226,7 @@ MOPO_PRODUCTS(256,
 
 // ---- Single instructions ----
 
-// The hardware's tanh: off by a factor of 1 +- 2^-11 at most.
+// The hardware's tanh, with a relative error of 2^-11 at most.
 MOPO_DEVICE float tanh_approx(float x) {
   float y;
   asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -239,7 +240,7 @@ MOPO_DEVICE float exp2_approx(float x) {
   return y;
 }
 
-// Two numbers rounded to the nearest, `low` in the lower half: a pair of a's columns.
+// A pair of a's columns: two numbers rounded to nearest, `low` in the lower half.
 MOPO_DEVICE uint32_t pack(__half, float low, float high) {
   uint32_t pair;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
@@ -252,10 +253,10 @@ MOPO_DEVICE uint32_t pack(__nv_bfloat16, float low, float high) {
   return pair;
 }
 
-// The value of the lane whose number differs by `mask`; all lanes of the warp call it.
+// The value of the lane whose number is this one's xor `mask`. All lanes of the warp call it.
 MOPO_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
 
-// The same pointer, which the compiler now knows to be one into global memory.
+// The same pointer, which the compiler now knows to point to global memory.
 template <class T>
 MOPO_DEVICE T* global(T* pointer) {
   __builtin_assume(__isGlobal(pointer));
@@ -264,12 +265,12 @@ MOPO_DEVICE T* global(T* pointer) {
 
 // ---- Blocks that run together and wait for one another, by a counter in global memory ----
 
-// One thread, after a __syncthreads: what the block has written is there for those who see the count.
+// Called by one thread after a __syncthreads: whoever sees the count sees all that the block has written.
 MOPO_DEVICE void arrive(uint32_t* counter) {
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
 }
 
-// Until `count` have arrived, modulo 2^32.
+// Waits until `count` blocks have arrived, modulo 2^32.
 MOPO_DEVICE void wait_for(const uint32_t* counter, uint32_t count) {
 #ifdef MOPO_FAST_WATCHDOG
   asm volatile(MOPO_WATCHED("ld.acquire.gpu.global.u32 seen, [%2];\n"
@@ -286,7 +287,8 @@ MOPO_DEVICE void wait_for(const uint32_t* counter, uint32_t count) {
 
 // ---- Launching ----
 
-// kernel(args) by blocks in clusters of kCluster, `shared` bytes of dynamic shared memory each.
+// Launches kernel(args) on `blocks` blocks in clusters of kCluster, each with `shared` bytes of dynamic
+// shared memory.
 template <int kCluster, class Args>
 cudaError_t launch(void (*kernel)(Args), int blocks, int threads, int shared, cudaStream_t cuda_stream,
                    const Args& args) {
@@ -308,7 +310,8 @@ cudaError_t launch(void (*kernel)(Args), int blocks, int threads, int shared, cu
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 
-// kernel(args) by blocks that all run at once, or not at all.
+// Launches kernel(args) on `blocks` blocks that all run at the same time; an error if the device has not the
+// room.
 template <class Args>
 cudaError_t launch_together(void (*kernel)(Args), int blocks, int threads, int shared,
                             cudaStream_t cuda_stream, const Args& args) {

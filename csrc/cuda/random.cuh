@@ -5,7 +5,8 @@
 
 namespace mopo::cuda {
 
-// Standard normal number `i` of a block's four, by Box-Muller.
+// Standard normal i, 0 to 3, of the four that a block gives by Box-Muller. cpu/random.h gives the same, to
+// rounding.
 MOPO_DEVICE float normal(const PhiloxBlock& block, int i) {
   const auto uniform = [](uint32_t word) { return (static_cast<float>(word >> 9) + 0.5f) * 0x1p-23f; };
   const float radius = sqrtf(-2.0f * logf(uniform(i < 2 ? block.word[0] : block.word[2])));

@@ -1,3 +1,4 @@
+// The rollout on Hopper with products in float16.
 #include "cuda/rollout_sm90.cuh"
 
 namespace mopo::cuda {

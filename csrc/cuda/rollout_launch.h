@@ -1,4 +1,4 @@
-// The CUDA kernels' interface: device pointers and sizes. No torch, no Python; the caller has checked
+// The interface of the CUDA rollout: device pointers and sizes, no torch, no Python. The caller has checked
 // everything.
 #pragma once
 
@@ -10,19 +10,20 @@
 
 namespace mopo::cuda {
 
-// What rollouts leave behind: [batch][horizon] rows, of which the first lengths[i] of rollout i exist.
+// The rollouts' output before compact(): [batch][horizon] rows, of which the first lengths[i] of rollout i
+// exist.
 struct DeviceRecord {
-  float* actions;  // act_dim; read where there is no policy
+  float* actions;  // act_dim; an input where there is no policy
   float* rewards;
   float* next_observations;  // obs_dim
   bool* terminals;
   float *raw_rewards, *penalties;
   int32_t* members;
-  int32_t *lengths, *cut;  // [batch]; cut: 1 where a prediction that was not finite ended it
+  int32_t *lengths, *cut;  // [batch]; cut is 1 where a non-finite prediction ended the rollout
 };
 
 struct RolloutLaunch {
-  // All weights in the order of their use (mopo_fast/backends/gpu/hopper_weights.py), and the chunks' sizes.
+  // All weights in the order of their use, cut into chunks by mopo_fast/backends/gpu/hopper_weights.py.
   const unsigned char* weights;
   const int32_t* chunk_bytes;
   int chunks;
@@ -32,26 +33,26 @@ struct RolloutLaunch {
   Activation activation;
   const float* input_mean;  // [obs_dim + act_dim]
   const float* input_std;
-  const float* exp_minus_max;  // [members][obs_dim + 1], of the bounds
-  const float* exp_min;
-  const float* carry;  // [obs_dim], times the observation
-  bool log_std;        // the bounds, and what they bound, are of standard deviations
+  const float* exp_minus_max;  // [members][obs_dim + 1], exp(-max_logvar)
+  const float* exp_min;        // likewise, exp(min_logvar)
+  const float* carry;          // [obs_dim]: next observation = carry * observation + sample
+  bool log_std;                // the last layer and its bounds are log stds, not log-variances
   const int64_t* elites;
   int num_elites;
   const int64_t* penalty_members;
   int num_penalty_members;
   Penalty penalty;
   float penalty_coef;
-  const float* low;  // [obs_dim], termination box
+  const float* low;  // [obs_dim]; a rollout terminates outside of low .. high
   const float* high;
 
-  int policy_hidden_layers;  // 0: no policy, the record holds the actions
+  int policy_hidden_layers;  // 0 for no policy: the actions are in the record
   Activation policy_activation;
   float log_std_min, log_std_max;
 
   int batch;
   const float* start;   // [batch][obs_dim]
-  const int64_t* rows;  // [batch], numbers for the random counters
+  const int64_t* rows;  // [batch], the rollouts' numbers in the random counters
   int horizon;
   uint32_t first_step;
   uint64_t seed;
@@ -65,13 +66,14 @@ struct RolloutLaunch {
   int blocks;      // even
 };
 
-// With products in float16 or bfloat16, of a class of sizes: every hidden layer of the dynamics is padded to
-// `width`, 200 or 256; an observation and the reward together to 4 `slots`, 20 or 32 dimensions. At most 8
-// dimensions of an action, and 256 of a hidden layer of the policy.
+// Starts the rollout with products in float16 or bfloat16, in one of four size classes: the dynamics' hidden
+// layers are padded to `width`, 200 or 256; observation and reward together to 4 `slots`, 20 or 32
+// dimensions. An action has at most 8 dimensions, the policy's hidden layers at most 256.
 cudaError_t rollout_float16(const RolloutLaunch& args, int width, int slots, cudaStream_t cuda_stream);
 cudaError_t rollout_bfloat16(const RolloutLaunch& args, int width, int slots, cudaStream_t cuda_stream);
 
-// The ring that a record's rows are copied into; as in csrc/rollout.h, those after the terminals may be null.
+// A record and the ring that its rows are copied into. As in csrc/rollout.h, arrays after `terminals` may be
+// null.
 struct CompactLaunch {
   int obs_dim, act_dim;
   int batch;
@@ -79,7 +81,7 @@ struct CompactLaunch {
   const float* start;
   const int64_t* rows;
   DeviceRecord record;
-  const int64_t* offsets;  // [batch], rows of the rollouts before
+  const int64_t* offsets;  // [batch], the number of rows of all rollouts before
   RolloutOutput out;
   int64_t capacity, head;
 };

@@ -1,10 +1,11 @@
-// The rollout on Hopper: a block takes tiles of 128 rollouts through all steps, its activations in registers.
+// The rollout on Hopper: a block takes tiles of 128 rollouts through all steps, with their activations in
+// registers.
 //
-// Two warpgroups multiply, 64 rows each, and take turns at the tensor cores, so that the activations of one
-// run beside the products of the other. One more thread feeds the weights through a ring of slots in shared
-// memory; the two blocks of a cluster fetch half of every chunk each, for both. Features are laid out so that
-// a thread holds the dimensions 4 j + q, q = lane % 4, of two rows, in what it gives to the products and in
-// what it gets from them: nothing passes between threads but sums over a row's four.
+// Two warpgroups, the consumers, multiply 64 rows each and take turns at the tensor cores: the activations of
+// one overlap with the products of the other. A producer thread brings the weights, in chunks, through a ring
+// of stages in shared memory; the two blocks of a cluster each fetch half of every chunk for both. Features
+// are permuted so that a thread holds the dimensions 4 j + q, q = lane % 4, of two rows both in a product's
+// operand and in its result: threads exchange nothing but sums over the four that share a row.
 #pragma once
 
 #include "cuda/ptx.cuh"
@@ -18,44 +19,46 @@ constexpr int kTile = 128;                       // rollouts of a block
 constexpr int kConsumers = 2 * ptx::kWarpgroup;  // threads that multiply
 constexpr int kThreads = kConsumers + ptx::kWarpgroup;
 constexpr int kCluster = 2;
-constexpr int kActionSlots = 2;
-// The ring. mopo_fast/backends/gpu/hopper_weights.py cuts a layer into as few chunks of at most this size as
-// it can.
-constexpr int kSlots = 8;
-constexpr int kSlotBytes = 26880;
-constexpr int kBarrierBytes = 2 * kSlots * sizeof(ptx::SharedBarrier);
-// The inputs of the ensemble, four words a k-step, lie behind it.
+constexpr int kActionSlots = 2;  // a slot is four dimensions, one for each thread of a row
+// The ring. mopo_fast/backends/gpu/hopper_weights.py cuts a layer into the fewest chunks of at most
+// kStageBytes, its SLOT_BYTES.
+constexpr int kStages = 8;
+constexpr int kStageBytes = 26880;
+constexpr int kBarrierBytes = 2 * kStages * sizeof(ptx::SharedBarrier);
+// Behind the ring and its barriers lie the ensemble's inputs, four words for each k-step (16 inputs) and
+// consumer.
 constexpr int kMaxInputSteps = 3;
-constexpr int kSharedBytes = kSlots * kSlotBytes + kBarrierBytes + 4 * kMaxInputSteps * 4 * kConsumers;
+constexpr int kSharedBytes = kStages * kStageBytes + kBarrierBytes + 4 * kMaxInputSteps * 4 * kConsumers;
 
 MOPO_INLINE constexpr int round_up(int count, int multiple) {
   return (count + multiple - 1) / multiple * multiple;
 }
 
-// ---- The ring: chunk n lies in slot n % kSlots, whose barriers are in phase n / kSlots ----
+// ---- The ring: chunk n lies in stage n % kStages, whose barriers are then in phase n / kStages ----
 
-MOPO_DEVICE unsigned char* slot(uint32_t n) { return ptx::dynamic_shared() + n % kSlots * kSlotBytes; }
-// Its chunk is there, in this block.
+MOPO_DEVICE unsigned char* stage(uint32_t n) { return ptx::dynamic_shared() + n % kStages * kStageBytes; }
+// Its phase ends when the chunk is there, in this block.
 MOPO_DEVICE ptx::SharedBarrier* full(uint32_t n) {
-  return reinterpret_cast<ptx::SharedBarrier*>(ptx::dynamic_shared() + kSlots * kSlotBytes) + n % kSlots;
+  return reinterpret_cast<ptx::SharedBarrier*>(ptx::dynamic_shared() + kStages * kStageBytes) + n % kStages;
 }
-// Every warp that multiplies, of both blocks, is done with its chunk.
-MOPO_DEVICE ptx::SharedBarrier* empty(uint32_t n) { return full(n) + kSlots; }
+// Its phase ends when the consumers' warps of both blocks are done with the chunk.
+MOPO_DEVICE ptx::SharedBarrier* empty(uint32_t n) { return full(n) + kStages; }
 
 MOPO_DEVICE void init_ring() {
-  for (int n = 0; n < kSlots; ++n) {
+  for (int n = 0; n < kStages; ++n) {
     ptx::barrier_init(full(n), 1);
     ptx::barrier_init(empty(n), kCluster * kConsumers / 32);
   }
   ptx::fence_barrier_init();
 }
 
-// The row that a block's tiles start at; all blocks go on alike, and both of a cluster until both are done.
+// A block's tiles begin at first_tile() and lie next_tile() rows apart. Both blocks of a cluster go on until
+// neither has rows left, since each needs the other's half of the weights.
 MOPO_DEVICE int first_tile() { return blockIdx.x * kTile; }
 MOPO_DEVICE int next_tile() { return gridDim.x * kTile; }
 MOPO_DEVICE bool is_tile(int row, int batch) { return row / (kCluster * kTile) * (kCluster * kTile) < batch; }
 
-// One thread: feeds all weights, once a step.
+// The producer thread: brings all weights, once for each step.
 MOPO_DEVICE void produce(const RolloutLaunch& args) {
   const uint32_t rank = ptx::cluster_rank();
   uint32_t n = 0;
@@ -65,9 +68,9 @@ MOPO_DEVICE void produce(const RolloutLaunch& args) {
 #pragma unroll 1
       for (int i = 0; i < args.chunks; ++i, ++n) {
         const uint32_t bytes = args.chunk_bytes[i], half = bytes / kCluster;
-        ptx::barrier_wait(empty(n), n / kSlots % 2 ^ 1);
+        ptx::barrier_wait(empty(n), n / kStages % 2 ^ 1);
         ptx::barrier_arrive_expect(full(n), bytes);
-        ptx::bulk_load(slot(n) + rank * half, chunk + rank * half, half, full(n), (1 << kCluster) - 1);
+        ptx::bulk_load(stage(n) + rank * half, chunk + rank * half, half, full(n), (1 << kCluster) - 1);
         chunk += bytes;
       }
     }
@@ -77,24 +80,24 @@ MOPO_DEVICE void produce(const RolloutLaunch& args) {
 
 constexpr int kPolicyWidth = 256;
 
-// One of the two warpgroups that multiply.
+// A consumer: one of the two warpgroups that multiply.
 struct Consumer {
   int group;       // 0 or 1
   uint32_t n = 0;  // chunks read
 
-  // d = bias + a * weight, for the next columns of the weights.
+  // d = bias + a * weight, for the next layer in the ring.
   template <class T, int kSteps, int kCount>
   MOPO_DEVICE void multiply(T type, const uint32_t (&a)[kSteps][4], float (&d)[kCount]) {
     constexpr int kColumns = 2 * kCount, kImage = 32 * kColumns, kBias = round_up(4 * kColumns, 128);
-    constexpr int kMost = (kSlotBytes - kBias) / kImage;  // k-steps of a chunk
+    constexpr int kMost = (kStageBytes - kBias) / kImage;  // k-steps of a chunk
     constexpr int kChunks = (kSteps + kMost - 1) / kMost;
-    static_assert(kChunks <= kSlots, "the other group waits with the layer before");
+    static_assert(kChunks <= kStages, "the other group waits with the layer before");
     const unsigned char* image = wait();
     load_bias(image, d);
     image += kBias;
     take_turn();
     ptx::keep(d);
-    // As even as they can be: the last one is long enough to cover the change of turns.
+    // Chunks are as even as possible, so that the last one's products cover the change of turns.
     const auto begin = [](int chunk) { return (chunk * kSteps + kChunks - 1) / kChunks; };
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
@@ -105,7 +108,7 @@ struct Consumer {
       for (int s = begin(chunk); s < begin(chunk + 1); ++s)
         ptx::multiply_add(type, d, a[s], ptx::behind(matrix, (s - begin(chunk)) * kImage));
       ptx::products_commit();
-      // The products under way keep the tensor cores busy until the other group's first one.
+      // The products under way keep the tensor cores busy until the other group's begin.
       if (chunk == kChunks - 1) pass_turn();
       if (chunk > 0) {
         ptx::products_wait<1>();
@@ -117,13 +120,13 @@ struct Consumer {
     release(n - 1);
   }
 
-  // The slot of the next chunk, once that is there.
+  // Waits for the next chunk and returns where it lies.
   MOPO_DEVICE const unsigned char* wait() {
-    ptx::barrier_wait(full(n), n / kSlots % 2);
-    return slot(n++);
+    ptx::barrier_wait(full(n), n / kStages % 2);
+    return stage(n++);
   }
 
-  // Both blocks' producers have filled half of the slot: a lane for each.
+  // Tells both blocks' producers, of which each fills half of the stage: one lane for each.
   MOPO_DEVICE void release(uint32_t chunk) const {
     const uint32_t lane = threadIdx.x % 32;
     if (lane < kCluster) ptx::barrier_arrive_at(empty(chunk), lane);
@@ -140,13 +143,13 @@ struct Consumer {
     }
   }
 
-  // Named barrier 1 + g says that it is group g's turn: the other one arrives, it waits.
+  // It is group g's turn when the other group has arrived at named barrier 1 + g, where group g waits.
   MOPO_DEVICE void start_turns() const {
     if (group == 1) pass_turn();
   }
   MOPO_DEVICE void take_turn() const { ptx::named_sync(1 + group, kConsumers); }
   MOPO_DEVICE void pass_turn() const { ptx::named_arrive(2 - group, kConsumers); }
-  // Group 1 has passed the last turn on.
+  // Takes the last turn that group 1 has passed on, so that no arrival is left at the barrier.
   MOPO_DEVICE void end_turns() const {
     if (group == 0) take_turn();
   }
@@ -173,7 +176,7 @@ MOPO_DEVICE void activate(Activation activation, float (&d)[kCount]) {
   }
 }
 
-// out = activation(in * weight + bias).
+// out = activation(in * weight + bias), packed as the next layer's operand.
 template <int kWidth, class T, int kSteps>
 MOPO_DEVICE void hidden_layer(Consumer& consumer, T type, Activation activation,
                               const uint32_t (&in)[kSteps][4],
@@ -181,7 +184,7 @@ MOPO_DEVICE void hidden_layer(Consumer& consumer, T type, Activation activation,
   float d[kWidth / 2];
   consumer.multiply(type, in, d);
   activate(activation, d);
-  // What comes out of one product is what goes into the next: d's pairs are a's.
+  // A thread's pairs of d are the pairs of the next product's a that it has to hold.
 #pragma unroll
   for (int pair = 0; pair < round_up(kWidth, 16) / 4; ++pair)
     out[pair / 4][pair % 4] = pair < kWidth / 4 ? ptx::pack(type, d[2 * pair], d[2 * pair + 1]) : 0;
@@ -197,19 +200,20 @@ MOPO_DEVICE void network(Consumer& consumer, T type, Activation activation, int 
   consumer.multiply(type, a, heads);
 }
 
-// ---- A thread's share of a tile ----
+// ---- A thread's fragment of a tile ----
 
 MOPO_DEVICE bool is_finite(float x) { return fabsf(x) < INFINITY; }
 
-// Of the four threads that share a row.
+// Sum over the four threads that share a row.
 MOPO_DEVICE float quad_sum(float x) {
   x += ptx::shuffle_xor(x, 1);
   return x + ptx::shuffle_xor(x, 2);
 }
 
-// The dimensions q, 4 + q, 8 + q, ... of the rows `row(0)` and `row(1)`, eight apart.
+// A thread's fragment of the tile: dimensions q, 4 + q, 8 + q, ... of the rows row(0) and row(1), eight
+// apart.
 template <class T, int kObsSlots>
-struct Share {
+struct Fragment {
   static constexpr int kPolicySteps = round_up(kObsSlots, 4) / 4;
   static constexpr int kInputSteps = round_up(kObsSlots + kActionSlots, 4) / 4;
   static constexpr T kType{};
@@ -217,10 +221,11 @@ struct Share {
 
   const RolloutLaunch& args;
   const int q;
-  float2* predictions;  // mean and variance: [members][kObsSlots][2], kConsumers apart
+  float2*
+      predictions;  // (mean, variance) [members][kObsSlots][2 rows]; consecutive ones lie kConsumers apart
   int first_row = 0;
   int t = 0;
-  uint32_t alive = 0;  // a bit for each row
+  uint32_t alive = 0;  // bit h: row(h) goes on
 
   MOPO_DEVICE int row(int half) const { return first_row + 8 * half; }
   MOPO_DEVICE bool exists(int half) const { return row(half) < args.batch; }
@@ -245,7 +250,8 @@ struct Share {
     return (x - args.input_mean[input]) / args.input_std[input];
   }
 
-  // Slots of inputs as a's fragment: pairs 0 and 1 are the rows' first two of a k-step, 2 and 3 the others.
+  // Packs slots of inputs as the operand a: of each k-step's four slots, pairs 0 and 1 are the first two of
+  // row(0) and row(1), pairs 2 and 3 the others.
   template <int kSteps, class Value>
   MOPO_DEVICE static void pack_inputs(uint32_t (&a)[kSteps][4], Value value) {
 #pragma unroll
@@ -289,6 +295,7 @@ struct Share {
       }
   }
 
+  // Stores a member's means and bounded variances.
   MOPO_DEVICE void predict(int member, const float (&heads)[4 * kObsSlots]) const {
 #pragma unroll
     for (int at = 0; at < kObsSlots; ++at) {
@@ -311,7 +318,7 @@ struct Share {
     }
   }
 
-  // The drawn member, and a sample of its Gaussian.
+  // Draws a member, which it returns, and a sample of the member's Gaussian.
   MOPO_DEVICE int draw(int half, float (&samples)[kObsSlots]) const {
     const int64_t row_number = number(half);
     const uint32_t elite = choose(random(row_number, kMemberStream, 0).word[0], args.num_elites);
@@ -325,7 +332,7 @@ struct Share {
     return member;
   }
 
-  // No member, and the mean of all members' means.
+  // For deterministic rollouts: the mean of all members' means. Returns -1, for no member.
   MOPO_DEVICE int average(int half, float (&samples)[kObsSlots]) const {
 #pragma unroll
     for (int at = 0; at < kObsSlots; ++at) {
@@ -387,8 +394,8 @@ struct Share {
       if (at >= kObsSlots + kActionSlots || action >= args.act_dim) return 0.0f;
       return standardised(actions[at - kObsSlots][half], args.obs_dim + action);
     });
-    // Kept where they take no registers from the products, kConsumers apart.
-    unsigned char* behind_ring = ptx::dynamic_shared() + kSlots * kSlotBytes + kBarrierBytes;
+    // The inputs wait in shared memory, kConsumers words apart, and leave the registers to the products.
+    unsigned char* behind_ring = ptx::dynamic_shared() + kStages * kStageBytes + kBarrierBytes;
     uint32_t* kept = reinterpret_cast<uint32_t*>(behind_ring) + threadIdx.x;
 #pragma unroll
     for (int i = 0; i < 4 * kInputSteps; ++i) kept[i * kConsumers] = inputs[i / 4][i % 4];
@@ -411,12 +418,12 @@ MOPO_DEVICE void consume(const RolloutLaunch& args) {
   Consumer consumer{thread / ptx::kWarpgroup};
   float2* predictions = reinterpret_cast<float2*>(args.scratch) + thread +
                         blockIdx.x * args.members * (2 * kObsSlots * kConsumers);
-  Share<T, kObsSlots> share{args, thread % 4, predictions};
+  Fragment<T, kObsSlots> fragment{args, thread % 4, predictions};
   consumer.start_turns();
-  share.first_row = first_tile() + thread / 32 * 16 + thread % 32 / 4;
-  for (; is_tile(share.first_row, args.batch); share.first_row += next_tile()) {
-    share.alive = share.exists(0) + 2 * share.exists(1);
-    for (share.t = 0; share.t < args.horizon; ++share.t) share.template step<kWidth>(consumer);
+  fragment.first_row = first_tile() + thread / 32 * 16 + thread % 32 / 4;
+  for (; is_tile(fragment.first_row, args.batch); fragment.first_row += next_tile()) {
+    fragment.alive = fragment.exists(0) + 2 * fragment.exists(1);
+    for (fragment.t = 0; fragment.t < args.horizon; ++fragment.t) fragment.template step<kWidth>(consumer);
   }
   consumer.end_turns();
 }
@@ -433,7 +440,7 @@ __global__ void __launch_bounds__(kThreads, 1) rollout_kernel(const __grid_const
     ptx::more_registers<240>();
     consume<T, kWidth, kObsSlots>(args);
   }
-  // Until here the other block writes into this one's shared memory.
+  // Until then the other block may write into this one's shared memory.
   ptx::cluster_sync();
 }
 

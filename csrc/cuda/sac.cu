@@ -1,24 +1,25 @@
-// SAC updates; csrc/cpu/sac.inl says the same for a processor.
+// SAC updates in CUDA, the counterpart of csrc/cpu/sac.inl.
 #include "cuda/random.cuh"
 #include "cuda/train.cuh"
 
 namespace mopo::cuda {
 
-// Numbers of a row that are summed over the batch.
+// Numbers of each row that are summed over the batch, for the metrics and the temperature.
 enum RowSum { kLogProb, kSquares, kValues, kLeastValue, kSums };
 
-// One run. A matrix of several sections has the batch in each.
+// One run. A matrix of several sections has `rows` rows in each.
 struct Sac {
-  SacArgs args;            // but for the layers, which are
+  SacArgs args;            // its layers are the host's; the device has
   const Layer* layers;     // [critics + 1][depth], the actor's last
   int batch, rows;         // rows of a section: the batch, rounded up to whole tiles
   Matrix observations;     // 2 sections: observations; next observations
-  Matrix pairs;            // 3 sections: these with actions, the data's; the policy's; next observations'
+  Matrix pairs;            // the critics' inputs, 3 sections: observations with the data's actions; with the
+                           // policy's; next observations with the policy's
   Matrix actions;          // the policy's
   Matrix spread, log_std;  // its std * noise; log std before the clip
-  Matrix action_grad;      // of - Q / batch by the policy's actions
+  Matrix action_grad;      // of -Q / batch by the policy's actions
   double* sums;            // [kSums][batch]
-  const AdamStep* steps;   // [updates][3]: of the critics, the actor and the temperature
+  const AdamStep* steps;   // [updates][3]: critics, actor, temperature
   double* metrics;
   uint32_t* counter;
 };
@@ -28,8 +29,8 @@ MOPO_DEVICE float temperature(const SacArgs& args) {
   return alpha > args.alpha_max ? args.alpha_max : alpha;
 }
 
-// kTile rows of a batch, from `first` on. What goes through a network is one section of them, or two in turn:
-// through the critics the first two sections of pairs, kBoth at once, or one, then the other.
+// kTile rows of a batch, from `first` on. One section of them passes through a network, or two at once.
+// Through the critics pass the first two sections of pairs: at once if kBoth, else one in each of two passes.
 template <int kTile, bool kBoth>
 struct SacTile {
   static constexpr int kStride = 2 * kTile, kCriticRows = kBoth ? kStride : kTile;
@@ -39,8 +40,8 @@ struct SacTile {
   const uint32_t step;
   const int first;
 
-  // In shared memory, of each row; of log-probabilities the sections of observations, of gradients by Q the
-  // first two of pairs, of Q all of them.
+  // Arrays in shared memory, a number for each row of the tile: drawn() of 8 bytes; log_probs() for both
+  // sections of observations, q_grads() for the first two of pairs, q() for all three.
   MOPO_DEVICE float* values() const { return activations(); }
   MOPO_DEVICE int64_t* drawn() const { return reinterpret_cast<int64_t*>(values()); }
   MOPO_DEVICE float* rewards() const { return values() + 2 * kTile; }
@@ -49,7 +50,7 @@ struct SacTile {
   MOPO_DEVICE float* log_probs() const { return values() + 5 * kTile; }
   MOPO_DEVICE float* q_grads() const { return values() + 7 * kTile; }
   MOPO_DEVICE float* q(int critic) const { return values() + (9 + 3 * critic) * kTile; }
-  // What goes through a layer, [width][kStride].
+  // The inputs or gradients that pass through a layer, [width][kStride].
   MOPO_DEVICE float* x() const { return q(static_cast<int>(args.critics)); }
   MOPO_DEVICE float& x(int column, int row) const { return x()[column * kStride + row]; }
 
@@ -58,15 +59,16 @@ struct SacTile {
   MOPO_DEVICE int act_dim() const { return static_cast<int>(args.act_dim); }
   MOPO_DEVICE const Layer* critic(int j) const { return sac.layers + j * args.depth; }
   MOPO_DEVICE const Layer* actor() const { return critic(static_cast<int>(args.critics)); }
-  // Of the sections from `section` on that the critics take at once, is 0 or is 1 one?
+  // True if section 0, or section 1, is among those that the critics take at once from `section` on.
   MOPO_DEVICE static bool has_data(int section) { return section == 0; }
   MOPO_DEVICE static bool has_policy(int section) { return kBoth || section == 1; }
 
-  // The row of a matrix that row v of what goes through a layer is, which begins with `section`.
+  // The row of a matrix for row v of x(), whose first section is `section`.
   MOPO_DEVICE int row(int section, int v) const {
     return (section + v / kTile) * sac.rows + first + v % kTile;
   }
-  // Its row of the batch; the last tile's rows beyond the batch are its last, and leave no trace.
+  // Its row of the batch. Rows of the last tile beyond the batch repeat the batch's last row, and enter no
+  // sum.
   MOPO_DEVICE int batch_row(int v) const { return min(first + v % kTile, sac.batch - 1); }
   MOPO_DEVICE const SacSource& source(int v) const {
     return batch_row(v) < args.real_rows ? args.real : args.model;
@@ -99,8 +101,8 @@ struct SacTile {
     }
   }
 
-  // Sections of `input` through a network, the last layer's outputs into `to`, `stride` from one to the next.
-  // The inputs of the other layers are kept in the sections before `kept`.
+  // Passes sections of `input` through a network and writes output n of row v to to[n * stride + v]. The
+  // inputs of hidden and last layers are stored for the sections before `kept`.
   template <int kRows>
   MOPO_DEVICE void forward(const Matrix& input, const Layer* layers, Matrix Layer::* weights, int section,
                            int kept, float* to, int stride) const {
@@ -130,7 +132,7 @@ struct SacTile {
     __syncthreads();
   }
 
-  // Actions and their log-probabilities, at observations and at next observations.
+  // The policy's actions and their log-probabilities, at observations and at next observations.
   MOPO_DEVICE void act() const {
     const int act_dim = this->act_dim();
     forward<kStride>(sac.observations, actor(), &Layer::value, 0, 1, x(), kStride);
@@ -158,7 +160,7 @@ struct SacTile {
     }
   }
 
-  // This thread's row's part in a sum.
+  // Stores the number x of this thread's row for a sum over the batch.
   MOPO_DEVICE void add(RowSum sum, double x) const {
     const int row = first + threadIdx.x;
     if (row < sac.batch) sac.sums[sum * sac.batch + row] = x;
@@ -178,7 +180,7 @@ struct SacTile {
     targets()[v] = rewards()[v] + (continues()[v] != 0.0f ? continues()[v] * value : 0.0f);
   }
 
-  // The critics forwards and backwards, the sections from `section` on: 0 for their own loss, 1 for the
+  // The critics forwards and backwards, from `section` on: section 0 is for their own loss, 1 for the
   // policy's.
   MOPO_DEVICE void critics(int section) const {
     for (int j = 0; j < args.critics; ++j)
@@ -200,11 +202,12 @@ struct SacTile {
         if (q(j)[kTile + v] < q(least)[kTile + v]) least = j;
       add(kLeastValue, q(least)[kTile + v]);
     }
-    const float share = 1.0f / static_cast<float>(sac.batch), scale = 2.0f * args.critic_loss_scale * share;
+    const float inverse_batch = 1.0f / static_cast<float>(sac.batch);
+    const float scale = 2.0f * args.critic_loss_scale * inverse_batch;
     for (int j = 0; j < args.critics; ++j) {
       __syncthreads();
       if (v < kTile && has_data(section)) q_grads()[v] = scale * (q(j)[v] - targets()[v]);
-      if (v < kTile && has_policy(section)) q_grads()[kTile + v] = least == j ? -share : 0.0f;
+      if (v < kTile && has_policy(section)) q_grads()[kTile + v] = least == j ? -inverse_batch : 0.0f;
       __syncthreads();
       critic_backward(j, section);
     }
@@ -226,13 +229,13 @@ struct SacTile {
     backward<kCriticRows>(layers, hidden() - 1, section, has_policy(section) ? 0 : 1, j > 0);
   }
 
-  // From the gradients of layer `top`'s outputs down to those of the outputs below layer `bottom`, before the
-  // activation. Below the critics' layer 0 are actions: their gradients are those of all critics together.
+  // Backwards from the outputs of layer `top` to the pre-activations below layer `bottom`. Below the critics'
+  // layer 0 lie the actions, whose gradients are added up over the critics: `adds` for all but the first.
   template <int kRows>
   MOPO_DEVICE void backward(const Layer* layers, int top, int section, int bottom, bool adds) const {
     for (int l = top; l >= bottom; --l) {
       const Layer& layer = layers[l];
-      // Of the first layer's inputs whole groups of four, from the actions on.
+      // Only the actions among the first layer's inputs are needed, from a multiple of four on.
       const int begin = l == 0 ? obs_dim() / 4 * 4 : 0;
       multiply<kRows, kStride>(
           x(), layer.transposed.data + begin, layer.transposed.stride, layer.out, layer.in - begin,
@@ -254,9 +257,9 @@ struct SacTile {
     }
   }
 
-  // From the gradients of the actions through Q to those of the actor's layers.
+  // From the gradients of Q by the actions to those of the actor's layers.
   MOPO_DEVICE void actor_backward() const {
-    const float share = 1.0f / static_cast<float>(sac.batch);
+    const float inverse_batch = 1.0f / static_cast<float>(sac.batch);
     const int act_dim = this->act_dim();
     const Layer& head = actor()[hidden()];
     __syncthreads();
@@ -264,7 +267,7 @@ struct SacTile {
       const int d = i / kTile, v = i % kTile;
       const auto grad = squashed_gradient(sac.actions.at(row(0, v))[d], sac.spread.at(row(0, v))[d],
                                           sac.log_std.at(row(0, v))[d], args.log_std_min, args.log_std_max,
-                                          sac.action_grad.at(row(0, v))[d], alpha, share);
+                                          sac.action_grad.at(row(0, v))[d], alpha, inverse_batch);
       head.grads.at(row(0, v))[d] = x(d, v) = grad.mean;
       head.grads.at(row(0, v))[act_dim + d] = x(act_dim + d, v) = grad.log_std;
     }
@@ -272,7 +275,7 @@ struct SacTile {
   }
 };
 
-// The temperature's step, and the update's metrics, which are of the state before it.
+// Adds the update's metrics, which are of the parameters before it, and steps the temperature.
 MOPO_DEVICE void train_temperature(const Sac& sac, const AdamStep& step) {
   const SacArgs& args = sac.args;
   const double* sums = add_up(sac.sums, kSums, sac.batch);
@@ -289,8 +292,8 @@ MOPO_DEVICE void train_temperature(const Sac& sac, const AdamStep& step) {
   adam(step, args.log_alpha, 0, static_cast<float>(gradient));
 }
 
-// kSimultaneous: one pass for the gradients of critics and actor; else the critics' parameters move in
-// between.
+// An update is one pass if kSimultaneous: the gradients of critics and actor, then their parameters. Else it
+// is two: the critics' parameters move before the policy's actions pass through them.
 template <int kTile, bool kSimultaneous>
 __global__ void __launch_bounds__(kThreads, 1) sac_kernel(const __grid_constant__ Launch<Sac> launch) {
   const Sac& sac = launch.runs[blockIdx.x / launch.blocks];
@@ -298,7 +301,7 @@ __global__ void __launch_bounds__(kThreads, 1) sac_kernel(const __grid_constant_
   const int critic_layers = static_cast<int>(args.critics * args.depth);
   const int layers = critic_layers + static_cast<int>(args.depth);
   Group group{launch.blocks, static_cast<int>(blockIdx.x) % launch.blocks, sac.counter};
-  for (int l = 0; l < layers; ++l) take_up(group, sac.layers[l], sac.rows);
+  for (int l = 0; l < layers; ++l) copy_parameters(group, sac.layers[l], sac.rows);
   constexpr int kPasses = kSimultaneous ? 1 : 2;
   for (int pass = 0; pass < kPasses * args.updates; ++pass) {
     const int update = pass / kPasses, section = pass % kPasses;
@@ -367,7 +370,8 @@ cudaError_t sac_updates(const std::vector<SacArgs>& runs, double* metrics, const
                         cudaStream_t cuda_stream) {
   const SacArgs& first = runs.front();
   const int widest_layer = std::max(widest(first.actor, first.depth), widest(first.critic, first.depth));
-  const int floats = 9 + 3 * static_cast<int>(first.critics) + 2 * widest_layer;  // of a row
+  const int floats =
+      9 + 3 * static_cast<int>(first.critics) + 2 * widest_layer;  // of shared memory, for each row of a tile
   return each_launch(runs, [&](const SacArgs* some, int count, int blocks, const Device& device) {
     const bool large =
         first.real_rows + first.model_rows > 4 * blocks && shared_bytes(8 * floats) <= device.shared_bytes;

@@ -1,7 +1,8 @@
-// What SAC's and the fit's kernels share. A group of blocks trains one run. A step has two phases, which its
-// blocks begin together: rows, where a block takes tiles of the batch through the networks and back; and
-// parameters, where it takes squares of the gradients straight into Adam. Every sum has an order that depends
-// on the sizes of networks and batch alone: not on the number of blocks, nor on how many rows a tile has.
+// Shared by the kernels of SAC and the fit. A group of blocks trains one run. A step has two phases, which
+// all blocks of the group begin together: rows, in which a block takes tiles of the batch through the
+// networks and back; and parameters, in which it takes squares of the gradients straight into Adam. The order
+// of every sum depends only on the sizes of networks and batch, not on the number of blocks or the rows of a
+// tile.
 #pragma once
 
 #include <algorithm>
@@ -24,21 +25,21 @@ struct Matrix {
   MOPO_DEVICE float* at(int row) const { return ptx::global(data + static_cast<int64_t>(row) * stride); }
 };
 
-// A layer of one network. `target` and `transposed` have no data where there is no target, and where no
-// gradient goes back through the layer.
+// A layer of one network. `target` has no data where the layer has no target, `transposed` where no gradient
+// passes through it.
 struct Layer {
   int in, out;
   Parameter weight, bias;  // the caller's
-  Matrix value, target;    // [in + 1][out], copies of these, the bias last
+  Matrix value, target;    // [in + 1][out], copies of both, the bias last
   Matrix transposed;       // [out][in], of the weights
-  Matrix inputs;           // [rows][in + 1], the last column ones: the bias's
-  Matrix grads;            // [rows][out], of the loss by the outputs before the activation
+  Matrix inputs;           // [rows][in + 1]; the last column is ones, for the bias
+  Matrix grads;            // [rows][out], of the loss by the pre-activations
 };
 
 // ---- Host ----
 
-// What a launch needs on the device: pieces of one allocation, and behind them an image of the host's arrays.
-// Laid out twice: first to add everything up, then for real.
+// A launch's device memory: pieces of one allocation, and behind them an image of the host's arrays.
+// Everything is taken twice: first to add up the sizes, then with the allocation at `base`.
 struct Memory {
   char* base = nullptr;
   size_t image_at = 0;
@@ -51,7 +52,7 @@ struct Memory {
     used += (count * sizeof(T) + 255) / 256 * 256;
     return result;
   }
-  // Its rows begin at multiples of four numbers.
+  // Rows begin at multiples of four numbers, for loads of 16 bytes.
   Matrix take_matrix(int64_t rows, int64_t columns) {
     const int stride = round_up(static_cast<int>(columns), 4);
     return {take<float>(rows * stride), stride};
@@ -74,7 +75,7 @@ struct Memory {
     layer.grads = take_matrix(rows, from.out);
     return layer;
   }
-  // The array's address on the device.
+  // Puts an array into the image; returns its address on the device.
   template <class T>
   T* put(const std::vector<T>& array) {
     const size_t at = (image.size() + 15) / 16 * 16, bytes = array.size() * sizeof(T);
@@ -84,8 +85,8 @@ struct Memory {
   }
 };
 
-// launch(lay_out(memory)), the memory filled in; waits for the kernel. An asynchronous copy may read the
-// image for as long as it takes, so the image stays until then.
+// Allocates memory for lay_out(memory), copies its image to the device, calls launch(args) and waits for the
+// kernel: the asynchronous copy may read the image until then.
 template <class LayOut, class Launch>
 cudaError_t launch_with_memory(const Allocate& allocate, cudaStream_t cuda_stream, LayOut lay_out,
                                Launch launch) {
@@ -100,7 +101,7 @@ cudaError_t launch_with_memory(const Allocate& allocate, cudaStream_t cuda_strea
   return error == cudaSuccess ? waited : error;
 }
 
-// What a kernel gets: runs, and how many blocks are each one's.
+// A kernel's argument: the runs, and the number of blocks of each.
 template <class Run>
 struct Launch {
   const Run* runs;
@@ -108,13 +109,14 @@ struct Launch {
 };
 
 struct Device {
-  int multiprocessors, shared_bytes;  // the latter of a block, at most
+  int multiprocessors;
+  int shared_bytes;  // of a block, at most
 };
 
-// launch(the first of some runs, how many, blocks for each, device): as many blocks as the device can have at
-// once, in turns where there are more runs.
-template <class Args, class Launch>
-cudaError_t each_launch(const std::vector<Args>& runs, Launch launch) {
+// Calls launch(first run, number of runs, blocks for each, device), once or more: the blocks of a launch run
+// at the same time, one on each multiprocessor, so it takes no more runs than there are of these.
+template <class Args, class LaunchRuns>
+cudaError_t each_launch(const std::vector<Args>& runs, LaunchRuns launch) {
   Device device{};
   int number = 0;
   cudaError_t error = cudaGetDevice(&number);
@@ -143,7 +145,7 @@ struct Group {
   uint32_t* const counter;
   uint32_t awaited = 0;
 
-  // Until all blocks are here; what they have written before is there.
+  // Waits for all blocks of the group, and makes what they have written visible.
   MOPO_DEVICE void wait() {
     __syncthreads();
     awaited += blocks;
@@ -155,9 +157,9 @@ struct Group {
   }
 };
 
-// ---- Device: shared memory: partial sums, a tile's activations, and what else a kernel keeps ----
+// ---- Device: shared memory: partial sums, then a tile's activations and what else a kernel keeps there ----
 
-// Of 4 columns a thread, padded, and of 8 rows at a time.
+// Floats of the partial sums: 4 columns a thread, padded by an eighth, of 8 rows at a time.
 constexpr int kPartials = 4 * kThreads / 8 * 9 * 8;
 
 MOPO_DEVICE float* partials() { return reinterpret_cast<float*>(ptx::dynamic_shared()); }
@@ -169,11 +171,12 @@ inline int shared_bytes(int activations) {
 MOPO_DEVICE float4& four(float* at) { return *reinterpret_cast<float4*>(at); }
 MOPO_DEVICE float4 four(const float* at) { return *reinterpret_cast<const float4*>(at); }
 
-// A product x^T m of x [count][kStride] in shared memory, of which kRows columns, and m [count][columns] in
-// global memory: visit(column, row, values of four rows from there on), as many at once as there are threads.
-// Before it the threads wait for one another; visit may write to x.
+// The product x^T m of kRows columns of x [count][kStride], in shared memory, and m [count][columns], in
+// global memory. All threads call it; a thread calls visit(column, row, sums) for four rows from `row` on.
+// The threads wait for one another before, and visit may write to x.
 //
-// A thread takes four columns for all rows, and a slice of `count`; the slices' sums are added up in order.
+// A thread sums four columns for all rows over a slice of `count`; the slices' sums are then added up in
+// order. The number of slices depends on `columns` alone.
 template <int kRows, int kStride, class Visit>
 MOPO_DEVICE void multiply(const float* x, const float* m, int stride, int count, int columns, Visit visit) {
   constexpr int kAtOnce = kRows < 8 ? kRows : 8, kMostSlices = 32;
@@ -200,7 +203,7 @@ MOPO_DEVICE void multiply(const float* x, const float* m, int stride, int count,
       }
     }
   }
-  // Of a slice, four rows and a column; the padding keeps threads to banks of their own.
+  // Partial sums of a slice, four rows and a column. The padding avoids bank conflicts.
   const auto place = [&](int of, int rows, int column) {
     const int padded = 4 * quads + quads / 2;
     return partials() + 4 * ((of * (kAtOnce / 4) + rows) * padded + column + column / 8);
@@ -253,7 +256,7 @@ MOPO_DEVICE float4 each(float4 x, float4 y, Function function) {
 
 // ---- Device: parameters ----
 
-// A number of a parameter's a step against its gradient; gives the new value.
+// One step of Adam on number `at` of a parameter; returns the new value.
 MOPO_DEVICE float adam(const AdamStep& step, const Parameter& parameter, int at, float gradient) {
   float& value = ptx::global(parameter.value)[at];
   adam<float>(step, gradient, value, ptx::global(parameter.exp_avg)[at],
@@ -261,7 +264,7 @@ MOPO_DEVICE float adam(const AdamStep& step, const Parameter& parameter, int at,
   return value;
 }
 
-// Where the caller has number [k][n] of a layer's matrix.
+// The place of number [k][n] of a layer's matrix in the caller's arrays.
 struct Place {
   const Parameter& parameter;
   int at;
@@ -270,10 +273,11 @@ MOPO_DEVICE Place place(const Layer& layer, int k, int n) {
   return k < layer.in ? Place{layer.weight, k * layer.out + n} : Place{layer.bias, n};
 }
 
-// kHalf x kHalf numbers of a layer's matrix a step against their gradients, whose parts are in shared memory.
+// One step of Adam on kHalf x kHalf numbers of a layer's matrix. Their gradients are the sums of `parts`
+// parts in shared memory.
 constexpr int kHalf = 32;
 MOPO_DEVICE void step_quarter(const Layer& layer, const AdamStep& step, int begin_k, int begin_n, int parts) {
-  float* values = partials() + parts * kHalf * kHalf;  // one more column: its own banks for each row
+  float* values = partials() + parts * kHalf * kHalf;  // with one more column, against bank conflicts
   for (int i = threadIdx.x; i < kHalf * kHalf; i += kThreads) {
     const int k = begin_k + i / kHalf, n = begin_n + i % kHalf;
     if (k > layer.in || n >= layer.out) continue;
@@ -299,8 +303,8 @@ MOPO_DEVICE void step_quarter(const Layer& layer, const AdamStep& step, int begi
   }
 }
 
-// A square of a layer's matrix a step against its gradient, inputs^T grads over `count` rows. A thread takes
-// 8 x 8 numbers, in groups of four `kHalf` apart, over a slice of the rows.
+// One step of Adam on a square of a layer's matrix, with the gradient inputs^T grads over `count` rows. A
+// thread sums 8 x 8 numbers, in groups of four that lie kHalf apart, over every kSlices-th row.
 constexpr int kSquare = 2 * kHalf;
 MOPO_DEVICE int squares(const Layer& layer) {
   return (layer.in / kSquare + 1) * ((layer.out + kSquare - 1) / kSquare);
@@ -315,7 +319,7 @@ MOPO_DEVICE void train_square(const Layer& layer, const AdamStep& step, int coun
   const int k = first_k + cell_k, n = first_n + cell_n;
   if (k <= layer.in && n < layer.out) {
     const float *inputs = layer.inputs.at(0) + k, *grads = layer.grads.at(0) + n;
-    // What lies beyond the matrix is left alone below.
+    // Beyond the matrix the near numbers are read again; step_quarter leaves their sums alone.
     const int far_k = k + kHalf <= layer.in ? kHalf : 0, far_n = n + kHalf < layer.out ? kHalf : 0;
 #pragma unroll 4
     for (int row = slice; row < count; row += kSlices) {
@@ -344,8 +348,8 @@ MOPO_DEVICE void train_square(const Layer& layer, const AdamStep& step, int coun
   }
 }
 
-// The group's squares of layers are dealt out in turn. `next` is the block's first in the first layer; it
-// goes on to the layers after the last.
+// This block's squares of a layer: the squares of all layers are dealt out to the group's blocks in turn.
+// `next` is the block's next square in this layer, and afterwards in the layer that follows.
 MOPO_DEVICE void train_layer(const Group& group, const Layer& layer, const AdamStep& step, int count,
                              int& next) {
   const int all = squares(layer);
@@ -353,8 +357,8 @@ MOPO_DEVICE void train_layer(const Group& group, const Layer& layer, const AdamS
   next -= all;
 }
 
-// The copies of a layer's parameters, and the column of ones.
-MOPO_DEVICE void take_up(const Group& group, const Layer& layer, int rows) {
+// Fills in the copies of a layer's parameters, and the column of ones.
+MOPO_DEVICE void copy_parameters(const Group& group, const Layer& layer, int rows) {
   const int first = group.block * kThreads + threadIdx.x, apart = group.blocks * kThreads;
   for (int i = first; i < (layer.in + 1) * layer.out; i += apart) {
     const int k = i / layer.out, n = i % layer.out;
@@ -367,7 +371,8 @@ MOPO_DEVICE void take_up(const Group& group, const Layer& layer, int rows) {
   for (int row = first; row < rows; row += apart) layer.inputs.at(row)[layer.in] = 1.0f;
 }
 
-// The sums of `columns` arrays of `count` numbers, in shared memory.
+// Sums of `columns` arrays of `count` numbers each, returned in shared memory. Lanes sum every 32nd number,
+// and lane 0 adds up the lanes in order.
 MOPO_DEVICE const double* add_up(const double* arrays, int columns, int count) {
   double *shares = reinterpret_cast<double*>(partials()), *sums = shares + kThreads;
   __syncthreads();

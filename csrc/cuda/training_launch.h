@@ -1,4 +1,5 @@
-// Training in CUDA: many steps of one run or of several in one launch. The caller has checked everything.
+// The interface of training in CUDA: many steps of one run or of several in one launch. The caller has
+// checked everything.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,15 +12,15 @@
 
 namespace mopo::cuda {
 
-// Gives `bytes` of the device's memory; they must stay until the call has returned.
+// Returns `bytes` of device memory, which must stay allocated until the call has returned.
 using Allocate = std::function<void*(size_t bytes)>;
 
-// The updates of each run, done when it returns; adds their metrics to `metrics` [runs][kSacMetrics] on the
-// device. All addresses in the arguments are the device's, those of their layers' arrays excepted.
+// Makes the updates of all runs and waits for them. Adds their metrics to `metrics` [runs][kSacMetrics] on
+// the device. All addresses in the arguments are the device's, except those of the arrays of TrainedLayer.
 cudaError_t sac_updates(const std::vector<SacArgs>& runs, double* metrics, const Allocate& allocate,
                         cudaStream_t cuda_stream);
 
-// The steps of each run; adds their losses to `losses` [runs], likewise.
+// Makes the fit steps of all runs and waits for them. Adds their losses to `losses` [runs] on the device.
 cudaError_t fit_steps(const std::vector<FitArgs>& runs, double* losses, const Allocate& allocate,
                       cudaStream_t cuda_stream);
 

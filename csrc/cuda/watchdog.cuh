@@ -1,6 +1,7 @@
-// The watchdog of builds with MOPO_FAST_WATCHDOG: a wait of two seconds ends its kernel with an error. The
-// process says at its end which warps waited for what. They write it to the host's memory, which outlives the
-// error. printf, or a branch in C++, would make ptxas serialise the rollout's products (wgmma).
+// The watchdog of builds with MOPO_FAST_WATCHDOG: a wait of two seconds ends its kernel with an error, and at
+// its end the process prints which warps waited for what. Warps write this to the host's memory, which
+// outlives the error. All of it is PTX: printf, or a branch in C++, would make ptxas serialise the rollout's
+// products (wgmma).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,12 +12,12 @@
 
 namespace mopo::watchdog {
 
-// A wait that did not end. `barrier`: its address in shared memory, and `awaited` the parity of its phase; or
-// kBlocks, of whom `awaited` are waited for and `seen` have come.
+// A wait that did not end: for the phase of parity `awaited` of the barrier at this address of shared memory;
+// or, if `barrier` is kBlocks, for `awaited` blocks, of which `seen` have arrived.
 struct alignas(16) Wait {
   uint32_t barrier, awaited, seen, is_set;
 };
-// No address of shared memory: the blocks' counter in global memory.
+// Stands for the blocks' counter in global memory; no address of shared memory is as large.
 constexpr uint32_t kBlocks = ~0u;
 constexpr int kMostBlocks = 1024, kWarps = 16;
 
@@ -38,7 +39,7 @@ inline void print() {
     }
 }
 
-// Once a process: a second registration would fail.
+// Maps waits() for the device, once a process: a second registration would fail.
 inline cudaError_t share() {
   static const cudaError_t shared = [] {
     const cudaError_t error = cudaHostRegister(waits(), sizeof waits(), cudaHostRegisterMapped);
@@ -50,14 +51,14 @@ inline cudaError_t share() {
 
 }  // namespace mopo::watchdog
 
-// The device's address of waits(). PTX finds it by this name; each source file has one.
+// The device's address of waits(), one variable in each source file. The PTX below names it.
 extern "C" {
 __device__ mopo::watchdog::Wait* mopo_fast_waits;
 }
 
 namespace mopo::watchdog {
 
-// Tell this device and source file where waits() is. Called before every launch.
+// Sets mopo_fast_waits for this device and source file. Called before every launch.
 static cudaError_t begin() {
   void* address = nullptr;
   cudaError_t error = share();
@@ -67,9 +68,9 @@ static cudaError_t begin() {
 
 }  // namespace mopo::watchdog
 
-// PTX: `try_once` over and over, until it sets `done`; it may set `seen`. %0 is what is waited for, %1 how
-// much of it. After two seconds the wait is written down; a tenth of a second later the kernel ends, so that
-// others that wait have written too.
+// PTX that repeats `try_once` until that sets `done`; it may set `seen`. %0 is Wait::barrier, %1
+// Wait::awaited. After two seconds the wait is written to waits(); a tenth of a second later the kernel
+// traps, by when the other waiting warps have written theirs.
 #define MOPO_WATCHED(try_once)                           \
   "{\n"                                                  \
   ".reg .pred done;\n"                                   \

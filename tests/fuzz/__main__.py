@@ -1,4 +1,4 @@
-"""Feed every reader with mutated files: a table of what became of them, and the failures as files."""
+"""Feed every file reader with mutated files; print a table of the outcomes and keep the failures as files."""
 
 import argparse
 import contextlib
@@ -25,22 +25,24 @@ from .readers import ENTRIES
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument(
-        "--cases", type=int, default=2000, help="cases in all, fewer of slow readers (default: 2000)"
+        "--cases", type=int, default=2000, help="number of cases, fewer for slow readers (default: 2000)"
     )
-    parser.add_argument("--seed", type=int, help="number of the first case of each reader (default: random)")
+    parser.add_argument("--seed", type=int, help="number of each reader's first case (default: random)")
     parser.add_argument(
-        "--only", nargs="+", default=[], metavar="NAME", help="readers whose names hold one of these"
+        "--only", nargs="+", default=[], metavar="NAME", help="only readers whose names contain one of these"
     )
-    parser.add_argument("--jobs", type=int, default=2, help="children at a time (default: 2)")
-    parser.add_argument("--seconds", type=float, default=20.0, help="time limit of a case (default: 20)")
+    parser.add_argument("--jobs", type=int, default=2, help="child processes at a time (default: 2)")
     parser.add_argument(
-        "--keep", type=Path, default=Path("build/fuzz"), help="folder of the failures (default: build/fuzz)"
+        "--seconds", type=float, default=20.0, help="time limit of a case in seconds (default: 20)"
+    )
+    parser.add_argument(
+        "--keep", type=Path, default=Path("build/fuzz"), help="folder for the failures (default: build/fuzz)"
     )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the table to this file")
     options = parser.parse_args(arguments)
     entries = [e for e in ENTRIES if not options.only or any(part in e.name for part in options.only)]
     if not entries:
-        parser.error(f"no reader is called so; there are: {', '.join(entry.name for entry in ENTRIES)}")
+        parser.error(f"no reader has such a name; there are: {', '.join(entry.name for entry in ENTRIES)}")
     seed = random.SystemRandom().randrange(10**9) if options.seed is None else options.seed
     share = options.cases / sum(1 / entry.cost for entry in entries)
     cases = [(entry, range(seed, seed + max(1, round(share / entry.cost)))) for entry in entries]
@@ -56,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         began, cpu_before = time.monotonic(), _cpu_seconds()
         verdicts: list[Verdict] = []
-        # Ctrl-C, or a kill, ends a long run with the table of what it has done; so it does in the background,
+        # After Ctrl-C or a kill a long run prints the table of the cases so far; also in the background,
         # where shells have SIGINT ignored.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler)
@@ -101,7 +103,7 @@ def _cpu_seconds() -> float:
 
 
 def _unique(verdicts: Sequence[Verdict]) -> list[list[Verdict]]:
-    """Failures by kind, exception and place, each beginning with its smallest case."""
+    """Group failures by kind, exception and place, each group beginning with its smallest case."""
     groups: dict[tuple[str, str, str], list[Verdict]] = {}
     for verdict in sorted((v for v in verdicts if v.failed), key=lambda v: (v.number, v.entry)):
         groups.setdefault(verdict.key, []).append(verdict)
@@ -114,7 +116,7 @@ def _last_line(text: str) -> str:
 
 
 def _count(verdicts: Sequence[Verdict]) -> tuple[list[str], list[list[str]]]:
-    """Names of columns, and a row for each reader and for all; `ms` is the mean time of a case."""
+    """Return column names, and a row for each reader and for all; `ms` is the mean time of a case."""
     seen = {verdict.kind for verdict in verdicts}
     kinds = ["read", "refused", *(kind for kind in FAILURES if kind in seen)]
     by_entry: dict[str, list[Verdict]] = {}

@@ -1,4 +1,4 @@
-"""Cases in child processes with limits of time, memory and file size; what each did to its process."""
+"""Fuzz cases in child processes with limits of time, memory and file size, and their outcomes."""
 
 import contextlib
 import errno
@@ -39,15 +39,16 @@ PACKAGE = str(Path(sys.modules["mopo_fast"].__file__ or "").parent)
 
 @dataclass(frozen=True)
 class Entry:
-    """A reader of files, as the fuzzer knows it.
+    """A file reader under test.
 
     Attributes:
-        name: what tables call it.
-        make: writes a small sound input to the working directory; another one for each number that it gets.
-        files: globs of the input's files that are mutated.
-        read: reads the input in the working directory to its end, through the public reader.
-        covers: the functions of the package that read files on this way, as `scan.readers` names them.
-        cost: a reader that takes long gets one case where others get `cost`.
+        name: name in tables.
+        make: function that writes a small valid input to the working directory, a different one for each
+            number.
+        files: globs of the input's files to mutate.
+        read: function that reads the whole input in the working directory through the public reader.
+        covers: functions of the package that read files on the way, named as by `scan.readers`.
+        cost: a slow reader gets one case for every `cost` cases of others.
     """
 
     name: str
@@ -60,7 +61,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of one case."""
+    """Limits of a case."""
 
     seconds: float = 20.0
     memory: int = 2 << 30
@@ -73,11 +74,11 @@ class Verdict:
     """The outcome of one case.
 
     Attributes:
-        kind: "read", "refused" (an InputError), or a failure: one of `FAILURES`.
+        kind: "read", "refused" (an InputError), or one of `FAILURES`.
         what: the exception's type, or the signal's name.
-        where: the innermost place in the package, "file.py:function"; "" where it is not known.
+        where: the innermost place in the package, "file.py:function", or "" if unknown.
         details: the message and the traceback.
-        mutation: a few words on what was done to the input.
+        mutation: short description of the mutation.
     """
 
     entry: str
@@ -98,23 +99,23 @@ class Verdict:
         return self.kind, self.what, self.where
 
 
-# Beside a failure's files.
+# Description of a failure, beside its files.
 VERDICT = "verdict.txt"
 FAILURES = ("traceback", "crash", "hang", "memory", "escape", "mutation")
 
 
 class Escape(BaseException):
-    """The case has done something outside its folder."""
+    """Raised when a case has done something outside its folder."""
 
 
 def check_secret(values: Any) -> None:
-    """Raise `Escape` where an array holds what only files outside the case's folder do."""
+    """Raise `Escape` if an array has a value that is only in files outside the case's folder."""
     if np.any(np.asarray(values) == SECRET):
         raise Escape("values come from a file outside the input")
 
 
 class World:
-    """The folder of one child: the case's own, and canaries beside it that must not change."""
+    """A child's folder: the case's folder, and canaries beside it that must not change."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.case, self.canary = root, root / "case", root / "canary"
@@ -132,21 +133,21 @@ class World:
         secret = np.full(4096, SECRET, np.float32)
         (self.canary / "outside.bin").write_bytes(secret.tobytes())
         with h5py.File(self.canary / "outside.hdf5", "w") as file:
-            # Shapes as inputs have them, and any others.
+            # Values of the shapes that inputs have, and of others.
             file["floats"] = secret
             for rows, columns in itertools.product((4, 8, 24, 30, 40), (None, 2, 3, 6, 8, 11, 17, 27)):
                 shape = (rows,) if columns is None else (rows, columns)
                 file["x".join(map(str, shape))] = np.full(shape, SECRET, np.float32)
 
     def _look(self) -> dict[str, Any]:
-        """Content, mode and times of everything but the case's folder, and of temporary files."""
+        """Record content, mode and times of everything but the case's folder, and of temporary files."""
         seen: dict[str, Any] = {}
         for folder in (self.root, self.canary, self.canary / "folder"):
             for entry in os.scandir(folder):
                 if entry.name in ("case", "tmp", "trace", "stderr"):
                     continue
                 about = entry.stat(follow_symlinks=False)
-                # A folder's own time changes with what is in it, which is looked at by itself.
+                # A folder's time changes with its content, which is recorded separately.
                 facts = (about.st_mode, about.st_nlink, about.st_uid)
                 if stat.S_ISREG(about.st_mode):
                     digest = hashlib.sha256(Path(entry.path).read_bytes()).hexdigest()
@@ -155,14 +156,14 @@ class World:
         return seen
 
     def changes(self) -> list[str]:
-        """Files that are no longer as they were."""
+        """Return the files that have changed."""
         after = self._look()
         return sorted(
             name for name in self._before.keys() | after.keys() if self._before.get(name) != after.get(name)
         )
 
     def prepare(self, entry: Entry, number: int, corpus: Path) -> str:
-        """Put the mutated input of a case into place; a few words on the mutation."""
+        """Put the mutated input of a case into place; return a short description of the mutation."""
         sound, donor = corpus / entry.name / "0", corpus / entry.name / "1"
         self.place(sound)
         os.chdir(self.case)
@@ -171,31 +172,31 @@ class World:
         path = rng.choice(files)
         told = mutate(Path(path), donor / path if (donor / path).exists() else sound / path, rng)
         if self.changes():
-            # HDF5 opens the files that a file refers to for writing too.
+            # HDF5 may open files that a file refers to, for writing too.
             self._fill()
             self._before = self._look()
         return f"{path}: {told}"
 
     def place(self, folder: Path) -> None:
-        """Make `folder`'s copy the case's folder."""
+        """Replace the case's folder with a copy of `folder`."""
         os.chdir(self.root)
         shutil.rmtree(self.case, ignore_errors=True)
         shutil.copytree(folder, self.case, symlinks=True)
 
 
 def mutated_files(entry: Entry, folder: Path) -> list[str]:
-    """The files of an entry's sound input that are mutated."""
+    """Return the files of an entry's valid input that are mutated."""
     found = sorted({str(path.relative_to(folder)) for glob in entry.files for path in folder.glob(glob)})
     if not found:
         raise ValueError(f"{entry.name} makes no files like {', '.join(entry.files)}")
     return found
 
 
-# --- in a child
+# --- In a child
 
 
 def fork(work: Callable[[], None]) -> int:
-    """The process ID of a child that does the work and ends."""
+    """Fork a child that does the work and ends; return its process ID."""
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
@@ -213,7 +214,7 @@ def fork(work: Callable[[], None]) -> int:
 
 
 def settle(world: World, limits: Limits | None = None) -> None:
-    """Make this process one that reads cases: its folders, no network, its limits."""
+    """Prepare this process to read cases: its folders, no network, its limits."""
     os.chdir(world.root)
     world.case.mkdir(exist_ok=True)
     folders = {"HOME": "home", "MOPO_FAST_DATA_DIR": "data", "D4RL_DATASET_DIR": "d4rl"}
@@ -240,7 +241,7 @@ def _no_network(*_: Any, **__: Any) -> NoReturn:
     raise OSError(errno.ENETUNREACH, "no network in a fuzzed case")
 
 
-# Names of audit events, and which of their arguments are paths that change.
+# Audit events, and the indices of the arguments that are paths which they change.
 _CHANGES = {
     **dict.fromkeys(
         ("os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.chmod", "os.chown", "os.utime"), (0,)
@@ -253,7 +254,7 @@ _RUNS = ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "os.start
 
 
 class Watch:
-    """Notes what Python does to paths outside the child's folder, and programs that it starts."""
+    """Record of Python's changes to paths outside the child's folder, and of programs that it starts."""
 
     def __init__(self, world: World) -> None:
         self._root, self.seen, self.on = os.path.realpath(world.root), [], False
@@ -280,7 +281,7 @@ class Watch:
         if not isinstance(path, (str, bytes, os.PathLike)):
             return
         folder, name = os.path.split(os.path.abspath(os.fsdecode(path)))
-        # But for a file that is opened, a link is itself what changes.
+        # Opening follows links; all other events change the link itself.
         full = os.path.join(os.path.realpath(folder), name)
         full = os.path.realpath(full) if follows else full
         inside = os.path.relpath(full, self._root).split(os.sep)[0]
@@ -289,7 +290,7 @@ class Watch:
 
 
 def judge(entry: Entry, number: int, world: World, watch: Watch, mutation: str = "") -> Verdict:
-    """Read what is in the case's folder; what became of it, but for what kills the process."""
+    """Read the case's folder and return the outcome, unless it kills the process."""
     os.chdir(world.case)
     random.seed(0)
     np.random.seed(0)
@@ -320,9 +321,9 @@ def judge(entry: Entry, number: int, world: World, watch: Watch, mutation: str =
 
 
 def _place(error: BaseException) -> str:
-    """The innermost function of the package on the way to an error; else of all."""
+    """Return the innermost function of the package in a traceback, or the innermost of all."""
     frames = traceback.extract_tb(error.__traceback__)
-    # Comprehensions and lambdas say less than the function that they stand in.
+    # The function around a comprehension or lambda says more than these.
     named = [frame for frame in frames if not frame.name.startswith("<")]
     own = [frame for frame in named if frame.filename.startswith(PACKAGE)]
     last = (own or named or frames)[-1]
@@ -333,7 +334,7 @@ def _place(error: BaseException) -> str:
 def _read_cases(
     entry: Entry, numbers: Iterable[int], world: World, corpus: Path, pipe: int, limits: Limits
 ) -> None:
-    """Read cases one after the other; a line of JSON to the pipe before each and after it."""
+    """Read cases one after the other; write a line of JSON to the pipe before and after each."""
     trace = os.open(world.root / "trace", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     errors = os.open(world.root / "stderr", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     nothing = os.open(os.devnull, os.O_RDWR)
@@ -359,11 +360,11 @@ def _read_cases(
         verdict = judge(entry, number, world, watch, mutation)
         tell(vars(verdict))
         if verdict.kind == "escape":
-            # Canaries are set up anew, in a new child.
+            # A new child sets up new canaries.
             return
 
 
-# --- the parent
+# --- In the parent
 
 
 @dataclass
@@ -383,7 +384,7 @@ class _Child:
 
 @dataclass
 class Fuzzer:
-    """Makes sound inputs and reads mutated ones, in children of this process, which must have no threads."""
+    """Maker of inputs and reader of mutated ones, in forked children: this process must have no threads."""
 
     entries: Sequence[Entry]
     folder: Path
@@ -391,10 +392,10 @@ class Fuzzer:
     limits: Limits = field(default_factory=Limits)
 
     def make_corpus(self, numbers: Sequence[int] = (0, 1)) -> list[Verdict]:
-        """Make sound inputs of each entry, and read the first: what became of these.
+        """Make valid inputs of each entry and read the first; return the outcomes.
 
         Raises:
-            RuntimeError: an entry's input cannot be made.
+            RuntimeError: An entry's input cannot be made.
         """
         world, told = World(self.folder / "world-make"), self.folder / "made.json"
         known = set(sys.modules)
@@ -433,7 +434,7 @@ class Fuzzer:
         return self.folder / "corpus"
 
     def run(self, cases: Sequence[tuple[Entry, Sequence[int]]], batch: int = 50) -> Iterator[Verdict]:
-        """Verdicts on cases, given by their numbers for each entry, in the order in which they are done."""
+        """Yield the verdicts on cases, given by their numbers for each entry, in order of completion."""
         waiting = [
             (entry, list(numbers[first : first + batch]))
             for entry, numbers in cases
@@ -486,7 +487,7 @@ class Fuzzer:
         return _Child(process, receives, entry, list(numbers), world, self._later())
 
     def _kill(self, child: _Child) -> None:
-        """End a child, which says first where it is."""
+        """Kill a child, which prints its stack first."""
         os.kill(child.process, signal.SIGUSR1)
         time.sleep(0.2)
         os.kill(child.process, signal.SIGKILL)
@@ -542,7 +543,7 @@ class Fuzzer:
         return path.read_text(errors="replace")[:20_000] if path.exists() else ""
 
     def keep(self, verdict: Verdict, target: Path) -> None:
-        """Copy the mutated files of a case, and what became of it, to `target`."""
+        """Copy the mutated files of a case and its outcome to `target`."""
         entry = next(entry for entry in self.entries if entry.name == verdict.entry)
         world = World(self.folder / "world-keep")
         sound = self.corpus / entry.name / "0"
@@ -572,7 +573,7 @@ class Fuzzer:
         (target / VERDICT).write_text(told.encode("utf-8", "replace").decode())
 
     def replay(self, entry: Entry, files: Path) -> Verdict:
-        """The verdict on an entry's sound input with files of a folder in place of its own."""
+        """Return the verdict on an entry's valid input with its files replaced by those of a folder."""
         (verdict,) = self._replay(entry, files)
         return verdict
 

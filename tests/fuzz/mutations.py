@@ -1,6 +1,6 @@
-"""Mutations of files: of their bytes, of their structure by their format, and of what they are on the disk.
+"""Mutations of files: of bytes, of structure by format, and of the kind of file on disk.
 
-Everything is drawn from the `random.Random` that is passed in: the same generator mutates the same way.
+Every choice is drawn from the `random.Random` that is passed in, so the same seed gives the same mutation.
 """
 
 import contextlib
@@ -23,11 +23,11 @@ import numpy as np
 
 from mopo_fast.compat import matlab_files
 
-# Places outside a case's folder, as seen from there: see `children.World`.
+# Places outside a case's folder, relative to it; `children.World` makes them.
 CANARY = "../canary"
-# A float32 that only files in the canary folder hold: a reader that returns it has followed a way out.
+# A float32 that only files in the canary folder have: a reader that returns it has left the case's folder.
 SECRET = 4242.125
-# Written by code that a pickle asks for, if it is ever run.
+# File that malicious pickles write if their code is run.
 BOMB = f"touch {CANARY}/bomb"
 
 INTEGERS = (
@@ -67,10 +67,10 @@ TEXTS = (
 
 
 def mutate(path: Path, donor: Path, rng: random.Random) -> str:
-    """Mutate the file in place; a few words on how.
+    """Mutate the file in place and return a short description.
 
     Args:
-        donor: another sound file of the same reader.
+        donor: another valid file of the same reader.
     """
     structure = STRUCTURES.get(path.suffix)
     told: list[str] = []
@@ -80,7 +80,7 @@ def mutate(path: Path, donor: Path, rng: random.Random) -> str:
             told.append(mutate_node(path, rng))
             break
         if structure is not None and chance < 0.65:
-            # A mutation before may have broken the file, which cannot be taken apart then.
+            # An earlier mutation may have broken the file, so that it cannot be parsed.
             with contextlib.suppress(Exception):
                 told.append(structure(path, donor, rng))
                 continue
@@ -92,7 +92,7 @@ def mutate(path: Path, donor: Path, rng: random.Random) -> str:
 
 
 def mutate_node(path: Path, rng: random.Random) -> str:
-    """Put something else in the file's place, or beside it."""
+    """Replace the file with another kind of file, or put one beside it."""
     kinds = "missing,empty,folder,fifo,loop,dangling,zero,canary,unreadable,lock,lock,temporary".split(",")  # noqa: SIM905
     kind = rng.choice(kinds)
     canary = os.path.relpath(Path(CANARY, "text").resolve(), path.parent.resolve())
@@ -101,7 +101,7 @@ def mutate_node(path: Path, rng: random.Random) -> str:
             path.chmod(0)
             return kind
         case "lock" | "temporary":
-            # A process of ours would have left this there.
+            # The temporary file of a killed process.
             beside = path.with_name(".lock" if kind == "lock" else f".{path.name}.abcdefgh.tmp")
             make = rng.choice((beside.mkdir, beside.touch, partial(os.mkfifo, beside)))
             rng.choice((make, partial(beside.symlink_to, canary)))()
@@ -125,7 +125,7 @@ def mutate_node(path: Path, rng: random.Random) -> str:
     return f"{kind} in its place"
 
 
-# --- bytes
+# --- Bytes
 
 
 def mutate_bytes(content: bytes, donor: bytes, rng: random.Random) -> tuple[bytes, str]:
@@ -188,7 +188,7 @@ def mutate_bytes(content: bytes, donor: bytes, rng: random.Random) -> tuple[byte
 
 
 def _place(size: int, rng: random.Random) -> int:
-    """An offset; heads and tails of files, which say what is between, more often than what is between."""
+    """Draw an offset, mostly in the file's head or tail, which describe the rest."""
     most = rng.choice((size, size, 16, 128, 1024))
     offset = rng.randrange(min(size, most)) if size else 0
     return size - 1 - offset if most < size and rng.random() < 0.3 else offset
@@ -210,7 +210,7 @@ _RAWS = (
 
 
 def mutate_json_text(text: str, rng: random.Random) -> str:
-    """JSON with one value, key or level of it changed; it may not be JSON any more."""
+    """Change one value, key or level of JSON. The result may be invalid JSON."""
     root = json.loads(text)
     places: list[tuple[Any, Any]] = []
 
@@ -218,7 +218,7 @@ def mutate_json_text(text: str, rng: random.Random) -> str:
         items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
         for key, value in items:
             places.append((node, key))
-            # The first of a long list are as good as all.
+            # The first elements of a long list are enough.
             if not isinstance(node, list) or key < 20:
                 walk(value)
 
@@ -315,14 +315,15 @@ def _mutate_hdf5(path: Path, donor: Path, rng: random.Random) -> str:
     with h5py.File(path, "r+", locking=False) as file:
         names: list[str] = []
         file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
-        # Arrays are read by every reader, most of the metadata by none.
+        # Every reader reads arrays; most of the metadata no reader reads.
         arrays = [name for name in names if not name.startswith("metadata/")]
         name = rng.choice(arrays if arrays and rng.random() < 0.8 else names)
         kind = rng.choice(HDF5_KINDS)
         value = file[name][()]
         array = np.asarray(value)
         if array.dtype.kind == "f" and (array == SECRET).any():
-            # A mutation before has tied it to a file outside: what is there must not get into this one.
+            # An earlier mutation may have linked a file outside, whose content must not be copied into this
+            # one.
             array = np.zeros_like(array)
         outside, same_shape = f"{CANARY}/outside.hdf5", "x".join(map(str, array.shape))
 
@@ -533,7 +534,7 @@ HDF5_KINDS = (  # noqa: SIM905
 
 
 def mutate_npy(content: bytes, rng: random.Random) -> bytes:
-    """A .npy file with another header, or other values."""
+    """Change the header or the values of a .npy file."""
     width = 2 if content[6:7] == b"\x01" else 4
     length = int.from_bytes(content[8 : 8 + width], "little")
     header = content[8 + width : 8 + width + length].decode("latin1")
@@ -674,7 +675,7 @@ def _mutate_npz(path: Path, donor: Path, rng: random.Random) -> str:
     return f".npz {kind} of {name}"
 
 
-# --- zip archives
+# --- Zip archives
 
 
 def _members(path: Path) -> dict[str, bytes]:
@@ -690,7 +691,7 @@ def _write_zip(path: Path, members: dict[str, bytes], rng: random.Random | None 
 
 
 def _mutate_zip(path: Path, rng: random.Random) -> str:
-    """Change a number or a name in the directory, in a member's own header, or at the end."""
+    """Change a number or a name in the directory, in a member's header, or in the end record."""
     data = bytearray(path.read_bytes())
     end = data.rfind(b"PK\5\6")
     directory = int.from_bytes(data[end + 16 : end + 20], "little")
@@ -699,7 +700,7 @@ def _mutate_zip(path: Path, rng: random.Random) -> str:
         entries.append(following)
     kind = rng.choice(("directory",) * 4 + ("local", "local", "end", "end", "name", "bomb"))
     entry = rng.choice(entries)
-    # Offset and width of each number in a header.
+    # Offset and width in bytes of each number in a header.
     fields = {
         "directory": (
             entry,
@@ -733,7 +734,7 @@ def _mutate_zip(path: Path, rng: random.Random) -> str:
     return f"zip {kind}"
 
 
-# --- pickles
+# --- Pickles
 
 _HARMFUL = (
     f"cposix\nsystem\n(V{BOMB}\ntR",
@@ -881,7 +882,7 @@ _PICKLED_TEXTS = (
 
 
 def mutate_pickle(content: bytes, rng: random.Random) -> bytes:
-    """A pickle with operations taken out, put in, repeated, moved or with other arguments."""
+    """Remove, insert, repeat or move operations of a pickle, or change their arguments."""
     found = [(op, argument, at) for op, argument, at in pickletools.genops(content) if at is not None]
     starts = [at for _, _, at in found] + [len(content)]
     pieces = [content[a:b] for a, b in itertools.pairwise(starts)]
@@ -938,7 +939,7 @@ def _mutate_pickle(path: Path, donor: Path, rng: random.Random) -> str:
     return "pickle"
 
 
-# --- files of torch.save
+# --- Files of torch.save
 
 
 def _mutate_torch(path: Path, donor: Path, rng: random.Random) -> str:
@@ -990,7 +991,7 @@ def _mutate_torch(path: Path, donor: Path, rng: random.Random) -> str:
 
 
 def _change_tensors(content: Any, rng: random.Random) -> Any:
-    """The same nest of containers with one thing in it changed."""
+    """Return the same nested containers with one item changed."""
     import torch
 
     places: list[tuple[Any, Any]] = []
@@ -1035,7 +1036,7 @@ def _change_tensors(content: Any, rng: random.Random) -> Any:
 
 
 def other_tensor(tensor: Any, rng: random.Random) -> Any:
-    """A tensor of another shape or type, or with other numbers."""
+    """Return a tensor of another shape or type, or with other numbers."""
     import torch
 
     kind = rng.choice(
@@ -1102,7 +1103,7 @@ def other_tensor(tensor: Any, rng: random.Random) -> Any:
             return changed.reshape(tensor.shape)
 
 
-# --- safetensors
+# --- Safetensors
 
 
 def _mutate_safetensors(path: Path, donor: Path, rng: random.Random) -> str:
@@ -1119,7 +1120,7 @@ def _mutate_safetensors(path: Path, donor: Path, rng: random.Random) -> str:
         case "header":
             header = mutate_json_text(header, rng)
         case "entry":
-            # Still a sound file, or nearly: other shapes of as many bytes, other types, other places.
+            # A nearly valid file: other shapes of the same size, other types, other offsets.
             fields = json.loads(header)
             names = [name for name in fields if name != "__metadata__"]
             entry = fields[rng.choice(names)]
@@ -1186,7 +1187,7 @@ def _mutate_safetensors(path: Path, donor: Path, rng: random.Random) -> str:
     return f"safetensors {kind}"
 
 
-# --- text, tables
+# --- Text and tables
 
 
 def _mutate_csv(path: Path, donor: Path, rng: random.Random) -> str:
@@ -1293,7 +1294,7 @@ def _mutate_parquet(path: Path, donor: Path, rng: random.Random) -> str:
 def _mutate_matlab(path: Path, donor: Path, rng: random.Random) -> str:
     import scipy.io
 
-    # SciPy's own reader may crash on what a mutation before has left.
+    # SciPy's reader may crash on the result of an earlier mutation.
     arrays = dict(matlab_files.load(path))
     name = rng.choice(list(arrays))
     value = arrays[name]

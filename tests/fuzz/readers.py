@@ -1,6 +1,6 @@
-"""The readers of files in the package: how each one's input is made and read, and what needs no fuzzing.
+"""The package's file readers: how each one's input is made and read, and which need no fuzzing.
 
-A new reader joins `ENTRIES`, or `EXEMPT` with the reason; a test finds those that have not.
+Add a new reader to `ENTRIES`, or to `EXEMPT` with a reason; a test fails for readers that are in neither.
 """
 
 import contextlib
@@ -57,7 +57,7 @@ from .children import Entry, check_secret
 
 OBS, ACT, ROWS = 3, 2, 24
 
-# Functions that read, and why no mutated file is given to them.
+# Functions that read files but get no mutated ones, with the reason.
 EXEMPT = {
     "mopo_fast.utils.atomic:sweep": "opens temporary files to lock them, and reads nothing",
     "mopo_fast.utils.atomic:sync_folder": "opens a folder to flush it",
@@ -83,11 +83,11 @@ EXEMPT = {
 }
 
 
-# --- what inputs are made of, and what is done with what was read
+# --- Parts of inputs, and uses of the data that were read
 
 
 def arrays(number: int, obs: int = OBS, act: int = ACT, rows: int = ROWS) -> dict[str, Any]:
-    """D4RL's arrays of a few episodes."""
+    """Make the arrays of a D4RL data set of a few episodes."""
     random = np.random.default_rng(number)
     terminals = np.zeros(rows, bool)
     timeouts = np.zeros(rows, bool)
@@ -125,7 +125,7 @@ def touch(data: Transitions) -> None:
 
 
 def use(checkpoint: Checkpoint | EnsembleDynamics | Actor) -> None:
-    """A step of the kernels with the models, which trust their numbers."""
+    """Make a step of the kernels, which trust the numbers of the models."""
     if isinstance(checkpoint, EnsembleDynamics):
         checkpoint = Checkpoint(checkpoint)
     elif isinstance(checkpoint, Actor):
@@ -144,7 +144,7 @@ def use(checkpoint: Checkpoint | EnsembleDynamics | Actor) -> None:
 
 @contextlib.contextmanager
 def even_clock() -> Iterator[None]:
-    """Make what is measured in seconds the same every time, so that the same bytes are written."""
+    """Replace measured times by constants, so that the same bytes are written every time."""
     clock, before = itertools.count(), time.perf_counter
     time.perf_counter = lambda: float(next(clock))
     try:
@@ -171,7 +171,7 @@ def actor(number: int, obs: int = OBS, act: int = ACT, **options: Any) -> Actor:
     return Actor(obs, act, **{"hidden": (8, 8)} | options)
 
 
-# --- data sets
+# --- Data sets
 
 FILES = ("mopo_fast.data.files:load_file", "mopo_fast.data:load_dataset")
 HDF5 = (
@@ -326,7 +326,7 @@ _DATA = [
 ]
 
 
-# --- our models
+# --- Our models
 
 
 def _make_ensemble(number: int) -> None:
@@ -356,7 +356,7 @@ _MODELS = [
 ]
 
 
-# --- models of others
+# --- Models of other code
 
 
 def _make_model(format_name: str, target: str, policies: bool, **options: Any) -> Callable[[int], None]:
@@ -450,7 +450,7 @@ class _Layer(nn.Module):
 
 
 class _Model(nn.Module):
-    """OfflineRL-Kit's EnsembleDynamicsModel, as far as its files go."""
+    """OfflineRL-Kit's EnsembleDynamicsModel, as much of it as its files need."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -537,7 +537,7 @@ def _save_both(number: int, folder: str) -> None:
     actor(number).save(folder)
 
 
-# --- runs
+# --- Runs
 
 HOPPER = {"obs": 11, "act": 3}
 CONFIG = TrainConfig(
@@ -557,7 +557,7 @@ CONFIG = TrainConfig(
 
 
 def _make_run(number: int) -> None:
-    """A run of two epochs that was stopped after the first: its checkpoint is there, its summary is not."""
+    """Make a run of two epochs, stopped after the first: with a checkpoint, without a summary."""
     _make_finished(number)
     last = Path("run/checkpoint")
     for path in last.glob("epoch-*.safetensors"):
@@ -567,7 +567,7 @@ def _make_run(number: int) -> None:
 
 
 def _make_finished(number: int) -> None:
-    """A finished run."""
+    """Make a finished run."""
     write_hdf5("data.hdf5", arrays(3, 11, 3, 40))
     first = Path("../tmp", f"run-{number}")
     if not first.exists():
@@ -581,13 +581,13 @@ def _make_finished(number: int) -> None:
 
 
 def _make_first(number: int) -> None:
-    """A finished run, whose dynamics another one takes."""
+    """Make a finished run whose dynamics another run takes."""
     _make_finished(number)
     os.replace("run", "first")
 
 
 class _Board:
-    """Stands in for TensorBoard's log, which waits for a second of its own and is not read."""
+    """Stand-in for TensorBoard's log, which waits for a second and is not read."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -603,7 +603,7 @@ def _resume() -> None:
 
 
 def _summarise() -> None:
-    """Do what a sweep does with the runs in its folder."""
+    """Summarise the runs in a folder as a sweep does."""
     summary = train.train(CONFIG, "run", resume=True, quiet=True)
     str(summary["return_mean"])
     rows = [sweep._row(CONFIG, Path("run"))]
@@ -642,7 +642,7 @@ def _generate() -> None:
 
 
 def _make_models(number: int) -> None:
-    """A run's settings and models, which rollouts take."""
+    """Make a run's settings and models, from which rollouts are made."""
     write_hdf5("data.hdf5", arrays(number, 11, 3, 30))
     ensemble(number, **HOPPER).save("run")
     actor(number, **HOPPER).save("run")
@@ -704,7 +704,7 @@ def _make_online(number: int) -> None:
         collect("hopper-medium", 5, out="first.hdf5", seed=0, threads=1, quiet=True, online=_ONLINE)
     Path("first.hdf5").unlink()
     if number == 1:
-        # Another sound training's: with one more epoch.
+        # The files of a longer training, with one more epoch.
         for epoch in (1, 2):
             shutil.copy(f"data/online/hopper-seed0/rows-00000{3 - epoch}.safetensors", "rows")
             os.replace("rows", f"data/online/hopper-seed0/rows-00000{epoch}.safetensors")
@@ -786,7 +786,7 @@ def _train_on(folder: str) -> None:
     train.train(dataclasses.replace(CONFIG, dynamics_from=folder), "out", quiet=True)
 
 
-# --- shards
+# --- Shards
 
 
 def _generate_shards(**how: Any) -> Manifest:
@@ -805,7 +805,7 @@ def _make_shards(**how: Any) -> Callable[[int], None]:
 
 
 def _make_part(**how: Any) -> Callable[[int], None]:
-    """Shards whose manifest does not list the last one, and one that is missing."""
+    """Make shards whose manifest does not list the last one, and of which one is missing."""
 
     def make(number: int) -> None:
         _make_shards(**how)(number)
@@ -828,7 +828,7 @@ def _read_shards() -> None:
 
 
 def _mend() -> None:
-    """Make the manifest say of each shard what it is now, so that more than its digest is looked at."""
+    """Update the manifest's digests to the mutated shards, so that checks beyond the digest are reached."""
     with contextlib.suppress(Exception):
         manifest = read_json("out/manifest.json")
         for record in manifest["shards"]:

@@ -1,10 +1,10 @@
-"""Find the functions of the package that read files, by the calls in their source."""
+"""Search for the package's functions that read files, by the calls in their source."""
 
 import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-# Calls that read under any name they are called by; the package's own readers among them.
+# Functions that read files, whatever object they are called on; among them the package's own readers.
 _READS = {
     *("read_text", "read_bytes", "readinto", "File", "memmap", "fromfile", "loadtxt", "genfromtxt"),
     *(
@@ -21,7 +21,7 @@ _READS = {
     *("copyfile", "copy2", "copytree", "read_csv", "open_file", "read_file", "read_json", "read_json_as"),
     *("load_tensors", "load_metadata", "load_state", "file_sha256", "iter_lines", "file_digest"),
 }
-# Calls that read files where they are of these modules, or have these bare names.
+# Functions that read files if called on these modules or by these bare names.
 _OF_MODULES = {
     "load": {"np", "numpy", "torch", "json", "pickle", "pickles", "torch_files", "marshal", "tomllib", "jit"},
     "reader": {"csv"},
@@ -31,7 +31,7 @@ _BARE = {"load", "reader"}
 
 
 def readers(folder: Path) -> set[str]:
-    """Every function below `folder` that reads a file, as "package.module:Class.function"."""
+    """Return all functions below `folder` that read a file, as "package.module:Class.function"."""
     return {
         f"{'.'.join(path.relative_to(folder.parent).with_suffix('').parts).removesuffix('.__init__')}:{name}"
         for path in folder.rglob("*.py")
@@ -40,12 +40,12 @@ def readers(folder: Path) -> set[str]:
 
 
 def readers_in(source: str) -> set[str]:
-    """The functions of one module that read a file; what nested functions do, their outermost one does."""
+    """Return a module's functions that read a file; calls of nested functions count for the outermost one."""
     return {name for name, call in _calls(ast.parse(source), "") if _reads(call)}
 
 
 def _calls(node: ast.AST, inside: str, whole: bool = False) -> Iterator[tuple[str, ast.Call]]:
-    """The calls below `node`, each with the function or class body it stands in; `whole`: names end here."""
+    """Yield the calls below `node` with the function or class around them; `whole` stops nested names."""
     for child in ast.iter_child_nodes(node):
         name, ends = inside, whole
         if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not whole:
@@ -76,7 +76,7 @@ def _reads(call: ast.Call) -> bool:
 
 
 def _only_writes(call: ast.Call, place: int) -> bool:
-    """Tell whether a mode is given and lets nothing be read."""
+    """Tell whether a mode is given that does not permit reading."""
     modes = [keyword.value for keyword in call.keywords if keyword.arg == "mode"] + call.args[
         place : place + 1
     ]

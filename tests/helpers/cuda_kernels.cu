@@ -1,4 +1,5 @@
-// Small kernels, each of which shows one thing that a GPU does, and the emulator with it.
+// Small kernels for the tests of the emulator: each shows one thing that a GPU does and the emulator has to
+// do too.
 #include <vector>
 
 #include "cuda/ptx.cuh"
@@ -8,7 +9,8 @@ namespace {
 
 using ptx::SharedBarrier;
 
-// a [64, 16 steps] and d [64, columns], row-major; b as the images of its steps, 16 rows each.
+// Factors of a product: a [64, 16 steps] and d [64, columns], row-major; b as images of 16 rows, one for each
+// step.
 struct ProductArgs {
   const float* a;
   const unsigned char* b;
@@ -16,7 +18,7 @@ struct ProductArgs {
   int steps;
 };
 
-// The place of a thread's registers d[4 j + 2 i], d[4 j + 2 i + 1] in a row-major matrix.
+// Position of a thread's registers d[4 j + 2 i], d[4 j + 2 i + 1] in a row-major matrix.
 __device__ int place(int j, int i, int columns) {
   const int thread = threadIdx.x % ptx::kWarpgroup;
   return (16 * (thread / 32) + thread % 32 / 4 + 8 * i) * columns + 8 * j + 2 * (thread % 4);
@@ -42,7 +44,7 @@ __device__ void store_d(const float (&d)[kColumns / 2], float* to) {
   for (int i = 0; i < kColumns / 2; ++i) to[place(i / 4, i / 2 % 2, kColumns) + i % 2] = d[i];
 }
 
-// All of b to shared memory, before `use`: what every kernel of one block needs.
+// Brings all of b to shared memory and waits for it, in a kernel of one block.
 __device__ unsigned char* load_b(const unsigned char* b, uint32_t bytes) {
   unsigned char* shared = ptx::dynamic_shared();
   auto* barrier = reinterpret_cast<SharedBarrier*>(shared + bytes);
@@ -57,7 +59,7 @@ __device__ unsigned char* load_b(const unsigned char* b, uint32_t bytes) {
   return shared;
 }
 
-// d += a b, with d [columns / 2][128] and a [steps][4][128] as the threads' registers have them.
+// d += a b, with d [columns / 2][128] and a [steps][4][128] in the order of the threads' registers.
 template <class T, int kColumns>
 __global__ void __launch_bounds__(128) product_kernel(const __grid_constant__ ProductArgs args) {
   constexpr uint32_t kImage = 32 * kColumns;
@@ -82,8 +84,8 @@ __global__ void __launch_bounds__(128) product_kernel(const __grid_constant__ Pr
   for (int i = 0; i < kColumns / 2; ++i) args.d[128 * i + threadIdx.x] = d[i];
 }
 
-// d += relu(a b) b, of 64 columns and 4 steps: an accumulator becomes the next product's a. Two groups, so
-// that one may be waited for alone.
+// d += relu(a b) b, of 64 columns and 4 steps: an accumulator becomes the next product's a. The products form
+// two groups, to wait for one of them alone.
 template <class T>
 __global__ void __launch_bounds__(128) chain_kernel(const __grid_constant__ ProductArgs args) {
   constexpr uint32_t kImage = 32 * 64;
@@ -116,7 +118,7 @@ __global__ void __launch_bounds__(128) chain_kernel(const __grid_constant__ Prod
   store_d<64>(d, args.d);
 }
 
-// ---- A ring of slots that a cluster's blocks fill for each other, and what may be wrong with it ----
+// ---- A ring of slots that a cluster's blocks fill for each other, with a fault or without ----
 
 enum Fault : int {
   kNone,
@@ -249,7 +251,7 @@ struct WarpArgs {
   float *sums, *tanh, *exp2;
 };
 
-// Of each quad the sum, and the rough functions.
+// Sums over four lanes, and the approximate functions.
 __global__ void __launch_bounds__(64) warp_kernel(const __grid_constant__ WarpArgs args) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   float sum = args.x[i];
@@ -267,8 +269,8 @@ enum class Company { kWaits, kDoesNotWait, kLacksOne };
 struct CompanyArgs {
   Company how;
   uint32_t* counter;
-  int* values;  // a block's own
-  int* sums;    // of all, of each block
+  int* values;  // [blocks], written by each block
+  int* sums;    // [blocks], each block's sum of all values
 };
 
 __global__ void __launch_bounds__(32) company_kernel(const __grid_constant__ CompanyArgs args) {
@@ -283,11 +285,11 @@ __global__ void __launch_bounds__(32) company_kernel(const __grid_constant__ Com
   }
 }
 
-// ---- What the tests call: arrays of the host's in, and back; "" or what went wrong ----
+// ---- Called by the tests, with arrays on the host. Each function returns "" or an error's text ----
 
 const char* told(cudaError_t error) { return error == cudaSuccess ? "" : cudaGetErrorString(error); }
 
-// Copies of arrays, on the device.
+// Device copies of the host's arrays.
 class Arrays {
  public:
   template <class T>
@@ -300,7 +302,8 @@ class Arrays {
     return static_cast<T*>(copy);
   }
   bool are_there() const { return error_ == cudaSuccess; }
-  // Waits for the kernel, and copies what it may have written back.
+  // Waits for the kernel, copies back the arrays that it may have written, and returns the first error's
+  // text.
   const char* finish(cudaError_t launched) {
     note(launched);
     note(cudaDeviceSynchronize());

@@ -1,8 +1,8 @@
-"""Faults at random moments: `python tests/soak --minutes M --seed S`.
+"""Test commands under faults at random moments: `python tests/soak --minutes M --seed S`.
 
-Every case is a real command line that is killed, interrupted, or left without disk, rights or memory; what
-it says and what it leaves are checked, then that the same command ends with the bits of an undisturbed run.
-A case depends on the seed and on its number: `--seed S --case N` is one case alone.
+Every case is a real command line that is killed, interrupted, or left without disk, rights or memory. The
+case checks its output and its files; then the same command, run again, must give the bits of an undisturbed
+run. A case depends only on the seed and its number: `--seed S --case N` repeats one.
 """
 
 import argparse
@@ -25,12 +25,12 @@ from processes import MARK, end_marked
 from scenarios import ROOT, SCENARIOS, Scenario, environment, input_commands
 
 FOLDER = ROOT / "build" / "soak"
-# A scenario that takes long is in every so manieth round of all pairs.
+# A slow scenario is part of one round of all pairs in so many.
 _RARE = 6
 
 
 def pairs(seed: int, round_: int, scenarios: list[Scenario], faults: list[str]) -> list[tuple[Scenario, str]]:
-    """All scenarios with all faults, shuffled; memory limits and disks are not for Ray."""
+    """Return all pairs of scenario and fault, shuffled; Ray gets no memory limits and no small disks."""
     found = [
         (scenario, fault)
         for scenario in scenarios
@@ -43,7 +43,7 @@ def pairs(seed: int, round_: int, scenarios: list[Scenario], faults: list[str]) 
 
 
 class Soak:
-    """Cases, one after the other, and what became of them."""
+    """A sequence of cases and their outcomes."""
 
     def __init__(self, seed: int, scenarios: list[Scenario], faults: list[str]) -> None:
         self.seed, self.scenarios, self.faults = seed, scenarios, faults
@@ -57,12 +57,12 @@ class Soak:
         self._running: set[Case] = set()
 
     def stop(self) -> None:
-        """End the commands that run, whose cases then fail."""
+        """End the running commands, whose cases then fail."""
         for case in list(self._running):
             end_marked(case.mark)
 
     def prepare(self) -> None:
-        """Make what the scenarios read."""
+        """Make the scenarios' inputs."""
         shutil.rmtree(FOLDER, ignore_errors=True)
         self.inputs.mkdir(parents=True)
         (FOLDER / "tmp").mkdir()
@@ -95,7 +95,7 @@ class Soak:
         self._running.discard(case)
 
     def draw(self, number: int) -> tuple[Scenario, str]:
-        """The scenario and the fault of a case."""
+        """Draw the scenario and the fault of a case."""
         round_ = 0
         while number >= len(found := pairs(self.seed, round_, self.scenarios, self.faults)):
             number, round_ = number - len(found), round_ + 1
@@ -129,7 +129,7 @@ class Soak:
             (case.folder / "case.txt").write_text("\n".join(lines) + "\n")
 
     def table(self) -> str:
-        """Failures of cases for each scenario and fault; the slowest answer to SIGINT."""
+        """Return a table of failures by scenario and fault, with the slowest answer to SIGINT."""
         names = [scenario.name for scenario in self.scenarios]
         rows = [["failures/cases", *self.faults, "slowest SIGINT"]]
         for name in names:
@@ -154,15 +154,17 @@ class Soak:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     names = [scenario.name for scenario in SCENARIOS]
-    parser.add_argument("--minutes", type=float, default=1.0, help="when the last case begins (default: 1)")
-    parser.add_argument("--seed", type=int, help="by default another one each time; it is printed")
-    parser.add_argument("--case", type=int, help="run this case of the seed alone")
-    parser.add_argument("--scenario", action="append", choices=names, help="only this one, or these")
-    parser.add_argument("--fault", action="append", choices=list(FAULTS), help="only this one, or these")
+    parser.add_argument(
+        "--minutes", type=float, default=1.0, help="time after which no case begins (default: 1)"
+    )
+    parser.add_argument("--seed", type=int, help="seed of all cases (default: random, and printed)")
+    parser.add_argument("--case", type=int, help="run only this case of the seed")
+    parser.add_argument("--scenario", action="append", choices=names, help="only these scenarios")
+    parser.add_argument("--fault", action="append", choices=list(FAULTS), help="only these faults")
     parser.add_argument("--jobs", type=int, default=2, help="cases at a time (default: 2)")
     options = parser.parse_args()
     disks.enter_namespace()
-    # As Ctrl-C: nothing is left running.
+    # End as by Ctrl-C, so that nothing is left running.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     seed = secrets.randbelow(10**6) if options.seed is None else options.seed
     scenarios = [one for one in SCENARIOS if options.scenario is None or one.name in options.scenario]
@@ -192,7 +194,7 @@ def main() -> int:
                 for worker in workers:
                     worker.result()
             except KeyboardInterrupt:
-                # Stopped by hand: what has been found is still told.
+                # Stopped by hand: the findings are still printed.
                 deadline = 0.0
                 soak.stop()
     print(f"\nseed {seed}\n{soak.table()}")

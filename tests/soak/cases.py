@@ -1,4 +1,4 @@
-"""Cases: one scenario with one fault, drawn from a seed, and what must hold during and after it."""
+"""Cases: one scenario with one fault, drawn from a seed, and the checks during and after it."""
 
 import fcntl
 import random
@@ -18,35 +18,35 @@ from processes import MARK, Ended, Process, count_libraries, end_marked, marked,
 from results import contents, difference, leftovers
 from scenarios import DISK, Scenario, environment
 
-# A command that takes so many seconds, and ten times what it takes undisturbed, hangs.
+# A command hangs if it takes longer than so many seconds and than ten times its undisturbed time.
 _HANG = 60.0
-# Seconds from SIGINT to the end, at the most: an idle machine takes 0.5, a busy one must not fail here.
+# Limit of seconds from SIGINT to the end. An idle machine takes 0.5; a busy one must not fail.
 INTERRUPT_BOUND = 20.0
-# Seconds after which the children of a command that has ended must have ended too.
+# Seconds after a command's end within which its children must end too.
 _CHILDREN = 60.0
 
 _UGLY = re.compile(
     r"Traceback \(most recent call last\)|Fatal Python error|Exception ignored|terminate called|"
     r"Segmentation fault|Bus error|core dumped|^Aborted|resource_tracker"
 )
-# The line of an exception, of C++'s end, and of ours.
+# The last line of an exception, of a C++ abort, and of our own errors.
 _TELLING = re.compile(r"^(\w+\.)*\w*(Error|Exception|Interrupt)\b|^error: |^stopped|what\(\):|^Fatal|libgomp")
-# Ends for want of memory that commands cannot turn into a sentence. Rust's libraries (safetensors) abort.
-# HDF5 ends by SIGSEGV where it opens a file with less than 0.5 MiB of address space left. MuJoCo's exception
-# says nothing. NumPy's OpenBLAS exits by itself.
+# Ends without memory that a command cannot turn into a sentence: Rust's libraries (safetensors) abort; HDF5
+# has a SIGSEGV when it opens a file with less than 0.5 MiB of address space left; MuJoCo's exception has no
+# text; NumPy's OpenBLAS exits.
 _CRASHES = re.compile(
     r"^memory allocation of \d+ bytes failed$|h5py/.* in make_fid$|^RuntimeError: Caught an unknown exc|"
     r"^OpenBLAS error: Memory allocation still failed",
     re.MULTILINE,
 )
-# The data are opened right after the imports.
+# Data are opened right after the imports.
 _HDF5_OPENS = 2 << 20
 _OF_RAY = ("ray",)
 _OLD = b"what was there before\n"
 
 
 class Failure(Exception):
-    """A case's finding, in a sentence; `detail` has figures that differ from case to case."""
+    """A failed check, as a sentence; `detail` has figures that differ from case to case."""
 
     def __init__(self, what: str, detail: str = "") -> None:
         super().__init__(what)
@@ -55,7 +55,7 @@ class Failure(Exception):
 
 @dataclass(frozen=True)
 class Reference:
-    """A scenario's undisturbed run."""
+    """Results of a scenario's undisturbed run."""
 
     contents: dict[str, str]
     output: str
@@ -72,12 +72,12 @@ class Reference:
 
 @dataclass(eq=False)
 class Case:
-    """One draw: everything random comes from `rng`.
+    """One case; everything random comes from `rng`.
 
     Attributes:
-        folder: of the case alone; the command runs in it.
-        interrupts: seconds from each SIGINT to the end, for the table.
-        crashed: a library has ended a process for want of memory.
+        folder: the case's folder, in which the command runs.
+        interrupts: seconds from each SIGINT to the end.
+        crashed: True if a library has ended a process for want of memory.
     """
 
     scenario: Scenario
@@ -97,7 +97,7 @@ class Case:
 
     def __post_init__(self) -> None:
         self.disk.mkdir(parents=True)
-        # Its path is short: Ray's sockets lie in it.
+        # A short path, since the paths of Ray's sockets in it are limited.
         self.temporary = Path(tempfile.mkdtemp(prefix="soak-"))
         self.terminal = self.rng.random() < 0.3
         self.quiet = self.rng.random() < 0.3
@@ -115,7 +115,7 @@ class Case:
         return process
 
     def close(self) -> None:
-        """Kill what a failed case has left alive."""
+        """Kill the processes that a failed case has left."""
         end_marked(self.mark)
         for process in self.processes:
             process.wait(60)
@@ -125,15 +125,15 @@ class Case:
         self.log.append(line)
 
     def end(self, process: Process, bound: float) -> Ended:
-        """Wait for its end and that of its children."""
+        """Wait for the end of a process and of its children."""
         ended = self.end_alone(process, bound)
         self.end_children()
         return ended
 
     def end_alone(self, process: Process, bound: float) -> Ended:
-        """Wait for its end; a process that hangs says where it does, and is killed."""
+        """Wait for the end of a process; one that hangs prints its stacks and is killed."""
         if not process.wait(bound):
-            # Python prints the stack of every thread.
+            # Makes Python print the stack of every thread.
             process.signal(signal.SIGABRT)
             if not process.wait(10):
                 process.signal(signal.SIGKILL)
@@ -153,7 +153,7 @@ class Case:
             time.sleep(0.05)
 
     def finish(self, reference: Reference, *, again: bool) -> None:
-        """The command, again; it must end well, and leave what an undisturbed one leaves."""
+        """Run the command again; it must succeed and leave the files of an undisturbed run."""
         bound = _HANG + 10 * reference.seconds
         ended = self.end(self.start(again=again), bound)
         if ended.code != 0:
@@ -165,7 +165,7 @@ class Case:
             raise Failure(f"temporary files are left: {_pattern(left[0])}", ", ".join(left))
         if differs := difference(contents(self.disk), reference.contents):
             raise Failure(f"the result differs from an undisturbed run's: {differs}")
-        # A killed process cannot remove what it has there.
+        # A killed process cannot remove its files there.
         others = sorted(path.name for path in self.temporary.iterdir() if path.name not in _OF_RAY)
         if others and self.fault not in KILLING and not self.crashed:
             raise Failure(f"files are left in TMPDIR: {_pattern(others[0])}", ", ".join(others))
@@ -178,7 +178,7 @@ def undisturbed(case: Case) -> Reference:
     began, memory_began, memory, libraries = 0.0, 0, 0, 0
     while not process.wait(0.005):
         memory = max(memory, peak_memory(process.process.pid))
-        # The last shared library is of the last import.
+        # The last shared library is loaded by the last import.
         if (loaded := count_libraries(process.process.pid)) > libraries:
             libraries, memory_began = loaded, memory
         if not began and any(path.is_file() for path in case.disk.rglob("*")):
@@ -195,7 +195,7 @@ def undisturbed(case: Case) -> Reference:
 
 
 def _said(ended: Ended) -> str:
-    """The exit code and the line that tells most, for a failure's text."""
+    """Return the exit code and the most informative line, for a failure's text."""
     telling = [line for line in ended.lines if _TELLING.search(line)] or ended.lines or ["nothing said"]
     return f"{_code(ended.code)}: {_pattern(telling[-1])}"
 
@@ -205,7 +205,7 @@ def _code(code: int) -> str:
 
 
 def _pattern(text: str) -> str:
-    """Without what differs from case to case: paths, numbers, random names."""
+    """Replace parts that differ from case to case: paths, numbers, random names."""
     text = re.sub(r"\S*/build/soak/\S+?/(?=disk|tmp|inputs|hopper|run)", "", text)
     text = re.sub(r"\.[A-Za-z0-9_]{8}\.tmp", ".XXXXXXXX.tmp", text)
     return _digitless(text)[:200]
@@ -216,7 +216,7 @@ def _digitless(text: str) -> str:
 
 
 def _check_sentence(ended: Ended) -> None:
-    """Exit code 2, and one sentence that begins with "error: "."""
+    """Check for exit code 2 and one sentence that begins with "error: "."""
     if ended.code != 2:
         raise Failure(f"in place of exit code 2, {_said(ended)}")
     _check_clean(ended)
@@ -232,13 +232,13 @@ def _check_clean(ended: Ended) -> None:
 
 
 def _moment(case: Case, reference: Reference) -> float:
-    """Seconds after the start: mostly while files are there, else during the imports too."""
+    """Draw seconds after the start, mostly after the first file is there, else also during the imports."""
     first = reference.began if case.rng.random() < 0.8 else 0.0
     return case.rng.uniform(first, reference.seconds)
 
 
 def _stopped(case: Case, reference: Reference, number: signal.Signals) -> None:
-    """One attempt or two are stopped at random moments; then the command ends of itself."""
+    """Stop one attempt or two at random moments; then let the command finish."""
     for attempt in range(case.rng.choice([1, 1, 1, 2])):
         moment = _moment(case, reference)
         process = case.start(again=attempt > 0)
@@ -247,13 +247,13 @@ def _stopped(case: Case, reference: Reference, number: signal.Signals) -> None:
             if ended.code != 0:
                 raise Failure(f"the command ends before the signal with {_said(ended)}")
             break
-        # Ctrl-C on a terminal is of the whole group.
+        # Ctrl-C on a terminal goes to the whole group.
         process.signal(number, group=number == signal.SIGINT and case.terminal)
         case.note(f"    {number.name} after {moment:.2f} s")
         ended = case.end(process, _HANG)
         if number == signal.SIGINT:
             _check_interrupt(case, ended, reference)
-        # Ray answers SIGTERM by an abort.
+        # Ray aborts on SIGTERM.
         elif ended.code not in (-number, 0) and not case.scenario.rare:
             raise Failure(f"after {number.name}: {_said(ended)}")
     case.finish(reference, again=True)
@@ -261,7 +261,7 @@ def _stopped(case: Case, reference: Reference, number: signal.Signals) -> None:
 
 def _check_interrupt(case: Case, ended: Ended, reference: Reference) -> None:
     text = ended.output + ended.errors
-    # Before the program's first line, or after its last, Python answers: with its own traceback.
+    # Before the program's first line and after its last, Python prints its own traceback.
     early = ended.lines[-1:] in ([], ["KeyboardInterrupt"]) and ", in main" not in text
     late = _digitless(reference.output.strip().splitlines()[-1]) in _digitless(text)
     if early or late:
@@ -269,7 +269,7 @@ def _check_interrupt(case: Case, ended: Ended, reference: Reference) -> None:
         return
     case.interrupts.append(ended.seconds)
     _check_clean(ended)
-    # A shell sees 130 for both: Python dies of a signal that came inside of an exec(), as dataclasses do.
+    # A shell sees 130 for both: Python dies by the signal if it came within an exec(), which dataclasses use.
     stopped = ended.code in (130, -signal.SIGINT) and ended.lines and ended.lines[-1].startswith("stopped")
     if not stopped:
         raise Failure(f"after SIGINT, in place of exit code 130 and a line: {_said(ended)}")
@@ -292,7 +292,7 @@ def interrupted(case: Case, reference: Reference) -> None:
 
 
 def full(case: Case, reference: Reference) -> None:
-    """On a disk that is too small; then on the same one, made larger."""
+    """Run on a disk that is too small; then on the same disk, enlarged."""
     size = max(4096, int(reference.disk * case.rng.uniform(0.0, 1.1)))
     disk = Disk(case.disk, size)
     case.note(f"tmpfs of {size:,} bytes; an undisturbed run's files take {reference.disk:,}")
@@ -311,7 +311,7 @@ def full(case: Case, reference: Reference) -> None:
 
 
 def read_only(case: Case, reference: Reference) -> None:
-    """In a folder that cannot be written, empty or from a run that was killed; then in a writable one."""
+    """Run in a read-only folder, empty or of a killed run; then in a writable one."""
     disk = Disk(case.disk, 4 * reference.disk + (64 << 20))
     try:
         again = case.rng.random() < 0.5
@@ -326,7 +326,7 @@ def read_only(case: Case, reference: Reference) -> None:
         disk.set_writable(False)
         case.note("the disk is read-only")
         ended = case.end(case.start(again=again), _HANG + 10 * reference.seconds)
-        # A result that is whole need not be written.
+        # A complete result need not be written again.
         if ended.code != 0 or before != reference.contents:
             _check_sentence(ended)
         disk.set_writable(True)
@@ -338,7 +338,7 @@ def read_only(case: Case, reference: Reference) -> None:
 
 
 def memory(case: Case, reference: Reference) -> None:
-    """With less address space than it takes, but more than the imports take."""
+    """Run with less address space than it needs, but enough for the imports."""
     limit = int(case.rng.uniform(reference.memory_began + _HDF5_OPENS, 1.02 * reference.memory))
     case.note(f"the imports take {reference.memory_began >> 20} MiB, the command {reference.memory >> 20}")
     _put_old(case)
@@ -356,7 +356,7 @@ def memory(case: Case, reference: Reference) -> None:
 
 
 def two(case: Case, reference: Reference) -> None:
-    """Two commands on one folder: the second begins a little later, or while the first is stopped."""
+    """Run two commands on one folder; the second begins a little later, or while the first is stopped."""
     held, bound = False, _HANG + 20 * reference.seconds
     if case.scenario.exclusive and case.rng.random() < 0.5:
         first = case.start()
@@ -413,7 +413,7 @@ def _check_old(case: Case) -> None:
 
 
 def _keep(case: Case, disk: Disk) -> None:
-    """Leave the disk's files beside it."""
+    """Copy the disk's files to a folder beside it."""
     copy = case.folder / "disk-kept"
     shutil.copytree(case.disk, copy, symlinks=True)
     disk.unmount()
@@ -433,7 +433,7 @@ MOUNTED = ("full", "read-only")
 
 
 class References:
-    """Undisturbed runs, each made when it is first asked for."""
+    """Undisturbed runs, each made on first use."""
 
     def __init__(self, make: Callable[[Scenario], Reference]) -> None:
         self._make = make

@@ -1,4 +1,4 @@
-"""`mopo-fast` whose online training is of seconds: the command line has no flags for its settings."""
+"""`mopo-fast` with online training of a few seconds, for which the command line has no flags."""
 
 import sys
 from dataclasses import dataclass, field
@@ -21,6 +21,6 @@ class TinyConfig(config.OnlineConfig):
 
 
 if __name__ == "__main__":
-    # Before the command imports it.
+    # Set before the command imports the module.
     vars(config)["OnlineConfig"] = TinyConfig
     sys.exit(run())

@@ -1,4 +1,4 @@
-"""Small disks in memory, mounted in a mount namespace of our own, where nobody else sees them."""
+"""Small disks in memory, mounted in a private mount namespace."""
 
 import os
 import subprocess
@@ -9,9 +9,10 @@ _INSIDE = "MOPO_FAST_SOAK_INSIDE"
 
 
 def enter_namespace() -> None:
-    """Run this program anew in a mount namespace, as root or as a user who is root in it alone.
+    """Restart this program in a private mount namespace, as root or as root of a user namespace.
 
-    Returns inside, and where the system permits no namespaces. All mounts end with the program.
+    Returns in the restarted program, or at once if the system permits no namespaces. All mounts end with the
+    program.
     """
     if _INSIDE in os.environ:
         return
@@ -25,12 +26,12 @@ def enter_namespace() -> None:
 
 
 def why_not() -> str:
-    """Why no disk can be mounted; empty where it can."""
+    """Return the reason why no disk can be mounted, or an empty string."""
     return "" if _INSIDE in os.environ else "no mount namespace is permitted here (see unshare)"
 
 
 class Disk:
-    """A tmpfs on `folder`."""
+    """A tmpfs, mounted on `folder`."""
 
     def __init__(self, folder: Path, size: int) -> None:
         self.folder = folder

@@ -1,4 +1,4 @@
-"""Commands in processes of their own: started, signalled, waited for with a bound, and read."""
+"""Commands as processes: started, signalled, waited for within a time limit, and read."""
 
 import os
 import pty
@@ -31,7 +31,7 @@ class Ended:
 
     @property
     def lines(self) -> list[str]:
-        """The lines of standard error that are not blank."""
+        """Return the non-blank lines of standard error."""
         return [line.strip() for line in self.errors.splitlines() if line.strip()]
 
 
@@ -39,8 +39,8 @@ class Process:
     """One command, whose outputs go to `{log}.out` and `{log}.err`.
 
     Args:
-        terminal: both outputs are a terminal, which `{log}.err` records.
-        memory: bytes of address space; None: no limit.
+        terminal: True to connect both outputs to a terminal, which is recorded in `{log}.err`.
+        memory: limit of address space in bytes, or None.
     """
 
     def __init__(
@@ -72,9 +72,9 @@ class Process:
                 stdin=subprocess.DEVNULL,
                 stdout=streams[0],
                 stderr=streams[1],
-                # A group of its own, as a shell makes it: Ctrl-C is a signal to the group.
+                # A process group, as a shell makes it, because Ctrl-C signals the group.
                 start_new_session=True,
-                # A soak in the background ignores SIGINT, and its children would too.
+                # A background soak ignores SIGINT, which its children would inherit.
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
             if terminal:
@@ -84,7 +84,7 @@ class Process:
         self._exit = os.pidfd_open(self.process.pid)
 
     def wait(self, seconds: float) -> bool:
-        """Wait for its end, so many seconds at most; return whether it has ended."""
+        """Wait so many seconds at most for the end; return True if it has come."""
         if self.process.returncode is None and select.select([self._exit], [], [], max(0.0, seconds))[0]:
             self.process.wait()
         return self.process.returncode is not None
@@ -94,12 +94,12 @@ class Process:
         (os.killpg if group else os.kill)(self.process.pid, number)
 
     def ended(self) -> Ended:
-        """Return its exit code and outputs; it must have ended."""
+        """Return the exit code and the outputs of the ended process."""
         assert self.process.returncode is not None
         seconds = time.monotonic() - self.began
         os.close(self._exit)
         if self._reader is not None:
-            # Daemons that hold the terminal open are another check's.
+            # Another check finds daemons that hold the terminal open.
             self._reader.join(5)
         output, errors = (
             _ESCAPES.sub("", self.log.with_suffix(suffix).read_text(errors="replace")).replace("\r", "\n")
@@ -113,7 +113,7 @@ def _record(terminal: int, file: int) -> None:
         while chunk := os.read(terminal, 1 << 16):
             os.write(file, chunk)
     except OSError:
-        # All who had the other end have closed it.
+        # No process has the other end open any more.
         pass
     finally:
         os.close(terminal)
@@ -121,14 +121,14 @@ def _record(terminal: int, file: int) -> None:
 
 
 def marked(mark: str) -> dict[int, str]:
-    """{process: its command line} of those alive whose environment has the mark."""
+    """Return {process: command line} of all living processes whose environment has the mark."""
     found = {}
     wanted = f"{MARK}={mark}\0".encode()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if wanted in (folder / "environ").read_bytes():
                 words = (folder / "cmdline").read_bytes().split(b"\0")
-                # A zombie has no command line.
+                # An empty command line is a zombie's.
                 if words[0]:
                     found[int(folder.name)] = b" ".join(words).decode(errors="replace")
         except OSError:
@@ -146,7 +146,7 @@ def end_marked(mark: str) -> None:
 
 
 def peak_memory(pid: int) -> int:
-    """Bytes of address space that the process has had at most; 0 when it is gone."""
+    """Return the peak of a process's address space in bytes; 0 if the process is gone."""
     try:
         found = re.search(r"VmPeak:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     except OSError:
@@ -155,10 +155,10 @@ def peak_memory(pid: int) -> int:
 
 
 def count_libraries(pid: int) -> int:
-    """Count the shared libraries that the process has loaded; 0 when it is gone."""
+    """Count the shared libraries that a process has loaded; 0 if the process is gone."""
     try:
         lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
     except OSError:
         return 0
-    # Each has one part that is executed.
+    # Each library has one executable mapping.
     return sum(" r-xp " in line and ".so" in line for line in lines)

@@ -1,4 +1,4 @@
-"""The files that a command has left in its folder, in a form in which two runs can be compared."""
+"""The files that a command has left in its folder, in a form that two runs can be compared by."""
 
 import csv
 import hashlib
@@ -8,19 +8,19 @@ import struct
 from pathlib import Path
 from typing import Any
 
-# Clocks are in these: logs of TensorBoard, and pictures of where the time went.
+# Files that contain times: TensorBoard's logs, and plots of the time spent.
 _OF_CLOCKS = ("*tfevents*", "report.html", "time.png")
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Files that only a writer should see, by relative path; locks stay by design."""
+    """Return the relative paths of temporary files; locks stay by design."""
     hidden = (path for path in folder.rglob("*") if path.name.startswith(".") and path.name != ".lock")
     endings = (path for path in folder.rglob("*") if path.suffix in (".tmp", ".part"))
     return sorted({str(path.relative_to(folder)) for path in (*hidden, *endings)})
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """{relative path: digest} of all files and folders, but for what a clock has filled."""
+    """Return {relative path: digest} of all files and folders, without fields that depend on a clock."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
@@ -34,7 +34,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def difference(ours: dict[str, str], theirs: dict[str, str]) -> str:
-    """One sentence on what differs; empty where nothing does."""
+    """Return a sentence on the differences, or an empty string."""
     parts = []
     for what, names in (
         ("missing", sorted(theirs.keys() - ours.keys())),
@@ -47,7 +47,7 @@ def difference(ours: dict[str, str], theirs: dict[str, str]) -> str:
 
 
 def _lasting(path: Path, folder: str) -> bytes:
-    """The file's content without the fields of clocks; in JSON, paths are relative to `folder`."""
+    """Return a file's content without what depends on a clock; in JSON, paths are relative to `folder`."""
     content = path.read_bytes()
     if path.suffix == ".json":
         return json.dumps(
@@ -68,7 +68,7 @@ def _without_times(value: Any) -> Any:
 
 
 def _tensors(content: bytes) -> bytes:
-    """Tensors and metadata, but for times and for policies that wait for their evaluation."""
+    """Return tensors and metadata, without times and without policies that wait for their evaluation."""
     (length,) = struct.unpack("<Q", content[:8])
     header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
     lines = []

@@ -1,4 +1,4 @@
-"""Command lines at sizes of seconds, each with how it is gone on with after it was stopped."""
+"""Command lines that take seconds, and the arguments to continue each after it was stopped."""
 
 import os
 import sys
@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MOPO_FAST = [sys.executable, "-m", "mopo_fast"]
 ONLINE = [sys.executable, str(Path(__file__).with_name("collect_online.py"))]
 
-# The place that a command writes to, relative to where it runs.
+# The path that a command writes to, relative to its working directory.
 DISK = "disk"
 
 _FIT = (
@@ -22,7 +22,7 @@ _SAC = (
     *("--rollout.retain-epochs", "1", "--sac.hidden", "16", "16", "--sac.batch-size", "32"),
     *("--evaluation.episodes", "2", "--evaluation.interval", "2"),
 )
-# Networks of full size in few steps: what rollouts take their time for.
+# Networks of full size, on which rollouts spend their time, fitted in few steps.
 _WIDE = (
     *("--dynamics.max-epochs", "1", "--steps", "20", "--horizon", "5", "--rollout.batch-size", "60"),
     *("--rollout.interval", "10", "--sac.hidden", "16", "16", "--threads", "1"),
@@ -32,15 +32,15 @@ _WIDE = (
 
 @dataclass(frozen=True)
 class Scenario:
-    """One command.
+    """A command.
 
     Attributes:
-        arguments: after the program; {inputs} is the folder of what it reads.
-        resume: what is added when the command is given again.
-        old: a file that is there before and that the command replaces.
-        exclusive: its folder takes one process at a time.
-        rare: takes many seconds, and is drawn seldom.
-        quiet: always runs with --quiet.
+        arguments: command-line arguments; {inputs} is the folder of its inputs.
+        resume: arguments added when the command is run again.
+        old: an existing file that the command replaces.
+        exclusive: True if its folder takes one process at a time.
+        rare: True for a slow command, which is drawn seldom.
+        quiet: True to run always with --quiet.
     """
 
     name: str
@@ -105,7 +105,7 @@ SCENARIOS = [
 
 
 def input_commands(inputs: Path) -> list[list[str]]:
-    """The commands that make what the scenarios read."""
+    """Return the commands that make the scenarios' inputs."""
     data = str(inputs / "hopper-random-local.hdf5")
     return [
         [*MOPO_FAST, "collect", "hopper-random", "--steps", "600", "--threads", "1", "--out", data],
@@ -114,7 +114,7 @@ def input_commands(inputs: Path) -> list[list[str]]:
 
 
 def environment(temporary: Path) -> dict[str, str]:
-    """A user's environment, this checkout in front, one thread for each library."""
+    """Return a user's environment with this checkout first in the path and one thread for each library."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
     return kept | {
         "PYTHONPATH": str(ROOT),

@@ -1,4 +1,4 @@
-"""Builds CUDA sources for the emulator, with g++ 12 or newer; machine.h says what that is."""
+"""Build of CUDA sources for the emulator (machine.h), with g++ 12 or newer."""
 
 import importlib.util
 import subprocess
@@ -16,12 +16,12 @@ SEED, MULTIPROCESSORS = "MOPO_EMULATOR_SEED", "MOPO_EMULATOR_MULTIPROCESSORS"
 
 
 def build(target: Path, sources: Iterable[Path], includes: Iterable[str | Path] = ()) -> Path:
-    """Compiles the sources and the emulator to the shared library `target`."""
+    """Compile the sources and the emulator to the shared library `target`."""
     target.parent.mkdir(parents=True, exist_ok=True)
     flags = ["-std=c++20", "-O3", "-march=native", "-fPIC", "-fvisibility=hidden", "-Wall"]
     flags += ["-Wno-unknown-pragmas", "-ftrivial-auto-var-init=pattern", "-ffp-contract=off"]
     flags += [f"-I{folder}" for folder in (HERE, CSRC, *includes)]
-    # What nvcc does of itself.
+    # nvcc does this on its own.
     cuda = ["-x", "c++", "-D__CUDACC__", "-include", "cuda_runtime.h"]
     objects, commands = [], []
     for source in [*sources, *sorted(HERE.glob("*.cpp"))]:
@@ -41,12 +41,12 @@ def _compile(command: list[str]) -> None:
 
 
 def build_extension(folder: Path) -> ModuleType:
-    """The package's CUDA extension, to run on CPU tensors; as it is in the folder, if it is."""
+    """Load the package's CUDA extension for CPU tensors, built in `folder` unless it is there."""
     target = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     sources = [CSRC / "bind_cuda.cpp", *sorted((CSRC / "cuda").glob("*.cu"))]
     if not target.exists():
         build(target, sources, [pybind11.get_include(), sysconfig.get_paths()["include"]])
-    # A name of its own: the extension for a GPU may be loaded too.
+    # Under another name, since the extension for a GPU may be loaded too.
     spec = importlib.util.spec_from_file_location("cuda_emulator._cuda", target)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -1,4 +1,4 @@
-// All that threads wait for one another by.
+// Everything by which threads wait for one another: collectives, barriers, counters, registers.
 #include <algorithm>
 
 #include "state.h"
@@ -37,7 +37,7 @@ void cluster_sync() {
   for (BarrierState& barrier : cluster.barriers) barrier.published |= barrier.announced;
 }
 
-// Two shuffles in turn have two rows of `exchange`: a lane may be one ahead of another, not two.
+// Shuffles use the two rows of `exchange` in turn: a lane may be one shuffle ahead of another, not two.
 float shuffle_xor(float x, int mask) {
   Warp& warp = *self->warp;
   const int lane = self->index % 32;
@@ -48,11 +48,11 @@ float shuffle_xor(float x, int mask) {
   return exchange[lane ^ mask];
 }
 
-// ---- mbarrier: a phase ends when nobody's arrival and no byte is missing ----
+// ---- mbarrier: a phase ends when no arrival and no byte is missing ----
 
 namespace {
 
-// The word of an initialised barrier: a mark, and its number.
+// The word of an initialised barrier is kMark xor its number.
 constexpr uint64_t kMark = 0xBA221E5000000000u;
 
 BarrierState* find(const Block& block, const SharedBarrier* barrier) {
@@ -67,7 +67,7 @@ BarrierState& barrier_of(Block& block, uint32_t offset) {
   BarrierState* state = find(block, reinterpret_cast<SharedBarrier*>(block.at(offset)));
   if (state == nullptr || state->block != &block || state->offset != offset)
     fail("the barrier at +%u of block %d is not initialised", offset, block.index);
-  // Also an asynchronous copy's view of it, and another block's.
+  // Asynchronous copies and other blocks see the barrier only once it is published.
   if (&block != self->block && !state->published)
     fail("the barrier at +%u of block %d is not known to the cluster: fence_barrier_init, then cluster_sync",
          offset, block.index);
@@ -95,7 +95,7 @@ void BarrierState::arrive() {
   advance();
 }
 
-// The ISA: tx-count is in the range of +-(2^20 - 1); it may be negative, bytes being counted when they land.
+// PTX ISA: tx-count lies within +-(2^20 - 1). It may be negative, since bytes are counted when they land.
 void BarrierState::count_bytes(int64_t change) {
   bytes += change;
   if (std::abs(bytes) >= 1 << 20)
@@ -125,7 +125,7 @@ void fence_barrier_init() {
 void barrier_arrive_expect(SharedBarrier* barrier, uint32_t bytes) {
   pause();
   BarrierState& state = barrier_of(*self->block, offset_of(barrier, sizeof *barrier));
-  // The bytes first: the phase must not end between the two.
+  // Bytes before the arrival: the phase must not end between the two.
   state.bytes += bytes;
   state.count_bytes(0);
   state.arrive();
@@ -139,7 +139,7 @@ void barrier_arrive_at(SharedBarrier* barrier, uint32_t rank) {
   barrier_of(cluster.blocks[rank], offset).arrive();
 }
 
-// By parity: a wait for the phase before the current one returns, whichever of that parity is meant.
+// Waits by parity: returns if the last phase that ended has this parity, whichever phase the caller meant.
 void barrier_wait(SharedBarrier* barrier, uint32_t parity) {
   pause();
   BarrierState& state = barrier_of(*self->block, offset_of(barrier, sizeof *barrier));
@@ -150,7 +150,7 @@ void barrier_wait(SharedBarrier* barrier, uint32_t parity) {
   self->clock.learn(state.number, state.phase);
 }
 
-// ---- Named barriers: they count threads, warp by warp, and begin anew when all have come ----
+// ---- Named barriers: they count threads, warp by warp, and start over when all have arrived ----
 
 std::string NamedBarrier::describe(const Thread&) const {
   return text("named_sync(%d, %d), %zu threads have come", id, expected, arrived.size());
@@ -210,7 +210,7 @@ void wait_for(const uint32_t* counter, uint32_t count) {
   while (static_cast<int32_t>(*counter - count) < 0) wait_for(self->block->cluster->arrivals);
 }
 
-// ---- setmaxnreg: more wait until the pool has them ----
+// ---- setmaxnreg: a warpgroup that asks for more waits until the pool has them ----
 
 std::string RegisterPool::describe(const Thread& who) const {
   return text("more_registers, has %d, %d are free in the block", who.registers, free);

@@ -1,10 +1,11 @@
-// Bulk copies: on their way from the moment of the call, landing in pieces at barriers of their blocks.
+// Bulk copies: they are on their way from the call on, and land in pieces, each counted at its block's
+// barrier.
 #include "state.h"
 
 namespace mopo::emulator {
 namespace {
 
-// Onto the b of a product, which whoever copies must know to be done.
+// Fails if a copy overwrites the b of a product that the copying thread does not know to be done.
 void check_target(const Block& block, uint32_t offset, uint32_t bytes) {
   for (uint32_t at = offset; at < offset + bytes; at += 16) {
     const Unit& unit = block.units[at / 16];
@@ -19,7 +20,7 @@ void check_target(const Block& block, uint32_t offset, uint32_t bytes) {
 
 }  // namespace
 
-// A copy is in flight until its bytes have landed; the source is read then.
+// Starts a copy. Its source is read when its bytes land.
 void bulk_load(void* shared, const void* global, uint32_t bytes, SharedBarrier* barrier, uint16_t blocks) {
   pause();
   Cluster& cluster = *self->block->cluster;

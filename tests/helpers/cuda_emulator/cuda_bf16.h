@@ -1,4 +1,4 @@
-// bfloat16: the upper half of a float.
+// Stands for CUDA's header of bfloat16, whose bits are the upper half of a float.
 #pragma once
 
 #include <cstdint>

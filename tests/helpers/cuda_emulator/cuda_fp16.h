@@ -1,4 +1,4 @@
-// IEEE half precision, as the tag and the storage that the kernels use it for.
+// Stands for CUDA's header of IEEE half precision: a tag type and its storage are all that the kernels use.
 #pragma once
 
 struct __half {

@@ -1,5 +1,5 @@
-// CUDA C++ for a host compiler: keywords, built-in variables and types, and the runtime's functions that the
-// kernels' launchers call. What machine.h says about the emulator as a whole holds here.
+// Stands for CUDA's header: CUDA C++ for a host compiler, that is keywords, built-in variables and types, and
+// the runtime's functions that the kernels' launchers call. machine.h describes the emulator as a whole.
 #pragma once
 
 #include <math.h>
@@ -48,7 +48,7 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
-// Of the thread that runs; the scheduler sets them.
+// Those of the running thread; the scheduler sets them.
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 
@@ -86,7 +86,7 @@ enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFa
 using cudaStream_t = struct CUstream_st*;
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
 
-// What the last launch that failed did wrong.
+// The text of the last failed launch.
 const char* cudaGetErrorString(cudaError_t error);
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaPeekAtLastError() { return cudaSuccess; }

@@ -1,4 +1,4 @@
-// A function on a stack of its own, which runs when resumed and stops when it suspends itself.
+// Fibers: functions on stacks of their own, which run when resumed and stop when they suspend themselves.
 #pragma once
 
 #include <sys/mman.h>
@@ -13,7 +13,7 @@ namespace mopo::emulator {
 
 class Fiber {
  public:
-  // `body` never returns: its last act is a suspend().
+  // `body` must not return: it ends with a suspend().
   explicit Fiber(std::function<void()> body) : body_(std::move(body)), stack_(take_stack()) {}
   Fiber(const Fiber&) = delete;
   ~Fiber() { unused().push_back(stack_); }
@@ -31,8 +31,8 @@ class Fiber {
  private:
   static constexpr size_t kStack = 256 * 1024, kGuard = 4096;
 
-  // The compiler's own jumps: libc's, and those that sanitizers put in their place, look at the stack. They
-  // may not be made in the function that they lead to.
+  // The compiler's own setjmp and longjmp: libc's, and the sanitizers' in their place, inspect the stack. A
+  // longjmp must not be in the function of its setjmp.
   using Place = void* [5];
 
   __attribute__((noinline)) void leave() { __builtin_longjmp(outside(), 1); }
@@ -49,7 +49,7 @@ class Fiber {
     setcontext(&context);
   }
 
-  // Stacks are kept for the next fibers; below each is a page that nobody may touch.
+  // Stacks are kept for later fibers. Below each lies a guard page.
   static std::vector<void*>& unused() {
     static std::vector<void*> stacks;
     return stacks;

@@ -1,4 +1,4 @@
-// The scheduler, the launch, and the single instructions.
+// The scheduler, the launches, and the single instructions.
 #include "machine.h"
 
 #include <cstdarg>
@@ -109,7 +109,7 @@ Block::Block(Cluster* cluster, int rank, int index, int threads, int shared)
       units(kSharedBytes / 16),
       warps((threads + 31) / 32),
       warpgroups((threads + 127) / 128) {
-  // NaN as float, as half and as bfloat16.
+  // 0xFF bytes are NaN as float, as half and as bfloat16.
   memset(memory->bytes, 0xFF, kSharedBytes);
   for (int id = 0; id < 16; ++id) named[id].id = id;
   int count = 0;
@@ -127,7 +127,7 @@ Cluster::Cluster(const std::function<void()>& kernel, int first, int size, int t
     Block& block = blocks.emplace_back(this, rank, first + rank, threads_each, shared);
     for (int index = 0; index < threads_each; ++index) {
       Thread& thread = threads.emplace_back(&block, index, kernel);
-      // As a kernel has that is compiled for one block per multiprocessor.
+      // The registers of a kernel that is compiled for one block on each multiprocessor.
       thread.registers = min(255, 65536 / threads_each) / 8 * 8;
       ready.push_back(&thread);
     }
@@ -142,7 +142,7 @@ bool Cluster::anything_pending() const {
   return false;
 }
 
-// One of all that is asynchronous and could happen now.
+// Does one of the asynchronous things that could happen now.
 void Cluster::happen() {
   std::vector<Warpgroup*> able;
   for (Block& block : blocks)
@@ -183,7 +183,7 @@ void Cluster::run() {
                            block.shared));
 }
 
-// Who waits for what, the threads of a warp that do the same together.
+// Fails with a list of all waits, one line for the threads of a warp that wait for the same.
 void Cluster::deadlock() const {
   std::map<std::string, int> waits;
   for (const Thread& thread : threads)
@@ -209,7 +209,7 @@ uint32_t cluster_rank() { return static_cast<uint32_t>(self->block->rank); }
 
 namespace {
 
-// Blocks in clusters of `cluster`, of which each runs to its end before the next begins.
+// Runs blocks in clusters of `cluster`; each cluster runs to its end before the next begins.
 void run(const std::function<void()>& kernel, int cluster, int blocks, int threads, int shared) {
   if (blocks < 1 || blocks % cluster != 0 || threads < 1 || threads > 1024 || shared < 0 ||
       shared > kSharedBytes)
@@ -253,11 +253,11 @@ int multiprocessors() {
   return count ? atoi(count) : 4;
 }
 
-// ---- Single instructions, as inaccurate as PTX allows: by an amount that the bits of the result decide ----
+// ---- Single instructions, as inaccurate as PTX allows; the result's bits decide the amount ----
 
 namespace {
 
-// In [-1, 1].
+// A number in [-1, 1] that x's bits decide.
 float arbitrary(float x) {
   uint32_t bits = __float_as_uint(x) * 0x9E3779B1u;
   bits = (bits ^ bits >> 15) * 0x85EBCA77u;
@@ -278,10 +278,10 @@ uint32_t bfloat16_bits(float x) {
 
 }  // namespace
 
-// The ISA: at most 2^-11 off, relatively.
+// PTX ISA: a relative error of 2^-11 at most.
 float tanh_approx(float x) { return tanhf(x) * (1.0f + 0x1p-11f * arbitrary(x)); }
 
-// The ISA: two units in the last place.
+// PTX ISA: two units in the last place.
 float exp2_approx(float x) { return exp2f(x) * (1.0f + 0x1p-23f * arbitrary(x)); }
 
 uint32_t pack(Operands type, float low, float high) {
@@ -298,7 +298,7 @@ const char* cudaGetErrorString(cudaError_t error) {
                                           : mopo::emulator::last_error.c_str();
 }
 
-// Of multiprocessors few, so that a small batch keeps every block busy for more than one tile.
+// Few multiprocessors, so that a small batch keeps every block busy for more than one tile.
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrMultiProcessorCount ? mopo::emulator::multiprocessors()
                                                        : mopo::emulator::kSharedBytes;

@@ -3,27 +3,27 @@
 // The .cu files are compiled by the host's C++ compiler with this folder first on the include path, where
 // cuda_runtime.h and the like make CUDA C++ out of C++, and cuda/ptx.cuh stands for csrc/cuda/ptx.cuh.
 //
-// How it runs: every CUDA thread is a fiber that runs until it waits; the blocks of a cluster run together,
-// cluster after cluster, or all blocks of a cooperative launch. A scheduler picks who is next, and when what
-// is asynchronous happens: by MOPO_EMULATOR_SEED, 0 for in turn and as late as possible, else at random, some
-// warps or warpgroups before others (schedule.h). What PTX leaves undefined is an error with a text, which
-// the launch returns as a CUDA error, or shows as NaN:
+// Every CUDA thread is a fiber that runs until it waits. The blocks of a cluster run together, cluster after
+// cluster, or all blocks of a cooperative launch. A scheduler picks the next thread, and the moment of
+// everything asynchronous. With MOPO_EMULATOR_SEED=0 threads run in turn and asynchronous work is done as
+// late as possible; any other seed makes both random, with some warps or warpgroups before others
+// (schedule.h). Behaviour that PTX leaves undefined becomes an error with a text, which the launch returns as
+// a CUDA error, or a NaN:
 // - Shared memory starts as NaN, and a bulk copy makes its destination NaN until its bytes land, later, in
 //   pieces, each counted at the barrier as it lands (copies.cpp).
 // - A product reads a and d when it is issued, b at any time until a wait; d is NaN in between. All threads
-//   of the warpgroup must issue the same. b must have been brought by bulk copies that its threads have
-//   waited for, themselves or through others, and a copy onto it must come from one who knows that the
-//   product is done: this is followed through all that threads wait for, so no schedule hides it
-//   (products.cpp).
-// - Barriers count arrivals and bytes as PTX's mbarrier does, named barriers threads, __syncthreads and
-//   cluster_sync all that have not ended; registers come from a pool (barriers.cpp).
-// - Nobody can run and nothing is on its way: a deadlock, told with who waits for what.
-// - Threads that end while products or copies are in flight, and a block that is reached after its end.
+//   of the warpgroup must issue the same product. Its threads must have waited, directly or through other
+//   threads, for the bulk copies that brought b; and a thread that copies onto b must know by its waits that
+//   the product is done. Vector clocks follow all waits, so that no schedule hides an error (products.cpp).
+// - Barriers count arrivals and bytes as PTX's mbarrier does; named barriers count threads; __syncthreads and
+//   cluster_sync wait for all threads that have not ended; registers come from a pool (barriers.cpp).
+// - A deadlock, in which no thread can run and nothing is on its way, is an error that lists the waits.
+// - So are a thread that ends while its products or copies are in flight, and an access to an ended block.
 //
-// What it cannot show: time; the order in which a real memory shows writes to others (here at once); writes
-// of threads to shared memory that race with each other, but by a seed that makes them matter; what the
-// compiler does to registers (keep() does nothing here); how a tensor core rounds its sums; and where a real
-// Hopper differs from the PTX ISA or from its reading here.
+// The emulator cannot show: time; the order in which a real memory makes writes visible (here at once); races
+// between threads' writes to shared memory, unless a seed makes them matter; the compiler's use of registers
+// (keep() does nothing here); the rounding of a tensor core's sums; and differences between a real Hopper and
+// the PTX ISA, or the reading of the ISA here.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -35,7 +35,7 @@
 
 namespace mopo::emulator {
 
-// ---- What ptx.cuh offers to a kernel; each is described there ----
+// ---- The functions behind ptx.cuh, where each is described ----
 
 struct SharedBarrier {
   uint64_t word;
@@ -74,7 +74,7 @@ float tanh_approx(float x);
 float exp2_approx(float x);
 uint32_t pack(Operands type, float low, float high);
 
-// Of the device: MOPO_EMULATOR_MULTIPROCESSORS, or 4.
+// The device's multiprocessors: MOPO_EMULATOR_MULTIPROCESSORS, or 4.
 int multiprocessors();
 
 cudaError_t launch(const std::function<void()>& kernel, int cluster, int blocks, int threads, int shared);

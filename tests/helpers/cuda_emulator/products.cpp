@@ -22,7 +22,8 @@
 namespace mopo::emulator {
 namespace {
 
-// A signalling NaN: arithmetic with it gives another one.
+// A signalling NaN: arithmetic with it gives a NaN of other bits, so an accumulator that was touched is
+// found.
 constexpr uint32_t kPoison = 0x7FA0DEAD;
 
 struct Layout {
@@ -36,7 +37,7 @@ Layout decode(uint64_t matrix) {
           static_cast<uint32_t>((matrix >> 32 & kField) << 4)};
 }
 
-// Of each core of 8 columns by 8 rows, where it begins in the block's shared memory.
+// Calls visit(offset in shared memory, half of k, block of columns) for each core of 8 columns by 8 rows.
 template <class Visit>
 void for_each_core(uint64_t matrix, int columns, const Visit& visit) {
   const Layout layout = decode(matrix);
@@ -48,7 +49,7 @@ void for_each_core(uint64_t matrix, int columns, const Visit& visit) {
 
 int row_of(int thread) { return 16 * (thread / 32) + thread % 32 / 4; }
 
-// Of each of a thread's registers of d, its place in a row-major [64, columns].
+// Calls visit(register, position in a row-major [64, columns]) for each of a thread's registers of d.
 template <class Visit>
 void for_each_register(int thread, int columns, const Visit& visit) {
   const int row = row_of(thread), column = 2 * (thread % 4);
@@ -73,7 +74,7 @@ void read_a(const Product& product, float (&a)[64][16]) {
           to_float(product.type, static_cast<uint16_t>(product.a[thread][i / 2] >> 16 * (i % 2)));
 }
 
-// As [k][column], and only what bulk copies have brought: what threads write would take a proxy fence.
+// Reads b as [k][column]. Fails unless bulk copies have brought it: threads' writes would take a proxy fence.
 void read_b(const Product& product, Block& block, float (&b)[16][256]) {
   for_each_core(product.matrix, product.d->columns, [&](uint32_t core, int half, int columns) {
     if (memcmp(block.at(core), block.copied->bytes + core, 128) != 0)
@@ -87,7 +88,7 @@ void read_b(const Product& product, Block& block, float (&b)[16][256]) {
   });
 }
 
-// b has landed when a product is issued; at which barriers, the threads must have waited for.
+// Fails unless b has landed. Notes the barriers at which it did: the threads must have waited for these.
 void find_landings(Product& product, Warpgroup& warpgroup, uint64_t products) {
   Block& block = *warpgroup.block;
   for_each_core(product.matrix, product.d->columns, [&](uint32_t core, int, int) {
@@ -106,7 +107,7 @@ void find_landings(Product& product, Warpgroup& warpgroup, uint64_t products) {
   });
 }
 
-// Whether the d of this product is one of those in flight that the thread has here.
+// The thread's accumulator in flight whose registers begin at d, or null.
 Flight* flight_of(Thread& thread, const float* d) {
   for (Flight& flight : thread.flights)
     if (flight.home == d) return &flight;

@@ -1,4 +1,5 @@
-// Who runs next, and when what is asynchronous happens: all that one seed decides.
+// All random decisions of the emulator, from one seed: the next thread, and the moment of everything
+// asynchronous.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +9,7 @@ namespace mopo::emulator {
 
 class Schedule {
  public:
-  // Seed 0: in turn, and everything asynchronous only when nobody can run.
+  // Seed 0: threads in turn, and asynchronous work only when no thread can run.
   explicit Schedule(uint64_t seed) : engine_(seed) {
     if (seed == 0) return;
     constexpr double kHaste[] = {0.0, 0.02, 0.3, 1.0};
@@ -23,21 +24,22 @@ class Schedule {
     return probability > 0.0 && std::uniform_real_distribution<>()(engine_) < probability;
   }
 
-  // Whether something asynchronous happens before the next thread runs.
+  // True if something asynchronous happens before the next thread runs.
   bool hasty() { return chance(haste_); }
-  // Whether a thread stops where it does not have to.
+  // True if a thread stops where it does not have to.
   bool pauses() { return chance(pause_); }
 
-  // Which of the threads that can run; `ready[i]->number` counts them through the cluster.
+  // Index of the next thread among those that can run; `ready[i]->number` is a thread's number in the
+  // cluster.
   template <class Ready>
   size_t pick(const Ready& ready) {
     if (order_ == kInTurn) return 0;
     if (order_ == kRandom) return below(static_cast<uint32_t>(ready.size()));
-    // Some always before others, which starve: warps, or whole warpgroups; now and then others.
+    // Some warps or warpgroups always run before others, which starve; their ranks change now and then.
     if (chance(1e-3)) redraw();
     const int threads = order_ == kWarps ? 32 : 128;
     size_t best = below(static_cast<uint32_t>(ready.size()));
-    // Of all that can run, so many are looked at.
+    // The best of kTrials random ones.
     for (int trial = 1; trial < kTrials; ++trial) {
       const size_t other = below(static_cast<uint32_t>(ready.size()));
       if (rank(ready[other]->number / threads) > rank(ready[best]->number / threads)) best = other;

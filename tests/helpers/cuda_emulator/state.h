@@ -14,18 +14,18 @@
 
 namespace mopo::emulator {
 
-// Where shared memory begins in its window: address 0 is not of it.
+// First address of shared memory in its window, so that address 0 lies outside.
 constexpr uint32_t kSharedWindow = 1024;
-// As much as a Hopper block may have; what lies beyond what was asked for is watched.
+// The most that a Hopper block may have. Writes beyond the size asked for are found.
 constexpr int kSharedBytes = 232448;
 
 struct Block;
 struct Cluster;
 struct Thread;
 
-// What a thread knows to have happened, of itself or from those it has waited for: how many products of a
-// warpgroup are done, how many phases of a barrier. So that what is safe by luck alone is found whatever the
-// schedule.
+// A vector clock: what a thread knows to have happened, by itself or from those that it has waited for. Its
+// counts are the finished products of each warpgroup and the phases of each barrier. With it, an order that
+// holds by luck alone is found under any schedule.
 struct Clock {
   void learn(const Clock& other) {
     for (size_t i = 0; i < other.counts.size(); ++i) learn(i, other.counts[i]);
@@ -38,12 +38,12 @@ struct Clock {
   std::vector<uint64_t> counts;
 };
 
-// Something that threads wait for. Woken, they look again whether they still have to wait.
+// Something that threads wait for. A woken thread checks again if it still has to wait.
 struct Waitable {
   virtual ~Waitable() = default;
   virtual std::string describe(const Thread& who) const = 0;
   void wake();
-  // All that were to come have come: what they know is told.
+  // All expected threads have arrived: passes on what they know.
   void complete() {
     told = gathered;
     wake();
@@ -52,11 +52,11 @@ struct Waitable {
   Clock gathered, told;
 };
 
-// Threads that all do the same together: a warp's collectives, __syncthreads, cluster_sync.
+// A point that threads pass together: a warp's collectives, __syncthreads, cluster_sync.
 struct Meeting : Waitable {
   std::string describe(const Thread&) const override;
   void meet(const char* what, int members);
-  // Someone has ended: fewer are waited for.
+  // Expects fewer threads, since one has ended.
   void expect(int members);
   const char* what = nullptr;
   int arrived = 0;
@@ -70,12 +70,12 @@ struct BarrierState : Waitable {
   void advance();
   Block* block;
   uint32_t offset;
-  size_t number;  // in clocks
+  size_t number;  // index in Clock::counts
   uint32_t count, pending;
   int64_t bytes = 0;
   uint64_t phase = 0;
   const Thread* initialised_by;
-  // By the fence of its thread; announced by its cluster_sync; which has ended.
+  // Its thread has called fence_barrier_init; then begun cluster_sync; then cluster_sync has ended.
   bool fenced = false, announced = false, published = false;
 };
 
@@ -87,7 +87,7 @@ struct NamedBarrier : Waitable {
   std::vector<const Thread*> arrived;
 };
 
-// Of a counter in global memory: for all that wait for one.
+// The wait for a counter in global memory, one for all counters.
 struct Arrivals : Waitable {
   std::string describe(const Thread& who) const override;
 };
@@ -100,11 +100,11 @@ struct RegisterPool : Waitable {
 struct Warp {
   Meeting meeting;
   int lanes = 0;
-  // Of two shuffles in turn: a lane may be one ahead of another.
+  // Two shuffles in turn, since a lane may be one ahead of another.
   float exchange[2][32];
 };
 
-// d of a warpgroup while products add to it, and where its threads have it.
+// A warpgroup's d while products add to it, and the addresses of its threads' registers.
 struct Accumulator {
   int columns;
   std::vector<float> value;
@@ -116,7 +116,8 @@ struct Product {
   uint64_t matrix;
   std::shared_ptr<Accumulator> d;
   std::array<std::array<uint32_t, 4>, 128> a;
-  // The barriers, and how many of their phases, that the bulk copies of b were counted at.
+  // The barriers that the bulk copies of b were counted at, with the number of phases after which they had
+  // landed.
   std::vector<std::pair<const BarrierState*, uint64_t>> landings;
   int issued = 0;
 };
@@ -127,11 +128,11 @@ struct Warpgroup : Waitable {
   void execute();
   Block* block;
   int index;
-  size_t number;  // in clocks
-  // Products that nobody has waited for, numbered from `first` on; `executed` and `observed` of all.
+  size_t number;  // index in Clock::counts
+  // Products that no thread has waited for, numbered from `first` on; `executed` counts all products.
   std::deque<Product> products;
   int64_t first = 0, executed = 0;
-  // The number of products before the end of each group.
+  // Number of products before the end of each group.
   std::vector<int64_t> group_ends;
 };
 
@@ -148,7 +149,7 @@ struct Thread {
   Block* block;
   Warp* warp;
   Warpgroup* warpgroup;
-  // In the cluster, and in the block.
+  // `number` in the cluster, `index` in the block.
   int number, index;
   bool done = false;
   Waitable* waits_for = nullptr;
@@ -156,7 +157,8 @@ struct Thread {
   int registers = 0;
   Clock clock;
   uint64_t shuffles = 0;
-  // Of products: whether products_begin stands before the next, what was issued, d's in flight.
+  // products_begin has been called for the next product; pack() has been called since; products issued,
+  // groups, and accumulators in flight.
   bool begun = false, packed = false;
   int64_t issued = 0, groups = 0;
   std::vector<Flight> flights;
@@ -166,8 +168,8 @@ struct alignas(1024) SharedMemory {
   unsigned char bytes[kSharedBytes];
 };
 
-// 16 bytes of shared memory: what the last bulk copy onto them did, and for each warpgroup how many of its
-// products there are up to the last that read them.
+// 16 bytes of shared memory: the state of the last bulk copy onto them, and each warpgroup's number of
+// products up to the last that reads them.
 struct Unit {
   enum { kNothing, kOnItsWay, kLanded } copy = kNothing;
   const BarrierState* barrier;
@@ -182,7 +184,7 @@ struct Block {
   Cluster* cluster;
   int rank, index, threads, shared;
   int alive;
-  // What threads see; and what bulk copies have brought.
+  // The memory that threads see, and the bytes that bulk copies have brought.
   std::unique_ptr<SharedMemory> memory, copied;
   std::vector<Unit> units;
   Meeting syncthreads;
@@ -218,19 +220,19 @@ struct Cluster {
   std::string error;
 };
 
-// The thread that runs; null while the scheduler does.
+// The running thread; null while the scheduler runs.
 extern Thread* self;
 
-// Ends the launch with this text, told of the thread that runs.
+// Ends the launch with this text and the running thread's name.
 [[noreturn]] __attribute__((format(printf, 1, 2))) void fail(const char* format, ...);
 __attribute__((format(printf, 1, 2))) std::string text(const char* format, ...);
 // Stops the thread until `what` wakes it.
 void wait_for(Waitable& what);
-// A place where the scheduler may let others run.
+// Lets the scheduler run other threads here.
 void pause();
-// Where in the block's shared memory, of which `bytes` from there on are used.
+// Offset of a pointer in the block's shared memory; fails unless `bytes` from there on lie in it.
 uint32_t offset_of(const void* pointer, uint32_t bytes);
-// The barrier there, if the thread may use it.
+// The barrier at an offset; fails unless the thread may use it.
 BarrierState& barrier_of(Block& block, uint32_t offset);
 void land(const Piece& piece);
 

@@ -1,4 +1,5 @@
-// Stands before csrc/cuda/ptx.cuh on the include path: the same functions, done by the emulated machine.
+// Stands for csrc/cuda/ptx.cuh, which it precedes on the include path: the same functions on the emulated
+// machine.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -43,7 +44,7 @@ void fewer_registers() {
   emulator::fewer_registers(kCount);
 }
 
-// PTX's matrix-descriptor-encode, of an address and of two distances.
+// matrix-descriptor-encode of the PTX ISA, for an address and two distances.
 inline uint64_t matrix(const void* shared, uint32_t rows_apart, uint32_t columns_apart) {
   return static_cast<uint64_t>((shared_address(shared) & 0x3FFFF) >> 4) |
          static_cast<uint64_t>(rows_apart >> 4) << 16 | static_cast<uint64_t>(columns_apart >> 4) << 32;

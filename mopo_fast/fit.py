@@ -3,13 +3,14 @@
 Source: mopo/models/bnn.py of the authors' code (BNN.train, _save_best, _compile_losses).
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +22,7 @@ from typing_extensions import TypedDict
 
 from mopo_fast import backends
 from mopo_fast.backends import checked
-from mopo_fast.backends.interface import FitRun, Parameter
+from mopo_fast.backends.interface import FitSteps, Parameter
 from mopo_fast.config import DynamicsConfig, to_dict
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import (
@@ -290,6 +291,7 @@ class Fit:
         self.pytorch_steps = PyTorchSteps(self.parameters, config)
         self.optimizer = self.pytorch_steps.optimizer
         self.history: list[FitEpoch] = []
+        self._checkpoint: tuple[Path, torch.Tensor] | None = None
 
     def _indices(self) -> np.ndarray:
         """Room for a row number for each member and training row."""
@@ -338,12 +340,13 @@ class Fit:
     def run_epoch(self, on_progress: Callable[[float], None] = lambda _: None) -> FitEpoch:
         """Pass once over every member's bootstrap rows, then look at the holdout.
 
-        on_progress is told, now and then, how many epochs are done, with fractions.
+        Args:
+            on_progress: called now and then with the share of the epoch that is done.
         """
         started, total, pieces = time.perf_counter(), 0.0, self.epoch_rows()
         for number, rows in enumerate(pieces, start=1):
             total += self.steps(rows)
-            on_progress(len(self.history) + number / len(pieces))
+            on_progress(number / len(pieces))
         return self.end_epoch(total, started)
 
     def epoch_rows(self) -> tuple[torch.Tensor, ...]:
@@ -383,6 +386,8 @@ class Fit:
         improved = self._keep_best(mse)
         record = FitEpoch(epoch, train_loss, tuple(mse), tuple(improved), time.perf_counter() - started)
         self.history.append(record)
+        if self._checkpoint is not None:
+            self.save(*self._checkpoint)
         return record
 
     def batches(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -394,10 +399,10 @@ class Fit:
     def steps(self, rows: torch.Tensor) -> float:
         """Make a step on each batch of rows [members, count], int64: the sum of the losses."""
         if kernels := backends.training_kernels(self.backend):
-            return checked.fit_steps(kernels, [self.kernel_run(rows)], self.threads)[0]
+            return checked.fit_steps(kernels, [self.kernel_call(rows)], self.threads)[0]
         return float(self.pytorch_steps(*self.batches(rows)))
 
-    def kernel_run(self, rows: torch.Tensor) -> FitRun:
+    def kernel_call(self, rows: torch.Tensor) -> FitSteps:
         """Return the call of a kernel that makes `steps`."""
         adam, count = self.optimizer, len(self.layers)
 
@@ -405,7 +410,7 @@ class Fit:
             # Detached, it keeps the memory alive that a kernel writes to.
             return self.parameters[i].detach(), adam.exp_avgs[i], adam.exp_avg_sqs[i], None
 
-        return FitRun(
+        return FitSteps(
             layers=[parameter(i) for i in range(count)],
             bounds=(parameter(count), parameter(count + 1)),
             activation=self.model.activation,
@@ -452,6 +457,20 @@ class Fit:
         """uint8 [32]: which data (of this `data_sha256`), seed and config a checkpoint belongs to."""
         what = json.dumps([data_digest, self.seed, to_dict(self.config)])
         return torch.tensor(list(hashlib.sha256(what.encode()).digest()), dtype=torch.uint8)
+
+    def use_checkpoint(self, path: Path, data_digest: str) -> None:
+        """Continue from the checkpoint at `path` where it exists, and write it after every epoch.
+
+        Args:
+            path: the checkpoint.
+            data_digest: `data_sha256` of the fit's data.
+
+        Raises:
+            InputError: as `restore`.
+        """
+        self._checkpoint = path, self.fingerprint(data_digest)
+        if path.exists():
+            self.restore(*self._checkpoint)
 
     def save(self, path: Path, fingerprint: torch.Tensor) -> None:
         """Write all that the next epoch depends on, atomically."""
@@ -561,32 +580,29 @@ def fit_dynamics(
         InputError: unusable data, config, device or checkpoint; or the loss became not finite.
     """
     fit = Fit(data.validate(), seed, config, device, backend, threads, initial)
-    _run(fit, data_sha256(data), None if checkpoint is None else Path(checkpoint), quiet, on_epoch)
+    if checkpoint is not None:
+        fit.use_checkpoint(Path(checkpoint), data_sha256(data))
+    _run_to_end(fit, quiet, on_epoch)
     return fit.finish()
 
 
-def _run(
-    fit: Fit,
-    data_digest: str,
-    checkpoint: Path | None,
-    quiet: bool,
-    on_epoch: Callable[[FitEpoch], None] | None,
-) -> None:
-    """Make the epochs that are left of a fit; on_epoch hears of all."""
-    fingerprint, report = fit.fingerprint(data_digest), on_epoch or (lambda _: None)
-    if checkpoint is not None and checkpoint.exists():
-        fit.restore(checkpoint, fingerprint)
+def _run_to_end(fit: Fit, quiet: bool, on_epoch: Callable[[FitEpoch], None] | None) -> None:
+    """Run a fit's remaining epochs; call `on_epoch` with those of its history first."""
+    report = on_epoch or (lambda _: None)
     for record in fit.history:
         report(record)
-    # The bar's end is where the fit stops if nothing improves any more: it moves while it gets better.
+    # The bar ends at the epoch where the fit would stop without further improvement, so it may grow.
     with progress_bar("fit: epochs", fit.expected_epochs, quiet=quiet) as bar:
         while len(fit.history) < fit.expected_epochs:
-            record = fit.run_epoch(lambda done: bar.update(completed=done))
-            if checkpoint is not None:
-                fit.save(checkpoint, fingerprint)
+            record = fit.run_epoch(lambda share: bar.update(completed=len(fit.history) + share))
             report(record)
-            elites = sorted(record.holdout_mse)[: fit.config.elites]
-            bar.update(total=fit.expected_epochs, note=f"holdout MSE {np.mean(elites):.4g}")
+            bar.update(total=fit.expected_epochs, note=fit_note([record], fit.config))
+
+
+def fit_note(records: Sequence[FitEpoch], config: DynamicsConfig) -> str:
+    """Describe an epoch of one or more fits for the progress bar: the mean holdout MSE of the elites."""
+    elites = [sorted(record.holdout_mse)[: config.elites] for record in records]
+    return f"holdout MSE {np.mean(elites):.4g}"
 
 
 def fit_and_save(
@@ -615,11 +631,23 @@ def fit_and_save(
         InputError: as `fit_dynamics`, or the folder cannot be written, or another process is at work in it.
     """
     folder = Path(folder)
+    with fit_folder(folder):
+        fit, digest = Fit(data.validate(), seed, config, device, backend, threads), data_sha256(data)
+        fit.use_checkpoint(fit_checkpoint(folder), digest)
+        _run_to_end(fit, quiet, on_epoch)
+        return finish_and_save(fit, data, digest, folder)
+
+
+@contextlib.contextmanager
+def fit_folder(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder that a fit writes to.
+
+    Raises:
+        InputError: another process holds it, or the folder cannot be written or has a link in it.
+    """
     with locked(folder):
         refuse_links(folder / "checkpoint")
-        fit, digest = Fit(data.validate(), seed, config, device, backend, threads), data_sha256(data)
-        _run(fit, digest, fit_checkpoint(folder), quiet, on_epoch)
-        return fit.finish(), save_fit(fit, data, digest, folder)
+        yield
 
 
 def fit_checkpoint(folder: Path) -> Path:
@@ -667,9 +695,11 @@ def read_fit(folder: Path) -> FitRecord:
     return fit
 
 
-def save_fit(fit: Fit, data: Transitions, data_digest: str, folder: Path) -> dict[str, Any]:
-    """Write a finished fit and remove its checkpoint: what fit.json holds."""
-    config, history = fit.config, fit.history
+def finish_and_save(
+    fit: Fit, data: Transitions, data_digest: str, folder: Path
+) -> tuple[EnsembleDynamics, dict[str, Any]]:
+    """Finish a fit, write its files and remove its checkpoint; return what `fit_and_save` does."""
+    model, config, history = fit.finish(), fit.config, fit.history
     record = {
         "dataset": data.name,
         "data_sha256": data_digest,
@@ -682,13 +712,13 @@ def save_fit(fit: Fit, data: Transitions, data_digest: str, folder: Path) -> dic
         "threads": fit.threads,
         "epochs": len(history),
         "seconds": sum(epoch.seconds for epoch in history),
-        "elites": fit.model.elites.tolist(),
+        "elites": model.elites.tolist(),
         "best_mse": fit.best_mse,
         "train_loss": [epoch.train_loss for epoch in history],
         "holdout_mse": [list(epoch.holdout_mse) for epoch in history],
         "improved": [list(epoch.improved) for epoch in history],
     }
-    fit.model.save(folder)
+    model.save(folder)
     write_json(folder / "fit.json", record)
     fit_checkpoint(folder).unlink(missing_ok=True)
-    return record
+    return model, record

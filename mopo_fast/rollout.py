@@ -166,8 +166,8 @@ class RolloutEngine:
         if len(action) != len(start):
             raise InputError(f"there are {len(start)} observations but {len(action)} actions")
         numbers = self._checked_rows(rows, len(start))
-        _check_range("seed", seed, 0, 2**64)
-        _check_range("step", step, 0, 2**32)
+        checked.check_range("seed", seed, 0, 2**64)
+        checked.check_range("step", step, 0, 2**32)
         settings = Settings(seed, deterministic, self.operands, self.threads)
         call = StepCall(self._dynamics(), start, numbers, settings, action, step, distributions)
         result = checked.step(get_backend(self.backend), call)
@@ -216,8 +216,8 @@ class RolloutEngine:
         ensemble = self.ensemble
         start = self._checked("start_observations", start_observations, ensemble.obs_dim)
         rows = self._checked_rows(rows, len(start))
-        _check_range("seed", seed, 0, 2**64)
-        _check_range("horizon", horizon, 1, 2**31)
+        checked.check_range("seed", seed, 0, 2**64)
+        checked.check_range("horizon", horizon, 1, 2**31)
         if not isinstance(policy, Actor):
             raise InputError(f"policy must be a mopo_fast.Actor, got {type(policy).__name__}")
         if (policy.obs_dim, policy.act_dim) != (ensemble.obs_dim, ensemble.act_dim):
@@ -390,8 +390,3 @@ def allocate(
         shape, kind = array_layout(name, obs_dim, act_dim, dtype)
         arrays[name] = torch.empty((capacity, *shape), dtype=kind, device=device)
     return Transitions(**arrays)
-
-
-def _check_range(name: str, value: int, low: int, high: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value < high:
-        raise InputError(f"{name} must be a whole number, {low} <= {name} < {high}, got {value!r}")

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mopo_fast import backends
 from mopo_fast.backends import checked
-from mopo_fast.backends.interface import Backend, Parameter, SacRun
+from mopo_fast.backends.interface import Backend, Parameter, SacUpdates
 from mopo_fast.backends.philox import (
     ACTION_STREAM,
     BATCH_STREAM,
@@ -25,7 +25,7 @@ from mopo_fast.backends.philox import (
 )
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import SACConfig
-from mopo_fast.data.transitions import Transitions
+from mopo_fast.data.transitions import DATA_ARRAYS, Transitions
 from mopo_fast.errors import InputError
 from mopo_fast.policy import Actor, Critic
 from mopo_fast.utils.adam import Adam
@@ -37,7 +37,6 @@ from mopo_fast.utils.tensors import load_into
 
 # Updates of one call of the kernel, or whose random numbers are drawn at once; an interrupt waits so long.
 _UPDATES_AT_ONCE = 100
-_LEARNED_FROM = ("observations", "actions", "rewards", "next_observations", "terminals")
 METRICS = ("critic_loss", "actor_loss", "alpha_loss", "q", "alpha", "entropy")
 
 
@@ -212,7 +211,7 @@ class SAC:
         """
         draws = self.begin(data, model_buffer, updates, seed)
         if kernels := backends.training_kernels(self.backend):
-            sums = (sum_by_kernel(kernels, [run], self.threads)[0] for run in self.kernel_runs(draws))
+            sums = (sum_by_kernel(kernels, [call], self.threads)[0] for call in self.kernel_calls(draws))
         else:
             sums = (self.learn(batches) for batches in self.batches(draws))
         return self.means(sum(sums, torch.zeros(())).tolist(), updates)
@@ -235,10 +234,10 @@ class SAC:
         real, model = (_learnable(some, self.log_alpha.dtype) for some in (data, model_buffer.storage))
         return Draws(real, model, (len(data), len(model_buffer)), updates, seed)
 
-    def kernel_runs(self, draws: Draws) -> Iterator[SacRun]:
+    def kernel_calls(self, draws: Draws) -> Iterator[SacUpdates]:
         """Yield the calls of a kernel that make the updates, each once the one before it is made."""
         for first in range(0, draws.updates, _UPDATES_AT_ONCE):
-            yield SacRun(
+            yield SacUpdates(
                 actor=self._parameters("actor"),
                 critic=self._parameters("critic"),
                 log_alpha=self._parameters("alpha")[0],
@@ -269,7 +268,7 @@ class SAC:
         """Update once on each of `batches` in PyTorch, on a GPU in one recorded graph.
 
         Args:
-            batches: `_LEARNED_FROM`, noise and next_noise, each [count, batch, ...].
+            batches: `DATA_ARRAYS`, noise and next_noise, each [count, batch, ...].
 
         Returns:
             The sums of `METRICS`.
@@ -340,7 +339,7 @@ class SAC:
         real, model = drawn.view(count, batch).split(self.batch_rows, dim=1)
         arrays = [
             torch.cat([getattr(draws.real, name)[real], getattr(draws.model, name)[model]], 1)
-            for name in _LEARNED_FROM
+            for name in DATA_ARRAYS
         ]
         noise = (
             random_normals(rows, steps, stream, act_dim, draws.seed, dtype).view(count, batch, act_dim)
@@ -389,9 +388,9 @@ class SAC:
             optimizer.check_moments(source)
 
 
-def sum_by_kernel(kernels: Backend, runs: Sequence[SacRun], threads: int) -> torch.Tensor:
+def sum_by_kernel(kernels: Backend, calls: Sequence[SacUpdates], threads: int) -> torch.Tensor:
     """Make the updates of several runs by a kernel: the sums of `METRICS`, float64 [runs, 6]."""
-    return torch.tensor(checked.sac_updates(kernels, runs, threads), dtype=torch.float64)
+    return torch.tensor(checked.sac_updates(kernels, calls, threads), dtype=torch.float64)
 
 
 def _learnable(data: Transitions, dtype: torch.dtype) -> Transitions:
@@ -403,5 +402,5 @@ def _learnable(data: Transitions, dtype: torch.dtype) -> Transitions:
         # The columns of a wider table will do.
         return array if array.ndim == 1 or array.stride(1) == 1 else array.contiguous()
 
-    arrays: dict[str, Any] = {name: in_form(getattr(data, name)) for name in _LEARNED_FROM}
+    arrays: dict[str, Any] = {name: in_form(getattr(data, name)) for name in DATA_ARRAYS}
     return Transitions(**arrays)

@@ -16,22 +16,19 @@ import torch
 from mopo_fast.backends.interface import (
     Backend,
     Destination,
-    FitRun,
+    FitSteps,
     Need,
     Parameter,
     RolloutCall,
-    SacRun,
+    SacUpdates,
     StepCall,
     StepResult,
 )
 from mopo_fast.config import ACTIVATIONS, FIT_DTYPES, PENALTIES, ROLLOUT_DTYPES
-from mopo_fast.data.transitions import ROLLOUT_ARRAYS, array_layout
+from mopo_fast.data.transitions import DATA_ARRAYS, array_layout
 from mopo_fast.ensemble import MAX_MEMBERS, check_members
 from mopo_fast.errors import InputError
 from mopo_fast.utils.machine import MAX_THREADS
-
-# The arrays of a rollout that a backend writes in any case.
-_REQUIRED = ROLLOUT_ARRAYS[:5]
 
 
 def step(backend: Backend, call: StepCall) -> StepResult:
@@ -42,7 +39,7 @@ def step(backend: Backend, call: StepCall) -> StepResult:
     """
     layout, _, act_dim = _check_call(backend, call)
     layout.check("actions", call.actions, len(call.observations), act_dim)
-    _check_range("step", call.step, 0, 2**32)
+    check_range("step", call.step, 0, 2**32)
     return backend.step(call)
 
 
@@ -58,24 +55,24 @@ def check_rollout(backend: Backend, call: RolloutCall) -> None:
     policy = call.policy
     layout.network("the policy", policy.weights, policy.biases, (), obs_dim, 2 * act_dim)
     _check_known("the policy's activation", policy.activation, ACTIVATIONS)
-    _check_range("horizon", call.horizon, 1, 2**31)
+    check_range("horizon", call.horizon, 1, 2**31)
     _check_destination(call.out, layout, obs_dim, act_dim, len(call.observations) * call.horizon)
 
 
-def sac_updates(backend: Backend, runs: Sequence[SacRun], threads: int) -> list[list[float]]:
-    """Call `backend.sac_updates` with checked runs."""
-    _check_range("threads", threads, 1, MAX_THREADS)
-    for run in runs:
-        _check_sac(backend, run)
-    return backend.sac_updates(runs, threads)
+def sac_updates(backend: Backend, calls: Sequence[SacUpdates], threads: int) -> list[list[float]]:
+    """Call `backend.sac_updates` with checked calls."""
+    check_range("threads", threads, 1, MAX_THREADS)
+    for call in calls:
+        _check_sac(backend, call)
+    return backend.sac_updates(calls, threads)
 
 
-def fit_steps(backend: Backend, runs: Sequence[FitRun], threads: int) -> list[float]:
-    """Call `backend.fit_steps` with checked runs."""
-    _check_range("threads", threads, 1, MAX_THREADS)
-    for run in runs:
-        _check_fit(backend, run)
-    return backend.fit_steps(runs, threads)
+def fit_steps(backend: Backend, calls: Sequence[FitSteps], threads: int) -> list[float]:
+    """Call `backend.fit_steps` with checked calls."""
+    check_range("threads", threads, 1, MAX_THREADS)
+    for call in calls:
+        _check_fit(backend, call)
+    return backend.fit_steps(calls, threads)
 
 
 @dataclass(frozen=True)
@@ -149,8 +146,8 @@ def _other(name: str, array: Any, expected: str) -> InputError:
     )
 
 
-def _check_range(name: str, value: int, low: int, high: int) -> None:
-    if not isinstance(value, int) or not low <= value < high:
+def check_range(name: str, value: int, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value < high:
         raise InputError(f"{name} must be a whole number, {low} <= {name} < {high}, got {value!r}")
 
 
@@ -171,8 +168,8 @@ def _check_call(backend: Backend, call: StepCall | RolloutCall) -> tuple[Layout,
     _check_serves(backend, Need(settings.operands, observations.device))
     _check_known("penalty", dynamics.penalty, PENALTIES)
     _check_known("the ensemble's activation", dynamics.activation, ACTIVATIONS)
-    _check_range("threads", settings.threads, 1, MAX_THREADS)
-    _check_range("seed", settings.seed, 0, 2**64)
+    check_range("threads", settings.threads, 1, MAX_THREADS)
+    check_range("seed", settings.seed, 0, 2**64)
     dtype = torch.float64 if settings.operands == "float64" else torch.float32
     layout = Layout(dtype, observations.device)
     if observations.ndim != 2 or min(observations.shape) < 1:
@@ -185,7 +182,7 @@ def _check_call(backend: Backend, call: StepCall | RolloutCall) -> tuple[Layout,
         raise InputError("the ensemble's weights must be [members, in, out], and of one layer at least")
     members, inputs, _ = weights[0].shape
     act_dim, dims = inputs - obs_dim, obs_dim + 1
-    _check_range("the ensemble's members", members, 1, MAX_MEMBERS + 1)
+    check_range("the ensemble's members", members, 1, MAX_MEMBERS + 1)
     if act_dim < 1:
         raise InputError(f"the ensemble has {inputs} inputs, observations take {obs_dim} of them alone")
     layout.network("the ensemble", weights, dynamics.biases, (members,), inputs, 2 * dims)
@@ -207,7 +204,7 @@ def _check_call(backend: Backend, call: StepCall | RolloutCall) -> tuple[Layout,
 
 def _check_destination(out: Destination, layout: Layout, obs_dim: int, act_dim: int, most: int) -> None:
     """Raise `InputError` where `out` cannot take up to `most` rows."""
-    for name in _REQUIRED:
+    for name in DATA_ARRAYS:
         if out.arrays.get(name) is None:
             raise InputError(f"the buffer lacks {name}")
     capacity, floats = out.capacity, layout.dtype
@@ -220,7 +217,7 @@ def _check_destination(out: Destination, layout: Layout, obs_dim: int, act_dim: 
             layout.check_rows(f"the buffer's {name}", array, capacity, *width, dtype=dtype)
     if most > capacity:
         raise InputError(f"the rollouts can make {most} transitions, the buffer holds {capacity}")
-    _check_range("the buffer's head", out.head, 0, capacity)
+    check_range("the buffer's head", out.head, 0, capacity)
 
 
 def _check_parameter(
@@ -270,55 +267,55 @@ def _hidden(parameters: Sequence[Parameter]) -> list[int]:
     return [bias.shape[-1] if bias.ndim else 0 for bias in biases]
 
 
-def _check_sac(backend: Backend, run: SacRun) -> None:
-    layout = _trained_layout(backend, "float32", run.log_alpha[0])
-    _check_parameter(layout, "log_alpha", run.log_alpha)
-    if run.real.observations.ndim != 2 or run.real.actions.ndim != 2:
+def _check_sac(backend: Backend, call: SacUpdates) -> None:
+    layout = _trained_layout(backend, "float32", call.log_alpha[0])
+    _check_parameter(layout, "log_alpha", call.log_alpha)
+    if call.real.observations.ndim != 2 or call.real.actions.ndim != 2:
         raise InputError("the data's observations and actions must be [n, dim]")
-    obs_dim, act_dim, hidden = run.real.obs_dim, run.real.act_dim, _hidden(run.actor)
+    obs_dim, act_dim, hidden = call.real.obs_dim, call.real.act_dim, _hidden(call.actor)
     if not hidden:
         raise InputError("the actor needs one hidden layer at least")
-    _check_trained(layout, "the actor", run.actor, (), [obs_dim, *hidden, 2 * act_dim])
-    sizes, critics = [obs_dim + act_dim, *hidden, 1], run.config.critics
-    _check_trained(layout, "the critic", run.critic, (critics,), sizes, target=True)
+    _check_trained(layout, "the actor", call.actor, (), [obs_dim, *hidden, 2 * act_dim])
+    sizes, critics = [obs_dim + act_dim, *hidden, 1], call.config.critics
+    _check_trained(layout, "the critic", call.critic, (critics,), sizes, target=True)
     for what, data, size, rows in zip(
-        ("the data", "the buffer"), (run.real, run.model), run.sizes, run.rows, strict=True
+        ("the data", "the buffer"), (call.real, call.model), call.sizes, call.rows, strict=True
     ):
         for name, array in data.arrays().items():
             width, dtype = array_layout(name, obs_dim, act_dim, layout.dtype)
             layout.check_rows(f"{what}'s {name}", array, len(data), *width, dtype=dtype)
-        _check_range(f"{what}'s rows", size, min(1, rows), len(data) + 1)
-        _check_range(f"a batch's rows of {what}", rows, 0, 2**31)
-    _check_range("a batch's rows", sum(run.rows), 1, 2**31)
-    _check_range("updates", run.updates, 1, 2**31)
-    _check_range("seed", run.seed, 0, 2**64)
-    _check_steps(layout, run.steps)
-    Layout(torch.int64, torch.device("cpu")).check("the count of updates", run.count)
+        check_range(f"{what}'s rows", size, min(1, rows), len(data) + 1)
+        check_range(f"a batch's rows of {what}", rows, 0, 2**31)
+    check_range("a batch's rows", sum(call.rows), 1, 2**31)
+    check_range("updates", call.updates, 1, 2**31)
+    check_range("seed", call.seed, 0, 2**64)
+    _check_steps(layout, call.steps)
+    Layout(torch.int64, torch.device("cpu")).check("the count of updates", call.count)
 
 
-def _check_fit(backend: Backend, run: FitRun) -> None:
-    _check_known("dtype", run.config.dtype, FIT_DTYPES)
-    layout = _trained_layout(backend, run.config.dtype, run.bounds[0][0])
-    if run.table.ndim != 2 or run.rows.ndim != 2 or min(run.rows.shape) < 1:
+def _check_fit(backend: Backend, call: FitSteps) -> None:
+    _check_known("dtype", call.config.dtype, FIT_DTYPES)
+    layout = _trained_layout(backend, call.config.dtype, call.bounds[0][0])
+    if call.table.ndim != 2 or call.rows.ndim != 2 or min(call.rows.shape) < 1:
         raise InputError("the fit's table and rows must be matrices, the rows [members, count]")
-    members, count = run.rows.shape
-    (rows, width), inputs = run.table.shape, run.layers[0][0].shape[-2]
-    layout.check("the fit's table", run.table, rows, width)
-    layout.check_rows("the fit's rows", run.rows, members, count, dtype=torch.int64)
-    _check_range("the table's columns", width, inputs + run.dims, 2**31)
-    low, high = _extremes(run.rows)
+    members, count = call.rows.shape
+    (rows, width), inputs = call.table.shape, call.layers[0][0].shape[-2]
+    layout.check("the fit's table", call.table, rows, width)
+    layout.check_rows("the fit's rows", call.rows, members, count, dtype=torch.int64)
+    check_range("the table's columns", width, inputs + call.dims, 2**31)
+    low, high = _extremes(call.rows)
     if not 0 <= low <= high < rows:
         raise InputError(f"the fit's rows must be 0 to {rows - 1}, got {low} to {high}")
     _check_trained(
-        layout, "the ensemble", run.layers, (members,), [inputs, *_hidden(run.layers), 2 * run.dims]
+        layout, "the ensemble", call.layers, (members,), [inputs, *_hidden(call.layers), 2 * call.dims]
     )
-    for name, bound in zip(("max_logvar", "min_logvar"), run.bounds, strict=True):
-        _check_parameter(layout, name, bound, run.dims)
-    _check_known("the ensemble's activation", run.activation, ACTIVATIONS)
-    if len(run.config.weight_decay) != len(run.layers) // 2:
-        raise InputError(f"weight_decay needs one value per layer, got {run.config.weight_decay}")
-    _check_range("batch_size", run.config.batch_size, 1, 2**31)
-    _check_steps(layout, run.steps)
+    for name, bound in zip(("max_logvar", "min_logvar"), call.bounds, strict=True):
+        _check_parameter(layout, name, bound, call.dims)
+    _check_known("the ensemble's activation", call.activation, ACTIVATIONS)
+    if len(call.config.weight_decay) != len(call.layers) // 2:
+        raise InputError(f"weight_decay needs one value per layer, got {call.config.weight_decay}")
+    check_range("batch_size", call.config.batch_size, 1, 2**31)
+    _check_steps(layout, call.steps)
 
 
 def _extremes(numbers: torch.Tensor) -> tuple[int, int]:

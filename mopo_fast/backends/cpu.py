@@ -13,16 +13,18 @@ from mopo_fast.backends.interface import (
     Backend,
     BackendStatus,
     Destination,
-    FitRun,
+    FitSteps,
     Need,
     RolloutCall,
-    SacRun,
+    SacUpdates,
     StepCall,
     StepResult,
+    address,
+    kernel_arguments,
 )
 from mopo_fast.backends.training_calls import fit_call, sac_call
-from mopo_fast.config import ACTIVATIONS, PENALTIES
-from mopo_fast.data.transitions import ROLLOUT_ARRAYS, array_layout
+from mopo_fast.config import ACTIVATIONS
+from mopo_fast.data.transitions import array_layout
 from mopo_fast.errors import InputError
 
 _Network = tuple[list[int], list[int], list[int], int, int]
@@ -106,48 +108,26 @@ def _launch(
     std: torch.Tensor | None = None,
 ) -> tuple[int, int]:
     """Hand the arrays' addresses to the kernel; without a policy every row is kept."""
-    dynamics, policy, start, settings = call.dynamics, call.policy, call.observations, call.settings
-    arrays = [out.arrays.get(name) for name in ROLLOUT_ARRAYS]
+    dynamics, policy = call.dynamics, call.policy
     max_logvar, min_logvar, carry = dynamics.spelled_out()
     kernel = _within_resources()(extension().rollout)
     written, cut = kernel(
+        **kernel_arguments(call),
         isa=isa(),
-        obs_dim=start.shape[1],
-        act_dim=len(dynamics.input_mean) - start.shape[1],
         dynamics=_network(dynamics.weights, dynamics.biases, dynamics.activation),
-        input_mean=dynamics.input_mean.data_ptr(),
-        input_std=dynamics.input_std.data_ptr(),
         max_logvar=max_logvar.data_ptr(),
         min_logvar=min_logvar.data_ptr(),
         carry=carry.data_ptr(),
-        log_std=dynamics.log_std,
-        elites=dynamics.elites.data_ptr(),
-        num_elites=len(dynamics.elites),
-        penalty_members=dynamics.penalty_members.data_ptr(),
-        num_penalty_members=len(dynamics.penalty_members),
-        penalty=PENALTIES.index(dynamics.penalty),
-        penalty_coef=dynamics.penalty_coef,
-        low=dynamics.low.data_ptr(),
-        high=dynamics.high.data_ptr(),
         policy=_network(policy.weights, policy.biases, policy.activation) if policy else _NO_POLICY,
-        log_std_min=policy.log_std_min if policy else 0.0,
-        log_std_max=policy.log_std_max if policy else 0.0,
-        actions=0 if actions is None else actions.data_ptr(),
-        batch=len(start),
-        start=start.data_ptr(),
-        rows=call.rows.data_ptr(),
-        horizon=call.horizon,
-        first_step=call.step,
-        seed=settings.seed,
-        deterministic=settings.deterministic,
-        bfloat16=settings.operands == "bfloat16",
+        actions=address(actions),
+        bfloat16=call.settings.operands == "bfloat16",
         keep_every_row=policy is None,
-        out=[(0, 0) if array is None else (array.data_ptr(), array.stride(0)) for array in arrays],
+        out=out.addresses(),
         capacity=out.capacity,
         head=out.head,
-        mean=0 if mean is None else mean.data_ptr(),
-        std=0 if std is None else std.data_ptr(),
-        threads=settings.threads,
+        mean=address(mean),
+        std=address(std),
+        threads=call.settings.threads,
     )
     return written, cut
 
@@ -176,33 +156,29 @@ class CpuBackend(Backend):
 
     def step(self, call: StepCall) -> StepResult:
         batch, obs_dim = call.observations.shape
-        # Not torch's default type and device, which a user may have set.
-        empty = call.observations.new_empty
         arrays = {}
         for name in ("next_observations", "rewards", "terminals", "raw_rewards", "penalties", "members"):
             row, dtype = array_layout(name, obs_dim, call.actions.shape[1], torch.float32)
-            arrays[name] = empty(batch, *row, dtype=dtype)
-        mean = std = None
-        if call.distributions:
-            shape = (len(call.dynamics.weights[0]), batch, obs_dim + 1)
-            mean, std = empty(shape), empty(shape)
+            # Without torch's default type and device, which a user may have changed.
+            arrays[name] = call.observations.new_empty(batch, *row, dtype=dtype)
+        mean, std = call.empty_distributions()
         _launch(call, Destination(arrays, 0), actions=call.actions, mean=mean, std=std)
         return StepResult(**arrays, mean=mean, std=std)
 
     def rollout(self, call: RolloutCall) -> tuple[int, int]:
         return _launch(call, call.out)
 
-    def sac_updates(self, runs: Sequence[SacRun], threads: int) -> list[list[float]]:
+    def sac_updates(self, calls: Sequence[SacUpdates], threads: int) -> list[list[float]]:
         """All runs side by side, each with its share of the threads."""
-        calls = [sac_call(extension(), run) for run in runs]
+        packed = [sac_call(extension(), call) for call in calls]
         with _within_resources():
-            each = max(1, threads // len(runs))
-            sums: list[list[float]] = extension().sac_updates(calls, isa=isa(), threads=each)
+            each = max(1, threads // len(calls))
+            sums: list[list[float]] = extension().sac_updates(packed, isa=isa(), threads=each)
         return sums
 
-    def fit_steps(self, runs: Sequence[FitRun], threads: int) -> list[float]:
-        """One run after the other, since each keeps every core busy."""
-        calls = [fit_call(extension(), run) for run in runs]
+    def fit_steps(self, calls: Sequence[FitSteps], threads: int) -> list[float]:
+        """One call after the other, since each keeps every core busy."""
+        packed = [fit_call(extension(), call) for call in calls]
         with _within_resources():
-            losses: list[float] = extension().fit_steps(calls, isa=isa(), threads=threads)
+            losses: list[float] = extension().fit_steps(packed, isa=isa(), threads=threads)
         return losses

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
 from mopo_fast import backends
@@ -25,7 +24,16 @@ from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.evaluate import Evaluator
-from mopo_fast.fit import Fit, FitEpoch, PyTorchSteps, data_sha256, fit_checkpoint, save_fit
+from mopo_fast.fit import (
+    Fit,
+    FitEpoch,
+    PyTorchSteps,
+    data_sha256,
+    finish_and_save,
+    fit_checkpoint,
+    fit_folder,
+    fit_note,
+)
 from mopo_fast.report import write_report
 from mopo_fast.run.dynamics import copy_fit, make_dynamics, training_backend
 from mopo_fast.run.folder import (
@@ -40,11 +48,11 @@ from mopo_fast.run.resolve import load_data, resolve
 from mopo_fast.sac import SAC, sum_by_kernel
 from mopo_fast.tasks import Task
 from mopo_fast.train import Training, evaluation_workers, progress_note
-from mopo_fast.utils.atomic import refuse_links
 from mopo_fast.utils.lock import locked
 from mopo_fast.utils.progress import progress_bar
 
-T = TypeVar("T", Fit, Training)
+T = TypeVar("T")
+_Run = TypeVar("_Run", Fit, Training)
 
 
 class SacPopulation:
@@ -55,9 +63,7 @@ class SacPopulation:
     """
 
     def __init__(self, sacs: Sequence[SAC]) -> None:
-        self.sacs = list(sacs)
-        kinds = [(sac.config, sac.backend, sac.actor.obs_dim, sac.actor.act_dim) for sac in self.sacs]
-        _check_alike("SACs are updated", self.sacs, kinds)
+        self.sacs = _checked("SACs are updated", sacs, lambda sac: (sac.config, sac.backend, sac.actor))
         self._whole: SAC | None = None
 
     def update_many(
@@ -70,9 +76,9 @@ class SacPopulation:
         draws = [sac.begin(data, buffer, updates, seed) for sac, buffer, seed in each]
         pairs = list(zip(self.sacs, draws, strict=True))
         if kernels := backends.training_kernels(self.sacs[0].backend):
-            calls = zip(*(sac.kernel_runs(some) for sac, some in pairs), strict=True)
+            calls = zip(*(sac.kernel_calls(some) for sac, some in pairs), strict=True)
             threads = self.sacs[0].threads
-            sums = sum((sum_by_kernel(kernels, runs, threads) for runs in calls), torch.zeros(()))
+            sums = sum((sum_by_kernel(kernels, some, threads) for some in calls), torch.zeros(()))
         else:
             sums = self._learn(zip(*(sac.batches(some) for sac, some in pairs), strict=True))
         return [sac.means(total, updates) for sac, total in zip(self.sacs, sums.tolist(), strict=True)]
@@ -120,9 +126,7 @@ class FitPopulation:
     """
 
     def __init__(self, fits: Sequence[Fit]) -> None:
-        self.fits = list(fits)
-        kinds = [(fit.config, fit.backend, fit.model.obs_dim, fit.model.act_dim) for fit in self.fits]
-        _check_alike("fits are stepped", self.fits, kinds)
+        self.fits = _checked("fits are stepped", fits, lambda fit: (fit.config, fit.backend, fit.model))
         self._whole: PyTorchSteps | None = None
 
     def run_epoch(self, on_progress: Callable[[float], None] = lambda _: None) -> list[FitEpoch]:
@@ -140,8 +144,8 @@ class FitPopulation:
         if len(self.fits) == 1:
             return [self.fits[0].steps(rows[0])]
         if kernels := backends.training_kernels(self.fits[0].backend):
-            runs = [fit.kernel_run(some) for fit, some in zip(self.fits, rows, strict=True)]
-            return checked.fit_steps(kernels, runs, self.fits[0].threads)
+            calls = [fit.kernel_call(some) for fit, some in zip(self.fits, rows, strict=True)]
+            return checked.fit_steps(kernels, calls, self.fits[0].threads)
         batches = [fit.batches(some) for fit, some in zip(self.fits, rows, strict=True)]
         whole = self._lay_together()
         try:
@@ -167,9 +171,24 @@ class FitPopulation:
         return self._whole
 
 
-def _check_alike(what: str, several: Sequence[Any], kinds: Sequence[Any]) -> None:
-    if len(set(map(id, several))) != len(several) or len(set(kinds)) != 1:
+def _checked(what: str, several: Sequence[T], parts: Callable[[T], tuple[Any, str, Any]]) -> list[T]:
+    """Return `several` as a list.
+
+    Args:
+        what: names them in the error.
+        several: SACs or fits.
+        parts: the config, the backend and the network of one.
+
+    Raises:
+        InputError: one is given twice, or their configs, backends or sizes differ.
+    """
+    kinds = {
+        (config, backend, network.obs_dim, network.act_dim)
+        for config, backend, network in map(parts, several)
+    }
+    if len(set(map(id, several))) != len(several) or len(kinds) != 1:
         raise InputError(f"{what} together where they are distinct, and of one config and size")
+    return list(several)
 
 
 def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -200,16 +219,12 @@ def fit_and_save_many(
     paths = [Path(folder) for folder in folders]
     with contextlib.ExitStack() as stack:
         for folder in paths:
-            stack.enter_context(locked(folder))
-            refuse_links(folder / "checkpoint")
+            stack.enter_context(fit_folder(folder))
         data.validate()
         fits = [Fit(data, seed, config, device, backend, threads) for seed in seeds]
         digest = data_sha256(data)
-        fingerprints = [fit.fingerprint(digest) for fit in fits]
-        checkpoints = [fit_checkpoint(folder) for folder in paths]
-        for fit, checkpoint, fingerprint in zip(fits, checkpoints, fingerprints, strict=True):
-            if checkpoint.exists():
-                fit.restore(checkpoint, fingerprint)
+        for fit, folder in zip(fits, paths, strict=True):
+            fit.use_checkpoint(fit_checkpoint(folder), digest)
         bar = stack.enter_context(progress_bar("fit: epochs", None, quiet=quiet))
         population: FitPopulation | None = None
         while some := _behind([fit for fit in fits if len(fit.history) < fit.expected_epochs]):
@@ -221,22 +236,15 @@ def fit_and_save_many(
                 bar.update(completed=done + share * more)
 
             records = population.run_epoch(on_progress)
-            for fit, checkpoint, fingerprint in zip(fits, checkpoints, fingerprints, strict=True):
-                if fit in some:
-                    fit.save(checkpoint, fingerprint)
-            elites = [sorted(record.holdout_mse)[: some[0].config.elites] for record in records]
-            bar.update(note=f"holdout MSE {np.mean(elites):.4g}")
-        return [
-            (fit.finish(), save_fit(fit, data, digest, folder))
-            for fit, folder in zip(fits, paths, strict=True)
-        ]
+            bar.update(note=fit_note(records, some[0].config))
+        return [finish_and_save(fit, data, digest, folder) for fit, folder in zip(fits, paths, strict=True)]
 
 
 def _epochs(one: Fit | Training) -> int:
     return len(one.history) if isinstance(one, Fit) else one.epoch
 
 
-def _behind(several: Sequence[T]) -> list[T]:
+def _behind(several: Sequence[_Run]) -> list[_Run]:
     """Return those that are behind the others, as after an interruption: they catch up first."""
     least = min(map(_epochs, several), default=0)
     return [one for one in several if _epochs(one) == least]

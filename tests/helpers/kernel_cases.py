@@ -12,7 +12,7 @@ from mopo_fast.backends.gpu import padded
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import PENALTIES, Activation, DynamicsConfig, SACConfig
 from mopo_fast.data import Transitions
-from mopo_fast.data.transitions import ROLLOUT_ARRAYS
+from mopo_fast.data.transitions import DATA_ARRAYS
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.fit import Fit
 from mopo_fast.policy import Actor
@@ -311,8 +311,7 @@ def check_missing_arrays(engine: RolloutEngine, policy: Actor, start: torch.Tens
     """A buffer needs no arrays after the terminals."""
     expected = engine.rollout(policy, start, 2, seed=1).arrays()
     arrays: dict[str, Any] = {
-        name: expected[name].new_empty(2 * len(start), *expected[name].shape[1:])
-        for name in ROLLOUT_ARRAYS[:5]
+        name: expected[name].new_empty(2 * len(start), *expected[name].shape[1:]) for name in DATA_ARRAYS
     }
     made = engine.rollout(policy, start, 2, seed=1, out=RingBuffer.over(Transitions(**arrays))).arrays()
     assert made.keys() == arrays.keys()

@@ -366,7 +366,7 @@ def test_a_backend_that_cannot_serve_is_not_called(operands: str) -> None:
 
 
 def test_a_backend_that_cannot_train_is_not_called(fit: Fit) -> None:
-    run = fit.kernel_run(torch.zeros(3, 8, dtype=torch.int64))
+    run = fit.kernel_call(torch.zeros(3, 8, dtype=torch.int64))
     with pytest.raises(InputError, match="triton: makes rollouts, does not train"):
         checked.fit_steps(TritonBackend(), [run], 1)
     elsewhere: Any = [[tensor.to("meta") for tensor in bound[:3]] for bound in run.bounds]

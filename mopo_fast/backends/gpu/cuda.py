@@ -17,18 +17,19 @@ from mopo_fast.backends.gpu.padded import Launch, PaddedRollouts, padded_rollout
 from mopo_fast.backends.interface import (
     Backend,
     BackendStatus,
-    FitRun,
+    FitSteps,
     Need,
     RolloutCall,
-    SacRun,
+    SacUpdates,
     Sizes,
     StepCall,
     StepResult,
+    address,
+    kernel_arguments,
     network_sizes,
 )
 from mopo_fast.backends.training_calls import fit_call, sac_call
-from mopo_fast.config import ACTIVATIONS, PENALTIES
-from mopo_fast.data.transitions import ROLLOUT_ARRAYS
+from mopo_fast.config import ACTIVATIONS
 from mopo_fast.utils.interrupts import deferred
 
 _SERVED = ("bfloat16", "float16")
@@ -129,53 +130,31 @@ def _launch(
     std: torch.Tensor | None = None,
 ) -> None:
     """Make all steps of all rollouts; without a policy the actions are read."""
-    dynamics, policy, start, settings = call.dynamics, call.policy, call.observations, call.settings
-    (batch, obs_dim), device = start.shape, start.device
-    members = len(dynamics.weights[0])
-    clusters = min(-(-batch // (_CLUSTER * _TILE)), _multiprocessors(device) // _CLUSTER)
+    dynamics, policy, start = call.dynamics, call.policy, call.observations
+    members, device = len(dynamics.weights[0]), start.device
+    clusters = min(-(-len(start) // (_CLUSTER * _TILE)), _multiprocessors(device) // _CLUSTER)
     scratch = start.new_empty(clusters * _CLUSTER, members, slots, 2, _THREADS, 2)
     max_logvar, min_logvar, carry = dynamics.spelled_out()
     exp_minus_max, exp_min = torch.exp(-max_logvar), torch.exp(min_logvar)
     _extension().rollout(
-        bfloat16=settings.operands == "bfloat16",
+        **kernel_arguments(call),
+        bfloat16=call.settings.operands == "bfloat16",
         width=width,
         slots=slots,
         weights=weights.data.data_ptr(),
         chunk_bytes=weights.chunk_bytes.data_ptr(),
         chunks=len(weights.chunk_bytes),
-        obs_dim=obs_dim,
-        act_dim=len(dynamics.input_mean) - obs_dim,
         members=members,
         hidden_layers=len(dynamics.weights) - 1,
         activation=ACTIVATIONS.index(dynamics.activation),
-        input_mean=dynamics.input_mean.data_ptr(),
-        input_std=dynamics.input_std.data_ptr(),
         exp_minus_max=exp_minus_max.data_ptr(),
         exp_min=exp_min.data_ptr(),
         carry=carry.data_ptr(),
-        log_std=dynamics.log_std,
-        elites=dynamics.elites.data_ptr(),
-        num_elites=len(dynamics.elites),
-        penalty_members=dynamics.penalty_members.data_ptr(),
-        num_penalty_members=len(dynamics.penalty_members),
-        penalty=PENALTIES.index(dynamics.penalty),
-        penalty_coef=dynamics.penalty_coef,
-        low=dynamics.low.data_ptr(),
-        high=dynamics.high.data_ptr(),
         policy_hidden_layers=len(policy.weights) - 1 if policy else 0,
         policy_activation=ACTIVATIONS.index(policy.activation) if policy else 0,
-        log_std_min=policy.log_std_min if policy else 0.0,
-        log_std_max=policy.log_std_max if policy else 0.0,
-        batch=batch,
-        start=start.data_ptr(),
-        rows=call.rows.data_ptr(),
-        horizon=call.horizon,
-        first_step=call.step,
-        seed=settings.seed,
-        deterministic=settings.deterministic,
         record=[array.data_ptr() for array in padded],
-        mean=0 if mean is None else mean.data_ptr(),
-        std=0 if std is None else std.data_ptr(),
+        mean=address(mean),
+        std=address(std),
         scratch=scratch.data_ptr(),
         blocks=clusters * _CLUSTER,
         stream=_cuda_stream(device),
@@ -194,8 +173,7 @@ def _prepared(call: StepCall | RolloutCall) -> Launch:
 def _compact(call: RolloutCall, padded: PaddedRollouts, head: int) -> None:
     """Copy the rows that exist into the ring, from row `head` on."""
     start, (batch, horizon) = call.observations, padded.rewards.shape
-    arrays = [call.out.arrays.get(name) for name in ROLLOUT_ARRAYS]
-    offsets = padded.lengths.cumsum(0) - padded.lengths
+    offsets = padded.offsets()
     _extension().compact(
         obs_dim=start.shape[1],
         act_dim=padded.actions.shape[2],
@@ -205,7 +183,7 @@ def _compact(call: RolloutCall, padded: PaddedRollouts, head: int) -> None:
         rows=call.rows.data_ptr(),
         record=[array.data_ptr() for array in padded],
         offsets=offsets.data_ptr(),
-        out=[(0, 0) if array is None else (array.data_ptr(), array.stride(0)) for array in arrays],
+        out=call.out.addresses(),
         capacity=call.out.capacity,
         head=head,
         stream=_cuda_stream(start.device),
@@ -280,22 +258,22 @@ class CudaBackend(Backend):
     def rollout(self, call: RolloutCall) -> tuple[int, int]:
         return padded_rollout(_prepared(call), _compact, call)
 
-    def sac_updates(self, runs: Sequence[SacRun], threads: int) -> list[list[float]]:
+    def sac_updates(self, calls: Sequence[SacUpdates], threads: int) -> list[list[float]]:
         """All runs side by side, in one launch."""
-        calls = [sac_call(_extension(), run) for run in runs]
-        device, shape = runs[0].log_alpha[0].device, (len(runs), _SAC_METRICS)
+        packed = [sac_call(_extension(), call) for call in calls]
+        device, shape = calls[0].log_alpha[0].device, (len(calls), _SAC_METRICS)
         with deferred():
-            metrics: list[list[float]] = _train("sac_updates", calls, shape, device).tolist()
-            for run in runs:
-                run.count.fill_(run.updates_before + run.updates)
-                _count(run.steps, int(run.count))
+            metrics: list[list[float]] = _train("sac_updates", packed, shape, device).tolist()
+            for call in calls:
+                call.count.fill_(call.updates_before + call.updates)
+                _count(call.steps, int(call.count))
         return metrics
 
-    def fit_steps(self, runs: Sequence[FitRun], threads: int) -> list[float]:
+    def fit_steps(self, calls: Sequence[FitSteps], threads: int) -> list[float]:
         """All runs side by side, in one launch."""
-        calls = [fit_call(_extension(), run) for run in runs]
+        packed = [fit_call(_extension(), call) for call in calls]
         with deferred():
-            losses: list[float] = _train("fit_steps", calls, (len(runs),), runs[0].table.device).tolist()
-            for run in runs:
-                _count(run.steps, run.steps_before + -(-run.rows.shape[1] // run.config.batch_size))
+            losses: list[float] = _train("fit_steps", packed, (len(calls),), calls[0].table.device).tolist()
+            for call in calls:
+                _count(call.steps, call.steps_before + -(-call.rows.shape[1] // call.config.batch_size))
         return losses

@@ -24,6 +24,10 @@ class PaddedRollouts(NamedTuple):
     lengths: torch.Tensor
     cut: torch.Tensor
 
+    def offsets(self) -> torch.Tensor:
+        """Count the transitions of the rollouts before each one, int64 [batch]."""
+        return self.lengths.cumsum(0) - self.lengths
+
 
 class Launch(Protocol):
     """Make all steps of all rollouts; without a policy the actions are read."""
@@ -65,12 +69,8 @@ def _empty(start: torch.Tensor, act_dim: int, horizon: int) -> PaddedRollouts:
 
 def padded_step(launch: Launch, call: StepCall) -> StepResult:
     """Make a step as a rollout of one, with the members' distributions where they are asked for."""
-    batch, obs_dim = call.observations.shape
     padded = _empty(call.observations, 0, 1)._replace(actions=call.actions)
-    mean = std = None
-    if call.distributions:
-        shape = (len(call.dynamics.weights[0]), batch, obs_dim + 1)
-        mean, std = call.observations.new_empty(shape), call.observations.new_empty(shape)
+    mean, std = call.empty_distributions()
     with torch.cuda.device_of(call.observations):
         launch(call, padded, mean=mean, std=std)
     return StepResult(

@@ -170,7 +170,7 @@ def _compact(call: RolloutCall, padded: PaddedRollouts, head: int) -> None:
         call.observations,
         call.rows,
         *padded[:-1],
-        padded.lengths.cumsum(0) - padded.lengths,
+        padded.offsets(),
         batch,
         horizon,
         *targets,

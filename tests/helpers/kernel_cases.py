@@ -355,6 +355,40 @@ def check_not_finite(
         assert torch.equal(step.terminals, ~finite) and not finite.all()
 
 
+def check_nothing_finite(make_engine: Callable[..., RolloutEngine], start: torch.Tensor) -> None:
+    """Where no prediction is finite, no row is kept."""
+    ensemble = make_ensemble(5, 2)
+    with torch.no_grad():
+        ensemble.biases[-1].fill_(torch.inf)
+    result = make_engine(ensemble).rollout(make_policy(5, 2), start, 7, seed=0)
+    assert len(result) == 0 and result.info["non_finite"] == len(start)
+
+
+Case = tuple[RolloutEngine, Actor, torch.Tensor]
+
+
+class RolloutTests:
+    """The tests of every GPU backend's rollouts.
+
+    The test file has a fixture `case`: rollouts of 11 observation dimensions that end in `narrow_box(11)`.
+    """
+
+    def test_a_batch_may_take_turns(self, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+        check_turns(*case, monkeypatch)
+
+    def test_ring(self, case: Case) -> None:
+        check_ring(*case, 2, capacity=400)
+
+    def test_terminal_rows_are_kept_and_end_the_rollout(self, case: Case) -> None:
+        check_terminals(*case, 3, narrow_box(11))
+
+    def test_deterministic_rollout(self, case: Case) -> None:
+        check_deterministic(*case)
+
+    def test_arrays_after_the_terminals_may_be_missing(self, case: Case) -> None:
+        check_missing_arrays(*case)
+
+
 def assert_trained_alike(
     kernel: dict[str, torch.Tensor],
     same: dict[str, torch.Tensor],

@@ -15,18 +15,16 @@ import pytest
 import torch
 from kernel_cases import (
     DECLARED,
+    Case,
+    RolloutTests,
     assert_as_accurate,
     assert_same,
-    check_deterministic,
     check_made_of_steps,
-    check_missing_arrays,
     check_not_finite,
-    check_ring,
+    check_nothing_finite,
     check_rounded_policy,
     check_rounded_step,
     check_split,
-    check_terminals,
-    check_turns,
     inputs,
     make_ensemble,
     make_policy,
@@ -44,10 +42,8 @@ from mopo_fast.backends.interface import Need
 from mopo_fast.config import ACTIVATIONS, PENALTIES
 from mopo_fast.ensemble import mlp, round_factor
 from mopo_fast.errors import InputError
-from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine
 
-Case = tuple[RolloutEngine, Actor, torch.Tensor]
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 DTYPES = ("float16", "bfloat16")
 
@@ -172,20 +168,8 @@ def test_splits_do_not_matter(case: Case) -> None:
     check_split(*case, 2, split=37)
 
 
-def test_a_batch_may_take_turns(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_turns(*case, monkeypatch)
-
-
-def test_ring(case: Case) -> None:
-    check_ring(*case, 2, capacity=400)
-
-
-def test_terminal_rows_are_kept_and_end_the_rollout(case: Case) -> None:
-    check_terminals(*case, 3, narrow_box(11))
-
-
-def test_deterministic_rollout(case: Case) -> None:
-    check_deterministic(*case)
+class TestRollouts(RolloutTests):
+    pass
 
 
 @pytest.mark.parametrize("member", [0, 2])
@@ -199,12 +183,7 @@ def test_what_is_not_finite_is_not_kept(device: str, member: int) -> None:
 
 
 def test_nothing_finite_at_all(device: str) -> None:
-    ensemble = make_ensemble(5, 2)
-    with torch.no_grad():
-        ensemble.biases[-1].fill_(torch.inf)
-    engine = make_engine(ensemble, device)
-    result = engine.rollout(make_policy(5, 2), make_start(30, 5, device), 7, seed=0)
-    assert len(result) == 0 and result.info["non_finite"] == 30
+    check_nothing_finite(lambda ensemble: make_engine(ensemble, device), make_start(30, 5, device))
 
 
 def test_log_std_is_clipped(case: Case) -> None:
@@ -216,10 +195,6 @@ def test_log_std_is_clipped(case: Case) -> None:
         for each in (engine, oracle(engine, "float16"), oracle(engine, "float64"))
     )
     assert_as_accurate(kernel, same, exact, "actions", units=truncation(engine, policy))
-
-
-def test_arrays_after_the_terminals_may_be_missing(case: Case) -> None:
-    check_missing_arrays(*case)
 
 
 def test_dtypes_that_it_refuses(device: str) -> None:

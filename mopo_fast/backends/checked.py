@@ -1,10 +1,10 @@
-"""The boundary in front of every kernel: what each call hands over is checked here, at every call.
+"""The last checks in front of every kernel, made at every call.
 
-C++ gets addresses and trusts them. Modules are live: a user may have replaced a weight, the elites or the
-buffer since the last call. So shapes are followed as a chain from the first layer to the last, and types,
-devices, strides and lengths are compared. A call costs some tens of microseconds.
+C++ gets addresses and trusts them, and a user may have replaced a weight, the elites or the buffer since the
+last call. So all shapes, types, devices, strides and lengths are checked, from the first layer to the last. It
+takes some tens of microseconds.
 
-Callers check what a user passes to them, and name it in the user's words; this module is the last to look.
+Callers check a user's arguments before, in the user's words.
 """
 
 from collections.abc import Sequence
@@ -32,10 +32,10 @@ from mopo_fast.utils.machine import MAX_THREADS
 
 
 def step(backend: Backend, call: StepCall) -> StepResult:
-    """Call `backend.step` with a checked call.
+    """Check a call, then pass it to `backend.step`.
 
     Raises:
-        InputError: names the argument, what it is and what it must be; so do the functions below.
+        InputError: names an argument, its value and what it must be, here and in the functions below.
     """
     layout, _, act_dim = _check_call(backend, call)
     layout.check("actions", call.actions, len(call.observations), act_dim)
@@ -44,13 +44,13 @@ def step(backend: Backend, call: StepCall) -> StepResult:
 
 
 def rollout(backend: Backend, call: RolloutCall) -> tuple[int, int]:
-    """Call `backend.rollout` with a checked call."""
+    """Check a call, then pass it to `backend.rollout`."""
     check_rollout(backend, call)
     return backend.rollout(call)
 
 
 def check_rollout(backend: Backend, call: RolloutCall) -> None:
-    """Check what `rollout` checks, and call nothing."""
+    """Check the call of a rollout."""
     layout, obs_dim, act_dim = _check_call(backend, call)
     policy = call.policy
     layout.network("the policy", policy.weights, policy.biases, (), obs_dim, 2 * act_dim)
@@ -60,7 +60,7 @@ def check_rollout(backend: Backend, call: RolloutCall) -> None:
 
 
 def sac_updates(backend: Backend, calls: Sequence[SacUpdates], threads: int) -> list[list[float]]:
-    """Call `backend.sac_updates` with checked calls."""
+    """Check calls, then pass them to `backend.sac_updates`."""
     check_range("threads", threads, 1, MAX_THREADS)
     for call in calls:
         _check_sac(backend, call)
@@ -68,7 +68,7 @@ def sac_updates(backend: Backend, calls: Sequence[SacUpdates], threads: int) -> 
 
 
 def fit_steps(backend: Backend, calls: Sequence[FitSteps], threads: int) -> list[float]:
-    """Call `backend.fit_steps` with checked calls."""
+    """Check calls, then pass them to `backend.fit_steps`."""
     check_range("threads", threads, 1, MAX_THREADS)
     for call in calls:
         _check_fit(backend, call)
@@ -77,13 +77,13 @@ def fit_steps(backend: Backend, calls: Sequence[FitSteps], threads: int) -> list
 
 @dataclass(frozen=True)
 class Layout:
-    """The type and the device that a call's arrays share."""
+    """The type and the device of all floating-point arrays of a call."""
 
     dtype: torch.dtype
     device: torch.device
 
     def check(self, name: str, array: Any, *shape: int, dtype: torch.dtype | None = None) -> None:
-        """Refuse what is not a contiguous tensor of this shape."""
+        """Raise `InputError` unless `array` is a contiguous tensor of this shape."""
         if not (
             isinstance(array, torch.Tensor)
             and array.shape == shape
@@ -95,7 +95,7 @@ class Layout:
             raise _other(name, array, f"contiguous {dtype or self.dtype} {list(shape)} on {self.device}")
 
     def check_rows(self, name: str, array: Any, *shape: int, dtype: torch.dtype | None = None) -> None:
-        """Refuse what is not a tensor of this shape whose rows are contiguous and apart from each other."""
+        """Raise `InputError` unless `array` is a tensor of this shape with contiguous, separate rows."""
         width = shape[1] if len(shape) > 1 else 1
         if not (
             isinstance(array, torch.Tensor)
@@ -118,7 +118,16 @@ class Layout:
         inputs: int,
         outputs: int,
     ) -> None:
-        """Refuse layers that do not lead from `inputs` to `outputs`; `networks` comes before their shapes."""
+        """Raise `InputError` unless the layers lead from `inputs` to `outputs`.
+
+        Args:
+            what: name of the network in errors.
+            weights: [*networks, in, out] of each layer.
+            biases: [*networks, out] of each layer.
+            networks: leading dimensions.
+            inputs: number of inputs.
+            outputs: number of outputs.
+        """
         if not weights or len(weights) != len(biases):
             raise InputError(f"{what} has {len(weights)} weights and {len(biases)} biases")
         last = len(weights) - 1
@@ -130,7 +139,7 @@ class Layout:
 
 
 def _is_held(array: torch.Tensor, elements: int) -> bool:
-    """Tell whether the storage holds so many elements: it may have been resized since."""
+    """Tell whether the storage, which may have been resized, holds so many elements."""
     held = array.untyped_storage().nbytes()
     return (array.storage_offset() + elements) * array.itemsize <= held or not array.numel()
 
@@ -147,6 +156,7 @@ def _other(name: str, array: Any, expected: str) -> InputError:
 
 
 def check_range(name: str, value: int, low: int, high: int) -> None:
+    """Raise `InputError` unless `value` is an int with low <= value < high."""
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value < high:
         raise InputError(f"{name} must be a whole number, {low} <= {name} < {high}, got {value!r}")
 
@@ -162,7 +172,7 @@ def _check_serves(backend: Backend, need: Need) -> None:
 
 
 def _check_call(backend: Backend, call: StepCall | RolloutCall) -> tuple[Layout, int, int]:
-    """Check what a step and a rollout share; the layout of the arrays, obs_dim and act_dim."""
+    """Check the arguments that a step and a rollout share; return the layout, obs_dim and act_dim."""
     dynamics, observations, settings = call.dynamics, call.observations, call.settings
     _check_known("dtype", settings.operands, ROLLOUT_DTYPES)
     _check_serves(backend, Need(settings.operands, observations.device))
@@ -184,7 +194,7 @@ def _check_call(backend: Backend, call: StepCall | RolloutCall) -> tuple[Layout,
     act_dim, dims = inputs - obs_dim, obs_dim + 1
     check_range("the ensemble's members", members, 1, MAX_MEMBERS + 1)
     if act_dim < 1:
-        raise InputError(f"the ensemble has {inputs} inputs, observations take {obs_dim} of them alone")
+        raise InputError(f"the ensemble has {inputs} inputs, too few for {obs_dim} observation dimensions")
     layout.network("the ensemble", weights, dynamics.biases, (members,), inputs, 2 * dims)
     layout.check("input_mean", dynamics.input_mean, inputs)
     layout.check("input_std", dynamics.input_std, inputs)
@@ -209,7 +219,7 @@ def _check_destination(out: Destination, layout: Layout, obs_dim: int, act_dim: 
             raise InputError(f"the buffer lacks {name}")
     capacity, floats = out.capacity, layout.dtype
     if floats == torch.float64 and out.arrays["rewards"].dtype == torch.float32:
-        # The reference, which alone computes in float64, rounds what it writes.
+        # Only the reference computes in float64, and it can write float32.
         floats = torch.float32
     for name, array in out.arrays.items():
         if array is not None:
@@ -240,7 +250,7 @@ def _check_trained(
     *,
     target: bool = False,
 ) -> None:
-    """Refuse parameters, all weights and then all biases, that are not of layers of these sizes."""
+    """Raise `InputError` unless all weights, then all biases, are those of layers of these sizes."""
     depth = len(sizes) - 1
     if len(parameters) != 2 * depth:
         raise InputError(f"{what} has {len(parameters)} parameters, {depth} layers have {2 * depth}")
@@ -252,7 +262,7 @@ def _check_trained(
 
 
 def _trained_layout(backend: Backend, dtype: str, example: torch.Tensor) -> Layout:
-    """float32 on the device of `example`; raise `InputError` where the backend cannot train there."""
+    """Return float32 on the device of `example`; raise `InputError` if the backend cannot train there."""
     if example.dtype != torch.float32:
         raise InputError(
             f"the kernels train contiguous torch.float32 tensors, got {example.dtype}; use backend reference"
@@ -262,7 +272,7 @@ def _trained_layout(backend: Backend, dtype: str, example: torch.Tensor) -> Layo
 
 
 def _hidden(parameters: Sequence[Parameter]) -> list[int]:
-    """Widths of the hidden layers, by their biases: the second half of all parameters."""
+    """Return the hidden layers' widths, read from their biases, the second half of all parameters."""
     biases = [bias[0] for bias in parameters[len(parameters) // 2 : -1]]
     return [bias.shape[-1] if bias.ndim else 0 for bias in biases]
 
@@ -320,7 +330,7 @@ def _check_fit(backend: Backend, call: FitSteps) -> None:
 
 def _extremes(numbers: torch.Tensor) -> tuple[int, int]:
     if numbers.device.type == "cpu":
-        # Ten times as fast as torch's aminmax.
+        # NumPy takes a tenth of the time of torch's aminmax.
         array = numbers.numpy()
         return int(array.min()), int(array.max())
     low, high = numbers.aminmax()

@@ -1,4 +1,4 @@
-"""The kernels in C++ (csrc/), one thread a core, for the best instruction set of the processor."""
+"""The CPU backend: kernels in C++ (csrc/cpu/) for the processor's best instruction set."""
 
 import contextlib
 import functools
@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 import torch
+from typing_extensions import override
 
 from mopo_fast.backends.interface import (
     Backend,
@@ -33,7 +34,7 @@ _NO_POLICY: _Network = ([], [], [], 0, 0)
 
 @functools.cache
 def _load() -> tuple[ModuleType | None, str]:
-    """The extension, or None and the reason why it is not there."""
+    """Return the extension, or None and the reason why it cannot be loaded."""
     try:
         return importlib.import_module("mopo_fast._cpu"), ""
     except ImportError as error:
@@ -41,10 +42,10 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 def extension() -> ModuleType:
-    """The compiled extension.
+    """Return the compiled extension.
 
     Raises:
-        InputError: it was not built, or does not load; says why.
+        InputError: it was not built or cannot be loaded.
     """
     module, reason = _load()
     if module is None:
@@ -53,20 +54,20 @@ def extension() -> ModuleType:
 
 
 def is_built() -> bool:
-    """Tell whether the compiled extension is there."""
+    """Tell whether the compiled extension can be loaded."""
     return _load()[0] is not None
 
 
 def isas() -> list[str]:
-    """Instruction sets that this processor can run, best first."""
+    """Return the instruction sets that this processor can run, best first."""
     return list(extension().isas())
 
 
 def isa() -> str:
-    """The instruction set in use: MOPO_FAST_ISA, else the best.
+    """Return the instruction set in use: the one that MOPO_FAST_ISA names, or the best.
 
     Raises:
-        InputError: MOPO_FAST_ISA names one that this processor lacks.
+        InputError: MOPO_FAST_ISA names an instruction set that this processor lacks.
     """
     wanted = os.environ.get("MOPO_FAST_ISA", "")
     if wanted and wanted not in isas():
@@ -76,7 +77,7 @@ def isa() -> str:
 
 @contextlib.contextmanager
 def _within_resources() -> Iterator[None]:
-    """Tell what to do where a kernel finds no memory or the system has no more threads."""
+    """Turn a kernel's lack of memory or threads into an `InputError` that says what to lower."""
     try:
         yield
     except MemoryError as error:
@@ -107,7 +108,7 @@ def _launch(
     mean: torch.Tensor | None = None,
     std: torch.Tensor | None = None,
 ) -> tuple[int, int]:
-    """Hand the arrays' addresses to the kernel; without a policy every row is kept."""
+    """Run the rollout kernel; return (rows written, rollouts ended by a prediction that was not finite)."""
     dynamics, policy = call.dynamics, call.policy
     max_logvar, min_logvar, carry = dynamics.spelled_out()
     kernel = _within_resources()(extension().rollout)
@@ -133,11 +134,12 @@ def _launch(
 
 
 class CpuBackend(Backend):
-    """float32 on CPU tensors of any shape."""
+    """Rollouts and training on CPU tensors, float32 or with factors in bfloat16, of any shape."""
 
     name = "cpu"
     trains = "kernels"
 
+    @override
     def status(self) -> BackendStatus:
         module, reason = _load()
         if module is None:
@@ -147,6 +149,7 @@ class CpuBackend(Backend):
         except InputError as error:
             return BackendStatus(self.name, False, str(error))
 
+    @override
     def refusal(self, need: Need) -> str | None:
         if need.device.type != "cpu":
             return f"serves CPU tensors, not {need.device}"
@@ -154,6 +157,7 @@ class CpuBackend(Backend):
             return f"serves float32 and bfloat16, not {need.dtype}"
         return None
 
+    @override
     def step(self, call: StepCall) -> StepResult:
         batch, obs_dim = call.observations.shape
         arrays = {}
@@ -165,9 +169,11 @@ class CpuBackend(Backend):
         _launch(call, Destination(arrays, 0), actions=call.actions, mean=mean, std=std)
         return StepResult(**arrays, mean=mean, std=std)
 
+    @override
     def rollout(self, call: RolloutCall) -> tuple[int, int]:
         return _launch(call, call.out)
 
+    @override
     def sac_updates(self, calls: Sequence[SacUpdates], threads: int) -> list[list[float]]:
         """All runs side by side, each with its share of the threads."""
         packed = [sac_call(extension(), call) for call in calls]
@@ -176,6 +182,7 @@ class CpuBackend(Backend):
             sums: list[list[float]] = extension().sac_updates(packed, isa=isa(), threads=each)
         return sums
 
+    @override
     def fit_steps(self, calls: Sequence[FitSteps], threads: int) -> list[float]:
         """One call after the other, since each keeps every core busy."""
         packed = [fit_call(extension(), call) for call in calls]

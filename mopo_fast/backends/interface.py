@@ -19,14 +19,17 @@ class DynamicsArrays:
         weights: [members, in, out] of each layer. The last one's outputs are obs_dim + 1 means, then as many
             log-variances.
         biases: [members, out] of each layer.
-        input_mean, input_std: [obs_dim + act_dim], to standardise the inputs with.
-        max_logvar, min_logvar: [1 or members, obs_dim + 1], bounds of the log-variances.
+        input_mean: [obs_dim + act_dim], subtracted from the inputs.
+        input_std: [obs_dim + act_dim], by which the inputs are then divided.
+        max_logvar: [1 or members, obs_dim + 1], upper bounds of the log-variances.
+        min_logvar: [1 or members, obs_dim + 1], lower bounds of the log-variances.
         carry: [obs_dim], a factor of the observation. The next observation is carry * observation + sample:
             1 where the ensemble predicts the change, 0 where it predicts the next observation itself. None
             stands for ones.
         elites: int64, numbers of the members to draw from.
         penalty_members: int64, numbers of the members that the penalty is computed from.
-        low, high: [obs_dim], the termination box.
+        low: [obs_dim], lower bounds of the termination box.
+        high: [obs_dim], upper bounds of the termination box.
         log_std: the log-variances and their bounds are log standard deviations instead.
         activation: one of `config.ACTIVATIONS`.
         penalty: one of `config.PENALTIES`.
@@ -65,7 +68,8 @@ class PolicyArrays:
         weights: [in, out] of each layer. The last one's outputs are act_dim means, then as many log stds.
         biases: [out] of each layer.
         activation: one of `config.ACTIVATIONS`.
-        log_std_min, log_std_max: bounds that the log stds are clipped to.
+        log_std_min: lower bound that the log stds are clipped to.
+        log_std_max: upper bound that the log stds are clipped to.
     """
 
     weights: list[torch.Tensor]
@@ -90,8 +94,9 @@ class StepResult(Generic[A]):
         raw_rewards: [batch], as sampled from the drawn member.
         penalties: [batch], u(s, a).
         members: int32 [batch], the member drawn; -1 where the ensemble's mean was taken.
-        mean, std: [members, batch, obs_dim + 1] of each member's prediction of (delta obs, reward); None
-            unless the call asked for `distributions`.
+        mean: [members, batch, obs_dim + 1], each member's mean of (delta obs, reward); None unless the call
+            asked for `distributions`.
+        std: [members, batch, obs_dim + 1], each member's standard deviation of it; None likewise.
     """
 
     next_observations: A
@@ -255,7 +260,8 @@ class SacUpdates:
         config: hyperparameters.
         actor_learning_rate: the actor's rate in these updates; the others' are in `config`.
         target_entropy: in nats.
-        real, model: transitions to draw from. float32, terminals bool, the elements of a row contiguous.
+        real: transitions to draw from. float32, terminals bool, the elements of a row contiguous.
+        model: likewise.
         sizes: numbers of rows to draw from, the first ones of `real` and of `model`.
         rows: numbers of rows in a batch that come from `real` and from `model`.
         updates: number of updates to make.
@@ -329,7 +335,8 @@ class Need:
     Attributes:
         dtype: one of `config.ROLLOUT_DTYPES`, or of `config.FIT_DTYPES` for training.
         device: device of the arrays.
-        ensemble, policy: sizes of the networks that make rollouts; None where not known yet.
+        ensemble: sizes of the ensemble that makes rollouts; None where not known yet.
+        policy: sizes of the policy that makes rollouts; None where not known yet.
         training: inputs or outputs of the widest layer to train; None asks for rollouts.
     """
 

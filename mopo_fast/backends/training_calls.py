@@ -1,4 +1,4 @@
-"""The arguments of the kernels that train, csrc/sac.h and csrc/fit.h, the same for every device."""
+"""The arguments of the training kernels (csrc/sac.h and csrc/fit.h), the same for CPU and CUDA."""
 
 import math
 from types import ModuleType
@@ -10,7 +10,7 @@ from mopo_fast.data.transitions import DATA_ARRAYS, Transitions
 
 
 def sac_call(extension: ModuleType, call: SacUpdates) -> Any:
-    """Pack a run that `checked.sac_updates` has looked at."""
+    """Pack a call that `checked.sac_updates` has checked into the extension's struct."""
     config = call.config
     return extension.SacCall(
         obs_dim=call.real.obs_dim,
@@ -46,7 +46,7 @@ def sac_call(extension: ModuleType, call: SacUpdates) -> Any:
 
 
 def fit_call(extension: ModuleType, call: FitSteps) -> Any:
-    """Pack a run that `checked.fit_steps` has looked at."""
+    """Pack a call that `checked.fit_steps` has checked into the extension's struct."""
     config, width = call.config, call.layers[0][0].shape[1]
     max_logvar, min_logvar = (_addresses(bound)[:3] for bound in call.bounds)
     return extension.FitCall(
@@ -73,12 +73,12 @@ def fit_call(extension: ModuleType, call: FitSteps) -> Any:
 
 
 def _addresses(parameter: Parameter) -> list[int]:
-    """Addresses of a parameter, its moments and its target; 0 for none."""
+    """Return the addresses of a parameter, its moments and its target, 0 without a target."""
     return [address(tensor) for tensor in parameter]
 
 
 def _layers(parameters: list[Parameter]) -> list[tuple[int, int, list[int]]]:
-    """(in, out, addresses) of each layer, from all weights and then all biases."""
+    """Return (in, out, addresses) of each layer, from all weights, then all biases."""
     depth = len(parameters) // 2
     return [
         (*weight[0].shape[-2:], _addresses(weight) + _addresses(bias))
@@ -87,6 +87,6 @@ def _layers(parameters: list[Parameter]) -> list[tuple[int, int, list[int]]]:
 
 
 def _source(data: Transitions, size: int) -> tuple[list[tuple[int, int]], int]:
-    """(address, elements from a row to the next) of each array: it may be columns of a table."""
+    """Return (address, elements between two rows) of each array, and the number of rows to draw from."""
     arrays = [getattr(data, name) for name in DATA_ARRAYS]
     return [(array.data_ptr(), array.stride(0)) for array in arrays], size

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from mopo_fast.backends.gpu.hopper_weights import ACTION_SLOTS, POLICY_WIDTH, HopperWeights, hopper_weights
 from mopo_fast.backends.gpu.padded import Launch, PaddedRollouts, padded_rollout, padded_step
@@ -219,6 +220,7 @@ class CudaBackend(Backend):
     name = "cuda"
     trains = "kernels"
 
+    @override
     def status(self) -> BackendStatus:
         module, reason = _load()
         if module is None:
@@ -236,6 +238,7 @@ class CudaBackend(Backend):
         reason = f"{torch.cuda.get_device_name()}; not tested on a GPU yet"
         return BackendStatus(self.name, True, reason, by_name_only=True)
 
+    @override
     def refusal(self, need: Need) -> str | None:
         if need.device.type != _DEVICE:
             return f"serves CUDA tensors, not {need.device}"
@@ -252,12 +255,15 @@ class CudaBackend(Backend):
             return f"makes rollouts on compute capability 9.0, not {'.'.join(map(str, capability))}"
         return None if need.ensemble is None else _refusal_of_sizes(need.ensemble, need.policy)
 
+    @override
     def step(self, call: StepCall) -> StepResult:
         return padded_step(_prepared(call), call)
 
+    @override
     def rollout(self, call: RolloutCall) -> tuple[int, int]:
         return padded_rollout(_prepared(call), _compact, call)
 
+    @override
     def sac_updates(self, calls: Sequence[SacUpdates], threads: int) -> list[list[float]]:
         """All runs side by side, in one launch."""
         packed = [sac_call(_extension(), call) for call in calls]
@@ -269,6 +275,7 @@ class CudaBackend(Backend):
                 _count(call.steps, int(call.count))
         return metrics
 
+    @override
     def fit_steps(self, calls: Sequence[FitSteps], threads: int) -> list[float]:
         """All runs side by side, in one launch."""
         packed = [fit_call(_extension(), call) for call in calls]

@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+from typing_extensions import override
 
 from mopo_fast.backends.gpu.pack import MULTIPLE, PackedNetwork, pack, storage_dtype
 from mopo_fast.backends.gpu.padded import PaddedRollouts, padded_rollout, padded_step
@@ -198,6 +199,7 @@ class TritonBackend(Backend):
     name = "triton"
     trains = None
 
+    @override
     def status(self) -> BackendStatus:
         kernels, reason = _load()
         if kernels is None:
@@ -212,6 +214,7 @@ class TritonBackend(Backend):
         reason = f"{torch.cuda.get_device_name()}; not tested on a GPU yet"
         return BackendStatus(self.name, True, reason, by_name_only=True)
 
+    @override
     def refusal(self, need: Need) -> str | None:
         if need.training is not None:
             return "makes rollouts, does not train"
@@ -229,10 +232,12 @@ class TritonBackend(Backend):
             else _refusal_of_gpu(need.dtype, torch.cuda.get_device_capability(need.device))
         )
 
+    @override
     def step(self, call: StepCall) -> StepResult:
         dynamics = pack(call.dynamics.weights, call.dynamics.biases, call.settings.operands)
         return padded_step(functools.partial(_launch, (dynamics, None)), call)
 
+    @override
     def rollout(self, call: RolloutCall) -> tuple[int, int]:
         networks = (
             pack(call.dynamics.weights, call.dynamics.biases, call.settings.operands),

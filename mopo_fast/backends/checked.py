@@ -1,8 +1,7 @@
 """The last checks in front of every kernel, made at every call.
 
 C++ gets addresses and trusts them, and a user may have replaced a weight, the elites or the buffer since the
-last call. So all shapes, types, devices, strides and lengths are checked, from the first layer to the last. It
-takes some tens of microseconds.
+last call. So the shape, type, device and strides of every array are checked, in some tens of microseconds.
 
 Callers check a user's arguments before, in the user's words.
 """

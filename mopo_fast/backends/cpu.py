@@ -175,7 +175,7 @@ class CpuBackend(Backend):
 
     @override
     def sac_updates(self, calls: Sequence[SacUpdates], threads: int) -> list[list[float]]:
-        """All runs side by side, each with its share of the threads."""
+        # The calls run side by side, each on its share of the threads.
         packed = [sac_call(extension(), call) for call in calls]
         with _within_resources():
             each = max(1, threads // len(calls))
@@ -184,7 +184,7 @@ class CpuBackend(Backend):
 
     @override
     def fit_steps(self, calls: Sequence[FitSteps], threads: int) -> list[float]:
-        """One call after the other, since each keeps every core busy."""
+        # The calls run one after the other, since each keeps every core busy.
         packed = [fit_call(extension(), call) for call in calls]
         with _within_resources():
             losses: list[float] = extension().fit_steps(packed, isa=isa(), threads=threads)

@@ -28,8 +28,8 @@ from mopo_fast.backends.philox import (
 )
 from mopo_fast.ensemble import mlp, soft_clamp_variance
 
-# Rows at a time. On a CPU the activations of all members then fit into the last-level cache. On a GPU they fit
-# into memory, and the kernels are long enough to be worth their launches.
+# Rows at a time. On a CPU the activations of all members then fit into the last-level cache. On a GPU they
+# fit into memory, and the kernels are long enough to be worth their launches.
 _CHUNKS = {"cpu": 2000, "cuda": 2**17}
 
 

@@ -99,7 +99,10 @@ def without(**changes: Any) -> Transitions:
 
 STORAGES: dict[str, tuple[Callable[[], Transitions], str]] = {
     "short rewards": (lambda: without(rewards=torch.zeros(15)), "the same number of rows"),
-    "short terminals": (lambda: without(terminals=torch.zeros(15, dtype=torch.bool)), "the same number of rows"),
+    "short terminals": (
+        lambda: without(terminals=torch.zeros(15, dtype=torch.bool)),
+        "the same number of rows",
+    ),
     "narrow observations": (lambda: without(observations=torch.zeros(16, 4)), "observations must be"),
     "flat actions": (lambda: without(actions=torch.zeros(16)), "actions must be"),
     "float64 penalties": (

@@ -208,7 +208,7 @@ def test_dtypes_that_it_refuses(device: str) -> None:
         ((32, 2), (16,), "observations of at most 31 dimensions, not 32"),
         ((5, 9), (16,), "actions of at most 8 dimensions, not 9"),
         ((5, 2), (16, 257), "hidden layers at most 256 wide, not 257"),
-        ((5, 2), (), "networks with a hidden layer at least"),
+        ((5, 2), (), "networks with at least one hidden layer"),
     ],
 )
 def test_shapes_that_it_refuses(
@@ -220,7 +220,7 @@ def test_shapes_that_it_refuses(
 
 @pytest.mark.parametrize(
     ("hidden", "reason"),
-    [((300,), "a policy's hidden layers at most 256 wide, not 300"), ((), "a hidden layer at least")],
+    [((300,), "a policy's hidden layers at most 256 wide, not 300"), ((), "at least one hidden layer")],
 )
 def test_policies_that_it_refuses(device: str, hidden: tuple[int, ...], reason: str) -> None:
     engine = make_engine(make_ensemble(5, 2), device)

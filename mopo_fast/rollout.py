@@ -89,12 +89,10 @@ class RolloutEngine:
         threads: int | None = None,
         penalty_members: PenaltyMembers = "all",
     ) -> None:
-        if penalty not in PENALTIES:
-            raise InputError(f"unknown penalty {penalty!r}; there are: {', '.join(PENALTIES)}")
+        checked.check_known("penalty", penalty, PENALTIES)
         if not isinstance(penalty_coef, (int, float)) or not 0.0 <= penalty_coef < float("inf"):
             raise InputError(f"penalty_coef must be finite and not negative, got {penalty_coef!r}")
-        if dtype not in ROLLOUT_DTYPES:
-            raise InputError(f"unknown dtype {dtype!r}; there are: {', '.join(ROLLOUT_DTYPES)}")
+        checked.check_known("dtype", dtype, ROLLOUT_DTYPES)
         if penalty_members not in ("all", "elites"):
             raise InputError(f'penalty_members must be "all" or "elites", got {penalty_members!r}')
         self.ensemble = ensemble
@@ -113,8 +111,7 @@ class RolloutEngine:
             self.termination_function = termination
             termination = None
         if isinstance(termination, str):
-            if termination not in BOXES:
-                raise InputError(f"unknown termination {termination!r}; there are: {', '.join(BOXES)}")
+            checked.check_known("termination", termination, BOXES)
             termination = BOXES[termination]
         box = make_box(ensemble.obs_dim) if termination is None else termination
         if not isinstance(box, Box):

@@ -6,7 +6,7 @@ last call. So the shape, type, device and strides of every array are checked, in
 Callers check a user's arguments before, in the user's words.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +53,7 @@ def check_rollout(backend: Backend, call: RolloutCall) -> None:
     layout, obs_dim, act_dim = _check_call(backend, call)
     policy = call.policy
     layout.network("the policy", policy.weights, policy.biases, (), obs_dim, 2 * act_dim)
-    _check_known("the policy's activation", policy.activation, ACTIVATIONS)
+    check_known("the policy's activation", policy.activation, ACTIVATIONS)
     check_range("horizon", call.horizon, 1, 2**31)
     _check_destination(call.out, layout, obs_dim, act_dim, len(call.observations) * call.horizon)
 
@@ -160,7 +160,8 @@ def check_range(name: str, value: int, low: int, high: int) -> None:
         raise InputError(f"{name} must be a whole number, {low} <= {name} < {high}, got {value!r}")
 
 
-def _check_known(name: str, value: str, known: Sequence[str]) -> None:
+def check_known(name: str, value: str, known: Iterable[str]) -> None:
+    """Raise `InputError` unless `value` is one of `known`."""
     if value not in known:
         raise InputError(f"unknown {name} {value!r}; there are: {', '.join(known)}")
 
@@ -173,10 +174,10 @@ def _check_serves(backend: Backend, need: Need) -> None:
 def _check_call(backend: Backend, call: StepCall | RolloutCall) -> tuple[Layout, int, int]:
     """Check the arguments that a step and a rollout share; return the layout, obs_dim and act_dim."""
     dynamics, observations, settings = call.dynamics, call.observations, call.settings
-    _check_known("dtype", settings.operands, ROLLOUT_DTYPES)
+    check_known("dtype", settings.operands, ROLLOUT_DTYPES)
     _check_serves(backend, Need(settings.operands, observations.device))
-    _check_known("penalty", dynamics.penalty, PENALTIES)
-    _check_known("the ensemble's activation", dynamics.activation, ACTIVATIONS)
+    check_known("penalty", dynamics.penalty, PENALTIES)
+    check_known("the ensemble's activation", dynamics.activation, ACTIVATIONS)
     check_range("threads", settings.threads, 1, MAX_THREADS)
     check_range("seed", settings.seed, 0, 2**64)
     dtype = torch.float64 if settings.operands == "float64" else torch.float32
@@ -303,7 +304,7 @@ def _check_sac(backend: Backend, call: SacUpdates) -> None:
 
 
 def _check_fit(backend: Backend, call: FitSteps) -> None:
-    _check_known("dtype", call.config.dtype, FIT_DTYPES)
+    check_known("dtype", call.config.dtype, FIT_DTYPES)
     layout = _trained_layout(backend, call.config.dtype, call.bounds[0][0])
     if call.table.ndim != 2 or call.rows.ndim != 2 or min(call.rows.shape) < 1:
         raise InputError("the fit's table and rows must be matrices, the rows [members, count]")
@@ -320,7 +321,7 @@ def _check_fit(backend: Backend, call: FitSteps) -> None:
     )
     for name, bound in zip(("max_logvar", "min_logvar"), call.bounds, strict=True):
         _check_parameter(layout, name, bound, call.dims)
-    _check_known("the ensemble's activation", call.activation, ACTIVATIONS)
+    check_known("the ensemble's activation", call.activation, ACTIVATIONS)
     if len(call.config.weight_decay) != len(call.layers) // 2:
         raise InputError(f"weight_decay needs one value per layer, got {call.config.weight_decay}")
     check_range("batch_size", call.config.batch_size, 1, 2**31)

@@ -11,6 +11,7 @@ import torch
 from typing_extensions import override
 
 from mopo_fast.backends.interface import (
+    STEP_ARRAYS,
     Backend,
     BackendStatus,
     Destination,
@@ -161,7 +162,7 @@ class CpuBackend(Backend):
     def step(self, call: StepCall) -> StepResult:
         batch, obs_dim = call.observations.shape
         arrays = {}
-        for name in ("next_observations", "rewards", "terminals", "raw_rewards", "penalties", "members"):
+        for name in STEP_ARRAYS:
             row, dtype = array_layout(name, obs_dim, call.actions.shape[1], torch.float32)
             # Without torch's default type and device, which a user may have changed.
             arrays[name] = call.observations.new_empty(batch, *row, dtype=dtype)

@@ -79,6 +79,9 @@ class PolicyArrays:
     log_std_max: float
 
 
+# The arrays of a `StepResult` that every step returns.
+STEP_ARRAYS = ("next_observations", "rewards", "terminals", "raw_rewards", "penalties", "members")
+
 # The array type of a library, torch by default.
 A = TypeVar("A", default=torch.Tensor)
 

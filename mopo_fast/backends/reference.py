@@ -9,6 +9,7 @@ import torch
 from typing_extensions import override
 
 from mopo_fast.backends.interface import (
+    STEP_ARRAYS,
     Backend,
     BackendStatus,
     DynamicsArrays,
@@ -199,12 +200,7 @@ class ReferenceBackend(Backend):
             return torch.cat([getattr(chunk, name) for chunk in chunks], dim=dim)
 
         return StepResult(
-            next_observations=join("next_observations"),
-            rewards=join("rewards"),
-            terminals=join("terminals"),
-            raw_rewards=join("raw_rewards"),
-            penalties=join("penalties"),
-            members=join("members"),
+            **{name: join(name) for name in STEP_ARRAYS},
             mean=join("mean", dim=1) if call.distributions else None,
             std=join("std", dim=1) if call.distributions else None,
         )

@@ -186,10 +186,7 @@ def _checked(what: str, several: Sequence[T], parts: Callable[[T], tuple[Any, st
     Raises:
         InputError: one is given twice, or their configs, backends or sizes differ.
     """
-    kinds = {
-        (config, backend, network.obs_dim, network.act_dim)
-        for config, backend, network in map(parts, several)
-    }
+    kinds = {(config, backend, net.obs_dim, net.act_dim) for config, backend, net in map(parts, several)}
     if len(set(map(id, several))) != len(several) or len(kinds) != 1:
         raise InputError(f"{what} together where they are distinct, and of one config and size")
     return list(several)

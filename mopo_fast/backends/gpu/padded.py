@@ -5,7 +5,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from mopo_fast.backends.interface import RolloutCall, StepCall, StepResult
+from mopo_fast.backends.interface import STEP_ARRAYS, RolloutCall, StepCall, StepResult
 
 # Bytes of padded rollouts that are made at a time; a larger batch is split.
 PADDED_BYTES = 1 << 28
@@ -94,16 +94,7 @@ def padded_step(launch: Launch, call: StepCall) -> StepResult:
     mean, std = call.empty_distributions()
     with torch.cuda.device_of(call.observations):
         launch(call, padded, mean=mean, std=std)
-    return StepResult(
-        next_observations=padded.next_observations.squeeze(1),
-        rewards=padded.rewards.squeeze(1),
-        terminals=padded.terminals.squeeze(1),
-        raw_rewards=padded.raw_rewards.squeeze(1),
-        penalties=padded.penalties.squeeze(1),
-        members=padded.members.squeeze(1),
-        mean=mean,
-        std=std,
-    )
+    return StepResult(**{name: getattr(padded, name).squeeze(1) for name in STEP_ARRAYS}, mean=mean, std=std)
 
 
 def padded_rollout(launch: Launch, compact: Compact, call: RolloutCall) -> tuple[int, int]:

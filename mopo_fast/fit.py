@@ -314,7 +314,7 @@ class Fit:
         for member in self.rows:
             member[:] = bootstrap.integers(len(train), size=len(train))
 
-        # The bounds of the log-variance are shared by all members and not part of a snapshot (authors too).
+        # All members share the bounds of the log-variance, so these are not kept with a member's best weights.
         self.layers = [*model.weights, *model.biases]
         self.best = [layer.detach().clone() for layer in self.layers]
         self.parameters = [*self.layers, model.max_logvar, model.min_logvar]
@@ -531,7 +531,7 @@ class Fit:
         if not torch.equal(theirs, fingerprint):
             raise InputError(
                 f"{path} belongs to a fit of other data, another seed or another config;"
-                " give what it was made with"
+                " use those that it was made with"
             )
         load_into(path, tensors, self.live_state())
         self.optimizer.check_moments(path)
@@ -550,7 +550,7 @@ class Fit:
         load_into(path, tensors, dict(zip(names, columns, strict=True)))
         for loss, mse, improved, took in zip(*(column.tolist() for column in columns), strict=True):
             if took < 0 or min(mse) < 0 or self._improved(mse) != [flag == 1.0 for flag in improved]:
-                raise InputError(f"{path}: its history does not agree with itself at {len(self.history)}")
+                raise InputError(f"{path}: its history is inconsistent at epoch {len(self.history)}")
             self.history.append(
                 FitEpoch(len(self.history), loss, tuple(mse), tuple(map(bool, improved)), took)
             )
@@ -558,7 +558,7 @@ class Fit:
 
 def check_fit_memory(config: DynamicsConfig, device: torch.device | str) -> None:
     """Raise `InputError` where `device` has too little memory for a fit."""
-    # A lower bound: inputs and outputs are at least one wide, and each array has a gradient and one more.
+    # A lower bound: inputs and outputs are at least one wide, and each array has a gradient and a copy.
     size = 3 * mlp_bytes(config.members, (1, *config.hidden, 1), config.batch_size)
     check_memory("the ensemble's fit", size, device, "batch_size, members or hidden")
 

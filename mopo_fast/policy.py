@@ -121,7 +121,7 @@ class Actor(nn.Module):
         """Return actions [batch, act_dim] from standard normal `noise`, and log-probabilities [batch]."""
         mean, log_std = self(observations)
         raw = mean + log_std.exp() * noise
-        # log(1 - tanh(x)^2) without cancellation.
+        # log(1 - tanh(x)^2), in a form that does not cancel.
         squash = 2.0 * (math.log(2.0) - raw - functional.softplus(-2.0 * raw))
         log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2.0 * math.pi) - squash
         return torch.tanh(raw), log_prob.sum(-1)

@@ -341,7 +341,7 @@ class RolloutEngine:
     def _checked(self, name: str, given: Any, dim: int) -> torch.Tensor:
         array = to_tensor(name, given, self.device)
         if not array.is_floating_point():
-            raise InputError(f"{name} must be floating, got {array.dtype}")
+            raise InputError(f"{name} must be floating-point, got {array.dtype}")
         if array.layout != torch.strided:
             raise InputError(f"{name} must be dense, got {array.layout}")
         if array.ndim != 2 or array.shape[1] != dim:
@@ -349,7 +349,7 @@ class RolloutEngine:
         if len(array) == 0:
             raise InputError(f"{name} has no rows")
         if array.device != self.device:
-            raise InputError(f"{name} is on {array.device}, the ensemble on {self.device}")
+            raise InputError(f"{name} must be on the ensemble's {self.device}, got {array.device}")
         array = array.detach().to(self.dtype).contiguous()
         if not bool(torch.isfinite(array).all()):
             row = int((~torch.isfinite(array)).nonzero()[0, 0])
@@ -363,7 +363,7 @@ class RolloutEngine:
         if rows.dtype != torch.int64 or rows.shape != (batch,):
             raise InputError(f"rows must be int64 [{batch}], got {rows.dtype} {list(rows.shape)}")
         if rows.device != self.device:
-            raise InputError(f"rows is on {rows.device}, the ensemble on {self.device}")
+            raise InputError(f"rows must be on the ensemble's {self.device}, got {rows.device}")
         return rows.contiguous()
 
 

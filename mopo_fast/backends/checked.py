@@ -189,7 +189,7 @@ def _check_call(backend: Backend, call: StepCall | RolloutCall) -> tuple[Layout,
     layout.check("rows", call.rows, batch, dtype=torch.int64)
     weights = dynamics.weights
     if not weights or weights[0].ndim != 3:
-        raise InputError("the ensemble's weights must be [members, in, out], and of one layer at least")
+        raise InputError("the ensemble needs at least one layer, with weights [members, in, out]")
     members, inputs, _ = weights[0].shape
     act_dim, dims = inputs - obs_dim, obs_dim + 1
     check_range("the ensemble's members", members, 1, MAX_MEMBERS + 1)
@@ -284,7 +284,7 @@ def _check_sac(backend: Backend, call: SacUpdates) -> None:
         raise InputError("the data's observations and actions must be [n, dim]")
     obs_dim, act_dim, hidden = call.real.obs_dim, call.real.act_dim, _hidden(call.actor)
     if not hidden:
-        raise InputError("the actor needs one hidden layer at least")
+        raise InputError("the actor needs at least one hidden layer")
     _check_trained(layout, "the actor", call.actor, (), [obs_dim, *hidden, 2 * act_dim])
     sizes, critics = [obs_dim + act_dim, *hidden, 1], call.config.critics
     _check_trained(layout, "the critic", call.critic, (critics,), sizes, target=True)

@@ -82,7 +82,7 @@ def _wanted(name: str) -> str:
 
 
 def _choose(wanted: str, need: Need) -> str:
-    # A bad MOPO_FAST_ISA is an error, and no reason to choose another backend in silence.
+    # A bad MOPO_FAST_ISA is an error, not a reason to choose another backend silently.
     if is_built():
         isa()
     if wanted != "auto" and wanted not in BACKENDS:

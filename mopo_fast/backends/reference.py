@@ -70,7 +70,7 @@ def penalise(penalty: str, mean: torch.Tensor, variance: torch.Tensor) -> torch.
     if penalty == "ensemble_std":
         return (deltas - deltas.mean(0)).square().mean(0).mean(-1).sqrt()
     assert penalty == "mixture_std"
-    # mean(mu^2) - mean(mu)^2 without its cancellation.
+    # Unlike mean(mu^2) - mean(mu)^2, this form does not cancel.
     return (variance + (mean - mean.mean(0)).square()).mean(0).sum(-1).sqrt()
 
 

@@ -56,14 +56,17 @@ _Run = TypeVar("_Run", Fit, Training)
 
 
 class SacPopulation:
-    """SACs that are updated together. They have one config, and the same number of updates made.
+    """SACs that are updated together.
+
+    Args:
+        sacs: SACs of one config that have made the same number of updates.
 
     Raises:
         InputError: a SAC is given twice, or their configs, backends or sizes differ.
     """
 
     def __init__(self, sacs: Sequence[SAC]) -> None:
-        self.sacs = _checked("SACs are updated", sacs, lambda sac: (sac.config, sac.backend, sac.actor))
+        self.sacs = _checked("SACs", sacs, lambda sac: (sac.config, sac.backend, sac.actor))
         self._whole: SAC | None = None
 
     def update_many(
@@ -90,14 +93,14 @@ class SacPopulation:
             stacked = ([torch.stack(arrays, 1) for arrays in zip(*each, strict=True)] for each in batches)
             return sum(map(whole.learn, stacked), torch.zeros(()))
         finally:
-            # After an interruption too, since their parameters are views of the whole's.
+            # Also after an exception, since their parameters are views of the whole's.
             for sac in self.sacs:
                 sac.updates = whole.updates
 
     def _lay_together(self) -> SAC:
         """Stack the parameters of all SACs into those of one, of which theirs become views; return it."""
         first = self.sacs[0]
-        # Another population may have taken them since.
+        # Another population may have moved the parameters since.
         if self._whole is None or not _are_views([sac.log_alpha for sac in self.sacs], self._whole.log_alpha):
             self._whole = SAC(
                 first.actor.obs_dim,
@@ -119,14 +122,17 @@ class SacPopulation:
 
 
 class FitPopulation:
-    """Fits that are stepped together. They have one config, as much data, and the same number of steps made.
+    """Fits that are stepped together.
+
+    Args:
+        fits: fits of one config, to data sets of one size, that have made the same number of steps.
 
     Raises:
         InputError: a fit is given twice, or their configs, backends or sizes differ.
     """
 
     def __init__(self, fits: Sequence[Fit]) -> None:
-        self.fits = _checked("fits are stepped", fits, lambda fit: (fit.config, fit.backend, fit.model))
+        self.fits = _checked("fits", fits, lambda fit: (fit.config, fit.backend, fit.model))
         self._whole: PyTorchSteps | None = None
 
     def run_epoch(self, on_progress: Callable[[float], None] = lambda _: None) -> list[FitEpoch]:
@@ -155,7 +161,7 @@ class FitPopulation:
         try:
             losses: list[float] = whole(*map(torch.stack, zip(*batches, strict=True))).tolist()
         finally:
-            # After an interruption too, since their parameters are views of the whole's.
+            # Also after an exception, since their parameters are views of the whole's.
             for fit in self.fits:
                 fit.steps_made = int(whole.optimizer.steps[0])
         return losses
@@ -163,7 +169,7 @@ class FitPopulation:
     def _lay_together(self) -> PyTorchSteps:
         """Stack the parameters of all fits, which become views of the result; return its `PyTorchSteps`."""
         first, bounds = self.fits[0], [fit.parameters[-1] for fit in self.fits]
-        # Another population may have taken them since.
+        # Another population may have moved the parameters since.
         if self._whole is None or not _are_views(bounds, self._whole.parameters[-1]):
             parameters = [_stack(each) for each in zip(*(fit.parameters for fit in self.fits), strict=True)]
             self._whole = PyTorchSteps([each.requires_grad_() for each in parameters], first.config)
@@ -188,7 +194,7 @@ def _checked(what: str, several: Sequence[T], parts: Callable[[T], tuple[Any, st
     """
     kinds = {(config, backend, net.obs_dim, net.act_dim) for config, backend, net in map(parts, several)}
     if len(set(map(id, several))) != len(several) or len(kinds) != 1:
-        raise InputError(f"{what} together where they are distinct, and of one config and size")
+        raise InputError(f"only different {what} of one config, backend and size can be trained together")
     return list(several)
 
 
@@ -324,7 +330,7 @@ def _check_together(configs: Sequence[RunConfig], outs: Sequence[Path]) -> None:
         difference = first_difference(shared(configs[0]), shared(config))
         if difference:
             raise InputError(
-                f"runs made together may differ in seed and penalty_coef alone: {outs[0]} has"
+                f"runs made together may differ only in seed and penalty_coef: {outs[0]} has"
                 f" {difference} as {out} has"
             )
     if len({out.resolve() for out in outs}) < len(outs):

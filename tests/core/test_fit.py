@@ -554,10 +554,10 @@ def test_every_tensor_of_a_checkpoint_is_checked(tmp_path: Path) -> None:
         ("every step", 0.5, "not those of whole epochs"),
         ("weights.1.exp_avg_sq", -1.0, "second moment of Adam is negative"),
         ("input_std", 0.0, "input_std must be positive everywhere"),
-        ("history.improved", 0.0, "does not agree with itself at 0"),
-        ("history.improved", 7.0, "does not agree with itself at 0"),
-        ("history.holdout_mse", -1.0, "does not agree with itself at 0"),
-        ("history.seconds", -1.0, "does not agree with itself at 0"),
+        ("history.improved", 0.0, "is inconsistent at epoch 0"),
+        ("history.improved", 7.0, "is inconsistent at epoch 0"),
+        ("history.holdout_mse", -1.0, "is inconsistent at epoch 0"),
+        ("history.seconds", -1.0, "is inconsistent at epoch 0"),
     ],
 )
 def test_values_that_no_fit_has_are_refused(name: str, value: float, message: str, tmp_path: Path) -> None:

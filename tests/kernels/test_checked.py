@@ -411,7 +411,7 @@ def test_a_population_of_one_twice(fit: Fit) -> None:
         [make_sac(5, 2, SACConfig(hidden=(5,)), "cpu")],
         [make_sac(4, 2, SACConfig(hidden=(4,)), "cpu")],
     ):
-        with pytest.raises(InputError, match="SACs are updated together where they are distinct"):
+        with pytest.raises(InputError, match="only different SACs of one config, backend and size"):
             SacPopulation([sac, *others])
-    with pytest.raises(InputError, match="fits are stepped together where they are distinct"):
+    with pytest.raises(InputError, match="only different fits of one config, backend and size"):
         FitPopulation([fit, fit])

@@ -301,7 +301,7 @@ def test_activations_are_held_where_weights_fit(
 def test_gpus_that_cannot() -> None:
     assert host._refusal_of_gpu("float16", (9, 0)) is None
     reason = host._refusal_of_gpu("bfloat16", (7, 5))
-    assert reason == "bfloat16 takes compute capability 8.0, the GPU has 7.5"
+    assert reason == "bfloat16 needs compute capability 8.0, the GPU has 7.5"
     assert "to a trap" in (host._refusal_of_gpu("float16", (10, 0)) or "")
     assert host._refusal_of_gpu("float32", (10, 0)) is None
 

@@ -192,7 +192,7 @@ def test_no_more_evaluations_wait_than_may(
 
 def test_what_cannot_be_together_is_refused(configs: list[TrainConfig], tmp_path: Path) -> None:
     other = dataclasses.replace(configs[0], steps=7)
-    with pytest.raises(InputError, match=r"differ in seed and penalty_coef alone: .*0 has steps = 45, not 7"):
+    with pytest.raises(InputError, match=r"differ only in seed and penalty_coef: .*0 has steps = 45, not 7"):
         train_many([configs[0], other], [tmp_path / "0", tmp_path / "1"], quiet=True)
     with pytest.raises(InputError, match="every run needs a folder of its own"):
         train_many(configs[:2], [tmp_path / "0", tmp_path / "0"], quiet=True)

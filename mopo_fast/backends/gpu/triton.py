@@ -193,9 +193,9 @@ def _compact(call: RolloutCall, padded: PaddedRollouts, head: int) -> None:
 def _refusal_of_gpu(dtype: str, capability: tuple[int, int]) -> str | None:
     """Return why a GPU of such a compute capability cannot serve one of `_SERVED`, or None."""
     if dtype in ("bfloat16", "tfloat32") and capability < (8, 0):
-        return f"{dtype} takes compute capability 8.0, the GPU has {capability[0]}.{capability[1]}"
+        return f"{dtype} needs compute capability 8.0, the GPU has {capability[0]}.{capability[1]}"
     if dtype != "float32" and capability[0] in (10, 11):
-        return f"compute capability {capability[0]}: Triton 3.6 compiled products in {dtype} to a trap"
+        return f"compute capability {capability[0]}: Triton 3.6 compiles products in {dtype} to a trap"
     return None
 
 
@@ -211,7 +211,7 @@ class TritonBackend(Backend):
         if kernels is None:
             return BackendStatus(self.name, False, reason)
         if kernels.INTERPRETED:
-            reason = "interpreted on the CPU for TRITON_INTERPRET=1, slow"
+            reason = "interpreted on the CPU, slowly, as TRITON_INTERPRET=1 asks"
             return BackendStatus(self.name, True, reason, by_name_only=True)
         if not torch.cuda.is_available():
             reason = "PyTorch sees no GPU; TRITON_INTERPRET=1 interprets the kernels on the CPU"

@@ -271,7 +271,7 @@ def _layer(
     for block in tl.static_range(N // BLOCK_N, _blocks(N, BLOCK_N)):
         _columns(x, x_stride, weight, bias, out, out_stride, _first(N, BLOCK_N, block),
                  K, N, ACTIVATION, OPERANDS, ROWS, _width(N, BLOCK_N, block), BLOCK_K)  # fmt: skip
-    # Other threads read what a thread has written.
+    # Threads read next what other threads have written.
     tl.debug_barrier()
 
 
@@ -298,7 +298,7 @@ def _network(
             there = x
         _layer(x, WIDTH, weight, bias, heads, HEADS, SIZES[len(SIZES) - 2], SIZES[len(SIZES) - 1],
                "linear", OPERANDS, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
-    # Other threads read what a thread has written.
+    # Threads read next what other threads have written.
     tl.debug_barrier()
 
 

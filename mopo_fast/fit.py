@@ -314,7 +314,7 @@ class Fit:
         for member in self.rows:
             member[:] = bootstrap.integers(len(train), size=len(train))
 
-        # All members share the bounds of the log-variance, so these are not kept with a member's best weights.
+        # All members share the bounds of the log-variance, so a member's best weights do not include them.
         self.layers = [*model.weights, *model.biases]
         self.best = [layer.detach().clone() for layer in self.layers]
         self.parameters = [*self.layers, model.max_logvar, model.min_logvar]

@@ -1,4 +1,4 @@
-"""The model buffer: a preallocated ring of transitions, first in, first out, on one device."""
+"""The model buffer: a preallocated ring of transitions, in which new rows replace the oldest."""
 
 import math
 from typing import Any
@@ -9,7 +9,7 @@ from mopo_fast.data.transitions import Transitions, array_layout, transition_byt
 from mopo_fast.errors import InputError
 from mopo_fast.utils.machine import use_large_pages
 
-# The arrays that are columns of one table, in this order.
+# Arrays that are columns of one table, in this order.
 _COLUMNS = ("observations", "actions", "rewards", "next_observations", "raw_rewards", "penalties")
 _CACHE_LINE = 64
 
@@ -20,19 +20,25 @@ def _table_row_bytes(obs_dim: int, act_dim: int) -> int:
 
 
 def row_bytes(obs_dim: int, act_dim: int) -> int:
-    """Return the memory that one row of a `RingBuffer` takes, padding included."""
+    """Return the bytes that one row of a `RingBuffer` takes, padding included."""
     return _table_row_bytes(obs_dim, act_dim) + transition_bytes(["terminals"], obs_dim, act_dim)
 
 
 class RingBuffer:
-    """The last `capacity` model transitions; backends write straight into `storage`.
+    """The latest model transitions, at most `capacity`. Backends write into `storage` directly.
+
+    Args:
+        capacity: number of rows.
+        obs_dim: size of an observation.
+        act_dim: size of an action.
+        device: device of the arrays.
 
     Attributes:
-        storage: `Transitions` of `capacity` rows with raw_rewards and penalties, float32; only its first
-            `size` rows hold data. All but the terminals are columns of one table.
-        capacity: rows at most.
-        head: the row that is written next.
-        size: rows that hold data.
+        storage: `Transitions` of `capacity` rows with raw_rewards and penalties, float32. Its first `size`
+            rows hold data. All arrays but the terminals are columns of one table.
+        capacity: number of rows.
+        head: row that is written next.
+        size: number of rows that hold data.
 
     Raises:
         InputError: a size is not positive.
@@ -44,7 +50,7 @@ class RingBuffer:
                 f"a buffer needs positive sizes, got capacity {capacity}, obs {obs_dim}, act {act_dim}"
             )
 
-        # Side by side: a row that is drawn at random lies in one page and as few cache lines as it can.
+        # Rows are drawn at random: a row whose numbers lie together touches the fewest pages and cache lines.
         words = _table_row_bytes(obs_dim, act_dim) // 4
         table = torch.empty(capacity, words, dtype=torch.float32, device=device)
         use_large_pages(table).zero_()
@@ -59,16 +65,16 @@ class RingBuffer:
 
     @classmethod
     def over(cls, storage: Transitions) -> "RingBuffer":
-        """Make an empty ring whose rows are those of `storage`, with the arrays that it has.
+        """Make an empty ring that writes into `storage`.
 
         Raises:
-            InputError: its arrays are not of as many rows each, or are mapped from a file.
+            InputError: the arrays differ in length, are empty, or are mapped from a file.
         """
         if storage.info.get("memory_mapped"):
-            raise InputError("a buffer cannot be over data that are mapped from their file")
+            raise InputError("a buffer cannot write into data that are mapped from a file; load them instead")
         lengths = {name: len(array) if array.ndim else 0 for name, array in storage.arrays().items()}
         if len(set(lengths.values())) != 1 or not lengths["rewards"]:
-            raise InputError(f"a buffer's arrays need as many rows each, got {lengths}")
+            raise InputError(f"a buffer's arrays must all have the same number of rows, got {lengths}")
         ring = cls.__new__(cls)
         ring._use(storage)
         return ring
@@ -87,7 +93,7 @@ class RingBuffer:
         return self.size
 
     def advance(self, count: int) -> None:
-        """Take over `count` rows that were written from `head` on, wrapping around at the end.
+        """Count `count` rows as written, which a backend has written from `head` on.
 
         Raises:
             InputError: more rows than the buffer holds.
@@ -98,10 +104,10 @@ class RingBuffer:
         self.size = min(self.size + count, self.capacity)
 
     def append(self, rows: Transitions) -> None:
-        """Copy `rows` in, over the oldest where the buffer is full.
+        """Copy `rows` in; in a full buffer they replace the oldest.
 
         Raises:
-            InputError: other dimensions than the buffer's, more rows than it holds, or an array missing.
+            InputError: the rows have other dimensions, are more than the buffer holds, or lack an array.
         """
         if (rows.obs_dim, rows.act_dim) != (self.storage.obs_dim, self.storage.act_dim):
             raise InputError(

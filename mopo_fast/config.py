@@ -339,12 +339,11 @@ class OnlineConfig:
 
     def validate(self) -> None:
         """Raise `InputError` where a value is out of range."""
-        sizes = (self.environments, self.round_steps, self.epoch_steps, self.random_epochs)
-        _require(
-            min(*sizes, self.medium_window) >= 1 and self.epoch_steps % self.round_steps == 0,
-            "online training needs at least one environment, step, random epoch and evaluation,"
-            f" and an epoch of whole rounds, got {self}",
-        )
+        sizes = ("environments", "round_steps", "epoch_steps", "random_epochs", "medium_window", "episodes")
+        _require_positive(self, "", *sizes)
+        steps, of_round = self.epoch_steps, self.round_steps
+        whole = f"epoch_steps must be a multiple of round_steps, got {steps} and {of_round}"
+        _require(steps % of_round == 0, whole)
         few, many = self.random_epochs, self.epochs
         _require(many > few, f"epochs must be more than random_epochs, got {many} and {few}")
         self.sac.validate()

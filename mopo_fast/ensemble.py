@@ -1,6 +1,6 @@
 """The probabilistic ensemble of dynamics models: parameters, forward pass, files.
 
-Source: mopo/models/bnn.py, fc.py of the authors' code. All members are one batch of matrices.
+Source: mopo/models/bnn.py and fc.py of the authors' code. All members are computed as one batch of matrices.
 """
 
 import itertools
@@ -36,7 +36,7 @@ MAX_MEMBERS = 32
 
 @dataclass(frozen=True)
 class _Declared:
-    """The contents of dynamics.json. Version 1 had no `log_scale`."""
+    """The fields of dynamics.json. Version 1 has no `log_scale`."""
 
     format_version: int
     obs_dim: int
@@ -46,7 +46,7 @@ class _Declared:
 
 
 def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
-    """SiLU, ReLU or tanh."""
+    """Apply an activation, one of `config.ACTIVATIONS`."""
     if activation == "silu":
         return functional.silu(x)
     if activation == "relu":
@@ -55,9 +55,13 @@ def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
 
 
 def round_factor(x: torch.Tensor, operands: str) -> torch.Tensor:
-    """x as a factor of a product in `operands` (one of `config.ROLLOUT_DTYPES`), in its own dtype.
+    """Round a factor of a product to the type `operands`; the result has the dtype of `x`.
 
-    tfloat32 keeps 10 bits after the point of float32, to nearest, ties to even.
+    tfloat32 is float32 with 10 fraction bits, rounded to nearest, ties to even.
+
+    Args:
+        x: the factor.
+        operands: one of `config.ROLLOUT_DTYPES`.
     """
     if operands in ("float16", "bfloat16"):
         return x.to(getattr(torch, operands)).to(x.dtype)
@@ -75,11 +79,17 @@ def mlp(
     activation: str,
     operands: str = "float32",
 ) -> torch.Tensor:
-    """A multi-layer perceptron with a linear last layer.
+    """Compute a multi-layer perceptron with a linear last layer, or several at once.
 
-    One network: x [batch, in], weights [in, out], biases [out]. Many at once: x [batch, in] or
-    [members, batch, in], weights [members, in, out], biases [members, out]; any more dimensions before these
-    broadcast. The factors of a product are rounded to `operands`; its sums are not.
+    Args:
+        x: inputs [batch, in], or [members, batch, in] for several networks.
+        weights: [in, out] of each layer, or [members, in, out]. More dimensions in front broadcast.
+        biases: [out] of each layer, or [members, out].
+        activation: one of `config.ACTIVATIONS`, after every layer but the last.
+        operands: type that the factors of products are rounded to; sums are not.
+
+    Returns:
+        Outputs [batch, out], or [members, batch, out].
     """
     hidden = False
     for weight, bias in zip(weights, biases, strict=True):
@@ -97,14 +107,20 @@ def mlp(
 
 
 def mlp_bytes(networks: int, sizes: Sequence[int], batch_size: int = 0) -> int:
-    """Bytes of the parameters of `networks` float32 perceptrons, and of their layers' outputs for a batch."""
+    """Return the bytes of the parameters of float32 perceptrons and of their layers' outputs for a batch."""
     return 4 * networks * sum((fan_in + 1 + batch_size) * out for fan_in, out in itertools.pairwise(sizes))
+
+
+def layer_tensors(weights: Iterable[torch.Tensor], biases: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the weights and biases of all layers by their names in a file."""
+    named = {f"weight_{i}": weight for i, weight in enumerate(weights)}
+    return named | {f"bias_{i}": bias for i, bias in enumerate(biases)}
 
 
 def soft_clamp_logvar(
     logvar: torch.Tensor, max_logvar: torch.Tensor, min_logvar: torch.Tensor
 ) -> torch.Tensor:
-    """The authors' learned bounds: below max, then above min, both smooth."""
+    """Bound `logvar` smoothly by the learned bounds, as the authors do: from above, then from below."""
     logvar = max_logvar - functional.softplus(max_logvar - logvar)
     return min_logvar + functional.softplus(logvar - min_logvar)
 
@@ -112,29 +128,44 @@ def soft_clamp_logvar(
 def soft_clamp_variance(
     logvar: torch.Tensor, max_logvar: torch.Tensor, min_logvar: torch.Tensor
 ) -> torch.Tensor:
-    """exp(soft_clamp_logvar(...)) in closed form: e^min + 1 / (e^-max + e^-logvar).
+    """Compute exp(soft_clamp_logvar(...)) in closed form: e^min + 1 / (e^-max + e^-logvar).
 
-    Two exponentials in place of five transcendental calls, and right at both infinities.
+    It calls fewer transcendental functions, and it is right at both infinities.
     """
     return torch.exp(min_logvar) + 1.0 / (torch.exp(-max_logvar) + torch.exp(-logvar))
 
 
 class EnsembleDynamics(nn.Module):
-    """`members` Gaussian models of (delta observation, reward) given (observation, action).
+    """Gaussian models of (delta observation, reward) given (observation, action).
 
-    Parameters, for layers i = 0 .. L: `weights[i]` [members, in, out], `biases[i]` [members, out]. The last
-    layer has 2 (obs_dim + 1) outputs: means of (delta obs, reward) in raw units, then raw log-variances.
-    `max_logvar`, `min_logvar` [obs_dim + 1] bound these. Buffers: `input_mean`, `input_std`
-    [obs_dim + act_dim]; `elites` int64, the members that rollouts draw from, best first; `absolute` bool
-    [obs_dim].
-
-    Other code's models are declared, and nothing here makes or fits such ones:
+    `log_scale`, `member_bounds` and `absolute` describe models of other code; the fit makes no such models.
 
     Args:
-        log_scale: "std" where the second half of the outputs, and their bounds, are logarithms of standard
-            deviations (Polixir, d3rlpy).
-        member_bounds: `max_logvar`, `min_logvar` are [members, obs_dim + 1] (d3rlpy).
-        absolute: the observation dimensions whose mean is the next observation, not its change (mbrl-lib).
+        obs_dim: size of an observation.
+        act_dim: size of an action.
+        members: number of models, at most 32.
+        elites: number of members that rollouts draw from.
+        hidden: sizes of the hidden layers.
+        activation: one of `config.ACTIVATIONS`.
+        max_logvar: initial upper bound of the log-variances.
+        min_logvar: initial lower bound of the log-variances.
+        log_scale: "variance", or "std" if the log-variances and their bounds are log standard deviations
+            instead (Polixir, d3rlpy).
+        member_bounds: each member has bounds of its own (d3rlpy).
+        absolute: observation dimensions for which the next observation itself is predicted, not its change
+            (mbrl-lib).
+        generator: random numbers of the initial weights; None takes torch's.
+
+    Attributes:
+        weights: parameters [members, in, out] of each layer. The last one's outputs are obs_dim + 1 means of
+            (delta observation, reward) in raw units, then as many unbounded log-variances.
+        biases: parameters [members, out] of each layer.
+        max_logvar: parameter [obs_dim + 1], or [members, obs_dim + 1] with `member_bounds`.
+        min_logvar: likewise.
+        input_mean: buffer [obs_dim + act_dim], subtracted from the inputs.
+        input_std: buffer [obs_dim + act_dim], by which the inputs are then divided.
+        elites: buffer int64, numbers of the members that rollouts draw from, best first.
+        absolute: buffer bool [obs_dim].
 
     Raises:
         InputError: a size is out of range.
@@ -180,12 +211,12 @@ class EnsembleDynamics(nn.Module):
         self.log_scale = log_scale
         sizes = [obs_dim + act_dim, *hidden, 2 * (obs_dim + 1)]
         what = f"an ensemble with obs {obs_dim}, act {act_dim}, hidden {hidden}"
-        # Whatever its device will be, it is made on the CPU.
+        # Every ensemble is made on the CPU and moved from there.
         check_memory(what, mlp_bytes(members, sizes), "cpu", "members or these sizes")
         self.weights = nn.ParameterList()
         self.biases = nn.ParameterList()
         for fan_in, fan_out in itertools.pairwise(sizes):
-            # authors: truncated normal at two standard deviations, std 1 / (2 sqrt(fan_in)), zero bias.
+            # As the authors do: normal weights truncated at two std, std 1 / (2 sqrt(fan_in)), zero biases.
             std = 1.0 / (2.0 * math.sqrt(fan_in))
             weight = torch.empty(members, fan_in, fan_out)
             nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
@@ -199,41 +230,44 @@ class EnsembleDynamics(nn.Module):
         self.register_buffer("elites", torch.arange(elites))
         mask = torch.zeros(obs_dim, dtype=torch.bool)
         mask[list(absolute)] = True
-        # Not in a state dict: checkpoints of fits, whose models have none, are as they were.
+        # Not in the state dict, so that fits' checkpoints keep their format: the fit makes no such models.
         self.register_buffer("absolute", mask, persistent=False)
 
     @property
     def members(self) -> int:
+        """Number of members."""
         return int(self.weights[0].shape[0])
 
     @property
     def hidden(self) -> tuple[int, ...]:
+        """Sizes of the hidden layers."""
         return tuple(weight.shape[2] for weight in self.weights[:-1])
 
     def raw_heads(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Means and unbounded log-variances or log-stds, each [members, batch, obs_dim + 1].
+        """Return means and unbounded log-variances (or log stds), each [members, batch, obs_dim + 1].
 
-        `inputs` are not yet standardised: [batch, obs_dim + act_dim], the same for all members, or
-        [members, batch, obs_dim + act_dim].
+        Args:
+            inputs: [batch, obs_dim + act_dim] for all members, or [members, batch, obs_dim + act_dim]; not
+                standardised.
         """
         x = (inputs - self.input_mean) / self.input_std
         mean, logvar = mlp(x, self.weights, self.biases, self.activation).chunk(2, dim=-1)
         return mean, logvar
 
     def forward(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Means, as the networks give them, and bounded log-variances, each [members, batch, obs_dim + 1]."""
+        """Return means and bounded log-variances, each [members, batch, obs_dim + 1]; see `raw_heads`."""
         mean, logvar = self.raw_heads(inputs)
         bounds = (bound.expand(self.members, -1).unsqueeze(1) for bound in (self.max_logvar, self.min_logvar))
         bounded = soft_clamp_logvar(logvar, *bounds)
         return mean, 2.0 * bounded if self.log_scale == "std" else bounded
 
     def next_observations(self, observations: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-        """What `mean` [..., batch, obs_dim + 1] says follows on observations [batch, obs_dim]."""
+        """Return next observations, from observations [batch, obs_dim] and mean [..., batch, obs_dim + 1]."""
         return torch.where(self.absolute, mean[..., :-1], observations + mean[..., :-1])
 
     def sha256(self) -> str:
-        """Digest of the parameters and of what is declared."""
-        # Added where it is declared, so that the digests of all other ensembles stay what they were.
+        """Return a digest of the parameters, the buffers, `activation` and `log_scale`."""
+        # Only models with a `log_scale` of "std" or with `absolute` add it: others keep their older digests.
         kind = self.activation + (".std" if self.log_scale == "std" else "")
         named = {f"{kind}.{name}": value for name, value in self.state_dict().items()}
         if bool(self.absolute.any()):
@@ -247,13 +281,7 @@ class EnsembleDynamics(nn.Module):
             InputError: the folder cannot be written, or the elites are not members.
         """
         self.check_elites()
-        folder = Path(folder)
-        tensors = {f"weight_{i}": weight for i, weight in enumerate(self.weights)}
-        tensors |= {f"bias_{i}": bias for i, bias in enumerate(self.biases)}
-        tensors |= {
-            name: getattr(self, name)
-            for name in ("input_mean", "input_std", "max_logvar", "min_logvar", "elites")
-        }
+        folder, tensors = Path(folder), self._stored_tensors()
         if bool(self.absolute.any()):
             tensors["absolute"] = self.absolute
         save_tensors(folder / "dynamics.safetensors", tensors)
@@ -270,10 +298,10 @@ class EnsembleDynamics(nn.Module):
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> "EnsembleDynamics":
-        """Read what `save` wrote.
+        """Read an ensemble that `save` wrote.
 
         Raises:
-            InputError: a file is missing, truncated, of another version, or its shapes do not agree.
+            InputError: a file is missing, truncated or of another version, or its shapes do not agree.
         """
         folder = Path(folder)
         meta = read_json_as(folder / "dynamics.json", _Declared)
@@ -307,35 +335,33 @@ class EnsembleDynamics(nn.Module):
             member_bounds=bounds is not None and bounds.ndim == 2,
             absolute=absolute,
         )
-        targets: dict[str, torch.Tensor] = {f"weight_{i}": w for i, w in enumerate(model.weights)}
-        targets |= {f"bias_{i}": b for i, b in enumerate(model.biases)}
-        targets |= {
-            name: getattr(model, name)
-            for name in ("input_mean", "input_std", "max_logvar", "min_logvar", "elites")
-        }
-        load_into(path, tensors, targets)
+        load_into(path, tensors, model._stored_tensors())
         model.check_elites()
         if not bool((model.input_std > 0).all()):
             raise InputError(f"{path}: input_std must be positive everywhere")
         return model.to(device)
 
+    def _stored_tensors(self) -> dict[str, torch.Tensor]:
+        names = ("input_mean", "input_std", "max_logvar", "min_logvar", "elites")
+        return layer_tensors(self.weights, self.biases) | {name: getattr(self, name) for name in names}
+
     def check_elites(self) -> None:
-        """Raise `InputError` where elites are none, repeat, or name no member."""
+        """Raise `InputError` unless `elites` are distinct members, one or more."""
         check_members("elites", self.elites, self.members)
 
 
 def check_members(name: str, numbers: torch.Tensor, members: int) -> None:
-    """Raise `InputError` unless `numbers` are distinct members 0 .. members - 1: int64 [n], n at least 1."""
+    """Raise `InputError` unless `numbers`, int64 [n], are distinct members, one or more."""
     if numbers.dtype != torch.int64 or numbers.ndim != 1:
         raise InputError(f"{name} must be int64 [n], got {numbers.dtype} {list(numbers.shape)}")
     _check_distinct(name, numbers.tolist(), members)
 
 
 def elites_of(elites: Any, members: int) -> list[int]:
-    """Return `elites` as a list; raise `InputError` unless they are distinct members, one or more."""
+    """Return a list or tuple `elites` as ints; raise `InputError` unless they are distinct members."""
     given = list(elites) if isinstance(elites, list | tuple) else []
     if not given or not all(isinstance(e, int | np.integer) and not isinstance(e, bool) for e in given):
-        raise InputError("elites must be whole numbers, one or more")
+        raise InputError(f"elites must be whole numbers, one or more, got {str(elites)[:100]}")
     _check_distinct("elites", given, members)
     return [int(e) for e in given]
 

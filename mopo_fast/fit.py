@@ -3,13 +3,14 @@
 Source: mopo/models/bnn.py of the authors' code (BNN.train, _save_best, _compile_losses).
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +22,7 @@ from typing_extensions import TypedDict
 
 from mopo_fast import backends
 from mopo_fast.backends import checked
-from mopo_fast.backends.interface import FitRun, Parameter
+from mopo_fast.backends.interface import FitSteps, Parameter
 from mopo_fast.config import DynamicsConfig, to_dict
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import (
@@ -50,25 +51,25 @@ from mopo_fast.utils.progress import progress_bar
 from mopo_fast.utils.seeds import FIT, derive_seed
 from mopo_fast.utils.tensors import load_into, load_tensors, save_tensors, tensors_sha256
 
-# Second element of a seed's path: which draw of the fit.
+# Last name of a seed's path: the draw that the seed is for.
 _SPLIT, _WEIGHTS, _BOOTSTRAP, _SHUFFLE = range(4)
 
-# Steps of one call: long enough to amortise it, short enough that progress is told and interrupts are heard.
+# Steps of one kernel call: enough to amortise it, few enough for the progress bar and for Ctrl-C.
 _STEPS_AT_ONCE = 64
-# The columns of a checkpoint's history: fields of `FitEpoch`.
+# The fields of `FitEpoch` that a checkpoint's history holds.
 _HISTORY = ("train_loss", "holdout_mse", "improved", "seconds")
 
 
 @dataclass(frozen=True)
 class FitEpoch:
-    """A record of one epoch of `fit_dynamics`.
+    """The results of one epoch of a fit.
 
     Attributes:
-        epoch: from 0.
-        train_loss: mean over the epoch's steps of the loss, weight decay left out.
-        holdout_mse: [members] mean squared error of the mean prediction, raw units, over rows and dims.
-        improved: [members] True where the member's weights were kept.
-        seconds: wall time, evaluation on the holdout included.
+        epoch: number of the epoch, from 0.
+        train_loss: mean loss of the epoch's steps, weight decay left out.
+        holdout_mse: [members], mean squared error of the predicted means over rows and dimensions, raw units.
+        improved: [members], True where the member's weights were kept.
+        seconds: wall time of the epoch, the evaluation on the holdout included.
     """
 
     epoch: int
@@ -79,9 +80,12 @@ class FitEpoch:
 
 
 def split_holdout(n: int, seed: int, config: DynamicsConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row numbers (train [n - k], holdout [k]), k = min(floor(holdout_fraction * n), holdout_max), int64.
+    """Draw the rows to hold out, k = min(floor(holdout_fraction * n), holdout_max) of n.
 
-    The same for the same (n, seed, config): a report finds the held-out rows again with it.
+    The result is a function of (n, seed, config), so a report finds the held-out rows again.
+
+    Returns:
+        The row numbers of training [n - k] and holdout [k], int64.
 
     Raises:
         InputError: either side would be empty.
@@ -92,7 +96,7 @@ def split_holdout(n: int, seed: int, config: DynamicsConfig) -> tuple[torch.Tens
 
 
 def count_holdout(n: int, config: DynamicsConfig) -> int:
-    """Count the held-out ones of `n` transitions; raise `InputError` where that is none or all of them."""
+    """Return how many of `n` transitions are held out; raise `InputError` if it is none or all of them."""
     count = min(int(n * config.holdout_fraction), config.holdout_max)
     if not 1 <= count < n:
         raise InputError(
@@ -103,19 +107,19 @@ def count_holdout(n: int, config: DynamicsConfig) -> int:
 
 
 def dynamics_inputs_targets(data: Transitions) -> tuple[torch.Tensor, torch.Tensor]:
-    """(observation, action) [n, obs + act] and (delta observation, reward) [n, obs + 1], raw units."""
+    """Return (observation, action) [n, obs + act] and (delta observation, reward) [n, obs + 1], raw units."""
     inputs = torch.cat([data.observations, data.actions], dim=-1)
     delta = data.next_observations - data.observations
     return inputs, torch.cat([delta, data.rewards.unsqueeze(-1)], dim=-1)
 
 
 def _block(data: Transitions) -> int:
-    """Rows at a time: a few megabytes of them."""
+    """Return how many rows to work on at a time: a few megabytes of them."""
     return max(1, 2**20 // (data.obs_dim + data.act_dim))
 
 
 def _moments(data: Transitions, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of the inputs over `rows`, float64; a constant's deviation is 1."""
+    """Return the inputs' means and standard deviations over `rows`, float64; 1 for a constant's deviation."""
 
     def mean(function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         total = torch.zeros(data.obs_dim + data.act_dim, dtype=torch.float64)
@@ -131,7 +135,7 @@ def _moments(data: Transitions, rows: torch.Tensor) -> tuple[torch.Tensor, torch
 
 
 def data_sha256(data: Transitions) -> str:
-    """Digest of the arrays that a fit sees, to recognise the same data again."""
+    """Return a digest of the arrays that a fit depends on."""
     names = ("observations", "actions", "rewards", "next_observations")
     return tensors_sha256({name: getattr(data, name) for name in names})
 
@@ -141,16 +145,20 @@ def negative_log_likelihood(
 ) -> torch.Tensor:
     """Compute the loss of an ensemble on one batch: the oracle of the kernels that fit.
 
-    The sum over members of [mean over batch and dims of (mu - y)^2 exp(-lv) + lv]
-    + logvar_bound_weight * (sum(max) - sum(min)), a scalar. Weight decay is the optimiser's.
+    It is the sum over members of the mean over batch and dimensions of (mu - y)^2 exp(-lv) + lv, plus
+    logvar_bound_weight * (sum(max) - sum(min)). The optimizer adds the weight decay.
 
-    For several ensembles at once every tensor has one dimension more, the first, and so has the loss.
+    For several ensembles at once every tensor has one more dimension, the first, and so has the loss.
 
     Args:
-        parameters: weights [members, in, out] and biases [members, out] of all layers; max_logvar and
-            min_logvar [obs + 1].
+        parameters: all layers' weights [members, in, out], then all biases [members, out], then max_logvar
+            and min_logvar [obs + 1].
         inputs: [members, batch, obs + act], standardised.
         targets: [members, batch, obs + 1], raw units.
+        config: hyperparameters.
+
+    Returns:
+        The loss, a scalar.
     """
     *layers, max_logvar, min_logvar = parameters
     weights, biases = layers[: len(layers) // 2], layers[len(layers) // 2 :]
@@ -164,7 +172,7 @@ def negative_log_likelihood(
 def _rounded_mlp(
     x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor], activation: str
 ) -> torch.Tensor:
-    """Compute `mlp` with all factors of products in bfloat16, as the kernels do: in the backward pass too."""
+    """Compute `mlp` with the factors of all products in bfloat16, in the backward pass too."""
     for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         x = _round(activate(x, activation) if layer else x) @ _round(weight) + bias.unsqueeze(-2)
         x.register_hook(_to_bfloat16)
@@ -172,7 +180,7 @@ def _rounded_mlp(
 
 
 def _round(x: torch.Tensor) -> torch.Tensor:
-    """Round to bfloat16, and pass the gradient on as it is."""
+    """Round to bfloat16, but leave the gradient as it is."""
     return x + (_to_bfloat16(x) - x).detach()
 
 
@@ -180,24 +188,25 @@ _to_bfloat16 = functools.partial(round_factor, operands="bfloat16")
 
 
 class PyTorchSteps:
-    """Steps of the fit in plain PyTorch, of one ensemble or of several.
+    """Makes steps of the fit in plain PyTorch, for one ensemble or for several.
 
     Args:
-        parameters: as `negative_log_likelihood` takes them, changed in place.
+        parameters: as `negative_log_likelihood` takes them; they are changed in place.
+        config: hyperparameters.
 
     Attributes:
-        optimizer: their Adam.
+        optimizer: the parameters' Adam.
     """
 
     def __init__(self, parameters: Sequence[torch.Tensor], config: DynamicsConfig) -> None:
         self.parameters, self.config = parameters, config
-        # Adam's weight_decay adds coef * W to the gradient: that of coef * 0.5 ||W||^2 in the loss.
+        # Adam's weight_decay adds coef * W to the gradient, the gradient of coef * 0.5 ||W||^2.
         others = [0.0] * (len(parameters) - len(config.weight_decay))
         self.optimizer = Adam(parameters, config.learning_rate, [*config.weight_decay, *others])
         self._recorder = Recorder()
 
     def __call__(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Make a step on each batch of [members, count, ...]: the sum of the losses, float64."""
+        """Make a step on each batch of [members, count, ...]; return the sum of the losses, float64."""
         if not records(inputs.device):
             return self._steps(inputs, targets)
         adam = self.optimizer
@@ -220,14 +229,36 @@ class PyTorchSteps:
 def make_ensemble(
     obs_dim: int, act_dim: int, config: DynamicsConfig, generator: torch.Generator | None = None
 ) -> EnsembleDynamics:
-    """Make the ensemble that a fit of this config begins with."""
+    """Make the ensemble that a fit begins with."""
     names = ("members", "elites", "hidden", "activation", "max_logvar", "min_logvar")
     settings = {name: getattr(config, name) for name in names}
     return EnsembleDynamics(obs_dim, act_dim, generator=generator, **settings)
 
 
 class Fit:
-    """The state of a fit between two epochs: what a checkpoint holds, and the epoch itself."""
+    """A fit of an ensemble, made epoch by epoch.
+
+    Args:
+        data: n transitions, validated.
+        seed: seed of all random numbers.
+        config: hyperparameters; None takes `DynamicsConfig()`.
+        device: device of the fit.
+        backend: as in `fit_dynamics`.
+        threads: as in `fit_dynamics`.
+        initial: as in `fit_dynamics`.
+
+    Attributes:
+        model: the ensemble; its weights are those of the last step until `finish`.
+        history: the epochs made.
+        parameters: the weights, the biases and the two bounds of the log-variance.
+        optimizer: the parameters' Adam.
+        table: [rows, obs + act + obs + 1 or more], the standardised inputs and the targets of training.
+        rows: int64 [members, rows], each member's bootstrap.
+
+    Raises:
+        InputError: unusable config, seed or device, too little data or memory, or `initial` is an ensemble
+            of another kind.
+    """
 
     def __init__(
         self,
@@ -263,9 +294,9 @@ class Fit:
 
         inputs, targets = dynamics_inputs_targets(data[holdout])
         self.holdout_inputs, self.holdout_targets = inputs.float().to(device), targets.float().to(device)
-        # Side by side: rows are drawn at random, and each lies in one page and as few cache lines as it can.
+        # Rows are drawn at random: a row whose numbers lie together touches the fewest pages and cache lines.
         split, width = inputs.shape[1], inputs.shape[1] + targets.shape[1]
-        # Tables that grow with the data lie in files if the data do.
+        # Tables grow with the data, so they lie in files where the data do.
         self.mapped = bool(data.info.get("memory_mapped")) and torch.device(device).type == "cpu"
         shape = len(train), width + -width % 16
         if self.mapped:
@@ -283,21 +314,22 @@ class Fit:
         for member in self.rows:
             member[:] = bootstrap.integers(len(train), size=len(train))
 
-        # The bounds of the log-variance are shared by all members and not part of a snapshot (authors too).
+        # All members share the bounds of the log-variance, so a member's best weights do not include them.
         self.layers = [*model.weights, *model.biases]
         self.best = [layer.detach().clone() for layer in self.layers]
         self.parameters = [*self.layers, model.max_logvar, model.min_logvar]
         self.pytorch_steps = PyTorchSteps(self.parameters, config)
         self.optimizer = self.pytorch_steps.optimizer
         self.history: list[FitEpoch] = []
+        self._checkpoint: tuple[Path, torch.Tensor] | None = None
 
     def _indices(self) -> np.ndarray:
-        """Room for a row number for each member and training row."""
+        """Allocate a row number for each member and training row."""
         shape = self.config.members, len(self.table)
         return file_backed(shape, np.int64) if self.mapped else np.empty(shape, np.int64)
 
     def live_state(self) -> dict[str, torch.Tensor]:
-        """Return every tensor that the next epoch depends on, itself and not a copy."""
+        """Return every tensor that the next epoch depends on, by name; they are not copies."""
         adam, places = self.optimizer, {id(parameter): i for i, parameter in enumerate(self.parameters)}
         state = {**self.model.state_dict(), **{f"best_{i}": best for i, best in enumerate(self.best)}}
         for name, parameter in self.model.named_parameters():
@@ -311,7 +343,7 @@ class Fit:
 
     @property
     def steps_made(self) -> int:
-        """Steps of Adam made so far. Who sets it has made them otherwise."""
+        """Number of steps made. Setting it sets Adam's step counts."""
         return int(self.optimizer.steps[0])
 
     @steps_made.setter
@@ -321,7 +353,7 @@ class Fit:
 
     @property
     def best_mse(self) -> list[float]:
-        """[members] holdout MSE of the kept weights. Any first epoch improves (authors start from 1e10)."""
+        """Holdout MSE of the kept weights, [members]; infinite before the first epoch (authors: 1e10)."""
         best = [math.inf] * self.config.members
         for record in self.history:
             for member in np.flatnonzero(record.improved):
@@ -330,26 +362,27 @@ class Fit:
 
     @property
     def expected_epochs(self) -> int:
-        """The number of epochs after which the fit ends if no member improves any more."""
+        """Number of epochs after which the fit ends if no member improves any more."""
         improved = [record.epoch + 1 for record in self.history if any(record.improved)]
         end = max(improved, default=0) + self.config.patience + 1
         return end if self.config.max_epochs is None else min(end, self.config.max_epochs)
 
     def run_epoch(self, on_progress: Callable[[float], None] = lambda _: None) -> FitEpoch:
-        """Pass once over every member's bootstrap rows, then look at the holdout.
+        """Pass once over every member's bootstrap rows, then evaluate on the holdout.
 
-        on_progress is told, now and then, how many epochs are done, with fractions.
+        Args:
+            on_progress: called now and then with the share of the epoch that is done.
         """
         started, total, pieces = time.perf_counter(), 0.0, self.epoch_rows()
         for number, rows in enumerate(pieces, start=1):
             total += self.steps(rows)
-            on_progress(len(self.history) + number / len(pieces))
+            on_progress(number / len(pieces))
         return self.end_epoch(total, started)
 
     def epoch_rows(self) -> tuple[torch.Tensor, ...]:
-        """Return the rows that each member sees in the next epoch, in its order and in pieces for `steps`.
+        """Return the rows of the next epoch for each member in its order, in pieces for `steps`.
 
-        Each int64 [members, up to 64 batches].
+        A piece is int64 [members, rows of up to 64 batches].
         """
         return torch.split(self._shuffled(len(self.history)), self.config.batch_size * _STEPS_AT_ONCE, dim=1)
 
@@ -367,11 +400,14 @@ class Fit:
         return torch.from_numpy(self.rows).to(self.inputs.device)
 
     def end_epoch(self, total_loss: float, started: float) -> FitEpoch:
-        """Look at the holdout and keep what is better.
+        """Evaluate on the holdout and keep the weights of members that improved.
 
         Args:
-            total_loss: the sum over the epoch's steps.
-            started: when the epoch began, by `time.perf_counter`.
+            total_loss: sum of the epoch's losses.
+            started: time when the epoch began, by `time.perf_counter`.
+
+        Raises:
+            InputError: the loss or a member's error is not finite.
         """
         epoch, mse = len(self.history), self._holdout_mse()
         train_loss = total_loss / math.ceil(self.rows.shape[1] / self.config.batch_size)
@@ -383,35 +419,37 @@ class Fit:
         improved = self._keep_best(mse)
         record = FitEpoch(epoch, train_loss, tuple(mse), tuple(improved), time.perf_counter() - started)
         self.history.append(record)
+        if self._checkpoint is not None:
+            self.save(*self._checkpoint)
         return record
 
     def batches(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gather inputs and targets of rows [members, count], int64: [members, count, ...] each."""
+        """Gather the inputs and targets [members, count, ...] of rows [members, count], int64."""
         flat = rows.flatten()
         inputs, targets = self.inputs.index_select(0, flat), self.targets.index_select(0, flat)
         return inputs.view(*rows.shape, -1), targets.view(*rows.shape, -1)
 
     def steps(self, rows: torch.Tensor) -> float:
-        """Make a step on each batch of rows [members, count], int64: the sum of the losses."""
+        """Make a step on each batch of rows [members, count], int64; return the sum of the losses."""
         if kernels := backends.training_kernels(self.backend):
-            return checked.fit_steps(kernels, [self.kernel_run(rows)], self.threads)[0]
+            return checked.fit_steps(kernels, [self.kernel_call(rows)], self.threads)[0]
         return float(self.pytorch_steps(*self.batches(rows)))
 
-    def kernel_run(self, rows: torch.Tensor) -> FitRun:
-        """Return the call of a kernel that makes `steps`."""
+    def kernel_call(self, rows: torch.Tensor) -> FitSteps:
+        """Return the kernel call that makes `steps`."""
         adam, count = self.optimizer, len(self.layers)
 
         def parameter(i: int) -> Parameter:
-            # Detached, it keeps the memory alive that a kernel writes to.
+            # A detached tensor keeps the memory that a kernel writes to.
             return self.parameters[i].detach(), adam.exp_avgs[i], adam.exp_avg_sqs[i], None
 
-        return FitRun(
+        return FitSteps(
             layers=[parameter(i) for i in range(count)],
             bounds=(parameter(count), parameter(count + 1)),
             activation=self.model.activation,
             table=self.table,
             dims=self.targets.shape[1],
-            # A copy: numbers that address memory must stay what was checked.
+            # A copy, since row numbers that were checked must not change before the kernel reads them.
             rows=rows.clone(),
             config=self.config,
             steps_before=self.steps_made,
@@ -425,7 +463,7 @@ class Fit:
         return mse
 
     def _improved(self, mse: list[float]) -> list[bool]:
-        """[members] Whether the last epoch, of this holdout MSE, is better than those in the history."""
+        """Tell for each member whether `mse` is better than all in the history."""
         return [
             current < (1.0 - self.config.improvement) * best
             for best, current in zip(self.best_mse, mse, strict=True)
@@ -441,7 +479,7 @@ class Fit:
 
     @torch.no_grad()
     def finish(self) -> EnsembleDynamics:
-        """The model with every member's best weights and the elites, best first."""
+        """Put every member's best weights and the elites, best first, into the model; return it."""
         for best, layer in zip(self.best, self.layers, strict=True):
             layer.copy_(best)
         order = np.argsort(self._holdout_mse(), kind="stable")
@@ -449,12 +487,26 @@ class Fit:
         return self.model
 
     def fingerprint(self, data_digest: str) -> torch.Tensor:
-        """uint8 [32]: which data (of this `data_sha256`), seed and config a checkpoint belongs to."""
+        """Return a digest, uint8 [32], of the data's `data_sha256`, the seed and the config."""
         what = json.dumps([data_digest, self.seed, to_dict(self.config)])
         return torch.tensor(list(hashlib.sha256(what.encode()).digest()), dtype=torch.uint8)
 
+    def use_checkpoint(self, path: Path, data_digest: str) -> None:
+        """Continue from the checkpoint at `path` where it exists, and write it after every epoch.
+
+        Args:
+            path: the checkpoint.
+            data_digest: `data_sha256` of the fit's data.
+
+        Raises:
+            InputError: as `restore`.
+        """
+        self._checkpoint = path, self.fingerprint(data_digest)
+        if path.exists():
+            self.restore(*self._checkpoint)
+
     def save(self, path: Path, fingerprint: torch.Tensor) -> None:
-        """Write all that the next epoch depends on, atomically."""
+        """Write a checkpoint atomically."""
         columns = {name: [getattr(record, name) for record in self.history] for name in _HISTORY}
         history = {
             f"history.{name}": torch.tensor(column, dtype=torch.float64) for name, column in columns.items()
@@ -465,7 +517,7 @@ class Fit:
         """Continue from what `save` wrote.
 
         Raises:
-            InputError: truncated, not a fit's checkpoint, or of other data, seed or config.
+            InputError: the file is truncated, not a fit's checkpoint, or of other data, seed or config.
         """
         try:
             self._restore(path, fingerprint)
@@ -479,13 +531,13 @@ class Fit:
         if not torch.equal(theirs, fingerprint):
             raise InputError(
                 f"{path} belongs to a fit of other data, another seed or another config;"
-                " give what it was made with"
+                " use those that it was made with"
             )
         load_into(path, tensors, self.live_state())
         self.optimizer.check_moments(path)
         if not bool((self.model.input_std > 0).all()):
             raise InputError(f"{path}: input_std must be positive everywhere")
-        # Every step is one of Adam's: how long the history must be follows.
+        # Adam's step count gives the number of epochs, and so the length of the history.
         steps = {float(step) for step in self.optimizer.steps}
         made = steps.pop()
         epochs, left = divmod(made, math.ceil(len(self.inputs) / self.config.batch_size))
@@ -498,7 +550,7 @@ class Fit:
         load_into(path, tensors, dict(zip(names, columns, strict=True)))
         for loss, mse, improved, took in zip(*(column.tolist() for column in columns), strict=True):
             if took < 0 or min(mse) < 0 or self._improved(mse) != [flag == 1.0 for flag in improved]:
-                raise InputError(f"{path}: its history does not agree with itself at {len(self.history)}")
+                raise InputError(f"{path}: its history is inconsistent at epoch {len(self.history)}")
             self.history.append(
                 FitEpoch(len(self.history), loss, tuple(mse), tuple(map(bool, improved)), took)
             )
@@ -506,7 +558,7 @@ class Fit:
 
 def check_fit_memory(config: DynamicsConfig, device: torch.device | str) -> None:
     """Raise `InputError` where `device` has too little memory for a fit."""
-    # Inputs and outputs are one wide at least; everything has a gradient and one or two arrays more.
+    # A lower bound: inputs and outputs are at least one wide, and each array has a gradient and a copy.
     size = 3 * mlp_bytes(config.members, (1, *config.hidden, 1), config.batch_size)
     check_memory("the ensemble's fit", size, device, "batch_size, members or hidden")
 
@@ -517,7 +569,9 @@ def _copy_parameters(source: EnsembleDynamics, target: EnsembleDynamics) -> None
     if shapes[0] != shapes[1] or (source.log_scale, source.activation) != ("variance", target.activation):
         raise InputError(f"a fit of {shapes[1]} cannot begin with an ensemble of {shapes[0]}")
     if bool(source.absolute.any()):
-        raise InputError("a fit of changes of the observation cannot begin with an ensemble that predicts it")
+        raise InputError(
+            "a fit of observations' changes cannot begin with an ensemble that predicts next observations"
+        )
     with torch.no_grad():
         for name, value in ours.items():
             value.copy_(theirs[name])
@@ -543,16 +597,20 @@ def fit_dynamics(
     `config.patience` epochs have passed since any member improved, and the kept weights are restored.
 
     Args:
-        data: n transitions, 5 or more with the default holdout; rewards and observations in raw units.
-        seed: the whole result is a function of (data, seed, config) on one machine and backend.
-        config: `DynamicsConfig()` if None.
-        backend: "cpu" or "cuda", the fused kernels; "reference", PyTorch on any device; or "auto".
-        threads: of the CPU kernel; None: all cores that this process may use. The result is the same for any.
-        checkpoint: a file that is written after every epoch and continued from where it exists, with the
-            same final bits as a fit that was never stopped. It is left there at the end.
-        initial: an ensemble whose weights and bounds the fit begins with; None: fresh ones.
-        quiet: no progress bar.
-        on_epoch: called after every epoch, and first of all with the epochs that a checkpoint holds.
+        data: n transitions in raw units, 5 or more with the default holdout.
+        seed: seed of all random numbers. The result is a function of (data, seed, config) on one machine
+            and backend.
+        config: hyperparameters; None takes `DynamicsConfig()`.
+        device: device of the fit.
+        backend: "cpu" and "cuda" are fused kernels, "reference" is PyTorch on any device, "auto" takes the
+            best one available.
+        threads: threads of the CPU kernel; None takes all cores that this process may use. The result does
+            not depend on it.
+        checkpoint: file that is written after every epoch. A fit continues from it where it exists, with the
+            same final bits as a fit that was never stopped. It is not removed at the end.
+        initial: ensemble whose weights and bounds the fit begins with; None draws new ones.
+        quiet: show no progress bar.
+        on_epoch: called after every epoch, and at the start for every epoch of a checkpoint.
 
     Returns:
         The ensemble on `device`, elites best first.
@@ -561,32 +619,29 @@ def fit_dynamics(
         InputError: unusable data, config, device or checkpoint; or the loss became not finite.
     """
     fit = Fit(data.validate(), seed, config, device, backend, threads, initial)
-    _run(fit, data_sha256(data), None if checkpoint is None else Path(checkpoint), quiet, on_epoch)
+    if checkpoint is not None:
+        fit.use_checkpoint(Path(checkpoint), data_sha256(data))
+    _run_to_end(fit, quiet, on_epoch)
     return fit.finish()
 
 
-def _run(
-    fit: Fit,
-    data_digest: str,
-    checkpoint: Path | None,
-    quiet: bool,
-    on_epoch: Callable[[FitEpoch], None] | None,
-) -> None:
-    """Make the epochs that are left of a fit; on_epoch hears of all."""
-    fingerprint, report = fit.fingerprint(data_digest), on_epoch or (lambda _: None)
-    if checkpoint is not None and checkpoint.exists():
-        fit.restore(checkpoint, fingerprint)
+def _run_to_end(fit: Fit, quiet: bool, on_epoch: Callable[[FitEpoch], None] | None) -> None:
+    """Run a fit's remaining epochs; call `on_epoch` with those of its history first."""
+    report = on_epoch or (lambda _: None)
     for record in fit.history:
         report(record)
-    # The bar's end is where the fit stops if nothing improves any more: it moves while it gets better.
+    # The bar ends at the epoch where the fit would stop without further improvement, so it may grow.
     with progress_bar("fit: epochs", fit.expected_epochs, quiet=quiet) as bar:
         while len(fit.history) < fit.expected_epochs:
-            record = fit.run_epoch(lambda done: bar.update(completed=done))
-            if checkpoint is not None:
-                fit.save(checkpoint, fingerprint)
+            record = fit.run_epoch(lambda share: bar.update(completed=len(fit.history) + share))
             report(record)
-            elites = sorted(record.holdout_mse)[: fit.config.elites]
-            bar.update(total=fit.expected_epochs, note=f"holdout MSE {np.mean(elites):.4g}")
+            bar.update(total=fit.expected_epochs, note=fit_note([record], fit.config))
+
+
+def fit_note(records: Sequence[FitEpoch], config: DynamicsConfig) -> str:
+    """Describe an epoch of one or more fits for the progress bar: the mean holdout MSE of the elites."""
+    elites = [sorted(record.holdout_mse)[: config.elites] for record in records]
+    return f"holdout MSE {np.mean(elites):.4g}"
 
 
 def fit_and_save(
@@ -601,29 +656,52 @@ def fit_and_save(
     quiet: bool = True,
     on_epoch: Callable[[FitEpoch], None] | None = None,
 ) -> tuple[EnsembleDynamics, dict[str, Any]]:
-    """`fit_dynamics`, then dynamics.safetensors, dynamics.json and fit.json in `folder`: what a run does.
+    """Fit as `fit_dynamics` does, and write dynamics.safetensors, dynamics.json and fit.json.
 
-    Killed at any point and called again, it continues from `folder`/checkpoint/fit.safetensors, which is
-    removed once fit.json, the last file, is written: a folder with fit.json is a finished fit.
+    Called again after it was killed, it continues from checkpoint/fit.safetensors in the folder. fit.json is
+    written last, and the checkpoint is removed then: a folder with fit.json holds a finished fit.
+
+    Args:
+        data: as in `fit_dynamics`.
+        folder: folder of the files.
+        seed: as in `fit_dynamics`.
+        config: as in `fit_dynamics`.
+        device: as in `fit_dynamics`.
+        backend: as in `fit_dynamics`.
+        threads: as in `fit_dynamics`.
+        quiet: as in `fit_dynamics`.
+        on_epoch: as in `fit_dynamics`.
 
     Returns:
-        The ensemble and what fit.json holds: dataset, data_sha256, transitions, holdout (rows), seed,
-        config, device, backend, threads, epochs, seconds, elites, best_mse [member], of the kept weights,
+        The ensemble, and the contents of fit.json: dataset, data_sha256, transitions, holdout (rows), seed,
+        config, device, backend, threads, epochs, seconds, elites, best_mse [member] of the kept weights,
         train_loss [epoch], holdout_mse and improved [epoch][member].
 
     Raises:
         InputError: as `fit_dynamics`, or the folder cannot be written, or another process is at work in it.
     """
     folder = Path(folder)
+    with fit_folder(folder):
+        fit, digest = Fit(data.validate(), seed, config, device, backend, threads), data_sha256(data)
+        fit.use_checkpoint(fit_checkpoint(folder), digest)
+        _run_to_end(fit, quiet, on_epoch)
+        return finish_and_save(fit, data, digest, folder)
+
+
+@contextlib.contextmanager
+def fit_folder(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder that a fit writes to.
+
+    Raises:
+        InputError: another process holds it, or the folder cannot be written or has a link in it.
+    """
     with locked(folder):
         refuse_links(folder / "checkpoint")
-        fit, digest = Fit(data.validate(), seed, config, device, backend, threads), data_sha256(data)
-        _run(fit, digest, fit_checkpoint(folder), quiet, on_epoch)
-        return fit.finish(), save_fit(fit, data, digest, folder)
+        yield
 
 
 def fit_checkpoint(folder: Path) -> Path:
-    """Return the checkpoint of a fit in its folder, there until the fit is finished."""
+    """Return the path of a fit's checkpoint in its folder; the file exists until the fit is finished."""
     return folder / "checkpoint" / "fit.safetensors"
 
 
@@ -634,7 +712,7 @@ class _RecordedConfig(TypedDict):
 
 
 class FitRecord(TypedDict):
-    """The part of fit.json that is read; see `fit_and_save`."""
+    """The fields of fit.json that are read; see `fit_and_save`."""
 
     dataset: str
     data_sha256: str
@@ -652,10 +730,10 @@ class FitRecord(TypedDict):
 
 
 def read_fit(folder: Path) -> FitRecord:
-    """A finished fit's fit.json.
+    """Read fit.json of a finished fit.
 
     Raises:
-        InputError: it is missing, or is not a fit's.
+        InputError: the file is missing, or does not describe a fit.
     """
     path = folder / "fit.json"
     fit = read_json_as(path, FitRecord)
@@ -667,9 +745,11 @@ def read_fit(folder: Path) -> FitRecord:
     return fit
 
 
-def save_fit(fit: Fit, data: Transitions, data_digest: str, folder: Path) -> dict[str, Any]:
-    """Write a finished fit and remove its checkpoint: what fit.json holds."""
-    config, history = fit.config, fit.history
+def finish_and_save(
+    fit: Fit, data: Transitions, data_digest: str, folder: Path
+) -> tuple[EnsembleDynamics, dict[str, Any]]:
+    """Finish a fit, write its files and remove its checkpoint; return what `fit_and_save` does."""
+    model, config, history = fit.finish(), fit.config, fit.history
     record = {
         "dataset": data.name,
         "data_sha256": data_digest,
@@ -682,13 +762,13 @@ def save_fit(fit: Fit, data: Transitions, data_digest: str, folder: Path) -> dic
         "threads": fit.threads,
         "epochs": len(history),
         "seconds": sum(epoch.seconds for epoch in history),
-        "elites": fit.model.elites.tolist(),
+        "elites": model.elites.tolist(),
         "best_mse": fit.best_mse,
         "train_loss": [epoch.train_loss for epoch in history],
         "holdout_mse": [list(epoch.holdout_mse) for epoch in history],
         "improved": [list(epoch.improved) for epoch in history],
     }
-    fit.model.save(folder)
+    model.save(folder)
     write_json(folder / "fit.json", record)
     fit_checkpoint(folder).unlink(missing_ok=True)
-    return record
+    return model, record

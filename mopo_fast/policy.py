@@ -1,6 +1,6 @@
-"""The tanh-Gaussian actor and the twin critic.
+"""The tanh-Gaussian actor and the critics.
 
-Source: the authors' softlearning/policies and value_functions: two layers of 256, ReLU.
+Source: softlearning/policies and value_functions of the authors' code: two hidden layers of 256, ReLU.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from mopo_fast.config import ACTIVATIONS, Activation
-from mopo_fast.ensemble import mlp, mlp_bytes
+from mopo_fast.ensemble import layer_tensors, mlp, mlp_bytes
 from mopo_fast.errors import InputError
 from mopo_fast.utils.atomic import read_json_as, write_json
 from mopo_fast.utils.machine import check_memory
@@ -32,14 +32,14 @@ FORMAT_VERSION = 1
 
 
 def _xavier_uniform(shape: tuple[int, ...], generator: torch.Generator | None) -> torch.Tensor:
-    # Keras' default, which the authors' networks have.
+    # The authors' networks have Keras' default initialisation.
     bound = math.sqrt(6.0 / (shape[-2] + shape[-1]))
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
 @dataclass(frozen=True)
 class _Declared:
-    """The contents of policy.json."""
+    """The fields of policy.json."""
 
     format_version: int
     obs_dim: int
@@ -52,8 +52,19 @@ class _Declared:
 class Actor(nn.Module):
     """A Gaussian over actions, squashed by tanh into [-1, 1].
 
-    Parameters: `weights[i]` [in, out], `biases[i]` [out]; the last layer has 2 act_dim outputs: means, then
-    log standard deviations, which are clipped to [log_std_min, log_std_max].
+    Args:
+        obs_dim: size of an observation.
+        act_dim: size of an action.
+        hidden: sizes of the hidden layers.
+        activation: one of `config.ACTIVATIONS`.
+        log_std_min: lower bound that log standard deviations are clipped to.
+        log_std_max: upper bound that log standard deviations are clipped to.
+        generator: random numbers of the initial weights; None takes torch's.
+
+    Attributes:
+        weights: [in, out] of each layer. The last one's outputs are act_dim means, then as many log standard
+            deviations.
+        biases: [out] of each layer.
 
     Raises:
         InputError: a size or a bound is out of range.
@@ -93,39 +104,42 @@ class Actor(nn.Module):
 
     @property
     def hidden(self) -> tuple[int, ...]:
+        """Sizes of the hidden layers."""
         return tuple(weight.shape[1] for weight in self.weights[:-1])
 
     def settings(self) -> dict[str, Any]:
-        """The arguments that make an actor of this shape."""
+        """Return the arguments that make an actor like this one."""
         names = ("obs_dim", "act_dim", "hidden", "activation", "log_std_min", "log_std_max")
         return {name: getattr(self, name) for name in names}
 
     def forward(self, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and clipped log standard deviation before the tanh, each [batch, act_dim]."""
+        """Return mean and clipped log standard deviation before the tanh, each [batch, act_dim]."""
         mean, log_std = mlp(observations, self.weights, self.biases, self.activation).chunk(2, dim=-1)
         return mean, log_std.clamp(self.log_std_min, self.log_std_max)
 
     def sample(self, observations: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Actions [batch, act_dim] from standard normal `noise`, and their log-probabilities [batch]."""
+        """Return actions [batch, act_dim] from standard normal `noise`, and log-probabilities [batch]."""
         mean, log_std = self(observations)
         raw = mean + log_std.exp() * noise
-        # log(1 - tanh(x)^2) without cancellation.
+        # log(1 - tanh(x)^2), in a form that does not cancel.
         squash = 2.0 * (math.log(2.0) - raw - functional.softplus(-2.0 * raw))
         log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2.0 * math.pi) - squash
         return torch.tanh(raw), log_prob.sum(-1)
 
     @torch.no_grad()
     def act(self, observations: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """Actions [batch, act_dim] in [-1, 1]; without `noise`, the deterministic tanh(mean)."""
+        """Return actions [batch, act_dim] in [-1, 1]: from standard normal `noise`, or tanh(mean)."""
         mean, log_std = self(observations)
         return torch.tanh(mean if noise is None else mean + log_std.exp() * noise)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write policy.safetensors and policy.json, each atomically."""
+        """Write policy.safetensors and policy.json, each atomically.
+
+        Raises:
+            InputError: the folder cannot be written.
+        """
         folder = Path(folder)
-        tensors = {f"weight_{i}": weight for i, weight in enumerate(self.weights)}
-        tensors |= {f"bias_{i}": bias for i, bias in enumerate(self.biases)}
-        save_tensors(folder / "policy.safetensors", tensors)
+        save_tensors(folder / "policy.safetensors", layer_tensors(self.weights, self.biases))
         write_json(
             folder / "policy.json",
             {
@@ -140,10 +154,10 @@ class Actor(nn.Module):
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> "Actor":
-        """Read what `save` wrote.
+        """Read an actor that `save` wrote.
 
         Raises:
-            InputError: a file is missing, truncated, of another version, or its shapes do not agree.
+            InputError: a file is missing, truncated or of another version, or its shapes do not agree.
         """
         folder = Path(folder)
         meta = read_json_as(folder / "policy.json", _Declared)
@@ -161,17 +175,26 @@ class Actor(nn.Module):
             log_std_min=meta.log_std_min,
             log_std_max=meta.log_std_max,
         )
-        targets: dict[str, torch.Tensor] = {f"weight_{i}": w for i, w in enumerate(actor.weights)}
-        targets |= {f"bias_{i}": b for i, b in enumerate(actor.biases)}
-        load_into(path, tensors, targets)
+        load_into(path, tensors, layer_tensors(actor.weights, actor.biases))
         return actor.to(device)
 
 
 class Critic(nn.Module):
-    """`critics` independent Q-functions as one batch of matrices: `weights[i]` [critics, in, out].
+    """Independent Q-functions, computed as one batch of matrices.
+
+    Args:
+        obs_dim: size of an observation.
+        act_dim: size of an action.
+        critics: number of Q-functions.
+        hidden: sizes of the hidden layers.
+        generator: random numbers of the initial weights; None takes torch's.
+
+    Attributes:
+        weights: [critics, in, out] of each layer.
+        biases: [critics, out] of each layer.
 
     Raises:
-        InputError: more than the machine's memory.
+        InputError: the parameters would take more memory than is available.
     """
 
     def __init__(
@@ -193,6 +216,6 @@ class Critic(nn.Module):
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(critics, out)) for out in sizes[1:])
 
     def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        """Q-values [critics, batch]."""
+        """Return Q-values [critics, batch]."""
         x = torch.cat([observations, actions], dim=-1).unsqueeze(-3)
         return mlp(x, self.weights, self.biases, "relu").squeeze(-1)

@@ -1,8 +1,8 @@
 """Penalised model rollouts: check the arguments, choose a backend, call it.
 
-`RolloutEngine.step` is one step with the caller's own actions; `RolloutEngine.rollout` is all `horizon`
-steps with the policy inside. Random numbers depend on (seed, row, step) alone: `horizon` steps equal that
-many calls of `step`, and any split of a batch gives the rows of the whole.
+`RolloutEngine.step` makes one step with the caller's actions. `RolloutEngine.rollout` makes `horizon` steps
+with a policy. Random numbers depend on (seed, row, step) alone, so a rollout equals the calls of `step` that
+it is made of, and a batch may be split in any way.
 """
 
 import functools
@@ -45,36 +45,36 @@ _Result = TypeVar("_Result")
 
 
 def _untraced(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """Keep torch.compile out of a function: a kernel writes to addresses, which no graph can hold."""
+    """Keep torch.compile out of a function, since its graphs cannot hold the addresses that kernels take."""
 
     @functools.wraps(function)
     def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        # Not as a decorator: `torch.compiler.disable` imports the compiler, which takes seconds.
-        run = torch.compiler.disable(function) if torch.compiler.is_compiling() else function
-        return run(*args, **kwargs)
+        # `torch.compiler.disable` imports the compiler, which takes seconds, so it is called only if needed.
+        called = torch.compiler.disable(function) if torch.compiler.is_compiling() else function
+        return called(*args, **kwargs)
 
     return call
 
 
 class RolloutEngine:
-    """Rolls a policy out in an ensemble, every reward lowered by the model's own uncertainty.
+    """Rolls out a policy in an ensemble and penalises every reward by the model's uncertainty.
 
     Args:
-        ensemble: read at every call, so that it may change in between.
-        penalty: u(s, a), one of `mopo_fast.config.PENALTIES`.
-        penalty_coef: lambda >= 0; rewards are raw_rewards - penalty_coef * penalties.
-        termination: a task's name, a `Box`, None (nothing ends an episode), or a function
-            (observations, actions, next_observations) -> bool [batch], which is called step by step; with
-            arrays of the kind that `step` is given, and tensors in a rollout.
-        backend: "auto", or one that `mopo-fast doctor` lists.
-        dtype: "float32" or "float64", of all arrays and arithmetic; or "bfloat16", "float16" or "tfloat32",
-            of the factors of the networks' products alone, all else as with float32. Fast where the
-            processor multiplies them.
-        threads: of the CPU kernel; None: all cores that this process may use.
-        penalty_members: whose predictions make the penalty, "all" (authors) or "elites" (Unifloral).
+        ensemble: the dynamics. It is read at every call, so it may change in between.
+        penalty: the uncertainty u(s, a), one of `mopo_fast.config.PENALTIES`.
+        penalty_coef: lambda >= 0. Rewards are raw_rewards - penalty_coef * penalties.
+        termination: the name of a rule in `mopo_fast.tasks.BOXES`, a `Box`, None (no state is terminal), or a
+            function (observations, actions, next_observations) -> bool [batch]. A function is called after
+            every step: by `step` with arrays of the caller's kind, by `rollout` with tensors.
+        backend: "auto", or a name that `mopo-fast doctor` lists.
+        dtype: "float32" or "float64" for all arrays and arithmetic. "bfloat16", "float16" and "tfloat32"
+            round the factors of the networks' products, and keep all else in float32; they are fast on
+            processors that multiply such numbers.
+        threads: threads of the CPU kernel; None takes all cores that this process may use.
+        penalty_members: members that the penalty is computed from, "all" (authors) or "elites" (Unifloral).
 
     Raises:
-        InputError: an argument is unknown or out of range, or the backend cannot serve; says why.
+        InputError: an argument is unknown or out of range, or the backend cannot serve.
     """
 
     def __init__(
@@ -89,22 +89,19 @@ class RolloutEngine:
         threads: int | None = None,
         penalty_members: PenaltyMembers = "all",
     ) -> None:
-        if penalty not in PENALTIES:
-            raise InputError(f"unknown penalty {penalty!r}; there are: {', '.join(PENALTIES)}")
+        checked.check_known("penalty", penalty, PENALTIES)
         if not isinstance(penalty_coef, (int, float)) or not 0.0 <= penalty_coef < float("inf"):
             raise InputError(f"penalty_coef must be finite and not negative, got {penalty_coef!r}")
-        if dtype not in ROLLOUT_DTYPES:
-            raise InputError(f"unknown dtype {dtype!r}; there are: {', '.join(ROLLOUT_DTYPES)}")
+        checked.check_known("dtype", dtype, ROLLOUT_DTYPES)
         if penalty_members not in ("all", "elites"):
             raise InputError(f'penalty_members must be "all" or "elites", got {penalty_members!r}')
         self.ensemble = ensemble
         self.penalty, self.penalty_coef = penalty, float(penalty_coef)
         self.penalty_members = penalty_members
         self.operands = dtype
-        # The type of the arrays.
         self.dtype = torch.float64 if dtype == "float64" else torch.float32
         self.device = ensemble.input_mean.device
-        # Asked once: on a GPU, the answer has to be waited for.
+        # Read once, since reading a value from a GPU waits for it.
         self._absolute = bool(ensemble.absolute.any())
         self._wanted_backend = backend
         self.backend = choose(backend, dtype, self.device, ensemble=network_sizes(ensemble.weights))
@@ -114,8 +111,7 @@ class RolloutEngine:
             self.termination_function = termination
             termination = None
         if isinstance(termination, str):
-            if termination not in BOXES:
-                raise InputError(f"unknown termination {termination!r}; there are: {', '.join(BOXES)}")
+            checked.check_known("termination", termination, BOXES)
             termination = BOXES[termination]
         box = make_box(ensemble.obs_dim) if termination is None else termination
         if not isinstance(box, Box):
@@ -141,21 +137,21 @@ class RolloutEngine:
         deterministic: bool = False,
         distributions: bool = False,
     ) -> StepResult[A]:
-        """One step of the model with the caller's actions.
+        """Make one step of the model with the caller's actions.
 
         Args:
-            observations, actions: finite floats [batch, obs_dim], [batch, act_dim]: tensors, NumPy arrays,
-                or arrays of another library that speaks DLPack, such as JAX. Memory is shared, not copied,
-                where types agree.
-            seed: 0 <= seed < 2^64; key of the random numbers.
-            step: the step of the rollout that this is.
-            rows: int64 [batch], the rows' numbers for the random numbers; None: 0, 1, 2, ...
-            deterministic: mean over all members, no noise.
-            distributions: also give every member's mean and std.
+            observations: finite floats [batch, obs_dim]: a tensor, a NumPy array, or an array of another
+                library that supports DLPack, such as JAX. Memory is shared, not copied, where types agree.
+            actions: finite floats [batch, act_dim], likewise.
+            seed: key of the random numbers, 0 <= seed < 2^64.
+            step: number of this step in its rollout, 0 <= step < 2^32.
+            rows: int64 [batch], the rows' numbers for the random numbers; None stands for 0, 1, 2, ...
+            deterministic: take the mean over all members, without noise.
+            distributions: return every member's mean and std too.
 
         Returns:
-            A `StepResult` of arrays of the kind of `observations`. A row whose prediction is not finite is
-            terminal.
+            A `StepResult` with arrays of the kind of `observations`. A row is terminal where its prediction
+            is not finite.
 
         Raises:
             InputError: an argument has a wrong shape, type, device or value.
@@ -166,8 +162,8 @@ class RolloutEngine:
         if len(action) != len(start):
             raise InputError(f"there are {len(start)} observations but {len(action)} actions")
         numbers = self._checked_rows(rows, len(start))
-        _check_range("seed", seed, 0, 2**64)
-        _check_range("step", step, 0, 2**32)
+        checked.check_range("seed", seed, 0, 2**64)
+        checked.check_range("step", step, 0, 2**32)
         settings = Settings(seed, deterministic, self.operands, self.threads)
         call = StepCall(self._dynamics(), start, numbers, settings, action, step, distributions)
         result = checked.step(get_backend(self.backend), call)
@@ -190,34 +186,34 @@ class RolloutEngine:
         deterministic: bool = False,
         out: RingBuffer | None = None,
     ) -> Transitions:
-        """Roll `policy` out for up to `horizon` steps from every start state.
+        """Roll out `policy` for up to `horizon` steps from every start state.
 
-        A terminal transition is kept and ends its rollout. A prediction that is not finite ends it too, is
-        not kept, and is counted in `info["non_finite"]`.
+        A terminal transition is kept and ends its rollout. A prediction that is not finite ends its rollout
+        too; it is not kept, but counted in `info["non_finite"]`.
 
         Args:
-            policy: acts stochastically, or by tanh(mean) with `deterministic`.
+            policy: the actor.
             start_observations: finite floats [batch, obs_dim].
-            horizon: at least 1.
-            seed: 0 <= seed < 2^64.
-            rows: int64 [batch], the start states' numbers; None: 0, 1, 2, ... A shard of a larger batch
-                passes its own numbers and gets the larger batch's rows.
-            deterministic: no noise in policy and model.
-            out: a ring that the rows are appended to, written in place.
+            horizon: most steps of a rollout, at least 1.
+            seed: key of the random numbers, 0 <= seed < 2^64.
+            rows: int64 [batch], the start states' numbers for the random numbers; None stands for 0, 1, 2,
+                ... A shard that passes its numbers in a larger batch gets the larger batch's transitions.
+            deterministic: act by tanh(mean) and take the ensemble's mean, without noise.
+            out: ring that the transitions are appended to; None allocates new arrays.
 
         Returns:
-            Only the transitions that exist, ordered by start state, then step; with `out`, its arrays
-            alone, as views of the ring (a copy where they wrap around its end).
+            The transitions that exist, ordered by start state, then by step. With `out`, they have the ring's
+            arrays, as views of the ring, or as copies where they wrap around its end.
 
         Raises:
-            InputError: an argument has a wrong shape, type, device or value, or the backend that was asked
-                for cannot serve such a policy.
+            InputError: an argument has a wrong shape, type, device or value, or the backend cannot serve such
+                a policy.
         """
         ensemble = self.ensemble
         start = self._checked("start_observations", start_observations, ensemble.obs_dim)
         rows = self._checked_rows(rows, len(start))
-        _check_range("seed", seed, 0, 2**64)
-        _check_range("horizon", horizon, 1, 2**31)
+        checked.check_range("seed", seed, 0, 2**64)
+        checked.check_range("horizon", horizon, 1, 2**31)
         if not isinstance(policy, Actor):
             raise InputError(f"policy must be a mopo_fast.Actor, got {type(policy).__name__}")
         if (policy.obs_dim, policy.act_dim) != (ensemble.obs_dim, ensemble.act_dim):
@@ -235,7 +231,7 @@ class RolloutEngine:
                     f"{len(start)} rollouts of {horizon} steps can make {len(start) * horizon} transitions,"
                     f" the buffer holds {out.capacity}"
                 )
-            # Read while the buffer is written, they must not be a part of it.
+            # Kernels read the start states while they write the buffer, so the two must not share memory.
             memory = {array.untyped_storage().data_ptr() for array in storage.values()}
             start, rows = (
                 array.clone() if array.untyped_storage().data_ptr() in memory else array
@@ -255,7 +251,7 @@ class RolloutEngine:
         else:
             count, cut = self._by_steps(call)
         for array in storage.values():
-            # Kernels write past autograd, which must know that what it may have kept is gone.
+            # Kernels write behind autograd's back; this lets it detect that a saved tensor has changed.
             torch.autograd.graph.increment_version(array)
         if cut:
             logger.warning("%d of %d rollouts ended in a prediction that was not finite", cut, len(start))
@@ -273,7 +269,7 @@ class RolloutEngine:
         return Transitions(**arrays, info={"non_finite": cut})
 
     def _backend_for(self, policy: Actor) -> Backend:
-        """The engine's, or another where that cannot serve such a policy."""
+        """Return the engine's backend, or another one if it cannot serve such a policy."""
         sizes = network_sizes(self.ensemble.weights), network_sizes(policy.weights)
         backend = get_backend(self.backend)
         if backend.refusal(Need(self.operands, self.device, *sizes)) is None:
@@ -284,7 +280,7 @@ class RolloutEngine:
         )
 
     def _by_steps(self, call: RolloutCall) -> tuple[int, int]:
-        """Make rollouts of single steps, each followed by the termination function."""
+        """Make rollouts step by step, with the termination function after each."""
         checked.check_rollout(get_backend(self.backend), call)
 
         def step(observations: torch.Tensor, actions: torch.Tensor, rows: torch.Tensor, t: int) -> StepResult:
@@ -310,7 +306,7 @@ class RolloutEngine:
     def _dynamics(self) -> DynamicsArrays:
         ensemble = self.ensemble
         everyone = torch.arange(ensemble.members, device=self.device)
-        # A copy: numbers that address memory must stay what was checked, whatever another thread does.
+        # A copy, since member numbers that were checked must not change before the kernel reads them.
         elites = ensemble.elites.to(self.device, copy=True).contiguous()
         return DynamicsArrays(
             weights=[self._cast(weight) for weight in ensemble.weights],
@@ -345,7 +341,7 @@ class RolloutEngine:
     def _checked(self, name: str, given: Any, dim: int) -> torch.Tensor:
         array = to_tensor(name, given, self.device)
         if not array.is_floating_point():
-            raise InputError(f"{name} must be floating, got {array.dtype}")
+            raise InputError(f"{name} must be floating-point, got {array.dtype}")
         if array.layout != torch.strided:
             raise InputError(f"{name} must be dense, got {array.layout}")
         if array.ndim != 2 or array.shape[1] != dim:
@@ -353,7 +349,7 @@ class RolloutEngine:
         if len(array) == 0:
             raise InputError(f"{name} has no rows")
         if array.device != self.device:
-            raise InputError(f"{name} is on {array.device}, the ensemble on {self.device}")
+            raise InputError(f"{name} must be on the ensemble's {self.device}, got {array.device}")
         array = array.detach().to(self.dtype).contiguous()
         if not bool(torch.isfinite(array).all()):
             row = int((~torch.isfinite(array)).nonzero()[0, 0])
@@ -367,7 +363,7 @@ class RolloutEngine:
         if rows.dtype != torch.int64 or rows.shape != (batch,):
             raise InputError(f"rows must be int64 [{batch}], got {rows.dtype} {list(rows.shape)}")
         if rows.device != self.device:
-            raise InputError(f"rows is on {rows.device}, the ensemble on {self.device}")
+            raise InputError(f"rows must be on the ensemble's {self.device}, got {rows.device}")
         return rows.contiguous()
 
 
@@ -378,10 +374,17 @@ def allocate(
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
 ) -> Transitions:
-    """Allocate `capacity` transitions with every array that a rollout fills, not initialised.
+    """Allocate every array that a rollout fills, not initialised.
+
+    Args:
+        capacity: number of transitions.
+        obs_dim: size of an observation.
+        act_dim: size of an action.
+        device: device of the arrays.
+        dtype: type of the floats.
 
     Raises:
-        InputError: more than the memory that is available.
+        InputError: the arrays would take more memory than is available.
     """
     size = capacity * transition_bytes(ROLLOUT_ARRAYS, obs_dim, act_dim, dtype)
     check_memory(f"{capacity:,} transitions", size, device, "the horizon or the start states")
@@ -390,8 +393,3 @@ def allocate(
         shape, kind = array_layout(name, obs_dim, act_dim, dtype)
         arrays[name] = torch.empty((capacity, *shape), dtype=kind, device=device)
     return Transitions(**arrays)
-
-
-def _check_range(name: str, value: int, low: int, high: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value < high:
-        raise InputError(f"{name} must be a whole number, {low} <= {name} < {high}, got {value!r}")

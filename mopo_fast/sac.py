@@ -1,6 +1,6 @@
 """Soft actor-critic on a mixture of real and model transitions.
 
-Source: softlearning/algorithms/mopo.py of the authors' code; others' choices are options of `SACConfig`.
+Source: softlearning/algorithms/mopo.py of the authors' code. `SACConfig` has other code's choices as options.
 """
 
 import copy
@@ -15,7 +15,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mopo_fast import backends
 from mopo_fast.backends import checked
-from mopo_fast.backends.interface import Backend, Parameter, SacRun
+from mopo_fast.backends.interface import Backend, Parameter, SacUpdates
 from mopo_fast.backends.philox import (
     ACTION_STREAM,
     BATCH_STREAM,
@@ -25,7 +25,7 @@ from mopo_fast.backends.philox import (
 )
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import SACConfig
-from mopo_fast.data.transitions import Transitions
+from mopo_fast.data.transitions import DATA_ARRAYS, Transitions
 from mopo_fast.errors import InputError
 from mopo_fast.policy import Actor, Critic
 from mopo_fast.utils.adam import Adam
@@ -35,19 +35,21 @@ from mopo_fast.utils.machine import resolve_threads
 from mopo_fast.utils.seeds import INIT, derive_seed
 from mopo_fast.utils.tensors import load_into
 
-# Updates of one call of the kernel, or whose random numbers are drawn at once; an interrupt waits so long.
+# Updates that one kernel call makes, or that random numbers are drawn for at once. With more of them, Ctrl-C
+# takes effect later.
 _UPDATES_AT_ONCE = 100
-_LEARNED_FROM = ("observations", "actions", "rewards", "next_observations", "terminals")
 METRICS = ("critic_loss", "actor_loss", "alpha_loss", "q", "alpha", "entropy")
 
 
 @dataclass(frozen=True, eq=False)
 class Draws:
-    """The batches of one call of `SAC.update_many`, before they are drawn.
+    """The sources of the batches of one call of `SAC.update_many`.
 
     Attributes:
-        real, model: the data and the model buffer's rows, the first `sizes` of which are drawn from.
-        updates: how many batches.
+        real: the data set.
+        model: the model buffer's rows.
+        sizes: numbers of rows to draw from, the first ones of `real` and of `model`.
+        updates: number of batches.
         seed: key of the random numbers.
     """
 
@@ -59,17 +61,20 @@ class Draws:
 
 
 class SAC:
-    """An actor, its critics and their target, the temperature, and an Adam for each of the three.
+    """An actor, its critics with their target, the temperature, and an optimizer for each of the three.
 
     Args:
-        obs_dim, act_dim: sizes of an observation and an action.
-        config: hyperparameters.
-        seed: of the initial parameters.
-        device: where everything lives.
-        total_updates: where the cosine schedule of the actor's learning rate reaches zero; needed by it only.
-        backend: of `update_many`: "cpu" or "cuda", the fused kernels; "reference", `update` in a loop; or
-            "auto".
-        threads: of the CPU kernel; None: all cores that this process may use. The result is the same for any.
+        obs_dim: size of an observation.
+        act_dim: size of an action.
+        config: hyperparameters; None takes `SACConfig()`.
+        seed: seed of the initial parameters.
+        device: device of all tensors.
+        total_updates: number of updates after which the actor's learning rate is zero. Only the cosine
+            schedule needs it.
+        backend: implementation of `update_many`. "cpu" and "cuda" are fused kernels, "reference" calls
+            `update` in a loop, "auto" takes the best one available.
+        threads: threads of the CPU kernel; None takes all cores that this process may use. The result does
+            not depend on it.
 
     Raises:
         InputError: a hyperparameter is out of range, or the backend cannot serve.
@@ -92,7 +97,7 @@ class SAC:
         if config.actor_schedule == "cosine" and not total_updates:
             raise InputError("the cosine schedule needs total_updates, the number of updates it spans")
         self.config, self.total_updates = config, total_updates
-        # A tensor, for kernels to count in.
+        # A tensor, so that kernels can count in it.
         self._updates = torch.zeros((), dtype=torch.int64, device="cpu")
         widest = max(obs_dim + act_dim, 2 * act_dim, *config.hidden)
         self.backend = backends.choose(backend, "float32", torch.device(device), training=widest)
@@ -125,7 +130,7 @@ class SAC:
 
     @property
     def updates(self) -> int:
-        """Updates made so far. Who sets it has made them otherwise; Adam's counts of steps follow."""
+        """Number of updates made. Setting it sets Adam's step counts too."""
         return int(self._updates)
 
     @updates.setter
@@ -137,27 +142,27 @@ class SAC:
 
     @property
     def batch_rows(self) -> tuple[int, int]:
-        """The numbers of rows in a batch that come from the data set and from the model."""
+        """Numbers of rows in a batch that come from the data set and from the model."""
         real = int(self.config.real_ratio * self.config.batch_size)
         return real, self.config.batch_size - real
 
     @property
     def alpha(self) -> torch.Tensor:
-        """The temperature, a scalar without gradient, clamped where the config says so."""
+        """The temperature, a scalar without gradient, at most `config.alpha_max`."""
         return self.log_alpha.detach().exp().clamp(0.0, self.config.alpha_max)
 
     def update(self, batch: Transitions, noise: torch.Tensor, next_noise: torch.Tensor) -> torch.Tensor:
-        """One step of critics, actor and temperature, then of the target.
+        """Update the critics, the actor and the temperature once, then the target.
 
         Args:
             batch: n transitions.
-            noise, next_noise: standard normal [n, act_dim], for the actions at observations and at
-                next_observations.
+            noise: standard normal [n, act_dim], for the actions at observations.
+            next_noise: standard normal [n, act_dim], for the actions at next_observations.
 
         Returns:
-            The values of `METRICS` before the step, [6]; entropy is the mean of -log_prob.
+            The values of `METRICS` before the step, [6]. Entropy is the mean of -log_prob.
         """
-        # With several runs at once every tensor has a leading dimension more.
+        # Several agents at once (run/population.py) add a leading dimension to every tensor.
         config, alpha = self.config, self.alpha
         actor, critic, temperature = (self.optimizers[name] for name in ("actor", "critic", "alpha"))
         target_q = self._target_q(batch, next_noise, alpha)
@@ -172,7 +177,7 @@ class SAC:
         actions, log_prob = self.actor.sample(batch.observations, noise)
         policy_q = self.critic(batch.observations, actions).min(dim=-2).values
         actor_loss = (alpha.unsqueeze(-1) * log_prob - policy_q).mean(dim=-1)
-        # Naming the inputs spares the critics' weight gradients, which nobody needs here.
+        # Asking for the actor's gradients alone spares the critics' weight gradients.
         actor_gradients = torch.autograd.grad(actor_loss.sum(), actor.parameters)
 
         entropy = -log_prob.detach().mean(dim=-1)
@@ -198,21 +203,27 @@ class SAC:
     def update_many(
         self, data: Transitions, model_buffer: RingBuffer, updates: int, seed: int
     ) -> dict[str, float]:
-        """Make `updates` steps, each on int(real_ratio * batch_size) rows of `data` and else model rows.
+        """Make updates on batches of int(real_ratio * batch_size) rows of `data`, the others from the model.
 
         Rows are drawn uniformly with replacement. Row b of update i has the random counter (b, i) and the key
-        `seed`: every backend draws the same, and the same call gives the same parameters.
+        `seed`, so every backend draws the same rows, and the same call gives the same parameters.
+
+        Args:
+            data: the data set.
+            model_buffer: transitions made in the model.
+            updates: number of updates.
+            seed: 0 <= seed < 2^64.
 
         Returns:
             The mean over the updates of each of `METRICS`.
 
         Raises:
-            InputError: rows of sizes that the networks do not take, none to draw from, or a loss that is
-                not finite.
+            InputError: the rows' sizes are not the networks', there are none to draw from, or a loss is not
+                finite.
         """
         draws = self.begin(data, model_buffer, updates, seed)
         if kernels := backends.training_kernels(self.backend):
-            sums = (sum_by_kernel(kernels, [run], self.threads)[0] for run in self.kernel_runs(draws))
+            sums = (sum_by_kernel(kernels, [call], self.threads)[0] for call in self.kernel_calls(draws))
         else:
             sums = (self.learn(batches) for batches in self.batches(draws))
         return self.means(sum(sums, torch.zeros(())).tolist(), updates)
@@ -220,7 +231,7 @@ class SAC:
     # --- the parts of `update_many`
 
     def begin(self, data: Transitions, model_buffer: RingBuffer, updates: int, seed: int) -> Draws:
-        """Check what is drawn from, and set the actor's learning rate for the updates that follow.
+        """Check the sources of the batches and set the actor's learning rate.
 
         Raises:
             InputError: as `update_many`.
@@ -235,10 +246,10 @@ class SAC:
         real, model = (_learnable(some, self.log_alpha.dtype) for some in (data, model_buffer.storage))
         return Draws(real, model, (len(data), len(model_buffer)), updates, seed)
 
-    def kernel_runs(self, draws: Draws) -> Iterator[SacRun]:
-        """Yield the calls of a kernel that make the updates, each once the one before it is made."""
+    def kernel_calls(self, draws: Draws) -> Iterator[SacUpdates]:
+        """Yield the kernel calls that make the updates; make each call before asking for the next."""
         for first in range(0, draws.updates, _UPDATES_AT_ONCE):
-            yield SacRun(
+            yield SacUpdates(
                 actor=self._parameters("actor"),
                 critic=self._parameters("critic"),
                 log_alpha=self._parameters("alpha")[0],
@@ -258,28 +269,28 @@ class SAC:
             )
 
     def batches(self, draws: Draws) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Yield up to 100 batches at a time, as `learn` takes them."""
-        # On a GPU, drawing takes as many launches for few batches as for many.
+        """Yield the batches in groups of up to 100, as `learn` takes them."""
+        # On a GPU, drawing many batches takes as many launches as drawing few.
         at_once = _UPDATES_AT_ONCE * (10 if records(self.log_alpha.device) else 1)
         for first in range(0, draws.updates, at_once):
             drawn = self._draw(draws, first, min(at_once, draws.updates - first))
             yield from zip(*(array.split(_UPDATES_AT_ONCE) for array in drawn), strict=True)
 
     def learn(self, batches: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Update once on each of `batches` in PyTorch, on a GPU in one recorded graph.
+        """Update once on each batch in PyTorch; on a GPU replay one recorded graph.
 
         Args:
-            batches: `_LEARNED_FROM`, noise and next_noise, each [count, batch, ...].
+            batches: `DATA_ARRAYS`, noise and next_noise, each [count, batch, ...].
 
         Returns:
-            The sums of `METRICS`.
+            The sums over the updates of `METRICS`.
         """
         if not records(self.log_alpha.device):
             return self._learn(*batches)
         updates = self.updates
         with deferred():
             total = self._recorder.play(self._learn, batches, list(self.live_state().values()))
-            # The run that warms up and the recording have counted theirs.
+            # Warming up and recording counted updates that were undone.
             self._updates.fill_(updates + len(batches[0]))
         return total
 
@@ -292,10 +303,10 @@ class SAC:
         return total
 
     def means(self, total: Sequence[float], updates: int) -> dict[str, float]:
-        """Return the mean of each of `METRICS` over so many updates from their sums.
+        """Divide the sums of `METRICS` by the number of updates.
 
         Raises:
-            InputError: one is not finite.
+            InputError: a mean is not finite.
         """
         means = {name: value / updates for name, value in zip(METRICS, total, strict=True)}
         for name, value in means.items():
@@ -325,9 +336,9 @@ class SAC:
             )
 
     def _draw(self, draws: Draws, first: int, count: int) -> list[torch.Tensor]:
-        """Draw `count` batches, the first of number `first`, as `learn` takes them.
+        """Draw batches number first .. first + count - 1, as `learn` takes them.
 
-        Row b of the batch of update i has the random counter (b, i).
+        Row b of batch i has the random counter (b, i).
         """
         device, dtype = self.log_alpha.device, self.log_alpha.dtype
         batch, act_dim = self.config.batch_size, self.actor.act_dim
@@ -340,7 +351,7 @@ class SAC:
         real, model = drawn.view(count, batch).split(self.batch_rows, dim=1)
         arrays = [
             torch.cat([getattr(draws.real, name)[real], getattr(draws.model, name)[model]], 1)
-            for name in _LEARNED_FROM
+            for name in DATA_ARRAYS
         ]
         noise = (
             random_normals(rows, steps, stream, act_dim, draws.seed, dtype).view(count, batch, act_dim)
@@ -351,18 +362,18 @@ class SAC:
     def _parameters(self, name: str) -> list[Parameter]:
         optimizer = self.optimizers[name]
         targets = self._targets if name == "critic" else [None] * len(optimizer.parameters)
-        # Detached, they keep the memory that a kernel writes to, even if they are given another meanwhile.
+        # Detached tensors keep the memory that a kernel writes to, even if a parameter moves to another.
         parameters = [parameter.detach() for parameter in optimizer.parameters]
         followers = [None if target is None else target.detach() for target in targets]
         return list(zip(parameters, optimizer.exp_avgs, optimizer.exp_avg_sqs, followers, strict=True))
 
     def state(self) -> dict[str, torch.Tensor]:
-        """All that the next update depends on, by name: the live tensors, and `updates`."""
+        """Return everything that the next update depends on, by name; the tensors are not copies."""
         state = {name: tensor.detach() for name, tensor in self.live_state().items()}
         return state | {"updates": torch.tensor(self.updates)}
 
     def live_state(self) -> dict[str, torch.Tensor]:
-        """Return the tensors of `state` themselves, all but `updates`: they may be given other memory."""
+        """Return the tensors of `state` without `updates`, attached, so that their data can be replaced."""
         tensors: dict[str, torch.Tensor] = {"log_alpha": self.log_alpha}
         for name, module in (("actor", self.actor), ("critic", self.critic), ("target", self.target)):
             tensors |= {f"{name}.{key}": value for key, value in module.named_parameters()}
@@ -374,34 +385,38 @@ class SAC:
         return tensors
 
     def load_state(self, tensors: dict[str, torch.Tensor], source: str | os.PathLike[str] = "state") -> None:
-        """Continue from what `state` returned; `source` names it in errors.
+        """Continue from what `state` returned.
+
+        Args:
+            tensors: the state.
+            source: name of the state in errors.
 
         Raises:
-            InputError: a tensor is missing, or has another shape or type; Adam's steps or its second moments
-                are not those of so many updates.
+            InputError: a tensor is missing or has another shape or type, Adam's steps are not the number of
+                updates, or a second moment is negative.
         """
         load_into(source, tensors, self.live_state() | {"updates": self._updates})
         steps = [float(step) for optimizer in self.optimizers.values() for step in optimizer.steps]
-        # float32 counts no further by ones.
+        # A float32 step count stops growing at 2^24.
         if self.updates < 0 or any(min(step, 2**24) != min(self.updates, 2**24) for step in steps):
             raise InputError(f"{source}: Adam's steps are not its {self.updates} updates")
         for optimizer in self.optimizers.values():
             optimizer.check_moments(source)
 
 
-def sum_by_kernel(kernels: Backend, runs: Sequence[SacRun], threads: int) -> torch.Tensor:
-    """Make the updates of several runs by a kernel: the sums of `METRICS`, float64 [runs, 6]."""
-    return torch.tensor(checked.sac_updates(kernels, runs, threads), dtype=torch.float64)
+def sum_by_kernel(kernels: Backend, calls: Sequence[SacUpdates], threads: int) -> torch.Tensor:
+    """Make the updates of several agents by a kernel; return the sums of `METRICS`, float64 [agents, 6]."""
+    return torch.tensor(checked.sac_updates(kernels, calls, threads), dtype=torch.float64)
 
 
 def _learnable(data: Transitions, dtype: torch.dtype) -> Transitions:
-    """The five arrays that SAC learns from, copied only where they are not in that form already."""
+    """Return the arrays that SAC learns from in `dtype`, with contiguous rows; copy only where needed."""
 
     def in_form(array: torch.Tensor) -> torch.Tensor:
         if array.dtype != torch.bool:
             array = array.to(dtype)
-        # The columns of a wider table will do.
+        # Columns of a wider table need no copy.
         return array if array.ndim == 1 or array.stride(1) == 1 else array.contiguous()
 
-    arrays: dict[str, Any] = {name: in_form(getattr(data, name)) for name in _LEARNED_FROM}
+    arrays: dict[str, Any] = {name: in_form(getattr(data, name)) for name in DATA_ARRAYS}
     return Transitions(**arrays)

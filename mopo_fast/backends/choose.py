@@ -1,4 +1,4 @@
-"""The registry of the backends, and the choice of the one that serves."""
+"""The registry of all backends, and the choice among them."""
 
 import functools
 import logging
@@ -16,22 +16,22 @@ from mopo_fast.errors import InputError
 logger = logging.getLogger("mopo_fast")
 
 _ALL: tuple[Backend, ...] = (CpuBackend(), CudaBackend(), TritonBackend(), ReferenceBackend())
-# By name, best first.
+# Backends by name, best first.
 BACKENDS = {backend.name: backend for backend in _ALL}
 
 
 def available() -> list[BackendStatus]:
-    """Every backend's status, best first."""
+    """Return every backend's status, best first."""
     return [backend.status() for backend in BACKENDS.values()]
 
 
 def get_backend(name: str) -> Backend:
-    """The backend called `name`, which `choose` has found able."""
+    """Return the backend called `name`, a result of `choose`."""
     return BACKENDS[name]
 
 
 def training_kernels(name: str) -> Backend | None:
-    """The backend called `name` where its kernels train; None where PyTorch does."""
+    """Return the backend called `name` if it trains with kernels, None if training is PyTorch's."""
     backend = BACKENDS[name]
     return backend if backend.trains == "kernels" else None
 
@@ -45,19 +45,28 @@ def choose(
     policy: Sizes | None = None,
     training: int | None = None,
 ) -> str:
-    """Choose `name`, or for "auto" MOPO_FAST_BACKEND, else the best backend that serves such a `Need`.
+    """Choose a backend and return its name.
 
-    The choice and the reasons against better ones are logged once.
+    The choice and the reasons against better backends are logged once.
+
+    Args:
+        name: the backend to take. "auto" stands for the one that MOPO_FAST_BACKEND names, or without it for
+            the best one that can serve.
+        dtype: as in `Need`.
+        device: as in `Need`.
+        ensemble: as in `Need`.
+        policy: as in `Need`.
+        training: as in `Need`.
 
     Raises:
-        InputError: an unknown name, or one that cannot serve; says why. Or MOPO_FAST_ISA names no instruction
-            set of this processor.
+        InputError: the name is unknown, its backend cannot serve, or MOPO_FAST_ISA names an instruction set
+            that this processor lacks.
     """
     return _choose(_wanted(name), Need(dtype, device, ensemble, policy, training))
 
 
 def choose_for_run(name: str, device: torch.device) -> str:
-    """Choose the backend of a run's fit and SAC: the best, where the wanted one trains nothing.
+    """Choose the backend of a run's fit and SAC; take the best if the named one cannot train.
 
     Raises:
         InputError: as `choose`.
@@ -73,7 +82,7 @@ def _wanted(name: str) -> str:
 
 
 def _choose(wanted: str, need: Need) -> str:
-    # No other backend may take the kernels' place unasked.
+    # A bad MOPO_FAST_ISA is an error, not a reason to choose another backend silently.
     if is_built():
         isa()
     if wanted != "auto" and wanted not in BACKENDS:
@@ -96,7 +105,7 @@ def _reason_against(backend: Backend, wanted: str, need: Need) -> str | None:
     if not status.available:
         return status.reason
     if status.by_name_only and wanted != backend.name:
-        return f"{status.reason}, serves where it is asked for by name"
+        return f"{status.reason}, chosen only by name"
     return backend.refusal(need)
 
 

@@ -1,4 +1,4 @@
-"""The kernels in C++ (csrc/), one thread a core, for the best instruction set of the processor."""
+"""The CPU backend: kernels in C++ (csrc/cpu/) for the processor's best instruction set."""
 
 import contextlib
 import functools
@@ -8,21 +8,25 @@ from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 import torch
+from typing_extensions import override
 
 from mopo_fast.backends.interface import (
+    STEP_ARRAYS,
     Backend,
     BackendStatus,
     Destination,
-    FitRun,
+    FitSteps,
     Need,
     RolloutCall,
-    SacRun,
+    SacUpdates,
     StepCall,
     StepResult,
+    address,
+    kernel_arguments,
 )
 from mopo_fast.backends.training_calls import fit_call, sac_call
-from mopo_fast.config import ACTIVATIONS, PENALTIES
-from mopo_fast.data.transitions import ROLLOUT_ARRAYS, array_layout
+from mopo_fast.config import ACTIVATIONS
+from mopo_fast.data.transitions import array_layout
 from mopo_fast.errors import InputError
 
 _Network = tuple[list[int], list[int], list[int], int, int]
@@ -31,7 +35,7 @@ _NO_POLICY: _Network = ([], [], [], 0, 0)
 
 @functools.cache
 def _load() -> tuple[ModuleType | None, str]:
-    """The extension, or None and the reason why it is not there."""
+    """Return the extension, or None and the reason why it cannot be loaded."""
     try:
         return importlib.import_module("mopo_fast._cpu"), ""
     except ImportError as error:
@@ -39,10 +43,10 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 def extension() -> ModuleType:
-    """The compiled extension.
+    """Return the compiled extension.
 
     Raises:
-        InputError: it was not built, or does not load; says why.
+        InputError: it was not built or cannot be loaded.
     """
     module, reason = _load()
     if module is None:
@@ -51,20 +55,20 @@ def extension() -> ModuleType:
 
 
 def is_built() -> bool:
-    """Tell whether the compiled extension is there."""
+    """Tell whether the compiled extension can be loaded."""
     return _load()[0] is not None
 
 
 def isas() -> list[str]:
-    """Instruction sets that this processor can run, best first."""
+    """Return the instruction sets that this processor can run, best first."""
     return list(extension().isas())
 
 
 def isa() -> str:
-    """The instruction set in use: MOPO_FAST_ISA, else the best.
+    """Return the instruction set in use: the one that MOPO_FAST_ISA names, or the best.
 
     Raises:
-        InputError: MOPO_FAST_ISA names one that this processor lacks.
+        InputError: MOPO_FAST_ISA names an instruction set that this processor lacks.
     """
     wanted = os.environ.get("MOPO_FAST_ISA", "")
     if wanted and wanted not in isas():
@@ -74,7 +78,7 @@ def isa() -> str:
 
 @contextlib.contextmanager
 def _within_resources() -> Iterator[None]:
-    """Tell what to do where a kernel finds no memory or the system has no more threads."""
+    """Turn a kernel's lack of memory or threads into an `InputError` that says what to lower."""
     try:
         yield
     except MemoryError as error:
@@ -105,59 +109,38 @@ def _launch(
     mean: torch.Tensor | None = None,
     std: torch.Tensor | None = None,
 ) -> tuple[int, int]:
-    """Hand the arrays' addresses to the kernel; without a policy every row is kept."""
-    dynamics, policy, start, settings = call.dynamics, call.policy, call.observations, call.settings
-    arrays = [out.arrays.get(name) for name in ROLLOUT_ARRAYS]
+    """Run the rollout kernel; return (rows written, rollouts ended by a prediction that was not finite)."""
+    dynamics, policy = call.dynamics, call.policy
     max_logvar, min_logvar, carry = dynamics.spelled_out()
     kernel = _within_resources()(extension().rollout)
     written, cut = kernel(
+        **kernel_arguments(call),
         isa=isa(),
-        obs_dim=start.shape[1],
-        act_dim=len(dynamics.input_mean) - start.shape[1],
         dynamics=_network(dynamics.weights, dynamics.biases, dynamics.activation),
-        input_mean=dynamics.input_mean.data_ptr(),
-        input_std=dynamics.input_std.data_ptr(),
         max_logvar=max_logvar.data_ptr(),
         min_logvar=min_logvar.data_ptr(),
         carry=carry.data_ptr(),
-        log_std=dynamics.log_std,
-        elites=dynamics.elites.data_ptr(),
-        num_elites=len(dynamics.elites),
-        penalty_members=dynamics.penalty_members.data_ptr(),
-        num_penalty_members=len(dynamics.penalty_members),
-        penalty=PENALTIES.index(dynamics.penalty),
-        penalty_coef=dynamics.penalty_coef,
-        low=dynamics.low.data_ptr(),
-        high=dynamics.high.data_ptr(),
         policy=_network(policy.weights, policy.biases, policy.activation) if policy else _NO_POLICY,
-        log_std_min=policy.log_std_min if policy else 0.0,
-        log_std_max=policy.log_std_max if policy else 0.0,
-        actions=0 if actions is None else actions.data_ptr(),
-        batch=len(start),
-        start=start.data_ptr(),
-        rows=call.rows.data_ptr(),
-        horizon=call.horizon,
-        first_step=call.step,
-        seed=settings.seed,
-        deterministic=settings.deterministic,
-        bfloat16=settings.operands == "bfloat16",
+        actions=address(actions),
+        bfloat16=call.settings.operands == "bfloat16",
         keep_every_row=policy is None,
-        out=[(0, 0) if array is None else (array.data_ptr(), array.stride(0)) for array in arrays],
+        out=out.addresses(),
         capacity=out.capacity,
         head=out.head,
-        mean=0 if mean is None else mean.data_ptr(),
-        std=0 if std is None else std.data_ptr(),
-        threads=settings.threads,
+        mean=address(mean),
+        std=address(std),
+        threads=call.settings.threads,
     )
     return written, cut
 
 
 class CpuBackend(Backend):
-    """float32 on CPU tensors of any shape."""
+    """Rollouts and training on CPU tensors, float32 or with factors in bfloat16, of any shape."""
 
     name = "cpu"
     trains = "kernels"
 
+    @override
     def status(self) -> BackendStatus:
         module, reason = _load()
         if module is None:
@@ -167,6 +150,7 @@ class CpuBackend(Backend):
         except InputError as error:
             return BackendStatus(self.name, False, str(error))
 
+    @override
     def refusal(self, need: Need) -> str | None:
         if need.device.type != "cpu":
             return f"serves CPU tensors, not {need.device}"
@@ -174,35 +158,35 @@ class CpuBackend(Backend):
             return f"serves float32 and bfloat16, not {need.dtype}"
         return None
 
+    @override
     def step(self, call: StepCall) -> StepResult:
         batch, obs_dim = call.observations.shape
-        # Not torch's default type and device, which a user may have set.
-        empty = call.observations.new_empty
         arrays = {}
-        for name in ("next_observations", "rewards", "terminals", "raw_rewards", "penalties", "members"):
+        for name in STEP_ARRAYS:
             row, dtype = array_layout(name, obs_dim, call.actions.shape[1], torch.float32)
-            arrays[name] = empty(batch, *row, dtype=dtype)
-        mean = std = None
-        if call.distributions:
-            shape = (len(call.dynamics.weights[0]), batch, obs_dim + 1)
-            mean, std = empty(shape), empty(shape)
+            # Without torch's default type and device, which a user may have changed.
+            arrays[name] = call.observations.new_empty(batch, *row, dtype=dtype)
+        mean, std = call.empty_distributions()
         _launch(call, Destination(arrays, 0), actions=call.actions, mean=mean, std=std)
         return StepResult(**arrays, mean=mean, std=std)
 
+    @override
     def rollout(self, call: RolloutCall) -> tuple[int, int]:
         return _launch(call, call.out)
 
-    def sac_updates(self, runs: Sequence[SacRun], threads: int) -> list[list[float]]:
-        """All runs side by side, each with its share of the threads."""
-        calls = [sac_call(extension(), run) for run in runs]
+    @override
+    def sac_updates(self, calls: Sequence[SacUpdates], threads: int) -> list[list[float]]:
+        # The calls run side by side, each on its share of the threads.
+        packed = [sac_call(extension(), call) for call in calls]
         with _within_resources():
-            each = max(1, threads // len(runs))
-            sums: list[list[float]] = extension().sac_updates(calls, isa=isa(), threads=each)
+            each = max(1, threads // len(calls))
+            sums: list[list[float]] = extension().sac_updates(packed, isa=isa(), threads=each)
         return sums
 
-    def fit_steps(self, runs: Sequence[FitRun], threads: int) -> list[float]:
-        """One run after the other, since each keeps every core busy."""
-        calls = [fit_call(extension(), run) for run in runs]
+    @override
+    def fit_steps(self, calls: Sequence[FitSteps], threads: int) -> list[float]:
+        # The calls run one after the other, since each keeps every core busy.
+        packed = [fit_call(extension(), call) for call in calls]
         with _within_resources():
-            losses: list[float] = extension().fit_steps(calls, isa=isa(), threads=threads)
+            losses: list[float] = extension().fit_steps(packed, isa=isa(), threads=threads)
         return losses

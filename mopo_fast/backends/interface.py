@@ -1,25 +1,39 @@
-"""A backend: the one Protocol of all that make rollouts and train, and the data that cross to it."""
+"""The interface of a backend: one Protocol for rollouts and training, and the data that cross to it."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Generic, Literal, Protocol
+from typing import Any, ClassVar, Generic, Literal, Protocol
 
 import torch
 from typing_extensions import TypeVar
 
-from mopo_fast.config import DynamicsConfig, SACConfig
-from mopo_fast.data.transitions import Transitions
+from mopo_fast.config import PENALTIES, DynamicsConfig, SACConfig
+from mopo_fast.data.transitions import ROLLOUT_ARRAYS, Transitions
 
 
 @dataclass(frozen=True, eq=False)
 class DynamicsArrays:
-    """An ensemble and what is asked of it, as plain arrays of one dtype on one device.
+    """An ensemble, its penalty and its termination box, as plain arrays of one dtype on one device.
 
-    `weights[i]` [members, in, out], `biases[i]` [members, out]; `low`, `high` [obs_dim] termination box;
-    `elites`, `penalty_members` int64 member numbers. `max_logvar`, `min_logvar` [1 or members, obs_dim + 1]
-    bound what the second half of the outputs is a logarithm of: the variance, or with `log_std` the standard
-    deviation. The next observation is `carry` [obs_dim] times the observation, plus the sample: 1 where the
-    mean is a change, 0 where it is the next observation itself; None where all are changes.
+    Attributes:
+        weights: [members, in, out] of each layer. The last one's outputs are obs_dim + 1 means, then as many
+            log-variances.
+        biases: [members, out] of each layer.
+        input_mean: [obs_dim + act_dim], subtracted from the inputs.
+        input_std: [obs_dim + act_dim], by which the inputs are then divided.
+        max_logvar: [1 or members, obs_dim + 1], upper bounds of the log-variances.
+        min_logvar: [1 or members, obs_dim + 1], lower bounds of the log-variances.
+        carry: [obs_dim], a factor of the observation. The next observation is carry * observation + sample:
+            1 where the ensemble predicts the change, 0 where it predicts the next observation itself. None
+            stands for ones.
+        elites: int64, numbers of the members to draw from.
+        penalty_members: int64, numbers of the members that the penalty is computed from.
+        low: [obs_dim], lower bounds of the termination box.
+        high: [obs_dim], upper bounds of the termination box.
+        log_std: the log-variances and their bounds are log standard deviations instead.
+        activation: one of `config.ACTIVATIONS`.
+        penalty: one of `config.PENALTIES`.
+        penalty_coef: factor of the penalty.
     """
 
     weights: list[torch.Tensor]
@@ -39,7 +53,7 @@ class DynamicsArrays:
     penalty_coef: float
 
     def spelled_out(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Bounds [members, obs_dim + 1], max and min, and carry: all there, as the C++ kernels read them."""
+        """Return max_logvar, min_logvar [members, obs_dim + 1] and carry, as the C++ kernels read them."""
         members = len(self.weights[0])
         carry = torch.ones_like(self.low) if self.carry is None else self.carry
         high, low = (bound.expand(members, -1).contiguous() for bound in (self.max_logvar, self.min_logvar))
@@ -48,7 +62,15 @@ class DynamicsArrays:
 
 @dataclass(frozen=True, eq=False)
 class PolicyArrays:
-    """A tanh-Gaussian actor as plain arrays: `weights[i]` [in, out], `biases[i]` [out]."""
+    """A tanh-Gaussian actor as plain arrays.
+
+    Attributes:
+        weights: [in, out] of each layer. The last one's outputs are act_dim means, then as many log stds.
+        biases: [out] of each layer.
+        activation: one of `config.ACTIVATIONS`.
+        log_std_min: lower bound that the log stds are clipped to.
+        log_std_max: upper bound that the log stds are clipped to.
+    """
 
     weights: list[torch.Tensor]
     biases: list[torch.Tensor]
@@ -57,7 +79,10 @@ class PolicyArrays:
     log_std_max: float
 
 
-# An array of any library; a tensor by default.
+# The arrays of a `StepResult` that every step returns.
+STEP_ARRAYS = ("next_observations", "rewards", "terminals", "raw_rewards", "penalties", "members")
+
+# The array type of a library, torch by default.
 A = TypeVar("A", default=torch.Tensor)
 
 
@@ -68,11 +93,13 @@ class StepResult(Generic[A]):
     Attributes:
         next_observations: [batch, obs_dim].
         rewards: [batch], raw_rewards - penalty_coef * penalties.
-        terminals: bool [batch]: outside the termination box, or not finite.
+        terminals: bool [batch], True outside the termination box and where the prediction is not finite.
         raw_rewards: [batch], as sampled from the drawn member.
         penalties: [batch], u(s, a).
         members: int32 [batch], the member drawn; -1 where the ensemble's mean was taken.
-        mean, std: [members, batch, obs_dim + 1] of (delta obs, reward); None unless asked for.
+        mean: [members, batch, obs_dim + 1], each member's mean of (delta obs, reward); None unless the call
+            asked for `distributions`.
+        std: [members, batch, obs_dim + 1], each member's standard deviation of it; None likewise.
     """
 
     next_observations: A
@@ -91,7 +118,7 @@ class Settings:
 
     Attributes:
         seed: unsigned 64 bits, key of the random numbers.
-        deterministic: no noise, the mean over all members.
+        deterministic: take the mean over all members, without noise.
         operands: one of `config.ROLLOUT_DTYPES`. Both factors of every product in the networks are rounded to
             it; sums and all else are not.
         threads: number of threads of a CPU kernel.
@@ -105,22 +132,39 @@ class Settings:
 
 @dataclass(frozen=True, eq=False)
 class Destination:
-    """The arrays of `capacity` rows that a rollout is written to, as a ring from row `head` on."""
+    """The ring that a rollout is written to.
+
+    Attributes:
+        arrays: [capacity, ...] by name, some or all of `ROLLOUT_ARRAYS`.
+        head: row that is written first.
+    """
 
     arrays: dict[str, torch.Tensor]
     head: int
 
     @property
     def capacity(self) -> int:
+        """Number of rows."""
         return self.arrays["rewards"].shape[0]
+
+    def addresses(self) -> list[tuple[int, int]]:
+        """Return (address, elements between two rows) of each of `ROLLOUT_ARRAYS`; (0, 0) where missing."""
+        arrays = (self.arrays.get(name) for name in ROLLOUT_ARRAYS)
+        return [(0, 0) if array is None else (array.data_ptr(), array.stride(0)) for array in arrays]
 
 
 @dataclass(frozen=True, eq=False)
 class StepCall:
-    """One model step from `observations` [batch, obs_dim] with `actions` [batch, act_dim].
+    """One model step with the caller's actions: a rollout of one step, without a policy.
 
-    It is a rollout of one step that begins at `step` and has no policy. `rows` int64 [batch] number the rows
-    for the random numbers; `distributions` asks for every member's mean and std.
+    Attributes:
+        dynamics: the ensemble.
+        observations: [batch, obs_dim].
+        rows: int64 [batch], the rows' numbers for the random numbers.
+        settings: the settings.
+        actions: [batch, act_dim].
+        step: number of the step for the random numbers.
+        distributions: return every member's mean and std too.
     """
 
     dynamics: DynamicsArrays
@@ -133,10 +177,28 @@ class StepCall:
     policy: ClassVar[None] = None
     horizon: ClassVar[int] = 1
 
+    def empty_distributions(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Allocate the mean and std of a `StepResult`; (None, None) where they are not asked for."""
+        if not self.distributions:
+            return None, None
+        batch, obs_dim = self.observations.shape
+        shape = len(self.dynamics.weights[0]), batch, obs_dim + 1
+        return self.observations.new_empty(shape), self.observations.new_empty(shape)
+
 
 @dataclass(frozen=True, eq=False)
 class RolloutCall:
-    """Up to `horizon` steps of `policy` from the start states `observations` [batch, obs_dim], into `out`."""
+    """Rollouts of up to `horizon` steps.
+
+    Attributes:
+        dynamics: the ensemble.
+        observations: [batch, obs_dim], the start states.
+        rows: int64 [batch], the start states' numbers for the random numbers.
+        settings: the settings.
+        policy: the actor.
+        horizon: most steps of a rollout.
+        out: the ring that the transitions are written to.
+    """
 
     dynamics: DynamicsArrays
     observations: torch.Tensor
@@ -148,22 +210,69 @@ class RolloutCall:
     step: ClassVar[int] = 0
 
 
-# A parameter under training: its value, Adam's two moments and the target that follows it, if any.
+def address(tensor: torch.Tensor | None) -> int:
+    """Return the address of a tensor's memory, 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def kernel_arguments(call: StepCall | RolloutCall) -> dict[str, Any]:
+    """Return the keyword arguments that the rollout kernels in C++ have in common.
+
+    They are addresses of the call's own arrays, so the call must outlive the kernel.
+    """
+    dynamics, policy, settings = call.dynamics, call.policy, call.settings
+    batch, obs_dim = call.observations.shape
+    return {
+        "obs_dim": obs_dim,
+        "act_dim": len(dynamics.input_mean) - obs_dim,
+        "input_mean": dynamics.input_mean.data_ptr(),
+        "input_std": dynamics.input_std.data_ptr(),
+        "log_std": dynamics.log_std,
+        "elites": dynamics.elites.data_ptr(),
+        "num_elites": len(dynamics.elites),
+        "penalty_members": dynamics.penalty_members.data_ptr(),
+        "num_penalty_members": len(dynamics.penalty_members),
+        "penalty": PENALTIES.index(dynamics.penalty),
+        "penalty_coef": dynamics.penalty_coef,
+        "low": dynamics.low.data_ptr(),
+        "high": dynamics.high.data_ptr(),
+        "log_std_min": policy.log_std_min if policy else 0.0,
+        "log_std_max": policy.log_std_max if policy else 0.0,
+        "batch": batch,
+        "start": call.observations.data_ptr(),
+        "rows": call.rows.data_ptr(),
+        "horizon": call.horizon,
+        "first_step": call.step,
+        "seed": settings.seed,
+        "deterministic": settings.deterministic,
+    }
+
+
+# A parameter under training: its value, Adam's two moments, and its target network's copy or None.
 Parameter = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 @dataclass(frozen=True, eq=False)
-class SacRun:
-    """A run's SAC updates, made in place.
+class SacUpdates:
+    """A kernel's call that makes SAC updates of one agent in place.
 
     Attributes:
-        actor, critic: the weights of all layers, then the biases; the critics' with targets.
-        real, model: the transitions to draw from, by their first `sizes` rows; `rows` of each make a batch.
-            float32, terminals bool, the numbers of a row side by side.
-        updates_before: Adam's steps so far.
-        steps: Adam's counts of them, float32 scalars, moved on with the parameters.
-        count: the SAC's count of updates, an int64 scalar on the CPU, moved on likewise.
-        first_draw: number of the first update for the random counters, with `seed` as their key.
+        actor: the weights of all layers, then the biases.
+        critic: likewise, all with targets.
+        log_alpha: logarithm of the temperature, a scalar.
+        config: hyperparameters.
+        actor_learning_rate: the actor's rate in these updates; the others' are in `config`.
+        target_entropy: in nats.
+        real: transitions to draw from. float32, terminals bool, the elements of a row contiguous.
+        model: likewise.
+        sizes: numbers of rows to draw from, the first ones of `real` and of `model`.
+        rows: numbers of rows in a batch that come from `real` and from `model`.
+        updates: number of updates to make.
+        updates_before: number of updates made before.
+        steps: Adam's step counts, float32 scalars, advanced by the kernel.
+        count: the agent's count of updates, an int64 scalar on the CPU, advanced by the kernel.
+        first_draw: number of the first update for the random counters.
+        seed: unsigned 64 bits, key of the random numbers.
     """
 
     actor: list[Parameter]
@@ -185,16 +294,20 @@ class SacRun:
 
 
 @dataclass(frozen=True, eq=False)
-class FitRun:
-    """A run's steps of the ensemble's fit, made in place.
+class FitSteps:
+    """A kernel's call that makes steps of one ensemble's fit in place.
 
     Attributes:
         layers: the weights of all layers, then the biases.
         bounds: max_logvar and min_logvar.
-        table: [n, obs + act + obs + 1 or more], the inputs, standardised, and the `dims` = obs + 1 targets.
-        rows: int64 [members, count], the rows that each member sees; may be columns of a wider matrix.
-        steps_before: Adam's steps so far.
-        steps: Adam's counts of them, float32 scalars, moved on with the parameters.
+        activation: one of `config.ACTIVATIONS`.
+        table: [n, obs + act + dims or more], the standardised inputs, then the targets.
+        dims: number of targets, obs + 1.
+        rows: int64 [members, count], the rows of `table` that each member sees, in batches of
+            `config.batch_size`; may be columns of a wider matrix.
+        config: hyperparameters.
+        steps_before: number of steps made before.
+        steps: Adam's step counts, float32 scalars, advanced by the kernel.
     """
 
     layers: list[Parameter]
@@ -208,25 +321,26 @@ class FitRun:
     steps: list[torch.Tensor]
 
 
-# The sizes of a network: inputs, hidden layers, outputs.
+# Sizes of a network's inputs, hidden layers and outputs.
 Sizes = tuple[int, ...]
 
 
 def network_sizes(weights: Iterable[torch.Tensor]) -> Sizes:
-    """The sizes of a network, from weights [..., in, out]."""
+    """Return the sizes of a network, from its weights [..., in, out]."""
     first, *others = (weight.shape[-2:] for weight in weights)
     return (*first, *(size for _, size in others))
 
 
 @dataclass(frozen=True)
 class Need:
-    """The work that a backend is asked whether it can do: rollouts, or training.
+    """Work that a backend is asked to do: rollouts or training.
 
     Attributes:
         dtype: one of `config.ROLLOUT_DTYPES`, or of `config.FIT_DTYPES` for training.
-        device: where the arrays are.
-        ensemble, policy: sizes of the networks of rollouts, as far as they are known.
-        training: the most inputs or outputs of a layer to be trained; None: rollouts are needed.
+        device: device of the arrays.
+        ensemble: sizes of the ensemble that makes rollouts; None where not known yet.
+        policy: sizes of the policy that makes rollouts; None where not known yet.
+        training: inputs or outputs of the widest layer to train; None asks for rollouts.
     """
 
     dtype: str
@@ -238,9 +352,13 @@ class Need:
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """A backend's availability on this machine, and the reason in words.
+    """A backend's availability on this machine.
 
-    `by_name_only`: it is for debugging, or new, and "auto" passes it by.
+    Attributes:
+        name: the backend's name.
+        available: it can run here.
+        reason: why it can or cannot, in words.
+        by_name_only: "auto" does not choose it, because it is new or for debugging.
     """
 
     name: str
@@ -250,36 +368,38 @@ class BackendStatus:
 
 
 class Backend(Protocol):
-    """The interface of every backend. `checked` has looked at all arguments; nothing is checked again.
+    """The interface of every backend.
+
+    `checked` calls it and has checked all arguments; a backend checks nothing again.
 
     Attributes:
-        name: the name to choose it by.
-        trains: "kernels": by its own `sac_updates` and `fit_steps`. "pytorch": by the updates that sac.py and
-            fit.py make in PyTorch. None: not at all, and a run that asks for it trains with another.
+        name: the name that it is chosen by.
+        trains: "kernels" where `sac_updates` and `fit_steps` train. "pytorch" where sac.py and fit.py train
+            in PyTorch. None where it only makes rollouts; a run that asks for it trains with another backend.
     """
 
     name: str
     trains: Literal["kernels", "pytorch"] | None
 
     def status(self) -> BackendStatus:
-        """Tell whether it can run on this machine."""
+        """Return whether the backend can run on this machine, and why."""
 
     def refusal(self, need: Need) -> str | None:
-        """Tell why it cannot serve `need`, or None where it can. It is available."""
+        """Return why an available backend cannot serve `need`, or None where it can."""
 
     def step(self, call: StepCall) -> StepResult:
         """Make one model step."""
 
     def rollout(self, call: RolloutCall) -> tuple[int, int]:
-        """Make rollouts: (rows written, rollouts cut as not finite)."""
+        """Make rollouts; return (rows written, rollouts ended by a prediction that was not finite)."""
 
-    def sac_updates(self, runs: Sequence[SacRun], threads: int) -> list[list[float]]:
-        """Update each run in place: the sums over its updates of each of `sac.METRICS`.
+    def sac_updates(self, calls: Sequence[SacUpdates], threads: int) -> list[list[float]]:
+        """Make each call's updates; return the sums over its updates of each of `sac.METRICS`.
 
-        A run gets the same bits alone and beside others, as it does from `fit_steps`.
+        A call computes the same bits alone and beside others. So does one of `fit_steps`.
         """
         raise RuntimeError(f"backend {self.name} has no kernels that train")
 
-    def fit_steps(self, runs: Sequence[FitRun], threads: int) -> list[float]:
-        """Step each run's fit in place: the sums of the steps' losses, weight decay left out."""
+    def fit_steps(self, calls: Sequence[FitSteps], threads: int) -> list[float]:
+        """Make each call's steps; return the sum of its steps' losses, weight decay left out."""
         raise RuntimeError(f"backend {self.name} has no kernels that train")

@@ -8,7 +8,7 @@ import math
 
 import torch
 
-# A stream for each kind of draw: the upper half of the counter's last word. The lower half numbers blocks of
+# Each kind of draw has a stream, the upper half of the counter's last word. The lower half numbers blocks of
 # four words.
 ACTION_STREAM, NOISE_STREAM, MEMBER_STREAM, BATCH_STREAM, NEXT_ACTION_STREAM = range(5)
 
@@ -20,11 +20,11 @@ Words = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def philox4x32(counter: Words, seed: int) -> Words:
-    """Ten rounds on four 32-bit counter words (int64 tensors that broadcast), key = the 64-bit seed."""
+    """Compute ten rounds on four 32-bit counter words, int64 tensors that broadcast; the seed is the key."""
     c0, c1, c2, c3 = counter
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
-        # int64 wraps, but the bits are those of the unsigned product: mask after the arithmetic shift.
+        # int64 overflows, but has the bits of the unsigned product once masked after the shift.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1, c2, c3 = (
             ((p1 >> 32) & _MASK) ^ c1 ^ k0,
@@ -39,9 +39,14 @@ def philox4x32(counter: Words, seed: int) -> Words:
 def random_words(
     rows: torch.Tensor, step: int | torch.Tensor, stream: int, count: int, seed: int
 ) -> torch.Tensor:
-    """`count` words in [0, 2^32), int64 [batch, count], for each of `rows` (int64 [batch]).
+    """Return words in [0, 2^32), int64 [batch, count].
 
-    `step` is one for all rows, or int64 [batch].
+    Args:
+        rows: int64 [batch], numbers of the rows.
+        step: number of the step, for all rows or int64 [batch].
+        stream: one of the streams above.
+        count: number of words of each row.
+        seed: unsigned 64 bits.
     """
     blocks = torch.arange((count + 3) // 4, device=rows.device)
     counter = (
@@ -62,9 +67,9 @@ def random_normals(
     seed: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Standard normals [batch, count] by Box-Muller: words (a, b) give (r cos t, r sin t)."""
+    """Return standard normals [batch, count] by Box-Muller; see `random_words` for the arguments."""
     words = random_words(rows, step, stream, (count + 1) // 2 * 2, seed)
-    # 23 bits and a half: every value in (0, 1) is exact in float32, and none is 0 or 1.
+    # The upper 23 bits plus one half: every value is exact in float32, and none is 0 or 1.
     uniform = ((words >> 9).to(dtype) + 0.5) * 2.0**-23
     radius = torch.sqrt(-2.0 * torch.log(uniform[:, 0::2]))
     angle = (2.0 * math.pi) * uniform[:, 1::2]
@@ -75,5 +80,5 @@ def random_normals(
 def random_choice(
     rows: torch.Tensor, step: int | torch.Tensor, stream: int, choices: int | torch.Tensor, seed: int
 ) -> torch.Tensor:
-    """Uniform indices in [0, choices), int64 [batch]; `choices` is one for all rows, or int64 [batch]."""
+    """Return uniform indices in [0, choices), int64 [batch]; `choices` may differ by row, int64 [batch]."""
     return (random_words(rows, step, stream, 1, seed)[:, 0] * choices) >> 32

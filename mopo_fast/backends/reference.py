@@ -1,4 +1,4 @@
-"""The oracle: plain PyTorch, any device, float32 or float64. Every kernel answers to it.
+"""The oracle that every kernel is tested against: plain PyTorch, any device, float32 or float64.
 
 Source: the authors' models/fake_env.py for the step, mopo.py for the rollout.
 """
@@ -6,8 +6,10 @@ Source: the authors' models/fake_env.py for the step, mopo.py for the rollout.
 from collections.abc import Callable
 
 import torch
+from typing_extensions import override
 
 from mopo_fast.backends.interface import (
+    STEP_ARRAYS,
     Backend,
     BackendStatus,
     DynamicsArrays,
@@ -27,8 +29,8 @@ from mopo_fast.backends.philox import (
 )
 from mopo_fast.ensemble import mlp, soft_clamp_variance
 
-# Rows at a time: the activations of all members then fit the last-level cache; on a GPU, its memory, and the
-# kernels are long enough to be worth their launches.
+# Rows at a time. On a CPU the activations of all members then fit into the last-level cache. On a GPU they
+# fit into memory, and the kernels are long enough to be worth their launches.
 _CHUNKS = {"cpu": 2000, "cuda": 2**17}
 
 
@@ -38,7 +40,7 @@ def predict(
     actions: torch.Tensor,
     operands: str = "float32",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Means as the networks give them and variances, each [members, batch, obs_dim + 1]."""
+    """Return every member's means and variances of its outputs, each [members, batch, obs_dim + 1]."""
     inputs = torch.cat([observations, actions], dim=-1)
     x = (inputs - dynamics.input_mean) / dynamics.input_std
     heads = mlp(x, dynamics.weights, dynamics.biases, dynamics.activation, operands)
@@ -49,7 +51,7 @@ def predict(
 
 
 def penalise(penalty: str, mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
-    """u(s, a) [batch] from the means and variances [members, batch, obs_dim + 1] of the penalty's members.
+    """Compute u(s, a) [batch] from the penalty members' means and variances [members, batch, obs_dim + 1].
 
     - max_aleatoric: max over members of ||sigma||, reward included (authors).
     - max_deviation: max over members of ||mu_i - mean mu||, observation only (authors' alternative).
@@ -68,14 +70,14 @@ def penalise(penalty: str, mean: torch.Tensor, variance: torch.Tensor) -> torch.
     if penalty == "ensemble_std":
         return (deltas - deltas.mean(0)).square().mean(0).mean(-1).sqrt()
     assert penalty == "mixture_std"
-    # mean(mu^2) - mean(mu)^2 without its cancellation.
+    # Unlike mean(mu^2) - mean(mu)^2, this form does not cancel.
     return (variance + (mean - mean.mean(0)).square()).mean(0).sum(-1).sqrt()
 
 
 def act(
     policy: PolicyArrays, observations: torch.Tensor, rows: torch.Tensor, step: int, settings: Settings
 ) -> torch.Tensor:
-    """The policy's actions [batch, act_dim] with the rollout's own noise."""
+    """Return the policy's actions [batch, act_dim], with the noise of this step's random numbers."""
     heads = mlp(observations, policy.weights, policy.biases, policy.activation, settings.operands)
     mean, log_std = heads.chunk(2, dim=-1)
     if settings.deterministic:
@@ -127,10 +129,14 @@ def _step(
 def rollout_by_steps(
     call: RolloutCall, step: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], StepResult]
 ) -> tuple[int, int]:
-    """Make a rollout of single steps, in the order and with the rules of a fused one.
+    """Make rollouts step by step, with the result of a fused kernel.
 
-    `step(observations, actions, rows, t)` is made of the rows still alive; returns (rows written, rollouts
-    cut because a prediction was not finite).
+    Args:
+        call: the rollouts.
+        step: makes a model step from (observations, actions, rows, t) of the rollouts that go on.
+
+    Returns:
+        (rows written, rollouts ended by a prediction that was not finite).
     """
     observations, rows, out = call.observations, call.rows, call.out
     position = torch.arange(len(rows), device=rows.device)
@@ -160,7 +166,7 @@ def rollout_by_steps(
         alive = finite & ~result.terminals
         observations, rows, position = result.next_observations[alive], rows[alive], position[alive]
     whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    # Parts are step after step; a rollout's rows stand together.
+    # The parts are in the order of steps; the result is in the order of rollouts.
     order = torch.argsort(whole.pop("position"), stable=True)
     target = (out.head + torch.arange(len(order), device=order.device)) % out.capacity
     for name, array in out.arrays.items():
@@ -169,17 +175,20 @@ def rollout_by_steps(
 
 
 class ReferenceBackend(Backend):
-    """Plain PyTorch, in chunks of rows that stay in cache."""
+    """Plain PyTorch on any device, in chunks of rows."""
 
     name = "reference"
     trains = "pytorch"
 
+    @override
     def status(self) -> BackendStatus:
         return BackendStatus(self.name, True, "plain PyTorch, always there")
 
+    @override
     def refusal(self, need: Need) -> str | None:
         return None
 
+    @override
     def step(self, call: StepCall) -> StepResult:
         size = _CHUNKS.get(call.observations.device.type, _CHUNKS["cuda"])
         batch = zip(
@@ -191,16 +200,12 @@ class ReferenceBackend(Backend):
             return torch.cat([getattr(chunk, name) for chunk in chunks], dim=dim)
 
         return StepResult(
-            next_observations=join("next_observations"),
-            rewards=join("rewards"),
-            terminals=join("terminals"),
-            raw_rewards=join("raw_rewards"),
-            penalties=join("penalties"),
-            members=join("members"),
+            **{name: join(name) for name in STEP_ARRAYS},
             mean=join("mean", dim=1) if call.distributions else None,
             std=join("std", dim=1) if call.distributions else None,
         )
 
+    @override
     def rollout(self, call: RolloutCall) -> tuple[int, int]:
         def step(observations: torch.Tensor, actions: torch.Tensor, rows: torch.Tensor, t: int) -> StepResult:
             return self.step(

@@ -1,84 +1,84 @@
-"""The arguments of the kernels that train, csrc/sac.h and csrc/fit.h, the same for every device."""
+"""The arguments of the training kernels (csrc/sac.h and csrc/fit.h), the same for CPU and CUDA."""
 
 import math
 from types import ModuleType
 from typing import Any
 
-from mopo_fast.backends.interface import FitRun, Parameter, SacRun
+from mopo_fast.backends.interface import FitSteps, Parameter, SacUpdates, address
 from mopo_fast.config import ACTIVATIONS
-from mopo_fast.data.transitions import Transitions
+from mopo_fast.data.transitions import DATA_ARRAYS, Transitions
 
 
-def sac_call(extension: ModuleType, run: SacRun) -> Any:
-    """Pack a run that `checked.sac_updates` has looked at."""
-    config = run.config
+def sac_call(extension: ModuleType, call: SacUpdates) -> Any:
+    """Pack a call that `checked.sac_updates` has checked into the extension's struct."""
+    config = call.config
     return extension.SacCall(
-        obs_dim=run.real.obs_dim,
-        act_dim=run.real.act_dim,
+        obs_dim=call.real.obs_dim,
+        act_dim=call.real.act_dim,
         critics=config.critics,
-        actor=_layers(run.actor),
-        critic=_layers(run.critic),
-        log_alpha=_addresses(run.log_alpha)[:3],
+        actor=_layers(call.actor),
+        critic=_layers(call.critic),
+        log_alpha=_addresses(call.log_alpha)[:3],
         learning_rates=[
-            run.actor_learning_rate,
+            call.actor_learning_rate,
             config.critic_learning_rate,
             config.alpha_learning_rate,
         ],
         discount=config.discount,
         polyak=config.polyak,
-        target_entropy=run.target_entropy,
+        target_entropy=call.target_entropy,
         log_std_min=config.log_std_min,
         log_std_max=config.log_std_max,
         alpha_max=math.inf if config.alpha_max is None else config.alpha_max,
         critic_loss_scale=0.5 if config.critic_loss == "half_mse" else 1.0,
         simultaneous=config.simultaneous,
-        real=_source(run.real, run.sizes[0]),
-        model=_source(run.model, run.sizes[1]),
-        real_rows=run.rows[0],
-        model_rows=run.rows[1],
-        updates=run.updates,
-        updates_before=run.updates_before,
-        steps=[step.data_ptr() for step in run.steps],
-        count=run.count.data_ptr(),
-        first_draw=run.first_draw,
-        seed=run.seed,
+        real=_source(call.real, call.sizes[0]),
+        model=_source(call.model, call.sizes[1]),
+        real_rows=call.rows[0],
+        model_rows=call.rows[1],
+        updates=call.updates,
+        updates_before=call.updates_before,
+        steps=[step.data_ptr() for step in call.steps],
+        count=call.count.data_ptr(),
+        first_draw=call.first_draw,
+        seed=call.seed,
     )
 
 
-def fit_call(extension: ModuleType, run: FitRun) -> Any:
-    """Pack a run that `checked.fit_steps` has looked at."""
-    config, width = run.config, run.layers[0][0].shape[1]
-    max_logvar, min_logvar = (_addresses(bound)[:3] for bound in run.bounds)
+def fit_call(extension: ModuleType, call: FitSteps) -> Any:
+    """Pack a call that `checked.fit_steps` has checked into the extension's struct."""
+    config, width = call.config, call.layers[0][0].shape[1]
+    max_logvar, min_logvar = (_addresses(bound)[:3] for bound in call.bounds)
     return extension.FitCall(
-        members=run.rows.shape[0],
-        dims=run.dims,
-        layers=_layers(run.layers),
-        activation=ACTIVATIONS.index(run.activation),
+        members=call.rows.shape[0],
+        dims=call.dims,
+        layers=_layers(call.layers),
+        activation=ACTIVATIONS.index(call.activation),
         max_logvar=max_logvar,
         min_logvar=min_logvar,
-        inputs=run.table.data_ptr(),
-        targets=run.table.data_ptr() + width * run.table.element_size(),
-        stride=run.table.shape[1],
-        rows=run.rows.data_ptr(),
-        count=run.rows.shape[1],
-        rows_stride=run.rows.stride(0),
+        inputs=call.table.data_ptr(),
+        targets=call.table.data_ptr() + width * call.table.element_size(),
+        stride=call.table.shape[1],
+        rows=call.rows.data_ptr(),
+        count=call.rows.shape[1],
+        rows_stride=call.rows.stride(0),
         batch=config.batch_size,
         learning_rate=config.learning_rate,
         logvar_bound_weight=config.logvar_bound_weight,
         weight_decay=list(config.weight_decay),
-        steps_before=run.steps_before,
-        steps=[step.data_ptr() for step in run.steps],
+        steps_before=call.steps_before,
+        steps=[step.data_ptr() for step in call.steps],
         bfloat16=config.dtype == "bfloat16",
     )
 
 
 def _addresses(parameter: Parameter) -> list[int]:
-    """Addresses of a parameter, its moments and its target; 0 for none."""
-    return [0 if tensor is None else tensor.data_ptr() for tensor in parameter]
+    """Return the addresses of a parameter, its moments and its target, 0 without a target."""
+    return [address(tensor) for tensor in parameter]
 
 
 def _layers(parameters: list[Parameter]) -> list[tuple[int, int, list[int]]]:
-    """(in, out, addresses) of each layer, from all weights and then all biases."""
+    """Return (in, out, addresses) of each layer, from all weights, then all biases."""
     depth = len(parameters) // 2
     return [
         (*weight[0].shape[-2:], _addresses(weight) + _addresses(bias))
@@ -87,6 +87,6 @@ def _layers(parameters: list[Parameter]) -> list[tuple[int, int, list[int]]]:
 
 
 def _source(data: Transitions, size: int) -> tuple[list[tuple[int, int]], int]:
-    """(address, elements from a row to the next) of each array: it may be columns of a table."""
-    arrays = (data.observations, data.actions, data.rewards, data.next_observations, data.terminals)
+    """Return (address, elements between two rows) of each array, and the number of rows to draw from."""
+    arrays = [getattr(data, name) for name in DATA_ARRAYS]
     return [(array.data_ptr(), array.stride(0)) for array in arrays], size

@@ -10,14 +10,11 @@ import torch
 
 from mopo_fast.errors import InputError
 
-# The arrays of `Transitions` that a rollout fills, in the order of the kernels' interface. Data sets have the
-# first five.
+# The arrays that every data set has. SAC learns from them.
+DATA_ARRAYS = ("observations", "actions", "rewards", "next_observations", "terminals")
+# The arrays of `Transitions` that a rollout fills, in the order of the kernels' interface.
 ROLLOUT_ARRAYS = (
-    "observations",
-    "actions",
-    "rewards",
-    "next_observations",
-    "terminals",
+    *DATA_ARRAYS,
     "raw_rewards",
     "penalties",
     "members",

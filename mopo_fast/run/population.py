@@ -1,9 +1,9 @@
-"""Several runs at once: their fits and their SAC updates are made together.
+"""Several runs at once, whose fits and SAC updates are made together.
 
-Opt-in: nothing else of the loop imports this module, and one run does without it. In PyTorch the parameters
-of all runs lie in one tensor each, of which a run's own are views, and a step is one batch of matrices; with
-a kernel the runs lie side by side on the cores or multiprocessors. Each run gets what it would get alone, to
-rounding; with a kernel to the bit.
+A single run does not use this module. In PyTorch, the parameters of all runs are stacked in one tensor each,
+and those of a run are views of it, so that a step multiplies one batch of matrices. With a kernel, runs share
+the cores or multiprocessors. Each run gets the results that it would get alone: to rounding in PyTorch, bit
+for bit with a kernel.
 """
 
 import contextlib
@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
 from mopo_fast import backends
@@ -25,7 +24,16 @@ from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.evaluate import Evaluator
-from mopo_fast.fit import Fit, FitEpoch, PyTorchSteps, data_sha256, fit_checkpoint, save_fit
+from mopo_fast.fit import (
+    Fit,
+    FitEpoch,
+    PyTorchSteps,
+    data_sha256,
+    finish_and_save,
+    fit_checkpoint,
+    fit_folder,
+    fit_note,
+)
 from mopo_fast.report import write_report
 from mopo_fast.run.dynamics import copy_fit, make_dynamics, training_backend
 from mopo_fast.run.folder import (
@@ -40,58 +48,59 @@ from mopo_fast.run.resolve import load_data, resolve
 from mopo_fast.sac import SAC, sum_by_kernel
 from mopo_fast.tasks import Task
 from mopo_fast.train import Training, evaluation_workers, progress_note
-from mopo_fast.utils.atomic import refuse_links
 from mopo_fast.utils.lock import locked
 from mopo_fast.utils.progress import progress_bar
 
-T = TypeVar("T", Fit, Training)
+T = TypeVar("T")
+_Run = TypeVar("_Run", Fit, Training)
 
 
 class SacPopulation:
-    """SACs of one config and of equally many updates, that are updated together.
+    """SACs that are updated together.
+
+    Args:
+        sacs: SACs of one config that have made the same number of updates.
 
     Raises:
-        InputError: they are not distinct, or of different configs, backends or sizes.
+        InputError: a SAC is given twice, or their configs, backends or sizes differ.
     """
 
     def __init__(self, sacs: Sequence[SAC]) -> None:
-        self.sacs = list(sacs)
-        kinds = [(sac.config, sac.backend, sac.actor.obs_dim, sac.actor.act_dim) for sac in self.sacs]
-        _check_alike("SACs are updated", self.sacs, kinds)
+        self.sacs = _checked("SACs", sacs, lambda sac: (sac.config, sac.backend, sac.actor))
         self._whole: SAC | None = None
 
     def update_many(
         self, data: Transitions, buffers: Sequence[RingBuffer], updates: int, seeds: Sequence[int]
     ) -> list[dict[str, float]]:
-        """Do for each SAC what `SAC.update_many` does, with its own buffer and seed."""
+        """Call `SAC.update_many` for all SACs at once, each with its own buffer and seed."""
         each = list(zip(self.sacs, buffers, seeds, strict=True))
         if len(each) == 1:
             return [sac.update_many(data, buffer, updates, seed) for sac, buffer, seed in each]
         draws = [sac.begin(data, buffer, updates, seed) for sac, buffer, seed in each]
         pairs = list(zip(self.sacs, draws, strict=True))
         if kernels := backends.training_kernels(self.sacs[0].backend):
-            calls = zip(*(sac.kernel_runs(some) for sac, some in pairs), strict=True)
+            calls = zip(*(sac.kernel_calls(some) for sac, some in pairs), strict=True)
             threads = self.sacs[0].threads
-            sums = sum((sum_by_kernel(kernels, runs, threads) for runs in calls), torch.zeros(()))
+            sums = sum((sum_by_kernel(kernels, some, threads) for some in calls), torch.zeros(()))
         else:
             sums = self._learn(zip(*(sac.batches(some) for sac, some in pairs), strict=True))
         return [sac.means(total, updates) for sac, total in zip(self.sacs, sums.tolist(), strict=True)]
 
     def _learn(self, batches: Iterable[Sequence[Sequence[torch.Tensor]]]) -> torch.Tensor:
-        """Update on `SAC.batches` of each: the sums of `METRICS`, [runs, 6]."""
+        """Update on the groups of batches that `SAC.batches` yields; return sums of `METRICS`, [SACs, 6]."""
         whole = self._lay_together()
         try:
             stacked = ([torch.stack(arrays, 1) for arrays in zip(*each, strict=True)] for each in batches)
             return sum(map(whole.learn, stacked), torch.zeros(()))
         finally:
-            # After an interruption too: their parameters are views of the whole's.
+            # Also after an exception, since their parameters are views of the whole's.
             for sac in self.sacs:
                 sac.updates = whole.updates
 
     def _lay_together(self) -> SAC:
-        """Return one SAC with the parameters of all, [runs, ...] each; theirs become views of these."""
+        """Stack the parameters of all SACs into those of one, of which theirs become views; return it."""
         first = self.sacs[0]
-        # Another population may have taken them since.
+        # Another population may have moved the parameters since.
         if self._whole is None or not _are_views([sac.log_alpha for sac in self.sacs], self._whole.log_alpha):
             self._whole = SAC(
                 first.actor.obs_dim,
@@ -103,7 +112,7 @@ class SacPopulation:
             )
             states = [sac.live_state() for sac in self.sacs]
             for name, tensor in self._whole.live_state().items():
-                # The numbers of steps are the same for all.
+                # All SACs have made the same number of steps.
                 if not name.endswith(".step"):
                     tensor.data = _stack([state[name] for state in states])
         self._whole.updates = first.updates
@@ -113,20 +122,25 @@ class SacPopulation:
 
 
 class FitPopulation:
-    """Fits of one config to equally much data and of equally many steps, that are stepped together.
+    """Fits that are stepped together.
+
+    Args:
+        fits: fits of one config, to data sets of one size, that have made the same number of steps.
 
     Raises:
-        InputError: they are not distinct, or of different configs, backends or sizes.
+        InputError: a fit is given twice, or their configs, backends or sizes differ.
     """
 
     def __init__(self, fits: Sequence[Fit]) -> None:
-        self.fits = list(fits)
-        kinds = [(fit.config, fit.backend, fit.model.obs_dim, fit.model.act_dim) for fit in self.fits]
-        _check_alike("fits are stepped", self.fits, kinds)
+        self.fits = _checked("fits", fits, lambda fit: (fit.config, fit.backend, fit.model))
         self._whole: PyTorchSteps | None = None
 
     def run_epoch(self, on_progress: Callable[[float], None] = lambda _: None) -> list[FitEpoch]:
-        """Do for each what `Fit.run_epoch` does; on_progress is told the share of it that is done."""
+        """Call `Fit.run_epoch` for all fits at once.
+
+        Args:
+            on_progress: called now and then with the share of the epoch that is done.
+        """
         started, totals = time.perf_counter(), [0.0] * len(self.fits)
         pieces = list(zip(*(fit.epoch_rows() for fit in self.fits), strict=True))
         for number, rows in enumerate(pieces, start=1):
@@ -136,26 +150,26 @@ class FitPopulation:
         return [fit.end_epoch(total, started) for fit, total in zip(self.fits, totals, strict=True)]
 
     def steps(self, rows: Sequence[torch.Tensor]) -> list[float]:
-        """Do for each what `Fit.steps` does, with its own rows."""
+        """Call `Fit.steps` for all fits at once, each with its own rows."""
         if len(self.fits) == 1:
             return [self.fits[0].steps(rows[0])]
         if kernels := backends.training_kernels(self.fits[0].backend):
-            runs = [fit.kernel_run(some) for fit, some in zip(self.fits, rows, strict=True)]
-            return checked.fit_steps(kernels, runs, self.fits[0].threads)
+            calls = [fit.kernel_call(some) for fit, some in zip(self.fits, rows, strict=True)]
+            return checked.fit_steps(kernels, calls, self.fits[0].threads)
         batches = [fit.batches(some) for fit, some in zip(self.fits, rows, strict=True)]
         whole = self._lay_together()
         try:
             losses: list[float] = whole(*map(torch.stack, zip(*batches, strict=True))).tolist()
         finally:
-            # After an interruption too: their parameters are views of the whole's.
+            # Also after an exception, since their parameters are views of the whole's.
             for fit in self.fits:
                 fit.steps_made = int(whole.optimizer.steps[0])
         return losses
 
     def _lay_together(self) -> PyTorchSteps:
-        """Return steps of the parameters of all, [fits, ...] each; theirs become views of these."""
+        """Stack the parameters of all fits, which become views of the result; return its `PyTorchSteps`."""
         first, bounds = self.fits[0], [fit.parameters[-1] for fit in self.fits]
-        # Another population may have taken them since.
+        # Another population may have moved the parameters since.
         if self._whole is None or not _are_views(bounds, self._whole.parameters[-1]):
             parameters = [_stack(each) for each in zip(*(fit.parameters for fit in self.fits), strict=True)]
             self._whole = PyTorchSteps([each.requires_grad_() for each in parameters], first.config)
@@ -167,13 +181,25 @@ class FitPopulation:
         return self._whole
 
 
-def _check_alike(what: str, several: Sequence[Any], kinds: Sequence[Any]) -> None:
-    if len(set(map(id, several))) != len(several) or len(set(kinds)) != 1:
-        raise InputError(f"{what} together where they are distinct, and of one config and size")
+def _checked(what: str, several: Sequence[T], parts: Callable[[T], tuple[Any, str, Any]]) -> list[T]:
+    """Return `several` as a list.
+
+    Args:
+        what: names them in the error.
+        several: SACs or fits.
+        parts: the config, the backend and the network of one.
+
+    Raises:
+        InputError: one is given twice, or their configs, backends or sizes differ.
+    """
+    kinds = {(config, backend, net.obs_dim, net.act_dim) for config, backend, net in map(parts, several)}
+    if len(set(map(id, several))) != len(several) or len(kinds) != 1:
+        raise InputError(f"only different {what} of one config, backend and size can be trained together")
+    return list(several)
 
 
 def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Stack the tensors of several runs in one, of which they become views."""
+    """Stack tensors into a new one, of which they become views."""
     whole = torch.stack([tensor.data for tensor in tensors])
     for tensor, view in zip(tensors, whole, strict=True):
         tensor.data = view
@@ -181,7 +207,7 @@ def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _are_views(tensors: Sequence[torch.Tensor], whole: torch.Tensor) -> bool:
-    """Tell whether `_stack` of the tensors gave `whole`, and nothing has moved them since."""
+    """Tell whether `_stack` made the tensors views of `whole`, and they still are."""
     return all(tensor.data_ptr() == view.data_ptr() for tensor, view in zip(tensors, whole, strict=True))
 
 
@@ -196,20 +222,33 @@ def fit_and_save_many(
     threads: int | None = None,
     quiet: bool = True,
 ) -> list[tuple[EnsembleDynamics, dict[str, Any]]]:
-    """Do what `fit_and_save` does for each of `seeds` into its own of `folders`, all at once."""
+    """Call `fit_and_save` for several seeds at once, each with its own folder.
+
+    Args:
+        data: as in `fit_and_save`.
+        folders: folders of the fits' files.
+        seeds: seeds of the fits.
+        config: as in `fit_and_save`.
+        device: as in `fit_and_save`.
+        backend: as in `fit_and_save`.
+        threads: as in `fit_and_save`.
+        quiet: as in `fit_and_save`.
+
+    Returns:
+        What `fit_and_save` returns, for each fit.
+
+    Raises:
+        InputError: as `fit_and_save`.
+    """
     paths = [Path(folder) for folder in folders]
     with contextlib.ExitStack() as stack:
         for folder in paths:
-            stack.enter_context(locked(folder))
-            refuse_links(folder / "checkpoint")
+            stack.enter_context(fit_folder(folder))
         data.validate()
         fits = [Fit(data, seed, config, device, backend, threads) for seed in seeds]
         digest = data_sha256(data)
-        fingerprints = [fit.fingerprint(digest) for fit in fits]
-        checkpoints = [fit_checkpoint(folder) for folder in paths]
-        for fit, checkpoint, fingerprint in zip(fits, checkpoints, fingerprints, strict=True):
-            if checkpoint.exists():
-                fit.restore(checkpoint, fingerprint)
+        for fit, folder in zip(fits, paths, strict=True):
+            fit.use_checkpoint(fit_checkpoint(folder), digest)
         bar = stack.enter_context(progress_bar("fit: epochs", None, quiet=quiet))
         population: FitPopulation | None = None
         while some := _behind([fit for fit in fits if len(fit.history) < fit.expected_epochs]):
@@ -221,23 +260,16 @@ def fit_and_save_many(
                 bar.update(completed=done + share * more)
 
             records = population.run_epoch(on_progress)
-            for fit, checkpoint, fingerprint in zip(fits, checkpoints, fingerprints, strict=True):
-                if fit in some:
-                    fit.save(checkpoint, fingerprint)
-            elites = [sorted(record.holdout_mse)[: some[0].config.elites] for record in records]
-            bar.update(note=f"holdout MSE {np.mean(elites):.4g}")
-        return [
-            (fit.finish(), save_fit(fit, data, digest, folder))
-            for fit, folder in zip(fits, paths, strict=True)
-        ]
+            bar.update(note=fit_note(records, some[0].config))
+        return [finish_and_save(fit, data, digest, folder) for fit, folder in zip(fits, paths, strict=True)]
 
 
 def _epochs(one: Fit | Training) -> int:
     return len(one.history) if isinstance(one, Fit) else one.epoch
 
 
-def _behind(several: Sequence[T]) -> list[T]:
-    """Return those that are behind the others, as after an interruption: they catch up first."""
+def _behind(several: Sequence[_Run]) -> list[_Run]:
+    """Return those with the fewest epochs: after an interruption they catch up with the others first."""
     least = min(map(_epochs, several), default=0)
     return [one for one in several if _epochs(one) == least]
 
@@ -250,17 +282,23 @@ def train_many(
     memory_map: bool = False,
     quiet: bool = False,
 ) -> list[dict[str, Any]]:
-    """Train several runs at once, each in a folder of its own: do for each what `train` does.
+    """Call `train` for several runs at once, each in its own folder.
 
-    Runs of one seed share the fit. A run's numbers are those that it would have alone, to rounding, with the
-    kernels of the "cpu" backend to the bit; and it can be gone on with alone.
+    Runs with the same seed share the fit. Each run gets the results that it would get alone, to rounding, and
+    bit for bit with the kernels of the "cpu" backend. A run can later be resumed alone.
 
     Args:
-        configs: they may differ in `seed` and `rollout.penalty_coef`.
+        configs: the runs' configs, which may differ in `seed` and `rollout.penalty_coef`.
         outs: the runs' folders.
+        resume: as in `train`.
+        memory_map: as in `train`.
+        quiet: as in `train`.
+
+    Returns:
+        What `train` returns, for each run.
 
     Raises:
-        InputError: as `train`; or the configs differ in anything else, or two folders are one.
+        InputError: as `train`, or the configs differ in another setting, or a folder is given twice.
     """
     started = time.perf_counter()
     check_runs(configs)
@@ -292,7 +330,7 @@ def _check_together(configs: Sequence[RunConfig], outs: Sequence[Path]) -> None:
         difference = first_difference(shared(configs[0]), shared(config))
         if difference:
             raise InputError(
-                f"runs made together may differ in seed and penalty_coef alone: {outs[0]} has"
+                f"runs made together may differ only in seed and penalty_coef: {outs[0]} has"
                 f" {difference} as {out} has"
             )
     if len({out.resolve() for out in outs}) < len(outs):
@@ -302,7 +340,7 @@ def _check_together(configs: Sequence[RunConfig], outs: Sequence[Path]) -> None:
 def _train_all(
     configs: dict[Path, RunConfig], task: Task, data: Transitions, started: float, quiet: bool
 ) -> None:
-    """Do what is left of the runs, given by their folders."""
+    """Make the remaining fits and epochs of the runs; `configs` are theirs by folder."""
     for out, one in configs.items():
         write_config(out, one)
     digest, config = data_sha256(data), next(iter(configs.values()))
@@ -333,7 +371,7 @@ def _train_all(
 
 
 def _fit_seeds(configs: dict[Path, RunConfig], data: Transitions, quiet: bool) -> None:
-    """Fit once for each seed, in the folder that has its fit already or in the first; copy it to others."""
+    """Fit once for each seed, in the first folder or where its fit already is; copy it to the others."""
     folders: dict[int, Path] = {}
     for out in sorted(configs, key=lambda out: not (out / "fit.json").exists()):
         folders.setdefault(configs[out].seed, out)
@@ -355,7 +393,7 @@ def _fit_seeds(configs: dict[Path, RunConfig], data: Transitions, quiet: bool) -
 
 
 def _run_epoch(runs: Sequence[Training], population: SacPopulation) -> None:
-    """Make an epoch of each, the updates together."""
+    """Make an epoch of each run, with the updates together."""
     rows = [run.roll_out() for run in runs]
     with contextlib.ExitStack() as clocks:
         for run in runs:

@@ -64,7 +64,7 @@ def test_bad_step_arguments(engine):
     refused("there are 8 observations but 7 actions", observations, actions[:7])
     refused("observations has no rows", observations[:0], actions[:0])
     refused("observations is not finite at row 3", broken, actions)
-    refused("observations must be floating, got torch.int64", observations.long(), actions)
+    refused("observations must be floating-point, got torch.int64", observations.long(), actions)
     refused("actions must be a tensor, a NumPy array or one that speaks DLPack, got list",
             observations, actions.tolist())  # fmt: skip
     refused("seed must be a whole number", observations, actions, seed=-1)
@@ -73,7 +73,7 @@ def test_bad_step_arguments(engine):
     refused("step must be a whole number", observations, actions, step=2**32)
     refused(r"rows must be int64 \[8\], got torch.int64 \[7\]", observations, actions, rows=torch.arange(7))
     refused(r"rows must be int64 \[8\], got torch.float32", observations, actions, rows=torch.arange(8.0))
-    refused("observations is on meta, the ensemble on cpu", observations.to("meta"), actions)
+    refused("observations must be on the ensemble's cpu, got meta", observations.to("meta"), actions)
 
 
 def test_bad_rollout_arguments(engine):

@@ -6,18 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import EagerGraph, random_transitions, to_double
+from kernel_cases import to_double
+from small_sacs import ACT, BATCH, CONFIG, OBS, filled, transitions
 from torch import nn
 
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import SACConfig
 from mopo_fast.data import Transitions
 from mopo_fast.errors import InputError
-from mopo_fast.run.population import SacPopulation
 from mopo_fast.sac import METRICS, SAC
 
-OBS, ACT, BATCH = 5, 2, 16
-CONFIG = SACConfig(hidden=(24, 24), batch_size=BATCH)
 VARIANTS = {
     "authors": {},
     "act_dim": {"target_entropy": "act_dim"},
@@ -32,18 +30,6 @@ VARIANTS = {
     "ten critics, three layers": {"critics": 10, "hidden": (24, 16, 24)},
     "real only": {"real_ratio": 1.0, "discount": 0.9, "polyak": 0.1},
 }
-
-
-def transitions(count: int, seed: int, dtype: torch.dtype = torch.float32) -> Transitions:
-    return random_transitions(count, OBS, ACT, seed, dtype)
-
-
-def filled(count: int) -> RingBuffer:
-    buffer = RingBuffer(100, OBS, ACT)
-    for array in buffer.storage.arrays().values():
-        array.fill_(True if array.dtype == torch.bool else float("nan"))
-    buffer.append(transitions(count, seed=2))
-    return buffer
 
 
 class Plain:
@@ -279,95 +265,6 @@ class TestUpdateMany:
         buffer.storage.rewards[:] = float("inf")
         with pytest.raises(InputError, match="SAC diverged before update 2"):
             sac.update_many(data, buffer, 2, seed=0)
-
-
-POPULATIONS = {
-    "authors": CONFIG,
-    "others": dataclasses.replace(
-        CONFIG, simultaneous=False, alpha_max=1.0, critic_loss="mse", critics=3, actor_schedule="cosine"
-    ),
-    "real only": dataclasses.replace(CONFIG, real_ratio=1.0),
-}
-
-
-class TestPopulation:
-    """Three runs of their own seeds, buffers and draws, updated together and one by one."""
-
-    def sacs(self, config: SACConfig, backend: str, double: bool = False) -> list[SAC]:
-        sacs = [SAC(OBS, ACT, config, seed=i, total_updates=20, backend=backend) for i in range(3)]
-        return [to_double(sac) for sac in sacs] if double else sacs
-
-    def buffers(self) -> list[RingBuffer]:
-        buffers = [filled(20 + 20 * i) for i in range(3)]
-        for i, buffer in enumerate(buffers):
-            buffer.storage.rewards.add_(i)
-        return buffers
-
-    @pytest.mark.parametrize("config", POPULATIONS.values(), ids=POPULATIONS)
-    def test_in_pytorch_each_gets_what_it_gets_alone(self, config: SACConfig) -> None:
-        data, buffers = transitions(50, seed=1, dtype=torch.float64), self.buffers()
-        together, alone = (self.sacs(config, "reference", double=True) for _ in range(2))
-        population = SacPopulation(together)
-        for call in range(2):
-            seeds = [10 * call + i for i in range(3)]
-            ours = population.update_many(data, buffers, 4, seeds)
-            for i, sac in enumerate(alone):
-                theirs = sac.update_many(data, buffers[i], 4, seeds[i])
-                assert ours[i] == pytest.approx(theirs, rel=1e-9, abs=1e-12)
-        for one, other in zip(together, alone, strict=True):
-            assert one.updates == 8
-            for name, tensor in other.state().items():
-                torch.testing.assert_close(one.state()[name], tensor, rtol=1e-9, atol=1e-12)
-
-    @pytest.mark.parametrize("runs", [1, 3])
-    def test_recorded_updates_are_the_same(self, runs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        """All but the recording itself, which takes a GPU: whole graphs, a rest, a second call."""
-        data, buffers = transitions(50, seed=1), self.buffers()[:runs]
-        plain, recorded = (self.sacs(POPULATIONS["others"], "reference")[:runs] for _ in range(2))
-        populations = [SacPopulation(plain), SacPopulation(recorded)]
-        monkeypatch.setattr("mopo_fast.sac._UPDATES_AT_ONCE", 3)
-        for call in range(2):
-            seeds = [10 * call + i for i in range(runs)]
-            eager = populations[0].update_many(data, buffers, 8, seeds)
-            with monkeypatch.context() as patch:
-                patch.setattr("mopo_fast.sac.records", lambda device: True)
-                patch.setattr("mopo_fast.utils.cuda_graphs.Graph", EagerGraph)
-                played = populations[1].update_many(data, buffers, 8, seeds)
-            for ours, theirs in zip(played, eager, strict=True):
-                assert ours == pytest.approx(theirs, rel=1e-5)
-        for one, other in zip(plain, recorded, strict=True):
-            assert (one.updates, other.updates) == (16, 16)
-            assert all(torch.equal(tensor, other.state()[name]) for name, tensor in one.state().items())
-
-    def test_the_kernel_gives_each_the_same_bits_as_alone(self) -> None:
-        data, buffers = transitions(50, seed=1), self.buffers()
-        together, alone = (self.sacs(CONFIG, "cpu") for _ in range(2))
-        ours = SacPopulation(together).update_many(data, buffers, 7, [4, 5, 6])
-        for i, sac in enumerate(alone):
-            assert sac.update_many(data, buffers[i], 7, 4 + i) == ours[i]
-            assert all(torch.equal(t, together[i].state()[name]) for name, t in sac.state().items())
-
-    def test_one_can_leave_and_join(self) -> None:
-        data, buffers = transitions(50, seed=1, dtype=torch.float64), self.buffers()
-        moving, staying = (self.sacs(CONFIG, "reference", double=True) for _ in range(2))
-        three = SacPopulation(moving)
-        three.update_many(data, buffers, 1, [0, 1, 2])
-        SacPopulation(moving[1:]).update_many(data, buffers[1:], 2, [3, 4])
-        moving[0].update_many(data, buffers[0], 2, 5)
-        three.update_many(data, buffers, 1, [6, 7, 8])
-        for i, (sac, buffer) in enumerate(zip(staying, buffers, strict=True)):
-            for updates, seed in ((1, i), (2, (5, 3, 4)[i]), (1, 6 + i)):
-                sac.update_many(data, buffer, updates, seed)
-            for name, tensor in sac.state().items():
-                torch.testing.assert_close(moving[i].state()[name], tensor, rtol=1e-9, atol=1e-12)
-
-    @pytest.mark.parametrize("backend", ["cpu", "reference"])
-    def test_one_that_diverges_is_one_clear_error(self, backend: str) -> None:
-        buffers = self.buffers()
-        buffers[1].storage.rewards[:] = float("inf")
-        with pytest.raises(InputError, match="SAC diverged before update 2"):
-            population = SacPopulation(self.sacs(CONFIG, backend))
-            population.update_many(transitions(50, seed=1), buffers, 2, [0, 1, 2])
 
 
 class TestState:

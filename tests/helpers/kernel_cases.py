@@ -12,7 +12,7 @@ from mopo_fast.backends.gpu import padded
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import PENALTIES, Activation, DynamicsConfig, SACConfig
 from mopo_fast.data import Transitions
-from mopo_fast.data.transitions import ROLLOUT_ARRAYS
+from mopo_fast.data.transitions import DATA_ARRAYS
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.fit import Fit
 from mopo_fast.policy import Actor
@@ -311,8 +311,7 @@ def check_missing_arrays(engine: RolloutEngine, policy: Actor, start: torch.Tens
     """A buffer needs no arrays after the terminals."""
     expected = engine.rollout(policy, start, 2, seed=1).arrays()
     arrays: dict[str, Any] = {
-        name: expected[name].new_empty(2 * len(start), *expected[name].shape[1:])
-        for name in ROLLOUT_ARRAYS[:5]
+        name: expected[name].new_empty(2 * len(start), *expected[name].shape[1:]) for name in DATA_ARRAYS
     }
     made = engine.rollout(policy, start, 2, seed=1, out=RingBuffer.over(Transitions(**arrays))).arrays()
     assert made.keys() == arrays.keys()
@@ -354,6 +353,40 @@ def check_not_finite(
         step = engine.step(start, start.new_zeros(len(start), ensemble.act_dim), seed=1)
         finite = torch.isfinite(step.next_observations).all(1) & torch.isfinite(step.rewards)
         assert torch.equal(step.terminals, ~finite) and not finite.all()
+
+
+def check_nothing_finite(make_engine: Callable[..., RolloutEngine], start: torch.Tensor) -> None:
+    """Where no prediction is finite, no row is kept."""
+    ensemble = make_ensemble(5, 2)
+    with torch.no_grad():
+        ensemble.biases[-1].fill_(torch.inf)
+    result = make_engine(ensemble).rollout(make_policy(5, 2), start, 7, seed=0)
+    assert len(result) == 0 and result.info["non_finite"] == len(start)
+
+
+Case = tuple[RolloutEngine, Actor, torch.Tensor]
+
+
+class RolloutTests:
+    """The tests of every GPU backend's rollouts.
+
+    The test file has a fixture `case`: rollouts of 11 observation dimensions that end in `narrow_box(11)`.
+    """
+
+    def test_a_batch_may_take_turns(self, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+        check_turns(*case, monkeypatch)
+
+    def test_ring(self, case: Case) -> None:
+        check_ring(*case, 2, capacity=400)
+
+    def test_terminal_rows_are_kept_and_end_the_rollout(self, case: Case) -> None:
+        check_terminals(*case, 3, narrow_box(11))
+
+    def test_deterministic_rollout(self, case: Case) -> None:
+        check_deterministic(*case)
+
+    def test_arrays_after_the_terminals_may_be_missing(self, case: Case) -> None:
+        check_missing_arrays(*case)
 
 
 def assert_trained_alike(

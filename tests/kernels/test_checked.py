@@ -98,8 +98,11 @@ def without(**changes: Any) -> Transitions:
 
 
 STORAGES: dict[str, tuple[Callable[[], Transitions], str]] = {
-    "short rewards": (lambda: without(rewards=torch.zeros(15)), "as many rows each"),
-    "short terminals": (lambda: without(terminals=torch.zeros(15, dtype=torch.bool)), "as many rows each"),
+    "short rewards": (lambda: without(rewards=torch.zeros(15)), "the same number of rows"),
+    "short terminals": (
+        lambda: without(terminals=torch.zeros(15, dtype=torch.bool)),
+        "the same number of rows",
+    ),
     "narrow observations": (lambda: without(observations=torch.zeros(16, 4)), "observations must be"),
     "flat actions": (lambda: without(actions=torch.zeros(16)), "actions must be"),
     "float64 penalties": (
@@ -366,7 +369,7 @@ def test_a_backend_that_cannot_serve_is_not_called(operands: str) -> None:
 
 
 def test_a_backend_that_cannot_train_is_not_called(fit: Fit) -> None:
-    run = fit.kernel_run(torch.zeros(3, 8, dtype=torch.int64))
+    run = fit.kernel_call(torch.zeros(3, 8, dtype=torch.int64))
     with pytest.raises(InputError, match="triton: makes rollouts, does not train"):
         checked.fit_steps(TritonBackend(), [run], 1)
     elsewhere: Any = [[tensor.to("meta") for tensor in bound[:3]] for bound in run.bounds]
@@ -408,7 +411,7 @@ def test_a_population_of_one_twice(fit: Fit) -> None:
         [make_sac(5, 2, SACConfig(hidden=(5,)), "cpu")],
         [make_sac(4, 2, SACConfig(hidden=(4,)), "cpu")],
     ):
-        with pytest.raises(InputError, match="SACs are updated together where they are distinct"):
+        with pytest.raises(InputError, match="only different SACs of one config, backend and size"):
             SacPopulation([sac, *others])
-    with pytest.raises(InputError, match="fits are stepped together where they are distinct"):
+    with pytest.raises(InputError, match="only different fits of one config, backend and size"):
         FitPopulation([fit, fit])

@@ -15,18 +15,16 @@ import pytest
 import torch
 from kernel_cases import (
     DECLARED,
+    Case,
+    RolloutTests,
     assert_as_accurate,
     assert_same,
-    check_deterministic,
     check_made_of_steps,
-    check_missing_arrays,
     check_not_finite,
-    check_ring,
+    check_nothing_finite,
     check_rounded_policy,
     check_rounded_step,
     check_split,
-    check_terminals,
-    check_turns,
     inputs,
     make_ensemble,
     make_policy,
@@ -44,10 +42,8 @@ from mopo_fast.backends.interface import Need
 from mopo_fast.config import ACTIVATIONS, PENALTIES
 from mopo_fast.ensemble import mlp, round_factor
 from mopo_fast.errors import InputError
-from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine
 
-Case = tuple[RolloutEngine, Actor, torch.Tensor]
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 DTYPES = ("float16", "bfloat16")
 
@@ -172,20 +168,8 @@ def test_splits_do_not_matter(case: Case) -> None:
     check_split(*case, 2, split=37)
 
 
-def test_a_batch_may_take_turns(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_turns(*case, monkeypatch)
-
-
-def test_ring(case: Case) -> None:
-    check_ring(*case, 2, capacity=400)
-
-
-def test_terminal_rows_are_kept_and_end_the_rollout(case: Case) -> None:
-    check_terminals(*case, 3, narrow_box(11))
-
-
-def test_deterministic_rollout(case: Case) -> None:
-    check_deterministic(*case)
+class TestRollouts(RolloutTests):
+    pass
 
 
 @pytest.mark.parametrize("member", [0, 2])
@@ -199,12 +183,7 @@ def test_what_is_not_finite_is_not_kept(device: str, member: int) -> None:
 
 
 def test_nothing_finite_at_all(device: str) -> None:
-    ensemble = make_ensemble(5, 2)
-    with torch.no_grad():
-        ensemble.biases[-1].fill_(torch.inf)
-    engine = make_engine(ensemble, device)
-    result = engine.rollout(make_policy(5, 2), make_start(30, 5, device), 7, seed=0)
-    assert len(result) == 0 and result.info["non_finite"] == 30
+    check_nothing_finite(lambda ensemble: make_engine(ensemble, device), make_start(30, 5, device))
 
 
 def test_log_std_is_clipped(case: Case) -> None:
@@ -218,10 +197,6 @@ def test_log_std_is_clipped(case: Case) -> None:
     assert_as_accurate(kernel, same, exact, "actions", units=truncation(engine, policy))
 
 
-def test_arrays_after_the_terminals_may_be_missing(case: Case) -> None:
-    check_missing_arrays(*case)
-
-
 def test_dtypes_that_it_refuses(device: str) -> None:
     with pytest.raises(InputError, match="cuda: serves bfloat16 and float16, not float32"):
         make_engine(make_ensemble(5, 2), device, dtype="float32")
@@ -233,7 +208,7 @@ def test_dtypes_that_it_refuses(device: str) -> None:
         ((32, 2), (16,), "observations of at most 31 dimensions, not 32"),
         ((5, 9), (16,), "actions of at most 8 dimensions, not 9"),
         ((5, 2), (16, 257), "hidden layers at most 256 wide, not 257"),
-        ((5, 2), (), "networks with a hidden layer at least"),
+        ((5, 2), (), "networks with at least one hidden layer"),
     ],
 )
 def test_shapes_that_it_refuses(
@@ -245,7 +220,7 @@ def test_shapes_that_it_refuses(
 
 @pytest.mark.parametrize(
     ("hidden", "reason"),
-    [((300,), "a policy's hidden layers at most 256 wide, not 300"), ((), "a hidden layer at least")],
+    [((300,), "a policy's hidden layers at most 256 wide, not 300"), ((), "at least one hidden layer")],
 )
 def test_policies_that_it_refuses(device: str, hidden: tuple[int, ...], reason: str) -> None:
     engine = make_engine(make_ensemble(5, 2), device)

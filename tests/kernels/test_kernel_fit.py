@@ -8,7 +8,7 @@ from kernel_cases import FIT_CASES, assert_trained_alike, fit_state, fit_steps, 
 from mopo_fast import fit as fit_module
 from mopo_fast.backends import cpu
 from mopo_fast.backends.cpu import CpuBackend
-from mopo_fast.backends.interface import FitRun
+from mopo_fast.backends.interface import FitSteps
 from mopo_fast.config import DynamicsConfig
 from mopo_fast.fit import PyTorchSteps, fit_dynamics
 
@@ -86,7 +86,7 @@ def test_result_does_not_depend_on_the_calls() -> None:
 def test_fit_goes_through_the_backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def fused(self: CpuBackend, runs: list[FitRun], threads: int) -> list[float]:
+    def fused(self: CpuBackend, runs: list[FitSteps], threads: int) -> list[float]:
         seen.append(("cpu", runs[0].rows.shape[1]))
         return [0.0]
 

@@ -12,19 +12,17 @@ import pytest
 import torch
 from kernel_cases import (
     DECLARED,
+    Case,
+    RolloutTests,
     check_actions,
-    check_deterministic,
     check_made_of_steps,
-    check_missing_arrays,
     check_not_finite,
-    check_ring,
+    check_nothing_finite,
     check_rollout,
     check_rounded_policy,
     check_rounded_step,
     check_split,
     check_step,
-    check_terminals,
-    check_turns,
     inputs,
     make_ensemble,
     make_policy,
@@ -41,7 +39,6 @@ from mopo_fast.config import ACTIVATIONS, PENALTIES
 from mopo_fast.data import Transitions
 from mopo_fast.ensemble import round_factor
 from mopo_fast.errors import InputError
-from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine
 
 triton = pytest.importorskip("triton")
@@ -59,7 +56,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 ROUNDED = ["tfloat32", "float16", *([] if kernels.INTERPRETED else ["bfloat16"])]
-Case = tuple[RolloutEngine, Actor, torch.Tensor]
 
 
 def make_engine(ensemble: torch.nn.Module, **options: Any) -> RolloutEngine:
@@ -237,20 +233,8 @@ def test_splits_do_not_matter(case: Case) -> None:
     check_split(*case, 2, split=37)
 
 
-def test_a_batch_may_take_turns(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_turns(*case, monkeypatch)
-
-
-def test_ring(case: Case) -> None:
-    check_ring(*case, 2, capacity=400)
-
-
-def test_terminal_rows_are_kept_and_end_the_rollout(case: Case) -> None:
-    check_terminals(*case, 3, narrow_box(11))
-
-
-def test_deterministic_rollout(case: Case) -> None:
-    check_deterministic(*case)
+class TestRollouts(RolloutTests):
+    pass
 
 
 @pytest.mark.parametrize("member", [0, 2])
@@ -260,11 +244,7 @@ def test_what_is_not_finite_is_not_kept(member: int) -> None:
 
 
 def test_nothing_finite_at_all() -> None:
-    ensemble = make_ensemble(5, 2)
-    with torch.no_grad():
-        ensemble.biases[-1].fill_(torch.inf)
-    result = make_engine(ensemble).rollout(make_policy(5, 2), make_start(30, 5), 7, seed=0)
-    assert len(result) == 0 and result.info["non_finite"] == 30
+    check_nothing_finite(make_engine, make_start(30, 5))
 
 
 def test_log_std_is_clipped(case: Case) -> None:
@@ -321,7 +301,7 @@ def test_activations_are_held_where_weights_fit(
 def test_gpus_that_cannot() -> None:
     assert host._refusal_of_gpu("float16", (9, 0)) is None
     reason = host._refusal_of_gpu("bfloat16", (7, 5))
-    assert reason == "bfloat16 takes compute capability 8.0, the GPU has 7.5"
+    assert reason == "bfloat16 needs compute capability 8.0, the GPU has 7.5"
     assert "to a trap" in (host._refusal_of_gpu("float16", (10, 0)) or "")
     assert host._refusal_of_gpu("float32", (10, 0)) is None
 
@@ -365,10 +345,6 @@ def test_without_a_gpu_there_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not status.available and "PyTorch sees no GPU" in status.reason
     reason = host.TritonBackend().refusal(Need("float32", torch.device("cpu")))
     assert reason == "serves CUDA tensors, not cpu"
-
-
-def test_arrays_after_the_terminals_may_be_missing(case: Case) -> None:
-    check_missing_arrays(*case)
 
 
 def test_transitions_are_valid(case: Case) -> None:

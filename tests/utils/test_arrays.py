@@ -72,7 +72,7 @@ def test_any_numpy_array() -> None:
         assert np.array_equal(engine.step(same, actions, seed=1).next_observations, expected)
     for wrong, message in (
         (observations.astype(object), "observations cannot be read as a tensor"),
-        (observations.astype(np.int32), "observations must be floating, got torch.int32"),
+        (observations.astype(np.int32), "observations must be floating-point, got torch.int32"),
     ):
         with pytest.raises(InputError, match=message):
             engine.step(wrong, actions, seed=1)

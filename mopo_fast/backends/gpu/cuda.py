@@ -1,7 +1,7 @@
-"""The kernels in CUDA (csrc/cuda/).
+"""The CUDA backend: kernels in csrc/cuda/.
 
-The rollout is for Hopper: products in 16 bits, activations in registers. SAC and the fit are trained in
-float32, on any GPU from Ampere on.
+Rollouts run on Hopper, with products in 16 bits and activations in registers. SAC and the fit train in
+float32 on Ampere and newer GPUs.
 """
 
 import functools
@@ -11,42 +11,44 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from mopo_fast.backends.gpu.hopper_weights import ACTION_SLOTS, POLICY_WIDTH, HopperWeights, hopper_weights
 from mopo_fast.backends.gpu.padded import Launch, PaddedRollouts, padded_rollout, padded_step
 from mopo_fast.backends.interface import (
     Backend,
     BackendStatus,
-    FitRun,
+    FitSteps,
     Need,
     RolloutCall,
-    SacRun,
+    SacUpdates,
     Sizes,
     StepCall,
     StepResult,
+    address,
+    kernel_arguments,
     network_sizes,
 )
 from mopo_fast.backends.training_calls import fit_call, sac_call
-from mopo_fast.config import ACTIVATIONS, PENALTIES
-from mopo_fast.data.transitions import ROLLOUT_ARRAYS
+from mopo_fast.config import ACTIVATIONS
 from mopo_fast.utils.interrupts import deferred
 
 _SERVED = ("bfloat16", "float16")
-# The devices whose tensors the kernels take.
+# Type of the device whose tensors the kernels take.
 _DEVICE = "cuda"
-# The classes of sizes that there are kernels for: of hidden layers, and of 4 dimensions each of an
-# observation and the reward.
+# Sizes that kernels are compiled for: widths of hidden layers, and groups of four dimensions of (observation,
+# reward).
 _WIDTHS = (200, 256)
 _SLOTS = (5, 8)
-# The widest layer that a block's shared memory on every such GPU has room for, in training.
+# Width of the widest layer that training has shared memory for, on every GPU that it serves.
 _WIDEST_TRAINED = 1024
-# Rollouts of a block, its threads that multiply, and blocks that work side by side.
+# Rollouts of a block, its threads that multiply, and blocks of a cluster.
 _TILE, _THREADS, _CLUSTER = 128, 256, 2
 
 
 @functools.cache
 def _load() -> tuple[ModuleType | None, str]:
-    """The extension, or None and the reason why it is not there."""
+    """Return the extension, or None and the reason why it cannot be loaded."""
     try:
         return importlib.import_module("mopo_fast._cuda"), ""
     except ModuleNotFoundError:
@@ -57,7 +59,7 @@ def _load() -> tuple[ModuleType | None, str]:
 
 def _extension() -> ModuleType:
     module, _ = _load()
-    assert module is not None, "the backend was chosen, so it is there"
+    assert module is not None, "a backend that was chosen can be loaded"
     return module
 
 
@@ -73,9 +75,14 @@ def _refusal_of_capability(device: torch.device | None) -> str | None:
 
 
 def _refusal_of_driver(driver: int, runtime: int, capability: tuple[int, int]) -> str | None:
-    """Tell why a driver cannot run what was built for a CUDA runtime; versions as 1000 major + 10 minor.
+    """Return why a driver cannot run a build for a CUDA runtime, or None.
 
     Source: NVIDIA's guide "CUDA Compatibility", on minor versions and on PTX.
+
+    Args:
+        driver: newest CUDA version that the driver serves, 1000 major + 10 minor; 0 without a driver.
+        runtime: CUDA version of the build, likewise.
+        capability: the GPU's compute capability.
     """
     built = f"{runtime // 1000}.{runtime % 1000 // 10}"
     served = f"{driver // 1000}.{driver % 1000 // 10}"
@@ -84,7 +91,7 @@ def _refusal_of_driver(driver: int, runtime: int, capability: tuple[int, int]) -
         return "no NVIDIA driver was found"
     if driver // 1000 < runtime // 1000:
         return f"built for CUDA {built}, the driver serves CUDA {served}: {update}"
-    # Newer GPUs run what the driver compiles from PTX, and it compiles none that is newer than itself.
+    # GPUs after Hopper run PTX that the driver compiles, and no driver compiles PTX newer than itself.
     if capability[0] > 9 and driver < runtime:
         return f"built for CUDA {built}, whose PTX the driver for CUDA {served} does not compile: {update}"
     return None
@@ -112,7 +119,7 @@ def _refusal_of_sizes(ensemble: Sizes, policy: Sizes | None) -> str | None:
     ]
     for what, size, most in limits:
         if size == 0:
-            return "serves networks with a hidden layer at least"
+            return "serves networks with at least one hidden layer"
         if size > most:
             return f"serves {what.format(f'at most {most}')}, not {size}"
     return None
@@ -128,54 +135,32 @@ def _launch(
     mean: torch.Tensor | None = None,
     std: torch.Tensor | None = None,
 ) -> None:
-    """Make all steps of all rollouts; without a policy the actions are read."""
-    dynamics, policy, start, settings = call.dynamics, call.policy, call.observations, call.settings
-    (batch, obs_dim), device = start.shape, start.device
-    members = len(dynamics.weights[0])
-    clusters = min(-(-batch // (_CLUSTER * _TILE)), _multiprocessors(device) // _CLUSTER)
+    """Make all steps of all rollouts; see `padded.Launch`."""
+    dynamics, policy, start = call.dynamics, call.policy, call.observations
+    members, device = len(dynamics.weights[0]), start.device
+    clusters = min(-(-len(start) // (_CLUSTER * _TILE)), _multiprocessors(device) // _CLUSTER)
     scratch = start.new_empty(clusters * _CLUSTER, members, slots, 2, _THREADS, 2)
     max_logvar, min_logvar, carry = dynamics.spelled_out()
     exp_minus_max, exp_min = torch.exp(-max_logvar), torch.exp(min_logvar)
     _extension().rollout(
-        bfloat16=settings.operands == "bfloat16",
+        **kernel_arguments(call),
+        bfloat16=call.settings.operands == "bfloat16",
         width=width,
         slots=slots,
         weights=weights.data.data_ptr(),
         chunk_bytes=weights.chunk_bytes.data_ptr(),
         chunks=len(weights.chunk_bytes),
-        obs_dim=obs_dim,
-        act_dim=len(dynamics.input_mean) - obs_dim,
         members=members,
         hidden_layers=len(dynamics.weights) - 1,
         activation=ACTIVATIONS.index(dynamics.activation),
-        input_mean=dynamics.input_mean.data_ptr(),
-        input_std=dynamics.input_std.data_ptr(),
         exp_minus_max=exp_minus_max.data_ptr(),
         exp_min=exp_min.data_ptr(),
         carry=carry.data_ptr(),
-        log_std=dynamics.log_std,
-        elites=dynamics.elites.data_ptr(),
-        num_elites=len(dynamics.elites),
-        penalty_members=dynamics.penalty_members.data_ptr(),
-        num_penalty_members=len(dynamics.penalty_members),
-        penalty=PENALTIES.index(dynamics.penalty),
-        penalty_coef=dynamics.penalty_coef,
-        low=dynamics.low.data_ptr(),
-        high=dynamics.high.data_ptr(),
         policy_hidden_layers=len(policy.weights) - 1 if policy else 0,
         policy_activation=ACTIVATIONS.index(policy.activation) if policy else 0,
-        log_std_min=policy.log_std_min if policy else 0.0,
-        log_std_max=policy.log_std_max if policy else 0.0,
-        batch=batch,
-        start=start.data_ptr(),
-        rows=call.rows.data_ptr(),
-        horizon=call.horizon,
-        first_step=call.step,
-        seed=settings.seed,
-        deterministic=settings.deterministic,
         record=[array.data_ptr() for array in padded],
-        mean=0 if mean is None else mean.data_ptr(),
-        std=0 if std is None else std.data_ptr(),
+        mean=address(mean),
+        std=address(std),
         scratch=scratch.data_ptr(),
         blocks=clusters * _CLUSTER,
         stream=_cuda_stream(device),
@@ -183,7 +168,7 @@ def _launch(
 
 
 def _prepared(call: StepCall | RolloutCall) -> Launch:
-    """`_launch` with the weights packed, for the smallest kernel that they fit."""
+    """Pack the weights and return `_launch` for the smallest kernel that fits them."""
     dynamics = call.dynamics
     width = _smallest(_WIDTHS, max(network_sizes(dynamics.weights)[1:-1]))
     slots = _smallest(_SLOTS, -(-dynamics.max_logvar.shape[1] // 4))
@@ -192,10 +177,9 @@ def _prepared(call: StepCall | RolloutCall) -> Launch:
 
 
 def _compact(call: RolloutCall, padded: PaddedRollouts, head: int) -> None:
-    """Copy the rows that exist into the ring, from row `head` on."""
+    """Copy the transitions that exist into the ring; see `padded.Compact`."""
     start, (batch, horizon) = call.observations, padded.rewards.shape
-    arrays = [call.out.arrays.get(name) for name in ROLLOUT_ARRAYS]
-    offsets = padded.lengths.cumsum(0) - padded.lengths
+    offsets = padded.offsets()
     _extension().compact(
         obs_dim=start.shape[1],
         act_dim=padded.actions.shape[2],
@@ -205,19 +189,29 @@ def _compact(call: RolloutCall, padded: PaddedRollouts, head: int) -> None:
         rows=call.rows.data_ptr(),
         record=[array.data_ptr() for array in padded],
         offsets=offsets.data_ptr(),
-        out=[(0, 0) if array is None else (array.data_ptr(), array.stride(0)) for array in arrays],
+        out=call.out.addresses(),
         capacity=call.out.capacity,
         head=head,
         stream=_cuda_stream(start.device),
     )
 
 
-# kSacMetrics in csrc/sac.h.
+# As kSacMetrics in csrc/sac.h.
 _SAC_METRICS = 6
 
 
 def _train(kernel: str, calls: Sequence[Any], shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """The calls by an extension's function, all in one launch: the sums that it gives, of this shape."""
+    """Make all calls in one launch.
+
+    Args:
+        kernel: name of the extension's function.
+        calls: its packed calls.
+        shape: shape of the sums that it returns.
+        device: the GPU.
+
+    Returns:
+        The sums, float64.
+    """
     sums = torch.zeros(shape, dtype=torch.float64, device=device)
     memory: list[torch.Tensor] = []
 
@@ -230,17 +224,18 @@ def _train(kernel: str, calls: Sequence[Any], shape: tuple[int, ...], device: to
     return sums
 
 
-def _count(steps: Sequence[torch.Tensor], made: int) -> None:
+def _set_steps(steps: Sequence[torch.Tensor], made: int) -> None:
     for step in steps:
         step.fill_(made)
 
 
 class CudaBackend(Backend):
-    """float32 arrays on a GPU, the rollout's products in bfloat16 or float16. By name alone."""
+    """float32 arrays on an NVIDIA GPU, rollouts' products in bfloat16 or float16; chosen by name only."""
 
     name = "cuda"
     trains = "kernels"
 
+    @override
     def status(self) -> BackendStatus:
         module, reason = _load()
         if module is None:
@@ -254,10 +249,11 @@ class CudaBackend(Backend):
         refusal = _refusal_of_capability(None) or _refusal_of_driver(driver, runtime, _capability())
         if refusal is not None:
             return BackendStatus(self.name, False, refusal)
-        # Until its numbers on a GPU have been seen, "auto" does not choose it.
+        # "auto" does not choose it until it has been tested on a GPU.
         reason = f"{torch.cuda.get_device_name()}; not tested on a GPU yet"
         return BackendStatus(self.name, True, reason, by_name_only=True)
 
+    @override
     def refusal(self, need: Need) -> str | None:
         if need.device.type != _DEVICE:
             return f"serves CUDA tensors, not {need.device}"
@@ -274,28 +270,31 @@ class CudaBackend(Backend):
             return f"makes rollouts on compute capability 9.0, not {'.'.join(map(str, capability))}"
         return None if need.ensemble is None else _refusal_of_sizes(need.ensemble, need.policy)
 
+    @override
     def step(self, call: StepCall) -> StepResult:
         return padded_step(_prepared(call), call)
 
+    @override
     def rollout(self, call: RolloutCall) -> tuple[int, int]:
         return padded_rollout(_prepared(call), _compact, call)
 
-    def sac_updates(self, runs: Sequence[SacRun], threads: int) -> list[list[float]]:
-        """All runs side by side, in one launch."""
-        calls = [sac_call(_extension(), run) for run in runs]
-        device, shape = runs[0].log_alpha[0].device, (len(runs), _SAC_METRICS)
+    @override
+    def sac_updates(self, calls: Sequence[SacUpdates], threads: int) -> list[list[float]]:
+        packed = [sac_call(_extension(), call) for call in calls]
+        device, shape = calls[0].log_alpha[0].device, (len(calls), _SAC_METRICS)
         with deferred():
-            metrics: list[list[float]] = _train("sac_updates", calls, shape, device).tolist()
-            for run in runs:
-                run.count.fill_(run.updates_before + run.updates)
-                _count(run.steps, int(run.count))
+            metrics: list[list[float]] = _train("sac_updates", packed, shape, device).tolist()
+            for call in calls:
+                call.count.fill_(call.updates_before + call.updates)
+                _set_steps(call.steps, int(call.count))
         return metrics
 
-    def fit_steps(self, runs: Sequence[FitRun], threads: int) -> list[float]:
-        """All runs side by side, in one launch."""
-        calls = [fit_call(_extension(), run) for run in runs]
+    @override
+    def fit_steps(self, calls: Sequence[FitSteps], threads: int) -> list[float]:
+        packed = [fit_call(_extension(), call) for call in calls]
         with deferred():
-            losses: list[float] = _train("fit_steps", calls, (len(runs),), runs[0].table.device).tolist()
-            for run in runs:
-                _count(run.steps, run.steps_before + -(-run.rows.shape[1] // run.config.batch_size))
+            losses: list[float] = _train("fit_steps", packed, (len(calls),), calls[0].table.device).tolist()
+            for call in calls:
+                steps = -(-call.rows.shape[1] // call.config.batch_size)
+                _set_steps(call.steps, call.steps_before + steps)
         return losses

@@ -1,4 +1,4 @@
-"""A network's parameters as the Triton kernels read them: padded, rounded, one layer after the other."""
+"""Networks packed for the Triton kernels: padded, rounded, one layer after the other."""
 
 import itertools
 from dataclasses import dataclass
@@ -7,24 +7,28 @@ import torch
 
 from mopo_fast.ensemble import round_factor
 
-# Layers' sizes are rounded up to a multiple of the least that a tensor core multiplies.
+# Smallest size that a tensor core multiplies; the sizes of all layers are rounded up to a multiple.
 MULTIPLE = 16
 
 
 def round_up(size: int) -> int:
+    """Round a layer's size up to a multiple of `MULTIPLE`."""
     return size + -size % MULTIPLE
 
 
 def storage_dtype(operands: str) -> torch.dtype:
-    """Give the type to keep factors in, for products in `operands`, one of `config.ROLLOUT_DTYPES`."""
+    """Return the dtype that factors are stored in, for `operands`, one of `config.ROLLOUT_DTYPES`."""
     return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(operands, torch.float32)
 
 
 @dataclass(frozen=True, eq=False)
 class PackedNetwork:
-    """`sizes` of inputs, hidden layers and outputs, rounded up; what is added is zero, and activates to zero.
+    """One or more networks, padded with zeros. Padded units have activation zero.
 
-    `weights` [networks, sum of in * out] in `storage_dtype`, `biases` [networks, sum of out] in float32.
+    Attributes:
+        sizes: sizes of inputs, hidden layers and outputs, rounded up.
+        weights: [networks, sum of in * out] in `storage_dtype`.
+        biases: [networks, sum of out] in float32.
     """
 
     sizes: tuple[int, ...]
@@ -33,7 +37,13 @@ class PackedNetwork:
 
 
 def pack(weights: list[torch.Tensor], biases: list[torch.Tensor], operands: str) -> PackedNetwork:
-    """Pack `weights[i]` [networks, in, out], `biases[i]` [networks, out], or one network's."""
+    """Pack the layers of one or more networks.
+
+    Args:
+        weights: [networks, in, out] of each layer, or [in, out] of one network.
+        biases: [networks, out] of each layer, or [out].
+        operands: one of `config.ROLLOUT_DTYPES`.
+    """
     sizes = [round_up(size) for size in (weights[0].shape[-2], *(weight.shape[-1] for weight in weights))]
     shapes = list(itertools.pairwise(sizes))
     networks, dtype = biases[0].numel() // biases[0].shape[-1], storage_dtype(operands)
@@ -41,7 +51,7 @@ def pack(weights: list[torch.Tensor], biases: list[torch.Tensor], operands: str)
     all_biases = biases[0].new_zeros(networks, sum(sizes[1:]))
     places = all_weights.split([rows * columns for rows, columns in shapes], dim=1)
     for place, shape, weight in zip(places, shapes, weights, strict=True):
-        # Copying rounds to 16 bits.
+        # Copying rounds to 16 bits, so only tfloat32 is rounded here.
         factor = round_factor(weight, operands) if dtype == weight.dtype else weight
         place.unflatten(1, shape)[:, : weight.shape[-2], : weight.shape[-1]] = factor
     for place, bias in zip(all_biases.split(sizes[1:], dim=1), biases, strict=True):

@@ -1,18 +1,30 @@
-"""Rollouts on a GPU: padded to the horizon first, then the rows that exist are closed up into the ring."""
+"""Rollouts on a GPU: first padded to the horizon, then the transitions that exist are copied to the ring."""
 
 import dataclasses
 from typing import NamedTuple, Protocol
 
 import torch
 
-from mopo_fast.backends.interface import RolloutCall, StepCall, StepResult
+from mopo_fast.backends.interface import STEP_ARRAYS, RolloutCall, StepCall, StepResult
 
-# The size of the padded rollouts that are made at a time; a larger batch takes turns.
+# Bytes of padded rollouts that are made at a time; a larger batch is split.
 PADDED_BYTES = 1 << 28
 
 
 class PaddedRollouts(NamedTuple):
-    """[batch, horizon, ...] each, of which the first `lengths` [batch] exist; `cut` [batch]: not finite."""
+    """Rollouts padded to the horizon.
+
+    Attributes:
+        actions: [batch, horizon, act_dim].
+        rewards: [batch, horizon].
+        next_observations: [batch, horizon, obs_dim].
+        terminals: bool [batch, horizon].
+        raw_rewards: [batch, horizon].
+        penalties: [batch, horizon].
+        members: int32 [batch, horizon].
+        lengths: int32 [batch], number of steps that exist.
+        cut: int32 [batch], 1 where a prediction that was not finite ended the rollout.
+    """
 
     actions: torch.Tensor
     rewards: torch.Tensor
@@ -24,9 +36,13 @@ class PaddedRollouts(NamedTuple):
     lengths: torch.Tensor
     cut: torch.Tensor
 
+    def offsets(self) -> torch.Tensor:
+        """Count the transitions of the rollouts before each one, int64 [batch]."""
+        return self.lengths.cumsum(0) - self.lengths
+
 
 class Launch(Protocol):
-    """Make all steps of all rollouts; without a policy the actions are read."""
+    """A backend's kernel that makes rollouts."""
 
     def __call__(
         self,
@@ -35,13 +51,22 @@ class Launch(Protocol):
         *,
         mean: torch.Tensor | None = None,
         std: torch.Tensor | None = None,
-    ) -> None: ...
+    ) -> None:
+        """Make all steps of all rollouts into `padded`.
+
+        Args:
+            call: the rollouts. Without a policy, the kernel reads the actions from `padded`.
+            padded: receives the rollouts.
+            mean: receives every member's mean, [members, batch, obs_dim + 1].
+            std: receives every member's standard deviation, likewise.
+        """
 
 
 class Compact(Protocol):
-    """Copy the rows that exist into the ring, from row `head` on."""
+    """A backend's kernel that writes padded rollouts to the ring."""
 
-    def __call__(self, call: RolloutCall, padded: PaddedRollouts, head: int) -> None: ...
+    def __call__(self, call: RolloutCall, padded: PaddedRollouts, head: int) -> None:
+        """Copy the transitions that exist into the ring `call.out`, from row `head` on."""
 
 
 def _empty(start: torch.Tensor, act_dim: int, horizon: int) -> PaddedRollouts:
@@ -64,29 +89,16 @@ def _empty(start: torch.Tensor, act_dim: int, horizon: int) -> PaddedRollouts:
 
 
 def padded_step(launch: Launch, call: StepCall) -> StepResult:
-    """Make a step as a rollout of one, with the members' distributions where they are asked for."""
-    batch, obs_dim = call.observations.shape
+    """Make a model step as a rollout of one step."""
     padded = _empty(call.observations, 0, 1)._replace(actions=call.actions)
-    mean = std = None
-    if call.distributions:
-        shape = (len(call.dynamics.weights[0]), batch, obs_dim + 1)
-        mean, std = call.observations.new_empty(shape), call.observations.new_empty(shape)
+    mean, std = call.empty_distributions()
     with torch.cuda.device_of(call.observations):
         launch(call, padded, mean=mean, std=std)
-    return StepResult(
-        next_observations=padded.next_observations.squeeze(1),
-        rewards=padded.rewards.squeeze(1),
-        terminals=padded.terminals.squeeze(1),
-        raw_rewards=padded.raw_rewards.squeeze(1),
-        penalties=padded.penalties.squeeze(1),
-        members=padded.members.squeeze(1),
-        mean=mean,
-        std=std,
-    )
+    return StepResult(**{name: getattr(padded, name).squeeze(1) for name in STEP_ARRAYS}, mean=mean, std=std)
 
 
 def padded_rollout(launch: Launch, compact: Compact, call: RolloutCall) -> tuple[int, int]:
-    """Make rollouts into the ring: (rows written, rollouts cut as not finite)."""
+    """Make rollouts, a part of the batch at a time; see `Backend.rollout`."""
     obs_dim, act_dim = call.observations.shape[1], call.policy.weights[-1].shape[-1] // 2
     turn = max(1, PADDED_BYTES // (4 * call.horizon * (obs_dim + act_dim + 5)))
     written = cut = 0

@@ -1,4 +1,4 @@
-"""The rollout in Triton, for any GPU that Triton serves; or interpreted on the CPU, to debug and test it."""
+"""The Triton backend: rollouts on any GPU that Triton serves, or interpreted on the CPU to test it."""
 
 import functools
 import importlib
@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+from typing_extensions import override
 
 from mopo_fast.backends.gpu.pack import MULTIPLE, PackedNetwork, pack, storage_dtype
 from mopo_fast.backends.gpu.padded import PaddedRollouts, padded_rollout, padded_step
@@ -26,9 +27,15 @@ _COPIED_ROWS = 128
 
 
 class Tile(NamedTuple):
-    """The sizes of a program's products: `rows`, at most `columns` outputs, at most `depth` inputs.
+    """The sizes of a program's work.
 
-    Networks at most `held` wide pass activations on in registers, in blocks of `depth` columns.
+    Attributes:
+        rows: number of rollouts.
+        columns: most outputs of a product.
+        depth: most inputs of a product.
+        warps: number of warps.
+        stages: number of stages of Triton's software pipeline.
+        held: width up to which networks keep activations in registers, in blocks of `depth` columns.
     """
 
     rows: int
@@ -39,21 +46,21 @@ class Tile(NamedTuple):
     held: int
 
 
-# Products in float32 take registers where the others take tensor cores. With factors of 16 bits there are
-# registers left for activations, in blocks of 64 columns without a spill on Hopper.
+# Products in float32 take registers, the others take tensor cores. Factors of 16 bits leave registers for the
+# activations; in blocks of 64 columns nothing spills on Hopper.
 _TILES = {
     "float32": Tile(64, 64, 16, 4, 2, 0),
     "tfloat32": Tile(64, 64, 32, 4, 3, 0),
     "bfloat16": Tile(128, 128, 64, 8, 2, 240),
     "float16": Tile(128, 128, 64, 8, 2, 240),
 }
-# Interpreted, an operation takes as long for few numbers as for many.
+# The interpreter takes as long for an operation on few numbers as on many.
 _INTERPRETED = Tile(128, 128, 64, 1, 1, 240)
 
 
 @functools.cache
 def _load() -> tuple[ModuleType | None, str]:
-    """The kernels, or None and the reason why they are not there."""
+    """Return the module of the kernels, or None and the reason why it cannot be loaded."""
     try:
         return importlib.import_module("mopo_fast.backends.gpu.triton_kernels"), ""
     except ImportError as error:
@@ -62,7 +69,7 @@ def _load() -> tuple[ModuleType | None, str]:
 
 def _kernels() -> ModuleType:
     module, _ = _load()
-    assert module is not None, "the backend was chosen, so it is there"
+    assert module is not None, "a backend that was chosen can be loaded"
     return module
 
 
@@ -74,14 +81,14 @@ def _tile(operands: str, device: torch.device) -> Tile:
     if _kernels().INTERPRETED:
         return _INTERPRETED
     tile, gpu = _TILES[operands], _gpu(device)
-    # A layer's weights lie in shared memory, on Hopper the next layer's beside them.
+    # Shared memory holds a layer's weights, on Hopper the next layer's too.
     bytes_each = 4 if gpu.major == 9 else 2
     room: int = math.isqrt(gpu.shared_memory_per_block_optin // bytes_each) // MULTIPLE * MULTIPLE
     return tile._replace(held=min(tile.held, room) if gpu.major >= 8 else 0)
 
 
 def _programs(tiles: int, warps: int, device: torch.device) -> int:
-    """As many as run at a time; each takes tile after tile, so that their scratch stays in cache."""
+    """Return how many programs run at a time; each takes many tiles, so that their scratch stays in cache."""
     if _kernels().INTERPRETED:
         return min(tiles, 2)
     # Eight warps of 255 registers a thread fill a multiprocessor.
@@ -97,7 +104,7 @@ def _launch(
     mean: torch.Tensor | None = None,
     std: torch.Tensor | None = None,
 ) -> None:
-    """Make all steps of all rollouts; without a policy the actions are read."""
+    """Make all steps of all rollouts; see `padded.Launch`."""
     dynamics, policy, start, settings = call.dynamics, call.policy, call.observations, call.settings
     (batch, obs_dim), device = start.shape, start.device
     tile = _tile(settings.operands, device)
@@ -163,14 +170,14 @@ def _launch(
 
 
 def _compact(call: RolloutCall, padded: PaddedRollouts, head: int) -> None:
-    """Copy the rows that exist into the ring, from row `head` on."""
+    """Copy the transitions that exist into the ring; see `padded.Compact`."""
     batch, horizon = padded.rewards.shape
     targets = [call.out.arrays.get(name) for name in ROLLOUT_ARRAYS]
     _kernels().compact_kernel[(-(-batch * horizon // _COPIED_ROWS),)](
         call.observations,
         call.rows,
         *padded[:-1],
-        padded.lengths.cumsum(0) - padded.lengths,
+        padded.offsets(),
         batch,
         horizon,
         *targets,
@@ -184,34 +191,36 @@ def _compact(call: RolloutCall, padded: PaddedRollouts, head: int) -> None:
 
 
 def _refusal_of_gpu(dtype: str, capability: tuple[int, int]) -> str | None:
-    """Tell why a GPU of such a compute capability cannot serve one of `_SERVED`."""
+    """Return why a GPU of such a compute capability cannot serve one of `_SERVED`, or None."""
     if dtype in ("bfloat16", "tfloat32") and capability < (8, 0):
-        return f"{dtype} takes compute capability 8.0, the GPU has {capability[0]}.{capability[1]}"
+        return f"{dtype} needs compute capability 8.0, the GPU has {capability[0]}.{capability[1]}"
     if dtype != "float32" and capability[0] in (10, 11):
-        return f"compute capability {capability[0]}: Triton 3.6 compiled products in {dtype} to a trap"
+        return f"compute capability {capability[0]}: Triton 3.6 compiles products in {dtype} to a trap"
     return None
 
 
 class TritonBackend(Backend):
-    """float32 arrays on a GPU, products in float32 or less; or interpreted, CPU tensors. By name alone."""
+    """float32 arrays on a GPU, or on the CPU if interpreted; products in `_SERVED`; chosen by name only."""
 
     name = "triton"
     trains = None
 
+    @override
     def status(self) -> BackendStatus:
         kernels, reason = _load()
         if kernels is None:
             return BackendStatus(self.name, False, reason)
         if kernels.INTERPRETED:
-            reason = "interpreted on the CPU for TRITON_INTERPRET=1, slow"
+            reason = "interpreted on the CPU, slowly, as TRITON_INTERPRET=1 asks"
             return BackendStatus(self.name, True, reason, by_name_only=True)
         if not torch.cuda.is_available():
             reason = "PyTorch sees no GPU; TRITON_INTERPRET=1 interprets the kernels on the CPU"
             return BackendStatus(self.name, False, reason)
-        # Until its numbers on a GPU have been seen, "auto" does not choose it.
+        # "auto" does not choose it until it has been tested on a GPU.
         reason = f"{torch.cuda.get_device_name()}; not tested on a GPU yet"
         return BackendStatus(self.name, True, reason, by_name_only=True)
 
+    @override
     def refusal(self, need: Need) -> str | None:
         if need.training is not None:
             return "makes rollouts, does not train"
@@ -229,10 +238,12 @@ class TritonBackend(Backend):
             else _refusal_of_gpu(need.dtype, torch.cuda.get_device_capability(need.device))
         )
 
+    @override
     def step(self, call: StepCall) -> StepResult:
         dynamics = pack(call.dynamics.weights, call.dynamics.biases, call.settings.operands)
         return padded_step(functools.partial(_launch, (dynamics, None)), call)
 
+    @override
     def rollout(self, call: RolloutCall) -> tuple[int, int]:
         networks = (
             pack(call.dynamics.weights, call.dynamics.biases, call.settings.operands),

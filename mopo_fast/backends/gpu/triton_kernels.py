@@ -1,12 +1,13 @@
-"""The rollout in Triton: a program takes a tile of rows through all steps, a second kernel closes the gaps.
+"""The rollout in Triton: one kernel takes tiles of rows through all steps, another closes the gaps.
 
-Where factors have 16 bits and layers are narrow, a tile's activations stay in registers from layer to
-layer. Else they pass through a scratch of the program's own, small enough for the second-level cache. Any
-size works: a layer's columns are cut into blocks, the last of them 32 and 16 wide, so that a width that is
-no power of two does not cost what the next one does. The mathematics is csrc/spec.h's, the random numbers
-are backends/philox.py's.
+With factors of 16 bits and narrow layers, a tile's activations stay in registers from layer to layer.
+Otherwise they pass through a scratch of the program, small enough for the second-level cache. Networks of any
+size work. A layer's columns are cut into blocks, the last of them 64, 32 or 16 wide, so that a width between
+two powers of two costs less than the larger one. The mathematics is that of csrc/spec.h, the random numbers
+are those of backends/philox.py.
 
-Importing this module takes Triton; TRITON_INTERPRET=1, set before Triton's first import, interprets it.
+This module cannot be imported without Triton. If TRITON_INTERPRET=1 is set before Triton is first imported,
+the kernels are interpreted.
 """
 
 import triton
@@ -21,7 +22,7 @@ _ACTION_STREAM = tl.constexpr(philox.ACTION_STREAM)
 _NOISE_STREAM = tl.constexpr(philox.NOISE_STREAM)
 _MEMBER_STREAM = tl.constexpr(philox.MEMBER_STREAM)
 _HARDWARE = tl.constexpr(not INTERPRETED)
-# Dimensions of observations and actions that are worked on at a time.
+# Dimensions of an observation or an action that are processed at a time.
 _DIMS = tl.constexpr(16)
 
 
@@ -35,7 +36,7 @@ def _tanh(x):
     size = tl.abs(x)
     decay = tl.exp(-2.0 * size)
     square = size * size
-    # Near zero 1 - decay cancels; the series is off by 1e-8 at most.
+    # 1 - decay cancels near zero; the error of the series is at most 1e-8.
     series = 0.13333333333333333 + square * (-0.05396825396825397 + square * 0.021869488536155203)
     small = size + size * square * (-0.3333333333333333 + square * series)
     result = tl.where(size < 0.25, small, (1.0 - decay) / (1.0 + decay))
@@ -45,8 +46,8 @@ def _tanh(x):
 @triton.jit
 def _silu(x, OPERANDS: tl.constexpr):
     if _HARDWARE and (OPERANDS == "float16" or OPERANDS == "bfloat16") and cuda_capability_geq(7, 5):
-        # One instruction in place of two. Its tanh is off by up to 2^-11 of itself, which adds less to the
-        # predictions' error than rounding to float16 has brought: test_kernel_triton.py holds it to that.
+        # One instruction instead of two. The relative error of its tanh is at most 2^-11, which adds less to
+        # the predictions' error than the rounding to float16 does; test_kernel_triton.py checks that.
         half = 0.5 * x
         tanh = tl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;", "=f,f", [half], dtype=tl.float32, is_pure=True, pack=1
@@ -62,7 +63,7 @@ def _activate(x, ACTIVATION: tl.constexpr, OPERANDS: tl.constexpr):
     if ACTIVATION == "silu":
         x = _silu(x, OPERANDS)
     elif ACTIVATION == "relu":
-        # A maximum would hide a NaN.
+        # tl.maximum would drop a NaN.
         x = tl.where(x < 0.0, 0.0, x)
     elif ACTIVATION == "tanh":
         x = _tanh(x)
@@ -71,7 +72,7 @@ def _activate(x, ACTIVATION: tl.constexpr, OPERANDS: tl.constexpr):
 
 @triton.jit
 def _factor(x, DTYPE: tl.constexpr, OPERANDS: tl.constexpr):
-    """x as a factor of products, rounded as `ensemble.round_factor` does."""
+    """Round x to a factor of a product, as `ensemble.round_factor` does."""
     if OPERANDS == "tfloat32":
         bits = x.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x0FFF + ((bits >> 13) & 1)) & 0xFFFFE000
@@ -98,7 +99,7 @@ def _box_muller(a, b):
 
 @triton.jit
 def random_words(number, step, STREAM: tl.constexpr, first, seed):
-    """Words first .. first + 15 of a row's stream, as four [rows, 4]: those that are 0, 1, 2, 3 modulo 4."""
+    """Draw words first .. first + 15 of each row as four [rows, 4]: words 0, 1, 2 and 3 of every block."""
     low, high = number.to(tl.uint32), (number >> 32).to(tl.uint32)
     block = (first // 4 + tl.arange(0, 4)).to(tl.uint32) + STREAM * 65536
     zero = tl.zeros([1, 4], tl.uint32)
@@ -107,7 +108,7 @@ def random_words(number, step, STREAM: tl.constexpr, first, seed):
 
 @triton.jit
 def _normals(number, step, STREAM: tl.constexpr, first, seed):
-    """Standard normals first .. first + 15 of a row's stream: [rows, 16]."""
+    """Draw standard normals first .. first + 15 of each row: [rows, 16]."""
     a, b, c, d = random_words(number, step, STREAM, first, seed)
     x0, x1 = _box_muller(a, b)
     x2, x3 = _box_muller(c, d)
@@ -116,7 +117,7 @@ def _normals(number, step, STREAM: tl.constexpr, first, seed):
 
 @triton.constexpr_function
 def _widths(size, widest):
-    """Give the widths of the blocks that `size` columns are cut into."""
+    """Return the widths of the blocks that `size` columns are cut into."""
     rest = [width for width in (64, 32, 16) if size % widest & width]
     return [widest] * (size // widest) + rest
 
@@ -138,7 +139,7 @@ def _width(size, widest, block):
 
 @triton.constexpr_function
 def _fits(sizes, held):
-    """Whether activations stay in registers: no layer wider than `held`, and the hidden ones equally wide."""
+    """Tell whether activations stay in registers: equal hidden layers, and no layer wider than `held`."""
     return len(set(sizes[1:-1])) == 1 and max(sizes) <= held
 
 
@@ -167,7 +168,7 @@ def _bias(bias, column, ROWS: tl.constexpr):
 
 @triton.jit
 def _load_blocks(matrix, stride, row, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Some rows of a matrix of SIZE columns, as blocks of columns."""
+    """Load rows of a matrix of SIZE columns as blocks of columns."""
     blocks = ()
     for block in tl.static_range(_blocks(SIZE, BLOCK)):
         column = _first(SIZE, BLOCK, block) + tl.arange(0, _width(SIZE, BLOCK, block))
@@ -181,8 +182,8 @@ def _held_layer(
     K: tl.constexpr, N: tl.constexpr, ACTIVATION: tl.constexpr, OPERANDS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """activation(x @ weight + bias); it and x are blocks of columns in registers."""
-    # All loads first, so that none waits for a product.
+    """Compute activation(x @ weight + bias); the result and x are blocks of columns in registers."""
+    # All loads come first, so that none waits for a product.
     rights = ()
     for k in tl.static_range(_blocks(K, BLOCK)):
         row = _first(K, BLOCK, k) + tl.arange(0, _width(K, BLOCK, k))
@@ -205,7 +206,7 @@ def _held_network(
     SIZES: tl.constexpr, ACTIVATION: tl.constexpr, OPERANDS: tl.constexpr,
     WIDTH: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`_network` where what passes from layer to layer stays in registers."""
+    """Compute `_network` with the activations in registers."""
     lane = tl.arange(0, ROWS)
     K: tl.constexpr = SIZES[0]
     N: tl.constexpr = SIZES[1]
@@ -216,8 +217,8 @@ def _held_network(
     x = _held_layer(x, weight, bias, K, N, ACTIVATION, OPERANDS, ROWS, BLOCK)
     weight += K * N
     bias += N
-    # A loop, so that a layer's weights come in while the one before is at work. It carries integers: Triton
-    # multiplies from registers what is made in the loop, but not what the loop carries as it is.
+    # A loop lets Triton load a layer's weights during the layer before. It carries the activations as
+    # integers: Triton multiplies from registers what the loop body computes, but not what the loop carries.
     carried = _bitcast(x, BITS)
     for _ in range(len(SIZES) - 3):
         x = _bitcast(carried, FACTOR)
@@ -238,7 +239,7 @@ def _columns(
     K: tl.constexpr, N: tl.constexpr, ACTIVATION: tl.constexpr, OPERANDS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out[:, first : first + COLUMNS] = activation(x @ weight + bias)."""
+    """Compute out[:, first : first + COLUMNS] = activation(x @ weight + bias)."""
     lane = tl.arange(0, ROWS)
     column = first + tl.arange(0, COLUMNS)
     total = _bias(bias, column, ROWS)
@@ -263,14 +264,14 @@ def _layer(
     K: tl.constexpr, N: tl.constexpr, ACTIVATION: tl.constexpr, OPERANDS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out = activation(x @ weight + bias) for a tile."""
+    """Compute out = activation(x @ weight + bias) for a tile."""
     for first in range(0, N // BLOCK_N * BLOCK_N, BLOCK_N):
         _columns(x, x_stride, weight, bias, out, out_stride, first,
                  K, N, ACTIVATION, OPERANDS, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
     for block in tl.static_range(N // BLOCK_N, _blocks(N, BLOCK_N)):
         _columns(x, x_stride, weight, bias, out, out_stride, _first(N, BLOCK_N, block),
                  K, N, ACTIVATION, OPERANDS, ROWS, _width(N, BLOCK_N, block), BLOCK_K)  # fmt: skip
-    # What one thread has written, another reads.
+    # Threads read next what other threads have written.
     tl.debug_barrier()
 
 
@@ -280,7 +281,10 @@ def _network(
     SIZES: tl.constexpr, ACTIVATION: tl.constexpr, OPERANDS: tl.constexpr, WIDTH: tl.constexpr,
     HEADS: tl.constexpr, HELD: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A perceptron for a tile x [ROWS, WIDTH], which may lie in `there`: heads [ROWS, HEADS]."""
+    """Compute a perceptron's outputs, heads [ROWS, HEADS], for a tile x [ROWS, WIDTH].
+
+    `here` and `there` are scratch for the activations; x may be `there`.
+    """
     if _fits(SIZES, HELD):
         _held_network(x, heads, weight, bias, SIZES, ACTIVATION, OPERANDS, WIDTH, HEADS, ROWS, BLOCK_K)
     else:
@@ -294,7 +298,7 @@ def _network(
             there = x
         _layer(x, WIDTH, weight, bias, heads, HEADS, SIZES[len(SIZES) - 2], SIZES[len(SIZES) - 1],
                "linear", OPERANDS, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
-    # What one thread has written, another reads.
+    # Threads read next what other threads have written.
     tl.debug_barrier()
 
 
@@ -304,7 +308,7 @@ def _observe(
     POLICY: tl.constexpr, OBS: tl.constexpr, OPERANDS: tl.constexpr, WIDTH: tl.constexpr,
     HEADS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Observations as the networks' inputs: as they are for the policy, standardised for the dynamics."""
+    """Copy observations to the policy's inputs, and standardised to the dynamics' inputs."""
     lane = tl.arange(0, ROWS)
     for first in range(0, OBS, _DIMS):
         column = first + tl.arange(0, _DIMS)
@@ -323,7 +327,7 @@ def _act(
     POLICY: tl.constexpr, DETERMINISTIC: tl.constexpr, OBS: tl.constexpr, ACT: tl.constexpr,
     OPERANDS: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Actions, from the policy's heads into `actions` or read from there, as inputs of the dynamics."""
+    """Draw actions from the policy's heads, or read the caller's; standardise them as dynamics' inputs."""
     lane = tl.arange(0, ROWS)
     for first in range(0, ACT, _DIMS):
         column = first + tl.arange(0, _DIMS)
@@ -347,7 +351,7 @@ def _act(
 
 @triton.jit
 def _variance(logvar, bounds, column, inside, OBS: tl.constexpr, LOG_STD: tl.constexpr):
-    """The double soft clamp of what lies at `logvar`, as a variance; bounds [2, OBS + 1]: e^-max, e^min."""
+    """Load log-variances and return softly clamped variances; bounds [2, OBS + 1] are e^-max and e^min."""
     minus_max = tl.load(bounds + column, inside, 1.0)
     minimum = tl.load(bounds + OBS + 1 + column, inside, 0.0)
     bounded = minimum + 1.0 / (minus_max + tl.exp(-tl.load(logvar, inside[None, :], 0.0)))
@@ -356,7 +360,7 @@ def _variance(logvar, bounds, column, inside, OBS: tl.constexpr, LOG_STD: tl.con
 
 @triton.jit
 def _own_variance(logvar, bounds, member, column, inside, OBS: tl.constexpr, LOG_STD: tl.constexpr):
-    """`_variance` with bounds [MEMBERS, 2, OBS + 1], each row's of its `member` [ROWS]."""
+    """Return `_variance` with the bounds [MEMBERS, 2, OBS + 1] of each row's `member` [ROWS]."""
     own = _at(bounds, member, column, 2 * (OBS + 1))
     minus_max = tl.load(own, inside[None, :], 1.0)
     minimum = tl.load(own + OBS + 1, inside[None, :], 0.0)
@@ -373,7 +377,7 @@ def _nan_max(a, b):
 def _total_variance(
     heads, bounds, OBS: tl.constexpr, LOG_STD: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr
 ):
-    """Sum of the variances of a member's OBS + 1 dimensions: [ROWS]."""
+    """Sum the variances of a member's OBS + 1 dimensions: [ROWS]."""
     lane = tl.arange(0, ROWS)
     total = tl.zeros([ROWS, _DIMS], tl.float32)
     for first in range(0, OBS + 1, _DIMS):
@@ -386,7 +390,7 @@ def _total_variance(
 
 @triton.jit
 def _distance(heads, other, COUNT: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr):
-    """Square of the distance of two means in their first COUNT dimensions: [ROWS]."""
+    """Compute the squared distance of two means in their first COUNT dimensions: [ROWS]."""
     lane = tl.arange(0, ROWS)
     total = tl.zeros([ROWS, _DIMS], tl.float32)
     for first in range(0, COUNT, _DIMS):
@@ -403,7 +407,7 @@ def _store_centre(
     predictions, chosen, centre,
     CHOSEN: tl.constexpr, OBS: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The mean of the chosen members' means, where `_distance` finds it."""
+    """Store the mean of the chosen members' means in `centre`, laid out as a member's heads."""
     lane = tl.arange(0, ROWS)
     for first in range(0, OBS + 1, _DIMS):
         column = first + tl.arange(0, _DIMS)
@@ -422,7 +426,7 @@ def _penalise(
     CHOSEN: tl.constexpr, PENALTY: tl.constexpr, OBS: tl.constexpr, LOG_STD: tl.constexpr,
     OWN_BOUNDS: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """u(s, a) [ROWS] from the members that are chosen; see `reference.penalise`."""
+    """Compute u(s, a) [ROWS] from the chosen members; see `reference.penalise`."""
     if PENALTY == "max_deviation" or PENALTY == "ensemble_std" or PENALTY == "mixture_std":
         _store_centre(predictions, chosen, centre, CHOSEN, OBS, HEADS, ROWS)
     u = tl.zeros([ROWS], tl.float32)
@@ -449,7 +453,7 @@ def _penalise(
 
 @triton.jit
 def _draw(elites, number, step, seed, DETERMINISTIC: tl.constexpr, ELITES: tl.constexpr):
-    """The member that a row's sample is from: int64 [rows], -1 for the mean of all."""
+    """Draw the member that each row is sampled from: int64 [rows], -1 for the mean of all."""
     low, high = number.to(tl.uint32), (number >> 32).to(tl.uint32)
     word, _, _, _ = tl.philox(seed, low, high, step, _MEMBER_STREAM * 65536)
     drawn = tl.load(elites + ((word.to(tl.int64) * ELITES) >> 32))
@@ -462,7 +466,7 @@ def _sample(
     DETERMINISTIC: tl.constexpr, MEMBERS: tl.constexpr, OBS: tl.constexpr, LOG_STD: tl.constexpr,
     OWN_BOUNDS: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Dimensions first .. first + 15 of (delta obs, reward): the drawn member's sample, or all's mean."""
+    """Sample dimensions first .. first + 15 of (delta obs, reward) from the drawn member, or take means."""
     lane = tl.arange(0, ROWS)
     column = first + tl.arange(0, _DIMS)
     inside = column <= OBS
@@ -490,7 +494,11 @@ def _advance(
     DETERMINISTIC: tl.constexpr, MEMBERS: tl.constexpr, OBS: tl.constexpr, LOG_STD: tl.constexpr,
     OWN_BOUNDS: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The next observations, into state and output: (raw rewards, all finite, in the box), each [ROWS]."""
+    """Store the next observations in `state` and in the output.
+
+    Returns:
+        Raw rewards, whether all observations are finite, and whether they are in the box, each [ROWS].
+    """
     lane = tl.arange(0, ROWS)
     raw_reward = tl.zeros([ROWS], tl.float32)
     finite, in_box = alive, alive
@@ -525,7 +533,7 @@ def _store_distributions(
     MEMBERS: tl.constexpr, OBS: tl.constexpr, LOG_STD: tl.constexpr, OWN_BOUNDS: tl.constexpr,
     HEADS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Every member's mean and std into [members, batch, OBS + 1]."""
+    """Store every member's mean and std in [members, batch, OBS + 1]."""
     lane = tl.arange(0, ROWS)
     for member in range(MEMBERS):
         heads = predictions + member * (ROWS * HEADS)
@@ -543,17 +551,17 @@ def _store_distributions(
 
 @triton.jit(do_not_specialize=["batch", "horizon", "first_step", "seed"])
 def rollout_kernel(
-    # The networks, packed, with the elements between two members; the dynamics' constants. carry: or None.
+    # Packed networks, with the elements between two members; the dynamics' constants (carry may be None).
     weights, biases, weights_stride, biases_stride, policy_weights, policy_biases,
     input_mean, input_std, bounds, carry, elites, chosen, low, high,
     # Start states [batch, OBS] and the rows' numbers [batch].
     start, rows, batch, horizon, first_step: tl.uint32, seed: tl.uint64,
     penalty_coef, log_std_min, log_std_max,
-    # Padded rollouts, [batch, horizon, ...]; without a policy actions are read. lengths, cut: [batch].
+    # Padded rollouts, [batch, horizon, ...]; actions are input without a policy. lengths and cut are [batch].
     actions, rewards, next_observations, terminals, raw_rewards, penalties, members, lengths, cut,
-    # [members, batch, OBS + 1] or None, of the last step.
+    # Output of the last step, [members, batch, OBS + 1], or None.
     mean, std,
-    # A program's own: activations [3, ROWS, WIDTH], zero at first; predictions [MEMBERS + 2, ROWS, HEADS].
+    # Scratch of each program: activations [3, ROWS, WIDTH], zeros; predictions [MEMBERS + 2, ROWS, HEADS].
     activations, predictions,
     OBS: tl.constexpr, ACT: tl.constexpr, MEMBERS: tl.constexpr, ELITES: tl.constexpr,
     LOG_STD: tl.constexpr, OWN_BOUNDS: tl.constexpr,
@@ -562,7 +570,7 @@ def rollout_kernel(
     OPERANDS: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, HELD: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """All steps of tile after tile of rollouts; POLICY_SIZES is None where the caller acts."""
+    """Make all steps of rollouts, tile after tile; POLICY_SIZES is None if the caller gives the actions."""
     POLICY: tl.constexpr = POLICY_SIZES is not None
     program = tl.program_id(0).to(tl.int64)
     inputs = activations + program * (3 * ROWS * WIDTH)
@@ -572,7 +580,7 @@ def rollout_kernel(
     centre = predictions + MEMBERS * ROWS * HEADS
     state = centre + ROWS * HEADS
     lane = tl.arange(0, ROWS)
-    # What does not change in a loop is computed again, not kept: registers are what is short.
+    # Loop invariants are computed again (disable_licm), since keeping them would take registers.
     for tile in tl.range(tl.program_id(0), tl.cdiv(batch, ROWS), tl.num_programs(0), disable_licm=True):
         row = tile * ROWS + lane.to(tl.int64)
         exists = row < batch
@@ -606,7 +614,7 @@ def rollout_kernel(
                              OPERANDS, WIDTH, HEADS, HELD, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
                 penalty = _penalise(predictions, chosen, centre, bounds,
                                     CHOSEN, PENALTY, OBS, LOG_STD, OWN_BOUNDS, HEADS, ROWS)  # fmt: skip
-                # Again, so that it takes no registers from the networks.
+                # Loaded again, so that it takes no registers from the networks.
                 number = tl.load(rows + row, exists, 0)
                 drawn = _draw(elites, number, step, seed, DETERMINISTIC, ELITES)
                 raw_reward, finite, in_box = _advance(
@@ -632,7 +640,7 @@ def rollout_kernel(
 
 @triton.jit
 def _copy(source, target, mask, COUNT: tl.constexpr):
-    """COUNT numbers from each of `source` [rows] to each of `target` [rows]."""
+    """Copy COUNT numbers from each pointer of `source` [rows] to that of `target` [rows]."""
     for first in range(0, COUNT, _DIMS):
         column = first + tl.arange(0, _DIMS)
         inside = mask[:, None] & (column < COUNT)[None, :]
@@ -642,10 +650,10 @@ def _copy(source, target, mask, COUNT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["batch", "horizon", "head", "capacity"])
 def compact_kernel(
-    # Given to `rollout_kernel`, and made by it; offsets [batch] count the rows of the rollouts before.
+    # Inputs and outputs of `rollout_kernel`; offsets [batch] count the transitions of the rollouts before.
     start, rows, actions, rewards, next_observations, terminals, raw_rewards, penalties, members, lengths,
     offsets, batch, horizon,
-    # The ring's arrays and the elements between two of their rows; those after the terminals may be None.
+    # The ring's arrays, of which those after the terminals may be None; elements between two rows of each.
     to_observations, to_actions, to_rewards, to_next_observations, to_terminals, to_raw_rewards,
     to_penalties, to_members, to_rollout_index, to_step,
     observations_stride, actions_stride, rewards_stride, next_observations_stride, terminals_stride,
@@ -653,7 +661,7 @@ def compact_kernel(
     head, capacity,
     OBS: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Copy the rows that exist into the ring, a rollout's together, in the order of the start states."""
+    """Copy the transitions that exist into the ring, ordered by start state, then by step."""
     place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     rollout, t = place // horizon, place % horizon
     exists = rollout < batch

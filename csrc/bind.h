@@ -4,7 +4,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
+#include <iterator>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -18,6 +21,18 @@ namespace py = pybind11;
 template <class T>
 T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
+}
+
+inline std::vector<std::string> penalty_names() {
+  return {std::begin(mopo::kPenaltyNames), std::end(mopo::kPenaltyNames)};
+}
+
+// The penalty of this name; Python asks for none that is not among penalty_names().
+inline mopo::Penalty penalty_called(const std::string& name) {
+  const auto begin = std::begin(mopo::kPenaltyNames), end = std::end(mopo::kPenaltyNames);
+  const auto found = std::find(begin, end, name);
+  if (found == end) throw std::invalid_argument("no such penalty: " + name);
+  return static_cast<mopo::Penalty>(found - begin);
 }
 
 // (address, stride)

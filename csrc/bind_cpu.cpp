@@ -44,17 +44,15 @@ auto interruptible(Kernel kernel) {
   return result;
 }
 
-std::pair<int64_t, int64_t> rollout(const std::string& isa, int64_t obs_dim, int64_t act_dim,
-                                    const NetworkTuple& dynamics, uintptr_t input_mean, uintptr_t input_std,
-                                    uintptr_t max_logvar, uintptr_t min_logvar, uintptr_t carry, bool log_std,
-                                    uintptr_t elites, int64_t num_elites, uintptr_t penalty_members,
-                                    int64_t num_penalty_members, int penalty, float penalty_coef,
-                                    uintptr_t low, uintptr_t high, const NetworkTuple& policy,
-                                    float log_std_min, float log_std_max, uintptr_t actions, int64_t batch,
-                                    uintptr_t start, uintptr_t rows, int64_t horizon, uint32_t first_step,
-                                    uint64_t seed, bool deterministic, bool bfloat16, bool keep_every_row,
-                                    const std::vector<ArrayTuple>& out, int64_t capacity, int64_t head,
-                                    uintptr_t mean, uintptr_t std, int threads) {
+std::pair<int64_t, int64_t> rollout(
+    const std::string& isa, int64_t obs_dim, int64_t act_dim, const NetworkTuple& dynamics,
+    uintptr_t input_mean, uintptr_t input_std, uintptr_t max_logvar, uintptr_t min_logvar, uintptr_t carry,
+    bool log_std, uintptr_t elites, int64_t num_elites, uintptr_t penalty_members,
+    int64_t num_penalty_members, const std::string& penalty, float penalty_coef, uintptr_t low,
+    uintptr_t high, const NetworkTuple& policy, float log_std_min, float log_std_max, uintptr_t actions,
+    int64_t batch, uintptr_t start, uintptr_t rows, int64_t horizon, uint32_t first_step, uint64_t seed,
+    bool deterministic, bool bfloat16, bool keep_every_row, const std::vector<ArrayTuple>& out,
+    int64_t capacity, int64_t head, uintptr_t mean, uintptr_t std, int threads) {
   const std::vector<mopo::NetworkLayer> dynamics_layers = layers(dynamics), policy_layers = layers(policy);
   mopo::RolloutArgs args{};
   args.obs_dim = obs_dim;
@@ -70,7 +68,7 @@ std::pair<int64_t, int64_t> rollout(const std::string& isa, int64_t obs_dim, int
   args.num_elites = num_elites;
   args.penalty_members = pointer<int64_t>(penalty_members);
   args.num_penalty_members = num_penalty_members;
-  args.penalty = static_cast<mopo::Penalty>(penalty);
+  args.penalty = penalty_called(penalty);
   args.penalty_coef = penalty_coef;
   args.low = pointer<float>(low);
   args.high = pointer<float>(high);
@@ -138,6 +136,7 @@ PYBIND11_MODULE(_cpu, module) {
   using py::arg;
   // std::thread throws it where the system starts no more threads.
   py::register_local_exception<std::system_error>(module, "ThreadError");
+  module.def("penalties", penalty_names, "Names of the penalties that the rollout has.");
   module.def("isas", mopo::supported_isas,
              "List the instruction sets that this processor can run, best first.");
   module.def("rollout", rollout, py::kw_only(), arg("isa"), arg("obs_dim"), arg("act_dim"), arg("dynamics"),

@@ -26,11 +26,11 @@ void rollout(bool bfloat16, int width, int slots, uintptr_t weights, uintptr_t c
              int obs_dim, int act_dim, int members, int hidden_layers, int activation, uintptr_t input_mean,
              uintptr_t input_std, uintptr_t exp_minus_max, uintptr_t exp_min, uintptr_t carry, bool log_std,
              uintptr_t elites, int num_elites, uintptr_t penalty_members, int num_penalty_members,
-             int penalty, float penalty_coef, uintptr_t low, uintptr_t high, int policy_hidden_layers,
-             int policy_activation, float log_std_min, float log_std_max, int batch, uintptr_t start,
-             uintptr_t rows, int horizon, uint32_t first_step, uint64_t seed, bool deterministic,
-             const RecordAddresses& to, uintptr_t mean, uintptr_t std, uintptr_t scratch, int blocks,
-             uintptr_t cuda_stream) {
+             const std::string& penalty, float penalty_coef, uintptr_t low, uintptr_t high,
+             int policy_hidden_layers, int policy_activation, float log_std_min, float log_std_max, int batch,
+             uintptr_t start, uintptr_t rows, int horizon, uint32_t first_step, uint64_t seed,
+             bool deterministic, const RecordAddresses& to, uintptr_t mean, uintptr_t std, uintptr_t scratch,
+             int blocks, uintptr_t cuda_stream) {
   mopo::cuda::RolloutLaunch args{};
   args.weights = pointer<unsigned char>(weights);
   args.chunk_bytes = pointer<int32_t>(chunk_bytes);
@@ -50,7 +50,7 @@ void rollout(bool bfloat16, int width, int slots, uintptr_t weights, uintptr_t c
   args.num_elites = num_elites;
   args.penalty_members = pointer<int64_t>(penalty_members);
   args.num_penalty_members = num_penalty_members;
-  args.penalty = static_cast<mopo::Penalty>(penalty);
+  args.penalty = penalty_called(penalty);
   args.penalty_coef = penalty_coef;
   args.low = pointer<float>(low);
   args.high = pointer<float>(high);
@@ -141,6 +141,7 @@ PYBIND11_MODULE(_cuda, module) {
   module.attr("watchdog") = false;
 #endif
   module.def("versions", versions, "Return the CUDA versions of the driver and of the runtime.");
+  module.def("penalties", penalty_names, "Names of the penalties that the rollout has.");
   module.def("rollout", rollout, py::kw_only(), arg("bfloat16"), arg("width"), arg("slots"), arg("weights"),
              arg("chunk_bytes"), arg("chunks"), arg("obs_dim"), arg("act_dim"), arg("members"),
              arg("hidden_layers"), arg("activation"), arg("input_mean"), arg("input_std"),

@@ -16,9 +16,13 @@
 
 namespace mopo {
 
-// Both in the order of mopo_fast/config.py, which passes them as integers.
+// In the order of mopo_fast/config.py, which passes them as integers.
 enum class Activation : int { kSilu, kRelu, kTanh };
+
+// The penalties that `penalise` in spec.h has, and their names in mopo_fast/config.py in the same order.
 enum class Penalty : int { kMaxAleatoric, kMaxDeviation, kMaxPairwise, kEnsembleStd, kMixtureStd };
+inline constexpr const char* kPenaltyNames[] = {"max_aleatoric", "max_deviation", "max_pairwise",
+                                                "ensemble_std", "mixture_std"};
 
 // Rows that begin `stride` elements apart: a contiguous array, or columns of a wider table.
 template <class T>

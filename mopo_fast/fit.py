@@ -22,7 +22,7 @@ from typing_extensions import TypedDict
 
 from mopo_fast import backends
 from mopo_fast.backends import checked
-from mopo_fast.backends.interface import FitSteps, Parameter
+from mopo_fast.backends.interface import FitSteps, Need, Parameter
 from mopo_fast.config import DynamicsConfig, to_dict
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import (
@@ -278,7 +278,7 @@ class Fit:
             raise InputError(f"seed must not be negative, got {seed}")
         self.seed, self.config = seed, config
         widest = max(data.obs_dim + data.act_dim, 2 * (data.obs_dim + 1), *config.hidden)
-        self.backend = backends.choose(backend, config.dtype, torch.device(device), training=widest)
+        self.backend = backends.choose(backend, Need(config.dtype, torch.device(device), training=widest))
         self.threads = resolve_threads(threads)
         train, holdout = split_holdout(len(data), seed, config)
         data = data.to("cpu")

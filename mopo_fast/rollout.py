@@ -5,6 +5,7 @@ with a policy. Random numbers depend on (seed, row, step) alone, so a rollout eq
 it is made of, and a batch may be split in any way.
 """
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable
@@ -104,7 +105,8 @@ class RolloutEngine:
         # Read once, since reading a value from a GPU waits for it.
         self._absolute = bool(ensemble.absolute.any())
         self._wanted_backend = backend
-        self.backend = choose(backend, dtype, self.device, ensemble=network_sizes(ensemble.weights))
+        self._need = Need(dtype, self.device, network_sizes(ensemble.weights), penalty=penalty)
+        self.backend = choose(backend, self._need)
         self.threads = resolve_threads(threads)
         self.termination_function: TerminationFunction | None = None
         if callable(termination):
@@ -270,14 +272,11 @@ class RolloutEngine:
 
     def _backend_for(self, policy: Actor) -> Backend:
         """Return the engine's backend, or another one if it cannot serve such a policy."""
-        sizes = network_sizes(self.ensemble.weights), network_sizes(policy.weights)
+        need = dataclasses.replace(self._need, policy=network_sizes(policy.weights))
         backend = get_backend(self.backend)
-        if backend.refusal(Need(self.operands, self.device, *sizes)) is None:
+        if backend.refusal(need) is None:
             return backend
-        ensemble, policy_sizes = sizes
-        return get_backend(
-            choose(self._wanted_backend, self.operands, self.device, ensemble=ensemble, policy=policy_sizes)
-        )
+        return get_backend(choose(self._wanted_backend, need))
 
     def _by_steps(self, call: RolloutCall) -> tuple[int, int]:
         """Make rollouts step by step, with the termination function after each."""

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mopo_fast import backends
 from mopo_fast.backends import checked
-from mopo_fast.backends.interface import Backend, Parameter, SacUpdates
+from mopo_fast.backends.interface import Backend, Need, Parameter, SacUpdates
 from mopo_fast.backends.philox import (
     ACTION_STREAM,
     BATCH_STREAM,
@@ -100,7 +100,7 @@ class SAC:
         # A tensor, so that kernels can count in it.
         self._updates = torch.zeros((), dtype=torch.int64, device="cpu")
         widest = max(obs_dim + act_dim, 2 * act_dim, *config.hidden)
-        self.backend = backends.choose(backend, "float32", torch.device(device), training=widest)
+        self.backend = backends.choose(backend, Need("float32", torch.device(device), training=widest))
         self.threads = resolve_threads(threads)
         self.target_entropy = (
             -float(act_dim) if config.target_entropy == "act_dim" else float(config.target_entropy)

@@ -9,7 +9,7 @@ import torch
 from mopo_fast.backends.cpu import CpuBackend, is_built, isa
 from mopo_fast.backends.gpu.cuda import CudaBackend
 from mopo_fast.backends.gpu.triton import TritonBackend
-from mopo_fast.backends.interface import Backend, BackendStatus, Need, Sizes
+from mopo_fast.backends.interface import Backend, BackendStatus, Need
 from mopo_fast.backends.reference import ReferenceBackend
 from mopo_fast.errors import InputError
 
@@ -36,33 +36,21 @@ def training_kernels(name: str) -> Backend | None:
     return backend if backend.trains == "kernels" else None
 
 
-def choose(
-    name: str,
-    dtype: str,
-    device: torch.device,
-    *,
-    ensemble: Sizes | None = None,
-    policy: Sizes | None = None,
-    training: int | None = None,
-) -> str:
-    """Choose a backend and return its name.
+def choose(name: str, need: Need) -> str:
+    """Choose a backend that can serve `need` and return its name.
 
     The choice and the reasons against better backends are logged once.
 
     Args:
         name: the backend to take. "auto" stands for the one that MOPO_FAST_BACKEND names, or without it for
             the best one that can serve.
-        dtype: as in `Need`.
-        device: as in `Need`.
-        ensemble: as in `Need`.
-        policy: as in `Need`.
-        training: as in `Need`.
+        need: the work.
 
     Raises:
         InputError: the name is unknown, its backend cannot serve, or MOPO_FAST_ISA names an instruction set
             that this processor lacks.
     """
-    return _choose(_wanted(name), Need(dtype, device, ensemble, policy, training))
+    return _choose(_wanted(name), need)
 
 
 def choose_for_run(name: str, device: torch.device) -> str:

@@ -23,6 +23,7 @@ from mopo_fast.backends.interface import (
     StepResult,
     address,
     kernel_arguments,
+    refuse_penalty,
 )
 from mopo_fast.backends.training_calls import fit_call, sac_call
 from mopo_fast.config import ACTIVATIONS
@@ -156,7 +157,7 @@ class CpuBackend(Backend):
             return f"serves CPU tensors, not {need.device}"
         if need.dtype not in ("float32", "bfloat16"):
             return f"serves float32 and bfloat16, not {need.dtype}"
-        return None
+        return refuse_penalty(need, extension().penalties())
 
     @override
     def step(self, call: StepCall) -> StepResult:

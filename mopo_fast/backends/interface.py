@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Generic, Literal, Protocol
 import torch
 from typing_extensions import TypeVar
 
-from mopo_fast.config import PENALTIES, DynamicsConfig, SACConfig
+from mopo_fast.config import DynamicsConfig, SACConfig
 from mopo_fast.data.transitions import ROLLOUT_ARRAYS, Transitions
 
 
@@ -232,7 +232,7 @@ def kernel_arguments(call: StepCall | RolloutCall) -> dict[str, Any]:
         "num_elites": len(dynamics.elites),
         "penalty_members": dynamics.penalty_members.data_ptr(),
         "num_penalty_members": len(dynamics.penalty_members),
-        "penalty": PENALTIES.index(dynamics.penalty),
+        "penalty": dynamics.penalty,
         "penalty_coef": dynamics.penalty_coef,
         "low": dynamics.low.data_ptr(),
         "high": dynamics.high.data_ptr(),
@@ -340,6 +340,7 @@ class Need:
         device: device of the arrays.
         ensemble: sizes of the ensemble that makes rollouts; None where not known yet.
         policy: sizes of the policy that makes rollouts; None where not known yet.
+        penalty: one of `config.PENALTIES`; None where not known yet.
         training: inputs or outputs of the widest layer to train; None asks for rollouts.
     """
 
@@ -347,7 +348,15 @@ class Need:
     device: torch.device
     ensemble: Sizes | None = None
     policy: Sizes | None = None
+    penalty: str | None = None
     training: int | None = None
+
+
+def refuse_penalty(need: Need, served: Sequence[str]) -> str | None:
+    """Tell why a backend whose kernels have the penalties `served` cannot serve `need`, or None."""
+    if need.penalty is None or need.penalty in served:
+        return None
+    return f"has the penalties {', '.join(served)}, not {need.penalty}"
 
 
 @dataclass(frozen=True)

@@ -311,7 +311,7 @@ def test_what_it_refuses() -> None:
     with pytest.raises(InputError, match="triton: serves float32, tfloat32, bfloat16, float16, not float64"):
         RolloutEngine(ensemble, backend="triton", dtype="float64")
     with pytest.raises(InputError, match="triton: makes rollouts, does not train"):
-        choose("triton", "float32", torch.device(DEVICE), training=256)
+        choose("triton", Need("float32", torch.device(DEVICE), training=256))
     assert training_kernels("triton") is training_kernels("reference") is None
     for train in (host.TritonBackend().sac_updates, host.TritonBackend().fit_steps):
         with pytest.raises(RuntimeError, match="backend triton has no kernels that train"):

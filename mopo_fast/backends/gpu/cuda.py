@@ -28,6 +28,7 @@ from mopo_fast.backends.interface import (
     address,
     kernel_arguments,
     network_sizes,
+    refuse_penalty,
 )
 from mopo_fast.backends.training_calls import fit_call, sac_call
 from mopo_fast.config import ACTIVATIONS
@@ -268,6 +269,8 @@ class CudaBackend(Backend):
         capability = _capability(need.device)
         if capability != (9, 0):
             return f"makes rollouts on compute capability 9.0, not {'.'.join(map(str, capability))}"
+        if reason := refuse_penalty(need, _extension().penalties()):
+            return reason
         return None if need.ensemble is None else _refusal_of_sizes(need.ensemble, need.policy)
 
     @override

@@ -140,7 +140,7 @@ def test_too_little_room_is_told_before(
     run: Path, data: Transitions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(write.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 1000))
-    with pytest.raises(InputError, match=r"takes another 0\.0 GiB, the disk has 0\.0 free"):
+    with pytest.raises(InputError, match=r"takes another 0\.0 GiB, the disk has 0\.0 GiB free"):
         make_shards(run, data, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -162,10 +162,10 @@ def test_other_rollouts_and_other_things(
             make_shards(run, data, out, **change)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a.txt").touch()
-    with pytest.raises(InputError, match="holds other things"):
+    with pytest.raises(InputError, match="holds other files"):
         make_shards(run, data, tmp_path / "full")
     (out / MANIFEST).unlink()
-    with pytest.raises(InputError, match="holds other things"):
+    with pytest.raises(InputError, match="holds other files"):
         make_shards(run, data, out)
     assert content(out).keys() == content(undisturbed).keys() - {MANIFEST}
 
@@ -355,8 +355,8 @@ def test_overwriting_other_rollouts(run: Path, data: Transitions, undisturbed: P
         ({"starts": "many"}, "starts must be a valid integer, got 'many'"),
         ({"non_finite": -1}, "non_finite must be greater than or equal to 0, got -1"),
         ({"non_finite": 10**6}, "has more ends than rollouts"),
-        ({"shard": 1}, "is of other rollouts; delete it"),
-        ({"plan": "x"}, "is of other rollouts; delete it"),
+        ({"shard": 1}, "belongs to another plan; delete it"),
+        ({"plan": "x"}, "belongs to another plan; delete it"),
     ],
 )
 def test_a_shard_that_no_manifest_lists_yet_must_be_the_plans(

@@ -60,7 +60,9 @@ def test_mistakes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "leave them out" in fails(str(run), copy, "--from", "mopo-fast", "--activation", "relu")
     assert "are for models: say --from what" in fails("a.hdf5", "b.npz", "--to", "polixir")
     (tmp_path / "empty").mkdir()
-    assert "neither dynamics nor a policy" in fails(str(tmp_path / "empty"), copy, "--from", "mopo-fast")
+    assert "no mopo-fast dynamics and no mopo-fast policy" in fails(
+        str(tmp_path / "empty"), copy, "--from", "mopo-fast"
+    )
     assert not Path(copy).exists()
     with pytest.raises(InputError, match="unknown format 'keras'; there are: mopo-fast, mopo-tf"):
         convert_checkpoint(run, copy, "keras", "mopo-fast")  # type: ignore[arg-type]

@@ -184,7 +184,7 @@ def test_models_that_ours_cannot_be() -> None:
         from_bnn(bnn)
     bnn = Session(2)
     bnn.optvars.insert(10, np.ones((4, 5, 8), np.float32))
-    with pytest.raises(InputError, match="the BNN is not an ensemble as ours"):
+    with pytest.raises(InputError, match="the BNN cannot be read as an ensemble"):
         from_bnn(bnn)
     bnn = Session(2)
     bnn.nonoptvars[1][0, 2] = 0.0
@@ -312,9 +312,9 @@ def test_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             read(path, hints)
         return str(error.value)
 
-    assert "holds several: heads1_0.mat, heads2_0.mat; name one" in fails(RECORDED)
+    assert "holds several models: heads1_0.mat, heads2_0.mat; name one" in fails(RECORDED)
     two = RECORDED / "heads2_0.mat"
-    assert "says what the activation is" in fails(two, Hints(activation="relu"))
+    assert "stores the activation" in fails(two, Hints(activation="relu"))
     assert "leave absolute out" in fails(two, Hints(absolute=(0,)))
     assert "elites must be distinct" in fails(two, Hints(elites=(1, 9)))
     for size in (0, 100, 3000):
@@ -324,7 +324,7 @@ def test_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
     # Valid files of something else.
     savemat(tmp_path / "other.mat", {"weights": np.ones(3)})
-    assert "other.mat is not an ensemble as ours" in fails(tmp_path / "other.mat")
+    assert "other.mat cannot be read as an ensemble" in fails(tmp_path / "other.mat")
     savemat(tmp_path / "gap.mat", {"0": np.ones(3), "2": np.ones(3)})
     assert "gap.mat lacks the array 1" in fails(tmp_path / "gap.mat")
     shutil.copy(two, tmp_path / "tanh.mat")
@@ -345,7 +345,7 @@ def test_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "pwned" not in capsys.readouterr().out
     with pytest.raises(InputError, match="have no log standard deviations; these dynamics do"):
         write(Checkpoint(EnsembleDynamics(3, 2, hidden=(4,), log_scale="std")), tmp_path)
-    with pytest.raises(InputError, match=r"this one is of tanh with \[-20, 2\]"):
+    with pytest.raises(InputError, match=r"this one has tanh and \[-20, 2\]"):
         write(Checkpoint(policy=Actor(3, 2, activation="tanh")), tmp_path)
 
 

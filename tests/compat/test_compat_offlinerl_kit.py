@@ -386,7 +386,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"dynamics\.pth does not exist"):
         other.load(tmp_path / "nowhere")
     torch.save({"weight": torch.zeros(3)}, tmp_path / "dynamics.pth")
-    with pytest.raises(InputError, match="is of another model"):
+    with pytest.raises(InputError, match="does not fit this model"):
         other.load(tmp_path)
 
 

@@ -2,8 +2,10 @@
 
 In Unifloral's `algorithms/mopo.py`, wrap the dynamics:
 
-    from mopo_fast.compat.unifloral import EnsembleDynamics
-    dynamics = EnsembleDynamics(load_dynamics_model(args.model_path))
+    from mopo_fast.compat import unifloral
+    dynamics_model = unifloral.EnsembleDynamics(load_dynamics_model(args.model_path))
+
+Import the module, not the class: Unifloral's pickles are loaded by the name `EnsembleDynamics` in mopo.py.
 
 JAX is imported only by functions that take JAX arrays. Files are read and written without it. In this module,
 "the original" is Unifloral's class or function of the same name.

@@ -234,7 +234,7 @@ def test_an_interruption_abandons_the_shard_that_is_written(
 ) -> None:
     """The second shard is being written when the third is interrupted."""
     writing = threading.Event()
-    write_file, make_shard = files.write_file, Generator.shard
+    write_file, make_shard = files.write_file, Generator.make_shard
 
     def slowly(path: Path, arrays: Any, metadata: Any, compression: Any, check: Callable[[], None]) -> Any:
         def slow_check() -> None:
@@ -252,7 +252,7 @@ def test_an_interruption_abandons_the_shard_that_is_written(
         return make_shard(generator, plan, shard, ring, advance)
 
     monkeypatch.setattr(files, "write_file", slowly)
-    monkeypatch.setattr(Generator, "shard", interrupted)
+    monkeypatch.setattr(Generator, "make_shard", interrupted)
     monkeypatch.setattr(files, "_BLOCK", 64)
     monkeypatch.setattr(files, "_ROW_GROUP", 2)
     options: dict[str, Any] = {"format": format, "compression": compression}
@@ -273,7 +273,7 @@ def test_an_interruption_before_the_first_shard_leaves_nothing(
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Generator, "shard", interrupt)
+    monkeypatch.setattr(Generator, "make_shard", interrupt)
     with pytest.raises(KeyboardInterrupt):
         make_shards(run, data, tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -158,6 +158,7 @@ def _copy_weights(transition: Any, members: Sequence[int], model: EnsembleDynami
 
 
 def _fill(target: torch.Tensor, numbers: torch.Tensor) -> None:
+    """Copy `numbers` into `target`; raise `InputError` if their shape differs or they are no floats."""
     if target.shape != numbers.shape or not numbers.is_floating_point():
         raise InputError(
             f"a layer has {numbers.dtype} of shape {list(numbers.shape)}, expected floats of shape"
@@ -265,6 +266,7 @@ def _actor(policy: Any) -> Actor:
 
 
 def _stand_in(module: str, name: str) -> type[nn.Module]:
+    """Make an empty module class that is pickled under the name of one of Polixir's."""
     return type(name, (nn.Module,), {"__module__": f"offlinerl.utils.net.{module}"})
 
 
@@ -280,6 +282,7 @@ def _parameter(tensor: torch.Tensor) -> nn.Parameter:
 
 
 def _module(kind: type[nn.Module], **attributes: Any) -> nn.Module:
+    """Make a module of a stand-in class, with these attributes."""
     made = kind()
     for name, value in attributes.items():
         setattr(made, name, value)

@@ -141,6 +141,8 @@ class EnsembleDynamics:
 
 @dataclass(frozen=True, eq=False)
 class _Rollout:
+    """Rollout function that `EnsembleDynamics.make_rollout_fn` returns."""
+
     dynamics: EnsembleDynamics
     engine: RolloutEngine
     actor_engine: RolloutEngine
@@ -160,6 +162,7 @@ class _Rollout:
         return jax.tree.map(self._append, rollout_buffer, rollout_buffer._replace(**rows))
 
     def _append(self, old: Any, new: Any) -> Any:
+        """Put the new rows of one array into the buffer's array."""
         count = min(len(old), len(new))
         new = new[:count].astype(old.dtype)
         if self.first_in_first_out:
@@ -167,6 +170,7 @@ class _Rollout:
         return old.at[len(old) - count :].set(new)
 
     def _by_steps(self, key: Any, policy: Any, start: Any) -> dict[str, Any]:
+        """Roll out step by step, with the policy as a JAX function."""
         jax = _jax()
         keys = jax.random.split(key, self.batch_size)
         _, rows = jax.lax.scan(lambda carry, _: self._step(policy, *carry), (start, keys), None, self.length)
@@ -211,6 +215,7 @@ class _Rollout:
             target[:, lost] = torch.nan
 
     def _fused(self, key: Any, params: Any, start: Any) -> dict[str, Any]:
+        """Roll out in one kernel call, with the policy given by its parameters."""
         if self.term_penalty_offset is not None:
             raise InputError("term_penalty_offset needs every member's mean: give the policy as a function")
         jax, ensemble, count = _jax(), self.dynamics.ensemble, self.batch_size * self.length
@@ -365,7 +370,8 @@ _INERT = {
 }
 
 
-def _filled(make: Any, arguments: Any, state: Any, _: Any) -> Any:
+def _rebuild_jax_array(make: Any, arguments: Any, state: Any, _: Any) -> Any:
+    """Rebuild the NumPy array that a pickled JAX array is made of."""
     array = make(*arguments)
     array.__setstate__(state)
     return array
@@ -374,8 +380,8 @@ def _filled(make: Any, arguments: Any, state: Any, _: Any) -> Any:
 _ALLOWED: dict[str, Callable[..., Any]] = {
     **NUMPY,
     "flax.core.frozen_dict.FrozenDict": lambda tree: tree,
-    "jax._src.array._reconstruct_array": _filled,
-    # As `write` pickles arrays.
+    "jax._src.array._reconstruct_array": _rebuild_jax_array,
+    # `write` pickles arrays by these two.
     "jax.numpy.asarray": lambda array: array,
     "numpy.ndarray": lambda shape, kind, content: from_buffer(content, kind, shape, "C"),
 }

@@ -243,5 +243,5 @@ def read_damaged(folder: Path, count: int) -> None:
 
 
 def test_damaged_shards_end_in_one_error(recorded: Path) -> None:
-    """In a process of its own, for what a library might do with it."""
+    """Run in a process of its own, because a library may crash on such a file."""
     assert attempt(read_damaged, recorded, 300, kill_after=120) == 0

@@ -1,4 +1,4 @@
-"""Folders of shards, read: rows across shards, verification, sums."""
+"""Reading folders of shards: rows across shards, verification, sums."""
 
 import dataclasses
 import json
@@ -115,7 +115,7 @@ def test_a_corrupt_shard(
 def test_values_out_of_range_are_no_sound_shard(
     undisturbed: Path, tmp_path: Path, name: str, value: float | None, message: str
 ) -> None:
-    """Even where the manifest has the damaged file's bytes."""
+    """Such a shard is refused even if the manifest lists its SHA-256."""
     out = tmp_path / "out"
     shutil.copytree(undisturbed, out)
     path = out / "shard-000001.hdf5"

@@ -1,4 +1,4 @@
-"""Folders of shards: the rows that each holds, made exactly once, whatever happens on the way."""
+"""Writing folders of shards: each row is made exactly once, whatever happens on the way."""
 
 import contextlib
 import os
@@ -31,7 +31,7 @@ CONTEXT.set_forkserver_preload(["mopo_fast.bulk.write", "pytest"])
 
 
 def test_what_a_shard_holds(run: Path, data: Transitions, undisturbed: Path) -> None:
-    """Rollouts k * 2^32, ... of one endless sequence, as the engine makes them, cut to size."""
+    """Shard k holds rollouts k * 2^32, ... of one endless sequence, cut to its number of rows."""
     rollouts = open_rollouts(undisturbed)
     assert len(rollouts) == COUNT and [len(shard) for shard in rollouts] == [SHARD] * 5 + [100]
     engine = RolloutEngine(
@@ -122,7 +122,7 @@ def test_a_second_process_is_refused(run: Path, dataset: Path, data: Transitions
 
 
 def test_a_full_disk(run: Path, data: Transitions, undisturbed: Path, tmp_path: Path) -> None:
-    """All shards that were there stay, and the same call goes on once there is room."""
+    """Finished shards stay, and the same call makes the rest once there is room."""
     out = tmp_path / "out"
     shutil.copytree(undisturbed, out)
     for number in (1, 4):
@@ -336,7 +336,7 @@ def test_a_refused_overwrite_deletes_nothing(
 
 
 def test_overwriting_other_rollouts(run: Path, data: Transitions, undisturbed: Path, tmp_path: Path) -> None:
-    """Both with the shards of the other rollouts, and with their manifest alone."""
+    """A folder is refused with the shards of other rollouts, and with their manifest alone."""
     make_shards(run, data, tmp_path / "there", seed=8)
     make_shards(run, data, tmp_path / "gone", seed=8)
     for path in (tmp_path / "gone").glob("shard-*"):

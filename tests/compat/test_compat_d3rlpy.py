@@ -1,4 +1,4 @@
-"""d3rlpy 1.x: beside the real package, built and installed into a folder of its own; and its files."""
+"""d3rlpy 1.x: comparison with the real package, built and installed into a folder of its own; its files."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""mbrl-lib: beside the real package, installed into a folder of its own; and its files."""
+"""mbrl-lib: comparison with the real package, installed into a folder of its own; its files."""
 
 import pickle
 from pathlib import Path

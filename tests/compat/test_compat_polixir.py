@@ -1,4 +1,4 @@
-"""Beside Polixir's OfflineRL, recorded by recorded/polixir.py."""
+"""Polixir's OfflineRL: comparison with results that recorded/polixir.py recorded; its files."""
 
 import copy
 import io
@@ -43,7 +43,7 @@ class _StandIns(pickle.Unpickler):
 
 
 class _Plain(pickle.Unpickler):
-    """Makes dictionaries of modules, to compare all that is in them."""
+    """Pickler that turns modules into dictionaries, to compare their whole content."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith(("offlinerl.", "torch.nn.modules.")):
@@ -57,7 +57,7 @@ def load(path: Path, unpickler: type[pickle.Unpickler]) -> Any:
 
 
 def theirs_of(mode: str) -> Any:
-    """Their module without its methods."""
+    """Stand-in for one of Polixir's modules, without its methods."""
     return load(RECORDED / f"{mode}.pt", _StandIns)
 
 
@@ -253,7 +253,7 @@ def test_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def renamed(path: Path, old: bytes, new: bytes) -> Path:
-    """The file with other names in its pickle."""
+    """Write the file with other names in its pickle."""
     with zipfile.ZipFile(path) as archive:
         files = {name: archive.read(name) for name in archive.namelist()}
     content = io.BytesIO()

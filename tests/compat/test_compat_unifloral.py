@@ -23,7 +23,7 @@ from mopo_fast.config import Hints
 from mopo_fast.tasks import BOXES
 
 PICKLE = RECORDED / "unifloral.pkl"
-# What JAX takes beside NumPy.
+# Packages that JAX needs beside NumPy.
 PACKAGES = ["jax==0.10.2", "jaxlib==0.10.2", "ml_dtypes==0.6.0", "opt_einsum==3.4.0", "scipy==1.17.1"]
 
 
@@ -97,7 +97,7 @@ def test_files_both_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_what_python_makes_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With stand-ins for what the pickle names; tests/recorded/unifloral.py has the real ones read it."""
+    """Read with stand-ins for the pickled classes; tests/recorded/unifloral.py uses the real ones."""
 
     class Theirs:
         pass

@@ -1,4 +1,4 @@
-"""Every reader of other code's checkpoints ends in success or in one InputError, whatever is in the file."""
+"""Every reader of checkpoints succeeds or raises one InputError, whatever the file holds."""
 
 import io
 import json
@@ -55,7 +55,7 @@ def read(name: CheckpointFormat, path: Path) -> str:
 
 
 def changes(tensor: torch.Tensor) -> dict[str, Any]:
-    """Values in the place of a tensor, by their kind."""
+    """Values to put in the place of a tensor, by their kind."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         flat = tensor.float().reshape(-1)
@@ -91,7 +91,7 @@ NEVER |= {"list", "none", "text", "list in lists"}
     "name", ["offlinerl-kit", "offlinerl-kit policy", "mbrl-lib", "d3rlpy", "d3rlpy policy"]
 )
 def test_state_dicts(name: str, tmp_path: Path) -> None:
-    """Each tensor in turn is another thing: refused, or without consequence."""
+    """Replace each tensor in turn by another value: it is refused, or has no effect."""
     code: Any = name.removesuffix(" policy")
     path = tmp_path / "model.pt" if code == "d3rlpy" else tmp_path
     if name == "d3rlpy policy":
@@ -400,7 +400,7 @@ def test_structure_files(tmp_path: Path) -> None:
 
 
 def test_modules_that_hold_each_other(tmp_path: Path) -> None:
-    """A module in itself, and one that holds another twice, that holds another twice, sixty deep."""
+    """A module may contain itself, or hold another twice that holds another twice, sixty levels deep."""
     module = b"cother\nThing\n)R}(" + opcodes("_parameters") + b"}" + opcodes("_buffers") + b"}"
     module += opcodes("_modules")
 
@@ -476,7 +476,7 @@ def test_damaged_safetensors(tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", CHECKPOINT_FORMATS)
 @pytest.mark.parametrize("good", ["dynamics", "policy", "neither"])
 def test_a_refused_conversion_leaves_nothing(target: CheckpointFormat, good: str, tmp_path: Path) -> None:
-    """Whichever of the two models the other code does not have: no file is written."""
+    """If the other code cannot represent one of the two models, no file is written."""
     scale = "std" if target in ("d3rlpy", "polixir") else "variance"
     right: dict[str, Any] = {"log_scale": scale, "activation": "relu" if target == "unifloral" else "silu"}
     wrong: dict[str, Any] = {**right, "member_bounds": True, "absolute": [0]}
@@ -490,7 +490,7 @@ def test_a_refused_conversion_leaves_nothing(target: CheckpointFormat, good: str
     except InputError:
         assert not (tmp_path / "out").exists()
     else:
-        # Ours take all; and a policy for which the other code has no files is left out.
+        # This package takes every model, and a policy without a file in the other format is left out.
         assert target == "mopo-fast" or (good == "dynamics" and not get_format(target).WRITES_POLICIES)
 
 

@@ -1,4 +1,4 @@
-"""Files of torch.save by our own reader: the same tensors, and no file does anything but be read."""
+"""Files of torch.save: the safe reader returns the same tensors, and runs nothing in a file."""
 
 import ast
 import io
@@ -328,7 +328,7 @@ def test_damage(tmp_path: Path) -> None:
             load(bytes(damaged), tmp_path)
         except InputError:
             failed += 1
-    # What is left are bytes that nothing depends on.
+    # The remaining bytes have no effect.
     assert failed > 200
 
 
@@ -357,7 +357,7 @@ def test_folders_and_pipes(tmp_path: Path) -> None:
 
 
 def test_the_package_never_calls_what_runs_files() -> None:
-    """No torch.load, no torch.jit.load, no unpickler but ours, no pickles in NumPy's files."""
+    """The package calls no torch.load, torch.jit.load or foreign unpickler, and loads no pickles by NumPy."""
     forbidden = {
         ("torch", "load"),
         ("jit", "load"),

@@ -59,7 +59,7 @@ def main(
     data = load_dataset(dataset, quiet=True)
     config = generate_config(run, horizon=None, seed=0, penalty_coef=None, dtype=dtype, backend="auto")
     generator = Generator(EnsembleDynamics.load(run), Actor.load(run), data.observations, config)
-    ring = generator.ring(count)
+    ring = generator.allocate_ring(count)
 
     def kernel() -> None:
         ring.clear()

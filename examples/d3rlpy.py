@@ -1,8 +1,10 @@
-"""d3rlpy 1.x's MOPO with our ensemble's predictions: python examples/d3rlpy.py
+"""Train with d3rlpy 1.x's MOPO on this package's predictions.
 
-d3rlpy 1.1.1 is built with NumPy 1.26 and Cython 0.29: see tests/compat/test_compat_d3rlpy.py. The data are
-steps of random actions, made on the spot; `--theirs` leaves the predictions to it. Run it with -P, since
-this folder has a module of the same name.
+    python -P examples/d3rlpy.py
+
+-P is needed because this folder has a module of d3rlpy's name. d3rlpy 1.1.1 must be built with NumPy 1.26 and
+Cython 0.29; tests/compat/test_compat_d3rlpy.py lists the versions. The data set is made by random actions at
+the start. `--theirs` uses d3rlpy's own predictions, for comparison.
 """
 
 import argparse
@@ -19,7 +21,7 @@ from mopo_fast.compat import d3rlpy as fast
 
 
 def make_dataset(data):
-    """Its MDPDataset of one long episode after the other."""
+    """Return d3rlpy's MDPDataset of `data`."""
     from d3rlpy.dataset import MDPDataset
 
     ends = data.terminals.numpy().astype(np.float32)
@@ -29,11 +31,11 @@ def make_dataset(data):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=200, help="updates")
-    parser.add_argument("--batch", type=int, default=1000, help="start states of a rollout")
-    parser.add_argument("--theirs", action="store_true", help="with its own predictions")
+    parser.add_argument("--steps", type=int, default=200, help="SAC updates")
+    parser.add_argument("--batch", type=int, default=1000, help="start states per rollout")
+    parser.add_argument("--theirs", action="store_true", help="use d3rlpy's own predictions")
     arguments = parser.parse_args()
-    # Beside this file, a module of the same name would be found first.
+    # Imported here: without -P, this file itself would be found under the name d3rlpy.
     from d3rlpy.algos import MOPO
     from d3rlpy.dynamics import ProbabilisticEnsembleDynamics
 
@@ -47,7 +49,7 @@ def main():
         dataset.episodes, n_steps=500, n_steps_per_epoch=250, save_metrics=False, show_progress=False
     )
     if not arguments.theirs:
-        # The line that changes.
+        # The one line that changes.
         dynamics = fast.accelerate(dynamics)
     mopo = MOPO(dynamics=dynamics, rollout_interval=100, rollout_batch_size=arguments.batch)
     started = time.perf_counter()

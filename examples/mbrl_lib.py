@@ -1,8 +1,10 @@
-"""mbrl-lib's MBPO loop on a fixed data set, with our ModelEnv and MOPO's penalty: python examples/mbrl_lib.py
+"""Run mbrl-lib's MBPO loop on a fixed data set with this package's ModelEnv, which adds MOPO's penalty.
 
     pip install --no-deps mbrl==0.2.0 hydra-core==1.3.2 omegaconf==2.3.0 antlr4-python3-runtime==4.9.3
+    python examples/mbrl_lib.py
 
-The data are steps of random actions, made on the spot; `--theirs` runs its own ModelEnv, without a penalty.
+The data set is made by random actions at the start. `--theirs` runs mbrl-lib's own ModelEnv, without a
+penalty.
 """
 
 import argparse
@@ -22,7 +24,7 @@ from mopo_fast.compat import mbrl_lib
 from mopo_fast.environments import make_environment
 from mopo_fast.tasks import TASKS
 
-# Videos are of no use here.
+# mbrl-lib imports a video library that is not used here.
 sys.modules.setdefault("skvideo", MagicMock())
 import mbrl.models  # noqa: E402
 import mbrl.util  # noqa: E402
@@ -33,7 +35,7 @@ from mbrl.third_party.pytorch_sac_pranz24.sac import SAC  # noqa: E402
 
 
 def make_model(obs_dim, act_dim, elites=(0, 1, 2, 3, 4)):
-    """As its MBPO configurations have it."""
+    """Make a model as mbrl-lib's MBPO configurations do."""
     model = mbrl.models.GaussianMLP(
         obs_dim + act_dim,
         obs_dim + 1,
@@ -47,7 +49,7 @@ def make_model(obs_dim, act_dim, elites=(0, 1, 2, 3, 4)):
 
 
 def make_agent(env, hidden=512):
-    """Its SAC, with MBPO's numbers for hopper."""
+    """Make mbrl-lib's SAC with its MBPO hyperparameters for hopper."""
     arguments = types.SimpleNamespace(
         gamma=0.99,
         tau=0.005,
@@ -64,7 +66,7 @@ def make_agent(env, hidden=512):
 
 
 def make_buffers(data, capacity):
-    """Its buffers: one with `data`, and an empty one."""
+    """Return two of mbrl-lib's buffers: one filled with `data`, and an empty one."""
     shapes = (data.obs_dim,), (data.act_dim,)
     real, fake = mbrl.util.ReplayBuffer(len(data), *shapes), mbrl.util.ReplayBuffer(capacity, *shapes)
     names = ("observations", "actions", "next_observations", "rewards", "terminals")
@@ -75,9 +77,9 @@ def make_buffers(data, capacity):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=100, help="updates of an epoch")
-    parser.add_argument("--batch", type=int, default=5000, help="start states of a rollout")
-    parser.add_argument("--theirs", action="store_true", help="with its own ModelEnv")
+    parser.add_argument("--steps", type=int, default=100, help="SAC updates per epoch")
+    parser.add_argument("--batch", type=int, default=5000, help="start states per rollout")
+    parser.add_argument("--theirs", action="store_true", help="use mbrl-lib's own ModelEnv")
     arguments = parser.parse_args()
     np.random.seed(0)
     torch.manual_seed(0)
@@ -95,7 +97,7 @@ def main():
     if arguments.theirs:
         model_env = mbrl.models.ModelEnv(env, model, hopper, None, generator)
     else:
-        # The line that changes.
+        # The one line that changes.
         model_env = mbrl_lib.ModelEnv(env, model, hopper, None, generator, penalty_coef=1.0)
     sac = make_agent(env)
     agent = SACAgent(sac)

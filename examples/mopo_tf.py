@@ -1,11 +1,11 @@
-"""The authors' training with our model rollouts: python examples/mopo_tf.py CHECKOUT
-
-CHECKOUT is one of https://github.com/tianheyu927/mopo. It was written for TensorFlow 1.14 and Python 3.7;
-`imitate_tensorflow_1` lets it run, unchanged, on TensorFlow 2 beside mopo_fast. That takes
+"""Train with the MOPO authors' code on this package's model rollouts.
 
     pip install 'mopo_fast[mopo-tf]' tensorflow-cpu tf-keras tensorflow-probability gtimer
+    python examples/mopo_tf.py CHECKOUT
 
-The data are steps of random actions, made on the spot; `--theirs` runs their own FakeEnv, to compare.
+CHECKOUT is an unchanged checkout of https://github.com/tianheyu927/mopo. That code was written for TensorFlow
+1.14 and Python 3.7; `imitate_tensorflow_1` lets it run on TensorFlow 2. The data set is made by random
+actions at the start. `--theirs` runs the authors' own FakeEnv, for comparison.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import numpy as np
 
 
 def stand_in(name, **attributes):
-    """A module of that name with those attributes alone."""
+    """Register an otherwise empty module with these attributes."""
     module = types.ModuleType(name)
     module.__spec__ = importlib.machinery.ModuleSpec(name, None)
     module.__dict__.update(attributes)
@@ -30,8 +30,8 @@ def stand_in(name, **attributes):
 
 
 def imitate_tensorflow_1(checkout):
-    """Make the modules that the authors' code imports, and return its TensorFlow."""
-    # Keras 2; asked for before TensorFlow is imported.
+    """Provide the modules that the authors' code imports, and return the TensorFlow that it uses."""
+    # Keras 2 must be chosen before TensorFlow is imported.
     os.environ["TF_USE_LEGACY_KERAS"] = "1"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import gymnasium
@@ -59,23 +59,25 @@ def imitate_tensorflow_1(checkout):
     tfp.distributions.ConditionalTransformedDistribution = tfp.distributions.TransformedDistribution
     sys.modules["gym"], sys.modules["gym.spaces"] = gymnasium, gymnasium.spaces
     stand_in("serializable", Serializable=Serializable)
-    # Videos, event files and normalising flows are of no use here.
+    # Modules for videos, event files and normalising flows, which are not used here.
     stand_in("cv2")
     stand_in("tensorboardX", SummaryWriter=lambda folder: None)
     stand_in("softlearning.distributions.real_nvp_flow", ConditionalRealNVPFlow=None)
     sys.path.insert(0, str(checkout))
-    # It lists a folder relative to the checkout.
+    # This import lists a folder relative to the checkout.
     with contextlib.chdir(checkout):
         import mopo.static  # noqa: F401
     return tf
 
 
 def make_algorithm(tf, data, static_fns, **options):
-    """Their MOPO as their configurations and examples/development/main.py have it.
+    """Make the authors' MOPO as their configurations and examples/development/main.py do.
 
     Args:
+        tf: TensorFlow, from `imitate_tensorflow_1`.
         data: observations, actions, next_observations, rewards and terminals as NumPy arrays.
-        options: of MOPO, in place of theirs.
+        static_fns: class of mopo/static with the task's termination function.
+        options: arguments of MOPO that replace the authors'.
     """
     from gymnasium.spaces import Box, Dict
     from mopo.algorithms.mopo import MOPO
@@ -130,9 +132,9 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("checkout", type=Path)
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=100, help="updates of an epoch")
-    parser.add_argument("--batch", type=int, default=5000, help="start states of a rollout")
-    parser.add_argument("--theirs", action="store_true", help="with their own FakeEnv")
+    parser.add_argument("--steps", type=int, default=100, help="SAC updates per epoch")
+    parser.add_argument("--batch", type=int, default=5000, help="start states per rollout")
+    parser.add_argument("--theirs", action="store_true", help="use the authors' own FakeEnv")
     arguments = parser.parse_args()
     checkout = arguments.checkout.resolve()
     tf = imitate_tensorflow_1(checkout)
@@ -147,7 +149,8 @@ def main():
     from mopo_fast.tasks import TASKS
 
     if not arguments.theirs:
-        # In mopo/algorithms/mopo.py: from mopo_fast.compat.mopo_tf import FakeEnv
+        # The one line that changes; in mopo/algorithms/mopo.py it would be
+        # from mopo_fast.compat.mopo_tf import FakeEnv
         algorithms.FakeEnv = mopo_tf.FakeEnv
 
     np.random.seed(0)
@@ -170,7 +173,8 @@ def main():
                 times.append(
                     {name: diagnostics[f"times/{name}"] for name in ("epoch_rollout_model", "train")}
                 )
-        # What main.py keeps of a policy, read by ours: `mopo-fast convert checkpoint.pkl RUN --from mopo-tf`.
+        # The file in which main.py stores a policy. On the command line, it is read by
+        # `mopo-fast convert checkpoint.pkl RUN --from mopo-tf`.
         with open("checkpoint.pkl", "wb") as file:
             pickle.dump({"policy_weights": algorithm._policy.get_weights()}, file)
         policy = mopo_tf.read(Path("checkpoint.pkl")).policy

@@ -1,8 +1,10 @@
-"""OfflineRL-Kit's MOPO with our dynamics and rollouts: python examples/offlinerl_kit.py CHECKOUT
+"""Train with OfflineRL-Kit's MOPO on this package's dynamics and rollouts.
 
-CHECKOUT is one of https://github.com/yihaosun1124/OfflineRL-Kit, as shipped; a stand-in takes gym's place,
-whose environments this does not use. The data are steps of random actions, made on the spot; `--theirs` runs
-their own dynamics, to compare.
+    python examples/offlinerl_kit.py CHECKOUT
+
+CHECKOUT is an unchanged checkout of https://github.com/yihaosun1124/OfflineRL-Kit. A stand-in replaces gym,
+whose environments are not used. The data set is made by random actions at the start. `--theirs` runs
+OfflineRL-Kit's own dynamics, for comparison.
 """
 
 import argparse
@@ -22,15 +24,15 @@ from mopo_fast.environments import make_environment
 from mopo_fast.tasks import TASKS
 
 
-def imports(checkout):
-    """Make its package importable without gym."""
+def make_importable(checkout):
+    """Make OfflineRL-Kit importable without gym."""
     for name in ("gym", "gym.envs", "gym.envs.mujoco"):
         sys.modules[name] = MagicMock()
     sys.path.insert(0, str(checkout))
 
 
 def make_policy(obs_dim, act_dim, task, penalty_coef, theirs, **options):
-    """Its MOPOPolicy as its run_example/run_mopo.py makes it, with its dynamics or with ours."""
+    """Make a MOPOPolicy as run_example/run_mopo.py does; `theirs` keeps OfflineRL-Kit's own dynamics."""
     from offlinerlkit.dynamics import EnsembleDynamics
     from offlinerlkit.modules import ActorProb, Critic, EnsembleDynamicsModel, TanhDiagGaussian
     from offlinerlkit.nets import MLP
@@ -39,7 +41,7 @@ def make_policy(obs_dim, act_dim, task, penalty_coef, theirs, **options):
     from offlinerlkit.utils.termination_fns import get_termination_fn
 
     if not theirs:
-        # The first of the two lines that change: whose EnsembleDynamics is imported.
+        # First of the two lines that change: import EnsembleDynamics from mopo_fast.
         EnsembleDynamics = offlinerl_kit.EnsembleDynamics
 
     decay = [2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4]
@@ -61,13 +63,13 @@ def make_policy(obs_dim, act_dim, task, penalty_coef, theirs, **options):
         alpha=(-act_dim, log_alpha, torch.optim.Adam([log_alpha], lr=1e-4)),
     )
     if not theirs:
-        # The second: all steps of a rollout in one call.
+        # Second line: make all steps of a rollout in one call.
         policy = offlinerl_kit.fuse_rollout(policy)
     return policy
 
 
 def make_buffers(data, capacity):
-    """Its buffers: the real one filled with `data`, and an empty one."""
+    """Return OfflineRL-Kit's two buffers: one filled with `data`, and an empty one."""
     from offlinerlkit.buffer import ReplayBuffer
 
     shapes = (data.obs_dim,), np.float32, data.act_dim, np.float32
@@ -78,13 +80,13 @@ def make_buffers(data, capacity):
 
 
 class OldGym:
-    """A gymnasium environment as gym had them, which is what its trainer evaluates in."""
+    """Gymnasium environment with gym's old interface, which OfflineRL-Kit's trainer expects."""
 
     def __init__(self, task):
         self.env, self.task, self.seed = make_environment(task.env_id), task, 0
 
     def reset(self):
-        """Begin another episode: the first reset seeds all that follow."""
+        """Start an episode; the first reset seeds all later ones."""
         seed, self.seed = self.seed, None
         return self.env.reset(seed=seed)[0]
 
@@ -100,11 +102,11 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("checkout", type=Path)
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=100, help="updates of an epoch")
-    parser.add_argument("--batch", type=int, default=5000, help="start states of a rollout")
-    parser.add_argument("--theirs", action="store_true", help="with their own dynamics")
+    parser.add_argument("--steps", type=int, default=100, help="SAC updates per epoch")
+    parser.add_argument("--batch", type=int, default=5000, help="start states per rollout")
+    parser.add_argument("--theirs", action="store_true", help="use OfflineRL-Kit's own dynamics")
     arguments = parser.parse_args()
-    imports(arguments.checkout.resolve())
+    make_importable(arguments.checkout.resolve())
     from offlinerlkit.policy_trainer import MBPolicyTrainer
     from offlinerlkit.utils.logger import Logger
 

@@ -1,8 +1,10 @@
-"""Polixir's MOPO with our ensemble's forward pass inside: python examples/polixir.py CHECKOUT
+"""Train with Polixir's MOPO on this package's ensemble predictions.
 
-CHECKOUT is one of https://github.com/polixir/OfflineRL. Its MOPO alone is imported, and stand-ins take the
-place of its loggers; the rest is as shipped. The data are steps of random actions, made on the spot;
-`--theirs` leaves the ensemble to them, to compare.
+    python examples/polixir.py CHECKOUT
+
+CHECKOUT is an unchanged checkout of https://github.com/polixir/OfflineRL. Only its MOPO is imported, and
+stand-ins replace its loggers. The data set is made by random actions at the start. `--theirs` uses Polixir's
+own ensemble, for comparison.
 """
 
 import argparse
@@ -25,7 +27,7 @@ from mopo_fast.tasks import TASKS
 
 
 def stand_in(name, **attributes):
-    """A module of that name with those attributes alone."""
+    """Register an otherwise empty module with these attributes."""
     module = types.ModuleType(name)
     module.__spec__ = importlib.machinery.ModuleSpec(name, None)
     module.__dict__.update(attributes)
@@ -33,7 +35,7 @@ def stand_in(name, **attributes):
 
 
 def import_mopo(checkout):
-    """offlinerl.algo.modelbase.mopo, without all other algorithms and what they import."""
+    """Import offlinerl.algo.modelbase.mopo without the other algorithms and their dependencies."""
     for package in ("offlinerl", "offlinerl.algo", "offlinerl.algo.modelbase"):
         stand_in(package, __path__=[str(checkout / package.replace(".", "/"))])
     stand_in("sklearn")
@@ -56,7 +58,7 @@ def import_mopo(checkout):
 
 
 def make_arguments(obs_dim, act_dim, task, **options):
-    """The values of offlinerl/config/algo/mopo_config.py, but for `options`."""
+    """Return the settings of offlinerl/config/algo/mopo_config.py, with `options` replaced."""
     return {
         "seed": 42,
         "task": task,
@@ -90,7 +92,7 @@ def make_arguments(obs_dim, act_dim, task, **options):
 
 
 def make_buffer(data):
-    """Arrays as their data sets have them."""
+    """Return the arrays of `data` as one of Polixir's data sets."""
     from offlinerl.utils.data import SampleBatch
 
     names = {
@@ -108,9 +110,9 @@ def main():
     parser.add_argument("checkout", type=Path)
     parser.add_argument("--fit-epochs", type=int, default=10)
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=100, help="updates of an epoch")
-    parser.add_argument("--batch", type=int, default=5000, help="start states of a rollout")
-    parser.add_argument("--theirs", action="store_true", help="with their own forward pass")
+    parser.add_argument("--steps", type=int, default=100, help="SAC updates per epoch")
+    parser.add_argument("--batch", type=int, default=5000, help="start states per rollout")
+    parser.add_argument("--theirs", action="store_true", help="use Polixir's own ensemble")
     options = parser.parse_args()
     mopo = import_mopo(options.checkout.resolve())
 
@@ -118,7 +120,7 @@ def main():
         evaluations = 0
 
         def _eval_transition(self, transition, valdata):
-            # Their fit goes on while any member gets better; here, some epochs must do.
+            # Polixir's fit goes on while any member improves; stop it after a few epochs.
             self.evaluations += 1
             losses = super()._eval_transition(transition, valdata)
             return losses if self.evaluations <= options.fit_epochs else [float("inf")] * len(losses)
@@ -126,7 +128,7 @@ def main():
         def train_policy(self, train_buffer, val_buffer, transition, callback_fn):
             self.started = time.perf_counter()
             if not options.theirs:
-                # The line to add at the beginning of train_policy, in offlinerl/algo/modelbase/mopo.py.
+                # The one line to add at the beginning of train_policy in offlinerl/algo/modelbase/mopo.py.
                 transition = polixir.FastTransition(transition)
             return super().train_policy(train_buffer, val_buffer, transition, callback_fn)
 
@@ -143,7 +145,8 @@ def main():
         trainer = Trainer(mopo.algo_init(arguments), arguments)
 
         def callback(policy):
-            # A file of theirs, read by ours: `mopo-fast convert policy.pt RUN --from polixir`.
+            # A file as Polixir saves it. On the command line, it is read by
+            # `mopo-fast convert policy.pt RUN --from polixir`.
             torch.save(policy, "policy.pt")
             actor = polixir.read(Path("policy.pt")).policy
             return {"return": evaluate(actor, TASKS["hopper"], episodes=5, seed=0).return_mean}

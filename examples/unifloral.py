@@ -1,9 +1,12 @@
-"""Unifloral's MOPO with our rollouts inside: python examples/unifloral.py CHECKOUT
+"""Train with Unifloral's MOPO on this package's rollouts.
 
-CHECKOUT is one of https://github.com/EmptyJackson/unifloral; with it take "jax<0.6", flax, optax, distrax and
-tyro. Stand-ins take the place of d4rl, gym and wandb, which are not called. The functions of its scripts fit
-and train, in the order of their main parts, on steps of random actions made on the spot. `--by-steps` changes
-the first of the two lines alone, which gives their numbers; `--theirs` none, to compare.
+    pip install 'jax<0.6' flax optax distrax tyro
+    python examples/unifloral.py CHECKOUT
+
+CHECKOUT is an unchanged checkout of https://github.com/EmptyJackson/unifloral. Stand-ins replace d4rl, gym
+and wandb, which are not used. Unifloral's functions fit and train in the order of its scripts, on a data set
+made by random actions at the start. `--by-steps` changes the first of the two lines only, which keeps
+Unifloral's random numbers. `--theirs` changes no line, for comparison.
 """
 
 import argparse
@@ -25,7 +28,7 @@ from mopo_fast.tasks import TASKS
 
 
 def import_theirs(checkout, fused):
-    """Their modules dynamics and mopo; with `fused`, mopo has the second line changed."""
+    """Import Unifloral's modules dynamics and mopo; with `fused`, change the second line in mopo."""
     for absent in ("d4rl", "gym", "wandb"):
         sys.modules.setdefault(absent, types.ModuleType(absent))
     sys.path.insert(0, str(checkout / "algorithms"))
@@ -34,7 +37,7 @@ def import_theirs(checkout, fused):
 
     source = (checkout / "algorithms" / "mopo.py").read_text()
     if fused:
-        # The second of the two lines that change, in make_train_step: parameters for the function of them.
+        # Second of the two lines that change, in make_train_step: pass the parameters of the policy.
         shipped = "rollout_fn(rng_buffer, policy_fn, rollout_buffer)"
         assert shipped in source
         source = source.replace(shipped, "rollout_fn(rng_buffer, params, rollout_buffer)")
@@ -45,7 +48,7 @@ def import_theirs(checkout, fused):
 
 
 def make_dataset(dynamics, data):
-    """Their Transition of a data set."""
+    """Return a data set as Unifloral's Transition."""
     arrays = {name: jnp.array(array.numpy()) for name, array in data.arrays().items()}
     return dynamics.Transition(
         obs=arrays["observations"],
@@ -58,7 +61,7 @@ def make_dataset(dynamics, data):
 
 
 def make_dynamics(dynamics, dataset, task, epochs):
-    """Their EnsembleDynamics, fitted for some epochs by the main part of their dynamics.py."""
+    """Fit Unifloral's EnsembleDynamics for some epochs, as the main part of dynamics.py does."""
     args = dynamics.Args(dataset=task, num_epochs=epochs)
     obs_dim, act_dim = dataset.obs.shape[1], dataset.action.shape[1]
     net = dynamics.EnsembleDynamicsModel(
@@ -73,7 +76,7 @@ def make_dynamics(dynamics, dataset, task, epochs):
 
 
 def make_training(mopo, dynamics_model, dataset, args, **options):
-    """Their train step, the state it begins with and the rollout in it, by the main part of their mopo.py."""
+    """Make Unifloral's train step, its initial state and its rollout, as the main part of mopo.py does."""
     obs, action = dataset.obs[0], dataset.action[0]
     actor_net, q_net, alpha_net = (
         mopo.TanhGaussianActor(len(action)),
@@ -105,10 +108,14 @@ def main():
     parser.add_argument("checkout", type=Path)
     parser.add_argument("--fit-epochs", type=int, default=10)
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=100, help="updates of an epoch")
-    parser.add_argument("--batch", type=int, default=5000, help="start states of a rollout")
-    parser.add_argument("--by-steps", action="store_true", help="their policy's function in JAX")
-    parser.add_argument("--theirs", action="store_true", help="with their own rollouts")
+    parser.add_argument("--steps", type=int, default=100, help="SAC updates per epoch")
+    parser.add_argument("--batch", type=int, default=5000, help="start states per rollout")
+    parser.add_argument(
+        "--by-steps",
+        action="store_true",
+        help="keep the policy a JAX function, with Unifloral's random numbers",
+    )
+    parser.add_argument("--theirs", action="store_true", help="use Unifloral's own rollouts")
     options = parser.parse_args()
     fused = not (options.by_steps or options.theirs)
     dynamics, mopo = import_theirs(options.checkout.resolve(), fused)
@@ -120,7 +127,7 @@ def main():
     print(f"fit: {time.perf_counter() - started:.1f} s")
 
     if not options.theirs:
-        # The first line: after their load_dynamics_model.
+        # First of the two lines that change: wrap what load_dynamics_model returns.
         dynamics_model = unifloral.EnsembleDynamics(dynamics_model)
 
     args = mopo.Args(rollout_interval=options.steps, rollout_batch_size=options.batch)

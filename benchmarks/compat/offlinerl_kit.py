@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from examples.offlinerl_kit import imports, make_buffers, make_policy
+from examples.offlinerl_kit import make_buffers, make_importable, make_policy
 from mopo_fast import Transitions
 
 OBS_DIM, ACT_DIM = 17, 6
@@ -18,7 +18,7 @@ def contenders(
     checkout: Path, *, batch_size: int, updates: int, **options: Any
 ) -> dict[str, Callable[[], object]]:
     """Return calls by name; each is a rollout of 5 steps, or that and `updates` as of MBPolicyTrainer."""
-    imports(checkout)
+    make_importable(checkout)
     random = np.random.default_rng(0)
     arrays = [
         torch.from_numpy(random.normal(size=(10_000, dim)).astype(np.float32))

@@ -1,5 +1,6 @@
-"""Rollouts in bulk: to one file, or to a folder of shards, on this machine or on a cluster.
+"""Rollouts in bulk: written to one file or to a folder of shards, on this machine or on a Ray cluster.
 
-In the order in which data flow: `plan` says what is made, `generate` makes it, `files` is one shard on disk,
-`cluster` spreads shards over machines, `write` fills a folder, `read` reads it back.
+In the order in which data flow: `plan` describes a folder of shards, `generate` makes the transitions,
+`files` reads and writes one shard, `cluster` makes shards on other machines, `write` fills a folder, and
+`read` reads it back.
 """

@@ -1,7 +1,7 @@
-"""Shards made on a Ray cluster: the models and the start states cross once, each shard is a task.
+"""Shards made on a Ray cluster: models and start states are sent once, and each shard is one Ray task.
 
-A shard depends on the plan and its number alone, so a task whose worker is lost is done again, elsewhere, to
-the same bytes.
+A shard depends only on the plan and its own number. If a worker is lost, Ray runs its task again elsewhere,
+and the result has the same bytes.
 """
 
 import contextlib
@@ -20,11 +20,11 @@ from mopo_fast.errors import InputError
 from mopo_fast.policy import Actor
 from mopo_fast.utils.interrupts import deferred
 
-# Makes shards of a plan, given by their numbers, in a folder. It calls the first function with the record of
-# each that is written, the second with numbers of transitions as they are made.
-Maker = Callable[[Path, Plan, list[int], Callable[[ShardRecord], None], Callable[[int], None]], None]
+# Function (folder, plan, shards, keep, advance) that makes the shards of these numbers in a folder. It calls
+# `keep` with the record of each shard it has written, and `advance` with the number of new transitions.
+ShardMaker = Callable[[Path, Plan, list[int], Callable[[ShardRecord], None], Callable[[int], None]], None]
 
-# How often a shard is tried again whose worker was lost.
+# Times that a shard is tried again after its worker was lost.
 _RETRIES = 5
 
 
@@ -41,8 +41,11 @@ def connected(address: str) -> Iterator[Any]:
     """Connect Ray to a cluster for the length of the block, unless it is connected already.
 
     Args:
-        address: "auto": the cluster that runs on this machine; "local": one of this process alone, with this
-            machine's cores; else an address, as Ray takes it.
+        address: "auto" for the cluster that runs on this machine, "local" for a new one on this machine's
+            cores that ends with the block, or an address that `ray.init` takes.
+
+    Yields:
+        The module ray.
 
     Raises:
         InputError: Ray is not installed, or there is no such cluster.
@@ -54,7 +57,7 @@ def connected(address: str) -> Iterator[Any]:
     _check_address(address)
     try:
         try:
-            # A process whose `ray.init` is interrupted ends by SIGSEGV.
+            # A signal during `ray.init` would end the process by SIGSEGV.
             with deferred():
                 ray.init(address=address, log_to_driver=False, configure_logging=False)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -65,7 +68,7 @@ def connected(address: str) -> Iterator[Any]:
 
 
 def _check_address(address: str) -> None:
-    """Raise `InputError` where nobody listens at HOST:PORT: Ray itself tries for minutes."""
+    """Raise `InputError` if nothing listens at HOST:PORT; Ray itself would retry for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host:
         return
@@ -75,33 +78,39 @@ def _check_address(address: str) -> None:
         raise InputError(f"cannot reach a Ray cluster at {address!r}: {error}") from error
 
 
-def _make(
+def _make_shard(
     models: tuple[EnsembleDynamics, Actor, torch.Tensor], out: Path, plan: Plan, shard: int, threads: int
 ) -> ShardRecord:
-    """Make one shard in a worker, which keeps the models for the next."""
+    """Make one shard in a worker process, and keep the generator for its next shard."""
     key = plan.sha256()
-    if key not in _KEPT:
-        _KEPT.clear()
+    if key not in _CACHE:
+        _CACHE.clear()
         generator = Generator(*models, plan.rollout, threads)
-        _KEPT[key] = generator, generator.ring(plan.rows(0))
-    generator, ring = _KEPT[key]
-    return write_shard(out, plan, *generator.shard(plan, shard, ring))
+        _CACHE[key] = generator, generator.allocate_ring(plan.rows(0))
+    generator, ring = _CACHE[key]
+    return write_shard(out, plan, *generator.make_shard(plan, shard, ring))
 
 
-# A worker's generator and ring for the last plan, by the plan's digest.
-_KEPT: dict[str, Any] = {}
+# A worker's generator and ring buffer for its last plan, by the plan's digest.
+_CACHE: dict[str, Any] = {}
 
 
 @contextlib.contextmanager
-def workers(address: str, generator: Generator, threads: int | None) -> Iterator[Maker]:
-    """Yield a maker of shards on the CPUs or GPUs of a cluster, in a folder that all its machines see.
+def ray_shard_maker(address: str, generator: Generator, threads: int | None) -> Iterator[ShardMaker]:
+    """Connect to a cluster and yield a function that makes shards on its CPUs or GPUs.
+
+    The folder of the shards must be visible to all machines of the cluster.
 
     Args:
-        threads: of one worker, which takes as many of the cluster's CPUs; None: 1.
+        address: see `connected`.
+        generator: its models, start states and device are sent to the workers.
+        threads: CPU threads, and CPUs of the cluster, of each Ray worker; None for 1.
+
+    Yields:
+        The function. It raises `InputError` if a shard was lost too often, and passes on a worker's error.
 
     Raises:
-        InputError: no cluster, or none that is large enough; in the making, a shard that was lost too often,
-            or what a worker raises.
+        InputError: there is no such cluster, or it is too small for one worker.
     """
     threads = threads or 1
     engine = generator.engine
@@ -113,9 +122,9 @@ def workers(address: str, generator: Generator, threads: int | None) -> Iterator
                 f"the cluster at {address!r} has {total.get('CPU', 0):g} CPUs and"
                 f" {total.get('GPU', 0):g} GPUs; a worker takes {threads} and {gpus}"
             )
-        task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=_RETRIES)(_make)
+        task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=_RETRIES)(_make_shard)
         models = ray.put((engine.ensemble, generator.policy, generator.observations))
-        # Enough to keep every worker busy, few enough for the scheduler.
+        # Two tasks for each worker keep it busy without flooding Ray's scheduler.
         at_once = 2 * max(1, int(total["CPU"]) // threads)
 
         def make(
@@ -139,7 +148,7 @@ def workers(address: str, generator: Generator, threads: int | None) -> Iterator
                         keep(record)
                         advance(record.rows)
             finally:
-                # After a failure or an interruption nobody may go on writing into the folder.
+                # After a failure or an interruption, no worker may go on writing into the folder.
                 for reference in running:
                     ray.cancel(reference, force=True)
 
@@ -147,6 +156,7 @@ def workers(address: str, generator: Generator, threads: int | None) -> Iterator
 
 
 def _result(ray: Any, reference: Any, file: str) -> ShardRecord:
+    """Return a task's record; raise its `InputError`, or one that says that its workers were lost."""
     try:
         record: ShardRecord = ray.get(reference)
         return record
@@ -156,5 +166,5 @@ def _result(ray: Any, reference: Any, file: str) -> ShardRecord:
         raise
     except ray.exceptions.RayError as error:
         raise InputError(
-            f"{file} was lost {_RETRIES + 1} times with its worker ({error}); the same command goes on"
+            f"{file} was lost {_RETRIES + 1} times with its worker ({error}); run the same command to go on"
         ) from error

@@ -1,6 +1,7 @@
-"""Rollouts as files, each written whole or not at all: a file in D4RL's layout, or one shard of a plan.
+"""Files of rollouts, written atomically: one file in D4RL's layout, or one shard of a plan.
 
-A shard is HDF5, in D4RL's layout too and mapped into memory as it is read, or Parquet.
+A shard is an HDF5 file, also in D4RL's layout, or a Parquet file. Uncompressed HDF5 is memory-mapped when it
+is read.
 """
 
 import dataclasses
@@ -28,12 +29,12 @@ from mopo_fast.errors import InputError
 from mopo_fast.utils.atomic import atomic_path, regular_file
 from mopo_fast.utils.machine import check_memory
 
-# Bytes that are hashed between two calls of `check`.
+# Bytes hashed between two calls of `check`.
 _BLOCK = 4 << 20
-# Rows of a row group in Parquet, and the most columns that are read.
+# Rows of a row group in Parquet, and the largest number of columns that is read.
 _ROW_GROUP = 1 << 17
 _MOST_COLUMNS = 64
-# The types of columns that are read, and of their lists' items.
+# Types of Parquet columns (or of the items of their lists) that are read, and their size in bytes.
 _ITEM_BYTES = {"bool": 1, "int32": 4, "int64": 8, "float": 4, "double": 8}
 
 
@@ -41,12 +42,12 @@ _ITEM_BYTES = {"bool": 1, "int32": 4, "int64": 8, "float": 4, "double": 8}
 
 
 def d4rl_arrays(data: Transitions) -> dict[str, Array]:
-    """Return a rollout's arrays by their names in a file: those of `Transitions`, and timeouts.
+    """Return a rollout's arrays by their names in a file: those of `Transitions`, and "timeouts".
 
-    A time-out is the last row of a rollout that has no terminal.
+    A time-out marks the last row of a rollout that did not end in a terminal state.
 
     Raises:
-        InputError: there is no rollout_index.
+        InputError: the transitions have no rollout_index, so they are no model rollouts.
     """
     if data.rollout_index is None:
         raise InputError("only model rollouts can be saved: these transitions have no rollout_index")
@@ -57,19 +58,24 @@ def d4rl_arrays(data: Transitions) -> dict[str, Array]:
 
 
 def as_transitions(arrays: dict[str, Array], name: str, info: dict[str, Any]) -> Transitions:
-    """Return a shard's arrays as transitions, on the same memory."""
+    """Return a shard's arrays as transitions that share their memory."""
     tensors: dict[str, Any] = {key: as_tensor(arrays[key]) for key in ROLLOUT_ARRAYS}
     return Transitions(**tensors, name=name, info=info)
 
 
 def save_transitions(path: str | os.PathLike[str], data: Transitions, *, overwrite: bool = False) -> None:
-    """Write a rollout's transitions to .hdf5, .h5 or .npz in D4RL's layout, atomically.
+    """Write a rollout's transitions to a file in D4RL's layout, atomically.
 
-    The arrays are those of `d4rl_arrays`; `data.info` becomes metadata/*.
+    The file holds the arrays of `d4rl_arrays`, and `data.info` as metadata/*.
+
+    Args:
+        path: file to write; its suffix is .hdf5, .h5 or .npz.
+        data: transitions of model rollouts.
+        overwrite: replace the file if it exists.
 
     Raises:
-        InputError: another ending, a file that exists without `overwrite`, no rollout_index, or the file
-            cannot be written.
+        InputError: the suffix is another, the file exists and `overwrite` is False, the transitions have no
+            rollout_index, or the file cannot be written.
     """
     path = Path(path)
     check_file(path, overwrite)
@@ -87,14 +93,17 @@ def write_shard(
     metadata: dict[str, Any],
     check: Callable[[], None] = lambda: None,
 ) -> ShardRecord:
-    """Write one shard, whole or not at all; return its entry for the manifest.
+    """Write one shard atomically, and return its entry for the manifest.
 
     Args:
-        rows, metadata: as `Generator.shard` makes them.
-        check: called every few megabytes; what it raises abandons the shard.
+        folder: folder of the shards.
+        plan: plan of the folder.
+        rows: transitions of the shard, from `Generator.make_shard`.
+        metadata: metadata of the shard, from `Generator.make_shard`.
+        check: called every few megabytes. If it raises, the shard's temporary file is removed.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: the shard cannot be written.
     """
     arrays = d4rl_arrays(rows)
     described = {
@@ -116,18 +125,25 @@ def write_shard(
 
 
 def read_shard(path: Path, plan: Plan, shard: int) -> tuple[dict[str, Array], dict[str, Any]]:
-    """Read a shard: its arrays, which have the plan's names, types and shapes, and its metadata.
+    """Read a shard's arrays and metadata; check the arrays' names, types and shapes against the plan.
+
+    Args:
+        path: file of the shard.
+        plan: plan of its folder.
+        shard: number of the shard.
 
     Raises:
-        InputError: the file is missing, damaged, or holds other arrays.
+        InputError: the file is missing or damaged, or holds other arrays than the plan says.
     """
     regular_file(path)
     arrays, metadata = read_file(path)
     if arrays.keys() != set(SHARD_ARRAYS):
         names = ", ".join(sorted(arrays.keys() ^ set(SHARD_ARRAYS)))
-        raise InputError(f"{path} lacks, or has beside a rollout's arrays: {reprlib.repr(names)}")
+        raise InputError(
+            f"{path} must hold exactly the arrays of a rollout; missing or unknown: {reprlib.repr(names)}"
+        )
     for name, array in arrays.items():
-        # The sizes of observations and actions are free here.
+        # A row's size, 1 here, is not checked: the plan does not store obs_dim and act_dim.
         row, kind = array_layout(name, 1, 1)
         dtype = torch.empty(0, dtype=kind, device="cpu").numpy().dtype
         ndim, rows = 1 + len(row), plan.rows(shard)
@@ -142,7 +158,7 @@ def read_shard(path: Path, plan: Plan, shard: int) -> tuple[dict[str, Array], di
 
 
 def check_values(path: Path, arrays: dict[str, Array], plan: Plan, shard: int) -> None:
-    """Raise `InputError` where a shard's arrays hold values that no rollout of the plan has."""
+    """Raise `InputError` if a shard's arrays hold a value that no rollout of the plan can have."""
     first = shard << 32
     ranges = {
         "step": (0, plan.rollout.horizon),
@@ -154,7 +170,7 @@ def check_values(path: Path, arrays: dict[str, Array], plan: Plan, shard: int) -
         if not (arrays[name].min() >= low and arrays[name].max() < high):
             raise InputError(f"{path}: {name} must be from {low} to below {high}")
     for name in ("terminals", "timeouts"):
-        # A file's bytes may be others than those of true and false.
+        # The bytes of a file's bool may be neither 0 nor 1.
         if arrays[name].view(np.uint8).max() > 1:
             raise InputError(f"{path}: {name} holds bytes that are neither 0 nor 1")
     rows = as_transitions(arrays, str(path), {}).validate()
@@ -176,13 +192,17 @@ def write_file(
     compression: Compression,
     check: Callable[[], None] = lambda: None,
 ) -> tuple[int, str]:
-    """Write a shard, .hdf5 or .parquet; return its size in bytes and its SHA-256.
+    """Write a shard's file atomically, and return its size in bytes and its SHA-256.
 
     Args:
-        check: called every few megabytes; what it raises abandons the file, of which nothing is left.
+        path: file to write; its suffix is .hdf5 or .parquet.
+        arrays: arrays of the shard.
+        metadata: metadata of the shard.
+        compression: compression, one of those for the file's format in `COMPRESSIONS`.
+        check: called every few megabytes. If it raises, the temporary file is removed.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: the file cannot be written.
     """
     with atomic_path(path) as temporary:
         if path.suffix == ".parquet":
@@ -198,7 +218,7 @@ def write_file(
 
 
 def file_sha256(path: Path, check: Callable[[], None] = lambda: None) -> str:
-    """Return the SHA-256 of a file's bytes, in hexadecimal; `check` as in `write_file`."""
+    """Return the SHA-256 of a file in hexadecimal; for `check` see `write_file`."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(_BLOCK):
@@ -210,12 +230,12 @@ def file_sha256(path: Path, check: Callable[[], None] = lambda: None) -> str:
 def _to_hdf5(
     arrays: dict[str, Array], values: dict[str, Any], compression: Compression, check: Callable[[], None]
 ) -> Pieces:
-    # Made in memory, where HDF5 cannot meet a full disk.
+    # Compressed in memory, so that the HDF5 library never meets a full disk.
     content = io.BytesIO()
     options: dict[str, Any] = {"compression": compression, "shuffle": True}
     with h5py.File(content, "w") as file:
         for name, array in arrays.items():
-            # A chunk is a whole number of rows, about a megabyte.
+            # Chunks of whole rows, about a megabyte each.
             rows = max(1, 2**20 // max(1, array[:1].nbytes))
             chunks = (min(rows, len(array)), *array.shape[1:])
             made = file.create_dataset(name, array.shape, array.dtype, chunks=chunks, **options)
@@ -241,7 +261,7 @@ def _write_parquet(
 
     table = pyarrow.table({name: column(array) for name, array in arrays.items()})
     table = table.replace_schema_metadata({"mopo_fast": json.dumps(metadata)})
-    # No dictionaries: floats repeat too seldom.
+    # Without dictionary encoding, since floats seldom repeat.
     options = {"compression": compression, "use_dictionary": False}
     with pyarrow.parquet.ParquetWriter(path, table.schema, **options) as writer:
         for first in range(0, len(table), _ROW_GROUP):
@@ -250,6 +270,11 @@ def _write_parquet(
 
 
 def import_pyarrow() -> Any:
+    """Import pyarrow with its Parquet module.
+
+    Raises:
+        InputError: pyarrow is not installed.
+    """
     try:
         import pyarrow.parquet
     except ImportError:
@@ -258,10 +283,10 @@ def import_pyarrow() -> Any:
 
 
 def read_file(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
-    """Read a shard's arrays, mapped into memory where it is uncompressed HDF5, and its metadata.
+    """Read a shard's arrays and its metadata; arrays in uncompressed HDF5 are memory maps.
 
     Raises:
-        InputError: it is missing or damaged.
+        InputError: the file is missing or damaged.
     """
     if path.suffix == ".parquet":
         return _from_parquet(path)
@@ -293,10 +318,10 @@ def _from_parquet(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
 
 
 def _check_parquet(path: Path, file: Any) -> None:
-    """Raise where the footer of a Parquet file announces no flat arrays, or more than the memory holds."""
+    """Raise if a Parquet file's footer announces nested columns, or more data than fit into memory."""
     schema, footer = file.schema_arrow, file.metadata
     if len(schema.names) > _MOST_COLUMNS or len(set(schema.names)) < len(schema.names):
-        raise ValueError(f"it has {len(schema.names)} columns, some of them of one name, or too many")
+        raise ValueError(f"it has {len(schema.names)} columns: too many, or two of one name")
     width = 0
     for field in schema:
         size = _list_size(field.type)
@@ -309,7 +334,7 @@ def _check_parquet(path: Path, file: Any) -> None:
 
 
 def _list_size(kind: Any) -> int:
-    """Return the length of lists of a fixed size; 0 for another type."""
+    """Return the length of a list type of fixed size, or 0 for any other type."""
     import pyarrow
 
     return int(kind.list_size) if pyarrow.types.is_fixed_size_list(kind) else 0
@@ -320,6 +345,6 @@ def _from_column(name: str, column: Any) -> Array:
     size = _list_size(values.type)
     flat = values.values[values.offset * size : (values.offset + len(values)) * size] if size else values
     if values.null_count or flat.null_count:
-        raise ValueError(f"{name} has empty places")
+        raise ValueError(f"{name} has null values")
     array: Array = flat.to_numpy(zero_copy_only=False)
     return array.reshape(-1, size) if size else array

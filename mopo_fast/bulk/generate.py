@@ -1,4 +1,4 @@
-"""Penalised model rollouts of a trained run: an endless sequence, and transitions of it in memory."""
+"""Penalised model rollouts of a trained run, as any part of an endless sequence of rollouts."""
 
 import dataclasses
 import os
@@ -23,25 +23,29 @@ from mopo_fast.utils.machine import check_memory
 from mopo_fast.utils.seeds import ROLLOUT, START, derive_seed
 
 # Start states of one call: enough to be fast, few enough to show progress.
-_STARTS = 50_000
-# Rollouts in a row without a finite transition: the models are broken.
-_HOPELESS = 10_000
-# Copies of a rollout that its writer holds beside it at most, time-outs included: one that makes the whole
-# file in memory, one that writes pieces as it makes them, and one that writes from the rollout's own memory.
+_STARTS_PER_CALL = 50_000
+# Rollouts in a row without a finite transition after which the models count as broken.
+_MAX_EMPTY_ROLLOUTS = 10_000
+# Memory that a writer needs beside the rollout, as a multiple of the rollout's own: a writer that makes the
+# whole file in memory, one that encodes and writes in pieces, and one that writes the rollout's own memory.
+# Time-outs are included.
 ENCODED_WHOLE, WRITTEN_IN_PIECES, WRITTEN_IN_PLACE = 1.125, 0.375, 0.125
 
 
 class Generator:
-    """An endless sequence of rollouts; any stretch of it can be made alone, to the same rows.
+    """Generator of an endless sequence of rollouts, any part of which can be made on its own.
 
-    Rollout `i` starts at an observation drawn by (seed, i), and its random numbers are of (seed, i).
+    The start state and all random numbers of rollout `i` depend only on the seed and `i`.
 
     Args:
-        observations: [n, obs_dim], which start states are drawn from, with replacement.
-        threads: of the CPU kernel; None: all cores.
+        ensemble: dynamics.
+        policy: policy to roll out.
+        observations: observations [n, obs_dim] from which start states are drawn with replacement.
+        config: settings of the rollouts.
+        threads: number of CPU threads; None for all cores.
 
     Raises:
-        InputError: the models, the data or the settings do not fit each other.
+        InputError: the models, the observations or the settings do not fit each other.
     """
 
     def __init__(
@@ -68,25 +72,27 @@ class Generator:
     def fill(
         self, ring: RingBuffer, count: int, first: int = 0, advance: Callable[[int], None] = lambda _: None
     ) -> tuple[int, int]:
-        """Write `count` transitions of rollouts `first`, first + 1, ... into the start of `ring`.
+        """Fill the first `count` rows of a ring buffer with transitions of rollouts first, first + 1, ...
 
         The last rollout may be cut short.
 
         Args:
-            ring: empty, of at least count + horizon rows.
-            advance: called with the number of transitions after each stretch.
+            ring: empty ring buffer with room for at least count + horizon rows.
+            count: number of transitions.
+            first: number of the first rollout in the endless sequence.
+            advance: called after each kernel call with the number of transitions that it made.
 
         Returns:
-            Rollouts begun, and how many ended in a prediction that was not finite.
+            Number of rollouts begun, and number of those that ended at a non-finite prediction.
 
         Raises:
-            InputError: nearly all rollouts end in one that is not finite.
+            InputError: thousands of rollouts in a row had no finite transition.
         """
         horizon, seed = self.config.horizon, self.config.seed
-        starts, non_finite, fruitless = 0, 0, 0
+        starts, non_finite, empty = 0, 0, 0
         while ring.size < count:
             missing = count - ring.size
-            batch = min(-(-missing // horizon), _STARTS)
+            batch = min(-(-missing // horizon), _STARTS_PER_CALL)
             numbers = torch.arange(first + starts, first + starts + batch, device=self.engine.device)
             drawn = random_choice(numbers, 0, BATCH_STREAM, len(self.observations), derive_seed(seed, START))
             made = self.engine.rollout(
@@ -98,26 +104,31 @@ class Generator:
                 out=ring,
             )
             starts, non_finite = starts + batch, non_finite + made.info["non_finite"]
-            fruitless = 0 if len(made) else fruitless + batch
-            if fruitless >= _HOPELESS:
+            empty = 0 if len(made) else empty + batch
+            if empty >= _MAX_EMPTY_ROLLOUTS:
                 raise InputError(
-                    f"the last {fruitless} rollouts had no finite transition; the ensemble or the policy is"
-                    " broken, or the data are not its task's"
+                    f"the last {empty} rollouts had no finite transition; the ensemble or the policy is"
+                    " broken, or the data are of another task"
                 )
             advance(min(len(made), missing))
         return starts, non_finite
 
-    def shard(
+    def make_shard(
         self, plan: Plan, shard: int, ring: RingBuffer, advance: Callable[[int], None] = lambda _: None
     ) -> tuple[Transitions, dict[str, Any]]:
-        """Make a shard's transitions, which are the first rows of `ring`, and its metadata.
+        """Make one shard of a plan.
 
         Args:
-            ring: made by `self.ring` for the plan's largest shard; its former rows are lost.
-            advance: as in `fill`.
+            plan: plan of the shard's folder.
+            shard: number of the shard.
+            ring: ring buffer from `allocate_ring` for the plan's largest shard; it is overwritten.
+            advance: see `fill`.
+
+        Returns:
+            The shard's transitions, which are the first rows of `ring`, and its metadata.
 
         Raises:
-            InputError: as `fill`.
+            InputError: see `fill`.
         """
         ring.clear()
         rows = plan.rows(shard)
@@ -125,8 +136,8 @@ class Generator:
         metadata = {"plan": plan.sha256(), "shard": shard, "starts": starts, "non_finite": non_finite}
         return ring.storage[:rows], metadata
 
-    def ring(self, count: int) -> RingBuffer:
-        """Allocate a ring that `fill` can write `count` transitions into, with every array of a rollout."""
+    def allocate_ring(self, count: int) -> RingBuffer:
+        """Allocate a ring buffer with every array of a rollout and room for `fill` to write `count` rows."""
         ensemble = self.engine.ensemble
         rows = count + self.config.horizon
         return RingBuffer.over(allocate(rows, ensemble.obs_dim, ensemble.act_dim, self.engine.device))
@@ -145,21 +156,26 @@ def generate(
     threads: int | None = None,
     task: str | Task | None = None,
 ) -> Transitions:
-    """Roll a run's policy out in its ensemble, from observations of `data` drawn with replacement.
+    """Roll a run's policy out in its ensemble and return the transitions; `generate_shards` writes to disk.
 
     Args:
-        run: a run's folder; its config.json says which task ends an episode and which penalty counts.
-        count: transitions.
-        horizon, penalty_coef: None: the run's own.
-        task: the run's task; to be given where that is a Python file, which is executed.
+        run: folder of the run. Its config.json gives the task, with its termination, and the penalty.
+        data: transitions from whose observations start states are drawn with replacement.
+        count: number of transitions.
+        horizon: maximal number of steps of a rollout; None for the run's own.
+        seed: seed of all random numbers.
+        penalty_coef: weight of the penalty in the reward; None for the run's own.
+        dtype: precision of the matrix products, see `RolloutEngine`.
+        backend: backend of `RolloutEngine`.
+        threads: number of CPU threads; None for all cores.
+        task: the run's task. It must be given if it is a Python file, since that file is executed.
 
     Returns:
-        `count` transitions, in memory, ordered by rollout, then step; `generate_shards` writes any number to
-        disk.
+        `count` transitions, ordered by rollout, then step.
 
     Raises:
-        InputError: the run is not whole, the data do not fit it, a number is out of range, or the memory
-            does not hold the transitions and the file that `save_transitions` makes of them.
+        InputError: the run is incomplete, the data do not fit it, an argument is out of range, or the
+            transitions and the file that `save_transitions` writes do not fit into memory.
     """
     config = generate_config(
         run, horizon=horizon, seed=seed, penalty_coef=penalty_coef, dtype=dtype, backend=backend, task=task
@@ -167,7 +183,7 @@ def generate(
     check_value("count", count, Positive)
     check_rollout_memory(config, count, 1, WRITTEN_IN_PLACE, "count or horizon")
     generator = Generator(EnsembleDynamics.load(run), Actor.load(run), data.observations, config, threads)
-    ring = generator.ring(count)
+    ring = generator.allocate_ring(count)
     starts, non_finite = generator.fill(ring, count)
     rollouts = ring.storage[:count]
     rollouts.info = {
@@ -184,19 +200,20 @@ def generate(
 
 
 def check_rollout_memory(
-    config: GenerateConfig, count: int, rollouts: int, file_copies: float, lower: str
+    config: GenerateConfig, count: int, buffers: int, file_copies: float, lower: str
 ) -> None:
-    """Raise `InputError` where the memory does not hold rollouts and what a writer needs beside them.
+    """Raise `InputError` if buffers of transitions, and their writer's own memory, do not fit into memory.
 
     Args:
-        count: transitions of each rollout.
-        rollouts: how many are held at once.
-        file_copies: copies of one rollout that its writer makes.
-        lower: the arguments to lower.
+        config: settings of the rollouts.
+        count: transitions in each buffer.
+        buffers: number of buffers held at once.
+        file_copies: memory of the writer as a multiple of one buffer's, such as `ENCODED_WHOLE`.
+        lower: names of the arguments to lower, for the message.
     """
     task = get_task(config.task)
-    starts = min(-(-count // config.horizon), _STARTS)
-    rows = rollouts * (count + config.horizon) + round(file_copies * count) + starts
+    starts = min(-(-count // config.horizon), _STARTS_PER_CALL)
+    rows = buffers * (count + config.horizon) + round(file_copies * count) + starts
     check_memory(
         f"{count} transitions at once, in rollouts of {config.horizon} steps",
         rows * transition_bytes(SHARD_ARRAYS, task.obs_dim, task.act_dim),

@@ -1,7 +1,7 @@
-"""The plan of a folder of shards, and the manifest that lists the finished ones.
+"""Plan of a folder of shards, and the manifest that lists the finished shards.
 
-Shard k holds transitions k * shard_rows, ... of rollouts k * 2^32, k * 2^32 + 1, ...: it depends on the plan
-and k alone.
+Shard k begins at transition k * shard_rows of the folder, and holds the rollouts k * 2^32, k * 2^32 + 1, ...
+It depends only on the plan and k.
 """
 
 import dataclasses
@@ -24,21 +24,21 @@ from mopo_fast.tasks import Task, task_of_run
 from mopo_fast.utils.atomic import check_value, read_json_as, regular_file, write_json
 
 MANIFEST = "manifest.json"
-# The arrays of a shard. A time-out is a rollout's last row that is no terminal.
+# Arrays of a shard. A time-out marks the last row of a rollout that did not end in a terminal state.
 SHARD_ARRAYS = (*ROLLOUT_ARRAYS, "timeouts")
 COMPRESSIONS: dict[ShardFormat, tuple[Compression, ...]] = {
     "hdf5": ("none", "lzf", "gzip"),
     "parquet": ("none", "snappy", "zstd"),
 }
-# Edges of the histogram of penalties: ten bins a decade, then one below and one above.
+# Edges of the histogram of penalties: ten bins a decade, besides one bin below and one above all edges.
 PENALTY_EDGES = np.geomspace(1e-4, 1e4, 81)
-# A shard's number has six digits.
+# A shard's number has six digits in its file's name.
 _MOST_SHARDS = 10**6
 
 Natural = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[int, Field(ge=1, lt=2**63)]
 ShardRows = Annotated[int, Field(ge=1, lt=2**32)]
-# Rollouts that a shard begins; the next shard's numbers are 2^32 higher.
+# Number of rollouts that a shard begins; the next shard's rollouts are numbered 2^32 higher.
 Starts = Annotated[int, Field(ge=1, le=2**32)]
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 _NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -50,7 +50,7 @@ _Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 @dataclass(frozen=True)
 class RunSettings:
-    """The settings of a run's rollouts: `RolloutConfig`'s fields of these names, none left open."""
+    """Settings of a run's rollouts: fields of `RolloutConfig`, resolved to values."""
 
     horizon: Annotated[int, Field(ge=1, lt=2**31)]
     penalty: Penalty
@@ -61,7 +61,7 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class GenerateConfig(RunSettings):
-    """All that rollouts depend on, but for the models and the start states."""
+    """Everything that rollouts depend on, except the models and the start states."""
 
     task: str
     seed: Annotated[int, Field(ge=0, lt=2**64)]
@@ -71,7 +71,7 @@ class GenerateConfig(RunSettings):
 
 @dataclass(frozen=True)
 class _RunConfig:
-    """The part of a run's config.json that is read here."""
+    """Fields of a run's config.json that are read here."""
 
     task: str
     rollout: RunSettings
@@ -82,10 +82,12 @@ def run_settings(run: str | os.PathLike[str], task: str | Task | None = None) ->
     """Read a run's task and the settings of its rollouts from its config.json.
 
     Args:
-        task: the run's task; None: as config.json says, unless that is a Python file. See `task_of_run`.
+        run: folder of the run.
+        task: the run's task. None looks it up by the name in config.json, which is refused if it is a Python
+            file, because that file would be executed. See `task_of_run`.
 
     Raises:
-        InputError: there is no config.json, or it is not a run's; or `task` is not the run's.
+        InputError: config.json is missing or is not that of a run, or `task` is not the run's task.
     """
     path = Path(run) / "config.json"
     config = read_json_as(path, _RunConfig)
@@ -102,10 +104,19 @@ def generate_config(
     backend: str,
     task: str | Task | None = None,
 ) -> GenerateConfig:
-    """Return the run's own settings, with what is given in their place.
+    """Return a run's settings of rollouts, with its horizon and penalty_coef replaced unless None is given.
+
+    Args:
+        run: folder of the run.
+        horizon: maximal number of steps of a rollout; None for the run's own.
+        seed: seed of all random numbers.
+        penalty_coef: weight of the penalty in the reward; None for the run's own.
+        dtype: precision of the matrix products.
+        backend: backend of `RolloutEngine`.
+        task: the run's task, see `run_settings`.
 
     Raises:
-        InputError: a value is out of range; or as `run_settings`.
+        InputError: a value is out of range, or see `run_settings`.
     """
     task, settings = run_settings(run, task)
     values = dataclasses.asdict(settings)
@@ -121,8 +132,22 @@ def generate_config(
 
 @dataclass(frozen=True)
 class Plan:
-    """All that decides the shards' bytes, but for the processor: kernels of other instruction sets round
-    differently."""
+    """Everything that decides the bytes of a folder's shards, except the processor.
+
+    Kernels of another instruction set, or of another backend, round differently.
+
+    Attributes:
+        count: transitions of all shards together.
+        shard_rows: transitions of each shard but the last.
+        format: format of the files.
+        compression: compression inside the files.
+        rollout: settings of the rollouts.
+        dataset: name of the data set that start states are drawn from.
+        observations_sha256: digest of that data set's observations.
+        dynamics_sha256: digest of the ensemble.
+        policy_sha256: digest of the policy.
+        mopo_fast: version of this package.
+    """
 
     count: Positive
     shard_rows: ShardRows
@@ -148,14 +173,15 @@ class Plan:
 
     @property
     def shards(self) -> int:
+        """Number of shards."""
         return -(-self.count // self.shard_rows)
 
     def rows(self, shard: int) -> int:
-        """Return the number of its transitions; the last shard has what is left."""
+        """Return the number of transitions in a shard; the last shard may have fewer than the others."""
         return min(self.shard_rows, self.count - shard * self.shard_rows)
 
     def file(self, shard: int) -> str:
-        """Return the name of its file; names sort as numbers do."""
+        """Return the name of a shard's file; names sort in the order of the numbers."""
         return f"shard-{shard:06d}.{self.format}"
 
     def shard(self, file: str) -> int:
@@ -171,17 +197,26 @@ class Plan:
         return shard
 
     def sha256(self) -> str:
+        """Return the SHA-256 of the plan in hexadecimal."""
         return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """A shard's entry in the manifest: its file, and counts over its rows.
+    """Entry of a shard in the manifest: its file, and statistics of its rows.
 
     Attributes:
-        starts: rollouts begun; `non_finite` of them ended in a prediction that was not finite.
-        penalty_counts: the histogram of penalties over `PENALTY_EDGES`.
-        rows_of_step, terminals_of_step: rows, and terminals among them, of each step of a rollout.
+        file: name of the file.
+        rows: number of transitions.
+        bytes: size of the file in bytes.
+        sha256: SHA-256 of the file in hexadecimal.
+        starts: number of rollouts begun.
+        non_finite: number of rollouts that ended at a non-finite prediction.
+        reward_sum: sum of the penalised rewards.
+        penalty_sum: sum of the penalties.
+        penalty_counts: histogram of the penalties over `PENALTY_EDGES`.
+        rows_of_step: number of rows at each step of a rollout.
+        terminals_of_step: number of terminal rows at each step of a rollout.
     """
 
     file: str
@@ -224,7 +259,14 @@ def count_rows(arrays: dict[str, Array], horizon: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A folder's manifest.json: the plan, and a record of each finished shard, in their order."""
+    """Content of a folder's manifest.json.
+
+    Attributes:
+        format_version: version of the manifest's format.
+        plan: plan of the folder.
+        penalty_edges: edges of the histograms of penalties.
+        shards: records of the finished shards, in the order of their numbers.
+    """
 
     format_version: Annotated[int, Field(ge=1, le=1)]
     plan: Plan
@@ -236,23 +278,23 @@ class Manifest:
         if len(self.penalty_edges) != len(PENALTY_EDGES) or not np.allclose(
             self.penalty_edges, PENALTY_EDGES
         ):
-            raise InputError("penalty_edges are others than format_version 1 has")
+            raise InputError("penalty_edges differ from those of format_version 1")
         for record in self.shards:
             shard = plan.shard(record.file)
             if shard <= before:
                 raise InputError(f"{record.file} is listed twice, or out of order")
             if record.rows != plan.rows(shard):
-                raise InputError(f"{record.file} has {record.rows} rows in place of {plan.rows(shard)}")
+                raise InputError(f"{record.file} has {record.rows} rows, expected {plan.rows(shard)}")
             if len(record.rows_of_step) != plan.rollout.horizon:
                 raise InputError(f"{record.file} has {len(record.rows_of_step)} steps in rows_of_step")
             before = shard
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
-    """Read a folder's manifest and check it whole.
+    """Read a folder's manifest and check it completely.
 
     Raises:
-        InputError: there is none, or it is damaged, of another version, or contradicts itself.
+        InputError: the manifest is missing or damaged, has another version, or contradicts itself.
     """
     path = Path(folder) / MANIFEST
     regular_file(path)
@@ -260,7 +302,13 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
 
 
 def write_manifest(folder: Path, plan: Plan, records: dict[str, ShardRecord]) -> Manifest:
-    """Write the manifest of the shards that are there, whose records are given by file."""
+    """Write a folder's manifest.
+
+    Args:
+        folder: folder of the shards.
+        plan: plan of the folder.
+        records: records of the finished shards, by file name.
+    """
     shards = [records[file] for file in sorted(records)]
     manifest = Manifest(1, plan, PENALTY_EDGES.tolist(), shards)
     write_json(folder / MANIFEST, dataclasses.asdict(manifest))

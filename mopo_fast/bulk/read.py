@@ -1,4 +1,4 @@
-"""Read a folder of shards: lazily, as one set of transitions; verified; summed up."""
+"""Reading a folder of shards: lazily as one set of transitions, to verify it, or to summarise it."""
 
 import dataclasses
 import os
@@ -19,12 +19,12 @@ from mopo_fast.utils.progress import progress_bar
 
 
 class Rollouts:
-    """The transitions of a folder of shards, read when they are asked for.
+    """Transitions of a folder of shards, read when they are accessed.
 
-    Shards in uncompressed HDF5 are mapped into memory; of others, the last one read is kept.
+    Shards in uncompressed HDF5 are memory-mapped. In any other format, the last shard read stays in memory.
 
     Attributes:
-        manifest: see `read_manifest`.
+        manifest: manifest of the folder.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
@@ -40,6 +40,7 @@ class Rollouts:
 
     @property
     def name(self) -> str:
+        """Name of the folder."""
         return self._folder.name
 
     def shard(self, number: int) -> Transitions:
@@ -50,7 +51,7 @@ class Rollouts:
             made = as_transitions(arrays, self.name, metadata)
             self._sizes = self._sizes or (made.obs_dim, made.act_dim)
             if self._sizes != (made.obs_dim, made.act_dim):
-                raise InputError(f"{path} has other dimensions than other shards")
+                raise InputError(f"{path} has another obs_dim or act_dim than the other shards")
             while len(self._open) >= self._keep:
                 del self._open[next(iter(self._open))]
             self._open[number] = made
@@ -85,24 +86,31 @@ class Rollouts:
 
 
 def open_rollouts(folder: str | os.PathLike[str]) -> Rollouts:
-    """Open the transitions that `mopo-fast rollout --out FOLDER` has written, without reading them yet.
+    """Open a folder written by `mopo-fast rollout --out FOLDER`, without reading its shards yet.
 
     Raises:
-        InputError: the folder has no manifest, or not all of its shards are there yet.
+        InputError: the folder has no manifest, or some of its shards are not made yet.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
     rows, count = sum(record.rows for record in manifest.shards), manifest.plan.count
     if rows != count:
-        raise InputError(f"{folder} has {rows:,} of {count:,} transitions; the command that began it goes on")
+        raise InputError(f"{folder} has {rows:,} of {count:,} transitions; run its command again to go on")
     return Rollouts(folder, manifest)
 
 
 def verify(folder: str | os.PathLike[str], *, quiet: bool = False) -> Manifest:
-    """Read every shard and compare it with the manifest: bytes, arrays, every value's range, rewards, counts.
+    """Read every shard and check its bytes, arrays, values and statistics against the manifest.
+
+    Args:
+        folder: folder of the shards.
+        quiet: show no progress bar.
+
+    Returns:
+        The manifest.
 
     Raises:
-        InputError: names every shard that is missing or not what it was.
+        InputError: shards are missing, damaged or changed; the message names each of them.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -117,7 +125,7 @@ def verify(folder: str | os.PathLike[str], *, quiet: bool = False) -> Manifest:
     if wrong:
         raise InputError(
             "\n".join([f"{len(wrong)} of {len(manifest.shards)} shards are not sound:", *wrong])
-            + "\ndelete these, and the command that made them makes them again"
+            + "\ndelete these shards and run the command that made them again"
         )
     open_rollouts(folder)
     return manifest
@@ -127,18 +135,23 @@ def _verify_shard(folder: Path, plan: Plan, record: ShardRecord) -> None:
     path, shard = folder / record.file, plan.shard(record.file)
     size = regular_file(path).st_size
     if file_sha256(path) != record.sha256:
-        raise InputError(f"{path} has other bytes than when it was written")
+        raise InputError(f"{path} has changed: its SHA-256 is not that in {MANIFEST}")
     arrays, _ = read_shard(path, plan, shard)
     check_values(path, arrays, plan, shard)
     for name, found in {"bytes": size, **count_rows(arrays, plan.rollout.horizon)}.items():
         value = getattr(record, name)
-        # The sums' last digits depend on the order of addition.
+        # The last digits of a sum depend on the order of addition.
         if not (np.isclose(found, value) if name.endswith("_sum") else found == value):
-            raise InputError(f"{path}: {MANIFEST} has another {name} than the shard")
+            raise InputError(f"{path}: {MANIFEST} has {name} {value!r}, the shard has {found!r}")
 
 
 def summarise(manifest: Manifest) -> dict[str, Any]:
-    """Sum the shards up: counts, means (0 without rows), a histogram of penalties, rows and ends by step."""
+    """Sum up the statistics of all shards.
+
+    Returns:
+        "rows", "bytes", "starts" and "non_finite", summed; "reward_mean" and "penalty_mean", 0 if there are
+        no rows; "penalty_edges" and "penalty_counts"; "rows_of_step" and "terminals_of_step".
+    """
     shards = manifest.shards
     rows = sum(record.rows for record in shards)
 
@@ -159,16 +172,16 @@ def summarise(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-# Columns of a histogram's longest bar.
+# Width of a histogram's longest bar in columns.
 _WIDTH = 40
 
 
 def as_text(summary: dict[str, Any]) -> str:
-    """Draw a summary for a terminal: counts, the histogram of penalties, terminations step by step."""
+    """Format a summary for a terminal: counts, histogram of penalties, terminations at each step."""
     rows, counts = summary["rows"], summary["penalty_counts"]
     lines = [
         f"{rows:,} transitions of {summary['starts']:,} rollouts, {summary['bytes'] / 2**30:.2f} GiB;"
-        f" {summary['non_finite']:,} rollouts cut, not finite",
+        f" {summary['non_finite']:,} rollouts ended at a non-finite prediction",
         f"mean penalised reward {summary['reward_mean']:.4g}, mean penalty {summary['penalty_mean']:.4g}",
         "",
         "penalty",

@@ -1,7 +1,7 @@
-"""Write a folder of shards: find those that are there, make those that are missing.
+"""Writing a folder of shards: find the shards that exist, and make those that are missing.
 
-A shard appears whole, by a rename; the manifest is written anew after each. So a folder whose process was
-killed holds whole shards, and the same call goes on.
+A shard appears by a rename once it is complete, and the manifest is written again after each shard. A folder
+whose process was killed therefore holds complete shards only, and the same call makes the rest.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from typing import Any
 
 from mopo_fast import __version__
 from mopo_fast.buffer import RingBuffer
-from mopo_fast.bulk.cluster import Maker, workers
+from mopo_fast.bulk.cluster import ShardMaker, ray_shard_maker
 from mopo_fast.bulk.files import check_values, file_sha256, import_pyarrow, read_shard, write_shard
 from mopo_fast.bulk.generate import ENCODED_WHOLE, WRITTEN_IN_PIECES, Generator, check_rollout_memory
 from mopo_fast.bulk.plan import (
@@ -68,27 +68,37 @@ def generate_shards(
     overwrite: bool = False,
     quiet: bool = False,
 ) -> Manifest:
-    """Write `count` transitions of a run's policy in its ensemble to a folder, shard by shard.
+    """Write `count` transitions of a run's policy in its ensemble to a folder of shards.
 
-    A folder with a part of the same shards is completed; one that has them all is left as it is. A call that
-    is refused leaves everything as it was; one that is interrupted leaves its finished shards.
+    If the folder already holds some of these shards, only the missing ones are made. A call that raises
+    `InputError` before the first shard changes nothing; an interrupted call keeps its finished shards.
 
     Args:
-        run: a run's folder; its config.json says which task ends an episode and which penalty counts.
-        data: start states are drawn from its observations, with replacement.
-        shard_rows: transitions in each shard; two shards are held in memory.
-        horizon, penalty_coef: None: the run's own.
-        format, compression: see `COMPRESSIONS` in plan.py.
-        ray: None: this process; "auto", "local" or an address: a Ray cluster, see cluster.py.
-        task: the run's task; to be given where that is a Python file, which is executed.
-        overwrite: delete the shards that the folder's manifest lists first.
+        run: folder of the run. Its config.json gives the task, with its termination, and the penalty.
+        data: transitions from whose observations start states are drawn with replacement.
+        out: folder of the shards; it is created if it does not exist.
+        count: number of transitions in all shards together.
+        shard_rows: number of transitions in each shard. Two shards are held in memory.
+        horizon: maximal number of steps of a rollout; None for the run's own.
+        seed: seed of all random numbers.
+        penalty_coef: weight of the penalty in the reward; None for the run's own.
+        format: format of the files, "hdf5" or "parquet".
+        compression: compression of the files, see `COMPRESSIONS` in plan.py.
+        dtype: precision of the matrix products, see `RolloutEngine`.
+        backend: backend of `RolloutEngine`.
+        threads: number of CPU threads; None for all cores, or for 1 in each worker of a cluster.
+        device: device of the models, "cpu" or "cuda".
+        ray: Ray cluster that makes the shards, see `cluster.connected`; None for this process.
+        task: the run's task. It must be given if it is a Python file, since that file is executed.
+        overwrite: first delete the shards that the folder's manifest lists.
+        quiet: show no progress bar.
 
     Returns:
         The manifest.
 
     Raises:
-        InputError: the run is not whole, the data do not fit it, a number is out of range, the folder holds
-            something else or cannot be written, or another process is at work in it.
+        InputError: the run is incomplete, the data do not fit it, an argument is out of range, the folder
+            holds something else or cannot be written, or another process works in it.
     """
     out = Path(out)
     if format == "parquet":
@@ -99,10 +109,10 @@ def generate_shards(
     check_value("count", count, Positive)
     check_value("shard_rows", shard_rows, ShardRows)
     rows = min(count, shard_rows)
-    rings = 1 if count == rows else 2
-    # HDF5 compresses into memory.
+    buffers = 1 if count == rows else 2
+    # Compressed HDF5 files are made in memory.
     copies = ENCODED_WHOLE if format == "hdf5" and compression != "none" else WRITTEN_IN_PIECES
-    check_rollout_memory(config, rows, rings, copies, "count, shard_rows or horizon")
+    check_rollout_memory(config, rows, buffers, copies, "count, shard_rows or horizon")
     ensemble, policy = EnsembleDynamics.load(run, device), Actor.load(run, device)
     generator = Generator(ensemble, policy, data.observations, config, threads)
     plan = Plan(
@@ -117,16 +127,16 @@ def generate_shards(
         policy_sha256=tensors_sha256(dict(policy.state_dict())),
         mopo_fast=__version__,
     )
-    making: contextlib.AbstractContextManager[Maker]
+    maker: contextlib.AbstractContextManager[ShardMaker]
     if ray is None:
-        making = contextlib.nullcontext(functools.partial(_make_here, generator))
+        maker = contextlib.nullcontext(functools.partial(_make_here, generator))
     else:
-        making = workers(ray, generator, threads)
-    with making as make, _tidily_locked(out):
-        records, doomed = _find_shards(out, plan, overwrite)
+        maker = ray_shard_maker(ray, generator, threads)
+    with maker as make, _locked_or_restored(out):
+        records, replaced = _find_shards(out, plan, overwrite)
         missing = [shard for shard in range(plan.shards) if plan.file(shard) not in records]
-        _check_space(out, plan, missing, generator, doomed)
-        for path in doomed:
+        _check_space(out, plan, missing, generator, replaced)
+        for path in replaced:
             path.unlink()
         write_manifest(out, plan, records)
         with progress_bar("transitions", count, quiet=quiet) as bar:
@@ -144,8 +154,8 @@ def generate_shards(
 
 
 @contextlib.contextmanager
-def _tidily_locked(out: Path) -> Iterator[None]:
-    """Lock a folder; where the block fails before a shard is there, leave the folder as it was."""
+def _locked_or_restored(out: Path) -> Iterator[None]:
+    """Lock a folder; if the block fails before a shard is written, restore the folder as it was."""
     lock_is_new = out.is_dir() and not (out / ".lock").exists()
     with locked(out):
         manifest_is_new = not (out / MANIFEST).exists()
@@ -160,7 +170,7 @@ def _tidily_locked(out: Path) -> Iterator[None]:
 
 
 class _Abandoned(Exception):
-    """Raised to end the writing of a shard that is not wanted any more."""
+    """Raised to stop writing a shard after a failure or an interruption."""
 
 
 def _make_here(
@@ -171,16 +181,16 @@ def _make_here(
     keep: Callable[[ShardRecord], None],
     advance: Callable[[int], None],
 ) -> None:
-    """Make shards one after the other, while the one before is encoded and written.
+    """Make shards in this process; a thread encodes and writes each while the next one is made.
 
-    A failure or an interruption abandons the shard that is being written.
+    A failure or an interruption abandons the shard that is being written. For the arguments see `ShardMaker`.
     """
     if not shards:
         return
     rows = max(plan.rows(shard) for shard in shards)
     free: queue.Queue[RingBuffer] = queue.Queue()
     for _ in range(min(2, len(shards))):
-        free.put(generator.ring(rows))
+        free.put(generator.allocate_ring(rows))
     full: queue.Queue[Any] = queue.Queue()
     errors: list[BaseException] = []
     failed = threading.Event()
@@ -207,7 +217,7 @@ def _make_here(
             ring = free.get()
             if errors:
                 break
-            full.put((ring, *generator.shard(plan, shard, ring, advance)))
+            full.put((ring, *generator.make_shard(plan, shard, ring, advance)))
         full.put(None)
         writer.join()
     except BaseException:
@@ -220,16 +230,18 @@ def _make_here(
 
 
 def _find_shards(out: Path, plan: Plan, overwrite: bool) -> tuple[dict[str, ShardRecord], list[Path]]:
-    """Find the shards that are there.
+    """Find the shards of a plan that exist in its folder.
 
     Args:
-        overwrite: those that the manifest lists are not wanted.
+        out: folder of the shards.
+        plan: plan of the call.
+        overwrite: whether the shards listed in the manifest are to be replaced.
 
     Returns:
-        The records of the plan's finished shards by their files, and the files that are to be deleted.
+        Records of the plan's finished shards by file name, and the files to delete.
 
     Raises:
-        InputError: the folder holds something else, or a shard that is not what the manifest says.
+        InputError: the folder holds something else, or a shard that contradicts the manifest.
     """
     listed: dict[str, ShardRecord] = {}
     if os.path.lexists(out / MANIFEST):
@@ -244,14 +256,14 @@ def _find_shards(out: Path, plan: Plan, overwrite: bool) -> tuple[dict[str, Shar
             if size != record.bytes and not overwrite:
                 raise InputError(
                     f"{path} has {size:,} bytes, {MANIFEST} says {record.bytes:,};"
-                    " delete it to have it made again"
+                    " delete it, and it will be made again"
                 )
             listed[record.file] = record
     elif any(not path.name.startswith((".lock", f".{MANIFEST}.", ".shard-")) for path in out.iterdir()):
-        raise InputError(f"{out} holds other things; choose a new folder")
+        raise InputError(f"{out} holds other files; choose a new folder")
     sweep(out)
     found = {} if overwrite else dict(listed)
-    # Whole, but the process was killed before the manifest could say so.
+    # A shard that is not listed is complete: the process was killed between its rename and the manifest.
     for shard in range(plan.shards):
         file = plan.file(shard)
         if file not in listed and os.path.lexists(out / file):
@@ -259,26 +271,26 @@ def _find_shards(out: Path, plan: Plan, overwrite: bool) -> tuple[dict[str, Shar
     return found, [out / file for file in listed] if overwrite else []
 
 
-def _check_same(out: Path, theirs: Plan, ours: Plan) -> None:
-    """Raise `InputError` where a folder's shards are of another plan; name the first setting that differs."""
-    there, here = (dataclasses.asdict(plan.rollout) | dataclasses.asdict(plan) for plan in (theirs, ours))
+def _check_same(out: Path, existing: Plan, new: Plan) -> None:
+    """Raise `InputError` that names the first setting in which a folder's plan differs from a new one."""
+    there, here = (dataclasses.asdict(plan.rollout) | dataclasses.asdict(plan) for plan in (existing, new))
     for name in here:
         if name != "rollout" and there[name] != here[name]:
             raise InputError(
                 f"{out} holds other rollouts: there {name} is {there[name]!r}, here {here[name]!r};"
-                " choose another folder, or go on with the same settings"
+                " choose another folder, or use the settings that it was made with"
             )
 
 
 def _read_record(path: Path, plan: Plan, shard: int) -> ShardRecord:
-    """Read a shard that the manifest does not list yet.
+    """Read a shard that the manifest does not list yet, and make its record.
 
     Raises:
-        InputError: it is of another plan, or not sound.
+        InputError: the shard belongs to another plan or is damaged.
     """
     arrays, metadata = read_shard(path, plan, shard)
     if (str(metadata.get("plan")), str(metadata.get("shard"))) != (plan.sha256(), str(shard)):
-        raise InputError(f"{path} is of other rollouts; delete it, or choose another folder")
+        raise InputError(f"{path} belongs to another plan; delete it, or choose another folder")
     check_values(path, arrays, plan, shard)
     return ShardRecord(
         file=path.name,
@@ -290,14 +302,16 @@ def _read_record(path: Path, plan: Plan, shard: int) -> ShardRecord:
     )
 
 
-def _check_space(out: Path, plan: Plan, missing: list[int], generator: Generator, doomed: list[Path]) -> None:
-    """Raise `InputError` where the disk has no room for the missing shards in the place of those doomed."""
+def _check_space(
+    out: Path, plan: Plan, missing: list[int], generator: Generator, replaced: list[Path]
+) -> None:
+    """Raise `InputError` if the missing shards do not fit on the disk after the replaced ones are deleted."""
     ensemble = generator.engine.ensemble
     row = transition_bytes(SHARD_ARRAYS, ensemble.obs_dim, ensemble.act_dim)
     needed = row * sum(map(plan.rows, missing))
-    free = shutil.disk_usage(out).free + sum(path.lstat().st_size for path in doomed)
+    free = shutil.disk_usage(out).free + sum(path.lstat().st_size for path in replaced)
     if plan.compression == "none" and needed > free:
         raise InputError(
-            f"{out} takes another {needed / 2**30:.1f} GiB, the disk has {free / 2**30:.1f} free;"
+            f"{out} takes another {needed / 2**30:.1f} GiB, the disk has {free / 2**30:.1f} GiB free;"
             " lower count, compress, or choose another disk"
         )

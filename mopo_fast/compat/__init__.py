@@ -1,7 +1,8 @@
-"""Other MOPO code with our kernels inside, and its files read and written.
+"""Adapters for other MOPO code bases: this package's kernels behind their interfaces, and their files.
 
-One module for each code base holds what its loop calls, under its own names, and `read` and `write` of its
-files. None imports the code base: what it hands over is used through the attributes it has there.
+Each code base has one module. It holds replacements for the classes that the code base's training loop calls,
+under the same names, and `read` and `write` for its checkpoints. No module imports its code base: the objects
+that a user passes in are used through their attributes.
 """
 
 import importlib
@@ -21,40 +22,56 @@ logger = logging.getLogger("mopo_fast")
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """The models that a run has left; either may be missing."""
+    """The models found in a checkpoint, or to be written to one.
+
+    Attributes:
+        dynamics: the ensemble; None if the checkpoint has none.
+        policy: the actor; None if the checkpoint has none.
+    """
 
     dynamics: EnsembleDynamics | None = None
     policy: Actor | None = None
 
 
 class Format(Protocol):
-    """What each module of this package offers for its code base's files.
+    """Reader and writer of one code base's checkpoints; each module of this package is one.
 
-    `WRITES_POLICIES`: its code keeps policies alone, or beside dynamics, in files that `write` can make.
+    Attributes:
+        WRITES_POLICIES: True if `write` can store a policy. False where the code base has no file that holds
+            a policy without its critics and optimizers.
     """
 
     WRITES_POLICIES: bool
 
     def read(self, source: Path, hints: Hints = ...) -> Checkpoint:
-        """The models in a file or folder of theirs.
+        """Read the models in a checkpoint of the code base.
+
+        Args:
+            source: file or folder of the checkpoint.
+            hints: properties of the model that the checkpoint does not store, such as the activation.
 
         Raises:
-            InputError: it is missing, damaged, or holds what our models are not; says what.
+            InputError: the checkpoint is missing or damaged, or its model has a property that
+                `EnsembleDynamics` or `Actor` cannot represent. The message names it.
         """
 
     def write(self, checkpoint: Checkpoint, target: Path) -> None:
-        """Write the models as they would have, each file whole or not at all.
+        """Write the models as a checkpoint that the code base can load; each file is written atomically.
+
+        Args:
+            checkpoint: models to write.
+            target: file or folder of the new checkpoint.
 
         Raises:
-            InputError: their code has no such model, or `target` cannot be written.
+            InputError: the code base cannot represent one of the models, or `target` cannot be written.
         """
 
 
 def get_format(name: str) -> Format:
-    """The module for one of `config.CHECKPOINT_FORMATS`.
+    """Import the module that reads and writes one of `config.CHECKPOINT_FORMATS`.
 
     Raises:
-        InputError: an unknown name.
+        InputError: there is no format of that name.
     """
     if name not in CHECKPOINT_FORMATS:
         raise InputError(f"unknown format {name!r}; there are: {', '.join(CHECKPOINT_FORMATS)}")
@@ -71,19 +88,23 @@ def convert_checkpoint(
     *,
     overwrite: bool = False,
 ) -> Checkpoint:
-    """Write the dynamics and the policy that one code base has left as another one keeps them.
+    """Convert a checkpoint of one code base into a checkpoint of another.
+
+    A policy is left out, with a warning in the log, if the target format has no file for a policy alone.
 
     Args:
-        source: a file or folder in `source_format`.
-        target: a file or folder in `target_format`.
-        hints: what `source` leaves open.
-        overwrite: replace what is there.
+        source: file or folder of the checkpoint to read.
+        target: file or folder of the checkpoint to write.
+        source_format: format of `source`, one of `config.CHECKPOINT_FORMATS`.
+        target_format: format of `target`, one of `config.CHECKPOINT_FORMATS`.
+        hints: properties of the model that `source` does not store, such as the activation.
+        overwrite: replace `target` if it exists.
 
     Returns:
-        What has been written: without the policy where the target has no files for policies, which is logged.
+        The models that were written.
 
     Raises:
-        InputError: see `Format.read` and `Format.write`; or `target` exists.
+        InputError: see `Format.read` and `Format.write`; or `target` exists and `overwrite` is False.
     """
     source, target = Path(source), Path(target)
     if not source.exists():
@@ -93,7 +114,7 @@ def convert_checkpoint(
     reader, writer = get_format(source_format), get_format(target_format)
     checkpoint = reader.read(source, hints or Hints())
     if checkpoint.dynamics is None and checkpoint.policy is None:
-        raise InputError(f"{source} holds neither dynamics nor a policy of {source_format}")
+        raise InputError(f"{source} holds no {source_format} dynamics and no {source_format} policy")
     if checkpoint.policy is not None and not writer.WRITES_POLICIES:
         if checkpoint.dynamics is None:
             raise InputError(f"{source} holds a policy alone, and {target_format} has no files for policies")

@@ -1,9 +1,12 @@
-"""d3rlpy 1.x: its `ProbabilisticEnsembleDynamics` with the prediction by our kernels, and its files.
+"""Adapter for d3rlpy 1.x: its `ProbabilisticEnsembleDynamics` on a fused kernel, and its files.
 
     from mopo_fast.compat.d3rlpy import accelerate
     mopo = d3rlpy.algos.MOPO(dynamics=accelerate(dynamics))
 
-Read in d3rlpy 1.1.1. Its penalty is the largest sum of variances, not the root of it, in the scaled space.
+d3rlpy's penalty is the largest sum of variances over the members. MOPO's is the square root of that sum.
+d3rlpy computes it in the space of the scaled observations and rewards.
+
+Source: d3rlpy 1.1.1.
 """
 
 import math
@@ -38,18 +41,24 @@ Prediction = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 def accelerate(
     dynamics: Any, *, backend: str = "auto", dtype: str = "float32", threads: int | None = None
 ) -> Any:
-    """The same ProbabilisticEnsembleDynamics, whose `predict` is one call of our kernel.
+    """Replace the prediction of a ProbabilisticEnsembleDynamics by one kernel call.
 
-    Scalers, files and training stay its own; weights are read at every call, spectral norms divided out.
-    Random numbers are drawn of torch's global generator, as there; where members are not given by `indices`,
-    they and the noise come from a seed that is drawn from it.
+    Scalers, files and training stay d3rlpy's. The weights are read at every call, with spectral norms divided
+    out. Random numbers come from torch's global generator, as in d3rlpy. If `indices` does not name the
+    members, members and noise come from a seed drawn from that generator.
 
     Args:
-        dynamics: built: fitted, loaded, or after `build_with_dataset`.
-        backend, dtype, threads: of `RolloutEngine`.
+        dynamics: dynamics that have a model: fitted, loaded, or after `build_with_dataset`.
+        backend: backend of `RolloutEngine`.
+        dtype: precision of the matrix products, see `RolloutEngine`.
+        threads: number of CPU threads, see `RolloutEngine`.
+
+    Returns:
+        `dynamics` itself.
 
     Raises:
-        InputError: it is not built, or of encoders that the kernels do not have; says which.
+        InputError: the dynamics have no model yet, or the kernels do not support its encoder; the message
+            says why.
     """
     impl = getattr(dynamics, "_impl", None)
     if impl is None or not hasattr(impl, "_dynamics"):
@@ -72,50 +81,51 @@ def _predict(
     indices: torch.Tensor | None,
     variance_type: str,
 ) -> Prediction:
-    """Next observations [batch, obs_dim], rewards and variances, both [batch, 1]."""
+    """Return next observations [batch, obs_dim], rewards [batch, 1] and variances [batch, 1]."""
     if variance_type not in ("max", "data"):
         raise InputError(f'variance_type must be "max" or "data", got {variance_type!r}')
     seed = int(torch.randint(2**63 - 1, (1,)))
-    given = indices is not None or variance_type == "data"
-    made = engine.step(x, action, seed=seed, distributions=given)
-    largest = made.penalties.square()[:, None]
-    if not given:
-        return made.next_observations, made.raw_rewards[:, None], largest
-    assert made.mean is not None and made.std is not None
-    samples = made.mean + made.std * torch.randn_like(made.std)
+    sample_all = indices is not None or variance_type == "data"
+    result = engine.step(x, action, seed=seed, distributions=sample_all)
+    largest = result.penalties.square()[:, None]
+    if not sample_all:
+        return result.next_observations, result.raw_rewards[:, None], largest
+    assert result.mean is not None and result.std is not None
+    samples = result.mean + result.std * torch.randn_like(result.std)
     members, rows = len(samples), torch.arange(len(x), device=x.device)
     if indices is None:
         indices = torch.randint(members, size=(len(x),), device=x.device)
     drawn = samples[indices.long(), rows]
-    # All members' samples differ: the observation, which is added to each, does not change their spread.
+    # Samples are changes: adding the same observation to each would not change their variance.
     spread = samples.var(0).sum(1, keepdim=True)
     return x + drawn[:, :-1], drawn[:, -1:], largest if variance_type == "max" else spread
 
 
 def ensemble_over(model: Any) -> EnsembleDynamics:
-    """Its ProbabilisticEnsembleDynamicsModel as ours, of the weights as they are now.
+    """Convert a ProbabilisticEnsembleDynamicsModel, with its current weights, to this package's ensemble.
 
     Raises:
-        InputError: encoders with batch normalisation, dropout or dense connections, or another activation.
+        InputError: an encoder is for pixels or discrete actions, has batch normalisation, dropout or dense
+            connections, or has an activation that the kernels do not have.
     """
     members = list(model._models)
     for member in members:
         encoder = member._encoder
         if not hasattr(encoder, "_fcs"):
-            raise InputError(f"the encoder is {type(encoder).__name__}; ours are of vectors alone")
+            raise InputError(f"the encoder is {type(encoder).__name__}; the kernels take vector observations")
         if encoder._use_batch_norm or encoder._dropout_rate is not None or encoder._use_dense:
             raise InputError(
-                "the encoder has batch norms, dropout or dense connections; ours have none of these"
+                "the encoder has batch norms, dropout or dense connections; the kernels have none of these"
             )
         if getattr(encoder, "_discrete_action", False):
-            raise InputError("the actions are discrete; ours are continuous")
+            raise InputError("the actions are discrete; the kernels take continuous ones")
     return _ensemble(
         [member.state_dict() for member in members], activation_of(members[0]._encoder._activation)
     )
 
 
 def _weight(state: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
-    """[in, out], with torch.nn.utils.spectral_norm divided out where it is."""
+    """Return a layer's weight [in, out], with torch.nn.utils.spectral_norm divided out if it has one."""
     if f"{name}.weight" in state:
         return state[f"{name}.weight"].detach().T
     weight = state[f"{name}.weight_orig"].detach()
@@ -126,7 +136,7 @@ def _weight(state: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
 def _ensemble(
     states: list[dict[str, torch.Tensor]], activation: Any, elites: tuple[int, ...] | None = None
 ) -> EnsembleDynamics:
-    """Of each member's state dict; the two heads side by side."""
+    """Build the ensemble from each member's state dict, with its two heads as one layer."""
     depth = sum(name.startswith("_encoder._fcs.") and name.endswith(".bias") for name in states[0])
     layers = [[f"_encoder._fcs.{i}"] for i in range(depth)] + [["_mu", "_logstd"]]
     return ensemble_of(
@@ -147,18 +157,19 @@ WRITES_POLICIES = False
 
 
 def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
-    """What `save_model` has written, with params.json beside it for the scalers, if there are any.
+    """Read a file written by `save_model` of dynamics, or of an algorithm with a SAC or MOPO policy.
 
-    Dynamics, or an algorithm's policy (SAC's and MOPO's). The scalers become part of the dynamics: these then
-    take and give unscaled numbers, and so do their penalties. The activation is ReLU unless `hints` say
-    otherwise: the file does not.
+    If params.json lies beside it, its scalers become part of the dynamics. The dynamics then take and return
+    unscaled observations, actions and rewards, and their penalties are in unscaled units. The file does not
+    store the activation: it is ReLU unless `hints` names another.
 
     Raises:
-        InputError: the file is damaged, of something else, or of scalers that cannot be made part of a model.
+        InputError: the file is damaged, holds something else, or has a scaler that cannot become part of a
+            model.
     """
     content = load(source)
     if not isinstance(content, dict) or not {"_dynamics", "_policy"} & content.keys():
-        raise InputError(f"{source} is not what save_model of dynamics or of a policy writes")
+        raise InputError(f"{source} holds neither dynamics nor a policy saved by save_model")
     model: EnsembleDynamics | Actor
     try:
         if "_policy" in content:
@@ -169,7 +180,7 @@ def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
     except InputError:
         raise
     except (LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{source} lacks or garbles {brief(error)}") from error
+        raise InputError(f"{source} lacks a tensor or holds a damaged one ({brief(error)})") from error
     check_model(source, model)
     if isinstance(model, Actor):
         return Checkpoint(policy=model)
@@ -191,7 +202,7 @@ _DIMENSIONS = {
 
 
 def _floats(source: Path, state: Any) -> dict[str, torch.Tensor]:
-    """A state dict whose tensors are floats with as many dimensions as their names say."""
+    """Return a state dict after checking each known tensor's type and number of dimensions."""
     found = as_state(source, state)
     for name in found:
         if (kind := name.rpartition(".")[2]) in _DIMENSIONS:
@@ -200,7 +211,7 @@ def _floats(source: Path, state: Any) -> dict[str, torch.Tensor]:
 
 
 def _members(state: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    """Each member's tensors, of _models.0.NAME, _models.1.NAME, ..."""
+    """Split the tensors named _models.MEMBER.NAME into one state dict for each member."""
     states: list[dict[str, torch.Tensor]] = []
     for name, value in state.items():
         _, member, parameter = name.split(".", 2)
@@ -230,14 +241,15 @@ class _Scaler:
 
 @dataclass(frozen=True)
 class _Parameters:
-    """The part of params.json that is read."""
+    """The fields of params.json that are read."""
 
     scaler: _Scaler | None = None
     action_scaler: _Scaler | None = None
     reward_scaler: _Scaler | None = None
 
 
-# {type: (a scaler's parameters) -> (offset, scale) of x = offset + scale * scaled}
+# For each type of scaler, a function of its parameters. It returns the offset and the scale in
+# value = offset + scale * scaled_value.
 Numbers = Callable[[str], torch.Tensor]
 Scalers = dict[str, Callable[[Numbers], tuple[torch.Tensor, torch.Tensor]]]
 _OBSERVATION: Scalers = {
@@ -256,7 +268,7 @@ _REWARD: Scalers = {
 
 @torch.no_grad()
 def _unscale(path: Path, ensemble: EnsembleDynamics, parameters: _Parameters) -> None:
-    """Make it a model of unscaled numbers: scales go into the inputs, the last layer and the bounds."""
+    """Move the scalers into the input scale, the last layer and the bounds of an ensemble."""
 
     def scale(key: str, known: Scalers, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         scaler: _Scaler | None = getattr(parameters, key)
@@ -290,23 +302,27 @@ def _unscale(path: Path, ensemble: EnsembleDynamics, parameters: _Parameters) ->
     weight[..., :dims] *= factor
     bias[..., :dims] *= factor
     bias[..., dims - 1] += reward_offset
-    # The soft bounds commute with a shift of what they bound.
+    # Shifting the log-std and both soft bounds by the same amount shifts the bounded log-std by it.
     for shifted in (bias[..., dims:], ensemble.max_logvar, ensemble.min_logvar):
         shifted += factor.log()
 
 
 def write(checkpoint: Checkpoint, target: Path) -> None:
-    """A file for `load_model` of ProbabilisticEnsembleDynamics, built with as many members and layers.
+    """Write a file for `load_model` of a ProbabilisticEnsembleDynamics with as many members and layers.
 
-    The spectral norms are chosen so that the weights are what they are here; training it there goes on with
-    their true ones. Its optimiser begins anew.
+    d3rlpy normalises the mean's layer by its spectral norm. The stored vectors make that norm 1, so that the
+    loaded weights equal the ensemble's; further training in d3rlpy uses the true norm. The optimizer's
+    state is a new one.
 
     Raises:
-        InputError: there are no such dynamics there; policies it keeps with their critics and optimisers.
+        InputError: d3rlpy cannot represent the dynamics, or there is a policy, which d3rlpy stores only
+            together with its critics and optimizers.
     """
     ensemble = checkpoint.dynamics
     if checkpoint.policy is not None or ensemble is None:
-        raise InputError("d3rlpy's files hold dynamics alone, or a policy with all that trains it")
+        raise InputError(
+            "d3rlpy's files hold dynamics alone, or a policy with all that trains it; leave the policy out"
+        )
     check_kind(ensemble, "d3rlpy's models", log_scale="std", member_bounds=True)
     scaled = bool((ensemble.input_mean != 0).any() or (ensemble.input_std != 1).any())
     state: dict[str, torch.Tensor] = {}
@@ -315,14 +331,14 @@ def write(checkpoint: Checkpoint, target: Path) -> None:
         [b.detach().clone() for b in ensemble.biases],
     )
     if scaled:
-        # Into the first layer.
+        # d3rlpy's model has no input scale: move it into the first layer.
         weights[0] /= ensemble.input_std[:, None]
         biases[0] -= torch.einsum("i,mio->mo", ensemble.input_mean, weights[0])
         check_first_layer(weights[0], biases[0])
     for member in range(ensemble.members):
         prefix = f"_models.{member}"
         for layer in range(len(weights) - 1):
-            # Its search for layers to normalise does not find these.
+            # d3rlpy leaves the encoder's layers without a spectral norm.
             name = f"{prefix}._encoder._fcs.{layer}"
             state[f"{name}.weight"] = weights[layer][member].T.contiguous()
             state[f"{name}.bias"] = biases[layer][member].clone()
@@ -342,10 +358,10 @@ def write(checkpoint: Checkpoint, target: Path) -> None:
 def _write_normed(
     state: dict[str, torch.Tensor], name: str, weight: torch.Tensor, bias: torch.Tensor
 ) -> None:
-    """A layer under torch.nn.utils.spectral_norm whose norm, u W v, is 1 as it stands."""
+    """Write a layer under torch.nn.utils.spectral_norm with vectors u, v such that its norm u W v is 1."""
     matrix = weight.T.contiguous()
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    # One that is 1 already, as of a layer that comes from there, keeps its unit vectors.
+    # A layer that comes from d3rlpy has norm 1 already, and so keeps unit vectors.
     root = math.sqrt(float(values[0])) if float(values[0]) > 0 else 1.0
     state[f"{name}.bias"] = bias.clone()
     state[f"{name}.weight_orig"] = matrix

@@ -1,6 +1,7 @@
-"""MATLAB files of versions 5 to 7, of which matrices of floats are read.
+"""Safe reader of uncompressed MATLAB files, versions 5 to 7; it reads matrices of real floats.
 
-SciPy's own reader is not used: it allocates what a file claims, and a damaged file can crash the process.
+SciPy's reader is not used because it allocates as much as a file claims to hold, and because a damaged file
+can crash the process.
 """
 
 import math
@@ -16,17 +17,20 @@ from mopo_fast.errors import InputError
 from mopo_fast.utils.machine import check_memory
 from mopo_fast.utils.pickles import brief, check_shape
 
-# Types of elements, as the format's description has them (MAT-File Format, MathWorks).
+# Element types of the format (MathWorks, "MAT-File Format").
 _INT8, _INT32, _UINT32, _MATRIX, _COMPRESSED = 1, 5, 6, 14, 15
 _NUMBERS = {
     1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8",
 }  # fmt: skip
-# Classes of matrices, and a flag.
+# Matrix classes, and the flag of complex matrices.
 _DOUBLE, _SINGLE, _COMPLEX = 6, 7, 0x0800
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The matrices of floats in a MATLAB file, by their names; others are None.
+    """Read a MATLAB file's variables.
+
+    Returns:
+        Each variable by its name: an array if it is a matrix of real floats, else None.
 
     Raises:
         InputError: the file is missing, damaged, compressed or of another version.
@@ -39,7 +43,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         return _matrices(path.read_bytes())
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    # A damaged file fails in any way.
+    # A damaged file can raise anything.
     except Exception as error:
         raise InputError(
             f"{path} is not a whole MATLAB file ({brief(error)}); save it with scipy.io.savemat"
@@ -48,7 +52,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _matrices(content: bytes) -> dict[str, Any]:
     if content[124:128] not in (b"\0\1IM", b"\1\0MI"):
-        raise InputError("it is not of version 5 to 7")
+        raise InputError("its version is not 5, 6 or 7")
     order = "<" if content[126:128] == b"IM" else ">"
     found: dict[str, Any] = {}
     at = 128
@@ -66,22 +70,22 @@ def _matrices(content: bytes) -> dict[str, Any]:
 
 
 def _element(content: bytes, at: int, order: str) -> tuple[int, bytes, int]:
-    """An element's type and bytes, and where the next one begins."""
+    """Return the type and the bytes of the element at `at`, and the offset of the next one."""
     kind, size = struct.unpack_from(f"{order}II", content, at)
     start, end = at + 8, at + 8 + size
     if kind >> 16:
-        # A small one: its size, its type, and up to four bytes.
+        # A small element: 16-bit size and type, then up to four bytes.
         kind, size = kind & 0xFFFF, kind >> 16
         start, end = at + 4, at + 4 + size
         if size > 4:
-            raise InputError("a small element is not small")
+            raise InputError("a small element has more than 4 bytes")
     if end > len(content):
         raise InputError("an element ends beyond the file")
     return kind, content[start:end], end + -end % 8
 
 
 def _matrix(body: bytes, order: str) -> tuple[str, npt.NDArray[Any] | None]:
-    """A matrix's name; and its numbers, where they are real floats."""
+    """Return a matrix's name, and its values if they are real floats, else None."""
     flags_kind, flags, at = _element(body, 0, order)
     shape_kind, shape_bytes, at = _element(body, at, order)
     name_kind, name_bytes, at = _element(body, at, order)
@@ -95,6 +99,6 @@ def _matrix(body: bytes, order: str) -> tuple[str, npt.NDArray[Any] | None]:
     number, content, _ = _element(body, at, order)
     numbers = np.frombuffer(content, order + _NUMBERS[number])
     if len(numbers) != math.prod(shape):
-        raise InputError(f"{name[:50]} has {len(numbers)} numbers, which are not those of its shape")
+        raise InputError(f"{name[:50]} has {len(numbers)} numbers, but its shape holds {math.prod(shape)}")
     dtype = np.float64 if kind & 0xFF == _DOUBLE else np.float32
     return name, numbers.reshape(shape, order="F").astype(dtype)

@@ -1,9 +1,11 @@
-"""mbrl-lib: its `ModelEnv` with the model step by our kernels, and its files.
+"""Adapter for mbrl-lib: its `ModelEnv` with model steps on fused kernels, and its files.
 
     from mopo_fast.compat.mbrl_lib import ModelEnv
     model_env = ModelEnv(env, dynamics_model, termination_fn, generator=generator)
 
-mbrl-lib has MBPO, the same loop without a penalty: `penalty_coef` makes it MOPO. Read in mbrl 0.2.0.
+mbrl-lib implements MBPO, the same loop as MOPO without a penalty. A positive `penalty_coef` makes it MOPO.
+
+Source: mbrl 0.2.0.
 """
 
 import dataclasses
@@ -30,30 +32,34 @@ State = dict[str, Any]
 
 
 class ModelEnv:
-    """`mbrl.models.ModelEnv` of a OneDTransitionRewardModel around an ensemble GaussianMLP.
+    """Replacement for `mbrl.models.ModelEnv`, for a OneDTransitionRewardModel of an ensemble GaussianMLP.
 
-    The same arguments, methods and results; the model's weights are ours, in place. Elites are drawn as
-    there: the batch is shuffled and split equally over them ("random_model", "fixed_model"), but need not be
-    a multiple of their number; "expectation" is the elites' mean. Noise is of a seed drawn from `generator`.
-    Rows that are not finite go on as NaN, as there.
+    Arguments, methods and results are those of mbrl-lib. The kernels read the model's weights in place.
+    Elites are chosen by the model's propagation method, as in mbrl-lib: "random_model" and "fixed_model"
+    shuffle the batch and split it equally among the elites, and "expectation" averages the elites. Unlike
+    in mbrl-lib, the batch need not be a multiple of the number of elites. The noise depends on a seed drawn
+    from `generator`. Rows that are not finite stay in the batch as NaN, as in mbrl-lib.
 
     Args:
-        env: for its spaces.
-        model: the OneDTransitionRewardModel.
-        termination_fn: (actions, next_observations) -> bool [batch, 1].
-        reward_fn: (actions, next_observations) -> [batch, 1]; None: the model's rewards.
-        generator: as there.
-        penalty_coef: lambda; rewards are lowered by penalty_coef * u(s, a), over all members. 0 is MBPO.
-        penalty: u, as in `RolloutEngine`.
-        partition: "equal", as there; "independent": each row draws an elite of its own, as MOPO has it.
-        backend, dtype, threads: of `RolloutEngine`.
+        env: environment, used for its spaces.
+        model: OneDTransitionRewardModel.
+        termination_fn: function (actions, next_observations) -> bool [batch, 1].
+        reward_fn: function (actions, next_observations) -> rewards [batch, 1]; None for the model's rewards.
+        generator: generator of the seeds and of the noise of "expectation"; None for a new one.
+        penalty_coef: lambda in the reward r - lambda * u(s, a), where u is over all members. 0 gives MBPO.
+        penalty: penalty u, see `RolloutEngine`.
+        partition: "equal" for the equal split of mbrl-lib, or "independent" to draw an elite for each row, as
+            MOPO does.
+        backend: backend of `RolloutEngine`.
+        dtype: precision of the matrix products, see `RolloutEngine`.
+        threads: number of CPU threads, see `RolloutEngine`.
 
     Attributes:
-        penalties: u(s, a) [batch, 1] of the last step; None where penalty_coef is 0.
+        penalties: u(s, a) [batch, 1] of the last step; None if penalty_coef is 0.
 
     Raises:
-        InputError: a model that the kernels do not have, says what it is; no rewards, neither learned nor
-            of a function; or a `penalty_coef` that is out of range.
+        InputError: the kernels do not support the model, rewards are neither learned nor computed by
+            `reward_fn`, or an argument is out of range.
     """
 
     def __init__(
@@ -88,7 +94,18 @@ class ModelEnv:
         self._return_as_np = True
 
     def reset(self, initial_obs_batch: np.ndarray[Any, Any], return_as_np: bool = True) -> State:
-        """Begin at a batch of observations [batch, obs_dim]: the model's state, as there."""
+        """Start rollouts at a batch of observations.
+
+        Args:
+            initial_obs_batch: start states [batch, obs_dim].
+            return_as_np: whether `step` returns NumPy arrays instead of tensors.
+
+        Returns:
+            The model's state, an argument of `step`.
+
+        Raises:
+            InputError: the observations are not two-dimensional.
+        """
         if np.ndim(initial_obs_batch) != 2:
             raise InputError(f"observations must be [batch, dim], got shape {np.shape(initial_obs_batch)}")
         self._return_as_np = return_as_np
@@ -98,27 +115,31 @@ class ModelEnv:
         return state if state is not None else {}
 
     def step(self, actions: Any, model_state: State, sample: bool = False) -> tuple[Any, Any, Any, State]:
-        """One step: next observations [batch, obs_dim], rewards [batch, 1], dones [batch, 1] and the state.
-
-        Tensors, or NumPy arrays as `reset` was told. The state is the one given, changed, as there.
+        """Predict one step.
 
         Args:
-            sample: False: means, of the elites that are drawn.
+            actions: actions [batch, act_dim], a tensor or an array.
+            model_state: state from `reset` or the last `step`; it is changed in place.
+            sample: whether to sample predictions; False returns the means of the chosen elites.
+
+        Returns:
+            Next observations [batch, obs_dim], rewards [batch, 1], dones [batch, 1], as tensors or arrays
+            (see `reset`), and `model_state`.
         """
         with torch.no_grad():
             if isinstance(actions, np.ndarray):
                 actions = torch.from_numpy(actions).to(self.device)
             observations = torch.as_tensor(model_state["obs"], device=self.device)
-            made = self._step(observations, actions, model_state, sample)
-            rewards: Any = made.raw_rewards[:, None]
+            result = self._step(observations, actions, model_state, sample)
+            rewards: Any = result.raw_rewards[:, None]
             if self.reward_fn is not None:
-                rewards = self.reward_fn(actions, made.next_observations)
+                rewards = self.reward_fn(actions, result.next_observations)
             if self.penalty_coef:
-                self.penalties = made.penalties[:, None]
+                self.penalties = result.penalties[:, None]
                 rewards = rewards - self.penalty_coef * self.penalties
-            dones: Any = self.termination_fn(actions, made.next_observations)
-            model_state["obs"] = made.next_observations
-            successors: Any = made.next_observations
+            dones: Any = self.termination_fn(actions, result.next_observations)
+            model_state["obs"] = result.next_observations
+            successors: Any = result.next_observations
             if self._return_as_np:
                 successors, rewards, dones = (array.cpu().numpy() for array in (successors, rewards, dones))
             return successors, rewards, dones, model_state
@@ -126,11 +147,15 @@ class ModelEnv:
     def evaluate_action_sequences(
         self, action_sequences: torch.Tensor, initial_state: np.ndarray[Any, Any], num_particles: int
     ) -> torch.Tensor:
-        """Sums of rewards [population] until a done, the mean of `num_particles` rollouts of each sequence.
+        """Estimate the return of each action sequence, up to the first done.
 
         Args:
-            action_sequences: [population, horizon, act_dim].
-            initial_state: [obs_dim].
+            action_sequences: actions [population, horizon, act_dim].
+            initial_state: start state [obs_dim].
+            num_particles: number of rollouts of each sequence.
+
+        Returns:
+            Mean return [population] over the rollouts of a sequence.
         """
         population, horizon, _ = action_sequences.shape
         start = np.repeat(np.asarray(initial_state, np.float32)[None], num_particles * population, axis=0)
@@ -154,20 +179,20 @@ class ModelEnv:
         inputs = torch.cat([observations if process is None else process(observations), actions], dim=1)
         finite = torch.isfinite(inputs).all(1, keepdim=True)
         inputs = torch.where(finite, inputs, 0.0)
-        # Processed observations may have other dimensions: where all is absolute, it does not matter which
-        # inputs are called observations.
+        # Processed observations may have another size. With all outputs absolute, the kernel never adds an
+        # input to an output, so that inputs may be split anywhere.
         split = inputs.tensor_split([ensemble.obs_dim], dim=1)
-        made = self._predict(ensemble, split[0], split[1], state, sample)
-        successors = made.next_observations
+        result = self._predict(ensemble, split[0], split[1], state, sample)
+        successors = result.next_observations
         if process is not None:
             predicted = torch.zeros(ensemble.obs_dim, dtype=torch.bool, device=self.device)
             predicted[_absolute(model)] = True
             successors = torch.where(predicted, successors, observations + successors)
         return dataclasses.replace(
-            made,
+            result,
             next_observations=torch.where(finite, successors, torch.nan),
-            raw_rewards=torch.where(finite[:, 0], made.raw_rewards, torch.nan),
-            penalties=torch.where(finite[:, 0], made.penalties, torch.nan),
+            raw_rewards=torch.where(finite[:, 0], result.raw_rewards, torch.nan),
+            penalties=torch.where(finite[:, 0], result.penalties, torch.nan),
         )
 
     def _predict(
@@ -181,25 +206,25 @@ class ModelEnv:
         method = self.dynamics_model.model.propagation_method
         elites = ensemble.elites.tolist()
         if len(elites) > 1 and method is None:
-            raise InputError("an ensemble's step takes a propagation method; ModelEnv itself needs one, too")
+            raise InputError("the model has no propagation method; set propagation_method of its GaussianMLP")
         seed = int(torch.randint(2**63 - 1, (1,), generator=self._rng, device=self.device))
-        everyone = self._engine(ensemble)
+        engine = self._engine(ensemble)
         if self.partition == "independent" and method == "random_model" and sample:
-            return everyone.step(observations, actions, seed=seed)
+            return engine.step(observations, actions, seed=seed)
         penalties = None
         if self.penalty_coef:
-            penalties = everyone.step(observations, actions, seed=seed, deterministic=True).penalties
+            penalties = engine.step(observations, actions, seed=seed, deterministic=True).penalties
         if method == "expectation":
-            made = self._expectation(_members(ensemble, elites), observations, actions, sample)
+            result = self._expectation(_select_members(ensemble, elites), observations, actions, sample)
         else:
             order = state["propagation_indices"] if method == "fixed_model" else None
             if order is None:
-                # Of torch's global generator, as there.
+                # From torch's global generator, as in mbrl-lib.
                 order = torch.randperm(len(observations), device=self.device)
-            made = self._parts(ensemble, elites, observations, actions, order, seed, sample)
-        return made if penalties is None else dataclasses.replace(made, penalties=penalties)
+            result = self._step_each_elite(ensemble, elites, observations, actions, order, seed, sample)
+        return result if penalties is None else dataclasses.replace(result, penalties=penalties)
 
-    def _parts(
+    def _step_each_elite(
         self,
         ensemble: EnsembleDynamics,
         elites: list[int],
@@ -209,12 +234,12 @@ class ModelEnv:
         seed: int,
         sample: bool,
     ) -> StepResult:
-        """Each elite its share of the rows, as `order` has them; no other member is computed."""
+        """Split the rows, as `order` lists them, equally among the elites; each elite steps its part."""
         whole: dict[str, torch.Tensor] = {}
         for elite, rows in zip(elites, order.tensor_split(len(elites)), strict=True):
             if len(rows) == 0:
                 continue
-            part = self._engine(_members(ensemble, [elite])).step(
+            part = self._engine(_select_members(ensemble, [elite])).step(
                 observations[rows], actions[rows], seed=seed, rows=rows, deterministic=not sample
             )
             for name in ("next_observations", "raw_rewards", "penalties", "terminals", "members"):
@@ -225,19 +250,19 @@ class ModelEnv:
     def _expectation(
         self, ensemble: EnsembleDynamics, observations: torch.Tensor, actions: torch.Tensor, sample: bool
     ) -> StepResult:
-        """The mean of the elites' means, and of their log-variances."""
-        made = self._engine(ensemble).step(
+        """Step by the mean of the elites' means and, if sampled, the mean of their log-variances."""
+        result = self._engine(ensemble).step(
             observations, actions, seed=0, deterministic=True, distributions=sample
         )
         if not sample:
-            return made
-        assert made.std is not None
-        std = made.std.log().mean(0).exp()
+            return result
+        assert result.std is not None
+        std = result.std.log().mean(0).exp()
         noise = std * torch.randn(std.shape, generator=self._rng, device=std.device, dtype=std.dtype)
-        rewards = made.raw_rewards + noise[:, -1]
+        rewards = result.raw_rewards + noise[:, -1]
         return dataclasses.replace(
-            made,
-            next_observations=made.next_observations + noise[:, :-1],
+            result,
+            next_observations=result.next_observations + noise[:, :-1],
             rewards=rewards,
             raw_rewards=rewards,
         )
@@ -255,27 +280,29 @@ def _check(model: Any) -> None:
 
 
 def ensemble_over(model: Any) -> EnsembleDynamics:
-    """A OneDTransitionRewardModel as our ensemble, on its own weights where it predicts rewards.
+    """Return a OneDTransitionRewardModel as this package's ensemble.
+
+    The two share their weights if the model predicts rewards; otherwise a reward of 0 is added to a copy.
 
     Raises:
-        InputError: see `ModelEnv`; or it sees processed observations, which `ModelEnv` alone can give it.
+        InputError: see `ModelEnv`; or the model has an obs_process_fn, which only `ModelEnv` can apply.
     """
     _check(model)
     if model.obs_process_fn is not None:
-        raise InputError("the model sees processed observations (obs_process_fn); ours see what they predict")
+        raise InputError("the model has an obs_process_fn, which an ensemble cannot apply; use ModelEnv")
     return _ensemble(model)
 
 
 def _ensemble(model: Any, absolute: Sequence[int] | None = None) -> EnsembleDynamics:
-    """`absolute` None: as the model says."""
+    """Return the ensemble; `absolute` replaces the model's own absolute dimensions unless it is None."""
     inner = model.model
     layers = [layer[0] for layer in inner.hidden_layers] + [inner.mean_and_logvar]
     weights = [layer.weight.detach() for layer in layers]
     biases = [layer.bias.detach()[:, 0] for layer in layers]
     bounds = [inner.max_logvar.detach()[0], inner.min_logvar.detach()[0]]
     if not model.learned_rewards:
-        # A reward that is 0, and nothing to penalise.
-        weights[-1], biases[-1] = (_with_reward(tensor, 0.0) for tensor in (weights[-1], biases[-1]))
+        # Add a reward of 0 whose log-variance is too small to add to a penalty.
+        weights[-1], biases[-1] = (_insert_reward(tensor, 0.0) for tensor in (weights[-1], biases[-1]))
         bounds = [torch.cat([bound, bound.new_tensor([-60.0 - i])]) for i, bound in enumerate(bounds)]
     scale = model.input_normalizer
     return ensemble_of(
@@ -295,21 +322,21 @@ def _obs_dim(model: Any) -> int:
 
 
 def _absolute(model: Any) -> list[int]:
-    """The dimensions of the next observation that the model predicts themselves."""
+    """Return the observation dimensions whose next value the model predicts instead of the change."""
     obs_dim = _obs_dim(model)
     dims = model.no_delta_list if model.target_is_delta else range(obs_dim)
     return sorted({dim % obs_dim for dim in dims})
 
 
-def _with_reward(heads: torch.Tensor, value: float) -> torch.Tensor:
-    """A column after each half of the last axis."""
+def _insert_reward(heads: torch.Tensor, value: float) -> torch.Tensor:
+    """Append a column of `value` to each half (mean, log-variance) of the last axis."""
     halves = heads.chunk(2, dim=-1)
     column = heads.new_full((*heads.shape[:-1], 1), value)
     return torch.cat([halves[0], column, halves[1], column], dim=-1)
 
 
-def _members(ensemble: EnsembleDynamics, members: list[int]) -> EnsembleDynamics:
-    """Some of an ensemble's members; of one, on its own weights."""
+def _select_members(ensemble: EnsembleDynamics, members: list[int]) -> EnsembleDynamics:
+    """Return an ensemble of some members; one member alone shares its weights with `ensemble`."""
     some: Any = slice(members[0], members[0] + 1) if len(members) == 1 else members
     return ensemble_of(
         [weight[some] for weight in ensemble.weights],
@@ -330,13 +357,13 @@ WRITES_POLICIES = False
 
 
 def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
-    """model.pth and env_stats.pickle, if there is one, of a folder.
+    """Read the dynamics in a folder: model.pth and, for the input scale, env_stats.pickle if it exists.
 
-    They say neither what activation the networks have nor what is predicted: `hints` do. The rewards are
-    taken to be learned.
+    The files store neither the activation nor `no_delta_list`. `hints` must name the activation, and may name
+    absolute dimensions. The model is taken to predict rewards.
 
     Raises:
-        InputError: a file is damaged, or the activation is not given.
+        InputError: a file is damaged, or `hints` names no activation.
     """
     path = source / "model.pth"
     if not path.exists():
@@ -344,12 +371,12 @@ def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
     content = load(path)
     found = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(found, dict) or not {"mean_and_logvar.weight", "max_logvar"} <= found.keys():
-        raise InputError(f"{path} is not what an ensemble GaussianMLP with variances saves")
+        raise InputError(f"{path} holds no ensemble GaussianMLP with variances")
     state = as_state(path, found)
     if hints.activation is None:
         raise InputError(
-            f"{path} does not say the activation; give it: --activation silu, as mbrl-lib's MBPO configs have"
-            " it, or relu, GaussianMLP's default"
+            f"{path} does not store the activation; give it: --activation silu, which mbrl-lib's MBPO configs"
+            " set, or relu, GaussianMLP's default"
         )
     depth = sum(name.startswith("hidden_layers.") and name.endswith(".weight") for name in state)
     names = [*(f"hidden_layers.{i}.0" for i in range(depth)), "mean_and_logvar"]
@@ -387,24 +414,25 @@ def _read_scale(path: Path) -> list[torch.Tensor]:
 
 
 def write(checkpoint: Checkpoint, target: Path) -> None:
-    """model.pth and env_stats.pickle, for `OneDTransitionRewardModel.load` of a model of the same shape.
+    """Write model.pth and env_stats.pickle for `OneDTransitionRewardModel.load` of a model of the same shape.
 
-    What is predicted itself (`absolute`) is an argument of that model, `no_delta_list`, and not in its files.
+    The files have no place for absolute dimensions: pass them to that model as `no_delta_list`.
 
     Raises:
-        InputError: there is a policy, which it does not keep with the model; or it has no such dynamics.
+        InputError: there is a policy, for which the format has no file, or mbrl-lib cannot represent the
+            dynamics.
     """
     ensemble = checkpoint.dynamics
     if checkpoint.policy is not None or ensemble is None:
-        raise InputError("mbrl-lib's files are of dynamics alone")
+        raise InputError("mbrl-lib's files hold dynamics alone")
     check_kind(ensemble, "mbrl-lib's models", log_scale="variance", absolute=True)
     names = [*(f"hidden_layers.{i}.0" for i in range(len(ensemble.hidden))), "mean_and_logvar"]
     state = {f"{name}_logvar": getattr(ensemble, f"{name}_logvar").detach()[None] for name in ("min", "max")}
     for name, weight, bias in zip(names, ensemble.weights, ensemble.biases, strict=True):
         state[f"{name}.weight"], state[f"{name}.bias"] = weight.detach(), bias.detach()[:, None]
     elites = ensemble.elites.tolist()
-    everyone = elites == list(range(ensemble.members))
-    save(target / "model.pth", {"state_dict": state, "elite_models": None if everyone else elites})
+    all_elites = elites == list(range(ensemble.members))
+    save(target / "model.pth", {"state_dict": state, "elite_models": None if all_elites else elites})
     scale = {"mean": ensemble.input_mean, "std": ensemble.input_std}
     with atomic_path(target / "env_stats.pickle") as temporary:
         temporary.write_bytes(pickle.dumps({name: value.numpy()[None] for name, value in scale.items()}))

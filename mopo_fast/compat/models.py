@@ -1,4 +1,4 @@
-"""Ensembles and actors on tensors that other code holds: nothing is copied where layouts agree."""
+"""Ensembles and actors built on the tensors of other code, without copies, and checks they share."""
 
 import os
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from mopo_fast.errors import InputError
 from mopo_fast.policy import Actor
 from mopo_fast.utils.tensors import check_layers
 
-# Names of torch's modules and of other libraries' functions.
+# Lower-case class and function names of torch and other libraries.
 _ACTIVATIONS: dict[str, Activation] = {
     "swish": "silu",
     "silu": "silu",
@@ -22,14 +22,17 @@ _ACTIVATIONS: dict[str, Activation] = {
 
 
 def activation_of(module: object) -> Activation:
-    """Ours for a module of theirs, by its class; for a function or a name, by that.
+    """Return this package's name for an activation of other code.
+
+    Args:
+        module: an activation's module or function, or its name.
 
     Raises:
-        InputError: it is none that our networks have.
+        InputError: it is not SiLU, ReLU or tanh.
     """
     given = module if isinstance(module, str) else getattr(module, "__name__", type(module).__name__)
     if given.lower() not in _ACTIVATIONS:
-        raise InputError(f"the networks' activation is {given}; ours have SiLU (swish), ReLU or tanh")
+        raise InputError(f"the networks' activation is {given}; the kernels have SiLU (swish), ReLU and tanh")
     return _ACTIVATIONS[given.lower()]
 
 
@@ -41,12 +44,14 @@ def check_kind(
     member_bounds: bool = False,
     absolute: bool = False,
 ) -> None:
-    """Raise `InputError` where an ensemble is of a kind that another code's `models` cannot be.
+    """Raise `InputError` if an ensemble has a property that another code base's models cannot have.
 
     Args:
-        log_scale: what the logarithms of theirs are of.
-        member_bounds: each member of theirs may have bounds of its own.
-        absolute: theirs may predict next observations instead of changes.
+        ensemble: ensemble to be written in the code base's format.
+        models: name of the code base's models, for the message.
+        log_scale: quantity whose logarithm its models predict, "variance" or "std".
+        member_bounds: whether each of its members may have log-variance bounds of its own.
+        absolute: whether its models may predict next observations instead of their changes.
     """
     lacking = {
         "log-variances" if log_scale == "std" else "log standard deviations": ensemble.log_scale != log_scale,
@@ -71,23 +76,31 @@ def ensemble_of(
     log_scale: LogScale = "variance",
     absolute: Sequence[int] = (),
 ) -> EnsembleDynamics:
-    """An ensemble whose parameters are these tensors' memory: what is written there later, it sees.
+    """Build an ensemble whose parameters share these tensors' memory.
+
+    Later changes to the tensors change the ensemble.
 
     Args:
-        weights, biases: [members, in, out], [members, out] of each layer; the last has 2 (obs_dim + 1)
-            outputs: means of (observation, reward), then logarithms.
-        max_logvar, min_logvar: [obs_dim + 1] or [members, obs_dim + 1].
-        input_mean, input_std: [obs_dim + act_dim]; None: 0 and 1.
-        elites: None: every member.
+        weights: weight [members, in, out] of each layer. The last layer has 2 (obs_dim + 1) outputs: means of
+            (observation, reward), then their log-variances or log-stds.
+        biases: bias [members, out] of each layer.
+        max_logvar: upper bound of the logarithms, [obs_dim + 1] or [members, obs_dim + 1].
+        min_logvar: lower bound, of the same shape.
+        activation: activation of the hidden layers.
+        input_mean: mean of the inputs [obs_dim + act_dim]; None for 0.
+        input_std: standard deviation of the inputs [obs_dim + act_dim]; None for 1.
+        elites: numbers of the elite members; None for all members.
+        log_scale: quantity whose logarithm the last layer predicts, "variance" or "std".
+        absolute: observation dimensions whose next value is predicted instead of the change.
 
     Raises:
-        InputError: shapes that do not fit each other, or what `EnsembleDynamics` refuses.
+        InputError: shapes do not fit each other, or `EnsembleDynamics` refuses a value.
     """
     check_layers(weights, ndim=3)
     members, inputs, _ = weights[0].shape
     obs_dim = weights[-1].shape[-1] // 2 - 1
     chosen = range(members) if elites is None else elites_of(elites, members)
-    # Without memory of its own, and without the time to fill it.
+    # On the meta device: its own parameters would only be replaced.
     with torch.device("meta"):
         ensemble = EnsembleDynamics(
             obs_dim,
@@ -100,10 +113,10 @@ def ensemble_of(
             member_bounds=max_logvar.ndim == 2,
             absolute=absolute,
         )
-    _use(ensemble.weights, weights)
-    _use(ensemble.biases, biases)
+    _replace(ensemble.weights, weights)
+    _replace(ensemble.biases, biases)
     for name, bound in (("max_logvar", max_logvar), ("min_logvar", min_logvar)):
-        setattr(ensemble, name, _as_parameter(getattr(ensemble, name), bound))
+        setattr(ensemble, name, _as_parameter(bound, getattr(ensemble, name).shape))
     device = weights[0].device
     for name, values, default in (("input_mean", input_mean, 0.0), ("input_std", input_std, 1.0)):
         given = torch.full((inputs,), default) if values is None else values.detach().float()
@@ -125,10 +138,17 @@ def actor_of(
     log_std_min: float,
     log_std_max: float,
 ) -> Actor:
-    """An actor whose parameters are these tensors' memory: [in, out], [out] of each layer, means first.
+    """Build an actor whose parameters share these tensors' memory.
+
+    Args:
+        weights: weight [in, out] of each layer. The last layer has 2 act_dim outputs: means, then log-stds.
+        biases: bias [out] of each layer.
+        activation: activation of the hidden layers.
+        log_std_min: lower bound of the log-stds.
+        log_std_max: upper bound of the log-stds.
 
     Raises:
-        InputError: shapes that do not fit each other, or what `Actor` refuses.
+        InputError: shapes do not fit each other, or `Actor` refuses a value.
     """
     check_layers(weights, ndim=2)
     with torch.device("meta"):
@@ -140,13 +160,18 @@ def actor_of(
             log_std_min=log_std_min,
             log_std_max=log_std_max,
         )
-    _use(actor.weights, weights)
-    _use(actor.biases, biases)
+    _replace(actor.weights, weights)
+    _replace(actor.biases, biases)
     return actor
 
 
 def check_model(path: str | os.PathLike[str], model: nn.Module) -> None:
-    """Raise `InputError`, which names `path`, unless all numbers are finite and scales are positive."""
+    """Raise `InputError` unless every parameter of a model is finite and its input scale is positive.
+
+    Args:
+        path: file of the model, for the message.
+        model: ensemble or actor.
+    """
     for name, tensor in model.state_dict().items():
         if not bool(torch.isfinite(tensor).all()):
             raise InputError(f"{path}: {name} holds values that are not finite")
@@ -155,21 +180,26 @@ def check_model(path: str | os.PathLike[str], model: nn.Module) -> None:
 
 
 def check_first_layer(weight: torch.Tensor, bias: torch.Tensor) -> None:
-    """Raise `InputError` where a model's scales were too small to be divided out of its first layer."""
+    """Raise `InputError` if dividing a first layer by the input scale has overflowed.
+
+    Args:
+        weight: weights of the first layer, after the division.
+        bias: biases of the first layer, after the division.
+    """
     if not bool(weight.isfinite().all() and bias.isfinite().all()):
         raise InputError("the scales of its inputs are too small to be divided out of the first layer")
 
 
-def _use(ours: nn.ParameterList, theirs: Sequence[torch.Tensor]) -> None:
-    if len(ours) != len(theirs):
-        raise InputError(f"there are {len(theirs)} biases, but {len(ours)} layers")
-    for layer, tensor in enumerate(theirs):
-        ours[layer] = _as_parameter(ours[layer], tensor)
+def _replace(parameters: nn.ParameterList, tensors: Sequence[torch.Tensor]) -> None:
+    if len(parameters) != len(tensors):
+        raise InputError(f"there are {len(tensors)} biases, but {len(parameters)} layers")
+    for layer, tensor in enumerate(tensors):
+        parameters[layer] = _as_parameter(tensor, parameters[layer].shape)
 
 
-def _as_parameter(ours: torch.Tensor, theirs: torch.Tensor) -> nn.Parameter:
-    if ours.shape != theirs.shape:
-        raise InputError(f"a layer's tensor has shape {list(theirs.shape)}, expected {list(ours.shape)}")
-    if not theirs.is_floating_point():
-        raise InputError(f"a layer's tensor holds {theirs.dtype}, expected floats")
-    return nn.Parameter(theirs.detach(), requires_grad=False)
+def _as_parameter(tensor: torch.Tensor, shape: torch.Size) -> nn.Parameter:
+    if tensor.shape != shape:
+        raise InputError(f"a layer's tensor has shape {list(tensor.shape)}, expected {list(shape)}")
+    if not tensor.is_floating_point():
+        raise InputError(f"a layer's tensor holds {tensor.dtype}, expected floats")
+    return nn.Parameter(tensor.detach(), requires_grad=False)

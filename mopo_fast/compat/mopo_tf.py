@@ -1,6 +1,11 @@
-"""The authors' code (tianheyu927/mopo, TensorFlow 1): its `FakeEnv`, its models' and policies' files.
+"""Adapter for the MOPO authors' code (TensorFlow 1): its `FakeEnv` on fused kernels, and its files.
 
-Source: mopo/models/fake_env.py, bnn.py, constructor.py, mopo/static/, softlearning/policies.
+In the authors' `mopo/algorithms/mopo.py`, import `FakeEnv` from here:
+
+    from mopo_fast.compat.mopo_tf import FakeEnv
+
+Source: github.com/tianheyu927/mopo: mopo/models/fake_env.py, bnn.py, constructor.py, mopo/static/,
+softlearning/policies.
 """
 
 import contextlib
@@ -34,9 +39,10 @@ logger = logging.getLogger("mopo_fast")
 
 Array = npt.NDArray[Any]
 
-# As .nns files have them.
+# Names in the authors' .nns files.
 _ACTIVATION_NAMES: dict[Activation, str] = {"silu": "swish", "relu": "ReLU", "tanh": "tanh"}
-# mopo/static/: those that end an episode; hopper's with its slip. All others never do.
+# Modules of mopo/static/ that end episodes, and this package's name of the same rule ("hopper-authors" keeps
+# their slip). The other modules never end an episode.
 _BOXES = {
     "ant": "ant",
     "antangle": "ant-angle",
@@ -44,13 +50,13 @@ _BOXES = {
     "humanoid": "humanoid",
     "walker2d": "walker2d",
 }
-# Bytes of a .nns file; the authors' have a few hundred.
+# Bytes of a .nns file; those of the authors have a few hundred.
 _MAX_TEXT = 1 << 20
 _INFO = ("mean", "std", "log_prob", "dev", "unpenalized_rewards", "penalty", "penalized_rewards")
 
 
 class StepInfo(Mapping[str, Any]):
-    """What `FakeEnv.step` tells beside its results; what takes every member's prediction, once asked for."""
+    """Info of `FakeEnv.step`, a mapping whose expensive entries are computed when first read."""
 
     def __init__(self, known: dict[str, Any], predict: Callable[[], dict[str, Any]]) -> None:
         self._known, self._predict = known, predict
@@ -68,20 +74,25 @@ class StepInfo(Mapping[str, Any]):
 
 
 class FakeEnv:
-    """The authors' `FakeEnv` with our rollouts inside: `from mopo_fast.compat.mopo_tf import FakeEnv`.
+    """Replacement for the authors' `FakeEnv` whose steps and rollouts run on this package's kernels.
 
     Args:
-        model: their BNN; its numbers are fetched from its session once it was trained, and again after it was
-            trained again. Or our ensemble, or a folder or file that holds either's.
-        config: has `termination_fn(obs, act, next_obs)` -> bool [batch, 1], as mopo/static/*.py.
-        penalty_coeff: lambda >= 0; 0: no penalty.
-        penalty_learned_var: the penalty is the largest norm of a member's standard deviations, as their
-            configurations have it; else of its mean's distance from the mean over members.
-        penalty_learned_var_random: is not read, as in their code.
-        backend, dtype, threads: of `RolloutEngine`.
+        model: the authors' BNN, an `EnsembleDynamics`, or a file or folder that holds one of them. The
+            weights of a BNN are fetched from its session at the first step, and again after each training.
+        config: object with `termination_fn(obs, act, next_obs)` -> bool [batch, 1], such as the classes of
+            mopo/static/*.py.
+        penalty_coeff: lambda >= 0, the weight of the penalty; 0 for no penalty.
+        penalty_learned_var: True, as in the authors' configurations, for the largest norm of a member's
+            standard deviations; False for the largest distance of a member's mean from the mean of all
+            members.
+        penalty_learned_var_random: not used, as in the authors' code.
+        backend: backend of `RolloutEngine`.
+        dtype: precision of the matrix products, see `RolloutEngine`.
+        threads: number of CPU threads, see `RolloutEngine`.
 
     Raises:
-        InputError: the model is not one that ours can be; or as `RolloutEngine`.
+        InputError: `EnsembleDynamics` cannot represent the model; TensorFlow was loaded before Triton; or see
+            `RolloutEngine`.
     """
 
     def __init__(
@@ -108,10 +119,10 @@ class FakeEnv:
 
     @property
     def dynamics(self) -> EnsembleDynamics:
-        """The model as our ensemble."""
+        """The model as this package's ensemble."""
         if isinstance(self.model, EnsembleDynamics):
             return self.model
-        # BNN.train ends with a new list of elites; before, there is none.
+        # BNN.train ends by assigning a new list of elites; an untrained BNN has none.
         trained = getattr(self.model, "_model_inds", None)
         if self._fetched is None or trained is None or trained is not self._trained:
             self._fetched, self._trained = from_bnn(self.model), trained
@@ -120,25 +131,26 @@ class FakeEnv:
     def step(
         self, obs: Array, act: Array, deterministic: bool = False
     ) -> tuple[Array, Array, Array, Mapping[str, Any]]:
-        """One step of the model for a batch, or for one row without the batch's dimension.
+        """Predict one step for a batch, or for a single row without the batch dimension.
 
-        The seed is drawn from numpy.random, once a call: who seeds that gets the same step again. Numbers are
-        of float32's precision, in arrays of the types that their code has: float64, with `deterministic`
-        float32.
+        Each call draws one seed from numpy.random, so seeding that generator repeats the step. Values have
+        float32 precision. Arrays have the types of the authors' code: float64, or float32 if `deterministic`.
 
         Args:
-            obs, act: finite floats [batch, obs_dim], [batch, act_dim].
-            deterministic: mean over all members, no noise.
+            obs: observations [batch, obs_dim], finite.
+            act: actions [batch, act_dim], finite.
+            deterministic: return the mean over all members, without noise.
 
         Returns:
-            next_obs [batch, obs_dim], rewards less penalty [batch, 1], terminals [batch, 1], and an info that
-            reads like their dictionary: `mean`, `std` [batch, obs_dim + 2] of the drawn member, of (reward,
-            terminal, next_obs); `log_prob`, `dev` [batch]; `unpenalized_rewards`, `penalty`,
-            `penalized_rewards` [batch, 1]. The first four are computed when one of them is first asked for,
-            from the same draw, by the model of the step; an ensemble of ours must not have changed till then.
+            next_obs [batch, obs_dim], penalised rewards [batch, 1], terminals [batch, 1], and an info with
+            the keys of the authors' dictionary: "mean" and "std" [batch, obs_dim + 2] of the drawn member,
+            over (reward, terminal, next_obs); "log_prob" and "dev" [batch]; "unpenalized_rewards",
+            "penalty" and "penalized_rewards" [batch, 1]. "mean", "std", "log_prob" and "dev" are computed
+            when one of them is first read, from the same random draw. An `EnsembleDynamics` given as `model`
+            must not change before that.
 
         Raises:
-            InputError: as `RolloutEngine.step`.
+            InputError: see `RolloutEngine.step`.
         """
         single = obs.ndim == 1
         if single:
@@ -176,33 +188,34 @@ class FakeEnv:
         return first(next_obs), first(rewards), first(terminals), StepInfo(info, predict)
 
     def rollout(self, policy: Any, obs: Array, rollout_length: int) -> dict[str, Array]:
-        """All steps of their `_rollout_model` in one call: what its loop would add to the model pool.
+        """Make all steps of the authors' `_rollout_model` in one call, with the policy inside the kernel.
 
-        A rule of mopo/static runs in the kernel, any other function of `config` step by step.
+        Termination rules of mopo/static run inside the kernel. Any other `config.termination_fn` is called
+        after every step.
 
         Args:
-            policy: their Gaussian policy, read through `get_weights`; or our `Actor`.
-            obs: finite floats [batch, obs_dim], the start states.
-            rollout_length: at least 1.
+            policy: the authors' Gaussian policy, read through `get_weights`, or an `Actor`.
+            obs: start states [batch, obs_dim], finite.
+            rollout_length: maximal number of steps of each rollout, at least 1.
 
         Returns:
-            `observations`, `actions`, `next_observations`, `rewards`, `terminals`, the last two [rows, 1];
-            ordered by start state, then step. A prediction that is not finite ends its rollout and is not in
-            there.
+            The samples that `_rollout_model` would add to the model pool: "observations", "actions",
+            "next_observations", "rewards" [rows, 1] and "terminals" [rows, 1], ordered by start state, then
+            step. A rollout ends at its first non-finite prediction, which is not returned.
 
         Raises:
-            InputError: as `RolloutEngine.rollout`; or the policy is not one that ours can be.
+            InputError: see `RolloutEngine.rollout`; or `Actor` cannot represent the policy.
         """
         actor = policy if isinstance(policy, Actor) else _actor(policy.get_weights(), policy)
         engine = self._engine(self._termination())
         start = torch.tensor(obs, dtype=engine.dtype, device=engine.device)
-        made = engine.rollout(actor, start, rollout_length, seed=_draw_seed())
+        rollouts = engine.rollout(actor, start, rollout_length, seed=_draw_seed())
         names = ("observations", "actions", "next_observations", "rewards", "terminals")
-        arrays = {name: getattr(made, name).cpu().numpy() for name in names}
+        arrays = {name: getattr(rollouts, name).cpu().numpy() for name in names}
         return {name: array if array.ndim == 2 else array[:, None] for name, array in arrays.items()}
 
     def close(self) -> None:
-        """Theirs does nothing, too."""
+        """Do nothing, as in the authors' code."""
 
     def _engine(self, termination: Box | TerminationFunction | None = None) -> RolloutEngine:
         penalty: Penalty = "max_aleatoric" if self.penalty_learned_var else "max_deviation"
@@ -229,15 +242,24 @@ class FakeEnv:
 def _mixture(
     predictions: Any, added: Array, rewards: Array, next_obs: Array, deterministic: bool
 ) -> tuple[Array, ...]:
-    """Mean and std of the drawn member or of all, log-probability of the sample, deviation of the means.
+    """Compute the entries of `StepInfo` that need every member's prediction.
 
-    Of (reward, next_obs), from a `StepResult`; `added` [batch, obs_dim] makes next observations of means.
+    Args:
+        predictions: `StepResult` with `mean` and `std`.
+        added: observations [batch, obs_dim] to add to the means; 0 in absolute dimensions.
+        rewards: sampled rewards [batch, 1].
+        next_obs: sampled next observations [batch, obs_dim].
+        deterministic: average mean and std over the members instead of taking those of the drawn one.
+
+    Returns:
+        Mean and std over (reward, next_obs), log-probability of the sample under the members' mixture, and
+        standard deviation of the members' means.
     """
     mean, std = np.roll(predictions.mean, 1, axis=-1), np.roll(predictions.std, 1, axis=-1)
     mean[..., 1:] += added
     sample = np.concatenate((rewards, next_obs), axis=-1)
     distance = np.square((sample - mean) / std) + 2 * np.log(std) + np.log(2 * np.pi)
-    # Far from every mean the sum is zero, in theirs too.
+    # Far from every mean the sum underflows to 0, as in the authors' code.
     with np.errstate(divide="ignore"):
         log_prob = np.log(np.exp(-0.5 * distance.sum(-1)).sum(0))
     chosen = predictions.members, np.arange(len(sample))
@@ -246,19 +268,19 @@ def _mixture(
 
 
 def do_without_triton() -> None:
-    """Keep torch from loading Triton in this process, before `FakeEnv` is made in one with TensorFlow.
+    """Keep torch from loading Triton in this process; call it before `FakeEnv` if TensorFlow is loaded.
 
-    Triton crashes a process that has loaded TensorFlow before it, and torch loads Triton with its first
-    operator. To have both, import Triton before TensorFlow.
+    torch loads Triton with its first operator, and Triton crashes a process that loaded TensorFlow before. To
+    use both, import Triton before TensorFlow.
     """
     sys.modules["triton"] = None  # type: ignore[assignment]
 
 
 def _check_triton() -> None:
-    """Load Triton while it can be loaded.
+    """Load Triton while this is safe.
 
     Raises:
-        InputError: TensorFlow was loaded before, so that torch would crash the process.
+        InputError: TensorFlow was loaded before Triton, so that torch would crash the process.
     """
     if "tensorflow" not in sys.modules:
         with contextlib.suppress(ImportError):
@@ -276,18 +298,18 @@ def _draw_seed() -> int:
 
 
 def from_bnn(model: Any) -> EnsembleDynamics:
-    """A BNN's numbers of this moment as our ensemble.
+    """Convert the authors' BNN, with its current weights, to this package's ensemble.
 
     Args:
-        model: their BNN, finalized, with two heads or one. One that was not trained has no elites yet: all
-            its members are.
+        model: finalized BNN with one head or two. An untrained BNN has no elites, so all its members become
+            elites.
 
     Raises:
-        InputError: its layers are not those of ours.
+        InputError: `EnsembleDynamics` cannot represent its layers.
     """
     names = [layer.get_activation(as_func=False) for layer in model.layers]
     if names[-1] is not None or model.end_act is not None:
-        raise InputError("the BNN has an activation on its outputs; ours has none")
+        raise InputError("the BNN has an activation on its outputs; the kernels have none")
     return _dynamics(
         model.sess.run(model.nonoptvars + model.optvars),
         _activation(names[:-1], "the BNN"),
@@ -299,7 +321,7 @@ def from_bnn(model: Any) -> EnsembleDynamics:
 def _activation(names: Sequence[str | None], what: str) -> Activation:
     if len(set(names)) > 1:
         raise InputError(
-            f"{what} has hidden layers of {', '.join(map(str, names))}; ours have one activation"
+            f"{what} has hidden layers of {', '.join(map(str, names))}; the kernels take one activation"
         )
     return activation_of(str(names[0])) if names else "silu"
 
@@ -307,24 +329,24 @@ def _activation(names: Sequence[str | None], what: str) -> Activation:
 def _dynamics(
     arrays: Sequence[Any], activation: Activation, elites: Sequence[int] | None, what: str
 ) -> EnsembleDynamics:
-    """From a BNN's numbers in its own order: scaler, every layer's weights and biases, bounds."""
+    """Build the ensemble from a BNN's arrays in its order: scaler, weights and biases by layer, bounds."""
     try:
         mean, std, *layers, high, low = map(_floats, arrays)
         weights, biases = layers[0::2], [bias.squeeze(1) for bias in layers[1::2]]
         outputs = high.numel()
         if weights[-1].shape[-1] == outputs:
-            # Two heads: our last layer has their columns side by side.
+            # Two heads become one layer.
             *weights, mean_weight, std_weight = weights
             *biases, mean_bias, std_bias = biases
             weights.append(torch.cat((mean_weight, std_weight), -1))
             biases.append(torch.cat((mean_bias, std_bias), -1))
-        # Their reward comes first, ours last.
+        # The BNN predicts the reward first, `EnsembleDynamics` last.
         order = torch.arange(outputs).roll(-1)
         for tensors in (weights, biases):
             tensors[-1] = torch.cat([head[..., order] for head in tensors[-1].chunk(2, -1)], -1)
         check_layers(weights, ndim=3)
         if weights[-1].shape[-1] != 2 * outputs or mean.numel() != weights[0].shape[1]:
-            raise InputError("its scaler or its bounds are of another model")
+            raise InputError("its scaler and its bounds do not fit its layers")
         model = EnsembleDynamics(
             outputs - 1,
             mean.numel() - outputs + 1,
@@ -338,16 +360,18 @@ def _dynamics(
         pairs += [(model.input_mean, mean[0]), (model.input_std, std[0])]
         pairs += [(model.max_logvar, high[0, order]), (model.min_logvar, low[0, order])]
         with torch.no_grad():
-            for ours, theirs in pairs:
-                if ours.shape != theirs.shape:
-                    raise InputError(f"a layer has {tuple(theirs.shape)} numbers, not {tuple(ours.shape)}")
-                if not bool(torch.isfinite(theirs).all()):
+            for target, values in pairs:
+                if target.shape != values.shape:
+                    raise InputError(
+                        f"a layer has shape {tuple(values.shape)}, expected {tuple(target.shape)}"
+                    )
+                if not bool(torch.isfinite(values).all()):
                     raise InputError("there are numbers that are not finite")
-                ours.copy_(theirs)
+                target.copy_(values)
             if elites is not None:
                 model.elites = torch.tensor(elites_of(list(elites), model.members))
     except (InputError, ValueError, IndexError, TypeError, RuntimeError) as error:
-        raise InputError(f"{what} is not an ensemble as ours: {error}") from error
+        raise InputError(f"{what} cannot be read as an ensemble: {error}") from error
     if not bool((model.input_std > 0).all()):
         raise InputError(f"{what}: the scaler's deviations must be positive")
     return model
@@ -362,10 +386,16 @@ def _floats(array: Any) -> torch.Tensor:
 
 
 def _actor(weights: Sequence[Any], policy: Any = None, what: str = "the policy") -> Actor:
-    """From Keras' list of weights: kernel, bias, kernel, bias, ...; `policy` is what they were got from."""
+    """Build an actor from Keras' list of weights: kernel, bias, kernel, bias, ...
+
+    Args:
+        weights: result of `get_weights`, or its copy in a file.
+        policy: policy that the weights belong to, if there is one; its activation and squashing are read.
+        what: name of the policy in messages.
+    """
     activation: Activation = getattr(policy, "_activation", "relu")
     if not getattr(policy, "_squash", True):
-        raise InputError(f"{what} is not squashed by tanh; ours is")
+        raise InputError(f"{what} is not squashed by tanh, as the kernels need it")
     try:
         arrays = [_floats(array) for array in weights]
         kernels, biases = arrays[0::2], arrays[1::2]
@@ -378,10 +408,13 @@ def _actor(weights: Sequence[Any], policy: Any = None, what: str = "the policy")
         )
         pairs = [*zip(actor.weights, kernels, strict=True), *zip(actor.biases, biases, strict=True)]
         with torch.no_grad():
-            for ours, theirs in pairs:
-                if ours.shape != theirs.shape or not bool(torch.isfinite(theirs).all()):
-                    raise InputError(f"{tuple(theirs.shape)} numbers, not {tuple(ours.shape)} finite ones")
-                ours.copy_(theirs)
+            for target, values in pairs:
+                if target.shape != values.shape or not bool(torch.isfinite(values).all()):
+                    raise InputError(
+                        f"a layer must have finite numbers of shape {tuple(target.shape)}, got shape"
+                        f" {tuple(values.shape)}"
+                    )
+                target.copy_(values)
     except (InputError, ValueError, IndexError, TypeError, RuntimeError) as error:
         raise InputError(f"{what} holds no feed-forward Gaussian policy: {error}") from error
     return actor
@@ -410,7 +443,7 @@ def _only(folder: Path, pattern: str) -> Path | None:
     found = sorted(folder.glob(pattern))
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
-        raise InputError(f"{folder} holds several: {names}; name one of them")
+        raise InputError(f"{folder} holds several models: {names}; name one of them")
     return found[0] if found else None
 
 
@@ -418,17 +451,17 @@ WRITES_POLICIES = True
 
 
 def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
-    """A model's NAME_STEP.mat, a checkpoint's .pkl, or a folder with one of either.
+    """Read a model's NAME_STEP.mat, a checkpoint's .pkl, or a folder with at most one of each.
 
-    The files do not say which members are elites: all are, unless `hints` names them. Layers' activations are
-    in NAME_STEP.nns; where that is not beside, `hints` may name one, else it is their default. Of a pickle,
-    numbers are read and nothing is run.
+    The files do not store the elites: all members are elites unless `hints` names them. The activation is
+    read from NAME_STEP.nns beside the .mat file. Without that file it is the one that `hints` names, or SiLU,
+    the authors' default. Nothing in a pickle is run; only arrays are read from it.
 
     Raises:
-        InputError: a file is missing, damaged or holds another model; there are several.
+        InputError: a file is missing or damaged, holds another kind of model, or the folder holds several.
     """
     if hints.absolute is not None:
-        raise InputError("the authors' models predict changes; leave absolute out")
+        raise InputError("the authors' models predict changes of the observation; leave absolute out")
     if source.is_dir():
         mat, pkl = _only(source, "*.mat"), _only(source, "*.pkl")
     else:
@@ -445,19 +478,19 @@ def _read_dynamics(path: Path, hints: Hints) -> EnsembleDynamics:
     structure = path.with_suffix(".nns")
     if structure.exists():
         if hints.activation is not None:
-            raise InputError(f"{structure} says what the activation is; leave it out")
+            raise InputError(f"{structure} stores the activation; leave it out")
         names = re.findall(r"activation='?(\w+)'?", _read_text(structure))
         if names[-1:] != ["None"]:
             raise InputError(f"{structure} does not end in a layer without activation")
-        # One head's file repeats the last layer after every other one.
+        # The file of a model with one head repeats the last layer after every other one.
         activation = _activation([name for name in names if name != "None"], str(structure))
     if hints.elites is None:
-        logger.warning("%s does not say which members are elites: all are", path)
+        logger.warning("%s does not store which members are elites: taking all of them", path)
     return _dynamics(arrays, activation, hints.elites, str(path))
 
 
 def _load_mat(path: Path) -> list[Array]:
-    """The matrices called 0, 1, ... of a MATLAB file."""
+    """Read the matrices named 0, 1, ... in a MATLAB file."""
     found = {name: array for name, array in matlab_files.load(path).items() if name.isdecimal()}
     for i in range(len(found)):
         if str(i) not in found:
@@ -470,7 +503,7 @@ def _load_mat(path: Path) -> list[Array]:
 def _read_text(path: Path) -> str:
     try:
         if not path.is_file() or path.stat().st_size > _MAX_TEXT:
-            raise InputError(f"{path} is no text file of a few lines")
+            raise InputError(f"{path} must be a text file of at most {_MAX_TEXT:,} bytes")
         return path.read_text(errors="replace")
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
@@ -484,15 +517,16 @@ def _read_policy(path: Path) -> Actor:
 
 
 def write(checkpoint: Checkpoint, target: Path) -> None:
-    """A folder with BNN_0.mat, BNN_0.nns, BNN_0_var.nns and checkpoint.pkl.
+    """Write a folder with BNN_0.mat, BNN_0.nns, BNN_0_var.nns and checkpoint.pkl.
 
-    Their `construct_model(name="BNN_0", load_dir=target, separate_mean_var=True)` reads the model, whose
-    elites are then those of its next training; their simulate_policy.py the policy.
+    The authors' `construct_model(name="BNN_0", load_dir=target, separate_mean_var=True)` loads the model, and
+    their simulate_policy.py the policy. The elites are not stored: the BNN chooses them at its next training.
 
     Raises:
-        InputError: their code has no such model, SciPy is missing, or the folder cannot be written.
+        InputError: the authors' code cannot represent one of the models, SciPy is missing, or the folder
+            cannot be written.
     """
-    # All is refused that is to be refused before the first file is written.
+    # Refuse both models before the first file is written.
     if checkpoint.dynamics is not None:
         _check_dynamics(checkpoint.dynamics)
     if checkpoint.policy is not None:
@@ -539,8 +573,8 @@ def _write_dynamics(model: EnsembleDynamics, folder: Path) -> None:
 def _check_policy(policy: Actor) -> None:
     if (policy.activation, policy.log_std_min, policy.log_std_max) != ("relu", -20.0, 2.0):
         raise InputError(
-            f"the authors' policies are of ReLU with log stds in [-20, 2]; this one is of {policy.activation}"
-            f" with [{policy.log_std_min:g}, {policy.log_std_max:g}]"
+            f"the authors' policies have ReLU and log stds in [-20, 2]; this one has {policy.activation} and"
+            f" [{policy.log_std_min:g}, {policy.log_std_max:g}]"
         )
 
 
@@ -548,5 +582,5 @@ def _write_policy(policy: Actor, path: Path) -> None:
     layers = zip(policy.weights, policy.biases, strict=True)
     weights = [tensor.detach().cpu().numpy() for layer in layers for tensor in layer]
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        # The newest protocol that their Python reads.
+        # The newest protocol that Python 3.7, which the authors' code needs, can read.
         Pickler(file, protocol=4).dump({"policy_weights": weights})

@@ -1,4 +1,4 @@
-"""Our own folders: dynamics.safetensors, policy.safetensors, each with its JSON."""
+"""This package's own format: dynamics.safetensors and policy.safetensors, each with a JSON file."""
 
 from pathlib import Path
 
@@ -14,9 +14,15 @@ WRITES_POLICIES = True
 
 
 def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
-    """The models of a run's folder; hints in place of what it says are refused, but for the elites."""
+    """Read the models in a run's folder.
+
+    The files store everything but a wish for other elites, so `hints` may give elites alone.
+
+    Raises:
+        InputError: a file is damaged, or `hints` gives an activation or absolute dimensions.
+    """
     if hints.activation is not None or hints.absolute is not None:
-        raise InputError(f"{source / 'dynamics.json'} says what activation and absolute are; leave them out")
+        raise InputError(f"{source / 'dynamics.json'} stores activation and absolute; leave them out")
     dynamics = EnsembleDynamics.load(source) if (source / "dynamics.json").exists() else None
     if dynamics is not None and hints.elites is not None:
         dynamics.elites = torch.tensor(elites_of(hints.elites, dynamics.members))
@@ -25,7 +31,7 @@ def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
 
 
 def write(checkpoint: Checkpoint, target: Path) -> None:
-    """The models in a folder that `mopo-fast train --dynamics-from`, `evaluate` and `rollout` take."""
+    """Write a folder that `mopo-fast train --dynamics-from`, `evaluate` and `rollout` take."""
     for model in (checkpoint.dynamics, checkpoint.policy):
         if model is not None:
             model.save(target)

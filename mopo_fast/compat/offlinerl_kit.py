@@ -1,10 +1,15 @@
-"""OfflineRL-Kit: its `EnsembleDynamics` and `MOPOPolicy.rollout` by our kernels, and its files.
+"""Adapter for OfflineRL-Kit: its `EnsembleDynamics` and `MOPOPolicy.rollout` on fused kernels, and its files.
+
+In OfflineRL-Kit's `run_mopo.py`, import `EnsembleDynamics` from here and wrap the policy:
 
     from mopo_fast.compat.offlinerl_kit import EnsembleDynamics, fuse_rollout
     dynamics = EnsembleDynamics(dynamics_model, dynamics_optim, scaler, termination_fn, penalty_coef=2.5)
     policy = fuse_rollout(MOPOPolicy(dynamics, actor, ...))
 
-Read at github.com/yihaosun1124/OfflineRL-Kit, commit e3ce697.
+The trainer, buffers, logger and SAC updates stay OfflineRL-Kit's. In this module, "the original" is
+OfflineRL-Kit's own class or method of the same name.
+
+Source: github.com/yihaosun1124/OfflineRL-Kit, commit e3ce697.
 """
 
 import io
@@ -40,6 +45,7 @@ logger = logging.getLogger("mopo_fast")
 Array = npt.NDArray[Any]
 Termination = Callable[[Array, Array, Array], Array]
 
+# OfflineRL-Kit's uncertainty_mode -> this package's name of the same penalty.
 PENALTIES: dict[str, Penalty] = {
     "aleatoric": "max_aleatoric",
     "pairwise-diff": "max_deviation",
@@ -48,9 +54,18 @@ PENALTIES: dict[str, Penalty] = {
 
 
 def termination_box(function: Any, obs_dim: int) -> Box | None:
-    """The box that one of its termination functions is, by the function's name; None for any other.
+    """Return the bounds that one of OfflineRL-Kit's termination functions checks, found by its name.
 
-    A prediction that is not finite ends a rollout by each of ours, by most of theirs.
+    A box can run inside the rollout kernel. A non-finite prediction always leaves the box; most of
+    OfflineRL-Kit's functions, but not all, end an episode there too.
+
+    Args:
+        function: a termination function.
+        obs_dim: size of an observation.
+
+    Returns:
+        The box, or None if `function` is not one of those in OfflineRL-Kit's `termination_fns` that this
+        package knows.
     """
     module, name = getattr(function, "__module__", ""), getattr(function, "__name__", "")
     task = name.removeprefix("termination_fn_").removeprefix("terminaltion_fn_")
@@ -60,24 +75,28 @@ def termination_box(function: Any, obs_dim: int) -> Box | None:
 
 
 class EnsembleDynamics:
-    """`offlinerlkit.dynamics.EnsembleDynamics`, with the same arguments, methods and results.
+    """Replacement for `offlinerlkit.dynamics.EnsembleDynamics` with the same arguments, methods and results.
 
-    Its model's weights are ours, in place: each sees at once what the other has changed. Random numbers come
-    from a seed that is drawn of NumPy's global generator at every call, so that seeding it makes runs
-    repeatable, to other numbers than the original's.
+    The kernels read the weights of `model` where they are, without a copy, so a change to `model` takes
+    effect at the next call. Every call draws a seed from NumPy's global generator. Seeding that generator
+    therefore makes a run repeatable, but the random numbers are not those of the original.
 
     Args:
-        model: its EnsembleDynamicsModel.
-        optim: torch.optim.Adam over the model; of it, `train` takes the learning rate.
-        scaler: its StandardScaler.
-        terminal_fn: one of its `get_termination_fn`, which becomes part of the kernel, or any other
-            (obs, action, next_obs) -> bool [n, 1] of NumPy arrays.
-        penalty_coef: 0: no penalty is computed, as there.
-        uncertainty_mode: aleatoric, pairwise-diff or ensemble_std.
-        backend, dtype, threads: of `RolloutEngine`; "bfloat16" is several times faster on AMX.
+        model: OfflineRL-Kit's EnsembleDynamicsModel.
+        optim: torch.optim.Adam over `model`. Only its learning rate is used, by `train`.
+        scaler: OfflineRL-Kit's StandardScaler.
+        terminal_fn: termination function (obs, action, next_obs) -> bool [n, 1] on NumPy arrays. A function
+            from OfflineRL-Kit's `get_termination_fn` runs inside the kernel; any other is called after
+            every step.
+        penalty_coef: weight of the penalty in the reward. With 0, no penalty is computed.
+        uncertainty_mode: penalty: "aleatoric", "pairwise-diff" or "ensemble_std".
+        backend: backend of `RolloutEngine`.
+        dtype: precision of the matrix products, see `RolloutEngine`. "bfloat16" is several times faster on
+            CPUs with AMX.
+        threads: number of CPU threads, see `RolloutEngine`.
 
     Raises:
-        InputError: the model is none that the kernels have, or an argument is unknown.
+        InputError: the kernels do not support the model, or an argument is unknown.
     """
 
     def __init__(
@@ -98,7 +117,7 @@ class EnsembleDynamics:
                 f"unknown uncertainty_mode {uncertainty_mode!r}; there are: {', '.join(PENALTIES)}"
             )
         if not getattr(model, "_with_reward", True):
-            raise InputError("the model predicts no reward (with_reward=False); ours always do")
+            raise InputError("the model predicts no reward; build it with with_reward=True")
         self.model, self.optim, self.scaler = model, optim, scaler
         self.terminal_fn = terminal_fn
         self._penalty_coef, self._uncertainty_mode = penalty_coef, uncertainty_mode
@@ -106,7 +125,7 @@ class EnsembleDynamics:
         self._box = termination_box(terminal_fn, _layers(model)[-1].weight.shape[-1] // 2 - 1)
 
     def ensemble(self) -> Ensemble:
-        """The model as ours, on its own weights."""
+        """Return `model` as this package's ensemble, which shares the model's weights."""
         layers = _layers(self.model)
         mean, std = (None if value is None else _floats(value) for value in (self.scaler.mu, self.scaler.std))
         return ensemble_of(
@@ -121,7 +140,7 @@ class EnsembleDynamics:
         )
 
     def engine(self) -> RolloutEngine:
-        """What makes the steps and the rollouts."""
+        """Return the engine that makes steps and rollouts with the model's current weights."""
         termination: Any = self._box if self._box is not None else self._terminal
         return RolloutEngine(
             self.ensemble(),
@@ -136,31 +155,51 @@ class EnsembleDynamics:
         return torch.as_tensor(np.asarray(ended, dtype=bool).reshape(-1))
 
     def step(self, obs: Array, action: Array) -> tuple[Array, Array, Array, dict[str, Array]]:
-        """One step: next_obs [n, obs_dim], reward [n, 1], both float32, terminal bool [n, 1], and info.
+        """Predict one step for a batch of n states.
 
-        `info` has raw_reward and, unless penalty_coef is 0, penalty, float32 [n, 1].
+        Args:
+            obs: observations [n, obs_dim].
+            action: actions [n, act_dim].
+
+        Returns:
+            next_obs float32 [n, obs_dim], penalised reward float32 [n, 1], terminal bool [n, 1], and a
+            dictionary with "raw_reward" float32 [n, 1] and, unless penalty_coef is 0, "penalty" of the same
+            shape.
         """
         engine = self.engine()
-        made = engine.step(*_tensors(engine, obs, action), seed=_draw_seed())
-        arrays = [array.cpu().numpy() for array in (made.next_observations, made.rewards, made.terminals)]
-        info = {"raw_reward": made.raw_rewards.cpu().numpy()[:, None]}
+        result = engine.step(*_tensors(engine, obs, action), seed=_draw_seed())
+        arrays = [
+            array.cpu().numpy() for array in (result.next_observations, result.rewards, result.terminals)
+        ]
+        info = {"raw_reward": result.raw_rewards.cpu().numpy()[:, None]}
         if self._penalty_coef:
-            info["penalty"] = made.penalties.cpu().numpy()[:, None]
+            info["penalty"] = result.penalties.cpu().numpy()[:, None]
         return arrays[0], arrays[1][:, None], arrays[2][:, None], info
 
     def rollout(
         self, actor: Actor, init_obss: Array, rollout_length: int
     ) -> tuple[dict[str, Array], dict[str, Any]]:
-        """What `MOPOPolicy.rollout` returns, all steps fused: rows step by step, without those that ended.
+        """Roll `actor` out with all steps fused into one kernel call.
 
-        A prediction that is not finite is left out too; the original stores it.
+        Transitions are ordered by step, then by start state, as in the original. A rollout ends at its first
+        non-finite prediction, which is not returned; the original keeps it.
+
+        Args:
+            actor: policy.
+            init_obss: start states [n, obs_dim].
+            rollout_length: maximal number of steps of each rollout.
+
+        Returns:
+            The two results of `MOPOPolicy.rollout`: arrays "obss", "next_obss", "actions", "rewards" [m, 1]
+            and "terminals" [m, 1] of m <= n * rollout_length transitions; and a dictionary with
+            "num_transitions" (m) and "reward_mean".
         """
         engine = self.engine()
         (start,) = _tensors(engine, init_obss)
-        made = engine.rollout(actor, start, rollout_length, seed=_draw_seed())
-        assert made.step is not None
-        order = torch.argsort(made.step, stable=True)
-        rows = made[order]
+        rollouts = engine.rollout(actor, start, rollout_length, seed=_draw_seed())
+        assert rollouts.step is not None
+        order = torch.argsort(rollouts.step, stable=True)
+        rows = rollouts[order]
         transitions = {
             "obss": rows.observations,
             "next_obss": rows.next_observations,
@@ -173,12 +212,21 @@ class EnsembleDynamics:
 
     @torch.no_grad()
     def sample_next_obss(self, obs: torch.Tensor, action: torch.Tensor, num_samples: int) -> torch.Tensor:
-        """[num_samples, elites, n, obs_dim] next observations, drawn of torch's global generator."""
+        """Sample next observations of every elite, with noise from torch's global generator.
+
+        Args:
+            obs: observations [n, obs_dim].
+            action: actions [n, act_dim].
+            num_samples: samples per observation and elite.
+
+        Returns:
+            Next observations [num_samples, elites, n, obs_dim].
+        """
         engine = self.engine()
-        made = engine.step(*_tensors(engine, obs, action), seed=0, distributions=True)
-        assert made.mean is not None and made.std is not None
+        result = engine.step(*_tensors(engine, obs, action), seed=0, distributions=True)
+        assert result.mean is not None and result.std is not None
         elites = engine.ensemble.elites
-        mean, std = made.mean[elites][..., :-1].to(obs.device), made.std[elites][..., :-1].to(obs.device)
+        mean, std = result.mean[elites][..., :-1].to(obs.device), result.std[elites][..., :-1].to(obs.device)
         noise = torch.randn((num_samples, *std.shape), dtype=std.dtype, device=std.device)
         return obs + mean + noise * std
 
@@ -192,9 +240,22 @@ class EnsembleDynamics:
         holdout_ratio: float = 0.2,
         logvar_loss_coef: float = 0.01,
     ) -> None:
-        """Fit the model to `data` by our kernel, into the model itself; then `save` to `logger.model_dir`.
+        """Fit the model to `data` with this package's fit, then save it to `logger.model_dir`.
 
-        Weights before are where the fit begins, as there.
+        The fit starts from the current weights, writes the result into `model` and `scaler`, and logs under
+        the original's keys.
+
+        Args:
+            data: "observations", "actions", "next_observations", "rewards" and, optionally, "terminals".
+            logger: OfflineRL-Kit's Logger.
+            max_epochs: maximal number of epochs; None or 0 sets no limit.
+            max_epochs_since_update: number of epochs without improvement after which the fit stops.
+            batch_size: rows per step of each member.
+            holdout_ratio: share of the rows held out to stop early and to pick the elites.
+            logvar_loss_coef: weight of the log-variance bounds in the loss.
+
+        Raises:
+            InputError: the optimizer is not plain Adam, or see `fit_dynamics`.
         """
         ensemble, layers = self.ensemble(), _layers(self.model)
         config = DynamicsConfig(
@@ -207,9 +268,9 @@ class EnsembleDynamics:
             weight_decay=tuple(float(layer.weight_decay) for layer in layers),
             logvar_bound_weight=logvar_loss_coef,
             holdout_fraction=holdout_ratio,
-            # There the fifth epoch without improvement is the last, here the one after.
+            # The original stops at the n-th epoch without improvement, `fit_dynamics` one epoch later.
             patience=max_epochs_since_update - 1,
-            # 0 is no limit there, as None is.
+            # The original takes 0 for "no limit", too.
             max_epochs=math.ceil(max_epochs) if max_epochs else None,
         )
         best = [1e10] * ensemble.members
@@ -236,9 +297,9 @@ class EnsembleDynamics:
         )
         with torch.no_grad():
             for layer, weight, bias in zip(layers, fitted.weights, fitted.biases, strict=True):
-                for ours, name in ((weight, "weight"), (bias[:, None], "bias")):
-                    getattr(layer, name).copy_(ours)
-                    getattr(layer, f"saved_{name}").copy_(ours)
+                for fitted_values, name in ((weight, "weight"), (bias[:, None], "bias")):
+                    getattr(layer, name).copy_(fitted_values)
+                    getattr(layer, f"saved_{name}").copy_(fitted_values)
             self.model.max_logvar.copy_(fitted.max_logvar)
             self.model.min_logvar.copy_(fitted.min_logvar)
         elites = fitted.elites.tolist()
@@ -252,37 +313,42 @@ class EnsembleDynamics:
         logger.log(f"elites:{elites} , holdout loss: {loss}")
 
     def save(self, save_path: str | os.PathLike[str]) -> None:
-        """dynamics.pth, mu.npy and std.npy, as there."""
+        """Write dynamics.pth, mu.npy and std.npy to the folder `save_path`, in the original's format."""
         _save_files(Path(save_path), self.model.state_dict(), self.scaler.mu, self.scaler.std)
 
     def load(self, load_path: str | os.PathLike[str]) -> None:
-        """What `save`, or the original, has written.
+        """Load the weights and the scaler from a folder that `save`, or the original's `save`, has written.
 
         Raises:
-            InputError: a file is missing or damaged, or of another model.
+            InputError: a file is missing or damaged, or belongs to a model of another shape.
         """
         folder = Path(load_path)
         state = load_state(folder / "dynamics.pth")
         try:
             self.model.load_state_dict(state)
         except RuntimeError as error:
-            raise InputError(f"{folder / 'dynamics.pth'} is of another model: {error}") from error
+            raise InputError(f"{folder / 'dynamics.pth'} does not fit this model: {error}") from error
         self.scaler.mu, self.scaler.std = (_load_array(folder / f"{name}.npy") for name in ("mu", "std"))
 
 
 def fuse_rollout(policy: Any) -> Any:
-    """The same MOPOPolicy, with a `rollout` that makes all steps in one call of the kernel.
+    """Replace a policy's `rollout` by one that makes all steps in one kernel call.
 
-    Its actor must be an ActorProb of an MLP and a TanhDiagGaussian with unbounded mean and conditioned sigma,
-    for actions in [-1, 1]: what its run_mopo.py makes.
+    Args:
+        policy: MOPOPolicy whose dynamics are this module's `EnsembleDynamics` and whose actor is built as in
+            OfflineRL-Kit's `run_mopo.py`: an ActorProb of an MLP and a TanhDiagGaussian with
+            unbounded=True, conditioned_sigma=True and max_mu=1.
+
+    Returns:
+        `policy` itself.
 
     Raises:
-        InputError: the actor is another, or the dynamics are not `EnsembleDynamics` of this module.
+        InputError: the dynamics or the actor are of another kind.
     """
     if not isinstance(policy.dynamics, EnsembleDynamics):
         raise InputError("the policy's dynamics must be mopo_fast.compat.offlinerl_kit.EnsembleDynamics")
     _actor(policy.actor)
-    # Bound, so that a copy of the policy rolls out itself.
+    # A bound method, so that copy.deepcopy of the policy rolls the copy out.
     policy.rollout = types.MethodType(_rollout, policy)
     return policy
 
@@ -299,7 +365,7 @@ def _layers(model: Any) -> list[Any]:
 
 
 def _actor(actor: Any) -> Actor:
-    """Its ActorProb as ours."""
+    """Return an ActorProb as this package's actor."""
     head, modules = actor.dist_net, list(actor.backbone.model)
     if type(head).__name__ != "TanhDiagGaussian" or not (head._unbounded and head._c_sigma) or head._max != 1:
         raise InputError(
@@ -331,7 +397,7 @@ def _tensors(engine: RolloutEngine, *arrays: Any) -> list[torch.Tensor]:
 
 
 def _floats(array: Any) -> torch.Tensor:
-    """float32 of any numbers that NumPy has, as the original takes them; shared where possible."""
+    """Return any numeric array as a float32 tensor, on the same memory where possible."""
     if isinstance(array, torch.Tensor):
         return array.to(torch.float32)
     with np.errstate(over="ignore"):
@@ -343,7 +409,7 @@ def _learning_rate(optim: torch.optim.Optimizer) -> float:
     betas, eps, decay = group.get("betas"), group.get("eps"), group.get("weight_decay")
     if type(optim) is not torch.optim.Adam or (betas, eps, decay) != ((0.9, 0.999), 1e-8, 0):
         raise InputError(
-            "the fit is by torch.optim.Adam with its own defaults but for the learning rate, got"
+            "the fit takes torch.optim.Adam with its own defaults except for the learning rate, got"
             f" {type(optim).__name__} with betas {betas}, eps {eps}, weight_decay {decay}"
         )
     return float(group["lr"])
@@ -365,14 +431,14 @@ def _load_array(path: Path) -> Array:
     if not path.is_file():
         raise InputError(f"{path} does not exist")
     try:
-        # Mapped, so that nothing is allocated for a header which claims more than the file has.
+        # Mapped, so that a header that claims more data than the file has allocates nothing.
         mapped = np.lib.format.open_memmap(path, mode="r")
-        # Once more while it is checked.
+        # Twice: the array, and the temporary of its check.
         check_memory(f"{path}", 2 * mapped.nbytes, "cpu", "its size")
         array: Array = np.array(mapped)
     except InputError:
         raise
-    # A damaged file fails in any way.
+    # A damaged file can raise anything.
     except Exception as error:
         raise InputError(f"{path} is not a whole .npy file ({brief(error)}); get or make it again") from error
     if array.dtype.kind != "f" or not np.isfinite(array).all():
@@ -393,12 +459,14 @@ WRITES_POLICIES = True
 
 
 def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
-    """dynamics.pth with mu.npy and std.npy, and policy.pth, of a folder; each pair may be missing.
+    """Read the dynamics and the policy in a folder; either may be missing.
 
-    The activation is Swish unless `hints` say otherwise: the files do not.
+    The dynamics are dynamics.pth, mu.npy and std.npy; the policy is policy.pth, of which only the actor is
+    read. The files do not store the activation of the dynamics: it is SiLU (Swish) unless `hints` names
+    another.
 
     Raises:
-        InputError: a file is damaged, or holds other models.
+        InputError: a file is damaged, or holds another kind of model.
     """
     dynamics = policy = None
     if (source / "dynamics.pth").exists():
@@ -436,7 +504,7 @@ def _read_dynamics(source: Path, hints: Hints) -> Ensemble:
 
 def _read_policy(path: Path) -> Actor:
     state = load_state(path)
-    # Activations lie between the linear layers.
+    # Linear layers have even numbers; the odd ones are activations.
     depth = sum(name.startswith("actor.backbone.model.") and name.endswith(".weight") for name in state)
     names = [f"actor.backbone.model.{2 * i}" for i in range(depth)]
     heads = [
@@ -444,7 +512,7 @@ def _read_policy(path: Path) -> Actor:
         for kind, ndim in (("weight", 2), ("bias", 1))
     ]
     if any(mu.shape != sigma.shape for mu, sigma in heads):
-        raise InputError(f"{path}: mu and sigma have layers of other shapes")
+        raise InputError(f"{path}: mu and sigma must have layers of the same shape")
     weight, bias = map(torch.cat, heads)
     return actor_of(
         [take(path, state, f"{name}.weight", 2).T.contiguous() for name in names] + [weight.T.contiguous()],
@@ -456,14 +524,15 @@ def _read_policy(path: Path) -> Actor:
 
 
 def write(checkpoint: Checkpoint, target: Path) -> None:
-    """dynamics.pth, mu.npy, std.npy for `EnsembleDynamics.load`; policy.pth with the actor alone.
+    """Write dynamics.pth, mu.npy and std.npy for `EnsembleDynamics.load`, and policy.pth.
 
-    The critics are not in a `Checkpoint`: `policy.load_state_dict(state, strict=False)` takes such a file.
+    A `Checkpoint` has no critics, so policy.pth holds the actor alone. Load it by
+    `policy.load_state_dict(state, strict=False)`.
 
     Raises:
-        InputError: its code has no such model.
+        InputError: OfflineRL-Kit cannot represent one of the models.
     """
-    # All is refused that is to be refused before the first file is written.
+    # Refuse both models before the first file is written.
     policy = None if checkpoint.policy is None else _policy_state(checkpoint.policy)
     ensemble = checkpoint.dynamics
     if ensemble is not None:

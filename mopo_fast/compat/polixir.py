@@ -1,6 +1,12 @@
-"""Polixir's OfflineRL: its ensemble called through our kernels, its models' and policies' files.
+"""Adapter for Polixir's OfflineRL: predictions of its ensemble on fused kernels, and its files.
 
-Source: offlinerl/utils/net/model/ensemble.py, tanhpolicy.py, offlinerl/algo/modelbase/mopo.py.
+In `offlinerl/algo/modelbase/mopo.py`, wrap the ensemble at the beginning of `train_policy`:
+
+    from mopo_fast.compat.polixir import FastTransition
+    transition = FastTransition(transition)
+
+Source: github.com/polixir/OfflineRL, commit a7db458: offlinerl/utils/net/model/ensemble.py, tanhpolicy.py,
+offlinerl/algo/modelbase/mopo.py.
 """
 
 import functools
@@ -25,24 +31,26 @@ from mopo_fast.utils.atomic import atomic_path
 from mopo_fast.utils.pickles import Inert, Pickler, brief
 from mopo_fast.utils.tensors import check_layers
 
-# Added to a standard deviation that divides.
+# Added to the standard deviation that observations are divided by.
 _EPSILON = 1e-8
 _LOG_STD_MIN, _LOG_STD_MAX = -5.0, 2.0
 
 
 class FastTransition:
-    """Their `EnsembleTransition`, whose predictions for a batch our kernels make.
+    """Wrapper of an `EnsembleTransition` that predicts a batch by this package's kernels.
 
-    In `AlgoTrainer.train`, what `train_policy` is given: `FastTransition(self.transition)`.
-    Calls with gradients, or with inputs of each member, are theirs; so is every other attribute.
+    Calls that need gradients, calls with an own input for each member, and all other attributes are passed on
+    to `transition`.
 
     Args:
-        transition: theirs, read at every call, so that it may train on; the members that it has selected are
-            those of a prediction.
-        backend, dtype, threads: of `RolloutEngine`.
+        transition: Polixir's EnsembleTransition. Its weights are read at every call, so it may be trained in
+            between. Its selected members make the predictions.
+        backend: backend of `RolloutEngine`.
+        dtype: precision of the matrix products, see `RolloutEngine`.
+        threads: number of CPU threads, see `RolloutEngine`.
 
     Raises:
-        InputError: it predicts no reward; or as `RolloutEngine`.
+        InputError: the transition predicts no reward, or see `RolloutEngine`.
     """
 
     def __init__(
@@ -50,28 +58,32 @@ class FastTransition:
     ) -> None:
         self.transition = transition
         self._options: dict[str, Any] = {"backend": backend, "dtype": dtype, "threads": threads}
-        self._engine = self._made()
+        self._engine = self._make_engine()
 
     def __call__(self, obs_action: torch.Tensor) -> torch.distributions.Normal:
-        """The next observation and the reward: a Normal [selected, batch, obs_dim + 1].
+        """Predict the distribution of the next observation and the reward.
 
-        Its samples are drawn from torch's generator, as theirs are: who seeds that gets the same samples.
+        Samples of it come from torch's global generator, as in the original.
 
         Args:
-            obs_action: floats [batch, obs_dim + act_dim], finite.
+            obs_action: observations and actions [batch, obs_dim + act_dim], finite.
+
+        Returns:
+            A Normal [selected, batch, obs_dim + 1].
 
         Raises:
-            InputError: as `RolloutEngine.step`.
+            InputError: see `RolloutEngine.step`.
         """
-        theirs = self.transition
-        trains = torch.is_grad_enabled() and any(p.requires_grad for p in (obs_action, *theirs.parameters()))
-        if trains or obs_action.ndim != 2:
-            return theirs(obs_action)  # type: ignore[no-any-return]
-        members = list(theirs.output_layer.select)
+        transition = self.transition
+        parameters = (obs_action, *transition.parameters())
+        needs_grad = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+        if needs_grad or obs_action.ndim != 2:
+            return transition(obs_action)  # type: ignore[no-any-return]
+        members = list(transition.output_layer.select)
         if len(members) != self._engine.ensemble.members:
-            self._engine = self._made()
+            self._engine = self._make_engine()
         ensemble = self._engine.ensemble
-        _copy_numbers(theirs, members, ensemble)
+        _copy_weights(transition, members, ensemble)
         observations, actions = obs_action[:, : ensemble.obs_dim], obs_action[:, ensemble.obs_dim :]
         result = self._engine.step(observations, actions, seed=0, deterministic=True, distributions=True)
         assert result.mean is not None and result.std is not None
@@ -81,25 +93,27 @@ class FastTransition:
     forward = __call__
 
     def __getattr__(self, name: str) -> Any:
-        # Copies are made before there is anything to ask.
+        # copy.copy asks for attributes before `transition` is set.
         if name == "transition" or name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.transition, name)
 
-    def _made(self) -> RolloutEngine:
-        ensemble = _empty(self.transition, len(self.transition.output_layer.select))
+    def _make_engine(self) -> RolloutEngine:
+        ensemble = _make_ensemble(self.transition, len(self.transition.output_layer.select))
         return RolloutEngine(ensemble.to(self.transition.max_logstd.device), **self._options)
 
 
 def from_transition(transition: Any) -> EnsembleDynamics:
-    """Their `EnsembleTransition` of this moment as our ensemble; the selected members are the elites.
+    """Convert an `EnsembleTransition`, with its current weights, to this package's ensemble.
+
+    The selected members become the elites.
 
     Raises:
-        InputError: it predicts no reward, or its layers are not those of ours.
+        InputError: it predicts no reward, or `EnsembleDynamics` cannot represent its layers.
     """
     members = len(transition.output_layer.weight)
-    model = _empty(transition, members)
-    _copy_numbers(transition, range(members), model)
+    model = _make_ensemble(transition, members)
+    _copy_weights(transition, range(members), model)
     model.elites = torch.tensor(elites_of(list(transition.output_layer.select), members))
     return model
 
@@ -108,15 +122,15 @@ def _layers(transition: Any) -> list[Any]:
     return [*transition.backbones, transition.output_layer]
 
 
-def _empty(transition: Any, members: int) -> EnsembleDynamics:
-    """An ensemble of the transition's sizes and kind, its numbers still to come."""
+def _make_ensemble(transition: Any, members: int) -> EnsembleDynamics:
+    """Make an ensemble of the transition's shape and kind; `_copy_weights` fills in its weights."""
     if not transition.with_reward:
-        raise InputError("the EnsembleTransition predicts no reward; ours do")
+        raise InputError("the EnsembleTransition predicts no reward; the kernels need one")
     check_layers([layer.weight for layer in _layers(transition)], ndim=3)
     shapes = [layer.weight.shape for layer in _layers(transition)]
     obs_dim = operator.index(transition.obs_dim)
     if not 0 < obs_dim < shapes[0][1] or shapes[-1][2] != 2 * (obs_dim + 1):
-        raise InputError(f"its layers are not those of observations of {obs_dim} dimensions")
+        raise InputError(f"its layers do not fit observations of {obs_dim} dimensions")
     delta = transition.mode in ("local", "normalize")
     return EnsembleDynamics(
         obs_dim,
@@ -126,13 +140,13 @@ def _empty(transition: Any, members: int) -> EnsembleDynamics:
         hidden=tuple(shape[2] for shape in shapes[:-1]),
         log_scale="std",
         absolute=() if delta else range(obs_dim),
-        # Theirs draw from torch's own, and what they draw shall stay what it was.
+        # A generator of its own, so that torch's global one stays as Polixir's code left it.
         generator=torch.Generator(),
     )
 
 
 @torch.no_grad()
-def _copy_numbers(transition: Any, members: Sequence[int], model: EnsembleDynamics) -> None:
+def _copy_weights(transition: Any, members: Sequence[int], model: EnsembleDynamics) -> None:
     for layer, weight, bias in zip(_layers(transition), model.weights, model.biases, strict=True):
         _fill(weight, layer.weight[members])
         _fill(bias, layer.bias[members, 0])
@@ -144,34 +158,41 @@ def _copy_numbers(transition: Any, members: Sequence[int], model: EnsembleDynami
 
 
 def _fill(target: torch.Tensor, numbers: torch.Tensor) -> None:
+    """Copy `numbers` into `target`; raise `InputError` if their shape differs or they are no floats."""
     if target.shape != numbers.shape or not numbers.is_floating_point():
         raise InputError(
-            f"it has {numbers.dtype} of shape {list(numbers.shape)}, not floats of {list(target.shape)}"
+            f"a layer has {numbers.dtype} of shape {list(numbers.shape)}, expected floats of shape"
+            f" {list(target.shape)}"
         )
     target.copy_(numbers)
 
 
 class _PickleModule:
-    """The part of a pickle module that torch.save uses."""
+    """The part of the pickle module that `torch.save` uses, with a pickler that imports no class."""
 
     Pickler = Pickler
 
 
-def _attributes(module: Any, made: dict[int, Any]) -> Any:
-    """A module's stand-in with what it holds as attributes, and its class's name as `kind`; or a list.
+def _as_namespace(module: Any, made: dict[int, Any]) -> Any:
+    """Turn an unpickled stand-in of a module into a namespace of its parameters, buffers and submodules.
 
-    `made` has what was made of modules before: each may be in many others.
+    Args:
+        module: stand-in, or any other value, which is returned as it is.
+        made: results by the id of their stand-in, since a module may occur in several others.
+
+    Returns:
+        A namespace whose `kind` is the name of the module's class; a list for ModuleList and Sequential.
     """
-    # A set is a stand-in too, and has no state.
+    # Unpickled sets are stand-ins too, without a state.
     if not isinstance(module, Inert) or module.state is None or id(module) in made:
         return made.get(id(module), module)
     kind, state = type(module).__name__, module.state
     if kind in ("ModuleList", "Sequential"):
-        made[id(module)] = [_attributes(value, made) for value in state["_modules"].values()]
+        made[id(module)] = [_as_namespace(value, made) for value in state["_modules"].values()]
         return made[id(module)]
     made[id(module)] = SimpleNamespace(kind=kind)
     for part in (state, state["_parameters"], state["_buffers"], state["_modules"]):
-        vars(made[id(module)]).update({name: _attributes(value, made) for name, value in part.items()})
+        vars(made[id(module)]).update({name: _as_namespace(value, made) for name, value in part.items()})
     return made[id(module)]
 
 
@@ -179,17 +200,16 @@ WRITES_POLICIES = True
 
 
 def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
-    """A file that `torch.save` made of an `EnsembleTransition` or a `TanhGaussianPolicy`; or a folder with
-    dynamics.pt, policy.pt, as `write` makes it.
+    """Read an `EnsembleTransition` or a `TanhGaussianPolicy` saved by `torch.save`.
 
-    The elites are the members that the file has selected, unless `hints` names others. Of the pickle inside,
-    numbers are read and nothing is run.
+    A folder, as `write` makes it, may hold one of each as dynamics.pt and policy.pt. The elites are the
+    selected members, unless `hints` names others. Nothing in the pickle is run; only tensors are read.
 
     Raises:
-        InputError: a file is missing, damaged or holds another model.
+        InputError: a file is missing or damaged, or holds another kind of model.
     """
     if hints.activation is not None or hints.absolute is not None:
-        raise InputError(f"{source} says what activation and absolute are; leave them out")
+        raise InputError(f"{source} stores activation and absolute; leave them out")
     if source.is_dir():
         both = [source / name for name in ("dynamics.pt", "policy.pt")]
         found = [read(path, hints) for path in both if path.exists()]
@@ -199,7 +219,7 @@ def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
     try:
         if not isinstance(content, Inert):
             raise InputError(f"it holds a {type(content).__name__}")
-        module = _attributes(content, {})
+        module = _as_namespace(content, {})
         if module.kind == "EnsembleTransition":
             if module.activation.kind != "Swish":
                 raise InputError(f"it has hidden layers of {module.activation.kind}, not Swish")
@@ -213,20 +233,19 @@ def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
             check_model(source, policy)
             return Checkpoint(policy=policy)
         raise InputError(f"it holds a {module.kind}")
-    # A damaged or foreign file fails in any way.
+    # A damaged or foreign file can raise anything.
     except Exception as error:
         raise InputError(
-            f"{source} is no EnsembleTransition or TanhGaussianPolicy that torch.save has written:"
-            f" {brief(error)}"
+            f"{source} is no EnsembleTransition or TanhGaussianPolicy saved by torch.save: {brief(error)}"
         ) from error
 
 
 def _actor(policy: Any) -> Actor:
     if not policy._c_sigma:
-        raise InputError("its standard deviation does not depend on the observation; ours does")
+        raise InputError("its standard deviation must depend on the observation (conditioned_sigma=True)")
     kinds = {layer.kind for layer in policy.preprocess.model} - {"Linear"}
     if len(kinds) != 1:
-        raise InputError(f"it has layers of {', '.join(sorted(kinds))}; ours have one activation")
+        raise InputError(f"it has layers of {', '.join(sorted(kinds))}; the kernels take one activation")
     hidden = [layer for layer in policy.preprocess.model if layer.kind == "Linear"]
     weights = [layer.weight.T for layer in hidden]
     weights.append(torch.cat((policy.mu.weight, policy.sigma.weight)).T)
@@ -247,6 +266,7 @@ def _actor(policy: Any) -> Actor:
 
 
 def _stand_in(module: str, name: str) -> type[nn.Module]:
+    """Make an empty module class that is pickled under the name of one of Polixir's."""
     return type(name, (nn.Module,), {"__module__": f"offlinerl.utils.net.{module}"})
 
 
@@ -262,6 +282,7 @@ def _parameter(tensor: torch.Tensor) -> nn.Parameter:
 
 
 def _module(kind: type[nn.Module], **attributes: Any) -> nn.Module:
+    """Make a module of a stand-in class, with these attributes."""
     made = kind()
     for name, value in attributes.items():
         setattr(made, name, value)
@@ -269,20 +290,20 @@ def _module(kind: type[nn.Module], **attributes: Any) -> nn.Module:
 
 
 def write(checkpoint: Checkpoint, target: Path) -> None:
-    """A folder with dynamics.pt for `dynamics_path`, policy.pt for `BaseAlgo.load_model`.
+    """Write a folder with dynamics.pt for `dynamics_path` and policy.pt for `BaseAlgo.load_model`.
 
-    Their package need not be there. It reads such files, its own too, with torch before 2.6, or with
+    Polixir's package need not be installed. It loads these files, as its own, with torch before 2.6 or by
     `torch.load(path, weights_only=False)`.
 
     Raises:
-        InputError: their code has no such model, or the folder cannot be written.
+        InputError: Polixir's code cannot represent one of the models, or the folder cannot be written.
     """
+    # Make both modules, which may be refused, before the first file is written.
     modules: dict[str, nn.Module] = {}
     if checkpoint.dynamics is not None:
         modules["dynamics.pt"] = _transition(checkpoint.dynamics)
     if checkpoint.policy is not None:
         modules["policy.pt"] = _policy(checkpoint.policy)
-    # All is refused that is to be refused before the first file is written.
     for name, module in modules.items():
         with atomic_path(target / name) as temporary, open(temporary, "wb") as file:
             torch.save(module, file, pickle_module=_PickleModule)
@@ -293,7 +314,7 @@ def _transition(model: EnsembleDynamics) -> nn.Module:
     scaled = bool((model.input_mean != 0).any() or (model.input_std != 1).any())
     check_kind(model, "Polixir's models", log_scale="std", absolute=True)
     if model.activation != "silu":
-        raise InputError(f"Polixir's models have hidden layers of SiLU, this one of {model.activation}")
+        raise InputError(f"Polixir's models have hidden layers with SiLU, this one has {model.activation}")
     if bool((model.input_mean[obs_dim:] != 0).any() or (model.input_std[obs_dim:] != 1).any()):
         raise InputError("Polixir's models do not scale actions; this one does")
     if absolute and (scaled or not bool(model.absolute.all())):
@@ -342,8 +363,8 @@ def _policy(actor: Actor) -> nn.Module:
         _LOG_STD_MAX,
     ):
         raise InputError(
-            f"Polixir's policies are of ReLU or tanh with log stds in [-5, 2]; this one is of"
-            f" {actor.activation} with [{actor.log_std_min:g}, {actor.log_std_max:g}]"
+            f"Polixir's policies have ReLU or tanh and log stds in [-5, 2]; this one has"
+            f" {actor.activation} and [{actor.log_std_min:g}, {actor.log_std_max:g}]"
         )
 
     def linear(weight: torch.Tensor, bias: torch.Tensor) -> nn.Linear:

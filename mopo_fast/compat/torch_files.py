@@ -1,7 +1,8 @@
-"""Files of torch.save, read without running what is in them, written whole or not at all.
+"""Safe reader of files saved by `torch.save`, and an atomic writer.
 
-torch's own reader is not used: it runs a scripted module that a zip file holds, and unpacks a tar file. This
-one sees a file in one way only, checks that, and makes tensors of bytes.
+`torch.load` is not used because it runs a scripted module found in the zip file and unpacks tar files. This
+reader accepts one layout of the zip file, checks it completely, and then makes tensors from its bytes. It
+runs nothing that the file contains.
 """
 
 import io
@@ -35,7 +36,7 @@ _DTYPES = {
     "Byte": torch.uint8,
     "Bool": torch.bool,
 }
-# Members of an archive beside its storages, data/0, data/1, ...
+# Members of an archive besides its storages data/0, data/1, ...
 _MEMBERS = {
     "data.pkl",
     "byteorder",
@@ -45,26 +46,26 @@ _MEMBERS = {
     ".data/serialization_id",
 }
 _MAX_MEMBERS = 1 << 16
-# The pickle holds names and shapes; what it makes in memory is up to a hundred times as large.
+# Bytes of the pickle, which holds names and shapes. Unpickled objects can be 100 times as large.
 _MAX_PICKLE = 1 << 24
-# All tensors of a file together, in bytes of the file: tensors may share memory, but not endlessly.
+# Tensors may share a storage, but together they may not hold more than this many times the file's bytes.
 _MAX_SHARING = 16
 
 
 class _Archive:
-    """The zip file that torch.save writes, of which every byte belongs to one member or to the directory.
+    """Zip file as `torch.save` writes it: each byte belongs to one stored member or to the directory.
 
     Raises:
-        InputError: it is another file.
+        InputError: the file has another layout.
     """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.size = file, os.fstat(file.fileno()).st_size
         if self._at(0, 4) != b"PK\3\4":
             raise InputError(
-                "it is no zip file; read one of torch before 1.6 there, and save it again by a newer torch"
+                "it is no zip file; load one of torch before 1.6 there, and save it with a newer torch"
             )
-        # Elsewhere two readers could find two directories.
+        # With a directory anywhere else, two readers could find different ones.
         if self._at(self.size - 22, 4) != b"PK\5\6" or self._at(self.size - 2, 2) != b"\0\0":
             raise InputError("it does not end in a zip file's directory")
         self._zip = open_zip(file)
@@ -72,7 +73,7 @@ class _Archive:
         prefix = members[0].filename.split("/")[0] + "/" if members else ""
         self._members = {member.filename.removeprefix(prefix): member for member in members}
         if not 0 < len(self._members) == len(members) <= _MAX_MEMBERS:
-            raise InputError(f"it has {len(members)} members, or several of one name")
+            raise InputError(f"it has {len(members)} members, or two of one name")
         self._check_layout()
         for name, member in self._members.items():
             if not member.filename.startswith(prefix) or not (name in _MEMBERS or _is_storage(name)):
@@ -87,7 +88,7 @@ class _Archive:
         return self._file.read(size)
 
     def _check_layout(self) -> None:
-        """Raise `InputError` unless members, uncompressed, fill the file up to its directory."""
+        """Raise `InputError` unless uncompressed members fill the file up to its directory."""
         end = 0
         for member in sorted(self._zip.infolist(), key=lambda member: member.header_offset):
             if member.header_offset != end:
@@ -99,7 +100,7 @@ class _Archive:
             lengths = struct.unpack("<HH", self._at(end + 26, 4))
             end += 30 + sum(lengths) + member.file_size
             if member.flag_bits & 8:
-                # The sizes once more, behind the member; of 8 bytes each in a large file.
+                # A data descriptor repeats the sizes after the member, in 8 bytes each if it is large.
                 after = self._at(end, 24)
                 forms = ("<4sIQQ", "<4sIII")[: 1 if member.file_size >> 32 else 2]
                 known = (struct.pack(form, b"PK\7\10", member.CRC, *[member.file_size] * 2) for form in forms)
@@ -108,13 +109,17 @@ class _Archive:
             raise InputError("there is something between its members and its directory")
 
     def length(self, name: str) -> int:
-        """Bytes of a member; raise `InputError` where there is none."""
+        """Return a member's size in bytes; raise `InputError` if it does not exist."""
         if name not in self._members:
             raise InputError(f"it lacks {name[:100]}")
         return self._members[name].file_size
 
     def read(self, name: str, limit: int) -> bytes:
-        """A member's bytes, none where there is none; raise `InputError` where they are more than `limit`."""
+        """Read a member's bytes; a missing member is empty.
+
+        Raises:
+            InputError: the member is larger than `limit` bytes.
+        """
         if name not in self._members:
             return b""
         if self.length(name) > limit:
@@ -128,7 +133,7 @@ def _is_storage(name: str) -> bool:
 
 
 class _Tensors:
-    """Makes the tensors to which an archive's pickle refers, each storage once."""
+    """Builder of the tensors that an archive's pickle refers to; each storage is read once."""
 
     def __init__(self, archive: _Archive) -> None:
         self._archive = archive
@@ -136,18 +141,18 @@ class _Tensors:
         self._left = _MAX_SHARING * archive.size
 
     def storage(self, reference: Any) -> torch.Tensor:
-        """All numbers of a storage, in one dimension."""
+        """Return a storage's values as a one-dimensional tensor."""
         kind, dtype, key, _, count = reference
         if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str):
             raise InputError("the pickle refers to something that is no storage of numbers")
         if key not in self._storages:
             size = self._archive.length(f"data/{key}")
             if type(count) is not int or count * dtype.itemsize != size:
-                raise InputError(f"its data/{key[:20]} has {size} bytes, which are not what the pickle says")
+                raise InputError(f"its data/{key[:20]} has {size} bytes, the pickle says otherwise")
             self._storages[key] = _numbers(bytearray(self._archive.read(f"data/{key}", size)), dtype)
         storage = self._storages[key]
         if storage.dtype != dtype:
-            raise InputError(f"its data/{key[:20]} is of two types")
+            raise InputError(f"its data/{key[:20]} is used with two types")
         return storage
 
     def tensor(
@@ -160,7 +165,7 @@ class _Tensors:
         hooks: Any = None,
         metadata: Any = None,
     ) -> torch.Tensor:
-        """As torch._utils._rebuild_tensor_v2, which trusts what it is given."""
+        """Do what `torch._utils._rebuild_tensor_v2` does, but check every argument first."""
         if not isinstance(storage, torch.Tensor) or metadata:
             raise InputError("the pickle holds a tensor that is not plain")
         check_shape(size)
@@ -168,7 +173,7 @@ class _Tensors:
         if not all(type(step) is int and 0 <= step < 1 << 62 for step in steps):
             raise InputError("a tensor's strides are no whole numbers, one for each dimension")
         last, count = 0, math.prod(size)
-        # From the innermost dimension to the outermost: each steps over all that is inside it.
+        # From the innermost dimension outwards, each stride must pass everything inside it.
         for step, length in sorted((s, n) for s, n in zip(stride, size, strict=True) if n > 1):
             if step <= last:
                 raise InputError(
@@ -187,16 +192,20 @@ def _numbers(content: bytearray, dtype: torch.dtype) -> torch.Tensor:
     if not content:
         return torch.empty(0, dtype=dtype)
     if dtype == torch.bool:
-        # Any other byte than 0 and 1 would be undefined.
+        # A bool whose byte is neither 0 nor 1 is undefined behaviour in torch.
         return torch.frombuffer(content, dtype=torch.uint8) != 0
     return torch.frombuffer(content, dtype=dtype)
 
 
 def load(path: str | os.PathLike[str], inert: Collection[str] | None = ("torch.device",)) -> Any:
-    """Read a checkpoint saved by `torch.save`: dense CPU tensors in containers; parameters become tensors.
+    """Read a checkpoint saved by `torch.save`: dense CPU tensors in containers.
+
+    Parameters are returned as tensors.
 
     Args:
-        inert: as in `pickles.unpickle`; None: every object that is no tensor, module or container.
+        path: file of the checkpoint.
+        inert: names of classes whose objects become inert stand-ins, as in `pickles.unpickle`. None makes
+            stand-ins of all objects that are neither tensors nor containers.
 
     Raises:
         InputError: the file is missing or damaged, or holds anything else.
@@ -204,7 +213,7 @@ def load(path: str | os.PathLike[str], inert: Collection[str] | None = ("torch.d
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path} does not exist")
-    # A storage is there as it was read, and as the tensors' memory.
+    # Twice: the bytes as read, and the tensors' copy of them.
     check_memory(f"{path}", 2 * path.stat().st_size, "cpu", "its size")
     try:
         with open(path, "rb") as file:
@@ -223,7 +232,7 @@ def load(path: str | os.PathLike[str], inert: Collection[str] | None = ("torch.d
             return unpickle(content, allowed, inert, tensors.storage)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    # A damaged file fails in any way.
+    # A damaged file can raise anything.
     except Exception as error:
         raise InputError(
             f"{path} is not a whole file of tensors ({brief(error)}); get or make it again"
@@ -231,16 +240,24 @@ def load(path: str | os.PathLike[str], inert: Collection[str] | None = ("torch.d
 
 
 def load_state(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    """A state dict: finite numbers by their names, of floats those of float32.
+    """Read a state dict; floats are converted to float32.
 
     Raises:
-        InputError: as `load`; or it is no state dict, or a value is not finite.
+        InputError: see `load`; or the file holds no state dict, or a value is not finite.
     """
     return as_state(path, load(path))
 
 
 def as_state(path: str | os.PathLike[str], value: Any) -> dict[str, torch.Tensor]:
-    """A part of what `load` gave, as `load_state` has it."""
+    """Check that a value from `load` is a state dict, and convert its floats to float32.
+
+    Args:
+        path: file that the value is from, for the message.
+        value: what `load` returned, or a part of it.
+
+    Raises:
+        InputError: it is no state dict, or a value is not finite.
+    """
     if not isinstance(value, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in value.items()
     ):
@@ -249,7 +266,17 @@ def as_state(path: str | os.PathLike[str], value: Any) -> dict[str, torch.Tensor
 
 
 def take(path: str | os.PathLike[str], state: dict[str, torch.Tensor], name: str, ndim: int) -> torch.Tensor:
-    """`state[name]`; raise `InputError` where there is none, or it is no float of `ndim` dimensions."""
+    """Return `state[name]`, which must be a float tensor.
+
+    Args:
+        path: file that the state dict is from, for the message.
+        state: state dict.
+        name: name of the tensor.
+        ndim: number of dimensions that the tensor must have.
+
+    Raises:
+        InputError: there is no such tensor, or it has another type or number of dimensions.
+    """
     if name not in state:
         raise InputError(f"{path} lacks {name}; it has {', '.join(sorted(state))[:500] or 'nothing'}")
     tensor = state[name]
@@ -262,7 +289,7 @@ def take(path: str | os.PathLike[str], state: dict[str, torch.Tensor], name: str
 
 
 def save(path: str | os.PathLike[str], value: Any) -> None:
-    """`torch.save`, atomically."""
+    """Save `value` with `torch.save`, atomically."""
     content = io.BytesIO()
     torch.save(value, content)
     with atomic_path(path) as temporary:

@@ -1,6 +1,16 @@
-"""Unifloral (EmptyJackson/unifloral, JAX): the rollouts of its algorithms/dynamics.py, the pickles it saves.
+"""Adapter for Unifloral (JAX): rollouts of its `EnsembleDynamics` on fused kernels, and its files.
 
-JAX is imported by what is handed JAX's arrays; files are read and written without it.
+In Unifloral's `algorithms/mopo.py`, wrap the dynamics:
+
+    from mopo_fast.compat import unifloral
+    dynamics_model = unifloral.EnsembleDynamics(load_dynamics_model(args.model_path))
+
+Import the module, not the class: Unifloral's pickles are loaded by the name `EnsembleDynamics` in mopo.py.
+
+JAX is imported only by functions that take JAX arrays. Files are read and written without it. In this module,
+"the original" is Unifloral's class or function of the same name.
+
+Source: github.com/EmptyJackson/unifloral, commit f2dc127, algorithms/dynamics.py.
 """
 
 import contextlib
@@ -27,31 +37,31 @@ from mopo_fast.utils.atomic import atomic_path
 from mopo_fast.utils.pickles import NUMPY, as_array, from_buffer, load
 from mopo_fast.utils.seeds import ROLLOUT, derive_seed
 
-# Of their TanhGaussianActor.
+# Bounds of the log-stds in Unifloral's TanhGaussianActor.
 LOG_STD_BOUNDS = (-5.0, 2.0)
 
 _DLPACK_CPU = 1
 
 
 class EnsembleDynamics:
-    """Stands in for theirs in mopo.py, combo.py, morel.py and unifloral.py; our kernels run the networks.
+    """Replacement for Unifloral's `EnsembleDynamics` in mopo.py, combo.py, morel.py and unifloral.py.
 
     Args:
-        theirs: what their `load_dynamics_model` returns: its params (JAX arrays on the CPU, whose memory is
-            shared), termination_fn, discrepancy, min_r and dataset.
-        activation: of the hidden layers, which their code alone says.
+        dynamics: the original, as `load_dynamics_model` returns it. The kernels share the memory of its
+            `params`, JAX arrays on the CPU.
+        activation: activation of the hidden layers; `dynamics` does not store it.
 
     Attributes:
-        ensemble: what the kernels read; it holds their elites and draws from all of them.
-        dataset: their Transition; rollouts start from its obs.
+        ensemble: ensemble that the kernels run. Unifloral keeps elites alone, so all its members are elites.
+        dataset: Unifloral's Transition of the data; rollouts start from its `obs`.
 
     Raises:
         InputError: the parameters are not those of an EnsembleDynamicsModel on the CPU.
     """
 
-    def __init__(self, theirs: Any, *, activation: Activation = "relu") -> None:
-        self.params, self.termination_fn = theirs.params, theirs.termination_fn
-        self.discrepancy, self.min_r, self.dataset = theirs.discrepancy, theirs.min_r, theirs.dataset
+    def __init__(self, dynamics: Any, *, activation: Activation = "relu") -> None:
+        self.params, self.termination_fn = dynamics.params, dynamics.termination_fn
+        self.discrepancy, self.min_r, self.dataset = dynamics.discrepancy, dynamics.min_r, dynamics.dataset
         self.ensemble = _make_ensemble(self.params, _shared, activation)
         self.num_ensemble = self.ensemble.members
 
@@ -69,34 +79,44 @@ class EnsembleDynamics:
         dtype: str = "float32",
         threads: int | None = None,
     ) -> Callable[[Any, Any, Any], Any]:
-        """Their function (rng, policy, rollout_buffer) -> rollout_buffer, for inside `jax.jit` and out of it.
+        """Make Unifloral's function (rng, policy, rollout_buffer) -> rollout_buffer.
 
-        The policy is one of two:
+        The function may be called inside and outside of `jax.jit`. `policy` is one of two:
 
-        - their function (obs, rng) -> action of one row. JAX runs it, and the same rng draws the same start
-          states, actions, members and noise as theirs: their rollout row by row, to rounding.
-        - the parameters of their TanhGaussianActor, `agent_state.actor.params`. All steps are fused; start
-          states are theirs; actions, members and noise are drawn by us, with a seed from rng.
+        - A function (obs, rng) -> action for one row, as in the original. JAX runs it. The same rng draws the
+          same start states, actions, members and noise as in the original, so the rollouts are equal row by
+          row, to rounding.
+        - The parameters of a TanhGaussianActor, `agent_state.actor.params`. All steps are fused into one
+          kernel call. Start states are those of the original; actions, members and noise are drawn by the
+          kernel, with a seed from rng.
 
-        As theirs, and unlike the authors': rows go on after a terminal state, and where a prediction is not
-        finite (as NaN); only the last rows of the buffer are ever replaced, as many as there are new ones.
+        As in the original, and unlike in the MOPO authors' code, a rollout goes on after a terminal state,
+        and after a non-finite prediction (as NaN); and new rows always replace the last rows of the buffer.
 
         Args:
-            batch_size, rollout_length: batch_size * rollout_length rows, step after step.
-            step_penalty_coef: lambda >= 0, times the largest norm of a member's standard deviations.
-            term_penalty_offset, threshold_coef: MOReL's, with a function as policy.
-            first_in_first_out: the oldest rows are replaced, as the authors'.
-            log_std_bounds: of their TanhGaussianActor.
-            backend, dtype, threads: of `RolloutEngine`.
+            batch_size: number of start states.
+            rollout_length: steps of each rollout. The batch_size * rollout_length rows are ordered by step.
+            step_penalty_coef: lambda >= 0, the weight of the largest norm of a member's standard deviations.
+            term_penalty_offset: MOReL's penalty: a row whose members disagree by more than
+                threshold_coef * discrepancy ends with the reward min_r + term_penalty_offset. None for no
+                such end. It needs a function as policy.
+            threshold_coef: factor of the threshold above.
+            first_in_first_out: replace the oldest rows of the buffer, as the MOPO authors do.
+            log_std_bounds: bounds of the log-stds in the TanhGaussianActor.
+            backend: backend of `RolloutEngine`.
+            dtype: precision of the matrix products, see `RolloutEngine`.
+            threads: number of CPU threads, see `RolloutEngine`.
 
         Raises:
             InputError: an argument is out of range, or MOReL's statistics are missing.
         """
         if term_penalty_offset is not None and None in (self.discrepancy, self.min_r):
-            raise InputError("term_penalty_offset needs discrepancy and min_r: --precompute_term_stats")
-        # A model of nothing: one step in it is the policy's actions.
+            raise InputError(
+                "term_penalty_offset needs discrepancy and min_r; fit with --precompute_term_stats"
+            )
+        # The kernel has no call that only evaluates the policy: a step in a model of zeros does.
         inputs, outputs = self.ensemble.obs_dim + self.ensemble.act_dim, 2 * (self.ensemble.obs_dim + 1)
-        nothing = ensemble_of(
+        zero_model = ensemble_of(
             [torch.zeros(1, inputs, outputs)],
             [torch.zeros(1, outputs)],
             *torch.zeros(2, outputs // 2),
@@ -104,7 +124,7 @@ class EnsembleDynamics:
         )
         engine, actor_engine = (
             RolloutEngine(model, penalty_coef=coef, backend=backend, dtype=dtype, threads=threads)
-            for model, coef in ((self.ensemble, step_penalty_coef), (nothing, 0.0))
+            for model, coef in ((self.ensemble, step_penalty_coef), (zero_model, 0.0))
         )
         return _Rollout(
             self,
@@ -121,6 +141,8 @@ class EnsembleDynamics:
 
 @dataclass(frozen=True, eq=False)
 class _Rollout:
+    """Rollout function that `EnsembleDynamics.make_rollout_fn` returns."""
+
     dynamics: EnsembleDynamics
     engine: RolloutEngine
     actor_engine: RolloutEngine
@@ -140,6 +162,7 @@ class _Rollout:
         return jax.tree.map(self._append, rollout_buffer, rollout_buffer._replace(**rows))
 
     def _append(self, old: Any, new: Any) -> Any:
+        """Put the new rows of one array into the buffer's array."""
         count = min(len(old), len(new))
         new = new[:count].astype(old.dtype)
         if self.first_in_first_out:
@@ -147,13 +170,18 @@ class _Rollout:
         return old.at[len(old) - count :].set(new)
 
     def _by_steps(self, key: Any, policy: Any, start: Any) -> dict[str, Any]:
+        """Roll out step by step, with the policy as a JAX function."""
         jax = _jax()
         keys = jax.random.split(key, self.batch_size)
         _, rows = jax.lax.scan(lambda carry, _: self._step(policy, *carry), (start, keys), None, self.length)
         return {name: array.reshape(-1, *array.shape[2:]) for name, array in rows.items()}
 
     def _step(self, policy: Any, obs: Any, keys: Any) -> tuple[tuple[Any, Any], dict[str, Any]]:
-        """One step of every row, and each row's next key; of theirs, all but the networks."""
+        """Step every row, as the original does with its networks' predictions.
+
+        Returns:
+            The carry (next observations, next keys) and the rows of this step.
+        """
         jax = _jax()
         numpy, random, each = jax.numpy, jax.random, jax.vmap
         dynamics, members = self.dynamics, self.dynamics.num_ensemble
@@ -178,7 +206,7 @@ class _Rollout:
         return (next_obs, keys), rows | {"next_action": next_action, "done": done}
 
     def _predict(self, out: Any, observations: torch.Tensor, actions: torch.Tensor) -> None:
-        # The engine takes no row that is not finite; theirs makes NaN of it.
+        # The engine refuses rows that are not finite; the original predicts NaN for them.
         lost = ~(observations.isfinite().all(1) & actions.isfinite().all(1))
         finite = (array.nan_to_num(0.0, 0.0, 0.0) for array in (observations, actions))
         result = self.engine.step(*finite, seed=0, deterministic=True, distributions=True)
@@ -187,6 +215,7 @@ class _Rollout:
             target[:, lost] = torch.nan
 
     def _fused(self, key: Any, params: Any, start: Any) -> dict[str, Any]:
+        """Roll out in one kernel call, with the policy given by its parameters."""
         if self.term_penalty_offset is not None:
             raise InputError("term_penalty_offset needs every member's mean: give the policy as a function")
         jax, ensemble, count = _jax(), self.dynamics.ensemble, self.batch_size * self.length
@@ -208,7 +237,7 @@ class _Rollout:
             array.fill_(torch.nan)
         rows = self.engine.rollout(actor, start, self.length, seed=seed)
         assert rows.step is not None and rows.rollout_index is not None
-        # Ours lie rollout after rollout, theirs step after step.
+        # The engine orders rows by rollout, the original by step.
         places = rows.step.long() * self.batch_size + rows.rollout_index
         out["obs"][places] = rows.observations
         out["action"][places] = rows.actions
@@ -222,17 +251,20 @@ class _Rollout:
 
 
 def make_actor(params: Any, log_std_bounds: tuple[float, float] = LOG_STD_BOUNDS) -> Actor:
-    """Our policy, in the memory of their TanhGaussianActor's parameters, `agent_state.actor.params`.
+    """Build an actor that shares the memory of a TanhGaussianActor's parameters.
 
-    Those of mopo.py, combo.py, morel.py, sac_n.py and edac.py are meant; unifloral.py's Actor is another.
+    Args:
+        params: `agent_state.actor.params` of mopo.py, combo.py, morel.py, sac_n.py or edac.py. The Actor of
+            unifloral.py is another module and is refused.
+        log_std_bounds: bounds of its log-stds.
 
     Raises:
-        InputError: they are of another module, or not on the CPU.
+        InputError: the parameters belong to another module, or are not on the CPU.
     """
     low, high = log_std_bounds
     with _parameters_of("a TanhGaussianActor"):
         *hidden, log_std, mean = _dense_layers(params["params"], _shared)
-        # Theirs are two layers, that of the log standard deviation first.
+        # Unifloral has a layer for each head, the log-std first.
         heads = [torch.cat(pair, dim=-1) for pair in zip(mean, log_std, strict=True)]
         layers = zip(*hidden, heads, strict=True)
         return actor_of(*layers, activation="relu", log_std_min=low, log_std_max=high)
@@ -266,14 +298,20 @@ def _jax() -> Any:
 
 
 def _shared(array: Any) -> torch.Tensor:
-    """A tensor of the same memory."""
+    """Return a tensor that shares a JAX array's memory."""
     if array.__dlpack_device__()[0] != _DLPACK_CPU:
-        raise InputError("the parameters are not on the CPU, where alone JAX is served")
+        raise InputError("the parameters must be on the CPU, the only device supported for JAX")
     return from_dlpack(array).float()
 
 
 def _on_host(function: Callable[..., None], results: Any, *arguments: Any) -> Any:
-    """function(results, *arguments), which fills the results, on tensors of JAX's memory; compiled too."""
+    """Call function(results, *arguments) on tensors of JAX's memory, inside compiled functions too.
+
+    Args:
+        function: function that fills the result tensors.
+        results: shapes of the results.
+        arguments: JAX arrays.
+    """
     jax = _jax()
 
     def tensors(tree: Any) -> Any:
@@ -282,7 +320,7 @@ def _on_host(function: Callable[..., None], results: Any, *arguments: Any) -> An
     try:
         callbacks = importlib.import_module("jax.experimental.buffer_callback")
     except ImportError:
-        # Of older versions, whose callbacks' results are copied once.
+        # JAX before 0.6.1 has no buffer callbacks: its callbacks copy arguments and results.
         def fill(*arguments: Any) -> Any:
             out = jax.tree.map(lambda result: np.empty(result.shape, result.dtype), results)
             function(tensors(out), *tensors(arguments))
@@ -298,7 +336,7 @@ def _on_host(function: Callable[..., None], results: Any, *arguments: Any) -> An
 
 # --- files: a pickled EnsembleDynamics, called ensemble_dynamics_model_DATASET_TIME.pkl
 
-# Their termination functions by the beginning of a data set's name, looked up in this order.
+# Unifloral's termination functions by the beginning of a data set's name, looked up in this order.
 _TERMINATION_FUNCTIONS = {
     "halfcheetahvel": "termination_fn_halfcheetahveljump",
     "halfcheetah": "termination_fn_halfcheetah",
@@ -319,20 +357,21 @@ _TERMINATION_FUNCTIONS = {
     "relocate": "termination_fn_relocate",
     "kitchen": "termination_fn_kitchen",
 }
-# Theirs are named by how dynamics.py was run: as a script, or imported by one.
+# Names of the pickled class: dynamics.py was run as a script, or imported.
 _CLASSES = ("__main__.EnsembleDynamics", "dynamics.EnsembleDynamics")
 _INERT = {
     *_CLASSES,
     *(name + "Model" for name in _CLASSES),
     *(f"termination_fns.{name}" for name in _TERMINATION_FUNCTIONS.values()),
-    # A Flax module's own state.
+    # State of a Flax module.
     "flax.ids.FlaxId",
     "flax.linen.module.SetupState",
     "flax.linen.module._ModuleInternalState",
 }
 
 
-def _filled(make: Any, arguments: Any, state: Any, _: Any) -> Any:
+def _rebuild_jax_array(make: Any, arguments: Any, state: Any, _: Any) -> Any:
+    """Rebuild the NumPy array that a pickled JAX array is made of."""
     array = make(*arguments)
     array.__setstate__(state)
     return array
@@ -341,8 +380,8 @@ def _filled(make: Any, arguments: Any, state: Any, _: Any) -> Any:
 _ALLOWED: dict[str, Callable[..., Any]] = {
     **NUMPY,
     "flax.core.frozen_dict.FrozenDict": lambda tree: tree,
-    "jax._src.array._reconstruct_array": _filled,
-    # As `write` has them.
+    "jax._src.array._reconstruct_array": _rebuild_jax_array,
+    # `write` pickles arrays by these two.
     "jax.numpy.asarray": lambda array: array,
     "numpy.ndarray": lambda shape, kind, content: from_buffer(content, kind, shape, "C"),
 }
@@ -352,13 +391,15 @@ WRITES_POLICIES = False
 
 
 def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
-    """The elites of a pickled EnsembleDynamics, as all members; MOReL's statistics are left out.
+    """Read a pickled EnsembleDynamics. It holds elites alone, so all members become elites.
+
+    MOReL's statistics (discrepancy, min_r) are left out.
 
     Raises:
         InputError: see `Format.read`.
     """
     if hints.absolute:
-        raise InputError("Unifloral's dynamics predict changes alone; leave absolute out")
+        raise InputError("Unifloral's dynamics predict changes of the observation; leave absolute out")
     found = load(source, _ALLOWED, _INERT)
     if type(found).__name__ != "EnsembleDynamics" or not isinstance(found.state, dict):
         raise InputError(f"{source} holds no EnsembleDynamics of Unifloral")
@@ -385,10 +426,14 @@ def _copied(value: Any) -> torch.Tensor:
 
 
 def write(checkpoint: Checkpoint, target: Path) -> None:
-    """A pickle for their `load_dynamics_model`, which names their classes, Flax and JAX and is made without.
+    """Write a pickle for Unifloral's `load_dynamics_model`, without importing Unifloral, Flax or JAX.
 
-    It holds elites alone, as theirs; standardised inputs go into the first layer. `target` names the data
-    set, as their files do, and with it the termination function. For policies they have no files.
+    As in Unifloral's files, it holds the elites alone. The input scale is moved into the first layer.
+
+    Args:
+        checkpoint: dynamics, without a policy: Unifloral has no file for one.
+        target: file whose name contains the data set's name, as in Unifloral. It decides the termination
+            function.
 
     Raises:
         InputError: see `Format.write`.
@@ -400,13 +445,13 @@ def write(checkpoint: Checkpoint, target: Path) -> None:
     beginning = next((known for known in _TERMINATION_FUNCTIONS if dataset.startswith(known)), None)
     if beginning is None:
         raise InputError(
-            f"{target.name} must name its data set, for the termination function, as Unifloral's files do:"
+            f"{target.name} must name the data set, which decides the termination function; for example"
             " ensemble_dynamics_model_hopper-medium-v2.pkl"
         )
     if model.activation != "relu" or len(set(model.hidden)) != 1:
         raise InputError(
-            "Unifloral's dynamics have hidden layers of one width, with ReLU; these have"
-            f" {model.hidden}, with {model.activation}"
+            "Unifloral's dynamics have ReLU and hidden layers of one width; these have"
+            f" {model.activation} and widths {model.hidden}"
         )
     check_kind(model, "Unifloral's dynamics", log_scale="variance")
     weights = [weight.detach()[model.elites] for weight in model.weights]
@@ -436,19 +481,22 @@ def write(checkpoint: Checkpoint, target: Path) -> None:
 
 
 class _Global(str):
-    """What a pickle is to find by "module.name"."""
+    """Global that a pickle refers to, as "module.name"."""
 
 
 @dataclass(frozen=True)
 class _Call:
-    """What a pickle is to call, and with what."""
+    """Call that a pickle makes when it is loaded."""
 
     function: str
     arguments: tuple[Any, ...]
 
 
 def _encode(value: Any) -> bytes:
-    """A pickle's operations that leave `value` on its stack. Python's own pickler imports what it names."""
+    """Return the pickle opcodes that push `value` on the stack.
+
+    Python's own pickler is not used because it imports every class that it names.
+    """
     if isinstance(value, _Global):
         return pickle.GLOBAL + "{}\n{}\n".format(*value.rsplit(".", 1)).encode()
     if isinstance(value, _Call):

@@ -325,7 +325,7 @@ def test_mistakes(theirs: Any) -> None:
     with pytest.raises(InputError, match="give the policy as a function"):
         rollout(jax.random.PRNGKey(0), actor_params(), make_buffer(36))
     dynamics.discrepancy = None
-    with pytest.raises(InputError, match="needs discrepancy and min_r: --precompute_term_stats"):
+    with pytest.raises(InputError, match="needs discrepancy and min_r; fit with --precompute_term_stats"):
         dynamics.make_rollout_fn(12, 3, term_penalty_offset=-1.0)
     with pytest.raises(InputError, match="penalty_coef must be finite and not negative"):
         dynamics.make_rollout_fn(12, 3, -1.0)

@@ -1,4 +1,4 @@
-"""A run, its data, and shards that nothing has disturbed."""
+"""Fixtures: a run, its data, and shards made without a disturbance."""
 
 import shutil
 from pathlib import Path
@@ -43,5 +43,5 @@ def undisturbed(run: Path, data: Transitions, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(params=["hdf5", "parquet"])
 def recorded(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A folder of shards as format_version 1 was first written."""
+    """A folder of shards as the first version of format_version 1 wrote it."""
     return Path(shutil.copytree(RECORDED / "shards" / request.param, tmp_path / "recorded"))

@@ -30,7 +30,7 @@ def start(*command: Any, **environment: str) -> subprocess.CompletedProcess[str]
 
 @pytest.mark.slow
 def test_a_lost_worker(run: Path, dataset: Path, tmp_path: Path) -> None:
-    """Two workers, one killed midway: the same bytes as one process makes."""
+    """Two workers, one of them killed midway, make the same bytes as one process."""
     outs = [tmp_path / name for name in ("killed", "whole")]
     for out, kill in zip(outs, ("kill", "no"), strict=True):
         done = start(HELPERS / "cluster.py", run, dataset, out, 60_000, 3000, kill)

@@ -163,7 +163,7 @@ def test_arrays_in_place(tmp_path: Path) -> None:
         ("actions", lambda a: a[:, 0], "actions must be float32 of 2 dimensions"),
         ("penalties", lambda a: a[:-1], "penalties must be float32 of 1 dimensions and 200 rows"),
         ("observations", lambda a: a[:, :4], "have different shapes"),
-        ("extra", None, "beside a rollout's arrays: 'extra'"),
+        ("extra", None, "missing or unknown: 'extra'"),
     ],
 )
 def test_other_arrays_are_refused_as_they_are_read(
@@ -192,7 +192,7 @@ def test_parquet_of_other_types_is_refused(tmp_path: Path) -> None:
         ({"a": pyarrow.array([[1], [2]])}, "a is of type list"),
         ({"a": pyarrow.array(["x"])}, "a is of type string"),
         ({"a": pyarrow.array([b"x"])}, "a is of type binary"),
-        ({"a": pyarrow.array([1.0, None])}, "a has empty places"),
+        ({"a": pyarrow.array([1.0, None])}, "a has null values"),
         ({f"a{i}": floats for i in range(65)}, "it has 65 columns"),
         ({"a": pyarrow.FixedSizeListArray.from_arrays(wide, 4)}, "KeyError|mopo_fast|subscriptable"),
     ):
@@ -243,5 +243,5 @@ def read_damaged(folder: Path, count: int) -> None:
 
 
 def test_damaged_shards_end_in_one_error(recorded: Path) -> None:
-    """In a process of its own, for what a library might do with it."""
+    """Run in a process of its own, because a library may crash on such a file."""
     assert attempt(read_damaged, recorded, 300, kill_after=120) == 0

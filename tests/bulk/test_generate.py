@@ -1,4 +1,4 @@
-"""The rollouts of a run in memory: start states, settings, what is refused, the memory that is asked for."""
+"""Rollouts of a run in memory: start states, settings, refusals, and the memory that is checked for."""
 
 import json
 from collections.abc import Callable

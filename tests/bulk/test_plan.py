@@ -1,4 +1,4 @@
-"""The settings that a run's folder holds, and manifests: those of others, damaged or forged."""
+"""Settings in a run's folder, and manifests: damaged and forged ones too."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Folders of shards, read: rows across shards, verification, sums."""
+"""Reading folders of shards: rows across shards, verification, sums."""
 
 import dataclasses
 import json
@@ -88,7 +88,7 @@ def test_a_corrupt_shard(
     assert main(["rollout", "--verify", str(out), "--quiet"]) == 2
     error = capsys.readouterr().err
     assert "2 of 6 shards are not sound" in error
-    assert "shard-000002.hdf5 has other bytes" in error and "shard-000004.hdf5 does not exist" in error
+    assert "shard-000002.hdf5 has changed" in error and "shard-000004.hdf5 does not exist" in error
     path.unlink()
     make_shards(run, data, out)
     assert content(out) == content(undisturbed)
@@ -109,13 +109,13 @@ def test_a_corrupt_shard(
         ("rewards", 7e4, "rewards are not raw_rewards"),
         ("rewards", np.nan, "rewards is not finite at row 5"),
         ("timeouts", None, "timeouts are not where"),
-        ("step", 1, "manifest.json has another rows_of_step"),
+        ("step", 1, "manifest.json has rows_of_step"),
     ],
 )
 def test_values_out_of_range_are_no_sound_shard(
     undisturbed: Path, tmp_path: Path, name: str, value: float | None, message: str
 ) -> None:
-    """Even where the manifest has the damaged file's bytes."""
+    """Such a shard is refused even if the manifest lists its SHA-256."""
     out = tmp_path / "out"
     shutil.copytree(undisturbed, out)
     path = out / "shard-000001.hdf5"

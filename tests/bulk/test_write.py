@@ -1,4 +1,4 @@
-"""Folders of shards: the rows that each holds, made exactly once, whatever happens on the way."""
+"""Writing folders of shards: each row is made exactly once, whatever happens on the way."""
 
 import contextlib
 import os
@@ -31,7 +31,7 @@ CONTEXT.set_forkserver_preload(["mopo_fast.bulk.write", "pytest"])
 
 
 def test_what_a_shard_holds(run: Path, data: Transitions, undisturbed: Path) -> None:
-    """Rollouts k * 2^32, ... of one endless sequence, as the engine makes them, cut to size."""
+    """Shard k holds rollouts k * 2^32, ... of one endless sequence, cut to its number of rows."""
     rollouts = open_rollouts(undisturbed)
     assert len(rollouts) == COUNT and [len(shard) for shard in rollouts] == [SHARD] * 5 + [100]
     engine = RolloutEngine(
@@ -122,7 +122,7 @@ def test_a_second_process_is_refused(run: Path, dataset: Path, data: Transitions
 
 
 def test_a_full_disk(run: Path, data: Transitions, undisturbed: Path, tmp_path: Path) -> None:
-    """All shards that were there stay, and the same call goes on once there is room."""
+    """Finished shards stay, and the same call makes the rest once there is room."""
     out = tmp_path / "out"
     shutil.copytree(undisturbed, out)
     for number in (1, 4):
@@ -140,7 +140,7 @@ def test_too_little_room_is_told_before(
     run: Path, data: Transitions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(write.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 1000))
-    with pytest.raises(InputError, match=r"takes another 0\.0 GiB, the disk has 0\.0 free"):
+    with pytest.raises(InputError, match=r"takes another 0\.0 GiB, the disk has 0\.0 GiB free"):
         make_shards(run, data, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -162,10 +162,10 @@ def test_other_rollouts_and_other_things(
             make_shards(run, data, out, **change)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a.txt").touch()
-    with pytest.raises(InputError, match="holds other things"):
+    with pytest.raises(InputError, match="holds other files"):
         make_shards(run, data, tmp_path / "full")
     (out / MANIFEST).unlink()
-    with pytest.raises(InputError, match="holds other things"):
+    with pytest.raises(InputError, match="holds other files"):
         make_shards(run, data, out)
     assert content(out).keys() == content(undisturbed).keys() - {MANIFEST}
 
@@ -234,7 +234,7 @@ def test_an_interruption_abandons_the_shard_that_is_written(
 ) -> None:
     """The second shard is being written when the third is interrupted."""
     writing = threading.Event()
-    write_file, make_shard = files.write_file, Generator.shard
+    write_file, make_shard = files.write_file, Generator.make_shard
 
     def slowly(path: Path, arrays: Any, metadata: Any, compression: Any, check: Callable[[], None]) -> Any:
         def slow_check() -> None:
@@ -252,7 +252,7 @@ def test_an_interruption_abandons_the_shard_that_is_written(
         return make_shard(generator, plan, shard, ring, advance)
 
     monkeypatch.setattr(files, "write_file", slowly)
-    monkeypatch.setattr(Generator, "shard", interrupted)
+    monkeypatch.setattr(Generator, "make_shard", interrupted)
     monkeypatch.setattr(files, "_BLOCK", 64)
     monkeypatch.setattr(files, "_ROW_GROUP", 2)
     options: dict[str, Any] = {"format": format, "compression": compression}
@@ -273,7 +273,7 @@ def test_an_interruption_before_the_first_shard_leaves_nothing(
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Generator, "shard", interrupt)
+    monkeypatch.setattr(Generator, "make_shard", interrupt)
     with pytest.raises(KeyboardInterrupt):
         make_shards(run, data, tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -336,7 +336,7 @@ def test_a_refused_overwrite_deletes_nothing(
 
 
 def test_overwriting_other_rollouts(run: Path, data: Transitions, undisturbed: Path, tmp_path: Path) -> None:
-    """Both with the shards of the other rollouts, and with their manifest alone."""
+    """A folder is refused with the shards of other rollouts, and with their manifest alone."""
     make_shards(run, data, tmp_path / "there", seed=8)
     make_shards(run, data, tmp_path / "gone", seed=8)
     for path in (tmp_path / "gone").glob("shard-*"):
@@ -355,8 +355,8 @@ def test_overwriting_other_rollouts(run: Path, data: Transitions, undisturbed: P
         ({"starts": "many"}, "starts must be a valid integer, got 'many'"),
         ({"non_finite": -1}, "non_finite must be greater than or equal to 0, got -1"),
         ({"non_finite": 10**6}, "has more ends than rollouts"),
-        ({"shard": 1}, "is of other rollouts; delete it"),
-        ({"plan": "x"}, "is of other rollouts; delete it"),
+        ({"shard": 1}, "belongs to another plan; delete it"),
+        ({"plan": "x"}, "belongs to another plan; delete it"),
     ],
 )
 def test_a_shard_that_no_manifest_lists_yet_must_be_the_plans(

@@ -1,4 +1,4 @@
-"""Models of other code: what all formats share. Each format's own tests are in test_compat_NAME.py."""
+"""Conversion of checkpoints, for all formats. Each format's own tests are in test_compat_NAME.py."""
 
 import logging
 from pathlib import Path
@@ -34,7 +34,7 @@ def test_code_without_files_for_policies(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """What has been written is returned, and what has been left out is said."""
+    """The models that were written are returned, and a policy that is left out is logged."""
     run, scale = tmp_path / "run", "std" if name == "d3rlpy" else "variance"
     EnsembleDynamics(3, 2, members=2, elites=2, hidden=(8,), activation="relu", log_scale=scale).save(run)
     Actor(3, 2, hidden=(8,)).save(run)
@@ -60,7 +60,9 @@ def test_mistakes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "leave them out" in fails(str(run), copy, "--from", "mopo-fast", "--activation", "relu")
     assert "convert models; name the code of SRC with --from" in fails("a.hdf5", "b.npz", "--to", "polixir")
     (tmp_path / "empty").mkdir()
-    assert "neither dynamics nor a policy" in fails(str(tmp_path / "empty"), copy, "--from", "mopo-fast")
+    assert "no mopo-fast dynamics and no mopo-fast policy" in fails(
+        str(tmp_path / "empty"), copy, "--from", "mopo-fast"
+    )
     assert not Path(copy).exists()
     with pytest.raises(InputError, match="unknown format 'keras'; there are: mopo-fast, mopo-tf"):
         convert_checkpoint(run, copy, "keras", "mopo-fast")  # type: ignore[arg-type]

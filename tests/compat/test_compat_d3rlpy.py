@@ -1,4 +1,4 @@
-"""d3rlpy 1.x: beside the real package, built and installed into a folder of its own; and its files."""
+"""d3rlpy 1.x: comparison with the real package, built and installed into a folder of its own; its files."""
 
 import json
 from pathlib import Path
@@ -95,16 +95,16 @@ def test_damaged_and_foreign_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             d3rlpy.read(path)
 
     for wrong, message in (
-        ({"a": 1}, "is not what save_model"),
+        ({"a": 1}, "holds neither dynamics nor a policy"),
         (Bomb(), "not a whole file of tensors"),
-        ({"_dynamics": {}}, "lacks or garbles"),
-        ({"_dynamics": {"a": torch.zeros(2)}}, "lacks or garbles"),
+        ({"_dynamics": {}}, "lacks a tensor or holds a damaged one"),
+        ({"_dynamics": {"a": torch.zeros(2)}}, "lacks a tensor or holds a damaged one"),
         (
             {"_dynamics": {k: v for k, v in state.items() if k != "_models.1._mu.bias"}},
-            "lacks or garbles '_mu.bias'",
+            "one .'_mu.bias'",
         ),
         ({"_dynamics": state | {"_models.0._mu.bias": torch.full((4,), torch.nan)}}, "not finite"),
-        ({"_policy": {}}, "lacks or garbles"),
+        ({"_policy": {}}, "lacks a tensor or holds a damaged one"),
     ):
         torch.save(wrong, path)
         refused(message)

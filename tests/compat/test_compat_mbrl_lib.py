@@ -1,4 +1,4 @@
-"""mbrl-lib: beside the real package, installed into a folder of its own; and its files."""
+"""mbrl-lib: comparison with the real package, installed into a folder of its own; its files."""
 
 import pickle
 from pathlib import Path
@@ -73,8 +73,8 @@ def test_damaged_and_foreign_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             mbrl_lib.read(tmp_path, silu)
 
     for wrong, message in (
-        ({"state_dict": {}}, "is not what an ensemble GaussianMLP"),
-        ([1], "is not what an ensemble GaussianMLP"),
+        ({"state_dict": {}}, "holds no ensemble GaussianMLP"),
+        ([1], "holds no ensemble GaussianMLP"),
         (Bomb(), "not a whole file of tensors"),
         ({**content, "elite_models": [7]}, "elites must be distinct members"),
         ({**content, "elite_models": ["a"]}, "elites must be whole numbers"),
@@ -107,7 +107,7 @@ def test_models_that_it_does_not_have(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="; these dynamics do"):
         mbrl_lib.write(Checkpoint(make_ensemble(log_scale="std")), tmp_path)
     for wrong in (Checkpoint(), Checkpoint(make_ensemble(), Actor(3, 2))):
-        with pytest.raises(InputError, match="of dynamics alone"):
+        with pytest.raises(InputError, match="hold dynamics alone"):
             mbrl_lib.write(wrong, tmp_path)
     with pytest.raises(InputError, match="OneDTransitionRewardModel around a GaussianMLP"):
         mbrl_lib.ModelEnv(None, object(), lambda *_: None)  # type: ignore[arg-type,return-value]

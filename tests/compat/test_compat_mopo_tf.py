@@ -1,4 +1,4 @@
-"""Beside the authors' code, recorded by recorded/mopo_tf.py."""
+"""The authors' code: comparison with results that recorded/mopo_tf.py recorded; its files."""
 
 import importlib.util
 import json
@@ -49,7 +49,7 @@ def model(record: dict[str, Any]) -> EnsembleDynamics:
 
 
 class Session:
-    """What a BNN is to us, without TensorFlow: `run` counts how often its numbers are fetched."""
+    """Stand-in for a BNN without TensorFlow; `run` counts how often its weights are fetched."""
 
     def __init__(self, heads: int) -> None:
         from scipy.io import loadmat
@@ -106,7 +106,7 @@ def test_log_prob_of_a_draw(record: dict[str, Any], model: EnsembleDynamics) -> 
     np.random.seed(4)
     obs = record["obs"].astype(np.float64)
     next_obs, rewards, terminals, info = FakeEnv(model, CONFIG).step(obs, record["act"])
-    # What is asked for later belongs to the draw, whatever has become of the arrays.
+    # Entries read later belong to the same draw, even if the input arrays have changed.
     obs[:] = 7.0
     means, variances = record["mean2"].astype(np.float64), record["var2"].astype(np.float64)
     means[..., 1:] += record["obs"]
@@ -168,7 +168,7 @@ def test_of_a_session(record: dict[str, Any]) -> None:
     bnn._model_inds = list(bnn._model_inds)
     bnn.optvars[-3][..., 0] += 1.0
     assert (env.step(*rows, deterministic=True)[0] > 0).any() and bnn.fetched == 5
-    # What an earlier step tells is of the model it was made with.
+    # The info of an earlier step is computed by the model of that step.
     np.testing.assert_allclose(info["dev"], record["0.0 False True False dev"], rtol=1e-5)
 
 
@@ -184,7 +184,7 @@ def test_models_that_ours_cannot_be() -> None:
         from_bnn(bnn)
     bnn = Session(2)
     bnn.optvars.insert(10, np.ones((4, 5, 8), np.float32))
-    with pytest.raises(InputError, match="the BNN is not an ensemble as ours"):
+    with pytest.raises(InputError, match="the BNN cannot be read as an ensemble"):
         from_bnn(bnn)
     bnn = Session(2)
     bnn.nonoptvars[1][0, 2] = 0.0
@@ -205,7 +205,7 @@ def test_rules_by_name(name: str, record: dict[str, Any]) -> None:
 
 
 def static_rule(name: str) -> Callable[..., Any]:
-    """A function as mopo/static/NAME.py has it, which fails where it is called."""
+    """Make a termination function as in mopo/static/NAME.py that fails if it is called."""
     module = ModuleType(f"mopo.static.{name}")
     exec("def termination_fn(obs, act, next_obs):\n    raise AssertionError", module.__dict__)
     return module.termination_fn  # type: ignore[no-any-return]
@@ -268,7 +268,7 @@ def test_files_there_and_back(record: dict[str, Any], tmp_path: Path) -> None:
         assert (got[name] == expected[name]).all()
     for end in (".nns", "_var.nns"):
         assert (theirs / f"BNN_0{end}").read_text() == (source / f"heads2_0{end}").read_text()
-    # Of the classes that their checkpoint names, none is here.
+    # None of the classes that the checkpoint names is installed.
     policies = [read(folder / "checkpoint.pkl").policy for folder in (source, theirs)]
     assert policies[0] is not None and policies[1] is not None
     assert policies[0].hidden == (8, 8)
@@ -312,9 +312,9 @@ def test_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             read(path, hints)
         return str(error.value)
 
-    assert "holds several: heads1_0.mat, heads2_0.mat; name one" in fails(RECORDED)
+    assert "holds several models: heads1_0.mat, heads2_0.mat; name one" in fails(RECORDED)
     two = RECORDED / "heads2_0.mat"
-    assert "says what the activation is" in fails(two, Hints(activation="relu"))
+    assert "stores the activation" in fails(two, Hints(activation="relu"))
     assert "leave absolute out" in fails(two, Hints(absolute=(0,)))
     assert "elites must be distinct" in fails(two, Hints(elites=(1, 9)))
     for size in (0, 100, 3000):
@@ -324,7 +324,7 @@ def test_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
     # Valid files of something else.
     savemat(tmp_path / "other.mat", {"weights": np.ones(3)})
-    assert "other.mat is not an ensemble as ours" in fails(tmp_path / "other.mat")
+    assert "other.mat cannot be read as an ensemble" in fails(tmp_path / "other.mat")
     savemat(tmp_path / "gap.mat", {"0": np.ones(3), "2": np.ones(3)})
     assert "gap.mat lacks the array 1" in fails(tmp_path / "gap.mat")
     shutil.copy(two, tmp_path / "tanh.mat")
@@ -345,7 +345,7 @@ def test_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "pwned" not in capsys.readouterr().out
     with pytest.raises(InputError, match="have no log standard deviations; these dynamics do"):
         write(Checkpoint(EnsembleDynamics(3, 2, hidden=(4,), log_scale="std")), tmp_path)
-    with pytest.raises(InputError, match=r"this one is of tanh with \[-20, 2\]"):
+    with pytest.raises(InputError, match=r"this one has tanh and \[-20, 2\]"):
         write(Checkpoint(policy=Actor(3, 2, activation="tanh")), tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""OfflineRL-Kit: against what its own code has computed and written (recorded/offlinerl_kit.py)."""
+"""OfflineRL-Kit: comparison with results that recorded/offlinerl_kit.py recorded; its files."""
 
 import copy
 import pickle
@@ -88,7 +88,7 @@ def make_dynamics(mode: str = "aleatoric", coef: float = 0.7, **options: Any) ->
 
 
 def termination(task: str) -> Any:
-    """A function that is theirs by its names alone."""
+    """Make a function with the module and name of one of OfflineRL-Kit's termination functions."""
 
     def function(*_: Any) -> Any:
         raise AssertionError("a rule that is a box is part of the kernel")
@@ -112,7 +112,7 @@ def make_policy(dynamics: Any) -> Any:
 
 
 def assert_close(ours: Any, theirs: np.ndarray) -> None:
-    """Two float32 forward passes of the same numbers."""
+    """Compare two float32 forward passes of the same weights."""
     np.testing.assert_allclose(np.asarray(ours), theirs, rtol=2e-5, atol=2e-6 * np.abs(theirs).max())
 
 
@@ -386,7 +386,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"dynamics\.pth does not exist"):
         other.load(tmp_path / "nowhere")
     torch.save({"weight": torch.zeros(3)}, tmp_path / "dynamics.pth")
-    with pytest.raises(InputError, match="is of another model"):
+    with pytest.raises(InputError, match="does not fit this model"):
         other.load(tmp_path)
 
 

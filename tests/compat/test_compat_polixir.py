@@ -1,4 +1,4 @@
-"""Beside Polixir's OfflineRL, recorded by recorded/polixir.py."""
+"""Polixir's OfflineRL: comparison with results that recorded/polixir.py recorded; its files."""
 
 import copy
 import io
@@ -43,7 +43,7 @@ class _StandIns(pickle.Unpickler):
 
 
 class _Plain(pickle.Unpickler):
-    """Makes dictionaries of modules, to compare all that is in them."""
+    """Pickler that turns modules into dictionaries, to compare their whole content."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith(("offlinerl.", "torch.nn.modules.")):
@@ -57,7 +57,7 @@ def load(path: Path, unpickler: type[pickle.Unpickler]) -> Any:
 
 
 def theirs_of(mode: str) -> Any:
-    """Their module without its methods."""
+    """Stand-in for one of Polixir's modules, without its methods."""
     return load(RECORDED / f"{mode}.pt", _StandIns)
 
 
@@ -229,7 +229,7 @@ def test_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         torch.save(content, path)
         assert "a.pt is no EnsembleTransition" in fails(path)
     path.write_bytes(pickle.dumps(Malicious()))
-    assert "read one of torch before 1.6 there" in fails(path)
+    assert "load one of torch before 1.6 there" in fails(path)
     torch.save(torch.nn.Linear(2, 3), path)
     assert "it holds a Linear" in fails(path)
     with zipfile.ZipFile(path, "w") as archive:
@@ -253,7 +253,7 @@ def test_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def renamed(path: Path, old: bytes, new: bytes) -> Path:
-    """The file with other names in its pickle."""
+    """Write the file with other names in its pickle."""
     with zipfile.ZipFile(path) as archive:
         files = {name: archive.read(name) for name in archive.namelist()}
     content = io.BytesIO()
@@ -280,7 +280,7 @@ def test_models_that_the_other_cannot_be(tmp_path: Path) -> None:
 
     assert "have no log-variances; these dynamics do" in refused(EnsembleDynamics(3, 2, hidden=(4,)))
     tanh = EnsembleDynamics(3, 2, hidden=(4,), log_scale="std", activation="tanh")
-    assert "hidden layers of SiLU, this one of tanh" in refused(tanh)
+    assert "hidden layers with SiLU, this one has tanh" in refused(tanh)
     model = EnsembleDynamics(3, 2, hidden=(4,), log_scale="std")
     model.input_std[4] = 2.0
     assert "do not scale actions" in refused(model)
@@ -288,5 +288,5 @@ def test_models_that_the_other_cannot_be(tmp_path: Path) -> None:
         model = EnsembleDynamics(3, 2, hidden=(4,), log_scale="std", absolute=absolute)
         model.input_std[0] = scale
         assert "changes of all dimensions, or next values of all" in refused(model)
-    assert "this one is of relu with [-20, 2]" in refused(Actor(3, 2))
-    assert "this one is of silu with [-5, 2]" in refused(Actor(3, 2, activation="silu", log_std_min=-5.0))
+    assert "this one has relu and [-20, 2]" in refused(Actor(3, 2))
+    assert "this one has silu and [-5, 2]" in refused(Actor(3, 2, activation="silu", log_std_min=-5.0))

@@ -23,7 +23,7 @@ from mopo_fast.config import Hints
 from mopo_fast.tasks import BOXES
 
 PICKLE = RECORDED / "unifloral.pkl"
-# What JAX takes beside NumPy.
+# Packages that JAX needs beside NumPy.
 PACKAGES = ["jax==0.10.2", "jaxlib==0.10.2", "ml_dtypes==0.6.0", "opt_einsum==3.4.0", "scipy==1.17.1"]
 
 
@@ -97,7 +97,7 @@ def test_files_both_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_what_python_makes_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With stand-ins for what the pickle names; tests/recorded/unifloral.py has the real ones read it."""
+    """Read with stand-ins for the pickled classes; tests/recorded/unifloral.py uses the real ones."""
 
     class Theirs:
         pass
@@ -160,14 +160,14 @@ def test_what_theirs_cannot_hold(tmp_path: Path) -> None:
 
     refused("hopper.pkl", None, "saves dynamics alone")
     refused("hopper.pkl", standardised(), "saves dynamics alone", Actor(4, 2))
-    refused("dynamics.pkl", standardised(), "must name its data set, .*_hopper-medium-v2.pkl")
+    refused("dynamics.pkl", standardised(), "must name the data set, .*_hopper-medium-v2.pkl")
     silu = EnsembleDynamics(4, 2, members=2, elites=2, hidden=(8, 8))
-    refused("hopper.pkl", silu, r"of one width, with ReLU; these have \(8, 8\), with silu")
+    refused("hopper.pkl", silu, r"of one width; these have silu and widths \(8, 8\)")
     for declared in ({"log_scale": "std"}, {"member_bounds": True}, {"absolute": [1]}):
         other = EnsembleDynamics(4, 2, hidden=(8,), activation="relu", **declared)
         refused("hopper.pkl", other, "have no .*; these dynamics do")
     uneven = EnsembleDynamics(4, 2, members=2, elites=2, hidden=(8, 6), activation="relu")
-    refused("hopper.pkl", uneven, r"these have \(8, 6\), with relu")
+    refused("hopper.pkl", uneven, r"these have relu and widths \(8, 6\)")
 
 
 class Malicious:
@@ -189,7 +189,7 @@ def test_files_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     refused(pickle.dumps([1, 2]), "model.pkl holds no EnsembleDynamics of Unifloral")
     refused(pickle.dumps(Malicious()), "asks for posix.mkdir; only things that such a file holds")
     assert not Path("pwned").exists()
-    refused(content, "predict changes alone", absolute=(0,))
+    refused(content, "predict changes of the observation", absolute=(0,))
     refused(content, "elites must be distinct members 0..2", elites=(0, 3))
 
     def encoded(change: Any) -> bytes:

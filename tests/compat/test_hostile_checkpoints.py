@@ -1,4 +1,4 @@
-"""Every reader of other code's checkpoints ends in success or in one InputError, whatever is in the file."""
+"""Every reader of checkpoints succeeds or raises one InputError, whatever the file holds."""
 
 import io
 import json
@@ -55,7 +55,7 @@ def read(name: CheckpointFormat, path: Path) -> str:
 
 
 def changes(tensor: torch.Tensor) -> dict[str, Any]:
-    """Values in the place of a tensor, by their kind."""
+    """Values to put in the place of a tensor, by their kind."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         flat = tensor.float().reshape(-1)
@@ -91,7 +91,7 @@ NEVER |= {"list", "none", "text", "list in lists"}
     "name", ["offlinerl-kit", "offlinerl-kit policy", "mbrl-lib", "d3rlpy", "d3rlpy policy"]
 )
 def test_state_dicts(name: str, tmp_path: Path) -> None:
-    """Each tensor in turn is another thing: refused, or without consequence."""
+    """Replace each tensor in turn by another value: it is refused, or has no effect."""
     code: Any = name.removesuffix(" policy")
     path = tmp_path / "model.pt" if code == "d3rlpy" else tmp_path
     if name == "d3rlpy policy":
@@ -319,20 +319,20 @@ def test_matlab_files(tmp_path: Path) -> None:
         (np.ones((1, 3)) * 1j, "is no matrix of real floats"),
         (np.full((1, 5), np.nan), "not finite"),
         (np.full((1, 5), 1e300), "not finite"),
-        (np.ones((1, 9)), "of another model"),
-        (np.ones((2, 3, 4, 5)), "of another model"),
-        (np.ones((0, 0)), "of another model"),
+        (np.ones((1, 9)), "do not fit its layers"),
+        (np.ones((2, 3, 4, 5)), "do not fit its layers"),
+        (np.ones((0, 0)), "do not fit its layers"),
     ):
         assert message in refused(mat(arrays | {"0": wrong})), message
     assert "compressed" in refused(mat(arrays, do_compression=True))
-    assert "it is not of version 5 to 7" in refused(mat({"0": np.eye(2)}, format="4"))
+    assert "its version is not 5, 6 or 7" in refused(mat({"0": np.eye(2)}, format="4"))
     sound = mat(arrays)
     version = sound[:124] + b"\0\2" + sound[126:]
     assert "BNN_0.mat" in refused(version)
     # The first matrix's dimensions, and its bytes, are said to be huge.
     dims = sound.index(struct.pack("<II", 5, 8)) + 8
     huge = sound[:dims] + struct.pack("<ii", 1 << 20, 1 << 20) + sound[dims + 8 :]
-    assert "which are not those of its shape" in refused(huge)
+    assert "but its shape holds" in refused(huge)
     longer = sound[:132] + struct.pack("<I", (1 << 32) - 1) + sound[136:]
     assert "is not a whole MATLAB file" in refused(longer)
     random, failed = np.random.default_rng(0), 0
@@ -390,17 +390,17 @@ def test_layers_that_do_not_fit_take_no_memory(tmp_path: Path) -> None:
 def test_structure_files(tmp_path: Path) -> None:
     shutil.copy(RECORDED / "mopo_tf" / "heads2_0.mat", tmp_path / "a.mat")
     (tmp_path / "a.nns").write_bytes(b"a" * (1 << 21))
-    assert "is no text file of a few lines" in read("mopo-tf", tmp_path / "a.mat")
+    assert "must be a text file of at most" in read("mopo-tf", tmp_path / "a.mat")
     (tmp_path / "a.nns").unlink()
     (tmp_path / "a.nns").mkdir()
-    assert "is no text file of a few lines" in read("mopo-tf", tmp_path / "a.mat")
+    assert "must be a text file of at most" in read("mopo-tf", tmp_path / "a.mat")
 
 
 # --- pickled modules
 
 
 def test_modules_that_hold_each_other(tmp_path: Path) -> None:
-    """A module in itself, and one that holds another twice, that holds another twice, sixty deep."""
+    """A module may contain itself, or hold another twice that holds another twice, sixty levels deep."""
     module = b"cother\nThing\n)R}(" + opcodes("_parameters") + b"}" + opcodes("_buffers") + b"}"
     module += opcodes("_modules")
 
@@ -442,7 +442,7 @@ def test_biases_that_would_broadcast(tmp_path: Path) -> None:
     module = polixir._transition(model)
     module.output_layer.bias = torch.nn.Parameter(torch.zeros(4, 1, 1))  # type: ignore[union-attr]
     torch.save(module, tmp_path / "a.pt", pickle_module=polixir._PickleModule)
-    assert "not floats of [4, 8]" in read("polixir", tmp_path / "a.pt")
+    assert "expected floats of shape [4, 8]" in read("polixir", tmp_path / "a.pt")
 
 
 def test_damaged_pickles_of_unifloral(tmp_path: Path) -> None:
@@ -476,7 +476,7 @@ def test_damaged_safetensors(tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", CHECKPOINT_FORMATS)
 @pytest.mark.parametrize("good", ["dynamics", "policy", "neither"])
 def test_a_refused_conversion_leaves_nothing(target: CheckpointFormat, good: str, tmp_path: Path) -> None:
-    """Whichever of the two models the other code does not have: no file is written."""
+    """If the other code cannot represent one of the two models, no file is written."""
     scale = "std" if target in ("d3rlpy", "polixir") else "variance"
     right: dict[str, Any] = {"log_scale": scale, "activation": "relu" if target == "unifloral" else "silu"}
     wrong: dict[str, Any] = {**right, "member_bounds": True, "absolute": [0]}
@@ -490,7 +490,7 @@ def test_a_refused_conversion_leaves_nothing(target: CheckpointFormat, good: str
     except InputError:
         assert not (tmp_path / "out").exists()
     else:
-        # Ours take all; and a policy for which the other code has no files is left out.
+        # This package takes every model, and a policy without a file in the other format is left out.
         assert target == "mopo-fast" or (good == "dynamics" and not get_format(target).WRITES_POLICIES)
 
 

@@ -1,4 +1,4 @@
-"""Files of torch.save by our own reader: the same tensors, and no file does anything but be read."""
+"""Files of torch.save: the safe reader returns the same tensors, and runs nothing in a file."""
 
 import ast
 import io
@@ -161,14 +161,14 @@ def test_a_tar_file_is_not_unpacked(tmp_path: Path) -> None:
     victim.chmod(0o600)
     before = victim.stat()
     message = refused(tar_with_a_link(victim), tmp_path, inert=None)
-    assert "it is no zip file; read one of torch before 1.6 there" in message
+    assert "it is no zip file; load one of torch before 1.6 there" in message
     after = victim.stat()
     assert (after.st_mode, after.st_nlink, after.st_mtime_ns) == (before.st_mode, 1, before.st_mtime_ns)
 
 
 def test_files_of_old_torch(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(2)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    assert "save it again by a newer torch" in refused((tmp_path / "old.pt").read_bytes(), tmp_path)
+    assert "save it with a newer torch" in refused((tmp_path / "old.pt").read_bytes(), tmp_path)
 
 
 def _with_flag(content: bytes) -> bytes:
@@ -230,7 +230,7 @@ def test_zip_files_that_torch_does_not_write(tmp_path: Path) -> None:
         (sound + sound, "its members overlap, or there is something between"),
         (_moved(zipped(members), b"gap"), "something between its members and its directory"),
         (_overlapping(), "its members overlap"),
-        (_duplicates(), "several of one name"),
+        (_duplicates(), "two of one name"),
         (_with_flag(sound), "compressed or encrypted"),
         (zipped(members, zipfile.ZIP_DEFLATED), "compressed or encrypted"),
         (zipped({f"{name}/version": b"3"}), "it lacks data.pkl"),
@@ -241,7 +241,7 @@ def test_zip_files_that_torch_does_not_write(tmp_path: Path) -> None:
         (changed(**{"constants.pkl": b""}), "constants.pkl"),
         (changed(**{".ts_code": b""}), "ts_code"),
         (changed(**{"data/../x": b""}), "data/../x"),
-        (changed(**{"data/0": bytes(15)}), "its data/0 has 15 bytes, which are not what the pickle says"),
+        (changed(**{"data/0": bytes(15)}), "its data/0 has 15 bytes, the pickle says otherwise"),
         (changed(**{"data.pkl": bytes(1 << 25)}), "its data.pkl has 33,554,432 bytes, more than"),
     ):
         assert re.search(message, refused(content, tmp_path)), message
@@ -273,9 +273,9 @@ def test_claims_about_tensors(tmp_path: Path) -> None:
         (tensor_opcodes(0, (1.0,), (1,)), "other than whole numbers"),
         (tensor_opcodes(0, [1], (1,)), "not a tuple"),
         (tensor_opcodes(0, (1,) * 1000, (1,) * 1000), "not a tuple"),
-        (tensor_opcodes(0, (4,), (1,), count=1 << 60), "not what the pickle says"),
-        (tensor_opcodes(0, (4,), (1,), count=4.0), "not what the pickle says"),
-        (tensor_opcodes(0, (4,), (1,), kind="Double"), "not what the pickle says"),
+        (tensor_opcodes(0, (4,), (1,), count=1 << 60), "the pickle says otherwise"),
+        (tensor_opcodes(0, (4,), (1,), count=4.0), "the pickle says otherwise"),
+        (tensor_opcodes(0, (4,), (1,), kind="Double"), "the pickle says otherwise"),
         (tensor_opcodes(0, (4,), (1,), key="1"), "it lacks data/1"),
         (tensor_opcodes(0, (4,), (1,), key="../data.pkl"), "it lacks data/../data.pkl"),
         (tensor_opcodes(0, (4,), (1,), key=0), "no storage of numbers"),
@@ -287,7 +287,7 @@ def test_claims_about_tensors(tmp_path: Path) -> None:
     ):
         assert message in refused(torch_file({"a": tensor}), tmp_path)
     two_types = {"a": good, "b": tensor_opcodes(0, (4,), (1,), kind="Int")}
-    assert "is of two types" in refused(torch_file(two_types), tmp_path)
+    assert "is used with two types" in refused(torch_file(two_types), tmp_path)
     one = tensor_opcodes(0, (1 << 14,), (1,), count=1 << 14)
     assert len(load(torch_file({str(i): one for i in range(15)}, bytes(1 << 16)), tmp_path)) == 15
     often = torch_file({str(i): one for i in range(40)}, bytes(1 << 16))
@@ -328,7 +328,7 @@ def test_damage(tmp_path: Path) -> None:
             load(bytes(damaged), tmp_path)
         except InputError:
             failed += 1
-    # What is left are bytes that nothing depends on.
+    # The remaining bytes have no effect.
     assert failed > 200
 
 
@@ -357,7 +357,7 @@ def test_folders_and_pipes(tmp_path: Path) -> None:
 
 
 def test_the_package_never_calls_what_runs_files() -> None:
-    """No torch.load, no torch.jit.load, no unpickler but ours, no pickles in NumPy's files."""
+    """The package calls no torch.load, torch.jit.load or foreign unpickler, and loads no pickles by NumPy."""
     forbidden = {
         ("torch", "load"),
         ("jit", "load"),

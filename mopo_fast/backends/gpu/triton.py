@@ -24,7 +24,7 @@ from mopo_fast.data.transitions import ROLLOUT_ARRAYS
 
 _SERVED = ("float32", "tfloat32", "bfloat16", "float16")
 # As `_penalise` in triton_kernels.py has them.
-_PENALTIES = ("max_aleatoric", "max_deviation", "max_pairwise", "ensemble_std", "mixture_std")
+PENALTIES = ("max_aleatoric", "max_deviation", "max_pairwise", "ensemble_std", "mixture_std")
 # Rows that one program of the second kernel copies.
 _COPIED_ROWS = 128
 
@@ -230,7 +230,7 @@ class TritonBackend(Backend):
         interpreted = _kernels().INTERPRETED
         if need.dtype not in _SERVED:
             return f"serves {', '.join(_SERVED)}, not {need.dtype}"
-        if reason := refuse_penalty(need, _PENALTIES):
+        if reason := refuse_penalty(need, PENALTIES):
             return reason
         if need.device.type != ("cpu" if interpreted else "cuda"):
             served = "CPU tensors, as it is interpreted" if interpreted else "CUDA tensors"

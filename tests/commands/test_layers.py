@@ -47,7 +47,8 @@ NOTHING_ELSE = {"mopo_fast.utils": ("mopo_fast.errors",)}
 # One run reads as one run: several at once are opt-in.
 ONE_RUN = [
     *("mopo_fast.sac", "mopo_fast.fit", "mopo_fast.train", "mopo_fast.evaluate", "mopo_fast.rollout"),
-    *("mopo_fast.run.folder", "mopo_fast.run.checkpoint", "mopo_fast.run.resolve", "mopo_fast.report"),
+    *("mopo_fast.run.folder", "mopo_fast.run.log", "mopo_fast.run.checkpoint", "mopo_fast.run.dynamics"),
+    *("mopo_fast.run.resolve", "mopo_fast.report"),
 ]
 # Files or rooms, and rooms that they never import.
 NEVER = [

@@ -289,7 +289,7 @@ def test_a_task_that_has_changed_is_not_trained_on(folder: Path) -> None:
     (run / "config.json").write_text(json.dumps(written))
     check_folder(run, resolved, resume=True)
     changed = dataclasses.replace(resolved, task_sha256="0" * 64)
-    with pytest.raises(InputError, match=r"cart\.py has changed since .*run was made"):
+    with pytest.raises(InputError, match=r"cart\.py has changed since the run in .* began"):
         check_folder(run, changed, resume=True)
     # An older run does not say.
     del written["task_sha256"]

@@ -280,14 +280,20 @@ def _fit_curves(run: _Run) -> tuple[Figure, str]:
 
 def _time(run: _Run) -> tuple[Figure, str]:
     seconds = read_summary(run.folder)["seconds"]
-    parts = {name: float(seconds[name]) for name in ("fit", "rollout", "sac", "evaluate")}
+    labels = {
+        "fit": "ensemble fit",
+        "rollout": "model rollouts",
+        "sac": "SAC updates",
+        "evaluate": "evaluation",
+    }
+    parts = {label: float(seconds[name]) for name, label in labels.items()}
     total = float(seconds["total"])
     parts["other"] = max(0.0, total - sum(parts.values()))
     figure, axes = blank_axes(7.5, 2.4)
     names = list(parts)[::-1]
     bars = axes.barh(names, [parts[name] for name in names], color=BLUE, height=0.62)
-    labels = [f"{_duration(parts[name])}  ({parts[name] / max(total, 1e-9):.0%})" for name in names]
-    axes.bar_label(bars, labels, padding=5, fontsize=10)
+    shares = [f"{_duration(parts[name])}  ({parts[name] / max(total, 1e-9):.0%})" for name in names]
+    axes.bar_label(bars, shares, padding=5, fontsize=10)
     axes.set(xlim=(0, 1.25 * max(*parts.values(), 1e-9)))
     axes.xaxis.set_visible(False)
     axes.grid(False)

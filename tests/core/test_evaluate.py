@@ -140,7 +140,7 @@ def test_refuses_actions_that_are_not_finite() -> None:
     actor = actor_for("hopper")
     with torch.no_grad():
         actor.biases[0].fill_(float("nan"))
-    with pytest.raises(InputError, match="actions are not finite"):
+    with pytest.raises(InputError, match="gave actions that are not finite"):
         evaluate(actor, TASKS["hopper"], episodes=1, seed=0)
 
 

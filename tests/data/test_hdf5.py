@@ -166,7 +166,7 @@ def test_what_is_refused(
 
 def test_the_number_of_objects(tmp_path: Path) -> None:
     path = write(tmp_path / "a.hdf5", lambda file: file.create_group("infos/empty"))
-    with open_hdf5(path, most=len(arrays()) + 2) as file:
+    with open_hdf5(path, max_objects=len(arrays()) + 2) as file:
         assert sorted(file) == sorted([*arrays(), "infos", "infos/empty"])
     with pytest.raises(InputError, match="it has more than 7 objects"), open_hdf5(path, max_objects=7):
         pass

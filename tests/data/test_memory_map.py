@@ -130,8 +130,8 @@ def test_mapped_arrays_in_a_dictionary(tmp_path: Path) -> None:
     ("options", "removed", "message"),
     [
         ({"compression": "gzip"}, None, "observations must be uncompressed float32"),
-        ({"chunks": True}, None, "`mopo-fast convert` writes without"),
-        ({}, "next_observations", "takes HDF5 with next_observations"),
+        ({"chunks": True}, None, "convert the file with `mopo-fast convert`"),
+        ({}, "next_observations", "needs HDF5 with next_observations"),
         ({}, "rewards", "lacks 'rewards'"),
     ],
 )

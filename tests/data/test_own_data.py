@@ -173,7 +173,7 @@ def test_tasks_that_cannot_be_registered(changes: dict[str, Any], message: str) 
 
 def test_an_environment_that_is_not_there(folder: Path) -> None:
     register_task(dataclasses.replace(get_task("cart.py"), name="cart", env_id="Nowhere-v0"))
-    with pytest.raises(InputError, match="the environment of the task cart cannot be made"):
+    with pytest.raises(InputError, match="cannot make the environment of the task cart"):
         train(TrainConfig("cart.npz", **SMALL), folder / "run", quiet=True)
 
 

@@ -108,7 +108,7 @@ def test_without_an_environment(folder: Path, capsys: pytest.CaptureFixture[str]
         rows = list(csv.DictReader(file))
     assert [row["scored_by"] for row in rows] == ["model", "model"]
     assert float(rows[-1]["return_mean"]) == summary["return_mean"]
-    assert "of the policy in the model itself" in (run / "report.html").read_text()
+    assert "of the policy in the learned model" in (run / "report.html").read_text()
     # Rewards are at most 1 and, within the rail, at least 0: five steps of them.
     assert 2.0 < summary["return_mean"] < 5.5
     assert main(["evaluate", str(run)]) == 2

@@ -174,7 +174,7 @@ def test_a_users_own_reward(hopper_data: Path) -> None:
     again = relabel(data, lambda observations, actions, successors: successors[:, 0] - actions[:, 0])
     assert torch.equal(again.rewards, data.next_observations[:, 0] - data.actions[:, 0])
     assert again.observations is data.observations and not torch.equal(again.rewards, data.rewards)
-    with pytest.raises(InputError, match=r"gave shape \(600, 1\), it must be \(600,\)"):
+    with pytest.raises(InputError, match=r"must return shape \(600,\), got \(600, 1\)"):
         relabel(data, lambda observations, actions, successors: successors[:, :1])
     with pytest.raises(InputError, match="rewards is not finite at row 0"):
         relabel(data, lambda observations, actions, successors: successors[:, 0] / 0.0)

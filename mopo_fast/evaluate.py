@@ -1,4 +1,4 @@
-"""A policy in the real environment: returns and D4RL's normalised score."""
+"""Evaluate a policy in its environment: returns and D4RL's normalised score."""
 
 import multiprocessing
 import multiprocessing.connection
@@ -26,14 +26,16 @@ _RESET, _NOISE = range(2)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a policy reached.
+    """The result of evaluating a policy.
 
     Attributes:
-        returns: sum of raw rewards, per episode.
-        lengths: steps, per episode.
-        return_mean, return_std: over the episodes.
-        score_mean, score_std: the same on D4RL's scale of 0 (random) to 100 (expert); None where the task
-            has no reference returns.
+        returns: sum of rewards of each episode.
+        lengths: number of steps of each episode.
+        return_mean: mean of the returns.
+        return_std: standard deviation of the returns.
+        score_mean: mean on D4RL's scale from 0 (random) to 100 (expert); None where the task has no reference
+            returns.
+        score_std: standard deviation on that scale, or None.
     """
 
     returns: tuple[float, ...]
@@ -47,17 +49,20 @@ class Evaluation:
 def evaluate(
     actor: Actor, task: Task, *, episodes: int = 10, seed: int, deterministic: bool = True
 ) -> Evaluation:
-    """Run `episodes` side by side, each to its own first end, the actor acting on all of them at once.
+    """Evaluate a policy for some episodes in its environment.
+
+    The episodes run side by side, and the actor computes the actions of all of them in one batch.
 
     Args:
-        actor: its actions in [-1, 1] are scaled to the environment's range.
-        task: `task.env_id` is the gymnasium environment.
-        seed: episode i starts from a seed derived from (seed, i).
-        deterministic: act by tanh(mean); else sample.
+        actor: policy. Its actions in [-1, 1] are scaled to the environment's range.
+        task: task with the gymnasium environment `task.env_id`.
+        episodes: number of episodes.
+        seed: seed. Episode i starts from a seed derived from (seed, i).
+        deterministic: act by tanh(mean) instead of sampling.
 
     Raises:
-        InputError: no environment, or it cannot be made; no episodes, sizes that do not fit the
-            environment, or actions that are not finite.
+        InputError: the task has no environment, or it cannot be made; `episodes` or `seed` is too small; the
+            actor's sizes do not fit the environment; or its actions are not finite.
     """
     if episodes < 1:
         raise InputError(f"episodes must be at least 1, got {episodes}")
@@ -66,16 +71,21 @@ def evaluate(
     # A plain list took 1.35 s for ten halfcheetahs of 1000 steps on two cores, SyncVectorEnv 1.7 s,
     # AsyncVectorEnv 5.7 s.
     if not task.env_id:
-        raise InputError(f"the task {task.name} has no environment; a run's returns are those of its model")
+        raise InputError(
+            f"the task {task.name} has no environment to evaluate in; the run's summary.json has returns that"
+            " the model predicts"
+        )
     try:
         environments = [make_environment(task.env_id) for _ in range(episodes)]
     except (gymnasium.error.Error, ImportError) as error:
-        raise InputError(f"the environment of the task {task.name} cannot be made ({error})") from error
+        raise InputError(
+            f"cannot make the environment of the task {task.name} ({error}); install its packages"
+        ) from error
     try:
         sizes = (environments[0].observation_space.shape[0], environments[0].action_space.shape[0])
         if sizes != (actor.obs_dim, actor.act_dim):
             raise InputError(
-                f"the policy takes {actor.obs_dim} observation and gives {actor.act_dim} action dimensions,"
+                f"the policy has {actor.obs_dim} observation and {actor.act_dim} action dimensions,"
                 f" {task.env_id} has {sizes[0]} and {sizes[1]}; evaluate it on the task it was trained for"
             )
         low, high = environments[0].action_space.low, environments[0].action_space.high
@@ -96,7 +106,7 @@ def evaluate(
             # Ended episodes stay in the batch, so that rows do not depend on who is still running.
             actions = actor.act(torch.from_numpy(observations).to(parameter), noise).cpu().numpy()
             if not np.isfinite(actions).all():
-                raise InputError("the policy's actions are not finite; its parameters may not be either")
+                raise InputError("the policy gave actions that are not finite; train it again")
             actions = low + 0.5 * (actions + 1.0) * (high - low)
             for i in sorted(running):
                 observations[i], reward, terminated, truncated, _ = environments[i].step(actions[i])
@@ -116,10 +126,18 @@ def evaluate(
 def evaluate_in_model(
     engine: RolloutEngine, actor: Actor, start_observations: torch.Tensor, horizon: int, *, seed: int
 ) -> Evaluation:
-    """What the ensemble predicts of the policy, without noise; an "episode" is `horizon` steps from a start.
+    """Evaluate a policy in the ensemble instead of an environment.
 
-    Returns are sums of predicted rewards, without the penalty; there are no scores. A model's praise of a
-    policy that was trained in it is no proof.
+    Each start state gives one episode of at most `horizon` steps, with deterministic actions. Its return is
+    the sum of predicted rewards, without penalties; there are no scores. The policy was trained in this
+    ensemble, so the result says little about the environment.
+
+    Args:
+        engine: engine with the ensemble.
+        actor: policy.
+        start_observations: [episodes, obs_dim].
+        horizon: most steps of an episode.
+        seed: seed of the rollouts.
     """
     rows = engine.rollout(actor, start_observations, horizon, seed=seed, deterministic=True)
     assert rows.raw_rewards is not None and rows.rollout_index is not None
@@ -131,16 +149,16 @@ def evaluate_in_model(
 
 
 class Evaluator:
-    """Evaluates policies, one after the other or beside the caller; a context manager.
+    """Evaluates policies, in this process or in others; a context manager.
 
     Args:
-        workers: processes that evaluate; 0: the caller waits, in its own process.
+        workers: number of processes that evaluate. With 0, `submit` evaluates at once and the caller waits.
     """
 
     def __init__(self, workers: int = 0) -> None:
         self._pool: ProcessPoolExecutor | None = None
         if workers:
-            # A forked child would share the GPU's state and the locks of the parent's threads.
+            # A forked process would share the GPU's state and the locks of this process's threads.
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
 
@@ -151,20 +169,19 @@ class Evaluator:
         if self._pool is None:
             return
         if kind is not None:
-            # Nobody waits for the evaluations that run. Python 3.14 has `kill_workers` for this.
+            # Running evaluations have lost their use. Python 3.14 has `kill_workers` for this.
             for process in list((self._pool._processes or {}).values()):
                 process.kill()
         self._pool.shutdown(cancel_futures=True)
 
     def submit(self, actor: Actor, task: Task, **options: Any) -> "Future[Evaluation]":
-        """`evaluate` with these options, of the actor as it is now."""
+        """Start `evaluate` with these options on the present parameters of the actor."""
         if self._pool is not None:
-            # Copies: they are sent off later, and the actor may learn meanwhile.
+            # The pool sends the arrays later, when updates may have changed the actor.
             arrays = {name: value.cpu().numpy().copy() for name, value in actor.state_dict().items()}
-            # A function of the user's own cannot be sent, nor is it needed; a task's file is read again.
+            # A termination function cannot be sent and is not needed. The worker reads a task file itself.
             sent = task.name if task.name.endswith(".py") else replace(task, box=make_box(task.obs_dim))
-            # The first call starts the workers, which inherit the mask: an interrupt at the terminal is the
-            # parent's to answer.
+            # The first call starts the workers, which inherit the mask: only the parent handles Ctrl-C.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 return self._pool.submit(_evaluate_arrays, actor.settings(), arrays, sent, options)
@@ -180,12 +197,12 @@ def _begin_worker() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def follow() -> None:
+    def exit_with_parent() -> None:
         multiprocessing.connection.wait([parent.sentinel])
         os._exit(1)
 
-    # A worker whose parent was killed would wait for work forever.
-    threading.Thread(target=follow, daemon=True).start()
+    # Without this thread a worker whose parent was killed would wait forever.
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 def _evaluate_arrays(

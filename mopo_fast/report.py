@@ -1,8 +1,8 @@
-"""A run at a glance: learning curve, the penalty's calibration, the ensemble's fit, where the time went.
+"""The report of a run: learning curve, calibration of penalty and variance, fit and times.
 
-One self-contained HTML page, its pictures beside it as PNG files. The paper's argument is that the return
-in the penalised model bounds the true one from below, which holds where the penalty bounds the model's error:
-the calibration section shows how far it does, on the transitions that the fit held out.
+It is one self-contained HTML page, with the pictures beside it as PNG files. The paper's argument is that the
+return in the penalised model is a lower bound of the true return wherever the penalty is an upper bound of
+the model's error. The calibration section shows how far that holds on the transitions that the fit held out.
 """
 
 import base64
@@ -29,29 +29,29 @@ from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.fit import data_sha256, dynamics_inputs_targets, read_fit, split_holdout
 from mopo_fast.rollout import RolloutEngine
-from mopo_fast.run.folder import RecordedConfig, RecordedRollout, read_rows, read_summary
+from mopo_fast.run.folder import RecordedConfig, RecordedRollout, read_summary
+from mopo_fast.run.log import read_rows
 from mopo_fast.utils.atomic import atomic_path, read_json_as
 from mopo_fast.utils.pictures import BLUE, GREEN, GREY, ORANGE, blank, blank_axes, label_log, look
 from mopo_fast.utils.seeds import REPORT, derive_seed
 
 T = TypeVar("T")
-# Share of a normal distribution within one and two standard deviations.
+# Shares of a normal distribution within one and two standard deviations.
 _WITHIN = {1: math.erf(1 / math.sqrt(2)), 2: math.erf(2 / math.sqrt(2))}
-
-
-# Beyond it an axis of a picture overflows.
+# Largest value of a learning curve: larger ones overflow matplotlib's axes.
 _LARGEST = 1e100
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The model on the transitions that the fit never saw.
+    """Predictions of the ensemble for the transitions that the fit held out.
 
     Attributes:
-        penalty: what the penalty is called.
-        penalties: [n] u(s, a), as training saw it.
-        errors: [n] norm of (mean over elites - truth) of (observation, reward), raw units.
-        residuals: [elites, n, obs_dim + 1] (truth - mu) / sigma of every elite.
+        penalty: name of the penalty.
+        penalties: [n] penalty u(s, a), as in the run's rollouts.
+        errors: [n] norm of the difference between the elites' mean prediction and the true (change of the
+            observation, reward), in raw units.
+        residuals: [elites, n, obs_dim + 1] (truth - mean) / std of each elite.
     """
 
     penalty: str
@@ -62,13 +62,13 @@ class HeldOut:
 
 @dataclass
 class _Run:
-    """A run folder; what cannot be read raises `InputError` when it is asked for."""
+    """A run folder. Each part raises `InputError` when it is used and cannot be read."""
 
     folder: Path
     data: Transitions | None = None
 
     def config(self) -> RecordedConfig:
-        """Read config.json; a fit alone has none, and gives an empty record."""
+        """Read config.json, or return an empty record where a fit without training has none."""
         path = self.folder / "config.json"
         return read_json_as(path, RecordedConfig) if path.exists() else {}
 
@@ -79,7 +79,9 @@ class _Run:
         data = _local_dataset(config.get("dataset") or fit["dataset"]) if self.data is None else self.data
         data = data.to("cpu")
         if data_sha256(data) != fit["data_sha256"]:
-            raise InputError(f"{data.name} is no longer the data set that the ensemble was fitted to")
+            raise InputError(
+                f"{data.name} is not the data set that the ensemble was fitted to; restore the original data"
+            )
         sizes = fit["config"]
         holdout_config = dataclasses.replace(
             DynamicsConfig(), holdout_fraction=sizes["holdout_fraction"], holdout_max=sizes["holdout_max"]
@@ -105,15 +107,18 @@ class _Run:
 
 
 def _local_dataset(name: str) -> Transitions:
-    """A data set that is on this machine: a run's folder from elsewhere must not begin a download."""
+    """Load a data set of this machine. A run folder from elsewhere must not start a download."""
     path, _ = find_dataset(name)
     if not path.exists():
-        raise InputError(f"the data set {name} is not on this machine; load it, then report again")
+        raise InputError(f"the data set {name} is not on this machine; get it, then run the report again")
     return load_dataset(name, quiet=True)
 
 
 def spearman(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> float:
-    """Rank correlation of two [n] arrays, ties sharing their mean rank; NaN where either is constant."""
+    """Compute Spearman's rank correlation of two [n] arrays.
+
+    Equal values share their mean rank. The result is NaN where an array is constant.
+    """
 
     def ranks(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
@@ -124,7 +129,7 @@ def spearman(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> float:
         return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
 
 
-# --- the sections: each returns a figure and its caption, or raises InputError for what is missing
+# --- Sections of the report: each returns a figure and its caption, or raises InputError if data are missing.
 
 
 def _learning_curve(run: _Run) -> tuple[Figure, str]:
@@ -137,21 +142,23 @@ def _learning_curve(run: _Run) -> tuple[Figure, str]:
         if row.get(f"{name}_mean")
     ]
     if not points:
-        raise InputError(f"{path} holds no evaluation yet")
+        raise InputError(f"{path} holds no evaluation yet; train further, then run the report again")
     if not (np.abs(points) < _LARGEST).all():
-        raise InputError(f"{path} holds values that are not finite, or beyond {_LARGEST:g}")
+        raise InputError(
+            f"{path} holds values that are not finite, or larger than {_LARGEST:g}; restore the file"
+        )
     updates, mean, std = np.array(points).T
     figure, axes = blank_axes(7.5, 3.8)
     axes.fill_between(updates, mean - std, mean + std, color=BLUE, alpha=0.18, linewidth=0)
     axes.plot(updates, mean, color=BLUE, linewidth=1.8, marker="o" if len(points) < 30 else "", markersize=4)
     axes.set(xlabel="SAC updates", ylabel="normalised score" if name == "score" else "return")
     axes.xaxis.set_major_formatter(_thousands)
-    what = "Normalised score (0: random, 100: expert)" if name == "score" else "Return"
+    quantity = "normalised score (0: random policy, 100: expert)" if name == "score" else "return"
     by_model = any(row.get("scored_by") == "model" for row in rows)
+    place = "the learned model, not in an environment" if by_model else "the real environment"
     caption = (
-        f"{what} of the policy in the {'model itself' if by_model else 'real environment'}; the band is one"
-        f" standard deviation over the episodes of an evaluation."
-        f" Last: {mean[-1]:.1f} ± {std[-1]:.1f}; best: {mean.max():.1f}."
+        f"Mean {quantity} of the policy in {place}. The band shows one standard deviation over the episodes"
+        f" of an evaluation. Last evaluation: {mean[-1]:.1f} ± {std[-1]:.1f}. Best: {mean.max():.1f}."
     )
     return figure, caption
 
@@ -162,8 +169,8 @@ def _calibration(run: _Run) -> tuple[Figure, str]:
     figure = blank(10.0, 4.3)
     scatter, reliability = figure.subplots(1, 2, width_ratios=(1.15, 1.0))
 
-    scatter.set(xscale="log", yscale="log", xlabel=f"penalty u(s, a), {held_out.penalty}")
-    scatter.set_ylabel("true one-step error")
+    scatter.set(xscale="log", yscale="log", xlabel=f"penalty u(s, a): {held_out.penalty}")
+    scatter.set_ylabel("error of the one-step prediction")
     dense = len(penalties) > 3000
     if dense:
         scatter.hexbin(
@@ -174,7 +181,7 @@ def _calibration(run: _Run) -> tuple[Figure, str]:
     ends = np.array([max(penalties.min(), errors.min()), min(penalties.max(), errors.max())])
     scatter.plot(ends, ends, color=GREY, linewidth=1.2, linestyle="--", label="error = penalty")
     scatter.legend(loc="upper left")
-    scatter.set_title("Every held-out transition")
+    scatter.set_title("Each held-out transition")
 
     deciles = [part for part in np.array_split(np.argsort(penalties, kind="stable"), 10) if len(part)]
     number = np.arange(1, len(deciles) + 1)
@@ -185,19 +192,20 @@ def _calibration(run: _Run) -> tuple[Figure, str]:
         number, mean_error, spread, color=ORANGE, marker="o", markersize=5, capsize=3, label="error"
     )
     reliability.plot(number, mean_penalty, color=BLUE, marker="s", markersize=5, label="penalty")
-    reliability.set(yscale="log", xlabel="decile of the penalty", ylabel="mean in the decile")
+    reliability.set(yscale="log", xlabel="decile of the penalty (1: lowest)", ylabel="mean of the decile")
     reliability.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
     reliability.legend(loc="upper left")
     reliability.set_title("By decile of the penalty")
     for axis in (scatter.xaxis, scatter.yaxis, reliability.yaxis):
         label_log(axis)
 
-    covered = float((errors <= penalties).mean())
+    covered, correlation = float((errors <= penalties).mean()), spearman(penalties, errors)
     caption = (
-        f"{len(errors):,} transitions that the fit held out. Error: the norm of the elites' mean prediction"
-        f" minus the truth, reward included, raw units. Rank correlation (Spearman) of penalty and error:"
-        f" {spearman(penalties, errors):.2f}; the penalty is at least the error on {covered:.0%} of them."
-        f" Mean error {errors.mean():.3g}, mean penalty {penalties.mean():.3g}."
+        f"Measured on the {len(errors):,} transitions that the fit held out. The error is the distance, in"
+        " raw units, from the true next observation and reward to the elites' mean prediction. A good penalty"
+        f" rises with the error: their rank correlation (Spearman) is {correlation:.2f}, where 1 is perfect."
+        f" The penalty is at least as large as the error on {covered:.0%} of the transitions. Mean error:"
+        f" {errors.mean():.3g}. Mean penalty: {penalties.mean():.3g}. Bars show 95% confidence intervals."
     )
     return figure, caption
 
@@ -212,7 +220,7 @@ def _residuals(run: _Run) -> tuple[Figure, str]:
     histogram.hist(flat.clip(-5, 5).ravel(), bins=80, range=(-5, 5), density=True, color=BLUE, alpha=0.55)
     normal = np.exp(-0.5 * grid**2) / math.sqrt(2 * math.pi)
     histogram.plot(grid, normal, color="black", linewidth=1.2, label="standard normal")
-    histogram.set(xlabel="(truth − mean) / std", ylabel="density")
+    histogram.set(xlabel="(true value − predicted mean) / predicted std", ylabel="density")
     histogram.legend(loc="upper left", fontsize=9)
     histogram.set_title("All dimensions")
 
@@ -225,18 +233,19 @@ def _residuals(run: _Run) -> tuple[Figure, str]:
     dims.set(
         ylim=(max(0.0, lowest - 10), 102),
         ylabel="share of transitions, %",
-        xlabel="observation dimension, then reward (r)",
+        xlabel="dimension of the observation; r: reward",
     )
     shown = number[:: math.ceil(len(number) / 24)]
     dims.set_xticks(shown, ["r" if dim == len(number) - 1 else str(dim) for dim in shown])
     dims.legend(loc="lower right", ncols=2, fontsize=9)
-    dims.set_title("By dimension; dashed: a calibrated model")
+    dims.set_title("Each dimension; dashed: a calibrated model")
 
     shares = {sigmas: float((np.abs(flat) <= sigmas).mean()) for sigmas in _WITHIN}
     caption = (
-        f"Standardised residuals of the elites on the held-out transitions: {shares[1]:.1%} lie within one"
-        f" standard deviation (a calibrated model: {_WITHIN[1]:.1%}), {shares[2]:.1%} within two"
-        f" ({_WITHIN[2]:.1%}). Less means that the model is too sure of itself."
+        f"Errors of the elites on the held-out transitions, divided by the standard deviation that each elite"
+        f" predicts. {shares[1]:.1%} lie within one standard deviation (calibrated model: {_WITHIN[1]:.1%})"
+        f" and {shares[2]:.1%} within two (calibrated model: {_WITHIN[2]:.1%}). Smaller shares mean that the"
+        f" model underestimates its error."
     )
     return figure, caption
 
@@ -256,48 +265,55 @@ def _fit_curves(run: _Run) -> tuple[Figure, str]:
             name = label if member == members[0] else None
             axes.plot(epochs, mse[:, member], line, color=colour, alpha=0.85, linewidth=1.4, label=name)
     axes.legend()
-    axes.set(xlabel="epoch", ylabel="holdout MSE, raw units", yscale="log")
+    axes.set(xlabel="epoch of the fit", ylabel="holdout mean squared error, raw units", yscale="log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     label_log(axes.yaxis)
     best = np.mean([fit["best_mse"][member] for member in elites])
     caption = (
-        f"Mean squared error of each member on the {fit['holdout']:,} transitions held out of"
-        f" {fit['transitions']:,}; {fit['epochs']} epochs in {_duration(fit['seconds'])}. Every member gets"
-        f" its best weights back: {best:.4g} is the elites' mean then."
+        f"Mean squared error of each ensemble member on {fit['holdout']:,} of the {fit['transitions']:,}"
+        f" transitions, which the fit held out. The fit took {fit['epochs']} epochs and"
+        f" {_duration(fit['seconds'])}. Each member keeps the weights of its best epoch. The elites' mean"
+        f" error with these weights is {best:.4g}."
     )
     return figure, caption
 
 
 def _time(run: _Run) -> tuple[Figure, str]:
     seconds = read_summary(run.folder)["seconds"]
-    parts = {name: float(seconds[name]) for name in ("fit", "rollout", "sac", "evaluate")}
+    labels = {
+        "fit": "ensemble fit",
+        "rollout": "model rollouts",
+        "sac": "SAC updates",
+        "evaluate": "evaluation",
+    }
+    parts = {label: float(seconds[name]) for name, label in labels.items()}
     total = float(seconds["total"])
     parts["other"] = max(0.0, total - sum(parts.values()))
     figure, axes = blank_axes(7.5, 2.4)
     names = list(parts)[::-1]
     bars = axes.barh(names, [parts[name] for name in names], color=BLUE, height=0.62)
-    labels = [f"{_duration(parts[name])}  ({parts[name] / max(total, 1e-9):.0%})" for name in names]
-    axes.bar_label(bars, labels, padding=5, fontsize=10)
+    shares = [f"{_duration(parts[name])}  ({parts[name] / max(total, 1e-9):.0%})" for name in names]
+    axes.bar_label(bars, shares, padding=5, fontsize=10)
     axes.set(xlim=(0, 1.25 * max(*parts.values(), 1e-9)))
     axes.xaxis.set_visible(False)
     axes.grid(False)
     axes.spines["bottom"].set_visible(False)
     axes.tick_params(left=False)
-    return figure, f"{_duration(total)} in all."
+    return figure, f"The run took {_duration(total)} in total."
 
 
 _SECTIONS: tuple[tuple[str, str, Callable[[_Run], tuple[Figure, str]]], ...] = (
     ("Learning curve", "learning_curve", _learning_curve),
     ("Is the penalty calibrated?", "penalty_calibration", _calibration),
     ("Is the model's variance calibrated?", "residuals", _residuals),
-    ("The ensemble's fit", "fit", _fit_curves),
-    ("Where the time went", "time", _time),
+    ("Fit of the ensemble", "fit", _fit_curves),
+    ("Time by part", "time", _time),
 )
 
 
 def _summary_rows(run: _Run) -> list[tuple[str, str]]:
     summary = read_summary(run.folder) if (run.folder / "summary.json").exists() else {}
-    # A section of its own says what is wrong with these.
+    # The sections report errors in these files.
     config: Mapping[str, Any] = {}
     fit: Mapping[str, Any] = {}
     with contextlib.suppress(InputError):
@@ -363,11 +379,13 @@ p {{ color: #3d4754; margin: .4rem 0; overflow-wrap: anywhere; }}
 
 
 def write_report(run: str | os.PathLike[str], *, data: Transitions | None = None) -> Path:
-    """Write report.html and its pictures into the run folder `run`; a part that is missing is one line.
+    """Write report.html and its pictures to the run folder `run`.
+
+    A section whose data are missing becomes one line that says why.
 
     Args:
-        run: a folder of `mopo-fast train` or `mopo-fast fit`.
-        data: the data set of the run; None: loaded by the name in config.json.
+        run: folder of `mopo-fast train` or `mopo-fast fit`.
+        data: data set of the run; None loads it by the name in config.json.
 
     Returns:
         The path of report.html.
@@ -379,11 +397,15 @@ def write_report(run: str | os.PathLike[str], *, data: Transitions | None = None
     known = ("config.json", "summary.json", "progress.csv", "fit.json")
     found = [name for name in known if (folder / name).is_file()]
     if not found:
-        raise InputError(f"{folder} is not a run folder: it holds none of {', '.join(known)}")
+        raise InputError(
+            f"{folder} is not a run folder, it holds none of {', '.join(known)}; give another folder"
+        )
     state = _Run(folder, data)
-    # Other programs have a config.json too.
+    # Other programs write a config.json too.
     if found == ["config.json"] and "dataset" not in state.config():
-        raise InputError(f"{folder} is not a run folder: its config.json names no data set")
+        raise InputError(
+            f"{folder} is not a run folder, its config.json names no data set; give another folder"
+        )
     rows = _attempt(lambda: _summary_rows(state))
     parts = [_missing(rows) if isinstance(rows, str) else _table(rows)]
     for title, name, build in _SECTIONS:
@@ -404,13 +426,13 @@ def write_report(run: str | os.PathLike[str], *, data: Transitions | None = None
     title = html.escape(f"MOPO run: {folder.resolve().name}")
     with atomic_path(folder / "report.html") as temporary:
         page = _PAGE.format(title=title, body="\n".join(parts))
-        # A folder's name and a file's texts may hold what UTF-8 has not.
+        # The folder's name and texts in its files may hold characters that UTF-8 cannot encode.
         temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
     return folder / "report.html"
 
 
 def _draw(build: Callable[[_Run], tuple[Figure, str]], run: _Run) -> tuple[bytes, str]:
-    """Build a section; return its picture as PNG and its caption."""
+    """Build a section, and return its picture as PNG and its caption."""
     figure, caption = build(run)
     png = io.BytesIO()
     figure.savefig(png, format="png")
@@ -418,13 +440,13 @@ def _draw(build: Callable[[_Run], tuple[Figure, str]], run: _Run) -> tuple[bytes
 
 
 def _attempt(build: Callable[[], T]) -> T | str:
-    """What `build` returns, or one line on why it cannot."""
+    """Return the result of `build`, or one line that says why it failed."""
     try:
         return build()
     except InputError as error:
         return f"Missing: {error}."
     except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError, OSError) as error:
-        return f"Missing: a file of the run is not as it should be ({type(error).__name__}: {error})."
+        return f"Missing: a file of the run is damaged ({type(error).__name__}: {error})."
 
 
 def _remove(picture: Path) -> None:

@@ -1,6 +1,6 @@
-"""The MOPO loop: fit the ensemble, then, epoch after epoch, model rollouts, SAC, evaluation, a checkpoint.
+"""The MOPO loop: fit the ensemble, then repeat model rollouts, SAC updates, evaluation and a checkpoint.
 
-Source: softlearning/algorithms/mopo.py of the authors' code. Every epoch's randomness depends on (seed,
+Source: softlearning/algorithms/mopo.py of the authors' code. The random numbers of an epoch depend on (seed,
 epoch) alone.
 """
 
@@ -30,13 +30,12 @@ from mopo_fast.run.dynamics import make_dynamics, training_backend
 from mopo_fast.run.folder import (
     SpentSeconds,
     check_folder,
-    log_fit,
-    mendable,
     read_summary,
+    suggest_resuming,
     write_config,
     write_summary,
 )
-from mopo_fast.run.log import Clock, Log, Pending
+from mopo_fast.run.log import Clock, Log, Pending, log_fit
 from mopo_fast.run.resolve import load_data, make_engine, make_sac, resolve
 from mopo_fast.tasks import Task
 from mopo_fast.utils.lock import locked
@@ -46,7 +45,7 @@ from mopo_fast.utils.seeds import EVALUATE, ROLLOUT, START, derive_seed
 from mopo_fast.utils.seeds import SAC as SAC_SEED
 from mopo_fast.utils.tensors import load_into
 
-# Start states of an evaluation by the model.
+# Number of start states of an evaluation in the model.
 _MODEL_STARTS = 1000
 
 
@@ -58,18 +57,17 @@ def train(
     memory_map: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Train one MOPO run, from data set to report, in the folder `out`.
+    """Train one MOPO run in the folder `out`, from the data set to the report.
 
     Args:
-        config: what to do; None in task, horizon and penalty_coef is replaced by what the data set's name
-            says, and the result written to config.json.
-        out: the run's folder.
-        resume: go on from the last checkpoint, to the same final parameters, bit for bit, as a run that was
-            never stopped; a folder without a run is a run stopped before its first file. A finished run
-            is left as it is.
-        memory_map: leave the data in their file, see `load_dataset`; the result is the same. What the fit
-            makes of them is in temporary files then.
-        quiet: no progress bars.
+        config: settings of the run. Where task, horizon or penalty_coef is None, the data set's name decides.
+            The completed settings are written to config.json.
+        out: folder of the run.
+        resume: continue from the last checkpoint. The final parameters are bit for bit those of a run that
+            was never stopped. A folder without a run starts from the beginning, a finished run is kept.
+        memory_map: leave the data in their file, see `load_dataset`. The fit then keeps the arrays that it
+            derives from them in temporary files. The result is the same.
+        quiet: show no progress bars.
 
     Returns:
         The contents of summary.json: score_mean, score_std, return_mean, return_std (of the last policy),
@@ -77,8 +75,8 @@ def train(
         device, dtype, dataset, task, seed, versions.
 
     Raises:
-        InputError: a setting cannot be used, another process is at work in `out`, it holds a run and
-            `resume` is False or the run's config is another, the data or a checkpoint is not sound, or the
+        InputError: a setting cannot be used, another process works in `out`, `out` holds a run while `resume`
+            is False, it holds a run with another config, the data or a checkpoint are damaged, or the
             training diverged.
     """
     started, out, data = time.perf_counter(), Path(out), None
@@ -87,7 +85,7 @@ def train(
         check_folder(out, config, resume)
         if not (out / "summary.json").exists():
             data = load_data(config, task, memory_map=memory_map, quiet=quiet)
-            with mendable(out):
+            with suggest_resuming(out):
                 write_config(out, config)
                 digest = data_sha256(data)
                 make_dynamics(config, out, data, digest, quiet)
@@ -110,7 +108,7 @@ def train(
 
 
 def evaluation_workers(config: TrainConfig) -> int:
-    """Return how many processes evaluate beside the training."""
+    """Return the number of processes that evaluate while the training goes on."""
     if config.evaluation.workers is not None:
         return config.evaluation.workers
     on_cpu = torch.device(config.device).type == "cpu"
@@ -118,17 +116,23 @@ def evaluation_workers(config: TrainConfig) -> int:
 
 
 class Training:
-    """A run's training, whose ensemble is in its folder; a context manager, which takes up what was left.
+    """The training of one run after the fit, as a context manager that restores the last checkpoint.
 
-    An epoch is `roll_out`, `update`, `evaluate`, `save`, in this order.
+    An epoch consists of `roll_out`, `update`, `evaluate` and `save`, in this order.
 
     Args:
-        data: on the run's device.
+        config: completed settings of the run.
+        task: task of the run.
+        out: folder of the run, which holds the ensemble.
+        data: transitions of the data set, on the run's device.
         data_digest: their `data_sha256`.
-        started: when the run began, by `time.perf_counter`.
+        evaluator: evaluates the policies.
+        started: value of `time.perf_counter` when the run began.
 
     Attributes:
-        epoch: the last one that has begun, from 1; 0: none.
+        epoch: number of the latest epoch that has begun, from 1; 0 before the first.
+        rollouts: rollouts whose rows are in the buffer, oldest first.
+        policies: parameters of the actors that made these rollouts, by epoch.
     """
 
     def __init__(
@@ -150,19 +154,18 @@ class Training:
         self.engine = make_engine(config, task, ensemble, config.backend)
         self.buffer = RingBuffer(config.rollout.buffer_rows, task.obs_dim, task.act_dim, config.device)
         self.sac = make_sac(config, task, training_backend(config))
-        # Those that filled the buffer, and by their epochs the policies that made them.
         self.rollouts: list[Rollout] = []
         self.policies: dict[int, Tensors] = {}
         self.clock = Clock(started)
-        self._before = dict(self.clock.seconds)
-        # A task without an environment is scored by the model.
+        self._seconds_before_epoch = dict(self.clock.seconds)
+        # Without an environment the model evaluates the policy.
         self.log = Log(out, self.clock, "environment" if task.env_id else "model")
         self.epoch = 0
 
     def __enter__(self) -> Self:
         last = checkpoint.last_checkpoint(self.out)
         if last is None:
-            # The total includes what an earlier, interrupted session spent on the fit.
+            # The total includes a fit that an earlier session made.
             self.clock.started = min(self.clock.started, time.perf_counter() - self.fit_seconds)
             if (self.out / "fit.json").exists():
                 log_fit(self.out)
@@ -176,30 +179,30 @@ class Training:
         self.log.close()
 
     def roll_out(self) -> Transitions:
-        """Begin an epoch with its model rollouts, which go into the buffer, too."""
+        """Begin an epoch: add its model rollouts to the buffer, and return them."""
         self.epoch += 1
-        self._before, head = dict(self.clock.seconds), self.buffer.head
+        self._seconds_before_epoch, head = dict(self.clock.seconds), self.buffer.head
         self.policies[self.epoch] = self._policy()
         with self.clock("rollout"):
             rows = self._fill_buffer(self.sac.actor, self.epoch)
         self.rollouts.append(Rollout(self.epoch, head, len(rows)))
-        # One stays as long as any of its rows does: made again in order, they fill the buffer as it is.
+        # Keep every rollout with rows in the buffer: repeated in order, they restore it.
         while sum(rollout.rows for rollout in self.rollouts[1:]) >= self.buffer.capacity:
             del self.policies[self.rollouts.pop(0).epoch]
         return rows
 
     def update(self) -> dict[str, float]:
-        """Make the epoch's SAC updates: the means of `sac.METRICS`."""
+        """Make the SAC updates of the epoch, and return the means of `sac.METRICS`."""
         with self.clock("sac"):
             return self.sac.update_many(self.data, self.buffer, *self.updates_due())
 
     def updates_due(self) -> tuple[int, int]:
-        """Return how many updates the epoch has, and their seed."""
+        """Return the number of updates of the epoch, and their seed."""
         updates = self.config.updates_after(self.epoch) - self.sac.updates
         return updates, derive_seed(self.config.seed, SAC_SEED, self.epoch)
 
     def evaluate(self, rows: Transitions, metrics: dict[str, float]) -> None:
-        """Have the policy evaluated, where that is due, and log the epoch, when its evaluation is there."""
+        """Start the evaluation of the policy, where it is due, and add the epoch to the log."""
         assert rows.penalties is not None and rows.raw_rewards is not None
         row = {
             "epoch": self.epoch,
@@ -216,13 +219,15 @@ class Training:
         if self.epoch == self.config.epochs or self.epoch % self.config.evaluation.interval == 0:
             pending.policy = self._policy()
             self._begin_evaluation(pending)
-        spent = {name: seconds - self._before[name] for name, seconds in self.clock.seconds.items()}
+        spent = {
+            name: seconds - self._seconds_before_epoch[name] for name, seconds in self.clock.seconds.items()
+        }
         row |= {f"seconds_{name}": seconds for name, seconds in spent.items()}
         row["seconds_total"] = self.clock.elapsed()
         self.log.add(pending)
 
     def save(self) -> None:
-        """End an epoch: write the policy and a checkpoint."""
+        """Write the policy and a checkpoint, which ends the epoch."""
         self.sac.actor.save(self.out)
         state = checkpoint.State(
             self.epoch,
@@ -239,9 +244,13 @@ class Training:
         checkpoint.save_checkpoint(self.out, state, {"sac": self.sac.state(), **tensors})
 
     def finish(self, together: int = 1) -> None:
-        """Await the evaluations and write summary.json; `together`: how many runs were made at once."""
+        """Wait for all evaluations and write summary.json.
+
+        Args:
+            together: number of runs that were trained at once.
+        """
         self.log.write()
-        assert self.log.evaluation is not None  # the last epoch is always evaluated
+        assert self.log.evaluation is not None  # The last epoch is always evaluated.
         write_summary(
             self.out,
             self.config,
@@ -257,26 +266,29 @@ class Training:
         )
 
     def restore(self, path: Path) -> None:
-        """Continue from a checkpoint: the buffer is filled again by the policies that filled it.
+        """Restore the state in a checkpoint, and refill the buffer by the policies that filled it.
 
         Raises:
-            InputError: the checkpoint is not sound, or its rollouts cannot be made again here.
+            InputError: the checkpoint is damaged, or this machine cannot repeat its rollouts.
         """
         config = self.config
         saved, tensors = checkpoint.load_checkpoint(path, config, self.data_sha256, self.dynamics_sha256)
 
-        def policy(prefix: str) -> Tensors:
-            targets = self._policy()
-            load_into(path, checkpoint.within(tensors, prefix), targets)
-            return targets
+        def policy(group: str) -> Tensors:
+            parameters = self._policy()
+            load_into(path, checkpoint.select_group(tensors, group), parameters)
+            return parameters
 
-        with checkpoint.deletable(path):
+        with checkpoint.suggest_deleting(path):
             self.engine = make_engine(config, self.task, self.engine.ensemble, saved.backends["rollout"])
             self.sac = make_sac(config, self.task, saved.backends["sac"])
-            self.sac.load_state(checkpoint.within(tensors, "sac"), path)
+            self.sac.load_state(checkpoint.select_group(tensors, "sac"), path)
             if self.sac.updates != config.updates_after(saved.epoch):
-                raise InputError(f"{path} holds {self.sac.updates} updates, epoch {saved.epoch} does not")
-            self.policies = {made.epoch: policy(f"policy.{made.epoch}") for made in saved.rollouts}
+                raise InputError(
+                    f"{path} holds {self.sac.updates} updates, but epoch {saved.epoch} ends after"
+                    f" {config.updates_after(saved.epoch)}"
+                )
+            self.policies = {one.epoch: policy(f"policy.{one.epoch}") for one in saved.rollouts}
             self.log.pending = [
                 Pending(row, policy(f"evaluated.{row['epoch']}") if evaluated else None)
                 for row, evaluated in saved.pending
@@ -290,7 +302,7 @@ class Training:
         self._refill(path)
 
     def _refill(self, path: Path) -> None:
-        """Make the buffer's rows again."""
+        """Generate the rows of the buffer again."""
         actor = copy.deepcopy(self.sac.actor)
         self.buffer.head = self.rollouts[0].head
         with self.clock("rollout"):
@@ -299,12 +311,12 @@ class Training:
                 rows = len(self._fill_buffer(actor, rollout.epoch))
                 if rows != rollout.rows:
                     raise InputError(
-                        f"{path}: the rollout of epoch {rollout.epoch} gave {rows} rows, {rollout.rows} when"
-                        " it was made; resume with the dynamics that the run began with"
+                        f"the rollout of epoch {rollout.epoch} gave {rows} rows, but {path} recorded"
+                        f" {rollout.rows}; resume on the kind of machine that the run began on"
                     )
 
     def _fill_buffer(self, policy: Actor, epoch: int) -> Transitions:
-        """Append the model rollouts of `epoch` to the buffer."""
+        """Add the model rollouts of `epoch` to the buffer, and return them."""
         rows = self.engine.rollout(
             policy,
             self._draw_starts(self.config.rollout.batch_size, derive_seed(self.config.seed, START, epoch)),
@@ -314,8 +326,7 @@ class Training:
         )
         if len(rows) == 0:
             raise InputError(
-                f"every model rollout of epoch {epoch} began with a prediction that is not finite; the"
-                " ensemble does not fit this data, fit it again"
+                f"no model rollout of epoch {epoch} began with a finite prediction; fit the ensemble again"
             )
         return rows
 
@@ -328,7 +339,7 @@ class Training:
         return {name: value.clone() for name, value in self.sac.actor.state_dict().items()}
 
     def _begin_evaluation(self, pending: Pending) -> None:
-        """Have a row's policy evaluated, here or beside; without an environment by the model, here."""
+        """Start the evaluation of a row's policy: in the environment, or in the model where there is none."""
         assert pending.policy is not None
         config, actor = self.config, copy.deepcopy(self.sac.actor)
         actor.load_state_dict(pending.policy)
@@ -342,7 +353,7 @@ class Training:
                     deterministic=config.evaluation.deterministic,
                 )
             else:
-                # From the same states in every epoch.
+                # Every epoch starts from the same states.
                 seed = derive_seed(config.seed, EVALUATE)
                 starts = self._draw_starts(_MODEL_STARTS, seed)
                 pending.evaluation = Future()
@@ -352,7 +363,7 @@ class Training:
 
 
 def progress_note(runs: Sequence[Training]) -> str:
-    """Return what the runs have come to, on average, for the progress bar."""
+    """Return the latest score, penalty and Q-value, averaged over the runs, for the progress bar."""
     scores = [run.log.evaluation.score_mean for run in runs if run.log.evaluation is not None]
     known = [score for score in scores if score is not None]
     rows = [run.log.row for run in runs if run.log.row is not None]

@@ -1,8 +1,8 @@
-"""SAC trained in the environment itself, and D4RL's data sets made from it: medium, expert, replays.
+"""Train SAC in the environment, and collect D4RL's tiers from it: medium, expert and the replays.
 
-A training goes by epochs. In each, every environment takes `epoch_steps` steps; between rounds of these come
-as many updates as there were steps; an evaluation and a checkpoint end it. An epoch depends on the checkpoint
-and on (seed, epoch) alone, so a training that was killed goes on from its last checkpoint to the same bits.
+In an epoch every environment takes `epoch_steps` steps, in rounds of `round_steps`. After each round SAC
+makes one update per step taken. An evaluation and a checkpoint end the epoch. An epoch depends only on the
+last checkpoint and on (seed, epoch), so a training that was killed continues to the same bits.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from mopo_fast.collect.uniform import MAX_PATH, UNIFORM
 from mopo_fast.config import OnlineConfig, to_dict
 from mopo_fast.data.hdf5_writer import new_file
 from mopo_fast.data.local import local_folder
-from mopo_fast.data.relabel import RELABELLED
+from mopo_fast.data.rewards import RELABELLED
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.environments import make_environment
 from mopo_fast.errors import InputError
@@ -46,14 +46,14 @@ from mopo_fast.utils.tensors import load_into, load_metadata, load_tensors, save
 
 Rows = dict[str, npt.NDArray[Any]]
 
-# Second element of a seed's path.
+# Purposes of random numbers, the second element of a seed's path.
 _RESET, _ACT, _UPDATE, _EVALUATE, _SAMPLE = range(5)
-# Environments that sample from a finished policy.
+# Number of environments that sample from a finished policy.
 _SAMPLERS = 10
 
 
 class _Paths:
-    """Environments side by side, each on a path of its own that ends at a fall or after `MAX_PATH` steps."""
+    """Environments side by side, each on its own path, which ends at a fall or after `MAX_PATH` steps."""
 
     def __init__(self, task: Task, count: int) -> None:
         self.envs = [make_environment(task.env_id).unwrapped for _ in range(count)]
@@ -73,7 +73,7 @@ class _Paths:
         self.lengths[i] = 0
 
     def step(self, i: int, action: npt.NDArray[np.float32], rows: Rows, at: tuple[int, int]) -> bool:
-        """One step, written to `rows` at `at`; whether the path ended."""
+        """Take one step in environment `i`, write it to `rows` at `at`, and return True if the path ended."""
         env = self.envs[i]
         rows["infos/qpos"][at], rows["infos/qvel"][at] = env.data.qpos, env.data.qvel
         rows["observations"][at], rows["actions"][at] = self.observations[i], action
@@ -81,18 +81,18 @@ class _Paths:
         self.lengths[i] += 1
         for name in self.recorded:
             rows[f"infos/{name}"][at] = info[name]
-        # MuJoCo starts a simulation that became unstable over, at time 0.
+        # MuJoCo resets an unstable simulation to time 0.
         stable = math.isclose(env.data.time, self.lengths[i] * env.dt, rel_tol=1e-6)
         if not (stable and np.isfinite(self.observations[i]).all()):
             raise InputError("the simulation became unstable; choose another seed")
         limit = self.lengths[i] == MAX_PATH
         rows["next_observations"][at] = self.observations[i]
-        # At the limit D4RL writes a time-out, never a terminal.
+        # At the step limit D4RL writes a time-out, never a terminal.
         rows["terminals"][at], rows["timeouts"][at] = fell and not limit, limit
         return bool(fell or limit)
 
     def new_rows(self, *shape: int) -> Rows:
-        """Room for D4RL's arrays of `shape` steps."""
+        """Allocate D4RL's arrays for `shape` steps."""
         env, (obs_dim,) = self.envs[0], self.observations[0].shape
         return {
             "observations": np.empty((*shape, obs_dim), np.float32),
@@ -109,7 +109,7 @@ class _Paths:
 
 
 def _draw(actor: Actor | None, seed: int, *shape: int) -> torch.Tensor:
-    """Draw standard normal noise for the actor's actions; without an actor uniform actions themselves."""
+    """Draw standard normal noise for the actor's actions, or uniform actions where there is no actor."""
     generator = torch.Generator().manual_seed(seed)
     if actor is None:
         return torch.empty(shape).uniform_(-1.0, 1.0, generator=generator)
@@ -118,7 +118,7 @@ def _draw(actor: Actor | None, seed: int, *shape: int) -> torch.Tensor:
 
 @torch.no_grad()
 def _act(actor: Actor | None, observations: npt.NDArray[np.float32], drawn: torch.Tensor) -> tuple[Any, Any]:
-    """Actions [batch, act_dim] and their log-probabilities [batch]."""
+    """Return actions [batch, act_dim] and their log-probabilities [batch]."""
     if actor is None:
         return drawn.numpy(), -drawn.shape[-1] * math.log(2.0)
     actions, log_probs = actor.sample(torch.from_numpy(observations), drawn)
@@ -126,7 +126,7 @@ def _act(actor: Actor | None, observations: npt.NDArray[np.float32], drawn: torc
 
 
 class _Evaluated(TypedDict):
-    """A line of progress.csv."""
+    """A row of progress.csv."""
 
     epoch: Count
     steps: Count
@@ -138,7 +138,7 @@ class _Evaluated(TypedDict):
 
 
 class _Record(TypedDict):
-    """A state's values that are no tensors."""
+    """The values of a checkpoint that are not tensors."""
 
     settings: dict[str, Any]
     epoch: Annotated[int, Field(ge=1)]
@@ -146,10 +146,25 @@ class _Record(TypedDict):
 
 
 class OnlineTraining:
-    """SAC's training on one task from one seed, in a folder of its own, from its last checkpoint on.
+    """The training of SAC on one task with one seed, in a folder of its own.
+
+    It continues from the folder's checkpoint if there is one.
+
+    Args:
+        folder: folder of the training.
+        task: task with an environment.
+        seed: seed of all random numbers.
+        config: settings of the training.
+        threads: number of threads of the SAC updates.
+
+    Attributes:
+        medium: actor of the medium tier, once it was reached.
+        evaluations: results of all evaluations, in order.
+        epoch: number of finished epochs.
 
     Raises:
-        InputError: a setting is out of range, or the folder holds a broken training or one of other settings.
+        InputError: a setting is out of range, or the folder holds a damaged training or one with other
+            settings.
     """
 
     def __init__(self, folder: Path, task: Task, seed: int, config: OnlineConfig, threads: int) -> None:
@@ -172,7 +187,7 @@ class OnlineTraining:
 
     @property
     def medium_epoch(self) -> int | None:
-        """The epoch after which the policy was good enough for medium; None: not yet, or it has no score."""
+        """Epoch after which the policy was good enough for medium; None if it never was or has no score."""
         if self.task.max_return is None:
             return None
         scores = [one["score_mean"] for one in self.evaluations if one["score_mean"] is not None]
@@ -184,20 +199,24 @@ class OnlineTraining:
 
     @property
     def policies(self) -> dict[str, tuple[Actor, int | None]]:
-        """The actor of each name, and after which epoch it was taken."""
+        """Actors of the medium and expert tiers, each with the epoch after which it was taken."""
         return {"medium": (self.medium, self.medium_epoch), "expert": (self.sac.actor, self.epoch)}
 
     def run(self, *, until_medium: bool, quiet: bool) -> None:
-        """Train until there is a medium policy, or to the end.
+        """Train until there is a medium policy, or to the last epoch.
+
+        Args:
+            until_medium: stop at the medium policy.
+            quiet: show no progress bar.
 
         Raises:
             InputError: the simulation or SAC diverged, or the disk is full.
         """
         goal = f" to a score of {self.config.medium_score:g}" if until_medium else ""
-        what, total = f"train {self.task.name}{goal}", self.config.epochs * self.epoch_rows
+        label, total = f"train {self.task.name}{goal}", self.config.epochs * self.epoch_rows
         with (
             _Paths(self.task, self.config.environments) as paths,
-            progress_bar(what, total, quiet=quiet) as bar,
+            progress_bar(label, total, quiet=quiet) as bar,
         ):
             bar.update(completed=len(self.buffer))
             while self.epoch < self.config.epochs and not (until_medium and self.medium_epoch):
@@ -220,14 +239,14 @@ class OnlineTraining:
             done = step + 1
             if done % config.round_steps:
                 continue
-            self._remember({key: array[done - config.round_steps : done] for key, array in rows.items()})
+            self._add_to_replay({key: array[done - config.round_steps : done] for key, array in rows.items()})
             if actor is not None:
                 updates = config.round_steps * config.environments
                 seed = self._derive_seed(_UPDATE, epoch, done)
                 self.sac.update_many(self.buffer.storage, self.buffer, updates, seed)
                 rate = done * config.environments / (time.perf_counter() - began)
                 bar.update(completed=len(self.buffer), note=f"{self._last_score()}{rate:.0f} updates/s")
-        # The next epoch begins new paths.
+        # The next epoch begins new paths, so the last ones are cut.
         rows["timeouts"][-1] = ~rows["terminals"][-1]
         save_tensors(self._rows_path(epoch), {key: torch.from_numpy(array) for key, array in rows.items()})
         self.epoch = epoch
@@ -258,8 +277,8 @@ class OnlineTraining:
         score = last["score_mean"]
         return f"return {last['return_mean']:.1f}, " if score is None else f"score {score:.1f}, "
 
-    def _remember(self, rows: Rows) -> None:
-        """Put rows [steps, environments, ...] into the replay."""
+    def _add_to_replay(self, rows: Rows) -> None:
+        """Append rows [steps, environments, ...] to the replay buffer."""
         names = ("observations", "actions", "rewards", "next_observations", "terminals")
         arrays: dict[str, Any] = {name: torch.from_numpy(rows[name]).flatten(0, 1) for name in names}
         rewards = arrays["rewards"]
@@ -270,7 +289,7 @@ class OnlineTraining:
 
     @functools.cached_property
     def _layout(self) -> Rows:
-        """Arrays as those of an epoch's rows."""
+        """Arrays with the shapes and types of an epoch's rows."""
         with _Paths(self.task, 1) as paths:
             return paths.new_rows(self.config.epoch_steps, self.config.environments)
 
@@ -278,15 +297,13 @@ class OnlineTraining:
         path = self._rows_path(epoch)
         tensors = load_tensors(path)
         if tensors.keys() != self._layout.keys():
-            raise InputError(
-                f"{path} must hold {', '.join(self._layout)}, it has {', '.join(tensors)}"[:1000]
-            )
+            raise InputError(f"{path} must hold {', '.join(self._layout)}, got {', '.join(tensors)}"[:1000])
         rows = {name: np.empty_like(array) for name, array in self._layout.items()}
         load_into(path, tensors, {name: torch.from_numpy(array) for name, array in rows.items()})
         return rows
 
     def replay(self, epochs: int) -> Iterator[Rows]:
-        """Every step of the first `epochs` epochs, path by path."""
+        """Yield the steps of the first `epochs` epochs, path by path."""
         for epoch in range(1, epochs + 1):
             yield {
                 key: array.swapaxes(0, 1).reshape(-1, *array.shape[2:])
@@ -294,7 +311,7 @@ class OnlineTraining:
             }
 
     def _settings(self) -> dict[str, Any]:
-        # As they come back from JSON.
+        # The round trip turns values into those that JSON reads back, such as lists for tuples.
         settings = {"task": self.task.name, "seed": self.seed, "config": to_dict(self.config)}
         return dict(json.loads(json.dumps(settings)))
 
@@ -315,19 +332,19 @@ class OnlineTraining:
             record = parse_json_as(load_metadata(path).get("record", "{}"), _Record, path)
         except InputError as error:
             raise InputError(
-                f"{path} is not a training's state ({error}); remove {self.folder} to train from the start"
+                f"{path} is no checkpoint ({error}); remove {self.folder} to train from the start"
             ) from error
         if record["settings"] != self._settings():
             raise InputError(
                 f"{self.folder} holds a training with other settings; remove it, or choose another seed"
             )
         try:
-            self._take(path, record)
+            self._restore(path, record)
         except InputError as error:
             raise InputError(f"{error}; remove {self.folder} to train from the start") from error
 
-    def _take(self, path: Path, record: "_Record") -> None:
-        """Take over a state of these settings, and the rows beside it."""
+    def _restore(self, path: Path, record: _Record) -> None:
+        """Restore a checkpoint with these settings, and the rows beside it."""
         tensors, config = load_tensors(path), self.config
         self.sac.load_state(tensors, path)
         load_into(path, tensors, {f"medium.{name}": t for name, t in self.medium.state_dict().items()})
@@ -340,19 +357,22 @@ class OnlineTraining:
         trained = range(config.random_epochs + 1, self.epoch + 1)
         if self.epoch > config.epochs or counts(self.epoch)[2] != self.sac.updates:
             raise InputError(
-                f"{path} is of epoch {self.epoch} and {self.sac.updates} updates, which disagree"
+                f"{path} holds {self.sac.updates} updates, which do not fit its epoch {self.epoch}"
             )
         scored = self.task.max_return is not None
         if found != [counts(epoch) for epoch in trained] or any(
             (one["score_mean"] is not None, one["score_std"] is not None) != (scored, scored)
             for one in self.evaluations
         ):
-            raise InputError(f"{path} does not hold one evaluation of each epoch")
+            raise InputError(f"{path} does not hold one evaluation per epoch")
         for epoch in range(1, self.epoch + 1):
-            self._remember(self._rows(epoch))
+            self._add_to_replay(self._rows(epoch))
 
     def describe(self, policy: str) -> dict[str, Any]:
-        """Metadata of one of `policies`: how it was trained, how good it is, its weights in D4RL's layout.
+        """Return the metadata of a policy: its training, its scores, and its weights in D4RL's layout.
+
+        Args:
+            policy: one of `policies`.
 
         Raises:
             InputError: the training ended without a medium policy.
@@ -361,7 +381,7 @@ class OnlineTraining:
         if epoch is None:
             scores = [one["score_mean"] for one in self.evaluations if one["score_mean"] is not None]
             raise InputError(
-                f"the mean score of {self.config.medium_window} evaluations never reached"
+                f"the mean score of {self.config.medium_window} evaluations in a row never reached"
                 f" {self.config.medium_score:g}, the best score was {max(scores):.1f}; choose another seed"
             )
         reached = next(evaluation for evaluation in self.evaluations if evaluation["epoch"] == epoch)
@@ -386,20 +406,20 @@ class OnlineTraining:
 
 
 def copy_actor(actor: Actor) -> Actor:
-    """Another actor with the same parameters."""
+    """Return another actor with the same parameters."""
     copied = Actor(**actor.settings())
     copied.load_state_dict(actor.state_dict())
     return copied
 
 
 def sample_paths(task: Task, actor: Actor | None, seed: int) -> Iterator[Rows]:
-    """Paths 0, 1, 2, ... without end, by actions from the actor's policy; without an actor, uniform ones."""
+    """Yield paths 0, 1, 2, ... without end, with the actor's actions, or uniform ones without an actor."""
     with _Paths(task, _SAMPLERS) as paths:
         rows = paths.new_rows(_SAMPLERS, MAX_PATH)
         drawn = torch.empty(rows["actions"].shape)
         finished: dict[int, Rows] = {}
         indices = itertools.count()
-        everyone, running = np.arange(_SAMPLERS), [0] * _SAMPLERS
+        environments, running = np.arange(_SAMPLERS), [0] * _SAMPLERS
 
         def begin(i: int) -> None:
             running[i] = next(indices)
@@ -411,8 +431,8 @@ def sample_paths(task: Task, actor: Actor | None, seed: int) -> Iterator[Rows]:
         for wanted in itertools.count():
             while wanted not in finished:
                 steps = list(paths.lengths)
-                actions, log_probs = _act(actor, paths.observations, drawn[everyone, steps])
-                rows["infos/action_log_probs"][everyone, steps] = log_probs
+                actions, log_probs = _act(actor, paths.observations, drawn[environments, steps])
+                rows["infos/action_log_probs"][environments, steps] = log_probs
                 for i, action in enumerate(actions):
                     if paths.step(i, action, rows, (i, steps[i])):
                         finished[running[i]] = {
@@ -434,10 +454,10 @@ def collect_online(
     config: OnlineConfig,
     quiet: bool,
 ) -> None:
-    """Write one data set of SAC trained online; `collect` has checked the arguments.
+    """Write one data set from SAC trained online. `collect` checks the arguments.
 
     Raises:
-        InputError: as `OnlineTraining` and `OnlineTraining.run`, or another process works on this training.
+        InputError: `OnlineTraining` or its `run` raised it, or another process trains in the folder.
     """
     task = get_task(task_name)
     if task.online_env_id is not None:
@@ -445,7 +465,7 @@ def collect_online(
         task = dataclasses.replace(task, env_id=task.online_env_id)
     folder = local_folder() / "online" / f"{task_name}-seed{seed}"
     with contextlib.ExitStack() as stack:
-        # Actions are of a few rows, and must not depend on how many threads there are.
+        # Actions must not depend on the number of threads; batches of a few rows need only one.
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)
         parts: list[tuple[int, Iterator[Rows]]] = []
@@ -475,8 +495,7 @@ def collect_online(
                     steps = description["trained_steps"]
                     parts.append((steps, training.replay(steps // training.epoch_rows)))
                 else:
-                    which = list(training.policies).index(name)
-                    paths_seed = derive_seed(seed, ONLINE, _SAMPLE, which)
+                    paths_seed = derive_seed(seed, ONLINE, _SAMPLE, list(training.policies).index(name))
                     parts.append((steps, sample_paths(task, training.policies[name][0], paths_seed)))
         total = sum(count for count, _ in parts)
         bar = stack.enter_context(progress_bar(f"write {path.name}", total, quiet=quiet))
@@ -488,7 +507,7 @@ def collect_online(
                 if task_name in RELABELLED:
                     rows = RELABELLED[task_name](rows)
                 if file.written + len(rows["rewards"]) == end:
-                    # A path that is cut ends by a time-out.
+                    # The last path may be cut, which is a time-out.
                     rows["timeouts"][-1] = not rows["terminals"][-1]
                 file.append(rows)
                 bar.update(completed=file.written)

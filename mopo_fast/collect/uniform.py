@@ -1,7 +1,7 @@
-"""Data sets of uniform random actions.
+"""Collect data sets of uniform random actions.
 
-Whole batches of episodes are stepped natively by `mujoco.rollout`; what is stored equals, bit for bit, what
-gymnasium's `env.step` returns, cast to float32.
+`mujoco.rollout` steps whole batches of episodes in native code. The stored values are bit for bit those of
+gymnasium's `env.step`, cast to float32.
 """
 
 import math
@@ -26,22 +26,25 @@ Array = npt.NDArray[Any]
 
 UNIFORM = "uniform random actions"
 MAX_PATH = 1000
-"""Steps after which an episode is cut off: D4RL's limit and the environments' own."""
-# Physics steps that a thread makes in one call of `mujoco.rollout`, or one episode if that has more.
+"""Most steps of an episode, the limit of D4RL and of the environments."""
+# Most physics steps of a thread in one call of `mujoco.rollout`, except where one episode has more.
 _BATCH_STEPS = 1 << 12
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How an environment turns physics states into transitions (gymnasium, envs/mujoco/*_v4.py).
+    """The rules by which an environment turns physics states into transitions.
+
+    Source: gymnasium, envs/mujoco/*_v4.py.
 
     Attributes:
         ctrl_cost: weight of the squared action in the reward.
-        healthy_reward: paid on every step.
-        max_velocity: observed velocities are clipped to +-this.
-        height, angle: open intervals of qpos[1] and qpos[2]; outside them the episode ends.
-        state: open interval of every element of qpos[2:] and qvel.
-        first_roll: steps of the first attempt at an episode; most random ones end before.
+        healthy_reward: reward for each step.
+        max_velocity: limit to which observed velocities are clipped, in both directions.
+        height: open interval of qpos[1], outside which the episode ends.
+        angle: open interval of qpos[2], outside which the episode ends.
+        state: open interval of every element of qpos[2:] and qvel, outside which the episode ends.
+        first_roll: number of steps of the first attempt at an episode. Most random episodes are shorter.
     """
 
     ctrl_cost: float
@@ -53,7 +56,7 @@ class Rules:
     first_roll: int = MAX_PATH
 
     def healthy(self, states: Array) -> Array:
-        """bool [...]: the episode goes on in these states [..., qpos and qvel]."""
+        """Tell in which states [..., qpos and qvel] the episode goes on, as bool [...]."""
         inside = _between(states[..., 1], self.height) & _between(states[..., 2], self.angle)
         return inside & _between(states[..., 2:], self.state).all(axis=-1)
 
@@ -66,7 +69,7 @@ RULES = {
 
 
 def _between(values: Array, bounds: tuple[float, float]) -> Array:
-    # A rule that an environment does not have lets everything pass, NaN included, as gymnasium does.
+    # Without a rule everything passes, even NaN, as in gymnasium.
     if bounds == (-np.inf, np.inf):
         return np.ones(values.shape, dtype=bool)
     return np.asarray((bounds[0] < values) & (values < bounds[1]))
@@ -82,7 +85,7 @@ class _Episode:
 
 
 class _Collector:
-    """Rolls out episodes 0, 1, 2, ... of one environment; episode k depends on (seed, k) alone."""
+    """Rolls out episodes 0, 1, 2, ... of one environment. Episode k depends on (seed, k) alone."""
 
     def __init__(self, task: str, seed: int, threads: int) -> None:
         self.env = make_environment(TASKS[task].env_id).unwrapped
@@ -100,10 +103,10 @@ class _Collector:
         self.env.close()
 
     def batches(self, steps: int) -> Iterator[list[_Episode]]:
-        """Whole episodes in order until there are at least `steps` steps."""
+        """Yield whole episodes in order, until they have at least `steps` steps together."""
         first, collected = 0, 0
         while collected < steps:
-            # An interrupt waits for the call, about 0.1 s.
+            # Ctrl-C waits until the call returns, about 0.1 s.
             most = self.threads * max(1, _BATCH_STEPS // (self.rules.first_roll * self.env.frame_skip))
             count = min(most, math.ceil((steps - collected) / self.rules.first_roll))
             episodes = self._batch(range(first, first + count))
@@ -119,14 +122,14 @@ class _Collector:
             for index, episode in zip(pending, self._roll(pending, length), strict=True):
                 if episode.terminal or length == MAX_PATH:
                     done[index] = episode
-            # An episode that outlives its roll starts over: the solver's warm start, on which the last
-            # bits depend, is not in the states that come back.
+            # An episode that is longer than its roll starts over. To continue it would take the solver's warm
+            # start, on which the last bits depend and which `mujoco.rollout` does not return.
             pending = [index for index in pending if index not in done]
             length = min(2 * length, MAX_PATH)
         return [done[index] for index in indices]
 
     def _roll(self, indices: list[int], length: int) -> Iterator[_Episode]:
-        """The first `length` steps of the episodes, cut where they end."""
+        """Yield the first `length` steps of each episode, cut where the episode ends."""
         model, data, skip = self.model, self.env.data, self.env.frame_skip
         spec = mujoco.mjtState.mjSTATE_FULLPHYSICS
         starts = np.empty((len(indices), mujoco.mj_stateSize(model, spec)))
@@ -137,10 +140,10 @@ class _Collector:
             mujoco.mj_getState(model, data, starts[row], spec)
             warmstarts[row] = data.qacc_warmstart
             actions[row] = self.env.np_random.uniform(-1.0, 1.0, (length, model.nu))
-        # One row of control, and of state, per physics step.
+        # Controls and states have one row per physics step.
         controls = np.repeat(actions.astype(np.float64), skip, axis=1)
         states, _ = self.pool.rollout(model, self.scratch, starts, controls, initial_warmstart=warmstarts)
-        # One row per control step: the time, then qpos and qvel.
+        # Keep one row per control step: time, qpos, qvel.
         states = np.concatenate([starts[:, None], states[:, skip - 1 :: skip]], axis=1)
         ended = ~self.rules.healthy(states[:, 1:, 1:])
         for row, index in enumerate(indices):
@@ -151,12 +154,12 @@ class _Collector:
             yield _Episode(
                 states[row, : steps + 1, 1:].copy(),
                 actions[row, :steps].copy(),
-                # At the limit D4RL writes a time-out, never a terminal.
+                # At the step limit D4RL writes a time-out, never a terminal.
                 terminal and steps < MAX_PATH,
             )
 
     def transitions(self, episodes: list[_Episode]) -> dict[str, Array]:
-        """D4RL's arrays for whole episodes, one after the other."""
+        """Join whole episodes to D4RL's arrays."""
         before = np.concatenate([episode.states[:-1] for episode in episodes])
         after = np.concatenate([episode.states[1:] for episode in episodes])
         actions = np.concatenate([episode.actions for episode in episodes])
@@ -166,7 +169,7 @@ class _Collector:
         timeouts = np.zeros(len(actions), dtype=bool)
         timeouts[last] = ~terminals[last]
         velocity = (after[:, 0] - before[:, 0]) / self.env.dt
-        # gymnasium takes the cost of a float32 action in float32.
+        # gymnasium computes the cost of a float32 action in float32.
         cost = np.float32(self.rules.ctrl_cost) * np.square(actions).sum(axis=1)
         return {
             "observations": self._observe(before),
@@ -181,7 +184,7 @@ class _Collector:
         }
 
     def _observe(self, states: Array) -> Array:
-        """float32 observations: everything but the position along the track, velocities clipped."""
+        """Return float32 observations: all but the position along the track; velocities are clipped."""
         limit = self.rules.max_velocity
         velocity = np.clip(states[:, self.nq :], -limit, limit)
         return np.concatenate([states[:, 1 : self.nq], velocity], axis=1).astype(np.float32)
@@ -190,7 +193,7 @@ class _Collector:
 def collect_uniform(
     path: Path, task: str, steps: int, metadata: dict[str, Any], *, seed: int, threads: int, quiet: bool
 ) -> None:
-    """Write `steps` transitions of uniform actions to the HDF5 file `path`; `collect` has checked all."""
+    """Write `steps` transitions of uniform actions to an HDF5 file. `collect` checks the arguments."""
     with (
         _Collector(task, seed, threads) as collector,
         progress_bar(f"collect {metadata['name']}", steps, quiet=quiet) as bar,

@@ -1,4 +1,4 @@
-"""Data sets in, one `Transitions` out."""
+"""Load data sets of every supported kind as `Transitions`."""
 
 import difflib
 import os
@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from mopo_fast.data import d4rl, minari
 from mopo_fast.data.files import Compat, from_arrays, load_file
 from mopo_fast.data.local import local_file, local_folder
-from mopo_fast.data.relabel import relabel, relabel_file
+from mopo_fast.data.rewards import relabel, relabel_file
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.errors import InputError
 
@@ -26,9 +26,10 @@ _SUFFIXES = (".hdf5", ".h5", ".npz", ".pkl")
 
 
 class OfflineEnvironment(Protocol):
-    """What `d4rl.OfflineEnv` is to us, and any environment that has its `get_dataset`."""
+    """An environment that brings its own data set, such as `d4rl.OfflineEnv`."""
 
-    def get_dataset(self) -> Mapping[str, Any]: ...
+    def get_dataset(self) -> Mapping[str, Any]:
+        """Return the data set's arrays under D4RL's names."""
 
 
 def load_dataset(
@@ -38,26 +39,35 @@ def load_dataset(
     memory_map: bool = False,
     quiet: bool = False,
 ) -> Transitions:
-    """A data set by name or path, from arrays, or from a D4RL environment.
+    """Load a data set by its name or path, from arrays, or from a D4RL environment.
+
+    A source is one of:
+
+    - a file in D4RL's layout (.hdf5, .h5, .npz), a NeoRL .npz or a .pkl of trajectories, see `load_file`;
+    - the name of a D4RL set, such as `hopper-medium-v2`, which is downloaded to `$D4RL_DATASET_DIR` or
+      `~/.d4rl/datasets` unless it is there;
+    - the name of a local set, such as `halfcheetah-random-local`, in `$MOPO_FAST_DATA_DIR` or
+      `~/.mopo_fast/datasets`;
+    - a Minari set, `minari:ID`, which is downloaded unless it is there;
+    - a dictionary of arrays under D4RL's names, or an environment whose `get_dataset()` returns one.
 
     Args:
-        source: a file in D4RL's layout (.hdf5, .h5, .npz), a NeoRL .npz or a .pkl of trajectories, see
-            `load_file`; a local set, `halfcheetah-random-local`, in `$MOPO_FAST_DATA_DIR`, else
-            `~/.mopo_fast/datasets`; a D4RL name, `hopper-medium-v2`, downloaded to `$D4RL_DATASET_DIR`, else
-            `~/.d4rl/datasets`, unless it is there; a Minari data set, `minari:ID`, likewise; a dictionary
-            of arrays by D4RL's names; or an environment whose `get_dataset()` gives one.
-        compat: how successors are found, see `load_file`.
+        source: the data set.
+        compat: rule by which successors are found, see `load_file`.
         memory_map: leave a file's arrays in the file, see `load_file`.
-        quiet: no progress bar.
+        quiet: show no progress bar.
 
     Returns:
-        float32 transitions on the CPU, checked.
+        Checked float32 transitions on the CPU.
 
     Raises:
-        InputError: no such data set, one that cannot be fetched, or a file that is not sound.
+        InputError: there is no such data set, it cannot be fetched, or its file is damaged.
     """
     if memory_map and (not isinstance(source, (str, os.PathLike)) or str(source).startswith(minari.PREFIX)):
-        raise InputError("only a file can be mapped into memory; `mopo-fast convert` writes one")
+        given = source if isinstance(source, str) else type(source).__name__
+        raise InputError(
+            f"only a file can be mapped into memory, got {given}; write one with `mopo-fast convert`"
+        )
     if isinstance(source, Mapping):
         return from_arrays(source, compat=compat).validate()
     if not isinstance(source, (str, os.PathLike)):
@@ -75,7 +85,7 @@ def load_dataset(
 def _from_environment(environment: OfflineEnvironment, compat: Compat | None) -> Transitions:
     if not callable(getattr(environment, "get_dataset", None)):
         raise InputError(
-            "load_dataset takes a name, a path, a dictionary of arrays or an environment with get_dataset(),"
+            "source must be a name, a path, a dictionary of arrays or an environment with get_dataset(),"
             f" got {type(environment).__name__}"
         )
     name = getattr(getattr(environment, "spec", None), "id", None)
@@ -84,16 +94,20 @@ def _from_environment(environment: OfflineEnvironment, compat: Compat | None) ->
         compat=compat,
         name=name,
         source=f"the data set of {name or type(environment).__name__}",
-        # d4rl.qlearning_dataset goes by this where there are no time-outs.
+        # d4rl.qlearning_dataset uses this step limit where there are no time-outs.
         max_episode_steps=getattr(environment, "_max_episode_steps", None),
     ).validate()
 
 
 def find_dataset(name_or_path: str | os.PathLike[str]) -> tuple[Path, str | None]:
-    """The file of a data set, and its name where it goes by one; a D4RL set may not be fetched yet.
+    """Find the file of a data set.
+
+    Returns:
+        The path of the file, which does not exist yet for a D4RL or Minari set that was never fetched; and
+        the data set's name, or None where it was given as a path.
 
     Raises:
-        InputError: no such data set; the message says which there are.
+        InputError: there is no such data set. The message lists the known ones.
     """
     name = os.fspath(name_or_path)
     path = Path(name).expanduser()
@@ -109,16 +123,17 @@ def find_dataset(name_or_path: str | os.PathLike[str]) -> tuple[Path, str | None
         path = local_file(name)
         if not path.is_file():
             raise InputError(
-                f"{name} is not at {path}; make it with `mopo-fast collect {name.removesuffix('-local')}`"
+                f"{name} does not exist at {path}; make it with"
+                f" `mopo-fast collect {name.removesuffix('-local')}`"
             )
         return path, name
     local = sorted(file.stem.replace("_", "-") for file in local_folder().glob("*-local.hdf5"))
     close = difflib.get_close_matches(name, [*d4rl.LOCATIONS, *local])
     raise InputError(
         f"unknown data set {name!r}"
-        + (f", did you mean {' or '.join(close)}?" if close else ";")
-        + f" There are D4RL's, TASK-TIER-VERSION with a task of {', '.join(d4rl.TASKS)},"
-        f" a tier of {', '.join(d4rl.TIERS)} and a version of v0, v1, v2;"
-        f" those collected here: {', '.join(local) or 'none yet, see `mopo-fast collect`'};"
-        f" Minari's, minari:ID; and files ending in {', '.join(_SUFFIXES)}"
+        + (f", did you mean {' or '.join(close)}?" if close else ".")
+        + f" Known are D4RL's TASK-TIER-VERSION, with TASK one of {', '.join(d4rl.TASKS)},"
+        f" TIER one of {', '.join(d4rl.TIERS)} and VERSION one of v0, v1, v2;"
+        f" sets collected on this machine ({', '.join(local) or 'none yet, see `mopo-fast collect`'});"
+        f" Minari's minari:ID; and files that end in {', '.join(_SUFFIXES)}"
     )

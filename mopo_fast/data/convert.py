@@ -1,4 +1,4 @@
-"""One format of data set to another, all rows as they are."""
+"""Convert data sets from one file format to another without changing their rows."""
 
 from typing import Any
 
@@ -10,19 +10,20 @@ from mopo_fast.data.stored import read_all
 
 
 def convert(source: str, target: str, *, overwrite: bool = False, quiet: bool = False) -> int:
-    """Write the data set `source` as `target`, whole or not at all; the number of rows.
+    """Write the data set `source` as `target`, whole or not at all, and return the number of its rows.
 
-    To .hdf5, .h5 and .npz goes all that there is: rows without a successor, `infos`, `metadata`. HDF5 files
-    are written uncompressed. `minari:ID` takes transitions, as `load_dataset` makes them, ends and metadata.
+    .hdf5, .h5 and .npz files get everything, including rows without a successor, `infos` and `metadata`. HDF5
+    is written uncompressed. Minari sets get the transitions that `load_dataset` returns, the ends of the
+    episodes, and the metadata.
 
     Args:
-        source: what `load_dataset` takes by name.
-        target: a file by its ending, or `minari:ID`.
-        overwrite: replace what is there.
-        quiet: no progress bar.
+        source: name or path of a data set, as for `load_dataset`.
+        target: path of a file that ends in .hdf5, .h5 or .npz, or `minari:ID`.
+        overwrite: replace an existing target.
+        quiet: show no progress bar.
 
     Raises:
-        InputError: `source` is not sound, `target` exists or is of no known format, or cannot be written.
+        InputError: `source` is damaged; `target` exists, has an unknown format or cannot be written.
     """
     to_minari = target.startswith(minari.PREFIX)
     minari.check(target, overwrite) if to_minari else check_file(target, overwrite)
@@ -33,7 +34,7 @@ def convert(source: str, target: str, *, overwrite: bool = False, quiet: bool = 
         return len(arrays["rewards"])
     timeouts = _timeouts(arrays, source)
     if "next_observations" not in arrays:
-        # The rows that have a successor, as `from_arrays` takes them; the last of an episode was cut off.
+        # `from_arrays` drops the last row of each episode, so the row before it becomes the time-out.
         ends = timeouts | np.asarray(arrays["terminals"], bool).reshape(-1)
         ends[-1] = True
         timeouts = np.append(ends[1:], True)[~ends]
@@ -43,7 +44,7 @@ def convert(source: str, target: str, *, overwrite: bool = False, quiet: bool = 
 
 
 def _read(source: str, quiet: bool) -> dict[str, Any]:
-    """Every array of a data set, and its metadata, by D4RL's flat keys."""
+    """Read all arrays and the metadata of a data set, under D4RL's flat keys."""
     if source.startswith(minari.PREFIX):
         return minari.read(source)
     path, name = find_dataset(source)

@@ -1,8 +1,8 @@
-"""D4RL's Gym-MuJoCo data sets: names, files, download (d4rl/infos.py, d4rl/offline_env.py).
+"""D4RL's Gym-MuJoCo data sets: names, files and download (d4rl/infos.py, d4rl/offline_env.py).
 
-D4RL serves its files by plain HTTP, and publishes no checksums. So the first download of a file records its
-SHA-256 beside it, in NAME.hdf5.sha256, and a later download of the same file must have the same. What is in
-the cache is taken as it is; `sha256sum -c NAME.hdf5.sha256` in the cache's folder checks it.
+D4RL serves its files by plain HTTP and publishes no checksums. The first download of a file therefore records
+its SHA-256 beside it, in NAME.hdf5.sha256, and every later download must match it. Files in the cache are not
+checked again; `sha256sum -c NAME.hdf5.sha256` in the cache's folder does so.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ TIMEOUT_S = 30.0
 
 
 def _locations() -> dict[str, str]:
-    """{name: location under `BASE_URL`}."""
+    """Return each data set's path under `BASE_URL`, by name."""
     locations = {}
     for task in TASKS:
         for tier in TIERS:
@@ -44,7 +44,7 @@ def _locations() -> dict[str, str]:
                 locations[f"{task}-{tier}-v0"] = f"gym_mujoco/{stem}.hdf5"
             for version in ("v1", "v2"):
                 locations[f"{task}-{tier}-{version}"] = f"gym_mujoco_{version}/{stem}-{version}.hdf5"
-        # v0 calls the replay data "mixed", and in that file's name alone walker2d "walker".
+        # v0 calls the replay data "mixed". Only that file's name has "walker" for walker2d.
         mixed = f"gym_mujoco/{task.removesuffix('2d')}_mixed.hdf5"
         locations[f"{task}-medium-replay-v0"] = locations[f"{task}-mixed-v0"] = mixed
     locations["ant-random-expert-v0"] = "gym_mujoco/ant_random_expert.hdf5"
@@ -55,20 +55,24 @@ LOCATIONS = _locations()
 
 
 def url(name: str) -> str:
-    """Where D4RL serves the data set `name`, one of `LOCATIONS`."""
+    """Return the address of the data set `name`, one of `LOCATIONS`."""
     return BASE_URL + LOCATIONS[name]
 
 
 def cache_path(name: str) -> Path:
-    """Where D4RL's own package keeps the data set: in `$D4RL_DATASET_DIR`, else `~/.d4rl/datasets`."""
+    """Return the path at which D4RL's own package keeps the data set.
+
+    The folder is `$D4RL_DATASET_DIR`, or `~/.d4rl/datasets` without it.
+    """
     folder = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
     return folder / Path(LOCATIONS[name]).name
 
 
 def without_contact_forces(data: Transitions) -> Transitions:
-    """D4RL's ant without its last 84 dimensions, where these are 0 throughout: the 27 that Ant-v4 observes.
+    """Drop the last 84 observation dimensions of D4RL's ant sets if they are 0 throughout.
 
-    They stand for contact forces, which MuJoCo 2 left at 0. Any other data are returned as they are.
+    They are contact forces, which MuJoCo 2 left at 0. The remaining 27 are the ones that Ant-v4 observes. Any
+    other data are returned as they are.
     """
     observed = 27
     if data.obs_dim != observed + 84 or data.next_observations[:, observed:].any():
@@ -83,9 +87,10 @@ def without_contact_forces(data: Transitions) -> Transitions:
 
 
 def import_d4rl() -> Any:
-    """The `d4rl` package, for its loader and its scores: its import alone asks for the old MuJoCo 2.1.
+    """Import the `d4rl` package for its loader and its scores.
 
-    Its MuJoCo environments are left out, without its complaints, unless `mujoco_py` is imported already.
+    By itself the import needs the old MuJoCo 2.1. This function leaves out the package's MuJoCo environments
+    and suppresses its warnings about them, unless `mujoco_py` has been imported.
 
     Raises:
         InputError: the package is not installed, or cannot be imported.
@@ -96,19 +101,19 @@ def import_d4rl() -> Any:
         return importlib.import_module("d4rl")
     except ImportError as error:
         raise InputError(
-            f"the d4rl package cannot be imported ({error}); install it by `pip install 'mopo_fast[d4rl]'`"
+            f"the d4rl package cannot be imported ({error}); install it with `pip install 'mopo_fast[d4rl]'`"
         ) from error
 
 
 class HostError(InputError):
-    """The host cannot be reached, or what it sent is not the file."""
+    """Raised when the host cannot be reached, or did not send the file."""
 
 
 def fetch(name: str, *, quiet: bool = False) -> Path:
-    """The data set's file, downloaded to the cache unless it is there.
+    """Return the path of a data set's file, and download it to the cache unless it is there.
 
     Raises:
-        HostError: no download; the message says how to go on without.
+        HostError: the download failed. The message names other ways to get data.
         InputError: the cache cannot be written.
     """
     path = cache_path(name)
@@ -117,20 +122,26 @@ def fetch(name: str, *, quiet: bool = False) -> Path:
             download(url(name), path, quiet=quiet)
         except HostError as error:
             raise HostError(
-                f"{error}; or fetch {url(name)} by other means and put it at {path};"
-                " or make a data set of your own with `mopo-fast collect`"
+                f"{error}; or save a copy of {url(name)} as {path}; or make your own data set with"
+                " `mopo-fast collect`"
             ) from error
     return path
 
 
 def download(source: str, path: Path, *, quiet: bool = False) -> None:
-    """Download an HDF5 file; what has come stays in `<path>.part`, and the next call goes on from there.
+    """Download an HDF5 file.
 
-    Several processes may ask for the same file: one downloads, the others wait for it. Its SHA-256 must be
-    the one in `<path>.sha256`, which is written where there is none.
+    An interrupted download stays in `<path>.part`, and the next call continues it. If several processes ask
+    for the same file, one downloads and the others wait. The SHA-256 must match the one in `<path>.sha256`,
+    which the first download writes.
+
+    Args:
+        source: address of the file.
+        path: path to save it at.
+        quiet: show no progress bar.
 
     Raises:
-        HostError: no connection, an answer that is not the file, or another file than before.
+        HostError: there is no connection, the answer is not the file, or the file has changed.
         InputError: the folder cannot be written.
     """
     part_path = path.with_name(path.name + ".part")
@@ -149,7 +160,7 @@ def download(source: str, path: Path, *, quiet: bool = False) -> None:
                 pass
         except InputError as error:
             _empty(part)
-            raise HostError(f"what {source} sent is refused: {error}") from error
+            raise HostError(f"{source} did not send a sound file ({error}); try again later") from error
         _check_sum(source, part, path)
         with _writing(path):
             os.fsync(part.fileno())
@@ -158,12 +169,12 @@ def download(source: str, path: Path, *, quiet: bool = False) -> None:
 
 
 def _check_sum(source: str, part: IO[bytes], path: Path) -> None:
-    """Compare what was downloaded with the first download of `path`, or record it as the first."""
+    """Compare the SHA-256 of a download with that of the first one, or record it as the first."""
     part.seek(0)
     found = hashlib.file_digest(part, "sha256").hexdigest()  # type: ignore[arg-type]
     record = path.with_name(path.name + ".sha256")
     if not record.exists():
-        # The format of `sha256sum -c`.
+        # `sha256sum -c` reads this format.
         with atomic_path(record) as temporary:
             temporary.write_text(f"{found}  {path.name}\n")
         return
@@ -172,13 +183,17 @@ def _check_sum(source: str, part: IO[bytes], path: Path) -> None:
     if found != known:
         _empty(part)
         raise HostError(
-            f"{source} sent another file than at the first download: SHA-256 {found}, {record} has {known};"
-            " remove that record if the change is known to be right"
+            f"{source} sent a file with SHA-256 {found}, but the first download had {known}; if the change is"
+            f" known to be right, remove {record}"
         )
 
 
 def _transfer(source: str, part: IO[bytes], bar: Bar) -> bool:
-    """Append what is missing to `part`. True: it is whole; False: the connection broke, but some came."""
+    """Append the missing bytes to `part`.
+
+    Returns:
+        True where the file is complete; False where the connection broke after some bytes.
+    """
     before = part.seek(0, os.SEEK_END)
     request = urllib.request.Request(source, headers={"User-Agent": "mopo-fast"})
     if before:
@@ -201,8 +216,8 @@ def _transfer(source: str, part: IO[bytes], bar: Bar) -> bool:
     except urllib.error.HTTPError as error:
         size = re.fullmatch(r"bytes \*/(\d+)", error.headers.get("Content-Range", ""))
         if error.code != 416 or size is None:
-            raise HostError(f"{source} answered {error.code} {error.reason}") from error
-        # Nothing lies beyond what is here: it is all of the file, or part of another one.
+            raise HostError(f"{source} answered {error.code} {error.reason}; try again later") from error
+        # The server has no further bytes: `part` is complete, or belongs to another file.
         if int(size[1]) != before:
             _empty(part)
         return int(size[1]) == before
@@ -210,16 +225,19 @@ def _transfer(source: str, part: IO[bytes], bar: Bar) -> bool:
         detail = getattr(error, "reason", None) or error or type(error).__name__
         reason = f"cannot be reached ({detail})" if part.tell() == before else f"broke off ({detail})"
     if part.tell() <= before:
-        raise HostError(f"{source} {reason}; try again later, the download goes on where it stopped")
+        raise HostError(f"{source} {reason}; try again later to continue the download")
     return False
 
 
 def _whole_size(reply: http.client.HTTPResponse, part: IO[bytes]) -> int | None:
-    """The file's size, where the server tells; empties `part` where the answer starts from the beginning."""
+    """Return the file's size in bytes, or None where the server does not tell it.
+
+    An answer that starts from the beginning of the file empties `part`.
+    """
     if reply.status == 206:
         span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", reply.headers.get("Content-Range", ""))
         if span is None or int(span[1]) != part.tell():
-            raise HostError(f"{reply.url} sent another part of the file than was asked for")
+            raise HostError(f"{reply.url} sent another part of the file than requested; try again later")
         return int(span[2])
     _empty(part)
     length = reply.headers.get("Content-Length")

@@ -1,4 +1,4 @@
-"""Files, or arrays by D4RL's names, to `Transitions`, checked on the way in; arrays to HDF5."""
+"""Read files, or arrays under D4RL's names, as checked `Transitions`; write arrays to HDF5 or npz."""
 
 import contextlib
 import math
@@ -25,7 +25,7 @@ Array = npt.NDArray[Any]
 Compat = Literal["d4rl"]
 
 MAX_EPISODE_STEPS = 1000
-"""Where a file has no `timeouts`: the step limit of every D4RL MuJoCo environment."""
+"""Step limit of every D4RL MuJoCo environment, for files without `timeouts`."""
 
 
 def load_file(
@@ -35,29 +35,33 @@ def load_file(
     name: str | None = None,
     memory_map: bool = False,
 ) -> Transitions:
-    """Transitions from observations, actions, rewards, terminals and, if any, timeouts, next_observations.
+    """Load transitions from a file.
 
-    By default every transition has its true successor: `next_observations` where the file has them, else the
-    next row's observation; rows that have none (the last one, those that end an episode) are left out.
-    compat="d4rl" does bit for bit what `d4rl.qlearning_dataset` does: the next row's observation, after a
-    terminal too; only time-outs and the last row are left out.
+    The file holds observations, actions, rewards, terminals and optionally timeouts and next_observations.
 
-    NeoRL's npz files (obs, action, reward, next_obs, done, index) are known by their keys. Their observations
-    begin with the x position, which the environments' own and D4RL's leave out: 12 dimensions for hopper, 18
-    for halfcheetah and walker2d.
+    By default every transition gets its true successor: the row of `next_observations`, or without them the
+    next row's observation. In the latter case rows without a successor (the last row, and rows that end an
+    episode) are dropped. compat="d4rl" reproduces `d4rl.qlearning_dataset` bit for bit: the successor is the
+    next row's observation even after a terminal, and only time-outs and the last row are dropped.
+
+    NeoRL's npz files (obs, action, reward, next_obs, done, index) are recognised by their keys. Their
+    observations begin with the x position, which D4RL and the environments leave out: 12 dimensions for
+    hopper, 18 for halfcheetah and walker2d.
 
     Args:
-        path: .npz, .pkl (a list of trajectories, see `trajectories.read`), or HDF5 with any other ending.
-        name: by default the name in a locally collected file's metadata, else the file's stem.
-        memory_map: leave all but the terminals in the file, to be read as they are needed; for sets larger
-            than the memory. It must be HDF5, uncompressed, float32, with next_observations, as `collect` and
-            `mopo-fast convert` write it.
+        path: a .npz file, a .pkl file (list of trajectories, see `trajectories.read`), or HDF5 with any other
+            ending.
+        compat: None for true successors, or "d4rl".
+        name: name of the data; by default the one in a locally collected file's metadata, or the file's stem.
+        memory_map: leave all arrays but the terminals in the file and read them when they are used, for sets
+            larger than the memory. The file must be uncompressed float32 HDF5 with next_observations, as
+            `collect` and `mopo-fast convert` write it.
 
     Returns:
         float32 transitions on the CPU.
 
     Raises:
-        InputError: a file that is missing, truncated or not in this layout; values that are not finite.
+        InputError: the file is missing, truncated or not in this layout, or a value is not finite.
     """
     path = Path(path)
     with open_file(path) as file:
@@ -78,14 +82,17 @@ def from_arrays(
     source: str = "the data set",
     max_episode_steps: int | None = None,
 ) -> Transitions:
-    """Transitions from arrays by D4RL's names, as `load_file` makes them.
+    """Make transitions of arrays under D4RL's names, by the rules of `load_file`.
 
     Args:
-        source: what errors call the arrays.
-        max_episode_steps: where there are no time-outs: the step limit; None: `MAX_EPISODE_STEPS`.
+        arrays: the arrays, by name.
+        compat: rule by which successors are found, see `load_file`.
+        name: name of the data.
+        source: name of the arrays in errors.
+        max_episode_steps: step limit for arrays without time-outs; None is `MAX_EPISODE_STEPS`.
 
     Raises:
-        InputError: an array is missing, or has another shape or type; values that are not finite.
+        InputError: an array is missing, has a wrong shape or type, or a value that is not finite.
     """
     if compat is not None and compat not in get_args(Compat):
         raise InputError(f'compat must be None or "d4rl", got {compat!r}')
@@ -127,13 +134,21 @@ def from_arrays(
         },
     )
     if len(data) == 0:
-        raise InputError(f"{source} has {len(rewards)} rows, none of them with a successor")
+        raise InputError(
+            f"{source} has {len(rewards)} rows, none of them with a successor; give longer episodes"
+        )
     return data
 
 
 @contextlib.contextmanager
 def open_file(path: Path) -> Iterator[Mapping[str, Any]]:
-    """The file as {key: array to be read}; every way in which it can be broken is one `InputError`."""
+    """Open a data file as a mapping from keys to arrays.
+
+    Arrays of HDF5 and npz files are read when they are used.
+
+    Raises:
+        InputError: the file is missing or damaged in any way.
+    """
     if not path.is_file():
         raise InputError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
     if path.suffix == ".pkl":
@@ -152,19 +167,19 @@ def open_file(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _mapped(path: Path, file: Mapping[str, Any], compat: Compat | None) -> dict[str, Any]:
-    """The file's arrays where they are, and its metadata."""
+    """Return the arrays of an HDF5 file, with all but the flags mapped into memory, and its metadata."""
     names = ("observations", "actions", "rewards", "next_observations")
     if path.suffix in (".npz", ".pkl") or "next_observations" not in file or compat is not None:
         raise InputError(
-            f"{path} cannot be mapped into memory: that takes HDF5 with next_observations, and no compat"
+            f"{path} cannot be mapped into memory; that needs HDF5 with next_observations, and no compat"
         )
     arrays = dict(file)
     for key in names:
         stored = file.get(key)
         if stored is not None and (stored.offset is None or stored.dtype != np.float32):
             raise InputError(
-                f"{path}: {key} cannot be mapped into memory, it must be uncompressed float32;"
-                " `mopo-fast convert` writes without compression"
+                f"{path}: {key} must be uncompressed float32 to be mapped into memory; convert the file with"
+                " `mopo-fast convert`"
             )
         if stored is not None:
             arrays[key] = stored.map(path)
@@ -172,16 +187,17 @@ def _mapped(path: Path, file: Mapping[str, Any], compat: Compat | None) -> dict[
 
 
 def as_tensor(array: Array) -> torch.Tensor:
-    """A tensor on the array's memory, which may be a file's that nobody writes to."""
+    """Return a tensor that shares the array's memory, which may be a read-only mapping of a file."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
         return torch.from_numpy(array)
 
 
 def _from_neorl(file: Mapping[str, Any]) -> dict[str, Any]:
-    """NeoRL's arrays by D4RL's names; `index` holds the rows at which trajectories begin.
+    """Rename NeoRL's arrays to D4RL's names, and derive terminals and time-outs.
 
-    Its `done` does not tell an end from the step limit: one at the last step that is allowed is a time-out.
+    `index` holds the first row of each trajectory. `done` is also set at the step limit, so the end of a
+    trajectory of `MAX_EPISODE_STEPS` steps counts as a time-out.
     """
     names = {"obs": "observations", "action": "actions", "reward": "rewards", "next_obs": "next_observations"}
     arrays = {ours: file[theirs] for theirs, ours in names.items() if theirs in file}
@@ -198,37 +214,46 @@ def _from_neorl(file: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Reader:
-    """Reads arrays of a file and checks each against the first."""
+    """Reads the arrays of a data set, and checks each against the first one.
 
-    def __init__(self, path: str, file: Mapping[str, Any]) -> None:
-        self._path, self._file = path, file
+    Args:
+        source: name of the data set in errors.
+        file: its arrays, by key.
+    """
+
+    def __init__(self, source: str, file: Mapping[str, Any]) -> None:
+        self._source, self._file = source, file
         self._rows: int | None = None
 
     def _read(self, key: str, ndim: int) -> Array:
         if key not in self._file:
             keys = ", ".join(sorted({str(key).split("/")[0] for key in self._file})) or "nothing"
-            raise InputError(f"{self._path} lacks {key!r}; it has {keys}")
+            raise InputError(f"{self._source} lacks {key!r}, it has {keys}; add the array")
         stored = self._file[key]
-        # A group, an HDF5 null or a foreign member of an archive.
+        # Groups, HDF5's null arrays and foreign members of an archive have no shape.
         if getattr(stored, "shape", None) is None:
-            raise InputError(f"{self._path}: {key} is not an array")
+            raise InputError(f"{self._source}: {key} is not an array")
         if not isinstance(stored, Stored):
             stored = self._as_array(key, stored)
-        # From here on a file's array is known, and only then it is read.
+        # All checks come before the array is read.
         if stored.dtype.kind not in "fiub":
-            raise InputError(f"{self._path}: {key} must be numbers, got {stored.dtype}")
+            raise InputError(f"{self._source}: {key} must be numbers, got {stored.dtype}")
         shape = stored.shape
         if ndim == 1 and len(shape) == 2 and shape[1] == 1:
             shape = shape[:1]
         if len(shape) != ndim or 0 in shape[1:]:
             expected = "[n]" if ndim == 1 else "[n, dim]"
-            raise InputError(f"{self._path}: {key} must be {expected}, got shape {shape}")
+            raise InputError(f"{self._source}: {key} must be {expected}, got shape {shape}")
         if self._rows is None:
             self._rows, self._dim = shape[0], shape[-1]
         if shape[0] != self._rows:
-            raise InputError(f"{self._path}: {key} has {shape[0]} rows, observations {self._rows}")
+            raise InputError(
+                f"{self._source}: {key} has {shape[0]} rows, observations {self._rows}; they must be equal"
+            )
         if key == "next_observations" and shape[1] != self._dim:
-            raise InputError(f"{self._path}: {key} has {shape[1]} columns, observations {self._dim}")
+            raise InputError(
+                f"{self._source}: {key} has {shape[1]} columns, observations {self._dim}; they must be equal"
+            )
         array = stored.load() if isinstance(stored, Stored) else stored
         return array[:, 0] if array.ndim > ndim else array
 
@@ -237,53 +262,56 @@ class Reader:
             return np.asanyarray(value)
         except InputError:
             raise
-        # Arrays of other libraries fail in their own ways.
+        # Arrays of other libraries may raise anything.
         except Exception as error:
-            raise InputError(f"{self._path}: {key} is not an array ({error})") from error
+            raise InputError(f"{self._source}: {key} is not an array ({error})") from error
 
     def check_memory(self, keys: Collection[str], copied: bool) -> None:
-        """Raise `InputError` where the arrays of these keys, as float32 and flags, do not fit into memory.
+        """Raise `InputError` where the named arrays, as float32 and flags, do not fit into memory.
 
         Args:
-            copied: rows are picked from them, which takes their size again.
+            keys: names of the arrays; missing ones count nothing.
+            copied: rows will be picked from the arrays, which takes their size a second time.
         """
         arrays = {key: self._file[key] for key in keys if isinstance(self._file.get(key), Stored)}
         sizes = {key: 1 if key in ("terminals", "timeouts") else 4 for key in arrays}
         kept = sum(math.prod(array.shape or (0,)) * sizes[key] for key, array in arrays.items())
-        # The largest is there in its own type too while it is converted.
+        # While the largest array is converted, memory also holds it in its own type.
         largest = max((array.nbytes for array in arrays.values()), default=0)
         check_fits(
-            self._path,
+            self._source,
             kept * (1 + copied) + largest,
             "--memory-map (memory_map=True) leaves uncompressed HDF5 in the file",
         )
 
     def floats(self, key: str, ndim: int) -> Array:
-        """A float32 array, every value finite; a copy, unless it is mapped."""
+        """Read an array as float32 and check that it is finite. Mapped float32 arrays are not copied."""
         array = self._read(key, ndim)
         if not isinstance(array, np.memmap) or array.dtype != np.float32:
-            # Arrays from a file are copies already; values beyond float32 are found below.
+            # Arrays read from a file are copies already. Values beyond float32 become infinite, see below.
             with np.errstate(all="ignore"):
                 array = array.astype(np.float32, copy=not isinstance(self._file[key], Stored))
         row = first_not_finite(as_tensor(array))
         if row is not None:
-            raise InputError(f"{self._path}: {key} is not a finite float32 number at row {row}")
+            raise InputError(
+                f"{self._source}: {key} is not a finite float32 number at row {row}; drop or correct it"
+            )
         return array
 
     def flags(self, key: str) -> Array:
-        """A bool array, stored as bool or as 0 and 1."""
+        """Read an array of flags, stored as bool or as 0 and 1."""
         array = self._read(key, 1)
-        # A file's bool may be any byte, which NumPy would take for granted.
+        # A file may store any byte as bool, and NumPy does not check it.
         if array.dtype == np.bool_:
             array = array.view(np.uint8)
         flags = array.astype(bool)
         if not np.array_equal(array, flags):
             row = int(np.flatnonzero(array != flags)[0])
-            raise InputError(f"{self._path}: {key} must be 0 or 1, got {array[row]} at row {row}")
+            raise InputError(f"{self._source}: {key} must be 0 or 1, got {array[row]} at row {row}")
         return flags
 
     def metadata(self) -> dict[str, str | float]:
-        """The texts and numbers by keys that begin with "metadata/"."""
+        """Return the texts and numbers whose keys begin with "metadata/"."""
         found: dict[str, str | float] = {}
         for key, item in self._file.items():
             if not str(key).startswith("metadata/"):
@@ -303,9 +331,13 @@ class Reader:
 
 
 def step_limits(terminals: Array, after_terminal: int, limit: int | None = None) -> Array:
-    """Time-outs of a file that has none: rows that complete `limit` steps, by default `MAX_EPISODE_STEPS`.
+    """Compute the time-outs of a data set that has none, [n] bool: rows that complete `limit` steps.
 
-    `after_terminal` is the step count after a terminal; d4rl.qlearning_dataset counts from 1 there.
+    Args:
+        terminals: [n] bool.
+        after_terminal: step count with which an episode begins after a terminal; 1 reproduces
+            d4rl.qlearning_dataset, 0 is right.
+        limit: step limit, by default `MAX_EPISODE_STEPS`.
     """
     limit = limit or MAX_EPISODE_STEPS
     timeouts = np.zeros_like(terminals)
@@ -317,16 +349,21 @@ def step_limits(terminals: Array, after_terminal: int, limit: int | None = None)
 
 
 def check_file(path: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """Raise `InputError` where a file cannot be `path`, to be told before the work."""
+    """Raise `InputError` before any work where `write_arrays` could not write `path`."""
     path = Path(path)
     if path.suffix not in (".hdf5", ".h5", ".npz"):
-        raise InputError(f"cannot write {path}: the file's name must end in .hdf5, .h5 or .npz")
+        raise InputError(f"cannot write {path}; its name must end in .hdf5, .h5 or .npz")
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists already; choose another file, or replace it with --overwrite")
 
 
 def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
-    """Write arrays, numbers and texts by their keys, to .npz or else to HDF5, uncompressed, atomically."""
+    """Write arrays, numbers and texts by their keys, uncompressed, whole or not at all.
+
+    Args:
+        path: a path that ends in .npz, or any other path for HDF5.
+        arrays: contents of the file, by key.
+    """
     with atomic_path(path) as temporary:
         if Path(path).suffix != ".npz":
             write_pieces(temporary, hdf5_pieces(arrays))

@@ -1,9 +1,9 @@
-"""HDF5 read without trusting it: the one way in which this package opens such a file.
+"""Read HDF5 files without trusting them. The package opens no such file in another way.
 
-HDF5 follows links and external storage to other files, and allocates whatever a file declares. So a file is
-walked first, object by object, and refused as a whole if anything in it leads elsewhere or asks for more than
-its bytes can hold. Its library may still fail on metadata that are damaged on purpose; nothing but another
-process would keep that away.
+The HDF5 library follows links and external storage to other files, and allocates whatever a file declares.
+Every file is therefore walked first, object by object. It is refused as a whole if anything in it leads to
+another file or declares more than its bytes can hold. Metadata that are damaged on purpose may still crash
+the library; only a separate process would protect against that.
 """
 
 import contextlib
@@ -18,60 +18,67 @@ import h5py
 import numpy as np
 from h5py import h5d, h5g, h5l, h5o, h5s, h5t, h5z
 
-from mopo_fast.data.stored import DEFLATE_RATIO, MOST_ARRAYS, SLACK, Array, Stored, reading
+from mopo_fast.data.stored import DEFLATE_RATIO, MAX_OBJECTS, SLACK, Array, Stored, reading
 from mopo_fast.errors import InputError
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
-_DEEPEST = 32
+_MAX_DEPTH = 32
 
-# In the order in which they are applied. All others are refused: their decoders are seldom used and tested.
+# Filters in the order in which they are applied. Others are refused: their decoders are rarely tested.
 _FILTERS = {h5z.FILTER_SHUFFLE: 0, h5z.FILTER_DEFLATE: 1, h5z.FILTER_LZF: 1, h5z.FILTER_FLETCHER32: 2}
 _COMPRESSORS = (h5z.FILTER_DEFLATE, h5z.FILTER_LZF)
 
-# HDF5's file format, III.E: the reference to a text of any length, the heap that it lies in, an object there.
+# HDF5's file format, section III.E: reference to a text of any length, header of its heap, of an object.
 _REFERENCE = struct.Struct("<IQI")
 _HEAP = struct.Struct("<5s3xQ")
 _HEAP_OBJECT = struct.Struct("<H6xQ")
 
-# Bytes that one compressed chunk may become before its true size is found out.
-_UNPROBED = 1 << 28
+# Possible size of a decompressed chunk, in bytes, above which its true size is measured first.
+_PROBE_ABOVE = 1 << 28
 
 
 @contextlib.contextmanager
-def open_hdf5(path: Path, most: int = MOST_ARRAYS) -> Iterator[dict[str, Stored]]:
-    """The checked file as {key: array to be read}, with keys such as "infos/qpos"; groups have no shape.
+def open_hdf5(path: Path, max_objects: int = MAX_OBJECTS) -> Iterator[dict[str, Stored]]:
+    """Open and check an HDF5 file, as a mapping from keys such as "infos/qpos" to unread arrays.
+
+    Groups are in the mapping too, without a shape.
 
     Args:
-        most: objects that it may have.
+        path: path of the file.
+        max_objects: most objects that the file may have.
 
     Raises:
-        InputError: it is damaged, or refused: links other than plain names, external or virtual storage,
-            other filters than gzip, lzf, shuffle and fletcher32, or arrays that its bytes cannot hold.
+        InputError: the file is damaged; has links, external or virtual storage, or filters other than gzip,
+            lzf, shuffle and fletcher32; or declares arrays that its bytes cannot hold.
     """
     with contextlib.ExitStack() as stack:
         with reading(path, "HDF5"):
-            # To open a pipe would wait for somebody to write to it.
+            # Opening a pipe would wait for a writer.
             if not path.is_file():
-                raise ValueError("it is no regular file")
+                raise ValueError("it is not a regular file")
             with open(path, "rb") as raw:
                 if raw.read(len(_SIGNATURE)) != _SIGNATURE:
                     raise ValueError("it does not begin with HDF5's signature")
-            # Locks fail on many shared file systems, and files written here appear whole or not at all.
+            # Locks fail on many shared file systems, and this package writes its files atomically.
             file = stack.enter_context(h5py.File(path, "r", driver="sec2", locking=False))
-            found = _Walk(path, file, most).found
+            found = _Walk(path, file, max_objects).found
         yield found
 
 
 class _Walk:
-    """One pass over every object of a file, by the calls that follow no link."""
+    """Checks every object of a file, by calls that follow no link.
 
-    def __init__(self, path: Path, file: h5py.File, most: int) -> None:
-        self.path, self.file, self.most = path, file, most
+    Attributes:
+        found: all objects, by key.
+    """
+
+    def __init__(self, path: Path, file: h5py.File, max_objects: int) -> None:
+        self.path, self.file, self.max_objects = path, file, max_objects
         self.size = path.stat().st_size
         self.stored = 0
         self.found: dict[str, Stored] = {}
         root = h5g.open(file.id, b"/")
-        # Data sets that were met under another name, and groups.
+        # Addresses of the objects met so far. A data set may have several names.
         self.seen = {h5o.get_info(root).addr}
         pending = [("", root)]
         while pending:
@@ -84,8 +91,8 @@ class _Walk:
                 if info.type == h5o.TYPE_GROUP:
                     if again:
                         raise ValueError(f"the group {key} has two names")
-                    if key.count("/") >= _DEEPEST:
-                        raise ValueError(f"groups are nested more than {_DEEPEST} deep")
+                    if key.count("/") >= _MAX_DEPTH:
+                        raise ValueError(f"groups are nested more than {_MAX_DEPTH} deep")
                     self.found[key] = Stored(None, None, self._refusal(key))
                     pending.append((f"{key}/", h5g.open(group, name.encode())))
                 elif info.type == h5o.TYPE_DATASET:
@@ -96,22 +103,22 @@ class _Walk:
     def _names(self, group: h5g.GroupID, prefix: str) -> list[str]:
         links: list[tuple[bytes, int]] = []
 
-        def take(name: bytes, info: Any) -> bool | None:
+        def visit(name: bytes, info: Any) -> bool | None:
             links.append((name, info.type))
-            return len(self.found) + len(links) > self.most or None
+            return len(self.found) + len(links) > self.max_objects or None
 
-        group.links.iterate(take, info=True)
-        if len(self.found) + len(links) > self.most:
-            raise ValueError(f"it has more than {self.most:,} objects")
+        group.links.iterate(visit, info=True)
+        if len(self.found) + len(links) > self.max_objects:
+            raise ValueError(f"it has more than {self.max_objects:,} objects")
         names = []
         for name, kind in links:
             key = prefix + name.decode()
             if not key.isprintable():
-                raise ValueError(f"{key!r} is no name")
+                raise ValueError(f"{key!r} is not a valid name")
             if kind != h5l.TYPE_HARD:
-                raise ValueError(f"{key} is a link to another place; copy what it points to into the file")
+                raise ValueError(f"{key} is a link; copy its target into the file")
             if b"/" in name or name in (b"", b".", b".."):
-                raise ValueError(f"{key!r} is no name")
+                raise ValueError(f"{key!r} is not a valid name")
             names.append(name.decode())
         return names
 
@@ -119,12 +126,12 @@ class _Walk:
         properties = dataset.get_create_plist()
         layout = properties.get_layout()
         if layout not in (h5d.COMPACT, h5d.CONTIGUOUS, h5d.CHUNKED):
-            raise ValueError(f"{key} is virtual: its values are other data sets'")
+            raise ValueError(f"{key} is virtual, its values are in other data sets")
         if properties.get_external_count():
             raise ValueError(f"{key} is stored in other files")
         kind, space = dataset.get_type(), dataset.get_space()
         if kind.committed():
-            raise ValueError(f"{key} has a type of its own name")
+            raise ValueError(f"{key} has a named type")
         if space.get_simple_extent_type() == h5s.NULL:
             return Stored(None, None, self._refusal(key))
         shape = tuple(int(length) for length in space.shape)
@@ -136,51 +143,57 @@ class _Walk:
             held, ratio = dataset.get_storage_size(), 1
             offset = dataset.get_offset() if layout == h5d.CONTIGUOUS and logical else None
             if offset is not None and offset + logical > self.size:
-                raise ValueError(f"{key} goes on beyond the end of the file")
+                raise ValueError(f"{key} extends beyond the end of the file")
         if not again and layout != h5d.COMPACT:
             self.stored += held
             if self.stored > self.size:
                 raise ValueError(f"its arrays are stored in more bytes than the file's {self.size:,}")
         if logical > held * ratio + SLACK:
-            raise ValueError(f"{key} declares {logical:,} bytes, more than its {held:,} stored ones hold")
+            raise ValueError(
+                f"{key} declares {logical:,} bytes, more than its {held:,} stored bytes can hold"
+            )
         read, readable = self._reader(key), kind.get_class() in (h5t.INTEGER, h5t.FLOAT, h5t.ENUM)
         if isinstance(kind, h5t.TypeStringID):
             readable = not kind.is_variable_str()
-            # One text of any length: those of an array take as much memory as they say.
+            # Only single texts of any length are read: an array of them could claim any amount of memory.
             if not readable and shape == () and layout == h5d.CONTIGUOUS and held in (0, _REFERENCE.size):
                 return Stored(shape, np.dtype(object), self._text_reader(dataset.get_offset()))
         return Stored(shape, np.dtype(kind.dtype), *((read, offset) if readable else (self._refusal(key),)))
 
     def _chunks(self, key: str, dataset: h5d.DatasetID, properties: Any) -> tuple[int, int]:
-        """Bytes that the chunks are stored in, and how many of the array's each of them can hold."""
+        """Check the chunks of a data set.
+
+        Returns:
+            The size of the stored chunks in bytes, and the most bytes that one of these can expand to.
+        """
         filters = [properties.get_filter(number)[0] for number in range(properties.get_nfilters())]
         order = [_FILTERS.get(code, -1) for code in filters]
         if -1 in order or order != sorted(set(order)):
             raise ValueError(
-                f"{key} is stored by other filters than shuffle, gzip, lzf and fletcher32; repack it, such as"
-                " by h5repack -f GZIP=4"
+                f"{key} uses other filters than shuffle, gzip, lzf and fletcher32; repack it, such as with"
+                " `h5repack -f GZIP=4`"
             )
         compressed = any(code in filters for code in _COMPRESSORS)
         whole = math.prod(properties.get_chunk()) * dataset.get_type().get_size()
         held = largest = 0
 
-        def take(chunk: Any) -> None:
+        def visit(chunk: Any) -> None:
             nonlocal held, largest
             if chunk.byte_offset is None or chunk.byte_offset + chunk.size > self.size:
-                raise ValueError(f"{key} goes on beyond the end of the file")
+                raise ValueError(f"{key} extends beyond the end of the file")
             held += chunk.size
             largest = max(largest, chunk.size)
-            if chunk.size * DEFLATE_RATIO > max(_UNPROBED, 4 * whole) and h5z.FILTER_DEFLATE in filters:
+            if chunk.size * DEFLATE_RATIO > max(_PROBE_ABOVE, 4 * whole) and h5z.FILTER_DEFLATE in filters:
                 self._probe(key, chunk, whole)
 
-        dataset.chunk_iter(take)
-        # Any chunk is made whole in memory, however little of it the array takes.
+        dataset.chunk_iter(visit)
+        # HDF5 allocates whole chunks, however small the array is.
         if whole > largest * (DEFLATE_RATIO if compressed else 1) + SLACK:
-            raise ValueError(f"{key} has chunks of {whole:,} bytes, more than its stored ones hold")
+            raise ValueError(f"{key} has chunks of {whole:,} bytes, more than its stored bytes can hold")
         return held, DEFLATE_RATIO if compressed else 1
 
     def _probe(self, key: str, chunk: Any, whole: int) -> None:
-        """Refuse a chunk that inflates to more than it should: HDF5 would take any amount of memory."""
+        """Refuse a chunk that inflates to more than its size: HDF5 would allocate any amount of memory."""
         inflate, made = zlib.decompressobj(), 0
         with open(self.path, "rb") as raw:
             raw.seek(chunk.byte_offset)
@@ -199,7 +212,7 @@ class _Walk:
         return read
 
     def _text_reader(self, offset: int | None) -> Callable[[], Array]:
-        """Read a text of any length without HDF5, which never returns from some damaged heaps."""
+        """Return a reader of a text of any length that avoids HDF5, which hangs on some damaged heaps."""
 
         def read() -> Array:
             with reading(self.path, "HDF5"), open(self.path, "rb") as raw:
@@ -212,7 +225,7 @@ class _Walk:
                 raw.seek(min(address, self.size))
                 signature, size = _HEAP.unpack(raw.read(_HEAP.size))
                 if signature != b"GCOL\x01" or not _HEAP.size <= size <= self.size - address:
-                    raise ValueError("a text is not where it should be")
+                    raise ValueError("a text lies outside its heap")
                 heap, at, number = raw.read(size - _HEAP.size), 0, 1
                 while number:
                     number, count = _HEAP_OBJECT.unpack_from(heap, at)
@@ -220,12 +233,12 @@ class _Walk:
                     if number == index and length <= count <= len(heap) - at:
                         return np.array(heap[at : at + length])
                     at += (count + 7) // 8 * 8
-                raise ValueError("a text is not where it should be")
+                raise ValueError("a text lies outside its heap")
 
         return read
 
     def _refusal(self, key: str) -> Callable[[], Array]:
         def refuse() -> Array:
-            raise InputError(f"{self.path}: {key} is not an array of numbers, nor one text")
+            raise InputError(f"{self.path}: {key} is neither an array of numbers nor one text")
 
         return refuse

@@ -1,8 +1,9 @@
-"""HDF5 files that HDF5 itself never writes to.
+"""Write HDF5 files without letting the HDF5 library write to the disk.
 
-On a full disk HDF5 crashes, or reports an error for every array. So it writes its metadata into memory. The
-arrays go from their own memory to the places that it has given them, after room for the whole file was
-reserved. Each array lies in one piece, uncompressed, and aligned to be mapped into memory.
+On a full disk the library crashes, or reports an error for every array. Here it writes its metadata into
+memory only. Then disk space for the whole file is reserved, and the arrays are written straight from their
+memory to the positions that the library assigned. Each array lies in one piece, uncompressed, and aligned to
+be mapped into memory.
 """
 
 import contextlib
@@ -23,17 +24,18 @@ from mopo_fast.utils.atomic import atomic_path
 Array = npt.NDArray[Any]
 
 Pieces = list[tuple[int, Any]]
-"""Bytes, and where in a file they go."""
+"""Positions in a file, in bytes, each with the contents to write there."""
 
 _ALIGNMENT = 64
-# Bytes that are written between two calls of `check`.
+# Number of bytes written between two calls of `check`.
 _BLOCK = 4 << 20
 
 
 class Output(io.RawIOBase):
-    """An existing file to be filled: whole pieces at their places, or an `OSError`.
+    """Fills an existing file. `write_at` writes all bytes, or raises an `OSError`.
 
-    As a stream it never raises, so that whoever writes to it always comes to an end; `check` raises then.
+    Used as a stream it never raises, because np.savez does not survive an error while it writes. Call `check`
+    at the end, which raises the first error.
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,43 +44,48 @@ class Output(io.RawIOBase):
         self._error: OSError | None = None
 
     def close(self) -> None:
+        """Close the file."""
         if not self.closed:
             os.close(self._handle)
         super().close()
 
     def reserve(self, size: int) -> None:
-        """Make the file `size` bytes long, with room on the disk for all of them."""
+        """Make the file `size` bytes long, and reserve disk space for it."""
         try:
             os.posix_fallocate(self._handle, 0, max(1, size))
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise
-        # Some file systems reserve nothing; there, a lack of room shows at the write.
+        # Where the file system cannot reserve space, a full disk shows at the write.
         os.truncate(self._handle, size)
 
     def write_at(self, offset: int, piece: Any) -> None:
-        """Write all bytes of an array or a buffer."""
+        """Write all bytes of an array or a buffer at the position `offset`."""
         rest = memoryview(piece).cast("B")
         while len(rest):
             written = os.pwrite(self._handle, rest, offset)
             rest, offset = rest[written:], offset + written
 
     def check(self) -> None:
-        """Raise the first error of `write`."""
+        """Raise the first error that `write` met, if any."""
         if self._error is not None:
             raise self._error
 
     def writable(self) -> bool:
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
+        """Return True."""
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        """Set the position of the next `write`, and return it."""
         self._position = offset + (0, self._position, self._end)[whence]
         return self._position
 
     def write(self, piece: Any, /) -> int:
+        """Write a buffer at the current position, and return its size even after an error."""
         count = memoryview(piece).nbytes
         if self._error is None:
             try:
@@ -91,7 +98,7 @@ class Output(io.RawIOBase):
 
 
 class _Frame(io.RawIOBase):
-    """A file in memory for what HDF5 writes around its arrays, without the room that it leaves for them."""
+    """A file in memory that keeps what HDF5 writes, without the gaps that it leaves for arrays."""
 
     def __init__(self) -> None:
         self.pieces: Pieces = []
@@ -125,12 +132,12 @@ class _Frame(io.RawIOBase):
 
 @dataclass(frozen=True)
 class Layout:
-    """An HDF5 file without its arrays.
+    """The layout of an HDF5 file.
 
     Attributes:
-        size: of the whole file, in bytes.
-        pieces: what stands around the arrays.
-        offsets: where each array begins; one without elements is nowhere.
+        size: size of the whole file, in bytes.
+        pieces: everything in the file except the arrays.
+        offsets: position of each array with elements, in bytes.
     """
 
     size: int
@@ -141,7 +148,12 @@ class Layout:
 def make_layout(
     arrays: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]], values: Mapping[str, Any]
 ) -> Layout:
-    """Lay out a file of arrays, each a shape and a type, with single numbers and texts beside them."""
+    """Make the layout of a file.
+
+    Args:
+        arrays: shape and type of each array.
+        values: numbers and texts that the file holds beside the arrays.
+    """
     frame, offsets = _Frame(), {}
     room = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     room.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
@@ -156,7 +168,7 @@ def make_layout(
 
 
 def write_values(file: h5py.File, values: Mapping[str, Any]) -> None:
-    """Write numbers, small arrays and texts; texts of fixed length, which need no heap of HDF5's."""
+    """Write numbers, small arrays and texts. Texts get a fixed length, which needs none of HDF5's heaps."""
     for name, value in values.items():
         array = np.asarray(value)
         if array.ndim == 0 and array.dtype.kind in "SU":
@@ -167,7 +179,7 @@ def write_values(file: h5py.File, values: Mapping[str, Any]) -> None:
 
 
 def hdf5_pieces(contents: Mapping[str, Any]) -> Pieces:
-    """A whole file of arrays, numbers and texts by their keys; the arrays are not copied."""
+    """Return the pieces of a file of arrays, numbers and texts by their keys. The arrays are not copied."""
     arrays = {name: np.ascontiguousarray(array) for name, array in contents.items() if np.ndim(array)}
     values = {name: value for name, value in contents.items() if name not in arrays}
     layout = make_layout({name: (array.shape, array.dtype) for name, array in arrays.items()}, values)
@@ -175,13 +187,15 @@ def hdf5_pieces(contents: Mapping[str, Any]) -> Pieces:
 
 
 def write_pieces(path: Path, pieces: Pieces, check: Callable[[], None] = lambda: None) -> None:
-    """Fill an existing file with pieces at their places.
+    """Fill an existing file with pieces.
 
     Args:
-        check: called every few megabytes; what it raises abandons the file.
+        path: path of the file.
+        pieces: contents and their positions.
+        check: function that is called every few megabytes and may stop the writing by an exception.
 
     Raises:
-        OSError: there is no room for them.
+        OSError: the disk is full.
     """
     with contextlib.closing(Output(path)) as file:
         file.reserve(max(offset + memoryview(piece).nbytes for offset, piece in pieces))
@@ -193,7 +207,7 @@ def write_pieces(path: Path, pieces: Pieces, check: Callable[[], None] = lambda:
 
 
 class RowsFile:
-    """An HDF5 file whose arrays are filled row by row; the first rows say which arrays there are."""
+    """An HDF5 file whose arrays are filled row by row. The first rows determine its arrays."""
 
     def __init__(self, file: Output, total: int, metadata: Mapping[str, Any]) -> None:
         self.total, self.written = total, 0
@@ -202,7 +216,11 @@ class RowsFile:
         self._offsets: dict[str, int] | None = None
 
     def append(self, rows: Mapping[str, Array]) -> int:
-        """Write as many rows as there is room for, with the same arrays every time; return how many."""
+        """Append rows, which must have the same arrays every time.
+
+        Returns:
+            The number of rows written. Rows beyond the file's total are dropped.
+        """
         if self._offsets is None:
             self._offsets = self._begin(rows)
         count = min(len(rows["rewards"]), self.total - self.written)
@@ -224,10 +242,10 @@ class RowsFile:
 
 @contextlib.contextmanager
 def new_file(path: Path, total: int, metadata: Mapping[str, Any]) -> Iterator[RowsFile]:
-    """A file of `total` rows to be filled, which is there when it is whole.
+    """Open a new file of `total` rows, which appears at `path` once it is complete.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: the file cannot be written.
     """
     with atomic_path(path) as temporary, contextlib.closing(Output(temporary)) as file:
         rows = RowsFile(file, total, metadata)

@@ -1,15 +1,20 @@
-"""Data sets made on this machine: the folder that they are in, and the names of their files."""
+"""Folder and file names of the data sets that were collected on this machine."""
 
 import os
 from pathlib import Path
 
 
 def local_folder() -> Path:
-    """Return the folder of local data sets: `$MOPO_FAST_DATA_DIR`, else `~/.mopo_fast/datasets`."""
+    """Return the folder of local data sets: `$MOPO_FAST_DATA_DIR`, or `~/.mopo_fast/datasets` without it."""
     return Path(os.environ.get("MOPO_FAST_DATA_DIR") or "~/.mopo_fast/datasets").expanduser()
 
 
 def local_file(name: str, folder: Path | None = None) -> Path:
-    """Return a local data set's file, by D4RL's rule: `hopper-random-local` is `hopper_random-local.hdf5`."""
+    """Return the path of a local data set, such as hopper_random-local.hdf5 for `hopper-random-local`.
+
+    Args:
+        name: name of the data set, with or without `-local`.
+        folder: its folder, by default `local_folder()`.
+    """
     stem = name.removesuffix("-local").replace("-", "_")
     return (folder or local_folder()) / f"{stem}-local.hdf5"

@@ -1,4 +1,4 @@
-"""Minari's data sets, `minari:ID`, by way of its own package (`pip install 'mopo_fast[minari]'`)."""
+"""Read and write Minari's data sets, `minari:ID`, by its package (`pip install 'mopo_fast[minari]'`)."""
 
 import importlib
 import json
@@ -22,17 +22,17 @@ Array = npt.NDArray[Any]
 
 PREFIX = "minari:"
 
-# An episode has eight and more; there are sets of some ten thousand episodes.
-_MOST_OBJECTS = 10_000_000
+# Every episode has at least eight HDF5 objects, and sets have up to some ten thousand episodes.
+_MAX_OBJECTS = 10_000_000
 
 
 def read(name: str) -> dict[str, Any]:
-    """D4RL's arrays of the data set `minari:ID`, on this machine or fetched to it, its metadata among them.
+    """Read the data set `minari:ID` as D4RL's arrays and metadata. It is downloaded unless it is there.
 
-    Actions are scaled from the range of its action space, where that is bounded, to [-1, 1].
+    Actions are scaled from the range of a bounded action space to [-1, 1].
 
     Raises:
-        InputError: the package or the data set is not there, or observations or actions are not vectors.
+        InputError: the package or the data set is missing, or observations or actions are not vectors.
     """
     minari, identity, folder = _package(), name.removeprefix(PREFIX), path(name) / "data"
     try:
@@ -44,16 +44,16 @@ def read(name: str) -> dict[str, Any]:
         episodes = list(dataset.iterate_episodes())
     except InputError:
         raise
-    # Whatever its storages and hosts raise.
+    # Minari's storages and hosts raise many kinds of errors.
     except Exception as error:
         raise InputError(
             f"{name} cannot be loaded ({error}); see `minari list local` and `minari list remote`"
         ) from error
-    for what, space in ("observations", dataset.observation_space), ("actions", dataset.action_space):
+    for key, space in ("observations", dataset.observation_space), ("actions", dataset.action_space):
         if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
-            raise InputError(f"{name}: {what} must be vectors, got {space}")
+            raise InputError(f"{name}: {key} must be vectors, got {space}")
     if not episodes:
-        raise InputError(f"{name} has no episodes")
+        raise InputError(f"{name} has no episodes; choose another data set")
     for number, episode in enumerate(episodes):
         _check_episode(f"episode {number} of {name}", episode, dataset)
 
@@ -63,13 +63,13 @@ def read(name: str) -> dict[str, Any]:
     low, high = dataset.action_space.low, dataset.action_space.high
     actions = joined(lambda episode: episode.actions)
     if np.isfinite([low, high]).all() and not (np.all(low == -1) and np.all(high == 1)):
-        # An empty range makes the actions not finite, and the check of the actions tells so.
+        # An empty range gives actions that are not finite, which a later check reports.
         with np.errstate(all="ignore"):
             actions = 2.0 * (actions - low.astype(np.float64)) / (high - low) - 1.0
     terminals = joined(lambda episode: episode.terminations)
     last = np.cumsum([len(episode.rewards) for episode in episodes]) - 1
     timeouts = joined(lambda episode: episode.truncations)
-    # An episode of which no end is known was cut off.
+    # An episode without a recorded end was cut off.
     timeouts[last] = ~terminals[last]
     metadata = _texts_and_numbers(stored)
     with reading(folder / "metadata.json", "JSON"):
@@ -87,7 +87,7 @@ def read(name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Metadata:
-    """The part of metadata.json that Minari uses; anything else is ignored."""
+    """The keys of metadata.json that Minari uses. Others are ignored."""
 
     data_format: str
     total_episodes: int
@@ -98,18 +98,18 @@ class _Metadata:
 
 
 def _check_files(folder: Path) -> None:
-    """Raise `InputError` where Minari is not to read what it has stored in a folder."""
+    """Raise `InputError` where the files of a data set are damaged or too large to be left to Minari."""
     metadata = read_json_as(folder / "metadata.json", _Metadata)
     if metadata.data_format == "hdf5":
-        with open_hdf5(folder / "main_data.hdf5", _MOST_OBJECTS) as file:
-            # Once as episodes, once joined.
+        with open_hdf5(folder / "main_data.hdf5", _MAX_OBJECTS) as file:
+            # Memory holds the episodes and the joined arrays at once.
             check_fits(folder, 2 * sum(item.nbytes for item in file.values()), "")
 
 
-def _check_episode(what: str, episode: Any, dataset: Any) -> None:
+def _check_episode(name: str, episode: Any, dataset: Any) -> None:
     steps = np.size(episode.rewards)
     if steps == 0:
-        raise InputError(f"{what} has no steps")
+        raise InputError(f"{name} has no steps; remove it from the data set")
     for part, shape, kinds in (
         ("observations", (steps + 1, *dataset.observation_space.shape), "fiu"),
         ("actions", (steps, *dataset.action_space.shape), "fiu"),
@@ -121,7 +121,7 @@ def _check_episode(what: str, episode: Any, dataset: Any) -> None:
         if not isinstance(array, np.ndarray) or array.dtype.kind not in kinds or array.shape != shape:
             takes = "flags" if kinds == "b" else "numbers"
             got = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
-            raise InputError(f"{part} of {what} must be {takes} of shape {shape}, got {got}")
+            raise InputError(f"{part} of {name} must be {takes} of shape {shape}, got {got}")
 
 
 def _texts_and_numbers(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,14 +133,17 @@ def write(
 ) -> None:
     """Write transitions as the data set `minari:ID`, whole or not at all.
 
-    An episode ends where a flag says so, and where the next row is not its successor.
+    An episode ends at a flag, or where the next row is not the successor.
 
     Args:
-        arrays: observations, actions, rewards, next_observations, terminals, timeouts, in that layout.
+        name: `minari:ID`.
+        arrays: observations, actions, rewards, next_observations, terminals, timeouts, by these names.
+        metadata: texts and numbers to store with the data set.
+        overwrite: replace an existing data set.
 
     Raises:
-        InputError: the package is not there, no such name is possible, it exists without `overwrite`, or the
-            folder cannot be written.
+        InputError: the package is missing, the ID is invalid, the data set exists and `overwrite` is False,
+            or the folder cannot be written.
     """
     minari = _package()
     identity = name.removeprefix(PREFIX)
@@ -172,10 +175,10 @@ def write(
         minari.dataset.minari_dataset.parse_dataset_id(identity)
         root.mkdir(parents=True, exist_ok=True)
         with scratch_folder(root) as scratch:
-            # Minari writes where this points to, step by step.
+            # Minari writes its files one by one, below this folder.
             os.environ["MINARI_DATASETS_PATH"] = str(scratch)
             with warnings.catch_warnings():
-                # It misses authors, links and environments, which these data need not have.
+                # Minari warns of missing authors, links and environments, which these data do not need.
                 warnings.simplefilter("ignore", UserWarning)
                 dataset = minari.create_dataset_from_buffers(
                     identity,
@@ -195,15 +198,15 @@ def write(
 
 
 def check(name: str, overwrite: bool) -> None:
-    """Raise `InputError` where `write` would find the data set there."""
+    """Raise `InputError` where the data set exists and `overwrite` is False."""
     if path(name).exists() and not overwrite:
         raise InputError(f"{name} exists already; choose another ID, or replace it with --overwrite")
 
 
 def path(name: str) -> Path:
-    """The folder of `minari:ID`, which may not be there."""
+    """Return the folder of `minari:ID`, which may not exist."""
     _package()
-    # Its own function makes the folder of all sets, which a refusal would leave behind.
+    # Minari's own function creates the folder of all sets, which would remain after an error.
     root = os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets"
     return Path(root) / name.removeprefix(PREFIX)
 
@@ -217,5 +220,5 @@ def _package() -> Any:
         return importlib.import_module("minari")
     except ImportError as error:
         raise InputError(
-            f"minari cannot be imported ({error}); install it by `pip install 'mopo_fast[minari]'`"
+            f"minari cannot be imported ({error}); install it with `pip install 'mopo_fast[minari]'`"
         ) from error

@@ -1,4 +1,4 @@
-"""npz files read without trusting them: no pickles, no sizes that their bytes cannot hold."""
+"""Read npz files without trusting them: no pickles, and no sizes that their bytes cannot hold."""
 
 import contextlib
 import zipfile
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mopo_fast.data.stored import DEFLATE_RATIO, MOST_ARRAYS, SLACK, Array, Stored, declared_bytes, reading
+from mopo_fast.data.stored import DEFLATE_RATIO, MAX_OBJECTS, SLACK, Array, Stored, declared_bytes, reading
 from mopo_fast.utils.zip_files import open_zip
 
 _MAGIC = b"\x93NUMPY"
@@ -16,11 +16,13 @@ _MAGIC = b"\x93NUMPY"
 
 @contextlib.contextmanager
 def open_npz(path: Path) -> Iterator[dict[str, Stored]]:
-    """The checked archive as {key: array to be read}; members that are no arrays have no shape.
+    """Open and check an npz file, as a mapping from keys to unread arrays.
+
+    Members that are not arrays are in the mapping too, without a shape.
 
     Raises:
-        InputError: it is damaged, encrypted, has a name twice, objects or records for elements, or declares
-            more than its bytes can hold.
+        InputError: the file is damaged or encrypted, has two members of one name, arrays of objects or
+            records, or declares more than its bytes can hold.
     """
     with contextlib.ExitStack() as stack:
         with reading(path, "npz"):
@@ -32,24 +34,26 @@ def open_npz(path: Path) -> Iterator[dict[str, Stored]]:
 
 def _walk(path: Path, archive: zipfile.ZipFile, size: int) -> dict[str, Stored]:
     members = archive.infolist()
-    if len(members) > MOST_ARRAYS:
-        raise ValueError(f"it has more than {MOST_ARRAYS:,} members")
+    if len(members) > MAX_OBJECTS:
+        raise ValueError(f"it has more than {MAX_OBJECTS:,} members")
     if sum(member.compress_size for member in members) > size:
         raise ValueError(f"its members are stored in more bytes than the file's {size:,}")
     found: dict[str, Stored] = {}
     for member in members:
         key = member.filename.removesuffix(".npy")
         if not key.isprintable():
-            raise ValueError(f"{key!r} is no name")
+            raise ValueError(f"{key!r} is not a valid name")
         if key in found:
-            raise ValueError(f"{key} is there twice")
+            raise ValueError(f"{key} occurs twice")
         if member.flag_bits & 1:
             raise ValueError(f"{key} is encrypted")
         ratio = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: DEFLATE_RATIO}.get(member.compress_type)
         if ratio is None:
             raise ValueError(f"{key} is compressed by another method than deflate")
         if member.file_size > member.compress_size * ratio + (SLACK if ratio > 1 else 0):
-            raise ValueError(f"{key} declares {member.file_size:,} bytes, more than its stored ones hold")
+            raise ValueError(
+                f"{key} declares {member.file_size:,} bytes, more than its stored bytes can hold"
+            )
         found[key] = _member(path, archive, member, key)
     return found
 
@@ -57,7 +61,7 @@ def _walk(path: Path, archive: zipfile.ZipFile, size: int) -> dict[str, Stored]:
 def _member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo, key: str) -> Stored:
     def load() -> Array:
         with reading(path, "npz"), archive.open(member) as content:
-            # Never a pickle: an object array is refused.
+            # Without pickles, arrays of objects are refused.
             return np.asarray(np.lib.format.read_array(content, allow_pickle=False))
 
     with archive.open(member) as content:
@@ -70,7 +74,9 @@ def _member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo, key: 
             (2, 0): np.lib.format.read_array_header_2_0,
         }
         if version not in readers:
-            raise ValueError(f"{key} is of the npy format's version {version}, which numbers do not need")
+            raise ValueError(
+                f"{key} has version {version} of the npy format, which arrays of numbers do not use"
+            )
         shape, _, dtype = readers[version](content)
         begin = content.tell()
     if dtype.hasobject or dtype.fields is not None or dtype.subdtype is not None:
@@ -78,5 +84,7 @@ def _member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo, key: 
     if any(length < 0 for length in shape):
         raise ValueError(f"{key} has the shape {shape}")
     if begin + declared_bytes(shape, dtype) != member.file_size:
-        raise ValueError(f"{key} has the shape {shape} of {dtype}, and {member.file_size:,} bytes")
+        raise ValueError(
+            f"{key} has {member.file_size:,} bytes, which do not fit its shape {shape} of {dtype}"
+        )
     return Stored(shape, dtype, load)

@@ -1,4 +1,4 @@
-"""Arrays that are still in their file, and the one error for every way in which a file can be damaged."""
+"""Arrays that are still in their file, and the one error for all damaged files."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -14,25 +14,25 @@ from mopo_fast.utils.machine import available_memory, map_mode
 
 Array = npt.NDArray[Any]
 
-MOST_ARRAYS = 10_000
-"""Objects of one file; D4RL's have about 50."""
+MAX_OBJECTS = 10_000
+"""Most objects in one file; D4RL's files have about 50."""
 
 SLACK = 1 << 20
-"""Bytes that a file may declare without holding them: fill values, and archives of next to nothing."""
+"""Bytes that a file may declare beyond the ones it holds, for fill values and tiny archives."""
 
 DEFLATE_RATIO = 1032
-"""The most that deflate (gzip, zip) expands a byte; lzf expands less."""
+"""Most bytes that deflate (gzip, zip) makes of one byte; lzf makes fewer."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """An array in a file, described without being read.
+    """An object in a file, described without reading its values.
 
     Attributes:
-        shape: None for what is no array, such as a group.
-        dtype: None likewise; of kind "O" for texts of any length.
-        load: reads it.
-        offset: where an uncompressed array begins in the file, in bytes; None for any other.
+        shape: shape of the array; None for other objects, such as groups.
+        dtype: type of the elements, of kind "O" for texts of any length; None for other objects.
+        load: function that reads the array.
+        offset: position of an uncompressed array in the file, in bytes; None for other arrays.
     """
 
     shape: tuple[int, ...] | None
@@ -42,25 +42,26 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
+        """Size of the array in memory, in bytes."""
         return declared_bytes(self.shape, self.dtype)
 
     @property
     def kind(self) -> str:
-        """NumPy's letter for the kind of element; "" for what is no array."""
+        """NumPy's letter for the kind of the elements; "" for objects that are not arrays."""
         return "" if self.dtype is None else self.dtype.kind
 
     def map(self, path: Path) -> Array:
-        """The array in the file itself, which is read where it is used; it must have an offset.
+        """Map the array into memory. The file is read where the array is used.
 
-        What is written to it stays in this process, see `map_mode`.
+        The array must have an offset. Changes to it stay in this process, see `map_mode`.
         """
-        # Its types refuse what a described array has.
+        # numpy's type stubs do not accept these arguments.
         memmap: Any = np.memmap
         mapped: Array
         try:
             mapped = memmap(path, self.dtype, map_mode(), self.offset, self.shape)
         except OSError:
-            # Linux promises nobody a copy of a file that is larger than all its memory.
+            # Linux refuses a private mapping of a file that is larger than its memory.
             mapped = memmap(path, self.dtype, "r", self.offset, self.shape)
         return mapped
 
@@ -69,7 +70,7 @@ class Stored:
 
 
 def declared_bytes(shape: tuple[int, ...] | None, dtype: np.dtype[Any] | None) -> int:
-    """The size in memory, without the overflow of NumPy's integers."""
+    """Return the size of an array in memory, in bytes. Python integers do not overflow as NumPy's do."""
     if shape is None or dtype is None:
         return 0
     size = dtype.itemsize
@@ -79,36 +80,42 @@ def declared_bytes(shape: tuple[int, ...] | None, dtype: np.dtype[Any] | None) -
 
 
 def is_kept(item: Stored) -> bool:
-    """Tell whether `item` holds numbers or one text, which is all that one format takes from another."""
+    """Tell whether `item` holds numbers or one text, the only objects that `convert` copies."""
     return item.kind in tuple("fiub") or (item.shape == () and item.kind in tuple("SUO"))
 
 
 def read_all(path: Path, file: Mapping[str, Any]) -> dict[str, Array]:
-    """Every array of numbers and every single text of an open file."""
+    """Read all arrays of numbers and all single texts of an open file."""
     kept = {key: item for key, item in file.items() if not isinstance(item, Stored) or is_kept(item)}
     check_fits(path, sum(item.nbytes for item in kept.values()), "")
     return {key: np.asarray(item) for key, item in kept.items()}
 
 
 def check_fits(source: object, size: int, otherwise: str) -> None:
-    """Raise `InputError` where `size` bytes of `source` are more than the memory that is available."""
+    """Raise `InputError` where an array or file is larger than the available memory.
+
+    Args:
+        source: name of the data, for the error.
+        size: size in memory, in bytes.
+        otherwise: advice at the end of the error, or "".
+    """
     available = available_memory()
     if size > available:
         raise InputError(
-            f"{source} does not fit into memory: it takes {size / 2**30:,.1f} GiB,"
+            f"{source} does not fit into memory: it takes {size / 2**30:,.1f} GiB, and"
             f" {available / 2**30:,.1f} GiB are available{otherwise and '; ' + otherwise}"
         )
 
 
 @contextlib.contextmanager
 def reading(path: Path, kind: str) -> Iterator[None]:
-    """Turn whatever reading a file of some kind raises into one `InputError`."""
+    """Turn every exception raised while a file is read into one `InputError` that names it."""
     try:
         yield
     except InputError:
         raise
     except MemoryError as error:
         raise InputError(f"{path} does not fit into memory ({error})") from error
-    # Libraries raise something else for each kind of damage.
+    # Libraries raise a different exception for each kind of damage.
     except Exception as error:
-        raise InputError(f"{path} is not a whole {kind} file ({error}); get or make it again") from error
+        raise InputError(f"{path} is not a whole {kind} file ({error}); download or make it again") from error

@@ -1,4 +1,4 @@
-"""Pickled lists of trajectories, as decision-transformer code keeps D4RL's sets; nothing in them is run."""
+"""Read pickled lists of trajectories, as decision-transformer code stores them; no pickled code runs."""
 
 from pathlib import Path
 
@@ -11,15 +11,16 @@ from mopo_fast.utils.pickles import Array
 
 
 def read(path: Path) -> dict[str, Array]:
-    """D4RL's arrays of a pickled list of trajectories, one after the other.
+    """Read a pickled list of trajectories, and join them to D4RL's arrays.
 
-    A trajectory is a dictionary of arrays with as many rows each: observations, actions, rewards, terminals
-    (or dones) and, if any, next_observations. One whose last row is not terminal ended by time.
+    A trajectory is a dictionary of arrays with the same number of rows: observations, actions, rewards,
+    terminals (or dones) and optionally next_observations. A trajectory whose last row is not terminal ends
+    with a time-out.
 
     Raises:
-        InputError: the pickle asks for anything but numpy arrays, or is not such a list.
+        InputError: the pickle holds anything but numpy arrays, or is not such a list.
     """
-    # Once as trajectories, once joined.
+    # Memory holds the trajectories and the joined arrays at once.
     check_fits(path, 2 * path.stat().st_size, "")
     found = pickles.load(path)
     if not isinstance(found, list) or not found or not all(isinstance(one, dict) for one in found):
@@ -36,7 +37,9 @@ def read(path: Path) -> dict[str, Array]:
             arrays["terminals" if key == ends else key].append(array)
             lengths.add(len(array))
         if len(lengths) != 1 or 0 in lengths:
-            raise InputError(f"{path}: the arrays of trajectory {number} have {sorted(lengths)} rows")
+            raise InputError(
+                f"{path}: the arrays of trajectory {number} have {sorted(lengths)} rows; they must be equal"
+            )
         timeouts = np.zeros(lengths.pop(), bool)
         timeouts[-1] = not arrays["terminals"][-1].reshape(len(timeouts), -1)[-1].any()
         arrays["timeouts"].append(timeouts)

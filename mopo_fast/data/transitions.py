@@ -1,4 +1,4 @@
-"""`Transitions`: the one form of data in this package, and the layout of its arrays."""
+"""`Transitions`, the form in which this package keeps data, and the layout of its arrays."""
 
 import dataclasses
 import math
@@ -29,8 +29,10 @@ def array_layout(
     """Return the shape of one row of an array, and the array's type.
 
     Args:
-        name: one of `ROLLOUT_ARRAYS`, or timeouts, which files have.
-        dtype: the type of floats.
+        name: one of `ROLLOUT_ARRAYS`, or "timeouts", which only files have.
+        obs_dim: size of an observation.
+        act_dim: size of an action.
+        dtype: type of floats.
     """
     shapes = {"observations": (obs_dim,), "next_observations": (obs_dim,), "actions": (act_dim,)}
     dtypes = {
@@ -46,27 +48,30 @@ def array_layout(
 def transition_bytes(
     names: Iterable[str], obs_dim: int, act_dim: int, dtype: torch.dtype = torch.float32
 ) -> int:
-    """Return the bytes of one row of the named arrays together, see `array_layout`."""
+    """Return the size of one row of the named arrays together, in bytes; arguments as in `array_layout`."""
     layouts = (array_layout(name, obs_dim, act_dim, dtype) for name in names)
     return sum(math.prod(shape) * kind.itemsize for shape, kind in layouts)
 
 
 @dataclass
 class Transitions:
-    """A set of transitions; arrays carry D4RL's names, all on one device.
+    """A set of transitions. The arrays have D4RL's names and lie on one device.
+
+    The arrays from `raw_rewards` on exist only in model rollouts.
 
     Attributes:
         observations: [n, obs_dim] float.
-        actions: [n, act_dim] float in [-1, 1], which stands for the environment's range (as in D4RL).
+        actions: [n, act_dim] float in [-1, 1], which stands for the environment's range as in D4RL.
         rewards: [n] float; in a model rollout raw_rewards - penalty_coef * penalties.
-        next_observations: [n, obs_dim] float: the true successor.
-        terminals: [n] bool: the episode ended here, time limits not counted.
-        raw_rewards, penalties: [n] float, model rollouts only.
-        members: [n] int32, the ensemble member drawn; -1 where the mean was taken.
-        rollout_index: [n] int64, the row number of the start state.
-        step: [n] int32, steps since the start state.
-        name: what the data is called.
-        info: anything else worth keeping: source, counts, how it was made.
+        next_observations: [n, obs_dim] float, the true successors.
+        terminals: [n] bool, True where the episode ended, except by a time limit.
+        raw_rewards: [n] float, rewards without the penalty.
+        penalties: [n] float.
+        members: [n] int32, index of the ensemble member that was drawn, or -1 where the mean was taken.
+        rollout_index: [n] int64, row of the start state.
+        step: [n] int32, number of steps since the start state.
+        name: name of the data.
+        info: further facts about the data, such as source and counts.
     """
 
     observations: torch.Tensor
@@ -87,38 +92,41 @@ class Transitions:
 
     @property
     def obs_dim(self) -> int:
+        """Size of an observation."""
         return self.observations.shape[1]
 
     @property
     def act_dim(self) -> int:
+        """Size of an action."""
         return self.actions.shape[1]
 
     @property
     def device(self) -> torch.device:
+        """Device of the arrays."""
         return self.observations.device
 
     def arrays(self) -> dict[str, torch.Tensor]:
-        """Return every array that is there, by name."""
+        """Return all arrays that exist, by name."""
         return {name: getattr(self, name) for name in ROLLOUT_ARRAYS if getattr(self, name) is not None}
 
     def _map(self, function: Any) -> "Transitions":
         return dataclasses.replace(self, **{name: function(array) for name, array in self.arrays().items()})
 
     def __getitem__(self, index: Any) -> "Transitions":
-        """The transitions at `index`: a slice, a mask or indices (not a single number)."""
+        """Return the transitions at `index`: a slice, a mask or indices, but not a single number."""
         if isinstance(index, int):
             raise TypeError("index Transitions with a slice, a mask or indices; for one row use [i : i + 1]")
         return self._map(lambda array: array[index])
 
     def to(self, device: torch.device | str) -> "Transitions":
-        """Return the same transitions on `device`; no copy where they are there already."""
+        """Return the transitions on `device`. Arrays that are there already are not copied."""
         return self._map(lambda array: array.to(device))
 
     def validate(self) -> "Transitions":
-        """Check names, shapes, types and finiteness; return self.
+        """Check shapes, types and finiteness, and return self.
 
         Raises:
-            InputError: names the array and, for a bad value, its row.
+            InputError: an array does not fit. The message names the array and the row of a bad value.
         """
         where = f"{self.name}: " if self.name else ""
         for name in ("observations", "actions", "next_observations"):
@@ -126,7 +134,7 @@ class Transitions:
             if array.ndim != 2 or array.shape[1] == 0:
                 raise InputError(f"{where}{name} must be [n, dim], got shape {tuple(array.shape)}")
         if len(self) == 0:
-            raise InputError(f"{where}there are no transitions")
+            raise InputError(f"{where}there are no transitions; give at least one")
         if self.next_observations.shape != self.observations.shape:
             raise InputError(
                 f"{where}next_observations has shape {tuple(self.next_observations.shape)},"
@@ -134,20 +142,25 @@ class Transitions:
             )
         for name, array in self.arrays().items():
             if array.shape[0] != len(self):
-                raise InputError(f"{where}{name} has {array.shape[0]} rows, observations {len(self)}")
+                raise InputError(
+                    f"{where}{name} has {array.shape[0]} rows, observations {len(self)}; they must be equal"
+                )
             if name not in ("observations", "actions", "next_observations") and array.ndim != 1:
                 raise InputError(f"{where}{name} must be [n], got shape {tuple(array.shape)}")
             if array.is_floating_point():
                 row = first_not_finite(array)
                 if row is not None:
-                    raise InputError(f"{where}{name} is not finite at row {row}; drop or mend such rows")
+                    raise InputError(f"{where}{name} is not finite at row {row}; drop or correct such rows")
         if self.terminals.dtype != torch.bool:
             raise InputError(f"{where}terminals must be bool, got {self.terminals.dtype}")
         return self
 
 
 def first_not_finite(array: torch.Tensor) -> int | None:
-    """Return the first row with a value that is not finite; a block at a time, for arrays in files."""
+    """Return the first row with a value that is not finite, or None.
+
+    The array is read block by block, since it may be mapped from a file that is larger than the memory.
+    """
     size = max(1, 2**20 // max(1, array[:1].numel()))
     for number, block in enumerate(array.split(size)):
         finite = torch.isfinite(block)

@@ -1,8 +1,8 @@
-"""A run's checkpoint: all that its next epoch depends on.
+"""Checkpoints: everything that the next epoch of a run depends on.
 
-Every epoch's randomness depends on (seed, epoch) alone, and a rollout on (ensemble, policy, start states,
-seed). So a checkpoint keeps, in place of the model buffer, the policies that filled it, and a resumed run
-makes the same rows again.
+Random numbers depend on (seed, epoch) alone, and a rollout on (ensemble, policy, start states, seed). A
+checkpoint therefore keeps the policies that filled the model buffer, and not the buffer. A resumed run
+generates the same rows again.
 """
 
 import contextlib
@@ -21,7 +21,8 @@ from typing_extensions import TypedDict
 from mopo_fast.config import RunConfig
 from mopo_fast.errors import InputError
 from mopo_fast.evaluate import Evaluation
-from mopo_fast.run.folder import COLUMNS, EVALUATED, SpentSeconds, shorten
+from mopo_fast.run.folder import SpentSeconds, shorten
+from mopo_fast.run.log import COLUMNS, EVALUATION_COLUMNS
 from mopo_fast.utils.atomic import parse_json_as
 from mopo_fast.utils.kinds import Count, Number
 from mopo_fast.utils.tensors import load_metadata, load_tensors, save_tensors
@@ -32,12 +33,12 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Rollout:
-    """An epoch with rows in the model buffer.
+    """The rows of one epoch in the model buffer.
 
     Attributes:
-        epoch: its number, from 1.
-        head: the row of the buffer where its first row is.
-        rows: how many it has.
+        epoch: number of the epoch, from 1.
+        head: index of its first row in the buffer.
+        rows: number of its rows.
     """
 
     epoch: Count
@@ -46,7 +47,7 @@ class Rollout:
 
 
 class Backends(TypedDict):
-    """The backends that a run has begun with, and keeps."""
+    """Names of the backends that a run began with. It keeps them when it is resumed."""
 
     rollout: str
     sac: str
@@ -54,14 +55,17 @@ class Backends(TypedDict):
 
 @dataclass(frozen=True)
 class State:
-    """The state of a run's training between two epochs, the tensors left out.
+    """The state of a run's training between two epochs, except its tensors.
 
     Attributes:
-        epoch: epochs made.
-        evaluation: the last one that is there.
-        rollouts: those that filled the buffer.
-        pending: rows of progress.csv that wait, and whether each has a policy that is to be evaluated.
-        data_sha256, dynamics_sha256: digests of the data and the ensemble that it belongs to.
+        epoch: number of finished epochs.
+        seconds: seconds that the training has taken so far.
+        evaluation: latest finished evaluation.
+        rollouts: rollouts whose rows are in the buffer, oldest first.
+        pending: rows of progress.csv that are not written yet, each with True where an evaluation is due.
+        backends: backends that the run began with.
+        data_sha256: digest of the run's data.
+        dynamics_sha256: digest of the run's ensemble.
     """
 
     epoch: Count
@@ -75,11 +79,13 @@ class State:
 
 
 def save_checkpoint(out: Path, state: State, tensors: Mapping[str, Tensors]) -> None:
-    """Write a checkpoint to a run's folder, then remove older ones.
+    """Write a checkpoint to a run's folder, then remove the older ones.
 
     Args:
-        tensors: "sac": what `SAC.state` returns; "policy.EPOCH": the actor's parameters that made a rollout;
-            "evaluated.EPOCH": those that are to be evaluated.
+        out: the run's folder.
+        state: the state after the epoch.
+        tensors: groups of tensors. "sac" is the result of `SAC.state`, "policy.EPOCH" the actor that made the
+            rollout of an epoch, "evaluated.EPOCH" the actor that is to be evaluated for an epoch.
     """
     path = out / "checkpoint" / f"epoch-{state.epoch:06}.safetensors"
     flat = {f"{prefix}.{name}": tensor for prefix, some in tensors.items() for name, tensor in some.items()}
@@ -95,21 +101,21 @@ def last_checkpoint(out: Path) -> Path | None:
 
 
 def remove_older(checkpoint: Path) -> None:
-    """Remove all checkpoints beside this one."""
+    """Remove all other checkpoints from the folder of this one."""
     for path in _checkpoints(checkpoint.parent).values():
         if path != checkpoint:
             path.unlink()
 
 
 def _checkpoints(folder: Path) -> dict[int, Path]:
-    """Return the checkpoints in a folder by their epochs."""
+    """Return the checkpoints in a folder, with their epochs as keys."""
     names = {path: re.fullmatch(r"epoch-(\d{6,})\.safetensors", path.name) for path in folder.glob("epoch-*")}
     return {int(match[1]): path for path, match in names.items() if match}
 
 
 @contextlib.contextmanager
-def deletable(path: Path) -> Iterator[None]:
-    """Add to an `InputError` that the run can do without this checkpoint."""
+def suggest_deleting(path: Path) -> Iterator[None]:
+    """Add to an `InputError` that the run can be trained again without this checkpoint."""
     try:
         yield
     except InputError as error:
@@ -119,57 +125,72 @@ def deletable(path: Path) -> Iterator[None]:
 def load_checkpoint(
     path: Path, config: RunConfig, data_sha256: str, dynamics_sha256: str
 ) -> tuple[State, Tensors]:
-    """Read what `save_checkpoint` wrote; the tensors' names begin with their prefixes.
+    """Read a checkpoint that `save_checkpoint` wrote.
+
+    Args:
+        path: file of the checkpoint.
+        config: settings of the run.
+        data_sha256: digest of the run's data.
+        dynamics_sha256: digest of the run's ensemble.
+
+    Returns:
+        The state, and all tensors under the names GROUP.NAME.
 
     Raises:
-        InputError: the file is truncated or garbled, or belongs to other data or dynamics, or no run of this
-            config leaves it.
+        InputError: the file is truncated or garbled, belongs to other data or dynamics, or holds a state that
+            a run with this config cannot have.
     """
-    with deletable(path):
+    with suggest_deleting(path):
         tensors, values = load_tensors(path), load_metadata(path).get("state", "{}")
     version = parse_json_as(values, dict[str, Any], path).get("format_version")
     if version != FORMAT_VERSION:
-        raise InputError(f"{path} has format_version {shorten(version)}, this package reads {FORMAT_VERSION}")
+        raise InputError(
+            f"{path} has format_version {shorten(version)}, this package reads {FORMAT_VERSION}; resume with"
+            " the version of mopo_fast that wrote it"
+        )
     state = parse_json_as(values, State, path)
     if state.data_sha256 != data_sha256:
-        raise InputError(f"{config.dataset} is not the data that {path} was made with; bring that data back")
+        raise InputError(f"{path} was made with other data than {config.dataset}; restore the original data")
     if state.dynamics_sha256 != dynamics_sha256:
         raise InputError(
-            f"the dynamics beside {path.parent} are not those that {path} was made with;"
-            " resume with the dynamics that the run began with"
+            f"{path} was made with another ensemble than the one in {path.parent.parent}; restore that"
+            " ensemble's files"
         )
-    with deletable(path):
+    with suggest_deleting(path):
         _check_state(path, state, config)
     return state, tensors
 
 
-def within(tensors: Tensors, prefix: str) -> Tensors:
-    """Return the tensors under a prefix, by their names without it."""
-    whole = f"{prefix}."
-    return {name.removeprefix(whole): tensor for name, tensor in tensors.items() if name.startswith(whole)}
+def select_group(tensors: Tensors, group: str) -> Tensors:
+    """Return the tensors of a group, under their own names."""
+    prefix = f"{group}."
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _check_state(path: Path, state: State, config: RunConfig) -> None:
-    """Refuse values that no run of this config leaves."""
+    """Raise `InputError` for a state that a run with this config cannot have."""
     if _checkpoints(path.parent).get(state.epoch) != path or not 1 <= state.epoch <= config.epochs:
-        raise InputError(f"{path} holds epoch {state.epoch}, which its name or the run does not have")
+        raise InputError(
+            f"{path} holds epoch {state.epoch}, which does not fit its name or the run's {config.epochs}"
+            " epochs"
+        )
     capacity = config.rollout.buffer_rows
-    first, most = state.rollouts[0], capacity // config.rollout.retain_epochs
+    first, max_rows = state.rollouts[0], capacity // config.rollout.retain_epochs
     head = first.head
-    for number, made in enumerate(state.rollouts, start=1 + state.epoch - len(state.rollouts)):
-        if (made.epoch, made.head) != (number, head) or not 1 <= made.rows <= most:
-            raise InputError(f"{path}: the rollouts that filled the buffer do not follow each other")
-        head = (head + made.rows) % capacity
+    for epoch, rollout in enumerate(state.rollouts, start=1 + state.epoch - len(state.rollouts)):
+        if (rollout.epoch, rollout.head) != (epoch, head) or not 1 <= rollout.rows <= max_rows:
+            raise InputError(f"{path}: the rollouts that filled the buffer do not follow one another")
+        head = (head + rollout.rows) % capacity
     if not 0 <= first.head < capacity or first.epoch < 1:
         raise InputError(f"{path}: the buffer has no row {first.head}")
-    # Rows were overwritten by later ones alone.
-    rows = sum(made.rows for made in state.rollouts)
+    # The first epoch begins at row 0. Its rollout is dropped only when later ones fill the whole buffer.
+    rows = sum(rollout.rows for rollout in state.rollouts)
     if not (first.head == 0 if first.epoch == 1 else rows >= capacity):
-        raise InputError(f"{path}: rollouts are missing of those that filled the buffer")
-    known = COLUMNS.keys() - set(EVALUATED)
-    for number, (row, _) in enumerate(state.pending, start=1 + state.epoch - len(state.pending)):
-        expected = number, config.updates_after(number)
-        if row.keys() != known or (row["epoch"], row["updates"]) != expected or number < 1:
-            raise InputError(f"{path}: its rows of progress.csv do not follow each other")
+        raise InputError(f"{path}: some of the rollouts that filled the buffer are missing")
+    names = COLUMNS.keys() - set(EVALUATION_COLUMNS)
+    for epoch, (row, _) in enumerate(state.pending, start=1 + state.epoch - len(state.pending)):
+        expected = epoch, config.updates_after(epoch)
+        if row.keys() != names or (row["epoch"], row["updates"]) != expected or epoch < 1:
+            raise InputError(f"{path}: its rows of progress.csv do not follow one another")
     if state.epoch == config.epochs and not (state.evaluation or (state.pending and state.pending[-1][1])):
-        raise InputError(f"{path}: the last policy was not evaluated")
+        raise InputError(f"{path} lacks the evaluation of the last policy")

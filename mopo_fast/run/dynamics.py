@@ -1,4 +1,4 @@
-"""A run's ensemble: fitted in its folder, or copied from another."""
+"""The ensemble of a run, fitted in its folder or copied from another folder."""
 
 import os
 import stat
@@ -19,11 +19,18 @@ from mopo_fast.utils.atomic import read_json, write_json
 
 
 def make_dynamics(config: RunConfig, out: Path, data: Transitions, data_digest: str, quiet: bool) -> None:
-    """Fit the run's ensemble, or copy it from `config.dynamics_from`, where its folder has none yet.
+    """Fit the ensemble of a run, or copy it from `config.dynamics_from`, unless its folder has one.
+
+    Args:
+        config: settings of the run.
+        out: folder of the run.
+        data: transitions to fit.
+        data_digest: their `data_sha256`.
+        quiet: show no progress bar.
 
     Raises:
-        InputError: the fit in the folder is of other data, another seed or another config, or as
-            `fit_and_save`.
+        InputError: the fit in the folder has other data, another seed or another config, or `fit_and_save`
+            raised it.
     """
     if config.dynamics_from is not None:
         if last_checkpoint(out) is None:
@@ -41,34 +48,43 @@ def make_dynamics(config: RunConfig, out: Path, data: Transitions, data_digest: 
             quiet=quiet,
         )
     fit = read_fit(out)
-    ours = {"data_sha256": data_digest, "seed": config.seed, "config": as_json(config.dynamics)}
-    difference = first_difference({name: fit.get(name) for name in ours}, ours)
+    current = {"data_sha256": data_digest, "seed": config.seed, "config": as_json(config.dynamics)}
+    difference = first_difference({name: fit.get(name) for name in current}, current)
     if difference:
         raise InputError(f"{out / 'fit.json'} was made with {difference}; choose another --out")
-    # Still there where a run was killed between the two.
+    # A run that was killed right after the fit has left its checkpoint.
     fit_checkpoint(out).unlink(missing_ok=True)
 
 
 def read_dynamics(source: Path) -> tuple[EnsembleDynamics, Any]:
-    """Read an ensemble and its fit.json; None for that of an ensemble that was not fitted here.
+    """Read an ensemble and its fit.json.
+
+    Returns:
+        The ensemble, and the contents of fit.json or None where there is no such file, as for an ensemble
+        that other code has fitted.
 
     Raises:
-        InputError: a file is missing or not sound, or it is a link, which could lead to anything.
+        InputError: a file is missing, damaged, or a link, which could lead anywhere.
     """
     for name in ("dynamics.safetensors", "dynamics.json", "fit.json"):
         path = source / name
         if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
-            raise InputError(f"{path} is a link or no regular file; give a folder that holds the file itself")
+            raise InputError(
+                f"{path} is not a regular file; give a folder that holds the file itself, not a link to it"
+            )
     ensemble, fit = EnsembleDynamics.load(source), None
     if (source / "fit.json").exists():
         read_fit(source)
-        # All of it, in its order, so that the copy has the same bytes.
+        # `read_fit` checks and picks keys. The copy keeps all of them in their order, to have the same bytes.
         fit = read_json(source / "fit.json")
     return ensemble, fit
 
 
 def copy_fit(source: Path, out: Path) -> None:
-    """Write what the files of a fit hold into `out`, fit.json last: where it is, the fit is whole."""
+    """Copy the files of a fit from `source` to `out`.
+
+    fit.json is written last, so that a folder with this file holds the whole fit.
+    """
     ensemble, fit = read_dynamics(source)
     ensemble.save(out)
     if fit is not None:
@@ -76,5 +92,5 @@ def copy_fit(source: Path, out: Path) -> None:
 
 
 def training_backend(config: TrainConfig) -> str:
-    """Choose the backend of a run's fit and SAC."""
+    """Return the name of the backend that trains the ensemble and SAC of a run."""
     return choose_for_run(config.backend, torch.device(config.device))

@@ -1,6 +1,14 @@
-"""A run's log: progress.csv and TensorBoard's events, a row an epoch; and its clock."""
+"""The log of a run, one row per epoch in progress.csv and in TensorBoard's event files; and its clock.
+
+Both are read with suspicion: a run's folder may have come from anywhere.
+"""
 
 import contextlib
+import csv
+import io
+import os
+import re
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -9,45 +17,220 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
+from mopo_fast.errors import InputError
 from mopo_fast.evaluate import Evaluation
-from mopo_fast.run.folder import COLUMNS, EVALUATED, Board, append_row, cut_back
+from mopo_fast.fit import read_fit
+from mopo_fast.sac import METRICS
+from mopo_fast.utils.atomic import atomic_path
 
-# Epochs at most whose evaluations are not there yet.
+# Columns of progress.csv that an evaluation fills.
+EVALUATION_COLUMNS = ("score_mean", "score_std", "return_mean", "return_std", "scored_by")
+
+# Columns of progress.csv, each with its group of curves in TensorBoard; "" keeps a column out of TensorBoard.
+COLUMNS = {
+    "epoch": "",
+    "updates": "",
+    **dict.fromkeys(("seconds_rollout", "seconds_sac", "seconds_evaluate", "seconds_total"), "time"),
+    **dict.fromkeys(EVALUATION_COLUMNS, "evaluation"),
+    "scored_by": "",
+    **dict.fromkeys(METRICS, "sac"),
+    **dict.fromkeys(
+        ("rows", "penalty", "raw_reward", "terminal_share", "non_finite", "buffer_size"), "rollout"
+    ),
+}
+
+# Most rows that wait for an evaluation; the training waits where there would be more.
 _PENDING = 20
 
 
 class Clock:
-    """The seconds that a run takes, the time between its sessions left out.
+    """Measures the seconds that a run takes. The time between two sessions does not count.
 
     Attributes:
-        started: when it began, by `time.perf_counter`, as if there had been one session.
-        seconds: spent so far on rollout, sac and evaluate.
+        started: value of `time.perf_counter` at which the run would have begun without any interruption.
+        seconds: seconds spent so far on each of "rollout", "sac" and "evaluate".
     """
 
     def __init__(self, started: float) -> None:
         self.started, self.seconds = started, {"rollout": 0.0, "sac": 0.0, "evaluate": 0.0}
 
     def elapsed(self) -> float:
-        """Return the seconds since the run's start."""
+        """Return the seconds that the run has taken so far."""
         return time.perf_counter() - self.started
 
     @contextlib.contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        """Add the seconds spent inside to a part's."""
+        """Add the seconds spent in the `with` block to `part`."""
         started = time.perf_counter()
         yield
         self.seconds[part] += time.perf_counter() - started
 
 
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Append one row to progress.csv; a new file begins with the header."""
+    # A folder from elsewhere may hold a link, which must not be followed.
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    with os.fdopen(handle, "a", newline="") as file:
+        writer = csv.DictWriter(file, list(COLUMNS))
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerow(row)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Read the rows of a progress.csv, each as a dictionary with the header's keys.
+
+    A last line without an end is still being written and is left out.
+
+    Raises:
+        InputError: the file is missing, is not CSV, or has a row of another length than the header.
+    """
+    header, *rows = _parse(path, _whole_lines(path)) or [[]]
+    if any(len(row) != len(header) for row in rows):
+        raise InputError(
+            f"{path} has a row that does not fit the {len(header)} columns of its header; restore the file"
+        )
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def cut_back(path: Path, epochs: int) -> None:
+    """Remove all rows of progress.csv after the first `epochs` ones.
+
+    Raises:
+        InputError: the file does not hold the rows of these epochs.
+    """
+    if not epochs:
+        path.unlink(missing_ok=True)
+        return
+    kept = _whole_lines(path)[: 1 + epochs]
+    header, *rows = _parse(path, kept) or [[]]
+    found = [row[0] for row in rows if len(row) == len(COLUMNS)]
+    if header != list(COLUMNS) or found != [str(1 + epoch) for epoch in range(epochs)]:
+        raise InputError(
+            f"{path} does not hold epochs 1 to {epochs}, which came before the checkpoint; restore the file,"
+            " or delete the run's folder to train from the start"
+        )
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(kept), newline="")
+
+
+def _whole_lines(path: Path) -> list[str]:
+    if not path.is_file():
+        raise InputError(f"{path} is not a regular file" if path.exists() else f"{path} does not exist")
+    try:
+        lines = list(io.StringIO(path.read_bytes().decode(), newline="\n"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not a readable CSV file ({error})") from error
+    return lines if not lines or lines[-1].endswith("\n") else lines[:-1]
+
+
+def _parse(path: Path, lines: list[str]) -> list[list[str]]:
+    try:
+        return list(csv.reader(lines, strict=True))
+    except csv.Error as error:
+        raise InputError(f"{path} is not a readable CSV file ({error})") from error
+
+
+class Board:
+    """Writes TensorBoard's event file of one session, in the caller's thread.
+
+    torch's `SummaryWriter` writes in a thread of its own. On a full disk that thread prints a traceback, and
+    the run goes on without its log.
+
+    Args:
+        folder: folder of the event file; created if it is missing.
+        purge_step: first step whose values from earlier sessions TensorBoard is to discard.
+
+    Raises:
+        OSError: the file cannot be written. Every method may raise it too.
+    """
+
+    def __init__(self, folder: Path, purge_step: int | None = None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        _wait_for_new_second(folder)
+        name = f"events.out.tfevents.{int(time.time()):010}.{socket.gethostname()}.{os.getpid()}"
+        self._file = (folder / name).open("xb")
+        self._records = RecordWriter(self._file)
+        try:
+            self._write(Event(file_version="brain.Event:2"))
+            if purge_step is not None:
+                self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+            self.flush()
+        except OSError:
+            with contextlib.suppress(OSError):
+                self.close()
+            raise
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        """Log one value."""
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
+        self._write(Event(step=step, summary=summary))
+
+    def add_row(self, row: dict[str, Any]) -> None:
+        """Log the numbers of a row of progress.csv."""
+        for name, group in COLUMNS.items():
+            if row[name] is not None and group:
+                self.add_scalar(f"{group}/{name}", row[name], row["updates"])
+        self.flush()
+
+    def flush(self) -> None:
+        """Hand all logged values to the operating system."""
+        self._file.flush()
+
+    def close(self) -> None:
+        """Flush and close the file."""
+        self._file.close()
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._records.write(event.SerializeToString())
+
+
+def event_files(folder: Path) -> dict[Path, int]:
+    """Return TensorBoard's event files in `folder`, each with the Unix time in its name."""
+    names = {path: re.match(r"events\.out\.tfevents\.(\d+)\.", path.name) for path in folder.glob("events.*")}
+    return {path: int(match[1]) for path, match in names.items() if match}
+
+
+def _wait_for_new_second(folder: Path) -> None:
+    """Wait until a new file's name sorts behind those in `folder`.
+
+    TensorBoard reads event files in the order of their names, which begin with a time in whole seconds.
+    """
+    latest = max(event_files(folder).values(), default=0)
+    time.sleep(min(1.0, max(0.0, latest + 1 - time.time())))
+
+
+def log_fit(out: Path) -> None:
+    """Write the fit's curves to TensorBoard.
+
+    They are a run of their own, in the subfolder tensorboard-fit: their steps are epochs of the fit.
+    """
+    fit, folder = read_fit(out), out / "tensorboard-fit"
+    # A session that was killed before its first checkpoint has left its own.
+    for events in event_files(folder):
+        events.unlink()
+    with contextlib.closing(Board(folder)) as board:
+        for epoch, errors in enumerate(fit["holdout_mse"]):
+            for member, error in enumerate(errors):
+                board.add_scalar(f"holdout_mse/member_{member}", error, epoch)
+            board.add_scalar("train_loss", fit["train_loss"][epoch], epoch)
+
+
 @dataclass(eq=False)
 class Pending:
-    """A row of progress.csv that waits for its policy's evaluation, or for an earlier row's.
+    """A row of progress.csv that waits for its own evaluation or for an earlier row.
 
     Attributes:
-        row: all of it but the evaluation.
-        policy: the actor's parameters to be evaluated; None: it is not evaluated.
-        evaluation: the evaluation of these, at work.
+        row: values of all columns except `EVALUATION_COLUMNS`.
+        policy: parameters of the actor to evaluate, or None where the epoch has no evaluation.
+        evaluation: future result of that evaluation.
     """
 
     row: dict[str, Any]
@@ -56,15 +239,17 @@ class Pending:
 
 
 class Log:
-    """The rows of a run's epochs, written in order, each once its evaluation is there.
+    """Writes the rows of a run's epochs, in order, each as soon as its evaluation is finished.
 
     Args:
-        scored_by: "environment" or "model".
+        out: the run's folder.
+        clock: the run's clock, which counts the time spent on waiting for evaluations.
+        scored_by: "environment" or "model", which evaluates the policies.
 
     Attributes:
-        pending: rows that are not written yet.
-        evaluation: the last one that is there.
-        row: the last epoch's, without its evaluation.
+        pending: rows that are not written yet, in order.
+        evaluation: latest finished evaluation.
+        row: row of the latest epoch, without its evaluation.
     """
 
     def __init__(self, out: Path, clock: Clock, scored_by: str) -> None:
@@ -74,19 +259,22 @@ class Log:
         self.row: dict[str, Any] | None = None
 
     def open(self, epoch: int, updates: int) -> None:
-        """Go on after so many epochs and updates: what an earlier session wrote beyond them is dropped."""
+        """Open the files for a run that has made so many epochs and updates.
+
+        Rows that an earlier session wrote after that point are removed.
+        """
         cut_back(self.out / "progress.csv", epoch - len(self.pending))
         step = self.pending[0].row["updates"] if self.pending else updates + 1
         self.board = Board(self.out, purge_step=step)
 
     def add(self, pending: Pending) -> None:
-        """Append a row, and write those that are ready."""
+        """Add a row, and write all rows that are ready."""
         self.row = pending.row
         self.pending.append(pending)
         self.write(waiting=_PENDING)
 
     def write(self, waiting: int = 0) -> None:
-        """Write the rows whose evaluations are there; at most `waiting` are left."""
+        """Write the rows that are ready, and wait for more until at most `waiting` are left."""
         while self.pending:
             first, found = self.pending[0], None
             if first.evaluation is not None:
@@ -94,12 +282,12 @@ class Log:
                     break
                 with self.clock("evaluate"):
                     found = self.evaluation = first.evaluation.result()
-            row = first.row | {name: getattr(found, name, None) for name in EVALUATED}
+            row = first.row | {name: getattr(found, name, None) for name in EVALUATION_COLUMNS}
             row["scored_by"] = self.scored_by if found else None
             append_row(self.out / "progress.csv", {name: row[name] for name in COLUMNS})
             self.board.add_row(row)
             del self.pending[0]
 
     def close(self) -> None:
-        """End the session's event file."""
+        """Close the session's event file."""
         self.board.close()

@@ -40,8 +40,8 @@ from mopo_fast.run.folder import (
     as_json,
     check_folder,
     first_difference,
-    mendable,
     read_summary,
+    suggest_resuming,
     write_config,
 )
 from mopo_fast.run.resolve import load_data, resolve
@@ -313,7 +313,7 @@ def train_many(
         data, task = None, resolved[0][1]
         if unfinished := {out: config for out, config in runs.items() if not (out / "summary.json").exists()}:
             data = load_data(next(iter(unfinished.values())), task, memory_map=memory_map, quiet=quiet)
-            with mendable(*unfinished):
+            with suggest_resuming(*unfinished):
                 _train_all(unfinished, task, data, started, quiet)
         for out in runs:
             if not (out / "report.html").exists():

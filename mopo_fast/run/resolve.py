@@ -1,4 +1,4 @@
-"""A run's settings, filled in and checked before anything is written; and what a run is made of by them."""
+"""Complete and check the settings of a run before it writes anything, and build its parts from them."""
 
 import dataclasses
 from pathlib import Path
@@ -18,18 +18,23 @@ from mopo_fast.utils.machine import check_device, check_memory
 
 
 def resolve(config: TrainConfig, out: Path | None = None) -> tuple[RunConfig, Task]:
-    """Fill in task, horizon and penalty_coef, and check everything; return the task too.
+    """Fill in the task, the horizon and the penalty coefficient, and check all settings.
 
     Args:
-        out: the run's folder; with a checkpoint there, its own copy of the dynamics is what counts.
+        config: settings of the run, as the user gave them.
+        out: folder of the run. If it holds a checkpoint, the ensemble there is checked and not the one in
+            `config.dynamics_from`.
+
+    Returns:
+        The complete settings and the task.
 
     Raises:
-        InputError: a setting is unknown or out of range, or what it asks for is not available here.
+        InputError: a setting is unknown or out of range, or asks for something that this machine lacks.
     """
     config, task = _fill_in(config)
     config.validate()
     check_device(config.device)
-    # Made once now, so that their errors come before the data set is read and the ensemble fitted.
+    # Building the engine and SAC once brings their errors before the data set is read and the model fitted.
     make_engine(config, task, _ensemble(config, task, out), config.backend)
     _check_memory(config, task)
     make_sac(config, task, training_backend(config))
@@ -37,21 +42,21 @@ def resolve(config: TrainConfig, out: Path | None = None) -> tuple[RunConfig, Ta
 
 
 def load_data(config: RunConfig, task: Task, *, memory_map: bool, quiet: bool) -> Transitions:
-    """Load a run's data set.
+    """Load the data set of a run.
 
     Raises:
-        InputError: it cannot be read, or a run of this config cannot be made of it.
+        InputError: the data set cannot be read, or does not fit the task or the config.
     """
     data = load_dataset(config.dataset, memory_map=memory_map, quiet=quiet)
     if (data.obs_dim, data.act_dim) != (task.obs_dim, task.act_dim):
         raise InputError(
             f"{config.dataset} has {data.obs_dim} observation and {data.act_dim} action dimensions, the"
-            f" task {task.name} has {task.obs_dim} and {task.act_dim}; name its own task with --task"
+            f" task {task.name} has {task.obs_dim} and {task.act_dim}; give the data set's own task by --task"
         )
-    most = max(map(abs, map(float, data.actions.aminmax())))
-    if most > 1.0 + 1e-3:
+    largest = max(map(abs, map(float, data.actions.aminmax())))
+    if largest > 1.0 + 1e-3:
         raise InputError(
-            f"{config.dataset}: actions reach {most:.4g}; scale the environment's range to [-1, 1]"
+            f"{config.dataset} has actions up to {largest:.4g}; scale the environment's range to [-1, 1]"
         )
     if config.dynamics_from is None:
         count_holdout(len(data), config.dynamics)
@@ -63,7 +68,7 @@ def _fill_in(config: TrainConfig) -> tuple[RunConfig, Task]:
         named_task, tier = parse_dataset_name(Path(config.dataset).stem)
     except InputError:
         if config.task is None:
-            # A data set that is not there at all is the likelier mistake.
+            # The likelier mistake is a data set that does not exist, and its error says more.
             find_dataset(config.dataset)
             raise
         named_task, tier = config.task, None
@@ -80,7 +85,7 @@ def _fill_in(config: TrainConfig) -> tuple[RunConfig, Task]:
 
 
 def _ensemble(config: RunConfig, task: Task, out: Path | None) -> EnsembleDynamics:
-    """Return an ensemble of the shape that the run's will have."""
+    """Return an ensemble of the same shape as the run's."""
     if config.dynamics_from is None:
         check_fit_memory(config.dynamics, config.device)
         return make_ensemble(task.obs_dim, task.act_dim, config.dynamics).to(config.device)
@@ -92,14 +97,15 @@ def _ensemble(config: RunConfig, task: Task, out: Path | None) -> EnsembleDynami
     if (ensemble.obs_dim, ensemble.act_dim) != (task.obs_dim, task.act_dim):
         raise InputError(
             f"the ensemble in {folder} is for {ensemble.obs_dim} observation and {ensemble.act_dim} action"
-            f" dimensions, the task {task.name} has {task.obs_dim} and {task.act_dim}"
+            f" dimensions, the task {task.name} has {task.obs_dim} and {task.act_dim}; give an ensemble of"
+            " this task by --dynamics-from"
         )
     return ensemble
 
 
 def _check_memory(config: RunConfig, task: Task) -> None:
     sac, rollout = config.sac, config.rollout
-    # As for the fit.
+    # As in `check_fit_memory`, every value has a gradient and one or two arrays more.
     networks = 3 * mlp_bytes(1 + sac.critics, (1, *sac.hidden, 1), sac.batch_size)
     check_memory("SAC", networks, config.device, "sac.batch_size, sac.hidden or sac.critics")
     rows = rollout.buffer_rows * row_bytes(task.obs_dim, task.act_dim)
@@ -108,7 +114,7 @@ def _check_memory(config: RunConfig, task: Task) -> None:
 
 
 def make_engine(config: TrainConfig, task: Task, ensemble: EnsembleDynamics, backend: str) -> RolloutEngine:
-    """Make the engine of a run's rollouts."""
+    """Build the engine that makes the rollouts of a run."""
     rollout = config.rollout
     assert rollout.penalty_coef is not None
     return RolloutEngine(
@@ -124,7 +130,7 @@ def make_engine(config: TrainConfig, task: Task, ensemble: EnsembleDynamics, bac
 
 
 def make_sac(config: TrainConfig, task: Task, backend: str) -> SAC:
-    """Make a run's SAC as it begins."""
+    """Build SAC in its state before the first update."""
     return SAC(
         task.obs_dim,
         task.act_dim,

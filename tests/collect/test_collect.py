@@ -221,7 +221,7 @@ def test_default_folder_and_load_by_name(tmp_path: Path, monkeypatch: pytest.Mon
         ({"name": "pendulum-random"}, "cannot collect"),
         ({"name": "hopper"}, "cannot collect"),
         ({"name": ""}, "cannot collect"),
-        ({"name": "hopper-medium-replay"}, "holds all that was stored; leave out steps, got 10"),
+        ({"name": "hopper-medium-replay"}, "contains every stored transition; leave out steps, got 10"),
         ({"name": "hopper-expert", "seed": -1}, "seed must be a whole number of at least 0, got -1"),
         ({"steps": 0}, "steps must be a whole number of at least 1, got 0"),
         ({"steps": 1.5}, "steps must be"),

@@ -304,9 +304,7 @@ def test_a_broken_state_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (training / "rows-000002.safetensors").write_bytes(rows)
     tensors = load_tensors(training / "state.safetensors")
     save_tensors(training / "state.safetensors", tensors)
-    with pytest.raises(
-        InputError, match=r"state\.safetensors is not a training's state .*remove .*hopper-seed0"
-    ):
+    with pytest.raises(InputError, match=r"state\.safetensors is no checkpoint .*remove .*hopper-seed0"):
         make("hopper-expert")
 
 
@@ -382,7 +380,7 @@ class TestGarbledTraining:
     def test_rows_of_another_length(self, training: Path) -> None:
         path = training / "rows-000002.safetensors"
         tensors, _ = read_tensors(path)
-        for name, message in ("infos/qpos", "has shape"), ("odd", "it has .*odd"):
+        for name, message in ("infos/qpos", "has shape"), ("odd", "got .*odd"):
             save_tensors(path, tensors | {name: torch.zeros(61, 2)})
             with pytest.raises(InputError, match=rf"{message}.*; remove {training} to train"):
                 self.load(training)

@@ -47,7 +47,8 @@ NOTHING_ELSE = {"mopo_fast.utils": ("mopo_fast.errors",)}
 # Several runs at once are optional, so nothing that makes one run may depend on them.
 ONE_RUN = [
     *("mopo_fast.sac", "mopo_fast.fit", "mopo_fast.train", "mopo_fast.evaluate", "mopo_fast.rollout"),
-    *("mopo_fast.run.folder", "mopo_fast.run.checkpoint", "mopo_fast.run.resolve", "mopo_fast.report"),
+    *("mopo_fast.run.folder", "mopo_fast.run.log", "mopo_fast.run.checkpoint", "mopo_fast.run.dynamics"),
+    *("mopo_fast.run.resolve", "mopo_fast.report"),
 ]
 # Files or folders, and folders that they never import.
 NEVER = [

@@ -111,7 +111,7 @@ def test_time_limits_end_an_episode() -> None:
     task = dataclasses.replace(TASKS["pendulum"], env_id="HalfCheetah-v4")
     cheetah = actor_for("halfcheetah")
     assert evaluate(cheetah, TASKS["halfcheetah"], episodes=1, seed=0).lengths == (1000,)
-    with pytest.raises(InputError, match=r"takes 3 observation and gives 1 action .* has 17 and 6"):
+    with pytest.raises(InputError, match=r"has 3 observation and 1 action .* has 17 and 6"):
         evaluate(actor, task, episodes=1, seed=0)
 
 
@@ -140,7 +140,7 @@ def test_refuses_actions_that_are_not_finite() -> None:
     actor = actor_for("hopper")
     with torch.no_grad():
         actor.biases[0].fill_(float("nan"))
-    with pytest.raises(InputError, match="actions are not finite"):
+    with pytest.raises(InputError, match="gave actions that are not finite"):
         evaluate(actor, TASKS["hopper"], episodes=1, seed=0)
 
 

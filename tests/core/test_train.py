@@ -31,7 +31,7 @@ from mopo_fast.errors import InputError
 from mopo_fast.evaluate import Evaluator, evaluate
 from mopo_fast.fit import data_sha256, read_fit
 from mopo_fast.policy import Actor
-from mopo_fast.run.folder import COLUMNS, EVALUATED
+from mopo_fast.run.log import COLUMNS, EVALUATION_COLUMNS
 from mopo_fast.run.population import train_many
 from mopo_fast.run.resolve import make_engine, resolve
 from mopo_fast.tasks import BOXES, TASKS
@@ -195,7 +195,7 @@ class TestResume:
         assert list((run / "checkpoint").iterdir()) == [newest]
 
     def test_a_folder_with_a_run_needs_resume(self, finished: Path, config: TrainConfig) -> None:
-        with pytest.raises(InputError, match="holds a run already; go on with it by --resume, or choose"):
+        with pytest.raises(InputError, match="already holds a run; continue it with --resume, or choose"):
             train(config, finished, quiet=True)
 
     @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ class TestResume:
 
     def test_a_run_begins_with_its_config(self, config: TrainConfig, tmp_path: Path) -> None:
         write_config(tmp_path, config)
-        with pytest.raises(InputError, match="holds a run already"):
+        with pytest.raises(InputError, match="already holds a run"):
             train(config, tmp_path, quiet=True)
 
     def test_a_fit_by_another_seed_is_refused(self, run: Path, config: TrainConfig) -> None:
@@ -240,7 +240,7 @@ class TestResume:
                 train(config, run, resume=True, quiet=True)
             reused = dataclasses.replace(config, dynamics_from=str(run))
             write_config(run, reused)
-            with pytest.raises(InputError, match=r"is not the data that .*epoch-000003.safetensors was made"):
+            with pytest.raises(InputError, match=r"epoch-000003.safetensors was made with other data than"):
                 train(reused, run, resume=True, quiet=True)
         finally:
             path.write_bytes(original)
@@ -286,7 +286,9 @@ class TestResume:
         with torch.no_grad():
             ensemble.biases[0][0, 0] += 1e-7
         ensemble.save(run)
-        with pytest.raises(InputError, match="resume with the dynamics that the run began with"):
+        with pytest.raises(
+            InputError, match=r"made with another ensemble than the one in .*; restore that ensemble's files"
+        ):
             train(config, run, resume=True, quiet=True)
 
     @pytest.mark.parametrize("declared", ["log_scale", "absolute"])
@@ -299,7 +301,7 @@ class TestResume:
         else:
             ensemble.absolute[2] = True
         ensemble.save(run)
-        with pytest.raises(InputError, match=r"the dynamics beside .* are not those"):
+        with pytest.raises(InputError, match="was made with another ensemble"):
             train(config, run, resume=True, quiet=True)
 
 
@@ -373,7 +375,7 @@ class TestReuse:
         (source / name).unlink()
         links = {"the file": finished / name, "a secret": secret, "/dev/zero": Path("/dev/zero")}
         (source / name).symlink_to(links[target])
-        with pytest.raises(InputError, match=rf"{re.escape(name)} is a link or no regular file"):
+        with pytest.raises(InputError, match=rf"{re.escape(name)} is not a regular file"):
             train(dataclasses.replace(config, dynamics_from=str(source)), tmp_path / "run", quiet=True)
         assert not (tmp_path / "run").exists()
 
@@ -541,7 +543,9 @@ def test_actions_in_other_units_are_refused(
     monkeypatch.setattr("mopo_fast.run.resolve.load_dataset", lambda *_, **__: data)
     for action in (-2.5, 1.01):
         data.actions[3, 1] = action
-        with pytest.raises(InputError, match=rf"actions reach {abs(action)}; scale .* range to \[-1, 1\]"):
+        with pytest.raises(
+            InputError, match=rf"has actions up to {abs(action)}; scale .* range to \[-1, 1\]"
+        ):
             train(config, tmp_path / "run", quiet=True)
     # Rounding is no other unit.
     data.actions[3, 1] = 1.0005
@@ -622,7 +626,7 @@ class TestGarbledCheckpoint:
         tensors, metadata = read_tensors(checkpoint)
         state = json.loads(metadata["state"])
         assert state["pending"] == [] and len(state["rollouts"]) > 1
-        state["pending"] = [[{name: 1 for name in COLUMNS.keys() - set(EVALUATED)}, False]]
+        state["pending"] = [[{name: 1 for name in COLUMNS.keys() - set(EVALUATION_COLUMNS)}, False]]
         state["pending"][0][0] |= {"epoch": 3, "updates": 25}
         for where, other, changed in changes(state):
             save_file(tensors, checkpoint, {"state": json.dumps(changed)})
@@ -681,7 +685,7 @@ class TestGarbledCheckpoint:
 
     def test_another_files_name(self, checkpoint: Path, config: TrainConfig, run: Path) -> None:
         checkpoint.rename(checkpoint.with_name("epoch-000002.safetensors"))
-        with pytest.raises(InputError, match="holds epoch 3, which its name or the run does not have"):
+        with pytest.raises(InputError, match="holds epoch 3, which does not fit its name"):
             train(config, run, resume=True, quiet=True)
 
     def test_names_that_are_no_checkpoints(self, checkpoint: Path, config: TrainConfig, run: Path) -> None:
@@ -743,7 +747,7 @@ def test_a_file_where_a_folder_belongs_is_one_sentence(
     out = tmp_path / "run"
     out.mkdir()
     (out / name).touch()
-    with pytest.raises(InputError, match=rf"{name}.*(choose another folder|then --resume)"):
+    with pytest.raises(InputError, match=rf"{name}.*(choose another folder|with --resume)"):
         train(config, out, quiet=True)
 
 
@@ -807,7 +811,9 @@ def test_a_full_disk_under_tensorboards_log(config: TrainConfig, finished: Path,
     )
     assert result.returncode == 1
     assert re.fullmatch(
-        r"cannot go on with .*run \(\[Errno 27\] File too large\); mend that, then --resume\n", result.stderr
+        r"the run in .*run stopped \(\[Errno 27\] File too large\); remove the cause, then continue it with"
+        r" --resume\n",
+        result.stderr,
     )
     train_alone(config, tmp_path / "run")
     one, other = (load_file(tmp_path / name / "policy.safetensors") for name in ("run", "whole"))

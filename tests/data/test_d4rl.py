@@ -158,7 +158,9 @@ def test_another_file_than_the_first_time(server: Server, tmp_path: Path) -> Non
     d4rl.download(server.address, path, quiet=True)
     path.unlink()
     server.most, server.content = None, hdf5_bytes(seed=1)
-    with pytest.raises(d4rl.HostError, match=r"sent another file .*: SHA-256 \w{64}, .*a\.hdf5\.sha256 has"):
+    with pytest.raises(
+        d4rl.HostError, match=r"sent a file with SHA-256 \w{64}, .* had \w{64}; .*remove .*a\.hdf5\.sha256"
+    ):
         d4rl.download(server.address, path, quiet=True)
     assert not path.exists()
     record.write_text("")
@@ -175,7 +177,7 @@ def test_a_file_that_reaches_elsewhere_is_refused(server: Server, tmp_path: Path
     with h5py.File(buffer, "w") as file:
         file["observations"] = h5py.ExternalLink("/etc/passwd", "/")
     server.content = buffer.getvalue()
-    with pytest.raises(d4rl.HostError, match=r"is refused: .*observations is a link to another place"):
+    with pytest.raises(d4rl.HostError, match=r"did not send a sound file \(.*observations is a link"):
         d4rl.download(server.address, tmp_path / "a.hdf5", quiet=True)
     assert [path.name for path in tmp_path.iterdir()] == ["a.hdf5.part"]
     assert (tmp_path / "a.hdf5.part").stat().st_size == 0

@@ -9,6 +9,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from garbled import check_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -157,7 +158,7 @@ def test_other_dtypes_and_columns_are_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"observations": None}, "lacks 'observations'; it has actions, next_observations, rewards"),
+        ({"observations": None}, "lacks 'observations', it has actions, next_observations, rewards"),
         ({"actions": None}, "lacks 'actions'"),
         ({"rewards": None}, "lacks 'rewards'"),
         ({"terminals": None}, "lacks 'terminals'"),
@@ -219,21 +220,7 @@ def test_damaged_files(suffix: str, tmp_path: Path) -> None:
         np.savez_compressed(path, **arrays)
     else:
         write(path, {**arrays, "metadata/name": "a-local"})
-    whole = path.read_bytes()
-    random = np.random.default_rng(0)
-    messages = []
-    for _ in range(400):
-        damaged = bytearray(whole)
-        for _ in range(3):
-            damaged[random.integers(len(damaged))] = random.integers(256)
-        path.write_bytes(damaged)
-        # A flipped byte may leave a file that is sound; anything else is one clear error.
-        try:
-            load_file(path)
-        except InputError as error:
-            messages.append(str(error))
-    assert len(messages) > 50
-    assert all(message.startswith(str(path)) for message in messages)
+    check_bytes(path, lambda: load_file(path))
 
 
 @pytest.mark.parametrize("suffix", [".hdf5", ".npz"])
@@ -323,7 +310,7 @@ def test_unknown_names_say_what_exists(tmp_path: Path, monkeypatch: pytest.Monke
     ):
         load_dataset("hoper-medium-v2")
     write(tmp_path / "walker2d_random-local.hdf5", make_arrays(TERMINALS))
-    with pytest.raises(InputError, match=r"unknown data set 'zzz'; There are D4RL's.*walker2d-random-local"):
+    with pytest.raises(InputError, match=r"unknown data set 'zzz'. Known are D4RL's.*walker2d-random-local"):
         load_dataset("zzz")
     with pytest.raises(InputError, match="did you mean walker2d-random-local"):
         load_dataset("walker2d-random-lokal")

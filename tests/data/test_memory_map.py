@@ -129,9 +129,9 @@ def test_mapped_arrays_in_a_dictionary(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "removed", "message"),
     [
-        ({"compression": "gzip"}, None, "observations cannot be mapped into memory, it must be uncompressed"),
-        ({"chunks": True}, None, "`mopo-fast convert` writes without"),
-        ({}, "next_observations", "takes HDF5 with next_observations"),
+        ({"compression": "gzip"}, None, "observations must be uncompressed float32"),
+        ({"chunks": True}, None, "convert the file with `mopo-fast convert`"),
+        ({}, "next_observations", "needs HDF5 with next_observations"),
         ({}, "rewards", "lacks 'rewards'"),
     ],
 )

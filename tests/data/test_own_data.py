@@ -108,7 +108,7 @@ def test_without_an_environment(folder: Path, capsys: pytest.CaptureFixture[str]
         rows = list(csv.DictReader(file))
     assert [row["scored_by"] for row in rows] == ["model", "model"]
     assert float(rows[-1]["return_mean"]) == summary["return_mean"]
-    assert "of the policy in the model itself" in (run / "report.html").read_text()
+    assert "of the policy in the learned model" in (run / "report.html").read_text()
     # Rewards are at most 1 and, within the rail, at least 0: five steps of them.
     assert 2.0 < summary["return_mean"] < 5.5
     assert main(["evaluate", str(run)]) == 2
@@ -173,7 +173,7 @@ def test_tasks_that_cannot_be_registered(changes: dict[str, Any], message: str) 
 
 def test_an_environment_that_is_not_there(folder: Path) -> None:
     register_task(dataclasses.replace(get_task("cart.py"), name="cart", env_id="Nowhere-v0"))
-    with pytest.raises(InputError, match="the environment of the task cart cannot be made"):
+    with pytest.raises(InputError, match="cannot make the environment of the task cart"):
         train(TrainConfig("cart.npz", **SMALL), folder / "run", quiet=True)
 
 
@@ -289,7 +289,7 @@ def test_a_task_that_has_changed_is_not_trained_on(folder: Path) -> None:
     (run / "config.json").write_text(json.dumps(written))
     check_folder(run, resolved, resume=True)
     changed = dataclasses.replace(resolved, task_sha256="0" * 64)
-    with pytest.raises(InputError, match=r"cart\.py has changed since .*run was made"):
+    with pytest.raises(InputError, match=r"cart\.py has changed since the run in .* began"):
         check_folder(run, changed, resume=True)
     # An older run does not say.
     del written["task_sha256"]

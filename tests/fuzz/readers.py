@@ -42,7 +42,7 @@ from mopo_fast.config import (
 )
 from mopo_fast.data import Transitions, d4rl, load_dataset, minari
 from mopo_fast.data.convert import convert
-from mopo_fast.data.relabel import relabel_file
+from mopo_fast.data.rewards import relabel_file
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.fit import fit_dynamics
@@ -50,7 +50,6 @@ from mopo_fast.policy import Actor
 from mopo_fast.report import write_report
 from mopo_fast.rollout import RolloutEngine
 from mopo_fast.run import checkpoint, log
-from mopo_fast.run import folder as folder_files
 from mopo_fast.utils.atomic import read_json
 
 from .children import Entry, check_secret
@@ -75,7 +74,7 @@ EXEMPT = {
     "mopo_fast.utils.machine:map_mode": "reads the kernel's /proc/sys/vm/overcommit_memory",
     "mopo_fast.utils.machine:file_backed": "maps a temporary file of its own",
     "mopo_fast.collect.online:OnlineTraining._settings": "parses JSON that it has just made",
-    "mopo_fast.run.folder:append_row": "adds a line to a file, and reads nothing",
+    "mopo_fast.run.log:append_row": "adds a line to a file, and reads nothing",
     "mopo_fast.bulk.files:write_file": "writes into a file of its own, and reads it for its digest",
     "mopo_fast.sweep:_fit": "hands a name to load_dataset",
     "mopo_fast.tasks:_read_task_file": "runs a Python file, which is trusted by being named",
@@ -319,7 +318,7 @@ _DATA = [
             make,
             ("data.hdf5",),
             functools.partial(_relabel, task),
-            ("mopo_fast.data.relabel:relabel_file",),
+            ("mopo_fast.data.rewards:relabel_file",),
         )
         for task, make in (("halfcheetah-jump", _make_relabelled), ("ant-angle", _make_cheetah))
     ),
@@ -597,7 +596,7 @@ class _Board:
 
 
 def _resume() -> None:
-    folder_files.Board = log.Board = _Board
+    log.Board = _Board
     train.train(CONFIG, "run", resume=True, quiet=True)
     use(Actor.load("run"))
 
@@ -725,7 +724,7 @@ _RUNS = [
             *("mopo_fast.run.folder:check_folder", "mopo_fast.run.checkpoint:load_checkpoint"),
             *("mopo_fast.train:Training.__enter__", "mopo_fast.train:Training.restore"),
             *("mopo_fast.run.resolve:load_data", "mopo_fast.utils.tensors:load_metadata"),
-            *("mopo_fast.fit:read_fit", "mopo_fast.run.folder:_parse", "mopo_fast.run.folder:_whole_lines"),
+            *("mopo_fast.fit:read_fit", "mopo_fast.run.log:_parse", "mopo_fast.run.log:_whole_lines"),
         ),
     ),
     Entry(
@@ -781,7 +780,7 @@ _RUNS = [
 
 
 def _train_on(folder: str) -> None:
-    folder_files.Board = log.Board = _Board
+    log.Board = _Board
     train.write_report = lambda run, **_: Path(run, "report.html")
     train.train(dataclasses.replace(CONFIG, dynamics_from=folder), "out", quiet=True)
 

@@ -1,4 +1,4 @@
-"""Values of files that were garbled on purpose: whatever reads them must refuse them in one sentence."""
+"""Files that are garbled on purpose: every reader must refuse them in one sentence."""
 
 import copy
 import json
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -90,6 +91,22 @@ def expect(read: Callable[[], Any], may_pass: bool, what: str) -> None:
     except Exception as error:
         raise AssertionError(f"{what}: {error!r}") from error
     assert may_pass, f"{what} was taken"
+
+
+def check_bytes(path: Path, read: Callable[[], Any]) -> None:
+    """Change three bytes of the file, 400 times: `read` succeeds, or an `InputError` names the file."""
+    whole, random, messages = path.read_bytes(), np.random.default_rng(0), []
+    for _ in range(400):
+        damaged = bytearray(whole)
+        for _ in range(3):
+            damaged[random.integers(len(damaged))] = random.integers(256)
+        path.write_bytes(damaged)
+        try:
+            read()
+        except InputError as error:
+            messages.append(str(error))
+    assert len(messages) > 50
+    assert all(message.startswith(str(path)) for message in messages)
 
 
 def check_tensors(path: Path, read: Callable[[], Any]) -> None:

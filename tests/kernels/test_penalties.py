@@ -21,5 +21,5 @@ def test_kernels_refuse_a_penalty_that_they_lack(monkeypatch):
     ensemble = make_ensemble(5, 2)
     assert RolloutEngine(ensemble, penalty="max_deviation").backend == "cpu"
     assert RolloutEngine(ensemble, penalty="mixture_std").backend == "reference"
-    with pytest.raises(InputError, match="cpu: has the penalties max_aleatoric, max_deviation, not mixture_std"):
+    with pytest.raises(InputError, match="cpu: has the penalties max_aleatoric, max_deviation, not"):
         RolloutEngine(ensemble, penalty="mixture_std", backend="cpu")

@@ -1,6 +1,7 @@
 """The paper's out-of-distribution tasks: environments, data, relabelling; a user's own reward."""
 
 import dataclasses
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,12 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOPO_FAST_DATA_DIR", str(folder))
         return {name: collect(name, online=SMALL, threads=1, quiet=True) for name in COLLECTED}
+
+
+def test_relabel_is_a_function_and_no_module() -> None:
+    """A module of this name would replace the function in `mopo_fast.data` when it is imported."""
+    assert callable(relabel)
+    assert importlib.util.find_spec("mopo_fast.data.relabel") is None
 
 
 def roll(env: Any, steps: int) -> list[dict[str, Any]]:
@@ -137,7 +144,10 @@ def test_what_cannot_be_relabelled(tmp_path: Path, hopper_data: Path) -> None:
     out = tmp_path / "out.hdf5"
     for arguments, message in (
         ((hopper_data, "halfcheetah-jump", out), "11 observation and 3 action dimensions, .* 17 or 18 and 6"),
-        ((hopper_data, "hopper", out), "cannot relabel for 'hopper'; there are: halfcheetah-jump, ant-angle"),
+        (
+            (hopper_data, "hopper", out),
+            "cannot relabel for 'hopper'; choose one of halfcheetah-jump, ant-angle",
+        ),
         ((ant, "ant-angle", out), "lacks infos/x_velocity"),
         ((ant, "ant-angle", tmp_path / "out.npz"), "out must end in"),
         ((tmp_path / "none.hdf5", "ant-angle", out), "does not exist"),
@@ -164,7 +174,7 @@ def test_a_users_own_reward(hopper_data: Path) -> None:
     again = relabel(data, lambda observations, actions, successors: successors[:, 0] - actions[:, 0])
     assert torch.equal(again.rewards, data.next_observations[:, 0] - data.actions[:, 0])
     assert again.observations is data.observations and not torch.equal(again.rewards, data.rewards)
-    with pytest.raises(InputError, match=r"gave shape \(600, 1\), it must be \(600,\)"):
+    with pytest.raises(InputError, match=r"must return shape \(600,\), got \(600, 1\)"):
         relabel(data, lambda observations, actions, successors: successors[:, :1])
     with pytest.raises(InputError, match="rewards is not finite at row 0"):
         relabel(data, lambda observations, actions, successors: successors[:, 0] / 0.0)
@@ -184,7 +194,7 @@ def test_load_by_name(sets: dict[str, Path], monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("MOPO_FAST_DATA_DIR", str(sets["ant-angle"].parent))
     data = load_dataset("halfcheetah-jump-local")
     assert (data.obs_dim, len(data)) == (18, 600)
-    with pytest.raises(InputError, match="halfcheetah-jump holds all that was stored"):
+    with pytest.raises(InputError, match="halfcheetah-jump contains every stored transition"):
         collect("halfcheetah-jump", 10, overwrite=True)
     with pytest.raises(InputError, match="other settings"):
         collect("ant-angle", online=dataclasses.replace(SMALL, epochs=6), overwrite=True)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from garbled import check_bytes
 
 from mopo_fast import InputError, Transitions, load_dataset
 from mopo_fast.data.files import MAX_EPISODE_STEPS
@@ -189,20 +190,9 @@ def test_pickles_larger_than_the_memory(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_damaged_pickles(tmp_path: Path) -> None:
     path, whole = tmp_path / "a.pkl", pickle.dumps([trajectory(20), trajectory(9)])
-    random, messages = np.random.default_rng(0), []
     for size in (0, 5, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
         with pytest.raises(InputError, match=r"a\.pkl is not a whole pickle file"):
             load_dataset(path)
-    for _ in range(400):
-        damaged = bytearray(whole)
-        for _ in range(3):
-            damaged[random.integers(len(damaged))] = random.integers(256)
-        path.write_bytes(damaged)
-        # A flipped byte may leave a file that is sound; anything else is one clear error.
-        try:
-            load_dataset(path)
-        except InputError as error:
-            messages.append(str(error))
-    assert len(messages) > 50
-    assert all(message.startswith(str(path)) for message in messages)
+    path.write_bytes(whole)
+    check_bytes(path, lambda: load_dataset(path))

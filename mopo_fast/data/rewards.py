@@ -1,4 +1,4 @@
-"""The same transitions with other rewards: a user's, or those of the paper's out-of-distribution tasks."""
+"""Replace the rewards of transitions: by a function, or for the paper's out-of-distribution tasks."""
 
 import dataclasses
 import math
@@ -19,16 +19,17 @@ from mopo_fast.errors import InputError
 Arrays = dict[str, npt.NDArray[Any]]
 RewardFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
-# Of the model: where halfcheetah's torso is when its root's coordinate is 0.
+# Height of halfcheetah's torso in the MuJoCo model when its root's z coordinate is 0, in metres.
 _TORSO_HEIGHT = 0.7
 
 
 def relabel(data: Transitions, reward_function: RewardFunction) -> Transitions:
-    """The transitions with the rewards of a function of theirs.
+    """Return the transitions with rewards computed by a function.
 
     Args:
-        reward_function: takes observations [n, obs_dim], actions [n, act_dim] and next_observations
-            [n, obs_dim]; returns rewards [n].
+        data: the transitions. They are not changed.
+        reward_function: function of observations [n, obs_dim], actions [n, act_dim] and next_observations
+            [n, obs_dim] that returns rewards [n].
 
     Raises:
         InputError: the rewards have another shape or are not finite.
@@ -36,15 +37,16 @@ def relabel(data: Transitions, reward_function: RewardFunction) -> Transitions:
     rewards = reward_function(data.observations, data.actions, data.next_observations)
     if rewards.shape != data.rewards.shape:
         raise InputError(
-            f"the reward function gave shape {tuple(rewards.shape)}, it must be {tuple(data.rewards.shape)}"
+            f"the reward function must return shape {tuple(data.rewards.shape)}, got {tuple(rewards.shape)}"
         )
     return dataclasses.replace(data, rewards=rewards.to(data.rewards)).validate()
 
 
 def _jump(arrays: Arrays) -> Arrays:
-    """halfcheetah-jump from rewards v_x - 0.1 |a|^2, whether or not v_x was capped at 3 in them.
+    """Turn halfcheetah's rewards v_x - 0.1 |a|^2 into min(v_x, 3) - 0.1 |a|^2 + 15 (z - z_init).
 
-    min(v_x, 3) - 0.1 |a|^2 + 15 (z - z_init); observations that lack the torso's height get it.
+    Rewards in which v_x is already capped at 3 give the same result. Observations without the torso's height
+    get it.
     """
 
     def with_height(observations: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -63,14 +65,14 @@ def _jump(arrays: Arrays) -> Arrays:
 
 
 def _angle(arrays: Arrays) -> Arrays:
-    """ant-angle from rewards with v_x in place of v_x cos 30 deg + v_y sin 30 deg, all else the same."""
+    """Replace v_x in ant's rewards by v_x cos 30 deg + v_y sin 30 deg, as ant-angle has it."""
     x, y = arrays["infos/x_velocity"], arrays["infos/y_velocity"]
     turned = (math.cos(math.pi / 6) - 1.0) * x + math.sin(math.pi / 6) * y
     return arrays | {"rewards": (arrays["rewards"] + turned).astype(np.float32)}
 
 
 RELABELLED: dict[str, Callable[[Arrays], Arrays]] = {"halfcheetah-jump": _jump, "ant-angle": _angle}
-"""Of the paper's tasks: D4RL's arrays with the agent's own reward turned into the task's."""
+"""Functions that turn D4RL's arrays of the original task into those of each out-of-distribution task."""
 
 _TAKES = {
     "halfcheetah-jump": ({17, 18}, 6, ("next_observations",)),
@@ -81,14 +83,23 @@ _TAKES = {
 def relabel_file(
     file: str | os.PathLike[str], task: str, out: str | os.PathLike[str], *, overwrite: bool = False
 ) -> Path:
-    """Write an HDF5 file's rows, relabelled for a task of `RELABELLED`, to another; all else is copied.
+    """Write a copy of an HDF5 file with the rewards of another task.
+
+    Args:
+        file: path of the data set. Everything in it but the rewards is copied.
+        task: one of `RELABELLED`.
+        out: path of the new file, which ends in .hdf5 or .h5.
+        overwrite: replace an existing file.
+
+    Returns:
+        The path of the new file.
 
     Raises:
-        InputError: no such task, a file that is not sound, of other sizes, relabelled already or without what
-            the reward needs; a file that exists, or one that cannot be written.
+        InputError: the task is unknown; the data set is damaged, relabelled already, has other sizes than the
+            task or lacks an array that the reward needs; `out` exists or cannot be written.
     """
     if task not in RELABELLED:
-        raise InputError(f"cannot relabel for {task!r}; there are: {', '.join(RELABELLED)}")
+        raise InputError(f"cannot relabel for {task!r}; choose one of {', '.join(RELABELLED)}")
     path, out = Path(file), Path(out)
     if out.suffix not in (".hdf5", ".h5"):
         raise InputError(f"out must end in .hdf5 or .h5, got {out}")
@@ -98,16 +109,18 @@ def relabel_file(
     obs_dims, act_dim, needed = _TAKES[task]
     if data.obs_dim not in obs_dims or data.act_dim != act_dim:
         raise InputError(
-            f"{path} has {data.obs_dim} observation and {data.act_dim} action dimensions, {task} is made of"
-            f" {' or '.join(map(str, sorted(obs_dims)))} and {act_dim}"
+            f"{path} has {data.obs_dim} observation and {data.act_dim} action dimensions, but {task} is made"
+            f" from {' or '.join(map(str, sorted(obs_dims)))} and {act_dim}; give a data set of that task"
         )
     if "relabelled" in data.info["metadata"]:
-        raise InputError(f"{path} is relabelled already; take the file that it was made from")
+        raise InputError(f"{path} is relabelled already; give the file that it was made from")
     with open_file(path) as source:
         found: dict[str, Any] = read_all(path, source)
     for key in ("rewards", *needed):
         if key not in found:
-            raise InputError(f"{path} lacks {key}, which the reward of {task} takes")
+            raise InputError(
+                f"{path} lacks {key}, which the reward of {task} needs; collect the data set again"
+            )
         if key != "next_observations":
             if found[key].size != len(data) or found[key].dtype.kind not in "fiub":
                 raise InputError(f"{path}: {key} must be {len(data)} numbers, got shape {found[key].shape}")

@@ -1,0 +1,128 @@
+"""Pages that MkDocs makes at build time: the command line from its parser, and two files of the root."""
+
+import contextlib
+import io
+import os
+import re
+import sys
+from pathlib import Path
+from unittest import mock
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+INTRODUCTION = """# Command line
+
+`mopo-fast COMMAND --help` prints this reference in the terminal. The tables are made from the parser itself.
+
+Results go to standard output, progress and errors to standard error. The exit code is 0 after success, 2 after a
+mistake in the arguments or files, and 130 after Ctrl-C.
+"""
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the generated pages."""
+    pages = {
+        "cli.md": cli_page(),
+        "contributing.md": root_page("CONTRIBUTING.md"),
+        "changelog.md": root_page("CHANGELOG.md"),
+    }
+    for path, text in pages.items():
+        files.append(File.generated(config, path, content=text))
+    return files
+
+
+def root_page(name: str) -> str:
+    """Return a file of the root, its links to docs/ made relative to docs/."""
+    return (ROOT / name).read_text().replace("](docs/", "](")
+
+
+def cli_page() -> str:
+    """Return a section for each command: its usage, and a table for each group of its options."""
+    from mopo_fast.cli import COMMANDS
+
+    return "\n".join([INTRODUCTION, *(command_section(command) for command in COMMANDS)])
+
+
+def help_text(command: str) -> str:
+    """Return what `mopo-fast COMMAND --help` prints, 100 columns wide and without colour."""
+    from mopo_fast.cli import main
+
+    # Boxes are drawn with letters where the encoding is unknown.
+    printed = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    environment = {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
+    with mock.patch.dict(os.environ, environment), contextlib.redirect_stdout(printed):
+        with contextlib.suppress(SystemExit):
+            main([command, "--help"])
+    printed.seek(0)
+    return printed.read()
+
+
+def command_section(command: str) -> str:
+    """Return the Markdown of one command.
+
+    Raises:
+        ValueError: the help text has no usage line, or an option is not found in it.
+    """
+    head, *boxes = re.split(r"^╭─ (.+?) ─*╮$", help_text(command), flags=re.MULTILINE)
+    usage, _, description = head.partition("\n\n")
+    if not usage.startswith("usage: ") or not boxes:
+        raise ValueError(f"the help text of {command} is not in tyro's layout")
+    usage = " ".join(usage.removeprefix("usage: ").split())
+    parts = [f"## {command}", f"```text\n{usage}\n```", escape(description.strip())]
+    for title, box in zip(boxes[::2], boxes[1::2], strict=True):
+        introduction, rows = read_box(box)
+        if rows:
+            parts += [f"**{title.capitalize()}**", escape(introduction), table(rows)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def read_box(box: str) -> tuple[str, list[tuple[str, str, str]]]:
+    """Return a box's introduction and its rows: flag, default, meaning."""
+    introduction: list[str] = []
+    rows: list[tuple[str, list[str]]] = []
+    lines = [line[2:-1].rstrip() for line in box.splitlines() if line.startswith("│")]
+    ruler = next((i for i, line in enumerate(lines) if line.startswith("──")), -1)
+    for i, line in enumerate(lines):
+        if i < ruler:
+            introduction.append(line)
+        elif i > ruler and line.startswith(" "):
+            rows[-1][1].append(line.strip())
+        elif i > ruler and line:
+            flag, _, meaning = line.partition("  ")
+            rows.append((flag, [meaning.strip()]))
+    return " ".join(introduction), [
+        row(flag, " ".join(filter(None, words))) for flag, words in rows if flag != "-h, --help"
+    ]
+
+
+def row(flag: str, meaning: str) -> tuple[str, str, str]:
+    """Split "meaning (default: value)"."""
+    found = re.fullmatch(r"(.*?)\s*\((?:default: (.*)|(required))\)", meaning)
+    if found is None:
+        return flag, "", meaning
+    return flag, found[2] or found[3] or "", found[1]
+
+
+def table(rows: list[tuple[str, str, str]]) -> str:
+    """Return a Markdown table."""
+    lines = ["| option | default | meaning |", "| --- | --- | --- |"]
+    for flag, default, meaning in rows:
+        cells = (code(flag), code(default), escape(meaning))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def code(text: str) -> str:
+    """Return text as code within a table's cell."""
+    text = text.replace("|", "\\|")
+    return f"`{text}`" if text else ""
+
+
+def escape(text: str) -> str:
+    """Return plain text with what Markdown would obey outside of `code` made harmless."""
+    pieces = re.split(r"(`[^`]*`)", text)
+    return "".join(piece if i % 2 else re.sub(r"([*_|<>\[\]])", r"\\\1", piece) for i, piece in enumerate(pieces))

@@ -1,4 +1,4 @@
-"""Pages that MkDocs makes at build time: the command line from its parser, and two files of the root."""
+"""Pages that MkDocs makes at build time: the command line, the tutorial with its output, two files of the root."""
 
 import contextlib
 import io
@@ -6,13 +6,21 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Literal
 from unittest import mock
 
+import jupytext
+import nbformat
+from jupyter_client.manager import AsyncKernelManager
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from nbclient import NotebookClient
+from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+
+NOTEBOOK = ROOT / "build" / "tutorial.ipynb"
 
 INTRODUCTION = """# Command line
 
@@ -23,16 +31,65 @@ mistake in the arguments or files, and 130 after Ctrl-C.
 """
 
 
+command = "build"
+
+
+def on_startup(command: Literal["build", "gh-deploy", "serve"], dirty: bool) -> None:
+    """Remember whether the site is built or served."""
+    globals()["command"] = command
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages."""
-    pages = {
+    pages: dict[str, str | bytes] = {
         "cli.md": cli_page(),
         "contributing.md": root_page("CONTRIBUTING.md"),
         "changelog.md": root_page("CHANGELOG.md"),
+        **tutorial_pages(ROOT / "docs" / "tutorial.py"),
     }
-    for path, text in pages.items():
-        files.append(File.generated(config, path, content=text))
+    for path, content in pages.items():
+        files.append(File.generated(config, path, content=content))
     return files
+
+
+def tutorial_pages(source: Path) -> dict[str, str | bytes]:
+    """Run the tutorial and return its page, its pictures, and the notebook to download.
+
+    A served site takes the last output where the tutorial itself has not changed: a run takes half a minute.
+    """
+    is_fresh = NOTEBOOK.exists() and NOTEBOOK.stat().st_mtime > source.stat().st_mtime
+    if command == "serve" and is_fresh:
+        notebook = nbformat.read(NOTEBOOK, as_version=4)
+    else:
+        notebook = jupytext.read(source)
+        notebook.metadata["kernelspec"] = {
+            "name": "python3",
+            "display_name": "Python 3",
+            "language": "python",
+        }
+        # Sockets in the file system, which other users cannot reach.
+        kernel = AsyncKernelManager(kernel_name="python3", transport="ipc")
+        NotebookClient(
+            notebook, km=kernel, timeout=300, resources={"metadata": {"path": str(ROOT)}}
+        ).execute()
+        check_quiet(notebook)
+        NOTEBOOK.parent.mkdir(exist_ok=True)
+        nbformat.write(notebook, NOTEBOOK)
+    page, resources = MarkdownExporter().from_notebook_node(notebook)
+    download = "[Download this page as a notebook](tutorial.ipynb){ download }\n"
+    return {
+        "tutorial.md": page + download,
+        "tutorial.ipynb": nbformat.writes(notebook),
+        **resources["outputs"],
+    }
+
+
+def check_quiet(notebook: nbformat.NotebookNode) -> None:
+    """Raise ValueError where a cell has written to standard error: the tutorial gives no warnings."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", ()):
+            if output.get("name") == "stderr":
+                raise ValueError(f"the tutorial has written to standard error: {output.text}")
 
 
 def root_page(name: str) -> str:
@@ -125,4 +182,6 @@ def code(text: str) -> str:
 def escape(text: str) -> str:
     """Return plain text with what Markdown would obey outside of `code` made harmless."""
     pieces = re.split(r"(`[^`]*`)", text)
-    return "".join(piece if i % 2 else re.sub(r"([*_|<>\[\]])", r"\\\1", piece) for i, piece in enumerate(pieces))
+    return "".join(
+        piece if i % 2 else re.sub(r"([*_|<>\[\]])", r"\\\1", piece) for i, piece in enumerate(pieces)
+    )

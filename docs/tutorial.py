@@ -8,6 +8,7 @@
 # on two cores. A real run uses a hundred times as much data and updates; see [results](results.md).
 
 # %%
+# %config InlineBackend.figure_formats = ["svg"]
 import csv
 import tempfile
 from pathlib import Path
@@ -26,23 +27,25 @@ folder = Path(temporary.name)
 # %% [markdown]
 # ## Collect and load a data set
 #
-# `collect` simulates HalfCheetah with uniform random actions and writes HDF5 in D4RL's layout. `load_dataset` reads it,
-# and any other file in that layout. The command line does the same with `mopo-fast collect halfcheetah-random`.
+# `collect` simulates Hopper with uniform random actions and writes HDF5 in D4RL's layout. `load_dataset` reads it,
+# and any other file in that layout. The command line does the same with `mopo-fast collect hopper-random`.
 
 # %%
-path = collect("halfcheetah-random", 10_000, seed=0, out=folder / "train.hdf5", quiet=True)
+path = collect("hopper-random", 10_000, seed=0, out=folder / "train.hdf5", quiet=True)
 data = mopo_fast.load_dataset(path)
 
 for name, array in data.arrays().items():
     print(f"{name:18} {array.dtype!s:14} {tuple(array.shape)}")
 
 # %% [markdown]
-# `data` is a `Transitions`: float32 tensors on the CPU, a row for each step. HalfCheetah has 17 observation and
-# 6 action dimensions. Random actions move it slowly, so rewards are around zero.
+# `data` is a `Transitions`: float32 tensors on the CPU, a row for each step. Hopper has 11 observation and 3 action
+# dimensions. An episode ends when the hopper falls, which is a *terminal* transition. With random actions it falls
+# after some 20 steps.
 
 # %%
-speed = data.observations[:, 8]
+speed = data.observations[:, 5]
 print(f"rewards: mean {data.rewards.mean():.2f}, std {data.rewards.std():.2f}")
+print(f"steps per episode: {len(data) / data.terminals.sum():.0f}")
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
 left.hist(data.rewards, bins=60)
@@ -56,28 +59,32 @@ plt.show()
 #
 # The ensemble has seven networks. Each maps (observation, action) to a Gaussian over the change of the observation and
 # the reward. The five with the least error on held-out rows are the *elites*, which make predictions. `max_epochs`
-# cuts the fit short here; by default it runs until no member improves.
+# cuts the fit short here; by default it runs until no member improves. The networks are smaller than the default of
+# four layers of 200.
 
 # %%
 losses = []
 ensemble = mopo_fast.fit_dynamics(
-    data, seed=0, config=DynamicsConfig(max_epochs=16), on_epoch=lambda epoch: losses.append(min(epoch.holdout_mse))
+    data,
+    seed=0,
+    config=DynamicsConfig(hidden=(100, 100, 100), weight_decay=(2.5e-5, 5e-5, 5e-5, 1e-4), max_epochs=30),
+    on_epoch=lambda epoch: losses.append(min(epoch.holdout_mse)),
 )
-print(f"{len(losses)} epochs, best member's holdout MSE {losses[0]:.2f} -> {losses[-1]:.2f}")
+print(f"{len(losses)} epochs, best member's holdout MSE {losses[0]:.3f} -> {losses[-1]:.4f}")
 print(f"elites: {ensemble.elites.tolist()}")
 
 # %% [markdown]
 # ## Look at the penalty
 #
-# MOPO subtracts a penalty from every predicted reward: $\tilde r = r - \lambda\,u(s, a)$. It helps only if $u$ is large
-# where the model is wrong. Fresh data show whether it is: predict each transition, and compare the penalty with the
+# MOPO subtracts a penalty from every predicted reward: `r - lambda * u(s, a)`. It helps only if
+# `u` is large where the model is wrong. Fresh data show whether it is: predict each transition, and compare the penalty with the
 # true error of the prediction.
 #
 # `RolloutEngine.step` makes one step with given actions. `deterministic=True` predicts the mean, without noise.
 
 # %%
-fresh = mopo_fast.load_dataset(collect("halfcheetah-random", 3_000, seed=1, out=folder / "fresh.hdf5", quiet=True))
-engine = mopo_fast.RolloutEngine(ensemble, penalty="max_aleatoric", penalty_coef=0.5, termination="halfcheetah")
+fresh = mopo_fast.load_dataset(collect("hopper-random", 3_000, seed=1, out=folder / "fresh.hdf5", quiet=True))
+engine = mopo_fast.RolloutEngine(ensemble, penalty="max_aleatoric", penalty_coef=1.0, termination="hopper")
 
 result = engine.step(fresh.observations, fresh.actions, seed=0, deterministic=True)
 errors = (result.next_observations - fresh.next_observations).norm(dim=1).numpy()
@@ -89,7 +96,13 @@ print(f"rank correlation of penalty and error: {np.corrcoef(*ranks)[0, 1]:.2f}")
 order = np.array_split(np.argsort(penalties), 10)
 figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
 axes.scatter(penalties, errors, s=3, alpha=0.3, label="one transition")
-axes.plot([penalties[i].mean() for i in order], [errors[i].mean() for i in order], "o-", color="C1", label="mean of a tenth")
+axes.plot(
+    [penalties[i].mean() for i in order],
+    [errors[i].mean() for i in order],
+    "o-",
+    color="C1",
+    label="mean of a tenth",
+)
 axes.set(xlabel="penalty u(s, a)", ylabel="true error of one step", xscale="log", yscale="log")
 axes.legend()
 plt.show()
@@ -112,7 +125,7 @@ print(f"{len(rollouts)} transitions")
 print(f"raw reward {rollouts.raw_rewards.mean():.3f}, penalty {rollouts.penalties.mean():.3f}")
 print(f"penalised reward {rollouts.rewards.mean():.3f}")
 
-one_thread = mopo_fast.RolloutEngine(ensemble, penalty_coef=0.5, termination="halfcheetah", threads=1)
+one_thread = mopo_fast.RolloutEngine(ensemble, penalty_coef=1.0, termination="hopper", threads=1)
 again = one_thread.rollout(policy, starts, horizon=5, seed=0)
 print(f"same bits on one thread: {again.rewards.equal(rollouts.rewards)}")
 
@@ -123,14 +136,16 @@ print(f"same bits on one thread: {again.rewards.equal(rollouts.rewards)}")
 # the result and evaluates the policy in MuJoCo. The run's folder keeps the configuration, a checkpoint, the learning
 # curve, and `report.html`.
 
+# `dynamics_from` takes the ensemble of above; without it, `train` fits one.
+
 # %%
 ensemble.save(folder / "fit")
 config = mopo_fast.TrainConfig(
     dataset=str(path),
-    task="halfcheetah",
+    task="hopper",
     steps=2_400,
     dynamics_from=str(folder / "fit"),
-    rollout=RolloutConfig(horizon=5, penalty_coef=0.5, batch_size=5_000, interval=300),
+    rollout=RolloutConfig(horizon=5, penalty_coef=1.0, batch_size=5_000, interval=300),
     evaluation=EvaluationConfig(episodes=2),
 )
 summary = train(config, folder / "run", quiet=True)
@@ -145,7 +160,6 @@ scores = [float(row["score_mean"]) for row in rows]
 
 figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
 axes.plot(updates, scores, "o-")
-axes.axhline(0, color="grey", linewidth=1)
 axes.set(xlabel="SAC updates", ylabel="normalised score (0: random, 100: expert)")
 plt.show()
 temporary.cleanup()

@@ -63,9 +63,9 @@ soak: $(INSTALLED)
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# The same at http://127.0.0.1:8000, built again when a file is saved.
+# The same at http://127.0.0.1:8000, built again when a file is saved. The tutorial runs only when it has changed.
 docs-serve: $(VENV)/.installed-docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+	NO_MKDOCS_2_WARNING=1 DOCS_REUSE=1 $(BIN)/mkdocs serve
 
 # The extra alone: the package is installed already.
 $(VENV)/.installed-docs: $(INSTALLED)

@@ -1,4 +1,4 @@
-"""Pages that MkDocs makes at build time: the command line, the tutorial with its output, two files of the root."""
+"""Pages made at build time: the command line, the tutorial with its output, two files of the root."""
 
 import contextlib
 import io
@@ -6,7 +6,6 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Literal
 from unittest import mock
 
 import jupytext
@@ -26,17 +25,9 @@ INTRODUCTION = """# Command line
 
 `mopo-fast COMMAND --help` prints this reference in the terminal. The tables are made from the parser itself.
 
-Results go to standard output, progress and errors to standard error. The exit code is 0 after success, 2 after a
-mistake in the arguments or files, and 130 after Ctrl-C.
+Results go to standard output, progress and errors to standard error. The exit code is 0 after success, 2
+after a mistake in the arguments or files, and 130 after Ctrl-C.
 """
-
-
-command = "build"
-
-
-def on_startup(command: Literal["build", "gh-deploy", "serve"], dirty: bool) -> None:
-    """Remember whether the site is built or served."""
-    globals()["command"] = command
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -55,10 +46,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def tutorial_pages(source: Path) -> dict[str, str | bytes]:
     """Run the tutorial and return its page, its pictures, and the notebook to download.
 
-    A served site takes the last output where the tutorial itself has not changed: a run takes half a minute.
+    With DOCS_REUSE=1, as in `make docs-serve`, the last output is taken if the tutorial's text is older.
     """
     is_fresh = NOTEBOOK.exists() and NOTEBOOK.stat().st_mtime > source.stat().st_mtime
-    if command == "serve" and is_fresh:
+    if os.environ.get("DOCS_REUSE") == "1" and is_fresh:
         notebook = nbformat.read(NOTEBOOK, as_version=4)
     else:
         notebook = jupytext.read(source)
@@ -111,9 +102,12 @@ def help_text(command: str) -> str:
     # Boxes are drawn with letters where the encoding is unknown.
     printed = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     environment = {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
-    with mock.patch.dict(os.environ, environment), contextlib.redirect_stdout(printed):
-        with contextlib.suppress(SystemExit):
-            main([command, "--help"])
+    with (
+        mock.patch.dict(os.environ, environment),
+        contextlib.redirect_stdout(printed),
+        contextlib.suppress(SystemExit),
+    ):
+        main([command, "--help"])
     printed.seek(0)
     return printed.read()
 

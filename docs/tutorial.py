@@ -3,9 +3,10 @@
 #
 # This page is a notebook. Every build of this site runs it, so the output is what the code prints today.
 #
-# It walks through one MOPO run in five steps: **collect** data, **fit** a dynamics ensemble, look at the **penalty**,
-# **roll out** a policy in the model, and **train** with SAC. All sizes are tiny, so that it takes less than a minute
-# on two cores. A real run uses a hundred times as much data and updates; see [results](results.md).
+# It walks through one MOPO run in five steps: **collect** data, **fit** a dynamics ensemble, look at the
+# **penalty**, **roll out** a policy in the model, and **train** with SAC. All sizes are tiny, so that it
+# takes less than a minute on two cores. A real run uses a hundred times as much data and updates; see
+# [results](results.md).
 
 # %%
 # %config InlineBackend.figure_formats = ["svg"]
@@ -27,8 +28,9 @@ folder = Path(temporary.name)
 # %% [markdown]
 # ## Collect and load a data set
 #
-# `collect` simulates Hopper with uniform random actions and writes HDF5 in D4RL's layout. `load_dataset` reads it,
-# and any other file in that layout. The command line does the same with `mopo-fast collect hopper-random`.
+# `collect` simulates Hopper with uniform random actions and writes HDF5 in D4RL's layout. `load_dataset`
+# reads it, and any other file in that layout. The command line does the same with `mopo-fast collect
+# hopper-random`.
 
 # %%
 path = collect("hopper-random", 10_000, seed=0, out=folder / "train.hdf5", quiet=True)
@@ -38,9 +40,9 @@ for name, array in data.arrays().items():
     print(f"{name:18} {array.dtype!s:14} {tuple(array.shape)}")
 
 # %% [markdown]
-# `data` is a `Transitions`: float32 tensors on the CPU, a row for each step. Hopper has 11 observation and 3 action
-# dimensions. An episode ends when the hopper falls, which is a *terminal* transition. With random actions it falls
-# after some 20 steps.
+# `data` is a `Transitions`: float32 tensors on the CPU, a row for each step. Hopper has 11 observation and 3
+# action dimensions. An episode ends when the hopper falls, which is a *terminal* transition. With random
+# actions it falls after some 20 steps.
 
 # %%
 speed = data.observations[:, 5]
@@ -57,10 +59,10 @@ plt.show()
 # %% [markdown]
 # ## Fit the dynamics
 #
-# The ensemble has seven networks. Each maps (observation, action) to a Gaussian over the change of the observation and
-# the reward. The five with the least error on held-out rows are the *elites*, which make predictions. `max_epochs`
-# cuts the fit short here; by default it runs until no member improves. The networks are smaller than the default of
-# four layers of 200.
+# The ensemble has seven networks. Each maps (observation, action) to a Gaussian over the change of the
+# observation and the reward. The five with the least error on held-out rows are the *elites*, which make
+# predictions. `max_epochs` cuts the fit short here; by default it runs until no member improves. The networks
+# are smaller than the default of four layers of 200.
 
 # %%
 losses = []
@@ -76,11 +78,12 @@ print(f"elites: {ensemble.elites.tolist()}")
 # %% [markdown]
 # ## Look at the penalty
 #
-# MOPO subtracts a penalty from every predicted reward: `r - lambda * u(s, a)`. It helps only if
-# `u` is large where the model is wrong. Fresh data show whether it is: predict each transition, and compare the penalty with the
-# true error of the prediction.
+# MOPO subtracts a penalty from every predicted reward: `r - lambda * u(s, a)`. It helps only if `u` is large
+# where the model is wrong. Fresh data show whether it is: predict each transition, and compare the penalty
+# with the true error of the prediction.
 #
-# `RolloutEngine.step` makes one step with given actions. `deterministic=True` predicts the mean, without noise.
+# `RolloutEngine.step` makes one step with given actions. `deterministic=True` predicts the mean, without
+# noise.
 
 # %%
 fresh = mopo_fast.load_dataset(collect("hopper-random", 3_000, seed=1, out=folder / "fresh.hdf5", quiet=True))
@@ -110,11 +113,11 @@ plt.show()
 # %% [markdown]
 # ## Roll out a policy
 #
-# `rollout` runs a policy inside the model: all steps are fused into one call of a compiled kernel. The result holds
-# the transitions in the same layout as the data, with penalised rewards, raw rewards and penalties.
+# `rollout` runs a policy inside the model: all steps are fused into one call of a compiled kernel. The result
+# holds the transitions in the same layout as the data, with penalised rewards, raw rewards and penalties.
 #
-# The numbers depend on the seed alone. Another thread count, or the same start states in two halves, give the same
-# bits.
+# The numbers depend on the seed alone. Another thread count, or the same start states in two halves, give the
+# same bits.
 
 # %%
 policy = mopo_fast.Actor(data.obs_dim, data.act_dim)
@@ -132,9 +135,9 @@ print(f"same bits on one thread: {again.rewards.equal(rollouts.rewards)}")
 # %% [markdown]
 # ## Train
 #
-# `train` does all of this in a loop. Each epoch rolls the current policy out from states of the data, updates SAC on
-# the result and evaluates the policy in MuJoCo. The run's folder keeps the configuration, a checkpoint, the learning
-# curve, and `report.html`.
+# `train` does all of this in a loop. Each epoch rolls the current policy out from states of the data, updates
+# SAC on the result and evaluates the policy in MuJoCo. The run's folder keeps the configuration, a
+# checkpoint, the learning curve, and `report.html`.
 
 # `dynamics_from` takes the ensemble of above; without it, `train` fits one.
 
@@ -165,7 +168,7 @@ plt.show()
 temporary.cleanup()
 
 # %% [markdown]
-# One seed and 2,400 updates say little about the method. [Results](results.md) has runs of 100,000 updates with
-# several seeds, with and without the penalty.
+# One seed and 2,400 updates say little about the method. [Results](results.md) has runs of 100,000 updates
+# with several seeds, with and without the penalty.
 #
 # Next: [your own data and task](own-data.md), [rollouts in bulk](rollouts.md), [sweeps](many-runs.md).

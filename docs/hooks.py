@@ -15,6 +15,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from nbclient import NotebookClient
 from nbconvert import MarkdownExporter
+from nbformat.v4 import new_code_cell
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -58,11 +59,12 @@ def tutorial_pages(source: Path) -> dict[str, str | bytes]:
             "display_name": "Python 3",
             "language": "python",
         }
+        notebook.cells.insert(0, new_code_cell('%config InlineBackend.figure_formats = ["svg"]'))
         # Sockets in the file system, which other users cannot reach.
         kernel = AsyncKernelManager(kernel_name="python3", transport="ipc")
-        NotebookClient(
-            notebook, km=kernel, timeout=300, resources={"metadata": {"path": str(ROOT)}}
-        ).execute()
+        resources = {"metadata": {"path": str(ROOT)}}
+        NotebookClient(notebook, km=kernel, timeout=300, resources=resources).execute()
+        del notebook.cells[0]
         check_quiet(notebook)
         NOTEBOOK.parent.mkdir(exist_ok=True)
         nbformat.write(notebook, NOTEBOOK)

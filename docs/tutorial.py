@@ -9,7 +9,6 @@
 # [results](results.md).
 
 # %%
-# %config InlineBackend.figure_formats = ["svg"]
 import csv
 import tempfile
 from pathlib import Path
@@ -33,7 +32,8 @@ folder = Path(temporary.name)
 # hopper-random`.
 
 # %%
-path = collect("hopper-random", 10_000, seed=0, out=folder / "train.hdf5", quiet=True)
+path = folder / "train.hdf5"
+collect("hopper-random", 10_000, seed=0, out=path, quiet=True)
 data = mopo_fast.load_dataset(path)
 
 for name, array in data.arrays().items():
@@ -69,10 +69,15 @@ losses = []
 ensemble = mopo_fast.fit_dynamics(
     data,
     seed=0,
-    config=DynamicsConfig(hidden=(100, 100, 100), weight_decay=(2.5e-5, 5e-5, 5e-5, 1e-4), max_epochs=30),
+    config=DynamicsConfig(
+        hidden=(100, 100, 100),
+        weight_decay=(2.5e-5, 5e-5, 5e-5, 1e-4),
+        max_epochs=30,
+    ),
     on_epoch=lambda epoch: losses.append(min(epoch.holdout_mse)),
 )
-print(f"{len(losses)} epochs, best member's holdout MSE {losses[0]:.3f} -> {losses[-1]:.4f}")
+print(f"{len(losses)} epochs")
+print(f"holdout MSE of the best member: {losses[0]:.3f} -> {losses[-1]:.4f}")
 print(f"elites: {ensemble.elites.tolist()}")
 
 # %% [markdown]
@@ -86,11 +91,19 @@ print(f"elites: {ensemble.elites.tolist()}")
 # noise.
 
 # %%
-fresh = mopo_fast.load_dataset(collect("hopper-random", 3_000, seed=1, out=folder / "fresh.hdf5", quiet=True))
-engine = mopo_fast.RolloutEngine(ensemble, penalty="max_aleatoric", penalty_coef=1.0, termination="hopper")
+other_path = folder / "fresh.hdf5"
+collect("hopper-random", 3_000, seed=1, out=other_path, quiet=True)
+fresh = mopo_fast.load_dataset(other_path)
+engine = mopo_fast.RolloutEngine(
+    ensemble,
+    penalty="max_aleatoric",
+    penalty_coef=1.0,
+    termination="hopper",
+)
 
 result = engine.step(fresh.observations, fresh.actions, seed=0, deterministic=True)
-errors = (result.next_observations - fresh.next_observations).norm(dim=1).numpy()
+misses = result.next_observations - fresh.next_observations
+errors = misses.norm(dim=1).numpy()
 penalties = result.penalties.numpy()
 
 ranks = np.argsort(np.argsort(penalties)), np.argsort(np.argsort(errors))
@@ -98,7 +111,7 @@ print(f"rank correlation of penalty and error: {np.corrcoef(*ranks)[0, 1]:.2f}")
 
 order = np.array_split(np.argsort(penalties), 10)
 figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-axes.scatter(penalties, errors, s=3, alpha=0.3, label="one transition")
+axes.scatter(penalties[::3], errors[::3], s=4, alpha=0.5, label="one transition")
 axes.plot(
     [penalties[i].mean() for i in order],
     [errors[i].mean() for i in order],
@@ -106,7 +119,8 @@ axes.plot(
     color="C1",
     label="mean of a tenth",
 )
-axes.set(xlabel="penalty u(s, a)", ylabel="true error of one step", xscale="log", yscale="log")
+axes.set(xlabel="penalty u(s, a)", ylabel="true error of one step")
+axes.set(xscale="log", yscale="log")
 axes.legend()
 plt.show()
 
@@ -128,7 +142,12 @@ print(f"{len(rollouts)} transitions")
 print(f"raw reward {rollouts.raw_rewards.mean():.3f}, penalty {rollouts.penalties.mean():.3f}")
 print(f"penalised reward {rollouts.rewards.mean():.3f}")
 
-one_thread = mopo_fast.RolloutEngine(ensemble, penalty_coef=1.0, termination="hopper", threads=1)
+one_thread = mopo_fast.RolloutEngine(
+    ensemble,
+    penalty_coef=1.0,
+    termination="hopper",
+    threads=1,
+)
 again = one_thread.rollout(policy, starts, horizon=5, seed=0)
 print(f"same bits on one thread: {again.rewards.equal(rollouts.rewards)}")
 
@@ -148,7 +167,12 @@ config = mopo_fast.TrainConfig(
     task="hopper",
     steps=2_400,
     dynamics_from=str(folder / "fit"),
-    rollout=RolloutConfig(horizon=5, penalty_coef=1.0, batch_size=5_000, interval=300),
+    rollout=RolloutConfig(
+        horizon=5,
+        penalty_coef=1.0,
+        batch_size=5_000,
+        interval=300,
+    ),
     evaluation=EvaluationConfig(episodes=2),
 )
 summary = train(config, folder / "run", quiet=True)

@@ -15,7 +15,7 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.inl csrc/cpu/*.cpp
     csrc/cuda/*.h csrc/cuda/*.cuh csrc/cuda/*.cu)
 CPP_OF_TESTS := $(wildcard $(addprefix tests/helpers/,*.cu cuda_emulator/*.h cuda_emulator/*.cpp cuda_emulator/cuda/*))
 
-.PHONY: install demo check test fuzz soak test-gpu lint format bench bench-gpu bench-compare sanitize sanitize-gpu \
+.PHONY: install demo check test fuzz soak docs docs-serve test-gpu lint format bench bench-gpu bench-compare sanitize sanitize-gpu \
     sanitize-threads clean
 install: $(INSTALLED)
 
@@ -37,7 +37,7 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED) lint
 	$(BIN)/python -m pytest -n $(JOBS)
-	$(MAKE) fuzz soak
+	$(MAKE) fuzz soak docs
 
 # For work in between, in under 90 seconds: lint, and tests of every room that are quick.
 QUICK := utils core/test_buffer.py core/test_ensemble.py core/test_policy.py core/test_rollout.py core/test_tasks.py \
@@ -58,6 +58,19 @@ fuzz: $(INSTALLED)
 MINUTES ?= 1
 soak: $(INSTALLED)
 	$(BIN)/python tests/soak --minutes $(MINUTES) --jobs $(JOBS) --seed $(SEED)
+
+# The site, in build/site. A dead link, an unknown name or a warning ends the build; it runs the tutorial.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The same at http://127.0.0.1:8000, built again when a file is saved. The tutorial runs only when it has changed.
+docs-serve: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 DOCS_REUSE=1 $(BIN)/mkdocs serve
+
+# The extra alone: the package is installed already.
+$(VENV)/.installed-docs: $(INSTALLED)
+	$(BIN)/python -m pip install --no-compile 'mopo_fast[docs]'
+	touch $@
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -1,0 +1,183 @@
+"""Pages made at build time: the command line, the tutorial with its output, two files of the root."""
+
+import contextlib
+import io
+import os
+import re
+import sys
+from pathlib import Path
+from unittest import mock
+
+import jupytext
+import nbformat
+from jupyter_client.manager import AsyncKernelManager
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from nbclient import NotebookClient
+from nbconvert import MarkdownExporter
+from nbformat.v4 import new_code_cell
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+NOTEBOOK = ROOT / "build" / "tutorial.ipynb"
+
+INTRODUCTION = """# Command line
+
+`mopo-fast COMMAND --help` prints this reference in the terminal. The tables are made from the parser itself.
+
+Results go to standard output, progress and errors to standard error. The exit code is 0 after success, 2
+after a mistake in the arguments or files, and 130 after Ctrl-C.
+"""
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the generated pages."""
+    pages: dict[str, str | bytes] = {
+        "cli.md": cli_page(),
+        "contributing.md": root_page("CONTRIBUTING.md"),
+        "changelog.md": root_page("CHANGELOG.md"),
+        **tutorial_pages(ROOT / "docs" / "tutorial.py"),
+    }
+    for path, content in pages.items():
+        files.append(File.generated(config, path, content=content))
+    return files
+
+
+def tutorial_pages(source: Path) -> dict[str, str | bytes]:
+    """Run the tutorial and return its page, its pictures, and the notebook to download.
+
+    With DOCS_REUSE=1, as in `make docs-serve`, the last output is taken if the tutorial's text is older.
+    """
+    is_fresh = NOTEBOOK.exists() and NOTEBOOK.stat().st_mtime > source.stat().st_mtime
+    if os.environ.get("DOCS_REUSE") == "1" and is_fresh:
+        notebook = nbformat.read(NOTEBOOK, as_version=4)
+    else:
+        notebook = jupytext.read(source)
+        notebook.metadata["kernelspec"] = {
+            "name": "python3",
+            "display_name": "Python 3",
+            "language": "python",
+        }
+        notebook.cells.insert(0, new_code_cell('%config InlineBackend.figure_formats = ["svg"]'))
+        # Sockets in the file system, which other users cannot reach.
+        kernel = AsyncKernelManager(kernel_name="python3", transport="ipc")
+        resources = {"metadata": {"path": str(ROOT)}}
+        NotebookClient(notebook, km=kernel, timeout=300, resources=resources).execute()
+        del notebook.cells[0]
+        check_quiet(notebook)
+        NOTEBOOK.parent.mkdir(exist_ok=True)
+        nbformat.write(notebook, NOTEBOOK)
+    page, resources = MarkdownExporter().from_notebook_node(notebook)
+    download = "[Download this page as a notebook](tutorial.ipynb){ download }\n"
+    return {
+        "tutorial.md": page + download,
+        "tutorial.ipynb": nbformat.writes(notebook),
+        **resources["outputs"],
+    }
+
+
+def check_quiet(notebook: nbformat.NotebookNode) -> None:
+    """Raise ValueError where a cell has written to standard error: the tutorial gives no warnings."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", ()):
+            if output.get("name") == "stderr":
+                raise ValueError(f"the tutorial has written to standard error: {output.text}")
+
+
+def root_page(name: str) -> str:
+    """Return a file of the root, its links to docs/ made relative to docs/."""
+    return (ROOT / name).read_text().replace("](docs/", "](")
+
+
+def cli_page() -> str:
+    """Return a section for each command: its usage, and a table for each group of its options."""
+    from mopo_fast.cli import COMMANDS
+
+    return "\n".join([INTRODUCTION, *(command_section(command) for command in COMMANDS)])
+
+
+def help_text(command: str) -> str:
+    """Return what `mopo-fast COMMAND --help` prints, 100 columns wide and without colour."""
+    from mopo_fast.cli import main
+
+    # Boxes are drawn with letters where the encoding is unknown.
+    printed = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    environment = {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
+    with (
+        mock.patch.dict(os.environ, environment),
+        contextlib.redirect_stdout(printed),
+        contextlib.suppress(SystemExit),
+    ):
+        main([command, "--help"])
+    printed.seek(0)
+    return printed.read()
+
+
+def command_section(command: str) -> str:
+    """Return the Markdown of one command.
+
+    Raises:
+        ValueError: the help text has no usage line, or an option is not found in it.
+    """
+    head, *boxes = re.split(r"^╭─ (.+?) ─*╮$", help_text(command), flags=re.MULTILINE)
+    usage, _, description = head.partition("\n\n")
+    if not usage.startswith("usage: ") or not boxes:
+        raise ValueError(f"the help text of {command} is not in tyro's layout")
+    usage = " ".join(usage.removeprefix("usage: ").split())
+    parts = [f"## {command}", f"```text\n{usage}\n```", escape(description.strip())]
+    for title, box in zip(boxes[::2], boxes[1::2], strict=True):
+        introduction, rows = read_box(box)
+        if rows:
+            parts += [f"**{title.capitalize()}**", escape(introduction), table(rows)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def read_box(box: str) -> tuple[str, list[tuple[str, str, str]]]:
+    """Return a box's introduction and its rows: flag, default, meaning."""
+    introduction: list[str] = []
+    rows: list[tuple[str, list[str]]] = []
+    lines = [line[2:-1].rstrip() for line in box.splitlines() if line.startswith("│")]
+    ruler = next((i for i, line in enumerate(lines) if line.startswith("──")), -1)
+    for i, line in enumerate(lines):
+        if i < ruler:
+            introduction.append(line)
+        elif i > ruler and line.startswith(" "):
+            rows[-1][1].append(line.strip())
+        elif i > ruler and line:
+            flag, _, meaning = line.partition("  ")
+            rows.append((flag, [meaning.strip()]))
+    return " ".join(introduction), [
+        row(flag, " ".join(filter(None, words))) for flag, words in rows if flag != "-h, --help"
+    ]
+
+
+def row(flag: str, meaning: str) -> tuple[str, str, str]:
+    """Split "meaning (default: value)"."""
+    found = re.fullmatch(r"(.*?)\s*\((?:default: (.*)|(required))\)", meaning)
+    if found is None:
+        return flag, "", meaning
+    return flag, found[2] or found[3] or "", found[1]
+
+
+def table(rows: list[tuple[str, str, str]]) -> str:
+    """Return a Markdown table."""
+    lines = ["| option | default | meaning |", "| --- | --- | --- |"]
+    for flag, default, meaning in rows:
+        cells = (code(flag), code(default), escape(meaning))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def code(text: str) -> str:
+    """Return text as code within a table's cell."""
+    text = text.replace("|", "\\|")
+    return f"`{text}`" if text else ""
+
+
+def escape(text: str) -> str:
+    """Return plain text with what Markdown would obey outside of `code` made harmless."""
+    pieces = re.split(r"(`[^`]*`)", text)
+    return "".join(
+        piece if i % 2 else re.sub(r"([*_|<>\[\]])", r"\\\1", piece) for i, piece in enumerate(pieces)
+    )

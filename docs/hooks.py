@@ -16,6 +16,7 @@ from mkdocs.structure.files import File, Files
 from nbclient import NotebookClient
 from nbconvert import MarkdownExporter
 from nbformat.v4 import new_code_cell
+from traitlets import default
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -60,10 +61,8 @@ def tutorial_pages(source: Path) -> dict[str, str | bytes]:
             "language": "python",
         }
         notebook.cells.insert(0, new_code_cell('%config InlineBackend.figure_formats = ["svg"]'))
-        # Sockets in the file system, which other users cannot reach.
-        kernel = AsyncKernelManager(kernel_name="python3", transport="ipc")
         resources = {"metadata": {"path": str(ROOT)}}
-        NotebookClient(notebook, km=kernel, timeout=300, resources=resources).execute()
+        NotebookClient(notebook, timeout=300, resources=resources, kernel_manager_class=Kernel).execute()
         del notebook.cells[0]
         check_quiet(notebook)
         NOTEBOOK.parent.mkdir(exist_ok=True)
@@ -75,6 +74,14 @@ def tutorial_pages(source: Path) -> dict[str, str | bytes]:
         "tutorial.ipynb": nbformat.writes(notebook),
         **resources["outputs"],
     }
+
+
+class Kernel(AsyncKernelManager):
+    """Python process whose sockets are files, which other users cannot reach."""
+
+    @default("transport")
+    def _transport(self) -> str:
+        return "ipc"
 
 
 def check_quiet(notebook: nbformat.NotebookNode) -> None:
@@ -163,8 +170,8 @@ def row(flag: str, meaning: str) -> tuple[str, str, str]:
 def table(rows: list[tuple[str, str, str]]) -> str:
     """Return a Markdown table."""
     lines = ["| option | default | meaning |", "| --- | --- | --- |"]
-    for flag, default, meaning in rows:
-        cells = (code(flag), code(default), escape(meaning))
+    for flag, value, meaning in rows:
+        cells = (code(flag), code(value), escape(meaning))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

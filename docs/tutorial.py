@@ -15,6 +15,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 
 import mopo_fast
 from mopo_fast.collect import collect
@@ -134,7 +135,8 @@ plt.show()
 # same bits.
 
 # %%
-policy = mopo_fast.Actor(data.obs_dim, data.act_dim)
+first_weights = torch.Generator().manual_seed(0)
+policy = mopo_fast.Actor(data.obs_dim, data.act_dim, generator=first_weights)
 starts = data.observations[:2_000]
 rollouts = engine.rollout(policy, starts, horizon=5, seed=0)
 assert rollouts.raw_rewards is not None and rollouts.penalties is not None

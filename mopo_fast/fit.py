@@ -675,7 +675,7 @@ def fit_and_save(
     Returns:
         The ensemble, and the contents of fit.json: dataset, data_sha256, transitions, holdout (rows), seed,
         config, device, backend, threads, epochs, seconds, elites, best_mse [member] of the kept weights,
-        train_loss [epoch], holdout_mse and improved [epoch][member].
+        train_loss [epoch], holdout_mse and improved [epoch, member].
 
     Raises:
         InputError: as `fit_dynamics`, or the folder cannot be written, or another process is at work in it.

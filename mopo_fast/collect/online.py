@@ -29,7 +29,7 @@ from mopo_fast.config import OnlineConfig, to_dict
 from mopo_fast.data.hdf5_writer import new_file
 from mopo_fast.data.local import local_folder
 from mopo_fast.data.rewards import RELABELLED
-from mopo_fast.data.transitions import Transitions
+from mopo_fast.data.transitions import DATA_ARRAYS, Transitions
 from mopo_fast.environments import make_environment
 from mopo_fast.errors import InputError
 from mopo_fast.evaluate import evaluate
@@ -279,8 +279,7 @@ class OnlineTraining:
 
     def _add_to_replay(self, rows: Rows) -> None:
         """Append rows [steps, environments, ...] to the replay buffer."""
-        names = ("observations", "actions", "rewards", "next_observations", "terminals")
-        arrays: dict[str, Any] = {name: torch.from_numpy(rows[name]).flatten(0, 1) for name in names}
+        arrays: dict[str, Any] = {name: torch.from_numpy(rows[name]).flatten(0, 1) for name in DATA_ARRAYS}
         rewards = arrays["rewards"]
         self.buffer.append(Transitions(**arrays, raw_rewards=rewards, penalties=torch.zeros_like(rewards)))
 

@@ -440,7 +440,9 @@ def _load_array(path: Path) -> Array:
         raise
     # A damaged file can raise anything.
     except Exception as error:
-        raise InputError(f"{path} is not a whole .npy file ({brief(error)}); get or make it again") from error
+        raise InputError(
+            f"{path} is not a whole .npy file ({brief(error)}); download or make it again"
+        ) from error
     if array.dtype.kind != "f" or not np.isfinite(array).all():
         raise InputError(f"{path} must hold finite floats")
     return array

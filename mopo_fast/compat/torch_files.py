@@ -235,7 +235,7 @@ def load(path: str | os.PathLike[str], inert: Collection[str] | None = ("torch.d
     # A damaged file can raise anything.
     except Exception as error:
         raise InputError(
-            f"{path} is not a whole file of tensors ({brief(error)}); get or make it again"
+            f"{path} is not a whole file of tensors ({brief(error)}); download or make it again"
         ) from error
 
 

@@ -275,7 +275,9 @@ def parse_json_as(text: str, kind: type[T], source: str | os.PathLike[str]) -> T
     try:
         _parse(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{source} does not hold readable JSON ({error}); get or make it again") from error
+        raise InputError(
+            f"{source} does not hold readable JSON ({error}); download or make it again"
+        ) from error
     return _validate(text, kind, source)
 
 

@@ -370,7 +370,7 @@ def load(
     # A damaged pickle may raise any exception.
     except Exception as error:
         raise InputError(
-            f"{path} is not a whole pickle file ({brief(error)}); get or make it again"
+            f"{path} is not a whole pickle file ({brief(error)}); download or make it again"
         ) from error
 
 

@@ -56,8 +56,8 @@ def test_sac_arithmetic() -> None:
     actor, first_actor, critics, first_critics = 120, 24, 2 * 112, 2 * 40
     next_value = actor + critics
     critics_step = 3 * critics - first_critics
-    # The critics' loss goes through both critics. The actor's gradient goes back through one critic to 2 of
-    # its 5 inputs, the actions.
+    # The actor's loss goes forward through both critics, and back through one of them to 2 of its 5 inputs,
+    # the actions.
     actor_step = 3 * actor - first_actor + critics + (112 - 40 + 40 * 2 // 5)
     ours, _ = tiny("sac", backend="cpu")
     assert ours.gflops * 1e9 / ours.rate == pytest.approx(2 * 40 * (next_value + critics_step + actor_step))

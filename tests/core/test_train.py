@@ -630,7 +630,7 @@ class TestGarbledCheckpoint:
         state["pending"][0][0] |= {"epoch": 3, "updates": 25}
         for where, other, changed in changes(state):
             save_file(tensors, checkpoint, {"state": json.dumps(changed)})
-            # Accept other numbers, and lists of numbers, that are compared with nothing.
+            # Nothing checks these numbers and lists of numbers, so others are accepted.
             free = where[0] in ("seconds", "evaluation") or (where[0] == "pending" and len(where) > 3)
             number = other is None or (isinstance(other, (int, float)) and not isinstance(other, bool))
             listed = where[:2] in (("evaluation", "returns"), ("evaluation", "lengths")) and other in (

@@ -1,9 +1,9 @@
-"""One thread per test process: several run at once, and results must not hang on the core count."""
+"""Fixtures and settings for all tests. Each test process uses one thread, so that several can run at once."""
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# With the deterministic algorithms of `poisoned_outputs`, some versions of torch multiply on a GPU only so.
+# cuBLAS needs this setting for the deterministic algorithms that `poisoned_outputs` switches on.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 from collections.abc import Iterator
@@ -20,14 +20,15 @@ from mopo_fast.collect import collect
 
 torch.set_num_threads(1)
 
-# Read when Triton is imported: without a GPU its kernels are interpreted. A backend "auto" is none of them.
+# Triton reads this when it is imported: without a GPU, its kernels are interpreted. The backend "auto" never
+# chooses interpreted kernels.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture
 def poisoned_outputs() -> Iterator[None]:
-    """torch.empty gives NaN, True and the largest integer: what a kernel leaves out, shows."""
+    """Let torch.empty return NaN, True or the largest integer, to find outputs that are never written."""
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     assert torch.empty(1).isnan()
@@ -37,7 +38,7 @@ def poisoned_outputs() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def hopper_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """600 transitions of hopper by random actions; a test that changes the file puts it back."""
+    """Collect 600 transitions of hopper by random actions. A test that changes the file must restore it."""
     return collect(
         "hopper-random", 600, out=tmp_path_factory.mktemp("data") / "hopper-random-local.hdf5", quiet=True
     )
@@ -45,8 +46,8 @@ def hopper_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> ModuleType:
-    """The CUDA extension, to run on CPU tensors; built once for all test processes."""
-    # With the first who needs it: not every test has a compiler.
+    """Build the CUDA extension for the emulator, once for all test processes; it takes CPU tensors."""
+    # Build on first use, since most tests need no compiler.
     import cuda_emulator
 
     folder = tmp_path_factory.getbasetemp()
@@ -58,7 +59,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Module
 
 @pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Where the cuda backend runs: on a GPU, or in the emulator."""
+    """Run the cuda backend on a GPU or in the emulator; yield the device of its tensors."""
     if request.param == "gpu":
         status = cuda.CudaBackend().status()
         if not status.available:

@@ -56,7 +56,7 @@ class Output(io.RawIOBase):
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise
-        # Where the file system cannot reserve space, a full disk shows at the write.
+        # If the file system cannot reserve space, a full disk is noticed when the data are written.
         os.truncate(self._handle, size)
 
     def write_at(self, offset: int, piece: Any) -> None:

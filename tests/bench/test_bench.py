@@ -1,4 +1,4 @@
-"""The contents of measurements. No test depends on how fast the machine is."""
+"""Test the contents of measurements. No test depends on the speed of the machine."""
 
 import io
 import platform
@@ -56,7 +56,8 @@ def test_sac_arithmetic() -> None:
     actor, first_actor, critics, first_critics = 120, 24, 2 * 112, 2 * 40
     next_value = actor + critics
     critics_step = 3 * critics - first_critics
-    # The loss goes through both critics, and back through one to the 2 of its 5 inputs that are actions.
+    # The actor's loss goes forward through both critics, and back through one of them to 2 of its 5 inputs,
+    # the actions.
     actor_step = 3 * actor - first_actor + critics + (112 - 40 + 40 * 2 // 5)
     ours, _ = tiny("sac", backend="cpu")
     assert ours.gflops * 1e9 / ours.rate == pytest.approx(2 * 40 * (next_value + critics_step + actor_step))
@@ -162,7 +163,7 @@ def test_contenders_take_turns_and_the_first_round_is_not_counted(monkeypatch: p
 
 
 def shown(rows: list[Row]) -> list[list[str]]:
-    """Return the words of the table's lines."""
+    """Return the words in each line of the printed table."""
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(to_table(rows))
     return [line.replace("│", " ").split() for line in console.export_text().splitlines()]
@@ -194,7 +195,7 @@ def test_a_rollout_baseline_says_its_dtype() -> None:
 def measured(
     monkeypatch: pytest.MonkeyPatch, dtypes: dict[str, str], loop_seconds: dict[str, float]
 ) -> list[Row]:
-    """Return rows of contenders that make 10 FLOP in a second, where a loop makes 100 in `loop_seconds`."""
+    """Return rows of contenders at 10 FLOP/s, on a machine whose peak is 100 FLOP in `loop_seconds`."""
     clock = [0.0]
 
     def sleep(seconds: float) -> None:
@@ -243,7 +244,7 @@ def test_without_the_extension_torch_mm_is_the_peak(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("isa", cpu.isas())
 def test_the_loops_of_the_peak_count_what_they_do(isa: str) -> None:
-    """The loop counts two FLOP for each multiply-add of each vector element."""
+    """The loops that measure the peak count two FLOP for each multiply-add of each vector element."""
     width = {"portable": 4, "avx2": 8}.get(isa, 16)
     chains = 24 if width == 16 or platform.machine() == "aarch64" else 12
     float32 = 2.0 * width * chains

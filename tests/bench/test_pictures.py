@@ -1,4 +1,4 @@
-"""The README's chart."""
+"""Test the README's chart."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def test_bars_are_ratios_of_one_run(title: str, name: str, bars: tuple[tuple[str
     rates = speeds(result)
     assert all(rates[contender] > 0 for _, contender in bars)
     if "rows" in result:
-        # The run's own ratios, of its first contender over the others.
+        # Ratios of the run's first contender to the others, as the run reports them.
         first, *_ = result["rows"]
         for contender, ratio in first["baselines"].items():
             assert first["rate"] / rates[contender] == pytest.approx(ratio, rel=0.05)

@@ -1,4 +1,4 @@
-"""The roofline plot: positions of its points and labels, and its file."""
+"""Test the roofline plot: positions of its points and labels, and its file."""
 
 import dataclasses
 import itertools
@@ -11,7 +11,7 @@ from mopo_fast.bench.measure import Row
 from mopo_fast.bench.roofline import _spread, roofline, write_roofline
 from mopo_fast.errors import InputError
 
-# One contender is above the peak, two are so close that their labels would overlap, and they are unordered.
+# The points are unordered; one lies above the peak, and two are so close that their labels would overlap.
 RATES = {"ours": 50.0, "fast": 400.0, "close": 50.1, "slow": 2.0}
 
 
@@ -39,7 +39,7 @@ def test_a_roofline_shows_the_roofs_and_the_rates(intensity: float) -> None:
     assert sorted(point.get_xydata()[0].tolist() for point in points) == [
         [intensity, rate] for rate in sorted(RATES.values())
     ]
-    # Everything lies within the picture, the ridge too.
+    # All points and the ridge lie within the picture.
     shown = axes.viewLim
     for x, y in [(25.0, 200.0), *((intensity, rate) for rate in RATES.values())]:
         assert shown.x0 < x < shown.x1 and shown.y0 < y < shown.y1

@@ -1,4 +1,4 @@
-"""The real d3rlpy 1.1.1 beside ours; run by test_compat_d3rlpy.py."""
+"""Compare our d3rlpy support with the real d3rlpy 1.1.1; run by test_compat_d3rlpy.py."""
 
 import importlib
 import importlib.machinery
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from two_samples import differences
 
-# What it imports and nothing here calls.
+# Replace packages that d3rlpy imports but nothing here calls.
 for name in ("gym", "sklearn", "structlog", "tensorboardX", "colorama", "click", "tqdm"):
     try:
         importlib.import_module(name)
@@ -46,7 +46,7 @@ SCALERS = {
 
 
 def make(variance="max", activation="relu", scalers=None, members=4):
-    """As different from fresh as a trained one: biases, members apart in the first dimension, bounds."""
+    """Make a model unlike a fresh one: biases, variance bounds, separate means in the first dimension."""
     torch.manual_seed(1)
     made = ProbabilisticEnsembleDynamics(
         n_ensembles=members,
@@ -63,7 +63,7 @@ def make(variance="max", activation="relu", scalers=None, members=4):
             member._logstd.bias -= 2.0
             member._max_logstd.uniform_(-0.5, 0.5)
             member._min_logstd.uniform_(-4.0, -3.0)
-    # Norms that have gone their way.
+    # Update the power iterations of spectral normalisation.
     made._impl._dynamics.train()
     made._impl._dynamics(torch.zeros(1, OBS), torch.zeros(1, ACT))
     return made
@@ -83,9 +83,9 @@ for activation in ("relu", "tanh", "swish"):
         one, other = (each.predict(observations, actions, with_variance=True) for each in (theirs, ours))
         for x, y in zip(one, other, strict=True):
             assert type(x) is type(y) and x.dtype == y.dtype and x.shape == y.shape
-        # Of the largest variance both know; samples are random.
+        # Variances are deterministic and can be compared directly; the other results are random samples.
         assert_close(other[2], one[2])
-        # Means and spreads of every member.
+        # Compare the means and spreads of each member.
         model = theirs._impl._dynamics.eval()
         inputs = torch.from_numpy(observations), torch.from_numpy(actions)
         ensemble = d3rlpy.ensemble_over(model)
@@ -108,7 +108,7 @@ for variance in ("max", "data"):
             assert differences(other[:, columns], one[:, columns]) == [], (variance, scalers, indices)
             compared += 1
             if indices is not None:
-                # The members are those that were asked for.
+                # Each row was predicted by the member that was asked for.
                 np.testing.assert_allclose(
                     *(made[indices == 2, 0].mean() for made in (one, other)), rtol=0.05
                 )
@@ -122,7 +122,7 @@ assert differences(other, one)
 fewer = d3rlpy.accelerate(make(members=3))
 assert differences(np.hstack(fewer.predict(many, same)), np.hstack(make().predict(many, same)))
 
-# Training is seen at once.
+# A change of the model's parameters has an effect at once.
 ours = d3rlpy.accelerate(make())
 before = ours.predict(observations, actions, True)[2]
 with torch.no_grad():
@@ -144,14 +144,14 @@ for options in ({"use_batch_norm": True}, {"dropout_rate": 0.1}, {"use_dense": T
     else:
         raise AssertionError(options)
 
-# Files, both ways; scalers become part of the model.
+# Convert files in both directions; the scalers become part of our model.
 for scalers in (None, *SCALERS):
     folder = Path(f"files-{scalers}")
     folder.mkdir()
     model = make(scalers=scalers)
     model.save_model(folder / "model.pt")
     if scalers:
-        # As its logger writes them.
+        # Write the scalers as d3rlpy's logger does.
         described = {
             key: {"type": scaler.get_type(), "params": scaler.get_params()}
             for key, scaler in SCALERS[scalers].items()
@@ -161,7 +161,7 @@ for scalers in (None, *SCALERS):
     ensemble = EnsembleDynamics.load(folder / "ours")
     engine = RolloutEngine(ensemble)
     for number in range(4):
-        # The mean of many of its own, unscaled, against the mean of ours.
+        # Compare the mean of many unscaled samples of d3rlpy with our predicted mean.
         own = model.predict(many, same, indices=np.full(6000, number))
         made = engine.step(torch.from_numpy(many[:1]), torch.from_numpy(same[:1]), seed=0, distributions=True)
         mean, std = made.mean[number, 0].numpy(), made.std[number, 0].numpy()

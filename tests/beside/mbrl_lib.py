@@ -1,4 +1,4 @@
-"""The real mbrl-lib beside ours; run by test_compat_mbrl_lib.py."""
+"""Compare our mbrl-lib support with the real mbrl-lib; run by test_compat_mbrl_lib.py."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ space = SimpleNamespace(observation_space=None, action_space=None)
 
 
 def process(observations):
-    """One more than the observations, as its cartpole has it."""
+    """Return one dimension more than the observations have, as mbrl-lib's cartpole does."""
     angle = observations[..., 1:2]
     return torch.cat([angle.sin(), angle.cos(), observations[..., :1], observations[..., 2:]], dim=-1)
 
@@ -41,7 +41,7 @@ def ends(actions, next_observations):
 
 
 def make(method, activation="SiLU", double=False, elites=(3, 0, 2), **options):
-    """A trained-like model: biases, an input scale, members that disagree in the first dimension."""
+    """Make a model unlike a fresh one: biases, an input scale and separate means in the first dimension."""
     torch.manual_seed(1)
     rewards, inputs = options.get("learned_rewards", True), OBS + ACT + ("obs_process_fn" in options)
     mlp = mbrl.models.GaussianMLP(
@@ -89,7 +89,7 @@ observations = random.normal(size=(60, OBS)).astype(np.float32)
 actions = random.uniform(-1, 1, size=(60, ACT)).astype(np.float32)
 compared = 0
 
-# Means: the same elite for the same row, for torch's generator is used alike.
+# Deterministic steps: both draw elites from torch's generator alike, so each row uses the same elite.
 for method in ("random_model", "fixed_model", "expectation"):
     for activation in ("SiLU", "ReLU", "Tanh"):
         for double in (False, True):
@@ -109,7 +109,7 @@ for method in ("random_model", "fixed_model", "expectation"):
                         assert (np.asarray(theirs[2]) == np.asarray(ours[2])).mean() > 0.98
                         compared += 1
 
-# Samples: of the same distribution, and each elite takes an equal share.
+# Random steps: samples have the same distribution, and each elite predicts the same number of rows.
 many, same = np.repeat(observations[:1], 9999, axis=0), np.repeat(actions[:1], 9999, axis=0)
 for method in ("random_model", "fixed_model", "expectation"):
     for penalty in (0.0, 1.0):
@@ -122,7 +122,7 @@ for method in ("random_model", "fixed_model", "expectation"):
         assert differences(np.hstack(ours[:2]), np.hstack(theirs[:2])) == [], method
     if method == "expectation":
         continue
-    # The first dimension tells the elites apart.
+    # The members' means differ in the first dimension, which identifies the elite of a row.
     for made in (theirs, ours):
         middle = np.sort(made[0][:, 0])[[1666, 4999, 8332]]
         nearest = np.abs(made[0][:, :1] - middle).argmin(1)
@@ -133,7 +133,7 @@ nearest = np.abs(made[0][:, :1] - middle).argmin(1)
 counts = np.bincount(nearest)
 assert counts.tolist() != [3333] * 3 and np.abs(counts - 3333).max() < 250, counts
 
-# More noise, or another member, is seen.
+# The comparison detects more noise and another elite.
 theirs, ours = both(make("random_model"))
 loud = make("random_model")
 with torch.no_grad():
@@ -144,7 +144,7 @@ assert differences(np.hstack(step(list(both(loud))[1], many, same, True)[:2]), t
 other = make("random_model", elites=(3, 0, 1))
 assert differences(np.hstack(step(list(both(other))[1], many, same, True)[:2]), truth)
 
-# The model's training is seen at once.
+# Training the model has an effect at once.
 model = make("expectation")
 env = list(both(model))[1]
 before = step(env, observations, actions, False)[0]
@@ -154,14 +154,14 @@ assert np.allclose(step(env, observations, actions, False)[0], before + 1.0, ato
 ensemble = mbrl_lib.ensemble_over(model)
 assert ensemble.weights[0].data_ptr() == model.model.hidden_layers[0][0].weight.data_ptr()
 
-# Sequences of actions, by both.
+# Both evaluate sequences of actions.
 sequences = torch.from_numpy(random.uniform(-1, 1, size=(4, 3, ACT)).astype(np.float32))
 values = [
     env.evaluate_action_sequences(sequences, observations[0], 3000) for env in both(make("random_model"))
 ]
 assert values[0].shape == values[1].shape and torch.allclose(values[0], values[1], atol=0.1), values
 
-# Rows that are not finite go on, as there, and leave the others alone.
+# Rows that are not finite stay in the batch, as in mbrl-lib, and do not affect other rows.
 broken = observations.copy()
 broken[4, 1], broken[9] = np.inf, np.nan
 for options in OPTIONS:
@@ -176,7 +176,7 @@ for options in OPTIONS:
     step(ours, broken, actions, True)
     assert ours.penalties.isnan()[:, 0].nonzero()[:, 0].tolist() == [4, 9]
 
-# Files, both ways.
+# Convert files in both directions.
 model = make("random_model", double=True)
 Path("theirs").mkdir()
 model.save("theirs")

@@ -1,6 +1,6 @@
-"""Unifloral's rollouts in JAX against what its own code has been recorded to do; takes JAX alone, not theirs.
+"""Compare rollouts in JAX with recorded results of Unifloral's own code. Needs JAX but not Unifloral.
 
-Run by tests/compat/test_compat_unifloral.py, or: pytest tests/beside/unifloral.py
+Run by tests/compat/test_compat_unifloral.py, or by: pytest tests/beside/unifloral.py
 """
 
 import functools
@@ -31,7 +31,7 @@ def recorded() -> dict[str, Any]:
 
 
 def fallen(obs: Any, action: Any, next_obs: Any) -> Any:
-    """Of one row, as theirs: the hopper's, whose 100 has no lower bound."""
+    """Return whether one row is terminal by Unifloral's hopper rule, which has no lower bound of -100."""
     assert obs.shape == next_obs.shape == (OBS,)
     assert action.shape == (ACT,)
     stands = (next_obs[0] > 0.7) & (jnp.abs(next_obs[1]) < 0.2) & (next_obs[1:] < 100).all()
@@ -39,7 +39,7 @@ def fallen(obs: Any, action: Any, next_obs: Any) -> Any:
 
 
 def make_theirs(states: Any) -> Any:
-    """What their loader would return, with its attributes; parameters from the recorded pickle."""
+    """Make the object that Unifloral's loader returns, with the parameters of the recorded pickle."""
     model = unifloral.read(RECORDED / "unifloral.pkl").dynamics
     layers = {
         f"Dense_{i}": {"kernel": jnp.array(w.detach().numpy()), "bias": jnp.array(b.detach().numpy())}
@@ -71,7 +71,7 @@ def make_buffer(rows: int, filling: float = 0.0) -> Transition:
 
 @pytest.fixture(params=["in place", "copied"])
 def callback(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Versions of JAX before 0.6 have no callbacks that work in place."""
+    """Test both kinds of callbacks, since versions of JAX before 0.6 have none that work in place."""
     if request.param == "copied":
         monkeypatch.setitem(sys.modules, "jax.experimental.buffer_callback", None)
 
@@ -86,7 +86,7 @@ def test_same_rollouts_row_by_row(name: str, theirs: Any, recorded: dict[str, An
     assert not recorded["short_done"].all()
     assert 0.3 < (recorded["morel_reward"] == -3.5).mean() < 0.9
 
-    # As in mopo.py: a condition in a compiled loop.
+    # Call the rollout as mopo.py does: under a condition in a compiled loop.
     def call(buffer: Transition, i: Any) -> tuple[Transition, None]:
         key = jax.random.PRNGKey(i)
         return jax.lax.cond(i < 2, lambda: rollout(key, act, buffer), lambda: buffer), None
@@ -154,7 +154,7 @@ def test_no_copies(theirs: Any) -> None:
 
 
 def test_what_is_not_finite_stays(theirs: Any, recorded: dict[str, Any]) -> None:
-    """A row goes on as NaN, the others as if it were not there."""
+    """A row that is not finite continues as NaN; the other rows are not affected."""
     dynamics, states = unifloral.EnsembleDynamics(theirs), recorded["states"]
 
     def run(states: Any) -> Transition:
@@ -175,7 +175,7 @@ def test_what_is_not_finite_stays(theirs: Any, recorded: dict[str, Any]) -> None
 def test_fused_what_is_not_finite_is_nan(theirs: Any, recorded: dict[str, Any]) -> None:
     dynamics = unifloral.EnsembleDynamics(theirs)
     sound = compiled(dynamics.make_rollout_fn(12, 2), actor_params())(jax.random.PRNGKey(0), make_buffer(24))
-    # One state from which the first layer overflows.
+    # From this state the first layer overflows.
     start = sound.obs[5]
     states = jnp.where((recorded["states"] == start).all(1, keepdims=True), 3e38, recorded["states"])
     dynamics.dataset = dynamics.dataset._replace(obs=states)
@@ -213,9 +213,9 @@ def act_as_theirs(params: Any, obs: Any, rng: Any) -> Any:
 
 
 def columns(buffer: Transition, length: int) -> np.ndarray:
-    """Every number of a rollout, and some sums of all, which show what of them hangs together.
+    """Return all numbers of a rollout, and random sums of them that depend on their correlations.
 
-    Rounded, since one tanh reaches 1 before another.
+    The numbers are rounded, because one implementation of tanh reaches 1 at a smaller input than another.
     """
     steps = np.concatenate([np.asarray(x).reshape(length, len(x) // length, -1) for x in buffer], axis=-1)
     table = np.moveaxis(steps, 0, 1).reshape(steps.shape[1], -1)
@@ -224,20 +224,20 @@ def columns(buffer: Transition, length: int) -> np.ndarray:
 
 
 def distance(one: Any, other: Any) -> float:
-    """Kolmogorov and Smirnov's."""
+    """Return the Kolmogorov-Smirnov distance of two samples."""
     both = np.concatenate([one, other])
     below = [np.searchsorted(np.sort(x), both, side="right") / len(x) for x in (one, other)]
     return float(np.abs(below[0] - below[1]).max())
 
 
 BATCH, LENGTH = 40_000, 2
-# Of two samples of so many rows: seen once in ten thousand where they are of one distribution.
+# Two samples of this size from one distribution exceed this distance once in 10,000 times.
 LIMIT = 2.23 * (2 / BATCH) ** 0.5
 
 
 @pytest.fixture(scope="module")
 def expected(recorded: dict[str, Any]) -> tuple[Any, Any]:
-    """Their model from many states, and what it makes by their policy, as they run it."""
+    """Return the model with many start states, and its rollouts by Unifloral's own policy function."""
     theirs = make_theirs(jnp.array(healthy(np.random.RandomState(2), 5000)))
     rollout = unifloral.EnsembleDynamics(theirs).make_rollout_fn(BATCH, LENGTH, 0.7)
     run = compiled(rollout, functools.partial(act_as_theirs, actor_params()))
@@ -286,13 +286,13 @@ def test_fused_rollouts_are_repeatable(theirs: Any) -> None:
     ]
     assert jax.tree.all(jax.tree.map(jnp.array_equal, made[0], made[1]))
     assert not jnp.array_equal(made[0].action, made[2].action)
-    # Rows are chained step after step, and begin where theirs do.
+    # Each step continues from the previous one, and the first begins at the same start states.
     assert jnp.array_equal(made[0].next_obs[:-12], made[0].obs[12:])
     by_steps = compiled(rollout, lambda obs, rng: jnp.zeros(ACT))
     start = by_steps(jax.random.PRNGKey(0), make_buffer(36)).obs[:12]
     assert jnp.array_equal(made[0].obs[:12], start)
     assert jnp.array_equal(made[0].done, jax.vmap(fallen)(*made[0][:2], made[0].next_obs))
-    # Ended rows go on.
+    # Terminal rows continue.
     assert made[0].done[:12].any()
     assert jnp.isfinite(made[0].obs).all()
 

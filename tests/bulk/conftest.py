@@ -1,4 +1,4 @@
-"""Fixtures: a run, its data, and shards made without a disturbance."""
+"""Fixtures: a run, its data, and shards written without interruption."""
 
 import shutil
 from pathlib import Path
@@ -43,5 +43,5 @@ def undisturbed(run: Path, data: Transitions, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(params=["hdf5", "parquet"])
 def recorded(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A folder of shards as the first version of format_version 1 wrote it."""
+    """Return a copy of recorded shards, written by the first version of format_version 1."""
     return Path(shutil.copytree(RECORDED / "shards" / request.param, tmp_path / "recorded"))

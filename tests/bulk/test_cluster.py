@@ -1,4 +1,4 @@
-"""Shards and sweeps on Ray, in processes of their own: a cluster is for a whole process."""
+"""Test shards and sweeps on Ray, in separate processes, because Ray connects a whole process to a cluster."""
 
 import csv
 import os
@@ -30,7 +30,7 @@ def start(*command: Any, **environment: str) -> subprocess.CompletedProcess[str]
 
 @pytest.mark.slow
 def test_a_lost_worker(run: Path, dataset: Path, tmp_path: Path) -> None:
-    """Two workers, one of them killed midway, make the same bytes as one process."""
+    """Two workers, one of which is killed, write the same bytes as one process."""
     outs = [tmp_path / name for name in ("killed", "whole")]
     for out, kill in zip(outs, ("kill", "no"), strict=True):
         done = start(HELPERS / "cluster.py", run, dataset, out, 60_000, 3000, kill)
@@ -74,7 +74,7 @@ def test_an_interrupt_waits_for_the_connection(monkeypatch: pytest.MonkeyPatch) 
             calls.append("shut down")
 
     monkeypatch.setattr(cluster, "_import_ray", Ray)
-    # A suite run in the background ignores SIGINT.
+    # SIGINT is ignored if the tests run in the background.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt), connected("local"):
@@ -87,7 +87,7 @@ def test_an_interrupt_waits_for_the_connection(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.slow
 def test_a_sweep(hopper_data: Path, tmp_path: Path) -> None:
-    """Two seeds and two coefficients; a run that was there is left as it is."""
+    """A sweep makes a run for each seed and coefficient, and leaves an existing run unchanged."""
     out = tmp_path / "sweep"
     command = ["-m", "mopo_fast", "sweep", hopper_data, "--seeds", "0:2", "--penalty-coefs", 0, 1]
     command += ["--horizons", 1, "--out", out, "--steps", 20, "--rollout.interval", 10, "--quiet"]

@@ -1,4 +1,4 @@
-"""Rollouts as files: every format, damaged and hostile ones, full disks."""
+"""Test files of rollouts: all formats, damaged and malicious files, and full disks."""
 
 import contextlib
 import hashlib
@@ -95,7 +95,7 @@ def test_a_shard_is_a_d4rl_file(undisturbed: Path) -> None:
     assert back.info["metadata"]["shard"] == 1 and back.info["metadata"]["penalty_coef"] == 2.0
     arrays, _ = files.read_file(undisturbed / "shard-000001.hdf5")
     assert isinstance(arrays["observations"], np.memmap)
-    # Every rollout ends once, or is the last.
+    # Each rollout has one end, except that the last one may be cut.
     ends = arrays["terminals"] | arrays["timeouts"]
     assert np.array_equal(np.flatnonzero(ends)[:-1] + 1, np.flatnonzero(np.diff(arrays["rollout_index"])) + 1)
 
@@ -134,7 +134,7 @@ def test_parquet_is_read_by_others(run: Path, data: Transitions, undisturbed: Pa
 
 
 def test_arrays_in_place(tmp_path: Path) -> None:
-    """Arrays of odd sizes are aligned too; those without rows are read as well."""
+    """Arrays are aligned for any row size, and arrays without rows can be read."""
     random = np.random.default_rng(0)
     for rows in (0, 1, 7, 1000):
         arrays = {
@@ -205,7 +205,7 @@ def test_parquet_of_other_types_is_refused(tmp_path: Path) -> None:
 
 
 def test_parquet_that_announces_more_than_the_memory_is_not_read(tmp_path: Path) -> None:
-    """A run of one value is a few bytes, whatever its length."""
+    """A column of one repeated value takes a few bytes in the file, whatever its length."""
     import pyarrow
     import pyarrow.parquet
 
@@ -229,7 +229,7 @@ def test_parquet_that_announces_more_than_the_memory_is_not_read(tmp_path: Path)
 
 
 def read_damaged(folder: Path, count: int) -> None:
-    """Read a shard with other bytes, again and again: it is sound, or an `InputError`."""
+    """Change random bytes of a shard repeatedly; each time it is read or raises `InputError`."""
     plan = read_manifest(folder).plan
     path, rng = folder / plan.file(0), random.Random(0)
     whole = path.read_bytes()
@@ -243,5 +243,5 @@ def read_damaged(folder: Path, count: int) -> None:
 
 
 def test_damaged_shards_end_in_one_error(recorded: Path) -> None:
-    """Run in a process of its own, because a library may crash on such a file."""
+    """The reads run in a separate process, because a library may crash on a damaged file."""
     assert attempt(read_damaged, recorded, 300, kill_after=120) == 0

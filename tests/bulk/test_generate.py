@@ -1,4 +1,4 @@
-"""Rollouts of a run in memory: start states, settings, refusals, and the memory that is checked for."""
+"""Test rollouts in memory: start states, settings, refusals, and the memory estimate."""
 
 import json
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def still() -> Transitions:
 def make_still() -> Transitions:
     observations = torch.zeros(10, 11)
     observations[:, 0] = 1.25
-    # Told apart by a velocity, so that a start state's row can be found again.
+    # Give each start state its own velocity, by which its row can be found again.
     observations[:, 5] = torch.arange(10) / 100
     zeros = torch.zeros(10)
     return Transitions(observations, torch.zeros(10, 3), zeros, observations, zeros.bool(), name="still")
@@ -70,7 +70,7 @@ def test_lambda_can_be_another(run: Path, data: Transitions) -> None:
 
 
 def test_the_runs_termination_holds(run: Path, data: Transitions) -> None:
-    """hopper-authors lets a coordinate fall below -100, where hopper's own rule ends the episode."""
+    """hopper-authors permits coordinates below -100, which end an episode under the hopper rule."""
     data.observations[:, 5] = -200.0
     ends = {}
     for name in (None, "hopper-authors"):
@@ -131,7 +131,7 @@ def peak(run: Path, path: Path, count: int, result: Path) -> None:
 def test_the_memory_is_estimated(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Compare the memory that a transition adds with the memory that is asked for."""
+    """The estimated memory for each transition is close to the memory that it takes."""
     sizes = (400_000, 1_200_000)
 
     def slope(bytes_of: Callable[[int], int]) -> float:
@@ -151,5 +151,5 @@ def test_the_memory_is_estimated(
         return asked[0]
 
     taken = slope(measured)
-    # The memory that the allocator keeps differs from run to run by a tenth.
+    # The memory kept by the allocator varies by a tenth between runs.
     assert 0.95 * taken <= slope(estimated) <= 1.4 * taken

@@ -1,4 +1,4 @@
-"""Settings in a run's folder, and manifests: damaged and forged ones too."""
+"""Test the settings in a run's folder and manifests, including damaged and forged ones."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path, config: str | None, me
 
 
 def places(value: Any, where: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The path of every value in a manifest; the first and last elements stand for a list."""
+    """Yield the path of each value in a manifest, with only the first and the last element of a list."""
     yield where
     some = value if isinstance(value, dict) else {0, len(value) - 1} if isinstance(value, list) else ()
     for key in some:
@@ -76,7 +76,7 @@ def test_every_change_of_a_manifest_is_refused_or_harmless(
                 refused += 1
                 assert "manifest.json" in str(error) and "\n" not in str(error)
             else:
-                # Names, sums and settings that a manifest may have.
+                # These names, sums and settings may have another value.
                 assert where[-1] in (
                     "reward_sum",
                     "penalty_sum",

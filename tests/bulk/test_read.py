@@ -1,4 +1,4 @@
-"""Reading folders of shards: rows across shards, verification, sums."""
+"""Test reading folders of shards: rows across shards, verification, sums."""
 
 import dataclasses
 import json
@@ -56,7 +56,7 @@ def test_an_unfinished_folder(run: Path, data: Transitions, undisturbed: Path, t
 def test_recorded_shards_are_read(recorded: Path) -> None:
     manifest = verify(recorded, quiet=True)
     assert len(open_rollouts(recorded)[:]) == manifest.plan.count
-    # The shards' own metadata name the plan by its digest.
+    # The metadata of each shard identify the plan by its SHA-256.
     assert open_rollouts(recorded).shard(0).info["plan"] == manifest.plan.sha256()
     assert json.loads((recorded / MANIFEST).read_text()) == dataclasses.asdict(manifest)
 
@@ -115,7 +115,7 @@ def test_a_corrupt_shard(
 def test_values_out_of_range_are_no_sound_shard(
     undisturbed: Path, tmp_path: Path, name: str, value: float | None, message: str
 ) -> None:
-    """Such a shard is refused even if the manifest lists its SHA-256."""
+    """A shard with invalid values is refused even if the manifest lists its SHA-256."""
     out = tmp_path / "out"
     shutil.copytree(undisturbed, out)
     path = out / "shard-000001.hdf5"

@@ -1,4 +1,4 @@
-"""Writing folders of shards: each row is made exactly once, whatever happens on the way."""
+"""Test writing folders of shards: each row is written exactly once, despite kills and interruptions."""
 
 import contextlib
 import os
@@ -31,7 +31,7 @@ CONTEXT.set_forkserver_preload(["mopo_fast.bulk.write", "pytest"])
 
 
 def test_what_a_shard_holds(run: Path, data: Transitions, undisturbed: Path) -> None:
-    """Shard k holds rollouts k * 2^32, ... of one endless sequence, cut to its number of rows."""
+    """Shard k holds the rollouts from k * 2^32 on, cut to its number of rows."""
     rollouts = open_rollouts(undisturbed)
     assert len(rollouts) == COUNT and [len(shard) for shard in rollouts] == [SHARD] * 5 + [100]
     engine = RolloutEngine(
@@ -78,7 +78,7 @@ def go_on(run: Path, dataset: Path, out: Path) -> None:
 def test_killed_at_its_own_writes(run: Path, dataset: Path, undisturbed: Path, tmp_path: Path) -> None:
     out, changes = tmp_path / "out", 1
     while attempt(go_on, run, dataset, out, die_at=(out, changes)) != 0:
-        # Nothing that was finished is lost, nothing half done is left in a shard's place.
+        # Finished shards are kept, and no partial file has a shard's name.
         for name, value in content(out).items():
             assert name == MANIFEST or name.startswith(".") or value == content(undisturbed)[name]
         changes += 1
@@ -91,7 +91,7 @@ def test_killed_at_random_moments(run: Path, dataset: Path, undisturbed: Path, t
     for number in range(4):
         out = tmp_path / f"out-{number}"
         while attempt(go_on, run, dataset, out, kill_after=rng.uniform(0, longest)) == 0:
-            # The machine was faster than the kill.
+            # The work ended before the kill, so start over with shorter delays.
             shutil.rmtree(out)
             longest /= 2
         for _ in range(3):
@@ -122,7 +122,7 @@ def test_a_second_process_is_refused(run: Path, dataset: Path, data: Transitions
 
 
 def test_a_full_disk(run: Path, data: Transitions, undisturbed: Path, tmp_path: Path) -> None:
-    """Finished shards stay, and the same call makes the rest once there is room."""
+    """Finished shards are kept, and the same call writes the others once there is space."""
     out = tmp_path / "out"
     shutil.copytree(undisturbed, out)
     for number in (1, 4):
@@ -232,7 +232,7 @@ def test_an_interruption_abandons_the_shard_that_is_written(
     format: str,
     compression: str,
 ) -> None:
-    """The second shard is being written when the third is interrupted."""
+    """The third shard is interrupted while the second is being written."""
     writing = threading.Event()
     write_file, make_shard = files.write_file, Generator.make_shard
 
@@ -336,7 +336,7 @@ def test_a_refused_overwrite_deletes_nothing(
 
 
 def test_overwriting_other_rollouts(run: Path, data: Transitions, undisturbed: Path, tmp_path: Path) -> None:
-    """A folder is refused with the shards of other rollouts, and with their manifest alone."""
+    """A folder with other rollouts is refused, even if only their manifest is left."""
     make_shards(run, data, tmp_path / "there", seed=8)
     make_shards(run, data, tmp_path / "gone", seed=8)
     for path in (tmp_path / "gone").glob("shard-*"):

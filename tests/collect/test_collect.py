@@ -1,4 +1,4 @@
-"""Collected data against gymnasium itself, and the file's layout."""
+"""Test collected data against gymnasium, and the layout of the file."""
 
 import itertools
 import resource
@@ -67,7 +67,7 @@ def test_replay_from_the_stored_state(tmp_path: Path) -> None:
 def test_same_file_for_any_thread_count_and_roll(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = [collect("walker2d-random", 500, out=tmp_path / "1", threads=1, quiet=True)]
     files.append(collect("walker2d-random", 500, out=tmp_path / "3", threads=3, quiet=True))
-    # Long episodes start over with twice the steps: where they do must not show.
+    # Long episodes are simulated again with twice the steps, which must not change the result.
     monkeypatch.setitem(RULES, "walker2d", replace(RULES["walker2d"], first_roll=7))
     files.append(collect("walker2d-random", 500, out=tmp_path / "7", threads=2, quiet=True))
     first, *others = [file.read_bytes() for file in files]
@@ -117,7 +117,7 @@ def test_actions_are_uniform(tmp_path: Path) -> None:
     assert np.abs(actions).max() <= 1
     counts = np.histogram(actions, bins=20, range=(-1, 1))[0]
     expected = actions.size / 20
-    # 19 degrees of freedom: above 50 once in ten thousand seeds, and this seed is fixed.
+    # With 19 degrees of freedom, chi-square exceeds 50 for one seed in 10,000. The seed is fixed.
     assert ((counts - expected) ** 2 / expected).sum() < 50
 
 
@@ -163,7 +163,7 @@ def test_observations_at_high_speed(task: str) -> None:
 
 
 def test_unstable_simulation_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Where MuJoCo writes its log.
+    # MuJoCo writes its log to the working directory.
     monkeypatch.chdir(tmp_path)
     with _Collector("halfcheetah", 0, 1) as collector:
         # Joint springs this stiff blow up within a few steps.
@@ -174,7 +174,7 @@ def test_unstable_simulation_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("task", RULES)
 def test_calls_of_mujoco_are_short(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An interrupt waits for the one that runs."""
+    """Calls are short because an interrupt waits for the end of the current call."""
     steps = []
     with _Collector(task, 0, 2) as collector:
         rollout, limit = collector.pool.rollout, 2 * max(1 << 12, MAX_PATH * collector.env.frame_skip)
@@ -204,7 +204,7 @@ def test_default_folder_and_load_by_name(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("MOPO_FAST_DATA_DIR", str(tmp_path / "sets"))
     with pytest.raises(InputError, match="mopo-fast collect hopper-random"):
         load_dataset("hopper-random-local")
-    # The name of the set that is made is taken, too.
+    # The name of the data set may also be the one of the file that is made.
     path = collect("hopper-random-local", 200, quiet=True)
     assert path.parent == tmp_path / "sets"
     data = load_dataset("hopper-random-local")

@@ -1,4 +1,4 @@
-"""Sets made by SAC trained online: against gymnasium, the policy itself, and trainings that were killed."""
+"""Test data sets made by SAC trained online, against gymnasium and the policy, and after killed trainings."""
 
 import dataclasses
 import itertools
@@ -34,7 +34,6 @@ from mopo_fast.utils.seeds import derive_seed
 from mopo_fast.utils.tensors import load_tensors, save_tensors
 
 
-# Any policy is good enough for medium: the second evaluation is where it ends.
 def paths_of(data: dict[str, Any]) -> list[slice]:
     ends = np.flatnonzero(data["terminals"] | data["timeouts"]) + 1
     assert ends[-1] == len(data["rewards"])
@@ -53,7 +52,7 @@ def data_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def sets(folder: Path) -> dict[str, Path]:
-    """Every tier of hopper, medium ones before the training is whole."""
+    """Make every tier of hopper; the medium tiers come before the training is complete."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOPO_FAST_DATA_DIR", str(folder))
         tiers = ("medium-replay", "medium", "full-replay", "expert", "medium-expert")
@@ -103,13 +102,13 @@ def test_actions_are_sampled_from_the_policy_in_the_metadata(sets: dict[str, Pat
         assert inner.mean() > 0.8
         stored = data["infos/action_log_probs"][inner]
         assert np.allclose(log_probs.sum(axis=1)[inner], stored, atol=2e-3)
-        # 900 draws: means beyond four standard errors would be seen once in ten thousand seeds.
+        # With 900 draws, one seed in 10,000 exceeds four standard errors of the mean.
         assert abs(noise[inner].mean()) < 0.2 and 0.8 < noise[inner].std() < 1.1
 
 
 def test_replays_hold_every_step_of_the_training(sets: dict[str, Path]) -> None:
     medium, full = read(sets["medium-replay"]), read(sets["full-replay"])
-    # The random epoch, then two evaluations.
+    # Medium has one random epoch and two evaluated epochs.
     assert len(medium["rewards"]) == 3 * EPOCH_ROWS == medium["metadata/trained_steps"]
     assert len(full["rewards"]) == 5 * EPOCH_ROWS == full["metadata/trained_steps"]
     assert (medium["metadata/updates"], full["metadata/updates"]) == (2 * EPOCH_ROWS, 4 * EPOCH_ROWS)
@@ -120,7 +119,7 @@ def test_replays_hold_every_step_of_the_training(sets: dict[str, Path]) -> None:
     paths = paths_of(full)
     for path in paths:
         assert np.array_equal(full["next_observations"][path][:-1], full["observations"][path][1:])
-        # A reset is within 0.005 of upright.
+        # Resets perturb the upright position by at most 0.005.
         assert np.abs(full["infos/qpos"][path][0] - [0, 1.25, 0, 0, 0, 0]).max() < 0.006
     assert len({path.start for path in paths} & set(range(0, 600, 60))) == 10
     assert sum(full["timeouts"]) <= 10 < len(paths)
@@ -130,7 +129,7 @@ def test_the_kernel_learns_from_what_is_stored(folder: Path, sets: dict[str, Pat
     training = OnlineTraining(folder / "online" / "hopper-seed0", TASKS["hopper"], 0, SMALL, 1)
     assert (training.epoch, training.sac.updates, len(training.buffer)) == (5, 4 * EPOCH_ROWS, 5 * EPOCH_ROWS)
     full = read(sets["full-replay"])
-    # The ring holds an epoch step by step, the file path by path.
+    # The ring buffer stores an epoch step by step, the file path by path.
     for name in ("observations", "actions", "rewards", "next_observations", "terminals"):
         ring = getattr(training.buffer.storage, name).numpy().copy()
         by_step = ring.reshape(5, 60, 2, -1).swapaxes(1, 2).reshape(ring.shape)
@@ -175,7 +174,7 @@ def test_tiers_share_one_training_and_threads_change_nothing(
         assert make("hopper-medium", out=tmp_path).read_bytes() == sets["medium"].read_bytes()
     monkeypatch.setenv("MOPO_FAST_DATA_DIR", str(tmp_path))
     before = torch.get_num_threads()
-    # Here the whole training comes first.
+    # Here the training is completed before any other tier is made.
     assert make("hopper-expert", threads=3).read_bytes() == sets["expert"].read_bytes()
     assert make("hopper-medium-replay").read_bytes() == sets["medium-replay"].read_bytes()
     assert torch.get_num_threads() == before
@@ -273,7 +272,7 @@ def test_medium_is_where_the_mean_of_some_evaluations_is_good_enough(tmp_path: P
     assert training.medium_epoch is None
     for epoch, score in enumerate([50.0, 40.0, 5.0, 40.0, 53.0, 6.0, 90.0], start=2):
         training.evaluations.append({"epoch": epoch, "score_mean": score})
-        # 40, 5, 40 are not enough; 5, 40, 53 are not; 40, 53, 6 are 33.
+        # The means of (40, 5, 40) and (5, 40, 53) are below 33; the mean of (40, 53, 6) is 33.
         assert training.medium_epoch == (7 if epoch >= 7 else None)
 
 
@@ -323,7 +322,7 @@ def test_bad_settings(changes: dict[str, int], message: str, tmp_path: Path) -> 
 
 
 def test_unstable_simulation_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Where MuJoCo writes its log.
+    # MuJoCo writes its log to the working directory.
     monkeypatch.chdir(tmp_path)
     with online._Paths(TASKS["halfcheetah"], 1) as paths:
         paths.envs[0].model.jnt_stiffness[:] = 1e9
@@ -344,7 +343,7 @@ def test_random_ant(tmp_path: Path) -> None:
 
 
 class TestGarbledTraining:
-    """Every value of a training's state and rows, changed: one `InputError` that says what to remove."""
+    """Change each value of a training's files: it raises one `InputError` that says what to remove."""
 
     @pytest.fixture
     def training(self, folder: Path, sets: dict[str, Path], tmp_path: Path) -> Path:
@@ -371,7 +370,8 @@ class TestGarbledTraining:
     @pytest.mark.parametrize("name", ["state.safetensors", "rows-000002.safetensors"])
     def test_the_tensors(self, training: Path, name: str) -> None:
         if name.startswith("rows"):
-            # What is only copied into a data set: its shape and type are not known here.
+            # Remove arrays that are only copied to a data set, since their shapes and types are not checked
+            # here.
             tensors, _ = read_tensors(training / name)
             kept = {key: value for key, value in tensors.items() if key not in ("infos/qpos", "infos/qvel")}
             save_tensors(training / name, kept)

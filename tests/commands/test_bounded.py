@@ -1,4 +1,4 @@
-"""Steps bounded in time, and the steps of `make test-gpu` where there is no GPU."""
+"""Test the steps with time limits, and the steps of `make test-gpu` without a GPU."""
 
 import os
 import re
@@ -73,7 +73,7 @@ def test_every_end_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_a_hang_costs_its_step_alone(tmp_path: Path) -> None:
-    """The processes that a step has started are killed with it, even if they ignore interrupts."""
+    """When a step is killed, so are the processes that it has started, even if they ignore interrupts."""
     hang = f"sleep 1000 & echo $! > {tmp_path}/pid; trap '' TERM INT; echo begun; wait; sleep 1000"
     began = time.monotonic()
     outcomes = run_steps([shell("hang", hang, 2.0), shell("next", "echo here")], tmp_path, 60.0)
@@ -129,7 +129,7 @@ run_steps(some, Path({str(tmp_path)!r}), 200.0)
 
 
 def test_every_test_for_a_gpu_has_a_step() -> None:
-    """The steps list files, in their order. No file that has such tests may be missing."""
+    """A step names each file with tests for a GPU, and no file without such tests."""
     marked = {path.name for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text()}
     # Such tests use the fixture `device` of conftest.py.
     marked |= {"test_kernel_cuda.py", "test_kernel_cuda_training.py"}
@@ -138,7 +138,7 @@ def test_every_test_for_a_gpu_has_a_step() -> None:
 
 
 def go_through(tmp_path: Path, *names: str, pretend: bool = False) -> subprocess.CompletedProcess[str]:
-    """Run steps that build nothing, without a GPU or where PyTorch pretends that there is one."""
+    """Run steps that build nothing, without a GPU or with a PyTorch that reports one."""
     script = "import torch\nfrom tests import gpu\n"
     if pretend:
         script += "torch.cuda.is_available = lambda: True\n"
@@ -156,7 +156,7 @@ def go_through(tmp_path: Path, *names: str, pretend: bool = False) -> subprocess
 
 
 def test_the_steps_end_without_a_gpu(tmp_path: Path) -> None:
-    """The tests are skipped, and the table says what is missing."""
+    """The tests are skipped, and the table gives the reason."""
     run = go_through(tmp_path, "doctor", "exact-integers", "triton", "graphs", "memcheck-training")
     assert run.returncode == 0, run.stdout + run.stderr
     ends = re.findall(r"^== ([\w-]+): (\w+), ", run.stdout, re.MULTILINE)

@@ -193,7 +193,7 @@ def test_rollouts_come_back_as_a_data_set(run: Path, dataset: Path, tmp_path: Pa
 def test_where_rollouts_go_is_asked_first(
     run: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The check comes before the data set is read; here there is none."""
+    """The output path is checked before the data set is read, which does not exist here."""
     nothing = ["rollout", run, "--dataset", "nothing.hdf5", "--out"]
     assert "must end in" in error_of(capsys, *nothing, tmp_path / "a.csv")
     assert "exists already" in error_of(capsys, *nothing, dataset)
@@ -459,7 +459,7 @@ def test_what_is_logged_goes_to_standard_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def talkative() -> None:
-        """Log one word and print another."""
+        """Log a word and print another one."""
         logging.getLogger("mopo_fast").info("logged")
         print("printed")
 

@@ -1,4 +1,4 @@
-"""The fuzzer of readers (`make fuzz`): it knows every reader, and it finds readers that are broken."""
+"""Test the fuzzer of readers (`make fuzz`): it covers every reader and finds faulty ones."""
 
 import contextlib
 import io
@@ -31,7 +31,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def in_process(work: Callable[..., Any], *arguments: Any) -> Any:
-    """Do the work in a process of its own and return its result."""
+    """Run the function in a separate process and return its result."""
     receives, sends = CONTEXT.Pipe(duplex=False)
     process = CONTEXT.Process(target=_send, args=(sends, work, arguments))
     process.start()
@@ -102,7 +102,7 @@ def _read_sound_inputs(folder: Path) -> tuple[list[Verdict], list[Verdict]]:
 
 
 def test_sound_inputs_are_read_and_regressions_stay_mended(tmp_path: Path) -> None:
-    """Regressions are folders of files, ENTRY-NAME/FILE, that replace the files of a sound input."""
+    """Regressions are folders of files, ENTRY-NAME/FILE, which replace files of a valid input."""
     names = [entry.name for entry in ENTRIES]
     assert len(set(names)) == len(names)
     sound, replayed = in_process(_read_sound_inputs, tmp_path)
@@ -128,7 +128,7 @@ def _refuse() -> None:
 
 
 def _open_link() -> None:
-    """Refuse a link in place of the file, as a lock does."""
+    """Refuse to open a link in place of the file, as a lock does."""
     Path("link").symlink_to("../canary/text")
     with contextlib.suppress(OSError):
         os.open("link", os.O_RDWR | os.O_NOFOLLOW)

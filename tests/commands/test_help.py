@@ -1,4 +1,4 @@
-"""Help texts: every flag has one, in whole sentences that say what the flag is."""
+"""Test help texts: every flag has one, in whole sentences that say what the flag is."""
 
 import contextlib
 import io
@@ -30,7 +30,7 @@ def entries(text: str) -> Iterator[tuple[str, list[str]]]:
     """Yield the flags and positional arguments in the boxes of a help, each with the lines of its text."""
     for box in re.findall(r"^╭─.*?^╰─", text, re.MULTILINE | re.DOTALL):
         lines = [line[2:-1].rstrip() for line in box.splitlines()[1:-1]]
-        # The description of a box stands above a line.
+        # A line separates the description of a box from its entries.
         first = next((i + 1 for i, line in enumerate(lines) if line.startswith("─")), 0)
         name, words = "", list[str]()
         for line in lines[first:]:

@@ -1,4 +1,4 @@
-"""The imports that docs/architecture.md allows between the parts of the package."""
+"""Test that the package's imports follow docs/architecture.md."""
 
 import ast
 from graphlib import CycleError, TopologicalSorter
@@ -14,7 +14,7 @@ MODULES = {
 
 
 def imports(name: str) -> set[str]:
-    """Return the modules of the package that a module imports, also in functions, but not for types alone."""
+    """Return the package's modules that a module imports, also in functions, but not for types alone."""
     tree, found = ast.parse(MODULES[name].read_text()), set()
     for_types = {
         id(inner)

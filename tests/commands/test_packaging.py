@@ -1,4 +1,4 @@
-"""The installed package: one version, lazy imports, sources that a wheel can be built from."""
+"""Test the installed package: one version, lazy imports, and sources from which a wheel can be built."""
 
 import importlib.metadata
 import platform

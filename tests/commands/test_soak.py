@@ -1,6 +1,6 @@
-"""The soak finds the fault in each of some small programs, and none in a sound one.
+"""Test that the soak finds the fault of each faulty program, and none in a sound one.
 
-`make soak` runs it on the package.
+`make soak` runs the soak on the package.
 """
 
 import ctypes
@@ -84,7 +84,7 @@ main()
 
 
 class Middle(random.Random):
-    """Random draws that stop a program once, while it writes."""
+    """Random numbers by which a program is stopped once, while it writes."""
 
     def random(self) -> float:
         return 0.4
@@ -98,7 +98,7 @@ class Middle(random.Random):
 
 @pytest.fixture(scope="module")
 def soak() -> dict[str, Any]:
-    """The names of tests/soak/__main__.py."""
+    """Return the global names of tests/soak/__main__.py."""
     sys.path.insert(0, str(SOAK))
     try:
         return runpy.run_path(str(SOAK / "__main__.py"), run_name="soak")
@@ -137,7 +137,8 @@ def test_finds_faults(
     program.write_text(PROGRAM)
     scenario = soak["Scenario"]("program", (mode,), program=(sys.executable, str(program)))
     if mode == "deaf":
-        # The program takes less time than that, but a Ctrl-C without effect must not count as its end.
+        # Lower the limit for a hang, since the program ends by itself within the usual one. A Ctrl-C without
+        # effect must not count as the cause of that end.
         monkeypatch.setitem(sys.modules["cases"].__dict__, "_HANG", 0.05)
 
     def case(name: str) -> Any:

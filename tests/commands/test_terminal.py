@@ -1,4 +1,4 @@
-"""Names and texts from files, as they reach the terminal."""
+"""Test how names and texts of files are printed to the terminal."""
 
 import logging
 from pathlib import Path

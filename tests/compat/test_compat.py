@@ -1,4 +1,4 @@
-"""Conversion of checkpoints, for all formats. Each format's own tests are in test_compat_NAME.py."""
+"""Test the conversion of checkpoints in all formats. Tests of one format are in test_compat_NAME.py."""
 
 import logging
 from pathlib import Path
@@ -34,7 +34,7 @@ def test_code_without_files_for_policies(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The models that were written are returned, and a policy that is left out is logged."""
+    """The written models are returned, and a warning says that the policy is left out."""
     run, scale = tmp_path / "run", "std" if name == "d3rlpy" else "variance"
     EnsembleDynamics(3, 2, members=2, elites=2, hidden=(8,), activation="relu", log_scale=scale).save(run)
     Actor(3, 2, hidden=(8,)).save(run)

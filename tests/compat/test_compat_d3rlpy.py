@@ -1,4 +1,4 @@
-"""d3rlpy 1.x: comparison with the real package, built and installed into a folder of its own; its files."""
+"""Test d3rlpy 1.x: comparison with the real package, built into a separate folder, and its files."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from mopo_fast import Actor, EnsembleDynamics, InputError, RolloutEngine
 from mopo_fast.cli import main
 from mopo_fast.compat import Checkpoint, d3rlpy
 
-# The last NumPy that its Cython code can be built with.
+# The last NumPy with which d3rlpy's Cython code can be built.
 PACKAGES = ["numpy==1.26.4", "d3rlpy==1.1.1"]
 BUILT_WITH = ["numpy==1.26.4", "Cython==0.29.37", "setuptools==69.5.1", "wheel==0.45.1"]
 PARITY = TESTS / "beside" / "d3rlpy.py"

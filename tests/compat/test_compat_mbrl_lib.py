@@ -1,4 +1,4 @@
-"""mbrl-lib: comparison with the real package, installed into a folder of its own; its files."""
+"""Test mbrl-lib: comparison with the real package, installed into a separate folder, and its files."""
 
 import pickle
 from pathlib import Path

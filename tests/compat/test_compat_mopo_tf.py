@@ -1,4 +1,4 @@
-"""The authors' code: comparison with results that recorded/mopo_tf.py recorded; its files."""
+"""Test the authors' code: comparison with results recorded by recorded/mopo_tf.py, and its files."""
 
 import importlib.util
 import json
@@ -49,7 +49,7 @@ def model(record: dict[str, Any]) -> EnsembleDynamics:
 
 
 class Session:
-    """Stand-in for a BNN without TensorFlow; `run` counts how often its weights are fetched."""
+    """Stand-in for a BNN that needs no TensorFlow. `fetched` counts how often its weights are read."""
 
     def __init__(self, heads: int) -> None:
         from scipy.io import loadmat
@@ -106,7 +106,7 @@ def test_log_prob_of_a_draw(record: dict[str, Any], model: EnsembleDynamics) -> 
     np.random.seed(4)
     obs = record["obs"].astype(np.float64)
     next_obs, rewards, terminals, info = FakeEnv(model, CONFIG).step(obs, record["act"])
-    # Entries read later belong to the same draw, even if the input arrays have changed.
+    # Entries of `info` read later use the same draw, even if the input arrays have changed.
     obs[:] = 7.0
     means, variances = record["mean2"].astype(np.float64), record["var2"].astype(np.float64)
     means[..., 1:] += record["obs"]
@@ -156,7 +156,7 @@ def test_of_a_session(record: dict[str, Any]) -> None:
     bnn = Session(2)
     env = FakeEnv(bnn, CONFIG, penalty_coeff=1.5, penalty_learned_var=True)
     rows = record["obs"], record["act"]
-    # Before its training there are no elites, and it may change at any time.
+    # Before training, the BNN has no elites and its weights may change at any time.
     env.step(*rows)
     env.step(*rows)
     assert bnn.fetched == 2 and env.dynamics.elites.tolist() == [0, 1, 2, 3]
@@ -164,11 +164,11 @@ def test_of_a_session(record: dict[str, Any]) -> None:
     info, _, _ = (env.step(*rows)[3] for _ in range(3))
     assert bnn.fetched == 4 and env.dynamics.elites.tolist() == record["elites2"].tolist()
     np.testing.assert_allclose(info["penalty"], record["1.5 True False False penalty"], rtol=1e-5)
-    # A training ends in a new list, be it the same members.
+    # Training assigns a new list of elites, even if it holds the same members.
     bnn._model_inds = list(bnn._model_inds)
     bnn.optvars[-3][..., 0] += 1.0
     assert (env.step(*rows, deterministic=True)[0] > 0).any() and bnn.fetched == 5
-    # The info of an earlier step is computed by the model of that step.
+    # `info` of an earlier step is computed with the model of that step.
     np.testing.assert_allclose(info["dev"], record["0.0 False True False dev"], rtol=1e-5)
 
 
@@ -205,7 +205,7 @@ def test_rules_by_name(name: str, record: dict[str, Any]) -> None:
 
 
 def static_rule(name: str) -> Callable[..., Any]:
-    """Make a termination function as in mopo/static/NAME.py that fails if it is called."""
+    """Make a termination function named like mopo/static/NAME.py that fails if it is called."""
     module = ModuleType(f"mopo.static.{name}")
     exec("def termination_fn(obs, act, next_obs):\n    raise AssertionError", module.__dict__)
     return module.termination_fn  # type: ignore[no-any-return]
@@ -225,7 +225,7 @@ def test_rollout(record: dict[str, Any], model: EnsembleDynamics) -> None:
     np.random.seed(2)
     ours = env.rollout(actor, obs, 3)
     assert all((samples[name] == ours[name]).all() for name in samples)
-    # The pool's own keys and shapes; what has ended does not go on.
+    # Keys and shapes are those of the authors' pool, and no rollout continues after a terminal.
     count = len(samples["rewards"])
     shapes = {name: array.shape for name, array in samples.items()}
     assert shapes == {
@@ -238,7 +238,7 @@ def test_rollout(record: dict[str, Any], model: EnsembleDynamics) -> None:
     assert samples["terminals"].dtype == bool
     assert (samples["terminals"] == ends(None, None, samples["next_observations"])).all()
     assert len(obs) < count < 3 * len(obs)
-    # Every row is a step of theirs: rewards less the penalty that the step names.
+    # Each reward is that of a step of the authors' code, less the penalty.
     info = env.step(samples["observations"], samples["actions"])[3]
     error = samples["rewards"] + 1.5 * info["penalty"] - info["mean"][:, :1]
     assert abs(error.mean()) < 0.3 and error.std() < 1.0
@@ -268,7 +268,7 @@ def test_files_there_and_back(record: dict[str, Any], tmp_path: Path) -> None:
         assert (got[name] == expected[name]).all()
     for end in (".nns", "_var.nns"):
         assert (theirs / f"BNN_0{end}").read_text() == (source / f"heads2_0{end}").read_text()
-    # None of the classes that the checkpoint names is installed.
+    # The classes named in the checkpoint are not installed.
     policies = [read(folder / "checkpoint.pkl").policy for folder in (source, theirs)]
     assert policies[0] is not None and policies[1] is not None
     assert policies[0].hidden == (8, 8)
@@ -322,7 +322,7 @@ def test_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert "cut.mat is not a whole MATLAB file" in fails(tmp_path / "cut.mat")
     from scipy.io import savemat
 
-    # Valid files of something else.
+    # These are valid MATLAB files with other content.
     savemat(tmp_path / "other.mat", {"weights": np.ones(3)})
     assert "other.mat cannot be read as an ensemble" in fails(tmp_path / "other.mat")
     savemat(tmp_path / "gap.mat", {"0": np.ones(3), "2": np.ones(3)})

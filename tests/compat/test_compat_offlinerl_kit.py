@@ -1,4 +1,4 @@
-"""OfflineRL-Kit: comparison with results that recorded/offlinerl_kit.py recorded; its files."""
+"""Test OfflineRL-Kit: comparison with results recorded by recorded/offlinerl_kit.py, and its files."""
 
 import copy
 import pickle
@@ -141,7 +141,7 @@ def test_samples_are_of_the_same_distribution(recorded: dict[str, np.ndarray]) -
     theirs, dynamics = recorded["samples"], make_dynamics()
     assert differences(sample(dynamics), theirs) == []
     with torch.no_grad():
-        # A tenth more noise: twice the log of it for the variance.
+        # Increase the standard deviation by 10 %, which adds 2 log 1.1 to the log-variance.
         for bound in (dynamics.model.max_logvar, dynamics.model.min_logvar):
             bound.add_(2 * np.log(1.1))
         dynamics.model.output_layer.bias[:, 0, 4:].add_(2 * np.log(1.1))
@@ -220,7 +220,7 @@ def test_fused_rollout(recorded: dict[str, np.ndarray]) -> None:
     shapes = {"obss": 3, "next_obss": 3, "actions": 2, "rewards": 1, "terminals": 1}
     assert {name: array.shape[1] for name, array in rows.items()} == shapes
     assert np.array_equal(rows["terminals"], ends(rows["obss"], rows["actions"], rows["next_obss"]))
-    # Step by step: all start states first, then those that go on, in their order.
+    # Rows are ordered by step: first all start states, then the rollouts that continue, in order.
     assert np.array_equal(rows["obss"][:256], start)
     going_on = rows["next_obss"][:256][~rows["terminals"][:256, 0]]
     assert np.array_equal(rows["obss"][256 : 256 + len(going_on)], going_on)
@@ -300,7 +300,7 @@ def test_train(tmp_path: Path) -> None:
     np.random.seed(0)
     dynamics.train(data, log, max_epochs=40)
     losses = [value for name, value in log.values if name == "loss/dynamics_holdout_loss"]
-    # Its members begin far apart, as fresh ones would not.
+    # The initial loss is high because the members' parameters are far apart, unlike fresh ones.
     assert log.step == len(losses) == 40 and losses[0] > 2.0 and losses[-1] < 0.2
     assert len([name for name, _ in log.values if name == "loss/dynamics_train_loss"]) == 40
     layers = kit._layers(dynamics.model)
@@ -314,7 +314,7 @@ def test_train(tmp_path: Path) -> None:
     mean = fitted(inputs)[0][fitted.elites].mean(0)
     targets = np.concatenate([data["next_observations"] - data["observations"], data["rewards"]], 1)
     assert (mean - torch.from_numpy(targets)).square().mean() < 2 * losses[-1]
-    # A fit goes on from where it is.
+    # Another call continues the fit.
     dynamics.train(data, log, max_epochs=1)
     assert log.values[-1][1] < 2 * losses[-1]
 

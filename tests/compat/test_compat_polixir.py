@@ -1,4 +1,4 @@
-"""Polixir's OfflineRL: comparison with results that recorded/polixir.py recorded; its files."""
+"""Test Polixir's OfflineRL: comparison with results recorded by recorded/polixir.py, and its files."""
 
 import copy
 import io
@@ -43,7 +43,7 @@ class _StandIns(pickle.Unpickler):
 
 
 class _Plain(pickle.Unpickler):
-    """Pickler that turns modules into dictionaries, to compare their whole content."""
+    """Unpickler that turns modules into plain objects, to compare their whole content."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith(("offlinerl.", "torch.nn.modules.")):
@@ -57,7 +57,7 @@ def load(path: Path, unpickler: type[pickle.Unpickler]) -> Any:
 
 
 def theirs_of(mode: str) -> Any:
-    """Stand-in for one of Polixir's modules, without its methods."""
+    """Load a recorded Polixir module as a stand-in with its attributes but without its methods."""
     return load(RECORDED / f"{mode}.pt", _StandIns)
 
 
@@ -80,7 +80,7 @@ def test_a_call(mode: str, record: dict[str, torch.Tensor]) -> None:
 
 
 def test_samples(record: dict[str, torch.Tensor]) -> None:
-    # "global" was recorded last, and its samples with it.
+    # The samples were recorded together with "global", the last mode.
     torch.manual_seed(5)
     np.random.seed(5)
     state = torch.get_rng_state()
@@ -103,7 +103,7 @@ def test_what_changes_is_seen(record: dict[str, torch.Tensor]) -> None:
     fast, inputs = FastTransition(theirs), record["inputs"]
     with torch.no_grad():
         before = fast(inputs).mean
-        # Other members, as set_select leaves them; and as many as before.
+        # Select other members, as set_select does: one, and as many as before.
         for members in ([3], [0, 1]):
             for layer in (*theirs.backbones, theirs.output_layer):
                 layer.select = members
@@ -128,7 +128,7 @@ def test_training_is_theirs(record: dict[str, torch.Tensor]) -> None:
         assert isinstance(fast(inputs), torch.distributions.Normal)
     theirs.requires_grad_(False)
     assert isinstance(fast(inputs), torch.distributions.Normal)
-    # Through the actions, say.
+    # A gradient may be needed by the inputs, for example by the actions.
     assert fast(inputs.clone().requires_grad_()) == "theirs"
     theirs.with_reward = False
     with pytest.raises(InputError, match="predicts no reward"):
@@ -154,7 +154,7 @@ def test_files_there_and_back(mode: str, tmp_path: Path) -> None:
     assert main(["convert", str(ours), str(theirs), "--from", "mopo-fast", "--to", "polixir"]) == 0
     first, second = contents_of(RECORDED / f"{mode}.pt"), contents_of(theirs / "dynamics.pt")
     if mode != "normalize":
-        # They are kept, but not used.
+        # The file keeps these arrays, but the model does not use them.
         assert first.pop("obs_mean") is not None and first.pop("obs_std") is not None
         assert second.pop("obs_mean") is None and second.pop("obs_std") is None
     assert_same(first, second)
@@ -253,7 +253,7 @@ def test_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def renamed(path: Path, old: bytes, new: bytes) -> Path:
-    """Write the file with other names in its pickle."""
+    """Replace names in the pickle of a saved module."""
     with zipfile.ZipFile(path) as archive:
         files = {name: archive.read(name) for name in archive.namelist()}
     content = io.BytesIO()

@@ -1,6 +1,6 @@
-"""Unifloral: what its own code has been recorded to do (tests/recorded/unifloral.py), and its files.
+"""Test Unifloral: results recorded by tests/recorded/unifloral.py, and its files.
 
-What takes JAX is in beside/unifloral.py, run here with JAX in a folder of its own.
+Tests that need JAX are in tests/beside/unifloral.py, run here with JAX in a separate folder.
 """
 
 import os
@@ -23,7 +23,7 @@ from mopo_fast.config import Hints
 from mopo_fast.tasks import BOXES
 
 PICKLE = RECORDED / "unifloral.pkl"
-# Packages that JAX needs beside NumPy.
+# Packages that JAX needs in addition to NumPy.
 PACKAGES = ["jax==0.10.2", "jaxlib==0.10.2", "ml_dtypes==0.6.0", "opt_einsum==3.4.0", "scipy==1.17.1"]
 
 
@@ -58,7 +58,7 @@ def test_same_predictions(backend: str, recorded: dict[str, torch.Tensor]) -> No
         rounding = float((reference - truth).abs().max())
         assert 0 < rounding < 1e-6 < 1e-2 < float(truth.std())
         assert float((our - truth).abs().max()) <= 2 * rounding
-        # In float32 too, by more roundings: theirs bounds a log-variance, ours a variance.
+        # Unifloral bounds a log-variance and ours a variance, which gives more rounding in float32.
         assert float((their - truth).abs().max()) < 1e-6
 
 
@@ -97,7 +97,7 @@ def test_files_both_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_what_python_makes_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read with stand-ins for the pickled classes; tests/recorded/unifloral.py uses the real ones."""
+    """Read it with stand-ins for the pickled classes; tests/recorded/unifloral.py uses the real ones."""
 
     class Theirs:
         pass

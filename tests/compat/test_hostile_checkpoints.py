@@ -1,4 +1,4 @@
-"""Every reader of checkpoints succeeds or raises one InputError, whatever the file holds."""
+"""Every reader of checkpoints succeeds or raises one `InputError`, whatever the file contains."""
 
 import io
 import json
@@ -36,7 +36,7 @@ def dynamics(**declared: Any) -> EnsembleDynamics:
 
 
 def read(name: CheckpointFormat, path: Path) -> str:
-    """The error of a file that is refused; nothing of a file that is read."""
+    """Return the message of a file that is refused, or an empty string if it is read."""
     hints = Hints(activation="silu") if name == "mbrl-lib" else Hints()
     try:
         checkpoint = get_format(name).read(path, hints)
@@ -55,7 +55,7 @@ def read(name: CheckpointFormat, path: Path) -> str:
 
 
 def changes(tensor: torch.Tensor) -> dict[str, Any]:
-    """Values to put in the place of a tensor, by their kind."""
+    """Return replacements for a tensor, named by kind."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         flat = tensor.float().reshape(-1)
@@ -82,7 +82,7 @@ def changes(tensor: torch.Tensor) -> dict[str, Any]:
         }
 
 
-# No tensor of a checkpoint is one of these.
+# Kinds that are refused for every tensor.
 NEVER = {"nan", "infinite in float32", "expanded", "sparse", "quantized", "meta", "complex"}
 NEVER |= {"list", "none", "text", "list in lists"}
 
@@ -91,7 +91,7 @@ NEVER |= {"list", "none", "text", "list in lists"}
     "name", ["offlinerl-kit", "offlinerl-kit policy", "mbrl-lib", "d3rlpy", "d3rlpy policy"]
 )
 def test_state_dicts(name: str, tmp_path: Path) -> None:
-    """Replace each tensor in turn by another value: it is refused, or has no effect."""
+    """Each replacement of a tensor is refused or has no effect."""
     code: Any = name.removesuffix(" policy")
     path = tmp_path / "model.pt" if code == "d3rlpy" else tmp_path
     if name == "d3rlpy policy":
@@ -117,12 +117,12 @@ def test_state_dicts(name: str, tmp_path: Path) -> None:
     assert read(code, path) == ""
     refused = 0
     for key, tensor in list(state.items()):
-        # One layer of each kind, and one member, stand for all.
+        # Skip all but one layer of each kind and one member, to save time.
         if key.startswith(("critic", "backbones.1", "hidden_layers.1", "_models.1", "_models.2")):
             continue
         if "saved_" in key and key != "output_layer.saved_bias":
             continue
-        # A tensor that is never used may be any finite one.
+        # A tensor that the model does not use may have any finite value.
         used = key.startswith("actor") if "kit policy" in name else "saved_" not in key and key != "elites"
         for kind, other in changes(tensor).items():
             state[key] = other
@@ -329,7 +329,7 @@ def test_matlab_files(tmp_path: Path) -> None:
     sound = mat(arrays)
     version = sound[:124] + b"\0\2" + sound[126:]
     assert "BNN_0.mat" in refused(version)
-    # The first matrix's dimensions, and its bytes, are said to be huge.
+    # The file declares huge dimensions and a huge size of its first matrix.
     dims = sound.index(struct.pack("<II", 5, 8)) + 8
     huge = sound[:dims] + struct.pack("<ii", 1 << 20, 1 << 20) + sound[dims + 8 :]
     assert "but its shape holds" in refused(huge)
@@ -359,7 +359,7 @@ def test_matlab_files_as_scipy_reads_them(tmp_path: Path) -> None:
         assert found.keys() == {name for name in expected if not name.startswith("__")}
         for name, array in found.items():
             assert array.dtype == expected[name].dtype and np.array_equal(array, expected[name])
-    # The other byte order, and numbers that MATLAB has stored as small integers.
+    # A big-endian file, with numbers stored as small integers.
     flags = struct.pack(">IIII", 6, 8, 6, 0) + struct.pack(">IIii", 5, 8, 1, 3)
     body = flags + struct.pack(">HH4s", 1, 1, b"x") + struct.pack(">HH4s", 3, 2, b"\1\2\3")
     (tmp_path / "a.mat").write_bytes(bytes(124) + b"\1\0MI" + struct.pack(">II", 14, len(body)) + body)
@@ -369,7 +369,7 @@ def test_matlab_files_as_scipy_reads_them(tmp_path: Path) -> None:
 
 
 def test_layers_that_do_not_fit_take_no_memory(tmp_path: Path) -> None:
-    """Layers of 1 x 30,000 numbers would make a network of 30,000 x 30,000."""
+    """If they were accepted, arrays of 1 x 30,000 numbers would make a layer of 30,000 x 30,000."""
     wide = 30_000
     arrays = [np.zeros((1, 5)), np.ones((1, 5))]
     for shape in ((1, 5, wide), (1, wide), (1, 1, wide), (1, wide), (1, 1, 8), (1, 8)):
@@ -400,7 +400,7 @@ def test_structure_files(tmp_path: Path) -> None:
 
 
 def test_modules_that_hold_each_other(tmp_path: Path) -> None:
-    """A module may contain itself, or hold another twice that holds another twice, sixty levels deep."""
+    """A module may contain itself, or contain another one twice at each of sixty levels."""
     module = b"cother\nThing\n)R}(" + opcodes("_parameters") + b"}" + opcodes("_buffers") + b"}"
     module += opcodes("_modules")
 
@@ -422,7 +422,7 @@ def test_modules_that_hold_each_other(tmp_path: Path) -> None:
 
 
 def test_damaged_modules(tmp_path: Path) -> None:
-    """Damage in the pickle of a sound zip file."""
+    """Damaged pickles in an undamaged zip file are read or raise `InputError`."""
     random = np.random.default_rng(0)
     for name in ("normalize.pt", "policy.pt"):
         members = members_of((RECORDED / "polixir" / name).read_bytes())
@@ -490,7 +490,7 @@ def test_a_refused_conversion_leaves_nothing(target: CheckpointFormat, good: str
     except InputError:
         assert not (tmp_path / "out").exists()
     else:
-        # This package takes every model, and a policy without a file in the other format is left out.
+        # Our own format represents every model. A format without files for policies omits the policy.
         assert target == "mopo-fast" or (good == "dynamics" and not get_format(target).WRITES_POLICIES)
 
 
@@ -518,7 +518,7 @@ def test_a_missing_scipy_is_told_before_the_policy_is_written(
 
 
 def test_arrays_that_the_original_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NumPy concatenates and scales them there, before a tensor is made: any order, byte order and type."""
+    """OfflineRL-Kit passes inputs to NumPy first, so it accepts any memory order, byte order and dtype."""
     from test_compat_offlinerl_kit import make_dynamics
 
     values = np.arange(-6, 6, dtype=np.float32).reshape(4, 3)
@@ -527,7 +527,7 @@ def test_arrays_that_the_original_takes(monkeypatch: pytest.MonkeyPatch) -> None
     scaler = made.scaler
 
     def original(obs: Any, action: Any) -> np.ndarray[Any, Any]:
-        """What the original's step gives its networks, and whether its sum with the observation works."""
+        """Return the network inputs that the original computes; raise if it could not add the observation."""
         inputs = (np.concatenate([obs, action], axis=-1) - scaler.mu) / scaler.std
         mean = torch.as_tensor(inputs, dtype=torch.float32).numpy().copy()
         mean[..., :3] += obs
@@ -559,7 +559,7 @@ def test_arrays_that_the_original_takes(monkeypatch: pytest.MonkeyPatch) -> None
         assert np.array_equal(ours(values, action), ours(values, actions))
     shared = offlinerl_kit._floats(values)
     assert shared.data_ptr() == values.ctypes.data
-    # A scaler's arrays as they may be there, too.
+    # The scaler's arrays may have any memory order, byte order and dtype, too.
     for attribute in ("mu", "std"):
         array = np.asarray(getattr(scaler, attribute), np.float32)
         expected = ours(values, actions)
@@ -582,7 +582,7 @@ def test_data_that_the_original_trains_on() -> None:
 
 
 def test_sparse_files_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few bytes on disk claim more memory than there is."""
+    """Files that take few bytes on disk but more memory than is available are refused."""
     header = json.dumps({"a": {"dtype": "F64", "shape": [1 << 17], "data_offsets": [0, 1 << 20]}}).encode()
     (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
     np.save(tmp_path / "mu.npy", np.zeros(1 << 17))

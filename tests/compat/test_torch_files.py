@@ -1,4 +1,4 @@
-"""Files of torch.save: the safe reader returns the same tensors, and runs nothing in a file."""
+"""Test the safe reader of torch.save's files: it returns the same tensors and runs no code of a file."""
 
 import ast
 import io
@@ -53,7 +53,7 @@ def refused(content: bytes, folder: Path, **options: Any) -> str:
     ids=lambda p: p.name,
 )
 def test_recorded_files(path: Path) -> None:
-    """Every tensor of a state dict is what torch reads; a module's storages are all read."""
+    """A state dict has the tensors that torch reads, and a pickled module can be read completely."""
     found = torch_files.load(path, inert=None)
     if path.suffix == ".pt":
         assert type(found).__name__ in ("EnsembleTransition", "TanhGaussianPolicy")
@@ -90,7 +90,7 @@ def test_types_views_and_containers(tmp_path: Path) -> None:
             assert found[name].dtype == tensor.dtype and found[name].stride() == tensor.stride(), name
             assert torch.equal(found[name], tensor), name
     assert found["nested"]["list"] == [1, 2.5, "x", None, (True, (6, 8))]
-    # Tensors of one storage share memory here, too.
+    # Tensors of one storage share memory, as with torch.load.
     found["base"][3, 0] = 77.0
     assert found["offset"][0] == found["transposed"][0, 3] == 77.0
 
@@ -126,7 +126,7 @@ def test_states(tmp_path: Path) -> None:
 def test_a_scripted_module_does_not_run(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where Python's zipfile and torch see two directories, torch ran what the other did not see."""
+    """A zip file with two directories shows one to Python's zipfile and another, with code, to torch."""
     target = tmp_path / "written"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -144,7 +144,7 @@ def test_a_scripted_module_does_not_run(
 
 
 def test_the_attack_is_one(tmp_path: Path) -> None:
-    """The file above is what torch, without restrictions, runs and Python's zipfile thinks harmless."""
+    """torch.load without restrictions runs the file's code, and Python's zipfile does not see that member."""
     target, path = tmp_path / "written", tmp_path / "a.pt"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -172,20 +172,20 @@ def test_files_of_old_torch(tmp_path: Path) -> None:
 
 
 def _with_flag(content: bytes) -> bytes:
-    """The first member is encrypted, says the directory."""
+    """Mark the first member as encrypted in the zip directory."""
     start = content.index(b"PK\1\2")
     return content[: start + 8] + b"\1\0" + content[start + 10 :]
 
 
 def _moved(content: bytes, gap: bytes) -> bytes:
-    """`gap` between the members and the directory, whose place is said right."""
+    """Insert `gap` between the members and the zip directory, and correct the directory's offset."""
     start = content.index(b"PK\1\2")
     moved = content[:start] + gap + content[start:-22]
     return moved + content[-22:-6] + struct.pack("<IH", start + len(gap), 0)
 
 
 def _overlapping() -> bytes:
-    """One member's bytes lie in another's."""
+    """Make a zip file in which one member's bytes lie inside another member."""
     inner = zipped({"a/data/0": bytes(16)})
     inner = inner[: inner.index(b"PK\1\2")]
     outer = zipped({"a/data.pkl": b"\x80\x02}.", "a/byteorder": b"little", "a/version": inner})
@@ -250,7 +250,7 @@ def test_zip_files_that_torch_does_not_write(tmp_path: Path) -> None:
 
 
 def test_claims_about_tensors(tmp_path: Path) -> None:
-    """Nothing is allocated for what a pickle claims: it is compared with what the file has."""
+    """A pickle's claims are compared with the file's content before memory is allocated."""
     good = tensor_opcodes(1, (3,), (1,))
     assert load(torch_file({"a": good}), tmp_path)["a"].tolist() == [0, 0, 0]
     for tensor, message in (
@@ -292,7 +292,7 @@ def test_claims_about_tensors(tmp_path: Path) -> None:
     assert len(load(torch_file({str(i): one for i in range(15)}, bytes(1 << 16)), tmp_path)) == 15
     often = torch_file({str(i): one for i in range(40)}, bytes(1 << 16))
     assert "its tensors share memory too often" in refused(often, tmp_path)
-    # Another byte than 0 and 1 is true, and nothing undefined.
+    # Bytes other than 0 and 1 are read as true, which avoids undefined behaviour.
     flags = tensor_opcodes(0, (4,), (1,), kind="Bool")
     assert load(torch_file({"a": flags}, b"\0\1\2\xff"), tmp_path)["a"].int().tolist() == [0, 1, 1, 1]
 
@@ -328,7 +328,7 @@ def test_damage(tmp_path: Path) -> None:
             load(bytes(damaged), tmp_path)
         except InputError:
             failed += 1
-    # The remaining bytes have no effect.
+    # In the remaining cases the damaged bytes have no effect.
     assert failed > 200
 
 
@@ -378,7 +378,7 @@ def test_the_package_never_calls_what_runs_files() -> None:
                     found.append(where)
             if isinstance(node, ast.ImportFrom) and node.module in ("torch", "pickle", "torch.jit"):
                 found += [where for name in node.names if (node.module, name.name) in forbidden]
-            # Where they are given, they are given so.
+            # These arguments must have their safe values if they are given.
             safe = {"weights_only": True, "allow_pickle": False}
             if isinstance(node, ast.keyword) and node.arg in safe:
                 found += [] if getattr(node.value, "value", None) is safe[node.arg] else [where]

@@ -1,4 +1,4 @@
-"""The ring against a plain list, and what it refuses."""
+"""Test the ring buffer against a plain list, and its refusals."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from mopo_fast.errors import InputError
 
 
 def numbered(first: int, count: int) -> Transitions:
-    """Transitions whose every value tells the row's number."""
+    """Make transitions whose values all encode the row's number."""
     numbers = torch.arange(first, first + count, dtype=torch.float32)
     return Transitions(
         observations=numbers[:, None] + torch.tensor([0.1, 0.2, 0.3]),
@@ -54,7 +54,7 @@ def test_storage_is_allocated_once() -> None:
 
 @pytest.mark.parametrize("sizes", [(3, 2), (11, 3), (1, 1), (400, 80)])
 def test_the_memory_of_a_row(sizes: tuple[int, int]) -> None:
-    """Rows begin at cache lines, 64 bytes apart or a multiple, and terminals take a byte each."""
+    """Rows begin at multiples of 64 bytes, the size of a cache line, and each terminal takes one byte."""
     storage = RingBuffer(10, *sizes).storage
     table = storage.observations.untyped_storage().nbytes()
     assert table + storage.terminals.nbytes == 10 * row_bytes(*sizes)

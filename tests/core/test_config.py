@@ -1,4 +1,4 @@
-"""The ranges of the settings that no other test file refuses: rollouts, evaluation, training online."""
+"""Test the ranges of settings that other test files do not cover: rollouts, evaluation, online training."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""The ensemble: forward pass, variance bounds, initialisation, files."""
+"""Test the ensemble: forward pass, variance bounds, initialisation, files."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from mopo_fast.utils.tensors import load_tensors, save_tensors
 
 
 def make_ensemble(**changes: Any) -> EnsembleDynamics:
-    """A small ensemble with no parameter or buffer left at its default."""
+    """Make a small ensemble without any parameter or buffer at its default."""
     arguments = {"members": 3, "elites": 2, "hidden": (8, 6)} | changes
     generator = torch.Generator().manual_seed(0)
     model = EnsembleDynamics(4, 2, generator=generator, **arguments)
@@ -74,7 +74,7 @@ def test_the_reference_predicts_mean_and_variance_of_the_forward_pass() -> None:
 @pytest.mark.parametrize("log_scale", LOG_SCALES)
 @pytest.mark.parametrize("member_bounds", [False, True])
 def test_what_other_code_declares(log_scale: LogScale, member_bounds: bool) -> None:
-    """Against the definitions: bounds by softplus, of each member, of log-stds; next observations."""
+    """Options of other code follow their definitions: bounds by softplus, for each member, of log stds."""
     model = make_ensemble(log_scale=log_scale, member_bounds=member_bounds, absolute=[1, 3]).double()
     with torch.no_grad():
         model.max_logvar.uniform_(-1.0, 0.5)
@@ -150,7 +150,7 @@ def test_weights_start_as_a_truncated_normal_and_biases_at_zero() -> None:
     for weight in model.weights:
         std = 1.0 / (2.0 * math.sqrt(weight.shape[1]))
         assert weight.abs().max() <= 2 * std
-        # A normal distribution cut at two standard deviations has 0.8796 of its standard deviation left.
+        # Cutting a normal distribution at two standard deviations reduces its standard deviation to 0.8796.
         assert weight.std().item() == pytest.approx(0.8796 * std, rel=0.02)
     assert all((bias == 0).all() for bias in model.biases)
     assert (model.max_logvar == 0.5).all()

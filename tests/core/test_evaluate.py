@@ -1,4 +1,4 @@
-"""Evaluation against a plain loop over one environment, scaling, scores, and what is refused."""
+"""Test evaluation against a plain loop over one environment, action scaling, scores and refusals."""
 
 import dataclasses
 import os
@@ -27,7 +27,7 @@ def actor_for(name: str, seed: int = 0, **options: float) -> Actor:
 
 
 def test_every_episode_equals_a_plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hopper's episodes end at different steps: each is run to its own first end, and not beyond."""
+    """Hopper's episodes have different lengths; each one runs exactly to its first end."""
     seeds: list[int] = []
     reset = gymnasium.wrappers.TimeLimit.reset
 
@@ -36,7 +36,7 @@ def test_every_episode_equals_a_plain_loop(monkeypatch: pytest.MonkeyPatch) -> N
         return reset(self, seed=seed, options=options)
 
     monkeypatch.setattr(gymnasium.wrappers.TimeLimit, "reset", recorded)
-    # In float64, so that a row's value does not hang on the size of its batch.
+    # In float64 a row's rounded result does not depend on the batch size.
     actor = actor_for("hopper").double()
     result = evaluate(actor, TASKS["hopper"], episodes=5, seed=7)
     monkeypatch.undo()
@@ -89,7 +89,7 @@ def test_stochastic_actions_are_seeded_too() -> None:
 def test_actions_are_scaled_to_the_environments_range(
     mean: float, action: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The pendulum takes -2 to 2."""
+    """The pendulum's actions range from -2 to 2."""
     actor = actor_for("pendulum")
     with torch.no_grad():
         actor.weights[-1].zero_()
@@ -145,7 +145,7 @@ def test_refuses_actions_that_are_not_finite() -> None:
 
 
 def test_beside_the_caller_it_is_the_same() -> None:
-    """Of the policy as it was when it was handed over."""
+    """A worker evaluates the policy as it was when it was submitted."""
     actor = actor_for("hopper")
     here = evaluate(actor, TASKS["hopper"], episodes=3, seed=1)
     with Evaluator(1) as evaluator:
@@ -159,7 +159,7 @@ def test_beside_the_caller_it_is_the_same() -> None:
 
 
 def test_an_interrupt_does_not_wait_for_workers() -> None:
-    """They are ended, and have left the interrupt at the terminal to their parent."""
+    """The workers are stopped. They block SIGINT, so that only their parent handles Ctrl-C."""
     actor, masks = actor_for("hopper"), []
     with pytest.raises(KeyboardInterrupt), Evaluator(1) as evaluator:
         evaluator.submit(actor, TASKS["hopper"], episodes=1, seed=0).result(60)
@@ -190,7 +190,7 @@ if __name__ == "__main__":
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         try:
-            # A zombie has ended too: whoever inherits it may be slow to ask.
+            # A zombie has ended too; its new parent may not have waited for it yet.
             with open(f"/proc/{worker}/stat") as file:
                 if file.read().rpartition(")")[2].split()[0] == "Z":
                     return

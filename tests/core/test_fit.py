@@ -1,4 +1,4 @@
-"""The ensemble's fit: its gradient, its bookkeeping, its checkpoint."""
+"""Test the ensemble's fit: its gradient, epochs, checkpoints and refusals."""
 
 import dataclasses
 import itertools
@@ -93,7 +93,7 @@ def test_the_loss_is_that_of_a_normal_distribution(activation: str) -> None:
 
     mean, logvar = model(inputs)
     nll = -torch.distributions.Normal(mean, (0.5 * logvar).exp()).log_prob(targets)
-    # (mu - y)^2 / sigma^2 + log sigma^2 is 2 nll - log 2 pi.
+    # (mu - y)^2 / sigma^2 + log sigma^2 equals 2 nll - log 2 pi.
     expected = (2 * nll - math.log(2 * math.pi)).mean((1, 2)).sum()
     expected = expected + 0.03 * (model.max_logvar.sum() - model.min_logvar.sum())
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
@@ -103,7 +103,7 @@ def test_the_loss_is_that_of_a_normal_distribution(activation: str) -> None:
 
 
 def test_bfloat16_rounds_the_factors_of_every_product() -> None:
-    """Against products written out: of one layer, forwards and backwards."""
+    """Loss and gradients of one layer equal products written out with rounded factors."""
     config = dataclasses.replace(SMALL, hidden=(), weight_decay=(0.0,), dtype="bfloat16")
     g = torch.Generator().manual_seed(0)
     weight, bias = (torch.randn(shape, generator=g) for shape in ((2, 5, 8), (2, 8)))
@@ -123,7 +123,7 @@ def test_bfloat16_rounds_the_factors_of_every_product() -> None:
     (grad,) = torch.autograd.grad(expected, head)
     rounded = grad.bfloat16().float()
     torch.testing.assert_close(loss.detach(), expected.detach() + 0.01 * 4 * 3.5)
-    # Nearer to products of rounded factors than a factor's rounding, 2^-9, lets them come by chance.
+    # The tolerance is far below the rounding of a factor, 2^-9, so unrounded factors would fail.
     torch.testing.assert_close(found[0], rounded_inputs.mT @ rounded, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found[1], rounded.sum(1), rtol=1e-5, atol=1e-6)
 
@@ -141,7 +141,7 @@ def test_two_epochs_equal_a_plain_training_loop(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr("mopo_fast.fit.negative_log_likelihood", spy)
     records = [fit.run_epoch() for _ in range(2)]
-    # 240 rows in batches of 32, the last one smaller.
+    # Batches of 32 split 240 rows into seven full batches and a smaller one.
     assert [x.shape[1] for x, _ in batches] == [32] * 7 + [16] + [32] * 7 + [16]
 
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
@@ -195,7 +195,7 @@ def test_each_member_has_its_own_bootstrap_and_a_new_order_each_epoch(
     n = len(fit.inputs)
     assert fit.rows.shape == (3, n)
     shares = [len(np.unique(rows)) / n for rows in fit.rows]
-    # A bootstrap holds 1 - 1/e of the rows.
+    # A bootstrap sample contains a share of 1 - 1/e of the rows.
     assert all(0.58 < share < 0.68 for share in shares)
     assert not np.array_equal(np.sort(fit.rows[0]), np.sort(fit.rows[1]))
 
@@ -223,7 +223,7 @@ def test_it_learns_the_mean_and_the_noise() -> None:
     )
     data = toy_data(3000, noise=0.3)
     model = fit_dynamics(data, config=config)
-    # The noise's variance is the least MSE there is; the ensemble should come near, and know it.
+    # The least possible MSE is the variance of the noise. The ensemble must get near it and predict it.
     assert 0.08 < float(holdout_mse(model, data, 0, config)[model.elites[0]]) < 0.14
     fresh = toy_data(2000, noise=0.3, seed=1)
     _, logvar = model(dynamics_inputs_targets(fresh)[0])
@@ -231,7 +231,7 @@ def test_it_learns_the_mean_and_the_noise() -> None:
 
 
 def test_stops_when_more_than_patience_epochs_brought_nothing() -> None:
-    # Nothing but the first epoch can improve the MSE by 99.99 %.
+    # No epoch after the first can improve the MSE by 99.99 %.
     config = dataclasses.replace(SMALL, improvement=0.9999, patience=2, max_epochs=None)
     records: list[FitEpoch] = []
     fit_dynamics(toy_data(), config=config, on_epoch=records.append)
@@ -246,7 +246,7 @@ def test_max_epochs_caps() -> None:
 
 
 def test_best_weights_come_back_and_elites_are_the_best_first() -> None:
-    # A learning rate so high that the MSE jumps about.
+    # The learning rate is so high that the MSE rises and falls.
     config = dataclasses.replace(SMALL, learning_rate=0.1, max_epochs=None, patience=3, members=5, elites=3)
     data = toy_data()
     records: list[FitEpoch] = []
@@ -323,7 +323,7 @@ def test_a_stopped_fit_ends_with_the_same_bits(tmp_path: Path) -> None:
     again: list[FitEpoch] = []
     finished = fit_dynamics(data, config=config, checkpoint=path, on_epoch=again.append)
     assert same_state(finished, undisturbed)
-    # Equal to the last bit of the seconds: these epochs were read, not run once more.
+    # The recorded seconds are equal too, so these epochs were read and not run again.
     assert again == records
 
 

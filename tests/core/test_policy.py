@@ -1,4 +1,4 @@
-"""Actor and critic: distributions, shapes, files."""
+"""Test actor and critic: distributions, shapes, files."""
 
 import json
 import math
@@ -56,7 +56,7 @@ def test_sample_has_the_log_probability_of_a_squashed_gaussian() -> None:
     mean, log_std = actor(observations)
     raw = mean + log_std.exp() * noise
     torch.testing.assert_close(actions, torch.tanh(raw))
-    near = raw.abs().max(dim=-1).values < 4  # where the oracle's log(1 - tanh^2) has digits left
+    near = raw.abs().max(dim=-1).values < 4  # beyond, the oracle's log(1 - tanh^2) is inaccurate
     assert near.any()
     squashed = distributions.TransformedDistribution(
         distributions.Normal(mean, log_std.exp()), distributions.TanhTransform()
@@ -71,7 +71,7 @@ def test_log_probability_is_finite_and_right_far_out_in_the_tails() -> None:
         actor.weights[-1].zero_()
         actor.biases[-1].copy_(torch.tensor([50.0, -50.0, 0.0, 0.0]))
     _, log_prob = actor.sample(torch.zeros(1, 4), torch.zeros(1, 2))
-    # log N(0) - log(1 - tanh(50)^2) with 1 - tanh(x)^2 = 4 exp(-2 |x|) there.
+    # log N(0) - log(1 - tanh(50)^2), where 1 - tanh(x)^2 = 4 exp(-2 |x|).
     expected = 2 * (-0.5 * math.log(2 * math.pi) - (math.log(4.0) - 100.0))
     assert log_prob.item() == pytest.approx(expected, rel=1e-6)
 

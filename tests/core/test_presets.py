@@ -1,4 +1,4 @@
-"""Presets: the hyperparameters of other code."""
+"""Test the presets, which hold the hyperparameters of other code."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""The report: its figures' numbers, its page, and what it says when a part is missing."""
+"""Test the report: numbers in its figures, its page, and messages about missing parts."""
 
 import base64
 import dataclasses
@@ -36,7 +36,7 @@ SUMMARY = {
 
 
 class Page(HTMLParser):
-    """What a browser would show: texts and pictures; every tag must be closed."""
+    """Collect the texts and pictures of an HTML page, and check that every tag is closed."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ def run(fitted: Path, tmp_path: Path) -> Iterator[Path]:
 
 
 def keep(run: Path, *names: str) -> Path:
-    """The run with these files alone: what is not drawn takes no time."""
+    """Remove all files of the run but these, to save the time for drawing the others."""
     for path in run.iterdir():
         if path.name not in names:
             path.unlink()
@@ -234,7 +234,7 @@ def test_spearman_against_known_values() -> None:
     x = np.arange(10.0)
     assert spearman(x, x**3) == pytest.approx(1.0)
     assert spearman(x, -np.exp(x)) == pytest.approx(-1.0)
-    # Ties share their mean rank: (1, 2.5, 2.5, 4, 5) against (2, 1, 4.5, 4.5, 3) is 3.75 / 9.5.
+    # Ties get their mean rank: (1, 2.5, 2.5, 4, 5) and (2, 1, 4.5, 4.5, 3) correlate by 3.75 / 9.5.
     assert spearman(np.array([1.0, 2, 2, 3, 5]), np.array([2.0, 1, 4, 4, 3])) == pytest.approx(3.75 / 9.5)
     assert math.isnan(spearman(x, np.ones(10)))
 
@@ -272,7 +272,7 @@ def test_a_missing_file_is_one_line_per_section(run: Path, name: str, lines: int
     found = missing(run, toy_data(600))
     assert len(found) == lines
     assert all(f"{name} does not exist" in line for line in found)
-    # A picture from before would be a lie.
+    # A picture of an earlier report must not be left.
     assert len(list(run.glob("*.png"))) == 5 - lines
 
 
@@ -391,7 +391,7 @@ def test_a_picture_that_cannot_be_removed_is_one_sentence(run: Path) -> None:
 
 
 def keep_files(run: Path) -> Path:
-    """The run with its configuration and folders alone."""
+    """Remove all files of the run but its configuration, and keep its folders."""
     for path in run.iterdir():
         if path.is_file() and path.name != "config.json":
             path.unlink()

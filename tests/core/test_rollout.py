@@ -1,4 +1,4 @@
-"""RolloutEngine: what it refuses, what it returns, torch.compile, a user's own termination function."""
+"""Test RolloutEngine: refusals, results, torch.compile, and termination functions of the user."""
 
 import math
 
@@ -112,7 +112,7 @@ def test_elites_are_checked_at_every_call(engine):
 
 
 def test_a_long_horizon_takes_memory_for_its_rows_alone():
-    """Twenty million steps of one rollout: 1 GB of records, never touched, and not a whole tile of them."""
+    """Memory grows with the rows that are made: a horizon of 20 million steps ends at its first step."""
     engine = RolloutEngine(make_ensemble(5, 2), termination=make_box(5, {0: (100.0, 101.0)}), backend="cpu")
     result = engine.rollout(make_policy(5, 2), inputs(1, 5, 2)[0], 20_000_000, seed=0)
     assert len(result) == 1 and result.terminals.all()
@@ -122,7 +122,7 @@ def test_the_ensemble_may_change_between_calls(engine):
     observations, actions = inputs(8, 5, 2)
     before = engine.step(observations, actions, seed=0, deterministic=True)
     with torch.no_grad():
-        # Around the version counter too: nothing may be cached.
+        # Changing `.data` does not change the version counter, so nothing may be cached by it.
         engine.ensemble.biases[-1].data[:, 5] += 1.0
     after = engine.step(observations, actions, seed=0, deterministic=True)
     torch.testing.assert_close(after.raw_rewards, before.raw_rewards + 1.0)
@@ -147,7 +147,7 @@ def test_members_are_elites_and_uniform(engine):
 
 
 def test_samples_have_the_predicted_moments(engine):
-    """Mean and spread of next observation and reward, for one input, member by member."""
+    """Samples of next observations and rewards have the mean and spread that each member predicts."""
     observations, actions = inputs(1, 5, 2)
     n = 60_000
     result = engine.step(observations.expand(n, -1), actions.expand(n, -1), seed=3)
@@ -163,7 +163,7 @@ def test_samples_have_the_predicted_moments(engine):
 
 
 def test_penalties_by_hand():
-    """Two members, two observation dimensions and the reward, numbers that can be done in the head."""
+    """Two members, two observation dimensions and a reward, with values that can be checked by hand."""
     mean = torch.tensor([[[0.0, 0.0, 7.0]], [[6.0, 8.0, 9.0]]])
     variance = torch.tensor([[[4.0, 4.0, 1.0]], [[1.0, 2.0, 1.0]]])
     expected = {
@@ -206,7 +206,7 @@ def test_a_bad_termination_function():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_rollout_that_ends_at_once(backend):
-    """All rollouts end in their first step: one row each."""
+    """If all rollouts end at their first step, each has one row."""
     engine = RolloutEngine(make_ensemble(5, 2), termination=make_box(5, {0: (100.0, 101.0)}), backend=backend)
     result = engine.rollout(make_policy(5, 2), inputs(30, 5, 2)[0], 7, seed=0)
     assert len(result) == 30 and result.terminals.all() and not result.step.any()
@@ -224,7 +224,7 @@ def test_nothing_finite_at_all(backend):
 
 
 def test_no_gradient_passes(engine):
-    """The ensemble's parameters, observations and actions may ask for one; the result has none."""
+    """Results require no gradient, even if parameters, observations or actions do."""
     observations, actions = (array.requires_grad_() for array in inputs(6, 5, 2))
     result = engine.step(observations, actions, seed=0, distributions=True)
     assert result.mean is not None and not result.mean.requires_grad
@@ -233,7 +233,7 @@ def test_no_gradient_passes(engine):
 
 
 def test_a_rollout_is_seen_by_autograd(engine):
-    """What autograd has kept of a buffer is gone after a rollout into it."""
+    """A rollout into a buffer invalidates tensors that autograd has saved from the buffer."""
     ring, weight = RingBuffer(100, 5, 2), torch.ones(10, 5, requires_grad=True)
     loss = (ring.storage.observations[:10] * weight).sum()
     engine.rollout(make_policy(5, 2), inputs(6, 5, 2)[0], 3, seed=0, out=ring)
@@ -243,7 +243,7 @@ def test_a_rollout_is_seen_by_autograd(engine):
 
 @pytest.mark.parametrize("method", ["step", "rollout"])
 def test_torch_compile_breaks_its_graph_once(method):
-    """What comes before a call and what comes after it are a graph each."""
+    """The code before a call and the code after it are compiled to one graph each."""
     engine, policy, graphs = RolloutEngine(make_ensemble(5, 2), backend="cpu"), make_policy(5, 2), []
     observations, actions = inputs(6, 5, 2)
 
@@ -293,7 +293,7 @@ def test_unknown_instruction_set(monkeypatch):
 
 
 def test_a_missing_extension_is_a_reason(monkeypatch):
-    """Without the compiled part everything still works, on the reference, and says so."""
+    """Without the compiled extension, the reference backend is used and a message gives the reason."""
     cpu._load.cache_clear()
     monkeypatch.setitem(__import__("sys").modules, "mopo_fast._cpu", None)
     try:

@@ -1,4 +1,4 @@
-"""SAC against an independent implementation in float64, its options, its state, and what it refuses."""
+"""Test SAC against an independent implementation in float64, its options, its state, and its refusals."""
 
 import dataclasses
 import math
@@ -33,7 +33,7 @@ VARIANTS = {
 
 
 class Plain:
-    """SAC as one would first write it: nn.Linear, one critic at a time, backward() and step()."""
+    """A plain implementation of SAC: nn.Linear, one critic at a time, backward() and step()."""
 
     def __init__(self, sac: SAC) -> None:
         self.config, self.target_entropy = sac.config, sac.target_entropy
@@ -101,7 +101,7 @@ class Plain:
         self.actor_adam.zero_grad()
         (alpha * log_prob - q_min).mean().backward()
         if config.simultaneous:
-            # The actor's backward pass went through the critics too: their own gradients come back.
+            # The actor's loss has added to the critics' gradients, so restore their own.
             for q, gradients in zip(self.critics, held, strict=True):
                 for parameter, gradient in zip(q.parameters(), gradients, strict=True):
                     parameter.grad = gradient
@@ -135,7 +135,7 @@ def test_updates_equal_a_plain_implementation(variant: str) -> None:
     config = dataclasses.replace(CONFIG, **VARIANTS[variant])
     sac = to_double(SAC(OBS, ACT, config, seed=3))
     with torch.no_grad():
-        # Targets apart from critics, and an alpha that a clamp would change.
+        # Make the targets differ from the critics, and set an alpha that a clamp would change.
         for target in sac.target.parameters():
             target.mul_(1.3)
         sac.log_alpha.fill_(0.4)
@@ -216,7 +216,7 @@ class TestUpdateMany:
         assert bool((rewards[:, :real] < 30).all()) and bool((rewards[:, real:] >= 1000).all())
         for rows, count in ((rewards[:, :real], 30), (rewards[:, real:], 60)):
             if rows.numel():
-                # Every row is drawn, none far too often (5 sigma of the binomial).
+                # Each row is drawn, and within 5 standard deviations of the expected number of times.
                 drawn = rows.unique(return_counts=True)[1].double()
                 mean = rows.numel() / count
                 assert len(drawn) == count
@@ -227,7 +227,7 @@ class TestUpdateMany:
         means = sac.update_many(transitions(50, seed=1), filled(60), 10, seed=0)
         assert set(means) == set(METRICS)
         assert sac.updates == 10
-        # alpha moves by at most one learning rate a step, and is recorded before the step.
+        # Each update changes alpha by at most the learning rate, and alpha is recorded before the update.
         assert abs(means["alpha"] - 1.0) < 10 * CONFIG.alpha_learning_rate
 
     def test_cosine_schedule_falls_to_zero(self) -> None:

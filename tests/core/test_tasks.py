@@ -35,7 +35,7 @@ def ends(task: str, observation: torch.Tensor) -> bool:
     return not bool(BOXES[task].contains(observation))
 
 
-# The rules as the authors' mopo/static/*.py state them, at the last float32 on either side of each bound.
+# Rules of the authors' mopo/static/*.py, at the last float32 on either side of each bound.
 @pytest.mark.parametrize(
     ("observation", "ended"),
     [
@@ -157,7 +157,7 @@ def test_scores_are_0_and_100_at_the_references(name: str) -> None:
 
 
 def test_a_score_between_the_references() -> None:
-    # 100 * (5000 + 280.178953) / (12135 + 280.178953), by hand.
+    # Computed by hand: 100 * (5000 + 280.178953) / (12135 + 280.178953).
     assert TASKS["halfcheetah"].normalized_score(5000.0) == pytest.approx(42.530027, abs=1e-6)
 
 

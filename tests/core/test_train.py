@@ -1,4 +1,4 @@
-"""A whole small run in hopper, its folder, and what `train` refuses."""
+"""Test a complete small run in hopper, its folder, and the refusals of `train`."""
 
 import contextlib
 import csv
@@ -66,7 +66,7 @@ def finished(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
-    """A copy of the finished run, to spoil; without its summary and report, so that it can be resumed."""
+    """Copy the finished run without its summary and report, so that it can be resumed or damaged."""
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     (out / "summary.json").unlink()
@@ -75,7 +75,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 
 def train_alone(config: TrainConfig, out: Path) -> dict[str, Any]:
-    """`train` without the seconds that a report takes: it is not written where there is one."""
+    """Call `train` with an existing report, which it does not write again, to save time."""
     out.mkdir(exist_ok=True)
     (out / "report.html").touch()
     return train(config, out, resume=True, quiet=True)
@@ -117,9 +117,9 @@ class TestRunFolder:
         table = rows(finished)
         assert list(table[0]) == list(COLUMNS)
         assert [row["epoch"] for row in table] == ["1", "2", "3"]
-        # The last epoch is cut short by `steps`.
+        # `steps` cuts the last epoch short.
         assert [row["updates"] for row in table] == ["10", "20", "25"]
-        # Evaluated every second epoch, and at the end.
+        # Evaluations follow every second epoch and the last one.
         assert [bool(row["score_mean"]) for row in table] == [False, True, True]
         for row in table:
             assert float(row["penalty"]) > 0 and 0 < float(row["terminal_share"]) < 1
@@ -180,7 +180,7 @@ class TestResume:
         assert train_alone(config, run)["seconds"]["total"] > 1e4
 
     def test_what_lies_deeper_is_left_alone(self, run: Path, config: TrainConfig) -> None:
-        """It may be what another run is about to rename."""
+        """Temporary files in other folders may belong to another run, which is about to rename them."""
         ours, theirs = (folder / ".a.12345678.tmp" for folder in (run / "checkpoint", run / "other"))
         theirs.parent.mkdir(parents=True)
         ours.touch()
@@ -281,7 +281,7 @@ class TestResume:
         assert sorted(tmp_path.glob("other/*")) == before
 
     def test_another_ensemble_is_noticed(self, run: Path, config: TrainConfig) -> None:
-        """However little it differs: here no rollout becomes shorter or longer."""
+        """The smallest change is noticed, even if no rollout becomes shorter or longer."""
         ensemble = EnsembleDynamics.load(run)
         with torch.no_grad():
             ensemble.biases[0][0, 0] += 1e-7
@@ -325,7 +325,7 @@ class TestReuse:
         self, finished: Path, config: TrainConfig, tmp_path: Path
     ) -> None:
         reused = dataclasses.replace(config, dynamics_from=str(finished))
-        # A run killed as it was about to name its first file leaves only this.
+        # If a run is killed while it writes its first file, only this temporary file is left.
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / ".config.json.12345678.tmp").touch()
         summary = train_alone(reused, tmp_path / "run")
@@ -408,7 +408,7 @@ def test_rollout_options_reach_the_engine(
     ours, default = rows(tmp_path / "run")[0], rows(finished)[0]
     if options.dtype == "float64":
         assert summary["backend"] == "reference"
-        # The cpu backend has no float64. The same draws: only rounding differs.
+        # The cpu backend has no float64. Random draws are the same, so results differ only by rounding.
         assert float(ours["penalty"]) == pytest.approx(float(default["penalty"]), rel=1e-4)
     else:
         assert float(ours["penalty"]) != pytest.approx(float(default["penalty"]), rel=1e-2)
@@ -419,7 +419,7 @@ def test_the_cosine_schedule_spans_the_run(finished: Path, config: TrainConfig, 
     sac = dataclasses.replace(config.sac, actor_schedule="cosine")
     train_alone(dataclasses.replace(config, sac=sac, dynamics_from=str(finished)), tmp_path / "run")
     first, other = (load_file(out / "policy.safetensors") for out in (finished, tmp_path / "run"))
-    # As good as constant where it spanned much more than the run.
+    # The schedule spans this run; otherwise it would span far more and be nearly constant.
     assert (first["weight_0"] - other["weight_0"]).abs().max() > 1e-4
 
 
@@ -532,7 +532,7 @@ class TestResolve:
 def test_a_data_set_of_another_task_is_refused(config: TrainConfig, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"has 11 observation and 3 action .* task halfcheetah has 17 and 6"):
         train(dataclasses.replace(config, task="halfcheetah"), tmp_path / "run", quiet=True)
-    # A mistake mended, the same folder can be used.
+    # The folder can be used once the mistake is corrected.
     assert not (tmp_path / "run" / "config.json").exists()
 
 
@@ -547,7 +547,7 @@ def test_actions_in_other_units_are_refused(
             InputError, match=rf"has actions up to {abs(action)}; scale .* range to \[-1, 1\]"
         ):
             train(config, tmp_path / "run", quiet=True)
-    # Rounding is no other unit.
+    # A value beyond the range by rounding alone is accepted.
     data.actions[3, 1] = 1.0005
 
     def past_the_check(*_: object) -> None:
@@ -572,7 +572,7 @@ def test_a_folder_that_cannot_be_made_is_refused(config: TrainConfig, tmp_path: 
 def test_a_full_disk_is_one_error_and_the_run_can_go_on(
     finished: Path, config: TrainConfig, tmp_path: Path
 ) -> None:
-    """The limit on a file's size lets small files through and stops the first checkpoint."""
+    """The limit of file sizes permits small files but not the first checkpoint."""
     config = dataclasses.replace(config, dynamics_from=str(finished))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
@@ -595,7 +595,7 @@ def test_diverging_training_says_so(finished: Path, config: TrainConfig, tmp_pat
 
 
 class TestGarbledCheckpoint:
-    """Every value of a checkpoint, changed: one `InputError`, or a value that does no harm."""
+    """Change each value of a checkpoint: it raises one `InputError` or the change does no harm."""
 
     @pytest.fixture
     def checkpoint(self, run: Path) -> Path:
@@ -606,7 +606,7 @@ class TestGarbledCheckpoint:
         resolved, task = resolve(config)
         data = load_dataset(config.dataset, quiet=True)
         digest = data_sha256(data)
-        # Not what this is about, and slow.
+        # Evaluations are slow and not needed here.
         evaluator = Evaluator()
         evaluator.submit = lambda *_, **__: Future()  # type: ignore[method-assign]
 
@@ -630,7 +630,7 @@ class TestGarbledCheckpoint:
         state["pending"][0][0] |= {"epoch": 3, "updates": 25}
         for where, other, changed in changes(state):
             save_file(tensors, checkpoint, {"state": json.dumps(changed)})
-            # Numbers, and lists of numbers, that nothing is compared with.
+            # Nothing checks these numbers and lists of numbers, so others are accepted.
             free = where[0] in ("seconds", "evaluation") or (where[0] == "pending" and len(where) > 3)
             number = other is None or (isinstance(other, (int, float)) and not isinstance(other, bool))
             listed = where[:2] in (("evaluation", "returns"), ("evaluation", "lengths")) and other in (
@@ -670,7 +670,7 @@ class TestGarbledCheckpoint:
 
     @pytest.mark.parametrize("head", [-1, 250, 2**62])
     def test_rows_outside_the_buffer(self, checkpoint: Path, restore: Callable[[], None], head: int) -> None:
-        """Every rollout follows on the one before, but the first begins outside."""
+        """The rollouts are contiguous, but the first begins outside the buffer."""
 
         def shift(state: dict[str, Any]) -> None:
             at = head
@@ -728,7 +728,7 @@ def test_a_garbled_fit_is_refused(run: Path) -> None:
 def test_a_file_that_is_none_is_one_sentence(
     name: str, make: str, run: Path, config: TrainConfig, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Or the run goes on without it."""
+    """It raises one `InputError` or the run continues without the file."""
     path = run / name
     path.unlink(missing_ok=True)
     if make == "folder":
@@ -781,7 +781,7 @@ def test_a_refused_run_leaves_nothing_behind(config: TrainConfig, tmp_path: Path
                 [refused, dataclasses.replace(refused, seed=7)], [tmp_path / "a/b/c", tmp_path / "a/d"]
             )
         assert list(tmp_path.iterdir()) == []
-    # What was there stays.
+    # An existing folder is kept.
     (tmp_path / "e").mkdir()
     with pytest.raises(InputError):
         train(absent, tmp_path / "e", quiet=True)
@@ -789,8 +789,8 @@ def test_a_refused_run_leaves_nothing_behind(config: TrainConfig, tmp_path: Path
 
 
 def test_a_full_disk_under_tensorboards_log(config: TrainConfig, finished: Path, tmp_path: Path) -> None:
-    """One sentence on standard error, and no thread's traceback; then the run goes on to the same bits."""
-    # The fit's curves are the first file that is larger than the limit.
+    """One error is printed without a thread's traceback, and the resumed run ends with the same bits."""
+    # The event file of this long fit is the first file to exceed the limit.
     long = dataclasses.replace(
         config.dynamics, hidden=(2,), weight_decay=(0.0, 0.0), max_epochs=250, patience=250
     )

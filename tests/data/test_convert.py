@@ -1,4 +1,4 @@
-"""From each format to each, by way of the command line."""
+"""Test the conversion of each format to each other by the command line."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from mopo_fast.data.convert import convert
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Three episodes: one ended, one cut off, one that the file's end cuts off."""
+    """Write three episodes: the first terminates, the second is cut off, the third ends with the file."""
     path, random, n = tmp_path / "a.hdf5", np.random.default_rng(0), 12
     with h5py.File(path, "w") as file:
         states = random.normal(size=(n + 1, 2)).astype(np.float32)
@@ -135,7 +135,7 @@ def test_refusals(source: Path, tmp_path: Path) -> None:
         convert(str(source), str(tmp_path / "b.csv"))
     with pytest.raises(InputError, match="does not exist"):
         convert(str(tmp_path / "nowhere.hdf5"), str(whole[0]), overwrite=True)
-    # A source that is not sound leaves the target as it was.
+    # An invalid source leaves the target unchanged.
     with h5py.File(source, "r+") as file:
         file["rewards"][3] = np.nan
     with pytest.raises(InputError, match="rewards is not a finite float32 number at row 3"):

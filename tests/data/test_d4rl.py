@@ -1,4 +1,4 @@
-"""D4RL's names, and downloads from a server on this machine that can be as bad as a real one."""
+"""Test D4RL's names, and downloads from a local server that can fail as real ones do."""
 
 import hashlib
 import http.server
@@ -34,14 +34,14 @@ CONTENT = hdf5_bytes()
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `content` at every path.
+    """HTTP server that serves `content` at every path.
 
     Attributes:
-        ranges: whether Range is heard.
-        most: bytes after which a connection breaks.
-        length: whether Content-Length is sent.
-        shift: how far from the part that was asked for an answer begins.
-        status: an error in place of the file.
+        ranges: True to support Range requests.
+        most: number of bytes after which a connection breaks, or None.
+        length: True to send Content-Length.
+        shift: bytes by which an answer misses the start of the requested range.
+        status: HTTP error to send instead of the file, or None.
         requests: (path, Range header) of each request.
     """
 
@@ -131,7 +131,8 @@ def test_names(name: str, location: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_how_many_there_are() -> None:
-    # 4 tasks; v1, v2: 6 tiers each; v0: 5 and the older name of medium-replay; and ant's random-expert.
+    # 4 tasks: v1 and v2 have 6 tiers each; v0 has 5 and an older name of medium-replay. Ant also has
+    # random-expert.
     assert len(d4rl.LOCATIONS) == 48 + 24 + 1
     assert "hopper-full-replay-v0" not in d4rl.LOCATIONS
 
@@ -153,7 +154,7 @@ def test_another_file_than_the_first_time(server: Server, tmp_path: Path) -> Non
     path, record = tmp_path / "a.hdf5", tmp_path / "a.hdf5.sha256"
     d4rl.download(server.address, path, quiet=True)
     path.unlink()
-    # The same file may come again, in parts too.
+    # The same file may be downloaded again, even in parts.
     server.most = 60_000
     d4rl.download(server.address, path, quiet=True)
     path.unlink()
@@ -316,7 +317,7 @@ def test_full_disk(server: Server, tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
     assert not (tmp_path / "a.hdf5").exists()
-    # With space again, the next call goes on.
+    # Once there is space, the next call continues.
     d4rl.download(server.address, tmp_path / "a.hdf5", quiet=True)
     assert (tmp_path / "a.hdf5").read_bytes() == CONTENT
 

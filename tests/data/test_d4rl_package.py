@@ -1,4 +1,4 @@
-"""Beside the d4rl package itself, installed into a folder of its own."""
+"""Compare with the d4rl package itself, installed into a separate folder."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from own_packages import run_with
 
-# What its loader imports: the MuJoCo 2.1 and the other simulators of its full list are not needed.
+# Packages that its loader imports. MuJoCo 2.1 and its other simulators are not needed.
 PACKAGES = ["d4rl==1.1", "gym==0.24.1", "gym-notices==0.1.0", "tqdm==4.70.1"]
 
 PARITY = """
@@ -76,7 +76,7 @@ print(compared, scores)
 
 
 def test_without_the_package() -> None:
-    # In a process of its own: the guard changes what can be imported.
+    # The test runs in a separate process, because the guard changes which packages can be imported.
     code = "from mopo_fast.data.d4rl import import_d4rl\nimport_d4rl()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "InputError: the d4rl package cannot be imported" in done.stderr

@@ -1,4 +1,4 @@
-"""Files in D4RL's layout: the successor rules, and everything that can be wrong with a file."""
+"""Test files in D4RL's layout: the rules for successors, and the refusal of invalid files."""
 
 import pickle
 import zipfile
@@ -21,7 +21,7 @@ Arrays = dict[str, Any]
 
 
 def make_arrays(terminals: list[bool], timeouts: list[bool] | None = None, successors: bool = True) -> Arrays:
-    """Episodes whose observations number the states; a state that ends an episode is in no row."""
+    """Make episodes whose observations number the states. No row holds the final state of an episode."""
     n = len(terminals)
     ends = np.array(terminals) | np.array(timeouts or [False] * n)
     states = np.arange(n) + np.r_[0, np.cumsum(ends)[:-1]]
@@ -83,17 +83,17 @@ def test_without_timeouts_the_step_limit_ends_an_episode(tmp_path: Path) -> None
     terminals[1199] = True
     data = load_file(write(tmp_path / "a.hdf5", make_arrays(terminals, successors=False)))
     gone = sorted(set(range(2500)) - set(data.observations[:, 0].int().tolist()))
-    # The state numbers after the terminal are one higher than their rows.
+    # The states after the terminal are numbered one higher than their rows.
     assert gone == [999, 1199, 1200, 2200]
 
 
 def qlearning_oracle(arrays: Arrays, limit: int) -> Arrays:
-    """What the D4RL package's Q-learning loader is documented and known to return, row by row.
+    """Return the rows that the Q-learning loader of the D4RL package returns, one by one.
 
-    A row's successor is the next row's observation, whatever ended in between. The last row has none and is
-    gone; so is a row that ends by time: flagged as such, or, in a file without flags, the `limit`-th by a
-    counter. The counter is zeroed by an end, and then moved on by every row that is returned, so that after
-    a returned terminal it stands at one.
+    A row's successor is the next row's observation, even across the end of an episode. The last row has no
+    successor and is dropped. Rows that end by time are dropped: those flagged as timeouts or, in a file
+    without flags, those at which a counter reaches `limit`. The counter is reset by the end of an episode
+    and then advanced by each returned row, so it is one after a returned terminal.
     """
     rows = []
     counter = 0
@@ -230,7 +230,8 @@ def test_more_than_the_memory_holds(
 ) -> None:
     arrays = make_arrays([False] * 1000, successors=successors)
     path = write(tmp_path / f"a{suffix}", {**arrays, "infos/large": np.zeros(10**6)})
-    # Columns of float32 and the terminals, twice where rows are picked, and the actions while they are read.
+    # Bytes of all float32 columns and the terminals, twice if rows are selected, and of the actions being
+    # read.
     needed = 8 * 4000 + 1000 + 12_000 if successors else 2 * (6 * 4000 + 1000) + 12_000
     monkeypatch.setattr("mopo_fast.data.stored.available_memory", lambda: needed)
     assert len(load_file(path)) >= 999

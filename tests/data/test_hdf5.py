@@ -1,4 +1,4 @@
-"""HDF5 files that reach outside themselves or declare what they do not hold; and all that is read."""
+"""Test HDF5 files: links to other files, false declarations, and everything that valid files contain."""
 
 import zlib
 from collections.abc import Callable
@@ -206,7 +206,7 @@ def test_types_that_are_no_numbers(make: Callable[[h5py.File], Any], message: st
         make(file.create_group("infos"))
         file["metadata"] = 3.0
 
-    # In arrays that nobody asks for, and with groups and data sets in each other's places.
+    # These faults are in arrays that are not needed; groups and data sets also take each other's places.
     path = write(tmp_path / "b.hdf5", aside)
     assert len(load_file(path)) == ROWS
     assert main(["convert", str(path), str(tmp_path / "c.hdf5"), "--quiet"]) == 0
@@ -227,7 +227,7 @@ def test_types_that_are_no_numbers(make: Callable[[h5py.File], Any], message: st
 @pytest.mark.parametrize("libver", ["earliest", "latest"])
 @pytest.mark.parametrize("kind", ["<f4", ">f4", "<f8", ">f8", "<f2"])
 def test_what_d4rl_and_others_write(options: dict[str, Any], libver: str, kind: str, tmp_path: Path) -> None:
-    """All that D4RL's files have, in every storage that a user may have chosen."""
+    """Files with all entries of D4RL's files are read in every HDF5 storage layout."""
     expected = arrays()
     with h5py.File(tmp_path / "a.hdf5", "w", libver=libver, track_order=True) as file:
         for key, array in expected.items():
@@ -239,7 +239,7 @@ def test_what_d4rl_and_others_write(options: dict[str, Any], libver: str, kind: 
         file["metadata/iteration"] = np.int64(7)
         file["metadata/policy/fc0/weight"] = np.zeros((256, 11), np.float32)
         file["metadata/policy/nonlinearity"] = np.bytes_("relu")
-        # Constants, which compress as far as anything does.
+        # Constant values have the highest compression ratio, which must not be refused.
         file.create_dataset("infos/zeros", data=np.zeros(10**6), compression="gzip", compression_opts=9)
         file["infos/rewards"] = file["rewards"]
         file.attrs["made by"] = "someone"
@@ -252,7 +252,7 @@ def test_what_d4rl_and_others_write(options: dict[str, Any], libver: str, kind: 
 
 
 def test_many_texts_are_not_read(tmp_path: Path) -> None:
-    """Texts of any length take as much memory as they say: one is read, an array of them is not."""
+    """A text may take any amount of memory, so one text is read but an array of texts is not."""
 
     def texts(file: h5py.File) -> None:
         file["infos/texts"] = np.array(["a", "b"], h5py.string_dtype())
@@ -266,7 +266,7 @@ def test_many_texts_are_not_read(tmp_path: Path) -> None:
 
 
 def test_texts_in_a_damaged_heap(tmp_path: Path) -> None:
-    """HDF5 itself never returns from some of these; what it does not know is never waited for."""
+    """Heaps are checked before HDF5 reads them, because it never returns from some damaged ones."""
     texts = {"metadata/name": "x-local", "metadata/b": ""}
     path = write(tmp_path / "a.hdf5", lambda file: file.update(texts))
     assert load_file(path).info["metadata"] == {"name": "x-local", "b": ""}
@@ -287,7 +287,7 @@ def test_texts_in_a_damaged_heap(tmp_path: Path) -> None:
 
 
 def test_a_flag_is_zero_or_one(tmp_path: Path) -> None:
-    """HDF5 hands out a bool of any byte, which every mask would take for granted."""
+    """HDF5 returns bools with any byte, but masks require 0 or 1."""
     path = write(tmp_path / "a.hdf5")
     with h5py.File(path) as file:
         offset = file["terminals"].id.get_offset()

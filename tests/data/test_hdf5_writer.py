@@ -1,4 +1,4 @@
-"""Files that are written in place: their layout, and disks that are full."""
+"""Test HDF5 files written in place: their layout, and full disks."""
 
 import errno
 import os
@@ -49,7 +49,7 @@ def read(path: Path) -> Arrays:
 
 
 def test_rows_by_rows_and_at_once(tmp_path: Path) -> None:
-    """Both are the same file, byte for byte; every array is aligned, and texts have a fixed length."""
+    """Rows in parts and all at once give the same bytes, with aligned arrays and texts of fixed length."""
     whole = arrays(1001)
     with new_file(tmp_path / "rows.hdf5", 1001, METADATA) as file:
         for first in range(0, 1200, 100):
@@ -121,7 +121,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 1 MiB."""
+    """Mount a disk of 1 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
@@ -135,7 +135,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture(params=[True, False], ids=["reserved", "unreserved"])
 def reserves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the file system reserves nothing, so that any write may be the one that fails."""
+    """Test also a file system that reserves no space, on which any write may fail."""
 
     def refuse(handle: int, offset: int, size: int) -> None:
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
@@ -152,7 +152,7 @@ def test_a_full_disk(work: Callable[[Path, Path], None], disk: Path, source: Pat
     needed = made.stat().st_size
     made.unlink()
     refused = 0
-    # From nothing to enough.
+    # Vary the free space from none to enough.
     for free in range(0, needed + 70_000, needed // 9):
         filler = disk / "filler"
         filler.write_bytes(bytes(2**20 - 4096 - free // 4096 * 4096))
@@ -185,7 +185,7 @@ def test_a_limit_of_the_file(work: Callable[[Path, Path], None], tmp_path: Path,
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
-    # The old file is still there.
+    # The old file is unchanged.
     assert made.read_bytes() == old
 
 

@@ -1,4 +1,4 @@
-"""Data that stay in their file."""
+"""Test data that are memory-mapped from their file."""
 
 import errno
 import json
@@ -17,7 +17,7 @@ from mopo_fast.data.hdf5 import open_hdf5
 from mopo_fast.fit import Fit, dynamics_inputs_targets
 from mopo_fast.utils import machine
 
-# Humanoid's sizes: few rows make a large file.
+# Humanoid's dimensions, with which a few rows make a large file.
 OBS, ACT = 376, 17
 
 
@@ -42,7 +42,7 @@ def test_same_transitions(tmp_path: Path) -> None:
         assert torch.equal(array, mapped.arrays()[name]), name
     assert (mapped.name, mapped.info["metadata"]) == (loaded.name, loaded.info["metadata"])
     assert (mapped.info["memory_mapped"], loaded.info["memory_mapped"]) == (True, False)
-    # It is the file that is seen, not a copy.
+    # The arrays show changes of the file, so they are no copies.
     with h5py.File(path, "r+") as file:
         file["observations"][7, 5] = 0.125
     assert (mapped.observations[7, 5], mapped.to("cpu").observations[7, 5]) == (0.125, 0.125)
@@ -53,14 +53,14 @@ def test_writing_to_mapped_data_leaves_the_file_alone(tmp_path: Path) -> None:
     before = path.read_bytes()
     with open_hdf5(path) as file:
         mapped = file["observations"].map(path)
-    # To write to another one would end the process.
+    # The mapping is private and writable: writing to a read-only mapping would end the process.
     assert mapped.flags.writeable
     mapped[0] = 5.0
     load_dataset(path, memory_map=True).observations.fill_(7.0)
     assert (mapped[0] == 5.0).all() and path.read_bytes() == before
 
 
-# A process of its own: in one that has run other tests, threads and collections add megabytes.
+# Run in a new process, because threads and garbage of earlier tests would add megabytes.
 ANONYMOUS = """
 import sys
 from pathlib import Path
@@ -170,7 +170,7 @@ def test_moments_by_blocks(tmp_path: Path) -> None:
     rows = torch.from_numpy(np.sort(fit.rows[0]))
     assert rows[0] >= 0
     assert rows[-1] < len(fit.table) == 6000
-    # The holdout is left out: 1000 rows of uniform numbers move a mean by this much at most.
+    # The statistics leave out the 1000 held-out uniform rows, which move a mean by at most this much.
     assert torch.allclose(fit.model.input_mean.double(), inputs.mean(0), atol=0.03)
     assert torch.allclose(fit.inputs.double().mean(0), torch.zeros(OBS + ACT, dtype=torch.float64), atol=1e-6)
     assert torch.allclose(fit.inputs.double().std(0, correction=0), torch.ones(()).double(), atol=1e-6)

@@ -1,4 +1,4 @@
-"""Minari's data sets as others may have left them."""
+"""Test Minari's data sets, including damaged ones."""
 
 import contextlib
 import fcntl
@@ -23,7 +23,7 @@ NAME = "minari:mine/hopper-v0"
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The data of a set of three episodes with three steps each."""
+    """Write a data set of three episodes with three steps each, and return its data folder."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     made = arrays()
     minari.write(NAME, made, {"algorithm": "SAC"})
@@ -46,7 +46,7 @@ def arrays() -> dict[str, Any]:
 
 
 def replaced(name: str, value: Any) -> Callable[[h5py.File], None]:
-    """Put a value in an array's place, or for None a group."""
+    """Return a change that replaces an array by a value, or by a group if the value is None."""
 
     def change(file: h5py.File) -> None:
         del file[name]

@@ -1,4 +1,4 @@
-"""npz archives that declare what they do not hold, or hold what is no array of numbers."""
+"""Test npz archives with false declarations and with content that is no numeric array."""
 
 import io
 import struct
@@ -133,7 +133,7 @@ def test_flags(tmp_path: Path) -> None:
 
 def archive_of(path: Path, names: list[str], content: bytes, method: int = zipfile.ZIP_STORED) -> Path:
     with warnings.catch_warnings(), zipfile.ZipFile(path, "w", method) as archive:
-        # It warns of names that occur twice.
+        # zipfile warns about duplicate names.
         warnings.simplefilter("ignore", UserWarning)
         for name in names:
             archive.writestr(name, content)
@@ -158,7 +158,7 @@ def test_a_directory_is_measured_before_it_is_read(tmp_path: Path) -> None:
     count = (1 << 24) // len(entry) + 1
     end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0, 0, count * len(entry), 0, 0)
     for name in ("a.npz", "a.pt"):
-        # What torch's files begin with.
+        # torch recognises its files by these first bytes.
         (tmp_path / name).write_bytes(b"PK\3\4" + entry * count + end)
     tracemalloc.start()
     with pytest.raises(InputError, match=r"its zip directory has 16,777,\d+ bytes, more than 16,777,216"):
@@ -170,7 +170,7 @@ def test_a_directory_is_measured_before_it_is_read(tmp_path: Path) -> None:
 
 
 def patch_directory(path: Path, change: dict[int, bytes]) -> None:
-    """Change the first entry of an archive's directory, at offsets from its beginning."""
+    """Change bytes of the first entry in an archive's directory, given by their offsets in the entry."""
     content = bytearray(path.read_bytes())
     entry = content.index(b"PK\x01\x02")
     for offset, piece in change.items():
@@ -199,7 +199,7 @@ def test_directories(change: dict[int, bytes], message: str, method: int, tmp_pa
 
 
 def test_a_bomb(tmp_path: Path) -> None:
-    """What deflate can hold is described, not inflated, until it is read; then it must fit into memory."""
+    """A large compressed array is not decompressed until it is read, and then it must fit into memory."""
     shape = (10**7,)
     with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         with archive.open("infos/a.npy", "w", force_zip64=True) as member:

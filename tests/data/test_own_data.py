@@ -1,4 +1,4 @@
-"""What docs/own-data.md says, done."""
+"""Run the code of docs/own-data.md and check its statements."""
 
 import csv
 import dataclasses
@@ -42,13 +42,13 @@ SMALL: dict[str, Any] = {
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where the document's data set has been made by its own lines."""
+    """Enter a folder with the document's data set, made by the document's own code."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("mopo_fast.tasks.TASKS", dict(TASKS))
     shutil.copyfile(HELPERS / "own_task.py", tmp_path / "cart.py")
     exec(re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)[1], {})
     yield tmp_path
-    # Every test has a file of its own, which registers it again.
+    # Each test registers the environment again from its own file.
     gymnasium.registry.pop("Cart-v0")
 
 
@@ -88,11 +88,11 @@ def test_a_registered_task_and_a_function(folder: Path) -> None:
     assert sum(seen) > 200
     assert summary["task"] == "cart"
     assert summary["score_mean"] == pytest.approx(2 * summary["return_mean"])
-    # The same rule by other means gives the same policy, nearly: fused steps and single ones round alike.
+    # A box and a function with the same rule give nearly the same policy: only rounding may differ.
     box, function = (mopo_fast.Actor.load(folder / name) for name in ("box", "function"))
     for name, value in box.state_dict().items():
         assert torch.allclose(value, function.state_dict()[name], atol=1e-3), name
-    # In another process too, where neither the function nor, for a file's task, the environment is known.
+    # A worker process gives the same result, without the function or the environment of a task's file.
     with Evaluator(workers=1) as evaluator:
         there = evaluator.submit(box, get_task("cart.py"), episodes=2, seed=0).result()
     with Evaluator() as evaluator:
@@ -109,7 +109,7 @@ def test_without_an_environment(folder: Path, capsys: pytest.CaptureFixture[str]
     assert [row["scored_by"] for row in rows] == ["model", "model"]
     assert float(rows[-1]["return_mean"]) == summary["return_mean"]
     assert "of the policy in the learned model" in (run / "report.html").read_text()
-    # Rewards are at most 1 and, within the rail, at least 0: five steps of them.
+    # There are five rewards, each at most 1 and, while the cart is on the rail, at least 0.
     assert 2.0 < summary["return_mean"] < 5.5
     assert main(["evaluate", str(run)]) == 2
     assert "the task cart has no environment" in capsys.readouterr().err
@@ -179,7 +179,7 @@ def test_an_environment_that_is_not_there(folder: Path) -> None:
 
 @pytest.fixture
 def foreign(tmp_path: Path) -> Path:
-    """A run's folder from elsewhere, whose task is a Python file that leaves a trace where it is run."""
+    """Make a run's folder of another user, whose task is a Python file that leaves a trace when run."""
     run = tmp_path / "run"
     mopo_fast.EnsembleDynamics(2, 1, hidden=(8,)).save(run)
     mopo_fast.Actor(2, 1, hidden=(8,)).save(run)
@@ -244,7 +244,7 @@ def test_a_runs_python_file_is_run_only_where_it_is_named(
     text = task.read_text()
     task.write_text(text + "\n")
     assert "it has changed since the run was made" in refused("--task", str(task))
-    # Where the file has moved to does not matter.
+    # The file may have moved.
     task.write_text(text)
     moved = task.rename(foreign.parent / "moved.py")
     code = main([*words, "--task", str(moved)])
@@ -291,11 +291,11 @@ def test_a_task_that_has_changed_is_not_trained_on(folder: Path) -> None:
     changed = dataclasses.replace(resolved, task_sha256="0" * 64)
     with pytest.raises(InputError, match=r"cart\.py has changed since the run in .* began"):
         check_folder(run, changed, resume=True)
-    # An older run does not say.
+    # Runs of older versions do not record the digest.
     del written["task_sha256"]
     (run / "config.json").write_text(json.dumps(written))
     check_folder(run, resolved, resume=True)
-    # The run's own task is never taken from its folder.
+    # The task follows from the data set's name; it is never taken from the run's folder.
     np.savez(folder / "hopper-x.npz", **np.load(folder / "cart.npz"))
     other, _ = resolve(TrainConfig("hopper-x.npz", **SMALL))
     assert other.task == "hopper"
@@ -319,7 +319,7 @@ def test_a_garbled_config_is_refused(foreign: Path) -> None:
 
     def may_pass(where: tuple[Any, ...], other: Any) -> bool:
         number = isinstance(other, (int, float)) and not isinstance(other, bool)
-        # What the engine looks at, and what is not read here.
+        # The engine checks `termination`; this reader does not use the other values.
         engine = where[-1] == "termination"
         text = where[0] == "task_sha256" and other in ("x", "\x00", GONE)
         return where[0] == "dataset" or text or engine or (number and where[-1] == "penalty_coef")

@@ -1,4 +1,4 @@
-"""The paper's out-of-distribution tasks: environments, data, relabelling; a user's own reward."""
+"""Test the paper's out-of-distribution tasks: environments, data, relabelling, and rewards of the user."""
 
 import dataclasses
 import importlib.util
@@ -41,7 +41,7 @@ def test_relabel_is_a_function_and_no_module() -> None:
 
 
 def roll(env: Any, steps: int) -> list[dict[str, Any]]:
-    """Steps by uniform actions, with what the rewards are made of."""
+    """Return steps by uniform actions, with the parts of their rewards."""
     env.reset(seed=0)
     generator = np.random.default_rng(0)
     rows = []
@@ -66,7 +66,7 @@ def test_jump_rewards_height_and_speed_to_3() -> None:
         expected = min(velocity, 3.0) - 0.1 * np.square(row["action"]).sum()
         assert other["reward"] == pytest.approx(expected, abs=1e-6)
         assert row["reward"] == pytest.approx(expected + 15 * (height - 0.7), abs=1e-6)
-    # Thrown forward, faster than the cap.
+    # The body is thrown forward, faster than the cap on the rewarded velocity.
     for jumping in (env, slow):
         jumping.reset(seed=0)
         plain = jumping.unwrapped
@@ -74,7 +74,7 @@ def test_jump_rewards_height_and_speed_to_3() -> None:
         _, reward, _, _, info = jumping.step(np.zeros(6, np.float32))
         assert info["x_velocity"] > 5
         assert reward == pytest.approx(3.0 + plain.jump_weight * plain.data.qpos[1])
-    # Where no joint is moved, the model's torso is where the observation says.
+    # With all joints at rest, the torso is at the position that the observation gives.
     plain.set_state(plain.init_qpos, plain.init_qvel)
     assert plain._get_obs()[8] == pytest.approx(plain.data.body("torso").xpos[2])
 
@@ -101,7 +101,7 @@ def test_collected_rewards_are_the_environments_own(name: str, sets: dict[str, P
     assert data["metadata/trained_in"].decode() == task.online_env_id
     assert "metadata/score_mean" not in data
     env = make_environment(task.env_id)
-    # The first paths of an epoch of 60 steps in 2 environments, one without and one with an agent.
+    # First paths of epochs of 60 steps in 2 environments, one epoch without and one with an agent.
     for epoch, environment in ((1, 0), (1, 1), (4, 0)):
         observation, _ = env.reset(seed=derive_seed(0, ONLINE, online._RESET, epoch, environment))
         first = (epoch - 1) * 120 + environment * 60

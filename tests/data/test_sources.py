@@ -1,4 +1,4 @@
-"""Data as others keep it: dictionaries, environments, NeoRL, pickled trajectories."""
+"""Test other sources of data: dictionaries, environments, NeoRL, pickled trajectories."""
 
 import pickle
 from pathlib import Path
@@ -48,7 +48,7 @@ def test_a_dictionary() -> None:
     assert len(load_dataset(arrays, compat="d4rl")) == 6
     with pytest.raises(InputError, match="the data set lacks 'rewards'"):
         load_dataset({key: array for key, array in arrays.items() if key != "rewards"})
-    # What is loaded is a copy: the caller's arrays are the caller's.
+    # The loaded data are a copy, so the caller's arrays do not change.
     data.observations.zero_()
     assert arrays["observations"].any()
 
@@ -82,7 +82,7 @@ def neorl(*parts: Arrays) -> Arrays:
 
 
 def test_neorl(tmp_path: Path) -> None:
-    # The second one's end is the step limit; the third one's is neither.
+    # The second trajectory ends by the step limit; the third ends neither by that nor by a terminal.
     parts = trajectory(4), trajectory(MAX_EPISODE_STEPS, 10), trajectory(3, terminal=False)
     np.savez(tmp_path / "a.npz", **neorl(*parts))
     expected = joined(*parts)
@@ -116,7 +116,7 @@ def test_trajectories(protocol: int, tmp_path: Path) -> None:
 
 
 class Runs:
-    """What a pickle runs when it is loaded."""
+    """An object whose pickle calls a function when it is loaded."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = function, arguments

@@ -1,4 +1,4 @@
-"""The layout of the arrays, against arrays that are made by it."""
+"""Test the layout of the arrays against arrays that are allocated by it."""
 
 import dataclasses
 

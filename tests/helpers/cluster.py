@@ -1,4 +1,4 @@
-"""Shards on a local Ray cluster of two workers, one of which is killed; run by test_cluster.py."""
+"""Write shards on a local Ray cluster of two workers, one of which is killed; run by test_cluster.py."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from mopo_fast.data import load_dataset
 
 
 def workers() -> list[int]:
-    """Find Ray's processes that make shards, which it renames after their task."""
+    """Return the process IDs of Ray's workers that make shards; Ray names them after their task."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -26,7 +26,7 @@ def workers() -> list[int]:
 
 
 def kill_one(out: Path, killed: list[int]) -> None:
-    """Kill a worker once a shard is there, while others are made."""
+    """Kill a worker once the first shard is finished, while others are being made."""
     while not list(out.glob("shard-*")):
         time.sleep(0.001)
     while not killed:

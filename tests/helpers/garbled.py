@@ -1,4 +1,4 @@
-"""Files that are garbled on purpose: every reader must refuse them in one sentence."""
+"""Checks of readers with garbled files: every reader must refuse them with one sentence."""
 
 import copy
 import json
@@ -34,9 +34,9 @@ VALUES: list[Any] = [
 
 
 def changes(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any, Any]]:
-    """The place of a change in a JSON value, the new value there, and the whole with that change.
+    """Yield changes of a JSON value: the place of a change, the new value there, and the changed whole.
 
-    Of a list, only its first and last entries are looked into.
+    Only the first and last elements of a list are changed.
     """
     keys: list[Any] = []
     if isinstance(value, dict):
@@ -59,7 +59,7 @@ def changes(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any,
 
 
 def check_json(path: Path, read: Callable[[], Any], may_pass: Callable[[tuple[Any, ...], Any], bool]) -> None:
-    """Every change of the JSON file makes `read` raise an `InputError`, or, where it may pass, nothing."""
+    """Check that each change of a JSON file makes `read` raise `InputError`, unless it may pass."""
     whole = json.loads(path.read_text())
     try:
         for where, other, changed in changes(whole):
@@ -83,7 +83,7 @@ def check_json(path: Path, read: Callable[[], Any], may_pass: Callable[[tuple[An
 
 
 def expect(read: Callable[[], Any], may_pass: bool, what: str) -> None:
-    """`read` raises an `InputError`, or, where it may pass, nothing."""
+    """Check that `read` raises `InputError`, or nothing if `may_pass`."""
     try:
         read()
     except InputError:
@@ -94,7 +94,7 @@ def expect(read: Callable[[], Any], may_pass: bool, what: str) -> None:
 
 
 def check_bytes(path: Path, read: Callable[[], Any]) -> None:
-    """Change three bytes of the file, 400 times: `read` succeeds, or an `InputError` names the file."""
+    """Change three bytes of a file, 400 times: `read` must succeed or raise an `InputError` with its name."""
     whole, random, messages = path.read_bytes(), np.random.default_rng(0), []
     for _ in range(400):
         damaged = bytearray(whole)
@@ -110,7 +110,7 @@ def check_bytes(path: Path, read: Callable[[], Any]) -> None:
 
 
 def check_tensors(path: Path, read: Callable[[], Any]) -> None:
-    """A tensor that is missing, or of another shape or type, is an `InputError` that names the file."""
+    """Check that missing tensors and other shapes or types raise an `InputError` with the file's name."""
     whole, metadata = read_tensors(path)
     try:
         for name, tensor in whole.items():
@@ -127,7 +127,7 @@ def check_tensors(path: Path, read: Callable[[], Any]) -> None:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Copies of a safetensors file's tensors, and its metadata."""
+    """Return copies of the tensors in a safetensors file, and its metadata."""
     with safe_open(path, framework="pt") as file:
         metadata = dict(file.metadata() or {})
     return {name: tensor.clone() for name, tensor in load_file(path).items()}, metadata

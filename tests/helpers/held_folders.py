@@ -17,7 +17,7 @@ with locked(sys.argv[1]):
 
 @contextlib.contextmanager
 def held_elsewhere(folder: Path) -> Iterator[None]:
-    """Another process is at work in `folder`, and is killed with SIGKILL at the end."""
+    """Let another process hold the lock of `folder`, and kill it with SIGKILL at the end."""
     command = [sys.executable, "-c", HOLD, str(folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:

@@ -1,4 +1,4 @@
-"""Files that attack who reads them. Each was seen to work on torch.load without restrictions."""
+"""Files that attack their reader. Each attack works on torch.load without restrictions."""
 
 import io
 import os
@@ -13,7 +13,7 @@ import torch
 
 
 class _Script(torch.nn.Module):
-    """A scripted module that writes a file as it is loaded."""
+    """Module that writes a file when its scripted form is loaded."""
 
     def __init__(self, target: str) -> None:
         super().__init__()
@@ -35,17 +35,17 @@ class _Script(torch.nn.Module):
 
 
 def scripted(target: Path) -> bytes:
-    """A scripted module whose loading writes `target`."""
+    """Return a saved scripted module that writes `target` when it is loaded."""
     content = io.BytesIO()
     torch.jit.save(torch.jit.script(_Script(str(target))), content)
     return content.getvalue()
 
 
 def with_two_directories(whole: bytes, hidden: str) -> bytes:
-    """The zip file, where Python's zipfile does not see the member `hidden`, and torch's reader does.
+    """Return the zip file with a second directory that hides the member `hidden` from Python's zipfile.
 
-    Both find a record of the directory in zip64's form. Python reads the one that lies before the locator,
-    torch the one to which the locator points.
+    Both readers find a zip64 record of the directory. Python reads the record before the locator; torch
+    reads the one to which the locator points, and so sees the hidden member.
     """
     with zipfile.ZipFile(io.BytesIO(whole)) as archive:
         start, members = archive.start_dir, archive.infolist()
@@ -76,9 +76,9 @@ def with_two_directories(whole: bytes, hidden: str) -> bytes:
 
 
 def tar_with_a_link(target: Path) -> bytes:
-    """A tar file, for torch's reader of the oldest files, with a zip file at its end.
+    """Return a tar file in torch's oldest format, with a zip file at its end.
 
-    Unpacked, it makes a hard link to `target` and changes the mode of that.
+    Unpacking it makes a hard link to `target` and changes the mode of `target`.
     """
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w") as archive:
@@ -91,7 +91,7 @@ def tar_with_a_link(target: Path) -> bytes:
 
 
 def zipped(members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
-    """A zip file of these members."""
+    """Return a zip file with these members."""
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", compression) as archive:
         for name, data in members.items():
@@ -100,20 +100,20 @@ def zipped(members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> 
 
 
 def saved(value: Any) -> bytes:
-    """The bytes that torch.save writes."""
+    """Return the bytes that torch.save writes."""
     content = io.BytesIO()
     torch.save(value, content)
     return content.getvalue()
 
 
 def members_of(content: bytes) -> dict[str, bytes]:
-    """The members of a zip file."""
+    """Return the contents of a zip file's members."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         return {name: archive.read(name) for name in archive.namelist()}
 
 
 def opcodes(value: Any) -> bytes:
-    """The opcodes that leave a plain value on a pickle's stack, and its memo as it is."""
+    """Return pickle opcodes that push a plain value and leave the memo unchanged."""
     content = io.BytesIO()
     pickler = pickle.Pickler(content, 2)
     pickler.fast = True
@@ -130,7 +130,7 @@ def tensor_opcodes(
     count: Any = 4,
     metadata: Any = None,
 ) -> bytes:
-    """The opcodes of a tensor in a pickle of torch.save."""
+    """Return the pickle opcodes by which torch.save describes a tensor."""
     storage = (
         (b"(" + opcodes("storage") + f"ctorch\n{kind}Storage\n".encode() + opcodes(key) + opcodes("cpu"))
         + opcodes(count)
@@ -151,7 +151,7 @@ def tensor_opcodes(
 
 
 def torch_file(tensors: dict[str, bytes], storage: bytes = bytes(16), **members: bytes) -> bytes:
-    """A file as torch.save writes it, of a dictionary of `tensor_opcodes`."""
+    """Return a file in torch.save's format with a dictionary of `tensor_opcodes`."""
     items = b"".join(opcodes(name) + tensor + b"s" for name, tensor in tensors.items())
     return zipped(
         {"a/data.pkl": b"\x80\x02}" + items + b".", "a/byteorder": b"little", "a/data/0": storage}

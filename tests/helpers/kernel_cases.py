@@ -1,4 +1,4 @@
-"""Ensembles, policies, tolerances and checks that the kernels' tests share."""
+"""Ensembles, policies, tolerances and checks shared by the tests of kernels."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -33,7 +33,7 @@ def make_ensemble(
     seed: int = 0,
     **declared: Any,
 ) -> EnsembleDynamics:
-    """As different from a fresh ensemble as a trained one: biases, scales of inputs, bounds, elites."""
+    """Make an ensemble unlike a fresh one, with biases, input scales, variance bounds and elites."""
     generator = torch.Generator().manual_seed(seed)
     elites = elites or max(1, members - 2)
     ensemble = EnsembleDynamics(
@@ -59,7 +59,7 @@ def make_ensemble(
     return ensemble
 
 
-# What models of other code declare.
+# Options of ensembles converted from other code.
 DECLARED: dict[str, dict[str, Any]] = {
     "log-stds": {"log_scale": "std"},
     "bounds of each member": {"member_bounds": True},
@@ -84,7 +84,7 @@ def inputs(batch: int, obs_dim: int, act_dim: int, seed: int = 2) -> tuple[torch
 
 
 def oracle(engine: RolloutEngine, dtype: str) -> RolloutEngine:
-    """The reference backend on the same problem."""
+    """Make an engine with the reference backend for the same problem."""
     twin = RolloutEngine(
         engine.ensemble,
         penalty=engine.penalty,
@@ -105,13 +105,12 @@ def assert_as_accurate(
     rows: int | None = None,
     units: float = 0.0,
 ) -> None:
-    """The kernel's error against float64 is at most twice that of PyTorch's float32.
+    """Check that the kernel's error is at most twice PyTorch's, both against float64.
 
-    And `units` in the last place of the largest value more: where there are few values, PyTorch's happen to
+    The root mean square error is compared, or the largest error if the kernel has fewer than 1000 values.
+    PyTorch's error, `same - exact`, is taken over all its rows, the kernel's over the first `rows`. `units`
+    in the last place of the largest value are added to the limit, since few values of PyTorch may happen to
     be exact.
-
-    PyTorch's error, `same - exact`, is taken over all its rows, the kernel's over the first `rows` that it
-    has; as root mean squares, or as the largest where the kernel's values are too few for these.
     """
     assert torch.isfinite(kernel).all(), f"{what} holds values that are not finite"
     truth = exact if rows is None else exact.narrow(exact.ndim - 2 if exact.ndim > 1 else 0, 0, rows)
@@ -124,11 +123,11 @@ def assert_as_accurate(
 
 
 def truncation(engine: RolloutEngine, policy: Actor | None = None) -> float:
-    """Units in the last place that a tensor core's sums may be off by; none on a CPU.
+    """Return the error of a tensor core's sums in units in the last place, or 0 on a CPU.
 
-    A tensor core truncates 16 products and the sum so far to the last place of the largest of them. That is
-    17 units of 2^-23 for every 16 inputs of a layer (Fasi et al. 2021, "Numerical behavior of NVIDIA tensor
-    cores"), and the layers' errors add up.
+    A tensor core truncates 16 products and the running sum to the last place of the largest of them. The
+    error is 17 units of 2^-23 for every 16 inputs of a layer (Fasi et al. 2021, "Numerical behavior of
+    NVIDIA tensor cores"), and the errors of layers add up.
     """
     if engine.device.type == "cpu":
         return 0.0
@@ -137,9 +136,9 @@ def truncation(engine: RolloutEngine, policy: Actor | None = None) -> float:
 
 
 def check_step(engine: RolloutEngine, batch: int, *, deterministic: bool = False) -> None:
-    """One step of the kernel against the oracle in float32 and in float64."""
+    """Compare a step of the kernel with the oracle in float32 and in float64."""
     ensemble, device = engine.ensemble, engine.device
-    # The oracles see more rows than a small batch has, for a fair measure of PyTorch's own error.
+    # The oracles get at least 1000 rows, so that PyTorch's own error is well estimated.
     observations, actions = (
         array.to(device) for array in inputs(max(batch, 1000), ensemble.obs_dim, ensemble.act_dim)
     )
@@ -155,12 +154,12 @@ def check_step(engine: RolloutEngine, batch: int, *, deterministic: bool = False
 
 
 def narrow_box(obs_dim: int) -> Box:
-    """Ends about a tenth of all steps."""
+    """Make bounds that end about a tenth of all steps."""
     return make_box(obs_dim, {0: (-1.8, 2.5), 1: (-3.0, 1.6)})
 
 
 def assert_same(a: Transitions, b: Transitions) -> None:
-    """The same arrays, bit for bit."""
+    """Check that all arrays are equal bit for bit."""
     left, right = a.arrays(), b.arrays()
     assert left.keys() == right.keys()
     for name in left:
@@ -170,9 +169,10 @@ def assert_same(a: Transitions, b: Transitions) -> None:
 def check_rounded_step(
     engine: RolloutEngine, batch: int, *, deterministic: bool = False, apart: float = 0.5
 ) -> None:
-    """With rounded factors: as accurate as PyTorch with the same roundings, far larger than float32's.
+    """Check a step with rounded factors against PyTorch with the same roundings.
 
-    And `apart` of PyTorch's errors away from PyTorch at most: little, where all roundings are the same.
+    The kernel must be as accurate as PyTorch, and differ from it by less than `apart` of PyTorch's error.
+    That error must exceed the one of float32 by far, which shows that factors are rounded.
     """
     ensemble = engine.ensemble
     observations, actions = (
@@ -194,7 +194,7 @@ def check_rounded_step(
 
 
 def check_rounded_policy(engine: RolloutEngine, policy: Actor, start: torch.Tensor) -> None:
-    """`check_rounded_step` of a policy's actions."""
+    """Check a policy's actions as `check_rounded_step` checks a step."""
     kernel = engine.rollout(policy, start, 1, seed=3)
     same, float32 = (
         oracle(engine, dtype).rollout(policy, start, 1, seed=3) for dtype in (engine.operands, "float32")
@@ -209,7 +209,7 @@ def check_rounded_policy(engine: RolloutEngine, policy: Actor, start: torch.Tens
 
 
 def check_actions(engine: RolloutEngine, policy: Actor, start: torch.Tensor) -> None:
-    """A policy's actions in float32."""
+    """Compare a policy's actions in float32 with the oracle."""
     kernel = engine.rollout(policy, start, 1, seed=1)
     same = oracle(engine, "float32").rollout(policy, start, 1, seed=1)
     exact = oracle(engine, "float64").rollout(policy, start.double(), 1, seed=1)
@@ -219,7 +219,7 @@ def check_actions(engine: RolloutEngine, policy: Actor, start: torch.Tensor) -> 
 def check_rollout(
     engine: RolloutEngine, policy: Actor, start: torch.Tensor, horizon: int, *, ended: int = 0
 ) -> None:
-    """Rollouts in float32 against the oracle; at least `ended` of them end in a terminal."""
+    """Compare rollouts in float32 with the oracle; at least `ended` of them must end in a terminal."""
     kernel = engine.rollout(policy, start, horizon, seed=3)
     same = oracle(engine, "float32").rollout(policy, start, horizon, seed=3)
     exact = oracle(engine, "float64").rollout(policy, start.double(), horizon, seed=3)
@@ -231,7 +231,7 @@ def check_rollout(
 
 
 def check_made_of_steps(engine: RolloutEngine, policy: Actor, start: torch.Tensor, horizon: int) -> None:
-    """A rollout is what single steps give, bit for bit, in the order of the start states."""
+    """Check that a rollout equals single steps bit for bit, in the order of the start states."""
     whole = engine.rollout(policy, start, horizon, seed=9)
     following = start
     rows = torch.arange(len(start), device=start.device)
@@ -251,7 +251,7 @@ def check_made_of_steps(engine: RolloutEngine, policy: Actor, start: torch.Tenso
 def check_split(
     engine: RolloutEngine, policy: Actor, start: torch.Tensor, horizon: int, *, split: int
 ) -> None:
-    """Two calls give what one does: another split, other places in the tiles."""
+    """Check that two calls on parts of a batch give the same rows as one call on all of it."""
     rows = torch.arange(len(start), device=start.device) + 10**10
     whole = engine.rollout(policy, start, horizon, seed=1, rows=rows)
     parts = [
@@ -265,7 +265,7 @@ def check_split(
 def check_turns(
     engine: RolloutEngine, policy: Actor, start: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A batch whose padded rollouts are too large is rolled out 100 rows at a time, to the same rows."""
+    """Check that a batch too large for the buffer is rolled out 100 rows at a time, with the same result."""
     whole = engine.rollout(policy, start, 2, seed=1)
     row_words = start.shape[1] + policy.act_dim + 5
     monkeypatch.setattr(padded, "PADDED_BYTES", 100 * 2 * 4 * row_words)
@@ -281,7 +281,7 @@ def check_turns(
 
 
 def check_deterministic(engine: RolloutEngine, policy: Actor, start: torch.Tensor) -> None:
-    """The seed does not matter, no member is drawn, and actions are those of 16-bit factors at least."""
+    """Check deterministic rollouts: no seed matters, no member is drawn, and actions equal the oracle's."""
     kernel = engine.rollout(policy, start, 2, seed=1, deterministic=True)
     assert_same(kernel, engine.rollout(policy, start, 2, seed=2, deterministic=True))
     assert (kernel.members == -1).all()
@@ -292,7 +292,7 @@ def check_deterministic(engine: RolloutEngine, policy: Actor, start: torch.Tenso
 def check_ring(
     engine: RolloutEngine, policy: Actor, start: torch.Tensor, horizon: int, *, capacity: int
 ) -> None:
-    """Columns of a table, written in place, wrapping around, and nothing but the new rows is touched."""
+    """Check that a rollout writes to a ring buffer in place, wraps around, and changes only the new rows."""
     expected = engine.rollout(policy, start, horizon, seed=1)
     count = len(expected)
     ring = RingBuffer(capacity, start.shape[1], expected.actions.shape[1], start.device)
@@ -308,7 +308,7 @@ def check_ring(
 
 
 def check_missing_arrays(engine: RolloutEngine, policy: Actor, start: torch.Tensor) -> None:
-    """A buffer needs no arrays after the terminals."""
+    """Check that a buffer needs none of the arrays after the terminals."""
     expected = engine.rollout(policy, start, 2, seed=1).arrays()
     arrays: dict[str, Any] = {
         name: expected[name].new_empty(2 * len(start), *expected[name].shape[1:]) for name in DATA_ARRAYS
@@ -322,7 +322,7 @@ def check_missing_arrays(engine: RolloutEngine, policy: Actor, start: torch.Tens
 def check_terminals(
     engine: RolloutEngine, policy: Actor, start: torch.Tensor, horizon: int, box: Box
 ) -> None:
-    """Terminal rows are kept and end the rollout; all others reach the horizon."""
+    """Check that terminal rows are kept and end their rollout, and that other rollouts reach the horizon."""
     whole = engine.rollout(policy, start, horizon, seed=2)
     assert torch.equal(whole.terminals, ~box.contains(whole.next_observations))
     last = torch.cat([whole.rollout_index.diff() != 0, torch.ones_like(whole.terminals[:1])])
@@ -338,7 +338,7 @@ def check_not_finite(
     start: torch.Tensor,
     member: int,
 ) -> None:
-    """One member overflows where an observation is large: its rows go, and all rows that it penalises."""
+    """Check that rows are dropped if an overflowing member predicts them or takes part in their penalty."""
     with torch.no_grad():
         ensemble.weights[0][member, 0, :] = 3e38
     start = start.clone()
@@ -356,7 +356,7 @@ def check_not_finite(
 
 
 def check_nothing_finite(make_engine: Callable[..., RolloutEngine], start: torch.Tensor) -> None:
-    """Where no prediction is finite, no row is kept."""
+    """Check that no rows are kept if no prediction is finite."""
     ensemble = make_ensemble(5, 2)
     with torch.no_grad():
         ensemble.biases[-1].fill_(torch.inf)
@@ -368,9 +368,9 @@ Case = tuple[RolloutEngine, Actor, torch.Tensor]
 
 
 class RolloutTests:
-    """The tests of every GPU backend's rollouts.
+    """Tests of rollouts for each GPU backend.
 
-    The test file has a fixture `case`: rollouts of 11 observation dimensions that end in `narrow_box(11)`.
+    The test file has a fixture `case`: rollouts of 11 observation dimensions that end by `narrow_box(11)`.
     """
 
     def test_a_batch_may_take_turns(self, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,11 +396,12 @@ def assert_trained_alike(
     before: dict[str, torch.Tensor],
     one_step: bool,
 ) -> None:
-    """The kernel's parameters and Adam's moments are as accurate as PyTorch's, `exact` being float64's.
+    """Compare trained parameters and Adam's moments with PyTorch's; `exact` is the result in float64.
 
-    After one step from moments of zero, these are the gradients and their squares up to a factor, and the
-    strict rule holds. Later, and for the parameters, which Adam moves as far for a small gradient as for a
-    large one, a rounding may tip a ReLU or the sign of a step: errors are held against what has moved, too.
+    After one step from moments of zero, the moments are gradients and squared gradients up to a factor, so
+    `assert_as_accurate` applies. Otherwise rounding may change the sign of a ReLU's input or of a small
+    gradient, and Adam's steps are as large for small gradients as for large ones. The error may then also be
+    0.1 % of the change since `before`.
     """
     assert kernel.keys() == exact.keys()
     for name, truth in exact.items():
@@ -416,7 +417,7 @@ def assert_trained_alike(
 
 
 def to_double(sac: SAC) -> SAC:
-    """Its parameters and Adam's moments in float64, for the reference backend."""
+    """Convert parameters and Adam's moments to float64, for the reference backend."""
     for module in (sac.actor, sac.critic, sac.target):
         module.double()
     sac.log_alpha.data = sac.log_alpha.data.double()
@@ -427,7 +428,7 @@ def to_double(sac: SAC) -> SAC:
 
 
 def fit_to_double(fit: Fit) -> Fit:
-    """Its data, parameters and Adam's moments in float64, for the reference backend."""
+    """Convert data, parameters and Adam's moments to float64, for the reference backend."""
     fit.model.double()
     fit.inputs, fit.targets = fit.inputs.double(), fit.targets.double()
     fit.optimizer.exp_avgs = [moment.double() for moment in fit.optimizer.exp_avgs]
@@ -438,7 +439,7 @@ def fit_to_double(fit: Fit) -> Fit:
 def random_transitions(
     count: int, obs_dim: int, act_dim: int, seed: int, dtype: torch.dtype = torch.float32
 ) -> Transitions:
-    """Standard normals, actions squashed, three rows in ten terminal."""
+    """Make transitions of standard normals, with squashed actions and three terminals in ten rows."""
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -464,7 +465,7 @@ OTHERS = {
     "actor_learning_rate": 1e-4,
     "alpha_learning_rate": 1e-2,
 }
-# obs_dim, act_dim, config
+# Observation dimensions, action dimensions, settings.
 SAC_CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "canonical": (17, 6, {}),
     "canonical, others' options": (17, 6, OTHERS),
@@ -483,7 +484,7 @@ SAC_CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
 
 
 def sac_sources(obs_dim: int, act_dim: int) -> tuple[Transitions, RingBuffer]:
-    """A data set, and a buffer whose unused rows are poisoned."""
+    """Make a data set, and a buffer whose unused rows are NaN."""
     buffer = RingBuffer(100, obs_dim, act_dim)
     for array in buffer.storage.arrays().values():
         array.fill_(True if array.dtype == torch.bool else float("nan"))
@@ -495,7 +496,7 @@ def sac_sources(obs_dim: int, act_dim: int) -> tuple[Transitions, RingBuffer]:
 
 
 def make_sac(obs_dim: int, act_dim: int, config: SACConfig, backend: str, threads: int = 1) -> SAC:
-    """As different from a fresh one as a trained one: targets apart, biases, some log stds out of bounds."""
+    """Make a SAC unlike a fresh one: shifted targets, biases, and some log stds out of bounds."""
     sac = SAC(obs_dim, act_dim, config, seed=3, backend=backend, threads=threads)
     g = torch.Generator().manual_seed(4)
     with torch.no_grad():
@@ -518,7 +519,7 @@ def run_sac(case: str, backend: str, updates: int, *, double: bool = False, thre
     return {name: tensor.detach().clone() for name, tensor in sac.state().items()}, metrics
 
 
-# obs_dim, act_dim, rows of each member, config
+# Observation dimensions, action dimensions, rows for each member, settings.
 FIT_CASES: dict[str, tuple[int, int, int, dict[str, Any]]] = {
     "canonical": (17, 6, 600, {}),
     "short last batch": (11, 3, 100, {"hidden": (24, 33), "batch_size": 48, "members": 3}),
@@ -566,7 +567,7 @@ def make_fit(case: str, backend: str, threads: int = 1, double: bool = False, dt
     with torch.no_grad():
         for bias in fit.model.biases:
             bias.normal_(0.0, 0.2, generator=g)
-        # Raw log-variances on both sides of the bounds, and far beyond them.
+        # The raw log-variances lie within the bounds, beyond them and far beyond them.
         fit.model.biases[-1][:, obs_dim + 1] = 60.0
         fit.model.biases[-1][:, -1] = -90.0
         fit.model.max_logvar.uniform_(-1.0, 0.5, generator=g)
@@ -577,7 +578,7 @@ def make_fit(case: str, backend: str, threads: int = 1, double: bool = False, dt
 
 
 def fit_state(fit: Fit) -> dict[str, torch.Tensor]:
-    """Of the parameters and of Adam."""
+    """Return the parameters and Adam's moments."""
     parameters = {name for name, _ in fit.model.named_parameters()}
     return {
         name: tensor
@@ -591,7 +592,7 @@ def fit_steps(fit: Fit, rows: np.ndarray) -> float:
 
 
 class EagerGraph(Graph):
-    """Records nothing and does on the CPU what a `Graph` does on a GPU, the run that warms up included."""
+    """Stand-in for `Graph` that runs the function on the CPU, including the runs before the first call."""
 
     def __init__(
         self,
@@ -601,7 +602,7 @@ class EagerGraph(Graph):
     ) -> None:
         self.function, self.arguments = function, [argument.clone() for argument in arguments]
         before = [tensor.detach().clone() for tensor in state]
-        # Once to warm up, once to record: neither may leave anything behind.
+        # A real graph runs once to warm up and once to record; neither run may change the state.
         for _ in range(2):
             function(*self.arguments)
             with torch.no_grad():

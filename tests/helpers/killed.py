@@ -1,4 +1,4 @@
-"""Attempts at some work that are killed on the way: for tests of what is left, and of going on."""
+"""Work in processes that are killed midway, to test what they leave behind and how it is resumed."""
 
 import multiprocessing
 import os
@@ -14,7 +14,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def start(work: Callable[..., Any], *arguments: Any, die_at: tuple[Path, int] | None = None) -> Any:
-    """A process at the work."""
+    """Start a process that does the work; `attempt` describes `die_at`."""
     process = CONTEXT.Process(target=_until, args=(die_at, work, arguments))
     process.start()
     return process
@@ -26,11 +26,11 @@ def attempt(
     die_at: tuple[Path, int] | None = None,
     kill_after: float | None = None,
 ) -> int:
-    """The exit code of one attempt: 0, or -SIGKILL where it was killed in time.
+    """Run the work in a process and return its exit code, which is 0 or -SIGKILL.
 
     Args:
-        die_at: a folder, and which of the renames and removals in it is the last thing that it does not do.
-        kill_after: seconds.
+        die_at: a folder and a number n: the process is killed just before its n-th renaming or removal there.
+        kill_after: seconds after which the process is killed, or None.
     """
     process = start(work, *arguments, die_at=die_at)
     process.join(kill_after)

@@ -1,4 +1,4 @@
-"""Real packages of others, installed into a folder of a test's own."""
+"""Real packages of others, installed into a folder of one test."""
 
 import os
 import subprocess
@@ -13,15 +13,16 @@ from places import HELPERS, ROOT
 def run_with(
     packages: list[str], code: str, folder: Path, *, built_with: Sequence[str] = (), **environment: str
 ) -> str:
-    """What a program prints that sees `packages` beside ours; the test is skipped where they cannot be had.
+    """Run a program with `packages` installed and return its output.
 
-    They come without what they depend on: name all of it that is needed.
+    The test is skipped if the packages cannot be installed. They are installed without their dependencies,
+    so `packages` must include these.
 
     Args:
-        built_with: what builds sources among `packages`, where they do not say it themselves.
+        built_with: build tools of source packages that do not declare them themselves.
     """
     target = folder / "packages"
-    # The build tools of their sources are their own, none of ours.
+    # Our constraints do not apply to the build tools of their sources.
     outside = {key: value for key, value in os.environ.items() if not key.endswith("CONSTRAINT")}
     if built_with:
         tools = folder / "tools"

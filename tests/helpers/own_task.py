@@ -1,4 +1,4 @@
-"""docs/own-data.md's task: a cart on a rail, pushed to its middle; beyond |x| = 1 the episode ends."""
+"""Task of docs/own-data.md: push a cart on a rail to the middle. The episode ends beyond |x| = 1."""
 
 import gymnasium
 import numpy as np

@@ -1,4 +1,4 @@
-"""Where things are in the checkout."""
+"""Paths of folders in the repository."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The arrays of a small data set, for tests that write files of their own."""
+"""Arrays of a small data set, for tests that write files."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ ROWS = 20
 
 
 def arrays() -> dict[str, Any]:
-    """Make arrays of D4RL's names, the same ones at every call."""
+    """Make arrays with D4RL's names; each call returns equal ones."""
     random = np.random.default_rng(0)
     return {
         "observations": random.normal(size=(ROWS, 3)).astype(np.float32),

@@ -1,4 +1,4 @@
-"""A data set that a small ensemble fits in a second."""
+"""Data that a small ensemble fits in a second."""
 
 import torch
 
@@ -11,7 +11,7 @@ SMALL = DynamicsConfig(
 
 
 def toy_data(n: int = 300, noise: float = 0.1, seed: int = 0) -> Transitions:
-    """A smooth system with `noise` on every target; 3 observation and 2 action dimensions."""
+    """Make a smooth system with `noise` on each target; 3 observation and 2 action dimensions."""
     generator = torch.Generator().manual_seed(seed)
     observations = torch.randn(n, 3, generator=generator) * torch.tensor([1.0, 0.5, 0.2]) + 2.0
     actions = torch.rand(n, 2, generator=generator) * 2 - 1

@@ -1,4 +1,4 @@
-"""Online training of seconds, and the arrays of an HDF5 file."""
+"""Online training that takes seconds, and a reader of HDF5 arrays."""
 
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ SMALL = OnlineConfig(
     epoch_steps=60,
     random_epochs=1,
     epochs=5,
+    # Every policy scores more, so the second evaluation ends the medium part.
     medium_score=-1000.0,
     medium_window=2,
     episodes=2,

@@ -1,4 +1,4 @@
-"""What a small SAC learns from in a moment."""
+"""Transitions and buffers for a small SAC."""
 
 import torch
 from kernel_cases import random_transitions

@@ -1,4 +1,4 @@
-"""A small run of hopper, and its rollouts in shards."""
+"""A small run in hopper, and its rollouts as shards."""
 
 import contextlib
 import json
@@ -30,7 +30,7 @@ CONFIG = {
 
 
 def make_run(folder: Path) -> Path:
-    """Write models of random weights, and the settings of their rollouts."""
+    """Write models with random weights and the settings of their rollouts."""
     generator = torch.Generator().manual_seed(0)
     EnsembleDynamics(11, 3, hidden=(8,), generator=generator).save(folder)
     Actor(11, 3, hidden=(8,), generator=generator).save(folder)
@@ -56,7 +56,7 @@ def edit(folder: Path, change: Callable[[Any], None]) -> None:
 
 @contextlib.contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
-    """Let every file of this process end at `size` bytes, as on a full disk."""
+    """Limit files of this process to `size` bytes, as a full disk would."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))

@@ -1,7 +1,7 @@
-"""Compiles the Triton kernels for a GPU that need not be there: python triton_compiles.py 90 float16 [OUT].
+"""Compile the Triton kernels without a GPU: python triton_compiles.py 90 float16 [OUT].
 
-In the canonical shapes. Prints what each kernel takes and holds, one JSON line; PTX and cubin go to the
-folder OUT, if one is given. Must not be run under TRITON_INTERPRET.
+Compiles the canonical shapes and prints a line of JSON with the resources of each kernel. PTX and cubin are
+written to the folder OUT, if given. Must not be run with TRITON_INTERPRET.
 """
 
 import functools
@@ -24,12 +24,12 @@ from mopo_fast.backends.gpu import triton as host
 from mopo_fast.backends.gpu import triton_kernels
 from mopo_fast.rollout import RolloutEngine
 
-# Shared memory that a block may take, by compute capability.
+# Bytes of shared memory that a block may use, by compute capability.
 SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 120: 101376}
 
 
 class Driver:
-    """As much of a driver as compiling takes."""
+    """Stand-in for the parts of a GPU driver that compiling needs."""
 
     def __init__(self, capability: int) -> None:
         self.target = GPUTarget("cuda", capability, 32)
@@ -45,7 +45,7 @@ class Driver:
 
 
 def resources(ptx: Path, capability: int) -> dict[str, int]:
-    """Registers of a thread, and what it spills, in bytes."""
+    """Return the registers of a thread and the bytes that it spills."""
     architecture = f"sm_{capability}" + "a" * (capability >= 90)
     command = [
         get_ptxas(capability).path,
@@ -67,7 +67,7 @@ class Anywhere(host.TritonBackend):
 
 
 class Compiled:
-    """A kernel that is compiled where it would be launched."""
+    """Wrapper of a kernel that compiles it instead of launching it."""
 
     def __init__(self, kernel: Any, capability: int, folder: Path) -> None:
         self.kernel, self.capability, self.folder, self.count = kernel, capability, folder, 0
@@ -104,7 +104,7 @@ def main(capability: int, operands: str, folder: str) -> None:
         kernel = getattr(triton_kernels, name)
         setattr(triton_kernels, name, Compiled(kernel, capability, Path(folder)))
     engine = RolloutEngine(make_ensemble(17, 6, hidden=(200,) * 4))
-    # Served by name to arrays on the CPU, of which the kernels' types are all that is looked at.
+    # Arrays on the CPU suffice, because only the types of a kernel's arguments are used.
     engine.operands = operands
     BACKENDS[engine.backend] = Anywhere()
     observations, actions = inputs(1, 17, 6)

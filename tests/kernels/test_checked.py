@@ -1,4 +1,4 @@
-"""The boundary in front of the kernels: what a live module, a buffer or a run may have become since."""
+"""Test the checks in front of the kernels, of modules, buffers and runs changed after creation."""
 
 import copy
 import dataclasses
@@ -38,7 +38,7 @@ def set_tensor(name: str, tensor: torch.Tensor) -> Callable[[EnsembleDynamics], 
     return lambda model: setattr(model, name, tensor)
 
 
-# An ensemble of three members, 5 + 2 inputs, hidden layers of 37 and 20.
+# Changes of an ensemble with three members, 5 + 2 inputs and hidden layers of 37 and 20 units.
 CHANGES: dict[str, tuple[Callable[[EnsembleDynamics], None], str]] = {
     "no elites": (set_tensor("elites", torch.zeros(0, dtype=torch.int64)), r"elites must be .* got \[\]"),
     "int32 elites": (set_tensor("elites", torch.zeros(1, dtype=torch.int32)), "elites must be int64"),
@@ -150,7 +150,7 @@ def test_a_head_that_is_no_row(head: int) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_starts_from_the_buffer_that_is_written(backend: str) -> None:
-    """They are read first, so that the result is that of a copy."""
+    """Start states are read before rows are written, so the result is that of a copy."""
     engine, policy = RolloutEngine(make_ensemble(5, 2), backend=backend), make_policy(5, 2)
 
     def written(copied: bool) -> torch.Tensor:
@@ -289,7 +289,7 @@ def test_every_call_is_checked(function: bool, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_checked_arguments_are_left_as_they_are() -> None:
-    """A refused call has written nothing."""
+    """A refused call writes nothing."""
     sac = make_sac(5, 2, SACConfig(hidden=(4, 4), batch_size=8), "cpu")
     data, buffer = sac_sources(5, 2)
     before = copy.deepcopy(sac.state())
@@ -339,7 +339,7 @@ def test_memory_that_is_no_longer_held() -> None:
 
 
 def test_numbers_that_address_memory_are_copied(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another thread, or a signal's handler, may change them once they are checked."""
+    """Another thread or a signal handler may change such numbers after they are checked."""
     handed: list[Any] = []
     monkeypatch.setattr(cpu.CpuBackend, "fit_steps", lambda self, runs, threads: handed.extend(runs) or [0.0])
     rows = torch.zeros(3, 8, dtype=torch.int64)

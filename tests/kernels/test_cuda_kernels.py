@@ -1,7 +1,7 @@
-"""Small CUDA kernels with exact answers, on a GPU and in the emulator, and wrong ones in the emulator alone.
+"""Test small CUDA kernels with exact answers on a GPU and in the emulator, and faulty ones in the emulator.
 
-On a GPU they show in milliseconds a wrong descriptor, fragment or fence. In the emulator they show that it
-does what a GPU does, and finds what is wrong.
+On a GPU they reveal a wrong descriptor, fragment or fence within milliseconds. In the emulator they show
+that it behaves as a GPU does and detects faults.
 """
 
 import ctypes
@@ -22,7 +22,8 @@ from places import HELPERS
 
 KERNELS = HELPERS / "cuda_kernels.cu"
 COLUMNS = (16, 40, 64, 200, 256)
-# In the order of cuda_kernels.cu's Fault; and what the emulator says, or "" where a NaN shows.
+# Faults in the order of `Fault` in cuda_kernels.cu, and the emulator's message, or "" if a NaN reveals the
+# fault.
 FAULTS = {
     "kNoFullWait": "a product by b that landed in phase 0 of .*, which it has not waited for",
     "kEarlyRelease": "a bulk copy to .*, onto b of a product of warpgroup [01] that it knows no end of",
@@ -44,7 +45,7 @@ FAULTS = {
 
 
 def build_for_gpu(target: Path, *options: str) -> Path:
-    """The kernels as a library for the GPU that is there."""
+    """Build the kernels as a library for this machine's GPU."""
     command = [
         "nvcc",
         "-std=c++20",
@@ -94,12 +95,12 @@ def address(array: np.ndarray) -> ctypes.c_void_p:
 
 
 def as_halves(x: np.ndarray, bfloat16: bool) -> np.ndarray:
-    """Small integers in 16 bits: bfloat16 has them whole."""
+    """Return small integers in 16 bits; bfloat16 represents them exactly."""
     return (x.view(np.uint32) >> 16).astype(np.uint16) if bfloat16 else x.astype(np.float16).view(np.uint16)
 
 
 def images(b: np.ndarray, bfloat16: bool = False) -> np.ndarray:
-    """b [k, n] in 16 bits, as [k / 16][k half][n / 8][n % 8][k % 8], at a multiple of 16."""
+    """Return b [k, n] in 16 bits as [k / 16][k half][n / 8][n % 8][k % 8], aligned to 16 bytes."""
     k, n = b.shape
     cores = np.ascontiguousarray(b.reshape(k // 16, 2, 8, n // 8, 8).transpose(0, 1, 3, 4, 2))
     memory = np.empty(2 * cores.size + 16, np.uint8)
@@ -109,9 +110,9 @@ def images(b: np.ndarray, bfloat16: bool = False) -> np.ndarray:
 
 
 def fragment(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row and column [count, 128] of a thread's values, by the PTX ISA's figures of wgmma's m64nNk16.
+    """Return the row and the column [count, 128] of each thread's values in wgmma's m64nNk16.
 
-    Of d, and of a's halves; those that follow one another eight values on differ: a has its rows first.
+    The figures of the PTX ISA show the same positions for the values of d and for the halves of a.
     """
     i, thread = np.arange(count)[:, None], np.arange(128)
     row = 16 * (thread // 32) + thread % 32 // 4 + 8 * (i // 2 % 2)
@@ -119,7 +120,7 @@ def fragment(count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def integers(shape: tuple[int, ...], largest: int, seed: int) -> np.ndarray:
-    """Whose products and sums are exact in any order."""
+    """Return random integers so small that sums of their products are exact in any order."""
     return np.random.default_rng(seed).integers(-largest, largest + 1, shape).astype(np.float32)
 
 
@@ -127,7 +128,7 @@ def integers(shape: tuple[int, ...], largest: int, seed: int) -> np.ndarray:
 @pytest.mark.parametrize("columns", COLUMNS)
 def test_products(kernels: ctypes.CDLL, columns: int, bfloat16: bool) -> None:
     a, b, d = integers((64, 48), 9, 0), integers((48, columns), 9, 1), integers((64, columns), 9, 2)
-    # A thread's registers: 24 halves of a in pairs, lower first, and its part of d.
+    # Registers of a thread: 24 halves of a in pairs, the lower one first, and its part of d.
     halves = as_halves(a[fragment(24)], bfloat16).astype(np.uint32)
     pairs = halves[::2] | halves[1::2] << 16
     registers = d[fragment(columns // 2)]
@@ -147,7 +148,7 @@ def test_what_a_product_gives_is_what_the_next_takes(kernels: ctypes.CDLL, bfloa
 
 
 def run_pipeline(kernels: ctypes.CDLL, fault: int, seed: int) -> tuple[str, np.ndarray, np.ndarray]:
-    """What the emulator says, d, and what d should be: two clusters, a ring of slots walked four times."""
+    """Run two clusters with a ring of slots; return the emulator's message, d, and the expected d."""
     blocks, steps = 4, 11
     a, b = integers((blocks, 2, 64, 16 * steps), 9, 3), integers((16 * steps, 64), 9, 4)
     d = integers((blocks, 2, 64, 64), 9, 5)
@@ -169,7 +170,7 @@ def test_a_cluster_fills_a_ring_together(kernels: ctypes.CDLL, seed: int) -> Non
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_is_wrong_is_found(emulated: ctypes.CDLL, fault: str) -> None:
-    """By nearly all schedules, and with the reason by one at least."""
+    """Nearly all schedules reveal the fault, and at least one names the reason."""
     number = 1 + list(FAULTS).index(fault)
     runs = [run_pipeline(emulated, number, seed) for seed in range(8)]
     right = [told == "" and np.array_equal(d, expected) for told, d, expected in runs]
@@ -181,13 +182,13 @@ def test_what_is_wrong_is_found(emulated: ctypes.CDLL, fault: str) -> None:
 
 
 def test_a_seed_repeats_a_schedule(emulated: ctypes.CDLL) -> None:
-    """In a race the first message, and the thread that it names, depend on the seed alone."""
+    """In a race, the first message and the thread that it names depend on the seed alone."""
     told = [[run_pipeline(emulated, 1, seed)[0] for seed in range(1, 6)] for _ in range(2)]
     assert told[0] == told[1] and len(set(told[0])) > 1
 
 
 def run_warps(kernels: ctypes.CDLL) -> tuple[np.ndarray, ...]:
-    """Numbers, their sums by fours, and what the rough functions' values are off by, relative and at most."""
+    """Return numbers, their sums by fours, and the largest relative errors of the approximate functions."""
     x = np.random.default_rng(0).normal(0.0, 2.0, 256).astype(np.float32)
     sums, tanh, exp2 = (np.empty_like(x) for _ in range(3))
     assert kernels.run_warps(4, address(x), address(sums), address(tanh), address(exp2)) == b""
@@ -211,7 +212,7 @@ def test_rough_functions_are_as_rough_as_they_may_be(emulated: ctypes.CDLL) -> N
 
 
 class Company(enum.IntEnum):
-    """In the order of cuda_kernels.cu's."""
+    """Kinds of waiting, in the order of `Company` in cuda_kernels.cu."""
 
     waits = 0
     does_not_wait = 1
@@ -219,7 +220,7 @@ class Company(enum.IntEnum):
 
 
 def run_company(kernels: ctypes.CDLL, how: Company, blocks: int) -> tuple[str, list[int]]:
-    """What the emulator says; and 1 + 2 + ... + blocks, as each block has it."""
+    """Return the emulator's message, and the sum 1 + 2 + ... + blocks as computed by each block."""
     counter, values, sums = np.zeros(1, np.uint32), np.zeros(blocks, np.int32), np.zeros(blocks, np.int32)
     told = kernels.run_company(int(how), blocks, address(counter), address(values), address(sums))
     return told.decode(), sums.tolist()
@@ -241,7 +242,7 @@ def test_blocks_that_do_not_wait_are_found(emulated: ctypes.CDLL, monkeypatch: p
     assert "5 blocks do not run at once" in run_company(emulated, Company.waits, 5)[0]
 
 
-# What hangs on a GPU, and what the watchdog says of it.
+# Calls that hang on a GPU, and the watchdog's message about each.
 HANGS = {
     "run_company(kernels, Company.lacks_one, 4)": (
         "block 3, warp 0 waits for arrival 4 at the blocks' counter, 3 have come"
@@ -261,7 +262,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.gpu
 @pytest.mark.parametrize("hang", HANGS)
 def test_the_watchdog_ends_a_hang(hang: str, watched: Path) -> None:
-    """In a process of its own, for the GPU's context is lost with the kernel."""
+    """The call runs in a separate process, because the watchdog destroys the GPU's context."""
     script = f"""
 import sys
 sys.path.insert(0, {str(HELPERS)!r})
@@ -278,7 +279,7 @@ print(({hang})[0])
 
 
 def disassembler() -> str | None:
-    """nvdisasm, of the toolkit or of Triton."""
+    """Return the path of nvdisasm, from the toolkit or from Triton."""
     found = importlib.util.find_spec("triton")
     inside = Path(str(found and found.origin)).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
     return shutil.which("nvdisasm") or (str(inside) if inside.exists() else None)
@@ -286,7 +287,7 @@ def disassembler() -> str | None:
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not there")
 def test_the_kernels_are_cuda(tmp_path: Path) -> None:
-    """And ptx.cuh, which the emulator replaces, names a product's registers in their order."""
+    """The kernels compile with nvcc, and ptx.cuh names a product's registers in their order."""
     cubin = tmp_path / "kernels.cubin"
     command = ["nvcc", "-std=c++20", f"-I{cuda_emulator.CSRC}", "-gencode=arch=compute_90a,code=sm_90a"]
     subprocess.run([*command, "-cubin", str(KERNELS), "-o", str(cubin)], check=True, capture_output=True)
@@ -296,14 +297,14 @@ def test_the_kernels_are_cuda(tmp_path: Path) -> None:
     functions = [part for part in text.split(".section\t.text.")[1:] if "product_kernel" in part.split()[0]]
     products = set()
     for function in functions:
-        # Written as nvcc 13.0 writes it; another way of writing it says nothing about the kernels.
+        # This is the notation of nvcc 13.0. Other notations are skipped.
         product = re.search(r"HGMMA\.64x(\d+)x16\.F32(\.BF16)? R(\d+), R(\d+), gdesc\S+ R(\d+)", function)
         if product is None:
             pytest.skip("this machine code is written another way")
         columns, d, a, added = (int(product[group]) for group in (1, 3, 4, 5))
         assert d == added
         loads = re.findall(r"LDG\.E\S* R(\d+), \S*\[R(\d+)\.64(?:\+(-?0x\w+))?\]", function)
-        # One after the other, from addresses 512 bytes apart.
+        # Registers are loaded in their order, from addresses 512 bytes apart.
         for first, count in ((d, columns // 2), (a, 4)):
             places = {
                 int(to) - first: (base, int(by or "0", 16)) for to, base, by in loads if int(to) >= first

@@ -1,4 +1,4 @@
-"""What only a GPU can show: recorded launches, and everything on the device, give what the CPU gives."""
+"""Test recorded launches and training on a GPU against the CPU."""
 
 import dataclasses
 import json
@@ -52,7 +52,7 @@ def sources(runs: int, device: str) -> tuple[object, list[RingBuffer]]:
 
 @pytest.mark.parametrize("runs", [1, 3])
 def test_sac_from_a_graph_is_as_accurate_as_on_the_cpu(runs: int) -> None:
-    """Two calls, so that the recorded is played again; more updates than one graph holds, and a rest."""
+    """The second call replays the recorded graph; the updates fill more than one graph, with a remainder."""
 
     def trained(device: str, double: bool) -> list[dict[str, torch.Tensor]]:
         sacs = [
@@ -112,7 +112,7 @@ def test_on_the_gpu_every_member_sees_its_rows_in_a_new_order() -> None:
 def test_runs_on_the_gpu_can_be_stopped_and_gone_on_with(
     hopper_data: Path, tmp_path: Path, backend: str
 ) -> None:
-    """From data to report; two at once, then one of them alone."""
+    """Two runs train together from data to report; then one of them is resumed alone."""
     config = TrainConfig(
         dataset=str(hopper_data),
         device="cuda",

@@ -1,4 +1,4 @@
-"""A signal during a kernel's call ends it soon, and leaves what whole calls have made."""
+"""Test that a signal ends a kernel's call soon, and that results of completed work are kept."""
 
 import signal
 import time
@@ -19,18 +19,18 @@ from mopo_fast.run.population import SacPopulation as Population
 
 
 class Rung(Exception):
-    """Raised by a signal's handler, as KeyboardInterrupt is by Ctrl-C's."""
+    """Raised by the handler of a signal, as KeyboardInterrupt is by Ctrl-C."""
 
 
 @pytest.fixture
 def alarm() -> Iterator[Callable[..., None]]:
-    """Has a handler called after some seconds, by default one that raises `Rung`."""
+    """Return a function that calls a handler after some seconds; the default handler raises `Rung`."""
 
     def ring(*_: Any) -> None:
         raise Rung
 
     before = signal.signal(signal.SIGALRM, ring)
-    # A suite that runs in the background ignores Ctrl-C.
+    # SIGINT is ignored if the tests run in the background.
     ctrl_c = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def set_alarm(seconds: float, handler: Callable[..., None] = ring) -> None:
@@ -44,7 +44,7 @@ def alarm() -> Iterator[Callable[..., None]]:
 
 
 def assert_ends_soon(call: Callable[[], Any], alarm: Callable[..., None]) -> None:
-    """A call that takes minutes ends with the handler's error; how soon is told where nothing else runs."""
+    """Check that a call of minutes ends with the handler's error within 10 seconds."""
     alarm(0.2)
     started = time.perf_counter()
     with pytest.raises(Rung):
@@ -70,7 +70,7 @@ def test_a_rollout(
     start = inputs(batch, 5, 2)[0]
     assert_ends_soon(lambda: engine.rollout(policy, start, horizon, seed=0, out=ring), alarm)
     assert (len(ring), ring.head) == (0, 0)
-    # What has been written are the first rows of an undisturbed one: the same call goes on to the same rows.
+    # The interrupted call has added no rows, and later calls are not affected.
     few = start[:64]
     whole = engine.rollout(policy, few, 3, seed=0)
     engine.rollout(policy, few, 3, seed=0, out=ring)
@@ -86,7 +86,7 @@ def test_a_step(alarm: Callable[..., None]) -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("runs", [1, 3])
 def test_sac(runs: int, threads: int, alarm: Callable[..., None]) -> None:
-    """Every run has made as many updates, all of them whole."""
+    """All runs have made the same number of complete updates."""
     config = SACConfig(hidden=(64, 64), batch_size=32)
     data, buffer = sac_sources(5, 2)
     sacs = [make_sac(5, 2, config, "cpu", threads) for _ in range(runs)]
@@ -94,7 +94,7 @@ def test_sac(runs: int, threads: int, alarm: Callable[..., None]) -> None:
     population = Population(sacs)
     population.update_many(data, [buffer] * runs, 3, seeds)
     assert_ends_soon(lambda: population.update_many(data, [buffer] * runs, 10**7, seeds), alarm)
-    # How many calls of 100 updates were finished depends on the machine.
+    # The number of completed calls of 100 updates depends on the machine.
     updates = sacs[0].updates - 3
     for sac, seed in zip(sacs, seeds, strict=True):
         same = make_sac(5, 2, config, "cpu", threads)
@@ -108,7 +108,7 @@ def test_sac(runs: int, threads: int, alarm: Callable[..., None]) -> None:
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("runs", [1, 2])
 def test_the_fit(runs: int, threads: int, dtype: Any, alarm: Callable[..., None]) -> None:
-    """A call that is interrupted leaves everything as it was."""
+    """An interrupted call leaves everything unchanged."""
     data, _ = sac_sources(5, 2)
     config = DynamicsConfig(
         members=3, elites=2, hidden=(64,), batch_size=8, weight_decay=(0.0,) * 2, dtype=dtype
@@ -128,7 +128,7 @@ def test_the_fit(runs: int, threads: int, dtype: Any, alarm: Callable[..., None]
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_handler_that_raises_nothing(dtype: str, alarm: Callable[..., None]) -> None:
-    """The call goes on, whatever the handler has done with the processor's tiles."""
+    """The call continues with correct results, even if the handler uses the processor's AMX tiles."""
     engine = RolloutEngine(make_ensemble(5, 2, hidden=(200,) * 4), dtype=dtype, threads=1)
     policy, start = make_policy(5, 2), inputs(10_000, 5, 2)[0]
     expected = engine.rollout(policy, start, 5, seed=0)
@@ -149,7 +149,7 @@ def test_a_handler_that_raises_nothing(dtype: str, alarm: Callable[..., None]) -
 
 @pytest.mark.parametrize(("members", "threads"), [(1, 2), (2, 5), (3, 2)])
 def test_the_fit_of_a_batch_that_takes_long(members: int, threads: int, alarm: Callable[..., None]) -> None:
-    """Within a step, teams of threads agree on the turns that they leave out."""
+    """Within a step, all threads of a team skip the same parts of the work."""
     data, _ = sac_sources(5, 2)
     config = DynamicsConfig(
         members=members, elites=1, hidden=(200, 200), batch_size=30_000, weight_decay=(0.0,) * 3
@@ -163,7 +163,7 @@ def test_the_fit_of_a_batch_that_takes_long(members: int, threads: int, alarm: C
 
 @pytest.mark.parametrize("runs", [1, 2])
 def test_sac_in_pytorch(runs: int, alarm: Callable[..., None]) -> None:
-    """Ctrl-C waits for the end of an update, so that parameters and counts belong together."""
+    """Ctrl-C waits for the end of an update, so that parameters and counts agree."""
     data, buffer = sac_sources(5, 2)
     sacs = [make_sac(5, 2, SACConfig(hidden=(8,), batch_size=8), "reference") for _ in range(runs)]
     handler, seeds = signal.getsignal(signal.SIGINT), list(range(runs))

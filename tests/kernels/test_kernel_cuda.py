@@ -1,4 +1,4 @@
-"""The CUDA kernels against the oracle, on a GPU and in the emulator; what they are compiled to."""
+"""Test the CUDA kernels against the oracle, on a GPU and in the emulator, and their machine code."""
 
 import importlib.util
 import os
@@ -58,7 +58,7 @@ def make_start(batch: int, obs_dim: int, device: str) -> torch.Tensor:
 
 @pytest.fixture
 def case(device: str, request: pytest.FixtureRequest) -> Case:
-    """An engine, a policy and start states whose rollouts end at every step."""
+    """Return an engine, a policy and start states, with rollouts that end at every step."""
     ensemble = make_ensemble(11, 3, members=2, elites=2, hidden=(33, 16), activation="relu")
     engine = make_engine(
         ensemble, device, termination=narrow_box(11), dtype=getattr(request, "param", "float16")
@@ -94,7 +94,7 @@ def test_every_width_and_depth(device: str, hidden: tuple[int, ...], obs_dim: in
     check_rounded_step(make_engine(ensemble, device), 130)
 
 
-# The hardware's tanh is off by as much as a rounding to float16.
+# The error of the hardware's tanh is as large as the rounding to float16.
 @pytest.mark.parametrize(("dtype", "apart"), [("float16", 1.5), ("bfloat16", 0.7)])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation(device: str, dtype: str, activation: str, apart: float) -> None:
@@ -109,7 +109,7 @@ def test_every_number_of_members(device: str, members: int, penalty: str) -> Non
 
 
 def test_a_large_odd_batch(device: str) -> None:
-    """Tiles enough that a block takes more than one."""
+    """The batch is so large that a block computes more than one tile."""
     ensemble = make_ensemble(5, 2, members=2, hidden=(16,), activation="relu")
     check_rounded_step(make_engine(ensemble, device), 1101 if device == "cpu" else 100_001)
 
@@ -126,7 +126,7 @@ def test_the_policy(device: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("seed", range(1, 6))
 def test_the_canonical_rollout(device: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As accurate as PyTorch with the same roundings; in the emulator whoever comes first."""
+    """Results are as accurate as PyTorch with the same roundings, for any order of the threads."""
     monkeypatch.setenv(cuda_emulator.SEED, str(seed))
     engine = make_engine(make_ensemble(17, 6, hidden=(200,) * 4), device)
     policy, start = make_policy(17, 6, hidden=(256, 256)), make_start(300, 17, device)
@@ -143,7 +143,7 @@ def test_the_canonical_rollout(device: str, seed: int, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("step", [0, 2**32 - 1])
 def test_noise_is_philox(device: str, step: int) -> None:
-    """A network that predicts nothing leaves the standard deviation times the noise."""
+    """With a network that predicts 0, results are the standard deviation times the noise."""
     ensemble = make_ensemble(17, 6, members=3, hidden=(16,))
     with torch.no_grad():
         for parameter in (ensemble.weights[-1], ensemble.biases[-1]):
@@ -229,7 +229,7 @@ def test_policies_that_it_refuses(device: str, hidden: tuple[int, ...], reason: 
 
 
 def test_auto_falls_to_another_backend(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For what this one refuses, and for nothing else."""
+    """The backend "auto" skips this backend for the models that it refuses, and for no others."""
     status = BackendStatus("cuda", True, "as if tested")
     monkeypatch.setattr(host.CudaBackend, "status", lambda self: status)
     ensemble, large = (make_ensemble(*sizes).to(device) for sizes in ((5, 2), (40, 2)))
@@ -246,7 +246,7 @@ def test_auto_falls_to_another_backend(device: str, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(("hidden", "obs_dim"), [((200, 200), 17), ((33, 256), 27)])
 def test_the_packed_weights_are_the_networks(hidden: tuple[int, ...], obs_dim: int) -> None:
-    """Multiplied as it lies there, with inputs where a thread of the kernel puts them."""
+    """Multiplying the packed weights in the kernel's layout gives the results of the networks."""
     width, slots, dims, act_dim = max(hidden), 5 if obs_dim < 20 else 8, obs_dim + 1, 6
     engine = RolloutEngine(make_ensemble(obs_dim, act_dim, members=3, hidden=hidden, activation="relu"))
     actor = make_policy(obs_dim, act_dim, hidden=(256, 100))
@@ -271,7 +271,10 @@ def test_the_packed_weights_are_the_networks(hidden: tuple[int, ...], obs_dim: i
         return total
 
     def fragment(x: torch.Tensor, of: int) -> torch.Tensor:
-        """Slot i of thread q of a k-step of 16 is input 8 (i / 2) + 2 q + i % 2, and dimension 4 i + q."""
+        """Put inputs in the kernel's order.
+
+        Slot i of thread q in a step of 16 inputs is input 8 (i / 2) + 2 q + i % 2 and dimension 4 i + q.
+        """
         inputs = torch.zeros(len(x), of + -of % 16)
         for d in range(x.shape[1]):
             slot, q = divmod(d, 4)
@@ -296,13 +299,13 @@ def test_the_packed_weights_are_the_networks(hidden: tuple[int, ...], obs_dim: i
     assert position == len(packed.data)
 
 
-# CMakeLists.txt's.
+# Options of CMakeLists.txt.
 FLAGS = ["-std=c++20", "-O3", "-prec-div=false", "-prec-sqrt=false", "-Xptxas=-v", f"-I{CSRC}"]
 FLAGS += ["-gencode=arch=compute_90a,code=sm_90a"]
 
 
 class Compiled(NamedTuple):
-    """What ptxas says of the kernels of a file, and their machine code by the kernel's name."""
+    """Output of ptxas on the kernels of a file, and their machine code by name."""
 
     report: str
     code: dict[str, str]
@@ -310,7 +313,7 @@ class Compiled(NamedTuple):
 
 @pytest.fixture(scope="session", params=DTYPES)
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
-    """For an H100, which need not be there."""
+    """Compile for an H100, without a need for one."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("needs nvcc")
@@ -330,19 +333,22 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return Compiled(report, dict(zip(parts[::2], parts[1::2], strict=True)))
 
 
-# The bytes that any version of ptxas may spill, and the instructions that access them; nvcc 13.0 spills none.
+# Limits for any version of ptxas: spilled bytes, and instructions that access them. nvcc 13.0 spills none.
 SPILLED_BYTES, LOCAL_ACCESSES = 64, 16
 
 
 @pytest.mark.slow
 def test_the_registers_suffice(compiled: Compiled) -> None:
-    """A thread that multiplies has 240, all threads 168 before it asks for them; else products would wait."""
+    """Registers are not spilled, and products are not serialised for want of registers.
+
+    A thread that multiplies has 240 registers; every thread has 168 until it asks for more or fewer.
+    """
     spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", compiled.report)
     assert len(spilled) == len(compiled.code) == 4
     assert all(int(count) <= SPILLED_BYTES for pair in spilled for count in pair)
     used = [int(count) for count in re.findall(r"Used (\d+) registers", compiled.report)]
     assert len(used) == 4 and max(used) <= 168
-    # Of products that wait for one another, and of setmaxnreg.
+    # ptxas warns of products that are serialised and of a setmaxnreg that it ignores.
     assert not re.search(r"serialized|setmaxnreg|warning", compiled.report)
 
 
@@ -350,7 +356,7 @@ def test_the_registers_suffice(compiled: Compiled) -> None:
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not there")
 @pytest.mark.parametrize("source", ["rollout_float16", "sac"])
 def test_the_watchdog_leaves_the_products_side_by_side(source: str, tmp_path: Path) -> None:
-    """Its build must show what the usual one does: products that overlap, and nearly the same registers."""
+    """With the watchdog, too, products overlap and few registers are spilled, as in the usual build."""
     command = ["nvcc", *FLAGS, "-DMOPO_FAST_WATCHDOG", "-cubin", "-o", tmp_path / "kernels.cubin"]
     command.append(CSRC / "cuda" / f"{source}.cu")
     report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
@@ -361,7 +367,7 @@ def test_the_watchdog_leaves_the_products_side_by_side(source: str, tmp_path: Pa
 
 @pytest.mark.slow
 def test_the_machine_code(compiled: Compiled) -> None:
-    """By names of instructions that the PTX leaves no choice about; how many of each, ptxas may choose."""
+    """Check instructions that the PTX prescribes by name; ptxas may choose how many it uses of some."""
     for name, code in compiled.code.items():
         width, slots = map(int, re.findall(r"Li(\d+)E", name))
         products = Counter(re.findall(r"HGMMA\.64x(\d+)x16\.F32", code))
@@ -372,7 +378,7 @@ def test_the_machine_code(compiled: Compiled) -> None:
         for instruction in (r"UBLKCP\S*MULTICAST", r"USETMAXREG\b.*\b0xf0\b", r"MUFU\.TANH"):
             assert re.search(instruction, code), (name, instruction)
         assert len(re.findall(r"\b(?:LDL|STL)\b", code)) <= LOCAL_ACCESSES, name
-        # No fence to L2, nor the first-level cache emptied, but by the two calls of cluster_sync.
+        # Only the two calls of cluster_sync may fence to L2 or empty the first-level cache.
         assert code.count("MEMBAR.ALL.GPU") <= 2 and code.count("CCTL.IVALL") <= 2, name
 
 

@@ -1,4 +1,4 @@
-"""SAC's and the fit's kernels in CUDA against autograd in float64: on a GPU, or else in the emulator."""
+"""Test the CUDA kernels of SAC and the fit against autograd in float64, on a GPU or in the emulator."""
 
 import re
 import shutil
@@ -33,12 +33,12 @@ from mopo_fast.run.population import FitPopulation, SacPopulation
 from mopo_fast.sac import METRICS, SAC
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
-# Multiprocessors and the emulator's schedule. Small tiles are for many multiprocessors.
+# Numbers of multiprocessors and seeds of the emulator. With many multiprocessors, tiles are small.
 MACHINES = [(1, 0), (2, 1), (2, 2), (2, 3), (3, 4), (24, 0)]
 
 
 def make_cuda_sac(case: str, device: str) -> SAC:
-    """`make_sac`'s."""
+    """Make the SAC of `make_sac` with the cuda backend."""
     obs_dim, act_dim, options = SAC_CASES[case]
     config = SACConfig(**options)
     result = SAC(obs_dim, act_dim, config, device=device, backend="cuda")
@@ -56,14 +56,14 @@ def cuda_sources(case: str, device: str) -> tuple[Transitions, RingBuffer]:
 
 
 def update(sacs: list[SAC], case: str, updates: int) -> list[dict[str, float]]:
-    """Together, each with the seed of its place, as `run_sac` has it for the first."""
+    """Update several SACs together; the first has the seed of `run_sac`, each other one the next seed."""
     data, buffer = cuda_sources(case, sacs[0].log_alpha.device.type)
     seeds = [7 + place for place in range(len(sacs))]
     return SacPopulation(sacs).update_many(data, [buffer] * len(sacs), updates, seeds)
 
 
 def make_cuda_fit(case: str, device: str, place: int = 0) -> Fit:
-    """`make_fit`'s, its rows in another order for another place."""
+    """Make the fit of `make_fit` with the cuda backend, with its rows rotated by `place`."""
     twin = make_fit(case, "reference")
     obs_dim, act_dim, count, _ = FIT_CASES[case]
     result = Fit(fit_transitions(count + 200, obs_dim, act_dim), 0, twin.config, device, "cuda")
@@ -75,7 +75,7 @@ def make_cuda_fit(case: str, device: str, place: int = 0) -> Fit:
 
 
 def step(fits: list[Fit], count: int | None = None) -> list[float]:
-    """All steps on the first `count` rows, or all, together."""
+    """Step several fits together, on the first `count` rows or on all."""
     rows = [torch.from_numpy(each.rows[:, :count]).to(each.inputs.device) for each in fits]
     return FitPopulation(fits).steps(rows)
 
@@ -88,7 +88,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-# The canonical shape takes an emulator seconds.
+# The canonical shape takes seconds in the emulator.
 @pytest.mark.parametrize(
     ("case", "updates"),
     [(case, updates) for case in SAC_CASES for updates in (1, 3) if updates == 1 or "canonical" not in case],
@@ -189,7 +189,7 @@ def test_result_does_not_depend_on_the_calls(device: str, monkeypatch: pytest.Mo
 
 
 def test_a_fit_by_the_backend(device: str) -> None:
-    """Several epochs, with the holdout and the best weights, as another backend fits."""
+    """Several epochs, with the holdout and the best weights, give the results of the reference backend."""
     data = fit_transitions(300, 3, 1)
     config = DynamicsConfig(
         hidden=(16, 16), weight_decay=(1e-5,) * 3, batch_size=32, max_epochs=4, members=3, elites=2
@@ -234,7 +234,7 @@ def test_refuses_an_old_gpu(device: str, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not there")
 @pytest.mark.parametrize("source", ["sac.cu", "fit.cu"])
 def test_registers_suffice(source: str, tmp_path: Path) -> None:
-    """On the oldest architecture that is served, little is kept in memory for want of registers."""
+    """On the oldest supported architecture, few registers are spilled."""
     command = ["nvcc", "-std=c++20", "-O3", "-fmad=false", f"-I{cuda_emulator.CSRC}", "-cubin", "-Xptxas=-v"]
     command += ["-gencode=arch=compute_80,code=sm_80", "-o", str(tmp_path / "kernels.cubin")]
     command.append(str(cuda_emulator.CSRC / "cuda" / source))

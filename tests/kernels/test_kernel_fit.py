@@ -1,4 +1,4 @@
-"""The fused steps of the fit against autograd in float64, on every instruction set."""
+"""Test the fused steps of the fit against autograd in float64, on every instruction set."""
 
 import numpy as np
 import pytest
@@ -59,7 +59,7 @@ def test_result_does_not_depend_on_threads(
 
 @pytest.mark.parametrize("isa", cpu.isas())
 def test_bfloat16_rounds_every_factor(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Far nearer to PyTorch on the same rounded factors than to unrounded ones."""
+    """Results are far nearer to PyTorch with rounded factors than to PyTorch with unrounded ones."""
     monkeypatch.setenv("MOPO_FAST_ISA", isa)
     fits = [make_fit("tanh", "cpu", dtype="bfloat16"), make_fit("tanh", "reference", dtype="bfloat16")]
     fits.append(make_fit("tanh", "reference"))
@@ -75,7 +75,7 @@ def test_bfloat16_rounds_every_factor(isa: str, monkeypatch: pytest.MonkeyPatch)
 def test_result_does_not_depend_on_the_calls() -> None:
     whole, parts = make_fit("short last batch", "cpu"), make_fit("short last batch", "cpu")
     fit_steps(whole, whole.rows)
-    # The columns of a wider matrix are not contiguous.
+    # Columns of a wider matrix are not contiguous.
     fit_steps(parts, parts.rows[:, :48])
     fit_steps(parts, parts.rows[:, 48:])
     ours, theirs = fit_state(whole), fit_state(parts)

@@ -1,4 +1,4 @@
-"""The vector mathematics against float64, in units in the last place, on every instruction set."""
+"""Test the vector mathematics against float64, in units in the last place, on every instruction set."""
 
 import numpy as np
 import pytest
@@ -47,7 +47,7 @@ def test_units_in_the_last_place(isa, function, x, exact, bound):
 
 @pytest.mark.parametrize("isa", cpu.isas())
 def test_rough_silu(isa):
-    """Its results are rounded to bfloat16, which errs by up to 2^-9."""
+    """A relative error of 2^-13 suffices, since results are rounded to bfloat16 with errors up to 2^-9."""
     x = np.concatenate([around(4.0), RNG.uniform(-86.0, 100.0, COUNT)]).astype(np.float32)
     truth = x / (1.0 + np.exp(-x.astype(np.float64)))
     assert np.max(np.abs(evaluate(isa, "rough_silu", x) / truth - 1.0)) <= 2.0**-13

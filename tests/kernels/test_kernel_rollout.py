@@ -1,4 +1,4 @@
-"""The compiled rollout against the float64 oracle, on every instruction set of this machine."""
+"""Test the compiled rollout against the float64 oracle, on every instruction set of this machine."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def test_every_penalty(penalty, batch, members):
     "ensemble",
     [
         make_ensemble(17, 6, hidden=(200,) * 4),
-        # Odd numbers of inputs: the last of them has no pair.
+        # With an odd number of inputs, the last one has no partner in a pair.
         make_ensemble(3, 2, hidden=(33, 51), activation="tanh"),
         make_ensemble(11, 3, hidden=(), members=2),
         make_ensemble(376, 17, hidden=(50,), activation="relu", members=3),
@@ -61,7 +61,7 @@ def test_bfloat16(ensemble):
 
 
 def test_bfloat16_policy():
-    """Its actions too: hidden layers of odd widths, a head that fills no block."""
+    """Actions are rounded too, with odd widths of hidden layers and a head smaller than a block."""
     engine = RolloutEngine(make_ensemble(11, 3), dtype="bfloat16")
     check_rounded_policy(engine, make_policy(11, 3), inputs(1000, 11, 3)[0])
 
@@ -104,7 +104,7 @@ def test_a_large_odd_batch():
 
 @pytest.fixture(params=["float32", "bfloat16"])
 def rollout(request):
-    """An engine, a policy and start states whose rollouts end at every step."""
+    """Return an engine, a policy and start states, with rollouts that end at every step."""
     engine = RolloutEngine(make_ensemble(11, 3), termination=narrow_box(11), threads=2, dtype=request.param)
     return engine, make_policy(11, 3), inputs(1003, 11, 3)[0]
 
@@ -130,7 +130,7 @@ def test_threads_do_not_matter(rollout, threads):
 
 @pytest.mark.parametrize("threads", [2, 7])
 def test_threads_do_not_matter_among_many_chunks(rollout, threads):
-    """More chunks than there is room for at once, of different lengths."""
+    """There are more chunks than can be held at once, of different lengths."""
     engine, policy, _ = rollout
     start = inputs(20_011, 11, 3)[0]
     one, other = (

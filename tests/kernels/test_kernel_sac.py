@@ -1,4 +1,4 @@
-"""The fused SAC update against autograd in float64, on every instruction set."""
+"""Test the fused SAC update against autograd in float64, on every instruction set."""
 
 import dataclasses
 import math

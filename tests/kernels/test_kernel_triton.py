@@ -1,4 +1,4 @@
-"""The Triton kernels against the float64 oracle: on a GPU where there is one, else interpreted."""
+"""Test the Triton kernels against the float64 oracle: on a GPU if there is one, else interpreted."""
 
 import json
 import os
@@ -49,7 +49,7 @@ DEVICE = "cpu" if kernels.INTERPRETED else "cuda"
 if not kernels.INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 
-# The interpreter computes with NumPy, which warns of what is not finite.
+# The interpreter computes with NumPy, which warns about values that are not finite.
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.usefixtures("poisoned_outputs"),
@@ -135,7 +135,7 @@ def test_every_activation_and_depth(activation: str, hidden: tuple[int, ...]) ->
 
 
 def test_a_large_odd_batch() -> None:
-    """Tiles enough that a program takes more than one."""
+    """The batch is so large that a program computes more than one tile."""
     check_step(make_engine(make_ensemble(5, 2, members=2, hidden=(16,))), 300 if DEVICE == "cpu" else 50_001)
 
 
@@ -144,7 +144,7 @@ def test_the_canonical_ensemble() -> None:
 
 
 def test_the_canonical_policy() -> None:
-    """Its actions, and what follows from them."""
+    """Actions of the canonical policy, and the steps that follow from them, match the oracle."""
     engine = make_engine(make_ensemble(17, 6, members=1, hidden=(200,) * 4))
     check_rollout(engine, make_policy(17, 6, hidden=(256, 256)), make_start(200, 17), 2)
 
@@ -157,12 +157,12 @@ def test_deterministic_is_the_mean_over_all_members() -> None:
 @pytest.mark.parametrize("hidden", [(200, 200), (33, 51), ()])
 def test_rounded_factors(dtype: str, hidden: tuple[int, ...]) -> None:
     engine = make_engine(make_ensemble(17, 6, members=3, hidden=hidden), dtype=dtype, penalty="mixture_std")
-    # A GPU's tanh rounds too, and not as PyTorch's SiLU does.
+    # A GPU's tanh is rounded in another way than PyTorch's SiLU.
     check_rounded_step(engine, 200, apart=0.5 if kernels.INTERPRETED else 1.25)
 
 
 def test_a_tanh_of_eleven_bits_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SiLU in float16 by a tanh that is off by 2^-11 of itself everywhere, the worst that a GPU's may be."""
+    """SiLU in float16 is accurate enough if tanh has a relative error of 2^-11, the largest of any GPU."""
     engine = RolloutEngine(
         make_ensemble(17, 6, members=3, hidden=(200,) * 4),
         penalty="mixture_std", backend="reference", dtype="float16",
@@ -210,7 +210,7 @@ def test_packed_networks_are_padded_with_zeros() -> None:
 
 @pytest.fixture
 def case(request: pytest.FixtureRequest) -> Case:
-    """An engine, a policy and start states whose rollouts end at every step."""
+    """Return an engine, a policy and start states, with rollouts that end at every step."""
     ensemble = make_ensemble(11, 3, members=2, elites=2, hidden=(33, 16))
     engine = make_engine(ensemble, termination=narrow_box(11), dtype=getattr(request, "param", "float32"))
     return engine, make_policy(11, 3, hidden=(41,)), make_start(150, 11)
@@ -255,14 +255,14 @@ def test_log_std_is_clipped(case: Case) -> None:
 
 
 def compile_for(tmp_path: Path, capability: int, operands: str) -> list[dict[str, Any]]:
-    """What the kernels hold: a step's, the rollout's, and the copy into the ring."""
+    """Return the resources of the compiled kernels: one step, a rollout, and the copy to the ring buffer."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, HELPERS / "triton_compiles.py", str(capability), operands]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     compiled = [json.loads(line) for line in run.stdout.splitlines()]
     assert [kernel["kernel"] for kernel in compiled] == ["rollout_kernel", "rollout_kernel", "compact_kernel"]
-    # Nothing has become a trap, and weights come in 16 bytes at a time, aside of the registers.
+    # No code was replaced by a trap, and weights are copied 16 bytes at a time, bypassing the registers.
     assert not any(kernel["trap;"] for kernel in compiled)
     assert all(kernel["cp.async.cg"] for kernel in compiled[:2])
     return compiled
@@ -271,12 +271,12 @@ def compile_for(tmp_path: Path, capability: int, operands: str) -> list[dict[str
 @pytest.mark.slow
 @pytest.mark.parametrize("operands", ["float16", "bfloat16"])
 def test_it_compiles_for_an_h100(tmp_path: Path, operands: str) -> None:
-    """Without one: on its tensor cores, activations in registers, none of which is spilled."""
+    """The kernels use tensor cores and keep activations in registers without spills. No GPU is needed."""
     *rollouts, copy = compile_for(tmp_path, 90, operands)
     assert copy["spilled"] == 0
     for kernel in rollouts:
         assert kernel["spilled"] == 0 and kernel["shared"] <= 227 * 1024
-        # The hidden layers' 13 x 4 products of blocks and the heads' 13 x 2; the others read the scratch.
+        # The hidden layers have 13 x 4 products of blocks, the heads 13 x 2. Other products read the scratch.
         assert kernel["wgmma_from_registers"] == 13 * 4 + 13 * 2
 
 

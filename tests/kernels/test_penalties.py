@@ -1,4 +1,4 @@
-"""The penalties that the backends' kernels have."""
+"""Test that the kernels have all penalties."""
 
 import pytest
 from kernel_cases import make_ensemble
@@ -11,7 +11,7 @@ from mopo_fast.rollout import RolloutEngine
 
 
 def test_the_kernels_have_every_penalty():
-    # Otherwise "auto" would take the reference, and the kernels' tests would compare it with itself.
+    # If one were missing, "auto" would choose the reference, and kernel tests would compare it with itself.
     assert set(cpu.extension().penalties()) == set(PENALTIES)
     assert set(triton.PENALTIES) == set(PENALTIES)
 

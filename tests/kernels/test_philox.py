@@ -1,4 +1,4 @@
-"""Philox against its published vectors, in both languages, and what is made of its words."""
+"""Test Philox against published vectors in Python and C++, and the numbers made from its words."""
 
 import math
 
@@ -15,7 +15,7 @@ from mopo_fast.backends.philox import (
     random_words,
 )
 
-# Random123's kat_vectors, philox4x32 with 10 rounds: counter, key, result.
+# Random123's kat_vectors for philox4x32 with 10 rounds: counter, key, result.
 KNOWN_ANSWERS = [
     (
         (0x00000000, 0x00000000, 0x00000000, 0x00000000),
@@ -73,7 +73,7 @@ def test_normals_are_standard_normal():
     assert (z.pow(4).mean(0) - 3).abs().max() < 5 * math.sqrt(96 / count)
     correlation = z.T @ z / count - torch.eye(4, dtype=torch.float64)
     assert correlation.abs().max() < 5 * math.sqrt(2 / count)
-    # Kolmogorov-Smirnov, at a level of about 1e-6.
+    # Kolmogorov-Smirnov test at a level of about 1e-6.
     ordered = z.flatten().sort().values
     cdf = torch.special.ndtr(ordered)
     grid = torch.arange(1, z.numel() + 1, dtype=torch.float64) / z.numel()

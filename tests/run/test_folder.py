@@ -1,4 +1,4 @@
-"""A run's summary: reading any content ends in a value or in one sentence."""
+"""Test a run's summary: any content is read or gives one error."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""progress.csv and TensorBoard's event files: reading any content ends in a value or in one sentence."""
+"""Test progress.csv and TensorBoard's event files: any content is read or gives one error."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Several runs at once, their SACs and their fits: each is what it is alone, however they are stopped."""
+"""Test several runs, SACs or fits at once: each gives what it gives alone, even if stopped and resumed."""
 
 import csv
 import dataclasses
@@ -44,7 +44,7 @@ TIMES = ("seconds_rollout", "seconds_sac", "seconds_evaluate", "seconds_total")
 
 @pytest.fixture(scope="module")
 def configs(hopper_data: Path) -> list[TrainConfig]:
-    """Two seeds, two penalties."""
+    """Return configurations of two seeds and two penalty coefficients."""
     config = dataclasses.replace(CONFIG, dataset=str(hopper_data))
     return [
         dataclasses.replace(config, seed=seed, rollout=dataclasses.replace(config.rollout, penalty_coef=coef))
@@ -67,7 +67,7 @@ def rows(out: Path) -> list[dict[str, str]]:
 
 
 def assert_same(ours: list[Path], theirs: list[Path]) -> None:
-    """The same parameters, logs and configs, to the bit."""
+    """Check that parameters, logs and configurations are equal bit for bit."""
     for one, other in zip(ours, theirs, strict=True):
         for name in ("dynamics.safetensors", "policy.safetensors", "checkpoint/epoch-000005.safetensors"):
             left, right = load_file(one / name), load_file(other / name)
@@ -131,7 +131,7 @@ def test_stopped_between_the_checkpoints_of_two_they_go_on(
     with pytest.raises(Stopped):
         train_many(configs, outs, quiet=True)
     monkeypatch.undo()
-    # One of them goes on alone.
+    # One of the runs continues alone.
     train(configs[2], outs[2], resume=True, quiet=True)
     train_many(configs, outs, resume=True, quiet=True)
     assert_same(outs, alone)
@@ -150,7 +150,7 @@ def test_evaluated_beside_the_training(configs: list[TrainConfig], alone: list[P
 def test_stopped_while_evaluations_are_at_work_they_go_on(
     configs: list[TrainConfig], alone: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first is there, no later one is: rows are held back, and written when the run is gone on with."""
+    """Rows after an unfinished evaluation are held back, and written when the runs are resumed."""
     outs, given, submit, save = [tmp_path / str(i) for i in range(4)], 0, Evaluator.submit, Training.save
 
     def slow(self: Evaluator, *arguments: Any, **options: Any) -> "Future[Evaluation]":
@@ -246,7 +246,7 @@ POPULATIONS = {
 
 
 class TestSacPopulation:
-    """Three SACs of their own seeds, buffers and draws, updated together and one by one."""
+    """Three SACs with their own seeds and buffers give the same together as one by one."""
 
     def sacs(self, config: SACConfig, backend: str, double: bool = False) -> list[SAC]:
         sacs = [SAC(OBS, ACT, config, seed=i, total_updates=20, backend=backend) for i in range(3)]
@@ -276,7 +276,7 @@ class TestSacPopulation:
 
     @pytest.mark.parametrize("runs", [1, 3])
     def test_recorded_updates_are_the_same(self, runs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        """All but the recording itself, which takes a GPU: whole graphs, a rest, a second call."""
+        """Simulated recording gives the eager results, for full graphs, a remainder and a second call."""
         data, buffers = transitions(50, seed=1), self.buffers()[:runs]
         plain, recorded = (self.sacs(POPULATIONS["others"], "reference")[:runs] for _ in range(2))
         populations = [SacPopulation(plain), SacPopulation(recorded)]
@@ -326,7 +326,7 @@ class TestSacPopulation:
 
 
 class TestFitPopulation:
-    """Fits of their own seeds, stepped together and one by one."""
+    """Three fits with their own seeds give the same together as one by one."""
 
     def test_progress_is_the_share_of_the_epoch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("mopo_fast.fit._STEPS_AT_ONCE", 2)
@@ -344,7 +344,7 @@ class TestFitPopulation:
         )
         three = FitPopulation(together)
         ours = [three.run_epoch() for _ in range(2)]
-        # One stops, two go on; then it takes part again.
+        # The first fit stops for one epoch while the others continue, and then joins them again.
         last = FitPopulation(together[1:]).run_epoch()
         together[0].run_epoch()
         three.run_epoch()
@@ -369,7 +369,7 @@ class TestFitPopulation:
     def test_fits_together_stop_each_at_its_own_end_and_are_saved(self, tmp_path: Path, backend: str) -> None:
         config = dataclasses.replace(SMALL, max_epochs=None, patience=1)
         seeds, folders = [0, 1, 2], [tmp_path / str(seed) for seed in range(3)]
-        # One of them was stopped after its first epoch.
+        # One fit was stopped after its first epoch.
         started = Fit(toy_data(), 1, config, backend=backend)
         (folders[1] / "checkpoint").mkdir(parents=True)
         started.use_checkpoint(folders[1] / "checkpoint" / "fit.safetensors", data_sha256(toy_data()))
@@ -391,7 +391,7 @@ class TestFitPopulation:
 
     @pytest.mark.parametrize("count", [1, 2])
     def test_recorded_steps_are_the_same(self, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        """All but the recording itself, which takes a GPU."""
+        """Simulated recording gives the eager results; real recording needs a GPU."""
         plain, recorded = (
             [Fit(toy_data(), i, SMALL, backend="reference") for i in range(count)] for _ in "ab"
         )

@@ -1,7 +1,7 @@
-"""`train` killed with SIGKILL, again and again, ends with the bits of a run that was never stopped.
+"""Test that `train`, killed repeatedly with SIGKILL, ends with the bits of an uninterrupted run.
 
-A fork server imports the package once and forks a fresh process for every attempt, so that a kill costs
-no import; it runs no computation itself.
+A fork server imports the package once and forks a fresh process for every attempt, which saves the time for
+imports. It runs no computation itself.
 """
 
 import csv
@@ -35,13 +35,13 @@ CONFIG = TrainConfig(
     dynamics=DynamicsConfig(
         members=3, elites=2, hidden=(16, 16), weight_decay=(1e-5, 1e-5, 1e-5), max_epochs=6, batch_size=64
     ),
-    # Hopper's rollouts end early, so the buffer's rows are of more epochs than retain_epochs says.
+    # Hopper's rollouts end early, so the buffer holds rows of more epochs than retain_epochs.
     rollout=RolloutConfig(horizon=5, batch_size=60, interval=10, retain_epochs=1),
     threads=1,
     sac=SACConfig(hidden=(16, 16), batch_size=32),
     evaluation=EvaluationConfig(episodes=2, interval=2),
 )
-# Columns that a clock fills.
+# Columns that depend on a clock.
 TIMES = ("seconds_rollout", "seconds_sac", "seconds_evaluate", "seconds_total")
 
 
@@ -62,15 +62,15 @@ def undisturbed(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def has_checkpoint(out: Path) -> bool:
-    """Whether an attempt got past the fit and the first epoch."""
+    """Return whether an attempt has completed the fit and the first epoch."""
     return any((out / "checkpoint").glob("epoch-*.safetensors"))
 
 
 def assert_same(ours: Path, theirs: Path) -> None:
-    """Same parameters, optimiser states and log, and nothing left behind."""
+    """Check that parameters, optimiser states and logs are equal, and that no other files are left."""
     names = ["dynamics.safetensors", "policy.safetensors", "checkpoint/epoch-000008.safetensors"]
     for name in names:
-        # Policies whose evaluation goes on beside the training: how many depends on its workers.
+        # Policies that await their evaluation are left out, since their number depends on the workers.
         one, other = (
             {key: tensor for key, tensor in load_file(out / name).items() if not key.startswith("evaluated.")}
             for out in (ours, theirs)
@@ -98,7 +98,7 @@ def assert_same(ours: Path, theirs: Path) -> None:
 
 
 def test_a_second_process_is_refused(config: TrainConfig, undisturbed: Path, tmp_path: Path) -> None:
-    """While the first is at work, here stopped in the middle; once it is killed, the run goes on."""
+    """While one process works on a run, others are refused; once it is killed, the run can be resumed."""
     out = tmp_path / "run"
     first = start(go_on, config, out)
     try:
@@ -106,7 +106,7 @@ def test_a_second_process_is_refused(config: TrainConfig, undisturbed: Path, tmp
             assert first.is_alive()
             time.sleep(0.005)
         os.kill(first.pid, signal.SIGSTOP)
-        # As if it were about to rename this one.
+        # The stopped process could be about to rename this file.
         (out / ".a.12345678.tmp").touch()
         before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
         for resume in (True, False):
@@ -123,7 +123,7 @@ def test_a_second_process_is_refused(config: TrainConfig, undisturbed: Path, tmp
 
 
 def test_killed_twenty_times(config: TrainConfig, undisturbed: Path, tmp_path: Path) -> None:
-    """At random moments, of the fit, the rollouts, the updates, the evaluation or between."""
+    """Kills come at random moments of the fit, the rollouts, the updates or the evaluation."""
     rng, kills, late, runs = random.Random(0), 0, 0, 0
     started = time.perf_counter()
     attempt(go_on, config, tmp_path / "timed")
@@ -132,7 +132,7 @@ def test_killed_twenty_times(config: TrainConfig, undisturbed: Path, tmp_path: P
         out, finished = tmp_path / f"run-{runs}", False
         while not finished:
             kill_after = rng.uniform(0.02, whole) if kills < 20 else None
-            # Neither may matter.
+            # Results must not depend on these.
             threads, workers = rng.choice([1, 2]), rng.choice([0, 1])
             evaluation = dataclasses.replace(config.evaluation, workers=workers)
             varied = dataclasses.replace(config, threads=threads, evaluation=evaluation)
@@ -145,7 +145,7 @@ def test_killed_twenty_times(config: TrainConfig, undisturbed: Path, tmp_path: P
 
 
 def test_killed_at_its_own_writes(config: TrainConfig, undisturbed: Path, tmp_path: Path) -> None:
-    """Every attempt dies a little later, as it is about to rename or to remove a file of the run."""
+    """Each attempt is killed a little later, just before it renames or removes a file of the run."""
     out, changes, late = tmp_path / "run", 1, 0
     while attempt(go_on, config, out, die_at=(out, changes)) != 0:
         changes += 2

@@ -1,4 +1,4 @@
-"""What version 0.1.0 left on disk is read, and gone on with, as long as its files are around."""
+"""Test that files written by version 0.1.0 can still be read, and its runs resumed."""
 
 import json
 import shutil
@@ -18,14 +18,14 @@ RECORDED = places.RECORDED / "version_0_1_0"
 
 @pytest.fixture
 def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the files, as the working directory: the run names its data by a relative path."""
+    """Copy the files and enter the copy, because the run names its data by a relative path."""
     folder = Path(shutil.copytree(RECORDED, tmp_path / "recorded"))
     monkeypatch.chdir(folder)
     return folder
 
 
 def assert_close(ours: Path, theirs: Path) -> None:
-    """To the rounding of another processor's kernels, which grows over the updates."""
+    """Compare up to the rounding of another processor's kernels, which grows over the updates."""
     one, other = load_file(ours), load_file(theirs)
     assert one.keys() == other.keys()
     for name, value in other.items():
@@ -57,7 +57,7 @@ def test_a_finished_run_is_as_it_was(recorded: Path, capsys: pytest.CaptureFixtu
 def test_a_stopped_fit_ends_as_it_would_have(recorded: Path) -> None:
     assert not (recorded / "fit" / "dynamics.safetensors").exists()
     assert main(["fit", DATA, *DYNAMICS, "--seed=3", "--threads=1", "--out=fit"]) == 0
-    # The run's fit has the same seed.
+    # The fit of the run used the same seed.
     assert_close(recorded / "fit" / "dynamics.safetensors", recorded / "finished" / "dynamics.safetensors")
 
 

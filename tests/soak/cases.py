@@ -18,9 +18,9 @@ from processes import MARK, Ended, Process, count_libraries, end_marked, marked,
 from results import contents, difference, leftovers
 from scenarios import DISK, Scenario, environment
 
-# A command hangs if it takes longer than so many seconds and than ten times its undisturbed time.
+# A command hangs if it takes longer than this many seconds and than ten times its undisturbed time.
 _HANG = 60.0
-# Limit of seconds from SIGINT to the end. An idle machine takes 0.5; a busy one must not fail.
+# Limit of the seconds from SIGINT to the end. An idle machine needs 0.5; a busy one must not fail.
 INTERRUPT_BOUND = 20.0
 # Seconds after a command's end within which its children must end too.
 _CHILDREN = 60.0
@@ -39,14 +39,14 @@ _CRASHES = re.compile(
     r"^OpenBLAS error: Memory allocation still failed",
     re.MULTILINE,
 )
-# Data are opened right after the imports.
+# Data are opened soon after the imports.
 _HDF5_OPENS = 2 << 20
 _OF_RAY = ("ray",)
 _OLD = b"what was there before\n"
 
 
 class Failure(Exception):
-    """A failed check, as a sentence; `detail` has figures that differ from case to case."""
+    """A failed check, as a sentence; `detail` holds numbers that differ between cases."""
 
     def __init__(self, what: str, detail: str = "") -> None:
         super().__init__(what)
@@ -60,14 +60,14 @@ class Reference:
     contents: dict[str, str]
     output: str
     began: float
-    """Seconds until its first file appeared."""
+    """Seconds until its first file existed."""
     seconds: float
     disk: int
-    """Bytes that its files take at the end."""
+    """Bytes of its files at the end."""
     memory_began: int
-    """Bytes of address space when the imports were done."""
+    """Bytes of address space after the imports."""
     memory: int
-    """Bytes of address space at most."""
+    """Peak of the address space in bytes."""
 
 
 @dataclass(eq=False)
@@ -261,7 +261,7 @@ def _stopped(case: Case, reference: Reference, number: signal.Signals) -> None:
 
 def _check_interrupt(case: Case, ended: Ended, reference: Reference) -> None:
     text = ended.output + ended.errors
-    # Before the program's first line and after its last, Python prints its own traceback.
+    # Python prints its own traceback before the program's first line and after its last.
     early = ended.lines[-1:] in ([], ["KeyboardInterrupt"]) and ", in main" not in text
     late = _digitless(reference.output.strip().splitlines()[-1]) in _digitless(text)
     if early or late:
@@ -269,7 +269,8 @@ def _check_interrupt(case: Case, ended: Ended, reference: Reference) -> None:
         return
     case.interrupts.append(ended.seconds)
     _check_clean(ended)
-    # A shell sees 130 for both: Python dies by the signal if it came within an exec(), which dataclasses use.
+    # A shell shows 130 for both. Python ends by the signal if it came within an exec(), which dataclasses
+    # use.
     stopped = ended.code in (130, -signal.SIGINT) and ended.lines and ended.lines[-1].startswith("stopped")
     if not stopped:
         raise Failure(f"after SIGINT, in place of exit code 130 and a line: {_said(ended)}")

@@ -1,4 +1,4 @@
-"""Commands as processes: started, signalled, waited for within a time limit, and read."""
+"""Start commands as processes, send them signals, wait for them within a limit, and read their output."""
 
 import os
 import pty
@@ -19,15 +19,15 @@ _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 @dataclass(frozen=True)
 class Ended:
-    """A command that has ended."""
+    """Result of a command that has ended."""
 
     code: int
-    """As `subprocess` has it: negative for a signal."""
+    """Exit code, or the negative number of the signal that ended it."""
     output: str
     errors: str
-    """The text of standard error; on a terminal, of both outputs, as they came."""
+    """Text of standard error; on a terminal, text of both outputs in their order."""
     seconds: float
-    """From the signal that ended it, else from its start."""
+    """Seconds from the signal that ended it, or else from its start."""
 
     @property
     def lines(self) -> list[str]:
@@ -84,7 +84,7 @@ class Process:
         self._exit = os.pidfd_open(self.process.pid)
 
     def wait(self, seconds: float) -> bool:
-        """Wait so many seconds at most for the end; return True if it has come."""
+        """Wait for the end, at most so many seconds; return whether the process has ended."""
         if self.process.returncode is None and select.select([self._exit], [], [], max(0.0, seconds))[0]:
             self.process.wait()
         return self.process.returncode is not None
@@ -99,7 +99,7 @@ class Process:
         seconds = time.monotonic() - self.began
         os.close(self._exit)
         if self._reader is not None:
-            # Another check finds daemons that hold the terminal open.
+            # Another check finds daemons that keep the terminal open.
             self._reader.join(5)
         output, errors = (
             _ESCAPES.sub("", self.log.with_suffix(suffix).read_text(errors="replace")).replace("\r", "\n")
@@ -113,7 +113,7 @@ def _record(terminal: int, file: int) -> None:
         while chunk := os.read(terminal, 1 << 16):
             os.write(file, chunk)
     except OSError:
-        # No process has the other end open any more.
+        # The other end of the terminal is closed by all processes.
         pass
     finally:
         os.close(terminal)

@@ -1,4 +1,4 @@
-"""The files that a command has left in its folder, in a form that two runs can be compared by."""
+"""Compare the files that two runs of a command have left in their folders."""
 
 import csv
 import hashlib
@@ -13,7 +13,7 @@ _OF_CLOCKS = ("*tfevents*", "report.html", "time.png")
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Return the relative paths of temporary files; locks stay by design."""
+    """Return the relative paths of temporary files. Locks are left on purpose and do not count."""
     hidden = (path for path in folder.rglob("*") if path.name.startswith(".") and path.name != ".lock")
     endings = (path for path in folder.rglob("*") if path.suffix in (".tmp", ".part"))
     return sorted({str(path.relative_to(folder)) for path in (*hidden, *endings)})

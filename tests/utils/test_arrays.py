@@ -1,4 +1,4 @@
-"""RolloutEngine.step with arrays of other libraries: results are of the same kind and share memory."""
+"""Test RolloutEngine.step with arrays of other libraries: results have the same type and share memory."""
 
 from types import SimpleNamespace
 from typing import Any

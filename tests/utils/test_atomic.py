@@ -240,7 +240,7 @@ def test_a_sweep_spares_what_a_living_process_writes(tmp_path: Path) -> None:
 
 
 def test_writers_and_sweepers_side_by_side(tmp_path: Path) -> None:
-    """No writer mistakes a new file of another one for that of a killed one."""
+    """No thread mistakes another thread's new file for one left by a killed process."""
     errors: list[Exception] = []
 
     def work(number: int) -> None:

@@ -1,4 +1,4 @@
-"""Deferred Ctrl-C."""
+"""Test the deferral of Ctrl-C."""
 
 import signal
 import threading
@@ -63,7 +63,7 @@ def test_an_inner_block_leaves_it_to_the_outer_one() -> None:
 
 
 def test_it_is_not_lost_where_python_loses_exceptions() -> None:
-    """Python drops an exception in the callback of a weak reference, as in a garbage collection."""
+    """Python drops exceptions in the callback of a weak reference, as in garbage collection."""
 
     class Some:
         pass

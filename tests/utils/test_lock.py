@@ -1,4 +1,4 @@
-"""The lock that lets one process at a time work in a folder."""
+"""Test the lock that lets one process at a time work in a folder."""
 
 import threading
 from pathlib import Path
@@ -40,7 +40,7 @@ def test_who_holds_it_may_take_it_again_and_others_not(tmp_path: Path) -> None:
     with locked(tmp_path):
         with locked(str(tmp_path)):
             pass
-        # The end of the inner lock did not end the outer one.
+        # The outer lock is still held after the end of the inner one.
         enter_in_a_thread()
         assert len(refused) == 1 and str(tmp_path) in refused[0]
     enter_in_a_thread()

@@ -1,4 +1,4 @@
-"""Available memory, on a system simulated by files, and large pages."""
+"""Test the available memory, on a system simulated by files, and large pages."""
 
 import ctypes
 import mmap
@@ -56,7 +56,7 @@ def test_control_groups(root: Path) -> None:
     write(folder / "memory.current", 3 * 2**30)
     write(folder / "memory.stat", f"anon 7\ninactive_file {2 * 2**30}")
     assert available_memory() == 3 * 2**30
-    # A parent group may allow less.
+    # A parent group may have a lower limit.
     for name, value in (("max", 2**30), ("current", 0), ("stat", "anon 0")):
         write(folder.parent / f"memory.{name}", value)
     assert available_memory() == 2**30

@@ -1,4 +1,4 @@
-"""Malicious pickles: false sizes, deep nesting, growth, and calls that are not allowed."""
+"""Test malicious pickles: false sizes, deep nesting, growth, and forbidden calls."""
 
 import copyreg
 import pickle
@@ -26,7 +26,7 @@ def load(content: bytes, folder: Path, **options: Any) -> Any:
 
 
 def refused(content: bytes, folder: Path, **options: Any) -> str:
-    """Return the error of a file that must be refused without taking memory."""
+    """Return the error about a file, which must be refused without allocating memory for it."""
     tracemalloc.start()
     try:
         with pytest.raises(InputError) as error:
@@ -66,7 +66,7 @@ def test_claims_of_size(content: bytes, tmp_path: Path) -> None:
 
 
 def test_a_memo_of_large_numbers_takes_no_memory(tmp_path: Path) -> None:
-    """Python's unpickler in C fills a table of as many entries as the largest number."""
+    """Python's unpickler in C allocates a table as large as the largest memo number."""
     tracemalloc.start()
     assert load(b"\x80\x02]r" + struct.pack("<I", (1 << 32) - 1) + b".", tmp_path) == []
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
@@ -83,7 +83,7 @@ DEEPLY = {
 
 @pytest.mark.parametrize("kind", DEEPLY)
 def test_depth(kind: str, tmp_path: Path) -> None:
-    """The values are lists in lists and tuples in tuples."""
+    """Lists are nested in lists, and tuples in tuples."""
     for content in (DEEPLY[kind] + b".", b"]}" + opcodes("observations") + DEEPLY[kind] + b"sa."):
         (tmp_path / "a.pkl").write_bytes(b"\x80\x04" + content)
         with pytest.raises(InputError):
@@ -94,14 +94,14 @@ def test_depth(kind: str, tmp_path: Path) -> None:
     ("before", "after"), [(b"}", b"Ns"), (b"}(", b"Nu"), (b"(", b"Nd"), (b"\x8f(", b"\x90"), (b"(", b"\x91")]
 )
 def test_deep_keys(before: bytes, after: bytes, tmp_path: Path) -> None:
-    """The hash of a tuple recurses into the tuples in it, and a deep one would crash the process."""
+    """Hashing a tuple recurses into its tuples, so deep nesting would crash the process."""
     (tmp_path / "a.pkl").write_bytes(b"\x80\x04" + before + DEEPLY["tuples"] + after + b".")
     with pytest.raises(InputError, match="keys that are neither texts nor numbers"):
         pickles.load(tmp_path / "a.pkl")
 
 
 def test_keys_of_one_hash(tmp_path: Path) -> None:
-    """Multiples of the hash's modulus all hash to 0."""
+    """All multiples of the hash's modulus have the hash 0."""
     scalar = b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(" + opcodes("i8") + b"tR"
     for number in (1 << 60, -(1 << 60), 2**61 - 1, 5 * (2**61 - 1)):
         assert "keys beyond" in refused(b"\x80\x02}" + opcodes(number) + b"Ns.", tmp_path)
@@ -124,7 +124,7 @@ def test_a_flood_of_objects(flood: bytes, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_growth(tmp_path: Path) -> None:
-    """A text that the file encodes again, which takes a byte, does not take its memory again."""
+    """Encoding a text again takes a byte of the file, and must not allocate its memory again."""
     text = b"X" + struct.pack("<I", 1 << 20) + b"a" * (1 << 20) + b"q\0"
     encode = b"c_codecs\nencode\nq\1"
     again = b"h\1(h\0" + opcodes("latin1") + b"tR"
@@ -133,7 +133,7 @@ def test_growth(tmp_path: Path) -> None:
     assert tracemalloc.get_traced_memory()[1] < 20 << 20
     tracemalloc.stop()
     assert all(item is found[2] for item in found[3:])
-    # These lists hold one list many times, which holds one list many times, and so on.
+    # Each list contains another list many times.
     row = b"](" + b"K\1" * 1000 + b"eq\0"
     many = b"](" + b"h\0" * 1000 + b"eq\0"
     rows = load(b"\x80\x02" + row + many + b".", tmp_path)

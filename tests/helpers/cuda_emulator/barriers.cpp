@@ -1,4 +1,4 @@
-// Everything by which threads wait for one another: collectives, barriers, counters, registers.
+// Means by which threads wait for one another: collectives, barriers, counters, registers.
 #include <algorithm>
 
 #include "state.h"

@@ -1,11 +1,11 @@
-// Bulk copies: they are on their way from the call on, and land in pieces, each counted at its block's
+// Bulk copies: a copy is in flight after the call, and lands in pieces. Each piece is counted at its block's
 // barrier.
 #include "state.h"
 
 namespace mopo::emulator {
 namespace {
 
-// Fails if a copy overwrites the b of a product that the copying thread does not know to be done.
+// Fails if a copy overwrites b of a product unless the copying thread knows that the product is done.
 void check_target(const Block& block, uint32_t offset, uint32_t bytes) {
   for (uint32_t at = offset; at < offset + bytes; at += 16) {
     const Unit& unit = block.units[at / 16];

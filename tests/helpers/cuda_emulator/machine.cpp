@@ -142,7 +142,7 @@ bool Cluster::anything_pending() const {
   return false;
 }
 
-// Does one of the asynchronous things that could happen now.
+// Does one piece of the asynchronous work that could be done now.
 void Cluster::happen() {
   std::vector<Warpgroup*> able;
   for (Block& block : blocks)

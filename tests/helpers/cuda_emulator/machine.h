@@ -4,11 +4,11 @@
 // cuda_runtime.h and the like make CUDA C++ out of C++, and cuda/ptx.cuh stands for csrc/cuda/ptx.cuh.
 //
 // Every CUDA thread is a fiber that runs until it waits. The blocks of a cluster run together, cluster after
-// cluster, or all blocks of a cooperative launch. A scheduler picks the next thread, and the moment of
-// everything asynchronous. With MOPO_EMULATOR_SEED=0 threads run in turn and asynchronous work is done as
-// late as possible; any other seed makes both random, with some warps or warpgroups before others
-// (schedule.h). Behaviour that PTX leaves undefined becomes an error with a text, which the launch returns as
-// a CUDA error, or a NaN:
+// cluster, or all blocks of a cooperative launch. A scheduler picks the next thread and the times of
+// asynchronous work. With MOPO_EMULATOR_SEED=0 threads run in turn and asynchronous work is done as late as
+// possible; any other seed makes both random, with some warps or warpgroups before others (schedule.h).
+// Behaviour that PTX leaves undefined becomes an error with a text, which the launch returns as a CUDA error,
+// or a NaN:
 // - Shared memory starts as NaN, and a bulk copy makes its destination NaN until its bytes land, later, in
 //   pieces, each counted at the barrier as it lands (copies.cpp).
 // - A product reads a and d when it is issued, b at any time until a wait; d is NaN in between. All threads

@@ -22,8 +22,7 @@
 namespace mopo::emulator {
 namespace {
 
-// A signalling NaN: arithmetic with it gives a NaN of other bits, so an accumulator that was touched is
-// found.
+// A signalling NaN. Arithmetic with it gives a NaN with other bits, which shows that an accumulator was used.
 constexpr uint32_t kPoison = 0x7FA0DEAD;
 
 struct Layout {

@@ -1,5 +1,4 @@
-// All random decisions of the emulator, from one seed: the next thread, and the moment of everything
-// asynchronous.
+// All random decisions of the emulator, from one seed: the next thread, and the times of asynchronous work.
 #pragma once
 
 #include <cstdint>
@@ -24,9 +23,9 @@ class Schedule {
     return probability > 0.0 && std::uniform_real_distribution<>()(engine_) < probability;
   }
 
-  // True if something asynchronous happens before the next thread runs.
+  // True if asynchronous work is done before the next thread runs.
   bool hasty() { return chance(haste_); }
-  // True if a thread stops where it does not have to.
+  // True if a thread stops although it does not have to.
   bool pauses() { return chance(pause_); }
 
   // Index of the next thread among those that can run; `ready[i]->number` is a thread's number in the

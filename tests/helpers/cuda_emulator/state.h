@@ -16,16 +16,16 @@ namespace mopo::emulator {
 
 // First address of shared memory in its window, so that address 0 lies outside.
 constexpr uint32_t kSharedWindow = 1024;
-// The most that a Hopper block may have. Writes beyond the size asked for are found.
+// Bytes of shared memory that a Hopper block may have at most. Writes beyond the requested size are found.
 constexpr int kSharedBytes = 232448;
 
 struct Block;
 struct Cluster;
 struct Thread;
 
-// A vector clock: what a thread knows to have happened, by itself or from those that it has waited for. Its
-// counts are the finished products of each warpgroup and the phases of each barrier. With it, an order that
-// holds by luck alone is found under any schedule.
+// A vector clock: the events that a thread knows of, by itself or from threads that it has waited for. It
+// counts the finished products of each warpgroup and the phases of each barrier. With it, an order that holds
+// by luck alone is found under any schedule.
 struct Clock {
   void learn(const Clock& other) {
     for (size_t i = 0; i < other.counts.size(); ++i) learn(i, other.counts[i]);
@@ -43,7 +43,7 @@ struct Waitable {
   virtual ~Waitable() = default;
   virtual std::string describe(const Thread& who) const = 0;
   void wake();
-  // All expected threads have arrived: passes on what they know.
+  // All expected threads have arrived; passes on their clocks.
   void complete() {
     told = gathered;
     wake();

@@ -361,7 +361,7 @@ def elites_of(elites: Any, members: int) -> list[int]:
     """Return a list or tuple `elites` as ints; raise `InputError` unless they are distinct members."""
     given = list(elites) if isinstance(elites, list | tuple) else []
     if not given or not all(isinstance(e, int | np.integer) and not isinstance(e, bool) for e in given):
-        raise InputError(f"elites must be whole numbers, one or more, got {str(elites)[:100]}")
+        raise InputError("elites must be whole numbers, one or more")
     _check_distinct("elites", given, members)
     return [int(e) for e in given]
 

@@ -65,7 +65,7 @@ def test_bad_step_arguments(engine):
     refused("observations has no rows", observations[:0], actions[:0])
     refused("observations is not finite at row 3", broken, actions)
     refused("observations must be floating-point, got torch.int64", observations.long(), actions)
-    refused("actions must be a tensor, a NumPy array or one that speaks DLPack, got list",
+    refused("actions must be a tensor, a NumPy array or an array with DLPack, got list",
             observations, actions.tolist())  # fmt: skip
     refused("seed must be a whole number", observations, actions, seed=-1)
     refused("seed must be a whole number", observations, actions, seed=2**64)

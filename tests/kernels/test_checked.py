@@ -53,7 +53,7 @@ CHANGES: dict[str, tuple[Callable[[EnsembleDynamics], None], str]] = {
     "a weight of fewer members": (set_weight(1, 2, 37, 20), r"weights\[1\] must be .*\[3, 37, 20\]"),
     "a narrow weight": (set_weight(1, 3, 36, 20), r"weights\[1\] must be .*\[3, 37, 20\]"),
     "a first weight of fewer inputs": (set_weight(0, 3, 6, 37), r"input_mean must be .*\[6\] .* got .*\[7\]"),
-    "a flat weight": (set_weight(0, 7, 37), r"weights must be \[members, in, out\]"),
+    "a flat weight": (set_weight(0, 7, 37), r"weights \[members, in, out\]"),
     "short input_mean": (set_tensor("input_mean", torch.zeros(6)), r"input_mean must be .*\[7\]"),
     "long input_std": (set_tensor("input_std", torch.ones(8)), r"input_std must be .*\[7\]"),
     "short max_logvar": (lambda m: setattr(m, "max_logvar", parameter(5)), r"max_logvar must be .*\[1, 6\]"),

@@ -82,15 +82,16 @@ print(anonymous() - before)
 
 
 def test_mapped_data_take_no_memory(tmp_path: Path) -> None:
-    path, small = write(tmp_path / "a.hdf5", 20_000), write(tmp_path / "b.hdf5", 30)
-    assert path.stat().st_size > 60_000_000
+    path, small = write(tmp_path / "a.hdf5", 40_000), write(tmp_path / "b.hdf5", 30)
+    assert path.stat().st_size > 120_000_000
 
     def taken(how: str) -> int:
         command = [sys.executable, "-c", ANONYMOUS, str(path), how, str(small)]
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
-    assert taken("mapped") < 16 << 20
-    assert taken("loaded") > 60_000_000
+    # The checks' blocks of rows may stay with the allocator of each thread.
+    assert taken("mapped") < 40_000_000
+    assert taken("loaded") > 120_000_000
 
 
 @pytest.mark.parametrize("system", ["a limit", "strict", "too large"])

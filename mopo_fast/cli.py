@@ -516,7 +516,7 @@ def rollout(
     from mopo_fast.bulk.generate import generate
     from mopo_fast.bulk.write import generate_shards
     from mopo_fast.data import load_dataset
-    from mopo_fast.data.files import check_file
+    from mopo_fast.data.write import check_file
 
     settings: dict[str, Any] = {
         "count": count,

@@ -297,7 +297,7 @@ def train(
     else:
         outs = [out] if seeds is None and not penalty_coefs else [out / name for name in names]
     try:
-        how = {"resume": resume, "memory_map": memory_map, "quiet": quiet}
+        how: dict[str, Any] = {"resume": resume, "memory_map": memory_map, "quiet": quiet}
         one = len(configs) == 1
         summaries = [train(configs[0], outs[0], **how)] if one else train_many(configs, outs, **how)
     except KeyboardInterrupt:

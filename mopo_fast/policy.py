@@ -158,7 +158,7 @@ class Actor(nn.Module):
             InputError: the observations are not numbers, have another shape or are not finite.
         """
         parameter = self.biases[0]
-        given = observations.detach().cpu() if isinstance(observations, torch.Tensor) else observations
+        given = observations.numpy(force=True) if isinstance(observations, torch.Tensor) else observations
         try:
             # A copy is taken, since tensors support neither read-only memory nor negative strides.
             batch = torch.from_numpy(np.array(given, dtype=np.float64)).to(parameter)

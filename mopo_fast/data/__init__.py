@@ -128,8 +128,8 @@ def find_dataset(name_or_path: str | os.PathLike[str]) -> tuple[Path, str | None
         return path, None
     if name.startswith(MEMORY_PREFIX):
         raise InputError(
-            f"{name} were data in the memory of a Python program; give them again in Python, or save them with"
-            " `Transitions.save` and name the file"
+            f"{name} were data in the memory of a Python program; give them again in Python, or save them"
+            " with `Transitions.save` and name the file"
         )
     if name.startswith(minari.PREFIX):
         return minari.path(name), name

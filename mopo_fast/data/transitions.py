@@ -78,6 +78,7 @@ class Description:
         episodes: number of episodes.
         terminals: number of episodes that ended in a terminal state.
         spreads: spread of "episode return", "episode length", and of the numbers of each array by its name.
+        note: what is particular about the episodes, or "".
     """
 
     name: str
@@ -87,6 +88,7 @@ class Description:
     episodes: int
     terminals: int
     spreads: dict[str, Spread]
+    note: str = ""
 
     def __repr__(self) -> str:
         width = max(map(len, self.spreads))
@@ -100,7 +102,7 @@ class Description:
             lines.append(
                 f"{name:<{width}}" + "".join(f"{value:>12.5g}" for value in dataclasses.astuple(spread))
             )
-        return "\n".join(lines)
+        return "\n".join([*lines, self.note] if self.note else lines)
 
 
 @dataclass(repr=False)
@@ -281,9 +283,18 @@ class Transitions:
         for name, array in self.arrays().items():
             if array.is_floating_point():
                 spreads[name] = _spread(array)
-        terminals = int(self.terminals.sum())
+        note = ""
+        if str(self.info.get("successors", "")).startswith("next row"):
+            note = "Rows without a successor, such as the last one of an episode, were left out when loading."
         return Description(
-            self.name, len(self), self.obs_dim, self.act_dim, int(ends.sum()), terminals, spreads
+            name=self.name,
+            rows=len(self),
+            obs_dim=self.obs_dim,
+            act_dim=self.act_dim,
+            episodes=int(ends.sum()),
+            terminals=int(self.terminals.sum()),
+            spreads=spreads,
+            note=note,
         )
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:

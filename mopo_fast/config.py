@@ -418,8 +418,8 @@ class RunConfig(TrainConfig):
 
     Attributes:
         task_sha256: SHA-256 digest of the Python file that `task` names, or None where it names no file.
-        data_sha256: SHA-256 digest of data that were given in memory, or None where `dataset` is a name or a
-            path.
+        data_sha256: SHA-256 digest of all arrays of data that were given in memory, or None where `dataset`
+            is a name or a path.
     """
 
     task_sha256: str | None = None

@@ -156,12 +156,9 @@ def _call(policy: Callable[[Any], Any], observations: Array, act_dim: int) -> Ar
         given = torch.from_numpy(given).to(next(policy.parameters(), torch.empty(0)))
     with torch.no_grad():
         found = policy(given)
-    if isinstance(found, torch.Tensor):
-        found = found.cpu()
-    try:
-        actions = np.asarray(found, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"the policy must return an array of actions, got {type(found).__name__}") from error
+    actions = found.cpu().numpy() if isinstance(found, torch.Tensor) else np.asarray(found)
+    if actions.dtype.kind not in "fiu":
+        raise InputError(f"the policy must return an array of actions, got {type(found).__name__}")
     if actions.shape != (len(observations), act_dim):
         raise InputError(
             f"the policy must return actions [{len(observations)}, {act_dim}], a row for each observation,"

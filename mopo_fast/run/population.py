@@ -303,9 +303,10 @@ def train_many(
     started = time.perf_counter()
     check_runs(configs)
     paths = [Path(out) for out in outs]
-    # The runs share their data, so data in memory are taken from the first config.
     first, data = take_data(configs[0], memory_map=memory_map)
     if data is not None:
+        if any(config.dataset is not configs[0].dataset for config in configs):
+            raise InputError("runs made together share their data; give every config the same object")
         configs = [dataclasses.replace(config, dataset=first.dataset) for config in configs]
     resolved = [resolve(config, out, data) for config, out in zip(configs, paths, strict=True)]
     runs = {out: config for (config, _), out in zip(resolved, paths, strict=True)}

@@ -7,15 +7,17 @@ from pathlib import Path
 from mopo_fast.buffer import row_bytes
 from mopo_fast.config import RunConfig, TrainConfig
 from mopo_fast.data import MEMORY_PREFIX, Transitions, find_dataset, load_dataset
+from mopo_fast.data.transitions import DATA_ARRAYS
 from mopo_fast.ensemble import EnsembleDynamics, mlp_bytes
 from mopo_fast.errors import InputError
-from mopo_fast.fit import check_fit_memory, count_holdout, data_sha256, make_ensemble
+from mopo_fast.fit import check_fit_memory, count_holdout, make_ensemble
 from mopo_fast.rollout import RolloutEngine
 from mopo_fast.run.checkpoint import last_checkpoint
 from mopo_fast.run.dynamics import read_dynamics, training_backend
 from mopo_fast.sac import SAC
 from mopo_fast.tasks import TASKS, Task, get_task, parse_dataset_name, termination_of
 from mopo_fast.utils.machine import check_device, check_memory
+from mopo_fast.utils.tensors import tensors_sha256
 
 
 def take_data(config: TrainConfig, *, memory_map: bool) -> tuple[TrainConfig, Transitions | None]:
@@ -108,7 +110,7 @@ def _fill_in(config: TrainConfig, data: Transitions | None) -> tuple[RunConfig, 
         rollout = dataclasses.replace(rollout, penalty_coef=penalty_coef)
     given = {field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)}
     given |= {"task": task.name, "rollout": rollout}
-    digest = None if data is None else data_sha256(data)
+    digest = None if data is None else tensors_sha256({name: getattr(data, name) for name in DATA_ARRAYS})
     return RunConfig(**given, task_sha256=task.file_sha256, data_sha256=digest), task
 
 

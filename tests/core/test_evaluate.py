@@ -241,7 +241,7 @@ class TestAnyPolicy:
         ("policy", "message"),
         [
             (lambda o: np.zeros(1), r"must return actions \[2, 1\], .* got shape \[1\]"),
-            (lambda o: None, "must return an array of actions|must return actions"),
+            (lambda o: None, "must return an array of actions, got NoneType"),
             (lambda o: "left", "must return an array of actions, got str"),
             (lambda o: np.full((2, 1), 2.0), r"actions up to 2; return actions in \[-1, 1\]"),
             (lambda o: np.full((2, 1), np.nan), "actions that are not finite"),

@@ -101,7 +101,7 @@ def test_bad_rollout_arguments(engine):
         def act(self, observations, noise=None):
             return torch.zeros(len(observations), 2)
 
-    refused("Own has a forward or act of its own .* loop over `engine.step`", Own(5, 2), start, 3)
+    refused("Own has a forward or act of its own, .* loop over `engine.step`", Own(5, 2), start, 3)
 
 
 def test_bad_elites():

@@ -111,7 +111,7 @@ class TestDataInMemory:
         pytest.importorskip("ray")
         from mopo_fast.sweep import sweep
 
-        with pytest.raises(InputError, match="save them with `Transitions.save` first"):
+        with pytest.raises(InputError, match=r"save them with `Transitions.save` first"):
             sweep(dataclasses.replace(CONFIG, dataset=data), tmp_path / "a", seeds=[1])
 
     def test_commands_say_that_the_data_were_in_memory(

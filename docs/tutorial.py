@@ -18,9 +18,7 @@ import numpy as np
 import torch
 
 import mopo_fast
-from mopo_fast.collect import collect
 from mopo_fast.config import DynamicsConfig, EvaluationConfig, RolloutConfig
-from mopo_fast.train import train
 
 temporary = tempfile.TemporaryDirectory()
 folder = Path(temporary.name)
@@ -34,11 +32,9 @@ folder = Path(temporary.name)
 
 # %%
 path = folder / "train.hdf5"
-collect("hopper-random", 10_000, seed=0, out=path, quiet=True)
+mopo_fast.collect.collect("hopper-random", 10_000, seed=0, out=path, quiet=True)
 data = mopo_fast.load_dataset(path)
-
-for name, array in data.arrays().items():
-    print(f"{name:18} {array.dtype!s:14} {tuple(array.shape)}")
+print(data)
 
 # %% [markdown]
 # `data` is a `Transitions`: float32 tensors on the CPU, a row for each step. Hopper has 11 observation and 3
@@ -46,10 +42,10 @@ for name, array in data.arrays().items():
 # actions it falls after some 20 steps.
 
 # %%
-speed = data.observations[:, 5]
-print(f"rewards: mean {data.rewards.mean():.2f}, std {data.rewards.std():.2f}")
-print(f"steps per episode: {len(data) / data.terminals.sum():.0f}")
+print(data.describe())
 
+# %%
+speed = data.observations[:, 5]
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
 left.hist(data.rewards, bins=60)
 left.set(xlabel="reward", ylabel="transitions")
@@ -93,7 +89,7 @@ print(f"elites: {ensemble.elites.tolist()}")
 
 # %%
 other_path = folder / "fresh.hdf5"
-collect("hopper-random", 3_000, seed=1, out=other_path, quiet=True)
+mopo_fast.collect.collect("hopper-random", 3_000, seed=1, out=other_path, quiet=True)
 fresh = mopo_fast.load_dataset(other_path)
 engine = mopo_fast.RolloutEngine(
     ensemble,
@@ -159,13 +155,14 @@ print(f"same bits on one thread: {again.rewards.equal(rollouts.rewards)}")
 # `train` does all of this in a loop. Each epoch rolls the current policy out from states of the data, updates
 # SAC on the result and evaluates the policy in MuJoCo. The run's folder keeps the configuration, a
 # checkpoint, the learning curve, and `report.html`.
-
-# `dynamics_from` takes the ensemble of above; without it, `train` fits one.
+#
+# `dataset` is a name, a path or data in memory, as here. `dynamics_from` takes the ensemble of above; without
+# it, `train` fits one.
 
 # %%
 ensemble.save(folder / "fit")
 config = mopo_fast.TrainConfig(
-    dataset=str(path),
+    dataset=data,
     task="hopper",
     steps=2_400,
     dynamics_from=str(folder / "fit"),
@@ -177,7 +174,7 @@ config = mopo_fast.TrainConfig(
     ),
     evaluation=EvaluationConfig(episodes=2),
 )
-summary = train(config, folder / "run", quiet=True)
+summary = mopo_fast.train.train(config, folder / "run", quiet=True)
 print(f"return {summary['return_mean']:.0f} +- {summary['return_std']:.0f}")
 print(f"normalised score {summary['score_mean']:.1f}")
 

@@ -1,12 +1,14 @@
 """MOPO, model-based offline policy optimization, with compiled model rollouts.
 
-The training loop is `mopo_fast.train.train`, the evaluation in MuJoCo `mopo_fast.evaluate.evaluate`.
+The training loop is `mopo_fast.train.train`, the evaluation in MuJoCo `mopo_fast.evaluate.evaluate`. The
+names below and all submodules are imported on first use.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 from mopo_fast._version import __version__
+from mopo_fast.utils.lazy import lazy_submodules
 
 __all__ = [
     "Actor",
@@ -26,6 +28,27 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    # Editors complete the submodules from this list.
+    from mopo_fast import backends as backends
+    from mopo_fast import buffer as buffer
+    from mopo_fast import bulk as bulk
+    from mopo_fast import collect as collect
+    from mopo_fast import compat as compat
+    from mopo_fast import config as config
+    from mopo_fast import data as data
+    from mopo_fast import ensemble as ensemble
+    from mopo_fast import errors as errors
+    from mopo_fast import evaluate as evaluate
+    from mopo_fast import fit as fit
+    from mopo_fast import policy as policy
+    from mopo_fast import presets as presets
+    from mopo_fast import report as report
+    from mopo_fast import rollout as rollout
+    from mopo_fast import run as run
+    from mopo_fast import sac as sac
+    from mopo_fast import sweep as sweep
+    from mopo_fast import tasks as tasks
+    from mopo_fast import train as train
     from mopo_fast.backends import StepResult
     from mopo_fast.bulk.read import open_rollouts
     from mopo_fast.config import TrainConfig
@@ -55,7 +78,10 @@ _HOMES = {
 }
 
 
+_get_submodule, __dir__ = lazy_submodules(__name__)
+
+
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return _get_submodule(name)

@@ -297,7 +297,7 @@ def train(
     else:
         outs = [out] if seeds is None and not penalty_coefs else [out / name for name in names]
     try:
-        how = {"resume": resume, "memory_map": memory_map, "quiet": quiet}
+        how: dict[str, Any] = {"resume": resume, "memory_map": memory_map, "quiet": quiet}
         one = len(configs) == 1
         summaries = [train(configs[0], outs[0], **how)] if one else train_many(configs, outs, **how)
     except KeyboardInterrupt:
@@ -516,7 +516,7 @@ def rollout(
     from mopo_fast.bulk.generate import generate
     from mopo_fast.bulk.write import generate_shards
     from mopo_fast.data import load_dataset
-    from mopo_fast.data.files import check_file
+    from mopo_fast.data.write import check_file
 
     settings: dict[str, Any] = {
         "count": count,

@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from tyro.conf import Positional, arg
 
@@ -31,6 +31,11 @@ CriticLoss = Literal["half_mse", "mse"]
 Tuned = Literal["authors", "offlinerl-kit"]
 Preset = Literal["mopo-tf", "offlinerl-kit", "mbrl-lib", "unifloral", "polixir", "d3rlpy"]
 CheckpointFormat = Literal["mopo-fast", Preset]
+if TYPE_CHECKING:
+    # `train` also takes data in memory, which the command line cannot name.
+    Dataset = Any
+else:
+    Dataset = str
 # The order is fixed: the kernels' enumerators in csrc/ are indices into these tuples.
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 LOG_SCALES: tuple[LogScale, ...] = get_args(LogScale)
@@ -373,7 +378,7 @@ class TrainConfig:
         evaluation: Evaluations of the policy in the real environment during the training.
     """
 
-    dataset: Annotated[str, Positional, arg(metavar="DATASET")]
+    dataset: Annotated[Dataset, Positional, arg(metavar="DATASET")]
     task: Annotated[str | None, flag("read from the data set's name", "TASK")] = None
     seed: int = 0
     steps: int = 1_000_000
@@ -413,9 +418,12 @@ class RunConfig(TrainConfig):
 
     Attributes:
         task_sha256: SHA-256 digest of the Python file that `task` names, or None where it names no file.
+        data_sha256: SHA-256 digest of all arrays of data that were given in memory, or None where `dataset`
+            is a name or a path.
     """
 
     task_sha256: str | None = None
+    data_sha256: str | None = None
 
 
 @dataclass(frozen=True)

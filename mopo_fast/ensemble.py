@@ -243,6 +243,13 @@ class EnsembleDynamics(nn.Module):
         """Sizes of the hidden layers."""
         return tuple(weight.shape[2] for weight in self.weights[:-1])
 
+    def __repr__(self) -> str:
+        return (
+            f"EnsembleDynamics(obs_dim={self.obs_dim}, act_dim={self.act_dim}, members={self.members},"
+            f" elites={self.elites.tolist()}, hidden={self.hidden}, activation={self.activation!r},"
+            f" device='{self.input_mean.device}')"
+        )
+
     def raw_heads(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return means and unbounded log-variances (or log stds), each [members, batch, obs_dim + 1].
 

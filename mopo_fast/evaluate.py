@@ -5,20 +5,24 @@ import multiprocessing.connection
 import os
 import signal
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import gymnasium
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from mopo_fast.environments import make_environment
 from mopo_fast.errors import InputError
-from mopo_fast.policy import Actor
+from mopo_fast.policy import Actor, Policy
 from mopo_fast.rollout import RolloutEngine
 from mopo_fast.tasks import Task, get_task, make_box
 from mopo_fast.utils.seeds import EVALUATE, derive_seed
+
+Array = npt.NDArray[Any]
 
 # Second element of a seed's path.
 _RESET, _NOISE = range(2)
@@ -47,23 +51,37 @@ class Evaluation:
 
 
 def evaluate(
-    actor: Actor, task: Task, *, episodes: int = 10, seed: int, deterministic: bool = True
+    policy: Policy, task: Task | str, *, episodes: int = 10, seed: int, deterministic: bool = True
 ) -> Evaluation:
     """Evaluate a policy for some episodes in its environment.
 
-    The episodes run side by side, and the actor computes the actions of all of them in one batch.
+    The episodes run side by side, and the policy computes the actions of all of them in one batch. Its
+    actions in [-1, 1] are scaled to the environment's range.
 
     Args:
-        actor: policy. Its actions in [-1, 1] are scaled to the environment's range.
-        task: task with the gymnasium environment `task.env_id`.
+        policy: an `Actor`, or any function of observations [episodes, obs_dim] that returns actions
+            [episodes, act_dim] in [-1, 1]. It is called with a NumPy array; a torch module is called with a
+            tensor of its parameters' type and device.
+        task: task with the gymnasium environment `task.env_id`, or its name, see `get_task`.
         episodes: number of episodes.
         seed: seed. Episode i starts from a seed derived from (seed, i).
-        deterministic: act by tanh(mean) instead of sampling.
+        deterministic: act by tanh(mean) instead of sampling. Only an `Actor` can be sampled.
 
     Raises:
-        InputError: the task has no environment, or it cannot be made; `episodes` or `seed` is too small; the
-            actor's sizes do not fit the environment; or its actions are not finite.
+        InputError: the task is unknown or has no environment, or it cannot be made; `episodes` or `seed` is
+            too small; the policy's sizes do not fit the environment; its actions are not finite or not in
+            [-1, 1]; or `deterministic` is False for a function.
     """
+    task = get_task(task) if isinstance(task, str) else task
+    if not callable(policy):
+        raise InputError(
+            "policy must be a mopo_fast.Actor or a function of observations that returns actions, got"
+            f" {type(policy).__name__}"
+        )
+    if not deterministic and not isinstance(policy, Actor):
+        raise InputError(
+            "deterministic=False samples an Actor's actions; a function draws its own noise, so leave it out"
+        )
     if episodes < 1:
         raise InputError(f"episodes must be at least 1, got {episodes}")
     if seed < 0:
@@ -83,9 +101,9 @@ def evaluate(
         ) from error
     try:
         sizes = (environments[0].observation_space.shape[0], environments[0].action_space.shape[0])
-        if sizes != (actor.obs_dim, actor.act_dim):
+        if isinstance(policy, Actor) and sizes != (policy.obs_dim, policy.act_dim):
             raise InputError(
-                f"the policy has {actor.obs_dim} observation and {actor.act_dim} action dimensions,"
+                f"the policy has {policy.obs_dim} observation and {policy.act_dim} action dimensions,"
                 f" {task.env_id} has {sizes[0]} and {sizes[1]}; evaluate it on the task it was trained for"
             )
         low, high = environments[0].action_space.low, environments[0].action_space.high
@@ -96,15 +114,15 @@ def evaluate(
             ]
         )
         generator = torch.Generator().manual_seed(derive_seed(seed, EVALUATE, _NOISE))
-        parameter = actor.biases[0]
         returns, lengths = [0.0] * episodes, [0] * episodes
         running = set(range(episodes))
         while running:
-            noise = None
-            if not deterministic:
-                noise = torch.randn(episodes, actor.act_dim, generator=generator).to(parameter)
             # Ended episodes stay in the batch, so that rows do not depend on who is still running.
-            actions = actor.act(torch.from_numpy(observations).to(parameter), noise).cpu().numpy()
+            if isinstance(policy, Actor):
+                noise = None if deterministic else torch.randn(episodes, sizes[1], generator=generator)
+                actions = _act(policy, observations, noise)
+            else:
+                actions = _call(policy, observations, sizes[1])
             if not np.isfinite(actions).all():
                 raise InputError("the policy gave actions that are not finite; train it again")
             actions = low + 0.5 * (actions + 1.0) * (high - low)
@@ -123,8 +141,40 @@ def evaluate(
     )
 
 
+def _act(actor: Actor, observations: Array, noise: torch.Tensor | None) -> Array:
+    parameter = actor.biases[0]
+    noise = None if noise is None else noise.to(parameter)
+    actions: Array = actor.act(torch.from_numpy(observations).to(parameter), noise).cpu().numpy()
+    return actions
+
+
+def _call(policy: Callable[[Any], Any], observations: Array, act_dim: int) -> Array:
+    """Return a function's actions [episodes, act_dim] in [-1, 1]."""
+    # A copy, so that a function which writes into its argument changes no observation.
+    given: Any = observations.copy()
+    if isinstance(policy, torch.nn.Module):
+        given = torch.from_numpy(given).to(next(policy.parameters(), torch.empty(0)))
+    with torch.no_grad():
+        found = policy(given)
+    actions = found.cpu().numpy() if isinstance(found, torch.Tensor) else np.asarray(found)
+    if actions.dtype.kind not in "fiu":
+        raise InputError(f"the policy must return an array of actions, got {type(found).__name__}")
+    if actions.shape != (len(observations), act_dim):
+        raise InputError(
+            f"the policy must return actions [{len(observations)}, {act_dim}], a row for each observation,"
+            f" got shape {list(actions.shape)}"
+        )
+    largest = np.abs(actions).max()
+    if largest > 1.0 + 1e-3:
+        raise InputError(
+            f"the policy gave actions up to {largest:.4g}; return actions in [-1, 1], which are scaled to the"
+            " environment's range"
+        )
+    return actions
+
+
 def evaluate_in_model(
-    engine: RolloutEngine, actor: Actor, start_observations: torch.Tensor, horizon: int, *, seed: int
+    engine: RolloutEngine, policy: Policy, start_observations: torch.Tensor, horizon: int, *, seed: int
 ) -> Evaluation:
     """Evaluate a policy in the ensemble instead of an environment.
 
@@ -134,12 +184,12 @@ def evaluate_in_model(
 
     Args:
         engine: engine with the ensemble.
-        actor: policy.
+        policy: an `Actor`, or a function as for `RolloutEngine.rollout`.
         start_observations: [episodes, obs_dim].
         horizon: most steps of an episode.
         seed: seed of the rollouts.
     """
-    rows = engine.rollout(actor, start_observations, horizon, seed=seed, deterministic=True)
+    rows = engine.rollout(policy, start_observations, horizon, seed=seed, deterministic=True)
     assert rows.raw_rewards is not None and rows.rollout_index is not None
     index, count = rows.rollout_index.cpu(), len(start_observations)
     returns = torch.zeros(count, dtype=torch.float64).index_add_(0, index, rows.raw_rewards.cpu().double())

@@ -6,10 +6,13 @@ Source: softlearning/policies and value_functions of the authors' code: two hidd
 import itertools
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from torch.nn import functional
@@ -107,6 +110,10 @@ class Actor(nn.Module):
         """Sizes of the hidden layers."""
         return tuple(weight.shape[1] for weight in self.weights[:-1])
 
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
+        return f"Actor({settings}, device='{self.biases[0].device}')"
+
     def settings(self) -> dict[str, Any]:
         """Return the arguments that make an actor like this one."""
         names = ("obs_dim", "act_dim", "hidden", "activation", "log_std_min", "log_std_max")
@@ -131,6 +138,43 @@ class Actor(nn.Module):
         """Return actions [batch, act_dim] in [-1, 1]: from standard normal `noise`, or tanh(mean)."""
         mean, log_std = self(observations)
         return torch.tanh(mean if noise is None else mean + log_std.exp() * noise)
+
+    def predict(
+        self, observations: Any, *, deterministic: bool = True, generator: torch.Generator | None = None
+    ) -> npt.NDArray[Any]:
+        """Return the actions for one observation or many, as NumPy arrays.
+
+        Args:
+            observations: [obs_dim] or [n, obs_dim], an array of numbers or a list; it is converted to the
+                type and device of the parameters.
+            deterministic: return tanh(mean) instead of sampling.
+            generator: random numbers on the CPU of the sampled actions; None takes torch's.
+
+        Returns:
+            Actions [act_dim] or [n, act_dim] in [-1, 1], which stands for the environment's range. They are a
+            new array.
+
+        Raises:
+            InputError: the observations are not numbers, have another shape or are not finite.
+        """
+        parameter = self.biases[0]
+        given = observations.numpy(force=True) if isinstance(observations, torch.Tensor) else observations
+        try:
+            # A copy is taken, since tensors support neither read-only memory nor negative strides.
+            batch = torch.from_numpy(np.array(given, dtype=np.float64)).to(parameter)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"observations must be numbers ({error})") from error
+        if batch.ndim not in (1, 2) or batch.shape[-1] != self.obs_dim:
+            raise InputError(
+                f"observations must be [{self.obs_dim}] or [n, {self.obs_dim}], got shape {list(batch.shape)}"
+            )
+        if not bool(torch.isfinite(batch).all()):
+            raise InputError("observations must be finite")
+        rows, noise = torch.atleast_2d(batch), None
+        if not deterministic:
+            noise = torch.randn(len(rows), self.act_dim, generator=generator).to(parameter)
+        actions = self.act(rows, noise).cpu().numpy()
+        return actions[0] if batch.ndim == 1 else actions
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write policy.safetensors and policy.json, each atomically.
@@ -177,6 +221,10 @@ class Actor(nn.Module):
         )
         load_into(path, tensors, layer_tensors(actor.weights, actor.biases))
         return actor.to(device)
+
+
+Policy = Actor | Callable[[Any], Any]
+"""An `Actor`, or a function of observations [n, obs_dim] that returns actions [n, act_dim]."""
 
 
 class Critic(nn.Module):

@@ -28,14 +28,14 @@ from mopo_fast.backends.interface import (
     StepResult,
     network_sizes,
 )
-from mopo_fast.backends.reference import rollout_by_steps
+from mopo_fast.backends.reference import act, rollout_by_steps
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import PENALTIES, ROLLOUT_DTYPES, Penalty, PenaltyMembers
 from mopo_fast.data.transitions import ROLLOUT_ARRAYS, Transitions, array_layout, transition_bytes
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
-from mopo_fast.policy import Actor
-from mopo_fast.tasks import BOXES, Box, TerminationFunction, make_box
+from mopo_fast.policy import Actor, Policy
+from mopo_fast.tasks import BOXES, TASKS, Box, Task, TerminationFunction, make_box
 from mopo_fast.utils.arrays import maker_like, map_tensors, to_tensor
 from mopo_fast.utils.machine import check_memory, resolve_threads
 
@@ -64,9 +64,10 @@ class RolloutEngine:
         ensemble: the dynamics. It is read at every call, so it may change in between.
         penalty: the uncertainty u(s, a), one of `mopo_fast.config.PENALTIES`.
         penalty_coef: lambda >= 0. Rewards are raw_rewards - penalty_coef * penalties.
-        termination: the name of a rule in `mopo_fast.tasks.BOXES`, a `Box`, None (no state is terminal), or a
-            function (observations, actions, next_observations) -> bool [batch]. A function is called after
-            every step: by `step` with arrays of the caller's kind, by `rollout` with tensors.
+        termination: the name of a rule in `mopo_fast.tasks.BOXES` or of a task in `mopo_fast.tasks.TASKS`, a
+            `Task`, a `Box`, None (no state is terminal), or a function (observations, actions,
+            next_observations) -> bool [batch]. A function is called after every step: by `step` with arrays
+            of the caller's kind, by `rollout` with tensors.
         backend: "auto", or a name that `mopo-fast doctor` lists.
         dtype: "float32" or "float64" for all arrays and arithmetic. "bfloat16", "float16" and "tfloat32"
             round the factors of the networks' products, and keep all else in float32; they are fast on
@@ -84,7 +85,7 @@ class RolloutEngine:
         *,
         penalty: Penalty = "max_aleatoric",
         penalty_coef: float = 1.0,
-        termination: str | Box | TerminationFunction | None = None,
+        termination: str | Task | Box | TerminationFunction | None = None,
         backend: str = "auto",
         dtype: str = "float32",
         threads: int | None = None,
@@ -109,15 +110,21 @@ class RolloutEngine:
         self.backend = choose(backend, self._need)
         self.threads = resolve_threads(threads)
         self.termination_function: TerminationFunction | None = None
+        self._termination = termination
+        if isinstance(termination, str):
+            rules = {**{name: task.box for name, task in TASKS.items()}, **BOXES}
+            checked.check_known("termination", termination, tuple(rules))
+            termination = rules[termination]
+        if isinstance(termination, Task):
+            termination = termination.box
         if callable(termination):
             self.termination_function = termination
             termination = None
-        if isinstance(termination, str):
-            checked.check_known("termination", termination, BOXES)
-            termination = BOXES[termination]
         box = make_box(ensemble.obs_dim) if termination is None else termination
         if not isinstance(box, Box):
-            raise InputError(f"termination must be a name, a Box, a function or None, got {termination!r}")
+            raise InputError(
+                f"termination must be a name, a Task, a Box, a function or None, got {termination!r}"
+            )
         if box.obs_dim != ensemble.obs_dim:
             raise InputError(
                 f"the termination box has {box.obs_dim} dimensions, the ensemble's observations have"
@@ -126,6 +133,16 @@ class RolloutEngine:
         ensemble.check_elites()
         self._low = torch.tensor(box.low, dtype=self.dtype, device=self.device)
         self._high = torch.tensor(box.high, dtype=self.dtype, device=self.device)
+
+    def __repr__(self) -> str:
+        rule = self._termination
+        if not isinstance(rule, str | None):
+            rule = rule.name if isinstance(rule, Task) else getattr(rule, "__name__", type(rule).__name__)
+        return (
+            f"RolloutEngine({self.ensemble!r}, penalty={self.penalty!r}, penalty_coef={self.penalty_coef},"
+            f" termination={rule!r}, backend={self.backend!r}, dtype={self.operands!r},"
+            f" threads={self.threads}, penalty_members={self.penalty_members!r})"
+        )
 
     @_untraced
     def step(
@@ -179,8 +196,8 @@ class RolloutEngine:
     @_untraced
     def rollout(
         self,
-        policy: Actor,
-        start_observations: torch.Tensor,
+        policy: Policy,
+        start_observations: Any,
         horizon: int,
         *,
         seed: int,
@@ -194,13 +211,16 @@ class RolloutEngine:
         too; it is not kept, but counted in `info["non_finite"]`.
 
         Args:
-            policy: the actor.
-            start_observations: finite floats [batch, obs_dim].
+            policy: an `Actor`, whose steps are fused with the ensemble's. Or any function of observations,
+                a tensor [n, obs_dim] of the rollouts that go on, that returns finite actions [n, act_dim]:
+                it is called at each step, and the kernels compute the ensemble alone.
+            start_observations: finite floats [batch, obs_dim], an array as for `step`.
             horizon: most steps of a rollout, at least 1.
             seed: key of the random numbers, 0 <= seed < 2^64.
             rows: int64 [batch], the start states' numbers for the random numbers; None stands for 0, 1, 2,
                 ... A shard that passes its numbers in a larger batch gets the larger batch's transitions.
-            deterministic: act by tanh(mean) and take the ensemble's mean, without noise.
+            deterministic: act by tanh(mean) and take the ensemble's mean, without noise. A function is called
+                in the same way in both cases.
             out: ring that the transitions are appended to; None allocates new arrays.
 
         Returns:
@@ -208,20 +228,20 @@ class RolloutEngine:
             arrays, as views of the ring, or as copies where they wrap around its end.
 
         Raises:
-            InputError: an argument has a wrong shape, type, device or value, or the backend cannot serve such
-                a policy.
+            InputError: an argument has a wrong shape, type, device or value, the backend cannot serve such
+                a policy, or a function returns something else than actions.
         """
         ensemble = self.ensemble
         start = self._checked("start_observations", start_observations, ensemble.obs_dim)
         rows = self._checked_rows(rows, len(start))
         checked.check_range("seed", seed, 0, 2**64)
         checked.check_range("horizon", horizon, 1, 2**31)
-        if not isinstance(policy, Actor):
-            raise InputError(f"policy must be a mopo_fast.Actor, got {type(policy).__name__}")
-        if (policy.obs_dim, policy.act_dim) != (ensemble.obs_dim, ensemble.act_dim):
+        if isinstance(policy, Actor):
+            self._check_actor(policy)
+        elif not callable(policy):
             raise InputError(
-                f"the policy is for {policy.obs_dim} observation and {policy.act_dim} action dimensions,"
-                f" the ensemble for {ensemble.obs_dim} and {ensemble.act_dim}"
+                "policy must be a mopo_fast.Actor or a function of observations that returns actions, got"
+                f" {type(policy).__name__}; for any other policy loop over `engine.step`"
             )
         if out is None:
             room = allocate(len(start) * horizon, ensemble.obs_dim, ensemble.act_dim, self.device, self.dtype)
@@ -239,19 +259,28 @@ class RolloutEngine:
                 array.clone() if array.untyped_storage().data_ptr() in memory else array
                 for array in (start, rows)
             )
-        call = RolloutCall(
-            self._dynamics(),
-            start,
-            rows,
-            Settings(seed, deterministic, self.operands, self.threads),
-            self._policy(policy),
-            horizon,
-            Destination(storage, head),
-        )
-        if self.termination_function is None:
-            count, cut = checked.rollout(self._backend_for(policy), call)
+        settings = Settings(seed, deterministic, self.operands, self.threads)
+        destination = Destination(storage, head)
+        if isinstance(policy, Actor):
+            call = RolloutCall(
+                self._dynamics(), start, rows, settings, self._policy(policy), horizon, destination
+            )
+            if self.termination_function is None:
+                count, cut = checked.rollout(self._backend_for(policy), call)
+            else:
+                checked.check_rollout(get_backend(self.backend), call)
+                count, cut = self._by_steps(
+                    lambda observations, rows, t: act(call.policy, observations, rows, t, settings),
+                    *(start, rows, horizon, settings, destination),
+                )
         else:
-            count, cut = self._by_steps(call)
+            layout = checked.Layout(self.dtype, self.device)
+            most = len(start) * horizon
+            checked.check_destination(destination, layout, ensemble.obs_dim, ensemble.act_dim, most)
+            count, cut = self._by_steps(
+                lambda observations, rows, t: self._call(policy, observations),
+                *(start, rows, horizon, settings, destination),
+            )
         for array in storage.values():
             # Kernels write behind autograd's back; this lets it detect that a saved tensor has changed.
             torch.autograd.graph.increment_version(array)
@@ -278,21 +307,56 @@ class RolloutEngine:
             return backend
         return get_backend(choose(self._wanted_backend, need))
 
-    def _by_steps(self, call: RolloutCall) -> tuple[int, int]:
-        """Make rollouts step by step, with the termination function after each."""
-        checked.check_rollout(get_backend(self.backend), call)
+    def _by_steps(
+        self,
+        choose: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor],
+        start: torch.Tensor,
+        rows: torch.Tensor,
+        horizon: int,
+        settings: Settings,
+        out: Destination,
+    ) -> tuple[int, int]:
+        """Make rollouts step by step, with actions by `choose` from (observations, rows, t)."""
 
-        def step(observations: torch.Tensor, actions: torch.Tensor, rows: torch.Tensor, t: int) -> StepResult:
-            return self.step(
+        def step(observations: torch.Tensor, rows: torch.Tensor, t: int) -> tuple[torch.Tensor, StepResult]:
+            actions = choose(observations, rows, t)
+            result = self.step(
                 observations,
                 actions,
-                seed=call.settings.seed,
+                seed=settings.seed,
                 step=t,
                 rows=rows,
-                deterministic=call.settings.deterministic,
+                deterministic=settings.deterministic,
+            )
+            return actions, result
+
+        return rollout_by_steps(start, rows, horizon, out, step)
+
+    def _check_actor(self, policy: Actor) -> None:
+        ensemble, kind = self.ensemble, type(policy)
+        if (policy.obs_dim, policy.act_dim) != (ensemble.obs_dim, ensemble.act_dim):
+            raise InputError(
+                f"the policy is for {policy.obs_dim} observation and {policy.act_dim} action dimensions,"
+                f" the ensemble for {ensemble.obs_dim} and {ensemble.act_dim}"
+            )
+        if (kind.forward, kind.act) != (Actor.forward, Actor.act):
+            raise InputError(
+                f"{kind.__name__} has a forward or act of its own, while the kernels compute an Actor from"
+                " its weights; pass `policy.act`, or loop over `engine.step`"
             )
 
-        return rollout_by_steps(call, step)
+    def _call(self, policy: Callable[[Any], Any], observations: torch.Tensor) -> torch.Tensor:
+        """Return a function's actions for observations [n, obs_dim]."""
+        # A copy, so that a function which writes into its argument changes no observation.
+        with torch.no_grad():
+            given = policy(observations.clone())
+        actions = self._checked("actions of the policy", given, self.ensemble.act_dim)
+        if len(actions) != len(observations):
+            raise InputError(
+                f"the policy returned {len(actions)} actions for {len(observations)} observations; return one"
+                " for each, or loop over `engine.step`"
+            )
+        return actions
 
     def _checked_flags(self, ended: Any, batch: int) -> torch.Tensor:
         flags = to_tensor("what the termination function returns", ended, self.device).to(self.device)

@@ -98,6 +98,8 @@ def sweep(
     out = Path(out).resolve()
     config = dataclasses.replace(config, threads=config.threads or 1)
     # Ray's workers have another working directory.
+    if not isinstance(config.dataset, str | Path):
+        raise InputError("every process of a sweep reads the data; save them with `Transitions.save` first")
     if Path(config.dataset).exists():
         config = dataclasses.replace(config, dataset=str(Path(config.dataset).resolve()))
     if config.dynamics_from is not None:

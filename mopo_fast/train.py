@@ -7,7 +7,7 @@ epoch) alone.
 import copy
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Self, cast
@@ -36,7 +36,7 @@ from mopo_fast.run.folder import (
     write_summary,
 )
 from mopo_fast.run.log import Clock, Log, Pending, log_fit
-from mopo_fast.run.resolve import load_data, make_engine, make_sac, resolve
+from mopo_fast.run.resolve import load_data, make_engine, make_sac, resolve, take_data
 from mopo_fast.tasks import Task
 from mopo_fast.utils.lock import locked
 from mopo_fast.utils.machine import resolve_threads
@@ -56,18 +56,25 @@ def train(
     resume: bool = False,
     memory_map: bool = False,
     quiet: bool = False,
+    on_epoch: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Train one MOPO run in the folder `out`, from the data set to the report.
 
     Args:
         config: settings of the run. Where task, horizon or penalty_coef is None, the data set's name decides.
-            The completed settings are written to config.json.
+            The completed settings are written to config.json. `config.dataset` may also be data in memory:
+            `Transitions`, a dictionary of arrays, or any other source of `load_dataset`. Their task must be
+            given, and config.json records `memory:NAME` and a digest; a run resumes with the same data alone.
         out: folder of the run.
         resume: continue from the last checkpoint. The final parameters are bit for bit those of a run that
             was never stopped. A folder without a run starts from the beginning, a finished run is kept.
         memory_map: leave the data in their file, see `load_dataset`. The fit then keeps the arrays that it
             derives from them in temporary files. The result is the same.
         quiet: show no progress bars.
+        on_epoch: called after every epoch with its row of progress.csv, a dictionary from columns to numbers,
+            texts, or None in an epoch without an evaluation. It waits for the evaluation, so that several
+            epochs may have passed with `evaluation.workers`. An exception that it raises ends the training. A
+            resumed run calls it again for an epoch that is repeated.
 
     Returns:
         The contents of summary.json: score_mean, score_std, return_mean, return_std (of the last policy),
@@ -79,19 +86,22 @@ def train(
             is False, it holds a run with another config, the data or a checkpoint are damaged, or the
             training diverged.
     """
-    started, out, data = time.perf_counter(), Path(out), None
-    config, task = resolve(config, out)
+    started, out = time.perf_counter(), Path(out)
+    config, data = take_data(config, memory_map=memory_map)
+    config, task = resolve(config, out, data)
     with locked(out):
         check_folder(out, config, resume)
         if not (out / "summary.json").exists():
-            data = load_data(config, task, memory_map=memory_map, quiet=quiet)
+            data = load_data(config, task, data, memory_map=memory_map, quiet=quiet)
             with suggest_resuming(out):
                 write_config(out, config)
                 digest = data_sha256(data)
                 make_dynamics(config, out, data, digest, quiet)
                 with (
                     Evaluator(evaluation_workers(config)) as evaluator,
-                    Training(config, task, out, data.to(config.device), digest, evaluator, started) as run,
+                    Training(
+                        config, task, out, data.to(config.device), digest, evaluator, started, on_epoch
+                    ) as run,
                     progress_bar("train: epochs", config.epochs, quiet=quiet) as bar,
                 ):
                     bar.update(completed=run.epoch)
@@ -128,6 +138,7 @@ class Training:
         data_digest: their `data_sha256`.
         evaluator: evaluates the policies.
         started: value of `time.perf_counter` when the run began.
+        on_epoch: as in `train`.
 
     Attributes:
         epoch: number of the latest epoch that has begun, from 1; 0 before the first.
@@ -144,6 +155,7 @@ class Training:
         data_digest: str,
         evaluator: Evaluator,
         started: float,
+        on_epoch: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         assert config.rollout.horizon is not None
         self.config, self.task, self.out, self.data = config, task, out, data
@@ -159,7 +171,7 @@ class Training:
         self.clock = Clock(started)
         self._seconds_before_epoch = dict(self.clock.seconds)
         # Without an environment the model evaluates the policy.
-        self.log = Log(out, self.clock, "environment" if task.env_id else "model")
+        self.log = Log(out, self.clock, "environment" if task.env_id else "model", on_epoch)
         self.epoch = 0
 
     def __enter__(self) -> Self:

@@ -2,6 +2,7 @@
 
 from mopo_fast.backends.choose import available, choose, choose_for_run, get_backend, training_kernels
 from mopo_fast.backends.interface import BackendStatus, StepResult
+from mopo_fast.utils.lazy import lazy_submodules
 
 __all__ = [
     "BackendStatus",
@@ -12,3 +13,5 @@ __all__ = [
     "get_backend",
     "training_kernels",
 ]
+
+__getattr__, __dir__ = lazy_submodules(__name__)

@@ -55,7 +55,7 @@ def check_rollout(backend: Backend, call: RolloutCall) -> None:
     layout.network("the policy", policy.weights, policy.biases, (), obs_dim, 2 * act_dim)
     check_known("the policy's activation", policy.activation, ACTIVATIONS)
     check_range("horizon", call.horizon, 1, 2**31)
-    _check_destination(call.out, layout, obs_dim, act_dim, len(call.observations) * call.horizon)
+    check_destination(call.out, layout, obs_dim, act_dim, len(call.observations) * call.horizon)
 
 
 def sac_updates(backend: Backend, calls: Sequence[SacUpdates], threads: int) -> list[list[float]]:
@@ -212,7 +212,7 @@ def _check_call(backend: Backend, call: StepCall | RolloutCall) -> tuple[Layout,
     return layout, obs_dim, act_dim
 
 
-def _check_destination(out: Destination, layout: Layout, obs_dim: int, act_dim: int, most: int) -> None:
+def check_destination(out: Destination, layout: Layout, obs_dim: int, act_dim: int, most: int) -> None:
     """Raise `InputError` where `out` cannot take up to `most` rows."""
     for name in DATA_ARRAYS:
         if out.arrays.get(name) is None:

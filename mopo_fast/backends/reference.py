@@ -12,6 +12,7 @@ from mopo_fast.backends.interface import (
     STEP_ARRAYS,
     Backend,
     BackendStatus,
+    Destination,
     DynamicsArrays,
     Need,
     PolicyArrays,
@@ -127,26 +128,31 @@ def _step(
 
 
 def rollout_by_steps(
-    call: RolloutCall, step: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], StepResult]
+    observations: torch.Tensor,
+    rows: torch.Tensor,
+    horizon: int,
+    out: Destination,
+    step: Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, StepResult]],
 ) -> tuple[int, int]:
     """Make rollouts step by step, with the result of a fused kernel.
 
     Args:
-        call: the rollouts.
-        step: makes a model step from (observations, actions, rows, t) of the rollouts that go on.
+        observations: [batch, obs_dim], the start states.
+        rows: int64 [batch], the start states' numbers for the random numbers.
+        horizon: most steps of a rollout.
+        out: the ring that the transitions are written to.
+        step: returns the actions and the model step of (observations, rows, t) of the rollouts that go on.
 
     Returns:
         (rows written, rollouts ended by a prediction that was not finite).
     """
-    observations, rows, out = call.observations, call.rows, call.out
     position = torch.arange(len(rows), device=rows.device)
     parts: list[dict[str, torch.Tensor]] = []
     cut = 0
-    for t in range(call.horizon):
+    for t in range(horizon):
         if len(rows) == 0:
             break
-        actions = act(call.policy, observations, rows, t, call.settings)
-        result = step(observations, actions, rows, t)
+        actions, result = step(observations, rows, t)
         finite = torch.isfinite(result.next_observations).all(-1) & torch.isfinite(result.rewards)
         cut += int((~finite).sum())
         part = {
@@ -207,9 +213,9 @@ class ReferenceBackend(Backend):
 
     @override
     def rollout(self, call: RolloutCall) -> tuple[int, int]:
-        def step(observations: torch.Tensor, actions: torch.Tensor, rows: torch.Tensor, t: int) -> StepResult:
-            return self.step(
-                StepCall(call.dynamics, observations, rows, call.settings, actions, t, distributions=False)
-            )
+        def step(observations: torch.Tensor, rows: torch.Tensor, t: int) -> tuple[torch.Tensor, StepResult]:
+            actions = act(call.policy, observations, rows, t, call.settings)
+            one = StepCall(call.dynamics, observations, rows, call.settings, actions, t, distributions=False)
+            return actions, self.step(one)
 
-        return rollout_by_steps(call, step)
+        return rollout_by_steps(call.observations, call.rows, call.horizon, call.out, step)

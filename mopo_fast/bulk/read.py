@@ -38,6 +38,13 @@ class Rollouts:
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
+    def __repr__(self) -> str:
+        plan = self.manifest.plan
+        return (
+            f"Rollouts({str(self._folder)!r}: {len(self):,} transitions in {len(self._ends):,} shards,"
+            f" {plan.format}, data set {plan.dataset!r})"
+        )
+
     @property
     def name(self) -> str:
         """Name of the folder."""

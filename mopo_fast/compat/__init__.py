@@ -16,6 +16,9 @@ from mopo_fast.config import CHECKPOINT_FORMATS, CheckpointFormat, Hints
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.policy import Actor
+from mopo_fast.utils.lazy import lazy_submodules
+
+__getattr__, __dir__ = lazy_submodules(__name__)
 
 logger = logging.getLogger("mopo_fast")
 

@@ -12,6 +12,7 @@ from mopo_fast.data.local import local_file, local_folder
 from mopo_fast.data.rewards import relabel, relabel_file
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.errors import InputError
+from mopo_fast.utils.lazy import lazy_submodules
 
 __all__ = [
     "Transitions",
@@ -21,6 +22,11 @@ __all__ = [
     "relabel",
     "relabel_file",
 ]
+
+__getattr__, __dir__ = lazy_submodules(__name__)
+
+MEMORY_PREFIX = "memory:"
+"""Prefix of the name under which a run records data that were given in memory."""
 
 _SUFFIXES = (".hdf5", ".h5", ".npz", ".pkl")
 
@@ -33,7 +39,7 @@ class OfflineEnvironment(Protocol):
 
 
 def load_dataset(
-    source: str | os.PathLike[str] | Mapping[str, Any] | OfflineEnvironment,
+    source: str | os.PathLike[str] | Mapping[str, Any] | OfflineEnvironment | Transitions,
     *,
     compat: Compat | None = None,
     memory_map: bool = False,
@@ -49,7 +55,8 @@ def load_dataset(
     - the name of a local set, such as `halfcheetah-random-local`, in `$MOPO_FAST_DATA_DIR` or
       `~/.mopo_fast/datasets`;
     - a Minari set, `minari:ID`, which is downloaded unless it is there;
-    - a dictionary of arrays under D4RL's names, or an environment whose `get_dataset()` returns one.
+    - a dictionary of arrays under D4RL's names, or an environment whose `get_dataset()` returns one;
+    - `Transitions`, which are checked and, where needed, copied.
 
     Args:
         source: the data set.
@@ -68,6 +75,10 @@ def load_dataset(
         raise InputError(
             f"only a file can be mapped into memory, got {given}; write one with `mopo-fast convert`"
         )
+    if isinstance(source, Transitions):
+        if compat is not None:
+            raise InputError(f"Transitions have their successors; leave out compat, got {compat!r}")
+        return source.as_data()
     if isinstance(source, Mapping):
         return from_arrays(source, compat=compat).validate()
     if not isinstance(source, (str, os.PathLike)):
@@ -115,6 +126,11 @@ def find_dataset(name_or_path: str | os.PathLike[str]) -> tuple[Path, str | None
         if not path.exists():
             raise InputError(f"{path} does not exist")
         return path, None
+    if name.startswith(MEMORY_PREFIX):
+        raise InputError(
+            f"{name} were data in the memory of a Python program; give them again in Python, or save them"
+            " with `Transitions.save` and name the file"
+        )
     if name.startswith(minari.PREFIX):
         return minari.path(name), name
     if name in d4rl.LOCATIONS:

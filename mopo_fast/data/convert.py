@@ -2,11 +2,12 @@
 
 from typing import Any
 
-import numpy as np
+import torch
 
 from mopo_fast.data import d4rl, find_dataset, minari
-from mopo_fast.data.files import Array, Reader, check_file, from_arrays, open_file, step_limits, write_arrays
+from mopo_fast.data.files import from_arrays, open_file, step_limits
 from mopo_fast.data.stored import read_all
+from mopo_fast.data.write import check_file, write_arrays
 
 
 def convert(source: str, target: str, *, overwrite: bool = False, quiet: bool = False) -> int:
@@ -32,14 +33,13 @@ def convert(source: str, target: str, *, overwrite: bool = False, quiet: bool = 
     if not to_minari:
         write_arrays(target, arrays)
         return len(arrays["rewards"])
-    timeouts = _timeouts(arrays, source)
-    if "next_observations" not in arrays:
-        # `from_arrays` drops the last row of each episode, so the row before it becomes the time-out.
-        ends = timeouts | np.asarray(arrays["terminals"], bool).reshape(-1)
-        ends[-1] = True
-        timeouts = np.append(ends[1:], True)[~ends]
+    timeouts = data.timeouts
+    if timeouts is None:
+        timeouts = torch.from_numpy(step_limits(data.terminals.numpy(), after_terminal=0))
     columns = {name: array.numpy() for name, array in data.arrays().items()}
-    minari.write(target, {**columns, "timeouts": timeouts}, data.info["metadata"], overwrite=overwrite)
+    minari.write(
+        target, {**columns, "timeouts": timeouts.numpy()}, data.info["metadata"], overwrite=overwrite
+    )
     return len(data)
 
 
@@ -52,9 +52,3 @@ def _read(source: str, quiet: bool) -> dict[str, Any]:
         path = d4rl.fetch(name, quiet=quiet)
     with open_file(path) as file:
         return read_all(path, file)
-
-
-def _timeouts(arrays: dict[str, Any], source: str) -> Array:
-    reader = Reader(source, arrays)
-    terminals = reader.flags("terminals")
-    return reader.flags("timeouts") if "timeouts" in arrays else step_limits(terminals, after_terminal=0)

@@ -1,4 +1,4 @@
-"""Read files, or arrays under D4RL's names, as checked `Transitions`; write arrays to HDF5 or npz."""
+"""Read files, or arrays under D4RL's names, as checked `Transitions`."""
 
 import contextlib
 import math
@@ -14,12 +14,10 @@ import torch
 
 from mopo_fast.data import trajectories
 from mopo_fast.data.hdf5 import open_hdf5
-from mopo_fast.data.hdf5_writer import Output, hdf5_pieces, write_pieces
 from mopo_fast.data.npz import open_npz
 from mopo_fast.data.stored import Stored, check_fits, is_kept, reading
 from mopo_fast.data.transitions import Transitions, first_not_finite
 from mopo_fast.errors import InputError
-from mopo_fast.utils.atomic import atomic_path
 
 Array = npt.NDArray[Any]
 Compat = Literal["d4rl"]
@@ -117,6 +115,8 @@ def from_arrays(
         rule = "next row, as d4rl.qlearning_dataset" if compat == "d4rl" else "next row of the episode"
         keep = ~timeouts if compat == "d4rl" else ~(timeouts | terminals)
         keep[-1:] = False
+        # An episode ends where the next row is left out.
+        timeouts = np.append(~keep[1:], True)[keep] & ~terminals[keep]
         keep = np.flatnonzero(keep)
         successors = observations[keep + 1]
     data = Transitions(
@@ -125,6 +125,7 @@ def from_arrays(
         rewards=as_tensor(rewards[keep]),
         next_observations=as_tensor(successors),
         terminals=as_tensor(terminals[keep]),
+        timeouts=None if timeouts is None else as_tensor(timeouts),
         name=name or "",
         info={
             "rows": len(rewards),
@@ -346,28 +347,3 @@ def step_limits(terminals: Array, after_terminal: int, limit: int | None = None)
         timeouts[start + limit - 1 - count : end + 1 : limit] = True
         start, count = end + 1, 0 if timeouts[end] else after_terminal
     return timeouts
-
-
-def check_file(path: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """Raise `InputError` before any work where `write_arrays` could not write `path`."""
-    path = Path(path)
-    if path.suffix not in (".hdf5", ".h5", ".npz"):
-        raise InputError(f"cannot write {path}; its name must end in .hdf5, .h5 or .npz")
-    if path.exists() and not overwrite:
-        raise InputError(f"{path} exists already; choose another file, or replace it with --overwrite")
-
-
-def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
-    """Write arrays, numbers and texts by their keys, uncompressed, whole or not at all.
-
-    Args:
-        path: a path that ends in .npz, or any other path for HDF5.
-        arrays: contents of the file, by key.
-    """
-    with atomic_path(path) as temporary:
-        if Path(path).suffix != ".npz":
-            write_pieces(temporary, hdf5_pieces(arrays))
-            return
-        with contextlib.closing(Output(temporary)) as file:
-            np.savez(file, allow_pickle=False, **arrays)
-            file.check()

@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mopo_fast.data.files import load_file, open_file, write_arrays
+from mopo_fast.data.files import load_file, open_file
 from mopo_fast.data.stored import read_all
 from mopo_fast.data.transitions import Transitions
+from mopo_fast.data.write import write_arrays
 from mopo_fast.errors import InputError
 
 Arrays = dict[str, npt.NDArray[Any]]

@@ -1,13 +1,16 @@
 """`Transitions`, the form in which this package keeps data, and the layout of its arrays."""
 
 import dataclasses
+import importlib
 import math
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from mopo_fast.data.write import check_file, write_arrays
 from mopo_fast.errors import InputError
 
 # The arrays that every data set has. SAC learns from them.
@@ -29,7 +32,7 @@ def array_layout(
     """Return the shape of one row of an array, and the array's type.
 
     Args:
-        name: one of `ROLLOUT_ARRAYS`, or "timeouts", which only files have.
+        name: one of `ROLLOUT_ARRAYS`, or "timeouts".
         obs_dim: size of an observation.
         act_dim: size of an action.
         dtype: type of floats.
@@ -53,11 +56,60 @@ def transition_bytes(
     return sum(math.prod(shape) * kind.itemsize for shape, kind in layouts)
 
 
-@dataclass
+@dataclass(frozen=True)
+class Spread:
+    """Mean, standard deviation, least and greatest of some numbers."""
+
+    mean: float
+    std: float
+    min: float
+    max: float
+
+
+@dataclass(frozen=True, repr=False)
+class Description:
+    """A summary of transitions, which prints as a table.
+
+    Attributes:
+        name: name of the data.
+        rows: number of transitions.
+        obs_dim: size of an observation.
+        act_dim: size of an action.
+        episodes: number of episodes.
+        terminals: number of episodes that ended in a terminal state.
+        spreads: spread of "episode return", "episode length", and of the numbers of each array by its name.
+        note: what is particular about the episodes, or "".
+    """
+
+    name: str
+    rows: int
+    obs_dim: int
+    act_dim: int
+    episodes: int
+    terminals: int
+    spreads: dict[str, Spread]
+    note: str = ""
+
+    def __repr__(self) -> str:
+        width = max(map(len, self.spreads))
+        lines = [
+            f"{self.name or 'transitions'}: {self.rows:,} rows, {self.obs_dim} observation and {self.act_dim}"
+            f" action dimensions, {self.episodes:,} episodes, {self.terminals:,} of them end in a terminal"
+            " state",
+            " " * width + "".join(f"{title:>12}" for title in ("mean", "std", "min", "max")),
+        ]
+        for name, spread in self.spreads.items():
+            lines.append(
+                f"{name:<{width}}" + "".join(f"{value:>12.5g}" for value in dataclasses.astuple(spread))
+            )
+        return "\n".join([*lines, self.note] if self.note else lines)
+
+
+@dataclass(repr=False)
 class Transitions:
     """A set of transitions. The arrays have D4RL's names and lie on one device.
 
-    The arrays from `raw_rewards` on exist only in model rollouts.
+    The arrays from `raw_rewards` to `step` exist only in model rollouts.
 
     Attributes:
         observations: [n, obs_dim] float.
@@ -70,6 +122,8 @@ class Transitions:
         members: [n] int32, index of the ensemble member that was drawn, or -1 where the mean was taken.
         rollout_index: [n] int64, row of the start state.
         step: [n] int32, number of steps since the start state.
+        timeouts: [n] bool, True at the last row of an episode that did not end in a terminal state; None
+            where that is not known. Only the methods about episodes use it.
         name: name of the data.
         info: further facts about the data, such as source and counts.
     """
@@ -84,6 +138,7 @@ class Transitions:
     members: torch.Tensor | None = None
     rollout_index: torch.Tensor | None = None
     step: torch.Tensor | None = None
+    timeouts: torch.Tensor | None = None
     name: str = ""
     info: dict[str, Any] = field(default_factory=dict)
 
@@ -105,22 +160,50 @@ class Transitions:
         """Device of the arrays."""
         return self.observations.device
 
+    def __repr__(self) -> str:
+        name = f"{self.name!r}, " if self.name else ""
+        return (
+            f"Transitions({name}{len(self):,} rows, obs_dim={self.obs_dim}, act_dim={self.act_dim},"
+            f" arrays: {', '.join(self.arrays())}; device='{self.device}')"
+        )
+
     def arrays(self) -> dict[str, torch.Tensor]:
-        """Return all arrays that exist, by name."""
+        """Return those of `ROLLOUT_ARRAYS` that exist, by name."""
         return {name: getattr(self, name) for name in ROLLOUT_ARRAYS if getattr(self, name) is not None}
 
-    def _map(self, function: Any) -> "Transitions":
-        return dataclasses.replace(self, **{name: function(array) for name, array in self.arrays().items()})
+    def _all_arrays(self) -> dict[str, torch.Tensor]:
+        return self.arrays() | ({} if self.timeouts is None else {"timeouts": self.timeouts})
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Transitions":
+        changed: dict[str, Any] = {name: function(array) for name, array in self._all_arrays().items()}
+        return dataclasses.replace(self, **changed)
 
     def __getitem__(self, index: Any) -> "Transitions":
         """Return the transitions at `index`: a slice, a mask or indices, but not a single number."""
         if isinstance(index, int):
             raise TypeError("index Transitions with a slice, a mask or indices; for one row use [i : i + 1]")
-        return self._map(lambda array: array[index])
+        picked = self._map(lambda array: array[index])
+        if not isinstance(index, slice) or index.step not in (None, 1):
+            # Neighbouring rows need not follow one another any more.
+            picked.timeouts = None
+        return picked
 
     def to(self, device: torch.device | str) -> "Transitions":
         """Return the transitions on `device`. Arrays that are there already are not copied."""
         return self._map(lambda array: array.to(device))
+
+    def as_data(self) -> "Transitions":
+        """Return the transitions as a checked data set: contiguous float32 arrays on the CPU.
+
+        Raises:
+            InputError: see `validate`.
+        """
+
+        def converted(array: torch.Tensor) -> torch.Tensor:
+            kind = torch.float32 if array.is_floating_point() else array.dtype
+            return array.detach().to("cpu", kind).contiguous()
+
+        return self._map(converted).validate()
 
     def validate(self) -> "Transitions":
         """Check shapes, types and finiteness, and return self.
@@ -140,7 +223,7 @@ class Transitions:
                 f"{where}next_observations has shape {tuple(self.next_observations.shape)},"
                 f" observations {tuple(self.observations.shape)}; they must be equal"
             )
-        for name, array in self.arrays().items():
+        for name, array in self._all_arrays().items():
             if array.shape[0] != len(self):
                 raise InputError(
                     f"{where}{name} has {array.shape[0]} rows, observations {len(self)}; they must be equal"
@@ -151,9 +234,130 @@ class Transitions:
                 row = first_not_finite(array)
                 if row is not None:
                     raise InputError(f"{where}{name} is not finite at row {row}; drop or correct such rows")
-        if self.terminals.dtype != torch.bool:
-            raise InputError(f"{where}terminals must be bool, got {self.terminals.dtype}")
+            if name in ("terminals", "timeouts") and array.dtype != torch.bool:
+                raise InputError(f"{where}{name} must be bool, got {array.dtype}")
         return self
+
+    def episode_ends(self) -> torch.Tensor:
+        """Return as bool [n] which rows are the last of their episode.
+
+        An episode ends at a terminal state, at a time-out, and at the last row. Where time-outs are not
+        known, it also ends where the start state changes (in a model rollout) or where the next row's
+        observation is not the successor.
+        """
+        ends = self.terminals.clone()
+        if self.timeouts is not None:
+            ends |= self.timeouts
+        elif self.rollout_index is not None:
+            ends[:-1] |= self.rollout_index[1:] != self.rollout_index[:-1]
+        else:
+            # Block by block, since the arrays may be mapped from a file that is larger than the memory.
+            for first in range(0, len(self) - 1, _BLOCK):
+                rows = slice(first, min(first + _BLOCK, len(self) - 1))
+                following = self.observations[rows.start + 1 : rows.stop + 1]
+                ends[rows] |= (self.next_observations[rows] != following).any(-1)
+        ends[-1:] = True
+        return ends
+
+    def episode_returns(self) -> torch.Tensor:
+        """Return the sum of `rewards` of each episode, float64 [episodes]; see `episode_ends`.
+
+        A data set without `next_observations` is loaded without the last step of each episode, whose reward
+        is then missing here too.
+        """
+        return self._sum_episodes(self.rewards)
+
+    def _sum_episodes(self, values: torch.Tensor) -> torch.Tensor:
+        ends = self.episode_ends()
+        episode = ends.cumsum(0) - ends.long()
+        sums = torch.zeros(int(ends.sum()), dtype=torch.float64, device=self.device)
+        return sums.index_add_(0, episode, values.double())
+
+    def describe(self) -> Description:
+        """Summarise rows, episodes and the ranges of all numbers; the result prints as a table."""
+        ends = self.episode_ends()
+        spreads = {
+            "episode return": _spread(self.episode_returns()),
+            "episode length": _spread(self._sum_episodes(torch.ones_like(self.rewards))),
+        }
+        for name, array in self.arrays().items():
+            if array.is_floating_point():
+                spreads[name] = _spread(array)
+        note = ""
+        if str(self.info.get("successors", "")).startswith("next row"):
+            note = "Rows without a successor, such as the last one of an episode, were left out when loading."
+        return Description(
+            name=self.name,
+            rows=len(self),
+            obs_dim=self.obs_dim,
+            act_dim=self.act_dim,
+            episodes=int(ends.sum()),
+            terminals=int(self.terminals.sum()),
+            spreads=spreads,
+            note=note,
+        )
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write the transitions to a file in D4RL's layout, atomically; `load_dataset` reads it.
+
+        The file holds all arrays, `timeouts` by `episode_ends`, and the texts and numbers among the data
+        set's metadata, or else of `info`, as metadata/*.
+
+        Args:
+            path: file to write; its suffix is .hdf5, .h5 or .npz.
+            overwrite: replace the file if it exists.
+
+        Raises:
+            InputError: the suffix is another, the file exists and `overwrite` is False, or it cannot be
+                written.
+        """
+        check_file(path, overwrite)
+        arrays = self.arrays() | {"timeouts": self.episode_ends() & ~self.terminals}
+        contents: dict[str, Any] = {name: array.detach().cpu().numpy() for name, array in arrays.items()}
+        facts = self.info.get("metadata", self.info)
+        contents |= {
+            f"metadata/{name}": fact for name, fact in facts.items() if isinstance(fact, str | int | float)
+        }
+        write_arrays(path, contents)
+
+    def to_pandas(self) -> Any:
+        """Return a pandas data frame with a column for each number of a row, such as observations_0.
+
+        Raises:
+            InputError: pandas is not installed.
+        """
+        try:
+            pandas = importlib.import_module("pandas")
+        except ImportError as error:
+            raise InputError(
+                f"pandas cannot be imported ({error}); install it with `pip install pandas`"
+            ) from error
+        columns: dict[str, Any] = {}
+        for name, array in self._all_arrays().items():
+            values = array.detach().cpu().numpy()
+            if values.ndim == 1:
+                columns[name] = values
+            else:
+                columns |= {f"{name}_{i}": values[:, i] for i in range(values.shape[1])}
+        return pandas.DataFrame(columns)
+
+
+# Rows that are read at a time.
+_BLOCK = 2**16
+
+
+def _spread(array: torch.Tensor) -> Spread:
+    """Return the spread of all numbers of an array [n, ...], NaN for none."""
+    if array.numel() == 0:
+        return Spread(math.nan, math.nan, math.nan, math.nan)
+    blocks = array.detach().split(_BLOCK)
+    mean = sum(block.double().sum().item() for block in blocks) / array.numel()
+    variance = sum((block.double() - mean).square().sum().item() for block in blocks) / array.numel()
+    least, greatest = (
+        min(block.min().item() for block in blocks),
+        max(block.max().item() for block in blocks),
+    )
+    return Spread(mean, math.sqrt(variance), least, greatest)
 
 
 def first_not_finite(array: torch.Tensor) -> int | None:

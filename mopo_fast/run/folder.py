@@ -137,6 +137,11 @@ def check_folder(out: Path, config: RunConfig, resume: bool) -> None:
         # Early versions did not record the task file's digest.
         del current["task_sha256"]
     difference = first_difference(recorded, current)
+    if difference and difference.startswith("data_sha256"):
+        raise InputError(
+            f"the run in {out} was made with other data, or with data in memory; resume it in Python with the"
+            " same data, or choose another folder"
+        )
     if difference and difference.startswith("task_sha256"):
         raise InputError(
             f"the task file {config.task} has changed since the run in {out} began; restore the file,"

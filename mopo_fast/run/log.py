@@ -10,7 +10,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -245,6 +245,7 @@ class Log:
         out: the run's folder.
         clock: the run's clock, which counts the time spent on waiting for evaluations.
         scored_by: "environment" or "model", which evaluates the policies.
+        on_row: called with each row of progress.csv after it is written.
 
     Attributes:
         pending: rows that are not written yet, in order.
@@ -252,8 +253,14 @@ class Log:
         row: row of the latest epoch, without its evaluation.
     """
 
-    def __init__(self, out: Path, clock: Clock, scored_by: str) -> None:
-        self.out, self.clock, self.scored_by = out, clock, scored_by
+    def __init__(
+        self,
+        out: Path,
+        clock: Clock,
+        scored_by: str,
+        on_row: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        self.out, self.clock, self.scored_by, self.on_row = out, clock, scored_by, on_row
         self.pending: list[Pending] = []
         self.evaluation: Evaluation | None = None
         self.row: dict[str, Any] | None = None
@@ -284,9 +291,12 @@ class Log:
                     found = self.evaluation = first.evaluation.result()
             row = first.row | {name: getattr(found, name, None) for name in EVALUATION_COLUMNS}
             row["scored_by"] = self.scored_by if found else None
-            append_row(self.out / "progress.csv", {name: row[name] for name in COLUMNS})
+            row = {name: row[name] for name in COLUMNS}
+            append_row(self.out / "progress.csv", row)
             self.board.add_row(row)
             del self.pending[0]
+            if self.on_row is not None:
+                self.on_row(row)
 
     def close(self) -> None:
         """Close the session's event file."""

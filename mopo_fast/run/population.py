@@ -44,7 +44,7 @@ from mopo_fast.run.folder import (
     suggest_resuming,
     write_config,
 )
-from mopo_fast.run.resolve import load_data, resolve
+from mopo_fast.run.resolve import load_data, resolve, take_data
 from mopo_fast.sac import SAC, sum_by_kernel
 from mopo_fast.tasks import Task
 from mopo_fast.train import Training, evaluation_workers, progress_note
@@ -303,16 +303,21 @@ def train_many(
     started = time.perf_counter()
     check_runs(configs)
     paths = [Path(out) for out in outs]
-    resolved = [resolve(config, out) for config, out in zip(configs, paths, strict=True)]
+    first, data = take_data(configs[0], memory_map=memory_map)
+    if data is not None:
+        if any(config.dataset is not configs[0].dataset for config in configs):
+            raise InputError("runs made together share their data; give every config the same object")
+        configs = [dataclasses.replace(config, dataset=first.dataset) for config in configs]
+    resolved = [resolve(config, out, data) for config, out in zip(configs, paths, strict=True)]
     runs = {out: config for (config, _), out in zip(resolved, paths, strict=True)}
     _check_together([config for config, _ in resolved], paths)
     with contextlib.ExitStack() as stack:
         for out, config in runs.items():
             stack.enter_context(locked(out))
             check_folder(out, config, resume)
-        data, task = None, resolved[0][1]
+        task = resolved[0][1]
         if unfinished := {out: config for out, config in runs.items() if not (out / "summary.json").exists()}:
-            data = load_data(next(iter(unfinished.values())), task, memory_map=memory_map, quiet=quiet)
+            data = load_data(next(iter(unfinished.values())), task, data, memory_map=memory_map, quiet=quiet)
             with suggest_resuming(*unfinished):
                 _train_all(unfinished, task, data, started, quiet)
         for out in runs:

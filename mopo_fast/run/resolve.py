@@ -1,11 +1,13 @@
 """Complete and check the settings of a run before it writes anything, and build its parts from them."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 from mopo_fast.buffer import row_bytes
 from mopo_fast.config import RunConfig, TrainConfig
-from mopo_fast.data import Transitions, find_dataset, load_dataset
+from mopo_fast.data import MEMORY_PREFIX, Transitions, find_dataset, load_dataset
+from mopo_fast.data.transitions import DATA_ARRAYS
 from mopo_fast.ensemble import EnsembleDynamics, mlp_bytes
 from mopo_fast.errors import InputError
 from mopo_fast.fit import check_fit_memory, count_holdout, make_ensemble
@@ -13,17 +15,37 @@ from mopo_fast.rollout import RolloutEngine
 from mopo_fast.run.checkpoint import last_checkpoint
 from mopo_fast.run.dynamics import read_dynamics, training_backend
 from mopo_fast.sac import SAC
-from mopo_fast.tasks import Task, get_task, parse_dataset_name, termination_of
+from mopo_fast.tasks import TASKS, Task, get_task, parse_dataset_name, termination_of
 from mopo_fast.utils.machine import check_device, check_memory
+from mopo_fast.utils.tensors import tensors_sha256
 
 
-def resolve(config: TrainConfig, out: Path | None = None) -> tuple[RunConfig, Task]:
+def take_data(config: TrainConfig, *, memory_map: bool) -> tuple[TrainConfig, Transitions | None]:
+    """Separate data in memory from the settings of a run.
+
+    Returns:
+        The settings, whose `dataset` is a text: `memory:NAME` in place of data in memory; and these data, or
+        None where `dataset` is a name or a path.
+
+    Raises:
+        InputError: the data are not valid, or `memory_map` is True for data in memory.
+    """
+    if isinstance(config.dataset, str | os.PathLike):
+        return dataclasses.replace(config, dataset=os.fspath(config.dataset)), None
+    data = load_dataset(config.dataset, memory_map=memory_map)
+    return dataclasses.replace(config, dataset=f"{MEMORY_PREFIX}{data.name or 'unnamed'}"), data
+
+
+def resolve(
+    config: TrainConfig, out: Path | None = None, data: Transitions | None = None
+) -> tuple[RunConfig, Task]:
     """Fill in the task, the horizon and the penalty coefficient, and check all settings.
 
     Args:
         config: settings of the run, as the user gave them.
         out: folder of the run. If it holds a checkpoint, the ensemble there is checked and not the one in
             `config.dynamics_from`.
+        data: data in memory that `take_data` found; their digest is recorded.
 
     Returns:
         The complete settings and the task.
@@ -31,7 +53,7 @@ def resolve(config: TrainConfig, out: Path | None = None) -> tuple[RunConfig, Ta
     Raises:
         InputError: a setting is unknown or out of range, or asks for something that this machine lacks.
     """
-    config, task = _fill_in(config)
+    config, task = _fill_in(config, data)
     config.validate()
     check_device(config.device)
     # Building the engine and SAC once brings their errors before the data set is read and the model fitted.
@@ -41,13 +63,16 @@ def resolve(config: TrainConfig, out: Path | None = None) -> tuple[RunConfig, Ta
     return config, task
 
 
-def load_data(config: RunConfig, task: Task, *, memory_map: bool, quiet: bool) -> Transitions:
-    """Load the data set of a run.
+def load_data(
+    config: RunConfig, task: Task, data: Transitions | None = None, *, memory_map: bool, quiet: bool
+) -> Transitions:
+    """Load the data set of a run, unless `data` are given, and check that it fits the run.
 
     Raises:
         InputError: the data set cannot be read, or does not fit the task or the config.
     """
-    data = load_dataset(config.dataset, memory_map=memory_map, quiet=quiet)
+    if data is None:
+        data = load_dataset(config.dataset, memory_map=memory_map, quiet=quiet)
     if (data.obs_dim, data.act_dim) != (task.obs_dim, task.act_dim):
         raise InputError(
             f"{config.dataset} has {data.obs_dim} observation and {data.act_dim} action dimensions, the"
@@ -63,13 +88,17 @@ def load_data(config: RunConfig, task: Task, *, memory_map: bool, quiet: bool) -
     return data
 
 
-def _fill_in(config: TrainConfig) -> tuple[RunConfig, Task]:
+def _fill_in(config: TrainConfig, data: Transitions | None) -> tuple[RunConfig, Task]:
     try:
+        if data is not None:
+            names = ", ".join(TASKS)
+            raise InputError(f"data in memory need a task; give TrainConfig(..., task=...), one of {names}")
         named_task, tier = parse_dataset_name(Path(config.dataset).stem)
     except InputError:
         if config.task is None:
             # The likelier mistake is a data set that does not exist, and its error says more.
-            find_dataset(config.dataset)
+            if data is None:
+                find_dataset(config.dataset)
             raise
         named_task, tier = config.task, None
     task = get_task(config.task or named_task)
@@ -81,7 +110,8 @@ def _fill_in(config: TrainConfig) -> tuple[RunConfig, Task]:
         rollout = dataclasses.replace(rollout, penalty_coef=penalty_coef)
     given = {field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)}
     given |= {"task": task.name, "rollout": rollout}
-    return RunConfig(**given, task_sha256=task.file_sha256), task
+    digest = None if data is None else tensors_sha256({name: getattr(data, name) for name in DATA_ARRAYS})
+    return RunConfig(**given, task_sha256=task.file_sha256, data_sha256=digest), task
 
 
 def _ensemble(config: RunConfig, task: Task, out: Path | None) -> EnsembleDynamics:

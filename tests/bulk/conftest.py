@@ -10,7 +10,7 @@ from small_shards import make_run, make_shards
 
 from mopo_fast import Transitions
 from mopo_fast.data import load_dataset
-from mopo_fast.data.files import write_arrays
+from mopo_fast.data.write import write_arrays
 
 
 @pytest.fixture(scope="module")

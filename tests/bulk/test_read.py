@@ -39,6 +39,14 @@ def test_rows_across_shards(run: Path, data: Transitions, tmp_path: Path, format
         assert len(one) == 64 and torch.equal(one.observations, other.observations)
 
 
+def test_repr_is_short(undisturbed: Path, data: Transitions) -> None:
+    rollouts = open_rollouts(undisturbed)
+    dataset = rollouts.manifest.plan.dataset
+    assert repr(rollouts) == (
+        f"Rollouts({str(undisturbed)!r}: 1,100 transitions in 6 shards, hdf5, data set {dataset!r})"
+    )
+
+
 def test_an_unfinished_folder(run: Path, data: Transitions, undisturbed: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"manifest\.json does not exist"):
         open_rollouts(tmp_path)

@@ -19,6 +19,36 @@ def test_every_public_name_is_there() -> None:
         assert getattr(mopo_fast, name) is not None
     with pytest.raises(AttributeError, match="nothing"):
         _ = mopo_fast.nothing
+    with pytest.raises(AttributeError, match=r"'mopo_fast\.data' has no attribute 'nothing'"):
+        _ = mopo_fast.data.nothing
+
+
+def test_tab_completion_shows_the_public_names_and_modules() -> None:
+    names = dir(mopo_fast)
+    assert set(mopo_fast.__all__) < set(names)
+    assert {"bulk", "compat", "data", "evaluate", "train"} < set(names)
+    assert not {"Any", "TYPE_CHECKING", "importlib", "_cpu", "_version"} & set(names)
+    assert {"convert", "load_dataset"} < set(dir(mopo_fast.data))
+
+
+def test_editors_see_the_modules() -> None:
+    source = (ROOT / "mopo_fast" / "__init__.py").read_text()
+    for name in re.findall(r"from mopo_fast import (\w+) as", source):
+        assert name in dir(mopo_fast)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["train.train", "evaluate.evaluate", "data.convert.convert", "compat.native.read", "bulk.read.Rollouts",
+     "run.population.train_many", "backends.reference.act", "collect.collect"],
+)  # fmt: skip
+def test_modules_are_imported_on_first_use(name: str) -> None:
+    check = (
+        "import sys, mopo_fast\n"
+        "if 'torch' in sys.modules or 'numpy' in sys.modules: sys.exit('imported too early')\n"
+        f"sys.exit(not callable(mopo_fast.{name}))"
+    )
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
 
 
 def test_one_version() -> None:

@@ -198,3 +198,60 @@ if __name__ == "__main__":
             return
         time.sleep(0.05)
     pytest.fail(f"the worker {worker} is still there")
+
+
+class TestAnyPolicy:
+    """A policy is an actor or any function of observations."""
+
+    def test_a_task_by_its_name(self) -> None:
+        actor = actor_for("pendulum")
+        assert evaluate(actor, "pendulum", episodes=1, seed=0) == evaluate(
+            actor, TASKS["pendulum"], episodes=1, seed=0
+        )
+        with pytest.raises(InputError, match="unknown task 'hoper'; there are: halfcheetah"):
+            evaluate(actor, "hoper", seed=0)
+
+    def test_a_function_is_called_with_numpy_arrays(self) -> None:
+        actor, given = actor_for("hopper"), []
+
+        def policy(observations: np.ndarray) -> np.ndarray:
+            given.append((type(observations), observations.shape))
+            actions = actor.predict(observations)
+            observations.fill(0.0)
+            return actions
+
+        assert evaluate(policy, "hopper", episodes=3, seed=1) == evaluate(actor, "hopper", episodes=3, seed=1)
+        assert set(given) == {(np.ndarray, (3, 11))}
+
+    def test_a_torch_module_is_called_with_tensors(self) -> None:
+        actor = actor_for("pendulum")
+
+        class Mean(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.actor = actor
+
+            def forward(self, observations: torch.Tensor) -> torch.Tensor:
+                return self.actor(observations)[0].tanh()
+
+        found = evaluate(Mean(), "pendulum", episodes=2, seed=1)
+        assert found == evaluate(actor, "pendulum", episodes=2, seed=1)
+
+    @pytest.mark.parametrize(
+        ("policy", "message"),
+        [
+            (lambda o: np.zeros(1), r"must return actions \[2, 1\], .* got shape \[1\]"),
+            (lambda o: None, "must return an array of actions, got NoneType"),
+            (lambda o: "left", "must return an array of actions, got str"),
+            (lambda o: np.full((2, 1), 2.0), r"actions up to 2; return actions in \[-1, 1\]"),
+            (lambda o: np.full((2, 1), np.nan), "actions that are not finite"),
+            ("hopper", "policy must be a mopo_fast.Actor or a function .*, got str"),
+        ],
+    )
+    def test_refusals(self, policy, message: str) -> None:
+        with pytest.raises(InputError, match=message):
+            evaluate(policy, "pendulum", episodes=2, seed=0)
+
+    def test_a_function_draws_its_own_noise(self) -> None:
+        with pytest.raises(InputError, match="a function draws its own noise"):
+            evaluate(lambda o: np.zeros((1, 1)), "pendulum", episodes=1, seed=0, deterministic=False)

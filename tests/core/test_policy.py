@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import distributions
@@ -253,3 +254,48 @@ def test_critic_starts_from_xavier_uniform_per_network() -> None:
     for weight in critic.weights[:2]:
         bound = math.sqrt(6.0 / (weight.shape[1] + weight.shape[2]))
         assert 0.97 * bound < weight.abs().max() <= bound
+
+
+class TestPredict:
+    def test_one_observation_and_many(self) -> None:
+        actor = Actor(3, 2, generator=torch.Generator().manual_seed(0))
+        many = np.linspace(-1, 1, 12).reshape(4, 3)
+        expected = actor.act(torch.from_numpy(many).float()).numpy()
+        found = actor.predict(many)
+        assert isinstance(found, np.ndarray) and found.dtype == np.float32
+        assert np.array_equal(found, expected)
+        assert actor.predict(many[0]).shape == (2,)
+        assert np.allclose(actor.predict(many[0]), expected[0])
+        assert np.array_equal(actor.predict(torch.from_numpy(many)), expected)
+        assert np.array_equal(actor.predict(many[::-1]), expected[::-1])
+        assert actor.predict([0, 1, 2]).shape == (2,)
+
+    def test_samples_on_request(self) -> None:
+        actor, one = Actor(3, 2), np.zeros(3)
+        drawn = [
+            actor.predict(one, deterministic=False, generator=torch.Generator().manual_seed(seed))
+            for seed in (1, 1, 2)
+        ]
+        assert np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
+        assert np.abs(drawn).max() <= 1.0
+
+    @pytest.mark.parametrize(
+        ("observations", "message"),
+        [
+            (np.zeros(4), r"observations must be \[3\] or \[n, 3\], got shape \[4\]"),
+            (np.zeros((1, 1, 3)), r"got shape \[1, 1, 3\]"),
+            (0.0, r"got shape \[\]"),
+            (["a", "b", "c"], "observations must be numbers"),
+            ([0.0, np.nan, 0.0], "observations must be finite"),
+        ],
+    )
+    def test_refusals(self, observations: object, message: str) -> None:
+        with pytest.raises(InputError, match=message):
+            Actor(3, 2).predict(observations)
+
+
+def test_repr_is_short() -> None:
+    assert repr(Actor(3, 2)) == (
+        "Actor(obs_dim=3, act_dim=2, hidden=(256, 256), activation='relu', log_std_min=-20.0,"
+        " log_std_max=2.0, device='cpu')"
+    )

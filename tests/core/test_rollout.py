@@ -12,9 +12,11 @@ from mopo_fast.backends.choose import _log_once
 from mopo_fast.backends.reference import penalise
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import PENALTIES
+from mopo_fast.data import Transitions
 from mopo_fast.errors import InputError
+from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine
-from mopo_fast.tasks import make_box
+from mopo_fast.tasks import TASKS, Task, make_box
 
 BACKENDS = ["reference", "cpu"]
 
@@ -34,7 +36,7 @@ def engine(request):
         ({"threads": 0}, "threads must be a whole number, 1 <= threads"),
         ({"threads": 2.5}, "threads must be a whole number"),
         ({"penalty_coef": "1"}, "penalty_coef must be finite and not negative, got '1'"),
-        ({"termination": 5}, "termination must be a name, a Box, a function or None, got 5"),
+        ({"termination": 5}, "termination must be a name, a Task, a Box, a function or None, got 5"),
         ({"penalty_members": "best"}, "penalty_members must be"),
         ({"termination": "hoper"}, "unknown termination 'hoper'; there are: halfcheetah, hopper"),
         (
@@ -93,7 +95,13 @@ def test_bad_rollout_arguments(engine):
             policy, start, 3, out=RingBuffer(24, 4, 2))  # fmt: skip
     refused("the buffer's observations must be .* on cpu, got .* on meta", policy, start, 3,
             out=RingBuffer(24, 5, 2, "meta"))  # fmt: skip
-    refused("policy must be a mopo_fast.Actor, got Linear", torch.nn.Linear(5, 4), start, 3)
+    refused("policy must be .* a function .*, got str; .* loop over `engine.step`", "mine", start, 3)
+
+    class Own(Actor):
+        def act(self, observations, noise=None):
+            return torch.zeros(len(observations), 2)
+
+    refused("Own has a forward or act of its own, .* loop over `engine.step`", Own(5, 2), start, 3)
 
 
 def test_bad_elites():
@@ -305,3 +313,104 @@ def test_a_missing_extension_is_a_reason(monkeypatch):
     finally:
         monkeypatch.undo()
         cpu._load.cache_clear()
+
+
+def assert_same(one: Transitions, other: Transitions) -> None:
+    assert one.arrays().keys() == other.arrays().keys()
+    for name, array in one.arrays().items():
+        torch.testing.assert_close(array, other.arrays()[name], msg=name)
+
+
+class TestFunctionsAsPolicies:
+    """A function chooses the actions, and the backend makes one model step at a time."""
+
+    def test_equals_the_same_actor(self, engine):
+        policy, start = make_policy(5, 2), inputs(50, 5, 2)[0]
+        engine.ensemble.biases[-1].data[:, 0] += 0.5
+        engine = RolloutEngine(
+            engine.ensemble, termination=make_box(5, {0: (-5.0, 2.0)}), backend=engine.backend
+        )
+        fused = engine.rollout(policy, start, 4, seed=3, deterministic=True)
+        assert 50 < len(fused) < 200
+        assert_same(engine.rollout(policy.act, start, 4, seed=3, deterministic=True), fused)
+        # NumPy arrays are taken too, as start states and as actions.
+        assert_same(engine.rollout(policy.predict, start.numpy(), 4, seed=3, deterministic=True), fused)
+
+    def test_equals_steps(self, engine):
+        observations = inputs(8, 5, 2)[0]
+        found = engine.rollout(lambda o: torch.full((len(o), 2), 0.25), observations, 2, seed=7)
+        actions = torch.full((8, 2), 0.25)
+        first = engine.step(observations, actions, seed=7)
+        second = engine.step(first.next_observations, actions, seed=7, step=1)
+        assert found.next_observations[0::2].equal(first.next_observations)
+        assert found.rewards[1::2].equal(second.rewards)
+        assert found.step.tolist() == [0, 1] * 8
+
+    def test_fills_a_buffer(self, engine):
+        buffer, start = RingBuffer(30, 5, 2), inputs(8, 5, 2)[0]
+        found = engine.rollout(lambda o: torch.zeros(len(o), 2), start, 3, seed=0, out=buffer)
+        assert buffer.size == len(found) == 24
+        with pytest.raises(InputError, match=r"the buffer's observations must be .* got .*\[24, 4\]"):
+            engine.rollout(lambda o: torch.zeros(len(o), 2), start, 3, seed=0, out=RingBuffer(24, 4, 2))
+
+    def test_goes_with_a_termination_function(self):
+        ended = []
+
+        def rule(observations, actions, next_observations):
+            ended.append(len(observations))
+            return torch.arange(len(observations)) == 0
+
+        engine = RolloutEngine(make_ensemble(5, 2), termination=rule)
+        engine.rollout(lambda o: torch.zeros(len(o), 2), inputs(3, 5, 2)[0], 5, seed=0)
+        assert ended == [3, 2, 1]
+
+    def test_keeps_no_graph_and_changes_no_observation(self, engine):
+        module = torch.nn.Linear(5, 2)
+
+        def policy(observations):
+            actions = module(observations)
+            observations.fill_(0.0)
+            return actions
+
+        start = inputs(4, 5, 2)[0]
+        found = engine.rollout(policy, start, 1, seed=0)
+        assert not found.actions.requires_grad
+        assert found.observations.equal(start)
+
+    @pytest.mark.parametrize(
+        ("policy", "message"),
+        [
+            (
+                lambda o: torch.zeros(len(o), 3),
+                r"actions of the policy must be \[batch, 2\], got shape \[4, 3\]",
+            ),
+            (
+                lambda o: torch.zeros(1, 2),
+                "returned 1 actions for 4 observations; .* loop over `engine.step`",
+            ),
+            (lambda o: torch.full((4, 2), math.nan), "actions of the policy is not finite at row 0"),
+            (lambda o: None, "actions of the policy must be a tensor, a NumPy array .* got NoneType"),
+        ],
+    )
+    def test_refusals(self, engine, policy, message):
+        with pytest.raises(InputError, match=message):
+            engine.rollout(policy, inputs(4, 5, 2)[0], 2, seed=0)
+
+
+def test_tasks_give_their_termination_rule(monkeypatch):
+    task = Task("mine", "", 5, 2, make_box(5, {0: (100.0, 101.0)}))
+    monkeypatch.setitem(TASKS, "mine", task)
+    for given in ("mine", task):
+        engine = RolloutEngine(make_ensemble(5, 2), termination=given)
+        assert engine.step(*inputs(4, 5, 2), seed=0).terminals.all()
+
+
+def test_reprs_are_short():
+    ensemble = make_ensemble(5, 2)
+    assert repr(ensemble).startswith("EnsembleDynamics(obs_dim=5, act_dim=2, members=")
+    engine = RolloutEngine(ensemble, backend="reference", termination=TASKS["hopper"].box.contains, threads=2)
+    assert repr(engine) == (
+        f"RolloutEngine({ensemble!r}, penalty='max_aleatoric', penalty_coef=1.0, termination='contains',"
+        " backend='reference', dtype='float32', threads=2, penalty_members='all')"
+    )
+    assert len(repr(engine)) < 400

@@ -18,8 +18,8 @@ from mopo_fast import InputError
 from mopo_fast.bulk.files import write_file
 from mopo_fast.collect import collect
 from mopo_fast.data import load_file, relabel_file
-from mopo_fast.data.files import write_arrays
 from mopo_fast.data.hdf5_writer import new_file
+from mopo_fast.data.write import write_arrays
 
 Arrays = dict[str, Any]
 

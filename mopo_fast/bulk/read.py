@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from mopo_fast.bulk.files import as_transitions, check_values, file_sha256, read_shard
-from mopo_fast.bulk.plan import MANIFEST, Manifest, Plan, ShardRecord, count_rows, read_manifest
+from mopo_fast.bulk.plan import Manifest, Plan, ShardRecord, count_rows, read_manifest
 from mopo_fast.data.stored import Array
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.errors import InputError
@@ -135,14 +135,14 @@ def _verify_shard(folder: Path, plan: Plan, record: ShardRecord) -> None:
     path, shard = folder / record.file, plan.shard(record.file)
     size = regular_file(path).st_size
     if file_sha256(path) != record.sha256:
-        raise InputError(f"{path} has changed: its SHA-256 is not that in {MANIFEST}")
+        raise InputError(f"{path} has changed: its SHA-256 is not that in the manifest")
     arrays, _ = read_shard(path, plan, shard)
     check_values(path, arrays, plan, shard)
     for name, found in {"bytes": size, **count_rows(arrays, plan.rollout.horizon)}.items():
         value = getattr(record, name)
         # The last digits of a sum depend on the order of addition.
         if not (np.isclose(found, value) if name.endswith("_sum") else found == value):
-            raise InputError(f"{path}: {MANIFEST} has {name} {value!r}, the shard has {found!r}")
+            raise InputError(f"{path}: the manifest has {name} {value!r}, the shard has {found!r}")
 
 
 def summarise(manifest: Manifest) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from small_shards import COUNT, content, edit, make_shards
 
 from mopo_fast import InputError, Transitions, open_rollouts
 from mopo_fast.bulk import files
-from mopo_fast.bulk.plan import MANIFEST, read_manifest
+from mopo_fast.bulk.plan import MANIFEST, OLD_MANIFEST, read_manifest
 from mopo_fast.bulk.read import as_text, summarise, verify
 from mopo_fast.cli import main
 
@@ -58,7 +58,7 @@ def test_recorded_shards_are_read(recorded: Path) -> None:
     assert len(open_rollouts(recorded)[:]) == manifest.plan.count
     # The metadata of each shard identify the plan by its SHA-256.
     assert open_rollouts(recorded).shard(0).info["plan"] == manifest.plan.sha256()
-    assert json.loads((recorded / MANIFEST).read_text()) == dataclasses.asdict(manifest)
+    assert json.loads((recorded / OLD_MANIFEST).read_text()) == dataclasses.asdict(manifest)
 
 
 def test_other_files_in_the_folder_are_ignored(undisturbed: Path, tmp_path: Path) -> None:
@@ -89,14 +89,8 @@ def test_a_corrupt_shard(
     error = capsys.readouterr().err
     assert "2 of 6 shards are not sound" in error
     assert "shard-000002.hdf5 has changed" in error and "shard-000004.hdf5 does not exist" in error
-    path.unlink()
     make_shards(run, data, out)
     assert content(out) == content(undisturbed)
-    path.write_bytes(damaged[:-10])
-    with pytest.raises(
-        InputError, match=r"shard-000002\.hdf5 has [\d,]+ bytes, manifest\.json says .*delete it"
-    ):
-        make_shards(run, data, out)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +103,7 @@ def test_a_corrupt_shard(
         ("rewards", 7e4, "rewards are not raw_rewards"),
         ("rewards", np.nan, "rewards is not finite at row 5"),
         ("timeouts", None, "timeouts are not where"),
-        ("step", 1, "manifest.json has rows_of_step"),
+        ("step", 1, "the manifest has rows_of_step"),
     ],
 )
 def test_values_out_of_range_are_no_sound_shard(

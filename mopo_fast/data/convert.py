@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from mopo_fast.bulk.read import shard_arrays
 from mopo_fast.data import d4rl, find_dataset, minari
 from mopo_fast.data.files import Array, Reader, check_file, from_arrays, open_file, step_limits, write_arrays
 from mopo_fast.data.stored import read_all
@@ -50,6 +51,8 @@ def _read(source: str, quiet: bool) -> dict[str, Any]:
     path, name = find_dataset(source)
     if name in d4rl.LOCATIONS:
         path = d4rl.fetch(name, quiet=quiet)
+    if path.is_dir():
+        return shard_arrays(path)
     with open_file(path) as file:
         return read_all(path, file)
 

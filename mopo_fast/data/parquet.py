@@ -117,4 +117,3 @@ def _as_array(name: str, values: Any, shape: tuple[int, ...]) -> Array:
             raise ValueError(f"{name} has lists of different lengths")
     array: Array = flat.to_numpy(zero_copy_only=False)
     return array.reshape(shape)
-

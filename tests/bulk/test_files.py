@@ -122,16 +122,6 @@ def test_every_format(
         files.read_file(path)
 
 
-def test_parquet_is_read_by_others(run: Path, data: Transitions, undisturbed: Path, tmp_path: Path) -> None:
-    import pyarrow.dataset
-
-    make_shards(run, data, tmp_path / "out", format="parquet")
-    table = pyarrow.dataset.dataset(sorted((tmp_path / "out").glob("*.parquet"))).to_table()
-    whole = open_rollouts(undisturbed)[:]
-    assert np.array_equal(np.stack(table["observations"].to_numpy()), whole.observations)
-    assert np.array_equal(table["penalties"].to_numpy(), whole.penalties)
-
-
 def test_arrays_in_place(tmp_path: Path) -> None:
     """Arrays are aligned for any row size, and arrays without rows can be read."""
     random = np.random.default_rng(0)

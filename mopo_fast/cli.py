@@ -157,8 +157,8 @@ def convert(
     DST is written whole or not at all. Its ending says which format a data set is converted to.
 
     Args:
-        source: Name or file of a data set: .hdf5, .npz, .pkl or minari:ID. With --from, a file or folder that
-            the other code has written.
+        source: Name or file of a data set: .hdf5, .npz, .pkl, .parquet, a folder of shards or minari:ID. With
+            --from, a file or folder that the other code has written.
         target: Data set to write: .hdf5, .h5, .npz or minari:ID. With --from, the file or folder for the
             models.
         source_format: Code that wrote the models in SRC, which are an ensemble, a policy or both.
@@ -492,7 +492,9 @@ def rollout(
 
     They go to one file, or to a folder of shards with a manifest, which may be larger than the memory.
 
-    The same command completes a folder that was stopped, to the same bytes.
+    The same command completes a folder that was stopped, to the same bytes. It makes damaged shards again.
+
+    A larger --count lets the folder grow.
 
     Args:
         run: Folder of the run whose policy and ensemble are used.

@@ -65,7 +65,7 @@ def test_an_existing_file_needs_overwrite(run: Path, data: Transitions, tmp_path
 
 def test_files_that_cannot_be_written_are_named(run: Path, data: Transitions, tmp_path: Path) -> None:
     rollouts = generate(run, data, count=2)
-    with pytest.raises(InputError, match=r"a\.csv: the file's name must end in"):
+    with pytest.raises(InputError, match=r"a\.csv; its name must end in"):
         save_transitions(tmp_path / "a.csv", rollouts)
     with pytest.raises(InputError, match=r"cannot write /proc/a\.npz"):
         save_transitions("/proc/a.npz", rollouts)

@@ -795,7 +795,7 @@ _RUNS = [
         _go_on_online,
         (
             "mopo_fast.collect.online:OnlineTraining._load",
-            "mopo_fast.collect.online:OnlineTraining._take",
+            "mopo_fast.collect.online:OnlineTraining._restore",
             "mopo_fast.collect.online:OnlineTraining._rows",
         ),
     ),

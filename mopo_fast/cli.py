@@ -15,6 +15,7 @@ import itertools
 import json as json_format
 import logging
 import operator
+import os
 import re
 import statistics
 import sys
@@ -377,7 +378,8 @@ def sweep(
 
 
 def _is_run(path: str) -> bool:
-    return Path(path, "config.json").is_file()
+    # Unlike `Path.is_file`, this is False for a name that is too long.
+    return os.path.isfile(os.path.join(path, "config.json"))
 
 
 def _resumed(config: TrainConfig, run: Path) -> TrainConfig:
@@ -390,8 +392,7 @@ def _resumed(config: TrainConfig, run: Path) -> TrainConfig:
     from mopo_fast.tasks import task_of_run
 
     recorded = read_config(run)
-    assert recorded.task is not None
-    task = task_of_run(run / "config.json", recorded.task, recorded.task_sha256, config.task)
+    task = task_of_run(run / "config.json", recorded.task or "", recorded.task_sha256, config.task)
     return dataclasses.replace(config, dataset=recorded.dataset, task=task.name)
 
 

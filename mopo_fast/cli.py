@@ -15,6 +15,7 @@ import itertools
 import json as json_format
 import logging
 import operator
+import os
 import re
 import statistics
 import sys
@@ -157,8 +158,8 @@ def convert(
     DST is written whole or not at all. Its ending says which format a data set is converted to.
 
     Args:
-        source: Name or file of a data set: .hdf5, .npz, .pkl or minari:ID. With --from, a file or folder that
-            the other code has written.
+        source: Name or file of a data set: .hdf5, .npz, .pkl, .parquet, a folder of shards or minari:ID. With
+            --from, a file or folder that the other code has written.
         target: Data set to write: .hdf5, .h5, .npz or minari:ID. With --from, the file or folder for the
             models.
         source_format: Code that wrote the models in SRC, which are an ensemble, a policy or both.
@@ -277,7 +278,8 @@ def train(
         penalty_coefs: Penalty coefficients of several runs to train at once, each with every seed.
         out: Folder of the run. With several runs, each has a folder of its own in it.
         resume: Go on from the last checkpoint in the folder. The result is the same, bit for bit, as that of
-            a run without interruption.
+            a run without interruption. Give the run's folder in place of DATASET, and all settings are read
+            from its config.json. A larger --steps trains a finished run on.
         memory_map: Leave the data in their file, for a data set larger than the memory. Results do not
             change.
         quiet: Show no progress bars.
@@ -285,24 +287,34 @@ def train(
     Examples:
         mopo-fast train hopper-medium-v2
         mopo-fast train hopper-medium-v2 --steps 100000 --seeds 0:4
+        mopo-fast train --resume runs/hopper-medium-v2-seed0
+        mopo-fast train --resume runs/hopper-medium-v2-seed0 --steps 2000000
     """
-    # `_commands` has made the preset the defaults of `config`.
-    del preset
     from mopo_fast.run.population import train_many
     from mopo_fast.train import train
 
+    # `_commands` has made the preset, or the settings of the run to resume, the defaults of `config`.
+    if resume and _is_run(config.dataset):
+        if preset is not None or seeds is not None or penalty_coefs or out is not None:
+            raise InputError(
+                f"--resume {config.dataset} takes the settings of that run; leave out --preset, --seeds,"
+                " --penalty-coefs and --out"
+            )
+        out = Path(config.dataset)
+        config = _resumed(config, out)
     configs, names = _population(config, seeds, penalty_coefs)
     if out is None:
         outs = [Path("runs", f"{Path(config.dataset).stem}-{name}") for name in names]
     else:
         outs = [out] if seeds is None and not penalty_coefs else [out / name for name in names]
+    how: dict[str, Any] = {"resume": resume, "memory_map": memory_map, "quiet": quiet}
+    one = len(configs) == 1
     try:
-        how: dict[str, Any] = {"resume": resume, "memory_map": memory_map, "quiet": quiet}
-        one = len(configs) == 1
         summaries = [train(configs[0], outs[0], **how)] if one else train_many(configs, outs, **how)
     except KeyboardInterrupt:
-        again = f"--out {outs[0]} --resume" if len(outs) == 1 else "--resume"
-        raise KeyboardInterrupt(f"stopped; the same command with {again} goes on") from None
+        if one:
+            raise KeyboardInterrupt(f"stopped; `mopo-fast train --resume {outs[0]}` goes on") from None
+        raise KeyboardInterrupt("stopped; the same command with --resume goes on") from None
     for summary, folder in zip(summaries, outs, strict=True):
         print(_outcome(summary))
         print(folder)
@@ -363,6 +375,25 @@ def sweep(
         raise KeyboardInterrupt("stopped; the same command goes on") from None
     Console().print(to_table(rows))
     print(f"{folder / 'sweep.csv'}, {folder / 'sweep.png'}")
+
+
+def _is_run(path: str) -> bool:
+    # Unlike `Path.is_file`, this is False for a name that is too long.
+    return os.path.isfile(os.path.join(path, "config.json"))
+
+
+def _resumed(config: TrainConfig, run: Path) -> TrainConfig:
+    """Return the settings with which a run goes on, from those of a command that names its folder.
+
+    Raises:
+        InputError: the run's task is a Python file, and the command does not name it.
+    """
+    from mopo_fast.run.folder import read_config
+    from mopo_fast.tasks import task_of_run
+
+    recorded = read_config(run)
+    task = task_of_run(run / "config.json", recorded.task or "", recorded.task_sha256, config.task)
+    return dataclasses.replace(config, dataset=recorded.dataset, task=task.name)
 
 
 def _population(
@@ -462,7 +493,9 @@ def rollout(
 
     They go to one file, or to a folder of shards with a manifest, which may be larger than the memory.
 
-    The same command completes a folder that was stopped, to the same bytes.
+    The same command completes a folder that was stopped, to the same bytes. It makes damaged shards again.
+
+    A larger --count lets the folder grow.
 
     Args:
         run: Folder of the run whose policy and ensemble are used.
@@ -708,7 +741,11 @@ def _outcome_of_all(summaries: Sequence[dict[str, Any]]) -> str:
 
 
 def _commands(argv: Sequence[str]) -> dict[str, Callable[..., None]]:
-    """Return `COMMANDS`, in which `train` and `sweep` take their defaults from a --preset."""
+    """Return `COMMANDS`, with defaults from a --preset, or from the run that `train --resume` names."""
+    if argv[:1] == ["train"] and "--resume" in argv:
+        for flag, value in itertools.pairwise(argv):
+            if flag not in ("--out", "--dynamics-from") and _is_run(value):
+                return COMMANDS | {"train": functools.partial(train, config=_recorded(Path(value)))}
     given = [value for flag, value in itertools.pairwise(argv) if flag == "--preset"]
     given += [word.removeprefix("--preset=") for word in argv if word.startswith("--preset=")]
     # tyro reports unknown presets.
@@ -721,6 +758,18 @@ def _commands(argv: Sequence[str]) -> dict[str, Callable[..., None]]:
     return COMMANDS | {
         command.__name__: functools.partial(command, config=config) for command in (train, sweep)
     }
+
+
+def _recorded(run: Path) -> TrainConfig:
+    """Return the settings in a run's config.json, without the data set and a task that is a Python file."""
+    from mopo_fast.run.folder import read_config
+
+    recorded = read_config(run)
+    values = {field.name: getattr(recorded, field.name) for field in dataclasses.fields(TrainConfig)}
+    if recorded.task is not None and recorded.task.endswith(".py"):
+        # The file is executed only if the command names it too.
+        values["task"] = None
+    return TrainConfig(**values | {"dataset": tyro.MISSING})
 
 
 def _docstring(command: str) -> str:

@@ -360,8 +360,9 @@ class TrainConfig:
 
     Attributes:
         dataset: Name or file of the data set. A name is one of D4RL's (hopper-medium-v2, downloaded if need
-            be), of `mopo-fast collect` (hopper-medium-local) or of Minari (minari:ID). A file is .hdf5
-            or .npz in D4RL's layout, a NeoRL .npz, or a .pkl of trajectories.
+            be), of `mopo-fast collect` (hopper-medium-local) or of Minari (minari:ID). A file is one
+            in D4RL's layout (.hdf5, .npz, .parquet), a NeoRL .npz, or a .pkl of trajectories. A folder of
+            shards that `mopo-fast rollout` has written is a data set too.
         task: Task, which defines the environment, the termination rule and the reference scores. Give a name,
             or a Python file, FILE.py, with a task of your own.
         seed: Seed of all random numbers. The same seed reproduces the run bit for bit.

@@ -20,7 +20,7 @@ from mopo_fast.config import RunConfig, TrainConfig, check_runs
 from mopo_fast.data import load_dataset
 from mopo_fast.errors import InputError
 from mopo_fast.fit import fit_and_save
-from mopo_fast.run.folder import check_folder, read_summary
+from mopo_fast.run.folder import check_folder, is_finished, read_summary
 from mopo_fast.run.resolve import resolve
 from mopo_fast.train import train
 from mopo_fast.utils.atomic import atomic_path
@@ -118,7 +118,7 @@ def sweep(
         for name, one in configs.items():
             check_folder(out / name, one, resume=True)
         runs = [(one, out / name, memory_map) for name, one in configs.items()]
-        _tune(_train, [run for run in runs if not (run[1] / "summary.json").exists()], config, "runs", quiet)
+        _tune(_train, [run for run in runs if not is_finished(run[1], run[0])], config, "runs", quiet)
         rows = [_row(one, out / name) for name, one in configs.items()]
         _write_csv(out / "sweep.csv", rows)
         _write_plot(out / "sweep.png", rows)

@@ -30,6 +30,8 @@ from mopo_fast.run.dynamics import make_dynamics, training_backend
 from mopo_fast.run.folder import (
     SpentSeconds,
     check_folder,
+    is_finished,
+    lengthen,
     read_summary,
     suggest_resuming,
     write_config,
@@ -67,7 +69,9 @@ def train(
             given, and config.json records `memory:NAME` and a digest; a run resumes with the same data alone.
         out: folder of the run.
         resume: continue from the last checkpoint. The final parameters are bit for bit those of a run that
-            was never stopped. A folder without a run starts from the beginning, a finished run is kept.
+            was never stopped. A folder without a run starts from the beginning. A finished run is kept, and
+            trained on where `config.steps` are more than it was made with. `run.folder.read_config` reads the
+            settings of a run.
         memory_map: leave the data in their file, see `load_dataset`. The fit then keeps the arrays that it
             derives from them in temporary files. The result is the same.
         quiet: show no progress bars.
@@ -91,7 +95,7 @@ def train(
     config, task = resolve(config, out, data)
     with locked(out):
         check_folder(out, config, resume)
-        if not (out / "summary.json").exists():
+        if not is_finished(out, config):
             data = load_data(config, task, data, memory_map=memory_map, quiet=quiet)
             with suggest_resuming(out):
                 write_config(out, config)
@@ -104,6 +108,7 @@ def train(
                     ) as run,
                     progress_bar("train: epochs", config.epochs, quiet=quiet) as bar,
                 ):
+                    lengthen(out, config)
                     bar.update(completed=run.epoch)
                     while run.epoch < config.epochs:
                         rows = run.roll_out()

@@ -22,21 +22,18 @@ from mopo_fast.bulk.plan import SHARD_ARRAYS, Plan, ShardRecord, count_rows
 from mopo_fast.config import Compression
 from mopo_fast.data.files import as_tensor, open_file
 from mopo_fast.data.hdf5_writer import Pieces, hdf5_pieces, write_pieces, write_values
-from mopo_fast.data.stored import Array, check_fits, is_kept, reading
+from mopo_fast.data.parquet import METADATA, import_pyarrow
+from mopo_fast.data.stored import Array, check_fits, is_kept
 from mopo_fast.data.transitions import ROLLOUT_ARRAYS, Transitions, array_layout
 from mopo_fast.data.write import check_file, write_arrays
 from mopo_fast.ensemble import MAX_MEMBERS
 from mopo_fast.errors import InputError
 from mopo_fast.utils.atomic import atomic_path, regular_file
-from mopo_fast.utils.machine import check_memory
 
 # Bytes hashed between two calls of `check`.
 _BLOCK = 4 << 20
-# Rows of a row group in Parquet, and the largest number of columns that is read.
+# Rows of a row group in Parquet.
 _ROW_GROUP = 1 << 17
-_MOST_COLUMNS = 64
-# Types of Parquet columns (or of the items of their lists) that are read, and their size in bytes.
-_ITEM_BYTES = {"bool": 1, "int32": 4, "int64": 8, "float": 4, "double": 8}
 
 
 # --- a rollout's arrays, and a file of them
@@ -261,7 +258,7 @@ def _write_parquet(
         return values if array.ndim == 1 else pyarrow.FixedSizeListArray.from_arrays(values, array.shape[1])
 
     table = pyarrow.table({name: column(array) for name, array in arrays.items()})
-    table = table.replace_schema_metadata({"mopo_fast": json.dumps(metadata)})
+    table = table.replace_schema_metadata({METADATA: json.dumps(metadata)})
     # Without dictionary encoding, since floats seldom repeat.
     options = {"compression": compression, "use_dictionary": False}
     with pyarrow.parquet.ParquetWriter(path, table.schema, **options) as writer:
@@ -270,27 +267,12 @@ def _write_parquet(
             writer.write_table(table.slice(first, _ROW_GROUP))
 
 
-def import_pyarrow() -> Any:
-    """Import pyarrow with its Parquet module.
-
-    Raises:
-        InputError: pyarrow is not installed.
-    """
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise InputError("Parquet takes the extra mopo_fast[parquet]: pip install pyarrow") from None
-    return pyarrow
-
-
 def read_file(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
     """Read a shard's arrays and its metadata; arrays in uncompressed HDF5 are memory maps.
 
     Raises:
         InputError: the file is missing or damaged.
     """
-    if path.suffix == ".parquet":
-        return _from_parquet(path)
     with open_file(path) as file:
         arrays = {key: item for key, item in file.items() if "/" not in key and item.shape is not None}
         check_fits(path, sum(item.nbytes for item in arrays.values() if item.offset is None), "")
@@ -302,50 +284,3 @@ def read_file(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
         texts = {k: v.decode("utf-8", "replace") for k, v in values.items() if isinstance(v, bytes)}
         found = {k: np.asarray(v) if v.offset is None else v.map(path) for k, v in arrays.items()}
         return found, values | texts
-
-
-def _from_parquet(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
-    pyarrow = import_pyarrow()
-    if not path.is_file():
-        raise InputError(f"{path} does not exist")
-    with reading(path, "Parquet"):
-        with pyarrow.parquet.ParquetFile(path) as file:
-            _check_parquet(path, file)
-            table = file.read()
-        metadata = json.loads(table.schema.metadata[b"mopo_fast"])
-        if not isinstance(metadata, dict):
-            raise ValueError("its metadata are no dictionary")
-        return {name: _from_column(name, table[name]) for name in table.column_names}, metadata
-
-
-def _check_parquet(path: Path, file: Any) -> None:
-    """Raise if a Parquet file's footer announces nested columns, or more data than fit into memory."""
-    schema, footer = file.schema_arrow, file.metadata
-    if len(schema.names) > _MOST_COLUMNS or len(set(schema.names)) < len(schema.names):
-        raise ValueError(f"it has {len(schema.names)} columns: too many, or two of one name")
-    width = 0
-    for field in schema:
-        size = _list_size(field.type)
-        item = str(field.type.value_type if size else field.type)
-        if item not in _ITEM_BYTES:
-            raise ValueError(f"{field.name} is of type {str(field.type)[:80]}")
-        width += max(1, size) * _ITEM_BYTES[item]
-    stored = sum(max(0, footer.row_group(group).total_byte_size) for group in range(footer.num_row_groups))
-    check_memory(f"{path} with {footer.num_rows} rows", stored + footer.num_rows * width, "cpu", "shard_rows")
-
-
-def _list_size(kind: Any) -> int:
-    """Return the length of a list type of fixed size, or 0 for any other type."""
-    import pyarrow
-
-    return int(kind.list_size) if pyarrow.types.is_fixed_size_list(kind) else 0
-
-
-def _from_column(name: str, column: Any) -> Array:
-    values = column.combine_chunks()
-    size = _list_size(values.type)
-    flat = values.values[values.offset * size : (values.offset + len(values)) * size] if size else values
-    if values.null_count or flat.null_count:
-        raise ValueError(f"{name} has null values")
-    array: Array = flat.to_numpy(zero_copy_only=False)
-    return array.reshape(-1, size) if size else array

@@ -133,7 +133,12 @@ class Generator:
         ring.clear()
         rows = plan.rows(shard)
         starts, non_finite = self.fill(ring, rows, shard << 32, advance)
-        metadata = {"plan": plan.sha256(), "shard": shard, "starts": starts, "non_finite": non_finite}
+        metadata = {
+            "plan": plan.settings_sha256(),
+            "shard": shard,
+            "starts": starts,
+            "non_finite": non_finite,
+        }
         return ring.storage[:rows], metadata
 
     def allocate_ring(self, count: int) -> RingBuffer:

@@ -1,7 +1,7 @@
 """Plan of a folder of shards, and the manifest that lists the finished shards.
 
 Shard k begins at transition k * shard_rows of the folder, and holds the rollouts k * 2^32, k * 2^32 + 1, ...
-It depends only on the plan and k.
+It depends only on k and on the plan without its count, except that the count may cut the last shard short.
 """
 
 import dataclasses
@@ -23,7 +23,10 @@ from mopo_fast.errors import InputError
 from mopo_fast.tasks import Task, task_of_run
 from mopo_fast.utils.atomic import check_value, read_json_as, regular_file, write_json
 
-MANIFEST = "manifest.json"
+# Tools for Parquet ignore the files of a folder whose names begin with an underscore.
+MANIFEST = "_manifest.json"
+# Name of the manifest in folders of version 0.1.0.
+OLD_MANIFEST = "manifest.json"
 # Arrays of a shard. A time-out marks the last row of a rollout that did not end in a terminal state.
 SHARD_ARRAYS = (*ROLLOUT_ARRAYS, "timeouts")
 COMPRESSIONS: dict[ShardFormat, tuple[Compression, ...]] = {
@@ -198,7 +201,17 @@ class Plan:
 
     def sha256(self) -> str:
         """Return the SHA-256 of the plan in hexadecimal."""
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
+        return _sha256(dataclasses.asdict(self))
+
+    def settings_sha256(self) -> str:
+        """Return the SHA-256 of the plan without its count, which identifies its shards."""
+        values = dataclasses.asdict(self)
+        del values["count"]
+        return _sha256(values)
+
+
+def _sha256(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -259,7 +272,7 @@ def count_rows(arrays: dict[str, Array], horizon: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Content of a folder's manifest.json.
+    """Content of a folder's manifest.
 
     Attributes:
         format_version: version of the manifest's format.
@@ -290,13 +303,19 @@ class Manifest:
             before = shard
 
 
+def manifest_path(folder: str | os.PathLike[str]) -> Path:
+    """Return the path of a folder's manifest, which has another name in folders of version 0.1.0."""
+    path, old = Path(folder) / MANIFEST, Path(folder) / OLD_MANIFEST
+    return old if os.path.lexists(old) and not os.path.lexists(path) else path
+
+
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     """Read a folder's manifest and check it completely.
 
     Raises:
         InputError: the manifest is missing or damaged, has another version, or contradicts itself.
     """
-    path = Path(folder) / MANIFEST
+    path = manifest_path(folder)
     regular_file(path)
     return read_json_as(path, Manifest)
 

@@ -1,4 +1,4 @@
-"""Reading a folder of shards: lazily as one set of transitions, to verify it, or to summarise it."""
+"""Reading a folder of shards: lazily or whole as one set of transitions, to verify it, or to summarise it."""
 
 import dataclasses
 import os
@@ -9,10 +9,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from mopo_fast.bulk.files import as_transitions, check_values, file_sha256, read_shard
-from mopo_fast.bulk.plan import MANIFEST, Manifest, Plan, ShardRecord, count_rows, read_manifest
-from mopo_fast.data.stored import Array
-from mopo_fast.data.transitions import Transitions
+from mopo_fast.bulk.files import as_transitions, check_values, d4rl_arrays, file_sha256, read_shard
+from mopo_fast.bulk.plan import (
+    MANIFEST,
+    Manifest,
+    Plan,
+    ShardRecord,
+    count_rows,
+    manifest_path,
+    read_manifest,
+)
+from mopo_fast.data.stored import Array, check_fits
+from mopo_fast.data.transitions import DATA_ARRAYS, Transitions
 from mopo_fast.errors import InputError
 from mopo_fast.utils.atomic import regular_file
 from mopo_fast.utils.progress import progress_bar
@@ -106,6 +114,55 @@ def open_rollouts(folder: str | os.PathLike[str]) -> Rollouts:
     return Rollouts(folder, manifest)
 
 
+def load_rollouts(folder: str | os.PathLike[str]) -> Transitions:
+    """Read a folder of shards into memory as a data set, with penalised rewards.
+
+    Returns:
+        Checked float32 transitions on the CPU, without the arrays that only rollouts have.
+
+    Raises:
+        InputError: the folder is unfinished, a shard is damaged, or the transitions do not fit into memory.
+    """
+    if not os.path.lexists(manifest_path(folder)):
+        raise InputError(f"{folder} is a folder without shards, for it has no {MANIFEST}; give a file in it")
+    rollouts = open_rollouts(folder)
+    plan, first = rollouts.manifest.plan, rollouts.shard(0).arrays()
+    rows = {name: first[name][0] for name in DATA_ARRAYS}
+    check_fits(folder, len(rollouts) * sum(row.nbytes for row in rows.values()), "")
+    whole: dict[str, Any] = {name: row.new_empty((len(rollouts), *row.shape)) for name, row in rows.items()}
+    end = 0
+    for number, shard in enumerate(rollouts):
+        check_values(Path(folder) / plan.file(number), d4rl_arrays(shard), plan, number)
+        begin, end = end, end + len(shard)
+        for name, array in whole.items():
+            array[begin:end] = shard.arrays()[name]
+    info = {
+        "path": str(folder),
+        "rows": len(rollouts),
+        "successors": "next_observations",
+        "memory_mapped": False,
+        "metadata": _metadata(plan),
+    }
+    return Transitions(**whole, name=rollouts.name, info=info).validate()
+
+
+def shard_arrays(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read all arrays of a folder of shards into memory, and its settings as metadata/*.
+
+    Raises:
+        InputError: the folder is unfinished, a shard is damaged, or the arrays do not fit into memory.
+    """
+    rollouts = open_rollouts(folder)
+    check_fits(folder, sum(record.bytes for record in rollouts.manifest.shards), "")
+    metadata = {f"metadata/{name}": value for name, value in _metadata(rollouts.manifest.plan).items()}
+    return d4rl_arrays(rollouts[:]) | metadata
+
+
+def _metadata(plan: Plan) -> dict[str, Any]:
+    values = {"dataset": plan.dataset, "mopo_fast": plan.mopo_fast, **dataclasses.asdict(plan.rollout)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def verify(folder: str | os.PathLike[str], *, quiet: bool = False) -> Manifest:
     """Read every shard and check its bytes, arrays, values and statistics against the manifest.
 
@@ -142,14 +199,14 @@ def _verify_shard(folder: Path, plan: Plan, record: ShardRecord) -> None:
     path, shard = folder / record.file, plan.shard(record.file)
     size = regular_file(path).st_size
     if file_sha256(path) != record.sha256:
-        raise InputError(f"{path} has changed: its SHA-256 is not that in {MANIFEST}")
+        raise InputError(f"{path} has changed: its SHA-256 is not that in the manifest")
     arrays, _ = read_shard(path, plan, shard)
     check_values(path, arrays, plan, shard)
     for name, found in {"bytes": size, **count_rows(arrays, plan.rollout.horizon)}.items():
         value = getattr(record, name)
         # The last digits of a sum depend on the order of addition.
         if not (np.isclose(found, value) if name.endswith("_sum") else found == value):
-            raise InputError(f"{path}: {MANIFEST} has {name} {value!r}, the shard has {found!r}")
+            raise InputError(f"{path}: the manifest has {name} {value!r}, the shard has {found!r}")
 
 
 def summarise(manifest: Manifest) -> dict[str, Any]:

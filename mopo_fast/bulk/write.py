@@ -1,12 +1,14 @@
 """Writing a folder of shards: find the shards that exist, and make those that are missing.
 
 A shard appears by a rename once it is complete, and the manifest is written again after each shard. A folder
-whose process was killed therefore holds complete shards only, and the same call makes the rest.
+whose process was killed therefore holds complete shards only. The same call checks them by their SHA-256 and
+makes the rest.
 """
 
 import contextlib
 import dataclasses
 import functools
+import logging
 import os
 import queue
 import shutil
@@ -18,24 +20,24 @@ from typing import Any
 from mopo_fast import __version__
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.bulk.cluster import ShardMaker, ray_shard_maker
-from mopo_fast.bulk.files import check_values, file_sha256, import_pyarrow, read_shard, write_shard
+from mopo_fast.bulk.files import file_sha256, read_file, write_shard
 from mopo_fast.bulk.generate import ENCODED_WHOLE, WRITTEN_IN_PIECES, Generator, check_rollout_memory
 from mopo_fast.bulk.plan import (
     MANIFEST,
+    OLD_MANIFEST,
     SHARD_ARRAYS,
     Manifest,
-    Natural,
     Plan,
     Positive,
     ShardRecord,
     ShardRows,
-    Starts,
-    count_rows,
     generate_config,
+    manifest_path,
     read_manifest,
     write_manifest,
 )
 from mopo_fast.config import Compression, RolloutDtype, ShardFormat
+from mopo_fast.data.parquet import import_pyarrow
 from mopo_fast.data.transitions import Transitions, transition_bytes
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
@@ -45,6 +47,11 @@ from mopo_fast.utils.atomic import check_value, regular_file, sweep
 from mopo_fast.utils.lock import locked
 from mopo_fast.utils.progress import progress_bar
 from mopo_fast.utils.tensors import tensors_sha256
+
+logger = logging.getLogger("mopo_fast")
+
+# Beginnings of the names of files that a process may leave before its first shard.
+_OWN = (".lock", f".{MANIFEST}.", f".{OLD_MANIFEST}.", ".shard-")
 
 
 def generate_shards(
@@ -70,8 +77,9 @@ def generate_shards(
 ) -> Manifest:
     """Write `count` transitions of a run's policy in its ensemble to a folder of shards.
 
-    If the folder already holds some of these shards, only the missing ones are made. A call that raises
-    `InputError` before the first shard changes nothing; an interrupted call keeps its finished shards.
+    If the folder already holds some of these shards, only the missing ones are made, and those whose SHA-256
+    is not that in the manifest. A folder grows with a larger `count`. A call that raises `InputError` before
+    the first shard changes nothing; an interrupted call keeps its finished shards.
 
     Args:
         run: folder of the run. Its config.json gives the task, with its termination, and the penalty.
@@ -133,11 +141,13 @@ def generate_shards(
     else:
         maker = ray_shard_maker(ray, generator, threads)
     with maker as make, _locked_or_restored(out):
-        records, replaced = _find_shards(out, plan, overwrite)
+        records, replaced = _find_shards(out, plan, overwrite, quiet)
         missing = [shard for shard in range(plan.shards) if plan.file(shard) not in records]
         _check_space(out, plan, missing, generator, replaced)
         for path in replaced:
             path.unlink()
+        if manifest_path(out) != out / MANIFEST:
+            os.replace(manifest_path(out), out / MANIFEST)
         write_manifest(out, plan, records)
         with progress_bar("transitions", count, quiet=quiet) as bar:
             bar.update(completed=sum(record.rows for record in records.values()))
@@ -158,7 +168,7 @@ def _locked_or_restored(out: Path) -> Iterator[None]:
     """Lock a folder; if the block fails before a shard is written, restore the folder as it was."""
     lock_is_new = out.is_dir() and not (out / ".lock").exists()
     with locked(out):
-        manifest_is_new = not (out / MANIFEST).exists()
+        manifest_is_new = not os.path.lexists(manifest_path(out))
         try:
             yield
         except BaseException:
@@ -229,77 +239,97 @@ def _make_here(
         raise errors[0]
 
 
-def _find_shards(out: Path, plan: Plan, overwrite: bool) -> tuple[dict[str, ShardRecord], list[Path]]:
-    """Find the shards of a plan that exist in its folder.
+def _find_shards(
+    out: Path, plan: Plan, overwrite: bool, quiet: bool
+) -> tuple[dict[str, ShardRecord], list[Path]]:
+    """Find the sound shards of a plan in its folder, by their SHA-256.
 
     Args:
         out: folder of the shards.
         plan: plan of the call.
         overwrite: whether the shards listed in the manifest are to be replaced.
+        quiet: show no progress bar.
 
     Returns:
-        Records of the plan's finished shards by file name, and the files to delete.
+        Records of the plan's sound shards by file name, and the files to delete, whose shards are made again.
 
     Raises:
-        InputError: the folder holds something else, or a shard that contradicts the manifest.
+        InputError: the folder holds something else, or shards of another plan.
     """
-    listed: dict[str, ShardRecord] = {}
-    if os.path.lexists(out / MANIFEST):
-        manifest = read_manifest(out)
-        if not overwrite:
-            _check_same(out, manifest.plan, plan)
+    if not os.path.lexists(manifest_path(out)):
+        if any(not path.name.startswith(_OWN) for path in out.iterdir()):
+            raise InputError(f"{out} holds other files; choose a new folder")
+        sweep(out)
+        return {}, []
+    manifest = read_manifest(out)
+    # A process that was killed before its first shard has left a manifest that binds nobody.
+    if not overwrite and (manifest.shards or any(out.glob("shard-*"))):
+        _check_same(out, manifest.plan, plan)
+    sweep(out)
+    sound: dict[str, ShardRecord] = {}
+    again: list[Path] = []
+    with progress_bar("shards checked", len(manifest.shards), quiet=quiet or overwrite) as bar:
         for record in manifest.shards:
             path = out / record.file
-            if not os.path.lexists(path):
-                continue
-            size = regular_file(path).st_size
-            if size != record.bytes and not overwrite:
-                raise InputError(
-                    f"{path} has {size:,} bytes, {MANIFEST} says {record.bytes:,};"
-                    " delete it, and it will be made again"
-                )
-            listed[record.file] = record
-    elif any(not path.name.startswith((".lock", f".{MANIFEST}.", ".shard-")) for path in out.iterdir()):
-        raise InputError(f"{out} holds other files; choose a new folder")
-    sweep(out)
-    found = {} if overwrite else dict(listed)
-    # A shard that is not listed is complete: the process was killed between its rename and the manifest.
+            if os.path.lexists(path):
+                size = regular_file(path).st_size
+                if overwrite or record.rows != plan.rows(plan.shard(record.file)):
+                    # A larger count lengthens a last shard that was cut short.
+                    again.append(path)
+                elif size != record.bytes or file_sha256(path) != record.sha256:
+                    again.append(_bad(path, "it is not the file that the manifest lists"))
+                else:
+                    sound[record.file] = record
+            bar.advance()
+    # The process was killed between a shard and the manifest, so there is no digest to check the shard by.
+    digests = {plan.settings_sha256(), manifest.plan.sha256()}
+    listed = {record.file for record in manifest.shards}
     for shard in range(plan.shards):
-        file = plan.file(shard)
-        if file not in listed and os.path.lexists(out / file):
-            found[file] = _read_record(out / file, plan, shard)
-    return found, [out / file for file in listed] if overwrite else []
+        path = out / plan.file(shard)
+        if path.name not in listed and os.path.lexists(path):
+            _check_belongs(path, digests, shard)
+            again.append(path)
+    return sound, again
+
+
+def _bad(path: Path, why: str) -> Path:
+    """Warn that a shard is made again, and return its path."""
+    logger.warning("%s is made again: %s", path, why)
+    return path
 
 
 def _check_same(out: Path, existing: Plan, new: Plan) -> None:
-    """Raise `InputError` that names the first setting in which a folder's plan differs from a new one."""
+    """Raise `InputError` that names the first setting in which a folder's plan differs from a new one.
+
+    Only the count may differ, if it has grown.
+    """
     there, here = (dataclasses.asdict(plan.rollout) | dataclasses.asdict(plan) for plan in (existing, new))
     for name in here:
-        if name != "rollout" and there[name] != here[name]:
+        if name == "rollout" or (name == "count" and here[name] > there[name]):
+            continue
+        if there[name] != here[name]:
             raise InputError(
                 f"{out} holds other rollouts: there {name} is {there[name]!r}, here {here[name]!r};"
                 " choose another folder, or use the settings that it was made with"
             )
 
 
-def _read_record(path: Path, plan: Plan, shard: int) -> ShardRecord:
-    """Read a shard that the manifest does not list yet, and make its record.
+def _check_belongs(path: Path, digests: set[str], shard: int) -> None:
+    """Raise `InputError` if a shard that the manifest does not list is one of another plan.
 
-    Raises:
-        InputError: the shard belongs to another plan or is damaged.
+    Args:
+        path: file of the shard.
+        digests: digests of the plan that its metadata may have.
+        shard: number of the shard.
     """
-    arrays, metadata = read_shard(path, plan, shard)
-    if (str(metadata.get("plan")), str(metadata.get("shard"))) != (plan.sha256(), str(shard)):
+    regular_file(path)
+    try:
+        _, metadata = read_file(path)
+    except InputError as error:
+        _bad(path, str(error))
+        return
+    if str(metadata.get("plan")) not in digests or str(metadata.get("shard")) != str(shard):
         raise InputError(f"{path} belongs to another plan; delete it, or choose another folder")
-    check_values(path, arrays, plan, shard)
-    return ShardRecord(
-        file=path.name,
-        bytes=path.stat().st_size,
-        sha256=file_sha256(path),
-        starts=check_value(f"{path}: starts", metadata.get("starts"), Starts),
-        non_finite=check_value(f"{path}: non_finite", metadata.get("non_finite"), Natural),
-        **count_rows(arrays, plan.rollout.horizon),
-    )
 
 
 def _check_space(

@@ -28,7 +28,7 @@ __getattr__, __dir__ = lazy_submodules(__name__)
 MEMORY_PREFIX = "memory:"
 """Prefix of the name under which a run records data that were given in memory."""
 
-_SUFFIXES = (".hdf5", ".h5", ".npz", ".pkl")
+_SUFFIXES = (".hdf5", ".h5", ".npz", ".pkl", ".parquet")
 
 
 class OfflineEnvironment(Protocol):
@@ -49,7 +49,9 @@ def load_dataset(
 
     A source is one of:
 
-    - a file in D4RL's layout (.hdf5, .h5, .npz), a NeoRL .npz or a .pkl of trajectories, see `load_file`;
+    - a file in D4RL's layout (.hdf5, .h5, .npz, .parquet), a NeoRL .npz or a .pkl of trajectories, see
+      `load_file`;
+    - a folder of shards that `mopo-fast rollout` has written, whose rewards are penalised;
     - the name of a D4RL set, such as `hopper-medium-v2`, which is downloaded to `$D4RL_DATASET_DIR` or
       `~/.d4rl/datasets` unless it is there;
     - the name of a local set, such as `halfcheetah-random-local`, in `$MOPO_FAST_DATA_DIR` or
@@ -87,6 +89,16 @@ def load_dataset(
         known = str(source)
         return from_arrays(minari.read(known), compat=compat, name=known, source=known).validate()
     path, name = find_dataset(source)
+    if path.is_dir():
+        if compat is not None or memory_map:
+            raise InputError(
+                f"{path} is a folder, which takes neither compat nor --memory-map (memory_map=True);"
+                " make one file of it with `mopo-fast convert`"
+            )
+        # Here, because `bulk` reads files by the modules of this package.
+        from mopo_fast.bulk.read import load_rollouts
+
+        return load_rollouts(path)
     if name not in d4rl.LOCATIONS:
         return load_file(path, compat=compat, name=name, memory_map=memory_map)
     data = load_file(d4rl.fetch(name, quiet=quiet), compat=compat, name=name, memory_map=memory_map)
@@ -111,18 +123,24 @@ def _from_environment(environment: OfflineEnvironment, compat: Compat | None) ->
 
 
 def find_dataset(name_or_path: str | os.PathLike[str]) -> tuple[Path, str | None]:
-    """Find the file of a data set.
+    """Find the file of a data set, or its folder of shards.
 
     Returns:
-        The path of the file, which does not exist yet for a D4RL or Minari set that was never fetched; and
-        the data set's name, or None where it was given as a path.
+        The path, which does not exist yet for a D4RL or Minari set that was never fetched; and the data set's
+        name, or None where it was given as a path.
 
     Raises:
         InputError: there is no such data set. The message lists the known ones.
     """
     name = os.fspath(name_or_path)
     path = Path(name).expanduser()
-    if isinstance(name_or_path, os.PathLike) or path.is_file() or path.suffix in _SUFFIXES:
+    is_folder = path.is_dir() and name not in d4rl.LOCATIONS and not name.endswith("-local")
+    if is_folder and (path / "config.json").is_file():
+        raise InputError(
+            f"{path} is the folder of a run, not a data set; `mopo-fast train --resume {path}` continues it"
+        )
+    is_path = isinstance(name_or_path, os.PathLike) or path.is_file() or path.suffix in _SUFFIXES
+    if is_path or is_folder:
         if not path.exists():
             raise InputError(f"{path} does not exist")
         return path, None
@@ -151,5 +169,5 @@ def find_dataset(name_or_path: str | os.PathLike[str]) -> tuple[Path, str | None
         + f" Known are D4RL's TASK-TIER-VERSION, with TASK one of {', '.join(d4rl.TASKS)},"
         f" TIER one of {', '.join(d4rl.TIERS)} and VERSION one of v0, v1, v2;"
         f" sets collected on this machine ({', '.join(local) or 'none yet, see `mopo-fast collect`'});"
-        f" Minari's minari:ID; and files that end in {', '.join(_SUFFIXES)}"
+        f" Minari's minari:ID; files that end in {', '.join(_SUFFIXES)}, and folders of shards"
     )

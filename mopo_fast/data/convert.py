@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from mopo_fast.bulk.read import shard_arrays
 from mopo_fast.data import d4rl, find_dataset, minari
 from mopo_fast.data.files import from_arrays, open_file, step_limits
 from mopo_fast.data.stored import read_all
@@ -50,5 +51,7 @@ def _read(source: str, quiet: bool) -> dict[str, Any]:
     path, name = find_dataset(source)
     if name in d4rl.LOCATIONS:
         path = d4rl.fetch(name, quiet=quiet)
+    if path.is_dir():
+        return shard_arrays(path)
     with open_file(path) as file:
         return read_all(path, file)

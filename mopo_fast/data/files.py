@@ -15,6 +15,7 @@ import torch
 from mopo_fast.data import trajectories
 from mopo_fast.data.hdf5 import open_hdf5
 from mopo_fast.data.npz import open_npz
+from mopo_fast.data.parquet import open_parquet
 from mopo_fast.data.stored import Stored, check_fits, is_kept, reading
 from mopo_fast.data.transitions import Transitions, first_not_finite
 from mopo_fast.errors import InputError
@@ -47,8 +48,8 @@ def load_file(
     hopper, 18 for halfcheetah and walker2d.
 
     Args:
-        path: a .npz file, a .pkl file (list of trajectories, see `trajectories.read`), or HDF5 with any other
-            ending.
+        path: a .npz file, a .pkl file (list of trajectories, see `trajectories.read`), a .parquet file with
+            vectors as lists, or HDF5 with any other ending.
         compat: None for true successors, or "d4rl".
         name: name of the data; by default the one in a locally collected file's metadata, or the file's stem.
         memory_map: leave all arrays but the terminals in the file and read them when they are used, for sets
@@ -145,7 +146,7 @@ def from_arrays(
 def open_file(path: Path) -> Iterator[Mapping[str, Any]]:
     """Open a data file as a mapping from keys to arrays.
 
-    Arrays of HDF5 and npz files are read when they are used.
+    Arrays of HDF5, npz and Parquet files are read when they are used.
 
     Raises:
         InputError: the file is missing or damaged in any way.
@@ -162,6 +163,9 @@ def open_file(path: Path) -> Iterator[Mapping[str, Any]]:
                 with reading(path, "npz"):
                     file = _from_neorl(file)
             yield file
+    elif path.suffix == ".parquet":
+        with open_parquet(path) as file:
+            yield file
     else:
         with open_hdf5(path) as file:
             yield file
@@ -170,7 +174,7 @@ def open_file(path: Path) -> Iterator[Mapping[str, Any]]:
 def _mapped(path: Path, file: Mapping[str, Any], compat: Compat | None) -> dict[str, Any]:
     """Return the arrays of an HDF5 file, with all but the flags mapped into memory, and its metadata."""
     names = ("observations", "actions", "rewards", "next_observations")
-    if path.suffix in (".npz", ".pkl") or "next_observations" not in file or compat is not None:
+    if path.suffix in (".npz", ".pkl", ".parquet") or "next_observations" not in file or compat is not None:
         raise InputError(
             f"{path} cannot be mapped into memory; that needs HDF5 with next_observations, and no compat"
         )

@@ -115,8 +115,20 @@ def write_summary(out: Path, config: RunConfig, evaluation: Evaluation, **result
     write_json(out / "summary.json", summary)
 
 
+def read_config(run: Path) -> RunConfig:
+    """Read the settings of a run from its config.json.
+
+    Raises:
+        InputError: the file is missing, or does not hold the settings of a run.
+    """
+    return read_json_as(run / "config.json", RunConfig)
+
+
 def check_folder(out: Path, config: RunConfig, resume: bool) -> None:
     """Check that a run of this config may begin, or go on, in the folder `out`.
+
+    Only `steps` may be larger than those in config.json, if the result is that of a run which was asked for
+    the larger number from the start.
 
     Raises:
         InputError: the folder holds a run and `resume` is False, its run has another config, or one of its
@@ -131,11 +143,17 @@ def check_folder(out: Path, config: RunConfig, resume: bool) -> None:
     if not (out / "config.json").exists():
         return
     if not resume:
-        raise InputError(f"{out} already holds a run; continue it with --resume, or choose another --out")
+        raise InputError(
+            f"{out} already holds a run; continue it with `mopo-fast train --resume {out}`, or choose another"
+            " --out"
+        )
     recorded, current = read_json_as(out / "config.json", dict[str, Any]), as_json(config)
     if recorded.get("task_sha256") is None and recorded.get("task") == current["task"]:
         # Early versions did not record the task file's digest.
         del current["task_sha256"]
+    if _is_longer(recorded, config):
+        _check_longer(out, recorded["steps"], config)
+        recorded["steps"] = config.steps
     difference = first_difference(recorded, current)
     if difference and difference.startswith("data_sha256"):
         raise InputError(
@@ -151,6 +169,42 @@ def check_folder(out: Path, config: RunConfig, resume: bool) -> None:
         raise InputError(
             f"{out} was made with {difference}; resume with the same settings, or choose another --out"
         )
+
+
+def _is_longer(recorded: dict[str, Any], config: RunConfig) -> bool:
+    return isinstance(recorded.get("steps"), int) and recorded["steps"] < config.steps
+
+
+def _check_longer(out: Path, steps: int, config: RunConfig) -> None:
+    """Raise `InputError` if a run of fewer steps has not begun as one of this config would have."""
+    interval, why = config.rollout.interval, None
+    if config.sac.actor_schedule == "cosine":
+        why = f"sac.actor_schedule is cosine, which lowered the learning rate to zero over {steps} steps"
+    elif steps % interval:
+        why = f"the last epoch had {steps % interval} of the {interval} steps of rollout.interval"
+    if why:
+        raise InputError(
+            f"{out} was made with steps = {steps}, not {config.steps}, and cannot go on beyond them: {why};"
+            " choose another --out"
+        )
+
+
+def is_finished(out: Path, config: RunConfig) -> bool:
+    """Return whether the run in `out`, which `check_folder` has checked, has made all steps of `config`."""
+    if not (out / "summary.json").exists():
+        return False
+    return not _is_longer(read_json_as(out / "config.json", dict[str, Any]), config)
+
+
+def lengthen(out: Path, config: RunConfig) -> None:
+    """Record that the run in `out` goes on to more steps, unless config.json says so already.
+
+    The results of the shorter run are removed. They go first, so that a kill leaves a run to be finished.
+    """
+    if _is_longer(read_json_as(out / "config.json", dict[str, Any]), config):
+        for name in ("report.html", "summary.json"):
+            (out / name).unlink(missing_ok=True)
+        write_json(out / "config.json", to_dict(config))
 
 
 def as_json(config: Any) -> Any:

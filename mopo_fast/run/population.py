@@ -40,6 +40,8 @@ from mopo_fast.run.folder import (
     as_json,
     check_folder,
     first_difference,
+    is_finished,
+    lengthen,
     read_summary,
     suggest_resuming,
     write_config,
@@ -316,7 +318,7 @@ def train_many(
             stack.enter_context(locked(out))
             check_folder(out, config, resume)
         task = resolved[0][1]
-        if unfinished := {out: config for out, config in runs.items() if not (out / "summary.json").exists()}:
+        if unfinished := {out: config for out, config in runs.items() if not is_finished(out, config)}:
             data = load_data(next(iter(unfinished.values())), task, data, memory_map=memory_map, quiet=quiet)
             with suggest_resuming(*unfinished):
                 _train_all(unfinished, task, data, started, quiet)
@@ -363,6 +365,8 @@ def _train_all(
             stack.enter_context(Training(one, task, out, on_device, digest, evaluator, started))
             for out, one in configs.items()
         ]
+        for out, one in configs.items():
+            lengthen(out, one)
         population: SacPopulation | None = None
         bar.update(completed=sum(map(_epochs, runs)))
         while some := _behind([run for run in runs if run.epoch < config.epochs]):

@@ -10,7 +10,7 @@ import pytest
 from small_shards import CONFIG, content, edit
 
 from mopo_fast import InputError
-from mopo_fast.bulk.plan import MANIFEST, read_manifest, run_settings
+from mopo_fast.bulk.plan import OLD_MANIFEST, read_manifest, run_settings
 from mopo_fast.bulk.read import as_text, summarise, verify
 
 
@@ -51,7 +51,7 @@ def places(value: Any, where: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
 def test_every_change_of_a_manifest_is_refused_or_harmless(
     recorded: Path,
 ) -> None:
-    original = (recorded / MANIFEST).read_text()
+    original = (recorded / OLD_MANIFEST).read_text()
     before = content(recorded).keys()
     huge = (-1, 2**63, 10**400, 1.5, float("nan"), None, True, "x", "../x", [], [[]], {}, {"a": {"a": 1}})
     refused = 0
@@ -67,7 +67,7 @@ def test_every_change_of_a_manifest_is_refused_or_harmless(
                 del holder[where[-1]]
             else:
                 holder[where[-1]] = value
-            (recorded / MANIFEST).write_text(json.dumps(manifest))
+            (recorded / OLD_MANIFEST).write_text(json.dumps(manifest))
             try:
                 manifest = read_manifest(recorded)
                 as_text(summarise(manifest))

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from killed import CONTEXT, attempt, start
@@ -21,7 +22,7 @@ from mopo_fast import Actor, EnsembleDynamics, InputError, RolloutEngine, Transi
 from mopo_fast.backends.philox import BATCH_STREAM, random_choice
 from mopo_fast.bulk import files, write
 from mopo_fast.bulk.generate import Generator
-from mopo_fast.bulk.plan import MANIFEST, read_manifest
+from mopo_fast.bulk.plan import MANIFEST, OLD_MANIFEST, read_manifest
 from mopo_fast.bulk.read import verify
 from mopo_fast.cli import main
 from mopo_fast.data import load_dataset
@@ -53,14 +54,37 @@ def test_what_a_shard_holds(run: Path, data: Transitions, undisturbed: Path) -> 
         assert used <= record.starts < used + 4
 
 
-def test_more_shards_leave_the_first_as_they_are(
-    run: Path, data: Transitions, undisturbed: Path, tmp_path: Path
-) -> None:
-    make_shards(run, data, tmp_path / "more", count=COUNT + 500)
-    one, other = open_rollouts(undisturbed), open_rollouts(tmp_path / "more")
-    for number in range(5):
-        for name, array in one.shard(number).arrays().items():
-            assert torch.equal(array, other.shard(number).arrays()[name])
+@pytest.mark.parametrize("format", ["hdf5", "parquet"])
+def test_a_folder_grows(run: Path, data: Transitions, tmp_path: Path, format: str) -> None:
+    """A grown folder has the bytes of one that was asked for the larger count from the start."""
+    grown, asked = tmp_path / "grown", tmp_path / "asked"
+    make_shards(run, data, grown, format=format)
+    first = (grown / f"shard-000000.{format}").stat().st_ino
+    make_shards(run, data, grown, format=format, count=COUNT + 550)
+    make_shards(run, data, asked, format=format, count=COUNT + 550)
+    assert len(content(asked)) == 1 + 9 and content(grown) == content(asked)
+    # Whole shards are kept, not made again.
+    assert (grown / f"shard-000000.{format}").stat().st_ino == first
+    with pytest.raises(InputError, match="there count is 1650, here 1100"):
+        make_shards(run, data, grown, format=format)
+    assert content(grown) == content(asked)
+
+
+def test_killed_while_a_folder_grows(run: Path, dataset: Path, undisturbed: Path, tmp_path: Path) -> None:
+    out, changes = tmp_path / "out", 1
+    while True:
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(undisturbed, out)
+        done = attempt(grow, run, dataset, out, die_at=(out, changes)) == 0
+        assert attempt(grow, run, dataset, out) == 0
+        found = content(out)
+        if changes == 1:
+            expected = found
+        assert found == expected and verify(out, quiet=True).plan.count == COUNT + 150
+        changes += 1
+        if done:
+            break
+    assert changes > 4
 
 
 def test_threads_do_not_matter(run: Path, data: Transitions, undisturbed: Path, tmp_path: Path) -> None:
@@ -73,6 +97,10 @@ def test_threads_do_not_matter(run: Path, data: Transitions, undisturbed: Path, 
 
 def go_on(run: Path, dataset: Path, out: Path) -> None:
     make_shards(run, load_dataset(dataset), out)
+
+
+def grow(run: Path, dataset: Path, out: Path) -> None:
+    make_shards(run, load_dataset(dataset), out, count=COUNT + 150)
 
 
 def test_killed_at_its_own_writes(run: Path, dataset: Path, undisturbed: Path, tmp_path: Path) -> None:
@@ -348,29 +376,82 @@ def test_overwriting_other_rollouts(run: Path, data: Transitions, undisturbed: P
         assert content(tmp_path / name) == content(undisturbed)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"starts": 0}, "starts must be greater than or equal to 1, got 0"),
-        ({"starts": "many"}, "starts must be a valid integer, got 'many'"),
-        ({"non_finite": -1}, "non_finite must be greater than or equal to 0, got -1"),
-        ({"non_finite": 10**6}, "has more ends than rollouts"),
-        ({"shard": 1}, "belongs to another plan; delete it"),
-        ({"plan": "x"}, "belongs to another plan; delete it"),
-    ],
-)
 def test_a_shard_that_no_manifest_lists_yet_must_be_the_plans(
-    run: Path, data: Transitions, undisturbed: Path, tmp_path: Path, change: dict[str, Any], message: str
+    run: Path, data: Transitions, undisturbed: Path, tmp_path: Path
+) -> None:
+    """There is no digest to check it by, so it is made again if it is the plan's, and else refused."""
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    path = out / "shard-000005.hdf5"
+    arrays, metadata = files.read_file(path)
+    for change in ({"shard": 1}, {"plan": "x"}):
+        edit(out, lambda manifest: manifest["shards"].pop())
+        files.write_file(tmp_path / "x.hdf5", arrays, metadata | change, "none")
+        (tmp_path / "x.hdf5").replace(path)
+        with pytest.raises(InputError, match=r"shard-000005\.hdf5 belongs to another plan; delete it"):
+            make_shards(run, data, out)
+        shutil.rmtree(out)
+        shutil.copytree(undisturbed, out)
+    changed = {name: np.array(array) for name, array in arrays.items()}
+    changed["rewards"][3] += 1
+    files.write_file(tmp_path / "x.hdf5", changed, metadata, "none")
+    for damaged in ((tmp_path / "x.hdf5").read_bytes(), b"", path.read_bytes()[:-10]):
+        edit(out, lambda manifest: manifest["shards"].pop())
+        path.write_bytes(damaged)
+        make_shards(run, data, out)
+        assert content(out) == content(undisturbed)
+
+
+# --- going on
+
+
+@pytest.mark.parametrize("cut", [0, 10])
+def test_a_damaged_shard_is_named_and_made_again(
+    run: Path,
+    data: Transitions,
+    undisturbed: Path,
+    tmp_path: Path,
+    cut: int,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(undisturbed, out)
-    edit(out, lambda manifest: manifest["shards"].pop())
-    path = out / "shard-000005.hdf5"
-    arrays, metadata = files.read_file(path)
-    files.write_file(tmp_path / "x.hdf5", arrays, metadata | change, "none")
-    (tmp_path / "x.hdf5").replace(path)
-    with pytest.raises(InputError, match=rf"shard-000005\.hdf5.* {message}"):
-        make_shards(run, data, out)
+    path = out / "shard-000002.hdf5"
+    damaged = bytearray(path.read_bytes())
+    damaged[-100] ^= 1
+    path.write_bytes(damaged[: len(damaged) - cut])
+    os.utime(path, ns=(0, 0))
+    make_shards(run, data, out)
+    assert [record.getMessage() for record in caplog.records if "again" in record.getMessage()] == [
+        f"{path} is made again: it is not the file that the manifest lists"
+    ]
+    assert content(out) == content(undisturbed)
+
+
+def test_a_manifest_without_shards_binds_nobody(
+    run: Path, data: Transitions, undisturbed: Path, tmp_path: Path
+) -> None:
+    """A first command with wrong settings was killed before its first shard."""
+    out = tmp_path / "out"
+    make_shards(run, data, out, seed=8, format="parquet")
+    edit(out, lambda manifest: manifest["shards"].clear())
+    for path in out.glob("shard-*"):
+        path.unlink()
+    make_shards(run, data, out)
+    assert content(out) == content(undisturbed)
+
+
+def test_an_old_manifest_is_renamed(run: Path, data: Transitions, undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    (out / MANIFEST).rename(out / OLD_MANIFEST)
+    (out / "shard-000001.hdf5").unlink()
+    assert read_manifest(out) == read_manifest(undisturbed)
+    with pytest.raises(InputError, match="there seed is 7, here 8"):
+        make_shards(run, data, out, seed=8)
+    assert (out / OLD_MANIFEST).exists()
+    make_shards(run, data, out)
+    assert content(out) == content(undisturbed)
 
 
 # --- the command

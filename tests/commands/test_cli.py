@@ -570,4 +570,4 @@ def test_an_interrupt_exits_with_130_and_says_how_to_go_on(dataset: Path, tmp_pa
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert f"--out {out} --resume" in errors and "Traceback" not in errors
+    assert f"`mopo-fast train --resume {out}` goes on" in errors and "Traceback" not in errors

@@ -195,7 +195,7 @@ class TestResume:
         assert list((run / "checkpoint").iterdir()) == [newest]
 
     def test_a_folder_with_a_run_needs_resume(self, finished: Path, config: TrainConfig) -> None:
-        with pytest.raises(InputError, match="already holds a run; continue it with --resume, or choose"):
+        with pytest.raises(InputError, match="already holds a run; continue it with `mopo-fast"):
             train(config, finished, quiet=True)
 
     @pytest.mark.parametrize(

@@ -279,7 +279,7 @@ def test_what_is_not_an_array(tmp_path: Path) -> None:
 def test_missing_file_folder_and_bad_compat(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere\.hdf5 does not exist"):
         load_dataset(tmp_path / "nowhere.hdf5")
-    with pytest.raises(InputError, match="is not a file"):
+    with pytest.raises(InputError, match="is a folder without shards"):
         load_dataset(tmp_path)
     path = write(tmp_path / "a.hdf5", make_arrays(TERMINALS))
     with pytest.raises(InputError, match="compat must be None or \"d4rl\", got 'D4RL'"):

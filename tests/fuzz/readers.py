@@ -20,6 +20,7 @@ from typing import Any
 import h5py
 import matplotlib
 import numpy as np
+import pyarrow.parquet
 import torch
 from torch import nn
 
@@ -50,6 +51,7 @@ from mopo_fast.policy import Actor
 from mopo_fast.report import write_report
 from mopo_fast.rollout import RolloutEngine
 from mopo_fast.run import checkpoint, log
+from mopo_fast.run.folder import read_config
 from mopo_fast.utils.atomic import read_json
 
 from .children import Entry, check_secret
@@ -196,6 +198,12 @@ def _make_npz(number: int) -> None:
     np.savez("data.npz", **arrays(number), **{"metadata/name": np.array(b"data-local")})
 
 
+def _make_parquet(number: int) -> None:
+    """Write vectors as lists of any length, as pandas does."""
+    columns = {name: pyarrow.array(array.tolist()) for name, array in arrays(number).items()}
+    pyarrow.parquet.write_table(pyarrow.table(columns), "data.parquet")
+
+
 def _make_neorl(number: int) -> None:
     names = {"obs": "observations", "action": "actions", "reward": "rewards", "next_obs": "next_observations"}
     content = arrays(number)
@@ -269,6 +277,13 @@ _DATA = [
         (*HDF5, "mopo_fast.data.stored:Stored.map"),
     ),
     Entry("npz", _make_npz, ("data.npz",), _load("data.npz"), NPZ),
+    Entry(
+        "parquet",
+        _make_parquet,
+        ("data.parquet",),
+        _load("data.parquet"),
+        (*FILES, "mopo_fast.data.parquet:open_parquet", "mopo_fast.data.parquet:_walk"),
+    ),
     Entry("npz of NeoRL", _make_neorl, ("data.npz",), _load("data.npz"), NPZ),
     Entry(
         "pickled trajectories",
@@ -722,10 +737,18 @@ _RUNS = [
         _resume,
         (
             *("mopo_fast.run.folder:check_folder", "mopo_fast.run.checkpoint:load_checkpoint"),
+            *("mopo_fast.run.folder:is_finished", "mopo_fast.run.folder:lengthen"),
             *("mopo_fast.train:Training.__enter__", "mopo_fast.train:Training.restore"),
             *("mopo_fast.run.resolve:load_data", "mopo_fast.utils.tensors:load_metadata"),
             *("mopo_fast.fit:read_fit", "mopo_fast.run.log:_parse", "mopo_fast.run.log:_whole_lines"),
         ),
+    ),
+    Entry(
+        "train --resume RUN",
+        _make_run,
+        ("run/config.json",),
+        lambda: read_config(Path("run")).validate(),
+        ("mopo_fast.run.folder:read_config",),
     ),
     Entry(
         "train --resume checkpoint",
@@ -808,11 +831,11 @@ def _make_part(**how: Any) -> Callable[[int], None]:
 
     def make(number: int) -> None:
         _make_shards(**how)(number)
-        manifest = read_json("out/manifest.json")
+        manifest = read_json("out/_manifest.json")
         last = manifest["shards"].pop()
         Path("out", manifest["shards"][0]["file"]).unlink()
         assert Path("out", last["file"]).exists()
-        Path("out/manifest.json").write_text(json.dumps(manifest, indent=2))
+        Path("out/_manifest.json").write_text(json.dumps(manifest, indent=2))
 
     return make
 
@@ -829,15 +852,15 @@ def _read_shards() -> None:
 def _mend() -> None:
     """Update the manifest's digests to the mutated shards, so that checks beyond the digest are reached."""
     with contextlib.suppress(Exception):
-        manifest = read_json("out/manifest.json")
+        manifest = read_json("out/_manifest.json")
         for record in manifest["shards"]:
             path = Path("out", record["file"])
             record["sha256"], record["bytes"] = file_sha256(path), path.stat().st_size
-        Path("out/manifest.json").write_text(json.dumps(manifest, indent=2))
+        Path("out/_manifest.json").write_text(json.dumps(manifest, indent=2))
 
 
 def _verify() -> None:
-    if Path("out/manifest.json").is_file() and not any(
+    if Path("out/_manifest.json").is_file() and not any(
         path.is_fifo() or path.is_symlink() for path in Path("out").iterdir()
     ):
         _mend()
@@ -867,8 +890,12 @@ _SHARDS = [
         _make_shards(**_PARQUET),
         ("out/*",),
         _read_shards,
-        (*SHARDS, "mopo_fast.bulk.files:_from_parquet"),
+        (*SHARDS, "mopo_fast.data.parquet:open_parquet", "mopo_fast.data.parquet:_walk"),
     ),
+    Entry(
+        "shards as data", _make_shards(), ("out/*",), _load("out"), (*SHARDS, "mopo_fast.data:load_dataset")
+    ),
+    Entry("convert shards", _make_shards(), ("out/*",), functools.partial(_convert, "out", "x.npz"), SHARDS),
     Entry(
         "shards verify",
         _make_shards(),
@@ -883,18 +910,24 @@ _SHARDS = [
         _verify,
         ("mopo_fast.bulk.read:_verify_shard",),
     ),
-    Entry("shards resume", _make_part(), ("out/*",), _complete(), ("mopo_fast.bulk.write:_read_record",)),
+    Entry(
+        "shards resume",
+        _make_part(),
+        ("out/*",),
+        _complete(),
+        ("mopo_fast.bulk.write:_find_shards", "mopo_fast.bulk.write:_check_belongs"),
+    ),
     Entry(
         "shards resume parquet",
         _make_part(**_PARQUET),
         ("out/*",),
         _complete(**_PARQUET),
-        ("mopo_fast.bulk.write:_read_record",),
+        ("mopo_fast.bulk.write:_find_shards", "mopo_fast.bulk.write:_check_belongs"),
     ),
     Entry(
         "shards overwrite",
         _make_shards(),
-        ("out/manifest.json",),
+        ("out/_manifest.json",),
         _complete(overwrite=True),
         ("mopo_fast.bulk.plan:read_manifest",),
     ),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mopo_fast import Actor, EnsembleDynamics, Transitions
-from mopo_fast.bulk.plan import MANIFEST, Manifest
+from mopo_fast.bulk.plan import Manifest, manifest_path
 from mopo_fast.bulk.write import generate_shards
 
 COUNT, SHARD = 1100, 200
@@ -49,9 +49,10 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def edit(folder: Path, change: Callable[[Any], None]) -> None:
     """Change a manifest in place."""
-    manifest = json.loads((folder / MANIFEST).read_text())
+    path = manifest_path(folder)
+    manifest = json.loads(path.read_text())
     change(manifest)
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    path.write_text(json.dumps(manifest))
 
 
 @contextlib.contextmanager

@@ -360,7 +360,7 @@ class TrainConfig:
         task: Task, which defines the environment, the termination rule and the reference scores. Give a name,
             or a Python file, FILE.py, with a task of your own.
         seed: Seed of all random numbers. The same seed reproduces the run bit for bit.
-        steps: Number of SAC updates.
+        steps: Number of SAC updates, such as 1000000 or 1e6.
         device: Device that fits, makes rollouts and trains: cpu or cuda.
         backend: Implementation of the fit, the rollouts and SAC: auto to choose one, or a
             name that `mopo-fast doctor` lists.

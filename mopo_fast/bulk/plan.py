@@ -20,6 +20,7 @@ from mopo_fast.config import Compression, Penalty, PenaltyMembers, RolloutDtype,
 from mopo_fast.data.stored import Array
 from mopo_fast.data.transitions import ROLLOUT_ARRAYS
 from mopo_fast.errors import InputError
+from mopo_fast.run.find import check_run
 from mopo_fast.tasks import Task, task_of_run
 from mopo_fast.utils.atomic import check_value, read_json_as, regular_file, write_json
 
@@ -89,6 +90,7 @@ def run_settings(run: str | os.PathLike[str], task: str | Task | None = None) ->
     Raises:
         InputError: config.json is missing or is not that of a run, or `task` is not the run's task.
     """
+    check_run(run)
     path = Path(run) / "config.json"
     config = read_json_as(path, _RunConfig)
     return task_of_run(path, config.task, config.task_sha256, task), config.rollout

@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 
 from mopo_fast.data import d4rl, find_dataset, minari
-from mopo_fast.data.files import Array, Reader, check_file, from_arrays, open_file, step_limits, write_arrays
+from mopo_fast.data.files import Array, Reader, from_arrays, open_file, step_limits, write_arrays
+from mopo_fast.data.local import check_file
 from mopo_fast.data.stored import read_all
 
 

@@ -348,15 +348,6 @@ def step_limits(terminals: Array, after_terminal: int, limit: int | None = None)
     return timeouts
 
 
-def check_file(path: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """Raise `InputError` before any work where `write_arrays` could not write `path`."""
-    path = Path(path)
-    if path.suffix not in (".hdf5", ".h5", ".npz"):
-        raise InputError(f"cannot write {path}; its name must end in .hdf5, .h5 or .npz")
-    if path.exists() and not overwrite:
-        raise InputError(f"{path} exists already; choose another file, or replace it with --overwrite")
-
-
 def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
     """Write arrays, numbers and texts by their keys, uncompressed, whole or not at all.
 

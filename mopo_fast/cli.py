@@ -38,10 +38,12 @@ from mopo_fast.config import (
     CheckpointFormat,
     Compression,
     DynamicsConfig,
+    FitConfig,
     Hints,
     Preset,
     RolloutDtype,
     ShardFormat,
+    SweepConfig,
     TrainConfig,
     check_runs,
     flag,
@@ -49,7 +51,7 @@ from mopo_fast.config import (
     switch,
 )
 from mopo_fast.errors import InputError, is_interrupt, is_out_of_resources, printable
-from mopo_fast.utils.atomic import check_writable, write_json
+from mopo_fast.utils.atomic import absolute_file, check_writable, write_json
 from mopo_fast.utils.progress import console
 
 Dataset = Annotated[str, Positional, arg(metavar="DATASET")]
@@ -205,6 +207,7 @@ def fit(
     dataset: Dataset,
     *,
     out: Annotated[Path, arg(metavar="RUN")],
+    task: Annotated[str | None, flag("any, for the data are not compared with one", "TASK")] = None,
     seed: int = 0,
     device: str = "cpu",
     backend: str = "auto",
@@ -216,13 +219,16 @@ def fit(
 ) -> None:
     """Fit the dynamics ensemble alone, to be used by any number of trainings.
 
-    The folder RUN receives dynamics.safetensors, dynamics.json and fit.json, for `train --dynamics-from RUN`.
+    The folder RUN receives dynamics.safetensors, dynamics.json and fit.json, for `train --dynamics-from RUN`,
+    and the settings in config.json.
 
     The same command continues a fit that was stopped.
 
     Args:
         dataset: Name or file of the data set, as in `mopo-fast train --help`.
         out: Folder for the ensemble.
+        task: Task whose numbers of observation and action dimensions the data must have. Give a name, or a
+            Python file, FILE.py, with a task of your own.
         seed: Seed of all random numbers. The same seed reproduces the fit bit for bit.
         device: Device that fits: cpu or cuda.
         backend: Implementation of the fit: auto to choose one, or a name that `mopo-fast doctor` lists.
@@ -237,17 +243,29 @@ def fit(
         mopo-fast fit hopper-medium-v2 --out fits/hopper-medium
         mopo-fast train hopper-medium-v2 --dynamics-from fits/hopper-medium
     """
+    from mopo_fast.data import find_dataset
+
+    config = FitConfig(absolute_file(dataset), task, seed, device, backend, threads, dynamics)
+    config.validate()
+    find_dataset(dataset)
+    if task is not None:
+        from mopo_fast.tasks import get_task
+
+        get_task(task)
     from mopo_fast.data import load_dataset
     from mopo_fast.fit import fit_and_save
+    from mopo_fast.run.folder import check_fit_folder, write_config
+    from mopo_fast.run.resolve import check_sizes
     from mopo_fast.utils.lock import locked
+    from mopo_fast.utils.machine import check_device
 
+    check_device(device)
     with locked(out):
-        for name in ("config.json", "fit.json"):
-            if (out / name).exists() and not overwrite:
-                raise InputError(
-                    f"{out / name} exists already; choose another --out, or replace the fit with --overwrite"
-                )
+        check_fit_folder(out, overwrite)
         data = load_dataset(dataset, memory_map=memory_map, quiet=quiet)
+        if task is not None:
+            check_sizes(data, dataset, get_task(task))
+        write_config(out, config)
         _, record = fit_and_save(
             data,
             out,
@@ -311,6 +329,9 @@ def train(
         outs = [Path("runs", f"{Path(config.dataset).stem}-{name}") for name in names]
     else:
         outs = [out] if seeds is None and not penalty_coefs else [out / name for name in names]
+    new = [str(folder) for folder in outs if resume and not (folder / "config.json").exists()]
+    if new:
+        _tell(f"no run to resume in {', '.join(new)}; training from the beginning")
     try:
         how = {"resume": resume, "memory_map": memory_map, "quiet": quiet}
         one = len(configs) == 1
@@ -326,7 +347,7 @@ def train(
 
 
 def sweep(
-    config: Annotated[TrainConfig, arg(name="")],
+    config: Annotated[SweepConfig, arg(name="")],
     *,
     preset: AnyPreset = None,
     seeds: Annotated[str, arg(metavar="FIRST:END")] = "0:3",
@@ -346,7 +367,7 @@ def sweep(
     Args:
         config: Settings of the runs.
         preset: Code base whose hyperparameters become the defaults. Add --help to see them.
-        seeds: Seeds of the runs, as a range (0:8 is 0 to 7) or a list (0,3,5). They replace --seed.
+        seeds: Seeds of the runs, as a range (0:8 is 0 to 7) or a list (0,3,5).
         penalty_coefs: Penalty coefficients of the runs.
         horizons: Rollout lengths of the runs.
         out: Folder of the sweep. On a cluster every machine must see it.
@@ -765,7 +786,8 @@ def _commands(argv: Sequence[str]) -> dict[str, Callable[..., None]]:
 
     config = preset(known[-1], tyro.MISSING)
     return COMMANDS | {
-        command.__name__: functools.partial(command, config=config) for command in (train, sweep)
+        "train": functools.partial(train, config=config),
+        "sweep": functools.partial(sweep, config=SweepConfig(**vars(config))),
     }
 
 

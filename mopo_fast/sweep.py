@@ -97,11 +97,7 @@ def sweep(
     """
     out = Path(out).resolve()
     config = dataclasses.replace(config, threads=config.threads or 1)
-    # Ray's workers have another working directory.
-    if Path(config.dataset).exists():
-        config = dataclasses.replace(config, dataset=str(Path(config.dataset).resolve()))
-    if config.dynamics_from is not None:
-        config = dataclasses.replace(config, dynamics_from=str(Path(config.dynamics_from).resolve()))
+    # Their paths are absolute, because Ray's workers have another working directory.
     configs = grid(config, seeds, penalty_coefs, horizons)
     with locked(out), connected(ray):
         if config.dynamics_from is None:

@@ -74,8 +74,8 @@ class GenerateConfig(RunSettings):
 class _RunConfig:
     """Fields of a run's config.json that are read here."""
 
-    task: str
-    rollout: RunSettings
+    task: str | None
+    rollout: RunSettings | None = None
     task_sha256: str | None = None
 
 
@@ -93,6 +93,8 @@ def run_settings(run: str | os.PathLike[str], task: str | Task | None = None) ->
     check_run(run)
     path = Path(run) / "config.json"
     config = read_json_as(path, _RunConfig)
+    if config.task is None or config.rollout is None:
+        raise InputError(f"{path} has no settings of rollouts; give a folder that `mopo-fast train` made")
     return task_of_run(path, config.task, config.task_sha256, task), config.rollout
 
 

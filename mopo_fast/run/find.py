@@ -18,12 +18,14 @@ def check_run(folder: str | os.PathLike[str], *, files: tuple[str, ...] = ("conf
     folder = Path(folder)
     if any((folder / file).is_file() for file in files):
         return
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; give the folder of a run")
+    if not folder.is_dir():
+        lacks = "is a file" if folder.exists() else "does not exist"
+        raise InputError(f"{folder} {lacks}; give the folder of a run")
     runs = sorted(str(path.parent) for path in folder.glob(f"*/{files[0]}"))
     if runs:
-        raise InputError(
-            f"{folder} is not a run but holds {len(runs)}; give one of them, such as {runs[0]}"
-        )
-    lacks = f"it holds none of {', '.join(files)}" if len(files) > 1 else f"{folder / files[0]} does not exist"
-    raise InputError(f"{folder} is not a run folder, {lacks}; give another folder")
+        raise InputError(f"{folder} holds {len(runs)} runs but is none; give one of them, such as {runs[0]}")
+    raise InputError(
+        f"{folder} is not a run folder, it holds none of {', '.join(files)}; give another folder"
+        if len(files) > 1
+        else f"{folder / files[0]} does not exist; give the folder of a run"
+    )

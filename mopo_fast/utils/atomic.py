@@ -59,6 +59,12 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.close(handle)
 
 
+def absolute_file(name: str) -> str:
+    """Return the absolute path of an existing file or folder, and any other name as it is."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.exists() else name
+
+
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Raise `InputError` where `atomic_path` would refuse `path`, so that the user learns it early."""
     path = Path(path)

@@ -140,9 +140,11 @@ def relabel(
     Examples:
         mopo-fast relabel halfcheetah_medium-v2.hdf5 --task halfcheetah-jump --out jump.hdf5
     """
-    from mopo_fast.data import find_dataset, relabel_file
+    from mopo_fast.data import find_dataset
 
     find_dataset(file)
+    from mopo_fast.data import relabel_file
+
     print(relabel_file(file, task, out, overwrite=overwrite))
 
 

@@ -22,7 +22,7 @@ from mopo_fast.data.transitions import ROLLOUT_ARRAYS
 from mopo_fast.errors import InputError
 from mopo_fast.run.find import check_run
 from mopo_fast.tasks import Task, task_of_run
-from mopo_fast.utils.atomic import check_value, read_json_as, regular_file, write_json
+from mopo_fast.utils.atomic import check_utf8, check_value, read_json_as, regular_file, write_json
 
 MANIFEST = "manifest.json"
 # Arrays of a shard. A time-out marks the last row of a rollout that did not end in a terminal state.
@@ -91,6 +91,7 @@ def run_settings(run: str | os.PathLike[str], task: str | Task | None = None) ->
         InputError: config.json is missing or is not that of a run, or `task` is not the run's task.
     """
     check_run(run)
+    check_utf8(run)
     path = Path(run) / "config.json"
     config = read_json_as(path, _RunConfig)
     if config.task is None or config.rollout is None:

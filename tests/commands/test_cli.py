@@ -436,7 +436,6 @@ MISTAKES = {
     ),
     "a fit as a run": (["evaluate", "FIT"], ["config.json", "mopo-fast train"]),
     "a name that is no UTF-8": (["train", "DATA", "--out", os.fsdecode(b"\xff")], [r"\udcff", "UTF-8"]),
-    "a run that is no UTF-8": (["evaluate", os.fsdecode(b"\xff")], [r"\udcff", "UTF-8"]),
     "no cluster": (
         ["rollout", "RUN", "--dataset", "DATA", "--out", "OUT", "--ray", "auto"],
         ["no Ray cluster", "--ray local", "ray start --head"],

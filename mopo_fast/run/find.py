@@ -20,7 +20,7 @@ def check_run(folder: str | os.PathLike[str], *, files: tuple[str, ...] = ("conf
         return
     if not folder.is_dir():
         lacks = "is a file" if folder.exists() else "does not exist"
-        raise InputError(f"{folder} {lacks}; give the folder of a run")
+        raise InputError(f"{folder} is not a run folder, it {lacks}; give the folder of a run")
     runs = sorted(str(path.parent) for path in folder.glob(f"*/{files[0]}"))
     if runs:
         raise InputError(f"{folder} holds {len(runs)} runs but is none; give one of them, such as {runs[0]}")

@@ -8,6 +8,7 @@ The docstring of a command is its help: the first paragraph stands in the list o
 """
 
 import dataclasses
+import difflib
 import functools
 import inspect
 import io
@@ -20,6 +21,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,7 +29,9 @@ import tyro
 from rich.console import Console
 from rich.logging import RichHandler
 from tyro.conf import FlagCreatePairsOff, Positional, arg, subcommand
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from mopo_fast._version import __version__
 from mopo_fast.config import (
     CHECKPOINT_FORMATS,
     PRESETS,
@@ -35,10 +39,12 @@ from mopo_fast.config import (
     CheckpointFormat,
     Compression,
     DynamicsConfig,
+    FitConfig,
     Hints,
     Preset,
     RolloutDtype,
     ShardFormat,
+    SweepConfig,
     TrainConfig,
     check_runs,
     flag,
@@ -46,7 +52,7 @@ from mopo_fast.config import (
     switch,
 )
 from mopo_fast.errors import InputError, is_interrupt, is_out_of_resources, printable
-from mopo_fast.utils.atomic import check_writable, write_json
+from mopo_fast.utils.atomic import absolute_file, check_writable, write_json
 from mopo_fast.utils.progress import console
 
 Dataset = Annotated[str, Positional, arg(metavar="DATASET")]
@@ -62,6 +68,7 @@ Examples:
     mopo-fast collect hopper-random
     mopo-fast train hopper-random-local
     mopo-fast train --help
+    mopo-fast --version
 
 Completion of commands and flags in bash (likewise in zsh and fish):
     mopo-fast --tyro-write-completion bash ~/.local/share/bash-completion/completions/mopo-fast"""
@@ -134,6 +141,9 @@ def relabel(
     Examples:
         mopo-fast relabel halfcheetah_medium-v2.hdf5 --task halfcheetah-jump --out jump.hdf5
     """
+    from mopo_fast.data import find_dataset
+
+    find_dataset(file)
     from mopo_fast.data import relabel_file
 
     print(relabel_file(file, task, out, overwrite=overwrite))
@@ -173,6 +183,8 @@ def convert(
         mopo-fast convert dynamics/ run/ --from offlinerl-kit
     """
     if source_format is not None:
+        if not Path(source).exists():
+            raise InputError(f"{source} does not exist")
         from mopo_fast.compat import convert_checkpoint
 
         found = convert_checkpoint(source, target, source_format, target_format, hints, overwrite=overwrite)
@@ -183,6 +195,12 @@ def convert(
         raise InputError(
             "--to, --activation, --elites and --absolute convert models; name the code of SRC with --from"
         )
+    from mopo_fast.data import find_dataset
+    from mopo_fast.data.local import MINARI_PREFIX, check_file
+
+    if not target.startswith(MINARI_PREFIX):
+        check_file(target, overwrite)
+    find_dataset(source)
     from mopo_fast.data.convert import convert
 
     print(f"{target}: {convert(source, target, overwrite=overwrite, quiet=quiet)} rows")
@@ -192,6 +210,7 @@ def fit(
     dataset: Dataset,
     *,
     out: Annotated[Path, arg(metavar="RUN")],
+    task: Annotated[str | None, flag("any, for the data are not compared with one", "TASK")] = None,
     seed: int = 0,
     device: str = "cpu",
     backend: str = "auto",
@@ -203,13 +222,16 @@ def fit(
 ) -> None:
     """Fit the dynamics ensemble alone, to be used by any number of trainings.
 
-    The folder RUN receives dynamics.safetensors, dynamics.json and fit.json, for `train --dynamics-from RUN`.
+    The folder RUN receives dynamics.safetensors, dynamics.json and fit.json, for `train --dynamics-from RUN`,
+    and the settings in config.json.
 
     The same command continues a fit that was stopped.
 
     Args:
         dataset: Name or file of the data set, as in `mopo-fast train --help`.
         out: Folder for the ensemble.
+        task: Task whose numbers of observation and action dimensions the data must have. Give a name, or a
+            Python file, FILE.py, with a task of your own.
         seed: Seed of all random numbers. The same seed reproduces the fit bit for bit.
         device: Device that fits: cpu or cuda.
         backend: Implementation of the fit: auto to choose one, or a name that `mopo-fast doctor` lists.
@@ -224,17 +246,29 @@ def fit(
         mopo-fast fit hopper-medium-v2 --out fits/hopper-medium
         mopo-fast train hopper-medium-v2 --dynamics-from fits/hopper-medium
     """
+    from mopo_fast.data import find_dataset
+
+    config = FitConfig(absolute_file(dataset), task, seed, device, backend, threads, dynamics)
+    config.validate()
+    find_dataset(dataset)
+    if task is not None:
+        from mopo_fast.tasks import get_task
+
+        get_task(task)
     from mopo_fast.data import load_dataset
     from mopo_fast.fit import fit_and_save
+    from mopo_fast.run.folder import check_fit_folder, write_config
+    from mopo_fast.run.resolve import check_sizes
     from mopo_fast.utils.lock import locked
+    from mopo_fast.utils.machine import check_device
 
+    check_device(device)
     with locked(out):
-        for name in ("config.json", "fit.json"):
-            if (out / name).exists() and not overwrite:
-                raise InputError(
-                    f"{out / name} exists already; choose another --out, or replace the fit with --overwrite"
-                )
+        check_fit_folder(out, overwrite)
         data = load_dataset(dataset, memory_map=memory_map, quiet=quiet)
+        if task is not None:
+            check_sizes(data, dataset, get_task(task))
+        write_config(out, config)
         _, record = fit_and_save(
             data,
             out,
@@ -290,9 +324,6 @@ def train(
         mopo-fast train --resume runs/hopper-medium-v2-seed0
         mopo-fast train --resume runs/hopper-medium-v2-seed0 --steps 2000000
     """
-    from mopo_fast.run.population import train_many
-    from mopo_fast.train import train
-
     # `_commands` has made the preset, or the settings of the run to resume, the defaults of `config`.
     if resume and _is_run(config.dataset):
         if preset is not None or seeds is not None or penalty_coefs or out is not None:
@@ -302,13 +333,20 @@ def train(
             )
         out = Path(config.dataset)
         config = _resumed(config, out)
+    _check_settings(config)
     configs, names = _population(config, seeds, penalty_coefs)
+    from mopo_fast.run.population import train_many
+    from mopo_fast.train import train
+
     if out is None:
         outs = [Path("runs", f"{Path(config.dataset).stem}-{name}") for name in names]
     else:
         outs = [out] if seeds is None and not penalty_coefs else [out / name for name in names]
     how: dict[str, Any] = {"resume": resume, "memory_map": memory_map, "quiet": quiet}
     one = len(configs) == 1
+    new = [str(folder) for folder in outs if resume and not (folder / "config.json").exists()]
+    if new:
+        _tell(f"no run to resume in {', '.join(new)}; training from the beginning")
     try:
         summaries = [train(configs[0], outs[0], **how)] if one else train_many(configs, outs, **how)
     except KeyboardInterrupt:
@@ -323,7 +361,7 @@ def train(
 
 
 def sweep(
-    config: Annotated[TrainConfig, arg(name="")],
+    config: Annotated[SweepConfig, arg(name="")],
     *,
     preset: AnyPreset = None,
     seeds: Annotated[str, arg(metavar="FIRST:END")] = "0:3",
@@ -343,7 +381,7 @@ def sweep(
     Args:
         config: Settings of the runs.
         preset: Code base whose hyperparameters become the defaults. Add --help to see them.
-        seeds: Seeds of the runs, as a range (0:8 is 0 to 7) or a list (0,3,5). They replace --seed.
+        seeds: Seeds of the runs, as a range (0:8 is 0 to 7) or a list (0,3,5).
         penalty_coefs: Penalty coefficients of the runs.
         horizons: Rollout lengths of the runs.
         out: Folder of the sweep. On a cluster every machine must see it.
@@ -357,6 +395,9 @@ def sweep(
         mopo-fast sweep hopper-medium-v2 --seeds 0:3 --penalty-coefs 0.5 1 5 --horizons 1 5
     """
     del preset
+    _check_settings(config)
+    combined = _parse_seeds(seeds)
+    check_runs(combined, penalty_coefs, horizons)
     from mopo_fast.sweep import sweep, to_table
 
     folder = out or Path("runs", f"{Path(config.dataset).stem}-sweep")
@@ -364,7 +405,7 @@ def sweep(
         rows = sweep(
             config,
             folder,
-            seeds=_parse_seeds(seeds),
+            seeds=combined,
             penalty_coefs=penalty_coefs,
             horizons=horizons,
             ray=ray,
@@ -394,6 +435,18 @@ def _resumed(config: TrainConfig, run: Path) -> TrainConfig:
     recorded = read_config(run)
     task = task_of_run(run / "config.json", recorded.task or "", recorded.task_sha256, config.task)
     return dataclasses.replace(config, dataset=recorded.dataset, task=task.name)
+def _check_settings(config: TrainConfig) -> None:
+    """Report mistakes in the settings of a run before torch is imported, which takes seconds."""
+    from mopo_fast.data import find_dataset
+    from mopo_fast.run.find import check_run
+    from mopo_fast.tasks import get_task
+
+    config.validate()
+    if config.task is not None and not config.task.endswith(".py"):
+        get_task(config.task)
+    find_dataset(config.dataset)
+    if config.dynamics_from is not None:
+        check_run(config.dynamics_from, files=("dynamics.json",))
 
 
 def _population(
@@ -456,6 +509,9 @@ def evaluate(
     Examples:
         mopo-fast evaluate runs/hopper-medium-v2-seed0 --episodes 100
     """
+    from mopo_fast.run.find import check_run
+
+    check_run(run)
     from mopo_fast.bulk.plan import run_settings
     from mopo_fast.evaluate import evaluate
     from mopo_fast.policy import Actor
@@ -517,7 +573,7 @@ def rollout(
         shard_rows: Transitions of one shard. Two shards are held in memory.
         ray: Ray cluster that makes the shards: local for the cores of this machine, auto for the cluster that
             runs on it, or the address of one. Every machine must see the folder.
-        device: Device that makes shards: cpu or cuda. One file is always made on the CPU.
+        device: Device that makes the rollouts: cpu or cuda.
         backend: Implementation of the rollouts: auto to choose one, or a name that `mopo-fast doctor` lists.
         threads: Number of threads of the CPU kernels. The result does not depend on it.
         memory_map: Leave the data in their file, for a data set larger than the memory. Results do not
@@ -531,12 +587,14 @@ def rollout(
         mopo-fast rollout RUN --dataset hopper-medium-v2 --out shards/ --count 100000000
         mopo-fast rollout --verify shards/
     """
-    from mopo_fast.bulk.read import as_text, summarise
-    from mopo_fast.bulk.read import verify as verify_shards
-
     if verify is not None:
         if run is not None or out is not None:
             raise InputError("--verify takes a folder and neither RUN nor --out")
+        if not verify.is_dir():
+            raise InputError(f"{verify} is no folder of shards; give the --out of a `mopo-fast rollout`")
+        from mopo_fast.bulk.read import as_text, summarise
+        from mopo_fast.bulk.read import verify as verify_shards
+
         manifest = verify_shards(verify, quiet=quiet)
         print(f"{verify}: {len(manifest.shards)} shards, all sound")
         print(as_text(summarise(manifest)))
@@ -545,11 +603,21 @@ def rollout(
         raise InputError(
             "rollout needs RUN, --dataset and --out; or --verify DIR, to check a folder of shards"
         )
+    from mopo_fast.data import find_dataset
+    from mopo_fast.data.local import check_file
+    from mopo_fast.run.find import check_run
+
+    check_run(run)
+    if out.suffix:
+        check_file(out, overwrite)
+        if ray is not None:
+            raise InputError("--ray takes a folder as --out, for shards")
+    find_dataset(dataset)
     from mopo_fast.bulk.files import save_transitions
     from mopo_fast.bulk.generate import generate
+    from mopo_fast.bulk.read import as_text, summarise
     from mopo_fast.bulk.write import generate_shards
     from mopo_fast.data import load_dataset
-    from mopo_fast.data.write import check_file
 
     settings: dict[str, Any] = {
         "count": count,
@@ -557,11 +625,8 @@ def rollout(
         "seed": seed,
         "penalty_coef": penalty_coef,
     }
-    settings |= {"dtype": dtype, "backend": backend, "threads": threads, "task": task}
+    settings |= {"dtype": dtype, "device": device, "backend": backend, "threads": threads, "task": task}
     if out.suffix:
-        check_file(out, overwrite)
-        if ray is not None:
-            raise InputError("--ray takes a folder as --out, for shards")
         rollouts = generate(run, load_dataset(dataset, memory_map=memory_map, quiet=quiet), **settings)
         save_transitions(out, rollouts, overwrite=overwrite)
         print(f"{out}: {len(rollouts)} transitions, mean penalised reward {rollouts.rewards.mean():.4g}")
@@ -576,7 +641,6 @@ def rollout(
             shard_rows=shard_rows,
             format=format,
             compression=compression,
-            device=device,
             ray=ray,
             overwrite=overwrite,
             quiet=quiet,
@@ -636,9 +700,6 @@ def bench(
         mopo-fast bench rollout --dtype bfloat16
         mopo-fast bench sac --json sac.json --plot sac.png
     """
-    from mopo_fast.bench.measure import bench, to_table
-    from mopo_fast.bench.roofline import check_picture, write_roofline
-
     options = {
         "dtype": (dtype, ("rollout", "fit")),
         "starts": (starts, ("rollout",)),
@@ -659,6 +720,9 @@ def bench(
         given["steps"] = given.pop("fit_steps")
     if json is not None:
         check_writable(json)
+    from mopo_fast.bench.measure import bench, to_table
+    from mopo_fast.bench.roofline import check_picture, write_roofline
+
     if plot is not None:
         check_picture(plot)
     rows = bench(
@@ -688,6 +752,9 @@ def report(run: Run) -> None:
     Examples:
         mopo-fast report runs/hopper-medium-v2-seed0
     """
+    from mopo_fast.run.find import REPORTED, check_run
+
+    check_run(run, files=REPORTED)
     from mopo_fast.report import write_report
 
     print(write_report(run))
@@ -756,7 +823,8 @@ def _commands(argv: Sequence[str]) -> dict[str, Callable[..., None]]:
 
     config = preset(known[-1], tyro.MISSING)
     return COMMANDS | {
-        command.__name__: functools.partial(command, config=config) for command in (train, sweep)
+        "train": functools.partial(train, config=config),
+        "sweep": functools.partial(sweep, config=SweepConfig(**vars(config))),
     }
 
 
@@ -793,6 +861,47 @@ def _parser(argv: Sequence[str]) -> Any:
         for name, command in commands.items()
     ]
     return functools.reduce(operator.or_, types)
+
+
+def _check_command(name: str) -> None:
+    """Raise `InputError` where the first word of a command line is no command."""
+    if name.startswith("-") or name in COMMANDS:
+        return
+    close = difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f", did you mean {close[0]}?" if close else "."
+    raise InputError(f"unknown command {name!r}{hint} The commands are: {', '.join(COMMANDS)}")
+
+
+def _whole_number(text: str) -> int:
+    """Parse a whole number, which may be written as 1000000, 1_000_000 or 1e6."""
+    mistake = ValueError(f"{text[:100]!r} is no whole number, such as 1000 or 1e6")
+    try:
+        number = Decimal(text)
+    except InvalidOperation:
+        raise mistake from None
+    # Other numbers of this size would take long to write out.
+    if not number.is_finite() or number.adjusted() > 100 or number != number.to_integral_value():
+        raise mistake
+    return int(number)
+
+
+def _whole_numbers(kind: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[int] | None:
+    """Return the rule by which tyro parses an int, or None for any other type."""
+    if kind.type is not int:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=lambda words: _whole_number(words[0]),
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def _registry() -> ConstructorRegistry:
+    registry = ConstructorRegistry()
+    registry.primitive_rule(_whole_numbers)
+    return registry
 
 
 def _epilog(argv: Sequence[str]) -> str:
@@ -833,12 +942,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Names of files may hold bytes that are not valid UTF-8.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        if arguments[:1] == ["--version"]:
+            print(f"mopo_fast {__version__}")
+            return 0
+        if arguments:
+            _check_command(arguments[0])
         tyro.cli(
             _parser(arguments),
             prog="mopo-fast",
             description="MOPO, model-based offline policy optimization: data set in, policy and score out.",
             args=arguments,
             config=(FlagCreatePairsOff,),
+            registry=_registry(),
         )
     except SystemExit as end:
         if not end.code and {"-h", "--help"} & set(arguments):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from tyro.conf import Positional, arg
+from tyro.conf import Fixed, Positional, SuppressFixed, arg
 
 from mopo_fast.errors import InputError
 
@@ -366,7 +366,7 @@ class TrainConfig:
         task: Task, which defines the environment, the termination rule and the reference scores. Give a name,
             or a Python file, FILE.py, with a task of your own.
         seed: Seed of all random numbers. The same seed reproduces the run bit for bit.
-        steps: Number of SAC updates.
+        steps: Number of SAC updates, such as 1000000 or 1e6.
         device: Device that fits, makes rollouts and trains: cpu or cuda.
         backend: Implementation of the fit, the rollouts and SAC: auto to choose one, or a
             name that `mopo-fast doctor` lists.
@@ -425,6 +425,41 @@ class RunConfig(TrainConfig):
 
     task_sha256: str | None = None
     data_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class SweepConfig(TrainConfig):
+    """Settings that all runs of a sweep share. Their seeds are given apart, so there is no --seed."""
+
+    seed: Annotated[int, SuppressFixed, Fixed] = 0
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """Settings of `mopo-fast fit`, as its config.json records them.
+
+    Attributes:
+        dataset: name or file of the data set.
+        task: task that the data were compared with, or None.
+        seed: seed of all random numbers.
+        device: device that fits.
+        backend: implementation of the fit.
+        threads: number of threads of the CPU kernels, or None for all cores.
+        dynamics: settings of the ensemble and its fit.
+    """
+
+    dataset: str
+    task: str | None
+    seed: int
+    device: str
+    backend: str
+    threads: int | None
+    dynamics: DynamicsConfig
+
+    def validate(self) -> None:
+        """Raise `InputError` where a value is out of range."""
+        _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        self.dynamics.validate()
 
 
 @dataclass(frozen=True)

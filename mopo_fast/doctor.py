@@ -14,6 +14,7 @@ from mopo_fast.backends import cpu
 from mopo_fast.data import d4rl
 from mopo_fast.data.local import local_folder
 from mopo_fast.errors import InputError
+from mopo_fast.utils.machine import resolve_threads
 
 PACKAGES = ("torch", "triton", "numpy", "gymnasium", "mujoco", "h5py", "safetensors", "tensorboard")
 # Flags in /proc/cpuinfo of the instruction sets that the CPU kernels are built for.
@@ -107,7 +108,7 @@ def examine() -> Report:
         machine=Machine(
             system=platform.platform(),
             cpu=_cpuinfo("model name") or platform.processor() or platform.machine(),
-            cores=len(os.sched_getaffinity(0)),
+            cores=resolve_threads(None),
             memory_gib=_memory_gib(),
             isa_flags=[flag for flag in ISA_FLAGS if flag in _cpuinfo("flags").split()],
             isa=isa,

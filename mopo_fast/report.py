@@ -29,6 +29,7 @@ from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.fit import data_sha256, dynamics_inputs_targets, read_fit, split_holdout
 from mopo_fast.rollout import RolloutEngine
+from mopo_fast.run.find import REPORTED, check_run
 from mopo_fast.run.folder import RecordedConfig, RecordedRollout, read_summary
 from mopo_fast.run.log import read_rows
 from mopo_fast.utils.atomic import atomic_path, read_json_as
@@ -394,12 +395,8 @@ def write_report(run: str | os.PathLike[str], *, data: Transitions | None = None
         InputError: `run` is not a run folder, or cannot be written.
     """
     folder = Path(run)
-    known = ("config.json", "summary.json", "progress.csv", "fit.json")
-    found = [name for name in known if (folder / name).is_file()]
-    if not found:
-        raise InputError(
-            f"{folder} is not a run folder, it holds none of {', '.join(known)}; give another folder"
-        )
+    check_run(folder, files=REPORTED)
+    found = [name for name in REPORTED if (folder / name).is_file()]
     state = _Run(folder, data)
     # Other programs write a config.json too.
     if found == ["config.json"] and "dataset" not in state.config():

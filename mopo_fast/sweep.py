@@ -97,13 +97,9 @@ def sweep(
     """
     out = Path(out).resolve()
     config = dataclasses.replace(config, threads=config.threads or 1)
-    # Ray's workers have another working directory.
     if not isinstance(config.dataset, str | Path):
         raise InputError("every process of a sweep reads the data; save them with `Transitions.save` first")
-    if Path(config.dataset).exists():
-        config = dataclasses.replace(config, dataset=str(Path(config.dataset).resolve()))
-    if config.dynamics_from is not None:
-        config = dataclasses.replace(config, dynamics_from=str(Path(config.dynamics_from).resolve()))
+    # Their paths are absolute, because Ray's workers have another working directory.
     configs = grid(config, seeds, penalty_coefs, horizons)
     with locked(out), connected(ray):
         if config.dynamics_from is None:

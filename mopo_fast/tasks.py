@@ -14,13 +14,16 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from mopo_fast.config import UNTUNED
 from mopo_fast.errors import InputError
+
+# The command line looks up tasks before it imports torch, which takes seconds.
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,10 @@ class Box:
         """Number of dimensions of an observation."""
         return len(self.low)
 
-    def contains(self, observations: torch.Tensor) -> torch.Tensor:
+    def contains(self, observations: "torch.Tensor") -> "torch.Tensor":
         """Return as bool [batch] which observations [batch, obs] are finite and within all bounds."""
+        import torch
+
         low = torch.tensor(self.low, dtype=observations.dtype, device=observations.device)
         high = torch.tensor(self.high, dtype=observations.dtype, device=observations.device)
         inside = (observations >= low) & (observations <= high) & torch.isfinite(observations)
@@ -222,6 +227,9 @@ TASKS: dict[str, Task] = {
         Task("pendulum", "Pendulum-v1", 3, 1, make_box(3)),
     )
 }
+
+RELABELLED = tuple(name for name, task in TASKS.items() if task.online_env_id is not None)
+"""Tasks whose data come from an agent that was trained on another reward."""
 
 # Rules by name, for `RolloutEngine(termination=...)`. TASK is the task's own, TASK-CODE that of another code.
 BOXES: dict[str, Box] = {

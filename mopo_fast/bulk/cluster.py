@@ -26,6 +26,8 @@ ShardMaker = Callable[[Path, Plan, list[int], Callable[[ShardRecord], None], Cal
 
 # Times that a shard is tried again after its worker was lost.
 _RETRIES = 5
+# The two ways to a cluster, for error messages.
+_START = "give --ray local to use the cores of this machine, or start a cluster with `ray start --head`"
 
 
 def _import_ray() -> Any:
@@ -61,7 +63,9 @@ def connected(address: str) -> Iterator[Any]:
             with deferred():
                 ray.init(address=address, log_to_driver=False, configure_logging=False)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise InputError(f"cannot reach a Ray cluster at {address!r}: {error}") from error
+            if address == "auto":
+                raise InputError(f"no Ray cluster runs on this machine; {_START}") from error
+            raise InputError(f"cannot reach a Ray cluster at {address!r} ({error}); {_START}") from error
         yield ray
     finally:
         ray.shutdown()
@@ -75,7 +79,7 @@ def _check_address(address: str) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=10).close()
     except (OSError, ValueError, OverflowError) as error:
-        raise InputError(f"cannot reach a Ray cluster at {address!r}: {error}") from error
+        raise InputError(f"cannot reach a Ray cluster at {address!r} ({error}); {_START}") from error
 
 
 def _make_shard(

@@ -19,7 +19,7 @@ from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine, allocate
 from mopo_fast.tasks import Task, get_task, termination_of
 from mopo_fast.utils.atomic import check_value
-from mopo_fast.utils.machine import check_memory
+from mopo_fast.utils.machine import check_device, check_memory
 from mopo_fast.utils.seeds import ROLLOUT, START, derive_seed
 
 # Start states of one call: enough to be fast, few enough to show progress.
@@ -159,6 +159,7 @@ def generate(
     dtype: RolloutDtype = "float32",
     backend: str = "auto",
     threads: int | None = None,
+    device: str = "cpu",
     task: str | Task | None = None,
 ) -> Transitions:
     """Roll a run's policy out in its ensemble and return the transitions; `generate_shards` writes to disk.
@@ -173,6 +174,7 @@ def generate(
         dtype: precision of the matrix products, see `RolloutEngine`.
         backend: backend of `RolloutEngine`.
         threads: number of CPU threads; None for all cores.
+        device: device that makes the rollouts, "cpu" or "cuda". The result is on the CPU.
         task: the run's task. It must be given if it is a Python file, since that file is executed.
 
     Returns:
@@ -187,10 +189,12 @@ def generate(
     )
     check_value("count", count, Positive)
     check_rollout_memory(config, count, 1, WRITTEN_IN_PLACE, "count or horizon")
-    generator = Generator(EnsembleDynamics.load(run), Actor.load(run), data.observations, config, threads)
+    check_device(device)
+    ensemble, policy = EnsembleDynamics.load(run, device), Actor.load(run, device)
+    generator = Generator(ensemble, policy, data.observations, config, threads)
     ring = generator.allocate_ring(count)
     starts, non_finite = generator.fill(ring, count)
-    rollouts = ring.storage[:count]
+    rollouts = ring.storage[:count].to("cpu")
     rollouts.info = {
         "run": str(run),
         "dataset": data.name,

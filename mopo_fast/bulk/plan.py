@@ -20,8 +20,9 @@ from mopo_fast.config import Compression, Penalty, PenaltyMembers, RolloutDtype,
 from mopo_fast.data.stored import Array
 from mopo_fast.data.transitions import ROLLOUT_ARRAYS
 from mopo_fast.errors import InputError
+from mopo_fast.run.find import check_run
 from mopo_fast.tasks import Task, task_of_run
-from mopo_fast.utils.atomic import check_value, read_json_as, regular_file, write_json
+from mopo_fast.utils.atomic import check_utf8, check_value, read_json_as, regular_file, write_json
 
 # Tools for Parquet ignore the files of a folder whose names begin with an underscore.
 MANIFEST = "_manifest.json"
@@ -76,8 +77,8 @@ class GenerateConfig(RunSettings):
 class _RunConfig:
     """Fields of a run's config.json that are read here."""
 
-    task: str
-    rollout: RunSettings
+    task: str | None
+    rollout: RunSettings | None = None
     task_sha256: str | None = None
 
 
@@ -92,8 +93,12 @@ def run_settings(run: str | os.PathLike[str], task: str | Task | None = None) ->
     Raises:
         InputError: config.json is missing or is not that of a run, or `task` is not the run's task.
     """
+    check_run(run)
+    check_utf8(run)
     path = Path(run) / "config.json"
     config = read_json_as(path, _RunConfig)
+    if config.task is None or config.rollout is None:
+        raise InputError(f"{path} has no settings of rollouts; give a folder that `mopo-fast train` made")
     return task_of_run(path, config.task, config.task_sha256, task), config.rollout
 
 

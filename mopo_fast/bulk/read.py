@@ -23,6 +23,7 @@ from mopo_fast.data.stored import Array, check_fits
 from mopo_fast.data.transitions import DATA_ARRAYS, Transitions
 from mopo_fast.errors import InputError
 from mopo_fast.utils.atomic import regular_file
+from mopo_fast.utils.machine import size_text
 from mopo_fast.utils.progress import progress_bar
 
 
@@ -244,7 +245,7 @@ def as_text(summary: dict[str, Any]) -> str:
     """Format a summary for a terminal: counts, histogram of penalties, terminations at each step."""
     rows, counts = summary["rows"], summary["penalty_counts"]
     lines = [
-        f"{rows:,} transitions of {summary['starts']:,} rollouts, {summary['bytes'] / 2**30:.2f} GiB;"
+        f"{rows:,} transitions of {summary['starts']:,} rollouts, {size_text(summary['bytes'])};"
         f" {summary['non_finite']:,} rollouts ended at a non-finite prediction",
         f"mean penalised reward {summary['reward_mean']:.4g}, mean penalty {summary['penalty_mean']:.4g}",
         "",

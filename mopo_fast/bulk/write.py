@@ -45,6 +45,7 @@ from mopo_fast.policy import Actor
 from mopo_fast.tasks import Task
 from mopo_fast.utils.atomic import check_value, regular_file, sweep
 from mopo_fast.utils.lock import locked
+from mopo_fast.utils.machine import check_device, size_text
 from mopo_fast.utils.progress import progress_bar
 from mopo_fast.utils.tensors import tensors_sha256
 
@@ -121,6 +122,7 @@ def generate_shards(
     # Compressed HDF5 files are made in memory.
     copies = ENCODED_WHOLE if format == "hdf5" and compression != "none" else WRITTEN_IN_PIECES
     check_rollout_memory(config, rows, buffers, copies, "count, shard_rows or horizon")
+    check_device(device)
     ensemble, policy = EnsembleDynamics.load(run, device), Actor.load(run, device)
     generator = Generator(ensemble, policy, data.observations, config, threads)
     plan = Plan(
@@ -342,6 +344,6 @@ def _check_space(
     free = shutil.disk_usage(out).free + sum(path.lstat().st_size for path in replaced)
     if plan.compression == "none" and needed > free:
         raise InputError(
-            f"{out} takes another {needed / 2**30:.1f} GiB, the disk has {free / 2**30:.1f} GiB free;"
+            f"{out} takes another {size_text(needed)}, the disk has {size_text(free)} free;"
             " lower count, compress, or choose another disk"
         )

@@ -4,20 +4,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-import gymnasium
-import mujoco
-
 from mopo_fast._version import __version__
-from mopo_fast.collect.online import collect_online
-from mopo_fast.collect.uniform import MAX_PATH, RULES, collect_uniform
 from mopo_fast.config import OnlineConfig
 from mopo_fast.data import d4rl
 from mopo_fast.data.local import local_file
-from mopo_fast.data.rewards import RELABELLED
 from mopo_fast.errors import InputError
-from mopo_fast.tasks import TASKS
+from mopo_fast.tasks import RELABELLED, TASKS
 from mopo_fast.utils.atomic import check_writable
-from mopo_fast.utils.machine import resolve_threads
 
 __all__ = ["collect"]
 
@@ -68,7 +61,6 @@ def collect(
             f"cannot collect {name!r}; give TASK-TIER with TASK one of {', '.join(d4rl.TASKS)} and TIER one"
             f" of {', '.join(d4rl.TIERS)}; or {' or '.join(RELABELLED)}"
         )
-    threads = resolve_threads(threads)
     if steps is not None and tier.endswith("replay"):
         raise InputError(f"{local_name} contains every stored transition; leave out steps, got {steps!r}")
     steps = 1_000_000 if steps is None else steps
@@ -84,6 +76,15 @@ def collect(
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists already; choose another --out, or replace it with --overwrite")
     check_writable(path)
+    # These imports take seconds, for which a mistake should not wait.
+    import gymnasium
+    import mujoco
+
+    from mopo_fast.collect.online import collect_online
+    from mopo_fast.collect.uniform import MAX_PATH, RULES, collect_uniform
+    from mopo_fast.utils.machine import resolve_threads
+
+    threads = resolve_threads(threads)
     metadata = {
         "name": local_name,
         "env_id": TASKS[task].env_id,

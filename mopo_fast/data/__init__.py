@@ -1,18 +1,21 @@
 """Load data sets of every supported kind as `Transitions`."""
 
 import difflib
+import importlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from mopo_fast.data import d4rl, minari
-from mopo_fast.data.files import Compat, from_arrays, load_file
-from mopo_fast.data.local import local_file, local_folder
-from mopo_fast.data.rewards import relabel, relabel_file
-from mopo_fast.data.transitions import Transitions
+from mopo_fast.data import d4rl
+from mopo_fast.data.local import MINARI_PREFIX, local_file, local_folder
 from mopo_fast.errors import InputError
 from mopo_fast.utils.lazy import lazy_submodules
+
+if TYPE_CHECKING:
+    from mopo_fast.data.files import Compat, load_file
+    from mopo_fast.data.rewards import relabel, relabel_file
+    from mopo_fast.data.transitions import Transitions
 
 __all__ = [
     "Transitions",
@@ -23,12 +26,22 @@ __all__ = [
     "relabel_file",
 ]
 
-__getattr__, __dir__ = lazy_submodules(__name__)
-
 MEMORY_PREFIX = "memory:"
 """Prefix of the name under which a run records data that were given in memory."""
 
 _SUFFIXES = (".hdf5", ".h5", ".npz", ".pkl", ".parquet")
+# Endings of files that people have at hand and that hold no data set.
+_OTHER_SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".xlsx", ".npy", ".pt", ".pth", ".zip")
+# These modules are imported on first use: the command line looks up names before it imports torch.
+_HOMES = {"Transitions": "transitions", "load_file": "files", "relabel": "rewards", "relabel_file": "rewards"}
+
+_get_submodule, __dir__ = lazy_submodules(__name__)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        return _get_submodule(name)
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
 class OfflineEnvironment(Protocol):
@@ -41,10 +54,10 @@ class OfflineEnvironment(Protocol):
 def load_dataset(
     source: str | os.PathLike[str] | Mapping[str, Any] | OfflineEnvironment | Transitions,
     *,
-    compat: Compat | None = None,
+    compat: "Compat | None" = None,
     memory_map: bool = False,
     quiet: bool = False,
-) -> Transitions:
+) -> "Transitions":
     """Load a data set by its name or path, from arrays, or from a D4RL environment.
 
     A source is one of:
@@ -72,7 +85,10 @@ def load_dataset(
     Raises:
         InputError: there is no such data set, it cannot be fetched, or its file is damaged.
     """
-    if memory_map and (not isinstance(source, (str, os.PathLike)) or str(source).startswith(minari.PREFIX)):
+    from mopo_fast.data import minari
+    from mopo_fast.data.files import from_arrays, load_file
+
+    if memory_map and (not isinstance(source, (str, os.PathLike)) or str(source).startswith(MINARI_PREFIX)):
         given = source if isinstance(source, str) else type(source).__name__
         raise InputError(
             f"only a file can be mapped into memory, got {given}; write one with `mopo-fast convert`"
@@ -85,7 +101,7 @@ def load_dataset(
         return from_arrays(source, compat=compat).validate()
     if not isinstance(source, (str, os.PathLike)):
         return _from_environment(source, compat)
-    if str(source).startswith(minari.PREFIX):
+    if str(source).startswith(MINARI_PREFIX):
         known = str(source)
         return from_arrays(minari.read(known), compat=compat, name=known, source=known).validate()
     path, name = find_dataset(source)
@@ -105,7 +121,9 @@ def load_dataset(
     return data if compat else d4rl.without_contact_forces(data)
 
 
-def _from_environment(environment: OfflineEnvironment, compat: Compat | None) -> Transitions:
+def _from_environment(environment: OfflineEnvironment, compat: "Compat | None") -> "Transitions":
+    from mopo_fast.data.files import from_arrays
+
     if not callable(getattr(environment, "get_dataset", None)):
         raise InputError(
             "source must be a name, a path, a dictionary of arrays or an environment with get_dataset(),"
@@ -139,17 +157,25 @@ def find_dataset(name_or_path: str | os.PathLike[str]) -> tuple[Path, str | None
         raise InputError(
             f"{path} is the folder of a run, not a data set; `mopo-fast train --resume {path}` continues it"
         )
-    is_path = isinstance(name_or_path, os.PathLike) or path.is_file() or path.suffix in _SUFFIXES
+    suffix = path.suffix.lower()
+    is_path = isinstance(name_or_path, os.PathLike) or path.is_file() or suffix in _SUFFIXES + _OTHER_SUFFIXES
     if is_path or is_folder:
         if not path.exists():
             raise InputError(f"{path} does not exist")
+        if suffix in _OTHER_SUFFIXES:
+            raise InputError(
+                f"{path} is no data set, whose name ends in {', '.join(_SUFFIXES)}; write your arrays with"
+                ' numpy.savez("FILE.npz", observations=..., actions=..., rewards=..., terminals=...)'
+            )
         return path, None
     if name.startswith(MEMORY_PREFIX):
         raise InputError(
             f"{name} were data in the memory of a Python program; give them again in Python, or save them"
             " with `Transitions.save` and name the file"
         )
-    if name.startswith(minari.PREFIX):
+    if name.startswith(MINARI_PREFIX):
+        from mopo_fast.data import minari
+
         return minari.path(name), name
     if name in d4rl.LOCATIONS:
         return d4rl.cache_path(name), name

@@ -18,14 +18,15 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from mopo_fast.data.hdf5 import open_hdf5
-from mopo_fast.data.stored import reading
-from mopo_fast.data.transitions import Transitions
 from mopo_fast.errors import InputError
 from mopo_fast.utils.atomic import atomic_path, sync_folder
 from mopo_fast.utils.progress import Bar, progress_bar
+
+# The command line looks up names before it imports torch, which takes seconds.
+if TYPE_CHECKING:
+    from mopo_fast.data.transitions import Transitions
 
 BASE_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
 TASKS = ("halfcheetah", "hopper", "walker2d", "ant")
@@ -68,7 +69,7 @@ def cache_path(name: str) -> Path:
     return folder / Path(LOCATIONS[name]).name
 
 
-def without_contact_forces(data: Transitions) -> Transitions:
+def without_contact_forces(data: "Transitions") -> "Transitions":
     """Drop the last 84 observation dimensions of D4RL's ant sets if they are 0 throughout.
 
     They are contact forces, which MuJoCo 2 left at 0. The remaining 27 are the ones that Ant-v4 observes. Any
@@ -144,6 +145,8 @@ def download(source: str, path: Path, *, quiet: bool = False) -> None:
         HostError: there is no connection, the answer is not the file, or the file has changed.
         InputError: the folder cannot be written.
     """
+    from mopo_fast.data.hdf5 import open_hdf5
+
     part_path = path.with_name(path.name + ".part")
     with _writing(part_path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -170,6 +173,8 @@ def download(source: str, path: Path, *, quiet: bool = False) -> None:
 
 def _check_sum(source: str, part: IO[bytes], path: Path) -> None:
     """Compare the SHA-256 of a download with that of the first one, or record it as the first."""
+    from mopo_fast.data.stored import reading
+
     part.seek(0)
     found = hashlib.file_digest(part, "sha256").hexdigest()  # type: ignore[arg-type]
     record = path.with_name(path.name + ".sha256")

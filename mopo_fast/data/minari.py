@@ -14,13 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from mopo_fast.data.hdf5 import open_hdf5
+from mopo_fast.data.local import MINARI_PREFIX
 from mopo_fast.data.stored import check_fits, reading
 from mopo_fast.errors import InputError
 from mopo_fast.utils.atomic import read_json_as, replace_folder, scratch_folder
 
 Array = npt.NDArray[Any]
 
-PREFIX = "minari:"
+PREFIX = MINARI_PREFIX
 
 # Every episode has at least eight HDF5 objects, and sets have up to some ten thousand episodes.
 _MAX_OBJECTS = 10_000_000

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mopo_fast.errors import InputError
-from mopo_fast.utils.machine import available_memory, map_mode
+from mopo_fast.utils.machine import available_memory, map_mode, size_text
 
 Array = npt.NDArray[Any]
 
@@ -102,8 +102,8 @@ def check_fits(source: object, size: int, otherwise: str) -> None:
     available = available_memory()
     if size > available:
         raise InputError(
-            f"{source} does not fit into memory: it takes {size / 2**30:,.1f} GiB, and"
-            f" {available / 2**30:,.1f} GiB are available{otherwise and '; ' + otherwise}"
+            f"{source} does not fit into memory: it takes {size_text(size)}, and"
+            f" {size_text(available)} are available{otherwise and '; ' + otherwise}"
         )
 
 

@@ -4,6 +4,7 @@ Both files are read with suspicion: a run's folder may have come from anywhere.
 """
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import platform
@@ -16,7 +17,7 @@ from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
 from mopo_fast import __version__
-from mopo_fast.config import Penalty, PenaltyMembers, RunConfig, to_dict
+from mopo_fast.config import FitConfig, Penalty, PenaltyMembers, RunConfig, to_dict
 from mopo_fast.errors import InputError
 from mopo_fast.evaluate import Evaluation
 from mopo_fast.utils.atomic import read_json_as, refuse_links, sweep, write_json
@@ -140,7 +141,7 @@ def check_folder(out: Path, config: RunConfig, resume: bool) -> None:
         for folder in (out, out / "checkpoint"):
             sweep(folder)
     # config.json is the first file of a run.
-    if not (out / "config.json").exists():
+    if not _holds_run(out):
         return
     if not resume:
         raise InputError(
@@ -148,6 +149,11 @@ def check_folder(out: Path, config: RunConfig, resume: bool) -> None:
             " --out"
         )
     recorded, current = read_json_as(out / "config.json", dict[str, Any]), as_json(config)
+    for each in (recorded, current):
+        # A run may go on from another directory. Digests of the data and of the ensemble are compared later.
+        for name in ("dataset", "dynamics_from"):
+            if isinstance(each.get(name), str):
+                each[name] = Path(each[name]).name
     if recorded.get("task_sha256") is None and recorded.get("task") == current["task"]:
         # Early versions did not record the task file's digest.
         del current["task_sha256"]
@@ -207,6 +213,24 @@ def lengthen(out: Path, config: RunConfig) -> None:
         write_json(out / "config.json", to_dict(config))
 
 
+def _holds_run(out: Path) -> bool:
+    """Tell whether a folder holds a run; the config.json of a fit alone has no settings of a training."""
+    path = out / "config.json"
+    return path.exists() and read_json_as(path, dict[str, Any]).keys() - _FIT_KEYS != set()
+
+
+_FIT_KEYS = {field.name for field in dataclasses.fields(FitConfig)}
+
+
+def check_fit_folder(out: Path, overwrite: bool) -> None:
+    """Raise `InputError` where `mopo-fast fit` may not write to the folder `out`."""
+    found = "config.json" if _holds_run(out) else "fit.json"
+    if (out / found).exists() and not overwrite:
+        raise InputError(
+            f"{out / found} exists already; choose another --out, or replace the fit with --overwrite"
+        )
+
+
 def as_json(config: Any) -> Any:
     """Return a config as JSON reads it back, such as lists in place of tuples."""
     return json.loads(json.dumps(to_dict(config)))
@@ -248,7 +272,7 @@ def suggest_resuming(*outs: Path) -> Iterator[None]:
         ) from error
 
 
-def write_config(out: Path, config: RunConfig) -> None:
-    """Write config.json, the first file of a run, unless it exists."""
-    if not (out / "config.json").exists():
+def write_config(out: Path, config: RunConfig | FitConfig) -> None:
+    """Write config.json, the first file of a run or of a fit, unless the folder holds a run."""
+    if not _holds_run(out):
         write_json(out / "config.json", to_dict(config))

@@ -16,6 +16,7 @@ from mopo_fast.run.checkpoint import last_checkpoint
 from mopo_fast.run.dynamics import read_dynamics, training_backend
 from mopo_fast.sac import SAC
 from mopo_fast.tasks import TASKS, Task, get_task, parse_dataset_name, termination_of
+from mopo_fast.utils.atomic import absolute_file
 from mopo_fast.utils.machine import check_device, check_memory
 from mopo_fast.utils.tensors import tensors_sha256
 
@@ -73,11 +74,7 @@ def load_data(
     """
     if data is None:
         data = load_dataset(config.dataset, memory_map=memory_map, quiet=quiet)
-    if (data.obs_dim, data.act_dim) != (task.obs_dim, task.act_dim):
-        raise InputError(
-            f"{config.dataset} has {data.obs_dim} observation and {data.act_dim} action dimensions, the"
-            f" task {task.name} has {task.obs_dim} and {task.act_dim}; give the data set's own task by --task"
-        )
+    check_sizes(data, config.dataset, task)
     largest = max(map(abs, map(float, data.actions.aminmax())))
     if largest > 1.0 + 1e-3:
         raise InputError(
@@ -86,6 +83,15 @@ def load_data(
     if config.dynamics_from is None:
         count_holdout(len(data), config.dynamics)
     return data
+
+
+def check_sizes(data: Transitions, name: str, task: Task) -> None:
+    """Raise `InputError` where the data set `name` has other dimensions than the task."""
+    if (data.obs_dim, data.act_dim) != (task.obs_dim, task.act_dim):
+        raise InputError(
+            f"{name} has {data.obs_dim} observation and {data.act_dim} action dimensions, the"
+            f" task {task.name} has {task.obs_dim} and {task.act_dim}; give the data set's own task by --task"
+        )
 
 
 def _fill_in(config: TrainConfig, data: Transitions | None) -> tuple[RunConfig, Task]:
@@ -110,6 +116,10 @@ def _fill_in(config: TrainConfig, data: Transitions | None) -> tuple[RunConfig, 
         rollout = dataclasses.replace(rollout, penalty_coef=penalty_coef)
     given = {field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)}
     given |= {"task": task.name, "rollout": rollout}
+    if data is None:
+        given["dataset"] = absolute_file(config.dataset)
+    if config.dynamics_from is not None:
+        given["dynamics_from"] = absolute_file(config.dynamics_from)
     digest = None if data is None else tensors_sha256({name: getattr(data, name) for name in DATA_ARRAYS})
     return RunConfig(**given, task_sha256=task.file_sha256, data_sha256=digest), task
 

@@ -59,6 +59,27 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.close(handle)
 
 
+def absolute_file(name: str) -> str:
+    """Return the absolute path of an existing file or folder, and any other name as it is.
+
+    Raises:
+        InputError: the path is not valid UTF-8, so that JSON cannot hold it.
+    """
+    path = Path(name).expanduser()
+    if not path.exists():
+        return name
+    check_utf8(path.absolute())
+    return str(path.absolute())
+
+
+def check_utf8(path: str | os.PathLike[str]) -> None:
+    """Raise `InputError` where a path is not valid UTF-8, as JSON and safetensors need it."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"the name {os.fspath(path)!r} is not valid UTF-8; rename the folder") from None
+
+
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Raise `InputError` where `atomic_path` would refuse `path`, so that the user learns it early."""
     path = Path(path)

@@ -8,7 +8,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from mopo_fast.errors import InputError
-from mopo_fast.utils.atomic import missing_folders, remove_empty
+from mopo_fast.utils.atomic import check_utf8, missing_folders, remove_empty
 
 
 @contextlib.contextmanager
@@ -19,9 +19,11 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
     .lock stays. A folder that was made for the lock and received no other file is removed.
 
     Raises:
-        InputError: another process or thread is at work there, or the folder cannot be written or locked.
+        InputError: another process or thread is at work there, the folder cannot be written or locked, or its
+            name is not valid UTF-8.
     """
     folder = Path(folder)
+    check_utf8(folder)
     made = missing_folders(folder)
     # A singleton, so that the fit within a training can take the lock that the training holds.
     lock = FileLock(folder / ".lock", is_singleton=True)

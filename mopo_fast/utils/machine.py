@@ -137,8 +137,19 @@ def check_memory(what: str, size: int, device: torch.device | str, lower: str) -
         total = available_memory()
     if size > total:
         raise InputError(
-            f"{what} would take {-(-size // 2**30):,} GiB, {device} has {total // 2**30:,} GiB; lower {lower}"
+            f"{what} would take {size_text(size)}, {device} has {size_text(total)}; lower {lower}"
         )
+
+
+def size_text(size: int) -> str:
+    """Write a number of bytes in the unit, up to GiB, that leaves it at least 1, such as "1.5 MiB"."""
+    value, unit = float(size), "bytes"
+    for larger in ("KiB", "MiB", "GiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    number = f"{value:,.1f}" if value < 10 else f"{value:,.0f}"
+    return f"{number.removesuffix('.0')} {unit}"
 
 
 def use_large_pages(tensor: torch.Tensor) -> torch.Tensor:
@@ -163,7 +174,12 @@ def file_backed(shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
     """
     try:
         with tempfile.TemporaryFile() as file:
-            os.posix_fallocate(file.fileno(), 0, max(1, int(np.prod(shape)) * np.dtype(dtype).itemsize))
+            size = max(1, int(np.prod(shape)) * np.dtype(dtype).itemsize)
+            # macOS has no such call; there the file takes its room as it is written.
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
             return np.asarray(np.memmap(file, dtype, "r+", shape=shape))
     except OSError as error:
         raise InputError(

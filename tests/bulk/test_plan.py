@@ -20,7 +20,7 @@ from mopo_fast.bulk.read import as_text, summarise, verify
         (None, r"config\.json does not exist"),
         ("{", r"config\.json is not a readable JSON file"),
         ("[]", r"config\.json: the whole: .*object"),
-        (json.dumps({"task": "hopper"}), r"config\.json: rollout: Field required"),
+        (json.dumps({"task": "hopper"}), r"config\.json has no settings of rollouts"),
         (json.dumps(CONFIG).replace('"horizon": 3', '"horizon": 0'), r"rollout\.horizon: .*at least|greater"),
         (
             json.dumps({**CONFIG, "rollout": {**CONFIG["rollout"], "horizon": "3"}}),

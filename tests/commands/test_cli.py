@@ -19,9 +19,10 @@ import torch
 from held_folders import held_elsewhere
 from rich.console import Console
 
+import mopo_fast as mopo_fast_package
 from mopo_fast import Actor, EnsembleDynamics, load_dataset
 from mopo_fast import __main__ as entry
-from mopo_fast.cli import COMMANDS, _outcome, main
+from mopo_fast.cli import COMMANDS, _outcome, _whole_number, main
 from mopo_fast.config import TrainConfig
 from mopo_fast.errors import InputError
 from mopo_fast.tasks import TASKS
@@ -92,6 +93,104 @@ def test_flags_of_train_are_short_and_the_rest_is_reachable(capsys: pytest.Captu
         assert f" --{flag} " in text, flag
 
 
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"mopo_fast {mopo_fast_package.__version__}\n"
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["train", "--help"]])
+def test_a_closed_pipe_is_quiet(words: list[str]) -> None:
+    receives, sends = os.pipe()
+    os.close(receives)
+    command = [sys.executable, "-m", "mopo_fast", *words]
+    result = subprocess.run(command, stdout=sends, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(sends)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
+def test_a_broken_pipe_elsewhere_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        """Lose a worker."""
+        raise BrokenPipeError
+
+    monkeypatch.setitem(COMMANDS, "doctor", broken)
+    monkeypatch.setattr(sys, "argv", ["mopo-fast", "doctor"])
+    with open(os.devnull, "w") as output, pytest.raises(BrokenPipeError):
+        monkeypatch.setattr(sys, "stdout", output)
+        entry.run()
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("1e6", 10**6), ("1_000_000", 10**6), ("-3", -3), ("1.5e1", 15), ("2.0", 2)]
+)
+def test_whole_numbers(text: str, number: int) -> None:
+    assert _whole_number(text) == number
+
+
+@pytest.mark.parametrize("text", ["1.5", "1e-3", "nan", "inf", "1e999999999", "", "x"])
+def test_other_numbers_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is no whole number, such as 1000 or 1e6"):
+        _whole_number(text)
+
+
+def test_a_sweep_takes_seeds_and_no_seed(capsys: pytest.CaptureFixture[str]) -> None:
+    for value in ("0", "3"):
+        with pytest.raises(SystemExit) as stop:
+            main(["sweep", "hopper-random-v2", "--seed", value])
+        assert stop.value.code == 2
+        assert "--seeds FIRST:END" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["sweep", "--help"])
+    assert "--seed " not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(
+            ["train", "nothing.hdf5"],
+            ["train", "hopper-mediun-v2"],
+            ["train", "hopper-random-v2", "--steps", "0"],
+        ),
+        *(["sweep", "hopper-random-v2", "--task", "x"], ["evaluate", "nowhere"], ["report", "nowhere"]),
+        *(["rollout", "nowhere", "--dataset", "a", "--out", "b"], ["rollout", "--verify", "nowhere"]),
+        *(["convert", "a.hdf5", "b.npz"], ["convert", "a", "b", "--from", "unifloral"], ["collect", "foo"]),
+        *(["fit", "nothing.hdf5", "--out", "a"], ["bench", "sac", "--starts", "3"]),
+        ["relabel", "a.hdf5", "--task", "ant-angle", "--out", "b.hdf5"],
+    ],
+    ids=" ".join,
+)
+def test_plain_mistakes_do_not_wait_for_torch(words: list[str], tmp_path: Path) -> None:
+    check = (
+        "import sys; from mopo_fast.cli import main; code = main(sys.argv[1:]);"
+        " sys.exit(code if 'torch' not in sys.modules else 'torch was imported')"
+    )
+    command = [sys.executable, "-c", check, *words]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 2 and result.stderr.startswith("error: "), result.stderr
+
+
+def test_a_run_goes_on_from_another_directory(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "hopper-random.hdf5").symlink_to(dataset)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--steps", "10", "--horizon", "1", "--quiet", "--resume", *TINY]
+    capsys.readouterr()
+    assert main(["train", "hopper-random.hdf5", "--out", "run", *arguments]) == 0
+    assert "no run to resume in run; training from the beginning" in capsys.readouterr().err
+    recorded = json.loads((tmp_path / "run" / "config.json").read_text())["dataset"]
+    assert recorded == str(tmp_path / "hopper-random.hdf5")
+    monkeypatch.chdir(tmp_path / "other")
+    (tmp_path / "run" / "summary.json").unlink()
+    assert main(["train", "../hopper-random.hdf5", "--out", "../run", *arguments]) == 0
+    assert "no run to resume" not in capsys.readouterr().err
+    (tmp_path / "run" / "summary.json").unlink()
+    main(["collect", "hopper-random", "--steps", "900", "--out", "hopper-random.hdf5", "--quiet"])
+    assert "data" in error_of(capsys, "train", "hopper-random.hdf5", "--out", "../run", *arguments)
+
+
 def test_an_unknown_flag_is_told_the_near_one(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["train", "hopper-random-local", "--horizn", "3"])
@@ -128,15 +227,18 @@ def test_fit_then_train_on_that_fit(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fit = tmp_path / "fit"
-    assert main(["fit", str(dataset), "--out", str(fit), "--quiet", *TINY_FIT]) == 0
+    assert main(["fit", str(dataset), "--out", str(fit), "--task", "hopper", "--quiet", *TINY_FIT]) == 0
     assert "2 epochs" in capsys.readouterr().out
+    recorded = json.loads((fit / "config.json").read_text())
+    assert recorded["dataset"] == str(dataset) and recorded["task"] == "hopper"
+    assert recorded["dynamics"]["max_epochs"] == 2 and recorded["seed"] == 0
     (fit / "dynamics.json").unlink()
     again = ["fit", str(dataset), "--out", str(fit), "--quiet", *TINY_FIT]
     message = error_of(capsys, *again)
     assert str(fit / "fit.json") in message and "--overwrite" in message
     assert not (fit / "dynamics.json").exists()
     with held_elsewhere(fit):
-        message = error_of(capsys, "fit", "nothing.hdf5", "--out", fit, "--overwrite")
+        message = error_of(capsys, "fit", dataset, "--out", fit, "--overwrite")
         assert f"another process is at work in {fit}" in message
     assert main([*again, "--overwrite"]) == 0
     out = tmp_path / "run"
@@ -325,6 +427,32 @@ MISTAKES = {
         ["rollout", "RUN", "--dataset", "DATA", "--out", "OUT.npz", "--count", str(10**12)],
         ["GiB", "count"],
     ),
+    "a CSV as data": (["train", "DATA.csv"], ["data.csv", "no data set", ".npz", "numpy.savez"]),
+    "a run's parent as a run": (["evaluate", "PARENT"], ["holds 1 runs", "give one of them", "run"]),
+    "a parent to report": (["report", "PARENT"], ["give one of them"]),
+    "a parent to roll out": (
+        ["rollout", "PARENT", "--dataset", "DATA", "--out", "OUT.npz"],
+        ["give one of them"],
+    ),
+    "a fit as a run": (["evaluate", "FIT"], ["config.json", "mopo-fast train"]),
+    "a name that is no UTF-8": (["train", "DATA", "--out", os.fsdecode(b"\xff")], [r"\udcff", "UTF-8"]),
+    "no cluster": (
+        ["rollout", "RUN", "--dataset", "DATA", "--out", "OUT", "--ray", "auto"],
+        ["no Ray cluster", "--ray local", "ray start --head"],
+    ),
+    "no cluster to sweep on": (
+        ["sweep", "DATA", "--out", "OUT", "--ray", "auto"],
+        ["no Ray cluster", "--ray local", "ray start --head"],
+    ),
+    "a command that is none": (["trian", "DATA"], ["trian", "did you mean train?"]),
+    "a task of other sizes to fit": (
+        ["fit", "DATA", "--out", "OUT", "--task", "halfcheetah"],
+        ["17", "--task"],
+    ),
+    "roll out one file on no device": (
+        ["rollout", "RUN", "--dataset", "DATA", "--out", "OUT.npz", "--device", "abacus"],
+        ["abacus"],
+    ),
     "fit over a run": (["fit", "DATA", "--out", "RUN"], ["config.json", "choose another --out"]),
     "no such termination": (
         ["train", "DATA", "--rollout.termination", "abacus"],
@@ -348,7 +476,12 @@ def test_a_mistake_is_one_line_that_names_it(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "junk.hdf5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
+    csv, fit = dataset.with_name("data.csv"), dataset.with_name("fit")
+    csv.touch()
+    fit.mkdir(exist_ok=True)
+    (fit / "config.json").write_text('{"dataset": "hopper", "task": null}')
     names = {"DATA": dataset, "RUN": run, "JUNK": "junk.hdf5", "OUT": "out", "OUT.npz": "out.npz"}
+    names |= {"PARENT": run.parent, "DATA.csv": csv, "FIT": fit}
     arguments, words = MISTAKES[mistake]
     message = error_of(capsys, *(names.get(argument, argument) for argument in arguments))
     assert all(word in message for word in words), message
@@ -403,10 +536,10 @@ CALLS: dict[str, tuple[list[str], list[object], dict[str, object]]] = {
     "bulk.generate.generate": (
         [
             *("rollout", "RUN", "--dataset", "DATA", "--out", "OUT.npz", "--count", "7", "--horizon", "3"),
-            *("--seed", "3", "--penalty-coef", "0", "--backend", "reference"),
+            *("--seed", "3", "--penalty-coef", "0", "--backend", "reference", "--device", "cuda"),
         ],
         [],
-        {"count": 7, "horizon": 3, "seed": 3, "penalty_coef": 0.0, "backend": "reference"},
+        {"device": "cuda", "count": 7, "horizon": 3, "seed": 3, "penalty_coef": 0.0, "backend": "reference"},
     ),
     "bench.measure.bench": (
         [
@@ -438,6 +571,8 @@ def test_every_flag_arrives(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(f"mopo_fast.{function}", called)
+    monkeypatch.setattr("mopo_fast.utils.machine.check_device", lambda device: None)
+    (tmp_path / "hopper-none.hdf5").touch()
     names = {"DATA": dataset, "RUN": run, "OUT": "out", "OUT.npz": "out.npz"}
     arguments, positional, named = CALLS[function]
     assert error_of(capsys, *(names.get(argument, argument) for argument in arguments)) == "error: arrived"

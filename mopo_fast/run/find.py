@@ -1,0 +1,31 @@
+"""Find out whether a folder holds a run, before its files are read and torch is imported."""
+
+import os
+from pathlib import Path
+
+from mopo_fast.errors import InputError
+
+REPORTED = ("config.json", "summary.json", "progress.csv", "fit.json")
+"""Files of a run, or of a fit alone, that a report is made from."""
+
+
+def check_run(folder: str | os.PathLike[str], *, files: tuple[str, ...] = ("config.json",)) -> None:
+    """Check that `folder` is a run's folder, which holds at least one of `files`.
+
+    Raises:
+        InputError: it is not. The message names the runs in it if it is the parent folder of some.
+    """
+    folder = Path(folder)
+    if any((folder / file).is_file() for file in files):
+        return
+    if not folder.is_dir():
+        lacks = "is a file" if folder.exists() else "does not exist"
+        raise InputError(f"{folder} is not a run folder, it {lacks}; give the folder of a run")
+    runs = sorted(str(path.parent) for path in folder.glob(f"*/{files[0]}"))
+    if runs:
+        raise InputError(f"{folder} holds {len(runs)} runs but is none; give one of them, such as {runs[0]}")
+    raise InputError(
+        f"{folder} is not a run folder, it holds none of {', '.join(files)}; give another folder"
+        if len(files) > 1
+        else f"{folder / files[0]} does not exist; give the folder of a run"
+    )

@@ -234,32 +234,32 @@ def _data_returns(run: _Run, name: str) -> tuple[float, float] | None:
 # Columns of progress.csv, each with the title of its curve.
 _CURVES = {
     "q": "Q-value",
-    "critic_loss": "Loss of the critics",
-    "actor_loss": "Loss of the actor",
-    "alpha": "Weight of the entropy, alpha",
-    "entropy": "Entropy of the policy",
+    "critic_loss": "Critic loss",
+    "actor_loss": "Actor loss",
+    "alpha": "Entropy weight α",
+    "entropy": "Entropy",
     "penalty": "Penalty u(s, a)",
-    "raw_reward": "Reward without penalty",
+    "raw_reward": "Reward of the model",
 }
 
 
 def _training_curves(run: _Run) -> tuple[Figure, str]:
     path = run.folder / "progress.csv"
     rows = read_rows(path)
-    curves = {}
+    curves: dict[str, np.ndarray[Any, Any]] = {}
     for name in _CURVES:
-        points = [[float(row["updates"]), float(row[name])] for row in rows if row.get(name)]
-        if points:
-            curves[name] = np.array(points)
+        found = [[float(row["updates"]), float(row[name])] for row in rows if row.get(name)]
+        if found:
+            curves[name] = np.array(found)
     if not curves:
         raise InputError(f"{path} has none of the columns {', '.join(_CURVES)}; restore the file")
     if not all((np.abs(points) < _LARGEST).all() for points in curves.values()):
         raise InputError(
             f"{path} holds values that are not finite, or larger than {_LARGEST:g}; restore the file"
         )
-    columns = min(3, len(curves))
+    columns = min(4, len(curves))
     lines = math.ceil(len(curves) / columns)
-    figure = blank(10.0, 0.3 + 2.3 * lines)
+    figure = blank(10.0, 0.3 + 2.1 * lines)
     grid = figure.subplots(lines, columns, squeeze=False).ravel()
     for axes in grid[len(curves) :]:
         axes.set_axis_off()
@@ -267,7 +267,7 @@ def _training_curves(run: _Run) -> tuple[Figure, str]:
         axes.plot(*points.T, color=BLUE, linewidth=1.5, marker="o" if len(points) < 30 else "", markersize=3)
         axes.set_title(_CURVES[name], fontsize=10.5)
         axes.xaxis.set_major_formatter(_thousands)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
         axes.tick_params(labelsize=9)
     target = run.config().get("sac", {}).get("target_entropy")
     if "entropy" in curves and isinstance(target, (int, float)) and abs(target) < _LARGEST:

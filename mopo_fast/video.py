@@ -113,7 +113,7 @@ def _rendered(task: Task) -> Iterator[Any]:
         raise InputError(
             f"the environment {task.env_id} cannot be rendered ({_first_line(error)})"
         ) from error
-    model = getattr(environment.unwrapped, "model", None)
+    model: Any = getattr(environment.unwrapped, "model", None)
     if hasattr(model, "vis"):
         model.vis.quality.shadowsize = min(model.vis.quality.shadowsize, _SHADOWS)
     try:
@@ -147,13 +147,12 @@ def _first_line(error: Exception) -> str:
 @contextlib.contextmanager
 def _writer(path: Path, suffix: str, fps: float) -> Iterator[Callable[[np.ndarray[Any, Any]], None]]:
     """Yield a function that appends a picture to a video in the format of `suffix`."""
-    options: dict[str, Any]
+    # The temporary file's name does not tell the format, neither to imageio nor to ffmpeg.
     if suffix == ".mp4":
-        # The temporary file's name does not tell ffmpeg the container.
-        options = {"format": "FFMPEG", "fps": fps, "quality": 8, "output_params": ["-f", "mp4"]}
+        options: dict[str, Any] = {"fps": fps, "quality": 8, "output_params": ["-f", "mp4"]}
     else:
-        options = {"format": "GIF-PIL", "duration": 1000.0 / fps, "loop": 0}
-    writer = imageio.get_writer(str(path), mode="I", **options)
+        options = {"duration": 1000.0 / fps, "loop": 0}
+    writer = imageio.get_writer(str(path), format=suffix, mode="I", **options)
     try:
         yield writer.append_data
     finally:

@@ -7,15 +7,26 @@ from typing import Any, get_type_hints
 
 from mopo_fast.config import TrainConfig
 
+# Most columns of a line of a command.
+_WIDTH = 84
+
 
 def train_command(recorded: Mapping[str, Any]) -> str:
     """Return the `mopo-fast train` command with every setting that differs from its default.
 
+    A long command continues on further lines, as a shell takes it.
+
     Args:
         recorded: contents of config.json. Keys that are no settings are ignored.
     """
-    words = ["mopo-fast", "train", str(recorded["dataset"])]
-    return shlex.join([*words, *_flags(recorded, TrainConfig(""))])
+    lines = [shlex.join(["mopo-fast", "train", str(recorded["dataset"])])]
+    for words in _flags(recorded, TrainConfig("")):
+        text = shlex.join(words)
+        if len(lines[-1]) + 1 + len(text) <= _WIDTH:
+            lines[-1] += f" {text}"
+        else:
+            lines.append(f"    {text}")
+    return " \\\n".join(lines)
 
 
 def flatten(recorded: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
@@ -32,7 +43,8 @@ def flatten(recorded: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, 
             yield path + name, value
 
 
-def _flags(recorded: Mapping[str, Any], defaults: Any, path: str = "") -> Iterator[str]:
+def _flags(recorded: Mapping[str, Any], defaults: Any, path: str = "") -> Iterator[list[str]]:
+    """Yield the words of each flag: its name and its values."""
     hints = get_type_hints(type(defaults), include_extras=True)
     for field in dataclasses.fields(defaults):
         name, default = field.name, getattr(defaults, field.name)
@@ -51,7 +63,6 @@ def _flags(recorded: Mapping[str, Any], defaults: Any, path: str = "") -> Iterat
         prefix = f"--{path if prefixed else ''}"
         words = name.replace("_", "-")
         if isinstance(value, bool):
-            yield f"{prefix}{words}" if value else f"{prefix}no-{words}"
+            yield [f"{prefix}{words}" if value else f"{prefix}no-{words}"]
             continue
-        yield prefix + words
-        yield from map(str, value if isinstance(value, list) else [value])
+        yield [prefix + words, *map(str, value if isinstance(value, list) else [value])]

@@ -196,7 +196,8 @@ def test_the_command_gives_the_same_settings(name: Preset | None) -> None:
     )
     changed = dataclasses.replace(config.rollout, horizon=7, penalty_coef=0.25, penalty="ensemble_std")
     config = dataclasses.replace(config, rollout=changed)
-    words = shlex.split(train_command(json.loads(json.dumps(to_dict(config)))))
+    command = train_command(json.loads(json.dumps(to_dict(config))))
+    words = shlex.split(command.replace("\\\n", ""))
     parsed = tyro.cli(TrainConfig, args=words[2:], config=(tyro.conf.FlagCreatePairsOff,))
     assert parsed == config
 

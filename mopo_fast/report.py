@@ -444,7 +444,7 @@ def _summary_rows(run: _Run) -> list[tuple[str, str]]:
 
     def first(name: str, *places: Mapping[str, Any]) -> str:
         values = (place.get(name) for place in places)
-        return next((str(value) for value in values if value is not None), "–")
+        return next((_shorten(str(value)) for value in values if value is not None), "–")
 
     def mean_std(name: str) -> str:
         mean, std = summary.get(f"{name}_mean"), summary.get(f"{name}_std")

@@ -234,7 +234,7 @@ def test_the_learning_curve_has_the_returns_of_the_data(run: Path) -> None:
 
 def test_curves_that_a_run_lacks_are_left_out(run: Path) -> None:
     figure, _ = _training_curves(_Run(run))
-    drawn = [axes.get_title("left") for axes in figure.axes if axes.lines]
+    drawn = [axes.get_title() for axes in figure.axes if axes.lines]
     assert drawn == ["Q-value", "Critic loss", "Entropy weight α", "Entropy",
                      "Penalty u(s, a)"]  # fmt: skip
     assert figure.axes[3].lines[1].get_ydata()[0] == -3.0

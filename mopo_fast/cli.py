@@ -206,6 +206,49 @@ def convert(
     print(f"{target}: {convert(source, target, overwrite=overwrite, quiet=quiet)} rows")
 
 
+def info(
+    dataset: Annotated[str, Positional, arg(metavar="DATA")],
+    *,
+    task: Annotated[str | None, flag("read from the data set's name", "TASK")] = None,
+    html: Annotated[Path | None, _NOT_WRITTEN] = None,
+    json: Switch = False,
+    memory_map: Switch = False,
+    quiet: Switch = False,
+) -> None:
+    """Show what is in a data set: rows, episodes, returns, ranges, and what is unusual.
+
+    Unusual are constant dimensions, actions beyond [-1, 1], repeated rows, far outliers, dimensions on a
+    scale far from 1, and terminals that contradict the task's termination rule.
+
+    Args:
+        dataset: Name or file of the data set, as in `mopo-fast train --help`.
+        task: Task of the data, for scores and the termination rule. Give a name, or a Python file, FILE.py,
+            which is executed.
+        html: HTML page with the same facts and pictures of their distributions. It needs no other file.
+        json: Print JSON.
+        memory_map: Leave the data in their file, for a data set larger than the memory.
+        quiet: Show no progress bar.
+
+    Examples:
+        mopo-fast info hopper-medium-v2
+        mopo-fast info mine.hdf5 --task hopper --html mine.html
+    """
+    from mopo_fast.data import load_dataset
+    from mopo_fast.data.summary import summarise
+    from mopo_fast.info import task_of, to_text, write_info
+
+    if html is not None:
+        check_writable(html)
+    data = load_dataset(dataset, memory_map=memory_map, quiet=quiet)
+    summary = summarise(data, task_of(data, task))
+    if html is not None:
+        write_info(html, summary, data)
+    # Names in the data may hold control characters.
+    print(json_format.dumps(dataclasses.asdict(summary)) if json else printable(to_text(summary)))
+    if html is not None and not json:
+        print(f"\n{html}")
+
+
 def fit(
     dataset: Dataset,
     *,
@@ -492,10 +535,13 @@ def evaluate(
     seed: int = 0,
     stochastic: Switch = False,
     json: Switch = False,
+    video: Annotated[Path | None, _NOT_WRITTEN] = None,
+    video_episodes: int = 1,
+    quiet: Switch = False,
 ) -> None:
     """Evaluate the policy of a run in MuJoCo and print its return and normalised score.
 
-    Nothing is written.
+    Nothing is written but the file of --video.
 
     Args:
         run: Folder of the run.
@@ -505,9 +551,14 @@ def evaluate(
         seed: Seed of the environments and of the policy's noise.
         stochastic: Sample actions from the policy. Otherwise its mean acts.
         json: Print JSON, which also has the return and length of each episode.
+        video: Video of the first episodes, .mp4 or .gif. It is rendered without a window; an .mp4 needs the
+            extra mopo_fast[video].
+        video_episodes: Number of episodes in the video, one after the other.
+        quiet: Show no progress bar.
 
     Examples:
         mopo-fast evaluate runs/hopper-medium-v2-seed0 --episodes 100
+        mopo-fast evaluate runs/hopper-medium-v2-seed0 --video hopper.mp4
     """
     from mopo_fast.run.find import check_run
 
@@ -517,9 +568,20 @@ def evaluate(
     from mopo_fast.policy import Actor
 
     whole, _ = run_settings(run, task)
-    result = evaluate(Actor.load(run), whole, episodes=episodes, seed=seed, deterministic=not stochastic)
-    values = dataclasses.asdict(result)
+    options: dict[str, Any] = {"episodes": episodes, "seed": seed, "deterministic": not stochastic}
+    actor = Actor.load(run)
+    film = None
+    if video is not None:
+        from mopo_fast.video import Film
+
+        film = Film(video, whole, seed=seed, episodes=video_episodes)
+        options["on_actions"] = film.add_actions
+    values = dataclasses.asdict(evaluate(actor, whole, **options))
     print(json_format.dumps(values) if json else _outcome(values))
+    if film is not None:
+        film.write(quiet=quiet)
+        if not json:
+            print(video)
 
 
 def rollout(
@@ -777,7 +839,20 @@ def doctor(*, json: Switch = False) -> None:
 
 COMMANDS: dict[str, Callable[..., None]] = {
     command.__name__: command
-    for command in (collect, relabel, convert, fit, train, sweep, evaluate, rollout, bench, report, doctor)
+    for command in (
+        collect,
+        relabel,
+        convert,
+        info,
+        fit,
+        train,
+        sweep,
+        evaluate,
+        rollout,
+        bench,
+        report,
+        doctor,
+    )
 }
 for _command in COMMANDS.values():
     # tyro ends a line of the help where the docstring does, so an argument's text is put on one line.

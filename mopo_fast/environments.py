@@ -73,18 +73,22 @@ for _name, _class, _options in (
     gymnasium.register(f"mopo_fast/{_name}-v0", _class, max_episode_steps=1000, kwargs=_options)
 
 
-def make_environment(env_id: str) -> Any:
+def make_environment(env_id: str, **options: Any) -> Any:
     """Call `gymnasium.make` without two warnings that the user can do nothing about.
 
     One is gymnasium's advice to take -v5: D4RL's reference scores belong to the rules of -v4. The other is
     MuJoCo's, about gymnasium's own half_cheetah.xml, which MuJoCo would write to MUJOCO_LOG.TXT in the
     working folder.
+
+    Args:
+        env_id: id of the environment.
+        **options: further arguments of `gymnasium.make`, such as `render_mode`.
     """
     handler = mujoco.get_mju_user_warning()
     mujoco.set_mju_user_warning(lambda message: None)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
-            return gymnasium.make(env_id)
+            return gymnasium.make(env_id, **options)
     finally:
         mujoco.set_mju_user_warning(handler)

@@ -50,8 +50,19 @@ class Evaluation:
     score_std: float | None
 
 
+def episode_seed(seed: int, episode: int) -> int:
+    """Return the seed with which an evaluation's environment of this episode, from 0, is reset."""
+    return derive_seed(seed, EVALUATE, _RESET, episode)
+
+
 def evaluate(
-    policy: Policy, task: Task | str, *, episodes: int = 10, seed: int, deterministic: bool = True
+    policy: Policy,
+    task: Task | str,
+    *,
+    episodes: int = 10,
+    seed: int,
+    deterministic: bool = True,
+    on_actions: Callable[[np.ndarray[Any, Any]], None] | None = None,
 ) -> Evaluation:
     """Evaluate a policy for some episodes in its environment.
 
@@ -66,6 +77,8 @@ def evaluate(
         episodes: number of episodes.
         seed: seed. Episode i starts from a seed derived from (seed, i).
         deterministic: act by tanh(mean) instead of sampling. Only an `Actor` can be sampled.
+        on_actions: called with the actions [episodes, act_dim] of each step, in the environment's range. Rows
+            of episodes that have ended have no meaning.
 
     Raises:
         InputError: the task is unknown or has no environment, or it cannot be made; `episodes` or `seed` is
@@ -108,10 +121,7 @@ def evaluate(
             )
         low, high = environments[0].action_space.low, environments[0].action_space.high
         observations = np.stack(
-            [
-                environment.reset(seed=derive_seed(seed, EVALUATE, _RESET, i))[0]
-                for i, environment in enumerate(environments)
-            ]
+            [environment.reset(seed=episode_seed(seed, i))[0] for i, environment in enumerate(environments)]
         )
         generator = torch.Generator().manual_seed(derive_seed(seed, EVALUATE, _NOISE))
         returns, lengths = [0.0] * episodes, [0] * episodes
@@ -126,6 +136,8 @@ def evaluate(
             if not np.isfinite(actions).all():
                 raise InputError("the policy gave actions that are not finite; train it again")
             actions = low + 0.5 * (actions + 1.0) * (high - low)
+            if on_actions is not None:
+                on_actions(actions)
             for i in sorted(running):
                 observations[i], reward, terminated, truncated, _ = environments[i].step(actions[i])
                 returns[i] += float(reward)

@@ -1,16 +1,14 @@
-"""The report of a run: learning curve, calibration of penalty and variance, fit and times.
+"""The report of a run: learning curves, calibration of penalty and variance, fit, times and settings.
 
 It is one self-contained HTML page, with the pictures beside it as PNG files. The paper's argument is that the
 return in the penalised model is a lower bound of the true return wherever the penalty is an upper bound of
 the model's error. The calibration section shows how far that holds on the transitions that the fit held out.
 """
 
-import base64
 import contextlib
 import dataclasses
 import functools
-import html
-import io
+import json
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -25,14 +23,28 @@ from matplotlib.ticker import MaxNLocator
 
 from mopo_fast.config import DynamicsConfig, RolloutConfig
 from mopo_fast.data import Transitions, find_dataset, load_dataset
+from mopo_fast.data.summary import find_episodes
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.fit import data_sha256, dynamics_inputs_targets, read_fit, split_holdout
 from mopo_fast.rollout import RolloutEngine
+from mopo_fast.run.command import flatten, train_command
 from mopo_fast.run.find import REPORTED, check_run
 from mopo_fast.run.folder import RecordedConfig, RecordedRollout, read_summary
 from mopo_fast.run.log import read_rows
+from mopo_fast.tasks import TASKS
 from mopo_fast.utils.atomic import atomic_path, read_json_as
+from mopo_fast.utils.pages import (
+    code,
+    foldable,
+    heading,
+    missing,
+    paragraph,
+    picture,
+    table,
+    to_png,
+    write_page,
+)
 from mopo_fast.utils.pictures import BLUE, GREEN, GREY, ORANGE, blank, blank_axes, label_log, look
 from mopo_fast.utils.seeds import REPORT, derive_seed
 
@@ -41,6 +53,8 @@ T = TypeVar("T")
 _WITHIN = {1: math.erf(1 / math.sqrt(2)), 2: math.erf(2 / math.sqrt(2))}
 # Largest value of a learning curve: larger ones overflow matplotlib's axes.
 _LARGEST = 1e100
+# Most characters of a setting or a command. A file from elsewhere may hold values of any length.
+_LONGEST = 2000
 
 
 @dataclass(frozen=True)
@@ -68,6 +82,20 @@ class _Run:
     folder: Path
     data: Transitions | None = None
 
+    @functools.cached_property
+    def dataset(self) -> Transitions:
+        """The data set that the ensemble was fitted to, on the CPU."""
+        fit = read_fit(self.folder)
+        data = (
+            _local_dataset(self.config().get("dataset") or fit["dataset"]) if self.data is None else self.data
+        )
+        data = data.to("cpu")
+        if data_sha256(data) != fit["data_sha256"]:
+            raise InputError(
+                f"{data.name} is not the data set that the ensemble was fitted to; restore the original data"
+            )
+        return data
+
     def config(self) -> RecordedConfig:
         """Read config.json, or return an empty record where a fit without training has none."""
         path = self.folder / "config.json"
@@ -77,12 +105,7 @@ class _Run:
     def held_out(self) -> HeldOut:
         fit, config = read_fit(self.folder), self.config()
         ensemble = EnsembleDynamics.load(self.folder)
-        data = _local_dataset(config.get("dataset") or fit["dataset"]) if self.data is None else self.data
-        data = data.to("cpu")
-        if data_sha256(data) != fit["data_sha256"]:
-            raise InputError(
-                f"{data.name} is not the data set that the ensemble was fitted to; restore the original data"
-            )
+        data = self.dataset
         sizes = fit["config"]
         holdout_config = dataclasses.replace(
             DynamicsConfig(), holdout_fraction=sizes["holdout_fraction"], holdout_max=sizes["holdout_max"]
@@ -151,15 +174,111 @@ def _learning_curve(run: _Run) -> tuple[Figure, str]:
     updates, mean, std = np.array(points).T
     figure, axes = blank_axes(7.5, 3.8)
     axes.fill_between(updates, mean - std, mean + std, color=BLUE, alpha=0.18, linewidth=0)
-    axes.plot(updates, mean, color=BLUE, linewidth=1.8, marker="o" if len(points) < 30 else "", markersize=4)
+    axes.plot(
+        updates,
+        mean,
+        color=BLUE,
+        linewidth=1.8,
+        marker="o" if len(points) < 30 else "",
+        markersize=4,
+        label="policy",
+    )
     axes.set(xlabel="SAC updates", ylabel="normalised score" if name == "score" else "return")
     axes.xaxis.set_major_formatter(_thousands)
     quantity = "normalised score (0: random policy, 100: expert)" if name == "score" else "return"
     by_model = any(row.get("scored_by") == "model" for row in rows)
+    own = None if by_model else _data_returns(run, name)
+    if own is not None:
+        for value, label, colour, line in zip(
+            own, ("data: mean", "data: best"), (ORANGE, GREEN), ("--", ":"), strict=True
+        ):
+            axes.axhline(value, color=colour, linestyle=line, linewidth=1.5, label=f"{label} {value:.1f}")
+        # Above the axes it hides no curve.
+        axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, borderaxespad=0.2)
     place = "the learned model, not in an environment" if by_model else "the real environment"
     caption = (
         f"Mean {quantity} of the policy in {place}. The band shows one standard deviation over the episodes"
         f" of an evaluation. Last evaluation: {mean[-1]:.1f} ± {std[-1]:.1f}. Best: {mean.max():.1f}."
+    )
+    if own is not None:
+        caption += f" The episodes of the data set have a mean of {own[0]:.1f} and a best of {own[1]:.1f}."
+    return figure, caption
+
+
+def _data_returns(run: _Run, name: str) -> tuple[float, float] | None:
+    """Return the mean and the best return of the data's own episodes.
+
+    Args:
+        run: the run.
+        name: "score" for returns on D4RL's scale, or "return".
+
+    Returns:
+        Both values; None where the data are not on this machine or have no episodes, or where the task, such
+        as one in a Python file, has no reference returns here.
+    """
+    try:
+        episodes = find_episodes(run.dataset)
+        if episodes is None:
+            return None
+        mean, best = float(episodes.returns.mean()), float(episodes.returns.max())
+        if name == "score":
+            task = TASKS[run.config()["task"] or ""]
+            scores = task.normalized_score(mean), task.normalized_score(best)
+            if scores[0] is None or scores[1] is None:
+                return None
+            mean, best = scores[0], scores[1]
+    except (InputError, KeyError):
+        return None
+    return (mean, best) if max(abs(mean), abs(best)) < _LARGEST else None
+
+
+# Columns of progress.csv, each with the title of its curve.
+_CURVES = {
+    "q": "Q-value",
+    "critic_loss": "Critic loss",
+    "actor_loss": "Actor loss",
+    "alpha": "Entropy weight α",
+    "entropy": "Entropy",
+    "penalty": "Penalty u(s, a)",
+    "raw_reward": "Reward of the model",
+}
+
+
+def _training_curves(run: _Run) -> tuple[Figure, str]:
+    path = run.folder / "progress.csv"
+    rows = read_rows(path)
+    curves: dict[str, np.ndarray[Any, Any]] = {}
+    for name in _CURVES:
+        found = [[float(row["updates"]), float(row[name])] for row in rows if row.get(name)]
+        if found:
+            curves[name] = np.array(found)
+    if not curves:
+        raise InputError(f"{path} has none of the columns {', '.join(_CURVES)}; restore the file")
+    if not all((np.abs(points) < _LARGEST).all() for points in curves.values()):
+        raise InputError(
+            f"{path} holds values that are not finite, or larger than {_LARGEST:g}; restore the file"
+        )
+    columns = min(4, len(curves))
+    lines = math.ceil(len(curves) / columns)
+    figure = blank(10.0, 0.3 + 2.1 * lines)
+    grid = figure.subplots(lines, columns, squeeze=False).ravel()
+    for axes in grid[len(curves) :]:
+        axes.set_axis_off()
+    for axes, (name, points) in zip(grid, curves.items(), strict=False):
+        axes.plot(*points.T, color=BLUE, linewidth=1.5, marker="o" if len(points) < 30 else "", markersize=3)
+        axes.set_title(_CURVES[name], fontsize=10.5)
+        axes.xaxis.set_major_formatter(_thousands)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
+        axes.tick_params(labelsize=9)
+    target = run.config().get("sac", {}).get("target_entropy")
+    if "entropy" in curves and isinstance(target, (int, float)) and abs(target) < _LARGEST:
+        axes = grid[list(curves).index("entropy")]
+        axes.axhline(target, color=GREY, linestyle="--", linewidth=1.2, label="target")
+        axes.legend(loc="best", fontsize=9)
+    caption = (
+        "Means over the SAC updates of each epoch, by the number of updates. Penalty and reward are means"
+        " over the epoch's rollouts in the learned model. The policy is trained on the reward minus λ times"
+        " the penalty."
     )
     return figure, caption
 
@@ -305,6 +424,7 @@ def _time(run: _Run) -> tuple[Figure, str]:
 
 _SECTIONS: tuple[tuple[str, str, Callable[[_Run], tuple[Figure, str]]], ...] = (
     ("Learning curve", "learning_curve", _learning_curve),
+    ("Training", "training", _training_curves),
     ("Is the penalty calibrated?", "penalty_calibration", _calibration),
     ("Is the model's variance calibrated?", "residuals", _residuals),
     ("Fit of the ensemble", "fit", _fit_curves),
@@ -325,7 +445,7 @@ def _summary_rows(run: _Run) -> list[tuple[str, str]]:
 
     def first(name: str, *places: Mapping[str, Any]) -> str:
         values = (place.get(name) for place in places)
-        return next((str(value) for value in values if value is not None), "–")
+        return next((_shorten(str(value)) for value in values if value is not None), "–")
 
     def mean_std(name: str) -> str:
         mean, std = summary.get(f"{name}_mean"), summary.get(f"{name}_std")
@@ -349,34 +469,6 @@ def _summary_rows(run: _Run) -> list[tuple[str, str]]:
         ("Device", first("device", summary, config, fit)),
         ("Versions", versions or "–"),
     ]
-
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ max-width: 62rem; margin: 2.5rem auto; padding: 0 1.25rem; color: #1d2530; background: #fff;
-       font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; }}
-h1 {{ font-size: 1.7rem; margin: 0 0 1rem; }}
-h2 {{ font-size: 1.2rem; margin: 2.6rem 0 .6rem; }}
-table {{ border-collapse: collapse; width: 100%; }}
-th, td {{ text-align: left; padding: .32rem .8rem .32rem 0; border-bottom: 1px solid #e4e7eb;
-         vertical-align: top; }}
-th {{ width: 14rem; font-weight: 600; color: #55606e; }}
-img {{ max-width: 100%; height: auto; display: block; }}
-p {{ color: #3d4754; margin: .4rem 0; overflow-wrap: anywhere; }}
-.missing {{ color: #7a828c; font-style: italic; }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-{body}
-</body>
-</html>
-"""
 
 
 def write_report(run: str | os.PathLike[str], *, data: Transitions | None = None) -> Path:
@@ -404,36 +496,51 @@ def write_report(run: str | os.PathLike[str], *, data: Transitions | None = None
             f"{folder} is not a run folder, its config.json names no data set; give another folder"
         )
     rows = _attempt(lambda: _summary_rows(state))
-    parts = [_missing(rows) if isinstance(rows, str) else _table(rows)]
+    parts = [missing(rows) if isinstance(rows, str) else table(rows), *_settings(folder)]
     for title, name, build in _SECTIONS:
-        parts.append(f"<h2>{html.escape(title)}</h2>")
-        picture = folder / f"{name}.png"
+        parts.append(heading(title))
+        file = folder / f"{name}.png"
         with look():
             section = _attempt(functools.partial(_draw, build, state))
         if isinstance(section, str):
-            _remove(picture)
-            parts.append(_missing(section))
+            _remove(file)
+            parts.append(missing(section))
             continue
         png, caption = section
-        with atomic_path(picture) as temporary:
+        with atomic_path(file) as temporary:
             temporary.write_bytes(png)
-        encoded = base64.b64encode(png).decode()
-        parts.append(f'<img alt="{html.escape(title)}" src="data:image/png;base64,{encoded}">')
-        parts.append(f"<p>{html.escape(caption)}</p>")
-    title = html.escape(f"MOPO run: {folder.resolve().name}")
-    with atomic_path(folder / "report.html") as temporary:
-        page = _PAGE.format(title=title, body="\n".join(parts))
-        # The folder's name and texts in its files may hold characters that UTF-8 cannot encode.
-        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
+        parts += [picture(title, png), paragraph(caption)]
+    write_page(folder / "report.html", f"MOPO run: {folder.resolve().name}", parts)
     return folder / "report.html"
+
+
+def _settings(folder: Path) -> list[str]:
+    """Return the command of a run and a table of all its settings; nothing where config.json is missing."""
+    path = folder / "config.json"
+    if not path.exists():
+        return []
+
+    def build() -> list[str]:
+        recorded = read_json_as(path, dict[str, Any])
+        rows = [(name, _shorten(json.dumps(value, ensure_ascii=False))) for name, value in flatten(recorded)]
+        return [
+            code(_shorten(train_command(recorded))),
+            foldable(f"All settings ({len(rows)})", table(rows)),
+        ]
+
+    parts = _attempt(build)
+    # The sections report a damaged config.json.
+    return [] if isinstance(parts, str) else parts
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
 
 
 def _draw(build: Callable[[_Run], tuple[Figure, str]], run: _Run) -> tuple[bytes, str]:
     """Build a section, and return its picture as PNG and its caption."""
     figure, caption = build(run)
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
-    return png.getvalue(), caption
+    return to_png(figure), caption
 
 
 def _attempt(build: Callable[[], T]) -> T | str:
@@ -451,15 +558,6 @@ def _remove(picture: Path) -> None:
         picture.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"cannot remove {picture}: {error.strerror}; remove it by hand") from error
-
-
-def _missing(line: str) -> str:
-    return f'<p class="missing">{html.escape(line)}</p>'
-
-
-def _table(rows: list[tuple[str, str]]) -> str:
-    cells = (f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in rows)
-    return "<table>\n" + "\n".join(cells) + "\n</table>"
 
 
 def _thousands(value: float, position: float) -> str:

@@ -38,6 +38,12 @@ class RecordedRollout(TypedDict, total=False):
     penalty_members: PenaltyMembers
 
 
+class RecordedSAC(TypedDict, total=False):
+    """The part of config.json's `sac` that a report shows."""
+
+    target_entropy: Number | str
+
+
 class RecordedConfig(TypedDict, total=False):
     """The part of config.json that a report shows."""
 
@@ -46,6 +52,7 @@ class RecordedConfig(TypedDict, total=False):
     seed: int
     device: str
     rollout: RecordedRollout
+    sac: RecordedSAC
 
 
 class SpentSeconds(TypedDict):

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import resource
+import shlex
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,17 +16,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import tyro
 from small_fits import SMALL, toy_data
 
 from mopo_fast.cli import main
-from mopo_fast.config import TrainConfig, to_dict
+from mopo_fast.config import PRESETS, Preset, SACConfig, TrainConfig, to_dict
 from mopo_fast.data import Transitions
+from mopo_fast.data.summary import find_episodes
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
-from mopo_fast.fit import fit_and_save, split_holdout
-from mopo_fast.report import HeldOut, _Run, spearman, write_report
+from mopo_fast.fit import data_sha256, fit_and_save, split_holdout
+from mopo_fast.presets import preset
+from mopo_fast.report import HeldOut, _Run, _training_curves, spearman, write_report
+from mopo_fast.run.command import train_command
+from mopo_fast.tasks import TASKS
 
-PICTURES = ("learning_curve", "penalty_calibration", "residuals", "fit", "time")
+PICTURES = ("learning_curve", "training", "penalty_calibration", "residuals", "fit", "time")
 SUMMARY = {
     "score_mean": 26.14, "score_std": 0.72, "return_mean": 2965.2, "return_std": 89.0, "updates": 100_000,
     "seconds": {"fit": 700.0, "rollout": 310.0, "sac": 1400.0, "evaluate": 45.0, "total": 2500.0},
@@ -79,10 +85,10 @@ def run(fitted: Path, tmp_path: Path) -> Iterator[Path]:
     config = to_dict(TrainConfig("toy", task="hopper"))
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "summary.json").write_text(json.dumps(SUMMARY))
-    lines = ["epoch,updates,score_mean,score_std,return_mean,return_std"]
-    lines += [
-        f"{i},{1000 * i},{2.5 * i},1.5,{100 * i},50" if i % 2 else f"{i},{1000 * i},,,," for i in range(1, 8)
-    ]
+    lines = ["epoch,updates,score_mean,score_std,return_mean,return_std,q,critic_loss,alpha,entropy,penalty"]
+    for i in range(1, 8):
+        evaluated = f"{2.5 * i},1.5,{100 * i},50" if i % 2 else ",,,"
+        lines.append(f"{i},{1000 * i},{evaluated},{-i},{1 / i},{0.1 * i},{-2.5 - 0.1 * i},{3 + i}")
     (folder / "progress.csv").write_text("\n".join(lines) + "\n")
     yield folder
 
@@ -167,9 +173,74 @@ def test_everything_is_escaped(run: Path) -> None:
 
 def test_a_fit_alone_is_a_run(run: Path) -> None:
     lines = missing(keep(run, "fit.json", "dynamics.json", "dynamics.safetensors"), toy_data(600))
-    assert len(lines) == 2
-    assert "progress.csv does not exist" in lines[0]
-    assert "summary.json does not exist" in lines[1]
+    assert len(lines) == 3
+    assert all("progress.csv does not exist" in line for line in lines[:2])
+    assert "summary.json does not exist" in lines[2]
+
+
+def test_the_command_and_all_settings_are_shown(run: Path) -> None:
+    config = TrainConfig("my set.hdf5", task="hopper", steps=7, sac=SACConfig(simultaneous=False))
+    (run / "config.json").write_text(json.dumps(to_dict(config)))
+    texts = texts_of(keep(run, "config.json"))
+    command = "mopo-fast train 'my set.hdf5' --task hopper --steps 7 --sac.no-simultaneous"
+    assert command in texts
+    assert texts[texts.index("sac.polyak") + 1] == "0.005"
+    assert texts[texts.index("dynamics.hidden") + 1] == "[200, 200, 200, 200]"
+    assert any(re.fullmatch(r"All settings \(\d+\)", text) for text in texts)
+
+
+@pytest.mark.parametrize("name", [None, *PRESETS])
+def test_the_command_gives_the_same_settings(name: Preset | None) -> None:
+    config = (
+        TrainConfig("toy.hdf5", seed=3, device="cuda", threads=2) if name is None else preset(name, "toy")
+    )
+    changed = dataclasses.replace(config.rollout, horizon=7, penalty_coef=0.25, penalty="ensemble_std")
+    config = dataclasses.replace(config, rollout=changed)
+    command = train_command(json.loads(json.dumps(to_dict(config))))
+    words = shlex.split(command.replace("\\\n", ""))
+    parsed = tyro.cli(TrainConfig, args=words[2:], config=(tyro.conf.FlagCreatePairsOff,))
+    assert parsed == config
+
+
+def test_a_long_setting_is_cut(run: Path) -> None:
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"other": ["x" * 5000], "task": "y" * 5000}))
+    assert max(map(len, texts_of(keep(run, "config.json")))) < 2100
+
+
+def test_the_learning_curve_has_the_returns_of_the_data(run: Path) -> None:
+    data, task = toy_data(600), TASKS["hopper"]
+    drawn = Transitions(**data.arrays())
+    # toy_data draws single steps; joined end to end they are one episode.
+    drawn.next_observations = torch.cat([data.observations[1:], data.observations[:1]])
+    drawn.terminals[299] = True
+    found = find_episodes(drawn)
+    assert found is not None and found.lengths.tolist() == [300, 300]
+    fit = json.loads((run / "fit.json").read_text())
+    (run / "fit.json").write_text(json.dumps(fit | {"data_sha256": data_sha256(drawn)}))
+    folder = keep(run, "config.json", "fit.json", "progress.csv")
+    line = next(text for text in texts_of(folder, drawn) if text.startswith("Mean normalised score"))
+    mean, best = (
+        task.normalized_score(float(value)) for value in (found.returns.mean(), found.returns.max())
+    )
+    assert f"The episodes of the data set have a mean of {mean:.1f} and a best of {best:.1f}." in line
+    # Other data than those of the fit, and returns that a model predicts, are not compared.
+    assert not any("The episodes of the data set" in text for text in texts_of(folder, data))
+    rows = (folder / "progress.csv").read_text().splitlines()
+    scored = [f"{row},{'scored_by' if i == 0 else 'model'}" for i, row in enumerate(rows)]
+    (folder / "progress.csv").write_text("\n".join(scored) + "\n")
+    assert not any("The episodes of the data set" in text for text in texts_of(folder, drawn))
+
+
+def test_curves_that_a_run_lacks_are_left_out(run: Path) -> None:
+    figure, _ = _training_curves(_Run(run))
+    drawn = [axes.get_title() for axes in figure.axes if axes.lines]
+    assert drawn == ["Q-value", "Critic loss", "Entropy weight α", "Entropy",
+                     "Penalty u(s, a)"]  # fmt: skip
+    assert figure.axes[3].lines[1].get_ydata()[0] == -3.0
+    (run / "progress.csv").write_text("updates,score_mean,score_std,q\n1000,1,1,\n2000,5,1,-7\n")
+    lines = [axes.lines[0].get_xydata().tolist() for axes in _training_curves(_Run(run))[0].axes]
+    assert lines == [[[2000.0, -7.0]]]
 
 
 # --- the numbers
@@ -258,7 +329,7 @@ def test_the_residuals_of_a_normal_model_are_called_calibrated(
 @pytest.mark.parametrize(
     ("name", "lines"),
     [
-        ("progress.csv", 1),
+        ("progress.csv", 2),
         ("summary.json", 1),
         ("fit.json", 3),
         ("dynamics.safetensors", 2),
@@ -273,7 +344,7 @@ def test_a_missing_file_is_one_line_per_section(run: Path, name: str, lines: int
     assert len(found) == lines
     assert all(f"{name} does not exist" in line for line in found)
     # A picture of an earlier report must not be left.
-    assert len(list(run.glob("*.png"))) == 5 - lines
+    assert len(list(run.glob("*.png"))) == len(PICTURES) - lines
 
 
 def test_data_that_are_gone_or_changed_are_said(run: Path) -> None:
@@ -311,7 +382,7 @@ def test_garbled_files_never_stop_the_report(run: Path, content: str) -> None:
 def test_one_garbled_file_spares_the_other_sections(run: Path, name: str) -> None:
     (run / name).write_text('{"seconds": 3, "rollout": 3, "config": 3}')
     found = missing(run, toy_data(600))
-    assert {"config.json": 2, "summary.json": 2, "fit.json": 3, "progress.csv": 1}[name] == len(found), found
+    assert {"config.json": 2, "summary.json": 2, "fit.json": 3, "progress.csv": 2}[name] == len(found), found
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "x", "1e400"])
@@ -327,7 +398,7 @@ def test_scores_that_are_no_numbers_never_stop_the_report(run: Path, value: str)
 def test_scores_that_cannot_be_drawn_are_one_line(run: Path, updates: str, mean: str, std: str) -> None:
     (run / "progress.csv").write_text(f"updates,score_mean,score_std\n0,1e99,1e99\n{updates},{mean},{std}\n")
     assert any("larger than 1e+100" in line for line in missing(keep(run, "progress.csv")))
-    (run / "progress.csv").write_text("updates,score_mean,score_std\n1e-320,1e99,1e99\n1,-1e99,0\n")
+    (run / "progress.csv").write_text("updates,score_mean,score_std,q\n1e-320,1e99,1e99,1\n1,-1e99,0,1\n")
     assert not any("progress.csv" in line for line in missing(run))
 
 
@@ -335,8 +406,8 @@ def test_a_picture_that_cannot_be_rendered_is_one_line(run: Path, monkeypatch: p
     def fail(*_: Any, **__: Any) -> None:
         raise ValueError("Image size is too large")
 
-    monkeypatch.setattr("mopo_fast.report.Figure.savefig", fail)
-    assert sum("Image size is too large" in line for line in missing(keep(run, "progress.csv"))) == 1
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+    assert sum("Image size is too large" in line for line in missing(keep(run, "progress.csv"))) == 2
 
 
 def test_a_name_that_is_no_text(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

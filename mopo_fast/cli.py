@@ -225,6 +225,7 @@ def fit(
     """
     from mopo_fast.data import load_dataset
     from mopo_fast.fit import fit_and_save
+    from mopo_fast.run.opening import open_fit
     from mopo_fast.utils.lock import locked
 
     with locked(out):
@@ -234,14 +235,13 @@ def fit(
                     f"{out / name} exists already; choose another --out, or replace the fit with --overwrite"
                 )
         data = load_dataset(dataset, memory_map=memory_map, quiet=quiet)
+        how = {"seed": seed, "config": dynamics, "device": device, "backend": backend, "threads": threads}
+        if not quiet:
+            open_fit(dataset, data, out, **how)
         _, record = fit_and_save(
             data,
             out,
-            seed=seed,
-            config=dynamics,
-            device=device,
-            backend=backend,
-            threads=threads,
+            **how,
             quiet=quiet,
         )
     best = [record["best_mse"][member] for member in record["elites"]]
@@ -754,11 +754,12 @@ def _epilog(argv: Sequence[str]) -> str:
 
 
 class _Printable(logging.Formatter):
-    """Formats messages without control characters, which names of files may hold."""
+    """Formats messages, and marks warnings. Control characters, which names may hold, are spelled out."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Format the record, its control characters spelled out."""
-        return printable(super().format(record))
+        """Format the record."""
+        mark = "warning: " if record.levelno >= logging.WARNING else ""
+        return mark + printable(super().format(record))
 
 
 def _tell(message: str) -> None:

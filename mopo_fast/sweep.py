@@ -21,6 +21,7 @@ from mopo_fast.data import load_dataset
 from mopo_fast.errors import InputError
 from mopo_fast.fit import fit_and_save
 from mopo_fast.run.folder import check_folder, read_summary
+from mopo_fast.run.opening import warn_of_origins
 from mopo_fast.run.resolve import resolve
 from mopo_fast.train import train
 from mopo_fast.utils.atomic import atomic_path
@@ -103,6 +104,7 @@ def sweep(
     if config.dynamics_from is not None:
         config = dataclasses.replace(config, dynamics_from=str(Path(config.dynamics_from).resolve()))
     configs = grid(config, seeds, penalty_coefs, horizons)
+    warn_of_origins(config, next(iter(configs.values())))
     with locked(out), connected(ray):
         if config.dynamics_from is None:
             firsts = {one.seed: one for one in configs.values()}

@@ -4,17 +4,22 @@ import dataclasses
 from pathlib import Path
 
 from mopo_fast.buffer import row_bytes
-from mopo_fast.config import RunConfig, TrainConfig
+from mopo_fast.config import RolloutConfig, RunConfig, TrainConfig
 from mopo_fast.data import Transitions, find_dataset, load_dataset
 from mopo_fast.ensemble import EnsembleDynamics, mlp_bytes
 from mopo_fast.errors import InputError
 from mopo_fast.fit import check_fit_memory, count_holdout, make_ensemble
+from mopo_fast.presets import preset
 from mopo_fast.rollout import RolloutEngine
 from mopo_fast.run.checkpoint import last_checkpoint
 from mopo_fast.run.dynamics import read_dynamics, training_backend
 from mopo_fast.sac import SAC
 from mopo_fast.tasks import Task, get_task, parse_dataset_name, termination_of
 from mopo_fast.utils.machine import check_device, check_memory
+
+
+# First words of where a horizon or a penalty_coef comes from; the code that tuned it follows `TUNED_BY`.
+TUNED_BY, FALLBACK = "tuned by ", "fallback"
 
 
 def resolve(config: TrainConfig, out: Path | None = None) -> tuple[RunConfig, Task]:
@@ -73,15 +78,34 @@ def _fill_in(config: TrainConfig) -> tuple[RunConfig, Task]:
             raise
         named_task, tier = config.task, None
     task = get_task(config.task or named_task)
-    rollout = config.rollout
-    horizon, penalty_coef = task.tuned_for(tier, rollout.tuned)
-    if rollout.horizon is None:
-        rollout = dataclasses.replace(rollout, horizon=horizon)
-    if rollout.penalty_coef is None:
-        rollout = dataclasses.replace(rollout, penalty_coef=penalty_coef)
+    rollout, origins = config.rollout, {}
+    named = f"{task.name} {tier}" if tier else task.name
+    values = dict(zip(("horizon", "penalty_coef"), task.tuned_for(tier, rollout.tuned), strict=True))
+    preset_rollout = preset(config.preset, config.dataset).rollout if config.preset else RolloutConfig()
+    for name, value in values.items():
+        own = getattr(rollout, name)
+        if own is None:
+            rollout = dataclasses.replace(rollout, **{name: value})
+            tuned = (tier or "") in task.tuned.get(rollout.tuned, {})
+            by = "the authors" if rollout.tuned == "authors" else rollout.tuned
+            origins[name] = (
+                f"{TUNED_BY}{by} for {named}" if tuned else f"{FALLBACK}, none is tuned for {named}"
+            )
+        elif own == getattr(preset_rollout, name):
+            origins[name] = f"preset {config.preset}"
+        else:
+            origins[name] = "given"
+        # A run that was resolved before keeps what was found then.
+        origins[name] = getattr(config, f"{name}_from", "") or origins[name]
     given = {field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)}
     given |= {"task": task.name, "rollout": rollout}
+    given |= {f"{name}_from": origin for name, origin in origins.items()}
     return RunConfig(**given, task_sha256=task.file_sha256), task
+
+
+def rollout_backend(config: RunConfig, task: Task) -> str:
+    """Return the name of the backend that makes the rollouts of a run without a checkpoint."""
+    return make_engine(config, task, _ensemble(config, task, None), config.backend).backend
 
 
 def _ensemble(config: RunConfig, task: Task, out: Path | None) -> EnsembleDynamics:

@@ -777,7 +777,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     logger = logging.getLogger("mopo_fast")
-    handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False)
+    # In a log file a message is one line, whatever its length.
+    handler: logging.Handler = logging.StreamHandler()
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False)
     handler.setFormatter(_Printable())
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)

@@ -721,8 +721,8 @@ def fit_log(folder: Path) -> Iterator[FitLog]:
             yield log
     except OSError as error:
         raise InputError(
-            f"the log of the fit in {folder} cannot be written ({error}); remove the cause, then give the same"
-            " command again, `train` with --resume"
+            f"the log of the fit in {folder} cannot be written ({error}); remove the cause, then give the"
+            " same command again, `train` with --resume"
         ) from error
 
 

@@ -17,7 +17,6 @@ from mopo_fast.sac import SAC
 from mopo_fast.tasks import Task, get_task, parse_dataset_name, termination_of
 from mopo_fast.utils.machine import check_device, check_memory
 
-
 # First words of where a horizon or a penalty_coef comes from; the code that tuned it follows `TUNED_BY`.
 TUNED_BY, FALLBACK = "tuned by ", "fallback"
 

@@ -91,10 +91,14 @@ class Bar:
         if completed is not None and completed != self.completed:
             self.completed, self._moved = completed, time.monotonic()
             self._take_sample()
-            self._tell_estimate()
+            if self.open_ended and self._moved - self._started >= _FIRST_SECONDS:
+                self._tell_estimate()
 
     def report(self) -> None:
-        """Print a line about a finished unit, unless there is a bar to see."""
+        """Say that a unit is finished. It is printed in a line, unless there is a bar to see."""
+        self._moved = time.monotonic()
+        self._take_sample()
+        self._tell_estimate()
 
     def _say(self, text: str) -> None:
         """Print a line of text."""
@@ -125,19 +129,13 @@ class Bar:
         each = self._unit_seconds()
         if self._estimated or each is None or self.total is None:
             return
-        long = self.open_ended and self._moved - self._started >= _FIRST_SECONDS
-        if long or self.completed - self._first >= 1:
-            self._estimated = True
-            more = " or more" if self.open_ended else ""
-            self._say(
-                f"{self.description}: about {format_seconds(each)} for each {self.unit},"
-                f" {format_seconds(each * (self.total - self._first))}{more} for {self._length()} {self.unit}s"
-            )
-
-    def _length(self) -> str:
-        assert self.total is not None
-        left = self.total - self._first
-        return f"{left:g}{' or more' if self.open_ended else ''}"
+        self._estimated = True
+        whole = self.total - self._first
+        more = " or more" if self.open_ended else ""
+        self._say(
+            f"{self.description}: about {format_seconds(each)} for each {self.unit},"
+            f" {format_seconds(each * whole)}{more} for {whole:g}{more} {self.unit}s"
+        )
 
     def _count(self) -> str:
         """Return the position and the length, such as "3.2/9+"."""
@@ -193,6 +191,10 @@ class _Lines(Bar):
 
     def report(self) -> None:
         """Print the position, the time left and the note."""
+        super().report()
+        self._print_line()
+
+    def _print_line(self) -> None:
         self._last_line = time.monotonic(), self.completed
         unit = f" {self.unit}s" if self.unit else ""
         count = self._count().strip().replace(".0/", "/")
@@ -202,16 +204,16 @@ class _Lines(Bar):
     def finish(self) -> None:
         """Print the last position, unless it was."""
         if self._last_line is None or self._last_line[1] != self.completed:
-            self.report()
+            self._print_line()
 
-    def keep_reporting(self, stop: threading.Event) -> None:
+    def keep_printing(self, stop: threading.Event) -> None:
         """Print a line a minute while the position moves, and one every ten minutes while it does not."""
         while True:
             when, position = self._last_line or (self._started, self._first)
             still = position == self.completed
             now = time.monotonic()
             if now - when >= (_STILL_SECONDS if still else _LINE_SECONDS):
-                self.report()
+                self._print_line()
             if stop.wait(min(1.0, _LINE_SECONDS)):
                 return
 
@@ -244,14 +246,14 @@ def progress_bar(
         bar = _TerminalBar(*arguments)
         live = Live(bar, console=console, refresh_per_second=10)
         try:
-            # If start() finds no memory for its thread, stop() must still show the cursor and free the outputs.
+            # If start() finds no memory for its thread, stop() must still show the cursor.
             live.start(refresh=True)
             yield bar
         finally:
             live.stop()
     else:
         lines, stop = _Lines(*arguments), threading.Event()
-        thread = threading.Thread(target=lines.keep_reporting, args=(stop,), daemon=True)
+        thread = threading.Thread(target=lines.keep_printing, args=(stop,), daemon=True)
         thread.start()
         try:
             yield lines

@@ -235,7 +235,13 @@ def fit(
                     f"{out / name} exists already; choose another --out, or replace the fit with --overwrite"
                 )
         data = load_dataset(dataset, memory_map=memory_map, quiet=quiet)
-        how = {"seed": seed, "config": dynamics, "device": device, "backend": backend, "threads": threads}
+        how: dict[str, Any] = {
+            "seed": seed,
+            "config": dynamics,
+            "device": device,
+            "backend": backend,
+            "threads": threads,
+        }
         if not quiet:
             open_fit(dataset, data, out, **how)
         _, record = fit_and_save(

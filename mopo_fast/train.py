@@ -6,6 +6,7 @@ epoch) alone.
 
 import contextlib
 import copy
+import functools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -104,7 +105,7 @@ def train(
                         progress = EpochProgress(bar, [run], [run])
                         rows = run.roll_out()
                         progress("rollout", 1.0)
-                        metrics = run.update(lambda share, progress=progress: progress("sac", share))
+                        metrics = run.update(functools.partial(progress, "sac"))
                         run.evaluate(rows, metrics)
                         run.save()
                         progress("evaluate", 1.0)

@@ -8,6 +8,7 @@ for bit with a kernel.
 
 import contextlib
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -436,7 +437,7 @@ def _run_epoch(runs: Sequence[Training], population: SacPopulation, progress: Ep
             [run.buffer for run in runs],
             updates[0],
             seeds,
-            lambda share: progress("sac", share),
+            functools.partial(progress, "sac"),
         )
     for number, (run, some, values) in enumerate(zip(runs, rows, metrics, strict=True), start=1):
         run.evaluate(some, values)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from mopo_fast.buffer import row_bytes
 from mopo_fast.config import RolloutConfig, RunConfig, TrainConfig
@@ -77,9 +78,12 @@ def _fill_in(config: TrainConfig) -> tuple[RunConfig, Task]:
             raise
         named_task, tier = config.task, None
     task = get_task(config.task or named_task)
-    rollout, origins = config.rollout, {}
+    rollout = config.rollout
+    origins: dict[str, str] = {}
     named = f"{task.name} {tier}" if tier else task.name
-    values = dict(zip(("horizon", "penalty_coef"), task.tuned_for(tier, rollout.tuned), strict=True))
+    values: dict[str, Any] = dict(
+        zip(("horizon", "penalty_coef"), task.tuned_for(tier, rollout.tuned), strict=True)
+    )
     preset_rollout = preset(config.preset, config.dataset).rollout if config.preset else RolloutConfig()
     for name, value in values.items():
         own = getattr(rollout, name)

@@ -47,6 +47,13 @@ def format_seconds(seconds: float) -> str:
     return f"{whole}s"
 
 
+def _shorten(text: str, width: int) -> str:
+    """Cut a text to so many columns of a terminal, with "…" at the end of what was cut."""
+    if cell_len(text) <= width:
+        return text
+    return set_cell_size(text, width - 1) + "…" if width > 0 else ""
+
+
 class Bar:
     """The progress of some work.
 
@@ -163,20 +170,17 @@ class _TerminalBar(Bar):
         # A terminal that is one column too narrow would wrap the line and leave its remains behind.
         width = options.max_width - 1
         counted = f"{self._count()} {self._times()}"
-        description = self.description
-        room = width - cell_len(counted) - _BAR_WIDTHS[0] - 2
-        if cell_len(description) > room:
-            description = set_cell_size(description, max(0, room - 1)) + "…"
-        room = width - cell_len(description) - cell_len(counted) - 2
-        bar = min(_BAR_WIDTHS[1], max(_BAR_WIDTHS[0], room - cell_len(self.note) - 2))
-        note = Text(self.note)
-        note.truncate(max(0, room - bar - 2), overflow="ellipsis")
+        gaps = 4
+        room = width - cell_len(counted) - _BAR_WIDTHS[0] - gaps
+        description = _shorten(self.description, room)
+        room = width - cell_len(description) - cell_len(counted) - gaps
+        bar = min(_BAR_WIDTHS[1], max(_BAR_WIDTHS[0], room - cell_len(self.note)))
         line = Table.grid(padding=(0, 1, 0, 0))
         line.add_row(
             Text(description, style="bold"),
             ProgressBar(self.total, self.completed, width=bar, pulse=self.total is None),
             Text(counted),
-            note,
+            Text(_shorten(self.note, room - bar)),
         )
         yield line
 

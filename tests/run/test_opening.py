@@ -71,13 +71,13 @@ def test_a_run_without_a_terminal(files: Path, tmp_path: Path) -> None:
         "seed": "0",
         "folder": str(run),
     }
-    assert lines[begin + 11] == (
+    assert lines[begin + 12] == (
         f"warning: the name of the file {data} alone decides horizon 5 (tuned by the authors for hopper"
         " medium); if it holds other data, set --horizon"
     )
     duration = r"[\d.msh ]+"
     for line, expected in zip(
-        lines[begin + 12 :],
+        lines[begin + 13 :],
         [
             rf"fit: about {duration} for each epoch, {duration} or more for 2 or more epochs",
             rf"fit: 1/2\+ epochs, {duration}, {duration}\+ left, holdout MSE [\d.]+",

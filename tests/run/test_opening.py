@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from pseudo_terminal import run_on_terminal
 
@@ -115,7 +116,7 @@ def test_a_run_on_a_terminal(files: Path, tmp_path: Path) -> None:
 
 def test_a_fit_without_a_terminal(files: Path, tmp_path: Path) -> None:
     found = subprocess.run(
-        command("fit", files / "hopper-mine.hdf5", "--out", tmp_path, *TINY[:7]),
+        command("fit", files / "hopper-mine.hdf5", "--out", tmp_path, *TINY[:9]),
         capture_output=True,
         text=True,
         check=True,
@@ -202,13 +203,14 @@ def test_warnings(
 
 
 def test_episodes_of_data() -> None:
-    arrays = {
+    lists: dict[str, Any] = {
         "observations": [[float(step)] for step in range(8)],
         "actions": [[0.0]] * 8,
         "rewards": [1.0, 1.0, 1.0, 5.0, 5.0, 2.0, 2.0, 9.0],
         "terminals": [0, 0, 1, 0, 0, 0, 0, 0],
         "timeouts": [0, 0, 0, 0, 1, 0, 1, 0],
     }
+    arrays = {name: np.array(values) for name, values in lists.items()}
     expected = {"count": 3, "return_mean": 17 / 3, "return_max": 10.0}
     assert load_dataset(arrays).info["episodes"] == pytest.approx(expected)
     arrays["next_observations"] = arrays["observations"]

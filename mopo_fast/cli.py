@@ -301,6 +301,7 @@ def fit(
     from mopo_fast.data import load_dataset
     from mopo_fast.fit import fit_and_save
     from mopo_fast.run.folder import check_fit_folder, write_config
+    from mopo_fast.run.opening import open_fit
     from mopo_fast.run.resolve import check_sizes
     from mopo_fast.utils.lock import locked
     from mopo_fast.utils.machine import check_device
@@ -312,14 +313,19 @@ def fit(
         if task is not None:
             check_sizes(data, dataset, get_task(task))
         write_config(out, config)
+        how: dict[str, Any] = {
+            "seed": seed,
+            "config": dynamics,
+            "device": device,
+            "backend": backend,
+            "threads": threads,
+        }
+        if not quiet:
+            open_fit(dataset, data, out, **how)
         _, record = fit_and_save(
             data,
             out,
-            seed=seed,
-            config=dynamics,
-            device=device,
-            backend=backend,
-            threads=threads,
+            **how,
             quiet=quiet,
         )
     best = [record["best_mse"][member] for member in record["elites"]]
@@ -987,11 +993,12 @@ def _epilog(argv: Sequence[str]) -> str:
 
 
 class _Printable(logging.Formatter):
-    """Formats messages without control characters, which names of files may hold."""
+    """Formats messages, and marks warnings. Control characters, which names may hold, are spelled out."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Format the record, its control characters spelled out."""
-        return printable(super().format(record))
+        """Format the record."""
+        mark = "warning: " if record.levelno >= logging.WARNING else ""
+        return mark + printable(super().format(record))
 
 
 def _tell(message: str) -> None:
@@ -1009,7 +1016,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     logger = logging.getLogger("mopo_fast")
-    handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False)
+    # In a log file a message is one line, whatever its length.
+    handler: logging.Handler = logging.StreamHandler()
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False)
     handler.setFormatter(_Printable())
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)

@@ -371,6 +371,7 @@ class TrainConfig:
         backend: Implementation of the fit, the rollouts and SAC: auto to choose one, or a
             name that `mopo-fast doctor` lists.
         threads: Number of threads of the CPU kernels. The result does not depend on it.
+        preset: Code base whose hyperparameters are the defaults of this run.
         dynamics_from: Folder of another run or of `mopo-fast fit`, whose ensemble is used instead of fitting
             a new one.
         dynamics: Probabilistic ensemble and its maximum-likelihood fit.
@@ -386,6 +387,8 @@ class TrainConfig:
     device: str = "cpu"
     backend: str = "auto"
     threads: Annotated[int | None, flag("all cores; in a sweep, 1 for each run", "INT")] = None
+    # `mopo-fast --preset` sets it, together with all other defaults.
+    preset: Annotated[Preset | None, Fixed, SuppressFixed] = None
     dynamics_from: Annotated[str | None, flag("fit a new ensemble", "RUN")] = None
     dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -418,6 +421,9 @@ class RunConfig(TrainConfig):
     """A run as its config.json records it, with task, horizon and penalty_coef filled in.
 
     Attributes:
+        horizon_from: origin of the horizon: "given", "preset NAME", "tuned by CODE for TASK TIER", or
+            "fallback, none is tuned for TASK TIER". It is empty where it is not recorded.
+        penalty_coef_from: origin of penalty_coef, likewise.
         task_sha256: SHA-256 digest of the Python file that `task` names, or None where it names no file.
         data_sha256: SHA-256 digest of all arrays of data that were given in memory, or None where `dataset`
             is a name or a path.
@@ -425,6 +431,8 @@ class RunConfig(TrainConfig):
 
     task_sha256: str | None = None
     data_sha256: str | None = None
+    horizon_from: str = ""
+    penalty_coef_from: str = ""
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from mopo_fast.ensemble import (
     soft_clamp_logvar,
 )
 from mopo_fast.errors import InputError
+from mopo_fast.run.fit_log import FitLog, open_fit_log
 from mopo_fast.utils.adam import Adam
 from mopo_fast.utils.atomic import read_json_as, refuse_links, write_json
 from mopo_fast.utils.cuda_graphs import Recorder, records
@@ -277,8 +278,7 @@ class Fit:
         if seed < 0:
             raise InputError(f"seed must not be negative, got {seed}")
         self.seed, self.config = seed, config
-        widest = max(data.obs_dim + data.act_dim, 2 * (data.obs_dim + 1), *config.hidden)
-        self.backend = backends.choose(backend, Need(config.dtype, torch.device(device), training=widest))
+        self.backend = choose_backend(backend, data.obs_dim, data.act_dim, config, device)
         self.threads = resolve_threads(threads)
         train, holdout = split_holdout(len(data), seed, config)
         data = data.to("cpu")
@@ -556,6 +556,14 @@ class Fit:
             )
 
 
+def choose_backend(
+    name: str, obs_dim: int, act_dim: int, config: DynamicsConfig, device: torch.device | str
+) -> str:
+    """Return the backend that fits an ensemble of these sizes; raise `InputError` as `backends.choose`."""
+    widest = max(obs_dim + act_dim, 2 * (obs_dim + 1), *config.hidden)
+    return backends.choose(name, Need(config.dtype, torch.device(device), training=widest))
+
+
 def check_fit_memory(config: DynamicsConfig, device: torch.device | str) -> None:
     """Raise `InputError` where `device` has too little memory for a fit."""
     # A lower bound: inputs and outputs are at least one wide, and each array has a gradient and a copy.
@@ -631,11 +639,15 @@ def _run_to_end(fit: Fit, quiet: bool, on_epoch: Callable[[FitEpoch], None] | No
     for record in fit.history:
         report(record)
     # The bar ends at the epoch where the fit would stop without further improvement, so it may grow.
-    with progress_bar("fit: epochs", fit.expected_epochs, quiet=quiet) as bar:
+    done = len(fit.history)
+    with progress_bar(
+        "fit", fit.expected_epochs, completed=done, unit="epoch", open_ended=True, quiet=quiet
+    ) as bar:
         while len(fit.history) < fit.expected_epochs:
             record = fit.run_epoch(lambda share: bar.update(completed=len(fit.history) + share))
             report(record)
             bar.update(total=fit.expected_epochs, note=fit_note([record], fit.config))
+            bar.report()
 
 
 def fit_note(records: Sequence[FitEpoch], config: DynamicsConfig) -> str:
@@ -657,6 +669,8 @@ def fit_and_save(
     on_epoch: Callable[[FitEpoch], None] | None = None,
 ) -> tuple[EnsembleDynamics, dict[str, Any]]:
     """Fit as `fit_dynamics` does, and write dynamics.safetensors, dynamics.json and fit.json.
+
+    Every epoch is added to fit.csv and to TensorBoard's events in tensorboard-fit when it ends.
 
     Called again after it was killed, it continues from checkpoint/fit.safetensors in the folder. fit.json is
     written last, and the checkpoint is removed then: a folder with fit.json holds a finished fit.
@@ -684,8 +698,45 @@ def fit_and_save(
     with fit_folder(folder):
         fit, digest = Fit(data.validate(), seed, config, device, backend, threads), data_sha256(data)
         fit.use_checkpoint(fit_checkpoint(folder), digest)
-        _run_to_end(fit, quiet, on_epoch)
+        with fit_log(folder) as log:
+
+            def report(record: FitEpoch) -> None:
+                log_epoch(log, record)
+                if on_epoch is not None:
+                    on_epoch(record)
+
+            _run_to_end(fit, quiet, report)
         return finish_and_save(fit, data, digest, folder)
+
+
+@contextlib.contextmanager
+def fit_log(folder: Path) -> Iterator[FitLog]:
+    """Write fit.csv and TensorBoard's events of a fit in `folder` anew.
+
+    Raises:
+        InputError: a file cannot be written, or tensorboard-fit is a link.
+    """
+    try:
+        with open_fit_log(folder) as log:
+            yield log
+    except OSError as error:
+        raise InputError(
+            f"the log of the fit in {folder} cannot be written ({error}); remove the cause, then give the"
+            " same command again, `train` with --resume"
+        ) from error
+
+
+def log_epoch(log: FitLog, record: FitEpoch) -> None:
+    """Add an epoch to a fit's log."""
+    log.add(record.epoch, record.train_loss, record.holdout_mse, record.seconds)
+
+
+def log_recorded_fit(folder: Path) -> None:
+    """Write the log of a finished fit from its fit.json, for a fit that was copied."""
+    fit = read_fit(folder)
+    with fit_log(folder) as log:
+        for epoch, (loss, errors) in enumerate(zip(fit["train_loss"], fit["holdout_mse"], strict=True)):
+            log.add(epoch, loss, errors)
 
 
 @contextlib.contextmanager

@@ -108,7 +108,7 @@ def preset(name: str, dataset: str) -> TrainConfig:
     """
     if name not in PRESETS:
         raise InputError(f"unknown preset {name!r}; there are: {', '.join(PRESETS)}")
-    config = TrainConfig(dataset=dataset)
+    config = TrainConfig(dataset=dataset, preset=name)
     changes = {
         part: dataclasses.replace(getattr(config, part), **value) if isinstance(value, dict) else value
         for part, value in _CHANGES[name].items()

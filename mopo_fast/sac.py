@@ -6,7 +6,7 @@ Source: softlearning/algorithms/mopo.py of the authors' code. `SACConfig` has ot
 import copy
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -201,7 +201,12 @@ class SAC:
         return batch.rewards + self.config.discount * future
 
     def update_many(
-        self, data: Transitions, model_buffer: RingBuffer, updates: int, seed: int
+        self,
+        data: Transitions,
+        model_buffer: RingBuffer,
+        updates: int,
+        seed: int,
+        on_progress: Callable[[float], None] = lambda _: None,
     ) -> dict[str, float]:
         """Make updates on batches of int(real_ratio * batch_size) rows of `data`, the others from the model.
 
@@ -213,6 +218,7 @@ class SAC:
             model_buffer: transitions made in the model.
             updates: number of updates.
             seed: 0 <= seed < 2^64.
+            on_progress: called now and then with the share of the updates that is made.
 
         Returns:
             The mean over the updates of each of `METRICS`.
@@ -226,7 +232,7 @@ class SAC:
             sums = (sum_by_kernel(kernels, [call], self.threads)[0] for call in self.kernel_calls(draws))
         else:
             sums = (self.learn(batches) for batches in self.batches(draws))
-        return self.means(sum(sums, torch.zeros(())).tolist(), updates)
+        return self.means(sum_parts(sums, updates, on_progress).tolist(), updates)
 
     # --- the parts of `update_many`
 
@@ -402,6 +408,17 @@ class SAC:
             raise InputError(f"{source}: Adam's steps are not its {self.updates} updates")
         for optimizer in self.optimizers.values():
             optimizer.check_moments(source)
+
+
+def sum_parts(
+    sums: Iterable[torch.Tensor], updates: int, on_progress: Callable[[float], None]
+) -> torch.Tensor:
+    """Add up the sums of the parts of an epoch's updates; report after each part the share that is made."""
+    total, parts = torch.zeros(()), math.ceil(updates / _UPDATES_AT_ONCE)
+    for number, part in enumerate(sums, start=1):
+        total = total + part
+        on_progress(number / parts)
+    return total
 
 
 def sum_by_kernel(kernels: Backend, calls: Sequence[SacUpdates], threads: int) -> torch.Tensor:

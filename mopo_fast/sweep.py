@@ -21,6 +21,7 @@ from mopo_fast.data import load_dataset
 from mopo_fast.errors import InputError
 from mopo_fast.fit import fit_and_save
 from mopo_fast.run.folder import check_folder, is_finished, read_summary
+from mopo_fast.run.opening import warn_of_origins
 from mopo_fast.run.resolve import resolve
 from mopo_fast.train import train
 from mopo_fast.utils.atomic import atomic_path
@@ -101,6 +102,7 @@ def sweep(
         raise InputError("every process of a sweep reads the data; save them with `Transitions.save` first")
     # Their paths are absolute, because Ray's workers have another working directory.
     configs = grid(config, seeds, penalty_coefs, horizons)
+    warn_of_origins(config, next(iter(configs.values())))
     with locked(out), connected(ray):
         if config.dynamics_from is None:
             firsts = {one.seed: one for one in configs.values()}

@@ -4,7 +4,9 @@ Source: softlearning/algorithms/mopo.py of the authors' code. The random numbers
 epoch) alone.
 """
 
+import contextlib
 import copy
+import functools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +23,7 @@ from mopo_fast.data import Transitions
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.evaluate import Evaluator, evaluate_in_model
-from mopo_fast.fit import data_sha256, read_fit
+from mopo_fast.fit import data_sha256, log_recorded_fit, read_fit
 from mopo_fast.policy import Actor
 from mopo_fast.report import write_report
 from mopo_fast.run import checkpoint
@@ -37,16 +39,19 @@ from mopo_fast.run.folder import (
     write_config,
     write_summary,
 )
-from mopo_fast.run.log import Clock, Log, Pending, log_fit
+from mopo_fast.run.log import Clock, Log, Pending
+from mopo_fast.run.opening import open_runs
 from mopo_fast.run.resolve import load_data, make_engine, make_sac, resolve, take_data
 from mopo_fast.tasks import Task
 from mopo_fast.utils.lock import locked
 from mopo_fast.utils.machine import resolve_threads
-from mopo_fast.utils.progress import progress_bar
+from mopo_fast.utils.progress import Bar, progress_bar
 from mopo_fast.utils.seeds import EVALUATE, ROLLOUT, START, derive_seed
 from mopo_fast.utils.seeds import SAC as SAC_SEED
 from mopo_fast.utils.tensors import load_into
 
+# Parts of an epoch in their order, with the shares of the time that they take in a canonical run on a CPU.
+_PARTS = {"rollout": 0.33, "sac": 0.5, "evaluate": 0.17}
 # Number of start states of an evaluation in the model.
 _MODEL_STARTS = 1000
 
@@ -74,7 +79,7 @@ def train(
             settings of a run.
         memory_map: leave the data in their file, see `load_dataset`. The fit then keeps the arrays that it
             derives from them in temporary files. The result is the same.
-        quiet: show no progress bars.
+        quiet: show no progress bars, and not what the run is about to do.
         on_epoch: called after every epoch with its row of progress.csv, a dictionary from columns to numbers,
             texts, or None in an epoch without an evaluation. It waits for the evaluation, so that several
             epochs may have passed with `evaluation.workers`. An exception that it raises ends the training. A
@@ -92,11 +97,13 @@ def train(
     """
     started, out = time.perf_counter(), Path(out)
     config, data = take_data(config, memory_map=memory_map)
+    given = config
     config, task = resolve(config, out, data)
     with locked(out):
         check_folder(out, config, resume)
         if not is_finished(out, config):
             data = load_data(config, task, data, memory_map=memory_map, quiet=quiet)
+            open_runs([given], {out: config}, task, data, quiet=quiet)
             with suggest_resuming(out):
                 write_config(out, config)
                 digest = data_sha256(data)
@@ -106,16 +113,19 @@ def train(
                     Training(
                         config, task, out, data.to(config.device), digest, evaluator, started, on_epoch
                     ) as run,
-                    progress_bar("train: epochs", config.epochs, quiet=quiet) as bar,
+                    train_bar([run], quiet) as bar,
                 ):
                     lengthen(out, config)
-                    bar.update(completed=run.epoch)
                     while run.epoch < config.epochs:
+                        progress = EpochProgress(bar, [run], [run])
                         rows = run.roll_out()
-                        metrics = run.update()
+                        progress("rollout", 1.0)
+                        metrics = run.update(functools.partial(progress, "sac"))
                         run.evaluate(rows, metrics)
                         run.save()
-                        bar.update(completed=run.epoch, note=progress_note([run]))
+                        progress("evaluate", 1.0)
+                        bar.update(note=progress_note([run]))
+                        bar.report()
                     run.finish()
         if not (out / "report.html").exists():
             write_report(out, data=data)
@@ -184,8 +194,8 @@ class Training:
         if last is None:
             # The total includes a fit that an earlier session made.
             self.clock.started = min(self.clock.started, time.perf_counter() - self.fit_seconds)
-            if (self.out / "fit.json").exists():
-                log_fit(self.out)
+            if (self.out / "fit.json").exists() and not (self.out / "fit.csv").exists():
+                log_recorded_fit(self.out)
         else:
             self.restore(last)
             checkpoint.remove_older(last)
@@ -208,10 +218,14 @@ class Training:
             del self.policies[self.rollouts.pop(0).epoch]
         return rows
 
-    def update(self) -> dict[str, float]:
-        """Make the SAC updates of the epoch, and return the means of `sac.METRICS`."""
+    def update(self, on_progress: Callable[[float], None] = lambda _: None) -> dict[str, float]:
+        """Make the SAC updates of the epoch, and return the means of `sac.METRICS`.
+
+        Args:
+            on_progress: called now and then with the share of the updates that is made.
+        """
         with self.clock("sac"):
-            return self.sac.update_many(self.data, self.buffer, *self.updates_due())
+            return self.sac.update_many(self.data, self.buffer, *self.updates_due(), on_progress)
 
     def updates_due(self) -> tuple[int, int]:
         """Return the number of updates of the epoch, and their seed."""
@@ -379,12 +393,54 @@ class Training:
                 )
 
 
+class EpochProgress:
+    """Moves the bar of a training within an epoch, each part by the share of the time that it takes.
+
+    Args:
+        bar: bar whose unit is an epoch of one run.
+        runs: all runs of the training.
+        some: those that are about to make the epoch.
+    """
+
+    def __init__(self, bar: Bar, runs: Sequence[Training], some: Sequence[Training]) -> None:
+        self._bar, self._count = bar, len(some)
+        self._begin = sum(run.epoch for run in runs)
+        self._weights = dict(_PARTS)
+        if all(run.epoch for run in some):
+            for name in self._weights:
+                self._weights[name] = sum(run.clock.seconds[name] for run in some)
+
+    def __call__(self, part: str, share: float) -> None:
+        """Say that this share of a part, "rollout", "sac" or "evaluate", is done."""
+        names = list(self._weights)
+        done = sum(self._weights[name] for name in names[: names.index(part)]) + share * self._weights[part]
+        whole = sum(self._weights.values())
+        last = part == names[-1] and share == 1.0
+        self._bar.update(
+            completed=self._begin + self._count * (1.0 if last else done / whole),
+            note=None if self._bar.note else "first epoch",
+        )
+
+
+def train_bar(runs: Sequence[Training], quiet: bool) -> contextlib.AbstractContextManager[Bar]:
+    """Return the progress bar of the training of these runs; its unit is an epoch of one run."""
+    total, done = sum(run.config.epochs for run in runs), sum(run.epoch for run in runs)
+    return progress_bar("train", total, completed=done, unit="epoch", quiet=quiet)
+
+
 def progress_note(runs: Sequence[Training]) -> str:
-    """Return the latest score, penalty and Q-value, averaged over the runs, for the progress bar."""
-    scores = [run.log.evaluation.score_mean for run in runs if run.log.evaluation is not None]
-    known = [score for score in scores if score is not None]
+    """Describe the latest epoch for the progress bar, averaged over the runs.
+
+    It is the score, or the return where there is no score, the penalty and the Q-value.
+    """
+    evaluations = [run.log.evaluation for run in runs if run.log.evaluation is not None]
     rows = [run.log.row for run in runs if run.log.row is not None]
-    parts = [f"score {sum(known) / len(known):.1f}"] if known else []
+    parts = []
+    if evaluations:
+        scores = [one.score_mean for one in evaluations if one.score_mean is not None]
+        returns = [one.return_mean for one in evaluations]
+        name, values = ("score", scores) if len(scores) == len(evaluations) else ("return", returns)
+        parts.append(f"{name} {sum(values) / len(values):.1f}")
     for name, form in (("penalty", ".3g"), ("q", ".4g")):
         parts.append(f"{name} {sum(row[name] for row in rows) / len(rows):{form}}")
     return ", ".join(parts)

@@ -216,9 +216,8 @@ class OnlineTraining:
         label, total = f"train {self.task.name}{goal}", self.config.epochs * self.epoch_rows
         with (
             _Paths(self.task, self.config.environments) as paths,
-            progress_bar(label, total, quiet=quiet) as bar,
+            progress_bar(label, total, completed=len(self.buffer), quiet=quiet) as bar,
         ):
-            bar.update(completed=len(self.buffer))
             while self.epoch < self.config.epochs and not (until_medium and self.medium_epoch):
                 self._train_epoch(paths, bar)
                 self._save()

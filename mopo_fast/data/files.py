@@ -130,6 +130,7 @@ def from_arrays(
         name=name or "",
         info={
             "rows": len(rewards),
+            "episodes": _episodes(rewards, terminals, timeouts),
             "successors": rule,
             "memory_mapped": isinstance(observations, np.memmap),
             "metadata": reader.metadata(),
@@ -140,6 +141,18 @@ def from_arrays(
             f"{source} has {len(rewards)} rows, none of them with a successor; give longer episodes"
         )
     return data
+
+
+def _episodes(rewards: Array, terminals: Array, timeouts: Array | None) -> dict[str, float] | None:
+    """Return the number of whole episodes, and the mean and maximum of their returns.
+
+    The result is None where the ends of episodes are unknown. Rows after the last end are left out.
+    """
+    ends = np.flatnonzero(terminals | timeouts) if timeouts is not None else np.empty(0)
+    if not len(ends):
+        return None
+    returns = np.add.reduceat(rewards[: ends[-1] + 1], np.append(0, ends[:-1] + 1), dtype=np.float64)
+    return {"count": len(ends), "return_mean": float(returns.mean()), "return_max": float(returns.max())}
 
 
 @contextlib.contextmanager

@@ -28,6 +28,9 @@ _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 200
 shorten = _short.repr
 
+# Keys of config.json on which no result depends.
+_WITHOUT_EFFECT = ("threads", "workers", "preset", "horizon_from", "penalty_coef_from")
+
 
 class RecordedRollout(TypedDict, total=False):
     """The part of config.json's `rollout` that a report shows."""
@@ -246,7 +249,7 @@ def as_json(config: Any) -> Any:
 def first_difference(recorded: Any, current: Any, name: str = "") -> str | None:
     """Describe the first setting in which two configs read from JSON differ.
 
-    Settings on which no result depends, such as `threads`, are not compared.
+    Settings on which no result depends, such as `threads`, are not compared; nor are the origins of others.
 
     Args:
         recorded: the config in a file.
@@ -258,7 +261,7 @@ def first_difference(recorded: Any, current: Any, name: str = "") -> str | None:
     """
     if isinstance(recorded, dict) and isinstance(current, dict):
         for key in {**recorded, **current}:
-            if key in ("threads", "workers"):
+            if key in _WITHOUT_EFFECT:
                 continue
             difference = first_difference(recorded.get(key), current.get(key), f"{name}.{key}".lstrip("."))
             if difference:

@@ -7,8 +7,6 @@ import contextlib
 import csv
 import io
 import os
-import re
-import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -17,15 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
 
 from mopo_fast.errors import InputError
 from mopo_fast.evaluate import Evaluation
-from mopo_fast.fit import read_fit
 from mopo_fast.sac import METRICS
 from mopo_fast.utils.atomic import atomic_path
+from mopo_fast.utils.board import Board
 
 # Columns of progress.csv that an evaluation fills.
 EVALUATION_COLUMNS = ("score_mean", "score_std", "return_mean", "return_std", "scored_by")
@@ -137,90 +132,12 @@ def _parse(path: Path, lines: list[str]) -> list[list[str]]:
         raise InputError(f"{path} is not a readable CSV file ({error})") from error
 
 
-class Board:
-    """Writes TensorBoard's event file of one session, in the caller's thread.
-
-    torch's `SummaryWriter` writes in a thread of its own. On a full disk that thread prints a traceback, and
-    the run goes on without its log.
-
-    Args:
-        folder: folder of the event file; created if it is missing.
-        purge_step: first step whose values from earlier sessions TensorBoard is to discard.
-
-    Raises:
-        OSError: the file cannot be written. Every method may raise it too.
-    """
-
-    def __init__(self, folder: Path, purge_step: int | None = None) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        _wait_for_new_second(folder)
-        name = f"events.out.tfevents.{int(time.time()):010}.{socket.gethostname()}.{os.getpid()}"
-        self._file = (folder / name).open("xb")
-        self._records = RecordWriter(self._file)
-        try:
-            self._write(Event(file_version="brain.Event:2"))
-            if purge_step is not None:
-                self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
-            self.flush()
-        except OSError:
-            with contextlib.suppress(OSError):
-                self.close()
-            raise
-
-    def add_scalar(self, tag: str, value: float, step: int) -> None:
-        """Log one value."""
-        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
-        self._write(Event(step=step, summary=summary))
-
-    def add_row(self, row: dict[str, Any]) -> None:
-        """Log the numbers of a row of progress.csv."""
-        for name, group in COLUMNS.items():
-            if row[name] is not None and group:
-                self.add_scalar(f"{group}/{name}", row[name], row["updates"])
-        self.flush()
-
-    def flush(self) -> None:
-        """Hand all logged values to the operating system."""
-        self._file.flush()
-
-    def close(self) -> None:
-        """Flush and close the file."""
-        self._file.close()
-
-    def _write(self, event: Event) -> None:
-        event.wall_time = time.time()
-        self._records.write(event.SerializeToString())
-
-
-def event_files(folder: Path) -> dict[Path, int]:
-    """Return TensorBoard's event files in `folder`, each with the Unix time in its name."""
-    names = {path: re.match(r"events\.out\.tfevents\.(\d+)\.", path.name) for path in folder.glob("events.*")}
-    return {path: int(match[1]) for path, match in names.items() if match}
-
-
-def _wait_for_new_second(folder: Path) -> None:
-    """Wait until a new file's name sorts behind those in `folder`.
-
-    TensorBoard reads event files in the order of their names, which begin with a time in whole seconds.
-    """
-    latest = max(event_files(folder).values(), default=0)
-    time.sleep(min(1.0, max(0.0, latest + 1 - time.time())))
-
-
-def log_fit(out: Path) -> None:
-    """Write the fit's curves to TensorBoard.
-
-    They are a run of their own, in the subfolder tensorboard-fit: their steps are epochs of the fit.
-    """
-    fit, folder = read_fit(out), out / "tensorboard-fit"
-    # A session that was killed before its first checkpoint has left its own.
-    for events in event_files(folder):
-        events.unlink()
-    with contextlib.closing(Board(folder)) as board:
-        for epoch, errors in enumerate(fit["holdout_mse"]):
-            for member, error in enumerate(errors):
-                board.add_scalar(f"holdout_mse/member_{member}", error, epoch)
-            board.add_scalar("train_loss", fit["train_loss"][epoch], epoch)
+def log_row(board: Board, row: dict[str, Any]) -> None:
+    """Log the numbers of a row of progress.csv to TensorBoard."""
+    for name, group in COLUMNS.items():
+        if row[name] is not None and group:
+            board.add_scalar(f"{group}/{name}", row[name], row["updates"])
+    board.flush()
 
 
 @dataclass(eq=False)
@@ -293,7 +210,7 @@ class Log:
             row["scored_by"] = self.scored_by if found else None
             row = {name: row[name] for name in COLUMNS}
             append_row(self.out / "progress.csv", row)
-            self.board.add_row(row)
+            log_row(self.board, row)
             del self.pending[0]
             if self.on_row is not None:
                 self.on_row(row)

@@ -8,6 +8,7 @@ for bit with a kernel.
 
 import contextlib
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -32,7 +33,9 @@ from mopo_fast.fit import (
     finish_and_save,
     fit_checkpoint,
     fit_folder,
+    fit_log,
     fit_note,
+    log_epoch,
 )
 from mopo_fast.report import write_report
 from mopo_fast.run.dynamics import copy_fit, make_dynamics, training_backend
@@ -46,10 +49,11 @@ from mopo_fast.run.folder import (
     suggest_resuming,
     write_config,
 )
+from mopo_fast.run.opening import open_runs
 from mopo_fast.run.resolve import load_data, resolve, take_data
-from mopo_fast.sac import SAC, sum_by_kernel
+from mopo_fast.sac import SAC, sum_by_kernel, sum_parts
 from mopo_fast.tasks import Task
-from mopo_fast.train import Training, evaluation_workers, progress_note
+from mopo_fast.train import EpochProgress, Training, evaluation_workers, progress_note, train_bar
 from mopo_fast.utils.lock import locked
 from mopo_fast.utils.progress import progress_bar
 
@@ -72,28 +76,39 @@ class SacPopulation:
         self._whole: SAC | None = None
 
     def update_many(
-        self, data: Transitions, buffers: Sequence[RingBuffer], updates: int, seeds: Sequence[int]
+        self,
+        data: Transitions,
+        buffers: Sequence[RingBuffer],
+        updates: int,
+        seeds: Sequence[int],
+        on_progress: Callable[[float], None] = lambda _: None,
     ) -> list[dict[str, float]]:
         """Call `SAC.update_many` for all SACs at once, each with its own buffer and seed."""
         each = list(zip(self.sacs, buffers, seeds, strict=True))
         if len(each) == 1:
-            return [sac.update_many(data, buffer, updates, seed) for sac, buffer, seed in each]
+            return [sac.update_many(data, buffer, updates, seed, on_progress) for sac, buffer, seed in each]
         draws = [sac.begin(data, buffer, updates, seed) for sac, buffer, seed in each]
         pairs = list(zip(self.sacs, draws, strict=True))
         if kernels := backends.training_kernels(self.sacs[0].backend):
             calls = zip(*(sac.kernel_calls(some) for sac, some in pairs), strict=True)
             threads = self.sacs[0].threads
-            sums = sum((sum_by_kernel(kernels, some, threads) for some in calls), torch.zeros(()))
+            sums = sum_parts((sum_by_kernel(kernels, some, threads) for some in calls), updates, on_progress)
         else:
-            sums = self._learn(zip(*(sac.batches(some) for sac, some in pairs), strict=True))
+            batches = zip(*(sac.batches(some) for sac, some in pairs), strict=True)
+            sums = self._learn(batches, updates, on_progress)
         return [sac.means(total, updates) for sac, total in zip(self.sacs, sums.tolist(), strict=True)]
 
-    def _learn(self, batches: Iterable[Sequence[Sequence[torch.Tensor]]]) -> torch.Tensor:
+    def _learn(
+        self,
+        batches: Iterable[Sequence[Sequence[torch.Tensor]]],
+        updates: int,
+        on_progress: Callable[[float], None],
+    ) -> torch.Tensor:
         """Update on the groups of batches that `SAC.batches` yields; return sums of `METRICS`, [SACs, 6]."""
         whole = self._lay_together()
         try:
             stacked = ([torch.stack(arrays, 1) for arrays in zip(*each, strict=True)] for each in batches)
-            return sum(map(whole.learn, stacked), torch.zeros(()))
+            return sum_parts(map(whole.learn, stacked), updates, on_progress)
         finally:
             # Also after an exception, since their parameters are views of the whole's.
             for sac in self.sacs:
@@ -251,18 +266,32 @@ def fit_and_save_many(
         digest = data_sha256(data)
         for fit, folder in zip(fits, paths, strict=True):
             fit.use_checkpoint(fit_checkpoint(folder), digest)
-        bar = stack.enter_context(progress_bar("fit: epochs", None, quiet=quiet))
+        logs = {id(fit): stack.enter_context(fit_log(out)) for fit, out in zip(fits, paths, strict=True)}
+        for fit in fits:
+            for record in fit.history:
+                log_epoch(logs[id(fit)], record)
+        done = sum(map(_epochs, fits))
+        expected = sum(fit.expected_epochs for fit in fits)
+        bar = stack.enter_context(
+            progress_bar("fit", expected, completed=done, unit="epoch", open_ended=True, quiet=quiet)
+        )
         population: FitPopulation | None = None
         while some := _behind([fit for fit in fits if len(fit.history) < fit.expected_epochs]):
             if population is None or population.fits != some:
                 population = FitPopulation(some)
-            bar.update(total=sum(fit.expected_epochs for fit in fits))
 
             def on_progress(share: float, done: int = sum(map(_epochs, fits)), more: int = len(some)) -> None:
                 bar.update(completed=done + share * more)
 
             records = population.run_epoch(on_progress)
-            bar.update(note=fit_note(records, some[0].config))
+            for fit, record in zip(some, records, strict=True):
+                log_epoch(logs[id(fit)], record)
+            bar.update(
+                completed=sum(map(_epochs, fits)),
+                total=sum(fit.expected_epochs for fit in fits),
+                note=fit_note(records, some[0].config),
+            )
+            bar.report()
         return [finish_and_save(fit, data, digest, folder) for fit, folder in zip(fits, paths, strict=True)]
 
 
@@ -320,6 +349,7 @@ def train_many(
         task = resolved[0][1]
         if unfinished := {out: config for out, config in runs.items() if not is_finished(out, config)}:
             data = load_data(next(iter(unfinished.values())), task, data, memory_map=memory_map, quiet=quiet)
+            open_runs(configs, runs, task, data, quiet=quiet)
             with suggest_resuming(*unfinished):
                 _train_all(unfinished, task, data, started, quiet)
         for out in runs:
@@ -358,7 +388,6 @@ def _train_all(
     on_device = data.to(config.device)
     with (
         Evaluator(evaluation_workers(config)) as evaluator,
-        progress_bar("train: epochs", config.epochs * len(configs), quiet=quiet) as bar,
         contextlib.ExitStack() as stack,
     ):
         runs = [
@@ -367,14 +396,15 @@ def _train_all(
         ]
         for out, one in configs.items():
             lengthen(out, one)
+        bar = stack.enter_context(train_bar(runs, quiet))
         population: SacPopulation | None = None
-        bar.update(completed=sum(map(_epochs, runs)))
         while some := _behind([run for run in runs if run.epoch < config.epochs]):
             sacs = [run.sac for run in some]
             if population is None or population.sacs != sacs:
                 population = SacPopulation(sacs)
-            _run_epoch(some, population)
-            bar.update(completed=sum(map(_epochs, runs)), note=progress_note(runs))
+            _run_epoch(some, population, EpochProgress(bar, runs, some))
+            bar.update(note=progress_note(runs))
+            bar.report()
         for run in runs:
             run.finish(together=len(runs))
 
@@ -401,14 +431,24 @@ def _fit_seeds(configs: dict[Path, RunConfig], data: Transitions, quiet: bool) -
             copy_fit(folders[one.seed], out)
 
 
-def _run_epoch(runs: Sequence[Training], population: SacPopulation) -> None:
+def _run_epoch(runs: Sequence[Training], population: SacPopulation, progress: EpochProgress) -> None:
     """Make an epoch of each run, with the updates together."""
-    rows = [run.roll_out() for run in runs]
+    rows = []
+    for number, run in enumerate(runs, start=1):
+        rows.append(run.roll_out())
+        progress("rollout", number / len(runs))
     with contextlib.ExitStack() as clocks:
         for run in runs:
             clocks.enter_context(run.clock("sac"))
         updates, seeds = zip(*(run.updates_due() for run in runs), strict=True)
-        metrics = population.update_many(runs[0].data, [run.buffer for run in runs], updates[0], seeds)
-    for run, some, values in zip(runs, rows, metrics, strict=True):
+        metrics = population.update_many(
+            runs[0].data,
+            [run.buffer for run in runs],
+            updates[0],
+            seeds,
+            functools.partial(progress, "sac"),
+        )
+    for number, (run, some, values) in enumerate(zip(runs, rows, metrics, strict=True), start=1):
         run.evaluate(some, values)
         run.save()
+        progress("evaluate", number / len(runs))

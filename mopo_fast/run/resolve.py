@@ -3,14 +3,16 @@
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 from mopo_fast.buffer import row_bytes
-from mopo_fast.config import RunConfig, TrainConfig
+from mopo_fast.config import RolloutConfig, RunConfig, TrainConfig
 from mopo_fast.data import MEMORY_PREFIX, Transitions, find_dataset, load_dataset
 from mopo_fast.data.transitions import DATA_ARRAYS
 from mopo_fast.ensemble import EnsembleDynamics, mlp_bytes
 from mopo_fast.errors import InputError
 from mopo_fast.fit import check_fit_memory, count_holdout, make_ensemble
+from mopo_fast.presets import preset
 from mopo_fast.rollout import RolloutEngine
 from mopo_fast.run.checkpoint import last_checkpoint
 from mopo_fast.run.dynamics import read_dynamics, training_backend
@@ -19,6 +21,9 @@ from mopo_fast.tasks import TASKS, Task, get_task, parse_dataset_name, terminati
 from mopo_fast.utils.atomic import absolute_file
 from mopo_fast.utils.machine import check_device, check_memory
 from mopo_fast.utils.tensors import tensors_sha256
+
+# First words of where a horizon or a penalty_coef comes from; the code that tuned it follows `TUNED_BY`.
+TUNED_BY, FALLBACK = "tuned by ", "fallback"
 
 
 def take_data(config: TrainConfig, *, memory_map: bool) -> tuple[TrainConfig, Transitions | None]:
@@ -109,19 +114,41 @@ def _fill_in(config: TrainConfig, data: Transitions | None) -> tuple[RunConfig, 
         named_task, tier = config.task, None
     task = get_task(config.task or named_task)
     rollout = config.rollout
-    horizon, penalty_coef = task.tuned_for(tier, rollout.tuned)
-    if rollout.horizon is None:
-        rollout = dataclasses.replace(rollout, horizon=horizon)
-    if rollout.penalty_coef is None:
-        rollout = dataclasses.replace(rollout, penalty_coef=penalty_coef)
+    origins: dict[str, str] = {}
+    named = f"{task.name} {tier}" if tier else task.name
+    values: dict[str, Any] = dict(
+        zip(("horizon", "penalty_coef"), task.tuned_for(tier, rollout.tuned), strict=True)
+    )
+    preset_rollout = preset(config.preset, config.dataset).rollout if config.preset else RolloutConfig()
+    for name, value in values.items():
+        own = getattr(rollout, name)
+        if own is None:
+            rollout = dataclasses.replace(rollout, **{name: value})
+            tuned = (tier or "") in task.tuned.get(rollout.tuned, {})
+            by = "the authors" if rollout.tuned == "authors" else rollout.tuned
+            origins[name] = (
+                f"{TUNED_BY}{by} for {named}" if tuned else f"{FALLBACK}, none is tuned for {named}"
+            )
+        elif own == getattr(preset_rollout, name):
+            origins[name] = f"preset {config.preset}"
+        else:
+            origins[name] = "given"
+        # A run that was resolved before keeps what was found then.
+        origins[name] = getattr(config, f"{name}_from", "") or origins[name]
     given = {field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)}
     given |= {"task": task.name, "rollout": rollout}
     if data is None:
         given["dataset"] = absolute_file(config.dataset)
     if config.dynamics_from is not None:
         given["dynamics_from"] = absolute_file(config.dynamics_from)
+    given |= {f"{name}_from": origin for name, origin in origins.items()}
     digest = None if data is None else tensors_sha256({name: getattr(data, name) for name in DATA_ARRAYS})
     return RunConfig(**given, task_sha256=task.file_sha256, data_sha256=digest), task
+
+
+def rollout_backend(config: RunConfig, task: Task) -> str:
+    """Return the name of the backend that makes the rollouts of a run without a checkpoint."""
+    return make_engine(config, task, _ensemble(config, task, None), config.backend).backend
 
 
 def _ensemble(config: RunConfig, task: Task, out: Path | None) -> EnsembleDynamics:

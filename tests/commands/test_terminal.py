@@ -28,7 +28,10 @@ def test_log_messages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     capsys.readouterr()
     logger = logging.getLogger("mopo_fast")
     logger.warning("%s", "\x1b[2J")
-    assert logger.handlers[0].format(logging.LogRecord("a", 30, "", 0, "%s", (ESCAPE,), None)) == SPELT_OUT
+    assert (
+        logger.handlers[0].format(logging.LogRecord("a", 30, "", 0, "%s", (ESCAPE,), None))
+        == f"warning: {SPELT_OUT}"
+    )
 
 
 def test_progress_bars_take_names_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,10 +1,12 @@
 """Test the ensemble's fit: its gradient, epochs, checkpoints and refusals."""
 
+import csv
 import dataclasses
 import itertools
 import json
 import math
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ import torch
 from garbled import check_tensors, read_tensors
 from places import HELPERS, ROOT
 from small_fits import SMALL, toy_data
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mopo_fast.config import DynamicsConfig
 from mopo_fast.data.transitions import Transitions
@@ -327,11 +330,40 @@ def test_a_stopped_fit_ends_with_the_same_bits(tmp_path: Path) -> None:
     assert again == records
 
 
+def test_the_log_is_written_as_the_fit_goes_and_survives_a_stop(tmp_path: Path) -> None:
+    """fit.csv and TensorBoard hold an epoch when it ends, and every epoch once after a resumed fit."""
+
+    def logged() -> tuple[list[int], list[int]]:
+        events = EventAccumulator(str(tmp_path / "tensorboard-fit"))
+        events.Reload()
+        with (tmp_path / "fit.csv").open() as file:
+            rows = [int(row["epoch"]) for row in csv.DictReader(file)]
+        return rows, [event.step for event in events.Scalars("holdout_mse/member_2")]
+
+    def on_epoch(record: FitEpoch) -> None:
+        epochs = list(range(record.epoch + 1))
+        assert logged() == (epochs, epochs)
+        stop_after(2)(record)
+
+    with pytest.raises(_Stop):
+        fit_and_save(toy_data(), tmp_path, config=SMALL, on_epoch=on_epoch)
+    # A folder from elsewhere may hold links, which must not be followed.
+    shutil.copy(tmp_path / "fit.csv", tmp_path / "elsewhere")
+    (tmp_path / "fit.csv").unlink()
+    (tmp_path / "fit.csv").symlink_to(tmp_path / "elsewhere")
+    _, fit = fit_and_save(toy_data(), tmp_path, config=SMALL)
+    assert logged() == ([0, 1, 2, 3], [0, 1, 2, 3])
+    with (tmp_path / "fit.csv").open() as file:
+        assert [float(row["train_loss"]) for row in csv.DictReader(file)] == fit["train_loss"]
+    assert len((tmp_path / "elsewhere").read_text().splitlines()) == 4
+
+
 def test_a_killed_fit_lets_nobody_in_and_ends_with_the_same_bits(tmp_path: Path) -> None:
     script = """
 import signal, sys
 sys.path.insert(0, sys.argv[2])
 from small_fits import SMALL, toy_data
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from mopo_fast.fit import fit_and_save
 
 def wait(record):
@@ -409,8 +441,9 @@ def test_a_checkpoint_folder_that_is_a_link_is_refused(tmp_path: Path) -> None:
 def test_fit_and_save_leaves_a_finished_folder(tmp_path: Path) -> None:
     data = toy_data()
     model, record = fit_and_save(data, tmp_path, seed=2, config=SMALL)
-    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [
-        ".lock", "dynamics.json", "dynamics.safetensors", "fit.json",
+    (events,) = (tmp_path / "tensorboard-fit").iterdir()
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file() and path != events) == [
+        ".lock", "dynamics.json", "dynamics.safetensors", "fit.csv", "fit.json",
     ]  # fmt: skip
     assert same_state(EnsembleDynamics.load(tmp_path), model)
     assert same_state(model, fit_dynamics(data, seed=2, config=SMALL))

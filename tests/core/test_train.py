@@ -811,8 +811,8 @@ def test_a_full_disk_under_tensorboards_log(config: TrainConfig, finished: Path,
     )
     assert result.returncode == 1
     assert re.fullmatch(
-        r"the run in .*run stopped \(\[Errno 27\] File too large\); remove the cause, then continue it with"
-        r" --resume\n",
+        r"the log of the fit in .*run cannot be written \(\[Errno 27\] File too large\); remove the cause,"
+        r" then give the same command again, `train` with --resume\n",
         result.stderr,
     )
     train_alone(config, tmp_path / "run")

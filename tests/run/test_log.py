@@ -11,7 +11,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mopo_fast.errors import InputError
-from mopo_fast.run.log import COLUMNS, Board, append_row, cut_back, event_files, read_rows
+from mopo_fast.run.log import COLUMNS, append_row, cut_back, read_rows
+from mopo_fast.utils.board import Board, event_files
 
 
 def row(epoch: int) -> dict[str, Any]:

@@ -1,0 +1,190 @@
+"""What a run or a fit is about to do, printed before it begins."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mopo_fast.backends.cpu import isa
+from mopo_fast.config import DynamicsConfig, RunConfig, TrainConfig
+from mopo_fast.data import Transitions, find_dataset
+from mopo_fast.data.files import Reader, open_file
+from mopo_fast.errors import InputError, printable
+from mopo_fast.fit import choose_backend
+from mopo_fast.run.checkpoint import last_checkpoint
+from mopo_fast.run.dynamics import training_backend
+from mopo_fast.run.resolve import FALLBACK, TUNED_BY, rollout_backend
+from mopo_fast.tasks import Task, parse_dataset_name
+from mopo_fast.utils.machine import device_name, resolve_threads
+from mopo_fast.utils.progress import console
+
+logger = logging.getLogger("mopo_fast")
+
+# Settings that a data set's name may decide: what the paper calls them, and their flags.
+_DECIDED = {"horizon": ("horizon", "--horizon"), "penalty_coef": ("lambda", "--penalty-coef")}
+
+
+def open_runs(
+    given: Sequence[TrainConfig],
+    runs: Mapping[Path, RunConfig],
+    task: Task,
+    data: Transitions,
+    *,
+    quiet: bool,
+) -> None:
+    """Print what the runs are about to do, and warn where a name alone decides, or nothing is tuned.
+
+    Args:
+        given: settings of the runs, as the caller gave them.
+        runs: their complete settings, by folder. They differ in seed and penalty_coef alone.
+        task: their task.
+        data: their data.
+        quiet: print no more than the warnings.
+    """
+    configs, folders = list(runs.values()), list(runs)
+    if not quiet:
+        _print(_describe_runs(configs, folders, task, data))
+    warn_of_origins(given[0], configs[0])
+
+
+def open_fit(
+    dataset: str,
+    data: Transitions,
+    out: Path,
+    *,
+    seed: int,
+    config: DynamicsConfig,
+    device: str,
+    backend: str,
+    threads: int | None,
+) -> None:
+    """Print what a fit without a training is about to do; the arguments are those of `fit_and_save`."""
+    backend = choose_backend(backend, data.obs_dim, data.act_dim, config, device)
+    _print(
+        {
+            **_describe_data(dataset, data),
+            "device": _describe_device(device, [backend], threads),
+            "fit": f"{_describe_fit(config)}, seed {seed}, {config.dtype} by the backend {backend}",
+            "folder": str(out),
+        }
+    )
+
+
+def warn_of_origins(given: TrainConfig, config: RunConfig) -> None:
+    """Warn where a file's name alone decides the horizon or lambda, and where neither is tuned.
+
+    Args:
+        given: settings as the caller gave them. No warning follows if they are complete, since the caller
+            has had it already.
+        config: the complete settings.
+    """
+    if isinstance(given, RunConfig) and given.horizon_from:
+        return
+    origins = {"horizon": config.horizon_from, "penalty_coef": config.penalty_coef_from}
+    for begins, message in (
+        (
+            TUNED_BY,
+            "the name of the file {dataset} alone decides {values} ({origin}); if it holds other data, set"
+            " {flags}",
+        ),
+        (FALLBACK, "{values} for {dataset} is only a {origin}; set {flags}"),
+    ):
+        names = [name for name, origin in origins.items() if origin.startswith(begins)]
+        if not names or (begins == TUNED_BY and not _named_by_file(config)):
+            continue
+        values = [f"{_DECIDED[name][0]} {getattr(config.rollout, name):g}" for name in names]
+        text = message.format(
+            dataset=config.dataset,
+            values=" and ".join(values),
+            origin=origins[names[0]],
+            flags=" and ".join(_DECIDED[name][1] for name in names),
+        )
+        logger.warning("%s", text)
+
+
+def _named_by_file(config: RunConfig) -> bool:
+    """Tell whether nothing but the name of a file says which data set it is."""
+    path, name = find_dataset(config.dataset)
+    if name is not None or path.suffix == ".pkl":
+        return name is None
+    # Files that `collect` has made record their name.
+    with open_file(path) as file:
+        recorded = str(Reader(str(path), file).metadata().get("name", ""))
+    try:
+        return parse_dataset_name(recorded) != parse_dataset_name(path.stem)
+    except InputError:
+        return True
+
+
+def _print(block: Mapping[str, str]) -> None:
+    width = max(map(len, block))
+    for name, value in block.items():
+        text = printable(f"{name:<{width}}  {value}")
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _describe_runs(
+    configs: Sequence[RunConfig], folders: Sequence[Path], task: Task, data: Transitions
+) -> dict[str, str]:
+    config = configs[0]
+    horizon, origin = config.rollout.horizon, config.penalty_coef_from
+    coefs = dict.fromkeys(f"{one.rollout.penalty_coef:g}" for one in configs)
+    seeds = dict.fromkeys(str(one.seed) for one in configs)
+    resumed = {folder for folder in folders if last_checkpoint(folder) is not None}
+    training = "the checkpoint's backend" if resumed else f"the backend {training_backend(config)}"
+    rollouts = "the checkpoint's backend"
+    used = [training_backend(config)]
+    if not resumed:
+        used.append(rollout_backend(config, task))
+        rollouts = f"the backend {used[-1]}"
+    if config.dynamics_from is not None:
+        fit = f"none, the ensemble is that in {config.dynamics_from}"
+    else:
+        fit = f"{_describe_fit(config.dynamics)}, {config.dynamics.dtype} by the backend {used[0]}"
+    many = f"{len(configs)} runs at once, each of " if len(configs) > 1 else ""
+    resuming = (
+        f", {'some' if len(resumed) < len(configs) else 'going'} on from a checkpoint" if resumed else ""
+    )
+    return {
+        **_describe_data(config.dataset, data),
+        "task": f"{task.name}, evaluated in {task.env_id or 'the ensemble'}",
+        "horizon": f"{horizon} ({config.horizon_from})",
+        "lambda": f"{', '.join(coefs)} ({origin}), penalty {config.rollout.penalty}",
+        "device": _describe_device(config.device, used, config.threads),
+        "fit": fit,
+        "rollouts": f"{config.rollout.batch_size:,} an epoch, {config.rollout.dtype} by {rollouts}",
+        "SAC": f"{many}{config.steps:,} updates in {config.epochs:,} epochs, float32 by {training}",
+        "seed": f"{', '.join(seeds)}{resuming}",
+        "folder": ", ".join(map(str, folders)),
+    }
+
+
+def _describe_data(dataset: str, data: Transitions) -> dict[str, str]:
+    rows = data.info.get("rows", len(data))
+    dropped = "" if rows == len(data) else f" of {rows:,} rows"
+    episodes: dict[str, Any] | None = data.info.get("episodes")
+    if episodes is None:
+        ended = "unknown, since the data do not say where they end"
+    else:
+        ended = (
+            f"{episodes['count']:,}, return {episodes['return_mean']:.1f} on average,"
+            f" {episodes['return_max']:.1f} at best"
+        )
+    return {"data set": dataset, "transitions": f"{len(data):,}{dropped}", "episodes": ended}
+
+
+def _describe_fit(config: DynamicsConfig) -> str:
+    layers = " x ".join(map(str, config.hidden)) or "no hidden layer"
+    return f"{config.members} networks of {layers}"
+
+
+def _describe_device(device: str, used: Sequence[str], threads: int | None) -> str:
+    parts = [device_name(device)]
+    if torch.device(device).type == "cpu":
+        count = resolve_threads(threads)
+        parts.append(f"{count} thread{'s' * (count > 1)}")
+    if "cpu" in used:
+        parts.append(f"instruction set {isa()}")
+    return ", ".join(parts)

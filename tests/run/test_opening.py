@@ -1,0 +1,228 @@
+"""Test what a run prints before and while it works, on a terminal and without one."""
+
+import csv
+import dataclasses
+import json
+import logging
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from pseudo_terminal import run_on_terminal
+
+from mopo_fast.config import RolloutConfig, RunConfig, TrainConfig
+from mopo_fast.data import load_dataset
+from mopo_fast.presets import preset
+from mopo_fast.run.opening import warn_of_origins
+from mopo_fast.run.resolve import resolve
+from mopo_fast.train import progress_note
+
+TINY = [
+    *("--dynamics.hidden", "16", "16", "--dynamics.weight-decay", "1e-5", "1e-5", "1e-5"),
+    *("--dynamics.max-epochs", "2", "--sac.hidden", "16", "16", "--threads", "1"),
+    *("--rollout.batch-size", "50", "--rollout.interval", "10", "--evaluation.episodes", "2"),
+    *("--steps", "20"),
+]
+
+
+@pytest.fixture(scope="module")
+def files(hopper_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a folder with the same data under several names."""
+    folder = tmp_path_factory.mktemp("files")
+    for tier in ("random-local", "medium", "mine"):
+        shutil.copy(hopper_data, folder / f"hopper-{tier}.hdf5")
+    return folder
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "mopo_fast", *map(str, arguments)]
+
+
+def test_a_run_without_a_terminal(files: Path, tmp_path: Path) -> None:
+    """Every epoch has a plain line, the run begins with what it will do, and its files say it too."""
+    data, run = files / "hopper-medium.hdf5", tmp_path / "run"
+    found = subprocess.run(
+        command("train", data, "--penalty-coef", 2, "--out", run, *TINY),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = found.stderr.splitlines()
+    assert "\x1b" not in found.stderr and "\r" not in found.stderr
+    begin = next(number for number, line in enumerate(lines) if line.startswith("data set"))
+    block = {line[:13].strip(): line[13:] for line in lines[begin : begin + 12]}
+    assert re.fullmatch(r"\d+, return \d+\.\d on average, \d+\.\d at best", block.pop("episodes"))
+    assert re.fullmatch(r"cpu, 1 thread(, instruction set \w+)?", block.pop("device"))
+    backend = block["SAC"].rsplit(maxsplit=1)[-1]
+    assert block == {
+        "data set": str(data),
+        "transitions": "600",
+        "task": "hopper, evaluated in Hopper-v4",
+        "horizon": "5 (tuned by the authors for hopper medium)",
+        "lambda": "2 (given), penalty max_aleatoric",
+        "fit": f"7 networks of 16 x 16, float32 by the backend {backend}",
+        "rollouts": f"50 an epoch, float32 by the backend {backend}",
+        "SAC": f"20 updates in 2 epochs, float32 by the backend {backend}",
+        "seed": "0",
+        "folder": str(run),
+    }
+    assert lines[begin + 12] == (
+        f"warning: the name of the file {data} alone decides horizon 5 (tuned by the authors for hopper"
+        " medium); if it holds other data, set --horizon"
+    )
+    duration = r"[\d.msh ]+"
+    for line, expected in zip(
+        lines[begin + 13 :],
+        [
+            rf"fit: about {duration} for each epoch, {duration} or more for 2 or more epochs",
+            rf"fit: 1/2\+ epochs, {duration}, {duration}\+ left, holdout MSE [\d.]+",
+            rf"fit: 2/2\+ epochs, {duration}, holdout MSE [\d.]+",
+            rf"train: about {duration} for each epoch, {duration} for 2 epochs",
+            rf"train: 1/2 epochs, {duration}, {duration} left, score [-\d.]+, penalty .*, q .*",
+            rf"train: 2/2 epochs, {duration}, score [-\d.]+, penalty .*, q .*",
+        ],
+        strict=True,
+    ):
+        assert re.fullmatch(expected, line), line
+    config = json.loads((run / "config.json").read_text())
+    assert config["horizon_from"] == "tuned by the authors for hopper medium"
+    assert config["penalty_coef_from"] == "given"
+    fit = json.loads((run / "fit.json").read_text())
+    with (run / "fit.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["train_loss"]) for row in rows] == fit["train_loss"]
+    assert [float(row["holdout_mse_6"]) for row in rows] == [errors[6] for errors in fit["holdout_mse"]]
+
+
+def test_a_run_on_a_terminal(files: Path, tmp_path: Path) -> None:
+    code, lines = run_on_terminal(
+        command("train", files / "hopper-random-local.hdf5", "--out", tmp_path / "run", *TINY)
+    )
+    assert code == 0, lines
+    bars = [line for line in lines if "━" in line]
+    assert max(map(len, bars)) < 80
+    last = {line.split()[0]: line for line in bars}
+    assert re.match(r"fit ━+ 2\.0/2\+ .*s +holdout MSE [\d.]+", last["fit"])
+    assert re.match(r"train ━+ 2\.0/2 .*s +score [-\d.]+, penalty [\d.]+, q ", last["train"])
+    assert any(line.startswith("horizon") for line in lines)
+    assert not any("warning" in line for line in lines)
+
+
+def test_a_fit_without_a_terminal(files: Path, tmp_path: Path) -> None:
+    found = subprocess.run(
+        command("fit", files / "hopper-mine.hdf5", "--out", tmp_path, *TINY[:9]),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for begin in ("data set     ", "episodes     ", "fit          7 networks of 16 x 16, seed 0, float32"):
+        assert f"\n{begin}" in f"\n{found.stderr}"
+    assert [line[:7] for line in found.stderr.splitlines()[-2:]] == ["fit: 1/", "fit: 2/"]
+    assert "warning" not in found.stderr
+    assert len((tmp_path / "fit.csv").read_text().splitlines()) == 3
+    assert list((tmp_path / "tensorboard-fit").iterdir())
+
+
+def test_quiet_runs_print_the_warning_alone(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mopo_fast.cli import main
+
+    arguments = ["train", str(files / "hopper-mine.hdf5"), "--out", str(tmp_path / "run"), "--quiet", *TINY]
+    assert main([*arguments, "--seeds", "0:2"]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("backend: ")]
+    assert lines == [
+        f"warning: horizon 5 and lambda 1 for {files / 'hopper-mine.hdf5'} is only a fallback, none is tuned"
+        " for hopper mine; set --horizon and --penalty-coef"
+    ]
+
+
+MEDIUM = "hopper-medium-v2"
+TUNED = "tuned by the authors for hopper medium"
+OWN = RolloutConfig(horizon=5, penalty_coef=1.0)
+
+
+@pytest.mark.parametrize(
+    ("config", "origins"),
+    [
+        (TrainConfig("hopper-medium-v2"), (TUNED, TUNED)),
+        (TrainConfig("hopper-medium-v2", rollout=RolloutConfig(horizon=1)), ("given", TUNED)),
+        (TrainConfig("hopper-medium-v2", rollout=OWN), ("given", "given")),
+        (TrainConfig("ant-medium-v2"), ("fallback, none is tuned for ant medium",) * 2),
+        (preset("polixir", "hopper-medium-v2"), ("preset polixir", "preset polixir")),
+        (preset("offlinerl-kit", "hopper-medium-v2"), ("tuned by offlinerl-kit for hopper medium",) * 2),
+        (
+            dataclasses.replace(preset("polixir", "hopper-medium-v2"), rollout=OWN),
+            ("preset polixir", "given"),
+        ),
+    ],
+)
+def test_origins(config: TrainConfig, origins: tuple[str, str]) -> None:
+    resolved, _ = resolve(config)
+    assert (resolved.horizon_from, resolved.penalty_coef_from) == origins
+    again, _ = resolve(resolved)
+    assert again == resolved
+
+
+@pytest.mark.parametrize(
+    ("name", "rollout", "warned"),
+    [
+        (
+            "hopper-medium.hdf5",
+            {},
+            "alone decides horizon 5 and lambda 5 .* set --horizon and --penalty-coef",
+        ),
+        ("hopper-medium.hdf5", {"horizon": 5}, "alone decides lambda 5 .*; if .* set --penalty-coef"),
+        ("hopper-medium.hdf5", {"horizon": 5, "penalty_coef": 5.0}, None),
+        # `collect` records the name in the file.
+        ("hopper-random-local.hdf5", {}, None),
+        ("hopper-mine.hdf5", {}, "is only a fallback, none is tuned for hopper mine; set"),
+    ],
+)
+def test_warnings(
+    name: str, rollout: dict[str, Any], warned: str | None, files: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = TrainConfig(str(files / name), rollout=RolloutConfig(**rollout))
+    resolved, _ = resolve(config)
+    assert isinstance(resolved, RunConfig)
+    with caplog.at_level(logging.WARNING, "mopo_fast"):
+        warn_of_origins(config, resolved)
+        # What was resolved before was warned of before.
+        warn_of_origins(resolved, resolved)
+    if warned is None:
+        assert not caplog.messages
+    else:
+        (message,) = caplog.messages
+        assert re.search(warned, message), message
+
+
+def test_episodes_of_data() -> None:
+    lists: dict[str, Any] = {
+        "observations": [[float(step)] for step in range(8)],
+        "actions": [[0.0]] * 8,
+        "rewards": [1.0, 1.0, 1.0, 5.0, 5.0, 2.0, 2.0, 9.0],
+        "terminals": [0, 0, 1, 0, 0, 0, 0, 0],
+        "timeouts": [0, 0, 0, 0, 1, 0, 1, 0],
+    }
+    arrays = {name: np.array(values) for name, values in lists.items()}
+    expected = {"count": 3, "return_mean": 17 / 3, "return_max": 10.0}
+    assert load_dataset(arrays).info["episodes"] == pytest.approx(expected)
+    arrays["next_observations"] = arrays["observations"]
+    assert load_dataset(arrays).info["episodes"] == pytest.approx(expected)
+    del arrays["timeouts"]
+    assert load_dataset(arrays).info["episodes"] is None
+
+
+def test_the_return_stands_where_there_is_no_score() -> None:
+    def run(score: float | None) -> Any:
+        evaluation = SimpleNamespace(score_mean=score, return_mean=12.34)
+        return SimpleNamespace(log=SimpleNamespace(evaluation=evaluation, row={"penalty": 0.5, "q": 1.0}))
+
+    assert progress_note([run(None)]) == "return 12.3, penalty 0.5, q 1"
+    assert progress_note([run(50.0), run(60.0)]) == "score 55.0, penalty 0.5, q 1"

@@ -209,7 +209,8 @@ def fit(
     Args:
         dataset: Name or file of the data set, as in `mopo-fast train --help`.
         out: Folder for the ensemble.
-        seed: Seed of all random numbers. The same seed reproduces the fit bit for bit.
+        seed: Seed of all random numbers. The same seed reproduces the fit bit for bit on one instruction
+            set, backend and dtype.
         device: Device that fits: cpu or cuda.
         backend: Implementation of the fit: auto to choose one, or a name that `mopo-fast doctor` lists.
         threads: Number of threads of the CPU kernels. The result does not depend on it.
@@ -272,12 +273,13 @@ def train(
 
     Args:
         config: Settings of the run.
-        preset: Code base whose hyperparameters become the defaults. Add --help to see them.
+        preset: Code base whose hyperparameters become the defaults. `mopo-fast train DATASET --preset NAME
+            --help` shows them.
         seeds: Seeds of several runs to train at once, as a range (0:8 is 0 to 7) or a list (0,3,5).
         penalty_coefs: Penalty coefficients of several runs to train at once, each with every seed.
         out: Folder of the run. With several runs, each has a folder of its own in it.
         resume: Go on from the last checkpoint in the folder. The result is the same, bit for bit, as that of
-            a run without interruption.
+            a run without interruption, on the same instruction set, backend and dtype.
         memory_map: Leave the data in their file, for a data set larger than the memory. Results do not
             change.
         quiet: Show no progress bars.
@@ -330,7 +332,8 @@ def sweep(
 
     Args:
         config: Settings of the runs.
-        preset: Code base whose hyperparameters become the defaults. Add --help to see them.
+        preset: Code base whose hyperparameters become the defaults. `mopo-fast sweep DATASET --preset NAME
+            --help` shows them.
         seeds: Seeds of the runs, as a range (0:8 is 0 to 7) or a list (0,3,5). They replace --seed.
         penalty_coefs: Penalty coefficients of the runs.
         horizons: Rollout lengths of the runs.
@@ -473,7 +476,8 @@ def rollout(
             executed.
         count: Number of transitions.
         horizon: Steps of each rollout.
-        seed: Seed of all random numbers. The same seed gives the same transitions.
+        seed: Seed of all random numbers. The same seed gives the same transitions, bit for bit on one
+            instruction set, backend and dtype.
         penalty_coef: Weight of the penalty in the reward.
         dtype: Precision of the networks. With tfloat32, bfloat16 or float16 only the factors of matrix
             products are rounded; everything else is float32. Rollouts on a CPU with AMX are several times

@@ -5,7 +5,7 @@ It writes docs/pictures/speed.svg, which the README and the docs show. Nothing i
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import matplotlib
 import tyro
@@ -16,87 +16,98 @@ from mopo_fast.utils.pictures import BLUE, GREY, blank, look
 
 PICTURE = Path(__file__).parents[1] / "docs" / "pictures" / "speed.svg"
 
-# Each panel: its title, the result's name, and its bars as (label, contender), the one that counts as 1 last.
-# OfflineRL-Kit's fit is plain PyTorch, as the contender "PyTorch, eager" is.
-PANELS = (
-    (
-        "Rollouts",
-        "rollout-bfloat16",
-        (
-            ("mopo_fast, bfloat16", "cpu bfloat16"),
-            ("mopo_fast", "cpu"),
-            ("JAX", "JAX"),
-            ("torch.compile", "torch.compile"),
-            ("PyTorch", "PyTorch, linears"),
-            ("as OfflineRL-Kit", "PyTorch, NumPy between"),
-        ),
+# A bar: its label, and its time relative to the panel's last bar as the name of a result and a way in it.
+Bar = tuple[str, str, str]
+# Each panel has the bars of one kernel, all from one run of `benchmarks.compare` or `benchmarks.canonical`. Or it
+# has OfflineRL-Kit's own code, each bar beside the code as shipped in the same run of `benchmarks.compat`.
+KIT = "PyTorch, in OfflineRL-Kit's way"
+PANELS: dict[str, tuple[Bar, ...]] = {
+    "Rollouts": (
+        ("mopo_fast, bfloat16", "rollout-bfloat16-cpu", "cpu bfloat16"),
+        ("mopo_fast", "rollout-bfloat16-cpu", "cpu"),
+        ("JAX", "rollout-bfloat16-cpu", "JAX"),
+        ("torch.compile", "rollout-bfloat16-cpu", "torch.compile"),
+        ("PyTorch", "rollout-bfloat16-cpu", "PyTorch, linears"),
+        (KIT, "rollout-bfloat16-cpu", "PyTorch, NumPy between"),
     ),
-    (
-        "SAC updates",
-        "sac",
-        (
-            ("mopo_fast", "cpu"),
-            ("JAX", "JAX"),
-            ("torch.compile", "torch.compile"),
-            ("PyTorch", "reference"),
-            ("as OfflineRL-Kit", "PyTorch, plain"),
-        ),
+    "SAC updates": (
+        ("mopo_fast", "sac-cpu", "cpu"),
+        ("JAX", "sac-cpu", "JAX"),
+        ("torch.compile", "sac-cpu", "torch.compile"),
+        ("PyTorch", "sac-cpu", "reference"),
+        (KIT, "sac-cpu", "PyTorch, plain"),
     ),
-    (
-        "Ensemble fit",
-        "fit-bfloat16",
-        (
-            ("mopo_fast, bfloat16", "cpu bfloat16"),
-            ("mopo_fast", "cpu"),
-            ("JAX", "JAX"),
-            ("torch.compile", "torch.compile"),
-            ("as OfflineRL-Kit", "PyTorch, eager"),
-        ),
+    "Ensemble fit": (
+        ("mopo_fast, bfloat16", "fit-bfloat16-cpu", "cpu bfloat16"),
+        ("mopo_fast", "fit-bfloat16-cpu", "cpu"),
+        ("JAX", "fit-bfloat16-cpu", "JAX"),
+        ("torch.compile", "fit-bfloat16-cpu", "torch.compile"),
+        (KIT, "fit-bfloat16-cpu", "PyTorch, eager"),
     ),
-    (
-        "Whole run",
-        "canonical",
-        (
-            ("mopo_fast, bfloat16*", "mopo_fast, bfloat16 fit and rollouts"),
-            ("mopo_fast", "mopo_fast"),
-            ("torch.compile", "torch.compile"),
-            ("as OfflineRL-Kit", "as OfflineRL-Kit"),
-        ),
+    "Whole run": (
+        ("mopo_fast, bfloat16*", "canonical-cpu", "mopo_fast, bfloat16 fit and rollouts"),
+        ("mopo_fast", "canonical-cpu", "mopo_fast"),
+        ("torch.compile", "canonical-cpu", "torch.compile"),
+        (KIT, "canonical-cpu", "as OfflineRL-Kit"),
     ),
-)
+    "OfflineRL-Kit itself: its rollout": (
+        ("with mopo_fast, bfloat16", "compat-offlinerl-kit-bfloat16", "rollout, fused"),
+        ("with mopo_fast", "compat-offlinerl-kit", "rollout, fused"),
+        ("as shipped", "compat-offlinerl-kit", "rollout, as shipped"),
+    ),
+    "OfflineRL-Kit itself: a whole epoch": (
+        ("with mopo_fast, bfloat16", "compat-offlinerl-kit-bfloat16", "epoch, fused"),
+        ("with mopo_fast", "compat-offlinerl-kit", "epoch, fused"),
+        ("as shipped", "compat-offlinerl-kit", "epoch, as shipped"),
+    ),
+}
 
 
-def speeds(result: dict[str, Any]) -> dict[str, float]:
-    """Return each contender's speed in a result of `benchmarks.compare` or `benchmarks.canonical`."""
+def speed(path: Path, way: str) -> float:
+    """Return the speed of a way in a result file, in a unit of that file's own."""
+    result = json.loads(path.read_text())
     if "hours" in result:
-        return {way: 1.0 / sum(phases.values()) for way, phases in result["hours"].items()}
-    return {row["backend"]: row["rate"] for row in result["rows"]}
+        return 1.0 / float(sum(result["hours"][way].values()))
+    if "times_as_shipped" in result["rows"][0]:
+        return float(next(row["times_as_shipped"] for row in result["rows"] if row["what"] == way))
+    return float(next(row["rate"] for row in result["rows"] if row["backend"] == way))
 
 
-def draw(results: Path, machine: str, path: Path) -> None:
-    """Draw every panel from the results of one machine, named as the files end."""
-    read = {name: json.loads((results / f"{name}-{machine}.json").read_text()) for _, name, _ in PANELS}
-    cpus = {f"{one['machine']['cores']} cores, {one['machine']['isa']}" for one in read.values()}
+def result_path(results: Path, name: str, isa: str) -> Path:
+    """Return a result's file; the names of those of `benchmarks.compat` lack the instruction set."""
+    return results / (f"{name}.json" if name.startswith("compat-") else f"{name}-{isa}.json")
+
+
+def draw(results: Path, isa: str, path: Path) -> None:
+    """Draw every panel from the results of one instruction set."""
+    machines = set()
     with look(), matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "mopo_fast"}):
-        figure = blank(10.5, 4.4)
-        figure.suptitle("Times as fast as PyTorch code like OfflineRL-Kit's", fontweight="bold")
-        for axes, (title, name, bars) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
-            rates = speeds(read[name])
-            last = rates[bars[-1][1]]
-            _bars(axes, title, {label: rates[contender] / last for label, contender in bars})
+        figure = blank(11.5, 6.2)
+        figure.suptitle("Speed on two CPU cores, relative to the last bar of each panel", fontweight="bold")
+        for axes, (title, bars) in zip(figure.subplots(3, 2).flat, PANELS.items(), strict=True):
+            speeds = {}
+            for label, name, way in bars:
+                file = result_path(results, name, isa)
+                machine = json.loads(file.read_text())["machine"]
+                machines.add(
+                    f"{machine['cpu'].replace('(R)', '')}, {machine['cores']} cores, {machine['isa']}"
+                )
+                speeds[label] = speed(file, way)
+            last = speeds[bars[-1][0]]
+            _draw_bars(axes, title, {label: value / last for label, value in speeds.items()})
         figure.supxlabel(
-            f"{', '.join(sorted(cpus))}; float32 unless bfloat16 is said."
-            "    * bfloat16 fit and rollouts, float32 SAC",
+            f"{'; '.join(sorted(machines))}. Float32 where nothing else is said."
+            " * bfloat16 fit and rollouts, float32 SAC.",
             fontsize=9,
             color=GREY,
         )
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Without a date and random names, so that the same results give the same file.
+        # Without a date, so that the same results give the same file.
         figure.savefig(path, metadata={"Date": None})
 
 
-def _bars(axes: Axes, title: str, values: dict[str, float]) -> None:
-    colours = [BLUE if label.startswith("mopo_fast") else "#b9c0c8" for label in values]
+def _draw_bars(axes: Axes, title: str, values: dict[str, float]) -> None:
+    colours = [BLUE if "mopo_fast" in label else "#b9c0c8" for label in values]
     bars = axes.barh(list(values), list(values.values()), color=colours, height=0.72)
     axes.bar_label(bars, [f"{value:.1f}" for value in values.values()], padding=4, fontsize=9.5)
     axes.invert_yaxis()
@@ -108,11 +119,11 @@ def _bars(axes: Axes, title: str, values: dict[str, float]) -> None:
 
 
 def main(
-    machine: Annotated[str, tyro.conf.arg(help="Ending of the results' names.")] = "cpu-avx512_amx",
+    isa: Annotated[str, tyro.conf.arg(help="Instruction set that the results' names end in.")] = "avx512_amx",
     out: Annotated[Path, tyro.conf.arg(help="Picture to write, SVG or PNG.")] = PICTURE,
 ) -> None:
     """Draw the chart of speed from the committed results."""
-    draw(RESULTS, machine, out)
+    draw(RESULTS, isa, out)
     print(out)
 
 

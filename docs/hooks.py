@@ -150,7 +150,8 @@ def read_box(box: str) -> tuple[str, list[tuple[str, str, str]]]:
         if i < ruler:
             introduction.append(line)
         elif i > ruler and line.startswith(" "):
-            rows[-1][1].append(line.strip())
+            # An item of a list keeps its line.
+            rows[-1][1].append(re.sub(r"^- ", "\n- ", line.strip()))
         elif i > ruler and line:
             flag, _, meaning = line.partition("  ")
             rows.append((flag, [meaning.strip()]))
@@ -161,7 +162,7 @@ def read_box(box: str) -> tuple[str, list[tuple[str, str, str]]]:
 
 def row(flag: str, meaning: str) -> tuple[str, str, str]:
     """Split "meaning (default: value)"."""
-    found = re.fullmatch(r"(.*?)\s*\((?:default: (.*)|(required))\)", meaning)
+    found = re.fullmatch(r"(.*?)\s*\((?:default: (.*)|(required))\)", meaning, re.DOTALL)
     if found is None:
         return flag, "", meaning
     return flag, found[2] or found[3] or "", found[1]
@@ -171,7 +172,7 @@ def table(rows: list[tuple[str, str, str]]) -> str:
     """Return a Markdown table."""
     lines = ["| option | default | meaning |", "| --- | --- | --- |"]
     for flag, value, meaning in rows:
-        cells = (code(flag), code(value), escape(meaning))
+        cells = (code(flag), code(value), escape(meaning).replace("\n", "<br>"))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -57,9 +57,9 @@ plt.show()
 # ## Fit the dynamics
 #
 # The ensemble has seven networks. Each maps (observation, action) to a Gaussian over the change of the
-# observation and the reward. The five with the least error on held-out rows are the *elites*, which make
-# predictions. `max_epochs` cuts the fit short here; by default it runs until no member improves. The networks
-# are smaller than the default of four layers of 200.
+# observation and the reward. The five with the least error on held-out rows are the *elites*, from which
+# rollouts sample. `max_epochs` cuts the fit short here; by default it runs until no member improves. The
+# networks are smaller than the default of four layers of 200.
 
 # %%
 losses = []
@@ -84,8 +84,8 @@ print(f"elites: {ensemble.elites.tolist()}")
 # where the model is wrong. Fresh data show whether it is: predict each transition, and compare the penalty
 # with the true error of the prediction.
 #
-# `RolloutEngine.step` makes one step with given actions. `deterministic=True` predicts the mean, without
-# noise.
+# `RolloutEngine.step` makes one step with given actions. `deterministic=True` predicts the mean over all
+# seven members, without noise.
 
 # %%
 other_path = folder / "fresh.hdf5"

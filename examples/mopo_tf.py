@@ -1,6 +1,6 @@
 """Train with the MOPO authors' code on this package's model rollouts.
 
-    pip install 'mopo_fast[mopo-tf]' tensorflow-cpu tf-keras tensorflow-probability gtimer
+    pip install scipy tensorflow-cpu tf-keras tensorflow-probability gtimer
     python examples/mopo_tf.py CHECKOUT
 
 CHECKOUT is an unchanged checkout of https://github.com/tianheyu927/mopo. That code was written for TensorFlow

@@ -275,7 +275,8 @@ def fit(
         out: Folder for the ensemble.
         task: Task whose numbers of observation and action dimensions the data must have. Give a name, or a
             Python file, FILE.py, with a task of your own.
-        seed: Seed of all random numbers. The same seed reproduces the fit bit for bit.
+        seed: Seed of all random numbers. The same seed reproduces the fit bit for bit on one instruction
+            set, backend and dtype.
         device: Device that fits: cpu or cuda.
         backend: Implementation of the fit: auto to choose one, or a name that `mopo-fast doctor` lists.
         threads: Number of threads of the CPU kernels. The result does not depend on it.
@@ -356,13 +357,15 @@ def train(
 
     Args:
         config: Settings of the run.
-        preset: Code base whose hyperparameters become the defaults. Add --help to see them.
+        preset: Code base whose hyperparameters become the defaults. `mopo-fast train DATASET --preset NAME
+            --help` shows them.
         seeds: Seeds of several runs to train at once, as a range (0:8 is 0 to 7) or a list (0,3,5).
         penalty_coefs: Penalty coefficients of several runs to train at once, each with every seed.
         out: Folder of the run. With several runs, each has a folder of its own in it.
         resume: Go on from the last checkpoint in the folder. The result is the same, bit for bit, as that of
-            a run without interruption. Give the run's folder in place of DATASET, and all settings are read
-            from its config.json. A larger --steps trains a finished run on.
+            a run without interruption, on the same instruction set, backend and dtype. Give the run's folder
+            in place of DATASET, and all settings are read from its config.json. A larger --steps trains a
+            finished run on.
         memory_map: Leave the data in their file, for a data set larger than the memory. Results do not
             change.
         quiet: Show no progress bars.
@@ -429,7 +432,8 @@ def sweep(
 
     Args:
         config: Settings of the runs.
-        preset: Code base whose hyperparameters become the defaults. Add --help to see them.
+        preset: Code base whose hyperparameters become the defaults. `mopo-fast sweep DATASET --preset NAME
+            --help` shows them.
         seeds: Seeds of the runs, as a range (0:8 is 0 to 7) or a list (0,3,5).
         penalty_coefs: Penalty coefficients of the runs.
         horizons: Rollout lengths of the runs.
@@ -484,6 +488,8 @@ def _resumed(config: TrainConfig, run: Path) -> TrainConfig:
     recorded = read_config(run)
     task = task_of_run(run / "config.json", recorded.task or "", recorded.task_sha256, config.task)
     return dataclasses.replace(config, dataset=recorded.dataset, task=task.name)
+
+
 def _check_settings(config: TrainConfig) -> None:
     """Report mistakes in the settings of a run before torch is imported, which takes seconds."""
     from mopo_fast.data import find_dataset
@@ -630,7 +636,8 @@ def rollout(
             executed.
         count: Number of transitions.
         horizon: Steps of each rollout.
-        seed: Seed of all random numbers. The same seed gives the same transitions.
+        seed: Seed of all random numbers. The same seed gives the same transitions, bit for bit on one
+            instruction set, backend and dtype.
         penalty_coef: Weight of the penalty in the reward.
         dtype: Precision of the networks. With tfloat32, bfloat16 or float16 only the factors of matrix
             products are rounded; everything else is float32. Rollouts on a CPU with AMX are several times

@@ -4,8 +4,8 @@ The authors are Yu et al. (NeurIPS 2020, arXiv 2005.13239), their code is github
 Their value is the default. Other code with another value is named beside it; `presets.py` has all its values.
 
 These classes are also the command line of `mopo-fast`: names and defaults below become its flags, and the
-text of an attribute becomes the help of its flag. A line that continues such a text begins with a letter,
-because tyro starts a new line of the help before anything else.
+text of an attribute becomes the help of its flag. tyro starts a new line of the help before a line that
+begins with anything but a letter. So an item of a list begins with a dash, and all other lines with a letter.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from tyro.conf import Fixed, Positional, SuppressFixed, arg
+from tyro.conf import Fixed, FlagConversionOff, Positional, SuppressFixed, arg
 
 from mopo_fast.errors import InputError
 
@@ -109,7 +109,8 @@ class DynamicsConfig:
         improvement: Relative fall of a member's holdout error that counts as an improvement.
             The member's weights are kept whenever it improves.
         patience: Number of epochs in a row that may pass without an improvement of any member. The fit stops
-            after one more, as the authors' does after 6. OfflineRL-Kit's stops after 5.
+            at epoch patience + 1 in a row without one: after six with patience 5, as in the authors' code.
+            OfflineRL-Kit stops after five: give 4.
         max_epochs: Upper limit of the number of epochs. The authors set none.
     """
 
@@ -163,17 +164,20 @@ class RolloutConfig:
         penalty_coef: Weight of the penalty in the reward, the lambda of the paper. At 0 there is no penalty,
             and the algorithm is MBPO on offline data.
         penalty: Measure u(s, a) of the ensemble's uncertainty. Each reward loses penalty_coef times u.
-            max_aleatoric (the authors'): largest norm of a member's predicted standard deviations.
-            max_deviation: largest distance of a member's mean from the average of all means.
-            max_pairwise (MOReL): largest distance between two members' means.
-            ensemble_std (OfflineRL-Kit): standard deviation of the members' means.
-            mixture_std (Lu et al. 2022): norm of the standard deviations of the members' mixture.
+            - max_aleatoric (the authors'): largest, over members, of the norm of the predicted standard
+            deviations.
+            - max_deviation: largest, over members, of the distance of the mean from the average of all means.
+            - max_pairwise (MOReL): largest, over pairs of members, of the distance between their means.
+            - ensemble_std (OfflineRL-Kit): standard deviation of the members' means, as the root mean square
+            over dimensions.
+            - mixture_std (Lu et al. 2022): norm of the standard deviations of the members' mixture.
         penalty_members: Members whose predictions make the penalty. The authors' code uses all members,
             Unifloral the elites.
         tuned: Code whose tuned horizon and penalty_coef are used where these two are not given.
         termination: Rule by which a rollout ends early. The task's own rule is the authors', with a mistake
-            in hopper's corrected. Give authors or offlinerl-kit for the task's rule as that code has it, or
-            the name of a rule in `mopo_fast.tasks.BOXES`, such as hopper-authors.
+            in hopper's corrected. Give authors or offlinerl-kit for the task's rule as that code has it. Or
+            name a rule: halfcheetah, hopper, walker2d, ant, halfcheetah-jump, ant-angle, humanoid, pendulum,
+            hopper-authors, hopper-offlinerl-kit, halfcheetah-offlinerl-kit or walker2d-offlinerl-kit.
         batch_size: Number of rollouts made at once, each from a state drawn from the data set.
         interval: Number of SAC updates between two such batches of rollouts. These updates are one epoch.
         retain_epochs: Number of epochs whose rollouts stay in the model buffer, which has room for
@@ -232,8 +236,8 @@ class SACConfig:
         critic_loss: Loss of each critic. The losses of all critics are summed. The authors have half the mean
             squared error, OfflineRL-Kit and Unifloral the mean squared error.
         alpha_max: Upper limit of alpha. OfflineRL-Kit has 1.
-        simultaneous: Take the gradients of critics, actor and alpha at the same parameters, as the authors
-            do. Otherwise the critics are updated first and the actor's gradient goes through the updated
+        simultaneous: True takes the gradients of critics, actor and alpha at the same parameters, as the
+            authors do. False updates the critics first, and the actor's gradient goes through the updated
             critics, as in OfflineRL-Kit.
         discount: Discount factor of the returns.
         polyak: Share of the distance to the critics that the target critics move after each update.
@@ -253,7 +257,7 @@ class SACConfig:
     target_entropy: float | Literal["act_dim"] = -3.0
     critic_loss: CriticLoss = "half_mse"
     alpha_max: Annotated[float | None, flag("no limit", "FLOAT")] = None
-    simultaneous: Annotated[bool, switch("simultaneous", "critics first")] = True
+    simultaneous: Annotated[bool, FlagConversionOff] = True
     discount: float = 0.99
     polyak: float = 0.005
     batch_size: int = 256
@@ -289,14 +293,14 @@ class EvaluationConfig:
     Attributes:
         episodes: Number of episodes of one evaluation.
         interval: Epochs between two evaluations. The last epoch is always evaluated.
-        deterministic: Take the mean action of the policy. Otherwise actions are sampled, as in Unifloral.
+        deterministic: True takes the mean action of the policy. False samples actions, as Unifloral does.
         workers: Number of processes that evaluate while the training goes on. With 0 the training waits for
             each evaluation, which is best on the CPU, where the training itself uses all cores.
     """
 
     episodes: int = 10
     interval: int = 1
-    deterministic: Annotated[bool, switch("deterministic", "sampled")] = True
+    deterministic: Annotated[bool, FlagConversionOff] = True
     workers: Annotated[int | None, flag("0 on the CPU, else up to 4", "INT")] = None
 
     def validate(self) -> None:
@@ -365,7 +369,8 @@ class TrainConfig:
             shards that `mopo-fast rollout` has written is a data set too.
         task: Task, which defines the environment, the termination rule and the reference scores. Give a name,
             or a Python file, FILE.py, with a task of your own.
-        seed: Seed of all random numbers. The same seed reproduces the run bit for bit.
+        seed: Seed of all random numbers. The same seed reproduces the run bit for bit on one instruction set,
+            backend and dtype.
         steps: Number of SAC updates, such as 1000000 or 1e6.
         device: Device that fits, makes rollouts and trains: cpu or cuda.
         backend: Implementation of the fit, the rollouts and SAC: auto to choose one, or a

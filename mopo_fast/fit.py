@@ -52,7 +52,7 @@ from mopo_fast.utils.progress import progress_bar
 from mopo_fast.utils.seeds import FIT, derive_seed
 from mopo_fast.utils.tensors import load_into, load_tensors, save_tensors, tensors_sha256
 
-# Last name of a seed's path: the draw that the seed is for.
+# Last element of the path that `derive_seed` takes: the purpose of the draw.
 _SPLIT, _WEIGHTS, _BOOTSTRAP, _SHUFFLE = range(4)
 
 # Steps of one kernel call: enough to amortise it, few enough for the progress bar and for Ctrl-C.
@@ -120,7 +120,7 @@ def _block(data: Transitions) -> int:
 
 
 def _moments(data: Transitions, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the inputs' means and standard deviations over `rows`, float64; 1 for a constant's deviation."""
+    """Return each input's mean and standard deviation over `rows`, float64, with 1 for a deviation of 0."""
 
     def mean(function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         total = torch.zeros(data.obs_dim + data.act_dim, dtype=torch.float64)

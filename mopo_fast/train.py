@@ -87,8 +87,9 @@ def train(
 
     Returns:
         The contents of summary.json: score_mean, score_std, return_mean, return_std (of the last policy),
-        scored_by ("environment" or "model"), updates, seconds {fit, rollout, sac, evaluate, total}, backend,
-        device, dtype, dataset, task, seed, versions.
+        scored_by ("environment" or "model"), updates, epochs, seconds {fit, rollout, sac, evaluate, total},
+        backend, threads, runs_together, transitions (of the data set), device, dataset, task, seed, dtype,
+        horizon, penalty, penalty_coef, versions {mopo_fast, python, torch, gymnasium, mujoco}.
 
     Raises:
         InputError: a setting cannot be used, another process works in `out`, `out` holds a run while `resume`

@@ -25,7 +25,7 @@ struct FitRows {
   const int64_t first, last;
 
   int64_t end() const { return smaller(last, turn.count); }
-  int64_t hidden() const { return args.depth - 1; }
+  int64_t hidden_count() const { return args.depth - 1; }
   const Dense* layers() const { return plan.layers + turn.member * args.depth; }
   const float* input(int64_t row) const { return args.inputs + drawn(row) * args.stride; }
   const float* target(int64_t row) const { return args.targets + drawn(row) * args.stride; }
@@ -60,7 +60,7 @@ struct FitRows {
   template <Activation activation>
   void forward() const {
     const Factor* in = &ws.inputs;
-    for (int64_t l = 0; l < hidden(); ++l) {
+    for (int64_t l = 0; l < hidden_count(); ++l) {
       const Dense& layer = layers()[l];
       const Factor& out = ws.hidden[l];
       Factors::forward(first, last, *in, layer, [&](int64_t row, int64_t column, auto& block) {
@@ -75,9 +75,10 @@ struct FitRows {
       Factors::set_ones(first, last, out, layer.out);
       in = &out;
     }
-    Factors::forward(first, last, *in, layers()[hidden()], [&](int64_t row, int64_t column, auto& block) {
-      each_vector(block, [&](int i, int v, vf x) { store(ws.head.at(row + i) + column + v * W, x); });
-    });
+    Factors::forward(
+        first, last, *in, layers()[hidden_count()], [&](int64_t row, int64_t column, auto& block) {
+          each_vector(block, [&](int i, int v, vf x) { store(ws.head.at(row + i) + column + v * W, x); });
+        });
   }
 
   void forward() const {
@@ -177,8 +178,8 @@ static void fit_forward(const FitArgs& args, const FitPlan& plan, const FitWorks
 static void fit_backward(const FitArgs& args, const FitPlan& plan, const FitWorkspace& ws,
                          const FitTurn& turn, const AdamStep* steps) {
   with_rows(args, plan, ws, turn, [&]<class Factors>(const FitRows<Factors>& rows) {
-    for (int64_t l = rows.hidden(); l >= 0; --l) {
-      const Factor& grad = l == rows.hidden() ? ws.head_grad : ws.grads[l];
+    for (int64_t l = rows.hidden_count(); l >= 0; --l) {
+      const Factor& grad = l == rows.hidden_count() ? ws.head_grad : ws.grads[l];
       // Gradients pass through the layer before its parameters move.
       if (l > 0) rows.backward(l, grad);
       turn.team.wait();

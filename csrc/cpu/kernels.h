@@ -120,7 +120,7 @@ struct SacPlan {
   const Panels* scratch_grad;    // [critics][2]
   Rows noise, spread, actions;   // act_dim
   Rows action_grad;              // obs_dim, act_dim; only the actions' columns are used
-  float *rewards, *continues, *log_prob, *next_log_prob;  // [rows]
+  float *rewards, *discounts, *log_prob, *next_log_prob;  // [rows]; discounts are 0 after a terminal one
   float* policy_q_grad;                                   // [rows], -1 / batch: of the actor's loss by Q
   float *q, *q_grad, *target_q, *policy_q;                // [critics][rows]
   float* targets;                                         // [critics][rows], the same for all

@@ -5,7 +5,7 @@ static vi is_finite(vf x) { return (float_to_bits(x) & 0x7f800000) != 0x7f800000
 
 // One layer for one tile, on AMX tiles where the operand has them.
 template <class Operand, class Write>
-MOPO_INLINE void layer(const NetworkLayer& layer, const float* weight, const float* in, Write write) {
+MOPO_INLINE void apply_layer(const NetworkLayer& layer, const float* weight, const float* in, Write write) {
   const int64_t width = round_up(layer.out, Operand::kPacking.outputs);
   const float* bias = weight + packed_words<Operand>(layer.in) * width;
 #ifdef MOPO_AMX
@@ -25,17 +25,18 @@ static void network_tile(const Network& network, const PackedNetwork& packed, in
   in = as_operands<Operand>(in, network.layers[0].in, there);
   const int64_t hidden = network.depth - 1;
   for (int64_t l = 0; l < hidden; ++l) {
-    layer<Operand>(network.layers[l], data + packed.offset[l], in,
-                   [&](int64_t n, int v, vf(&outputs)[kBlock]) {
-                     write_operands<Operand, activation>(here, n, v, outputs);
-                   });
+    apply_layer<Operand>(network.layers[l], data + packed.offset[l], in,
+                         [&](int64_t n, int v, vf(&outputs)[kBlock]) {
+                           write_operands<Operand, activation>(here, n, v, outputs);
+                         });
     fill_up<Operand>(here, network.layers[l].out);
     in = here;
     here = there;
     there = const_cast<float*>(in);
   }
-  layer<Operand>(network.layers[hidden], data + packed.offset[hidden], in,
-                 [&](int64_t n, int v, vf(&outputs)[kBlock]) { write_floats<Operand>(out, n, v, outputs); });
+  apply_layer<Operand>(
+      network.layers[hidden], data + packed.offset[hidden], in,
+      [&](int64_t n, int v, vf(&outputs)[kBlock]) { write_floats<Operand>(out, n, v, outputs); });
 }
 
 template <class Operand>
@@ -55,11 +56,11 @@ static void network_tile(const Network& network, const PackedNetwork& packed, in
 // The processor's state that an operand's products need: on AMX, the configuration of the tiles. No object of
 // it may be alive while a call looks for signals, since their handlers may use AMX themselves.
 template <class Operand>
-struct Products {
-  Products() {}
+struct TileState {
+  TileState() {}
 };
 template <>
-struct Products<BFloat16> {
+struct TileState<BFloat16> {
   const Tiles tiles;
 };
 
@@ -80,8 +81,8 @@ struct Chunk {
   int64_t tiles_between_looks() const { return 1 + (int64_t{1} << 22) / plan.dynamics.member_stride; }
   int64_t tiles() const { return (alive + kTile - 1) / kTile; }
   int64_t lanes(int64_t tile) const { return smaller(kTile, alive - tile * kTile); }
-  // The rollout, counted from the chunk's first, in a lane; spare lanes of the last tile repeat the last one.
-  int64_t rollout(int64_t tile, int64_t lane) const {
+  // Index in the chunk of the rollout in a lane. Spare lanes repeat the last rollout.
+  int64_t rollout_at(int64_t tile, int64_t lane) const {
     return ws.alive[smaller(tile * kTile + lane, alive - 1)];
   }
   int64_t row_of(int64_t rollout) const { return rollout * args.horizon + t; }
@@ -102,7 +103,7 @@ struct Chunk {
       for (int64_t member = 0; member < args.dynamics.networks; ++member)
         for (int64_t tile = 0; tile < tiles();) {
           if (interrupted(plan)) return;
-          const Products<Operand> products;
+          const TileState<Operand> tile_state;
           for (const int64_t end = smaller(tiles(), tile + tiles_between_looks()); tile < end; ++tile)
             network_tile<Operand>(args.dynamics, plan.dynamics, member, inputs(tile), ws,
                                   predictions(tile, member));
@@ -117,7 +118,7 @@ struct Chunk {
   }
 
   void prepare() {
-    const Products<Operand> products;
+    const TileState<Operand> tile_state;
     for (int64_t tile = 0; tile < tiles(); ++tile) {
       load_observations(tile);
       if (args.policy.depth > 0) {
@@ -132,7 +133,7 @@ struct Chunk {
   void load_observations(int64_t tile) const {
     float* to = observations(tile);
     for (int64_t lane = 0; lane < kTile; ++lane) {
-      const int64_t r = rollout(tile, lane);
+      const int64_t r = rollout_at(tile, lane);
       const float* from = t == 0 ? args.start + (first + r) * args.obs_dim
                                  : made.next_observations + (row_of(r) - 1) * args.obs_dim;
       for (int64_t d = 0; d < args.obs_dim; ++d) to[d * kTile + lane] = from[d];
@@ -142,7 +143,7 @@ struct Chunk {
   void load_actions(int64_t tile) const {
     float* to = actions(tile);
     for (int64_t lane = 0; lane < kTile; ++lane) {
-      const float* from = args.actions + (first + rollout(tile, lane)) * args.act_dim;
+      const float* from = args.actions + (first + rollout_at(tile, lane)) * args.act_dim;
       for (int64_t d = 0; d < args.act_dim; ++d) to[d * kTile + lane] = from[d];
     }
   }
@@ -176,7 +177,7 @@ struct Chunk {
   }
 
   PhiloxBlock random(int64_t tile, int64_t lane, PhiloxStream stream, uint32_t block) const {
-    const int64_t row = args.rows[first + rollout(tile, lane)];
+    const int64_t row = args.rows[first + rollout_at(tile, lane)];
     return random_block(row, args.first_step + static_cast<uint32_t>(t), stream, block, args.seed);
   }
 
@@ -247,7 +248,7 @@ struct Chunk {
       store(reinterpret_cast<float*>(inside) + v, bits_to_float(is_inside));
     }
     for (int64_t lane = 0; lane < lanes(tile); ++lane) {
-      const int64_t r = rollout(tile, lane);
+      const int64_t r = rollout_at(tile, lane);
       if (!finite[lane]) {
         ++made.non_finite;
         if (!args.keep_every_row) continue;

@@ -133,7 +133,7 @@ class SacState {
     for (Rows* each : {&plan.noise, &plan.spread, &plan.actions}) *each = take_rows(arena_, rows, act_dim);
     plan.action_grad = take_rows(arena_, rows, obs_dim + act_dim);
     for (float** each :
-         {&plan.rewards, &plan.continues, &plan.log_prob, &plan.next_log_prob, &plan.policy_q_grad})
+         {&plan.rewards, &plan.discounts, &plan.log_prob, &plan.next_log_prob, &plan.policy_q_grad})
       arena_.take(*each, rows);
     for (float** each : {&plan.q, &plan.q_grad, &plan.target_q, &plan.policy_q, &plan.targets})
       arena_.take(*each, args_.critics * rows);

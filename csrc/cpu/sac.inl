@@ -1,6 +1,6 @@
-// The stages of a SAC update. The rows of a batch are independent up to the gradients of the parameters: the
-// threads of a team each take rows through a network, forwards and backwards; then each takes rows of the
-// network's parameters.
+// The stages of a SAC update. A team of threads works on a network in two phases. First each thread takes
+// some rows of the batch through the network, forwards and backwards; no row depends on another. Then each
+// thread sums the gradients of some rows of the parameters over the whole batch, and updates them.
 
 // Prefetches a row of the data: rows drawn at random come from memory, so all are asked for before one is
 // read.
@@ -22,11 +22,11 @@ struct SacRows {
 
   int64_t batch() const { return args.real_rows + args.model_rows; }
   int64_t end() const { return smaller(last, batch()); }
-  int64_t hidden() const { return args.depth - 1; }
+  int64_t hidden_count() const { return args.depth - 1; }
 
   const SacSource& source(int64_t row) const { return row < args.real_rows ? args.real : args.model; }
 
-  // Draws the transition that a row of the batch is, and prefetches it.
+  // Draws the data row for a row of the batch, and prefetches it.
   void draw(int64_t row, uint32_t step) const {
     const SacSource& source = this->source(row);
     const uint32_t word = random_block(row, step, kBatchStream, 0, args.seed).word[0];
@@ -52,7 +52,7 @@ struct SacRows {
       copy_row(next, args.obs_dim, plan.next_inputs, row, 0);
       copy_row(source.actions.at(from), args.act_dim, plan.inputs, row, args.obs_dim);
       plan.rewards[row] = *source.rewards.at(from);
-      plan.continues[row] = *source.terminals.at(from) ? 0.0f : args.discount;
+      plan.discounts[row] = *source.terminals.at(from) ? 0.0f : args.discount;
     }
   }
 
@@ -73,7 +73,7 @@ struct SacRows {
 
   void hidden_layers(const Panels& input, const Dense* layers, bool targets, const Panels* outputs) const {
     const Panels* in = &input;
-    for (int64_t l = 0; l < hidden(); ++l) {
+    for (int64_t l = 0; l < hidden_count(); ++l) {
       const Dense& layer = layers[l];
       const Panels& out = outputs[l];
       forward_layer(first, last, *in, layer, {targets ? layer.target : layer.value, layer.rows},
@@ -91,9 +91,9 @@ struct SacRows {
   // The policy's actions at `observations`, written behind the observations of `inputs`, and their
   // log-probabilities.
   void act(const Panels& observations, const Panels& inputs, float* log_probs) const {
-    const Dense& head = plan.actor[hidden()];
+    const Dense& head = plan.actor[hidden_count()];
     hidden_layers(observations, plan.actor, false, plan.actor_hidden);
-    forward_layer(first, last, plan.actor_hidden[hidden() - 1], head, head.weight.across,
+    forward_layer(first, last, plan.actor_hidden[hidden_count() - 1], head, head.weight.across,
                   [&](int64_t row, int64_t column, auto& block) {
                     each_vector(block, [&](int i, int v, vf x) {
                       store(plan.actor_head.at(row + i) + column + v * W, x);
@@ -152,8 +152,8 @@ struct SacRows {
         }
       }
     const auto itself = [](int64_t row) { return row; };
-    for (int64_t l = hidden(); l > 0; --l)
-      backward(plan.actor[l], l == hidden() ? plan.actor_head_grad : plan.actor_grad[l],
+    for (int64_t l = hidden_count(); l > 0; --l)
+      backward(plan.actor[l], l == hidden_count() ? plan.actor_head_grad : plan.actor_grad[l],
                plan.actor_hidden[l - 1], plan.actor_grad[l - 1], last, itself);
   }
 };
@@ -175,11 +175,11 @@ struct SacCritic {
         first(span.first),
         last(span.last) {}
 
-  int64_t hidden() const { return args.depth - 1; }
+  int64_t hidden_count() const { return args.depth - 1; }
   const Dense* layers() const { return plan.critic + critic * args.depth; }
-  const Panels* outputs() const { return plan.critic_hidden + critic * hidden(); }
-  const Panels* grads() const { return plan.critic_grad + critic * hidden(); }
-  const Panels* scratch() const { return plan.scratch_hidden + critic * hidden(); }
+  const Panels* outputs() const { return plan.critic_hidden + critic * hidden_count(); }
+  const Panels* grads() const { return plan.critic_grad + critic * hidden_count(); }
+  const Panels* scratch() const { return plan.scratch_hidden + critic * hidden_count(); }
   // This critic's part of an array [critics][rows].
   template <class T>
   T* mine(T* array) const {
@@ -189,9 +189,9 @@ struct SacCritic {
   // Writes Q to q[row]. The last layer has one output, so its weights are one row and Q is a dot product.
   void evaluate(const Panels& input, bool targets, const Panels* outputs, float* q) const {
     rows.hidden_layers(input, layers(), targets, outputs);
-    const Dense& head = layers()[hidden()];
+    const Dense& head = layers()[hidden_count()];
     const float* weight = targets ? head.target : head.value;
-    const Panels& top = outputs[hidden() - 1];
+    const Panels& top = outputs[hidden_count() - 1];
     for (int64_t row = first; row < last; row += kBlock) {
       vf sum[kBlock] = {};
       for (int64_t k = 0; k <= head.in; k += W) {
@@ -213,7 +213,7 @@ struct SacCritic {
   template <class Source>
   void top_gradient(const Panels& top, const Panels& grad, int64_t stop, const float* q_grad,
                     Source source) const {
-    const Dense& head = layers()[hidden()];
+    const Dense& head = layers()[hidden_count()];
     for (int64_t k = 0; k < head.in; k += W) {
       // The column of ones takes no gradient.
       const vf weight = load_lanes(head.value + k, head.in - k);
@@ -234,15 +234,15 @@ struct SacCritic {
       float least = plan.target_q[row];
       for (int64_t j = 1; j < args.critics; ++j) least = nan_min(least, plan.target_q[j * plan.rows + row]);
       const float value = least - plan.alpha * plan.next_log_prob[row];
-      targets[row] = plan.rewards[row] + (plan.continues[row] != 0.0f ? plan.continues[row] * value : 0.0f);
+      targets[row] = plan.rewards[row] + (plan.discounts[row] != 0.0f ? plan.discounts[row] * value : 0.0f);
     }
     evaluate(plan.inputs, false, outputs(), q);
     const float scale = 2.0f * args.critic_loss_scale / static_cast<float>(rows.batch());
     for (int64_t row = first; row < last; ++row)
       q_grad[row] = row < rows.batch() ? scale * (q[row] - targets[row]) : 0.0f;
     const auto itself = [](int64_t row) { return row; };
-    top_gradient(outputs()[hidden() - 1], grads()[hidden() - 1], last, q_grad, itself);
-    for (int64_t l = hidden() - 1; l > 0; --l)
+    top_gradient(outputs()[hidden_count() - 1], grads()[hidden_count() - 1], last, q_grad, itself);
+    for (int64_t l = hidden_count() - 1; l > 0; --l)
       rows.backward(layers()[l], grads()[l], outputs()[l - 1], grads()[l - 1], last, itself);
   }
 
@@ -254,13 +254,13 @@ struct SacCritic {
     int64_t* picked = mine(plan.picked);
     int64_t stop = first;
     for (int64_t row = first; row < rows.end(); ++row)
-      if (least(row) == critic) picked[stop++] = row;
+      if (least_critic(row) == critic) picked[stop++] = row;
     if (stop == first) return;
     for (; (stop - first) % kBlock != 0; ++stop) picked[stop] = picked[stop - 1];
     const auto source = [&](int64_t row) { return picked[row]; };
     Panels here = plan.scratch_grad[2 * critic], there = plan.scratch_grad[2 * critic + 1];
-    top_gradient(scratch()[hidden() - 1], here, stop, plan.policy_q_grad, source);
-    for (int64_t l = hidden() - 1; l > 0; --l) {
+    top_gradient(scratch()[hidden_count() - 1], here, stop, plan.policy_q_grad, source);
+    for (int64_t l = hidden_count() - 1; l > 0; --l) {
       rows.backward(layers()[l], here, scratch()[l - 1], there, stop, source);
       const Panels other = here;
       here = there;
@@ -276,7 +276,7 @@ struct SacCritic {
   }
 
   // The critic whose Q of the policy's action is the least, the first of equals.
-  int64_t least(int64_t row) const {
+  int64_t least_critic(int64_t row) const {
     int64_t least = 0;
     for (int64_t j = 1; j < args.critics; ++j)
       if (plan.policy_q[j * plan.rows + row] < plan.policy_q[least * plan.rows + row]) least = j;
@@ -286,11 +286,11 @@ struct SacCritic {
   // The step of the critic's parameters.
   void train(const Team& team, const AdamStep& step) const {
     const int64_t batch = rows.batch();
-    for (int64_t l = 0; l < hidden(); ++l)
+    for (int64_t l = 0; l < hidden_count(); ++l)
       train_panels(team, layers()[l], step, batch, l == 0 ? plan.inputs : outputs()[l - 1], grads()[l]);
     if (team.part != 0) return;
-    const Dense& head = layers()[hidden()];
-    const Panels& top = outputs()[hidden() - 1];
+    const Dense& head = layers()[hidden_count()];
+    const Panels& top = outputs()[hidden_count() - 1];
     const float* q_grad = mine(plan.q_grad);
     for (int64_t k = 0; k <= head.in; k += W) {
       const float* outputs = at(top, 0, k);
@@ -349,8 +349,8 @@ static void sac_actor(const SacArgs& args, const SacPlan& plan, const Team& team
   const SacRows rows{args, plan, span.first, span.last};
   rows.actor_gradient();
   team.wait();
-  for (int64_t l = 0; l <= rows.hidden(); ++l)
+  for (int64_t l = 0; l <= rows.hidden_count(); ++l)
     train_panels(team, plan.actor[l], step, rows.batch(),
                  l == 0 ? plan.observations : plan.actor_hidden[l - 1],
-                 l == rows.hidden() ? plan.actor_head_grad : plan.actor_grad[l]);
+                 l == rows.hidden_count() ? plan.actor_head_grad : plan.actor_grad[l]);
 }

@@ -45,7 +45,7 @@ struct SacTile {
   MOPO_DEVICE float* values() const { return activations(); }
   MOPO_DEVICE int64_t* drawn() const { return reinterpret_cast<int64_t*>(values()); }
   MOPO_DEVICE float* rewards() const { return values() + 2 * kTile; }
-  MOPO_DEVICE float* continues() const { return values() + 3 * kTile; }
+  MOPO_DEVICE float* discounts() const { return values() + 3 * kTile; }
   MOPO_DEVICE float* targets() const { return values() + 4 * kTile; }
   MOPO_DEVICE float* log_probs() const { return values() + 5 * kTile; }
   MOPO_DEVICE float* q_grads() const { return values() + 7 * kTile; }
@@ -54,7 +54,7 @@ struct SacTile {
   MOPO_DEVICE float* x() const { return q(static_cast<int>(args.critics)); }
   MOPO_DEVICE float& x(int column, int row) const { return x()[column * kStride + row]; }
 
-  MOPO_DEVICE int hidden() const { return static_cast<int>(args.depth) - 1; }
+  MOPO_DEVICE int hidden_count() const { return static_cast<int>(args.depth) - 1; }
   MOPO_DEVICE int obs_dim() const { return static_cast<int>(args.obs_dim); }
   MOPO_DEVICE int act_dim() const { return static_cast<int>(args.act_dim); }
   MOPO_DEVICE const Layer* critic(int j) const { return sac.layers + j * args.depth; }
@@ -82,7 +82,7 @@ struct SacTile {
       const int64_t from = choose(word, static_cast<uint32_t>(source(v).size));
       drawn()[v] = from;
       rewards()[v] = *source(v).rewards.at(from);
-      continues()[v] = *source(v).terminals.at(from) ? 0.0f : args.discount;
+      discounts()[v] = *source(v).terminals.at(from) ? 0.0f : args.discount;
     }
     __syncthreads();
     for (int i = threadIdx.x; i < kTile * obs_dim; i += kThreads) {
@@ -112,14 +112,14 @@ struct SacTile {
       const int v = i / width * 4, d = i % width;
       four(&x(d, v)) = load_column(input, row(section, v), d);
     }
-    for (int l = 0; l <= hidden(); ++l) {
+    for (int l = 0; l <= hidden_count(); ++l) {
       const Layer& layer = layers[l];
       const Matrix& matrix = layer.*weights;
       const float* bias = matrix.at(layer.in);
       multiply<kRows, kStride>(x(), matrix.data, matrix.stride, layer.in, layer.out,
                                [&](int n, int v, float4 sum) {
                                  float4 y = each(sum, [b = bias[n]](float z) { return z + b; });
-                                 if (l == hidden()) {
+                                 if (l == hidden_count()) {
                                    four(to + n * stride + v) = y;
                                    return;
                                  }
@@ -177,7 +177,7 @@ struct SacTile {
       if (other < least || other != other) least = other;
     }
     const float value = least - alpha * log_probs()[kTile + v];
-    targets()[v] = rewards()[v] + (continues()[v] != 0.0f ? continues()[v] * value : 0.0f);
+    targets()[v] = rewards()[v] + (discounts()[v] != 0.0f ? discounts()[v] * value : 0.0f);
   }
 
   // The critics forwards and backwards, from `section` on: section 0 is for their own loss, 1 for the
@@ -214,7 +214,7 @@ struct SacTile {
   }
 
   MOPO_DEVICE void critic_backward(int j, int section) const {
-    const Layer *layers = critic(j), &head = layers[hidden()];
+    const Layer *layers = critic(j), &head = layers[hidden_count()];
     for (int i = threadIdx.x; i < kCriticRows / 4 * head.in; i += kThreads) {
       const int v = i / head.in * 4, k = i % head.in;
       const float4 outputs = load_column(head.inputs, row(section, v), k);
@@ -222,11 +222,11 @@ struct SacTile {
           each(outputs, four(q_grads() + section * kTile + v),
                [w = *head.value.at(k)](float output, float grad) { return output > 0.0f ? grad * w : 0.0f; });
       four(&x(k, v)) = grads;
-      if (section + v / kTile == 0) store_column(layers[hidden() - 1].grads, row(0, v), k, grads);
+      if (section + v / kTile == 0) store_column(layers[hidden_count() - 1].grads, row(0, v), k, grads);
     }
     if (has_data(section) && threadIdx.x < kTile)
       *head.grads.at(first + threadIdx.x) = q_grads()[threadIdx.x];
-    backward<kCriticRows>(layers, hidden() - 1, section, has_policy(section) ? 0 : 1, j > 0);
+    backward<kCriticRows>(layers, hidden_count() - 1, section, has_policy(section) ? 0 : 1, j > 0);
   }
 
   // Backwards from the outputs of layer `top` to the pre-activations below layer `bottom`. Below the critics'
@@ -261,7 +261,7 @@ struct SacTile {
   MOPO_DEVICE void actor_backward() const {
     const float inverse_batch = 1.0f / static_cast<float>(sac.batch);
     const int act_dim = this->act_dim();
-    const Layer& head = actor()[hidden()];
+    const Layer& head = actor()[hidden_count()];
     __syncthreads();
     for (int i = threadIdx.x; i < act_dim * kTile; i += kThreads) {
       const int d = i / kTile, v = i % kTile;
@@ -271,7 +271,7 @@ struct SacTile {
       head.grads.at(row(0, v))[d] = x(d, v) = grad.mean;
       head.grads.at(row(0, v))[act_dim + d] = x(act_dim + d, v) = grad.log_std;
     }
-    backward<kTile>(actor(), hidden(), 0, 1, false);
+    backward<kTile>(actor(), hidden_count(), 0, 1, false);
   }
 };
 

@@ -433,9 +433,7 @@ def _scipy_io() -> Any:
     try:
         import scipy.io
     except ImportError as error:
-        raise InputError(
-            f"MATLAB files take SciPy ({error}); install it with: pip install 'mopo_fast[mopo-tf]'"
-        ) from error
+        raise InputError(f"MATLAB files take SciPy ({error}); install it with: pip install scipy") from error
     return scipy.io
 
 

@@ -102,7 +102,7 @@ def import_d4rl() -> Any:
         return importlib.import_module("d4rl")
     except ImportError as error:
         raise InputError(
-            f"the d4rl package cannot be imported ({error}); install it with `pip install 'mopo_fast[d4rl]'`"
+            f"the d4rl package cannot be imported ({error}); install it with `pip install d4rl==1.1`"
         ) from error
 
 

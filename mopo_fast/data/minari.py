@@ -1,4 +1,4 @@
-"""Read and write Minari's data sets, `minari:ID`, by its package (`pip install 'mopo_fast[minari]'`)."""
+"""Read and write Minari's data sets, `minari:ID`, by its package (`pip install 'minari[hdf5,hf]'`)."""
 
 import importlib
 import json
@@ -221,5 +221,5 @@ def _package() -> Any:
         return importlib.import_module("minari")
     except ImportError as error:
         raise InputError(
-            f"minari cannot be imported ({error}); install it with `pip install 'mopo_fast[minari]'`"
+            f"minari cannot be imported ({error}); install it with `pip install 'minari[hdf5,hf]'`"
         ) from error

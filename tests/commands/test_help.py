@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from mopo_fast.cli import COMMANDS, main
+from mopo_fast.config import PENALTIES
+from mopo_fast.tasks import BOXES
 
 WIDTH = 100
 QUESTIONS = {"What", "Of", "Where", "Whose", "Who", "Whether", "Which", "How"}
@@ -62,7 +64,8 @@ def test_every_flag_is_explained(command: str) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_lines_are_broken_where_they_are_full(command: str) -> None:
     text = help_of(command)
-    for line, following in re.findall(r"^│ ( +\S.*)│\n(?=│  +(\S+))", text, re.MULTILINE):
+    # An item of a list begins with a dash, on a line of its own.
+    for line, following in re.findall(r"^│ ( +\S.*)│\n(?=│  +(?!- )(\S+))", text, re.MULTILINE):
         assert len(line.rstrip()) + 1 + len(following) > WIDTH - 4, line
 
 
@@ -90,9 +93,23 @@ def test_defaults_of_a_preset_are_shown() -> None:
     found = dict(entries(help_of("train", "--preset", "offlinerl-kit")))
     shown = {name.split()[0]: " ".join(lines).rpartition("(")[2] for name, lines in found.items()}
     assert shown["--sac.alpha-max"] == "default: 1.0)"
-    assert shown["--sac.simultaneous"] == "default: critics first)"
+    assert shown["--sac.simultaneous"] == "default: False)"
     assert shown["--rollout.termination"] == "default: offlinerl-kit)"
     assert shown["--horizon"] == "default: tuned for the data set, or 5)"
+
+
+def test_a_setting_that_is_true_or_false_is_shown_under_its_own_name() -> None:
+    names = dict(entries(help_of("train")))
+    assert {"--sac.simultaneous {True,False}", "--evaluation.deterministic {True,False}"} <= set(names)
+    assert not [name for name in names if ".no-" in name]
+
+
+def test_the_help_lists_the_penalties_and_the_termination_rules() -> None:
+    found = {name.split()[0]: lines for name, lines in entries(help_of("train"))}
+    items = [line.split()[1].rstrip(":") for line in found["--penalty"] if line.startswith("- ")]
+    assert tuple(items) == PENALTIES
+    words = re.findall(r"[a-z\d-]+", " ".join(found["--rollout.termination"]))
+    assert set(BOXES) <= set(words)
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

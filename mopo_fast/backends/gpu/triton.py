@@ -67,7 +67,7 @@ def _load() -> tuple[ModuleType | None, str]:
     try:
         return importlib.import_module("mopo_fast.backends.gpu.triton_kernels"), ""
     except ImportError as error:
-        return None, f"Triton did not load ({error}); install with: pip install 'mopo_fast[triton]'"
+        return None, f"Triton did not load ({error}); install it with: pip install triton"
 
 
 def _kernels() -> ModuleType:

@@ -18,8 +18,8 @@ PICTURE = Path(__file__).parents[1] / "docs" / "pictures" / "speed.svg"
 
 # A bar: its label, and its time relative to the panel's last bar as the name of a result and a way in it.
 Bar = tuple[str, str, str]
-# Each panel has the bars of one kernel, all from one run of `benchmarks.compare` or `benchmarks.canonical`. Or it
-# has OfflineRL-Kit's own code, each bar beside the code as shipped in the same run of `benchmarks.compat`.
+# Each panel has the bars of one kernel, all from one run of `benchmarks.compare` or `benchmarks.canonical`.
+# Or it has OfflineRL-Kit's own code, each bar beside the code as shipped in one run of `benchmarks.compat`.
 KIT = "PyTorch, in OfflineRL-Kit's way"
 PANELS: dict[str, tuple[Bar, ...]] = {
     "Rollouts": (

@@ -52,7 +52,7 @@ class OfflineEnvironment(Protocol):
 
 
 def load_dataset(
-    source: str | os.PathLike[str] | Mapping[str, Any] | OfflineEnvironment | Transitions,
+    source: "str | os.PathLike[str] | Mapping[str, Any] | OfflineEnvironment | Transitions",
     *,
     compat: "Compat | None" = None,
     memory_map: bool = False,

@@ -87,6 +87,7 @@ def load_dataset(
     """
     from mopo_fast.data import minari
     from mopo_fast.data.files import from_arrays, load_file
+    from mopo_fast.data.transitions import Transitions
 
     if memory_map and (not isinstance(source, (str, os.PathLike)) or str(source).startswith(MINARI_PREFIX)):
         given = source if isinstance(source, str) else type(source).__name__

@@ -108,6 +108,7 @@ def from_arrays(
     timeouts = reader.flags("timeouts") if "timeouts" in arrays else None
     if stored:
         rule = "next_observations"
+        episodes = _episodes(rewards, terminals, timeouts)
         keep: Array | slice = slice(None)
         successors = reader.floats("next_observations", 2)
     else:
@@ -116,6 +117,7 @@ def from_arrays(
         rule = "next row, as d4rl.qlearning_dataset" if compat == "d4rl" else "next row of the episode"
         keep = ~timeouts if compat == "d4rl" else ~(timeouts | terminals)
         keep[-1:] = False
+        episodes = _episodes(rewards, terminals, timeouts)
         # An episode ends where the next row is left out.
         timeouts = np.append(~keep[1:], True)[keep] & ~terminals[keep]
         keep = np.flatnonzero(keep)
@@ -130,7 +132,7 @@ def from_arrays(
         name=name or "",
         info={
             "rows": len(rewards),
-            "episodes": _episodes(rewards, terminals, timeouts),
+            "episodes": episodes,
             "successors": rule,
             "memory_mapped": isinstance(observations, np.memmap),
             "metadata": reader.metadata(),

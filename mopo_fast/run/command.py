@@ -5,22 +5,29 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any, get_type_hints
 
-from mopo_fast.config import TrainConfig
+from tyro.conf import FlagConversionOff
+
+from mopo_fast.config import PRESETS, TrainConfig
+from mopo_fast.presets import preset
 
 # Most columns of a line of a command.
 _WIDTH = 84
 
 
 def train_command(recorded: Mapping[str, Any]) -> str:
-    """Return the `mopo-fast train` command with every setting that differs from its default.
+    """Return the `mopo-fast train` command with every setting that differs from its default, or its preset.
 
     A long command continues on further lines, as a shell takes it.
 
     Args:
         recorded: contents of config.json. Keys that are no settings are ignored.
     """
-    lines = [shlex.join(["mopo-fast", "train", str(recorded["dataset"])])]
-    for words in _flags(recorded, TrainConfig("")):
+    words, defaults = ["mopo-fast", "train", str(recorded["dataset"])], TrainConfig("")
+    if recorded.get("preset") in PRESETS:
+        words += ["--preset", recorded["preset"]]
+        defaults = preset(recorded["preset"], "")
+    lines = [shlex.join(words)]
+    for words in _flags(recorded, defaults):
         text = shlex.join(words)
         if len(lines[-1]) + 1 + len(text) <= _WIDTH:
             lines[-1] += f" {text}"
@@ -56,13 +63,13 @@ def _flags(recorded: Mapping[str, Any], defaults: Any, path: str = "") -> Iterat
         # JSON has lists in place of tuples.
         default = list(default) if isinstance(default, tuple) else default
         value = list(value) if isinstance(value, tuple) else value
-        if name == "dataset" or value == default:
+        if name in ("dataset", "preset") or value == default:
             continue
         metadata = getattr(hints[name], "__metadata__", ())
         prefixed = all(getattr(item, "prefix_name", None) is not False for item in metadata)
         prefix = f"--{path if prefixed else ''}"
         words = name.replace("_", "-")
-        if isinstance(value, bool):
+        if isinstance(value, bool) and FlagConversionOff not in metadata:
             yield [f"{prefix}{words}" if value else f"{prefix}no-{words}"]
             continue
         yield [prefix + words, *map(str, value if isinstance(value, list) else [value])]

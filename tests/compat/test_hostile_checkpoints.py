@@ -590,10 +590,10 @@ def test_sparse_files_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         file.truncate(8 + len(header) + (1 << 20))
     monkeypatch.setattr("mopo_fast.utils.machine.available_memory", lambda: (2 << 20) - 1)
     with pytest.raises(
-        InputError, match=r"a\.safetensors would take [\d.]+ (bytes|KiB|MiB|GiB), cpu has [\d.]+ (bytes|KiB)"
+        InputError, match=r"a\.safetensors would take [\d.]+ (bytes|KiB|MiB|GiB), cpu has [\d.]+ (bytes|KiB|MiB)"
     ):
         load_tensors(tmp_path / "a.safetensors")
     with pytest.raises(
-        InputError, match=r"mu\.npy would take [\d.]+ (bytes|KiB|MiB|GiB), cpu has [\d.]+ (bytes|KiB)"
+        InputError, match=r"mu\.npy would take [\d.]+ (bytes|KiB|MiB|GiB), cpu has [\d.]+ (bytes|KiB|MiB)"
     ):
         offlinerl_kit._load_array(tmp_path / "mu.npy")

@@ -48,7 +48,7 @@ def open_hdf5(path: Path, max_objects: int = MAX_OBJECTS) -> Iterator[dict[str, 
         max_objects: most objects that the file may have.
 
     Raises:
-        InputError: the file is damaged; has links, external or virtual storage, or filters other than gzip,
+        InputError: the file is damaged; is open for writing; has links, external or virtual storage, or filters other than gzip,
             lzf, shuffle and fletcher32; or declares arrays that its bytes cannot hold.
     """
     with contextlib.ExitStack() as stack:
@@ -56,12 +56,17 @@ def open_hdf5(path: Path, max_objects: int = MAX_OBJECTS) -> Iterator[dict[str, 
             # Opening a pipe would wait for a writer.
             if not path.is_file():
                 raise ValueError("it is not a regular file")
-            with open(path, "rb") as raw:
-                if raw.read(len(_SIGNATURE)) != _SIGNATURE:
-                    raise ValueError("it does not begin with HDF5's signature")
+            if not has_signature(path):
+                raise ValueError("it does not begin with HDF5's signature")
             file = stack.enter_context(_open(path))
             found = _Walk(path, file, max_objects).found
         yield found
+
+
+def has_signature(path: Path) -> bool:
+    """Tell whether a file begins with HDF5's signature."""
+    with open(path, "rb") as raw:
+        return raw.read(len(_SIGNATURE)) == _SIGNATURE
 
 
 def _open(path: Path) -> h5py.File:

@@ -160,6 +160,7 @@ def convert(
     ] = None,
     target_format: Annotated[CheckpointFormat, arg(name="to")] = "mopo-fast",
     hints: Hints,
+    strict: Switch = False,
     overwrite: Switch = False,
     quiet: Switch = False,
 ) -> None:
@@ -175,6 +176,8 @@ def convert(
         source_format: Code that wrote the models in SRC, which are an ensemble, a policy or both.
         target_format: Code to write the models for. It is used with --from alone.
         hints: Properties of models that another code's files may lack. They are used with --from alone.
+        strict: Refuse a conversion that loses or changes anything. By default, a model that the other code
+            cannot have is left out, and standard error tells all that is lost. It is used with --from alone.
         overwrite: Replace DST if it exists.
         quiet: Show no progress bar.
 
@@ -187,13 +190,16 @@ def convert(
             raise InputError(f"{source} does not exist")
         from mopo_fast.compat import convert_checkpoint
 
-        found = convert_checkpoint(source, target, source_format, target_format, hints, overwrite=overwrite)
+        found = convert_checkpoint(
+            source, target, source_format, target_format, hints, strict=strict, overwrite=overwrite
+        )
         models = {"dynamics": found.dynamics, "policy": found.policy}
         print(f"{target}: {' and '.join(name for name, model in models.items() if model is not None)}")
         return
-    if hints != Hints() or target_format != "mopo-fast":
+    if hints != Hints() or target_format != "mopo-fast" or strict:
         raise InputError(
-            "--to, --activation, --elites and --absolute convert models; name the code of SRC with --from"
+            "--to, --activation, --elites, --absolute and --strict convert models; name the code of SRC with"
+            " --from"
         )
     from mopo_fast.data import find_dataset
     from mopo_fast.data.local import MINARI_PREFIX, check_file

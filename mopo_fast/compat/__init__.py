@@ -37,14 +37,7 @@ class Checkpoint:
 
 
 class Format(Protocol):
-    """Reader and writer of one code base's checkpoints; each module of this package is one.
-
-    Attributes:
-        WRITES_POLICIES: True if `write` can store a policy. False where the code base has no file that holds
-            a policy without its critics and optimizers.
-    """
-
-    WRITES_POLICIES: bool
+    """Reader and writer of one code base's checkpoints; each module of this package is one."""
 
     def read(self, source: Path, hints: Hints = ...) -> Checkpoint:
         """Read the models in a checkpoint of the code base.
@@ -58,8 +51,24 @@ class Format(Protocol):
                 `EnsembleDynamics` or `Actor` cannot represent. The message names it.
         """
 
+    def check_dynamics(self, ensemble: EnsembleDynamics) -> list[str]:
+        """Return a sentence about each property of the dynamics that the code base's files lose or change.
+
+        Raises:
+            InputError: the files cannot store these dynamics; the message says why.
+        """
+
+    def check_policy(self, policy: Actor) -> list[str]:
+        """Return a sentence about each property of the policy that the code base's files lose or change.
+
+        Raises:
+            InputError: the files cannot store this policy; the message says why.
+        """
+
     def write(self, checkpoint: Checkpoint, target: Path) -> None:
         """Write the models as a checkpoint that the code base can load; each file is written atomically.
+
+        Properties that the files lose or change are logged as warnings.
 
         Args:
             checkpoint: models to write.
@@ -89,11 +98,13 @@ def convert_checkpoint(
     target_format: CheckpointFormat,
     hints: Hints | None = None,
     *,
+    strict: bool = False,
     overwrite: bool = False,
 ) -> Checkpoint:
     """Convert a checkpoint of one code base into a checkpoint of another.
 
-    A policy is left out, with a warning in the log, if the target format has no file for a policy alone.
+    A model that the target format cannot store is left out. Each loss is logged as a warning: a model that is
+    left out, and a property of a model that the target's files lose or change.
 
     Args:
         source: file or folder of the checkpoint to read.
@@ -101,13 +112,15 @@ def convert_checkpoint(
         source_format: format of `source`, one of `config.CHECKPOINT_FORMATS`.
         target_format: format of `target`, one of `config.CHECKPOINT_FORMATS`.
         hints: properties of the model that `source` does not store, such as the activation.
+        strict: raise an error instead of a warning if anything would be lost or changed.
         overwrite: replace `target` if it exists.
 
     Returns:
         The models that were written.
 
     Raises:
-        InputError: see `Format.read` and `Format.write`; or `target` exists and `overwrite` is False.
+        InputError: see `Format.read` and `Format.write`; `target` exists and `overwrite` is False; or the
+            target format cannot store any of the models or, with `strict`, all of them unchanged.
     """
     source, target = Path(source), Path(target)
     if not source.exists():
@@ -118,10 +131,35 @@ def convert_checkpoint(
     checkpoint = reader.read(source, hints or Hints())
     if checkpoint.dynamics is None and checkpoint.policy is None:
         raise InputError(f"{source} holds no {source_format} dynamics and no {source_format} policy")
-    if checkpoint.policy is not None and not writer.WRITES_POLICIES:
-        if checkpoint.dynamics is None:
-            raise InputError(f"{source} holds a policy alone, and {target_format} has no files for policies")
-        logger.warning("the policy is left out: %s has no files for policies", target_format)
-        checkpoint = Checkpoint(checkpoint.dynamics)
-    writer.write(checkpoint, target)
-    return checkpoint
+    kept, left_out, changes = _storable(checkpoint, writer)
+    if kept.dynamics is None and kept.policy is None:
+        raise InputError(f"nothing in {source} can be stored as {target_format}: {'; '.join(left_out)}")
+    if strict and (left_out or changes):
+        raise InputError(
+            f"{source} cannot be stored as {target_format} without a loss: {'; '.join(left_out + changes)};"
+            " leave --strict out to convert the rest"
+        )
+    for sentence in left_out:
+        logger.warning("%s", sentence)
+    writer.write(kept, target)
+    return kept
+
+
+def _storable(checkpoint: Checkpoint, writer: Format) -> tuple[Checkpoint, list[str], list[str]]:
+    """Return the models that a format can store, why others are left out, and the changes of those kept."""
+    dynamics, policy = checkpoint.dynamics, checkpoint.policy
+    left_out: list[str] = []
+    changes: list[str] = []
+    if dynamics is not None:
+        try:
+            changes += writer.check_dynamics(dynamics)
+        except InputError as error:
+            left_out.append(f"the dynamics are left out: {error}")
+            dynamics = None
+    if policy is not None:
+        try:
+            changes += writer.check_policy(policy)
+        except InputError as error:
+            left_out.append(f"the policy is left out: {error}")
+            policy = None
+    return Checkpoint(dynamics, policy), left_out, changes

@@ -23,8 +23,10 @@ from mopo_fast.compat.models import (
     actor_of,
     check_first_layer,
     check_kind,
+    check_method,
     check_model,
     ensemble_of,
+    warn_of_changes,
 )
 from mopo_fast.compat.torch_files import as_state, load, save, take
 from mopo_fast.config import Hints
@@ -63,6 +65,7 @@ def accelerate(
     impl = getattr(dynamics, "_impl", None)
     if impl is None or not hasattr(impl, "_dynamics"):
         raise InputError("the dynamics have no model yet: fit or build them first (build_with_dataset)")
+    check_method(impl, "_predict", "d3rlpy", "leave accelerate out")
     options: dict[str, Any] = {"backend": backend, "dtype": dtype, "threads": threads}
     ensemble_over(impl._dynamics)
 
@@ -108,6 +111,7 @@ def ensemble_over(model: Any) -> EnsembleDynamics:
         InputError: an encoder is for pixels or discrete actions, has batch normalisation, dropout or dense
             connections, or has an activation that the kernels do not have.
     """
+    check_method(model, "forward", "d3rlpy", "leave accelerate out")
     members = list(model._models)
     for member in members:
         encoder = member._encoder
@@ -151,9 +155,6 @@ def _ensemble(
 
 
 # --- files
-
-
-WRITES_POLICIES = False
 
 
 def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
@@ -307,6 +308,36 @@ def _unscale(path: Path, ensemble: EnsembleDynamics, parameters: _Parameters) ->
         shifted += factor.log()
 
 
+def check_dynamics(ensemble: EnsembleDynamics) -> list[str]:
+    """Return a sentence about each property of the dynamics that the file loses.
+
+    Raises:
+        InputError: d3rlpy's models lack a property of these dynamics.
+    """
+    check_kind(ensemble, "d3rlpy's models", log_scale="std", member_bounds=True)
+    changes = []
+    if ensemble.activation != "relu":
+        changes.append(
+            "d3rlpy's file does not store the activation of the dynamics; build them with the activation"
+            f" {ensemble.activation} to load it, not with d3rlpy's default ReLU"
+        )
+    if ensemble.elites.tolist() != list(range(ensemble.members)):
+        changes.append(
+            "d3rlpy has no elites: it draws from all"
+            f" {ensemble.members} members, not from {len(ensemble.elites)} of them"
+        )
+    return changes
+
+
+def check_policy(policy: Actor) -> list[str]:
+    """Refuse every policy.
+
+    Raises:
+        InputError: always.
+    """
+    raise InputError("d3rlpy has no file for a policy without its critics and optimizers")
+
+
 def write(checkpoint: Checkpoint, target: Path) -> None:
     """Write a file for `load_model` of a ProbabilisticEnsembleDynamics with as many members and layers.
 
@@ -319,11 +350,9 @@ def write(checkpoint: Checkpoint, target: Path) -> None:
             together with its critics and optimizers.
     """
     ensemble = checkpoint.dynamics
-    if checkpoint.policy is not None or ensemble is None:
-        raise InputError(
-            "d3rlpy's files hold dynamics alone, or a policy with all that trains it; leave the policy out"
-        )
-    check_kind(ensemble, "d3rlpy's models", log_scale="std", member_bounds=True)
+    if ensemble is None:
+        raise InputError("d3rlpy's file holds dynamics, and there are none")
+    warn_of_changes(checkpoint, check_dynamics, check_policy)
     scaled = bool((ensemble.input_mean != 0).any() or (ensemble.input_std != 1).any())
     state: dict[str, torch.Tensor] = {}
     weights, biases = (

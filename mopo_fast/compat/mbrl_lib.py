@@ -19,11 +19,19 @@ import torch
 
 from mopo_fast.backends import StepResult
 from mopo_fast.compat import Checkpoint
-from mopo_fast.compat.models import activation_of, check_kind, check_model, ensemble_of
+from mopo_fast.compat.models import (
+    activation_of,
+    check_kind,
+    check_method,
+    check_model,
+    ensemble_of,
+    warn_of_changes,
+)
 from mopo_fast.compat.torch_files import as_state, load, save, take
 from mopo_fast.config import Hints, Penalty
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
+from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine
 from mopo_fast.utils import pickles
 from mopo_fast.utils.atomic import atomic_path
@@ -275,6 +283,9 @@ def _check(model: Any) -> None:
     inner: Any = getattr(model, "model", None)
     if not hasattr(inner, "mean_and_logvar") or not hasattr(inner, "hidden_layers"):
         raise InputError("the model must be a OneDTransitionRewardModel around a GaussianMLP")
+    for owner, methods in ((model, ("forward", "sample")), (inner, ("forward", "sample_1d"))):
+        for method in methods:
+            check_method(owner, method, "mbrl", "use mbrl-lib's ModelEnv for this model")
     if inner.deterministic:
         raise InputError("the GaussianMLP is deterministic: it has no variances to draw from or to penalise")
 
@@ -353,9 +364,6 @@ def _select_members(ensemble: EnsembleDynamics, members: list[int]) -> EnsembleD
 # --- files
 
 
-WRITES_POLICIES = False
-
-
 def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
     """Read the dynamics in a folder: model.pth and, for the input scale, env_stats.pickle if it exists.
 
@@ -413,6 +421,36 @@ def _read_scale(path: Path) -> list[torch.Tensor]:
         return [torch.from_numpy(array.astype(np.float32)) for array in arrays]
 
 
+def check_dynamics(ensemble: EnsembleDynamics) -> list[str]:
+    """Return a sentence about absolute dimensions and one about an activation other than SiLU, if any.
+
+    Raises:
+        InputError: mbrl-lib's models lack a property of these dynamics.
+    """
+    check_kind(ensemble, "mbrl-lib's models", log_scale="variance", absolute=True)
+    changes = []
+    if ensemble.activation != "silu":
+        changes.append(
+            "model.pth does not store the activation of the dynamics; build the GaussianMLP with"
+            f" {ensemble.activation} to load it, not with the SiLU of mbrl-lib's configurations"
+        )
+    if absolute := ensemble.absolute.nonzero()[:, 0].tolist():
+        changes.append(
+            "model.pth does not store which dimensions are predicted themselves; build the"
+            f" OneDTransitionRewardModel with no_delta_list={absolute}"
+        )
+    return changes
+
+
+def check_policy(policy: Actor) -> list[str]:
+    """Refuse every policy.
+
+    Raises:
+        InputError: always.
+    """
+    raise InputError("mbrl-lib has no file for a policy alone")
+
+
 def write(checkpoint: Checkpoint, target: Path) -> None:
     """Write model.pth and env_stats.pickle for `OneDTransitionRewardModel.load` of a model of the same shape.
 
@@ -423,9 +461,9 @@ def write(checkpoint: Checkpoint, target: Path) -> None:
             dynamics.
     """
     ensemble = checkpoint.dynamics
-    if checkpoint.policy is not None or ensemble is None:
-        raise InputError("mbrl-lib's files hold dynamics alone")
-    check_kind(ensemble, "mbrl-lib's models", log_scale="variance", absolute=True)
+    if ensemble is None:
+        raise InputError("mbrl-lib's files hold dynamics, and there are none")
+    warn_of_changes(checkpoint, check_dynamics, check_policy)
     names = [*(f"hidden_layers.{i}.0" for i in range(len(ensemble.hidden))), "mean_and_logvar"]
     state = {f"{name}_logvar": getattr(ensemble, f"{name}_logvar").detach()[None] for name in ("min", "max")}
     for name, weight, bias in zip(names, ensemble.weights, ensemble.biases, strict=True):

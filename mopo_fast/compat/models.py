@@ -1,16 +1,22 @@
 """Ensembles and actors built on the tensors of other code, without copies, and checks they share."""
 
+import logging
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
+from mopo_fast.compat import Checkpoint
 from mopo_fast.config import Activation, LogScale
 from mopo_fast.ensemble import EnsembleDynamics, elites_of
 from mopo_fast.errors import InputError
 from mopo_fast.policy import Actor
 from mopo_fast.utils.tensors import check_layers
+
+logger = logging.getLogger("mopo_fast")
 
 # Lower-case class and function names of torch and other libraries.
 _ACTIVATIONS: dict[str, Activation] = {
@@ -34,6 +40,84 @@ def activation_of(module: object) -> Activation:
     if given.lower() not in _ACTIVATIONS:
         raise InputError(f"the networks' activation is {given}; the kernels have SiLU (swish), ReLU and tanh")
     return _ACTIVATIONS[given.lower()]
+
+
+def check_method(
+    thing: object, method: str, package: str, advice: str, classes: Collection[str] | None = None
+) -> None:
+    """Raise `InputError` if a method that the kernels replace is not the code base's own.
+
+    A subclass, or an assignment to the object, may have replaced the method. An object without the method
+    passes.
+
+    Args:
+        thing: object of another code base.
+        method: name of the method.
+        package: name of the code base's package.
+        advice: instruction at the end of the error.
+        classes: names of the package's classes whose method is known; None for all classes of the package.
+    """
+    assigned = vars(thing).get(method) if hasattr(thing, "__dict__") else None
+    if assigned is not None:
+        known = str(getattr(assigned, "__module__", "")).startswith("mopo_fast.")
+    else:
+        owner = next((kind for kind in type(thing).__mro__ if method in vars(kind)), None)
+        root = "" if owner is None else owner.__module__.partition(".")[0]
+        known = owner is None or root == "torch"
+        if owner is not None and root == package:
+            known = classes is None or owner.__name__ in classes
+    if not known:
+        raise InputError(
+            f"{type(thing).__name__} has a method {method} of its own, which the kernels would replace;"
+            f" {advice}"
+        )
+
+
+def clipped_log_stds(policy: Actor, low: float, high: float, owner: str, advice: str = "") -> list[str]:
+    """Describe the change of a policy whose log-stds another code base clips to other bounds.
+
+    Args:
+        policy: policy to be written in the code base's format.
+        low: lower bound of the log-stds there.
+        high: upper bound of the log-stds there.
+        owner: name of the code base.
+        advice: how to keep the policy's own bounds there, after a semicolon.
+
+    Returns:
+        One sentence, or nothing if the bounds are equal.
+    """
+    if (policy.log_std_min, policy.log_std_max) == (low, high):
+        return []
+    return [
+        f"{owner} clips the policy's log standard deviations to [{low:g}, {high:g}], not to"
+        f" [{policy.log_std_min:g}, {policy.log_std_max:g}]: standard deviations of sampled actions (before"
+        f" tanh) are between {math.exp(low):.2g} and {math.exp(high):.2g}, deterministic actions stay the"
+        f" same{advice}"
+    ]
+
+
+def warn_of_changes(
+    checkpoint: Checkpoint,
+    check_dynamics: Callable[[EnsembleDynamics], list[str]],
+    check_policy: Callable[[Actor], list[str]],
+) -> None:
+    """Log as warnings all that a format cannot store of the models; call it before the first file is written.
+
+    Args:
+        checkpoint: models to be written.
+        check_dynamics: `Format.check_dynamics`.
+        check_policy: `Format.check_policy`.
+
+    Raises:
+        InputError: the format cannot store one of the models.
+    """
+    pairs: list[tuple[Callable[[Any], list[str]], Any]] = [
+        (check_dynamics, checkpoint.dynamics),
+        (check_policy, checkpoint.policy),
+    ]
+    changes = [change for check, model in pairs if model is not None for change in check(model)]
+    for change in changes:
+        logger.warning("%s", change)
 
 
 def check_kind(

@@ -24,7 +24,13 @@ import numpy.typing as npt
 import torch
 
 from mopo_fast.compat import Checkpoint, matlab_files
-from mopo_fast.compat.models import activation_of, check_kind
+from mopo_fast.compat.models import (
+    activation_of,
+    check_kind,
+    check_method,
+    clipped_log_stds,
+    warn_of_changes,
+)
 from mopo_fast.config import Activation, DynamicsConfig, Hints, Penalty
 from mopo_fast.ensemble import EnsembleDynamics, elites_of
 from mopo_fast.errors import InputError
@@ -187,7 +193,15 @@ class FakeEnv:
         }
         return first(next_obs), first(rewards), first(terminals), StepInfo(info, predict)
 
-    def rollout(self, policy: Any, obs: Array, rollout_length: int) -> dict[str, Array]:
+    def rollout(
+        self,
+        policy: Any,
+        obs: Array,
+        rollout_length: int,
+        *,
+        rollout_random: bool = False,
+        deterministic: bool = False,
+    ) -> dict[str, Array]:
         """Make all steps of the authors' `_rollout_model` in one call, with the policy inside the kernel.
 
         Termination rules of mopo/static run inside the kernel. Any other `config.termination_fn` is called
@@ -197,6 +211,8 @@ class FakeEnv:
             policy: the authors' Gaussian policy, read through `get_weights`, or an `Actor`.
             obs: start states [batch, obs_dim], finite.
             rollout_length: maximal number of steps of each rollout, at least 1.
+            rollout_random: must be False; the authors' loop takes uniform actions if it is True.
+            deterministic: must be False; the authors' loop takes the model's means if it is True.
 
         Returns:
             The samples that `_rollout_model` would add to the model pool: "observations", "actions",
@@ -204,8 +220,12 @@ class FakeEnv:
             step. A rollout ends at its first non-finite prediction, which is not returned.
 
         Raises:
-            InputError: see `RolloutEngine.rollout`; or `Actor` cannot represent the policy.
+            InputError: see `RolloutEngine.rollout`; `Actor` cannot represent the policy, or a subclass has an
+                `actions_np` of its own; or `rollout_random` or `deterministic` is True.
         """
+        for name, given in (("rollout_random", rollout_random), ("deterministic", deterministic)):
+            if given:
+                raise InputError(f"the fused rollout has no {name}; keep the authors' loop over FakeEnv.step")
         actor = policy if isinstance(policy, Actor) else _actor(policy.get_weights(), policy)
         engine = self._engine(self._termination())
         start = torch.tensor(obs, dtype=engine.dtype, device=engine.device)
@@ -396,6 +416,11 @@ def _actor(weights: Sequence[Any], policy: Any = None, what: str = "the policy")
     activation: Activation = getattr(policy, "_activation", "relu")
     if not getattr(policy, "_squash", True):
         raise InputError(f"{what} is not squashed by tanh, as the kernels need it")
+    if getattr(policy, "_deterministic", False):
+        raise InputError(f"{what} is set to be deterministic; the kernels sample its actions")
+    if (output := getattr(policy, "_output_activation", "linear")) != "linear":
+        raise InputError(f"{what} has the output activation {output}; the kernels have none")
+    check_method(policy, "actions_np", "softlearning", "keep the authors' loop over FakeEnv.step")
     try:
         arrays = [_floats(array) for array in weights]
         kernels, biases = arrays[0::2], arrays[1::2]
@@ -443,9 +468,6 @@ def _only(folder: Path, pattern: str) -> Path | None:
         names = ", ".join(path.name for path in found)
         raise InputError(f"{folder} holds several models: {names}; name one of them")
     return found[0] if found else None
-
-
-WRITES_POLICIES = True
 
 
 def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
@@ -524,20 +546,40 @@ def write(checkpoint: Checkpoint, target: Path) -> None:
         InputError: the authors' code cannot represent one of the models, SciPy is missing, or the folder
             cannot be written.
     """
-    # Refuse both models before the first file is written.
     if checkpoint.dynamics is not None:
-        _check_dynamics(checkpoint.dynamics)
-    if checkpoint.policy is not None:
-        _check_policy(checkpoint.policy)
+        _scipy_io()
+    warn_of_changes(checkpoint, check_dynamics, check_policy)
     if checkpoint.dynamics is not None:
         _write_dynamics(checkpoint.dynamics, target)
     if checkpoint.policy is not None:
         _write_policy(checkpoint.policy, target / "checkpoint.pkl")
 
 
-def _check_dynamics(model: EnsembleDynamics) -> None:
-    _scipy_io()
-    check_kind(model, "the authors' models", log_scale="variance")
+def check_dynamics(ensemble: EnsembleDynamics) -> list[str]:
+    """Return a sentence about the elites if they are not all members.
+
+    Raises:
+        InputError: the authors' models lack a property of these dynamics.
+    """
+    check_kind(ensemble, "the authors' models", log_scale="variance")
+    elites = ensemble.elites.tolist()
+    if sorted(elites) == list(range(ensemble.members)):
+        return []
+    return [
+        "the authors' files do not store the elites: the BNN chooses its own at its next training; to read"
+        f" the files here, give --elites {' '.join(map(str, elites))}"
+    ]
+
+
+def check_policy(policy: Actor) -> list[str]:
+    """Return a sentence about the bounds of the log-stds if they are not [-20, 2].
+
+    Raises:
+        InputError: the policy's activation is not ReLU.
+    """
+    if policy.activation != "relu":
+        raise InputError(f"the authors' policies have ReLU, this one has {policy.activation}")
+    return clipped_log_stds(policy, -20.0, 2.0, "the authors' code")
 
 
 def _write_dynamics(model: EnsembleDynamics, folder: Path) -> None:
@@ -566,14 +608,6 @@ def _write_dynamics(model: EnsembleDynamics, folder: Path) -> None:
     for file_name, text in (("BNN_0.nns", lines[:-1]), ("BNN_0_var.nns", lines[-1:])):
         with atomic_path(folder / file_name) as temporary:
             temporary.write_text("".join(text))
-
-
-def _check_policy(policy: Actor) -> None:
-    if (policy.activation, policy.log_std_min, policy.log_std_max) != ("relu", -20.0, 2.0):
-        raise InputError(
-            f"the authors' policies have ReLU and log stds in [-20, 2]; this one has {policy.activation} and"
-            f" [{policy.log_std_min:g}, {policy.log_std_max:g}]"
-        )
 
 
 def _write_policy(policy: Actor, path: Path) -> None:

@@ -26,7 +26,16 @@ import numpy.typing as npt
 import torch
 
 from mopo_fast.compat import Checkpoint
-from mopo_fast.compat.models import activation_of, actor_of, check_kind, check_model, ensemble_of
+from mopo_fast.compat.models import (
+    activation_of,
+    actor_of,
+    check_kind,
+    check_method,
+    check_model,
+    clipped_log_stds,
+    ensemble_of,
+    warn_of_changes,
+)
 from mopo_fast.compat.torch_files import load_state, save, take
 from mopo_fast.config import DynamicsConfig, Hints, Penalty
 from mopo_fast.data.transitions import Transitions
@@ -51,6 +60,13 @@ PENALTIES: dict[str, Penalty] = {
     "pairwise-diff": "max_deviation",
     "ensemble_std": "ensemble_std",
 }
+
+# Default bounds of the log-stds in OfflineRL-Kit's TanhDiagGaussian.
+_LOG_STD_BOUNDS = (-5.0, 2.0)
+# Policies whose `rollout` and `select_action` are known. Each rolls its actor out, but for COMBO's uniform
+# actions, which `_rollout` leaves to the original.
+_ADVICE = "leave fuse_rollout out, the model's steps run on the kernels without it"
+_POLICIES = ("MOPOPolicy", "COMBOPolicy", "RAMBOPolicy", "MOBILEPolicy", "SACPolicy")
 
 
 def termination_box(function: Any, obs_dim: int) -> Box | None:
@@ -118,6 +134,7 @@ class EnsembleDynamics:
             )
         if not getattr(model, "_with_reward", True):
             raise InputError("the model predicts no reward; build it with with_reward=True")
+        check_method(model, "forward", "offlinerlkit", "use OfflineRL-Kit's EnsembleDynamics for this model")
         self.model, self.optim, self.scaler = model, optim, scaler
         self.terminal_fn = terminal_fn
         self._penalty_coef, self._uncertainty_mode = penalty_coef, uncertainty_mode
@@ -334,19 +351,25 @@ class EnsembleDynamics:
 def fuse_rollout(policy: Any) -> Any:
     """Replace a policy's `rollout` by one that makes all steps in one kernel call.
 
+    A COMBOPolicy with uniform_rollout=True keeps its own `rollout`, which draws uniform actions. Its model
+    steps run on the kernels through `EnsembleDynamics.step`.
+
     Args:
-        policy: MOPOPolicy whose dynamics are this module's `EnsembleDynamics` and whose actor is built as in
-            OfflineRL-Kit's `run_mopo.py`: an ActorProb of an MLP and a TanhDiagGaussian with
-            unbounded=True, conditioned_sigma=True and max_mu=1.
+        policy: MOPOPolicy, COMBOPolicy, RAMBOPolicy or MOBILEPolicy whose dynamics are this module's
+            `EnsembleDynamics` and whose actor is built as in OfflineRL-Kit's `run_mopo.py`: an ActorProb of
+            an MLP and a TanhDiagGaussian with unbounded=True, conditioned_sigma=True and max_mu=1.
 
     Returns:
         `policy` itself.
 
     Raises:
-        InputError: the dynamics or the actor are of another kind.
+        InputError: the dynamics or the actor are of another kind; or a subclass has a `rollout`,
+            `select_action` or `actforward` of its own.
     """
     if not isinstance(policy.dynamics, EnsembleDynamics):
         raise InputError("the policy's dynamics must be mopo_fast.compat.offlinerl_kit.EnsembleDynamics")
+    for method in ("rollout", "select_action", "actforward"):
+        check_method(policy, method, "offlinerlkit", _ADVICE, _POLICIES)
     _actor(policy.actor)
     # A bound method, so that copy.deepcopy of the policy rolls the copy out.
     policy.rollout = types.MethodType(_rollout, policy)
@@ -354,9 +377,11 @@ def fuse_rollout(policy: Any) -> Any:
 
 
 def _rollout(policy: Any, init_obss: Array, rollout_length: int) -> tuple[dict[str, Array], dict[str, Any]]:
-    result: tuple[dict[str, Array], dict[str, Any]] = policy.dynamics.rollout(
-        _actor(policy.actor), init_obss, rollout_length
-    )
+    result: tuple[dict[str, Array], dict[str, Any]]
+    if getattr(policy, "_uniform_rollout", False):
+        result = type(policy).rollout(policy, init_obss, rollout_length)
+    else:
+        result = policy.dynamics.rollout(_actor(policy.actor), init_obss, rollout_length)
     return result
 
 
@@ -367,6 +392,8 @@ def _layers(model: Any) -> list[Any]:
 def _actor(actor: Any) -> Actor:
     """Return an ActorProb as this package's actor."""
     head, modules = actor.dist_net, list(actor.backbone.model)
+    for module in (actor, actor.backbone, head):
+        check_method(module, "forward", "offlinerlkit", _ADVICE)
     if type(head).__name__ != "TanhDiagGaussian" or not (head._unbounded and head._c_sigma) or head._max != 1:
         raise InputError(
             "the rollout can be fused for a TanhDiagGaussian with unbounded=True, conditioned_sigma=True and"
@@ -457,9 +484,6 @@ def _save_files(folder: Path, state: dict[str, torch.Tensor], mu: Any, std: Any)
             temporary.write_bytes(content.getbuffer())
 
 
-WRITES_POLICIES = True
-
-
 def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
     """Read the dynamics and the policy in a folder; either may be missing.
 
@@ -520,8 +544,8 @@ def _read_policy(path: Path) -> Actor:
         [take(path, state, f"{name}.weight", 2).T.contiguous() for name in names] + [weight.T.contiguous()],
         [take(path, state, f"{name}.bias", 1) for name in names] + [bias],
         activation="relu",
-        log_std_min=-5.0,
-        log_std_max=2.0,
+        log_std_min=_LOG_STD_BOUNDS[0],
+        log_std_max=_LOG_STD_BOUNDS[1],
     )
 
 
@@ -534,18 +558,44 @@ def write(checkpoint: Checkpoint, target: Path) -> None:
     Raises:
         InputError: OfflineRL-Kit cannot represent one of the models.
     """
-    # Refuse both models before the first file is written.
-    policy = None if checkpoint.policy is None else _policy_state(checkpoint.policy)
+    warn_of_changes(checkpoint, check_dynamics, check_policy)
     ensemble = checkpoint.dynamics
     if ensemble is not None:
         scale = (values.numpy()[None] for values in (ensemble.input_mean, ensemble.input_std))
         _save_files(target, _dynamics_state(ensemble), *scale)
-    if policy is not None:
-        save(target / "policy.pth", policy)
+    if checkpoint.policy is not None:
+        save(target / "policy.pth", _policy_state(checkpoint.policy))
+
+
+def check_dynamics(ensemble: Ensemble) -> list[str]:
+    """Return a sentence about the activation if it is not SiLU, which dynamics.pth does not store.
+
+    Raises:
+        InputError: OfflineRL-Kit's models lack a property of these dynamics.
+    """
+    check_kind(ensemble, "OfflineRL-Kit's models", log_scale="variance")
+    if ensemble.activation == "silu":
+        return []
+    return [
+        "dynamics.pth does not store the activation of the dynamics; build EnsembleDynamicsModel with the"
+        f" activation {ensemble.activation} to load it"
+    ]
+
+
+def check_policy(policy: Actor) -> list[str]:
+    """Return a sentence about the bounds of the log-stds if they are not [-5, 2].
+
+    Raises:
+        InputError: the policy's activation is not ReLU.
+    """
+    if policy.activation != "relu":
+        raise InputError(f"OfflineRL-Kit's actor has ReLU, this policy has {policy.activation}")
+    low, high = policy.log_std_min, policy.log_std_max
+    advice = f"; to keep the bounds, build TanhDiagGaussian with sigma_min={low:g} and sigma_max={high:g}"
+    return clipped_log_stds(policy, *_LOG_STD_BOUNDS, "OfflineRL-Kit", advice)
 
 
 def _dynamics_state(ensemble: Ensemble) -> dict[str, torch.Tensor]:
-    check_kind(ensemble, "OfflineRL-Kit's models", log_scale="variance")
     names = [*(f"backbones.{i}" for i in range(len(ensemble.hidden))), "output_layer"]
     state: dict[str, torch.Tensor] = {
         "max_logvar": ensemble.max_logvar.detach(),
@@ -560,11 +610,6 @@ def _dynamics_state(ensemble: Ensemble) -> dict[str, torch.Tensor]:
 
 
 def _policy_state(policy: Actor) -> dict[str, torch.Tensor]:
-    if (policy.activation, policy.log_std_min, policy.log_std_max) != ("relu", -5.0, 2.0):
-        raise InputError(
-            "OfflineRL-Kit's actor has ReLU and log stds clipped to [-5, 2]; this policy has"
-            f" {policy.activation} and [{policy.log_std_min:g}, {policy.log_std_max:g}]"
-        )
     state = {}
     for i, (weight, bias) in enumerate(zip(policy.weights[:-1], policy.biases[:-1], strict=True)):
         state[f"actor.backbone.model.{2 * i}.weight"] = weight.detach().T.contiguous()

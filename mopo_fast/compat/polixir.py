@@ -20,7 +20,14 @@ import torch
 from torch import nn
 
 from mopo_fast.compat import Checkpoint
-from mopo_fast.compat.models import activation_of, check_kind, check_model
+from mopo_fast.compat.models import (
+    activation_of,
+    check_kind,
+    check_method,
+    check_model,
+    clipped_log_stds,
+    warn_of_changes,
+)
 from mopo_fast.compat.torch_files import load
 from mopo_fast.config import Hints
 from mopo_fast.ensemble import EnsembleDynamics, elites_of
@@ -34,6 +41,11 @@ from mopo_fast.utils.tensors import check_layers
 # Added to the standard deviation that observations are divided by.
 _EPSILON = 1e-8
 _LOG_STD_MIN, _LOG_STD_MAX = -5.0, 2.0
+# Activations of Polixir's policies.
+_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": functools.partial(nn.ReLU, inplace=True),
+    "tanh": nn.Tanh,
+}
 
 
 class FastTransition:
@@ -56,6 +68,7 @@ class FastTransition:
     def __init__(
         self, transition: Any, *, backend: str = "auto", dtype: str = "float32", threads: int | None = None
     ) -> None:
+        check_method(transition, "forward", "offlinerl", "use the transition without FastTransition")
         self.transition = transition
         self._options: dict[str, Any] = {"backend": backend, "dtype": dtype, "threads": threads}
         self._engine = self._make_engine()
@@ -196,9 +209,6 @@ def _as_namespace(module: Any, made: dict[int, Any]) -> Any:
     return made[id(module)]
 
 
-WRITES_POLICIES = True
-
-
 def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
     """Read an `EnsembleTransition` or a `TanhGaussianPolicy` saved by `torch.save`.
 
@@ -289,6 +299,43 @@ def _module(kind: type[nn.Module], **attributes: Any) -> nn.Module:
     return made
 
 
+def check_dynamics(ensemble: EnsembleDynamics) -> list[str]:
+    """Return no sentence: the files store all properties of the dynamics that they can hold.
+
+    Raises:
+        InputError: Polixir's models lack a property of these dynamics.
+    """
+    obs_dim = ensemble.obs_dim
+    check_kind(ensemble, "Polixir's models", log_scale="std", absolute=True)
+    if ensemble.activation != "silu":
+        raise InputError(f"Polixir's models have hidden layers with SiLU, this one has {ensemble.activation}")
+    if bool((ensemble.input_mean[obs_dim:] != 0).any() or (ensemble.input_std[obs_dim:] != 1).any()):
+        raise InputError("Polixir's models do not scale actions; this one does")
+    if bool(ensemble.absolute.any()) and (_is_scaled(ensemble) or not bool(ensemble.absolute.all())):
+        raise InputError(
+            "Polixir's models predict changes of all dimensions, or next values of all without scaling them;"
+            " this one does not"
+        )
+    return []
+
+
+def _is_scaled(model: EnsembleDynamics) -> bool:
+    return bool((model.input_mean != 0).any() or (model.input_std != 1).any())
+
+
+def check_policy(policy: Actor) -> list[str]:
+    """Return a sentence about the bounds of the log-stds if they are not [-5, 2].
+
+    Raises:
+        InputError: the policy's activation is neither ReLU nor tanh.
+    """
+    if policy.activation not in _ACTIVATIONS:
+        raise InputError(f"Polixir's policies have ReLU or tanh, this one has {policy.activation}")
+    advice = f"; to keep the bounds, set LOG_SIG_MIN = {policy.log_std_min:g} and LOG_SIG_MAX ="
+    advice += f" {policy.log_std_max:g} in its TanhGaussianPolicy"
+    return clipped_log_stds(policy, _LOG_STD_MIN, _LOG_STD_MAX, "Polixir's OfflineRL", advice)
+
+
 def write(checkpoint: Checkpoint, target: Path) -> None:
     """Write a folder with dynamics.pt for `dynamics_path` and policy.pt for `BaseAlgo.load_model`.
 
@@ -298,7 +345,7 @@ def write(checkpoint: Checkpoint, target: Path) -> None:
     Raises:
         InputError: Polixir's code cannot represent one of the models, or the folder cannot be written.
     """
-    # Make both modules, which may be refused, before the first file is written.
+    warn_of_changes(checkpoint, check_dynamics, check_policy)
     modules: dict[str, nn.Module] = {}
     if checkpoint.dynamics is not None:
         modules["dynamics.pt"] = _transition(checkpoint.dynamics)
@@ -310,18 +357,7 @@ def write(checkpoint: Checkpoint, target: Path) -> None:
 
 
 def _transition(model: EnsembleDynamics) -> nn.Module:
-    absolute, obs_dim = bool(model.absolute.any()), model.obs_dim
-    scaled = bool((model.input_mean != 0).any() or (model.input_std != 1).any())
-    check_kind(model, "Polixir's models", log_scale="std", absolute=True)
-    if model.activation != "silu":
-        raise InputError(f"Polixir's models have hidden layers with SiLU, this one has {model.activation}")
-    if bool((model.input_mean[obs_dim:] != 0).any() or (model.input_std[obs_dim:] != 1).any()):
-        raise InputError("Polixir's models do not scale actions; this one does")
-    if absolute and (scaled or not bool(model.absolute.all())):
-        raise InputError(
-            "Polixir's models predict changes of all dimensions, or next values of all without scaling them;"
-            " this one does not"
-        )
+    absolute, scaled, obs_dim = bool(model.absolute.any()), _is_scaled(model), model.obs_dim
     elites = model.elites.tolist()
 
     def linear(weight: torch.Tensor, bias: torch.Tensor) -> nn.Module:
@@ -354,19 +390,6 @@ def _transition(model: EnsembleDynamics) -> nn.Module:
 
 
 def _policy(actor: Actor) -> nn.Module:
-    makers: dict[str, Callable[[], nn.Module]] = {
-        "relu": functools.partial(nn.ReLU, inplace=True),
-        "tanh": nn.Tanh,
-    }
-    if actor.activation not in makers or (actor.log_std_min, actor.log_std_max) != (
-        _LOG_STD_MIN,
-        _LOG_STD_MAX,
-    ):
-        raise InputError(
-            f"Polixir's policies have ReLU or tanh and log stds in [-5, 2]; this one has"
-            f" {actor.activation} and [{actor.log_std_min:g}, {actor.log_std_max:g}]"
-        )
-
     def linear(weight: torch.Tensor, bias: torch.Tensor) -> nn.Linear:
         made = nn.Linear(*weight.shape)
         made.weight, made.bias = _parameter(weight.T.contiguous()), _parameter(bias)
@@ -375,7 +398,7 @@ def _policy(actor: Actor) -> nn.Module:
     *hidden, last = zip(actor.weights, actor.biases, strict=True)
     heads = zip(*(tensor.chunk(2, -1) for tensor in last), strict=True)
     mu, sigma = (linear(weight, bias) for weight, bias in heads)
-    layers = [layer for pair in hidden for layer in (linear(*pair), makers[actor.activation]())]
+    layers = [layer for pair in hidden for layer in (linear(*pair), _ACTIVATIONS[actor.activation]())]
     net = _module(_Net, dueling=None, softmax=False, output_shape=0, model=nn.Sequential(*layers))
     return _module(
         _TanhGaussianPolicy, preprocess=net, mu=mu, sigma=sigma, _c_sigma=True, _max=1.0, _unbounded=False

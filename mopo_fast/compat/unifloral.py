@@ -26,7 +26,15 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from mopo_fast.compat import Checkpoint
-from mopo_fast.compat.models import actor_of, check_first_layer, check_kind, check_model, ensemble_of
+from mopo_fast.compat.models import (
+    actor_of,
+    check_first_layer,
+    check_kind,
+    check_method,
+    check_model,
+    ensemble_of,
+    warn_of_changes,
+)
 from mopo_fast.config import Activation, Hints
 from mopo_fast.ensemble import EnsembleDynamics as Ensemble
 from mopo_fast.ensemble import elites_of
@@ -60,6 +68,14 @@ class EnsembleDynamics:
     """
 
     def __init__(self, dynamics: Any, *, activation: Activation = "relu") -> None:
+        check_method(
+            dynamics,
+            "make_rollout_fn",
+            # The class may be that of mopo.py, dynamics.py or another algorithm's file.
+            type(dynamics).__module__.partition(".")[0],
+            "use the original dynamics",
+            ("EnsembleDynamics",),
+        )
         self.params, self.termination_fn = dynamics.params, dynamics.termination_fn
         self.discrepancy, self.min_r, self.dataset = dynamics.discrepancy, dynamics.min_r, dynamics.dataset
         self.ensemble = _make_ensemble(self.params, _shared, activation)
@@ -387,9 +403,6 @@ _ALLOWED: dict[str, Callable[..., Any]] = {
 }
 
 
-WRITES_POLICIES = False
-
-
 def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
     """Read a pickled EnsembleDynamics. It holds elites alone, so all members become elites.
 
@@ -425,6 +438,35 @@ def _copied(value: Any) -> torch.Tensor:
         return torch.from_numpy(array.astype(np.float32))
 
 
+def check_dynamics(ensemble: Ensemble) -> list[str]:
+    """Return a sentence about members that are no elites, which Unifloral's files leave out.
+
+    Raises:
+        InputError: Unifloral's dynamics lack a property of these dynamics.
+    """
+    if ensemble.activation != "relu" or len(set(ensemble.hidden)) != 1:
+        raise InputError(
+            "Unifloral's dynamics have ReLU and hidden layers of one width; these have"
+            f" {ensemble.activation} and widths {ensemble.hidden}"
+        )
+    check_kind(ensemble, "Unifloral's dynamics", log_scale="variance")
+    if len(ensemble.elites) == ensemble.members:
+        return []
+    return [
+        f"Unifloral's files hold elites alone: {ensemble.members - len(ensemble.elites)} of"
+        f" {ensemble.members} members are left out, and its penalty is the maximum over the elites alone"
+    ]
+
+
+def check_policy(policy: Actor) -> list[str]:
+    """Refuse every policy.
+
+    Raises:
+        InputError: always.
+    """
+    raise InputError("Unifloral has no file for a policy alone")
+
+
 def write(checkpoint: Checkpoint, target: Path) -> None:
     """Write a pickle for Unifloral's `load_dynamics_model`, without importing Unifloral, Flax or JAX.
 
@@ -439,8 +481,8 @@ def write(checkpoint: Checkpoint, target: Path) -> None:
         InputError: see `Format.write`.
     """
     model = checkpoint.dynamics
-    if model is None or checkpoint.policy is not None:
-        raise InputError("Unifloral saves dynamics alone")
+    if model is None:
+        raise InputError("Unifloral's files hold dynamics, and there are none")
     dataset = target.name.removeprefix("ensemble_dynamics_model_")
     beginning = next((known for known in _TERMINATION_FUNCTIONS if dataset.startswith(known)), None)
     if beginning is None:
@@ -448,12 +490,7 @@ def write(checkpoint: Checkpoint, target: Path) -> None:
             f"{target.name} must name the data set, which decides the termination function; for example"
             " ensemble_dynamics_model_hopper-medium-v2.pkl"
         )
-    if model.activation != "relu" or len(set(model.hidden)) != 1:
-        raise InputError(
-            "Unifloral's dynamics have ReLU and hidden layers of one width; these have"
-            f" {model.activation} and widths {model.hidden}"
-        )
-    check_kind(model, "Unifloral's dynamics", log_scale="variance")
+    warn_of_changes(checkpoint, check_dynamics, check_policy)
     weights = [weight.detach()[model.elites] for weight in model.weights]
     biases = [bias.detach()[model.elites] for bias in model.biases]
     biases[0] = biases[0] - (model.input_mean / model.input_std) @ weights[0]

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from mopo_fast.data import trajectories
-from mopo_fast.data.hdf5 import open_hdf5
+from mopo_fast.data.hdf5 import has_signature, open_hdf5
 from mopo_fast.data.npz import open_npz
 from mopo_fast.data.parquet import open_parquet
 from mopo_fast.data.stored import Stored, check_fits, is_kept, reading
@@ -182,6 +182,12 @@ def open_file(path: Path) -> Iterator[Mapping[str, Any]]:
         with open_parquet(path) as file:
             yield file
     else:
+        if path.suffix not in (".hdf5", ".h5") and not has_signature(path):
+            raise InputError(
+                f"{path} is no data set of a known format, judging by its ending and first bytes; write it as"
+                " HDF5 (.hdf5, .h5), .npz or .pkl with D4RL's arrays: observations, actions, rewards and"
+                " terminals"
+            )
         with open_hdf5(path) as file:
             yield file
 

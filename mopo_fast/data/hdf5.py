@@ -48,7 +48,7 @@ def open_hdf5(path: Path, max_objects: int = MAX_OBJECTS) -> Iterator[dict[str, 
         max_objects: most objects that the file may have.
 
     Raises:
-        InputError: the file is damaged; has links, external or virtual storage, or filters other than gzip,
+        InputError: the file is damaged; is open for writing; has links, external or virtual storage, or filters other than gzip,
             lzf, shuffle and fletcher32; or declares arrays that its bytes cannot hold.
     """
     with contextlib.ExitStack() as stack:
@@ -56,13 +56,49 @@ def open_hdf5(path: Path, max_objects: int = MAX_OBJECTS) -> Iterator[dict[str, 
             # Opening a pipe would wait for a writer.
             if not path.is_file():
                 raise ValueError("it is not a regular file")
-            with open(path, "rb") as raw:
-                if raw.read(len(_SIGNATURE)) != _SIGNATURE:
-                    raise ValueError("it does not begin with HDF5's signature")
-            # Locks fail on many shared file systems, and this package writes its files atomically.
-            file = stack.enter_context(h5py.File(path, "r", driver="sec2", locking=False))
+            if not has_signature(path):
+                raise ValueError("it does not begin with HDF5's signature")
+            file = stack.enter_context(_open(path))
             found = _Walk(path, file, max_objects).found
         yield found
+
+
+def has_signature(path: Path) -> bool:
+    """Tell whether a file begins with HDF5's signature."""
+    with open(path, "rb") as raw:
+        return raw.read(len(_SIGNATURE)) == _SIGNATURE
+
+
+def _open(path: Path) -> h5py.File:
+    """Open a file for reading, also if other programs or this process read it at the same time.
+
+    Raises:
+        InputError: another program, or this process, has the file open for writing.
+    """
+    errors = []
+    # HDF5 refuses to open a file a second time in one process with another setting of its locks; and locks
+    # fail on many shared file systems.
+    for locking in ("best-effort", True, False):
+        try:
+            file = h5py.File(path, "r", driver="sec2", locking=locking)
+        except BlockingIOError:
+            raise InputError(
+                f"{path} is open for writing in another program; close it there and try again"
+            ) from None
+        except OSError as error:
+            errors.append(error)
+            continue
+        # HDF5 shares a file that this process has opened for writing; not all of it is on the disk yet.
+        if file.mode != "r":
+            file.close()
+            raise InputError(f"{path} is open for writing in this process; close it and try again")
+        return file
+    if "already open for write" in str(errors[0]):
+        raise InputError(
+            f"{path} is open for writing in another program, or one ended without closing it; close it there,"
+            " or clear its mark with h5clear -s"
+        )
+    raise errors[0]
 
 
 class _Walk:

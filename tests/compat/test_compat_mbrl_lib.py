@@ -107,7 +107,7 @@ def test_models_that_it_does_not_have(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="; these dynamics do"):
         mbrl_lib.write(Checkpoint(make_ensemble(log_scale="std")), tmp_path)
     for wrong in (Checkpoint(), Checkpoint(make_ensemble(), Actor(3, 2))):
-        with pytest.raises(InputError, match="hold dynamics alone"):
+        with pytest.raises(InputError, match=r"hold dynamics|no file for a policy"):
             mbrl_lib.write(wrong, tmp_path)
     with pytest.raises(InputError, match="OneDTransitionRewardModel around a GaussianMLP"):
         mbrl_lib.ModelEnv(None, object(), lambda *_: None)  # type: ignore[arg-type,return-value]

@@ -257,6 +257,81 @@ def test_actors_that_cannot_be_fused() -> None:
         kit.fuse_rollout(types.SimpleNamespace(dynamics=None))
 
 
+# --- policies that roll out in their own way
+
+
+def original(name: str, *bases: type, **methods: Any) -> type:
+    """Make a class that looks like one of OfflineRL-Kit's policies."""
+    return type(name, bases, {"__module__": "offlinerlkit.policy", **methods})
+
+
+SAC = original("SACPolicy", select_action=None, actforward=None)
+
+
+def uniform(policy: Any, init_obss: np.ndarray, rollout_length: int) -> Any:
+    """Roll out one step with uniform actions, as COMBOPolicy does."""
+    actions = np.random.uniform(-1, 1, (len(init_obss), 2))
+    return policy.dynamics.step(init_obss, actions)[0], actions
+
+
+MOPO = original("MOPOPolicy", SAC, rollout=None)
+COMBO = original("COMBOPolicy", SAC, rollout=uniform)
+RAMBO = original("RAMBOPolicy", MOPO, rollout=None, select_action=None)
+MOBILE = original("MOBILEPolicy", rollout=None, select_action=None, actforward=None)
+
+
+def policy_of(kind: type, **attributes: Any) -> Any:
+    policy = kind()
+    vars(policy).update(vars(make_policy(make_dynamics())), **attributes)
+    return policy
+
+
+@pytest.mark.parametrize("kind", [MOPO, COMBO, RAMBO, MOBILE])
+def test_policies_that_roll_their_actor_out(kind: type, recorded: dict[str, np.ndarray]) -> None:
+    policy = kit.fuse_rollout(kit.fuse_rollout(policy_of(kind)))
+    assert len(policy.rollout(recorded["observations"], 2)[0]["obss"]) == 2 * 32
+
+
+def test_combos_uniform_actions(recorded: dict[str, np.ndarray]) -> None:
+    """Test that uniform_rollout=True is honoured, also if it is set later."""
+    policy = kit.fuse_rollout(policy_of(COMBO, _uniform_rollout=False))
+    rows, _ = policy.rollout(recorded["observations"], 1)
+    assert set(rows) == {"obss", "next_obss", "actions", "rewards", "terminals"}
+    policy._uniform_rollout = True
+    np.random.seed(0)
+    next_observations, actions = policy.rollout(recorded["observations"], 1)
+    np.random.seed(0)
+    assert np.array_equal(actions, np.random.uniform(-1, 1, (32, 2)))
+    assert np.array_equal(next_observations, policy.dynamics.step(recorded["observations"], actions)[0])
+
+
+@pytest.mark.parametrize("method", ["rollout", "select_action", "actforward"])
+def test_policies_of_ones_own(method: str) -> None:
+    """Test that a method of one's own, which the kernels would replace, is refused by its class's name."""
+    message = f"MyPolicy has a method {method} of its own"
+    mine = type("MyPolicy", (MOPO,), {"__module__": "my", method: None})
+    with pytest.raises(InputError, match=message):
+        kit.fuse_rollout(policy_of(mine))
+    assigned = type("MyPolicy", (MOPO,), {"__module__": "my"})
+    kit.fuse_rollout(policy_of(assigned))
+    with pytest.raises(InputError, match=message):
+        kit.fuse_rollout(policy_of(assigned, **{method: lambda *_: None}))
+    with pytest.raises(InputError, match="NewPolicy has a method rollout of its own"):
+        kit.fuse_rollout(policy_of(original("NewPolicy", SAC, rollout=None)))
+
+
+def test_networks_of_ones_own() -> None:
+    """Test that the forward pass of a subclass is not replaced by the kernels' own."""
+    policy = policy_of(MOPO)
+    policy.actor.dist_net.__class__ = type("TanhDiagGaussian", (TanhDiagGaussian,), {"forward": None})
+    with pytest.raises(InputError, match="TanhDiagGaussian has a method forward of its own"):
+        kit.fuse_rollout(policy)
+    dynamics = make_dynamics()
+    dynamics.model.__class__ = type("MyModel", (Model,), {"forward": None})
+    with pytest.raises(InputError, match="MyModel has a method forward of its own"):
+        kit.EnsembleDynamics(dynamics.model, dynamics.optim, dynamics.scaler, dynamics.terminal_fn)
+
+
 def test_next_observations_of_every_elite(recorded: dict[str, np.ndarray]) -> None:
     observations, actions = (torch.from_numpy(recorded[name]) for name in ("observations", "actions"))
     torch.manual_seed(0)

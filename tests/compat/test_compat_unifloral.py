@@ -158,8 +158,8 @@ def test_what_theirs_cannot_hold(tmp_path: Path) -> None:
             unifloral.write(Checkpoint(dynamics, policy), tmp_path / name)
         assert not list(tmp_path.iterdir())
 
-    refused("hopper.pkl", None, "saves dynamics alone")
-    refused("hopper.pkl", standardised(), "saves dynamics alone", Actor(4, 2))
+    refused("hopper.pkl", None, "hold dynamics, and there are none")
+    refused("hopper.pkl", standardised(), "no file for a policy alone", Actor(4, 2))
     refused("dynamics.pkl", standardised(), "must name the data set, .*_hopper-medium-v2.pkl")
     silu = EnsembleDynamics(4, 2, members=2, elites=2, hidden=(8, 8))
     refused("hopper.pkl", silu, r"of one width; these have silu and widths \(8, 8\)")

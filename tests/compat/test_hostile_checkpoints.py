@@ -476,7 +476,7 @@ def test_damaged_safetensors(tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", CHECKPOINT_FORMATS)
 @pytest.mark.parametrize("good", ["dynamics", "policy", "neither"])
 def test_a_refused_conversion_leaves_nothing(target: CheckpointFormat, good: str, tmp_path: Path) -> None:
-    """If the other code cannot represent one of the two models, no file is written."""
+    """Test that no file is written if the other code cannot store one of the models unchanged."""
     scale = "std" if target in ("d3rlpy", "polixir") else "variance"
     right: dict[str, Any] = {"log_scale": scale, "activation": "relu" if target == "unifloral" else "silu"}
     wrong: dict[str, Any] = {**right, "member_bounds": True, "absolute": [0]}
@@ -486,12 +486,12 @@ def test_a_refused_conversion_leaves_nothing(target: CheckpointFormat, good: str
     actor = Actor(3, 2, hidden=(6, 6), log_std_min=low if good == "policy" else -7.0)
     actor.save(run)
     try:
-        convert_checkpoint(run, out, "mopo-fast", target)
+        convert_checkpoint(run, out, "mopo-fast", target, strict=True)
     except InputError:
         assert not (tmp_path / "out").exists()
     else:
-        # Our own format represents every model. A format without files for policies omits the policy.
-        assert target == "mopo-fast" or (good == "dynamics" and not get_format(target).WRITES_POLICIES)
+        # Our own format represents every model.
+        assert target == "mopo-fast"
 
 
 @pytest.mark.parametrize("target", ["d3rlpy", "unifloral"])
@@ -590,7 +590,8 @@ def test_sparse_files_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         file.truncate(8 + len(header) + (1 << 20))
     monkeypatch.setattr("mopo_fast.utils.machine.available_memory", lambda: (2 << 20) - 1)
     with pytest.raises(
-        InputError, match=r"a\.safetensors would take [\d.]+ (bytes|KiB|MiB|GiB), cpu has [\d.]+ (bytes|KiB|MiB)"
+        InputError,
+        match=r"a\.safetensors would take [\d.]+ (bytes|KiB|MiB|GiB), cpu has [\d.]+ (bytes|KiB|MiB)",
     ):
         load_tensors(tmp_path / "a.safetensors")
     with pytest.raises(

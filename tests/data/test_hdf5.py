@@ -1,5 +1,8 @@
 """Test HDF5 files: links to other files, false declarations, and everything that valid files contain."""
 
+import os
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -296,3 +299,88 @@ def test_a_flag_is_zero_or_one(tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(InputError, match="terminals must be 0 or 1, got 2 at row 5"):
         load_file(path)
+
+
+# --- files that are open elsewhere
+
+# Opens a file in another process with the arguments given, says so, and waits for the end of its input.
+HOLDER = """
+import sys, h5py
+file = h5py.File(sys.argv[1], sys.argv[2])
+print("open", flush=True)
+input()
+"""
+
+
+def load_while_open(path: Path, mode: str) -> None:
+    """Load a file while another process has it open."""
+    command = [sys.executable, "-c", HOLDER, str(path), mode]
+    environment = {name: value for name, value in os.environ.items() if name != "HDF5_USE_FILE_LOCKING"}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as holder:
+        assert holder.stdin is not None and holder.stdout is not None
+        try:
+            assert holder.stdout.readline() == b"open\n"
+            assert len(load_dataset(path)) > 0
+        finally:
+            holder.stdin.close()
+
+
+@pytest.fixture
+def locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HDF5_USE_FILE_LOCKING", raising=False)
+
+
+@pytest.mark.usefixtures("locks")
+def test_files_that_another_program_has_open(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.hdf5")
+    load_while_open(path, "r")
+    with pytest.raises(InputError, match=r"a\.hdf5 is open for writing in another program; close it there"):
+        load_while_open(path, "r+")
+    assert len(load_dataset(path)) > 0
+
+
+@pytest.mark.usefixtures("locks")
+@pytest.mark.parametrize("locking", [None, True, False, "best-effort"])
+def test_files_that_this_process_has_open(tmp_path: Path, locking: Any) -> None:
+    path = write(tmp_path / "a.hdf5")
+    with h5py.File(path, "r", locking=locking):
+        assert len(load_dataset(path)) > 0
+    with h5py.File(path, "r+", locking=locking) as file:
+        with pytest.raises(InputError, match=r"a\.hdf5 is open for writing in this process; close it"):
+            load_dataset(path)
+        # The user's own file stays open.
+        assert file["rewards"].shape == (ROWS,)
+
+
+@pytest.mark.usefixtures("locks")
+def test_files_whose_writer_has_ended(tmp_path: Path) -> None:
+    """Test that the mark of a file that its writer has never closed is told."""
+    path = write(tmp_path / "a.hdf5", libver="latest")
+    die = "import sys, os, h5py; file = h5py.File(sys.argv[1], 'r+', libver='latest'); os._exit(0)"
+    subprocess.run([sys.executable, "-c", die, path], check=True)
+    with pytest.raises(InputError, match=r"or one ended without closing it.*h5clear -s"):
+        load_dataset(path)
+
+
+@pytest.mark.usefixtures("locks")
+def test_file_systems_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, opened = write(tmp_path / "a.hdf5"), h5py.File
+
+    def open_without_locks(*arguments: Any, locking: Any, **options: Any) -> h5py.File:
+        if locking is not False:
+            raise OSError("unable to lock file, errno = 37, error message = 'No locks available'")
+        return opened(*arguments, locking=locking, **options)
+
+    monkeypatch.setattr(hdf5.h5py, "File", open_without_locks)
+    assert len(load_dataset(path)) > 0
+
+
+def test_other_files(tmp_path: Path) -> None:
+    """Test that a file of another format is not called a damaged HDF5 file."""
+    path = tmp_path / "table.csv"
+    path.write_text("observations,actions\n1,2\n")
+    with pytest.raises(InputError, match=r"table\.csv is no data set of a known format.* write it as HDF5"):
+        load_dataset(path)
+    # HDF5 may have any ending.
+    write(tmp_path / "table.dat")
+    assert len(load_dataset(tmp_path / "table.dat")) > 0

@@ -48,8 +48,8 @@ def open_hdf5(path: Path, max_objects: int = MAX_OBJECTS) -> Iterator[dict[str, 
         max_objects: most objects that the file may have.
 
     Raises:
-        InputError: the file is damaged; is open for writing; has links, external or virtual storage, or filters other than gzip,
-            lzf, shuffle and fletcher32; or declares arrays that its bytes cannot hold.
+        InputError: the file is damaged; is open for writing; has links, external or virtual storage, or
+            filters other than gzip, lzf, shuffle and fletcher32; or declares arrays that its bytes cannot hold.
     """
     with contextlib.ExitStack() as stack:
         with reading(path, "HDF5"):

@@ -107,7 +107,7 @@ def warn_of_origins(given: TrainConfig, config: RunConfig) -> None:
 def _named_by_file(config: RunConfig) -> bool:
     """Tell whether nothing but the name of a file says which data set it is."""
     path, name = find_dataset(config.dataset)
-    if name is not None or path.suffix == ".pkl":
+    if name is not None or path.suffix == ".pkl" or path.is_dir():
         return name is None
     # Files that `collect` has made record their name.
     with open_file(path) as file:

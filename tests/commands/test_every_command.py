@@ -34,6 +34,7 @@ LINES: dict[str, tuple[list[str], str]] = {
         ["relabel", "cheetah.hdf5", "--task", "halfcheetah-jump", "--out", "jump.hdf5"],
         "jump.hdf5",
     ),
+    "info": (["info", DATA], "episodes"),
     "convert": (["convert", DATA, "data.npz"], "data.npz: 1000 rows"),
     "fit": (["fit", DATA, "--out", "fit", "--task", "hopper", "--threads", "1", *NETS], "fit: 2 epochs"),
     "train": (["train", DATA, "--out", "run", *RUN], "normalised score"),
@@ -57,7 +58,7 @@ LINES: dict[str, tuple[list[str], str]] = {
     ),
 }
 # Commands without anything to show while they run.
-SILENT = ("relabel", "convert", "evaluate", "report", "doctor")
+SILENT = ("relabel", "info", "convert", "evaluate", "report", "doctor")
 # Runs all command lines in one process, because the imports take longer than the commands.
 DRIVER = """
 import json, sys

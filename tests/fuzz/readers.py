@@ -68,6 +68,11 @@ EXEMPT = {
     "mopo_fast.utils.atomic:_validate": "is called by readers, which join by themselves",
     "mopo_fast.cli:fit": "hands a name to load_dataset",
     "mopo_fast.cli:rollout": "hands a name to load_dataset",
+    "mopo_fast.cli:info": "hands a name to load_dataset",
+    "mopo_fast.run.resolve:take_data": "hands data in memory to load_dataset",
+    "mopo_fast.run.opening:_named_by_file": "reads a file that load_dataset has read",
+    "mopo_fast.run.fit_log:open_fit_log": "opens a new file to write to it",
+    "mopo_fast.__main__:run": "opens /dev/null for a closed pipe",
     "mopo_fast.data.d4rl:_transfer": "copies bytes from the network, which download checks",
     "mopo_fast.data.hdf5_writer:Output.__init__": "opens a file of its own to write to it",
     "mopo_fast.doctor:_cpuinfo": "reads the kernel's /proc/cpuinfo",
@@ -177,7 +182,7 @@ def actor(number: int, obs: int = OBS, act: int = ACT, **options: Any) -> Actor:
 FILES = ("mopo_fast.data.files:load_file", "mopo_fast.data:load_dataset")
 HDF5 = (
     *("mopo_fast.data.hdf5:has_signature", "mopo_fast.data.hdf5:_open"),
-    *("mopo_fast.data.hdf5:open_hdf5", "mopo_fast.data.hdf5:_Walk.__init__", *FILES),
+    *("mopo_fast.data.hdf5:_Walk.__init__", *FILES),
     *("mopo_fast.data.hdf5:_Walk._probe", "mopo_fast.data.hdf5:_Walk._text_reader"),
 )
 NPZ = ("mopo_fast.data.npz:open_npz", "mopo_fast.data.npz:_member", *FILES)
@@ -737,7 +742,8 @@ _RUNS = [
         ("run/*.json", "run/*.csv", "run/*.safetensors", "run/checkpoint/*", "run/checkpoint/*", "data.hdf5"),
         _resume,
         (
-            *("mopo_fast.run.folder:check_folder", "mopo_fast.run.checkpoint:load_checkpoint"),
+            *("mopo_fast.run.folder:check_folder", "mopo_fast.run.folder:_holds_run"),
+            "mopo_fast.run.checkpoint:load_checkpoint",
             *("mopo_fast.run.folder:is_finished", "mopo_fast.run.folder:lengthen"),
             *("mopo_fast.train:Training.__enter__", "mopo_fast.train:Training.restore"),
             *("mopo_fast.run.resolve:load_data", "mopo_fast.utils.tensors:load_metadata"),
@@ -778,7 +784,7 @@ _RUNS = [
         _make_finished,
         ("run/*.json", "run/*.csv", "run/dynamics.*"),
         _report,
-        ("mopo_fast.report:_Run.config", "mopo_fast.report:_local_dataset"),
+        ("mopo_fast.report:_Run.config", "mopo_fast.report:_local_dataset", "mopo_fast.report:_settings"),
         cost=10,
     ),
     Entry(

@@ -391,8 +391,8 @@ def train(
             )
         out = Path(config.dataset)
         config = _resumed(config, out)
-    _check_settings(config)
     configs, names = _population(config, seeds, penalty_coefs)
+    _check_settings(config)
     from mopo_fast.run.population import train_many
     from mopo_fast.train import train
 

@@ -49,7 +49,8 @@ def open_hdf5(path: Path, max_objects: int = MAX_OBJECTS) -> Iterator[dict[str, 
 
     Raises:
         InputError: the file is damaged; is open for writing; has links, external or virtual storage, or
-            filters other than gzip, lzf, shuffle and fletcher32; or declares arrays that its bytes cannot hold.
+            filters other than gzip, lzf, shuffle and fletcher32; or declares arrays that its bytes cannot
+            hold.
     """
     with contextlib.ExitStack() as stack:
         with reading(path, "HDF5"):

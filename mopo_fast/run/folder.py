@@ -29,7 +29,8 @@ _short.maxstring = _short.maxother = 200
 shorten = _short.repr
 
 # Keys of config.json on which no result depends.
-_WITHOUT_EFFECT = ("threads", "workers", "preset", "horizon_from", "penalty_coef_from")
+_ORIGINS = ("preset", "horizon_from", "penalty_coef_from")
+_WITHOUT_EFFECT = ("threads", "workers", *_ORIGINS)
 
 
 class RecordedRollout(TypedDict, total=False):
@@ -217,10 +218,13 @@ def lengthen(out: Path, config: RunConfig) -> None:
 
     The results of the shorter run are removed. They go first, so that a kill leaves a run to be finished.
     """
-    if _is_longer(read_json_as(out / "config.json", dict[str, Any]), config):
+    recorded = read_json_as(out / "config.json", dict[str, Any])
+    if _is_longer(recorded, config):
         for name in ("report.html", "summary.json"):
             (out / name).unlink(missing_ok=True)
-        write_json(out / "config.json", to_dict(config))
+        # The origins of the settings are those of the run's beginning.
+        origins = {name: recorded[name] for name in _ORIGINS if name in recorded}
+        write_json(out / "config.json", to_dict(config) | origins)
 
 
 def _holds_run(out: Path) -> bool:

@@ -123,10 +123,10 @@ def test_an_unfinished_run_goes_on_from_its_folder(
 ) -> None:
     out, update = tmp_path / "stopped", train_module.Training.update
 
-    def stop(training: train_module.Training) -> Any:
+    def stop(training: train_module.Training, *arguments: Any) -> Any:
         if training.epoch == 2:
             raise KeyboardInterrupt
-        return update(training)
+        return update(training, *arguments)
 
     monkeypatch.setattr(train_module.Training, "update", stop)
     with pytest.raises(KeyboardInterrupt):

@@ -159,7 +159,7 @@ def download(source: str, path: Path, *, quiet: bool = False) -> None:
             while not _transfer(source, part, bar):
                 pass
         try:
-            with open_hdf5(part_path):
+            with open_hdf5(part_path, locked=True):
                 pass
         except InputError as error:
             _empty(part)

@@ -38,7 +38,9 @@ _PROBE_ABOVE = 1 << 28
 
 
 @contextlib.contextmanager
-def open_hdf5(path: Path, max_objects: int = MAX_OBJECTS) -> Iterator[dict[str, Stored]]:
+def open_hdf5(
+    path: Path, max_objects: int = MAX_OBJECTS, *, locked: bool = False
+) -> Iterator[dict[str, Stored]]:
     """Open and check an HDF5 file, as a mapping from keys such as "infos/qpos" to unread arrays.
 
     Groups are in the mapping too, without a shape.
@@ -46,6 +48,7 @@ def open_hdf5(path: Path, max_objects: int = MAX_OBJECTS) -> Iterator[dict[str, 
     Args:
         path: path of the file.
         max_objects: most objects that the file may have.
+        locked: whether the caller holds the file's lock and has written all of it.
 
     Raises:
         InputError: the file is damaged; is open for writing; has links, external or virtual storage, or
@@ -59,7 +62,7 @@ def open_hdf5(path: Path, max_objects: int = MAX_OBJECTS) -> Iterator[dict[str, 
                 raise ValueError("it is not a regular file")
             if not has_signature(path):
                 raise ValueError("it does not begin with HDF5's signature")
-            file = stack.enter_context(_open(path))
+            file = stack.enter_context(_open(path, locked))
             found = _Walk(path, file, max_objects).found
         yield found
 
@@ -70,7 +73,7 @@ def has_signature(path: Path) -> bool:
         return raw.read(len(_SIGNATURE)) == _SIGNATURE
 
 
-def _open(path: Path) -> h5py.File:
+def _open(path: Path, locked: bool) -> h5py.File:
     """Open a file for reading, also if other programs or this process read it at the same time.
 
     Raises:
@@ -79,7 +82,7 @@ def _open(path: Path) -> h5py.File:
     errors = []
     # HDF5 refuses to open a file a second time in one process with another setting of its locks; and locks
     # fail on many shared file systems.
-    for locking in ("best-effort", True, False):
+    for locking in (False,) if locked else ("best-effort", True, False):
         try:
             file = h5py.File(path, "r", driver="sec2", locking=locking)
         except BlockingIOError:

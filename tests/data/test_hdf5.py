@@ -377,9 +377,9 @@ def test_file_systems_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_other_files(tmp_path: Path) -> None:
     """Test that a file of another format is not called a damaged HDF5 file."""
-    path = tmp_path / "table.csv"
+    path = tmp_path / "table.data"
     path.write_text("observations,actions\n1,2\n")
-    with pytest.raises(InputError, match=r"table\.csv is no data set of a known format.* write it as HDF5"):
+    with pytest.raises(InputError, match=r"table\.data is no data set of a known format.* write it as HDF5"):
         load_dataset(path)
     # HDF5 may have any ending.
     write(tmp_path / "table.dat")

@@ -176,7 +176,7 @@ def convert(
         source_format: Code that wrote the models in SRC, which are an ensemble, a policy or both.
         target_format: Code to write the models for. It is used with --from alone.
         hints: Properties of models that another code's files may lack. They are used with --from alone.
-        strict: Refuse a conversion that loses or changes anything. By default, a model that the other code
+        strict: Refuse a conversion that loses or changes anything. Otherwise a model that the other code
             cannot have is left out, and standard error tells all that is lost. It is used with --from alone.
         overwrite: Replace DST if it exists.
         quiet: Show no progress bar.

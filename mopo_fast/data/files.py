@@ -182,7 +182,9 @@ def open_file(path: Path) -> Iterator[Mapping[str, Any]]:
         with open_parquet(path) as file:
             yield file
     else:
-        if path.suffix not in (".hdf5", ".h5") and not has_signature(path):
+        with reading(path, "data"):
+            known = path.suffix in (".hdf5", ".h5") or has_signature(path)
+        if not known:
             raise InputError(
                 f"{path} is no data set of a known format, judging by its ending and first bytes; write it as"
                 " HDF5 (.hdf5, .h5), .npz or .pkl with D4RL's arrays: observations, actions, rewards and"

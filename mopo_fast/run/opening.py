@@ -1,4 +1,4 @@
-"""What a run or a fit is about to do, printed before it begins."""
+"""The lines that announce a run or a fit before it begins."""
 
 import logging
 from collections.abc import Mapping, Sequence

@@ -72,7 +72,7 @@ def anonymous():
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
 path, memory_map = sys.argv[1], sys.argv[2] == "mapped"
-# What the first call imports and starts is no data.
+# The first call imports modules and starts threads, which take memory too.
 torch.isfinite(load_dataset(sys.argv[3], memory_map=memory_map).observations.sum())
 before = anonymous()
 data = load_dataset(path, memory_map=memory_map)

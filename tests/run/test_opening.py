@@ -193,7 +193,7 @@ def test_warnings(
     assert isinstance(resolved, RunConfig)
     with caplog.at_level(logging.WARNING, "mopo_fast"):
         warn_of_origins(config, resolved)
-        # What was resolved before was warned of before.
+        # A resolved config has been warned about already.
         warn_of_origins(resolved, resolved)
     if warned is None:
         assert not caplog.messages

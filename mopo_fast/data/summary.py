@@ -116,13 +116,8 @@ def find_episodes(data: Transitions) -> Episodes | None:
     Returns:
         The episodes; or None where fewer than half of the rows follow the row before, as in shuffled data.
     """
-    ends = data.terminals.cpu().numpy().copy()
+    ends = (data.terminals | data.breaks()).cpu().numpy()
     ends[-1] = True
-    size = max(1, _BLOCK // data.obs_dim)
-    for start in range(0, len(data) - 1, size):
-        end = min(start + size, len(data) - 1)
-        moved = data.next_observations[start:end] != data.observations[start + 1 : end + 1]
-        ends[start:end] |= moved.any(dim=1).cpu().numpy()
     last = np.flatnonzero(ends)
     if len(data) > 1 and len(last) > len(data) / 2:
         return None

@@ -251,13 +251,19 @@ class Transitions:
         elif self.rollout_index is not None:
             ends[:-1] |= self.rollout_index[1:] != self.rollout_index[:-1]
         else:
-            # Block by block, since the arrays may be mapped from a file that is larger than the memory.
-            for first in range(0, len(self) - 1, _BLOCK):
-                rows = slice(first, min(first + _BLOCK, len(self) - 1))
-                following = self.observations[rows.start + 1 : rows.stop + 1]
-                ends[rows] |= (self.next_observations[rows] != following).any(-1)
+            ends |= self.breaks()
         ends[-1:] = True
         return ends
+
+    def breaks(self) -> torch.Tensor:
+        """Return as bool [n] after which rows another observation than the successor follows."""
+        found = torch.zeros_like(self.terminals)
+        # Block by block, since the arrays may be mapped from a file that is larger than the memory.
+        for first in range(0, len(self) - 1, _BLOCK):
+            rows = slice(first, min(first + _BLOCK, len(self) - 1))
+            following = self.observations[rows.start + 1 : rows.stop + 1]
+            found[rows] = (self.next_observations[rows] != following).any(-1)
+        return found
 
     def episode_returns(self) -> torch.Tensor:
         """Return the sum of `rewards` of each episode, float64 [episodes]; see `episode_ends`.

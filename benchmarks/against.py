@@ -31,7 +31,8 @@ def against(ref: Annotated[str, Positional], *, rounds: int = 5) -> None:
         ref: The commit to compare with.
         rounds: Rounds of each kernel, of which the median counts.
     """
-    _run(sys.executable, "-m", "pytest", "-q", *sorted(map(str, (ROOT / "tests").glob("test_kernel_*.py"))))
+    tests = sorted((ROOT / "tests" / "kernels").glob("test_kernel_*.py"))
+    _run(sys.executable, "-m", "pytest", "-q", *tests)
     with tempfile.TemporaryDirectory() as folder:
         worktree, site = Path(folder, "worktree"), Path(folder, "site")
         _run("git", "-C", str(ROOT), "worktree", "add", "--detach", str(worktree), ref)

@@ -102,6 +102,7 @@ def compare(
     Args:
         kernel: The kernel to compare.
         dtype: Precision of the kernel's products, for the rollout and the fit.
+        rounds: Rounds in which all contenders take turns; medians count.
         threads: CPU threads (default: one for each core).
         json: File of the results (default: benchmarks/results/KERNEL-cpu-ISA.json, or
             KERNEL-DTYPE-cpu-ISA.json).

@@ -1,0 +1,200 @@
+"""Write the tables of docs/performance.md from the committed results: `python -m benchmarks.tables`.
+
+A table stands between `<!-- table: NAME -->` and `<!-- /table -->`. NAME is a file of benchmarks/results without
+its ending. Nothing is measured here.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from benchmarks.record import RESULTS
+from mopo_fast.utils.atomic import atomic_path
+
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+BLOCK = re.compile(r"(<!-- table: ([\w -]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+Record = dict[str, Any]
+
+# Descriptions of the contenders of `benchmarks.compare`, by kernel, in place of their short names.
+CONTENDERS = {
+    ("rollout", "cpu bfloat16"): "**mopo_fast, bfloat16**",
+    ("rollout", "cpu"): "**mopo_fast**",
+    ("rollout", "reference"): (
+        "mopo_fast's reference: PyTorch, members as one batch (`baddbmm`), 2000 rows at a time"
+    ),
+    ("rollout", "PyTorch, linears"): "PyTorch, a linear layer a member, in place, 2000 rows at a time",
+    ("rollout", "torch.compile"): "the same by torch.compile, weights frozen",
+    ("rollout", "PyTorch, NumPy between"): (
+        "PyTorch as OfflineRL-Kit has it: einsum over all rows, NumPy between, noise for all members"
+    ),
+    ("rollout", "PyTorch, bfloat16"): "PyTorch, linear layers in bfloat16",
+    ("rollout", "torch.compile, bfloat16"): "the same by torch.compile, frozen, max-autotune",
+    ("rollout", "JAX"): "JAX, one jitted scan, 2000 rows at a time",
+    ("sac", "cpu bfloat16"): "**mopo_fast, bfloat16**",
+    ("sac", "cpu"): "**mopo_fast**",
+    ("sac", "reference"): "mopo_fast's reference: PyTorch, critics as one batch, fused Adam",
+    ("sac", "PyTorch, plain"): "PyTorch, one network at a time, three optimisers, as OfflineRL-Kit has it",
+    ("sac", "torch.compile"): "gradients, Adam and target in one graph of torch.compile",
+    ("sac", "JAX"): "JAX, one jitted scan, as Unifloral has it",
+    ("fit", "cpu bfloat16"): "**mopo_fast, bfloat16**",
+    ("fit", "cpu"): "**mopo_fast**",
+    ("fit", "reference"): "mopo_fast's reference: PyTorch, members as one batch, autograd, fused Adam",
+    ("fit", "PyTorch, eager"): "PyTorch, members as one batch, autograd, fused Adam",
+    ("fit", "torch.compile"): "gradient and Adam in one graph of torch.compile",
+    ("fit", "PyTorch, bfloat16"): "PyTorch, bfloat16 by autocast",
+    ("fit", "torch.compile, bfloat16"): "torch.compile, bfloat16 by autocast",
+    ("fit", "JAX"): "JAX, one jitted scan",
+}
+
+
+def update(text: str, results: Path) -> str:
+    """Return a page's text with every marked table drawn anew from the files in `results`.
+
+    Raises:
+        FileNotFoundError: if a table names a file that is not there.
+    """
+
+    def draw(match: re.Match[str]) -> str:
+        records = [json.loads((results / f"{name}.json").read_text()) for name in match[2].split()]
+        return f"{match[1]}\n{render(records)}\n\n{match[3]}"
+
+    return BLOCK.sub(draw, text)
+
+
+def render(records: list[Record]) -> str:
+    """Return the machine, the commands and the table of results that one benchmark wrote."""
+    modules = {record["command"].removeprefix("python -m benchmarks.").split()[0] for record in records}
+    (module,) = modules
+    machines = {_machine(record) for record in records}
+    (machine,) = machines
+    commands = ", ".join(f"`{record['command']}`" for record in records)
+    label = "Command" if len(records) == 1 else "Commands"
+    return f"Machine: {machine}.\n{label}: {commands}.\n\n{RENDERERS[module](records)}"
+
+
+def _machine(record: Record) -> str:
+    machine = record["machine"]
+    return f"{machine['cpu'].replace('(R)', '')}, {machine['cores']} cores, `{machine['isa']}`"
+
+
+def _compare(records: list[Record]) -> str:
+    (record,) = records
+    rows = record["rows"]
+    kernel, unit = rows[0]["kernel"], rows[0]["unit"].replace("*", " x ")
+    # Ours come first: one column for each, with the times it is as fast as the contenders after it.
+    ours = [row for row in rows if row["backend"].startswith("cpu")]
+    names = [f"mopo_fast {row['dtype']}" if len(ours) > 1 else "mopo_fast" for row in ours]
+    header = [
+        "contender",
+        unit,
+        "GFLOP/s",
+        "share of peak",
+        *(f"{name} is ... times as fast" for name in names),
+    ]
+    body = []
+    for i, row in enumerate(rows):
+        ratios = [
+            f"{own['rate'] / row['rate']:.2f}" if k < i and own["dtype"] in (row["dtype"], "bfloat16") else ""
+            for k, own in enumerate(ours)
+        ]
+        body.append(
+            [
+                CONTENDERS[kernel, row["backend"]],
+                f"{row['rate']:,.0f}",
+                f"{row['gflops']:.0f}",
+                f"{row['share_of_peak']:.0%}".replace("%", " %"),
+                *ratios,
+            ]
+        )
+    peaks = {row["dtype"]: row["peak_gflops"] for row in rows}
+    described = ", ".join(
+        f"{peak:,.0f} GFLOP/s in {dtype}" for dtype, peak in sorted(peaks.items(), reverse=True)
+    )
+    return f"Peak: {described}. `torch.mm` in float32: {rows[0]['mm_gflops']:.0f} GFLOP/s.\n\n" + _table(
+        header, body
+    )
+
+
+def _scaling(records: list[Record]) -> str:
+    (record,) = records
+    header = ["kernel", "dtype", "1 thread", f"{record['threads']} threads", "times"]
+    units = {"rollout": "transitions/s", "sac": "updates/s", "fit": "samples x members/s"}
+    return _table(
+        header,
+        [
+            [
+                f"{'SAC' if row['kernel'] == 'sac' else row['kernel']}, {units[row['kernel']]}",
+                row["dtype"],
+                f"{row['one']:,.0f}",
+                f"{row['many']:,.0f}",
+                f"{row['many'] / row['one']:.2f}",
+            ]
+            for row in record["rates"]
+        ],
+    )
+
+
+def _canonical(records: list[Record]) -> str:
+    (record,) = records
+    ways = record["hours"]
+    totals = {way: sum(phases.values()) for way, phases in ways.items()}
+    phases = ["fit", "rollout", "sac", "evaluate"]
+    header = ["way", "fit", "rollout", "SAC", "evaluation", "whole", "times as fast as OfflineRL-Kit's way"]
+    body = []
+    for way, hours in ways.items():
+        shares = [
+            f"{hours[phase]:.2f} ({hours[phase] / totals[way]:.0%})".replace("%", " %") for phase in phases
+        ]
+        body.append([way, *shares, f"{totals[way]:.2f}", f"{totals['as OfflineRL-Kit'] / totals[way]:.2f}"])
+    return _table(header, body)
+
+
+def _bulk(records: list[Record]) -> str:
+    first = records[0]
+    formats = [name for name in first if name.startswith(("hdf5, ", "parquet, ")) and name != "hdf5, none"]
+    header, memory = [""], ["kernel into memory"]
+    body = [["HDF5"], *([_format(name)] for name in formats)]
+    for record in records:
+        header += [f"{record['dtype']}, transitions/s", "share of the kernel's rate"]
+        memory += [f"{record['rate_kernel']:,.0f}", ""]
+        ratios = [record["ratio"], *(record[name]["ratio"] for name in formats)]
+        for row, ratio in zip(body, ratios, strict=True):
+            row += [f"{ratio * record['rate_kernel']:,.0f}", f"{ratio:.2f}"]
+    sizes = [first["hdf5, none"]["bytes"], *(first[name]["bytes"] for name in formats)]
+    for row, size in zip(body, sizes, strict=True):
+        row.append(f"{size / first['count']:.0f}")
+    return _table([*header, "bytes a row"], [[*memory, ""], *body])
+
+
+def _format(name: str) -> str:
+    return name.replace("hdf5", "HDF5").replace("parquet", "Parquet").removesuffix(", none")
+
+
+def _table(header: list[str], body: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+RENDERERS: dict[str, Callable[[list[Record]], str]] = {
+    "compare": _compare,
+    "scaling": _scaling,
+    "canonical": _canonical,
+    "bulk": _bulk,
+}
+
+
+def main(page: Annotated[Path, tyro.conf.arg(help="Page whose tables are written.")] = PAGE) -> None:
+    """Write the page's tables from the committed results."""
+    text = update(page.read_text(encoding="utf-8"), RESULTS)
+    with atomic_path(page) as path:
+        path.write_text(text, encoding="utf-8")
+    print(page)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

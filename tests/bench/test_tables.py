@@ -1,0 +1,42 @@
+"""Test the tables of the performance page."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.record import RESULTS
+from benchmarks.tables import BLOCK, PAGE, render, update
+
+
+def test_the_tables_are_of_the_committed_results() -> None:
+    text = PAGE.read_text()
+    assert len(BLOCK.findall(text)) >= 6
+    assert update(text, RESULTS) == text, "python -m benchmarks.tables"
+
+
+def test_a_table_follows_its_file(tmp_path: Path) -> None:
+    name = "sac-cpu-avx512_amx"
+    record = json.loads((RESULTS / f"{name}.json").read_text())
+    record["rows"][0]["rate"] = 123456.0
+    (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    page = update(f"before\n<!-- table: {name} -->\nold\n<!-- /table -->\nafter", tmp_path)
+    assert "| **mopo_fast** | 123,456 |" in page
+    assert "old" not in page
+    assert page.startswith("before\n")
+    assert page.endswith("\nafter")
+
+
+def test_a_table_of_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="gone"):
+        update("<!-- table: gone -->\n<!-- /table -->", tmp_path)
+
+
+def test_ratios_are_over_rows_of_the_same_dtype_or_float32() -> None:
+    record = json.loads((RESULTS / "rollout-bfloat16-cpu-avx512_amx.json").read_text())
+    lines = {line.split(" | ")[0]: line for line in render([record]).splitlines()}
+    rates = {row["backend"]: row["rate"] for row in record["rows"]}
+    jax = lines["| JAX, one jitted scan, 2000 rows at a time"]
+    assert jax.endswith(f"| {rates['cpu bfloat16'] / rates['JAX']:.2f} | {rates['cpu'] / rates['JAX']:.2f} |")
+    half = lines["| PyTorch, linear layers in bfloat16"]
+    assert half.endswith(f"| {rates['cpu bfloat16'] / rates['PyTorch, bfloat16']:.2f} |  |")

@@ -1,7 +1,7 @@
 """Write the tables of docs/performance.md from the committed results: `python -m benchmarks.tables`.
 
-A table stands between `<!-- table: NAME -->` and `<!-- /table -->`. NAME is a file of benchmarks/results without
-its ending. Nothing is measured here.
+A table stands between `<!-- table: NAME -->` and `<!-- /table -->`. NAME is a file of benchmarks/results
+without its ending. Nothing is measured here.
 """
 
 import json

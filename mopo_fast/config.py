@@ -22,7 +22,7 @@ Activation = Literal["silu", "relu", "tanh"]
 LogScale = Literal["variance", "std"]
 Penalty = Literal["max_aleatoric", "max_deviation", "max_pairwise", "ensemble_std", "mixture_std"]
 PenaltyMembers = Literal["all", "elites"]
-FitDtype = Literal["float32", "bfloat16"]
+TrainingDtype = Literal["float32", "bfloat16"]
 RolloutDtype = Literal["float32", "float64", "tfloat32", "bfloat16", "float16"]
 ShardFormat = Literal["hdf5", "parquet"]
 Compression = Literal["none", "lzf", "gzip", "snappy", "zstd"]
@@ -40,7 +40,7 @@ else:
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 LOG_SCALES: tuple[LogScale, ...] = get_args(LogScale)
 PENALTIES: tuple[Penalty, ...] = get_args(Penalty)
-FIT_DTYPES: tuple[FitDtype, ...] = get_args(FitDtype)
+TRAINING_DTYPES: tuple[TrainingDtype, ...] = get_args(TrainingDtype)
 ROLLOUT_DTYPES: tuple[RolloutDtype, ...] = get_args(RolloutDtype)
 ACTOR_SCHEDULES: tuple[ActorSchedule, ...] = get_args(ActorSchedule)
 CRITIC_LOSSES: tuple[CriticLoss, ...] = get_args(CriticLoss)
@@ -120,7 +120,7 @@ class DynamicsConfig:
     activation: Activation = "silu"
     learning_rate: float = 1e-3
     batch_size: int = 256
-    dtype: FitDtype = "float32"
+    dtype: TrainingDtype = "float32"
     weight_decay: Annotated[tuple[float, ...], flag(metavar="FLOAT ...")] = (
         2.5e-5,
         5e-5,
@@ -141,7 +141,7 @@ class DynamicsConfig:
         """Raise `InputError` where a value is out of range."""
         layers, decay = len(self.hidden) + 1, self.weight_decay
         _require(len(decay) == layers, f"weight_decay needs one value per layer, {layers}, got {decay}")
-        _require_known("dtype", self.dtype, FIT_DTYPES, " of the fit")
+        _require_known("dtype", self.dtype, TRAINING_DTYPES, " of the fit")
         _require_positive(self, "", "batch_size", "members", "max_epochs", "holdout_max")
         _require(self.patience >= 0, f"patience must be at least 0, got {self.patience}")
         _require(self.learning_rate > 0, f"learning_rate must be positive, got {self.learning_rate}")
@@ -244,6 +244,8 @@ class SACConfig:
         batch_size: Transitions of one update, from the data set and the model buffer together.
         real_ratio: Share of each batch that is drawn from the data set, rounded down to whole transitions.
             The rest is drawn from the model buffer.
+        dtype: Precision of the factors in the matrix products of all layers but each network's first and
+            last. Everything else is always float32.
     """
 
     hidden: Annotated[tuple[int, ...], flag(metavar="INT ...")] = (256, 256)
@@ -262,6 +264,7 @@ class SACConfig:
     polyak: float = 0.005
     batch_size: int = 256
     real_ratio: float = 0.05
+    dtype: TrainingDtype = "float32"
 
     def validate(self) -> None:
         """Raise `InputError` where a value is out of range."""
@@ -283,6 +286,7 @@ class SACConfig:
         _require(known, f'target_entropy must be a number or "act_dim", got {entropy!r}')
         _require_known("critic_loss", self.critic_loss, CRITIC_LOSSES)
         _require_known("actor_schedule", self.actor_schedule, ACTOR_SCHEDULES)
+        _require_known("dtype", self.dtype, TRAINING_DTYPES, " of SAC")
         _check_finite(self)
 
 

@@ -27,10 +27,9 @@ from mopo_fast.config import DynamicsConfig, to_dict
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import (
     EnsembleDynamics,
-    activate,
     mlp,
     mlp_bytes,
-    round_factor,
+    rounded_mlp,
     soft_clamp_logvar,
 )
 from mopo_fast.errors import InputError
@@ -163,29 +162,11 @@ def negative_log_likelihood(
     """
     *layers, max_logvar, min_logvar = parameters
     weights, biases = layers[: len(layers) // 2], layers[len(layers) // 2 :]
-    network = mlp if config.dtype == "float32" else _rounded_mlp
+    network = mlp if config.dtype == "float32" else rounded_mlp
     mean, raw_logvar = network(inputs, weights, biases, config.activation).chunk(2, dim=-1)
     logvar = soft_clamp_logvar(raw_logvar, max_logvar[..., None, None, :], min_logvar[..., None, None, :])
     likelihood = ((mean - targets).square() * torch.exp(-logvar) + logvar).mean((-2, -1)).sum(-1)
     return likelihood + config.logvar_bound_weight * (max_logvar - min_logvar).sum(-1)
-
-
-def _rounded_mlp(
-    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor], activation: str
-) -> torch.Tensor:
-    """Compute `mlp` with the factors of all products in bfloat16, in the backward pass too."""
-    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        x = _round(activate(x, activation) if layer else x) @ _round(weight) + bias.unsqueeze(-2)
-        x.register_hook(_to_bfloat16)
-    return x
-
-
-def _round(x: torch.Tensor) -> torch.Tensor:
-    """Round to bfloat16, but leave the gradient as it is."""
-    return x + (_to_bfloat16(x) - x).detach()
-
-
-_to_bfloat16 = functools.partial(round_factor, operands="bfloat16")
 
 
 class PyTorchSteps:

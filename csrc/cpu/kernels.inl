@@ -75,7 +75,7 @@ extern const Kernels MOPO_KERNELS = {
     MOPO_ISA::BFloat16::kPacking,
     MOPO_ISA::kBlock,
     MOPO_ISA::kPanel,
-#ifdef MOPO_AMX
+#ifdef MOPO_BFLOAT16
     MOPO_ISA::BFloat16Factors::kRows,
 #else
     0,

@@ -23,7 +23,7 @@ from mopo_fast.backends.interface import (
     StepCall,
     StepResult,
 )
-from mopo_fast.config import ACTIVATIONS, FIT_DTYPES, PENALTIES, ROLLOUT_DTYPES
+from mopo_fast.config import ACTIVATIONS, PENALTIES, ROLLOUT_DTYPES, TRAINING_DTYPES
 from mopo_fast.data.transitions import DATA_ARRAYS, array_layout
 from mopo_fast.ensemble import MAX_MEMBERS, check_members
 from mopo_fast.errors import InputError
@@ -278,7 +278,8 @@ def _hidden(parameters: Sequence[Parameter]) -> list[int]:
 
 
 def _check_sac(backend: Backend, call: SacUpdates) -> None:
-    layout = _trained_layout(backend, "float32", call.log_alpha[0])
+    check_known("dtype", call.config.dtype, TRAINING_DTYPES)
+    layout = _trained_layout(backend, call.config.dtype, call.log_alpha[0])
     _check_parameter(layout, "log_alpha", call.log_alpha)
     if call.real.observations.ndim != 2 or call.real.actions.ndim != 2:
         raise InputError("the data's observations and actions must be [n, dim]")
@@ -304,7 +305,7 @@ def _check_sac(backend: Backend, call: SacUpdates) -> None:
 
 
 def _check_fit(backend: Backend, call: FitSteps) -> None:
-    check_known("dtype", call.config.dtype, FIT_DTYPES)
+    check_known("dtype", call.config.dtype, TRAINING_DTYPES)
     layout = _trained_layout(backend, call.config.dtype, call.bounds[0][0])
     if call.table.ndim != 2 or call.rows.ndim != 2 or min(call.rows.shape) < 1:
         raise InputError("the fit's table and rows must be matrices, the rows [members, count]")

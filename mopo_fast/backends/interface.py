@@ -336,7 +336,7 @@ class Need:
     """Work that a backend is asked to do: rollouts or training.
 
     Attributes:
-        dtype: one of `config.ROLLOUT_DTYPES`, or of `config.FIT_DTYPES` for training.
+        dtype: one of `config.ROLLOUT_DTYPES`, or of `config.TRAINING_DTYPES` for training.
         device: device of the arrays.
         ensemble: sizes of the ensemble that makes rollouts; None where not known yet.
         policy: sizes of the policy that makes rollouts; None where not known yet.

@@ -18,7 +18,7 @@ from rich.table import Table
 from mopo_fast.backends import cpu, get_backend
 from mopo_fast.backends.interface import Need
 from mopo_fast.buffer import RingBuffer
-from mopo_fast.config import DynamicsConfig, FitDtype, SACConfig
+from mopo_fast.config import DynamicsConfig, SACConfig, TrainingDtype
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
@@ -300,7 +300,7 @@ def fit_work(
     act_dim: int = 6,
     steps: int = 64,
     config: DynamicsConfig | None = None,
-    dtype: FitDtype | None = None,
+    dtype: TrainingDtype | None = None,
     rows: int = 200_000,
     threads: int | None = None,
     device: torch.device | str = "cpu",
@@ -330,7 +330,7 @@ def fit_work(
     dtype, device = dtype or config.dtype, _checked_device(device)
     data = _random_transitions(rows, obs_dim, act_dim)
 
-    def fresh(backend: str, dtype: FitDtype = "float32") -> Fit:
+    def fresh(backend: str, dtype: TrainingDtype = "float32") -> Fit:
         precise = dataclasses.replace(config, dtype=dtype)
         return Fit(data, 0, precise, device, backend, threads)
 

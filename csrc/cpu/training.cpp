@@ -110,7 +110,7 @@ Dense take_dense(Arena& arena, const TrainedLayer& layer, bool backwards, bool b
   dense.target_weight = {dense.target, dense.rows};
   if (bfloat16) {
     arena.take(dense.weight.across.data, size);
-    if (dense.target != nullptr) arena.take(dense.target_weight.data, size);
+    if (layer.weight.target != nullptr) arena.take(dense.target_weight.data, size);
   }
   // Whole panels of rows, since a block of parameters is stored with its padding.
   if (backwards)

@@ -510,9 +510,18 @@ def make_sac(obs_dim: int, act_dim: int, config: SACConfig, backend: str, thread
     return sac
 
 
-def run_sac(case: str, backend: str, updates: int, *, double: bool = False, threads: int = 1, seed: int = 7):
+def run_sac(
+    case: str,
+    backend: str,
+    updates: int,
+    *,
+    dtype: str = "float32",
+    double: bool = False,
+    threads: int = 1,
+    seed: int = 7,
+):
     obs_dim, act_dim, options = SAC_CASES[case]
-    sac = make_sac(obs_dim, act_dim, SACConfig(**options), backend, threads)
+    sac = make_sac(obs_dim, act_dim, SACConfig(**options, dtype=dtype), backend, threads)
     if double:
         to_double(sac)
     metrics = sac.update_many(*sac_sources(obs_dim, act_dim), updates, seed)

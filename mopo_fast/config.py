@@ -24,6 +24,7 @@ Penalty = Literal["max_aleatoric", "max_deviation", "max_pairwise", "ensemble_st
 PenaltyMembers = Literal["all", "elites"]
 TrainingDtype = Literal["float32", "bfloat16"]
 RolloutDtype = Literal["float32", "float64", "tfloat32", "bfloat16", "float16"]
+MatmulPrecision = Literal["highest", "high", "medium"]
 ShardFormat = Literal["hdf5", "parquet"]
 Compression = Literal["none", "lzf", "gzip", "snappy", "zstd"]
 ActorSchedule = Literal["constant", "cosine"]
@@ -42,6 +43,7 @@ LOG_SCALES: tuple[LogScale, ...] = get_args(LogScale)
 PENALTIES: tuple[Penalty, ...] = get_args(Penalty)
 TRAINING_DTYPES: tuple[TrainingDtype, ...] = get_args(TrainingDtype)
 ROLLOUT_DTYPES: tuple[RolloutDtype, ...] = get_args(RolloutDtype)
+MATMUL_PRECISIONS: tuple[MatmulPrecision, ...] = get_args(MatmulPrecision)
 ACTOR_SCHEDULES: tuple[ActorSchedule, ...] = get_args(ActorSchedule)
 CRITIC_LOSSES: tuple[CriticLoss, ...] = get_args(CriticLoss)
 TUNED: tuple[Tuned, ...] = get_args(Tuned)
@@ -79,6 +81,10 @@ def one_of(names: Sequence[str]) -> str:
     return f"{{{','.join(names)}}}"
 
 
+def _dtype(names: Sequence[str]) -> Any:
+    return flag("as --matmul-precision says", one_of(names))
+
+
 def switch(on: str, off: str) -> Any:
     """Name the two states of a field that is True or False, to be shown as its default."""
     return arg(help_behavior_hint=lambda value: f"(default: {on if value == 'True' else off})")
@@ -96,8 +102,8 @@ class DynamicsConfig:
         activation: Activation function of the hidden layers.
         learning_rate: Learning rate of Adam.
         batch_size: Transitions of each member in one gradient step.
-        dtype: Precision of the factors in the matrix products. Sums and parameters are always float32.
-            The fit is faster in bfloat16 on a CPU with AMX, and no faster on others.
+        dtype: Precision of the factors in the matrix products of the fit. Sums and parameters are always
+            float32.
         weight_decay: Weight decay of each layer; the last value is that of both output heads. The loss gains
             half of it times the sum of the squared weights of the layer. Biases have no decay.
         max_logvar: Upper bound of the predicted log-variances before training. The bound itself is learned.
@@ -120,7 +126,7 @@ class DynamicsConfig:
     activation: Activation = "silu"
     learning_rate: float = 1e-3
     batch_size: int = 256
-    dtype: TrainingDtype = "float32"
+    dtype: Annotated[TrainingDtype | None, _dtype(TRAINING_DTYPES)] = None
     weight_decay: Annotated[tuple[float, ...], flag(metavar="FLOAT ...")] = (
         2.5e-5,
         5e-5,
@@ -141,7 +147,7 @@ class DynamicsConfig:
         """Raise `InputError` where a value is out of range."""
         layers, decay = len(self.hidden) + 1, self.weight_decay
         _require(len(decay) == layers, f"weight_decay needs one value per layer, {layers}, got {decay}")
-        _require_known("dtype", self.dtype, TRAINING_DTYPES, " of the fit")
+        _require_known("dtype", self.dtype or "float32", TRAINING_DTYPES, " of the fit")
         _require_positive(self, "", "batch_size", "members", "max_epochs", "holdout_max")
         _require(self.patience >= 0, f"patience must be at least 0, got {self.patience}")
         _require(self.learning_rate > 0, f"learning_rate must be positive, got {self.learning_rate}")
@@ -183,8 +189,7 @@ class RolloutConfig:
         retain_epochs: Number of epochs whose rollouts stay in the model buffer, which has room for
             retain_epochs * horizon * batch_size transitions.
         dtype: Precision of the networks. With tfloat32, bfloat16 or float16 only the factors of matrix
-            products are rounded; everything else is float32. Rollouts on a CPU with AMX are several times
-            faster in bfloat16.
+            products are rounded; everything else is float32.
     """
 
     horizon: Annotated[int | None, flag(f"tuned for the data set, or {UNTUNED[0]}", "INT", prefix=False)] = (
@@ -200,7 +205,7 @@ class RolloutConfig:
     batch_size: int = 50_000
     interval: int = 1000
     retain_epochs: int = 5
-    dtype: RolloutDtype = "float32"
+    dtype: Annotated[RolloutDtype | None, _dtype(ROLLOUT_DTYPES)] = None
 
     @property
     def buffer_rows(self) -> int:
@@ -244,8 +249,8 @@ class SACConfig:
         batch_size: Transitions of one update, from the data set and the model buffer together.
         real_ratio: Share of each batch that is drawn from the data set, rounded down to whole transitions.
             The rest is drawn from the model buffer.
-        dtype: Precision of the factors in the matrix products of all layers but each network's first and
-            last. Everything else is always float32.
+        dtype: Precision of the factors in the matrix products of SAC, but those of the first and the last
+            layer of each network. Everything else is always float32.
     """
 
     hidden: Annotated[tuple[int, ...], flag(metavar="INT ...")] = (256, 256)
@@ -264,7 +269,7 @@ class SACConfig:
     polyak: float = 0.005
     batch_size: int = 256
     real_ratio: float = 0.05
-    dtype: TrainingDtype = "float32"
+    dtype: Annotated[TrainingDtype | None, _dtype(TRAINING_DTYPES)] = None
 
     def validate(self) -> None:
         """Raise `InputError` where a value is out of range."""
@@ -286,7 +291,7 @@ class SACConfig:
         _require(known, f'target_entropy must be a number or "act_dim", got {entropy!r}')
         _require_known("critic_loss", self.critic_loss, CRITIC_LOSSES)
         _require_known("actor_schedule", self.actor_schedule, ACTOR_SCHEDULES)
-        _require_known("dtype", self.dtype, TRAINING_DTYPES, " of SAC")
+        _require_known("dtype", self.dtype or "float32", TRAINING_DTYPES, " of SAC")
         _check_finite(self)
 
 
@@ -380,6 +385,10 @@ class TrainConfig:
         backend: Implementation of the fit, the rollouts and SAC: auto to choose one, or a
             name that `mopo-fast doctor` lists.
         threads: Number of threads of the CPU kernels. The result does not depend on it.
+        matmul_precision: Precision of the matrix products of the fit, the rollouts and SAC, by the names of
+            torch.set_float32_matmul_precision: highest for float32, high for TF32 on a GPU, medium for
+            bfloat16. Where a precision is not faster, a higher one is taken. The dtype of a part, such as
+            --sac.dtype, sets that part alone.
         preset: Code base whose hyperparameters are the defaults of this run.
         dynamics_from: Folder of another run or of `mopo-fast fit`, whose ensemble is used instead of fitting
             a new one.
@@ -396,6 +405,7 @@ class TrainConfig:
     device: str = "cpu"
     backend: str = "auto"
     threads: Annotated[int | None, flag("all cores; in a sweep, 1 for each run", "INT")] = None
+    matmul_precision: MatmulPrecision = "highest"
     # `mopo-fast --preset` sets it, together with all other defaults.
     preset: Annotated[Preset | None, Fixed, SuppressFixed] = None
     dynamics_from: Annotated[str | None, flag("fit a new ensemble", "RUN")] = None
@@ -418,6 +428,7 @@ class TrainConfig:
         _check_finite(self)
         _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
         _require_positive(self, "", "steps")
+        _require_known("matmul_precision", self.matmul_precision, MATMUL_PRECISIONS)
         for part in (self.rollout, self.evaluation, self.sac):
             part.validate()
         # The settings of a fit are not used where the ensemble is given.
@@ -427,7 +438,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class RunConfig(TrainConfig):
-    """A run as its config.json records it, with task, horizon and penalty_coef filled in.
+    """A run as its config.json records it, with task, horizon, penalty_coef and dtypes filled in.
 
     Attributes:
         horizon_from: origin of the horizon: "given", "preset NAME", "tuned by CODE for TASK TIER", or

@@ -4,6 +4,7 @@ Source: softlearning/algorithms/mopo.py of the authors' code. `SACConfig` has ot
 """
 
 import copy
+import dataclasses
 import functools
 import math
 import os
@@ -96,13 +97,15 @@ class SAC:
     ) -> None:
         config = config or SACConfig()
         config.validate()
+        config = dataclasses.replace(config, dtype=config.dtype or "float32")
         if config.actor_schedule == "cosine" and not total_updates:
             raise InputError("the cosine schedule needs total_updates, the number of updates it spans")
         self.config, self.total_updates = config, total_updates
         # A tensor, so that kernels can count in it.
         self._updates = torch.zeros((), dtype=torch.int64, device="cpu")
         widest = max(obs_dim + act_dim, 2 * act_dim, *config.hidden)
-        self.backend = backends.choose(backend, Need(config.dtype, torch.device(device), training=widest))
+        need = Need(config.dtype or "float32", torch.device(device), training=widest)
+        self.backend = backends.choose(backend, need)
         self.threads = resolve_threads(threads)
         self.target_entropy = (
             -float(act_dim) if config.target_entropy == "act_dim" else float(config.target_entropy)
@@ -126,7 +129,7 @@ class SAC:
             "critic": Adam(self.critic.parameters(), config.critic_learning_rate),
             "alpha": Adam([self.log_alpha], config.alpha_learning_rate),
         }
-        self._network = mlp if config.dtype == "float32" else functools.partial(rounded_mlp, inner=True)
+        self._network = functools.partial(rounded_mlp, inner=True) if config.dtype == "bfloat16" else mlp
         self._targets = list(self.target.parameters())
         self._polyak = get_ema_multi_avg_fn(1.0 - config.polyak)
         self._recorder = Recorder()

@@ -16,6 +16,7 @@ from typing import Any, Self, cast
 
 import torch
 
+from mopo_fast.backends.cpu import isa_of
 from mopo_fast.backends.philox import BATCH_STREAM, random_choice
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import RunConfig, TrainConfig
@@ -88,7 +89,8 @@ def train(
     Returns:
         The contents of summary.json: score_mean, score_std, return_mean, return_std (of the last policy),
         scored_by ("environment" or "model"), updates, epochs, seconds {fit, rollout, sac, evaluate, total},
-        backend, threads, runs_together, transitions (of the data set), device, dataset, task, seed, dtype,
+        backend, isa (instruction set of the CPU's kernels, else None), threads, runs_together, transitions
+        (of the data set), device, dataset, task, seed, dtype (of the rollouts), dtypes {fit, rollout, sac},
         horizon, penalty, penalty_coef, versions {mopo_fast, python, torch, gymnasium, mujoco}.
 
     Raises:
@@ -267,7 +269,11 @@ class Training:
             self.log.evaluation,
             self.rollouts,
             [(pending.row, pending.policy is not None) for pending in self.log.pending],
-            {"rollout": self.engine.backend, "sac": self.sac.backend},
+            {
+                "rollout": self.engine.backend,
+                "sac": self.sac.backend,
+                "isa": isa_of(self.engine.backend) or isa_of(self.sac.backend),
+            },
             self.data_sha256,
             self.dynamics_sha256,
         )
@@ -292,6 +298,7 @@ class Training:
             epochs=self.epoch,
             seconds={"fit": self.fit_seconds, **self.clock.seconds, "total": self.clock.elapsed()},
             backend=self.engine.backend,
+            isa=isa_of(self.engine.backend),
             threads=self.engine.threads,
             runs_together=together,
             transitions=len(self.data),
@@ -314,6 +321,7 @@ class Training:
         with checkpoint.suggest_deleting(path):
             self.engine = make_engine(config, self.task, self.engine.ensemble, saved.backends["rollout"])
             self.sac = make_sac(config, self.task, saved.backends["sac"])
+            checkpoint.warn_of_other_isa(path, saved.backends)
             self.sac.load_state(checkpoint.select_group(tensors, "sac"), path)
             if self.sac.updates != config.updates_after(saved.epoch):
                 raise InputError(

@@ -278,8 +278,9 @@ def _hidden(parameters: Sequence[Parameter]) -> list[int]:
 
 
 def _check_sac(backend: Backend, call: SacUpdates) -> None:
-    check_known("dtype", call.config.dtype, TRAINING_DTYPES)
-    layout = _trained_layout(backend, call.config.dtype, call.log_alpha[0])
+    dtype = call.config.dtype or "float32"
+    check_known("dtype", dtype, TRAINING_DTYPES)
+    layout = _trained_layout(backend, dtype, call.log_alpha[0])
     _check_parameter(layout, "log_alpha", call.log_alpha)
     if call.real.observations.ndim != 2 or call.real.actions.ndim != 2:
         raise InputError("the data's observations and actions must be [n, dim]")
@@ -293,8 +294,8 @@ def _check_sac(backend: Backend, call: SacUpdates) -> None:
         ("the data", "the buffer"), (call.real, call.model), call.sizes, call.rows, strict=True
     ):
         for name, array in data.arrays().items():
-            width, dtype = array_layout(name, obs_dim, act_dim, layout.dtype)
-            layout.check_rows(f"{what}'s {name}", array, len(data), *width, dtype=dtype)
+            width, kind = array_layout(name, obs_dim, act_dim, layout.dtype)
+            layout.check_rows(f"{what}'s {name}", array, len(data), *width, dtype=kind)
         check_range(f"{what}'s rows", size, min(1, rows), len(data) + 1)
         check_range(f"a batch's rows of {what}", rows, 0, 2**31)
     check_range("a batch's rows", sum(call.rows), 1, 2**31)
@@ -305,8 +306,9 @@ def _check_sac(backend: Backend, call: SacUpdates) -> None:
 
 
 def _check_fit(backend: Backend, call: FitSteps) -> None:
-    check_known("dtype", call.config.dtype, TRAINING_DTYPES)
-    layout = _trained_layout(backend, call.config.dtype, call.bounds[0][0])
+    dtype = call.config.dtype or "float32"
+    check_known("dtype", dtype, TRAINING_DTYPES)
+    layout = _trained_layout(backend, dtype, call.bounds[0][0])
     if call.table.ndim != 2 or call.rows.ndim != 2 or min(call.rows.shape) < 1:
         raise InputError("the fit's table and rows must be matrices, the rows [members, count]")
     members, count = call.rows.shape

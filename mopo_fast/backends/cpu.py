@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib
 import os
+import time
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 
@@ -29,6 +30,11 @@ from mopo_fast.backends.training_calls import fit_call, sac_call
 from mopo_fast.config import ACTIVATIONS
 from mopo_fast.data.transitions import array_layout
 from mopo_fast.errors import InputError
+
+# Instruction sets that multiply bfloat16.
+_WITH_BFLOAT16 = ("avx512_amx", "avx512_bf16")
+# Rounds of multiply-adds that take some milliseconds in float32.
+_GAIN_ROUNDS = 20_000
 
 _Network = tuple[list[int], list[int], list[int], int, int]
 _NO_POLICY: _Network = ([], [], [], 0, 0)
@@ -75,6 +81,38 @@ def isa() -> str:
     if wanted and wanted not in isas():
         raise InputError(f"MOPO_FAST_ISA={wanted} cannot run on this processor; it has: {', '.join(isas())}")
     return wanted or isas()[0]
+
+
+def isa_of(backend: str) -> str | None:
+    """Return the instruction set in use if `backend` is the CPU's kernels, else None."""
+    return isa() if backend == CpuBackend.name else None
+
+
+def bfloat16_gain() -> float:
+    """Return how many times as fast as float32's the multiply-adds of bfloat16 are on one core; 0 without.
+
+    The first call for an instruction set measures it, for some milliseconds.
+
+    Raises:
+        InputError: as `isa`.
+    """
+    return _measure_gain(isa())
+
+
+@functools.cache
+def _measure_gain(name: str) -> float:
+    if name not in _WITH_BFLOAT16:
+        return 0.0
+
+    def rate(bfloat16: bool) -> float:
+        began = time.perf_counter()
+        flop: float = extension().multiply_adds(isa=name, bfloat16=bfloat16, rounds=_GAIN_ROUNDS, threads=1)
+        return flop / (time.perf_counter() - began)
+
+    # The best of each is the least disturbed.
+    rates = [(rate(True), rate(False)) for _ in range(5)]
+    half, single = (max(some) for some in zip(*rates, strict=True))
+    return float(half / single)
 
 
 @contextlib.contextmanager

@@ -327,7 +327,7 @@ def fit_work(
     """
     _check_positive(obs_dim=obs_dim, act_dim=act_dim, steps=steps)
     threads, config = resolve_threads(threads), config or DynamicsConfig()
-    dtype, device = dtype or config.dtype, _checked_device(device)
+    dtype, device = dtype or config.dtype or "float32", _checked_device(device)
     data = _random_transitions(rows, obs_dim, act_dim)
 
     def fresh(backend: str, dtype: TrainingDtype = "float32") -> Fit:

@@ -30,7 +30,8 @@ shorten = _short.repr
 
 # Keys of config.json on which no result depends.
 _ORIGINS = ("preset", "horizon_from", "penalty_coef_from")
-_WITHOUT_EFFECT = ("threads", "workers", *_ORIGINS)
+# The dtypes that follow from matmul_precision are recorded themselves.
+_WITHOUT_EFFECT = ("threads", "workers", "matmul_precision", *_ORIGINS)
 
 
 class RecordedRollout(TypedDict, total=False):
@@ -94,6 +95,8 @@ class Summary(TypedDict):
     backend: NotRequired[str]
     device: NotRequired[str]
     dtype: NotRequired[str]
+    dtypes: NotRequired[dict[str, str]]
+    isa: NotRequired[str | None]
     versions: NotRequired[dict[str, str]]
 
 
@@ -122,6 +125,11 @@ def write_summary(out: Path, config: RunConfig, evaluation: Evaluation, **result
         **results,
         **{name: getattr(config, name) for name in ("device", "dataset", "task", "seed")},
         **{name: getattr(config.rollout, name) for name in ("dtype", "horizon", "penalty", "penalty_coef")},
+        "dtypes": {
+            "fit": config.dynamics.dtype,
+            "rollout": config.rollout.dtype,
+            "sac": config.sac.dtype,
+        },
         "versions": {"mopo_fast": __version__, "python": platform.python_version(), **versions},
     }
     write_json(out / "summary.json", summary)
@@ -168,6 +176,9 @@ def check_folder(out: Path, config: RunConfig, resume: bool) -> None:
     if recorded.get("task_sha256") is None and recorded.get("task") == current["task"]:
         # Early versions did not record the task file's digest.
         del current["task_sha256"]
+    if isinstance(recorded.get("sac"), dict):
+        # Version 0.1.0 had no other precision of SAC.
+        recorded["sac"].setdefault("dtype", "float32")
     if _is_longer(recorded, config):
         _check_longer(out, recorded["steps"], config)
         recorded["steps"] = config.steps

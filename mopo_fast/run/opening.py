@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from mopo_fast.backends.cpu import isa
+from mopo_fast.backends.precision import dtypes_of
 from mopo_fast.config import DynamicsConfig, RunConfig, TrainConfig
 from mopo_fast.data import Transitions, find_dataset
 from mopo_fast.data.files import Reader, open_file
@@ -62,11 +63,12 @@ def open_fit(
 ) -> None:
     """Print what a fit without a training is about to do; the arguments are those of `fit_and_save`."""
     backend = choose_backend(backend, data.obs_dim, data.act_dim, config, device)
+    dtype = config.dtype or "float32"
     _print(
         {
             **_describe_data(dataset, data),
             "device": _describe_device(device, [backend], threads),
-            "fit": f"{_describe_fit(config)}, seed {seed}, {config.dtype} by the backend {backend}",
+            "fit": f"{_describe_fit(config)}, seed {seed}, {dtype} by the backend {backend}",
             "folder": str(out),
         }
     )
@@ -155,10 +157,19 @@ def _describe_runs(
         "device": _describe_device(config.device, used, config.threads),
         "fit": fit,
         "rollouts": f"{config.rollout.batch_size:,} an epoch, {config.rollout.dtype} by {rollouts}",
-        "SAC": f"{many}{config.steps:,} updates in {config.epochs:,} epochs, float32 by {training}",
+        "SAC": f"{many}{config.steps:,} updates in {config.epochs:,} epochs, {config.sac.dtype}"
+        f" by {training}",
+        **_describe_precision(config),
         "seed": f"{', '.join(seeds)}{resuming}",
         "folder": ", ".join(map(str, folders)),
     }
+
+
+def _describe_precision(config: RunConfig) -> dict[str, str]:
+    if config.matmul_precision == "highest":
+        return {}
+    why = dtypes_of(config.matmul_precision, config.device, config.backend).why
+    return {"precision": f"{config.matmul_precision}{f'; {why}' if why else ''}"}
 
 
 def _describe_data(dataset: str, data: Transitions) -> dict[str, str]:

@@ -320,19 +320,16 @@ def fit(
         if task is not None:
             check_sizes(data, dataset, get_task(task))
         write_config(out, config)
-        how: dict[str, Any] = {
-            "seed": seed,
-            "config": dynamics,
-            "device": device,
-            "backend": backend,
-            "threads": threads,
-        }
         if not quiet:
-            open_fit(dataset, data, out, **how)
+            open_fit(config, data, out)
         _, record = fit_and_save(
             data,
             out,
-            **how,
+            seed=seed,
+            config=dynamics,
+            device=device,
+            backend=backend,
+            threads=threads,
             quiet=quiet,
         )
     best = [record["best_mse"][member] for member in record["elites"]]
@@ -569,8 +566,8 @@ def evaluate(
         seed: Seed of the environments and of the policy's noise.
         stochastic: Sample actions from the policy. Otherwise its mean acts.
         json: Print JSON, which also has the return and length of each episode.
-        video: Video of the first episodes, .mp4 or .gif. It is rendered without a window; an .mp4 needs the
-            extra mopo_fast[video].
+        video: Video of the first episodes, .mp4 or .gif. It is rendered without a window. An .mp4 needs
+            `pip install '.[video]'` in the checkout.
         video_episodes: Number of episodes in the video, one after the other.
         quiet: Show no progress bar.
 

@@ -34,7 +34,7 @@ def _import_ray() -> Any:
     try:
         import ray
     except ImportError:
-        raise InputError("--ray takes the extra mopo_fast[ray]: pip install 'ray[tune]'") from None
+        raise InputError("--ray needs Ray; install it with `pip install '.[ray]'` in the checkout") from None
     return ray
 
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from mopo_fast.data import trajectories
+from mopo_fast.data.episodes import split_episodes
 from mopo_fast.data.hdf5 import has_signature, open_hdf5
 from mopo_fast.data.npz import open_npz
 from mopo_fast.data.parquet import open_parquet
@@ -108,7 +109,7 @@ def from_arrays(
     timeouts = reader.flags("timeouts") if "timeouts" in arrays else None
     if stored:
         rule = "next_observations"
-        episodes = _episodes(rewards, terminals, timeouts)
+        episodes = None if timeouts is None else _describe_episodes(rewards, terminals | timeouts)
         keep: Array | slice = slice(None)
         successors = reader.floats("next_observations", 2)
     else:
@@ -117,7 +118,7 @@ def from_arrays(
         rule = "next row, as d4rl.qlearning_dataset" if compat == "d4rl" else "next row of the episode"
         keep = ~timeouts if compat == "d4rl" else ~(timeouts | terminals)
         keep[-1:] = False
-        episodes = _episodes(rewards, terminals, timeouts)
+        episodes = _describe_episodes(rewards, terminals | timeouts)
         # An episode ends where the next row is left out.
         timeouts = np.append(~keep[1:], True)[keep] & ~terminals[keep]
         keep = np.flatnonzero(keep)
@@ -145,16 +146,17 @@ def from_arrays(
     return data
 
 
-def _episodes(rewards: Array, terminals: Array, timeouts: Array | None) -> dict[str, float] | None:
-    """Return the number of whole episodes, and the mean and maximum of their returns.
-
-    The result is None where the ends of episodes are unknown. Rows after the last end are left out.
-    """
-    ends = np.flatnonzero(terminals | timeouts) if timeouts is not None else np.empty(0)
-    if not len(ends):
+def _describe_episodes(rewards: Array, ends: Array) -> dict[str, float] | None:
+    """Return the number of whole episodes and the mean and maximum of their returns, or None without any."""
+    episodes = split_episodes(rewards, ends)
+    if episodes is None:
         return None
-    returns = np.add.reduceat(rewards[: ends[-1] + 1], np.append(0, ends[:-1] + 1), dtype=np.float64)
-    return {"count": len(ends), "return_mean": float(returns.mean()), "return_max": float(returns.max())}
+    returns = episodes.returns
+    return {
+        "count": len(returns),
+        "return_mean": float(returns.mean()),
+        "return_max": float(returns.max()),
+    }
 
 
 @contextlib.contextmanager

@@ -63,7 +63,9 @@ def open_fit(config: FitConfig, data: Transitions, out: Path) -> None:
         {
             **_describe_data(config.dataset, data),
             "device": _describe_device(device, [backend], config.threads),
-            "fit": f"{_describe_fit(dynamics)}, seed {config.seed}, {dynamics.dtype} by the backend {backend}",
+            "fit": (
+                f"{_describe_fit(dynamics)}, seed {config.seed}, {dynamics.dtype} by the backend {backend}"
+            ),
             "folder": str(out),
         }
     )

@@ -202,7 +202,8 @@ def convert(
             " --from"
         )
     from mopo_fast.data import find_dataset
-    from mopo_fast.data.local import MINARI_PREFIX, check_file
+    from mopo_fast.data.formats import check_file
+    from mopo_fast.data.local import MINARI_PREFIX
 
     if not target.startswith(MINARI_PREFIX):
         check_file(target, overwrite)
@@ -682,7 +683,7 @@ def rollout(
             "rollout needs RUN, --dataset and --out; or --verify DIR, to check a folder of shards"
         )
     from mopo_fast.data import find_dataset
-    from mopo_fast.data.local import check_file
+    from mopo_fast.data.formats import check_file
     from mopo_fast.run.find import check_run
 
     check_run(run)

@@ -21,8 +21,8 @@ import torch
 from mopo_fast.bulk.plan import SHARD_ARRAYS, Plan, ShardRecord, count_rows
 from mopo_fast.config import Compression
 from mopo_fast.data.files import as_tensor, open_file
+from mopo_fast.data.formats import check_file
 from mopo_fast.data.hdf5_writer import Pieces, hdf5_pieces, write_pieces, write_values
-from mopo_fast.data.local import check_file
 from mopo_fast.data.parquet import METADATA, import_pyarrow
 from mopo_fast.data.stored import Array, check_fits, is_kept
 from mopo_fast.data.transitions import ROLLOUT_ARRAYS, Transitions, array_layout

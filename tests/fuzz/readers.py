@@ -181,7 +181,7 @@ def actor(number: int, obs: int = OBS, act: int = ACT, **options: Any) -> Actor:
 
 FILES = ("mopo_fast.data.files:load_file", "mopo_fast.data:load_dataset")
 HDF5 = (
-    *("mopo_fast.data.hdf5:has_signature", "mopo_fast.data.hdf5:_open"),
+    *("mopo_fast.data.formats:has_hdf5_signature", "mopo_fast.data.hdf5:_open"),
     *("mopo_fast.data.hdf5:_Walk.__init__", *FILES),
     *("mopo_fast.data.hdf5:_Walk._probe", "mopo_fast.data.hdf5:_Walk._text_reader"),
 )

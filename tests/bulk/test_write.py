@@ -471,7 +471,7 @@ def test_the_command(
     assert main([*command, "--penalty-coef", "0", "--overwrite"]) == 0
     assert (open_rollouts(out)[:].rewards - open_rollouts(undisturbed)[:].raw_rewards).abs().max() == 0
     for wrong, message in (
-        (["rollout"], "needs RUN, --dataset and --out"),
+        (["rollout"], "needs RUN and --out"),
         (["rollout", str(run), "--verify", str(out)], "--verify takes a folder and neither"),
         (
             ["rollout", str(run), "--dataset", str(dataset), "--out", "a.hdf5", "--ray", "local"],

@@ -157,6 +157,10 @@ def _ensemble(
 # --- files
 
 
+FILES: tuple[str, ...] = ()
+"""A checkpoint is one file, so `read` takes no folder."""
+
+
 def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
     """Read a file written by `save_model` of dynamics, or of an algorithm with a SAC or MOPO policy.
 

@@ -364,6 +364,10 @@ def _select_members(ensemble: EnsembleDynamics, members: list[int]) -> EnsembleD
 # --- files
 
 
+FILES = ("model.pth", "env_stats.pickle")
+"""Names of the files that `read` looks for in a folder."""
+
+
 def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
     """Read the dynamics in a folder: model.pth and, for the input scale, env_stats.pickle if it exists.
 

@@ -470,6 +470,10 @@ def _only(folder: Path, pattern: str) -> Path | None:
     return found[0] if found else None
 
 
+FILES = ("*.mat", "*.nns", "*.pkl")
+"""Names of the files that `read` looks for in a folder."""
+
+
 def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
     """Read a model's NAME_STEP.mat, a checkpoint's .pkl, or a folder with at most one of each.
 

@@ -10,6 +10,9 @@ from mopo_fast.ensemble import EnsembleDynamics, elites_of
 from mopo_fast.errors import InputError
 from mopo_fast.policy import Actor
 
+FILES = ("dynamics.safetensors", "dynamics.json", "policy.safetensors", "policy.json")
+"""Names of the files that `read` looks for in a folder."""
+
 
 def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
     """Read the models in a run's folder.

@@ -484,6 +484,10 @@ def _save_files(folder: Path, state: dict[str, torch.Tensor], mu: Any, std: Any)
             temporary.write_bytes(content.getbuffer())
 
 
+FILES = ("dynamics.pth", "mu.npy", "std.npy", "policy.pth")
+"""Names of the files that `read` looks for in a folder."""
+
+
 def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
     """Read the dynamics and the policy in a folder; either may be missing.
 

@@ -209,6 +209,10 @@ def _as_namespace(module: Any, made: dict[int, Any]) -> Any:
     return made[id(module)]
 
 
+FILES = ("dynamics.pt", "policy.pt")
+"""Names of the files that `read` looks for in a folder."""
+
+
 def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
     """Read an `EnsembleTransition` or a `TanhGaussianPolicy` saved by `torch.save`.
 

@@ -30,6 +30,23 @@ def test_ours_to_ours(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert torch.equal(ours, copy)
 
 
+def test_other_files_of_a_folder_are_named(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(name: str) -> str:
+        command = ["convert", str(run), str(tmp_path / name), "--from", "mopo-fast", "--to", "offlinerl-kit"]
+        assert main(command) == 0
+        return " ".join(capsys.readouterr().err.split())
+
+    assert "not converted" not in told("a")
+    (run / "progress.csv").touch()
+    (run / "checkpoint").mkdir()
+    assert f"not converted from {run}: checkpoint/, progress.csv" in told("b")
+    for number in range(20):
+        (run / f"policy_{number:02}.pth").touch()
+    assert "policy_06.pth and 14 more" in told("c")
+
+
 @pytest.mark.parametrize("name", ["mbrl-lib", "d3rlpy", "unifloral"])
 def test_code_without_files_for_policies(
     name: Literal["mbrl-lib", "d3rlpy", "unifloral"],

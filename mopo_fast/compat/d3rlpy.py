@@ -26,6 +26,7 @@ from mopo_fast.compat.models import (
     check_method,
     check_model,
     ensemble_of,
+    unstored_activation,
     warn_of_changes,
 )
 from mopo_fast.compat.torch_files import as_state, load, save, take
@@ -319,13 +320,8 @@ def check_dynamics(ensemble: EnsembleDynamics) -> list[str]:
         InputError: d3rlpy's models lack a property of these dynamics.
     """
     check_kind(ensemble, "d3rlpy's models", log_scale="std", member_bounds=True)
-    changes = []
-    if ensemble.activation != "relu":
-        changes.append(
-            "d3rlpy's file does not store the activation of the dynamics; build them with the activation"
-            f" {ensemble.activation} to load it, not with d3rlpy's default ReLU"
-        )
-    if ensemble.elites.tolist() != list(range(ensemble.members)):
+    changes = unstored_activation(ensemble, "d3rlpy's file", "ProbabilisticEnsembleDynamics", "relu")
+    if len(ensemble.elites) < ensemble.members:
         changes.append(
             "d3rlpy has no elites: it draws from all"
             f" {ensemble.members} members, not from {len(ensemble.elites)} of them"

@@ -124,7 +124,7 @@ def test_activations_that_a_file_does_not_store(tmp_path: Path, caplog: pytest.L
         assert "does not store the activation of the dynamics; build" in caplog.text and "tanh" in caplog.text
         caplog.clear()
     policy = Actor(3, 2, hidden=(8,), activation="tanh")
-    with pytest.raises(InputError, match="OfflineRL-Kit's actor has ReLU, this policy has tanh"):
+    with pytest.raises(InputError, match="OfflineRL-Kit's policies have ReLU, this one has tanh"):
         get_format("offlinerl-kit").write(Checkpoint(policy=policy), tmp_path / "policy")
 
 

@@ -14,7 +14,7 @@ import torch
 
 from mopo_fast.bulk.files import write_shard
 from mopo_fast.bulk.generate import Generator
-from mopo_fast.bulk.plan import Plan, ShardRecord
+from mopo_fast.data.manifest import Plan, ShardRecord
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.policy import Actor

@@ -30,8 +30,8 @@ from mopo_fast.compat.models import (
     warn_of_changes,
 )
 from mopo_fast.compat.torch_files import as_state, load, save, take
-from mopo_fast.config import Hints
-from mopo_fast.ensemble import MAX_MEMBERS, EnsembleDynamics
+from mopo_fast.config import MAX_MEMBERS, Hints
+from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine

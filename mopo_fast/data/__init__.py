@@ -85,6 +85,7 @@ def load_dataset(
     """
     from mopo_fast.data import minari
     from mopo_fast.data.files import from_arrays, load_file
+    from mopo_fast.data.shards import load_rollouts
     from mopo_fast.data.transitions import Transitions
 
     if memory_map and (not isinstance(source, (str, os.PathLike)) or str(source).startswith(MINARI_PREFIX)):
@@ -110,9 +111,6 @@ def load_dataset(
                 f"{path} is a folder, which takes neither compat nor --memory-map (memory_map=True);"
                 " make one file of it with `mopo-fast convert`"
             )
-        # Here, because `bulk` reads files by the modules of this package.
-        from mopo_fast.bulk.read import load_rollouts
-
         return load_rollouts(path)
     if name not in d4rl.LOCATIONS:
         return load_file(path, compat=compat, name=name, memory_map=memory_map)

@@ -22,10 +22,10 @@ from mopo_fast import Actor, EnsembleDynamics, InputError, RolloutEngine, Transi
 from mopo_fast.backends.philox import BATCH_STREAM, random_choice
 from mopo_fast.bulk import files, write
 from mopo_fast.bulk.generate import Generator
-from mopo_fast.bulk.plan import MANIFEST, OLD_MANIFEST, read_manifest
 from mopo_fast.bulk.read import verify
 from mopo_fast.cli import main
-from mopo_fast.data import load_dataset
+from mopo_fast.data import load_dataset, shards
+from mopo_fast.data.manifest import MANIFEST, OLD_MANIFEST, read_manifest
 from mopo_fast.utils.seeds import ROLLOUT, START, derive_seed
 
 CONTEXT.set_forkserver_preload(["mopo_fast.bulk.write", "pytest"])
@@ -383,7 +383,7 @@ def test_a_shard_that_no_manifest_lists_yet_must_be_the_plans(
     out = tmp_path / "out"
     shutil.copytree(undisturbed, out)
     path = out / "shard-000005.hdf5"
-    arrays, metadata = files.read_file(path)
+    arrays, metadata = shards.read_file(path)
     for change in ({"shard": 1}, {"plan": "x"}):
         edit(out, lambda manifest: manifest["shards"].pop())
         files.write_file(tmp_path / "x.hdf5", arrays, metadata | change, "none")

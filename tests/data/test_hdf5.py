@@ -14,10 +14,10 @@ import pytest
 from small_arrays import ROWS, arrays
 
 from mopo_fast import InputError, load_dataset
-from mopo_fast.bulk.files import read_file
 from mopo_fast.cli import main
 from mopo_fast.data import hdf5, load_file
 from mopo_fast.data.hdf5 import open_hdf5
+from mopo_fast.data.shards import read_file
 
 
 def write(path: Path, change: Callable[[h5py.File], None] = lambda file: None, **options: Any) -> Path:

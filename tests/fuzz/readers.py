@@ -27,8 +27,8 @@ from torch import nn
 from mopo_fast import sweep, train
 from mopo_fast.bulk.files import file_sha256
 from mopo_fast.bulk.generate import generate
-from mopo_fast.bulk.plan import Manifest, run_settings
-from mopo_fast.bulk.read import as_text, open_rollouts, summarise, verify
+from mopo_fast.bulk.plan import run_settings
+from mopo_fast.bulk.read import as_text, summarise, verify
 from mopo_fast.bulk.write import generate_shards
 from mopo_fast.collect import collect
 from mopo_fast.compat import Checkpoint, convert_checkpoint, get_format, offlinerl_kit
@@ -43,7 +43,9 @@ from mopo_fast.config import (
 )
 from mopo_fast.data import Transitions, d4rl, load_dataset, minari
 from mopo_fast.data.convert import convert
+from mopo_fast.data.manifest import Manifest
 from mopo_fast.data.rewards import relabel_file
+from mopo_fast.data.shards import open_rollouts
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.fit import fit_dynamics
@@ -884,9 +886,9 @@ def _complete(**how: Any) -> Callable[[], None]:
 
 
 SHARDS = (
-    "mopo_fast.bulk.plan:read_manifest",
-    "mopo_fast.bulk.files:read_shard",
-    "mopo_fast.bulk.files:read_file",
+    "mopo_fast.data.manifest:read_manifest",
+    "mopo_fast.data.shards:read_shard",
+    "mopo_fast.data.shards:read_file",
 )
 _PARQUET = {"format": "parquet", "compression": "snappy"}
 _SHARDS = [
@@ -936,7 +938,7 @@ _SHARDS = [
         _make_shards(),
         ("out/_manifest.json",),
         _complete(overwrite=True),
-        ("mopo_fast.bulk.plan:read_manifest",),
+        ("mopo_fast.data.manifest:read_manifest",),
     ),
 ]
 

@@ -93,7 +93,7 @@ def generate_shards(
         seed: seed of all random numbers.
         penalty_coef: weight of the penalty in the reward; None for the run's own.
         format: format of the files, "hdf5" or "parquet".
-        compression: compression of the files, see `COMPRESSIONS` in plan.py.
+        compression: compression of the files, see `COMPRESSIONS` in data/manifest.py.
         dtype: precision of the matrix products, see `RolloutEngine`.
         backend: backend of `RolloutEngine`.
         threads: number of CPU threads; None for all cores, or for 1 in each worker of a cluster.

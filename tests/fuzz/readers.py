@@ -53,7 +53,9 @@ from mopo_fast.policy import Actor
 from mopo_fast.report import write_report
 from mopo_fast.rollout import RolloutEngine
 from mopo_fast.run import checkpoint, log
+from mopo_fast.run.find import find_run_dataset
 from mopo_fast.run.folder import read_config
+from mopo_fast.run.resolve import check_run_data
 from mopo_fast.utils.atomic import read_json
 
 from .children import Entry, check_secret
@@ -663,6 +665,12 @@ def _generate() -> None:
     run_settings("run")
 
 
+def _take_own_data() -> None:
+    data = load_dataset(find_run_dataset("run"), quiet=True)
+    check_run_data(Path("run"), data)
+    touch(data)
+
+
 def _make_models(number: int) -> None:
     """Make a run's settings and models, from which rollouts are made."""
     write_hdf5("data.hdf5", arrays(number, 11, 3, 30))
@@ -765,6 +773,13 @@ _RUNS = [
         ("run/checkpoint/*",),
         _resume,
         ("mopo_fast.run.checkpoint:load_checkpoint", "mopo_fast.train:Training.restore"),
+    ),
+    Entry(
+        "rollout from own data",
+        _make_run,
+        ("run/config.json", "run/checkpoint/*", "data.hdf5"),
+        _take_own_data,
+        ("mopo_fast.run.find:find_run_dataset", "mopo_fast.run.checkpoint:read_data_sha256"),
     ),
     Entry(
         "train --dynamics-from",

@@ -44,8 +44,8 @@ class Format(Protocol):
     """Reader and writer of one code base's checkpoints; each module of this package is one.
 
     Attributes:
-        FILES: patterns of the names of the files that `read` looks for in a folder; none where it takes one
-            file alone.
+        FILES: patterns of the names of the files that `read` knows in a folder; none where it takes one file
+            alone.
     """
 
     FILES: tuple[str, ...]
@@ -114,8 +114,8 @@ def convert_checkpoint(
 ) -> Checkpoint:
     """Convert a checkpoint of one code base into a checkpoint of another.
 
-    Other files in a source folder are not converted; one line of the log names them. A model that the target
-    format cannot store is left out. Each loss is logged as a warning: a model that is
+    Files in a source folder that its reader does not know are not converted; one line of the log names them.
+    A model that the target format cannot store is left out. Each loss is logged as a warning: a model that is
     left out, and a property of a model that the target's files lose or change.
 
     Args:
@@ -160,11 +160,12 @@ def convert_checkpoint(
 
 
 def _tell_of_others(folder: Path, reader: Format) -> None:
-    """Log which files and folders in a checkpoint's folder the reader has not looked for."""
+    """Log which files and folders in a checkpoint's folder the reader does not know."""
     others = sorted(
         path.name + "/" * path.is_dir()
         for path in folder.iterdir()
-        if not any(fnmatch.fnmatchcase(path.name, pattern) for pattern in reader.FILES)
+        # A hidden file is a lock or an unfinished file.
+        if not any(fnmatch.fnmatchcase(path.name, pattern) for pattern in (".*", *reader.FILES))
     )
     if others:
         more = f" and {len(others) - _MOST_NAMED} more" if len(others) > _MOST_NAMED else ""

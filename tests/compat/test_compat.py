@@ -39,12 +39,13 @@ def test_other_files_of_a_folder_are_named(
         return " ".join(capsys.readouterr().err.split())
 
     assert "not converted" not in told("a")
-    (run / "progress.csv").touch()
-    (run / "checkpoint").mkdir()
-    assert f"not converted from {run}: checkpoint/, progress.csv" in told("b")
+    for name in ("progress.csv", ".lock", "notes.txt"):
+        (run / name).touch()
+    (run / "older").mkdir()
+    assert f"not converted from {run}: notes.txt, older/" in told("b")
     for number in range(20):
         (run / f"policy_{number:02}.pth").touch()
-    assert "policy_06.pth and 14 more" in told("c")
+    assert "policy_05.pth and 14 more" in told("c")
 
 
 @pytest.mark.parametrize("name", ["mbrl-lib", "d3rlpy", "unifloral"])

@@ -22,8 +22,9 @@ from tyro.conf import Positional
 from benchmarks.record import write_record
 from mopo_fast import Actor, EnsembleDynamics, load_dataset
 from mopo_fast.bulk.generate import Generator
-from mopo_fast.bulk.plan import COMPRESSIONS, generate_config
+from mopo_fast.bulk.plan import generate_config
 from mopo_fast.bulk.write import generate_shards
+from mopo_fast.data.manifest import COMPRESSIONS
 from mopo_fast.doctor import examine
 
 _PEAK = """

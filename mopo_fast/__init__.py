@@ -50,9 +50,9 @@ if TYPE_CHECKING:
     from mopo_fast import tasks as tasks
     from mopo_fast import train as train
     from mopo_fast.backends import StepResult
-    from mopo_fast.bulk.read import open_rollouts
     from mopo_fast.config import TrainConfig
     from mopo_fast.data import Transitions, load_dataset
+    from mopo_fast.data.shards import open_rollouts
     from mopo_fast.ensemble import EnsembleDynamics
     from mopo_fast.errors import InputError
     from mopo_fast.fit import fit_dynamics
@@ -73,7 +73,7 @@ _HOMES = {
     "Transitions": "data",
     "fit_dynamics": "fit",
     "load_dataset": "data",
-    "open_rollouts": "bulk.read",
+    "open_rollouts": "data.shards",
     "register_task": "tasks",
 }
 

@@ -202,7 +202,8 @@ def convert(
             " --from"
         )
     from mopo_fast.data import find_dataset
-    from mopo_fast.data.local import MINARI_PREFIX, check_file
+    from mopo_fast.data.formats import check_file
+    from mopo_fast.data.local import MINARI_PREFIX
 
     if not target.startswith(MINARI_PREFIX):
         check_file(target, overwrite)
@@ -320,19 +321,16 @@ def fit(
         if task is not None:
             check_sizes(data, dataset, get_task(task))
         write_config(out, config)
-        how: dict[str, Any] = {
-            "seed": seed,
-            "config": dynamics,
-            "device": device,
-            "backend": backend,
-            "threads": threads,
-        }
         if not quiet:
-            open_fit(dataset, data, out, **how)
+            open_fit(config, data, out)
         _, record = fit_and_save(
             data,
             out,
-            **how,
+            seed=seed,
+            config=dynamics,
+            device=device,
+            backend=backend,
+            threads=threads,
             quiet=quiet,
         )
     best = [record["best_mse"][member] for member in record["elites"]]
@@ -569,8 +567,8 @@ def evaluate(
         seed: Seed of the environments and of the policy's noise.
         stochastic: Sample actions from the policy. Otherwise its mean acts.
         json: Print JSON, which also has the return and length of each episode.
-        video: Video of the first episodes, .mp4 or .gif. It is rendered without a window; an .mp4 needs the
-            extra mopo_fast[video].
+        video: Video of the first episodes, .mp4 or .gif. It is rendered without a window. An .mp4 needs
+            `pip install '.[video]'` in the checkout.
         video_episodes: Number of episodes in the video, one after the other.
         quiet: Show no progress bar.
 
@@ -605,7 +603,7 @@ def evaluate(
 def rollout(
     run: Annotated[Path | None, Positional, arg(metavar="RUN", help_behavior_hint=_NOT_VERIFY)] = None,
     *,
-    dataset: Annotated[str | None, arg(metavar="DATASET", help_behavior_hint=_NOT_VERIFY)] = None,
+    dataset: Annotated[str | None, flag("the data set that the run was trained on", "DATASET")] = None,
     out: Annotated[Path | None, arg(metavar="PATH", help_behavior_hint=_NOT_VERIFY)] = None,
     task: RunTask = None,
     count: int = 250_000,
@@ -636,7 +634,7 @@ def rollout(
     Args:
         run: Folder of the run whose policy and ensemble are used.
         dataset: Name or file of the data set that start states are drawn from, as in `mopo-fast
-            train --help`.
+            train --help`. Give it where the run's own is on another machine or has changed.
         out: File to write, .hdf5 or .npz, in D4RL's layout, or a folder for shards.
         task: Task of the run. It must be given where the task is a Python file, FILE.py, because that is
             executed.
@@ -664,7 +662,7 @@ def rollout(
         quiet: Show no progress bar.
 
     Examples:
-        mopo-fast rollout RUN --dataset hopper-medium-v2 --out rollouts.hdf5
+        mopo-fast rollout RUN --out rollouts.hdf5
         mopo-fast rollout RUN --dataset hopper-medium-v2 --out shards/ --count 100000000
         mopo-fast rollout --verify shards/
     """
@@ -680,25 +678,28 @@ def rollout(
         print(f"{verify}: {len(manifest.shards)} shards, all sound")
         print(as_text(summarise(manifest)))
         return
-    if run is None or dataset is None or out is None:
-        raise InputError(
-            "rollout needs RUN, --dataset and --out; or --verify DIR, to check a folder of shards"
-        )
+    if run is None or out is None:
+        raise InputError("rollout needs RUN and --out; or --verify DIR, to check a folder of shards")
     from mopo_fast.data import find_dataset
-    from mopo_fast.data.local import check_file
-    from mopo_fast.run.find import check_run
+    from mopo_fast.data.formats import check_file
+    from mopo_fast.run.find import check_run, find_run_dataset
 
     check_run(run)
     if out.suffix:
         check_file(out, overwrite)
         if ray is not None:
             raise InputError("--ray takes a folder as --out, for shards")
-    find_dataset(dataset)
+    if dataset is None:
+        source = find_run_dataset(run)
+    else:
+        source = dataset
+        find_dataset(source)
     from mopo_fast.bulk.files import save_transitions
     from mopo_fast.bulk.generate import generate
     from mopo_fast.bulk.read import as_text, summarise
     from mopo_fast.bulk.write import generate_shards
     from mopo_fast.data import load_dataset
+    from mopo_fast.run.resolve import check_run_data
 
     settings: dict[str, Any] = {
         "count": count,
@@ -707,12 +708,14 @@ def rollout(
         "penalty_coef": penalty_coef,
     }
     settings |= {"dtype": dtype, "device": device, "backend": backend, "threads": threads, "task": task}
+    data = load_dataset(source, memory_map=memory_map, quiet=quiet)
+    if dataset is None:
+        check_run_data(run, data)
     if out.suffix:
-        rollouts = generate(run, load_dataset(dataset, memory_map=memory_map, quiet=quiet), **settings)
+        rollouts = generate(run, data, **settings)
         save_transitions(out, rollouts, overwrite=overwrite)
         print(f"{out}: {len(rollouts)} transitions, mean penalised reward {rollouts.rewards.mean():.4g}")
         return
-    data = load_dataset(dataset, memory_map=memory_map, quiet=quiet)
     try:
         manifest = generate_shards(
             run,

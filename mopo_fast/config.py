@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 else:
     Dataset = str
 # The order is fixed: the kernels' enumerators in csrc/ are indices into these tuples.
+MAX_MEMBERS = 32
+"""Most members of an ensemble."""
+
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 LOG_SCALES: tuple[LogScale, ...] = get_args(LogScale)
 PENALTIES: tuple[Penalty, ...] = get_args(Penalty)

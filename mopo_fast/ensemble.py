@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from mopo_fast.config import ACTIVATIONS, LOG_SCALES, Activation, LogScale
+from mopo_fast.config import ACTIVATIONS, LOG_SCALES, MAX_MEMBERS, Activation, LogScale
 from mopo_fast.errors import InputError
 from mopo_fast.utils.atomic import read_json_as, write_json
 from mopo_fast.utils.machine import check_memory
@@ -32,7 +32,6 @@ from mopo_fast.utils.tensors import (
 )
 
 FORMAT_VERSION = 2
-MAX_MEMBERS = 32
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mopo_fast.data import Transitions
-from mopo_fast.data.summary import SAMPLE, Array, Episodes, Spread, Summary, find_episodes, sample_rows
+from mopo_fast.data.episodes import Episodes, find_episodes
+from mopo_fast.data.stored import Array
+from mopo_fast.data.summary import SAMPLE, Spread, Summary, sample_rows
 from mopo_fast.errors import InputError
 from mopo_fast.tasks import Task, get_task, parse_dataset_name
 from mopo_fast.utils.pages import (

@@ -23,7 +23,7 @@ from matplotlib.ticker import MaxNLocator
 
 from mopo_fast.config import DynamicsConfig, RolloutConfig
 from mopo_fast.data import Transitions, find_dataset, load_dataset
-from mopo_fast.data.summary import find_episodes
+from mopo_fast.data.episodes import find_episodes
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.fit import data_sha256, dynamics_inputs_targets, read_fit, split_holdout

@@ -95,7 +95,8 @@ def _check_encoder(path: Path) -> None:
         raise InputError(f"a video's name must end in .mp4 or .gif, got {path}")
     if path.suffix == ".mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
         raise InputError(
-            f"{path} needs an MP4 encoder; install one with `pip install 'mopo_fast[video]'`, or give a .gif"
+            f"{path} needs an MP4 encoder; install one with `pip install '.[video]'` in the checkout, or give"
+            " a .gif"
         )
 
 

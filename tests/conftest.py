@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # cuBLAS needs this setting for the deterministic algorithms that `poisoned_outputs` switches on.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -13,10 +14,12 @@ from types import ModuleType
 import pytest
 import torch
 from filelock import FileLock
+from small_runs import CONFIG
 
 from mopo_fast.backends import BackendStatus
 from mopo_fast.backends.gpu import cuda
 from mopo_fast.collect import collect
+from mopo_fast.config import TrainConfig
 
 torch.set_num_threads(1)
 
@@ -42,6 +45,12 @@ def hopper_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return collect(
         "hopper-random", 600, out=tmp_path_factory.mktemp("data") / "hopper-random-local.hdf5", quiet=True
     )
+
+
+@pytest.fixture(scope="session")
+def config(hopper_data: Path) -> TrainConfig:
+    """Return the settings of a small run in hopper."""
+    return dataclasses.replace(CONFIG, dataset=str(hopper_data))
 
 
 @pytest.fixture(scope="session")

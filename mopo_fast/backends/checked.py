@@ -23,9 +23,9 @@ from mopo_fast.backends.interface import (
     StepCall,
     StepResult,
 )
-from mopo_fast.config import ACTIVATIONS, PENALTIES, ROLLOUT_DTYPES, TRAINING_DTYPES
+from mopo_fast.config import ACTIVATIONS, MAX_MEMBERS, PENALTIES, ROLLOUT_DTYPES, TRAINING_DTYPES
 from mopo_fast.data.transitions import DATA_ARRAYS, array_layout
-from mopo_fast.ensemble import MAX_MEMBERS, check_members
+from mopo_fast.ensemble import check_members
 from mopo_fast.errors import InputError
 from mopo_fast.utils.machine import MAX_THREADS
 

@@ -14,7 +14,7 @@ import torch
 
 from mopo_fast.bulk.files import write_shard
 from mopo_fast.bulk.generate import Generator
-from mopo_fast.bulk.plan import Plan, ShardRecord
+from mopo_fast.data.manifest import Plan, ShardRecord
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.policy import Actor
@@ -34,7 +34,7 @@ def _import_ray() -> Any:
     try:
         import ray
     except ImportError:
-        raise InputError("--ray takes the extra mopo_fast[ray]: pip install 'ray[tune]'") from None
+        raise InputError("--ray needs Ray; install it with `pip install '.[ray]'` in the checkout") from None
     return ray
 
 

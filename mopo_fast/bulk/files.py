@@ -9,27 +9,23 @@ import hashlib
 import io
 import json
 import os
-import reprlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
-import torch
 
-from mopo_fast.bulk.plan import SHARD_ARRAYS, Plan, ShardRecord, count_rows
 from mopo_fast.config import Compression
-from mopo_fast.data.files import as_tensor, open_file
+from mopo_fast.data.formats import check_file
 from mopo_fast.data.hdf5_writer import Pieces, hdf5_pieces, write_pieces, write_values
-from mopo_fast.data.local import check_file
+from mopo_fast.data.manifest import Plan, ShardRecord, count_rows
 from mopo_fast.data.parquet import METADATA, import_pyarrow
-from mopo_fast.data.stored import Array, check_fits, is_kept
-from mopo_fast.data.transitions import ROLLOUT_ARRAYS, Transitions, array_layout
+from mopo_fast.data.shards import d4rl_arrays
+from mopo_fast.data.stored import Array
+from mopo_fast.data.transitions import Transitions
 from mopo_fast.data.write import write_arrays
-from mopo_fast.ensemble import MAX_MEMBERS
-from mopo_fast.errors import InputError
-from mopo_fast.utils.atomic import atomic_path, regular_file
+from mopo_fast.utils.atomic import atomic_path
 
 # Bytes hashed between two calls of `check`.
 _BLOCK = 4 << 20
@@ -37,29 +33,7 @@ _BLOCK = 4 << 20
 _ROW_GROUP = 1 << 17
 
 
-# --- a rollout's arrays, and a file of them
-
-
-def d4rl_arrays(data: Transitions) -> dict[str, Array]:
-    """Return a rollout's arrays by their names in a file: those of `Transitions`, and "timeouts".
-
-    A time-out marks the last row of a rollout that did not end in a terminal state.
-
-    Raises:
-        InputError: the transitions have no rollout_index, so they are no model rollouts.
-    """
-    if data.rollout_index is None:
-        raise InputError("only model rollouts can be saved: these transitions have no rollout_index")
-    arrays = {name: array.cpu().numpy() for name, array in data.arrays().items()}
-    last = np.append(np.diff(arrays["rollout_index"]) != 0, True)[: len(data)]
-    arrays["timeouts"] = last & ~arrays["terminals"]
-    return arrays
-
-
-def as_transitions(arrays: dict[str, Array], name: str, info: dict[str, Any]) -> Transitions:
-    """Return a shard's arrays as transitions that share their memory."""
-    tensors: dict[str, Any] = {key: as_tensor(arrays[key]) for key in ROLLOUT_ARRAYS}
-    return Transitions(**tensors, name=name, info=info)
+# --- one file
 
 
 def save_transitions(path: str | os.PathLike[str], data: Transitions, *, overwrite: bool = False) -> None:
@@ -121,64 +95,6 @@ def write_shard(
         non_finite=metadata["non_finite"],
         **count_rows(arrays, plan.rollout.horizon),
     )
-
-
-def read_shard(path: Path, plan: Plan, shard: int) -> tuple[dict[str, Array], dict[str, Any]]:
-    """Read a shard's arrays and metadata; check the arrays' names, types and shapes against the plan.
-
-    Args:
-        path: file of the shard.
-        plan: plan of its folder.
-        shard: number of the shard.
-
-    Raises:
-        InputError: the file is missing or damaged, or holds other arrays than the plan says.
-    """
-    regular_file(path)
-    arrays, metadata = read_file(path)
-    if arrays.keys() != set(SHARD_ARRAYS):
-        names = ", ".join(sorted(arrays.keys() ^ set(SHARD_ARRAYS)))
-        raise InputError(
-            f"{path} must hold exactly the arrays of a rollout; missing or unknown: {reprlib.repr(names)}"
-        )
-    for name, array in arrays.items():
-        # A row's size, 1 here, is not checked: the plan does not store obs_dim and act_dim.
-        row, kind = array_layout(name, 1, 1)
-        dtype = torch.empty(0, dtype=kind, device="cpu").numpy().dtype
-        ndim, rows = 1 + len(row), plan.rows(shard)
-        if array.dtype != dtype or array.ndim != ndim or len(array) != rows or 0 in array.shape:
-            raise InputError(
-                f"{path}: {name} must be {dtype} of {ndim} dimensions and {rows} rows,"
-                f" got {array.dtype} {array.shape}"
-            )
-    if arrays["observations"].shape != arrays["next_observations"].shape:
-        raise InputError(f"{path}: observations and next_observations have different shapes")
-    return arrays, metadata
-
-
-def check_values(path: Path, arrays: dict[str, Array], plan: Plan, shard: int) -> None:
-    """Raise `InputError` if a shard's arrays hold a value that no rollout of the plan can have."""
-    first = shard << 32
-    ranges = {
-        "step": (0, plan.rollout.horizon),
-        "rollout_index": (first, first + 2**32),
-        "members": (-1, MAX_MEMBERS),
-        "penalties": (0, np.inf),
-    }
-    for name, (low, high) in ranges.items():
-        if not (arrays[name].min() >= low and arrays[name].max() < high):
-            raise InputError(f"{path}: {name} must be from {low} to below {high}")
-    for name in ("terminals", "timeouts"):
-        # The bytes of a file's bool may be neither 0 nor 1.
-        if arrays[name].view(np.uint8).max() > 1:
-            raise InputError(f"{path}: {name} holds bytes that are neither 0 nor 1")
-    rows = as_transitions(arrays, str(path), {}).validate()
-    if not np.array_equal(d4rl_arrays(rows)["timeouts"], arrays["timeouts"]):
-        raise InputError(f"{path}: timeouts are not where rollouts end without a terminal")
-    coef = plan.rollout.penalty_coef
-    expected = arrays["raw_rewards"] - np.float32(coef) * arrays["penalties"]
-    if not np.allclose(arrays["rewards"], expected, rtol=1e-4, atol=1e-4):
-        raise InputError(f"{path}: rewards are not raw_rewards - {coef:g} * penalties")
 
 
 # --- its formats
@@ -266,22 +182,3 @@ def _write_parquet(
         for first in range(0, len(table), _ROW_GROUP):
             check()
             writer.write_table(table.slice(first, _ROW_GROUP))
-
-
-def read_file(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
-    """Read a shard's arrays and its metadata; arrays in uncompressed HDF5 are memory maps.
-
-    Raises:
-        InputError: the file is missing or damaged.
-    """
-    with open_file(path) as file:
-        arrays = {key: item for key, item in file.items() if "/" not in key and item.shape is not None}
-        check_fits(path, sum(item.nbytes for item in arrays.values() if item.offset is None), "")
-        values = {
-            key.removeprefix("metadata/"): np.asarray(item).item()
-            for key, item in file.items()
-            if key.startswith("metadata/") and item.shape == () and is_kept(item)
-        }
-        texts = {k: v.decode("utf-8", "replace") for k, v in values.items() if isinstance(v, bytes)}
-        found = {k: np.asarray(v) if v.offset is None else v.map(path) for k, v in arrays.items()}
-        return found, values | texts

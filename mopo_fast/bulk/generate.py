@@ -10,8 +10,9 @@ import torch
 from mopo_fast import __version__
 from mopo_fast.backends.philox import BATCH_STREAM, random_choice
 from mopo_fast.buffer import RingBuffer
-from mopo_fast.bulk.plan import SHARD_ARRAYS, GenerateConfig, Plan, Positive, generate_config
+from mopo_fast.bulk.plan import generate_config
 from mopo_fast.config import RolloutDtype
+from mopo_fast.data.manifest import SHARD_ARRAYS, GenerateConfig, Plan, Positive
 from mopo_fast.data.transitions import Transitions, transition_bytes
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError

@@ -20,9 +20,11 @@ from typing import Any
 from mopo_fast import __version__
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.bulk.cluster import ShardMaker, ray_shard_maker
-from mopo_fast.bulk.files import file_sha256, read_file, write_shard
+from mopo_fast.bulk.files import file_sha256, write_shard
 from mopo_fast.bulk.generate import ENCODED_WHOLE, WRITTEN_IN_PIECES, Generator, check_rollout_memory
-from mopo_fast.bulk.plan import (
+from mopo_fast.bulk.plan import generate_config
+from mopo_fast.config import Compression, RolloutDtype, ShardFormat
+from mopo_fast.data.manifest import (
     MANIFEST,
     OLD_MANIFEST,
     SHARD_ARRAYS,
@@ -31,13 +33,12 @@ from mopo_fast.bulk.plan import (
     Positive,
     ShardRecord,
     ShardRows,
-    generate_config,
     manifest_path,
     read_manifest,
     write_manifest,
 )
-from mopo_fast.config import Compression, RolloutDtype, ShardFormat
 from mopo_fast.data.parquet import import_pyarrow
+from mopo_fast.data.shards import read_file
 from mopo_fast.data.transitions import Transitions, transition_bytes
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
@@ -92,7 +93,7 @@ def generate_shards(
         seed: seed of all random numbers.
         penalty_coef: weight of the penalty in the reward; None for the run's own.
         format: format of the files, "hdf5" or "parquet".
-        compression: compression of the files, see `COMPRESSIONS` in plan.py.
+        compression: compression of the files, see `COMPRESSIONS` in data/manifest.py.
         dtype: precision of the matrix products, see `RolloutEngine`.
         backend: backend of `RolloutEngine`.
         threads: number of CPU threads; None for all cores, or for 1 in each worker of a cluster.

@@ -5,6 +5,7 @@ under the same names, and `read` and `write` for its checkpoints. No module impo
 that a user passes in are used through their attributes.
 """
 
+import fnmatch
 import importlib
 import logging
 import os
@@ -22,6 +23,9 @@ __getattr__, __dir__ = lazy_submodules(__name__)
 
 logger = logging.getLogger("mopo_fast")
 
+# Names in a line of the log.
+_MOST_NAMED = 8
+
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
@@ -37,7 +41,14 @@ class Checkpoint:
 
 
 class Format(Protocol):
-    """Reader and writer of one code base's checkpoints; each module of this package is one."""
+    """Reader and writer of one code base's checkpoints; each module of this package is one.
+
+    Attributes:
+        FILES: patterns of the names of the files that `read` knows in a folder; none where it takes one file
+            alone.
+    """
+
+    FILES: tuple[str, ...]
 
     def read(self, source: Path, hints: Hints = ...) -> Checkpoint:
         """Read the models in a checkpoint of the code base.
@@ -103,6 +114,7 @@ def convert_checkpoint(
 ) -> Checkpoint:
     """Convert a checkpoint of one code base into a checkpoint of another.
 
+    Files in a source folder that its reader does not know are not converted; one line of the log names them.
     A model that the target format cannot store is left out. Each loss is logged as a warning: a model that is
     left out, and a property of a model that the target's files lose or change.
 
@@ -131,6 +143,8 @@ def convert_checkpoint(
     checkpoint = reader.read(source, hints or Hints())
     if checkpoint.dynamics is None and checkpoint.policy is None:
         raise InputError(f"{source} holds no {source_format} dynamics and no {source_format} policy")
+    if source.is_dir():
+        _tell_of_others(source, reader)
     kept, left_out, changes = _storable(checkpoint, writer)
     if kept.dynamics is None and kept.policy is None:
         raise InputError(f"nothing in {source} can be stored as {target_format}: {'; '.join(left_out)}")
@@ -143,6 +157,19 @@ def convert_checkpoint(
         logger.warning("%s", sentence)
     writer.write(kept, target)
     return kept
+
+
+def _tell_of_others(folder: Path, reader: Format) -> None:
+    """Log which files and folders in a checkpoint's folder the reader does not know."""
+    others = sorted(
+        path.name + "/" * path.is_dir()
+        for path in folder.iterdir()
+        # A hidden file is a lock or an unfinished file.
+        if not any(fnmatch.fnmatchcase(path.name, pattern) for pattern in (".*", *reader.FILES))
+    )
+    if others:
+        more = f" and {len(others) - _MOST_NAMED} more" if len(others) > _MOST_NAMED else ""
+        logger.info("not converted from %s: %s%s", folder, ", ".join(others[:_MOST_NAMED]), more)
 
 
 def _storable(checkpoint: Checkpoint, writer: Format) -> tuple[Checkpoint, list[str], list[str]]:

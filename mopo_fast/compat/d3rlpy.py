@@ -26,11 +26,12 @@ from mopo_fast.compat.models import (
     check_method,
     check_model,
     ensemble_of,
+    unstored_activation,
     warn_of_changes,
 )
 from mopo_fast.compat.torch_files import as_state, load, save, take
-from mopo_fast.config import Hints
-from mopo_fast.ensemble import MAX_MEMBERS, EnsembleDynamics
+from mopo_fast.config import MAX_MEMBERS, Hints
+from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine
@@ -155,6 +156,10 @@ def _ensemble(
 
 
 # --- files
+
+
+FILES: tuple[str, ...] = ()
+"""A checkpoint is one file, so `read` takes no folder."""
 
 
 def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
@@ -315,13 +320,8 @@ def check_dynamics(ensemble: EnsembleDynamics) -> list[str]:
         InputError: d3rlpy's models lack a property of these dynamics.
     """
     check_kind(ensemble, "d3rlpy's models", log_scale="std", member_bounds=True)
-    changes = []
-    if ensemble.activation != "relu":
-        changes.append(
-            "d3rlpy's file does not store the activation of the dynamics; build them with the activation"
-            f" {ensemble.activation} to load it, not with d3rlpy's default ReLU"
-        )
-    if ensemble.elites.tolist() != list(range(ensemble.members)):
+    changes = unstored_activation(ensemble, "d3rlpy's file", "ProbabilisticEnsembleDynamics", "relu")
+    if len(ensemble.elites) < ensemble.members:
         changes.append(
             "d3rlpy has no elites: it draws from all"
             f" {ensemble.members} members, not from {len(ensemble.elites)} of them"

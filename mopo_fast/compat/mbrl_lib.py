@@ -25,6 +25,7 @@ from mopo_fast.compat.models import (
     check_method,
     check_model,
     ensemble_of,
+    unstored_activation,
     warn_of_changes,
 )
 from mopo_fast.compat.torch_files import as_state, load, save, take
@@ -364,6 +365,10 @@ def _select_members(ensemble: EnsembleDynamics, members: list[int]) -> EnsembleD
 # --- files
 
 
+FILES = ("model.pth", "env_stats.pickle")
+"""Names of the files that `read` looks for in a folder."""
+
+
 def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
     """Read the dynamics in a folder: model.pth and, for the input scale, env_stats.pickle if it exists.
 
@@ -428,12 +433,8 @@ def check_dynamics(ensemble: EnsembleDynamics) -> list[str]:
         InputError: mbrl-lib's models lack a property of these dynamics.
     """
     check_kind(ensemble, "mbrl-lib's models", log_scale="variance", absolute=True)
-    changes = []
-    if ensemble.activation != "silu":
-        changes.append(
-            "model.pth does not store the activation of the dynamics; build the GaussianMLP with"
-            f" {ensemble.activation} to load it, not with the SiLU of mbrl-lib's configurations"
-        )
+    # The default is that of mbrl-lib's configurations.
+    changes = unstored_activation(ensemble, "model.pth", "GaussianMLP", "silu")
     if absolute := ensemble.absolute.nonzero()[:, 0].tolist():
         changes.append(
             "model.pth does not store which dimensions are predicted themselves; build the"

@@ -25,6 +25,7 @@ _ACTIVATIONS: dict[str, Activation] = {
     "relu": "relu",
     "tanh": "tanh",
 }
+_SPELLINGS: dict[Activation, str] = {"silu": "SiLU", "relu": "ReLU", "tanh": "tanh"}
 
 
 def activation_of(module: object) -> Activation:
@@ -118,6 +119,39 @@ def warn_of_changes(
     changes = [change for check, model in pairs if model is not None for change in check(model)]
     for change in changes:
         logger.warning("%s", change)
+
+
+def check_activation(model: EnsembleDynamics | Actor, models: str, *known: Activation) -> None:
+    """Raise `InputError` if a model has an activation that another code base's models cannot have.
+
+    Args:
+        model: ensemble or actor to be written in the code base's format.
+        models: name of the code base's models, for the message.
+        known: activations that they may have.
+    """
+    if model.activation not in known:
+        names = " or ".join(_SPELLINGS[name] for name in known)
+        raise InputError(f"{models} have {names}, this one has {model.activation}")
+
+
+def unstored_activation(ensemble: EnsembleDynamics, file: str, model: str, default: Activation) -> list[str]:
+    """Describe the loss of an activation that another code base's file does not store.
+
+    Args:
+        ensemble: ensemble to be written in the code base's format.
+        file: name of the file.
+        model: class of the code base that is built before the file is loaded.
+        default: activation that the class has by default.
+
+    Returns:
+        One sentence, or nothing if the ensemble has the default.
+    """
+    if ensemble.activation == default:
+        return []
+    return [
+        f"{file} does not store the activation of the dynamics; build {model} with the activation"
+        f" {ensemble.activation} to load it, not with the default {_SPELLINGS[default]}"
+    ]
 
 
 def check_kind(

@@ -26,6 +26,7 @@ import torch
 from mopo_fast.compat import Checkpoint, matlab_files
 from mopo_fast.compat.models import (
     activation_of,
+    check_activation,
     check_kind,
     check_method,
     clipped_log_stds,
@@ -470,6 +471,10 @@ def _only(folder: Path, pattern: str) -> Path | None:
     return found[0] if found else None
 
 
+FILES = ("*.mat", "*.nns", "*.pkl")
+"""Names of the files that `read` looks for in a folder."""
+
+
 def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
     """Read a model's NAME_STEP.mat, a checkpoint's .pkl, or a folder with at most one of each.
 
@@ -562,9 +567,9 @@ def check_dynamics(ensemble: EnsembleDynamics) -> list[str]:
         InputError: the authors' models lack a property of these dynamics.
     """
     check_kind(ensemble, "the authors' models", log_scale="variance")
-    elites = ensemble.elites.tolist()
-    if sorted(elites) == list(range(ensemble.members)):
+    if len(ensemble.elites) == ensemble.members:
         return []
+    elites = ensemble.elites.tolist()
     return [
         "the authors' files do not store the elites: the BNN chooses its own at its next training; to read"
         f" the files here, give --elites {' '.join(map(str, elites))}"
@@ -577,8 +582,7 @@ def check_policy(policy: Actor) -> list[str]:
     Raises:
         InputError: the policy's activation is not ReLU.
     """
-    if policy.activation != "relu":
-        raise InputError(f"the authors' policies have ReLU, this one has {policy.activation}")
+    check_activation(policy, "the authors' policies", "relu")
     return clipped_log_stds(policy, -20.0, 2.0, "the authors' code")
 
 

@@ -10,6 +10,14 @@ from mopo_fast.ensemble import EnsembleDynamics, elites_of
 from mopo_fast.errors import InputError
 from mopo_fast.policy import Actor
 
+FILES = (
+    *("dynamics.safetensors", "dynamics.json", "policy.safetensors", "policy.json"),
+    # The rest of a run's folder holds no models, or holds them for going on with the run.
+    *("config.json", "summary.json", "progress.csv", "fit.json", "fit.csv", "report.html", "*.png"),
+    *("checkpoint", "tensorboard-fit", "events.out.tfevents.*"),
+)
+"""Names of the files in a run's folder, of which `read` takes the models."""
+
 
 def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
     """Read the models in a run's folder.

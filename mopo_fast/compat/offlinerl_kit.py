@@ -29,11 +29,13 @@ from mopo_fast.compat import Checkpoint
 from mopo_fast.compat.models import (
     activation_of,
     actor_of,
+    check_activation,
     check_kind,
     check_method,
     check_model,
     clipped_log_stds,
     ensemble_of,
+    unstored_activation,
     warn_of_changes,
 )
 from mopo_fast.compat.torch_files import load_state, save, take
@@ -484,6 +486,10 @@ def _save_files(folder: Path, state: dict[str, torch.Tensor], mu: Any, std: Any)
             temporary.write_bytes(content.getbuffer())
 
 
+FILES = ("dynamics.pth", "mu.npy", "std.npy", "policy.pth")
+"""Names of the files that `read` looks for in a folder."""
+
+
 def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
     """Read the dynamics and the policy in a folder; either may be missing.
 
@@ -574,12 +580,7 @@ def check_dynamics(ensemble: Ensemble) -> list[str]:
         InputError: OfflineRL-Kit's models lack a property of these dynamics.
     """
     check_kind(ensemble, "OfflineRL-Kit's models", log_scale="variance")
-    if ensemble.activation == "silu":
-        return []
-    return [
-        "dynamics.pth does not store the activation of the dynamics; build EnsembleDynamicsModel with the"
-        f" activation {ensemble.activation} to load it"
-    ]
+    return unstored_activation(ensemble, "dynamics.pth", "EnsembleDynamicsModel", "silu")
 
 
 def check_policy(policy: Actor) -> list[str]:
@@ -588,8 +589,7 @@ def check_policy(policy: Actor) -> list[str]:
     Raises:
         InputError: the policy's activation is not ReLU.
     """
-    if policy.activation != "relu":
-        raise InputError(f"OfflineRL-Kit's actor has ReLU, this policy has {policy.activation}")
+    check_activation(policy, "OfflineRL-Kit's policies", "relu")
     low, high = policy.log_std_min, policy.log_std_max
     advice = f"; to keep the bounds, build TanhDiagGaussian with sigma_min={low:g} and sigma_max={high:g}"
     return clipped_log_stds(policy, *_LOG_STD_BOUNDS, "OfflineRL-Kit", advice)

@@ -22,6 +22,7 @@ from torch import nn
 from mopo_fast.compat import Checkpoint
 from mopo_fast.compat.models import (
     activation_of,
+    check_activation,
     check_kind,
     check_method,
     check_model,
@@ -209,6 +210,10 @@ def _as_namespace(module: Any, made: dict[int, Any]) -> Any:
     return made[id(module)]
 
 
+FILES = ("dynamics.pt", "policy.pt")
+"""Names of the files that `read` looks for in a folder."""
+
+
 def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
     """Read an `EnsembleTransition` or a `TanhGaussianPolicy` saved by `torch.save`.
 
@@ -307,8 +312,7 @@ def check_dynamics(ensemble: EnsembleDynamics) -> list[str]:
     """
     obs_dim = ensemble.obs_dim
     check_kind(ensemble, "Polixir's models", log_scale="std", absolute=True)
-    if ensemble.activation != "silu":
-        raise InputError(f"Polixir's models have hidden layers with SiLU, this one has {ensemble.activation}")
+    check_activation(ensemble, "Polixir's models", "silu")
     if bool((ensemble.input_mean[obs_dim:] != 0).any() or (ensemble.input_std[obs_dim:] != 1).any()):
         raise InputError("Polixir's models do not scale actions; this one does")
     if bool(ensemble.absolute.any()) and (_is_scaled(ensemble) or not bool(ensemble.absolute.all())):
@@ -329,8 +333,7 @@ def check_policy(policy: Actor) -> list[str]:
     Raises:
         InputError: the policy's activation is neither ReLU nor tanh.
     """
-    if policy.activation not in _ACTIVATIONS:
-        raise InputError(f"Polixir's policies have ReLU or tanh, this one has {policy.activation}")
+    check_activation(policy, "Polixir's policies", "relu", "tanh")
     advice = f"; to keep the bounds, set LOG_SIG_MIN = {policy.log_std_min:g} and LOG_SIG_MAX ="
     advice += f" {policy.log_std_max:g} in its TanhGaussianPolicy"
     return clipped_log_stds(policy, _LOG_STD_MIN, _LOG_STD_MAX, "Polixir's OfflineRL", advice)

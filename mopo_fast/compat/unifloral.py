@@ -403,6 +403,10 @@ _ALLOWED: dict[str, Callable[..., Any]] = {
 }
 
 
+FILES: tuple[str, ...] = ()
+"""A checkpoint is one file, so `read` takes no folder."""
+
+
 def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
     """Read a pickled EnsembleDynamics. It holds elites alone, so all members become elites.
 

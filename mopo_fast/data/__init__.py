@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mopo_fast.data import d4rl
+from mopo_fast.data.formats import SUFFIXES, format_of
 from mopo_fast.data.local import MINARI_PREFIX, local_file, local_folder
 from mopo_fast.errors import InputError
 from mopo_fast.utils.lazy import lazy_submodules
@@ -29,9 +30,6 @@ __all__ = [
 MEMORY_PREFIX = "memory:"
 """Prefix of the name under which a run records data that were given in memory."""
 
-_SUFFIXES = (".hdf5", ".h5", ".npz", ".pkl", ".parquet")
-# Endings of files that people have at hand and that hold no data set.
-_OTHER_SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".xlsx", ".npy", ".pt", ".pth", ".zip")
 # These modules are imported on first use: the command line looks up names before it imports torch.
 _HOMES = {"Transitions": "transitions", "load_file": "files", "relabel": "rewards", "relabel_file": "rewards"}
 
@@ -87,6 +85,7 @@ def load_dataset(
     """
     from mopo_fast.data import minari
     from mopo_fast.data.files import from_arrays, load_file
+    from mopo_fast.data.shards import load_rollouts
     from mopo_fast.data.transitions import Transitions
 
     if memory_map and (not isinstance(source, (str, os.PathLike)) or str(source).startswith(MINARI_PREFIX)):
@@ -112,9 +111,6 @@ def load_dataset(
                 f"{path} is a folder, which takes neither compat nor --memory-map (memory_map=True);"
                 " make one file of it with `mopo-fast convert`"
             )
-        # Here, because `bulk` reads files by the modules of this package.
-        from mopo_fast.bulk.read import load_rollouts
-
         return load_rollouts(path)
     if name not in d4rl.LOCATIONS:
         return load_file(path, compat=compat, name=name, memory_map=memory_map)
@@ -158,16 +154,13 @@ def find_dataset(name_or_path: str | os.PathLike[str]) -> tuple[Path, str | None
         raise InputError(
             f"{path} is the folder of a run, not a data set; `mopo-fast train --resume {path}` continues it"
         )
-    suffix = path.suffix.lower()
-    is_path = isinstance(name_or_path, os.PathLike) or path.is_file() or suffix in _SUFFIXES + _OTHER_SUFFIXES
+    named = name.startswith((MEMORY_PREFIX, MINARI_PREFIX)) or name.endswith("-local")
+    is_path = isinstance(name_or_path, os.PathLike) or path.is_file() or bool(path.suffix and not named)
     if is_path or is_folder:
         if not path.exists():
             raise InputError(f"{path} does not exist")
-        if suffix in _OTHER_SUFFIXES:
-            raise InputError(
-                f"{path} is no data set, whose name ends in {', '.join(_SUFFIXES)}; write your arrays with"
-                ' numpy.savez("FILE.npz", observations=..., actions=..., rewards=..., terminals=...)'
-            )
+        if path.is_file():
+            format_of(path)
         return path, None
     if name.startswith(MEMORY_PREFIX):
         raise InputError(
@@ -196,5 +189,5 @@ def find_dataset(name_or_path: str | os.PathLike[str]) -> tuple[Path, str | None
         + f" Known are D4RL's TASK-TIER-VERSION, with TASK one of {', '.join(d4rl.TASKS)},"
         f" TIER one of {', '.join(d4rl.TIERS)} and VERSION one of v0, v1, v2;"
         f" sets collected on this machine ({', '.join(local) or 'none yet, see `mopo-fast collect`'});"
-        f" Minari's minari:ID; files that end in {', '.join(_SUFFIXES)}, and folders of shards"
+        f" Minari's minari:ID; files that end in {', '.join(SUFFIXES)}, and folders of shards"
     )

@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 
-from mopo_fast.bulk.read import shard_arrays
 from mopo_fast.data import d4rl, find_dataset, minari
 from mopo_fast.data.files import from_arrays, open_file, step_limits
-from mopo_fast.data.local import check_file
+from mopo_fast.data.formats import check_file
+from mopo_fast.data.shards import shard_arrays
 from mopo_fast.data.stored import read_all
 from mopo_fast.data.write import write_arrays
 

@@ -13,7 +13,9 @@ import numpy.typing as npt
 import torch
 
 from mopo_fast.data import trajectories
-from mopo_fast.data.hdf5 import has_signature, open_hdf5
+from mopo_fast.data.episodes import split_episodes
+from mopo_fast.data.formats import format_of
+from mopo_fast.data.hdf5 import open_hdf5
 from mopo_fast.data.npz import open_npz
 from mopo_fast.data.parquet import open_parquet
 from mopo_fast.data.stored import Stored, check_fits, is_kept, reading
@@ -108,7 +110,7 @@ def from_arrays(
     timeouts = reader.flags("timeouts") if "timeouts" in arrays else None
     if stored:
         rule = "next_observations"
-        episodes = _episodes(rewards, terminals, timeouts)
+        episodes = None if timeouts is None else _describe_episodes(rewards, terminals | timeouts)
         keep: Array | slice = slice(None)
         successors = reader.floats("next_observations", 2)
     else:
@@ -117,7 +119,7 @@ def from_arrays(
         rule = "next row, as d4rl.qlearning_dataset" if compat == "d4rl" else "next row of the episode"
         keep = ~timeouts if compat == "d4rl" else ~(timeouts | terminals)
         keep[-1:] = False
-        episodes = _episodes(rewards, terminals, timeouts)
+        episodes = _describe_episodes(rewards, terminals | timeouts)
         # An episode ends where the next row is left out.
         timeouts = np.append(~keep[1:], True)[keep] & ~terminals[keep]
         keep = np.flatnonzero(keep)
@@ -145,16 +147,17 @@ def from_arrays(
     return data
 
 
-def _episodes(rewards: Array, terminals: Array, timeouts: Array | None) -> dict[str, float] | None:
-    """Return the number of whole episodes, and the mean and maximum of their returns.
-
-    The result is None where the ends of episodes are unknown. Rows after the last end are left out.
-    """
-    ends = np.flatnonzero(terminals | timeouts) if timeouts is not None else np.empty(0)
-    if not len(ends):
+def _describe_episodes(rewards: Array, ends: Array) -> dict[str, float] | None:
+    """Return the number of whole episodes and the mean and maximum of their returns, or None without any."""
+    episodes = split_episodes(rewards, ends)
+    if episodes is None:
         return None
-    returns = np.add.reduceat(rewards[: ends[-1] + 1], np.append(0, ends[:-1] + 1), dtype=np.float64)
-    return {"count": len(ends), "return_mean": float(returns.mean()), "return_max": float(returns.max())}
+    returns = episodes.returns
+    return {
+        "count": len(returns),
+        "return_mean": float(returns.mean()),
+        "return_max": float(returns.max()),
+    }
 
 
 @contextlib.contextmanager
@@ -168,28 +171,21 @@ def open_file(path: Path) -> Iterator[Mapping[str, Any]]:
     """
     if not path.is_file():
         raise InputError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
-    if path.suffix == ".pkl":
+    kind = format_of(path)
+    if kind == "pkl":
         with reading(path, "pickle"):
             found = trajectories.read(path)
         yield found
-    elif path.suffix == ".npz":
+    elif kind == "npz":
         with open_npz(path) as file:
             if "obs" in file and "observations" not in file:
                 with reading(path, "npz"):
                     file = _from_neorl(file)
             yield file
-    elif path.suffix == ".parquet":
+    elif kind == "parquet":
         with open_parquet(path) as file:
             yield file
     else:
-        with reading(path, "data"):
-            known = path.suffix in (".hdf5", ".h5") or has_signature(path)
-        if not known:
-            raise InputError(
-                f"{path} is no data set of a known format, judging by its ending and first bytes; write it as"
-                " HDF5 (.hdf5, .h5), .npz or .pkl with D4RL's arrays: observations, actions, rewards and"
-                " terminals"
-            )
         with open_hdf5(path) as file:
             yield file
 
@@ -197,7 +193,7 @@ def open_file(path: Path) -> Iterator[Mapping[str, Any]]:
 def _mapped(path: Path, file: Mapping[str, Any], compat: Compat | None) -> dict[str, Any]:
     """Return the arrays of an HDF5 file, with all but the flags mapped into memory, and its metadata."""
     names = ("observations", "actions", "rewards", "next_observations")
-    if path.suffix in (".npz", ".pkl", ".parquet") or "next_observations" not in file or compat is not None:
+    if format_of(path) != "hdf5" or "next_observations" not in file or compat is not None:
         raise InputError(
             f"{path} cannot be mapped into memory; that needs HDF5 with next_observations, and no compat"
         )

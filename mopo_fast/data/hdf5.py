@@ -18,10 +18,10 @@ import h5py
 import numpy as np
 from h5py import h5d, h5g, h5l, h5o, h5s, h5t, h5z
 
+from mopo_fast.data.formats import has_hdf5_signature
 from mopo_fast.data.stored import DEFLATE_RATIO, MAX_OBJECTS, SLACK, Array, Stored, reading
 from mopo_fast.errors import InputError
 
-_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _MAX_DEPTH = 32
 
 # Filters in the order in which they are applied. Others are refused: their decoders are rarely tested.
@@ -60,17 +60,11 @@ def open_hdf5(
             # Opening a pipe would wait for a writer.
             if not path.is_file():
                 raise ValueError("it is not a regular file")
-            if not has_signature(path):
+            if not has_hdf5_signature(path):
                 raise ValueError("it does not begin with HDF5's signature")
             file = stack.enter_context(_open(path, locked))
             found = _Walk(path, file, max_objects).found
         yield found
-
-
-def has_signature(path: Path) -> bool:
-    """Tell whether a file begins with HDF5's signature."""
-    with open(path, "rb") as raw:
-        return raw.read(len(_SIGNATURE)) == _SIGNATURE
 
 
 def _open(path: Path, locked: bool) -> h5py.File:

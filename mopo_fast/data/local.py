@@ -3,8 +3,6 @@
 import os
 from pathlib import Path
 
-from mopo_fast.errors import InputError
-
 MINARI_PREFIX = "minari:"
 
 
@@ -22,12 +20,3 @@ def local_file(name: str, folder: Path | None = None) -> Path:
     """
     stem = name.removesuffix("-local").replace("-", "_")
     return (folder or local_folder()) / f"{stem}-local.hdf5"
-
-
-def check_file(path: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """Raise `InputError` before any work where `write_arrays` could not write `path`."""
-    path = Path(path)
-    if path.suffix not in (".hdf5", ".h5", ".npz"):
-        raise InputError(f"cannot write {path}; its name must end in .hdf5, .h5 or .npz")
-    if path.exists() and not overwrite:
-        raise InputError(f"{path} exists already; choose another file, or replace it with --overwrite")

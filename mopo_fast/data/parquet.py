@@ -24,7 +24,9 @@ def import_pyarrow() -> Any:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise InputError("Parquet takes the extra mopo_fast[parquet]: pip install pyarrow") from None
+        raise InputError(
+            "Parquet files need pyarrow; install it with `pip install '.[parquet]'` in the checkout"
+        ) from None
     return pyarrow
 
 

@@ -3,17 +3,15 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from mopo_fast.data.episodes import Episodes, find_episodes
+from mopo_fast.data.stored import Array
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.errors import InputError
 from mopo_fast.tasks import Box, Task
-
-Array = npt.NDArray[Any]
 
 SAMPLE = 1_000_000
 """Most rows that quartiles are taken from; of a larger set these are equally spaced."""
@@ -92,38 +90,6 @@ class Summary:
     observations: tuple[Spread, ...]
     actions: tuple[Spread, ...]
     oddities: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Episodes:
-    """The episodes of a data set, in order.
-
-    Attributes:
-        returns: [episodes] float64, sums of the rewards.
-        lengths: [episodes] int64, numbers of steps.
-    """
-
-    returns: Array
-    lengths: Array
-
-
-def find_episodes(data: Transitions) -> Episodes | None:
-    """Find the episodes of a data set whose rows are in the order of time.
-
-    An episode ends at a terminal, and where a row's successor is not the observation of the next row. Without
-    stored successors the last step of each episode is missing, because it has none.
-
-    Returns:
-        The episodes; or None where fewer than half of the rows follow the row before, as in shuffled data.
-    """
-    ends = (data.terminals | data.breaks()).cpu().numpy()
-    ends[-1] = True
-    last = np.flatnonzero(ends)
-    if len(data) > 1 and len(last) > len(data) / 2:
-        return None
-    starts = np.concatenate([[0], last[:-1] + 1])
-    rewards = data.rewards.cpu().numpy().astype(np.float64)
-    return Episodes(np.add.reduceat(rewards, starts), last - starts + 1)
 
 
 def summarise(data: Transitions, task: Task | None = None) -> Summary:

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from mopo_fast.data.write import check_file, write_arrays
+from mopo_fast.data.formats import check_file
+from mopo_fast.data.write import write_arrays
 from mopo_fast.errors import InputError
 
 # The arrays that every data set has. SAC learns from them.

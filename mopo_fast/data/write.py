@@ -9,17 +9,7 @@ from typing import Any
 import numpy as np
 
 from mopo_fast.data.hdf5_writer import Output, hdf5_pieces, write_pieces
-from mopo_fast.errors import InputError
 from mopo_fast.utils.atomic import atomic_path
-
-
-def check_file(path: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """Raise `InputError` before any work where `write_arrays` could not write `path`."""
-    path = Path(path)
-    if path.suffix not in (".hdf5", ".h5", ".npz"):
-        raise InputError(f"cannot write {path}; its name must end in .hdf5, .h5 or .npz")
-    if path.exists() and not overwrite:
-        raise InputError(f"{path} exists already; choose another file, or replace it with --overwrite")
 
 
 def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:

@@ -180,6 +180,16 @@ def load_checkpoint(
     return state, tensors
 
 
+def read_data_sha256(path: Path) -> str | None:
+    """Return the digest of the data of a checkpoint's run, or None where the checkpoint has none.
+
+    Raises:
+        InputError: the file is truncated or garbled.
+    """
+    found = parse_json_as(load_metadata(path).get("state", "{}"), dict[str, Any], path).get("data_sha256")
+    return found if isinstance(found, str) else None
+
+
 def select_group(tensors: Tensors, group: str) -> Tensors:
     """Return the tensors of a group, under their own names."""
     prefix = f"{group}."

@@ -1,9 +1,12 @@
-"""Find out whether a folder holds a run, before its files are read and torch is imported."""
+"""Find out whether a folder holds a run, and its data set, before torch is imported."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
+from mopo_fast.data import find_dataset
 from mopo_fast.errors import InputError
+from mopo_fast.utils.atomic import read_json_as
 
 REPORTED = ("config.json", "summary.json", "progress.csv", "fit.json")
 """Files of a run, or of a fit alone, that a report is made from."""
@@ -29,3 +32,27 @@ def check_run(folder: str | os.PathLike[str], *, files: tuple[str, ...] = ("conf
         if len(files) > 1
         else f"{folder / files[0]} does not exist; give the folder of a run"
     )
+
+
+@dataclass(frozen=True)
+class _RecordedDataset:
+    """The field of a run's config.json that is read here."""
+
+    dataset: str
+
+
+def find_run_dataset(run: str | os.PathLike[str]) -> str:
+    """Return the name or path of the data set that a run was trained on, from its config.json.
+
+    Raises:
+        InputError: config.json is missing or damaged, or the data set is not there any more.
+    """
+    check_run(run)
+    dataset = read_json_as(Path(run) / "config.json", _RecordedDataset).dataset
+    try:
+        find_dataset(dataset)
+    except InputError as error:
+        raise InputError(
+            f"the data set of the run in {run} is not found; name one with --dataset ({error})"
+        ) from error
+    return dataset

@@ -9,7 +9,7 @@ import torch
 
 from mopo_fast.backends.cpu import isa
 from mopo_fast.backends.precision import dtypes_of
-from mopo_fast.config import DynamicsConfig, RunConfig, TrainConfig
+from mopo_fast.config import DynamicsConfig, FitConfig, RunConfig, TrainConfig
 from mopo_fast.data import Transitions, find_dataset
 from mopo_fast.data.files import Reader, open_file
 from mopo_fast.errors import InputError, printable
@@ -50,25 +50,23 @@ def open_runs(
     warn_of_origins(given[0], configs[0])
 
 
-def open_fit(
-    dataset: str,
-    data: Transitions,
-    out: Path,
-    *,
-    seed: int,
-    config: DynamicsConfig,
-    device: str,
-    backend: str,
-    threads: int | None,
-) -> None:
-    """Print what a fit without a training is about to do; the arguments are those of `fit_and_save`."""
-    backend = choose_backend(backend, data.obs_dim, data.act_dim, config, device)
-    dtype = config.dtype or "float32"
+def open_fit(config: FitConfig, data: Transitions, out: Path) -> None:
+    """Print what a fit without a training is about to do.
+
+    Args:
+        config: settings of the fit.
+        data: its data.
+        out: folder for the ensemble.
+    """
+    dynamics, device = config.dynamics, config.device
+    backend = choose_backend(config.backend, data.obs_dim, data.act_dim, dynamics, device)
     _print(
         {
-            **_describe_data(dataset, data),
-            "device": _describe_device(device, [backend], threads),
-            "fit": f"{_describe_fit(config)}, seed {seed}, {dtype} by the backend {backend}",
+            **_describe_data(config.dataset, data),
+            "device": _describe_device(device, [backend], config.threads),
+            "fit": (
+                f"{_describe_fit(dynamics)}, seed {config.seed}, {dynamics.dtype} by the backend {backend}"
+            ),
             "folder": str(out),
         }
     )

@@ -12,11 +12,12 @@ from mopo_fast.data import MEMORY_PREFIX, Transitions, find_dataset, load_datase
 from mopo_fast.data.transitions import DATA_ARRAYS
 from mopo_fast.ensemble import EnsembleDynamics, mlp_bytes
 from mopo_fast.errors import InputError
-from mopo_fast.fit import check_fit_memory, count_holdout, make_ensemble
+from mopo_fast.fit import check_fit_memory, count_holdout, data_sha256, make_ensemble, read_fit
 from mopo_fast.presets import preset
 from mopo_fast.rollout import RolloutEngine
-from mopo_fast.run.checkpoint import last_checkpoint
+from mopo_fast.run.checkpoint import last_checkpoint, read_data_sha256
 from mopo_fast.run.dynamics import read_dynamics, training_backend
+from mopo_fast.run.folder import read_config
 from mopo_fast.sac import SAC
 from mopo_fast.tasks import TASKS, Task, get_task, parse_dataset_name, termination_of
 from mopo_fast.utils.atomic import absolute_file
@@ -89,6 +90,21 @@ def load_data(
     if config.dynamics_from is None:
         count_holdout(len(data), config.dynamics)
     return data
+
+
+def check_run_data(run: Path, data: Transitions) -> None:
+    """Raise `InputError` where a run was trained on other data than these.
+
+    The digest of a run's data is in its checkpoint, and in fit.json if the ensemble was fitted in the run.
+    """
+    last = last_checkpoint(run)
+    recorded = None if last is None else read_data_sha256(last)
+    if recorded is None and read_config(run).dynamics_from is None and (run / "fit.json").exists():
+        recorded = read_fit(run)["data_sha256"]
+    if recorded not in (None, data_sha256(data)):
+        raise InputError(
+            f"the data set of the run in {run} has changed since the run was trained; name one with --dataset"
+        )
 
 
 def check_sizes(data: Transitions, name: str, task: Task) -> None:

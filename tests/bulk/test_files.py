@@ -18,9 +18,9 @@ from mopo_fast import InputError, Transitions, open_rollouts
 from mopo_fast.bulk import files
 from mopo_fast.bulk.files import save_transitions
 from mopo_fast.bulk.generate import generate
-from mopo_fast.bulk.plan import COMPRESSIONS, read_manifest
 from mopo_fast.bulk.read import verify
-from mopo_fast.data import load_file, parquet
+from mopo_fast.data import load_file, parquet, shards
+from mopo_fast.data.manifest import COMPRESSIONS, read_manifest
 
 
 def test_what_is_saved_is_what_is_loaded(run: Path, data: Transitions, tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_a_shard_is_a_d4rl_file(undisturbed: Path) -> None:
     for name in ("observations", "actions", "rewards", "next_observations", "terminals"):
         assert torch.equal(back.arrays()[name], expected.arrays()[name])
     assert back.info["metadata"]["shard"] == 1 and back.info["metadata"]["penalty_coef"] == 2.0
-    arrays, _ = files.read_file(undisturbed / "shard-000001.hdf5")
+    arrays, _ = shards.read_file(undisturbed / "shard-000001.hdf5")
     assert isinstance(arrays["observations"], np.memmap)
     # Each rollout has one end, except that the last one may be cut.
     ends = arrays["terminals"] | arrays["timeouts"]
@@ -119,7 +119,7 @@ def test_every_format(
     path = out / f"shard-000003.{format}"
     path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(InputError, match=r"shard-000003\.\w+ is not a whole"):
-        files.read_file(path)
+        shards.read_file(path)
 
 
 def test_arrays_in_place(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_arrays_in_place(tmp_path: Path) -> None:
         path = tmp_path / f"{rows}.hdf5"
         size, digest = files.write_file(path, arrays, {"seed": 3, "task": "hopper"}, "none")
         assert (size, digest) == (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
-        back, metadata = files.read_file(path)
+        back, metadata = shards.read_file(path)
         assert metadata == {"seed": 3, "task": "hopper"}
         for name, array in arrays.items():
             assert back[name].dtype == array.dtype and np.array_equal(back[name], array)
@@ -161,7 +161,7 @@ def test_other_arrays_are_refused_as_they_are_read(
     out = tmp_path / "out"
     shutil.copytree(undisturbed, out)
     path = out / "shard-000001.hdf5"
-    arrays, metadata = files.read_file(path)
+    arrays, metadata = shards.read_file(path)
     changed = {**arrays, name: change(arrays[name]) if change else arrays["step"]}
     files.write_file(tmp_path / "x.hdf5", changed, metadata, "none")
     (tmp_path / "x.hdf5").replace(path)
@@ -190,7 +190,7 @@ def test_parquet_that_announces_more_than_the_memory_is_not_read(tmp_path: Path)
 
         patch.setattr(parquet, "check_fits", refuse)
         with pytest.raises(InputError, match="too much"):
-            files.read_file(path)
+            shards.read_file(path)
     assert path.stat().st_size < 10**6 < 60 * 10**6 <= asked[-1]
 
 
@@ -205,8 +205,8 @@ def read_damaged(folder: Path, count: int) -> None:
             damaged[rng.randrange(len(damaged))] = rng.randrange(256)
         path.write_bytes(damaged[: rng.choice((None, rng.randrange(len(damaged))))])
         with contextlib.suppress(InputError):
-            arrays, _ = files.read_shard(path, plan, 0)
-            files.check_values(path, arrays, plan, 0)
+            arrays, _ = shards.read_shard(path, plan, 0)
+            shards.check_values(path, arrays, plan, 0)
 
 
 def test_damaged_shards_end_in_one_error(recorded: Path) -> None:

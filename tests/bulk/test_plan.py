@@ -10,8 +10,9 @@ import pytest
 from small_shards import CONFIG, content, edit
 
 from mopo_fast import InputError
-from mopo_fast.bulk.plan import OLD_MANIFEST, read_manifest, run_settings
+from mopo_fast.bulk.plan import run_settings
 from mopo_fast.bulk.read import as_text, summarise, verify
+from mopo_fast.data.manifest import OLD_MANIFEST, read_manifest
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,11 @@ from small_shards import COUNT, content, edit, make_shards
 
 from mopo_fast import InputError, Transitions, open_rollouts
 from mopo_fast.bulk import files
-from mopo_fast.bulk.plan import MANIFEST, OLD_MANIFEST, read_manifest
 from mopo_fast.bulk.read import as_text, summarise, verify
 from mopo_fast.cli import main
-from mopo_fast.data import load_dataset
+from mopo_fast.data import load_dataset, shards
 from mopo_fast.data.convert import convert
+from mopo_fast.data.manifest import MANIFEST, OLD_MANIFEST, read_manifest
 
 
 @pytest.mark.parametrize("format", ["hdf5", "parquet"])
@@ -123,7 +123,7 @@ def test_values_of_a_folder_are_checked(undisturbed: Path, tmp_path: Path) -> No
     out = tmp_path / "out"
     shutil.copytree(undisturbed, out)
     path = out / "shard-000001.hdf5"
-    found, metadata = files.read_file(path)
+    found, metadata = shards.read_file(path)
     arrays = {key: np.array(array) for key, array in found.items()}
     arrays["actions"][3, 0] = np.nan
     files.write_file(tmp_path / "x.hdf5", arrays, metadata, "none")
@@ -210,7 +210,7 @@ def test_values_out_of_range_are_no_sound_shard(
     out = tmp_path / "out"
     shutil.copytree(undisturbed, out)
     path = out / "shard-000001.hdf5"
-    found, metadata = files.read_file(path)
+    found, metadata = shards.read_file(path)
     arrays = {key: np.array(array) for key, array in found.items()}
     other = 5 if value != 1 else int(np.flatnonzero(arrays["step"] == 0)[0])
     arrays[name][other] = ~arrays[name][other] if value is None else value

@@ -22,10 +22,10 @@ from mopo_fast import Actor, EnsembleDynamics, InputError, RolloutEngine, Transi
 from mopo_fast.backends.philox import BATCH_STREAM, random_choice
 from mopo_fast.bulk import files, write
 from mopo_fast.bulk.generate import Generator
-from mopo_fast.bulk.plan import MANIFEST, OLD_MANIFEST, read_manifest
 from mopo_fast.bulk.read import verify
 from mopo_fast.cli import main
-from mopo_fast.data import load_dataset
+from mopo_fast.data import load_dataset, shards
+from mopo_fast.data.manifest import MANIFEST, OLD_MANIFEST, read_manifest
 from mopo_fast.utils.seeds import ROLLOUT, START, derive_seed
 
 CONTEXT.set_forkserver_preload(["mopo_fast.bulk.write", "pytest"])
@@ -210,7 +210,7 @@ def test_other_rollouts_and_other_things(
         ({"shard_rows": 2.0}, "shard_rows must be a valid integer"),
         ({"seed": 2**64}, "seed must be less than 18446744073709551616"),
         ({"horizon": 2**31}, "horizon must be less than 2147483648"),
-        ({"ray": "127.0.0.1:1"}, "cannot reach a Ray cluster|takes the extra"),
+        ({"ray": "127.0.0.1:1"}, "cannot reach a Ray cluster|--ray needs Ray"),
         ({"count": 0}, "count must be greater than or equal to 1, got 0"),
         ({"shard_rows": 0}, "shard_rows must be greater than or equal to 1"),
         ({"format": "csv"}, "no format 'csv'.*there are hdf5: none, lzf, gzip; parquet: none, snappy, zstd"),
@@ -244,7 +244,7 @@ def test_parquet_without_pyarrow(
     run: Path, data: Transitions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(InputError, match=r"takes the extra mopo_fast\[parquet\]"):
+    with pytest.raises(InputError, match=r"need pyarrow; .* '\.\[parquet\]'"):
         make_shards(run, data, tmp_path / "out", format="parquet")
 
 
@@ -383,7 +383,7 @@ def test_a_shard_that_no_manifest_lists_yet_must_be_the_plans(
     out = tmp_path / "out"
     shutil.copytree(undisturbed, out)
     path = out / "shard-000005.hdf5"
-    arrays, metadata = files.read_file(path)
+    arrays, metadata = shards.read_file(path)
     for change in ({"shard": 1}, {"plan": "x"}):
         edit(out, lambda manifest: manifest["shards"].pop())
         files.write_file(tmp_path / "x.hdf5", arrays, metadata | change, "none")
@@ -471,7 +471,7 @@ def test_the_command(
     assert main([*command, "--penalty-coef", "0", "--overwrite"]) == 0
     assert (open_rollouts(out)[:].rewards - open_rollouts(undisturbed)[:].raw_rewards).abs().max() == 0
     for wrong, message in (
-        (["rollout"], "needs RUN, --dataset and --out"),
+        (["rollout"], "needs RUN and --out"),
         (["rollout", str(run), "--verify", str(out)], "--verify takes a folder and neither"),
         (
             ["rollout", str(run), "--dataset", str(dataset), "--out", "a.hdf5", "--ray", "local"],

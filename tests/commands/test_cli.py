@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -290,6 +291,36 @@ def test_rollouts_come_back_as_a_data_set(run: Path, dataset: Path, tmp_path: Pa
     assert (arrays["step"][:-1][arrays["timeouts"][:-1]] == 2).all()
     inside = TASKS["hopper"].box.contains(data.next_observations)
     assert np.array_equal(~inside.numpy(), arrays["terminals"])
+
+
+def test_rollouts_start_in_the_runs_own_data(run: Path, dataset: Path, tmp_path: Path) -> None:
+    settings = ["--count", "40", "--backend", "reference", "--quiet"]
+    for name, given in ("own", []), ("named", ["--dataset", str(dataset)]):
+        assert main(["rollout", str(run), *given, "--out", str(tmp_path / name), *settings]) == 0
+    own, named = (load_dataset(tmp_path / name) for name in ("own", "named"))
+    assert torch.equal(own.observations, named.observations)
+
+
+@pytest.mark.parametrize("kept", ["checkpoint", "fit.json"])
+def test_the_runs_own_data_must_be_as_they_were(
+    run: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kept: str
+) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    if kept == "fit.json":
+        shutil.rmtree(copy / "checkpoint")
+    moved = tmp_path / "moved.hdf5"
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"dataset": str(moved)}))
+    command = ["rollout", copy, "--count", "4", "--out", tmp_path / "a.npz"]
+    found = error_of(capsys, *command)
+    assert f"the data set of the run in {copy} is not found" in found and "--dataset" in found
+    shutil.copy(dataset, moved)
+    with h5py.File(moved, "r+") as file:
+        file["rewards"][3] += 1
+    found = error_of(capsys, *command)
+    assert "has changed since the run was trained; name one with --dataset" in found
+    shutil.copy(dataset, moved)
+    assert main(list(map(str, command))) == 0
 
 
 def test_where_rollouts_go_is_asked_first(

@@ -39,7 +39,7 @@ def test_editors_see_the_modules() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["train.train", "evaluate.evaluate", "data.convert.convert", "compat.native.read", "bulk.read.Rollouts",
+    ["train.train", "evaluate.evaluate", "data.convert.convert", "compat.native.read", "data.shards.Rollouts",
      "run.population.train_many", "backends.reference.act", "collect.collect"],
 )  # fmt: skip
 def test_modules_are_imported_on_first_use(name: str) -> None:

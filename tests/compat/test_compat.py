@@ -30,6 +30,24 @@ def test_ours_to_ours(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert torch.equal(ours, copy)
 
 
+def test_other_files_of_a_folder_are_named(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(name: str) -> str:
+        command = ["convert", str(run), str(tmp_path / name), "--from", "mopo-fast", "--to", "offlinerl-kit"]
+        assert main(command) == 0
+        return " ".join(capsys.readouterr().err.split())
+
+    assert "not converted" not in told("a")
+    for name in ("progress.csv", ".lock", "notes.txt"):
+        (run / name).touch()
+    (run / "older").mkdir()
+    assert f"not converted from {run}: notes.txt, older/" in told("b")
+    for number in range(20):
+        (run / f"policy_{number:02}.pth").touch()
+    assert "policy_05.pth and 14 more" in told("c")
+
+
 @pytest.mark.parametrize("name", ["mbrl-lib", "d3rlpy", "unifloral"])
 def test_code_without_files_for_policies(
     name: Literal["mbrl-lib", "d3rlpy", "unifloral"],
@@ -107,7 +125,7 @@ def test_activations_that_a_file_does_not_store(tmp_path: Path, caplog: pytest.L
         assert "does not store the activation of the dynamics; build" in caplog.text and "tanh" in caplog.text
         caplog.clear()
     policy = Actor(3, 2, hidden=(8,), activation="tanh")
-    with pytest.raises(InputError, match="OfflineRL-Kit's actor has ReLU, this policy has tanh"):
+    with pytest.raises(InputError, match="OfflineRL-Kit's policies have ReLU, this one has tanh"):
         get_format("offlinerl-kit").write(Checkpoint(policy=policy), tmp_path / "policy")
 
 

@@ -508,6 +508,6 @@ def test_models_that_it_does_not_have(tmp_path: Path) -> None:
         ensemble = EnsembleDynamics(3, 2, members=2, elites=1, hidden=(8,), **declared)
         with pytest.raises(InputError, match="; these dynamics do"):
             kit.write(Checkpoint(ensemble), tmp_path)
-    with pytest.raises(InputError, match="actor has ReLU, this policy has tanh"):
+    with pytest.raises(InputError, match="policies have ReLU, this one has tanh"):
         kit.write(Checkpoint(policy=Actor(3, 2, activation="tanh")), tmp_path)
     assert not list(tmp_path.iterdir())

@@ -283,7 +283,7 @@ def test_models_that_the_other_cannot_be(tmp_path: Path) -> None:
 
     assert "have no log-variances; these dynamics do" in refused(EnsembleDynamics(3, 2, hidden=(4,)))
     tanh = EnsembleDynamics(3, 2, hidden=(4,), log_scale="std", activation="tanh")
-    assert "hidden layers with SiLU, this one has tanh" in refused(tanh)
+    assert "models have SiLU, this one has tanh" in refused(tanh)
     model = EnsembleDynamics(3, 2, hidden=(4,), log_scale="std")
     model.input_std[4] = 2.0
     assert "do not scale actions" in refused(model)

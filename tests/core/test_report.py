@@ -22,7 +22,7 @@ from small_fits import SMALL, toy_data
 from mopo_fast.cli import main
 from mopo_fast.config import PRESETS, Preset, SACConfig, TrainConfig, to_dict
 from mopo_fast.data import Transitions
-from mopo_fast.data.summary import find_episodes
+from mopo_fast.data.episodes import find_episodes
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.fit import data_sha256, fit_and_save, split_holdout

@@ -21,10 +21,11 @@ import pytest
 import torch
 from garbled import GONE, changes, check_json, check_tensors, expect, read_tensors
 from safetensors.torch import load_file, save_file
+from small_runs import CONFIG
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mopo_fast.collect import collect
-from mopo_fast.config import DynamicsConfig, EvaluationConfig, RolloutConfig, SACConfig, TrainConfig
+from mopo_fast.config import TrainConfig
 from mopo_fast.data import load_dataset
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
@@ -37,24 +38,6 @@ from mopo_fast.run.resolve import make_engine, resolve
 from mopo_fast.tasks import BOXES, TASKS
 from mopo_fast.train import Training, train
 from mopo_fast.utils.seeds import EVALUATE, derive_seed
-
-CONFIG = TrainConfig(
-    dataset="hopper-random-local",
-    seed=1,
-    steps=25,
-    dynamics=DynamicsConfig(
-        members=3, elites=2, hidden=(16, 16), weight_decay=(1e-5, 1e-5, 1e-5), max_epochs=3, batch_size=64
-    ),
-    rollout=RolloutConfig(batch_size=50, interval=10, retain_epochs=1),
-    threads=1,
-    sac=SACConfig(hidden=(16, 16), batch_size=32),
-    evaluation=EvaluationConfig(episodes=2, interval=2),
-)
-
-
-@pytest.fixture(scope="module")
-def config(hopper_data: Path) -> TrainConfig:
-    return dataclasses.replace(CONFIG, dataset=str(hopper_data))
 
 
 @pytest.fixture(scope="module")

@@ -124,5 +124,7 @@ def test_what_cannot_be_filmed_is_one_sentence(tmp_path: Path, name: str, env_id
 
 def test_a_missing_encoder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mopo_fast.video.importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=re.escape("`pip install 'mopo_fast[video]'`, or give a .gif")):
+    with pytest.raises(
+        InputError, match=re.escape("`pip install '.[video]'` in the checkout, or give a .gif")
+    ):
         Film(tmp_path / "a.mp4", task(), seed=0)

@@ -14,10 +14,10 @@ import pytest
 from small_arrays import ROWS, arrays
 
 from mopo_fast import InputError, load_dataset
-from mopo_fast.bulk.files import read_file
 from mopo_fast.cli import main
 from mopo_fast.data import hdf5, load_file
 from mopo_fast.data.hdf5 import open_hdf5
+from mopo_fast.data.shards import read_file
 
 
 def write(path: Path, change: Callable[[h5py.File], None] = lambda file: None, **options: Any) -> Path:
@@ -379,8 +379,17 @@ def test_other_files(tmp_path: Path) -> None:
     """Test that a file of another format is not called a damaged HDF5 file."""
     path = tmp_path / "table.data"
     path.write_text("observations,actions\n1,2\n")
-    with pytest.raises(InputError, match=r"table\.data is no data set of a known format.* write it as HDF5"):
+    with pytest.raises(InputError, match=r"table\.data is no data set of a known format.* numpy\.savez"):
         load_dataset(path)
     # HDF5 may have any ending.
     write(tmp_path / "table.dat")
     assert len(load_dataset(tmp_path / "table.dat")) > 0
+    # A name with an ending is a path, and not the name of an unknown data set.
+    with pytest.raises(InputError, match=r"table\.md does not exist"):
+        load_dataset("table.md")
+
+
+def test_endings_in_capitals(tmp_path: Path) -> None:
+    np.savez(tmp_path / "table.npz", **arrays())
+    (tmp_path / "table.npz").rename(tmp_path / "TABLE.NPZ")
+    assert len(load_dataset(tmp_path / "TABLE.NPZ")) > 0

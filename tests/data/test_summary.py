@@ -11,7 +11,8 @@ import torch
 
 from mopo_fast.cli import main
 from mopo_fast.data import Transitions
-from mopo_fast.data.summary import find_episodes, summarise
+from mopo_fast.data.episodes import find_episodes
+from mopo_fast.data.summary import summarise
 from mopo_fast.errors import InputError
 from mopo_fast.info import to_text
 from mopo_fast.tasks import Task, get_task, make_box
@@ -61,6 +62,7 @@ def test_episodes_end_at_terminals_and_at_jumps() -> None:
 def test_blocks_do_not_end_episodes(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = summarise(hopper(), get_task("hopper"))
     monkeypatch.setattr("mopo_fast.data.summary._BLOCK", 77)
+    monkeypatch.setattr("mopo_fast.data.transitions._BLOCK", 77)
     assert find_episodes(hopper()).lengths.tolist() == [25] * 4  # type: ignore[union-attr]
     blocks = summarise(hopper(), get_task("hopper"))
     assert blocks.oddities == whole.oddities

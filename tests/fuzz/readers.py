@@ -27,8 +27,8 @@ from torch import nn
 from mopo_fast import sweep, train
 from mopo_fast.bulk.files import file_sha256
 from mopo_fast.bulk.generate import generate
-from mopo_fast.bulk.plan import Manifest, run_settings
-from mopo_fast.bulk.read import as_text, open_rollouts, summarise, verify
+from mopo_fast.bulk.plan import run_settings
+from mopo_fast.bulk.read import as_text, summarise, verify
 from mopo_fast.bulk.write import generate_shards
 from mopo_fast.collect import collect
 from mopo_fast.compat import Checkpoint, convert_checkpoint, get_format, offlinerl_kit
@@ -43,7 +43,9 @@ from mopo_fast.config import (
 )
 from mopo_fast.data import Transitions, d4rl, load_dataset, minari
 from mopo_fast.data.convert import convert
+from mopo_fast.data.manifest import Manifest
 from mopo_fast.data.rewards import relabel_file
+from mopo_fast.data.shards import open_rollouts
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.fit import fit_dynamics
@@ -51,7 +53,9 @@ from mopo_fast.policy import Actor
 from mopo_fast.report import write_report
 from mopo_fast.rollout import RolloutEngine
 from mopo_fast.run import checkpoint, log
+from mopo_fast.run.find import find_run_dataset
 from mopo_fast.run.folder import read_config
+from mopo_fast.run.resolve import check_run_data
 from mopo_fast.utils.atomic import read_json
 
 from .children import Entry, check_secret
@@ -181,7 +185,7 @@ def actor(number: int, obs: int = OBS, act: int = ACT, **options: Any) -> Actor:
 
 FILES = ("mopo_fast.data.files:load_file", "mopo_fast.data:load_dataset")
 HDF5 = (
-    *("mopo_fast.data.hdf5:has_signature", "mopo_fast.data.hdf5:_open"),
+    *("mopo_fast.data.formats:has_hdf5_signature", "mopo_fast.data.hdf5:_open"),
     *("mopo_fast.data.hdf5:_Walk.__init__", *FILES),
     *("mopo_fast.data.hdf5:_Walk._probe", "mopo_fast.data.hdf5:_Walk._text_reader"),
 )
@@ -661,6 +665,12 @@ def _generate() -> None:
     run_settings("run")
 
 
+def _take_own_data() -> None:
+    data = load_dataset(find_run_dataset("run"), quiet=True)
+    check_run_data(Path("run"), data)
+    touch(data)
+
+
 def _make_models(number: int) -> None:
     """Make a run's settings and models, from which rollouts are made."""
     write_hdf5("data.hdf5", arrays(number, 11, 3, 30))
@@ -763,6 +773,13 @@ _RUNS = [
         ("run/checkpoint/*",),
         _resume,
         ("mopo_fast.run.checkpoint:load_checkpoint", "mopo_fast.train:Training.restore"),
+    ),
+    Entry(
+        "rollout from own data",
+        _make_run,
+        ("run/config.json", "run/checkpoint/*", "data.hdf5"),
+        _take_own_data,
+        ("mopo_fast.run.find:find_run_dataset", "mopo_fast.run.checkpoint:read_data_sha256"),
     ),
     Entry(
         "train --dynamics-from",
@@ -884,9 +901,9 @@ def _complete(**how: Any) -> Callable[[], None]:
 
 
 SHARDS = (
-    "mopo_fast.bulk.plan:read_manifest",
-    "mopo_fast.bulk.files:read_shard",
-    "mopo_fast.bulk.files:read_file",
+    "mopo_fast.data.manifest:read_manifest",
+    "mopo_fast.data.shards:read_shard",
+    "mopo_fast.data.shards:read_file",
 )
 _PARQUET = {"format": "parquet", "compression": "snappy"}
 _SHARDS = [
@@ -936,7 +953,7 @@ _SHARDS = [
         _make_shards(),
         ("out/_manifest.json",),
         _complete(overwrite=True),
-        ("mopo_fast.bulk.plan:read_manifest",),
+        ("mopo_fast.data.manifest:read_manifest",),
     ),
 ]
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from mopo_fast import Actor, EnsembleDynamics, Transitions
-from mopo_fast.bulk.plan import Manifest, manifest_path
 from mopo_fast.bulk.write import generate_shards
+from mopo_fast.data.manifest import Manifest, manifest_path
 
 COUNT, SHARD = 1100, 200
 CONFIG = {

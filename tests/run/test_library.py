@@ -13,29 +13,18 @@ from typing import Any, Self
 
 import numpy as np
 import pytest
+import small_runs
 from places import ROOT
 
 from mopo_fast.cli import main
-from mopo_fast.config import DynamicsConfig, EvaluationConfig, RolloutConfig, SACConfig, TrainConfig
+from mopo_fast.config import TrainConfig
 from mopo_fast.data import Transitions, load_dataset
 from mopo_fast.errors import InputError
 from mopo_fast.run.log import COLUMNS
 from mopo_fast.run.population import train_many
 from mopo_fast.train import train
 
-CONFIG = TrainConfig(
-    dataset="hopper-random-local",
-    task="hopper",
-    seed=1,
-    steps=25,
-    dynamics=DynamicsConfig(
-        members=2, elites=1, hidden=(8, 8), weight_decay=(1e-5, 1e-5, 1e-5), max_epochs=2, batch_size=64
-    ),
-    rollout=RolloutConfig(batch_size=30, interval=10, retain_epochs=1),
-    threads=1,
-    sac=SACConfig(hidden=(8, 8), batch_size=16),
-    evaluation=EvaluationConfig(episodes=1, interval=2),
-)
+CONFIG = dataclasses.replace(small_runs.CONFIG, task="hopper")
 
 
 @pytest.fixture(scope="module")

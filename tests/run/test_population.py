@@ -1,6 +1,5 @@
 """Test several runs, SACs or fits at once: each gives what it gives alone, even if stopped and resumed."""
 
-import csv
 import dataclasses
 import json
 from concurrent.futures import Future
@@ -12,13 +11,14 @@ import torch
 from kernel_cases import EagerGraph, fit_to_double, to_double
 from safetensors.torch import load_file
 from small_fits import SMALL, toy_data
+from small_runs import progress
 from small_sacs import ACT, OBS, filled, transitions
 from small_sacs import CONFIG as SAC_CONFIG
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.cli import main
-from mopo_fast.config import DynamicsConfig, EvaluationConfig, RolloutConfig, SACConfig, TrainConfig
+from mopo_fast.config import SACConfig, TrainConfig
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.evaluate import Evaluation, Evaluator
@@ -28,24 +28,11 @@ from mopo_fast.run.population import FitPopulation, SacPopulation, fit_and_save_
 from mopo_fast.sac import SAC
 from mopo_fast.train import Training, train
 
-CONFIG = TrainConfig(
-    dataset="",
-    steps=45,
-    dynamics=DynamicsConfig(
-        members=3, elites=2, hidden=(16, 16), weight_decay=(1e-5, 1e-5, 1e-5), max_epochs=2, batch_size=64
-    ),
-    rollout=RolloutConfig(horizon=3, batch_size=60, interval=10, retain_epochs=2),
-    threads=1,
-    sac=SACConfig(hidden=(16, 16), batch_size=32),
-    evaluation=EvaluationConfig(episodes=2, interval=2),
-)
-TIMES = ("seconds_rollout", "seconds_sac", "seconds_evaluate", "seconds_total")
-
 
 @pytest.fixture(scope="module")
-def configs(hopper_data: Path) -> list[TrainConfig]:
+def configs(config: TrainConfig) -> list[TrainConfig]:
     """Return configurations of two seeds and two penalty coefficients."""
-    config = dataclasses.replace(CONFIG, dataset=str(hopper_data))
+    config = dataclasses.replace(config, steps=45)
     return [
         dataclasses.replace(config, seed=seed, rollout=dataclasses.replace(config.rollout, penalty_coef=coef))
         for seed in (4, 5)
@@ -61,11 +48,6 @@ def alone(configs: list[TrainConfig], tmp_path_factory: pytest.TempPathFactory) 
     return outs
 
 
-def rows(out: Path) -> list[dict[str, str]]:
-    with (out / "progress.csv").open() as file:
-        return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
-
-
 def assert_same(ours: list[Path], theirs: list[Path]) -> None:
     """Check that parameters, logs and configurations are equal bit for bit."""
     for one, other in zip(ours, theirs, strict=True):
@@ -73,7 +55,7 @@ def assert_same(ours: list[Path], theirs: list[Path]) -> None:
             left, right = load_file(one / name), load_file(other / name)
             assert left.keys() == right.keys()
             assert all(torch.equal(left[key], right[key]) for key in left), (one, name)
-        assert rows(one) == rows(other) and len(rows(one)) == 5
+        assert progress(one) == progress(other) and len(progress(one)) == 5
         assert (one / "config.json").read_text() == (other / "config.json").read_text()
         assert {path.name for path in one.iterdir() if "tfevents" not in path.name} == {
             path.name for path in other.iterdir() if "tfevents" not in path.name
@@ -144,7 +126,7 @@ def test_evaluated_beside_the_training(configs: list[TrainConfig], alone: list[P
     outs = [tmp_path / "0", tmp_path / "1"]
     train_many([beside(config) for config in configs[:2]], outs, quiet=True)
     for one, other in zip(outs, alone, strict=False):
-        assert rows(one) == rows(other)
+        assert progress(one) == progress(other)
 
 
 def test_stopped_while_evaluations_are_at_work_they_go_on(
@@ -168,7 +150,7 @@ def test_stopped_while_evaluations_are_at_work_they_go_on(
     with pytest.raises(Stopped):
         train_many(configs, outs, quiet=True)
     monkeypatch.undo()
-    assert [len(rows(out)) for out in outs] == [3, 1, 1, 1]
+    assert [len(progress(out)) for out in outs] == [3, 1, 1, 1]
     train_many(configs, outs, resume=True, quiet=True)
     assert_same(outs, alone)
 
@@ -186,7 +168,7 @@ def test_no_more_evaluations_wait_than_may(
     monkeypatch.setattr(Log, "write", lambda self, waiting=0: counted(self, waiting))
     monkeypatch.setattr(Future, "done", lambda self: False)
     train(configs[0], tmp_path / "run", quiet=True)
-    assert rows(tmp_path / "run") == rows(alone[0])
+    assert progress(tmp_path / "run") == progress(alone[0])
     assert max(waiting) == 1 and waiting[-1] == 0
 
 

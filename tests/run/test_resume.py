@@ -4,7 +4,6 @@ A fork server imports the package once and forks a fresh process for every attem
 imports. It runs no computation itself.
 """
 
-import csv
 import dataclasses
 import os
 import random
@@ -13,12 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from killed import CONTEXT, attempt, start
-from safetensors.torch import load_file
+from small_runs import assert_same_results, progress
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mopo_fast.config import DynamicsConfig, EvaluationConfig, RolloutConfig, SACConfig, TrainConfig
+from mopo_fast.config import TrainConfig
 from mopo_fast.data import load_dataset
 from mopo_fast.errors import InputError
 from mopo_fast.fit import fit_and_save
@@ -28,30 +26,15 @@ CONTEXT.set_forkserver_preload(
     ["mopo_fast.train", "torch._dynamo", "pytest", EventAccumulator.__module__, "matplotlib.pyplot"]
 )
 
-CONFIG = TrainConfig(
-    dataset="",
-    seed=3,
-    steps=75,
-    dynamics=DynamicsConfig(
-        members=3, elites=2, hidden=(16, 16), weight_decay=(1e-5, 1e-5, 1e-5), max_epochs=6, batch_size=64
-    ),
-    # Hopper's rollouts end early, so the buffer holds rows of more epochs than retain_epochs.
-    rollout=RolloutConfig(horizon=5, batch_size=60, interval=10, retain_epochs=1),
-    threads=1,
-    sac=SACConfig(hidden=(16, 16), batch_size=32),
-    evaluation=EvaluationConfig(episodes=2, interval=2),
-)
-# Columns that depend on a clock.
-TIMES = ("seconds_rollout", "seconds_sac", "seconds_evaluate", "seconds_total")
-
 
 def go_on(config: TrainConfig, out: Path) -> None:
     train(config, out, resume=True, quiet=True)
 
 
 @pytest.fixture(scope="module")
-def config(hopper_data: Path) -> TrainConfig:
-    return dataclasses.replace(CONFIG, dataset=str(hopper_data))
+def config(config: TrainConfig) -> TrainConfig:
+    """Return settings with a longer fit and training, so that kills hit all parts of it."""
+    return dataclasses.replace(config, steps=75, dynamics=dataclasses.replace(config.dynamics, max_epochs=6))
 
 
 @pytest.fixture(scope="module")
@@ -68,23 +51,8 @@ def has_checkpoint(out: Path) -> bool:
 
 def assert_same(ours: Path, theirs: Path) -> None:
     """Check that parameters, optimiser states and logs are equal, and that no other files are left."""
-    names = ["dynamics.safetensors", "policy.safetensors", "checkpoint/epoch-000008.safetensors"]
-    for name in names:
-        # Policies that await their evaluation are left out, since their number depends on the workers.
-        one, other = (
-            {key: tensor for key, tensor in load_file(out / name).items() if not key.startswith("evaluated.")}
-            for out in (ours, theirs)
-        )
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[key], other[key]) for key in one), name
-    assert any(name.startswith("sac.adam.critic") for name in one)
-
-    def rows(folder: Path) -> list[dict[str, str]]:
-        with (folder / "progress.csv").open() as file:
-            return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
-
-    assert rows(ours) == rows(theirs)
-    assert [row["epoch"] for row in rows(ours)] == [str(epoch) for epoch in range(1, 9)]
+    assert_same_results(ours, theirs)
+    assert [row["epoch"] for row in progress(ours)] == [str(epoch) for epoch in range(1, 9)]
 
     def files(folder: Path) -> set[str]:
         paths = (path for path in folder.rglob("*") if "tfevents" not in path.name)

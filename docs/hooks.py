@@ -218,7 +218,7 @@ def code(text: str) -> str:
 
 
 def escape(text: str) -> str:
-    """Return plain text with flags as code, and with what Markdown would obey outside of `code` made harmless."""
+    """Return plain text as Markdown: flags become code, other special characters are escaped."""
     text = re.sub(r"`[^`]*`|(?<!\S)--[a-z][\w.-]*\w", lambda found: f"`{found[0].strip('`')}`", text)
     pieces = re.split(r"(`[^`]*`)", text)
     return "".join(

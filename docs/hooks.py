@@ -5,9 +5,11 @@ import io
 import os
 import re
 import sys
+import textwrap
 from pathlib import Path
 from unittest import mock
 
+import griffe
 import jupytext
 import nbformat
 from jupyter_client.manager import AsyncKernelManager
@@ -25,11 +27,21 @@ NOTEBOOK = ROOT / "build" / "tutorial.ipynb"
 
 INTRODUCTION = """# Command line
 
-`mopo-fast COMMAND --help` prints this reference in the terminal. The tables are made from the parser itself.
+`mopo-fast COMMAND --help` prints the same in the terminal. This page is made from the parser itself.
 
 Results go to standard output, progress and errors to standard error. The exit code is 0 after success, 2
 after a mistake in the arguments or files, and 130 after Ctrl-C.
 """
+
+
+class Lists(griffe.Extension):
+    """Blank lines before lists in docstrings, which Markdown asks for and a terminal does not need."""
+
+    def on_object(self, *, obj: griffe.Object, **_: object) -> None:
+        """Add the blank lines to one docstring."""
+        if obj.docstring:
+            before = re.compile(r"^( *)(\w.*\n)(?=\1 +- )", re.MULTILINE)
+            obj.docstring.value = before.sub(r"\1\2\n", obj.docstring.value)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -121,6 +133,14 @@ def help_text(command: str) -> str:
     return printed.read()
 
 
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """Keep a number and its unit on one line in tables, such as "22 %", "31.8 +- 0.3" and "0.64 (32 %)"."""
+    space = re.compile(r"(?<=\d) (?=%|\+-|\(\d)|(?<=\+-) (?=\d)")
+    return re.sub(
+        r"^\|.*$", lambda line: space.sub("\N{NO-BREAK SPACE}", line[0]), markdown, flags=re.MULTILINE
+    )
+
+
 def command_section(command: str) -> str:
     """Return the Markdown of one command.
 
@@ -136,7 +156,10 @@ def command_section(command: str) -> str:
     for title, box in zip(boxes[::2], boxes[1::2], strict=True):
         introduction, rows = read_box(box)
         if rows:
-            parts += [f"**{title.capitalize()}**", escape(introduction), table(rows)]
+            parts += [f"**{title.capitalize().replace('Sac ', 'SAC ')}**", escape(introduction), table(rows)]
+    examples = boxes[-1].partition("\nExamples:\n")[2]
+    if examples:
+        parts += ["**Examples**", f"```sh\n{textwrap.dedent(examples).strip()}\n```"]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -172,7 +195,18 @@ def table(rows: list[tuple[str, str, str]]) -> str:
     """Return a Markdown table."""
     lines = ["| option | default | meaning |", "| --- | --- | --- |"]
     for flag, value, meaning in rows:
-        cells = (code(flag), code(value), escape(meaning).replace("\n", "<br>"))
+        choices = re.search(r" \{(.+)\}", flag)
+        text, *items = escape(meaning).split("\n- ")
+        if items:
+            text += f"<ul><li>{'</li><li>'.join(items)}</li></ul>"
+        elif choices:
+            # A line of its own in the wide column: the names would make the first column wide.
+            text += f"<br>Choices: {', '.join(map(code, choices[1].split(',')))}."
+        if choices:
+            flag = flag.replace(choices[0], "")
+        # A default is a value, or words for it.
+        is_words = re.search(r"[a-z]{2,} [a-z]|^required$", value)
+        cells = (code(flag), escape(value) if is_words else code(value), text)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -184,7 +218,8 @@ def code(text: str) -> str:
 
 
 def escape(text: str) -> str:
-    """Return plain text with what Markdown would obey outside of `code` made harmless."""
+    """Return plain text as Markdown: flags become code, other special characters are escaped."""
+    text = re.sub(r"`[^`]*`|(?<!\S)--[a-z][\w.-]*\w", lambda found: f"`{found[0].strip('`')}`", text)
     pieces = re.split(r"(`[^`]*`)", text)
     return "".join(
         piece if i % 2 else re.sub(r"([*_|<>\[\]])", r"\\\1", piece) for i, piece in enumerate(pieces)

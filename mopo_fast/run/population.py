@@ -326,7 +326,7 @@ def train_many(
         quiet: as in `train`.
 
     Returns:
-        What `train` returns, for each run.
+        The results of `train`, one for each run.
 
     Raises:
         InputError: as `train`, or the configs differ in another setting, or a folder is given twice.

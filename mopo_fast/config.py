@@ -84,7 +84,8 @@ def one_of(names: Sequence[str]) -> str:
     return f"{{{','.join(names)}}}"
 
 
-def _dtype(names: Sequence[str]) -> Any:
+def of_precision(names: Sequence[str]) -> Any:
+    """Say how a dtype appears on the command line that follows from the precision of the products."""
     return flag("as --matmul-precision says", one_of(names))
 
 
@@ -129,7 +130,7 @@ class DynamicsConfig:
     activation: Activation = "silu"
     learning_rate: float = 1e-3
     batch_size: int = 256
-    dtype: Annotated[TrainingDtype | None, _dtype(TRAINING_DTYPES)] = None
+    dtype: Annotated[TrainingDtype | None, of_precision(TRAINING_DTYPES)] = None
     weight_decay: Annotated[tuple[float, ...], flag(metavar="FLOAT ...")] = (
         2.5e-5,
         5e-5,
@@ -208,7 +209,7 @@ class RolloutConfig:
     batch_size: int = 50_000
     interval: int = 1000
     retain_epochs: int = 5
-    dtype: Annotated[RolloutDtype | None, _dtype(ROLLOUT_DTYPES)] = None
+    dtype: Annotated[RolloutDtype | None, of_precision(ROLLOUT_DTYPES)] = None
 
     @property
     def buffer_rows(self) -> int:
@@ -272,7 +273,7 @@ class SACConfig:
     polyak: float = 0.005
     batch_size: int = 256
     real_ratio: float = 0.05
-    dtype: Annotated[TrainingDtype | None, _dtype(TRAINING_DTYPES)] = None
+    dtype: Annotated[TrainingDtype | None, of_precision(TRAINING_DTYPES)] = None
 
     def validate(self) -> None:
         """Raise `InputError` where a value is out of range."""
@@ -355,7 +356,9 @@ class OnlineConfig:
     medium_window: int = 3
     episodes: int = 5
     sac: SACConfig = field(
-        default_factory=lambda: SACConfig(target_entropy="act_dim", critic_loss="mse", real_ratio=0.0)
+        default_factory=lambda: SACConfig(
+            target_entropy="act_dim", critic_loss="mse", real_ratio=0.0, dtype="float32"
+        )
     )
 
     def validate(self) -> None:
@@ -477,6 +480,7 @@ class FitConfig:
         backend: implementation of the fit.
         threads: number of threads of the CPU kernels, or None for all cores.
         dynamics: settings of the ensemble and its fit.
+        matmul_precision: precision that the dtype in `dynamics` follows from, if none was given.
     """
 
     dataset: str
@@ -486,10 +490,12 @@ class FitConfig:
     backend: str
     threads: int | None
     dynamics: DynamicsConfig
+    matmul_precision: MatmulPrecision = "highest"
 
     def validate(self) -> None:
         """Raise `InputError` where a value is out of range."""
         _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        _require_known("matmul_precision", self.matmul_precision, MATMUL_PRECISIONS)
         self.dynamics.validate()
 
 

@@ -215,6 +215,7 @@ def sac_work(
     act_dim: int = 6,
     updates: int = 100,
     config: SACConfig | None = None,
+    dtype: TrainingDtype | None = None,
     real_rows: int = 200_000,
     model_rows: int = 1_250_000,
     runs: int = 1,
@@ -230,6 +231,8 @@ def sac_work(
         act_dim: size of an action.
         updates: updates of each run in a round.
         config: settings of SAC. The default has an actor and 2 critics of 2 x 256.
+        dtype: precision of the first contender, by default that of `config`. With bfloat16 the backend is
+            measured in float32 too.
         real_rows: transitions in the data set.
         model_rows: transitions in the model buffer, which is full.
         runs: number of runs that the first contender updates at once. Their updates one after the other are
@@ -243,10 +246,15 @@ def sac_work(
         InputError: a number is out of range, or the backend cannot do this work.
     """
     _check_positive(obs_dim=obs_dim, act_dim=act_dim, updates=updates, runs=runs)
-    threads, device = resolve_threads(threads), _checked_device(device)
+    threads, config = resolve_threads(threads), config or SACConfig()
+    dtype, device = dtype or config.dtype or "float32", _checked_device(device)
 
-    def fresh(backend: str) -> SAC:
-        return SAC(obs_dim, act_dim, config, device=device, backend=backend, threads=threads)
+    def fresh(backend: str, dtype: TrainingDtype = "float32") -> SAC:
+        precise = dataclasses.replace(config, dtype=dtype)
+        return SAC(obs_dim, act_dim, precise, device=device, backend=backend, threads=threads)
+
+    def name_of(sac: SAC) -> str:
+        return sac.backend if sac.config.dtype == "float32" else f"{sac.backend} {sac.config.dtype}"
 
     data = _random_transitions(real_rows, obs_dim, act_dim).to(device)
     buffer = RingBuffer(model_rows, obs_dim, act_dim, device)
@@ -262,11 +270,16 @@ def sac_work(
 
         return run
 
-    learners = [fresh(name) for name in (backend, "reference")]
+    learners = [
+        fresh(backend, dtype),
+        *([fresh(backend)] if dtype != "float32" else []),
+        fresh("reference"),
+    ]
     contenders: dict[str, Contender] = {}
     if runs > 1:
-        contenders[f"{learners[0].backend}, at once"] = updating(*(fresh(backend) for _ in range(runs)))
-    contenders |= {sac.backend: _times(runs, updating(sac)) for sac in learners}
+        at_once = updating(*(fresh(backend, dtype) for _ in range(runs)))
+        contenders[f"{name_of(learners[0])}, at once"] = at_once
+    contenders |= {name_of(sac): _times(runs, updating(sac)) for sac in learners}
     for name, make in (baselines or {}).items():
         contenders[name] = _times(runs, make(fresh("reference"), data, buffer, updates))
     sac = learners[0]
@@ -290,6 +303,7 @@ def sac_work(
         threads=threads,
         device=device,
         contenders=contenders,
+        dtypes=_dtypes(contenders, dtype) | {name_of(learners[0]): dtype},
     )
 
 

@@ -163,7 +163,7 @@ def _describe_runs(
     }
 
 
-def _describe_precision(config: RunConfig) -> dict[str, str]:
+def _describe_precision(config: RunConfig | FitConfig) -> dict[str, str]:
     if config.matmul_precision == "highest":
         return {}
     why = dtypes_of(config.matmul_precision, config.device, config.backend).why

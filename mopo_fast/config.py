@@ -541,7 +541,7 @@ def _require_positive(config: Any, what: str, *names: str) -> None:
 
 
 def _check_finite(config: Any, prefix: str = "") -> None:
-    """Raise `InputError` where a number in `config` or its parts is NaN or infinite, or would be in float32."""
+    """Raise `InputError` where a number in `config` or its parts is not finite in float32."""
     for entry in dataclasses.fields(config):
         name, value = prefix + entry.name, getattr(config, entry.name)
         if dataclasses.is_dataclass(value):

@@ -392,6 +392,8 @@ def train(
         mopo-fast train --resume runs/hopper-medium-v2-seed0
         mopo-fast train --resume runs/hopper-medium-v2-seed0 --steps 2000000
     """
+    from mopo_fast.run.find import check_run
+
     # `_commands` has made the preset, or the settings of the run to resume, the defaults of `config`.
     if resume and _is_run(config.dataset):
         if preset is not None or seeds is not None or penalty_coefs or out is not None:
@@ -401,6 +403,8 @@ def train(
             )
         out = Path(config.dataset)
         config = _resumed(config, out)
+    elif resume and out is None and _is_folder_without_data(config.dataset):
+        check_run(config.dataset)
     configs, names = _population(config, seeds, penalty_coefs)
     _check_settings(config)
     from mopo_fast.run.population import train_many
@@ -490,6 +494,11 @@ def sweep(
 def _is_run(path: str) -> bool:
     # Unlike `Path.is_file`, this is False for a name that is too long.
     return os.path.isfile(os.path.join(path, "config.json"))
+
+
+def _is_folder_without_data(path: str) -> bool:
+    """Tell whether `path` is a folder, but not one of shards."""
+    return os.path.isdir(path) and not any(name.endswith("manifest.json") for name in os.listdir(path))
 
 
 def _resumed(config: TrainConfig, run: Path) -> TrainConfig:
@@ -922,12 +931,13 @@ def _outcome_of_all(summaries: Sequence[dict[str, Any]]) -> str:
 
 def _commands(argv: Sequence[str]) -> dict[str, Callable[..., None]]:
     """Return `COMMANDS`, with defaults from a --preset, or from the run that `train --resume` names."""
+    # tyro takes --flag=value too.
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
     if argv[:1] == ["train"] and "--resume" in argv:
         for flag, value in itertools.pairwise(argv):
             if flag not in ("--out", "--dynamics-from") and _is_run(value):
                 return COMMANDS | {"train": functools.partial(train, config=_recorded(Path(value)))}
     given = [value for flag, value in itertools.pairwise(argv) if flag == "--preset"]
-    given += [word.removeprefix("--preset=") for word in argv if word.startswith("--preset=")]
     # tyro reports unknown presets.
     known = [name for name in given if name in PRESETS]
     if not known:

@@ -55,6 +55,12 @@ CHECKPOINT_FORMATS: tuple[CheckpointFormat, ...] = get_args(CheckpointFormat)
 
 MAX_RUNS = 10_000
 """Upper limit of the runs that one call makes."""
+MAX_WORKERS = 1000
+"""Upper limit of the processes that evaluate a run."""
+MAX_EPISODES = 10_000
+"""Upper limit of the episodes of an evaluation, each of which has an environment in memory."""
+# Largest float32, the type of parameters and optimizers.
+_LARGEST = 3.4028234663852886e38
 UNTUNED = (5, 1.0)
 """The horizon and penalty_coef of data sets that nobody has published tuned values for.
 
@@ -156,6 +162,8 @@ class DynamicsConfig:
         _require(self.patience >= 0, f"patience must be at least 0, got {self.patience}")
         _require(self.learning_rate > 0, f"learning_rate must be positive, got {self.learning_rate}")
         _require(min(decay) >= 0, f"weight_decay must not be negative, got {decay}")
+        weight = self.logvar_bound_weight
+        _require(not weight < 0, f"logvar_bound_weight must not be negative, got {weight}")
         _require(0 <= self.improvement < 1, f"improvement must be in [0, 1), got {self.improvement}")
         fraction, low, high = self.holdout_fraction, self.min_logvar, self.max_logvar
         _require(0 < fraction < 1, f"holdout_fraction must be in (0, 1), got {fraction}")
@@ -319,8 +327,14 @@ class EvaluationConfig:
     def validate(self) -> None:
         """Raise `InputError` where a value is out of range."""
         _require_positive(self, "evaluation ", "episodes", "interval")
-        workers = self.workers
-        _require(workers is None or workers >= 0, f"evaluation workers must not be negative, got {workers}")
+        workers, episodes = self.workers, self.episodes
+        _require(
+            workers is None or 0 <= workers <= MAX_WORKERS,
+            f"evaluation workers must be 0 to {MAX_WORKERS:,}, got {workers}",
+        )
+        _require(
+            episodes <= MAX_EPISODES, f"evaluation episodes must be at most {MAX_EPISODES:,}, got {episodes}"
+        )
 
 
 @dataclass(frozen=True)
@@ -423,7 +437,7 @@ class TrainConfig:
     @property
     def epochs(self) -> int:
         """Number of epochs of `rollout.interval` updates; the last one may have fewer."""
-        return math.ceil(self.steps / self.rollout.interval)
+        return -(-self.steps // self.rollout.interval)
 
     def updates_after(self, epoch: int) -> int:
         """Return the number of updates made by the end of `epoch` epochs."""
@@ -551,7 +565,7 @@ def _require_positive(config: Any, what: str, *names: str) -> None:
 
 
 def _check_finite(config: Any, prefix: str = "") -> None:
-    """Raise `InputError` where a number in `config` or its parts is NaN or infinite."""
+    """Raise `InputError` where a number in `config` or its parts is not finite in float32."""
     for entry in dataclasses.fields(config):
         name, value = prefix + entry.name, getattr(config, entry.name)
         if dataclasses.is_dataclass(value):
@@ -560,3 +574,5 @@ def _check_finite(config: Any, prefix: str = "") -> None:
         for number in value if isinstance(value, tuple) else (value,):
             finite = not isinstance(number, float) or math.isfinite(number)
             _require(finite, f"{name} must be finite, got {value}")
+            fits = not isinstance(number, float) or abs(number) <= _LARGEST
+            _require(fits, f"{name} must be at most {_LARGEST:.1e} in size, as float32 is, got {value}")

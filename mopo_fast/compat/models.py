@@ -48,8 +48,8 @@ def check_method(
 ) -> None:
     """Raise `InputError` if a method that the kernels replace is not the code base's own.
 
-    A subclass, or an assignment to the object, may have replaced the method. An object without the method
-    passes.
+    A subclass, or an assignment to the object or its class, may have replaced the method. An object without
+    the method passes.
 
     Args:
         thing: object of another code base.
@@ -60,18 +60,32 @@ def check_method(
     """
     assigned = vars(thing).get(method) if hasattr(thing, "__dict__") else None
     if assigned is not None:
-        known = str(getattr(assigned, "__module__", "")).startswith("mopo_fast.")
+        known = _homes(assigned) == {"mopo_fast"}
     else:
         owner = next((kind for kind in type(thing).__mro__ if method in vars(kind)), None)
         root = "" if owner is None else owner.__module__.partition(".")[0]
         known = owner is None or root == "torch"
         if owner is not None and root == package:
-            known = classes is None or owner.__name__ in classes
+            # A function may have been assigned to the class. PyTorch has decorators of its own.
+            own = _homes(vars(owner)[method]) <= {package, "torch"}
+            known = own and (classes is None or owner.__name__ in classes)
     if not known:
         raise InputError(
             f"{type(thing).__name__} has a method {method} of its own, which the kernels would replace;"
             f" {advice}"
         )
+
+
+def _homes(function: Any) -> set[str]:
+    """Return the packages that a function and all that it decorates were defined in."""
+    found = set()
+    while function is not None:
+        function = getattr(function, "__func__", function)
+        # Unlike `__module__`, the globals are not copied by `functools.wraps`.
+        name = getattr(function, "__globals__", {}).get("__name__", "")
+        found.add(name.partition(".")[0])
+        function = getattr(function, "__wrapped__", None)
+    return found
 
 
 def clipped_log_stds(policy: Actor, low: float, high: float, owner: str, advice: str = "") -> list[str]:

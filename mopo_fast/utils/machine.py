@@ -30,7 +30,9 @@ def check_device(device: torch.device | str) -> None:
         # Reading a value also refuses the device "meta", which holds none.
         torch.zeros((), device=device).item()
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {str(device)!r} cannot be used ({error}); try cpu") from error
+        # PyTorch lists all its kernels for a device that this build lacks.
+        why = str(error).strip().partition("\n")[0][:200]
+        raise InputError(f"device {str(device)!r} cannot be used ({why}); try cpu") from error
 
 
 def device_name(device: torch.device | str) -> str:

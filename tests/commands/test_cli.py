@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -24,10 +25,11 @@ import mopo_fast as mopo_fast_package
 from mopo_fast import Actor, EnsembleDynamics, load_dataset
 from mopo_fast import __main__ as entry
 from mopo_fast.cli import COMMANDS, _outcome, _whole_number, main
-from mopo_fast.config import TrainConfig
+from mopo_fast.config import RunConfig, TrainConfig, to_dict
 from mopo_fast.errors import InputError
 from mopo_fast.tasks import TASKS
 from mopo_fast.utils import progress
+from mopo_fast.utils.atomic import write_json
 
 TINY_FIT = [
     *("--dynamics.hidden", "16", "16", "--dynamics.weight-decay", "1e-5", "1e-5", "1e-5"),
@@ -107,6 +109,45 @@ def test_a_closed_pipe_is_quiet(words: list[str]) -> None:
     result = subprocess.run(command, stdout=sends, stderr=subprocess.PIPE, text=True, check=False)
     os.close(sends)
     assert (result.returncode, result.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-"])
+def test_a_closed_stream_is_the_null_device(closed: str) -> None:
+    command = f"{shlex.quote(sys.executable)} -m mopo_fast --version {closed}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_full_disk_behind_standard_output_is_one_sentence() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "mopo_fast", "--version"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 2
+    assert done.stderr == "error: no space left for standard output; free some, or write it elsewhere\n"
+
+
+@pytest.mark.parametrize("words", [["--resume=RUN"], ["--resume", "RUN"], ["RUN", "--resume"]])
+def test_the_run_to_resume_gives_the_settings(
+    tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_json(tmp_path / "config.json", to_dict(RunConfig("hopper-none.hdf5", task="hopper", steps=123)))
+    calls: list[TrainConfig] = []
+    monkeypatch.setattr("mopo_fast.cli._check_settings", calls.append)
+    monkeypatch.setattr(
+        "mopo_fast.train.train", lambda *_, **__: {"return_mean": 0.0, "return_std": 0.0, "score_mean": None}
+    )
+    assert main(["train", *(word.replace("RUN", str(tmp_path)) for word in words)]) == 0
+    assert calls[0].steps == 123
+
+
+def test_a_folder_of_runs_to_resume_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--resume", str(tmp_path)]) == 2
+    assert f"{tmp_path / 'config.json'} does not exist" in capsys.readouterr().err
+    (tmp_path / "seed0").mkdir()
+    (tmp_path / "seed0" / "config.json").touch()
+    assert main(["train", "--resume", str(tmp_path)]) == 2
+    assert f"give one of them, such as {tmp_path / 'seed0'}" in capsys.readouterr().err
 
 
 def test_a_broken_pipe_elsewhere_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,12 +19,16 @@ def imports(name: str) -> set[str]:
     for_types = {
         id(inner)
         for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        for inner in ast.walk(node)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for statement in node.body
+        for inner in ast.walk(statement)
     }
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and id(node) not in for_types:
             assert node.level == 0, f"{name} imports relatively"
+            # The package's own names are imported on first use, so they would hide the module behind them.
+            names = {alias.name for alias in node.names if f"mopo_fast.{alias.name}" not in MODULES}
+            assert node.module != "mopo_fast" or names <= {"__version__"}, f"{name} imports {names}"
             full = [f"{node.module}.{alias.name}" for alias in node.names]
             found |= {each if each in MODULES else node.module for each in full}
         elif isinstance(node, ast.Import):
@@ -59,6 +63,11 @@ NEVER = [
     ("mopo_fast.fit", "mopo_fast.backends.cpu"),
     *((name, "mopo_fast.run.population") for name in ONE_RUN),
 ]
+
+
+def test_rules_name_parts_that_exist() -> None:
+    rooms = {*NOTHING_ELSE, *sum(NOTHING_ELSE.values(), ()), *(part for rule in NEVER for part in rule)}
+    assert rooms <= MODULES.keys()
 
 
 def inside(name: str, room: str) -> bool:

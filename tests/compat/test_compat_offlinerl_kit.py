@@ -1,6 +1,7 @@
 """Test OfflineRL-Kit: comparison with results recorded by recorded/offlinerl_kit.py, and its files."""
 
 import copy
+import functools
 import pickle
 import types
 from pathlib import Path
@@ -274,8 +275,9 @@ def uniform(policy: Any, init_obss: np.ndarray, rollout_length: int) -> Any:
     return policy.dynamics.step(init_obss, actions)[0], actions
 
 
+of_package = types.FunctionType(uniform.__code__, globals() | {"__name__": "offlinerlkit.policy"})
 MOPO = original("MOPOPolicy", SAC, rollout=None)
-COMBO = original("COMBOPolicy", SAC, rollout=uniform)
+COMBO = original("COMBOPolicy", SAC, rollout=of_package)
 RAMBO = original("RAMBOPolicy", MOPO, rollout=None, select_action=None)
 MOBILE = original("MOBILEPolicy", rollout=None, select_action=None, actforward=None)
 
@@ -318,6 +320,19 @@ def test_policies_of_ones_own(method: str) -> None:
         kit.fuse_rollout(policy_of(assigned, **{method: lambda *_: None}))
     with pytest.raises(InputError, match="NewPolicy has a method rollout of its own"):
         kit.fuse_rollout(policy_of(original("NewPolicy", SAC, rollout=None)))
+
+
+def test_a_method_assigned_to_the_class_or_wrapped() -> None:
+    """Test that a method in the place of the package's own is refused, also if it takes its name."""
+    with pytest.raises(InputError, match="COMBOPolicy has a method rollout of its own"):
+        kit.fuse_rollout(policy_of(original("COMBOPolicy", SAC, rollout=uniform)))
+    wrapped = functools.wraps(of_package)(lambda *arguments: of_package(*arguments))
+    with pytest.raises(InputError, match="COMBOPolicy has a method rollout of its own"):
+        kit.fuse_rollout(policy_of(original("COMBOPolicy", SAC, rollout=wrapped)))
+    policy = kit.fuse_rollout(policy_of(MOPO))
+    policy.rollout = functools.wraps(policy.rollout)(lambda *_: None)
+    with pytest.raises(InputError, match="MOPOPolicy has a method rollout of its own"):
+        kit.fuse_rollout(policy)
 
 
 def test_networks_of_ones_own() -> None:

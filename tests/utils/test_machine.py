@@ -150,3 +150,9 @@ def test_a_system_without_large_pages(
     monkeypatch.delattr(mmap, "MADV_HUGEPAGE")
     tensor = torch.empty(16 << 20, dtype=torch.uint8)
     assert use_large_pages(tensor) is tensor and not advised
+
+
+def test_a_device_that_the_build_lacks_is_refused_in_one_line() -> None:
+    with pytest.raises(InputError, match="device 'mps' cannot be used") as refused:
+        machine.check_device("mps")
+    assert "\n" not in str(refused.value)

@@ -291,8 +291,8 @@ def fit(
         backend: Implementation of the fit: auto to choose one, or a name that `mopo-fast doctor` lists.
         threads: Number of threads of the CPU kernels. The result does not depend on it.
         matmul_precision: Precision of the matrix products: highest for float32, medium for bfloat16 where it
-            is faster, as `mopo-fast doctor` tells. The fit has no precision between them. --dynamics.dtype
-            overrides it.
+            is faster, as `mopo-fast doctor` tells. The fit has no precision between them. The setting
+            dynamics.dtype overrides it.
         dynamics: Probabilistic ensemble and its maximum-likelihood fit.
         memory_map: Leave the data in their file, for a data set larger than the memory. Results do not
             change.
@@ -666,7 +666,7 @@ def rollout(
             instruction set, backend and dtype.
         penalty_coef: Weight of the penalty in the reward.
         matmul_precision: Precision of the matrix products: highest for float32, high for TF32 on a GPU,
-            medium for bfloat16. Where a precision is not faster, a higher one is taken.
+            medium for bfloat16. A higher precision is taken if rollouts are no faster in this one.
         dtype: Precision of the networks. With tfloat32, bfloat16 or float16 only the factors of matrix
             products are rounded; everything else is float32.
         format: Format of the shards. In HDF5 they have D4RL's layout.

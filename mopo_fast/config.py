@@ -407,8 +407,8 @@ class TrainConfig:
         threads: Number of threads of the CPU kernels. The result does not depend on it.
         matmul_precision: Precision of the matrix products of the fit, the rollouts and SAC, by the names of
             torch.set_float32_matmul_precision: highest for float32, high for TF32 on a GPU, medium for
-            bfloat16. Where a precision is not faster, a higher one is taken. The dtype of a part, such as
-            --sac.dtype, sets that part alone.
+            bfloat16. A part takes a higher precision if it is no faster in this one. The settings
+            dynamics.dtype, rollout.dtype and sac.dtype override it for one part.
         preset: Code base whose hyperparameters are the defaults of this run.
         dynamics_from: Folder of another run or of `mopo-fast fit`, whose ensemble is used instead of fitting
             a new one.

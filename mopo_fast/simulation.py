@@ -4,8 +4,8 @@ The MuJoCo environments of the built-in tasks are simulated in bulk: threads cal
 observations, rewards and ends of all episodes at once. Any other environment is stepped by gymnasium, one
 episode after the other. Both give the same bits.
 
-Each episode keeps its own `mujoco.MjData`. `mujoco.rollout` does not, and it returns no `qacc_warmstart`, from
-which the solver's next step starts. Called step by step it drifts away from gymnasium's results.
+Each episode keeps its own `mujoco.MjData`. `mujoco.rollout` does not, and it returns no `qacc_warmstart`, the
+solver's start of the next step. Called step by step it drifts away from gymnasium's results.
 """
 
 import math
@@ -138,8 +138,10 @@ class Jumper(Runner):
 
     def reward(self, velocity: Array, after: State, actions: Array) -> Array:
         """Return min(v_x, 3), less the cost of the controls, plus the weighted height."""
-        reward = np.minimum(velocity[..., 0], 3.0) - _control_cost(self.ctrl_cost, actions)
-        return np.asarray(reward + self.jump_weight * after["qpos"][..., 1])
+        speed, cost = velocity[..., 0], _control_cost(self.ctrl_cost, actions)
+        # The environment subtracts a float32 cost from the Python number 3 in float32.
+        run = np.where(speed > 3.0, 3.0 - cost, speed - cost)
+        return np.asarray(run + self.jump_weight * after["qpos"][..., 1])
 
 
 class AntRules(Rules):
@@ -379,12 +381,14 @@ class MujocoEpisodes(Episodes):
         self._model, self._skip, self._seconds = inner.model, inner.frame_skip, inner.dt
         self._limit = environment.spec.max_episode_steps or np.inf
         self._data = [mujoco.MjData(self._model) for _ in range(count)]
-        # Looked up once, for each access makes a new array that shares MuJoCo's memory.
+        names = ("qpos", "qvel", *rules.reads)
+        self._state: State = {name: np.stack([getattr(data, name) for data in self._data]) for name in names}
+        # Arrays that share MuJoCo's memory. To look one up takes longer than to copy it.
         self._controls = [data.ctrl for data in self._data]
-        self._views = {
-            name: [getattr(data, name) for data in self._data] for name in ("qpos", "qvel", *rules.reads)
-        }
-        self._state = {name: np.stack(views) for name, views in self._views.items()}
+        self._copies = [
+            [(self._state[name][i, ...], getattr(data, name)) for name in names]
+            for i, data in enumerate(self._data)
+        ]
         self._steps = np.zeros(count, dtype=np.int64)
         self._crew = _Crew(min(threads, count))
 
@@ -405,16 +409,17 @@ class MujocoEpisodes(Episodes):
         """Step the episodes `rows` by `actions` [count, act_dim], in the environment's range."""
         before = {name: array.copy() for name, array in self._state.items()}
         # Each thread takes the next episode. An iterator gives it to one thread only.
-        waiting = iter(rows)
-        forces = "cfrc_ext" in self._rules.reads
+        waiting = iter(np.asarray(rows).tolist())
+        model, skip, forces = self._model, self._skip, "cfrc_ext" in self._rules.reads
 
         def simulate() -> None:
             for i in waiting:
+                data = self._data[i]
                 self._controls[i][:] = actions[i]
                 # MuJoCo's functions release the GIL.
-                mujoco.mj_step(self._model, self._data[i], nstep=self._skip)
+                mujoco.mj_step(model, data, nstep=skip)
                 if forces:
-                    mujoco.mj_rnePostConstraint(self._model, self._data[i])
+                    mujoco.mj_rnePostConstraint(model, data)
                 self._read(i)
 
         self._crew.run(simulate)
@@ -430,8 +435,8 @@ class MujocoEpisodes(Episodes):
         )
 
     def _read(self, i: int) -> None:
-        for name, array in self._state.items():
-            array[i] = self._views[name][i]
+        for row, array in self._copies[i]:
+            row[...] = array
 
     def close(self) -> None:
         """End the threads, and release the environment."""

@@ -54,10 +54,10 @@ class Rules(ABC):
         """Return the rewards [...] of steps with these actions [..., act_dim] that ended in `after`."""
 
 
+_UNBOUNDED = (-np.inf, np.inf)
+
+
 def _between(values: Array, bounds: tuple[float, float]) -> Array:
-    # Without a rule everything passes, even NaN, as in gymnasium.
-    if bounds == (-np.inf, np.inf):
-        return np.ones(values.shape, dtype=bool)
     return np.asarray((bounds[0] < values) & (values < bounds[1]))
 
 
@@ -84,9 +84,9 @@ class Runner(Rules):
     ctrl_cost: float
     healthy_reward: float = 0.0
     max_velocity: float = np.inf
-    height: tuple[float, float] = (-np.inf, np.inf)
-    angle: tuple[float, float] = (-np.inf, np.inf)
-    others: tuple[float, float] = (-np.inf, np.inf)
+    height: tuple[float, float] = _UNBOUNDED
+    angle: tuple[float, float] = _UNBOUNDED
+    others: tuple[float, float] = _UNBOUNDED
 
     def observe(self, state: State) -> Array:
         """Return all but the position along the track; velocities are clipped."""
@@ -98,9 +98,16 @@ class Runner(Rules):
     def healthy(self, state: State) -> Array:
         """Compare height, angle and the other numbers of the state with their intervals."""
         positions = state["qpos"]
-        inside = _between(positions[..., 1], self.height) & _between(positions[..., 2], self.angle)
-        for values in (positions[..., 2:], state["qvel"]):
-            inside &= _between(values, self.others).all(axis=-1)
+        inside = np.ones(positions.shape[:-1], dtype=bool)
+        for values, bounds in (
+            (positions[..., 1:2], self.height),
+            (positions[..., 2:3], self.angle),
+            (positions[..., 2:], self.others),
+            (state["qvel"], self.others),
+        ):
+            # Without a rule everything passes, even NaN, as in gymnasium.
+            if bounds != _UNBOUNDED:
+                inside &= _between(values, bounds).all(axis=-1)
         return inside
 
     def velocity(self, before: State, after: State, seconds: float) -> Array:

@@ -1,5 +1,6 @@
 """Evaluate a policy in its environment: returns and D4RL's normalised score."""
 
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -15,11 +16,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mopo_fast.environments import make_environment
 from mopo_fast.errors import InputError
 from mopo_fast.policy import Actor, Policy
 from mopo_fast.rollout import RolloutEngine
+from mopo_fast.simulation import make_episodes
 from mopo_fast.tasks import Task, get_task, make_box
+from mopo_fast.utils.machine import resolve_threads, torch_threads
 from mopo_fast.utils.seeds import EVALUATE, derive_seed
 
 Array = npt.NDArray[Any]
@@ -63,6 +65,7 @@ def evaluate(
     seed: int,
     deterministic: bool = True,
     on_actions: Callable[[np.ndarray[Any, Any]], None] | None = None,
+    threads: int | None = None,
 ) -> Evaluation:
     """Evaluate a policy for some episodes in its environment.
 
@@ -79,11 +82,13 @@ def evaluate(
         deterministic: act by tanh(mean) instead of sampling. Only an `Actor` can be sampled.
         on_actions: called with the actions [episodes, act_dim] of each step, in the environment's range. Rows
             of episodes that have ended have no meaning.
+        threads: number of threads that simulate the MuJoCo environments of the built-in tasks, by default one
+            per core. Any other environment is stepped by gymnasium in one. The result does not depend on it.
 
     Raises:
         InputError: the task is unknown or has no environment, or it cannot be made; `episodes` or `seed` is
-            too small; the policy's sizes do not fit the environment; its actions are not finite or not in
-            [-1, 1]; or `deterministic` is False for a function.
+            too small; `threads` is out of range; the policy's sizes do not fit the environment; its actions
+            are not finite or not in [-1, 1]; or `deterministic` is False for a function.
     """
     task = get_task(task) if isinstance(task, str) else task
     if not callable(policy):
@@ -99,64 +104,67 @@ def evaluate(
         raise InputError(f"episodes must be at least 1, got {episodes}")
     if seed < 0:
         raise InputError(f"seed must not be negative, got {seed}")
-    # A plain list took 1.35 s for ten halfcheetahs of 1000 steps on two cores, SyncVectorEnv 1.7 s,
-    # AsyncVectorEnv 5.7 s.
+    threads = resolve_threads(threads)
     if not task.env_id:
         raise InputError(
             f"the task {task.name} has no environment to evaluate in; the run's summary.json has returns that"
             " the model predicts"
         )
     try:
-        environments = [make_environment(task.env_id) for _ in range(episodes)]
+        together = make_episodes(task.env_id, episodes, threads)
     except (gymnasium.error.Error, ImportError) as error:
         raise InputError(
             f"cannot make the environment of the task {task.name} ({error}); install its packages"
         ) from error
-    try:
-        sizes = (environments[0].observation_space.shape[0], environments[0].action_space.shape[0])
+    with together, _policy_threads(policy):
+        spaces = together.environment
+        sizes = (spaces.observation_space.shape[0], spaces.action_space.shape[0])
         if isinstance(policy, Actor) and sizes != (policy.obs_dim, policy.act_dim):
             raise InputError(
                 f"the policy has {policy.obs_dim} observation and {policy.act_dim} action dimensions,"
                 f" {task.env_id} has {sizes[0]} and {sizes[1]}; evaluate it on the task it was trained for"
             )
-        low, high = environments[0].action_space.low, environments[0].action_space.high
-        observations = np.stack(
-            [environment.reset(seed=episode_seed(seed, i))[0] for i, environment in enumerate(environments)]
-        )
-        generator = torch.Generator().manual_seed(derive_seed(seed, EVALUATE, _NOISE))
-        returns, lengths = [0.0] * episodes, [0] * episodes
-        running = set(range(episodes))
-        while running:
+        low, high = spaces.action_space.low, spaces.action_space.high
+        act = _actor_function(policy, deterministic, seed) if isinstance(policy, Actor) else None
+        observations = np.stack([together.reset(i, episode_seed(seed, i)) for i in range(episodes)])
+        returns, lengths = np.zeros(episodes), np.zeros(episodes, dtype=np.int64)
+        running = np.arange(episodes)
+        while len(running):
             # Ended episodes stay in the batch, so that rows do not depend on who is still running.
-            if isinstance(policy, Actor):
-                noise = None if deterministic else torch.randn(episodes, sizes[1], generator=generator)
-                actions = _act(policy, observations, noise)
-            else:
-                actions = _call(policy, observations, sizes[1])
+            actions = act(observations) if act else _call(policy, observations, sizes[1])
             if not np.isfinite(actions).all():
                 raise InputError("the policy gave actions that are not finite; train it again")
             actions = low + 0.5 * (actions + 1.0) * (high - low)
             if on_actions is not None:
                 on_actions(actions)
-            for i in sorted(running):
-                observations[i], reward, terminated, truncated, _ = environments[i].step(actions[i])
-                returns[i] += float(reward)
-                lengths[i] += 1
-                if terminated or truncated:
-                    running.remove(i)
-    finally:
-        for environment in environments:
-            environment.close()
+            step = together.step(actions, running)
+            observations = step.observations
+            returns[running] += step.rewards[running]
+            lengths[running] += 1
+            running = running[~(step.terminated | step.truncated)[running]]
     mean, std = float(np.mean(returns)), float(np.std(returns))
-    return Evaluation(
-        tuple(returns), tuple(lengths), mean, std, task.normalized_score(mean), task.normalized_std(std)
-    )
+    scores = task.normalized_score(mean), task.normalized_std(std)
+    return Evaluation(tuple(returns.tolist()), tuple(lengths.tolist()), mean, std, *scores)
 
 
-def _act(actor: Actor, observations: Array, noise: torch.Tensor | None) -> Array:
-    parameter = actor.biases[0]
-    noise = None if noise is None else noise.to(parameter)
-    actions: Array = actor.act(torch.from_numpy(observations).to(parameter), noise).cpu().numpy()
+def _policy_threads(policy: Policy) -> contextlib.AbstractContextManager[None]:
+    # One thread is faster on some tens of rows, and torch rounds a single row differently on several. A
+    # function may be a large network.
+    return torch_threads(1) if isinstance(policy, Actor) else contextlib.nullcontext()
+
+
+def _actor_function(actor: Actor, deterministic: bool, seed: int) -> Callable[[Array], Array]:
+    """Return a function of observations [episodes, obs_dim] that returns the actor's actions."""
+    act, parameter = actor.acting(), actor.biases[0]
+    generator = torch.Generator().manual_seed(derive_seed(seed, EVALUATE, _NOISE))
+
+    def actions(observations: Array) -> Array:
+        noise = None
+        if not deterministic:
+            noise = torch.randn(len(observations), actor.act_dim, generator=generator).to(parameter)
+        found: Array = act(torch.from_numpy(observations).to(parameter), noise).cpu().numpy()
+        return found
+
     return actions
 
 
@@ -246,6 +254,8 @@ class Evaluator:
             # The first call starts the workers, which inherit the mask: only the parent handles Ctrl-C.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
+                # Several workers share the cores, so each has one thread.
+                options |= {"threads": 1}
                 return self._pool.submit(_evaluate_arrays, actor.settings(), arrays, sent, options)
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)

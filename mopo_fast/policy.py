@@ -140,11 +140,26 @@ class Actor(nn.Module):
         log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2.0 * math.pi) - squash
         return torch.tanh(raw), log_prob.sum(-1)
 
-    @torch.no_grad()
     def act(self, observations: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """Return actions [batch, act_dim] in [-1, 1]: from standard normal `noise`, or tanh(mean)."""
-        mean, log_std = self(observations)
-        return torch.tanh(mean if noise is None else mean + log_std.exp() * noise)
+        return self.acting()(observations, noise)
+
+    def acting(self) -> Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]:
+        """Return `act` as a function that has looked up the parameters.
+
+        It takes about half of the time for a few rows. Parameters that are updated in place are seen.
+        """
+        weights = [weight.detach() for weight in self.weights]
+        biases = [bias.detach() for bias in self.biases]
+
+        @torch.no_grad()
+        def act(observations: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+            mean, log_std = mlp(observations, weights, biases, self.activation).chunk(2, dim=-1)
+            if noise is None:
+                return torch.tanh(mean)
+            return torch.tanh(mean + log_std.clamp(self.log_std_min, self.log_std_max).exp() * noise)
+
+        return act
 
     def predict(
         self, observations: Any, *, deterministic: bool = True, generator: torch.Generator | None = None

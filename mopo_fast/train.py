@@ -391,6 +391,7 @@ class Training:
                     episodes=config.evaluation.episodes,
                     seed=derive_seed(config.seed, EVALUATE, pending.row["epoch"]),
                     deterministic=config.evaluation.deterministic,
+                    threads=config.threads,
                 )
             else:
                 # Every epoch starts from the same states.

@@ -30,16 +30,16 @@ from mopo_fast.data.hdf5_writer import new_file
 from mopo_fast.data.local import local_folder
 from mopo_fast.data.rewards import RELABELLED
 from mopo_fast.data.transitions import DATA_ARRAYS, Transitions
-from mopo_fast.environments import make_environment
 from mopo_fast.errors import InputError
 from mopo_fast.evaluate import evaluate
 from mopo_fast.policy import Actor
 from mopo_fast.sac import SAC
+from mopo_fast.simulation import make_episodes
 from mopo_fast.tasks import Task, get_task
 from mopo_fast.utils.atomic import atomic_path, parse_json_as
 from mopo_fast.utils.kinds import Count, Number
 from mopo_fast.utils.lock import locked
-from mopo_fast.utils.machine import check_memory
+from mopo_fast.utils.machine import check_memory, torch_threads
 from mopo_fast.utils.progress import Bar, progress_bar
 from mopo_fast.utils.seeds import ONLINE, derive_seed
 from mopo_fast.utils.tensors import load_into, load_metadata, load_tensors, save_tensors
@@ -53,57 +53,60 @@ _SAMPLERS = 10
 
 
 class _Paths:
-    """Environments side by side, each on its own path, which ends at a fall or after `MAX_PATH` steps."""
+    """Paths side by side in a MuJoCo environment; each ends at a fall or after `MAX_PATH` steps."""
 
-    def __init__(self, task: Task, count: int) -> None:
-        self.envs = [make_environment(task.env_id).unwrapped for _ in range(count)]
+    def __init__(self, task: Task, count: int, threads: int) -> None:
+        self.episodes = make_episodes(task.env_id, count, threads, task.recorded)
         self.observations = np.zeros((count, task.obs_dim), dtype=np.float32)
-        self.lengths = [0] * count
+        self.lengths = np.zeros(count, dtype=np.int64)
         self.recorded = task.recorded
+        self.all = np.arange(count)
 
     def __enter__(self) -> "_Paths":
         return self
 
     def __exit__(self, *error: object) -> None:
-        for env in self.envs:
-            env.close()
+        self.episodes.close()
 
     def begin(self, i: int, seed: int) -> None:
-        self.observations[i] = self.envs[i].reset(seed=seed)[0]
+        self.observations[i] = self.episodes.reset(i, seed)
         self.lengths[i] = 0
 
-    def step(self, i: int, action: npt.NDArray[np.float32], rows: Rows, at: tuple[int, int]) -> bool:
-        """Take one step in environment `i`, write it to `rows` at `at`, and return True if the path ended."""
-        env = self.envs[i]
-        rows["infos/qpos"][at], rows["infos/qvel"][at] = env.data.qpos, env.data.qvel
-        rows["observations"][at], rows["actions"][at] = self.observations[i], action
-        self.observations[i], rows["rewards"][at], fell, _, info = env.step(action)
-        self.lengths[i] += 1
+    def step(self, actions: npt.NDArray[np.float32], rows: Rows, at: Any) -> list[int]:
+        """Take a step on every path, write the paths' steps to `rows` at `at`, and return the ended paths."""
+        data = self.episodes.data
+        rows["infos/qpos"][at] = [one.qpos for one in data]
+        rows["infos/qvel"][at] = [one.qvel for one in data]
+        rows["observations"][at], rows["actions"][at] = self.observations, actions
+        step = self.episodes.step(actions, self.all)
+        self.observations[:], rows["rewards"][at] = step.observations, step.rewards
+        self.lengths += 1
         for name in self.recorded:
-            rows[f"infos/{name}"][at] = info[name]
+            rows[f"infos/{name}"][at] = step.info[name]
         # MuJoCo resets an unstable simulation to time 0.
-        stable = math.isclose(env.data.time, self.lengths[i] * env.dt, rel_tol=1e-6)
-        if not (stable and np.isfinite(self.observations[i]).all()):
+        seconds = self.lengths * self.episodes.environment.unwrapped.dt
+        stable = np.abs(np.array([one.time for one in data]) - seconds) <= 1e-6 * seconds
+        if not (stable.all() and np.isfinite(self.observations).all()):
             raise InputError("the simulation became unstable; choose another seed")
-        limit = self.lengths[i] == MAX_PATH
-        rows["next_observations"][at] = self.observations[i]
+        limit = self.lengths == MAX_PATH
+        rows["next_observations"][at] = self.observations
         # At the step limit D4RL writes a time-out, never a terminal.
-        rows["terminals"][at], rows["timeouts"][at] = fell and not limit, limit
-        return bool(fell or limit)
+        rows["terminals"][at], rows["timeouts"][at] = step.terminated & ~limit, limit
+        return np.flatnonzero(step.terminated | limit).tolist()
 
     def new_rows(self, *shape: int) -> Rows:
         """Allocate D4RL's arrays for `shape` steps."""
-        env, (obs_dim,) = self.envs[0], self.observations[0].shape
+        model, obs_dim = self.episodes.environment.unwrapped.model, self.observations.shape[1]
         return {
             "observations": np.empty((*shape, obs_dim), np.float32),
-            "actions": np.empty((*shape, env.model.nu), np.float32),
+            "actions": np.empty((*shape, model.nu), np.float32),
             "rewards": np.empty(shape, np.float32),
             "next_observations": np.empty((*shape, obs_dim), np.float32),
             "terminals": np.empty(shape, bool),
             "timeouts": np.empty(shape, bool),
             "infos/action_log_probs": np.empty(shape, np.float32),
-            "infos/qpos": np.empty((*shape, env.model.nq)),
-            "infos/qvel": np.empty((*shape, env.model.nv)),
+            "infos/qpos": np.empty((*shape, model.nq)),
+            "infos/qvel": np.empty((*shape, model.nv)),
             **{f"infos/{name}": np.empty(shape) for name in self.recorded},
         }
 
@@ -215,7 +218,7 @@ class OnlineTraining:
         goal = f" to a score of {self.config.medium_score:g}" if until_medium else ""
         label, total = f"train {self.task.name}{goal}", self.config.epochs * self.epoch_rows
         with (
-            _Paths(self.task, self.config.environments) as paths,
+            _Paths(self.task, self.config.environments, self.sac.threads) as paths,
             progress_bar(label, total, completed=len(self.buffer), quiet=quiet) as bar,
         ):
             while self.epoch < self.config.epochs and not (until_medium and self.medium_epoch):
@@ -232,9 +235,8 @@ class OnlineTraining:
             paths.begin(i, self._derive_seed(_RESET, epoch, next(resets)))
         for step in range(config.epoch_steps):
             actions, rows["infos/action_log_probs"][step] = _act(actor, paths.observations, drawn[step])
-            for i, action in enumerate(actions):
-                if paths.step(i, action, rows, (step, i)):
-                    paths.begin(i, self._derive_seed(_RESET, epoch, next(resets)))
+            for i in paths.step(actions, rows, step):
+                paths.begin(i, self._derive_seed(_RESET, epoch, next(resets)))
             done = step + 1
             if done % config.round_steps:
                 continue
@@ -251,7 +253,7 @@ class OnlineTraining:
         self.epoch = epoch
         if actor is not None:
             seed = self._derive_seed(_EVALUATE, epoch)
-            result = evaluate(actor, self.task, episodes=config.episodes, seed=seed)
+            result = evaluate(actor, self.task, episodes=config.episodes, seed=seed, threads=self.sac.threads)
             self.evaluations.append(
                 {
                     "epoch": epoch,
@@ -288,7 +290,7 @@ class OnlineTraining:
     @functools.cached_property
     def _layout(self) -> Rows:
         """Arrays with the shapes and types of an epoch's rows."""
-        with _Paths(self.task, 1) as paths:
+        with _Paths(self.task, 1, 1) as paths:
             return paths.new_rows(self.config.epoch_steps, self.config.environments)
 
     def _rows(self, epoch: int) -> Rows:
@@ -410,14 +412,14 @@ def copy_actor(actor: Actor) -> Actor:
     return copied
 
 
-def sample_paths(task: Task, actor: Actor | None, seed: int) -> Iterator[Rows]:
+def sample_paths(task: Task, actor: Actor | None, seed: int, threads: int) -> Iterator[Rows]:
     """Yield paths 0, 1, 2, ... without end, with the actor's actions, or uniform ones without an actor."""
-    with _Paths(task, _SAMPLERS) as paths:
+    with _Paths(task, _SAMPLERS, threads) as paths:
         rows = paths.new_rows(_SAMPLERS, MAX_PATH)
         drawn = torch.empty(rows["actions"].shape)
         finished: dict[int, Rows] = {}
         indices = itertools.count()
-        environments, running = np.arange(_SAMPLERS), [0] * _SAMPLERS
+        running = [0] * _SAMPLERS
 
         def begin(i: int) -> None:
             running[i] = next(indices)
@@ -428,15 +430,12 @@ def sample_paths(task: Task, actor: Actor | None, seed: int) -> Iterator[Rows]:
             begin(i)
         for wanted in itertools.count():
             while wanted not in finished:
-                steps = list(paths.lengths)
-                actions, log_probs = _act(actor, paths.observations, drawn[environments, steps])
-                rows["infos/action_log_probs"][environments, steps] = log_probs
-                for i, action in enumerate(actions):
-                    if paths.step(i, action, rows, (i, steps[i])):
-                        finished[running[i]] = {
-                            key: array[i, : steps[i] + 1].copy() for key, array in rows.items()
-                        }
-                        begin(i)
+                at = paths.all, paths.lengths.copy()
+                actions, rows["infos/action_log_probs"][at] = _act(actor, paths.observations, drawn[at])
+                for i in paths.step(actions, rows, at):
+                    length = paths.lengths[i]
+                    finished[running[i]] = {key: array[i, :length].copy() for key, array in rows.items()}
+                    begin(i)
             yield finished.pop(wanted)
 
 
@@ -464,12 +463,11 @@ def collect_online(
     folder = local_folder() / "online" / f"{task_name}-seed{seed}"
     with contextlib.ExitStack() as stack:
         # Actions must not depend on the number of threads; batches of a few rows need only one.
-        stack.callback(torch.set_num_threads, torch.get_num_threads())
-        torch.set_num_threads(1)
+        stack.enter_context(torch_threads(1))
         parts: list[tuple[int, Iterator[Rows]]] = []
         if tier == "random":
             metadata = metadata | {"policy": UNIFORM}
-            parts.append((steps, sample_paths(task, None, derive_seed(seed, ONLINE, _SAMPLE))))
+            parts.append((steps, sample_paths(task, None, derive_seed(seed, ONLINE, _SAMPLE), threads)))
         else:
             stack.enter_context(locked(folder))
             training = OnlineTraining(folder, task, seed, config, threads)
@@ -494,7 +492,7 @@ def collect_online(
                     parts.append((steps, training.replay(steps // training.epoch_rows)))
                 else:
                     paths_seed = derive_seed(seed, ONLINE, _SAMPLE, list(training.policies).index(name))
-                    parts.append((steps, sample_paths(task, training.policies[name][0], paths_seed)))
+                    parts.append((steps, sample_paths(task, training.policies[name][0], paths_seed, threads)))
         total = sum(count for count, _ in parts)
         bar = stack.enter_context(progress_bar(f"write {path.name}", total, quiet=quiet))
         file = stack.enter_context(new_file(path, total, metadata))

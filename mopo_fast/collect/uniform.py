@@ -18,6 +18,7 @@ import numpy.typing as npt
 from mopo_fast.data.hdf5_writer import new_file
 from mopo_fast.environments import make_environment
 from mopo_fast.errors import InputError
+from mopo_fast.simulation import HALFCHEETAH, HOPPER, WALKER2D, State
 from mopo_fast.tasks import TASKS
 from mopo_fast.utils.progress import progress_bar
 from mopo_fast.utils.seeds import COLLECT, derive_seed
@@ -31,48 +32,9 @@ MAX_PATH = 1000
 _BATCH_STEPS = 1 << 12
 
 
-@dataclass(frozen=True)
-class Rules:
-    """The rules by which an environment turns physics states into transitions.
-
-    Source: gymnasium, envs/mujoco/*_v4.py.
-
-    Attributes:
-        ctrl_cost: weight of the squared action in the reward.
-        healthy_reward: reward for each step.
-        max_velocity: limit to which observed velocities are clipped, in both directions.
-        height: open interval of qpos[1], outside which the episode ends.
-        angle: open interval of qpos[2], outside which the episode ends.
-        state: open interval of every element of qpos[2:] and qvel, outside which the episode ends.
-        first_roll: number of steps of the first attempt at an episode. Most random episodes are shorter.
-    """
-
-    ctrl_cost: float
-    healthy_reward: float = 0.0
-    max_velocity: float = np.inf
-    height: tuple[float, float] = (-np.inf, np.inf)
-    angle: tuple[float, float] = (-np.inf, np.inf)
-    state: tuple[float, float] = (-np.inf, np.inf)
-    first_roll: int = MAX_PATH
-
-    def healthy(self, states: Array) -> Array:
-        """Tell in which states [..., qpos and qvel] the episode goes on, as bool [...]."""
-        inside = _between(states[..., 1], self.height) & _between(states[..., 2], self.angle)
-        return inside & _between(states[..., 2:], self.state).all(axis=-1)
-
-
-RULES = {
-    "halfcheetah": Rules(ctrl_cost=0.1),
-    "hopper": Rules(1e-3, 1.0, 10.0, (0.7, np.inf), (-0.2, 0.2), (-100.0, 100.0), first_roll=24),
-    "walker2d": Rules(1e-3, 1.0, 10.0, (0.8, 2.0), (-1.0, 1.0), first_roll=24),
-}
-
-
-def _between(values: Array, bounds: tuple[float, float]) -> Array:
-    # Without a rule everything passes, even NaN, as in gymnasium.
-    if bounds == (-np.inf, np.inf):
-        return np.ones(values.shape, dtype=bool)
-    return np.asarray((bounds[0] < values) & (values < bounds[1]))
+RULES = {"halfcheetah": HALFCHEETAH, "hopper": HOPPER, "walker2d": WALKER2D}
+FIRST_ROLL = {"halfcheetah": MAX_PATH, "hopper": 24, "walker2d": 24}
+"""Number of steps of the first attempt at an episode. Most random episodes are shorter."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +51,7 @@ class _Collector:
 
     def __init__(self, task: str, seed: int, threads: int) -> None:
         self.env = make_environment(TASKS[task].env_id).unwrapped
-        self.rules, self.seed, self.threads = RULES[task], seed, threads
+        self.rules, self.first_roll, self.seed, self.threads = RULES[task], FIRST_ROLL[task], seed, threads
         self.model = self.env.model
         self.nq = self.model.nq
         self.pool = mujoco.rollout.Rollout(nthread=threads)
@@ -107,8 +69,8 @@ class _Collector:
         first, collected = 0, 0
         while collected < steps:
             # Ctrl-C waits until the call returns, about 0.1 s.
-            most = self.threads * max(1, _BATCH_STEPS // (self.rules.first_roll * self.env.frame_skip))
-            count = min(most, math.ceil((steps - collected) / self.rules.first_roll))
+            most = self.threads * max(1, _BATCH_STEPS // (self.first_roll * self.env.frame_skip))
+            count = min(most, math.ceil((steps - collected) / self.first_roll))
             episodes = self._batch(range(first, first + count))
             yield episodes
             first += count
@@ -117,7 +79,7 @@ class _Collector:
     def _batch(self, indices: range) -> list[_Episode]:
         done: dict[int, _Episode] = {}
         pending = list(indices)
-        length = self.rules.first_roll
+        length = self.first_roll
         while pending:
             for index, episode in zip(pending, self._roll(pending, length), strict=True):
                 if episode.terminal or length == MAX_PATH:
@@ -145,7 +107,7 @@ class _Collector:
         states, _ = self.pool.rollout(model, self.scratch, starts, controls, initial_warmstart=warmstarts)
         # Keep one row per control step: time, qpos, qvel.
         states = np.concatenate([starts[:, None], states[:, skip - 1 :: skip]], axis=1)
-        ended = ~self.rules.healthy(states[:, 1:, 1:])
+        ended = ~self.rules.healthy(self._split(states[:, 1:, 1:]))
         for row, index in enumerate(indices):
             terminal = bool(ended[row].any())
             steps = int(ended[row].argmax()) + 1 if terminal else length
@@ -160,34 +122,29 @@ class _Collector:
 
     def transitions(self, episodes: list[_Episode]) -> dict[str, Array]:
         """Join whole episodes to D4RL's arrays."""
-        before = np.concatenate([episode.states[:-1] for episode in episodes])
-        after = np.concatenate([episode.states[1:] for episode in episodes])
+        before = self._split(np.concatenate([episode.states[:-1] for episode in episodes]))
+        after = self._split(np.concatenate([episode.states[1:] for episode in episodes]))
         actions = np.concatenate([episode.actions for episode in episodes])
         last = np.cumsum([len(episode.actions) for episode in episodes]) - 1
         terminals = np.zeros(len(actions), dtype=bool)
         terminals[last] = [episode.terminal for episode in episodes]
         timeouts = np.zeros(len(actions), dtype=bool)
         timeouts[last] = ~terminals[last]
-        velocity = (after[:, 0] - before[:, 0]) / self.env.dt
-        # gymnasium computes the cost of a float32 action in float32.
-        cost = np.float32(self.rules.ctrl_cost) * np.square(actions).sum(axis=1)
+        velocity = self.rules.velocity(before, after, self.env.dt)
         return {
-            "observations": self._observe(before),
+            "observations": self.rules.observe(before).astype(np.float32),
             "actions": actions,
-            "rewards": (velocity + self.rules.healthy_reward - cost).astype(np.float32),
-            "next_observations": self._observe(after),
+            "rewards": self.rules.reward(velocity, after, actions).astype(np.float32),
+            "next_observations": self.rules.observe(after).astype(np.float32),
             "terminals": terminals,
             "timeouts": timeouts,
             "infos/action_log_probs": np.full(len(actions), -actions.shape[1] * math.log(2.0), np.float32),
-            "infos/qpos": before[:, : self.nq],
-            "infos/qvel": before[:, self.nq :],
+            "infos/qpos": before["qpos"],
+            "infos/qvel": before["qvel"],
         }
 
-    def _observe(self, states: Array) -> Array:
-        """Return float32 observations: all but the position along the track; velocities are clipped."""
-        limit = self.rules.max_velocity
-        velocity = np.clip(states[:, self.nq :], -limit, limit)
-        return np.concatenate([states[:, 1 : self.nq], velocity], axis=1).astype(np.float32)
+    def _split(self, states: Array) -> State:
+        return {"qpos": states[..., : self.nq], "qvel": states[..., self.nq :]}
 
 
 def collect_uniform(

@@ -3,7 +3,6 @@
 import itertools
 import resource
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 
 from mopo_fast.collect import collect
-from mopo_fast.collect.uniform import MAX_PATH, RULES, _Collector, _Episode
+from mopo_fast.collect.uniform import FIRST_ROLL, MAX_PATH, RULES, _Collector, _Episode
 from mopo_fast.data import load_dataset
 from mopo_fast.environments import make_environment
 from mopo_fast.errors import InputError
@@ -68,7 +67,7 @@ def test_same_file_for_any_thread_count_and_roll(tmp_path: Path, monkeypatch: py
     files = [collect("walker2d-random", 500, out=tmp_path / "1", threads=1, quiet=True)]
     files.append(collect("walker2d-random", 500, out=tmp_path / "3", threads=3, quiet=True))
     # Long episodes are simulated again with twice the steps, which must not change the result.
-    monkeypatch.setitem(RULES, "walker2d", replace(RULES["walker2d"], first_roll=7))
+    monkeypatch.setitem(FIRST_ROLL, "walker2d", 7)
     files.append(collect("walker2d-random", 500, out=tmp_path / "7", threads=2, quiet=True))
     first, *others = [file.read_bytes() for file in files]
     assert all(other == first for other in others)
@@ -135,17 +134,21 @@ def test_a_fall_at_the_limit_is_a_time_out(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_healthy_intervals_are_open() -> None:
+    def healthy(task: str, states: np.ndarray) -> list[bool]:
+        half = states.shape[1] // 2
+        return RULES[task].healthy({"qpos": states[:, :half], "qvel": states[:, half:]}).tolist()
+
     hopper = np.zeros((5, 12))
     hopper[:, 1] = 1.0
     hopper[0, 1] = 0.7
     hopper[1, 2] = 0.2
     hopper[2, 11] = 100.0
     hopper[3, 0] = np.inf
-    assert RULES["hopper"].healthy(hopper).tolist() == [False, False, False, True, True]
+    assert healthy("hopper", hopper) == [False, False, False, True, True]
     walker = np.zeros((3, 18))
     walker[:, 1] = [2.0, 0.8, 1.0]
-    assert RULES["walker2d"].healthy(walker).tolist() == [False, False, True]
-    assert RULES["halfcheetah"].healthy(np.full((1, 18), np.nan)).tolist() == [True]
+    assert healthy("walker2d", walker) == [False, False, True]
+    assert healthy("halfcheetah", np.full((1, 18), np.nan)) == [True]
 
 
 @pytest.mark.parametrize("task", RULES)

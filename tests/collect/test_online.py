@@ -63,7 +63,7 @@ def sets(folder: Path) -> dict[str, Path]:
 def test_sampled_paths_equal_gymnasium_exactly(task: str) -> None:
     actor = Actor(TASKS[task].obs_dim, TASKS[task].act_dim, hidden=(16,))
     env = make_environment(TASKS[task].env_id)
-    paths = sample_paths(TASKS[task], actor, 3)
+    paths = sample_paths(TASKS[task], actor, 3, 2)
     for index, path in enumerate(itertools.islice(paths, 3)):
         observation, _ = env.reset(seed=derive_seed(3, online._RESET, index))
         for row, action in enumerate(path["actions"]):
@@ -78,9 +78,9 @@ def test_sampled_paths_equal_gymnasium_exactly(task: str) -> None:
 
 
 def test_a_fall_at_the_limit_is_a_time_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    length = len(next(sample_paths(TASKS["hopper"], None, 0))["rewards"])
+    length = len(next(sample_paths(TASKS["hopper"], None, 0, 1))["rewards"])
     monkeypatch.setattr(online, "MAX_PATH", length)
-    path = next(sample_paths(TASKS["hopper"], None, 0))
+    path = next(sample_paths(TASKS["hopper"], None, 0, 1))
     assert path["timeouts"][-1] and not path["terminals"].any()
 
 
@@ -324,13 +324,14 @@ def test_bad_settings(changes: dict[str, int], message: str, tmp_path: Path) -> 
 def test_unstable_simulation_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # MuJoCo writes its log to the working directory.
     monkeypatch.chdir(tmp_path)
-    with online._Paths(TASKS["halfcheetah"], 1) as paths:
-        paths.envs[0].model.jnt_stiffness[:] = 1e9
-        rows = paths.new_rows(50, 1)
-        paths.begin(0, 0)
+    with online._Paths(TASKS["halfcheetah"], 3, 2) as paths:
+        paths.episodes.environment.unwrapped.model.jnt_stiffness[:] = 1e9
+        rows = paths.new_rows(50, 3)
+        for i in range(3):
+            paths.begin(i, i)
         with pytest.raises(InputError, match="became unstable"):
             for step in range(50):
-                paths.step(0, np.ones(6, np.float32), rows, (step, 0))
+                paths.step(np.ones((3, 6), np.float32), rows, step)
 
 
 def test_random_ant(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 
@@ -255,3 +256,30 @@ class TestAnyPolicy:
     def test_a_function_draws_its_own_noise(self) -> None:
         with pytest.raises(InputError, match="a function draws its own noise"):
             evaluate(lambda o: np.zeros((1, 1)), "pendulum", episodes=1, seed=0, deterministic=False)
+
+
+@pytest.mark.parametrize("name", ["hopper", "ant-angle", "pendulum"])
+def test_threads_change_nothing(name: str) -> None:
+    task, actor = TASKS[name], actor_for(name)
+    for episodes in (1, 4):
+        first = evaluate(actor, task, episodes=episodes, seed=0, threads=1)
+        assert evaluate(actor, task, episodes=episodes, seed=0, threads=3) == first
+    with pytest.raises(InputError, match="threads must be a whole number"):
+        evaluate(actor, task, episodes=1, seed=0, threads=0)
+
+
+def test_one_thread_is_one() -> None:
+    """A run in a sweep has one core, and a policy of a few rows needs no more."""
+    counts: list[tuple[int, int]] = []
+    before, torch_threads = threading.active_count(), torch.get_num_threads()
+    for threads in (1, 3):
+        evaluate(
+            actor_for("hopper"),
+            TASKS["hopper"],
+            episodes=2,
+            seed=0,
+            threads=threads,
+            on_actions=lambda _: counts.append((threading.active_count() - before, torch.get_num_threads())),
+        )
+        assert set(counts) == {(0, 1)} if threads == 1 else counts[-1] == (1, 1)
+    assert torch.get_num_threads() == torch_threads and threading.active_count() == before

@@ -74,16 +74,16 @@ struct SacRows {
 
   // Outputs of a network's hidden layers.
   void forward(const Panels& input, const Dense* layers, bool target, const Factor* outputs) const {
-    const auto activate = [](int64_t, int64_t, auto& block) {
-      each_vector(block, [](int, int, vf& x) { x = mopo::MOPO_ISA::activate<Activation::kRelu>(x); });
+    const auto relu = [](int64_t, int64_t, auto& block) {
+      each_vector(block, [](int, int, vf& x) { x = activate<Activation::kRelu>(x); });
     };
     const Span rows{first, last};
     const Factor in{input, input};
-    if (top() == 0) return forward_hidden<Outer, Outer>(rows, in, layers[0], target, outputs[0], activate);
-    forward_hidden<Outer, Inner>(rows, in, layers[0], target, outputs[0], activate);
+    if (top() == 0) return forward_hidden<Outer, Outer>(rows, in, layers[0], target, outputs[0], relu);
+    forward_hidden<Outer, Inner>(rows, in, layers[0], target, outputs[0], relu);
     for (int64_t l = 1; l < top(); ++l)
-      forward_hidden<Inner, Inner>(rows, outputs[l - 1], layers[l], target, outputs[l], activate);
-    forward_hidden<Inner, Outer>(rows, outputs[top() - 1], layers[top()], target, outputs[top()], activate);
+      forward_hidden<Inner, Inner>(rows, outputs[l - 1], layers[l], target, outputs[l], relu);
+    forward_hidden<Inner, Outer>(rows, outputs[top() - 1], layers[top()], target, outputs[top()], relu);
   }
 
   // Backwards through a network's hidden layers, from the last one's gradient. source(row) is the row of

@@ -34,9 +34,11 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from mopo_fast._version import __version__
 from mopo_fast.config import (
     CHECKPOINT_FORMATS,
+    CHECKSUMS,
     PRESETS,
     ROLLOUT_DTYPES,
     CheckpointFormat,
+    Checksum,
     Compression,
     DynamicsConfig,
     FitConfig,
@@ -615,6 +617,9 @@ def rollout(
     dtype: RolloutDtype = "float32",
     format: ShardFormat = "hdf5",
     compression: Compression = "none",
+    checksum: Annotated[
+        Checksum | None, flag("the folder's, xxh3_128 in a new one", one_of(CHECKSUMS))
+    ] = None,
     shard_rows: int = 1_000_000,
     ray: Annotated[str | None, flag("this process alone", "ADDRESS")] = None,
     device: str = "cpu",
@@ -651,6 +656,9 @@ def rollout(
         format: Format of the shards. In HDF5 they have D4RL's layout.
         compression: Compression of the shards: none, lzf or gzip in HDF5, and none, snappy or zstd in
             Parquet.
+        checksum: Checksum of each shard in the manifest, by which a shard that was damaged is found. xxh3_128
+            is the faster one. sha256 also finds shards that someone has changed on purpose, if the manifest
+            itself is kept safe.
         shard_rows: Transitions of one shard. Two shards are held in memory.
         ray: Ray cluster that makes the shards: local for the cores of this machine, auto for the cluster that
             runs on it, or the address of one. Every machine must see the folder.
@@ -722,6 +730,7 @@ def rollout(
             shard_rows=shard_rows,
             format=format,
             compression=compression,
+            checksum=checksum,
             ray=ray,
             overwrite=overwrite,
             quiet=quiet,

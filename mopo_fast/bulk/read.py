@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from mopo_fast.bulk.files import as_transitions, check_values, d4rl_arrays, file_sha256, read_shard
+from mopo_fast.bulk.files import as_transitions, check_values, d4rl_arrays, file_checksum, read_shard
 from mopo_fast.bulk.plan import (
     MANIFEST,
     Manifest,
     Plan,
     ShardRecord,
+    algorithm_of,
     count_rows,
     manifest_path,
     read_manifest,
@@ -199,8 +200,9 @@ def verify(folder: str | os.PathLike[str], *, quiet: bool = False) -> Manifest:
 def _verify_shard(folder: Path, plan: Plan, record: ShardRecord) -> None:
     path, shard = folder / record.file, plan.shard(record.file)
     size = regular_file(path).st_size
-    if file_sha256(path) != record.sha256:
-        raise InputError(f"{path} has changed: its SHA-256 is not that in the manifest")
+    algorithm = algorithm_of(record.checksum)
+    if file_checksum(path, algorithm) != record.checksum:
+        raise InputError(f"{path} has changed: its {algorithm} checksum is not that in the manifest")
     arrays, _ = read_shard(path, plan, shard)
     check_values(path, arrays, plan, shard)
     for name, found in {"bytes": size, **count_rows(arrays, plan.rollout.horizon)}.items():

@@ -25,9 +25,9 @@ import torch
 from torch import nn
 
 from mopo_fast import sweep, train
-from mopo_fast.bulk.files import file_sha256
+from mopo_fast.bulk.files import file_checksum
 from mopo_fast.bulk.generate import generate
-from mopo_fast.bulk.plan import Manifest, run_settings
+from mopo_fast.bulk.plan import Manifest, algorithm_of, run_settings
 from mopo_fast.bulk.read import as_text, open_rollouts, summarise, verify
 from mopo_fast.bulk.write import generate_shards
 from mopo_fast.collect import collect
@@ -862,7 +862,8 @@ def _mend() -> None:
         manifest = read_json("out/_manifest.json")
         for record in manifest["shards"]:
             path = Path("out", record["file"])
-            record["sha256"], record["bytes"] = file_sha256(path), path.stat().st_size
+            algorithm = algorithm_of(record["checksum"])
+            record["checksum"], record["bytes"] = file_checksum(path, algorithm), path.stat().st_size
         Path("out/_manifest.json").write_text(json.dumps(manifest, indent=2))
 
 
@@ -908,7 +909,7 @@ _SHARDS = [
         _make_shards(),
         ("out/*",),
         _verify,
-        (*SHARDS, "mopo_fast.bulk.read:_verify_shard", "mopo_fast.bulk.files:file_sha256"),
+        (*SHARDS, "mopo_fast.bulk.read:_verify_shard", "mopo_fast.bulk.files:file_checksum"),
     ),
     Entry(
         "shards verify parquet",

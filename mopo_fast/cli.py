@@ -656,9 +656,8 @@ def rollout(
         format: Format of the shards. In HDF5 they have D4RL's layout.
         compression: Compression of the shards: none, lzf or gzip in HDF5, and none, snappy or zstd in
             Parquet.
-        checksum: Checksum of each shard in the manifest, by which a shard that was damaged is found. xxh3_128
-            is the faster one. sha256 also finds shards that someone has changed on purpose, if the manifest
-            itself is kept safe.
+        checksum: Algorithm of the shards' checksums in the manifest. xxh3_128 finds accidental damage and is
+            the faster one. sha256 also finds forged shards, if nobody can change the manifest.
         shard_rows: Transitions of one shard. Two shards are held in memory.
         ray: Ray cluster that makes the shards: local for the cores of this machine, auto for the cluster that
             runs on it, or the address of one. Every machine must see the folder.

@@ -101,7 +101,8 @@ def _make_shard(
         generator = Generator(*models, plan.rollout, threads)
         _CACHE[key] = generator, generator.allocate_ring(plan.rows(0))
     generator, ring = _CACHE[key]
-    return write_shard(out, plan, *generator.make_shard(plan, shard, ring), checksum=checksum)
+    rows, metadata = generator.make_shard(plan, shard, ring)
+    return write_shard(out, plan, rows, metadata, checksum)
 
 
 # A worker's generator and ring buffer for its last plan, by the plan's digest.

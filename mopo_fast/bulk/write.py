@@ -294,10 +294,7 @@ def _find_shards(
                 if overwrite or record.rows != plan.rows(plan.shard(record.file)):
                     # A larger count lengthens a last shard that was cut short.
                     again.append(path)
-                elif (
-                    size != record.bytes
-                    or file_checksum(path, algorithm_of(record.checksum)) != record.checksum
-                ):
+                elif size != record.bytes or file_checksum(path, algorithm) != record.checksum:
                     again.append(_bad(path, "it is not the file that the manifest lists"))
                 else:
                     sound[record.file] = record

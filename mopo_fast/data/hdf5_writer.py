@@ -120,15 +120,17 @@ class _Frame(io.RawIOBase):
         return self.size
 
     def readinto(self, buffer: Any, /) -> int:
-        content = np.zeros(len(buffer), np.uint8)
+        memoryview(buffer)[:] = self.content(self.position, self.position + len(buffer))
+        return len(buffer)
+
+    def content(self, begin: int, end: int) -> bytes:
+        content = np.zeros(end - begin, np.uint8)
         for offset, piece in self.pieces:
-            first = max(offset, self.position)
-            last = min(offset + len(piece), self.position + len(buffer))
+            first, last = max(offset, begin), min(offset + len(piece), end)
             if first < last:
                 part = np.frombuffer(piece, np.uint8)[first - offset : last - offset]
-                content[first - self.position : last - self.position] = part
-        memoryview(buffer)[:] = content.tobytes()
-        return len(buffer)
+                content[first - begin : last - begin] = part
+        return content.tobytes()
 
 
 @dataclass(frozen=True)
@@ -165,17 +167,15 @@ def make_layout(
             if 0 not in shape:
                 offsets[name] = made.id.get_offset()
         write_values(file, values)
-    pieces, position = [], 0
+    pieces: Pieces = []
+    position = 0
     ends = {
         offset: offset + math.prod(arrays[name][0]) * arrays[name][1].itemsize
         for name, offset in offsets.items()
     }
     for offset, end in sorted({**ends, frame.size: frame.size}.items()):
         if offset > position:
-            piece = bytearray(offset - position)
-            frame.seek(position)
-            frame.readinto(piece)
-            pieces.append((position, piece))
+            pieces.append((position, frame.content(position, offset)))
         position = end
     return Layout(frame.size, pieces, offsets)
 

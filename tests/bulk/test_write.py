@@ -92,6 +92,25 @@ def test_threads_do_not_matter(run: Path, data: Transitions, undisturbed: Path, 
     assert content(tmp_path / "out") == content(undisturbed)
 
 
+def test_torch_leaves_the_cores_to_the_kernels_and_the_writer(
+    run: Path, data: Transitions, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, rollout, before = set(), RolloutEngine.rollout, torch.get_num_threads()
+
+    def observed(*args: Any, **options: Any) -> Transitions:
+        seen.add(torch.get_num_threads())
+        return rollout(*args, **options)
+
+    monkeypatch.setattr(RolloutEngine, "rollout", observed)
+    torch.set_num_threads(2)
+    try:
+        make_shards(run, data, tmp_path / "out", backend="cpu")
+        assert seen == {1} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert content(tmp_path / "out") == content(undisturbed)
+
+
 # --- processes that are killed, and others at the same time
 
 

@@ -18,12 +18,12 @@ from rich.table import Table
 from benchmarks.compare import BASELINES
 from benchmarks.record import RESULTS, write_record
 from mopo_fast import Actor
-from mopo_fast.bench.measure import fit_work, interleave, rollout_work, sac_work, torch_threads
+from mopo_fast.bench.measure import fit_work, interleave, rollout_work, sac_work
 from mopo_fast.doctor import examine
 from mopo_fast.environments import make_environment
 from mopo_fast.evaluate import evaluate
 from mopo_fast.tasks import get_task
-from mopo_fast.utils.machine import resolve_threads
+from mopo_fast.utils.machine import resolve_threads, torch_threads
 
 TRANSITIONS, EPOCHS, UPDATES, EPISODES = 1_000_000, 1000, 1000, 10
 STEPS_MEASURED, UPDATES_MEASURED = 64, 100

@@ -3,11 +3,10 @@
 A machine's speed drifts, so programs that are timed one after the other cannot be compared.
 """
 
-import contextlib
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -27,7 +26,7 @@ from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine
 from mopo_fast.run.population import SacPopulation
 from mopo_fast.sac import SAC
-from mopo_fast.utils.machine import check_device, device_name, resolve_threads
+from mopo_fast.utils.machine import check_device, device_name, resolve_threads, torch_threads
 from mopo_fast.utils.progress import progress_bar
 
 # Sizes of the square matrices that torch.mm multiplies. The fastest size differs between machines.
@@ -600,14 +599,3 @@ def interleave(
                 seconds[name].append(time.perf_counter() - began)
             bar.advance()
     return {name: statistics.median(values[1:]) for name, values in seconds.items()}
-
-
-@contextlib.contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """Set the number of torch's threads during the block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -54,6 +54,17 @@ def resolve_threads(threads: int | None) -> int:
     return threads
 
 
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Set the number of torch's threads during the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def available_memory() -> int:
     """Return the bytes that this process can still allocate.
 

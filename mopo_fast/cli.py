@@ -34,9 +34,11 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from mopo_fast._version import __version__
 from mopo_fast.config import (
     CHECKPOINT_FORMATS,
+    CHECKSUMS,
     PRESETS,
     ROLLOUT_DTYPES,
     CheckpointFormat,
+    Checksum,
     Compression,
     DynamicsConfig,
     FitConfig,
@@ -635,6 +637,9 @@ def rollout(
     dtype: Annotated[RolloutDtype | None, of_precision(ROLLOUT_DTYPES)] = None,
     format: ShardFormat = "hdf5",
     compression: Compression = "none",
+    checksum: Annotated[
+        Checksum | None, flag("the folder's, xxh3_128 in a new one", one_of(CHECKSUMS))
+    ] = None,
     shard_rows: int = 1_000_000,
     ray: Annotated[str | None, flag("this process alone", "ADDRESS")] = None,
     device: str = "cpu",
@@ -672,6 +677,8 @@ def rollout(
         format: Format of the shards. In HDF5 they have D4RL's layout.
         compression: Compression of the shards: none, lzf or gzip in HDF5, and none, snappy or zstd in
             Parquet.
+        checksum: Algorithm of the shards' checksums in the manifest. xxh3_128 finds accidental damage and is
+            the faster one. sha256 also finds forged shards, if nobody can change the manifest.
         shard_rows: Transitions of one shard. Two shards are held in memory.
         ray: Ray cluster that makes the shards: local for the cores of this machine, auto for the cluster that
             runs on it, or the address of one. Every machine must see the folder.
@@ -750,6 +757,7 @@ def rollout(
             shard_rows=shard_rows,
             format=format,
             compression=compression,
+            checksum=checksum,
             ray=ray,
             overwrite=overwrite,
             quiet=quiet,

@@ -14,15 +14,19 @@ import torch
 
 from mopo_fast.bulk.files import write_shard
 from mopo_fast.bulk.generate import Generator
+from mopo_fast.config import Checksum
 from mopo_fast.data.manifest import Plan, ShardRecord
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.policy import Actor
 from mopo_fast.utils.interrupts import deferred
 
-# Function (folder, plan, shards, keep, advance) that makes the shards of these numbers in a folder. It calls
-# `keep` with the record of each shard it has written, and `advance` with the number of new transitions.
-ShardMaker = Callable[[Path, Plan, list[int], Callable[[ShardRecord], None], Callable[[int], None]], None]
+# Function (folder, plan, shards, checksum, keep, advance) that makes the shards of these numbers in a folder.
+# `checksum` is the algorithm of their checksums. The function calls `keep` with the record of each shard that
+# it has written, and `advance` with the number of new transitions.
+ShardMaker = Callable[
+    [Path, Plan, list[int], Checksum, Callable[[ShardRecord], None], Callable[[int], None]], None
+]
 
 # Times that a shard is tried again after its worker was lost.
 _RETRIES = 5
@@ -83,7 +87,12 @@ def _check_address(address: str) -> None:
 
 
 def _make_shard(
-    models: tuple[EnsembleDynamics, Actor, torch.Tensor], out: Path, plan: Plan, shard: int, threads: int
+    models: tuple[EnsembleDynamics, Actor, torch.Tensor],
+    out: Path,
+    plan: Plan,
+    shard: int,
+    checksum: Checksum,
+    threads: int,
 ) -> ShardRecord:
     """Make one shard in a worker process, and keep the generator for its next shard."""
     key = plan.sha256()
@@ -92,7 +101,8 @@ def _make_shard(
         generator = Generator(*models, plan.rollout, threads)
         _CACHE[key] = generator, generator.allocate_ring(plan.rows(0))
     generator, ring = _CACHE[key]
-    return write_shard(out, plan, *generator.make_shard(plan, shard, ring))
+    rows, metadata = generator.make_shard(plan, shard, ring)
+    return write_shard(out, plan, rows, metadata, checksum)
 
 
 # A worker's generator and ring buffer for its last plan, by the plan's digest.
@@ -135,6 +145,7 @@ def ray_shard_maker(address: str, generator: Generator, threads: int | None) -> 
             out: Path,
             plan: Plan,
             shards: list[int],
+            checksum: Checksum,
             keep: Callable[[ShardRecord], None],
             advance: Callable[[int], None],
         ) -> None:
@@ -144,7 +155,7 @@ def ray_shard_maker(address: str, generator: Generator, threads: int | None) -> 
                 while todo or running:
                     while todo and len(running) < at_once:
                         shard = todo.pop()
-                        running[task.remote(models, folder, plan, shard, threads)] = shard
+                        running[task.remote(models, folder, plan, shard, checksum, threads)] = shard
                     done, _ = ray.wait(list(running), num_returns=1)
                     for reference in done:
                         shard = running.pop(reference)

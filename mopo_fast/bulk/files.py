@@ -15,8 +15,9 @@ from typing import Any
 
 import h5py
 import numpy as np
+import xxhash
 
-from mopo_fast.config import Compression
+from mopo_fast.config import Checksum, Compression
 from mopo_fast.data.formats import check_file
 from mopo_fast.data.hdf5_writer import Pieces, hdf5_pieces, write_pieces, write_values
 from mopo_fast.data.manifest import Plan, ShardRecord, count_rows
@@ -27,8 +28,10 @@ from mopo_fast.data.transitions import Transitions
 from mopo_fast.data.write import write_arrays
 from mopo_fast.utils.atomic import atomic_path
 
+# The algorithms of checksums.
+_HASHES: dict[Checksum, Callable[[], Any]] = {"xxh3_128": xxhash.xxh3_128, "sha256": hashlib.sha256}
 # Bytes hashed between two calls of `check`.
-_BLOCK = 4 << 20
+_BLOCK = 1 << 20
 # Rows of a row group in Parquet.
 _ROW_GROUP = 1 << 17
 
@@ -64,6 +67,7 @@ def write_shard(
     plan: Plan,
     rows: Transitions,
     metadata: dict[str, Any],
+    checksum: Checksum,
     check: Callable[[], None] = lambda: None,
 ) -> ShardRecord:
     """Write one shard atomically, and return its entry for the manifest.
@@ -73,6 +77,7 @@ def write_shard(
         plan: plan of the folder.
         rows: transitions of the shard, from `Generator.make_shard`.
         metadata: metadata of the shard, from `Generator.make_shard`.
+        checksum: algorithm of the file's checksum.
         check: called every few megabytes. If it raises, the shard's temporary file is removed.
 
     Raises:
@@ -86,11 +91,11 @@ def write_shard(
         "mopo_fast": plan.mopo_fast,
     }
     path = folder / plan.file(metadata["shard"])
-    size, digest = write_file(path, arrays, described, plan.compression, check)
+    size, found = write_file(path, arrays, described, plan.compression, checksum, check)
     return ShardRecord(
         file=path.name,
         bytes=size,
-        sha256=digest,
+        checksum=found,
         starts=metadata["starts"],
         non_finite=metadata["non_finite"],
         **count_rows(arrays, plan.rollout.horizon),
@@ -105,15 +110,19 @@ def write_file(
     arrays: dict[str, Array],
     metadata: dict[str, Any],
     compression: Compression,
+    checksum: Checksum = "xxh3_128",
     check: Callable[[], None] = lambda: None,
 ) -> tuple[int, str]:
-    """Write a shard's file atomically, and return its size in bytes and its SHA-256.
+    """Write a shard's file atomically, and return its size in bytes and its checksum.
+
+    The checksum of an HDF5 file is computed from memory, block by block, before each block is written.
 
     Args:
         path: file to write; its suffix is .hdf5 or .parquet.
         arrays: arrays of the shard.
         metadata: metadata of the shard.
         compression: compression, one of those for the file's format in `COMPRESSIONS`.
+        checksum: algorithm of the checksum.
         check: called every few megabytes. If it raises, the temporary file is removed.
 
     Raises:
@@ -122,24 +131,25 @@ def write_file(
     with atomic_path(path) as temporary:
         if path.suffix == ".parquet":
             _write_parquet(temporary, arrays, metadata, compression, check)
+            return temporary.stat().st_size, file_checksum(temporary, checksum, check)
+        values = {f"metadata/{name}": value for name, value in metadata.items()}
+        if compression == "none":
+            pieces = hdf5_pieces(arrays | values)
         else:
-            values = {f"metadata/{name}": value for name, value in metadata.items()}
-            if compression == "none":
-                pieces = hdf5_pieces(arrays | values)
-            else:
-                pieces = _to_hdf5(arrays, values, compression, check)
-            write_pieces(temporary, pieces, check)
-        return temporary.stat().st_size, file_sha256(temporary, check)
+            pieces = _to_hdf5(arrays, values, compression, check)
+        digest = _HASHES[checksum]()
+        write_pieces(temporary, pieces, check, digest.update)
+        return temporary.stat().st_size, f"{checksum}:{digest.hexdigest()}"
 
 
-def file_sha256(path: Path, check: Callable[[], None] = lambda: None) -> str:
-    """Return the SHA-256 of a file in hexadecimal; for `check` see `write_file`."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
+def file_checksum(path: Path, checksum: Checksum, check: Callable[[], None] = lambda: None) -> str:
+    """Return the checksum of a file as the manifest has it; for `check` see `write_file`."""
+    digest, block = _HASHES[checksum](), memoryview(bytearray(_BLOCK))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(block):
             check()
-            digest.update(block)
-    return digest.hexdigest()
+            digest.update(block[:count])
+    return f"{checksum}:{digest.hexdigest()}"
 
 
 def _to_hdf5(

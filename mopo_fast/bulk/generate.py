@@ -1,5 +1,6 @@
 """Penalised model rollouts of a trained run, as any part of an endless sequence of rollouts."""
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine, allocate
 from mopo_fast.tasks import Task, get_task, termination_of
 from mopo_fast.utils.atomic import check_value
-from mopo_fast.utils.machine import check_device, check_memory
+from mopo_fast.utils.machine import check_device, check_memory, torch_threads
 from mopo_fast.utils.seeds import ROLLOUT, START, derive_seed
 
 # Start states of one call: enough to be fast, few enough to show progress.
@@ -89,6 +90,15 @@ class Generator:
         Raises:
             InputError: thousands of rollouts in a row had no finite transition.
         """
+        # The compiled kernels have threads of their own. Torch's would spin at the barriers of a hundred
+        # small operations a call, on a core that a writer may need.
+        compiled = self.engine.backend == "cpu"
+        with torch_threads(1) if compiled else contextlib.nullcontext():
+            return self._fill(ring, count, first, advance)
+
+    def _fill(
+        self, ring: RingBuffer, count: int, first: int, advance: Callable[[int], None]
+    ) -> tuple[int, int]:
         horizon, seed = self.config.horizon, self.config.seed
         starts, non_finite, empty = 0, 0, 0
         while ring.size < count:

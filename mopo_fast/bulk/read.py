@@ -6,8 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from mopo_fast.bulk.files import file_sha256
-from mopo_fast.data.manifest import Manifest, Plan, ShardRecord, count_rows, read_manifest
+from mopo_fast.bulk.files import file_checksum
+from mopo_fast.data.manifest import (
+    Manifest,
+    Plan,
+    ShardRecord,
+    algorithm_of,
+    count_rows,
+    read_manifest,
+)
 from mopo_fast.data.shards import check_values, open_rollouts, read_shard
 from mopo_fast.errors import InputError
 from mopo_fast.utils.atomic import regular_file
@@ -50,8 +57,9 @@ def verify(folder: str | os.PathLike[str], *, quiet: bool = False) -> Manifest:
 def _verify_shard(folder: Path, plan: Plan, record: ShardRecord) -> None:
     path, shard = folder / record.file, plan.shard(record.file)
     size = regular_file(path).st_size
-    if file_sha256(path) != record.sha256:
-        raise InputError(f"{path} has changed: its SHA-256 is not that in the manifest")
+    algorithm = algorithm_of(record.checksum)
+    if file_checksum(path, algorithm) != record.checksum:
+        raise InputError(f"{path} has changed: its {algorithm} checksum is not that in the manifest")
     arrays, _ = read_shard(path, plan, shard)
     check_values(path, arrays, plan, shard)
     for name, found in {"bytes": size, **count_rows(arrays, plan.rollout.horizon)}.items():

@@ -1,8 +1,8 @@
 """Writing a folder of shards: find the shards that exist, and make those that are missing.
 
 A shard appears by a rename once it is complete, and the manifest is written again after each shard. A folder
-whose process was killed therefore holds complete shards only. The same call checks them by their SHA-256 and
-makes the rest.
+whose process was killed therefore holds complete shards only. The same call checks them by their checksums
+and makes the rest.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ from typing import Any
 from mopo_fast import __version__
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.bulk.cluster import ShardMaker, ray_shard_maker
-from mopo_fast.bulk.files import file_sha256, write_shard
+from mopo_fast.bulk.files import file_checksum, write_shard
 from mopo_fast.bulk.generate import ENCODED_WHOLE, WRITTEN_IN_PIECES, Generator, check_rollout_memory
 from mopo_fast.bulk.plan import generate_config
-from mopo_fast.config import Compression, RolloutDtype, ShardFormat
+from mopo_fast.config import CHECKSUMS, Checksum, Compression, RolloutDtype, ShardFormat
 from mopo_fast.data.manifest import (
     MANIFEST,
     OLD_MANIFEST,
@@ -33,6 +33,7 @@ from mopo_fast.data.manifest import (
     Positive,
     ShardRecord,
     ShardRows,
+    algorithm_of,
     manifest_path,
     read_manifest,
     write_manifest,
@@ -68,6 +69,7 @@ def generate_shards(
     penalty_coef: float | None = None,
     format: ShardFormat = "hdf5",
     compression: Compression = "none",
+    checksum: Checksum | None = None,
     dtype: RolloutDtype = "float32",
     backend: str = "auto",
     threads: int | None = None,
@@ -79,7 +81,7 @@ def generate_shards(
 ) -> Manifest:
     """Write `count` transitions of a run's policy in its ensemble to a folder of shards.
 
-    If the folder already holds some of these shards, only the missing ones are made, and those whose SHA-256
+    If the folder already holds some of these shards, only the missing ones are made, and those whose checksum
     is not that in the manifest. A folder grows with a larger `count`. A call that raises `InputError` before
     the first shard changes nothing; an interrupted call keeps its finished shards.
 
@@ -94,6 +96,9 @@ def generate_shards(
         penalty_coef: weight of the penalty in the reward; None for the run's own.
         format: format of the files, "hdf5" or "parquet".
         compression: compression of the files, see `COMPRESSIONS` in data/manifest.py.
+        checksum: algorithm of the shards' checksums in the manifest. "xxh3_128" finds accidental damage at
+            the speed of memory. "sha256" is cryptographic, but takes several times the time. None for the
+            algorithm of the shards that the folder holds, and for "xxh3_128" in a new folder.
         dtype: precision of the matrix products, see `RolloutEngine`.
         backend: backend of `RolloutEngine`.
         threads: number of CPU threads; None for all cores, or for 1 in each worker of a cluster.
@@ -118,6 +123,8 @@ def generate_shards(
     )
     check_value("count", count, Positive)
     check_value("shard_rows", shard_rows, ShardRows)
+    if checksum is not None and checksum not in CHECKSUMS:
+        raise InputError(f"unknown checksum {checksum!r}; choose one of {', '.join(CHECKSUMS)}")
     rows = min(count, shard_rows)
     buffers = 1 if count == rows else 2
     # Compressed HDF5 files are made in memory.
@@ -144,7 +151,7 @@ def generate_shards(
     else:
         maker = ray_shard_maker(ray, generator, threads)
     with maker as make, _locked_or_restored(out):
-        records, replaced = _find_shards(out, plan, overwrite, quiet)
+        records, replaced, algorithm = _find_shards(out, plan, checksum, overwrite, quiet)
         missing = [shard for shard in range(plan.shards) if plan.file(shard) not in records]
         _check_space(out, plan, missing, generator, replaced)
         for path in replaced:
@@ -162,7 +169,7 @@ def generate_shards(
                 penalty = sum(one.penalty_sum for one in records.values()) / rows
                 bar.update(note=f"mean penalty {penalty:.4g}")
 
-            make(out, plan, missing, keep, bar.advance)
+            make(out, plan, missing, algorithm, keep, bar.advance)
         return write_manifest(out, plan, records)
 
 
@@ -191,6 +198,7 @@ def _make_here(
     out: Path,
     plan: Plan,
     shards: list[int],
+    checksum: Checksum,
     keep: Callable[[ShardRecord], None],
     advance: Callable[[int], None],
 ) -> None:
@@ -218,7 +226,7 @@ def _make_here(
             try:
                 if not errors:
                     check()
-                    keep(write_shard(out, plan, made, metadata, check))
+                    keep(write_shard(out, plan, made, metadata, checksum, check))
             except BaseException as error:
                 errors.append(error)
             free.put(ring)
@@ -243,43 +251,51 @@ def _make_here(
 
 
 def _find_shards(
-    out: Path, plan: Plan, overwrite: bool, quiet: bool
-) -> tuple[dict[str, ShardRecord], list[Path]]:
-    """Find the sound shards of a plan in its folder, by their SHA-256.
+    out: Path, plan: Plan, checksum: Checksum | None, overwrite: bool, quiet: bool
+) -> tuple[dict[str, ShardRecord], list[Path], Checksum]:
+    """Find the sound shards of a plan in its folder, by their checksums.
 
     Args:
         out: folder of the shards.
         plan: plan of the call.
+        checksum: algorithm of the call; None for that of the folder's shards.
         overwrite: whether the shards listed in the manifest are to be replaced.
         quiet: show no progress bar.
 
     Returns:
-        Records of the plan's sound shards by file name, and the files to delete, whose shards are made again.
+        Records of the plan's sound shards by file name, the files to delete, whose shards are made again, and
+        the algorithm for the checksums of new shards.
 
     Raises:
-        InputError: the folder holds something else, or shards of another plan.
+        InputError: the folder holds something else, or shards of another plan or with other checksums.
     """
     if not os.path.lexists(manifest_path(out)):
         if any(not path.name.startswith(_OWN) for path in out.iterdir()):
             raise InputError(f"{out} holds other files; choose a new folder")
         sweep(out)
-        return {}, []
+        return {}, [], checksum or CHECKSUMS[0]
     manifest = read_manifest(out)
     # A process that was killed before its first shard has left a manifest that binds nobody.
     if not overwrite and (manifest.shards or any(out.glob("shard-*"))):
         _check_same(out, manifest.plan, plan)
+    there = None if overwrite else manifest.checksum
+    if there and checksum and there != checksum:
+        raise InputError(
+            f"{out} holds shards with {there} checksums, and checksum is {checksum!r}; leave checksum out"
+            " to keep the folder's, or choose another folder"
+        )
     sweep(out)
     sound: dict[str, ShardRecord] = {}
     again: list[Path] = []
     with progress_bar("shards checked", len(manifest.shards), quiet=quiet or overwrite) as bar:
         for record in manifest.shards:
-            path = out / record.file
+            path, algorithm = out / record.file, algorithm_of(record.checksum)
             if os.path.lexists(path):
                 size = regular_file(path).st_size
                 if overwrite or record.rows != plan.rows(plan.shard(record.file)):
                     # A larger count lengthens a last shard that was cut short.
                     again.append(path)
-                elif size != record.bytes or file_sha256(path) != record.sha256:
+                elif size != record.bytes or file_checksum(path, algorithm) != record.checksum:
                     again.append(_bad(path, "it is not the file that the manifest lists"))
                 else:
                     sound[record.file] = record
@@ -292,7 +308,7 @@ def _find_shards(
         if path.name not in listed and os.path.lexists(path):
             _check_belongs(path, digests, shard)
             again.append(path)
-    return sound, again
+    return sound, again, there or checksum or CHECKSUMS[0]
 
 
 def _bad(path: Path, why: str) -> Path:

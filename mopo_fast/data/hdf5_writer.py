@@ -9,6 +9,7 @@ be mapped into memory.
 import contextlib
 import errno
 import io
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,8 +28,8 @@ Pieces = list[tuple[int, Any]]
 """Positions in a file, in bytes, each with the contents to write there."""
 
 _ALIGNMENT = 64
-# Number of bytes written between two calls of `check`.
-_BLOCK = 4 << 20
+# Number of bytes written between two calls of `check`: few enough to be hashed and copied from the cache.
+_BLOCK = 1 << 20
 
 
 class Output(io.RawIOBase):
@@ -119,15 +120,17 @@ class _Frame(io.RawIOBase):
         return self.size
 
     def readinto(self, buffer: Any, /) -> int:
-        content = np.zeros(len(buffer), np.uint8)
+        memoryview(buffer)[:] = self.content(self.position, self.position + len(buffer))
+        return len(buffer)
+
+    def content(self, begin: int, end: int) -> bytes:
+        content = np.zeros(end - begin, np.uint8)
         for offset, piece in self.pieces:
-            first = max(offset, self.position)
-            last = min(offset + len(piece), self.position + len(buffer))
+            first, last = max(offset, begin), min(offset + len(piece), end)
             if first < last:
                 part = np.frombuffer(piece, np.uint8)[first - offset : last - offset]
-                content[first - self.position : last - self.position] = part
-        memoryview(buffer)[:] = content.tobytes()
-        return len(buffer)
+                content[first - begin : last - begin] = part
+        return content.tobytes()
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ class Layout:
 
     Attributes:
         size: size of the whole file, in bytes.
-        pieces: everything in the file except the arrays.
+        pieces: everything in the file except the arrays, in the order of the positions. Padding is included.
         offsets: position of each array with elements, in bytes.
     """
 
@@ -164,7 +167,17 @@ def make_layout(
             if 0 not in shape:
                 offsets[name] = made.id.get_offset()
         write_values(file, values)
-    return Layout(frame.size, frame.pieces, offsets)
+    pieces: Pieces = []
+    position = 0
+    ends = {
+        offset: offset + math.prod(arrays[name][0]) * arrays[name][1].itemsize
+        for name, offset in offsets.items()
+    }
+    for offset, end in sorted({**ends, frame.size: frame.size}.items()):
+        if offset > position:
+            pieces.append((position, frame.content(position, offset)))
+        position = end
+    return Layout(frame.size, pieces, offsets)
 
 
 def write_values(file: h5py.File, values: Mapping[str, Any]) -> None:
@@ -179,20 +192,31 @@ def write_values(file: h5py.File, values: Mapping[str, Any]) -> None:
 
 
 def hdf5_pieces(contents: Mapping[str, Any]) -> Pieces:
-    """Return the pieces of a file of arrays, numbers and texts by their keys. The arrays are not copied."""
+    """Return the pieces of a file of arrays, numbers and texts by their keys. The arrays are not copied.
+
+    The pieces cover the file from its first byte to its last, in this order.
+    """
     arrays = {name: np.ascontiguousarray(array) for name, array in contents.items() if np.ndim(array)}
     values = {name: value for name, value in contents.items() if name not in arrays}
     layout = make_layout({name: (array.shape, array.dtype) for name, array in arrays.items()}, values)
-    return [*layout.pieces, *((offset, arrays[name]) for name, offset in layout.offsets.items())]
+    contained = ((offset, arrays[name]) for name, offset in layout.offsets.items())
+    return sorted([*layout.pieces, *contained], key=lambda piece: piece[0])
 
 
-def write_pieces(path: Path, pieces: Pieces, check: Callable[[], None] = lambda: None) -> None:
+def write_pieces(
+    path: Path,
+    pieces: Pieces,
+    check: Callable[[], None] = lambda: None,
+    update: Callable[[memoryview], None] = lambda _: None,
+) -> None:
     """Fill an existing file with pieces.
 
     Args:
         path: path of the file.
         pieces: contents and their positions.
-        check: function that is called every few megabytes and may stop the writing by an exception.
+        check: function that is called every megabyte and may stop the writing by an exception.
+        update: function that is called with each block before it is written, in the order of the pieces, such
+            as a hash's.
 
     Raises:
         OSError: the disk is full.
@@ -203,7 +227,9 @@ def write_pieces(path: Path, pieces: Pieces, check: Callable[[], None] = lambda:
             content = memoryview(piece).cast("B")
             for first in range(0, len(content), _BLOCK):
                 check()
-                file.write_at(offset + first, content[first : first + _BLOCK])
+                block = content[first : first + _BLOCK]
+                update(block)
+                file.write_at(offset + first, block)
 
 
 class RowsFile:

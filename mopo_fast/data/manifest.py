@@ -9,14 +9,23 @@ import hashlib
 import json
 import os
 import re
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import Field
+from pydantic import AfterValidator, AliasChoices, Field
 
-from mopo_fast.config import Compression, Penalty, PenaltyMembers, RolloutDtype, ShardFormat
+from mopo_fast.config import (
+    CHECKSUMS,
+    Checksum,
+    Compression,
+    Penalty,
+    PenaltyMembers,
+    RolloutDtype,
+    ShardFormat,
+)
 from mopo_fast.data.stored import Array
 from mopo_fast.data.transitions import ROLLOUT_ARRAYS
 from mopo_fast.errors import InputError
@@ -45,6 +54,30 @@ Starts = Annotated[int, Field(ge=1, le=2**32)]
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 _NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+# Hexadecimal digits of each checksum.
+_DIGITS: dict[str, int] = {"xxh3_128": 32, "sha256": 64}
+
+
+def _named_checksum(text: str) -> str:
+    """Return a checksum with the name of its algorithm; a bare one, of format_version 1, is a SHA-256."""
+    name, colon, digits = text.rpartition(":")
+    name = name if colon else "sha256"
+    if name not in CHECKSUMS:
+        raise InputError(
+            f"unknown checksum {reprlib.repr(name)}, known are {', '.join(CHECKSUMS)};"
+            " read the folder with the version of mopo_fast that wrote it"
+        )
+    if not re.fullmatch(f"[0-9a-f]{{{_DIGITS[name]}}}", digits):
+        raise InputError(
+            f"a {name} checksum has {_DIGITS[name]} hexadecimal digits, got {reprlib.repr(digits)}"
+        )
+    return f"{name}:{digits}"
+
+
+# Algorithm and hexadecimal digits, as in "xxh3_128:0123...". The field is called sha256 in format_version 1.
+_Checksum = Annotated[
+    str, Field(validation_alias=AliasChoices("checksum", "sha256")), AfterValidator(_named_checksum)
+]
 
 
 # --- the settings of rollouts
@@ -163,7 +196,7 @@ class ShardRecord:
         file: name of the file.
         rows: number of transitions.
         bytes: size of the file in bytes.
-        sha256: SHA-256 of the file in hexadecimal.
+        checksum: name of the algorithm, a colon, and the checksum of the file in hexadecimal.
         starts: number of rollouts begun.
         non_finite: number of rollouts that ended at a non-finite prediction.
         reward_sum: sum of the penalised rewards.
@@ -176,7 +209,7 @@ class ShardRecord:
     file: str
     rows: ShardRows
     bytes: Positive
-    sha256: _Digest
+    checksum: _Checksum
     starts: Starts
     non_finite: Natural
     reward_sum: _Finite
@@ -216,13 +249,13 @@ class Manifest:
     """Content of a folder's manifest.
 
     Attributes:
-        format_version: version of the manifest's format.
+        format_version: version of the manifest's format. In version 1 all checksums are SHA-256.
         plan: plan of the folder.
         penalty_edges: edges of the histograms of penalties.
         shards: records of the finished shards, in the order of their numbers.
     """
 
-    format_version: Annotated[int, Field(ge=1, le=1)]
+    format_version: Annotated[int, Field(ge=1, le=2)]
     plan: Plan
     penalty_edges: list[_Finite]
     shards: list[ShardRecord]
@@ -232,7 +265,7 @@ class Manifest:
         if len(self.penalty_edges) != len(PENALTY_EDGES) or not np.allclose(
             self.penalty_edges, PENALTY_EDGES
         ):
-            raise InputError("penalty_edges differ from those of format_version 1")
+            raise InputError("penalty_edges differ from those that mopo_fast writes")
         for record in self.shards:
             shard = plan.shard(record.file)
             if shard <= before:
@@ -242,6 +275,23 @@ class Manifest:
             if len(record.rows_of_step) != plan.rollout.horizon:
                 raise InputError(f"{record.file} has {len(record.rows_of_step)} steps in rows_of_step")
             before = shard
+        algorithms = {algorithm_of(record.checksum) for record in self.shards}
+        if len(algorithms) > 1:
+            raise InputError(
+                f"the shards have checksums of different algorithms: {', '.join(sorted(algorithms))};"
+                " a folder has one"
+            )
+
+    @property
+    def checksum(self) -> Checksum | None:
+        """Algorithm of the shards' checksums; None if there are no shards."""
+        return algorithm_of(self.shards[0].checksum) if self.shards else None
+
+
+def algorithm_of(checksum: str) -> Checksum:
+    """Return the algorithm of a checksum in a manifest."""
+    name: Any = checksum.partition(":")[0]
+    return name  # type: ignore[no-any-return]
 
 
 def manifest_path(folder: str | os.PathLike[str]) -> Path:
@@ -270,6 +320,6 @@ def write_manifest(folder: Path, plan: Plan, records: dict[str, ShardRecord]) ->
         records: records of the finished shards, by file name.
     """
     shards = [records[file] for file in sorted(records)]
-    manifest = Manifest(1, plan, PENALTY_EDGES.tolist(), shards)
+    manifest = Manifest(2, plan, PENALTY_EDGES.tolist(), shards)
     write_json(folder / MANIFEST, dataclasses.asdict(manifest))
     return manifest

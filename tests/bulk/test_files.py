@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import xxhash
 from killed import attempt
 from small_shards import content, files_of_at_most, make_shards
 
@@ -132,8 +133,11 @@ def test_arrays_in_place(tmp_path: Path) -> None:
             "observations": random.normal(size=(rows, 3)).astype(np.float32),
         }
         path = tmp_path / f"{rows}.hdf5"
-        size, digest = files.write_file(path, arrays, {"seed": 3, "task": "hopper"}, "none")
-        assert (size, digest) == (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+        for name, algorithm in (("xxh3_128", xxhash.xxh3_128), ("sha256", hashlib.sha256)):
+            size, found = files.write_file(path, arrays, {"seed": 3, "task": "hopper"}, "none", name)
+            assert size == path.stat().st_size
+            assert found == f"{name}:{algorithm(path.read_bytes()).hexdigest()}"
+            assert found == files.file_checksum(path, name)
         back, metadata = shards.read_file(path)
         assert metadata == {"seed": 3, "task": "hopper"}
         for name, array in arrays.items():

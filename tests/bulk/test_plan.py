@@ -103,3 +103,22 @@ def test_a_shard_listed_twice_is_refused(undisturbed: Path, tmp_path: Path) -> N
     edit(out, lambda manifest: manifest["shards"].__setitem__(1, manifest["shards"][0]))
     with pytest.raises(InputError, match=r"shard-000000\.hdf5 is listed twice"):
         verify(out, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("checksum", "message"),
+    [
+        ("sha256:" + 64 * "0", "checksums of different algorithms: sha256, xxh3_128; a folder has one"),
+        (64 * "0", "checksums of different algorithms: sha256, xxh3_128; a folder has one"),
+        ("md5:" + 32 * "0", "unknown checksum 'md5', known are xxh3_128, sha256; read the folder with"),
+        ("xxh3_128:" + 31 * "0", "a xxh3_128 checksum has 32 hexadecimal digits, got '0000"),
+        ("xxh3_128:" + 32 * "G", "a xxh3_128 checksum has 32 hexadecimal digits, got 'GGGG"),
+        ("x", "a sha256 checksum has 64 hexadecimal digits, got 'x'"),
+    ],
+)
+def test_checksums_that_are_refused(undisturbed: Path, tmp_path: Path, checksum: str, message: str) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    edit(out, lambda manifest: manifest["shards"][1].update(checksum=checksum))
+    with pytest.raises(InputError, match=f"_manifest.json: .*{message}"):
+        read_manifest(out)

@@ -8,7 +8,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from mopo_fast.bulk import files, write
 from mopo_fast.bulk.generate import Generator
 from mopo_fast.bulk.read import verify
 from mopo_fast.cli import main
+from mopo_fast.config import Checksum
 from mopo_fast.data import load_dataset, shards
 from mopo_fast.data.manifest import MANIFEST, OLD_MANIFEST, read_manifest
 from mopo_fast.utils.seeds import ROLLOUT, START, derive_seed
@@ -89,6 +89,25 @@ def test_killed_while_a_folder_grows(run: Path, dataset: Path, undisturbed: Path
 
 def test_threads_do_not_matter(run: Path, data: Transitions, undisturbed: Path, tmp_path: Path) -> None:
     make_shards(run, data, tmp_path / "out", threads=2)
+    assert content(tmp_path / "out") == content(undisturbed)
+
+
+def test_torch_leaves_the_cores_to_the_kernels_and_the_writer(
+    run: Path, data: Transitions, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, rollout, before = set(), RolloutEngine.rollout, torch.get_num_threads()
+
+    def observed(*args: Any, **options: Any) -> Transitions:
+        seen.add(torch.get_num_threads())
+        return rollout(*args, **options)
+
+    monkeypatch.setattr(RolloutEngine, "rollout", observed)
+    torch.set_num_threads(2)
+    try:
+        make_shards(run, data, tmp_path / "out", backend="cpu")
+        assert seen == {1} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
     assert content(tmp_path / "out") == content(undisturbed)
 
 
@@ -214,6 +233,7 @@ def test_other_rollouts_and_other_things(
         ({"count": 0}, "count must be greater than or equal to 1, got 0"),
         ({"shard_rows": 0}, "shard_rows must be greater than or equal to 1"),
         ({"format": "csv"}, "no format 'csv'.*there are hdf5: none, lzf, gzip; parquet: none, snappy, zstd"),
+        ({"checksum": "md5"}, "unknown checksum 'md5'; choose one of xxh3_128, sha256"),
         ({"compression": "zstd"}, "no format 'hdf5' with compression 'zstd'"),
         ({"horizon": 2**31 - 1}, "lower count, shard_rows or horizon"),
         ({"backend": "abacus"}, "unknown backend 'abacus'"),
@@ -264,14 +284,16 @@ def test_an_interruption_abandons_the_shard_that_is_written(
     writing = threading.Event()
     write_file, make_shard = files.write_file, Generator.make_shard
 
-    def slowly(path: Path, arrays: Any, metadata: Any, compression: Any, check: Callable[[], None]) -> Any:
+    def slowly(path: Path, arrays: Any, metadata: Any, *options: Any) -> Any:
+        *how, check = options
+
         def slow_check() -> None:
             if metadata["shard"] == 1:
                 writing.set()
                 time.sleep(0.05)
             check()
 
-        return write_file(path, arrays, metadata, compression, slow_check)
+        return write_file(path, arrays, metadata, *how, slow_check)
 
     def interrupted(generator: Generator, plan: Any, shard: int, ring: Any, advance: Any) -> Any:
         if shard == 2:
@@ -452,6 +474,65 @@ def test_an_old_manifest_is_renamed(run: Path, data: Transitions, undisturbed: P
     assert (out / OLD_MANIFEST).exists()
     make_shards(run, data, out)
     assert content(out) == content(undisturbed)
+
+
+# --- checksums
+
+
+@pytest.mark.parametrize("format", ["hdf5", "parquet"])
+@pytest.mark.parametrize("checksum", ["xxh3_128", "sha256"])
+def test_a_flipped_byte_is_found(
+    run: Path, data: Transitions, tmp_path: Path, checksum: Checksum, format: str
+) -> None:
+    """By `verify`, and by the call that made the shards, which keeps the folder's algorithm."""
+    out = tmp_path / "out"
+    made = make_shards(run, data, out, checksum=checksum, format=format)
+    assert made == verify(out, quiet=True) and made.checksum == checksum
+    whole, path = content(out), out / f"shard-000002.{format}"
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(InputError, match=f"shard-000002.* has changed: its {checksum} checksum is not that"):
+        verify(out, quiet=True)
+    make_shards(run, data, out, format=format)
+    assert content(out) == whole
+
+
+def test_a_folder_keeps_its_checksum(run: Path, data: Transitions, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    make_shards(run, data, out, checksum="sha256")
+    before = content(out)
+    with pytest.raises(InputError, match="holds shards with sha256 checksums, and checksum is 'xxh3_128'"):
+        make_shards(run, data, out, checksum="xxh3_128")
+    assert content(out) == before
+    assert make_shards(run, data, out, count=COUNT + 550).checksum == "sha256"
+    assert make_shards(run, data, out, overwrite=True).checksum == "xxh3_128"
+
+
+def test_a_folder_of_version_0_1_0_goes_on_with_its_sha256(
+    run: Path, data: Transitions, tmp_path: Path
+) -> None:
+    out, new = tmp_path / "out", tmp_path / "new"
+    for folder in (out, new):
+        make_shards(run, data, folder, checksum="sha256")
+
+    def as_before(manifest: Any) -> None:
+        manifest["format_version"] = 1
+        for shard in manifest["shards"]:
+            shard["sha256"] = shard.pop("checksum").removeprefix("sha256:")
+
+    edit(out, as_before)
+    (out / MANIFEST).rename(out / OLD_MANIFEST)
+    verify(out, quiet=True)
+    path = out / "shard-000001.hdf5"
+    damaged = bytearray(path.read_bytes())
+    damaged[-100] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(InputError, match=r"shard-000001\.hdf5 has changed: its sha256 checksum"):
+        verify(out, quiet=True)
+    for folder in (out, new):
+        make_shards(run, data, folder, count=COUNT + 150)
+    assert content(out) == content(new)
 
 
 # --- the command

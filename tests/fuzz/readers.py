@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from mopo_fast import sweep, train
-from mopo_fast.bulk.files import file_sha256
+from mopo_fast.bulk.files import file_checksum
 from mopo_fast.bulk.generate import generate
 from mopo_fast.bulk.plan import run_settings
 from mopo_fast.bulk.read import as_text, summarise, verify
@@ -43,7 +43,7 @@ from mopo_fast.config import (
 )
 from mopo_fast.data import Transitions, d4rl, load_dataset, minari
 from mopo_fast.data.convert import convert
-from mopo_fast.data.manifest import Manifest
+from mopo_fast.data.manifest import Manifest, algorithm_of
 from mopo_fast.data.rewards import relabel_file
 from mopo_fast.data.shards import open_rollouts
 from mopo_fast.ensemble import EnsembleDynamics
@@ -77,6 +77,7 @@ EXEMPT = {
     "mopo_fast.run.opening:_named_by_file": "reads a file that load_dataset has read",
     "mopo_fast.run.fit_log:open_fit_log": "opens a new file to write to it",
     "mopo_fast.__main__:run": "opens /dev/null for a closed pipe",
+    "mopo_fast.__main__:_open_closed_streams": "opens /dev/null for streams that the caller has closed",
     "mopo_fast.data.d4rl:_transfer": "copies bytes from the network, which download checks",
     "mopo_fast.data.hdf5_writer:Output.__init__": "opens a file of its own to write to it",
     "mopo_fast.doctor:_cpuinfo": "reads the kernel's /proc/cpuinfo",
@@ -86,7 +87,7 @@ EXEMPT = {
     "mopo_fast.utils.machine:file_backed": "maps a temporary file of its own",
     "mopo_fast.collect.online:OnlineTraining._settings": "parses JSON that it has just made",
     "mopo_fast.run.log:append_row": "adds a line to a file, and reads nothing",
-    "mopo_fast.bulk.files:write_file": "writes into a file of its own, and reads it for its digest",
+    "mopo_fast.bulk.files:write_file": "writes into a file of its own, and reads it for its checksum",
     "mopo_fast.sweep:_fit": "hands a name to load_dataset",
     "mopo_fast.tasks:_read_task_file": "runs a Python file, which is trusted by being named",
     "mopo_fast.run.folder:as_json": "parses JSON that it has just made",
@@ -879,7 +880,8 @@ def _mend() -> None:
         manifest = read_json("out/_manifest.json")
         for record in manifest["shards"]:
             path = Path("out", record["file"])
-            record["sha256"], record["bytes"] = file_sha256(path), path.stat().st_size
+            algorithm = algorithm_of(record["checksum"])
+            record["checksum"], record["bytes"] = file_checksum(path, algorithm), path.stat().st_size
         Path("out/_manifest.json").write_text(json.dumps(manifest, indent=2))
 
 
@@ -925,7 +927,7 @@ _SHARDS = [
         _make_shards(),
         ("out/*",),
         _verify,
-        (*SHARDS, "mopo_fast.bulk.read:_verify_shard", "mopo_fast.bulk.files:file_sha256"),
+        (*SHARDS, "mopo_fast.bulk.read:_verify_shard", "mopo_fast.bulk.files:file_checksum"),
     ),
     Entry(
         "shards verify parquet",

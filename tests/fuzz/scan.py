@@ -19,7 +19,7 @@ _READS = {
     ),
     *("ZipFile", "is_zipfile", "TarFile", "DictReader", "run_path", "load_dataset", "mmap", "urlopen"),
     *("copyfile", "copy2", "copytree", "read_csv", "open_file", "read_file", "read_json", "read_json_as"),
-    *("load_tensors", "load_metadata", "load_state", "file_sha256", "iter_lines", "file_digest"),
+    *("load_tensors", "load_metadata", "load_state", "file_checksum", "iter_lines", "file_digest"),
 }
 # Functions that read files if called on these modules or by these bare names.
 _OF_MODULES = {

@@ -444,7 +444,8 @@ def progress_note(runs: Sequence[Training]) -> str:
         returns = [one.return_mean for one in evaluations]
         name, values = ("score", scores) if len(scores) == len(evaluations) else ("return", returns)
         new = evaluated == sorted({row["epoch"] for row in rows})
-        when = "" if new else f" at epoch {' to '.join(map(str, dict.fromkeys((evaluated[0], evaluated[-1]))))}"
+        span = " to ".join(map(str, dict.fromkeys((evaluated[0], evaluated[-1]))))
+        when = "" if new else f" at epoch {span}"
         parts.append(f"{name} {sum(values) / len(values):.1f}{when}")
     for name, form in (("penalty", ".3g"), ("q", ".4g")):
         parts.append(f"{name} {sum(row[name] for row in rows) / len(rows):{form}}")

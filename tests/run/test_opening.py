@@ -19,7 +19,7 @@ from pseudo_terminal import run_on_terminal
 from mopo_fast.config import RolloutConfig, RunConfig, TrainConfig
 from mopo_fast.data import load_dataset
 from mopo_fast.presets import preset
-from mopo_fast.run.opening import warn_of_origins
+from mopo_fast.run.opening import open_runs, warn_of_origins
 from mopo_fast.run.resolve import resolve
 from mopo_fast.train import progress_note
 
@@ -168,6 +168,24 @@ def test_origins(config: TrainConfig, origins: tuple[str, str]) -> None:
     assert (resolved.horizon_from, resolved.penalty_coef_from) == origins
     again, _ = resolve(resolved)
     assert again == resolved
+
+
+def test_a_task_of_a_file_is_called_by_its_name(
+    hopper_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The opening has no path but those of the data set and the folder, and says once what a fallback is."""
+    folder = tmp_path / ("far" * 20)
+    folder.mkdir()
+    task = folder / "walkbot.py"
+    task.write_text(
+        "from mopo_fast.tasks import Task, make_box\ntask = Task('any', '', 11, 3, make_box(11))\n"
+    )
+    config, own = resolve(TrainConfig(hopper_data, task=str(task)))
+    open_runs([config], {Path("run"): config}, own, load_dataset(hopper_data), quiet=False)
+    block = capsys.readouterr().err
+    assert "\ntask         walkbot, evaluated in the ensemble\n" in block
+    assert "\nhorizon      5 (fallback)\nlambda       1 (fallback), penalty max_aleatoric\n" in block
+    assert config.horizon_from == "fallback, none is tuned for walkbot random"
 
 
 @pytest.mark.parametrize(

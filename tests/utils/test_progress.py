@@ -1,13 +1,15 @@
 """Test bars on a terminal, and lines where there is none."""
 
 import io
+import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from mopo_fast.utils import progress
-from mopo_fast.utils.progress import format_seconds, progress_bar
+from mopo_fast.utils.progress import format_seconds, print_lines, progress_bar
 
 
 @pytest.fixture
@@ -165,6 +167,36 @@ def test_a_bar_is_one_line_of_the_terminal(width: int, monkeypatch: pytest.Monke
     # Where there is room for a bar, there is one that can be read; a part of the note is whole or left out.
     assert (text.count("━") >= 6) == (width > 40)
     assert width == 40 or not text.split("left")[1].strip() or text.rstrip().endswith(tuple(parts))
+
+
+def test_a_notebook_has_one_output_that_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock, shown = Moved(monkeypatch), []
+
+    class Handle:
+        def update(self, data: dict[str, str], raw: bool) -> None:
+            shown[-1] = data["text/plain"]
+
+    def display(data: dict[str, str], raw: bool, display_id: bool) -> Handle:
+        shown.append(data["text/plain"])
+        return Handle()
+
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(display=None))
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=display))
+    monkeypatch.setattr(progress, "in_notebook", lambda: True)
+    print_lines("seed  0\nfolder  run")
+    with progress_bar("fit", 4, unit="epoch") as bar:
+        clock.update(bar, 2, 1)
+        assert len(shown) == 1 and shown[0].endswith("━ 1/4 epochs 2.0s, 6.0s left")
+        # A kernel call may report a thousand times in a second.
+        clock.update(bar, 0.1, 2)
+        assert "1/4 epochs" in shown[0]
+        bar.update(note="holdout MSE 0.5")
+        bar.report()
+        assert shown[0].endswith("2/4 epochs 2.1s, 2.1s left holdout MSE 0.5")
+    # The lines do not go to standard error, which notebooks show in red.
+    assert capsys.readouterr() == ("seed  0\nfolder  run\n", "")
 
 
 def test_time_left_is_that_of_this_session(monkeypatch: pytest.MonkeyPatch) -> None:

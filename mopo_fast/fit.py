@@ -595,7 +595,7 @@ def fit_dynamics(
     threads: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     initial: EnsembleDynamics | None = None,
-    quiet: bool = True,
+    quiet: bool = False,
     on_epoch: Callable[[FitEpoch], None] | None = None,
 ) -> EnsembleDynamics:
     """Fit the ensemble to `data` by maximum likelihood with early stopping (authors: BNN.train).
@@ -671,7 +671,7 @@ def fit_and_save(
     device: torch.device | str = "cpu",
     backend: str = "auto",
     threads: int | None = None,
-    quiet: bool = True,
+    quiet: bool = False,
     on_epoch: Callable[[FitEpoch], None] | None = None,
 ) -> tuple[EnsembleDynamics, dict[str, Any]]:
     """Fit as `fit_dynamics` does, and write dynamics.safetensors, dynamics.json and fit.json.

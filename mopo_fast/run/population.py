@@ -237,7 +237,7 @@ def fit_and_save_many(
     device: torch.device | str = "cpu",
     backend: str = "auto",
     threads: int | None = None,
-    quiet: bool = True,
+    quiet: bool = False,
 ) -> list[tuple[EnsembleDynamics, dict[str, Any]]]:
     """Call `fit_and_save` for several seeds at once, each with its own folder.
 

@@ -188,7 +188,7 @@ def test_a_notebook_has_one_output_that_is_replaced(
     print_lines("seed  0\nfolder  run")
     with progress_bar("fit", 4, unit="epoch") as bar:
         clock.update(bar, 2, 1)
-        assert len(shown) == 1 and shown[0].endswith("━ 1/4 epochs 2.0s, 6.0s left")
+        assert len(shown) == 1 and shown[0].endswith(" 1/4 epochs 2.0s, 6.0s left")
         # A kernel call may report a thousand times in a second.
         clock.update(bar, 0.1, 2)
         assert "1/4 epochs" in shown[0]

@@ -562,6 +562,7 @@ def evaluate(
     json: Switch = False,
     video: Annotated[Path | None, _NOT_WRITTEN] = None,
     video_episodes: int = 1,
+    video_steps: Annotated[int | None, flag("whole episodes", "INT")] = None,
     quiet: Switch = False,
 ) -> None:
     """Evaluate the policy of a run in MuJoCo and print its return and normalised score.
@@ -579,6 +580,7 @@ def evaluate(
         video: Video of the first episodes, .mp4 or .gif. It is rendered without a window. An .mp4 needs
             `pip install '.[video]'` in the checkout.
         video_episodes: Number of episodes in the video, one after the other.
+        video_steps: Most steps of an episode in the video.
         quiet: Show no progress bar.
 
     Examples:
@@ -599,14 +601,16 @@ def evaluate(
     if video is not None:
         from mopo_fast.video import Film
 
-        film = Film(video, whole, seed=seed, episodes=video_episodes)
+        film = Film(video, whole, seed=seed, episodes=video_episodes, steps=video_steps)
         options["on_actions"] = film.add_actions
     values = dataclasses.asdict(evaluate(actor, whole, **options))
-    print(json_format.dumps(values) if json else _outcome(values))
-    if film is not None:
-        film.write(quiet=quiet)
-        if not json:
-            print(video)
+    try:
+        if film is not None:
+            film.write(quiet=quiet)
+    finally:
+        print(json_format.dumps(values) if json else _outcome(values), flush=True)
+    if film is not None and not json:
+        print(video)
 
 
 def rollout(

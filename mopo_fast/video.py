@@ -17,7 +17,7 @@ from mopo_fast.errors import InputError
 from mopo_fast.evaluate import episode_seed
 from mopo_fast.tasks import Task
 from mopo_fast.utils.atomic import atomic_path, check_writable
-from mopo_fast.utils.progress import progress_bar
+from mopo_fast.utils.progress import print_lines, progress_bar
 
 # Most pictures per second. A GIF's browsers slow down above it, and an eye sees no more.
 _MOST_FPS = 50
@@ -36,17 +36,28 @@ class Film:
         task: task of the evaluation.
         seed: seed of the evaluation.
         episodes: number of episodes to film.
+        steps: most steps of an episode to film, or None for whole episodes.
 
     Raises:
         InputError: the file cannot be written, no encoder for it is installed, or the environment cannot be
             rendered on this machine. All of this is tried at once.
     """
 
-    def __init__(self, path: str | os.PathLike[str], task: Task, *, seed: int, episodes: int = 1) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        task: Task,
+        *,
+        seed: int,
+        episodes: int = 1,
+        steps: int | None = None,
+    ) -> None:
         self.path, self.task, self.seed = Path(path), task, seed
         if episodes < 1:
             raise InputError(f"a video needs at least 1 episode, got {episodes}")
-        self.episodes = episodes
+        if steps is not None and steps < 1:
+            raise InputError(f"a video needs at least 1 step, got {steps}")
+        self.episodes, self.steps = episodes, steps
         _check_encoder(self.path)
         check_writable(self.path)
         with _rendered(task) as environment:
@@ -56,22 +67,37 @@ class Film:
 
     def add_actions(self, actions: np.ndarray[Any, Any]) -> None:
         """Add the actions [episodes, act_dim] of one step of all episodes."""
-        self._actions.append(actions[: self.episodes].copy())
+        if self.steps is None or len(self._actions) < self.steps:
+            self._actions.append(actions[: self.episodes].copy())
 
     def write(self, *, quiet: bool = False) -> None:
         """Render the episodes and write the file, whole or not at all.
 
         Args:
-            quiet: show no progress bar.
+            quiet: show no progress.
 
         Raises:
             InputError: the file cannot be written.
+            KeyboardInterrupt: Ctrl-C was pressed. It says that no video was written.
         """
         episodes = min(self.episodes, len(self._actions[0]))
+        if not quiet:
+            print_lines(
+                f"filming {episodes} episode{'s' * (episodes > 1)} of at most {len(self._actions):,} steps"
+            )
+        try:
+            self._write(episodes, quiet)
+        except KeyboardInterrupt:
+            left = "the earlier file is left as it was" if self.path.exists() else "no file is left"
+            raise KeyboardInterrupt(
+                f"stopped; {self.path} was not written and {left}. --video-steps makes a shorter video"
+            ) from None
+
+    def _write(self, episodes: int, quiet: bool) -> None:
         with (
             _rendered(self.task) as environment,
             atomic_path(self.path) as temporary,
-            progress_bar("video: steps", episodes * len(self._actions), quiet=quiet) as bar,
+            progress_bar("video", episodes * len(self._actions), unit="step", quiet=quiet) as bar,
         ):
             fps = float(environment.metadata.get("render_fps") or 30)
             # Fast simulations take some steps per picture.

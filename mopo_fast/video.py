@@ -17,6 +17,7 @@ from mopo_fast.errors import InputError
 from mopo_fast.evaluate import episode_seed
 from mopo_fast.tasks import Task
 from mopo_fast.utils.atomic import atomic_path, check_writable
+from mopo_fast.utils.machine import gl_library
 from mopo_fast.utils.progress import print_lines, progress_bar
 
 # Most pictures per second. A GIF's browsers slow down above it, and an eye sees no more.
@@ -131,9 +132,7 @@ def _rendered(task: Task) -> Iterator[Any]:
     """Yield the task's environment, ready to be rendered without a window."""
     if not task.env_id:
         raise InputError(f"the task {task.name} has no environment, so there is nothing to film")
-    if "MUJOCO_GL" not in os.environ and not os.environ.get("DISPLAY"):
-        # Without a display gymnasium would take GLFW, which fails. EGL runs with and without a GPU.
-        os.environ["MUJOCO_GL"] = "egl"
+    os.environ["MUJOCO_GL"] = gl_library()
     try:
         environment = make_environment(task.env_id, render_mode="rgb_array")
     except (gymnasium.error.Error, ImportError, TypeError, ValueError, AssertionError) as error:
@@ -156,9 +155,8 @@ def _render(environment: Any, task: Task) -> np.ndarray[Any, Any]:
         frame = environment.render()
     # Each OpenGL library raises errors of its own.
     except Exception as error:
-        backend = os.environ.get("MUJOCO_GL", "glfw")
         raise InputError(
-            f"{task.env_id} cannot be rendered, because OpenGL does not start with MUJOCO_GL={backend}"
+            f"{task.env_id} cannot be rendered, because OpenGL does not start with MUJOCO_GL={gl_library()}"
             f" ({_first_line(error)}); install libegl1 or libosmesa6, and set MUJOCO_GL to egl or osmesa"
         ) from error
     if not isinstance(frame, np.ndarray) or frame.ndim != 3:

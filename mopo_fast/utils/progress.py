@@ -328,8 +328,8 @@ def progress_bar(
         description: name of the work.
         total: number of units of the work, or None where it is unknown.
         completed: units that an earlier session has made.
-        unit: name of a unit, such as "epoch", or "" where the description says it. If units are reported, their
-            expected time is printed once it is known.
+        unit: name of a unit, such as "epoch", or "" where the description says it. The expected time of units
+            that are reported is printed once it is known.
         open_ended: the work may become longer than `total`.
         at_most: most units that open-ended work takes, or None where there is no such bound.
         quiet: show nothing.

@@ -684,12 +684,12 @@ def rollout(
             raise InputError("--verify takes a folder and neither RUN nor --out")
         if not verify.is_dir():
             raise InputError(f"{verify} is no folder of shards; give the --out of a `mopo-fast rollout`")
-        from mopo_fast.bulk.read import as_text, summarise
+        from mopo_fast.bulk.read import as_text, narrow_penalties, summarise
         from mopo_fast.bulk.read import verify as verify_shards
 
         manifest = verify_shards(verify, quiet=quiet)
         print(f"{verify}: {len(manifest.shards)} shards, all sound")
-        print(as_text(summarise(manifest)))
+        print(as_text(summarise(manifest), narrow_penalties(verify, manifest)))
         return
     if run is None or out is None:
         raise InputError("rollout needs RUN and --out; or --verify DIR, to check a folder of shards")
@@ -709,7 +709,7 @@ def rollout(
         find_dataset(source)
     from mopo_fast.bulk.files import save_transitions
     from mopo_fast.bulk.generate import generate
-    from mopo_fast.bulk.read import as_text, summarise
+    from mopo_fast.bulk.read import as_text, narrow_penalties, summarise
     from mopo_fast.bulk.write import generate_shards
     from mopo_fast.data import load_dataset
     from mopo_fast.run.resolve import check_run_data
@@ -747,7 +747,7 @@ def rollout(
             "stopped; finished shards are kept, and the same command makes the others"
         ) from None
     print(f"{out}: {len(manifest.shards)} shards")
-    print(as_text(summarise(manifest)))
+    print(as_text(summarise(manifest), narrow_penalties(out, manifest)))
 
 
 def bench(

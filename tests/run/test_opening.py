@@ -56,7 +56,7 @@ def test_a_run_without_a_terminal(files: Path, tmp_path: Path) -> None:
     lines = found.stderr.splitlines()
     assert "\x1b" not in found.stderr and "\r" not in found.stderr
     begin = next(number for number, line in enumerate(lines) if line.startswith("data set"))
-    block = {line[:13].strip(): line[13:] for line in lines[begin : begin + 12]}
+    block = {line[:13].strip(): line[13:] for line in lines[begin : begin + 13]}
     assert re.fullmatch(r"\d+, return \d+\.\d on average, \d+\.\d at best", block.pop("episodes"))
     assert re.fullmatch(r"cpu, 1 thread(, instruction set \w+)?", block.pop("device"))
     backend = block["SAC"].rsplit(maxsplit=1)[-1]
@@ -65,20 +65,21 @@ def test_a_run_without_a_terminal(files: Path, tmp_path: Path) -> None:
         "transitions": "600",
         "task": "hopper, evaluated in Hopper-v4",
         "horizon": "5 (tuned by the authors for hopper medium)",
-        "lambda": "2 (given), penalty max_aleatoric",
+        "lambda": "2 (given)",
+        "penalty": "max_aleatoric",
         "fit": f"7 networks of 16 x 16, float32 by the backend {backend}",
         "rollouts": f"50 an epoch, float32 by the backend {backend}",
         "SAC": f"20 updates in 2 epochs, float32 by the backend {backend}",
         "seed": "0",
         "folder": str(run),
     }
-    assert lines[begin + 12] == (
+    assert lines[begin + 13] == (
         f"warning: the name of the file {data} alone decides horizon 5 (tuned by the authors for hopper"
         " medium); if it holds other data, set --horizon"
     )
     duration = r"[\d.msh ]+"
     for line, expected in zip(
-        lines[begin + 13 :],
+        lines[begin + 14 :],
         [
             rf"fit: about {duration} for each epoch, {duration} for 2 epochs",
             rf"fit: 1/2 epochs, {duration}, {duration} left, holdout MSE [\d.]+",
@@ -184,7 +185,9 @@ def test_a_task_of_a_file_is_called_by_its_name(
     open_runs([config], {Path("run"): config}, own, load_dataset(hopper_data), quiet=False)
     block = capsys.readouterr().err
     assert "\ntask         walkbot, evaluated in the ensemble\n" in block
-    assert "\nhorizon      5 (fallback)\nlambda       1 (fallback), penalty max_aleatoric\n" in block
+    assert "\nhorizon      5 (fallback)\nlambda       1 (fallback)\npenalty      max_aleatoric\n" in block
+    # No line but those of the paths is wider than a terminal.
+    assert max(map(len, block.splitlines()[2:-1])) <= 80
     assert config.horizon_from == "fallback, none is tuned for walkbot random"
 
 

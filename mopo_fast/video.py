@@ -95,10 +95,11 @@ class Film:
             ) from None
 
     def _write(self, episodes: int, quiet: bool) -> None:
+        longest = episodes * len(self._actions)
         with (
             _rendered(self.task) as environment,
             atomic_path(self.path) as temporary,
-            progress_bar("video", episodes * len(self._actions), unit="step", quiet=quiet) as bar,
+            progress_bar("video", longest, unit="step", quiet=quiet) as bar,
         ):
             fps = float(environment.metadata.get("render_fps") or 30)
             # Fast simulations take some steps per picture.
@@ -112,8 +113,10 @@ class Film:
                         ended = terminated or truncated
                         if ended or step % stride == 0:
                             append(_render(environment, self.task))
-                        bar.update(completed=episode * len(self._actions) + step)
+                        bar.advance()
                         if ended:
+                            longest -= len(self._actions) - step
+                            bar.update(total=longest)
                             break
 
 

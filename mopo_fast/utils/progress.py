@@ -209,8 +209,8 @@ class Bar:
         left, elapsed = self.seconds_left(), format_seconds(time.monotonic() - self._started)
         if not left or self.completed == self.length():
             return elapsed
-        up_to = "up to " if self._may_grow() and not self._bound() else ""
-        return f"{elapsed}, {up_to}{format_seconds(left)}{self._bound()} left"
+        less = "<" if self._may_grow() and not self._bound() else ""
+        return f"{elapsed}, {less}{format_seconds(left)}{self._bound()} left"
 
 
 class _TerminalBar(Bar):

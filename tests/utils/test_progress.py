@@ -80,10 +80,10 @@ class Moved:
 def test_open_ended_work_with_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Moved(monkeypatch)
     bar = progress.Bar("fit", 6, unit="epoch", open_ended=True, at_most=20)
-    assert clock.update(bar, 2, 1) == " 1/20 epochs at most, 2.0s, up to 38s left"
+    assert clock.update(bar, 2, 1) == " 1/20 epochs at most, 2.0s, <38s left"
     bar.report()
     bar.update(total=11)
-    assert clock.update(bar, 20, 11) == "11/20 epochs at most, 22s, up to 18s left"
+    assert clock.update(bar, 20, 11) == "11/20 epochs at most, 22s, <18s left"
     # It ends early, where the last unit was no reason to go on.
     bar.report()
     assert f"{bar.count()}, {bar.times()}" == "11/11 epochs, 22s"

@@ -22,9 +22,11 @@ install: $(INSTALLED)
 # Done again only when what is built or installed has changed. --no-compile: bytecode is made by the first
 # import of a module, not at once for all of torch.
 $(INSTALLED): pyproject.toml setup.py CMakeLists.txt constraints.txt $(CPP)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --no-compile --editable '.[test,lint,triton,minari,ray,parquet]'
-	touch $@
+	@echo "Installing PyTorch and the other packages into $(VENV), and compiling the kernels."
+	@echo "This takes a few minutes and prints errors alone."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --no-compile --editable '.[test,lint,triton,minari,ray,parquet]'
+	@touch $@
 
 DEMO_DATA := $(RUNS)/demo/halfcheetah-random-local.hdf5
 demo: $(INSTALLED)
@@ -69,8 +71,8 @@ docs-serve: $(VENV)/.installed-docs
 
 # The extra alone: the package is installed already.
 $(VENV)/.installed-docs: $(INSTALLED)
-	$(BIN)/python -m pip install --no-compile 'mopo_fast[docs]'
-	touch $@
+	$(BIN)/python -m pip install --quiet --no-compile 'mopo_fast[docs]'
+	@touch $@
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check
@@ -85,8 +87,8 @@ format: $(INSTALLED)
 
 # JAX is for the benchmarks alone. The timed ones run once the baselines are known to do the same work.
 $(VENV)/.installed-bench: $(INSTALLED)
-	$(BIN)/python -m pip install --no-compile --editable '.[bench]'
-	touch $@
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[bench]'
+	@touch $@
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m pytest benchmarks/test_*.py

@@ -1,7 +1,8 @@
-"""Build mopo_fast._cpu, and mopo_fast._cuda if nvcc is found, with CMake. All else is in pyproject.toml.
+"""Build mopo_fast._cpu, and mopo_fast._cuda for a GPU, with CMake. All else is in pyproject.toml.
 
 Environment variables:
-    MOPO_FAST_CUDA: auto (default) builds CUDA kernels if nvcc is found, 1 requires nvcc, 0 builds none.
+    MOPO_FAST_CUDA: auto (default) builds CUDA kernels if this machine has a GPU and nvcc, 1 builds them and
+        requires nvcc, 0 builds none.
     MOPO_FAST_SANITIZE: sanitizers to build with, address,undefined or thread; leaves out CUDA.
     MOPO_FAST_WATCHDOG: 1 builds CUDA kernels that end after a wait of two seconds and report the wait
         (csrc/cuda/watchdog.cuh).
@@ -19,6 +20,14 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+
+
+def cuda_option(devices: Path = Path("/dev")) -> str:
+    """Return CMake's MOPO_FAST_CUDA. Without a GPU nobody waits for minutes for kernels that cannot run."""
+    option = os.environ.get("MOPO_FAST_CUDA", "auto")
+    # The second one is a GPU in Windows' subsystem for Linux.
+    has_gpu = any(devices.glob("nvidia[0-9]*")) or (devices / "dxg").exists()
+    return "0" if option == "auto" and not has_gpu else option
 
 
 class CMakeBuild(build_ext):
@@ -39,7 +48,7 @@ class CMakeBuild(build_ext):
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "MOPO_FAST_SANITIZE": sanitize,
             "MOPO_FAST_WATCHDOG": watchdog,
-            "MOPO_FAST_CUDA": os.environ.get("MOPO_FAST_CUDA", "auto"),
+            "MOPO_FAST_CUDA": cuda_option(),
         }
         flags = [f"-D{name}={value}" for name, value in options.items()]
         for arguments in (

@@ -576,6 +576,7 @@ def evaluate(
     json: Switch = False,
     video: Annotated[Path | None, _NOT_WRITTEN] = None,
     video_episodes: int = 1,
+    video_steps: Annotated[int | None, flag("whole episodes", "INT")] = None,
     quiet: Switch = False,
 ) -> None:
     """Evaluate the policy of a run in MuJoCo and print its return and normalised score.
@@ -593,6 +594,7 @@ def evaluate(
         video: Video of the first episodes, .mp4 or .gif. It is rendered without a window. An .mp4 needs
             `pip install '.[video]'` in the checkout.
         video_episodes: Number of episodes in the video, one after the other.
+        video_steps: Most steps of an episode in the video.
         quiet: Show no progress bar.
 
     Examples:
@@ -613,14 +615,16 @@ def evaluate(
     if video is not None:
         from mopo_fast.video import Film
 
-        film = Film(video, whole, seed=seed, episodes=video_episodes)
+        film = Film(video, whole, seed=seed, episodes=video_episodes, steps=video_steps)
         options["on_actions"] = film.add_actions
     values = dataclasses.asdict(evaluate(actor, whole, **options))
-    print(json_format.dumps(values) if json else _outcome(values))
-    if film is not None:
-        film.write(quiet=quiet)
-        if not json:
-            print(video)
+    try:
+        if film is not None:
+            film.write(quiet=quiet)
+    finally:
+        print(json_format.dumps(values) if json else _outcome(values), flush=True)
+    if film is not None and not json:
+        print(video)
 
 
 def rollout(
@@ -701,12 +705,12 @@ def rollout(
             raise InputError("--verify takes a folder and neither RUN nor --out")
         if not verify.is_dir():
             raise InputError(f"{verify} is no folder of shards; give the --out of a `mopo-fast rollout`")
-        from mopo_fast.bulk.read import as_text, summarise
+        from mopo_fast.bulk.read import as_text, narrow_penalties, summarise
         from mopo_fast.bulk.read import verify as verify_shards
 
         manifest = verify_shards(verify, quiet=quiet)
         print(f"{verify}: {len(manifest.shards)} shards, all sound")
-        print(as_text(summarise(manifest)))
+        print(as_text(summarise(manifest), narrow_penalties(verify, manifest)))
         return
     if run is None or out is None:
         raise InputError("rollout needs RUN and --out; or --verify DIR, to check a folder of shards")
@@ -727,7 +731,7 @@ def rollout(
     from mopo_fast.backends.precision import dtypes_of
     from mopo_fast.bulk.files import save_transitions
     from mopo_fast.bulk.generate import generate
-    from mopo_fast.bulk.read import as_text, summarise
+    from mopo_fast.bulk.read import as_text, narrow_penalties, summarise
     from mopo_fast.bulk.write import generate_shards
     from mopo_fast.data import load_dataset
     from mopo_fast.run.resolve import check_run_data
@@ -767,7 +771,7 @@ def rollout(
             "stopped; finished shards are kept, and the same command makes the others"
         ) from None
     print(f"{out}: {len(manifest.shards)} shards")
-    print(as_text(summarise(manifest)))
+    print(as_text(summarise(manifest), narrow_penalties(out, manifest)))
 
 
 def bench(

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,19 @@ from mopo_fast.backends import cpu
 from mopo_fast.backends.precision import dtypes_of
 from mopo_fast.data import d4rl
 from mopo_fast.data.local import local_folder
-from mopo_fast.errors import InputError
-from mopo_fast.utils.machine import resolve_threads
+from mopo_fast.errors import InputError, printable
+from mopo_fast.utils.machine import gl_library, resolve_threads
 
+# Program that renders a picture without a window.
+_RENDER = """
+import mujoco
+model = mujoco.MjModel.from_xml_string("<mujoco/>")
+with mujoco.Renderer(model, 16, 16) as renderer:
+    renderer.update_scene(mujoco.MjData(model))
+    renderer.render()
+"""
+# Most seconds that rendering a picture may take.
+_RENDER_SECONDS = 30.0
 PACKAGES = ("torch", "triton", "numpy", "gymnasium", "mujoco", "h5py", "safetensors", "tensorboard")
 # Flags in /proc/cpuinfo of the instruction sets that the CPU kernels are built for.
 ISA_FLAGS = ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_bf16")
@@ -52,6 +63,14 @@ class Folder:
 
 
 @dataclass(frozen=True)
+class Ability:
+    """Something that this machine can or cannot do, with the reason."""
+
+    available: bool
+    reason: str
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything that `mopo-fast doctor` prints.
 
@@ -64,6 +83,8 @@ class Report:
         torch_threads: number of threads that torch uses.
         backends: every backend, with the reason why it can or cannot run.
         precision: the lowest precision that is faster, as --matmul-precision takes it, and why, by device.
+        rendering: rendering without a window, for videos.
+        mp4: encoding of MP4 videos.
         folders: the folders of data sets, by the kind of their sets.
     """
 
@@ -75,6 +96,8 @@ class Report:
     torch_threads: int
     backends: list[backends.BackendStatus]
     precision: dict[str, str]
+    rendering: Ability
+    mp4: Ability
     folders: dict[str, Folder]
 
     def text(self) -> str:
@@ -91,9 +114,13 @@ class Report:
             ("extension", self.extension or "not built; install again with `pip install .`"),
             ("torch threads", str(self.torch_threads)),
         ]
-        for status in self.backends:
-            mark = "yes" if status.available else "no"
-            lines.append((f"backend {status.name}", f"{mark}: {status.reason}"))
+        abilities: list[tuple[str, Ability | backends.BackendStatus]] = [
+            *((f"backend {status.name}", status) for status in self.backends),
+            ("rendering", self.rendering),
+            ("MP4 videos", self.mp4),
+        ]
+        for name, ability in abilities:
+            lines.append((name, f"{'yes' if ability.available else 'no'}: {ability.reason}"))
         lines += [(f"precision {device}", choice) for device, choice in self.precision.items()]
         for name, folder in self.folders.items():
             lines.append((f"{name} data", f"{folder.path}: {', '.join(folder.files) or 'empty'}"))
@@ -121,6 +148,8 @@ def examine() -> Report:
         torch_threads=torch.get_num_threads(),
         backends=backends.available(),
         precision={device: _precision(device) for device in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]},
+        rendering=_rendering(),
+        mp4=_mp4(),
         folders={
             "local": _folder(local_folder()),
             "D4RL": _folder(d4rl_folder),
@@ -150,6 +179,39 @@ def _precision(device: str) -> str:
     parts = "rollouts" if dtypes.training == "float32" else "the fit, rollouts and SAC"
     gain = f", whose products are {cpu.bfloat16_gain():.0f} times as fast here" if device == "cpu" else ""
     return f"medium: {dtypes.rollout} for {parts}{gain}{f'; {dtypes.why}' if dtypes.why else ''}"
+
+
+def _rendering() -> Ability:
+    """Render a picture in another process, because a broken OpenGL library may end or block it."""
+    library = gl_library()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _RENDER],
+            env={**os.environ, "MUJOCO_GL": library},
+            capture_output=True,
+            text=True,
+            timeout=_RENDER_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return Ability(False, f"no picture within {_RENDER_SECONDS:.0f} s; set MUJOCO_GL to egl or osmesa")
+    if done.returncode == 0:
+        return Ability(True, f"MuJoCo without a window, MUJOCO_GL={library}")
+    why = printable((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1][:120])
+    return Ability(
+        False,
+        f"MUJOCO_GL={library} fails ({why}); install libegl1 or libosmesa6, and set MUJOCO_GL to egl or"
+        " osmesa",
+    )
+
+
+def _mp4() -> Ability:
+    version = _version("imageio-ffmpeg")
+    if version is None:
+        return Ability(
+            False, "install an encoder with `pip install '.[video]'` in the checkout; GIF needs none"
+        )
+    return Ability(True, f"imageio-ffmpeg {version}")
 
 
 def _version(package: str) -> str | None:

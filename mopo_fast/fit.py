@@ -579,7 +579,7 @@ def fit_dynamics(
     threads: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     initial: EnsembleDynamics | None = None,
-    quiet: bool = True,
+    quiet: bool = False,
     on_epoch: Callable[[FitEpoch], None] | None = None,
 ) -> EnsembleDynamics:
     """Fit the ensemble to `data` by maximum likelihood with early stopping (authors: BNN.train).
@@ -622,10 +622,16 @@ def _run_to_end(fit: Fit, quiet: bool, on_epoch: Callable[[FitEpoch], None] | No
     report = on_epoch or (lambda _: None)
     for record in fit.history:
         report(record)
-    # The bar ends at the epoch where the fit would stop without further improvement, so it may grow.
+    # The fit lasts at least until the epoch where it would stop without further improvement.
     done = len(fit.history)
     with progress_bar(
-        "fit", fit.expected_epochs, completed=done, unit="epoch", open_ended=True, quiet=quiet
+        "fit",
+        fit.expected_epochs,
+        completed=done,
+        unit="epoch",
+        open_ended=True,
+        at_most=fit.config.max_epochs,
+        quiet=quiet,
     ) as bar:
         while len(fit.history) < fit.expected_epochs:
             record = fit.run_epoch(lambda share: bar.update(completed=len(fit.history) + share))
@@ -649,7 +655,7 @@ def fit_and_save(
     device: torch.device | str = "cpu",
     backend: str = "auto",
     threads: int | None = None,
-    quiet: bool = True,
+    quiet: bool = False,
     on_epoch: Callable[[FitEpoch], None] | None = None,
 ) -> tuple[EnsembleDynamics, dict[str, Any]]:
     """Fit as `fit_dynamics` does, and write dynamics.safetensors, dynamics.json and fit.json.

@@ -4,8 +4,10 @@ The ensemble is fitted once for each seed. Every run has a folder of its own, as
 call continues a sweep that was stopped. A table and a plot of all scores are written at the end.
 """
 
+import contextlib
 import csv
 import dataclasses
+import io
 import os
 import statistics
 import tempfile
@@ -137,6 +139,7 @@ def _fit(job: Job) -> None:
         device=config.device,
         backend=config.backend,
         threads=config.threads,
+        quiet=True,
     )
 
 
@@ -153,7 +156,12 @@ def _tune(task: Callable[[Job], None], jobs: list[Job], config: TrainConfig, wha
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     from ray import tune
 
-    with progress_bar(what, len(jobs), quiet=quiet) as bar, tempfile.TemporaryDirectory() as scratch:
+    with (
+        progress_bar(what, len(jobs), quiet=quiet) as bar,
+        tempfile.TemporaryDirectory() as scratch,
+        # Even with verbose=0, Ray prints temporary folders as those of the results.
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
 
         class Progress(tune.Callback):
             def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:

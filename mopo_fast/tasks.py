@@ -126,6 +126,11 @@ class Task:
     recorded: tuple[str, ...] = ()
     file_sha256: str | None = None
 
+    @property
+    def short_name(self) -> str:
+        """Name without the folder and the ending of the task's file."""
+        return Path(self.name).stem if self.file_sha256 else self.name
+
     def normalized_score(self, episode_return: float) -> float | None:
         """Return 100 * (return - min) / (max - min), or None where the task has no reference returns."""
         if self.min_return is None or self.max_return is None:

@@ -441,16 +441,21 @@ def train_bar(runs: Sequence[Training], quiet: bool) -> contextlib.AbstractConte
 def progress_note(runs: Sequence[Training]) -> str:
     """Describe the latest epoch for the progress bar, averaged over the runs.
 
-    It is the score, or the return where there is no score, the penalty and the Q-value.
+    It is the score, or the return where there is no score, the penalty and the Q-value. A score of an earlier
+    epoch is named as such, and one of an earlier session is left out.
     """
+    evaluated = sorted({run.log.evaluated or 0 for run in runs})
     evaluations = [run.log.evaluation for run in runs if run.log.evaluation is not None]
     rows = [run.log.row for run in runs if run.log.row is not None]
     parts = []
-    if evaluations:
+    if evaluations and evaluated[0]:
         scores = [one.score_mean for one in evaluations if one.score_mean is not None]
         returns = [one.return_mean for one in evaluations]
         name, values = ("score", scores) if len(scores) == len(evaluations) else ("return", returns)
-        parts.append(f"{name} {sum(values) / len(values):.1f}")
+        new = evaluated == sorted({row["epoch"] for row in rows})
+        span = " to ".join(map(str, dict.fromkeys((evaluated[0], evaluated[-1]))))
+        when = "" if new else f" at epoch {span}"
+        parts.append(f"{name} {sum(values) / len(values):.1f}{when}")
     for name, form in (("penalty", ".3g"), ("q", ".4g")):
         parts.append(f"{name} {sum(row[name] for row in rows) / len(rows):{form}}")
     return ", ".join(parts)

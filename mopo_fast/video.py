@@ -17,7 +17,8 @@ from mopo_fast.errors import InputError
 from mopo_fast.evaluate import episode_seed
 from mopo_fast.tasks import Task
 from mopo_fast.utils.atomic import atomic_path, check_writable
-from mopo_fast.utils.progress import progress_bar
+from mopo_fast.utils.machine import gl_library
+from mopo_fast.utils.progress import print_lines, progress_bar
 
 # Most pictures per second. A GIF's browsers slow down above it, and an eye sees no more.
 _MOST_FPS = 50
@@ -36,17 +37,28 @@ class Film:
         task: task of the evaluation.
         seed: seed of the evaluation.
         episodes: number of episodes to film.
+        steps: most steps of an episode to film, or None for whole episodes.
 
     Raises:
         InputError: the file cannot be written, no encoder for it is installed, or the environment cannot be
             rendered on this machine. All of this is tried at once.
     """
 
-    def __init__(self, path: str | os.PathLike[str], task: Task, *, seed: int, episodes: int = 1) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        task: Task,
+        *,
+        seed: int,
+        episodes: int = 1,
+        steps: int | None = None,
+    ) -> None:
         self.path, self.task, self.seed = Path(path), task, seed
         if episodes < 1:
             raise InputError(f"a video needs at least 1 episode, got {episodes}")
-        self.episodes = episodes
+        if steps is not None and steps < 1:
+            raise InputError(f"a video needs at least 1 step, got {steps}")
+        self.episodes, self.steps = episodes, steps
         _check_encoder(self.path)
         check_writable(self.path)
         with _rendered(task) as environment:
@@ -56,22 +68,38 @@ class Film:
 
     def add_actions(self, actions: np.ndarray[Any, Any]) -> None:
         """Add the actions [episodes, act_dim] of one step of all episodes."""
-        self._actions.append(actions[: self.episodes].copy())
+        if self.steps is None or len(self._actions) < self.steps:
+            self._actions.append(actions[: self.episodes].copy())
 
     def write(self, *, quiet: bool = False) -> None:
         """Render the episodes and write the file, whole or not at all.
 
         Args:
-            quiet: show no progress bar.
+            quiet: show no progress.
 
         Raises:
             InputError: the file cannot be written.
+            KeyboardInterrupt: Ctrl-C was pressed. It says that no video was written.
         """
         episodes = min(self.episodes, len(self._actions[0]))
+        if not quiet:
+            print_lines(
+                f"filming {episodes} episode{'s' * (episodes > 1)} of at most {len(self._actions):,} steps"
+            )
+        try:
+            self._write(episodes, quiet)
+        except KeyboardInterrupt:
+            left = "the earlier file is left as it was" if self.path.exists() else "no file is left"
+            raise KeyboardInterrupt(
+                f"stopped; {self.path} was not written and {left}. --video-steps makes a shorter video"
+            ) from None
+
+    def _write(self, episodes: int, quiet: bool) -> None:
+        longest = episodes * len(self._actions)
         with (
             _rendered(self.task) as environment,
             atomic_path(self.path) as temporary,
-            progress_bar("video: steps", episodes * len(self._actions), quiet=quiet) as bar,
+            progress_bar("video", longest, unit="step", quiet=quiet) as bar,
         ):
             fps = float(environment.metadata.get("render_fps") or 30)
             # Fast simulations take some steps per picture.
@@ -85,8 +113,10 @@ class Film:
                         ended = terminated or truncated
                         if ended or step % stride == 0:
                             append(_render(environment, self.task))
-                        bar.update(completed=episode * len(self._actions) + step)
+                        bar.advance()
                         if ended:
+                            longest -= len(self._actions) - step
+                            bar.update(total=longest)
                             break
 
 
@@ -105,9 +135,7 @@ def _rendered(task: Task) -> Iterator[Any]:
     """Yield the task's environment, ready to be rendered without a window."""
     if not task.env_id:
         raise InputError(f"the task {task.name} has no environment, so there is nothing to film")
-    if "MUJOCO_GL" not in os.environ and not os.environ.get("DISPLAY"):
-        # Without a display gymnasium would take GLFW, which fails. EGL runs with and without a GPU.
-        os.environ["MUJOCO_GL"] = "egl"
+    os.environ["MUJOCO_GL"] = gl_library()
     try:
         environment = make_environment(task.env_id, render_mode="rgb_array")
     except (gymnasium.error.Error, ImportError, TypeError, ValueError, AssertionError) as error:
@@ -130,9 +158,8 @@ def _render(environment: Any, task: Task) -> np.ndarray[Any, Any]:
         frame = environment.render()
     # Each OpenGL library raises errors of its own.
     except Exception as error:
-        backend = os.environ.get("MUJOCO_GL", "glfw")
         raise InputError(
-            f"{task.env_id} cannot be rendered, because OpenGL does not start with MUJOCO_GL={backend}"
+            f"{task.env_id} cannot be rendered, because OpenGL does not start with MUJOCO_GL={gl_library()}"
             f" ({_first_line(error)}); install libegl1 or libosmesa6, and set MUJOCO_GL to egl or osmesa"
         ) from error
     if not isinstance(frame, np.ndarray) or frame.ndim != 3:

@@ -27,7 +27,7 @@ from mopo_fast.rollout import RolloutEngine
 from mopo_fast.run.population import SacPopulation
 from mopo_fast.sac import SAC
 from mopo_fast.utils.machine import check_device, device_name, resolve_threads, torch_threads
-from mopo_fast.utils.progress import progress_bar
+from mopo_fast.utils.progress import print_lines, progress_bar
 
 # Sizes of the square matrices that torch.mm multiplies. The fastest size differs between machines.
 _MM_SIZES = {"cpu": (256, 1024, 2048), "cuda": (4096, 8192)}
@@ -393,7 +393,7 @@ def bench(kernel: str, *, rounds: int = 5, quiet: bool = False, **options: Any) 
     Args:
         kernel: name of the kernel in `WORKS`.
         rounds: number of rounds.
-        quiet: show no progress bar.
+        quiet: show no progress.
         **options: arguments of the kernel's function in `WORKS`.
 
     Returns:
@@ -403,6 +403,8 @@ def bench(kernel: str, *, rounds: int = 5, quiet: bool = False, **options: Any) 
         InputError: a number is out of range, or the backend cannot do this work.
     """
     _check_positive(rounds=rounds)
+    if not quiet:
+        print_lines(f"bench {kernel}: preparing the data, the networks and the kernels")
     return measure(WORKS[kernel](**options), rounds=rounds, quiet=quiet)
 
 
@@ -436,7 +438,7 @@ def measure(work: Work, *, rounds: int, quiet: bool = False) -> list[Row]:
     if device.type == "cuda":
         contenders = {name: _awaited(run, device) for name, run in contenders.items()}
     with torch_threads(work.threads):
-        seconds = interleave(contenders, rounds, f"bench {work.kernel}: rounds", quiet)
+        seconds = interleave(contenders, rounds, f"bench {work.kernel}", quiet)
     gflops = {name: flop / seconds[name] / 1e9 for name, (_, flop) in arithmetic.items()}
     rates = {name: work.amount / seconds[name] for name in work.contenders}
 
@@ -605,7 +607,7 @@ def interleave(
 ) -> dict[str, float]:
     """Run all contenders in turn and return the median seconds of each; the first round only warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    with progress_bar(description, rounds + 1, quiet=quiet) as bar:
+    with progress_bar(description, rounds + 1, unit="round", quiet=quiet) as bar:
         for _ in range(rounds + 1):
             for name, run in contenders.items():
                 began = time.perf_counter()

@@ -5,6 +5,7 @@ and the result has the same bytes.
 """
 
 import contextlib
+import logging
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -61,6 +62,9 @@ def connected(address: str) -> Iterator[Any]:
         yield ray
         return
     _check_address(address)
+    # Nothing follows from this notice of a new cluster; one without authentication is still warned of.
+    setup = logging.getLogger("ray._private.authentication.authentication_token_setup")
+    setup.addFilter(_is_no_token_notice)
     try:
         try:
             # A signal during `ray.init` would end the process by SIGSEGV.
@@ -72,7 +76,12 @@ def connected(address: str) -> Iterator[Any]:
             raise InputError(f"cannot reach a Ray cluster at {address!r} ({error}); {_START}") from error
         yield ray
     finally:
+        setup.removeFilter(_is_no_token_notice)
         ray.shutdown()
+
+
+def _is_no_token_notice(record: logging.LogRecord) -> bool:
+    return "Token authentication is enabled" not in record.getMessage()
 
 
 def _check_address(address: str) -> None:

@@ -16,6 +16,7 @@ from mopo_fast.data.manifest import (
     read_manifest,
 )
 from mopo_fast.data.shards import check_values, open_rollouts, read_shard
+from mopo_fast.data.stored import Array
 from mopo_fast.errors import InputError
 from mopo_fast.utils.atomic import regular_file
 from mopo_fast.utils.machine import size_text
@@ -98,19 +99,42 @@ def summarise(manifest: Manifest) -> dict[str, Any]:
 
 # Width of a histogram's longest bar in columns.
 _WIDTH = 40
+# A manifest's histogram that fills fewer bins says little. Bins of the one that is drawn in its place.
+_FEW_BINS, _BINS = 5, 10
 
 
-def as_text(summary: dict[str, Any]) -> str:
-    """Format a summary for a terminal: counts, histogram of penalties, terminations at each step."""
+def narrow_penalties(folder: str | os.PathLike[str], manifest: Manifest) -> Array | None:
+    """Return the first shard's penalties, float32, where they fill few bins of the manifest's histogram.
+
+    Raises:
+        InputError: the shard is damaged.
+    """
+    if not manifest.shards or np.count_nonzero(summarise(manifest)["penalty_counts"]) >= _FEW_BINS:
+        return None
+    first = manifest.shards[0]
+    return read_shard(Path(folder) / first.file, manifest.plan, 0)[0]["penalties"]
+
+
+def as_text(summary: dict[str, Any], penalties: Array | None = None) -> str:
+    """Format a summary for a terminal: counts, histogram of penalties, terminations at each step.
+
+    Args:
+        summary: what `summarise` returned.
+        penalties: penalties to draw the histogram of, as `narrow_penalties` returns them. None draws that of
+            the summary, which has ten bins a decade.
+    """
     rows, counts = summary["rows"], summary["penalty_counts"]
     lines = [
         f"{rows:,} transitions of {summary['starts']:,} rollouts, {size_text(summary['bytes'])};"
         f" {summary['non_finite']:,} rollouts ended at a non-finite prediction",
         f"mean penalised reward {summary['reward_mean']:.4g}, mean penalty {summary['penalty_mean']:.4g}",
         "",
-        "penalty",
+        "penalty" if penalties is None else f"penalty of the first {len(penalties):,} transitions",
     ]
     edges = ["", *(f"{edge:.3g}" for edge in summary["penalty_edges"])]
+    if penalties is not None and penalties.size:
+        counts, inner = np.histogram(penalties, bins=_BINS)
+        edges = [f"{edge:.4g}" for edge in inner]
     filled = [i for i, count in enumerate(counts) if count]
     most = max(counts, default=0)
     for i in range(filled[0], filled[-1] + 1) if filled else ():

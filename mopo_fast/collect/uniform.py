@@ -153,7 +153,7 @@ def collect_uniform(
     """Write `steps` transitions of uniform actions to an HDF5 file. `collect` checks the arguments."""
     with (
         _Collector(task, seed, threads) as collector,
-        progress_bar(f"collect {metadata['name']}", steps, quiet=quiet) as bar,
+        progress_bar(f"collect {metadata['name']}", steps, unit="step", quiet=quiet) as bar,
         new_file(path, steps, metadata | {"policy": UNIFORM}) as file,
     ):
         for episodes in collector.batches(steps):

@@ -312,6 +312,7 @@ class EnsembleDynamics:
             device=ensemble.input_mean.device,
             threads=self._options["threads"],
             initial=ensemble,
+            quiet=True,
             on_epoch=report,
         )
         with torch.no_grad():

@@ -167,6 +167,7 @@ class Log:
     Attributes:
         pending: rows that are not written yet, in order.
         evaluation: latest finished evaluation.
+        evaluated: epoch of `evaluation`, or None where an earlier session made it.
         row: row of the latest epoch, without its evaluation.
     """
 
@@ -180,6 +181,7 @@ class Log:
         self.out, self.clock, self.scored_by, self.on_row = out, clock, scored_by, on_row
         self.pending: list[Pending] = []
         self.evaluation: Evaluation | None = None
+        self.evaluated: int | None = None
         self.row: dict[str, Any] | None = None
 
     def open(self, epoch: int, updates: int) -> None:
@@ -206,6 +208,7 @@ class Log:
                     break
                 with self.clock("evaluate"):
                     found = self.evaluation = first.evaluation.result()
+                self.evaluated = first.row["epoch"]
             row = first.row | {name: getattr(found, name, None) for name in EVALUATION_COLUMNS}
             row["scored_by"] = self.scored_by if found else None
             row = {name: row[name] for name in COLUMNS}

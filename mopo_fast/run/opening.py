@@ -19,7 +19,7 @@ from mopo_fast.run.dynamics import training_backend
 from mopo_fast.run.resolve import FALLBACK, TUNED_BY, rollout_backend
 from mopo_fast.tasks import Task, parse_dataset_name
 from mopo_fast.utils.machine import device_name, resolve_threads
-from mopo_fast.utils.progress import console
+from mopo_fast.utils.progress import print_lines
 
 logger = logging.getLogger("mopo_fast")
 
@@ -120,9 +120,7 @@ def _named_by_file(config: RunConfig) -> bool:
 
 def _print(block: Mapping[str, str]) -> None:
     width = max(map(len, block))
-    for name, value in block.items():
-        text = printable(f"{name:<{width}}  {value}")
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    print_lines("\n".join(printable(f"{name:<{width}}  {value}") for name, value in block.items()))
 
 
 def _describe_runs(
@@ -149,9 +147,10 @@ def _describe_runs(
     )
     return {
         **_describe_data(config.dataset, data),
-        "task": f"{task.name}, evaluated in {task.env_id or 'the ensemble'}",
-        "horizon": f"{horizon} ({config.horizon_from})",
-        "lambda": f"{', '.join(coefs)} ({origin}), penalty {config.rollout.penalty}",
+        "task": f"{task.short_name}, evaluated in {task.env_id or 'the ensemble'}",
+        "horizon": f"{horizon} ({_shorten(config.horizon_from)})",
+        "lambda": f"{', '.join(coefs)} ({_shorten(origin)})",
+        "penalty": config.rollout.penalty,
         "device": _describe_device(config.device, used, config.threads),
         "fit": fit,
         "rollouts": f"{config.rollout.batch_size:,} an epoch, {config.rollout.dtype} by {rollouts}",
@@ -168,6 +167,11 @@ def _describe_precision(config: RunConfig | FitConfig) -> dict[str, str]:
         return {}
     why = dtypes_of(config.matmul_precision, config.device, config.backend).why
     return {"precision": f"{config.matmul_precision}{f'; {why}' if why else ''}"}
+
+
+def _shorten(origin: str) -> str:
+    """Shorten the origin of a value. `warn_of_origins` says of a fallback what it is for."""
+    return FALLBACK if origin.startswith(FALLBACK) else origin
 
 
 def _describe_data(dataset: str, data: Transitions) -> dict[str, str]:

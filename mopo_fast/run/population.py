@@ -237,7 +237,7 @@ def fit_and_save_many(
     device: torch.device | str = "cpu",
     backend: str = "auto",
     threads: int | None = None,
-    quiet: bool = True,
+    quiet: bool = False,
 ) -> list[tuple[EnsembleDynamics, dict[str, Any]]]:
     """Call `fit_and_save` for several seeds at once, each with its own folder.
 
@@ -271,9 +271,17 @@ def fit_and_save_many(
             for record in fit.history:
                 log_epoch(logs[id(fit)], record)
         done = sum(map(_epochs, fits))
-        expected = sum(fit.expected_epochs for fit in fits)
+        expected, most = sum(fit.expected_epochs for fit in fits), fits[0].config.max_epochs
         bar = stack.enter_context(
-            progress_bar("fit", expected, completed=done, unit="epoch", open_ended=True, quiet=quiet)
+            progress_bar(
+                "fit",
+                expected,
+                completed=done,
+                unit="epoch",
+                open_ended=True,
+                at_most=None if most is None else most * len(fits),
+                quiet=quiet,
+            )
         )
         population: FitPopulation | None = None
         while some := _behind([fit for fit in fits if len(fit.history) < fit.expected_epochs]):

@@ -132,7 +132,7 @@ def _fill_in(config: TrainConfig, data: Transitions | None) -> tuple[RunConfig, 
     task = get_task(config.task or named_task)
     rollout = config.rollout
     origins: dict[str, str] = {}
-    named = f"{task.name} {tier}" if tier else task.name
+    named = f"{task.short_name} {tier}" if tier else task.short_name
     values: dict[str, Any] = dict(
         zip(("horizon", "penalty_coef"), task.tuned_for(tier, rollout.tuned), strict=True)
     )

@@ -41,6 +41,14 @@ def device_name(device: torch.device | str) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def gl_library() -> str:
+    """Return MuJoCo's OpenGL library, as MUJOCO_GL names it, for pictures without a window.
+
+    Without a display MuJoCo would take GLFW, which fails. EGL runs with and without a GPU.
+    """
+    return os.environ.get("MUJOCO_GL") or ("glfw" if os.environ.get("DISPLAY") else "egl")
+
+
 def resolve_threads(threads: int | None) -> int:
     """Return `threads`, or for None the number of cores that this process may use.
 

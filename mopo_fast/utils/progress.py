@@ -1,12 +1,14 @@
-"""Progress with the time left: a bar on a terminal, plain lines in a log file, a pipe or a notebook."""
+"""Progress with the time left: a bar on a terminal or in a notebook, plain lines in a log file or a pipe."""
 
 import collections
 import contextlib
+import io
 import math
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -28,8 +30,25 @@ console = Console(
 _LINE_SECONDS, _STILL_SECONDS = 60.0, 600.0
 # Seconds after which the speed of a first, unfinished unit is good enough for an estimate.
 _FIRST_SECONDS = 10.0
+# Seconds of a unit from which on tenths of it are shown.
+_LONG_UNIT_SECONDS = 10.0
+# In a notebook: seconds between two updates of the line, and its width in characters.
+_NOTEBOOK_SECONDS, _NOTEBOOK_WIDTH = 0.2, 100
 # Widths of a bar in characters.
-_BAR_WIDTHS = (6, 40)
+_BAR_WIDTHS = (12, 40)
+
+
+def in_notebook() -> bool:
+    """Tell whether this process is the kernel of a notebook, which shows standard error in red."""
+    return Console().is_jupyter
+
+
+def print_lines(text: str) -> None:
+    """Print lines to standard error, or in a notebook to its cell's standard output."""
+    if in_notebook():
+        print(text)
+    else:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def format_seconds(seconds: float) -> str:
@@ -45,6 +64,14 @@ def format_seconds(seconds: float) -> str:
         if whole >= size:
             return f"{whole // size}{unit} {whole % size // smaller_size:02}{smaller}"
     return f"{whole}s"
+
+
+def _leading_parts(note: str, width: int) -> str:
+    """Return as many of a note's parts as fit into so many columns; a number that is cut would mislead."""
+    parts = note.split(", ")
+    while parts and cell_len(", ".join(parts)) > width:
+        parts.pop()
+    return ", ".join(parts)
 
 
 def _shorten(text: str, width: int) -> str:
@@ -63,8 +90,9 @@ class Bar:
         description: name of the work.
         total: number of units, or None where it is unknown.
         completed: units that an earlier session has made.
-        unit: name of the units where fractions of them count, such as "epoch", or "".
+        unit: name of a unit, such as "epoch", or "" where the description says it.
         open_ended: the work may become longer than `total`.
+        at_most: most units that open-ended work takes, or None where there is no such bound.
     """
 
     def __init__(
@@ -74,14 +102,16 @@ class Bar:
         completed: float = 0,
         unit: str = "",
         open_ended: bool = False,
+        at_most: float | None = None,
     ) -> None:
-        self.description, self.unit, self.open_ended = description, unit, open_ended
+        self.description, self.unit, self.open_ended, self.at_most = description, unit, open_ended, at_most
         self.total, self.completed, self.note = total, completed, ""
         self._first, self._started = completed, time.monotonic()
         # Times and positions, from which the speed is measured.
         self._samples = collections.deque([(self._started, completed)])
         self._moved = self._started
         self._estimated = not unit
+        self._reported: float | None = None
 
     def advance(self, amount: float = 1) -> None:
         """Move the position by `amount` units."""
@@ -103,6 +133,7 @@ class Bar:
 
     def report(self) -> None:
         """Say that a unit is finished. It is printed in a line, unless there is a bar to see."""
+        self._reported = self.completed
         self._moved = time.monotonic()
         self._take_sample()
         self._tell_estimate()
@@ -124,65 +155,125 @@ class Bar:
         made = self.completed - position
         return (self._moved - since) / made if made > 0 else None
 
+    def _may_grow(self) -> bool:
+        """Tell whether the work may still become longer than `total`."""
+        ended = self.completed == self.total and self.completed in (self._reported, self._first)
+        return self.open_ended and not ended and self.total != self.at_most
+
+    def length(self) -> float | None:
+        """Return the number of units, at most or as it stands, or None where it is unknown."""
+        return self.at_most if self._may_grow() and self.at_most is not None else self.total
+
+    def _bound(self) -> str:
+        """Return "+" where the work may become longer than `length()`."""
+        return "+" if self._may_grow() and self.at_most is None else ""
+
     def seconds_left(self) -> float | None:
         """Return the expected seconds until the end, or None where they are unknown."""
-        each = self._unit_seconds()
-        if each is None or self.total is None:
+        each, length = self._unit_seconds(), self.length()
+        if each is None or length is None:
             return None
-        return max(0.0, each * (self.total - self.completed) - (time.monotonic() - self._moved))
+        return max(0.0, each * (length - self.completed) - (time.monotonic() - self._moved))
 
     def _tell_estimate(self) -> None:
         """Print once what a unit and the whole are expected to take."""
-        each = self._unit_seconds()
-        if self._estimated or each is None or self.total is None:
+        each, length = self._unit_seconds(), self.length()
+        if self._estimated or each is None or length is None:
             return
         self._estimated = True
-        whole = self.total - self._first
-        more = " or more" if self.open_ended else ""
+        whole = length - self._first
+        more = " or more" if self._bound() else " at most" if self._may_grow() else ""
         self._say(
             f"{self.description}: about {format_seconds(each)} for each {self.unit},"
-            f" {format_seconds(each * whole)}{more} for {whole:g}{more} {self.unit}s"
+            f" {format_seconds(each * whole)}{more} for {whole:g} {self.unit}s{more}"
         )
 
-    def _count(self) -> str:
-        """Return the position and the length, such as "3.2/9+"."""
-        count = f"{math.floor(10 * self.completed) / 10:.1f}" if self.unit else f"{int(self.completed)}"
-        if self.total is None:
-            return count
-        whole = f"{int(self.total)}"
-        return f"{count.rjust(len(whole) + 2 * bool(self.unit))}/{whole}{'+' * self.open_ended}"
+    def count(self) -> str:
+        """Return the position and the length, such as "3/9+ epochs" or "3/20 epochs at most"."""
+        each = self._unit_seconds() or time.monotonic() - self._started
+        # Short units need no tenths: the bar moves, and the next unit is soon there.
+        tenths = bool(self.unit) and each >= _LONG_UNIT_SECONDS and self.completed != int(self.completed)
+        position = f"{math.floor(10 * self.completed) / 10:,.1f}" if tenths else f"{int(self.completed):,}"
+        unit, length = f" {self.unit}s" * bool(self.unit), self.length()
+        if length is None:
+            return f"{position}{unit}"
+        whole = f"{int(length):,}"
+        most = " at most" if self._may_grow() and not self._bound() else ""
+        return f"{position.rjust(len(whole))}/{whole}{self._bound()}{unit}{most}"
 
-    def _times(self) -> str:
-        """Return the time since the start and the time left."""
+    def times(self) -> str:
+        """Return the time since the start and the time left.
+
+        Nothing is said of the time left where the work has taken longer than expected.
+        """
         left, elapsed = self.seconds_left(), format_seconds(time.monotonic() - self._started)
-        if left is None or self.completed == self.total:
+        if not left or self.completed == self.length():
             return elapsed
-        return f"{elapsed}, {format_seconds(left)}{'+' * self.open_ended} left"
+        less = "<" if self._may_grow() and not self._bound() else ""
+        return f"{elapsed}, {less}{format_seconds(left)}{self._bound()} left"
 
 
 class _TerminalBar(Bar):
     """A line on the terminal that moves."""
 
     def _say(self, text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        print_lines(text)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         # A terminal that is one column too narrow would wrap the line and leave its remains behind.
-        width = options.max_width - 1
-        counted = f"{self._count()} {self._times()}"
-        gaps = 4
+        width, gaps = options.max_width - 1, 4
+        counted = f"{self.count()} {self.times()}"
         room = width - cell_len(counted) - _BAR_WIDTHS[0] - gaps
         description = _shorten(self.description, room)
         room = width - cell_len(description) - cell_len(counted) - gaps
-        bar = min(_BAR_WIDTHS[1], max(_BAR_WIDTHS[0], room - cell_len(self.note)))
+        note = _leading_parts(self.note, room - _BAR_WIDTHS[0])
+        bar = max(0, min(_BAR_WIDTHS[1], room - cell_len(note)))
         line = Table.grid(padding=(0, 1, 0, 0))
         line.add_row(
             Text(description, style="bold"),
-            ProgressBar(self.total, self.completed, width=bar, pulse=self.total is None),
+            ProgressBar(self.length(), self.completed, width=bar, pulse=self.length() is None),
             Text(counted),
-            Text(_shorten(self.note, room - bar)),
+            Text(note),
         )
         yield line
+
+
+class _NotebookBar(_TerminalBar):
+    """The same line as one output of a notebook's cell, which is replaced."""
+
+    _handle: Any = None
+    _shown = -math.inf
+
+    def _say(self, text: str) -> None:
+        """Print nothing, because the line shows the time left."""
+
+    def update(
+        self, *, completed: float | None = None, total: float | None = None, note: str | None = None
+    ) -> None:
+        """Set the position, the length, or the note at the end."""
+        super().update(completed=completed, total=total, note=note)
+        if time.monotonic() - self._shown >= _NOTEBOOK_SECONDS:
+            self.show()
+
+    def report(self) -> None:
+        """Say that a unit is finished."""
+        super().report()
+        self.show()
+
+    def show(self) -> None:
+        """Replace the line by the present one."""
+        self._shown = time.monotonic()
+        text = Console(file=io.StringIO(), width=_NOTEBOOK_WIDTH, force_jupyter=False, color_system=None)
+        with text.capture() as capture:
+            text.print(self, soft_wrap=True)
+        # ipywidgets, which not every notebook has, is not needed for a line of text.
+        line = {"text/plain": capture.get().rstrip()}
+        if self._handle is None:
+            from IPython.display import display
+
+            self._handle = display(line, raw=True, display_id=True)
+        else:
+            self._handle.update(line, raw=True)
 
 
 class _Lines(Bar):
@@ -191,7 +282,7 @@ class _Lines(Bar):
     _last_line: tuple[float, float] | None = None
 
     def _say(self, text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        print_lines(text)
 
     def report(self) -> None:
         """Print the position, the time left and the note."""
@@ -200,9 +291,7 @@ class _Lines(Bar):
 
     def _print_line(self) -> None:
         self._last_line = time.monotonic(), self.completed
-        unit = f" {self.unit}s" if self.unit else ""
-        count = self._count().strip().replace(".0/", "/")
-        parts = [f"{count}{unit}", self._times(), self.note]
+        parts = [self.count().strip(), self.times(), self.note]
         self._say(f"{self.description}: {', '.join(filter(None, parts))}")
 
     def finish(self) -> None:
@@ -230,22 +319,31 @@ def progress_bar(
     completed: float = 0,
     unit: str = "",
     open_ended: bool = False,
+    at_most: float | None = None,
     quiet: bool = False,
 ) -> Iterator[Bar]:
-    """Show the progress of the block: by a bar on a terminal, otherwise by lines, with `quiet` not at all.
+    """Show the progress of the block: by a bar on a terminal or in a notebook, otherwise by lines.
 
     Args:
         description: name of the work.
         total: number of units of the work, or None where it is unknown.
         completed: units that an earlier session has made.
-        unit: name of the units where fractions of them count, such as "epoch". Their expected time is printed
-            once it is known.
+        unit: name of a unit, such as "epoch", or "" where the description says it. The expected time of units
+            that are reported is printed once it is known.
         open_ended: the work may become longer than `total`.
+        at_most: most units that open-ended work takes, or None where there is no such bound.
         quiet: show nothing.
     """
-    arguments = (printable(description), total, completed, unit, open_ended)
+    arguments = (printable(description), total, completed, unit, open_ended, at_most)
     if quiet:
         yield Bar(*arguments)
+    elif in_notebook():
+        replaced = _NotebookBar(*arguments)
+        replaced.show()
+        try:
+            yield replaced
+        finally:
+            replaced.show()
     elif console.is_interactive:
         bar = _TerminalBar(*arguments)
         live = Live(bar, console=console, refresh_per_second=10)

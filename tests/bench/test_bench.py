@@ -51,6 +51,13 @@ def test_sac_rows() -> None:
     assert ours.share_of_peak / reference.share_of_peak == pytest.approx(ours.rate / reference.rate)
 
 
+def test_the_preparation_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    tiny("rollout", backend="cpu", quiet=False)
+    first, last = capsys.readouterr().err.splitlines()
+    assert first == "bench rollout: preparing the data, the networks and the kernels"
+    assert last.startswith("bench rollout: 2/2 rounds, ")
+
+
 def test_sac_arithmetic() -> None:
     # An actor of 3-8-8-4 and two critics of 5-8-8-1: multiply-adds of all layers, and of the first.
     actor, first_actor, critics, first_critics = 120, 24, 2 * 112, 2 * 40

@@ -22,6 +22,7 @@ def test_a_table_follows_its_file(tmp_path: Path) -> None:
     (tmp_path / f"{name}.json").write_text(json.dumps(record))
     page = update(f"before\n<!-- table: {name} -->\nold\n<!-- /table -->\nafter", tmp_path)
     assert "| **mopo_fast** | 123,456 |" in page
+    assert "| --- | ---: | ---: | ---: | ---: |" in page
     assert "old" not in page
     assert page.startswith("before\n")
     assert page.endswith("\nafter")

@@ -103,6 +103,10 @@ def test_a_sweep(hopper_data: Path, tmp_path: Path) -> None:
     }
     assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert "±" in done.stdout and "penalty coefficient" in done.stdout
+    # Ray's own output, which names temporary folders.
+    for words in ("View detailed results", "tensorboard", "Configuration for", "completed"):
+        assert words not in done.stdout
+    assert "Token authentication is enabled" not in done.stderr
     folder = out / "seed0-h1-coef0"
     policies = {path: path.stat().st_mtime_ns for path in out.glob("*/policy.safetensors")}
     assert len(policies) == 4 and folder / "policy.safetensors" in policies

@@ -13,7 +13,8 @@ from small_shards import COUNT, content, edit, make_shards
 
 from mopo_fast import InputError, Transitions, open_rollouts
 from mopo_fast.bulk import files
-from mopo_fast.bulk.read import as_text, summarise, verify
+from mopo_fast.bulk import read as bulk_read
+from mopo_fast.bulk.read import as_text, narrow_penalties, summarise, verify
 from mopo_fast.cli import main
 from mopo_fast.data import load_dataset, shards
 from mopo_fast.data.convert import convert
@@ -242,6 +243,20 @@ def test_the_summary_counts_every_row(undisturbed: Path) -> None:
     assert summary["terminals_of_step"] == ended.tolist()
     text = as_text(summary)
     assert "1,100 transitions" in text and "step   1" in text and "from" in text
+
+
+def test_narrow_penalties_have_bins_of_their_own(undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Penalties that fill one or two of the manifest's bins would be one or two bars."""
+    manifest = read_manifest(undisturbed)
+    first = shards.read_shard(undisturbed / manifest.shards[0].file, manifest.plan, 0)[0]["penalties"]
+    monkeypatch.setattr(bulk_read, "_FEW_BINS", 99)
+    found = narrow_penalties(undisturbed, manifest)
+    assert found is not None and np.array_equal(found, first)
+    narrow = np.linspace(1.45, 1.55, 1000, dtype=np.float32)
+    text = as_text(summarise(manifest), narrow)
+    assert "penalty of the first 1,000 transitions\n  from     1.45 █" in text and text.count("  from ") == 10
+    monkeypatch.setattr(bulk_read, "_FEW_BINS", 1)
+    assert narrow_penalties(undisturbed, manifest) is None
 
 
 def test_a_summary_of_nothing(undisturbed: Path, tmp_path: Path) -> None:

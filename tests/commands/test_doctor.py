@@ -33,6 +33,22 @@ def test_an_unknown_instruction_set_is_told_not_raised(monkeypatch: pytest.Monke
     assert "avx9" in (report.machine.isa or "")
 
 
+def test_videos(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing renderer or encoder is told, and one that hangs is not waited for."""
+    monkeypatch.setenv("MUJOCO_GL", "osmosis")
+    monkeypatch.setattr(doctor, "_version", lambda package: None)
+    report = doctor.examine()
+    assert not report.rendering.available and not report.mp4.available
+    lines = {line[:17].strip(): line[19:] for line in report.text().splitlines()}
+    assert lines["rendering"].startswith("no: MUJOCO_GL=osmosis fails (")
+    assert lines["MP4 videos"].startswith("no: install an encoder with `pip install")
+    monkeypatch.setattr(doctor, "_RENDER", "print('a picture')")
+    assert doctor._rendering() == doctor.Ability(True, "MuJoCo without a window, MUJOCO_GL=osmosis")
+    monkeypatch.setattr(doctor, "_RENDER", "import time; time.sleep(60)")
+    monkeypatch.setattr(doctor, "_RENDER_SECONDS", 0.1)
+    assert "no picture within" in doctor._rendering().reason
+
+
 def test_data_folders_are_those_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOPO_FAST_DATA_DIR", str(tmp_path / "local"))
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "nowhere"))

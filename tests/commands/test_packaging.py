@@ -3,10 +3,13 @@
 import importlib.metadata
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from places import ROOT
@@ -49,6 +52,31 @@ def test_modules_are_imported_on_first_use(name: str) -> None:
         f"sys.exit(not callable(mopo_fast.{name}))"
     )
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "device", "expected"),
+    [
+        (None, None, "0"),
+        (None, "nvidiactl", "0"),
+        (None, "nvidia0", "auto"),
+        (None, "dxg", "auto"),
+        ("1", None, "1"),
+        ("0", "nvidia0", "0"),
+    ],
+)
+def test_cuda_is_built_where_a_gpu_is_or_on_request(
+    option: str | None, device: str | None, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pytest.importorskip("setuptools"), "setup", lambda **_: None)
+    for name in ("cmake", "ninja"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
+    monkeypatch.delenv("MOPO_FAST_CUDA", raising=False)
+    if option is not None:
+        monkeypatch.setenv("MOPO_FAST_CUDA", option)
+    if device is not None:
+        (tmp_path / device).touch()
+    assert runpy.run_path(str(ROOT / "setup.py"))["cuda_option"](tmp_path) == expected
 
 
 def test_one_version() -> None:

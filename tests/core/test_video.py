@@ -79,6 +79,26 @@ def test_a_gif_has_the_evaluated_episodes(tmp_path: Path) -> None:
     assert list((tmp_path / "a").iterdir()) == [tmp_path / "a" / "walk.gif"]
 
 
+def test_a_film_of_the_first_steps(tmp_path: Path) -> None:
+    lengths = film(tmp_path / "walk.gif", episodes=2, steps=12)
+    assert min(lengths) > 12
+    frames = imageio.imread(tmp_path / "walk.gif", index=None)
+    assert len(frames) == 2 * (1 + 12 // 3)
+    with pytest.raises(InputError, match="at least 1 step, got 0"):
+        Film(tmp_path / "walk.gif", task(), seed=4, steps=0)
+
+
+def test_filming_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = Film(tmp_path / "walk.gif", task(), seed=4, episodes=3)
+    lengths = evaluate(actor(), task(), episodes=3, seed=4, on_actions=one.add_actions).lengths
+    one.write()
+    first, last = capsys.readouterr().err.splitlines()
+    assert first == f"filming 3 episodes of at most {max(lengths)} steps"
+    # Episodes that end before the longest one are whole all the same.
+    whole = sum(lengths)
+    assert whole < 3 * max(lengths) and last.startswith(f"video: {whole}/{whole} steps, ")
+
+
 def test_a_film_has_no_more_episodes_than_the_evaluation(tmp_path: Path) -> None:
     film(tmp_path / "walk.gif", episodes=9)
     assert len(imageio.imread(tmp_path / "walk.gif", index=None)) > 30
@@ -101,7 +121,7 @@ def test_a_failure_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Monke
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Walk, "step", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="not written and the earlier file is left"):
         one.write(quiet=True)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 

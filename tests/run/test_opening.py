@@ -19,7 +19,7 @@ from pseudo_terminal import run_on_terminal
 from mopo_fast.config import RolloutConfig, RunConfig, TrainConfig
 from mopo_fast.data import load_dataset
 from mopo_fast.presets import preset
-from mopo_fast.run.opening import warn_of_origins
+from mopo_fast.run.opening import open_runs, warn_of_origins
 from mopo_fast.run.resolve import resolve
 from mopo_fast.train import progress_note
 
@@ -56,7 +56,7 @@ def test_a_run_without_a_terminal(files: Path, tmp_path: Path) -> None:
     lines = found.stderr.splitlines()
     assert "\x1b" not in found.stderr and "\r" not in found.stderr
     begin = next(number for number, line in enumerate(lines) if line.startswith("data set"))
-    block = {line[:13].strip(): line[13:] for line in lines[begin : begin + 12]}
+    block = {line[:13].strip(): line[13:] for line in lines[begin : begin + 13]}
     assert re.fullmatch(r"\d+, return \d+\.\d on average, \d+\.\d at best", block.pop("episodes"))
     assert re.fullmatch(r"cpu, 1 thread(, instruction set \w+)?", block.pop("device"))
     backend = block["SAC"].rsplit(maxsplit=1)[-1]
@@ -65,24 +65,25 @@ def test_a_run_without_a_terminal(files: Path, tmp_path: Path) -> None:
         "transitions": "600",
         "task": "hopper, evaluated in Hopper-v4",
         "horizon": "5 (tuned by the authors for hopper medium)",
-        "lambda": "2 (given), penalty max_aleatoric",
+        "lambda": "2 (given)",
+        "penalty": "max_aleatoric",
         "fit": f"7 networks of 16 x 16, float32 by the backend {backend}",
         "rollouts": f"50 an epoch, float32 by the backend {backend}",
         "SAC": f"20 updates in 2 epochs, float32 by the backend {backend}",
         "seed": "0",
         "folder": str(run),
     }
-    assert lines[begin + 12] == (
+    assert lines[begin + 13] == (
         f"warning: the name of the file {data} alone decides horizon 5 (tuned by the authors for hopper"
         " medium); if it holds other data, set --horizon"
     )
     duration = r"[\d.msh ]+"
     for line, expected in zip(
-        lines[begin + 13 :],
+        lines[begin + 14 :],
         [
-            rf"fit: about {duration} for each epoch, {duration} or more for 2 or more epochs",
-            rf"fit: 1/2\+ epochs, {duration}, {duration}\+ left, holdout MSE [\d.]+",
-            rf"fit: 2/2\+ epochs, {duration}, holdout MSE [\d.]+",
+            rf"fit: about {duration} for each epoch, {duration} for 2 epochs",
+            rf"fit: 1/2 epochs, {duration}, {duration} left, holdout MSE [\d.]+",
+            rf"fit: 2/2 epochs, {duration}, holdout MSE [\d.]+",
             rf"train: about {duration} for each epoch, {duration} for 2 epochs",
             rf"train: 1/2 epochs, {duration}, {duration} left, score [-\d.]+, penalty .*, q .*",
             rf"train: 2/2 epochs, {duration}, score [-\d.]+, penalty .*, q .*",
@@ -108,8 +109,8 @@ def test_a_run_on_a_terminal(files: Path, tmp_path: Path) -> None:
     bars = [line for line in lines if "━" in line]
     assert max(map(len, bars)) < 80
     last = {line.split()[0]: line for line in bars}
-    assert re.match(r"fit ━+ 2\.0/2\+ .*s +holdout MSE [\d.]+", last["fit"])
-    assert re.match(r"train ━+ 2\.0/2 .*s +score [-\d.]+, penalty [\d.]+, q ", last["train"])
+    assert re.match(r"fit ━+ 2/2 epochs .*s +holdout MSE [\d.]+", last["fit"])
+    assert re.match(r"train ━+ 2/2 epochs .*s +score [-\d.]+, penalty [\d.]+, q ", last["train"])
     assert any(line.startswith("horizon") for line in lines)
     assert not any("warning" in line for line in lines)
 
@@ -170,6 +171,26 @@ def test_origins(config: TrainConfig, origins: tuple[str, str]) -> None:
     assert again == resolved
 
 
+def test_a_task_of_a_file_is_called_by_its_name(
+    hopper_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The opening has no path but those of the data set and the folder, and says once what a fallback is."""
+    folder = tmp_path / ("far" * 20)
+    folder.mkdir()
+    task = folder / "walkbot.py"
+    task.write_text(
+        "from mopo_fast.tasks import Task, make_box\ntask = Task('any', '', 11, 3, make_box(11))\n"
+    )
+    config, own = resolve(TrainConfig(hopper_data, task=str(task)))
+    open_runs([config], {Path("run"): config}, own, load_dataset(hopper_data), quiet=False)
+    block = capsys.readouterr().err
+    assert "\ntask         walkbot, evaluated in the ensemble\n" in block
+    assert "\nhorizon      5 (fallback)\nlambda       1 (fallback)\npenalty      max_aleatoric\n" in block
+    # No line but those of the paths is wider than a terminal.
+    assert max(map(len, block.splitlines()[2:-1])) <= 80
+    assert config.horizon_from == "fallback, none is tuned for walkbot random"
+
+
 @pytest.mark.parametrize(
     ("name", "rollout", "warned"),
     [
@@ -220,9 +241,14 @@ def test_episodes_of_data() -> None:
 
 
 def test_the_return_stands_where_there_is_no_score() -> None:
-    def run(score: float | None) -> Any:
+    def run(score: float | None, evaluated: int | None = 3) -> Any:
         evaluation = SimpleNamespace(score_mean=score, return_mean=12.34)
-        return SimpleNamespace(log=SimpleNamespace(evaluation=evaluation, row={"penalty": 0.5, "q": 1.0}))
+        row = {"epoch": 3, "penalty": 0.5, "q": 1.0}
+        return SimpleNamespace(log=SimpleNamespace(evaluation=evaluation, evaluated=evaluated, row=row))
 
     assert progress_note([run(None)]) == "return 12.3, penalty 0.5, q 1"
     assert progress_note([run(50.0), run(60.0)]) == "score 55.0, penalty 0.5, q 1"
+    # What is older than the epoch says so; an earlier session's evaluation is not shown.
+    assert progress_note([run(50.0, evaluated=2)]) == "score 50.0 at epoch 2, penalty 0.5, q 1"
+    assert progress_note([run(50.0, 1), run(60.0, 2)]) == "score 55.0 at epoch 1 to 2, penalty 0.5, q 1"
+    assert progress_note([run(50.0, evaluated=None)]) == "penalty 0.5, q 1"

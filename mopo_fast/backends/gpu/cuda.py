@@ -53,7 +53,7 @@ def _load() -> tuple[ModuleType | None, str]:
     try:
         return importlib.import_module("mopo_fast._cuda"), ""
     except ModuleNotFoundError:
-        return None, "not built; that takes nvcc, and MOPO_FAST_CUDA=1 makes a failure to build it an error"
+        return None, "not built; that takes nvcc, and a GPU or MOPO_FAST_CUDA=1 at the installation"
     except ImportError as error:
         return None, f"the extension mopo_fast._cuda did not load ({error})"
 

@@ -411,7 +411,7 @@ def train(
         summaries = [train(configs[0], outs[0], **how)] if one else train_many(configs, outs, **how)
     except KeyboardInterrupt:
         if one:
-            raise KeyboardInterrupt(f"stopped; `mopo-fast train --resume {outs[0]}` goes on") from None
+            raise KeyboardInterrupt(_stopped(outs[0])) from None
         raise KeyboardInterrupt("stopped; the same command with --resume goes on") from None
     for summary, folder in zip(summaries, outs, strict=True):
         print(_outcome(summary))
@@ -477,6 +477,15 @@ def sweep(
         raise KeyboardInterrupt("stopped; the same command goes on") from None
     Console().print(to_table(rows))
     print(f"{folder / 'sweep.csv'}, {folder / 'sweep.png'}")
+
+
+def _stopped(run: Path) -> str:
+    """Say how a training that was interrupted goes on."""
+    from mopo_fast.tasks import resume_command
+
+    if not _is_run(str(run)):
+        return "stopped before anything was written; the same command begins anew"
+    return f"stopped; `{resume_command(run)}` goes on"
 
 
 def _is_run(path: str) -> bool:

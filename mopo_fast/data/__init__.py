@@ -151,8 +151,10 @@ def find_dataset(name_or_path: str | os.PathLike[str]) -> tuple[Path, str | None
     path = Path(name).expanduser()
     is_folder = path.is_dir() and name not in d4rl.LOCATIONS and not name.endswith("-local")
     if is_folder and (path / "config.json").is_file():
+        from mopo_fast.tasks import resume_command
+
         raise InputError(
-            f"{path} is the folder of a run, not a data set; `mopo-fast train --resume {path}` continues it"
+            f"{path} is the folder of a run, not a data set; `{resume_command(path)}` continues it"
         )
     named = name.startswith((MEMORY_PREFIX, MINARI_PREFIX)) or name.endswith("-local")
     is_path = isinstance(name_or_path, os.PathLike) or path.is_file() or bool(path.suffix and not named)

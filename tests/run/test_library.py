@@ -64,6 +64,10 @@ class TestDataInMemory:
         assert json.loads((in_memory / "summary.json").read_text())["dataset"] == config["dataset"]
         assert json.loads((from_file / "config.json").read_text())["data_sha256"] is None
 
+    def test_no_command_continues_it(self, data: Transitions, in_memory: Path) -> None:
+        with pytest.raises(InputError, match=r"were in memory; continue it with `train\(config, out, res"):
+            train(dataclasses.replace(CONFIG, dataset=data), in_memory, quiet=True)
+
     def test_a_dictionary_and_several_runs(self, data: Transitions, in_memory: Path, tmp_path: Path) -> None:
         arrays = {name: array.numpy() for name, array in data.arrays().items()}
         configs = [dataclasses.replace(CONFIG, dataset=arrays, seed=seed) for seed in (1, 2)]

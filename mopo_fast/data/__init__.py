@@ -68,7 +68,8 @@ def load_dataset(
     - the name of a local set, such as `halfcheetah-random-local`, in `$MOPO_FAST_DATA_DIR` or
       `~/.mopo_fast/datasets`;
     - a Minari set, `minari:ID`, which is downloaded unless it is there;
-    - a dictionary of arrays under D4RL's names, or an environment whose `get_dataset()` returns one;
+    - a dictionary of arrays under D4RL's names or those of `names.ALIASES`, such as obs and dones, or an
+      environment whose `get_dataset()` returns one;
     - `Transitions`, which are checked and, where needed, copied.
 
     Args:

@@ -321,8 +321,7 @@ def fit(
         if task is not None:
             check_sizes(data, dataset, get_task(task))
         write_config(out, config)
-        if not quiet:
-            open_fit(config, data, out)
+        open_fit(config, data, out, quiet=quiet)
         _, record = fit_and_save(
             data,
             out,

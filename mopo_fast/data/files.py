@@ -13,7 +13,6 @@ import numpy.typing as npt
 import torch
 
 from mopo_fast.data import trajectories
-from mopo_fast.data.episodes import split_episodes
 from mopo_fast.data.formats import format_of
 from mopo_fast.data.hdf5 import open_hdf5
 from mopo_fast.data.names import ALIASES, MAX_EPISODE_STEPS, find_names, rename
@@ -110,7 +109,6 @@ def from_arrays(
     timeouts = reader.flags("timeouts") if "timeouts" in arrays else None
     if stored:
         rule = "next_observations"
-        episodes = None if timeouts is None else _describe_episodes(rewards, terminals | timeouts)
         keep: Array | slice = slice(None)
         successors = reader.floats("next_observations", 2)
     else:
@@ -119,7 +117,6 @@ def from_arrays(
         rule = "next row, as d4rl.qlearning_dataset" if compat == "d4rl" else "next row of the episode"
         keep = ~timeouts if compat == "d4rl" else ~(timeouts | terminals)
         keep[-1:] = False
-        episodes = _describe_episodes(rewards, terminals | timeouts)
         # An episode ends where the next row is left out.
         timeouts = np.append(~keep[1:], True)[keep] & ~terminals[keep]
         keep = np.flatnonzero(keep)
@@ -134,7 +131,7 @@ def from_arrays(
         name=name or "",
         info={
             "rows": len(rewards),
-            "episodes": episodes,
+            "terminals_left_out": int(terminals.sum()) - int(terminals[keep].sum()),
             "successors": rule,
             "memory_mapped": isinstance(observations, np.memmap),
             "metadata": reader.metadata(),
@@ -145,19 +142,6 @@ def from_arrays(
             f"{source} has {len(rewards)} rows, none of them with a successor; give longer episodes"
         )
     return data
-
-
-def _describe_episodes(rewards: Array, ends: Array) -> dict[str, float] | None:
-    """Return the number of whole episodes and the mean and maximum of their returns, or None without any."""
-    episodes = split_episodes(rewards, ends)
-    if episodes is None:
-        return None
-    returns = episodes.returns
-    return {
-        "count": len(returns),
-        "return_mean": float(returns.mean()),
-        "return_max": float(returns.max()),
-    }
 
 
 @contextlib.contextmanager

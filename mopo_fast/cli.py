@@ -959,27 +959,42 @@ def _docstring(command: str) -> str:
     return COMMANDS[command].__doc__ or ""
 
 
-def _parser(argv: Sequence[str]) -> Any:
-    """Return the type that tyro parses a command line into: one of the commands."""
+def _run(argv: Sequence[str]) -> None:
+    """Parse a command line and run its command.
+
+    Raises:
+        SystemExit: a help text was printed, or tyro cannot parse the arguments.
+    """
+    options: dict[str, Any] = {"config": (FlagCreatePairsOff,), "registry": _registry()}
     commands = _commands(argv)
-    # Each command's help has its whole description, the list of commands only the first paragraph.
-    listed = not argv or argv[0] not in commands
+    if argv and argv[0] in commands:
+        # Without the other commands, an error about a flag names this command's flags alone.
+        tyro.cli(commands[argv[0]], prog=f"mopo-fast {argv[0]}", args=argv[1:], **options)
+        return
+    # The list of commands has only the first paragraph of each help.
     types = [
         Annotated[
-            Any,
-            subcommand(
-                name,
-                description=_docstring(name).partition("\n\n")[0] if listed else None,
-                constructor=command,
-            ),
+            Any, subcommand(name, description=_docstring(name).partition("\n\n")[0], constructor=command)
         ]
         for name, command in commands.items()
     ]
-    return functools.reduce(operator.or_, types)
+    tyro.cli(
+        functools.reduce(operator.or_, types),
+        prog="mopo-fast",
+        description="MOPO, model-based offline policy optimization: data set in, policy and score out.",
+        args=argv,
+        **options,
+    )
 
 
-def _check_command(name: str) -> None:
-    """Raise `InputError` where the first word of a command line is no command."""
+def _check_words(argv: Sequence[str]) -> None:
+    """Raise `InputError` where the first word of a command line is no command, or a word is empty."""
+    # An empty path would be the current folder.
+    for before, word in itertools.pairwise(["mopo-fast", *argv]):
+        if word == "" or (word.startswith("--") and word.endswith("=")):
+            flag = word.rstrip("=") or before
+            raise InputError(f"the value after {flag} is empty; give one, or leave out the flag")
+    name = argv[0] if argv else "--help"
     if name.startswith("-") or name in COMMANDS:
         return
     close = difflib.get_close_matches(name, COMMANDS, n=1)
@@ -1021,7 +1036,7 @@ def _registry() -> ConstructorRegistry:
 
 def _epilog(argv: Sequence[str]) -> str:
     """Return the text at the end of a help: a command's examples, or how to set up completion."""
-    if argv[0] not in COMMANDS:
+    if not argv or argv[0] not in COMMANDS:
         return _FIRST_STEPS
     return "".join(_docstring(argv[0]).partition("Examples:")[1:])
 
@@ -1064,19 +1079,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments[:1] == ["--version"]:
             print(f"mopo_fast {__version__}")
             return 0
-        if arguments:
-            _check_command(arguments[0])
-        tyro.cli(
-            _parser(arguments),
-            prog="mopo-fast",
-            description="MOPO, model-based offline policy optimization: data set in, policy and score out.",
-            args=arguments,
-            config=(FlagCreatePairsOff,),
-            registry=_registry(),
-        )
+        _check_words(arguments)
+        _run(arguments or ["--help"])
     except SystemExit as end:
-        if not end.code and {"-h", "--help"} & set(arguments):
+        if not end.code and (not arguments or {"-h", "--help"} & set(arguments)):
             print(f"\n{_epilog(arguments)}")
+        if not arguments:
+            return 2
         raise
     except InputError as error:
         _tell(f"error: {error}")
@@ -1095,3 +1104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _tell(f"error: the system has no more memory or threads ({why[0][:200]}); {advice}")
         return 2
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

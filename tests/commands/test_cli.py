@@ -237,7 +237,30 @@ def test_an_unknown_flag_is_told_the_near_one(capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit) as stop:
         main(["train", "hopper-random-local", "--horizn", "3"])
     assert stop.value.code == 2
-    assert "--horizon" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--horizon" in error and "mopo-fast train --help" in error
+    # Other commands have this flag too.
+    assert len(error.splitlines()) < 12 and "rollout --help" not in error
+
+
+def test_no_command_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert main([]) == 2
+    assert capsys.readouterr().out == text
+
+
+def test_the_module_of_the_commands_runs_them() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mopo_fast.cli", "--version"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, f"mopo_fast {mopo_fast_package.__version__}\n")
+
+
+@pytest.mark.parametrize("words", [["--out", ""], ["--out="], ["--dynamics-from", "", "--quiet"]])
+def test_an_empty_value_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"the value after {words[0].rstrip('=')} is empty" in error_of(capsys, "train", "x.hdf5", *words)
 
 
 def test_collect_says_where(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -398,7 +398,7 @@ def train(
     from mopo_fast.train import train
 
     if out is None:
-        outs = [Path("runs", f"{Path(config.dataset).stem}-{name}") for name in names]
+        outs = [Path("runs", f"{_short_name(config.dataset)}-{name}") for name in names]
     else:
         outs = [out] if seeds is None and not penalty_coefs else [out / name for name in names]
     how: dict[str, Any] = {"resume": resume, "memory_map": memory_map, "quiet": quiet}
@@ -460,7 +460,7 @@ def sweep(
     check_runs(combined, penalty_coefs, horizons)
     from mopo_fast.sweep import sweep, to_table
 
-    folder = out or Path("runs", f"{Path(config.dataset).stem}-sweep")
+    folder = out or Path("runs", f"{_short_name(config.dataset)}-sweep")
     try:
         rows = sweep(
             config,
@@ -476,6 +476,15 @@ def sweep(
         raise KeyboardInterrupt("stopped; the same command goes on") from None
     Console().print(to_table(rows))
     print(f"{folder / 'sweep.csv'}, {folder / 'sweep.png'}")
+
+
+def _short_name(dataset: str) -> str:
+    """Return the name of a data set for the folder of its runs."""
+    from mopo_fast.data.local import MINARI_PREFIX
+
+    if dataset.startswith(MINARI_PREFIX):
+        return dataset.removeprefix(MINARI_PREFIX).replace("/", "-")
+    return Path(dataset).stem
 
 
 def _stopped(run: Path) -> str:
@@ -577,9 +586,9 @@ def evaluate(
     Nothing is written but the file of --video.
 
     Args:
-        run: Folder of the run.
+        run: Folder of the run, or of a policy that `mopo-fast convert` has written.
         task: Task of the run. It must be given where the task is a Python file, FILE.py, because that is
-            executed.
+            executed, and for a converted policy.
         episodes: Number of episodes. They run side by side.
         seed: Seed of the environments and of the policy's noise.
         stochastic: Sample actions from the policy. Otherwise its mean acts.
@@ -592,15 +601,20 @@ def evaluate(
     Examples:
         mopo-fast evaluate runs/hopper-medium-v2-seed0 --episodes 100
         mopo-fast evaluate runs/hopper-medium-v2-seed0 --video hopper.mp4
+        mopo-fast evaluate converted/ --task hopper
     """
-    from mopo_fast.run.find import check_run
+    from mopo_fast.run.find import check_policy, check_run, holds_policy_alone
+    from mopo_fast.tasks import get_task
 
-    check_run(run)
+    converted = holds_policy_alone(run, task)
+    if not converted:
+        check_run(run)
     from mopo_fast.bulk.plan import run_settings
     from mopo_fast.evaluate import evaluate
     from mopo_fast.policy import Actor
 
-    whole, _ = run_settings(run, task)
+    whole = get_task(task) if converted and task is not None else run_settings(run, task)[0]
+    check_policy(run)
     options: dict[str, Any] = {"episodes": episodes, "seed": seed, "deterministic": not stochastic}
     actor = Actor.load(run)
     film = None
@@ -699,9 +713,10 @@ def rollout(
         raise InputError("rollout needs RUN and --out; or --verify DIR, to check a folder of shards")
     from mopo_fast.data import find_dataset
     from mopo_fast.data.formats import check_file
-    from mopo_fast.run.find import check_run, find_run_dataset
+    from mopo_fast.run.find import check_policy, check_run, find_run_dataset
 
     check_run(run)
+    check_policy(run)
     if out.suffix:
         check_file(out, overwrite)
         if ray is not None:

@@ -50,6 +50,21 @@ def policy(run: Path) -> bytes:
     return (run / "policy.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"on_epoch": 5}, "on_epoch must be a function of a row of progress.csv, got 5"),
+        ({"out": ""}, 'out is "", which would be the current folder'),
+    ],
+)
+def test_arguments_are_checked_before_the_fit(
+    arguments: dict[str, Any], message: str, data: Transitions, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        train(dataclasses.replace(CONFIG, dataset=data), **{"out": tmp_path / "run", **arguments}, quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
 class TestDataInMemory:
     def test_trains_as_from_the_file(self, from_file: Path, in_memory: Path) -> None:
         assert policy(in_memory) == policy(from_file)

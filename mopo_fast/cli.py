@@ -993,8 +993,9 @@ def _run(argv: Sequence[str]) -> None:
         ]
         for name, command in commands.items()
     ]
+    any_command: Any = functools.reduce(operator.or_, types)
     tyro.cli(
-        functools.reduce(operator.or_, types),
+        any_command,
         prog="mopo-fast",
         description="MOPO, model-based offline policy optimization: data set in, policy and score out.",
         args=argv,

@@ -67,7 +67,7 @@ def load_dataset(
       `~/.d4rl/datasets` unless it is there;
     - the name of a local set, such as `halfcheetah-random-local`, in `$MOPO_FAST_DATA_DIR` or
       `~/.mopo_fast/datasets`;
-    - a Minari set, `minari:ID`, which is downloaded unless it is there;
+    - a Minari set, `minari:ID`, which is downloaded unless it is there, or a `minari.MinariDataset`;
     - a dictionary of arrays under D4RL's names or those of `names.ALIASES`, such as obs and dones, or an
       environment whose `get_dataset()` returns one;
     - `Transitions`, which are checked and, where needed, copied.
@@ -100,6 +100,10 @@ def load_dataset(
         return source.as_data()
     if isinstance(source, Mapping):
         return from_arrays(source, compat=compat).validate()
+    if minari.is_minari(source):
+        known = f"{MINARI_PREFIX}{getattr(getattr(source, 'spec', None), 'dataset_id', 'unnamed')}"
+        arrays = minari.read_object(source, known)
+        return from_arrays(arrays, compat=compat, name=known, source=known).validate()
     if not isinstance(source, (str, os.PathLike)):
         return _from_environment(source, compat)
     if str(source).startswith(MINARI_PREFIX):

@@ -15,6 +15,7 @@ import torch
 from mopo_fast.data import trajectories
 from mopo_fast.data.formats import format_of
 from mopo_fast.data.hdf5 import open_hdf5
+from mopo_fast.data.local import MINARI_PREFIX
 from mopo_fast.data.names import ALIASES, MAX_EPISODE_STEPS, find_names, rename
 from mopo_fast.data.npz import open_npz
 from mopo_fast.data.parquet import open_parquet
@@ -216,10 +217,20 @@ class Reader:
         self._rows: int | None = None
 
     def _read(self, key: str, ndim: int) -> Array:
+        # pandas users store a column for each dimension, which no reader can name.
+        is_parquet = ndim == 2 and self._source.endswith(".parquet")
+        lists = "; in a Parquet file it is one column, with a list of numbers in each row" * is_parquet
         if key not in self.file:
+            if key == "observations" and "episode_0/observations" in self._keys:
+                raise InputError(
+                    f"{self._source} is a file of Minari's; give the name of its data set, {MINARI_PREFIX}ID,"
+                    " such as `minari list local` prints"
+                )
             keys = ", ".join(sorted({str(key).split("/")[0] for key in self._keys})) or "nothing"
             names = " or ".join(map(repr, (key, *ALIASES[key])))
-            raise InputError(f"{self._source} lacks {key!r}, it has {keys}; name it {names}, or add it")
+            raise InputError(
+                f"{self._source} lacks {key!r}, it has {keys}; name it {names}, or add it{lists}"
+            )
         stored = self.file[key]
         # Groups, HDF5's null arrays and foreign members of an archive have no shape.
         if getattr(stored, "shape", None) is None:
@@ -234,7 +245,7 @@ class Reader:
             shape = shape[:1]
         if len(shape) != ndim or 0 in shape[1:]:
             expected = "[n]" if ndim == 1 else "[n, dim]"
-            raise InputError(f"{self._source}: {key} must be {expected}, got shape {shape}")
+            raise InputError(f"{self._source}: {key} must be {expected}, got shape {shape}{lists}")
         if self._rows is None:
             self._rows, self._dim = shape[0], shape[-1]
         if shape[0] != self._rows:

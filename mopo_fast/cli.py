@@ -335,8 +335,7 @@ def fit(
         if task is not None:
             check_sizes(data, dataset, get_task(task))
         write_config(out, config)
-        if not quiet:
-            open_fit(config, data, out)
+        open_fit(config, data, out, quiet=quiet)
         _, record = fit_and_save(
             data,
             out,
@@ -413,7 +412,7 @@ def train(
     from mopo_fast.train import train
 
     if out is None:
-        outs = [Path("runs", f"{Path(config.dataset).stem}-{name}") for name in names]
+        outs = [Path("runs", f"{_short_name(config.dataset)}-{name}") for name in names]
     else:
         outs = [out] if seeds is None and not penalty_coefs else [out / name for name in names]
     how: dict[str, Any] = {"resume": resume, "memory_map": memory_map, "quiet": quiet}
@@ -425,7 +424,7 @@ def train(
         summaries = [train(configs[0], outs[0], **how)] if one else train_many(configs, outs, **how)
     except KeyboardInterrupt:
         if one:
-            raise KeyboardInterrupt(f"stopped; `mopo-fast train --resume {outs[0]}` goes on") from None
+            raise KeyboardInterrupt(_stopped(outs[0])) from None
         raise KeyboardInterrupt("stopped; the same command with --resume goes on") from None
     for summary, folder in zip(summaries, outs, strict=True):
         print(_outcome(summary))
@@ -475,7 +474,7 @@ def sweep(
     check_runs(combined, penalty_coefs, horizons)
     from mopo_fast.sweep import sweep, to_table
 
-    folder = out or Path("runs", f"{Path(config.dataset).stem}-sweep")
+    folder = out or Path("runs", f"{_short_name(config.dataset)}-sweep")
     try:
         rows = sweep(
             config,
@@ -491,6 +490,24 @@ def sweep(
         raise KeyboardInterrupt("stopped; the same command goes on") from None
     Console().print(to_table(rows))
     print(f"{folder / 'sweep.csv'}, {folder / 'sweep.png'}")
+
+
+def _short_name(dataset: str) -> str:
+    """Return the name of a data set for the folder of its runs."""
+    from mopo_fast.data.local import MINARI_PREFIX
+
+    if dataset.startswith(MINARI_PREFIX):
+        return dataset.removeprefix(MINARI_PREFIX).replace("/", "-")
+    return Path(dataset).stem
+
+
+def _stopped(run: Path) -> str:
+    """Say how a training that was interrupted goes on."""
+    from mopo_fast.tasks import resume_command
+
+    if not _is_run(str(run)):
+        return "stopped before anything was written; the same command begins anew"
+    return f"stopped; `{resume_command(run)}` goes on"
 
 
 def _is_run(path: str) -> bool:
@@ -584,9 +601,9 @@ def evaluate(
     Nothing is written but the file of --video.
 
     Args:
-        run: Folder of the run.
+        run: Folder of the run, or of a policy that `mopo-fast convert` has written.
         task: Task of the run. It must be given where the task is a Python file, FILE.py, because that is
-            executed.
+            executed, and for a converted policy.
         episodes: Number of episodes. They run side by side.
         seed: Seed of the environments and of the policy's noise.
         stochastic: Sample actions from the policy. Otherwise its mean acts.
@@ -600,15 +617,20 @@ def evaluate(
     Examples:
         mopo-fast evaluate runs/hopper-medium-v2-seed0 --episodes 100
         mopo-fast evaluate runs/hopper-medium-v2-seed0 --video hopper.mp4
+        mopo-fast evaluate converted/ --task hopper
     """
-    from mopo_fast.run.find import check_run
+    from mopo_fast.run.find import check_policy, check_run, holds_policy_alone
+    from mopo_fast.tasks import get_task
 
-    check_run(run)
+    converted = holds_policy_alone(run, task)
+    if not converted:
+        check_run(run)
     from mopo_fast.bulk.plan import run_settings
     from mopo_fast.evaluate import evaluate
     from mopo_fast.policy import Actor
 
-    whole, _ = run_settings(run, task)
+    whole = get_task(task) if converted and task is not None else run_settings(run, task)[0]
+    check_policy(run)
     options: dict[str, Any] = {"episodes": episodes, "seed": seed, "deterministic": not stochastic}
     actor = Actor.load(run)
     film = None
@@ -716,9 +738,10 @@ def rollout(
         raise InputError("rollout needs RUN and --out; or --verify DIR, to check a folder of shards")
     from mopo_fast.data import find_dataset
     from mopo_fast.data.formats import check_file
-    from mopo_fast.run.find import check_run, find_run_dataset
+    from mopo_fast.run.find import check_policy, check_run, find_run_dataset
 
     check_run(run)
+    check_policy(run)
     if out.suffix:
         check_file(out, overwrite)
         if ray is not None:
@@ -979,27 +1002,43 @@ def _docstring(command: str) -> str:
     return COMMANDS[command].__doc__ or ""
 
 
-def _parser(argv: Sequence[str]) -> Any:
-    """Return the type that tyro parses a command line into: one of the commands."""
+def _run(argv: Sequence[str]) -> None:
+    """Parse a command line and run its command.
+
+    Raises:
+        SystemExit: a help text was printed, or tyro cannot parse the arguments.
+    """
+    options: dict[str, Any] = {"config": (FlagCreatePairsOff,), "registry": _registry()}
     commands = _commands(argv)
-    # Each command's help has its whole description, the list of commands only the first paragraph.
-    listed = not argv or argv[0] not in commands
+    if argv and argv[0] in commands:
+        # Without the other commands, an error about a flag names this command's flags alone.
+        tyro.cli(commands[argv[0]], prog=f"mopo-fast {argv[0]}", args=argv[1:], **options)
+        return
+    # The list of commands has only the first paragraph of each help.
     types = [
         Annotated[
-            Any,
-            subcommand(
-                name,
-                description=_docstring(name).partition("\n\n")[0] if listed else None,
-                constructor=command,
-            ),
+            Any, subcommand(name, description=_docstring(name).partition("\n\n")[0], constructor=command)
         ]
         for name, command in commands.items()
     ]
-    return functools.reduce(operator.or_, types)
+    any_command: Any = functools.reduce(operator.or_, types)
+    tyro.cli(
+        any_command,
+        prog="mopo-fast",
+        description="MOPO, model-based offline policy optimization: data set in, policy and score out.",
+        args=argv,
+        **options,
+    )
 
 
-def _check_command(name: str) -> None:
-    """Raise `InputError` where the first word of a command line is no command."""
+def _check_words(argv: Sequence[str]) -> None:
+    """Raise `InputError` where the first word of a command line is no command, or a word is empty."""
+    # An empty path would be the current folder.
+    for before, word in itertools.pairwise(["mopo-fast", *argv]):
+        if word == "" or (word.startswith("--") and word.endswith("=")):
+            flag = word.rstrip("=") or before
+            raise InputError(f"the value after {flag} is empty; give one, or leave out the flag")
+    name = argv[0] if argv else "--help"
     if name.startswith("-") or name in COMMANDS:
         return
     close = difflib.get_close_matches(name, COMMANDS, n=1)
@@ -1041,7 +1080,7 @@ def _registry() -> ConstructorRegistry:
 
 def _epilog(argv: Sequence[str]) -> str:
     """Return the text at the end of a help: a command's examples, or how to set up completion."""
-    if argv[0] not in COMMANDS:
+    if not argv or argv[0] not in COMMANDS:
         return _FIRST_STEPS
     return "".join(_docstring(argv[0]).partition("Examples:")[1:])
 
@@ -1084,19 +1123,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments[:1] == ["--version"]:
             print(f"mopo_fast {__version__}")
             return 0
-        if arguments:
-            _check_command(arguments[0])
-        tyro.cli(
-            _parser(arguments),
-            prog="mopo-fast",
-            description="MOPO, model-based offline policy optimization: data set in, policy and score out.",
-            args=arguments,
-            config=(FlagCreatePairsOff,),
-            registry=_registry(),
-        )
+        _check_words(arguments)
+        _run(arguments or ["--help"])
     except SystemExit as end:
-        if not end.code and {"-h", "--help"} & set(arguments):
+        if not end.code and (not arguments or {"-h", "--help"} & set(arguments)):
             print(f"\n{_epilog(arguments)}")
+        if not arguments:
+            return 2
         raise
     except InputError as error:
         _tell(f"error: {error}")
@@ -1115,3 +1148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _tell(f"error: the system has no more memory or threads ({why[0][:200]}); {advice}")
         return 2
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -57,6 +57,8 @@ CHECKPOINT_FORMATS: tuple[CheckpointFormat, ...] = get_args(CheckpointFormat)
 
 MAX_RUNS = 10_000
 """Upper limit of the runs that one call makes."""
+MAX_STEPS = 10**12
+"""Upper limit of the SAC updates of a run, years of work for any machine."""
 MAX_WORKERS = 1000
 """Upper limit of the processes that evaluate a run."""
 MAX_EPISODES = 10_000
@@ -451,6 +453,7 @@ class TrainConfig:
         _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
         _require_positive(self, "", "steps")
         _require_known("matmul_precision", self.matmul_precision, MATMUL_PRECISIONS)
+        _require(self.steps <= MAX_STEPS, f"steps must be at most {MAX_STEPS:,}, got {self.steps:.3g}")
         for part in (self.rollout, self.evaluation, self.sac):
             part.validate()
         # The settings of a fit are not used where the ensemble is given.

@@ -122,6 +122,7 @@ def _facts(summary: Summary) -> Iterator[tuple[str, str]]:
     left_out = summary.stored_rows - summary.rows
     yield "Rows", f"{summary.rows:,}" + (f" of {summary.stored_rows:,} in the source" if left_out else "")
     yield "Dimensions", f"{summary.obs_dim} observation, {summary.act_dim} action"
+    penalised = "penalised: " if summary.penalised else ""
     if summary.returns is None or summary.lengths is None:
         yield "Episodes", "none, the rows do not follow one another"
     else:
@@ -129,13 +130,15 @@ def _facts(summary: Summary) -> Iterator[tuple[str, str]]:
         several = f"{lengths.min:.0f} to {lengths.max:.0f}, median {lengths.median:.0f}"
         steps = f"{lengths.min:.0f}" if lengths.min == lengths.max else several
         yield "Episodes", f"{summary.episodes:,}; steps: {steps}"
-        yield "Return", f"mean {returns.mean:.1f}, std {returns.std:.1f}, best {returns.max:.1f}"
+        yield "Return", f"{penalised}mean {returns.mean:.1f}, std {returns.std:.1f}, best {returns.max:.1f}"
         if scores is not None:
             text = f"mean {scores.mean:.2f}, std {scores.std:.2f}, best {scores.max:.2f}"
             yield "Score", f"{text} (0: random policy, 100: expert)"
-    yield "Rewards", f"mean {summary.rewards.mean:.4g}, std {summary.rewards.std:.4g}"
+    yield "Rewards", f"{penalised}mean {summary.rewards.mean:.4g}, std {summary.rewards.std:.4g}"
     share = summary.terminals / summary.rows
-    yield "Terminals", f"{summary.terminals:,} ({share:.2%} of the rows)" if summary.terminals else "none"
+    terminals = f"{summary.terminals:,} ({share:.2%} of the rows)" if summary.terminals else "none"
+    lost = summary.terminals_left_out
+    yield "Terminals", terminals + (f"; {lost:,} more were left out" if lost else "")
     if summary.successors is not None:
         yield "Successors", summary.successors
     if summary.rows > SAMPLE:

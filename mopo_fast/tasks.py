@@ -9,6 +9,7 @@ import functools
 import hashlib
 import math
 import os
+import shlex
 import sys
 import types
 from collections.abc import Callable
@@ -20,6 +21,7 @@ import numpy as np
 
 from mopo_fast.config import UNTUNED
 from mopo_fast.errors import InputError
+from mopo_fast.utils.atomic import read_json
 
 # The command line looks up tasks before it imports torch, which takes seconds.
 if TYPE_CHECKING:
@@ -369,6 +371,19 @@ def task_of_run(
                 " another; name the file as it was with --task"
             )
     return get_task(given)
+
+
+def resume_command(run: str | os.PathLike[str]) -> str:
+    """Return the command that continues a run. It names the run's task where that is a Python file."""
+    words = ["mopo-fast", "train", "--resume", os.fspath(run)]
+    try:
+        recorded = read_json(Path(run) / "config.json")
+    except InputError:
+        recorded = None
+    task = recorded.get("task") if isinstance(recorded, dict) else None
+    if isinstance(task, str) and task.endswith(".py"):
+        words += ["--task", task]
+    return shlex.join(words)
 
 
 def parse_dataset_name(name: str) -> tuple[str, str | None]:

@@ -94,10 +94,14 @@ def train(
         horizon, penalty, penalty_coef, versions {mopo_fast, python, torch, gymnasium, mujoco}.
 
     Raises:
-        InputError: a setting cannot be used, another process works in `out`, `out` holds a run while `resume`
-            is False, it holds a run with another config, the data or a checkpoint are damaged, or the
-            training diverged.
+        InputError: a setting or argument cannot be used, another process works in `out`, `out` holds a run
+            while `resume` is False, it holds a run with another config, the data or a checkpoint are damaged,
+            or the training diverged.
     """
+    if not os.fspath(out):
+        raise InputError('out is "", which would be the current folder; name a folder, or give "."')
+    if on_epoch is not None and not callable(on_epoch):
+        raise InputError(f"on_epoch must be a function of a row of progress.csv, got {on_epoch!r}")
     started, out = time.perf_counter(), Path(out)
     config, data = take_data(config, memory_map=memory_map)
     given = config

@@ -47,7 +47,7 @@ def check_policy(policy: Actor) -> list[str]:
 
 
 def write(checkpoint: Checkpoint, target: Path) -> None:
-    """Write a folder that `mopo-fast train --dynamics-from`, `evaluate` and `rollout` take."""
+    """Write a folder that `mopo-fast train --dynamics-from` and `evaluate --task TASK` take."""
     for model in (checkpoint.dynamics, checkpoint.policy):
         if model is not None:
             model.save(target)

@@ -67,8 +67,9 @@ def load_dataset(
       `~/.d4rl/datasets` unless it is there;
     - the name of a local set, such as `halfcheetah-random-local`, in `$MOPO_FAST_DATA_DIR` or
       `~/.mopo_fast/datasets`;
-    - a Minari set, `minari:ID`, which is downloaded unless it is there;
-    - a dictionary of arrays under D4RL's names, or an environment whose `get_dataset()` returns one;
+    - a Minari set, `minari:ID`, which is downloaded unless it is there, or a `minari.MinariDataset`;
+    - a dictionary of arrays under D4RL's names or those of `names.ALIASES`, such as obs and dones, or an
+      environment whose `get_dataset()` returns one;
     - `Transitions`, which are checked and, where needed, copied.
 
     Args:
@@ -99,6 +100,10 @@ def load_dataset(
         return source.as_data()
     if isinstance(source, Mapping):
         return from_arrays(source, compat=compat).validate()
+    if minari.is_minari(source):
+        known = f"{MINARI_PREFIX}{getattr(getattr(source, 'spec', None), 'dataset_id', 'unnamed')}"
+        arrays = minari.read_object(source, known)
+        return from_arrays(arrays, compat=compat, name=known, source=known).validate()
     if not isinstance(source, (str, os.PathLike)):
         return _from_environment(source, compat)
     if str(source).startswith(MINARI_PREFIX):
@@ -151,8 +156,10 @@ def find_dataset(name_or_path: str | os.PathLike[str]) -> tuple[Path, str | None
     path = Path(name).expanduser()
     is_folder = path.is_dir() and name not in d4rl.LOCATIONS and not name.endswith("-local")
     if is_folder and (path / "config.json").is_file():
+        from mopo_fast.tasks import resume_command
+
         raise InputError(
-            f"{path} is the folder of a run, not a data set; `mopo-fast train --resume {path}` continues it"
+            f"{path} is the folder of a run, not a data set; `{resume_command(path)}` continues it"
         )
     named = name.startswith((MEMORY_PREFIX, MINARI_PREFIX)) or name.endswith("-local")
     is_path = isinstance(name_or_path, os.PathLike) or path.is_file() or bool(path.suffix and not named)

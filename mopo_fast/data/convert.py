@@ -7,6 +7,7 @@ import torch
 from mopo_fast.data import d4rl, find_dataset, minari
 from mopo_fast.data.files import from_arrays, open_file, step_limits
 from mopo_fast.data.formats import check_file
+from mopo_fast.data.names import rename
 from mopo_fast.data.shards import shard_arrays
 from mopo_fast.data.stored import read_all
 from mopo_fast.data.write import write_arrays
@@ -55,4 +56,4 @@ def _read(source: str, quiet: bool) -> dict[str, Any]:
     if path.is_dir():
         return shard_arrays(path)
     with open_file(path) as file:
-        return read_all(path, file)
+        return rename(read_all(path, file), str(path))

@@ -13,9 +13,10 @@ import numpy.typing as npt
 import torch
 
 from mopo_fast.data import trajectories
-from mopo_fast.data.episodes import split_episodes
 from mopo_fast.data.formats import format_of
 from mopo_fast.data.hdf5 import open_hdf5
+from mopo_fast.data.local import MINARI_PREFIX
+from mopo_fast.data.names import ALIASES, MAX_EPISODE_STEPS, find_names, rename
 from mopo_fast.data.npz import open_npz
 from mopo_fast.data.parquet import open_parquet
 from mopo_fast.data.stored import Stored, check_fits, is_kept, reading
@@ -24,9 +25,6 @@ from mopo_fast.errors import InputError
 
 Array = npt.NDArray[Any]
 Compat = Literal["d4rl"]
-
-MAX_EPISODE_STEPS = 1000
-"""Step limit of every D4RL MuJoCo environment, for files without `timeouts`."""
 
 
 def load_file(
@@ -38,16 +36,17 @@ def load_file(
 ) -> Transitions:
     """Load transitions from a file.
 
-    The file holds observations, actions, rewards, terminals and optionally timeouts and next_observations.
+    The file holds observations, actions, rewards, terminals and optionally timeouts and next_observations, by
+    these names or those of `names.ALIASES`, such as obs, next_obs and dones.
 
     By default every transition gets its true successor: the row of `next_observations`, or without them the
     next row's observation. In the latter case rows without a successor (the last row, and rows that end an
     episode) are dropped. compat="d4rl" reproduces `d4rl.qlearning_dataset` bit for bit: the successor is the
     next row's observation even after a terminal, and only time-outs and the last row are dropped.
 
-    NeoRL's npz files (obs, action, reward, next_obs, done, index) are recognised by their keys. Their
-    observations begin with the x position, which D4RL and the environments leave out: 12 dimensions for
-    hopper, 18 for halfcheetah and walker2d.
+    NeoRL's npz files (obs, action, reward, next_obs, done, index) have the time-outs that follow from their
+    index. Their observations begin with the x position, which D4RL and the environments leave out: 12
+    dimensions for hopper, 18 for halfcheetah and walker2d.
 
     Args:
         path: a .npz file, a .pkl file (list of trajectories, see `trajectories.read`), a .parquet file with
@@ -98,6 +97,7 @@ def from_arrays(
     if compat is not None and compat not in get_args(Compat):
         raise InputError(f'compat must be None or "d4rl", got {compat!r}')
     reader = Reader(source, arrays)
+    arrays = reader.file
     stored = compat is None and "next_observations" in arrays
     successor = ("next_observations",) if stored else ()
     reader.check_memory(
@@ -110,7 +110,6 @@ def from_arrays(
     timeouts = reader.flags("timeouts") if "timeouts" in arrays else None
     if stored:
         rule = "next_observations"
-        episodes = None if timeouts is None else _describe_episodes(rewards, terminals | timeouts)
         keep: Array | slice = slice(None)
         successors = reader.floats("next_observations", 2)
     else:
@@ -119,7 +118,6 @@ def from_arrays(
         rule = "next row, as d4rl.qlearning_dataset" if compat == "d4rl" else "next row of the episode"
         keep = ~timeouts if compat == "d4rl" else ~(timeouts | terminals)
         keep[-1:] = False
-        episodes = _describe_episodes(rewards, terminals | timeouts)
         # An episode ends where the next row is left out.
         timeouts = np.append(~keep[1:], True)[keep] & ~terminals[keep]
         keep = np.flatnonzero(keep)
@@ -134,7 +132,7 @@ def from_arrays(
         name=name or "",
         info={
             "rows": len(rewards),
-            "episodes": episodes,
+            "terminals_left_out": int(terminals.sum()) - int(terminals[keep].sum()),
             "successors": rule,
             "memory_mapped": isinstance(observations, np.memmap),
             "metadata": reader.metadata(),
@@ -145,19 +143,6 @@ def from_arrays(
             f"{source} has {len(rewards)} rows, none of them with a successor; give longer episodes"
         )
     return data
-
-
-def _describe_episodes(rewards: Array, ends: Array) -> dict[str, float] | None:
-    """Return the number of whole episodes and the mean and maximum of their returns, or None without any."""
-    episodes = split_episodes(rewards, ends)
-    if episodes is None:
-        return None
-    returns = episodes.returns
-    return {
-        "count": len(returns),
-        "return_mean": float(returns.mean()),
-        "return_max": float(returns.max()),
-    }
 
 
 @contextlib.contextmanager
@@ -178,9 +163,6 @@ def open_file(path: Path) -> Iterator[Mapping[str, Any]]:
         yield found
     elif kind == "npz":
         with open_npz(path) as file:
-            if "obs" in file and "observations" not in file:
-                with reading(path, "npz"):
-                    file = _from_neorl(file)
             yield file
     elif kind == "parquet":
         with open_parquet(path) as file:
@@ -192,21 +174,20 @@ def open_file(path: Path) -> Iterator[Mapping[str, Any]]:
 
 def _mapped(path: Path, file: Mapping[str, Any], compat: Compat | None) -> dict[str, Any]:
     """Return the arrays of an HDF5 file, with all but the flags mapped into memory, and its metadata."""
-    names = ("observations", "actions", "rewards", "next_observations")
-    if format_of(path) != "hdf5" or "next_observations" not in file or compat is not None:
+    names = find_names(file, str(path))
+    if format_of(path) != "hdf5" or "next_observations" not in names or compat is not None:
         raise InputError(
             f"{path} cannot be mapped into memory; that needs HDF5 with next_observations, and no compat"
         )
     arrays = dict(file)
-    for key in names:
-        stored = file.get(key)
-        if stored is not None and (stored.offset is None or stored.dtype != np.float32):
+    for key in (key for name, key in names.items() if name not in ("terminals", "timeouts")):
+        stored = file[key]
+        if stored.offset is None or stored.dtype != np.float32:
             raise InputError(
                 f"{path}: {key} must be uncompressed float32 to be mapped into memory; convert the file with"
                 " `mopo-fast convert`"
             )
-        if stored is not None:
-            arrays[key] = stored.map(path)
+        arrays[key] = stored.map(path)
     return arrays
 
 
@@ -217,43 +198,40 @@ def as_tensor(array: Array) -> torch.Tensor:
         return torch.from_numpy(array)
 
 
-def _from_neorl(file: Mapping[str, Any]) -> dict[str, Any]:
-    """Rename NeoRL's arrays to D4RL's names, and derive terminals and time-outs.
-
-    `index` holds the first row of each trajectory. `done` is also set at the step limit, so the end of a
-    trajectory of `MAX_EPISODE_STEPS` steps counts as a time-out.
-    """
-    names = {"obs": "observations", "action": "actions", "reward": "rewards", "next_obs": "next_observations"}
-    arrays = {ours: file[theirs] for theirs, ours in names.items() if theirs in file}
-    if "done" in file:
-        done = np.asarray(file["done"]).reshape(-1)
-        starts = np.asarray(file["index"]).reshape(-1) if "index" in file else np.zeros(1, np.int64)
-        if starts.dtype.kind not in "iu" or starts[:1].any() or (np.diff(starts) < 1).any():
-            raise ValueError("index does not hold the first rows of trajectories")
-        ends = np.append(starts[1:], len(done)) - 1
-        arrays["timeouts"] = np.zeros(len(done), bool)
-        arrays["timeouts"][ends] = (ends - starts + 1 >= MAX_EPISODE_STEPS) | (done[ends] == 0)
-        arrays["terminals"] = np.where(arrays["timeouts"], 0, done)
-    return arrays
-
-
 class Reader:
     """Reads the arrays of a data set, and checks each against the first one.
 
     Args:
         source: name of the data set in errors.
         file: its arrays, by key.
+
+    Attributes:
+        file: the arrays under D4RL's names, see `rename`.
     """
 
     def __init__(self, source: str, file: Mapping[str, Any]) -> None:
-        self._source, self._file = source, file
+        self._source, self._keys = source, list(file)
+        read = {*find_names(file, source).values(), "index"}
+        plain = {key: self._plain(key, item) if key in read else item for key, item in file.items()}
+        self.file = rename(plain, source)
         self._rows: int | None = None
 
     def _read(self, key: str, ndim: int) -> Array:
-        if key not in self._file:
-            keys = ", ".join(sorted({str(key).split("/")[0] for key in self._file})) or "nothing"
-            raise InputError(f"{self._source} lacks {key!r}, it has {keys}; add the array")
-        stored = self._file[key]
+        # pandas users store a column for each dimension, which no reader can name.
+        is_parquet = ndim == 2 and self._source.endswith(".parquet")
+        lists = "; in a Parquet file it is one column, with a list of numbers in each row" * is_parquet
+        if key not in self.file:
+            if key == "observations" and "episode_0/observations" in self._keys:
+                raise InputError(
+                    f"{self._source} is a file of Minari's; give the name of its data set, {MINARI_PREFIX}ID,"
+                    " such as `minari list local` prints"
+                )
+            keys = ", ".join(sorted({str(key).split("/")[0] for key in self._keys})) or "nothing"
+            names = " or ".join(map(repr, (key, *ALIASES[key])))
+            raise InputError(
+                f"{self._source} lacks {key!r}, it has {keys}; name it {names}, or add it{lists}"
+            )
+        stored = self.file[key]
         # Groups, HDF5's null arrays and foreign members of an archive have no shape.
         if getattr(stored, "shape", None) is None:
             raise InputError(f"{self._source}: {key} is not an array")
@@ -267,7 +245,7 @@ class Reader:
             shape = shape[:1]
         if len(shape) != ndim or 0 in shape[1:]:
             expected = "[n]" if ndim == 1 else "[n, dim]"
-            raise InputError(f"{self._source}: {key} must be {expected}, got shape {shape}")
+            raise InputError(f"{self._source}: {key} must be {expected}, got shape {shape}{lists}")
         if self._rows is None:
             self._rows, self._dim = shape[0], shape[-1]
         if shape[0] != self._rows:
@@ -280,6 +258,12 @@ class Reader:
             )
         array = stored.load() if isinstance(stored, Stored) else stored
         return array[:, 0] if array.ndim > ndim else array
+
+    def _plain(self, key: str, value: Any) -> Any:
+        """Return a list as an array, and a tensor without its gradient on the CPU."""
+        if isinstance(value, torch.Tensor):
+            return value.detach().cpu()
+        return self._as_array(key, value) if isinstance(value, (list, tuple)) else value
 
     def _as_array(self, key: str, value: Any) -> Array:
         try:
@@ -297,7 +281,7 @@ class Reader:
             keys: names of the arrays; missing ones count nothing.
             copied: rows will be picked from the arrays, which takes their size a second time.
         """
-        arrays = {key: self._file[key] for key in keys if isinstance(self._file.get(key), Stored)}
+        arrays = {key: self.file[key] for key in keys if isinstance(self.file.get(key), Stored)}
         sizes = {key: 1 if key in ("terminals", "timeouts") else 4 for key in arrays}
         kept = sum(math.prod(array.shape or (0,)) * sizes[key] for key, array in arrays.items())
         # While the largest array is converted, memory also holds it in its own type.
@@ -314,7 +298,7 @@ class Reader:
         if not isinstance(array, np.memmap) or array.dtype != np.float32:
             # Arrays read from a file are copies already. Values beyond float32 become infinite, see below.
             with np.errstate(all="ignore"):
-                array = array.astype(np.float32, copy=not isinstance(self._file[key], Stored))
+                array = array.astype(np.float32, copy=not isinstance(self.file[key], Stored))
         row = first_not_finite(as_tensor(array))
         if row is not None:
             raise InputError(
@@ -337,7 +321,7 @@ class Reader:
     def metadata(self) -> dict[str, str | float]:
         """Return the texts and numbers whose keys begin with "metadata/"."""
         found: dict[str, str | float] = {}
-        for key, item in self._file.items():
+        for key, item in self.file.items():
             if not str(key).startswith("metadata/"):
                 continue
             name = str(key).removeprefix("metadata/")

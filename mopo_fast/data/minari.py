@@ -23,6 +23,8 @@ Array = npt.NDArray[Any]
 
 PREFIX = MINARI_PREFIX
 
+_CLASS = "minari.dataset.minari_dataset.MinariDataset"
+
 # Every episode has at least eight HDF5 objects, and sets have up to some ten thousand episodes.
 _MAX_OBJECTS = 10_000_000
 
@@ -41,15 +43,35 @@ def read(name: str) -> dict[str, Any]:
             minari.download_dataset(identity)
         _check_files(folder)
         dataset = minari.load_dataset(identity)
-        stored = dataset.storage.metadata
-        episodes = list(dataset.iterate_episodes())
     except InputError:
         raise
-    # Minari's storages and hosts raise many kinds of errors.
+    # Minari's hosts raise many kinds of errors.
     except Exception as error:
-        raise InputError(
-            f"{name} cannot be loaded ({error}); see `minari list local` and `minari list remote`"
-        ) from error
+        raise _not_loaded(name, error) from error
+    return read_object(dataset, name)
+
+
+def is_minari(source: object) -> bool:
+    """Tell whether an object is a `minari.MinariDataset`, without importing the package."""
+    return any(f"{kind.__module__}.{kind.__name__}" == _CLASS for kind in type(source).__mro__)
+
+
+def read_object(dataset: Any, name: str) -> dict[str, Any]:
+    """Read a `minari.MinariDataset` as D4RL's arrays and metadata, as `read` does.
+
+    Args:
+        dataset: the data set.
+        name: its name in errors.
+
+    Raises:
+        InputError: an episode cannot be read, or observations or actions are not vectors.
+    """
+    try:
+        stored = dataset.storage.metadata
+        episodes = list(dataset.iterate_episodes())
+    # Minari's storages raise many kinds of errors.
+    except Exception as error:
+        raise _not_loaded(name, error) from error
     for key, space in ("observations", dataset.observation_space), ("actions", dataset.action_space):
         if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
             raise InputError(f"{name}: {key} must be vectors, got {space}")
@@ -73,7 +95,7 @@ def read(name: str) -> dict[str, Any]:
     # An episode without a recorded end was cut off.
     timeouts[last] = ~terminals[last]
     metadata = _texts_and_numbers(stored)
-    with reading(folder / "metadata.json", "JSON"):
+    with reading(Path(name) / "metadata.json", "JSON"):
         metadata |= _texts_and_numbers(json.loads(metadata.get("mopo_fast", "{}")))
     return {
         "observations": joined(lambda episode: episode.observations[:-1]),
@@ -84,6 +106,10 @@ def read(name: str) -> dict[str, Any]:
         "timeouts": timeouts & ~terminals,
         **{f"metadata/{key}": value for key, value in metadata.items() if key != "mopo_fast"},
     }
+
+
+def _not_loaded(name: str, error: Exception) -> InputError:
+    return InputError(f"{name} cannot be loaded ({error}); see `minari list local` and `minari list remote`")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from mopo_fast.data.files import load_file, open_file
+from mopo_fast.data.names import rename
 from mopo_fast.data.stored import read_all
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.data.write import write_arrays
@@ -116,7 +117,7 @@ def relabel_file(
     if "relabelled" in data.info["metadata"]:
         raise InputError(f"{path} is relabelled already; give the file that it was made from")
     with open_file(path) as source:
-        found: dict[str, Any] = read_all(path, source)
+        found = rename(read_all(path, source), str(path))
     for key in ("rewards", *needed):
         if key not in found:
             raise InputError(

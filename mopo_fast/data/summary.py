@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mopo_fast.data.episodes import Episodes, find_episodes
+from mopo_fast.data.episodes import find_episodes
 from mopo_fast.data.stored import Array
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.errors import InputError
@@ -24,6 +24,8 @@ _FAR_RANGES = 10
 _FAR_STDS = 50
 # Standard deviations outside these bounds are far from 1.
 _SMALL, _LARGE = 1e-3, 1e3
+# Terminals contradict the rule of the task too often if this share of the ends does.
+_MANY = 0.1
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class Summary:
         act_dim: size of an action.
         successors: rule by which successors were found, or None where the data do not tell.
         terminals: number of transitions that end an episode, except by a time limit.
+        terminals_left_out: number of such rows in the source that were left out for lack of a successor.
+        penalised: whether the rewards are those of model rollouts, less a penalty.
         episodes: number of episodes, or None where the rows do not follow one another.
         returns: sums of the rewards of each episode, or None.
         scores: these returns on D4RL's scale, or None where the task has no reference returns.
@@ -82,6 +86,8 @@ class Summary:
     act_dim: int
     successors: str | None
     terminals: int
+    terminals_left_out: int
+    penalised: bool
     episodes: int | None
     returns: Spread | None
     scores: Spread | None
@@ -112,7 +118,9 @@ def summarise(data: Transitions, task: Task | None = None) -> Summary:
     rewards = _spreads(data.rewards[:, None])[0]
     observations, actions = _spreads(data.observations), _spreads(data.actions)
     oddities = [
-        *_order_oddities(data, episodes),
+        *([] if episodes is not None else _successor_faults(data, _shift(data))),
+        *_left_out(data),
+        *_lost_terminals(data),
         *_task_oddities(data, task, fits),
         *_dimension_oddities("observation", observations),
         *_dimension_oddities("action", actions),
@@ -130,6 +138,8 @@ def summarise(data: Transitions, task: Task | None = None) -> Summary:
         act_dim=data.act_dim,
         successors=data.info.get("successors"),
         terminals=int(data.terminals.sum()),
+        terminals_left_out=data.info.get("terminals_left_out", 0),
+        penalised=data.penalties is not None or "penalty_coef" in data.info.get("metadata", {}),
         episodes=None if episodes is None else len(episodes.returns),
         returns=returns,
         scores=scores,
@@ -139,6 +149,33 @@ def summarise(data: Transitions, task: Task | None = None) -> Summary:
         actions=actions,
         oddities=tuple(oddities),
     )
+
+
+def find_faults(data: Transitions, task: Task | None = None) -> tuple[str, ...]:
+    """Return sentences about what makes a training on the data wrong or worse; `summarise` has them too.
+
+    These are rows that do not follow one another, terminal rows that were left out, and terminals of which
+    many contradict the rule of the task.
+
+    Args:
+        data: transitions on the CPU.
+        task: task of the data, whose sizes are those of the data.
+
+    Raises:
+        InputError: the task's termination function does not return a flag for each row.
+    """
+    faults: list[str] = []
+    shift = None
+    if find_episodes(data) is None:
+        shift = _shift(data)
+        faults += _successor_faults(data, shift)
+    faults += _lost_terminals(data)
+    # The rule would be compared with the wrong observations.
+    if task is not None and shift is None:
+        early, late, ends = _compare_terminals(data, task)
+        if early + late > _MANY * ends:
+            faults += _terminal_oddities(task, early, late)
+    return tuple(faults)
 
 
 def sample_rows(array: torch.Tensor, most: int = SAMPLE) -> Array:
@@ -189,17 +226,47 @@ def _numbered(noun: str, dims: Sequence[int], singular: str, plural: str) -> str
     return f"{noun} dimension{'' if len(dims) == 1 else 's'} {shown} {singular if len(dims) == 1 else plural}"
 
 
-def _order_oddities(data: Transitions, episodes: Episodes | None) -> Iterator[str]:
-    if episodes is None:
+def _shift(data: Transitions) -> str | None:
+    """Say which observation stands in place of the next one, where next_observations are shifted by a row."""
+    near = data[: min(len(data), SAMPLE)]
+    for shift, name in ((0, "its own observation"), (2, "the observation two rows later")):
+        rows = len(near) - shift
+        same = (near.next_observations[: max(0, rows)] == near.observations[shift:]).all(dim=1)
+        if rows > 1 and int(same.sum()) > rows / 2:
+            return name
+    return None
+
+
+def _successor_faults(data: Transitions, shift: str | None) -> Iterator[str]:
+    if shift is not None:
+        yield (
+            f"In most rows the next observation is {shift}: next_observations are shifted by one row."
+            " Store in each row the observation that followed its action."
+        )
+    else:
         yield (
             "Most rows do not follow the row before: the data are shuffled or hold single steps, so there are"
-            " no episodes and no returns."
+            " no episodes and no returns. Training needs no order, but the next observation of a row must be"
+            " the one that followed its action; check that all arrays have the same order."
         )
+
+
+def _left_out(data: Transitions) -> Iterator[str]:
     left_out = data.info.get("rows", len(data)) - len(data)
     if left_out > 0:
         yield (
             f"{_count(left_out, 'row')} without a successor {'was' if left_out == 1 else 'were'} left out,"
             " because the source has no next_observations. The returns lack the last step of each episode."
+        )
+
+
+def _lost_terminals(data: Transitions) -> Iterator[str]:
+    terminals = data.info.get("terminals_left_out", 0)
+    if terminals:
+        yield (
+            f"{_count(terminals, 'terminal row')} {'was' if terminals == 1 else 'were'} left out, because the"
+            " source has no next_observations and the next row belongs to another episode. Training on the"
+            " data never sees a terminal state; add next_observations to the source."
         )
 
 
@@ -212,13 +279,29 @@ def _task_oddities(data: Transitions, task: Task | None, fits: bool) -> Iterator
             f" data have {data.obs_dim} and {data.act_dim}. Give the data's own task."
         )
         return
-    early = late = 0
+    early, late, _ = _compare_terminals(data, task)
+    yield from _terminal_oddities(task, early, late)
+
+
+def _compare_terminals(data: Transitions, task: Task) -> tuple[int, int, int]:
+    """Compare the terminals with the rule of the task.
+
+    Returns:
+        The number of rows that are terminal against the rule, of rows that the rule ends and are not
+        terminal, and of rows that end an episode by either.
+    """
+    early = late = ends = 0
     size = max(1, _BLOCK // data.obs_dim)
     for start in range(0, len(data), size):
         rows = data[start : start + size]
         ended = _ended(task, rows)
         early += int((rows.terminals & ~ended).sum())
         late += int((ended & ~rows.terminals).sum())
+        ends += int((ended | rows.terminals).sum())
+    return early, late, ends
+
+
+def _terminal_oddities(task: Task, early: int, late: int) -> Iterator[str]:
     if early:
         yield (
             f"{_count(early, 'row')} {'is' if early == 1 else 'are'} terminal, but the rule of the task"
@@ -227,7 +310,8 @@ def _task_oddities(data: Transitions, task: Task | None, fits: bool) -> Iterator
     if late:
         yield (
             f"{_count(late, 'row')} {'is' if late == 1 else 'are'} not terminal, but the rule of the task"
-            f" {task.name} ends the episode there, and so do rollouts in the model."
+            f" {task.name} ends the episode there, and so do rollouts in the model. Correct the terminals, or"
+            " give the data's own task."
         )
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mopo_fast.data.names import find_names
 from mopo_fast.data.stored import check_fits
 from mopo_fast.errors import InputError
 from mopo_fast.utils import pickles
@@ -14,8 +15,8 @@ def read(path: Path) -> dict[str, Array]:
     """Read a pickled list of trajectories, and join them to D4RL's arrays.
 
     A trajectory is a dictionary of arrays with the same number of rows: observations, actions, rewards,
-    terminals (or dones) and optionally next_observations. A trajectory whose last row is not terminal ends
-    with a time-out.
+    terminals and optionally next_observations, by these names or those of `names.ALIASES`. A trajectory whose
+    last row is not terminal ends with a time-out.
 
     Raises:
         InputError: the pickle holds anything but numpy arrays, or is not such a list.
@@ -25,16 +26,17 @@ def read(path: Path) -> dict[str, Array]:
     found = pickles.load(path)
     if not isinstance(found, list) or not found or not all(isinstance(one, dict) for one in found):
         raise InputError(f"{path} must hold a list of trajectories, each a dictionary of arrays")
-    keys = [key for key in ("observations", "actions", "rewards", "next_observations") if key in found[0]]
-    ends = "terminals" if "terminals" in found[0] else "dones"
-    arrays: dict[str, list[Array]] = {key: [] for key in (*keys, "terminals", "timeouts")}
+    names = find_names(found[0], str(path))
+    names.pop("timeouts", None)
+    names.setdefault("terminals", "terminals")
+    arrays: dict[str, list[Array]] = {name: [] for name in (*names, "timeouts")}
     for number, one in enumerate(found):
         lengths = set()
-        for key in (*keys, ends):
+        for name, key in names.items():
             array = pickles.as_array(one.get(key))
             if array.ndim == 0 or array.dtype.kind not in "fiub":
                 raise InputError(f"{path}: {key} of trajectory {number} is not an array of numbers")
-            arrays["terminals" if key == ends else key].append(array)
+            arrays[name].append(array)
             lengths.add(len(array))
         if len(lengths) != 1 or 0 in lengths:
             raise InputError(

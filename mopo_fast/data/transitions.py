@@ -242,14 +242,14 @@ class Transitions:
     def episode_ends(self) -> torch.Tensor:
         """Return as bool [n] which rows are the last of their episode.
 
-        An episode ends at a terminal state, at a time-out, and at the last row. Where time-outs are not
-        known, it also ends where the start state changes (in a model rollout) or where the next row's
-        observation is not the successor.
+        An episode ends at a terminal state, at a time-out, where the next row's observation is not the
+        successor, and at the last row. In a model rollout it ends where the start state changes instead of
+        where the next row does not follow.
         """
         ends = self.terminals.clone()
         if self.timeouts is not None:
             ends |= self.timeouts
-        elif self.rollout_index is not None:
+        if self.rollout_index is not None:
             ends[:-1] |= self.rollout_index[1:] != self.rollout_index[:-1]
         else:
             ends |= self.breaks()

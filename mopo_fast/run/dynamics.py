@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from mopo_fast.backends import choose_for_run
-from mopo_fast.config import RunConfig, TrainConfig
+from mopo_fast.config import DynamicsConfig, RunConfig, TrainConfig
 from mopo_fast.data import Transitions
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.fit import fit_and_save, fit_checkpoint, read_fit
 from mopo_fast.run.checkpoint import last_checkpoint
-from mopo_fast.run.folder import as_json, first_difference
+from mopo_fast.run.folder import as_json, first_difference, with_defaults
 from mopo_fast.utils.atomic import read_json, write_json
 
 
@@ -49,7 +49,10 @@ def make_dynamics(config: RunConfig, out: Path, data: Transitions, data_digest: 
         )
     fit = read_fit(out)
     current = {"data_sha256": data_digest, "seed": config.seed, "config": as_json(config.dynamics)}
-    difference = first_difference({name: fit.get(name) for name in current}, current)
+    recorded = {name: fit.get(name) for name in current}
+    if isinstance(recorded["config"], dict):
+        recorded["config"] = with_defaults(recorded["config"], DynamicsConfig())
+    difference = first_difference(recorded, current)
     if difference:
         raise InputError(f"{out / 'fit.json'} was made with {difference}; choose another --out")
     # A run that was killed right after the fit has left its checkpoint.

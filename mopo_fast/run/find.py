@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mopo_fast.data import find_dataset
 from mopo_fast.errors import InputError
+from mopo_fast.tasks import resume_command
 from mopo_fast.utils.atomic import read_json_as
 
 REPORTED = ("config.json", "summary.json", "progress.csv", "fit.json")
@@ -32,6 +33,33 @@ def check_run(folder: str | os.PathLike[str], *, files: tuple[str, ...] = ("conf
         if len(files) > 1
         else f"{folder / files[0]} does not exist; give the folder of a run"
     )
+
+
+def holds_policy_alone(folder: str | os.PathLike[str], task: str | None) -> bool:
+    """Tell whether `folder` holds a policy without a run, as `mopo-fast convert` writes it.
+
+    Args:
+        folder: the folder.
+        task: task that the user named for the policy, or None.
+
+    Raises:
+        InputError: it does, and `task` is None, since only a run records its task.
+    """
+    folder = Path(folder)
+    if (folder / "config.json").is_file() or not (folder / "policy.json").is_file():
+        return False
+    if task is None:
+        raise InputError(f"{folder} holds a policy without a config.json, which names the task; give --task")
+    return True
+
+
+def check_policy(run: str | os.PathLike[str]) -> None:
+    """Raise `InputError` where a run has no policy yet, because it was stopped in the fit or first epoch."""
+    if not (Path(run) / "policy.json").is_file():
+        raise InputError(
+            f"the run in {run} has no policy yet, it was stopped before the end of its first epoch; continue"
+            f" it with `{resume_command(run)}`"
+        )
 
 
 @dataclass(frozen=True)

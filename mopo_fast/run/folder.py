@@ -17,9 +17,11 @@ from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
 from mopo_fast import __version__
-from mopo_fast.config import FitConfig, Penalty, PenaltyMembers, RunConfig, to_dict
+from mopo_fast.config import FitConfig, Penalty, PenaltyMembers, RunConfig, SACConfig, to_dict
+from mopo_fast.data import MEMORY_PREFIX
 from mopo_fast.errors import InputError
 from mopo_fast.evaluate import Evaluation
+from mopo_fast.tasks import resume_command
 from mopo_fast.utils.atomic import read_json_as, refuse_links, sweep, write_json
 from mopo_fast.utils.kinds import Count, Number, Seconds
 
@@ -163,11 +165,11 @@ def check_folder(out: Path, config: RunConfig, resume: bool) -> None:
     if not _holds_run(out):
         return
     if not resume:
-        raise InputError(
-            f"{out} already holds a run; continue it with `mopo-fast train --resume {out}`, or choose another"
-            " --out"
-        )
-    recorded, current = read_json_as(out / "config.json", dict[str, Any]), as_json(config)
+        raise InputError(f"{out} already holds a run; {_ways_on(out)}, or choose another folder (--out)")
+    # Version 0.1.0 had SAC in float32 alone, and did not record it.
+    defaults = RunConfig("", sac=SACConfig(dtype="float32"))
+    recorded = with_defaults(read_json_as(out / "config.json", dict[str, Any]), defaults)
+    current = as_json(config)
     for each in (recorded, current):
         # A run may go on from another directory. Digests of the data and of the ensemble are compared later.
         for name in ("dataset", "dynamics_from"):
@@ -176,9 +178,6 @@ def check_folder(out: Path, config: RunConfig, resume: bool) -> None:
     if recorded.get("task_sha256") is None and recorded.get("task") == current["task"]:
         # Early versions did not record the task file's digest.
         del current["task_sha256"]
-    if isinstance(recorded.get("sac"), dict):
-        # Version 0.1.0 had no other precision of SAC.
-        recorded["sac"].setdefault("dtype", "float32")
     if _is_longer(recorded, config):
         _check_longer(out, recorded["steps"], config)
         recorded["steps"] = config.steps
@@ -197,6 +196,32 @@ def check_folder(out: Path, config: RunConfig, resume: bool) -> None:
         raise InputError(
             f"{out} was made with {difference}; resume with the same settings, or choose another --out"
         )
+
+
+def _ways_on(out: Path) -> str:
+    """Say how the run in `out` is continued, in Python and, unless its data were in memory, by a command."""
+    in_python = "`train(config, out, resume=True)` in Python"
+    dataset = read_json_as(out / "config.json", dict[str, Any]).get("dataset")
+    if isinstance(dataset, str) and dataset.startswith(MEMORY_PREFIX):
+        return f"its data were in memory; continue it with {in_python}"
+    return f"continue it with `{resume_command(out)}`, or with {in_python}"
+
+
+def with_defaults(recorded: dict[str, Any], defaults: Any) -> dict[str, Any]:
+    """Return a recorded config with the default of every setting that it lacks.
+
+    An earlier version, which did not have the setting yet, did what its default does.
+
+    Args:
+        recorded: the config as JSON.
+        defaults: the config's dataclass with all defaults.
+    """
+    filled: dict[str, Any] = as_json(defaults) | recorded
+    for entry in dataclasses.fields(defaults):
+        part, value = getattr(defaults, entry.name), filled[entry.name]
+        if dataclasses.is_dataclass(part) and isinstance(value, dict):
+            filled[entry.name] = with_defaults(value, part)
+    return filled
 
 
 def _is_longer(recorded: dict[str, Any], config: RunConfig) -> bool:

@@ -3,21 +3,22 @@
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from mopo_fast.backends.cpu import isa
 from mopo_fast.backends.precision import dtypes_of
-from mopo_fast.config import DynamicsConfig, FitConfig, RunConfig, TrainConfig
+from mopo_fast.config import DynamicsConfig, FitConfig, RunConfig, SACConfig, TrainConfig
 from mopo_fast.data import Transitions, find_dataset
+from mopo_fast.data.episodes import find_episodes
 from mopo_fast.data.files import Reader, open_file
+from mopo_fast.data.summary import find_faults
 from mopo_fast.errors import InputError, printable
 from mopo_fast.fit import choose_backend
 from mopo_fast.run.checkpoint import last_checkpoint
 from mopo_fast.run.dynamics import training_backend
 from mopo_fast.run.resolve import FALLBACK, TUNED_BY, rollout_backend
-from mopo_fast.tasks import Task, parse_dataset_name
+from mopo_fast.tasks import Task, get_task, parse_dataset_name
 from mopo_fast.utils.machine import device_name, resolve_threads
 from mopo_fast.utils.progress import print_lines
 
@@ -48,28 +49,38 @@ def open_runs(
     if not quiet:
         _print(_describe_runs(configs, folders, task, data))
     warn_of_origins(given[0], configs[0])
+    warn_of_faults(data, task)
 
 
-def open_fit(config: FitConfig, data: Transitions, out: Path) -> None:
-    """Print what a fit without a training is about to do.
+def open_fit(config: FitConfig, data: Transitions, out: Path, *, quiet: bool) -> None:
+    """Print what a fit without a training is about to do, and warn of what is wrong with the data.
 
     Args:
         config: settings of the fit.
         data: its data.
         out: folder for the ensemble.
+        quiet: print no more than the warnings.
     """
+    if not quiet:
+        _print(_describe_whole_fit(config, data, out))
+    warn_of_faults(data, None if config.task is None else get_task(config.task))
+
+
+def _describe_whole_fit(config: FitConfig, data: Transitions, out: Path) -> dict[str, str]:
     dynamics, device = config.dynamics, config.device
     backend = choose_backend(config.backend, data.obs_dim, data.act_dim, dynamics, device)
-    _print(
-        {
-            **_describe_data(config.dataset, data),
-            "device": _describe_device(device, [backend], config.threads),
-            "fit": (
-                f"{_describe_fit(dynamics)}, seed {config.seed}, {dynamics.dtype} by the backend {backend}"
-            ),
-            "folder": str(out),
-        }
-    )
+    return {
+        **_describe_data(config.dataset, data),
+        "device": _describe_device(device, [backend], config.threads),
+        "fit": f"{_describe_fit(dynamics)}, seed {config.seed}, {dynamics.dtype} by the backend {backend}",
+        "folder": str(out),
+    }
+
+
+def warn_of_faults(data: Transitions, task: Task | None) -> None:
+    """Warn of what `find_faults` finds in the data of a run, one warning each."""
+    for fault in find_faults(data, task):
+        logger.warning("%s", fault)
 
 
 def warn_of_origins(given: TrainConfig, config: RunConfig) -> None:
@@ -155,7 +166,7 @@ def _describe_runs(
         "fit": fit,
         "rollouts": f"{config.rollout.batch_size:,} an epoch, {config.rollout.dtype} by {rollouts}",
         "SAC": f"{many}{config.steps:,} updates in {config.epochs:,} epochs, {config.sac.dtype}"
-        f" by {training}",
+        f" by {training}" + _describe_entropy(config, task),
         **_describe_precision(config),
         "seed": f"{', '.join(seeds)}{resuming}",
         "folder": ", ".join(map(str, folders)),
@@ -174,17 +185,25 @@ def _shorten(origin: str) -> str:
     return FALLBACK if origin.startswith(FALLBACK) else origin
 
 
+def _describe_entropy(config: RunConfig, task: Task) -> str:
+    """Say where the target entropy is the authors', but the task is another than theirs."""
+    entropy = config.sac.target_entropy
+    if entropy != SACConfig().target_entropy or "authors" in task.tuned or entropy == -task.act_dim:
+        return ""
+    return f"; target entropy {entropy:g}, the authors' for their tasks; act_dim would be -{task.act_dim}"
+
+
 def _describe_data(dataset: str, data: Transitions) -> dict[str, str]:
     rows = data.info.get("rows", len(data))
     dropped = "" if rows == len(data) else f" of {rows:,} rows"
-    episodes: dict[str, Any] | None = data.info.get("episodes")
+    if lost := data.info.get("terminals_left_out", 0):
+        dropped += f"; {lost:,} of those left out are terminal, since the data have no next_observations"
+    episodes = find_episodes(data)
     if episodes is None:
-        ended = "unknown, since the data do not say where they end"
+        ended = "none, the rows do not follow one another"
     else:
-        ended = (
-            f"{episodes['count']:,}, return {episodes['return_mean']:.1f} on average,"
-            f" {episodes['return_max']:.1f} at best"
-        )
+        returns = episodes.returns
+        ended = f"{len(returns):,}, return {returns.mean():.1f} on average, {returns.max():.1f} at best"
     return {"data set": dataset, "transitions": f"{len(data):,}{dropped}", "episodes": ended}
 
 

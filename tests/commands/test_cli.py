@@ -237,7 +237,30 @@ def test_an_unknown_flag_is_told_the_near_one(capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit) as stop:
         main(["train", "hopper-random-local", "--horizn", "3"])
     assert stop.value.code == 2
-    assert "--horizon" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--horizon" in error and "mopo-fast train --help" in error
+    # Other commands have this flag too.
+    assert len(error.splitlines()) < 12 and "rollout --help" not in error
+
+
+def test_no_command_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert main([]) == 2
+    assert capsys.readouterr().out == text
+
+
+def test_the_module_of_the_commands_runs_them() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mopo_fast.cli", "--version"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, f"mopo_fast {mopo_fast_package.__version__}\n")
+
+
+@pytest.mark.parametrize("words", [["--out", ""], ["--out="], ["--dynamics-from", "", "--quiet"]])
+def test_an_empty_value_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"the value after {words[0].rstrip('=')} is empty" in error_of(capsys, "train", "x.hdf5", *words)
 
 
 def test_collect_says_where(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -300,6 +323,44 @@ def test_evaluate_prints_a_line_or_json(run: Path, capsys: pytest.CaptureFixture
     assert f"return {values['return_mean']:.1f} " in capsys.readouterr().out
     assert main(["evaluate", str(run), "--episodes", "3", "--seed", "5", "--stochastic", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["returns"] != values["returns"]
+
+
+def test_a_converted_policy_is_evaluated(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, ours = str(tmp_path / "other"), str(tmp_path / "ours")
+    assert main(["convert", str(run), other, "--from", "mopo-fast", "--to", "offlinerl-kit"]) == 0
+    assert main(["convert", other, ours, "--from", "offlinerl-kit"]) == 0
+    (tmp_path / "task.py").write_text("from mopo_fast.tasks import TASKS\ntask = TASKS['hopper']\n")
+    for task in ("hopper", str(tmp_path / "task.py")):
+        capsys.readouterr()
+        assert main(["evaluate", ours, "--task", task, "--episodes", "2"]) == 0
+        assert capsys.readouterr().out.startswith("return ")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "name"),
+    [
+        ("minari:walkbot/random-v0", "walkbot-random-v0"),
+        ("minari:other/random-v0", "other-random-v0"),
+        ("minari:pen-v0.1", "pen-v0.1"),
+        ("hopper-medium-v2", "hopper-medium-v2"),
+        ("sets/mine.hdf5", "mine"),
+    ],
+)
+def test_runs_are_named_by_the_whole_data_set(
+    dataset: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Path] = []
+
+    def note(_: object, out: Path, **__: object) -> dict[str, object]:
+        found.append(out)
+        return {"return_mean": 0.0, "return_std": 0.0, "score_mean": None}
+
+    monkeypatch.setattr("mopo_fast.cli._check_settings", lambda _: None)
+    monkeypatch.setattr("mopo_fast.train.train", note)
+    assert main(["train", dataset, "--task", "hopper"]) == 0
+    assert found == [Path("runs", f"{name}-seed0")]
 
 
 def test_report_is_written_again(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -454,6 +515,14 @@ MISTAKES = {
     "no such device": (["train", "DATA", "--device", "abacus"], ["abacus"]),
     "no such ensemble": (["train", "DATA", "--dynamics-from", "nowhere"], ["nowhere"]),
     "no steps": (["train", "DATA", "--steps", "0"], ["steps", "0"]),
+    "steps without end": (["train", "DATA", "--steps", "1e30"], ["steps", "1,000,000,000,000", "1e+30"]),
+    "a policy without a task": (["evaluate", "POLICY"], ["holds a policy", "give --task"]),
+    "a policy of another task": (["evaluate", "POLICY", "--task", "ant"], ["Ant-v4 has 27 and 8"]),
+    "evaluate a run that has not begun": (
+        ["evaluate", "BEGUN"],
+        ["has no policy yet", "`mopo-fast train --resume"],
+    ),
+    "roll out a run that has not begun": (["rollout", "BEGUN", "--out", "OUT.npz"], ["has no policy yet"]),
     "no horizon": (["train", "DATA", "--horizon", "0"], ["horizon", "0"]),
     "a negative penalty": (["train", "DATA", "--penalty-coef", "-1"], ["penalty_coef", "-1"]),
     "negative workers": (["train", "DATA", "--evaluation.workers", "-1"], ["workers", "-1"]),
@@ -553,7 +622,12 @@ def test_a_mistake_is_one_line_that_names_it(
     fit.mkdir(exist_ok=True)
     (fit / "config.json").write_text('{"dataset": "hopper", "task": null}')
     names = {"DATA": dataset, "RUN": run, "JUNK": "junk.hdf5", "OUT": "out", "OUT.npz": "out.npz"}
-    names |= {"PARENT": run.parent, "DATA.csv": csv, "FIT": fit}
+    policy, begun = dataset.with_name("policy"), dataset.with_name("begun")
+    if not begun.exists():
+        Actor.load(run).save(policy)
+        begun.mkdir()
+        shutil.copy(run / "config.json", begun)
+    names |= {"PARENT": run.parent, "DATA.csv": csv, "FIT": fit, "POLICY": policy, "BEGUN": begun}
     arguments, words = MISTAKES[mistake]
     message = error_of(capsys, *(names.get(argument, argument) for argument in arguments))
     assert all(word in message for word in words), message

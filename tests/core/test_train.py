@@ -21,7 +21,7 @@ import pytest
 import torch
 from garbled import GONE, changes, check_json, check_tensors, expect, read_tensors
 from safetensors.torch import load_file, save_file
-from small_runs import CONFIG
+from small_runs import CONFIG, assert_same_results
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mopo_fast.collect import collect
@@ -178,7 +178,11 @@ class TestResume:
         assert list((run / "checkpoint").iterdir()) == [newest]
 
     def test_a_folder_with_a_run_needs_resume(self, finished: Path, config: TrainConfig) -> None:
-        with pytest.raises(InputError, match="already holds a run; continue it with `mopo-fast"):
+        ways = (
+            f"continue it with `mopo-fast train --resume {finished}`, or with `train(config, out,"
+            " resume=True)` in Python"
+        )
+        with pytest.raises(InputError, match=re.escape(f"already holds a run; {ways}")):
             train(config, finished, quiet=True)
 
     @pytest.mark.parametrize(
@@ -196,12 +200,18 @@ class TestResume:
         with pytest.raises(InputError, match=named):
             train(dataclasses.replace(config, **change), finished, resume=True, quiet=True)
 
-    def test_a_setting_that_the_run_did_not_have_is_refused(self, run: Path, config: TrainConfig) -> None:
-        written = json.loads((run / "config.json").read_text())
-        del written["sac"]["polyak"]
-        (run / "config.json").write_text(json.dumps(written))
-        with pytest.raises(InputError, match=r"sac.polyak = None, not 0.005"):
-            train(config, run, resume=True, quiet=True)
+    def test_a_setting_that_the_run_did_not_have_is_its_default(
+        self, run: Path, finished: Path, config: TrainConfig
+    ) -> None:
+        for name, part in (("config.json", "sac"), ("fit.json", "config")):
+            written = json.loads((run / name).read_text())
+            del written[part]["polyak" if part == "sac" else "improvement"]
+            (run / name).write_text(json.dumps(written))
+        other = dataclasses.replace(config, sac=dataclasses.replace(config.sac, polyak=0.01))
+        with pytest.raises(InputError, match=r"sac.polyak = 0.005, not 0.01"):
+            train(other, run, resume=True, quiet=True)
+        train(config, run, resume=True, quiet=True)
+        assert_same_results(run, finished)
 
     def test_a_run_begins_with_its_config(self, config: TrainConfig, tmp_path: Path) -> None:
         write_config(tmp_path, config)

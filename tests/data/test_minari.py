@@ -58,6 +58,20 @@ def replaced(name: str, value: Any) -> Callable[[h5py.File], None]:
     return change
 
 
+def test_an_object_is_a_data_set(folder: Path) -> None:
+    import minari as package
+
+    data, named = load_dataset(package.load_dataset("mine/hopper-v0")), load_dataset(NAME)
+    assert (data.name, data.info) == (named.name, named.info)
+    for name, array in named.arrays().items():
+        assert data.arrays()[name].equal(array)
+
+
+def test_its_file_is_recognised(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"main_data\.hdf5 is a file of Minari's; .* minari:ID"):
+        load_dataset(folder / "main_data.hdf5")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ import mopo_fast
 import mopo_fast.report
 from mopo_fast import Box, InputError, Task, TrainConfig
 from mopo_fast.bulk.plan import run_settings
-from mopo_fast.cli import main
+from mopo_fast.cli import _stopped, main
 from mopo_fast.config import DynamicsConfig, EvaluationConfig, RolloutConfig, SACConfig
 from mopo_fast.evaluate import Evaluator, evaluate_in_model
 from mopo_fast.rollout import RolloutEngine
@@ -299,6 +300,23 @@ def test_a_task_that_has_changed_is_not_trained_on(folder: Path) -> None:
     np.savez(folder / "hopper-x.npz", **np.load(folder / "cart.npz"))
     other, _ = resolve(TrainConfig("hopper-x.npz", **SMALL))
     assert other.task == "hopper"
+
+
+def test_the_way_to_go_on_names_the_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The printed command is the one that `train --resume` takes, whoever prints it."""
+    resolved, _ = resolve(TrainConfig("cart.npz", task="cart.py", **SMALL))
+    run = folder / "a run"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps(dataclasses.asdict(resolved)))
+    command = f"`mopo-fast train --resume '{run}' --task {folder / 'cart.py'}`"
+    assert _stopped(run) == f"stopped; {command} goes on"
+    for words in (["train", "cart.npz", "--task", "cart.py", "--out", str(run)], ["train", str(run)]):
+        assert main([*words, "--quiet"]) == 2
+        assert command in capsys.readouterr().err
+    assert _stopped(folder) == "stopped before anything was written; the same command begins anew"
+    words = shlex.split(command.strip("`"))[1:]
+    assert main([*words, "--backend", "none", "--quiet"]) == 2
+    assert "unknown backend" in capsys.readouterr().err
 
 
 def test_what_runs_is_what_was_read(tmp_path: Path) -> None:

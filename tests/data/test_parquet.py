@@ -91,6 +91,10 @@ def test_parquet_is_not_mapped(tmp_path: Path) -> None:
         (["x"] * ROWS, "actions is not an array"),
         ([{"a": 1}] * ROWS, "actions is not an array"),
         ([[]] * ROWS, r"actions must be \[n, dim\], got shape \(12, 0\)|actions is not an array"),
+        (
+            [1.0] * ROWS,
+            r"must be \[n, dim\], got shape \(12,\); in a Parquet file it is one column, with a list",
+        ),
         ([[1.0, float("nan")]] * ROWS, "actions is not a finite float32 number at row 0"),
     ],
 )

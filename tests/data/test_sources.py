@@ -5,12 +5,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
 from garbled import check_bytes
 
 from mopo_fast import InputError, Transitions, load_dataset
+from mopo_fast.data.convert import convert
 from mopo_fast.data.files import MAX_EPISODE_STEPS
 
 Arrays = dict[str, Any]
@@ -95,8 +97,63 @@ def test_neorl(tmp_path: Path) -> None:
 @pytest.mark.parametrize("index", [[1, 4], [0, 4, 4], [0, 99], [0.5]])
 def test_neorl_with_a_bad_index(index: list[float], tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", **{**neorl(trajectory(4), trajectory(3)), "index": np.array(index)})
-    with pytest.raises(InputError, match="is not a whole npz file"):
+    with pytest.raises(InputError, match="index must hold the first row of each trajectory"):
         load_dataset(tmp_path / "a.npz")
+
+
+NATURAL = [
+    ("obs", "actions", "rewards", "next_obs", "dones"),
+    ("obs", "action", "reward", "next_obs", "done"),
+    ("observations", "actions", "rewards", "next_observations", "terminations"),
+]
+OURS = ("observations", "actions", "rewards", "next_observations", "terminals")
+
+
+@pytest.mark.parametrize("names", NATURAL)
+def test_other_names(names: tuple[str, ...], tmp_path: Path) -> None:
+    """Files of every kind, and dictionaries, take the same names."""
+    arrays = joined(trajectory(4), trajectory(3, 10))
+    named = {theirs: arrays[ours] for theirs, ours in zip(names, OURS, strict=True)}
+    np.savez(tmp_path / "a.npz", **named)
+    with h5py.File(tmp_path / "a.hdf5", "w") as file:
+        for name, array in named.items():
+            file[name] = array
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps([named]))
+    for source in (named, *(tmp_path / f"a.{kind}" for kind in ("npz", "hdf5", "pkl"))):
+        assert_equal(load_dataset(source), arrays)
+    assert_equal(load_dataset(tmp_path / "a.hdf5", memory_map=True), arrays)
+    convert(str(tmp_path / "a.npz"), str(tmp_path / "b.npz"))
+    assert set(np.load(tmp_path / "b.npz")) == set(OURS)
+
+
+def test_done_at_a_time_out_is_no_terminal() -> None:
+    arrays = joined(trajectory(4), trajectory(3, 10))
+    cut = np.arange(7) == 3
+    named = {key: array for key, array in arrays.items() if key != "terminals"}
+    data = load_dataset(named | {"dones": arrays["terminals"], "truncations": cut})
+    assert_equal(data, arrays | {"terminals": arrays["terminals"] & ~cut, "timeouts": cut})
+
+
+def test_names_that_are_missing_or_not_clear(tmp_path: Path) -> None:
+    arrays = joined(trajectory(4))
+    named = {"obs": arrays["observations"], "next_obs": arrays["next_observations"], "a": arrays["actions"]}
+    np.savez(tmp_path / "a.npz", **named)
+    with pytest.raises(
+        InputError, match="lacks 'actions', it has a, next_obs, obs; name it 'actions' or 'ac"
+    ):
+        load_dataset(tmp_path / "a.npz")
+    with pytest.raises(InputError, match="both 'dones' and 'done'; name the one that is meant 'terminals'"):
+        load_dataset({**named, "done": arrays["terminals"], "dones": arrays["terminals"]})
+
+
+def test_lists_and_tensors() -> None:
+    arrays = joined(trajectory(4), trajectory(3, 10))
+    assert_equal(load_dataset({key: array.tolist() for key, array in arrays.items()}), arrays)
+    tensors: Arrays = {key: torch.from_numpy(array) for key, array in arrays.items()}
+    tensors["rewards"].requires_grad_()
+    assert_equal(load_dataset(tensors), arrays)
+    with pytest.raises(InputError, match="the data set: rewards is not an array"):
+        load_dataset({**arrays, "rewards": [[1.0], [2.0, 3.0]]})
 
 
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))

@@ -172,6 +172,15 @@ def test_a_rule_may_be_a_function() -> None:
 # --- as text and as a page
 
 
+@pytest.mark.parametrize("folder", [True, False])
+def test_returns_of_rollouts_are_penalised(folder: bool) -> None:
+    data = hopper()
+    if folder:
+        data.info["metadata"] = {"penalty_coef": 1.0}
+    text = to_text(summarise(data))
+    assert ("return        penalised: mean" in text) is ("rewards       penalised: mean" in text) is folder
+
+
 def test_the_text_fits_80_columns() -> None:
     data = hopper()
     data.observations *= -1.2345e-30

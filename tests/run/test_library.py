@@ -50,6 +50,21 @@ def policy(run: Path) -> bytes:
     return (run / "policy.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"on_epoch": 5}, "on_epoch must be a function of a row of progress.csv, got 5"),
+        ({"out": ""}, 'out is "", which would be the current folder'),
+    ],
+)
+def test_arguments_are_checked_before_the_fit(
+    arguments: dict[str, Any], message: str, data: Transitions, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        train(dataclasses.replace(CONFIG, dataset=data), **{"out": tmp_path / "run", **arguments}, quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
 class TestDataInMemory:
     def test_trains_as_from_the_file(self, from_file: Path, in_memory: Path) -> None:
         assert policy(in_memory) == policy(from_file)
@@ -63,6 +78,10 @@ class TestDataInMemory:
         assert len(config["data_sha256"]) == 64
         assert json.loads((in_memory / "summary.json").read_text())["dataset"] == config["dataset"]
         assert json.loads((from_file / "config.json").read_text())["data_sha256"] is None
+
+    def test_no_command_continues_it(self, data: Transitions, in_memory: Path) -> None:
+        with pytest.raises(InputError, match=r"were in memory; continue it with `train\(config, out, res"):
+            train(dataclasses.replace(CONFIG, dataset=data), in_memory, quiet=True)
 
     def test_a_dictionary_and_several_runs(self, data: Transitions, in_memory: Path, tmp_path: Path) -> None:
         arrays = {name: array.numpy() for name, array in data.arrays().items()}

@@ -12,15 +12,25 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 from pseudo_terminal import run_on_terminal
 
-from mopo_fast.config import RolloutConfig, RunConfig, TrainConfig
+from mopo_fast.config import RolloutConfig, RunConfig, SACConfig, TrainConfig
 from mopo_fast.data import load_dataset
+from mopo_fast.data.summary import summarise
+from mopo_fast.info import to_text
 from mopo_fast.presets import preset
-from mopo_fast.run.opening import open_runs, warn_of_origins
+from mopo_fast.run.opening import (
+    _describe_data,
+    _describe_runs,
+    open_runs,
+    warn_of_faults,
+    warn_of_origins,
+)
 from mopo_fast.run.resolve import resolve
+from mopo_fast.tasks import get_task
 from mopo_fast.train import progress_note
 
 TINY = [
@@ -223,21 +233,106 @@ def test_warnings(
         assert re.search(warned, message), message
 
 
-def test_episodes_of_data() -> None:
-    lists: dict[str, Any] = {
-        "observations": [[float(step)] for step in range(8)],
-        "actions": [[0.0]] * 8,
-        "rewards": [1.0, 1.0, 1.0, 5.0, 5.0, 2.0, 2.0, 9.0],
-        "terminals": [0, 0, 1, 0, 0, 0, 0, 0],
-        "timeouts": [0, 0, 0, 0, 1, 0, 1, 0],
-    }
-    arrays = {name: np.array(values) for name, values in lists.items()}
-    expected = {"count": 3, "return_mean": 17 / 3, "return_max": 10.0}
-    assert load_dataset(arrays).info["episodes"] == pytest.approx(expected)
-    arrays["next_observations"] = arrays["observations"]
-    assert load_dataset(arrays).info["episodes"] == pytest.approx(expected)
-    del arrays["timeouts"]
-    assert load_dataset(arrays).info["episodes"] is None
+@pytest.mark.parametrize(
+    "drop", [(), ("timeouts",), ("next_observations",), ("timeouts", "next_observations")]
+)
+def test_all_count_the_same_episodes(hopper_data: Path, drop: tuple[str, ...]) -> None:
+    """The opening, `info` and `describe` agree, whatever the data have."""
+    with h5py.File(hopper_data) as file:
+        names = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
+        arrays = {name: file[name][:] for name in names if name not in drop}
+    data = load_dataset(arrays)
+    summary, description = summarise(data, get_task("hopper")), data.describe()
+    assert summary.returns is not None
+    returns, ours = data.episode_returns(), description.spreads["episode return"]
+    assert summary.episodes == description.episodes == len(returns)
+    assert (summary.returns.mean, summary.returns.max) == pytest.approx((ours.mean, ours.max))
+    text = _describe_data("mine", data)["episodes"]
+    assert text == f"{len(returns)}, return {ours.mean:.1f} on average, {ours.max:.1f} at best"
+
+
+def faulty(fault: str, hopper_data: Path) -> dict[str, Any]:
+    with h5py.File(hopper_data) as file:
+        names = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
+        arrays = {name: file[name][:] for name in names}
+    if fault == "noterm":
+        arrays["terminals"][:] = False
+    elif fault == "minimum":
+        del arrays["next_observations"], arrays["timeouts"]
+    elif fault == "shuffled":
+        order = np.random.default_rng(0).permutation(len(arrays["rewards"]))
+        return {name: array[order] for name, array in arrays.items()}
+    elif fault != "none":
+        shift = 1 if fault == "late" else -1
+        arrays["next_observations"] = np.roll(arrays["next_observations"], shift, axis=0)
+    return arrays
+
+
+@pytest.mark.parametrize(
+    ("fault", "episodes", "told"),
+    [
+        ("none", r"\d+, return", None),
+        ("late", "none, the rows do not follow", "next observation is its own .* shifted by one row. Store"),
+        ("early", "none, the rows do not follow", "is the observation two rows later: .* shifted by one row"),
+        ("shuffled", "none, the rows do not follow", "shuffled or hold single .* check that all arrays have"),
+        ("noterm", r"\d+, return", r"\d+ rows are not terminal, but the rule .* hopper ends .* Correct the"),
+        ("minimum", r"\d+, return", r"\d+ terminal rows were left out, because .* add next_observations to"),
+    ],
+)
+def test_faults_of_the_data(
+    fault: str, episodes: str, told: str | None, hopper_data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Training says once what `info` finds, if it changes the training."""
+    data, task = load_dataset(faulty(fault, hopper_data)), get_task("hopper")
+    assert re.match(episodes, _describe_data("mine", data)["episodes"])
+    with caplog.at_level(logging.WARNING, "mopo_fast"):
+        warn_of_faults(data, task)
+    oddities = summarise(data, task).oddities
+    assert set(caplog.messages) <= set(oddities)
+    if told is None:
+        assert not caplog.messages
+    else:
+        (message,) = caplog.messages
+        assert re.search(told, message), message
+
+
+def test_terminals_that_are_left_out_are_counted(hopper_data: Path) -> None:
+    data = load_dataset(faulty("minimum", hopper_data))
+    with h5py.File(hopper_data) as file:
+        ended = int(file["terminals"][:].sum())
+    lost = f"{ended} of those left out are terminal, since the data have no next_observations"
+    assert _describe_data("mine", data)["transitions"].endswith(f" of 600 rows; {lost}")
+    assert f"terminals     none; {ended} more were left out" in to_text(summarise(data))
+
+
+@pytest.mark.parametrize("command", ["fit", "train"])
+def test_commands_warn_of_faults(
+    command: str, hopper_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mopo_fast.cli import main
+
+    np.savez(tmp_path / "hopper-mine.npz", **faulty("late", hopper_data))
+    words = [command, str(tmp_path / "hopper-mine.npz"), "--out", str(tmp_path / "run"), "--quiet"]
+    more = TINY[:9] if command == "fit" else [*TINY, "--horizon", "1", "--penalty-coef", "1"]
+    assert main([*words, *more]) == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1 and "shifted by one row" in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("task", "sac", "told"),
+    [
+        ("ant", SACConfig(), "; target entropy -3, the authors' for their tasks; act_dim would be -8"),
+        ("ant", SACConfig(target_entropy="act_dim"), ""),
+        ("hopper", SACConfig(), ""),
+    ],
+)
+def test_the_target_entropy_of_other_tasks(
+    task: str, sac: SACConfig, told: str, hopper_data: Path, tmp_path: Path
+) -> None:
+    config, found = resolve(TrainConfig(f"{task}-medium-v2", sac=sac))
+    line = _describe_runs([config], [tmp_path], found, load_dataset(hopper_data))["SAC"]
+    assert line.partition(", float32 by the backend ")[2].partition(";")[1:] == (told[:1], told[1:])
 
 
 def test_the_return_stands_where_there_is_no_score() -> None:

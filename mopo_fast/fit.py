@@ -23,7 +23,6 @@ from typing_extensions import TypedDict
 
 from mopo_fast import backends
 from mopo_fast.backends import checked
-from mopo_fast.backends.cpu import isa_of
 from mopo_fast.backends.interface import FitSteps, Need, Parameter
 from mopo_fast.config import DynamicsConfig, to_dict
 from mopo_fast.data.transitions import Transitions
@@ -800,7 +799,7 @@ def finish_and_save(
         "config": to_dict(config),
         "device": str(fit.inputs.device),
         "backend": fit.backend,
-        "isa": isa_of(fit.backend),
+        "isa": backends.isa_of(fit.backend),
         "threads": fit.threads,
         "epochs": len(history),
         "seconds": sum(epoch.seconds for epoch in history),

@@ -16,7 +16,7 @@ from typing import Any, Self, cast
 
 import torch
 
-from mopo_fast.backends.cpu import isa_of
+from mopo_fast import backends
 from mopo_fast.backends.philox import BATCH_STREAM, random_choice
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import RunConfig, TrainConfig
@@ -273,17 +273,18 @@ class Training:
             self.log.evaluation,
             self.rollouts,
             [(pending.row, pending.policy is not None) for pending in self.log.pending],
-            {
-                "rollout": self.engine.backend,
-                "sac": self.sac.backend,
-                "isa": isa_of(self.engine.backend) or isa_of(self.sac.backend),
-            },
+            self._backends(),
             self.data_sha256,
             self.dynamics_sha256,
         )
         tensors = {f"policy.{epoch}": policy for epoch, policy in self.policies.items()}
         tensors |= {f"evaluated.{one.row['epoch']}": one.policy or {} for one in self.log.pending}
         checkpoint.save_checkpoint(self.out, state, {"sac": self.sac.state(), **tensors})
+
+    def _backends(self) -> checkpoint.Backends:
+        names = checkpoint.Backends(rollout=self.engine.backend, sac=self.sac.backend)
+        isa = backends.isa_of(names["rollout"]) or backends.isa_of(names["sac"])
+        return names if isa is None else {**names, "isa": isa}
 
     def finish(self, together: int = 1) -> None:
         """Wait for all evaluations and write summary.json.
@@ -302,7 +303,7 @@ class Training:
             epochs=self.epoch,
             seconds={"fit": self.fit_seconds, **self.clock.seconds, "total": self.clock.elapsed()},
             backend=self.engine.backend,
-            isa=isa_of(self.engine.backend),
+            isa=backends.isa_of(self.engine.backend),
             threads=self.engine.threads,
             runs_together=together,
             transitions=len(self.data),

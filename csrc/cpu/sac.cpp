@@ -119,7 +119,7 @@ class SacState {
                                       rounded(i % hidden), kernels_));
       return factors.data();
     };
-    // Of these no weight's gradient is taken.
+    // No weight's gradient is taken of these.
     const auto without_across = [](std::vector<Factor>& factors) {
       for (Factor& factor : factors) factor.across = {};
     };

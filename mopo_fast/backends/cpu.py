@@ -83,11 +83,6 @@ def isa() -> str:
     return wanted or isas()[0]
 
 
-def isa_of(backend: str) -> str | None:
-    """Return the instruction set in use if `backend` is the CPU's kernels, else None."""
-    return isa() if backend == CpuBackend.name else None
-
-
 def bfloat16_gain() -> float:
     """Return how many times as fast as float32's the multiply-adds of bfloat16 are on one core; 0 without.
 

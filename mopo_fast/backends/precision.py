@@ -12,6 +12,7 @@ from mopo_fast.backends.choose import choose, choose_for_run
 from mopo_fast.backends.interface import Need
 from mopo_fast.config import MatmulPrecision, RolloutDtype, TrainingDtype
 from mopo_fast.errors import InputError
+from mopo_fast.utils.machine import check_device
 
 # bfloat16 is taken where its multiply-adds are this many times as fast: conversions cost some time.
 _WORTHWHILE = 1.3
@@ -41,8 +42,9 @@ def dtypes_of(precision: MatmulPrecision, device: torch.device | str, backend: s
         backend: name of the run's backend, as `choose` takes it.
 
     Raises:
-        InputError: the backend cannot serve at all.
+        InputError: the device cannot be used, or the backend cannot serve at all.
     """
+    check_device(device)
     device = torch.device(device)
     if precision == "highest":
         return Dtypes()

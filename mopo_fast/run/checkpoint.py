@@ -55,8 +55,8 @@ class Backends(TypedDict):
 
     rollout: str
     sac: str
-    # The instruction set of the CPU's kernels, and None where others made the run. Early versions lack it.
-    isa: NotRequired[str | None]
+    # The instruction set, if the CPU's kernels are used. Version 0.1.0 did not record it.
+    isa: NotRequired[str]
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,7 @@ def test_names_of_precisions() -> None:
 def test_on_a_gpu_rollouts_alone_are_less_precise(
     name: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(precision, "check_device", lambda device: None)
     monkeypatch.setattr(precision, "choose", lambda name, need: "triton")
     why = "the kernels for cuda train in float32"
     assert dtypes_of(name, "cuda") == Dtypes("float32", dtype, why)

@@ -89,20 +89,23 @@ int64_t widest(const RolloutArgs& args) {
 
 void lay_out(Arena& arena, const RolloutArgs& args, int64_t tile, int64_t rows, RolloutWorkspace& ws) {
   const int64_t dims = args.obs_dim + 1;
+  const bool one_member = computes_one_member(args);
+  const int64_t in_tiles = one_member ? tile : rows, members = one_member ? 1 : args.dynamics.networks;
   // The policy's outputs lie in the predictions' memory before these are made.
-  const int64_t heads = std::max(round_up(2 * dims, kWidthMultiple) * args.dynamics.networks,
-                                 round_up(2 * args.act_dim, kWidthMultiple));
+  const int64_t heads =
+      std::max(round_up(2 * dims, kWidthMultiple) * members, round_up(2 * args.act_dim, kWidthMultiple));
   const int64_t width = widest(args);
-  arena.take(ws.observations, rows * args.obs_dim);
-  arena.take(ws.actions, rows * args.act_dim);
-  arena.take(ws.inputs, rows * (args.obs_dim + args.act_dim));
-  arena.take(ws.predictions, rows * heads);
+  arena.take(ws.observations, in_tiles * args.obs_dim);
+  arena.take(ws.actions, in_tiles * args.act_dim);
+  arena.take(ws.inputs, in_tiles * (args.obs_dim + args.act_dim));
+  arena.take(ws.predictions, in_tiles * heads);
   arena.take(ws.noise, round_up(std::max(dims, args.act_dim), 4) * tile);
   arena.take(ws.layer_in, width * tile);
   arena.take(ws.layer_out, width * tile);
   arena.take(ws.alive, rows);
   arena.take(ws.survivors, rows);
-  arena.take(ws.drawn, tile);
+  arena.take(ws.drawn, one_member ? rows : 0);
+  arena.take(ws.group_end, args.dynamics.networks + 1);
 }
 
 void lay_out(Arena& arena, const RolloutArgs& args, int64_t rows, ChunkOutput& output) {
@@ -114,7 +117,7 @@ void lay_out(Arena& arena, const RolloutArgs& args, int64_t rows, ChunkOutput& o
   arena.take(output.next_observations, output_rows * args.obs_dim);
   arena.take(output.terminals, output_rows);
   arena.take(output.raw_rewards, output_rows);
-  arena.take(output.penalties, output_rows);
+  arena.take(output.penalties, args.penalties ? output_rows : 0);
   arena.take(output.members, output_rows);
   arena.take(output.rollout_index, output_rows);
   arena.take(output.step, output_rows);
@@ -131,25 +134,32 @@ void allocate(Arena& arena, Memory& memory, const Sizes&... sizes) {
 constexpr int64_t kChunkBytes = int64_t{2}
                                 << 20;  // of predictions and output: about a core's second-level cache
 
-// Bytes of predictions and output for each rollout.
+// Bytes of output for each rollout, and of predictions where they are kept for a whole chunk.
 int64_t row_bytes(const RolloutArgs& args) {
-  return static_cast<int64_t>(sizeof(float)) * (2 * (args.obs_dim + 1) * args.dynamics.networks +
-                                                args.horizon * (2 * args.obs_dim + args.act_dim + 8));
+  const int64_t members = computes_one_member(args) ? 0 : args.dynamics.networks;
+  return static_cast<int64_t>(sizeof(float)) *
+         (2 * (args.obs_dim + 1) * members + args.horizon * (2 * args.obs_dim + args.act_dim + 8));
 }
 
 // Rollouts in a chunk: many, so that a member's weights are seldom read from memory; few, so that a chunk's
-// predictions and output stay in cache.
+// predictions and output stay in cache. Where only the drawn member computes a row, a chunk has about twenty
+// tiles for each elite, so that most of them are full; its output alone is large, and need not stay in cache.
 int64_t chunk_rows(const RolloutArgs& args, int64_t tile) {
-  constexpr int64_t kMostRows = 480;
+  constexpr int64_t kMostRows = 480, kTilesOfMember = 20, kGroupedBytes = int64_t{64} << 20;
+  const bool one_member = computes_one_member(args);
+  const int64_t most = one_member ? args.num_elites * kTilesOfMember * tile : kMostRows;
+  const int64_t bytes = one_member ? kGroupedBytes : kChunkBytes;
   const int64_t fair = (args.batch + args.threads - 1) / args.threads;
-  const int64_t rows = std::min({kMostRows, kChunkBytes / row_bytes(args), round_up(fair, tile)});
-  return std::max(tile, rows / tile * tile);
+  const int64_t limit = std::max(tile, std::min(most, bytes / row_bytes(args)) / tile * tile);
+  // Chunks of one size: few large ones must keep every thread busy to the end.
+  const int64_t chunks = (fair + limit - 1) / limit;
+  return round_up((fair + chunks - 1) / chunks, tile);
 }
 
 // Chunks' outputs held in memory for each thread: the one it makes, and those that wait for their places.
-// Only one where long rollouts exceed kChunkBytes.
-int chunks_held(const RolloutArgs& args, int64_t rows) {
-  return rows * row_bytes(args) <= kChunkBytes ? 4 : 1;
+// Only one where they are large.
+int64_t chunks_held(const RolloutArgs& args, int64_t rows) {
+  return std::clamp<int64_t>(4 * kChunkBytes / (rows * row_bytes(args)), 1, 4);
 }
 
 // Copies `rows` rows, from row `from` on, into the ring at row `to`.
@@ -172,7 +182,7 @@ void copy_rows(const RolloutArgs& args, const ChunkOutput& output, int64_t from,
     copy(output.next_observations, args.out.next_observations, args.obs_dim);
     copy(output.terminals, args.out.terminals, 1);
     copy(output.raw_rewards, args.out.raw_rewards, 1);
-    copy(output.penalties, args.out.penalties, 1);
+    if (args.penalties) copy(output.penalties, args.out.penalties, 1);
     copy(output.members, args.out.members, 1);
     copy(output.rollout_index, args.out.rollout_index, 1);
     copy(output.step, args.out.step, 1);

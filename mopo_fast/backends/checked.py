@@ -39,6 +39,8 @@ def step(backend: Backend, call: StepCall) -> StepResult:
     layout, _, act_dim = _check_call(backend, call)
     layout.check("actions", call.actions, len(call.observations), act_dim)
     check_range("step", call.step, 0, 2**32)
+    if call.dynamics.penalty_coef and not call.penalties:
+        raise InputError(f"penalty_coef={call.dynamics.penalty_coef:g} needs penalties=True")
     return backend.step(call)
 
 

@@ -11,7 +11,6 @@ import torch
 from typing_extensions import override
 
 from mopo_fast.backends.interface import (
-    STEP_ARRAYS,
     Backend,
     BackendStatus,
     Destination,
@@ -123,6 +122,7 @@ def _launch(
         carry=carry.data_ptr(),
         policy=_network(policy.weights, policy.biases, policy.activation) if policy else _NO_POLICY,
         actions=address(actions),
+        penalties=call.penalties,
         bfloat16=call.settings.operands == "bfloat16",
         keep_every_row=policy is None,
         out=out.addresses(),
@@ -162,8 +162,8 @@ class CpuBackend(Backend):
     @override
     def step(self, call: StepCall) -> StepResult:
         batch, obs_dim = call.observations.shape
-        arrays = {}
-        for name in STEP_ARRAYS:
+        arrays: dict[str, torch.Tensor] = {}
+        for name in call.arrays:
             row, dtype = array_layout(name, obs_dim, call.actions.shape[1], torch.float32)
             # Without torch's default type and device, which a user may have changed.
             arrays[name] = call.observations.new_empty(batch, *row, dtype=dtype)

@@ -79,7 +79,7 @@ class PolicyArrays:
     log_std_max: float
 
 
-# The arrays of a `StepResult` that every step returns.
+# The arrays of a `StepResult` that every step returns, but for penalties that nobody asks for.
 STEP_ARRAYS = ("next_observations", "rewards", "terminals", "raw_rewards", "penalties", "members")
 
 # The array type of a library, torch by default.
@@ -95,8 +95,8 @@ class StepResult(Generic[A]):
         rewards: [batch], raw_rewards - penalty_coef * penalties.
         terminals: bool [batch], True outside the termination box and where the prediction is not finite.
         raw_rewards: [batch], as sampled from the drawn member.
-        penalties: [batch], u(s, a).
         members: int32 [batch], the member drawn; -1 where the ensemble's mean was taken.
+        penalties: [batch], u(s, a); None where they were not computed, see `RolloutEngine`.
         mean: [members, batch, obs_dim + 1], each member's mean of (delta obs, reward); None unless the call
             asked for `distributions`.
         std: [members, batch, obs_dim + 1], each member's standard deviation of it; None likewise.
@@ -106,8 +106,8 @@ class StepResult(Generic[A]):
     rewards: A
     terminals: A
     raw_rewards: A
-    penalties: A
     members: A
+    penalties: A | None = None
     mean: A | None = None
     std: A | None = None
 
@@ -165,6 +165,7 @@ class StepCall:
         actions: [batch, act_dim].
         step: number of the step for the random numbers.
         distributions: return every member's mean and std too.
+        penalties: return the penalties too; must be True where `dynamics.penalty_coef` is not 0.
     """
 
     dynamics: DynamicsArrays
@@ -174,8 +175,14 @@ class StepCall:
     actions: torch.Tensor
     step: int
     distributions: bool
+    penalties: bool = True
     policy: ClassVar[None] = None
     horizon: ClassVar[int] = 1
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """Names of the arrays to return, those of `STEP_ARRAYS` without penalties that nobody asks for."""
+        return tuple(name for name in STEP_ARRAYS if self.penalties or name != "penalties")
 
     def empty_distributions(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Allocate the mean and std of a `StepResult`; (None, None) where they are not asked for."""
@@ -208,6 +215,11 @@ class RolloutCall:
     horizon: int
     out: Destination
     step: ClassVar[int] = 0
+
+    @property
+    def penalties(self) -> bool:
+        """Whether the penalties are read: for the rewards, or by the ring."""
+        return self.dynamics.penalty_coef != 0.0 or self.out.arrays.get("penalties") is not None
 
 
 def address(tensor: torch.Tensor | None) -> int:

@@ -8,8 +8,10 @@ it is made of, and a batch may be split in any way.
 import dataclasses
 import functools
 import logging
+import math
+import operator
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 
@@ -57,6 +59,25 @@ def _untraced(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _
     return call
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Kept:
+    """An ensemble's arrays, and what tells whether it has changed since they were read.
+
+    Attributes:
+        options: settings that the arrays depend on.
+        stamps: (address, version, shape, strides) of each source.
+        sources: the ensemble's tensors.
+        held: aliases of them, so that no other memory can have their addresses.
+        arrays: the arrays.
+    """
+
+    options: tuple[Any, ...]
+    stamps: list[tuple[Any, ...]]
+    sources: tuple[torch.Tensor, ...]
+    held: list[torch.Tensor]
+    arrays: DynamicsArrays
+
+
 class RolloutEngine:
     """Rolls out a policy in an ensemble and penalises every reward by the model's uncertainty.
 
@@ -66,7 +87,10 @@ class RolloutEngine:
     any case.
 
     Args:
-        ensemble: the dynamics. It is read at every call, so it may change in between.
+        ensemble: the dynamics. It may change between calls: PyTorch's in-place operations, this package's
+            training, `load_state_dict`, `to`, and another tensor in place of a parameter are all noticed.
+            Writes that PyTorch does not count, through `.data`, a NumPy view, another process or a fused
+            optimiser of `torch.optim`, may go unnoticed: call `refresh` after them.
         penalty: the uncertainty u(s, a), one of `mopo_fast.config.PENALTIES`.
         penalty_coef: lambda >= 0. Rewards are raw_rewards - penalty_coef * penalties.
         termination: the name of a rule in `mopo_fast.tasks.BOXES` or of a task in `mopo_fast.tasks.TASKS`, a
@@ -144,6 +168,7 @@ class RolloutEngine:
                 f" {ensemble.obs_dim}"
             )
         ensemble.check_elites()
+        self._kept: _Kept | None = None
         self._low = torch.tensor(box.low, dtype=self.dtype, device=self.device)
         self._high = torch.tensor(box.high, dtype=self.dtype, device=self.device)
 
@@ -156,6 +181,14 @@ class RolloutEngine:
             f" termination={rule!r}, backend={self.backend!r}, dtype={self.operands!r},"
             f" threads={self.threads}, penalty_members={self.penalty_members!r}, penalties={self.penalties})"
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy, in this process or another, reads the ensemble itself.
+        return self.__dict__ | {"_kept": None}
+
+    def refresh(self) -> None:
+        """Read the ensemble again at the next call, also where no change of it was noticed."""
+        self._kept = None
 
     @_untraced
     def step(
@@ -219,6 +252,8 @@ class RolloutEngine:
             successors = make(result.next_observations)
             ended = self.termination_function(observations, actions, successors)
             result.terminals.logical_or_(self._checked_flags(ended, len(start)))
+        if isinstance(observations, torch.Tensor):
+            return cast(StepResult[A], result)
         made: StepResult[A] = map_tensors(make, result)
         return made
 
@@ -409,6 +444,34 @@ class RolloutEngine:
         return flags.reshape(-1)
 
     def _dynamics(self) -> DynamicsArrays:
+        """Return the ensemble's arrays: the same object as long as nothing has changed."""
+        ensemble, kept = self.ensemble, self._kept
+        sources: tuple[Any, ...] = (
+            # Their dictionaries, since reading attributes of modules takes a tenth of a step of one row.
+            *(*ensemble.weights._parameters.values(), *ensemble.biases._parameters.values()),
+            *(*ensemble._parameters.values(), *ensemble._buffers.values(), self._low, self._high),
+        )
+        options: tuple[Any, ...] = (self.penalty, self.penalty_coef, self.penalty_members)
+        options += (ensemble.activation, ensemble.log_scale)
+        try:
+            stamps = [(one.data_ptr(), one._version, one.shape, one.stride()) for one in sources]
+        except RuntimeError:
+            # Inference tensors have no version.
+            return self._read_dynamics()
+        if (
+            kept is not None
+            and (kept.options, kept.stamps) == (options, stamps)
+            and all(map(operator.is_, kept.sources, sources))
+        ):
+            return kept.arrays
+        arrays = self._read_dynamics()
+        layers = zip((*arrays.weights, *arrays.biases), sources, strict=False)
+        # CUDA graphs do not count their writes, and a converted copy would not follow them.
+        if self.device.type == "cpu" and all(array.data_ptr() == one.data_ptr() for array, one in layers):
+            self._kept = _Kept(options, stamps, sources, [one.detach() for one in sources], arrays)
+        return arrays
+
+    def _read_dynamics(self) -> DynamicsArrays:
         ensemble = self.ensemble
         everyone = torch.arange(ensemble.members, device=self.device)
         # A copy, since member numbers that were checked must not change before the kernel reads them.
@@ -456,7 +519,8 @@ class RolloutEngine:
         if array.device != self.device:
             raise InputError(f"{name} must be on the ensemble's {self.device}, got {array.device}")
         array = array.detach().to(self.dtype).contiguous()
-        if not bool(torch.isfinite(array).all()):
+        # The sum of numbers that are not all finite is not finite, and takes less time than to look at each.
+        if not math.isfinite(array.sum().item()) and not bool(torch.isfinite(array).all()):
             row = int((~torch.isfinite(array)).nonzero()[0, 0])
             raise InputError(f"{name} is not finite at row {row}")
         return array

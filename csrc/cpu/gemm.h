@@ -95,6 +95,49 @@ MOPO_INLINE void layer_tile(const float* in, int64_t depth, const float* weight,
     layer_vectors<Operand, 1>(in, depth, weight, bias, width, write);
 }
 
+// Rows up to which a layer in float32 has its outputs in the lanes of a vector, not the rows.
+constexpr int64_t kFewRows = 4;
+
+// kBlocks blocks of outputs of one row: sum_k in[k] weight[k][n] + bias[n]. The order of a sum is that of
+// layer_vectors, so that the result is the same to the bit.
+template <int kBlocks>
+MOPO_INLINE void row_blocks(const float* in, int64_t depth, const float* weight, const float* bias,
+                            float* out) {
+  typedef float vb __attribute__((vector_size(kBlock * 4), may_alias, aligned(16)));
+  vb sum[kBlocks] = {};
+  const int64_t apart = depth * kBlock;
+  for (int64_t k = 0; k < depth; ++k) {
+    const vb x = in[k] - vb{};
+#pragma GCC unroll 8
+    for (int b = 0; b < kBlocks; ++b)
+      sum[b] = sum[b] + x * *reinterpret_cast<const vb*>(weight + b * apart + k * kBlock);
+  }
+#pragma GCC unroll 8
+  for (int b = 0; b < kBlocks; ++b)
+    *reinterpret_cast<vb*>(out + b * kBlock) = sum[b] + *reinterpret_cast<const vb*>(bias + b * kBlock);
+}
+
+// A layer on `rows` rows that lie `stride` floats apart, in float32. So many blocks of outputs at a time that
+// their sums do not wait for one another; their weights stay in the first-level cache for all rows.
+static void layer_rows(const float* in, int64_t rows, int64_t stride, int64_t depth, const float* weight,
+                       const float* bias, int64_t width, float* out) {
+  constexpr int64_t kTogether = 8;
+  for (int64_t n = 0; n < width; n += kTogether * kBlock)
+    for (int64_t row = 0; row < rows; ++row) {
+      const float *x = in + row * stride, *w = weight + n * depth;
+      float* y = out + row * stride + n;
+      int64_t m = 0;
+      const auto take = [&]<int kBlocks>() {
+        for (; m < kTogether * kBlock && n + m + (kBlocks - 1) * kBlock < width; m += kBlocks * kBlock)
+          row_blocks<kBlocks>(x, depth, w + m * depth, bias + n + m, y + m);
+      };
+      take.template operator()<kTogether>();
+      take.template operator()<4>();
+      take.template operator()<2>();
+      take.template operator()<1>();
+    }
+}
+
 #ifdef MOPO_AMX
 // layer_tile on AMX: 32 outputs of 32 rows at a time, in four tiles of 16 x 16. Among the tile instructions,
 // write() takes the 32 outputs before.

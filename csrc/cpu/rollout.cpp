@@ -1,7 +1,6 @@
-// A rollout call: packs the networks, deals chunks of rollouts out to threads and puts their results into the
+// A rollout call: packs the policy, deals chunks of rollouts out to threads and puts their results into the
 // output in order.
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <condition_variable>
 #include <mutex>
@@ -10,74 +9,11 @@
 
 #include "arena.h"
 #include "calls.h"
+#include "packed.h"
 #include "pool.h"
 
 namespace mopo {
 namespace {
-
-// Rounds to nearest, ties to even; a NaN stays a NaN.
-uint32_t round_to_bfloat16(float x) {
-  if (x != x) return 0x7fc0;
-  const uint32_t bits = std::bit_cast<uint32_t>(x);
-  return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
-
-// A network in the layout of PackedNetwork, in memory of its own.
-class Packed {
- public:
-  Packed(const Network& network, const Packing& packing)
-      : network_(network), packing_(packing), offset_(network.depth) {
-    int64_t stride = 0;
-    for (int64_t l = 0; l < network.depth; ++l) {
-      offset_[l] = stride;
-      stride += (words(l) + 1) * width(l);
-    }
-    float* data = nullptr;
-    arena_.take(data, stride * network.networks);
-    arena_.allocate_zeroed();
-    arena_.take(data, stride * network.networks);
-    for (int64_t member = 0; member < network.networks; ++member)
-      for (int64_t l = 0; l < network.depth; ++l) pack(member, l, data + member * stride + offset_[l]);
-    view_ = {data, stride, offset_.data()};
-  }
-
-  const PackedNetwork& view() const { return view_; }
-
- private:
-  int64_t width(int64_t l) const { return round_up(network_.layers[l].out, packing_.outputs); }
-  int64_t words(int64_t l) const {
-    return round_up((network_.layers[l].in + packing_.terms - 1) / packing_.terms, packing_.words);
-  }
-
-  void pack(int64_t member, int64_t l, float* to) const {
-    const NetworkLayer& layer = network_.layers[l];
-    const float* weight = layer.weight + member * layer.in * layer.out;
-    const int64_t outputs = packing_.outputs, together = packing_.words;
-    for (int64_t k = 0, word = 0; k < layer.in; k += packing_.terms, ++word)
-      for (int64_t n = 0; n < layer.out; n += outputs) {
-        const int64_t group = n / outputs * (words(l) / together) + word / together;
-        float* target = to + group * outputs * together + word % together;
-        const float* first = weight + k * layer.out + n;
-        const int64_t count = std::min(outputs, layer.out - n);
-        if (packing_.terms == 1)
-          for (int64_t j = 0; j < count; ++j) target[j * together] = first[j];
-        else
-          for (int64_t j = 0; j < count; ++j)
-            target[j * together] = pair(first[j], k + 1 < layer.in ? first[layer.out + j] : 0.0f);
-      }
-    std::copy_n(layer.bias + member * layer.out, layer.out, to + words(l) * width(l));
-  }
-
-  static float pair(float first, float second) {
-    return std::bit_cast<float>(round_to_bfloat16(first) | round_to_bfloat16(second) << 16);
-  }
-
-  const Network& network_;
-  const Packing packing_;
-  std::vector<int64_t> offset_;
-  Arena arena_;
-  PackedNetwork view_{};
-};
 
 // Width of the widest layer, or of an input: the next observations pass through the same memory.
 int64_t widest(const RolloutArgs& args) {
@@ -285,9 +221,10 @@ class ChunkOrder {
 
 bool interrupted(const RolloutPlan& plan) noexcept { return plan.interrupt->requested(); }
 
-RolloutCounts rollout(const RolloutArgs& args, const Kernels& kernels, Interrupt& interrupt) {
+RolloutCounts rollout(const RolloutArgs& args, const Packed& dynamics, const Kernels& kernels,
+                      Interrupt& interrupt) {
   const Packing& packing = args.bfloat16 ? kernels.bfloat16 : kernels.float32;
-  const Packed dynamics(args.dynamics, packing), policy(args.policy, packing);
+  const Packed policy(args.policy, packing);
   std::vector<float> inverse_std, exp_minus_max, exp_min;
   for (int64_t d = 0; d < args.obs_dim + args.act_dim; ++d) inverse_std.push_back(1.0f / args.input_std[d]);
   for (int64_t i = 0; i < args.dynamics.networks * (args.obs_dim + 1); ++i) {

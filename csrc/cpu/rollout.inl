@@ -40,19 +40,56 @@ static void network_tile(const Network& network, const PackedNetwork& packed, in
       [&](int64_t n, int v, vf(&outputs)[kBlock]) { write_floats<Operand>(out, n, v, outputs); });
 }
 
+// network_tile for at most kFewRows rows in float32. Spare lanes of `out` repeat the last row.
+template <Activation activation>
+static void network_rows(const Network& network, const PackedNetwork& packed, int64_t member, int64_t rows,
+                         const float* in, float* here, float* there, float* out) {
+  const float* data = packed.data + member * packed.member_stride;
+  const NetworkLayer* layers = network.layers;
+  int64_t stride = round_up(layers[0].in, kWidthMultiple);
+  for (int64_t l = 0; l < network.depth; ++l) {
+    const int64_t width = round_up(layers[l].out, kWidthMultiple);
+    stride = width > stride ? width : stride;
+  }
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t k = 0; k < layers[0].in; ++k) here[row * stride + k] = in[k * kTile<Float32> + row];
+  for (int64_t l = 0; l < network.depth; ++l) {
+    const float* weight = data + packed.offset[l];
+    const int64_t depth = layers[l].in, width = layers[l].out;
+    layer_rows(here, rows, stride, depth, weight, weight + depth * round_up(width, kBlock), width, there);
+    float* done = here;
+    here = there;
+    there = done;
+    if (l == network.depth - 1) break;
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t n = 0; n < width; n += W) {
+        float* x = here + row * stride + n;
+        store(x, Float32::activate_output<activation>(load(x)));
+      }
+  }
+  const int64_t lanes = round_up(rows, W);
+  for (int64_t n = 0; n < layers[network.depth - 1].out; ++n)
+    for (int64_t lane = 0; lane < lanes; ++lane)
+      out[n * kTile<Float32> + lane] = here[smaller(lane, rows - 1) * stride + n];
+}
+
 template <class Operand>
-static void network_tile(const Network& network, const PackedNetwork& packed, int64_t member, int vectors,
+static void network_tile(const Network& network, const PackedNetwork& packed, int64_t member, int64_t rows,
                          const float* in, RolloutWorkspace& ws, float* out) {
-  const auto run = [&](auto kernel) {
-    kernel(network, packed, member, vectors, in, ws.layer_in, ws.layer_out, out);
+  const auto run = [&]<Activation activation>(std::integral_constant<Activation, activation>) {
+    if constexpr (Operand::kPacking.terms == 1)
+      if (rows <= kFewRows)
+        return network_rows<activation>(network, packed, member, rows, in, ws.layer_in, ws.layer_out, out);
+    const int vectors = static_cast<int>((rows + W - 1) / W);
+    network_tile<Operand, activation>(network, packed, member, vectors, in, ws.layer_in, ws.layer_out, out);
   };
   switch (network.activation) {
     case Activation::kSilu:
-      return run(network_tile<Operand, Activation::kSilu>);
+      return run(std::integral_constant<Activation, Activation::kSilu>{});
     case Activation::kRelu:
-      return run(network_tile<Operand, Activation::kRelu>);
+      return run(std::integral_constant<Activation, Activation::kRelu>{});
     case Activation::kTanh:
-      return run(network_tile<Operand, Activation::kTanh>);
+      return run(std::integral_constant<Activation, Activation::kTanh>{});
   }
 }
 
@@ -77,7 +114,6 @@ struct Tile {
 
   // Lanes in use. Those beyond `count` repeat the last row.
   int64_t lanes() const { return round_up(count, W); }
-  int vectors() const { return static_cast<int>(lanes() / W); }
 };
 
 // A chunk of rollouts on its way through all steps, on one thread.
@@ -135,9 +171,15 @@ struct Chunk {
       const TileState<Operand> tile_state;
       for (int64_t i = 0; i < tiles; ++i) prepare(tile_at(i));
     }
-    // Members outside, tiles inside: a member's weights stay in the second-level cache.
-    for (int64_t member = 0; member < args.dynamics.networks; ++member)
+    // Members outside, tiles inside: a member's weights stay in the second-level cache. Members are taken to
+    // and fro, since the last ones' weights are still there at the next step or call. With few rows the time
+    // is that of reading the weights.
+    static thread_local bool to_and_fro = false;
+    to_and_fro = !to_and_fro;
+    const int64_t members = args.dynamics.networks;
+    for (int64_t place = 0; place < members; ++place)
       for (int64_t i = 0; i < tiles;) {
+        const int64_t member = to_and_fro ? place : members - 1 - place;
         if (interrupted(plan)) return -1;
         const TileState<Operand> tile_state;
         for (const int64_t end = smaller(tiles, i + tiles_between_looks()); i < end; ++i)
@@ -159,6 +201,7 @@ struct Chunk {
         const TileState<Operand> tile_state;
         for (until_look = tiles_between_looks(); begin < end && until_look > 0; --until_look) {
           const Tile tile{begin, smaller(kTile, end - begin), 0, member};
+          fetch(tile);
           prepare(tile);
           predict(tile, member);
           survivors = finish(tile, survivors);
@@ -166,6 +209,28 @@ struct Chunk {
         }
       }
     return survivors;
+  }
+
+  // Asks for the memory that finish() will write. The rows of a group lie apart, in more memory than is
+  // cached.
+  void fetch(const Tile& tile) const {
+    for (int64_t lane = 0; lane < tile.count; ++lane) {
+      const int64_t row = row_of(rollout_at(tile, lane));
+      const auto ask = [&](auto* array, int64_t width) {
+        const char* end = reinterpret_cast<const char*>(array + (row + 1) * width);
+        for (const char* p = reinterpret_cast<const char*>(array + row * width); p < end; p += 64)
+          __builtin_prefetch(p, 1);
+      };
+      ask(made.observations, args.obs_dim);
+      ask(made.actions, args.act_dim);
+      ask(made.next_observations, args.obs_dim);
+      ask(made.rewards, 1);
+      ask(made.raw_rewards, 1);
+      ask(made.terminals, 1);
+      ask(made.members, 1);
+      ask(made.rollout_index, 1);
+      ask(made.step, 1);
+    }
   }
 
   // Draws a member for each row and sorts ws.alive by it. ws.group_end[member] is the end of a member's rows.
@@ -195,7 +260,7 @@ struct Chunk {
   }
 
   void predict(const Tile& tile, int64_t member) {
-    network_tile<Operand>(args.dynamics, plan.dynamics, member, tile.vectors(), inputs(tile), ws,
+    network_tile<Operand>(args.dynamics, plan.dynamics, member, tile.count, inputs(tile), ws,
                           predictions(tile, member));
   }
 
@@ -220,7 +285,7 @@ struct Chunk {
   void act(const Tile& tile) const {
     // The policy's means and log stds lie where the first member's predictions will be.
     float* heads = predictions(tile, 0);
-    network_tile<Operand>(args.policy, plan.policy, 0, tile.vectors(), observations(tile), ws, heads);
+    network_tile<Operand>(args.policy, plan.policy, 0, tile.count, observations(tile), ws, heads);
     if (!args.deterministic) draw_normals(tile, kActionStream, args.act_dim);
     for (int64_t d = 0; d < args.act_dim; ++d)
       for (int64_t i = d * kTile; i < d * kTile + tile.lanes(); i += W) {

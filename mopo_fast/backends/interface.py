@@ -1,7 +1,7 @@
 """The interface of a backend: one Protocol for rollouts and training, and the data that cross to it."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Literal, Protocol
 
 import torch
@@ -14,6 +14,9 @@ from mopo_fast.data.transitions import ROLLOUT_ARRAYS, Transitions
 @dataclass(frozen=True, eq=False)
 class DynamicsArrays:
     """An ensemble, its penalty and its termination box, as plain arrays of one dtype on one device.
+
+    The caller may pass the same object again as long as no array has changed, and a new one after that. So a
+    backend may keep in it what it has computed from the arrays.
 
     Attributes:
         weights: [members, in, out] of each layer. The last one's outputs are obs_dim + 1 means, then as many
@@ -34,6 +37,7 @@ class DynamicsArrays:
         activation: one of `config.ACTIVATIONS`.
         penalty: one of `config.PENALTIES`.
         penalty_coef: factor of the penalty.
+        kept: results of earlier calls, by the key of the function that made them.
     """
 
     weights: list[torch.Tensor]
@@ -51,6 +55,7 @@ class DynamicsArrays:
     activation: str
     penalty: str
     penalty_coef: float
+    kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def spelled_out(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return max_logvar, min_logvar [members, obs_dim + 1] and carry, as the C++ kernels read them."""
@@ -234,20 +239,24 @@ def kernel_arguments(call: StepCall | RolloutCall) -> dict[str, Any]:
     """
     dynamics, policy, settings = call.dynamics, call.policy, call.settings
     batch, obs_dim = call.observations.shape
+    if kernel_arguments not in dynamics.kept:
+        dynamics.kept[kernel_arguments] = {
+            "act_dim": len(dynamics.input_mean) - obs_dim,
+            "input_mean": dynamics.input_mean.data_ptr(),
+            "input_std": dynamics.input_std.data_ptr(),
+            "log_std": dynamics.log_std,
+            "elites": dynamics.elites.data_ptr(),
+            "num_elites": len(dynamics.elites),
+            "penalty_members": dynamics.penalty_members.data_ptr(),
+            "num_penalty_members": len(dynamics.penalty_members),
+            "penalty": dynamics.penalty,
+            "penalty_coef": dynamics.penalty_coef,
+            "low": dynamics.low.data_ptr(),
+            "high": dynamics.high.data_ptr(),
+        }
     return {
+        **dynamics.kept[kernel_arguments],
         "obs_dim": obs_dim,
-        "act_dim": len(dynamics.input_mean) - obs_dim,
-        "input_mean": dynamics.input_mean.data_ptr(),
-        "input_std": dynamics.input_std.data_ptr(),
-        "log_std": dynamics.log_std,
-        "elites": dynamics.elites.data_ptr(),
-        "num_elites": len(dynamics.elites),
-        "penalty_members": dynamics.penalty_members.data_ptr(),
-        "num_penalty_members": len(dynamics.penalty_members),
-        "penalty": dynamics.penalty,
-        "penalty_coef": dynamics.penalty_coef,
-        "low": dynamics.low.data_ptr(),
-        "high": dynamics.high.data_ptr(),
         "log_std_min": policy.log_std_min if policy else 0.0,
         "log_std_max": policy.log_std_max if policy else 0.0,
         "batch": batch,

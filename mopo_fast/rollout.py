@@ -8,11 +8,11 @@ it is made of, and a batch may be split in any way.
 import dataclasses
 import functools
 import logging
-import math
 import operator
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
 
+import numpy as np
 import torch
 
 from mopo_fast.backends import checked
@@ -518,9 +518,15 @@ class RolloutEngine:
             raise InputError(f"{name} has no rows")
         if array.device != self.device:
             raise InputError(f"{name} must be on the ensemble's {self.device}, got {array.device}")
-        array = array.detach().to(self.dtype).contiguous()
-        # The sum of numbers that are not all finite is not finite, and takes less time than to look at each.
-        if not math.isfinite(array.sum().item()) and not bool(torch.isfinite(array).all()):
+        if array.requires_grad or array.dtype != self.dtype:
+            array = array.detach().to(self.dtype)
+        array = array.contiguous()
+        # With few rows each operation of PyTorch takes longer than NumPy's.
+        if self.device.type == "cpu":
+            finite = np.count_nonzero(np.isfinite(array.numpy())) == array.numel()
+        else:
+            finite = bool(torch.isfinite(array).all())
+        if not finite:
             row = int((~torch.isfinite(array)).nonzero()[0, 0])
             raise InputError(f"{name} is not finite at row {row}")
         return array

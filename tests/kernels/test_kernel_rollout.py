@@ -144,6 +144,26 @@ def test_only_the_drawn_member_computes(dtype, sizes, batch):
     check_without_penalties(engine, make_policy(11, 3), inputs(batch, 11, 3)[0], 4)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("hidden", "activation"), [((200,) * 4, "silu"), ((33, 51), "tanh"), ((1,), "relu"), ((), "silu")]
+)
+def test_few_rows_are_those_of_a_large_batch(dtype, hidden, activation):
+    """Up to four rows have a layout of their own, and the same bits."""
+    engine = RolloutEngine(make_ensemble(11, 3, hidden=hidden, activation=activation), dtype=dtype)
+    observations, actions = inputs(101, 11, 3)
+    rows = torch.arange(101)
+    whole = engine.step(observations, actions, seed=3, distributions=True)
+    first = 0
+    for count in (1, 2, 3, 4, 5, 1):
+        at = slice(first, first + count)
+        few = engine.step(observations[at], actions[at], rows=rows[at], seed=3, distributions=True)
+        for name in ("next_observations", "rewards", "terminals", "raw_rewards", "members", "penalties"):
+            assert torch.equal(getattr(few, name), getattr(whole, name)[at]), (count, name)
+        assert torch.equal(few.mean, whole.mean[:, at]) and torch.equal(few.std, whole.std[:, at])
+        first += count
+
+
 @pytest.fixture(params=["float32", "bfloat16"])
 def unpenalised(request):
     """Return what `rollout` returns, with an engine that computes no penalties."""

@@ -808,6 +808,7 @@ def bench(
     act_dim: int = 6,
     starts: Annotated[int | None, flag("50000", "INT")] = None,
     horizon: Annotated[int | None, flag("5", "INT")] = None,
+    penalty_coef: Annotated[float | None, flag("1.0", "FLOAT")] = None,
     updates: Annotated[int | None, flag("100", "INT")] = None,
     runs: Annotated[int | None, flag("1", "INT")] = None,
     fit_steps: Annotated[int | None, flag("64", "INT")] = None,
@@ -830,6 +831,8 @@ def bench(
         act_dim: Dimensions of an action.
         starts: Start states of a rollout. Only for bench rollout.
         horizon: Steps of a rollout. Only for bench rollout.
+        penalty_coef: Weight of the penalty in the reward. With 0, only the drawn member computes a row. Only
+            for bench rollout.
         updates: Number of SAC updates in a round. Only for bench sac.
         runs: Number of SAC runs that are updated at once. Only for bench sac.
         fit_steps: Gradient steps of the fit in a round. Only for bench fit.
@@ -848,6 +851,7 @@ def bench(
         "dtype": (dtype, ("rollout", "sac", "fit")),
         "starts": (starts, ("rollout",)),
         "horizon": (horizon, ("rollout",)),
+        "penalty_coef": (penalty_coef, ("rollout",)),
         "updates": (updates, ("sac",)),
         "runs": (runs, ("sac",)),
         "fit_steps": (fit_steps, ("fit",)),

@@ -55,6 +55,8 @@ from mopo_fast.utils.tensors import load_into
 _PARTS = {"rollout": 0.33, "sac": 0.5, "evaluate": 0.17}
 # Number of start states of an evaluation in the model.
 _MODEL_STARTS = 1000
+# Number of start states whose rollouts are penalised for the mean penalty where no reward needs it.
+_PENALISED_STARTS = 2000
 
 
 def train(
@@ -186,7 +188,10 @@ class Training:
         self.dynamics_sha256, self.horizon = ensemble.sha256(), config.rollout.horizon
         self.fit_seconds = 0.0 if config.dynamics_from is not None else read_fit(out)["seconds"]
         self.engine = make_engine(config, task, ensemble, config.backend)
-        self.buffer = RingBuffer(config.rollout.buffer_rows, task.obs_dim, task.act_dim, config.device)
+        self.buffer = RingBuffer(
+            *(config.rollout.buffer_rows, task.obs_dim, task.act_dim, config.device),
+            penalties=config.rollout.penalty_coef != 0.0,
+        )
         self.sac = make_sac(config, task, training_backend(config))
         self.rollouts: list[Rollout] = []
         self.policies: dict[int, Tensors] = {}
@@ -219,6 +224,7 @@ class Training:
         self.policies[self.epoch] = self._policy()
         with self.clock("rollout"):
             rows = self._fill_buffer(self.sac.actor, self.epoch)
+            self._mean_penalty = self._average_penalty(rows)
         self.rollouts.append(Rollout(self.epoch, head, len(rows)))
         # Keep every rollout with rows in the buffer: repeated in order, they restore it.
         while sum(rollout.rows for rollout in self.rollouts[1:]) >= self.buffer.capacity:
@@ -241,13 +247,13 @@ class Training:
 
     def evaluate(self, rows: Transitions, metrics: dict[str, float]) -> None:
         """Start the evaluation of the policy, where it is due, and add the epoch to the log."""
-        assert rows.penalties is not None and rows.raw_rewards is not None
+        assert rows.raw_rewards is not None
         row = {
             "epoch": self.epoch,
             "updates": self.sac.updates,
             **metrics,
             "rows": len(rows),
-            "penalty": rows.penalties.mean().item(),
+            "penalty": self._mean_penalty,
             "raw_reward": rows.raw_rewards.mean().item(),
             "terminal_share": rows.terminals.float().mean().item(),
             "non_finite": rows.info["non_finite"],
@@ -362,18 +368,32 @@ class Training:
 
     def _fill_buffer(self, policy: Actor, epoch: int) -> Transitions:
         """Add the model rollouts of `epoch` to the buffer, and return them."""
-        rows = self.engine.rollout(
-            policy,
-            self._draw_starts(self.config.rollout.batch_size, derive_seed(self.config.seed, START, epoch)),
-            self.horizon,
-            seed=derive_seed(self.config.seed, ROLLOUT, epoch),
-            out=self.buffer,
-        )
+        rows = self._rollouts_of(policy, epoch, self.config.rollout.batch_size, self.buffer)
         if len(rows) == 0:
             raise InputError(
                 f"no model rollout of epoch {epoch} began with a finite prediction; fit the ensemble again"
             )
         return rows
+
+    def _average_penalty(self, rows: Transitions) -> float:
+        """Return the mean penalty of an epoch's rollouts, from some of its start states if none is stored."""
+        if rows.penalties is None:
+            count = min(_PENALISED_STARTS, self.config.rollout.batch_size)
+            ring = RingBuffer(count * self.horizon, rows.obs_dim, rows.act_dim, self.config.device)
+            # The same start states and random numbers: the same transitions.
+            rows = self._rollouts_of(self.sac.actor, self.epoch, count, ring)
+        assert rows.penalties is not None
+        return rows.penalties.mean().item()
+
+    def _rollouts_of(self, policy: Actor, epoch: int, count: int, out: RingBuffer) -> Transitions:
+        """Make the model rollouts of the first `count` start states of `epoch`."""
+        return self.engine.rollout(
+            policy,
+            self._draw_starts(count, derive_seed(self.config.seed, START, epoch)),
+            self.horizon,
+            seed=derive_seed(self.config.seed, ROLLOUT, epoch),
+            out=out,
+        )
 
     def _draw_starts(self, count: int, seed: int) -> torch.Tensor:
         numbers = torch.arange(count, device=self.data.device)

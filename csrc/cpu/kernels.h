@@ -43,6 +43,11 @@ struct RolloutPlan {
   Interrupt* interrupt;
 };
 
+// True if only the member that a row has drawn computes it: nothing reads the other members' predictions.
+inline bool computes_one_member(const RolloutArgs& args) {
+  return !args.penalties && !args.deterministic && args.mean == nullptr;
+}
+
 // True if the call is to end. Defined in rollout.cpp, so that no instruction set's file has a copy of it.
 bool interrupted(const RolloutPlan& plan) noexcept;
 
@@ -50,7 +55,7 @@ bool interrupted(const RolloutPlan& plan) noexcept;
 struct ChunkOutput {
   float *observations, *actions, *rewards, *next_observations;
   bool* terminals;
-  float *raw_rewards, *penalties;
+  float *raw_rewards, *penalties;  // penalties of no rows where RolloutArgs::penalties is false
   int32_t* members;
   int64_t* rollout_index;
   int32_t* step;
@@ -58,11 +63,14 @@ struct ChunkOutput {
   int64_t non_finite;  // rollouts cut because a prediction was not finite
 };
 
-// A thread's memory for one chunk. The floats are in tiles, [tile][feature][rows of a tile].
+// A thread's memory for one chunk. The floats are in tiles, [tile][feature][rows of a tile]. Where only the
+// drawn member computes a row, there is one tile with one member's predictions.
 struct RolloutWorkspace {
   float *observations, *actions, *inputs, *predictions, *noise, *layer_in, *layer_out;
   int64_t *alive, *survivors;  // [chunk_rows], rollouts that go on: in this step, and in the next
-  uint32_t* drawn;             // [tile], the member that each row drew
+  // Where only the drawn member computes a row; see Chunk::group_by_member.
+  uint32_t* drawn;     // [chunk_rows], the member that each row drew
+  int64_t* group_end;  // [members + 1]
 };
 
 // A row-major matrix whose rows are whole vectors.

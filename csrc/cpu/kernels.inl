@@ -5,6 +5,8 @@
 // All of it lies in a namespace of the set's own: the linker merges inline functions of one name, and code
 // compiled for one set must never run on a processor that lacks it.
 
+#include <type_traits>
+
 #include "../philox.h"
 #include "kernels.h"
 

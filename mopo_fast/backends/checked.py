@@ -6,7 +6,9 @@ last call. So the shape, type, device and strides of every array are checked, in
 Callers check a user's arguments before, in the user's words.
 """
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from mopo_fast.backends.interface import (
     Backend,
     Destination,
+    DynamicsArrays,
     FitSteps,
     Need,
     Parameter,
@@ -39,6 +42,8 @@ def step(backend: Backend, call: StepCall) -> StepResult:
     layout, _, act_dim = _check_call(backend, call)
     layout.check("actions", call.actions, len(call.observations), act_dim)
     check_range("step", call.step, 0, 2**32)
+    if call.dynamics.penalty_coef and not call.penalties:
+        raise InputError(f"penalty_coef={call.dynamics.penalty_coef:g} needs penalties=True")
     return backend.step(call)
 
 
@@ -63,7 +68,9 @@ def sac_updates(backend: Backend, calls: Sequence[SacUpdates], threads: int) -> 
     check_range("threads", threads, 1, MAX_THREADS)
     for call in calls:
         _check_sac(backend, call)
-    return backend.sac_updates(calls, threads)
+    parameters = [one for call in calls for one in (*call.actor, *call.critic, call.log_alpha)]
+    with _written(parameters):
+        return backend.sac_updates(calls, threads)
 
 
 def fit_steps(backend: Backend, calls: Sequence[FitSteps], threads: int) -> list[float]:
@@ -71,7 +78,23 @@ def fit_steps(backend: Backend, calls: Sequence[FitSteps], threads: int) -> list
     check_range("threads", threads, 1, MAX_THREADS)
     for call in calls:
         _check_fit(backend, call)
-    return backend.fit_steps(calls, threads)
+    parameters = [one for call in calls for one in (*call.layers, *call.bounds)]
+    with _written(parameters):
+        return backend.fit_steps(calls, threads)
+
+
+@contextlib.contextmanager
+def _written(parameters: Sequence[Parameter]) -> Iterator[None]:
+    """Count the writes of a kernel to these tensors as PyTorch counts its own, so that they are noticed.
+
+    Autograd notices that a saved tensor has changed, and `RolloutEngine` that its ensemble has.
+    """
+    try:
+        yield
+    finally:
+        for tensor in itertools.chain(*parameters):
+            if tensor is not None and not tensor.is_inference():
+                torch.autograd.graph.increment_version(tensor)
 
 
 @dataclass(frozen=True)
@@ -176,8 +199,6 @@ def _check_call(backend: Backend, call: StepCall | RolloutCall) -> tuple[Layout,
     dynamics, observations, settings = call.dynamics, call.observations, call.settings
     check_known("dtype", settings.operands, ROLLOUT_DTYPES)
     _check_serves(backend, Need(settings.operands, observations.device))
-    check_known("penalty", dynamics.penalty, PENALTIES)
-    check_known("the ensemble's activation", dynamics.activation, ACTIVATIONS)
     check_range("threads", settings.threads, 1, MAX_THREADS)
     check_range("seed", settings.seed, 0, 2**64)
     dtype = torch.float64 if settings.operands == "float64" else torch.float32
@@ -187,6 +208,16 @@ def _check_call(backend: Backend, call: StepCall | RolloutCall) -> tuple[Layout,
     batch, obs_dim = observations.shape
     layout.check("observations", observations, batch, obs_dim)
     layout.check("rows", call.rows, batch, dtype=torch.int64)
+    # The arrays of an object that was checked have not changed since; see `DynamicsArrays`.
+    if dynamics.kept.get(_check_dynamics) != (layout, obs_dim):
+        _check_dynamics(layout, dynamics, obs_dim)
+        dynamics.kept[_check_dynamics] = layout, obs_dim
+    return layout, obs_dim, len(dynamics.input_mean) - obs_dim
+
+
+def _check_dynamics(layout: Layout, dynamics: DynamicsArrays, obs_dim: int) -> None:
+    check_known("penalty", dynamics.penalty, PENALTIES)
+    check_known("the ensemble's activation", dynamics.activation, ACTIVATIONS)
     weights = dynamics.weights
     if not weights or weights[0].ndim != 3:
         raise InputError("the ensemble needs at least one layer, with weights [members, in, out]")
@@ -209,7 +240,6 @@ def _check_call(backend: Backend, call: StepCall | RolloutCall) -> tuple[Layout,
         numbers = getattr(dynamics, name)
         check_members(name, numbers, members)
         layout.check(name, numbers, len(numbers), dtype=torch.int64)
-    return layout, obs_dim, act_dim
 
 
 def check_destination(out: Destination, layout: Layout, obs_dim: int, act_dim: int, most: int) -> None:

@@ -7,15 +7,16 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from typing_extensions import override
 
 from mopo_fast.backends.interface import (
-    STEP_ARRAYS,
     Backend,
     BackendStatus,
     Destination,
+    DynamicsArrays,
     FitSteps,
     Need,
     RolloutCall,
@@ -71,6 +72,11 @@ def isas() -> list[str]:
     return list(extension().isas())
 
 
+@functools.cache
+def _best() -> str:
+    return isas()[0]
+
+
 def isa() -> str:
     """Return the instruction set in use: the one that MOPO_FAST_ISA names, or the best.
 
@@ -80,7 +86,7 @@ def isa() -> str:
     wanted = os.environ.get("MOPO_FAST_ISA", "")
     if wanted and wanted not in isas():
         raise InputError(f"MOPO_FAST_ISA={wanted} cannot run on this processor; it has: {', '.join(isas())}")
-    return wanted or isas()[0]
+    return wanted or _best()
 
 
 def bfloat16_gain() -> float:
@@ -135,6 +141,24 @@ def _network(weights: list[torch.Tensor], biases: list[torch.Tensor], activation
     )
 
 
+def _prepared(
+    dynamics: DynamicsArrays, set_in_use: str, bfloat16: bool
+) -> tuple[_Network, Any, tuple[torch.Tensor, ...]]:
+    """Return the ensemble's network, its packed weights and `DynamicsArrays.spelled_out`.
+
+    They are kept for later calls, since packing takes longer than a step of few rows. A policy is packed at
+    every call: it is small, and training changes it between rollouts.
+    """
+    key = _prepared, set_in_use, bfloat16
+    kept: tuple[_Network, Any, tuple[torch.Tensor, ...]] | None = dynamics.kept.get(key)
+    if kept is None or not kept[1].resembles(kept[0]):
+        network = _network(dynamics.weights, dynamics.biases, dynamics.activation)
+        with _within_resources():
+            packed = extension().pack(network, isa=set_in_use, bfloat16=bfloat16)
+        kept = dynamics.kept[key] = network, packed, dynamics.spelled_out()
+    return kept
+
+
 def _launch(
     call: StepCall | RolloutCall,
     out: Destination,
@@ -145,18 +169,20 @@ def _launch(
 ) -> tuple[int, int]:
     """Run the rollout kernel; return (rows written, rollouts ended by a prediction that was not finite)."""
     dynamics, policy = call.dynamics, call.policy
-    max_logvar, min_logvar, carry = dynamics.spelled_out()
-    kernel = _within_resources()(extension().rollout)
-    written, cut = kernel(
+    set_in_use, bfloat16 = isa(), call.settings.operands == "bfloat16"
+    network, packed, (max_logvar, min_logvar, carry) = _prepared(dynamics, set_in_use, bfloat16)
+    arguments = dict(
         **kernel_arguments(call),
-        isa=isa(),
-        dynamics=_network(dynamics.weights, dynamics.biases, dynamics.activation),
+        isa=set_in_use,
+        dynamics=network,
+        packed=packed,
         max_logvar=max_logvar.data_ptr(),
         min_logvar=min_logvar.data_ptr(),
         carry=carry.data_ptr(),
         policy=_network(policy.weights, policy.biases, policy.activation) if policy else _NO_POLICY,
         actions=address(actions),
-        bfloat16=call.settings.operands == "bfloat16",
+        penalties=call.penalties,
+        bfloat16=bfloat16,
         keep_every_row=policy is None,
         out=out.addresses(),
         capacity=out.capacity,
@@ -165,6 +191,8 @@ def _launch(
         std=address(std),
         threads=call.settings.threads,
     )
+    with _within_resources():
+        written, cut = extension().rollout(**arguments)
     return written, cut
 
 
@@ -195,8 +223,8 @@ class CpuBackend(Backend):
     @override
     def step(self, call: StepCall) -> StepResult:
         batch, obs_dim = call.observations.shape
-        arrays = {}
-        for name in STEP_ARRAYS:
+        arrays: dict[str, torch.Tensor] = {}
+        for name in call.arrays:
             row, dtype = array_layout(name, obs_dim, call.actions.shape[1], torch.float32)
             # Without torch's default type and device, which a user may have changed.
             arrays[name] = call.observations.new_empty(batch, *row, dtype=dtype)

@@ -142,11 +142,14 @@ def rollout_work(
     act_dim: int = 6,
     starts: int = 50_000,
     horizon: int = 5,
+    penalty_coef: float = 1.0,
+    members: int = 7,
+    elites: int = 5,
     threads: int | None = None,
     device: torch.device | str = "cpu",
     baselines: Mapping[str, Callable[[EnsembleDynamics, Actor, torch.Tensor, int], Contender]] | None = None,
 ) -> Work:
-    """Make the work of penalised rollouts, with 7 members of 4 x 200 and a policy of 2 x 256.
+    """Make the work of penalised rollouts, with members of 4 x 200 and a policy of 2 x 256.
 
     The networks are random, and nothing ends a rollout early.
 
@@ -158,6 +161,9 @@ def rollout_work(
         act_dim: size of an action.
         starts: number of start states.
         horizon: steps of a rollout.
+        penalty_coef: weight of the penalty in the reward. With 0 a transition takes one member's arithmetic.
+        members: number of members.
+        elites: number of members that are drawn from.
         threads: number of threads, or None for all cores.
         device: device of all contenders.
         baselines: functions that make further contenders from the ensemble, the actor, the start states and
@@ -169,14 +175,16 @@ def rollout_work(
     _check_positive(obs_dim=obs_dim, act_dim=act_dim, starts=starts, horizon=horizon)
     threads, device = resolve_threads(threads), _checked_device(device)
     generator = torch.Generator().manual_seed(0)
-    ensemble = EnsembleDynamics(obs_dim, act_dim, generator=generator).to(device)
+    ensemble = EnsembleDynamics(obs_dim, act_dim, members=members, elites=elites, generator=generator)
+    ensemble.to(device)
     actor = Actor(obs_dim, act_dim, generator=generator).to(device)
     start = torch.randn(starts, obs_dim, generator=generator).to(device)
-    engine = RolloutEngine(ensemble, backend=backend, dtype=dtype, threads=threads)
+    make_engine = partial(RolloutEngine, ensemble, penalty_coef=penalty_coef, threads=threads)
+    engine = make_engine(backend=backend, dtype=dtype)
     engines = {engine.backend if dtype == "float32" else f"{engine.backend} {dtype}": engine}
     for name in (engine.backend, "reference"):
         if get_backend(name).refusal(Need("float32", device)) is None:
-            engines[name] = RolloutEngine(ensemble, backend=name, threads=threads)
+            engines[name] = make_engine(backend=name)
     # The row that a rollout stores. float32 makes the traffic a lower bound for float64 too.
     stored = engine.rollout(actor, start[:1], 1, seed=0)
     contenders: dict[str, Contender] = {
@@ -184,6 +192,7 @@ def rollout_work(
     }
     for name, make in (baselines or {}).items():
         contenders[name] = make(ensemble, actor, start, horizon)
+    computing = ensemble.members if penalty_coef else 1
     return Work(
         kernel="rollout",
         shape={
@@ -191,13 +200,15 @@ def rollout_work(
             "act_dim": act_dim,
             "starts": starts,
             "horizon": horizon,
+            "penalty_coef": penalty_coef,
             "members": ensemble.members,
             "hidden": list(ensemble.hidden),
             "policy_hidden": list(actor.hidden),
         },
         unit="transitions/s",
         amount=starts * horizon,
-        flop=2.0 * (_forward_macs(ensemble.weights) + _forward_macs(actor.weights)),
+        flop=2.0
+        * (_forward_macs(ensemble.weights) * computing // ensemble.members + _forward_macs(actor.weights)),
         # A row is written and its share of the start state read. The parameters stay in the caches.
         bytes=_row_bytes(stored.arrays().values()) + _row_bytes([start]) / horizon,
         threads=threads,

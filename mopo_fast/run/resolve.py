@@ -197,7 +197,8 @@ def _check_memory(config: RunConfig, task: Task) -> None:
     # As in `check_fit_memory`, every value has a gradient and one or two arrays more.
     networks = 3 * mlp_bytes(1 + sac.critics, (1, *sac.hidden, 1), sac.batch_size)
     check_memory("SAC", networks, config.device, "sac.batch_size, sac.hidden or sac.critics")
-    rows = rollout.buffer_rows * row_bytes(task.obs_dim, task.act_dim)
+    stored = row_bytes(task.obs_dim, task.act_dim, penalties=rollout.penalty_coef != 0.0)
+    rows = rollout.buffer_rows * stored
     lower = "horizon, rollout.batch_size or rollout.retain_epochs"
     check_memory("the model buffer", rows, config.device, lower)
 

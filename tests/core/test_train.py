@@ -21,9 +21,10 @@ import pytest
 import torch
 from garbled import GONE, changes, check_json, check_tensors, expect, read_tensors
 from safetensors.torch import load_file, save_file
-from small_runs import CONFIG, assert_same_results
+from small_runs import CONFIG, assert_same_results, progress
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mopo_fast.buffer import RingBuffer
 from mopo_fast.collect import collect
 from mopo_fast.config import TrainConfig
 from mopo_fast.data import load_dataset
@@ -578,6 +579,28 @@ def test_a_full_disk_is_one_error_and_the_run_can_go_on(
     one, other = (load_file(folder / "policy.safetensors") for folder in (finished, tmp_path / "run"))
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert len(rows(tmp_path / "run")) == 3
+
+
+def test_without_penalty(
+    finished: Path, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The statistics of penalties come from some start states; nothing else changes."""
+    rollout = dataclasses.replace(config.rollout, penalty_coef=0.0)
+    config = dataclasses.replace(config, rollout=rollout, dynamics_from=str(finished))
+
+    def penalties(name: str) -> tuple[list[float], list[dict[str, str]]]:
+        train_alone(config, tmp_path / name)
+        table = progress(tmp_path / name)
+        return [float(row.pop("penalty")) for row in table], table
+
+    of_all, table = penalties("all")
+    monkeypatch.setattr("mopo_fast.train._PENALISED_STARTS", 10)
+    of_some, same = penalties("some")
+    monkeypatch.setattr("mopo_fast.train.RingBuffer", lambda *sizes, penalties=True: RingBuffer(*sizes))
+    stored, stored_table = penalties("stored")
+    assert of_all == stored and table == same == stored_table
+    assert of_some == pytest.approx(stored, rel=0.2) and of_some != stored
+    assert_same_results(tmp_path / "all", tmp_path / "stored")
 
 
 def test_diverging_training_says_so(finished: Path, config: TrainConfig, tmp_path: Path) -> None:

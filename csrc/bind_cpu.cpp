@@ -57,13 +57,14 @@ auto interruptible(Kernel kernel) {
 
 std::pair<int64_t, int64_t> rollout(
     const std::string& isa, int64_t obs_dim, int64_t act_dim, const NetworkTuple& dynamics,
-    const mopo::Packed& packed, uintptr_t input_mean, uintptr_t input_std, uintptr_t max_logvar, uintptr_t min_logvar, uintptr_t carry,
-    bool log_std, uintptr_t elites, int64_t num_elites, uintptr_t penalty_members,
-    int64_t num_penalty_members, const std::string& penalty, float penalty_coef, bool penalties,
-    uintptr_t low, uintptr_t high, const NetworkTuple& policy, float log_std_min, float log_std_max, uintptr_t actions,
-    int64_t batch, uintptr_t start, uintptr_t rows, int64_t horizon, uint32_t first_step, uint64_t seed,
-    bool deterministic, bool bfloat16, bool keep_every_row, const std::vector<ArrayTuple>& out,
-    int64_t capacity, int64_t head, uintptr_t mean, uintptr_t std, int threads) {
+    const mopo::Packed& packed, uintptr_t input_mean, uintptr_t input_std, uintptr_t max_logvar,
+    uintptr_t min_logvar, uintptr_t carry, bool log_std, uintptr_t elites, int64_t num_elites,
+    uintptr_t penalty_members, int64_t num_penalty_members, const std::string& penalty, float penalty_coef,
+    bool penalties, uintptr_t low, uintptr_t high, const NetworkTuple& policy, float log_std_min,
+    float log_std_max, uintptr_t actions, int64_t batch, uintptr_t start, uintptr_t rows, int64_t horizon,
+    uint32_t first_step, uint64_t seed, bool deterministic, bool bfloat16, bool keep_every_row,
+    const std::vector<ArrayTuple>& out, int64_t capacity, int64_t head, uintptr_t mean, uintptr_t std,
+    int threads) {
   const std::vector<mopo::NetworkLayer> dynamics_layers = layers(dynamics), policy_layers = layers(policy);
   mopo::RolloutArgs args{};
   args.obs_dim = obs_dim;
@@ -158,8 +159,8 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("pack", pack, arg("network"), py::kw_only(), arg("isa"), arg("bfloat16"),
              py::call_guard<py::gil_scoped_release>(), "Pack a network's weights for `rollout`.");
   module.def("rollout", rollout, py::kw_only(), arg("isa"), arg("obs_dim"), arg("act_dim"), arg("dynamics"),
-             arg("packed"), arg("input_mean"), arg("input_std"), arg("max_logvar"), arg("min_logvar"), arg("carry"),
-             arg("log_std"), arg("elites"), arg("num_elites"), arg("penalty_members"),
+             arg("packed"), arg("input_mean"), arg("input_std"), arg("max_logvar"), arg("min_logvar"),
+             arg("carry"), arg("log_std"), arg("elites"), arg("num_elites"), arg("penalty_members"),
              arg("num_penalty_members"), arg("penalty"), arg("penalty_coef"), arg("penalties"), arg("low"),
              arg("high"), arg("policy"), arg("log_std_min"), arg("log_std_max"), arg("actions"), arg("batch"),
              arg("start"), arg("rows"), arg("horizon"), arg("first_step"), arg("seed"), arg("deterministic"),

@@ -10,8 +10,8 @@
 
 namespace mopo {
 
-// Makes rollouts; `dynamics` is args.dynamics, packed for these kernels. An interrupt ends the call between two steps of a chunk; the output then holds the rows of
-// the first chunks alone.
+// Makes rollouts; `dynamics` is args.dynamics, packed for these kernels. An interrupt ends the call between
+// two steps of a chunk; the output then holds the rows of the first chunks alone.
 RolloutCounts rollout(const RolloutArgs& args, const Packed& dynamics, const Kernels& kernels,
                       Interrupt& interrupt);
 

@@ -378,8 +378,7 @@ struct Chunk {
         const vf u = penalise<vf>(
             args.penalty, static_cast<int>(args.num_penalty_members), static_cast<int>(obs_dim),
             [&](int i, int d) { return mean(args.penalty_members[i], d); },
-            [&](int i, int d) { return variance(args.penalty_members[i], d); }, 0, 1,
-            [](vf x) { return x; });
+            [&](int i, int d) { return variance(args.penalty_members[i], d); }, 0, 1, [](vf x) { return x; });
         penalised = raw_reward - args.penalty_coef * u;
         store(penalty + v, u);
       }

@@ -290,8 +290,11 @@ def sac_work(
         at_once = updating(*(fresh(backend, dtype) for _ in range(runs)))
         contenders[f"{name_of(learners[0])}, at once"] = at_once
     contenders |= {name_of(sac): _times(runs, updating(sac)) for sac in learners}
+    dtypes = {name_of(learners[0]): dtype}
     for name, make in (baselines or {}).items():
-        contenders[name] = _times(runs, make(fresh("reference"), data, buffer, updates))
+        baseline = make(fresh("reference"), data, buffer, updates)
+        dtypes[name] = str(getattr(baseline, "dtype", "float32")).removeprefix("torch.")
+        contenders[name] = _times(runs, baseline)
     sac = learners[0]
     return Work(
         kernel="sac",
@@ -313,7 +316,7 @@ def sac_work(
         threads=threads,
         device=device,
         contenders=contenders,
-        dtypes=_dtypes(contenders, dtype) | {name_of(learners[0]): dtype},
+        dtypes=_dtypes(contenders, dtype) | dtypes,
     )
 
 

@@ -290,7 +290,7 @@ def sac_work(
         at_once = updating(*(fresh(backend, dtype) for _ in range(runs)))
         contenders[f"{name_of(learners[0])}, at once"] = at_once
     contenders |= {name_of(sac): _times(runs, updating(sac)) for sac in learners}
-    dtypes = {name_of(learners[0]): dtype}
+    dtypes: dict[str, str] = {name_of(learners[0]): dtype}
     for name, make in (baselines or {}).items():
         baseline = make(fresh("reference"), data, buffer, updates)
         dtypes[name] = str(getattr(baseline, "dtype", "float32")).removeprefix("torch.")

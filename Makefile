@@ -93,8 +93,7 @@ $(VENV)/.installed-bench: $(INSTALLED)
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m pytest benchmarks/test_*.py
 	$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-columns=median,iqr,rounds
-	for kernel in rollout fit; do $(BIN)/python -m benchmarks.compare $$kernel --dtype bfloat16 || exit 1; done
-	$(BIN)/python -m benchmarks.compare sac
+	for kernel in rollout sac fit; do $(BIN)/python -m benchmarks.compare $$kernel --dtype bfloat16 || exit 1; done
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.canonical --rounds 5
 

@@ -21,7 +21,7 @@ from tyro.conf import Positional
 
 ROOT = Path(__file__).parent.parent
 BFLOAT16 = ["--dtype", "bfloat16"]
-BENCHES = (["rollout"], ["rollout", *BFLOAT16], ["sac"], ["fit"], ["fit", *BFLOAT16])
+BENCHES = (["rollout"], ["rollout", *BFLOAT16], ["sac"], ["sac", *BFLOAT16], ["fit"], ["fit", *BFLOAT16])
 
 
 def against(ref: Annotated[str, Positional], *, rounds: int = 5) -> None:

@@ -189,6 +189,26 @@ class CompiledSAC(_SACBaseline):
         return tensors | {"log_alpha": log_alpha.squeeze(0)}
 
 
+class BFloat16SAC(PlainSAC):
+    """PlainSAC under autocast to bfloat16."""
+
+    dtype = torch.bfloat16
+
+    def update(self, batch: Sequence[torch.Tensor], noise: torch.Tensor, next_noise: torch.Tensor) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            super().update(batch, noise, next_noise)
+
+
+class CompiledBFloat16SAC(CompiledSAC):
+    """CompiledSAC under autocast to bfloat16."""
+
+    dtype = torch.bfloat16
+
+    def _update(self, *batch: torch.Tensor) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            super()._update(*batch)
+
+
 class RecordedSAC(CompiledSAC):
     """CompiledSAC in CUDA graphs of up to 10 updates, drawing of the batches included.
 

@@ -13,13 +13,13 @@ from mopo_fast.bench.measure import WORKS, Work
 
 SIZES = {
     "rollout": {"dtype": "bfloat16", "starts": 10_000},
-    "sac": {"updates": 50},
+    "sac": {"dtype": "bfloat16", "updates": 50},
     "fit": {"dtype": "bfloat16", "steps": 16},
 }
 CONTENDERS = [
     (kernel, name)
     for kernel, baselines in BASELINES.items()
-    for name in (["cpu bfloat16"] if kernel != "sac" else []) + ["cpu", "reference", *baselines]
+    for name in ["cpu bfloat16", "cpu", "reference", *baselines]
 ]
 
 

@@ -32,13 +32,13 @@ PHASES = ("fit", "rollout", "sac", "evaluate")
 # The contender for each phase, by its name in `mopo_fast.bench.measure` or in `BASELINES`.
 WAYS = {
     "mopo_fast": ("cpu", "cpu", "cpu", "side by side"),
-    "mopo_fast, bfloat16 fit and rollouts": ("cpu bfloat16", "cpu bfloat16", "cpu", "side by side"),
+    "mopo_fast, medium": ("cpu bfloat16", "cpu bfloat16", "cpu bfloat16", "side by side"),
     "as OfflineRL-Kit": ("PyTorch, eager", "PyTorch, NumPy between", "PyTorch, plain", "one by one"),
     "torch.compile": ("torch.compile", "torch.compile", "torch.compile", "side by side"),
-    "torch.compile, bfloat16 fit and rollouts": (
+    "torch.compile, bfloat16": (
         "torch.compile, bfloat16",
         "torch.compile, bfloat16",
-        "torch.compile",
+        "torch.compile, bfloat16",
         "side by side",
     ),
 }
@@ -75,7 +75,13 @@ def canonical(
         "rollout": rollout_work(
             backend="cpu", dtype="bfloat16", threads=threads, baselines=_used("rollout", 1)
         ),
-        "sac": sac_work(backend="cpu", updates=UPDATES_MEASURED, threads=threads, baselines=_used("sac", 2)),
+        "sac": sac_work(
+            backend="cpu",
+            dtype="bfloat16",
+            updates=UPDATES_MEASURED,
+            threads=threads,
+            baselines=_used("sac", 2),
+        ),
     }
     pieces: dict[str, Callable[[], object]] = {
         f"{phase}: {name}": run

@@ -17,7 +17,9 @@ from tyro.conf import Positional
 
 from benchmarks.baselines import (
     BFloat16Fit,
+    BFloat16SAC,
     CompiledBFloat16Fit,
+    CompiledBFloat16SAC,
     CompiledFit,
     CompiledSAC,
     EagerFit,
@@ -51,7 +53,12 @@ BASELINES: dict[str, dict[str, Callable[..., Any]]] = {
         "PyTorch, bfloat16": BFloat16Rollout,
         "torch.compile, bfloat16": CompiledBFloat16Rollout,
     },
-    "sac": {"PyTorch, plain": PlainSAC, "torch.compile": CompiledSAC},
+    "sac": {
+        "PyTorch, plain": PlainSAC,
+        "torch.compile": CompiledSAC,
+        "PyTorch, bfloat16": BFloat16SAC,
+        "torch.compile, bfloat16": CompiledBFloat16SAC,
+    },
     "fit": {
         "PyTorch, eager": EagerFit,
         "torch.compile": CompiledFit,
@@ -101,7 +108,7 @@ def compare(
 
     Args:
         kernel: The kernel to compare.
-        dtype: Precision of the kernel's products, for the rollout and the fit.
+        dtype: Precision of the kernel's products.
         rounds: Rounds in which all contenders take turns; medians count.
         threads: CPU threads (default: one for each core).
         json: File of the results (default: benchmarks/results/KERNEL-cpu-ISA.json, or
@@ -109,8 +116,6 @@ def compare(
         plot: Also draw a roofline of the results to this .png, .svg or .pdf file.
         quiet: Show no progress bar.
     """
-    if dtype != "float32" and kernel == "sac":
-        raise SystemExit("--dtype applies to rollout and fit; sac is always float32")
     if plot is not None:
         check_picture(plot)
     threads, findings = resolve_threads(threads), examine()

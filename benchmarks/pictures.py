@@ -31,11 +31,12 @@ PANELS: dict[str, tuple[Bar, ...]] = {
         (KIT, "rollout-bfloat16-cpu", "PyTorch, NumPy between"),
     ),
     "SAC updates": (
-        ("mopo_fast", "sac-cpu", "cpu"),
-        ("JAX", "sac-cpu", "JAX"),
-        ("torch.compile", "sac-cpu", "torch.compile"),
-        ("PyTorch", "sac-cpu", "reference"),
-        (KIT, "sac-cpu", "PyTorch, plain"),
+        ("mopo_fast, bfloat16", "sac-bfloat16-cpu", "cpu bfloat16"),
+        ("mopo_fast", "sac-bfloat16-cpu", "cpu"),
+        ("JAX", "sac-bfloat16-cpu", "JAX"),
+        ("torch.compile", "sac-bfloat16-cpu", "torch.compile"),
+        ("PyTorch", "sac-bfloat16-cpu", "reference"),
+        (KIT, "sac-bfloat16-cpu", "PyTorch, plain"),
     ),
     "Ensemble fit": (
         ("mopo_fast, bfloat16", "fit-bfloat16-cpu", "cpu bfloat16"),
@@ -45,7 +46,7 @@ PANELS: dict[str, tuple[Bar, ...]] = {
         (KIT, "fit-bfloat16-cpu", "PyTorch, eager"),
     ),
     "Whole run": (
-        ("mopo_fast, bfloat16*", "canonical-cpu", "mopo_fast, bfloat16 fit and rollouts"),
+        ("mopo_fast, bfloat16", "canonical-cpu", "mopo_fast, medium"),
         ("mopo_fast", "canonical-cpu", "mopo_fast"),
         ("torch.compile", "canonical-cpu", "torch.compile"),
         (KIT, "canonical-cpu", "as OfflineRL-Kit"),
@@ -96,8 +97,7 @@ def draw(results: Path, isa: str, path: Path) -> None:
             last = speeds[bars[-1][0]]
             _draw_bars(axes, title, {label: value / last for label, value in speeds.items()})
         figure.supxlabel(
-            f"{'; '.join(sorted(machines))}. Float32 where nothing else is said."
-            " * bfloat16 fit and rollouts, float32 SAC.",
+            f"{'; '.join(sorted(machines))}. Float32 where nothing else is said.",
             fontsize=9,
             color=GREY,
         )

@@ -12,7 +12,8 @@ from mopo_fast.utils.machine import resolve_threads
 BENCHES = (
     ("rollout", "float32"),
     ("rollout", "bfloat16"),
-    ("sac", ""),
+    ("sac", "float32"),
+    ("sac", "bfloat16"),
     ("fit", "float32"),
     ("fit", "bfloat16"),
 )
@@ -32,16 +33,14 @@ def scaling(*, rounds: int = 15, threads: int | None = None, quiet: bool = False
     for kernel, dtype in BENCHES:
         works: dict[int, Work] = {}
         for count in (1, threads):
-            works[count] = WORKS[kernel](backend="cpu", threads=count, **({"dtype": dtype} if dtype else {}))
+            works[count] = WORKS[kernel](backend="cpu", threads=count, dtype=dtype)
         # The first contender is the kernel itself in this dtype.
         runs = {str(count): next(iter(work.contenders.values())) for count, work in works.items()}
         seconds = interleave(runs, rounds, f"{kernel} {dtype}: rounds", quiet)
         work = works[threads]
         one, many = (work.amount / seconds[str(count)] for count in works)
-        table.add_row(
-            kernel, dtype or "float32", work.unit, f"{one:,.0f}", f"{many:,.0f}", f"{many / one:.2f}"
-        )
-        results.append({"kernel": kernel, "dtype": dtype or "float32", "one": one, "many": many})
+        table.add_row(kernel, dtype, work.unit, f"{one:,.0f}", f"{many:,.0f}", f"{many / one:.2f}")
+        results.append({"kernel": kernel, "dtype": dtype, "one": one, "many": many})
     Console().print(table)
     path = RESULTS / f"scaling-cpu-{findings.machine.isa}.json"
     write_record(path, "scaling", findings, {"rounds": rounds, "threads": threads, "rates": results})

@@ -40,6 +40,8 @@ CONTENDERS = {
     ("sac", "reference"): "mopo_fast's reference: PyTorch, critics as one batch, fused Adam",
     ("sac", "PyTorch, plain"): "PyTorch, one network at a time, three optimisers, as OfflineRL-Kit has it",
     ("sac", "torch.compile"): "gradients, Adam and target in one graph of torch.compile",
+    ("sac", "PyTorch, bfloat16"): "PyTorch, one network at a time, bfloat16 by autocast",
+    ("sac", "torch.compile, bfloat16"): "torch.compile, bfloat16 by autocast",
     ("sac", "JAX"): "JAX, one jitted scan, as Unifloral has it",
     ("fit", "cpu bfloat16"): "**mopo_fast, bfloat16**",
     ("fit", "cpu"): "**mopo_fast**",

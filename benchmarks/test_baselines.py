@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import baselines
-from benchmarks.baselines import CompiledFit, EagerFit
+from benchmarks.baselines import CompiledFit, EagerFit, PlainSAC
 from benchmarks.baselines_rollout import PENALTY_COEF, LinearRollout
 from benchmarks.compare import BASELINES, GPU_BASELINES
 from mopo_fast import Actor, EnsembleDynamics
@@ -294,6 +294,26 @@ def test_one_device_is_enough(kernel: str, name: str, monkeypatch: pytest.Monkey
         on_meta(actor)
         made = make(ensemble, actor, torch.zeros(150, OBS, device="meta"), 2)
     made()
+
+
+@pytest.mark.parametrize("name", [name for name in SAC_NAMES if "bfloat16" in name])
+def test_sac_in_bfloat16(name: str) -> None:
+    def fresh() -> SAC:
+        return SAC(OBS, ACT, SAC_CONFIG, seed=3, backend="reference")
+
+    before = copied(fresh().state())
+    other, exact = baseline("sac", name)(fresh(), *sources(), 2), PlainSAC(fresh(), *sources(), 2)
+    # Adam's first step is as large for every gradient, so it hides the rounding.
+    for i in range(3):
+        arrays = transitions(BATCH, seed=i).arrays().values()
+        batch = [array.float() if array.is_floating_point() else array for array in arrays]
+        noise, next_noise = torch.randn(2, BATCH, ACT, generator=torch.Generator().manual_seed(i))
+        for learner in (other, exact):
+            learner.update(batch, noise, next_noise)
+    for key, value in exact.state().items():
+        error, moved = ((value - x).abs().mean() for x in (other.state()[key], before[key]))
+        assert error < 0.2 * moved, f"{key}: {error} beside a movement of {moved}"
+        assert error > 0.0 or "weights" not in key, f"{key} was not rounded"
 
 
 @pytest.mark.parametrize("name", [name for name in FIT_NAMES if "bfloat16" in name])

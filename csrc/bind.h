@@ -88,9 +88,9 @@ struct SacCall {
           const std::vector<TrainedTuple>& critic, const std::array<uintptr_t, 3>& log_alpha,
           const std::array<float, 3>& learning_rates, float discount, float polyak, float target_entropy,
           float log_std_min, float log_std_max, float alpha_max, float critic_loss_scale, bool simultaneous,
-          const SourceTuple& real, const SourceTuple& model, int64_t real_rows, int64_t model_rows,
-          int64_t updates, int64_t updates_before, const std::vector<uintptr_t>& steps, uintptr_t count,
-          int64_t first_draw, uint64_t seed)
+          bool bfloat16, const SourceTuple& real, const SourceTuple& model, int64_t real_rows,
+          int64_t model_rows, int64_t updates, int64_t updates_before, const std::vector<uintptr_t>& steps,
+          uintptr_t count, int64_t first_draw, uint64_t seed)
       : actor(trained_layers(actor)), critic(trained_layers(critic)), counts{steps, count} {
     args.obs_dim = obs_dim;
     args.act_dim = act_dim;
@@ -110,6 +110,7 @@ struct SacCall {
     args.alpha_max = alpha_max;
     args.critic_loss_scale = critic_loss_scale;
     args.simultaneous = simultaneous;
+    args.bfloat16 = bfloat16;
     args.real = source(real);
     args.model = source(model);
     args.real_rows = real_rows;
@@ -174,14 +175,15 @@ inline void bind_calls(py::module_& module) {
                       "SAC updates of one run; the arguments are described in csrc/sac.h.")
       .def(py::init<int64_t, int64_t, int64_t, const std::vector<TrainedTuple>&,
                     const std::vector<TrainedTuple>&, const std::array<uintptr_t, 3>&,
-                    const std::array<float, 3>&, float, float, float, float, float, float, float, bool,
+                    const std::array<float, 3>&, float, float, float, float, float, float, float, bool, bool,
                     const SourceTuple&, const SourceTuple&, int64_t, int64_t, int64_t, int64_t,
                     const std::vector<uintptr_t>&, uintptr_t, int64_t, uint64_t>(),
            py::kw_only(), arg("obs_dim"), arg("act_dim"), arg("critics"), arg("actor"), arg("critic"),
            arg("log_alpha"), arg("learning_rates"), arg("discount"), arg("polyak"), arg("target_entropy"),
            arg("log_std_min"), arg("log_std_max"), arg("alpha_max"), arg("critic_loss_scale"),
-           arg("simultaneous"), arg("real"), arg("model"), arg("real_rows"), arg("model_rows"),
-           arg("updates"), arg("updates_before"), arg("steps"), arg("count"), arg("first_draw"), arg("seed"));
+           arg("simultaneous"), arg("bfloat16"), arg("real"), arg("model"), arg("real_rows"),
+           arg("model_rows"), arg("updates"), arg("updates_before"), arg("steps"), arg("count"),
+           arg("first_draw"), arg("seed"));
   py::class_<FitCall>(module, "FitCall", py::module_local(),
                       "Fit steps of one run; the arguments are described in csrc/fit.h.")
       .def(py::init<int64_t, int64_t, const std::vector<TrainedTuple>&, int, const std::array<uintptr_t, 3>&,

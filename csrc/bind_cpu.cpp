@@ -27,6 +27,17 @@ mopo::Network network(const NetworkTuple& tuple, const std::vector<mopo::Network
           static_cast<mopo::Activation>(std::get<4>(tuple))};
 }
 
+mopo::Packed pack(const NetworkTuple& tuple, const std::string& isa, bool bfloat16) {
+  const mopo::Kernels& kernels = mopo::kernels(isa);
+  const std::vector<mopo::NetworkLayer> own = layers(tuple);
+  return {network(tuple, own), bfloat16 ? kernels.bfloat16 : kernels.float32};
+}
+
+bool resembles(const mopo::Packed& packed, const NetworkTuple& tuple) {
+  const std::vector<mopo::NetworkLayer> own = layers(tuple);
+  return packed.resembles(network(tuple, own));
+}
+
 // Calls kernel(interrupt) without the interpreter's lock. A signal whose handler raises ends the call with
 // that error.
 template <class Kernel>
@@ -46,13 +57,14 @@ auto interruptible(Kernel kernel) {
 
 std::pair<int64_t, int64_t> rollout(
     const std::string& isa, int64_t obs_dim, int64_t act_dim, const NetworkTuple& dynamics,
-    uintptr_t input_mean, uintptr_t input_std, uintptr_t max_logvar, uintptr_t min_logvar, uintptr_t carry,
-    bool log_std, uintptr_t elites, int64_t num_elites, uintptr_t penalty_members,
-    int64_t num_penalty_members, const std::string& penalty, float penalty_coef, uintptr_t low,
-    uintptr_t high, const NetworkTuple& policy, float log_std_min, float log_std_max, uintptr_t actions,
-    int64_t batch, uintptr_t start, uintptr_t rows, int64_t horizon, uint32_t first_step, uint64_t seed,
-    bool deterministic, bool bfloat16, bool keep_every_row, const std::vector<ArrayTuple>& out,
-    int64_t capacity, int64_t head, uintptr_t mean, uintptr_t std, int threads) {
+    const mopo::Packed& packed, uintptr_t input_mean, uintptr_t input_std, uintptr_t max_logvar,
+    uintptr_t min_logvar, uintptr_t carry, bool log_std, uintptr_t elites, int64_t num_elites,
+    uintptr_t penalty_members, int64_t num_penalty_members, const std::string& penalty, float penalty_coef,
+    bool penalties, uintptr_t low, uintptr_t high, const NetworkTuple& policy, float log_std_min,
+    float log_std_max, uintptr_t actions, int64_t batch, uintptr_t start, uintptr_t rows, int64_t horizon,
+    uint32_t first_step, uint64_t seed, bool deterministic, bool bfloat16, bool keep_every_row,
+    const std::vector<ArrayTuple>& out, int64_t capacity, int64_t head, uintptr_t mean, uintptr_t std,
+    int threads) {
   const std::vector<mopo::NetworkLayer> dynamics_layers = layers(dynamics), policy_layers = layers(policy);
   mopo::RolloutArgs args{};
   args.obs_dim = obs_dim;
@@ -70,6 +82,7 @@ std::pair<int64_t, int64_t> rollout(
   args.num_penalty_members = num_penalty_members;
   args.penalty = penalty_called(penalty);
   args.penalty_coef = penalty_coef;
+  args.penalties = penalties;
   args.low = pointer<float>(low);
   args.high = pointer<float>(high);
   args.policy = network(policy, policy_layers);
@@ -94,8 +107,8 @@ std::pair<int64_t, int64_t> rollout(
   args.std = pointer<float>(std);
   args.threads = threads;
   const mopo::Kernels& kernels = mopo::kernels(isa);
-  const mopo::RolloutCounts counts =
-      interruptible([&](mopo::Interrupt& interrupt) { return mopo::rollout(args, kernels, interrupt); });
+  const mopo::RolloutCounts counts = interruptible(
+      [&](mopo::Interrupt& interrupt) { return mopo::rollout(args, packed, kernels, interrupt); });
   return {counts.written, counts.non_finite};
 }
 
@@ -139,11 +152,17 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("penalties", penalty_names, "Names of the penalties that the rollout has.");
   module.def("isas", mopo::supported_isas,
              "List the instruction sets that this processor can run, best first.");
+  py::class_<mopo::Packed>(module, "Packed", py::module_local(),
+                           "Weights in the layout of an instruction set's kernels; see csrc/cpu/packed.h.")
+      .def("resembles", resembles, arg("network"),
+           "Tell whether the biases of a network's last layer are those that were packed.");
+  module.def("pack", pack, arg("network"), py::kw_only(), arg("isa"), arg("bfloat16"),
+             py::call_guard<py::gil_scoped_release>(), "Pack a network's weights for `rollout`.");
   module.def("rollout", rollout, py::kw_only(), arg("isa"), arg("obs_dim"), arg("act_dim"), arg("dynamics"),
-             arg("input_mean"), arg("input_std"), arg("max_logvar"), arg("min_logvar"), arg("carry"),
-             arg("log_std"), arg("elites"), arg("num_elites"), arg("penalty_members"),
-             arg("num_penalty_members"), arg("penalty"), arg("penalty_coef"), arg("low"), arg("high"),
-             arg("policy"), arg("log_std_min"), arg("log_std_max"), arg("actions"), arg("batch"),
+             arg("packed"), arg("input_mean"), arg("input_std"), arg("max_logvar"), arg("min_logvar"),
+             arg("carry"), arg("log_std"), arg("elites"), arg("num_elites"), arg("penalty_members"),
+             arg("num_penalty_members"), arg("penalty"), arg("penalty_coef"), arg("penalties"), arg("low"),
+             arg("high"), arg("policy"), arg("log_std_min"), arg("log_std_max"), arg("actions"), arg("batch"),
              arg("start"), arg("rows"), arg("horizon"), arg("first_step"), arg("seed"), arg("deterministic"),
              arg("bfloat16"), arg("keep_every_row"), arg("out"), arg("capacity"), arg("head"), arg("mean"),
              arg("std"), arg("threads"),

@@ -55,6 +55,7 @@ struct RolloutArgs {
   int64_t num_penalty_members;
   Penalty penalty;
   float penalty_coef;
+  bool penalties;    // compute them; needed where penalty_coef is not 0 or the output has penalties
   const float* low;  // [obs_dim]; a rollout terminates outside of low .. high
   const float* high;
 

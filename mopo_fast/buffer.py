@@ -14,14 +14,18 @@ _COLUMNS = ("observations", "actions", "rewards", "next_observations", "raw_rewa
 _CACHE_LINE = 64
 
 
-def _table_row_bytes(obs_dim: int, act_dim: int) -> int:
-    size = transition_bytes(_COLUMNS, obs_dim, act_dim)
+def _columns(penalties: bool) -> tuple[str, ...]:
+    return _COLUMNS if penalties else _COLUMNS[:-1]
+
+
+def _table_row_bytes(obs_dim: int, act_dim: int, penalties: bool) -> int:
+    size = transition_bytes(_columns(penalties), obs_dim, act_dim)
     return size + -size % _CACHE_LINE
 
 
-def row_bytes(obs_dim: int, act_dim: int) -> int:
+def row_bytes(obs_dim: int, act_dim: int, *, penalties: bool = True) -> int:
     """Return the bytes that one row of a `RingBuffer` takes, padding included."""
-    return _table_row_bytes(obs_dim, act_dim) + transition_bytes(["terminals"], obs_dim, act_dim)
+    return _table_row_bytes(obs_dim, act_dim, penalties) + transition_bytes(["terminals"], obs_dim, act_dim)
 
 
 class RingBuffer:
@@ -32,10 +36,11 @@ class RingBuffer:
         obs_dim: size of an observation.
         act_dim: size of an action.
         device: device of the arrays.
+        penalties: store penalties. Rollouts with a penalty_coef of 0 are faster without.
 
     Attributes:
-        storage: `Transitions` of `capacity` rows with raw_rewards and penalties, float32. Its first `size`
-            rows hold data. All arrays but the terminals are columns of one table.
+        storage: `Transitions` of `capacity` rows with raw_rewards and, as asked, penalties, float32. Its
+            first `size` rows hold data. All arrays but the terminals are columns of one table.
         capacity: number of rows.
         head: row that is written next.
         size: number of rows that hold data.
@@ -44,19 +49,27 @@ class RingBuffer:
         InputError: a size is not positive.
     """
 
-    def __init__(self, capacity: int, obs_dim: int, act_dim: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        capacity: int,
+        obs_dim: int,
+        act_dim: int,
+        device: torch.device | str = "cpu",
+        *,
+        penalties: bool = True,
+    ) -> None:
         if min(capacity, obs_dim, act_dim) < 1:
             raise InputError(
                 f"a buffer needs positive sizes, got capacity {capacity}, obs {obs_dim}, act {act_dim}"
             )
 
         # Rows are drawn at random: a row whose numbers lie together touches the fewest pages and cache lines.
-        words = _table_row_bytes(obs_dim, act_dim) // 4
+        words = _table_row_bytes(obs_dim, act_dim, penalties) // 4
         table = torch.empty(capacity, words, dtype=torch.float32, device=device)
         use_large_pages(table).zero_()
         arrays: dict[str, Any] = {}
         first = 0
-        for name in _COLUMNS:
+        for name in _columns(penalties):
             shape, _ = array_layout(name, obs_dim, act_dim)
             arrays[name] = table[:, first : first + math.prod(shape)].view(capacity, *shape)
             first += math.prod(shape)

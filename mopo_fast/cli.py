@@ -43,6 +43,7 @@ from mopo_fast.config import (
     DynamicsConfig,
     FitConfig,
     Hints,
+    MatmulPrecision,
     Preset,
     RolloutDtype,
     ShardFormat,
@@ -50,6 +51,7 @@ from mopo_fast.config import (
     TrainConfig,
     check_runs,
     flag,
+    of_precision,
     one_of,
     switch,
 )
@@ -267,6 +269,7 @@ def fit(
     device: str = "cpu",
     backend: str = "auto",
     threads: Threads = None,
+    matmul_precision: MatmulPrecision = "highest",
     dynamics: DynamicsConfig,
     memory_map: Switch = False,
     overwrite: Switch = False,
@@ -289,6 +292,9 @@ def fit(
         device: Device that fits: cpu or cuda.
         backend: Implementation of the fit: auto to choose one, or a name that `mopo-fast doctor` lists.
         threads: Number of threads of the CPU kernels. The result does not depend on it.
+        matmul_precision: Precision of the matrix products: highest for float32, medium for bfloat16 where it
+            is faster, as `mopo-fast doctor` tells. The fit has no precision between them. The setting
+            dynamics.dtype overrides it.
         dynamics: Probabilistic ensemble and its maximum-likelihood fit.
         memory_map: Leave the data in their file, for a data set larger than the memory. Results do not
             change.
@@ -301,13 +307,16 @@ def fit(
     """
     from mopo_fast.data import find_dataset
 
-    config = FitConfig(absolute_file(dataset), task, seed, device, backend, threads, dynamics)
+    config = FitConfig(
+        absolute_file(dataset), task, seed, device, backend, threads, dynamics, matmul_precision
+    )
     config.validate()
     find_dataset(dataset)
     if task is not None:
         from mopo_fast.tasks import get_task
 
         get_task(task)
+    from mopo_fast.backends.precision import dtypes_of
     from mopo_fast.data import load_dataset
     from mopo_fast.fit import fit_and_save
     from mopo_fast.run.folder import check_fit_folder, write_config
@@ -317,6 +326,9 @@ def fit(
     from mopo_fast.utils.machine import check_device
 
     check_device(device)
+    dtype = dynamics.dtype or dtypes_of(matmul_precision, device, backend).training
+    dynamics = dataclasses.replace(dynamics, dtype=dtype)
+    config = dataclasses.replace(config, dynamics=dynamics)
     with locked(out):
         check_fit_folder(out, overwrite)
         data = load_dataset(dataset, memory_map=memory_map, quiet=quiet)
@@ -647,7 +659,8 @@ def rollout(
     horizon: Annotated[int | None, flag("the run's", "INT")] = None,
     seed: int = 0,
     penalty_coef: Annotated[float | None, flag("the run's", "FLOAT")] = None,
-    dtype: RolloutDtype = "float32",
+    matmul_precision: MatmulPrecision = "highest",
+    dtype: Annotated[RolloutDtype | None, of_precision(ROLLOUT_DTYPES)] = None,
     format: ShardFormat = "hdf5",
     compression: Compression = "none",
     checksum: Annotated[
@@ -683,9 +696,10 @@ def rollout(
         seed: Seed of all random numbers. The same seed gives the same transitions, bit for bit on one
             instruction set, backend and dtype.
         penalty_coef: Weight of the penalty in the reward.
+        matmul_precision: Precision of the matrix products: highest for float32, high for TF32 on a GPU,
+            medium for bfloat16. A higher precision is taken if rollouts are no faster in this one.
         dtype: Precision of the networks. With tfloat32, bfloat16 or float16 only the factors of matrix
-            products are rounded; everything else is float32. Rollouts on a CPU with AMX are several times
-            faster in bfloat16.
+            products are rounded; everything else is float32.
         format: Format of the shards. In HDF5 they have D4RL's layout.
         compression: Compression of the shards: none, lzf or gzip in HDF5, and none, snappy or zstd in
             Parquet.
@@ -737,6 +751,7 @@ def rollout(
     else:
         source = dataset
         find_dataset(source)
+    from mopo_fast.backends.precision import dtypes_of
     from mopo_fast.bulk.files import save_transitions
     from mopo_fast.bulk.generate import generate
     from mopo_fast.bulk.read import as_text, narrow_penalties, summarise
@@ -750,6 +765,7 @@ def rollout(
         "seed": seed,
         "penalty_coef": penalty_coef,
     }
+    dtype = dtype or dtypes_of(matmul_precision, device, backend).rollout
     settings |= {"dtype": dtype, "device": device, "backend": backend, "threads": threads, "task": task}
     data = load_dataset(source, memory_map=memory_map, quiet=quiet)
     if dataset is None:
@@ -792,6 +808,7 @@ def bench(
     act_dim: int = 6,
     starts: Annotated[int | None, flag("50000", "INT")] = None,
     horizon: Annotated[int | None, flag("5", "INT")] = None,
+    penalty_coef: Annotated[float | None, flag("1.0", "FLOAT")] = None,
     updates: Annotated[int | None, flag("100", "INT")] = None,
     runs: Annotated[int | None, flag("1", "INT")] = None,
     fit_steps: Annotated[int | None, flag("64", "INT")] = None,
@@ -809,11 +826,13 @@ def bench(
     Args:
         kernel: Kernel to measure: rollouts in the ensemble, SAC updates, or the fit of the ensemble.
         backend: Implementation to measure: auto to choose one, or a name that `mopo-fast doctor` lists.
-        dtype: Precision of the matrix products in a rollout or a fit.
+        dtype: Precision of the matrix products. SAC and the fit have float32 and bfloat16.
         obs_dim: Dimensions of an observation.
         act_dim: Dimensions of an action.
         starts: Start states of a rollout. Only for bench rollout.
         horizon: Steps of a rollout. Only for bench rollout.
+        penalty_coef: Weight of the penalty in the reward. With 0, only the drawn member computes a row. Only
+            for bench rollout.
         updates: Number of SAC updates in a round. Only for bench sac.
         runs: Number of SAC runs that are updated at once. Only for bench sac.
         fit_steps: Gradient steps of the fit in a round. Only for bench fit.
@@ -829,9 +848,10 @@ def bench(
         mopo-fast bench sac --json sac.json --plot sac.png
     """
     options = {
-        "dtype": (dtype, ("rollout", "fit")),
+        "dtype": (dtype, ("rollout", "sac", "fit")),
         "starts": (starts, ("rollout",)),
         "horizon": (horizon, ("rollout",)),
+        "penalty_coef": (penalty_coef, ("rollout",)),
         "updates": (updates, ("sac",)),
         "runs": (runs, ("sac",)),
         "fit_steps": (fit_steps, ("fit",)),

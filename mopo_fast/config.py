@@ -22,8 +22,9 @@ Activation = Literal["silu", "relu", "tanh"]
 LogScale = Literal["variance", "std"]
 Penalty = Literal["max_aleatoric", "max_deviation", "max_pairwise", "ensemble_std", "mixture_std"]
 PenaltyMembers = Literal["all", "elites"]
-FitDtype = Literal["float32", "bfloat16"]
+TrainingDtype = Literal["float32", "bfloat16"]
 RolloutDtype = Literal["float32", "float64", "tfloat32", "bfloat16", "float16"]
+MatmulPrecision = Literal["highest", "high", "medium"]
 ShardFormat = Literal["hdf5", "parquet"]
 Compression = Literal["none", "lzf", "gzip", "snappy", "zstd"]
 Checksum = Literal["xxh3_128", "sha256"]
@@ -44,8 +45,9 @@ MAX_MEMBERS = 32
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 LOG_SCALES: tuple[LogScale, ...] = get_args(LogScale)
 PENALTIES: tuple[Penalty, ...] = get_args(Penalty)
-FIT_DTYPES: tuple[FitDtype, ...] = get_args(FitDtype)
+TRAINING_DTYPES: tuple[TrainingDtype, ...] = get_args(TrainingDtype)
 ROLLOUT_DTYPES: tuple[RolloutDtype, ...] = get_args(RolloutDtype)
+MATMUL_PRECISIONS: tuple[MatmulPrecision, ...] = get_args(MatmulPrecision)
 ACTOR_SCHEDULES: tuple[ActorSchedule, ...] = get_args(ActorSchedule)
 CRITIC_LOSSES: tuple[CriticLoss, ...] = get_args(CriticLoss)
 CHECKSUMS: tuple[Checksum, ...] = get_args(Checksum)
@@ -92,6 +94,11 @@ def one_of(names: Sequence[str]) -> str:
     return f"{{{','.join(names)}}}"
 
 
+def of_precision(names: Sequence[str]) -> Any:
+    """Say how a dtype appears on the command line that follows from the precision of the products."""
+    return flag("as --matmul-precision says", one_of(names))
+
+
 def switch(on: str, off: str) -> Any:
     """Name the two states of a field that is True or False, to be shown as its default."""
     return arg(help_behavior_hint=lambda value: f"(default: {on if value == 'True' else off})")
@@ -109,8 +116,8 @@ class DynamicsConfig:
         activation: Activation function of the hidden layers.
         learning_rate: Learning rate of Adam.
         batch_size: Transitions of each member in one gradient step.
-        dtype: Precision of the factors in the matrix products. Sums and parameters are always float32.
-            The fit is faster in bfloat16 on a CPU with AMX, and no faster on others.
+        dtype: Precision of the factors in the matrix products of the fit. Sums and parameters are always
+            float32.
         weight_decay: Weight decay of each layer; the last value is that of both output heads. The loss gains
             half of it times the sum of the squared weights of the layer. Biases have no decay.
         max_logvar: Upper bound of the predicted log-variances before training. The bound itself is learned.
@@ -133,7 +140,7 @@ class DynamicsConfig:
     activation: Activation = "silu"
     learning_rate: float = 1e-3
     batch_size: int = 256
-    dtype: FitDtype = "float32"
+    dtype: Annotated[TrainingDtype | None, of_precision(TRAINING_DTYPES)] = None
     weight_decay: Annotated[tuple[float, ...], flag(metavar="FLOAT ...")] = (
         2.5e-5,
         5e-5,
@@ -154,7 +161,7 @@ class DynamicsConfig:
         """Raise `InputError` where a value is out of range."""
         layers, decay = len(self.hidden) + 1, self.weight_decay
         _require(len(decay) == layers, f"weight_decay needs one value per layer, {layers}, got {decay}")
-        _require_known("dtype", self.dtype, FIT_DTYPES, " of the fit")
+        _require_known("dtype", self.dtype or "float32", TRAINING_DTYPES, " of the fit")
         _require_positive(self, "", "batch_size", "members", "max_epochs", "holdout_max")
         _require(self.patience >= 0, f"patience must be at least 0, got {self.patience}")
         _require(self.learning_rate > 0, f"learning_rate must be positive, got {self.learning_rate}")
@@ -198,8 +205,7 @@ class RolloutConfig:
         retain_epochs: Number of epochs whose rollouts stay in the model buffer, which has room for
             retain_epochs * horizon * batch_size transitions.
         dtype: Precision of the networks. With tfloat32, bfloat16 or float16 only the factors of matrix
-            products are rounded; everything else is float32. Rollouts on a CPU with AMX are several times
-            faster in bfloat16.
+            products are rounded; everything else is float32.
     """
 
     horizon: Annotated[int | None, flag(f"tuned for the data set, or {UNTUNED[0]}", "INT", prefix=False)] = (
@@ -215,7 +221,7 @@ class RolloutConfig:
     batch_size: int = 50_000
     interval: int = 1000
     retain_epochs: int = 5
-    dtype: RolloutDtype = "float32"
+    dtype: Annotated[RolloutDtype | None, of_precision(ROLLOUT_DTYPES)] = None
 
     @property
     def buffer_rows(self) -> int:
@@ -259,6 +265,8 @@ class SACConfig:
         batch_size: Transitions of one update, from the data set and the model buffer together.
         real_ratio: Share of each batch that is drawn from the data set, rounded down to whole transitions.
             The rest is drawn from the model buffer.
+        dtype: Precision of the factors in the matrix products of SAC, but those of the first and the last
+            layer of each network. Everything else is always float32.
     """
 
     hidden: Annotated[tuple[int, ...], flag(metavar="INT ...")] = (256, 256)
@@ -277,6 +285,7 @@ class SACConfig:
     polyak: float = 0.005
     batch_size: int = 256
     real_ratio: float = 0.05
+    dtype: Annotated[TrainingDtype | None, of_precision(TRAINING_DTYPES)] = None
 
     def validate(self) -> None:
         """Raise `InputError` where a value is out of range."""
@@ -298,6 +307,7 @@ class SACConfig:
         _require(known, f'target_entropy must be a number or "act_dim", got {entropy!r}')
         _require_known("critic_loss", self.critic_loss, CRITIC_LOSSES)
         _require_known("actor_schedule", self.actor_schedule, ACTOR_SCHEDULES)
+        _require_known("dtype", self.dtype or "float32", TRAINING_DTYPES, " of SAC")
         _check_finite(self)
 
 
@@ -364,7 +374,9 @@ class OnlineConfig:
     medium_window: int = 3
     episodes: int = 5
     sac: SACConfig = field(
-        default_factory=lambda: SACConfig(target_entropy="act_dim", critic_loss="mse", real_ratio=0.0)
+        default_factory=lambda: SACConfig(
+            target_entropy="act_dim", critic_loss="mse", real_ratio=0.0, dtype="float32"
+        )
     )
 
     def validate(self) -> None:
@@ -397,6 +409,10 @@ class TrainConfig:
         backend: Implementation of the fit, the rollouts and SAC: auto to choose one, or a
             name that `mopo-fast doctor` lists.
         threads: Number of threads of the CPU kernels. The result does not depend on it.
+        matmul_precision: Precision of the matrix products of the fit, the rollouts and SAC, by the names of
+            torch.set_float32_matmul_precision: highest for float32, high for TF32 on a GPU, medium for
+            bfloat16. A part takes a higher precision if it is no faster in this one. The settings
+            dynamics.dtype, rollout.dtype and sac.dtype override it for one part.
         preset: Code base whose hyperparameters are the defaults of this run.
         dynamics_from: Folder of another run or of `mopo-fast fit`, whose ensemble is used instead of fitting
             a new one.
@@ -413,6 +429,7 @@ class TrainConfig:
     device: str = "cpu"
     backend: str = "auto"
     threads: Annotated[int | None, flag("all cores; in a sweep, 1 for each run", "INT")] = None
+    matmul_precision: MatmulPrecision = "highest"
     # `mopo-fast --preset` sets it, together with all other defaults.
     preset: Annotated[Preset | None, Fixed, SuppressFixed] = None
     dynamics_from: Annotated[str | None, flag("fit a new ensemble", "RUN")] = None
@@ -435,6 +452,7 @@ class TrainConfig:
         _check_finite(self)
         _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
         _require_positive(self, "", "steps")
+        _require_known("matmul_precision", self.matmul_precision, MATMUL_PRECISIONS)
         _require(self.steps <= MAX_STEPS, f"steps must be at most {MAX_STEPS:,}, got {self.steps:.3g}")
         for part in (self.rollout, self.evaluation, self.sac):
             part.validate()
@@ -445,7 +463,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class RunConfig(TrainConfig):
-    """A run as its config.json records it, with task, horizon and penalty_coef filled in.
+    """A run as its config.json records it, with task, horizon, penalty_coef and dtypes filled in.
 
     Attributes:
         horizon_from: origin of the horizon: "given", "preset NAME", "tuned by CODE for TASK TIER", or
@@ -481,6 +499,7 @@ class FitConfig:
         backend: implementation of the fit.
         threads: number of threads of the CPU kernels, or None for all cores.
         dynamics: settings of the ensemble and its fit.
+        matmul_precision: precision that the dtype in `dynamics` follows from, if none was given.
     """
 
     dataset: str
@@ -490,10 +509,12 @@ class FitConfig:
     backend: str
     threads: int | None
     dynamics: DynamicsConfig
+    matmul_precision: MatmulPrecision = "highest"
 
     def validate(self) -> None:
         """Raise `InputError` where a value is out of range."""
         _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        _require_known("matmul_precision", self.matmul_precision, MATMUL_PRECISIONS)
         self.dynamics.validate()
 
 

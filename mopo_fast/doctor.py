@@ -12,6 +12,7 @@ import torch
 
 from mopo_fast import __version__, backends
 from mopo_fast.backends import cpu
+from mopo_fast.backends.precision import dtypes_of
 from mopo_fast.data import d4rl
 from mopo_fast.data.local import local_folder
 from mopo_fast.errors import InputError, printable
@@ -81,6 +82,7 @@ class Report:
         extension: path of the compiled extension, or None where it is missing.
         torch_threads: number of threads that torch uses.
         backends: every backend, with the reason why it can or cannot run.
+        precision: the lowest precision that is faster, as --matmul-precision takes it, and why, by device.
         rendering: rendering without a window, for videos.
         mp4: encoding of MP4 videos.
         folders: the folders of data sets, by the kind of their sets.
@@ -93,6 +95,7 @@ class Report:
     extension: str | None
     torch_threads: int
     backends: list[backends.BackendStatus]
+    precision: dict[str, str]
     rendering: Ability
     mp4: Ability
     folders: dict[str, Folder]
@@ -118,6 +121,7 @@ class Report:
         ]
         for name, ability in abilities:
             lines.append((name, f"{'yes' if ability.available else 'no'}: {ability.reason}"))
+        lines += [(f"precision {device}", choice) for device, choice in self.precision.items()]
         for name, folder in self.folders.items():
             lines.append((f"{name} data", f"{folder.path}: {', '.join(folder.files) or 'empty'}"))
         width = max(len(key) for key, _ in lines)
@@ -143,6 +147,7 @@ def examine() -> Report:
         extension=extension,
         torch_threads=torch.get_num_threads(),
         backends=backends.available(),
+        precision={device: _precision(device) for device in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]},
         rendering=_rendering(),
         mp4=_mp4(),
         folders={
@@ -161,6 +166,19 @@ def _extension() -> tuple[str | None, str | None]:
         return path, cpu.isa()
     except InputError as error:
         return path, f"none: {error}"
+
+
+def _precision(device: str) -> str:
+    """Name the lowest precision that is faster on a device than float32, and the parts that take it."""
+    try:
+        dtypes = dtypes_of("medium", device)
+    except InputError as error:
+        return f"highest: {error}"
+    if dtypes.rollout == "float32":
+        return f"highest: {dtypes.why}"
+    parts = "rollouts" if dtypes.training == "float32" else "the fit, rollouts and SAC"
+    gain = f", whose products are {cpu.bfloat16_gain():.0f} times as fast here" if device == "cpu" else ""
+    return f"medium: {dtypes.rollout} for {parts}{gain}{f'; {dtypes.why}' if dtypes.why else ''}"
 
 
 def _rendering() -> Ability:

@@ -3,6 +3,7 @@
 Source: mopo/models/bnn.py and fc.py of the authors' code. All members are computed as one batch of matrices.
 """
 
+import functools
 import itertools
 import math
 import os
@@ -103,6 +104,46 @@ def mlp(
         else:
             x = x @ weight + bias.unsqueeze(-2)
     return x
+
+
+def rounded_mlp(
+    x: torch.Tensor,
+    weights: Iterable[torch.Tensor],
+    biases: Iterable[torch.Tensor],
+    activation: str,
+    *,
+    inner: bool = False,
+) -> torch.Tensor:
+    """Compute `mlp` with the factors of products in bfloat16, in the backward pass too.
+
+    Args:
+        x: as for `mlp`.
+        weights: as for `mlp`.
+        biases: as for `mlp`.
+        activation: as for `mlp`.
+        inner: leave the products of the first and of the last layer in full precision.
+
+    Returns:
+        As `mlp`.
+    """
+    weights = list(weights)
+    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        x = activate(x, activation) if layer else x
+        if inner and layer in (0, len(weights) - 1):
+            x = x @ weight + bias.unsqueeze(-2)
+            continue
+        x = _round(x) @ _round(weight) + bias.unsqueeze(-2)
+        if x.requires_grad:
+            x.register_hook(_to_bfloat16)
+    return x
+
+
+def _round(x: torch.Tensor) -> torch.Tensor:
+    """Round to bfloat16, but leave the gradient as it is."""
+    return x + (_to_bfloat16(x) - x).detach()
+
+
+_to_bfloat16 = functools.partial(round_factor, operands="bfloat16")
 
 
 def mlp_bytes(networks: int, sizes: Sequence[int], batch_size: int = 0) -> int:

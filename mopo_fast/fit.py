@@ -4,6 +4,7 @@ Source: mopo/models/bnn.py of the authors' code (BNN.train, _save_best, _compile
 """
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -27,10 +28,9 @@ from mopo_fast.config import DynamicsConfig, to_dict
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import (
     EnsembleDynamics,
-    activate,
     mlp,
     mlp_bytes,
-    round_factor,
+    rounded_mlp,
     soft_clamp_logvar,
 )
 from mopo_fast.errors import InputError
@@ -163,29 +163,11 @@ def negative_log_likelihood(
     """
     *layers, max_logvar, min_logvar = parameters
     weights, biases = layers[: len(layers) // 2], layers[len(layers) // 2 :]
-    network = mlp if config.dtype == "float32" else _rounded_mlp
+    network = rounded_mlp if config.dtype == "bfloat16" else mlp
     mean, raw_logvar = network(inputs, weights, biases, config.activation).chunk(2, dim=-1)
     logvar = soft_clamp_logvar(raw_logvar, max_logvar[..., None, None, :], min_logvar[..., None, None, :])
     likelihood = ((mean - targets).square() * torch.exp(-logvar) + logvar).mean((-2, -1)).sum(-1)
     return likelihood + config.logvar_bound_weight * (max_logvar - min_logvar).sum(-1)
-
-
-def _rounded_mlp(
-    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor], activation: str
-) -> torch.Tensor:
-    """Compute `mlp` with the factors of all products in bfloat16, in the backward pass too."""
-    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        x = _round(activate(x, activation) if layer else x) @ _round(weight) + bias.unsqueeze(-2)
-        x.register_hook(_to_bfloat16)
-    return x
-
-
-def _round(x: torch.Tensor) -> torch.Tensor:
-    """Round to bfloat16, but leave the gradient as it is."""
-    return x + (_to_bfloat16(x) - x).detach()
-
-
-_to_bfloat16 = functools.partial(round_factor, operands="bfloat16")
 
 
 class PyTorchSteps:
@@ -277,6 +259,7 @@ class Fit:
         check_fit_memory(config, device)
         if seed < 0:
             raise InputError(f"seed must not be negative, got {seed}")
+        config = dataclasses.replace(config, dtype=config.dtype or "float32")
         self.seed, self.config = seed, config
         self.backend = choose_backend(backend, data.obs_dim, data.act_dim, config, device)
         self.threads = resolve_threads(threads)
@@ -561,7 +544,7 @@ def choose_backend(
 ) -> str:
     """Return the backend that fits an ensemble of these sizes; raise `InputError` as `backends.choose`."""
     widest = max(obs_dim + act_dim, 2 * (obs_dim + 1), *config.hidden)
-    return backends.choose(name, Need(config.dtype, torch.device(device), training=widest))
+    return backends.choose(name, Need(config.dtype or "float32", torch.device(device), training=widest))
 
 
 def check_fit_memory(config: DynamicsConfig, device: torch.device | str) -> None:
@@ -694,7 +677,7 @@ def fit_and_save(
 
     Returns:
         The ensemble, and the contents of fit.json: dataset, data_sha256, transitions, holdout (rows), seed,
-        config, device, backend, threads, epochs, seconds, elites, best_mse [member] of the kept weights,
+        config, device, backend, isa, threads, epochs, seconds, elites, best_mse [member] of the kept weights,
         train_loss [epoch], holdout_mse and improved [epoch, member].
 
     Raises:
@@ -816,6 +799,7 @@ def finish_and_save(
         "config": to_dict(config),
         "device": str(fit.inputs.device),
         "backend": fit.backend,
+        "isa": backends.isa_of(fit.backend),
         "threads": fit.threads,
         "epochs": len(history),
         "seconds": sum(epoch.seconds for epoch in history),

@@ -33,6 +33,9 @@ from mopo_fast.utils.tensors import (
 
 FORMAT_VERSION = 1
 
+# `mlp`, or a function that computes the same in another precision.
+Network = Callable[..., torch.Tensor]
+
 
 def _xavier_uniform(shape: tuple[int, ...], generator: torch.Generator | None) -> torch.Tensor:
     # The authors' networks have Keras' default initialisation.
@@ -119,14 +122,18 @@ class Actor(nn.Module):
         names = ("obs_dim", "act_dim", "hidden", "activation", "log_std_min", "log_std_max")
         return {name: getattr(self, name) for name in names}
 
-    def forward(self, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, observations: torch.Tensor, network: Network = mlp
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return mean and clipped log standard deviation before the tanh, each [batch, act_dim]."""
-        mean, log_std = mlp(observations, self.weights, self.biases, self.activation).chunk(2, dim=-1)
+        mean, log_std = network(observations, self.weights, self.biases, self.activation).chunk(2, dim=-1)
         return mean, log_std.clamp(self.log_std_min, self.log_std_max)
 
-    def sample(self, observations: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def sample(
+        self, observations: torch.Tensor, noise: torch.Tensor, network: Network = mlp
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return actions [batch, act_dim] from standard normal `noise`, and log-probabilities [batch]."""
-        mean, log_std = self(observations)
+        mean, log_std = self(observations, network)
         raw = mean + log_std.exp() * noise
         # log(1 - tanh(x)^2), in a form that does not cancel.
         squash = 2.0 * (math.log(2.0) - raw - functional.softplus(-2.0 * raw))
@@ -278,7 +285,9 @@ class Critic(nn.Module):
         )
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(critics, out)) for out in sizes[1:])
 
-    def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, observations: torch.Tensor, actions: torch.Tensor, network: Network = mlp
+    ) -> torch.Tensor:
         """Return Q-values [critics, batch]."""
         x = torch.cat([observations, actions], dim=-1).unsqueeze(-3)
-        return mlp(x, self.weights, self.biases, "relu").squeeze(-1)
+        return network(x, self.weights, self.biases, "relu").squeeze(-1)

@@ -118,7 +118,7 @@ class _Run:
         engine = RolloutEngine(ensemble, penalty=penalty, penalty_members=members)
         seed = derive_seed(fit["seed"], REPORT)
         result = engine.step(held_out.observations, held_out.actions, seed=seed, distributions=True)
-        assert result.mean is not None and result.std is not None
+        assert result.mean is not None and result.std is not None and result.penalties is not None
         _, targets = dynamics_inputs_targets(held_out)
         targets[:, :-1] = torch.where(ensemble.absolute, held_out.next_observations, targets[:, :-1])
         mean, std = result.mean[ensemble.elites].double(), result.std[ensemble.elites].double()

@@ -8,9 +8,11 @@ it is made of, and a batch may be split in any way.
 import dataclasses
 import functools
 import logging
+import operator
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
+import numpy as np
 import torch
 
 from mopo_fast.backends import checked
@@ -57,11 +59,38 @@ def _untraced(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _
     return call
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Kept:
+    """An ensemble's arrays, and what tells whether it has changed since they were read.
+
+    Attributes:
+        options: settings that the arrays depend on.
+        stamps: (address, version, shape, strides) of each source.
+        sources: the ensemble's tensors.
+        held: aliases of them, so that no other memory can have their addresses.
+        arrays: the arrays.
+    """
+
+    options: tuple[Any, ...]
+    stamps: list[tuple[Any, ...]]
+    sources: tuple[torch.Tensor, ...]
+    held: list[torch.Tensor]
+    arrays: DynamicsArrays
+
+
 class RolloutEngine:
     """Rolls out a policy in an ensemble and penalises every reward by the model's uncertainty.
 
+    A penalty takes the predictions of all members, a reward only those of the member that was drawn. So
+    without penalties a member computes only the rows that have drawn it, and a step takes a fraction of the
+    time. All other numbers are the same to the bit. `deterministic` and `distributions` take all members in
+    any case.
+
     Args:
-        ensemble: the dynamics. It is read at every call, so it may change in between.
+        ensemble: the dynamics. It may change between calls: PyTorch's in-place operations, this package's
+            training, `load_state_dict`, `to`, and another tensor in place of a parameter are all noticed.
+            Writes that PyTorch does not count, through `.data`, a NumPy view, another process or a fused
+            optimiser of `torch.optim`, may go unnoticed: call `refresh` after them.
         penalty: the uncertainty u(s, a), one of `mopo_fast.config.PENALTIES`.
         penalty_coef: lambda >= 0. Rewards are raw_rewards - penalty_coef * penalties.
         termination: the name of a rule in `mopo_fast.tasks.BOXES` or of a task in `mopo_fast.tasks.TASKS`, a
@@ -74,6 +103,8 @@ class RolloutEngine:
             processors that multiply such numbers.
         threads: threads of the CPU kernel; None takes all cores that this process may use.
         penalty_members: members that the penalty is computed from, "all" (authors) or "elites" (Unifloral).
+        penalties: return the penalties. None returns them where `penalty_coef` is not 0, and where the buffer
+            of a rollout stores them.
 
     Raises:
         InputError: an argument is unknown or out of range, or the backend cannot serve.
@@ -90,6 +121,7 @@ class RolloutEngine:
         dtype: str = "float32",
         threads: int | None = None,
         penalty_members: PenaltyMembers = "all",
+        penalties: bool | None = None,
     ) -> None:
         checked.check_known("penalty", penalty, PENALTIES)
         if not isinstance(penalty_coef, (int, float)) or not 0.0 <= penalty_coef < float("inf"):
@@ -100,6 +132,11 @@ class RolloutEngine:
         self.ensemble = ensemble
         self.penalty, self.penalty_coef = penalty, float(penalty_coef)
         self.penalty_members = penalty_members
+        if penalties is not None and not isinstance(penalties, bool):
+            raise InputError(f"penalties must be True, False or None, got {penalties!r}")
+        if penalties is False and self.penalty_coef:
+            raise InputError(f"penalty_coef={penalty_coef:g} needs penalties; leave penalties=False out")
+        self.penalties = penalties
         self.operands = dtype
         self.dtype = torch.float64 if dtype == "float64" else torch.float32
         self.device = ensemble.input_mean.device
@@ -131,6 +168,7 @@ class RolloutEngine:
                 f" {ensemble.obs_dim}"
             )
         ensemble.check_elites()
+        self._kept: _Kept | None = None
         self._low = torch.tensor(box.low, dtype=self.dtype, device=self.device)
         self._high = torch.tensor(box.high, dtype=self.dtype, device=self.device)
 
@@ -141,8 +179,16 @@ class RolloutEngine:
         return (
             f"RolloutEngine({self.ensemble!r}, penalty={self.penalty!r}, penalty_coef={self.penalty_coef},"
             f" termination={rule!r}, backend={self.backend!r}, dtype={self.operands!r},"
-            f" threads={self.threads}, penalty_members={self.penalty_members!r})"
+            f" threads={self.threads}, penalty_members={self.penalty_members!r}, penalties={self.penalties})"
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy, in this process or another, reads the ensemble itself.
+        return self.__dict__ | {"_kept": None}
+
+    def refresh(self) -> None:
+        """Read the ensemble again at the next call, also where no change of it was noticed."""
+        self._kept = None
 
     @_untraced
     def step(
@@ -170,11 +216,25 @@ class RolloutEngine:
 
         Returns:
             A `StepResult` with arrays of the kind of `observations`. A row is terminal where its prediction
-            is not finite.
+            is not finite; so is one whose penalty is not finite, where penalties are computed.
 
         Raises:
             InputError: an argument has a wrong shape, type, device or value.
         """
+        penalties = bool(self.penalty_coef) if self.penalties is None else self.penalties
+        return self._step(observations, actions, seed, step, rows, deterministic, distributions, penalties)
+
+    def _step(
+        self,
+        observations: A,
+        actions: A,
+        seed: int,
+        step: int,
+        rows: A | None,
+        deterministic: bool,
+        distributions: bool,
+        penalties: bool,
+    ) -> StepResult[A]:
         make = maker_like("observations", observations)
         start = self._checked("observations", observations, self.ensemble.obs_dim)
         action = self._checked("actions", actions, self.ensemble.act_dim)
@@ -184,12 +244,16 @@ class RolloutEngine:
         checked.check_range("seed", seed, 0, 2**64)
         checked.check_range("step", step, 0, 2**32)
         settings = Settings(seed, deterministic, self.operands, self.threads)
-        call = StepCall(self._dynamics(), start, numbers, settings, action, step, distributions)
+        call = StepCall(
+            self._dynamics(), start, numbers, settings, action, step, distributions, penalties=penalties
+        )
         result = checked.step(get_backend(self.backend), call)
         if self.termination_function is not None:
             successors = make(result.next_observations)
             ended = self.termination_function(observations, actions, successors)
             result.terminals.logical_or_(self._checked_flags(ended, len(start)))
+        if isinstance(observations, torch.Tensor):
+            return cast(StepResult[A], result)
         made: StepResult[A] = map_tensors(make, result)
         return made
 
@@ -221,11 +285,13 @@ class RolloutEngine:
                 ... A shard that passes its numbers in a larger batch gets the larger batch's transitions.
             deterministic: act by tanh(mean) and take the ensemble's mean, without noise. A function is called
                 in the same way in both cases.
-            out: ring that the transitions are appended to; None allocates new arrays.
+            out: ring that the transitions are appended to; None allocates new arrays. A ring that stores
+                penalties gets them also where `penalty_coef` is 0.
 
         Returns:
             The transitions that exist, ordered by start state, then by step. With `out`, they have the ring's
-            arrays, as views of the ring, or as copies where they wrap around its end.
+            arrays, as views of the ring, or as copies where they wrap around its end. `penalties` is None
+            where they were not computed.
 
         Raises:
             InputError: an argument has a wrong shape, type, device or value, the backend cannot serve such
@@ -244,10 +310,19 @@ class RolloutEngine:
                 f" {type(policy).__name__}; for any other policy loop over `engine.step`"
             )
         if out is None:
-            room = allocate(len(start) * horizon, ensemble.obs_dim, ensemble.act_dim, self.device, self.dtype)
+            penalties = bool(self.penalty_coef) if self.penalties is None else self.penalties
+            room = allocate(
+                *(len(start) * horizon, ensemble.obs_dim, ensemble.act_dim, self.device, self.dtype),
+                penalties=penalties,
+            )
             storage, head = room.arrays(), 0
         else:
             storage, head = out.storage.arrays(), out.head
+            if self.penalties is False and "penalties" in storage:
+                raise InputError(
+                    "the buffer stores penalties, which this engine does not compute; make the buffer with"
+                    " penalties=False"
+                )
             if len(start) * horizon > out.capacity:
                 raise InputError(
                     f"{len(start)} rollouts of {horizon} steps can make {len(start) * horizon} transitions,"
@@ -320,13 +395,15 @@ class RolloutEngine:
 
         def step(observations: torch.Tensor, rows: torch.Tensor, t: int) -> tuple[torch.Tensor, StepResult]:
             actions = choose(observations, rows, t)
-            result = self.step(
+            result = self._step(
                 observations,
                 actions,
-                seed=settings.seed,
-                step=t,
-                rows=rows,
-                deterministic=settings.deterministic,
+                settings.seed,
+                t,
+                rows,
+                settings.deterministic,
+                distributions=False,
+                penalties=bool(self.penalty_coef) or "penalties" in out.arrays,
             )
             return actions, result
 
@@ -367,6 +444,34 @@ class RolloutEngine:
         return flags.reshape(-1)
 
     def _dynamics(self) -> DynamicsArrays:
+        """Return the ensemble's arrays: the same object as long as nothing has changed."""
+        ensemble, kept = self.ensemble, self._kept
+        sources: tuple[Any, ...] = (
+            # Their dictionaries, since reading attributes of modules takes a tenth of a step of one row.
+            *(*ensemble.weights._parameters.values(), *ensemble.biases._parameters.values()),
+            *(*ensemble._parameters.values(), *ensemble._buffers.values(), self._low, self._high),
+        )
+        options: tuple[Any, ...] = (self.penalty, self.penalty_coef, self.penalty_members)
+        options += (ensemble.activation, ensemble.log_scale)
+        try:
+            stamps = [(one.data_ptr(), one._version, one.shape, one.stride()) for one in sources]
+        except RuntimeError:
+            # Inference tensors have no version.
+            return self._read_dynamics()
+        if (
+            kept is not None
+            and (kept.options, kept.stamps) == (options, stamps)
+            and all(map(operator.is_, kept.sources, sources))
+        ):
+            return kept.arrays
+        arrays = self._read_dynamics()
+        layers = zip((*arrays.weights, *arrays.biases), sources, strict=False)
+        # CUDA graphs do not count their writes, and a converted copy would not follow them.
+        if self.device.type == "cpu" and all(array.data_ptr() == one.data_ptr() for array, one in layers):
+            self._kept = _Kept(options, stamps, sources, [one.detach() for one in sources], arrays)
+        return arrays
+
+    def _read_dynamics(self) -> DynamicsArrays:
         ensemble = self.ensemble
         everyone = torch.arange(ensemble.members, device=self.device)
         # A copy, since member numbers that were checked must not change before the kernel reads them.
@@ -413,8 +518,15 @@ class RolloutEngine:
             raise InputError(f"{name} has no rows")
         if array.device != self.device:
             raise InputError(f"{name} must be on the ensemble's {self.device}, got {array.device}")
-        array = array.detach().to(self.dtype).contiguous()
-        if not bool(torch.isfinite(array).all()):
+        if array.requires_grad or array.dtype != self.dtype:
+            array = array.detach().to(self.dtype)
+        array = array.contiguous()
+        # With few rows each operation of PyTorch takes longer than NumPy's.
+        if self.device.type == "cpu":
+            finite = np.count_nonzero(np.isfinite(array.numpy())) == array.numel()
+        else:
+            finite = bool(torch.isfinite(array).all())
+        if not finite:
             row = int((~torch.isfinite(array)).nonzero()[0, 0])
             raise InputError(f"{name} is not finite at row {row}")
         return array
@@ -436,6 +548,8 @@ def allocate(
     act_dim: int,
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
+    *,
+    penalties: bool = True,
 ) -> Transitions:
     """Allocate every array that a rollout fills, not initialised.
 
@@ -445,14 +559,16 @@ def allocate(
         act_dim: size of an action.
         device: device of the arrays.
         dtype: type of the floats.
+        penalties: allocate an array of penalties too.
 
     Raises:
         InputError: the arrays would take more memory than is available.
     """
-    size = capacity * transition_bytes(ROLLOUT_ARRAYS, obs_dim, act_dim, dtype)
+    names = [name for name in ROLLOUT_ARRAYS if penalties or name != "penalties"]
+    size = capacity * transition_bytes(names, obs_dim, act_dim, dtype)
     check_memory(f"{capacity:,} transitions", size, device, "the horizon or the start states")
     arrays: dict[str, Any] = {}
-    for name in ROLLOUT_ARRAYS:
+    for name in names:
         shape, kind = array_layout(name, obs_dim, act_dim, dtype)
         arrays[name] = torch.empty((capacity, *shape), dtype=kind, device=device)
     return Transitions(**arrays)

@@ -4,6 +4,8 @@ Source: softlearning/algorithms/mopo.py of the authors' code. `SACConfig` has ot
 """
 
 import copy
+import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,6 +28,7 @@ from mopo_fast.backends.philox import (
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import SACConfig
 from mopo_fast.data.transitions import DATA_ARRAYS, Transitions
+from mopo_fast.ensemble import mlp, rounded_mlp
 from mopo_fast.errors import InputError
 from mopo_fast.policy import Actor, Critic
 from mopo_fast.utils.adam import Adam
@@ -94,13 +97,15 @@ class SAC:
     ) -> None:
         config = config or SACConfig()
         config.validate()
+        config = dataclasses.replace(config, dtype=config.dtype or "float32")
         if config.actor_schedule == "cosine" and not total_updates:
             raise InputError("the cosine schedule needs total_updates, the number of updates it spans")
         self.config, self.total_updates = config, total_updates
         # A tensor, so that kernels can count in it.
         self._updates = torch.zeros((), dtype=torch.int64, device="cpu")
         widest = max(obs_dim + act_dim, 2 * act_dim, *config.hidden)
-        self.backend = backends.choose(backend, Need("float32", torch.device(device), training=widest))
+        need = Need(config.dtype or "float32", torch.device(device), training=widest)
+        self.backend = backends.choose(backend, need)
         self.threads = resolve_threads(threads)
         self.target_entropy = (
             -float(act_dim) if config.target_entropy == "act_dim" else float(config.target_entropy)
@@ -124,6 +129,7 @@ class SAC:
             "critic": Adam(self.critic.parameters(), config.critic_learning_rate),
             "alpha": Adam([self.log_alpha], config.alpha_learning_rate),
         }
+        self._network = functools.partial(rounded_mlp, inner=True) if config.dtype == "bfloat16" else mlp
         self._targets = list(self.target.parameters())
         self._polyak = get_ema_multi_avg_fn(1.0 - config.polyak)
         self._recorder = Recorder()
@@ -166,7 +172,7 @@ class SAC:
         config, alpha = self.config, self.alpha
         actor, critic, temperature = (self.optimizers[name] for name in ("actor", "critic", "alpha"))
         target_q = self._target_q(batch, next_noise, alpha)
-        q = self.critic(batch.observations, batch.actions)
+        q = self.critic(batch.observations, batch.actions, self._network)
         critic_loss = (q - target_q.unsqueeze(-2)).square().mean(dim=-1).sum(dim=-1)
         if config.critic_loss == "half_mse":
             critic_loss = 0.5 * critic_loss
@@ -174,8 +180,8 @@ class SAC:
         if not config.simultaneous:
             critic.step(critic_gradients)
 
-        actions, log_prob = self.actor.sample(batch.observations, noise)
-        policy_q = self.critic(batch.observations, actions).min(dim=-2).values
+        actions, log_prob = self.actor.sample(batch.observations, noise, self._network)
+        policy_q = self.critic(batch.observations, actions, self._network).min(dim=-2).values
         actor_loss = (alpha.unsqueeze(-1) * log_prob - policy_q).mean(dim=-1)
         # Asking for the actor's gradients alone spares the critics' weight gradients.
         actor_gradients = torch.autograd.grad(actor_loss.sum(), actor.parameters)
@@ -195,8 +201,8 @@ class SAC:
 
     @torch.no_grad()
     def _target_q(self, batch: Transitions, noise: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-        actions, log_prob = self.actor.sample(batch.next_observations, noise)
-        q = self.target(batch.next_observations, actions).min(dim=-2).values
+        actions, log_prob = self.actor.sample(batch.next_observations, noise, self._network)
+        q = self.target(batch.next_observations, actions, self._network).min(dim=-2).values
         future = torch.where(batch.terminals, 0.0, q - alpha.unsqueeze(-1) * log_prob)
         return batch.rewards + self.config.discount * future
 

@@ -16,6 +16,7 @@ from typing import Any, Self, cast
 
 import torch
 
+from mopo_fast import backends
 from mopo_fast.backends.philox import BATCH_STREAM, random_choice
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import RunConfig, TrainConfig
@@ -54,6 +55,8 @@ from mopo_fast.utils.tensors import load_into
 _PARTS = {"rollout": 0.33, "sac": 0.5, "evaluate": 0.17}
 # Number of start states of an evaluation in the model.
 _MODEL_STARTS = 1000
+# Number of start states whose rollouts are penalised for the mean penalty where no reward needs it.
+_PENALISED_STARTS = 2000
 
 
 def train(
@@ -88,7 +91,8 @@ def train(
     Returns:
         The contents of summary.json: score_mean, score_std, return_mean, return_std (of the last policy),
         scored_by ("environment" or "model"), updates, epochs, seconds {fit, rollout, sac, evaluate, total},
-        backend, threads, runs_together, transitions (of the data set), device, dataset, task, seed, dtype,
+        backend, isa (instruction set of the CPU's kernels, else None), threads, runs_together, transitions
+        (of the data set), device, dataset, task, seed, dtype (of the rollouts), dtypes {fit, rollout, sac},
         horizon, penalty, penalty_coef, versions {mopo_fast, python, torch, gymnasium, mujoco}.
 
     Raises:
@@ -184,7 +188,10 @@ class Training:
         self.dynamics_sha256, self.horizon = ensemble.sha256(), config.rollout.horizon
         self.fit_seconds = 0.0 if config.dynamics_from is not None else read_fit(out)["seconds"]
         self.engine = make_engine(config, task, ensemble, config.backend)
-        self.buffer = RingBuffer(config.rollout.buffer_rows, task.obs_dim, task.act_dim, config.device)
+        self.buffer = RingBuffer(
+            *(config.rollout.buffer_rows, task.obs_dim, task.act_dim, config.device),
+            penalties=config.rollout.penalty_coef != 0.0,
+        )
         self.sac = make_sac(config, task, training_backend(config))
         self.rollouts: list[Rollout] = []
         self.policies: dict[int, Tensors] = {}
@@ -217,6 +224,7 @@ class Training:
         self.policies[self.epoch] = self._policy()
         with self.clock("rollout"):
             rows = self._fill_buffer(self.sac.actor, self.epoch)
+            self._mean_penalty = self._average_penalty(rows)
         self.rollouts.append(Rollout(self.epoch, head, len(rows)))
         # Keep every rollout with rows in the buffer: repeated in order, they restore it.
         while sum(rollout.rows for rollout in self.rollouts[1:]) >= self.buffer.capacity:
@@ -239,13 +247,13 @@ class Training:
 
     def evaluate(self, rows: Transitions, metrics: dict[str, float]) -> None:
         """Start the evaluation of the policy, where it is due, and add the epoch to the log."""
-        assert rows.penalties is not None and rows.raw_rewards is not None
+        assert rows.raw_rewards is not None
         row = {
             "epoch": self.epoch,
             "updates": self.sac.updates,
             **metrics,
             "rows": len(rows),
-            "penalty": rows.penalties.mean().item(),
+            "penalty": self._mean_penalty,
             "raw_reward": rows.raw_rewards.mean().item(),
             "terminal_share": rows.terminals.float().mean().item(),
             "non_finite": rows.info["non_finite"],
@@ -271,13 +279,18 @@ class Training:
             self.log.evaluation,
             self.rollouts,
             [(pending.row, pending.policy is not None) for pending in self.log.pending],
-            {"rollout": self.engine.backend, "sac": self.sac.backend},
+            self._backends(),
             self.data_sha256,
             self.dynamics_sha256,
         )
         tensors = {f"policy.{epoch}": policy for epoch, policy in self.policies.items()}
         tensors |= {f"evaluated.{one.row['epoch']}": one.policy or {} for one in self.log.pending}
         checkpoint.save_checkpoint(self.out, state, {"sac": self.sac.state(), **tensors})
+
+    def _backends(self) -> checkpoint.Backends:
+        names = checkpoint.Backends(rollout=self.engine.backend, sac=self.sac.backend)
+        isa = backends.isa_of(names["rollout"]) or backends.isa_of(names["sac"])
+        return names if isa is None else {**names, "isa": isa}
 
     def finish(self, together: int = 1) -> None:
         """Wait for all evaluations and write summary.json.
@@ -296,6 +309,7 @@ class Training:
             epochs=self.epoch,
             seconds={"fit": self.fit_seconds, **self.clock.seconds, "total": self.clock.elapsed()},
             backend=self.engine.backend,
+            isa=backends.isa_of(self.engine.backend),
             threads=self.engine.threads,
             runs_together=together,
             transitions=len(self.data),
@@ -318,6 +332,7 @@ class Training:
         with checkpoint.suggest_deleting(path):
             self.engine = make_engine(config, self.task, self.engine.ensemble, saved.backends["rollout"])
             self.sac = make_sac(config, self.task, saved.backends["sac"])
+            checkpoint.warn_of_other_isa(path, saved.backends)
             self.sac.load_state(checkpoint.select_group(tensors, "sac"), path)
             if self.sac.updates != config.updates_after(saved.epoch):
                 raise InputError(
@@ -353,18 +368,32 @@ class Training:
 
     def _fill_buffer(self, policy: Actor, epoch: int) -> Transitions:
         """Add the model rollouts of `epoch` to the buffer, and return them."""
-        rows = self.engine.rollout(
-            policy,
-            self._draw_starts(self.config.rollout.batch_size, derive_seed(self.config.seed, START, epoch)),
-            self.horizon,
-            seed=derive_seed(self.config.seed, ROLLOUT, epoch),
-            out=self.buffer,
-        )
+        rows = self._rollouts_of(policy, epoch, self.config.rollout.batch_size, self.buffer)
         if len(rows) == 0:
             raise InputError(
                 f"no model rollout of epoch {epoch} began with a finite prediction; fit the ensemble again"
             )
         return rows
+
+    def _average_penalty(self, rows: Transitions) -> float:
+        """Return the mean penalty of an epoch's rollouts, from some of its start states if none is stored."""
+        if rows.penalties is None:
+            count = min(_PENALISED_STARTS, self.config.rollout.batch_size)
+            ring = RingBuffer(count * self.horizon, rows.obs_dim, rows.act_dim, self.config.device)
+            # The same start states and random numbers: the same transitions.
+            rows = self._rollouts_of(self.sac.actor, self.epoch, count, ring)
+        assert rows.penalties is not None
+        return rows.penalties.mean().item()
+
+    def _rollouts_of(self, policy: Actor, epoch: int, count: int, out: RingBuffer) -> Transitions:
+        """Make the model rollouts of the first `count` start states of `epoch`."""
+        return self.engine.rollout(
+            policy,
+            self._draw_starts(count, derive_seed(self.config.seed, START, epoch)),
+            self.horizon,
+            seed=derive_seed(self.config.seed, ROLLOUT, epoch),
+            out=out,
+        )
 
     def _draw_starts(self, count: int, seed: int) -> torch.Tensor:
         numbers = torch.arange(count, device=self.data.device)

@@ -6,12 +6,14 @@
 
 #include "interrupt.h"
 #include "kernels.h"
+#include "packed.h"
 
 namespace mopo {
 
-// Makes rollouts. An interrupt ends the call between two steps of a chunk; the output then holds the rows of
-// the first chunks alone.
-RolloutCounts rollout(const RolloutArgs& args, const Kernels& kernels, Interrupt& interrupt);
+// Makes rollouts; `dynamics` is args.dynamics, packed for these kernels. An interrupt ends the call between
+// two steps of a chunk; the output then holds the rows of the first chunks alone.
+RolloutCounts rollout(const RolloutArgs& args, const Packed& dynamics, const Kernels& kernels,
+                      Interrupt& interrupt);
 
 // Updates every parameter of all runs in place, the runs side by side. Returns the sums of each run's
 // metrics. An interrupted call leaves every run as it was and returns nothing.

@@ -5,13 +5,6 @@
 // [in][out]. Its three products are forwards X W, backwards G W^T, and the weight's gradient X^T G. X has a
 // column of ones, so that X^T G has the bias's gradient as its last row. The bias itself is never rounded.
 
-// The product of a, which has a column of ones, and `weight`, whose last row is the bias.
-template <class Epilogue>
-MOPO_INLINE void forward_layer(int64_t first, int64_t last, const Panels& a, const Dense& layer,
-                               const Panels& weight, Epilogue epilogue) {
-  product<false>(first, last, 0, layer.out, layer.in + 1, a, weight, epilogue);
-}
-
 // Zeroes the bias's row in a block of a layer's values.
 template <int kWide>
 MOPO_INLINE void without_bias(const Dense& layer, int64_t row, vf (&block)[kBlock][kWide]) {
@@ -20,7 +13,7 @@ MOPO_INLINE void without_bias(const Dense& layer, int64_t row, vf (&block)[kBloc
   });
 }
 
-// Factors as matrices in panels: float32 everywhere; bfloat16 without AMX, as rounded floats.
+// Factors as matrices in panels: float32, and bfloat16 as rounded floats where no instruction multiplies it.
 template <bool kToBFloat16>
 struct PanelFactors {
   static constexpr bool kRounded = kToBFloat16;
@@ -42,15 +35,18 @@ struct PanelFactors {
     put_left(to, row, column, block);
   }
 
+  // Vector v of a row of X, from `column` on.
+  MOPO_INLINE vf left(const Factor& x, int64_t row, int64_t column, int v) {
+    return load(at(x.along, row, column) + v * W);
+  }
+
+  template <int kWide>
+  MOPO_INLINE void put_target(const Dense& layer, int64_t row, int64_t column, vf (&block)[kBlock][kWide]) {
+    if constexpr (kRounded) put_across(layer, layer.target_weight, row, column, block);
+  }
   template <int kWide>
   MOPO_INLINE void put_weight(const Dense& layer, int64_t row, int64_t column, vf (&block)[kBlock][kWide]) {
-    if constexpr (kRounded) {
-      float* first = at(layer.weight.across, row, column);
-      each_vector(block, [&](int i, int v, vf& x) {
-        if (row + i < layer.in) x = round(x);
-        store(first + within(i, v), x);
-      });
-    }
+    if constexpr (kRounded) put_across(layer, layer.weight.across, row, column, block);
     if (layer.weight.along.data == nullptr) return;
     without_bias(layer, row, block);
 #pragma GCC unroll 2
@@ -66,10 +62,12 @@ struct PanelFactors {
     mopo::MOPO_ISA::set_ones(first, last, x.along, column);
   }
 
+  // X W, of the weights or of their target.
   template <class Epilogue>
-  MOPO_INLINE void forward(int64_t first, int64_t last, const Factor& x, const Dense& layer,
+  MOPO_INLINE void forward(int64_t first, int64_t last, const Factor& x, const Dense& layer, bool target,
                            Epilogue epilogue) {
-    forward_layer(first, last, x.along, layer, layer.weight.across, epilogue);
+    product<false>(first, last, 0, layer.out, layer.in + 1, x.along,
+                   target ? layer.target_weight : layer.weight.across, epilogue);
   }
 
   // G W^T: gradients of the layer's inputs.
@@ -86,17 +84,28 @@ struct PanelFactors {
                                    Prefetch prefetch) {
     product<true>(first, last, 0, layer.out, count, x.across, grad.across, epilogue, prefetch);
   }
+
+ private:
+  template <int kWide>
+  MOPO_INLINE void put_across(const Dense& layer, const Panels& to, int64_t row, int64_t column,
+                              vf (&block)[kBlock][kWide]) {
+    float* first = at(to, row, column);
+    each_vector(block, [&](int i, int v, vf& x) {
+      if (row + i < layer.in) x = round(x);
+      store(first + within(i, v), x);
+    });
+  }
 };
 
 using Float32Factors = PanelFactors<false>;
 
-#ifndef MOPO_AMX
+#ifndef MOPO_BFLOAT16
 using BFloat16Factors = PanelFactors<true>;
 #else
-// Factors for AMX: words of two bfloat16 that follow one another in the sum, in tiles of 16 x 16 words. A row
-// of a left factor's tile is a row of the matrix; a column of a right factor's tile is a column of the
-// matrix, and two such tiles stand side by side. Padding rows of a batch are zeros in G and finite numbers of
-// an earlier batch in X.
+// Factors of packed bfloat16, for AMX and for vdpbf16ps: words of two numbers that follow one another in the
+// sum, in tiles of 16 x 16 words. A row of a left factor's tile is a row of the matrix; a column of a right
+// factor's tile is a column of the matrix, and two such tiles stand side by side. Padding rows of a batch are
+// zeros in G and finite numbers of an earlier batch in X.
 struct BFloat16Factors {
   static constexpr bool kRounded = true;
   static constexpr int64_t kRows = 32;
@@ -106,6 +115,7 @@ struct BFloat16Factors {
   template <int kWide>
   MOPO_INLINE void put_left(const Factor& to, int64_t row, int64_t column, vf (&block)[kBlock][kWide]) {
     put_along(to, row, column, block);
+    if (to.across.data == nullptr) return;
     float* here = to.across.data + (row / kRows * to.across.rows + column) * kWords + row % kRows / 2;
 #pragma GCC unroll 2
     for (int v = 0; v < kWide; ++v)
@@ -115,12 +125,21 @@ struct BFloat16Factors {
   template <int kWide>
   MOPO_INLINE void put_grad(const Factor& to, int64_t row, int64_t column, vf (&block)[kBlock][kWide]) {
     put_along(to, row, column, block);
-    put_across(to, row, column, block);
+    if (to.across.data != nullptr) put_across(to.across, row, column, block);
+  }
+  MOPO_INLINE vf left(const Factor& x, int64_t row, int64_t column, int v) {
+    const float* words = x.along.data + (column / kRows * x.along.rows + row) * kWords;
+    return unpack_row(words + v * W / 2);
+  }
+  template <int kWide>
+  MOPO_INLINE void put_target(const Dense& layer, int64_t row, int64_t column, vf (&block)[kBlock][kWide]) {
+    without_bias(layer, row, block);
+    put_across(layer.target_weight, row, column, block);
   }
   template <int kWide>
   MOPO_INLINE void put_weight(const Dense& layer, int64_t row, int64_t column, vf (&block)[kBlock][kWide]) {
     without_bias(layer, row, block);
-    put_across(layer.weight, row, column, block);
+    put_across(layer.weight.across, row, column, block);
     const Panels& along = layer.weight.along;
     if (along.data == nullptr) return;
     float* here = along.data + (row / kRows * along.rows + column) * kWords + row % kRows;
@@ -131,17 +150,18 @@ struct BFloat16Factors {
   }
 
   MOPO_INLINE void set_ones(int64_t first, int64_t last, const Factor& x, int64_t column) {
+    if (x.across.data == nullptr) return;
     const vf ones = pack_pair(broadcast(1.0f), broadcast(1.0f));
     for (int64_t row = first; row < last; row += kRows)
       store(x.across.data + (row / kRows * x.across.rows + column) * kWords, ones);
   }
 
   template <class Epilogue>
-  MOPO_INLINE void forward(int64_t first, int64_t last, const Factor& x, const Dense& layer,
+  MOPO_INLINE void forward(int64_t first, int64_t last, const Factor& x, const Dense& layer, bool target,
                            Epilogue epilogue) {
-    const Panels value{layer.value, layer.rows};
+    const Panels value{target ? layer.target : layer.value, layer.rows};
     product(
-        first, last, layer.out, layer.in, x.along, layer.weight.across,
+        first, last, layer.out, layer.in, x.along, target ? layer.target_weight : layer.weight.across,
         [&](int64_t row, int64_t column, auto& block) {
           const float* bias = at(value, layer.in, column);
           each_vector(block, [&](int, int v, vf& sum) { sum = sum + load(bias + v * W); });
@@ -183,15 +203,16 @@ struct BFloat16Factors {
   }
   // Stores G or W as a right factor: pairs along its columns.
   template <int kWide>
-  MOPO_INLINE void put_across(const Factor& to, int64_t row, int64_t column,
+  MOPO_INLINE void put_across(const Panels& to, int64_t row, int64_t column,
                               const vf (&block)[kBlock][kWide]) {
-    float* here = to.across.data + (column / kRows * to.across.rows + row) * kWords;
+    float* here = to.data + (column / kRows * to.rows + row) * kWords;
 #pragma GCC unroll 4
     for (int i = 0; i < kBlock; i += 2)
 #pragma GCC unroll 2
       for (int v = 0; v < kWide; ++v) store(here + i * kWords + v * W, row_pair(block, i, v));
   }
 
+#ifdef MOPO_AMX
   // Rows first .. last and columns 0 .. width of a product that sums `depth` terms, in squares of four tiles.
   // The epilogue of a square runs piece by piece among the tile products of the next one.
   template <class Epilogue, class Prefetch>
@@ -261,5 +282,46 @@ struct BFloat16Factors {
     }
     finish(squares - 1, 0, kPieces);
   }
+#else
+  // kBlock rows of the product, kWide vectors each, that sum `tiles` tiles of words. Tiles of a lie
+  // `a_stride` floats apart.
+  template <int kWide>
+  __attribute__((noinline)) static void product_block(const float* a, int64_t a_stride, const float* b,
+                                                      int64_t tiles, vf (&sum)[kBlock][kWide]) {
+    each_vector(sum, [](int, int, vf& x) { x = vf{}; });
+    for (; tiles > 0; --tiles) {
+      for (int64_t k = 0; k < kWords; ++k) {
+        vf right[kWide];
+#pragma GCC unroll 2
+        for (int v = 0; v < kWide; ++v) right[v] = load(b + v * W);
+        each_vector(sum, [&](int i, int v, vf& x) { x = add_products(x, right[v], a[i * kWords + k]); });
+        b += kRows;
+      }
+      a += a_stride;
+    }
+  }
+
+  // Rows first .. last and columns 0 .. width of a product that sums `depth` terms.
+  template <class Epilogue, class Prefetch>
+  MOPO_INLINE void product(int64_t first, int64_t last, int64_t width, int64_t depth, const Panels& a,
+                           const Panels& b, Epilogue epilogue, Prefetch prefetch) {
+    const int64_t tiles = (depth + kRows - 1) / kRows;
+    for (int64_t column = 0; column < width; column += kRows) {
+      const float* right = b.data + column / kRows * b.rows * kWords;
+      const auto run = [&]<int kWide>() {
+        for (int64_t row = first; row < last; row += kBlock) {
+          prefetch(row, column);
+          vf block[kBlock][kWide];
+          product_block<kWide>(a.data + row * kWords, a.rows * kWords, right, tiles, block);
+          epilogue(row, column, block);
+        }
+      };
+      if (width - column > W)
+        run.template operator()<2>();
+      else
+        run.template operator()<1>();
+    }
+  }
+#endif
 };
 #endif

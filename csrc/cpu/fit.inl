@@ -63,20 +63,19 @@ struct FitRows {
     for (int64_t l = 0; l < hidden_count(); ++l) {
       const Dense& layer = layers()[l];
       const Factor& out = ws.hidden[l];
-      Factors::forward(first, last, *in, layer, [&](int64_t row, int64_t column, auto& block) {
+      const auto activate = [&](int64_t row, int64_t column, auto& block) {
         float* slopes = at(ws.slopes[l], row, column);
         each_vector(block, [&](int i, int v, vf& x) {
           vf slope;
           x = activate_and_differentiate<activation, Factors::kRounded>(x, slope);
           store(slopes + within(i, v), slope);
         });
-        Factors::put_left(out, row, column, block);
-      });
-      Factors::set_ones(first, last, out, layer.out);
+      };
+      forward_hidden<Factors, Factors>({first, last}, *in, layer, false, out, activate);
       in = &out;
     }
     Factors::forward(
-        first, last, *in, layers()[hidden_count()], [&](int64_t row, int64_t column, auto& block) {
+        first, last, *in, layers()[hidden_count()], false, [&](int64_t row, int64_t column, auto& block) {
           each_vector(block, [&](int i, int v, vf x) { store(ws.head.at(row + i) + column + v * W, x); });
         });
   }
@@ -127,11 +126,11 @@ struct FitRows {
   // Backwards through layer l: from the gradient of its outputs to that of the pre-activations of layer l
   // - 1.
   void backward(int64_t l, const Factor& grad) const {
-    Factors::backward(first, last, grad, layers()[l], [&](int64_t row, int64_t column, auto& block) {
+    const auto multiply = [&](int64_t row, int64_t column, auto& block) {
       const float* slopes = at(ws.slopes[l - 1], row, column);
       each_vector(block, [&](int i, int v, vf& x) { x = x * load(slopes + within(i, v)); });
-      Factors::put_grad(ws.grads[l - 1], row, column, block);
-    });
+    };
+    backward_hidden<Factors, Factors>({first, last}, grad, layers()[l], ws.grads[l - 1], multiply);
   }
 
   // Sums the member's loss and its gradient by the bounds over all rows, in order: by one thread of the team.
@@ -155,13 +154,10 @@ struct FitRows {
 template <class Work>
 static void with_rows(const FitArgs& args, const FitPlan& plan, const FitWorkspace& ws, const FitTurn& turn,
                       Work work) {
-  const auto run = [&]<class Factors>() {
+  with_factors(args.bfloat16, [&]<class Factors>() {
     const Span span = rows_of(turn.team, turn.count, Factors::kRows);
     work(FitRows<Factors>{args, plan, ws, turn, span.first, span.last});
-  };
-  if (!args.bfloat16) return run.template operator()<Float32Factors>();
-  const Tiles tiles;
-  run.template operator()<BFloat16Factors>();
+  });
 }
 
 static void fit_forward(const FitArgs& args, const FitPlan& plan, const FitWorkspace& ws,

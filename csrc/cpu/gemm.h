@@ -52,28 +52,28 @@ static_assert(divides_width_multiple<Float32>() && divides_width_multiple<BFloat
 template <class Operand>
 constexpr int kTile = Operand::kPacking.tile;
 
-// A layer of packed `weight` and `bias` on a tile, in [packed_words(depth)][kTile]. Calls write(n, v,
-// outputs) for kBlock outputs from n on of vector v of the tile's rows.
-template <class Operand, class Write>
-MOPO_INLINE void layer_tile(const float* in, int64_t depth, const float* weight, const float* bias,
-                            int64_t width, Write write) {
+// A layer of packed `weight` and `bias` on the first kUsed vectors of a tile's rows, in
+// [packed_words(depth)][kTile]. Calls write(n, v, outputs) for kBlock outputs from n on of vector v.
+template <class Operand, int kUsed, class Write>
+MOPO_INLINE void layer_vectors(const float* in, int64_t depth, const float* weight, const float* bias,
+                               int64_t width, Write write) {
   for (int64_t n = 0; n < width; n += kBlock) {
     // The bias is added last: added first, a large one would cost every product its low bits.
-    vf sum[kBlock][kVectors] = {};
+    vf sum[kBlock][kUsed] = {};
     const float* x = in;
     for (int64_t k = packed_words<Operand>(depth); k > 0; --k) {
-      vf rows[kVectors];
+      vf rows[kUsed];
 #pragma GCC unroll 3
-      for (int v = 0; v < kVectors; ++v) rows[v] = load(x + v * W);
+      for (int v = 0; v < kUsed; ++v) rows[v] = load(x + v * W);
 #pragma GCC unroll 8
       for (int j = 0; j < kBlock; ++j)
 #pragma GCC unroll 3
-        for (int v = 0; v < kVectors; ++v) sum[j][v] = Operand::multiply_add(sum[j][v], rows[v], weight[j]);
+        for (int v = 0; v < kUsed; ++v) sum[j][v] = Operand::multiply_add(sum[j][v], rows[v], weight[j]);
       x += kTile<Operand>;
       weight += kBlock;
     }
 #pragma GCC unroll 3
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < kUsed; ++v) {
       vf outputs[kBlock];
 #pragma GCC unroll 8
       for (int j = 0; j < kBlock; ++j) outputs[j] = sum[j][v] + bias[n + j];
@@ -82,12 +82,68 @@ MOPO_INLINE void layer_tile(const float* in, int64_t depth, const float* weight,
   }
 }
 
+// layer_vectors for the number of vectors that hold rows: a tile that is not full costs less.
+template <class Operand, class Write>
+MOPO_INLINE void layer_tile(const float* in, int64_t depth, const float* weight, const float* bias,
+                            int64_t width, int vectors, Write write) {
+  static_assert(kVectors == 3);
+  if (vectors == 3)
+    layer_vectors<Operand, 3>(in, depth, weight, bias, width, write);
+  else if (vectors == 2)
+    layer_vectors<Operand, 2>(in, depth, weight, bias, width, write);
+  else
+    layer_vectors<Operand, 1>(in, depth, weight, bias, width, write);
+}
+
+// Rows up to which a layer in float32 has its outputs in the lanes of a vector, not the rows.
+constexpr int64_t kFewRows = 4;
+
+// kBlocks blocks of outputs of one row: sum_k in[k] weight[k][n] + bias[n]. The order of a sum is that of
+// layer_vectors, so that the result is the same to the bit.
+template <int kBlocks>
+MOPO_INLINE void row_blocks(const float* in, int64_t depth, const float* weight, const float* bias,
+                            float* out) {
+  typedef float vb __attribute__((vector_size(kBlock * 4), may_alias, aligned(16)));
+  vb sum[kBlocks] = {};
+  const int64_t apart = depth * kBlock;
+  for (int64_t k = 0; k < depth; ++k) {
+    const vb x = in[k] - vb{};
+#pragma GCC unroll 8
+    for (int b = 0; b < kBlocks; ++b)
+      sum[b] = sum[b] + x * *reinterpret_cast<const vb*>(weight + b * apart + k * kBlock);
+  }
+#pragma GCC unroll 8
+  for (int b = 0; b < kBlocks; ++b)
+    *reinterpret_cast<vb*>(out + b * kBlock) = sum[b] + *reinterpret_cast<const vb*>(bias + b * kBlock);
+}
+
+// A layer on `rows` rows that lie `stride` floats apart, in float32. So many blocks of outputs at a time that
+// their sums do not wait for one another; their weights stay in the first-level cache for all rows.
+static void layer_rows(const float* in, int64_t rows, int64_t stride, int64_t depth, const float* weight,
+                       const float* bias, int64_t width, float* out) {
+  constexpr int64_t kTogether = 8;
+  for (int64_t n = 0; n < width; n += kTogether * kBlock)
+    for (int64_t row = 0; row < rows; ++row) {
+      const float *x = in + row * stride, *w = weight + n * depth;
+      float* y = out + row * stride + n;
+      int64_t m = 0;
+      const auto take = [&]<int kBlocks>() {
+        for (; m < kTogether * kBlock && n + m + (kBlocks - 1) * kBlock < width; m += kBlocks * kBlock)
+          row_blocks<kBlocks>(x, depth, w + m * depth, bias + n + m, y + m);
+      };
+      take.template operator()<kTogether>();
+      take.template operator()<4>();
+      take.template operator()<2>();
+      take.template operator()<1>();
+    }
+}
+
 #ifdef MOPO_AMX
 // layer_tile on AMX: 32 outputs of 32 rows at a time, in four tiles of 16 x 16. Among the tile instructions,
 // write() takes the 32 outputs before.
 template <class Write>
 MOPO_INLINE void layer_amx(const float* in, int64_t depth, const float* weight, const float* bias,
-                           int64_t width, Write write) {
+                           int64_t width, int vectors, Write write) {
   constexpr int64_t kSide = 32, kWords = 16, kRowBytes = kSide * sizeof(float);
   static_assert(kTile<BFloat16> == kSide && W == 16);
   constexpr int kSlices = 2 * kSide / kBlock;
@@ -95,11 +151,13 @@ MOPO_INLINE void layer_amx(const float* in, int64_t depth, const float* weight, 
   // GCC 12 does not know that loading a tile reads memory.
   asm volatile("" ::: "memory");
   const int64_t steps = packed_words<BFloat16>(depth) / kWords, blocks = (width + kSide - 1) / kSide;
+  const bool wide = vectors > 1;  // else the second half of the rows is left out
   // Writes slices of a finished block; a slice is kBlock outputs of one vector of rows.
   const auto finish = [&](int64_t block, int64_t slice, int64_t end) {
     const float* from = sums[block % 2];
     for (; slice < end; ++slice) {
       const int v = static_cast<int>(slice % 2);
+      if (v == 1 && !wide) continue;
       const int64_t j = slice / 2 * kBlock, n = block * kSide + j;
       if (n >= width) return;
       vf outputs[kBlock];
@@ -118,12 +176,12 @@ MOPO_INLINE void layer_amx(const float* in, int64_t depth, const float* weight, 
       const float* rows = in + step * kWords * kSide;
       _tile_loadd(4, weight, kWords * sizeof(float));
       _tile_loadd(6, rows, kRowBytes);
-      _tile_loadd(7, rows + W, kRowBytes);
+      if (wide) _tile_loadd(7, rows + W, kRowBytes);
       _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
+      if (wide) _tile_dpbf16ps(1, 4, 7);
       _tile_loadd(5, weight + 16 * kWords, kWords * sizeof(float));
       _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
+      if (wide) _tile_dpbf16ps(3, 5, 7);
       weight += kSide * kWords;
       if (block > 0) finish(block - 1, kSlices * step / steps, kSlices * (step + 1) / steps);
     }
@@ -190,12 +248,13 @@ static void fill_up(float* out, int64_t width) {
     store(out + i, vf{});
 }
 
-// Returns floats [depth][kTile] as a layer's inputs: `in` itself in float32, else packed into `out`.
+// Returns floats [depth][kTile], of which `vectors` vectors are in use, as a layer's inputs: `in` itself in
+// float32, else packed into `out`.
 template <class Operand>
-static const float* as_operands(const float* in, int64_t depth, float* out) {
+static const float* as_operands(const float* in, int64_t depth, int vectors, float* out) {
   if constexpr (Operand::kPacking.terms == 1) return in;
   for (int64_t word = 0; word < packed_words<Operand>(depth); ++word)
-    for (int64_t row = 0; row < kTile<Operand>; row += W) {
+    for (int64_t row = 0; row < vectors * W; row += W) {
       const auto term = [&](int64_t k) { return k < depth ? load(in + k * kTile<Operand> + row) : vf{}; };
       store(out + word * kTile<Operand> + row, pack_pair(term(2 * word), term(2 * word + 1)));
     }

@@ -43,6 +43,11 @@ struct RolloutPlan {
   Interrupt* interrupt;
 };
 
+// True if only the member that a row has drawn computes it: nothing reads the other members' predictions.
+inline bool computes_one_member(const RolloutArgs& args) {
+  return !args.penalties && !args.deterministic && args.mean == nullptr;
+}
+
 // True if the call is to end. Defined in rollout.cpp, so that no instruction set's file has a copy of it.
 bool interrupted(const RolloutPlan& plan) noexcept;
 
@@ -50,7 +55,7 @@ bool interrupted(const RolloutPlan& plan) noexcept;
 struct ChunkOutput {
   float *observations, *actions, *rewards, *next_observations;
   bool* terminals;
-  float *raw_rewards, *penalties;
+  float *raw_rewards, *penalties;  // penalties of no rows where RolloutArgs::penalties is false
   int32_t* members;
   int64_t* rollout_index;
   int32_t* step;
@@ -58,11 +63,14 @@ struct ChunkOutput {
   int64_t non_finite;  // rollouts cut because a prediction was not finite
 };
 
-// A thread's memory for one chunk. The floats are in tiles, [tile][feature][rows of a tile].
+// A thread's memory for one chunk. The floats are in tiles, [tile][feature][rows of a tile]. Where only the
+// drawn member computes a row, there is one tile with one member's predictions.
 struct RolloutWorkspace {
   float *observations, *actions, *inputs, *predictions, *noise, *layer_in, *layer_out;
   int64_t *alive, *survivors;  // [chunk_rows], rollouts that go on: in this step, and in the next
-  uint32_t* drawn;             // [tile], the member that each row drew
+  // Where only the drawn member computes a row; see Chunk::group_by_member.
+  uint32_t* drawn;     // [chunk_rows], the member that each row drew
+  int64_t* group_end;  // [members + 1]
 };
 
 // A row-major matrix whose rows are whole vectors.
@@ -79,9 +87,10 @@ struct Panels {
   int64_t rows;
 };
 
-// A matrix as a factor of products that sum over its columns (`along`) or over its rows (`across`). Without
-// AMX both are the matrix itself in panels, but for a weight's `along`, which is its transpose. With tiles of
-// bfloat16 they are two packed forms, [tiles][rows][words], described in factors.h.
+// A matrix as a factor of products that sum over its columns (`along`) or over its rows (`across`). In
+// float32 both are the matrix itself in panels, but for a weight's `along`, which is its transpose. In
+// bfloat16, packed in pairs, they are two forms, [tiles][rows][words], described in factors.h; a form that no
+// product takes is null.
 struct Factor {
   Panels along, across;
 };
@@ -94,6 +103,7 @@ struct Dense {
   float *value, *exp_avg, *exp_avg_sq, *target;
   // In float32 `across` is `value`. `along`, [out][in], is null where no gradient passes through the layer.
   Factor weight;
+  Panels target_weight;  // the target's, as `weight.across`
 };
 
 // Threads that work on one network together; this one is number `part` of `parts`.
@@ -104,20 +114,22 @@ struct Team {
 };
 
 // The matrices of an update of SAC. hidden = depth - 1. A comment such as `obs_dim, act_dim, 1` lists
-// columns; the 1 is the column of ones that the next layer's bias is multiplied by.
+// columns; the 1 is the column of ones that the next layer's bias is multiplied by. The outputs of a hidden
+// layer are a factor of the layer above, and of its precision.
 struct SacPlan {
-  int64_t rows;         // of every matrix: the batch, rounded up to whole blocks
+  int64_t rows;         // of every matrix: the batch, rounded up to whole blocks and tiles
   const Dense* actor;   // [depth]
   const Dense* critic;  // [critics][depth]
   float alpha;
   Panels observations, next_observations;     // obs_dim, 1
   Panels inputs, next_inputs, policy_inputs;  // obs_dim, act_dim, 1
-  const Panels *actor_hidden, *actor_grad;    // [hidden]: outputs, and gradients before the activation
+  const Factor *actor_hidden, *actor_grad;    // [hidden]: outputs, and gradients before the activation
+  const Factor* next_hidden;                  // [hidden]: outputs at the next observations
   Rows actor_head;                            // 2 act_dim
   Panels actor_head_grad;                     // likewise
-  const Panels *critic_hidden, *critic_grad;  // [critics][hidden]
-  const Panels* scratch_hidden;  // [critics][hidden]: of the targets, then at the policy's actions
-  const Panels* scratch_grad;    // [critics][2]
+  const Factor *critic_hidden, *critic_grad;  // [critics][hidden]
+  const Factor* scratch_hidden;  // [critics][hidden]: of the targets, then at the policy's actions
+  const Factor* scratch_grad;    // [critics][hidden]: of the policy's loss
   Rows noise, spread, actions;   // act_dim
   Rows action_grad;              // obs_dim, act_dim; only the actions' columns are used
   float *rewards, *discounts, *log_prob, *next_log_prob;  // [rows]; discounts are 0 after a terminal one
@@ -172,7 +184,7 @@ struct Kernels {
   const char* name;
   Packing float32, bfloat16;
   int64_t block, panel;  // in training: rows of a block and columns of a panel
-  int64_t tile;          // side of the squares of bfloat16 training; 0 where it uses panels, as float32 does
+  int64_t tile;          // rows of a tile of packed bfloat16 factors; 0 where they are rounded floats
   void (*rollout_chunk)(const RolloutArgs&, const RolloutPlan&, RolloutWorkspace&, ChunkOutput&,
                         int64_t first, int64_t rows);
   // The stages of an update of SAC, in order; all threads finish one before any begins the next. The critics'

@@ -5,6 +5,8 @@
 // All of it lies in a namespace of the set's own: the linker merges inline functions of one name, and code
 // compiled for one set must never run on a processor that lacks it.
 
+#include <type_traits>
+
 #include "../philox.h"
 #include "kernels.h"
 
@@ -75,7 +77,7 @@ extern const Kernels MOPO_KERNELS = {
     MOPO_ISA::BFloat16::kPacking,
     MOPO_ISA::kBlock,
     MOPO_ISA::kPanel,
-#ifdef MOPO_AMX
+#ifdef MOPO_BFLOAT16
     MOPO_ISA::BFloat16Factors::kRows,
 #else
     0,

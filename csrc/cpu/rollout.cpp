@@ -1,7 +1,6 @@
-// A rollout call: packs the networks, deals chunks of rollouts out to threads and puts their results into the
+// A rollout call: packs the policy, deals chunks of rollouts out to threads and puts their results into the
 // output in order.
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <condition_variable>
 #include <mutex>
@@ -10,74 +9,11 @@
 
 #include "arena.h"
 #include "calls.h"
+#include "packed.h"
 #include "pool.h"
 
 namespace mopo {
 namespace {
-
-// Rounds to nearest, ties to even; a NaN stays a NaN.
-uint32_t round_to_bfloat16(float x) {
-  if (x != x) return 0x7fc0;
-  const uint32_t bits = std::bit_cast<uint32_t>(x);
-  return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
-
-// A network in the layout of PackedNetwork, in memory of its own.
-class Packed {
- public:
-  Packed(const Network& network, const Packing& packing)
-      : network_(network), packing_(packing), offset_(network.depth) {
-    int64_t stride = 0;
-    for (int64_t l = 0; l < network.depth; ++l) {
-      offset_[l] = stride;
-      stride += (words(l) + 1) * width(l);
-    }
-    float* data = nullptr;
-    arena_.take(data, stride * network.networks);
-    arena_.allocate_zeroed();
-    arena_.take(data, stride * network.networks);
-    for (int64_t member = 0; member < network.networks; ++member)
-      for (int64_t l = 0; l < network.depth; ++l) pack(member, l, data + member * stride + offset_[l]);
-    view_ = {data, stride, offset_.data()};
-  }
-
-  const PackedNetwork& view() const { return view_; }
-
- private:
-  int64_t width(int64_t l) const { return round_up(network_.layers[l].out, packing_.outputs); }
-  int64_t words(int64_t l) const {
-    return round_up((network_.layers[l].in + packing_.terms - 1) / packing_.terms, packing_.words);
-  }
-
-  void pack(int64_t member, int64_t l, float* to) const {
-    const NetworkLayer& layer = network_.layers[l];
-    const float* weight = layer.weight + member * layer.in * layer.out;
-    const int64_t outputs = packing_.outputs, together = packing_.words;
-    for (int64_t k = 0, word = 0; k < layer.in; k += packing_.terms, ++word)
-      for (int64_t n = 0; n < layer.out; n += outputs) {
-        const int64_t group = n / outputs * (words(l) / together) + word / together;
-        float* target = to + group * outputs * together + word % together;
-        const float* first = weight + k * layer.out + n;
-        const int64_t count = std::min(outputs, layer.out - n);
-        if (packing_.terms == 1)
-          for (int64_t j = 0; j < count; ++j) target[j * together] = first[j];
-        else
-          for (int64_t j = 0; j < count; ++j)
-            target[j * together] = pair(first[j], k + 1 < layer.in ? first[layer.out + j] : 0.0f);
-      }
-    std::copy_n(layer.bias + member * layer.out, layer.out, to + words(l) * width(l));
-  }
-
-  static float pair(float first, float second) {
-    return std::bit_cast<float>(round_to_bfloat16(first) | round_to_bfloat16(second) << 16);
-  }
-
-  const Network& network_;
-  const Packing packing_;
-  std::vector<int64_t> offset_;
-  Arena arena_;
-  PackedNetwork view_{};
-};
 
 // Width of the widest layer, or of an input: the next observations pass through the same memory.
 int64_t widest(const RolloutArgs& args) {
@@ -89,20 +25,23 @@ int64_t widest(const RolloutArgs& args) {
 
 void lay_out(Arena& arena, const RolloutArgs& args, int64_t tile, int64_t rows, RolloutWorkspace& ws) {
   const int64_t dims = args.obs_dim + 1;
+  const bool one_member = computes_one_member(args);
+  const int64_t in_tiles = one_member ? tile : rows, members = one_member ? 1 : args.dynamics.networks;
   // The policy's outputs lie in the predictions' memory before these are made.
-  const int64_t heads = std::max(round_up(2 * dims, kWidthMultiple) * args.dynamics.networks,
-                                 round_up(2 * args.act_dim, kWidthMultiple));
+  const int64_t heads =
+      std::max(round_up(2 * dims, kWidthMultiple) * members, round_up(2 * args.act_dim, kWidthMultiple));
   const int64_t width = widest(args);
-  arena.take(ws.observations, rows * args.obs_dim);
-  arena.take(ws.actions, rows * args.act_dim);
-  arena.take(ws.inputs, rows * (args.obs_dim + args.act_dim));
-  arena.take(ws.predictions, rows * heads);
+  arena.take(ws.observations, in_tiles * args.obs_dim);
+  arena.take(ws.actions, in_tiles * args.act_dim);
+  arena.take(ws.inputs, in_tiles * (args.obs_dim + args.act_dim));
+  arena.take(ws.predictions, in_tiles * heads);
   arena.take(ws.noise, round_up(std::max(dims, args.act_dim), 4) * tile);
   arena.take(ws.layer_in, width * tile);
   arena.take(ws.layer_out, width * tile);
   arena.take(ws.alive, rows);
   arena.take(ws.survivors, rows);
-  arena.take(ws.drawn, tile);
+  arena.take(ws.drawn, one_member ? rows : 0);
+  arena.take(ws.group_end, args.dynamics.networks + 1);
 }
 
 void lay_out(Arena& arena, const RolloutArgs& args, int64_t rows, ChunkOutput& output) {
@@ -114,7 +53,7 @@ void lay_out(Arena& arena, const RolloutArgs& args, int64_t rows, ChunkOutput& o
   arena.take(output.next_observations, output_rows * args.obs_dim);
   arena.take(output.terminals, output_rows);
   arena.take(output.raw_rewards, output_rows);
-  arena.take(output.penalties, output_rows);
+  arena.take(output.penalties, args.penalties ? output_rows : 0);
   arena.take(output.members, output_rows);
   arena.take(output.rollout_index, output_rows);
   arena.take(output.step, output_rows);
@@ -131,25 +70,32 @@ void allocate(Arena& arena, Memory& memory, const Sizes&... sizes) {
 constexpr int64_t kChunkBytes = int64_t{2}
                                 << 20;  // of predictions and output: about a core's second-level cache
 
-// Bytes of predictions and output for each rollout.
+// Bytes of output for each rollout, and of predictions where they are kept for a whole chunk.
 int64_t row_bytes(const RolloutArgs& args) {
-  return static_cast<int64_t>(sizeof(float)) * (2 * (args.obs_dim + 1) * args.dynamics.networks +
-                                                args.horizon * (2 * args.obs_dim + args.act_dim + 8));
+  const int64_t members = computes_one_member(args) ? 0 : args.dynamics.networks;
+  return static_cast<int64_t>(sizeof(float)) *
+         (2 * (args.obs_dim + 1) * members + args.horizon * (2 * args.obs_dim + args.act_dim + 8));
 }
 
 // Rollouts in a chunk: many, so that a member's weights are seldom read from memory; few, so that a chunk's
-// predictions and output stay in cache.
+// predictions and output stay in cache. Where only the drawn member computes a row, a chunk has about twenty
+// tiles for each elite, so that most of them are full; its output alone is large, and need not stay in cache.
 int64_t chunk_rows(const RolloutArgs& args, int64_t tile) {
-  constexpr int64_t kMostRows = 480;
+  constexpr int64_t kMostRows = 480, kTilesOfMember = 20, kGroupedBytes = int64_t{64} << 20;
+  const bool one_member = computes_one_member(args);
+  const int64_t most = one_member ? args.num_elites * kTilesOfMember * tile : kMostRows;
+  const int64_t bytes = one_member ? kGroupedBytes : kChunkBytes;
   const int64_t fair = (args.batch + args.threads - 1) / args.threads;
-  const int64_t rows = std::min({kMostRows, kChunkBytes / row_bytes(args), round_up(fair, tile)});
-  return std::max(tile, rows / tile * tile);
+  const int64_t limit = std::max(tile, std::min(most, bytes / row_bytes(args)) / tile * tile);
+  // Chunks of one size: few large ones must keep every thread busy to the end.
+  const int64_t chunks = (fair + limit - 1) / limit;
+  return round_up((fair + chunks - 1) / chunks, tile);
 }
 
 // Chunks' outputs held in memory for each thread: the one it makes, and those that wait for their places.
-// Only one where long rollouts exceed kChunkBytes.
-int chunks_held(const RolloutArgs& args, int64_t rows) {
-  return rows * row_bytes(args) <= kChunkBytes ? 4 : 1;
+// Only one where they are large.
+int64_t chunks_held(const RolloutArgs& args, int64_t rows) {
+  return std::clamp<int64_t>(4 * kChunkBytes / (rows * row_bytes(args)), 1, 4);
 }
 
 // Copies `rows` rows, from row `from` on, into the ring at row `to`.
@@ -172,7 +118,7 @@ void copy_rows(const RolloutArgs& args, const ChunkOutput& output, int64_t from,
     copy(output.next_observations, args.out.next_observations, args.obs_dim);
     copy(output.terminals, args.out.terminals, 1);
     copy(output.raw_rewards, args.out.raw_rewards, 1);
-    copy(output.penalties, args.out.penalties, 1);
+    if (args.penalties) copy(output.penalties, args.out.penalties, 1);
     copy(output.members, args.out.members, 1);
     copy(output.rollout_index, args.out.rollout_index, 1);
     copy(output.step, args.out.step, 1);
@@ -275,9 +221,10 @@ class ChunkOrder {
 
 bool interrupted(const RolloutPlan& plan) noexcept { return plan.interrupt->requested(); }
 
-RolloutCounts rollout(const RolloutArgs& args, const Kernels& kernels, Interrupt& interrupt) {
+RolloutCounts rollout(const RolloutArgs& args, const Packed& dynamics, const Kernels& kernels,
+                      Interrupt& interrupt) {
   const Packing& packing = args.bfloat16 ? kernels.bfloat16 : kernels.float32;
-  const Packed dynamics(args.dynamics, packing), policy(args.policy, packing);
+  const Packed policy(args.policy, packing);
   std::vector<float> inverse_std, exp_minus_max, exp_min;
   for (int64_t d = 0; d < args.obs_dim + args.act_dim; ++d) inverse_std.push_back(1.0f / args.input_std[d]);
   for (int64_t i = 0; i < args.dynamics.networks * (args.obs_dim + 1); ++i) {

@@ -3,29 +3,30 @@
 
 static vi is_finite(vf x) { return (float_to_bits(x) & 0x7f800000) != 0x7f800000; }
 
-// One layer for one tile, on AMX tiles where the operand has them.
+// One layer for the first `vectors` vectors of a tile's rows, on AMX tiles where the operand has them.
 template <class Operand, class Write>
-MOPO_INLINE void apply_layer(const NetworkLayer& layer, const float* weight, const float* in, Write write) {
+MOPO_INLINE void apply_layer(const NetworkLayer& layer, const float* weight, const float* in, int vectors,
+                             Write write) {
   const int64_t width = round_up(layer.out, Operand::kPacking.outputs);
   const float* bias = weight + packed_words<Operand>(layer.in) * width;
 #ifdef MOPO_AMX
   if constexpr (Operand::kPacking.terms == 2) {
-    layer_amx(in, layer.in, weight, bias, layer.out, write);
+    layer_amx(in, layer.in, weight, bias, layer.out, vectors, write);
   } else
 #endif
-    layer_tile<Operand>(in, layer.in, weight, bias, layer.out, write);
+    layer_tile<Operand>(in, layer.in, weight, bias, layer.out, vectors, write);
 }
 
-// A member's network for one tile. Activations pass between two buffers, `here` and `there`; `out` receives
-// the last layer's outputs as floats.
+// A member's network for the first `vectors` vectors of a tile's rows. Activations pass between two buffers,
+// `here` and `there`; `out` receives the last layer's outputs as floats.
 template <class Operand, Activation activation>
-static void network_tile(const Network& network, const PackedNetwork& packed, int64_t member, const float* in,
-                         float* here, float* there, float* out) {
+static void network_tile(const Network& network, const PackedNetwork& packed, int64_t member, int vectors,
+                         const float* in, float* here, float* there, float* out) {
   const float* data = packed.data + member * packed.member_stride;
-  in = as_operands<Operand>(in, network.layers[0].in, there);
+  in = as_operands<Operand>(in, network.layers[0].in, vectors, there);
   const int64_t hidden = network.depth - 1;
   for (int64_t l = 0; l < hidden; ++l) {
-    apply_layer<Operand>(network.layers[l], data + packed.offset[l], in,
+    apply_layer<Operand>(network.layers[l], data + packed.offset[l], in, vectors,
                          [&](int64_t n, int v, vf(&outputs)[kBlock]) {
                            write_operands<Operand, activation>(here, n, v, outputs);
                          });
@@ -35,21 +36,60 @@ static void network_tile(const Network& network, const PackedNetwork& packed, in
     there = const_cast<float*>(in);
   }
   apply_layer<Operand>(
-      network.layers[hidden], data + packed.offset[hidden], in,
+      network.layers[hidden], data + packed.offset[hidden], in, vectors,
       [&](int64_t n, int v, vf(&outputs)[kBlock]) { write_floats<Operand>(out, n, v, outputs); });
 }
 
+// network_tile for at most kFewRows rows in float32. Spare lanes of `out` repeat the last row.
+template <Activation activation>
+static void network_rows(const Network& network, const PackedNetwork& packed, int64_t member, int64_t rows,
+                         const float* in, float* here, float* there, float* out) {
+  const float* data = packed.data + member * packed.member_stride;
+  const NetworkLayer* layers = network.layers;
+  int64_t stride = round_up(layers[0].in, kWidthMultiple);
+  for (int64_t l = 0; l < network.depth; ++l) {
+    const int64_t width = round_up(layers[l].out, kWidthMultiple);
+    stride = width > stride ? width : stride;
+  }
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t k = 0; k < layers[0].in; ++k) here[row * stride + k] = in[k * kTile<Float32> + row];
+  for (int64_t l = 0; l < network.depth; ++l) {
+    const float* weight = data + packed.offset[l];
+    const int64_t depth = layers[l].in, width = layers[l].out;
+    layer_rows(here, rows, stride, depth, weight, weight + depth * round_up(width, kBlock), width, there);
+    float* done = here;
+    here = there;
+    there = done;
+    if (l == network.depth - 1) break;
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t n = 0; n < width; n += W) {
+        float* x = here + row * stride + n;
+        store(x, Float32::activate_output<activation>(load(x)));
+      }
+  }
+  const int64_t lanes = round_up(rows, W);
+  for (int64_t n = 0; n < layers[network.depth - 1].out; ++n)
+    for (int64_t lane = 0; lane < lanes; ++lane)
+      out[n * kTile<Float32> + lane] = here[smaller(lane, rows - 1) * stride + n];
+}
+
 template <class Operand>
-static void network_tile(const Network& network, const PackedNetwork& packed, int64_t member, const float* in,
-                         RolloutWorkspace& ws, float* out) {
-  const auto run = [&](auto kernel) { kernel(network, packed, member, in, ws.layer_in, ws.layer_out, out); };
+static void network_tile(const Network& network, const PackedNetwork& packed, int64_t member, int64_t rows,
+                         const float* in, RolloutWorkspace& ws, float* out) {
+  const auto run = [&]<Activation activation>(std::integral_constant<Activation, activation>) {
+    if constexpr (Operand::kPacking.terms == 1)
+      if (rows <= kFewRows)
+        return network_rows<activation>(network, packed, member, rows, in, ws.layer_in, ws.layer_out, out);
+    const int vectors = static_cast<int>((rows + W - 1) / W);
+    network_tile<Operand, activation>(network, packed, member, vectors, in, ws.layer_in, ws.layer_out, out);
+  };
   switch (network.activation) {
     case Activation::kSilu:
-      return run(network_tile<Operand, Activation::kSilu>);
+      return run(std::integral_constant<Activation, Activation::kSilu>{});
     case Activation::kRelu:
-      return run(network_tile<Operand, Activation::kRelu>);
+      return run(std::integral_constant<Activation, Activation::kRelu>{});
     case Activation::kTanh:
-      return run(network_tile<Operand, Activation::kTanh>);
+      return run(std::integral_constant<Activation, Activation::kTanh>{});
   }
 }
 
@@ -62,6 +102,18 @@ struct TileState {
 template <>
 struct TileState<BFloat16> {
   const Tiles tiles;
+};
+
+// Rows that pass through the networks together: the rollouts ws.alive[begin .. begin + count).
+struct Tile {
+  static constexpr int64_t kEveryMember = -1;
+
+  int64_t begin, count;
+  int64_t slot;    // number of its memory in the workspace
+  int64_t member;  // that computes it, or kEveryMember
+
+  // Lanes in use. Those beyond `count` repeat the last row.
+  int64_t lanes() const { return round_up(count, W); }
 };
 
 // A chunk of rollouts on its way through all steps, on one thread.
@@ -79,37 +131,29 @@ struct Chunk {
 
   // About four million multiply-adds, beside which looking for an interrupt costs nothing.
   int64_t tiles_between_looks() const { return 1 + (int64_t{1} << 22) / plan.dynamics.member_stride; }
-  int64_t tiles() const { return (alive + kTile - 1) / kTile; }
-  int64_t lanes(int64_t tile) const { return smaller(kTile, alive - tile * kTile); }
-  // Index in the chunk of the rollout in a lane. Spare lanes repeat the last rollout.
-  int64_t rollout_at(int64_t tile, int64_t lane) const {
-    return ws.alive[smaller(tile * kTile + lane, alive - 1)];
+  // Index in the chunk of the rollout in a lane.
+  int64_t rollout_at(const Tile& tile, int64_t lane) const {
+    return ws.alive[tile.begin + smaller(lane, tile.count - 1)];
   }
   int64_t row_of(int64_t rollout) const { return rollout * args.horizon + t; }
   int64_t outputs() const { return round_up(2 * (args.obs_dim + 1), kWidthMultiple); }
-  float* observations(int64_t tile) const { return ws.observations + tile * args.obs_dim * kTile; }
-  float* actions(int64_t tile) const { return ws.actions + tile * args.act_dim * kTile; }
-  float* inputs(int64_t tile) const { return ws.inputs + tile * (args.obs_dim + args.act_dim) * kTile; }
-  float* predictions(int64_t tile, int64_t member) const {
-    return ws.predictions + (tile * args.dynamics.networks + member) * outputs() * kTile;
+  float* observations(const Tile& tile) const { return ws.observations + tile.slot * args.obs_dim * kTile; }
+  float* actions(const Tile& tile) const { return ws.actions + tile.slot * args.act_dim * kTile; }
+  float* inputs(const Tile& tile) const {
+    return ws.inputs + tile.slot * (args.obs_dim + args.act_dim) * kTile;
+  }
+  float* predictions(const Tile& tile, int64_t member) const {
+    if (tile.member != Tile::kEveryMember) return ws.predictions;
+    return ws.predictions + (tile.slot * args.dynamics.networks + member) * outputs() * kTile;
   }
 
   // All steps; an interrupted call ends in the middle of one.
   void run() {
+    const bool one_member = computes_one_member(args);
     for (t = 0; t < args.horizon && alive > 0; ++t) {
       if (interrupted(plan)) return;
-      prepare();
-      // Members outside, tiles inside: a member's weights stay in the second-level cache.
-      for (int64_t member = 0; member < args.dynamics.networks; ++member)
-        for (int64_t tile = 0; tile < tiles();) {
-          if (interrupted(plan)) return;
-          const TileState<Operand> tile_state;
-          for (const int64_t end = smaller(tiles(), tile + tiles_between_looks()); tile < end; ++tile)
-            network_tile<Operand>(args.dynamics, plan.dynamics, member, inputs(tile), ws,
-                                  predictions(tile, member));
-        }
-      int64_t survivors = 0;
-      for (int64_t tile = 0; tile < tiles(); ++tile) survivors = finish(tile, survivors);
+      const int64_t survivors = one_member ? step_of_drawn_members() : step_of_every_member();
+      if (survivors < 0) return;
       int64_t* ended = ws.alive;
       ws.alive = ws.survivors;
       ws.survivors = ended;
@@ -117,22 +161,112 @@ struct Chunk {
     }
   }
 
-  void prepare() {
-    const TileState<Operand> tile_state;
-    for (int64_t tile = 0; tile < tiles(); ++tile) {
-      load_observations(tile);
-      if (args.policy.depth > 0) {
-        act(tile);
-      } else {
-        load_actions(tile);
+  // One step in which every member computes every row. Returns the number of survivors, or -1 if interrupted.
+  int64_t step_of_every_member() {
+    const int64_t tiles = (alive + kTile - 1) / kTile;
+    const auto tile_at = [&](int64_t i) {
+      return Tile{i * kTile, smaller(kTile, alive - i * kTile), i, Tile::kEveryMember};
+    };
+    {
+      const TileState<Operand> tile_state;
+      for (int64_t i = 0; i < tiles; ++i) prepare(tile_at(i));
+    }
+    // Members outside, tiles inside: a member's weights stay in the second-level cache. Members are taken to
+    // and fro, since the last ones' weights are still there at the next step or call. With few rows the time
+    // is that of reading the weights.
+    static thread_local bool to_and_fro = false;
+    to_and_fro = !to_and_fro;
+    const int64_t members = args.dynamics.networks;
+    for (int64_t place = 0; place < members; ++place)
+      for (int64_t i = 0; i < tiles;) {
+        const int64_t member = to_and_fro ? place : members - 1 - place;
+        if (interrupted(plan)) return -1;
+        const TileState<Operand> tile_state;
+        for (const int64_t end = smaller(tiles, i + tiles_between_looks()); i < end; ++i)
+          predict(tile_at(i), member);
       }
-      standardise(tile);
+    int64_t survivors = 0;
+    for (int64_t i = 0; i < tiles; ++i) survivors = finish(tile_at(i), survivors);
+    return survivors;
+  }
+
+  // One step in which only the drawn member computes a row. The rows of a member fill tiles, which pass one
+  // by one through the same memory. Returns likewise.
+  int64_t step_of_drawn_members() {
+    group_by_member();
+    int64_t survivors = 0, until_look = 0, begin = 0;
+    for (int64_t member = 0; member < args.dynamics.networks; ++member)
+      for (const int64_t end = ws.group_end[member]; begin < end;) {
+        if (interrupted(plan)) return -1;
+        const TileState<Operand> tile_state;
+        for (until_look = tiles_between_looks(); begin < end && until_look > 0; --until_look) {
+          const Tile tile{begin, smaller(kTile, end - begin), 0, member};
+          fetch(tile);
+          prepare(tile);
+          predict(tile, member);
+          survivors = finish(tile, survivors);
+          begin += tile.count;
+        }
+      }
+    return survivors;
+  }
+
+  // Asks for the memory that finish() will write. The rows of a group lie apart, in more memory than is
+  // cached.
+  void fetch(const Tile& tile) const {
+    for (int64_t lane = 0; lane < tile.count; ++lane) {
+      const int64_t row = row_of(rollout_at(tile, lane));
+      const auto ask = [&](auto* array, int64_t width) {
+        const char* end = reinterpret_cast<const char*>(array + (row + 1) * width);
+        for (const char* p = reinterpret_cast<const char*>(array + row * width); p < end; p += 64)
+          __builtin_prefetch(p, 1);
+      };
+      ask(made.observations, args.obs_dim);
+      ask(made.actions, args.act_dim);
+      ask(made.next_observations, args.obs_dim);
+      ask(made.rewards, 1);
+      ask(made.raw_rewards, 1);
+      ask(made.terminals, 1);
+      ask(made.members, 1);
+      ask(made.rollout_index, 1);
+      ask(made.step, 1);
     }
   }
 
-  void load_observations(int64_t tile) const {
+  // Draws a member for each row and sorts ws.alive by it. ws.group_end[member] is the end of a member's rows.
+  void group_by_member() {
+    int64_t* end = ws.group_end;
+    for (int64_t member = 0; member <= args.dynamics.networks; ++member) end[member] = 0;
+    for (int64_t i = 0; i < alive; ++i) {
+      ws.drawn[i] = draw_member(ws.alive[i]);
+      ++end[ws.drawn[i] + 1];
+    }
+    // First the beginnings of the groups, which filling them moves to their ends.
+    for (int64_t member = 0; member < args.dynamics.networks; ++member) end[member + 1] += end[member];
+    for (int64_t i = 0; i < alive; ++i) ws.survivors[end[ws.drawn[i]]++] = ws.alive[i];
+    int64_t* unsorted = ws.alive;
+    ws.alive = ws.survivors;
+    ws.survivors = unsorted;
+  }
+
+  void prepare(const Tile& tile) {
+    load_observations(tile);
+    if (args.policy.depth > 0) {
+      act(tile);
+    } else {
+      load_actions(tile);
+    }
+    standardise(tile);
+  }
+
+  void predict(const Tile& tile, int64_t member) {
+    network_tile<Operand>(args.dynamics, plan.dynamics, member, tile.count, inputs(tile), ws,
+                          predictions(tile, member));
+  }
+
+  void load_observations(const Tile& tile) const {
     float* to = observations(tile);
-    for (int64_t lane = 0; lane < kTile; ++lane) {
+    for (int64_t lane = 0; lane < tile.lanes(); ++lane) {
       const int64_t r = rollout_at(tile, lane);
       const float* from = t == 0 ? args.start + (first + r) * args.obs_dim
                                  : made.next_observations + (row_of(r) - 1) * args.obs_dim;
@@ -140,34 +274,35 @@ struct Chunk {
     }
   }
 
-  void load_actions(int64_t tile) const {
+  void load_actions(const Tile& tile) const {
     float* to = actions(tile);
-    for (int64_t lane = 0; lane < kTile; ++lane) {
+    for (int64_t lane = 0; lane < tile.lanes(); ++lane) {
       const float* from = args.actions + (first + rollout_at(tile, lane)) * args.act_dim;
       for (int64_t d = 0; d < args.act_dim; ++d) to[d * kTile + lane] = from[d];
     }
   }
 
-  void act(int64_t tile) const {
+  void act(const Tile& tile) const {
     // The policy's means and log stds lie where the first member's predictions will be.
     float* heads = predictions(tile, 0);
-    network_tile<Operand>(args.policy, plan.policy, 0, observations(tile), ws, heads);
+    network_tile<Operand>(args.policy, plan.policy, 0, tile.count, observations(tile), ws, heads);
     if (!args.deterministic) draw_normals(tile, kActionStream, args.act_dim);
-    for (int64_t i = 0; i < args.act_dim * kTile; i += W) {
-      vf x = load(heads + i);
-      if (!args.deterministic)
-        x = SquashedGaussian(x, load(heads + args.act_dim * kTile + i), broadcast(args.log_std_min),
-                             broadcast(args.log_std_max), load(ws.noise + i))
-                .raw;
-      store(actions(tile) + i, tanh(x));
-    }
+    for (int64_t d = 0; d < args.act_dim; ++d)
+      for (int64_t i = d * kTile; i < d * kTile + tile.lanes(); i += W) {
+        vf x = load(heads + i);
+        if (!args.deterministic)
+          x = SquashedGaussian(x, load(heads + args.act_dim * kTile + i), broadcast(args.log_std_min),
+                               broadcast(args.log_std_max), load(ws.noise + i))
+                  .raw;
+        store(actions(tile) + i, tanh(x));
+      }
   }
 
-  void standardise(int64_t tile) const {
+  void standardise(const Tile& tile) const {
     const auto convert = [&](const float* from, int64_t dim, int64_t begin) {
       for (int64_t d = 0; d < dim; ++d) {
         float* to = inputs(tile) + (begin + d) * kTile;
-        for (int64_t lane = 0; lane < kTile; lane += W)
+        for (int64_t lane = 0; lane < tile.lanes(); lane += W)
           store(to + lane,
                 (load(from + d * kTile + lane) - args.input_mean[begin + d]) * plan.inverse_std[begin + d]);
       }
@@ -176,18 +311,23 @@ struct Chunk {
     convert(actions(tile), args.act_dim, args.obs_dim);
   }
 
-  PhiloxBlock random(int64_t tile, int64_t lane, PhiloxStream stream, uint32_t block) const {
-    const int64_t row = args.rows[first + rollout_at(tile, lane)];
-    return random_block(row, args.first_step + static_cast<uint32_t>(t), stream, block, args.seed);
+  PhiloxBlock random(int64_t rollout, PhiloxStream stream, uint32_t block) const {
+    return random_block(args.rows[first + rollout], args.first_step + static_cast<uint32_t>(t), stream, block,
+                        args.seed);
+  }
+
+  uint32_t draw_member(int64_t rollout) const {
+    const uint32_t word = random(rollout, kMemberStream, 0).word[0];
+    return static_cast<uint32_t>(args.elites[choose(word, static_cast<uint32_t>(args.num_elites))]);
   }
 
   // Draws `count` standard normals for each row into ws.noise [count, rounded up to 4][tile].
-  void draw_normals(int64_t tile, PhiloxStream stream, int64_t count) const {
-    for (int64_t v = 0; v < kTile; v += W)
+  void draw_normals(const Tile& tile, PhiloxStream stream, int64_t count) const {
+    for (int64_t v = 0; v < tile.lanes(); v += W)
       for (int64_t d = 0; d < count; d += 4) {
         PhiloxBlock blocks[W];
         for (int lane = 0; lane < W; ++lane)
-          blocks[lane] = random(tile, v + lane, stream, static_cast<uint32_t>(d / 4));
+          blocks[lane] = random(rollout_at(tile, v + lane), stream, static_cast<uint32_t>(d / 4));
         vf normals[4];
         box_muller(blocks, normals);
         for (int i = 0; i < 4; ++i) store(ws.noise + (d + i) * kTile + v, normals[i]);
@@ -196,21 +336,20 @@ struct Chunk {
 
   // Penalty, sample, termination and output of one tile. Appends the rollouts that go on to ws.survivors,
   // which has `survivors` of them, and returns the new number.
-  int64_t finish(int64_t tile, int64_t survivors) {
+  int64_t finish(const Tile& tile, int64_t survivors) {
     const int64_t obs_dim = args.obs_dim, members = args.dynamics.networks;
     bound_variances(tile);
+    uint32_t drawn[kTile];
     if (!args.deterministic) {
       draw_normals(tile, kNoiseStream, obs_dim + 1);
-      for (int64_t lane = 0; lane < kTile; ++lane) {
-        const uint32_t word = random(tile, lane, kMemberStream, 0).word[0];
-        const uint32_t elite = choose(word, static_cast<uint32_t>(args.num_elites));
-        ws.drawn[lane] = static_cast<uint32_t>(args.elites[elite]);
-      }
+      for (int64_t lane = 0; lane < tile.lanes(); ++lane)
+        drawn[lane] = tile.member == Tile::kEveryMember ? draw_member(rollout_at(tile, lane))
+                                                        : static_cast<uint32_t>(tile.member);
     }
     float* next = ws.layer_in;  // [obs_dim][tile]
     alignas(64) float raw[kTile], reward[kTile], penalty[kTile];
     alignas(64) int32_t finite[kTile], inside[kTile];
-    for (int64_t v = 0; v < kTile; v += W) {
+    for (int64_t v = 0; v < tile.lanes(); v += W) {
       const auto mean = [&](int64_t member, int64_t d) {
         return load(predictions(tile, member) + d * kTile + v);
       };
@@ -221,19 +360,28 @@ struct Chunk {
           for (int64_t member = 0; member < members; ++member) centre = centre + mean(member, d);
           return centre * (1.0f / static_cast<float>(members));
         }
-        for (int lane = 0; lane < W; ++lane) {
-          const float* from = predictions(tile, ws.drawn[v + lane]) + v + lane;
-          centre[lane] = from[d * kTile];
-          spread[lane] = from[(obs_dim + 1 + d) * kTile];
+        if (tile.member != Tile::kEveryMember) {
+          centre = mean(tile.member, d);
+          spread = variance(tile.member, d);
+        } else {
+          for (int lane = 0; lane < W; ++lane) {
+            const float* from = predictions(tile, drawn[v + lane]) + v + lane;
+            centre[lane] = from[d * kTile];
+            spread[lane] = from[(obs_dim + 1 + d) * kTile];
+          }
         }
         return centre + sqrt(spread) * load(ws.noise + d * kTile + v);
       };
-      const vf u = penalise<vf>(
-          args.penalty, static_cast<int>(args.num_penalty_members), static_cast<int>(obs_dim),
-          [&](int i, int d) { return mean(args.penalty_members[i], d); },
-          [&](int i, int d) { return variance(args.penalty_members[i], d); }, 0, 1, [](vf x) { return x; });
       const vf raw_reward = sample(obs_dim);
-      const vf penalised = raw_reward - args.penalty_coef * u;
+      vf penalised = raw_reward;
+      if (args.penalties) {
+        const vf u = penalise<vf>(
+            args.penalty, static_cast<int>(args.num_penalty_members), static_cast<int>(obs_dim),
+            [&](int i, int d) { return mean(args.penalty_members[i], d); },
+            [&](int i, int d) { return variance(args.penalty_members[i], d); }, 0, 1, [](vf x) { return x; });
+        penalised = raw_reward - args.penalty_coef * u;
+        store(penalty + v, u);
+      }
       vi is_inside = ~vi{}, all_finite = is_finite(penalised);
       for (int64_t d = 0; d < obs_dim; ++d) {
         const vf x = load(observations(tile) + d * kTile + v) * args.carry[d] + sample(d);
@@ -243,11 +391,10 @@ struct Chunk {
       }
       store(raw + v, raw_reward);
       store(reward + v, penalised);
-      store(penalty + v, u);
       store(reinterpret_cast<float*>(finite) + v, bits_to_float(all_finite));
       store(reinterpret_cast<float*>(inside) + v, bits_to_float(is_inside));
     }
-    for (int64_t lane = 0; lane < lanes(tile); ++lane) {
+    for (int64_t lane = 0; lane < tile.count; ++lane) {
       const int64_t r = rollout_at(tile, lane);
       if (!finite[lane]) {
         ++made.non_finite;
@@ -261,8 +408,8 @@ struct Chunk {
       made.rewards[row] = reward[lane];
       made.terminals[row] = terminal;
       made.raw_rewards[row] = raw[lane];
-      made.penalties[row] = penalty[lane];
-      made.members[row] = args.deterministic ? -1 : static_cast<int32_t>(ws.drawn[lane]);
+      if (args.penalties) made.penalties[row] = penalty[lane];
+      made.members[row] = args.deterministic ? -1 : static_cast<int32_t>(drawn[lane]);
       made.rollout_index[row] = args.rows[first + r];
       made.step[row] = static_cast<int32_t>(args.first_step + t);
       if (args.mean != nullptr) store_distributions(tile, lane, first + r);
@@ -276,15 +423,17 @@ struct Chunk {
     for (int64_t d = 0; d < count; ++d) to[d] = from[d * kTile];
   }
 
-  // Turns the predicted log-variances of all members into bounded variances, in place.
-  void bound_variances(int64_t tile) const {
+  // Turns the predicted log-variances into bounded variances, in place.
+  void bound_variances(const Tile& tile) const {
     const int64_t dims = args.obs_dim + 1;
-    for (int64_t member = 0; member < args.dynamics.networks; ++member) {
+    const bool every = tile.member == Tile::kEveryMember;
+    const int64_t last = every ? args.dynamics.networks : tile.member + 1;
+    for (int64_t member = every ? 0 : tile.member; member < last; ++member) {
       float* logvar = predictions(tile, member) + dims * kTile;
       for (int64_t d = 0; d < dims; ++d) {
         const vf exp_minus_max = broadcast(plan.exp_minus_max[member * dims + d]);
         const vf exp_min = broadcast(plan.exp_min[member * dims + d]);
-        for (int64_t v = 0; v < kTile; v += W) {
+        for (int64_t v = 0; v < tile.lanes(); v += W) {
           float* x = logvar + d * kTile + v;
           const vf bounded = soft_clamp_variance<vf>(exp(-load(x)), exp_minus_max, exp_min);
           store(x, args.log_std ? bounded * bounded : bounded);
@@ -293,7 +442,7 @@ struct Chunk {
     }
   }
 
-  void store_distributions(int64_t tile, int64_t lane, int64_t row) const {
+  void store_distributions(const Tile& tile, int64_t lane, int64_t row) const {
     const int64_t dims = args.obs_dim + 1;
     for (int64_t member = 0; member < args.dynamics.networks; ++member) {
       const float* from = predictions(tile, member) + lane;

@@ -13,6 +13,11 @@
 namespace mopo {
 namespace {
 
+// Rows that a thread takes at least.
+int64_t granule(const SacArgs& args, const Kernels& kernels) {
+  return args.bfloat16 ? std::max(kernels.block, kernels.tile) : kernels.block;
+}
+
 // A run's memory: parameters in the kernels' layout, and all matrices between a batch and the gradients.
 class SacState {
  public:
@@ -22,9 +27,9 @@ class SacState {
     lay_out();
     copy_temperature(args.log_alpha, log_alpha());
     for (int64_t l = 0; l < args.depth; ++l) {
-      read_parameters(args.actor[l], 0, actor_[l], false, kernels);
+      read_parameters(args.actor[l], 0, actor_[l], rounded(l), kernels);
       for (int64_t j = 0; j < args.critics; ++j)
-        read_parameters(args.critic[l], j, critic_[j * args.depth + l], false, kernels);
+        read_parameters(args.critic[l], j, critic_[j * args.depth + l], rounded(l), kernels);
     }
     // Columns of ones. Those of the hidden layers are set when these are computed.
     const int64_t obs_dim = args.obs_dim, inputs = obs_dim + args.act_dim;
@@ -92,39 +97,54 @@ class SacState {
     for (int64_t row = 0; row < matrix.rows; ++row) to[row * panel] = 1.0f;
   }
 
+  // True if the products of layer l take factors in bfloat16: those of the first and the last never do.
+  bool rounded(int64_t l) const { return args_.bfloat16 && l > 0 && l + 1 < args_.depth; }
+
   void lay_out() {
-    const int64_t rows = round_up(batch(), kernels_.block), hidden = args_.depth - 1;
+    const int64_t rows = round_up(batch(), granule(args_, kernels_)), hidden = args_.depth - 1;
     const int64_t obs_dim = args_.obs_dim, act_dim = args_.act_dim;
     const auto matrix = [&](int64_t width) { return take_panels(arena_, rows, width, kernels_); };
-    const auto hidden_layers = [&](std::vector<Panels>& layers, int64_t networks) {
-      layers.clear();
-      for (int64_t j = 0; j < networks; ++j)
-        for (int64_t l = 0; l < hidden; ++l) layers.push_back(matrix(args_.actor[l].out));
-      return layers.data();
+    // Outputs of the hidden layers of `networks` networks, and gradients before their activations.
+    const auto outputs = [&](std::vector<Factor>& factors, int64_t networks) {
+      factors.clear();
+      for (int64_t i = 0; i < networks * hidden; ++i)
+        factors.push_back(take_factor(arena_, rows, args_.actor[i % hidden].out, Side::kLeft,
+                                      rounded(i % hidden + 1), kernels_));
+      return factors.data();
     };
+    const auto grads = [&](std::vector<Factor>& factors, int64_t networks) {
+      factors.clear();
+      for (int64_t i = 0; i < networks * hidden; ++i)
+        factors.push_back(take_factor(arena_, rows, args_.actor[i % hidden].out, Side::kGrad,
+                                      rounded(i % hidden), kernels_));
+      return factors.data();
+    };
+    // No weight's gradient is taken of these.
+    const auto without_across = [](std::vector<Factor>& factors) {
+      for (Factor& factor : factors) factor.across = {};
+    };
+    plan.rows = rows;
     actor_.clear();
     critic_.clear();
-    scratch_grad_.clear();
-    int64_t widest = 0;
-    for (int64_t l = 0; l < hidden; ++l) widest = std::max(widest, args_.actor[l].out);
-    plan.rows = rows;
     // Gradients pass through every layer but the actor's first.
     for (int64_t l = 0; l < args_.depth; ++l)
-      actor_.push_back(take_dense(arena_, args_.actor[l], l > 0, false, kernels_));
-    plan.actor_hidden = hidden_layers(actor_hidden_, 1);
-    plan.actor_grad = hidden_layers(actor_grad_, 1);
+      actor_.push_back(take_dense(arena_, args_.actor[l], l > 0, rounded(l), kernels_));
     for (int64_t j = 0; j < args_.critics; ++j) {
       for (int64_t l = 0; l < hidden; ++l)
-        critic_.push_back(take_dense(arena_, args_.critic[l], true, false, kernels_));
+        critic_.push_back(take_dense(arena_, args_.critic[l], true, rounded(l), kernels_));
       critic_.push_back(take_one_row(arena_, args_.critic[hidden], kernels_));
-      for (int i = 0; i < 2; ++i) scratch_grad_.push_back(matrix(widest));
     }
-    plan.critic_hidden = hidden_layers(critic_hidden_, args_.critics);
-    plan.critic_grad = hidden_layers(critic_grad_, args_.critics);
-    plan.scratch_hidden = hidden_layers(scratch_hidden_, args_.critics);
-    plan.scratch_grad = scratch_grad_.data();
     plan.actor = actor_.data();
     plan.critic = critic_.data();
+    plan.actor_hidden = outputs(actor_hidden_, 1);
+    plan.actor_grad = grads(actor_grad_, 1);
+    plan.critic_hidden = outputs(critic_hidden_, args_.critics);
+    plan.critic_grad = grads(critic_grad_, args_.critics);
+    plan.scratch_hidden = outputs(scratch_hidden_, args_.critics);
+    plan.scratch_grad = grads(scratch_grad_, args_.critics);
+    next_hidden_ = actor_hidden_;
+    plan.next_hidden = next_hidden_.data();
+    for (std::vector<Factor>* each : {&scratch_hidden_, &scratch_grad_, &next_hidden_}) without_across(*each);
     for (Panels* each : {&plan.observations, &plan.next_observations}) *each = matrix(obs_dim);
     for (Panels* each : {&plan.inputs, &plan.next_inputs, &plan.policy_inputs})
       *each = matrix(obs_dim + act_dim);
@@ -146,7 +166,7 @@ class SacState {
   Arena arena_;
   float log_alpha_[3];  // value and moments
   std::vector<Dense> actor_, critic_;
-  std::vector<Panels> actor_hidden_, actor_grad_, critic_hidden_, critic_grad_, scratch_hidden_,
+  std::vector<Factor> actor_hidden_, next_hidden_, actor_grad_, critic_hidden_, critic_grad_, scratch_hidden_,
       scratch_grad_;
 };
 
@@ -170,7 +190,7 @@ struct SacWork {
   SacWork(const SacArgs& args, const Kernels& kernels)
       : args(args),
         state(args, kernels),
-        threads(static_cast<int>(std::min<int64_t>(args.threads, state.plan.rows / kernels.block))),
+        threads(static_cast<int>(std::min(int64_t{args.threads}, state.plan.rows / granule(args, kernels)))),
         barrier(threads) {
     for (int thread = 0; thread < threads; ++thread)
       turns_of.push_back(turns(args.critics, {thread, threads, &barrier}));

@@ -1,6 +1,9 @@
 // The stages of a SAC update. A team of threads works on a network in two phases. First each thread takes
 // some rows of the batch through the network, forwards and backwards; no row depends on another. Then each
 // thread sums the gradients of some rows of the parameters over the whole batch, and updates them.
+//
+// `Inner` is the kind of factors (factors.h) of the layers between a network's first and its last, which are
+// always float32, as the parameters and all sums are.
 
 // Prefetches a row of the data: rows drawn at random come from memory, so all are asked for before one is
 // read.
@@ -9,20 +12,18 @@ static void prefetch_row(const float* from, int64_t count) {
   __builtin_prefetch(from + count - 1);
 }
 
-static void train_panels(const Team& team, const Dense& layer, const AdamStep& step, int64_t count,
-                         const Panels& x, const Panels& grad) {
-  train_layer<Float32Factors>(team, layer, step, count, {x, x}, {grad, grad});
-}
-
 // Rows first .. last of an update's batch, whole blocks. Rows from batch() on are padding.
+template <class Inner>
 struct SacRows {
+  using Outer = Float32Factors;
+
   const SacArgs& args;
   const SacPlan& plan;
   const int64_t first, last;
 
   int64_t batch() const { return args.real_rows + args.model_rows; }
   int64_t end() const { return smaller(last, batch()); }
-  int64_t hidden_count() const { return args.depth - 1; }
+  int64_t top() const { return args.depth - 2; }  // the last hidden layer
 
   const SacSource& source(int64_t row) const { return row < args.real_rows ? args.real : args.model; }
 
@@ -71,34 +72,69 @@ struct SacRows {
       }
   }
 
-  void hidden_layers(const Panels& input, const Dense* layers, bool targets, const Panels* outputs) const {
-    const Panels* in = &input;
-    for (int64_t l = 0; l < hidden_count(); ++l) {
-      const Dense& layer = layers[l];
-      const Panels& out = outputs[l];
-      forward_layer(first, last, *in, layer, {targets ? layer.target : layer.value, layer.rows},
-                    [&](int64_t row, int64_t column, auto& block) {
-                      float* to = at(out, row, column);
-                      each_vector(block, [&](int i, int v, vf x) {
-                        store(to + within(i, v), activate<Activation::kRelu>(x));
-                      });
-                    });
-      set_ones(first, last, out, layer.out);
-      in = &out;
+  // Outputs of a network's hidden layers.
+  void forward(const Panels& input, const Dense* layers, bool target, const Factor* outputs) const {
+    const auto relu = [](int64_t, int64_t, auto& block) {
+      each_vector(block, [](int, int, vf& x) { x = activate<Activation::kRelu>(x); });
+    };
+    const Span rows{first, last};
+    const Factor in{input, input};
+    if (top() == 0) return forward_hidden<Outer, Outer>(rows, in, layers[0], target, outputs[0], relu);
+    forward_hidden<Outer, Inner>(rows, in, layers[0], target, outputs[0], relu);
+    for (int64_t l = 1; l < top(); ++l)
+      forward_hidden<Inner, Inner>(rows, outputs[l - 1], layers[l], target, outputs[l], relu);
+    forward_hidden<Inner, Outer>(rows, outputs[top() - 1], layers[top()], target, outputs[top()], relu);
+  }
+
+  // Backwards through a network's hidden layers, from the last one's gradient. source(row) is the row of
+  // `outputs` that belongs to a row of `grads`.
+  template <class Source>
+  void backward(const Dense* layers, const Factor* outputs, const Factor* grads, int64_t stop,
+                Source source) const {
+    for (int64_t l = top(); l > 0; --l) {
+      const auto multiply = slopes<Inner>(outputs[l - 1], source);
+      if (l > 1)
+        backward_hidden<Inner, Inner>({first, stop}, grads[l], layers[l], grads[l - 1], multiply);
+      else
+        backward_hidden<Inner, Outer>({first, stop}, grads[l], layers[l], grads[l - 1], multiply);
     }
   }
 
+  // The slopes of ReLU at `outputs`, for backward_hidden.
+  template <class Factors, class Source>
+  static auto slopes(const Factor& outputs, Source source) {
+    return [&outputs, source](int64_t row, int64_t column, auto& block) {
+      each_vector(block, [&](int i, int v, vf& x) {
+        x = select(Factors::left(outputs, source(row + i), column, v) > 0.0f, x, vf{});
+      });
+    };
+  }
+
+  // Calls run<Factors>() with the kind of the last hidden layer.
+  template <class Run>
+  void with_top(Run run) const {
+    top() == 0 ? run.template operator()<Outer>() : run.template operator()<Inner>();
+  }
+
+  // Steps layer l by its inputs and the gradient of its outputs.
+  void train(const Team& team, const Dense* layers, int64_t l, const AdamStep& step, const Factor& inputs,
+             const Factor& grad) const {
+    if (l == 0 || l > top())
+      train_layer<Outer>(team, layers[l], step, batch(), inputs, grad);
+    else
+      train_layer<Inner>(team, layers[l], step, batch(), inputs, grad);
+  }
+
   // The policy's actions at `observations`, written behind the observations of `inputs`, and their
-  // log-probabilities.
-  void act(const Panels& observations, const Panels& inputs, float* log_probs) const {
-    const Dense& head = plan.actor[hidden_count()];
-    hidden_layers(observations, plan.actor, false, plan.actor_hidden);
-    forward_layer(first, last, plan.actor_hidden[hidden_count() - 1], head, head.weight.across,
-                  [&](int64_t row, int64_t column, auto& block) {
-                    each_vector(block, [&](int i, int v, vf x) {
-                      store(plan.actor_head.at(row + i) + column + v * W, x);
-                    });
-                  });
+  // log-probabilities. `hidden` takes the outputs of its hidden layers.
+  void act(const Panels& observations, const Factor* hidden, const Panels& inputs, float* log_probs) const {
+    forward(observations, plan.actor, false, hidden);
+    Outer::forward(first, last, hidden[top()], plan.actor[top() + 1], false,
+                   [&](int64_t row, int64_t column, auto& block) {
+                     each_vector(block, [&](int i, int v, vf x) {
+                       store(plan.actor_head.at(row + i) + column + v * W, x);
+                     });
+                   });
     const int64_t act_dim = args.act_dim;
     for (int64_t row = first; row < end(); ++row) {
       float log_prob = 0.0f;
@@ -119,22 +155,6 @@ struct SacRows {
     }
   }
 
-  // Backwards through one layer: from the gradient of its outputs to that of the pre-activations of the layer
-  // below, whose outputs are `below`. source(row) is the row of `below` that belongs to a row of `grad`.
-  template <class Source>
-  void backward(const Dense& layer, const Panels& grad, const Panels& below, const Panels& to, int64_t stop,
-                Source source) const {
-    product<false>(first, stop, 0, layer.in, layer.out, grad, layer.weight.along,
-                   [&](int64_t row, int64_t column, auto& block) {
-                     float* grads = at(to, row, column);
-                     const float* outputs = at(below, 0, column);
-                     each_vector(block, [&](int i, int v, vf x) {
-                       const vf output = load(outputs + source(row + i) * kPanel + v * W);
-                       store(grads + within(i, v), select(output > 0.0f, x, vf{}));
-                     });
-                   });
-  }
-
   // From the gradients of Q by the actions to those of the actor's layers.
   void actor_gradient() const {
     const float inverse_batch = 1.0f / static_cast<float>(batch());
@@ -152,21 +172,25 @@ struct SacRows {
         }
       }
     const auto itself = [](int64_t row) { return row; };
-    for (int64_t l = hidden_count(); l > 0; --l)
-      backward(plan.actor[l], l == hidden_count() ? plan.actor_head_grad : plan.actor_grad[l],
-               plan.actor_hidden[l - 1], plan.actor_grad[l - 1], last, itself);
+    with_top([&]<class Factors>() {
+      backward_hidden<Outer, Factors>({first, last}, {plan.actor_head_grad, plan.actor_head_grad},
+                                      plan.actor[top() + 1], plan.actor_grad[top()],
+                                      slopes<Outer>(plan.actor_hidden[top()], itself));
+    });
+    backward(plan.actor, plan.actor_hidden, plan.actor_grad, last, itself);
   }
 };
 
 // One critic's part of an update, for a thread's rows.
+template <class Inner>
 struct SacCritic {
-  const SacRows rows;
+  const SacRows<Inner> rows;
   const SacArgs& args;
   const SacPlan& plan;
   const int64_t critic, first, last;
 
   SacCritic(const SacArgs& args, const SacPlan& plan, const Team& team, int64_t critic)
-      : SacCritic(args, plan, rows_of(team, plan.rows), critic) {}
+      : SacCritic(args, plan, rows_of(team, plan.rows, Inner::kRows), critic) {}
   SacCritic(const SacArgs& args, const SacPlan& plan, Span span, int64_t critic)
       : rows{args, plan, span.first, span.last},
         args(args),
@@ -175,11 +199,11 @@ struct SacCritic {
         first(span.first),
         last(span.last) {}
 
-  int64_t hidden_count() const { return args.depth - 1; }
+  int64_t top() const { return rows.top(); }
   const Dense* layers() const { return plan.critic + critic * args.depth; }
-  const Panels* outputs() const { return plan.critic_hidden + critic * hidden_count(); }
-  const Panels* grads() const { return plan.critic_grad + critic * hidden_count(); }
-  const Panels* scratch() const { return plan.scratch_hidden + critic * hidden_count(); }
+  const Dense& head() const { return layers()[top() + 1]; }
+  // This critic's part of an array [critics][hidden].
+  const Factor* mine(const Factor* array) const { return array + critic * (top() + 1); }
   // This critic's part of an array [critics][rows].
   template <class T>
   T* mine(T* array) const {
@@ -187,15 +211,13 @@ struct SacCritic {
   }
 
   // Writes Q to q[row]. The last layer has one output, so its weights are one row and Q is a dot product.
-  void evaluate(const Panels& input, bool targets, const Panels* outputs, float* q) const {
-    rows.hidden_layers(input, layers(), targets, outputs);
-    const Dense& head = layers()[hidden_count()];
-    const float* weight = targets ? head.target : head.value;
-    const Panels& top = outputs[hidden_count() - 1];
+  void evaluate(const Panels& input, bool target, const Factor* outputs, float* q) const {
+    rows.forward(input, layers(), target, outputs);
+    const float* weight = target ? head().target : head().value;
     for (int64_t row = first; row < last; row += kBlock) {
       vf sum[kBlock] = {};
-      for (int64_t k = 0; k <= head.in; k += W) {
-        const float* block = at(top, row, k);
+      for (int64_t k = 0; k <= head().in; k += W) {
+        const float* block = at(outputs[top()].along, row, k);
         for (int i = 0; i < kBlock; ++i) sum[i] = sum[i] + load(block + within(i, 0)) * load(weight + k);
       }
       for (int i = 0; i < kBlock; ++i) q[row + i] = sum_lanes(sum[i]);
@@ -208,23 +230,26 @@ struct SacCritic {
     return total;
   }
 
-  // The gradient by the pre-activations of the last hidden layer. source(row) is the row of `top` and of
-  // q_grad that belongs to a row of `grad`.
+  // The gradient by the pre-activations of the last hidden layer. source(row) is the row of `outputs` and of
+  // q_grad that belongs to a row of `grads`.
   template <class Source>
-  void top_gradient(const Panels& top, const Panels& grad, int64_t stop, const float* q_grad,
+  void top_gradient(const Factor* outputs, const Factor* grads, int64_t stop, const float* q_grad,
                     Source source) const {
-    const Dense& head = layers()[hidden_count()];
-    for (int64_t k = 0; k < head.in; k += W) {
-      // The column of ones takes no gradient.
-      const vf weight = load_lanes(head.value + k, head.in - k);
-      const float* outputs = at(top, 0, k);
-      float* to = at(grad, 0, k);
-      for (int64_t row = first; row < stop; ++row) {
-        const int64_t from = source(row);
-        const vf output = load(outputs + from * kPanel);
-        store(to + row * kPanel, select(output > 0.0f, q_grad[from] * weight, vf{}));
+    const auto slopes = rows.template slopes<Float32Factors>(outputs[top()], source);
+    rows.with_top([&]<class Factors>() {
+      for (int64_t column = 0; column < head().in; column += kPanel) {
+        vf weight[kWidest];
+        // The column of ones takes no gradient.
+        for (int v = 0; v < kWidest; ++v)
+          weight[v] = load_lanes(head().value + column + v * W, head().in - column - v * W);
+        for (int64_t row = first; row < stop; row += kBlock) {
+          vf block[kBlock][kWidest];
+          each_vector(block, [&](int i, int v, vf& x) { x = q_grad[source(row + i)] * weight[v]; });
+          slopes(row, column, block);
+          Factors::put_grad(grads[top()], row, column, block);
+        }
       }
-    }
+    });
   }
 
   // TD targets, Q, and the gradients of the critic's loss by all pre-activations.
@@ -236,14 +261,14 @@ struct SacCritic {
       const float value = least - plan.alpha * plan.next_log_prob[row];
       targets[row] = plan.rewards[row] + (plan.discounts[row] != 0.0f ? plan.discounts[row] * value : 0.0f);
     }
-    evaluate(plan.inputs, false, outputs(), q);
+    const Factor *outputs = mine(plan.critic_hidden), *grads = mine(plan.critic_grad);
+    evaluate(plan.inputs, false, outputs, q);
     const float scale = 2.0f * args.critic_loss_scale / static_cast<float>(rows.batch());
     for (int64_t row = first; row < last; ++row)
       q_grad[row] = row < rows.batch() ? scale * (q[row] - targets[row]) : 0.0f;
     const auto itself = [](int64_t row) { return row; };
-    top_gradient(outputs()[hidden_count() - 1], grads()[hidden_count() - 1], last, q_grad, itself);
-    for (int64_t l = hidden_count() - 1; l > 0; --l)
-      rows.backward(layers()[l], grads()[l], outputs()[l - 1], grads()[l - 1], last, itself);
+    top_gradient(outputs, grads, last, q_grad, itself);
+    rows.backward(layers(), outputs, grads, last, itself);
   }
 
   static float nan_min(float a, float b) { return b < a || b != b ? b : a; }
@@ -258,17 +283,12 @@ struct SacCritic {
     if (stop == first) return;
     for (; (stop - first) % kBlock != 0; ++stop) picked[stop] = picked[stop - 1];
     const auto source = [&](int64_t row) { return picked[row]; };
-    Panels here = plan.scratch_grad[2 * critic], there = plan.scratch_grad[2 * critic + 1];
-    top_gradient(scratch()[hidden_count() - 1], here, stop, plan.policy_q_grad, source);
-    for (int64_t l = hidden_count() - 1; l > 0; --l) {
-      rows.backward(layers()[l], here, scratch()[l - 1], there, stop, source);
-      const Panels other = here;
-      here = there;
-      there = other;
-    }
+    const Factor *outputs = mine(plan.scratch_hidden), *grads = mine(plan.scratch_grad);
+    top_gradient(outputs, grads, stop, plan.policy_q_grad, source);
+    rows.backward(layers(), outputs, grads, stop, source);
     const Dense& layer = layers()[0];
-    product<false>(first, stop, args.obs_dim / kPanel * kPanel, layer.in, layer.out, here, layer.weight.along,
-                   [&](int64_t row, int64_t column, auto& block) {
+    product<false>(first, stop, args.obs_dim / kPanel * kPanel, layer.in, layer.out, grads[0].along,
+                   layer.weight.along, [&](int64_t row, int64_t column, auto& block) {
                      each_vector(block, [&](int i, int v, vf x) {
                        store(plan.action_grad.at(picked[row + i]) + column + v * W, x);
                      });
@@ -285,15 +305,15 @@ struct SacCritic {
 
   // The step of the critic's parameters.
   void train(const Team& team, const AdamStep& step) const {
-    const int64_t batch = rows.batch();
-    for (int64_t l = 0; l < hidden_count(); ++l)
-      train_panels(team, layers()[l], step, batch, l == 0 ? plan.inputs : outputs()[l - 1], grads()[l]);
+    const Factor *hidden = mine(plan.critic_hidden), *grads = mine(plan.critic_grad);
+    const Factor inputs{plan.inputs, plan.inputs};
+    for (int64_t l = 0; l <= top(); ++l)
+      rows.train(team, layers(), l, step, l == 0 ? inputs : hidden[l - 1], grads[l]);
     if (team.part != 0) return;
-    const Dense& head = layers()[hidden_count()];
-    const Panels& top = outputs()[hidden_count() - 1];
+    const int64_t batch = rows.batch();
     const float* q_grad = mine(plan.q_grad);
-    for (int64_t k = 0; k <= head.in; k += W) {
-      const float* outputs = at(top, 0, k);
+    for (int64_t k = 0; k <= head().in; k += W) {
+      const float* outputs = at(hidden[top()].along, 0, k);
       vf sum{};
       for (int64_t begin = 0; begin < batch; begin += 16) {
         vf part{};
@@ -301,56 +321,67 @@ struct SacCritic {
           part = part + load(outputs + row * kPanel) * q_grad[row];
         sum = sum + part;
       }
-      adam(step, head, k, sum);
+      adam(step, head(), k, sum);
     }
   }
 };
 
 static void sac_sample(const SacArgs& args, const SacPlan& plan, const Team& team, int64_t update) {
-  const Span span = rows_of(team, plan.rows);
-  const SacRows rows{args, plan, span.first, span.last};
-  const uint32_t step = static_cast<uint32_t>(args.first_draw + update);
-  for (int64_t row = rows.first; row < rows.end(); ++row) rows.draw(row, step);
-  rows.draw_noise(kNextActionStream, step);  // overlaps with the prefetches
-  rows.gather();
-  rows.act(plan.next_observations, plan.next_inputs, plan.next_log_prob);
-  rows.draw_noise(kActionStream, step);
-  rows.act(plan.observations, plan.policy_inputs, plan.log_prob);
+  with_factors(args.bfloat16, [&]<class Inner>() {
+    const Span span = rows_of(team, plan.rows, Inner::kRows);
+    const SacRows<Inner> rows{args, plan, span.first, span.last};
+    const uint32_t step = static_cast<uint32_t>(args.first_draw + update);
+    for (int64_t row = rows.first; row < rows.end(); ++row) rows.draw(row, step);
+    rows.draw_noise(kNextActionStream, step);  // overlaps with the prefetches
+    rows.gather();
+    rows.act(plan.next_observations, plan.next_hidden, plan.next_inputs, plan.next_log_prob);
+    rows.draw_noise(kActionStream, step);
+    rows.act(plan.observations, plan.actor_hidden, plan.policy_inputs, plan.log_prob);
+  });
 }
 
 static void sac_target(const SacArgs& args, const SacPlan& plan, const Team& team, int64_t critic) {
-  const SacCritic work(args, plan, team, critic);
-  work.evaluate(plan.next_inputs, true, work.scratch(), work.mine(plan.target_q));
+  with_factors(args.bfloat16, [&]<class Inner>() {
+    const SacCritic<Inner> work(args, plan, team, critic);
+    work.evaluate(plan.next_inputs, true, work.mine(plan.scratch_hidden), work.mine(plan.target_q));
+  });
 }
 
 static void sac_critic(const SacArgs& args, const SacPlan& plan, const Team& team, int64_t critic,
                        const AdamStep& step) {
-  const SacCritic work(args, plan, team, critic);
-  work.differentiate();
-  if (!args.simultaneous) {
-    team.wait();
-    work.train(team, step);
-    team.wait();
-  }
-  work.evaluate(plan.policy_inputs, false, work.scratch(), work.mine(plan.policy_q));
+  with_factors(args.bfloat16, [&]<class Inner>() {
+    const SacCritic<Inner> work(args, plan, team, critic);
+    work.differentiate();
+    if (!args.simultaneous) {
+      team.wait();
+      work.train(team, step);
+      team.wait();
+    }
+    work.evaluate(plan.policy_inputs, false, work.mine(plan.scratch_hidden), work.mine(plan.policy_q));
+  });
 }
 
 static void sac_action_gradient(const SacArgs& args, const SacPlan& plan, const Team& team, int64_t critic,
                                 const AdamStep& step) {
-  const SacCritic work(args, plan, team, critic);
-  work.action_gradient();
-  if (!args.simultaneous) return;
-  team.wait();
-  work.train(team, step);
+  with_factors(args.bfloat16, [&]<class Inner>() {
+    const SacCritic<Inner> work(args, plan, team, critic);
+    work.action_gradient();
+    if (!args.simultaneous) return;
+    team.wait();
+    work.train(team, step);
+  });
 }
 
 static void sac_actor(const SacArgs& args, const SacPlan& plan, const Team& team, const AdamStep& step) {
-  const Span span = rows_of(team, plan.rows);
-  const SacRows rows{args, plan, span.first, span.last};
-  rows.actor_gradient();
-  team.wait();
-  for (int64_t l = 0; l <= rows.hidden_count(); ++l)
-    train_panels(team, plan.actor[l], step, rows.batch(),
-                 l == 0 ? plan.observations : plan.actor_hidden[l - 1],
-                 l == rows.hidden_count() ? plan.actor_head_grad : plan.actor_grad[l]);
+  with_factors(args.bfloat16, [&]<class Inner>() {
+    const Span span = rows_of(team, plan.rows, Inner::kRows);
+    const SacRows<Inner> rows{args, plan, span.first, span.last};
+    rows.actor_gradient();
+    team.wait();
+    const Factor inputs{plan.observations, plan.observations};
+    const Factor head_grad{plan.actor_head_grad, plan.actor_head_grad};
+    for (int64_t l = 0; l < args.depth; ++l)
+      rows.train(team, plan.actor, l, step, l == 0 ? inputs : plan.actor_hidden[l - 1],
+                 l > rows.top() ? head_grad : plan.actor_grad[l]);
+  });
 }

@@ -1,4 +1,6 @@
-// Shared by SAC and the fit: a team's rows of a batch, and a layer's gradient with Adam in its epilogue.
+// Shared by SAC and the fit: a team's rows of a batch, rows through a layer forwards and backwards, and a
+// layer's gradient with Adam in its epilogue. Each layer has a kind of factors (factors.h), for all three of
+// its products; what a layer passes on is a factor of the kind of the layer that takes it.
 
 // Loads `lanes` numbers, unaligned; zeros in the other lanes.
 static vf load_lanes(const float* from, int64_t lanes) {
@@ -27,6 +29,37 @@ struct Span {
 static Span rows_of(const Team& team, int64_t count, int64_t block = kBlock) {
   const int64_t blocks = (count + block - 1) / block;
   return {blocks * team.part / team.parts * block, blocks * (team.part + 1) / team.parts * block};
+}
+
+// Calls run<Factors>() with the kind of factors that a call's precision asks for.
+template <class Run>
+static void with_factors(bool bfloat16, Run run) {
+  if (!bfloat16) return run.template operator()<Float32Factors>();
+  const Tiles tiles;
+  run.template operator()<BFloat16Factors>();
+}
+
+// The outputs of a hidden layer, as factors of kind `Above`. activate(row, column, block) makes them of the
+// layer's products, in place.
+template <class Factors, class Above, class Activate>
+MOPO_INLINE void forward_hidden(Span rows, const Factor& in, const Dense& layer, bool target,
+                                const Factor& out, Activate activate) {
+  Factors::forward(rows.first, rows.last, in, layer, target, [&](int64_t row, int64_t column, auto& block) {
+    activate(row, column, block);
+    Above::put_left(out, row, column, block);
+  });
+  Above::set_ones(rows.first, rows.last, out, layer.out);
+}
+
+// From the gradient of a layer's outputs to that of the pre-activations of the layer below, as factors of
+// kind `Below`. multiply(row, column, block) multiplies by the activation's slopes, in place.
+template <class Factors, class Below, class Multiply>
+MOPO_INLINE void backward_hidden(Span rows, const Factor& grad, const Dense& layer, const Factor& to,
+                                 Multiply multiply) {
+  Factors::backward(rows.first, rows.last, grad, layer, [&](int64_t row, int64_t column, auto& block) {
+    multiply(row, column, block);
+    Below::put_grad(to, row, column, block);
+  });
 }
 
 // One step of Adam on a vector of parameters, and of their target. Returns the new values.
@@ -58,6 +91,11 @@ static void train_layer(const Team& team, const Dense& layer, const AdamStep& st
       sum = adam(step, layer, here, sum);
     });
     Factors::put_weight(layer, row, column, block);
+    if constexpr (Factors::kRounded)
+      if (layer.target != nullptr) {
+        each_vector(block, [&](int i, int v, vf& x) { x = load(layer.target + begin + within(i, v)); });
+        Factors::put_target(layer, row, column, block);
+      }
   };
   // Parameters and moments come from the last-level cache or from memory while the product is computed.
   const auto prefetch = [&](int64_t row, int64_t column) {
@@ -77,13 +115,16 @@ template <class Factors>
 static void make_weight_factors(const Dense& layer) {
   for (int64_t column = 0; column < layer.out; column += kPanel)
     for (int64_t row = 0; row <= layer.in; row += kBlock) {
-      const float* values = layer.value + offset(layer.rows, row, column);
+      const int64_t begin = offset(layer.rows, row, column);
       vf block[kBlock][kWidest];
-      each_vector(block, [&](int i, int v, vf& x) { x = load(values + within(i, v)); });
+      each_vector(block, [&](int i, int v, vf& x) { x = load(layer.value + begin + within(i, v)); });
       Factors::put_weight(layer, row, column, block);
+      if (layer.target == nullptr) continue;
+      each_vector(block, [&](int i, int v, vf& x) { x = load(layer.target + begin + within(i, v)); });
+      Factors::put_target(layer, row, column, block);
     }
 }
 
 static void make_factors(const Dense& layer, bool bfloat16) {
-  bfloat16 ? make_weight_factors<BFloat16Factors>(layer) : make_weight_factors<Float32Factors>(layer);
+  with_factors(bfloat16, [&]<class Factors>() { make_weight_factors<Factors>(layer); });
 }

@@ -103,10 +103,15 @@ Dense take_dense(Arena& arena, const TrainedLayer& layer, bool backwards, bool b
     const int64_t height = round_up(layer.in + 1, kernels.tile), breadth = round_up(layer.out, kernels.tile);
     dense.weight.across = take_words(arena, height, breadth);
     if (backwards) dense.weight.along = take_words(arena, breadth, height);
+    if (layer.weight.target != nullptr) dense.target_weight = take_words(arena, height, breadth);
     return dense;
   }
   dense.weight.across = {dense.value, dense.rows};
-  if (bfloat16) arena.take(dense.weight.across.data, size);
+  dense.target_weight = {dense.target, dense.rows};
+  if (bfloat16) {
+    arena.take(dense.weight.across.data, size);
+    if (layer.weight.target != nullptr) arena.take(dense.target_weight.data, size);
+  }
   // Whole panels of rows, since a block of parameters is stored with its padding.
   if (backwards)
     dense.weight.along = take_panels(arena, round_up(layer.out, kernels.panel), layer.in, kernels);

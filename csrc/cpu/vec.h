@@ -83,6 +83,11 @@ MOPO_INLINE vf pack_pair(vf first, vf second) {
 MOPO_INLINE vf pack_row(vf first, vf second) {
   return (vf)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
 }
+// Half of what pack_row packed, from its words on.
+MOPO_INLINE vf unpack_row(const float* words) {
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words));
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+}
 MOPO_INLINE vf add_products(vf sum, vf pairs, float weights) {
   return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)pairs, (__m512bh)_mm512_set1_ps(weights));
 }

@@ -6,7 +6,9 @@ last call. So the shape, type, device and strides of every array are checked, in
 Callers check a user's arguments before, in the user's words.
 """
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from mopo_fast.backends.interface import (
     Backend,
     Destination,
+    DynamicsArrays,
     FitSteps,
     Need,
     Parameter,
@@ -23,7 +26,7 @@ from mopo_fast.backends.interface import (
     StepCall,
     StepResult,
 )
-from mopo_fast.config import ACTIVATIONS, FIT_DTYPES, MAX_MEMBERS, PENALTIES, ROLLOUT_DTYPES
+from mopo_fast.config import ACTIVATIONS, MAX_MEMBERS, PENALTIES, ROLLOUT_DTYPES, TRAINING_DTYPES
 from mopo_fast.data.transitions import DATA_ARRAYS, array_layout
 from mopo_fast.ensemble import check_members
 from mopo_fast.errors import InputError
@@ -39,6 +42,8 @@ def step(backend: Backend, call: StepCall) -> StepResult:
     layout, _, act_dim = _check_call(backend, call)
     layout.check("actions", call.actions, len(call.observations), act_dim)
     check_range("step", call.step, 0, 2**32)
+    if call.dynamics.penalty_coef and not call.penalties:
+        raise InputError(f"penalty_coef={call.dynamics.penalty_coef:g} needs penalties=True")
     return backend.step(call)
 
 
@@ -63,7 +68,9 @@ def sac_updates(backend: Backend, calls: Sequence[SacUpdates], threads: int) -> 
     check_range("threads", threads, 1, MAX_THREADS)
     for call in calls:
         _check_sac(backend, call)
-    return backend.sac_updates(calls, threads)
+    parameters = [one for call in calls for one in (*call.actor, *call.critic, call.log_alpha)]
+    with _written(parameters):
+        return backend.sac_updates(calls, threads)
 
 
 def fit_steps(backend: Backend, calls: Sequence[FitSteps], threads: int) -> list[float]:
@@ -71,7 +78,23 @@ def fit_steps(backend: Backend, calls: Sequence[FitSteps], threads: int) -> list
     check_range("threads", threads, 1, MAX_THREADS)
     for call in calls:
         _check_fit(backend, call)
-    return backend.fit_steps(calls, threads)
+    parameters = [one for call in calls for one in (*call.layers, *call.bounds)]
+    with _written(parameters):
+        return backend.fit_steps(calls, threads)
+
+
+@contextlib.contextmanager
+def _written(parameters: Sequence[Parameter]) -> Iterator[None]:
+    """Count the writes of a kernel to these tensors as PyTorch counts its own, so that they are noticed.
+
+    Autograd notices that a saved tensor has changed, and `RolloutEngine` that its ensemble has.
+    """
+    try:
+        yield
+    finally:
+        for tensor in itertools.chain(*parameters):
+            if tensor is not None and not tensor.is_inference():
+                torch.autograd.graph.increment_version(tensor)
 
 
 @dataclass(frozen=True)
@@ -176,8 +199,6 @@ def _check_call(backend: Backend, call: StepCall | RolloutCall) -> tuple[Layout,
     dynamics, observations, settings = call.dynamics, call.observations, call.settings
     check_known("dtype", settings.operands, ROLLOUT_DTYPES)
     _check_serves(backend, Need(settings.operands, observations.device))
-    check_known("penalty", dynamics.penalty, PENALTIES)
-    check_known("the ensemble's activation", dynamics.activation, ACTIVATIONS)
     check_range("threads", settings.threads, 1, MAX_THREADS)
     check_range("seed", settings.seed, 0, 2**64)
     dtype = torch.float64 if settings.operands == "float64" else torch.float32
@@ -187,6 +208,16 @@ def _check_call(backend: Backend, call: StepCall | RolloutCall) -> tuple[Layout,
     batch, obs_dim = observations.shape
     layout.check("observations", observations, batch, obs_dim)
     layout.check("rows", call.rows, batch, dtype=torch.int64)
+    # The arrays of an object that was checked have not changed since; see `DynamicsArrays`.
+    if dynamics.kept.get(_check_dynamics) != (layout, obs_dim):
+        _check_dynamics(layout, dynamics, obs_dim)
+        dynamics.kept[_check_dynamics] = layout, obs_dim
+    return layout, obs_dim, len(dynamics.input_mean) - obs_dim
+
+
+def _check_dynamics(layout: Layout, dynamics: DynamicsArrays, obs_dim: int) -> None:
+    check_known("penalty", dynamics.penalty, PENALTIES)
+    check_known("the ensemble's activation", dynamics.activation, ACTIVATIONS)
     weights = dynamics.weights
     if not weights or weights[0].ndim != 3:
         raise InputError("the ensemble needs at least one layer, with weights [members, in, out]")
@@ -209,7 +240,6 @@ def _check_call(backend: Backend, call: StepCall | RolloutCall) -> tuple[Layout,
         numbers = getattr(dynamics, name)
         check_members(name, numbers, members)
         layout.check(name, numbers, len(numbers), dtype=torch.int64)
-    return layout, obs_dim, act_dim
 
 
 def check_destination(out: Destination, layout: Layout, obs_dim: int, act_dim: int, most: int) -> None:
@@ -278,7 +308,9 @@ def _hidden(parameters: Sequence[Parameter]) -> list[int]:
 
 
 def _check_sac(backend: Backend, call: SacUpdates) -> None:
-    layout = _trained_layout(backend, "float32", call.log_alpha[0])
+    dtype = call.config.dtype or "float32"
+    check_known("dtype", dtype, TRAINING_DTYPES)
+    layout = _trained_layout(backend, dtype, call.log_alpha[0])
     _check_parameter(layout, "log_alpha", call.log_alpha)
     if call.real.observations.ndim != 2 or call.real.actions.ndim != 2:
         raise InputError("the data's observations and actions must be [n, dim]")
@@ -292,8 +324,8 @@ def _check_sac(backend: Backend, call: SacUpdates) -> None:
         ("the data", "the buffer"), (call.real, call.model), call.sizes, call.rows, strict=True
     ):
         for name, array in data.arrays().items():
-            width, dtype = array_layout(name, obs_dim, act_dim, layout.dtype)
-            layout.check_rows(f"{what}'s {name}", array, len(data), *width, dtype=dtype)
+            width, kind = array_layout(name, obs_dim, act_dim, layout.dtype)
+            layout.check_rows(f"{what}'s {name}", array, len(data), *width, dtype=kind)
         check_range(f"{what}'s rows", size, min(1, rows), len(data) + 1)
         check_range(f"a batch's rows of {what}", rows, 0, 2**31)
     check_range("a batch's rows", sum(call.rows), 1, 2**31)
@@ -304,8 +336,9 @@ def _check_sac(backend: Backend, call: SacUpdates) -> None:
 
 
 def _check_fit(backend: Backend, call: FitSteps) -> None:
-    check_known("dtype", call.config.dtype, FIT_DTYPES)
-    layout = _trained_layout(backend, call.config.dtype, call.bounds[0][0])
+    dtype = call.config.dtype or "float32"
+    check_known("dtype", dtype, TRAINING_DTYPES)
+    layout = _trained_layout(backend, dtype, call.bounds[0][0])
     if call.table.ndim != 2 or call.rows.ndim != 2 or min(call.rows.shape) < 1:
         raise InputError("the fit's table and rows must be matrices, the rows [members, count]")
     members, count = call.rows.shape

@@ -30,6 +30,11 @@ def get_backend(name: str) -> Backend:
     return BACKENDS[name]
 
 
+def isa_of(name: str) -> str | None:
+    """Return the instruction set that the backend called `name` uses, None if it has no choice of one."""
+    return isa() if name == CpuBackend.name else None
+
+
 def training_kernels(name: str) -> Backend | None:
     """Return the backend called `name` if it trains with kernels, None if training is PyTorch's."""
     backend = BACKENDS[name]

@@ -4,17 +4,19 @@ import contextlib
 import functools
 import importlib
 import os
+import time
 from collections.abc import Iterator, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from typing_extensions import override
 
 from mopo_fast.backends.interface import (
-    STEP_ARRAYS,
     Backend,
     BackendStatus,
     Destination,
+    DynamicsArrays,
     FitSteps,
     Need,
     RolloutCall,
@@ -29,6 +31,11 @@ from mopo_fast.backends.training_calls import fit_call, sac_call
 from mopo_fast.config import ACTIVATIONS
 from mopo_fast.data.transitions import array_layout
 from mopo_fast.errors import InputError
+
+# Instruction sets that multiply bfloat16.
+_WITH_BFLOAT16 = ("avx512_amx", "avx512_bf16")
+# Rounds of multiply-adds that take some milliseconds in float32.
+_GAIN_ROUNDS = 20_000
 
 _Network = tuple[list[int], list[int], list[int], int, int]
 _NO_POLICY: _Network = ([], [], [], 0, 0)
@@ -65,6 +72,11 @@ def isas() -> list[str]:
     return list(extension().isas())
 
 
+@functools.cache
+def _best() -> str:
+    return isas()[0]
+
+
 def isa() -> str:
     """Return the instruction set in use: the one that MOPO_FAST_ISA names, or the best.
 
@@ -74,7 +86,34 @@ def isa() -> str:
     wanted = os.environ.get("MOPO_FAST_ISA", "")
     if wanted and wanted not in isas():
         raise InputError(f"MOPO_FAST_ISA={wanted} cannot run on this processor; it has: {', '.join(isas())}")
-    return wanted or isas()[0]
+    return wanted or _best()
+
+
+def bfloat16_gain() -> float:
+    """Return how many times as fast as float32's the multiply-adds of bfloat16 are on one core; 0 without.
+
+    The first call for an instruction set measures it, for some milliseconds.
+
+    Raises:
+        InputError: as `isa`.
+    """
+    return _measure_gain(isa())
+
+
+@functools.cache
+def _measure_gain(name: str) -> float:
+    if name not in _WITH_BFLOAT16:
+        return 0.0
+
+    def rate(bfloat16: bool) -> float:
+        began = time.perf_counter()
+        flop: float = extension().multiply_adds(isa=name, bfloat16=bfloat16, rounds=_GAIN_ROUNDS, threads=1)
+        return flop / (time.perf_counter() - began)
+
+    # The best of each is the least disturbed.
+    rates = [(rate(True), rate(False)) for _ in range(5)]
+    half, single = (max(some) for some in zip(*rates, strict=True))
+    return float(half / single)
 
 
 @contextlib.contextmanager
@@ -102,6 +141,24 @@ def _network(weights: list[torch.Tensor], biases: list[torch.Tensor], activation
     )
 
 
+def _prepared(
+    dynamics: DynamicsArrays, set_in_use: str, bfloat16: bool
+) -> tuple[_Network, Any, tuple[torch.Tensor, ...]]:
+    """Return the ensemble's network, its packed weights and `DynamicsArrays.spelled_out`.
+
+    They are kept for later calls, since packing takes longer than a step of few rows. A policy is packed at
+    every call: it is small, and training changes it between rollouts.
+    """
+    key = _prepared, set_in_use, bfloat16
+    kept: tuple[_Network, Any, tuple[torch.Tensor, ...]] | None = dynamics.kept.get(key)
+    if kept is None or not kept[1].resembles(kept[0]):
+        network = _network(dynamics.weights, dynamics.biases, dynamics.activation)
+        with _within_resources():
+            packed = extension().pack(network, isa=set_in_use, bfloat16=bfloat16)
+        kept = dynamics.kept[key] = network, packed, dynamics.spelled_out()
+    return kept
+
+
 def _launch(
     call: StepCall | RolloutCall,
     out: Destination,
@@ -112,18 +169,20 @@ def _launch(
 ) -> tuple[int, int]:
     """Run the rollout kernel; return (rows written, rollouts ended by a prediction that was not finite)."""
     dynamics, policy = call.dynamics, call.policy
-    max_logvar, min_logvar, carry = dynamics.spelled_out()
-    kernel = _within_resources()(extension().rollout)
-    written, cut = kernel(
+    set_in_use, bfloat16 = isa(), call.settings.operands == "bfloat16"
+    network, packed, (max_logvar, min_logvar, carry) = _prepared(dynamics, set_in_use, bfloat16)
+    arguments = dict(
         **kernel_arguments(call),
-        isa=isa(),
-        dynamics=_network(dynamics.weights, dynamics.biases, dynamics.activation),
+        isa=set_in_use,
+        dynamics=network,
+        packed=packed,
         max_logvar=max_logvar.data_ptr(),
         min_logvar=min_logvar.data_ptr(),
         carry=carry.data_ptr(),
         policy=_network(policy.weights, policy.biases, policy.activation) if policy else _NO_POLICY,
         actions=address(actions),
-        bfloat16=call.settings.operands == "bfloat16",
+        penalties=call.penalties,
+        bfloat16=bfloat16,
         keep_every_row=policy is None,
         out=out.addresses(),
         capacity=out.capacity,
@@ -132,6 +191,8 @@ def _launch(
         std=address(std),
         threads=call.settings.threads,
     )
+    with _within_resources():
+        written, cut = extension().rollout(**arguments)
     return written, cut
 
 
@@ -162,8 +223,8 @@ class CpuBackend(Backend):
     @override
     def step(self, call: StepCall) -> StepResult:
         batch, obs_dim = call.observations.shape
-        arrays = {}
-        for name in STEP_ARRAYS:
+        arrays: dict[str, torch.Tensor] = {}
+        for name in call.arrays:
             row, dtype = array_layout(name, obs_dim, call.actions.shape[1], torch.float32)
             # Without torch's default type and device, which a user may have changed.
             arrays[name] = call.observations.new_empty(batch, *row, dtype=dtype)

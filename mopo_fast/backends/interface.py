@@ -1,7 +1,7 @@
 """The interface of a backend: one Protocol for rollouts and training, and the data that cross to it."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Literal, Protocol
 
 import torch
@@ -14,6 +14,9 @@ from mopo_fast.data.transitions import ROLLOUT_ARRAYS, Transitions
 @dataclass(frozen=True, eq=False)
 class DynamicsArrays:
     """An ensemble, its penalty and its termination box, as plain arrays of one dtype on one device.
+
+    The caller may pass the same object again as long as no array has changed, and a new one after that. So a
+    backend may keep in it what it has computed from the arrays.
 
     Attributes:
         weights: [members, in, out] of each layer. The last one's outputs are obs_dim + 1 means, then as many
@@ -34,6 +37,7 @@ class DynamicsArrays:
         activation: one of `config.ACTIVATIONS`.
         penalty: one of `config.PENALTIES`.
         penalty_coef: factor of the penalty.
+        kept: results of earlier calls, by the key of the function that made them.
     """
 
     weights: list[torch.Tensor]
@@ -51,6 +55,7 @@ class DynamicsArrays:
     activation: str
     penalty: str
     penalty_coef: float
+    kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def spelled_out(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return max_logvar, min_logvar [members, obs_dim + 1] and carry, as the C++ kernels read them."""
@@ -79,7 +84,7 @@ class PolicyArrays:
     log_std_max: float
 
 
-# The arrays of a `StepResult` that every step returns.
+# The arrays of a `StepResult` that every step returns, but for penalties that nobody asks for.
 STEP_ARRAYS = ("next_observations", "rewards", "terminals", "raw_rewards", "penalties", "members")
 
 # The array type of a library, torch by default.
@@ -95,8 +100,8 @@ class StepResult(Generic[A]):
         rewards: [batch], raw_rewards - penalty_coef * penalties.
         terminals: bool [batch], True outside the termination box and where the prediction is not finite.
         raw_rewards: [batch], as sampled from the drawn member.
-        penalties: [batch], u(s, a).
         members: int32 [batch], the member drawn; -1 where the ensemble's mean was taken.
+        penalties: [batch], u(s, a); None where they were not computed, see `RolloutEngine`.
         mean: [members, batch, obs_dim + 1], each member's mean of (delta obs, reward); None unless the call
             asked for `distributions`.
         std: [members, batch, obs_dim + 1], each member's standard deviation of it; None likewise.
@@ -106,8 +111,8 @@ class StepResult(Generic[A]):
     rewards: A
     terminals: A
     raw_rewards: A
-    penalties: A
     members: A
+    penalties: A | None = None
     mean: A | None = None
     std: A | None = None
 
@@ -165,6 +170,7 @@ class StepCall:
         actions: [batch, act_dim].
         step: number of the step for the random numbers.
         distributions: return every member's mean and std too.
+        penalties: return the penalties too; must be True where `dynamics.penalty_coef` is not 0.
     """
 
     dynamics: DynamicsArrays
@@ -174,8 +180,14 @@ class StepCall:
     actions: torch.Tensor
     step: int
     distributions: bool
+    penalties: bool = True
     policy: ClassVar[None] = None
     horizon: ClassVar[int] = 1
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """Names of the arrays to return, those of `STEP_ARRAYS` without penalties that nobody asks for."""
+        return tuple(name for name in STEP_ARRAYS if self.penalties or name != "penalties")
 
     def empty_distributions(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Allocate the mean and std of a `StepResult`; (None, None) where they are not asked for."""
@@ -209,6 +221,11 @@ class RolloutCall:
     out: Destination
     step: ClassVar[int] = 0
 
+    @property
+    def penalties(self) -> bool:
+        """Whether the penalties are read: for the rewards, or by the ring."""
+        return self.dynamics.penalty_coef != 0.0 or self.out.arrays.get("penalties") is not None
+
 
 def address(tensor: torch.Tensor | None) -> int:
     """Return the address of a tensor's memory, 0 for None."""
@@ -222,20 +239,24 @@ def kernel_arguments(call: StepCall | RolloutCall) -> dict[str, Any]:
     """
     dynamics, policy, settings = call.dynamics, call.policy, call.settings
     batch, obs_dim = call.observations.shape
+    if kernel_arguments not in dynamics.kept:
+        dynamics.kept[kernel_arguments] = {
+            "act_dim": len(dynamics.input_mean) - obs_dim,
+            "input_mean": dynamics.input_mean.data_ptr(),
+            "input_std": dynamics.input_std.data_ptr(),
+            "log_std": dynamics.log_std,
+            "elites": dynamics.elites.data_ptr(),
+            "num_elites": len(dynamics.elites),
+            "penalty_members": dynamics.penalty_members.data_ptr(),
+            "num_penalty_members": len(dynamics.penalty_members),
+            "penalty": dynamics.penalty,
+            "penalty_coef": dynamics.penalty_coef,
+            "low": dynamics.low.data_ptr(),
+            "high": dynamics.high.data_ptr(),
+        }
     return {
+        **dynamics.kept[kernel_arguments],
         "obs_dim": obs_dim,
-        "act_dim": len(dynamics.input_mean) - obs_dim,
-        "input_mean": dynamics.input_mean.data_ptr(),
-        "input_std": dynamics.input_std.data_ptr(),
-        "log_std": dynamics.log_std,
-        "elites": dynamics.elites.data_ptr(),
-        "num_elites": len(dynamics.elites),
-        "penalty_members": dynamics.penalty_members.data_ptr(),
-        "num_penalty_members": len(dynamics.penalty_members),
-        "penalty": dynamics.penalty,
-        "penalty_coef": dynamics.penalty_coef,
-        "low": dynamics.low.data_ptr(),
-        "high": dynamics.high.data_ptr(),
         "log_std_min": policy.log_std_min if policy else 0.0,
         "log_std_max": policy.log_std_max if policy else 0.0,
         "batch": batch,
@@ -336,7 +357,7 @@ class Need:
     """Work that a backend is asked to do: rollouts or training.
 
     Attributes:
-        dtype: one of `config.ROLLOUT_DTYPES`, or of `config.FIT_DTYPES` for training.
+        dtype: one of `config.ROLLOUT_DTYPES`, or of `config.TRAINING_DTYPES` for training.
         device: device of the arrays.
         ensemble: sizes of the ensemble that makes rollouts; None where not known yet.
         policy: sizes of the policy that makes rollouts; None where not known yet.

@@ -9,7 +9,6 @@ import torch
 from typing_extensions import override
 
 from mopo_fast.backends.interface import (
-    STEP_ARRAYS,
     Backend,
     BackendStatus,
     Destination,
@@ -95,10 +94,9 @@ def _step(
     rows: torch.Tensor,
     step: int,
     settings: Settings,
+    penalised: bool,
 ) -> StepResult:
     mean, variance = predict(dynamics, observations, actions, settings.operands)
-    chosen = dynamics.penalty_members
-    penalties = penalise(dynamics.penalty, mean[chosen], variance[chosen])
     if settings.deterministic:
         members = torch.full_like(rows, -1)
         sample = mean.mean(0)
@@ -111,8 +109,12 @@ def _step(
         sample = mean[members, batch] + variance[members, batch].sqrt() * noise
     carried = observations if dynamics.carry is None else dynamics.carry * observations
     next_observations = carried + sample[:, :-1]
-    raw_rewards = sample[:, -1]
-    rewards = raw_rewards - dynamics.penalty_coef * penalties
+    raw_rewards = rewards = sample[:, -1]
+    penalties = None
+    if penalised:
+        chosen = dynamics.penalty_members
+        penalties = penalise(dynamics.penalty, mean[chosen], variance[chosen])
+        rewards = raw_rewards - dynamics.penalty_coef * penalties
     inside = (next_observations >= dynamics.low) & (next_observations <= dynamics.high)
     finite = torch.isfinite(next_observations).all(-1) & torch.isfinite(rewards)
     return StepResult(
@@ -155,7 +157,7 @@ def rollout_by_steps(
         actions, result = step(observations, rows, t)
         finite = torch.isfinite(result.next_observations).all(-1) & torch.isfinite(result.rewards)
         cut += int((~finite).sum())
-        part = {
+        part: dict[str, torch.Tensor | None] = {
             "observations": observations,
             "actions": actions,
             "rewards": result.rewards,
@@ -168,7 +170,7 @@ def rollout_by_steps(
             "step": torch.full_like(result.members, t),
             "position": position,
         }
-        parts.append({name: array[finite] for name, array in part.items()})
+        parts.append({name: array[finite] for name, array in part.items() if array is not None})
         alive = finite & ~result.terminals
         observations, rows, position = result.next_observations[alive], rows[alive], position[alive]
     whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -200,13 +202,13 @@ class ReferenceBackend(Backend):
         batch = zip(
             call.observations.split(size), call.actions.split(size), call.rows.split(size), strict=True
         )
-        chunks = [_step(call.dynamics, *chunk, call.step, call.settings) for chunk in batch]
+        chunks = [_step(call.dynamics, *chunk, call.step, call.settings, call.penalties) for chunk in batch]
 
         def join(name: str, dim: int = 0) -> torch.Tensor:
             return torch.cat([getattr(chunk, name) for chunk in chunks], dim=dim)
 
         return StepResult(
-            **{name: join(name) for name in STEP_ARRAYS},
+            **{name: join(name) for name in call.arrays},
             mean=join("mean", dim=1) if call.distributions else None,
             std=join("std", dim=1) if call.distributions else None,
         )
@@ -215,7 +217,16 @@ class ReferenceBackend(Backend):
     def rollout(self, call: RolloutCall) -> tuple[int, int]:
         def step(observations: torch.Tensor, rows: torch.Tensor, t: int) -> tuple[torch.Tensor, StepResult]:
             actions = act(call.policy, observations, rows, t, call.settings)
-            one = StepCall(call.dynamics, observations, rows, call.settings, actions, t, distributions=False)
+            one = StepCall(
+                call.dynamics,
+                observations,
+                rows,
+                call.settings,
+                actions,
+                t,
+                distributions=False,
+                penalties=call.penalties,
+            )
             return actions, self.step(one)
 
         return rollout_by_steps(call.observations, call.rows, call.horizon, call.out, step)

@@ -32,6 +32,7 @@ def sac_call(extension: ModuleType, call: SacUpdates) -> Any:
         alpha_max=math.inf if config.alpha_max is None else config.alpha_max,
         critic_loss_scale=0.5 if config.critic_loss == "half_mse" else 1.0,
         simultaneous=config.simultaneous,
+        bfloat16=config.dtype == "bfloat16",
         real=_source(call.real, call.sizes[0]),
         model=_source(call.model, call.sizes[1]),
         real_rows=call.rows[0],

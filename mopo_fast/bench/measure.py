@@ -17,7 +17,7 @@ from rich.table import Table
 from mopo_fast.backends import cpu, get_backend
 from mopo_fast.backends.interface import Need
 from mopo_fast.buffer import RingBuffer
-from mopo_fast.config import DynamicsConfig, FitDtype, SACConfig
+from mopo_fast.config import DynamicsConfig, SACConfig, TrainingDtype
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
@@ -142,11 +142,14 @@ def rollout_work(
     act_dim: int = 6,
     starts: int = 50_000,
     horizon: int = 5,
+    penalty_coef: float = 1.0,
+    members: int = 7,
+    elites: int = 5,
     threads: int | None = None,
     device: torch.device | str = "cpu",
     baselines: Mapping[str, Callable[[EnsembleDynamics, Actor, torch.Tensor, int], Contender]] | None = None,
 ) -> Work:
-    """Make the work of penalised rollouts, with 7 members of 4 x 200 and a policy of 2 x 256.
+    """Make the work of penalised rollouts, with members of 4 x 200 and a policy of 2 x 256.
 
     The networks are random, and nothing ends a rollout early.
 
@@ -158,6 +161,9 @@ def rollout_work(
         act_dim: size of an action.
         starts: number of start states.
         horizon: steps of a rollout.
+        penalty_coef: weight of the penalty in the reward. With 0 a transition takes one member's arithmetic.
+        members: number of members.
+        elites: number of members that are drawn from.
         threads: number of threads, or None for all cores.
         device: device of all contenders.
         baselines: functions that make further contenders from the ensemble, the actor, the start states and
@@ -169,14 +175,16 @@ def rollout_work(
     _check_positive(obs_dim=obs_dim, act_dim=act_dim, starts=starts, horizon=horizon)
     threads, device = resolve_threads(threads), _checked_device(device)
     generator = torch.Generator().manual_seed(0)
-    ensemble = EnsembleDynamics(obs_dim, act_dim, generator=generator).to(device)
+    ensemble = EnsembleDynamics(obs_dim, act_dim, members=members, elites=elites, generator=generator)
+    ensemble.to(device)
     actor = Actor(obs_dim, act_dim, generator=generator).to(device)
     start = torch.randn(starts, obs_dim, generator=generator).to(device)
-    engine = RolloutEngine(ensemble, backend=backend, dtype=dtype, threads=threads)
+    make_engine = partial(RolloutEngine, ensemble, penalty_coef=penalty_coef, threads=threads)
+    engine = make_engine(backend=backend, dtype=dtype)
     engines = {engine.backend if dtype == "float32" else f"{engine.backend} {dtype}": engine}
     for name in (engine.backend, "reference"):
         if get_backend(name).refusal(Need("float32", device)) is None:
-            engines[name] = RolloutEngine(ensemble, backend=name, threads=threads)
+            engines[name] = make_engine(backend=name)
     # The row that a rollout stores. float32 makes the traffic a lower bound for float64 too.
     stored = engine.rollout(actor, start[:1], 1, seed=0)
     contenders: dict[str, Contender] = {
@@ -184,6 +192,7 @@ def rollout_work(
     }
     for name, make in (baselines or {}).items():
         contenders[name] = make(ensemble, actor, start, horizon)
+    computing = ensemble.members if penalty_coef else 1
     return Work(
         kernel="rollout",
         shape={
@@ -191,13 +200,15 @@ def rollout_work(
             "act_dim": act_dim,
             "starts": starts,
             "horizon": horizon,
+            "penalty_coef": penalty_coef,
             "members": ensemble.members,
             "hidden": list(ensemble.hidden),
             "policy_hidden": list(actor.hidden),
         },
         unit="transitions/s",
         amount=starts * horizon,
-        flop=2.0 * (_forward_macs(ensemble.weights) + _forward_macs(actor.weights)),
+        flop=2.0
+        * (_forward_macs(ensemble.weights) * computing // ensemble.members + _forward_macs(actor.weights)),
         # A row is written and its share of the start state read. The parameters stay in the caches.
         bytes=_row_bytes(stored.arrays().values()) + _row_bytes([start]) / horizon,
         threads=threads,
@@ -214,6 +225,7 @@ def sac_work(
     act_dim: int = 6,
     updates: int = 100,
     config: SACConfig | None = None,
+    dtype: TrainingDtype | None = None,
     real_rows: int = 200_000,
     model_rows: int = 1_250_000,
     runs: int = 1,
@@ -229,6 +241,8 @@ def sac_work(
         act_dim: size of an action.
         updates: updates of each run in a round.
         config: settings of SAC. The default has an actor and 2 critics of 2 x 256.
+        dtype: precision of the first contender, by default that of `config`. With bfloat16 the backend is
+            measured in float32 too.
         real_rows: transitions in the data set.
         model_rows: transitions in the model buffer, which is full.
         runs: number of runs that the first contender updates at once. Their updates one after the other are
@@ -242,10 +256,15 @@ def sac_work(
         InputError: a number is out of range, or the backend cannot do this work.
     """
     _check_positive(obs_dim=obs_dim, act_dim=act_dim, updates=updates, runs=runs)
-    threads, device = resolve_threads(threads), _checked_device(device)
+    threads, config = resolve_threads(threads), config or SACConfig()
+    dtype, device = dtype or config.dtype or "float32", _checked_device(device)
 
-    def fresh(backend: str) -> SAC:
-        return SAC(obs_dim, act_dim, config, device=device, backend=backend, threads=threads)
+    def fresh(backend: str, dtype: TrainingDtype = "float32") -> SAC:
+        precise = dataclasses.replace(config, dtype=dtype)
+        return SAC(obs_dim, act_dim, precise, device=device, backend=backend, threads=threads)
+
+    def name_of(sac: SAC) -> str:
+        return sac.backend if sac.config.dtype == "float32" else f"{sac.backend} {sac.config.dtype}"
 
     data = _random_transitions(real_rows, obs_dim, act_dim).to(device)
     buffer = RingBuffer(model_rows, obs_dim, act_dim, device)
@@ -261,13 +280,21 @@ def sac_work(
 
         return run
 
-    learners = [fresh(name) for name in (backend, "reference")]
+    learners = [
+        fresh(backend, dtype),
+        *([fresh(backend)] if dtype != "float32" else []),
+        fresh("reference"),
+    ]
     contenders: dict[str, Contender] = {}
     if runs > 1:
-        contenders[f"{learners[0].backend}, at once"] = updating(*(fresh(backend) for _ in range(runs)))
-    contenders |= {sac.backend: _times(runs, updating(sac)) for sac in learners}
+        at_once = updating(*(fresh(backend, dtype) for _ in range(runs)))
+        contenders[f"{name_of(learners[0])}, at once"] = at_once
+    contenders |= {name_of(sac): _times(runs, updating(sac)) for sac in learners}
+    dtypes: dict[str, str] = {name_of(learners[0]): dtype}
     for name, make in (baselines or {}).items():
-        contenders[name] = _times(runs, make(fresh("reference"), data, buffer, updates))
+        baseline = make(fresh("reference"), data, buffer, updates)
+        dtypes[name] = str(getattr(baseline, "dtype", "float32")).removeprefix("torch.")
+        contenders[name] = _times(runs, baseline)
     sac = learners[0]
     return Work(
         kernel="sac",
@@ -289,6 +316,7 @@ def sac_work(
         threads=threads,
         device=device,
         contenders=contenders,
+        dtypes=_dtypes(contenders, dtype) | dtypes,
     )
 
 
@@ -299,7 +327,7 @@ def fit_work(
     act_dim: int = 6,
     steps: int = 64,
     config: DynamicsConfig | None = None,
-    dtype: FitDtype | None = None,
+    dtype: TrainingDtype | None = None,
     rows: int = 200_000,
     threads: int | None = None,
     device: torch.device | str = "cpu",
@@ -326,10 +354,10 @@ def fit_work(
     """
     _check_positive(obs_dim=obs_dim, act_dim=act_dim, steps=steps)
     threads, config = resolve_threads(threads), config or DynamicsConfig()
-    dtype, device = dtype or config.dtype, _checked_device(device)
+    dtype, device = dtype or config.dtype or "float32", _checked_device(device)
     data = _random_transitions(rows, obs_dim, act_dim)
 
-    def fresh(backend: str, dtype: FitDtype = "float32") -> Fit:
+    def fresh(backend: str, dtype: TrainingDtype = "float32") -> Fit:
         precise = dataclasses.replace(config, dtype=dtype)
         return Fit(data, 0, precise, device, backend, threads)
 

@@ -68,6 +68,8 @@ class Generator:
             dtype=config.dtype,
             threads=threads,
             penalty_members=config.penalty_members,
+            # A shard stores penalties, with a penalty_coef of 0 too.
+            penalties=True,
         )
         self.observations = observations.to(self.engine.device)
 

@@ -71,7 +71,7 @@ def accelerate(
     ensemble_over(impl._dynamics)
 
     def predict(x: torch.Tensor, action: torch.Tensor, indices: torch.Tensor | None) -> Prediction:
-        engine = RolloutEngine(ensemble_over(impl._dynamics), penalty_coef=0.0, **options)
+        engine = RolloutEngine(ensemble_over(impl._dynamics), penalty_coef=0.0, penalties=True, **options)
         return _predict(engine, x, action, indices, impl._variance_type)
 
     impl._predict = predict
@@ -91,6 +91,7 @@ def _predict(
     seed = int(torch.randint(2**63 - 1, (1,)))
     sample_all = indices is not None or variance_type == "data"
     result = engine.step(x, action, seed=seed, distributions=sample_all)
+    assert result.penalties is not None
     largest = result.penalties.square()[:, None]
     if not sample_all:
         return result.next_observations, result.raw_rewards[:, None], largest

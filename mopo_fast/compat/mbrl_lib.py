@@ -144,6 +144,7 @@ class ModelEnv:
             if self.reward_fn is not None:
                 rewards = self.reward_fn(actions, result.next_observations)
             if self.penalty_coef:
+                assert result.penalties is not None
                 self.penalties = result.penalties[:, None]
                 rewards = rewards - self.penalty_coef * self.penalties
             dones: Any = self.termination_fn(actions, result.next_observations)
@@ -201,7 +202,9 @@ class ModelEnv:
             result,
             next_observations=torch.where(finite, successors, torch.nan),
             raw_rewards=torch.where(finite[:, 0], result.raw_rewards, torch.nan),
-            penalties=torch.where(finite[:, 0], result.penalties, torch.nan),
+            penalties=None
+            if result.penalties is None
+            else torch.where(finite[:, 0], result.penalties, torch.nan),
         )
 
     def _predict(
@@ -251,7 +254,7 @@ class ModelEnv:
             part = self._engine(_select_members(ensemble, [elite])).step(
                 observations[rows], actions[rows], seed=seed, rows=rows, deterministic=not sample
             )
-            for name in ("next_observations", "raw_rewards", "penalties", "terminals", "members"):
+            for name in ("next_observations", "raw_rewards", "terminals", "members"):
                 array = getattr(part, name)
                 whole.setdefault(name, array.new_empty((len(order), *array.shape[1:])))[rows] = array
         return StepResult(**whole, rewards=whole["raw_rewards"])
@@ -277,7 +280,10 @@ class ModelEnv:
         )
 
     def _engine(self, ensemble: EnsembleDynamics) -> RolloutEngine:
-        return RolloutEngine(ensemble, penalty=self.penalty, penalty_coef=0.0, **self._options)
+        penalties = bool(self.penalty_coef)
+        return RolloutEngine(
+            ensemble, penalty=self.penalty, penalty_coef=0.0, penalties=penalties, **self._options
+        )
 
 
 def _check(model: Any) -> None:

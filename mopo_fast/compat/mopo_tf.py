@@ -169,7 +169,7 @@ class FakeEnv:
         next_obs = result.next_observations.astype(kind)
         raw_rewards = result.raw_rewards.astype(kind)[:, None]
         terminals = self.config.termination_fn(obs, act, next_obs)
-        penalty = result.penalties[:, None] if self.penalty_coeff != 0 else None
+        penalty = None if result.penalties is None else result.penalties[:, None]
         rewards = raw_rewards if penalty is None else raw_rewards - self.penalty_coeff * penalty
         inputs = obs.copy(), act.copy()
 

@@ -191,7 +191,7 @@ class EnsembleDynamics:
             array.cpu().numpy() for array in (result.next_observations, result.rewards, result.terminals)
         ]
         info = {"raw_reward": result.raw_rewards.cpu().numpy()[:, None]}
-        if self._penalty_coef:
+        if result.penalties is not None:
             info["penalty"] = result.penalties.cpu().numpy()[:, None]
         return arrays[0], arrays[1][:, None], arrays[2][:, None], info
 

@@ -1,6 +1,7 @@
 """`Transitions`, the form in which this package keeps data, and the layout of its arrays."""
 
 import dataclasses
+import functools
 import importlib
 import math
 import os
@@ -27,6 +28,7 @@ ROLLOUT_ARRAYS = (
 )
 
 
+@functools.lru_cache(maxsize=256)
 def array_layout(
     name: str, obs_dim: int, act_dim: int, dtype: torch.dtype = torch.float32
 ) -> tuple[tuple[int, ...], torch.dtype]:

@@ -8,16 +8,18 @@ generates the same rows again.
 import contextlib
 import dataclasses
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
 import torch
 from pydantic import Field
 from typing_extensions import TypedDict
 
+from mopo_fast.backends.cpu import isa
 from mopo_fast.config import RunConfig
 from mopo_fast.errors import InputError
 from mopo_fast.evaluate import Evaluation
@@ -26,6 +28,8 @@ from mopo_fast.run.log import COLUMNS, EVALUATION_COLUMNS
 from mopo_fast.utils.atomic import parse_json_as
 from mopo_fast.utils.kinds import Count, Number
 from mopo_fast.utils.tensors import load_metadata, load_tensors, save_tensors
+
+logger = logging.getLogger("mopo_fast")
 
 FORMAT_VERSION = 3
 Tensors = dict[str, torch.Tensor]
@@ -51,6 +55,8 @@ class Backends(TypedDict):
 
     rollout: str
     sac: str
+    # The instruction set, if the CPU's kernels are used. Version 0.1.0 did not record it.
+    isa: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,19 @@ def _checkpoints(folder: Path) -> dict[int, Path]:
     """Return the checkpoints in a folder, with their epochs as keys."""
     names = {path: re.fullmatch(r"epoch-(\d{6,})\.safetensors", path.name) for path in folder.glob("epoch-*")}
     return {int(match[1]): path for path, match in names.items() if match}
+
+
+def warn_of_other_isa(path: Path, backends: Backends) -> None:
+    """Warn if the run began on another instruction set than the one in use."""
+    made = backends.get("isa")
+    if made is not None and made != isa():
+        logger.warning(
+            "%s was made on the instruction set %s, and the run goes on on %s; results may differ in their"
+            " last bits from those of a run on one of them",
+            path,
+            made,
+            isa(),
+        )
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
 from mopo_fast import __version__
-from mopo_fast.config import FitConfig, Penalty, PenaltyMembers, RunConfig, to_dict
+from mopo_fast.config import FitConfig, Penalty, PenaltyMembers, RunConfig, SACConfig, to_dict
 from mopo_fast.data import MEMORY_PREFIX
 from mopo_fast.errors import InputError
 from mopo_fast.evaluate import Evaluation
@@ -32,7 +32,8 @@ shorten = _short.repr
 
 # Keys of config.json on which no result depends.
 _ORIGINS = ("preset", "horizon_from", "penalty_coef_from")
-_WITHOUT_EFFECT = ("threads", "workers", *_ORIGINS)
+# The dtypes that follow from matmul_precision are recorded themselves.
+_WITHOUT_EFFECT = ("threads", "workers", "matmul_precision", *_ORIGINS)
 
 
 class RecordedRollout(TypedDict, total=False):
@@ -96,6 +97,8 @@ class Summary(TypedDict):
     backend: NotRequired[str]
     device: NotRequired[str]
     dtype: NotRequired[str]
+    dtypes: NotRequired[dict[str, str]]
+    isa: NotRequired[str | None]
     versions: NotRequired[dict[str, str]]
 
 
@@ -124,6 +127,11 @@ def write_summary(out: Path, config: RunConfig, evaluation: Evaluation, **result
         **results,
         **{name: getattr(config, name) for name in ("device", "dataset", "task", "seed")},
         **{name: getattr(config.rollout, name) for name in ("dtype", "horizon", "penalty", "penalty_coef")},
+        "dtypes": {
+            "fit": config.dynamics.dtype,
+            "rollout": config.rollout.dtype,
+            "sac": config.sac.dtype,
+        },
         "versions": {"mopo_fast": __version__, "python": platform.python_version(), **versions},
     }
     write_json(out / "summary.json", summary)
@@ -158,7 +166,9 @@ def check_folder(out: Path, config: RunConfig, resume: bool) -> None:
         return
     if not resume:
         raise InputError(f"{out} already holds a run; {_ways_on(out)}, or choose another folder (--out)")
-    recorded = with_defaults(read_json_as(out / "config.json", dict[str, Any]), RunConfig(""))
+    # Version 0.1.0 had SAC in float32 alone, and did not record it.
+    defaults = RunConfig("", sac=SACConfig(dtype="float32"))
+    recorded = with_defaults(read_json_as(out / "config.json", dict[str, Any]), defaults)
     current = as_json(config)
     for each in (recorded, current):
         # A run may go on from another directory. Digests of the data and of the ensemble are compared later.

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from mopo_fast.backends.cpu import isa
+from mopo_fast.backends.precision import dtypes_of
 from mopo_fast.config import DynamicsConfig, FitConfig, RunConfig, SACConfig, TrainConfig
 from mopo_fast.data import Transitions, find_dataset
 from mopo_fast.data.episodes import find_episodes
@@ -164,11 +165,19 @@ def _describe_runs(
         "device": _describe_device(config.device, used, config.threads),
         "fit": fit,
         "rollouts": f"{config.rollout.batch_size:,} an epoch, {config.rollout.dtype} by {rollouts}",
-        "SAC": f"{many}{config.steps:,} updates in {config.epochs:,} epochs, float32 by {training}"
-        + _describe_entropy(config, task),
+        "SAC": f"{many}{config.steps:,} updates in {config.epochs:,} epochs, {config.sac.dtype}"
+        f" by {training}" + _describe_entropy(config, task),
+        **_describe_precision(config),
         "seed": f"{', '.join(seeds)}{resuming}",
         "folder": ", ".join(map(str, folders)),
     }
+
+
+def _describe_precision(config: RunConfig | FitConfig) -> dict[str, str]:
+    if config.matmul_precision == "highest":
+        return {}
+    why = dtypes_of(config.matmul_precision, config.device, config.backend).why
+    return {"precision": f"{config.matmul_precision}{f'; {why}' if why else ''}"}
 
 
 def _shorten(origin: str) -> str:

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from mopo_fast.backends.precision import dtypes_of
 from mopo_fast.buffer import row_bytes
 from mopo_fast.config import RolloutConfig, RunConfig, TrainConfig
 from mopo_fast.data import MEMORY_PREFIX, Transitions, find_dataset, load_dataset
@@ -46,7 +47,7 @@ def take_data(config: TrainConfig, *, memory_map: bool) -> tuple[TrainConfig, Tr
 def resolve(
     config: TrainConfig, out: Path | None = None, data: Transitions | None = None
 ) -> tuple[RunConfig, Task]:
-    """Fill in the task, the horizon and the penalty coefficient, and check all settings.
+    """Fill in the task, the horizon, the penalty coefficient and the dtypes, and check all settings.
 
     Args:
         config: settings of the run, as the user gave them.
@@ -152,7 +153,12 @@ def _fill_in(config: TrainConfig, data: Transitions | None) -> tuple[RunConfig, 
         # A run that was resolved before keeps what was found then.
         origins[name] = getattr(config, f"{name}_from", "") or origins[name]
     given = {field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)}
+    dtypes = dtypes_of(config.matmul_precision, config.device, config.backend)
+    rollout = dataclasses.replace(rollout, dtype=rollout.dtype or dtypes.rollout)
     given |= {"task": task.name, "rollout": rollout}
+    for name in ("dynamics", "sac"):
+        part = getattr(config, name)
+        given[name] = dataclasses.replace(part, dtype=part.dtype or dtypes.training)
     if data is None:
         given["dataset"] = absolute_file(config.dataset)
     if config.dynamics_from is not None:
@@ -191,7 +197,8 @@ def _check_memory(config: RunConfig, task: Task) -> None:
     # As in `check_fit_memory`, every value has a gradient and one or two arrays more.
     networks = 3 * mlp_bytes(1 + sac.critics, (1, *sac.hidden, 1), sac.batch_size)
     check_memory("SAC", networks, config.device, "sac.batch_size, sac.hidden or sac.critics")
-    rows = rollout.buffer_rows * row_bytes(task.obs_dim, task.act_dim)
+    stored = row_bytes(task.obs_dim, task.act_dim, penalties=rollout.penalty_coef != 0.0)
+    rows = rollout.buffer_rows * stored
     lower = "horizon, rollout.batch_size or rollout.retain_epochs"
     check_memory("the model buffer", rows, config.device, lower)
 
@@ -199,7 +206,7 @@ def _check_memory(config: RunConfig, task: Task) -> None:
 def make_engine(config: TrainConfig, task: Task, ensemble: EnsembleDynamics, backend: str) -> RolloutEngine:
     """Build the engine that makes the rollouts of a run."""
     rollout = config.rollout
-    assert rollout.penalty_coef is not None
+    assert rollout.penalty_coef is not None and rollout.dtype is not None
     return RolloutEngine(
         ensemble,
         penalty=rollout.penalty,

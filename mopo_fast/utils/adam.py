@@ -81,3 +81,6 @@ class Adam:
                 amsgrad=False,
                 maximize=False,
             )
+        # The fused function does not count its writes.
+        for changed in (*self.parameters, *self.exp_avgs, *self.exp_avg_sqs, *self.steps):
+            torch.autograd.graph.increment_version(changed)

@@ -16,12 +16,12 @@ def test_the_tables_are_of_the_committed_results() -> None:
 
 
 def test_a_table_follows_its_file(tmp_path: Path) -> None:
-    name = "sac-cpu-avx512_amx"
+    name = "sac-bfloat16-cpu-avx512_amx"
     record = json.loads((RESULTS / f"{name}.json").read_text())
     record["rows"][0]["rate"] = 123456.0
     (tmp_path / f"{name}.json").write_text(json.dumps(record))
     page = update(f"before\n<!-- table: {name} -->\nold\n<!-- /table -->\nafter", tmp_path)
-    assert "| **mopo_fast** | 123,456 |" in page
+    assert "| **mopo_fast, bfloat16** | 123,456 |" in page
     assert "| --- | ---: | ---: | ---: | ---: |" in page
     assert "old" not in page
     assert page.startswith("before\n")

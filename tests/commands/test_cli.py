@@ -452,6 +452,7 @@ def test_doctor_prints_text_or_json(capsys: pytest.CaptureFixture[str]) -> None:
     ("kernel", "sizes", "unit", "flop"),
     [
         ("rollout", {"starts": 20, "horizon": 2}, "transitions/s", 2 * (7 * 131_800 + 72_960)),
+        ("rollout", {"starts": 9, "penalty-coef": 0}, "transitions/s", 2 * (131_800 + 72_960)),
         ("fit", {"fit-steps": 1}, "samples*members/s", 2 * (3 * 131_800 - 4600)),
     ],
 )
@@ -472,7 +473,7 @@ def test_bench_writes_rows(
     ours, reference = json.loads(out.read_text())
     assert (ours["kernel"], reference["backend"]) == (kernel, "reference")
     assert ours["baselines"]["reference"] == pytest.approx(ours["rate"] / reference["rate"])
-    shape = {name.removeprefix("fit-"): value for name, value in sizes.items()}
+    shape = {name.removeprefix("fit-").replace("-", "_"): value for name, value in sizes.items()}
     assert ours["shape"].items() >= shape.items() and ours["unit"] == unit
     assert ours["gflops"] * 1e9 / ours["rate"] == pytest.approx(flop)
     assert min(ours["intensity"], ours["peak_gflops"], ours["bandwidth"]) > 0

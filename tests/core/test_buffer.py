@@ -52,12 +52,14 @@ def test_storage_is_allocated_once() -> None:
     assert addresses == {name: array.data_ptr() for name, array in buffer.storage.arrays().items()}
 
 
-@pytest.mark.parametrize("sizes", [(3, 2), (11, 3), (1, 1), (400, 80)])
-def test_the_memory_of_a_row(sizes: tuple[int, int]) -> None:
+@pytest.mark.parametrize("penalties", [True, False])
+@pytest.mark.parametrize("sizes", [(3, 2), (11, 3), (1, 1), (400, 80), (5, 4)])
+def test_the_memory_of_a_row(sizes: tuple[int, int], penalties: bool) -> None:
     """Rows begin at multiples of 64 bytes, the size of a cache line, and each terminal takes one byte."""
-    storage = RingBuffer(10, *sizes).storage
+    storage = RingBuffer(10, *sizes, penalties=penalties).storage
+    assert (storage.penalties is not None) == penalties and storage.raw_rewards is not None
     table = storage.observations.untyped_storage().nbytes()
-    assert table + storage.terminals.nbytes == 10 * row_bytes(*sizes)
+    assert table + storage.terminals.nbytes == 10 * row_bytes(*sizes, penalties=penalties)
     assert storage.observations.stride(0) * 4 % 64 == 0
     for name, array in storage.arrays().items():
         if name != "terminals":

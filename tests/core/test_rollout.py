@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from kernel_cases import inputs, make_ensemble, make_policy
+from kernel_cases import check_without_penalties, inputs, make_ensemble, make_policy
 
 from mopo_fast import backends
 from mopo_fast.backends import cpu
@@ -43,6 +43,8 @@ def engine(request):
             {"termination": "hopper"},
             "the termination box has 11 dimensions, the ensemble's observations have 5",
         ),
+        ({"penalties": False}, "penalty_coef=1 needs penalties; leave penalties=False out"),
+        ({"penalties": "no"}, "penalties must be True, False or None, got 'no'"),
         ({"backend": "gpu"}, "unknown backend 'gpu'; there are: auto, cpu, cuda, triton, reference"),
         ({"backend": "cpu", "dtype": "float64"}, "cpu: serves float32 and bfloat16, not float64"),
     ],
@@ -102,6 +104,31 @@ def test_bad_rollout_arguments(engine):
             return torch.zeros(len(observations), 2)
 
     refused("Own has a forward or act of its own, .* loop over `engine.step`", Own(5, 2), start, 3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_penalties(backend):
+    engine = RolloutEngine(make_ensemble(5, 2), penalty_coef=0.0, backend=backend)
+    check_without_penalties(engine, make_policy(5, 2), inputs(50, 5, 2)[0], 3)
+
+
+def test_penalties_on_request(engine):
+    """`penalties` is None unless they are in the rewards or asked for, also for arrays of another kind."""
+    observations, actions = (array.numpy() for array in inputs(8, 5, 2))
+    penalised = engine.step(observations, actions, seed=0).penalties
+    without = RolloutEngine(engine.ensemble, penalty_coef=0.0, backend=engine.backend)
+    asked = RolloutEngine(engine.ensemble, penalty_coef=0.0, backend=engine.backend, penalties=True)
+    assert without.step(observations, actions, seed=0).penalties is None
+    assert (asked.step(observations, actions, seed=0).penalties == penalised).all()
+
+
+def test_a_ring_for_penalties_that_are_refused():
+    engine = RolloutEngine(make_ensemble(5, 2), penalty_coef=0.0, penalties=False)
+    policy, start = make_policy(5, 2), inputs(8, 5, 2)[0]
+    with pytest.raises(InputError, match="the buffer stores penalties, which this engine does not compute"):
+        engine.rollout(policy, start, 1, seed=0, out=RingBuffer(8, 5, 2))
+    made = engine.rollout(policy, start, 1, seed=0, out=RingBuffer(8, 5, 2, penalties=False))
+    assert len(made) == 8 and made.penalties is None
 
 
 def test_bad_elites():
@@ -411,6 +438,6 @@ def test_reprs_are_short():
     engine = RolloutEngine(ensemble, backend="reference", termination=TASKS["hopper"].box.contains, threads=2)
     assert repr(engine) == (
         f"RolloutEngine({ensemble!r}, penalty='max_aleatoric', penalty_coef=1.0, termination='contains',"
-        " backend='reference', dtype='float32', threads=2, penalty_members='all')"
+        " backend='reference', dtype='float32', threads=2, penalty_members='all', penalties=None)"
     )
     assert len(repr(engine)) < 400

@@ -44,7 +44,7 @@ def run_both(bulk: Any, plain: Any, seed: int, *, kick: float = 0.0, dtype: type
     space, rng = bulk.environment.action_space, np.random.default_rng(seed)
     widths = np.resize(WIDTHS, (count, 1))
     while running:
-        # What an evaluation gives to episodes that have ended must change nothing.
+        # The actions of episodes that have ended must change nothing.
         actions = (rng.uniform(-1.0, 1.0, (count, *space.shape)) * widths * space.high).astype(dtype)
         ours, theirs = bulk.step(actions, np.array(running)), plain.step(actions, running)
         assert np.array_equal(ours.observations, theirs.observations)

@@ -80,7 +80,6 @@ EXEMPT = {
     "mopo_fast.tasks:resume_command": "takes one text of a config.json, and none where it is damaged",
     "mopo_fast.__main__:_open_closed_streams": "opens /dev/null for a closed stream",
     "mopo_fast.__main__:run": "opens /dev/null for a closed pipe",
-    "mopo_fast.__main__:_open_closed_streams": "opens /dev/null for streams that the caller has closed",
     "mopo_fast.data.d4rl:_transfer": "copies bytes from the network, which download checks",
     "mopo_fast.data.hdf5_writer:Output.__init__": "opens a file of its own to write to it",
     "mopo_fast.doctor:_cpuinfo": "reads the kernel's /proc/cpuinfo",

@@ -1,5 +1,6 @@
 """Ensembles, policies, tolerances and checks shared by the tests of kernels."""
 
+import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -241,8 +242,9 @@ def check_made_of_steps(engine: RolloutEngine, policy: Actor, start: torch.Tenso
         assert torch.equal(part.observations, following)
         result = engine.step(part.observations, part.actions, seed=9, step=t, rows=rows)
         for field in dataclasses.fields(result):
-            if field.name not in ("mean", "std"):
+            if field.name not in ("mean", "std") and getattr(result, field.name) is not None:
                 assert torch.equal(getattr(part, field.name), getattr(result, field.name)), field.name
+        assert (part.penalties is None) == (result.penalties is None)
         following, rows = result.next_observations[~result.terminals], rows[~result.terminals]
     order = whole.rollout_index * horizon + whole.step
     assert (order.diff() > 0).all()
@@ -319,6 +321,40 @@ def check_missing_arrays(engine: RolloutEngine, policy: Actor, start: torch.Tens
         assert torch.equal(array, expected[name]), name
 
 
+def check_without_penalties(engine: RolloutEngine, policy: Actor, start: torch.Tensor, horizon: int) -> None:
+    """Check that an engine with a penalty_coef of 0 makes no penalties, and all else as with them."""
+    assert engine.penalty_coef == 0.0 and engine.penalties is None
+    asked = copy.copy(engine)
+    asked.penalties = True
+    calls: list[Callable[[RolloutEngine], Any]] = [
+        lambda engine: engine.rollout(policy, start, horizon, seed=4),
+        lambda engine: engine.rollout(policy, start, 1, seed=4, deterministic=True),
+        # With a policy that is a function, PyTorch makes the rollout of the kernel's steps.
+        lambda engine: engine.rollout(policy.act, start, 1, seed=4),
+    ]
+    for call in calls:
+        made, penalised = call(engine), call(asked)
+        assert made.penalties is None and penalised.penalties is not None
+        assert len(penalised.penalties) == len(made) and penalised.penalties.isfinite().all()
+        assert made.info == penalised.info
+        penalised.penalties = None
+        assert_same(made, penalised)
+    actions = torch.tanh(start[:, : policy.act_dim])
+    for options in ({}, {"deterministic": True}, {"distributions": True}):
+        result, penalised = (each.step(start, actions, seed=4, step=7, **options) for each in (engine, asked))
+        assert result.penalties is None and penalised.penalties.isfinite().all()
+        for field in dataclasses.fields(result):
+            if field.name != "penalties" and getattr(result, field.name) is not None:
+                assert torch.equal(getattr(result, field.name), getattr(penalised, field.name)), field.name
+    # A ring that stores penalties asks for them.
+    sizes = len(start) * horizon, start.shape[1], policy.act_dim, start.device
+    with_array = engine.rollout(policy, start, horizon, seed=4, out=RingBuffer(*sizes))
+    assert torch.equal(with_array.penalties, asked.rollout(policy, start, horizon, seed=4).penalties)
+    without = engine.rollout(policy, start, horizon, seed=4, out=RingBuffer(*sizes, penalties=False))
+    assert without.penalties is None and torch.equal(without.rewards, with_array.rewards)
+    assert torch.equal(without.raw_rewards, without.rewards)
+
+
 def check_terminals(
     engine: RolloutEngine, policy: Actor, start: torch.Tensor, horizon: int, box: Box
 ) -> None:
@@ -384,6 +420,11 @@ class RolloutTests:
 
     def test_deterministic_rollout(self, case: Case) -> None:
         check_deterministic(*case)
+
+    def test_without_penalties(self, case: Case) -> None:
+        engine, policy, start = case
+        engine.penalty_coef = 0.0
+        check_without_penalties(engine, policy, start, 2)
 
     def test_arrays_after_the_terminals_may_be_missing(self, case: Case) -> None:
         check_missing_arrays(*case)
@@ -510,9 +551,18 @@ def make_sac(obs_dim: int, act_dim: int, config: SACConfig, backend: str, thread
     return sac
 
 
-def run_sac(case: str, backend: str, updates: int, *, double: bool = False, threads: int = 1, seed: int = 7):
+def run_sac(
+    case: str,
+    backend: str,
+    updates: int,
+    *,
+    dtype: str = "float32",
+    double: bool = False,
+    threads: int = 1,
+    seed: int = 7,
+):
     obs_dim, act_dim, options = SAC_CASES[case]
-    sac = make_sac(obs_dim, act_dim, SACConfig(**options), backend, threads)
+    sac = make_sac(obs_dim, act_dim, SACConfig(**options, dtype=dtype), backend, threads)
     if double:
         to_double(sac)
     metrics = sac.update_many(*sac_sources(obs_dim, act_dim), updates, seed)

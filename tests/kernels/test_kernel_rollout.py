@@ -15,6 +15,7 @@ from kernel_cases import (
     check_split,
     check_step,
     check_terminals,
+    check_without_penalties,
     inputs,
     make_ensemble,
     make_policy,
@@ -119,6 +120,90 @@ def test_rollout_against_the_oracle(rollout, penalty):
 
 def test_rollout_is_made_of_steps(rollout):
     check_made_of_steps(*rollout, 4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("sizes", "batch"),
+    [
+        ({"members": 7, "hidden": (200,) * 4}, 1003),
+        ({"members": 1, "hidden": ()}, 50),
+        # Most groups have few rows or none.
+        ({"members": 32, "elites": 32, "hidden": (33, 51)}, 97),
+        ({"members": 32, "elites": 2, "activation": "tanh"}, 301),
+        ({"members": 3, "activation": "relu", "log_scale": "std", "member_bounds": True}, 1),
+    ],
+    ids=["canonical", "one", "many", "two elites", "one row"],
+)
+def test_only_the_drawn_member_computes(dtype, sizes, batch):
+    """Without penalties, all else is the same to the bit."""
+    engine = RolloutEngine(
+        make_ensemble(11, 3, **sizes),
+        **{"penalty_coef": 0.0, "dtype": dtype, "termination": narrow_box(11), "threads": 2},
+    )
+    check_without_penalties(engine, make_policy(11, 3), inputs(batch, 11, 3)[0], 4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("hidden", "activation"), [((200,) * 4, "silu"), ((33, 51), "tanh"), ((1,), "relu"), ((), "silu")]
+)
+def test_few_rows_are_those_of_a_large_batch(dtype, hidden, activation):
+    """Up to four rows have a layout of their own, and the same bits."""
+    engine = RolloutEngine(make_ensemble(11, 3, hidden=hidden, activation=activation), dtype=dtype)
+    observations, actions = inputs(101, 11, 3)
+    rows = torch.arange(101)
+    whole = engine.step(observations, actions, seed=3, distributions=True)
+    first = 0
+    for count in (1, 2, 3, 4, 5, 1):
+        at = slice(first, first + count)
+        few = engine.step(observations[at], actions[at], rows=rows[at], seed=3, distributions=True)
+        for name in ("next_observations", "rewards", "terminals", "raw_rewards", "members", "penalties"):
+            assert torch.equal(getattr(few, name), getattr(whole, name)[at]), (count, name)
+        assert torch.equal(few.mean, whole.mean[:, at]) and torch.equal(few.std, whole.std[:, at])
+        first += count
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def unpenalised(request):
+    """Return what `rollout` returns, with an engine that computes no penalties."""
+    options = {"termination": narrow_box(11), "threads": 2, "dtype": request.param}
+    engine = RolloutEngine(make_ensemble(11, 3), penalty_coef=0.0, **options)
+    return engine, make_policy(11, 3), inputs(1003, 11, 3)[0]
+
+
+def test_unpenalised_rollout_is_made_of_steps(unpenalised):
+    check_made_of_steps(*unpenalised, 4)
+
+
+@pytest.mark.parametrize("split", [1, 333, 1002])
+def test_unpenalised_rollout_does_not_depend_on_the_split(unpenalised, split):
+    check_split(*unpenalised, 4, split=split)
+
+
+@pytest.mark.parametrize("threads", [1, 3, 7])
+def test_unpenalised_rollout_does_not_depend_on_threads(unpenalised, threads):
+    """There are more chunks than can be held at once, of different lengths."""
+    engine, policy, _ = unpenalised
+    start = inputs(30_011, 11, 3)[0]
+    whole = engine.rollout(policy, start, 3, seed=1)
+    engine.threads = threads
+    assert_same(engine.rollout(policy, start, 3, seed=1), whole)
+
+
+def test_other_members_need_not_be_finite_without_penalties():
+    """A row is cut where its own member's prediction is not finite, and only there."""
+    ensemble, policy, start = make_ensemble(11, 3), make_policy(11, 3), inputs(1003, 11, 3)[0]
+    engine, whole = (RolloutEngine(ensemble, penalty_coef=coef, threads=2) for coef in (0.0, 1.0))
+    broken = int(ensemble.elites[1])
+    before = engine.rollout(policy, start, 1, seed=1)
+    with torch.no_grad():
+        ensemble.biases[-1][broken, -2] = torch.nan
+    after = engine.rollout(policy, start, 1, seed=1)
+    kept = before.members != broken
+    assert 0 < kept.sum() < len(before) and after.info["non_finite"] == int((~kept).sum())
+    assert_same(after, before[kept])
+    assert len(whole.rollout(policy, start, 1, seed=1)) == 0
 
 
 @pytest.mark.parametrize("threads", [1, 3, 8])

@@ -343,7 +343,7 @@ def test_the_return_stands_where_there_is_no_score() -> None:
 
     assert progress_note([run(None)]) == "return 12.3, penalty 0.5, q 1"
     assert progress_note([run(50.0), run(60.0)]) == "score 55.0, penalty 0.5, q 1"
-    # What is older than the epoch says so; an earlier session's evaluation is not shown.
+    # An older evaluation names its epoch; an earlier session's evaluation is not shown.
     assert progress_note([run(50.0, evaluated=2)]) == "score 50.0 at epoch 2, penalty 0.5, q 1"
     assert progress_note([run(50.0, 1), run(60.0, 2)]) == "score 55.0 at epoch 1 to 2, penalty 0.5, q 1"
     assert progress_note([run(50.0, evaluated=None)]) == "penalty 0.5, q 1"

@@ -87,7 +87,7 @@ def test_open_ended_work_with_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     # It ends early, where the last unit was no reason to go on.
     bar.report()
     assert f"{bar.count()}, {bar.times()}" == "11/11 epochs, 22s"
-    # Where the end is certain, nothing is "at most".
+    # A certain end is not "at most".
     bar.update(total=20)
     assert clock.update(bar, 2, 12) == "12/20 epochs, 24s, 16s left"
 
@@ -164,7 +164,7 @@ def test_a_bar_is_one_line_of_the_terminal(width: int, monkeypatch: pytest.Monke
     text = "".join(segment.text for segment in lines[0])
     assert len(text) < width and "612/1,000 epochs" in text
     assert (note in text) == (width == 200)
-    # Where there is room for a bar, there is one that can be read; a part of the note is whole or left out.
+    # A wide line has a bar that can be read; a part of the note is whole or left out.
     assert (text.count("━") >= 6) == (width > 40)
     assert width == 40 or not text.split("left")[1].strip() or text.rstrip().endswith(tuple(parts))
 

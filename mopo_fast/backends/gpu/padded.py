@@ -5,7 +5,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from mopo_fast.backends.interface import STEP_ARRAYS, RolloutCall, StepCall, StepResult
+from mopo_fast.backends.interface import RolloutCall, StepCall, StepResult
 
 # Bytes of padded rollouts that are made at a time; a larger batch is split.
 PADDED_BYTES = 1 << 28
@@ -94,7 +94,9 @@ def padded_step(launch: Launch, call: StepCall) -> StepResult:
     mean, std = call.empty_distributions()
     with torch.cuda.device_of(call.observations):
         launch(call, padded, mean=mean, std=std)
-    return StepResult(**{name: getattr(padded, name).squeeze(1) for name in STEP_ARRAYS}, mean=mean, std=std)
+    # The kernels compute penalties in any case.
+    arrays = {name: getattr(padded, name).squeeze(1) for name in call.arrays}
+    return StepResult(**arrays, mean=mean, std=std)
 
 
 def padded_rollout(launch: Launch, compact: Compact, call: RolloutCall) -> tuple[int, int]:

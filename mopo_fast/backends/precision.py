@@ -1,0 +1,75 @@
+"""Precisions of matrix products, by the names of `torch.set_float32_matmul_precision`, and their dtypes.
+
+A part of a run takes a lower precision than float32 only where it is faster.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from mopo_fast.backends import cpu
+from mopo_fast.backends.choose import choose, choose_for_run
+from mopo_fast.backends.interface import Need
+from mopo_fast.config import MatmulPrecision, RolloutDtype, TrainingDtype
+from mopo_fast.errors import InputError
+from mopo_fast.utils.machine import check_device
+
+# bfloat16 is taken where its multiply-adds are this many times as fast: conversions cost some time.
+_WORTHWHILE = 1.3
+
+
+@dataclass(frozen=True)
+class Dtypes:
+    """The dtypes of a precision.
+
+    Attributes:
+        training: dtype of the fit and of SAC.
+        rollout: dtype of rollouts.
+        why: why a part takes float32, although a lower precision was asked for; otherwise empty.
+    """
+
+    training: TrainingDtype = "float32"
+    rollout: RolloutDtype = "float32"
+    why: str = ""
+
+
+def dtypes_of(precision: MatmulPrecision, device: torch.device | str, backend: str = "auto") -> Dtypes:
+    """Return the dtypes that are fastest on a device and have at least the accuracy of `precision`.
+
+    Args:
+        precision: one of `config.MATMUL_PRECISIONS`.
+        device: device of the run.
+        backend: name of the run's backend, as `choose` takes it.
+
+    Raises:
+        InputError: the device cannot be used, or the backend cannot serve at all.
+    """
+    check_device(device)
+    device = torch.device(device)
+    if precision == "highest":
+        return Dtypes()
+    if device.type == "cpu":
+        why = "on a CPU high is float32" if precision == "high" else _why_not_bfloat16(backend, device)
+        return Dtypes(why=why) if why else Dtypes("bfloat16", "bfloat16")
+    rollout: RolloutDtype = "tfloat32" if precision == "high" else "bfloat16"
+    why = f"the kernels for {device.type} train in float32"
+    try:
+        kernels = choose(backend, Need(rollout, device)) != "reference"
+    except InputError:
+        kernels = False
+    if kernels:
+        return Dtypes(rollout=rollout, why=why)
+    return Dtypes(why=f"no kernel makes rollouts in {rollout} here, and {why}")
+
+
+def _why_not_bfloat16(backend: str, device: torch.device) -> str:
+    """Return why bfloat16 brings nothing on this CPU, or an empty text where it does."""
+    name = choose_for_run(backend, device)
+    if name != "cpu":
+        return f"the backend {name} is no faster in bfloat16"
+    gain = cpu.bfloat16_gain()
+    if gain == 0.0:
+        return f"the instruction set {cpu.isa()} has no products of bfloat16"
+    if gain < _WORTHWHILE:
+        return f"products of bfloat16 are only {gain:.1f} times as fast on this processor"
+    return ""

@@ -1,0 +1,127 @@
+"""Test the precision of the matrix products: its names, the dtypes on a processor, the records of a run."""
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from small_runs import CONFIG
+
+from mopo_fast.backends import cpu, precision
+from mopo_fast.backends.precision import Dtypes, dtypes_of
+from mopo_fast.config import DynamicsConfig, RolloutConfig, SACConfig, TrainConfig
+from mopo_fast.doctor import examine
+from mopo_fast.errors import InputError
+from mopo_fast.run.checkpoint import warn_of_other_isa
+from mopo_fast.run.resolve import resolve
+from mopo_fast.sac import SAC
+from mopo_fast.train import train
+
+
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand for a processor with fast products of bfloat16."""
+    monkeypatch.setattr(cpu, "bfloat16_gain", lambda: 2.0)
+
+
+@pytest.mark.parametrize("isa", cpu.isas())
+def test_the_gain_of_bfloat16_is_measured(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOPO_FAST_ISA", isa)
+    gain = cpu.bfloat16_gain()
+    multiplies = isa in ("avx512_amx", "avx512_bf16")
+    assert gain > 0.0 if multiplies else gain == 0.0
+    # A tile has 16 times as many products as a vector, at a comparable rate.
+    assert gain > 3.0 or isa != "avx512_amx"
+    dtypes = dtypes_of("medium", "cpu", "cpu")
+    assert (dtypes.training, dtypes.rollout) in (("bfloat16", "bfloat16"), ("float32", "float32"))
+    assert (dtypes.training == "bfloat16") == (gain >= 1.3)
+    assert (dtypes.why == "") == (gain >= 1.3)
+    if not multiplies:
+        assert dtypes.why == f"the instruction set {isa} has no products of bfloat16"
+
+
+def test_a_precision_that_is_no_faster_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "bfloat16_gain", lambda: 0.5)
+    why = "products of bfloat16 are only 0.5 times as fast on this processor"
+    assert dtypes_of("medium", "cpu") == Dtypes(why=why)
+    assert examine().precision == {"cpu": f"highest: {why}"}
+
+
+@pytest.mark.usefixtures("fast")
+def test_names_of_precisions() -> None:
+    assert dtypes_of("highest", "cpu") == Dtypes("float32", "float32")
+    assert dtypes_of("high", "cpu") == Dtypes(why="on a CPU high is float32")
+    assert dtypes_of("medium", "cpu") == Dtypes("bfloat16", "bfloat16")
+    assert dtypes_of("medium", "cpu", "reference").why == "the backend reference is no faster in bfloat16"
+    with pytest.raises(InputError, match="unknown backend 'fastest'"):
+        dtypes_of("medium", "cpu", "fastest")
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("high", "tfloat32"), ("medium", "bfloat16")])
+def test_on_a_gpu_rollouts_alone_are_less_precise(
+    name: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "check_device", lambda device: None)
+    monkeypatch.setattr(precision, "choose", lambda name, need: "triton")
+    why = "the kernels for cuda train in float32"
+    assert dtypes_of(name, "cuda") == Dtypes("float32", dtype, why)
+    monkeypatch.setattr(precision, "choose", lambda name, need: "reference")
+    assert dtypes_of(name, "cuda") == Dtypes(why=f"no kernel makes rollouts in {dtype} here, and {why}")
+
+
+@pytest.mark.usefixtures("fast")
+def test_a_part_may_have_a_dtype_of_its_own() -> None:
+    config = dataclasses.replace(CONFIG, matmul_precision="medium")
+    run, _ = resolve(config)
+    assert (run.dynamics.dtype, run.rollout.dtype, run.sac.dtype) == ("bfloat16",) * 3
+    run, _ = resolve(dataclasses.replace(config, sac=dataclasses.replace(CONFIG.sac, dtype="float32")))
+    assert (run.dynamics.dtype, run.rollout.dtype, run.sac.dtype) == ("bfloat16", "bfloat16", "float32")
+    run, _ = resolve(
+        dataclasses.replace(CONFIG, rollout=dataclasses.replace(CONFIG.rollout, dtype="bfloat16"))
+    )
+    assert (run.dynamics.dtype, run.rollout.dtype, run.sac.dtype) == ("float32", "bfloat16", "float32")
+
+
+def test_unknown_precisions_are_refused() -> None:
+    with pytest.raises(InputError, match="unknown matmul_precision 'low'"):
+        resolve(dataclasses.replace(CONFIG, matmul_precision="low"))
+    for part in (DynamicsConfig(dtype="float16"), SACConfig(dtype="tfloat32")):
+        with pytest.raises(InputError, match="unknown dtype"):
+            part.validate()
+
+
+def test_parts_are_float32_by_themselves() -> None:
+    assert SAC(3, 1, SACConfig(hidden=(4,))).config.dtype == "float32"
+    assert RolloutConfig().dtype is None
+
+
+@pytest.mark.usefixtures("fast")
+def test_a_run_in_bfloat16_records_it_and_resumes(
+    config: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(config, matmul_precision="medium", steps=20)
+    summary = train(config, tmp_path, quiet=True)
+    assert summary["dtypes"] == {"fit": "bfloat16", "rollout": "bfloat16", "sac": "bfloat16"}
+    assert summary["isa"] == cpu.isa() == json.loads((tmp_path / "fit.json").read_text())["isa"]
+    recorded = json.loads((tmp_path / "config.json").read_text())
+    assert recorded["matmul_precision"] == "medium"
+    # It goes on with the dtypes of its beginning, and says that another instruction set is in use.
+    caplog.set_level(logging.WARNING, logger="mopo_fast")
+    train(dataclasses.replace(config, steps=30), tmp_path, resume=True, quiet=True)
+    assert not [record for record in caplog.records if "instruction set" in record.message]
+    monkeypatch.setenv("MOPO_FAST_ISA", "portable")
+    train(dataclasses.replace(config, steps=40), tmp_path, resume=True, quiet=True)
+    said = [record.message for record in caplog.records if "instruction set" in record.message]
+    assert len(said) == (cpu.isas()[0] != "portable")
+    monkeypatch.setattr(cpu, "bfloat16_gain", lambda: 0.0)
+    with pytest.raises(InputError, match=r"dtype = bfloat16, not float32|dtype = 'bfloat16', not 'float32'"):
+        train(dataclasses.replace(config, steps=50), tmp_path, resume=True, quiet=True)
+
+
+def test_checkpoints_without_an_instruction_set_are_read(caplog: pytest.LogCaptureFixture) -> None:
+    for backends in ({}, {"isa": None}, {"isa": cpu.isa()}):
+        warn_of_other_isa(Path("epoch"), {"rollout": "cpu", "sac": "cpu", **backends})
+    assert not caplog.records
+    warn_of_other_isa(Path("epoch"), {"rollout": "cpu", "sac": "cpu", "isa": "mmx"})
+    assert "was made on the instruction set mmx" in caplog.text

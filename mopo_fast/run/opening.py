@@ -166,7 +166,8 @@ def _describe_runs(
         "fit": fit,
         "rollouts": f"{config.rollout.batch_size:,} an epoch, {config.rollout.dtype} by {rollouts}",
         "SAC": f"{many}{config.steps:,} updates in {config.epochs:,} epochs, {config.sac.dtype}"
-        f" by {training}" + _describe_entropy(config, task),
+        f" by {training}",
+        **_describe_entropy(config, task),
         **_describe_precision(config),
         "seed": f"{', '.join(seeds)}{resuming}",
         "folder": ", ".join(map(str, folders)),
@@ -185,12 +186,12 @@ def _shorten(origin: str) -> str:
     return FALLBACK if origin.startswith(FALLBACK) else origin
 
 
-def _describe_entropy(config: RunConfig, task: Task) -> str:
-    """Say where the target entropy is the authors', but the task is another than theirs."""
+def _describe_entropy(config: RunConfig, task: Task) -> dict[str, str]:
+    """Tell that the target entropy is the authors', if the task is another than theirs."""
     entropy = config.sac.target_entropy
     if entropy != SACConfig().target_entropy or "authors" in task.tuned or entropy == -task.act_dim:
-        return ""
-    return f"; target entropy {entropy:g}, the authors' for their tasks; act_dim would be -{task.act_dim}"
+        return {}
+    return {"entropy": f"target {entropy:g}, the authors' for their tasks; act_dim would be -{task.act_dim}"}
 
 
 def _describe_data(dataset: str, data: Transitions) -> dict[str, str]:

@@ -718,7 +718,8 @@ def test_every_flag_arrives(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(f"mopo_fast.{function}", called)
-    monkeypatch.setattr("mopo_fast.utils.machine.check_device", lambda device: None)
+    for module in ("utils.machine", "backends.precision"):
+        monkeypatch.setattr(f"mopo_fast.{module}.check_device", lambda device: None)
     (tmp_path / "hopper-none.hdf5").touch()
     names = {"DATA": dataset, "RUN": run, "OUT": "out", "OUT.npz": "out.npz"}
     arguments, positional, named = CALLS[function]

@@ -68,7 +68,7 @@ struct ChunkOutput {
 struct RolloutWorkspace {
   float *observations, *actions, *inputs, *predictions, *noise, *layer_in, *layer_out;
   int64_t *alive, *survivors;  // [chunk_rows], rollouts that go on: in this step, and in the next
-  // Where only the drawn member computes a row; see Chunk::group_by_member.
+  // Used if only the drawn member computes a row; see Chunk::group_by_member.
   uint32_t* drawn;     // [chunk_rows], the member that each row drew
   int64_t* group_end;  // [members + 1]
 };

@@ -223,7 +223,7 @@ class RolloutCall:
 
     @property
     def penalties(self) -> bool:
-        """Whether the penalties are read: for the rewards, or by the ring."""
+        """Tell if the penalties are read: for the rewards, or by the ring."""
         return self.dynamics.penalty_coef != 0.0 or self.out.arrays.get("penalties") is not None
 
 

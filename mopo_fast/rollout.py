@@ -186,6 +186,10 @@ class RolloutEngine:
         # A copy, in this process or another, reads the ensemble itself.
         return self.__dict__ | {"_kept": None}
 
+    def _returns_penalties(self) -> bool:
+        """Tell if new arrays hold penalties."""
+        return bool(self.penalty_coef) if self.penalties is None else self.penalties
+
     def refresh(self) -> None:
         """Read the ensemble again at the next call, also where no change of it was noticed."""
         self._kept = None
@@ -221,7 +225,7 @@ class RolloutEngine:
         Raises:
             InputError: an argument has a wrong shape, type, device or value.
         """
-        penalties = bool(self.penalty_coef) if self.penalties is None else self.penalties
+        penalties = self._returns_penalties()
         return self._step(observations, actions, seed, step, rows, deterministic, distributions, penalties)
 
     def _step(
@@ -310,7 +314,7 @@ class RolloutEngine:
                 f" {type(policy).__name__}; for any other policy loop over `engine.step`"
             )
         if out is None:
-            penalties = bool(self.penalty_coef) if self.penalties is None else self.penalties
+            penalties = self._returns_penalties()
             room = allocate(
                 *(len(start) * horizon, ensemble.obs_dim, ensemble.act_dim, self.device, self.dtype),
                 penalties=penalties,

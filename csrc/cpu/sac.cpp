@@ -105,19 +105,20 @@ class SacState {
     const int64_t obs_dim = args_.obs_dim, act_dim = args_.act_dim;
     const auto matrix = [&](int64_t width) { return take_panels(arena_, rows, width, kernels_); };
     // Outputs of the hidden layers of `networks` networks, and gradients before their activations.
-    const auto outputs = [&](std::vector<Factor>& factors, int64_t networks) {
+    // The layer above takes the outputs, the layer itself the gradients.
+    const auto take = [&](std::vector<Factor>& factors, int64_t networks, Side side) {
       factors.clear();
-      for (int64_t i = 0; i < networks * hidden; ++i)
-        factors.push_back(take_factor(arena_, rows, args_.actor[i % hidden].out, Side::kLeft,
-                                      rounded(i % hidden + 1), kernels_));
+      for (int64_t i = 0; i < networks * hidden; ++i) {
+        const int64_t l = i % hidden, taken_by = side == Side::kLeft ? l + 1 : l;
+        factors.push_back(take_factor(arena_, rows, args_.actor[l].out, side, rounded(taken_by), kernels_));
+      }
       return factors.data();
     };
+    const auto outputs = [&](std::vector<Factor>& factors, int64_t networks) {
+      return take(factors, networks, Side::kLeft);
+    };
     const auto grads = [&](std::vector<Factor>& factors, int64_t networks) {
-      factors.clear();
-      for (int64_t i = 0; i < networks * hidden; ++i)
-        factors.push_back(take_factor(arena_, rows, args_.actor[i % hidden].out, Side::kGrad,
-                                      rounded(i % hidden), kernels_));
-      return factors.data();
+      return take(factors, networks, Side::kGrad);
     };
     // No weight's gradient is taken of these.
     const auto without_across = [](std::vector<Factor>& factors) {

@@ -24,6 +24,16 @@ struct PanelFactors {
     return x;
   }
 
+  // X from row `first` on, a multiple of kRows; grad_from is the same of G. A packed factor has its `along` in
+  // a buffer of these rows alone.
+  MOPO_INLINE Factor left_from(const Factor& x, int64_t first, const Panels&) {
+    const auto from = [&](const Panels& matrix) { return Panels{matrix.data + first * kPanel, matrix.rows}; };
+    return {from(x.along), from(x.across)};
+  }
+  MOPO_INLINE Factor grad_from(const Factor& grad, int64_t first, const Panels& along) {
+    return left_from(grad, first, along);
+  }
+
   // Stores a block of X as a factor; put_grad a block of G, put_weight a block of a layer's values.
   template <int kWide>
   MOPO_INLINE void put_left(const Factor& to, int64_t row, int64_t column, vf (&block)[kBlock][kWide]) {
@@ -111,6 +121,13 @@ struct BFloat16Factors {
   static constexpr int64_t kRows = 32;
   static constexpr int64_t kWords = 16;  // in a tile's row
   static_assert(W == kWords && kPanel == kRows);
+
+  MOPO_INLINE Factor left_from(const Factor& x, int64_t first, const Panels& along) {
+    return {along, {x.across.data + first / kRows * x.across.rows * kWords, x.across.rows}};
+  }
+  MOPO_INLINE Factor grad_from(const Factor& grad, int64_t first, const Panels& along) {
+    return {along, {grad.across.data + first * kWords, grad.across.rows}};
+  }
 
   template <int kWide>
   MOPO_INLINE void put_left(const Factor& to, int64_t row, int64_t column, vf (&block)[kBlock][kWide]) {

@@ -13,11 +13,39 @@
 namespace mopo {
 namespace {
 
+// `count` teams of `size` threads: the smallest teams that leave the fewest threads idle.
+struct Teams {
+  int size, count;
+};
+Teams make_teams(int64_t threads, int64_t members, int64_t blocks) {
+  Teams best{1, 1};
+  for (int64_t size = 1; size <= std::min(threads, blocks); ++size) {
+    const int64_t count = std::min(threads / size, members);
+    if (size * count > best.size * best.count) best = {static_cast<int>(size), static_cast<int>(count)};
+  }
+  return best;
+}
+
+// Rows that a thread takes at least.
+int64_t granule(const FitArgs& args, const Kernels& kernels) {
+  return args.bfloat16 ? std::max(kernels.block, kernels.tile) : kernels.block;
+}
+
+// The rows of a batch, padding included.
+int64_t batch_rows(const FitArgs& args, const Kernels& kernels) {
+  return round_up(std::min(args.batch, args.count), granule(args, kernels));
+}
+
 // A run's memory: parameters in the kernels' layout, and a workspace for each team.
 class FitState {
  public:
-  FitState(const FitArgs& args, const Kernels& kernels, int teams)
-      : workspaces(teams), args_(args), kernels_(kernels), matrices_(teams) {
+  FitState(const FitArgs& args, const Kernels& kernels, Teams teams)
+      : workspaces(teams.count),
+        args_(args),
+        kernels_(kernels),
+        matrices_(teams.count),
+        windows_(teams.count, std::vector<FitWindow>(teams.size)),
+        slopes_(teams.count * teams.size) {
     lay_out();
     arena_.allocate_zeroed();
     lay_out();
@@ -62,7 +90,6 @@ class FitState {
  private:
   struct Matrices {
     std::vector<Factor> hidden, grads;
-    std::vector<Panels> slopes;
   };
 
   template <class Visit>
@@ -98,37 +125,53 @@ class FitState {
       for (float** each : {&bound->value, &bound->exp_avg, &bound->exp_avg_sq}) arena_.take(*each, dims);
     arena_.take(plan.loss, args_.members);
     for (double** each : {&plan.max_grad, &plan.min_grad}) arena_.take(*each, args_.members * args_.dims);
-    for (size_t team = 0; team < workspaces.size(); ++team) lay_out(workspaces[team], matrices_[team]);
+    for (size_t team = 0; team < workspaces.size(); ++team) {
+      lay_out(workspaces[team], matrices_[team]);
+      std::vector<FitWindow>& windows = windows_[team];
+      workspaces[team].windows = windows.data();
+      for (size_t part = 0; part < windows.size(); ++part)
+        lay_out(windows[part], slopes_[team * windows.size() + part]);
+    }
   }
 
   void lay_out(FitWorkspace& ws, Matrices& matrices) {
-    const int64_t rows =
-        round_up(std::min(args_.batch, args_.count), std::max(kernels_.block, kernels_.tile));
-    const auto panels = [&](int64_t width) { return take_panels(arena_, rows, width, kernels_); };
+    const int64_t rows = batch_rows(args_, kernels_);
     const auto factor = [&](int64_t width, Side side) {
+      if (in_tiles(args_.bfloat16, kernels_))
+        return Factor{{}, take_across(arena_, rows, width, side, kernels_)};
       return take_factor(arena_, rows, width, side, args_.bfloat16, kernels_);
     };
     matrices = {};
     for (int64_t l = 0; l + 1 < args_.depth; ++l) {
-      const int64_t width = args_.layers[l].out;
-      matrices.hidden.push_back(factor(width, Side::kLeft));
-      matrices.grads.push_back(factor(width, Side::kGrad));
-      matrices.slopes.push_back(panels(width));
+      matrices.hidden.push_back(factor(args_.layers[l].out, Side::kLeft));
+      matrices.grads.push_back(factor(args_.layers[l].out, Side::kGrad));
     }
     ws.hidden = matrices.hidden.data();
     ws.grads = matrices.grads.data();
-    ws.slopes = matrices.slopes.data();
     ws.inputs = factor(args_.layers[0].in, Side::kLeft);
     ws.head_grad = factor(2 * args_.dims, Side::kGrad);
-    ws.gathered = ws.inputs.along;
-    ws.head_floats = ws.head_grad.along;
-    if (args_.bfloat16) {
-      ws.gathered = panels(args_.layers[0].in);
-      ws.head_floats = panels(2 * args_.dims);
-    }
-    ws.head = take_rows(arena_, rows, 2 * args_.dims);
-    for (Rows* each : {&ws.targets, &ws.max_grad, &ws.min_grad}) *each = take_rows(arena_, rows, args_.dims);
+    for (Rows* each : {&ws.max_grad, &ws.min_grad}) *each = take_rows(arena_, rows, args_.dims);
     arena_.take(ws.loss, rows);
+  }
+
+  void lay_out(FitWindow& window, std::vector<Panels>& slopes) {
+    const int64_t rows = std::min(kFitWindow, batch_rows(args_, kernels_));
+    const auto panels = [&](int64_t width) { return take_panels(arena_, rows, width, kernels_); };
+    slopes.clear();
+    int64_t widest = 2 * args_.dims;
+    for (int64_t l = 0; l + 1 < args_.depth; ++l) {
+      slopes.push_back(panels(args_.layers[l].out));
+      widest = std::max({widest, args_.layers[l].in, args_.layers[l].out});
+    }
+    window.slopes = slopes.data();
+    window.head = take_rows(arena_, rows, 2 * args_.dims);
+    window.targets = take_rows(arena_, rows, args_.dims);
+    if (!args_.bfloat16) return;
+    window.gathered = panels(args_.layers[0].in);
+    window.head_grad = panels(2 * args_.dims);
+    if (!in_tiles(args_.bfloat16, kernels_)) return;
+    for (Panels(*each)[2] : {&window.left, &window.grad})
+      for (Panels& buffer : *each) buffer = take_along(arena_, rows, widest, kernels_);
   }
 
   const FitArgs& args_;
@@ -136,21 +179,11 @@ class FitState {
   Arena arena_;
   std::vector<Dense> layers_;
   Parameter max_logvar_{}, min_logvar_{};
-  std::vector<Matrices> matrices_;  // the arrays that the workspaces point to
+  // The arrays that the workspaces, their windows and these point to.
+  std::vector<Matrices> matrices_;
+  std::vector<std::vector<FitWindow>> windows_;
+  std::vector<std::vector<Panels>> slopes_;
 };
-
-// `count` teams of `size` threads: the smallest teams that leave the fewest threads idle.
-struct Teams {
-  int size, count;
-};
-Teams make_teams(int64_t threads, int64_t members, int64_t blocks) {
-  Teams best{1, 1};
-  for (int64_t size = 1; size <= std::min(threads, blocks); ++size) {
-    const int64_t count = std::min(threads / size, members);
-    if (size * count > best.size * best.count) best = {static_cast<int>(size), static_cast<int>(count)};
-  }
-  return best;
-}
 
 // One run of a call: its memory, its teams and the sum of its losses.
 //
@@ -161,8 +194,8 @@ class FitWork {
  public:
   FitWork(const FitArgs& args, const Kernels& kernels)
       : args(args),
-        teams(make_teams(args.threads, args.members, blocks(args, kernels))),
-        state(args, kernels, teams.count),
+        teams(make_teams(args.threads, args.members, batch_rows(args, kernels) / granule(args, kernels))),
+        state(args, kernels, teams),
         adam_steps_(teams.size * teams.count, std::vector<AdamStep>(args.depth)),
         idle_(teams.count),
         trained_(args.members) {
@@ -179,12 +212,6 @@ class FitWork {
   double loss = 0.0;
 
  private:
-  // Blocks of a batch's rows: a team has no more threads than these.
-  static int64_t blocks(const FitArgs& args, const Kernels& kernels) {
-    const int64_t block = args.bfloat16 ? std::max(kernels.block, kernels.tile) : kernels.block;
-    return round_up(std::min(args.batch, args.count), block) / block;
-  }
-
   void work(const Kernels& kernels, Interrupt& interrupt, int thread) {
     const int64_t members = args.members, steps = (args.count + args.batch - 1) / args.batch;
     const int number = thread / teams.size;
@@ -204,13 +231,13 @@ class FitWork {
       if (team.part == 0) idle_[number] = interrupt.requested();
       team.wait();
       const bool idle = idle_[number];
-      if (!idle) kernels.fit_forward(args, state.plan, workspace, turn);
+      if (!idle) kernels.fit_rows(args, state.plan, workspace, turn);
       if (team.part == 0 && losses_.fetch_add(1, std::memory_order_acq_rel) + 1 == (step + 1) * members) {
         loss += state.step_bounds(adam_step(args.learning_rate, adam_number, 0.0f, 0.0f));
         stop_ = interrupt.requested();
         bounds_.reach(step + 1);
       }
-      if (!idle) kernels.fit_backward(args, state.plan, workspace, turn, layer_steps.data());
+      if (!idle) kernels.fit_parameters(args, state.plan, workspace, turn, layer_steps.data());
       if (team.part == 0) trained_[member].reach(step + 1);
       interrupt.requested();
     }

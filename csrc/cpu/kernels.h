@@ -146,17 +146,28 @@ struct FitPlan {
   double *loss, *max_grad, *min_grad;           // [members], then twice [members][dims]: of the current step
 };
 
-// A team's memory for one member's step. hidden = depth - 1. Comments list columns, as in SacPlan.
+// Rows of a batch that a thread of the fit takes through the network at a time, forwards and backwards: what
+// passes between the layers then stays in the second-level cache.
+constexpr int64_t kFitWindow = 64;
+
+// A thread's memory for such rows. hidden = depth - 1. Comments list columns, as in SacPlan.
+struct FitWindow {
+  Rows head, targets;    // 2 dims, dims
+  const Panels* slopes;  // [hidden], derivatives of the activation
+  // Used where factors are packed. Layer by layer, the matrices `along` take turns with two buffers.
+  Panels gathered, head_grad;  // in, 1 and 2 dims: floats that are packed next
+  Panels left[2], grad[2];     // the widest layer
+};
+
+// A team's memory for one member's step: the factors of its weights' gradients, which are sums over the whole
+// batch.
 struct FitWorkspace {
-  Panels gathered;               // in, 1: floats, from which `inputs` is packed; in float32 `inputs` itself
-  Factor inputs;                 // likewise
+  const FitWindow* windows;      // [threads of the team]
+  Factor inputs;                 // in, 1
   const Factor *hidden, *grads;  // [hidden]
-  const Panels* slopes;          // [hidden], derivatives of the activation
-  Rows head;                     // 2 dims
-  Panels head_floats;            // 2 dims: floats, from which `head_grad` is packed; in float32 itself
   Factor head_grad;              // 2 dims
-  Rows targets, max_grad, min_grad;  // dims; the gradients are by the bounds of the log-variance
-  float* loss;                       // [rows]
+  Rows max_grad, min_grad;       // dims: by the bounds of the log-variance
+  float* loss;                   // [rows]
 };
 
 // A member's step on rows begin .. begin + count of its pass, and the team that makes it.
@@ -196,10 +207,11 @@ struct Kernels {
   void (*sac_actor)(const SacArgs&, const SacPlan&, const Team&, const AdamStep&);
   // Makes a layer's weight factors from its values.
   void (*make_factors)(const Dense&, bool bfloat16);
-  // A member's step of the fit: up to the loss and its gradient by the bounds; then back to the parameters.
-  void (*fit_forward)(const FitArgs&, const FitPlan&, const FitWorkspace&, const FitTurn&);
-  void (*fit_backward)(const FitArgs&, const FitPlan&, const FitWorkspace&, const FitTurn&,
-                       const AdamStep* steps);
+  // A member's step of the fit: rows forwards and backwards, up to the loss and its gradient by the bounds;
+  // then the parameters.
+  void (*fit_rows)(const FitArgs&, const FitPlan&, const FitWorkspace&, const FitTurn&);
+  void (*fit_parameters)(const FitArgs&, const FitPlan&, const FitWorkspace&, const FitTurn&,
+                         const AdamStep* steps);
   // Multiply-adds to be timed, on numbers [kPeakNumbers]. Both return their FLOP.
   double (*float32_peak)(int64_t rounds, float* numbers);
   double (*bfloat16_peak)(int64_t rounds, float* numbers);

@@ -54,8 +54,6 @@ void take_parameters(Arena& arena, const TrainedLayer& layer, int64_t size, Dens
   if (layer.weight.target != nullptr) arena.take(dense.target, size);
 }
 
-bool in_tiles(bool bfloat16, const Kernels& kernels) { return bfloat16 && kernels.tile > 0; }
-
 // One form of a factor in tiles, two numbers a word; consecutive tiles lie `rows` times 16 words apart.
 Panels take_words(Arena& arena, int64_t rows, int64_t others) {
   Panels result{nullptr, rows};
@@ -82,13 +80,21 @@ Panels take_panels(Arena& arena, int64_t rows, int64_t width, const Kernels& ker
   return result;
 }
 
+bool in_tiles(bool bfloat16, const Kernels& kernels) { return bfloat16 && kernels.tile > 0; }
+
+Panels take_along(Arena& arena, int64_t rows, int64_t width, const Kernels& kernels) {
+  return take_words(arena, round_up(rows, kernels.tile), round_up(width + 1, kernels.tile));
+}
+
+Panels take_across(Arena& arena, int64_t rows, int64_t width, Side side, const Kernels& kernels) {
+  const int64_t height = round_up(rows, kernels.tile), breadth = round_up(width + 1, kernels.tile);
+  return side == Side::kLeft ? take_words(arena, breadth, height) : take_words(arena, height, breadth);
+}
+
 Factor take_factor(Arena& arena, int64_t rows, int64_t width, Side side, bool bfloat16,
                    const Kernels& kernels) {
-  if (in_tiles(bfloat16, kernels)) {
-    const int64_t height = round_up(rows, kernels.tile), breadth = round_up(width + 1, kernels.tile);
-    return {take_words(arena, height, breadth),
-            side == Side::kLeft ? take_words(arena, breadth, height) : take_words(arena, height, breadth)};
-  }
+  if (in_tiles(bfloat16, kernels))
+    return {take_along(arena, rows, width, kernels), take_across(arena, rows, width, side, kernels)};
   const Panels itself = take_panels(arena, rows, width, kernels);
   return {itself, itself};
 }

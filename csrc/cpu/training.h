@@ -16,6 +16,11 @@ Panels take_panels(Arena& arena, int64_t rows, int64_t width, const Kernels& ker
 enum class Side { kLeft, kGrad };
 Factor take_factor(Arena& arena, int64_t rows, int64_t width, Side side, bool bfloat16,
                    const Kernels& kernels);
+// True if factors in bfloat16 are packed in tiles, so that `along` and `across` are two arrays. Then one of
+// them can be taken alone; `take_along` serves both sides.
+bool in_tiles(bool bfloat16, const Kernels& kernels);
+Panels take_along(Arena& arena, int64_t rows, int64_t width, const Kernels& kernels);
+Panels take_across(Arena& arena, int64_t rows, int64_t width, Side side, const Kernels& kernels);
 
 // A layer whose numbers are still zero. `backwards`: gradients pass through it, so it needs weight.along.
 Dense take_dense(Arena& arena, const TrainedLayer& layer, bool backwards, bool bfloat16,

@@ -88,11 +88,10 @@ struct PanelFactors {
   }
 
   // Rows first .. last of X^T G, summed over `count` rows of the batch.
-  template <class Epilogue, class Prefetch>
+  template <class Epilogue>
   MOPO_INLINE void weight_gradient(int64_t first, int64_t last, int64_t count, const Factor& x,
-                                   const Factor& grad, const Dense& layer, Epilogue epilogue,
-                                   Prefetch prefetch) {
-    product<true>(first, last, 0, layer.out, count, x.across, grad.across, epilogue, prefetch);
+                                   const Factor& grad, const Dense& layer, Epilogue epilogue) {
+    product<true>(first, last, 0, layer.out, count, x.across, grad.across, epilogue);
   }
 
  private:
@@ -183,22 +182,19 @@ struct BFloat16Factors {
           const float* bias = at(value, layer.in, column);
           each_vector(block, [&](int, int v, vf& sum) { sum = sum + load(bias + v * W); });
           epilogue(row, column, block);
-        },
-        [](int64_t, int64_t) {});
+        });
   }
 
   template <class Epilogue>
   MOPO_INLINE void backward(int64_t first, int64_t last, const Factor& grad, const Dense& layer,
                             Epilogue epilogue) {
-    product(first, last, layer.in, layer.out, grad.along, layer.weight.along, epilogue,
-            [](int64_t, int64_t) {});
+    product(first, last, layer.in, layer.out, grad.along, layer.weight.along, epilogue);
   }
 
-  template <class Epilogue, class Prefetch>
+  template <class Epilogue>
   MOPO_INLINE void weight_gradient(int64_t first, int64_t last, int64_t count, const Factor& x,
-                                   const Factor& grad, const Dense& layer, Epilogue epilogue,
-                                   Prefetch prefetch) {
-    product(first, smaller(last, layer.rows), layer.out, count, x.across, grad.across, epilogue, prefetch);
+                                   const Factor& grad, const Dense& layer, Epilogue epilogue) {
+    product(first, smaller(last, layer.rows), layer.out, count, x.across, grad.across, epilogue);
   }
 
  private:
@@ -232,9 +228,9 @@ struct BFloat16Factors {
 #ifdef MOPO_AMX
   // Rows first .. last and columns 0 .. width of a product that sums `depth` terms, in squares of four tiles.
   // The epilogue of a square runs piece by piece among the tile products of the next one.
-  template <class Epilogue, class Prefetch>
+  template <class Epilogue>
   MOPO_INLINE void product(int64_t first, int64_t last, int64_t width, int64_t depth, const Panels& a,
-                           const Panels& b, Epilogue epilogue, Prefetch prefetch) {
+                           const Panels& b, Epilogue epilogue) {
     if (first >= last) return;
     constexpr int64_t kPieces = kRows / kBlock;
     alignas(64) float sums[2][kRows * kRows];
@@ -287,9 +283,7 @@ struct BFloat16Factors {
         }
         left += a.rows * kWords;
         right += kWords * kRows;
-        const int64_t piece = kPieces * step / steps, end = kPieces * (step + 1) / steps;
-        if (square > 0) finish(square - 1, piece, end);
-        for (int64_t i = piece; i < end && row + i * kBlock < last; ++i) prefetch(row + i * kBlock, column);
+        if (square > 0) finish(square - 1, kPieces * step / steps, kPieces * (step + 1) / steps);
       }
       float* to = sums[square % 2];
       _tile_stored(0, to, kRows * sizeof(float));
@@ -319,15 +313,14 @@ struct BFloat16Factors {
   }
 
   // Rows first .. last and columns 0 .. width of a product that sums `depth` terms.
-  template <class Epilogue, class Prefetch>
+  template <class Epilogue>
   MOPO_INLINE void product(int64_t first, int64_t last, int64_t width, int64_t depth, const Panels& a,
-                           const Panels& b, Epilogue epilogue, Prefetch prefetch) {
+                           const Panels& b, Epilogue epilogue) {
     const int64_t tiles = (depth + kRows - 1) / kRows;
     for (int64_t column = 0; column < width; column += kRows) {
       const float* right = b.data + column / kRows * b.rows * kWords;
       const auto run = [&]<int kWide>() {
         for (int64_t row = first; row < last; row += kBlock) {
-          prefetch(row, column);
           vf block[kBlock][kWide];
           product_block<kWide>(a.data + row * kWords, a.rows * kWords, right, tiles, block);
           epilogue(row, column, block);

@@ -69,18 +69,17 @@ __attribute__((noinline)) static void product_block(const float* a, int64_t a_pa
 }
 
 // Rows first .. last (in steps of kBlock) and columns first_column .. width of a b, where a is [rows][depth],
-// or [depth][rows] if transposed, and b [depth][width]. Calls prefetch(row, column) before and epilogue(row,
-// column, block) after each block [kBlock][vectors] of the product. first_column begins a panel.
-template <bool kTransposed, class Epilogue, class Prefetch>
+// or [depth][rows] if transposed, and b [depth][width]. Calls epilogue(row, column, block) with each
+// block [kBlock][vectors] of the product. first_column begins a panel.
+template <bool kTransposed, class Epilogue>
 MOPO_INLINE void product(int64_t first, int64_t last, int64_t first_column, int64_t width, int64_t depth,
-                         const Panels& a, const Panels& b, Epilogue epilogue, Prefetch prefetch) {
+                         const Panels& a, const Panels& b, Epilogue epilogue) {
   const int64_t a_panel = a.rows * kPanel;
   for (int64_t column = first_column; column < width; column += kPanel) {
     const float* right = at(b, 0, column);
     const auto run = [&]<int kWide>() {
       // The panel of b stays in the first-level cache while a passes by.
       for (int64_t row = first; row < last; row += kBlock) {
-        prefetch(row, column);
         vf total[kBlock][kWide];
         product_block<kWide, kTransposed>(kTransposed ? at(a, 0, row) : at(a, row, 0), a_panel, right, depth,
                                           total);
@@ -95,12 +94,6 @@ MOPO_INLINE void product(int64_t first, int64_t last, int64_t first_column, int6
     else if constexpr (kWidest == 3)
       run.template operator()<2>();
   }
-}
-
-template <bool kTransposed, class Epilogue>
-MOPO_INLINE void product(int64_t first, int64_t last, int64_t first_column, int64_t width, int64_t depth,
-                         const Panels& a, const Panels& b, Epilogue epilogue) {
-  product<kTransposed>(first, last, first_column, width, depth, a, b, epilogue, [](int64_t, int64_t) {});
 }
 
 // Stores lane l of x0 .. x3 to to[l * stride + 0 .. 3].

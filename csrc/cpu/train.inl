@@ -97,18 +97,8 @@ static void train_layer(const Team& team, const Dense& layer, const AdamStep& st
         Factors::put_target(layer, row, column, block);
       }
   };
-  // Parameters and moments come from the last-level cache or from memory while the product is computed.
-  const auto prefetch = [&](int64_t row, int64_t column) {
-    const int64_t begin = offset(layer.rows, row, column);
-    for (int64_t line = begin; line < begin + kBlock * kPanel; line += 16) {
-      __builtin_prefetch(layer.value + line, 1);
-      __builtin_prefetch(layer.exp_avg + line, 1);
-      __builtin_prefetch(layer.exp_avg_sq + line, 1);
-      if (layer.target != nullptr) __builtin_prefetch(layer.target + line, 1);
-    }
-  };
   const Span rows = rows_of(team, layer.in + 1, Factors::kRows);
-  Factors::weight_gradient(rows.first, rows.last, count, x, grad, layer, update, prefetch);
+  Factors::weight_gradient(rows.first, rows.last, count, x, grad, layer, update);
 }
 
 template <class Factors>

@@ -53,14 +53,21 @@ struct FitRows {
     return Factors::grad_from(l == hidden_count() ? ws.head_grad : ws.grads[l], begin, window.grad[l % 2]);
   }
 
+  void prefetch() const {
+    for (int64_t row = 0; row < count; ++row) {
+      prefetch_row(input(row), layers()[0].in);
+      prefetch_row(target(row), args.dims);
+    }
+  }
+
   void gather() const {
     const int64_t in = layers()[0].in;
     const Factor to = left(0);
     const Panels& gathered = Factors::kRounded ? window.gathered : to.along;
     for (int64_t row = 0; row < count; ++row) {
       copy_row(input(row), in, gathered, row, 0);
-      const float* from = target(row);
-      for (int64_t d = 0; d < args.dims; ++d) window.targets.at(row)[d] = from[d];
+      for (int64_t d = 0; d < args.dims; d += W)
+        store(window.targets.at(row) + d, load_lanes(target(row) + d, args.dims - d));
     }
     set_ones(0, rows, gathered, in);
     if constexpr (Factors::kRounded)
@@ -121,7 +128,9 @@ struct FitRows {
     const Factor to = grad(hidden_count());
     const Panels& head_grad = Factors::kRounded ? window.head_grad : to.along;
     for (int64_t row = 0; row < count; ++row) {
-      const float *head = window.head.at(row), *target = window.targets.at(row);
+      // The gradient takes the place of the predictions.
+      float* head = window.head.at(row);
+      const float* target = window.targets.at(row);
       float loss = 0.0f;
       for (int64_t d = 0; d < dims; d += W) {
         const int64_t lanes = smaller(W, dims - d);
@@ -131,12 +140,11 @@ struct FitRows {
                                      load(plan.exp_min + d), inverse_count);
         store(ws.max_grad.at(begin + row) + d, some.max_grad);
         store(ws.min_grad.at(begin + row) + d, some.min_grad);
-        for (int lane = 0; lane < lanes; ++lane) {
-          *at(head_grad, row, d + lane) = some.mean_grad[lane];
-          *at(head_grad, row, dims + d + lane) = some.raw_grad[lane];
-          loss += some.loss[lane];
-        }
+        store_lanes(head + d, some.mean_grad, lanes);
+        store_lanes(head + dims + d, some.raw_grad, lanes);
+        for (int lane = 0; lane < lanes; ++lane) loss += some.loss[lane];
       }
+      copy_row(head, 2 * dims, head_grad, row, 0);
       ws.loss[begin + row] = loss * inverse_count;
     }
     if constexpr (Factors::kRounded) {
@@ -179,9 +187,14 @@ static void add_up(const FitArgs& args, const FitPlan& plan, const FitWorkspace&
 static void fit_rows(const FitArgs& args, const FitPlan& plan, const FitWorkspace& ws, const FitTurn& turn) {
   with_factors(args.bfloat16, [&]<class Factors>() {
     const Span span = rows_of(turn.team, turn.count, Factors::kRows);
+    const auto window = [&](int64_t begin) {
+      return FitRows<Factors>(args, plan, ws, turn, begin, smaller(kFitWindow, span.last - begin));
+    };
+    window(span.first).prefetch();
     for (int64_t begin = span.first; begin < span.last; begin += kFitWindow) {
-      const FitRows<Factors> rows(args, plan, ws, turn, begin, smaller(kFitWindow, span.last - begin));
+      const FitRows<Factors> rows = window(begin);
       rows.gather();
+      if (begin + kFitWindow < span.last) window(begin + kFitWindow).prefetch();
       rows.forward();
       rows.differentiate_loss();
       rows.backward();

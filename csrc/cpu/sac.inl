@@ -5,13 +5,6 @@
 // `Inner` is the kind of factors (factors.h) of the layers between a network's first and its last, which are
 // always float32, as the parameters and all sums are.
 
-// Prefetches a row of the data: rows drawn at random come from memory, so all are asked for before one is
-// read.
-static void prefetch_row(const float* from, int64_t count) {
-  for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(from + i);
-  __builtin_prefetch(from + count - 1);
-}
-
 // Rows first .. last of an update's batch, whole blocks. Rows from batch() on are padding.
 template <class Inner>
 struct SacRows {

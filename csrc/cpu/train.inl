@@ -2,23 +2,24 @@
 // layer's gradient with Adam in its epilogue. Each layer has a kind of factors (factors.h), for all three of
 // its products; what a layer passes on is a factor of the kind of the layer that takes it.
 
-// Loads `lanes` numbers, unaligned; zeros in the other lanes.
-static vf load_lanes(const float* from, int64_t lanes) {
-  vf x{};
-  for (int lane = 0; lane < smaller(W, lanes); ++lane) x[lane] = from[lane];
-  return x;
-}
-
 // Copies `count` numbers into a row of a matrix in panels, from `column` on.
 static void copy_row(const float* from, int64_t count, const Panels& to, int64_t row, int64_t column) {
   while (count > 0) {
     const int64_t columns = smaller(count, kPanel - column % kPanel);
     float* target = at(to, row, column);
-    for (int64_t i = 0; i < columns; ++i) target[i] = from[i];
+    for (int64_t i = 0; i < columns; i += W)
+      store_lanes(target + i, load_lanes(from + i, columns - i), columns - i);
     from += columns;
     column += columns;
     count -= columns;
   }
+}
+
+// Prefetches a row of the data: rows drawn at random come from memory, so all are asked for before one is
+// read.
+static void prefetch_row(const float* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(from + i);
+  __builtin_prefetch(from + count - 1);
 }
 
 // Rows first .. last.

@@ -8,6 +8,27 @@ typedef int32_t vi __attribute__((vector_size(MOPO_WIDTH * 4)));
 
 MOPO_INLINE vf load(const float* p) { return *reinterpret_cast<const vf*>(p); }
 MOPO_INLINE void store(float* p, vf x) { *reinterpret_cast<vf*>(p) = x; }
+// `lanes` numbers, 1 or more; of more than W the first W. load_lanes sets the other lanes to 0.
+#ifdef MOPO_AVX512
+MOPO_INLINE __mmask16 first_lanes(int64_t lanes) {
+  return static_cast<__mmask16>(lanes < W ? (1u << lanes) - 1 : 0xffff);
+}
+MOPO_INLINE vf load_lanes(const float* p, int64_t lanes) {
+  return (vf)_mm512_maskz_loadu_ps(first_lanes(lanes), p);
+}
+MOPO_INLINE void store_lanes(float* p, vf x, int64_t lanes) {
+  _mm512_mask_storeu_ps(p, first_lanes(lanes), (__m512)x);
+}
+#else
+MOPO_INLINE vf load_lanes(const float* p, int64_t lanes) {
+  vf x{};
+  for (int lane = 0; lane < W && lane < lanes; ++lane) x[lane] = p[lane];
+  return x;
+}
+MOPO_INLINE void store_lanes(float* p, vf x, int64_t lanes) {
+  for (int lane = 0; lane < W && lane < lanes; ++lane) p[lane] = x[lane];
+}
+#endif
 MOPO_INLINE vf broadcast(float x) { return x - vf{}; }
 MOPO_INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 MOPO_INLINE vi to_int(vf x) { return __builtin_convertvector(x, vi); }

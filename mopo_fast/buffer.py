@@ -7,7 +7,7 @@ import torch
 
 from mopo_fast.data.transitions import Transitions, array_layout, transition_bytes
 from mopo_fast.errors import InputError
-from mopo_fast.utils.machine import use_large_pages
+from mopo_fast.utils.machine import large_zeros
 
 # Arrays that are columns of one table, in this order.
 _COLUMNS = ("observations", "actions", "rewards", "next_observations", "raw_rewards", "penalties")
@@ -65,16 +65,15 @@ class RingBuffer:
 
         # Rows are drawn at random: a row whose numbers lie together touches the fewest pages and cache lines.
         words = _table_row_bytes(obs_dim, act_dim, penalties) // 4
-        table = torch.empty(capacity, words, dtype=torch.float32, device=device)
-        use_large_pages(table).zero_()
+        table = large_zeros((capacity, words), device=device)
         arrays: dict[str, Any] = {}
         first = 0
         for name in _columns(penalties):
             shape, _ = array_layout(name, obs_dim, act_dim)
             arrays[name] = table[:, first : first + math.prod(shape)].view(capacity, *shape)
             first += math.prod(shape)
-        terminals = torch.empty(capacity, dtype=torch.bool, device=device)
-        self._use(Transitions(**arrays, terminals=use_large_pages(terminals).zero_(), name="model"))
+        terminals = large_zeros((capacity,), torch.bool, device)
+        self._use(Transitions(**arrays, terminals=terminals, name="model"))
 
     @classmethod
     def over(cls, storage: Transitions) -> "RingBuffer":

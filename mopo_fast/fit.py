@@ -45,8 +45,8 @@ from mopo_fast.utils.machine import (
     check_device,
     check_memory,
     file_backed,
+    large_zeros,
     resolve_threads,
-    use_large_pages,
 )
 from mopo_fast.utils.progress import progress_bar
 from mopo_fast.utils.seeds import FIT, derive_seed
@@ -285,8 +285,7 @@ class Fit:
         if self.mapped:
             self.table = torch.from_numpy(file_backed(shape, np.float32))
         else:
-            self.table = torch.zeros(shape, dtype=torch.float32, device=device)
-            use_large_pages(self.table)
+            self.table = large_zeros(shape, device=device)
         self.inputs, self.targets = self.table[:, :split], self.table[:, split:width]
         for rows, some in zip(self.table.split(_block(data)), train.split(_block(data)), strict=True):
             inputs, targets = dynamics_inputs_targets(data[some])

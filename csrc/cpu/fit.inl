@@ -53,13 +53,6 @@ struct FitRows {
     return Factors::grad_from(l == hidden_count() ? ws.head_grad : ws.grads[l], begin, window.grad[l % 2]);
   }
 
-  void prefetch() const {
-    for (int64_t row = 0; row < count; ++row) {
-      prefetch_row(input(row), layers()[0].in);
-      prefetch_row(target(row), args.dims);
-    }
-  }
-
   void gather() const {
     const int64_t in = layers()[0].in;
     const Factor to = left(0);
@@ -187,14 +180,9 @@ static void add_up(const FitArgs& args, const FitPlan& plan, const FitWorkspace&
 static void fit_rows(const FitArgs& args, const FitPlan& plan, const FitWorkspace& ws, const FitTurn& turn) {
   with_factors(args.bfloat16, [&]<class Factors>() {
     const Span span = rows_of(turn.team, turn.count, Factors::kRows);
-    const auto window = [&](int64_t begin) {
-      return FitRows<Factors>(args, plan, ws, turn, begin, smaller(kFitWindow, span.last - begin));
-    };
-    window(span.first).prefetch();
     for (int64_t begin = span.first; begin < span.last; begin += kFitWindow) {
-      const FitRows<Factors> rows = window(begin);
+      const FitRows<Factors> rows(args, plan, ws, turn, begin, smaller(kFitWindow, span.last - begin));
       rows.gather();
-      if (begin + kFitWindow < span.last) window(begin + kFitWindow).prefetch();
       rows.forward();
       rows.differentiate_loss();
       rows.backward();

@@ -173,18 +173,26 @@ def size_text(size: int) -> str:
     return f"{number.removesuffix('.0')} {unit}"
 
 
-def use_large_pages(tensor: torch.Tensor) -> torch.Tensor:
-    """Ask Linux for large pages for a CPU tensor that has not been written to yet, and return the tensor.
+def large_zeros(
+    shape: tuple[int, ...], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """Return zeros, on the CPU in Linux's large pages where the system has them.
 
-    Random reads of its rows then need fewer walks through page tables. Nothing changes where the system has
-    no such pages or refuses them.
+    Random reads of rows then need fewer walks through page tables. Pages keep the size that they have when
+    they are first written to, so the advice comes before the zeros.
     """
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    _advise_large_pages(tensor)
+    return tensor.zero_()
+
+
+def _advise_large_pages(tensor: torch.Tensor) -> None:
+    """Ask Linux for large pages for a CPU tensor that has not been written to yet; it may refuse."""
     first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
     first, last = -(-first // _LARGE_PAGE) * _LARGE_PAGE, last // _LARGE_PAGE * _LARGE_PAGE
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
     if tensor.device.type == "cpu" and first < last and advice is not None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), advice)
-    return tensor
 
 
 def file_backed(shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:

@@ -11,7 +11,7 @@ import torch
 
 from mopo_fast import InputError
 from mopo_fast.utils import machine
-from mopo_fast.utils.machine import available_memory, check_memory, use_large_pages
+from mopo_fast.utils.machine import _advise_large_pages, available_memory, check_memory, large_zeros
 
 GIB = 2**20  # in the kilobytes of /proc
 
@@ -86,29 +86,28 @@ def test_this_one() -> None:
 # --- large pages
 
 
-def flags_at(address: int) -> list[str]:
-    """Return the flags in /proc/self/smaps of the mapping that holds an address of this process."""
+def large_page_bytes(address: int) -> int | None:
+    """Return the bytes in large pages of the mapping at an address, None if the system does not tell."""
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         first, dash, last = line.split()[0].partition("-")
         if dash:
             inside = int(first, 16) <= address < int(last, 16)
-        elif inside and line.startswith("VmFlags:"):
-            return line.split()[1:]
-    return []
+        elif inside and line.startswith("AnonHugePages:"):
+            return int(line.split()[1]) << 10
+    return None
 
 
-def test_large_pages_are_asked_for() -> None:
-    # The array has its own mapping, because the allocator's memory may have been advised before.
-    memory = mmap.mmap(-1, 16 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    tensor = torch.frombuffer(memory, dtype=torch.uint8)
-    middle = tensor.data_ptr() + tensor.nbytes // 2
-    before = flags_at(middle)
-    if "rd" not in before or not Path("/sys/kernel/mm/transparent_hugepage").exists():
-        pytest.skip("this system does not tell, or has no large pages")
-    assert "hg" not in before
-    assert use_large_pages(tensor) is tensor
-    assert "hg" in flags_at(middle)
+def test_zeros_lie_in_large_pages() -> None:
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[never]" in setting.read_text():
+        pytest.skip("this system has no large pages")
+    tensor = large_zeros((1 << 20, 32))
+    assert tensor.dtype == torch.float32 and not tensor.any()
+    found = large_page_bytes(tensor.data_ptr() + tensor.nbytes // 2)
+    if found is None:
+        pytest.skip("this system does not tell")
+    assert found > tensor.nbytes // 2
 
 
 @pytest.fixture
@@ -134,13 +133,13 @@ def test_only_whole_large_pages_inside_the_tensor_are_advised(advised: list[tupl
         (first + 1, first + 3 * page - 1, (1, 2)),
         (first, first + page, (0, 1)),
     ):
-        use_large_pages(whole[begin:end])
+        _advise_large_pages(whole[begin:end])
         low, high = pages
         expected = whole.data_ptr() + first + low * page, (high - low) * page, 14
         assert advised.pop() == expected and not advised
     for begin, end in ((first + 1, first + page), (first + 1, first + 2 * page - 1), (first, first)):
-        use_large_pages(whole[begin:end])
-    use_large_pages(torch.empty(8 * page, dtype=torch.uint8, device="meta"))
+        _advise_large_pages(whole[begin:end])
+    _advise_large_pages(torch.empty(8 * page, dtype=torch.uint8, device="meta"))
     assert not advised
 
 
@@ -148,8 +147,7 @@ def test_a_system_without_large_pages(
     advised: list[tuple[int, int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(mmap, "MADV_HUGEPAGE")
-    tensor = torch.empty(16 << 20, dtype=torch.uint8)
-    assert use_large_pages(tensor) is tensor and not advised
+    assert not large_zeros((16 << 20,), torch.uint8).any() and not advised
 
 
 def test_a_device_that_the_build_lacks_is_refused_in_one_line() -> None:

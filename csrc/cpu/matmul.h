@@ -110,17 +110,18 @@ MOPO_INLINE void store_transposed(float* to, int64_t stride, vf x0, vf x1, vf x2
     for (int lane = 0; lane < W; ++lane) order[lane] = lane / 4 * 4 + from + lane % 2 + lane % 4 / 2 * W;
     return shuffle(x, y, order);
   };
-  typedef float quad __attribute__((vector_size(16), may_alias));
   const vf low01 = interleave(x0, x1, 0), low23 = interleave(x2, x3, 0);
   const vf high01 = interleave(x0, x1, 2), high23 = interleave(x2, x3, 2);
   const vf columns[4] = {join(low01, low23, 0), join(low01, low23, 2), join(high01, high23, 0),
                          join(high01, high23, 2)};
+  const auto store_group = [&]<int group>() {
+    if constexpr (group < W / 4)
 #pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j)
-#pragma GCC unroll 4
-    for (int group = 0; group < W / 4; ++group) {
-      quad four;
-      for (int i = 0; i < 4; ++i) four[i] = columns[j][4 * group + i];
-      *reinterpret_cast<quad*>(to + (4 * group + j) * stride) = four;
-    }
+      for (int j = 0; j < 4; ++j)
+        *reinterpret_cast<quad*>(to + (4 * group + j) * stride) = four_lanes<group>(columns[j]);
+  };
+  store_group.template operator()<0>();
+  store_group.template operator()<1>();
+  store_group.template operator()<2>();
+  store_group.template operator()<3>();
 }

@@ -46,6 +46,16 @@ MOPO_INLINE vf shuffle(vf x, vf y, vi order) {
   return __builtin_shuffle(x, y, order);
 #endif
 }
+// Lanes 4 group .. 4 group + 3.
+typedef float quad __attribute__((vector_size(16), may_alias));
+template <int group>
+MOPO_INLINE quad four_lanes(vf x) {
+#ifdef MOPO_AVX512
+  return (quad)_mm512_extractf32x4_ps((__m512)x, group);  // GCC 12 would take lane by lane
+#else
+  return quad{x[4 * group], x[4 * group + 1], x[4 * group + 2], x[4 * group + 3]};
+#endif
+}
 // A mask's lanes are 0 or -1, as comparisons give them.
 MOPO_INLINE vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
 // minimum and maximum: the second operand where either is NaN.

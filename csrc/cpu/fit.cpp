@@ -7,6 +7,7 @@
 
 #include "barrier.h"
 #include "calls.h"
+#include "denormals.h"
 #include "pool.h"
 #include "training.h"
 
@@ -213,6 +214,7 @@ class FitWork {
 
  private:
   void work(const Kernels& kernels, Interrupt& interrupt, int thread) {
+    const FlushDenormals flush;
     const int64_t members = args.members, steps = (args.count + args.batch - 1) / args.batch;
     const int number = thread / teams.size;
     const Team team{thread % teams.size, teams.size, &barriers_[number]};

@@ -7,6 +7,7 @@
 
 #include "barrier.h"
 #include "calls.h"
+#include "denormals.h"
 #include "pool.h"
 #include "training.h"
 
@@ -210,6 +211,7 @@ struct SacWork {
 
  private:
   void work(const Kernels& kernels, Interrupt& interrupt, int thread) {
+    const FlushDenormals flush;
     const SacPlan& plan = state.plan;
     const Team all{thread, threads, &barrier};
     const std::vector<CriticTurn>& critics = turns_of[thread];

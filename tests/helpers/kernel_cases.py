@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import platform
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -663,3 +664,21 @@ class EagerGraph(Graph):
         for mine, argument in zip(self.arguments, arguments, strict=True):
             mine.copy_(argument)
         return self.function(*self.arguments)
+
+
+LEAST_NORMAL = torch.finfo(torch.float32).tiny
+
+
+def fill_with_denormals(moments: Sequence[torch.Tensor]) -> None:
+    for moment in moments:
+        moment.fill_(LEAST_NORMAL / 8)
+
+
+def assert_no_denormals(moments: Sequence[torch.Tensor]) -> None:
+    """Assert that the kernel has made zeros of the denormal moments of parameters without gradient, and that
+    this thread's arithmetic is as before."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        assert any((moment == 0.0).any() for moment in moments)
+        for moment in moments:
+            assert not ((moment != 0.0) & (moment.abs() < LEAST_NORMAL)).any()
+    assert (torch.tensor([LEAST_NORMAL]) / 2 != 0.0).all()

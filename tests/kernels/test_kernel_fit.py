@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from kernel_cases import FIT_CASES, assert_trained_alike, fit_state, fit_steps, fit_transitions, make_fit
+from kernel_cases import (
+    FIT_CASES,
+    assert_no_denormals,
+    assert_trained_alike,
+    fill_with_denormals,
+    fit_state,
+    fit_steps,
+    fit_transitions,
+    make_fit,
+)
 
 from mopo_fast import fit as fit_module
 from mopo_fast.backends import cpu
@@ -55,6 +64,22 @@ def test_result_does_not_depend_on_threads(
     assert fit_steps(one, one.rows) == fit_steps(many, many.rows)
     ours, theirs = fit_state(one), fit_state(many)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("isa", cpu.isas())
+def test_denormal_moments_become_zero(isa: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOPO_FAST_ISA", isa)
+    fit = make_fit("relu", "cpu", threads)
+    with torch.no_grad():  # a unit of each member that no input turns on, and that decay leaves alone
+        for array in (fit.model.weights[0], fit.model.biases[0]):
+            array[..., 0] = 0.0
+        fit.model.biases[0][..., 0] = -1.0
+        fit.model.weights[1][:, 0] = 0.0
+    moments = [*fit.optimizer.exp_avgs, *fit.optimizer.exp_avg_sqs]
+    fill_with_denormals(moments)
+    fit_steps(fit, fit.rows)
+    assert_no_denormals(moments)
 
 
 @pytest.mark.parametrize("isa", cpu.isas())

@@ -5,7 +5,16 @@ import math
 
 import pytest
 import torch
-from kernel_cases import SAC_CASES, assert_trained_alike, make_sac, run_sac, sac_sources, to_double
+from kernel_cases import (
+    SAC_CASES,
+    assert_no_denormals,
+    assert_trained_alike,
+    fill_with_denormals,
+    make_sac,
+    run_sac,
+    sac_sources,
+    to_double,
+)
 
 from mopo_fast import sac as sac_module
 from mopo_fast.backends import cpu
@@ -104,6 +113,25 @@ def test_result_does_not_depend_on_the_calls(dtype: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(sac_module, "_UPDATES_AT_ONCE", 2)
     parts, _ = run_sac("canonical", "cpu", 5, dtype=dtype)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("isa", cpu.isas())
+def test_denormal_moments_become_zero(isa: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOPO_FAST_ISA", isa)
+    obs_dim, act_dim, options = SAC_CASES["canonical"]
+    sac = make_sac(obs_dim, act_dim, SACConfig(**options), "cpu", threads)
+    with torch.no_grad():  # a unit that no input turns on
+        sac.actor.weights[0][..., 0] = 0.0
+        sac.actor.biases[0][..., 0] = -1.0
+    moments = [
+        moment
+        for name in ("actor", "critic")
+        for moment in (*sac.optimizers[name].exp_avgs, *sac.optimizers[name].exp_avg_sqs)
+    ]
+    fill_with_denormals(moments)
+    sac.update_many(*sac_sources(obs_dim, act_dim), 2, 7)
+    assert_no_denormals(moments)
 
 
 def test_seed_decides_the_draws() -> None:

@@ -1,0 +1,29 @@
+// Denormal numbers are zeros while a thread trains.
+#pragma once
+
+namespace mopo {
+
+// Treats denormal numbers as zero on this thread for the lifetime of the object. Where a unit of ReLU has
+// died, Adam's moments shrink until they are denormal, and stay so, since 0.9 of the least is rounded up to
+// itself. An x86 processor may take more than a hundred cycles for an operation on them; others take them as
+// they are.
+class FlushDenormals {
+ public:
+#if defined(__x86_64__)
+  FlushDenormals() : before_(__builtin_ia32_stmxcsr()) {
+    constexpr unsigned kResultsAreZero = 1u << 15, kOperandsAreZero = 1u << 6;
+    __builtin_ia32_ldmxcsr(before_ | kResultsAreZero | kOperandsAreZero);
+  }
+  ~FlushDenormals() { __builtin_ia32_ldmxcsr(before_); }
+#else
+  FlushDenormals() {}
+#endif
+  FlushDenormals(const FlushDenormals&) = delete;
+
+ private:
+#if defined(__x86_64__)
+  const unsigned before_;
+#endif
+};
+
+}  // namespace mopo

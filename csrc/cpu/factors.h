@@ -24,8 +24,8 @@ struct PanelFactors {
     return x;
   }
 
-  // X from row `first` on, a multiple of kRows; grad_from is the same of G. A packed factor has its `along` in
-  // a buffer of these rows alone.
+  // X from row `first` on, a multiple of kRows; grad_from is the same of G. A packed factor has its `along`
+  // in a buffer of these rows alone.
   MOPO_INLINE Factor left_from(const Factor& x, int64_t first, const Panels&) {
     const auto from = [&](const Panels& matrix) { return Panels{matrix.data + first * kPanel, matrix.rows}; };
     return {from(x.along), from(x.across)};
@@ -176,13 +176,12 @@ struct BFloat16Factors {
   MOPO_INLINE void forward(int64_t first, int64_t last, const Factor& x, const Dense& layer, bool target,
                            Epilogue epilogue) {
     const Panels value{target ? layer.target : layer.value, layer.rows};
-    product(
-        first, last, layer.out, layer.in, x.along, target ? layer.target_weight : layer.weight.across,
-        [&](int64_t row, int64_t column, auto& block) {
-          const float* bias = at(value, layer.in, column);
-          each_vector(block, [&](int, int v, vf& sum) { sum = sum + load(bias + v * W); });
-          epilogue(row, column, block);
-        });
+    product(first, last, layer.out, layer.in, x.along, target ? layer.target_weight : layer.weight.across,
+            [&](int64_t row, int64_t column, auto& block) {
+              const float* bias = at(value, layer.in, column);
+              each_vector(block, [&](int, int v, vf& sum) { sum = sum + load(bias + v * W); });
+              epilogue(row, column, block);
+            });
   }
 
   template <class Epilogue>

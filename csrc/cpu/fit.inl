@@ -15,8 +15,8 @@ MOPO_INLINE vf activate_and_differentiate(vf x, vf& slope) {
   }
 }
 
-// A window of a turn's batch: rows `begin` to `begin` + `rows`, whole blocks. Rows from `count` on are padding.
-// All rows are counted from the window's first.
+// A window of a turn's batch: rows `begin` to `begin` + `rows`, whole blocks. Rows from `count` on are
+// padding. All rows are counted from the window's first.
 template <class Factors>
 struct FitRows {
   const FitArgs& args;
@@ -97,8 +97,7 @@ struct FitRows {
     Factors::forward(
         0, rows, left(hidden_count()), layers()[hidden_count()], false,
         [&](int64_t row, int64_t column, auto& block) {
-          each_vector(block,
-                      [&](int i, int v, vf x) { store(window.head.at(row + i) + column + v * W, x); });
+          each_vector(block, [&](int i, int v, vf x) { store(window.head.at(row + i) + column + v * W, x); });
         });
   }
 

@@ -147,8 +147,8 @@ struct FitPlan {
 };
 
 // Rows of a batch that a thread of the fit takes through the network at a time, forwards and backwards: what
-// passes between the layers then stays in the second-level cache.
-constexpr int64_t kFitWindow = 64;
+// passes between the layers then stays in the second-level cache, however large the batch.
+constexpr int64_t kFitWindow = 128;
 
 // A thread's memory for such rows. hidden = depth - 1. Comments list columns, as in SacPlan.
 struct FitWindow {

@@ -27,14 +27,9 @@ Teams make_teams(int64_t threads, int64_t members, int64_t blocks) {
   return best;
 }
 
-// Rows that a thread takes at least.
-int64_t granule(const FitArgs& args, const Kernels& kernels) {
-  return args.bfloat16 ? std::max(kernels.block, kernels.tile) : kernels.block;
-}
-
 // The rows of a batch, padding included.
 int64_t batch_rows(const FitArgs& args, const Kernels& kernels) {
-  return round_up(std::min(args.batch, args.count), granule(args, kernels));
+  return round_up(std::min(args.batch, args.count), granule(args.bfloat16, kernels));
 }
 
 // A run's memory: parameters in the kernels' layout, and a workspace for each team.
@@ -195,7 +190,8 @@ class FitWork {
  public:
   FitWork(const FitArgs& args, const Kernels& kernels)
       : args(args),
-        teams(make_teams(args.threads, args.members, batch_rows(args, kernels) / granule(args, kernels))),
+        teams(make_teams(args.threads, args.members,
+                         batch_rows(args, kernels) / granule(args.bfloat16, kernels))),
         state(args, kernels, teams),
         adam_steps_(teams.size * teams.count, std::vector<AdamStep>(args.depth)),
         idle_(teams.count),

@@ -14,11 +14,6 @@
 namespace mopo {
 namespace {
 
-// Rows that a thread takes at least.
-int64_t granule(const SacArgs& args, const Kernels& kernels) {
-  return args.bfloat16 ? std::max(kernels.block, kernels.tile) : kernels.block;
-}
-
 // A run's memory: parameters in the kernels' layout, and all matrices between a batch and the gradients.
 class SacState {
  public:
@@ -102,7 +97,7 @@ class SacState {
   bool rounded(int64_t l) const { return args_.bfloat16 && l > 0 && l + 1 < args_.depth; }
 
   void lay_out() {
-    const int64_t rows = round_up(batch(), granule(args_, kernels_)), hidden = args_.depth - 1;
+    const int64_t rows = round_up(batch(), granule(args_.bfloat16, kernels_)), hidden = args_.depth - 1;
     const int64_t obs_dim = args_.obs_dim, act_dim = args_.act_dim;
     const auto matrix = [&](int64_t width) { return take_panels(arena_, rows, width, kernels_); };
     // Outputs of the hidden layers of `networks` networks, and gradients before their activations.
@@ -192,7 +187,8 @@ struct SacWork {
   SacWork(const SacArgs& args, const Kernels& kernels)
       : args(args),
         state(args, kernels),
-        threads(static_cast<int>(std::min(int64_t{args.threads}, state.plan.rows / granule(args, kernels)))),
+        threads(static_cast<int>(
+            std::min(int64_t{args.threads}, state.plan.rows / granule(args.bfloat16, kernels)))),
         barrier(threads) {
     for (int thread = 0; thread < threads; ++thread)
       turns_of.push_back(turns(args.critics, {thread, threads, &barrier}));

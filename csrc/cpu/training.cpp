@@ -67,6 +67,10 @@ void Team::wait() const noexcept {
   if (parts > 1) barrier->wait();
 }
 
+int64_t granule(bool bfloat16, const Kernels& kernels) {
+  return bfloat16 ? std::max(kernels.block, kernels.tile) : kernels.block;
+}
+
 Rows take_rows(Arena& arena, int64_t rows, int64_t width) {
   constexpr int64_t kLine = 16;
   Rows result{nullptr, round_up(width, kLine)};

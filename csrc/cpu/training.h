@@ -7,6 +7,9 @@
 
 namespace mopo {
 
+// Rows of a batch that a thread takes at least.
+int64_t granule(bool bfloat16, const Kernels& kernels);
+
 // [rows][width], each row rounded up to whole vectors.
 Rows take_rows(Arena& arena, int64_t rows, int64_t width);
 // [rows][width + 1] in panels, rounded up to whole blocks: the last column is for ones.

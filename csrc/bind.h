@@ -88,7 +88,7 @@ struct SacCall {
           const std::vector<TrainedTuple>& critic, const std::array<uintptr_t, 3>& log_alpha,
           const std::array<float, 3>& learning_rates, float discount, float polyak, float target_entropy,
           float log_std_min, float log_std_max, float alpha_max, float critic_loss_scale, bool simultaneous,
-          bool bfloat16, const SourceTuple& real, const SourceTuple& model, int64_t real_rows,
+          int precision, const SourceTuple& real, const SourceTuple& model, int64_t real_rows,
           int64_t model_rows, int64_t updates, int64_t updates_before, const std::vector<uintptr_t>& steps,
           uintptr_t count, int64_t first_draw, uint64_t seed)
       : actor(trained_layers(actor)), critic(trained_layers(critic)), counts{steps, count} {
@@ -110,7 +110,7 @@ struct SacCall {
     args.alpha_max = alpha_max;
     args.critic_loss_scale = critic_loss_scale;
     args.simultaneous = simultaneous;
-    args.bfloat16 = bfloat16;
+    args.precision = static_cast<mopo::Precision>(precision);
     args.real = source(real);
     args.model = source(model);
     args.real_rows = real_rows;
@@ -136,7 +136,7 @@ struct FitCall {
           uintptr_t inputs, uintptr_t targets, int64_t stride, uintptr_t rows, int64_t count,
           int64_t rows_stride, int64_t batch, float learning_rate, float logvar_bound_weight,
           const std::vector<float>& weight_decay, int64_t steps_before, const std::vector<uintptr_t>& steps,
-          bool bfloat16)
+          int precision)
       : layers(trained_layers(layers)), weight_decay(weight_decay), counts{steps, 0} {
     args.members = members;
     args.depth = static_cast<int64_t>(layers.size());
@@ -156,7 +156,7 @@ struct FitCall {
     args.logvar_bound_weight = logvar_bound_weight;
     args.weight_decay = this->weight_decay.data();
     args.steps_before = steps_before;
-    args.bfloat16 = bfloat16;
+    args.precision = static_cast<mopo::Precision>(precision);
   }
   FitCall(const FitCall&) = delete;
 
@@ -175,13 +175,13 @@ inline void bind_calls(py::module_& module) {
                       "SAC updates of one run; the arguments are described in csrc/sac.h.")
       .def(py::init<int64_t, int64_t, int64_t, const std::vector<TrainedTuple>&,
                     const std::vector<TrainedTuple>&, const std::array<uintptr_t, 3>&,
-                    const std::array<float, 3>&, float, float, float, float, float, float, float, bool, bool,
+                    const std::array<float, 3>&, float, float, float, float, float, float, float, bool, int,
                     const SourceTuple&, const SourceTuple&, int64_t, int64_t, int64_t, int64_t,
                     const std::vector<uintptr_t>&, uintptr_t, int64_t, uint64_t>(),
            py::kw_only(), arg("obs_dim"), arg("act_dim"), arg("critics"), arg("actor"), arg("critic"),
            arg("log_alpha"), arg("learning_rates"), arg("discount"), arg("polyak"), arg("target_entropy"),
            arg("log_std_min"), arg("log_std_max"), arg("alpha_max"), arg("critic_loss_scale"),
-           arg("simultaneous"), arg("bfloat16"), arg("real"), arg("model"), arg("real_rows"),
+           arg("simultaneous"), arg("precision"), arg("real"), arg("model"), arg("real_rows"),
            arg("model_rows"), arg("updates"), arg("updates_before"), arg("steps"), arg("count"),
            arg("first_draw"), arg("seed"));
   py::class_<FitCall>(module, "FitCall", py::module_local(),
@@ -189,9 +189,9 @@ inline void bind_calls(py::module_& module) {
       .def(py::init<int64_t, int64_t, const std::vector<TrainedTuple>&, int, const std::array<uintptr_t, 3>&,
                     const std::array<uintptr_t, 3>&, uintptr_t, uintptr_t, int64_t, uintptr_t, int64_t,
                     int64_t, int64_t, float, float, const std::vector<float>&, int64_t,
-                    const std::vector<uintptr_t>&, bool>(),
+                    const std::vector<uintptr_t>&, int>(),
            py::kw_only(), arg("members"), arg("dims"), arg("layers"), arg("activation"), arg("max_logvar"),
            arg("min_logvar"), arg("inputs"), arg("targets"), arg("stride"), arg("rows"), arg("count"),
            arg("rows_stride"), arg("batch"), arg("learning_rate"), arg("logvar_bound_weight"),
-           arg("weight_decay"), arg("steps_before"), arg("steps"), arg("bfloat16"));
+           arg("weight_decay"), arg("steps_before"), arg("steps"), arg("precision"));
 }

@@ -27,10 +27,10 @@ mopo::Network network(const NetworkTuple& tuple, const std::vector<mopo::Network
           static_cast<mopo::Activation>(std::get<4>(tuple))};
 }
 
-mopo::Packed pack(const NetworkTuple& tuple, const std::string& isa, bool bfloat16) {
+mopo::Packed pack(const NetworkTuple& tuple, const std::string& isa, int precision) {
   const mopo::Kernels& kernels = mopo::kernels(isa);
   const std::vector<mopo::NetworkLayer> own = layers(tuple);
-  return {network(tuple, own), bfloat16 ? kernels.bfloat16 : kernels.float32};
+  return {network(tuple, own), kernels.packings[precision]};
 }
 
 bool resembles(const mopo::Packed& packed, const NetworkTuple& tuple) {
@@ -62,7 +62,7 @@ std::pair<int64_t, int64_t> rollout(
     uintptr_t penalty_members, int64_t num_penalty_members, const std::string& penalty, float penalty_coef,
     bool penalties, uintptr_t low, uintptr_t high, const NetworkTuple& policy, float log_std_min,
     float log_std_max, uintptr_t actions, int64_t batch, uintptr_t start, uintptr_t rows, int64_t horizon,
-    uint32_t first_step, uint64_t seed, bool deterministic, bool bfloat16, bool keep_every_row,
+    uint32_t first_step, uint64_t seed, bool deterministic, int precision, bool keep_every_row,
     const std::vector<ArrayTuple>& out, int64_t capacity, int64_t head, uintptr_t mean, uintptr_t std,
     int threads) {
   const std::vector<mopo::NetworkLayer> dynamics_layers = layers(dynamics), policy_layers = layers(policy);
@@ -96,7 +96,7 @@ std::pair<int64_t, int64_t> rollout(
   args.first_step = first_step;
   args.seed = seed;
   args.deterministic = deterministic;
-  args.bfloat16 = bfloat16;
+  args.precision = static_cast<mopo::Precision>(precision);
   args.keep_every_row = keep_every_row;
   args.out = {array<float>(out[0]),   array<float>(out[1]),  array<float>(out[2]), array<float>(out[3]),
               array<bool>(out[4]),    array<float>(out[5]),  array<float>(out[6]), array<int32_t>(out[7]),
@@ -156,7 +156,7 @@ PYBIND11_MODULE(_cpu, module) {
                            "Weights in the layout of an instruction set's kernels; see csrc/cpu/packed.h.")
       .def("resembles", resembles, arg("network"),
            "Tell whether the biases of a network's last layer are those that were packed.");
-  module.def("pack", pack, arg("network"), py::kw_only(), arg("isa"), arg("bfloat16"),
+  module.def("pack", pack, arg("network"), py::kw_only(), arg("isa"), arg("precision"),
              py::call_guard<py::gil_scoped_release>(), "Pack a network's weights for `rollout`.");
   module.def("rollout", rollout, py::kw_only(), arg("isa"), arg("obs_dim"), arg("act_dim"), arg("dynamics"),
              arg("packed"), arg("input_mean"), arg("input_std"), arg("max_logvar"), arg("min_logvar"),
@@ -164,7 +164,7 @@ PYBIND11_MODULE(_cpu, module) {
              arg("num_penalty_members"), arg("penalty"), arg("penalty_coef"), arg("penalties"), arg("low"),
              arg("high"), arg("policy"), arg("log_std_min"), arg("log_std_max"), arg("actions"), arg("batch"),
              arg("start"), arg("rows"), arg("horizon"), arg("first_step"), arg("seed"), arg("deterministic"),
-             arg("bfloat16"), arg("keep_every_row"), arg("out"), arg("capacity"), arg("head"), arg("mean"),
+             arg("precision"), arg("keep_every_row"), arg("out"), arg("capacity"), arg("head"), arg("mean"),
              arg("std"), arg("threads"),
              "Run the fused rollout of csrc/rollout.h. Return (rows written, rollouts cut as not finite).");
   bind_calls(module);

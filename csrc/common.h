@@ -19,6 +19,11 @@ namespace mopo {
 // In the order of mopo_fast/config.py, which passes them as integers.
 enum class Activation : int { kSilu, kRelu, kTanh };
 
+// Type of the factors of matrix products; sums are float. kBFloat16x3 takes a factor as the sum of two
+// numbers in bfloat16, and adds three of the four products of these: the fourth is as small as the rounding.
+enum class Precision : int { kFloat32, kBFloat16, kBFloat16x3 };
+constexpr int kPrecisions = 3;
+
 // The penalties that `penalise` in spec.h has, and their names in mopo_fast/config.py in the same order.
 enum class Penalty : int { kMaxAleatoric, kMaxDeviation, kMaxPairwise, kEnsembleStd, kMixtureStd };
 inline constexpr const char* kPenaltyNames[] = {"max_aleatoric", "max_deviation", "max_pairwise",

@@ -22,7 +22,7 @@ struct FitArgs {
   float learning_rate, logvar_bound_weight;
   const float* weight_decay;  // [depth]
   int64_t steps_before;       // steps that Adam has made already
-  bool bfloat16;              // the products' factors are rounded to bfloat16; sums are float
+  Precision precision;
   int threads;
 };
 

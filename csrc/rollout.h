@@ -71,7 +71,7 @@ struct RolloutArgs {
   uint32_t first_step;
   uint64_t seed;
   bool deterministic;
-  bool bfloat16;  // the products' factors are rounded to bfloat16; sums and all else are float
+  Precision precision;
 
   // Keep one row for each start state, non-finite ones too: for RolloutEngine.step.
   bool keep_every_row;

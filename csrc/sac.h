@@ -28,7 +28,7 @@ struct SacArgs {
   float alpha_max;          // bound of the temperature; infinity for none
   float critic_loss_scale;  // times the mean squared error
   bool simultaneous;        // all gradients are taken before any step; else the critics step before the actor
-  bool bfloat16;  // hidden layers' products, but the first's, have factors in bfloat16; sums are float
+  Precision precision;      // of the hidden layers' products but the first's; all others are float32
 
   SacSource real, model;
   int64_t real_rows, model_rows;  // rows of each batch; the real ones come first

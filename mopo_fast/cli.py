@@ -292,8 +292,8 @@ def fit(
         device: Device that fits: cpu or cuda.
         backend: Implementation of the fit: auto to choose one, or a name that `mopo-fast doctor` lists.
         threads: Number of threads of the CPU kernels. The result does not depend on it.
-        matmul_precision: Precision of the matrix products: highest for float32, medium for bfloat16 where it
-            is faster, as `mopo-fast doctor` tells. The fit has no precision between them. The setting
+        matmul_precision: Precision of the matrix products: highest for float32, high for bfloat16x3 and
+            medium for bfloat16 where these are faster, as `mopo-fast doctor` tells. The setting
             dynamics.dtype overrides it.
         dynamics: Probabilistic ensemble and its maximum-likelihood fit.
         memory_map: Leave the data in their file, for a data set larger than the memory. Results do not
@@ -696,10 +696,12 @@ def rollout(
         seed: Seed of all random numbers. The same seed gives the same transitions, bit for bit on one
             instruction set, backend and dtype.
         penalty_coef: Weight of the penalty in the reward.
-        matmul_precision: Precision of the matrix products: highest for float32, high for TF32 on a GPU,
-            medium for bfloat16. A higher precision is taken if rollouts are no faster in this one.
-        dtype: Precision of the networks. With tfloat32, bfloat16 or float16 only the factors of matrix
-            products are rounded; everything else is float32.
+        matmul_precision: Precision of the matrix products: highest for float32, high for bfloat16x3 on a CPU
+            and TF32 on a GPU, medium for bfloat16. Rollouts take float32 if they are no faster in the lower
+            precision.
+        dtype: Precision of the networks. With tfloat32, bfloat16, bfloat16x3 or float16 only the factors of
+            matrix products are rounded; everything else is float32. In bfloat16x3 a factor is the sum of two
+            numbers in bfloat16.
         format: Format of the shards. In HDF5 they have D4RL's layout.
         compression: Compression of the shards: none, lzf or gzip in HDF5, and none, snappy or zstd in
             Parquet.
@@ -826,7 +828,8 @@ def bench(
     Args:
         kernel: Kernel to measure: rollouts in the ensemble, SAC updates, or the fit of the ensemble.
         backend: Implementation to measure: auto to choose one, or a name that `mopo-fast doctor` lists.
-        dtype: Precision of the matrix products. SAC and the fit have float32 and bfloat16.
+        dtype: Precision of the matrix products. SAC and the fit have float32, bfloat16 and
+            bfloat16x3.
         obs_dim: Dimensions of an observation.
         act_dim: Dimensions of an action.
         starts: Start states of a rollout. Only for bench rollout.

@@ -22,8 +22,9 @@ Activation = Literal["silu", "relu", "tanh"]
 LogScale = Literal["variance", "std"]
 Penalty = Literal["max_aleatoric", "max_deviation", "max_pairwise", "ensemble_std", "mixture_std"]
 PenaltyMembers = Literal["all", "elites"]
-TrainingDtype = Literal["float32", "bfloat16"]
-RolloutDtype = Literal["float32", "float64", "tfloat32", "bfloat16", "float16"]
+# The order is that of csrc/common.h.
+TrainingDtype = Literal["float32", "bfloat16", "bfloat16x3"]
+RolloutDtype = Literal["float32", "float64", "tfloat32", "bfloat16", "bfloat16x3", "float16"]
 MatmulPrecision = Literal["highest", "high", "medium"]
 ShardFormat = Literal["hdf5", "parquet"]
 Compression = Literal["none", "lzf", "gzip", "snappy", "zstd"]
@@ -204,8 +205,9 @@ class RolloutConfig:
         interval: Number of SAC updates between two such batches of rollouts. These updates are one epoch.
         retain_epochs: Number of epochs whose rollouts stay in the model buffer, which has room for
             retain_epochs * horizon * batch_size transitions.
-        dtype: Precision of the networks. With tfloat32, bfloat16 or float16 only the factors of matrix
-            products are rounded; everything else is float32.
+        dtype: Precision of the networks. With tfloat32, bfloat16, bfloat16x3 or float16 only the factors of
+            matrix products are rounded; everything else is float32. In bfloat16x3 a factor is the sum of two
+            numbers in bfloat16.
     """
 
     horizon: Annotated[int | None, flag(f"tuned for the data set, or {UNTUNED[0]}", "INT", prefix=False)] = (
@@ -410,9 +412,9 @@ class TrainConfig:
             name that `mopo-fast doctor` lists.
         threads: Number of threads of the CPU kernels. The result does not depend on it.
         matmul_precision: Precision of the matrix products of the fit, the rollouts and SAC, by the names of
-            torch.set_float32_matmul_precision: highest for float32, high for TF32 on a GPU, medium for
-            bfloat16. A part takes a higher precision if it is no faster in this one. The settings
-            dynamics.dtype, rollout.dtype and sac.dtype override it for one part.
+            torch.set_float32_matmul_precision: highest for float32, high for bfloat16x3 on a CPU and TF32 on
+            a GPU, medium for bfloat16. A part takes float32 if it is no faster in the lower precision. The
+            settings dynamics.dtype, rollout.dtype and sac.dtype override it for one part.
         preset: Code base whose hyperparameters are the defaults of this run.
         dynamics_from: Folder of another run or of `mopo-fast fit`, whose ensemble is used instead of fitting
             a new one.

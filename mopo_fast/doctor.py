@@ -172,13 +172,15 @@ def _precision(device: str) -> str:
     """Name the lowest precision that is faster on a device than float32, and the parts that take it."""
     try:
         dtypes = dtypes_of("medium", device)
+        between = dtypes_of("high", device).rollout
     except InputError as error:
         return f"highest: {error}"
     if dtypes.rollout == "float32":
         return f"highest: {dtypes.why}"
     parts = "rollouts" if dtypes.training == "float32" else "the fit, rollouts and SAC"
     gain = f", whose products are {cpu.bfloat16_gain():.0f} times as fast here" if device == "cpu" else ""
-    return f"medium: {dtypes.rollout} for {parts}{gain}{f'; {dtypes.why}' if dtypes.why else ''}"
+    why = f"; {dtypes.why}" if dtypes.why else ""
+    return f"medium: {dtypes.rollout} for {parts}{gain}{why}; high: {between}"
 
 
 def _rendering() -> Ability:

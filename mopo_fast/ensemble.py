@@ -7,7 +7,7 @@ import functools
 import itertools
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,8 @@ def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
 def round_factor(x: torch.Tensor, operands: str) -> torch.Tensor:
     """Round a factor of a product to the type `operands`; the result has the dtype of `x`.
 
-    tfloat32 is float32 with 10 fraction bits, rounded to nearest, ties to even.
+    tfloat32 is float32 with 10 fraction bits, rounded to nearest, ties to even. bfloat16x3 is the sum of two
+    numbers in bfloat16: `x` rounded, and the rounded error of that.
 
     Args:
         x: the factor.
@@ -65,11 +66,39 @@ def round_factor(x: torch.Tensor, operands: str) -> torch.Tensor:
     """
     if operands in ("float16", "bfloat16"):
         return x.to(getattr(torch, operands)).to(x.dtype)
+    if operands == "bfloat16x3":
+        high, low = _two_parts(x)
+        return high + low
     if operands == "tfloat32":
         bits = x.view(torch.int32)
         rounded = (bits + 0x0FFF + ((bits >> 13) & 1)) & ~0x1FFF
         return torch.where(x.isnan(), x, rounded.view(torch.float32))
     return x
+
+
+def round_factors(
+    left: torch.Tensor, right: torch.Tensor, operands: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the factors of a matrix product [..., n, k] [..., k, m] in the precision `operands`.
+
+    For bfloat16x3 both have three times as many terms: the low part of `left` times the high part of `right`,
+    then high times high, then high times low.
+
+    Args:
+        left: [..., n, k].
+        right: [..., k, m].
+        operands: one of `config.ROLLOUT_DTYPES`.
+    """
+    if operands != "bfloat16x3":
+        return round_factor(left, operands), round_factor(right, operands)
+    (high, low), (other_high, other_low) = _two_parts(left), _two_parts(right)
+    return torch.cat([low, high, high], -1), torch.cat([other_high, other_high, other_low], -2)
+
+
+def _two_parts(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `x` in bfloat16 and its error, in bfloat16 too, as tensors of the dtype of `x`."""
+    high = round_factor(x, "bfloat16")
+    return high, round_factor(x - high, "bfloat16")
 
 
 def mlp(
@@ -86,7 +115,7 @@ def mlp(
         weights: [in, out] of each layer, or [members, in, out]. More dimensions in front broadcast.
         biases: [out] of each layer, or [members, out].
         activation: one of `config.ACTIVATIONS`, after every layer but the last.
-        operands: type that the factors of products are rounded to; sums are not.
+        operands: precision of the products' factors, see `round_factors`. Sums are not rounded.
 
     Returns:
         Outputs [batch, out], or [members, batch, out].
@@ -96,7 +125,7 @@ def mlp(
         if hidden:
             x = activate(x, activation)
         hidden = True
-        x, weight = round_factor(x, operands), round_factor(weight, operands)
+        x, weight = round_factors(x, weight, operands)
         if weight.ndim == 2:
             x = torch.addmm(bias, x, weight)
         elif weight.ndim == 3:
@@ -106,44 +135,63 @@ def mlp(
     return x
 
 
-def rounded_mlp(
+def trained_mlp(operands: str | None, *, inner: bool = False) -> Callable[..., torch.Tensor]:
+    """Return `mlp`, without its last argument, for training in a precision.
+
+    Args:
+        operands: precision of the products' factors, forwards and backwards: one of `config.TRAINING_DTYPES`,
+            or None for float32.
+        inner: leave the products of the first and of the last layer in full precision.
+    """
+    if operands in (None, "float32"):
+        return mlp
+    return functools.partial(_rounded_mlp, operands=operands, inner=inner)
+
+
+def _rounded_mlp(
     x: torch.Tensor,
     weights: Iterable[torch.Tensor],
     biases: Iterable[torch.Tensor],
     activation: str,
     *,
-    inner: bool = False,
+    operands: str,
+    inner: bool,
 ) -> torch.Tensor:
-    """Compute `mlp` with the factors of products in bfloat16, in the backward pass too.
-
-    Args:
-        x: as for `mlp`.
-        weights: as for `mlp`.
-        biases: as for `mlp`.
-        activation: as for `mlp`.
-        inner: leave the products of the first and of the last layer in full precision.
-
-    Returns:
-        As `mlp`.
-    """
     weights = list(weights)
     for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         x = activate(x, activation) if layer else x
-        if inner and layer in (0, len(weights) - 1):
-            x = x @ weight + bias.unsqueeze(-2)
-            continue
-        x = _round(x) @ _round(weight) + bias.unsqueeze(-2)
-        if x.requires_grad:
-            x.register_hook(_to_bfloat16)
+        exact = inner and layer in (0, len(weights) - 1)
+        x = _RoundedLayer.apply(x, weight, bias.unsqueeze(-2), "float32" if exact else operands)
     return x
 
 
-def _round(x: torch.Tensor) -> torch.Tensor:
-    """Round to bfloat16, but leave the gradient as it is."""
-    return x + (_to_bfloat16(x) - x).detach()
+class _RoundedLayer(torch.autograd.Function):
+    """x @ weight + bias, with the factors of the three products in a precision `operands`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, operands: str
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.operands = operands
+        return _product(x, weight, operands) + bias
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        to_x, to_weight, to_bias, _ = ctx.needs_input_grad
+        return (
+            _product(grad, weight.mT, ctx.operands).sum_to_size(x.shape) if to_x else None,
+            _product(x.mT, grad, ctx.operands).sum_to_size(weight.shape) if to_weight else None,
+            # The kernels sum this column of the weight's gradient like all others.
+            round_factor(grad, ctx.operands).sum_to_size(bias.shape) if to_bias else None,
+            None,
+        )
 
 
-_to_bfloat16 = functools.partial(round_factor, operands="bfloat16")
+def _product(left: torch.Tensor, right: torch.Tensor, operands: str) -> torch.Tensor:
+    left, right = round_factors(left, right, operands)
+    return left @ right
 
 
 def mlp_bytes(networks: int, sizes: Sequence[int], batch_size: int = 0) -> int:

@@ -28,10 +28,9 @@ from mopo_fast.config import DynamicsConfig, to_dict
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import (
     EnsembleDynamics,
-    mlp,
     mlp_bytes,
-    rounded_mlp,
     soft_clamp_logvar,
+    trained_mlp,
 )
 from mopo_fast.errors import InputError
 from mopo_fast.run.fit_log import FitLog, open_fit_log
@@ -163,7 +162,7 @@ def negative_log_likelihood(
     """
     *layers, max_logvar, min_logvar = parameters
     weights, biases = layers[: len(layers) // 2], layers[len(layers) // 2 :]
-    network = rounded_mlp if config.dtype == "bfloat16" else mlp
+    network = trained_mlp(config.dtype)
     mean, raw_logvar = network(inputs, weights, biases, config.activation).chunk(2, dim=-1)
     logvar = soft_clamp_logvar(raw_logvar, max_logvar[..., None, None, :], min_logvar[..., None, None, :])
     likelihood = ((mean - targets).square() * torch.exp(-logvar) + logvar).mean((-2, -1)).sum(-1)

@@ -98,9 +98,10 @@ class RolloutEngine:
             next_observations) -> bool [batch]. A function is called after every step: by `step` with arrays
             of the caller's kind, by `rollout` with tensors.
         backend: "auto", or a name that `mopo-fast doctor` lists.
-        dtype: "float32" or "float64" for all arrays and arithmetic. "bfloat16", "float16" and "tfloat32"
-            round the factors of the networks' products, and keep all else in float32; they are fast on
-            processors that multiply such numbers.
+        dtype: "float32" or "float64" for all arrays and arithmetic. "bfloat16", "bfloat16x3", "float16" and
+            "tfloat32" round the factors of the networks' products, and keep all else in float32; they are
+            fast on processors that multiply such numbers. In "bfloat16x3" a factor is the sum of two numbers
+            in bfloat16.
         threads: threads of the CPU kernel; None takes all cores that this process may use.
         penalty_members: members that the penalty is computed from, "all" (authors) or "elites" (Unifloral).
         penalties: return the penalties. None returns them where `penalty_coef` is not 0, and where the buffer

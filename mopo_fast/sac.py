@@ -5,7 +5,6 @@ Source: softlearning/algorithms/mopo.py of the authors' code. `SACConfig` has ot
 
 import copy
 import dataclasses
-import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,7 +27,7 @@ from mopo_fast.backends.philox import (
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import SACConfig
 from mopo_fast.data.transitions import DATA_ARRAYS, Transitions
-from mopo_fast.ensemble import mlp, rounded_mlp
+from mopo_fast.ensemble import trained_mlp
 from mopo_fast.errors import InputError
 from mopo_fast.policy import Actor, Critic
 from mopo_fast.utils.adam import Adam
@@ -129,7 +128,7 @@ class SAC:
             "critic": Adam(self.critic.parameters(), config.critic_learning_rate),
             "alpha": Adam([self.log_alpha], config.alpha_learning_rate),
         }
-        self._network = functools.partial(rounded_mlp, inner=True) if config.dtype == "bfloat16" else mlp
+        self._network = trained_mlp(config.dtype, inner=True)
         self._targets = list(self.target.parameters())
         self._polyak = get_ema_multi_avg_fn(1.0 - config.polyak)
         self._recorder = Recorder()

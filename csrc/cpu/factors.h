@@ -1,5 +1,6 @@
 // The factors of training's products. In float32 they are the matrices themselves, in bfloat16 rounded
-// copies; sums are always float32.
+// copies; sums are always float32. kCopies: factors are not the matrices themselves. kRough: they have errors
+// that hide those of rough functions (math.h).
 //
 // A layer has three matrices: inputs X [rows][in], gradients of its outputs G [rows][out], weights W
 // [in][out]. Its three products are forwards X W, backwards G W^T, and the weight's gradient X^T G. X has a
@@ -16,11 +17,11 @@ MOPO_INLINE void without_bias(const Dense& layer, int64_t row, vf (&block)[kBloc
 // Factors as matrices in panels: float32, and bfloat16 as rounded floats where no instruction multiplies it.
 template <bool kToBFloat16>
 struct PanelFactors {
-  static constexpr bool kRounded = kToBFloat16;
+  static constexpr bool kCopies = kToBFloat16, kRough = kToBFloat16;
   static constexpr int64_t kRows = kBlock;  // rows that a product takes at a time
 
   MOPO_INLINE vf round(vf x) {
-    if constexpr (kRounded) return pack_pair(vf{}, x);
+    if constexpr (kCopies) return pack_pair(vf{}, x);
     return x;
   }
 
@@ -52,11 +53,11 @@ struct PanelFactors {
 
   template <int kWide>
   MOPO_INLINE void put_target(const Dense& layer, int64_t row, int64_t column, vf (&block)[kBlock][kWide]) {
-    if constexpr (kRounded) put_across(layer, layer.target_weight, row, column, block);
+    if constexpr (kCopies) put_across(layer, layer.target_weight, row, column, block);
   }
   template <int kWide>
   MOPO_INLINE void put_weight(const Dense& layer, int64_t row, int64_t column, vf (&block)[kBlock][kWide]) {
-    if constexpr (kRounded) put_across(layer, layer.weight.across, row, column, block);
+    if constexpr (kCopies) put_across(layer, layer.weight.across, row, column, block);
     if (layer.weight.along.data == nullptr) return;
     without_bias(layer, row, block);
 #pragma GCC unroll 2
@@ -110,19 +111,24 @@ using Float32Factors = PanelFactors<false>;
 
 #ifndef MOPO_BFLOAT16
 using BFloat16Factors = PanelFactors<true>;
+using BFloat16x3Factors = Float32Factors;  // not asked for
 #else
 // Factors of packed bfloat16, for AMX and for vdpbf16ps: words of two numbers that follow one another in the
 // sum, in tiles of 16 x 16 words. A row of a left factor's tile is a row of the matrix; a column of a right
 // factor's tile is a column of the matrix, and two such tiles stand side by side. Padding rows of a batch are
 // zeros in G and finite numbers of an earlier batch in X.
-struct BFloat16Factors {
-  static constexpr bool kRounded = true;
+//
+// With kParts = 2 a factor is the sum of two matrices: its values in bfloat16, and the errors of these. Their
+// tiles take turns: [tiles][parts][rows][words].
+template <int kParts>
+struct PackedFactors {
+  static constexpr bool kCopies = true, kRough = kParts == 1;
   static constexpr int64_t kRows = 32;
   static constexpr int64_t kWords = 16;  // in a tile's row
   static_assert(W == kWords && kPanel == kRows);
 
   MOPO_INLINE Factor left_from(const Factor& x, int64_t first, const Panels& along) {
-    return {along, {x.across.data + first / kRows * x.across.rows * kWords, x.across.rows}};
+    return {along, {x.across.data + first / kRows * kParts * x.across.rows * kWords, x.across.rows}};
   }
   MOPO_INLINE Factor grad_from(const Factor& grad, int64_t first, const Panels& along) {
     return {along, {grad.across.data + first * kWords, grad.across.rows}};
@@ -130,46 +136,51 @@ struct BFloat16Factors {
 
   template <int kWide>
   MOPO_INLINE void put_left(const Factor& to, int64_t row, int64_t column, vf (&block)[kBlock][kWide]) {
-    put_along(to, row, column, block);
-    if (to.across.data == nullptr) return;
-    float* here = to.across.data + (row / kRows * to.across.rows + column) * kWords + row % kRows / 2;
+    each_part(block, [&](int part) {
+      put_along(to, row, column, part, block);
+      if (to.across.data == nullptr) return;
+      float* here = tile(to.across, row, column, part) + row % kRows / 2;
 #pragma GCC unroll 2
-    for (int v = 0; v < kWide; ++v)
-      store_transposed(here + v * W * kWords, kWords, row_pair(block, 0, v), row_pair(block, 2, v),
-                       row_pair(block, 4, v), row_pair(block, 6, v));
+      for (int v = 0; v < kWide; ++v)
+        store_transposed(here + v * W * kWords, kWords, row_pair(block, 0, v), row_pair(block, 2, v),
+                         row_pair(block, 4, v), row_pair(block, 6, v));
+    });
   }
   template <int kWide>
   MOPO_INLINE void put_grad(const Factor& to, int64_t row, int64_t column, vf (&block)[kBlock][kWide]) {
-    put_along(to, row, column, block);
-    if (to.across.data != nullptr) put_across(to.across, row, column, block);
+    each_part(block, [&](int part) {
+      put_along(to, row, column, part, block);
+      if (to.across.data != nullptr) put_across(to.across, row, column, part, block);
+    });
   }
+  // In bfloat16, whose sign is that of a sum of two parts.
   MOPO_INLINE vf left(const Factor& x, int64_t row, int64_t column, int v) {
-    const float* words = x.along.data + (column / kRows * x.along.rows + row) * kWords;
-    return unpack_row(words + v * W / 2);
+    return unpack_row(tile(x.along, column, row, 0) + v * W / 2);
   }
   template <int kWide>
   MOPO_INLINE void put_target(const Dense& layer, int64_t row, int64_t column, vf (&block)[kBlock][kWide]) {
     without_bias(layer, row, block);
-    put_across(layer.target_weight, row, column, block);
+    each_part(block, [&](int part) { put_across(layer.target_weight, row, column, part, block); });
   }
   template <int kWide>
   MOPO_INLINE void put_weight(const Dense& layer, int64_t row, int64_t column, vf (&block)[kBlock][kWide]) {
     without_bias(layer, row, block);
-    put_across(layer.weight.across, row, column, block);
-    const Panels& along = layer.weight.along;
-    if (along.data == nullptr) return;
-    float* here = along.data + (row / kRows * along.rows + column) * kWords + row % kRows;
+    each_part(block, [&](int part) {
+      put_across(layer.weight.across, row, column, part, block);
+      const Panels& along = layer.weight.along;
+      if (along.data == nullptr) return;
+      float* here = tile(along, row, column, part) + row % kRows;
 #pragma GCC unroll 2
-    for (int i = 0; i < kBlock; i += 4)
-      store_transposed(here + i, kRows, column_pairs(block, i), column_pairs(block, i + 1),
-                       column_pairs(block, i + 2), column_pairs(block, i + 3));
+      for (int i = 0; i < kBlock; i += 4)
+        store_transposed(here + i, kRows, column_pairs(block, i), column_pairs(block, i + 1),
+                         column_pairs(block, i + 2), column_pairs(block, i + 3));
+    });
   }
 
   MOPO_INLINE void set_ones(int64_t first, int64_t last, const Factor& x, int64_t column) {
     if (x.across.data == nullptr) return;
     const vf ones = pack_pair(broadcast(1.0f), broadcast(1.0f));
-    for (int64_t row = first; row < last; row += kRows)
-      store(x.across.data + (row / kRows * x.across.rows + column) * kWords, ones);
+    for (int64_t row = first; row < last; row += kRows) store(tile(x.across, row, column, 0), ones);
   }
 
   template <class Epilogue>
@@ -197,6 +208,19 @@ struct BFloat16Factors {
   }
 
  private:
+  // Row `within` of a tile of the panel that has number `across`.
+  MOPO_INLINE float* tile(const Panels& words, int64_t across, int64_t within, int part) {
+    return words.data + ((across / kRows * kParts + part) * words.rows + within) * kWords;
+  }
+  // Calls put(part) for each part; `block` holds the part to be put.
+  template <int kWide, class Put>
+  MOPO_INLINE void each_part(vf (&block)[kBlock][kWide], Put put) {
+    put(0);
+    if constexpr (kParts == 2) {
+      each_vector(block, [](int, int, vf& x) { x = bfloat16_error(x); });
+      put(1);
+    }
+  }
   template <int kWide>
   MOPO_INLINE vf row_pair(const vf (&block)[kBlock][kWide], int i, int v) {
     return pack_pair(block[i][v], block[i + 1][v]);
@@ -207,17 +231,17 @@ struct BFloat16Factors {
   }
   // Stores X or G as a left factor: pairs along its rows.
   template <int kWide>
-  MOPO_INLINE void put_along(const Factor& to, int64_t row, int64_t column,
+  MOPO_INLINE void put_along(const Factor& to, int64_t row, int64_t column, int part,
                              const vf (&block)[kBlock][kWide]) {
-    float* here = to.along.data + (column / kRows * to.along.rows + row) * kWords;
+    float* here = tile(to.along, column, row, part);
 #pragma GCC unroll 8
     for (int i = 0; i < kBlock; ++i) store(here + i * kWords, column_pairs(block, i));
   }
   // Stores G or W as a right factor: pairs along its columns.
   template <int kWide>
-  MOPO_INLINE void put_across(const Panels& to, int64_t row, int64_t column,
+  MOPO_INLINE void put_across(const Panels& to, int64_t row, int64_t column, int part,
                               const vf (&block)[kBlock][kWide]) {
-    float* here = to.data + (column / kRows * to.rows + row) * kWords;
+    float* here = tile(to, column, row, part);
 #pragma GCC unroll 4
     for (int i = 0; i < kBlock; i += 2)
 #pragma GCC unroll 2
@@ -261,26 +285,33 @@ struct BFloat16Factors {
       const int64_t row = row_of(square), column = column_of(square);
       const bool tall = last - row > W, wide = width - column > W;
       const float* left = a.data + row * kWords;
-      const float* right = b.data + column / kRows * b.rows * kWords;
+      const float* right = tile(b, column, 0, 0);
       // Tiles 0 to 3 are sums; 4 and 5 hold 16 rows of a each; 6 and 7 hold 16 columns of b each.
       _tile_zero(0);
       _tile_zero(1);
       _tile_zero(2);
       _tile_zero(3);
       for (int64_t step = 0; step < steps; ++step) {
-        _tile_loadd(4, left, kWords * sizeof(float));
-        _tile_loadd(6, right, kRows * sizeof(float));
-        _tile_dpbf16ps(0, 4, 6);
-        if (wide) {
-          _tile_loadd(7, right + W, kRows * sizeof(float));
-          _tile_dpbf16ps(1, 4, 7);
+#pragma GCC unroll 3
+        for (int product = kFirstProduct<kParts>; product <= kLastProduct<kParts>; ++product) {
+          // The second product keeps the first one's part of b, the third the second one's of a.
+          const bool new_left = product != 2, new_right = product != 1 || kParts == 1;
+          const float* here = left + left_part(product) * a.rows * kWords;
+          const float* there = right + right_part(product) * b.rows * kWords;
+          if (new_left) _tile_loadd(4, here, kWords * sizeof(float));
+          if (new_right) _tile_loadd(6, there, kRows * sizeof(float));
+          _tile_dpbf16ps(0, 4, 6);
+          if (wide) {
+            if (new_right) _tile_loadd(7, there + W, kRows * sizeof(float));
+            _tile_dpbf16ps(1, 4, 7);
+          }
+          if (tall) {
+            if (new_left) _tile_loadd(5, here + W * kWords, kWords * sizeof(float));
+            _tile_dpbf16ps(2, 5, 6);
+            if (wide) _tile_dpbf16ps(3, 5, 7);
+          }
         }
-        if (tall) {
-          _tile_loadd(5, left + W * kWords, kWords * sizeof(float));
-          _tile_dpbf16ps(2, 5, 6);
-          if (wide) _tile_dpbf16ps(3, 5, 7);
-        }
-        left += a.rows * kWords;
+        left += kParts * a.rows * kWords;
         right += kWords * kRows;
         if (square > 0) finish(square - 1, kPieces * step / steps, kPieces * (step + 1) / steps);
       }
@@ -293,21 +324,26 @@ struct BFloat16Factors {
     finish(squares - 1, 0, kPieces);
   }
 #else
-  // kBlock rows of the product, kWide vectors each, that sum `tiles` tiles of words. Tiles of a lie
-  // `a_stride` floats apart.
+  // kBlock rows of the product, kWide vectors each, that sum `tiles` tiles of words. Parts of a lie `a_part`
+  // floats apart, those of b `b_part`.
   template <int kWide>
-  __attribute__((noinline)) static void product_block(const float* a, int64_t a_stride, const float* b,
-                                                      int64_t tiles, vf (&sum)[kBlock][kWide]) {
+  __attribute__((noinline)) static void product_block(const float* a, int64_t a_part, const float* b,
+                                                      int64_t b_part, int64_t tiles,
+                                                      vf (&sum)[kBlock][kWide]) {
     each_vector(sum, [](int, int, vf& x) { x = vf{}; });
     for (; tiles > 0; --tiles) {
       for (int64_t k = 0; k < kWords; ++k) {
-        vf right[kWide];
+#pragma GCC unroll 3
+        for (int product = kFirstProduct<kParts>; product <= kLastProduct<kParts>; ++product) {
+          const float* left = a + left_part(product) * a_part + k;
+          vf right[kWide];
 #pragma GCC unroll 2
-        for (int v = 0; v < kWide; ++v) right[v] = load(b + v * W);
-        each_vector(sum, [&](int i, int v, vf& x) { x = add_products(x, right[v], a[i * kWords + k]); });
+          for (int v = 0; v < kWide; ++v) right[v] = load(b + right_part(product) * b_part + v * W);
+          each_vector(sum, [&](int i, int v, vf& x) { x = add_products(x, right[v], left[i * kWords]); });
+        }
         b += kRows;
       }
-      a += a_stride;
+      a += kParts * a_part;
     }
   }
 
@@ -317,11 +353,11 @@ struct BFloat16Factors {
                            const Panels& b, Epilogue epilogue) {
     const int64_t tiles = (depth + kRows - 1) / kRows;
     for (int64_t column = 0; column < width; column += kRows) {
-      const float* right = b.data + column / kRows * b.rows * kWords;
+      const float* right = tile(b, column, 0, 0);
       const auto run = [&]<int kWide>() {
         for (int64_t row = first; row < last; row += kBlock) {
           vf block[kBlock][kWide];
-          product_block<kWide>(a.data + row * kWords, a.rows * kWords, right, tiles, block);
+          product_block<kWide>(a.data + row * kWords, a.rows * kWords, right, b.rows * kWords, tiles, block);
           epilogue(row, column, block);
         }
       };
@@ -333,4 +369,6 @@ struct BFloat16Factors {
   }
 #endif
 };
+using BFloat16Factors = PackedFactors<1>;
+using BFloat16x3Factors = PackedFactors<2>;
 #endif

@@ -29,7 +29,7 @@ Teams make_teams(int64_t threads, int64_t members, int64_t blocks) {
 
 // The rows of a batch, padding included.
 int64_t batch_rows(const FitArgs& args, const Kernels& kernels) {
-  return round_up(std::min(args.batch, args.count), granule(args.bfloat16, kernels));
+  return round_up(std::min(args.batch, args.count), granule(args.precision, kernels));
 }
 
 // A run's memory: parameters in the kernels' layout, and a workspace for each team.
@@ -46,7 +46,7 @@ class FitState {
     arena_.allocate_zeroed();
     lay_out();
     visit([&](const TrainedLayer& layer, int64_t member, const Dense& dense) {
-      read_parameters(layer, member, dense, args_.bfloat16, kernels_);
+      read_parameters(layer, member, dense, args_.precision, kernels_);
     });
     copy_bound(args.max_logvar, max_logvar_);
     copy_bound(args.min_logvar, min_logvar_);
@@ -113,7 +113,7 @@ class FitState {
     layers_.clear();
     for (int64_t member = 0; member < args_.members; ++member)
       for (int64_t l = 0; l < args_.depth; ++l)
-        layers_.push_back(take_dense(arena_, args_.layers[l], l > 0, args_.bfloat16, kernels_));
+        layers_.push_back(take_dense(arena_, args_.layers[l], l > 0, args_.precision, kernels_));
     plan.layers = layers_.data();
     const int64_t dims = round_up(args_.dims, kernels_.panel);
     for (float** each : {&plan.max_logvar, &plan.exp_minus_max, &plan.exp_min}) arena_.take(*each, dims);
@@ -133,9 +133,9 @@ class FitState {
   void lay_out(FitWorkspace& ws, Matrices& matrices) {
     const int64_t rows = batch_rows(args_, kernels_);
     const auto factor = [&](int64_t width, Side side) {
-      if (in_tiles(args_.bfloat16, kernels_))
-        return Factor{{}, take_across(arena_, rows, width, side, kernels_)};
-      return take_factor(arena_, rows, width, side, args_.bfloat16, kernels_);
+      if (in_tiles(args_.precision, kernels_))
+        return Factor{{}, take_across(arena_, rows, width, side, args_.precision, kernels_)};
+      return take_factor(arena_, rows, width, side, args_.precision, kernels_);
     };
     matrices = {};
     for (int64_t l = 0; l + 1 < args_.depth; ++l) {
@@ -162,12 +162,12 @@ class FitState {
     window.slopes = slopes.data();
     window.head = take_rows(arena_, rows, 2 * args_.dims);
     window.targets = take_rows(arena_, rows, args_.dims);
-    if (!args_.bfloat16) return;
+    if (args_.precision == Precision::kFloat32) return;
     window.gathered = panels(args_.layers[0].in);
     window.head_grad = panels(2 * args_.dims);
-    if (!in_tiles(args_.bfloat16, kernels_)) return;
+    if (!in_tiles(args_.precision, kernels_)) return;
     for (Panels(*each)[2] : {&window.left, &window.grad})
-      for (Panels& buffer : *each) buffer = take_along(arena_, rows, widest, kernels_);
+      for (Panels& buffer : *each) buffer = take_along(arena_, rows, widest, args_.precision, kernels_);
   }
 
   const FitArgs& args_;
@@ -191,7 +191,7 @@ class FitWork {
   FitWork(const FitArgs& args, const Kernels& kernels)
       : args(args),
         teams(make_teams(args.threads, args.members,
-                         batch_rows(args, kernels) / granule(args.bfloat16, kernels))),
+                         batch_rows(args, kernels) / granule(args.precision, kernels))),
         state(args, kernels, teams),
         adam_steps_(teams.size * teams.count, std::vector<AdamStep>(args.depth)),
         idle_(teams.count),

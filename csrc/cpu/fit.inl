@@ -56,14 +56,14 @@ struct FitRows {
   void gather() const {
     const int64_t in = layers()[0].in;
     const Factor to = left(0);
-    const Panels& gathered = Factors::kRounded ? window.gathered : to.along;
+    const Panels& gathered = Factors::kCopies ? window.gathered : to.along;
     for (int64_t row = 0; row < count; ++row) {
       copy_row(input(row), in, gathered, row, 0);
       for (int64_t d = 0; d < args.dims; d += W)
         store(window.targets.at(row) + d, load_lanes(target(row) + d, args.dims - d));
     }
     set_ones(0, rows, gathered, in);
-    if constexpr (Factors::kRounded)
+    if constexpr (Factors::kCopies)
       each_block(gathered, in + 1, [&](int64_t row, int64_t column, auto& block) {
         Factors::put_left(to, row, column, block);
       });
@@ -88,7 +88,7 @@ struct FitRows {
         float* slopes = at(window.slopes[l], row, column);
         each_vector(block, [&](int i, int v, vf& x) {
           vf slope;
-          x = activate_and_differentiate<activation, Factors::kRounded>(x, slope);
+          x = activate_and_differentiate<activation, Factors::kRough>(x, slope);
           store(slopes + within(i, v), slope);
         });
       };
@@ -118,7 +118,7 @@ struct FitRows {
     const int64_t dims = args.dims;
     const float inverse_count = 1.0f / static_cast<float>(turn.count * dims);
     const Factor to = grad(hidden_count());
-    const Panels& head_grad = Factors::kRounded ? window.head_grad : to.along;
+    const Panels& head_grad = Factors::kCopies ? window.head_grad : to.along;
     for (int64_t row = 0; row < count; ++row) {
       // The gradient takes the place of the predictions.
       float* head = window.head.at(row);
@@ -139,7 +139,7 @@ struct FitRows {
       copy_row(head, 2 * dims, head_grad, row, 0);
       ws.loss[begin + row] = loss * inverse_count;
     }
-    if constexpr (Factors::kRounded) {
+    if constexpr (Factors::kCopies) {
       for (int64_t row = count; row < rows; ++row)
         for (int64_t d = 0; d < 2 * dims; ++d) *at(head_grad, row, d) = 0.0f;
       each_block(head_grad, 2 * dims, [&](int64_t row, int64_t column, auto& block) {
@@ -177,7 +177,7 @@ static void add_up(const FitArgs& args, const FitPlan& plan, const FitWorkspace&
 }
 
 static void fit_rows(const FitArgs& args, const FitPlan& plan, const FitWorkspace& ws, const FitTurn& turn) {
-  with_factors(args.bfloat16, [&]<class Factors>() {
+  with_factors(args.precision, [&]<class Factors>() {
     const Span span = rows_of(turn.team, turn.count, Factors::kRows);
     for (int64_t begin = span.first; begin < span.last; begin += kFitWindow) {
       const FitRows<Factors> rows(args, plan, ws, turn, begin, smaller(kFitWindow, span.last - begin));
@@ -194,7 +194,7 @@ static void fit_rows(const FitArgs& args, const FitPlan& plan, const FitWorkspac
 static void fit_parameters(const FitArgs& args, const FitPlan& plan, const FitWorkspace& ws,
                            const FitTurn& turn, const AdamStep* steps) {
   const Dense* layers = plan.layers + turn.member * args.depth;
-  with_factors(args.bfloat16, [&]<class Factors>() {
+  with_factors(args.precision, [&]<class Factors>() {
     for (int64_t l = 0; l < args.depth; ++l)
       train_layer<Factors>(turn.team, layers[l], steps[l], turn.count, l == 0 ? ws.inputs : ws.hidden[l - 1],
                            l + 1 == args.depth ? ws.head_grad : ws.grads[l]);

@@ -9,9 +9,9 @@ constexpr int64_t round_up(int64_t count, int64_t multiple) {
   return (count + multiple - 1) / multiple * multiple;
 }
 
-// The two precisions of a layer's inputs and weights. A 32-bit word holds a float ...
+// The precisions of a layer's inputs and weights. A 32-bit word holds a float ...
 struct Float32 {
-  static constexpr Packing kPacking{kVectors * W, 1, kBlock, 1};
+  static constexpr Packing kPacking{kVectors * W, 1, kBlock, 1, 1};
   MOPO_INLINE vf multiply_add(vf sum, vf rows, float weight) { return sum + rows * broadcast(weight); }
   template <Activation activation>
   MOPO_INLINE vf activate_output(vf x) {
@@ -22,9 +22,9 @@ struct Float32 {
 // ... or two bfloat16 that follow one another in the sum, the first in the lower half. Sums are float.
 struct BFloat16 {
 #ifdef MOPO_AMX
-  static constexpr Packing kPacking{2 * W, 2, 32, 16};
+  static constexpr Packing kPacking{2 * W, 2, 32, 16, 1};
 #else
-  static constexpr Packing kPacking{kVectors * W, 2, kBlock, 1};
+  static constexpr Packing kPacking{kVectors * W, 2, kBlock, 1, 1};
 #endif
   MOPO_INLINE vf multiply_add(vf sum, vf rows, float weight) { return add_products(sum, rows, weight); }
   template <Activation activation>
@@ -34,7 +34,23 @@ struct BFloat16 {
   }
 };
 
-// Words of `depth` packed inputs, padding included.
+// ... or a part of such a pair, where a factor is the sum of two numbers in bfloat16. Sets of instructions
+// without products of bfloat16 are not asked for it.
+#ifdef MOPO_BFLOAT16
+struct BFloat16x3 {
+  static constexpr Packing kPacking{BFloat16::kPacking.tile, 2, BFloat16::kPacking.outputs,
+                                    BFloat16::kPacking.words, 2};
+  MOPO_INLINE vf multiply_add(vf sum, vf rows, float weight) { return add_products(sum, rows, weight); }
+  template <Activation activation>
+  MOPO_INLINE vf activate_output(vf x) {
+    return activate<activation>(x);
+  }
+};
+#else
+using BFloat16x3 = Float32;
+#endif
+
+// Words of `depth` packed inputs, padding included; of one part, where factors have two.
 template <class Operand>
 constexpr int64_t packed_words(int64_t depth) {
   constexpr Packing packing = Operand::kPacking;
@@ -48,12 +64,14 @@ constexpr bool divides_width_multiple() {
 }
 static_assert(divides_width_multiple<Float32>() && divides_width_multiple<BFloat16>());
 
-// Rows of a tile.
+// Rows of a tile, and numbers whose sum is a factor.
 template <class Operand>
 constexpr int kTile = Operand::kPacking.tile;
+template <class Operand>
+constexpr int kParts = Operand::kPacking.parts;
 
 // A layer of packed `weight` and `bias` on the first kUsed vectors of a tile's rows, in
-// [packed_words(depth)][kTile]. Calls write(n, v, outputs) for kBlock outputs from n on of vector v.
+// [packed_words(depth)][kParts][kTile]. Calls write(n, v, outputs) for kBlock outputs from n on of vector v.
 template <class Operand, int kUsed, class Write>
 MOPO_INLINE void layer_vectors(const float* in, int64_t depth, const float* weight, const float* bias,
                                int64_t width, Write write) {
@@ -62,15 +80,21 @@ MOPO_INLINE void layer_vectors(const float* in, int64_t depth, const float* weig
     vf sum[kBlock][kUsed] = {};
     const float* x = in;
     for (int64_t k = packed_words<Operand>(depth); k > 0; --k) {
-      vf rows[kUsed];
 #pragma GCC unroll 3
-      for (int v = 0; v < kUsed; ++v) rows[v] = load(x + v * W);
+      for (int product = kFirstProduct<kParts<Operand>>; product <= kLastProduct<kParts<Operand>>;
+           ++product) {
+        const float* from = x + left_part(product) * kTile<Operand>;
+        const float* factors = weight + right_part(product) * kBlock;
+        vf rows[kUsed];
+#pragma GCC unroll 3
+        for (int v = 0; v < kUsed; ++v) rows[v] = load(from + v * W);
 #pragma GCC unroll 8
-      for (int j = 0; j < kBlock; ++j)
+        for (int j = 0; j < kBlock; ++j)
 #pragma GCC unroll 3
-        for (int v = 0; v < kUsed; ++v) sum[j][v] = Operand::multiply_add(sum[j][v], rows[v], weight[j]);
-      x += kTile<Operand>;
-      weight += kBlock;
+          for (int v = 0; v < kUsed; ++v) sum[j][v] = Operand::multiply_add(sum[j][v], rows[v], factors[j]);
+      }
+      x += kParts<Operand> * kTile<Operand>;
+      weight += kParts<Operand> * kBlock;
     }
 #pragma GCC unroll 3
     for (int v = 0; v < kUsed; ++v) {
@@ -141,16 +165,17 @@ static void layer_rows(const float* in, int64_t rows, int64_t stride, int64_t de
 #ifdef MOPO_AMX
 // layer_tile on AMX: 32 outputs of 32 rows at a time, in four tiles of 16 x 16. Among the tile instructions,
 // write() takes the 32 outputs before.
-template <class Write>
+template <class Operand, class Write>
 MOPO_INLINE void layer_amx(const float* in, int64_t depth, const float* weight, const float* bias,
                            int64_t width, int vectors, Write write) {
   constexpr int64_t kSide = 32, kWords = 16, kRowBytes = kSide * sizeof(float);
-  static_assert(kTile<BFloat16> == kSide && W == 16);
+  static_assert(kTile<Operand> == kSide && W == 16);
+  constexpr int kNumber = kParts<Operand>;
   constexpr int kSlices = 2 * kSide / kBlock;
   alignas(64) float sums[2][kSide * kSide];
   // GCC 12 does not know that loading a tile reads memory.
   asm volatile("" ::: "memory");
-  const int64_t steps = packed_words<BFloat16>(depth) / kWords, blocks = (width + kSide - 1) / kSide;
+  const int64_t steps = packed_words<Operand>(depth) / kWords, blocks = (width + kSide - 1) / kSide;
   const bool wide = vectors > 1;  // else the second half of the rows is left out
   // Writes slices of a finished block; a slice is kBlock outputs of one vector of rows.
   const auto finish = [&](int64_t block, int64_t slice, int64_t end) {
@@ -173,16 +198,22 @@ MOPO_INLINE void layer_amx(const float* in, int64_t depth, const float* weight, 
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t step = 0; step < steps; ++step) {
-      const float* rows = in + step * kWords * kSide;
-      _tile_loadd(4, weight, kWords * sizeof(float));
-      _tile_loadd(6, rows, kRowBytes);
-      if (wide) _tile_loadd(7, rows + W, kRowBytes);
-      _tile_dpbf16ps(0, 4, 6);
-      if (wide) _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(5, weight + 16 * kWords, kWords * sizeof(float));
-      _tile_dpbf16ps(2, 5, 6);
-      if (wide) _tile_dpbf16ps(3, 5, 7);
-      weight += kSide * kWords;
+#pragma GCC unroll 3
+      for (int product = kFirstProduct<kNumber>; product <= kLastProduct<kNumber>; ++product) {
+        // The second product keeps the first one's rows, the third the second one's weights.
+        const bool new_rows = product != 1 || kNumber == 1, new_weights = product != 2;
+        const float* rows = in + (step * kWords * kNumber + right_part(product)) * kSide;
+        const float* weights = weight + left_part(product) * kSide * kWords;
+        if (new_weights) _tile_loadd(4, weights, kWords * sizeof(float));
+        if (new_rows) _tile_loadd(6, rows, kNumber * kRowBytes);
+        if (new_rows && wide) _tile_loadd(7, rows + W, kNumber * kRowBytes);
+        _tile_dpbf16ps(0, 4, 6);
+        if (wide) _tile_dpbf16ps(1, 4, 7);
+        if (new_weights) _tile_loadd(5, weights + 16 * kWords, kWords * sizeof(float));
+        _tile_dpbf16ps(2, 5, 6);
+        if (wide) _tile_dpbf16ps(3, 5, 7);
+      }
+      weight += kNumber * kSide * kWords;
       if (block > 0) finish(block - 1, kSlices * step / steps, kSlices * (step + 1) / steps);
     }
     float* to = sums[block % 2];
@@ -226,6 +257,17 @@ MOPO_INLINE void write_floats(float* out, int64_t n, int v, const vf (&outputs)[
   for (int j = 0; j < kBlock; ++j) store(out + (n + j) * kTile<Operand> + v * W, outputs[j]);
 }
 
+// Stores a word of pairs, in all its parts.
+template <class Operand>
+MOPO_INLINE void write_pair(float* out, int64_t word, vf first, vf second) {
+  float* to = out + word * kParts<Operand> * kTile<Operand>;
+  store(to, pack_pair(first, second));
+#ifdef MOPO_BFLOAT16
+  if constexpr (kParts<Operand> == 2)
+    store(to + kTile<Operand>, pack_pair(bfloat16_error(first), bfloat16_error(second)));
+#endif
+}
+
 // Stores activated outputs as the next layer's inputs.
 template <class Operand, Activation activation>
 MOPO_INLINE void write_operands(float* out, int64_t n, int v, vf (&outputs)[kBlock]) {
@@ -236,7 +278,7 @@ MOPO_INLINE void write_operands(float* out, int64_t n, int v, vf (&outputs)[kBlo
   } else {
 #pragma GCC unroll 4
     for (int j = 0; j < kBlock; j += 2)
-      store(out + (n / 2 + j / 2) * kTile<Operand> + v * W, pack_pair(outputs[j], outputs[j + 1]));
+      write_pair<Operand>(out + v * W, n / 2 + j / 2, outputs[j], outputs[j + 1]);
   }
 }
 
@@ -244,8 +286,8 @@ MOPO_INLINE void write_operands(float* out, int64_t n, int v, vf (&outputs)[kBlo
 template <class Operand>
 static void fill_up(float* out, int64_t width) {
   const int64_t written = round_up(width, kBlock) / Operand::kPacking.terms;
-  for (int64_t i = written * kTile<Operand>; i < packed_words<Operand>(width) * kTile<Operand>; i += W)
-    store(out + i, vf{});
+  constexpr int64_t kWord = kParts<Operand> * kTile<Operand>;
+  for (int64_t i = written * kWord; i < packed_words<Operand>(width) * kWord; i += W) store(out + i, vf{});
 }
 
 // Returns floats [depth][kTile], of which `vectors` vectors are in use, as a layer's inputs: `in` itself in
@@ -256,7 +298,7 @@ static const float* as_operands(const float* in, int64_t depth, int vectors, flo
   for (int64_t word = 0; word < packed_words<Operand>(depth); ++word)
     for (int64_t row = 0; row < vectors * W; row += W) {
       const auto term = [&](int64_t k) { return k < depth ? load(in + k * kTile<Operand> + row) : vf{}; };
-      store(out + word * kTile<Operand> + row, pack_pair(term(2 * word), term(2 * word + 1)));
+      write_pair<Operand>(out + row, word, term(2 * word), term(2 * word + 1));
     }
   return out;
 }

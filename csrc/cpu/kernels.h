@@ -17,14 +17,24 @@ class Interrupt;
 // Buffers for a layer's inputs and outputs are rounded up to this multiple: no kernel takes more at a time.
 constexpr int64_t kWidthMultiple = 32;
 
-// The layout of a rollout's factors, in words of 32 bits. Activations: [tiles][in / terms][tile]. Weights:
-// [out / outputs][in / terms / words][outputs][words]. Zeros fill up what is not a multiple.
+// The layout of a rollout's factors, in words of 32 bits. Activations: [tiles][in / terms][parts][tile].
+// Weights: [out / outputs][in / terms / words][parts][outputs][words]. Zeros fill up what is not a multiple.
 struct Packing {
   int tile;     // rows of a tile
   int terms;    // consecutive inputs in a word: one float, or two bfloat16, the first in the lower half
   int outputs;  // outputs that a kernel takes at a time
   int words;    // consecutive words of one output's weights
+  int parts;    // 2 where a factor is a sum: its value in bfloat16, and then the error of that
 };
+
+// The products of a pair of factors are numbered kFirstProduct to kLastProduct. Of two parts each these are
+// low times high, high times high and high times low.
+template <int kParts>
+constexpr int kFirstProduct = 2 - kParts;
+template <int kParts>
+constexpr int kLastProduct = kParts;
+constexpr int left_part(int number) { return number == 0 ? 1 : 0; }
+constexpr int right_part(int number) { return number == 2 ? 1 : 0; }
 
 // A network's packed weights, member after member. A layer's biases [out] follow its weights; offset[layer]
 // counts words from the member's start to the layer.
@@ -89,8 +99,8 @@ struct Panels {
 
 // A matrix as a factor of products that sum over its columns (`along`) or over its rows (`across`). In
 // float32 both are the matrix itself in panels, but for a weight's `along`, which is its transpose. In
-// bfloat16, packed in pairs, they are two forms, [tiles][rows][words], described in factors.h; a form that no
-// product takes is null.
+// bfloat16, packed in pairs, they are two forms, [tiles][parts][rows][words], described in factors.h; a form
+// that no product takes is null.
 struct Factor {
   Panels along, across;
 };
@@ -193,7 +203,7 @@ constexpr int kPeakNumbers = 1024;
 
 struct Kernels {
   const char* name;
-  Packing float32, bfloat16;
+  Packing packings[kPrecisions];
   int64_t block, panel;  // in training: rows of a block and columns of a panel
   int64_t tile;          // rows of a tile of packed bfloat16 factors; 0 where they are rounded floats
   void (*rollout_chunk)(const RolloutArgs&, const RolloutPlan&, RolloutWorkspace&, ChunkOutput&,
@@ -206,7 +216,7 @@ struct Kernels {
   void (*sac_action_gradient)(const SacArgs&, const SacPlan&, const Team&, int64_t critic, const AdamStep&);
   void (*sac_actor)(const SacArgs&, const SacPlan&, const Team&, const AdamStep&);
   // Makes a layer's weight factors from its values.
-  void (*make_factors)(const Dense&, bool bfloat16);
+  void (*make_factors)(const Dense&, Precision);
   // A member's step of the fit: rows forwards and backwards, up to the loss and its gradient by the bounds;
   // then the parameters.
   void (*fit_rows)(const FitArgs&, const FitPlan&, const FitWorkspace&, const FitTurn&);

@@ -73,8 +73,7 @@ static void math(MathFunction function, const float* x, float* y, int64_t count)
 
 extern const Kernels MOPO_KERNELS = {
     MOPO_NAME,
-    MOPO_ISA::Float32::kPacking,
-    MOPO_ISA::BFloat16::kPacking,
+    {MOPO_ISA::Float32::kPacking, MOPO_ISA::BFloat16::kPacking, MOPO_ISA::BFloat16x3::kPacking},
     MOPO_ISA::kBlock,
     MOPO_ISA::kPanel,
 #ifdef MOPO_BFLOAT16

@@ -15,6 +15,9 @@ uint32_t round_to_bfloat16(float x) {
   return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
+// x less its value in bfloat16.
+float bfloat16_error(float x) { return x - std::bit_cast<float>(round_to_bfloat16(x) << 16); }
+
 float pair(float first, float second) {
   return std::bit_cast<float>(round_to_bfloat16(first) | round_to_bfloat16(second) << 16);
 }
@@ -29,7 +32,7 @@ Packed::Packed(const Network& network, const Packing& packing)
     const int64_t words = round_up((in + packing.terms - 1) / packing.terms, packing.words);
     layers_.push_back({in, out, words, round_up(out, packing.outputs)});
     offset_.push_back(stride);
-    stride += (words + 1) * layers_.back().width;
+    stride += (words * packing.parts + 1) * layers_.back().width;
   }
   float* data = nullptr;
   arena_.take(data, stride * networks_);
@@ -44,8 +47,10 @@ Packed::Packed(const Network& network, const Packing& packing)
 int64_t Packed::place(const Place& layer, int64_t k, int64_t n) const {
   const int64_t outputs = packing_.outputs, together = packing_.words, word = k / packing_.terms;
   const int64_t group = n / outputs * (layer.words / together) + word / together;
-  return (group * outputs + n % outputs) * together + word % together;
+  return (group * packing_.parts * outputs + n % outputs) * together + word % together;
 }
+
+int64_t Packed::bias(const Place& layer) const { return layer.words * packing_.parts * layer.width; }
 
 void Packed::pack(const NetworkLayer& layer, int64_t member, int64_t l, float* to) const {
   const float* weight = layer.weight + member * layer.in * layer.out;
@@ -54,21 +59,22 @@ void Packed::pack(const NetworkLayer& layer, int64_t member, int64_t l, float* t
       float* target = to + place(layers_[l], k, n);
       const float* first = weight + k * layer.out + n;
       const int64_t count = std::min<int64_t>(packing_.outputs, layer.out - n), apart = packing_.words;
-      if (packing_.terms == 1)
-        for (int64_t j = 0; j < count; ++j) target[j * apart] = first[j];
-      else
-        for (int64_t j = 0; j < count; ++j)
-          target[j * apart] = pair(first[j], k + 1 < layer.in ? first[layer.out + j] : 0.0f);
+      float* low = target + packing_.outputs * packing_.words;
+      for (int64_t j = 0; j < count; ++j) {
+        const float x = first[j], y = k + 1 < layer.in ? first[layer.out + j] : 0.0f;
+        target[j * apart] = packing_.terms == 1 ? x : pair(x, y);
+        if (packing_.parts == 2) low[j * apart] = pair(bfloat16_error(x), bfloat16_error(y));
+      }
     }
-  std::copy_n(layer.bias + member * layer.out, layer.out, to + layers_[l].words * layers_[l].width);
+  std::copy_n(layer.bias + member * layer.out, layer.out, to + bias(layers_[l]));
 }
 
 bool Packed::resembles(const Network& network) const {
   const size_t last = layers_.size() - 1;
-  const auto& [in, out, words, width] = layers_[last];
+  const int64_t out = layers_[last].out;
   for (int64_t member = 0; member < networks_; ++member) {
-    const float* bias = view_.data + member * view_.member_stride + offset_[last] + words * width;
-    if (std::memcmp(bias, network.layers[last].bias + member * out, out * sizeof(float)) != 0) return false;
+    const float* packed = view_.data + member * view_.member_stride + offset_[last] + bias(layers_[last]);
+    if (std::memcmp(packed, network.layers[last].bias + member * out, out * sizeof(float)) != 0) return false;
   }
   return true;
 }

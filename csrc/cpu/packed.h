@@ -24,8 +24,9 @@ class Packed {
     int64_t in, out, words, width;
   };
 
-  // The word with input k of output n, counted from the layer's start.
+  // The word with input k of output n, and the first bias, counted from the layer's start.
   int64_t place(const Place& layer, int64_t k, int64_t n) const;
+  int64_t bias(const Place& layer) const;
   void pack(const NetworkLayer& layer, int64_t member, int64_t l, float* to) const;
 
   Packing packing_;

@@ -223,7 +223,7 @@ bool interrupted(const RolloutPlan& plan) noexcept { return plan.interrupt->requ
 
 RolloutCounts rollout(const RolloutArgs& args, const Packed& dynamics, const Kernels& kernels,
                       Interrupt& interrupt) {
-  const Packing& packing = args.bfloat16 ? kernels.bfloat16 : kernels.float32;
+  const Packing& packing = kernels.packings[static_cast<int>(args.precision)];
   const Packed policy(args.policy, packing);
   std::vector<float> inverse_std, exp_minus_max, exp_min;
   for (int64_t d = 0; d < args.obs_dim + args.act_dim; ++d) inverse_std.push_back(1.0f / args.input_std[d]);

@@ -8,10 +8,10 @@ template <class Operand, class Write>
 MOPO_INLINE void apply_layer(const NetworkLayer& layer, const float* weight, const float* in, int vectors,
                              Write write) {
   const int64_t width = round_up(layer.out, Operand::kPacking.outputs);
-  const float* bias = weight + packed_words<Operand>(layer.in) * width;
+  const float* bias = weight + packed_words<Operand>(layer.in) * kParts<Operand> * width;
 #ifdef MOPO_AMX
   if constexpr (Operand::kPacking.terms == 2) {
-    layer_amx(in, layer.in, weight, bias, layer.out, vectors, write);
+    layer_amx<Operand>(in, layer.in, weight, bias, layer.out, vectors, write);
   } else
 #endif
     layer_tile<Operand>(in, layer.in, weight, bias, layer.out, vectors, write);
@@ -95,14 +95,11 @@ static void network_tile(const Network& network, const PackedNetwork& packed, in
 
 // The processor's state that an operand's products need: on AMX, the configuration of the tiles. No object of
 // it may be alive while a call looks for signals, since their handlers may use AMX themselves.
+struct NoTiles {
+  NoTiles() {}
+};
 template <class Operand>
-struct TileState {
-  TileState() {}
-};
-template <>
-struct TileState<BFloat16> {
-  const Tiles tiles;
-};
+using TileState = std::conditional_t<Operand::kPacking.terms == 2, Tiles, NoTiles>;
 
 // Rows that pass through the networks together: the rollouts ws.alive[begin .. begin + count).
 struct Tile {
@@ -462,8 +459,12 @@ static void rollout_chunk(const RolloutArgs& args, const RolloutPlan& plan, Roll
     ws.alive[i] = i;
     made.length[i] = 0;
   }
-  if (args.bfloat16)
-    Chunk<BFloat16>{args, plan, ws, made, first, rows, 0}.run();
-  else
-    Chunk<Float32>{args, plan, ws, made, first, rows, 0}.run();
+  switch (args.precision) {
+    case Precision::kFloat32:
+      return Chunk<Float32>{args, plan, ws, made, first, rows, 0}.run();
+    case Precision::kBFloat16:
+      return Chunk<BFloat16>{args, plan, ws, made, first, rows, 0}.run();
+    case Precision::kBFloat16x3:
+      return Chunk<BFloat16x3>{args, plan, ws, made, first, rows, 0}.run();
+  }
 }

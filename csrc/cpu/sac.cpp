@@ -23,9 +23,9 @@ class SacState {
     lay_out();
     copy_temperature(args.log_alpha, log_alpha());
     for (int64_t l = 0; l < args.depth; ++l) {
-      read_parameters(args.actor[l], 0, actor_[l], rounded(l), kernels);
+      read_parameters(args.actor[l], 0, actor_[l], precision(l), kernels);
       for (int64_t j = 0; j < args.critics; ++j)
-        read_parameters(args.critic[l], j, critic_[j * args.depth + l], rounded(l), kernels);
+        read_parameters(args.critic[l], j, critic_[j * args.depth + l], precision(l), kernels);
     }
     // Columns of ones. Those of the hidden layers are set when these are computed.
     const int64_t obs_dim = args.obs_dim, inputs = obs_dim + args.act_dim;
@@ -93,11 +93,13 @@ class SacState {
     for (int64_t row = 0; row < matrix.rows; ++row) to[row * panel] = 1.0f;
   }
 
-  // True if the products of layer l take factors in bfloat16: those of the first and the last never do.
-  bool rounded(int64_t l) const { return args_.bfloat16 && l > 0 && l + 1 < args_.depth; }
+  // The precision of layer l's products: the first and the last layer are always float32.
+  Precision precision(int64_t l) const {
+    return l > 0 && l + 1 < args_.depth ? args_.precision : Precision::kFloat32;
+  }
 
   void lay_out() {
-    const int64_t rows = round_up(batch(), granule(args_.bfloat16, kernels_)), hidden = args_.depth - 1;
+    const int64_t rows = round_up(batch(), granule(args_.precision, kernels_)), hidden = args_.depth - 1;
     const int64_t obs_dim = args_.obs_dim, act_dim = args_.act_dim;
     const auto matrix = [&](int64_t width) { return take_panels(arena_, rows, width, kernels_); };
     // Outputs of the hidden layers of `networks` networks, and gradients before their activations.
@@ -106,7 +108,7 @@ class SacState {
       factors.clear();
       for (int64_t i = 0; i < networks * hidden; ++i) {
         const int64_t l = i % hidden, taken_by = side == Side::kLeft ? l + 1 : l;
-        factors.push_back(take_factor(arena_, rows, args_.actor[l].out, side, rounded(taken_by), kernels_));
+        factors.push_back(take_factor(arena_, rows, args_.actor[l].out, side, precision(taken_by), kernels_));
       }
       return factors.data();
     };
@@ -125,10 +127,10 @@ class SacState {
     critic_.clear();
     // Gradients pass through every layer but the actor's first.
     for (int64_t l = 0; l < args_.depth; ++l)
-      actor_.push_back(take_dense(arena_, args_.actor[l], l > 0, rounded(l), kernels_));
+      actor_.push_back(take_dense(arena_, args_.actor[l], l > 0, precision(l), kernels_));
     for (int64_t j = 0; j < args_.critics; ++j) {
       for (int64_t l = 0; l < hidden; ++l)
-        critic_.push_back(take_dense(arena_, args_.critic[l], true, rounded(l), kernels_));
+        critic_.push_back(take_dense(arena_, args_.critic[l], true, precision(l), kernels_));
       critic_.push_back(take_one_row(arena_, args_.critic[hidden], kernels_));
     }
     plan.actor = actor_.data();
@@ -188,7 +190,7 @@ struct SacWork {
       : args(args),
         state(args, kernels),
         threads(static_cast<int>(
-            std::min(int64_t{args.threads}, state.plan.rows / granule(args.bfloat16, kernels)))),
+            std::min(int64_t{args.threads}, state.plan.rows / granule(args.precision, kernels)))),
         barrier(threads) {
     for (int thread = 0; thread < threads; ++thread)
       turns_of.push_back(turns(args.critics, {thread, threads, &barrier}));

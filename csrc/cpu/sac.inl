@@ -320,7 +320,7 @@ struct SacCritic {
 };
 
 static void sac_sample(const SacArgs& args, const SacPlan& plan, const Team& team, int64_t update) {
-  with_factors(args.bfloat16, [&]<class Inner>() {
+  with_factors(args.precision, [&]<class Inner>() {
     const Span span = rows_of(team, plan.rows, Inner::kRows);
     const SacRows<Inner> rows{args, plan, span.first, span.last};
     const uint32_t step = static_cast<uint32_t>(args.first_draw + update);
@@ -334,7 +334,7 @@ static void sac_sample(const SacArgs& args, const SacPlan& plan, const Team& tea
 }
 
 static void sac_target(const SacArgs& args, const SacPlan& plan, const Team& team, int64_t critic) {
-  with_factors(args.bfloat16, [&]<class Inner>() {
+  with_factors(args.precision, [&]<class Inner>() {
     const SacCritic<Inner> work(args, plan, team, critic);
     work.evaluate(plan.next_inputs, true, work.mine(plan.scratch_hidden), work.mine(plan.target_q));
   });
@@ -342,7 +342,7 @@ static void sac_target(const SacArgs& args, const SacPlan& plan, const Team& tea
 
 static void sac_critic(const SacArgs& args, const SacPlan& plan, const Team& team, int64_t critic,
                        const AdamStep& step) {
-  with_factors(args.bfloat16, [&]<class Inner>() {
+  with_factors(args.precision, [&]<class Inner>() {
     const SacCritic<Inner> work(args, plan, team, critic);
     work.differentiate();
     if (!args.simultaneous) {
@@ -356,7 +356,7 @@ static void sac_critic(const SacArgs& args, const SacPlan& plan, const Team& tea
 
 static void sac_action_gradient(const SacArgs& args, const SacPlan& plan, const Team& team, int64_t critic,
                                 const AdamStep& step) {
-  with_factors(args.bfloat16, [&]<class Inner>() {
+  with_factors(args.precision, [&]<class Inner>() {
     const SacCritic<Inner> work(args, plan, team, critic);
     work.action_gradient();
     if (!args.simultaneous) return;
@@ -366,7 +366,7 @@ static void sac_action_gradient(const SacArgs& args, const SacPlan& plan, const 
 }
 
 static void sac_actor(const SacArgs& args, const SacPlan& plan, const Team& team, const AdamStep& step) {
-  with_factors(args.bfloat16, [&]<class Inner>() {
+  with_factors(args.precision, [&]<class Inner>() {
     const Span span = rows_of(team, plan.rows, Inner::kRows);
     const SacRows<Inner> rows{args, plan, span.first, span.last};
     rows.actor_gradient();

@@ -34,10 +34,11 @@ static Span rows_of(const Team& team, int64_t count, int64_t block = kBlock) {
 
 // Calls run<Factors>() with the kind of factors that a call's precision asks for.
 template <class Run>
-static void with_factors(bool bfloat16, Run run) {
-  if (!bfloat16) return run.template operator()<Float32Factors>();
+static void with_factors(Precision precision, Run run) {
+  if (precision == Precision::kFloat32) return run.template operator()<Float32Factors>();
   const Tiles tiles;
-  run.template operator()<BFloat16Factors>();
+  if (precision == Precision::kBFloat16) return run.template operator()<BFloat16Factors>();
+  run.template operator()<BFloat16x3Factors>();
 }
 
 // The outputs of a hidden layer, as factors of kind `Above`. activate(row, column, block) makes them of the
@@ -92,7 +93,7 @@ static void train_layer(const Team& team, const Dense& layer, const AdamStep& st
       sum = adam(step, layer, here, sum);
     });
     Factors::put_weight(layer, row, column, block);
-    if constexpr (Factors::kRounded)
+    if constexpr (Factors::kCopies)
       if (layer.target != nullptr) {
         each_vector(block, [&](int i, int v, vf& x) { x = load(layer.target + begin + within(i, v)); });
         Factors::put_target(layer, row, column, block);
@@ -116,6 +117,6 @@ static void make_weight_factors(const Dense& layer) {
     }
 }
 
-static void make_factors(const Dense& layer, bool bfloat16) {
-  with_factors(bfloat16, [&]<class Factors>() { make_weight_factors<Factors>(layer); });
+static void make_factors(const Dense& layer, Precision precision) {
+  with_factors(precision, [&]<class Factors>() { make_weight_factors<Factors>(layer); });
 }

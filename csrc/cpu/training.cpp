@@ -54,10 +54,12 @@ void take_parameters(Arena& arena, const TrainedLayer& layer, int64_t size, Dens
   if (layer.weight.target != nullptr) arena.take(dense.target, size);
 }
 
-// One form of a factor in tiles, two numbers a word; consecutive tiles lie `rows` times 16 words apart.
-Panels take_words(Arena& arena, int64_t rows, int64_t others) {
+// One form of a factor in tiles, two numbers a word; consecutive tiles, or their parts, lie `rows` times 16
+// words apart.
+Panels take_words(Arena& arena, int64_t rows, int64_t others, Precision precision) {
+  const int64_t parts = precision == Precision::kBFloat16x3 ? 2 : 1;
   Panels result{nullptr, rows};
-  arena.take(result.data, rows * others / 2);
+  arena.take(result.data, parts * rows * others / 2);
   return result;
 }
 
@@ -67,8 +69,8 @@ void Team::wait() const noexcept {
   if (parts > 1) barrier->wait();
 }
 
-int64_t granule(bool bfloat16, const Kernels& kernels) {
-  return bfloat16 ? std::max(kernels.block, kernels.tile) : kernels.block;
+int64_t granule(Precision precision, const Kernels& kernels) {
+  return in_tiles(precision, kernels) ? kernels.tile : kernels.block;
 }
 
 Rows take_rows(Arena& arena, int64_t rows, int64_t width) {
@@ -84,41 +86,46 @@ Panels take_panels(Arena& arena, int64_t rows, int64_t width, const Kernels& ker
   return result;
 }
 
-bool in_tiles(bool bfloat16, const Kernels& kernels) { return bfloat16 && kernels.tile > 0; }
-
-Panels take_along(Arena& arena, int64_t rows, int64_t width, const Kernels& kernels) {
-  return take_words(arena, round_up(rows, kernels.tile), round_up(width + 1, kernels.tile));
+bool in_tiles(Precision precision, const Kernels& kernels) {
+  return precision != Precision::kFloat32 && kernels.tile > 0;
 }
 
-Panels take_across(Arena& arena, int64_t rows, int64_t width, Side side, const Kernels& kernels) {
-  const int64_t height = round_up(rows, kernels.tile), breadth = round_up(width + 1, kernels.tile);
-  return side == Side::kLeft ? take_words(arena, breadth, height) : take_words(arena, height, breadth);
+Panels take_along(Arena& arena, int64_t rows, int64_t width, Precision precision, const Kernels& kernels) {
+  return take_words(arena, round_up(rows, kernels.tile), round_up(width + 1, kernels.tile), precision);
 }
 
-Factor take_factor(Arena& arena, int64_t rows, int64_t width, Side side, bool bfloat16,
+Panels take_across(Arena& arena, int64_t rows, int64_t width, Side side, Precision precision,
                    const Kernels& kernels) {
-  if (in_tiles(bfloat16, kernels))
-    return {take_along(arena, rows, width, kernels), take_across(arena, rows, width, side, kernels)};
+  const int64_t height = round_up(rows, kernels.tile), breadth = round_up(width + 1, kernels.tile);
+  return side == Side::kLeft ? take_words(arena, breadth, height, precision)
+                             : take_words(arena, height, breadth, precision);
+}
+
+Factor take_factor(Arena& arena, int64_t rows, int64_t width, Side side, Precision precision,
+                   const Kernels& kernels) {
+  if (in_tiles(precision, kernels))
+    return {take_along(arena, rows, width, precision, kernels),
+            take_across(arena, rows, width, side, precision, kernels)};
   const Panels itself = take_panels(arena, rows, width, kernels);
   return {itself, itself};
 }
 
-Dense take_dense(Arena& arena, const TrainedLayer& layer, bool backwards, bool bfloat16,
+Dense take_dense(Arena& arena, const TrainedLayer& layer, bool backwards, Precision precision,
                  const Kernels& kernels) {
   Dense dense{};
   dense.rows = round_up(layer.in + 1, kernels.block);
   const int64_t size = dense.rows * round_up(layer.out, kernels.panel);
   take_parameters(arena, layer, size, dense);
-  if (in_tiles(bfloat16, kernels)) {
+  if (in_tiles(precision, kernels)) {
     const int64_t height = round_up(layer.in + 1, kernels.tile), breadth = round_up(layer.out, kernels.tile);
-    dense.weight.across = take_words(arena, height, breadth);
-    if (backwards) dense.weight.along = take_words(arena, breadth, height);
-    if (layer.weight.target != nullptr) dense.target_weight = take_words(arena, height, breadth);
+    dense.weight.across = take_words(arena, height, breadth, precision);
+    if (backwards) dense.weight.along = take_words(arena, breadth, height, precision);
+    if (layer.weight.target != nullptr) dense.target_weight = take_words(arena, height, breadth, precision);
     return dense;
   }
   dense.weight.across = {dense.value, dense.rows};
   dense.target_weight = {dense.target, dense.rows};
-  if (bfloat16) {
+  if (precision != Precision::kFloat32) {
     arena.take(dense.weight.across.data, size);
     if (layer.weight.target != nullptr) arena.take(dense.target_weight.data, size);
   }
@@ -134,11 +141,11 @@ Dense take_one_row(Arena& arena, const TrainedLayer& layer, const Kernels& kerne
   return dense;
 }
 
-void read_parameters(const TrainedLayer& layer, int64_t network, const Dense& dense, bool bfloat16,
+void read_parameters(const TrainedLayer& layer, int64_t network, const Dense& dense, Precision precision,
                      const Kernels& kernels) {
   pair_up_all(layer, network, dense, kernels,
               [](const float* theirs, float* ours, int64_t n) { std::copy_n(theirs, n, ours); });
-  if (dense.rows > 0) kernels.make_factors(dense, bfloat16);
+  if (dense.rows > 0) kernels.make_factors(dense, precision);
 }
 
 void write_parameters(const TrainedLayer& layer, int64_t network, const Dense& dense,

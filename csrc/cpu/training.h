@@ -8,7 +8,7 @@
 namespace mopo {
 
 // Rows of a batch that a thread takes at least.
-int64_t granule(bool bfloat16, const Kernels& kernels);
+int64_t granule(Precision precision, const Kernels& kernels);
 
 // [rows][width], each row rounded up to whole vectors.
 Rows take_rows(Arena& arena, int64_t rows, int64_t width);
@@ -17,22 +17,23 @@ Panels take_panels(Arena& arena, int64_t rows, int64_t width, const Kernels& ker
 
 // A factor [rows][width] of factors.h: kLeft is X, with its column of ones, kGrad is G.
 enum class Side { kLeft, kGrad };
-Factor take_factor(Arena& arena, int64_t rows, int64_t width, Side side, bool bfloat16,
+Factor take_factor(Arena& arena, int64_t rows, int64_t width, Side side, Precision precision,
                    const Kernels& kernels);
-// True if factors in bfloat16 are packed in tiles, so that `along` and `across` are two arrays. Then one of
+// True if factors are packed in tiles, so that `along` and `across` are two arrays. Then one of
 // them can be taken alone; `take_along` serves both sides.
-bool in_tiles(bool bfloat16, const Kernels& kernels);
-Panels take_along(Arena& arena, int64_t rows, int64_t width, const Kernels& kernels);
-Panels take_across(Arena& arena, int64_t rows, int64_t width, Side side, const Kernels& kernels);
+bool in_tiles(Precision precision, const Kernels& kernels);
+Panels take_along(Arena& arena, int64_t rows, int64_t width, Precision precision, const Kernels& kernels);
+Panels take_across(Arena& arena, int64_t rows, int64_t width, Side side, Precision precision,
+                   const Kernels& kernels);
 
 // A layer whose numbers are still zero. `backwards`: gradients pass through it, so it needs weight.along.
-Dense take_dense(Arena& arena, const TrainedLayer& layer, bool backwards, bool bfloat16,
+Dense take_dense(Arena& arena, const TrainedLayer& layer, bool backwards, Precision precision,
                  const Kernels& kernels);
 // The last layer of a network that has one output.
 Dense take_one_row(Arena& arena, const TrainedLayer& layer, const Kernels& kernels);
 
 // Copy network number `network` from the caller's arrays, and back.
-void read_parameters(const TrainedLayer& layer, int64_t network, const Dense& dense, bool bfloat16,
+void read_parameters(const TrainedLayer& layer, int64_t network, const Dense& dense, Precision precision,
                      const Kernels& kernels);
 void write_parameters(const TrainedLayer& layer, int64_t network, const Dense& dense, const Kernels& kernels);
 

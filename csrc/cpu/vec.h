@@ -119,6 +119,11 @@ MOPO_INLINE vf unpack_row(const float* words) {
   const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words));
   return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
 }
+// x less its value in bfloat16.
+MOPO_INLINE vf bfloat16_error(vf x) {
+  const __m256i halves = (__m256i)_mm512_cvtneps_pbh((__m512)x);
+  return x - (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+}
 MOPO_INLINE vf add_products(vf sum, vf pairs, float weights) {
   return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)pairs, (__m512bh)_mm512_set1_ps(weights));
 }

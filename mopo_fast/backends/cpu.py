@@ -28,12 +28,12 @@ from mopo_fast.backends.interface import (
     refuse_penalty,
 )
 from mopo_fast.backends.training_calls import fit_call, sac_call
-from mopo_fast.config import ACTIVATIONS
+from mopo_fast.config import ACTIVATIONS, TRAINING_DTYPES
 from mopo_fast.data.transitions import array_layout
 from mopo_fast.errors import InputError
 
 # Instruction sets that multiply bfloat16.
-_WITH_BFLOAT16 = ("avx512_amx", "avx512_bf16")
+WITH_BFLOAT16 = ("avx512_amx", "avx512_bf16")
 # Rounds of multiply-adds that take some milliseconds in float32.
 _GAIN_ROUNDS = 20_000
 
@@ -89,6 +89,16 @@ def isa() -> str:
     return wanted or _best()
 
 
+def _precision(dtype: str | None) -> int:
+    """Return the Precision of csrc/common.h for a dtype.
+
+    Without products of bfloat16, float32 is taken for bfloat16x3: it is more accurate, and no slower.
+    """
+    if dtype == "bfloat16x3" and isa() not in WITH_BFLOAT16:
+        dtype = None
+    return TRAINING_DTYPES.index(dtype or "float32")
+
+
 def bfloat16_gain() -> float:
     """Return how many times as fast as float32's the multiply-adds of bfloat16 are on one core; 0 without.
 
@@ -102,7 +112,7 @@ def bfloat16_gain() -> float:
 
 @functools.cache
 def _measure_gain(name: str) -> float:
-    if name not in _WITH_BFLOAT16:
+    if name not in WITH_BFLOAT16:
         return 0.0
 
     def rate(bfloat16: bool) -> float:
@@ -142,19 +152,19 @@ def _network(weights: list[torch.Tensor], biases: list[torch.Tensor], activation
 
 
 def _prepared(
-    dynamics: DynamicsArrays, set_in_use: str, bfloat16: bool
+    dynamics: DynamicsArrays, set_in_use: str, precision: int
 ) -> tuple[_Network, Any, tuple[torch.Tensor, ...]]:
     """Return the ensemble's network, its packed weights and `DynamicsArrays.spelled_out`.
 
     They are kept for later calls, since packing takes longer than a step of few rows. A policy is packed at
     every call: it is small, and training changes it between rollouts.
     """
-    key = _prepared, set_in_use, bfloat16
+    key = _prepared, set_in_use, precision
     kept: tuple[_Network, Any, tuple[torch.Tensor, ...]] | None = dynamics.kept.get(key)
     if kept is None or not kept[1].resembles(kept[0]):
         network = _network(dynamics.weights, dynamics.biases, dynamics.activation)
         with _within_resources():
-            packed = extension().pack(network, isa=set_in_use, bfloat16=bfloat16)
+            packed = extension().pack(network, isa=set_in_use, precision=precision)
         kept = dynamics.kept[key] = network, packed, dynamics.spelled_out()
     return kept
 
@@ -169,8 +179,8 @@ def _launch(
 ) -> tuple[int, int]:
     """Run the rollout kernel; return (rows written, rollouts ended by a prediction that was not finite)."""
     dynamics, policy = call.dynamics, call.policy
-    set_in_use, bfloat16 = isa(), call.settings.operands == "bfloat16"
-    network, packed, (max_logvar, min_logvar, carry) = _prepared(dynamics, set_in_use, bfloat16)
+    set_in_use, precision = isa(), _precision(call.settings.operands)
+    network, packed, (max_logvar, min_logvar, carry) = _prepared(dynamics, set_in_use, precision)
     arguments = dict(
         **kernel_arguments(call),
         isa=set_in_use,
@@ -182,7 +192,7 @@ def _launch(
         policy=_network(policy.weights, policy.biases, policy.activation) if policy else _NO_POLICY,
         actions=address(actions),
         penalties=call.penalties,
-        bfloat16=bfloat16,
+        precision=precision,
         keep_every_row=policy is None,
         out=out.addresses(),
         capacity=out.capacity,
@@ -197,7 +207,7 @@ def _launch(
 
 
 class CpuBackend(Backend):
-    """Rollouts and training on CPU tensors, float32 or with factors in bfloat16, of any shape."""
+    """Rollouts and training on CPU tensors of any shape: float32, or with less precise products."""
 
     name = "cpu"
     trains = "kernels"
@@ -216,8 +226,8 @@ class CpuBackend(Backend):
     def refusal(self, need: Need) -> str | None:
         if need.device.type != "cpu":
             return f"serves CPU tensors, not {need.device}"
-        if need.dtype not in ("float32", "bfloat16"):
-            return f"serves float32 and bfloat16, not {need.dtype}"
+        if need.dtype not in TRAINING_DTYPES:
+            return f"serves {', '.join(TRAINING_DTYPES)}, not {need.dtype}"
         return refuse_penalty(need, extension().penalties())
 
     @override
@@ -239,7 +249,7 @@ class CpuBackend(Backend):
     @override
     def sac_updates(self, calls: Sequence[SacUpdates], threads: int) -> list[list[float]]:
         # The calls run side by side, each on its share of the threads.
-        packed = [sac_call(extension(), call) for call in calls]
+        packed = [sac_call(extension(), call, _precision(call.config.dtype)) for call in calls]
         with _within_resources():
             each = max(1, threads // len(calls))
             sums: list[list[float]] = extension().sac_updates(packed, isa=isa(), threads=each)
@@ -248,7 +258,7 @@ class CpuBackend(Backend):
     @override
     def fit_steps(self, calls: Sequence[FitSteps], threads: int) -> list[float]:
         # The calls run one after the other, since each keeps every core busy.
-        packed = [fit_call(extension(), call) for call in calls]
+        packed = [fit_call(extension(), call, _precision(call.config.dtype)) for call in calls]
         with _within_resources():
             losses: list[float] = extension().fit_steps(packed, isa=isa(), threads=threads)
         return losses

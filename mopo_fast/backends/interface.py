@@ -124,8 +124,8 @@ class Settings:
     Attributes:
         seed: unsigned 64 bits, key of the random numbers.
         deterministic: take the mean over all members, without noise.
-        operands: one of `config.ROLLOUT_DTYPES`. Both factors of every product in the networks are rounded to
-            it; sums and all else are not.
+        operands: one of `config.ROLLOUT_DTYPES`. Both factors of every product in the networks have this
+            precision; sums and all else are not rounded.
         threads: number of threads of a CPU kernel.
     """
 

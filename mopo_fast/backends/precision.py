@@ -14,8 +14,10 @@ from mopo_fast.config import MatmulPrecision, RolloutDtype, TrainingDtype
 from mopo_fast.errors import InputError
 from mopo_fast.utils.machine import check_device
 
-# bfloat16 is taken where its multiply-adds are this many times as fast: conversions cost some time.
+# A lower precision is taken where its products are this many times as fast: conversions cost some time.
 _WORTHWHILE = 1.3
+# Products of bfloat16 that make one product of each dtype.
+_PRODUCTS: dict[TrainingDtype, int] = {"bfloat16": 1, "bfloat16x3": 3}
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,9 @@ def dtypes_of(precision: MatmulPrecision, device: torch.device | str, backend: s
     if precision == "highest":
         return Dtypes()
     if device.type == "cpu":
-        why = "on a CPU high is float32" if precision == "high" else _why_not_bfloat16(backend, device)
-        return Dtypes(why=why) if why else Dtypes("bfloat16", "bfloat16")
+        dtype: TrainingDtype = "bfloat16x3" if precision == "high" else "bfloat16"
+        why = _why_not(dtype, backend, device)
+        return Dtypes(why=why) if why else Dtypes(dtype, dtype)
     rollout: RolloutDtype = "tfloat32" if precision == "high" else "bfloat16"
     why = f"the kernels for {device.type} train in float32"
     try:
@@ -62,14 +65,14 @@ def dtypes_of(precision: MatmulPrecision, device: torch.device | str, backend: s
     return Dtypes(why=f"no kernel makes rollouts in {rollout} here, and {why}")
 
 
-def _why_not_bfloat16(backend: str, device: torch.device) -> str:
-    """Return why bfloat16 brings nothing on this CPU, or an empty text where it does."""
+def _why_not(dtype: TrainingDtype, backend: str, device: torch.device) -> str:
+    """Return why a dtype brings nothing on this CPU, or an empty text where it does."""
     name = choose_for_run(backend, device)
     if name != "cpu":
-        return f"the backend {name} is no faster in bfloat16"
-    gain = cpu.bfloat16_gain()
+        return f"the backend {name} is no faster in {dtype}"
+    gain = cpu.bfloat16_gain() / _PRODUCTS[dtype]
     if gain == 0.0:
         return f"the instruction set {cpu.isa()} has no products of bfloat16"
     if gain < _WORTHWHILE:
-        return f"products of bfloat16 are only {gain:.1f} times as fast on this processor"
+        return f"products of {dtype} are only {gain:.1f} times as fast on this processor"
     return ""

@@ -9,8 +9,8 @@ from mopo_fast.config import ACTIVATIONS
 from mopo_fast.data.transitions import DATA_ARRAYS, Transitions
 
 
-def sac_call(extension: ModuleType, call: SacUpdates) -> Any:
-    """Pack a call that `checked.sac_updates` has checked into the extension's struct."""
+def sac_call(extension: ModuleType, call: SacUpdates, precision: int = 0) -> Any:
+    """Pack a call that `checked.sac_updates` has checked, and a Precision of csrc/common.h, into a struct."""
     config = call.config
     return extension.SacCall(
         obs_dim=call.real.obs_dim,
@@ -32,7 +32,7 @@ def sac_call(extension: ModuleType, call: SacUpdates) -> Any:
         alpha_max=math.inf if config.alpha_max is None else config.alpha_max,
         critic_loss_scale=0.5 if config.critic_loss == "half_mse" else 1.0,
         simultaneous=config.simultaneous,
-        bfloat16=config.dtype == "bfloat16",
+        precision=precision,
         real=_source(call.real, call.sizes[0]),
         model=_source(call.model, call.sizes[1]),
         real_rows=call.rows[0],
@@ -46,8 +46,8 @@ def sac_call(extension: ModuleType, call: SacUpdates) -> Any:
     )
 
 
-def fit_call(extension: ModuleType, call: FitSteps) -> Any:
-    """Pack a call that `checked.fit_steps` has checked into the extension's struct."""
+def fit_call(extension: ModuleType, call: FitSteps, precision: int = 0) -> Any:
+    """Pack a call that `checked.fit_steps` has checked, and a Precision of csrc/common.h, into a struct."""
     config, width = call.config, call.layers[0][0].shape[1]
     max_logvar, min_logvar = (_addresses(bound)[:3] for bound in call.bounds)
     return extension.FitCall(
@@ -69,7 +69,7 @@ def fit_call(extension: ModuleType, call: FitSteps) -> Any:
         weight_decay=list(config.weight_decay),
         steps_before=call.steps_before,
         steps=[step.data_ptr() for step in call.steps],
-        bfloat16=config.dtype == "bfloat16",
+        precision=precision,
     )
 
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from mopo_fast.backends import cpu, get_backend
 from mopo_fast.backends.interface import Need
 from mopo_fast.buffer import RingBuffer
-from mopo_fast.config import DynamicsConfig, SACConfig, TrainingDtype
+from mopo_fast.config import TRAINING_DTYPES, DynamicsConfig, SACConfig, TrainingDtype
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
@@ -54,7 +54,7 @@ class Row:
         unit: unit of `rate`.
         gflops: arithmetic of the networks alone, in 1e9 operations per second. A multiply-add counts as two.
         peak: the arithmetic that measures the machine's peak. On a CPU these are multiply-adds on registers:
-            in float32, or, for a row in bfloat16, in the faster one of the two. On a GPU, or without the
+            in float32 or, where that is faster, in the row's dtype. On a GPU, or without the
             extension, it is torch.mm.
         peak_gflops: rate of `peak` between the same rounds, on the same threads.
         share_of_peak: `gflops` divided by `peak_gflops`.
@@ -439,7 +439,9 @@ def measure(work: Work, *, rounds: int, quiet: bool = False) -> list[Row]:
         mm_dtype = "float32"
         if cpu.is_built():
             loops = {
-                f"multiply-adds, {dtype}": _loop(dtype, work.threads) for dtype in ("float32", "bfloat16")
+                f"multiply-adds, {dtype}": _loop(dtype, work.threads)
+                for dtype in TRAINING_DTYPES
+                if dtype in ("float32", *dtypes.values())
             }
     products = {
         f"torch.mm of {size}, {mm_dtype}": _product(size, device, _product_dtype(mm_dtype))
@@ -598,14 +600,18 @@ def _product(size: int, device: torch.device, dtype: torch.dtype) -> tuple[Conte
 
 
 def _loop(dtype: str, threads: int) -> tuple[Contender, float]:
-    """Return a contender that makes enough multiply-adds to be timed, and its arithmetic in FLOP."""
-    run = partial(cpu.extension().multiply_adds, isa=cpu.isa(), bfloat16=dtype == "bfloat16", threads=threads)
+    """Return a contender that makes enough multiply-adds to be timed, and its arithmetic in FLOP.
+
+    For bfloat16x3 the arithmetic is that of the products that each take three of bfloat16.
+    """
+    bfloat16, each = dtype != "float32", 3.0 if dtype == "bfloat16x3" else 1.0
+    run = partial(cpu.extension().multiply_adds, isa=cpu.isa(), bfloat16=bfloat16, threads=threads)
     rounds = 1000
     while True:
         began = time.perf_counter()
         flop: float = run(rounds=rounds)
         if time.perf_counter() - began >= _PEAK_SECONDS:
-            return partial(run, rounds=rounds), flop
+            return partial(run, rounds=rounds), flop / each
         rounds *= 2
 
 

@@ -141,7 +141,8 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize(
-    ("backend", "dtype"), [("cpu", "float32"), ("cpu", "bfloat16"), ("reference", "float32")]
+    ("backend", "dtype"),
+    [("cpu", "float32"), ("cpu", "bfloat16"), ("cpu", "bfloat16x3"), ("reference", "float32")],
 )
 def test_changes_are_noticed(backend: str, dtype: str, change: Callable[[EnsembleDynamics], None]) -> None:
     engine = RolloutEngine(make_ensemble(OBS, ACT), backend=backend, dtype=dtype)

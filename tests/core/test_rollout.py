@@ -46,7 +46,7 @@ def engine(request):
         ({"penalties": False}, "penalty_coef=1 needs penalties; leave penalties=False out"),
         ({"penalties": "no"}, "penalties must be True, False or None, got 'no'"),
         ({"backend": "gpu"}, "unknown backend 'gpu'; there are: auto, cpu, cuda, triton, reference"),
-        ({"backend": "cpu", "dtype": "float64"}, "cpu: serves float32 and bfloat16, not float64"),
+        ({"backend": "cpu", "dtype": "float64"}, "cpu: serves float32, bfloat16, bfloat16x3, not float64"),
     ],
 )
 def test_bad_settings(arguments, message):
@@ -318,7 +318,9 @@ def test_the_choice_is_logged_once_with_its_reasons(caplog):
         for _ in range(3):
             RolloutEngine(make_ensemble(5, 2), dtype="float64")
     (message,) = (record.message for record in caplog.records)
-    assert message.startswith("backend: reference (cpu: serves float32 and bfloat16, not float64; cuda: ")
+    assert message.startswith(
+        "backend: reference (cpu: serves float32, bfloat16, bfloat16x3, not float64; cuda: "
+    )
 
 
 def test_unknown_instruction_set(monkeypatch):

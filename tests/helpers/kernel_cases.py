@@ -169,12 +169,18 @@ def assert_same(a: Transitions, b: Transitions) -> None:
 
 
 def check_rounded_step(
-    engine: RolloutEngine, batch: int, *, deterministic: bool = False, apart: float = 0.5
+    engine: RolloutEngine,
+    batch: int,
+    *,
+    deterministic: bool = False,
+    apart: float = 0.5,
+    above: float = 30.0,
 ) -> None:
     """Check a step with rounded factors against PyTorch with the same roundings.
 
     The kernel must be as accurate as PyTorch, and differ from it by less than `apart` of PyTorch's error.
-    That error must exceed the one of float32 by far, which shows that factors are rounded.
+    That error must exceed `above` times the one of float32, which shows that factors are rounded. With a low
+    `above` this is asked of the means alone: in the rest, other errors of float32 are as large.
     """
     ensemble = engine.ensemble
     observations, actions = (
@@ -190,12 +196,16 @@ def check_rounded_step(
     for name in ("next_observations", "rewards", "raw_rewards", "penalties", "mean", "std"):
         ours, theirs, plain, truth = (getattr(result, name) for result in (kernel, same, float32, exact))
         assert_as_accurate(ours, theirs, truth, name, units=truncation(engine))
+        if above < 30.0 and name != "mean":
+            continue
         error = (theirs - truth).norm()
         assert (ours - theirs).norm() < apart * error, name
-        assert error > 30.0 * (plain - truth).norm(), name
+        assert error > above * (plain - truth).norm(), name
 
 
-def check_rounded_policy(engine: RolloutEngine, policy: Actor, start: torch.Tensor) -> None:
+def check_rounded_policy(
+    engine: RolloutEngine, policy: Actor, start: torch.Tensor, *, above: float = 30.0
+) -> None:
     """Check a policy's actions as `check_rounded_step` checks a step."""
     kernel = engine.rollout(policy, start, 1, seed=3)
     same, float32 = (
@@ -207,7 +217,7 @@ def check_rounded_policy(engine: RolloutEngine, policy: Actor, start: torch.Tens
     )
     error = (same.actions - exact.actions).norm()
     assert (kernel.actions - same.actions).norm() < 0.5 * error
-    assert error > 30.0 * (float32.actions - exact.actions).norm()
+    assert error > above * (float32.actions - exact.actions).norm()
 
 
 def check_actions(engine: RolloutEngine, policy: Actor, start: torch.Tensor) -> None:

@@ -364,7 +364,9 @@ def test_a_kernel_keeps_the_memory_that_it_writes_to() -> None:
 def test_a_backend_that_cannot_serve_is_not_called(operands: str) -> None:
     engine = RolloutEngine(make_ensemble(5, 2), backend="cpu")
     engine.operands = operands
-    with pytest.raises(InputError, match=f"serves float32 and bfloat16, not {operands}|must be contiguous"):
+    with pytest.raises(
+        InputError, match=f"serves float32, bfloat16, bfloat16x3, not {operands}|must be contiguous"
+    ):
         engine.step(*inputs(8, 5, 2), seed=0)
 
 

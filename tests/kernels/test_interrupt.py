@@ -12,7 +12,7 @@ from kernel_cases import inputs, make_ensemble, make_policy, make_sac, sac_sourc
 from mopo_fast import RolloutEngine
 from mopo_fast.backends import cpu
 from mopo_fast.buffer import RingBuffer
-from mopo_fast.config import DynamicsConfig, SACConfig
+from mopo_fast.config import TRAINING_DTYPES, DynamicsConfig, SACConfig
 from mopo_fast.fit import Fit
 from mopo_fast.run.population import FitPopulation as Fits
 from mopo_fast.run.population import SacPopulation as Population
@@ -53,7 +53,7 @@ def assert_ends_soon(call: Callable[[], Any], alarm: Callable[..., None]) -> Non
 
 
 @pytest.mark.parametrize("isa", cpu.isas())
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", TRAINING_DTYPES)
 @pytest.mark.parametrize(("batch", "horizon"), [(1, 1_000_000), (20_000, 50)])
 def test_a_rollout(
     batch: int,
@@ -104,7 +104,7 @@ def test_sac(runs: int, threads: int, alarm: Callable[..., None]) -> None:
         assert all(torch.equal(tensor, sac.state()[name]) for name, tensor in same.state().items())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", TRAINING_DTYPES)
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("runs", [1, 2])
 def test_the_fit(runs: int, threads: int, dtype: Any, alarm: Callable[..., None]) -> None:
@@ -126,7 +126,7 @@ def test_the_fit(runs: int, threads: int, dtype: Any, alarm: Callable[..., None]
         assert same.steps(few) and same.steps(few) == fit.steps(few)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", TRAINING_DTYPES)
 def test_a_handler_that_raises_nothing(dtype: str, alarm: Callable[..., None]) -> None:
     """The call continues with correct results, even if the handler uses the processor's AMX tiles."""
     engine = RolloutEngine(make_ensemble(5, 2, hidden=(200,) * 4), dtype=dtype, threads=1)

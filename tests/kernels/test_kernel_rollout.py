@@ -23,7 +23,7 @@ from kernel_cases import (
 )
 
 from mopo_fast.backends import cpu
-from mopo_fast.config import ACTIVATIONS, PENALTIES
+from mopo_fast.config import ACTIVATIONS, PENALTIES, TRAINING_DTYPES
 from mopo_fast.rollout import RolloutEngine
 
 SHAPES = [(3, 1), (11, 3), (17, 6), (111, 8), (376, 17)]
@@ -32,6 +32,14 @@ SHAPES = [(3, 1), (11, 3), (17, 6), (111, 8), (376, 17)]
 @pytest.fixture(params=cpu.isas(), autouse=True)
 def isa(request, monkeypatch):
     monkeypatch.setenv("MOPO_FAST_ISA", request.param)
+    return request.param
+
+
+@pytest.fixture(params=[("bfloat16", 30.0), ("bfloat16x3", 8.0)], ids=["bfloat16", "bfloat16x3"])
+def rounded(request, isa):
+    """Return a dtype, and how many times float32's error its error is at least."""
+    if request.param[0] == "bfloat16x3" and isa not in cpu.WITH_BFLOAT16:
+        pytest.skip("float32 is taken")
     return request.param
 
 
@@ -57,14 +65,16 @@ def test_every_penalty(penalty, batch, members):
     ],
     ids=["canonical", "odd", "linear", "humanoid"],
 )
-def test_bfloat16(ensemble):
-    check_rounded_step(RolloutEngine(ensemble, dtype="bfloat16", penalty="mixture_std"), 1000)
+def test_rounded_factors(ensemble, rounded):
+    dtype, above = rounded
+    check_rounded_step(RolloutEngine(ensemble, dtype=dtype, penalty="mixture_std"), 1000, above=above)
 
 
-def test_bfloat16_policy():
+def test_rounded_policy(rounded):
     """Actions are rounded too, with odd widths of hidden layers and a head smaller than a block."""
-    engine = RolloutEngine(make_ensemble(11, 3), dtype="bfloat16")
-    check_rounded_policy(engine, make_policy(11, 3), inputs(1000, 11, 3)[0])
+    dtype, above = rounded
+    engine = RolloutEngine(make_ensemble(11, 3), dtype=dtype)
+    check_rounded_policy(engine, make_policy(11, 3), inputs(1000, 11, 3)[0], above=above)
 
 
 @pytest.mark.parametrize("declared", DECLARED)
@@ -103,7 +113,7 @@ def test_a_large_odd_batch():
     check_step(RolloutEngine(make_ensemble(17, 6, members=3, hidden=(200, 200, 200, 200))), 50_001)
 
 
-@pytest.fixture(params=["float32", "bfloat16"])
+@pytest.fixture(params=TRAINING_DTYPES)
 def rollout(request):
     """Return an engine, a policy and start states, with rollouts that end at every step."""
     engine = RolloutEngine(make_ensemble(11, 3), termination=narrow_box(11), threads=2, dtype=request.param)
@@ -122,7 +132,7 @@ def test_rollout_is_made_of_steps(rollout):
     check_made_of_steps(*rollout, 4)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", TRAINING_DTYPES)
 @pytest.mark.parametrize(
     ("sizes", "batch"),
     [
@@ -144,7 +154,7 @@ def test_only_the_drawn_member_computes(dtype, sizes, batch):
     check_without_penalties(engine, make_policy(11, 3), inputs(batch, 11, 3)[0], 4)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", TRAINING_DTYPES)
 @pytest.mark.parametrize(
     ("hidden", "activation"), [((200,) * 4, "silu"), ((33, 51), "tanh"), ((1,), "relu"), ((), "silu")]
 )
@@ -164,7 +174,7 @@ def test_few_rows_are_those_of_a_large_batch(dtype, hidden, activation):
         first += count
 
 
-@pytest.fixture(params=["float32", "bfloat16"])
+@pytest.fixture(params=TRAINING_DTYPES)
 def unpenalised(request):
     """Return what `rollout` returns, with an engine that computes no penalties."""
     options = {"termination": narrow_box(11), "threads": 2, "dtype": request.param}

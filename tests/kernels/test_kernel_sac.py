@@ -18,13 +18,17 @@ from kernel_cases import (
 
 from mopo_fast import sac as sac_module
 from mopo_fast.backends import cpu
-from mopo_fast.config import SACConfig
+from mopo_fast.config import TRAINING_DTYPES, SACConfig
 from mopo_fast.errors import InputError
 from mopo_fast.sac import METRICS
 
+# Relative errors of the gradients: at most of any parameter; at least and at most of all. A factor has errors
+# up to 2^-9 in bfloat16; in bfloat16x3 up to 2^-18, and the product of the low parts is as small.
+BOUNDS = [("bfloat16", 2.0**-5, 2.0**-12, 2.0**-7), ("bfloat16x3", 2.0**-14, 2.0**-21, 2.0**-16)]
+
 
 @pytest.mark.parametrize("updates", [1, 3])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", TRAINING_DTYPES)
 @pytest.mark.parametrize("isa", cpu.isas())
 @pytest.mark.parametrize("case", SAC_CASES)
 def test_as_accurate_as_pytorch(
@@ -37,46 +41,63 @@ def test_as_accurate_as_pytorch(
     same, same_metrics = run_sac(case, "reference", updates, dtype=dtype)
     exact, exact_metrics = run_sac(case, "reference", updates, double=True)
     assert_trained_alike(kernel, same, exact, before, one_step=updates == 1)
-    unit = 1e-6 if dtype == "float32" else 1e-4
+    unit = {"float32": 1e-6, "bfloat16x3": 1e-5, "bfloat16": 1e-4}[dtype]
     for name in METRICS:
         usual = abs(same_metrics[name] - exact_metrics[name])
         error = abs(metrics[name] - exact_metrics[name])
         assert error <= 2.0 * usual + unit * max(1.0, abs(exact_metrics[name])), name
 
 
+@pytest.mark.parametrize(("dtype", "each", "least", "most"), BOUNDS)
 @pytest.mark.parametrize("case", ["canonical", "canonical, others' options", "large batch"])
 @pytest.mark.parametrize("isa", cpu.isas())
-def test_gradients_in_bfloat16(case: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A factor in bfloat16 has a relative error of up to 2^-9; these errors add up and partly cancel.
+def test_gradients_of_rounded_factors(
+    case: str, isa: str, dtype: str, each: float, least: float, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Errors of the factors add up and partly cancel.
 
     Adam's first moments after one update are the gradients, up to a factor.
     """
     monkeypatch.setenv("MOPO_FAST_ISA", isa)
-    rounded, _ = run_sac(case, "cpu", 1, dtype="bfloat16")
+    if dtype == "bfloat16x3" and isa not in cpu.WITH_BFLOAT16:
+        least = 0.0  # float32
+    rounded, _ = run_sac(case, "cpu", 1, dtype=dtype)
     exact, _ = run_sac(case, "reference", 1, double=True)
     for network in ("actor", "critic"):
+        if network == "actor" and dtype == "bfloat16x3" and case != "large batch":
+            continue  # two inputs of ReLU that are nearly zero change their sign
         names = [name for name in exact if name.startswith(f"adam.{network}") and name.endswith("exp_avg")]
         errors = {name: relative_error(rounded[name], exact[name]) for name in names}
-        assert max(errors.values()) <= 2.0**-5, errors
-        whole = [torch.cat([state[name].double().flatten() for name in names]) for state in (rounded, exact)]
-        assert 2.0**-12 <= relative_error(*whole) <= 2.0**-7
+        assert max(errors.values()) <= each, errors
+        whole = [gradient(state, network) for state in (rounded, exact)]
+        assert least <= relative_error(*whole) <= most
 
 
+@pytest.mark.parametrize(("dtype", "nearer"), [("bfloat16", 0.02), ("bfloat16x3", 0.2)])
 @pytest.mark.parametrize("isa", cpu.isas())
-def test_bfloat16_rounds_the_inner_layers_alone(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Results are far nearer to PyTorch with these factors rounded than to PyTorch in float32."""
+def test_the_inner_layers_alone_are_rounded(
+    isa: str, dtype: str, nearer: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results are nearer to PyTorch with these factors rounded than to PyTorch in float32."""
     monkeypatch.setenv("MOPO_FAST_ISA", isa)
+    if dtype == "bfloat16x3" and isa not in cpu.WITH_BFLOAT16:
+        pytest.skip("float32 is taken")
     case = "ten critics, three layers"
-    kernel, _ = run_sac(case, "cpu", 1, dtype="bfloat16")
-    rounded, _ = run_sac(case, "reference", 1, dtype="bfloat16")
+    kernel, _ = run_sac(case, "cpu", 1, dtype=dtype)
+    rounded, _ = run_sac(case, "reference", 1, dtype=dtype)
     unrounded, _ = run_sac(case, "reference", 1)
-    for name in kernel:
-        if name.endswith("exp_avg") and not name.startswith("adam.alpha"):
-            error, distance = (relative_error(kernel[name], other[name]) for other in (rounded, unrounded))
-            assert error < 0.02 * distance, f"{name}: {error:.3g} beside {distance:.3g}"
+    for network in ("actor", "critic"):
+        ours, theirs, plain = (gradient(state, network) for state in (kernel, rounded, unrounded))
+        assert relative_error(ours, theirs) < nearer * relative_error(ours, plain)
     # Without a layer between the first and the last nothing is rounded.
-    flat = [run_sac("one critic, one layer", "cpu", 2, dtype=dtype)[0] for dtype in ("float32", "bfloat16")]
+    flat = [run_sac("one critic, one layer", "cpu", 2, dtype=dtype)[0] for dtype in ("float32", dtype)]
     assert all(torch.equal(flat[0][name], flat[1][name]) for name in flat[0])
+
+
+def gradient(state: dict[str, torch.Tensor], network: str) -> torch.Tensor:
+    """Return the gradient by all parameters after one update, up to a factor."""
+    names = [name for name in state if name.startswith(f"adam.{network}") and name.endswith("exp_avg")]
+    return torch.cat([state[name].double().flatten() for name in names])
 
 
 def relative_error(x: torch.Tensor, truth: torch.Tensor) -> float:
@@ -95,7 +116,7 @@ def test_every_parameter_moves() -> None:
 
 @pytest.mark.parametrize("case", ["canonical", "canonical, others' options", "ten critics, three layers"])
 @pytest.mark.parametrize("threads", [2, 3, 64])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", TRAINING_DTYPES)
 @pytest.mark.parametrize("isa", cpu.isas())
 def test_result_does_not_depend_on_threads(
     isa: str, case: str, dtype: str, threads: int, monkeypatch: pytest.MonkeyPatch
@@ -107,7 +128,7 @@ def test_result_does_not_depend_on_threads(
     assert one_metrics == many_metrics
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", TRAINING_DTYPES)
 def test_result_does_not_depend_on_the_calls(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, _ = run_sac("canonical", "cpu", 5, dtype=dtype)
     monkeypatch.setattr(sac_module, "_UPDATES_AT_ONCE", 2)

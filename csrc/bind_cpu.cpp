@@ -192,7 +192,8 @@ PYBIND11_MODULE(_cpu, module) {
       .value("cos_turns", mopo::MathFunction::kCosTurns)
       .value("tanh", mopo::MathFunction::kTanh)
       .value("silu", mopo::MathFunction::kSilu)
-      .value("rough_silu", mopo::MathFunction::kRoughSilu)
+      .value("silu_bfloat16", mopo::MathFunction::kSiluBFloat16)
+      .value("silu_bfloat16x3", mopo::MathFunction::kSiluBFloat16x3)
       .value("reciprocal", mopo::MathFunction::kReciprocal)
       .value("sqrt", mopo::MathFunction::kSqrt);
   module.def(

@@ -1,6 +1,5 @@
 // The factors of training's products. In float32 they are the matrices themselves, in bfloat16 rounded
-// copies; sums are always float32. kCopies: factors are not the matrices themselves. kRough: they have errors
-// that hide those of rough functions (math.h).
+// copies; sums are always float32. kCopies: the factors are not the matrices themselves.
 //
 // A layer has three matrices: inputs X [rows][in], gradients of its outputs G [rows][out], weights W
 // [in][out]. Its three products are forwards X W, backwards G W^T, and the weight's gradient X^T G. X has a
@@ -17,7 +16,8 @@ MOPO_INLINE void without_bias(const Dense& layer, int64_t row, vf (&block)[kBloc
 // Factors as matrices in panels: float32, and bfloat16 as rounded floats where no instruction multiplies it.
 template <bool kToBFloat16>
 struct PanelFactors {
-  static constexpr bool kCopies = kToBFloat16, kRough = kToBFloat16;
+  static constexpr bool kCopies = kToBFloat16;
+  static constexpr Precision kPrecision = kToBFloat16 ? Precision::kBFloat16 : Precision::kFloat32;
   static constexpr int64_t kRows = kBlock;  // rows that a product takes at a time
 
   MOPO_INLINE vf round(vf x) {
@@ -122,7 +122,8 @@ using BFloat16x3Factors = Float32Factors;  // not asked for
 // tiles take turns: [tiles][parts][rows][words].
 template <int kParts>
 struct PackedFactors {
-  static constexpr bool kCopies = true, kRough = kParts == 1;
+  static constexpr bool kCopies = true;
+  static constexpr Precision kPrecision = kParts == 1 ? Precision::kBFloat16 : Precision::kBFloat16x3;
   static constexpr int64_t kRows = 32;
   static constexpr int64_t kWords = 16;  // in a tile's row
   static_assert(W == kWords && kPanel == kRows);

@@ -1,11 +1,11 @@
 // A step of the ensemble's maximum-likelihood fit for one member. The threads of a team each take rows of the
 // batch forwards and backwards, a window at a time; then, layer by layer, rows of the parameters.
 
-// The activation at x and its derivative. kRough allows errors that rounding to bfloat16 hides.
-template <Activation activation, bool kRough>
+// The activation at x and its derivative, for a result that becomes a factor of this precision.
+template <Precision precision, Activation activation>
 MOPO_INLINE vf activate_and_differentiate(vf x, vf& slope) {
   if constexpr (activation == Activation::kSilu) {
-    const vf gate = kRough ? rough_sigmoid(x) : sigmoid(x), y = x * gate;
+    const vf gate = sigmoid_of_factor<precision>(x), y = x * gate;
     slope = gate + y * (1.0f - gate);
     return y;
   } else {
@@ -88,7 +88,7 @@ struct FitRows {
         float* slopes = at(window.slopes[l], row, column);
         each_vector(block, [&](int i, int v, vf& x) {
           vf slope;
-          x = activate_and_differentiate<activation, Factors::kRough>(x, slope);
+          x = activate_and_differentiate<Factors::kPrecision, activation>(x, slope);
           store(slopes + within(i, v), slope);
         });
       };

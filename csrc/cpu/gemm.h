@@ -11,40 +11,29 @@ constexpr int64_t round_up(int64_t count, int64_t multiple) {
 
 // The precisions of a layer's inputs and weights. A 32-bit word holds a float ...
 struct Float32 {
+  static constexpr Precision kPrecision = Precision::kFloat32;
   static constexpr Packing kPacking{kVectors * W, 1, kBlock, 1, 1};
   MOPO_INLINE vf multiply_add(vf sum, vf rows, float weight) { return sum + rows * broadcast(weight); }
-  template <Activation activation>
-  MOPO_INLINE vf activate_output(vf x) {
-    return activate<activation>(x);
-  }
 };
 
 // ... or two bfloat16 that follow one another in the sum, the first in the lower half. Sums are float.
 struct BFloat16 {
+  static constexpr Precision kPrecision = Precision::kBFloat16;
 #ifdef MOPO_AMX
   static constexpr Packing kPacking{2 * W, 2, 32, 16, 1};
 #else
   static constexpr Packing kPacking{kVectors * W, 2, kBlock, 1, 1};
 #endif
   MOPO_INLINE vf multiply_add(vf sum, vf rows, float weight) { return add_products(sum, rows, weight); }
-  template <Activation activation>
-  MOPO_INLINE vf activate_output(vf x) {
-    if constexpr (activation == Activation::kSilu) return rough_silu(x);
-    return activate<activation>(x);
-  }
 };
 
-// ... or a part of such a pair, where a factor is the sum of two numbers in bfloat16. Sets of instructions
-// without products of bfloat16 are not asked for it.
+// A factor that is the sum of two numbers in bfloat16 has two such words. Sets of instructions without
+// products of bfloat16 are not asked for it.
 #ifdef MOPO_BFLOAT16
-struct BFloat16x3 {
+struct BFloat16x3 : BFloat16 {
+  static constexpr Precision kPrecision = Precision::kBFloat16x3;
   static constexpr Packing kPacking{BFloat16::kPacking.tile, 2, BFloat16::kPacking.outputs,
                                     BFloat16::kPacking.words, 2};
-  MOPO_INLINE vf multiply_add(vf sum, vf rows, float weight) { return add_products(sum, rows, weight); }
-  template <Activation activation>
-  MOPO_INLINE vf activate_output(vf x) {
-    return activate<activation>(x);
-  }
 };
 #else
 using BFloat16x3 = Float32;
@@ -272,7 +261,7 @@ MOPO_INLINE void write_pair(float* out, int64_t word, vf first, vf second) {
 template <class Operand, Activation activation>
 MOPO_INLINE void write_operands(float* out, int64_t n, int v, vf (&outputs)[kBlock]) {
 #pragma GCC unroll 8
-  for (int j = 0; j < kBlock; ++j) outputs[j] = Operand::template activate_output<activation>(outputs[j]);
+  for (int j = 0; j < kBlock; ++j) outputs[j] = activate_factor<Operand::kPrecision, activation>(outputs[j]);
   if constexpr (Operand::kPacking.terms == 1) {
     write_floats<Operand>(out, n, v, outputs);
   } else {

@@ -193,7 +193,8 @@ enum class MathFunction : int {
   kCosTurns,
   kTanh,
   kSilu,
-  kRoughSilu,
+  kSiluBFloat16,
+  kSiluBFloat16x3,
   kReciprocal,
   kSqrt
 };

@@ -55,8 +55,11 @@ static void math(MathFunction function, const float* x, float* y, int64_t count)
       case MathFunction::kSilu:
         out = silu(in);
         break;
-      case MathFunction::kRoughSilu:
-        out = rough_silu(in);
+      case MathFunction::kSiluBFloat16:
+        out = activate_factor<Precision::kBFloat16, Activation::kSilu>(in);
+        break;
+      case MathFunction::kSiluBFloat16x3:
+        out = activate_factor<Precision::kBFloat16x3, Activation::kSilu>(in);
         break;
       case MathFunction::kReciprocal:
         out = reciprocal(in);

@@ -91,27 +91,38 @@ MOPO_INLINE vf sigmoid(vf x) { return select(x < -86.0f, vf{}, reciprocal(1.0f +
 // x sigmoid(x), within 4 ULP above -86. As by definition, -inf gives NaN.
 MOPO_INLINE vf silu(vf x) { return x * sigmoid(x); }
 
-// sigmoid and silu within a relative error of 2^-13, for results that are rounded to bfloat16.
+// sigmoid for a result that becomes a factor of this precision, whose rounding hides the error: 2^-13 of the
+// result in kBFloat16, 2^-17 in kBFloat16x3.
+template <Precision precision>
+MOPO_INLINE vf sigmoid_of_factor(vf x) {
 #ifdef MOPO_AVX512
-MOPO_INLINE vf rough_sigmoid(vf x) {
-  const vf t = x * -1.44269504088896341f;
-  // 2^t = 2^r 2^floor(t): 2^r by a minimax polynomial, and scale() floors t itself.
-  const vf r = (vf)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  vf p = broadcast(0.0135341679f);
-  p = p * r + 0.0520114606f;
-  p = p * r + 0.241442757f;
-  p = p * r + 0.693003834f;
-  p = p * r + 1.00000259f;
-  return (vf)_mm512_rcp14_ps((__m512)(1.0f + scale(p, t)));
-}
-#else
-MOPO_INLINE vf rough_sigmoid(vf x) { return sigmoid(x); }
+  if constexpr (precision != Precision::kFloat32) {
+    const vf t = x * -1.44269504088896341f;
+    // 2^t = 2^r 2^floor(t): 2^r by a minimax polynomial, and scale() floors t itself.
+    const vf r = (vf)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    vf p = broadcast(0.0135341679f);
+    p = p * r + 0.0520114606f;
+    p = p * r + 0.241442757f;
+    p = p * r + 0.693003834f;
+    p = p * r + 1.00000259f;
+    const vf y = 1.0f + scale(p, t);
+    if constexpr (precision == Precision::kBFloat16) return (vf)_mm512_rcp14_ps((__m512)y);
+    return select(x < -86.0f, vf{}, reciprocal(y));
+  }
 #endif
-MOPO_INLINE vf rough_silu(vf x) { return x * rough_sigmoid(x); }
+  return sigmoid(x);
+}
 
 template <Activation activation>
 MOPO_INLINE vf activate(vf x) {
   if constexpr (activation == Activation::kSilu) return silu(x);
   if constexpr (activation == Activation::kRelu) return select(x < 0.0f, vf{}, x);
   if constexpr (activation == Activation::kTanh) return tanh(x);
+}
+
+// activate for a result that becomes a factor of this precision.
+template <Precision precision, Activation activation>
+MOPO_INLINE vf activate_factor(vf x) {
+  if constexpr (activation == Activation::kSilu) return x * sigmoid_of_factor<precision>(x);
+  return activate<activation>(x);
 }

@@ -64,7 +64,7 @@ static void network_rows(const Network& network, const PackedNetwork& packed, in
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t n = 0; n < width; n += W) {
         float* x = here + row * stride + n;
-        store(x, Float32::activate_output<activation>(load(x)));
+        store(x, activate<activation>(load(x)));
       }
   }
   const int64_t lanes = round_up(rows, W);

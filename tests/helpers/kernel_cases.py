@@ -204,7 +204,7 @@ def check_rounded_step(
 
 
 def check_rounded_policy(
-    engine: RolloutEngine, policy: Actor, start: torch.Tensor, *, above: float = 30.0
+    engine: RolloutEngine, policy: Actor, start: torch.Tensor, *, apart: float = 0.5, above: float = 30.0
 ) -> None:
     """Check a policy's actions as `check_rounded_step` checks a step."""
     kernel = engine.rollout(policy, start, 1, seed=3)
@@ -216,7 +216,7 @@ def check_rounded_policy(
         kernel.actions, same.actions, exact.actions, "actions", units=truncation(engine, policy)
     )
     error = (same.actions - exact.actions).norm()
-    assert (kernel.actions - same.actions).norm() < 0.5 * error
+    assert (kernel.actions - same.actions).norm() < apart * error
     assert error > above * (float32.actions - exact.actions).norm()
 
 

@@ -46,14 +46,16 @@ def test_units_in_the_last_place(isa, function, x, exact, bound):
 
 
 @pytest.mark.parametrize("isa", cpu.isas())
-def test_rough_silu(isa):
-    """A relative error of 2^-13 suffices, since results are rounded to bfloat16 with errors up to 2^-9."""
+@pytest.mark.parametrize(("precision", "bound"), [("bfloat16", 2.0**-13), ("bfloat16x3", 2.0**-17)])
+def test_silu_of_factors(isa, precision, bound):
+    """Factors are rounded to bfloat16 with errors up to 2^-9, or to a sum of two with errors up to 2^-17."""
+    function = f"silu_{precision}"
     x = np.concatenate([around(4.0), RNG.uniform(-86.0, 100.0, COUNT)]).astype(np.float32)
     truth = x / (1.0 + np.exp(-x.astype(np.float64)))
-    assert np.max(np.abs(evaluate(isa, "rough_silu", x) / truth - 1.0)) <= 2.0**-13
+    assert np.max(np.abs(evaluate(isa, function, x) / truth - 1.0)) <= bound
     special = np.array([np.nan, np.inf, -np.inf, 0.0, -200.0, -3e38], dtype=np.float32)
     expected = np.array([np.nan, np.inf, np.nan, 0.0, 0.0, 0.0], dtype=np.float32)
-    np.testing.assert_array_equal(evaluate(isa, "rough_silu", special), expected)
+    np.testing.assert_array_equal(evaluate(isa, function, special), expected)
 
 
 @pytest.mark.parametrize("isa", cpu.isas())

@@ -35,9 +35,11 @@ def isa(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture(params=[("bfloat16", 30.0), ("bfloat16x3", 8.0)], ids=["bfloat16", "bfloat16x3"])
+@pytest.fixture(
+    params=[("bfloat16", {}), ("bfloat16x3", {"above": 8.0, "apart": 0.75})], ids=["bfloat16", "bfloat16x3"]
+)
 def rounded(request, isa):
-    """Return a dtype, and how many times float32's error its error is at least."""
+    """Return a dtype, and the bounds of its error for `check_rounded_step`."""
     if request.param[0] == "bfloat16x3" and isa not in cpu.WITH_BFLOAT16:
         pytest.skip("float32 is taken")
     return request.param
@@ -66,15 +68,15 @@ def test_every_penalty(penalty, batch, members):
     ids=["canonical", "odd", "linear", "humanoid"],
 )
 def test_rounded_factors(ensemble, rounded):
-    dtype, above = rounded
-    check_rounded_step(RolloutEngine(ensemble, dtype=dtype, penalty="mixture_std"), 1000, above=above)
+    dtype, bounds = rounded
+    check_rounded_step(RolloutEngine(ensemble, dtype=dtype, penalty="mixture_std"), 1000, **bounds)
 
 
 def test_rounded_policy(rounded):
     """Actions are rounded too, with odd widths of hidden layers and a head smaller than a block."""
-    dtype, above = rounded
+    dtype, bounds = rounded
     engine = RolloutEngine(make_ensemble(11, 3), dtype=dtype)
-    check_rounded_policy(engine, make_policy(11, 3), inputs(1000, 11, 3)[0], above=above)
+    check_rounded_policy(engine, make_policy(11, 3), inputs(1000, 11, 3)[0], **bounds)
 
 
 @pytest.mark.parametrize("declared", DECLARED)

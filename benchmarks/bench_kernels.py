@@ -9,6 +9,7 @@ import functools
 import pytest
 
 from benchmarks.compare import BASELINES
+from mopo_fast.backends import cpu
 from mopo_fast.bench.measure import WORKS, Work
 
 SIZES = {
@@ -16,10 +17,11 @@ SIZES = {
     "sac": {"dtype": "bfloat16", "updates": 50},
     "fit": {"dtype": "bfloat16", "steps": 16},
 }
+HIGH = ["cpu bfloat16x3"] if cpu.isa() in cpu.WITH_BFLOAT16 else []
 CONTENDERS = [
     (kernel, name)
     for kernel, baselines in BASELINES.items()
-    for name in ["cpu bfloat16", "cpu", "reference", *baselines]
+    for name in ["cpu bfloat16", *HIGH, "cpu", "reference", *baselines]
 ]
 
 

@@ -23,6 +23,7 @@ Record = dict[str, Any]
 # Descriptions of the contenders of `benchmarks.compare`, by kernel, in place of their short names.
 CONTENDERS = {
     ("rollout", "cpu bfloat16"): "**mopo_fast, bfloat16**",
+    ("rollout", "cpu bfloat16x3"): "**mopo_fast, bfloat16x3**",
     ("rollout", "cpu"): "**mopo_fast**",
     ("rollout", "reference"): (
         "mopo_fast's reference: PyTorch, members as one batch (`baddbmm`), 2000 rows at a time"
@@ -36,6 +37,7 @@ CONTENDERS = {
     ("rollout", "torch.compile, bfloat16"): "the same by torch.compile, frozen, max-autotune",
     ("rollout", "JAX"): "JAX, one jitted scan, 2000 rows at a time",
     ("sac", "cpu bfloat16"): "**mopo_fast, bfloat16**",
+    ("sac", "cpu bfloat16x3"): "**mopo_fast, bfloat16x3**",
     ("sac", "cpu"): "**mopo_fast**",
     ("sac", "reference"): "mopo_fast's reference: PyTorch, critics as one batch, fused Adam",
     ("sac", "PyTorch, plain"): "PyTorch, one network at a time, three optimisers, as OfflineRL-Kit has it",
@@ -44,6 +46,7 @@ CONTENDERS = {
     ("sac", "torch.compile, bfloat16"): "torch.compile, bfloat16 by autocast",
     ("sac", "JAX"): "JAX, one jitted scan, as Unifloral has it",
     ("fit", "cpu bfloat16"): "**mopo_fast, bfloat16**",
+    ("fit", "cpu bfloat16x3"): "**mopo_fast, bfloat16x3**",
     ("fit", "cpu"): "**mopo_fast**",
     ("fit", "reference"): "mopo_fast's reference: PyTorch, members as one batch, autograd, fused Adam",
     ("fit", "PyTorch, eager"): "PyTorch, members as one batch, autograd, fused Adam",
@@ -101,7 +104,7 @@ def _compare(records: list[Record]) -> str:
     body = []
     for i, row in enumerate(rows):
         ratios = [
-            f"{own['rate'] / row['rate']:.2f}" if k < i and own["dtype"] in (row["dtype"], "bfloat16") else ""
+            f"{own['rate'] / row['rate']:.2f}" if k < i and _rank(own) <= _rank(row) else ""
             for k, own in enumerate(ours)
         ]
         body.append(
@@ -120,6 +123,11 @@ def _compare(records: list[Record]) -> str:
     return f"Peak: {described}. `torch.mm` in float32: {rows[0]['mm_gflops']:.0f} GFLOP/s.\n\n" + _table(
         header, body
     )
+
+
+def _rank(row: Record) -> int:
+    """Return a number that is higher for a more precise dtype."""
+    return ("bfloat16", "bfloat16x3", "float32").index(row["dtype"])
 
 
 def _scaling(records: list[Record]) -> str:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.table import Table
@@ -38,6 +38,7 @@ _COPY_BYTES = 2**29
 
 # A function that does the work of one round.
 Contender = Callable[[], object]
+Learner = TypeVar("Learner", SAC, Fit)
 
 
 @dataclass(frozen=True)
@@ -155,8 +156,7 @@ def rollout_work(
 
     Args:
         backend: backend of the first contender.
-        dtype: precision of the first contender. If it is not float32, the backend is measured in float32 too,
-            where it can.
+        dtype: precision of the first contender. The backend is measured in the higher ones too, where it can.
         obs_dim: size of an observation.
         act_dim: size of an action.
         starts: number of start states.
@@ -181,10 +181,12 @@ def rollout_work(
     start = torch.randn(starts, obs_dim, generator=generator).to(device)
     make_engine = partial(RolloutEngine, ensemble, penalty_coef=penalty_coef, threads=threads)
     engine = make_engine(backend=backend, dtype=dtype)
-    engines = {engine.backend if dtype == "float32" else f"{engine.backend} {dtype}": engine}
-    for name in (engine.backend, "reference"):
-        if get_backend(name).refusal(Need("float32", device)) is None:
-            engines[name] = make_engine(backend=name)
+    engines = {
+        _name(engine.backend, each): make_engine(backend=engine.backend, dtype=each)
+        for each in (dtype, *_higher(engine.backend, dtype))
+        if get_backend(engine.backend).refusal(Need(each, device)) is None
+    }
+    engines["reference"] = make_engine(backend="reference")
     # The row that a rollout stores. float32 makes the traffic a lower bound for float64 too.
     stored = engine.rollout(actor, start[:1], 1, seed=0)
     contenders: dict[str, Contender] = {
@@ -214,7 +216,7 @@ def rollout_work(
         threads=threads,
         device=device,
         contenders=contenders,
-        dtypes=_dtypes(contenders, dtype),
+        dtypes=_dtypes(contenders) | {name: engine.operands for name, engine in engines.items()},
     )
 
 
@@ -241,8 +243,8 @@ def sac_work(
         act_dim: size of an action.
         updates: updates of each run in a round.
         config: settings of SAC. The default has an actor and 2 critics of 2 x 256.
-        dtype: precision of the first contender, by default that of `config`. With bfloat16 the backend is
-            measured in float32 too.
+        dtype: precision of the first contender, by default that of `config`. The backend is measured
+            in the higher ones too.
         real_rows: transitions in the data set.
         model_rows: transitions in the model buffer, which is full.
         runs: number of runs that the first contender updates at once. Their updates one after the other are
@@ -263,9 +265,6 @@ def sac_work(
         precise = dataclasses.replace(config, dtype=dtype)
         return SAC(obs_dim, act_dim, precise, device=device, backend=backend, threads=threads)
 
-    def name_of(sac: SAC) -> str:
-        return sac.backend if sac.config.dtype == "float32" else f"{sac.backend} {sac.config.dtype}"
-
     data = _random_transitions(real_rows, obs_dim, act_dim).to(device)
     buffer = RingBuffer(model_rows, obs_dim, act_dim, device)
     _randomise(buffer.storage)
@@ -280,22 +279,18 @@ def sac_work(
 
         return run
 
-    learners = [
-        fresh(backend, dtype),
-        *([fresh(backend)] if dtype != "float32" else []),
-        fresh("reference"),
-    ]
+    sac = fresh(backend, dtype)
+    named, dtypes = _and_higher(sac, dtype, fresh)
     contenders: dict[str, Contender] = {}
     if runs > 1:
-        at_once = updating(*(fresh(backend, dtype) for _ in range(runs)))
-        contenders[f"{name_of(learners[0])}, at once"] = at_once
-    contenders |= {name_of(sac): _times(runs, updating(sac)) for sac in learners}
-    dtypes: dict[str, str] = {name_of(learners[0]): dtype}
+        together = f"{_name(sac.backend, dtype)}, at once"
+        contenders[together] = updating(*(fresh(backend, dtype) for _ in range(runs)))
+        dtypes[together] = dtype
+    contenders |= {name: _times(runs, updating(one)) for name, one in named.items()}
     for name, make in (baselines or {}).items():
         baseline = make(fresh("reference"), data, buffer, updates)
-        dtypes[name] = str(getattr(baseline, "dtype", "float32")).removeprefix("torch.")
+        dtypes |= _dtypes({name: baseline})
         contenders[name] = _times(runs, baseline)
-    sac = learners[0]
     return Work(
         kernel="sac",
         shape={
@@ -316,7 +311,7 @@ def sac_work(
         threads=threads,
         device=device,
         contenders=contenders,
-        dtypes=_dtypes(contenders, dtype) | dtypes,
+        dtypes=dtypes,
     )
 
 
@@ -341,8 +336,8 @@ def fit_work(
         act_dim: size of an action.
         steps: gradient steps in a round.
         config: settings of the fit. The default has 7 members of 4 x 200.
-        dtype: precision of the first contender, by default that of `config`. With bfloat16 the backend is
-            measured in float32 too.
+        dtype: precision of the first contender, by default that of `config`. The backend is measured
+            in the higher ones too.
         rows: transitions in the data set.
         threads: number of threads, or None for all cores.
         device: device of all contenders.
@@ -361,18 +356,13 @@ def fit_work(
         precise = dataclasses.replace(config, dtype=dtype)
         return Fit(data, 0, precise, device, backend, threads)
 
-    fits = [fresh(backend, dtype), *([fresh(backend)] if dtype != "float32" else []), fresh("reference")]
+    fit = fresh(backend, dtype)
+    named, dtypes = _and_higher(fit, dtype, fresh)
     size = (config.members, steps * config.batch_size)
-    drawn = torch.randint(len(fits[0].inputs), size, generator=torch.Generator().manual_seed(0)).to(device)
-    contenders: dict[str, Contender] = {
-        fit.backend if fit.config.dtype == "float32" else f"{fit.backend} {fit.config.dtype}": partial(
-            fit.steps, drawn
-        )
-        for fit in fits
-    }
+    drawn = torch.randint(len(fit.inputs), size, generator=torch.Generator().manual_seed(0)).to(device)
+    contenders: dict[str, Contender] = {name: partial(one.steps, drawn) for name, one in named.items()}
     for name, make in (baselines or {}).items():
         contenders[name] = make(fresh("reference"), drawn)
-    fit = fits[0]
     parameters = sum(array.nbytes for array in (*fit.model.weights, *fit.model.biases))
     return Work(
         kernel="fit",
@@ -394,7 +384,7 @@ def fit_work(
         threads=threads,
         device=device,
         contenders=contenders,
-        dtypes=_dtypes(contenders, dtype),
+        dtypes=_dtypes(contenders) | dtypes,
     )
 
 
@@ -519,13 +509,36 @@ def _row_bytes(arrays: Iterable[torch.Tensor]) -> int:
     return sum(array[:1].nbytes for array in arrays)
 
 
-def _dtypes(contenders: Mapping[str, Contender], first: str) -> dict[str, str]:
-    """Return `Work.dtypes` from that of the first contender and the attributes `dtype` of the others."""
-    given = {name: getattr(run, "dtype", torch.float32) for name, run in contenders.items()}
-    others = {
-        name: str(dtype).removeprefix("torch.") for name, dtype in given.items() if dtype != torch.float32
+def _higher(backend: str, dtype: str) -> list[TrainingDtype]:
+    """Return the dtypes more precise than `dtype` that a backend is measured in too."""
+    if dtype == "float32":
+        return []
+    between = dtype == "bfloat16" and backend == "cpu" and cpu.isa() in cpu.WITH_BFLOAT16
+    return ["bfloat16x3", "float32"] if between else ["float32"]
+
+
+def _and_higher(
+    first: Learner, dtype: TrainingDtype, fresh: Callable[[str, TrainingDtype], Learner]
+) -> tuple[dict[str, Learner], dict[str, str]]:
+    """Return this package's contenders and their dtypes: `first`, the same in higher ones, the reference."""
+    named, dtypes = {_name(first.backend, dtype): first}, {_name(first.backend, dtype): str(dtype)}
+    for each in _higher(first.backend, dtype):
+        name = _name(first.backend, each)
+        named[name], dtypes[name] = fresh(first.backend, each), each
+    named.setdefault("reference", fresh("reference", "float32"))
+    return named, dtypes
+
+
+def _name(backend: str, dtype: str) -> str:
+    """Return the name of one of this package's contenders."""
+    return backend if dtype == "float32" else f"{backend} {dtype}"
+
+
+def _dtypes(contenders: Mapping[str, Contender]) -> dict[str, str]:
+    """Return `Work.dtypes` from the attributes `dtype` of the contenders, float32 without it."""
+    return {
+        name: str(getattr(run, "dtype", "float32")).removeprefix("torch.") for name, run in contenders.items()
     }
-    return {next(iter(contenders)): first} | others
 
 
 def _check_positive(**values: int) -> None:

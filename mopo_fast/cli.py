@@ -733,7 +733,7 @@ def rollout(
         from mopo_fast.bulk.read import verify as verify_shards
 
         manifest = verify_shards(verify, quiet=quiet)
-        print(f"{verify}: {len(manifest.shards)} shards, all sound")
+        print(f"{verify}: {_shards(len(manifest.shards))}, all sound")
         print(as_text(summarise(manifest), narrow_penalties(verify, manifest)))
         return
     if run is None or out is None:
@@ -795,7 +795,7 @@ def rollout(
         raise KeyboardInterrupt(
             "stopped; finished shards are kept, and the same command makes the others"
         ) from None
-    print(f"{out}: {len(manifest.shards)} shards")
+    print(f"{out}: {_shards(len(manifest.shards))}")
     print(as_text(summarise(manifest), narrow_penalties(out, manifest)))
 
 
@@ -946,6 +946,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
 for _command in COMMANDS.values():
     # tyro ends a line of the help where the docstring does, so an argument's text is put on one line.
     _command.__doc__ = re.sub(r"\n {8,}", " ", inspect.cleandoc(_command.__doc__ or ""))
+
+
+def _shards(count: int) -> str:
+    return "1 shard" if count == 1 else f"{count} shards"
 
 
 def _outcome(values: dict[str, Any]) -> str:

@@ -102,25 +102,20 @@ class SacState {
     const int64_t rows = round_up(batch(), granule(args_.precision, kernels_)), hidden = args_.depth - 1;
     const int64_t obs_dim = args_.obs_dim, act_dim = args_.act_dim;
     const auto matrix = [&](int64_t width) { return take_panels(arena_, rows, width, kernels_); };
-    // Outputs of the hidden layers of `networks` networks, and gradients before their activations.
-    // The layer above takes the outputs, the layer itself the gradients.
-    const auto take = [&](std::vector<Factor>& factors, int64_t networks, Side side) {
+    // Outputs of the hidden layers of `networks` networks (kLeft), or gradients before their activations
+    // (kGrad). The layer above takes the outputs, the layer itself the gradients. `trained`: a weight's
+    // gradient is taken of them.
+    const auto take = [&](std::vector<Factor>& factors, int64_t networks, Side side, bool trained) {
       factors.clear();
       for (int64_t i = 0; i < networks * hidden; ++i) {
-        const int64_t l = i % hidden, taken_by = side == Side::kLeft ? l + 1 : l;
-        factors.push_back(take_factor(arena_, rows, args_.actor[l].out, side, precision(taken_by), kernels_));
+        const int64_t l = i % hidden, width = args_.actor[l].out;
+        const Precision kind = precision(side == Side::kLeft ? l + 1 : l);
+        if (!trained && in_tiles(kind, kernels_))
+          factors.push_back({take_along(arena_, rows, width, kind, kernels_), {}});
+        else
+          factors.push_back(take_factor(arena_, rows, width, side, kind, kernels_));
       }
       return factors.data();
-    };
-    const auto outputs = [&](std::vector<Factor>& factors, int64_t networks) {
-      return take(factors, networks, Side::kLeft);
-    };
-    const auto grads = [&](std::vector<Factor>& factors, int64_t networks) {
-      return take(factors, networks, Side::kGrad);
-    };
-    // No weight's gradient is taken of these.
-    const auto without_across = [](std::vector<Factor>& factors) {
-      for (Factor& factor : factors) factor.across = {};
     };
     plan.rows = rows;
     actor_.clear();
@@ -135,15 +130,16 @@ class SacState {
     }
     plan.actor = actor_.data();
     plan.critic = critic_.data();
-    plan.actor_hidden = outputs(actor_hidden_, 1);
-    plan.actor_grad = grads(actor_grad_, 1);
-    plan.critic_hidden = outputs(critic_hidden_, args_.critics);
-    plan.critic_grad = grads(critic_grad_, args_.critics);
-    plan.scratch_hidden = outputs(scratch_hidden_, args_.critics);
-    plan.scratch_grad = grads(scratch_grad_, args_.critics);
+    plan.actor_hidden = take(actor_hidden_, 1, Side::kLeft, true);
+    plan.actor_grad = take(actor_grad_, 1, Side::kGrad, true);
+    plan.critic_hidden = take(critic_hidden_, args_.critics, Side::kLeft, true);
+    plan.critic_grad = take(critic_grad_, args_.critics, Side::kGrad, true);
+    plan.scratch_hidden = take(scratch_hidden_, args_.critics, Side::kLeft, false);
+    plan.scratch_grad = take(scratch_grad_, args_.critics, Side::kGrad, false);
+    // The actor's outputs take the place of those at the next observations.
     next_hidden_ = actor_hidden_;
+    for (Factor& factor : next_hidden_) factor.across = {};
     plan.next_hidden = next_hidden_.data();
-    for (std::vector<Factor>* each : {&scratch_hidden_, &scratch_grad_, &next_hidden_}) without_across(*each);
     for (Panels* each : {&plan.observations, &plan.next_observations}) *each = matrix(obs_dim);
     for (Panels* each : {&plan.inputs, &plan.next_inputs, &plan.policy_inputs})
       *each = matrix(obs_dim + act_dim);

@@ -49,6 +49,7 @@ LINES: dict[str, tuple[list[str], str]] = {
     "convert models": (["convert", "run", "models", "--from", "mopo-fast"], "dynamics and policy"),
     "rollout to a file": ([*ROLLOUT, "--out", "rollouts.npz"], "50 transitions"),
     "rollout to shards": ([*ROLLOUT, "--out", "shards", "--shard-rows", "30"], "2 shards"),
+    "rollout to one shard": ([*ROLLOUT, "--out", "shard"], "shard: 1 shard\n"),
     "rollout --verify": (["rollout", "--verify", "shards"], "all sound"),
     "bench": (["bench", "fit", "--fit-steps", "1", "--rounds", "1", "--threads", "1"], "reference"),
     "doctor": (["doctor"], "backend reference"),
@@ -81,7 +82,7 @@ with open("codes.json", "w") as file:
 
 def split(text: str) -> dict[str, str]:
     """Return what each command line has printed."""
-    parts = re.split(r"@([^@\n]+)@\r?\n", text)
+    parts = re.split(r"@([^@\n]+)@\n", text.replace("\r\n", "\n"))
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 

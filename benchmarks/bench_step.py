@@ -1,11 +1,13 @@
-"""Time one step of the model with the caller's actions on every backend, one table for each batch size."""
+"""Time a step of the model with the caller's actions with pytest-benchmark, one table for each batch size.
+
+`python -m benchmarks.step` interleaves the backends and reports ratios.
+"""
 
 import pytest
 import torch
 
+from benchmarks.step import ACT_DIM, BATCHES, OBS_DIM, steps
 from mopo_fast import EnsembleDynamics, RolloutEngine
-
-OBS_DIM, ACT_DIM = 17, 6
 
 
 @pytest.fixture(scope="module")
@@ -14,13 +16,8 @@ def ensemble():
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("batch", [1, 256, 10_000])
+@pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.benchmark
 def test_step(benchmark, ensemble, backend, batch):
     benchmark.group = f"step, {batch} rows"
-    engine = RolloutEngine(ensemble, backend=backend)
-    generator = torch.Generator().manual_seed(2)
-    observations = torch.randn(batch, OBS_DIM, generator=generator)
-    actions = torch.rand(batch, ACT_DIM, generator=generator) * 2.0 - 1.0
-    result = benchmark(engine.step, observations, actions, seed=0)
-    assert len(result.rewards) == batch
+    benchmark(steps(RolloutEngine(ensemble, backend=backend), batch, 1))

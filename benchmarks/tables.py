@@ -164,6 +164,40 @@ def _canonical(records: list[Record]) -> str:
     return _table(header, body)
 
 
+def _penalty(records: list[Record]) -> str:
+    (record,) = records
+    rates = record["transitions_per_second"]
+    header = ["rollout", *(f"{dtype}, transitions/s" for dtype in rates), *rates]
+    cases = list(next(iter(rates.values())))
+    return _table(
+        header,
+        [
+            [
+                case,
+                *(f"{each[case]:,.0f}" for each in rates.values()),
+                *(f"{each[case] / each[cases[0]]:.2f}" for each in rates.values()),
+            ]
+            for case in cases
+        ],
+    )
+
+
+def _step(records: list[Record]) -> str:
+    (record,) = records
+    return _table(
+        ["rows", "mopo_fast, ms", "PyTorch, ms", "times as fast"],
+        [
+            [
+                f"{int(rows):,}",
+                f"{each['cpu']:.3f}",
+                f"{each['reference']:.3f}",
+                f"{each['reference'] / each['cpu']:.1f}",
+            ]
+            for rows, each in record["milliseconds"].items()
+        ],
+    )
+
+
 def _bulk(records: list[Record]) -> str:
     first = records[0]
     formats = [name for name in first if name.startswith(("hdf5, ", "parquet, ")) and name != "hdf5, none"]
@@ -198,6 +232,8 @@ RENDERERS: dict[str, Callable[[list[Record]], str]] = {
     "scaling": _scaling,
     "canonical": _canonical,
     "bulk": _bulk,
+    "penalty": _penalty,
+    "step": _step,
 }
 
 

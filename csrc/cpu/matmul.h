@@ -57,6 +57,8 @@ __attribute__((noinline)) static void product_block(const float* a, int64_t a_pa
     depth -= part;
     while (part > 0) {
       const int64_t terms = kTransposed ? part : smaller(kPanel, part);
+      // Unrolled, so that the processor predicts the loop's end.
+#pragma GCC unroll 4
       for (int64_t k = 0; k < terms; ++k) {
         add_term<kWide, kTransposed>(a + (kTransposed ? k * kPanel : k), b, sum);
         b += kPanel;

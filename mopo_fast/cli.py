@@ -753,7 +753,7 @@ def rollout(
     else:
         source = dataset
         find_dataset(source)
-    from mopo_fast.backends.precision import dtypes_of
+    from mopo_fast.backends.precision import describe, dtypes_of
     from mopo_fast.bulk.files import save_transitions
     from mopo_fast.bulk.generate import generate
     from mopo_fast.bulk.read import as_text, narrow_penalties, summarise
@@ -767,7 +767,13 @@ def rollout(
         "seed": seed,
         "penalty_coef": penalty_coef,
     }
-    dtype = dtype or dtypes_of(matmul_precision, device, backend).rollout
+    if dtype is None:
+        dtypes = dtypes_of(matmul_precision, device, backend)
+        dtype = dtypes.rollout
+        if dtypes.why and not quiet:
+            logging.getLogger("mopo_fast").info(
+                "precision: %s", describe(matmul_precision, dtypes.why, {"rollouts": dtype})
+            )
     settings |= {"dtype": dtype, "device": device, "backend": backend, "threads": threads, "task": task}
     data = load_dataset(source, memory_map=memory_map, quiet=quiet)
     if dataset is None:

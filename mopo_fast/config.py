@@ -97,7 +97,7 @@ def one_of(names: Sequence[str]) -> str:
 
 def of_precision(names: Sequence[str]) -> Any:
     """Say how a dtype appears on the command line that follows from the precision of the products."""
-    return flag("as --matmul-precision says", one_of(names))
+    return flag("set by --matmul-precision", one_of(names))
 
 
 def switch(on: str, off: str) -> Any:
@@ -267,7 +267,7 @@ class SACConfig:
         batch_size: Transitions of one update, from the data set and the model buffer together.
         real_ratio: Share of each batch that is drawn from the data set, rounded down to whole transitions.
             The rest is drawn from the model buffer.
-        dtype: Precision of the factors in the matrix products of SAC, but those of the first and the last
+        dtype: Precision of the factors in the matrix products of SAC, except in the first and the last
             layer of each network. Everything else is always float32.
     """
 

@@ -178,7 +178,11 @@ def _precision(device: str) -> str:
     if dtypes.rollout == "float32":
         return f"highest: {dtypes.why}"
     parts = "rollouts" if dtypes.training == "float32" else "the fit, rollouts and SAC"
-    gain = f", whose products are {cpu.bfloat16_gain():.0f} times as fast here" if device == "cpu" else ""
+    gain = (
+        f", whose products are {cpu.bfloat16_gain():.0f} times as fast as in float32"
+        if device == "cpu"
+        else ""
+    )
     why = f"; {dtypes.why}" if dtypes.why else ""
     return f"medium: {dtypes.rollout} for {parts}{gain}{why}; high: {between}"
 

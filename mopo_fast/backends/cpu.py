@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib
+import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,8 @@ from mopo_fast.backends.training_calls import fit_call, sac_call
 from mopo_fast.config import ACTIVATIONS, TRAINING_DTYPES
 from mopo_fast.data.transitions import array_layout
 from mopo_fast.errors import InputError
+
+logger = logging.getLogger("mopo_fast")
 
 # Instruction sets that multiply bfloat16.
 WITH_BFLOAT16 = ("avx512_amx", "avx512_bf16")
@@ -95,8 +98,14 @@ def _precision(dtype: str | None) -> int:
     Without products of bfloat16, float32 is taken for bfloat16x3: it is more accurate, and no slower.
     """
     if dtype == "bfloat16x3" and isa() not in WITH_BFLOAT16:
+        _say_float32(isa())
         dtype = None
     return TRAINING_DTYPES.index(dtype or "float32")
+
+
+@functools.cache
+def _say_float32(name: str) -> None:
+    logger.info("bfloat16x3 is computed in float32: the instruction set %s has no products of bfloat16", name)
 
 
 def bfloat16_gain() -> float:

@@ -3,6 +3,7 @@
 A part of a run takes a lower precision than float32 only where it is faster.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +66,21 @@ def dtypes_of(precision: MatmulPrecision, device: torch.device | str, backend: s
     return Dtypes(why=f"no kernel makes rollouts in {rollout} here, and {why}")
 
 
+def describe(precision: MatmulPrecision, why: str, parts: Mapping[str, str | None]) -> str:
+    """Describe a precision for people, and tell why some parts take float32 in place of it.
+
+    Args:
+        precision: one of `config.MATMUL_PRECISIONS`.
+        why: as in `Dtypes`.
+        parts: dtype of each part, by its name.
+    """
+    slower = [name for name, dtype in parts.items() if dtype == "float32"]
+    if not (why and slower):
+        return precision
+    names = " and ".join(filter(None, (", ".join(slower[:-1]), slower[-1])))
+    return f"{precision}, but float32 for {names}: {why}"
+
+
 def _why_not(dtype: TrainingDtype, backend: str, device: torch.device) -> str:
     """Return why a dtype brings nothing on this CPU, or an empty text where it does."""
     name = choose_for_run(backend, device)
@@ -74,5 +90,5 @@ def _why_not(dtype: TrainingDtype, backend: str, device: torch.device) -> str:
     if gain == 0.0:
         return f"the instruction set {cpu.isa()} has no products of bfloat16"
     if gain < _WORTHWHILE:
-        return f"products of {dtype} are only {gain:.1f} times as fast on this processor"
+        return f"products in {dtype} are only {gain:.1f} times as fast as in float32 on {cpu.isa()}"
     return ""

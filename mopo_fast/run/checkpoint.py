@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from mopo_fast.backends.cpu import isa
+from mopo_fast.backends.cpu import isa, isas
 from mopo_fast.config import RunConfig
 from mopo_fast.errors import InputError
 from mopo_fast.evaluate import Evaluation
@@ -123,12 +123,14 @@ def warn_of_other_isa(path: Path, backends: Backends) -> None:
     """Warn if the run began on another instruction set than the one in use."""
     made = backends.get("isa")
     if made is not None and made != isa():
+        way = f"set MOPO_FAST_ISA={made}" if made in isas() else f"resume on a processor with {made}"
         logger.warning(
-            "%s was made on the instruction set %s, and the run goes on on %s; results may differ in their"
-            " last bits from those of a run on one of them",
+            "%s was made on the instruction set %s, and the run continues on %s, which rounds differently;"
+            " %s for the same results to the bit",
             path,
             made,
             isa(),
+            way,
         )
 
 

@@ -32,8 +32,7 @@ shorten = _short.repr
 
 # Keys of config.json on which no result depends.
 _ORIGINS = ("preset", "horizon_from", "penalty_coef_from")
-# The dtypes that follow from matmul_precision are recorded themselves.
-_WITHOUT_EFFECT = ("threads", "workers", "matmul_precision", *_ORIGINS)
+_WITHOUT_EFFECT = ("threads", "workers", *_ORIGINS)
 
 
 class RecordedRollout(TypedDict, total=False):
@@ -193,8 +192,9 @@ def check_folder(out: Path, config: RunConfig, resume: bool) -> None:
             " or choose another --out"
         )
     if difference:
+        way = f", which `{resume_command(out)}` takes from the folder" if not recorded["data_sha256"] else ""
         raise InputError(
-            f"{out} was made with {difference}; resume with the same settings, or choose another --out"
+            f"{out} was made with {difference}; resume with the same settings{way}, or choose another --out"
         )
 
 

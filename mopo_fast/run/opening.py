@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from mopo_fast.backends.cpu import isa
-from mopo_fast.backends.precision import dtypes_of
+from mopo_fast.backends.precision import describe, dtypes_of
 from mopo_fast.config import DynamicsConfig, FitConfig, RunConfig, SACConfig, TrainConfig
 from mopo_fast.data import Transitions, find_dataset
 from mopo_fast.data.episodes import find_episodes
@@ -73,6 +73,7 @@ def _describe_whole_fit(config: FitConfig, data: Transitions, out: Path) -> dict
         **_describe_data(config.dataset, data),
         "device": _describe_device(device, [backend], config.threads),
         "fit": f"{_describe_fit(dynamics)}, seed {config.seed}, {dynamics.dtype} by the backend {backend}",
+        **_describe_precision(config),
         "folder": str(out),
     }
 
@@ -175,10 +176,14 @@ def _describe_runs(
 
 
 def _describe_precision(config: RunConfig | FitConfig) -> dict[str, str]:
-    if config.matmul_precision == "highest":
+    precision = config.matmul_precision
+    if precision == "highest":
         return {}
-    why = dtypes_of(config.matmul_precision, config.device, config.backend).why
-    return {"precision": f"{config.matmul_precision}{f'; {why}' if why else ''}"}
+    parts: dict[str, str | None] = {"the fit": config.dynamics.dtype}
+    if isinstance(config, RunConfig):
+        parts |= {"rollouts": config.rollout.dtype, "SAC": config.sac.dtype}
+    why = dtypes_of(precision, config.device, config.backend).why
+    return {"precision": describe(precision, why, parts)}
 
 
 def _shorten(origin: str) -> str:

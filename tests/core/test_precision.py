@@ -11,7 +11,7 @@ from kernel_cases import fit_steps, make_ensemble, make_fit, run_sac
 from small_runs import CONFIG
 
 from mopo_fast.backends import cpu, precision
-from mopo_fast.backends.precision import Dtypes, dtypes_of
+from mopo_fast.backends.precision import Dtypes, describe, dtypes_of
 from mopo_fast.config import DynamicsConfig, RolloutConfig, SACConfig, TrainConfig
 from mopo_fast.doctor import examine
 from mopo_fast.errors import InputError
@@ -46,7 +46,7 @@ def test_the_gain_of_bfloat16_is_measured(isa: str, monkeypatch: pytest.MonkeyPa
 
 def test_a_precision_that_is_no_faster_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "bfloat16_gain", lambda: 0.5)
-    why = "products of bfloat16 are only 0.5 times as fast on this processor"
+    why = f"products in bfloat16 are only 0.5 times as fast as in float32 on {cpu.isa()}"
     assert dtypes_of("medium", "cpu") == Dtypes(why=why)
     assert examine().precision == {"cpu": f"highest: {why}"}
 
@@ -54,7 +54,7 @@ def test_a_precision_that_is_no_faster_is_not_taken(monkeypatch: pytest.MonkeyPa
 @pytest.mark.usefixtures("fast")
 def test_names_of_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
     assert dtypes_of("highest", "cpu") == Dtypes("float32", "float32")
-    why = "products of bfloat16x3 are only 0.7 times as fast on this processor"
+    why = f"products in bfloat16x3 are only 0.7 times as fast as in float32 on {cpu.isa()}"
     assert dtypes_of("high", "cpu") == Dtypes(why=why)
     assert dtypes_of("medium", "cpu") == Dtypes("bfloat16", "bfloat16")
     assert dtypes_of("medium", "cpu", "reference").why == "the backend reference is no faster in bfloat16"
@@ -77,6 +77,15 @@ def test_on_a_gpu_rollouts_alone_are_less_precise(
     assert dtypes_of(name, "cuda") == Dtypes(why=f"no kernel makes rollouts in {dtype} here, and {why}")
 
 
+def test_parts_in_float32_are_named_with_the_reason() -> None:
+    parts = {"the fit": "float32", "rollouts": "bfloat16", "SAC": "float32"}
+    assert describe("medium", "slow", parts) == "medium, but float32 for the fit and SAC: slow"
+    assert describe("medium", "slow", {"rollouts": "float32"}) == "medium, but float32 for rollouts: slow"
+    everything = dict.fromkeys(parts, "float32")
+    assert describe("high", "slow", everything) == "high, but float32 for the fit, rollouts and SAC: slow"
+    assert describe("high", "slow", {"rollouts": "bfloat16"}) == describe("high", "", everything) == "high"
+
+
 @pytest.mark.usefixtures("fast")
 def test_a_part_may_have_a_dtype_of_its_own() -> None:
     config = dataclasses.replace(CONFIG, matmul_precision="medium")
@@ -92,9 +101,11 @@ def test_a_part_may_have_a_dtype_of_its_own() -> None:
 
 @pytest.mark.parametrize("isa", [isa for isa in cpu.isas() if isa not in cpu.WITH_BFLOAT16])
 def test_without_products_of_bfloat16_a_sum_of_two_is_float32(
-    isa: str, monkeypatch: pytest.MonkeyPatch
+    isa: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("MOPO_FAST_ISA", isa)
+    cpu._say_float32.cache_clear()
+    caplog.set_level(logging.INFO, logger="mopo_fast")
     results = [
         RolloutEngine(make_ensemble(3, 1), dtype=dtype, backend="cpu").step(
             torch.ones(5, 3), torch.ones(5, 1), seed=0
@@ -106,6 +117,8 @@ def test_without_products_of_bfloat16_a_sum_of_two_is_float32(
     assert fit_steps(fits[0], fits[0].rows) == fit_steps(fits[1], fits[1].rows)
     agents = [run_sac("canonical", "cpu", 2, dtype=dtype)[0] for dtype in ("float32", "bfloat16x3")]
     assert all(torch.equal(agents[0][name], agents[1][name]) for name in agents[0])
+    said = f"bfloat16x3 is computed in float32: the instruction set {isa} has no products of bfloat16"
+    assert caplog.text.count(said) == 1
 
 
 def test_unknown_precisions_are_refused() -> None:
@@ -135,6 +148,12 @@ def test_a_run_in_bfloat16_records_it_and_resumes(
     caplog.set_level(logging.WARNING, logger="mopo_fast")
     train(dataclasses.replace(config, steps=30), tmp_path, resume=True, quiet=True)
     assert not [record for record in caplog.records if "instruction set" in record.message]
+    with pytest.raises(InputError, match=r"matmul_precision = 'medium', not 'high'; .*train --resume"):
+        parts = {
+            name: dataclasses.replace(getattr(config, name), dtype="bfloat16")
+            for name in ("dynamics", "rollout", "sac")
+        }
+        train(dataclasses.replace(config, matmul_precision="high", steps=30, **parts), tmp_path, resume=True)
     monkeypatch.setenv("MOPO_FAST_ISA", "portable")
     train(dataclasses.replace(config, steps=40), tmp_path, resume=True, quiet=True)
     said = [record.message for record in caplog.records if "instruction set" in record.message]
@@ -150,3 +169,4 @@ def test_checkpoints_without_an_instruction_set_are_read(caplog: pytest.LogCaptu
     assert not caplog.records
     warn_of_other_isa(Path("epoch"), {"rollout": "cpu", "sac": "cpu", "isa": "mmx"})
     assert "was made on the instruction set mmx" in caplog.text
+    assert "resume on a processor with mmx for the same results to the bit" in caplog.text

@@ -54,16 +54,24 @@ def dtypes_of(precision: MatmulPrecision, device: torch.device | str, backend: s
     if device.type == "cpu":
         dtype: TrainingDtype = "bfloat16x3" if precision == "high" else "bfloat16"
         why = _why_not(dtype, backend, device)
-        return Dtypes(why=why) if why else Dtypes(dtype, dtype)
+        if why:
+            return Dtypes(why=why)
+        if _serves(backend, Need(dtype, device)):
+            return Dtypes(dtype, dtype)
+        return Dtypes(dtype, why=f"the backend {backend} makes no rollouts in {dtype}")
     rollout: RolloutDtype = "tfloat32" if precision == "high" else "bfloat16"
     why = f"the kernels for {device.type} train in float32"
-    try:
-        kernels = choose(backend, Need(rollout, device)) != "reference"
-    except InputError:
-        kernels = False
-    if kernels:
+    if _serves(backend, Need(rollout, device)):
         return Dtypes(rollout=rollout, why=why)
     return Dtypes(why=f"no kernel makes rollouts in {rollout} here, and {why}")
+
+
+def _serves(backend: str, need: Need) -> bool:
+    """Tell whether kernels can serve a need."""
+    try:
+        return choose(backend, need) != "reference"
+    except InputError:
+        return False
 
 
 def describe(precision: MatmulPrecision, why: str, parts: Mapping[str, str | None]) -> str:

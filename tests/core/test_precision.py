@@ -61,6 +61,9 @@ def test_names_of_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "bfloat16_gain", lambda: 4.0)
     assert dtypes_of("high", "cpu") == Dtypes("bfloat16x3", "bfloat16x3")
     assert dtypes_of("high", "cpu", "reference").why == "the backend reference is no faster in bfloat16x3"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # Triton's kernels then serve the CPU, but not in this dtype
+    why = "the backend triton makes no rollouts in bfloat16x3"
+    assert dtypes_of("high", "cpu", "triton") == Dtypes("bfloat16x3", "float32", why)
     with pytest.raises(InputError, match="unknown backend 'fastest'"):
         dtypes_of("medium", "cpu", "fastest")
 

@@ -271,12 +271,19 @@ MOPO_INLINE void write_operands(float* out, int64_t n, int v, vf (&outputs)[kBlo
   }
 }
 
-// Writes zeros to the words of a packing that `width` outputs do not fill.
+// Zeroes what `width` outputs do not fill in the words of a packing. Padding outputs need not be finite, and
+// the next layer would multiply them by zero.
 template <class Operand>
 static void fill_up(float* out, int64_t width) {
-  const int64_t written = round_up(width, kBlock) / Operand::kPacking.terms;
-  constexpr int64_t kWord = kParts<Operand> * kTile<Operand>;
-  for (int64_t i = written * kWord; i < packed_words<Operand>(width) * kWord; i += W) store(out + i, vf{});
+  if constexpr (Operand::kPacking.terms == 2) {
+    constexpr int64_t kWord = kParts<Operand> * kTile<Operand>;
+    float* first = out + width / 2 * kWord;
+    if (width % 2 == 1)
+      for (const float* end = first + kWord; first < end; first += W)
+        store(first, bits_to_float(float_to_bits(load(first)) & 0xffff));
+    for (const float* end = out + packed_words<Operand>(width) * kWord; first < end; first += W)
+      store(first, vf{});
+  }
 }
 
 // Returns floats [depth][kTile], of which `vectors` vectors are in use, as a layer's inputs: `in` itself in

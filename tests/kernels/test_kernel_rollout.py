@@ -79,6 +79,16 @@ def test_rounded_policy(rounded):
     check_rounded_policy(engine, make_policy(11, 3), inputs(1000, 11, 3)[0], **bounds)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_padding_outputs_reach_no_row(dtype):
+    """Infinity times a padding weight is NaN, which the next layer must not read."""
+    ensemble = make_ensemble(1, 1, hidden=(33, 51), activation="tanh", members=3)
+    # Rounded to bfloat16, it is infinite.
+    observations, actions = torch.full((20, 1), torch.finfo(torch.float32).max), torch.zeros(20, 1)
+    rewards = RolloutEngine(ensemble, dtype=dtype).step(observations, actions, seed=0).rewards
+    assert rewards.isfinite().all()
+
+
 @pytest.mark.parametrize("declared", DECLARED)
 def test_models_of_other_code(declared):
     ensemble = make_ensemble(5, 2, members=3, **DECLARED[declared])

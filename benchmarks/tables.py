@@ -222,7 +222,7 @@ def _format(name: str) -> str:
 def _table(header: list[str], body: list[list[str]]) -> str:
     # Columns of numbers are read from the right.
     columns = zip(*body, strict=True)
-    numbers = [all(re.match(r"[\d.,]*( |$)", cell) for cell in column) for column in columns]
+    numbers = [all(re.match(r"[\d.,]*( %| \(|$)", cell) for cell in column) for column in columns]
     lines = [header, ["---:" if number else "---" for number in numbers], *body]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -14,7 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
 
+from benchmarks.record import RESULTS, write_record
 from mopo_fast import EnsembleDynamics, RolloutEngine, load_dataset
+from mopo_fast.config import TRAINING_DTYPES
+from mopo_fast.doctor import examine
 
 THINGS = {
     "mean": "mean of (delta observation, reward)",
@@ -24,7 +27,11 @@ THINGS = {
 
 
 def precision(
-    run: Annotated[Path, Positional], dataset: Annotated[str, Positional], *, rows: int = 20_000
+    run: Annotated[Path, Positional],
+    dataset: Annotated[str, Positional],
+    *,
+    rows: int = 20_000,
+    json: Path | None = None,
 ) -> None:
     """Print the errors of each precision.
 
@@ -32,6 +39,8 @@ def precision(
         run: Folder with dynamics.safetensors.
         dataset: Name or file of its data set.
         rows: Rows that are drawn from the data.
+        json: File of the results (default: benchmarks/results/precision-NAME-cpu-ISA.json, where NAME is the
+            name of the data set).
     """
     ensemble, data = EnsembleDynamics.load(run), load_dataset(dataset, quiet=True)
     drawn = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:rows]
@@ -45,13 +54,21 @@ def precision(
         return {name: getattr(result, name).double() for name in THINGS}
 
     truth = predict("float64", "reference")
-    others = {dtype: predict(dtype, "cpu") for dtype in ("float32", "bfloat16")}
+    others = {dtype: predict(dtype, "cpu") for dtype in TRAINING_DTYPES}
+    results: dict[str, dict[str, float]] = {}
     table = Table("prediction", "size", *(f"error in {dtype}" for dtype in others))
     for name, what in THINGS.items():
-        errors = [_rms(other[name] - truth[name]) for other in others.values()]
+        errors = {dtype: _rms(other[name] - truth[name]) for dtype, other in others.items()}
         size = _rms(truth[name])
-        table.add_row(what, f"{size:.3g}", *(f"{error:.2g} ({error / size:.2g})" for error in errors))
+        table.add_row(
+            what, f"{size:.3g}", *(f"{error:.2g} ({error / size:.2g})" for error in errors.values())
+        )
+        results[what] = {"size": size, **errors}
     Console().print(table)
+    findings = examine()
+    path = json or RESULTS / f"precision-{data.name}-cpu-{findings.machine.isa}.json"
+    write_record(path, "precision", findings, {"rows": rows, "root_mean_squares": results})
+    print(path)
 
 
 def _rms(x: torch.Tensor) -> float:

@@ -6,7 +6,7 @@
 import pytest
 import torch
 
-from benchmarks.step import ACT_DIM, BATCHES, OBS_DIM, steps
+from benchmarks.step import ACT_DIM, BATCHES, OBS_DIM, one_step
 from mopo_fast import EnsembleDynamics, RolloutEngine
 
 
@@ -20,4 +20,5 @@ def ensemble():
 @pytest.mark.benchmark
 def test_step(benchmark, ensemble, backend, batch):
     benchmark.group = f"step, {batch} rows"
-    benchmark(steps(RolloutEngine(ensemble, backend=backend), batch, 1))
+    result = benchmark(one_step(RolloutEngine(ensemble, backend=backend), batch))
+    assert len(result.rewards) == batch

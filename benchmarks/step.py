@@ -3,6 +3,7 @@
 The caller gives the actions, as other code's `dynamics.step` does. The ensemble has 7 members of 4 x 200.
 """
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from rich.table import Table
 
 from benchmarks.record import RESULTS, write_record
 from mopo_fast import EnsembleDynamics, RolloutEngine
+from mopo_fast.backends.interface import StepResult
 from mopo_fast.bench.measure import Contender, interleave
 from mopo_fast.doctor import examine
 from mopo_fast.utils.machine import resolve_threads, torch_threads
@@ -60,12 +62,17 @@ def main(
     print(path)
 
 
-def steps(engine: RolloutEngine, batch: int, calls: int) -> Contender:
-    """Return a function that makes `calls` steps of `batch` rows."""
+def one_step(engine: RolloutEngine, batch: int) -> Callable[[], StepResult[torch.Tensor]]:
+    """Return a function that makes a step of `batch` rows."""
     generator = torch.Generator().manual_seed(2)
     observations = torch.randn(batch, OBS_DIM, generator=generator)
     actions = torch.rand(batch, ACT_DIM, generator=generator) * 2.0 - 1.0
-    step = partial(engine.step, observations, actions, seed=0)
+    return partial(engine.step, observations, actions, seed=0)
+
+
+def steps(engine: RolloutEngine, batch: int, calls: int) -> Contender:
+    """Return a function that makes `calls` steps of `batch` rows."""
+    step = one_step(engine, batch)
 
     def run() -> None:
         for _ in range(calls):

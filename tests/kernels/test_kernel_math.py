@@ -48,7 +48,7 @@ def test_units_in_the_last_place(isa, function, x, exact, bound):
 @pytest.mark.parametrize("isa", cpu.isas())
 @pytest.mark.parametrize(("precision", "bound"), [("bfloat16", 2.0**-13), ("bfloat16x3", 2.0**-17)])
 def test_silu_of_factors(isa, precision, bound):
-    """Factors are rounded to bfloat16 with errors up to 2^-9, or to a sum of two with errors up to 2^-17."""
+    """Factors are rounded to bfloat16 with errors up to 2^-8, or to a sum of two with errors up to 2^-16."""
     function = f"silu_{precision}"
     x = np.concatenate([around(4.0), RNG.uniform(-86.0, 100.0, COUNT)]).astype(np.float32)
     truth = x / (1.0 + np.exp(-x.astype(np.float64)))

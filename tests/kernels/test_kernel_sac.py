@@ -23,7 +23,7 @@ from mopo_fast.errors import InputError
 from mopo_fast.sac import METRICS
 
 # Relative errors of the gradients: at most of any parameter; at least and at most of all. A factor has errors
-# up to 2^-9 in bfloat16; in bfloat16x3 up to 2^-18, and the product of the low parts is as small.
+# up to 2^-8 in bfloat16; in bfloat16x3 up to 2^-16, and the product of the low parts is as small.
 BOUNDS = [("bfloat16", 2.0**-5, 2.0**-12, 2.0**-7), ("bfloat16x3", 2.0**-14, 2.0**-21, 2.0**-16)]
 
 
@@ -66,10 +66,10 @@ def test_gradients_of_rounded_factors(
     for network in ("actor", "critic"):
         if network == "actor" and dtype == "bfloat16x3" and case != "large batch":
             continue  # two inputs of ReLU that are nearly zero change their sign
-        names = [name for name in exact if name.startswith(f"adam.{network}") and name.endswith("exp_avg")]
-        errors = {name: relative_error(rounded[name], exact[name]) for name in names}
+        ours, truth = (gradients(state, network) for state in (rounded, exact))
+        errors = {name: relative_error(ours[name], truth[name]) for name in truth}
         assert max(errors.values()) <= each, errors
-        whole = [gradient(state, network) for state in (rounded, exact)]
+        whole = [joined(ours), joined(truth)]
         assert least <= relative_error(*whole) <= most
 
 
@@ -87,17 +87,28 @@ def test_the_inner_layers_alone_are_rounded(
     rounded, _ = run_sac(case, "reference", 1, dtype=dtype)
     unrounded, _ = run_sac(case, "reference", 1)
     for network in ("actor", "critic"):
-        ours, theirs, plain = (gradient(state, network) for state in (kernel, rounded, unrounded))
-        assert relative_error(ours, theirs) < nearer * relative_error(ours, plain)
+        ours, theirs, plain = (gradients(state, network) for state in (kernel, rounded, unrounded))
+        assert relative_error(joined(ours), joined(theirs)) < nearer * relative_error(
+            joined(ours), joined(plain)
+        )
+        if dtype == "bfloat16x3":
+            continue  # in single parameters, other errors of float32 are as large
+        for name in ours:
+            error, distance = (relative_error(ours[name], other[name]) for other in (theirs, plain))
+            assert error < nearer * distance, f"{name}: {error:.3g} beside {distance:.3g}"
     # Without a layer between the first and the last nothing is rounded.
     flat = [run_sac("one critic, one layer", "cpu", 2, dtype=dtype)[0] for dtype in ("float32", dtype)]
     assert all(torch.equal(flat[0][name], flat[1][name]) for name in flat[0])
 
 
-def gradient(state: dict[str, torch.Tensor], network: str) -> torch.Tensor:
-    """Return the gradient by all parameters after one update, up to a factor."""
-    names = [name for name in state if name.startswith(f"adam.{network}") and name.endswith("exp_avg")]
-    return torch.cat([state[name].double().flatten() for name in names])
+def gradients(state: dict[str, torch.Tensor], network: str) -> dict[str, torch.Tensor]:
+    """Return the gradient by each parameter after one update, up to a factor."""
+    prefix = f"adam.{network}"
+    return {name: x for name, x in state.items() if name.startswith(prefix) and name.endswith("exp_avg")}
+
+
+def joined(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensor.double().flatten() for tensor in tensors.values()])
 
 
 def relative_error(x: torch.Tensor, truth: torch.Tensor) -> float:

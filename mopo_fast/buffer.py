@@ -1,31 +1,19 @@
 """The model buffer: a preallocated ring of transitions, in which new rows replace the oldest."""
 
-import math
-from typing import Any
-
 import torch
 
-from mopo_fast.data.transitions import Transitions, array_layout, transition_bytes
+from mopo_fast.data.table import allocate_table, table_bytes
+from mopo_fast.data.transitions import DATA_ARRAYS, Transitions
 from mopo_fast.errors import InputError
-from mopo_fast.utils.machine import large_zeros
-
-# Arrays that are columns of one table, in this order.
-_COLUMNS = ("observations", "actions", "rewards", "next_observations", "raw_rewards", "penalties")
-_CACHE_LINE = 64
 
 
-def _columns(penalties: bool) -> tuple[str, ...]:
-    return _COLUMNS if penalties else _COLUMNS[:-1]
-
-
-def _table_row_bytes(obs_dim: int, act_dim: int, penalties: bool) -> int:
-    size = transition_bytes(_columns(penalties), obs_dim, act_dim)
-    return size + -size % _CACHE_LINE
+def _arrays(penalties: bool) -> tuple[str, ...]:
+    return (*DATA_ARRAYS, "raw_rewards", *(["penalties"] if penalties else []))
 
 
 def row_bytes(obs_dim: int, act_dim: int, *, penalties: bool = True) -> int:
     """Return the bytes that one row of a `RingBuffer` takes, padding included."""
-    return _table_row_bytes(obs_dim, act_dim, penalties) + transition_bytes(["terminals"], obs_dim, act_dim)
+    return table_bytes(_arrays(penalties), obs_dim, act_dim)
 
 
 class RingBuffer:
@@ -63,17 +51,8 @@ class RingBuffer:
                 f"a buffer needs positive sizes, got capacity {capacity}, obs {obs_dim}, act {act_dim}"
             )
 
-        # Rows are drawn at random: a row whose numbers lie together touches the fewest pages and cache lines.
-        words = _table_row_bytes(obs_dim, act_dim, penalties) // 4
-        table = large_zeros((capacity, words), device=device)
-        arrays: dict[str, Any] = {}
-        first = 0
-        for name in _columns(penalties):
-            shape, _ = array_layout(name, obs_dim, act_dim)
-            arrays[name] = table[:, first : first + math.prod(shape)].view(capacity, *shape)
-            first += math.prod(shape)
-        terminals = large_zeros((capacity,), torch.bool, device)
-        self._use(Transitions(**arrays, terminals=terminals, name="model"))
+        arrays = allocate_table(_arrays(penalties), capacity, obs_dim, act_dim, device)
+        self._use(Transitions(**arrays, name="model"))
 
     @classmethod
     def over(cls, storage: Transitions) -> "RingBuffer":

@@ -42,7 +42,7 @@ from mopo_fast.run.folder import (
 )
 from mopo_fast.run.log import Clock, Log, Pending
 from mopo_fast.run.opening import open_runs
-from mopo_fast.run.resolve import load_data, make_engine, make_sac, resolve, take_data
+from mopo_fast.run.resolve import load_data, make_engine, make_sac, place_data, resolve, take_data
 from mopo_fast.tasks import Task
 from mopo_fast.utils.lock import locked
 from mopo_fast.utils.machine import resolve_threads
@@ -117,11 +117,11 @@ def train(
                 write_config(out, config)
                 digest = data_sha256(data)
                 make_dynamics(config, out, data, digest, quiet)
+                # The name is bound anew, which frees data that nobody else holds.
+                data = place_data(data, config.device)
                 with (
                     Evaluator(evaluation_workers(config)) as evaluator,
-                    Training(
-                        config, task, out, data.to(config.device), digest, evaluator, started, on_epoch
-                    ) as run,
+                    Training(config, task, out, data, digest, evaluator, started, on_epoch) as run,
                     train_bar([run], quiet) as bar,
                 ):
                     lengthen(out, config)
@@ -158,7 +158,7 @@ class Training:
         config: completed settings of the run.
         task: task of the run.
         out: folder of the run, which holds the ensemble.
-        data: transitions of the data set, on the run's device.
+        data: transitions of the data set, as `place_data` returns them.
         data_digest: their `data_sha256`.
         evaluator: evaluates the policies.
         started: value of `time.perf_counter` when the run began.

@@ -25,6 +25,7 @@ from mopo_fast.fit import Fit
 from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine
 from mopo_fast.run.population import SacPopulation
+from mopo_fast.run.resolve import place_data
 from mopo_fast.sac import SAC
 from mopo_fast.utils.machine import check_device, device_name, resolve_threads, torch_threads
 from mopo_fast.utils.progress import print_lines, progress_bar
@@ -265,7 +266,8 @@ def sac_work(
         precise = dataclasses.replace(config, dtype=dtype)
         return SAC(obs_dim, act_dim, precise, device=device, backend=backend, threads=threads)
 
-    data = _random_transitions(real_rows, obs_dim, act_dim).to(device)
+    # A training lays its data out in this way too.
+    data = place_data(_random_transitions(real_rows, obs_dim, act_dim), device)
     buffer = RingBuffer(model_rows, obs_dim, act_dim, device)
     _randomise(buffer.storage)
     buffer.advance(model_rows)

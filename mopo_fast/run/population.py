@@ -50,7 +50,7 @@ from mopo_fast.run.folder import (
     write_config,
 )
 from mopo_fast.run.opening import open_runs
-from mopo_fast.run.resolve import load_data, resolve, take_data
+from mopo_fast.run.resolve import load_data, place_data, resolve, take_data
 from mopo_fast.sac import SAC, sum_by_kernel, sum_parts
 from mopo_fast.tasks import Task
 from mopo_fast.train import EpochProgress, Training, evaluation_workers, progress_note, train_bar
@@ -393,13 +393,13 @@ def _train_all(
         _fit_seeds(configs, data, quiet)
     for out, one in configs.items():
         make_dynamics(one, out, data, digest, quiet)
-    on_device = data.to(config.device)
+    placed = place_data(data, config.device)
     with (
         Evaluator(evaluation_workers(config)) as evaluator,
         contextlib.ExitStack() as stack,
     ):
         runs = [
-            stack.enter_context(Training(one, task, out, on_device, digest, evaluator, started))
+            stack.enter_context(Training(one, task, out, placed, digest, evaluator, started))
             for out, one in configs.items()
         ]
         for out, one in configs.items():

@@ -5,10 +5,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mopo_fast.backends.precision import dtypes_of
 from mopo_fast.buffer import row_bytes
 from mopo_fast.config import RolloutConfig, RunConfig, TrainConfig
 from mopo_fast.data import MEMORY_PREFIX, Transitions, find_dataset, load_dataset
+from mopo_fast.data.table import in_table, table_bytes
 from mopo_fast.data.transitions import DATA_ARRAYS
 from mopo_fast.ensemble import EnsembleDynamics, mlp_bytes
 from mopo_fast.errors import InputError
@@ -90,6 +93,24 @@ def load_data(
     if config.dynamics_from is None:
         count_holdout(len(data), config.dynamics)
     return data
+
+
+def place_data(data: Transitions, device: torch.device | str) -> Transitions:
+    """Return the data of a run as SAC reads them: on the device of the run, on the CPU as `in_table`.
+
+    Data that are mapped from a file stay in it.
+
+    Raises:
+        InputError: there is no memory for the copy.
+    """
+    if torch.device(device).type != "cpu":
+        return data.to(device)
+    if data.info.get("memory_mapped"):
+        return data
+    size = len(data) * table_bytes(data.arrays(), data.obs_dim, data.act_dim)
+    lower = "the number of transitions, or leave them in a file by --memory-map (memory_map=True)"
+    check_memory("the data set in SAC's layout", size, device, lower)
+    return in_table(data)
 
 
 def check_run_data(run: Path, data: Transitions) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Self
 import numpy as np
 import pytest
 import small_runs
+import torch
 from places import ROOT
 
 from mopo_fast.cli import main
@@ -22,6 +23,7 @@ from mopo_fast.data import Transitions, load_dataset
 from mopo_fast.errors import InputError
 from mopo_fast.run.log import COLUMNS
 from mopo_fast.run.population import train_many
+from mopo_fast.sac import SAC
 from mopo_fast.train import train
 
 CONFIG = dataclasses.replace(small_runs.CONFIG, task="hopper")
@@ -44,6 +46,10 @@ def in_memory(data: Transitions, tmp_path_factory: pytest.TempPathFactory) -> Pa
     out = tmp_path_factory.mktemp("runs") / "memory"
     train(dataclasses.replace(CONFIG, dataset=data), out, quiet=True)
     return out
+
+
+def columns(data: Transitions) -> list[torch.Tensor]:
+    return [array for array in data.arrays().values() if array.is_floating_point()]
 
 
 def policy(run: Path) -> bytes:
@@ -69,6 +75,27 @@ class TestDataInMemory:
     def test_trains_as_from_the_file(self, from_file: Path, in_memory: Path) -> None:
         assert policy(in_memory) == policy(from_file)
         assert (in_memory / "report.html").exists()
+
+    @pytest.mark.parametrize("runs", [1, 2])
+    def test_sac_reads_a_row_in_one_place(
+        self, runs: int, data: Transitions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        read = []
+        begin = SAC.begin
+
+        def recorded(sac: SAC, some: Transitions, *others: Any) -> Any:
+            read.append(some)
+            return begin(sac, some, *others)
+
+        monkeypatch.setattr(SAC, "begin", recorded)
+        config = dataclasses.replace(CONFIG, dataset=data)
+        if runs == 1:
+            train(config, tmp_path / "run", quiet=True)
+        else:
+            configs = [dataclasses.replace(config, seed=seed) for seed in range(runs)]
+            train_many(configs, [tmp_path / str(seed) for seed in range(runs)], quiet=True)
+        (table,) = {array.untyped_storage().data_ptr() for some in read for array in columns(some)}
+        assert len(read) == runs * 3 and table != data.observations.data_ptr()
 
     def test_config_records_the_name_and_a_digest(
         self, from_file: Path, in_memory: Path, data: Transitions

@@ -19,6 +19,7 @@ from mopo_fast.bench.measure import interleave
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import SACConfig, TrainingDtype
 from mopo_fast.data import Transitions
+from mopo_fast.data.table import in_table
 from mopo_fast.doctor import examine
 from mopo_fast.sac import SAC
 
@@ -43,8 +44,8 @@ def main(
         quiet: Show no progress bar.
     """
     findings, results = examine(), {}
-    data = _transitions()
-    buffer = RingBuffer.over(_transitions())
+    data = in_table(_transitions())
+    buffer = RingBuffer.over(in_table(_transitions()))
     buffer.advance(ROWS)
     in_round = MOST_FRESH_UPDATES // (rounds + 1)
     table = Table("precision", f"after {updates:,} updates", "fresh", "times as fast", "denormal moments")

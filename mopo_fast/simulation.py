@@ -415,21 +415,24 @@ class MujocoEpisodes(Episodes):
     def step(self, actions: Array, rows: Sequence[int] | Array) -> Step:
         """Step the episodes `rows` by `actions` [count, act_dim], in the environment's range."""
         before = {name: array.copy() for name, array in self._state.items()}
+        stepped = np.asarray(rows).tolist()
+        for i in stepped:
+            self._controls[i][:] = actions[i]
         # Each thread takes the next episode. An iterator gives it to one thread only.
-        waiting = iter(np.asarray(rows).tolist())
+        waiting = iter(stepped)
         model, skip, forces = self._model, self._skip, "cfrc_ext" in self._rules.reads
 
         def simulate() -> None:
+            # MuJoCo's functions release the GIL. All else is done outside: threads that want the GIL at the
+            # same time wait for longer than a physics step takes.
             for i in waiting:
-                data = self._data[i]
-                self._controls[i][:] = actions[i]
-                # MuJoCo's functions release the GIL.
-                mujoco.mj_step(model, data, nstep=skip)
+                mujoco.mj_step(model, self._data[i], nstep=skip)
                 if forces:
-                    mujoco.mj_rnePostConstraint(model, data)
-                self._read(i)
+                    mujoco.mj_rnePostConstraint(model, self._data[i])
 
         self._crew.run(simulate)
+        for i in stepped:
+            self._read(i)
         self._steps[rows] += 1
         rules, after = self._rules, self._state
         velocity = rules.velocity(before, after, self._seconds)

@@ -43,6 +43,9 @@ from mopo_fast.utils.machine import check_memory, resolve_threads
 
 logger = logging.getLogger("mopo_fast")
 
+# Most row numbers that an engine keeps for the next call.
+_KEPT_NUMBERS = 1024
+
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
@@ -170,6 +173,8 @@ class RolloutEngine:
             )
         ensemble.check_elites()
         self._kept: _Kept | None = None
+        # The latest row numbers: to make them takes a tenth of a step of one row. Nobody writes to them.
+        self._numbers = torch.arange(1, device=self.device)
         self._low = torch.tensor(box.low, dtype=self.dtype, device=self.device)
         self._high = torch.tensor(box.high, dtype=self.dtype, device=self.device)
 
@@ -538,7 +543,12 @@ class RolloutEngine:
 
     def _checked_rows(self, given: Any, batch: int) -> torch.Tensor:
         if given is None:
-            return torch.arange(batch, device=self.device)
+            numbers = self._numbers
+            if len(numbers) != batch:
+                numbers = torch.arange(batch, device=self.device)
+                if batch <= _KEPT_NUMBERS:
+                    self._numbers = numbers
+            return numbers
         rows = to_tensor("rows", given, self.device)
         if rows.dtype != torch.int64 or rows.shape != (batch,):
             raise InputError(f"rows must be int64 [{batch}], got {rows.dtype} {list(rows.shape)}")

@@ -181,6 +181,15 @@ def test_members_are_elites_and_uniform(engine):
     assert (counts[engine.ensemble.elites] - 4000).abs().max() < 5 * math.sqrt(4000)
 
 
+def test_rows_are_numbered_from_zero_at_every_call(engine):
+    for batch in (3, 1, 1, 2000, 3, 2000):
+        observations, actions = inputs(batch, 5, 2)
+        found = engine.step(observations, actions, seed=4)
+        expected = engine.step(observations, actions, seed=4, rows=torch.arange(batch))
+        assert torch.equal(found.next_observations, expected.next_observations)
+        assert torch.equal(found.members, expected.members)
+
+
 def test_samples_have_the_predicted_moments(engine):
     """Samples of next observations and rewards have the mean and spread that each member predicts."""
     observations, actions = inputs(1, 5, 2)

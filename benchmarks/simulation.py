@@ -102,7 +102,7 @@ def _steps(episodes: Episodes, actions: np.ndarray) -> Callable[[], object]:
 
 
 def _rollouts(
-    plain: Episodes, pool: mujoco.rollout.Rollout, threads: int, actions: np.ndarray
+    plain: GymnasiumEpisodes, pool: mujoco.rollout.Rollout, threads: int, actions: np.ndarray
 ) -> Callable[[], object]:
     inner = plain.environment.unwrapped
     model, skip, full = inner.model, inner.frame_skip, mujoco.mjtState.mjSTATE_FULLPHYSICS
@@ -110,9 +110,9 @@ def _rollouts(
     starts = np.empty((actions.shape[1], mujoco.mj_stateSize(model, full)))
 
     def run() -> None:
-        for i, data in enumerate(plain.data):
+        for i, environment in enumerate(plain.environments):
             plain.reset(i, i)
-            mujoco.mj_getState(model, data, starts[i], full)
+            mujoco.mj_getState(model, environment.unwrapped.data, starts[i], full)
         states = starts
         for step in actions:
             controls = np.repeat(step[:, None].astype(np.float64), skip, axis=1)

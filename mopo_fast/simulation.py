@@ -1,16 +1,17 @@
 """Episodes of one environment, stepped together.
 
-The MuJoCo environments of the built-in tasks are simulated in bulk: threads call MuJoCo, and NumPy computes
-observations, rewards and ends of all episodes at once. Any other environment is stepped by gymnasium, one
-episode after the other. Both give the same bits.
+The MuJoCo environments of the built-in tasks are simulated in bulk: `mujoco.batch` steps all of them in one
+call, and NumPy computes observations, rewards and ends of all episodes at once. Any other environment is
+stepped by gymnasium, one episode after the other, and so is every environment before MuJoCo 4, which brought
+`mujoco.batch`. Both give the same bits.
 
-Each episode keeps its own `mujoco.MjData`. `mujoco.rollout` does not, and it returns no `qacc_warmstart`, the
-solver's start of the next step. Called step by step it drifts away from gymnasium's results.
+`mujoco.rollout` would not: it returns no `qacc_warmstart`, the solver's start of the next step. Called step
+by step it drifts away from gymnasium's results.
 """
 
+import functools
+import logging
 import math
-import queue
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,13 @@ import numpy.typing as npt
 from gymnasium.envs.mujoco.humanoid_v4 import mass_center
 
 from mopo_fast.environments import AntAngle, HalfCheetahJump, make_environment
+
+try:
+    from mujoco.batch import Batch
+except ImportError:
+    Batch = None
+
+logger = logging.getLogger("mopo_fast")
 
 Array = npt.NDArray[Any]
 State = dict[str, Array]
@@ -291,10 +299,12 @@ class Episodes(ABC):
 
     environment: Any
 
-    @property
     @abstractmethod
-    def data(self) -> list[Any]:
-        """`mujoco.MjData` of each episode. Only MuJoCo environments have it."""
+    def physics(self, name: str) -> Array:
+        """Return an array of `mujoco.MjData`'s state, such as qpos or time, of every episode [count, ...].
+
+        It is a copy. Only MuJoCo environments have it.
+        """
 
     @abstractmethod
     def reset(self, i: int, seed: int) -> Array:
@@ -323,41 +333,43 @@ class GymnasiumEpisodes(Episodes):
         env_id: id of the environment.
         count: number of episodes.
         info: names of numbers of gymnasium's `info` that steps report.
+
+    Attributes:
+        environments: the environment of each episode.
     """
 
     def __init__(self, environment: Any, env_id: str, count: int, info: Sequence[str] = ()) -> None:
         self.environment = environment
-        self._environments = [environment]
+        self.environments = [environment]
         self._names = info
         self._observations: Array | None = None
         try:
-            while len(self._environments) < count:
-                self._environments.append(make_environment(env_id))
+            while len(self.environments) < count:
+                self.environments.append(make_environment(env_id))
         except BaseException:
             self.close()
             raise
 
-    @property
-    def data(self) -> list[Any]:
-        """`mujoco.MjData` of each episode."""
-        return [environment.unwrapped.data for environment in self._environments]
+    def physics(self, name: str) -> Array:
+        """Return an array of `mujoco.MjData` of every episode [count, ...]."""
+        return np.stack([getattr(environment.unwrapped.data, name) for environment in self.environments])
 
     def reset(self, i: int, seed: int) -> Array:
         """Begin episode `i` anew, and return its observation [obs_dim]."""
-        observation = np.asarray(self._environments[i].reset(seed=seed)[0])
+        observation = np.asarray(self.environments[i].reset(seed=seed)[0])
         if self._observations is None:
-            self._observations = np.zeros((len(self._environments), *observation.shape), observation.dtype)
+            self._observations = np.zeros((len(self.environments), *observation.shape), observation.dtype)
         self._observations[i] = observation
         return observation
 
     def step(self, actions: Array, rows: Sequence[int] | Array) -> Step:
         """Step the episodes `rows` by `actions` [count, act_dim], in the environment's range."""
         assert self._observations is not None
-        observations, count = self._observations, len(self._environments)
+        observations, count = self._observations, len(self.environments)
         rewards, terminated, truncated = np.zeros(count), np.zeros(count, bool), np.zeros(count, bool)
         info = {name: np.zeros(count) for name in self._names}
         for i in rows:
-            observations[i], reward, fell, late, numbers = self._environments[i].step(actions[i])
+            observations[i], reward, fell, late, numbers = self.environments[i].step(actions[i])
             rewards[i], terminated[i], truncated[i] = float(reward), bool(fell), bool(late)
             for name, values in info.items():
                 values[i] = numbers[name]
@@ -365,7 +377,7 @@ class GymnasiumEpisodes(Episodes):
 
     def close(self) -> None:
         """Release the environments."""
-        for environment in self._environments:
+        for environment in self.environments:
             environment.close()
 
 
@@ -387,52 +399,46 @@ class MujocoEpisodes(Episodes):
         self.environment, self._rules, self._info = environment, rules, info
         self._model, self._skip, self._seconds = inner.model, inner.frame_skip, inner.dt
         self._limit = environment.spec.max_episode_steps or np.inf
-        self._data = [mujoco.MjData(self._model) for _ in range(count)]
-        names = ("qpos", "qvel", *rules.reads)
-        self._state: State = {name: np.stack([getattr(data, name) for data in self._data]) for name in names}
-        # Arrays that share MuJoCo's memory. To look one up takes longer than to copy it.
-        self._controls = [data.ctrl for data in self._data]
-        self._copies = [
-            [(self._state[name][i, ...], getattr(data, name)) for name in names]
-            for i, data in enumerate(self._data)
-        ]
         self._steps = np.zeros(count, dtype=np.int64)
-        self._crew = _Crew(min(threads, count))
+        # Persistent, since other data lack what `mj_rnePostConstraint` reads.
+        self._batch = Batch(self._model, count, min(threads, count), persistent=True)
+        self._controls = self._batch.bind("ctrl")
+        # MuJoCo computes contact forces on request.
+        self._forces = mujoco.MjData(self._model) if "cfrc_ext" in rules.reads else None
+        self._bound = {
+            name: self._batch.bind(name) for name in ("qpos", "qvel", *rules.reads) if name != "cfrc_ext"
+        }
+        self._state: State = {
+            name: np.stack([getattr(inner.data, name)] * count) for name in ("qpos", "qvel", *rules.reads)
+        }
 
-    @property
-    def data(self) -> list[Any]:
-        """`mujoco.MjData` of each episode."""
-        return self._data
+    def physics(self, name: str) -> Array:
+        """Return an array of `mujoco.MjData`'s state of every episode [count, ...]."""
+        return np.array(self._batch.bind(name))
 
     def reset(self, i: int, seed: int) -> Array:
         """Begin episode `i` anew, and return its observation [obs_dim]."""
         observation: Array = self.environment.reset(seed=seed)[0]
-        mujoco.mj_copyData(self._data[i], self._model, self.environment.unwrapped.data)
-        self._read(i)
+        data = self.environment.unwrapped.data
+        mujoco.mj_getState(self._model, data, self._batch.state[i], mujoco.mjtState.mjSTATE_INTEGRATION)
+        for name, array in self._state.items():
+            array[i] = getattr(data, name)
         self._steps[i] = 0
         return observation
 
     def step(self, actions: Array, rows: Sequence[int] | Array) -> Step:
         """Step the episodes `rows` by `actions` [count, act_dim], in the environment's range."""
+        rows = np.asarray(rows)
         before = {name: array.copy() for name, array in self._state.items()}
-        stepped = np.asarray(rows).tolist()
-        for i in stepped:
-            self._controls[i][:] = actions[i]
-        # Each thread takes the next episode. An iterator gives it to one thread only.
-        waiting = iter(stepped)
-        model, skip, forces = self._model, self._skip, "cfrc_ext" in self._rules.reads
-
-        def simulate() -> None:
-            # MuJoCo's functions release the GIL. All else is done outside: threads that want the GIL at the
-            # same time wait for longer than a physics step takes.
-            for i in waiting:
-                mujoco.mj_step(model, self._data[i], nstep=skip)
-                if forces:
-                    mujoco.mj_rnePostConstraint(model, self._data[i])
-
-        self._crew.run(simulate)
-        for i in stepped:
-            self._read(i)
+        self._controls[rows] = actions[rows]
+        self._batch.step(rows, self._skip)
+        for name, array in self._bound.items():
+            self._state[name][rows] = array[rows]
+        if self._forces is not None:
+            for i in rows:
+                self._batch.get_data(i, self._forces)
+                mujoco.mj_rnePostConstraint(self._model, self._forces)
+                self._state["cfrc_ext"][i] = self._forces.cfrc_ext
         self._steps[rows] += 1
         rules, after = self._rules, self._state
         velocity = rules.velocity(before, after, self._seconds)
@@ -444,55 +450,11 @@ class MujocoEpisodes(Episodes):
             {name: velocity[:, ("x_velocity", "y_velocity").index(name)] for name in self._info},
         )
 
-    def _read(self, i: int) -> None:
-        for row, array in self._copies[i]:
-            row[...] = array
-
     def close(self) -> None:
         """End the threads, and release the environment."""
-        self._crew.close()
+        # MuJoCo ends them with the last array that shares its memory.
+        self._bound, self._controls, self._batch = {}, None, None
         super().close()
-
-
-class _Crew:
-    """Threads that do the same job together with the caller.
-
-    Waking the threads of `concurrent.futures` takes 50 us longer, a tenth of a step of ten halfcheetahs.
-    """
-
-    def __init__(self, size: int) -> None:
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._ends: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-        self._threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(size - 1)]
-        for thread in self._threads:
-            thread.start()
-
-    def _serve(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            try:
-                job()
-                self._ends.put(None)
-            except BaseException as error:
-                self._ends.put(error)
-
-    def run(self, job: Callable[[], None]) -> None:
-        """Run `job` in every thread, wait for all of them, and raise the first error."""
-        for _ in self._threads:
-            self._jobs.put(job)
-        try:
-            job()
-        finally:
-            errors = [self._ends.get() for _ in self._threads]
-        for error in errors:
-            if error is not None:
-                raise error
-
-    def close(self) -> None:
-        """End the threads."""
-        for _ in self._threads:
-            self._jobs.put(None)
-        for thread in self._threads:
-            thread.join()
 
 
 def make_episodes(env_id: str, count: int, threads: int, info: Sequence[str] = ()) -> Episodes:
@@ -510,6 +472,14 @@ def make_episodes(env_id: str, count: int, threads: int, info: Sequence[str] = (
     """
     environment = make_environment(env_id)
     rules = rules_of(environment)
+    if rules is not None and Batch is None:
+        _say_one_by_one(mujoco.__version__)
+        rules = None
     if rules is None:
         return GymnasiumEpisodes(environment, env_id, count, info)
     return MujocoEpisodes(environment, rules, count, threads, info)
+
+
+@functools.cache
+def _say_one_by_one(version: str) -> None:
+    logger.info("MuJoCo %s steps one episode after the other; MuJoCo 4 steps them side by side", version)

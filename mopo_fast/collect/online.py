@@ -74,9 +74,8 @@ class _Paths:
 
     def step(self, actions: npt.NDArray[np.float32], rows: Rows, at: Any) -> list[int]:
         """Take a step on every path, write the paths' steps to `rows` at `at`, and return the ended paths."""
-        data = self.episodes.data
-        rows["infos/qpos"][at] = [one.qpos for one in data]
-        rows["infos/qvel"][at] = [one.qvel for one in data]
+        for name in ("qpos", "qvel"):
+            rows[f"infos/{name}"][at] = self.episodes.physics(name)
         rows["observations"][at], rows["actions"][at] = self.observations, actions
         step = self.episodes.step(actions, self.all)
         self.observations[:], rows["rewards"][at] = step.observations, step.rewards
@@ -85,7 +84,7 @@ class _Paths:
             rows[f"infos/{name}"][at] = step.info[name]
         # MuJoCo resets an unstable simulation to time 0.
         seconds = self.lengths * self.episodes.environment.unwrapped.dt
-        stable = np.abs(np.array([one.time for one in data]) - seconds) <= 1e-6 * seconds
+        stable = np.abs(self.episodes.physics("time") - seconds) <= 1e-6 * seconds
         if not (stable.all() and np.isfinite(self.observations).all()):
             raise InputError("the simulation became unstable; choose another seed")
         limit = self.lengths == MAX_PATH

@@ -325,13 +325,13 @@ def test_unstable_simulation_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
     # MuJoCo writes its log to the working directory.
     monkeypatch.chdir(tmp_path)
     with online._Paths(TASKS["halfcheetah"], 3, 2) as paths:
-        paths.episodes.environment.unwrapped.model.jnt_stiffness[:] = 1e9
-        rows = paths.new_rows(50, 3)
+        rows = paths.new_rows(2, 3)
         for i in range(3):
             paths.begin(i, i)
+        paths.step(np.ones((3, 6), np.float32), rows, 0)
+        paths.episodes._batch.qvel[1] = 1e11
         with pytest.raises(InputError, match="became unstable"):
-            for step in range(50):
-                paths.step(np.ones((3, 6), np.float32), rows, step)
+            paths.step(np.ones((3, 6), np.float32), rows, 1)
 
 
 def test_random_ant(tmp_path: Path) -> None:

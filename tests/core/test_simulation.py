@@ -1,12 +1,11 @@
 """Test that episodes simulated in bulk equal gymnasium's to the bit, for every built-in MuJoCo task."""
 
-import threading
 from typing import Any
 
 import gymnasium
-import mujoco
 import numpy as np
 import pytest
+from own_threads import count_threads
 
 from mopo_fast import simulation
 from mopo_fast.environments import make_environment
@@ -35,12 +34,12 @@ def both(env_id: str, count: int = len(WIDTHS), threads: int = 2) -> tuple[Mujoc
 
 def run_both(bulk: Any, plain: Any, seed: int, *, kick: float = 0.0, dtype: type = np.float32) -> list[int]:
     """Run episodes to their ends both ways, compare every step, and return the episodes' lengths."""
-    count = len(bulk.data)
+    count = len(plain.environments)
     running, lengths = list(range(count)), [0] * count
     for i in running:
         assert np.array_equal(bulk.reset(i, seed + i), plain.reset(i, seed + i))
-        for episodes in (bulk, plain):
-            episodes.data[i].qvel[0] += kick
+        bulk._batch.qvel[i, 0] += kick
+        plain.environments[i].unwrapped.data.qvel[0] += kick
     space, rng = bulk.environment.action_space, np.random.default_rng(seed)
     widths = np.resize(WIDTHS, (count, 1))
     while running:
@@ -54,7 +53,8 @@ def run_both(bulk: Any, plain: Any, seed: int, *, kick: float = 0.0, dtype: type
             assert np.array_equal(ours.info[name][running], values[running]), name
         for i in running:
             lengths[i] += 1
-            assert np.array_equal(bulk.data[i].qacc_warmstart, plain.data[i].qacc_warmstart)
+        for name in ("qpos", "qvel", "time", "qacc_warmstart"):
+            assert np.array_equal(bulk.physics(name)[running], plain.physics(name)[running]), name
         running = [i for i in running if not (ours.terminated | ours.truncated)[i]]
     return lengths
 
@@ -80,23 +80,23 @@ def test_fast_runs_are_rewarded_as_by_gymnasium(env_id: str, dtype: type) -> Non
     bulk, plain = both(env_id)
     with bulk, plain:
         bulk._limit = 100
-        for environment in plain._environments:
+        for environment in plain.environments:
             environment._max_episode_steps = 100
         assert run_both(bulk, plain, 0, kick=12.0, dtype=dtype) == [100] * 3
-        assert max(data.qpos[0] for data in bulk.data) > 3.0
+        assert bulk.physics("qpos")[:, 0].max() > 3.0
 
 
 @pytest.mark.parametrize(("count", "threads"), [(1, 1), (1, 4), (2, 4), (7, 3)])
 def test_any_numbers_of_episodes_and_threads(count: int, threads: int) -> None:
-    before = threading.active_count()
+    before = count_threads()
     bulk, plain = both("Hopper-v4", count, threads)
     with bulk, plain:
         # The caller is one of the threads, and an episode is never shared out.
-        assert threading.active_count() - before == min(count, threads) - 1
+        assert count_threads() - before == min(count, threads) - 1
         for seed in (0, 50):
             lengths = run_both(bulk, plain, seed)
             assert count < 7 or len(set(lengths)) > 1
-    assert threading.active_count() == before
+    assert count_threads() == before
 
 
 def test_an_unstable_simulation_is_reset_as_in_gymnasium(
@@ -109,32 +109,38 @@ def test_an_unstable_simulation_is_reset_as_in_gymnasium(
         for i in range(3):
             for episodes in (bulk, plain):
                 episodes.reset(i, i)
-                episodes.data[i].qvel[:] = 1e11
+            bulk._batch.qvel[i] = plain.environments[i].unwrapped.data.qvel[:] = 1e11
         actions = np.zeros((3, 8), np.float32)
         ours, theirs = bulk.step(actions, range(3)), plain.step(actions, range(3))
         assert np.array_equal(ours.observations, theirs.observations)
         assert np.array_equal(ours.rewards, theirs.rewards)
-        assert [data.time for data in bulk.data] == [data.time for data in plain.data]
+        assert np.array_equal(bulk.physics("time"), plain.physics("time"))
 
 
-def test_an_error_in_a_thread_is_raised_and_the_threads_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    with make_episodes("Hopper-v4", 4, 2) as episodes:
-        for i in range(4):
-            episodes.reset(i, i)
-        main, waiting, step = threading.current_thread(), threading.Event(), mujoco.mj_step
+def test_an_error_of_one_step_leaves_the_episodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    bulk, plain = both("Hopper-v4")
+    with bulk, plain:
+        for i in range(3):
+            for episodes in (bulk, plain):
+                episodes.reset(i, i)
+        with pytest.raises(IndexError):
+            bulk.step(np.zeros((4, 3), np.float32), [3])
+        actions = np.full((3, 3), 0.5, np.float32)
+        ours, theirs = bulk.step(actions, range(3)), plain.step(actions, range(3))
+        assert np.array_equal(ours.observations, theirs.observations)
 
-        def fails(*arguments: Any, **options: Any) -> None:
-            if threading.current_thread() is main:
-                assert waiting.wait(20)
-                return step(*arguments, **options)
-            waiting.set()
-            raise ValueError("no step")
 
-        monkeypatch.setattr(simulation.mujoco, "mj_step", fails)
-        with pytest.raises(ValueError, match="no step"):
-            episodes.step(np.zeros((4, 3), np.float32), np.arange(4))
-        monkeypatch.undo()
-        assert len(episodes.step(np.zeros((4, 3), np.float32), np.arange(4)).rewards) == 4
+def test_before_mujoco_4_gymnasium_steps_all(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(simulation, "Batch", None)
+    simulation._say_one_by_one.cache_clear()
+    with caplog.at_level("INFO", logger="mopo_fast"):
+        for _ in range(2):
+            with make_episodes("Hopper-v4", 2, 2) as episodes:
+                assert isinstance(episodes, GymnasiumEpisodes)
+    (said,) = caplog.messages
+    assert said.endswith("steps one episode after the other; MuJoCo 4 steps them side by side")
 
 
 class Doubled(gymnasium.RewardWrapper):

@@ -33,7 +33,13 @@ def write_record(path: Path, module: str, findings: Report, results: dict[str, A
 
 
 def _commit() -> str:
-    """Return the commit, with "-dirty" if the working tree differs from it."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """Return the commit, with "-dirty" if the working tree differs from it in more than earlier results."""
+    commit = _git("rev-parse", "HEAD") or "unknown"
+    changed = _git("status", "--porcelain", "--untracked-files=no", ":/", f":(exclude){RESULTS}")
+    return f"{commit}-dirty" if changed else commit
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", *arguments]
     result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown"
+    return result.stdout.strip()

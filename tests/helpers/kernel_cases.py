@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from mopo_fast.backends import cpu
 from mopo_fast.backends.gpu import padded
 from mopo_fast.buffer import RingBuffer
-from mopo_fast.config import PENALTIES, Activation, DynamicsConfig, SACConfig
+from mopo_fast.config import PENALTIES, TRAINING_DTYPES, Activation, DynamicsConfig, SACConfig
 from mopo_fast.data import Transitions
 from mopo_fast.data.transitions import DATA_ARRAYS
 from mopo_fast.ensemble import EnsembleDynamics
@@ -506,6 +507,19 @@ def random_transitions(
         raw_rewards=normal(count),
         penalties=normal(count),
     )
+
+
+def training_kernels() -> list[tuple[str, str]]:
+    """Return the CPU's instruction sets, each with the precisions that have kernels of their own there.
+
+    bfloat16x3 is float32 on some; tests/core/test_precision.py tests that.
+    """
+    return [
+        (isa, dtype)
+        for isa in cpu.isas()
+        for dtype in TRAINING_DTYPES
+        if dtype != "bfloat16x3" or isa in cpu.WITH_BFLOAT16
+    ]
 
 
 OTHERS = {

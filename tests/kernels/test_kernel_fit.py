@@ -12,19 +12,19 @@ from kernel_cases import (
     fit_steps,
     fit_transitions,
     make_fit,
+    training_kernels,
 )
 
 from mopo_fast import fit as fit_module
 from mopo_fast.backends import cpu
 from mopo_fast.backends.cpu import CpuBackend
 from mopo_fast.backends.interface import FitSteps
-from mopo_fast.config import TRAINING_DTYPES, DynamicsConfig
+from mopo_fast.config import DynamicsConfig
 from mopo_fast.fit import PyTorchSteps, fit_dynamics
 
 
 @pytest.mark.parametrize("one_step", [True, False])
-@pytest.mark.parametrize("dtype", TRAINING_DTYPES)
-@pytest.mark.parametrize("isa", cpu.isas())
+@pytest.mark.parametrize(("isa", "dtype"), training_kernels())
 @pytest.mark.parametrize("case", FIT_CASES)
 def test_as_accurate_as_pytorch(
     case: str, isa: str, dtype: str, one_step: bool, monkeypatch: pytest.MonkeyPatch
@@ -50,12 +50,11 @@ def test_every_parameter_moves() -> None:
     assert fit.steps_made == 3
 
 
-@pytest.mark.parametrize("dtype", TRAINING_DTYPES)
 @pytest.mark.parametrize("threads", [2, 3, 6, 64])
 @pytest.mark.parametrize(
     "case", ["short last batch", "linear", "edges of tiles", "batch larger than the data"]
 )
-@pytest.mark.parametrize("isa", cpu.isas())
+@pytest.mark.parametrize(("isa", "dtype"), training_kernels())
 def test_result_does_not_depend_on_threads(
     isa: str, case: str, threads: int, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from kernel_cases import (
     run_sac,
     sac_sources,
     to_double,
+    training_kernels,
 )
 
 from mopo_fast import sac as sac_module
@@ -28,8 +29,7 @@ BOUNDS = [("bfloat16", 2.0**-5, 2.0**-12, 2.0**-7), ("bfloat16x3", 2.0**-14, 2.0
 
 
 @pytest.mark.parametrize("updates", [1, 3])
-@pytest.mark.parametrize("dtype", TRAINING_DTYPES)
-@pytest.mark.parametrize("isa", cpu.isas())
+@pytest.mark.parametrize(("isa", "dtype"), training_kernels())
 @pytest.mark.parametrize("case", SAC_CASES)
 def test_as_accurate_as_pytorch(
     case: str, isa: str, dtype: str, updates: int, monkeypatch: pytest.MonkeyPatch
@@ -127,8 +127,7 @@ def test_every_parameter_moves() -> None:
 
 @pytest.mark.parametrize("case", ["canonical", "canonical, others' options", "ten critics, three layers"])
 @pytest.mark.parametrize("threads", [2, 3, 64])
-@pytest.mark.parametrize("dtype", TRAINING_DTYPES)
-@pytest.mark.parametrize("isa", cpu.isas())
+@pytest.mark.parametrize(("isa", "dtype"), training_kernels())
 def test_result_does_not_depend_on_threads(
     isa: str, case: str, dtype: str, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,7 @@
 """Transitions whose rows lie together in memory.
 
 A kernel that draws rows at random then touches the fewest cache lines and pages. The numbers of a row are
-neighbours in one table, whose columns are the arrays. The table lies in Linux's large pages.
+neighbours in one table, whose columns are the arrays. It lies in large pages where Linux grants them.
 """
 
 import dataclasses

@@ -359,7 +359,10 @@ def train_many(
             data = load_data(next(iter(unfinished.values())), task, data, memory_map=memory_map, quiet=quiet)
             open_runs(configs, runs, task, data, quiet=quiet)
             with suggest_resuming(*unfinished):
-                _train_all(unfinished, task, data, started, quiet)
+                digest = _make_all_dynamics(unfinished, data, quiet)
+                # The name is bound anew, which frees data that nobody else holds.
+                data = place_data(data, next(iter(unfinished.values())).device)
+                _train_all(unfinished, task, data, digest, started, quiet)
         for out in runs:
             if not (out / "report.html").exists():
                 write_report(out, data=data)
@@ -382,10 +385,8 @@ def _check_together(configs: Sequence[RunConfig], outs: Sequence[Path]) -> None:
         raise InputError("every run needs a folder of its own; no seed or penalty_coef may be given twice")
 
 
-def _train_all(
-    configs: dict[Path, RunConfig], task: Task, data: Transitions, started: float, quiet: bool
-) -> None:
-    """Make the remaining fits and epochs of the runs; `configs` are theirs by folder."""
+def _make_all_dynamics(configs: dict[Path, RunConfig], data: Transitions, quiet: bool) -> str:
+    """Make the remaining fits of the runs, and return the data's digest; `configs` are theirs by folder."""
     for out, one in configs.items():
         write_config(out, one)
     digest, config = data_sha256(data), next(iter(configs.values()))
@@ -393,13 +394,20 @@ def _train_all(
         _fit_seeds(configs, data, quiet)
     for out, one in configs.items():
         make_dynamics(one, out, data, digest, quiet)
-    placed = place_data(data, config.device)
+    return digest
+
+
+def _train_all(
+    configs: dict[Path, RunConfig], task: Task, data: Transitions, digest: str, started: float, quiet: bool
+) -> None:
+    """Make the remaining epochs of the runs; `configs` are theirs by folder."""
+    config = next(iter(configs.values()))
     with (
         Evaluator(evaluation_workers(config)) as evaluator,
         contextlib.ExitStack() as stack,
     ):
         runs = [
-            stack.enter_context(Training(one, task, out, placed, digest, evaluator, started))
+            stack.enter_context(Training(one, task, out, data, digest, evaluator, started))
             for out, one in configs.items()
         ]
         for out, one in configs.items():

@@ -96,9 +96,10 @@ def load_data(
 
 
 def place_data(data: Transitions, device: torch.device | str) -> Transitions:
-    """Return the data of a run as SAC reads them: on the device of the run, on the CPU as `in_table`.
+    """Place the data of a run where SAC reads them fastest.
 
-    Data that are mapped from a file stay in it.
+    A GPU takes them into its memory. For the CPU, `in_table` copies them; data that are mapped from a file
+    stay in it.
 
     Raises:
         InputError: there is no memory for the copy.

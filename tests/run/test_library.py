@@ -2,12 +2,14 @@
 
 import csv
 import dataclasses
+import gc
 import json
 import math
 import runpy
 import shutil
 import sys
 import types
+import weakref
 from pathlib import Path
 from typing import Any, Self
 
@@ -96,6 +98,32 @@ class TestDataInMemory:
             train_many(configs, [tmp_path / str(seed) for seed in range(runs)], quiet=True)
         (table,) = {array.untyped_storage().data_ptr() for some in read for array in columns(some)}
         assert len(read) == runs * 3 and table != data.observations.data_ptr()
+
+    @pytest.mark.parametrize("runs", [1, 2])
+    def test_sac_begins_after_the_loaded_data_are_freed(
+        self, runs: int, hopper_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        loaded, freed = [], []
+        begin = SAC.begin
+
+        def load(*arguments: Any, **options: Any) -> Transitions:
+            data = load_dataset(*arguments, **options)
+            loaded.append(weakref.ref(data))
+            return data
+
+        def recorded(*arguments: Any) -> Any:
+            gc.collect()
+            freed.append(all(data() is None for data in loaded))
+            return begin(*arguments)
+
+        monkeypatch.setattr("mopo_fast.run.resolve.load_dataset", load)
+        monkeypatch.setattr(SAC, "begin", recorded)
+        configs = [dataclasses.replace(CONFIG, dataset=hopper_data, seed=seed) for seed in range(runs)]
+        if runs == 1:
+            train(configs[0], tmp_path / "run", quiet=True)
+        else:
+            train_many(configs, [tmp_path / str(seed) for seed in range(runs)], quiet=True)
+        assert loaded and freed == [True] * runs * 3
 
     def test_config_records_the_name_and_a_digest(
         self, from_file: Path, in_memory: Path, data: Transitions

@@ -109,7 +109,7 @@ def place_data(data: Transitions, device: torch.device | str) -> Transitions:
     if data.info.get("memory_mapped"):
         return data
     size = len(data) * table_bytes(data.arrays(), data.obs_dim, data.act_dim)
-    lower = "the number of transitions, or leave them in a file by --memory-map (memory_map=True)"
+    lower = "the number of transitions, or train from a file with --memory-map (memory_map=True)"
     check_memory("the data set in SAC's layout", size, device, lower)
     return in_table(data)
 

@@ -428,7 +428,8 @@ class MujocoEpisodes(Episodes):
 
     def step(self, actions: Array, rows: Sequence[int] | Array) -> Step:
         """Step the episodes `rows` by `actions` [count, act_dim], in the environment's range."""
-        rows = np.asarray(rows)
+        # MuJoCo takes numbers in ascending order only.
+        rows = np.sort(np.asarray(rows, dtype=np.int64))
         before = {name: array.copy() for name, array in self._state.items()}
         self._controls[rows] = actions[rows]
         self._batch.step(rows, self._skip)

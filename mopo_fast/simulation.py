@@ -401,7 +401,7 @@ class MujocoEpisodes(Episodes):
         self._limit = environment.spec.max_episode_steps or np.inf
         self._steps = np.zeros(count, dtype=np.int64)
         # Persistent, since other data lack what `mj_rnePostConstraint` reads.
-        self._batch = Batch(self._model, count, min(threads, count), persistent=True)
+        self._batch = Batch(self._model, count, threads, persistent=True)
         self._controls = self._batch.bind("ctrl")
         # MuJoCo computes contact forces on request.
         self._forces = mujoco.MjData(self._model) if "cfrc_ext" in rules.reads else None

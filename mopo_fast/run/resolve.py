@@ -90,6 +90,9 @@ def load_data(
         raise InputError(
             f"{config.dataset} has actions up to {largest:.4g}; scale the environment's range to [-1, 1]"
         )
+    if _is_copied(data, config.device):
+        # Before the fit, though the copy is made after it.
+        _check_copy_memory(data, config.device)
     if config.dynamics_from is None:
         count_holdout(len(data), config.dynamics)
     return data
@@ -104,14 +107,20 @@ def place_data(data: Transitions, device: torch.device | str) -> Transitions:
     Raises:
         InputError: there is no memory for the copy.
     """
-    if torch.device(device).type != "cpu":
+    if not _is_copied(data, device):
         return data.to(device)
-    if data.info.get("memory_mapped"):
-        return data
+    _check_copy_memory(data, device)
+    return in_table(data)
+
+
+def _is_copied(data: Transitions, device: torch.device | str) -> bool:
+    return torch.device(device).type == "cpu" and not data.info.get("memory_mapped")
+
+
+def _check_copy_memory(data: Transitions, device: torch.device | str) -> None:
     size = len(data) * table_bytes(data.arrays(), data.obs_dim, data.act_dim)
     lower = "the number of transitions, or train from a file with --memory-map (memory_map=True)"
     check_memory("the data set in SAC's layout", size, device, lower)
-    return in_table(data)
 
 
 def check_run_data(run: Path, data: Transitions) -> None:

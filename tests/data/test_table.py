@@ -81,6 +81,6 @@ def test_data_of_a_training(hopper_data: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr("mopo_fast.utils.machine.available_memory", lambda: 1000)
     mapped = load_dataset(hopper_data, memory_map=True)
-    assert place_data(mapped, "cpu") is mapped
+    assert place_data(mapped, "cpu").observations is mapped.observations
     with pytest.raises(InputError, match=r"SAC's layout would take .*, cpu has 1,000 bytes; .*--memory-map"):
         place_data(data, "cpu")

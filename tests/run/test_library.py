@@ -125,6 +125,14 @@ class TestDataInMemory:
             train_many(configs, [tmp_path / str(seed) for seed in range(runs)], quiet=True)
         assert loaded and freed == [True] * runs * 3
 
+    def test_no_memory_for_the_copy_ends_a_run_before_its_fit(
+        self, data: Transitions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("mopo_fast.run.resolve.table_bytes", lambda *_: 2**50)
+        with pytest.raises(InputError, match=r"SAC's layout would take .* GiB"):
+            train(dataclasses.replace(CONFIG, dataset=data), tmp_path / "run", quiet=True)
+        assert not (tmp_path / "run" / "fit.json").exists()
+
     def test_config_records_the_name_and_a_digest(
         self, from_file: Path, in_memory: Path, data: Transitions
     ) -> None:

@@ -6,6 +6,8 @@ import os
 import select
 import sys
 
+from mopo_fast.utils.interrupts import redeliver_lost
+
 # Exit code that shells report for a process which wrote into a closed pipe.
 _BROKEN_PIPE = 141
 
@@ -13,6 +15,7 @@ _BROKEN_PIPE = 141
 def run() -> int:
     """Run the command in `sys.argv` and return its exit code, as `cli.main` does."""
     _open_closed_streams()
+    redeliver_lost()
     try:
         from mopo_fast.cli import main
 

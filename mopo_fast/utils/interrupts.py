@@ -1,7 +1,8 @@
-"""Deferred Ctrl-C: an interrupt takes effect between two steps, not in the middle of one."""
+"""Ctrl-C that takes effect between two steps, not in the middle of one, and that is not lost."""
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -50,3 +51,21 @@ def deferred() -> Iterator[Interrupts]:
     finally:
         signal.signal(signal.SIGINT, handler)
         interrupts.look()
+
+
+def redeliver_lost() -> None:
+    """Send Ctrl-C again where Python has lost it, for the rest of this process.
+
+    Python ignores an exception in a destructor or in the callback of a weak reference, even that of Ctrl-C.
+    """
+    report = sys.unraisablehook
+    main = threading.main_thread().ident
+
+    def handle(unraisable: Any) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt) and main is not None:
+            # Later, since it would be lost again in here.
+            threading.Timer(0.01, signal.pthread_kill, (main, signal.SIGINT)).start()
+        else:
+            report(unraisable)
+
+    sys.unraisablehook = handle

@@ -851,6 +851,10 @@ def test_an_interrupt_exits_with_130_and_says_how_to_go_on(dataset: Path, tmp_pa
     while not (out / "config.json").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    try:
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.communicate()
     assert process.returncode == 130
     assert f"`mopo-fast train --resume {out}` goes on" in errors and "Traceback" not in errors

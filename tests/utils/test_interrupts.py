@@ -1,6 +1,8 @@
 """Test the deferral of Ctrl-C."""
 
 import signal
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Iterator
@@ -75,6 +77,32 @@ def test_it_is_not_lost_where_python_loses_exceptions() -> None:
         assert reference() is None
         interrupts.look()
         pytest.fail("it was lost")
+
+
+# Ctrl-C comes in a callback, whose exceptions Python ignores. The error of another one is reported as usual.
+LOST = """
+import signal, sys, time, weakref
+from mopo_fast.utils.interrupts import redeliver_lost
+
+class Thing: pass
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+redeliver_lost()
+first, second = Thing(), Thing()
+interrupt = lambda _: signal.raise_signal(signal.SIGINT)
+callbacks = [weakref.ref(first, lambda _: 1 / 0), weakref.ref(second, interrupt)]
+del first, second
+try:
+    time.sleep(20)
+except KeyboardInterrupt:
+    print("stopped")
+"""
+
+
+def test_a_lost_one_is_delivered_again() -> None:
+    found = subprocess.run([sys.executable, "-c", LOST], capture_output=True, text=True, timeout=60)
+    assert (found.returncode, found.stdout) == (0, "stopped\n")
+    assert "ZeroDivisionError" in found.stderr and "KeyboardInterrupt" not in found.stderr
 
 
 def test_other_threads_need_nothing() -> None:

@@ -181,6 +181,15 @@ def test_members_are_elites_and_uniform(engine):
     assert (counts[engine.ensemble.elites] - 4000).abs().max() < 5 * math.sqrt(4000)
 
 
+def test_numbers_whose_sum_is_beyond_float32_are_finite(engine):
+    observations, actions = inputs(4, 5, 2)
+    observations[1] = torch.finfo(torch.float32).max
+    assert len(engine.step(observations, actions, seed=0).rewards) == 4
+    observations[2, 3] = -math.inf
+    with pytest.raises(InputError, match="observations is not finite at row 2"):
+        engine.step(observations, actions, seed=0)
+
+
 def test_rows_are_numbered_from_zero_at_every_call(engine):
     for batch in (3, 1, 1, 2000, 3, 2000):
         observations, actions = inputs(batch, 5, 2)

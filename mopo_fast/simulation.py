@@ -405,12 +405,10 @@ class MujocoEpisodes(Episodes):
         self._controls = self._batch.bind("ctrl")
         # MuJoCo computes contact forces on request.
         self._forces = mujoco.MjData(self._model) if "cfrc_ext" in rules.reads else None
-        self._bound = {
-            name: self._batch.bind(name) for name in ("qpos", "qvel", *rules.reads) if name != "cfrc_ext"
-        }
         self._state: State = {
             name: np.stack([getattr(inner.data, name)] * count) for name in ("qpos", "qvel", *rules.reads)
         }
+        self._bound = {name: self._batch.bind(name) for name in self._state if name != "cfrc_ext"}
 
     def physics(self, name: str) -> Array:
         """Return an array of `mujoco.MjData`'s state of every episode [count, ...]."""

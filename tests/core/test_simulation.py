@@ -140,7 +140,7 @@ def test_rows_in_any_order_and_resets_between(env_id: str) -> None:
             assert np.array_equal(bulk.reset(seed % 3, seed), plain.reset(seed % 3, seed))
 
 
-def test_an_error_of_one_step_leaves_the_episodes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_one_step_leaves_the_episodes() -> None:
     bulk, plain = both("Hopper-v4")
     with bulk, plain:
         for i in range(3):

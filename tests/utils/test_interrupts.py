@@ -105,6 +105,31 @@ def test_a_lost_one_is_delivered_again() -> None:
     assert "ZeroDivisionError" in found.stderr and "KeyboardInterrupt" not in found.stderr
 
 
+# As above, in the command's process.
+LOST_BY_THE_COMMAND = """
+import signal, sys, time, weakref
+import mopo_fast.__main__, mopo_fast.cli
+
+class Thing: pass
+
+def main():
+    thing = Thing()
+    callback = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGINT))
+    del thing
+    time.sleep(20)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+mopo_fast.cli.main = main
+sys.exit(mopo_fast.__main__.run())
+"""
+
+
+def test_the_command_loses_none() -> None:
+    command = [sys.executable, "-c", LOST_BY_THE_COMMAND]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (found.returncode, found.stderr) == (130, "stopped\n")
+
+
 def test_other_threads_need_nothing() -> None:
     seen = []
 

@@ -87,9 +87,10 @@ struct SacCall {
   SacCall(int64_t obs_dim, int64_t act_dim, int64_t critics, const std::vector<TrainedTuple>& actor,
           const std::vector<TrainedTuple>& critic, const std::array<uintptr_t, 3>& log_alpha,
           const std::array<float, 3>& learning_rates, float discount, float polyak, float target_entropy,
-          float log_std_min, float log_std_max, float alpha_max, float critic_loss_scale, bool simultaneous,
-          int precision, const SourceTuple& real, const SourceTuple& model, int64_t real_rows,
-          int64_t model_rows, int64_t updates, int64_t updates_before, const std::vector<uintptr_t>& steps,
+          float log_std_min, float log_std_max, float log_prob_epsilon, float alpha_max,
+          float critic_loss_scale, float target_min, bool entropy_backup, bool simultaneous, int precision,
+          const SourceTuple& real, const SourceTuple& model, int64_t real_rows, int64_t model_rows,
+          bool in_order, int64_t updates, int64_t updates_before, const std::vector<uintptr_t>& steps,
           uintptr_t count, int64_t first_draw, uint64_t seed)
       : actor(trained_layers(actor)), critic(trained_layers(critic)), counts{steps, count} {
     args.obs_dim = obs_dim;
@@ -107,14 +108,18 @@ struct SacCall {
     args.target_entropy = target_entropy;
     args.log_std_min = log_std_min;
     args.log_std_max = log_std_max;
+    args.log_prob_epsilon = log_prob_epsilon;
     args.alpha_max = alpha_max;
     args.critic_loss_scale = critic_loss_scale;
+    args.target_min = target_min;
+    args.entropy_backup = entropy_backup;
     args.simultaneous = simultaneous;
     args.precision = static_cast<mopo::Precision>(precision);
     args.real = source(real);
     args.model = source(model);
     args.real_rows = real_rows;
     args.model_rows = model_rows;
+    args.in_order = in_order;
     args.updates = updates;
     args.updates_before = updates_before;
     args.first_draw = first_draw;
@@ -175,14 +180,15 @@ inline void bind_calls(py::module_& module) {
                       "SAC updates of one run; the arguments are described in csrc/sac.h.")
       .def(py::init<int64_t, int64_t, int64_t, const std::vector<TrainedTuple>&,
                     const std::vector<TrainedTuple>&, const std::array<uintptr_t, 3>&,
-                    const std::array<float, 3>&, float, float, float, float, float, float, float, bool, int,
-                    const SourceTuple&, const SourceTuple&, int64_t, int64_t, int64_t, int64_t,
+                    const std::array<float, 3>&, float, float, float, float, float, float, float, float, float,
+                    bool, bool, int, const SourceTuple&, const SourceTuple&, int64_t, int64_t, bool, int64_t,
+                    int64_t,
                     const std::vector<uintptr_t>&, uintptr_t, int64_t, uint64_t>(),
            py::kw_only(), arg("obs_dim"), arg("act_dim"), arg("critics"), arg("actor"), arg("critic"),
            arg("log_alpha"), arg("learning_rates"), arg("discount"), arg("polyak"), arg("target_entropy"),
-           arg("log_std_min"), arg("log_std_max"), arg("alpha_max"), arg("critic_loss_scale"),
-           arg("simultaneous"), arg("precision"), arg("real"), arg("model"), arg("real_rows"),
-           arg("model_rows"), arg("updates"), arg("updates_before"), arg("steps"), arg("count"),
+           arg("log_std_min"), arg("log_std_max"), arg("log_prob_epsilon"), arg("alpha_max"),
+           arg("critic_loss_scale"), arg("target_min"), arg("entropy_backup"), arg("simultaneous"),
+           arg("precision"), arg("real"), arg("model"), arg("real_rows"), arg("model_rows"), arg("in_order"), arg("updates"), arg("updates_before"), arg("steps"), arg("count"),
            arg("first_draw"), arg("seed"));
   py::class_<FitCall>(module, "FitCall", py::module_local(),
                       "Fit steps of one run; the arguments are described in csrc/fit.h.")

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common.h"
+#include "philox.h"
 #include "train.h"
 
 namespace mopo {
@@ -25,13 +26,17 @@ struct SacArgs {
 
   float actor_learning_rate, critic_learning_rate, alpha_learning_rate;
   float discount, polyak, target_entropy, log_std_min, log_std_max;
+  float log_prob_epsilon;   // see SquashedGaussian::log_prob
   float alpha_max;          // bound of the temperature; infinity for none
   float critic_loss_scale;  // times the mean squared error
+  float target_min;         // least target of the critics; -infinity for none
+  bool entropy_backup;      // the targets contain the entropy of the next action
   bool simultaneous;        // all gradients are taken before any step; else the critics step before the actor
   Precision precision;      // of the hidden layers' products but the first's; all others are float32
 
   SacSource real, model;
   int64_t real_rows, model_rows;  // rows of each batch; the real ones come first
+  bool in_order;                  // an update takes the next rows of each source; else it draws them
 
   int64_t updates;         // to make in this call
   int64_t updates_before;  // made already: Adam's count
@@ -40,7 +45,27 @@ struct SacArgs {
   int threads;
 };
 
-// Number of metrics, each summed over the updates, in the order of METRICS in mopo_fast/sac.py.
-constexpr int kSacMetrics = 6;
+// Metrics, each summed over the updates: those of METRICS in mopo_fast/sac.py in their order, then each
+// critic's loss.
+constexpr int64_t kSacMetrics = 6;
+inline int64_t sac_metrics(const SacArgs& args) { return kSacMetrics + args.critics; }
+
+// The number of the row of its source that a row of a batch takes. `step` is the update's number.
+MOPO_INLINE int64_t sac_row(const SacArgs& args, int64_t row, uint32_t step) {
+  const bool real = row < args.real_rows;
+  if (args.in_order)
+    return step * (real ? args.real_rows : args.model_rows) + row - (real ? 0 : args.real_rows);
+  const uint32_t word = random_block(static_cast<uint32_t>(row), step, kBatchStream, 0, args.seed).word[0];
+  return choose(word, static_cast<uint32_t>((real ? args.real : args.model).size));
+}
+
+// The critics' target of a transition. `discount` is 0 after a terminal one, whose value then does not count,
+// even if it is not finite. `least` is the least target Q at the next observation.
+MOPO_INLINE float td_target(const SacArgs& args, float reward, float discount, float least, float alpha,
+                               float log_prob) {
+  const float value = args.entropy_backup ? least - alpha * log_prob : least;
+  const float target = reward + (discount != 0.0f ? discount * value : 0.0f);
+  return target < args.target_min ? args.target_min : target;
+}
 
 }  // namespace mopo

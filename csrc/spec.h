@@ -50,23 +50,29 @@ struct SquashedGaussian {
     raw = mean + spread;
   }
   MOPO_METHOD V action() const { return tanh(raw); }
-  MOPO_METHOD V log_prob() const {
-    // log(1 - tanh(raw)^2) without cancellation.
-    const V squash = 2.0f * (0.69314718056f - raw - softplus(-2.0f * raw));
+  // log(1 - tanh(raw)^2) without cancellation: the logarithm of the action's slope.
+  MOPO_METHOD V log_slope() const { return 2.0f * (0.69314718056f - raw - softplus(-2.0f * raw)); }
+  // `epsilon` is added to the slope before its logarithm is taken.
+  MOPO_METHOD V log_prob(float epsilon) const {
+    V squash = log_slope();
+    if (epsilon > 0.0f) squash = log(exp(squash) + epsilon);
     return -0.5f * noise * noise - log_std - 0.91893853320f - squash;
   }
 };
 
-// The gradient of scale * (alpha * log_prob - Q) by the mean and by the log std before the clip. `q_grad` is
-// the gradient of -scale * Q by the action.
+// The gradient of scale * (alpha * log_prob(epsilon) - Q) by the mean and by the log std before the clip.
+// `q_grad` is the gradient of -scale * Q by the action. `slope`, exp(log_slope()), only counts with an epsilon.
 template <class V>
 struct SquashedGradient {
   V mean, log_std;
 };
 template <class V>
 MOPO_INLINE SquashedGradient<V> squashed_gradient(V action, V spread, V raw_log_std, float log_std_min,
-                                                  float log_std_max, V q_grad, float alpha, float scale) {
-  const V mean_grad = alpha * scale * 2.0f * action + q_grad * (1.0f - action * action);
+                                                  float log_std_max, float epsilon, V slope, V q_grad,
+                                                  float alpha, float scale) {
+  V squash_grad = 2.0f * action;
+  if (epsilon > 0.0f) squash_grad = squash_grad * (slope / (slope + epsilon));
+  const V mean_grad = alpha * scale * squash_grad + q_grad * (1.0f - action * action);
   const auto free = (raw_log_std >= log_std_min) & (raw_log_std <= log_std_max);
   return {mean_grad, select(free, mean_grad * spread - alpha * scale, V{})};
 }

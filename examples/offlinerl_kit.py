@@ -1,10 +1,10 @@
-"""Train with OfflineRL-Kit's MOPO on this package's dynamics and rollouts.
+"""Train with OfflineRL-Kit's MOPO on this package's dynamics, rollouts and SAC updates.
 
     python examples/offlinerl_kit.py CHECKOUT
 
 CHECKOUT is an unchanged checkout of https://github.com/yihaosun1124/OfflineRL-Kit. A stand-in replaces gym,
 whose environments are not used. The data set is made by random actions at the start. `--theirs` runs
-OfflineRL-Kit's own dynamics, for comparison.
+OfflineRL-Kit's own code, for comparison.
 """
 
 import argparse
@@ -32,7 +32,10 @@ def make_importable(checkout):
 
 
 def make_policy(obs_dim, act_dim, task, penalty_coef, theirs, **options):
-    """Make a MOPOPolicy as run_example/run_mopo.py does; `theirs` keeps OfflineRL-Kit's own dynamics."""
+    """Make a MOPOPolicy as run_example/run_mopo.py does.
+
+    `theirs` keeps OfflineRL-Kit's own dynamics; `options` are those of ours, such as dtype.
+    """
     from offlinerlkit.dynamics import EnsembleDynamics
     from offlinerlkit.modules import ActorProb, Critic, EnsembleDynamicsModel, TanhDiagGaussian
     from offlinerlkit.nets import MLP
@@ -41,7 +44,7 @@ def make_policy(obs_dim, act_dim, task, penalty_coef, theirs, **options):
     from offlinerlkit.utils.termination_fns import get_termination_fn
 
     if not theirs:
-        # First of the two lines that change: import EnsembleDynamics from mopo_fast.
+        # The first of the two lines that change: import EnsembleDynamics from mopo_fast.
         EnsembleDynamics = offlinerl_kit.EnsembleDynamics
 
     decay = [2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4]
@@ -54,7 +57,7 @@ def make_policy(obs_dim, act_dim, task, penalty_coef, theirs, **options):
     actor = ActorProb(MLP(obs_dim, [256, 256]), head)
     critics = [Critic(MLP(obs_dim + act_dim, [256, 256])) for _ in range(2)]
     log_alpha = torch.zeros(1, requires_grad=True)
-    policy = MOPOPolicy(
+    return MOPOPolicy(
         dynamics,
         actor,
         *critics,
@@ -62,10 +65,6 @@ def make_policy(obs_dim, act_dim, task, penalty_coef, theirs, **options):
         *(torch.optim.Adam(critic.parameters(), lr=3e-4) for critic in critics),
         alpha=(-act_dim, log_alpha, torch.optim.Adam([log_alpha], lr=1e-4)),
     )
-    if not theirs:
-        # Second line: make all steps of a rollout in one call.
-        policy = offlinerl_kit.fuse_rollout(policy)
-    return policy
 
 
 def make_buffers(data, capacity):
@@ -104,7 +103,7 @@ def main():
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--steps", type=int, default=100, help="SAC updates per epoch")
     parser.add_argument("--batch", type=int, default=5000, help="start states per rollout")
-    parser.add_argument("--theirs", action="store_true", help="use OfflineRL-Kit's own dynamics")
+    parser.add_argument("--theirs", action="store_true", help="run OfflineRL-Kit's own code")
     arguments = parser.parse_args()
     make_importable(arguments.checkout.resolve())
     from offlinerlkit.policy_trainer import MBPolicyTrainer
@@ -134,6 +133,9 @@ def main():
             real_ratio=0.05,
             eval_episodes=2,
         )
+        if not arguments.theirs:
+            # The second line: make rollouts, and up to 100 updates at a time, in one kernel call each.
+            trainer = offlinerl_kit.fuse_trainer(trainer)
         trainer.train()
 
 

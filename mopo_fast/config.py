@@ -30,7 +30,7 @@ ShardFormat = Literal["hdf5", "parquet"]
 Compression = Literal["none", "lzf", "gzip", "snappy", "zstd"]
 Checksum = Literal["xxh3_128", "sha256"]
 ActorSchedule = Literal["constant", "cosine"]
-CriticLoss = Literal["half_mse", "mse"]
+CriticLoss = Literal["half_mse", "mse", "mean_mse"]
 Tuned = Literal["authors", "offlinerl-kit"]
 Preset = Literal["mopo-tf", "offlinerl-kit", "mbrl-lib", "unifloral", "polixir", "d3rlpy"]
 CheckpointFormat = Literal["mopo-fast", Preset]
@@ -248,17 +248,24 @@ class SACConfig:
         actor_learning_rate: Learning rate of the actor. OfflineRL-Kit and Unifloral have 1e-4.
         critic_learning_rate: Learning rate of the critics. Unifloral has 1e-4.
         alpha_learning_rate: Learning rate of alpha, the weight of the entropy. OfflineRL-Kit and Unifloral
-            have 1e-4.
+            have 1e-4. With 0, alpha stays 1.
         actor_schedule: Course of the actor's learning rate. OfflineRL-Kit has cosine, which lowers the rate
             once per epoch, to zero at the end.
         log_std_min: Lower bound of the policy's log standard deviations. The bound is -5
             in OfflineRL-Kit and Unifloral.
         log_std_max: Upper bound of the policy's log standard deviations.
+        log_prob_epsilon: Number that is added to 1 - tanh^2 in the log-probability of an action, before its
+            logarithm is taken. It limits the pull of the entropy on actions near -1 and 1. OfflineRL-Kit has
+            1e-6.
         target_entropy: Entropy of the policy that alpha is adjusted to. The authors have -3 on all D4RL
             tasks. Other code has act_dim, which stands for minus the number of action dimensions.
         critic_loss: Loss of each critic. The losses of all critics are summed. The authors have half the mean
-            squared error, OfflineRL-Kit and Unifloral the mean squared error.
+            squared error, OfflineRL-Kit and Unifloral the mean squared error. MOBILE divides the latter by the
+            number of critics (mean_mse).
         alpha_max: Upper limit of alpha. OfflineRL-Kit has 1.
+        entropy_backup: True adds the entropy of the next action, times alpha, to the critics' targets. MOBILE
+            leaves it out.
+        target_min: Lower limit of the critics' targets. MOBILE has 0.
         simultaneous: True takes the gradients of critics, actor and alpha at the same parameters, as the
             authors do. False updates the critics first, and the actor's gradient goes through the updated
             critics, as in OfflineRL-Kit.
@@ -279,9 +286,12 @@ class SACConfig:
     actor_schedule: ActorSchedule = "constant"
     log_std_min: float = -20.0
     log_std_max: float = 2.0
+    log_prob_epsilon: float = 0.0
     target_entropy: float | Literal["act_dim"] = -3.0
     critic_loss: CriticLoss = "half_mse"
     alpha_max: Annotated[float | None, flag("no limit", "FLOAT")] = None
+    entropy_backup: Annotated[bool, FlagConversionOff] = True
+    target_min: Annotated[float | None, flag("no limit", "FLOAT")] = None
     simultaneous: Annotated[bool, FlagConversionOff] = True
     discount: float = 0.99
     polyak: float = 0.005
@@ -289,13 +299,20 @@ class SACConfig:
     real_ratio: float = 0.05
     dtype: Annotated[TrainingDtype | None, of_precision(TRAINING_DTYPES)] = None
 
+    @property
+    def critic_loss_scale(self) -> float:
+        """Factor of a critic's mean squared error in its loss."""
+        return {"half_mse": 0.5, "mse": 1.0, "mean_mse": 1.0 / self.critics}[self.critic_loss]
+
     def validate(self) -> None:
         """Raise `InputError` where a value is out of range."""
-        rates = (self.actor_learning_rate, self.critic_learning_rate, self.alpha_learning_rate)
+        rates, alpha_rate = (self.actor_learning_rate, self.critic_learning_rate), self.alpha_learning_rate
         _require_positive(self, "SAC's ", "batch_size")
         _require(0.0 <= self.real_ratio <= 1.0, f"real_ratio must be in [0, 1], got {self.real_ratio}")
         positive = all(0.0 < rate < math.inf for rate in rates)
-        _require(positive, f"learning rates must be positive, got {rates} for actor, critic and alpha")
+        _require(positive, f"learning rates must be positive, got {rates} for actor and critic")
+        in_range = 0.0 <= alpha_rate < math.inf
+        _require(in_range, f"alpha's learning rate must be 0 or more, got {alpha_rate}")
         _require(
             self.critics >= 1 and min(self.hidden, default=0) >= 1,
             "SAC needs at least one critic and one hidden layer, each of positive size,"
@@ -305,6 +322,8 @@ class SACConfig:
         _require(0.0 < self.polyak <= 1.0, f"polyak must be in (0, 1], got {self.polyak}")
         alpha_max, entropy = self.alpha_max, self.target_entropy
         _require(alpha_max is None or alpha_max > 0.0, f"alpha_max must be positive or None, got {alpha_max}")
+        epsilon = self.log_prob_epsilon
+        _require(0.0 <= epsilon < 1.0, f"log_prob_epsilon must be in [0, 1), got {epsilon}")
         known = entropy == "act_dim" or isinstance(entropy, (int, float))
         _require(known, f'target_entropy must be a number or "act_dim", got {entropy!r}')
         _require_known("critic_loss", self.critic_loss, CRITIC_LOSSES)

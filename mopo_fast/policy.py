@@ -130,13 +130,18 @@ class Actor(nn.Module):
         return mean, log_std.clamp(self.log_std_min, self.log_std_max)
 
     def sample(
-        self, observations: torch.Tensor, noise: torch.Tensor, network: Network = mlp
+        self, observations: torch.Tensor, noise: torch.Tensor, network: Network = mlp, epsilon: float = 0.0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return actions [batch, act_dim] from standard normal `noise`, and log-probabilities [batch]."""
+        """Return actions [batch, act_dim] from standard normal `noise`, and log-probabilities [batch].
+
+        `epsilon` is added to 1 - tanh^2 in the log-probabilities, see `SACConfig.log_prob_epsilon`.
+        """
         mean, log_std = self(observations, network)
         raw = mean + log_std.exp() * noise
         # log(1 - tanh(x)^2), in a form that does not cancel.
         squash = 2.0 * (math.log(2.0) - raw - functional.softplus(-2.0 * raw))
+        if epsilon:
+            squash = (squash.exp() + epsilon).log()
         log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2.0 * math.pi) - squash
         return torch.tanh(raw), log_prob.sum(-1)
 

@@ -26,6 +26,7 @@ _CHANGES: dict[Preset, dict[str, Any]] = {
             "alpha_learning_rate": 1e-4,
             "actor_schedule": "cosine",
             "log_std_min": -5.0,
+            "log_prob_epsilon": 1e-6,
             "target_entropy": "act_dim",
             "critic_loss": "mse",
             "alpha_max": 1.0,

@@ -51,15 +51,19 @@ class Draws:
         real: the data set.
         model: the model buffer's rows.
         sizes: numbers of rows to draw from, the first ones of `real` and of `model`.
+        rows: numbers of rows in a batch that come from `real` and from `model`.
         updates: number of batches.
         seed: key of the random numbers.
+        in_order: True takes the next rows of each source for each batch, False draws them.
     """
 
     real: Transitions
     model: Transitions
     sizes: tuple[int, int]
+    rows: tuple[int, int]
     updates: int
     seed: int
+    in_order: bool = False
 
 
 class SAC:
@@ -165,21 +169,21 @@ class SAC:
             next_noise: standard normal [n, act_dim], for the actions at next_observations.
 
         Returns:
-            The values of `METRICS` before the step, [6]. Entropy is the mean of -log_prob.
+            The values of `METRICS` before the step, then each critic's loss, [6 + critics]. Entropy is the mean
+            of -log_prob.
         """
         # Several agents at once (run/population.py) add a leading dimension to every tensor.
         config, alpha = self.config, self.alpha
         actor, critic, temperature = (self.optimizers[name] for name in ("actor", "critic", "alpha"))
         target_q = self._target_q(batch, next_noise, alpha)
         q = self.critic(batch.observations, batch.actions, self._network)
-        critic_loss = (q - target_q.unsqueeze(-2)).square().mean(dim=-1).sum(dim=-1)
-        if config.critic_loss == "half_mse":
-            critic_loss = 0.5 * critic_loss
+        critic_losses = config.critic_loss_scale * (q - target_q.unsqueeze(-2)).square().mean(dim=-1)
+        critic_loss = critic_losses.sum(dim=-1)
         critic_gradients = torch.autograd.grad(critic_loss.sum(), critic.parameters)
         if not config.simultaneous:
             critic.step(critic_gradients)
 
-        actions, log_prob = self.actor.sample(batch.observations, noise, self._network)
+        actions, log_prob = self._sample(batch.observations, noise)
         policy_q = self.critic(batch.observations, actions, self._network).min(dim=-2).values
         actor_loss = (alpha.unsqueeze(-1) * log_prob - policy_q).mean(dim=-1)
         # Asking for the actor's gradients alone spares the critics' weight gradients.
@@ -196,14 +200,20 @@ class SAC:
         self._polyak(self._targets, critic.parameters, None)
         self._updates += 1
         losses = (critic_loss.detach(), actor_loss.detach(), alpha_loss.detach())
-        return torch.stack([*losses, q.detach().mean(dim=(-2, -1)), alpha, entropy], dim=-1)
+        metrics = torch.stack([*losses, q.detach().mean(dim=(-2, -1)), alpha, entropy], dim=-1)
+        return torch.cat([metrics, critic_losses.detach()], dim=-1)
+
+    def _sample(self, observations: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.actor.sample(observations, noise, self._network, self.config.log_prob_epsilon)
 
     @torch.no_grad()
     def _target_q(self, batch: Transitions, noise: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-        actions, log_prob = self.actor.sample(batch.next_observations, noise, self._network)
+        actions, log_prob = self._sample(batch.next_observations, noise)
         q = self.target(batch.next_observations, actions, self._network).min(dim=-2).values
-        future = torch.where(batch.terminals, 0.0, q - alpha.unsqueeze(-1) * log_prob)
-        return batch.rewards + self.config.discount * future
+        if self.config.entropy_backup:
+            q = q - alpha.unsqueeze(-1) * log_prob
+        target = batch.rewards + self.config.discount * torch.where(batch.terminals, 0.0, q)
+        return target if self.config.target_min is None else target.clamp(self.config.target_min)
 
     def update_many(
         self,
@@ -233,13 +243,18 @@ class SAC:
                 finite.
         """
         draws = self.begin(data, model_buffer, updates, seed)
+        return self.means(self.make(draws, on_progress), updates)
+
+    # --- the parts of `update_many`
+
+    def make(self, draws: Draws, on_progress: Callable[[float], None] = lambda _: None) -> list[float]:
+        """Make the updates; return the sums over them of `METRICS`, then of each critic's loss."""
         if kernels := backends.training_kernels(self.backend):
             sums = (sum_by_kernel(kernels, [call], self.threads)[0] for call in self.kernel_calls(draws))
         else:
             sums = (self.learn(batches) for batches in self.batches(draws))
-        return self.means(sum_parts(sums, updates, on_progress).tolist(), updates)
-
-    # --- the parts of `update_many`
+        total: list[float] = sum_parts(sums, draws.updates, on_progress).tolist()
+        return total
 
     def begin(self, data: Transitions, model_buffer: RingBuffer, updates: int, seed: int) -> Draws:
         """Check the sources of the batches and set the actor's learning rate.
@@ -255,7 +270,7 @@ class SAC:
             rate = self.config.actor_learning_rate * 0.5 * (1.0 + math.cos(math.pi * share))
             self.optimizers["actor"].learning_rate = rate
         real, model = (_learnable(some, self.log_alpha.dtype) for some in (data, model_buffer.storage))
-        return Draws(real, model, (len(data), len(model_buffer)), updates, seed)
+        return Draws(real, model, (len(data), len(model_buffer)), self.batch_rows, updates, seed)
 
     def kernel_calls(self, draws: Draws) -> Iterator[SacUpdates]:
         """Yield the kernel calls that make the updates; make each call before asking for the next."""
@@ -265,12 +280,17 @@ class SAC:
                 critic=self._parameters("critic"),
                 log_alpha=self._parameters("alpha")[0],
                 config=self.config,
-                actor_learning_rate=self.optimizers["actor"].learning_rate,
+                learning_rates=(
+                    self.optimizers["actor"].learning_rate,
+                    self.optimizers["critic"].learning_rate,
+                    self.optimizers["alpha"].learning_rate,
+                ),
                 target_entropy=self.target_entropy,
                 real=draws.real,
                 model=draws.model,
                 sizes=draws.sizes,
-                rows=self.batch_rows,
+                rows=draws.rows,
+                in_order=draws.in_order,
                 updates=min(_UPDATES_AT_ONCE, draws.updates - first),
                 updates_before=self.updates,
                 steps=[step for optimizer in self.optimizers.values() for step in optimizer.steps],
@@ -294,7 +314,7 @@ class SAC:
             batches: `DATA_ARRAYS`, noise and next_noise, each [count, batch, ...].
 
         Returns:
-            The sums over the updates of `METRICS`.
+            The sums over the updates of what `update` returns.
         """
         if not records(self.log_alpha.device):
             return self._learn(*batches)
@@ -306,7 +326,7 @@ class SAC:
         return total
 
     def _learn(self, *batches: torch.Tensor) -> torch.Tensor:
-        total = self.log_alpha.new_zeros(*self.log_alpha.shape, len(METRICS))
+        total = self.log_alpha.new_zeros(*self.log_alpha.shape, len(METRICS) + self.config.critics)
         with deferred() as interrupts:
             for *learned_from, noise, next_noise in zip(*batches, strict=True):
                 total += self.update(Transitions(*learned_from), noise, next_noise)
@@ -314,12 +334,12 @@ class SAC:
         return total
 
     def means(self, total: Sequence[float], updates: int) -> dict[str, float]:
-        """Divide the sums of `METRICS` by the number of updates.
+        """Divide sums whose first ones are those of `METRICS` by the number of updates.
 
         Raises:
             InputError: a mean is not finite.
         """
-        means = {name: value / updates for name, value in zip(METRICS, total, strict=True)}
+        means = {name: value / updates for name, value in zip(METRICS, total, strict=False)}
         for name, value in means.items():
             if not math.isfinite(value):
                 raise InputError(
@@ -352,14 +372,20 @@ class SAC:
         Row b of batch i has the random counter (b, i).
         """
         device, dtype = self.log_alpha.device, self.log_alpha.dtype
-        batch, act_dim = self.config.batch_size, self.actor.act_dim
+        batch, act_dim = sum(draws.rows), self.actor.act_dim
         rows = torch.arange(batch, device=device).repeat(count)
         steps = torch.arange(first, first + count, device=device).repeat_interleave(batch)
-        choices = torch.tensor(draws.sizes, device=device).repeat_interleave(
-            torch.tensor(self.batch_rows, device=device)
-        )
-        drawn = random_choice(rows, steps, BATCH_STREAM, choices.repeat(count), draws.seed)
-        real, model = drawn.view(count, batch).split(self.batch_rows, dim=1)
+        if draws.in_order:
+            real, model = (
+                torch.arange(first * size, (first + count) * size, device=device).view(count, size)
+                for size in draws.rows
+            )
+        else:
+            choices = torch.tensor(draws.sizes, device=device).repeat_interleave(
+                torch.tensor(draws.rows, device=device)
+            )
+            drawn = random_choice(rows, steps, BATCH_STREAM, choices.repeat(count), draws.seed)
+            real, model = drawn.view(count, batch).split(draws.rows, dim=1)
         arrays = [
             torch.cat([getattr(draws.real, name)[real], getattr(draws.model, name)[model]], 1)
             for name in DATA_ARRAYS
@@ -427,7 +453,11 @@ def sum_parts(
 
 
 def sum_by_kernel(kernels: Backend, calls: Sequence[SacUpdates], threads: int) -> torch.Tensor:
-    """Make the updates of several agents by a kernel; return the sums of `METRICS`, float64 [agents, 6]."""
+    """Make the updates of several agents by a kernel.
+
+    Returns:
+        The sums of `METRICS` and of each critic's loss, float64 [agents, 6 + critics].
+    """
     return torch.tensor(checked.sac_updates(kernels, calls, threads), dtype=torch.float64)
 
 

@@ -1,7 +1,6 @@
 // The kernels' calls on the CPU, each with its memory and threads: what the binding calls.
 #pragma once
 
-#include <array>
 #include <vector>
 
 #include "interrupt.h"
@@ -17,8 +16,8 @@ RolloutCounts rollout(const RolloutArgs& args, const Packed& dynamics, const Ker
 
 // Updates every parameter of all runs in place, the runs side by side. Returns the sums of each run's
 // metrics. An interrupted call leaves every run as it was and returns nothing.
-std::vector<std::array<double, kSacMetrics>> sac_updates(const std::vector<SacArgs>& runs,
-                                                         const Kernels& kernels, Interrupt& interrupt);
+std::vector<std::vector<double>> sac_updates(const std::vector<SacArgs>& runs, const Kernels& kernels,
+                                             Interrupt& interrupt);
 
 // Updates every parameter of all runs in place, one run after the other. Returns the sum of each run's
 // losses, without weight decay. An interrupt ends it as it ends sac_updates.

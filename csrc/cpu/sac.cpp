@@ -17,7 +17,8 @@ namespace {
 // A run's memory: parameters in the kernels' layout, and all matrices between a batch and the gradients.
 class SacState {
  public:
-  SacState(const SacArgs& args, const Kernels& kernels) : args_(args), kernels_(kernels) {
+  SacState(const SacArgs& args, const Kernels& kernels)
+      : args_(args), kernels_(kernels), squares_(args.critics) {
     lay_out();
     arena_.allocate_zeroed();
     lay_out();
@@ -38,14 +39,15 @@ class SacState {
   int64_t batch() const { return args_.real_rows + args_.model_rows; }
 
   // Adds the update's metrics, which are of the parameters before it, and steps the temperature.
-  void finish_update(const AdamStep& step, std::array<double, kSacMetrics>& metrics) {
-    double squares = 0.0, q_sum = 0.0, log_probs = 0.0, least_q = 0.0;
+  void finish_update(const AdamStep& step, std::vector<double>& metrics) {
+    double q_sum = 0.0, log_probs = 0.0, least_q = 0.0;
+    std::fill(squares_.begin(), squares_.end(), 0.0);
     for (int64_t row = 0; row < batch(); ++row) {
       double least = plan.policy_q[row];
       for (int64_t j = 0; j < args_.critics; ++j) {
         const double q = plan.q[j * plan.rows + row], error = q - plan.targets[row];
         q_sum += q;
-        squares += error * error;
+        squares_[j] += error * error;
         least = std::min<double>(least, plan.policy_q[j * plan.rows + row]);
       }
       log_probs += plan.log_prob[row];
@@ -53,7 +55,13 @@ class SacState {
     }
     const double count = static_cast<double>(batch()), entropy = -log_probs / count;
     const double gradient = entropy - args_.target_entropy;
-    const double values[kSacMetrics] = {args_.critic_loss_scale * squares / count,
+    double critic_loss = 0.0;
+    for (int64_t j = 0; j < args_.critics; ++j) {
+      const double loss = args_.critic_loss_scale * squares_[j] / count;
+      metrics[kSacMetrics + j] += loss;
+      critic_loss += loss;
+    }
+    const double values[kSacMetrics] = {critic_loss,
                                         -plan.alpha * entropy - least_q / count,
                                         log_alpha_[0] * gradient,
                                         q_sum / (count * static_cast<double>(args_.critics)),
@@ -145,7 +153,7 @@ class SacState {
       *each = matrix(obs_dim + act_dim);
     plan.actor_head = take_rows(arena_, rows, 2 * act_dim);
     plan.actor_head_grad = matrix(2 * act_dim);
-    for (Rows* each : {&plan.noise, &plan.spread, &plan.actions}) *each = take_rows(arena_, rows, act_dim);
+    for (Rows* each : {&plan.noise, &plan.spread, &plan.slopes, &plan.actions}) *each = take_rows(arena_, rows, act_dim);
     plan.action_grad = take_rows(arena_, rows, obs_dim + act_dim);
     for (float** each :
          {&plan.rewards, &plan.discounts, &plan.log_prob, &plan.next_log_prob, &plan.policy_q_grad})
@@ -159,7 +167,8 @@ class SacState {
   const SacArgs& args_;
   const Kernels& kernels_;
   Arena arena_;
-  float log_alpha_[3];  // value and moments
+  float log_alpha_[3];           // value and moments
+  std::vector<double> squares_;  // [critics], sums of an update's squared errors
   std::vector<Dense> actor_, critic_;
   std::vector<Factor> actor_hidden_, next_hidden_, actor_grad_, critic_hidden_, critic_grad_, scratch_hidden_,
       scratch_grad_;
@@ -187,7 +196,8 @@ struct SacWork {
         state(args, kernels),
         threads(static_cast<int>(
             std::min(int64_t{args.threads}, state.plan.rows / granule(args.precision, kernels)))),
-        barrier(threads) {
+        barrier(threads),
+        metrics(sac_metrics(args)) {
     for (int thread = 0; thread < threads; ++thread)
       turns_of.push_back(turns(args.critics, {thread, threads, &barrier}));
   }
@@ -201,7 +211,7 @@ struct SacWork {
   const int threads;
   Barrier barrier;
   std::vector<std::vector<CriticTurn>> turns_of;  // a thread's each
-  std::array<double, kSacMetrics> metrics{};
+  std::vector<double> metrics;
 
  private:
   void work(const Kernels& kernels, Interrupt& interrupt, int thread) {
@@ -244,8 +254,8 @@ struct SacWork {
 
 }  // namespace
 
-std::vector<std::array<double, kSacMetrics>> sac_updates(const std::vector<SacArgs>& runs,
-                                                         const Kernels& kernels, Interrupt& interrupt) {
+std::vector<std::vector<double>> sac_updates(const std::vector<SacArgs>& runs, const Kernels& kernels,
+                                             Interrupt& interrupt) {
   // All memory is taken before the threads start, so that nothing can fail in them.
   std::deque<SacWork> works;
   for (const SacArgs& args : runs) works.emplace_back(args, kernels);
@@ -261,7 +271,7 @@ std::vector<std::array<double, kSacMetrics>> sac_updates(const std::vector<SacAr
   parallel(static_cast<int>(works.size()), work, interrupt);
   for (const std::exception_ptr& error : errors)
     if (error) std::rethrow_exception(error);
-  std::vector<std::array<double, kSacMetrics>> metrics;
+  std::vector<std::vector<double>> metrics;
   if (interrupt.requested()) return metrics;
   for (SacWork& done : works) {
     done.state.write_back();

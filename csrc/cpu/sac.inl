@@ -20,11 +20,10 @@ struct SacRows {
 
   const SacSource& source(int64_t row) const { return row < args.real_rows ? args.real : args.model; }
 
-  // Draws the data row for a row of the batch, and prefetches it.
+  // Takes the source's row for a row of the batch, and prefetches it.
   void draw(int64_t row, uint32_t step) const {
     const SacSource& source = this->source(row);
-    const uint32_t word = random_block(row, step, kBatchStream, 0, args.seed).word[0];
-    const int64_t from = choose(word, static_cast<uint32_t>(source.size));
+    const int64_t from = sac_row(args, row, step);
     prefetch_row(source.observations.at(from), args.obs_dim);
     prefetch_row(source.next_observations.at(from), args.obs_dim);
     prefetch_row(source.actions.at(from), args.act_dim);
@@ -136,8 +135,9 @@ struct SacRows {
         const vf raw_log_std = load_lanes(plan.actor_head.at(row) + act_dim + d, act_dim - d);
         const SquashedGaussian draw(mean, raw_log_std, broadcast(args.log_std_min),
                                     broadcast(args.log_std_max), load(plan.noise.at(row) + d));
-        const vf terms = draw.log_prob(), action = draw.action();
+        const vf terms = draw.log_prob(args.log_prob_epsilon), action = draw.action();
         store(plan.spread.at(row) + d, draw.spread);
+        if (args.log_prob_epsilon > 0.0f) store(plan.slopes.at(row) + d, exp(draw.log_slope()));
         store(plan.actions.at(row) + d, action);
         for (int lane = 0; lane < smaller(W, act_dim - d); ++lane) {
           *at(inputs, row, args.obs_dim + d + lane) = action[lane];
@@ -158,7 +158,8 @@ struct SacRows {
         const vf q_grad = load_lanes(plan.action_grad.at(row) + args.obs_dim + d, act_dim - d);
         const auto grad =
             squashed_gradient(load(plan.actions.at(row) + d), load(plan.spread.at(row) + d), log_std,
-                              args.log_std_min, args.log_std_max, q_grad, plan.alpha, inverse_batch);
+                              args.log_std_min, args.log_std_max, args.log_prob_epsilon,
+                              load(plan.slopes.at(row) + d), q_grad, plan.alpha, inverse_batch);
         for (int lane = 0; lane < smaller(W, act_dim - d); ++lane) {
           *at(plan.actor_head_grad, row, d + lane) = grad.mean[lane];
           *at(plan.actor_head_grad, row, act_dim + d + lane) = grad.log_std[lane];
@@ -251,8 +252,8 @@ struct SacCritic {
     for (int64_t row = first; row < rows.end(); ++row) {
       float least = plan.target_q[row];
       for (int64_t j = 1; j < args.critics; ++j) least = nan_min(least, plan.target_q[j * plan.rows + row]);
-      const float value = least - plan.alpha * plan.next_log_prob[row];
-      targets[row] = plan.rewards[row] + (plan.discounts[row] != 0.0f ? plan.discounts[row] * value : 0.0f);
+      targets[row] = td_target(args, plan.rewards[row], plan.discounts[row], least, plan.alpha,
+                               plan.next_log_prob[row]);
     }
     const Factor *outputs = mine(plan.critic_hidden), *grads = mine(plan.critic_grad);
     evaluate(plan.inputs, false, outputs, q);

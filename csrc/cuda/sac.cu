@@ -4,8 +4,9 @@
 
 namespace mopo::cuda {
 
-// Numbers of each row that are summed over the batch, for the metrics and the temperature.
-enum RowSum { kLogProb, kSquares, kValues, kLeastValue, kSums };
+// Numbers of each row that are summed over the batch, for the metrics and the temperature. Behind them come
+// each critic's squared errors.
+enum RowSum { kLogProb, kValues, kLeastValue, kSquares };
 
 // One run. A matrix of several sections has `rows` rows in each.
 struct Sac {
@@ -17,8 +18,9 @@ struct Sac {
                            // policy's; next observations with the policy's
   Matrix actions;          // the policy's
   Matrix spread, log_std;  // its std * noise; log std before the clip
+  Matrix slope;            // of tanh at its action; not used without a log_prob_epsilon
   Matrix action_grad;      // of -Q / batch by the policy's actions
-  double* sums;            // [kSums][batch]
+  double* sums;            // [kSquares + critics][batch]
   const AdamStep* steps;   // [updates][3]: critics, actor, temperature
   double* metrics;
   uint32_t* counter;
@@ -78,8 +80,7 @@ struct SacTile {
     const int obs_dim = this->obs_dim(), act_dim = this->act_dim();
     if (threadIdx.x < kTile) {
       const int v = threadIdx.x;
-      const uint32_t word = random_block(batch_row(v), step, kBatchStream, 0, args.seed).word[0];
-      const int64_t from = choose(word, static_cast<uint32_t>(source(v).size));
+      const int64_t from = sac_row(args, batch_row(v), step);
       drawn()[v] = from;
       rewards()[v] = *source(v).rewards.at(from);
       discounts()[v] = *source(v).terminals.at(from) ? 0.0f : args.discount;
@@ -144,12 +145,13 @@ struct SacTile {
       const float raw_log_std = x(act_dim + d, v);
       const SquashedGaussian draw(x(d, v), raw_log_std, args.log_std_min, args.log_std_max, noise);
       const float action = draw.action();
-      terms[i] = draw.log_prob();
+      terms[i] = draw.log_prob(args.log_prob_epsilon);
       sac.pairs.at(row(1, v))[obs_dim() + d] = action;
       if (v >= kTile) continue;
       sac.actions.at(row(0, v))[d] = action;
       sac.spread.at(row(0, v))[d] = draw.spread;
       sac.log_std.at(row(0, v))[d] = raw_log_std;
+      sac.slope.at(row(0, v))[d] = expf(draw.log_slope());
     }
     __syncthreads();
     if (threadIdx.x < kStride) {
@@ -161,7 +163,7 @@ struct SacTile {
   }
 
   // Stores the number x of this thread's row for a sum over the batch.
-  MOPO_DEVICE void add(RowSum sum, double x) const {
+  MOPO_DEVICE void add(int sum, double x) const {
     const int row = first + threadIdx.x;
     if (row < sac.batch) sac.sums[sum * sac.batch + row] = x;
   }
@@ -176,8 +178,7 @@ struct SacTile {
       const float other = q(j)[2 * kTile + v];
       if (other < least || other != other) least = other;
     }
-    const float value = least - alpha * log_probs()[kTile + v];
-    targets()[v] = rewards()[v] + (discounts()[v] != 0.0f ? discounts()[v] * value : 0.0f);
+    targets()[v] = td_target(args, rewards()[v], discounts()[v], least, alpha, log_probs()[kTile + v]);
   }
 
   // The critics forwards and backwards, from `section` on: section 0 is for their own loss, 1 for the
@@ -188,13 +189,12 @@ struct SacTile {
     const int v = threadIdx.x;
     int least = 0;
     if (v < kTile && has_data(section)) {
-      double squares = 0.0, sum = 0.0;
+      double sum = 0.0;
       for (int j = 0; j < args.critics; ++j) {
         const double error = static_cast<double>(q(j)[v]) - targets()[v];
-        squares += error * error;
+        add(kSquares + j, error * error);
         sum += q(j)[v];
       }
-      add(kSquares, squares);
       add(kValues, sum);
     }
     if (v < kTile && has_policy(section)) {
@@ -267,6 +267,7 @@ struct SacTile {
       const int d = i / kTile, v = i % kTile;
       const auto grad = squashed_gradient(sac.actions.at(row(0, v))[d], sac.spread.at(row(0, v))[d],
                                           sac.log_std.at(row(0, v))[d], args.log_std_min, args.log_std_max,
+                                          args.log_prob_epsilon, sac.slope.at(row(0, v))[d],
                                           sac.action_grad.at(row(0, v))[d], alpha, inverse_batch);
       head.grads.at(row(0, v))[d] = x(d, v) = grad.mean;
       head.grads.at(row(0, v))[act_dim + d] = x(act_dim + d, v) = grad.log_std;
@@ -278,11 +279,17 @@ struct SacTile {
 // Adds the update's metrics, which are of the parameters before it, and steps the temperature.
 MOPO_DEVICE void train_temperature(const Sac& sac, const AdamStep& step) {
   const SacArgs& args = sac.args;
-  const double* sums = add_up(sac.sums, kSums, sac.batch);
+  const double* sums = add_up(sac.sums, kSquares + static_cast<int>(args.critics), sac.batch);
   if (threadIdx.x > 0) return;
   const double count = sac.batch, entropy = -sums[kLogProb] / count, alpha = temperature(args);
   const double gradient = entropy - args.target_entropy;
-  const double values[kSacMetrics] = {args.critic_loss_scale * sums[kSquares] / count,
+  double critic_loss = 0.0;
+  for (int j = 0; j < args.critics; ++j) {
+    const double loss = args.critic_loss_scale * sums[kSquares + j] / count;
+    sac.metrics[kSacMetrics + j] += loss;
+    critic_loss += loss;
+  }
+  const double values[kSacMetrics] = {critic_loss,
                                       -alpha * entropy - sums[kLeastValue] / count,
                                       *args.log_alpha.value * gradient,
                                       sums[kValues] / (count * static_cast<double>(args.critics)),
@@ -338,7 +345,7 @@ Sac lay_out(Memory& memory, const SacArgs& args, double* metrics) {
   const int rows = sac.rows;
   sac.observations = memory.take_matrix(2 * rows, args.obs_dim + 1);
   sac.pairs = memory.take_matrix(3 * rows, args.obs_dim + args.act_dim + 1);
-  for (Matrix* each : {&sac.actions, &sac.spread, &sac.log_std, &sac.action_grad})
+  for (Matrix* each : {&sac.actions, &sac.spread, &sac.log_std, &sac.slope, &sac.action_grad})
     *each = memory.take_matrix(rows, args.act_dim);
   std::vector<Layer> layers;
   const auto take = [&](const TrainedLayer* from, int64_t network, Matrix inputs, int sections,
@@ -351,7 +358,7 @@ Sac lay_out(Memory& memory, const SacArgs& args, double* metrics) {
   for (int64_t j = 0; j < args.critics; ++j) take(args.critic, j, sac.pairs, 2, true);
   take(args.actor, 0, sac.observations, 1, false);
   sac.layers = memory.put(layers);
-  sac.sums = memory.take<double>(kSums * sac.batch);
+  sac.sums = memory.take<double>((kSquares + args.critics) * sac.batch);
   std::vector<AdamStep> steps;
   for (int64_t number = args.updates_before + 1; number <= args.updates_before + args.updates; ++number) {
     steps.push_back(adam_step(args.critic_learning_rate, number, 0.0f, args.polyak));
@@ -380,7 +387,7 @@ cudaError_t sac_updates(const std::vector<SacArgs>& runs, double* metrics, const
         [&](Memory& memory) {
           std::vector<Sac> all;
           for (const SacArgs* args = some; args < some + count; ++args)
-            all.push_back(lay_out(memory, *args, metrics + (args - runs.data()) * kSacMetrics));
+            all.push_back(lay_out(memory, *args, metrics + (args - runs.data()) * sac_metrics(first)));
           return Launch<Sac>{memory.put(all), blocks};
         },
         [&](const Launch<Sac>& launch) {

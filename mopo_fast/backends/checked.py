@@ -326,7 +326,8 @@ def _check_sac(backend: Backend, call: SacUpdates) -> None:
         for name, array in data.arrays().items():
             width, kind = array_layout(name, obs_dim, act_dim, layout.dtype)
             layout.check_rows(f"{what}'s {name}", array, len(data), *width, dtype=kind)
-        check_range(f"{what}'s rows", size, min(1, rows), len(data) + 1)
+        needed = (call.first_draw + call.updates) * rows if call.in_order else min(1, rows)
+        check_range(f"{what}'s rows", size, needed, len(data) + 1)
         check_range(f"a batch's rows of {what}", rows, 0, 2**31)
     check_range("a batch's rows", sum(call.rows), 1, 2**31)
     check_range("updates", call.updates, 1, 2**31)

@@ -282,12 +282,13 @@ class SacUpdates:
         critic: likewise, all with targets.
         log_alpha: logarithm of the temperature, a scalar.
         config: hyperparameters.
-        actor_learning_rate: the actor's rate in these updates; the others' are in `config`.
+        learning_rates: those of the actor, the critics and alpha.
         target_entropy: in nats.
         real: transitions to draw from. float32, terminals bool, the elements of a row contiguous.
         model: likewise.
         sizes: numbers of rows to draw from, the first ones of `real` and of `model`.
         rows: numbers of rows in a batch that come from `real` and from `model`.
+        in_order: True takes the next rows of each source for each update, False draws them.
         updates: number of updates to make.
         updates_before: number of updates made before.
         steps: Adam's step counts, float32 scalars, advanced by the kernel.
@@ -300,12 +301,13 @@ class SacUpdates:
     critic: list[Parameter]
     log_alpha: Parameter
     config: SACConfig
-    actor_learning_rate: float
+    learning_rates: tuple[float, float, float]
     target_entropy: float
     real: Transitions
     model: Transitions
     sizes: tuple[int, int]
     rows: tuple[int, int]
+    in_order: bool
     updates: int
     updates_before: int
     steps: list[torch.Tensor]
@@ -424,7 +426,7 @@ class Backend(Protocol):
         """Make rollouts; return (rows written, rollouts ended by a prediction that was not finite)."""
 
     def sac_updates(self, calls: Sequence[SacUpdates], threads: int) -> list[list[float]]:
-        """Make each call's updates; return the sums over its updates of each of `sac.METRICS`.
+        """Make each call's updates; return the sums over its updates of `sac.METRICS` and each critic's loss.
 
         A call computes the same bits alone and beside others. So does one of `fit_steps`.
         """

@@ -104,7 +104,7 @@ class SacPopulation:
         updates: int,
         on_progress: Callable[[float], None],
     ) -> torch.Tensor:
-        """Update on the groups of batches that `SAC.batches` yields; return sums of `METRICS`, [SACs, 6]."""
+        """Update on the groups of batches that `SAC.batches` yields; return sums, [SACs, 6 + critics]."""
         whole = self._lay_together()
         try:
             stacked = ([torch.stack(arrays, 1) for arrays in zip(*each, strict=True)] for each in batches)

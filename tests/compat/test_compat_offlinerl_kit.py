@@ -18,6 +18,8 @@ from mopo_fast import Actor, EnsembleDynamics, InputError, RolloutEngine
 from mopo_fast.cli import main
 from mopo_fast.compat import Checkpoint
 from mopo_fast.compat import offlinerl_kit as kit
+from mopo_fast.compat.offlinerl_kit import dynamics as kit_dynamics
+from mopo_fast.compat.offlinerl_kit import policy as kit_policy
 
 FOLDER = RECORDED / "offlinerl_kit"
 
@@ -237,7 +239,7 @@ def test_a_copied_policy_rolls_out_itself(recorded: dict[str, np.ndarray]) -> No
 
 
 def test_the_policys_actions(recorded: dict[str, np.ndarray]) -> None:
-    actor = kit._actor(make_policy(make_dynamics()).actor)
+    actor = kit_policy._actor(make_policy(make_dynamics()).actor)
     observations = torch.from_numpy(recorded["observations"])
     assert_close(actor.act(observations), recorded["deterministic"])
     assert_close(actor(observations)[1].exp(), recorded["policy std"])
@@ -385,7 +387,7 @@ def test_train(tmp_path: Path) -> None:
     data["next_observations"] = data["observations"] + 0.1 * data["actions"][:, :1]
     data["rewards"] = data["observations"][:, :1] * data["actions"][:, 1:]
     dynamics, log = make_dynamics(), Log(tmp_path)
-    before = [layer.weight.detach().clone() for layer in kit._layers(dynamics.model)]
+    before = [layer.weight.detach().clone() for layer in kit_dynamics._layers(dynamics.model)]
     bounds = {name: getattr(dynamics.model, name).detach().clone() for name in ("max_logvar", "min_logvar")}
     np.random.seed(0)
     dynamics.train(data, log, max_epochs=40)
@@ -393,7 +395,7 @@ def test_train(tmp_path: Path) -> None:
     # The initial loss is high because the members' parameters are far apart, unlike fresh ones.
     assert log.step == len(losses) == 40 and losses[0] > 2.0 and losses[-1] < 0.2
     assert len([name for name, _ in log.values if name == "loss/dynamics_train_loss"]) == 40
-    layers = kit._layers(dynamics.model)
+    layers = kit_dynamics._layers(dynamics.model)
     assert not any(torch.equal(layer.weight, old) for layer, old in zip(layers, before, strict=True))
     assert all(torch.equal(layer.weight, layer.saved_weight) for layer in layers)
     assert not any(torch.equal(getattr(dynamics.model, name), old) for name, old in bounds.items())

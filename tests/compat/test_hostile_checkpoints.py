@@ -557,7 +557,7 @@ def test_arrays_that_the_original_takes(monkeypatch: pytest.MonkeyPatch) -> None
         assert np.array_equal(ours(obs, actions), ours(values, actions))
     for action in (actions[::-1].copy()[::-1], actions.astype(">f4"), actions.astype(">f8")):
         assert np.array_equal(ours(values, action), ours(values, actions))
-    shared = offlinerl_kit._floats(values)
+    shared = offlinerl_kit.files.as_floats(values)
     assert shared.data_ptr() == values.ctypes.data
     # The scaler's arrays may have any memory order, byte order and dtype, too.
     for attribute in ("mu", "std"):
@@ -576,7 +576,7 @@ def test_data_that_the_original_trains_on() -> None:
         "rewards": values[::-1, :1],
         "terminals": np.array([[0], [1], [0], [1]])[::-1],
     }
-    made = offlinerl_kit._transitions(data)
+    made = offlinerl_kit.dynamics._transitions(data)
     assert np.array_equal(made.observations, values[::-1]) and np.array_equal(made.actions, values[:, :2])
     assert made.rewards.tolist() == [9, 6, 3, 0] and made.terminals.tolist() == [True, False, True, False]
 
@@ -597,4 +597,4 @@ def test_sparse_files_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(
         InputError, match=r"mu\.npy would take [\d.]+ (bytes|KiB|MiB|GiB), cpu has [\d.]+ (bytes|KiB|MiB)"
     ):
-        offlinerl_kit._load_array(tmp_path / "mu.npy")
+        offlinerl_kit.files.load_array(tmp_path / "mu.npy")

@@ -27,6 +27,15 @@ VARIANTS = {
         "actor_learning_rate": 1e-4,
         "alpha_learning_rate": 1e-2,
     },
+    "epsilon": {"log_prob_epsilon": 1e-2},
+    "mobile": {
+        "simultaneous": False,
+        "critic_loss": "mean_mse",
+        "critics": 3,
+        "entropy_backup": False,
+        "target_min": 0.0,
+        "discount": 0.9,
+    },
     "ten critics, three layers": {"critics": 10, "hidden": (24, 16, 24)},
     "real only": {"real_ratio": 1.0, "discount": 0.9, "polyak": 0.1},
 }
@@ -69,7 +78,7 @@ class Plain:
         gaussian = torch.distributions.Normal(mean, std)
         raw = mean + std * noise
         actions = raw.tanh()
-        log_prob = gaussian.log_prob(raw) - (1 - actions.square()).log()
+        log_prob = gaussian.log_prob(raw) - (1 - actions.square() + self.config.log_prob_epsilon).log()
         return actions, log_prob.sum(-1)
 
     def alpha(self) -> float:
@@ -82,7 +91,11 @@ class Plain:
         with torch.no_grad():
             a2, log_prob2 = self.sample(s2, next_noise)
             q2 = torch.stack([q(torch.cat([s2, a2], -1))[:, 0] for q in self.targets]).min(0).values
-            y = r + (1 - batch.terminals.to(r)) * config.discount * (q2 - alpha * log_prob2)
+            if config.entropy_backup:
+                q2 -= alpha * log_prob2
+            y = r + (1 - batch.terminals.to(r)) * config.discount * q2
+            if config.target_min is not None:
+                y = torch.maximum(y, torch.tensor(config.target_min))
 
         def critic_step() -> None:
             for adam in self.critic_adams:
@@ -90,7 +103,7 @@ class Plain:
 
         for q, adam in zip(self.critics, self.critic_adams, strict=True):
             adam.zero_grad()
-            scale = {"half_mse": 0.5, "mse": 1.0}[config.critic_loss]
+            scale = {"half_mse": 0.5, "mse": 1.0, "mean_mse": 1 / config.critics}[config.critic_loss]
             (scale * (q(torch.cat([s, a], -1))[:, 0] - y).square().mean()).backward()
         held = [[p.grad.clone() for p in q.parameters()] for q in self.critics]
         if not config.simultaneous:
@@ -162,7 +175,9 @@ def test_metrics_are_of_the_state_before_the_update() -> None:
         q = sac.critic(batch.observations, batch.actions)
         actions, log_prob = sac.actor.sample(batch.observations, noise)
         actor_loss = (log_prob - sac.critic(batch.observations, actions).min(0).values).mean()
-    metrics = dict(zip(METRICS, sac.update(batch, noise, noise).tolist(), strict=True))
+    *values, first, second = sac.update(batch, noise, noise).tolist()
+    metrics = dict(zip(METRICS, values, strict=True))
+    assert first != second and metrics["critic_loss"] == pytest.approx(first + second, rel=1e-5)
     assert metrics["q"] == pytest.approx(q.mean().item(), rel=1e-5)
     assert metrics["actor_loss"] == pytest.approx(actor_loss.item(), rel=1e-5)
     assert metrics["entropy"] == pytest.approx(-log_prob.mean().item(), rel=1e-5)

@@ -527,9 +527,17 @@ OTHERS = {
     "critic_loss": "mse",
     "alpha_max": 1.0,
     "log_std_min": -5.0,
+    "log_prob_epsilon": 1e-6,
     "target_entropy": "act_dim",
     "actor_learning_rate": 1e-4,
     "alpha_learning_rate": 1e-2,
+}
+MOBILE = {
+    **OTHERS,
+    "critic_loss": "mean_mse",
+    "critics": 3,
+    "entropy_backup": False,
+    "target_min": 0.0,
 }
 # Observation dimensions, action dimensions, settings.
 SAC_CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
@@ -537,6 +545,7 @@ SAC_CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "canonical, others' options": (17, 6, OTHERS),
     "others' options, many rows": (5, 3, {"hidden": (24, 17), "batch_size": 45, **OTHERS}),
     "others' options, one layer": (4, 2, {"hidden": (12,), "batch_size": 20, **OTHERS}),
+    "MOBILE's options": (7, 2, {"hidden": (24, 17), "batch_size": 45, **MOBILE}),
     "one action": (3, 1, {"hidden": (24, 40), "batch_size": 7}),
     "one row": (11, 3, {"hidden": (16, 8), "batch_size": 1}),
     "one unit": (5, 2, {"hidden": (1,), "batch_size": 20}),

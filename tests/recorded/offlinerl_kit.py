@@ -3,6 +3,7 @@
 Made with commit e3ce697, torch 2.13.0, NumPy 2.4.6.
 """
 
+import copy
 import sys
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -14,6 +15,9 @@ OBS, ACT, MEMBERS, ELITES, HIDDEN = 3, 2, 4, 3, (8, 6)
 OUT = Path(__file__).with_suffix("")
 # Members say different things of the first dimension, so that a sample shows which was drawn.
 APART = 3.0
+# Updates that are recorded, the rows of each, and those that come from the data and from the model.
+UPDATES, ROWS = 6, 40
+PARTS = {"real": slice(0, 5), "fake": slice(5, ROWS)}
 
 
 def main(checkout: str) -> None:
@@ -87,9 +91,65 @@ def main(checkout: str) -> None:
     recorded["policy std"] = distribution.scale.detach().numpy()
 
     OUT.mkdir(exist_ok=True)
+    record_updates(policy)
     dynamics("aleatoric").save(str(OUT))
     torch.save(policy.state_dict(), OUT / "policy.pth")
     np.savez_compressed(OUT / "recorded.npz", **recorded)
+
+
+def record_updates(policy) -> None:
+    """Write what MOPOPolicy.learn makes of a copy of `policy`, with the noise of mopo_fast's kernels."""
+    from mopo_fast.backends.philox import ACTION_STREAM, NEXT_ACTION_STREAM, random_normals
+
+    policy = copy.deepcopy(policy)
+    with torch.no_grad():
+        # Some actions come so close to the bounds that the 1e-6 in the log-probabilities counts.
+        policy.actor.dist_net.sigma.weight.div_(40.0)
+        policy.actor.dist_net.mu.bias.copy_(torch.tensor([3.0, -1.0]))
+    networks = {"actor": policy.actor, "critic1": policy.critic1, "critic2": policy.critic2}
+    log_alpha = torch.zeros(1, requires_grad=True)
+    for name, network in networks.items():
+        rate = 3e-3 if name == "actor" else 1e-2
+        setattr(policy, f"{name}_optim", torch.optim.Adam(network.parameters(), lr=rate))
+    policy._is_auto_alpha, policy._target_entropy, policy._log_alpha = True, 4.0, log_alpha
+    policy._alpha, policy._tau, policy._gamma = log_alpha.detach().exp(), 0.1, 0.9
+    policy.alpha_optim = torch.optim.Adam([log_alpha], lr=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(policy.actor_optim, UPDATES)
+    random = np.random.default_rng(0)
+    recorded = {
+        "observations": random.normal(size=(UPDATES, ROWS, OBS)),
+        "actions": np.tanh(random.normal(size=(UPDATES, ROWS, ACT))),
+        "next_observations": random.normal(size=(UPDATES, ROWS, OBS)),
+        "rewards": random.normal(size=(UPDATES, ROWS, 1)),
+        "terminals": random.random((UPDATES, ROWS, 1)) < 0.2,
+    }
+    recorded = {name: array.astype(np.float32) for name, array in recorded.items()}
+    before = {f"before {name}": value.numpy().copy() for name, value in policy.state_dict().items()}
+    draw = torch.distributions.Normal.rsample
+    rows, zeros = torch.arange(ROWS), torch.zeros(ROWS, dtype=torch.int64)
+    losses = []
+    for update in range(UPDATES):
+        batch = {name: torch.from_numpy(array[update]) for name, array in recorded.items()}
+        noise = [
+            random_normals(rows, zeros, stream, ACT, update, torch.float32)
+            for stream in (NEXT_ACTION_STREAM, ACTION_STREAM)
+        ]
+        torch.distributions.Normal.rsample = lambda self, noise=noise: self.loc + self.scale * noise.pop(0)
+        parts = {name: {key: value[part] for key, value in batch.items()} for name, part in PARTS.items()}
+        losses.append(policy.learn(parts))
+        assert not noise
+        schedule.step()
+    torch.distributions.Normal.rsample = draw
+    recorded |= before | {f"loss {name}": np.array([one[name] for one in losses]) for name in losses[0]}
+    recorded["log_alpha"] = log_alpha.detach().numpy()
+    for name, value in policy.state_dict().items():
+        recorded[f"after {name}"] = value.numpy()
+    for name, network in networks.items():
+        state = getattr(policy, f"{name}_optim").state
+        for key, parameter in network.named_parameters():
+            for moment in ("exp_avg", "exp_avg_sq"):
+                recorded[f"{moment} {name}.{key}"] = state[parameter][moment].numpy()
+    np.savez_compressed(OUT / "learn.npz", **recorded)
 
 
 if __name__ == "__main__":

@@ -284,7 +284,8 @@ class CudaBackend(Backend):
     @override
     def sac_updates(self, calls: Sequence[SacUpdates], threads: int) -> list[list[float]]:
         packed = [sac_call(_extension(), call) for call in calls]
-        device, shape = calls[0].log_alpha[0].device, (len(calls), _SAC_METRICS)
+        device = calls[0].log_alpha[0].device
+        shape = len(calls), _SAC_METRICS + calls[0].config.critics
         with deferred():
             metrics: list[list[float]] = _train("sac_updates", packed, shape, device).tolist()
             for call in calls:

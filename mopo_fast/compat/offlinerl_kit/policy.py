@@ -1,0 +1,224 @@
+"""OfflineRL-Kit's policies: their rollouts and their updates on the kernels."""
+
+import types
+import weakref
+from typing import Any
+
+import numpy.typing as npt
+import torch
+
+from mopo_fast.compat.models import activation_of, actor_of, check_method
+from mopo_fast.compat.offlinerl_kit.dynamics import EnsembleDynamics, draw_seed
+from mopo_fast.compat.torch_sac import Losses, Modules, SharedSAC, draw_all
+from mopo_fast.config import SACConfig, TrainingDtype
+from mopo_fast.data.transitions import Transitions
+from mopo_fast.errors import InputError
+from mopo_fast.policy import Actor
+
+Array = npt.NDArray[Any]
+
+# Policies whose `rollout` and `select_action` are known. Each rolls its actor out, but for COMBO's uniform
+# actions, which `_rollout` leaves to the original.
+_POLICIES = ("MOPOPolicy", "COMBOPolicy", "RAMBOPolicy", "MOBILEPolicy", "SACPolicy")
+_WITHOUT_ROLLOUT = "leave fuse_rollout out, the model's steps run on the kernels without it"
+# Policies whose `learn` is known; RAMBOPolicy inherits MOPOPolicy's.
+_LEARNERS = ("MOPOPolicy",)
+_WITHOUT_LEARN = "leave fuse_learn and fuse_trainer out and call fuse_rollout(policy): its own learn stays"
+# 1 - tanh^2 plus this is the argument of the logarithm in TanhNormalWrapper.log_prob.
+_LOG_PROB_EPSILON = 1e-6
+
+# The SAC of each fused policy. A copy of a policy gets one of its own.
+_shared: weakref.WeakKeyDictionary[Any, SharedSAC] = weakref.WeakKeyDictionary()
+
+
+def fuse_rollout(policy: Any) -> Any:
+    """Replace a policy's `rollout` by one that makes all steps in one kernel call.
+
+    A COMBOPolicy with uniform_rollout=True keeps its own `rollout`, which draws uniform actions. Its model
+    steps run on the kernels through `EnsembleDynamics.step`.
+
+    Args:
+        policy: MOPOPolicy, COMBOPolicy, RAMBOPolicy or MOBILEPolicy whose dynamics are this module's
+            `EnsembleDynamics` and whose actor is built as in OfflineRL-Kit's `run_mopo.py`: an ActorProb of
+            an MLP and a TanhDiagGaussian with unbounded=True, conditioned_sigma=True and max_mu=1.
+
+    Returns:
+        `policy` itself.
+
+    Raises:
+        InputError: the dynamics or the actor are of another kind; or a subclass has a `rollout`,
+            `select_action` or `actforward` of its own.
+    """
+    if not isinstance(policy.dynamics, EnsembleDynamics):
+        raise InputError("the policy's dynamics must be mopo_fast.compat.offlinerl_kit.EnsembleDynamics")
+    for method in ("rollout", "select_action", "actforward"):
+        check_method(policy, method, "offlinerlkit", _WITHOUT_ROLLOUT, _POLICIES)
+    _actor(policy.actor)
+    # A bound method, so that copy.deepcopy of the policy rolls the copy out.
+    policy.rollout = types.MethodType(_rollout, policy)
+    return policy
+
+
+def fuse_learn(
+    policy: Any, *, dtype: TrainingDtype = "float32", backend: str = "auto", threads: int | None = None
+) -> Any:
+    """Replace a policy's `learn` by one that makes the whole SAC update in one kernel call.
+
+    The update is the original's: the same losses, the same order of steps, and the hyperparameters and the
+    learning rates that the policy and its optimizers have at the time of the call. Parameters and the moments
+    in the optimizers change in place, so checkpoints, schedules and evaluations see them as before. The noise
+    of the actions is keyed by a seed from NumPy's global generator.
+
+    Args:
+        policy: MOPOPolicy or RAMBOPolicy on the CPU with an actor as for `fuse_rollout`, critics of the same
+            hidden layers, ReLU, and optimizers that are torch.optim.Adam with its defaults except for the
+            learning rates.
+        dtype: precision of the matrix products, see `SACConfig.dtype`.
+        backend: backend of `SAC`.
+        threads: number of CPU threads, see `SAC`.
+
+    Returns:
+        `policy` itself.
+
+    Raises:
+        InputError: the kernels do not support the policy. The message names the reason.
+    """
+    for method in ("learn", "_sync_weight"):
+        check_method(policy, method, "offlinerlkit", _WITHOUT_LEARN, (*_LEARNERS, "SACPolicy"))
+    check_method(policy, "actforward", "offlinerlkit", _WITHOUT_LEARN, _POLICIES)
+    policy._mopo_fast = {"dtype": dtype, "backend": backend, "threads": threads}
+    shared_sac(policy)
+    policy.learn = types.MethodType(_learn, policy)
+    return policy
+
+
+def shared_sac(policy: Any) -> SharedSAC:
+    """Return the SAC that updates a policy that `fuse_learn` has taken over."""
+    if policy not in _shared:
+        options = {name: policy._mopo_fast[name] for name in ("backend", "threads")}
+        _shared[policy] = SharedSAC(_modules(policy), sac_config(policy), **options)
+    return _shared[policy]
+
+
+def sac_config(policy: Any) -> SACConfig:
+    """Return the hyperparameters that a policy has now, without the learning rates."""
+    head = policy.actor.dist_net
+    return SACConfig(
+        hidden=tuple(layer.out_features for layer in _linears(policy.actor.backbone.model)),
+        critics=2,
+        log_std_min=head._sigma_min,
+        log_std_max=head._sigma_max,
+        log_prob_epsilon=_LOG_PROB_EPSILON,
+        target_entropy=float(policy._target_entropy) if policy._is_auto_alpha else 0.0,
+        critic_loss="mse",
+        alpha_max=1.0 if policy._is_auto_alpha else None,
+        simultaneous=False,
+        discount=policy._gamma,
+        polyak=policy._tau,
+        dtype=policy._mopo_fast["dtype"],
+    )
+
+
+def report(policy: Any, losses: Losses) -> dict[str, float]:
+    """Return what `MOPOPolicy.learn` returns, and set the policy's temperature."""
+    metrics = losses.metrics
+    result = {"loss/actor": metrics["actor_loss"]}
+    result |= {f"loss/critic{number}": loss for number, loss in enumerate(losses.critics, start=1)}
+    if policy._is_auto_alpha:
+        policy._alpha = torch.full_like(policy._log_alpha.detach(), losses.alpha)
+        result |= {"loss/alpha": metrics["alpha_loss"], "alpha": losses.alpha}
+    return result
+
+
+def _rollout(policy: Any, init_obss: Array, rollout_length: int) -> tuple[dict[str, Array], dict[str, Any]]:
+    result: tuple[dict[str, Array], dict[str, Any]]
+    if getattr(policy, "_uniform_rollout", False):
+        result = type(policy).rollout(policy, init_obss, rollout_length)
+    else:
+        result = policy.dynamics.rollout(_actor(policy.actor), init_obss, rollout_length)
+    return result
+
+
+def _learn(policy: Any, batch: dict[str, dict[str, torch.Tensor]]) -> dict[str, float]:
+    mixed = {name: torch.cat([batch["real"][name], batch["fake"][name]]) for name in batch["real"]}
+    arrays = {name: mixed[name] for name in ("observations", "actions", "next_observations")}
+    rows = Transitions(
+        **{name: array.to(torch.float32) for name, array in arrays.items()},
+        rewards=mixed["rewards"].to(torch.float32).reshape(-1),
+        terminals=as_flags(mixed["terminals"].reshape(-1)),
+    )
+    return report(policy, shared_sac(policy).update(draw_all(rows, draw_seed()), sac_config(policy)))
+
+
+def as_flags(terminals: torch.Tensor) -> torch.Tensor:
+    """Return terminals 0.0 and 1.0 as bool.
+
+    Raises:
+        InputError: there is another number.
+    """
+    flags = terminals != 0
+    if not torch.equal(flags.to(terminals.dtype), terminals):
+        raise InputError("the updates take terminals that are 0 or 1")
+    return flags
+
+
+def _modules(policy: Any) -> Modules:
+    """Return the layers and the optimizers of a MOPOPolicy."""
+    _actor(policy.actor)
+    body, head = policy.actor.backbone.model, policy.actor.dist_net
+    if not all(isinstance(module, torch.nn.ReLU) for module in list(body)[1::2]):
+        raise InputError(f"the updates take an actor with ReLU, got {body}")
+    critics, targets = (
+        [_critic(getattr(policy, f"critic{number}{suffix}")) for number in (1, 2)] for suffix in ("", "_old")
+    )
+    return Modules(
+        actor=[*_linears(body), head.mu, head.sigma],
+        critics=critics,
+        targets=targets,
+        actor_optimizer=policy.actor_optim,
+        critic_optimizers=[policy.critic1_optim, policy.critic2_optim],
+        alpha=(policy._log_alpha, policy.alpha_optim) if policy._is_auto_alpha else float(policy._alpha),
+    )
+
+
+def _critic(critic: Any) -> list[torch.nn.Linear]:
+    """Return the layers of a Critic."""
+    for module in (critic, critic.backbone):
+        check_method(module, "forward", "offlinerlkit", _WITHOUT_LEARN)
+    modules = list(critic.backbone.model)
+    if not all(
+        type(module) is (torch.nn.ReLU if number % 2 else torch.nn.Linear)
+        for number, module in enumerate(modules)
+    ):
+        raise InputError(f"the updates take critics of linear layers with ReLU, got {critic.backbone.model}")
+    return [*_linears(modules), critic.last]
+
+
+def _linears(modules: Any) -> list[torch.nn.Linear]:
+    return [module for module in modules if isinstance(module, torch.nn.Linear)]
+
+
+def _actor(actor: Any) -> Actor:
+    """Return an ActorProb as this package's actor."""
+    head, modules = actor.dist_net, list(actor.backbone.model)
+    for module in (actor, actor.backbone, head):
+        check_method(module, "forward", "offlinerlkit", _WITHOUT_ROLLOUT)
+    if type(head).__name__ != "TanhDiagGaussian" or not (head._unbounded and head._c_sigma) or head._max != 1:
+        raise InputError(
+            "the rollout can be fused for a TanhDiagGaussian with unbounded=True, conditioned_sigma=True and"
+            " max_mu=1; leave fuse_rollout out for any other actor"
+        )
+    linears = _linears(modules)
+    activations = {type(module) for module in modules if not isinstance(module, torch.nn.Linear)}
+    if len(activations) != 1 or len(modules) != 2 * len(linears):
+        raise InputError(
+            "the rollout can be fused for a backbone of linear layers with one activation after each;"
+            " leave fuse_rollout out for any other actor"
+        )
+    return actor_of(
+        [layer.weight.T for layer in linears] + [torch.cat([head.mu.weight, head.sigma.weight]).T],
+        [layer.bias for layer in linears] + [torch.cat([head.mu.bias, head.sigma.bias])],
+        activation=activation_of(activations.pop()()),
+        log_std_min=head._sigma_min,
+        log_std_max=head._sigma_max,
+    )

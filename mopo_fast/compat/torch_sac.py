@@ -1,0 +1,266 @@
+"""Another code base's SAC in PyTorch, whose updates are made by this package's SAC in place."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mopo_fast.config import SACConfig
+from mopo_fast.data.transitions import Transitions
+from mopo_fast.errors import InputError
+from mopo_fast.sac import METRICS, SAC, Draws
+from mopo_fast.utils.interrupts import deferred
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+# Settings of torch.optim.Adam that `SAC` has. The learning rate may have any value.
+_ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0, "amsgrad": False, "maximize": False}
+
+
+@dataclass(frozen=True, eq=False)
+class Modules:
+    """The parts of another code base's SAC.
+
+    Attributes:
+        actor: linear layers of the actor, with ReLU after each hidden one. The last two map the last hidden
+            layer to the means and to the log standard deviations.
+        critics: linear layers of each critic, with ReLU between them.
+        targets: likewise, of each target critic.
+        actor_optimizer: optimizer of the actor.
+        critic_optimizers: optimizers of the critics: one of all, or one of each.
+        alpha: the temperature's logarithm, a leaf tensor with one element, and its optimizer; a number where
+            the temperature is fixed.
+    """
+
+    actor: list[nn.Linear]
+    critics: list[list[nn.Linear]]
+    targets: list[list[nn.Linear]]
+    actor_optimizer: torch.optim.Optimizer
+    critic_optimizers: list[torch.optim.Optimizer]
+    alpha: tuple[torch.Tensor, torch.optim.Optimizer] | float
+
+    def optimizers(self) -> dict[str, list[torch.optim.Optimizer]]:
+        """Return the optimizers by the names that `SAC` gives to its own."""
+        alpha = [self.alpha[1]] if isinstance(self.alpha, tuple) else []
+        return {"actor": [self.actor_optimizer], "critic": self.critic_optimizers, "alpha": alpha}
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Results of some updates.
+
+    Attributes:
+        metrics: means over the updates of `sac.METRICS`.
+        critics: means over the updates of each critic's loss.
+        alpha: temperature after the last update.
+    """
+
+    metrics: dict[str, float]
+    critics: list[float]
+    alpha: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Link:
+    """A parameter of the other side, and the parts of our tensors that hold its numbers.
+
+    Attributes:
+        parameter: the parameter.
+        value: view of ours that is to be its data.
+        moments: views of ours that are to be its moments; none for a target's parameter.
+        optimizer: its optimizer; None for a target's.
+    """
+
+    parameter: torch.Tensor
+    value: torch.Tensor
+    moments: tuple[torch.Tensor, ...] = ()
+    optimizer: torch.optim.Optimizer | None = None
+
+
+class SharedSAC:
+    """An `SAC` whose numbers are those of another code base's modules and optimizers.
+
+    The parameters of the modules, and the moments in their optimizers, become views of the tensors of an
+    `SAC`. Both sides see every change at once, and nothing is copied. Where the other side has put tensors of
+    its own in the place of these views, as loading a checkpoint does, their values are taken over before the
+    next update.
+
+    Args:
+        modules: the code base's SAC.
+        config: its hyperparameters, without the learning rates, which are those of the optimizers.
+        backend: backend of `SAC`.
+        threads: number of CPU threads, see `SAC`.
+
+    Raises:
+        InputError: `SAC` cannot update these modules. The message says why.
+    """
+
+    def __init__(self, modules: Modules, config: SACConfig, *, backend: str, threads: int | None) -> None:
+        _check_layers(modules)
+        self._modules = modules
+        obs_dim, act_dim = modules.actor[0].in_features, modules.actor[-1].out_features
+        self.sac = SAC(obs_dim, act_dim, config, backend=backend, threads=threads)
+        if not isinstance(modules.alpha, tuple):
+            self.sac.log_alpha.data.fill_(modules.alpha).log_()
+        self._links = list(self._pair_up())
+        self._optimizers = modules.optimizers()
+        self._check_parameters()
+        self.share(config)
+
+    def _pair_up(self) -> Iterator[_Link]:
+        modules, sac = self._modules, self.sac
+        critic_optimizers = modules.critic_optimizers * (len(modules.critics) // len(modules.critic_optimizers))
+
+        def link(
+            theirs: list[nn.Linear], name: str, network: nn.Module, optimizer: Any, views: Callable[..., Any]
+        ) -> Iterator[_Link]:
+            ours = sac.optimizers[name]
+            moments = [views(ours.exp_avgs), views(ours.exp_avg_sqs)] if optimizer is not None else []
+            values = views([parameter.data for parameter in network.parameters()])
+            parameters = [one for layer in theirs for one in (layer.weight, layer.bias)]
+            for parameter, value, *rest in zip(parameters, values, *moments, strict=True):
+                yield _Link(parameter, value, tuple(rest), optimizer)
+
+        yield from link(modules.actor, "actor", sac.actor, modules.actor_optimizer, _actor_views)
+        for number, layers in enumerate(modules.critics):
+
+            def views(tensors: list[torch.Tensor], number: int = number) -> list[torch.Tensor]:
+                return _views([tensor[number] for tensor in tensors])
+
+            yield from link(layers, "critic", sac.critic, critic_optimizers[number], views)
+            yield from link(modules.targets[number], "critic", sac.target, None, views)
+        if isinstance(modules.alpha, tuple):
+            log_alpha, optimizer = modules.alpha
+            ours, adam = sac.log_alpha.data, sac.optimizers["alpha"]
+            each = (tensor.view(log_alpha.shape) for tensor in (ours, adam.exp_avgs[0], adam.exp_avg_sqs[0]))
+            value, *moments = each
+            yield _Link(log_alpha, value, tuple(moments), optimizer)
+
+    def _check_parameters(self) -> None:
+        for name, optimizers in self._optimizers.items():
+            for optimizer in optimizers:
+                given = [id(one) for group in optimizer.param_groups for one in group["params"]]
+                linked = [id(link.parameter) for link in self._links if link.optimizer is optimizer]
+                if len(optimizer.param_groups) != 1 or sorted(given) != sorted(linked):
+                    raise InputError(f"the optimizer of the {name} must have one group, of all its parameters")
+
+    @torch.no_grad()
+    def share(self, config: SACConfig) -> None:
+        """Take over what the other side has changed since the last update.
+
+        Args:
+            config: its hyperparameters as they are now; sizes and dtype are those of before.
+
+        Raises:
+            InputError: it has made a change that `SAC` does not support.
+        """
+        config.validate()
+        sac = self.sac
+        sac.config, sac.target_entropy = config, float(config.target_entropy)
+        for name, optimizers in self._optimizers.items():
+            rates = {_learning_rate(name, optimizer) for optimizer in optimizers}
+            if len(rates) > 1:
+                raise InputError(f"the {name}s' optimizers have different learning rates: {sorted(rates)}")
+            # A fixed temperature has no optimizer.
+            sac.optimizers[name].learning_rate = rates.pop() if rates else 0.0
+        steps = set()
+        for link in self._links:
+            if not _is_same(link.parameter, link.value):
+                link.value.copy_(link.parameter)
+                link.parameter.data = link.value
+            if link.optimizer is None:
+                continue
+            state = link.optimizer.state[link.parameter]
+            for key, ours in zip(_MOMENTS, link.moments, strict=True):
+                theirs = state.get(key)
+                if theirs is None:
+                    state[key] = ours.zero_()
+                elif not _is_same(theirs, ours):
+                    state[key] = ours.copy_(theirs)
+            step = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32)
+            state["step"] = step
+            steps.add(float(step))
+        if len(steps) != 1:
+            raise InputError(f"the optimizers have made different numbers of steps: {sorted(steps)}")
+        # A float32 count stops at 2^24, ours goes on.
+        made = int(steps.pop())
+        if made != min(sac.updates, 2**24):
+            sac.updates = made
+
+    def update(self, draws: Draws, config: SACConfig) -> Losses:
+        """Make updates in place.
+
+        Args:
+            draws: the batches.
+            config: see `share`.
+
+        Raises:
+            InputError: as `share`; or a loss is not finite.
+        """
+        # Ctrl-C must not come between the parameters and the counts of steps.
+        with deferred():
+            self.share(config)
+            sums = self.sac.make(draws)
+            made = float(self.sac.updates)
+            for link in self._links:
+                torch.autograd.graph.increment_version(link.parameter)
+                if link.optimizer is not None:
+                    link.optimizer.state[link.parameter]["step"].fill_(made)
+            for optimizer in itertools.chain(*self._optimizers.values()):
+                # As `step` does; a schedule warns where nobody has set it.
+                vars(optimizer)["_opt_called"] = True
+        metrics = self.sac.means(sums, draws.updates)
+        critics = [total / draws.updates for total in sums[len(METRICS) :]]
+        return Losses(metrics, critics, float(self.sac.alpha))
+
+
+def draw_all(batch: Transitions, seed: int) -> Draws:
+    """Return one update on the rows of `batch` as they are."""
+    return Draws(batch, batch, (len(batch), len(batch)), (len(batch), 0), 1, seed, in_order=True)
+
+
+def _check_layers(modules: Modules) -> None:
+    hidden = [layer.out_features for layer in modules.actor[:-2]]
+    for layers in (*modules.critics, *modules.targets):
+        if [layer.out_features for layer in layers[:-1]] != hidden:
+            raise InputError(
+                f"the critics must have the actor's hidden layers {hidden}, got"
+                f" {[layer.out_features for layer in layers[:-1]]}"
+            )
+    for layer in (one for layers in (modules.actor, *modules.critics, *modules.targets) for one in layers):
+        weight = layer.weight
+        if layer.bias is None or weight.dtype != torch.float32 or weight.device.type != "cpu":
+            raise InputError(
+                "the updates take linear layers with biases, in float32 on the CPU, got"
+                f" {layer} in {weight.dtype} on {weight.device}"
+            )
+
+
+def _learning_rate(name: str, optimizer: torch.optim.Optimizer) -> float:
+    group = optimizer.param_groups[0]
+    settings = {key: group.get(key) for key in _ADAM}
+    settings["betas"] = tuple(settings["betas"] or ())
+    if type(optimizer) is not torch.optim.Adam or settings != _ADAM:
+        raise InputError(
+            f"the updates take torch.optim.Adam with its defaults except for the learning rate; the optimizer of"
+            f" the {name} is {type(optimizer).__name__} with {settings}"
+        )
+    return float(group["lr"])
+
+
+def _is_same(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    return tensor.data_ptr() == other.data_ptr() and tensor.stride() == other.stride()
+
+
+def _views(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return our weights [in, out], then biases, as torch's: the weight [out, in] and the bias of each layer."""
+    depth = len(tensors) // 2
+    return [view for l in range(depth) for view in (tensors[l].T, tensors[depth + l])]
+
+
+def _actor_views(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return `_views` with the last layer split into that of the means and that of the log-stds."""
+    *others, weight, bias = _views(tensors)
+    return [*others, *(half for halves in zip(weight.chunk(2), bias.chunk(2), strict=True) for half in halves)]

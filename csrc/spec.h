@@ -50,13 +50,14 @@ struct SquashedGaussian {
     raw = mean + spread;
   }
   MOPO_METHOD V action() const { return tanh(raw); }
+  // That of the action before tanh.
+  MOPO_METHOD V log_density() const { return -0.5f * noise * noise - log_std - 0.91893853320f; }
   // log(1 - tanh(raw)^2) without cancellation: the logarithm of the action's slope.
   MOPO_METHOD V log_slope() const { return 2.0f * (0.69314718056f - raw - softplus(-2.0f * raw)); }
   // `epsilon` is added to the slope before its logarithm is taken.
   MOPO_METHOD V log_prob(float epsilon) const {
-    V squash = log_slope();
-    if (epsilon > 0.0f) squash = log(exp(squash) + epsilon);
-    return -0.5f * noise * noise - log_std - 0.91893853320f - squash;
+    if (epsilon > 0.0f) return log_density() - log(exp(log_slope()) + epsilon);
+    return log_density() - log_slope();
   }
 };
 
@@ -70,11 +71,14 @@ template <class V>
 MOPO_INLINE SquashedGradient<V> squashed_gradient(V action, V spread, V raw_log_std, float log_std_min,
                                                   float log_std_max, float epsilon, V slope, V q_grad,
                                                   float alpha, float scale) {
-  V squash_grad = 2.0f * action;
-  if (epsilon > 0.0f) squash_grad = squash_grad * (slope / (slope + epsilon));
-  const V mean_grad = alpha * scale * squash_grad + q_grad * (1.0f - action * action);
   const auto free = (raw_log_std >= log_std_min) & (raw_log_std <= log_std_max);
-  return {mean_grad, select(free, mean_grad * spread - alpha * scale, V{})};
+  const auto result = [&](V mean_grad) -> SquashedGradient<V> {
+    return {mean_grad, select(free, mean_grad * spread - alpha * scale, V{})};
+  };
+  const V through_action = q_grad * (1.0f - action * action);
+  if (epsilon > 0.0f)
+    return result(alpha * scale * 2.0f * action * (slope / (slope + epsilon)) + through_action);
+  return result(alpha * scale * 2.0f * action + through_action);
 }
 
 // One step of Adam, its arithmetic in T. Adam has no weight decay here: `gradient` includes it.

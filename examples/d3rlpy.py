@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import mopo_fast
-from mopo_fast.collect.uniform import collect
+from mopo_fast.collect import collect
 from mopo_fast.compat import d3rlpy as fast
 
 

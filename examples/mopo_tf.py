@@ -143,7 +143,7 @@ def main():
     import mopo.static
 
     import mopo_fast
-    from mopo_fast.collect.uniform import collect
+    from mopo_fast.collect import collect
     from mopo_fast.compat import mopo_tf
     from mopo_fast.evaluate import evaluate
     from mopo_fast.tasks import TASKS

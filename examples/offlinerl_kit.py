@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 import mopo_fast
-from mopo_fast.collect.uniform import collect
+from mopo_fast.collect import collect
 from mopo_fast.compat import offlinerl_kit
 from mopo_fast.environments import make_environment
 from mopo_fast.tasks import TASKS

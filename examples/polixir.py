@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 import mopo_fast
-from mopo_fast.collect.uniform import collect
+from mopo_fast.collect import collect
 from mopo_fast.compat import polixir
 from mopo_fast.evaluate import evaluate
 from mopo_fast.tasks import TASKS

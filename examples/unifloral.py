@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 import mopo_fast
-from mopo_fast.collect.uniform import collect
+from mopo_fast.collect import collect
 from mopo_fast.compat import unifloral
 from mopo_fast.evaluate import evaluate
 from mopo_fast.tasks import TASKS

@@ -23,6 +23,8 @@ from mopo_fast.compat.offlinerl_kit import fuse_learn, fuse_rollout, fuse_traine
 
 OBS_DIM, ACT_DIM = 17, 6
 TASK = "halfcheetah-medium-v2"
+# Open to the end: the logger keeps it.
+_NOWHERE = open(os.devnull, "w")  # noqa: SIM115
 
 
 class _Episodes:
@@ -111,11 +113,8 @@ def _train(trainer: Any) -> None:
         trainer.train()
 
 
-@contextlib.contextmanager
-def _without_output() -> Any:
-    with (
-        open(os.devnull, "w") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-        contextlib.redirect_stderr(nowhere),
-    ):
-        yield
+def _without_output() -> contextlib.ExitStack:
+    stack = contextlib.ExitStack()
+    stack.enter_context(contextlib.redirect_stdout(_NOWHERE))
+    stack.enter_context(contextlib.redirect_stderr(_NOWHERE))
+    return stack

@@ -255,6 +255,9 @@ struct SacCritic {
       targets[row] = td_target(args, plan.rewards[row], plan.discounts[row], least, plan.alpha,
                                plan.next_log_prob[row]);
     }
+    // In a loop of its own, so that without a limit the arithmetic above is what it always was.
+    for (int64_t row = first; row < rows.end(); ++row)
+      targets[row] = targets[row] < args.target_min ? args.target_min : targets[row];
     const Factor *outputs = mine(plan.critic_hidden), *grads = mine(plan.critic_grad);
     evaluate(plan.inputs, false, outputs, q);
     const float scale = 2.0f * args.critic_loss_scale / static_cast<float>(rows.batch());

@@ -178,7 +178,9 @@ struct SacTile {
       const float other = q(j)[2 * kTile + v];
       if (other < least || other != other) least = other;
     }
-    targets()[v] = td_target(args, rewards()[v], discounts()[v], least, alpha, log_probs()[kTile + v]);
+    const float target =
+        td_target(args, rewards()[v], discounts()[v], least, alpha, log_probs()[kTile + v]);
+    targets()[v] = target < args.target_min ? args.target_min : target;
   }
 
   // The critics forwards and backwards, from `section` on: section 0 is for their own loss, 1 for the

@@ -180,16 +180,15 @@ inline void bind_calls(py::module_& module) {
                       "SAC updates of one run; the arguments are described in csrc/sac.h.")
       .def(py::init<int64_t, int64_t, int64_t, const std::vector<TrainedTuple>&,
                     const std::vector<TrainedTuple>&, const std::array<uintptr_t, 3>&,
-                    const std::array<float, 3>&, float, float, float, float, float, float, float, float, float,
-                    bool, bool, int, const SourceTuple&, const SourceTuple&, int64_t, int64_t, bool, int64_t,
-                    int64_t,
-                    const std::vector<uintptr_t>&, uintptr_t, int64_t, uint64_t>(),
+                    const std::array<float, 3>&, float, float, float, float, float, float, float, float,
+                    float, bool, bool, int, const SourceTuple&, const SourceTuple&, int64_t, int64_t, bool,
+                    int64_t, int64_t, const std::vector<uintptr_t>&, uintptr_t, int64_t, uint64_t>(),
            py::kw_only(), arg("obs_dim"), arg("act_dim"), arg("critics"), arg("actor"), arg("critic"),
            arg("log_alpha"), arg("learning_rates"), arg("discount"), arg("polyak"), arg("target_entropy"),
            arg("log_std_min"), arg("log_std_max"), arg("log_prob_epsilon"), arg("alpha_max"),
            arg("critic_loss_scale"), arg("target_min"), arg("entropy_backup"), arg("simultaneous"),
-           arg("precision"), arg("real"), arg("model"), arg("real_rows"), arg("model_rows"), arg("in_order"), arg("updates"), arg("updates_before"), arg("steps"), arg("count"),
-           arg("first_draw"), arg("seed"));
+           arg("precision"), arg("real"), arg("model"), arg("real_rows"), arg("model_rows"), arg("in_order"),
+           arg("updates"), arg("updates_before"), arg("steps"), arg("count"), arg("first_draw"), arg("seed"));
   py::class_<FitCall>(module, "FitCall", py::module_local(),
                       "Fit steps of one run; the arguments are described in csrc/fit.h.")
       .def(py::init<int64_t, int64_t, const std::vector<TrainedTuple>&, int, const std::array<uintptr_t, 3>&,

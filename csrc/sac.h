@@ -59,10 +59,11 @@ MOPO_INLINE int64_t sac_row(const SacArgs& args, int64_t row, uint32_t step) {
   return choose(word, static_cast<uint32_t>((real ? args.real : args.model).size));
 }
 
-// The critics' target of a transition, before SacArgs::target_min. `discount` is 0 after a terminal one, whose value then does not count,
-// even if it is not finite. `least` is the least target Q at the next observation.
+// The critics' target of a transition, before SacArgs::target_min. `discount` is 0 after a terminal one,
+// whose value then does not count, even if it is not finite. `least` is the least target Q at the next
+// observation.
 MOPO_INLINE float td_target(const SacArgs& args, float reward, float discount, float least, float alpha,
-                               float log_prob) {
+                            float log_prob) {
   const float value = least - (args.entropy_backup ? alpha : 0.0f) * log_prob;
   return reward + (discount != 0.0f ? discount * value : 0.0f);
 }

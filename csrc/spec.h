@@ -62,7 +62,8 @@ struct SquashedGaussian {
 };
 
 // The gradient of scale * (alpha * log_prob(epsilon) - Q) by the mean and by the log std before the clip.
-// `q_grad` is the gradient of -scale * Q by the action. `slope`, exp(log_slope()), only counts with an epsilon.
+// `q_grad` is the gradient of -scale * Q by the action. `slope`, exp(log_slope()), only counts with an
+// epsilon.
 template <class V>
 struct SquashedGradient {
   V mean, log_std;

@@ -260,8 +260,8 @@ class SACConfig:
         target_entropy: Entropy of the policy that alpha is adjusted to. The authors have -3 on all D4RL
             tasks. Other code has act_dim, which stands for minus the number of action dimensions.
         critic_loss: Loss of each critic. The losses of all critics are summed. The authors have half the mean
-            squared error, OfflineRL-Kit and Unifloral the mean squared error. MOBILE divides the latter by the
-            number of critics (mean_mse).
+            squared error, OfflineRL-Kit and Unifloral the mean squared error. MOBILE divides the latter by
+            the number of critics (mean_mse).
         alpha_max: Upper limit of alpha. OfflineRL-Kit has 1.
         entropy_backup: True adds the entropy of the next action, times alpha, to the critics' targets. MOBILE
             leaves it out.

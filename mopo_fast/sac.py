@@ -169,8 +169,8 @@ class SAC:
             next_noise: standard normal [n, act_dim], for the actions at next_observations.
 
         Returns:
-            The values of `METRICS` before the step, then each critic's loss, [6 + critics]. Entropy is the mean
-            of -log_prob.
+            The values of `METRICS` before the step, then each critic's loss, [6 + critics]. Entropy is the
+            mean of -log_prob.
         """
         # Several agents at once (run/population.py) add a leading dimension to every tensor.
         config, alpha = self.config, self.alpha

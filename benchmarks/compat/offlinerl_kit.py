@@ -1,7 +1,7 @@
 """The rollout and the epoch of OfflineRL-Kit's MOPO, of halfcheetah's sizes, on random data.
 
-An epoch is one of `MBPolicyTrainer.train`: a rollout of 5 steps, the updates, the progress bar, the logger and
-the checkpoint. Its evaluation is one episode of one step.
+An epoch is one of `MBPolicyTrainer.train`: a rollout of 5 steps, the updates, the progress bar, the logger
+and the checkpoint. Its evaluation is one episode of one step.
 """
 
 import atexit

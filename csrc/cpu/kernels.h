@@ -138,10 +138,10 @@ struct SacPlan {
   Rows actor_head;                            // 2 act_dim
   Panels actor_head_grad;                     // likewise
   const Factor *critic_hidden, *critic_grad;  // [critics][hidden]
-  const Factor* scratch_hidden;  // [critics][hidden]: of the targets, then at the policy's actions
-  const Factor* scratch_grad;    // [critics][hidden]: of the policy's loss
+  const Factor* scratch_hidden;         // [critics][hidden]: of the targets, then at the policy's actions
+  const Factor* scratch_grad;           // [critics][hidden]: of the policy's loss
   Rows noise, spread, slopes, actions;  // act_dim; slopes are set if there is a log_prob_epsilon
-  Rows action_grad;              // obs_dim, act_dim; only the actions' columns are used
+  Rows action_grad;                     // obs_dim, act_dim; only the actions' columns are used
   float *rewards, *discounts, *log_prob, *next_log_prob;  // [rows]; discounts are 0 after a terminal one
   float* policy_q_grad;                                   // [rows], -1 / batch: of the actor's loss by Q
   float *q, *q_grad, *target_q, *policy_q;                // [critics][rows]

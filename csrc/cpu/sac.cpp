@@ -20,7 +20,7 @@ class SacState {
   SacState(const SacArgs& args, const Kernels& kernels)
       : args_(args), kernels_(kernels), squares_(args.critics) {
     lay_out();
-    arena_.allocate_zeroed();
+    arena_.allocate_zeroed(layout());
     lay_out();
     copy_temperature(args.log_alpha, log_alpha());
     for (int64_t l = 0; l < args.depth; ++l) {
@@ -75,11 +75,14 @@ class SacState {
   // Copies the parameters to the caller's arrays.
   void write_back() {
     copy_temperature(log_alpha(), args_.log_alpha);
+    bool finite = true;
     for (int64_t l = 0; l < args_.depth; ++l) {
-      write_parameters(args_.actor[l], 0, actor_[l], kernels_);
+      finite &= write_parameters(args_.actor[l], 0, actor_[l], kernels_);
       for (int64_t j = 0; j < args_.critics; ++j)
-        write_parameters(args_.critic[l], j, critic_[j * args_.depth + l], kernels_);
+        finite &= write_parameters(args_.critic[l], j, critic_[j * args_.depth + l], kernels_);
     }
+    // Else a product with the padding's zeros may have been NaN, and the padding with it.
+    if (finite) arena_.remember(layout());
   }
 
   SacPlan plan{};
@@ -104,6 +107,16 @@ class SacState {
   // The precision of layer l's products: the first and the last layer are always float32.
   Precision precision(int64_t l) const {
     return l > 0 && l + 1 < args_.depth ? args_.precision : Precision::kFloat32;
+  }
+
+  // All that lay_out() depends on.
+  std::vector<int64_t> layout() const {
+    std::vector<int64_t> result{batch(),        args_.critics,  static_cast<int64_t>(args_.precision),
+                                kernels_.block, kernels_.panel, kernels_.tile};
+    for (int64_t l = 0; l < args_.depth; ++l)
+      for (const TrainedLayer* layers : {args_.actor, args_.critic})
+        result.insert(result.end(), {layers[l].in, layers[l].out});
+    return result;
   }
 
   void lay_out() {
@@ -153,7 +166,8 @@ class SacState {
       *each = matrix(obs_dim + act_dim);
     plan.actor_head = take_rows(arena_, rows, 2 * act_dim);
     plan.actor_head_grad = matrix(2 * act_dim);
-    for (Rows* each : {&plan.noise, &plan.spread, &plan.slopes, &plan.actions}) *each = take_rows(arena_, rows, act_dim);
+    for (Rows* each : {&plan.noise, &plan.spread, &plan.slopes, &plan.actions})
+      *each = take_rows(arena_, rows, act_dim);
     plan.action_grad = take_rows(arena_, rows, obs_dim + act_dim);
     for (float** each :
          {&plan.rewards, &plan.discounts, &plan.log_prob, &plan.next_log_prob, &plan.policy_q_grad})

@@ -252,8 +252,8 @@ struct SacCritic {
     for (int64_t row = first; row < rows.end(); ++row) {
       float least = plan.target_q[row];
       for (int64_t j = 1; j < args.critics; ++j) least = nan_min(least, plan.target_q[j * plan.rows + row]);
-      targets[row] = td_target(args, plan.rewards[row], plan.discounts[row], least, plan.alpha,
-                               plan.next_log_prob[row]);
+      targets[row] =
+          td_target(args, plan.rewards[row], plan.discounts[row], least, plan.alpha, plan.next_log_prob[row]);
     }
     // In a loop of its own, so that without a limit the arithmetic above is what it always was.
     for (int64_t row = first; row < rows.end(); ++row)

@@ -2,6 +2,7 @@
 #include "training.h"
 
 #include <algorithm>
+#include <bit>
 
 #include "../scalar.h"
 #include "barrier.h"
@@ -148,10 +149,16 @@ void read_parameters(const TrainedLayer& layer, int64_t network, const Dense& de
   if (dense.rows > 0) kernels.make_factors(dense, precision);
 }
 
-void write_parameters(const TrainedLayer& layer, int64_t network, const Dense& dense,
+bool write_parameters(const TrainedLayer& layer, int64_t network, const Dense& dense,
                       const Kernels& kernels) {
-  pair_up_all(layer, network, dense, kernels,
-              [](float* theirs, const float* ours, int64_t n) { std::copy_n(ours, n, theirs); });
+  uint32_t signs = 0;
+  pair_up_all(layer, network, dense, kernels, [&](float* theirs, const float* ours, int64_t n) {
+    std::copy_n(ours, n, theirs);
+    // The sum's sign bit is set if all bits of the exponent are.
+    for (int64_t i = 0; i < n; ++i)
+      signs |= (std::bit_cast<uint32_t>(ours[i]) & 0x7fffffff) + 0x00800000;
+  });
+  return signs >> 31 == 0;
 }
 
 void adam(const AdamStep& step, const Parameter& parameter, int64_t at, double gradient) {

@@ -35,7 +35,8 @@ Dense take_one_row(Arena& arena, const TrainedLayer& layer, const Kernels& kerne
 // Copy network number `network` from the caller's arrays, and back.
 void read_parameters(const TrainedLayer& layer, int64_t network, const Dense& dense, Precision precision,
                      const Kernels& kernels);
-void write_parameters(const TrainedLayer& layer, int64_t network, const Dense& dense, const Kernels& kernels);
+// Returns true if all numbers are finite.
+bool write_parameters(const TrainedLayer& layer, int64_t network, const Dense& dense, const Kernels& kernels);
 
 // One step of Adam, in double, on number `at` of a parameter.
 void adam(const AdamStep& step, const Parameter& parameter, int64_t at, double gradient);

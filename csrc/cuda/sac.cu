@@ -178,8 +178,7 @@ struct SacTile {
       const float other = q(j)[2 * kTile + v];
       if (other < least || other != other) least = other;
     }
-    const float target =
-        td_target(args, rewards()[v], discounts()[v], least, alpha, log_probs()[kTile + v]);
+    const float target = td_target(args, rewards()[v], discounts()[v], least, alpha, log_probs()[kTile + v]);
     targets()[v] = target < args.target_min ? args.target_min : target;
   }
 

@@ -111,7 +111,9 @@ class SharedSAC:
 
     def _pair_up(self) -> Iterator[_Link]:
         modules, sac = self._modules, self.sac
-        critic_optimizers = modules.critic_optimizers * (len(modules.critics) // len(modules.critic_optimizers))
+        critic_optimizers = modules.critic_optimizers * (
+            len(modules.critics) // len(modules.critic_optimizers)
+        )
 
         def link(
             theirs: list[nn.Linear], name: str, network: nn.Module, optimizer: Any, views: Callable[..., Any]
@@ -144,7 +146,9 @@ class SharedSAC:
                 given = [id(one) for group in optimizer.param_groups for one in group["params"]]
                 linked = [id(link.parameter) for link in self._links if link.optimizer is optimizer]
                 if len(optimizer.param_groups) != 1 or sorted(given) != sorted(linked):
-                    raise InputError(f"the optimizer of the {name} must have one group, of all its parameters")
+                    raise InputError(
+                        f"the optimizer of the {name} must have one group, of all its parameters"
+                    )
 
     @torch.no_grad()
     def share(self, config: SACConfig) -> None:
@@ -167,7 +171,7 @@ class SharedSAC:
             sac.optimizers[name].learning_rate = rates.pop() if rates else 0.0
         steps = set()
         for link in self._links:
-            if not _is_same(link.parameter, link.value):
+            if not link.parameter.is_set_to(link.value):
                 link.value.copy_(link.parameter)
                 link.parameter.data = link.value
             if link.optimizer is None:
@@ -177,7 +181,7 @@ class SharedSAC:
                 theirs = state.get(key)
                 if theirs is None:
                     state[key] = ours.zero_()
-                elif not _is_same(theirs, ours):
+                elif not theirs.is_set_to(ours):
                     state[key] = ours.copy_(theirs)
             step = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32)
             state["step"] = step
@@ -204,8 +208,8 @@ class SharedSAC:
             self.share(config)
             sums = self.sac.make(draws)
             made = float(self.sac.updates)
+            torch.autograd.graph.increment_version([link.parameter for link in self._links])
             for link in self._links:
-                torch.autograd.graph.increment_version(link.parameter)
                 if link.optimizer is not None:
                     link.optimizer.state[link.parameter]["step"].fill_(made)
             for optimizer in itertools.chain(*self._optimizers.values()):
@@ -244,23 +248,23 @@ def _learning_rate(name: str, optimizer: torch.optim.Optimizer) -> float:
     settings["betas"] = tuple(settings["betas"] or ())
     if type(optimizer) is not torch.optim.Adam or settings != _ADAM:
         raise InputError(
-            f"the updates take torch.optim.Adam with its defaults except for the learning rate; the optimizer of"
-            f" the {name} is {type(optimizer).__name__} with {settings}"
+            "the updates take torch.optim.Adam with its defaults except for the learning rate; the optimizer"
+            f" of the {name} is {type(optimizer).__name__} with {settings}"
         )
     return float(group["lr"])
 
 
-def _is_same(tensor: torch.Tensor, other: torch.Tensor) -> bool:
-    return tensor.data_ptr() == other.data_ptr() and tensor.stride() == other.stride()
-
-
 def _views(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Return our weights [in, out], then biases, as torch's: the weight [out, in] and the bias of each layer."""
+    """Return our weights [in, out], then biases, as each layer's weight [out, in] and bias."""
     depth = len(tensors) // 2
-    return [view for l in range(depth) for view in (tensors[l].T, tensors[depth + l])]
+    layers = zip(tensors[:depth], tensors[depth:], strict=True)
+    return [view for weight, bias in layers for view in (weight.T, bias)]
 
 
 def _actor_views(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """Return `_views` with the last layer split into that of the means and that of the log-stds."""
     *others, weight, bias = _views(tensors)
-    return [*others, *(half for halves in zip(weight.chunk(2), bias.chunk(2), strict=True) for half in halves)]
+    return [
+        *others,
+        *(half for halves in zip(weight.chunk(2), bias.chunk(2), strict=True) for half in halves),
+    ]

@@ -21,8 +21,6 @@ FOLDER = RECORDED / "offlinerl_kit"
 REAL = 5
 
 
-
-
 def load_parts() -> Any:
     path = Path(offlinerl_kit_parts.__file__)
     spec = importlib.util.spec_from_file_location("offlinerlkit.parts", path)
@@ -46,7 +44,9 @@ def recorded_policy(**options: Any) -> Any:
     """Make the policy that the recording began with, taken over by `fuse_learn`."""
     policy: Any = parts.MOPOPolicy()
     with np.load(FOLDER / "learn.npz") as file:
-        policy.load_state_dict({name: torch.from_numpy(file[f"before {name}"]) for name in policy.state_dict()})
+        policy.load_state_dict(
+            {name: torch.from_numpy(file[f"before {name}"]) for name in policy.state_dict()}
+        )
     return kit.fuse_learn(policy, **options)
 
 
@@ -59,7 +59,9 @@ def batch_of(recorded: dict[str, np.ndarray], update: int) -> dict[str, dict[str
     }
 
 
-def learn_as_recorded(policy: Any, recorded: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def learn_as_recorded(
+    policy: Any, recorded: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> list[Any]:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(policy.actor_optim, len(recorded["rewards"]))
     losses = []
     for update in range(len(recorded["rewards"])):
@@ -83,7 +85,9 @@ def test_updates_are_the_originals(
     assert losses[0].keys() == {"loss/actor", "loss/critic1", "loss/critic2", "loss/alpha", "alpha"}
     for name in losses[0]:
         theirs = recorded[f"loss {name}"]
-        np.testing.assert_allclose([one[name] for one in losses], theirs, rtol=2e-5, atol=2e-5 * abs(theirs).max())
+        np.testing.assert_allclose(
+            [one[name] for one in losses], theirs, rtol=2e-5, atol=2e-5 * abs(theirs).max()
+        )
     assert recorded["loss alpha"][0] == 1.0 == float(policy._alpha)
     for name, value in policy.state_dict().items():
         theirs = recorded[f"after {name}"]
@@ -108,7 +112,9 @@ def test_training_goes_on_in_the_original(
     learn_as_recorded(fused, recorded, monkeypatch)
     names = ("actor_optim", "critic1_optim", "critic2_optim", "alpha_optim")
     checkpoint = {name: getattr(fused, name).state_dict() for name in names}
-    torch.save(checkpoint | {"policy": fused.state_dict(), "log_alpha": fused._log_alpha}, tmp_path / "all.pt")
+    torch.save(
+        checkpoint | {"policy": fused.state_dict(), "log_alpha": fused._log_alpha}, tmp_path / "all.pt"
+    )
 
     def load(policy: Any) -> Any:
         saved = torch.load(tmp_path / "all.pt", weights_only=True)
@@ -123,7 +129,9 @@ def test_training_goes_on_in_the_original(
     other = recorded_policy()
     other.learn(batch_of(recorded, 3))
     noise = kit_noise(7)
-    monkeypatch.setattr(torch.distributions.Normal, "rsample", lambda self: self.loc + self.scale * noise.pop(0))
+    monkeypatch.setattr(
+        torch.distributions.Normal, "rsample", lambda self: self.loc + self.scale * noise.pop(0)
+    )
     original = load(parts.MOPOPolicy())
     expected = original.learn(batch_of(recorded, 0))
     assert not noise
@@ -210,7 +218,7 @@ def test_policies_whose_updates_cannot_be_fused() -> None:
             kit.fuse_learn(policy)
 
     mine = type("MyPolicy", (parts.MOPOPolicy,), {"__module__": "my", "learn": lambda *_: None})
-    with pytest.raises(InputError, match="MyPolicy has a method learn of its own.*call fuse_rollout"):
+    with pytest.raises(InputError, match=r"MyPolicy has a method learn of its own.*call fuse_rollout"):
         kit.fuse_learn(mine())
     combo = type("COMBOPolicy", (parts.MOPOPolicy,), {"__module__": "offlinerlkit", "learn": parts.mlp})
     with pytest.raises(InputError, match="COMBOPolicy has a method learn of its own"):
@@ -306,7 +314,10 @@ def test_the_loop_sees_the_updates_that_it_asked_for(monkeypatch: pytest.MonkeyP
         return update(self, draws, config)
 
     monkeypatch.setattr(kit_policy.SharedSAC, "update", count)
-    before = dict(vars(trainer.policy)), {name: id(value) for name, value in vars(trainer.real_buffer).items()}
+    before = (
+        dict(vars(trainer.policy)),
+        {name: id(value) for name, value in vars(trainer.real_buffer).items()},
+    )
     assert trainer.train() == "done"
     assert trainer.rollouts == [30.0 * i for i in range(17)]
     dynamics = [("dynamics", float(steps)) for steps in range(70, 500, 70)]
@@ -315,7 +326,9 @@ def test_the_loop_sees_the_updates_that_it_asked_for(monkeypatch: pytest.MonkeyP
     assert sum(calls) == 500 == len(trainer.losses) and 17 <= len(calls) <= 17 + 7 + 2
     assert trainer.losses[0] == trainer.losses[29] != trainer.losses[30]
     # Nothing of the training's own stays behind.
-    assert vars(trainer.policy).keys() - before[0].keys() == set() and "sample" not in vars(trainer.real_buffer)
+    assert vars(trainer.policy).keys() - before[0].keys() == set() and "sample" not in vars(
+        trainer.real_buffer
+    )
     assert trainer.policy.learn == before[0]["learn"]
 
 
@@ -325,7 +338,9 @@ def test_batches_come_from_the_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     policy, real, fake = trainer.policy, trainer.real_buffer, trainer.fake_buffer
     real.rewards[:], fake.rewards[:], fake.terminals[:] = 100.0, np.nan, 1.0
     real.terminals[:] = 1.0
-    rows = {name: getattr(fake, name)[:20].copy() for name in ("observations", "next_observations", "actions")}
+    rows = {
+        name: getattr(fake, name)[:20].copy() for name in ("observations", "next_observations", "actions")
+    }
     zero = np.zeros((20, 1), np.float32)
     policy.rollout = lambda start, length: ({**rows, "rewards": zero, "terminals": zero + 1.0}, {})
     for network in (policy.critic1, policy.critic2):
@@ -365,8 +380,9 @@ def test_a_trained_policy_is_like_the_originals(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_loop_that_looks_into_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Test that updates on batches that the loop has read or changed are made on these batches, one by one."""
+    """Test that batches that the loop has read or changed are learnt from as they are, one by one."""
     trainer = fused_trainer(monkeypatch)
+
     def shift(trainer: Any, batch: Any, steps: int) -> None:
         batch["fake"]["rewards"].add_(1.0)
 
@@ -376,7 +392,7 @@ def test_a_loop_that_looks_into_batches(monkeypatch: pytest.MonkeyPatch) -> None
     assert trainer.seen == [(250, 250.0)] and len({loss["loss/actor"] for loss in trainer.losses}) == 250
     trainer = fused_trainer(monkeypatch)
     trainer.look = lambda trainer, batch, steps: batch["real"]["rewards"] if steps % 7 == 6 else None
-    with pytest.raises(InputError, match="looks into some batches and not into others.*call fuse_rollout"):
+    with pytest.raises(InputError, match=r"looks into some batches and not into others.*call fuse_rollout"):
         trainer.train()
     assert "sample" not in vars(trainer.real_buffer)
 
@@ -384,7 +400,7 @@ def test_a_loop_that_looks_into_batches(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_loop_that_looks_at_the_policy_between_updates(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = fused_trainer(monkeypatch)
     trainer.look = lambda trainer, batch, steps: trainer.policy.state_dict() if steps == 45 else None
-    with pytest.raises(InputError, match="calls the policy's state_dict at update 45.* 15 updates further"):
+    with pytest.raises(InputError, match=r"calls the policy's state_dict at update 45.* 15 updates further"):
         trainer.train()
     # A second training starts afresh.
     trainer.look, trainer.losses = lambda *_: None, []

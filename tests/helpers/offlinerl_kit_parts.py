@@ -1,9 +1,10 @@
-"""Stand-ins for the parts of OfflineRL-Kit whose work the kernels take over, with the attributes that they have.
+"""Stand-ins for those parts of OfflineRL-Kit whose work the kernels take over, with their attributes.
 
 Tests load this file as a module of a package called offlinerlkit, as the adapter looks at that name.
 """
 
 import copy
+import itertools
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ OBS, ACT, HIDDEN = 3, 2, (8, 6)
 def mlp(inputs: int) -> nn.Module:
     body = nn.Module()
     sizes = (inputs, *HIDDEN)
-    pairs = zip(sizes[:-1], sizes[1:], strict=True)
+    pairs = itertools.pairwise(sizes)
     body.model = nn.Sequential(*(one for pair in pairs for one in (nn.Linear(*pair), nn.ReLU())))
     return body
 

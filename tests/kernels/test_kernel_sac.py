@@ -11,6 +11,7 @@ from kernel_cases import (
     assert_trained_alike,
     fill_with_denormals,
     make_sac,
+    random_transitions,
     run_sac,
     sac_sources,
     to_double,
@@ -19,9 +20,11 @@ from kernel_cases import (
 
 from mopo_fast import sac as sac_module
 from mopo_fast.backends import cpu
+from mopo_fast.backends.philox import ACTION_STREAM, NEXT_ACTION_STREAM, random_normals
 from mopo_fast.config import TRAINING_DTYPES, SACConfig
+from mopo_fast.data.transitions import DATA_ARRAYS, Transitions
 from mopo_fast.errors import InputError
-from mopo_fast.sac import METRICS
+from mopo_fast.sac import METRICS, Draws
 
 # Relative errors of the gradients: at most of any parameter; at least and at most of all. A factor has errors
 # up to 2^-8 in bfloat16; in bfloat16x3 up to 2^-16, and the product of the low parts is as small.
@@ -208,3 +211,52 @@ def test_divergence_is_one_clear_error() -> None:
     buffer.storage.rewards.fill_(math.inf)
     with pytest.raises(InputError, match="SAC diverged before update 2"):
         sac.update_many(data, buffer, 2, seed=0)
+
+
+@pytest.mark.parametrize(("isa", "dtype"), training_kernels())
+def test_memory_that_is_kept_between_calls(isa: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Test that a call does not depend on the numbers or the sizes of the one before it."""
+    monkeypatch.setenv("MOPO_FAST_ISA", isa)
+    obs_dim, act_dim, options = SAC_CASES["MOBILE's options"]
+    expected, _ = run_sac("MOBILE's options", "cpu", 2, dtype=dtype)
+    for case in ("canonical", "one row", "humanoid, no real rows"):
+        run_sac(case, "cpu", 1, dtype=dtype)
+        again, _ = run_sac("MOBILE's options", "cpu", 2, dtype=dtype)
+        assert all(torch.equal(again[name], expected[name]) for name in expected), case
+    diverged = make_sac(obs_dim, act_dim, SACConfig(**options, dtype=dtype), "cpu")
+    data, buffer = sac_sources(obs_dim, act_dim)
+    data.observations.fill_(torch.nan)
+    buffer.storage.observations.fill_(torch.nan)
+    with pytest.raises(InputError, match="not finite"):
+        diverged.update_many(data, buffer, 2, 0)
+    again, _ = run_sac("MOBILE's options", "cpu", 2, dtype=dtype)
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_batches_in_order(backend: str) -> None:
+    """Test that batches in order are the rows of both sources in turn, and that no other row is read."""
+    obs_dim, act_dim, options = SAC_CASES["MOBILE's options"]
+    config = SACConfig(**options)
+    rows = random_transitions(90, obs_dim, act_dim, seed=2)
+    more = random_transitions(70, obs_dim, act_dim, seed=3)
+    sac = make_sac(obs_dim, act_dim, config, backend)
+    draws = Draws(rows, more, (90, 70), (30, 20), 3, 5, in_order=True)
+    sums = sac.make(draws)
+    other, parts = make_sac(obs_dim, act_dim, config, "reference"), []
+    for update in range(3):
+        mixed = [rows[30 * update :][:30], more[20 * update :][:20]]
+        batch = Transitions(
+            **{name: torch.cat([getattr(one, name) for one in mixed]) for name in DATA_ARRAYS}
+        )
+        counters = torch.arange(50), torch.full((50,), update)
+        noise = [
+            random_normals(*counters, stream, act_dim, 5, torch.float32)
+            for stream in (ACTION_STREAM, NEXT_ACTION_STREAM)
+        ]
+        parts.append(other.update(batch, *noise))
+    torch.testing.assert_close(torch.tensor(sums), torch.stack(parts).sum(0), rtol=1e-4, atol=1e-4)
+    for name, value in other.state().items():
+        torch.testing.assert_close(sac.state()[name], value, rtol=1e-3, atol=1e-5)
+    with pytest.raises(InputError, match="the buffer's rows must be"):
+        make_sac(obs_dim, act_dim, config, "cpu").make(dataclasses.replace(draws, sizes=(90, 59)))

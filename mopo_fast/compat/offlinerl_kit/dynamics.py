@@ -32,6 +32,7 @@ PENALTIES: dict[str, Penalty] = {
     "ensemble_std": "ensemble_std",
 }
 
+
 def termination_box(function: Any, obs_dim: int) -> Box | None:
     """Return the bounds that one of OfflineRL-Kit's termination functions checks, found by its name.
 
@@ -107,7 +108,9 @@ class EnsembleDynamics:
     def ensemble(self) -> Ensemble:
         """Return `model` as this package's ensemble, which shares the model's weights."""
         layers = _layers(self.model)
-        mean, std = (None if value is None else as_floats(value) for value in (self.scaler.mu, self.scaler.std))
+        mean, std = (
+            None if value is None else as_floats(value) for value in (self.scaler.mu, self.scaler.std)
+        )
         return ensemble_of(
             [layer.weight for layer in layers],
             [layer.bias.detach()[:, 0] for layer in layers],

@@ -209,4 +209,3 @@ def _policy_state(policy: Actor) -> dict[str, torch.Tensor]:
         for head, half in zip(("mu", "sigma"), value.chunk(2), strict=True):
             state[f"actor.dist_net.{head}.{kind}"] = half.contiguous()
     return state
-

@@ -2,6 +2,7 @@
 
 import types
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import numpy.typing as npt
@@ -141,25 +142,27 @@ def _rollout(policy: Any, init_obss: Array, rollout_length: int) -> tuple[dict[s
 
 def _learn(policy: Any, batch: dict[str, dict[str, torch.Tensor]]) -> dict[str, float]:
     mixed = {name: torch.cat([batch["real"][name], batch["fake"][name]]) for name in batch["real"]}
-    arrays = {name: mixed[name] for name in ("observations", "actions", "next_observations")}
-    rows = Transitions(
-        **{name: array.to(torch.float32) for name, array in arrays.items()},
-        rewards=mixed["rewards"].to(torch.float32).reshape(-1),
-        terminals=as_flags(mixed["terminals"].reshape(-1)),
-    )
-    return report(policy, shared_sac(policy).update(draw_all(rows, draw_seed()), sac_config(policy)))
+    draws = draw_all(as_transitions(mixed), draw_seed())
+    return report(policy, shared_sac(policy).update(draws, sac_config(policy)))
 
 
-def as_flags(terminals: torch.Tensor) -> torch.Tensor:
-    """Return terminals 0.0 and 1.0 as bool.
+def as_transitions(arrays: Mapping[str, torch.Tensor]) -> Transitions:
+    """Return a batch of OfflineRL-Kit, or the arrays of one of its buffers, as transitions.
 
     Raises:
-        InputError: there is another number.
+        InputError: a terminal is neither 0 nor 1.
     """
+    terminals = arrays["terminals"][:, 0]
     flags = terminals != 0
     if not torch.equal(flags.to(terminals.dtype), terminals):
         raise InputError("the updates take terminals that are 0 or 1")
-    return flags
+    return Transitions(
+        observations=arrays["observations"],
+        actions=arrays["actions"],
+        rewards=arrays["rewards"][:, 0],
+        next_observations=arrays["next_observations"],
+        terminals=flags,
+    )
 
 
 def _modules(policy: Any) -> Modules:

@@ -1,6 +1,5 @@
 """OfflineRL-Kit's `MBPolicyTrainer` with many SAC updates in one kernel call."""
 
-import math
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from mopo_fast.compat.models import check_method
 from mopo_fast.compat.offlinerl_kit.dynamics import draw_seed
 from mopo_fast.compat.offlinerl_kit.policy import (
-    as_flags,
+    as_transitions,
     fuse_learn,
     fuse_rollout,
     report,
@@ -142,7 +141,7 @@ class _Ahead:
         drawn = [not isinstance(one, _Batch) or one.is_drawn for one in (real, fake)]
         if self._left and any(drawn):
             raise InputError(
-                "the trainer looks into some batches and not into others, so that updates cannot be made ahead;"
+                "the trainer looks into some batches and not into others, so updates cannot be made ahead;"
                 f" {_WITHOUT_TRAINER}"
             )
         if any(drawn):
@@ -162,8 +161,8 @@ class _Ahead:
         def guarded(*arguments: Any, **options: Any) -> Any:
             if self._left:
                 raise InputError(
-                    f"the trainer calls the policy's {name} at update {self._asked}, where the policy is already"
-                    f" {self._left} updates further; {_WITHOUT_TRAINER}"
+                    f"the trainer calls the policy's {name} at update {self._asked}, where the policy is"
+                    f" already {self._left} updates further; {_WITHOUT_TRAINER}"
                 )
             return method(*arguments, **options)
 
@@ -172,18 +171,18 @@ class _Ahead:
     def _until_next_look(self) -> int:
         """Return the number of updates until the loop may look at the policy, at most 100."""
         trainer = self._trainer
-        periods = [trainer._step_per_epoch, trainer._rollout_freq, trainer._dynamics_update_freq]
+        periods: list[int] = [trainer._step_per_epoch, trainer._rollout_freq, trainer._dynamics_update_freq]
         until = (period - self._asked % period for period in periods if period > 0)
         return min(_UPDATES_AT_ONCE, *until)
 
     def _update(self, real: _Batch, fake: _Batch, updates: int) -> dict[str, float]:
         policy = self._policy
-        sources = [_source(batch.buffer) for batch in (real, fake)]
-        sizes = len(sources[0]), len(sources[1])
-        for batch, size in zip((real, fake), sizes, strict=True):
-            if batch.size and not size:
+        for batch in (real, fake):
+            if batch.size and not batch.buffer._size:
                 raise InputError(f"a batch takes {batch.size} rows of a buffer that is empty")
-        draws = Draws(*sources, sizes, (real.size, fake.size), updates, draw_seed())
+        data, model = _source(real.buffer), _source(fake.buffer)
+        sizes, rows = (len(data), len(model)), (real.size, fake.size)
+        draws = Draws(data, model, sizes, rows, updates, draw_seed())
         return report(policy, shared_sac(policy).update(draws, sac_config(policy)))
 
 
@@ -210,6 +209,5 @@ def _lay_in_table(buffer: Any) -> None:
 
 def _source(buffer: Any) -> Transitions:
     """Return the rows of a buffer in place, but for the terminals."""
-    arrays = {name: torch.from_numpy(getattr(buffer, name)[: buffer._size]) for name in _COLUMNS}
-    arrays["rewards"] = arrays["rewards"][:, 0]
-    return Transitions(**arrays, terminals=as_flags(torch.from_numpy(buffer.terminals[: buffer._size, 0])))
+    names = (*_COLUMNS, "terminals")
+    return as_transitions({name: torch.from_numpy(getattr(buffer, name)[: buffer._size]) for name in names})

@@ -9,6 +9,7 @@ import numpy as np
 import offlinerl_kit_parts
 import pytest
 import torch
+from offlinerl_kit_model import make_dynamics
 from places import RECORDED
 from torch import nn
 
@@ -102,6 +103,59 @@ def test_updates_are_the_originals(
                     state[parameter][moment], theirs, rtol=1e-3, atol=1e-5 * abs(theirs).max(), err_msg=name
                 )
             assert float(state[parameter]["step"]) == len(recorded["rewards"])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_mobiles_updates_are_the_originals(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Test six updates with their penalties, which only rows from the model have."""
+    with np.load(FOLDER / "learn_mobile.npz") as file:
+        recorded = dict(file)
+    policy = recorded_mobile(recorded, backend)
+    seeds = iter(range(100))
+    monkeypatch.setattr(kit_policy, "draw_seed", lambda: next(seeds))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(policy.actor_optim, len(recorded["rewards"]))
+    losses = []
+    for update in range(len(recorded["rewards"])):
+        losses.append(policy.learn(batch_of(recorded, update)))
+        schedule.step()
+    assert losses[0].keys() == {"loss/actor", "loss/critic", "loss/alpha", "alpha"}
+    for name in losses[0]:
+        theirs = recorded[f"loss {name}"]
+        ours = [one[name] for one in losses]
+        np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-5 * abs(theirs).max(), err_msg=name)
+    for name, value in policy.state_dict().items():
+        theirs = recorded[f"after {name}"]
+        np.testing.assert_allclose(value, theirs, rtol=1e-4, atol=1e-5 * abs(theirs).max(), err_msg=name)
+    # Without the penalty the critics learn something else.
+    unpenalised = recorded_mobile(recorded, backend)
+    unpenalised._penalty_coef = 0.0
+    assert unpenalised.learn(batch_of(recorded, 0))["loss/critic"] != pytest.approx(
+        losses[0]["loss/critic"], rel=1e-2
+    )
+
+
+def recorded_mobile(recorded: dict[str, np.ndarray], backend: str) -> Any:
+    policy = parts.MOBILEPolicy(make_dynamics(coef=0.0, backend=backend))
+    policy.load_state_dict(
+        {name: torch.from_numpy(recorded[f"before {name}"]) for name in policy.state_dict()}
+    )
+    return kit.fuse_learn(policy, backend=backend)
+
+
+def test_mobiles_batches_without_model_rows_and_options_that_it_lacks() -> None:
+    with np.load(FOLDER / "learn_mobile.npz") as file:
+        recorded = dict(file)
+    policy, batch = recorded_mobile(recorded, "cpu"), batch_of(recorded, 0)
+    batch["fake"] = {name: array[:0] for name, array in batch["fake"].items()}
+    rewards = batch["real"]["rewards"].clone()
+    assert np.isfinite(policy.learn(batch)["loss/critic"])
+    policy.learn(batch_of(recorded, 0))
+    assert torch.equal(batch["real"]["rewards"], rewards)
+    policy._max_q_backup = True
+    with pytest.raises(InputError, match="have no max_q_backup"):
+        policy.learn(batch_of(recorded, 0))
+    with pytest.raises(InputError, match=r"dynamics must be mopo_fast\.compat"):
+        kit.fuse_learn(parts.MOBILEPolicy(None))
 
 
 def test_training_goes_on_in_the_original(

@@ -103,6 +103,7 @@ class EnsembleDynamics:
         self.terminal_fn = terminal_fn
         self._penalty_coef, self._uncertainty_mode = penalty_coef, uncertainty_mode
         self._options: dict[str, Any] = {"backend": backend, "dtype": dtype, "threads": threads}
+        self._kept: tuple[Any, RolloutEngine] | None = None
         self._box = termination_box(terminal_fn, _layers(model)[-1].weight.shape[-1] // 2 - 1)
 
     def ensemble(self) -> Ensemble:
@@ -123,15 +124,23 @@ class EnsembleDynamics:
         )
 
     def engine(self) -> RolloutEngine:
-        """Return the engine that makes steps and rollouts with the model's current weights."""
-        termination: Any = self._box if self._box is not None else self._terminal
-        return RolloutEngine(
-            self.ensemble(),
-            penalty=PENALTIES[self._uncertainty_mode],
-            penalty_coef=self._penalty_coef,
-            termination=termination,
-            **self._options,
-        )
+        """Return the engine that makes steps and rollouts with the model's current weights.
+
+        It is kept for as long as it shares the model's tensors: to make one takes as long as a step.
+        """
+        settings = (self._penalty_coef, self._uncertainty_mode, tuple(self._options.items()))
+        sources = (settings, self.model.elites.tolist(), _layers_id(self.model), _bytes(self.scaler))
+        if self._kept is None or self._kept[0] != sources:
+            termination: Any = self._box if self._box is not None else self._terminal
+            engine = RolloutEngine(
+                self.ensemble(),
+                penalty=PENALTIES[self._uncertainty_mode],
+                penalty_coef=self._penalty_coef,
+                termination=termination,
+                **self._options,
+            )
+            self._kept = sources, engine
+        return self._kept[1]
 
     def _terminal(self, *arrays: torch.Tensor) -> torch.Tensor:
         ended = self.terminal_fn(*(array.cpu().numpy() for array in arrays))
@@ -317,6 +326,17 @@ class EnsembleDynamics:
 
 def _layers(model: Any) -> list[Any]:
     return [*model.backbones, model.output_layer]
+
+
+def _layers_id(model: Any) -> list[Any]:
+    """Return the addresses of a model's tensors, and its activation."""
+    tensors = [one for layer in _layers(model) for one in (layer.weight, layer.bias)]
+    addresses = [tensor.data_ptr() for tensor in (*tensors, model.max_logvar, model.min_logvar)]
+    return [*addresses, activation_of(model.activation)]
+
+
+def _bytes(scaler: Any) -> list[bytes]:
+    return [np.asarray(values).tobytes() for values in (scaler.mu, scaler.std) if values is not None]
 
 
 def draw_seed() -> int:

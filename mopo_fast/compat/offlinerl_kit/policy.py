@@ -23,7 +23,7 @@ Array = npt.NDArray[Any]
 _POLICIES = ("MOPOPolicy", "COMBOPolicy", "RAMBOPolicy", "MOBILEPolicy", "SACPolicy")
 _WITHOUT_ROLLOUT = "leave fuse_rollout out, the model's steps run on the kernels without it"
 # Policies whose `learn` is known; RAMBOPolicy inherits MOPOPolicy's.
-_LEARNERS = ("MOPOPolicy",)
+_LEARNERS = ("MOPOPolicy", "MOBILEPolicy")
 _WITHOUT_LEARN = "leave fuse_learn and fuse_trainer out and call fuse_rollout(policy): its own learn stays"
 # 1 - tanh^2 plus this is the argument of the logarithm in TanhNormalWrapper.log_prob.
 _LOG_PROB_EPSILON = 1e-6
@@ -70,10 +70,13 @@ def fuse_learn(
     in the optimizers change in place, so checkpoints, schedules and evaluations see them as before. The noise
     of the actions is keyed by a seed from NumPy's global generator.
 
+    MOBILEPolicy's penalty is computed in a kernel too, see `RolloutEngine.bellman_inconsistency`. Only the
+    rows from the model have one, as in the original.
+
     Args:
-        policy: MOPOPolicy or RAMBOPolicy on the CPU with an actor as for `fuse_rollout`, critics of the same
-            hidden layers, ReLU, and optimizers that are torch.optim.Adam with its defaults except for the
-            learning rates.
+        policy: MOPOPolicy, RAMBOPolicy or MOBILEPolicy on the CPU with an actor as for `fuse_rollout`,
+            critics of the same hidden layers, ReLU, and optimizers that are torch.optim.Adam with its
+            defaults except for the learning rates. MOBILEPolicy's dynamics must be this module's.
         dtype: precision of the matrix products, see `SACConfig.dtype`.
         backend: backend of `SAC`.
         threads: number of CPU threads, see `SAC`.
@@ -84,12 +87,14 @@ def fuse_learn(
     Raises:
         InputError: the kernels do not support the policy. The message names the reason.
     """
-    for method in ("learn", "_sync_weight"):
+    for method in ("learn", "_sync_weight", "compute_lcb"):
         check_method(policy, method, "offlinerlkit", _WITHOUT_LEARN, (*_LEARNERS, "SACPolicy"))
     check_method(policy, "actforward", "offlinerlkit", _WITHOUT_LEARN, _POLICIES)
+    if is_mobile(policy) and not isinstance(policy.dynamics, EnsembleDynamics):
+        raise InputError("the policy's dynamics must be mopo_fast.compat.offlinerl_kit.EnsembleDynamics")
     policy._mopo_fast = {"dtype": dtype, "backend": backend, "threads": threads}
     shared_sac(policy)
-    policy.learn = types.MethodType(_learn, policy)
+    policy.learn = types.MethodType(_learn_mobile if is_mobile(policy) else _learn, policy)
     return policy
 
 
@@ -103,16 +108,21 @@ def shared_sac(policy: Any) -> SharedSAC:
 
 def sac_config(policy: Any) -> SACConfig:
     """Return the hyperparameters that a policy has now, without the learning rates."""
-    head = policy.actor.dist_net
+    head, mobile = policy.actor.dist_net, is_mobile(policy)
+    if mobile and policy._max_q_backup:
+        raise InputError("the updates have no max_q_backup; leave it out, or keep the policy's own learn")
     return SACConfig(
         hidden=tuple(layer.out_features for layer in _linears(policy.actor.backbone.model)),
-        critics=2,
+        critics=len(policy.critics) if mobile else 2,
         log_std_min=head._sigma_min,
         log_std_max=head._sigma_max,
         log_prob_epsilon=_LOG_PROB_EPSILON,
         target_entropy=float(policy._target_entropy) if policy._is_auto_alpha else 0.0,
-        critic_loss="mse",
+        critic_loss="mean_mse" if mobile else "mse",
         alpha_max=1.0 if policy._is_auto_alpha else None,
+        # The spelling is the original's.
+        entropy_backup=not (mobile and policy._deteterministic_backup),
+        target_min=0.0 if mobile else None,
         simultaneous=False,
         discount=policy._gamma,
         polyak=policy._tau,
@@ -121,10 +131,13 @@ def sac_config(policy: Any) -> SACConfig:
 
 
 def report(policy: Any, losses: Losses) -> dict[str, float]:
-    """Return what `MOPOPolicy.learn` returns, and set the policy's temperature."""
+    """Return what the original's `learn` returns, and set the policy's temperature."""
     metrics = losses.metrics
     result = {"loss/actor": metrics["actor_loss"]}
-    result |= {f"loss/critic{number}": loss for number, loss in enumerate(losses.critics, start=1)}
+    if is_mobile(policy):
+        result["loss/critic"] = metrics["critic_loss"]
+    else:
+        result |= {f"loss/critic{number}": loss for number, loss in enumerate(losses.critics, start=1)}
     if policy._is_auto_alpha:
         policy._alpha = torch.full_like(policy._log_alpha.detach(), losses.alpha)
         result |= {"loss/alpha": metrics["alpha_loss"], "alpha": losses.alpha}
@@ -144,6 +157,30 @@ def _learn(policy: Any, batch: dict[str, dict[str, torch.Tensor]]) -> dict[str, 
     mixed = {name: torch.cat([batch["real"][name], batch["fake"][name]]) for name in batch["real"]}
     draws = draw_all(as_transitions(mixed), draw_seed())
     return report(policy, shared_sac(policy).update(draws, sac_config(policy)))
+
+
+def _learn_mobile(policy: Any, batch: dict[str, dict[str, torch.Tensor]]) -> dict[str, float]:
+    shared, config, real = shared_sac(policy), sac_config(policy), len(batch["real"]["rewards"])
+    mixed = {name: torch.cat([batch["real"][name], batch["fake"][name]]) for name in batch["real"]}
+    rows = as_transitions(mixed)
+    if len(rows) > real:
+        # The policy and the target critics must be those of now.
+        shared.share(config)
+        penalties = policy.dynamics.engine().bellman_inconsistency(
+            rows.observations[real:],
+            rows.actions[real:],
+            shared.sac.actor,
+            shared.sac.target,
+            seed=draw_seed(),
+            samples=policy._num_samples,
+        )
+        rows.rewards[real:] -= policy._penalty_coef * penalties
+    return report(policy, shared.update(draw_all(rows, draw_seed()), config))
+
+
+def is_mobile(policy: Any) -> bool:
+    """Tell whether a policy is a MOBILEPolicy."""
+    return any(kind.__name__ == "MOBILEPolicy" for kind in type(policy).__mro__)
 
 
 def as_transitions(arrays: Mapping[str, torch.Tensor]) -> Transitions:
@@ -166,20 +203,23 @@ def as_transitions(arrays: Mapping[str, torch.Tensor]) -> Transitions:
 
 
 def _modules(policy: Any) -> Modules:
-    """Return the layers and the optimizers of a MOPOPolicy."""
+    """Return the layers and the optimizers of a policy."""
     _actor(policy.actor)
     body, head = policy.actor.backbone.model, policy.actor.dist_net
     if not all(isinstance(module, torch.nn.ReLU) for module in list(body)[1::2]):
         raise InputError(f"the updates take an actor with ReLU, got {body}")
-    critics, targets = (
-        [_critic(getattr(policy, f"critic{number}{suffix}")) for number in (1, 2)] for suffix in ("", "_old")
-    )
+    if is_mobile(policy):
+        networks, optimizers = (policy.critics, policy.critics_old), [policy.critics_optim]
+    else:
+        networks = (policy.critic1, policy.critic2), (policy.critic1_old, policy.critic2_old)
+        optimizers = [policy.critic1_optim, policy.critic2_optim]
+    critics, targets = ([_critic(critic) for critic in some] for some in networks)
     return Modules(
         actor=[*_linears(body), head.mu, head.sigma],
         critics=critics,
         targets=targets,
         actor_optimizer=policy.actor_optim,
-        critic_optimizers=[policy.critic1_optim, policy.critic2_optim],
+        critic_optimizers=optimizers,
         alpha=(policy._log_alpha, policy.alpha_optim) if policy._is_auto_alpha else float(policy._alpha),
     )
 

@@ -13,6 +13,7 @@ from mopo_fast.compat.offlinerl_kit.policy import (
     as_transitions,
     fuse_learn,
     fuse_rollout,
+    is_mobile,
     report,
     sac_config,
     shared_sac,
@@ -43,6 +44,8 @@ def fuse_trainer(
     A rollout, an update of the dynamics, an evaluation or a checkpoint sees the policy after exactly the
     updates that the loop has asked for.
 
+    MOBILEPolicy's updates are made one by one, since its penalties depend on the policy before each.
+
     Args:
         trainer: MBPolicyTrainer whose policy is one that `fuse_rollout` and `fuse_learn` take; they need not
             have been called.
@@ -64,7 +67,8 @@ def fuse_trainer(
             check_method(buffer, method, "offlinerlkit", _WITHOUT_TRAINER, ("ReplayBuffer",))
         _check_buffer(buffer)
     fuse_learn(fuse_rollout(trainer.policy), dtype=dtype, backend=backend, threads=threads)
-    trainer.train = types.MethodType(_train, trainer)
+    if not is_mobile(trainer.policy):
+        trainer.train = types.MethodType(_train, trainer)
     return trainer
 
 

@@ -200,7 +200,7 @@ def _step(records: list[Record]) -> str:
 
 def _bulk(records: list[Record]) -> str:
     first = records[0]
-    formats = [name for name in first if name.startswith(("hdf5, ", "parquet, ")) and name != "hdf5, none"]
+    formats = [name for name in first if name.startswith(("hdf5, ", "parquet, "))]
     header, memory = [""], ["kernel into memory"]
     body = [["HDF5"], *([_format(name)] for name in formats)]
     for record in records:
@@ -209,7 +209,7 @@ def _bulk(records: list[Record]) -> str:
         ratios = [record["ratio"], *(record[name]["ratio"] for name in formats)]
         for row, ratio in zip(body, ratios, strict=True):
             row += [f"{ratio * record['rate_kernel']:,.0f}", f"{ratio:.2f}"]
-    sizes = [first["hdf5, none"]["bytes"], *(first[name]["bytes"] for name in formats)]
+    sizes = [first["bytes"], *(first[name]["bytes"] for name in formats)]
     for row, size in zip(body, sizes, strict=True):
         row.append(f"{size / first['count']:.0f}")
     return _table([*header, "bytes a row"], [[*memory, ""], *body])

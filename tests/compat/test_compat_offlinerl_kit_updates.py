@@ -482,3 +482,29 @@ def test_trainers_that_cannot_be_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     with pytest.raises(InputError, match="a buffer that is empty"):
         trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("of", "name"),
+    [
+        ("trainer", "_rollout_freq"),
+        ("policy", "_tau"),
+        ("policy", "critic2_old"),
+        ("policy", "_log_alpha"),
+        ("policy.actor", "dist_net"),
+        ("policy.actor.dist_net", "_sigma_max"),
+        ("policy.critic1", "last"),
+        ("fake_buffer", "_size"),
+    ],
+)
+def test_another_version_that_lacks_what_is_read(of: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Test that the error names the attribute and the version that the adapter was written for."""
+    monkeypatch.setattr("mopo_fast.compat.offlinerl_kit.training.fuse_rollout", lambda policy: policy)
+    trainer, _ = make_trainer()
+    thing = trainer
+    for part in of.split(".") if of != "trainer" else []:
+        thing = getattr(thing, part)
+    delattr(thing, name)
+    message = f"{type(thing).__name__} has no {name}; this adapter was written for OfflineRL-Kit at commit"
+    with pytest.raises(InputError, match=message):
+        kit.fuse_trainer(trainer)

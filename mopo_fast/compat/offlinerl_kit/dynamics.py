@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mopo_fast.compat.models import activation_of, check_method, ensemble_of
-from mopo_fast.compat.offlinerl_kit.files import as_floats, load_array, save_files
+from mopo_fast.compat.models import activation_of, check_attributes, check_method, ensemble_of
+from mopo_fast.compat.offlinerl_kit.files import VERSION, as_floats, load_array, save_files
 from mopo_fast.compat.torch_files import load_state
 from mopo_fast.config import DynamicsConfig, Penalty
 from mopo_fast.data.transitions import Transitions
@@ -25,6 +25,8 @@ from mopo_fast.tasks import OFFLINERL_KIT_RULES, Box, make_box
 Array = npt.NDArray[Any]
 Termination = Callable[[Array, Array, Array], Array]
 
+# Attributes of an EnsembleDynamicsModel that are read here.
+_MODEL = ("backbones", "output_layer", "max_logvar", "min_logvar", "elites", "activation")
 # OfflineRL-Kit's uncertainty_mode -> this package's name of the same penalty.
 PENALTIES: dict[str, Penalty] = {
     "aleatoric": "max_aleatoric",
@@ -98,6 +100,8 @@ class EnsembleDynamics:
             )
         if not getattr(model, "_with_reward", True):
             raise InputError("the model predicts no reward; build it with with_reward=True")
+        check_attributes(model, _MODEL, VERSION)
+        check_attributes(scaler, ("mu", "std"), VERSION)
         check_method(model, "forward", "offlinerlkit", "use OfflineRL-Kit's EnsembleDynamics for this model")
         self.model, self.optim, self.scaler = model, optim, scaler
         self.terminal_fn = terminal_fn

@@ -8,8 +8,9 @@ from typing import Any
 import numpy.typing as npt
 import torch
 
-from mopo_fast.compat.models import activation_of, actor_of, check_method
+from mopo_fast.compat.models import activation_of, actor_of, check_attributes, check_method
 from mopo_fast.compat.offlinerl_kit.dynamics import EnsembleDynamics, draw_seed
+from mopo_fast.compat.offlinerl_kit.files import VERSION
 from mopo_fast.compat.torch_sac import Losses, Modules, SharedSAC, draw_all
 from mopo_fast.config import SACConfig, TrainingDtype
 from mopo_fast.data.transitions import Transitions
@@ -27,6 +28,17 @@ _LEARNERS = ("MOPOPolicy", "MOBILEPolicy")
 _WITHOUT_LEARN = "leave fuse_learn and fuse_trainer out and call fuse_rollout(policy): its own learn stays"
 # 1 - tanh^2 plus this is the argument of the logarithm in TanhNormalWrapper.log_prob.
 _LOG_PROB_EPSILON = 1e-6
+
+# Attributes that are read here: of all policies whose `learn` is known, and of each kind.
+_SHARED = ("actor", "actor_optim", "_tau", "_gamma", "_is_auto_alpha", "_alpha")
+_MOPO = tuple(f"critic{number}{part}" for number in (1, 2) for part in ("", "_old", "_optim"))
+_MOBILE = (
+    *("critics", "critics_old", "critics_optim", "dynamics"),
+    # The spelling is the original's.
+    *("_penalty_coef", "_num_samples", "_deteterministic_backup", "_max_q_backup"),
+)
+_ACTOR = ("backbone", "dist_net")
+_HEAD = ("mu", "sigma", "_unbounded", "_c_sigma", "_max", "_sigma_min", "_sigma_max")
 
 # The SAC of each fused policy. A copy of a policy gets one of its own.
 _shared: weakref.WeakKeyDictionary[Any, SharedSAC] = weakref.WeakKeyDictionary()
@@ -90,6 +102,9 @@ def fuse_learn(
     for method in ("learn", "_sync_weight", "compute_lcb"):
         check_method(policy, method, "offlinerlkit", _WITHOUT_LEARN, (*_LEARNERS, "SACPolicy"))
     check_method(policy, "actforward", "offlinerlkit", _WITHOUT_LEARN, _POLICIES)
+    check_attributes(policy, (*_SHARED, *(_MOBILE if is_mobile(policy) else _MOPO)), VERSION)
+    if policy._is_auto_alpha:
+        check_attributes(policy, ("_target_entropy", "_log_alpha", "alpha_optim"), VERSION)
     if is_mobile(policy) and not isinstance(policy.dynamics, EnsembleDynamics):
         raise InputError("the policy's dynamics must be mopo_fast.compat.offlinerl_kit.EnsembleDynamics")
     policy._mopo_fast = {"dtype": dtype, "backend": backend, "threads": threads}
@@ -120,7 +135,6 @@ def sac_config(policy: Any) -> SACConfig:
         target_entropy=float(policy._target_entropy) if policy._is_auto_alpha else 0.0,
         critic_loss="mean_mse" if mobile else "mse",
         alpha_max=1.0 if policy._is_auto_alpha else None,
-        # The spelling is the original's.
         entropy_backup=not (mobile and policy._deteterministic_backup),
         target_min=0.0 if mobile else None,
         simultaneous=False,
@@ -226,6 +240,7 @@ def _modules(policy: Any) -> Modules:
 
 def _critic(critic: Any) -> list[torch.nn.Linear]:
     """Return the layers of a Critic."""
+    check_attributes(critic, ("backbone", "last"), VERSION)
     for module in (critic, critic.backbone):
         check_method(module, "forward", "offlinerlkit", _WITHOUT_LEARN)
     modules = list(critic.backbone.model)
@@ -243,6 +258,7 @@ def _linears(modules: Any) -> list[torch.nn.Linear]:
 
 def _actor(actor: Any) -> Actor:
     """Return an ActorProb as this package's actor."""
+    check_attributes(actor, _ACTOR, VERSION)
     head, modules = actor.dist_net, list(actor.backbone.model)
     for module in (actor, actor.backbone, head):
         check_method(module, "forward", "offlinerlkit", _WITHOUT_ROLLOUT)
@@ -251,6 +267,7 @@ def _actor(actor: Any) -> Actor:
             "the rollout can be fused for a TanhDiagGaussian with unbounded=True, conditioned_sigma=True and"
             " max_mu=1; leave fuse_rollout out for any other actor"
         )
+    check_attributes(head, _HEAD, VERSION)
     linears = _linears(modules)
     activations = {type(module) for module in modules if not isinstance(module, torch.nn.Linear)}
     if len(activations) != 1 or len(modules) != 2 * len(linears):

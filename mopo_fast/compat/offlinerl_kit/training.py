@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from mopo_fast.compat.models import check_method
+from mopo_fast.compat.models import check_attributes, check_method
 from mopo_fast.compat.offlinerl_kit.dynamics import draw_seed
+from mopo_fast.compat.offlinerl_kit.files import VERSION
 from mopo_fast.compat.offlinerl_kit.policy import (
     as_transitions,
     fuse_learn,
@@ -27,6 +28,15 @@ from mopo_fast.sac import Draws
 # Updates of one kernel call. With more of them, Ctrl-C and the progress bar wait longer.
 _UPDATES_AT_ONCE = 100
 _COLUMNS = ("observations", "actions", "rewards", "next_observations")
+# Attributes of a trainer that are read here.
+_TRAINER = (
+    "policy",
+    "real_buffer",
+    "fake_buffer",
+    "_rollout_freq",
+    "_step_per_epoch",
+    "_dynamics_update_freq",
+)
 _WITHOUT_TRAINER = "leave fuse_trainer out and call fuse_rollout and fuse_learn on the policy"
 
 
@@ -61,6 +71,7 @@ def fuse_trainer(
         InputError: the kernels do not support the trainer, its policy or its buffers. The message names the
             reason.
     """
+    check_attributes(trainer, _TRAINER, VERSION)
     check_method(trainer, "train", "offlinerlkit", _WITHOUT_TRAINER, ("MBPolicyTrainer",))
     for buffer in (trainer.real_buffer, trainer.fake_buffer):
         for method in ("sample", "add_batch"):
@@ -191,6 +202,7 @@ class _Ahead:
 
 
 def _check_buffer(buffer: Any) -> None:
+    check_attributes(buffer, (*_COLUMNS, "terminals", "_size"), VERSION)
     for name in (*_COLUMNS, "terminals"):
         array = getattr(buffer, name)
         if array.dtype != np.float32 or array.ndim != 2:

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -78,6 +80,12 @@ class _Link:
     moments: tuple[torch.Tensor, ...] = ()
     optimizer: torch.optim.Optimizer | None = None
 
+    def take_value(self) -> None:
+        """Make the parameter a view of ours again, with the number that it has now."""
+        if not self.parameter.is_set_to(self.value):
+            self.value.copy_(self.parameter.detach())
+            self.parameter.data = self.value
+
 
 class SharedSAC:
     """An `SAC` whose numbers are those of another code base's modules and optimizers.
@@ -105,6 +113,11 @@ class SharedSAC:
         if not isinstance(modules.alpha, tuple):
             self.sac.log_alpha.data.fill_(modules.alpha).log_()
         self._links = list(self._pair_up())
+        self._of_actor = [link for link in self._links if link.optimizer is modules.actor_optimizer]
+        parameters = [parameter.detach().numpy() for parameter in self.sac.actor.parameters()]
+        self._arrays = list(
+            zip(parameters[: len(parameters) // 2], parameters[len(parameters) // 2 :], strict=True)
+        )
         self._optimizers = modules.optimizers()
         self._check_parameters()
         self.share(config)
@@ -171,9 +184,7 @@ class SharedSAC:
             sac.optimizers[name].learning_rate = rates.pop() if rates else 0.0
         steps = set()
         for link in self._links:
-            if not link.parameter.is_set_to(link.value):
-                link.value.copy_(link.parameter)
-                link.parameter.data = link.value
+            link.take_value()
             if link.optimizer is None:
                 continue
             state = link.optimizer.state[link.parameter]
@@ -192,6 +203,31 @@ class SharedSAC:
         made = int(steps.pop())
         if made != min(sac.updates, 2**24):
             sac.updates = made
+
+    def act(self, observations: Any, *, deterministic: bool) -> npt.NDArray[Any]:
+        """Return the actor's actions.
+
+        With one row, as in an evaluation, NumPy takes a tenth of the time of the code base's modules.
+
+        Args:
+            observations: [n, obs_dim], an array of numbers.
+            deterministic: return tanh(mean); else sample, with noise from torch's global generator.
+
+        Returns:
+            Actions float32 [n, act_dim].
+        """
+        for link in self._of_actor:
+            link.take_value()
+        x = np.asarray(observations, np.float32)
+        *hidden, (weight, bias) = self._arrays
+        for hidden_weight, hidden_bias in hidden:
+            x = np.maximum(x @ hidden_weight + hidden_bias, 0.0)
+        mean, log_std = np.split(x @ weight + bias, 2, axis=1)
+        if not deterministic:
+            config, noise = self.sac.config, torch.randn(mean.shape).numpy()
+            mean = mean + np.exp(np.clip(log_std, config.log_std_min, config.log_std_max)) * noise
+        actions: npt.NDArray[Any] = np.tanh(mean)
+        return actions
 
     def update(self, draws: Draws, config: SACConfig) -> Losses:
         """Make updates in place.

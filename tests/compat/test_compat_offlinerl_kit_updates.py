@@ -211,6 +211,49 @@ def kit_noise(seed: int) -> list[torch.Tensor]:
     ]
 
 
+def test_actions_of_a_fused_policy(recorded: dict[str, np.ndarray]) -> None:
+    """Test deterministic and sampled actions, also after the parameters were changed or replaced."""
+    policy = recorded_policy()
+    observations = recorded["observations"][0]
+
+    def expected() -> np.ndarray:
+        mean: torch.Tensor = policy.actor(torch.from_numpy(observations))[0]
+        return torch.tanh(mean).detach().numpy()
+
+    def check() -> None:
+        made = policy.select_action(observations, deterministic=True)
+        assert made.dtype == np.float32
+        np.testing.assert_allclose(made, expected(), rtol=1e-5, atol=1e-6)
+
+    check()
+    np.testing.assert_allclose(
+        policy.select_action(observations[:1].astype(np.float64), deterministic=True),
+        expected()[:1],
+        rtol=1e-5,
+    )
+    policy.learn(batch_of(recorded, 0))
+    check()
+    policy.actor.dist_net.mu.bias.data = torch.tensor([0.1, -0.2])
+    check()
+    with torch.no_grad():
+        policy.actor.dist_net.mu.weight.mul_(0.5)
+    check()
+    many = np.repeat(observations[:1], 20_000, axis=0)
+    torch.manual_seed(0)
+    raw = np.arctanh(policy.select_action(many).astype(np.float64).clip(-0.999999, 0.999999))
+    mean, std = (some[0].detach().numpy() for some in policy.actor(torch.from_numpy(many[:1])))
+    np.testing.assert_allclose(raw.mean(0), mean, atol=0.05)
+    np.testing.assert_allclose(raw.std(0), std, rtol=0.05)
+    torch.manual_seed(0)
+    again = policy.select_action(many)
+    assert np.array_equal(np.arctanh(again.astype(np.float64).clip(-0.999999, 0.999999)), raw)
+
+
+def test_a_select_action_of_ones_own_stays(recorded: dict[str, np.ndarray]) -> None:
+    mine = type("MyPolicy", (parts.MOPOPolicy,), {"__module__": "my", "select_action": lambda *_: "mine"})
+    assert kit.fuse_learn(mine()).select_action(None) == "mine"
+
+
 def test_a_copy_learns_by_itself(recorded: dict[str, np.ndarray]) -> None:
     policy = recorded_policy()
     policy.learn(batch_of(recorded, 0))

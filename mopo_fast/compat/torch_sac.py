@@ -114,10 +114,8 @@ class SharedSAC:
             self.sac.log_alpha.data.fill_(modules.alpha).log_()
         self._links = list(self._pair_up())
         self._of_actor = [link for link in self._links if link.optimizer is modules.actor_optimizer]
-        parameters = [parameter.detach().numpy() for parameter in self.sac.actor.parameters()]
-        self._arrays = list(
-            zip(parameters[: len(parameters) // 2], parameters[len(parameters) // 2 :], strict=True)
-        )
+        pairs = zip(self.sac.actor.weights, self.sac.actor.biases, strict=True)
+        self._arrays = [(weight.detach().numpy(), bias.detach().numpy()) for weight, bias in pairs]
         self._optimizers = modules.optimizers()
         self._check_parameters()
         self.share(config)

@@ -226,11 +226,8 @@ def test_actions_of_a_fused_policy(recorded: dict[str, np.ndarray]) -> None:
         np.testing.assert_allclose(made, expected(), rtol=1e-5, atol=1e-6)
 
     check()
-    np.testing.assert_allclose(
-        policy.select_action(observations[:1].astype(np.float64), deterministic=True),
-        expected()[:1],
-        rtol=1e-5,
-    )
+    one = policy.select_action(observations[:1].astype(np.float64), deterministic=True)
+    np.testing.assert_allclose(one, expected()[:1], rtol=1e-5)
     policy.learn(batch_of(recorded, 0))
     check()
     policy.actor.dist_net.mu.bias.data = torch.tensor([0.1, -0.2])

@@ -227,6 +227,8 @@ def _check_updates(algo: Any, impl: Any) -> None:
         if network is not policy and type(network).__name__ != "ContinuousMeanQFunction":
             raise InputError(f'the updates take the Q function "mean", got {type(network).__name__}')
         _check_encoder(network._encoder)
+        if sum(one._encoder is network._encoder for one in critics) > 1:
+            raise InputError(f"the critics share an encoder, each needs its own; {_WITHOUT_UPDATES}")
         if activation_of(network._encoder._activation) != "relu":
             raise InputError(f"the updates take encoders with ReLU, got {network._encoder._activation}")
 

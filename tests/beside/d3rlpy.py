@@ -25,6 +25,7 @@ from d3rlpy.dataset import Transition, TransitionMiniBatch  # noqa: E402
 from d3rlpy.dynamics import ProbabilisticEnsembleDynamics  # noqa: E402
 from d3rlpy.models.encoders import VectorEncoderFactory  # noqa: E402
 from d3rlpy.models.optimizers import AdamFactory  # noqa: E402
+from d3rlpy.models.q_functions import MeanQFunctionFactory  # noqa: E402
 from d3rlpy.preprocessing import (  # noqa: E402
     MinMaxActionScaler,
     MinMaxScaler,
@@ -301,6 +302,8 @@ refused("method _update of its own", lambda: make_algo(COMBO))
 refused("n_steps 1, got 3", lambda: make_algo(SAC, n_steps=3))
 refused("update_actor_interval 1, got 2", lambda: make_algo(MOPO, update_actor_interval=2))
 refused('the Q function "mean"', lambda: make_algo(MOPO, q_func_factory="qr"))
+shared = MeanQFunctionFactory(share_encoder=True)
+refused("share an encoder", lambda: make_algo(MOPO, q_func_factory=shared))
 refused("hidden layers [16, 12], got [16, 16]", lambda: make_algo(MOPO, critic_encoder_factory=wide))
 tanh = VectorEncoderFactory([16, 12], activation="tanh")
 refused("encoders with ReLU", lambda: make_algo(MOPO, actor_encoder_factory=tanh))

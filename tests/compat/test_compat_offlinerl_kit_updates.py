@@ -16,6 +16,7 @@ from torch import nn
 from mopo_fast import InputError
 from mopo_fast.compat import offlinerl_kit as kit
 from mopo_fast.compat.offlinerl_kit import policy as kit_policy
+from mopo_fast.compat.torch_sac import SharedSAC
 
 FOLDER = RECORDED / "offlinerl_kit"
 # The recorded updates have 40 rows, the first 5 of them from the data.
@@ -302,6 +303,27 @@ def test_a_fixed_temperature(recorded: dict[str, np.ndarray]) -> None:
     losses = policy.learn(batch_of(recorded, 0))
     assert losses.keys() == {"loss/actor", "loss/critic1", "loss/critic2"} and policy._alpha == 0.2
     assert float(kit_policy.shared_sac(policy).sac.alpha) == pytest.approx(0.2)
+    policy._alpha = 0.5
+    policy.learn(batch_of(recorded, 0))
+    assert float(kit_policy.shared_sac(policy).sac.alpha) == pytest.approx(0.5)
+
+
+def test_parts_that_are_replaced(recorded: dict[str, np.ndarray]) -> None:
+    """Test that a new optimizer and a new critic count from the next update on."""
+    policy = recorded_policy()
+    policy.learn(batch_of(recorded, 0))
+    policy.critic1, policy.critic2 = parts.Critic(), parts.Critic()
+    with pytest.raises(InputError, match="must have one group, of all its parameters"):
+        policy.learn(batch_of(recorded, 0))
+    for number in (1, 2):
+        critic = getattr(policy, f"critic{number}")
+        setattr(policy, f"critic{number}_optim", torch.optim.Adam(critic.parameters(), lr=1e-2))
+    policy.actor_optim = torch.optim.Adam(policy.actor.parameters(), lr=1e-2)
+    policy.alpha_optim = torch.optim.Adam([policy._log_alpha], lr=1e-2)
+    before = policy.critic2.last.bias.clone()
+    policy.learn(batch_of(recorded, 0))
+    assert not torch.equal(policy.critic2.last.bias, before)
+    assert float(policy.critic2_optim.state[policy.critic2.last.bias]["step"]) == 1.0
 
 
 def test_policies_whose_updates_cannot_be_fused() -> None:
@@ -401,13 +423,13 @@ def fused_trainer(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
 def test_the_loop_sees_the_updates_that_it_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = fused_trainer(monkeypatch, dynamics_freq=70)
     calls: list[int] = []
-    update = kit_policy.SharedSAC.update
+    update = SharedSAC.update
 
-    def count(self: Any, draws: Any, config: Any) -> Any:
+    def count(self: Any, draws: Any, *others: Any) -> Any:
         calls.append(draws.updates)
-        return update(self, draws, config)
+        return update(self, draws, *others)
 
-    monkeypatch.setattr(kit_policy.SharedSAC, "update", count)
+    monkeypatch.setattr(SharedSAC, "update", count)
     before = (
         dict(vars(trainer.policy)),
         {name: id(value) for name, value in vars(trainer.real_buffer).items()},

@@ -1,7 +1,6 @@
 """OfflineRL-Kit's policies: their rollouts and their updates on the kernels."""
 
 import types
-import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,11 +10,12 @@ import torch
 from mopo_fast.compat.models import activation_of, actor_of, check_attributes, check_method
 from mopo_fast.compat.offlinerl_kit.dynamics import EnsembleDynamics, draw_seed
 from mopo_fast.compat.offlinerl_kit.files import VERSION
-from mopo_fast.compat.torch_sac import Losses, Modules, SharedSAC, draw_all
+from mopo_fast.compat.torch_sac import Losses, Modules, SharedSAC, draw_all, shared_with
 from mopo_fast.config import SACConfig, TrainingDtype
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.errors import InputError
 from mopo_fast.policy import Actor
+from mopo_fast.sac import Draws
 
 Array = npt.NDArray[Any]
 
@@ -39,9 +39,6 @@ _MOBILE = (
 )
 _ACTOR = ("backbone", "dist_net")
 _HEAD = ("mu", "sigma", "_unbounded", "_c_sigma", "_max", "_sigma_min", "_sigma_max")
-
-# The SAC of each fused policy. A copy of a policy gets one of its own.
-_shared: weakref.WeakKeyDictionary[Any, SharedSAC] = weakref.WeakKeyDictionary()
 
 
 def fuse_rollout(policy: Any) -> Any:
@@ -111,6 +108,7 @@ def fuse_learn(
     if is_mobile(policy) and not isinstance(policy.dynamics, EnsembleDynamics):
         raise InputError("the policy's dynamics must be mopo_fast.compat.offlinerl_kit.EnsembleDynamics")
     policy._mopo_fast = {"dtype": dtype, "backend": backend, "threads": threads}
+    _check_networks(policy)
     shared_sac(policy)
     policy.learn = types.MethodType(_learn_mobile if is_mobile(policy) else _learn, policy)
     try:
@@ -124,10 +122,14 @@ def fuse_learn(
 
 def shared_sac(policy: Any) -> SharedSAC:
     """Return the SAC that updates a policy that `fuse_learn` has taken over."""
-    if policy not in _shared:
-        options = {name: policy._mopo_fast[name] for name in ("backend", "threads")}
-        _shared[policy] = SharedSAC(_modules(policy), sac_config(policy), **options)
-    return _shared[policy]
+    options = {name: policy._mopo_fast[name] for name in ("backend", "threads")}
+    return shared_with(policy, _modules(policy), sac_config(policy), **options)
+
+
+def update(policy: Any, draws: Draws) -> dict[str, float]:
+    """Make updates of a policy that `fuse_learn` has taken over; return what its `learn` returns."""
+    alpha = None if policy._is_auto_alpha else float(policy._alpha)
+    return _report(policy, shared_sac(policy).update(draws, sac_config(policy), alpha))
 
 
 def sac_config(policy: Any) -> SACConfig:
@@ -153,7 +155,7 @@ def sac_config(policy: Any) -> SACConfig:
     )
 
 
-def report(policy: Any, losses: Losses) -> dict[str, float]:
+def _report(policy: Any, losses: Losses) -> dict[str, float]:
     """Return what the original's `learn` returns, and set the policy's temperature."""
     metrics = losses.metrics
     result = {"loss/actor": metrics["actor_loss"]}
@@ -178,8 +180,7 @@ def _rollout(policy: Any, init_obss: Array, rollout_length: int) -> tuple[dict[s
 
 def _learn(policy: Any, batch: dict[str, dict[str, torch.Tensor]]) -> dict[str, float]:
     mixed = {name: torch.cat([batch["real"][name], batch["fake"][name]]) for name in batch["real"]}
-    draws = draw_all(as_transitions(mixed), draw_seed())
-    return report(policy, shared_sac(policy).update(draws, sac_config(policy)))
+    return update(policy, draw_all(as_transitions(mixed), draw_seed()))
 
 
 def _select_action(policy: Any, obs: Array, deterministic: bool = False) -> Array:
@@ -187,12 +188,13 @@ def _select_action(policy: Any, obs: Array, deterministic: bool = False) -> Arra
 
 
 def _learn_mobile(policy: Any, batch: dict[str, dict[str, torch.Tensor]]) -> dict[str, float]:
-    shared, config, real = shared_sac(policy), sac_config(policy), len(batch["real"]["rewards"])
+    real = len(batch["real"]["rewards"])
     mixed = {name: torch.cat([batch["real"][name], batch["fake"][name]]) for name in batch["real"]}
     rows = as_transitions(mixed)
     if len(rows) > real:
+        shared = shared_sac(policy)
         # The policy and the target critics must be those of now.
-        shared.share(config)
+        shared.share(sac_config(policy))
         penalties = policy.dynamics.engine().bellman_inconsistency(
             rows.observations[real:],
             rows.actions[real:],
@@ -202,7 +204,7 @@ def _learn_mobile(policy: Any, batch: dict[str, dict[str, torch.Tensor]]) -> dic
             samples=policy._num_samples,
         )
         rows.rewards[real:] -= policy._penalty_coef * penalties
-    return report(policy, shared.update(draw_all(rows, draw_seed()), config))
+    return update(policy, draw_all(rows, draw_seed()))
 
 
 def is_mobile(policy: Any) -> bool:
@@ -229,9 +231,18 @@ def as_transitions(arrays: Mapping[str, torch.Tensor]) -> Transitions:
     )
 
 
+def _check_networks(policy: Any) -> None:
+    """Raise `InputError` if the kernels do not compute what the policy's networks do."""
+    _actor(policy.actor)
+    critics = policy.critics if is_mobile(policy) else (policy.critic1, policy.critic2)
+    for critic in critics:
+        check_attributes(critic, ("backbone", "last"), VERSION)
+        for module in (critic, critic.backbone):
+            check_method(module, "forward", "offlinerlkit", _WITHOUT_LEARN)
+
+
 def _modules(policy: Any) -> Modules:
     """Return the layers and the optimizers of a policy."""
-    _actor(policy.actor)
     body, head = policy.actor.backbone.model, policy.actor.dist_net
     if not all(isinstance(module, torch.nn.ReLU) for module in list(body)[1::2]):
         raise InputError(f"the updates take an actor with ReLU, got {body}")
@@ -253,9 +264,6 @@ def _modules(policy: Any) -> Modules:
 
 def _critic(critic: Any) -> list[torch.nn.Linear]:
     """Return the layers of a Critic."""
-    check_attributes(critic, ("backbone", "last"), VERSION)
-    for module in (critic, critic.backbone):
-        check_method(module, "forward", "offlinerlkit", _WITHOUT_LEARN)
     modules = list(critic.backbone.model)
     if not all(
         type(module) is (torch.nn.ReLU if number % 2 else torch.nn.Linear)

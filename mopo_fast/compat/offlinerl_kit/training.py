@@ -15,9 +15,7 @@ from mopo_fast.compat.offlinerl_kit.policy import (
     fuse_learn,
     fuse_rollout,
     is_mobile,
-    report,
-    sac_config,
-    shared_sac,
+    update,
 )
 from mopo_fast.config import TrainingDtype
 from mopo_fast.data.table import allocate_table
@@ -197,8 +195,7 @@ class _Ahead:
                 raise InputError(f"a batch takes {batch.size} rows of a buffer that is empty")
         data, model = _source(real.buffer), _source(fake.buffer)
         sizes, rows = (len(data), len(model)), (real.size, fake.size)
-        draws = Draws(data, model, sizes, rows, updates, draw_seed())
-        return report(policy, shared_sac(policy).update(draws, sac_config(policy)))
+        return update(policy, Draws(data, model, sizes, rows, updates, draw_seed()))
 
 
 def _check_buffer(buffer: Any) -> None:

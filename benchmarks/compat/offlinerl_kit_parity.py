@@ -53,6 +53,7 @@ def main(
     batch_size: int = 5000,
     length: int = 5,
     fit_epochs: int = 20,
+    threads: int | None = None,
     json: Path | None = None,
     quiet: bool = False,
 ) -> None:
@@ -70,10 +71,13 @@ def main(
         length: Steps of a rollout.
         fit_epochs: Maximal number of epochs of the dynamics' fit, which is OfflineRL-Kit's own. RAMBO's
             updates of the dynamics come once an epoch, with a tenth as many steps as an epoch has updates.
+        threads: CPU threads of PyTorch. On a busy machine, one is faster than PyTorch's default.
         json: File of the results.
     """
     settings = {name: value for name, value in locals().items() if name not in ("checkout", "json", "quiet")}
     checkout = checkout.resolve()
+    if threads is not None:
+        torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder, progress_bar("train", 2 * seeds, quiet=quiet) as bar:
         data = mopo_fast.load_dataset(collect(f"{task}-random", rows, out=folder, quiet=True))
         arguments = ["--task", f"{task}-random-v2"]

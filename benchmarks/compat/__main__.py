@@ -2,7 +2,8 @@
 
 A module NAME of this package has `contenders(checkout, batch_size=, updates=, **options)`, which returns
 calls by name: "rollout, WAY" and "epoch, WAY", where the first way is "as shipped". `checkout` is the code
-base's folder, or None if it is installed; `options` are dtype and threads of `RolloutEngine`.
+base's folder, or None if it is installed; `options` are dtype and threads of `RolloutEngine`, and the
+algorithm for OfflineRL-Kit.
 """
 
 import importlib
@@ -30,6 +31,7 @@ def main(
     batch_size: int = 50_000,
     updates: int = 1000,
     rounds: int = 5,
+    algorithm: Literal["mopo", "combo", "rambo", "mobile"] = "mopo",
     dtype: Literal["float32", "bfloat16"] = "float32",
     threads: int | None = None,
     json: Path | None = None,
@@ -41,11 +43,16 @@ def main(
         checkout: Folder of the code base, if it is not an installed package.
         batch_size: Start states of a rollout of 5 steps.
         updates: SAC updates of an epoch, after one rollout.
+        algorithm: Algorithm of offlinerl_kit. The other code bases have MOPO alone.
         dtype: Precision of our kernels' products.
         threads: CPU threads of our kernels. PyTorch keeps its default.
     """
     folder = None if checkout is None else checkout.resolve()
     options: dict[str, Any] = {"dtype": dtype, "threads": threads}
+    if name == "offlinerl_kit":
+        options["algorithm"] = algorithm
+    elif algorithm != "mopo":
+        raise SystemExit(f"{name} has no {algorithm}; --algorithm is for offlinerl_kit")
     module = importlib.import_module(f"benchmarks.compat.{name}")
     contenders = module.contenders(folder, batch_size=batch_size, updates=updates, **options)
     seconds: dict[str, list[float]] = {what: [] for what in contenders}

@@ -1,13 +1,12 @@
-"""The rollout and the epoch of OfflineRL-Kit's MOPO, of halfcheetah's sizes, on random data.
+"""The rollout and the epoch of OfflineRL-Kit's algorithms, of halfcheetah's sizes, on random data.
 
-An epoch is one of `MBPolicyTrainer.train`: a rollout of 5 steps, the updates, the progress bar, the logger
-and the checkpoint. Its evaluation is one episode of one step.
+An epoch is one of `MBPolicyTrainer.train`, with the settings of the algorithm's run script: rollouts of 5
+steps (MOBILE: of one), the updates, RAMBO's update of the dynamics, the progress bar, the logger and the
+checkpoint. Its evaluation is one episode of one step.
 """
 
 import atexit
-import contextlib
 import functools
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -17,104 +16,107 @@ from typing import Any
 import numpy as np
 import torch
 
-from examples.offlinerl_kit import make_buffers, make_importable, make_policy
+from benchmarks.compat.offlinerl_kit_scripts import Algorithm, make_trainer, without_output
 from mopo_fast import Transitions
-from mopo_fast.compat.offlinerl_kit import fuse_learn, fuse_rollout, fuse_trainer
+from mopo_fast.compat.offlinerl_kit import EnsembleDynamics, fuse_learn, fuse_rollout, fuse_trainer
 
 OBS_DIM, ACT_DIM = 17, 6
-TASK = "halfcheetah-medium-v2"
-# Open to the end: the logger keeps it.
-_NOWHERE = open(os.devnull, "w")  # noqa: SIM115
-
-
-class _Episodes:
-    """Episodes of one step, so that an evaluation takes no time."""
-
-    def reset(self) -> Any:
-        return np.zeros(OBS_DIM, np.float32)
-
-    def step(self, action: Any) -> Any:
-        return self.reset(), 0.0, True, {}
-
-    def get_normalized_score(self, value: float) -> float:
-        return value
+# Arguments of the run scripts, besides the sizes.
+_ARGUMENTS: dict[Algorithm, list[str]] = {
+    "mopo": ["--rollout-length", "5", "--penalty-coef", "0.5"],
+    "combo": ["--cql-weight", "0.5"],
+    # Its pretraining of the policy is no part of an epoch.
+    "rambo": ["--bc-epoch", "0"],
+    "mobile": ["--penalty-coef", "0.5"],
+}
 
 
 def contenders(
-    checkout: Path, *, batch_size: int, updates: int, **options: Any
+    checkout: Path, *, batch_size: int, updates: int, algorithm: Algorithm = "mopo", **options: Any
 ) -> dict[str, Callable[[], object]]:
-    """Return calls by name; each is a rollout of 5 steps, or an epoch of MBPolicyTrainer."""
-    make_importable(checkout)
-    random = np.random.default_rng(0)
-    arrays = [
-        torch.from_numpy(random.normal(size=(10_000, dim)).astype(np.float32))
-        for dim in (OBS_DIM, ACT_DIM, OBS_DIM)
-    ]
-    observations, actions, successors = arrays
-    data = Transitions(
-        observations, actions.tanh(), torch.zeros(10_000), successors, torch.zeros(10_000, dtype=torch.bool)
-    )
-    updating = {name: value for name, value in options.items() if name != "backend"}
+    """Return calls by name; each is a rollout, or an epoch of MBPolicyTrainer.
 
-    def fuse_both(trainer: Any) -> None:
-        fuse_learn(fuse_rollout(trainer.policy), **updating)
-
-    ways: dict[str, Callable[[Any], object]] = {
-        "as shipped": lambda trainer: trainer,
-        "fuse_rollout": lambda trainer: fuse_rollout(trainer.policy),
-        "fuse_rollout and fuse_learn": fuse_both,
-        "fuse_trainer": functools.partial(fuse_trainer, **updating),
+    Args:
+        checkout: folder of OfflineRL-Kit.
+        batch_size: start states of a rollout.
+        updates: updates of an epoch. RAMBO makes four rollouts in an epoch, and one update of the dynamics
+            with as many steps.
+        algorithm: algorithm that is timed.
+        options: those of `fuse_trainer` and of our EnsembleDynamics.
+    """
+    ways = {"as shipped": None, **_ways(algorithm, options)}
+    trainers = {
+        way: _make_trainer(checkout, algorithm, batch_size, updates, take_over, options)
+        for way, take_over in ways.items()
     }
-    trainers = {}
-    for name, take_over in ways.items():
-        trainers[name] = _make_trainer(data, batch_size, updates, theirs=name == "as shipped", **options)
-        take_over(trainers[name])
+    suffix = "" if algorithm == "mopo" else f" of {algorithm.upper()}"
     rollouts = {"as shipped": "as shipped", "fused": "fuse_rollout"}
     return {
-        **{f"rollout, {way}": functools.partial(_roll_out, trainers[name]) for way, name in rollouts.items()},
-        **{f"epoch, {way}": functools.partial(_train, trainer) for way, trainer in trainers.items()},
+        **{
+            f"rollout{suffix}, {way}": functools.partial(_roll_out, trainers[name])
+            for way, name in rollouts.items()
+        },
+        **{f"epoch{suffix}, {way}": functools.partial(_train, trainer) for way, trainer in trainers.items()},
     }
 
 
-def _make_trainer(data: Transitions, batch_size: int, updates: int, *, theirs: bool, **options: Any) -> Any:
-    from offlinerlkit.policy_trainer import MBPolicyTrainer
-    from offlinerlkit.utils.logger import Logger
+def _ways(algorithm: Algorithm, options: dict[str, Any]) -> dict[str, Callable[[Any], object]]:
+    """Return the functions that take a trainer over, by name."""
 
-    torch.manual_seed(0)
-    np.random.seed(0)
-    policy = make_policy(OBS_DIM, ACT_DIM, TASK, 0.5, theirs, **({} if theirs else options))
-    policy.dynamics.scaler.fit(np.concatenate([data.observations, data.actions], 1))
+    def fuse_both(trainer: Any) -> None:
+        fuse_learn(fuse_rollout(trainer.policy), **options)
+
+    ways: dict[str, Callable[[Any], object]] = {
+        "fuse_rollout": lambda trainer: fuse_rollout(trainer.policy),
+        "fuse_rollout and fuse_learn": fuse_both,
+        "fuse_trainer": functools.partial(fuse_trainer, **options),
+    }
+    # COMBO and MOBILE keep their own `learn`.
+    return ways if algorithm in ("mopo", "rambo") else {"fuse_rollout": ways["fuse_rollout"]}
+
+
+def _make_trainer(
+    checkout: Path,
+    algorithm: Algorithm,
+    batch_size: int,
+    updates: int,
+    take_over: Callable[[Any], object] | None,
+    options: dict[str, Any],
+) -> Any:
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder)
-    with _without_output():
-        logger = Logger(folder, {"consoleout_backup": "stdout", "policy_training_progress": "csv"})
+    arguments = ["--task", "halfcheetah-medium-v2", *_ARGUMENTS[algorithm], "--rollout-batch-size"]
+    arguments += [str(batch_size), "--epoch", "1", "--step-per-epoch", str(updates), "--eval_episodes", "1"]
+    if algorithm == "rambo":
+        # Its own numbers at 1000 updates: rollouts every 250, an update of the dynamics every 1000.
+        arguments += ["--rollout-freq", str(updates // 4), "--dynamics-update-freq", str(updates)]
+    dynamics = None if take_over is None else functools.partial(EnsembleDynamics, **options)
+    trainer = make_trainer(
+        checkout, algorithm, _data(), arguments, folder, dynamics=dynamics, take_over=take_over
+    )
+    trainer.policy._adv_train_steps = updates
     # A training closes its logger at the end.
-    logger.close = lambda: None
-    return MBPolicyTrainer(
-        policy,
-        _Episodes(),
-        *make_buffers(data, 5 * 5 * batch_size),
-        logger,
-        rollout_setting=(updates, batch_size, 5),
-        epoch=1,
-        step_per_epoch=updates,
-        eval_episodes=1,
+    trainer.logger.close = lambda: None
+    return trainer
+
+
+def _data() -> Transitions:
+    random = np.random.default_rng(0)
+    observations, actions, successors = (
+        torch.from_numpy(random.normal(size=(10_000, dim)).astype(np.float32))
+        for dim in (OBS_DIM, ACT_DIM, OBS_DIM)
+    )
+    return Transitions(
+        observations, actions.tanh(), torch.zeros(10_000), successors, torch.zeros(10_000, dtype=torch.bool)
     )
 
 
 def _roll_out(trainer: Any) -> None:
     start = trainer.real_buffer.sample(trainer._rollout_batch_size)["observations"].cpu().numpy()
-    made, _ = trainer.policy.rollout(start, 5)
+    made, _ = trainer.policy.rollout(start, trainer._rollout_length)
     trainer.fake_buffer.add_batch(**made)
 
 
 def _train(trainer: Any) -> None:
-    with _without_output():
+    with without_output():
         trainer.train()
-
-
-def _without_output() -> contextlib.ExitStack:
-    stack = contextlib.ExitStack()
-    stack.enter_context(contextlib.redirect_stdout(_NOWHERE))
-    stack.enter_context(contextlib.redirect_stderr(_NOWHERE))
-    return stack

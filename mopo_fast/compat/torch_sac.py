@@ -72,11 +72,13 @@ class Losses:
         metrics: means over the updates of `sac.METRICS`.
         critics: means over the updates of each critic's loss.
         alpha: temperature after the last update.
+        mean_alpha: mean over the updates of the temperature after each; `metrics` has that before each.
     """
 
     metrics: dict[str, float]
     critics: list[float]
     alpha: float
+    mean_alpha: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,6 +271,7 @@ class SharedSAC:
         # Ctrl-C must not come between the parameters and the counts of steps.
         with deferred():
             self.share(config, alpha)
+            first_alpha = float(self.sac.alpha)
             sums = self.sac.make(draws)
             made = float(self.sac.updates)
             torch.autograd.graph.increment_version([link.parameter for link in self._links])
@@ -280,7 +283,8 @@ class SharedSAC:
                 vars(optimizer)["_opt_called"] = True
         metrics = self.sac.means(sums, draws.updates)
         critics = [total / draws.updates for total in sums[len(METRICS) :]]
-        return Losses(metrics, critics, float(self.sac.alpha))
+        alpha = float(self.sac.alpha)
+        return Losses(metrics, critics, alpha, metrics["alpha"] + (alpha - first_alpha) / draws.updates)
 
 
 # The SAC of each object that `shared_with` was called for. A copy of an object gets one of its own.

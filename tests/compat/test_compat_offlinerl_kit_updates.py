@@ -470,6 +470,20 @@ def test_batches_come_from_the_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [loss["loss/critic1"] for loss in trainer.losses] == pytest.approx([5 / 40 * 100.0**2] * 10)
 
 
+def test_the_logged_temperature_is_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Test that it is the mean over the updates of one call, by a temperature that falls at a known rate."""
+    trainer = fused_trainer(monkeypatch)
+    policy = trainer.policy
+    # So far from the entropy that all gradients are equal, and a step of Adam is the learning rate.
+    policy._target_entropy = -1000.0
+    policy.alpha_optim.param_groups[0]["lr"] = 0.01
+    trainer._epoch, trainer._step_per_epoch = 1, 30
+    trainer.train()
+    after = np.exp(-0.01 * np.arange(1, 31))
+    assert [loss["alpha"] for loss in trainer.losses] == pytest.approx([after.mean()] * 30, rel=1e-4)
+    assert float(policy._alpha) == pytest.approx(after[-1], rel=1e-3)
+
+
 def test_a_seed_repeats_a_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(seed: int) -> dict[str, torch.Tensor]:
         trainer = fused_trainer(monkeypatch)

@@ -165,7 +165,7 @@ def _report(policy: Any, losses: Losses) -> dict[str, float]:
         result |= {f"loss/critic{number}": loss for number, loss in enumerate(losses.critics, start=1)}
     if policy._is_auto_alpha:
         policy._alpha = torch.full_like(policy._log_alpha.detach(), losses.alpha)
-        result |= {"loss/alpha": metrics["alpha_loss"], "alpha": losses.alpha}
+        result |= {"loss/alpha": metrics["alpha_loss"], "alpha": losses.mean_alpha}
     return result
 
 

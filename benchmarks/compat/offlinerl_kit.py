@@ -71,8 +71,8 @@ def _ways(algorithm: Algorithm, options: dict[str, Any]) -> dict[str, Callable[[
         "fuse_rollout and fuse_learn": fuse_both,
         "fuse_trainer": functools.partial(fuse_trainer, **options),
     }
-    # COMBO and MOBILE keep their own `learn`.
-    return ways if algorithm in ("mopo", "rambo") else {"fuse_rollout": ways["fuse_rollout"]}
+    # COMBO keeps its own `learn`.
+    return {"fuse_rollout": ways["fuse_rollout"]} if algorithm == "combo" else ways
 
 
 def _make_trainer(

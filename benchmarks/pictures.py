@@ -1,20 +1,23 @@
-"""Draw the chart of speed from the committed results: `python -m benchmarks.pictures`.
+"""Draw the charts of speed from the committed results: `python -m benchmarks.pictures`.
 
-It writes docs/pictures/speed.svg, which the README and the docs show. Nothing is measured here.
+It writes docs/pictures/speed.svg, which the README shows, and docs/pictures/epochs.svg, which the page on
+other code shows. Nothing is measured here.
 """
 
 import json
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import matplotlib
 import tyro
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from benchmarks.record import RESULTS
 from mopo_fast.utils.pictures import BLUE, GREY, blank, look
 
-PICTURE = Path(__file__).parents[1] / "docs" / "pictures" / "speed.svg"
+PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 
 # A bar: its label, and its time relative to the panel's last bar as the name of a result and a way in it.
 Bar = tuple[str, str, str]
@@ -57,10 +60,21 @@ PANELS: dict[str, tuple[Bar, ...]] = {
         ("as shipped", "compat-offlinerl-kit", "rollout, as shipped"),
     ),
     "OfflineRL-Kit itself: a whole epoch": (
-        ("with mopo_fast, bfloat16", "compat-offlinerl-kit-bfloat16", "epoch, fused"),
-        ("with mopo_fast", "compat-offlinerl-kit", "epoch, fused"),
+        ("with mopo_fast, bfloat16", "compat-offlinerl-kit-bfloat16", "epoch, fuse_trainer"),
+        ("with mopo_fast", "compat-offlinerl-kit", "epoch, fuse_trainer"),
         ("as shipped", "compat-offlinerl-kit", "epoch, as shipped"),
     ),
+}
+
+
+# Code bases by the names of their results.
+CODE_BASES = {
+    "offlinerl-kit": "OfflineRL-Kit",
+    "mopo-tf": "the authors' code",
+    "mbrl-lib": "mbrl-lib",
+    "d3rlpy": "d3rlpy 1.x",
+    "polixir": "Polixir's OfflineRL",
+    "unifloral": "Unifloral",
 }
 
 
@@ -79,31 +93,60 @@ def result_path(results: Path, name: str, isa: str) -> Path:
     return results / (f"{name}.json" if name.startswith("compat-") else f"{name}-{isa}.json")
 
 
+def draw_epochs(results: Path, path: Path) -> None:
+    """Draw the speed of every code base's epoch as shipped, and in the fastest way with mopo_fast."""
+    machines = set()
+    with _look():
+        figure = blank(11.5, 5.0)
+        figure.suptitle(
+            "Speed of an epoch on two CPU cores, relative to the code as shipped", fontweight="bold"
+        )
+        for axes, (name, title) in zip(figure.subplots(2, 3).flat, CODE_BASES.items(), strict=True):
+            values = {}
+            for dtype, suffix in (("bfloat16", "-bfloat16"), ("float32", "")):
+                result = json.loads((results / f"compat-{name}{suffix}.json").read_text())
+                machines.add(_machine(result))
+                epochs = [row for row in result["rows"] if row["what"].startswith("epoch, ")]
+                values[f"mopo_fast, {dtype}"] = max(float(row["times_as_shipped"]) for row in epochs)
+            _draw_bars(axes, title, values | {"as shipped": 1.0})
+        _save(figure, machines, path)
+
+
 def draw(results: Path, isa: str, path: Path) -> None:
     """Draw every panel from the results of one instruction set."""
     machines = set()
-    with look(), matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "mopo_fast"}):
+    with _look():
         figure = blank(11.5, 6.2)
         figure.suptitle("Speed on two CPU cores, relative to the last bar of each panel", fontweight="bold")
         for axes, (title, bars) in zip(figure.subplots(3, 2).flat, PANELS.items(), strict=True):
             speeds = {}
             for label, name, way in bars:
                 file = result_path(results, name, isa)
-                machine = json.loads(file.read_text())["machine"]
-                machines.add(
-                    f"{machine['cpu'].replace('(R)', '')}, {machine['cores']} cores, {machine['isa']}"
-                )
+                machines.add(_machine(json.loads(file.read_text())))
                 speeds[label] = speed(file, way)
             last = speeds[bars[-1][0]]
             _draw_bars(axes, title, {label: value / last for label, value in speeds.items()})
-        figure.supxlabel(
-            f"{'; '.join(sorted(machines))}. Float32 where nothing else is said.",
-            fontsize=9,
-            color=GREY,
-        )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Without a date, so that the same results give the same file.
-        figure.savefig(path, metadata={"Date": None})
+        _save(figure, machines, path)
+
+
+def _look() -> AbstractContextManager[None]:
+    stack = ExitStack()
+    stack.enter_context(look())
+    stack.enter_context(matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "mopo_fast"}))
+    return stack
+
+
+def _machine(result: dict[str, Any]) -> str:
+    machine = result["machine"]
+    return f"{machine['cpu'].replace('(R)', '')}, {machine['cores']} cores, {machine['isa']}"
+
+
+def _save(figure: Figure, machines: set[str], path: Path) -> None:
+    label = f"{'; '.join(sorted(machines))}. Float32 where nothing else is said."
+    figure.supxlabel(label, fontsize=9, color=GREY)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Without a date, so that the same results give the same file.
+    figure.savefig(path, metadata={"Date": None})
 
 
 def _draw_bars(axes: Axes, title: str, values: dict[str, float]) -> None:
@@ -120,10 +163,11 @@ def _draw_bars(axes: Axes, title: str, values: dict[str, float]) -> None:
 
 def main(
     isa: Annotated[str, tyro.conf.arg(help="Instruction set that the results' names end in.")] = "avx512_amx",
-    out: Annotated[Path, tyro.conf.arg(help="Picture to write, SVG or PNG.")] = PICTURE,
+    out: Annotated[Path, tyro.conf.arg(help="Folder of the pictures.")] = PICTURES,
 ) -> None:
-    """Draw the chart of speed from the committed results."""
-    draw(RESULTS, isa, out)
+    """Draw the charts of speed from the committed results."""
+    draw(RESULTS, isa, out / "speed.svg")
+    draw_epochs(RESULTS, out / "epochs.svg")
     print(out)
 
 

@@ -1,4 +1,4 @@
-"""Write the tables of docs/performance.md from the committed results: `python -m benchmarks.tables`.
+"""Write the tables of the docs from the committed results: `python -m benchmarks.tables`.
 
 A table stands between `<!-- table: NAME -->` and `<!-- /table -->`. NAME is a file of benchmarks/results
 without its ending. Nothing is measured here.
@@ -15,7 +15,8 @@ import tyro
 from benchmarks.record import RESULTS
 from mopo_fast.utils.atomic import atomic_path
 
-PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = (DOCS / "performance.md", DOCS / "compat.md")
 BLOCK = re.compile(r"(<!-- table: ([\w -]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 Record = dict[str, Any]
@@ -200,7 +201,7 @@ def _step(records: list[Record]) -> str:
 
 def _bulk(records: list[Record]) -> str:
     first = records[0]
-    formats = [name for name in first if name.startswith(("hdf5, ", "parquet, ")) and name != "hdf5, none"]
+    formats = [name for name in first if name.startswith(("hdf5, ", "parquet, "))]
     header, memory = [""], ["kernel into memory"]
     body = [["HDF5"], *([_format(name)] for name in formats)]
     for record in records:
@@ -209,10 +210,29 @@ def _bulk(records: list[Record]) -> str:
         ratios = [record["ratio"], *(record[name]["ratio"] for name in formats)]
         for row, ratio in zip(body, ratios, strict=True):
             row += [f"{ratio * record['rate_kernel']:,.0f}", f"{ratio:.2f}"]
-    sizes = [first["hdf5, none"]["bytes"], *(first[name]["bytes"] for name in formats)]
+    sizes = [first["bytes"], *(first[name]["bytes"] for name in formats)]
     for row, size in zip(body, sizes, strict=True):
         row.append(f"{size / first['count']:.0f}")
     return _table([*header, "bytes a row"], [[*memory, ""], *body])
+
+
+def _compat(records: list[Record]) -> str:
+    """Return seconds as shipped, and how many times as fast every other way is, for each dtype."""
+    ways = [row["what"] for row in records[0]["rows"]]
+    shipped = {
+        what.partition(",")[0]: f"{row['seconds']:.1f} s"
+        for what, row in zip(ways, records[0]["rows"], strict=True)
+        if what.endswith(", as shipped")
+    }
+    header = ["", "as shipped", *(record["settings"]["dtype"] for record in records)]
+    body = []
+    for what in ways:
+        if what.endswith(", as shipped"):
+            continue
+        rows = (next(row for row in record["rows"] if row["what"] == what) for record in records)
+        times = [f"{row['times_as_shipped']:.1f} x" for row in rows]
+        body.append([what, shipped[what.partition(",")[0]], *times])
+    return _table(header, body)
 
 
 def _format(name: str) -> str:
@@ -231,18 +251,22 @@ RENDERERS: dict[str, Callable[[list[Record]], str]] = {
     "compare": _compare,
     "scaling": _scaling,
     "canonical": _canonical,
+    "compat": _compat,
     "bulk": _bulk,
     "penalty": _penalty,
     "step": _step,
 }
 
 
-def main(page: Annotated[Path, tyro.conf.arg(help="Page whose tables are written.")] = PAGE) -> None:
-    """Write the page's tables from the committed results."""
-    text = update(page.read_text(encoding="utf-8"), RESULTS)
-    with atomic_path(page) as path:
-        path.write_text(text, encoding="utf-8")
-    print(page)
+def main(
+    pages: Annotated[tuple[Path, ...], tyro.conf.arg(help="Pages whose tables are written.")] = PAGES,
+) -> None:
+    """Write the tables of pages from the committed results."""
+    for page in pages:
+        text = update(page.read_text(encoding="utf-8"), RESULTS)
+        with atomic_path(page) as path:
+            path.write_text(text, encoding="utf-8")
+        print(page)
 
 
 if __name__ == "__main__":

@@ -112,6 +112,33 @@ std::pair<int64_t, int64_t> rollout(
   return {counts.written, counts.non_finite};
 }
 
+// False if it was interrupted.
+bool least_values(const std::string& isa, int64_t obs_dim, int64_t act_dim, const NetworkTuple& policy,
+                  const NetworkTuple& critics, float log_std_min, float log_std_max, uintptr_t mean,
+                  uintptr_t std, int64_t samples, int64_t members, int64_t rows, uint64_t seed, int precision,
+                  uintptr_t q, int threads) {
+  const std::vector<mopo::NetworkLayer> policy_layers = layers(policy), critic_layers = layers(critics);
+  mopo::ValuesArgs args{};
+  args.obs_dim = obs_dim;
+  args.act_dim = act_dim;
+  args.policy = network(policy, policy_layers);
+  args.critics = network(critics, critic_layers);
+  args.log_std_min = log_std_min;
+  args.log_std_max = log_std_max;
+  args.mean = pointer<float>(mean);
+  args.std = pointer<float>(std);
+  args.samples = samples;
+  args.members = members;
+  args.rows = rows;
+  args.seed = seed;
+  args.precision = static_cast<mopo::Precision>(precision);
+  args.q = pointer<float>(q);
+  args.threads = threads;
+  const mopo::Kernels& kernels = mopo::kernels(isa);
+  return interruptible(
+      [&](mopo::Interrupt& interrupt) { return mopo::least_values(args, kernels, interrupt); });
+}
+
 // Calls train(runs, interrupt) with `threads` threads for each run, then sets their counts of steps.
 template <class Call, class Train>
 auto train(const std::vector<Call*>& calls, int threads, Train train) {
@@ -167,6 +194,11 @@ PYBIND11_MODULE(_cpu, module) {
              arg("precision"), arg("keep_every_row"), arg("out"), arg("capacity"), arg("head"), arg("mean"),
              arg("std"), arg("threads"),
              "Run the fused rollout of csrc/rollout.h. Return (rows written, rollouts cut as not finite).");
+  module.def("least_values", least_values, py::kw_only(), arg("isa"), arg("obs_dim"), arg("act_dim"),
+             arg("policy"), arg("critics"), arg("log_std_min"), arg("log_std_max"), arg("mean"), arg("std"),
+             arg("samples"), arg("members"), arg("rows"), arg("seed"), arg("precision"), arg("q"),
+             arg("threads"),
+             "Evaluate a policy at sampled states; the arguments are described in csrc/values.h.");
   bind_calls(module);
   module.def("sac_updates", sac_updates, arg("calls"), py::kw_only(), arg("isa"), arg("threads"),
              "Update runs in place, side by side, each on `threads` threads. Return sums of their metrics.");

@@ -1,10 +1,10 @@
-"""Train with d3rlpy 1.x's MOPO on this package's predictions.
+"""Train with d3rlpy 1.x's MOPO on this package's predictions and updates.
 
     python -P examples/d3rlpy.py
 
 -P is needed because this folder has a module of d3rlpy's name. d3rlpy 1.1.1 must be built with NumPy 1.26 and
 Cython 0.29; tests/compat/test_compat_d3rlpy.py lists the versions. The data set is made by random actions at
-the start. `--theirs` uses d3rlpy's own predictions, for comparison.
+the start. `--theirs` uses d3rlpy's own predictions and updates, for comparison.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=200, help="SAC updates")
     parser.add_argument("--batch", type=int, default=1000, help="start states per rollout")
-    parser.add_argument("--theirs", action="store_true", help="use d3rlpy's own predictions")
+    parser.add_argument("--theirs", action="store_true", help="use d3rlpy's own predictions and updates")
     arguments = parser.parse_args()
     # Imported here: without -P, this file itself would be found under the name d3rlpy.
     from d3rlpy.algos import MOPO
@@ -49,9 +49,11 @@ def main():
         dataset.episodes, n_steps=500, n_steps_per_epoch=250, save_metrics=False, show_progress=False
     )
     if not arguments.theirs:
-        # The one line that changes.
         dynamics = fast.accelerate(dynamics)
     mopo = MOPO(dynamics=dynamics, rollout_interval=100, rollout_batch_size=arguments.batch)
+    mopo.build_with_dataset(dataset)
+    if not arguments.theirs:
+        fast.fuse_updates(mopo)
     started = time.perf_counter()
     mopo.fit(
         dataset.episodes,

@@ -1,10 +1,10 @@
-"""Run mbrl-lib's MBPO loop on a fixed data set with this package's ModelEnv, which adds MOPO's penalty.
+"""Run mbrl-lib's MBPO loop on a fixed data set with this package's ModelEnv and SAC updates.
 
     pip install --no-deps mbrl==0.2.0 hydra-core==1.3.2 omegaconf==2.3.0 antlr4-python3-runtime==4.9.3
     python examples/mbrl_lib.py
 
-The data set is made by random actions at the start. `--theirs` runs mbrl-lib's own ModelEnv, without a
-penalty.
+The data set is made by random actions at the start. ModelEnv adds MOPO's penalty. `--theirs` runs mbrl-lib's
+own ModelEnv, without a penalty, and its own updates. `--one-by-one` keeps its loop over the updates.
 """
 
 import argparse
@@ -79,7 +79,8 @@ def main():
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--steps", type=int, default=100, help="SAC updates per epoch")
     parser.add_argument("--batch", type=int, default=5000, help="start states per rollout")
-    parser.add_argument("--theirs", action="store_true", help="use mbrl-lib's own ModelEnv")
+    parser.add_argument("--theirs", action="store_true", help="use mbrl-lib's own ModelEnv and updates")
+    parser.add_argument("--one-by-one", action="store_true", help="call update_parameters in a loop")
     arguments = parser.parse_args()
     np.random.seed(0)
     torch.manual_seed(0)
@@ -97,16 +98,21 @@ def main():
     if arguments.theirs:
         model_env = mbrl.models.ModelEnv(env, model, hopper, None, generator)
     else:
-        # The one line that changes.
         model_env = mbrl_lib.ModelEnv(env, model, hopper, None, generator, penalty_coef=1.0)
     sac = make_agent(env)
     agent = SACAgent(sac)
+    if not arguments.theirs:
+        mbrl_lib.fuse_sac(sac)
     for epoch in range(arguments.epochs):
         started = time.perf_counter()
         rollout_model_and_populate_sac_buffer(model_env, real, agent, fake, True, 5, arguments.batch)
         rolled_out = time.perf_counter()
-        for update in range(arguments.steps):
-            sac.update_parameters(fake, 256, update, reverse_mask=True)
+        first = epoch * arguments.steps
+        if arguments.theirs or arguments.one_by_one:
+            for update in range(first, first + arguments.steps):
+                sac.update_parameters(fake, 256, update, reverse_mask=True)
+        else:
+            sac.update_many(fake, 256, first, arguments.steps, reverse_mask=True)
         seconds = rolled_out - started, time.perf_counter() - rolled_out
         print(f"epoch {epoch}: rollout {seconds[0]:.2f} s, SAC {seconds[1]:.2f} s, {len(fake)} transitions")
 

@@ -28,6 +28,7 @@ from mopo_fast.backends.interface import (
     Settings,
     StepCall,
     StepResult,
+    ValuesCall,
     network_sizes,
 )
 from mopo_fast.backends.reference import act, rollout_by_steps
@@ -36,7 +37,7 @@ from mopo_fast.config import PENALTIES, ROLLOUT_DTYPES, Penalty, PenaltyMembers
 from mopo_fast.data.transitions import ROLLOUT_ARRAYS, Transitions, array_layout, transition_bytes
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
-from mopo_fast.policy import Actor, Policy
+from mopo_fast.policy import Actor, Critic, Policy
 from mopo_fast.tasks import BOXES, TASKS, Box, Task, TerminationFunction, make_box
 from mopo_fast.utils.arrays import maker_like, map_tensors, to_tensor
 from mopo_fast.utils.machine import check_memory, resolve_threads
@@ -266,6 +267,62 @@ class RolloutEngine:
             return cast(StepResult[A], result)
         made: StepResult[A] = map_tensors(make, result)
         return made
+
+    @_untraced
+    def bellman_inconsistency(
+        self, observations: Any, actions: Any, policy: Actor, critic: Critic, *, seed: int, samples: int = 10
+    ) -> torch.Tensor:
+        """Return the standard deviation over the elites of the value of the next state.
+
+        Each elite's value is the mean over samples of its next observation and of the policy's action there,
+        of the least Q over the critics. Rewards and terminations do not enter it.
+
+        Source: MOBILE (Sun et al., ICML 2023); `MOBILEPolicy.compute_lcb` of OfflineRL-Kit.
+
+        Args:
+            observations: finite floats [batch, obs_dim], an array as for `step`.
+            actions: finite floats [batch, act_dim], likewise.
+            policy: the policy whose actions are drawn at the next observations.
+            critic: the Q-functions, usually the target's.
+            seed: key of the random numbers, 0 <= seed < 2^64.
+            samples: number of next observations of each row and elite.
+
+        Returns:
+            [batch], a tensor of the engine's dtype.
+
+        Raises:
+            InputError: an argument has a wrong shape, type, device or value, or there is one elite alone.
+        """
+        elites = self.ensemble.elites
+        if len(elites) < 2:
+            raise InputError("a standard deviation over the elites needs at least two of them, there is one")
+        self._check_actor(policy)
+        penalties = bool(self.penalty_coef)
+        start = self._checked("observations", observations, self.ensemble.obs_dim)
+        step = self._step(
+            start,
+            self._checked("actions", actions, self.ensemble.act_dim),
+            seed,
+            0,
+            None,
+            False,
+            True,
+            penalties,
+        )
+        assert step.mean is not None and step.std is not None
+        mean, std = step.mean[elites, :, :-1], step.std[elites, :, :-1].contiguous()
+        carry = self._dynamics().carry
+        call = ValuesCall(
+            mean + (start if carry is None else carry * start),
+            std,
+            samples,
+            self._policy(policy),
+            [self._cast(weight) for weight in critic.weights],
+            [self._cast(bias) for bias in critic.biases],
+            Settings(seed, False, self.operands, self.threads),
+        )
+        values = checked.least_values(self._backend_for(policy), call)
+        return values.mean(dim=0).std(dim=0)
 
     @_untraced
     def rollout(

@@ -134,7 +134,6 @@ class SAC:
         }
         self._network = trained_mlp(config.dtype, inner=True)
         self._targets = list(self.target.parameters())
-        self._polyak = get_ema_multi_avg_fn(1.0 - config.polyak)
         self._recorder = Recorder()
 
     @property
@@ -197,7 +196,7 @@ class SAC:
             critic.step(critic_gradients)
         actor.step(actor_gradients)
         temperature.step(alpha_gradients)
-        self._polyak(self._targets, critic.parameters, None)
+        get_ema_multi_avg_fn(1.0 - config.polyak)(self._targets, critic.parameters, None)
         self._updates += 1
         losses = (critic_loss.detach(), actor_loss.detach(), alpha_loss.detach())
         metrics = torch.stack([*losses, q.detach().mean(dim=(-2, -1)), alpha, entropy], dim=-1)

@@ -1,4 +1,4 @@
-"""The loop of d3rlpy 1.x as shipped, and with our ensemble's predictions.
+"""The loop of d3rlpy 1.x as shipped, with our ensemble's predictions, and with our SAC updates as well.
 
 Data and networks are random, of halfcheetah's sizes. The loop is `LearnableBase.fit`: a rollout at the
 first step, then SAC updates. d3rlpy does not terminate rollouts.
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.compat import in_every_way
-from mopo_fast.compat.d3rlpy import accelerate
+from mopo_fast.compat.d3rlpy import accelerate, fuse_updates
 
 OBS_DIM, ACT_DIM = 17, 6
 
@@ -30,21 +30,21 @@ def contenders(
     arrays = [random.uniform(-1, 1, size=size).astype(np.float32) for size in sizes]
     dataset = MDPDataset(*arrays, terminals=np.arange(10_000) % 1000 == 999)
 
-    def make(ours: bool) -> Any:
+    def make(predictions: bool, learning: bool = False) -> Any:
         dynamics = ProbabilisticEnsembleDynamics()
         dynamics.build_with_dataset(dataset)
-        if ours:
+        if predictions:
             accelerate(dynamics, **options)
         mopo = MOPO(dynamics=dynamics, rollout_interval=updates, rollout_batch_size=batch_size)
         mopo.build_with_dataset(dataset)
-        return mopo
+        return fuse_updates(mopo, **options) if learning else mopo
 
+    fit = functools.partial(_fit, dataset, updates)
     ways = {"as shipped": make(False), "accelerate": make(True)}
-    calls = {
-        "rollout": functools.partial(_roll_out, dataset),
-        "epoch": functools.partial(_fit, dataset, updates),
+    return {
+        **in_every_way({"rollout": functools.partial(_roll_out, dataset), "epoch": fit}, ways),
+        "epoch, accelerate and fuse_updates": functools.partial(fit, make(True, True)),
     }
-    return in_every_way(calls, ways)
 
 
 def _roll_out(dataset: Any, mopo: Any) -> None:

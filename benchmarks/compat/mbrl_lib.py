@@ -1,9 +1,11 @@
-"""The MBPO loop of mbrl-lib as shipped, with our ModelEnv, and with our ModelEnv and MOPO's penalty.
+"""The MBPO loop of mbrl-lib as shipped, with our ModelEnv, with MOPO's penalty, and with our SAC updates.
 
 Data and networks are random, of halfcheetah's sizes. The rollout is
-`rollout_model_and_populate_sac_buffer`; the updates are those of its SAC.
+`rollout_model_and_populate_sac_buffer`; the updates are those of its SAC, by `update_parameters`, or by one
+call of `update_many`.
 """
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,24 +38,35 @@ def contenders(
     real, fake = make_buffers(data, HORIZON * batch_size)
     model = make_model(data.obs_dim, data.act_dim)
     model.update_normalizer(real.get_all())
-    sac = make_agent(env)
-    agent = SACAgent(sac)
-    ways = {
-        "as shipped": mbrl.models.ModelEnv(env, model, no_termination),
-        "ModelEnv": mbrl_lib.ModelEnv(env, model, no_termination, **options),
-        "ModelEnv, penalised": mbrl_lib.ModelEnv(env, model, no_termination, penalty_coef=1.0, **options),
-    }
+    theirs = make_agent(env)
+    fused = mbrl_lib.fuse_sac(make_agent(env), **options)
+    ours = mbrl_lib.ModelEnv(env, model, no_termination, **options)
+    penalised = mbrl_lib.ModelEnv(env, model, no_termination, penalty_coef=1.0, **options)
 
-    def roll_out(model_env: Any) -> None:
+    def roll_out(model_env: Any, sac: Any = theirs) -> None:
+        agent = SACAgent(sac)
         rollout_model_and_populate_sac_buffer(model_env, real, agent, fake, True, HORIZON, batch_size)
 
-    def epoch(model_env: Any) -> None:
-        roll_out(model_env)
+    def epoch(model_env: Any, sac: Any = theirs) -> None:
+        roll_out(model_env, sac)
         for update in range(updates):
             sac.update_parameters(fake, 256, update, reverse_mask=True)
 
+    def epoch_at_once() -> None:
+        roll_out(ours, fused)
+        fused.update_many(fake, 256, 0, updates, reverse_mask=True)
+
     calls = {"rollout": roll_out, "epoch": epoch}
-    return in_every_way(calls, ways)
+    ways = {
+        "as shipped": mbrl.models.ModelEnv(env, model, no_termination),
+        "ModelEnv": ours,
+        "ModelEnv, penalised": penalised,
+    }
+    return {
+        **in_every_way(calls, ways),
+        "epoch, ModelEnv and fuse_sac": functools.partial(epoch, ours, fused),
+        "epoch, ModelEnv and fuse_sac, many updates at once": epoch_at_once,
+    }
 
 
 def _noise(count: int, obs_dim: int, act_dim: int) -> Transitions:

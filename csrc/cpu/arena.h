@@ -45,7 +45,8 @@ class Arena {
   Arena(Arena&&) = default;
   ~Arena() {
     Block& spare = Block::spare();
-    if (block_.bytes > spare.bytes && block_.bytes <= kMostSpare) std::swap(block_, spare);
+    // An arena that was moved has no memory.
+    if (block_.memory && block_.bytes > spare.bytes && block_.bytes <= kMostSpare) std::swap(block_, spare);
   }
 
   template <class T>

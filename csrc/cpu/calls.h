@@ -14,6 +14,9 @@ namespace mopo {
 RolloutCounts rollout(const RolloutArgs& args, const Packed& dynamics, const Kernels& kernels,
                       Interrupt& interrupt);
 
+// Writes args.q. Returns false if it was interrupted; a part of args.q is unset then.
+bool least_values(const ValuesArgs& args, const Kernels& kernels, Interrupt& interrupt);
+
 // Updates every parameter of all runs in place, the runs side by side. Returns the sums of each run's
 // metrics. An interrupted call leaves every run as it was and returns nothing.
 std::vector<std::vector<double>> sac_updates(const std::vector<SacArgs>& runs, const Kernels& kernels,

@@ -8,6 +8,7 @@
 #include "../fit.h"
 #include "../rollout.h"
 #include "../sac.h"
+#include "../values.h"
 
 namespace mopo {
 
@@ -59,7 +60,7 @@ inline bool computes_one_member(const RolloutArgs& args) {
 }
 
 // True if the call is to end. Defined in rollout.cpp, so that no instruction set's file has a copy of it.
-bool interrupted(const RolloutPlan& plan) noexcept;
+bool interrupted(Interrupt& interrupt) noexcept;
 
 // The transitions of a chunk, in arrays of the output's shapes: step t of rollout r is row r * horizon + t.
 struct ChunkOutput {
@@ -73,14 +74,32 @@ struct ChunkOutput {
   int64_t non_finite;  // rollouts cut because a prediction was not finite
 };
 
+// What passes between a network's layers for a tile of rows: a layer's inputs and its outputs, in turn.
+struct LayerBuffers {
+  float *in, *out;
+};
+
 // A thread's memory for one chunk. The floats are in tiles, [tile][feature][rows of a tile]. Where only the
 // drawn member computes a row, there is one tile with one member's predictions.
 struct RolloutWorkspace {
-  float *observations, *actions, *inputs, *predictions, *noise, *layer_in, *layer_out;
+  float *observations, *actions, *inputs, *predictions, *noise;
+  LayerBuffers layers;
   int64_t *alive, *survivors;  // [chunk_rows], rollouts that go on: in this step, and in the next
   // Used if only the drawn member computes a row; see Chunk::group_by_member.
   uint32_t* drawn;     // [chunk_rows], the member that each row drew
   int64_t* group_end;  // [members + 1]
+};
+
+// Read by all threads that evaluate a policy at sampled states.
+struct ValuesPlan {
+  PackedNetwork policy, critics;
+  Interrupt* interrupt;
+};
+
+// A thread's memory for a tile of such states, [feature][rows of a tile].
+struct ValuesWorkspace {
+  float *inputs, *noise, *outputs;  // obs_dim, act_dim; the larger of them; a network's outputs
+  LayerBuffers layers;
 };
 
 // A row-major matrix whose rows are whole vectors.
@@ -209,6 +228,7 @@ struct Kernels {
   int64_t tile;          // rows of a tile of packed bfloat16 factors; 0 where they are rounded floats
   void (*rollout_chunk)(const RolloutArgs&, const RolloutPlan&, RolloutWorkspace&, ChunkOutput&,
                         int64_t first, int64_t rows);
+  void (*least_values)(const ValuesArgs&, const ValuesPlan&, ValuesWorkspace&, int64_t first, int64_t last);
   // The stages of an update of SAC, in order; all threads finish one before any begins the next. The critics'
   // parameters move in sac_critic, or in sac_action_gradient where SacArgs::simultaneous is true.
   void (*sac_sample)(const SacArgs&, const SacPlan&, const Team&, int64_t update);

@@ -22,6 +22,7 @@ static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 #include "../spec.h"
 #include "gemm.h"
 #include "rollout.inl"
+#include "values.inl"
 #include "matmul.h"
 #include "factors.h"
 #include "train.inl"
@@ -85,6 +86,7 @@ extern const Kernels MOPO_KERNELS = {
     0,
 #endif
     MOPO_ISA::rollout_chunk,
+    MOPO_ISA::least_values,
     MOPO_ISA::sac_sample,
     MOPO_ISA::sac_target,
     MOPO_ISA::sac_critic,

@@ -36,8 +36,8 @@ void lay_out(Arena& arena, const RolloutArgs& args, int64_t tile, int64_t rows, 
   arena.take(ws.inputs, in_tiles * (args.obs_dim + args.act_dim));
   arena.take(ws.predictions, in_tiles * heads);
   arena.take(ws.noise, round_up(std::max(dims, args.act_dim), 4) * tile);
-  arena.take(ws.layer_in, width * tile);
-  arena.take(ws.layer_out, width * tile);
+  arena.take(ws.layers.in, width * tile);
+  arena.take(ws.layers.out, width * tile);
   arena.take(ws.alive, rows);
   arena.take(ws.survivors, rows);
   arena.take(ws.drawn, one_member ? rows : 0);
@@ -219,7 +219,7 @@ class ChunkOrder {
 
 }  // namespace
 
-bool interrupted(const RolloutPlan& plan) noexcept { return plan.interrupt->requested(); }
+bool interrupted(Interrupt& interrupt) noexcept { return interrupt.requested(); }
 
 RolloutCounts rollout(const RolloutArgs& args, const Packed& dynamics, const Kernels& kernels,
                       Interrupt& interrupt) {

@@ -75,13 +75,13 @@ static void network_rows(const Network& network, const PackedNetwork& packed, in
 
 template <class Operand>
 static void network_tile(const Network& network, const PackedNetwork& packed, int64_t member, int64_t rows,
-                         const float* in, RolloutWorkspace& ws, float* out) {
+                         const float* in, const LayerBuffers& layers, float* out) {
   const auto run = [&]<Activation activation>(std::integral_constant<Activation, activation>) {
     if constexpr (Operand::kPacking.terms == 1)
       if (rows <= kFewRows)
-        return network_rows<activation>(network, packed, member, rows, in, ws.layer_in, ws.layer_out, out);
+        return network_rows<activation>(network, packed, member, rows, in, layers.in, layers.out, out);
     const int vectors = static_cast<int>((rows + W - 1) / W);
-    network_tile<Operand, activation>(network, packed, member, vectors, in, ws.layer_in, ws.layer_out, out);
+    network_tile<Operand, activation>(network, packed, member, vectors, in, layers.in, layers.out, out);
   };
   switch (network.activation) {
     case Activation::kSilu:
@@ -91,6 +91,20 @@ static void network_tile(const Network& network, const PackedNetwork& packed, in
     case Activation::kTanh:
       return run(std::integral_constant<Activation, Activation::kTanh>{});
   }
+}
+
+// Draws `count` standard normals for each of `lanes` lanes into to [count, rounded up to 4][kTile].
+// block(lane, number) are the words of a lane.
+template <int kTile, class Block>
+MOPO_INLINE void fill_normals(float* to, int64_t lanes, int64_t count, Block block) {
+  for (int64_t v = 0; v < lanes; v += W)
+    for (int64_t d = 0; d < count; d += 4) {
+      PhiloxBlock blocks[W];
+      for (int lane = 0; lane < W; ++lane) blocks[lane] = block(v + lane, static_cast<uint32_t>(d / 4));
+      vf normals[4];
+      box_muller(blocks, normals);
+      for (int i = 0; i < 4; ++i) store(to + (d + i) * kTile + v, normals[i]);
+    }
 }
 
 // The processor's state that an operand's products need: on AMX, the configuration of the tiles. No object of
@@ -148,7 +162,7 @@ struct Chunk {
   void run() {
     const bool one_member = computes_one_member(args);
     for (t = 0; t < args.horizon && alive > 0; ++t) {
-      if (interrupted(plan)) return;
+      if (interrupted(*plan.interrupt)) return;
       const int64_t survivors = one_member ? step_of_drawn_members() : step_of_every_member();
       if (survivors < 0) return;
       int64_t* ended = ws.alive;
@@ -177,7 +191,7 @@ struct Chunk {
     for (int64_t place = 0; place < members; ++place)
       for (int64_t i = 0; i < tiles;) {
         const int64_t member = to_and_fro ? place : members - 1 - place;
-        if (interrupted(plan)) return -1;
+        if (interrupted(*plan.interrupt)) return -1;
         const TileState<Operand> tile_state;
         for (const int64_t end = smaller(tiles, i + tiles_between_looks()); i < end; ++i)
           predict(tile_at(i), member);
@@ -194,7 +208,7 @@ struct Chunk {
     int64_t survivors = 0, until_look = 0, begin = 0;
     for (int64_t member = 0; member < args.dynamics.networks; ++member)
       for (const int64_t end = ws.group_end[member]; begin < end;) {
-        if (interrupted(plan)) return -1;
+        if (interrupted(*plan.interrupt)) return -1;
         const TileState<Operand> tile_state;
         for (until_look = tiles_between_looks(); begin < end && until_look > 0; --until_look) {
           const Tile tile{begin, smaller(kTile, end - begin), 0, member};
@@ -257,7 +271,7 @@ struct Chunk {
   }
 
   void predict(const Tile& tile, int64_t member) {
-    network_tile<Operand>(args.dynamics, plan.dynamics, member, tile.count, inputs(tile), ws,
+    network_tile<Operand>(args.dynamics, plan.dynamics, member, tile.count, inputs(tile), ws.layers,
                           predictions(tile, member));
   }
 
@@ -282,7 +296,7 @@ struct Chunk {
   void act(const Tile& tile) const {
     // The policy's means and log stds lie where the first member's predictions will be.
     float* heads = predictions(tile, 0);
-    network_tile<Operand>(args.policy, plan.policy, 0, tile.count, observations(tile), ws, heads);
+    network_tile<Operand>(args.policy, plan.policy, 0, tile.count, observations(tile), ws.layers, heads);
     if (!args.deterministic) draw_normals(tile, kActionStream, args.act_dim);
     for (int64_t d = 0; d < args.act_dim; ++d)
       for (int64_t i = d * kTile; i < d * kTile + tile.lanes(); i += W) {
@@ -320,15 +334,9 @@ struct Chunk {
 
   // Draws `count` standard normals for each row into ws.noise [count, rounded up to 4][tile].
   void draw_normals(const Tile& tile, PhiloxStream stream, int64_t count) const {
-    for (int64_t v = 0; v < tile.lanes(); v += W)
-      for (int64_t d = 0; d < count; d += 4) {
-        PhiloxBlock blocks[W];
-        for (int lane = 0; lane < W; ++lane)
-          blocks[lane] = random(rollout_at(tile, v + lane), stream, static_cast<uint32_t>(d / 4));
-        vf normals[4];
-        box_muller(blocks, normals);
-        for (int i = 0; i < 4; ++i) store(ws.noise + (d + i) * kTile + v, normals[i]);
-      }
+    fill_normals<kTile>(ws.noise, tile.lanes(), count, [&](int64_t lane, uint32_t block) {
+      return random(rollout_at(tile, lane), stream, block);
+    });
   }
 
   // Penalty, sample, termination and output of one tile. Appends the rollouts that go on to ws.survivors,
@@ -343,7 +351,7 @@ struct Chunk {
         drawn[lane] = tile.member == Tile::kEveryMember ? draw_member(rollout_at(tile, lane))
                                                         : static_cast<uint32_t>(tile.member);
     }
-    float* next = ws.layer_in;  // [obs_dim][tile]
+    float* next = ws.layers.in;  // [obs_dim][tile]
     alignas(64) float raw[kTile], reward[kTile], penalty[kTile];
     alignas(64) int32_t finite[kTile], inside[kTile];
     for (int64_t v = 0; v < tile.lanes(); v += W) {

@@ -155,8 +155,7 @@ bool write_parameters(const TrainedLayer& layer, int64_t network, const Dense& d
   pair_up_all(layer, network, dense, kernels, [&](float* theirs, const float* ours, int64_t n) {
     std::copy_n(ours, n, theirs);
     // The sum's sign bit is set if all bits of the exponent are.
-    for (int64_t i = 0; i < n; ++i)
-      signs |= (std::bit_cast<uint32_t>(ours[i]) & 0x7fffffff) + 0x00800000;
+    for (int64_t i = 0; i < n; ++i) signs |= (std::bit_cast<uint32_t>(ours[i]) & 0x7fffffff) + 0x00800000;
   });
   return signs >> 31 == 0;
 }

@@ -25,6 +25,7 @@ from mopo_fast.backends.interface import (
     SacUpdates,
     StepCall,
     StepResult,
+    ValuesCall,
 )
 from mopo_fast.config import ACTIVATIONS, MAX_MEMBERS, PENALTIES, ROLLOUT_DTYPES, TRAINING_DTYPES
 from mopo_fast.data.transitions import DATA_ARRAYS, array_layout
@@ -61,6 +62,28 @@ def check_rollout(backend: Backend, call: RolloutCall) -> None:
     check_known("the policy's activation", policy.activation, ACTIVATIONS)
     check_range("horizon", call.horizon, 1, 2**31)
     check_destination(call.out, layout, obs_dim, act_dim, len(call.observations) * call.horizon)
+
+
+def least_values(backend: Backend, call: ValuesCall) -> torch.Tensor:
+    """Check a call, then pass it to `backend.least_values`."""
+    settings, policy = call.settings, call.policy
+    check_known("dtype", settings.operands, ROLLOUT_DTYPES)
+    _check_serves(backend, Need(settings.operands, call.mean.device))
+    check_range("threads", settings.threads, 1, MAX_THREADS)
+    check_range("seed", settings.seed, 0, 2**64)
+    check_range("samples", call.samples, 1, 2**31)
+    layout = Layout(torch.float64 if settings.operands == "float64" else torch.float32, call.mean.device)
+    if call.mean.ndim != 3 or min(call.mean.shape) < 1:
+        raise _other("the states' mean", call.mean, "[members, rows, obs_dim], none of them 0")
+    for name, array in (("mean", call.mean), ("std", call.std)):
+        layout.check(f"the states' {name}", array, *call.mean.shape)
+    obs_dim = call.mean.shape[2]
+    act_dim = policy.biases[-1].shape[-1] // 2
+    layout.network("the policy", policy.weights, policy.biases, (), obs_dim, 2 * act_dim)
+    check_known("the policy's activation", policy.activation, ACTIVATIONS)
+    critics = call.weights[0].shape[0]
+    layout.network("the critics", call.weights, call.biases, (critics,), obs_dim + act_dim, 1)
+    return backend.least_values(call)
 
 
 def sac_updates(backend: Backend, calls: Sequence[SacUpdates], threads: int) -> list[list[float]]:

@@ -24,6 +24,7 @@ from mopo_fast.backends.interface import (
     SacUpdates,
     StepCall,
     StepResult,
+    ValuesCall,
     address,
     kernel_arguments,
     refuse_penalty,
@@ -254,6 +255,32 @@ class CpuBackend(Backend):
     @override
     def rollout(self, call: RolloutCall) -> tuple[int, int]:
         return _launch(call, call.out)
+
+    @override
+    def least_values(self, call: ValuesCall) -> torch.Tensor:
+        members, rows, obs_dim = call.mean.shape
+        policy, settings = call.policy, call.settings
+        q = call.mean.new_empty(call.samples, members, rows)
+        with _within_resources():
+            extension().least_values(
+                isa=isa(),
+                obs_dim=obs_dim,
+                act_dim=policy.biases[-1].shape[0] // 2,
+                policy=_network(policy.weights, policy.biases, policy.activation),
+                critics=_network(call.weights, call.biases, "relu"),
+                log_std_min=policy.log_std_min,
+                log_std_max=policy.log_std_max,
+                mean=call.mean.data_ptr(),
+                std=call.std.data_ptr(),
+                samples=call.samples,
+                members=members,
+                rows=rows,
+                seed=settings.seed,
+                precision=_precision(settings.operands),
+                q=q.data_ptr(),
+                threads=settings.threads,
+            )
+        return q
 
     @override
     def sac_updates(self, calls: Sequence[SacUpdates], threads: int) -> list[list[float]]:

@@ -227,6 +227,31 @@ class RolloutCall:
         return self.dynamics.penalty_coef != 0.0 or self.out.arrays.get("penalties") is not None
 
 
+@dataclass(frozen=True, eq=False)
+class ValuesCall:
+    """Values of a policy at states that are drawn from Gaussians.
+
+    State number r of all, in the order of the result, has the random counters (r, 0).
+
+    Attributes:
+        mean: [members, rows, obs_dim] of the Gaussians.
+        std: likewise.
+        samples: number of states drawn from each Gaussian.
+        policy: the policy, whose actions are drawn too.
+        weights: [critics, in, out] of each layer of the critics, ReLU between them.
+        biases: [critics, out] of each layer of the critics.
+        settings: the settings.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+    samples: int
+    policy: PolicyArrays
+    weights: list[torch.Tensor]
+    biases: list[torch.Tensor]
+    settings: Settings
+
+
 def address(tensor: torch.Tensor | None) -> int:
     """Return the address of a tensor's memory, 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
@@ -424,6 +449,9 @@ class Backend(Protocol):
 
     def rollout(self, call: RolloutCall) -> tuple[int, int]:
         """Make rollouts; return (rows written, rollouts ended by a prediction that was not finite)."""
+
+    def least_values(self, call: ValuesCall) -> torch.Tensor:
+        """Return the least Q over the critics at each state, [samples, members, rows]."""
 
     def sac_updates(self, calls: Sequence[SacUpdates], threads: int) -> list[list[float]]:
         """Make each call's updates; return the sums over its updates of `sac.METRICS` and each critic's loss.

@@ -19,6 +19,7 @@ from mopo_fast.backends.interface import (
     Settings,
     StepCall,
     StepResult,
+    ValuesCall,
 )
 from mopo_fast.backends.philox import (
     ACTION_STREAM,
@@ -182,6 +183,20 @@ def rollout_by_steps(
     return len(order), cut
 
 
+def least_values(call: ValuesCall) -> torch.Tensor:
+    """Compute `Backend.least_values`, for every backend without a kernel for it."""
+    mean, seed = call.mean, call.settings.seed
+    members, count, obs_dim = mean.shape
+    rows = torch.arange(call.samples * members * count, device=mean.device)
+    noise = random_normals(rows, 0, NOISE_STREAM, obs_dim, seed, mean.dtype)
+    states = mean + call.std * noise.view(call.samples, members, count, obs_dim)
+    states = states.view(-1, obs_dim)
+    actions = act(call.policy, states, rows, 0, call.settings)
+    inputs = torch.cat([states, actions], dim=-1)
+    q = mlp(inputs, call.weights, call.biases, "relu", call.settings.operands)
+    return q.amin(dim=0).view(call.samples, members, count)
+
+
 class ReferenceBackend(Backend):
     """Plain PyTorch on any device, in chunks of rows."""
 
@@ -212,6 +227,10 @@ class ReferenceBackend(Backend):
             mean=join("mean", dim=1) if call.distributions else None,
             std=join("std", dim=1) if call.distributions else None,
         )
+
+    @override
+    def least_values(self, call: ValuesCall) -> torch.Tensor:
+        return least_values(call)
 
     @override
     def rollout(self, call: RolloutCall) -> tuple[int, int]:

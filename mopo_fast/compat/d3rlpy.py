@@ -1,7 +1,9 @@
-"""Adapter for d3rlpy 1.x: its `ProbabilisticEnsembleDynamics` on a fused kernel, and its files.
+"""Adapter for d3rlpy 1.x: its `ProbabilisticEnsembleDynamics` and SAC updates on kernels, and its files.
 
-    from mopo_fast.compat.d3rlpy import accelerate
+    from mopo_fast.compat.d3rlpy import accelerate, fuse_updates
     mopo = d3rlpy.algos.MOPO(dynamics=accelerate(dynamics))
+    mopo.build_with_dataset(dataset)
+    fuse_updates(mopo)
 
 d3rlpy's penalty is the largest sum of variances over the members. MOPO's is the square root of that sum.
 d3rlpy computes it in the space of the scaled observations and rewards.
@@ -10,11 +12,13 @@ Source: d3rlpy 1.1.1.
 """
 
 import math
+import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from mopo_fast.compat import Checkpoint
@@ -30,7 +34,9 @@ from mopo_fast.compat.models import (
     warn_of_changes,
 )
 from mopo_fast.compat.torch_files import as_state, load, save, take
-from mopo_fast.config import MAX_MEMBERS, Hints
+from mopo_fast.compat.torch_sac import Modules, SharedSAC, draw_all, shared_with
+from mopo_fast.config import MAX_MEMBERS, Hints, SACConfig, TrainingDtype
+from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.policy import Actor
@@ -116,18 +122,21 @@ def ensemble_over(model: Any) -> EnsembleDynamics:
     check_method(model, "forward", "d3rlpy", "leave accelerate out")
     members = list(model._models)
     for member in members:
-        encoder = member._encoder
-        if not hasattr(encoder, "_fcs"):
-            raise InputError(f"the encoder is {type(encoder).__name__}; the kernels take vector observations")
-        if encoder._use_batch_norm or encoder._dropout_rate is not None or encoder._use_dense:
-            raise InputError(
-                "the encoder has batch norms, dropout or dense connections; the kernels have none of these"
-            )
-        if getattr(encoder, "_discrete_action", False):
-            raise InputError("the actions are discrete; the kernels take continuous ones")
+        _check_encoder(member._encoder)
     return _ensemble(
         [member.state_dict() for member in members], activation_of(members[0]._encoder._activation)
     )
+
+
+def _check_encoder(encoder: Any) -> None:
+    if not hasattr(encoder, "_fcs"):
+        raise InputError(f"the encoder is {type(encoder).__name__}; the kernels take vector observations")
+    if encoder._use_batch_norm or encoder._dropout_rate is not None or encoder._use_dense:
+        raise InputError(
+            "the encoder has batch norms, dropout or dense connections; the kernels have none of these"
+        )
+    if getattr(encoder, "_discrete_action", False):
+        raise InputError("the actions are discrete; the kernels take continuous ones")
 
 
 def _weight(state: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
@@ -154,6 +163,169 @@ def _ensemble(
         elites=elites,
         log_scale="std",
     )
+
+
+# --- updates of SAC
+
+# The algorithms whose `_update` is known, and the classes of the methods that it calls.
+_ALGORITHMS, _IMPLS = ("MOPO", "SAC"), ("SACImpl", "DDPGBaseImpl")
+_WITHOUT_UPDATES = "leave fuse_updates out: d3rlpy's own updates stay"
+
+
+def fuse_updates(
+    algo: Any, *, dtype: TrainingDtype = "float32", backend: str = "auto", threads: int | None = None
+) -> Any:
+    """Let MOPO or SAC step its critics, its actor and the target critics in one kernel call.
+
+    The losses, the hyperparameters, the order of the steps and the metrics stay d3rlpy's. The temperature's
+    step, which draws actions of its own, stays with `SACImpl.update_temp`. Parameters and the moments in the
+    optimizers change in place, so that predictions and `save_model` see them as before. The noise of the
+    kernel's actions is keyed by a seed from torch's global generator.
+
+    Args:
+        algo: MOPO or SAC on the CPU whose networks exist: after `build_with_dataset`, `fit` or `load_model`.
+            Its encoders are vector encoders of equal widths with ReLU, its Q functions are "mean", n_steps
+            and update_actor_interval are 1, and the optimizers of the actor and the critics are
+            torch.optim.Adam with its defaults except for the learning rates.
+        dtype: precision of the matrix products, see `SACConfig.dtype`.
+        backend: backend of `SAC`.
+        threads: number of CPU threads, see `SAC`.
+
+    Returns:
+        `algo` itself.
+
+    Raises:
+        InputError: the networks do not exist yet, or the kernels do not support the algorithm. The message
+            names the reason.
+    """
+    check_method(algo, "_update", "d3rlpy", _WITHOUT_UPDATES, _ALGORITHMS)
+    impl = getattr(algo, "_impl", None)
+    if impl is None:
+        raise InputError("the algorithm has no networks yet: build them first (build_with_dataset)")
+    _check_updates(algo, impl)
+    # On the implementation: get_params would take an attribute of the algorithm for a hyperparameter.
+    impl._mopo_fast = {"dtype": dtype, "backend": backend, "threads": threads}
+    _shared_sac(impl)
+    # A bound method, so that that of a copy updates the copy.
+    algo._update = types.MethodType(_update, algo)
+    return algo
+
+
+def _check_updates(algo: Any, impl: Any) -> None:
+    losses = ("compute_target", "compute_critic_loss", "compute_actor_loss")
+    for method in ("update_critic", "update_actor", "update_critic_target", *losses):
+        check_method(impl, method, "d3rlpy", _WITHOUT_UPDATES, _IMPLS)
+    for name in ("n_steps", "update_actor_interval"):
+        if (value := getattr(algo, f"_{name}", 1)) != 1:
+            raise InputError(f"the updates take {name} 1, got {value}; {_WITHOUT_UPDATES}")
+    policy, critics = impl._policy, list(impl._q_func._q_funcs)
+    for network in (policy, *critics):
+        check_method(network, "forward", "d3rlpy", _WITHOUT_UPDATES)
+    if type(policy).__name__ != "SquashedNormalPolicy" or policy._use_std_parameter:
+        raise InputError(f"the updates take a SquashedNormalPolicy, got {type(policy).__name__}")
+    for network in (policy, *critics):
+        if network is not policy and type(network).__name__ != "ContinuousMeanQFunction":
+            raise InputError(f'the updates take the Q function "mean", got {type(network).__name__}')
+        _check_encoder(network._encoder)
+        if sum(one._encoder is network._encoder for one in critics) > 1:
+            raise InputError(f"the critics share an encoder, each needs its own; {_WITHOUT_UPDATES}")
+        if activation_of(network._encoder._activation) != "relu":
+            raise InputError(f"the updates take encoders with ReLU, got {network._encoder._activation}")
+
+
+def _shared_sac(impl: Any) -> SharedSAC:
+    if not hasattr(impl, "_mopo_fast"):
+        raise InputError("the algorithm's networks have been built anew; call fuse_updates again")
+    options = {name: impl._mopo_fast[name] for name in ("backend", "threads")}
+    return shared_with(impl, _modules(impl), _sac_config(impl), **options)
+
+
+def _sac_config(impl: Any) -> SACConfig:
+    """Return the hyperparameters that a SACImpl has now, without the learning rates."""
+    policy = impl._policy
+    return SACConfig(
+        hidden=tuple(layer.out_features for layer in policy._encoder._fcs),
+        critics=len(impl._q_func._q_funcs),
+        log_std_min=policy._min_logstd,
+        log_std_max=policy._max_logstd,
+        target_entropy=0.0,
+        critic_loss="mse",
+        simultaneous=False,
+        discount=impl._gamma,
+        polyak=impl._tau,
+        dtype=impl._mopo_fast["dtype"],
+    )
+
+
+def _modules(impl: Any) -> Modules:
+    """Return the layers and the optimizers of a SACImpl."""
+    policy = impl._policy
+    critics, targets = (
+        [[*one._encoder._fcs, one._fc] for one in q_func._q_funcs]
+        for q_func in (impl._q_func, impl._targ_q_func)
+    )
+    return Modules(
+        actor=[*policy._encoder._fcs, policy._mu, policy._logstd],
+        critics=critics,
+        targets=targets,
+        actor_optimizer=impl._actor_optim,
+        critic_optimizers=[impl._critic_optim],
+        alpha=_alpha(impl),
+    )
+
+
+def _alpha(impl: Any) -> float:
+    return math.exp(impl._log_temp.data.item())
+
+
+def _update(algo: Any, batch: Any) -> dict[str, Any]:
+    """Stand in for `_update` of MOPO or SAC."""
+    impl = algo._impl
+    shared, rows = _shared_sac(impl), _rows(impl, batch)
+    owner = next(kind for kind in type(algo).__mro__ if "_update" in vars(kind))
+    metrics: dict[str, Any] = {}
+
+    def update_temp() -> None:
+        if algo._temp_learning_rate > 0:
+            metrics["temp_loss"], metrics["temp"] = impl.update_temp(batch)
+
+    if owner.__name__ == "SAC":
+        update_temp()
+    draws = draw_all(rows, int(torch.randint(2**63 - 1, (1,))))
+    losses = shared.update(draws, _sac_config(impl), _alpha(impl)).metrics
+    metrics |= {name: np.float32(losses[name]) for name in ("critic_loss", "actor_loss")}
+    if owner.__name__ == "MOPO":
+        update_temp()
+    impl.update_actor_target()
+    return metrics
+
+
+def _rows(impl: Any, batch: Any) -> Transitions:
+    """Return a TransitionMiniBatch, scaled as d3rlpy scales it.
+
+    Raises:
+        InputError: a terminal is neither 0 nor 1, or rewards are sums over several steps.
+    """
+    names = ("observations", "actions", "rewards", "next_observations", "terminals", "n_steps")
+    arrays: dict[str, Any] = {
+        name: torch.as_tensor(getattr(batch, name), dtype=torch.float32) for name in names
+    }
+    for name, scaler in {
+        "observations": impl.scaler,
+        "next_observations": impl.scaler,
+        "actions": impl.action_scaler,
+        "rewards": impl.reward_scaler,
+    }.items():
+        if scaler:
+            arrays[name] = scaler.transform(arrays[name]).float().contiguous()
+    if not bool((arrays.pop("n_steps") == 1.0).all()):
+        raise InputError("the updates take transitions of one step; leave n_steps at 1")
+    terminals = arrays.pop("terminals")[:, 0]
+    flags = terminals != 0.0
+    if not torch.equal(flags.float(), terminals):
+        raise InputError("the updates take terminals that are 0 or 1")
+    arrays["rewards"], arrays["terminals"] = arrays["rewards"][:, 0], flags
+    return Transitions(**arrays)
 
 
 # --- files

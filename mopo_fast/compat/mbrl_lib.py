@@ -1,7 +1,8 @@
-"""Adapter for mbrl-lib: its `ModelEnv` with model steps on fused kernels, and its files.
+"""Adapter for mbrl-lib: its `ModelEnv` and the updates of its SAC on fused kernels, and its files.
 
-    from mopo_fast.compat.mbrl_lib import ModelEnv
+    from mopo_fast.compat.mbrl_lib import ModelEnv, fuse_sac
     model_env = ModelEnv(env, dynamics_model, termination_fn, generator=generator)
+    fuse_sac(agent.sac_agent)
 
 mbrl-lib implements MBPO, the same loop as MOPO without a penalty. A positive `penalty_coef` makes it MOPO.
 
@@ -10,6 +11,7 @@ Source: mbrl 0.2.0.
 
 import dataclasses
 import pickle
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -29,13 +31,16 @@ from mopo_fast.compat.models import (
     warn_of_changes,
 )
 from mopo_fast.compat.torch_files import as_state, load, save, take
-from mopo_fast.config import Hints, Penalty
+from mopo_fast.compat.torch_sac import Modules, SharedSAC, draw_all, learning_rate, shared_with
+from mopo_fast.config import Hints, Penalty, SACConfig, TrainingDtype
+from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine
 from mopo_fast.utils import pickles
 from mopo_fast.utils.atomic import atomic_path
+from mopo_fast.utils.interrupts import deferred
 
 State = dict[str, Any]
 
@@ -366,6 +371,247 @@ def _select_members(ensemble: EnsembleDynamics, members: list[int]) -> EnsembleD
         input_std=ensemble.input_std,
         absolute=ensemble.absolute.nonzero()[:, 0].tolist(),
     )
+
+
+# --- updates of SAC
+
+# Updates of one kernel call. With more of them, more batches are in memory, and Ctrl-C waits longer.
+_UPDATES_AT_ONCE = 100
+# A share of the way to the critics that is 0 in float32, so that the targets stay to the bit.
+_STAY = 1e-300
+_WITHOUT_FUSE = "leave fuse_sac out: mbrl-lib's own update_parameters stays"
+
+
+def fuse_sac(
+    sac: Any, *, dtype: TrainingDtype = "float32", backend: str = "auto", threads: int | None = None
+) -> Any:
+    """Replace a SAC's `update_parameters` by one that makes the whole update in one kernel call.
+
+    Arguments, results and logged keys stay mbrl-lib's, and so do the losses, the order of the steps, the
+    hyperparameters and the rows of a batch, which `memory.sample` draws. Parameters and the moments in the
+    optimizers change in place, so that `select_action` and `save_checkpoint` see them as before. The noise
+    of the actions is keyed by a seed from torch's global generator, which mbrl-lib draws its noise from.
+
+    The SAC also gets a method that makes many updates in one kernel call, which is faster:
+
+        sac.update_many(memory, batch_size, updates, count, logger=None, reverse_mask=False)
+
+    It makes the updates number `updates`, `updates + 1`, ..., on the batches that as many calls of
+    `update_parameters` would draw. It logs and returns the means of the losses over them, and the temperature
+    after the last one.
+
+    Args:
+        sac: mbrl.third_party.pytorch_sac_pranz24.SAC on the CPU with a GaussianPolicy for actions in [-1, 1],
+            and optimizers that are torch.optim.Adam with its defaults except for the learning rates.
+        dtype: precision of the matrix products, see `SACConfig.dtype`.
+        backend: backend of `SAC`.
+        threads: number of CPU threads, see `SAC`.
+
+    Returns:
+        `sac` itself.
+
+    Raises:
+        InputError: the kernels do not support the SAC. The message names the reason.
+    """
+    _check_sac(sac)
+    sac._mopo_fast = {"dtype": dtype, "backend": backend, "threads": threads}
+    _shared_sac(sac)
+    # Bound methods, so that those of a copy update the copy.
+    sac.update_parameters = types.MethodType(_update_parameters, sac)
+    sac.update_many = types.MethodType(_update_many, sac)
+    return sac
+
+
+def _check_sac(sac: Any) -> None:
+    if not all(hasattr(sac, name) for name in ("update_parameters", "policy", "critic_target")):
+        raise InputError(
+            f"fuse_sac takes mbrl.third_party.pytorch_sac_pranz24.SAC, got {type(sac).__name__};"
+            " a SACAgent has it as sac_agent"
+        )
+    policy = sac.policy
+    if not any(kind.__name__ == "GaussianPolicy" for kind in type(policy).__mro__):
+        raise InputError(f"the updates take a GaussianPolicy, got {type(policy).__name__}; {_WITHOUT_FUSE}")
+    own = [(sac, "update_parameters"), (policy, "forward"), (policy, "sample")]
+    for thing, method in [*own, (sac.critic, "forward"), (sac.critic_target, "forward")]:
+        check_method(thing, method, "mbrl", _WITHOUT_FUSE)
+    scale, bias = (torch.as_tensor(getattr(policy, f"action_{name}")) for name in ("scale", "bias"))
+    if not bool((scale == 1.0).all() and (bias == 0.0).all()):
+        raise InputError(
+            f"the updates take actions in [-1, 1], got action_scale {scale.tolist()} and action_bias"
+            f" {bias.tolist()}; wrap the environment in gymnasium.wrappers.RescaleAction(env, -1, 1)"
+        )
+    interval = sac.target_update_interval
+    if not isinstance(interval, int) or interval < 1:
+        raise InputError(f"target_update_interval must be a whole number of at least 1, got {interval!r}")
+    if sac.automatic_entropy_tuning:
+        learning_rate("alpha", sac.alpha_optim)
+
+
+def _shared_sac(sac: Any) -> SharedSAC:
+    options = {name: sac._mopo_fast[name] for name in ("backend", "threads")}
+    return shared_with(sac, _modules(sac), _sac_config(sac), **options)
+
+
+def _sac_config(sac: Any) -> SACConfig:
+    """Return the hyperparameters that a SAC has now, without the learning rates."""
+    bounds = type(sac.policy).sample.__globals__
+    return SACConfig(
+        hidden=(sac.policy.linear1.out_features, sac.policy.linear2.out_features),
+        critics=2,
+        log_std_min=bounds["LOG_SIG_MIN"],
+        log_std_max=bounds["LOG_SIG_MAX"],
+        log_prob_epsilon=bounds["epsilon"],
+        target_entropy=float(sac.target_entropy) if sac.automatic_entropy_tuning else 0.0,
+        critic_loss="mse",
+        simultaneous=False,
+        discount=sac.gamma,
+        polyak=sac.tau,
+        dtype=sac._mopo_fast["dtype"],
+    )
+
+
+def _modules(sac: Any) -> Modules:
+    """Return the layers and the optimizers of a SAC."""
+    policy = sac.policy
+    critics, targets = (
+        [
+            [network.linear1, network.linear2, network.linear3],
+            [network.linear4, network.linear5, network.linear6],
+        ]
+        for network in (sac.critic, sac.critic_target)
+    )
+    return Modules(
+        actor=[policy.linear1, policy.linear2, policy.mean_linear, policy.log_std_linear],
+        critics=critics,
+        targets=targets,
+        actor_optimizer=sac.policy_optim,
+        critic_optimizers=[sac.critic_optim],
+        alpha=(sac.log_alpha, sac.alpha_optim) if _kernel_steps_alpha(sac) else float(sac.alpha),
+    )
+
+
+def _kernel_steps_alpha(sac: Any) -> bool:
+    """Tell whether the kernel makes the temperature's step.
+
+    It uses the exponential of `log_alpha` and one count of steps for all optimizers. mbrl-lib's first update
+    uses the `alpha` of its arguments instead, and `load_checkpoint` sets neither `log_alpha` nor the count of
+    its optimizer.
+    """
+    if not sac.automatic_entropy_tuning:
+        return False
+    steps = [
+        float(optimizer.state.get(parameter, {}).get("step", 0.0))
+        for optimizer, parameter in (
+            (sac.alpha_optim, sac.log_alpha),
+            (sac.policy_optim, sac.policy.linear1.weight),
+        )
+    ]
+    in_use, alpha = (torch.as_tensor(value).detach() for value in (sac.alpha, sac.log_alpha.exp()))
+    return steps[0] == steps[1] and torch.allclose(in_use, alpha, rtol=1e-6, atol=0.0)
+
+
+def _update_parameters(
+    sac: Any, memory: Any, batch_size: int, updates: int, logger: Any = None, reverse_mask: bool = False
+) -> tuple[float, ...]:
+    return _update_many(sac, memory, batch_size, updates, 1, logger, reverse_mask)
+
+
+def _update_many(
+    sac: Any,
+    memory: Any,
+    batch_size: int,
+    updates: int,
+    count: int,
+    logger: Any = None,
+    reverse_mask: bool = False,
+) -> tuple[float, ...]:
+    if count < 1:
+        raise InputError(f"count must be at least 1, got {count}")
+    totals, made = np.zeros(6), 0
+    while made < count:
+        group = _group(sac, updates + made, count - made)
+        rows = _draw(memory, batch_size, group, reverse_mask)
+        means = [*_make(sac, rows, updates + made, group), float(rows.rewards.mean())]
+        totals += group * np.array(means)
+        made += group
+    critic1, critic2, actor, alpha_loss, entropy, reward = (totals / count).tolist()
+    if logger is not None:
+        for name, value in {
+            "train/batch_reward": reward,
+            "train_critic/loss": critic1 + critic2,
+            "train_actor/loss": actor,
+            "train_actor/target_entropy": sac.target_entropy if sac.automatic_entropy_tuning else 0,
+            "train_actor/entropy": entropy,
+            "train_alpha/loss": alpha_loss,
+            "train_alpha/value": sac.alpha,
+        }.items():
+            logger.log(name, value, updates + count - 1)
+    return critic1, critic2, actor, alpha_loss, torch.as_tensor(sac.alpha).item()
+
+
+def _group(sac: Any, number: int, left: int) -> int:
+    """Return how many updates from `number` on one kernel call can make.
+
+    All of them move the targets, or none does.
+    """
+    interval: int = sac.target_update_interval
+    if sac.automatic_entropy_tuning and not _kernel_steps_alpha(sac):
+        return 1
+    if interval == 1:
+        return min(left, _UPDATES_AT_ONCE)
+    return min(left, _UPDATES_AT_ONCE, -number % interval or 1)
+
+
+def _draw(memory: Any, batch_size: int, batches: int, reverse_mask: bool) -> Transitions:
+    """Draw batches as mbrl-lib does; its rows stay, and drawing takes a hundredth of an update's time.
+
+    Raises:
+        InputError: a mask is neither 0 nor 1.
+    """
+    drawn = [memory.sample(batch_size).astuple()[:5] for _ in range(batches)]
+    observations, actions, successors, rewards, masks = (
+        torch.cat([torch.as_tensor(part, dtype=torch.float32) for part in parts])
+        for parts in zip(*drawn, strict=True)
+    )
+    terminals = masks != 0.0
+    if not reverse_mask:
+        if not torch.equal(terminals.float(), masks):
+            raise InputError("the updates take masks that are 0 or 1")
+        terminals = ~terminals
+    return Transitions(observations, actions, rewards, successors, terminals)
+
+
+def _make(sac: Any, rows: Transitions, number: int, count: int) -> list[float]:
+    """Make `count` updates, which all move the targets or all leave them.
+
+    Returns:
+        The means of each critic's loss, the actor's and the temperature's, and of the entropy.
+    """
+    config, shared = _sac_config(sac), _shared_sac(sac)
+    if number % sac.target_update_interval:
+        config = dataclasses.replace(config, polyak=_STAY)
+    by_kernel = isinstance(shared.modules.alpha, tuple)
+    seed = int(torch.randint(2**63 - 1, (1,)))
+    # Ctrl-C must not come between the update and the temperature's step.
+    with deferred():
+        losses = shared.update(draw_all(rows, seed, count), config, None if by_kernel else float(sac.alpha))
+        entropy, alpha_loss = losses.metrics["entropy"], 0.0
+        if by_kernel:
+            alpha_loss = losses.metrics["alpha_loss"]
+            sac.alpha = sac.log_alpha.detach().exp()
+        elif sac.automatic_entropy_tuning:
+            alpha_loss = _step_alpha(sac, entropy)
+    return [*losses.critics, losses.metrics["actor_loss"], alpha_loss, entropy]
+
+
+def _step_alpha(sac: Any, entropy: float) -> float:
+    """Make the temperature's step by its own optimizer; return its loss."""
+    gradient = entropy - float(sac.target_entropy)
+    loss = float(sac.log_alpha.detach()) * gradient
+    sac.log_alpha.grad = torch.full_like(sac.log_alpha, gradient)
+    sac.alpha_optim.step()
+    sac.alpha = sac.log_alpha.detach().exp()
+    return loss
 
 
 # --- files

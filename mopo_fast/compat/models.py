@@ -76,6 +76,22 @@ def check_method(
         )
 
 
+def check_attributes(thing: object, names: Collection[str], version: str) -> None:
+    """Raise `InputError` if an object of another code base lacks an attribute that its adapter reads.
+
+    Args:
+        thing: object of another code base.
+        names: names of the attributes.
+        version: version of the code base that the adapter was written for.
+    """
+    missing = [name for name in names if not hasattr(thing, name)]
+    if missing:
+        raise InputError(
+            f"{type(thing).__name__} has no {', '.join(missing)}; this adapter was written for {version}:"
+            " use that version"
+        )
+
+
 def _homes(function: Any) -> set[str]:
     """Return the packages that a function and all that it decorates were defined in."""
     found = set()

@@ -5,15 +5,18 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.pictures import PANELS, PICTURE, Bar, draw, result_path, speed
+from benchmarks.pictures import PANELS, PICTURES, Bar, draw, draw_epochs, result_path, speed
 from benchmarks.record import RESULTS
 
 ISA = "avx512_amx"
 
 
-def test_the_chart_is_of_the_committed_results(tmp_path: Path) -> None:
+def test_the_charts_are_of_the_committed_results(tmp_path: Path) -> None:
     draw(RESULTS, ISA, tmp_path / "speed.svg")
-    assert (tmp_path / "speed.svg").read_bytes() == PICTURE.read_bytes(), "python -m benchmarks.pictures"
+    draw_epochs(RESULTS, tmp_path / "epochs.svg")
+    for name in ("speed.svg", "epochs.svg"):
+        committed = (PICTURES / name).read_bytes()
+        assert (tmp_path / name).read_bytes() == committed, "python -m benchmarks.pictures"
 
 
 @pytest.mark.parametrize(("title", "bars"), PANELS.items(), ids=list(PANELS))

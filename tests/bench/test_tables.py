@@ -1,4 +1,4 @@
-"""Test the tables of the performance page."""
+"""Test the tables of the docs."""
 
 import json
 from pathlib import Path
@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks.record import RESULTS
-from benchmarks.tables import BLOCK, PAGE, render, update
+from benchmarks.tables import BLOCK, PAGES, render, update
 
 
-def test_the_tables_are_of_the_committed_results() -> None:
-    text = PAGE.read_text()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_tables_are_of_the_committed_results(page: Path) -> None:
+    text = page.read_text()
     assert len(BLOCK.findall(text)) >= 6
     assert update(text, RESULTS) == text, "python -m benchmarks.tables"
 

@@ -1,5 +1,6 @@
 """Compare our d3rlpy support with the real d3rlpy 1.1.1; run by test_compat_d3rlpy.py."""
 
+import copy
 import importlib
 import importlib.machinery
 import json
@@ -19,14 +20,20 @@ for name in ("gym", "sklearn", "structlog", "tensorboardX", "colorama", "click",
         for part in ("", ".auto", ".spaces", ".wrappers", ".model_selection", ".neighbors", ".envs"):
             spec = importlib.machinery.ModuleSpec(name + part, None)
             sys.modules[name + part] = MagicMock(__spec__=spec)
+from d3rlpy.algos import AWAC, COMBO, MOPO, SAC  # noqa: E402
+from d3rlpy.dataset import Transition, TransitionMiniBatch  # noqa: E402
 from d3rlpy.dynamics import ProbabilisticEnsembleDynamics  # noqa: E402
 from d3rlpy.models.encoders import VectorEncoderFactory  # noqa: E402
+from d3rlpy.models.optimizers import AdamFactory  # noqa: E402
+from d3rlpy.models.q_functions import MeanQFunctionFactory  # noqa: E402
 from d3rlpy.preprocessing import (  # noqa: E402
     MinMaxActionScaler,
     MinMaxScaler,
     StandardRewardScaler,
     StandardScaler,
 )
+from d3rlpy.torch_utility import get_state_dict  # noqa: E402
+from kernel_noise import drawn_by_torch, noise_of, seen_draws  # noqa: E402
 
 from mopo_fast import EnsembleDynamics, InputError, RolloutEngine  # noqa: E402
 from mopo_fast.compat import convert_checkpoint, d3rlpy  # noqa: E402
@@ -176,4 +183,139 @@ for scalers in (None, *SCALERS):
         for x, y in zip(one.parameters(), other.parameters(), strict=True):
             assert_close(y, x)
     compared += 1
+
+# Updates with equal batches and noise.
+UPDATED, BATCH = 5, 40
+
+
+def make_algo(kind, **options):
+    torch.manual_seed(2)
+    algo = kind(
+        actor_learning_rate=3e-3,
+        critic_learning_rate=1e-2,
+        temp_learning_rate=options.pop("temp_learning_rate", 1e-2),
+        tau=0.1,
+        gamma=0.9,
+        initial_temperature=0.4,
+        **{"actor_encoder_factory": WIDTHS, "critic_encoder_factory": WIDTHS} | options,
+    )
+    algo.create_impl((OBS,), ACT)
+    with torch.no_grad():
+        algo._impl._policy._mu.bias.copy_(torch.tensor([3.0, -1.0]))
+    return algo
+
+
+def make_batch(seed, n_steps=1):
+    generator = np.random.default_rng(seed)
+    steps = [
+        Transition(
+            (OBS,),
+            ACT,
+            generator.normal(size=OBS).astype(np.float32),
+            np.tanh(generator.normal(size=ACT)).astype(np.float32),
+            float(generator.normal()),
+            generator.normal(size=OBS).astype(np.float32),
+            float(generator.random() < 0.2),
+        )
+        for _ in range(BATCH)
+    ]
+    return TransitionMiniBatch(steps)
+
+
+def both_updated(ours, theirs, updates, first=0):
+    """Make the same updates in both; return the largest difference of a metric."""
+    largest = 0.0
+    for number in range(first, first + updates):
+        batch = make_batch(number)
+        temp = [torch.randn(BATCH, ACT, generator=torch.Generator().manual_seed(number))]
+        temp = temp if theirs._temp_learning_rate > 0 else []
+        with seen_draws() as seen, drawn_by_torch(temp):
+            made = ours.update(batch)
+        noise = noise_of(seen[0].seed, 1, BATCH, ACT)
+        with drawn_by_torch(temp + noise if isinstance(theirs, SAC) else noise + temp):
+            expected = theirs.update(batch)
+        assert list(made) == list(expected)
+        for name, value in expected.items():
+            assert np.shape(made[name]) == np.shape(value)
+            largest = max(largest, float(abs(made[name] - value)) / max(1.0, float(abs(value))))
+    return largest
+
+
+def difference(ours, theirs):
+    """Return the largest difference of a parameter or moment, relative to the largest of its tensor."""
+    largest = 0.0
+    states = [get_state_dict(algo._impl) for algo in (ours, theirs)]
+    assert states[0].keys() == states[1].keys()
+    for name, mine in states[0].items():
+        pairs = [(mine, states[1][name])]
+        if name.endswith("_optim"):
+            assert mine["param_groups"] == states[1][name]["param_groups"], name
+            pairs = [(one, states[1][name]["state"][index]) for index, one in mine["state"].items()]
+        for one, other in pairs:
+            assert one.keys() == other.keys(), name
+            for key, value in other.items():
+                scale = value.abs().max().clamp_min(1e-30)
+                largest = max(largest, float((one[key] - value).abs().max() / scale))
+    return largest
+
+
+WIDTHS = VectorEncoderFactory([16, 12])
+worst = 0.0
+for kind in (MOPO, SAC):
+    for options in ({}, {"temp_learning_rate": 0.0}, {"n_critics": 3}, SCALERS["all"]):
+        theirs = make_algo(kind, **options)
+        ours = d3rlpy.fuse_updates(make_algo(kind, **options))
+        worst = max(worst, both_updated(ours, theirs, UPDATED), difference(ours, theirs))
+        assert worst < 5e-5, (kind, options, worst)
+        compared += 1
+
+# A saved model goes on in the original, a copy learns by itself, and a seed repeats an update.
+ours.save_model("updated.pt")
+theirs, other = make_algo(SAC, **SCALERS["all"]), d3rlpy.fuse_updates(make_algo(SAC, **SCALERS["all"]))
+other.update(make_batch(9))
+for algo in (theirs, other):
+    algo.load_model("updated.pt")
+assert difference(theirs, ours) == 0.0
+assert both_updated(other, theirs, 3, first=UPDATED) < 5e-5 and difference(other, theirs) < 5e-5
+copies = [copy.deepcopy(ours) for _ in range(2)]
+for algo in copies:
+    torch.manual_seed(3)
+    algo.update(make_batch(9))
+assert difference(copies[0], copies[1]) == 0.0 < difference(copies[0], ours)
+assert "_mopo_fast" not in ours.get_params(deep=False)
+compared += 1
+
+
+def refused(message, make, **options):
+    try:
+        d3rlpy.fuse_updates(make(), **options)
+    except InputError as error:
+        assert message in str(error), error
+    else:
+        raise AssertionError(message)
+
+
+wide = VectorEncoderFactory([16, 16])
+refused("has no networks yet", MOPO)
+refused("method _update of its own", lambda: make_algo(AWAC))
+refused("method _update of its own", lambda: make_algo(COMBO))
+refused("n_steps 1, got 3", lambda: make_algo(SAC, n_steps=3))
+refused("update_actor_interval 1, got 2", lambda: make_algo(MOPO, update_actor_interval=2))
+refused('the Q function "mean"', lambda: make_algo(MOPO, q_func_factory="qr"))
+shared = MeanQFunctionFactory(share_encoder=True)
+refused("share an encoder", lambda: make_algo(MOPO, q_func_factory=shared))
+refused("hidden layers [16, 12], got [16, 16]", lambda: make_algo(MOPO, critic_encoder_factory=wide))
+tanh = VectorEncoderFactory([16, 12], activation="tanh")
+refused("encoders with ReLU", lambda: make_algo(MOPO, actor_encoder_factory=tanh))
+norms = VectorEncoderFactory([16, 12], use_batch_norm=True)
+refused("batch norms", lambda: make_algo(MOPO, critic_encoder_factory=norms))
+refused(
+    "optimizer of the actor is Adam with", lambda: make_algo(MOPO, actor_optim_factory=AdamFactory(eps=1e-4))
+)
+ours.create_impl((OBS,), ACT)
+try:
+    ours.update(make_batch(0))
+    raise AssertionError("networks that are new were updated")
+except InputError as error:
+    assert "call fuse_updates again" in str(error), error
 print(compared)

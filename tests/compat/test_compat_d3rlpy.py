@@ -22,7 +22,12 @@ PARITY = TESTS / "beside" / "d3rlpy.py"
 @pytest.mark.slow
 def test_beside_the_real_one(tmp_path: Path) -> None:
     printed = run_with(PACKAGES, PARITY.read_text(), tmp_path, built_with=BUILT_WITH)
-    assert int(printed.split()[-1]) == 28
+    assert int(printed.split()[-1]) == 37
+
+
+def test_an_algorithm_without_networks() -> None:
+    with pytest.raises(InputError, match=r"no networks yet: build them first \(build_with_dataset\)"):
+        d3rlpy.fuse_updates(type("MOPO", (), {"_impl": None})())
 
 
 # --- files

@@ -9,12 +9,14 @@ import numpy as np
 import offlinerl_kit_parts
 import pytest
 import torch
+from offlinerl_kit_model import make_dynamics
 from places import RECORDED
 from torch import nn
 
 from mopo_fast import InputError
 from mopo_fast.compat import offlinerl_kit as kit
 from mopo_fast.compat.offlinerl_kit import policy as kit_policy
+from mopo_fast.compat.torch_sac import SharedSAC
 
 FOLDER = RECORDED / "offlinerl_kit"
 # The recorded updates have 40 rows, the first 5 of them from the data.
@@ -104,6 +106,59 @@ def test_updates_are_the_originals(
             assert float(state[parameter]["step"]) == len(recorded["rewards"])
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_mobiles_updates_are_the_originals(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Test six updates with their penalties, which only rows from the model have."""
+    with np.load(FOLDER / "learn_mobile.npz") as file:
+        recorded = dict(file)
+    policy = recorded_mobile(recorded, backend)
+    seeds = iter(range(100))
+    monkeypatch.setattr(kit_policy, "draw_seed", lambda: next(seeds))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(policy.actor_optim, len(recorded["rewards"]))
+    losses = []
+    for update in range(len(recorded["rewards"])):
+        losses.append(policy.learn(batch_of(recorded, update)))
+        schedule.step()
+    assert losses[0].keys() == {"loss/actor", "loss/critic", "loss/alpha", "alpha"}
+    for name in losses[0]:
+        theirs = recorded[f"loss {name}"]
+        ours = [one[name] for one in losses]
+        np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-5 * abs(theirs).max(), err_msg=name)
+    for name, value in policy.state_dict().items():
+        theirs = recorded[f"after {name}"]
+        np.testing.assert_allclose(value, theirs, rtol=1e-4, atol=1e-5 * abs(theirs).max(), err_msg=name)
+    # Without the penalty the critics learn something else.
+    unpenalised = recorded_mobile(recorded, backend)
+    unpenalised._penalty_coef = 0.0
+    assert unpenalised.learn(batch_of(recorded, 0))["loss/critic"] != pytest.approx(
+        losses[0]["loss/critic"], rel=1e-2
+    )
+
+
+def recorded_mobile(recorded: dict[str, np.ndarray], backend: str) -> Any:
+    policy = parts.MOBILEPolicy(make_dynamics(coef=0.0, backend=backend))
+    policy.load_state_dict(
+        {name: torch.from_numpy(recorded[f"before {name}"]) for name in policy.state_dict()}
+    )
+    return kit.fuse_learn(policy, backend=backend)
+
+
+def test_mobiles_batches_without_model_rows_and_options_that_it_lacks() -> None:
+    with np.load(FOLDER / "learn_mobile.npz") as file:
+        recorded = dict(file)
+    policy, batch = recorded_mobile(recorded, "cpu"), batch_of(recorded, 0)
+    batch["fake"] = {name: array[:0] for name, array in batch["fake"].items()}
+    rewards = batch["real"]["rewards"].clone()
+    assert np.isfinite(policy.learn(batch)["loss/critic"])
+    policy.learn(batch_of(recorded, 0))
+    assert torch.equal(batch["real"]["rewards"], rewards)
+    policy._max_q_backup = True
+    with pytest.raises(InputError, match="have no max_q_backup"):
+        policy.learn(batch_of(recorded, 0))
+    with pytest.raises(InputError, match=r"dynamics must be mopo_fast\.compat"):
+        kit.fuse_learn(parts.MOBILEPolicy(None))
+
+
 def test_training_goes_on_in_the_original(
     recorded: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -157,6 +212,46 @@ def kit_noise(seed: int) -> list[torch.Tensor]:
     ]
 
 
+def test_actions_of_a_fused_policy(recorded: dict[str, np.ndarray]) -> None:
+    """Test deterministic and sampled actions, also after the parameters were changed or replaced."""
+    policy = recorded_policy()
+    observations = recorded["observations"][0]
+
+    def expected() -> np.ndarray:
+        mean: torch.Tensor = policy.actor(torch.from_numpy(observations))[0]
+        return torch.tanh(mean).detach().numpy()
+
+    def check() -> None:
+        made = policy.select_action(observations, deterministic=True)
+        assert made.dtype == np.float32
+        np.testing.assert_allclose(made, expected(), rtol=1e-5, atol=1e-6)
+
+    check()
+    one = policy.select_action(observations[:1].astype(np.float64), deterministic=True)
+    np.testing.assert_allclose(one, expected()[:1], rtol=1e-5)
+    policy.learn(batch_of(recorded, 0))
+    check()
+    policy.actor.dist_net.mu.bias.data = torch.tensor([0.1, -0.2])
+    check()
+    with torch.no_grad():
+        policy.actor.dist_net.mu.weight.mul_(0.5)
+    check()
+    many = np.repeat(observations[:1], 20_000, axis=0)
+    torch.manual_seed(0)
+    raw = np.arctanh(policy.select_action(many).astype(np.float64).clip(-0.999999, 0.999999))
+    mean, std = (some[0].detach().numpy() for some in policy.actor(torch.from_numpy(many[:1])))
+    np.testing.assert_allclose(raw.mean(0), mean, atol=0.05)
+    np.testing.assert_allclose(raw.std(0), std, rtol=0.05)
+    torch.manual_seed(0)
+    again = policy.select_action(many)
+    assert np.array_equal(np.arctanh(again.astype(np.float64).clip(-0.999999, 0.999999)), raw)
+
+
+def test_a_select_action_of_ones_own_stays(recorded: dict[str, np.ndarray]) -> None:
+    mine = type("MyPolicy", (parts.MOPOPolicy,), {"__module__": "my", "select_action": lambda *_: "mine"})
+    assert kit.fuse_learn(mine()).select_action(None) == "mine"
+
+
 def test_a_copy_learns_by_itself(recorded: dict[str, np.ndarray]) -> None:
     policy = recorded_policy()
     policy.learn(batch_of(recorded, 0))
@@ -208,6 +303,27 @@ def test_a_fixed_temperature(recorded: dict[str, np.ndarray]) -> None:
     losses = policy.learn(batch_of(recorded, 0))
     assert losses.keys() == {"loss/actor", "loss/critic1", "loss/critic2"} and policy._alpha == 0.2
     assert float(kit_policy.shared_sac(policy).sac.alpha) == pytest.approx(0.2)
+    policy._alpha = 0.5
+    policy.learn(batch_of(recorded, 0))
+    assert float(kit_policy.shared_sac(policy).sac.alpha) == pytest.approx(0.5)
+
+
+def test_parts_that_are_replaced(recorded: dict[str, np.ndarray]) -> None:
+    """Test that a new optimizer and a new critic count from the next update on."""
+    policy = recorded_policy()
+    policy.learn(batch_of(recorded, 0))
+    policy.critic1, policy.critic2 = parts.Critic(), parts.Critic()
+    with pytest.raises(InputError, match="must have one group, of all its parameters"):
+        policy.learn(batch_of(recorded, 0))
+    for number in (1, 2):
+        critic = getattr(policy, f"critic{number}")
+        setattr(policy, f"critic{number}_optim", torch.optim.Adam(critic.parameters(), lr=1e-2))
+    policy.actor_optim = torch.optim.Adam(policy.actor.parameters(), lr=1e-2)
+    policy.alpha_optim = torch.optim.Adam([policy._log_alpha], lr=1e-2)
+    before = policy.critic2.last.bias.clone()
+    policy.learn(batch_of(recorded, 0))
+    assert not torch.equal(policy.critic2.last.bias, before)
+    assert float(policy.critic2_optim.state[policy.critic2.last.bias]["step"]) == 1.0
 
 
 def test_policies_whose_updates_cannot_be_fused() -> None:
@@ -307,13 +423,13 @@ def fused_trainer(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
 def test_the_loop_sees_the_updates_that_it_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = fused_trainer(monkeypatch, dynamics_freq=70)
     calls: list[int] = []
-    update = kit_policy.SharedSAC.update
+    update = SharedSAC.update
 
-    def count(self: Any, draws: Any, config: Any) -> Any:
+    def count(self: Any, draws: Any, *others: Any) -> Any:
         calls.append(draws.updates)
-        return update(self, draws, config)
+        return update(self, draws, *others)
 
-    monkeypatch.setattr(kit_policy.SharedSAC, "update", count)
+    monkeypatch.setattr(SharedSAC, "update", count)
     before = (
         dict(vars(trainer.policy)),
         {name: id(value) for name, value in vars(trainer.real_buffer).items()},
@@ -442,3 +558,29 @@ def test_trainers_that_cannot_be_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     with pytest.raises(InputError, match="a buffer that is empty"):
         trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("of", "name"),
+    [
+        ("trainer", "_rollout_freq"),
+        ("policy", "_tau"),
+        ("policy", "critic2_old"),
+        ("policy", "_log_alpha"),
+        ("policy.actor", "dist_net"),
+        ("policy.actor.dist_net", "_sigma_max"),
+        ("policy.critic1", "last"),
+        ("fake_buffer", "_size"),
+    ],
+)
+def test_another_version_that_lacks_what_is_read(of: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Test that the error names the attribute and the version that the adapter was written for."""
+    monkeypatch.setattr("mopo_fast.compat.offlinerl_kit.training.fuse_rollout", lambda policy: policy)
+    trainer, _ = make_trainer()
+    thing = trainer
+    for part in of.split(".") if of != "trainer" else []:
+        thing = getattr(thing, part)
+    delattr(thing, name)
+    message = f"{type(thing).__name__} has no {name}; this adapter was written for OfflineRL-Kit at commit"
+    with pytest.raises(InputError, match=message):
+        kit.fuse_trainer(trainer)

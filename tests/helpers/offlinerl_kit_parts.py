@@ -121,6 +121,43 @@ class MOPOPolicy(SACPolicy):
         optimizer.step()
 
 
+class MOBILEPolicy(nn.Module):
+    """Without a `learn` of its own: a recording has what the original's makes."""
+
+    def __init__(self, dynamics: Any) -> None:
+        super().__init__()
+        self.dynamics, self.actor = dynamics, ActorProb()
+        self.critics = nn.ModuleList([Critic(), Critic()])
+        self.critics_old = copy.deepcopy(self.critics)
+        self._tau, self._gamma, self._is_auto_alpha, self._target_entropy = 0.1, 0.9, True, 4.0
+        self._penalty_coef, self._num_samples = 0.7, 4
+        # The spelling is the original's.
+        self._deteterministic_backup, self._max_q_backup = True, False
+        self._log_alpha = torch.zeros(1, requires_grad=True)
+        self._alpha = self._log_alpha.detach().exp()
+        self.alpha_optim = torch.optim.Adam([self._log_alpha], lr=1e-2)
+        self.actor_optim = torch.optim.Adam(self.actor.parameters(), lr=3e-3)
+        self.critics_optim = torch.optim.Adam(self.critics.parameters(), lr=1e-2)
+
+    def learn(self) -> None:
+        raise NotImplementedError
+
+    def compute_lcb(self) -> None:
+        raise NotImplementedError
+
+    def actforward(self) -> None:
+        raise NotImplementedError
+
+    def select_action(self) -> None:
+        raise NotImplementedError
+
+    def rollout(self) -> None:
+        raise NotImplementedError
+
+    def _sync_weight(self) -> None:
+        raise NotImplementedError
+
+
 class ReplayBuffer:
     def __init__(self, size: int, dtype: type = np.float32) -> None:
         self._ptr, self._size, self._max_size = 0, 0, size

@@ -11,6 +11,8 @@ from unittest.mock import MagicMock
 import numpy as np
 import torch
 
+from mopo_fast.backends.philox import ACTION_STREAM, NEXT_ACTION_STREAM, NOISE_STREAM, random_normals
+
 OBS, ACT, MEMBERS, ELITES, HIDDEN = 3, 2, 4, 3, (8, 6)
 OUT = Path(__file__).with_suffix("")
 # Members say different things of the first dimension, so that a sample shows which was drawn.
@@ -18,6 +20,8 @@ APART = 3.0
 # Updates that are recorded, the rows of each, and those that come from the data and from the model.
 UPDATES, ROWS = 6, 40
 PARTS = {"real": slice(0, 5), "fake": slice(5, ROWS)}
+# Samples of MOBILE's penalty.
+SAMPLES = 4
 
 
 def main(checkout: str) -> None:
@@ -92,21 +96,31 @@ def main(checkout: str) -> None:
 
     OUT.mkdir(exist_ok=True)
     record_updates(policy)
+    record_mobile(policy)
     dynamics("aleatoric").save(str(OUT))
     torch.save(policy.state_dict(), OUT / "policy.pth")
     np.savez_compressed(OUT / "recorded.npz", **recorded)
 
 
-def record_updates(policy) -> None:
-    """Write what MOPOPolicy.learn makes of a copy of `policy`, with the noise of mopo_fast's kernels."""
-    from mopo_fast.backends.philox import ACTION_STREAM, NEXT_ACTION_STREAM, random_normals
+class Recorded:
+    """The noise of mopo_fast's kernels in the place of torch's."""
 
-    policy = copy.deepcopy(policy)
-    with torch.no_grad():
-        # Some actions come so close to the bounds that the 1e-6 in the log-probabilities counts.
-        policy.actor.dist_net.sigma.weight.div_(40.0)
-        policy.actor.dist_net.mu.bias.copy_(torch.tensor([3.0, -1.0]))
-    networks = {"actor": policy.actor, "critic1": policy.critic1, "critic2": policy.critic2}
+    def __init__(self, noise) -> None:
+        self.normal, self.uniform = torch.distributions.Normal.rsample, torch.randn_like
+        self.noise = list(noise)
+        torch.distributions.Normal.rsample = lambda normal: normal.loc + normal.scale * self.noise.pop(0)
+        torch.randn_like = lambda like: self.noise.pop(0)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_) -> None:
+        torch.distributions.Normal.rsample, torch.randn_like = self.normal, self.uniform
+        assert not self.noise
+
+
+def optimizers_of(policy, networks) -> None:
+    """Give a policy optimizers and an automatic temperature, as run_mopo.py does."""
     log_alpha = torch.zeros(1, requires_grad=True)
     for name, network in networks.items():
         rate = 3e-3 if name == "actor" else 1e-2
@@ -114,34 +128,40 @@ def record_updates(policy) -> None:
     policy._is_auto_alpha, policy._target_entropy, policy._log_alpha = True, 4.0, log_alpha
     policy._alpha, policy._tau, policy._gamma = log_alpha.detach().exp(), 0.1, 0.9
     policy.alpha_optim = torch.optim.Adam([log_alpha], lr=1e-2)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(policy.actor_optim, UPDATES)
+
+
+def batches() -> dict:
     random = np.random.default_rng(0)
-    recorded = {
+    arrays = {
         "observations": random.normal(size=(UPDATES, ROWS, OBS)),
         "actions": np.tanh(random.normal(size=(UPDATES, ROWS, ACT))),
         "next_observations": random.normal(size=(UPDATES, ROWS, OBS)),
         "rewards": random.normal(size=(UPDATES, ROWS, 1)),
         "terminals": random.random((UPDATES, ROWS, 1)) < 0.2,
     }
-    recorded = {name: array.astype(np.float32) for name, array in recorded.items()}
+    return {name: array.astype(np.float32) for name, array in arrays.items()}
+
+
+def learn(policy, recorded, noise_of, path, networks) -> None:
+    """Update a policy on the recorded batches, and write the results to a file."""
+    with torch.no_grad():
+        # Some actions come so close to the bounds that the 1e-6 in the log-probabilities counts.
+        policy.actor.dist_net.sigma.weight.div_(40.0)
+        policy.actor.dist_net.mu.bias.copy_(torch.tensor([3.0, -1.0]))
+    optimizers_of(policy, networks)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(policy.actor_optim, UPDATES)
     before = {f"before {name}": value.numpy().copy() for name, value in policy.state_dict().items()}
-    draw = torch.distributions.Normal.rsample
-    rows, zeros = torch.arange(ROWS), torch.zeros(ROWS, dtype=torch.int64)
     losses = []
     for update in range(UPDATES):
         batch = {name: torch.from_numpy(array[update]) for name, array in recorded.items()}
-        noise = [
-            random_normals(rows, zeros, stream, ACT, update, torch.float32)
-            for stream in (NEXT_ACTION_STREAM, ACTION_STREAM)
-        ]
-        torch.distributions.Normal.rsample = lambda self, noise=noise: self.loc + self.scale * noise.pop(0)
         parts = {name: {key: value[part] for key, value in batch.items()} for name, part in PARTS.items()}
-        losses.append(policy.learn(parts))
-        assert not noise
+        with Recorded(noise_of(update)):
+            losses.append(policy.learn(parts))
         schedule.step()
-    torch.distributions.Normal.rsample = draw
-    recorded |= before | {f"loss {name}": np.array([one[name] for one in losses]) for name in losses[0]}
-    recorded["log_alpha"] = log_alpha.detach().numpy()
+    recorded = (
+        recorded | before | {f"loss {name}": np.array([one[name] for one in losses]) for name in losses[0]}
+    )
+    recorded["log_alpha"] = policy._log_alpha.detach().numpy()
     for name, value in policy.state_dict().items():
         recorded[f"after {name}"] = value.numpy()
     for name, network in networks.items():
@@ -149,7 +169,60 @@ def record_updates(policy) -> None:
         for key, parameter in network.named_parameters():
             for moment in ("exp_avg", "exp_avg_sq"):
                 recorded[f"{moment} {name}.{key}"] = state[parameter][moment].numpy()
-    np.savez_compressed(OUT / "learn.npz", **recorded)
+    np.savez_compressed(path, **recorded)
+
+
+def update_noise(seed: int) -> list[torch.Tensor]:
+    """Return the kernel's noise of one update: at the next observations, then at the observations."""
+    rows, zeros = torch.arange(ROWS), torch.zeros(ROWS, dtype=torch.int64)
+    return [
+        random_normals(rows, zeros, stream, ACT, seed, torch.float32)
+        for stream in (NEXT_ACTION_STREAM, ACTION_STREAM)
+    ]
+
+
+def penalty_noise(seed: int) -> list[torch.Tensor]:
+    """Return the kernel's noise of MOBILE's penalty: of each sample's states, then of all actions.
+
+    The original computes penalties of the real rows too, which it does not use.
+    """
+    first = PARTS["fake"].start
+    fake = ROWS - first
+    rows = torch.arange(SAMPLES * ELITES * fake)
+
+    def draw(stream: int, width: int) -> torch.Tensor:
+        noise = torch.zeros(SAMPLES, ELITES, ROWS, width)
+        made = random_normals(rows, 0, stream, width, seed, torch.float32)
+        noise[:, :, first:] = made.view(SAMPLES, ELITES, fake, width)
+        return noise
+
+    # The last dimension is the reward's.
+    states = torch.nn.functional.pad(draw(NOISE_STREAM, OBS), (0, 1))
+    return [*states, draw(ACTION_STREAM, ACT).view(-1, ACT)]
+
+
+def record_updates(policy) -> None:
+    """Write what MOPOPolicy.learn makes of a copy of `policy`."""
+    policy = copy.deepcopy(policy)
+    networks = {"actor": policy.actor, "critic1": policy.critic1, "critic2": policy.critic2}
+    learn(policy, batches(), update_noise, OUT / "learn.npz", networks)
+
+
+def record_mobile(policy) -> None:
+    """Write what MOBILEPolicy.learn makes of copies of the networks of a MOPOPolicy."""
+    from offlinerlkit.policy import MOBILEPolicy
+
+    policy = copy.deepcopy(policy)
+    critics = torch.nn.ModuleList([policy.critic1, policy.critic2])
+    mobile = MOBILEPolicy(
+        policy.dynamics, policy.actor, critics, None, None,
+        penalty_coef=0.7, num_samples=SAMPLES, deterministic_backup=True,
+    )  # fmt: skip
+
+    def noise(update: int) -> list[torch.Tensor]:
+        return [*penalty_noise(2 * update), *update_noise(2 * update + 1)]
+
+    learn(mobile, batches(), noise, OUT / "learn_mobile.npz", {"actor": mobile.actor, "critics": critics})
 
 
 if __name__ == "__main__":

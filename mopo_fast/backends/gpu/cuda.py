@@ -25,11 +25,13 @@ from mopo_fast.backends.interface import (
     Sizes,
     StepCall,
     StepResult,
+    ValuesCall,
     address,
     kernel_arguments,
     network_sizes,
     refuse_penalty,
 )
+from mopo_fast.backends.reference import least_values
 from mopo_fast.backends.training_calls import fit_call, sac_call
 from mopo_fast.config import ACTIVATIONS
 from mopo_fast.utils.interrupts import deferred
@@ -276,6 +278,10 @@ class CudaBackend(Backend):
     @override
     def step(self, call: StepCall) -> StepResult:
         return padded_step(_prepared(call), call)
+
+    @override
+    def least_values(self, call: ValuesCall) -> torch.Tensor:
+        return least_values(call)
 
     @override
     def rollout(self, call: RolloutCall) -> tuple[int, int]:

@@ -18,8 +18,10 @@ from mopo_fast.backends.interface import (
     RolloutCall,
     StepCall,
     StepResult,
+    ValuesCall,
     refuse_penalty,
 )
+from mopo_fast.backends.reference import least_values
 from mopo_fast.data.transitions import ROLLOUT_ARRAYS
 
 _SERVED = ("float32", "tfloat32", "bfloat16", "float16")
@@ -247,6 +249,10 @@ class TritonBackend(Backend):
     def step(self, call: StepCall) -> StepResult:
         dynamics = pack(call.dynamics.weights, call.dynamics.biases, call.settings.operands)
         return padded_step(functools.partial(_launch, (dynamics, None)), call)
+
+    @override
+    def least_values(self, call: ValuesCall) -> torch.Tensor:
+        return least_values(call)
 
     @override
     def rollout(self, call: RolloutCall) -> tuple[int, int]:

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mopo_fast.compat.models import activation_of, check_method, ensemble_of
-from mopo_fast.compat.offlinerl_kit.files import as_floats, load_array, save_files
+from mopo_fast.compat.models import activation_of, check_attributes, check_method, ensemble_of
+from mopo_fast.compat.offlinerl_kit.files import VERSION, as_floats, load_array, save_files
 from mopo_fast.compat.torch_files import load_state
 from mopo_fast.config import DynamicsConfig, Penalty
 from mopo_fast.data.transitions import Transitions
@@ -25,6 +25,8 @@ from mopo_fast.tasks import OFFLINERL_KIT_RULES, Box, make_box
 Array = npt.NDArray[Any]
 Termination = Callable[[Array, Array, Array], Array]
 
+# Attributes of an EnsembleDynamicsModel that are read here.
+_MODEL = ("backbones", "output_layer", "max_logvar", "min_logvar", "elites", "activation")
 # OfflineRL-Kit's uncertainty_mode -> this package's name of the same penalty.
 PENALTIES: dict[str, Penalty] = {
     "aleatoric": "max_aleatoric",
@@ -98,11 +100,14 @@ class EnsembleDynamics:
             )
         if not getattr(model, "_with_reward", True):
             raise InputError("the model predicts no reward; build it with with_reward=True")
+        check_attributes(model, _MODEL, VERSION)
+        check_attributes(scaler, ("mu", "std"), VERSION)
         check_method(model, "forward", "offlinerlkit", "use OfflineRL-Kit's EnsembleDynamics for this model")
         self.model, self.optim, self.scaler = model, optim, scaler
         self.terminal_fn = terminal_fn
         self._penalty_coef, self._uncertainty_mode = penalty_coef, uncertainty_mode
         self._options: dict[str, Any] = {"backend": backend, "dtype": dtype, "threads": threads}
+        self._kept: tuple[Any, RolloutEngine] | None = None
         self._box = termination_box(terminal_fn, _layers(model)[-1].weight.shape[-1] // 2 - 1)
 
     def ensemble(self) -> Ensemble:
@@ -123,15 +128,23 @@ class EnsembleDynamics:
         )
 
     def engine(self) -> RolloutEngine:
-        """Return the engine that makes steps and rollouts with the model's current weights."""
-        termination: Any = self._box if self._box is not None else self._terminal
-        return RolloutEngine(
-            self.ensemble(),
-            penalty=PENALTIES[self._uncertainty_mode],
-            penalty_coef=self._penalty_coef,
-            termination=termination,
-            **self._options,
-        )
+        """Return the engine that makes steps and rollouts with the model's current weights.
+
+        It is kept for as long as it shares the model's tensors: to make one takes as long as a step.
+        """
+        settings = (self._penalty_coef, self._uncertainty_mode, tuple(self._options.items()))
+        sources = (settings, self.model.elites.tolist(), _layers_id(self.model), _bytes(self.scaler))
+        if self._kept is None or self._kept[0] != sources:
+            termination: Any = self._box if self._box is not None else self._terminal
+            engine = RolloutEngine(
+                self.ensemble(),
+                penalty=PENALTIES[self._uncertainty_mode],
+                penalty_coef=self._penalty_coef,
+                termination=termination,
+                **self._options,
+            )
+            self._kept = sources, engine
+        return self._kept[1]
 
     def _terminal(self, *arrays: torch.Tensor) -> torch.Tensor:
         ended = self.terminal_fn(*(array.cpu().numpy() for array in arrays))
@@ -317,6 +330,17 @@ class EnsembleDynamics:
 
 def _layers(model: Any) -> list[Any]:
     return [*model.backbones, model.output_layer]
+
+
+def _layers_id(model: Any) -> list[Any]:
+    """Return the addresses of a model's tensors, and its activation."""
+    tensors = [one for layer in _layers(model) for one in (layer.weight, layer.bias)]
+    addresses = [tensor.data_ptr() for tensor in (*tensors, model.max_logvar, model.min_logvar)]
+    return [*addresses, activation_of(model.activation)]
+
+
+def _bytes(scaler: Any) -> list[bytes]:
+    return [np.asarray(values).tobytes() for values in (scaler.mu, scaler.std) if values is not None]
 
 
 def draw_seed() -> int:

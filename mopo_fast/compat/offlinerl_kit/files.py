@@ -30,6 +30,9 @@ from mopo_fast.utils.pickles import brief
 
 Array = npt.NDArray[Any]
 
+VERSION = "OfflineRL-Kit at commit e3ce697"
+"""Version of the code base that this package was written for."""
+
 FILES = ("dynamics.pth", "mu.npy", "std.npy", "policy.pth")
 """Names of the files that `read` looks for in a folder."""
 

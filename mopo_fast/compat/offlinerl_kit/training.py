@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from mopo_fast.compat.models import check_method
+from mopo_fast.compat.models import check_attributes, check_method
 from mopo_fast.compat.offlinerl_kit.dynamics import draw_seed
+from mopo_fast.compat.offlinerl_kit.files import VERSION
 from mopo_fast.compat.offlinerl_kit.policy import (
     as_transitions,
     fuse_learn,
     fuse_rollout,
-    report,
-    sac_config,
-    shared_sac,
+    is_mobile,
+    update,
 )
 from mopo_fast.config import TrainingDtype
 from mopo_fast.data.table import allocate_table
@@ -26,6 +26,15 @@ from mopo_fast.sac import Draws
 # Updates of one kernel call. With more of them, Ctrl-C and the progress bar wait longer.
 _UPDATES_AT_ONCE = 100
 _COLUMNS = ("observations", "actions", "rewards", "next_observations")
+# Attributes of a trainer that are read here.
+_TRAINER = (
+    "policy",
+    "real_buffer",
+    "fake_buffer",
+    "_rollout_freq",
+    "_step_per_epoch",
+    "_dynamics_update_freq",
+)
 _WITHOUT_TRAINER = "leave fuse_trainer out and call fuse_rollout and fuse_learn on the policy"
 
 
@@ -43,6 +52,8 @@ def fuse_trainer(
     A rollout, an update of the dynamics, an evaluation or a checkpoint sees the policy after exactly the
     updates that the loop has asked for.
 
+    MOBILEPolicy's updates are made one by one, since its penalties depend on the policy before each.
+
     Args:
         trainer: MBPolicyTrainer whose policy is one that `fuse_rollout` and `fuse_learn` take; they need not
             have been called.
@@ -58,13 +69,15 @@ def fuse_trainer(
         InputError: the kernels do not support the trainer, its policy or its buffers. The message names the
             reason.
     """
+    check_attributes(trainer, _TRAINER, VERSION)
     check_method(trainer, "train", "offlinerlkit", _WITHOUT_TRAINER, ("MBPolicyTrainer",))
     for buffer in (trainer.real_buffer, trainer.fake_buffer):
         for method in ("sample", "add_batch"):
             check_method(buffer, method, "offlinerlkit", _WITHOUT_TRAINER, ("ReplayBuffer",))
         _check_buffer(buffer)
     fuse_learn(fuse_rollout(trainer.policy), dtype=dtype, backend=backend, threads=threads)
-    trainer.train = types.MethodType(_train, trainer)
+    if not is_mobile(trainer.policy):
+        trainer.train = types.MethodType(_train, trainer)
     return trainer
 
 
@@ -182,11 +195,11 @@ class _Ahead:
                 raise InputError(f"a batch takes {batch.size} rows of a buffer that is empty")
         data, model = _source(real.buffer), _source(fake.buffer)
         sizes, rows = (len(data), len(model)), (real.size, fake.size)
-        draws = Draws(data, model, sizes, rows, updates, draw_seed())
-        return report(policy, shared_sac(policy).update(draws, sac_config(policy)))
+        return update(policy, Draws(data, model, sizes, rows, updates, draw_seed()))
 
 
 def _check_buffer(buffer: Any) -> None:
+    check_attributes(buffer, (*_COLUMNS, "terminals", "_size"), VERSION)
     for name in (*_COLUMNS, "terminals"):
         array = getattr(buffer, name)
         if array.dtype != np.float32 or array.ndim != 2:

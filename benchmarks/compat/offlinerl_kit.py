@@ -71,8 +71,13 @@ def _ways(algorithm: Algorithm, options: dict[str, Any]) -> dict[str, Callable[[
         "fuse_rollout and fuse_learn": fuse_both,
         "fuse_trainer": functools.partial(fuse_trainer, **options),
     }
-    # COMBO keeps its own `learn`.
-    return {"fuse_rollout": ways["fuse_rollout"]} if algorithm == "combo" else ways
+    if algorithm == "combo":
+        # It keeps its own `learn`.
+        return {"fuse_rollout": ways["fuse_rollout"]}
+    if algorithm == "mobile":
+        # Its updates are made one by one.
+        del ways["fuse_rollout and fuse_learn"]
+    return ways
 
 
 def _make_trainer(

@@ -92,9 +92,11 @@ def main(
         fitted = tempfile.mkdtemp(dir=folder)
         make(arguments, fit_epochs=fit_epochs).policy.dynamics.save(fitted)
         arguments += ["--load-dynamics-path", fitted]
+        # COMBO keeps its own `learn`.
+        take_over = _fuse_rollout if algorithm == "combo" else fuse_trainer
         ways: dict[str, Callable[[list[str]], Any]] = {
             "theirs": make,
-            "ours": functools.partial(make, dynamics=EnsembleDynamics, take_over=_take_over(algorithm)),
+            "ours": functools.partial(make, dynamics=EnsembleDynamics, take_over=take_over),
         }
         runs: dict[str, list[Values]] = {way: [] for way in ways}
         seconds: dict[str, list[float]] = {way: [] for way in ways}
@@ -116,10 +118,8 @@ def main(
         write_record(json.resolve(), "compat.offlinerl_kit_parity", examine(), record)
 
 
-def _take_over(algorithm: Algorithm) -> Callable[[Any], object]:
-    if algorithm in ("mopo", "rambo"):
-        return fuse_trainer
-    return lambda trainer: fuse_rollout(trainer.policy)
+def _fuse_rollout(trainer: Any) -> None:
+    fuse_rollout(trainer.policy)
 
 
 class _Schedule:

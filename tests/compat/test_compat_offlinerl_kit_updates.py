@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mopo_fast import InputError
 from mopo_fast.compat import offlinerl_kit as kit
 from mopo_fast.compat.offlinerl_kit import policy as kit_policy
 from mopo_fast.compat.torch_sac import SharedSAC
+from mopo_fast.sac import SAC
 
 FOLDER = RECORDED / "offlinerl_kit"
 # The recorded updates have 40 rows, the first 5 of them from the data.
@@ -535,6 +537,22 @@ def test_a_loop_that_looks_at_the_policy_between_updates(monkeypatch: pytest.Mon
     # A second training starts afresh.
     trainer.look, trainer.losses = lambda *_: None, []
     assert trainer.train() == "done"
+
+
+def test_an_interrupt_leaves_the_temperatures_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Test that Ctrl-C waits until the policy has its new temperature, not only the logarithm."""
+    trainer = fused_trainer(monkeypatch)
+    policy, make = trainer.policy, SAC.make
+    policy._target_entropy = -1000.0
+
+    def interrupted(self: Any, draws: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return make(self, draws)
+
+    monkeypatch.setattr(SAC, "make", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert float(policy._alpha) == float(policy._log_alpha.detach().exp()) < 1.0
 
 
 def test_trainers_that_cannot_be_fused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from mopo_fast.data.transitions import Transitions
 from mopo_fast.errors import InputError
 from mopo_fast.policy import Actor
 from mopo_fast.sac import Draws
+from mopo_fast.utils.interrupts import deferred
 
 Array = npt.NDArray[Any]
 
@@ -129,7 +130,9 @@ def shared_sac(policy: Any) -> SharedSAC:
 def update(policy: Any, draws: Draws) -> dict[str, float]:
     """Make updates of a policy that `fuse_learn` has taken over; return what its `learn` returns."""
     alpha = None if policy._is_auto_alpha else float(policy._alpha)
-    return _report(policy, shared_sac(policy).update(draws, sac_config(policy), alpha))
+    # Ctrl-C must not come between the updates and the policy's own temperature.
+    with deferred():
+        return _report(policy, shared_sac(policy).update(draws, sac_config(policy), alpha))
 
 
 def sac_config(policy: Any) -> SACConfig:

@@ -296,19 +296,19 @@ class RolloutEngine:
         elites = self.ensemble.elites
         if len(elites) < 2:
             raise InputError("a standard deviation over the elites needs at least two of them, there is one")
+        if not isinstance(policy, Actor):
+            raise InputError(f"policy must be a mopo_fast.Actor, got {type(policy).__name__}")
         self._check_actor(policy)
-        penalties = bool(self.penalty_coef)
+        checked.check_range("seed", seed, 0, 2**64)
         start = self._checked("observations", observations, self.ensemble.obs_dim)
-        step = self._step(
-            start,
-            self._checked("actions", actions, self.ensemble.act_dim),
-            seed,
-            0,
-            None,
-            False,
-            True,
-            penalties,
-        )
+        action = self._checked("actions", actions, self.ensemble.act_dim)
+        if len(action) != len(start):
+            raise InputError(f"there are {len(start)} observations but {len(action)} actions")
+        settings = Settings(seed, False, self.operands, self.threads)
+        rows = self._checked_rows(None, len(start))
+        penalties = bool(self.penalty_coef)
+        whole = StepCall(self._dynamics(), start, rows, settings, action, 0, True, penalties=penalties)
+        step = checked.step(get_backend(self.backend), whole)
         assert step.mean is not None and step.std is not None
         mean, std = step.mean[elites, :, :-1], step.std[elites, :, :-1].contiguous()
         carry = self._dynamics().carry
@@ -319,7 +319,7 @@ class RolloutEngine:
             self._policy(policy),
             [self._cast(weight) for weight in critic.weights],
             [self._cast(bias) for bias in critic.biases],
-            Settings(seed, False, self.operands, self.threads),
+            settings,
         )
         values = checked.least_values(self._backend_for(policy), call)
         return values.mean(dim=0).std(dim=0)

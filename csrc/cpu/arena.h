@@ -58,14 +58,15 @@ class Arena {
   }
 
   void allocate() {
-    obtain();
+    obtain(true);
     block_.layout.clear();
   }
 
   // allocate() of zeros. A block that was remembered with the same layout is not cleared again.
   void allocate_zeroed(const std::vector<int64_t>& layout = {}) {
     const size_t bytes = used_;
-    obtain();
+    // Without a layout the memory may be kept for long, so it must not be larger than needed.
+    obtain(!layout.empty());
     if (layout.empty() || block_.layout != layout) std::memset(block_.memory.get(), 0, bytes);
     block_.layout.clear();
   }
@@ -79,13 +80,13 @@ class Arena {
   // Of the block that a thread keeps: its largest size, and how many times too large it may be for a call.
   static constexpr size_t kMostSpare = size_t{64} << 20, kMostWaste = 8;
 
-  void obtain() {
+  void obtain(bool from_spare) {
     const bool large = used_ >= 2 * kLargePage;
     const size_t alignment = large ? kLargePage : kAlignment;
     const size_t bytes = (used_ + alignment) / alignment * alignment;
     used_ = 0;
     Block& spare = Block::spare();
-    if (spare.bytes >= bytes && spare.bytes / kMostWaste <= bytes) {
+    if (from_spare && spare.bytes >= bytes && spare.bytes / kMostWaste <= bytes) {
       block_ = std::exchange(spare, {});
       return;
     }

@@ -185,16 +185,19 @@ def rollout_by_steps(
 
 def least_values(call: ValuesCall) -> torch.Tensor:
     """Compute `Backend.least_values`, for every backend without a kernel for it."""
-    mean, seed = call.mean, call.settings.seed
-    members, count, obs_dim = mean.shape
-    rows = torch.arange(call.samples * members * count, device=mean.device)
-    noise = random_normals(rows, 0, NOISE_STREAM, obs_dim, seed, mean.dtype)
-    states = mean + call.std * noise.view(call.samples, members, count, obs_dim)
-    states = states.view(-1, obs_dim)
-    actions = act(call.policy, states, rows, 0, call.settings)
-    inputs = torch.cat([states, actions], dim=-1)
-    q = mlp(inputs, call.weights, call.biases, "relu", call.settings.operands)
-    return q.amin(dim=0).view(call.samples, members, count)
+    members, count, obs_dim = call.mean.shape
+    mean, std = (array.view(-1, obs_dim) for array in (call.mean, call.std))
+    numbers = torch.arange(call.samples * members * count, device=mean.device)
+    parts = []
+    for rows in numbers.split(_CHUNKS.get(mean.device.type, _CHUNKS["cuda"])):
+        noise = random_normals(rows, 0, NOISE_STREAM, obs_dim, call.settings.seed, mean.dtype)
+        gaussians = rows % (members * count)
+        states = mean[gaussians] + std[gaussians] * noise
+        actions = act(call.policy, states, rows, 0, call.settings)
+        inputs = torch.cat([states, actions], dim=-1)
+        q = mlp(inputs, call.weights, call.biases, "relu", call.settings.operands)
+        parts.append(q.amin(dim=0).view(-1))
+    return torch.cat(parts).view(call.samples, members, count)
 
 
 class ReferenceBackend(Backend):

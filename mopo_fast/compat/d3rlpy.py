@@ -11,8 +11,8 @@ d3rlpy computes it in the space of the scaled observations and rewards.
 Source: d3rlpy 1.1.1.
 """
 
+import functools
 import math
-import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ from mopo_fast.compat.models import (
     warn_of_changes,
 )
 from mopo_fast.compat.torch_files import as_state, load, save, take
-from mopo_fast.compat.torch_sac import Modules, SharedSAC, draw_all, shared_with
+from mopo_fast.compat.torch_sac import Modules, SharedSAC, draw_all, shared_with, start_over
 from mopo_fast.config import MAX_MEMBERS, Hints, SACConfig, TrainingDtype
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import EnsembleDynamics
@@ -205,9 +205,10 @@ def fuse_updates(
     _check_updates(algo, impl)
     # On the implementation: get_params would take an attribute of the algorithm for a hyperparameter.
     impl._mopo_fast = {"dtype": dtype, "backend": backend, "threads": threads}
+    start_over(impl)
     _shared_sac(impl)
     # A bound method, so that that of a copy updates the copy.
-    algo._update = types.MethodType(_update, algo)
+    algo._update = functools.partial(_update, algo)
     return algo
 
 

@@ -10,8 +10,8 @@ Source: mbrl 0.2.0.
 """
 
 import dataclasses
+import functools
 import pickle
-import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +31,7 @@ from mopo_fast.compat.models import (
     warn_of_changes,
 )
 from mopo_fast.compat.torch_files import as_state, load, save, take
-from mopo_fast.compat.torch_sac import Modules, SharedSAC, draw_all, learning_rate, shared_with
+from mopo_fast.compat.torch_sac import Modules, SharedSAC, draw_all, learning_rate, shared_with, start_over
 from mopo_fast.config import Hints, Penalty, SACConfig, TrainingDtype
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import EnsembleDynamics
@@ -415,10 +415,11 @@ def fuse_sac(
     """
     _check_sac(sac)
     sac._mopo_fast = {"dtype": dtype, "backend": backend, "threads": threads}
+    start_over(sac)
     _shared_sac(sac)
     # Bound methods, so that those of a copy update the copy.
-    sac.update_parameters = types.MethodType(_update_parameters, sac)
-    sac.update_many = types.MethodType(_update_many, sac)
+    sac.update_parameters = functools.partial(_update_parameters, sac)
+    sac.update_many = functools.partial(_update_many, sac)
     return sac
 
 

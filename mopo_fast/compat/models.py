@@ -1,5 +1,6 @@
 """Ensembles and actors built on the tensors of other code, without copies, and checks they share."""
 
+import functools
 import logging
 import math
 import os
@@ -97,6 +98,8 @@ def _homes(function: Any) -> set[str]:
     found = set()
     while function is not None:
         function = getattr(function, "__func__", function)
+        if isinstance(function, functools.partial):
+            function = function.func
         # Unlike `__module__`, the globals are not copied by `functools.wraps`.
         name = getattr(function, "__globals__", {}).get("__name__", "")
         found.add(name.partition(".")[0])

@@ -20,6 +20,8 @@ from mopo_fast.sac import METRICS, SAC, Draws
 from mopo_fast.utils.interrupts import deferred
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_LAYER_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OPTIMIZER_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 # Settings of torch.optim.Adam that `SAC` has. The learning rate may have any value.
 _ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0, "amsgrad": False, "maximize": False}
 
@@ -51,17 +53,13 @@ class Modules:
         alpha = [self.alpha[1]] if isinstance(self.alpha, tuple) else []
         return {"actor": [self.actor_optimizer], "critic": self.critic_optimizers, "alpha": alpha}
 
-    def is_same(self, other: "Modules") -> bool:
-        """Tell whether all parts are the same objects. The value of a fixed temperature does not matter."""
-        mine, others = (modules._parts() for modules in (self, other))
-        return len(mine) == len(others) and all(map(operator.is_, mine, others))
-
-    def _parts(self) -> list[Any]:
+    def parts(self) -> list[Any]:
+        """Return all objects that an SAC shares, but for the value of a fixed temperature."""
         alpha = self.alpha if isinstance(self.alpha, tuple) else ()
-        return [
-            *itertools.chain(self.actor, *self.critics, *self.targets, self.critic_optimizers, alpha),
-            self.actor_optimizer,
-        ]
+        layers = itertools.chain(self.actor, *self.critics, *self.targets)
+        # A layer's parameters may be replaced while the layer stays.
+        parameters = (one for layer in layers for one in (layer, layer.weight, layer.bias))
+        return [*parameters, *self.critic_optimizers, *alpha, self.actor_optimizer]
 
 
 @dataclass(frozen=True)
@@ -99,9 +97,16 @@ class _Link:
 
     def take_value(self) -> None:
         """Make the parameter a view of ours again, with the number that it has now."""
-        if not self.parameter.is_set_to(self.value):
-            self.value.copy_(self.parameter.detach())
-            self.parameter.data = self.value
+        theirs, ours = self.parameter, self.value
+        if theirs.is_set_to(ours):
+            return
+        if (theirs.shape, theirs.dtype, theirs.device) != (ours.shape, ours.dtype, ours.device):
+            raise InputError(
+                f"the updates take {ours.dtype} {list(ours.shape)} on the CPU, a parameter has become"
+                f" {theirs.dtype} {list(theirs.shape)} on {theirs.device}"
+            )
+        ours.copy_(theirs.detach())
+        theirs.data = ours
 
 
 class SharedSAC:
@@ -131,13 +136,19 @@ class SharedSAC:
         self.modules = modules
         obs_dim, act_dim = modules.actor[0].in_features, modules.actor[-1].out_features
         self.sac = SAC(obs_dim, act_dim, config, backend=backend, threads=threads)
+        # Held, so that no new object can have an old one's identity.
+        self._parts = modules.parts()
         self._links = list(self._pair_up())
         self._of_actor = [link for link in self._links if link.optimizer is modules.actor_optimizer]
-        pairs = zip(self.sac.actor.weights, self.sac.actor.biases, strict=True)
-        self._arrays = [(weight.detach().numpy(), bias.detach().numpy()) for weight, bias in pairs]
         self._optimizers = modules.optimizers()
-        self._check_parameters()
+        # True while the parameters may be ahead of their optimizers' counts of steps.
+        self._counts_are_due = False
         self.share(config, None if isinstance(modules.alpha, tuple) else modules.alpha)
+
+    def consists_of(self, modules: Modules) -> bool:
+        """Tell whether all parts of `modules` are the objects that are shared."""
+        parts = modules.parts()
+        return len(parts) == len(self._parts) and all(map(operator.is_, parts, self._parts))
 
     def _pair_up(self) -> Iterator[_Link]:
         modules, sac = self.modules, self.sac
@@ -192,7 +203,11 @@ class SharedSAC:
             InputError: it has made a change that `SAC` does not support.
         """
         config.validate()
+        self._check_parameters()
+        _check_hooks(self.modules, self._optimizers)
         sac = self.sac
+        if self._counts_are_due:
+            self._set_counts()
         if alpha is not None:
             if not 0.0 < alpha < math.inf:
                 raise InputError(f"a fixed temperature must be positive, got {alpha}")
@@ -229,22 +244,27 @@ class SharedSAC:
     def act(self, observations: Any, *, deterministic: bool) -> npt.NDArray[Any]:
         """Return the actor's actions.
 
-        With one row, as in an evaluation, NumPy takes a tenth of the time of the code base's modules.
+        With one row, as in an evaluation, NumPy takes a fraction of the time of the code base's modules.
 
         Args:
-            observations: [n, obs_dim], an array of numbers.
+            observations: [..., obs_dim], an array of numbers.
             deterministic: return tanh(mean); else sample, with noise from torch's global generator.
 
         Returns:
-            Actions float32 [n, act_dim].
+            Actions float32 [..., act_dim].
         """
         for link in self._of_actor:
             link.take_value()
+        if isinstance(observations, torch.Tensor):
+            observations = observations.numpy(force=True)
         x = np.asarray(observations, np.float32)
-        *hidden, (weight, bias) = self._arrays
-        for hidden_weight, hidden_bias in hidden:
-            x = np.maximum(x @ hidden_weight + hidden_bias, 0.0)
-        mean, log_std = np.split(x @ weight + bias, 2, axis=1)
+        # Taken anew at each call, since PyTorch may have moved their memory.
+        weights, biases = (
+            [one.detach().numpy() for one in some] for some in (self.sac.actor.weights, self.sac.actor.biases)
+        )
+        for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
+            x = np.maximum(x @ weight + bias, 0.0)
+        mean, log_std = np.split(x @ weights[-1] + biases[-1], 2, axis=-1)
         if not deterministic:
             config, noise = self.sac.config, torch.randn(mean.shape).numpy()
             mean = mean + np.exp(np.clip(log_std, config.log_std_min, config.log_std_max)) * noise
@@ -272,12 +292,11 @@ class SharedSAC:
         with deferred():
             self.share(config, alpha)
             first_alpha = float(self.sac.alpha)
+            # A second Ctrl-C does not wait.
+            self._counts_are_due = True
             sums = self.sac.make(draws)
-            made = float(self.sac.updates)
+            self._set_counts()
             torch.autograd.graph.increment_version([link.parameter for link in self._links])
-            for link in self._links:
-                if link.optimizer is not None:
-                    link.optimizer.state[link.parameter]["step"].fill_(made)
             for optimizer in itertools.chain(*self._optimizers.values()):
                 # As `step` does; a schedule warns where nobody has set it.
                 vars(optimizer)["_opt_called"] = True
@@ -285,6 +304,12 @@ class SharedSAC:
         critics = [total / draws.updates for total in sums[len(METRICS) :]]
         alpha = float(self.sac.alpha)
         return Losses(metrics, critics, alpha, metrics["alpha"] + (alpha - first_alpha) / draws.updates)
+
+    def _set_counts(self) -> None:
+        for link in self._links:
+            if link.optimizer is not None:
+                link.optimizer.state[link.parameter]["step"].fill_(float(self.sac.updates))
+        self._counts_are_due = False
 
 
 # The SAC of each object that `shared_with` was called for. A copy of an object gets one of its own.
@@ -308,9 +333,14 @@ def shared_with(
         InputError: as `SharedSAC`.
     """
     shared = _shared.get(owner)
-    if shared is None or not shared.modules.is_same(modules):
+    if shared is None or not shared.consists_of(modules):
         shared = _shared[owner] = SharedSAC(modules, config, backend=backend, threads=threads)
     return shared
+
+
+def start_over(owner: Any) -> None:
+    """Forget the `SharedSAC` of an object, so that `shared_with` makes another."""
+    _shared.pop(owner, None)
 
 
 def draw_all(rows: Transitions, seed: int, updates: int = 1) -> Draws:
@@ -327,13 +357,33 @@ def _check_layers(modules: Modules) -> None:
                 f"the critics must have the actor's hidden layers {hidden}, got"
                 f" {[layer.out_features for layer in layers[:-1]]}"
             )
-    for layer in (one for layers in (modules.actor, *modules.critics, *modules.targets) for one in layers):
+    every = [one for layers in (modules.actor, *modules.critics, *modules.targets) for one in layers]
+    if len({id(layer.weight) for layer in every}) < len(every):
+        raise InputError("the updates take an actor, critics and target critics that share no layer")
+    for layer in every:
         weight = layer.weight
+        if type(layer) is not nn.Linear:
+            raise InputError(f"the updates take layers that are torch.nn.Linear, got {type(layer).__name__}")
         if layer.bias is None or weight.dtype != torch.float32 or weight.device.type != "cpu":
             raise InputError(
                 "the updates take linear layers with biases, in float32 on the CPU, got"
                 f" {layer} in {weight.dtype} on {weight.device}"
             )
+
+
+def _check_hooks(modules: Modules, optimizers: dict[str, list[torch.optim.Optimizer]]) -> None:
+    """Raise `InputError` if something is to happen in an update that the kernels would leave out."""
+    for layer in itertools.chain(modules.actor, *modules.critics):
+        for parameter in (layer.weight, layer.bias):
+            if not parameter.requires_grad:
+                raise InputError(f"the updates train all parameters; one of {layer} has requires_grad=False")
+            if parameter._backward_hooks:
+                raise InputError(f"the updates call no hooks, but a parameter of {layer} has one")
+        if any(getattr(layer, name) for name in _LAYER_HOOKS):
+            raise InputError(f"the updates call no hooks, but {layer} has one")
+    for optimizer in itertools.chain(*optimizers.values()):
+        if any(getattr(optimizer, name, None) for name in _OPTIMIZER_HOOKS):
+            raise InputError("the updates call no hooks, but an optimizer has one")
 
 
 def learning_rate(name: str, optimizer: torch.optim.Optimizer) -> float:

@@ -1,8 +1,11 @@
 """Test OfflineRL-Kit's updates on the kernels: equality with recorded ones, and its trainer's loop."""
 
 import copy
+import gc
 import importlib.util
 import signal
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +257,109 @@ def test_a_select_action_of_ones_own_stays(recorded: dict[str, np.ndarray]) -> N
     assert kit.fuse_learn(mine()).select_action(None) == "mine"
 
 
+def test_memory_that_pytorch_moves(recorded: dict[str, np.ndarray]) -> None:
+    """Test that actions and updates follow parameters whose memory is shared with other processes."""
+    policy = recorded_policy()
+    observations = recorded["observations"][0]
+    before = policy.select_action(observations, deterministic=True)
+    policy.share_memory()
+    gc.collect()
+    assert np.array_equal(policy.select_action(observations, deterministic=True), before)
+    policy.learn(batch_of(recorded, 0))
+    mean = policy.actor(torch.from_numpy(observations))[0]
+    made = policy.select_action(observations, deterministic=True)
+    np.testing.assert_allclose(made, torch.tanh(mean).detach(), rtol=1e-5, atol=1e-6)
+    assert not np.array_equal(made, before)
+
+
+@pytest.mark.parametrize("shape", [(OBS,), (2, 4, OBS)])
+def test_actions_for_observations_of_any_shape(shape: tuple[int, ...]) -> None:
+    policy = recorded_policy()
+    observations = torch.randn(shape, requires_grad=True)
+    expected = torch.tanh(policy.actor(observations)[0]).detach()
+    made = policy.select_action(observations, deterministic=True)
+    np.testing.assert_allclose(made, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_policy_that_is_pickled(
+    recorded: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "offlinerlkit", types.ModuleType("offlinerlkit"))
+    monkeypatch.setitem(sys.modules, "offlinerlkit.parts", parts)
+    policy = recorded_policy()
+    policy.learn(batch_of(recorded, 0))
+    torch.save(policy, tmp_path / "policy.pt")
+    loaded = torch.load(tmp_path / "policy.pt", weights_only=False)
+    monkeypatch.setattr(kit_policy, "draw_seed", lambda: 3)
+    assert loaded.learn(batch_of(recorded, 1)) == policy.learn(batch_of(recorded, 1))
+    assert loaded.learn.args == (loaded,)
+    for name, value in policy.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+
+
+def test_a_second_call_of_fuse_learn_counts(recorded: dict[str, np.ndarray]) -> None:
+    policy = recorded_policy()
+    assert kit_policy.shared_sac(policy).sac.backend == "cpu"
+    kit.fuse_learn(policy, backend="reference", dtype="bfloat16", threads=1)
+    shared = kit_policy.shared_sac(policy)
+    assert (shared.sac.backend, shared.sac.config.dtype, shared.sac.threads) == ("reference", "bfloat16", 1)
+
+
+def test_parameters_that_are_replaced(recorded: dict[str, np.ndarray]) -> None:
+    """Test that new parameters in old layers need new optimizers, as they do in the original."""
+    policy = recorded_policy()
+    policy.learn(batch_of(recorded, 0))
+    state = {name: value.clone() for name, value in policy.state_dict().items()}
+    policy.load_state_dict(state, assign=True)
+    with pytest.raises(InputError, match="must have one group, of all its parameters"):
+        policy.learn(batch_of(recorded, 0))
+    for name in ("actor", "critic1", "critic2"):
+        optimizer = torch.optim.Adam(getattr(policy, name).parameters(), lr=1e-2)
+        setattr(policy, f"{name}_optim", optimizer)
+    policy.alpha_optim = torch.optim.Adam([policy._log_alpha], lr=1e-2)
+    policy.learn(batch_of(recorded, 0))
+    assert not torch.equal(policy.state_dict()["critic1.last.weight"], state["critic1.last.weight"])
+
+
+def test_counts_that_an_interrupt_left_behind(recorded: dict[str, np.ndarray]) -> None:
+    """Test that counts of steps, some of them set, are completed before the next update."""
+    policy = recorded_policy()
+    policy.learn(batch_of(recorded, 0))
+    shared = kit_policy.shared_sac(policy)
+    shared.sac.updates, shared._counts_are_due = 5, True
+    policy.actor_optim.state[policy.actor.dist_net.mu.weight]["step"].fill_(5.0)
+    policy.learn(batch_of(recorded, 0))
+    for optimizer in (policy.actor_optim, policy.critic1_optim, policy.critic2_optim, policy.alpha_optim):
+        assert {float(state["step"]) for state in optimizer.state.values()} == {6.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda policy: policy.double(), "a parameter has become torch.float64"),
+        (lambda policy: policy.actor.requires_grad_(False), "has requires_grad=False"),
+        (
+            lambda policy: policy.actor.dist_net.mu.weight.register_hook(lambda g: g),
+            "a parameter of .* has one",
+        ),
+        (lambda policy: policy.critic1.last.register_forward_hook(lambda *_: None), "call no hooks"),
+        (lambda policy: policy.actor_optim.register_step_post_hook(lambda *_: None), "an optimizer has one"),
+        (
+            lambda policy: policy.critic1_optim.add_param_group({"params": [torch.zeros(1)]}),
+            "must have one group",
+        ),
+    ],
+)
+def test_changes_that_the_updates_would_leave_out(
+    change: Any, message: str, recorded: dict[str, np.ndarray]
+) -> None:
+    policy = recorded_policy()
+    policy.learn(batch_of(recorded, 0))
+    change(policy)
+    with pytest.raises(InputError, match=message):
+        policy.learn(batch_of(recorded, 0))
+
+
 def test_a_copy_learns_by_itself(recorded: dict[str, np.ndarray]) -> None:
     policy = recorded_policy()
     policy.learn(batch_of(recorded, 0))
@@ -355,6 +461,13 @@ def test_policies_whose_updates_cannot_be_fused() -> None:
         "must have one group, of all its parameters",
         lambda policy: setattr(policy, "actor_optim", decay(policy.actor.backbone.parameters())),
     )
+
+    def share_a_critic(policy: Any) -> None:
+        policy.critic2_old = policy.critic1_old
+
+    refuse("share no layer", share_a_critic)
+    mine_too = type("MyLinear", (nn.Linear,), {})
+    refuse("torch.nn.Linear, got MyLinear", lambda policy: setattr(policy.critic1, "last", mine_too(6, 1)))
     refuse("linear layers with ReLU", lambda policy: policy.critic1.backbone.model.append(nn.Tanh()))
 
     def tanh(policy: Any) -> None:
@@ -569,6 +682,10 @@ def test_trainers_that_cannot_be_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer.train = lambda: None
     with pytest.raises(InputError, match="MBPolicyTrainer has a method train of its own"):
         kit.fuse_trainer(trainer)
+    trainer = fused_trainer(monkeypatch)
+    trainer.policy = parts.MOPOPolicy()
+    with pytest.raises(InputError, match="another policy than when it was fused"):
+        trainer.train()
     trainer = fused_trainer(monkeypatch)
     trainer.policy.rollout = lambda start, length: (
         {name: np.zeros((0, size), np.float32) for name, size in (("rewards", 1), ("terminals", 1))},

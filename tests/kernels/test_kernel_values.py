@@ -170,6 +170,8 @@ def test_inconsistency_that_cannot_be_computed() -> None:
         engine.bellman_inconsistency(*rows, Actor(2, 2), critic, seed=0)
     with pytest.raises(InputError, match="seed must be"):
         engine.bellman_inconsistency(*rows, actor, critic, seed=-1)
+    with pytest.raises(InputError, match=r"policy must be a mopo_fast\.Actor"):
+        engine.bellman_inconsistency(*rows, lambda x: x, critic, seed=0)  # type: ignore[arg-type]
     engine.ensemble.elites = torch.tensor([1])
     with pytest.raises(InputError, match="at least two of them, there is one"):
         engine.bellman_inconsistency(*rows, actor, critic, seed=0)

@@ -1,6 +1,6 @@
 """OfflineRL-Kit's policies: their rollouts and their updates on the kernels."""
 
-import types
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from mopo_fast.compat.models import activation_of, actor_of, check_attributes, check_method
 from mopo_fast.compat.offlinerl_kit.dynamics import EnsembleDynamics, draw_seed
 from mopo_fast.compat.offlinerl_kit.files import VERSION
-from mopo_fast.compat.torch_sac import Losses, Modules, SharedSAC, draw_all, shared_with
+from mopo_fast.compat.torch_sac import Losses, Modules, SharedSAC, draw_all, shared_with, start_over
 from mopo_fast.config import SACConfig, TrainingDtype
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.errors import InputError
@@ -65,8 +65,8 @@ def fuse_rollout(policy: Any) -> Any:
     for method in ("rollout", "select_action", "actforward"):
         check_method(policy, method, "offlinerlkit", _WITHOUT_ROLLOUT, _POLICIES)
     _actor(policy.actor)
-    # A bound method, so that copy.deepcopy of the policy rolls the copy out.
-    policy.rollout = types.MethodType(_rollout, policy)
+    # Copies and pickles of the policy have copies of this, for themselves.
+    policy.rollout = functools.partial(_rollout, policy)
     return policy
 
 
@@ -81,7 +81,7 @@ def fuse_learn(
     of the actions is keyed by a seed from NumPy's global generator.
 
     `select_action` is replaced too, unless the policy has one of its own: evaluations ask for one action at a
-    time, for which the original's modules take ten times as long.
+    time, for which the original's modules take three times as long.
 
     MOBILEPolicy's penalty is computed in a kernel too, see `RolloutEngine.bellman_inconsistency`. Only the
     rows from the model have one, as in the original.
@@ -110,14 +110,15 @@ def fuse_learn(
         raise InputError("the policy's dynamics must be mopo_fast.compat.offlinerl_kit.EnsembleDynamics")
     policy._mopo_fast = {"dtype": dtype, "backend": backend, "threads": threads}
     _check_networks(policy)
+    start_over(policy)
     shared_sac(policy)
-    policy.learn = types.MethodType(_learn_mobile if is_mobile(policy) else _learn, policy)
+    policy.learn = functools.partial(_learn_mobile if is_mobile(policy) else _learn, policy)
     try:
         check_method(policy, "select_action", "offlinerlkit", "", ("SACPolicy", "MOBILEPolicy"))
     except InputError:
         # One of its own, or RAMBOPolicy's, which may scale the observations.
         return policy
-    policy.select_action = types.MethodType(_select_action, policy)
+    policy.select_action = functools.partial(_select_action, policy)
     return policy
 
 

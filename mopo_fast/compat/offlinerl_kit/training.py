@@ -1,6 +1,6 @@
 """OfflineRL-Kit's `MBPolicyTrainer` with many SAC updates in one kernel call."""
 
-import types
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -75,15 +75,18 @@ def fuse_trainer(
         for method in ("sample", "add_batch"):
             check_method(buffer, method, "offlinerlkit", _WITHOUT_TRAINER, ("ReplayBuffer",))
         _check_buffer(buffer)
-    fuse_learn(fuse_rollout(trainer.policy), dtype=dtype, backend=backend, threads=threads)
+    # In this order, a policy whose updates are refused stays as it is.
+    fuse_rollout(fuse_learn(trainer.policy, dtype=dtype, backend=backend, threads=threads))
     if not is_mobile(trainer.policy):
-        trainer.train = types.MethodType(_train, trainer)
+        trainer.train = functools.partial(_train, trainer)
     return trainer
 
 
 def _train(trainer: Any) -> Any:
     """Run the original's `train` with the policy and the buffers in the hands of `_Ahead`."""
     policy, buffers = trainer.policy, (trainer.real_buffer, trainer.fake_buffer)
+    if not hasattr(policy, "_mopo_fast"):
+        raise InputError("the trainer has another policy than when it was fused; call fuse_trainer again")
     for buffer in buffers:
         _check_buffer(buffer)
         _lay_in_table(buffer)
@@ -92,7 +95,7 @@ def _train(trainer: Any) -> Any:
     for name in ("rollout", "update_dynamics", "eval", "state_dict"):
         if hasattr(policy, name):
             taken_over[0][1][name] = ahead.guard(name, getattr(policy, name))
-    taken_over += [(buffer, {"sample": types.MethodType(_Batch, buffer)}) for buffer in buffers]
+    taken_over += [(buffer, {"sample": functools.partial(_Batch, buffer)}) for buffer in buffers]
     before = [(thing, {name: vars(thing).get(name) for name in methods}) for thing, methods in taken_over]
     try:
         for thing, methods in taken_over:

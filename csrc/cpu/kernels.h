@@ -74,7 +74,7 @@ struct ChunkOutput {
   int64_t non_finite;  // rollouts cut because a prediction was not finite
 };
 
-// What passes between a network's layers for a tile of rows: a layer's inputs and its outputs, in turn.
+// Buffers between a network's layers for a tile of rows: a layer's inputs and its outputs, in turn.
 struct LayerBuffers {
   float *in, *out;
 };

@@ -113,9 +113,9 @@ class SharedSAC:
     """An `SAC` whose numbers are those of another code base's modules and optimizers.
 
     The parameters of the modules, and the moments in their optimizers, become views of the tensors of an
-    `SAC`. Both sides see every change at once, and nothing is copied. Where the other side has put tensors of
-    its own in the place of these views, as loading a checkpoint does, their values are taken over before the
-    next update.
+    `SAC`. Both sides see every change at once, and nothing is copied. If the other side puts tensors of its own
+    in the place of these views, as loading a checkpoint does, their values are taken over before the next
+    update.
 
     Args:
         modules: the code base's SAC.

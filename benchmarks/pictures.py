@@ -101,14 +101,20 @@ def draw_epochs(results: Path, path: Path) -> None:
         figure.suptitle(
             "Speed of an epoch on two CPU cores, relative to the code as shipped", fontweight="bold"
         )
-        for axes, (name, title) in zip(figure.subplots(2, 3).flat, CODE_BASES.items(), strict=True):
-            values = {}
+        speeds: dict[str, dict[str, float]] = {}
+        for name, title in CODE_BASES.items():
+            speeds[title] = {}
             for dtype, suffix in (("bfloat16", "-bfloat16"), ("float32", "")):
                 result = json.loads((results / f"compat-{name}{suffix}.json").read_text())
                 machines.add(_machine(result))
                 epochs = [row for row in result["rows"] if row["what"].startswith("epoch, ")]
-                values[f"mopo_fast, {dtype}"] = max(float(row["times_as_shipped"]) for row in epochs)
-            _draw_bars(axes, title, values | {"as shipped": 1.0})
+                best = max(float(row["times_as_shipped"]) for row in epochs)
+                speeds[title][f"mopo_fast, {dtype}"] = best
+            speeds[title]["as shipped"] = 1.0
+        # One scale for all, so that bars can be compared between panels.
+        most = max(max(values.values()) for values in speeds.values())
+        for axes, (title, values) in zip(figure.subplots(2, 3).flat, speeds.items(), strict=True):
+            _draw_bars(axes, title, values, most)
         _save(figure, machines, path)
 
 
@@ -149,13 +155,13 @@ def _save(figure: Figure, machines: set[str], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
-def _draw_bars(axes: Axes, title: str, values: dict[str, float]) -> None:
+def _draw_bars(axes: Axes, title: str, values: dict[str, float], most: float | None = None) -> None:
     colours = [BLUE if "mopo_fast" in label else "#b9c0c8" for label in values]
     bars = axes.barh(list(values), list(values.values()), color=colours, height=0.72)
     axes.bar_label(bars, [f"{value:.1f}" for value in values.values()], padding=4, fontsize=9.5)
     axes.invert_yaxis()
     axes.set_title(title)
-    axes.set_xlim(0, 1.12 * max(values.values()))
+    axes.set_xlim(0, 1.12 * (most or max(values.values())))
     axes.grid(visible=False)
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.tick_params(left=False, bottom=False, labelbottom=False)

@@ -255,8 +255,8 @@ class SACConfig:
             in OfflineRL-Kit and Unifloral.
         log_std_max: Upper bound of the policy's log standard deviations.
         log_prob_epsilon: Number that is added to 1 - tanh^2 in the log-probability of an action, before its
-            logarithm is taken. It limits the pull of the entropy on actions near -1 and 1. OfflineRL-Kit has
-            1e-6.
+            logarithm is taken. It limits the pull of the entropy on actions near -1 and 1. The number is 1e-6
+            in OfflineRL-Kit.
         target_entropy: Entropy of the policy that alpha is adjusted to. The authors have -3 on all D4RL
             tasks. Other code has act_dim, which stands for minus the number of action dimensions.
         critic_loss: Loss of each critic. The losses of all critics are summed. The authors have half the mean

@@ -663,8 +663,13 @@ def test_an_interrupt_leaves_the_temperatures_equal(monkeypatch: pytest.MonkeyPa
         return make(self, draws)
 
     monkeypatch.setattr(SAC, "make", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
+    # A process in the background may have been told to ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert float(policy._alpha) == float(policy._log_alpha.detach().exp()) < 1.0
 
 

@@ -517,14 +517,16 @@ _COMPAT = [
         "source",
         ("source/*",),
         _make_model("offlinerl-kit", "source", True, activation="silu"),
-        *(":_read_dynamics", ":_read_policy", *TORCH),
+        "mopo_fast.compat.offlinerl_kit.files:_read_dynamics",
+        "mopo_fast.compat.offlinerl_kit.files:_read_policy",
+        *TORCH,
     ),
     Entry(
         "offlinerl-kit load",
         _make_model("offlinerl-kit", "source", False, activation="silu"),
         ("source/*",),
         _load_into_model,
-        ("mopo_fast.compat.offlinerl_kit:EnsembleDynamics.load",),
+        ("mopo_fast.compat.offlinerl_kit.dynamics:EnsembleDynamics.load",),
     ),
     _compat(
         "mopo-tf",

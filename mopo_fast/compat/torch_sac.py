@@ -113,8 +113,8 @@ class SharedSAC:
     """An `SAC` whose numbers are those of another code base's modules and optimizers.
 
     The parameters of the modules, and the moments in their optimizers, become views of the tensors of an
-    `SAC`. Both sides see every change at once, and nothing is copied. If the other side puts tensors of its own
-    in the place of these views, as loading a checkpoint does, their values are taken over before the next
+    `SAC`. Both sides see every change at once, and nothing is copied. If the other side puts tensors of its
+    own in the place of these views, as loading a checkpoint does, their values are taken over before the next
     update.
 
     Args:

@@ -157,6 +157,16 @@ def test_the_models_memory_is_shared(recorded: dict[str, np.ndarray]) -> None:
     assert (dynamics.step(recorded["observations"], recorded["actions"])[3]["penalty"] > before).all()
 
 
+def test_weights_written_past_pytorchs_counters(recorded: dict[str, np.ndarray]) -> None:
+    """Test that a step sees what OfflineRL-Kit's load_save writes through `.data`, in any layer."""
+    dynamics = make_dynamics(coef=0.0)
+    np.random.seed(0)
+    before = dynamics.step(recorded["observations"], recorded["actions"])[0]
+    dynamics.model.backbones[0].weight.data.mul_(2.0)
+    np.random.seed(0)
+    assert not np.array_equal(dynamics.step(recorded["observations"], recorded["actions"])[0], before)
+
+
 def test_fused_rollout(recorded: dict[str, np.ndarray]) -> None:
     def ends(obs: np.ndarray, action: np.ndarray, next_obs: np.ndarray) -> np.ndarray:
         return np.abs(next_obs[:, 1:2]) > 1.5

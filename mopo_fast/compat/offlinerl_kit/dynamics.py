@@ -128,9 +128,16 @@ class EnsembleDynamics:
         )
 
     def engine(self) -> RolloutEngine:
-        """Return the engine that makes steps and rollouts with the model's current weights.
+        """Return the engine that makes steps and rollouts with the model's current weights."""
+        engine = self.kept_engine()
+        engine.refresh()
+        return engine
 
-        It is kept for as long as it shares the model's tensors: to make one takes as long as a step.
+    def kept_engine(self) -> RolloutEngine:
+        """Return `engine`, with weights that were read before where no change of them is noticed.
+
+        Reading them takes as long as a step of a batch. `RolloutEngine` says what it notices; OfflineRL-Kit's
+        `load_save` writes through `.data`, which may go unnoticed.
         """
         settings = (self._penalty_coef, self._uncertainty_mode, tuple(self._options.items()))
         sources = (settings, self.model.elites.tolist(), _layers_id(self.model), _bytes(self.scaler))

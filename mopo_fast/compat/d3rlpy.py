@@ -34,7 +34,7 @@ from mopo_fast.compat.models import (
     warn_of_changes,
 )
 from mopo_fast.compat.torch_files import as_state, load, save, take
-from mopo_fast.compat.torch_sac import Modules, SharedSAC, draw_all, shared_with, start_over
+from mopo_fast.compat.torch_sac import Modules, SharedSAC, as_flags, draw_all, shared_with, start_over
 from mopo_fast.config import MAX_MEMBERS, Hints, SACConfig, TrainingDtype
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import EnsembleDynamics
@@ -207,7 +207,7 @@ def fuse_updates(
     impl._mopo_fast = {"dtype": dtype, "backend": backend, "threads": threads}
     start_over(impl)
     _shared_sac(impl)
-    # A bound method, so that that of a copy updates the copy.
+    # A copy of the algorithm has a copy of this, for itself.
     algo._update = functools.partial(_update, algo)
     return algo
 
@@ -321,11 +321,8 @@ def _rows(impl: Any, batch: Any) -> Transitions:
             arrays[name] = scaler.transform(arrays[name]).float().contiguous()
     if not bool((arrays.pop("n_steps") == 1.0).all()):
         raise InputError("the updates take transitions of one step; leave n_steps at 1")
-    terminals = arrays.pop("terminals")[:, 0]
-    flags = terminals != 0.0
-    if not torch.equal(flags.float(), terminals):
-        raise InputError("the updates take terminals that are 0 or 1")
-    arrays["rewards"], arrays["terminals"] = arrays["rewards"][:, 0], flags
+    arrays["rewards"] = arrays["rewards"][:, 0]
+    arrays["terminals"] = as_flags("terminals", arrays["terminals"][:, 0])
     return Transitions(**arrays)
 
 

@@ -31,7 +31,15 @@ from mopo_fast.compat.models import (
     warn_of_changes,
 )
 from mopo_fast.compat.torch_files import as_state, load, save, take
-from mopo_fast.compat.torch_sac import Modules, SharedSAC, draw_all, learning_rate, shared_with, start_over
+from mopo_fast.compat.torch_sac import (
+    Modules,
+    SharedSAC,
+    as_flags,
+    draw_all,
+    learning_rate,
+    shared_with,
+    start_over,
+)
 from mopo_fast.config import Hints, Penalty, SACConfig, TrainingDtype
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.ensemble import EnsembleDynamics
@@ -417,7 +425,7 @@ def fuse_sac(
     sac._mopo_fast = {"dtype": dtype, "backend": backend, "threads": threads}
     start_over(sac)
     _shared_sac(sac)
-    # Bound methods, so that those of a copy update the copy.
+    # A copy of the SAC has copies of these, for itself.
     sac.update_parameters = functools.partial(_update_parameters, sac)
     sac.update_many = functools.partial(_update_many, sac)
     return sac
@@ -574,11 +582,8 @@ def _draw(memory: Any, batch_size: int, batches: int, reverse_mask: bool) -> Tra
         torch.cat([torch.as_tensor(part, dtype=torch.float32) for part in parts])
         for parts in zip(*drawn, strict=True)
     )
-    terminals = masks != 0.0
-    if not reverse_mask:
-        if not torch.equal(terminals.float(), masks):
-            raise InputError("the updates take masks that are 0 or 1")
-        terminals = ~terminals
+    # mbrl-lib itself takes any number but 0 for an end in this case.
+    terminals = masks != 0.0 if reverse_mask else ~as_flags("masks", masks)
     return Transitions(observations, actions, rewards, successors, terminals)
 
 

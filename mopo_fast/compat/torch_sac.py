@@ -343,6 +343,22 @@ def start_over(owner: Any) -> None:
     _shared.pop(owner, None)
 
 
+def as_flags(name: str, numbers: torch.Tensor) -> torch.Tensor:
+    """Return numbers 0 and 1 as bool.
+
+    Args:
+        name: name of the numbers in errors.
+        numbers: the numbers.
+
+    Raises:
+        InputError: there is another number.
+    """
+    flags = numbers != 0
+    if not torch.equal(flags.to(numbers.dtype), numbers):
+        raise InputError(f"the updates take {name} that are 0 or 1")
+    return flags
+
+
 def draw_all(rows: Transitions, seed: int, updates: int = 1) -> Draws:
     """Return updates on equal parts of `rows`, in their order."""
     size = len(rows) // updates

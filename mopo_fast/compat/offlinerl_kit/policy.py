@@ -10,7 +10,7 @@ import torch
 from mopo_fast.compat.models import activation_of, actor_of, check_attributes, check_method
 from mopo_fast.compat.offlinerl_kit.dynamics import EnsembleDynamics, draw_seed
 from mopo_fast.compat.offlinerl_kit.files import VERSION
-from mopo_fast.compat.torch_sac import Losses, Modules, SharedSAC, draw_all, shared_with, start_over
+from mopo_fast.compat.torch_sac import Losses, Modules, SharedSAC, as_flags, draw_all, shared_with, start_over
 from mopo_fast.config import SACConfig, TrainingDtype
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.errors import InputError
@@ -183,8 +183,13 @@ def _rollout(policy: Any, init_obss: Array, rollout_length: int) -> tuple[dict[s
 
 
 def _learn(policy: Any, batch: dict[str, dict[str, torch.Tensor]]) -> dict[str, float]:
-    mixed = {name: torch.cat([batch["real"][name], batch["fake"][name]]) for name in batch["real"]}
-    return update(policy, draw_all(as_transitions(mixed), draw_seed()))
+    return update(policy, draw_all(_mix(batch), draw_seed()))
+
+
+def _mix(batch: dict[str, dict[str, torch.Tensor]]) -> Transitions:
+    """Return a batch's real rows, then its model rows."""
+    real, fake = batch["real"], batch["fake"]
+    return as_transitions({name: torch.cat([real[name], fake[name]]) for name in real})
 
 
 def _select_action(policy: Any, obs: Array, deterministic: bool = False) -> Array:
@@ -192,14 +197,12 @@ def _select_action(policy: Any, obs: Array, deterministic: bool = False) -> Arra
 
 
 def _learn_mobile(policy: Any, batch: dict[str, dict[str, torch.Tensor]]) -> dict[str, float]:
-    real = len(batch["real"]["rewards"])
-    mixed = {name: torch.cat([batch["real"][name], batch["fake"][name]]) for name in batch["real"]}
-    rows = as_transitions(mixed)
+    rows, real = _mix(batch), len(batch["real"]["rewards"])
     if len(rows) > real:
         shared = shared_sac(policy)
         # The policy and the target critics must be those of now.
         shared.share(sac_config(policy))
-        penalties = policy.dynamics.engine().bellman_inconsistency(
+        penalties = policy.dynamics.kept_engine().bellman_inconsistency(
             rows.observations[real:],
             rows.actions[real:],
             shared.sac.actor,
@@ -222,16 +225,12 @@ def as_transitions(arrays: Mapping[str, torch.Tensor]) -> Transitions:
     Raises:
         InputError: a terminal is neither 0 nor 1.
     """
-    terminals = arrays["terminals"][:, 0]
-    flags = terminals != 0
-    if not torch.equal(flags.to(terminals.dtype), terminals):
-        raise InputError("the updates take terminals that are 0 or 1")
     return Transitions(
         observations=arrays["observations"],
         actions=arrays["actions"],
         rewards=arrays["rewards"][:, 0],
         next_observations=arrays["next_observations"],
-        terminals=flags,
+        terminals=as_flags("terminals", arrays["terminals"][:, 0]),
     )
 
 

@@ -91,10 +91,9 @@ def _train(trainer: Any) -> Any:
         _check_buffer(buffer)
         _lay_in_table(buffer)
     ahead = _Ahead(trainer)
-    taken_over: list[tuple[Any, dict[str, Any]]] = [(policy, {"learn": ahead.learn})]
-    for name in ("rollout", "update_dynamics", "eval", "state_dict"):
-        if hasattr(policy, name):
-            taken_over[0][1][name] = ahead.guard(name, getattr(policy, name))
+    looks = [name for name in ("rollout", "update_dynamics", "eval", "state_dict") if hasattr(policy, name)]
+    guards = {name: ahead.guard(name, getattr(policy, name)) for name in looks}
+    taken_over: list[tuple[Any, dict[str, Any]]] = [(policy, {"learn": ahead.learn, **guards})]
     taken_over += [(buffer, {"sample": functools.partial(_Batch, buffer)}) for buffer in buffers]
     before = [(thing, {name: vars(thing).get(name) for name in methods}) for thing, methods in taken_over]
     try:

@@ -17,6 +17,14 @@ struct SacSource {
   int64_t size;
 };
 
+// The order of the steps of an update, as UPDATE_ORDERS in mopo_fast/config.py.
+enum class SacOrder : int {
+  kSimultaneous,  // all gradients are taken before any step
+  kCriticFirst,   // the critics, then the actor by the new critics
+  kActorFirst     // the temperature; the actor, by the old critics; the target, towards the old critics; the
+                  // critics, by the new actor and target
+};
+
 struct SacArgs {
   int64_t obs_dim, act_dim, critics;
   int64_t depth;               // layers of each network, 2 or more; all are ReLU
@@ -25,14 +33,15 @@ struct SacArgs {
   Parameter log_alpha;         // one number
 
   float actor_learning_rate, critic_learning_rate, alpha_learning_rate;
+  double adam_epsilon;
   float discount, polyak, target_entropy, log_std_min, log_std_max;
   float log_prob_epsilon;   // see SquashedGaussian::log_prob
   float alpha_max;          // bound of the temperature; infinity for none
   float critic_loss_scale;  // times the mean squared error
   float target_min;         // least target of the critics; -infinity for none
   bool entropy_backup;      // the targets contain the entropy of the next action
-  bool simultaneous;        // all gradients are taken before any step; else the critics step before the actor
-  Precision precision;      // of the hidden layers' products but the first's; all others are float32
+  SacOrder order;
+  Precision precision;  // of the hidden layers' products but the first's; all others are float32
 
   SacSource real, model;
   int64_t real_rows, model_rows;  // rows of each batch; the real ones come first
@@ -47,8 +56,39 @@ struct SacArgs {
 
 // Metrics, each summed over the updates: those of METRICS in mopo_fast/sac.py in their order, then each
 // critic's loss.
-constexpr int64_t kSacMetrics = 6;
+enum SacMetric { kCriticLoss, kActorLoss, kAlphaLoss, kMeanQ, kAlpha, kEntropy, kSacMetrics };
 inline int64_t sac_metrics(const SacArgs& args) { return kSacMetrics + args.critics; }
+
+// Adds up an update's metrics of the critics. `sum(j)` is the sum over the batch of critic j's squared
+// errors.
+template <class Sum>
+MOPO_INLINE void add_critic_metrics(const SacArgs& args, double count, double q_sum, Sum sum,
+                                    double* metrics) {
+  double critic_loss = 0.0;
+  for (int64_t j = 0; j < args.critics; ++j) {
+    const double loss = args.critic_loss_scale * sum(j) / count;
+    metrics[kSacMetrics + j] += loss;
+    critic_loss += loss;
+  }
+  metrics[kCriticLoss] += critic_loss;
+  metrics[kMeanQ] += q_sum / (count * static_cast<double>(args.critics));
+}
+
+// The steps of the critics, the actor and the temperature in an update of a call. The critics' step moves the
+// target towards the critics after it. With kActorFirst that is the move of the update that follows: the
+// first one's is made when a call begins, and the last step moves nothing.
+struct SacSteps {
+  AdamStep critic, actor, alpha;
+};
+inline SacSteps sac_steps(const SacArgs& args, int64_t update) {
+  const int64_t number = args.updates_before + update + 1;
+  const bool moves = args.order != SacOrder::kActorFirst || update + 1 < args.updates;
+  const auto step = [&](float learning_rate, float polyak) {
+    return adam_step(learning_rate, number, 0.0f, polyak, args.adam_epsilon);
+  };
+  return {step(args.critic_learning_rate, moves ? args.polyak : 0.0f), step(args.actor_learning_rate, 0.0f),
+          step(args.alpha_learning_rate, 0.0f)};
+}
 
 // The number of the row of its source that a row of a batch takes. `step` is the update's number.
 MOPO_INLINE int64_t sac_row(const SacArgs& args, int64_t row, uint32_t step) {

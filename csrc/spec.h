@@ -88,7 +88,7 @@ MOPO_INLINE void adam(const AdamStep& step, Gradient gradient, V& value, V& exp_
   exp_avg = static_cast<V>(exp_avg + (gradient - exp_avg) * static_cast<T>(1.0 - kBeta1));
   exp_avg_sq = static_cast<V>(exp_avg_sq * static_cast<T>(kBeta2) +
                               gradient * gradient * static_cast<T>(1.0 - kBeta2));
-  const auto divisor = fast_sqrt(exp_avg_sq) * step.root_correction + static_cast<T>(kEpsilon);
+  const auto divisor = fast_sqrt(exp_avg_sq) * step.root_correction + static_cast<T>(step.epsilon);
   value = value - static_cast<V>(fast_quotient(step.size * exp_avg, divisor));
 }
 

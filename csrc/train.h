@@ -17,21 +17,23 @@ struct TrainedLayer {
   Parameter bias;    // [networks][out]
 };
 
-// Adam's constants, PyTorch's defaults.
+// Adam's constants, PyTorch's defaults. Only epsilon may be another.
 constexpr double kBeta1 = 0.9, kBeta2 = 0.999, kEpsilon = 1e-8;
 
 // One step of Adam: value -= size * m / (sqrt(v) * root_correction + epsilon), and then
 // target += polyak * (value - target).
 struct AdamStep {
   float size, root_correction, weight_decay, polyak;
+  double epsilon;
 };
 
 // Adam's step number `step`, counted from 1.
-inline AdamStep adam_step(float learning_rate, int64_t step, float weight_decay, float polyak) {
+inline AdamStep adam_step(float learning_rate, int64_t step, float weight_decay, float polyak,
+                          double epsilon = kEpsilon) {
   const double correction1 = 1.0 - std::pow(kBeta1, static_cast<double>(step));
   const double correction2 = 1.0 - std::pow(kBeta2, static_cast<double>(step));
   return {static_cast<float>(learning_rate / correction1), static_cast<float>(1.0 / std::sqrt(correction2)),
-          weight_decay, polyak};
+          weight_decay, polyak, epsilon};
 }
 
 }  // namespace mopo

@@ -31,6 +31,7 @@ Compression = Literal["none", "lzf", "gzip", "snappy", "zstd"]
 Checksum = Literal["xxh3_128", "sha256"]
 ActorSchedule = Literal["constant", "cosine"]
 CriticLoss = Literal["half_mse", "mse", "mean_mse"]
+UpdateOrder = Literal["simultaneous", "critic_first", "actor_first"]
 Tuned = Literal["authors", "offlinerl-kit"]
 Preset = Literal["mopo-tf", "offlinerl-kit", "mbrl-lib", "unifloral", "polixir", "d3rlpy"]
 CheckpointFormat = Literal["mopo-fast", Preset]
@@ -51,6 +52,7 @@ ROLLOUT_DTYPES: tuple[RolloutDtype, ...] = get_args(RolloutDtype)
 MATMUL_PRECISIONS: tuple[MatmulPrecision, ...] = get_args(MatmulPrecision)
 ACTOR_SCHEDULES: tuple[ActorSchedule, ...] = get_args(ActorSchedule)
 CRITIC_LOSSES: tuple[CriticLoss, ...] = get_args(CriticLoss)
+UPDATE_ORDERS: tuple[UpdateOrder, ...] = get_args(UpdateOrder)
 CHECKSUMS: tuple[Checksum, ...] = get_args(Checksum)
 TUNED: tuple[Tuned, ...] = get_args(Tuned)
 PRESETS: tuple[Preset, ...] = get_args(Preset)
@@ -266,11 +268,15 @@ class SACConfig:
         entropy_backup: True adds the entropy of the next action, times alpha, to the critics' targets. MOBILE
             leaves it out.
         target_min: Lower limit of the critics' targets. MOBILE has 0.
-        simultaneous: True takes the gradients of critics, actor and alpha at the same parameters, as the
-            authors do. False updates the critics first, and the actor's gradient goes through the updated
-            critics, as in OfflineRL-Kit.
+        order: Order of the steps of an update.
+            - simultaneous (the authors'): all gradients are taken before any step.
+            - critic_first (OfflineRL-Kit): the critics' step, then the actor's through the new critics.
+            - actor_first (Unifloral): alpha's step; the actor's, with the new alpha and the old critics; the
+            target critics move towards the old critics; the critics' step, by the new actor, alpha and
+            target.
         discount: Discount factor of the returns.
-        polyak: Share of the distance to the critics that the target critics move after each update.
+        polyak: Share of the distance to the critics that the target critics move in each update.
+        adam_epsilon: Number that is added to Adam's divisor. It is 1e-5 in Unifloral.
         batch_size: Transitions of one update, from the data set and the model buffer together.
         real_ratio: Share of each batch that is drawn from the data set, rounded down to whole transitions.
             The rest is drawn from the model buffer.
@@ -292,9 +298,10 @@ class SACConfig:
     alpha_max: Annotated[float | None, flag("no limit", "FLOAT")] = None
     entropy_backup: Annotated[bool, FlagConversionOff] = True
     target_min: Annotated[float | None, flag("no limit", "FLOAT")] = None
-    simultaneous: Annotated[bool, FlagConversionOff] = True
+    order: UpdateOrder = "simultaneous"
     discount: float = 0.99
     polyak: float = 0.005
+    adam_epsilon: float = 1e-8
     batch_size: int = 256
     real_ratio: float = 0.05
     dtype: Annotated[TrainingDtype | None, of_precision(TRAINING_DTYPES)] = None
@@ -326,7 +333,10 @@ class SACConfig:
         _require(0.0 <= epsilon < 1.0, f"log_prob_epsilon must be in [0, 1), got {epsilon}")
         known = entropy == "act_dim" or isinstance(entropy, (int, float))
         _require(known, f'target_entropy must be a number or "act_dim", got {entropy!r}')
+        adam = self.adam_epsilon
+        _require(0.0 < adam < 1.0, f"adam_epsilon must be in (0, 1), got {adam}")
         _require_known("critic_loss", self.critic_loss, CRITIC_LOSSES)
+        _require_known("order", self.order, UPDATE_ORDERS)
         _require_known("actor_schedule", self.actor_schedule, ACTOR_SCHEDULES)
         _require_known("dtype", self.dtype or "float32", TRAINING_DTYPES, " of SAC")
         _check_finite(self)

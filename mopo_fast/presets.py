@@ -30,7 +30,7 @@ _CHANGES: dict[Preset, dict[str, Any]] = {
             "target_entropy": "act_dim",
             "critic_loss": "mse",
             "alpha_max": 1.0,
-            "simultaneous": False,
+            "order": "critic_first",
         },
     },
     # algorithms/mopo.py, algorithms/dynamics.py.
@@ -52,7 +52,8 @@ _CHANGES: dict[Preset, dict[str, Any]] = {
             "log_std_min": -5.0,
             "target_entropy": "act_dim",
             "critic_loss": "mse",
-            "simultaneous": False,
+            "order": "actor_first",
+            "adam_epsilon": 1e-5,
         },
         "evaluation": {"deterministic": False},
     },
@@ -65,7 +66,7 @@ _CHANGES: dict[Preset, dict[str, Any]] = {
             "log_std_min": -5.0,
             "target_entropy": "act_dim",
             "critic_loss": "mse",
-            "simultaneous": False,
+            "order": "critic_first",
         },
     },
     # d3rlpy/algos/mopo.py, d3rlpy/dynamics/probabilistic_ensemble_dynamics.py.
@@ -83,7 +84,7 @@ _CHANGES: dict[Preset, dict[str, Any]] = {
             "batch_size": 100,
             "target_entropy": "act_dim",
             "critic_loss": "mse",
-            "simultaneous": False,
+            "order": "critic_first",
         },
     },
     # examples/conf/algorithm/mbpo.yaml, overrides/mbpo_halfcheetah.yaml: MBPO, which has no penalty.
@@ -95,7 +96,7 @@ _CHANGES: dict[Preset, dict[str, Any]] = {
             "target_entropy": -1.0,
             "critic_loss": "mse",
             "real_ratio": 0.0,
-            "simultaneous": False,
+            "order": "critic_first",
         },
     },
 }

@@ -30,7 +30,7 @@ from mopo_fast.fit import data_sha256, dynamics_inputs_targets, read_fit, split_
 from mopo_fast.rollout import RolloutEngine
 from mopo_fast.run.command import flatten, train_command
 from mopo_fast.run.find import REPORTED, check_run
-from mopo_fast.run.folder import RecordedConfig, RecordedRollout, read_summary
+from mopo_fast.run.folder import RecordedConfig, RecordedRollout, read_recorded, read_summary
 from mopo_fast.run.log import read_rows
 from mopo_fast.tasks import TASKS
 from mopo_fast.utils.atomic import atomic_path, read_json_as
@@ -521,7 +521,7 @@ def _settings(folder: Path) -> list[str]:
         return []
 
     def build() -> list[str]:
-        recorded = read_json_as(path, dict[str, Any])
+        recorded = read_recorded(path)
         rows = [(name, _shorten(json.dumps(value, ensure_ascii=False))) for name, value in flatten(recorded)]
         return [
             code(_shorten(train_command(recorded))),

@@ -127,10 +127,13 @@ class SAC:
         ).to(device)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = torch.zeros((), device=device, requires_grad=True)
+        parts = {
+            "actor": (self.actor.parameters(), config.actor_learning_rate),
+            "critic": (self.critic.parameters(), config.critic_learning_rate),
+            "alpha": ([self.log_alpha], config.alpha_learning_rate),
+        }
         self.optimizers = {
-            "actor": Adam(self.actor.parameters(), config.actor_learning_rate),
-            "critic": Adam(self.critic.parameters(), config.critic_learning_rate),
-            "alpha": Adam([self.log_alpha], config.alpha_learning_rate),
+            name: Adam(some, rate, epsilon=config.adam_epsilon) for name, (some, rate) in parts.items()
         }
         self._network = trained_mlp(config.dtype, inner=True)
         self._targets = list(self.target.parameters())
@@ -160,7 +163,9 @@ class SAC:
         return self.log_alpha.detach().exp().clamp(0.0, self.config.alpha_max)
 
     def update(self, batch: Transitions, noise: torch.Tensor, next_noise: torch.Tensor) -> torch.Tensor:
-        """Update the critics, the actor and the temperature once, then the target.
+        """Update the critics, the actor, the temperature and the target once, in `SACConfig.order`.
+
+        One draw of actions at the observations serves the actor's and the temperature's gradient.
 
         Args:
             batch: n transitions.
@@ -168,39 +173,71 @@ class SAC:
             next_noise: standard normal [n, act_dim], for the actions at next_observations.
 
         Returns:
-            The values of `METRICS` before the step, then each critic's loss, [6 + critics]. Entropy is the
-            mean of -log_prob.
+            The values of `METRICS`, then each critic's loss, [6 + critics]. A loss is the one before its
+            step. Alpha is that of the actor's loss: with actor_first after its step, else before. Entropy is
+            the mean of -log_prob.
         """
         # Several agents at once (run/population.py) add a leading dimension to every tensor.
-        config, alpha = self.config, self.alpha
         actor, critic, temperature = (self.optimizers[name] for name in ("actor", "critic", "alpha"))
+        order, alpha = self.config.order, self.alpha
+        if order == "actor_first":
+            actions, log_prob = self._sample(batch.observations, noise)
+            alpha_loss, entropy, alpha_gradients = self._alpha_loss(log_prob)
+            temperature.step(alpha_gradients)
+            alpha = self.alpha
+            actor_loss, actor_gradients = self._actor_loss(batch, actions, log_prob, alpha)
+            actor.step(actor_gradients)
+            self._move_target()
+            critic_losses, q, critic_gradients = self._critic_losses(batch, next_noise, alpha)
+            critic.step(critic_gradients)
+        else:
+            critic_losses, q, critic_gradients = self._critic_losses(batch, next_noise, alpha)
+            if order == "critic_first":
+                critic.step(critic_gradients)
+            actions, log_prob = self._sample(batch.observations, noise)
+            actor_loss, actor_gradients = self._actor_loss(batch, actions, log_prob, alpha)
+            alpha_loss, entropy, alpha_gradients = self._alpha_loss(log_prob)
+            if order == "simultaneous":
+                critic.step(critic_gradients)
+            actor.step(actor_gradients)
+            temperature.step(alpha_gradients)
+            self._move_target()
+        self._updates += 1
+        losses = (critic_losses.sum(dim=-1), actor_loss, alpha_loss)
+        metrics = torch.stack([*losses, q.mean(dim=(-2, -1)), alpha, entropy], dim=-1)
+        return torch.cat([metrics, critic_losses], dim=-1)
+
+    # Each of the following returns values without a graph, and the gradients of a loss.
+
+    def _critic_losses(
+        self, batch: Transitions, next_noise: torch.Tensor, alpha: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, Sequence[torch.Tensor]]:
         target_q = self._target_q(batch, next_noise, alpha)
         q = self.critic(batch.observations, batch.actions, self._network)
-        critic_losses = config.critic_loss_scale * (q - target_q.unsqueeze(-2)).square().mean(dim=-1)
-        critic_loss = critic_losses.sum(dim=-1)
-        critic_gradients = torch.autograd.grad(critic_loss.sum(), critic.parameters)
-        if not config.simultaneous:
-            critic.step(critic_gradients)
+        losses = self.config.critic_loss_scale * (q - target_q.unsqueeze(-2)).square().mean(dim=-1)
+        gradients = torch.autograd.grad(losses.sum(dim=-1).sum(), self.optimizers["critic"].parameters)
+        return losses.detach(), q.detach(), gradients
 
-        actions, log_prob = self._sample(batch.observations, noise)
+    def _actor_loss(
+        self, batch: Transitions, actions: torch.Tensor, log_prob: torch.Tensor, alpha: torch.Tensor
+    ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
         policy_q = self.critic(batch.observations, actions, self._network).min(dim=-2).values
-        actor_loss = (alpha.unsqueeze(-1) * log_prob - policy_q).mean(dim=-1)
+        loss = (alpha.unsqueeze(-1) * log_prob - policy_q).mean(dim=-1)
         # Asking for the actor's gradients alone spares the critics' weight gradients.
-        actor_gradients = torch.autograd.grad(actor_loss.sum(), actor.parameters)
+        gradients = torch.autograd.grad(loss.sum(), self.optimizers["actor"].parameters)
+        return loss.detach(), gradients
 
+    def _alpha_loss(
+        self, log_prob: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, Sequence[torch.Tensor]]:
         entropy = -log_prob.detach().mean(dim=-1)
-        alpha_loss = self.log_alpha * (entropy - self.target_entropy)
-        alpha_gradients = torch.autograd.grad(alpha_loss.sum(), temperature.parameters)
+        loss = self.log_alpha * (entropy - self.target_entropy)
+        gradients = torch.autograd.grad(loss.sum(), self.optimizers["alpha"].parameters)
+        return loss.detach(), entropy, gradients
 
-        if config.simultaneous:
-            critic.step(critic_gradients)
-        actor.step(actor_gradients)
-        temperature.step(alpha_gradients)
-        get_ema_multi_avg_fn(1.0 - config.polyak)(self._targets, critic.parameters, None)
-        self._updates += 1
-        losses = (critic_loss.detach(), actor_loss.detach(), alpha_loss.detach())
-        metrics = torch.stack([*losses, q.detach().mean(dim=(-2, -1)), alpha, entropy], dim=-1)
-        return torch.cat([metrics, critic_losses.detach()], dim=-1)
+    def _move_target(self) -> None:
+        move = get_ema_multi_avg_fn(1.0 - self.config.polyak)
+        move(self._targets, self.optimizers["critic"].parameters, None)
 
     def _sample(self, observations: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.actor.sample(observations, noise, self._network, self.config.log_prob_epsilon)
@@ -305,6 +342,11 @@ class SAC:
         for first in range(0, draws.updates, at_once):
             drawn = self._draw(draws, first, min(at_once, draws.updates - first))
             yield from zip(*(array.split(_UPDATES_AT_ONCE) for array in drawn), strict=True)
+
+    def batch(self, draws: Draws, number: int) -> tuple[Transitions, torch.Tensor, torch.Tensor]:
+        """Return the arguments of `update` for batch `number` of `draws`."""
+        *learned_from, noise, next_noise = (array[0] for array in self._draw(draws, number, 1))
+        return Transitions(*learned_from), noise, next_noise
 
     def learn(self, batches: Sequence[torch.Tensor]) -> torch.Tensor:
         """Update once on each batch in PyTorch; on a GPU replay one recorded graph.

@@ -157,7 +157,7 @@ struct SacPlan {
   Rows actor_head;                            // 2 act_dim
   Panels actor_head_grad;                     // likewise
   const Factor *critic_hidden, *critic_grad;  // [critics][hidden]
-  const Factor* scratch_hidden;         // [critics][hidden]: of the targets, then at the policy's actions
+  const Factor* scratch_hidden;         // [critics][hidden]: of the targets, and at the policy's actions
   const Factor* scratch_grad;           // [critics][hidden]: of the policy's loss
   Rows noise, spread, slopes, actions;  // act_dim; slopes are set if there is a log_prob_epsilon
   Rows action_grad;                     // obs_dim, act_dim; only the actions' columns are used
@@ -229,15 +229,21 @@ struct Kernels {
   void (*rollout_chunk)(const RolloutArgs&, const RolloutPlan&, RolloutWorkspace&, ChunkOutput&,
                         int64_t first, int64_t rows);
   void (*least_values)(const ValuesArgs&, const ValuesPlan&, ValuesWorkspace&, int64_t first, int64_t last);
-  // The stages of an update of SAC, in order; all threads finish one before any begins the next. The critics'
-  // parameters move in sac_critic, or in sac_action_gradient where SacArgs::simultaneous is true.
+  // The stages of an update of SAC, in order, but for SacOrder::kActorFirst, where sac_evaluate comes second,
+  // and sac_next, sac_target and sac_critic come last. All threads finish one before any begins the next. The
+  // critics' parameters move in sac_critic, or in sac_action_gradient with SacOrder::kSimultaneous.
   void (*sac_sample)(const SacArgs&, const SacPlan&, const Team&, int64_t update);
   void (*sac_target)(const SacArgs&, const SacPlan&, const Team&, int64_t critic);
   void (*sac_critic)(const SacArgs&, const SacPlan&, const Team&, int64_t critic, const AdamStep&);
   void (*sac_action_gradient)(const SacArgs&, const SacPlan&, const Team&, int64_t critic, const AdamStep&);
   void (*sac_actor)(const SacArgs&, const SacPlan&, const Team&, const AdamStep&);
+  // Parts of sac_critic and of sac_sample: Q of the policy's actions; actions at the next observations.
+  void (*sac_evaluate)(const SacArgs&, const SacPlan&, const Team&, int64_t critic);
+  void (*sac_next)(const SacArgs&, const SacPlan&, const Team&, int64_t update);
   // Makes a layer's weight factors from its values.
   void (*make_factors)(const Dense&, Precision);
+  // Moves a layer's target towards its values, and makes the factors of both.
+  void (*move_target)(const Dense&, Precision, float polyak);
   // A member's step of the fit: rows forwards and backwards, up to the loss and its gradient by the bounds;
   // then the parameters.
   void (*fit_rows)(const FitArgs&, const FitPlan&, const FitWorkspace&, const FitTurn&);

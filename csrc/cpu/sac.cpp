@@ -25,8 +25,13 @@ class SacState {
     copy_temperature(args.log_alpha, log_alpha());
     for (int64_t l = 0; l < args.depth; ++l) {
       read_parameters(args.actor[l], 0, actor_[l], precision(l), kernels);
-      for (int64_t j = 0; j < args.critics; ++j)
-        read_parameters(args.critic[l], j, critic_[j * args.depth + l], precision(l), kernels);
+      for (int64_t j = 0; j < args.critics; ++j) {
+        const Dense& critic = critic_[j * args.depth + l];
+        read_parameters(args.critic[l], j, critic, precision(l), kernels);
+        if (args.order != SacOrder::kActorFirst) continue;
+        const FlushDenormals flush;
+        kernels.move_target(critic, precision(l), args.polyak);
+      }
     }
     // Columns of ones. Those of the hidden layers are set when these are computed.
     const int64_t obs_dim = args.obs_dim, inputs = obs_dim + args.act_dim;
@@ -38,38 +43,40 @@ class SacState {
 
   int64_t batch() const { return args_.real_rows + args_.model_rows; }
 
-  // Adds the update's metrics, which are of the parameters before it, and steps the temperature.
-  void finish_update(const AdamStep& step, std::vector<double>& metrics) {
-    double q_sum = 0.0, log_probs = 0.0, least_q = 0.0;
-    std::fill(squares_.begin(), squares_.end(), 0.0);
+  // Adds the update's metrics of the policy, and steps the temperature.
+  void finish_policy(const AdamStep& step, std::vector<double>& metrics) {
+    double log_probs = 0.0, least_q = 0.0;
     for (int64_t row = 0; row < batch(); ++row) {
       double least = plan.policy_q[row];
-      for (int64_t j = 0; j < args_.critics; ++j) {
-        const double q = plan.q[j * plan.rows + row], error = q - plan.targets[row];
-        q_sum += q;
-        squares_[j] += error * error;
+      for (int64_t j = 0; j < args_.critics; ++j)
         least = std::min<double>(least, plan.policy_q[j * plan.rows + row]);
-      }
       log_probs += plan.log_prob[row];
       least_q += least;
     }
     const double count = static_cast<double>(batch()), entropy = -log_probs / count;
     const double gradient = entropy - args_.target_entropy;
-    double critic_loss = 0.0;
-    for (int64_t j = 0; j < args_.critics; ++j) {
-      const double loss = args_.critic_loss_scale * squares_[j] / count;
-      metrics[kSacMetrics + j] += loss;
-      critic_loss += loss;
-    }
-    const double values[kSacMetrics] = {critic_loss,
-                                        -plan.alpha * entropy - least_q / count,
-                                        log_alpha_[0] * gradient,
-                                        q_sum / (count * static_cast<double>(args_.critics)),
-                                        plan.alpha,
-                                        entropy};
-    for (int i = 0; i < kSacMetrics; ++i) metrics[i] += values[i];
+    metrics[kAlphaLoss] += log_alpha_[0] * gradient;
+    const float before = plan.alpha;
     adam(step, log_alpha(), 0, gradient);
     plan.alpha = temperature();
+    const double used = args_.order == SacOrder::kActorFirst ? plan.alpha : before;
+    metrics[kActorLoss] += -used * entropy - least_q / count;
+    metrics[kAlpha] += used;
+    metrics[kEntropy] += entropy;
+  }
+
+  // Adds the update's metrics of the critics, which are of their parameters before it.
+  void finish_critics(std::vector<double>& metrics) {
+    double q_sum = 0.0;
+    std::fill(squares_.begin(), squares_.end(), 0.0);
+    for (int64_t row = 0; row < batch(); ++row)
+      for (int64_t j = 0; j < args_.critics; ++j) {
+        const double q = plan.q[j * plan.rows + row], error = q - plan.targets[row];
+        q_sum += q;
+        squares_[j] += error * error;
+      }
+    add_critic_metrics(
+        args_, static_cast<double>(batch()), q_sum, [&](int64_t j) { return squares_[j]; }, metrics.data());
   }
 
   // Copies the parameters to the caller's arrays.
@@ -243,22 +250,50 @@ struct SacWork {
       all.wait();
       return stop;
     };
-    for (int64_t update = 0; update < args.updates; ++update) {
-      const int64_t number = args.updates_before + update + 1;
-      const AdamStep critic_step = adam_step(args.critic_learning_rate, number, 0.0f, args.polyak);
-      const AdamStep actor_step = adam_step(args.actor_learning_rate, number, 0.0f, 0.0f);
-      kernels.sac_sample(args, plan, all, update);
-      if (ended()) return;
+    const auto sample = [&](int64_t update) { kernels.sac_sample(args, plan, all, update); };
+    const auto target = [&] {
       for (const CriticTurn& turn : critics) kernels.sac_target(args, plan, turn.team, turn.critic);
-      if (ended()) return;
+    };
+    const auto critic = [&](const AdamStep& step) {
+      for (const CriticTurn& turn : critics) kernels.sac_critic(args, plan, turn.team, turn.critic, step);
+    };
+    const auto action_gradient = [&](const AdamStep& step) {
       for (const CriticTurn& turn : critics)
-        kernels.sac_critic(args, plan, turn.team, turn.critic, critic_step);
+        kernels.sac_action_gradient(args, plan, turn.team, turn.critic, step);
+    };
+    for (int64_t update = 0; update < args.updates; ++update) {
+      const SacSteps steps = sac_steps(args, update);
+      sample(update);
       if (ended()) return;
-      for (const CriticTurn& turn : critics)
-        kernels.sac_action_gradient(args, plan, turn.team, turn.critic, critic_step);
+      if (args.order == SacOrder::kActorFirst) {
+        for (const CriticTurn& turn : critics) kernels.sac_evaluate(args, plan, turn.team, turn.critic);
+        if (ended()) return;
+        if (thread == 0) state.finish_policy(steps.alpha, metrics);
+        action_gradient(steps.critic);
+        if (ended()) return;
+        kernels.sac_actor(args, plan, all, steps.actor);
+        if (ended()) return;
+        kernels.sac_next(args, plan, all, update);
+        if (ended()) return;
+        target();
+        if (ended()) return;
+        critic(steps.critic);
+        if (ended()) return;
+        // The next stage changes none of the numbers that this reads.
+        if (thread == 0) state.finish_critics(metrics);
+        continue;
+      }
+      target();
       if (ended()) return;
-      kernels.sac_actor(args, plan, all, actor_step);
-      if (thread == 0) state.finish_update(adam_step(args.alpha_learning_rate, number, 0.0f, 0.0f), metrics);
+      critic(steps.critic);
+      if (ended()) return;
+      action_gradient(steps.critic);
+      if (ended()) return;
+      kernels.sac_actor(args, plan, all, steps.actor);
+      if (thread == 0) {
+        state.finish_policy(steps.alpha, metrics);
+        state.finish_critics(metrics);
+      }
       if (ended()) return;
     }
   }

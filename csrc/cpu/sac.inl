@@ -148,6 +148,10 @@ struct SacRows {
     }
   }
 
+  void act_next() const {
+    act(plan.next_observations, plan.next_hidden, plan.next_inputs, plan.next_log_prob);
+  }
+
   // From the gradients of Q by the actions to those of the actor's layers.
   void actor_gradient() const {
     const float inverse_batch = 1.0f / static_cast<float>(batch());
@@ -216,6 +220,11 @@ struct SacCritic {
       }
       for (int i = 0; i < kBlock; ++i) q[row + i] = sum_lanes(sum[i]);
     }
+  }
+
+  // Q of the policy's actions.
+  void evaluate_policy() const {
+    evaluate(plan.policy_inputs, false, mine(plan.scratch_hidden), mine(plan.policy_q));
   }
 
   static float sum_lanes(vf x) {
@@ -329,11 +338,26 @@ static void sac_sample(const SacArgs& args, const SacPlan& plan, const Team& tea
     const SacRows<Inner> rows{args, plan, span.first, span.last};
     const uint32_t step = static_cast<uint32_t>(args.first_draw + update);
     for (int64_t row = rows.first; row < rows.end(); ++row) rows.draw(row, step);
-    rows.draw_noise(kNextActionStream, step);  // overlaps with the prefetches
-    rows.gather();
-    rows.act(plan.next_observations, plan.next_hidden, plan.next_inputs, plan.next_log_prob);
-    rows.draw_noise(kActionStream, step);
+    // Noise is drawn while the rows are fetched.
+    if (args.order != SacOrder::kActorFirst) {
+      rows.draw_noise(kNextActionStream, step);
+      rows.gather();
+      rows.act_next();
+      rows.draw_noise(kActionStream, step);
+    } else {
+      rows.draw_noise(kActionStream, step);
+      rows.gather();
+    }
     rows.act(plan.observations, plan.actor_hidden, plan.policy_inputs, plan.log_prob);
+  });
+}
+
+static void sac_next(const SacArgs& args, const SacPlan& plan, const Team& team, int64_t update) {
+  with_factors(args.precision, [&]<class Inner>() {
+    const Span span = rows_of(team, plan.rows, Inner::kRows);
+    const SacRows<Inner> rows{args, plan, span.first, span.last};
+    rows.draw_noise(kNextActionStream, static_cast<uint32_t>(args.first_draw + update));
+    rows.act_next();
   });
 }
 
@@ -349,13 +373,19 @@ static void sac_critic(const SacArgs& args, const SacPlan& plan, const Team& tea
   with_factors(args.precision, [&]<class Inner>() {
     const SacCritic<Inner> work(args, plan, team, critic);
     work.differentiate();
-    if (!args.simultaneous) {
+    if (args.order != SacOrder::kSimultaneous) {
       team.wait();
       work.train(team, step);
-      team.wait();
     }
-    work.evaluate(plan.policy_inputs, false, work.mine(plan.scratch_hidden), work.mine(plan.policy_q));
+    if (args.order == SacOrder::kActorFirst) return;
+    if (args.order == SacOrder::kCriticFirst) team.wait();
+    work.evaluate_policy();
   });
+}
+
+static void sac_evaluate(const SacArgs& args, const SacPlan& plan, const Team& team, int64_t critic) {
+  with_factors(args.precision,
+               [&]<class Inner>() { SacCritic<Inner>(args, plan, team, critic).evaluate_policy(); });
 }
 
 static void sac_action_gradient(const SacArgs& args, const SacPlan& plan, const Team& team, int64_t critic,
@@ -363,7 +393,7 @@ static void sac_action_gradient(const SacArgs& args, const SacPlan& plan, const 
   with_factors(args.precision, [&]<class Inner>() {
     const SacCritic<Inner> work(args, plan, team, critic);
     work.action_gradient();
-    if (!args.simultaneous) return;
+    if (args.order != SacOrder::kSimultaneous) return;
     team.wait();
     work.train(team, step);
   });

@@ -64,6 +64,9 @@ MOPO_INLINE void backward_hidden(Span rows, const Factor& grad, const Dense& lay
   });
 }
 
+// A vector of the target, moved towards the parameters' values.
+MOPO_INLINE vf moved(vf target, vf value, float polyak) { return target + (value - target) * polyak; }
+
 // One step of Adam on a vector of parameters, and of their target. Returns the new values.
 MOPO_INLINE vf adam(const AdamStep& step, const Dense& layer, int64_t at, vf gradient) {
   vf value = load(layer.value + at), m = load(layer.exp_avg + at), v = load(layer.exp_avg_sq + at);
@@ -71,10 +74,7 @@ MOPO_INLINE vf adam(const AdamStep& step, const Dense& layer, int64_t at, vf gra
   store(layer.exp_avg + at, m);
   store(layer.exp_avg_sq + at, v);
   store(layer.value + at, value);
-  if (layer.target != nullptr) {
-    const vf target = load(layer.target + at);
-    store(layer.target + at, target + (value - target) * step.polyak);
-  }
+  if (layer.target != nullptr) store(layer.target + at, moved(load(layer.target + at), value, step.polyak));
   return value;
 }
 
@@ -119,4 +119,13 @@ static void make_weight_factors(const Dense& layer) {
 
 static void make_factors(const Dense& layer, Precision precision) {
   with_factors(precision, [&]<class Factors>() { make_weight_factors<Factors>(layer); });
+}
+
+static void move_target(const Dense& layer, Precision precision, float polyak) {
+  const auto round_up = [](int64_t count) { return (count + kPanel - 1) / kPanel * kPanel; };
+  const bool one_row = layer.rows == 0;
+  const int64_t size = one_row ? round_up(layer.in + 1) : layer.rows * round_up(layer.out);
+  for (int64_t at = 0; at < size; at += W)
+    store(layer.target + at, moved(load(layer.target + at), load(layer.value + at), polyak));
+  if (!one_row) make_factors(layer, precision);
 }

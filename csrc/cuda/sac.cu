@@ -5,8 +5,8 @@
 namespace mopo::cuda {
 
 // Numbers of each row that are summed over the batch, for the metrics and the temperature. Behind them come
-// each critic's squared errors.
-enum RowSum { kLogProb, kValues, kLeastValue, kSquares };
+// each critic's squared errors. The first kPolicySums of them are of the policy.
+enum RowSum { kLogProb, kLeastValue, kPolicySums, kValues = kPolicySums, kSquares };
 
 // One run. A matrix of several sections has `rows` rows in each.
 struct Sac {
@@ -21,7 +21,7 @@ struct Sac {
   Matrix slope;            // of tanh at its action; not used without a log_prob_epsilon
   Matrix action_grad;      // of -Q / batch by the policy's actions
   double* sums;            // [kSquares + critics][batch]
-  const AdamStep* steps;   // [updates][3]: critics, actor, temperature
+  const SacSteps* steps;   // [updates]
   double* metrics;
   uint32_t* counter;
 };
@@ -76,8 +76,7 @@ struct SacTile {
     return batch_row(v) < args.real_rows ? args.real : args.model;
   }
 
-  MOPO_DEVICE void gather() const {
-    const int obs_dim = this->obs_dim(), act_dim = this->act_dim();
+  MOPO_DEVICE void draw() const {
     if (threadIdx.x < kTile) {
       const int v = threadIdx.x;
       const int64_t from = sac_row(args, batch_row(v), step);
@@ -86,6 +85,11 @@ struct SacTile {
       discounts()[v] = *source(v).terminals.at(from) ? 0.0f : args.discount;
     }
     __syncthreads();
+  }
+
+  // Puts the rows that are drawn into the matrices.
+  MOPO_DEVICE void gather() const {
+    const int obs_dim = this->obs_dim(), act_dim = this->act_dim();
     for (int i = threadIdx.x; i < kTile * obs_dim; i += kThreads) {
       const int v = i / obs_dim, d = i % obs_dim;
       const float observation = source(v).observations.at(drawn()[v])[d];
@@ -133,32 +137,35 @@ struct SacTile {
     __syncthreads();
   }
 
-  // The policy's actions and their log-probabilities, at observations and at next observations.
-  MOPO_DEVICE void act() const {
+  // The policy's actions and their log-probabilities, at kRows rows of `sections`: 0 has the observations, 1
+  // the next observations.
+  template <int kRows>
+  MOPO_DEVICE void act(int section) const {
     const int act_dim = this->act_dim();
-    forward<kStride>(sac.observations, actor(), &Layer::value, 0, 1, x(), kStride);
+    forward<kRows>(sac.observations, actor(), &Layer::value, section, 1, x(), kStride);
     float* terms = partials();
-    for (int i = threadIdx.x; i < act_dim * kStride; i += kThreads) {
-      const int d = i / kStride, v = i % kStride;
-      const PhiloxStream stream = v < kTile ? kActionStream : kNextActionStream;
+    for (int i = threadIdx.x; i < act_dim * kRows; i += kThreads) {
+      const int d = i / kRows, v = i % kRows;
+      const bool next = section + v / kTile == 1;
+      const PhiloxStream stream = next ? kNextActionStream : kActionStream;
       const float noise = normal(random_block(batch_row(v), step, stream, d / 4, args.seed), d % 4);
       const float raw_log_std = x(act_dim + d, v);
       const SquashedGaussian draw(x(d, v), raw_log_std, args.log_std_min, args.log_std_max, noise);
       const float action = draw.action();
       terms[i] = draw.log_prob(args.log_prob_epsilon);
-      sac.pairs.at(row(1, v))[obs_dim() + d] = action;
-      if (v >= kTile) continue;
+      sac.pairs.at(row(section + 1, v))[obs_dim() + d] = action;
+      if (next) continue;
       sac.actions.at(row(0, v))[d] = action;
       sac.spread.at(row(0, v))[d] = draw.spread;
       sac.log_std.at(row(0, v))[d] = raw_log_std;
       sac.slope.at(row(0, v))[d] = expf(draw.log_slope());
     }
     __syncthreads();
-    if (threadIdx.x < kStride) {
+    if (threadIdx.x < kRows) {
       float log_prob = 0.0f;
-      for (int d = 0; d < act_dim; ++d) log_prob += terms[d * kStride + threadIdx.x];
-      log_probs()[threadIdx.x] = log_prob;
-      if (threadIdx.x < kTile) add(kLogProb, log_prob);
+      for (int d = 0; d < act_dim; ++d) log_prob += terms[d * kRows + threadIdx.x];
+      log_probs()[section * kTile + threadIdx.x] = log_prob;
+      if (section * kTile + threadIdx.x < kTile) add(kLogProb, log_prob);
     }
   }
 
@@ -277,62 +284,109 @@ struct SacTile {
   }
 };
 
-// Adds the update's metrics, which are of the parameters before it, and steps the temperature.
-MOPO_DEVICE void train_temperature(const Sac& sac, const AdamStep& step) {
+// Adds the update's metrics of the policy, and steps the temperature.
+MOPO_DEVICE void finish_policy(const Sac& sac, const AdamStep& step) {
   const SacArgs& args = sac.args;
-  const double* sums = add_up(sac.sums, kSquares + static_cast<int>(args.critics), sac.batch);
+  const double* sums = add_up(sac.sums, kPolicySums, sac.batch);
   if (threadIdx.x > 0) return;
-  const double count = sac.batch, entropy = -sums[kLogProb] / count, alpha = temperature(args);
+  const double count = sac.batch, entropy = -sums[kLogProb] / count;
   const double gradient = entropy - args.target_entropy;
-  double critic_loss = 0.0;
-  for (int j = 0; j < args.critics; ++j) {
-    const double loss = args.critic_loss_scale * sums[kSquares + j] / count;
-    sac.metrics[kSacMetrics + j] += loss;
-    critic_loss += loss;
-  }
-  const double values[kSacMetrics] = {critic_loss,
-                                      -alpha * entropy - sums[kLeastValue] / count,
-                                      *args.log_alpha.value * gradient,
-                                      sums[kValues] / (count * static_cast<double>(args.critics)),
-                                      alpha,
-                                      entropy};
-  for (int i = 0; i < kSacMetrics; ++i) sac.metrics[i] += values[i];
+  sac.metrics[kAlphaLoss] += *args.log_alpha.value * gradient;
+  const float before = temperature(args);
   adam(step, args.log_alpha, 0, static_cast<float>(gradient));
+  const double used = args.order == SacOrder::kActorFirst ? temperature(args) : before;
+  sac.metrics[kActorLoss] += -used * entropy - sums[kLeastValue] / count;
+  sac.metrics[kAlpha] += used;
+  sac.metrics[kEntropy] += entropy;
 }
 
-// An update is one pass if kSimultaneous: the gradients of critics and actor, then their parameters. Else it
-// is two: the critics' parameters move before the policy's actions pass through them.
-template <int kTile, bool kSimultaneous>
+// Adds the update's metrics of the critics, which are of their parameters before it.
+MOPO_DEVICE void finish_critics(const Sac& sac) {
+  const int columns = kSquares - kValues + static_cast<int>(sac.args.critics);
+  const double* sums = add_up(sac.sums + kValues * sac.batch, columns, sac.batch);
+  if (threadIdx.x > 0) return;
+  add_critic_metrics(
+      sac.args, sac.batch, sums[0], [&](int64_t j) { return sums[kSquares - kValues + j]; }, sac.metrics);
+}
+
+// Runs function(tile) for each of this block's tiles of an update's batch.
+template <int kTile, bool kBoth, class Function>
+MOPO_DEVICE void each_tile(const Group& group, const Sac& sac, int64_t update, Function function) {
+  const float alpha = temperature(sac.args);
+  for (int first = group.block * kTile; first < sac.batch; first += group.blocks * kTile)
+    function(SacTile<kTile, kBoth>{sac, sac.args, alpha, static_cast<uint32_t>(sac.args.first_draw + update),
+                                   first});
+}
+
+// An update is one pass with kSimultaneous: the gradients of critics and actor, then their parameters. With
+// kCriticFirst it is two: the critics' parameters move before the policy's actions pass through them. With
+// kActorFirst, the temperature moves before the actor's gradients, and the actor before the critics'.
+template <int kTile, SacOrder kOrder>
 __global__ void __launch_bounds__(kThreads, 1) sac_kernel(const __grid_constant__ Launch<Sac> launch) {
   const Sac& sac = launch.runs[blockIdx.x / launch.blocks];
   const SacArgs& args = sac.args;
   const int critic_layers = static_cast<int>(args.critics * args.depth);
   const int layers = critic_layers + static_cast<int>(args.depth);
   Group group{launch.blocks, static_cast<int>(blockIdx.x) % launch.blocks, sac.counter};
-  for (int l = 0; l < layers; ++l) copy_parameters(group, sac.layers[l], sac.rows);
-  constexpr int kPasses = kSimultaneous ? 1 : 2;
-  for (int pass = 0; pass < kPasses * args.updates; ++pass) {
-    const int update = pass / kPasses, section = pass % kPasses;
-    const bool begins = section == 0, ends = section == kPasses - 1;
-    group.wait();
-    const float alpha = temperature(args);
-    for (int first = group.block * kTile; first < sac.batch; first += group.blocks * kTile) {
-      const SacTile<kTile, kSimultaneous> tile{sac, args, alpha,
-                                               static_cast<uint32_t>(args.first_draw + update), first};
-      if (begins) {
-        tile.gather();
-        tile.act();
-        tile.evaluate_targets();
-      }
-      tile.critics(section);
-      if (ends) tile.actor_backward();
-    }
-    group.wait();
-    const AdamStep* steps = sac.steps + 3 * update;
+  const bool last = group.block == group.blocks - 1;
+  for (int l = 0; l < layers; ++l)
+    copy_parameters(group, sac.layers[l], sac.rows, kOrder == SacOrder::kActorFirst ? args.polyak : 0.0f);
+  const auto train = [&](int begin, int end, const SacSteps& steps) {
     int next = group.block;
-    for (int l = begins ? 0 : critic_layers; l < (ends ? layers : critic_layers); ++l)
-      train_layer(group, sac.layers[l], steps[l < critic_layers ? 0 : 1], sac.batch, next);
-    if (ends && group.block == group.blocks - 1) train_temperature(sac, steps[2]);
+    for (int l = begin; l < end; ++l)
+      train_layer(group, sac.layers[l], l < critic_layers ? steps.critic : steps.actor, sac.batch, next);
+  };
+  for (int64_t update = 0; update < args.updates; ++update) {
+    const SacSteps& steps = sac.steps[update];
+    group.wait();
+    if constexpr (kOrder == SacOrder::kActorFirst) {
+      each_tile<kTile, false>(group, sac, update, [](const auto& tile) {
+        tile.draw();
+        tile.gather();
+        tile.template act<kTile>(0);
+        tile.critics(1);
+      });
+      group.wait();
+      if (last) finish_policy(sac, steps.alpha);
+      group.wait();
+      each_tile<kTile, false>(group, sac, update, [](const auto& tile) { tile.actor_backward(); });
+      group.wait();
+      train(critic_layers, layers, steps);
+      group.wait();
+      each_tile<kTile, false>(group, sac, update, [](const auto& tile) {
+        tile.draw();
+        tile.template act<kTile>(1);
+        tile.evaluate_targets();
+        tile.critics(0);
+      });
+      group.wait();
+      train(0, critic_layers, steps);
+      if (last) finish_critics(sac);
+    } else {
+      constexpr bool kBoth = kOrder == SacOrder::kSimultaneous;
+      each_tile<kTile, kBoth>(group, sac, update, [](const auto& tile) {
+        tile.draw();
+        tile.gather();
+        tile.template act<2 * kTile>(0);
+        tile.evaluate_targets();
+        tile.critics(0);
+        if constexpr (kBoth) tile.actor_backward();
+      });
+      group.wait();
+      if constexpr (!kBoth) {
+        train(0, critic_layers, steps);
+        group.wait();
+        each_tile<kTile, kBoth>(group, sac, update, [](const auto& tile) {
+          tile.critics(1);
+          tile.actor_backward();
+        });
+        group.wait();
+      }
+      train(kBoth ? 0 : critic_layers, layers, steps);
+      if (!last) continue;
+      finish_policy(sac, steps.alpha);
+      finish_critics(sac);
+    }
   }
 }
 
@@ -360,16 +414,23 @@ Sac lay_out(Memory& memory, const SacArgs& args, double* metrics) {
   take(args.actor, 0, sac.observations, 1, false);
   sac.layers = memory.put(layers);
   sac.sums = memory.take<double>((kSquares + args.critics) * sac.batch);
-  std::vector<AdamStep> steps;
-  for (int64_t number = args.updates_before + 1; number <= args.updates_before + args.updates; ++number) {
-    steps.push_back(adam_step(args.critic_learning_rate, number, 0.0f, args.polyak));
-    steps.push_back(adam_step(args.actor_learning_rate, number, 0.0f, 0.0f));
-    steps.push_back(adam_step(args.alpha_learning_rate, number, 0.0f, 0.0f));
-  }
+  std::vector<SacSteps> steps;
+  for (int64_t update = 0; update < args.updates; ++update) steps.push_back(sac_steps(args, update));
   sac.steps = memory.put(steps);
   sac.metrics = metrics;
   sac.counter = memory.put(std::vector<uint32_t>{0});
   return sac;
+}
+
+auto kernel_of(SacOrder order, bool large) {
+  switch (order) {
+    case SacOrder::kSimultaneous:
+      return large ? sac_kernel<8, SacOrder::kSimultaneous> : sac_kernel<4, SacOrder::kSimultaneous>;
+    case SacOrder::kCriticFirst:
+      return large ? sac_kernel<8, SacOrder::kCriticFirst> : sac_kernel<4, SacOrder::kCriticFirst>;
+    default:
+      return large ? sac_kernel<8, SacOrder::kActorFirst> : sac_kernel<4, SacOrder::kActorFirst>;
+  }
 }
 
 }  // namespace
@@ -392,9 +453,7 @@ cudaError_t sac_updates(const std::vector<SacArgs>& runs, double* metrics, const
           return Launch<Sac>{memory.put(all), blocks};
         },
         [&](const Launch<Sac>& launch) {
-          const auto kernel = first.simultaneous ? large ? sac_kernel<8, true> : sac_kernel<4, true>
-                              : large            ? sac_kernel<8, false>
-                                                 : sac_kernel<4, false>;
+          const auto kernel = kernel_of(first.order, large);
           return ptx::launch_together(kernel, count * blocks, kThreads,
                                       shared_bytes((large ? 8 : 4) * floats), cuda_stream, launch);
         });

@@ -264,6 +264,12 @@ MOPO_DEVICE float adam(const AdamStep& step, const Parameter& parameter, int at,
   return value;
 }
 
+// Moves number `at` of a parameter's target towards its value; returns the new target.
+MOPO_DEVICE float move_target(const Parameter& parameter, int at, float value, float polyak) {
+  float& target = ptx::global(parameter.target)[at];
+  return target = target + (value - target) * polyak;
+}
+
 // The place of number [k][n] of a layer's matrix in the caller's arrays.
 struct Place {
   const Parameter& parameter;
@@ -287,11 +293,7 @@ MOPO_DEVICE void step_quarter(const Layer& layer, const AdamStep& step, int begi
     if (k < layer.in) gradient += step.weight_decay * parameter.value[at];
     const float value = adam(step, parameter, at, gradient);
     layer.value.at(k)[n] = value;
-    if (layer.target.data != nullptr) {
-      float& target = ptx::global(parameter.target)[at];
-      target = target + (value - target) * step.polyak;
-      layer.target.at(k)[n] = target;
-    }
+    if (layer.target.data != nullptr) layer.target.at(k)[n] = move_target(parameter, at, value, step.polyak);
     values[i / kHalf * (kHalf + 1) + i % kHalf] = value;
   }
   if (layer.transposed.data == nullptr) return;
@@ -357,15 +359,17 @@ MOPO_DEVICE void train_layer(const Group& group, const Layer& layer, const AdamS
   next -= all;
 }
 
-// Fills in the copies of a layer's parameters, and the column of ones.
-MOPO_DEVICE void copy_parameters(const Group& group, const Layer& layer, int rows) {
+// Fills in the copies of a layer's parameters, after a move of its target, and the column of ones.
+MOPO_DEVICE void copy_parameters(const Group& group, const Layer& layer, int rows, float polyak = 0.0f) {
   const int first = group.block * kThreads + threadIdx.x, apart = group.blocks * kThreads;
   for (int i = first; i < (layer.in + 1) * layer.out; i += apart) {
     const int k = i / layer.out, n = i % layer.out;
     const auto [parameter, at] = place(layer, k, n);
     const float value = parameter.value[at];
     layer.value.at(k)[n] = value;
-    if (layer.target.data != nullptr) layer.target.at(k)[n] = parameter.target[at];
+    if (layer.target.data != nullptr)
+      layer.target.at(k)[n] =
+          polyak > 0.0f ? move_target(parameter, at, value, polyak) : parameter.target[at];
     if (layer.transposed.data != nullptr && k < layer.in) layer.transposed.at(n)[k] = value;
   }
   for (int row = first; row < rows; row += apart) layer.inputs.at(row)[layer.in] = 1.0f;

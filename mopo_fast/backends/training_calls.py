@@ -5,7 +5,7 @@ from types import ModuleType
 from typing import Any
 
 from mopo_fast.backends.interface import FitSteps, Parameter, SacUpdates, address
-from mopo_fast.config import ACTIVATIONS
+from mopo_fast.config import ACTIVATIONS, UPDATE_ORDERS
 from mopo_fast.data.transitions import DATA_ARRAYS, Transitions
 
 
@@ -30,7 +30,8 @@ def sac_call(extension: ModuleType, call: SacUpdates, precision: int = 0) -> Any
         critic_loss_scale=config.critic_loss_scale,
         target_min=-math.inf if config.target_min is None else config.target_min,
         entropy_backup=config.entropy_backup,
-        simultaneous=config.simultaneous,
+        order=UPDATE_ORDERS.index(config.order),
+        adam_epsilon=config.adam_epsilon,
         precision=precision,
         real=_source(call.real, call.sizes[0]),
         model=_source(call.model, call.sizes[1]),

@@ -251,7 +251,7 @@ def _sac_config(impl: Any) -> SACConfig:
         log_std_max=policy._max_logstd,
         target_entropy=0.0,
         critic_loss="mse",
-        simultaneous=False,
+        order="critic_first",
         discount=impl._gamma,
         polyak=impl._tau,
         dtype=impl._mopo_fast["dtype"],

@@ -472,7 +472,7 @@ def _sac_config(sac: Any) -> SACConfig:
         log_prob_epsilon=bounds["epsilon"],
         target_entropy=float(sac.target_entropy) if sac.automatic_entropy_tuning else 0.0,
         critic_loss="mse",
-        simultaneous=False,
+        order="critic_first",
         discount=sac.gamma,
         polyak=sac.tau,
         dtype=sac._mopo_fast["dtype"],

@@ -22,7 +22,7 @@ from mopo_fast.data import MEMORY_PREFIX
 from mopo_fast.errors import InputError
 from mopo_fast.evaluate import Evaluation
 from mopo_fast.tasks import resume_command
-from mopo_fast.utils.atomic import read_json_as, refuse_links, sweep, write_json
+from mopo_fast.utils.atomic import parse_json_as, read_json_as, refuse_links, sweep, write_json
 from mopo_fast.utils.kinds import Count, Number, Seconds
 
 # A file from elsewhere may hold values of any length, and error messages quote them.
@@ -142,7 +142,25 @@ def read_config(run: Path) -> RunConfig:
     Raises:
         InputError: the file is missing, or does not hold the settings of a run.
     """
-    return read_json_as(run / "config.json", RunConfig)
+    path = run / "config.json"
+    return parse_json_as(json.dumps(read_recorded(path)), RunConfig, path)
+
+
+def read_recorded(path: Path) -> dict[str, Any]:
+    """Read a config.json; version 0.1.0's `sac.simultaneous` becomes today's `sac.order`.
+
+    Raises:
+        InputError: the file is missing, or does not hold a JSON object.
+    """
+    recorded = read_json_as(path, dict[str, Any])
+    sac = recorded.get("sac")
+    if not isinstance(sac, dict) or "simultaneous" not in sac:
+        return recorded
+    rest = {name: value for name, value in sac.items() if name != "simultaneous"}
+    before = sac["simultaneous"]
+    # Another value is refused where the settings are read.
+    order = ("simultaneous" if before else "critic_first") if isinstance(before, bool) else before
+    return recorded | {"sac": {"order": order} | rest}
 
 
 def check_folder(out: Path, config: RunConfig, resume: bool) -> None:
@@ -167,7 +185,7 @@ def check_folder(out: Path, config: RunConfig, resume: bool) -> None:
         raise InputError(f"{out} already holds a run; {_ways_on(out)}, or choose another folder (--out)")
     # Version 0.1.0 had SAC in float32 alone, and did not record it.
     defaults = RunConfig("", sac=SACConfig(dtype="float32"))
-    recorded = with_defaults(read_json_as(out / "config.json", dict[str, Any]), defaults)
+    recorded = with_defaults(read_recorded(out / "config.json"), defaults)
     current = as_json(config)
     for each in (recorded, current):
         # A run may go on from another directory. Digests of the data and of the ensemble are compared later.

@@ -10,7 +10,7 @@ from mopo_fast.errors import InputError
 
 
 class Adam:
-    """torch's fused Adam with its default betas and epsilon, and with its state in public attributes.
+    """torch's fused Adam with its default betas, and with its state in public attributes.
 
     `torch.optim.Adam` would take more time than the arithmetic of networks of this size.
 
@@ -19,10 +19,12 @@ class Adam:
         learning_rate: learning rate of the first step.
         weight_decay: a factor for each parameter, by which the parameter is added to its gradient. None
             stands for no decay.
+        epsilon: number that is added to the root of the second moment.
 
     Attributes:
         parameters: the parameters.
         weight_decay: the factor of each parameter.
+        epsilon: the number in the divisor.
         exp_avgs: running means of the gradients, of the parameters' shapes.
         exp_avg_sqs: running means of the squared gradients, of the parameters' shapes.
         steps: number of steps of each parameter, as float32 scalars.
@@ -33,8 +35,10 @@ class Adam:
         parameters: Iterable[torch.Tensor],
         learning_rate: float,
         weight_decay: Sequence[float] | None = None,
+        epsilon: float = 1e-8,
     ) -> None:
         self.parameters = list(parameters)
+        self.epsilon = epsilon
         self.weight_decay = list(weight_decay or [0.0] * len(self.parameters))
         self.exp_avgs = [torch.zeros_like(parameter) for parameter in self.parameters]
         self.exp_avg_sqs = [torch.zeros_like(parameter) for parameter in self.parameters]
@@ -76,7 +80,7 @@ class Adam:
                 lr=self._learning_rate if self._rate is None else self._rate,
                 beta1=0.9,
                 beta2=0.999,
-                eps=1e-8,
+                eps=self.epsilon,
                 weight_decay=decay,
                 amsgrad=False,
                 maximize=False,

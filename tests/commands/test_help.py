@@ -93,14 +93,14 @@ def test_defaults_of_a_preset_are_shown() -> None:
     found = dict(entries(help_of("train", "--preset", "offlinerl-kit")))
     shown = {name.split()[0]: " ".join(lines).rpartition("(")[2] for name, lines in found.items()}
     assert shown["--sac.alpha-max"] == "default: 1.0)"
-    assert shown["--sac.simultaneous"] == "default: False)"
+    assert shown["--sac.order"] == "default: critic_first)"
     assert shown["--rollout.termination"] == "default: offlinerl-kit)"
     assert shown["--horizon"] == "default: tuned for the data set, or 5)"
 
 
 def test_a_setting_that_is_true_or_false_is_shown_under_its_own_name() -> None:
     names = dict(entries(help_of("train")))
-    assert {"--sac.simultaneous {True,False}", "--evaluation.deterministic {True,False}"} <= set(names)
+    assert {"--sac.entropy-backup {True,False}", "--evaluation.deterministic {True,False}"} <= set(names)
     assert not [name for name in names if ".no-" in name]
 
 

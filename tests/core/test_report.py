@@ -179,10 +179,10 @@ def test_a_fit_alone_is_a_run(run: Path) -> None:
 
 
 def test_the_command_and_all_settings_are_shown(run: Path) -> None:
-    config = TrainConfig("my set.hdf5", task="hopper", steps=7, sac=SACConfig(simultaneous=False))
+    config = TrainConfig("my set.hdf5", task="hopper", steps=7, sac=SACConfig(order="critic_first"))
     (run / "config.json").write_text(json.dumps(to_dict(config)))
     texts = texts_of(keep(run, "config.json"))
-    command = "mopo-fast train 'my set.hdf5' --task hopper --steps 7 --sac.simultaneous False"
+    command = "mopo-fast train 'my set.hdf5' --task hopper --steps 7 --sac.order critic_first"
     assert command in texts
     assert texts[texts.index("sac.polyak") + 1] == "0.005"
     assert texts[texts.index("dynamics.hidden") + 1] == "[200, 200, 200, 200]"

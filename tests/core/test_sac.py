@@ -20,16 +20,25 @@ VARIANTS = {
     "authors": {},
     "act_dim": {"target_entropy": "act_dim"},
     "offlinerl-kit": {
-        "simultaneous": False,
+        "order": "critic_first",
         "critic_loss": "mse",
         "alpha_max": 1.0,
         "log_std_min": -5.0,
         "actor_learning_rate": 1e-4,
         "alpha_learning_rate": 1e-2,
     },
+    "unifloral": {
+        "order": "actor_first",
+        "adam_epsilon": 1e-3,
+        "critic_loss": "mse",
+        "critics": 3,
+        "target_entropy": "act_dim",
+        "alpha_learning_rate": 1e-1,
+        "polyak": 0.1,
+    },
     "epsilon": {"log_prob_epsilon": 1e-2},
     "mobile": {
-        "simultaneous": False,
+        "order": "critic_first",
         "critic_loss": "mean_mse",
         "critics": 3,
         "entropy_backup": False,
@@ -51,9 +60,13 @@ class Plain:
         self.targets = self.split(sac.target)
         self.log_alpha = sac.log_alpha.detach().clone().requires_grad_()
         c = self.config
-        self.actor_adam = torch.optim.Adam(self.actor.parameters(), c.actor_learning_rate)
-        self.critic_adams = [torch.optim.Adam(q.parameters(), c.critic_learning_rate) for q in self.critics]
-        self.alpha_adam = torch.optim.Adam([self.log_alpha], c.alpha_learning_rate)
+
+        def adam(parameters: Any, rate: float) -> torch.optim.Adam:
+            return torch.optim.Adam(parameters, rate, eps=c.adam_epsilon)
+
+        self.actor_adam = adam(self.actor.parameters(), c.actor_learning_rate)
+        self.critic_adams = [adam(q.parameters(), c.critic_learning_rate) for q in self.critics]
+        self.alpha_adam = adam([self.log_alpha], c.alpha_learning_rate)
 
     @staticmethod
     def mlp(weights: Any, biases: Any) -> nn.Sequential:
@@ -86,49 +99,70 @@ class Plain:
         return alpha if self.config.alpha_max is None else min(alpha, self.config.alpha_max)
 
     def update(self, batch: Transitions, noise: torch.Tensor, next_noise: torch.Tensor) -> None:
-        config, alpha = self.config, self.alpha()
+        order = self.config.order
+        if order == "actor_first":
+            self.temperature_gradient(batch, noise)
+            self.alpha_adam.step()
+            self.actor_gradient(batch, noise)
+            self.actor_adam.step()
+            self.move_targets()
+            self.critic_gradients(batch, next_noise)
+            self.critic_step()
+            return
+        self.critic_gradients(batch, next_noise)
+        held = [[p.grad.clone() for p in q.parameters()] for q in self.critics]
+        if order == "critic_first":
+            self.critic_step()
+        self.actor_gradient(batch, noise)
+        self.temperature_gradient(batch, noise)
+        if order == "simultaneous":
+            # The actor's loss has added to the critics' gradients, so restore their own.
+            for q, gradients in zip(self.critics, held, strict=True):
+                for parameter, gradient in zip(q.parameters(), gradients, strict=True):
+                    parameter.grad = gradient
+            self.critic_step()
+        self.actor_adam.step()
+        self.alpha_adam.step()
+        self.move_targets()
+
+    def critic_gradients(self, batch: Transitions, next_noise: torch.Tensor) -> None:
+        config = self.config
         s, a, r, s2 = batch.observations, batch.actions, batch.rewards, batch.next_observations
         with torch.no_grad():
             a2, log_prob2 = self.sample(s2, next_noise)
             q2 = torch.stack([q(torch.cat([s2, a2], -1))[:, 0] for q in self.targets]).min(0).values
             if config.entropy_backup:
-                q2 -= alpha * log_prob2
+                q2 -= self.alpha() * log_prob2
             y = r + (1 - batch.terminals.to(r)) * config.discount * q2
             if config.target_min is not None:
                 y = torch.maximum(y, torch.tensor(config.target_min))
-
-        def critic_step() -> None:
-            for adam in self.critic_adams:
-                adam.step()
-
         for q, adam in zip(self.critics, self.critic_adams, strict=True):
             adam.zero_grad()
             scale = {"half_mse": 0.5, "mse": 1.0, "mean_mse": 1 / config.critics}[config.critic_loss]
             (scale * (q(torch.cat([s, a], -1))[:, 0] - y).square().mean()).backward()
-        held = [[p.grad.clone() for p in q.parameters()] for q in self.critics]
-        if not config.simultaneous:
-            critic_step()
 
+    def critic_step(self) -> None:
+        for adam in self.critic_adams:
+            adam.step()
+
+    def actor_gradient(self, batch: Transitions, noise: torch.Tensor) -> None:
+        s = batch.observations
         actions, log_prob = self.sample(s, noise)
         q_min = torch.stack([q(torch.cat([s, actions], -1))[:, 0] for q in self.critics]).min(0).values
         self.actor_adam.zero_grad()
-        (alpha * log_prob - q_min).mean().backward()
-        if config.simultaneous:
-            # The actor's loss has added to the critics' gradients, so restore their own.
-            for q, gradients in zip(self.critics, held, strict=True):
-                for parameter, gradient in zip(q.parameters(), gradients, strict=True):
-                    parameter.grad = gradient
-            critic_step()
-        self.actor_adam.step()
+        (self.alpha() * log_prob - q_min).mean().backward()
 
+    def temperature_gradient(self, batch: Transitions, noise: torch.Tensor) -> None:
+        _, log_prob = self.sample(batch.observations, noise)
         self.alpha_adam.zero_grad()
         (-(self.log_alpha * (log_prob + self.target_entropy).detach()).mean()).backward()
-        self.alpha_adam.step()
 
+    def move_targets(self) -> None:
+        polyak = self.config.polyak
         with torch.no_grad():
             for target, q in zip(self.targets, self.critics, strict=True):
                 for old, new in zip(target.parameters(), q.parameters(), strict=True):
-                    old.copy_((1 - config.polyak) * old + config.polyak * new)
+                    old.copy_((1 - polyak) * old + polyak * new)
 
     def state(self) -> dict[str, torch.Tensor]:
         tensors = {"log_alpha": self.log_alpha}
@@ -150,7 +184,7 @@ def test_updates_equal_a_plain_implementation(variant: str) -> None:
     with torch.no_grad():
         # Make the targets differ from the critics, and set an alpha that a clamp would change.
         for target in sac.target.parameters():
-            target.mul_(1.3)
+            target.mul_(1.3).add_(0.01)
         sac.log_alpha.fill_(0.4)
     plain = Plain(sac)
     g = torch.Generator().manual_seed(0)
@@ -182,6 +216,27 @@ def test_metrics_are_of_the_state_before_the_update() -> None:
     assert metrics["actor_loss"] == pytest.approx(actor_loss.item(), rel=1e-5)
     assert metrics["entropy"] == pytest.approx(-log_prob.mean().item(), rel=1e-5)
     assert metrics["alpha"] == 1.0
+
+
+def test_metrics_of_actor_first() -> None:
+    """The losses are those before their steps; alpha is that of the actor's and the critics' losses."""
+    config = dataclasses.replace(CONFIG, order="actor_first", alpha_learning_rate=0.5)
+    sac = SAC(OBS, ACT, config)
+    with torch.no_grad():
+        sac.log_alpha.fill_(0.4)
+        batch, noise = transitions(BATCH, seed=1), torch.zeros(BATCH, ACT)
+        actions, log_prob = sac.actor.sample(batch.observations, noise)
+        least = sac.critic(batch.observations, actions).min(0).values
+        q = sac.critic(batch.observations, batch.actions)
+    *values, _, _ = sac.update(batch, noise, noise).tolist()
+    metrics = dict(zip(METRICS, values, strict=True))
+    alpha, entropy = sac.alpha.item(), -log_prob.mean().item()
+    assert abs(alpha - math.exp(0.4)) > 0.1
+    assert metrics["alpha"] == pytest.approx(alpha)
+    assert metrics["entropy"] == pytest.approx(entropy, rel=1e-5)
+    assert metrics["alpha_loss"] == pytest.approx(0.4 * (entropy - sac.target_entropy), rel=1e-5)
+    assert metrics["actor_loss"] == pytest.approx(-alpha * entropy - least.mean().item(), rel=1e-5)
+    assert metrics["q"] == pytest.approx(q.mean().item(), rel=1e-5)
 
 
 def test_learns_the_value_of_a_constant_reward() -> None:
@@ -374,6 +429,8 @@ def test_initial_parameters_depend_on_the_seed_alone() -> None:
         ({"alpha_max": 0.0}, "alpha_max must be positive"),
         ({"target_entropy": "none"}, "target_entropy must be a number"),
         ({"critic_loss": "huber"}, "unknown critic_loss 'huber'; there are: half_mse, mse"),
+        ({"order": "actor_last"}, "unknown order 'actor_last'; there are: simultaneous, critic_first, actor"),
+        ({"adam_epsilon": 0.0}, r"adam_epsilon must be in \(0, 1\), got 0.0"),
         ({"actor_schedule": "cosine"}, "cosine schedule needs total_updates"),
         ({"log_std_min": 3.0}, "log_std_min 3.0 must be below"),
     ],

@@ -523,7 +523,7 @@ def training_kernels() -> list[tuple[str, str]]:
 
 
 OTHERS = {
-    "simultaneous": False,
+    "order": "critic_first",
     "critic_loss": "mse",
     "alpha_max": 1.0,
     "log_std_min": -5.0,
@@ -539,12 +539,24 @@ MOBILE = {
     "entropy_backup": False,
     "target_min": 0.0,
 }
+UNIFLORAL = {
+    "order": "actor_first",
+    "adam_epsilon": 1e-5,
+    "critic_loss": "mse",
+    "log_std_min": -5.0,
+    "target_entropy": "act_dim",
+    "actor_learning_rate": 1e-4,
+    "alpha_learning_rate": 1e-2,
+}
 # Observation dimensions, action dimensions, settings.
 SAC_CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "canonical": (17, 6, {}),
     "canonical, others' options": (17, 6, OTHERS),
     "others' options, many rows": (5, 3, {"hidden": (24, 17), "batch_size": 45, **OTHERS}),
     "others' options, one layer": (4, 2, {"hidden": (12,), "batch_size": 20, **OTHERS}),
+    "canonical, Unifloral's options": (17, 6, UNIFLORAL),
+    "Unifloral's options": (7, 2, {"hidden": (24, 17, 33), "critics": 5, "batch_size": 45, **UNIFLORAL}),
+    "Unifloral's options, one layer": (4, 2, {"hidden": (12,), "batch_size": 20, "polyak": 0.3, **UNIFLORAL}),
     "MOBILE's options": (7, 2, {"hidden": (24, 17), "batch_size": 45, **MOBILE}),
     "one action": (3, 1, {"hidden": (24, 40), "batch_size": 7}),
     "one row": (11, 3, {"hidden": (16, 8), "batch_size": 1}),

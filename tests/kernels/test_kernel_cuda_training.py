@@ -123,7 +123,12 @@ def test_steps_are_as_accurate_as_pytorch(device: str, case: str, one_step: bool
     assert abs(loss - losses[1]) <= 2.0 * abs(losses[0] - losses[1]) + 1e-6 * abs(losses[1])
 
 
-UPDATED = ("three critics, many rows", "others' options, many rows", "others' options, one layer")
+UPDATED = (
+    "three critics, many rows",
+    "others' options, many rows",
+    "others' options, one layer",
+    "Unifloral's options",
+)
 STEPPED = ("short last batch", "edges of tiles", "linear")
 
 
@@ -179,8 +184,8 @@ def test_steps_do_not_depend_on_the_machine(
     assert same(fit_state(usual), fit_state(other[0]))
 
 
-def test_result_does_not_depend_on_the_calls(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = "others' options, many rows"
+@pytest.mark.parametrize("case", ["others' options, many rows", "Unifloral's options"])
+def test_result_does_not_depend_on_the_calls(device: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, parts = make_cuda_sac(case, device), make_cuda_sac(case, device)
     update([whole], case, 5)
     monkeypatch.setattr(sac, "_UPDATES_AT_ONCE", 2)

@@ -21,7 +21,7 @@ from kernel_cases import (
 from mopo_fast import sac as sac_module
 from mopo_fast.backends import cpu
 from mopo_fast.backends.philox import ACTION_STREAM, NEXT_ACTION_STREAM, random_normals
-from mopo_fast.config import TRAINING_DTYPES, SACConfig
+from mopo_fast.config import SACConfig
 from mopo_fast.data.transitions import DATA_ARRAYS, Transitions
 from mopo_fast.errors import InputError
 from mopo_fast.sac import METRICS, Draws
@@ -128,7 +128,16 @@ def test_every_parameter_moves() -> None:
     assert all(float(step) == 2.0 for name, step in after.items() if name.endswith(".step"))
 
 
-@pytest.mark.parametrize("case", ["canonical", "canonical, others' options", "ten critics, three layers"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "canonical",
+        "canonical, others' options",
+        "canonical, Unifloral's options",
+        "Unifloral's options",
+        "ten critics, three layers",
+    ],
+)
 @pytest.mark.parametrize("threads", [2, 3, 64])
 @pytest.mark.parametrize(("isa", "dtype"), training_kernels())
 def test_result_does_not_depend_on_threads(
@@ -141,11 +150,15 @@ def test_result_does_not_depend_on_threads(
     assert one_metrics == many_metrics
 
 
-@pytest.mark.parametrize("dtype", TRAINING_DTYPES)
-def test_result_does_not_depend_on_the_calls(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, _ = run_sac("canonical", "cpu", 5, dtype=dtype)
+@pytest.mark.parametrize("case", ["canonical", "Unifloral's options"])
+@pytest.mark.parametrize(("isa", "dtype"), training_kernels())
+def test_result_does_not_depend_on_the_calls(
+    isa: str, dtype: str, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOPO_FAST_ISA", isa)
+    whole, _ = run_sac(case, "cpu", 5, dtype=dtype)
     monkeypatch.setattr(sac_module, "_UPDATES_AT_ONCE", 2)
-    parts, _ = run_sac("canonical", "cpu", 5, dtype=dtype)
+    parts, _ = run_sac(case, "cpu", 5, dtype=dtype)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 

@@ -221,7 +221,10 @@ class TestCommandLine:
 POPULATIONS = {
     "authors": SAC_CONFIG,
     "others": dataclasses.replace(
-        SAC_CONFIG, simultaneous=False, alpha_max=1.0, critic_loss="mse", critics=3, actor_schedule="cosine"
+        SAC_CONFIG, order="critic_first", alpha_max=1.0, critic_loss="mse", critics=3, actor_schedule="cosine"
+    ),
+    "unifloral": dataclasses.replace(
+        SAC_CONFIG, order="actor_first", adam_epsilon=1e-3, critic_loss="mse", critics=3
     ),
     "real only": dataclasses.replace(SAC_CONFIG, real_ratio=1.0),
 }

@@ -1,5 +1,6 @@
 """Test that files written by version 0.1.0 can still be read, and its runs resumed."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,8 +11,11 @@ import torch
 from recorded.version_0_1_0 import COUNT, DATA, DYNAMICS, RUN, SHARD_ROWS
 from safetensors.torch import load_file
 
-from mopo_fast import Actor, EnsembleDynamics, RolloutEngine, load_dataset, open_rollouts
+from mopo_fast import Actor, EnsembleDynamics, InputError, RolloutEngine, load_dataset, open_rollouts
 from mopo_fast.cli import main
+from mopo_fast.config import UpdateOrder
+from mopo_fast.run.command import train_command
+from mopo_fast.run.folder import check_folder, read_config, read_recorded
 
 RECORDED = places.RECORDED / "version_0_1_0"
 
@@ -52,6 +56,29 @@ def test_a_finished_run_is_as_it_was(recorded: Path, capsys: pytest.CaptureFixtu
     assert main(["report", "finished"]) == 0
     assert (recorded / "finished" / "report.html").exists()
     assert all(path.read_bytes() == content for path, content in before.items())
+
+
+@pytest.mark.parametrize(("simultaneous", "order"), [(True, "simultaneous"), (False, "critic_first")])
+def test_the_order_of_an_update_is_read(recorded: Path, simultaneous: bool, order: UpdateOrder) -> None:
+    """Test that `sac.simultaneous` is understood by resuming, by the report and by `read_config`."""
+    path = recorded / "run" / "config.json"
+    config = json.loads(path.read_text())
+    config["sac"]["simultaneous"] = simultaneous
+    path.write_text(json.dumps(config))
+    now = read_config(path.parent)
+    now = dataclasses.replace(now, sac=dataclasses.replace(now.sac, dtype="float32"))
+    assert now.sac.order == order
+    check_folder(path.parent, now, resume=True)
+    others = {"simultaneous": "critic_first", "critic_first": "actor_first"}
+    other = dataclasses.replace(now, sac=dataclasses.replace(now.sac, order=others[order]))
+    with pytest.raises(InputError, match=f"made with sac.order = '{order}', not '{others[order]}'"):
+        check_folder(path.parent, other, resume=True)
+    command = train_command(read_recorded(path))
+    assert ("--sac.order critic_first" in command) == (order == "critic_first")
+    config["sac"]["simultaneous"] = 3
+    path.write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"config.json: sac.order: Input should be 'simultaneous',"):
+        read_config(path.parent)
 
 
 def test_a_stopped_fit_ends_as_it_would_have(recorded: Path) -> None:

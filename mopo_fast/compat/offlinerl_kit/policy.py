@@ -152,7 +152,7 @@ def sac_config(policy: Any) -> SACConfig:
         alpha_max=1.0 if policy._is_auto_alpha else None,
         entropy_backup=not (mobile and policy._deteterministic_backup),
         target_min=0.0 if mobile else None,
-        simultaneous=False,
+        order="critic_first",
         discount=policy._gamma,
         polyak=policy._tau,
         dtype=policy._mopo_fast["dtype"],

@@ -1,12 +1,13 @@
-"""Train with Unifloral's MOPO on this package's rollouts.
+"""Train with Unifloral's MOPO on this package's rollouts and SAC updates.
 
     pip install 'jax<0.6' flax optax distrax tyro
     python examples/unifloral.py CHECKOUT
 
 CHECKOUT is an unchanged checkout of https://github.com/EmptyJackson/unifloral. Stand-ins replace d4rl, gym
 and wandb, which are not used. Unifloral's functions fit and train in the order of its scripts, on a data set
-made by random actions at the start. `--by-steps` changes the first of the two lines only, which keeps
-Unifloral's random numbers. `--theirs` changes no line, for comparison.
+made by random actions at the start. `--rollouts` fuses the rollouts alone and keeps Unifloral's updates.
+`--by-steps` wraps the dynamics only, which keeps Unifloral's random numbers. `--theirs` changes no line, for
+comparison.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from mopo_fast.tasks import TASKS
 
 
 def import_theirs(checkout, fused):
-    """Import Unifloral's modules dynamics and mopo; with `fused`, change the second line in mopo."""
+    """Import Unifloral's modules dynamics and mopo; with `fused`, fuse the rollouts in its own train step."""
     for absent in ("d4rl", "gym", "wandb"):
         sys.modules.setdefault(absent, types.ModuleType(absent))
     sys.path.insert(0, str(checkout / "algorithms"))
@@ -37,7 +38,7 @@ def import_theirs(checkout, fused):
 
     source = (checkout / "algorithms" / "mopo.py").read_text()
     if fused:
-        # Second of the two lines that change, in make_train_step: pass the parameters of the policy.
+        # The line that changes in Unifloral's make_train_step: pass the parameters of the policy.
         shipped = "rollout_fn(rng_buffer, policy_fn, rollout_buffer)"
         assert shipped in source
         source = source.replace(shipped, "rollout_fn(rng_buffer, params, rollout_buffer)")
@@ -75,8 +76,11 @@ def make_dynamics(dynamics, dataset, task, epochs):
     return dynamics.EnsembleDynamics(net, state.params, elites, dynamics.get_termination_fn(task))
 
 
-def make_training(mopo, dynamics_model, dataset, args, **options):
-    """Make Unifloral's train step, its initial state and its rollout, as the main part of mopo.py does."""
+def make_training(mopo, dynamics_model, dataset, args, make_train_step=None, **options):
+    """Make a train step, its initial state and its rollout, as the main part of mopo.py does.
+
+    `make_train_step` is Unifloral's by default; `options` are those of `make_rollout_fn`.
+    """
     obs, action = dataset.obs[0], dataset.action[0]
     actor_net, q_net, alpha_net = (
         mopo.TanhGaussianActor(len(action)),
@@ -99,7 +103,8 @@ def make_training(mopo, dynamics_model, dataset, args, **options):
         step_penalty_coef=args.step_penalty_coef,
         **options,
     )
-    step = mopo.make_train_step(args, actor_net.apply, q_net.apply, alpha_net.apply, dataset, rollout_fn)
+    make_train_step = make_train_step or mopo.make_train_step
+    step = make_train_step(args, actor_net.apply, q_net.apply, alpha_net.apply, dataset, rollout_fn)
     return step, (key, agent, buffer), rollout_fn
 
 
@@ -110,15 +115,16 @@ def main():
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--steps", type=int, default=100, help="SAC updates per epoch")
     parser.add_argument("--batch", type=int, default=5000, help="start states per rollout")
-    parser.add_argument(
+    ways = parser.add_mutually_exclusive_group()
+    ways.add_argument("--rollouts", action="store_true", help="keep Unifloral's updates, fuse the rollouts")
+    ways.add_argument(
         "--by-steps",
         action="store_true",
-        help="keep the policy a JAX function, with Unifloral's random numbers",
+        help="keep Unifloral's updates, and the policy a JAX function, with Unifloral's random numbers",
     )
-    parser.add_argument("--theirs", action="store_true", help="use Unifloral's own rollouts")
+    ways.add_argument("--theirs", action="store_true", help="use Unifloral's own rollouts and updates")
     options = parser.parse_args()
-    fused = not (options.by_steps or options.theirs)
-    dynamics, mopo = import_theirs(options.checkout.resolve(), fused)
+    dynamics, mopo = import_theirs(options.checkout.resolve(), options.rollouts)
     with tempfile.TemporaryDirectory() as folder:
         path = collect("hopper-random", 10_000, out=Path(folder, "data.hdf5"), quiet=True)
         dataset = make_dataset(dynamics, mopo_fast.load_dataset(path))
@@ -127,14 +133,19 @@ def main():
     print(f"fit: {time.perf_counter() - started:.1f} s")
 
     if not options.theirs:
-        # First of the two lines that change: wrap what load_dynamics_model returns.
+        # First of the lines that change: wrap what load_dynamics_model returns.
         dynamics_model = unifloral.EnsembleDynamics(dynamics_model)
 
+    # The other lines that change: the train step, and the loop around it.
+    make_train_step, scan = unifloral.make_train_step, unifloral.scan
+    if options.rollouts or options.by_steps or options.theirs:
+        make_train_step, scan = mopo.make_train_step, jax.lax.scan
+
     args = mopo.Args(rollout_interval=options.steps, rollout_batch_size=options.batch)
-    step, carry, _ = make_training(mopo, dynamics_model, dataset, args)
+    step, carry, _ = make_training(mopo, dynamics_model, dataset, args, make_train_step)
     for epoch in range(options.epochs):
         started = time.perf_counter()
-        carry, loss = jax.block_until_ready(jax.lax.scan(step, carry, None, options.steps))
+        carry, loss = jax.block_until_ready(scan(step, carry, None, options.steps))
         seconds = time.perf_counter() - started
         policy = unifloral.make_actor(carry[1].actor.params)
         returned = evaluate(policy, TASKS["hopper"], episodes=5, seed=0).return_mean

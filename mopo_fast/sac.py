@@ -346,7 +346,8 @@ class SAC:
     def batch(self, draws: Draws, number: int) -> tuple[Transitions, torch.Tensor, torch.Tensor]:
         """Return the arguments of `update` for batch `number` of `draws`."""
         *learned_from, noise, next_noise = (array[0] for array in self._draw(draws, number, 1))
-        return Transitions(*learned_from), noise, next_noise
+        arrays: dict[str, Any] = dict(zip(DATA_ARRAYS, learned_from, strict=True))
+        return Transitions(**arrays), noise, next_noise
 
     def learn(self, batches: Sequence[torch.Tensor]) -> torch.Tensor:
         """Update once on each batch in PyTorch; on a GPU replay one recorded graph.

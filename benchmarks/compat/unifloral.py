@@ -20,7 +20,8 @@ def contenders(
     """Return calls by name; each is a rollout of 5 steps into their buffer, or that and `updates`.
 
     An update has 10 critics. "by steps" has the first change of examples/unifloral.py, so that JAX runs the
-    policy; "fused" has both. All calls are compiled beforehand.
+    policy; "fused" has its fused rollouts; "fused and updates" makes the updates on the kernels too, and its
+    epoch is called once beforehand. All other calls are compiled beforehand.
     """
     keys = jax.random.split(jax.random.PRNGKey(0), 3)
     sizes = ((10_000, dim) for dim in (OBS_DIM, ACT_DIM, OBS_DIM))
@@ -40,6 +41,10 @@ def contenders(
         apply = None if name == "fused" else mopo.TanhGaussianActor(ACT_DIM).apply
         rollouts[f"rollout, {name}"] = _Repeated(functools.partial(_rollout, rollout_fn, apply), carry)
         epochs[f"epoch, {name}"] = _Repeated(functools.partial(_epoch, step, updates), carry)
+        if name == "fused":
+            make_train_step = functools.partial(unifloral.make_train_step, **options)
+            step, carry, _ = make_training(mopo, model, dataset, args, make_train_step, **ours)
+            epochs["epoch, fused and updates"] = _Epochs(step, carry, updates)
     return rollouts | epochs
 
 
@@ -53,6 +58,18 @@ def _rollout(rollout_fn: Any, apply: Any, carry: Any) -> Any:
 
 def _epoch(step: Any, updates: int, carry: Any) -> Any:
     return jax.lax.scan(step, carry, None, updates)[0]
+
+
+class _Epochs:
+    """Epochs of `unifloral.scan`, each from the state of the one before."""
+
+    def __init__(self, step: Any, carry: Any, updates: int) -> None:
+        self.step, self.carry, self.updates = step, carry, updates
+        self()
+
+    def __call__(self) -> None:
+        carry, _ = unifloral.scan(self.step, self.carry, None, self.updates)
+        self.carry = jax.block_until_ready(carry)
 
 
 class _Repeated:

@@ -19,6 +19,7 @@ from recorded.unifloral import ACT, OBS, ROLLOUTS, actor_params, healthy, policy
 
 from mopo_fast import InputError, RolloutEngine
 from mopo_fast.compat import unifloral
+from mopo_fast.compat.unifloral import arrays
 
 RECORDED = Path(__file__).parents[1] / "recorded"
 Transition = namedtuple("Transition", "obs action reward next_obs next_action done")
@@ -120,8 +121,8 @@ def test_first_in_first_out(theirs: Any) -> None:
     buffer = make_buffer(80, -7.0)
     for i in range(2):
         buffer = fifo(jax.random.PRNGKey(i), buffer)
-    for old, *arrays, made in zip(make_buffer(8, -7.0), *new, buffer, strict=True):
-        assert jnp.array_equal(made, jnp.concatenate([old, *arrays]))
+    for old, *rows, made in zip(make_buffer(8, -7.0), *new, buffer, strict=True):
+        assert jnp.array_equal(made, jnp.concatenate([old, *rows]))
 
 
 def test_keys_of_the_new_kind(theirs: Any, recorded: dict[str, Any]) -> None:
@@ -144,7 +145,7 @@ def test_no_copies(theirs: Any) -> None:
         torch.add(one, other, out=out)
 
     def run(one: Any, other: Any) -> Any:
-        return unifloral._on_host(add, jax.ShapeDtypeStruct(one.shape, one.dtype), one, other)
+        return arrays.on_host(add, jax.ShapeDtypeStruct(one.shape, one.dtype), one, other)
 
     one, other = jnp.arange(4096.0), jnp.ones(4096)
     for function in (run, jax.jit(run)):

@@ -3,6 +3,7 @@
 Tests that need JAX are in tests/beside/unifloral.py, run here with JAX in a separate folder.
 """
 
+import dataclasses
 import os
 import pickle
 import sys
@@ -19,7 +20,11 @@ from places import RECORDED, TESTS
 from mopo_fast import Actor, EnsembleDynamics, InputError, RolloutEngine
 from mopo_fast.cli import main
 from mopo_fast.compat import Checkpoint, unifloral
+from mopo_fast.compat.unifloral import files
 from mopo_fast.config import Hints
+from mopo_fast.data import Transitions
+from mopo_fast.presets import preset
+from mopo_fast.sac import SAC, Draws
 from mopo_fast.tasks import BOXES
 
 PICKLE = RECORDED / "unifloral.pkl"
@@ -75,6 +80,61 @@ def test_same_terminations(task: str, box: str, recorded: dict[str, torch.Tensor
     done = recorded[f"{task}_done"]
     assert 0 < done.sum() < len(done)
     assert torch.equal(~BOXES[box].contains(recorded[f"{task}_rows"]), done)
+
+
+# --- updates
+
+# As recorded: widths, UPDATE_ARGS, UPDATES and SEED of tests/recorded/unifloral.py.
+UPDATED = dataclasses.replace(
+    preset("unifloral", "").sac,
+    hidden=(16, 16, 16),
+    critics=3,
+    batch_size=64,
+    real_ratio=0.25,
+    actor_learning_rate=3e-3,
+    critic_learning_rate=3e-3,
+    alpha_learning_rate=3e-3,
+    discount=0.95,
+    polyak=0.1,
+)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_same_updates(backend: str) -> None:
+    """Unifloral's own updates of the same parameters on the same batches and noise."""
+    with np.load(RECORDED / "unifloral_updates.npz") as file:
+        arrays = {name: torch.tensor(file[name]) for name in file.files}
+
+    def part(name: str) -> dict[str, Any]:
+        beginning = f"{name}."
+        return {
+            key.removeprefix(beginning): value for key, value in arrays.items() if key.startswith(beginning)
+        }
+
+    before, after, losses = part("before"), part("after"), part("loss")
+    sac = SAC(11, 3, UPDATED, backend=backend)
+    sac.load_state(before)
+    draws = Draws(Transitions(**part("data")), Transitions(**part("model")), (50, 90), (16, 48), 5, 11)
+    sums = sac.make(draws)
+    assert sac.updates == int(before["updates"]) + 5 == 7
+    ours = sac.state()
+    for name, expected in after.items():
+        moved = float((expected - before[name]).abs().max())
+        assert moved > 0.0, name
+        # A few units in the last place of a number, and of the changes that Adam makes of gradients.
+        bound = 1e-6 * float(expected.abs().max()) + 1e-4 * moved
+        assert float((ours[name] - expected).abs().max()) < bound, name
+    means = sac.means(sums, 5)
+    for name in ("critic_loss", "actor_loss", "alpha_loss", "entropy", "alpha"):
+        assert means[name] == pytest.approx(float(losses[name].mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("change", [{"order": "critic_first"}, {"adam_epsilon": 1e-8}, {"polyak": 0.09}])
+def test_other_settings_are_other_updates(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test above tells a difference."""
+    monkeypatch.setitem(globals(), "UPDATED", dataclasses.replace(UPDATED, **change))
+    with pytest.raises(AssertionError):
+        test_same_updates("reference")
 
 
 # --- files
@@ -195,14 +255,14 @@ def test_files_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     def encoded(change: Any) -> bytes:
         monkeypatch.undo()
         monkeypatch.chdir(tmp_path)
-        encode = unifloral._encode
+        encode = files._encode
 
         def changed(value: Any) -> bytes:
             if isinstance(value, dict) and "params" in value and "num_ensemble" in value:
                 change(value["params"].arguments[0]["params"])
             return encode(value)
 
-        monkeypatch.setattr(unifloral, "_encode", changed)
+        monkeypatch.setattr(files, "_encode", changed)
         target = tmp_path / "hopper.pkl"
         unifloral.write(Checkpoint(read(PICKLE)), target)
         return target.read_bytes()
@@ -237,7 +297,11 @@ def test_parameters_of_something_else() -> None:
 
 
 @pytest.mark.slow
-def test_rollouts_in_jax(tmp_path: Path) -> None:
-    tests = str(TESTS / "beside" / "unifloral.py")
+@pytest.mark.parametrize(
+    ("file", "packages", "passed"),
+    [("unifloral", [], 20), ("unifloral_updates", ["optax==0.2.8", "absl-py==2.5.1"], 33)],
+)
+def test_in_jax(file: str, packages: list[str], passed: int, tmp_path: Path) -> None:
+    tests = str(TESTS / "beside" / f"{file}.py")
     code = f"import pytest, sys; sys.exit(pytest.main(['-p', 'no:cacheprovider', {tests!r}]))"
-    assert "20 passed" in run_with(PACKAGES, code, tmp_path)
+    assert f"{passed} passed" in run_with([*PACKAGES, *packages], code, tmp_path)

@@ -1,7 +1,9 @@
 """Record what Unifloral does, for tests/compat/test_compat_unifloral.py and tests/beside/unifloral.py.
 
     python tests/recorded/unifloral.py CHECKOUT
+    python tests/recorded/unifloral.py CHECKOUT updates
 
+The second command records the updates alone, in unifloral_updates.npz.
 CHECKOUT is github.com/EmptyJackson/unifloral at f2dc127. Recorded with jax and jaxlib 0.5.3, flax 0.10.4,
 distrax 0.1.5, tensorflow-probability 0.25.0, optax 0.2.4, numpy 2.4.6; d4rl, gym and wandb are not called and
 stand-ins serve. It then sees that their loader reads what we write.
@@ -107,6 +109,114 @@ def at_the_bounds(random, dims, height, bounds):
     return rows
 
 
+# Of the updates. The networks are Unifloral's, with layers of another width.
+WIDTH, UPDATES, SEED = 16, 5, 11
+UPDATE_ARGS = {
+    "num_critics": 3,
+    "batch_size": 64,
+    "dataset_sample_ratio": 0.25,
+    "lr": 3e-3,
+    "gamma": 0.95,
+    "polyak_step_size": 0.1,
+}
+
+
+def random_rows(transition, seed, count, kind):
+    """Transitions, three in ten of them terminal; `kind` is the type of `done`."""
+    keys = jax.random.split(jax.random.PRNGKey(seed), 5)
+    obs, next_obs = (jax.random.normal(key, (count, OBS)) for key in keys[:2])
+    action = jnp.tanh(jax.random.normal(keys[2], (count, ACT)))
+    reward, done = jax.random.normal(keys[3], (count,)), jax.random.bernoulli(keys[4], 0.3, (count,))
+    return transition(obs, action, reward, next_obs, action, done.astype(kind))
+
+
+def with_noise(actor_apply):
+    """Their actor, of observations that end with the noise of the action."""
+
+    class Given:
+        def __init__(self, pi, noise):
+            self.pi, self.noise = pi, noise
+
+        def sample_and_log_prob(self, seed):
+            raw = self.pi.distribution.loc + self.pi.distribution.scale * self.noise
+            action, slope = self.pi.bijector.forward_and_log_det(raw)
+            return action, self.pi.distribution.log_prob(raw) - slope
+
+    return lambda params, obs: Given(actor_apply(params, obs[..., :OBS]), obs[..., OBS:])
+
+
+def record_updates(checkout: Path) -> None:
+    """Some of their updates on batches and noise that our SAC draws, and their state before and after.
+
+    Their step draws noise for the temperature and again for the actor; here both get the same.
+    """
+    from mopo_fast.compat import unifloral
+    from mopo_fast.compat.unifloral import updates
+    from mopo_fast.sac import Draws
+
+    dynamics, *_ = import_theirs(checkout)
+    mopo = types.ModuleType("narrow_mopo")
+    sys.modules["narrow_mopo"] = mopo
+    source = (checkout / "algorithms" / "mopo.py").read_text().replace("nn.Dense(256", f"nn.Dense({WIDTH}")
+    exec(compile(source, "mopo.py", "exec"), mopo.__dict__)
+    args = mopo.Args(**UPDATE_ARGS)
+    dataset = random_rows(dynamics.Transition, 2, 50, bool)
+    buffer = random_rows(dynamics.Transition, 3, 90, jnp.float32)
+    actor, q, alpha = mopo.TanhGaussianActor(ACT), mopo.VectorQ(args.num_critics), mopo.EntropyCoef()
+    keys, pair = jax.random.split(jax.random.PRNGKey(4), 4), [dataset.obs[0], dataset.action[0]]
+    start = mopo.AgentTrainState(
+        mopo.create_train_state(args, keys[0], actor, pair[:1]),
+        mopo.create_train_state(args, keys[1], q, pair),
+        mopo.create_train_state(args, keys[2], q, pair),
+        mopo.create_train_state(args, keys[3], alpha, []),
+    )
+    rest = dataset, lambda rng, policy, buffer: buffer
+    step = unifloral.make_train_step(args, actor.apply, q.apply, alpha.apply, *rest)
+    # Two updates by ours, so that the moments are not zero.
+    carry = jax.random.PRNGKey(5), start, buffer
+    (rng, agent, _), losses = unifloral.scan(step, carry, None, 2)
+    (their_rng, theirs, _), their_losses = jax.lax.scan(
+        mopo.make_train_step(args, actor.apply, q.apply, alpha.apply, *rest), carry, None, 2
+    )
+    assert jnp.array_equal(rng, their_rng)
+    assert jax.tree.structure(agent) == jax.tree.structure(theirs)
+    for one, other in zip(*map(jax.tree.leaves, ((agent, losses), (theirs, their_losses))), strict=True):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+    arrays = {f"before.{name}": value.numpy().copy() for name, value in step.take_over(agent).state().items()}
+    sac, model = step.take_over(agent), updates._transitions("", buffer)
+    draws = Draws(step.data, model, (len(step.data), len(model)), sac.batch_rows, UPDATES, SEED)
+    parts = []
+    mopo.sample_from_buffer = lambda buffer, size, rng: parts.pop(0)
+    functions = (
+        with_noise(actor.apply),
+        lambda params, obs, action: q.apply(params, obs[..., :OBS], action),
+        alpha.apply,
+    )
+    losses = []
+    for number in range(UPDATES):
+        batch, noise, next_noise = sac.batch(draws, number)
+        obs, next_obs = (
+            jnp.concatenate([jnp.array(one.numpy()) for one in some], axis=1)
+            for some in ((batch.observations, noise), (batch.next_observations, next_noise))
+        )
+        action, reward, done = (
+            jnp.array(one.numpy()) for one in (batch.actions, batch.rewards, batch.terminals.float())
+        )
+        rows = dynamics.Transition(obs, action, reward, next_obs, action, done)
+        parts += [jax.tree.map(lambda x, part=part: x[part], rows) for part in (slice(16), slice(16, 64))]
+        # Compiled anew, because the batch is a constant of the compiled function.
+        their_step = jax.jit(mopo.make_train_step(args, *functions, *rest))
+        (_, agent, _), loss = their_step((jax.random.PRNGKey(0), agent, buffer), None)
+        losses.append(loss)
+    arrays |= {f"after.{name}": value.numpy() for name, value in step.take_over(agent).state().items()}
+    arrays |= {f"loss.{name}": np.array([loss[name] for loss in losses]) for name in losses[0]}
+    arrays |= {f"data.{name}": x.numpy() for name, x in step.data.arrays().items()}
+    arrays |= {f"model.{name}": x.numpy() for name, x in model.arrays().items()}
+    np.savez_compressed(HERE / "unifloral_updates.npz", **{name: np.asarray(x) for name, x in arrays.items()})
+    print("unifloral_updates.npz", (HERE / "unifloral_updates.npz").stat().st_size)
+    print({name: float(arrays[f"loss.{name}"][-1]) for name in losses[0]})
+
+
 def main(checkout: Path) -> None:
     dynamics, mopo, termination_fns = import_theirs(checkout)
     model = make_model(dynamics, termination_fns)
@@ -161,4 +271,4 @@ def main(checkout: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    (record_updates if "updates" in sys.argv[2:] else main)(Path(sys.argv[1]).resolve())

@@ -1,11 +1,11 @@
-"""Train with the MOPO authors' code on this package's model rollouts.
+"""Train with the MOPO authors' code on this package's model steps and SAC updates.
 
     pip install scipy tensorflow-cpu tf-keras tensorflow-probability gtimer
     python examples/mopo_tf.py CHECKOUT
 
 CHECKOUT is an unchanged checkout of https://github.com/tianheyu927/mopo. That code was written for TensorFlow
 1.14 and Python 3.7; `imitate_tensorflow_1` lets it run on TensorFlow 2. The data set is made by random
-actions at the start. `--theirs` runs the authors' own FakeEnv, for comparison.
+actions at the start. `--theirs` runs the authors' own FakeEnv and their own updates, for comparison.
 """
 
 import argparse
@@ -31,6 +31,10 @@ def stand_in(name, **attributes):
 
 def imitate_tensorflow_1(checkout):
     """Provide the modules that the authors' code imports, and return the TensorFlow that it uses."""
+    # Triton crashes a process that has loaded TensorFlow before it, and torch loads it sooner or later.
+    with contextlib.suppress(ImportError):
+        import triton  # noqa: F401
+
     # Keras 2 must be chosen before TensorFlow is imported.
     os.environ["TF_USE_LEGACY_KERAS"] = "1"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -70,13 +74,14 @@ def imitate_tensorflow_1(checkout):
     return tf
 
 
-def make_algorithm(tf, data, static_fns, **options):
+def make_algorithm(tf, data, static_fns, hidden=(256, 256), **options):
     """Make the authors' MOPO as their configurations and examples/development/main.py do.
 
     Args:
         tf: TensorFlow, from `imitate_tensorflow_1`.
         data: observations, actions, next_observations, rewards and terminals as NumPy arrays.
         static_fns: class of mopo/static with the task's termination function.
+        hidden: widths of the hidden layers of the policy and of the critics.
         options: arguments of MOPO that replace the authors'.
     """
     from gymnasium.spaces import Box, Dict
@@ -95,8 +100,8 @@ def make_algorithm(tf, data, static_fns, **options):
     environment = types.SimpleNamespace(
         active_observation_shape=(obs_dim,), action_space=actions, close=lambda: None
     )
-    hidden = {"hidden_layer_sizes": (256, 256)}
-    q_params = {"type": "double_feedforward_Q_function", "kwargs": hidden}
+    layers = {"hidden_layer_sizes": hidden}
+    q_params = {"type": "double_feedforward_Q_function", "kwargs": layers}
     settings = {
         "epoch_length": 1000,
         "eval_n_episodes": 0,
@@ -114,7 +119,7 @@ def make_algorithm(tf, data, static_fns, **options):
     algorithm = MOPO(
         training_environment=environment,
         evaluation_environment=environment,
-        policy=FeedforwardGaussianPolicy(input_shapes=((obs_dim,),), output_shape=(act_dim,), **hidden),
+        policy=FeedforwardGaussianPolicy(input_shapes=((obs_dim,),), output_shape=(act_dim,), **layers),
         Qs=get_Q_function_from_variant({"Q_params": q_params}, environment),
         pool=SimpleReplayPool(Dict({"observations": observations}), actions, len(data["rewards"])),
         static_fns=static_fns,
@@ -134,7 +139,7 @@ def main():
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--steps", type=int, default=100, help="SAC updates per epoch")
     parser.add_argument("--batch", type=int, default=5000, help="start states per rollout")
-    parser.add_argument("--theirs", action="store_true", help="use the authors' own FakeEnv")
+    parser.add_argument("--theirs", action="store_true", help="use the authors' own FakeEnv and updates")
     arguments = parser.parse_args()
     checkout = arguments.checkout.resolve()
     tf = imitate_tensorflow_1(checkout)
@@ -149,8 +154,8 @@ def main():
     from mopo_fast.tasks import TASKS
 
     if not arguments.theirs:
-        # The one line that changes; in mopo/algorithms/mopo.py it would be
-        # from mopo_fast.compat.mopo_tf import FakeEnv
+        # The first line that changes; in mopo/algorithms/mopo.py it would be
+        # from mopo_fast.compat.mopo_tf import FakeEnv, fuse_updates
         algorithms.FakeEnv = mopo_tf.FakeEnv
 
     np.random.seed(0)
@@ -167,6 +172,9 @@ def main():
             rollout_batch_size=arguments.batch,
             max_model_t=20.0,
         )
+        if not arguments.theirs:
+            # The second line; in mopo/algorithms/mopo.py it would be fuse_updates(self), after self._build().
+            mopo_tf.fuse_updates(algorithm)
         times = []
         for diagnostics in algorithm.train():
             if not diagnostics.get("done"):

@@ -1,7 +1,7 @@
-"""The loop of MOPO's authors as shipped, with our FakeEnv, and with all steps of a rollout fused.
+"""The loop of MOPO's authors as shipped, with our FakeEnv, with fused rollouts, and with fused updates.
 
 Their code runs on TensorFlow 2 with the changes in examples/mopo_tf.py. Data and networks are random, of
-halfcheetah's sizes. The loops are theirs: `_rollout_model`, then `_do_training` 1000 times.
+halfcheetah's sizes. The loops are theirs: `_rollout_model`, then `_do_training_repeats` 1000 times.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ def contenders(
     tf = imitate_tensorflow_1(checkout)
     import mopo.static
 
-    from mopo_fast.compat.mopo_tf import FakeEnv
+    from mopo_fast.compat.mopo_tf import FakeEnv, fuse_updates
 
     random = np.random.default_rng(0)
     shapes = {"observations": OBS_DIM, "actions": ACT_DIM, "next_observations": OBS_DIM, "rewards": 1}
@@ -67,11 +67,27 @@ def contenders(
         samples = ours.rollout(algorithm._policy, obs, algorithm._rollout_length)
         algorithm._model_pool.add_samples(samples)
 
-    def epoch(roll_out: Callable[[], None]) -> Callable[[], None]:
+    things = algorithm, algorithm._policy
+    before = [set(vars(thing)) for thing in things]
+    fuse_updates(algorithm, **options)
+    # The other ways need the methods as they were.
+    taken_over = [
+        (thing, {name: vars(thing).pop(name) for name in vars(thing).keys() - names})
+        for thing, names in zip(things, before, strict=True)
+    ]
+
+    def epoch(roll_out: Callable[[], None], *, fuse: bool = False) -> Callable[[], None]:
         def run() -> None:
+            for thing, methods in taken_over if fuse else ():
+                vars(thing).update(methods)
             roll_out()
+            algorithm._epoch_before_hook()
             for step in range(updates):
-                algorithm._do_training(step, algorithm._training_batch())
+                algorithm._timestep = step
+                algorithm._do_training_repeats(timestep=step)
+            for thing, methods in taken_over if fuse else ():
+                for name in methods:
+                    del vars(thing)[name]
 
         return run
 
@@ -79,6 +95,7 @@ def contenders(
     return {
         **{f"rollout, {name}": run for name, run in rollouts.items()},
         **{f"epoch, {name}": epoch(run) for name, run in rollouts.items()},
+        "epoch, fused and fuse_updates": epoch(fused, fuse=True),
     }
 
 

@@ -179,6 +179,12 @@ def test_models_that_ours_cannot_be() -> None:
     with pytest.raises(InputError, match="the BNN has hidden layers of swish, sigmoid, swish"):
         from_bnn(bnn)
     bnn = Session(1)
+    del bnn.end_act
+    with pytest.raises(
+        InputError, match="Session has no end_act; this adapter was written for the MOPO authors"
+    ):
+        from_bnn(bnn)
+    bnn = Session(1)
     bnn.end_act = abs
     with pytest.raises(InputError, match="activation on its outputs"):
         from_bnn(bnn)

@@ -25,6 +25,7 @@ from mopo_fast.compat import Checkpoint
 from mopo_fast.compat.models import (
     activation_of,
     actor_of,
+    check_attributes,
     check_first_layer,
     check_kind,
     check_method,
@@ -45,6 +46,19 @@ from mopo_fast.utils.atomic import read_json_as
 from mopo_fast.utils.pickles import brief
 
 Prediction = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+VERSION = "d3rlpy 1.1.1"
+# Attributes that are read here: of the dynamics' implementation, a member and an encoder, of SAC's
+# implementation, and of a policy and a Q function.
+_DYNAMICS = ("_dynamics", "_variance_type")
+_MEMBER = ("_encoder", "_mu", "_logstd", "_max_logstd", "_min_logstd")
+_ENCODER = ("_activation", "_use_batch_norm", "_dropout_rate", "_use_dense")
+_IMPL = (
+    *("_policy", "_q_func", "_targ_q_func", "_actor_optim", "_critic_optim", "_log_temp", "_gamma", "_tau"),
+    *("update_temp", "update_actor_target", "scaler", "action_scaler", "reward_scaler"),
+)
+_POLICY = ("_encoder", "_mu", "_logstd", "_min_logstd", "_max_logstd", "_use_std_parameter")
+_Q_FUNCTION = ("_encoder", "_fc")
 
 
 def accelerate(
@@ -72,6 +86,7 @@ def accelerate(
     impl = getattr(dynamics, "_impl", None)
     if impl is None or not hasattr(impl, "_dynamics"):
         raise InputError("the dynamics have no model yet: fit or build them first (build_with_dataset)")
+    check_attributes(impl, _DYNAMICS, VERSION)
     check_method(impl, "_predict", "d3rlpy", "leave accelerate out")
     options: dict[str, Any] = {"backend": backend, "dtype": dtype, "threads": threads}
     ensemble_over(impl._dynamics)
@@ -120,8 +135,10 @@ def ensemble_over(model: Any) -> EnsembleDynamics:
             connections, or has an activation that the kernels do not have.
     """
     check_method(model, "forward", "d3rlpy", "leave accelerate out")
+    check_attributes(model, ("_models",), VERSION)
     members = list(model._models)
     for member in members:
+        check_attributes(member, _MEMBER, VERSION)
         _check_encoder(member._encoder)
     return _ensemble(
         [member.state_dict() for member in members], activation_of(members[0]._encoder._activation)
@@ -131,6 +148,7 @@ def ensemble_over(model: Any) -> EnsembleDynamics:
 def _check_encoder(encoder: Any) -> None:
     if not hasattr(encoder, "_fcs"):
         raise InputError(f"the encoder is {type(encoder).__name__}; the kernels take vector observations")
+    check_attributes(encoder, _ENCODER, VERSION)
     if encoder._use_batch_norm or encoder._dropout_rate is not None or encoder._use_dense:
         raise InputError(
             "the encoder has batch norms, dropout or dense connections; the kernels have none of these"
@@ -204,8 +222,7 @@ def fuse_updates(
         raise InputError("the algorithm has no networks yet: build them first (build_with_dataset)")
     _check_updates(algo, impl)
     # On the implementation: get_params would take an attribute of the algorithm for a hyperparameter.
-    impl._mopo_fast = {"dtype": dtype, "backend": backend, "threads": threads}
-    start_over(impl)
+    start_over(impl, dtype, backend, threads)
     _shared_sac(impl)
     # A copy of the algorithm has a copy of this, for itself.
     algo._update = functools.partial(_update, algo)
@@ -219,14 +236,23 @@ def _check_updates(algo: Any, impl: Any) -> None:
     for name in ("n_steps", "update_actor_interval"):
         if (value := getattr(algo, f"_{name}", 1)) != 1:
             raise InputError(f"the updates take {name} 1, got {value}; {_WITHOUT_UPDATES}")
+    check_attributes(algo, ("_temp_learning_rate",), VERSION)
+    check_attributes(impl, _IMPL, VERSION)
+    for q_func in (impl._q_func, impl._targ_q_func):
+        check_attributes(q_func, ("_q_funcs",), VERSION)
     policy, critics = impl._policy, list(impl._q_func._q_funcs)
     for network in (policy, *critics):
         check_method(network, "forward", "d3rlpy", _WITHOUT_UPDATES)
-    if type(policy).__name__ != "SquashedNormalPolicy" or policy._use_std_parameter:
+    known = type(policy).__name__ == "SquashedNormalPolicy"
+    if known:
+        check_attributes(policy, _POLICY, VERSION)
+    if not known or policy._use_std_parameter:
         raise InputError(f"the updates take a SquashedNormalPolicy, got {type(policy).__name__}")
     for network in (policy, *critics):
         if network is not policy and type(network).__name__ != "ContinuousMeanQFunction":
             raise InputError(f'the updates take the Q function "mean", got {type(network).__name__}')
+        if network is not policy:
+            check_attributes(network, _Q_FUNCTION, VERSION)
         _check_encoder(network._encoder)
         if sum(one._encoder is network._encoder for one in critics) > 1:
             raise InputError(f"the critics share an encoder, each needs its own; {_WITHOUT_UPDATES}")
@@ -237,8 +263,7 @@ def _check_updates(algo: Any, impl: Any) -> None:
 def _shared_sac(impl: Any) -> SharedSAC:
     if not hasattr(impl, "_mopo_fast"):
         raise InputError("the algorithm's networks have been built anew; call fuse_updates again")
-    options = {name: impl._mopo_fast[name] for name in ("backend", "threads")}
-    return shared_with(impl, _modules(impl), _sac_config(impl), **options)
+    return shared_with(impl, _modules(impl), functools.partial(_sac_config, impl))
 
 
 def _sac_config(impl: Any) -> SACConfig:

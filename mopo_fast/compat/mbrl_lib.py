@@ -23,6 +23,7 @@ from mopo_fast.backends import StepResult
 from mopo_fast.compat import Checkpoint
 from mopo_fast.compat.models import (
     activation_of,
+    check_attributes,
     check_kind,
     check_method,
     check_model,
@@ -51,6 +52,26 @@ from mopo_fast.utils.atomic import atomic_path
 from mopo_fast.utils.interrupts import deferred
 
 State = dict[str, Any]
+
+VERSION = "mbrl-lib 0.2.0"
+# Attributes that are read here: of a OneDTransitionRewardModel and its GaussianMLP, and of SAC and its
+# networks.
+_MODEL = (
+    "obs_process_fn",
+    "learned_rewards",
+    "input_normalizer",
+    "target_is_delta",
+    "no_delta_list",
+    "device",
+)
+_MLP = ("max_logvar", "min_logvar", "elite_models", "propagation_method", "out_size")
+_SAC = (
+    *("critic", "gamma", "tau", "alpha", "automatic_entropy_tuning", "target_update_interval"),
+    *("critic_optim", "policy_optim"),
+)
+_TEMPERATURE = ("target_entropy", "log_alpha", "alpha_optim")
+_POLICY = ("linear1", "linear2", "mean_linear", "log_std_linear", "action_scale", "action_bias")
+_CRITIC = tuple(f"linear{number}" for number in range(1, 7))
 
 
 class ModelEnv:
@@ -306,8 +327,11 @@ def _check(model: Any) -> None:
     for owner, methods in ((model, ("forward", "sample")), (inner, ("forward", "sample_1d"))):
         for method in methods:
             check_method(owner, method, "mbrl", "use mbrl-lib's ModelEnv for this model")
+    check_attributes(inner, ("deterministic",), VERSION)
     if inner.deterministic:
         raise InputError("the GaussianMLP is deterministic: it has no variances to draw from or to penalise")
+    check_attributes(model, _MODEL, VERSION)
+    check_attributes(inner, _MLP, VERSION)
 
 
 def ensemble_over(model: Any) -> EnsembleDynamics:
@@ -422,8 +446,7 @@ def fuse_sac(
         InputError: the kernels do not support the SAC. The message names the reason.
     """
     _check_sac(sac)
-    sac._mopo_fast = {"dtype": dtype, "backend": backend, "threads": threads}
-    start_over(sac)
+    start_over(sac, dtype, backend, threads)
     _shared_sac(sac)
     # A copy of the SAC has copies of these, for itself.
     sac.update_parameters = functools.partial(_update_parameters, sac)
@@ -437,9 +460,15 @@ def _check_sac(sac: Any) -> None:
             f"fuse_sac takes mbrl.third_party.pytorch_sac_pranz24.SAC, got {type(sac).__name__};"
             " a SACAgent has it as sac_agent"
         )
+    check_attributes(sac, _SAC, VERSION)
+    if sac.automatic_entropy_tuning:
+        check_attributes(sac, _TEMPERATURE, VERSION)
     policy = sac.policy
     if not any(kind.__name__ == "GaussianPolicy" for kind in type(policy).__mro__):
         raise InputError(f"the updates take a GaussianPolicy, got {type(policy).__name__}; {_WITHOUT_FUSE}")
+    check_attributes(policy, _POLICY, VERSION)
+    for critic in (sac.critic, sac.critic_target):
+        check_attributes(critic, _CRITIC, VERSION)
     own = [(sac, "update_parameters"), (policy, "forward"), (policy, "sample")]
     for thing, method in [*own, (sac.critic, "forward"), (sac.critic_target, "forward")]:
         check_method(thing, method, "mbrl", _WITHOUT_FUSE)
@@ -457,8 +486,7 @@ def _check_sac(sac: Any) -> None:
 
 
 def _shared_sac(sac: Any) -> SharedSAC:
-    options = {name: sac._mopo_fast[name] for name in ("backend", "threads")}
-    return shared_with(sac, _modules(sac), _sac_config(sac), **options)
+    return shared_with(sac, _modules(sac), functools.partial(_sac_config, sac))
 
 
 def _sac_config(sac: Any) -> SACConfig:

@@ -23,6 +23,7 @@ from mopo_fast.compat import Checkpoint
 from mopo_fast.compat.models import (
     activation_of,
     check_activation,
+    check_attributes,
     check_kind,
     check_method,
     check_model,
@@ -38,6 +39,14 @@ from mopo_fast.rollout import RolloutEngine
 from mopo_fast.utils.atomic import atomic_path
 from mopo_fast.utils.pickles import Inert, Pickler, brief
 from mopo_fast.utils.tensors import check_layers
+
+VERSION = "Polixir's OfflineRL at commit a7db458"
+# Attributes that are read here: of an EnsembleTransition and of its last layer.
+_TRANSITION = (
+    *("backbones", "output_layer", "max_logstd", "min_logstd", "mode", "with_reward", "obs_dim"),
+    *("obs_mean", "obs_std"),
+)
+_LAYER = ("weight", "bias", "select")
 
 # Added to the standard deviation that observations are divided by.
 _EPSILON = 1e-8
@@ -63,13 +72,15 @@ class FastTransition:
         threads: number of CPU threads, see `RolloutEngine`.
 
     Raises:
-        InputError: the transition predicts no reward, or see `RolloutEngine`.
+        InputError: the transition predicts no reward, an attribute is missing, or see `RolloutEngine`.
     """
 
     def __init__(
         self, transition: Any, *, backend: str = "auto", dtype: str = "float32", threads: int | None = None
     ) -> None:
         check_method(transition, "forward", "offlinerl", "use the transition without FastTransition")
+        check_attributes(transition, _TRANSITION, VERSION)
+        check_attributes(transition.output_layer, _LAYER, VERSION)
         self.transition = transition
         self._options: dict[str, Any] = {"backend": backend, "dtype": dtype, "threads": threads}
         self._engine = self._make_engine()

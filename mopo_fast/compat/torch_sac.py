@@ -3,6 +3,7 @@
 import itertools
 import math
 import operator
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from mopo_fast.config import SACConfig
+from mopo_fast.config import SACConfig, TrainingDtype
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.errors import InputError
 from mopo_fast.sac import METRICS, SAC, Draws
@@ -316,30 +317,42 @@ class SharedSAC:
 _shared: weakref.WeakKeyDictionary[Any, SharedSAC] = weakref.WeakKeyDictionary()
 
 
-def shared_with(
-    owner: Any, modules: Modules, config: SACConfig, *, backend: str, threads: int | None
-) -> SharedSAC:
-    """Return the `SharedSAC` of an object of the other code base.
+# Two threads may use an object for the first time at once.
+_sharing = threading.Lock()
+
+
+def shared_with(owner: Any, modules: Modules, config: Callable[[], SACConfig]) -> SharedSAC:
+    """Return the `SharedSAC` of an object of the other code base that `start_over` was called for.
 
     Args:
         owner: the object.
         modules: its SAC as it is now. If a part has been replaced since the last call, a new `SharedSAC` is
             made.
-        config: see `SharedSAC`.
-        backend: see `SharedSAC`.
-        threads: see `SharedSAC`.
+        config: function that returns its hyperparameters, see `SharedSAC`; called for a new one.
 
     Raises:
         InputError: as `SharedSAC`.
     """
-    shared = _shared.get(owner)
-    if shared is None or not shared.consists_of(modules):
-        shared = _shared[owner] = SharedSAC(modules, config, backend=backend, threads=threads)
+    with _sharing:
+        shared = _shared.get(owner)
+        if shared is None or not shared.consists_of(modules):
+            options = {name: owner._mopo_fast[name] for name in ("backend", "threads")}
+            shared = _shared[owner] = SharedSAC(modules, config(), **options)
     return shared
 
 
-def start_over(owner: Any) -> None:
-    """Forget the `SharedSAC` of an object, so that `shared_with` makes another."""
+def start_over(owner: Any, dtype: TrainingDtype, backend: str, threads: int | None) -> None:
+    """Keep the options of an object's updates, so that `shared_with` makes a new `SharedSAC` with them.
+
+    They are an attribute `_mopo_fast` of the object, so that a copy of it has them too.
+
+    Args:
+        owner: object of the other code base.
+        dtype: precision of the matrix products, for the adapter's `SACConfig`.
+        backend: backend of `SAC`.
+        threads: number of CPU threads, see `SAC`.
+    """
+    owner._mopo_fast = {"dtype": dtype, "backend": backend, "threads": threads}
     _shared.pop(owner, None)
 
 

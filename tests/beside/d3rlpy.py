@@ -312,6 +312,32 @@ refused("batch norms", lambda: make_algo(MOPO, critic_encoder_factory=norms))
 refused(
     "optimizer of the actor is Adam with", lambda: make_algo(MOPO, actor_optim_factory=AdamFactory(eps=1e-4))
 )
+
+
+def another_version(*names):
+    """Make an algorithm that lacks an attribute, which is the last of `names`."""
+    made = owner = make_algo(MOPO)
+    for name in names[:-1]:
+        owner = owner[0] if name == 0 else getattr(owner, name)
+    delattr(owner, names[-1])
+    return made
+
+
+for names in (
+    ("_impl", "_log_temp"),
+    ("_temp_learning_rate",),
+    ("_impl", "_policy", "_min_logstd"),
+    ("_impl", "_q_func", "_q_funcs", 0, "_fc"),
+    ("_impl", "_policy", "_encoder", "_use_dense"),
+):
+    refused(f"has no {names[-1]}; this adapter was written for d3rlpy 1.1.1", lambda: another_version(*names))  # noqa: B023
+dynamics = make()
+del dynamics._impl._variance_type
+try:
+    d3rlpy.accelerate(dynamics)
+    raise AssertionError("dynamics of another version were taken over")
+except InputError as error:
+    assert "has no _variance_type; this adapter was written for d3rlpy 1.1.1" in str(error), error
 ours.create_impl((OBS,), ACT)
 try:
     ours.update(make_batch(0))

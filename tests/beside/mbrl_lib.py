@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from two_samples import differences
 
+from mopo_fast import InputError
 from mopo_fast.compat import convert_checkpoint, mbrl_lib
 from mopo_fast.config import Hints
 
@@ -175,6 +176,16 @@ for options in OPTIONS:
     ours = list(both(model, reward, penalty_coef=1.0))[1]
     step(ours, broken, actions, True)
     assert ours.penalties.isnan()[:, 0].nonzero()[:, 0].tolist() == [4, 9]
+
+# An attribute that another version may lack is named.
+for owner, name in (("model", "elite_models"), (None, "no_delta_list")):
+    model = make("random_model")
+    delattr(model if owner is None else getattr(model, owner), name)
+    try:
+        list(both(model))
+        raise AssertionError(f"a model without {name} was taken")
+    except InputError as error:
+        assert f"has no {name}; this adapter was written for mbrl-lib 0.2.0" in str(error), error
 
 # Convert files in both directions.
 model = make("random_model", double=True)

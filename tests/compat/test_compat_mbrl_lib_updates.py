@@ -265,3 +265,16 @@ def test_updates_that_are_refused() -> None:
         wrong = [np.zeros((len(memory.arrays[0]), OBS + 1), np.float32), *memory.arrays[1:]]
         sac.update_parameters(parts.ReplayBuffer(wrong, np.random.default_rng(0)), BATCH, 1, None, True)
     assert mbrl_lib._shared_sac(sac).sac.updates == 2
+
+
+@pytest.mark.parametrize(
+    "name", ["tau", "policy_optim", "log_alpha", "policy.mean_linear", "critic_target.linear6"]
+)
+def test_another_version_is_named(name: str) -> None:
+    sac = make_sac(parts.SAC)
+    *owners, attribute = name.split(".")
+    owner = getattr(sac, owners[0]) if owners else sac
+    delattr(owner, attribute)
+    with pytest.raises(InputError, match=f"has no {attribute}; this adapter was written for mbrl-lib 0.2.0"):
+        fuse_sac(sac)
+    assert "update_parameters" not in vars(sac)

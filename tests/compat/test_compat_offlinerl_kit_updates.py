@@ -5,6 +5,8 @@ import gc
 import importlib.util
 import signal
 import sys
+import threading
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from torch import nn
 
 from mopo_fast import InputError
 from mopo_fast.compat import offlinerl_kit as kit
+from mopo_fast.compat import torch_sac
 from mopo_fast.compat.offlinerl_kit import policy as kit_policy
 from mopo_fast.compat.torch_sac import SharedSAC
 from mopo_fast.sac import SAC
@@ -724,3 +727,51 @@ def test_another_version_that_lacks_what_is_read(of: str, name: str, monkeypatch
     message = f"{type(thing).__name__} has no {name}; this adapter was written for OfflineRL-Kit at commit"
     with pytest.raises(InputError, match=message):
         kit.fuse_trainer(trainer)
+
+
+def test_an_alpha_above_1_is_refused() -> None:
+    policy: Any = parts.MOPOPolicy()
+    with torch.no_grad():
+        policy._log_alpha.fill_(0.5)
+    policy._alpha = policy._log_alpha.detach().exp()
+    with pytest.raises(
+        InputError, match=r"an alpha of at most 1, .* got 1\.64872: begin with a log_alpha of at"
+    ):
+        kit.fuse_learn(policy)
+    assert "learn" not in vars(policy)
+
+
+def test_two_threads_share_one_sac(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Test that two threads which use a policy for the first time at once make one SharedSAC."""
+    policy = copy.deepcopy(recorded_policy())
+    made, ready = [], threading.Barrier(2)
+
+    class Slow(SharedSAC):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            made.append(self)
+            time.sleep(0.2)
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr(torch_sac, "SharedSAC", Slow)
+
+    def use() -> None:
+        ready.wait()
+        kit_policy.shared_sac(policy)
+
+    threads = [threading.Thread(target=use) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1
+
+
+def test_hyperparameters_are_built_once_an_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, built = recorded_policy(), []
+    with np.load(FOLDER / "learn.npz") as file:
+        batch = batch_of(dict(file), 0)
+    config = kit_policy.sac_config
+    monkeypatch.setattr(kit_policy, "sac_config", lambda policy: built.append(1) or config(policy))
+    policy.learn(batch)
+    policy.select_action(np.zeros((1, OBS), np.float32))
+    assert len(built) == 1

@@ -292,3 +292,15 @@ def test_models_that_the_other_cannot_be(tmp_path: Path) -> None:
         model.input_std[0] = scale
         assert "changes of all dimensions, or next values of all" in refused(model)
     assert "have ReLU or tanh, this one has silu" in refused(Actor(3, 2, activation="silu"))
+
+
+@pytest.mark.parametrize("name", ["max_logstd", "obs_mean", "output_layer", "select"])
+def test_another_version_is_named(name: str) -> None:
+    theirs = theirs_of("normalize")
+    owner = theirs.output_layer if name == "select" else theirs
+    # A module keeps its parameters and its submodules in dictionaries of their own.
+    for part in (vars(owner), owner._parameters, owner._buffers, owner._modules):
+        part.pop(name, None)
+    message = f"has no {name}; this adapter was written for Polixir's OfflineRL at commit a7db458: use that"
+    with pytest.raises(InputError, match=message):
+        FastTransition(theirs)

@@ -108,9 +108,8 @@ def fuse_learn(
         check_attributes(policy, ("_target_entropy", "_log_alpha", "alpha_optim"), VERSION)
     if is_mobile(policy) and not isinstance(policy.dynamics, EnsembleDynamics):
         raise InputError("the policy's dynamics must be mopo_fast.compat.offlinerl_kit.EnsembleDynamics")
-    policy._mopo_fast = {"dtype": dtype, "backend": backend, "threads": threads}
     _check_networks(policy)
-    start_over(policy)
+    start_over(policy, dtype, backend, threads)
     shared_sac(policy)
     policy.learn = functools.partial(_learn_mobile if is_mobile(policy) else _learn, policy)
     try:
@@ -124,8 +123,7 @@ def fuse_learn(
 
 def shared_sac(policy: Any) -> SharedSAC:
     """Return the SAC that updates a policy that `fuse_learn` has taken over."""
-    options = {name: policy._mopo_fast[name] for name in ("backend", "threads")}
-    return shared_with(policy, _modules(policy), sac_config(policy), **options)
+    return shared_with(policy, _modules(policy), functools.partial(sac_config, policy))
 
 
 def update(policy: Any, draws: Draws) -> dict[str, float]:
@@ -141,6 +139,12 @@ def sac_config(policy: Any) -> SACConfig:
     head, mobile = policy.actor.dist_net, is_mobile(policy)
     if mobile and policy._max_q_backup:
         raise InputError("the updates have no max_q_backup; leave it out, or keep the policy's own learn")
+    if policy._is_auto_alpha and float(policy._alpha) > 1.0:
+        # The original's first update would take it as it is.
+        raise InputError(
+            f"the updates take an alpha of at most 1, which the original limits it to after its first update;"
+            f" got {float(policy._alpha):g}: begin with a log_alpha of at most 0"
+        )
     return SACConfig(
         hidden=tuple(layer.out_features for layer in _linears(policy.actor.backbone.model)),
         critics=len(policy.critics) if mobile else 2,

@@ -52,6 +52,9 @@ def fuse_trainer(
     A rollout, an update of the dynamics, an evaluation or a checkpoint sees the policy after exactly the
     updates that the loop has asked for.
 
+    A copy of the trainer or of its policy that is made while `train` runs is not supported: it would keep the
+    methods that stand in for their own until `train` ends.
+
     MOBILEPolicy's updates are made one by one, since its penalties depend on the policy before each.
 
     Args:

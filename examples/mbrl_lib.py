@@ -1,6 +1,7 @@
 """Run mbrl-lib's MBPO loop on a fixed data set with this package's ModelEnv and SAC updates.
 
     pip install --no-deps mbrl==0.2.0 hydra-core==1.3.2 omegaconf==2.3.0 antlr4-python3-runtime==4.9.3
+    pip install --no-deps termcolor==2.5.0
     python examples/mbrl_lib.py
 
 The data set is made by random actions at the start. ModelEnv adds MOPO's penalty. `--theirs` runs mbrl-lib's

@@ -40,6 +40,7 @@ from mopo_fast.config import (
     CheckpointFormat,
     Checksum,
     Compression,
+    DataConfig,
     DynamicsConfig,
     FitConfig,
     Hints,
@@ -270,6 +271,7 @@ def fit(
     backend: str = "auto",
     threads: Threads = None,
     matmul_precision: MatmulPrecision = "highest",
+    data: DataConfig,
     dynamics: DynamicsConfig,
     memory_map: Switch = False,
     overwrite: Switch = False,
@@ -295,6 +297,7 @@ def fit(
         matmul_precision: Precision of the matrix products: highest for float32, high for bfloat16x3 and
             medium for bfloat16 where these are faster, as `mopo-fast doctor` tells. The setting
             dynamics.dtype overrides it.
+        data: Transitions that are taken from the data set.
         dynamics: Probabilistic ensemble and its maximum-likelihood fit.
         memory_map: Leave the data in their file, for a data set larger than the memory. Results do not
             change.
@@ -308,7 +311,7 @@ def fit(
     from mopo_fast.data import find_dataset
 
     config = FitConfig(
-        absolute_file(dataset), task, seed, device, backend, threads, dynamics, matmul_precision
+        absolute_file(dataset), task, seed, device, backend, threads, dynamics, matmul_precision, data
     )
     config.validate()
     find_dataset(dataset)
@@ -317,7 +320,7 @@ def fit(
 
         get_task(task)
     from mopo_fast.backends.precision import dtypes_of
-    from mopo_fast.data import load_dataset
+    from mopo_fast.data import load_configured
     from mopo_fast.fit import fit_and_save
     from mopo_fast.run.folder import check_fit_folder, write_config
     from mopo_fast.run.opening import open_fit
@@ -331,13 +334,13 @@ def fit(
     config = dataclasses.replace(config, dynamics=dynamics)
     with locked(out):
         check_fit_folder(out, overwrite)
-        data = load_dataset(dataset, memory_map=memory_map, quiet=quiet)
+        rows = load_configured(dataset, data, memory_map=memory_map, quiet=quiet)
         if task is not None:
-            check_sizes(data, dataset, get_task(task))
+            check_sizes(rows, dataset, get_task(task))
         write_config(out, config)
-        open_fit(config, data, out, quiet=quiet)
+        open_fit(config, rows, out, quiet=quiet)
         _, record = fit_and_save(
-            data,
+            rows,
             out,
             seed=seed,
             config=dynamics,
@@ -740,7 +743,7 @@ def rollout(
         raise InputError("rollout needs RUN and --out; or --verify DIR, to check a folder of shards")
     from mopo_fast.data import find_dataset
     from mopo_fast.data.formats import check_file
-    from mopo_fast.run.find import check_policy, check_run, find_run_dataset
+    from mopo_fast.run.find import check_policy, check_run, find_run_dataset, read_data_config
 
     check_run(run)
     check_policy(run)
@@ -758,7 +761,7 @@ def rollout(
     from mopo_fast.bulk.generate import generate
     from mopo_fast.bulk.read import as_text, narrow_penalties, summarise
     from mopo_fast.bulk.write import generate_shards
-    from mopo_fast.data import load_dataset
+    from mopo_fast.data import load_configured
     from mopo_fast.run.resolve import check_run_data
 
     settings: dict[str, Any] = {
@@ -775,7 +778,7 @@ def rollout(
                 "precision: %s", describe(matmul_precision, dtypes.why, {"rollouts": dtype})
             )
     settings |= {"dtype": dtype, "device": device, "backend": backend, "threads": threads, "task": task}
-    data = load_dataset(source, memory_map=memory_map, quiet=quiet)
+    data = load_configured(source, read_data_config(run), memory_map=memory_map, quiet=quiet)
     if dataset is None:
         check_run_data(run, data)
     if out.suffix:

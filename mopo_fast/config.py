@@ -33,6 +33,7 @@ ActorSchedule = Literal["constant", "cosine"]
 CriticLoss = Literal["half_mse", "mse", "mean_mse"]
 UpdateOrder = Literal["simultaneous", "critic_first", "actor_first"]
 Tuned = Literal["authors", "offlinerl-kit"]
+Compat = Literal["d4rl", "offlinerl-kit"]
 Preset = Literal["mopo-tf", "offlinerl-kit", "mbrl-lib", "unifloral", "polixir", "d3rlpy"]
 CheckpointFormat = Literal["mopo-fast", Preset]
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ CRITIC_LOSSES: tuple[CriticLoss, ...] = get_args(CriticLoss)
 UPDATE_ORDERS: tuple[UpdateOrder, ...] = get_args(UpdateOrder)
 CHECKSUMS: tuple[Checksum, ...] = get_args(Checksum)
 TUNED: tuple[Tuned, ...] = get_args(Tuned)
+COMPATS: tuple[Compat, ...] = get_args(Compat)
 PRESETS: tuple[Preset, ...] = get_args(Preset)
 CHECKPOINT_FORMATS: tuple[CheckpointFormat, ...] = get_args(CheckpointFormat)
 
@@ -105,6 +107,33 @@ def of_precision(names: Sequence[str]) -> Any:
 def switch(on: str, off: str) -> Any:
     """Name the two states of a field that is True or False, to be shown as its default."""
     return arg(help_behavior_hint=lambda value: f"(default: {on if value == 'True' else off})")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Transitions that are taken from the data set.
+
+    The defaults are not the authors': every transition with its true successor is taken. The authors' and
+    Unifloral's values are the presets `mopo-tf` and `unifloral`.
+
+    Attributes:
+        compat: Loader of other code whose rows are taken. Without it every row has its true successor.
+            - None: true successors, where a preset has another value.
+            - d4rl: d4rl.qlearning_dataset, which the authors and Unifloral use. The successor is the next
+            row's observation, after a terminal the first one of the next episode. Rows with a time-out and
+            the last row are left out.
+            - offlinerl-kit: true successors, without the rows with a time-out and the last row.
+        max_transitions: Number of transitions to keep, the last ones of the data set. The authors' pool
+            keeps 1000000.
+    """
+
+    compat: Annotated[Compat | None, flag("true successors", f"{{None,{','.join(COMPATS)}}}")] = None
+    max_transitions: Annotated[int | None, flag("all", "INT")] = None
+
+    def validate(self) -> None:
+        """Raise `InputError` where a value is unknown or out of range."""
+        _require_known("data.compat", self.compat or COMPATS[0], COMPATS)
+        _require_positive(self, "data.", "max_transitions")
 
 
 @dataclass(frozen=True)
@@ -447,6 +476,7 @@ class TrainConfig:
         preset: Code base whose hyperparameters are the defaults of this run.
         dynamics_from: Folder of another run or of `mopo-fast fit`, whose ensemble is used instead of fitting
             a new one.
+        data: Transitions that are taken from the data set.
         dynamics: Probabilistic ensemble and its maximum-likelihood fit.
         rollout: Rollouts of the policy in the ensemble. Their rewards are penalised for its uncertainty.
         sac: Soft actor-critic, which trains the policy on these rollouts and on the data set.
@@ -464,6 +494,7 @@ class TrainConfig:
     # `mopo-fast --preset` sets it, together with all other defaults.
     preset: Annotated[Preset | None, Fixed, SuppressFixed] = None
     dynamics_from: Annotated[str | None, flag("fit a new ensemble", "RUN")] = None
+    data: DataConfig = field(default_factory=DataConfig)
     dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     sac: SACConfig = field(default_factory=SACConfig)
@@ -485,7 +516,7 @@ class TrainConfig:
         _require_positive(self, "", "steps")
         _require_known("matmul_precision", self.matmul_precision, MATMUL_PRECISIONS)
         _require(self.steps <= MAX_STEPS, f"steps must be at most {MAX_STEPS:,}, got {self.steps:.3g}")
-        for part in (self.rollout, self.evaluation, self.sac):
+        for part in (self.data, self.rollout, self.evaluation, self.sac):
             part.validate()
         # The settings of a fit are not used where the ensemble is given.
         if self.dynamics_from is None:
@@ -531,6 +562,7 @@ class FitConfig:
         threads: number of threads of the CPU kernels, or None for all cores.
         dynamics: settings of the ensemble and its fit.
         matmul_precision: precision that the dtype in `dynamics` follows from, if none was given.
+        data: transitions that are taken from the data set.
     """
 
     dataset: str
@@ -541,11 +573,13 @@ class FitConfig:
     threads: int | None
     dynamics: DynamicsConfig
     matmul_precision: MatmulPrecision = "highest"
+    data: DataConfig = field(default_factory=DataConfig)
 
     def validate(self) -> None:
         """Raise `InputError` where a value is out of range."""
         _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
         _require_known("matmul_precision", self.matmul_precision, MATMUL_PRECISIONS)
+        self.data.validate()
         self.dynamics.validate()
 
 

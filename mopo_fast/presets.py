@@ -13,11 +13,17 @@ from mopo_fast.errors import InputError
 
 # Differences from the authors' defaults, as a dictionary for each part of the config.
 _CHANGES: dict[Preset, dict[str, Any]] = {
-    # examples/config/d4rl, mopo/static/hopper.py: the defaults with the mistake in hopper's rule.
-    "mopo-tf": {"rollout": {"termination": "authors"}},
-    # run_example/run_mopo.py, modules/dist_module.py, policy/model_free/sac.py.
+    # The defaults with the mistake in hopper's rule (examples/config/d4rl, mopo/static/hopper.py) and with
+    # the authors' data (mopo/off_policy/loader.py, examples/development/base.py), which lie in a pool of the
+    # last 1,000,000 rows.
+    "mopo-tf": {
+        "data": {"compat": "d4rl", "max_transitions": 1_000_000},
+        "rollout": {"termination": "authors"},
+    },
+    # run_example/run_mopo.py, utils/load_dataset.py, modules/dist_module.py, policy/model_free/sac.py.
     "offlinerl-kit": {
         "steps": 3_000_000,
+        "data": {"compat": "offlinerl-kit"},
         # The fit stops after 5 epochs without improvement, the authors' after 6.
         "dynamics": {"patience": 4},
         "rollout": {"tuned": "offlinerl-kit", "termination": "offlinerl-kit"},
@@ -36,6 +42,7 @@ _CHANGES: dict[Preset, dict[str, Any]] = {
     # algorithms/mopo.py, algorithms/dynamics.py.
     "unifloral": {
         "steps": 3_000_000,
+        "data": {"compat": "d4rl"},
         "dynamics": {"activation": "relu", "holdout_max": 2**62, "max_epochs": 400, "patience": 400},
         "rollout": {
             "horizon": 5,

@@ -21,8 +21,8 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mopo_fast.config import DynamicsConfig, RolloutConfig
-from mopo_fast.data import Transitions, find_dataset, load_dataset
+from mopo_fast.config import DataConfig, DynamicsConfig, RolloutConfig
+from mopo_fast.data import Transitions, find_dataset, load_configured
 from mopo_fast.data.episodes import find_episodes
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
@@ -86,10 +86,11 @@ class _Run:
     def dataset(self) -> Transitions:
         """The data set that the ensemble was fitted to, on the CPU."""
         fit = read_fit(self.folder)
-        data = (
-            _local_dataset(self.config().get("dataset") or fit["dataset"]) if self.data is None else self.data
-        )
-        data = data.to("cpu")
+        if self.data is None:
+            config = self.config()
+            data = _local_dataset(config.get("dataset") or fit["dataset"], config.get("data", DataConfig()))
+        else:
+            data = self.data.to("cpu")
         if data_sha256(data) != fit["data_sha256"]:
             raise InputError(
                 f"{data.name} is not the data set that the ensemble was fitted to; restore the original data"
@@ -130,12 +131,12 @@ class _Run:
         )
 
 
-def _local_dataset(name: str) -> Transitions:
+def _local_dataset(name: str, config: DataConfig) -> Transitions:
     """Load a data set of this machine. A run folder from elsewhere must not start a download."""
     path, _ = find_dataset(name)
     if not path.exists():
         raise InputError(f"the data set {name} is not on this machine; get it, then run the report again")
-    return load_dataset(name, quiet=True)
+    return load_configured(name, config, quiet=True)
 
 
 def spearman(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> float:

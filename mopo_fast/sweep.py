@@ -19,7 +19,7 @@ from rich.table import Table
 
 from mopo_fast.bulk.cluster import connected
 from mopo_fast.config import RunConfig, TrainConfig, check_runs
-from mopo_fast.data import load_dataset
+from mopo_fast.data import load_configured
 from mopo_fast.errors import InputError
 from mopo_fast.fit import fit_and_save
 from mopo_fast.run.folder import check_folder, is_finished, read_summary
@@ -132,7 +132,7 @@ Job = tuple[RunConfig, Path, bool]
 def _fit(job: Job) -> None:
     config, folder, memory_map = job
     fit_and_save(
-        load_dataset(config.dataset, memory_map=memory_map, quiet=True),
+        load_configured(config.dataset, config.data, memory_map=memory_map, quiet=True),
         folder,
         seed=config.seed,
         config=config.dynamics,

@@ -14,13 +14,15 @@ from mopo_fast.errors import InputError
 from mopo_fast.utils.lazy import lazy_submodules
 
 if TYPE_CHECKING:
-    from mopo_fast.data.files import Compat, load_file
+    from mopo_fast.config import Compat, DataConfig
+    from mopo_fast.data.files import load_file
     from mopo_fast.data.rewards import relabel, relabel_file
     from mopo_fast.data.transitions import Transitions
 
 __all__ = [
     "Transitions",
     "find_dataset",
+    "load_configured",
     "load_dataset",
     "load_file",
     "relabel",
@@ -53,6 +55,7 @@ def load_dataset(
     source: "str | os.PathLike[str] | Mapping[str, Any] | OfflineEnvironment | Transitions",
     *,
     compat: "Compat | None" = None,
+    max_transitions: int | None = None,
     memory_map: bool = False,
     quiet: bool = False,
 ) -> "Transitions":
@@ -74,7 +77,8 @@ def load_dataset(
 
     Args:
         source: the data set.
-        compat: rule by which successors are found, see `load_file`.
+        compat: code whose loader is followed, see `load_file`. Folders of shards and `Transitions` take none.
+        max_transitions: number of transitions to keep, the last ones; None for all.
         memory_map: leave a file's arrays in the file, see `load_file`.
         quiet: show no progress bar.
 
@@ -84,6 +88,42 @@ def load_dataset(
     Raises:
         InputError: there is no such data set, it cannot be fetched, or its file is damaged.
     """
+    data = _load(source, compat, memory_map, quiet)
+    return data if max_transitions is None else data.last(max_transitions)
+
+
+def load_configured(
+    source: "str | os.PathLike[str] | Mapping[str, Any] | OfflineEnvironment | Transitions",
+    config: "DataConfig",
+    *,
+    memory_map: bool = False,
+    quiet: bool = False,
+) -> "Transitions":
+    """Load the data of a run or a fit by the settings of its config.
+
+    Args:
+        source: the data set, as in `load_dataset`.
+        config: settings of the data.
+        memory_map: as in `load_dataset`.
+        quiet: as in `load_dataset`.
+
+    Raises:
+        InputError: as `load_dataset`; or most rows do not follow one another, while `config.compat` is d4rl.
+    """
+    data = load_dataset(source, compat=config.compat, memory_map=memory_map, quiet=quiet)
+    contradicted = data.info.get("contradicted", 0)
+    if contradicted > len(data) / 2:
+        raise InputError(
+            f"{data.name or 'the data set'} has {contradicted:,} rows whose successor is not the next row's"
+            f" observation, which compat {config.compat} takes; leave out --data.compat, or give"
+            " --data.compat None"
+        )
+    # With compat d4rl, `load_dataset` keeps the constant dimensions that the package has too.
+    data = d4rl.without_contact_forces(data)
+    return data if config.max_transitions is None else data.last(config.max_transitions)
+
+
+def _load(source: Any, compat: "Compat | None", memory_map: bool, quiet: bool) -> "Transitions":
     from mopo_fast.data import minari
     from mopo_fast.data.files import from_arrays, load_file
     from mopo_fast.data.shards import load_rollouts
@@ -96,7 +136,10 @@ def load_dataset(
         )
     if isinstance(source, Transitions):
         if compat is not None:
-            raise InputError(f"Transitions have their successors; leave out compat, got {compat!r}")
+            raise InputError(
+                f"Transitions have their successors, so compat must be None, got {compat!r}; give"
+                " TrainConfig(..., data=DataConfig())"
+            )
         return source.as_data()
     if isinstance(source, Mapping):
         return from_arrays(source, compat=compat).validate()
@@ -114,7 +157,7 @@ def load_dataset(
         if compat is not None or memory_map:
             raise InputError(
                 f"{path} is a folder, which takes neither compat nor --memory-map (memory_map=True);"
-                " make one file of it with `mopo-fast convert`"
+                " make one file of it with `mopo-fast convert`, or leave them out (--data.compat None)"
             )
         return load_rollouts(path)
     if name not in d4rl.LOCATIONS:

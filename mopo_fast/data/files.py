@@ -6,12 +6,13 @@ import os
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from mopo_fast.config import COMPATS, Compat
 from mopo_fast.data import trajectories
 from mopo_fast.data.formats import format_of
 from mopo_fast.data.hdf5 import open_hdf5
@@ -20,11 +21,10 @@ from mopo_fast.data.names import ALIASES, MAX_EPISODE_STEPS, find_names, rename
 from mopo_fast.data.npz import open_npz
 from mopo_fast.data.parquet import open_parquet
 from mopo_fast.data.stored import Stored, check_fits, is_kept, reading
-from mopo_fast.data.transitions import Transitions, first_not_finite
+from mopo_fast.data.transitions import NEXT_OBSERVATIONS, NEXT_ROW, QLEARNING, Transitions, first_not_finite
 from mopo_fast.errors import InputError
 
 Array = npt.NDArray[Any]
-Compat = Literal["d4rl"]
 
 
 def load_file(
@@ -42,7 +42,9 @@ def load_file(
     By default every transition gets its true successor: the row of `next_observations`, or without them the
     next row's observation. In the latter case rows without a successor (the last row, and rows that end an
     episode) are dropped. compat="d4rl" reproduces `d4rl.qlearning_dataset` bit for bit: the successor is the
-    next row's observation even after a terminal, and only time-outs and the last row are dropped.
+    next row's observation even after a terminal, and only time-outs and the last row are dropped. It takes
+    rows in the order in which they are stored. compat="offlinerl-kit" reproduces OfflineRL-Kit's loader
+    (offlinerlkit/utils/load_dataset.py): true successors as by default, without time-outs and the last row.
 
     NeoRL's npz files (obs, action, reward, next_obs, done, index) have the time-outs that follow from their
     index. Their observations begin with the x position, which D4RL and the environments leave out: 12
@@ -51,7 +53,7 @@ def load_file(
     Args:
         path: a .npz file, a .pkl file (list of trajectories, see `trajectories.read`), a .parquet file with
             vectors as lists, or HDF5 with any other ending.
-        compat: None for true successors, or "d4rl".
+        compat: None for true successors, "d4rl" or "offlinerl-kit".
         name: name of the data; by default the one in a locally collected file's metadata, or the file's stem.
         memory_map: leave all arrays but the terminals in the file and read them when they are used, for sets
             larger than the memory. The file must be uncompressed float32 HDF5 with next_observations, as
@@ -94,34 +96,41 @@ def from_arrays(
     Raises:
         InputError: an array is missing, has a wrong shape or type, or a value that is not finite.
     """
-    if compat is not None and compat not in get_args(Compat):
-        raise InputError(f'compat must be None or "d4rl", got {compat!r}')
+    if compat is not None and compat not in COMPATS:
+        raise InputError(f"compat must be None or one of {', '.join(COMPATS)}, got {compat!r}")
     reader = Reader(source, arrays)
     arrays = reader.file
-    stored = compat is None and "next_observations" in arrays
-    successor = ("next_observations",) if stored else ()
-    reader.check_memory(
-        ("observations", "actions", "rewards", "terminals", "timeouts", *successor), not stored
-    )
+    known = "next_observations" in arrays
+    stored = known and compat != "d4rl"
+    successor = ("next_observations",) if known else ()
+    picked, keeps_terminals = compat is not None or not known, stored or compat == "d4rl"
+    reader.check_memory(("observations", "actions", "rewards", "terminals", "timeouts", *successor), picked)
     observations = reader.floats("observations", 2)
     actions = reader.floats("actions", 2)
     rewards = reader.floats("rewards", 1)
     terminals = reader.flags("terminals")
     timeouts = reader.flags("timeouts") if "timeouts" in arrays else None
-    if stored:
-        rule = "next_observations"
-        keep: Array | slice = slice(None)
-        successors = reader.floats("next_observations", 2)
-    else:
+    keep: Array | slice = slice(None)
+    if picked:
         if timeouts is None:
-            timeouts = step_limits(terminals, 1 if compat == "d4rl" else 0, max_episode_steps)
-        rule = "next row, as d4rl.qlearning_dataset" if compat == "d4rl" else "next row of the episode"
-        keep = ~timeouts if compat == "d4rl" else ~(timeouts | terminals)
+            # Other code counts on from 1 after a terminal whose row it keeps.
+            timeouts = step_limits(terminals, 1 if keeps_terminals else 0, max_episode_steps)
+        keep = ~timeouts if keeps_terminals else ~(timeouts | terminals)
         keep[-1:] = False
         # An episode ends where the next row is left out.
         timeouts = np.append(~keep[1:], True)[keep] & ~terminals[keep]
         keep = np.flatnonzero(keep)
+    contradicted = 0
+    if stored:
+        rule = NEXT_OBSERVATIONS
+        successors = reader.floats("next_observations", 2)[keep]
+    else:
+        rule = QLEARNING if compat == "d4rl" else NEXT_ROW
+        assert not isinstance(keep, slice)
         successors = observations[keep + 1]
+        if known:
+            true = reader.floats("next_observations", 2)[keep]
+            contradicted = int(((true != successors).any(axis=1) & ~terminals[keep]).sum())
     data = Transitions(
         observations=as_tensor(observations[keep]),
         actions=as_tensor(actions[keep]),
@@ -134,6 +143,7 @@ def from_arrays(
             "rows": len(rewards),
             "terminals_left_out": int(terminals.sum()) - int(terminals[keep].sum()),
             "successors": rule,
+            "contradicted": contradicted,
             "memory_mapped": isinstance(observations, np.memmap),
             "metadata": reader.metadata(),
         },
@@ -178,6 +188,7 @@ def _mapped(path: Path, file: Mapping[str, Any], compat: Compat | None) -> dict[
     if format_of(path) != "hdf5" or "next_observations" not in names or compat is not None:
         raise InputError(
             f"{path} cannot be mapped into memory; that needs HDF5 with next_observations, and no compat"
+            " (--data.compat None)"
         )
     arrays = dict(file)
     for key in (key for name, key in names.items() if name not in ("terminals", "timeouts")):

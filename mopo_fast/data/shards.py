@@ -14,7 +14,13 @@ from mopo_fast.config import MAX_MEMBERS
 from mopo_fast.data.files import as_tensor, open_file
 from mopo_fast.data.manifest import MANIFEST, SHARD_ARRAYS, Manifest, Plan, manifest_path, read_manifest
 from mopo_fast.data.stored import Array, check_fits, is_kept
-from mopo_fast.data.transitions import DATA_ARRAYS, ROLLOUT_ARRAYS, Transitions, array_layout
+from mopo_fast.data.transitions import (
+    DATA_ARRAYS,
+    NEXT_OBSERVATIONS,
+    ROLLOUT_ARRAYS,
+    Transitions,
+    array_layout,
+)
 from mopo_fast.errors import InputError
 from mopo_fast.utils.atomic import regular_file
 
@@ -239,7 +245,7 @@ def load_rollouts(folder: str | os.PathLike[str]) -> Transitions:
     info = {
         "path": str(folder),
         "rows": len(rollouts),
-        "successors": "next_observations",
+        "successors": NEXT_OBSERVATIONS,
         "memory_mapped": False,
         "metadata": _metadata(plan),
     }

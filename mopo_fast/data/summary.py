@@ -9,7 +9,7 @@ import torch
 
 from mopo_fast.data.episodes import find_episodes
 from mopo_fast.data.stored import Array
-from mopo_fast.data.transitions import Transitions
+from mopo_fast.data.transitions import NEXT_ROW, QLEARNING, Transitions
 from mopo_fast.errors import InputError
 from mopo_fast.tasks import Box, Task
 
@@ -171,7 +171,7 @@ def find_faults(data: Transitions, task: Task | None = None) -> tuple[str, ...]:
         faults += _successor_faults(data, shift)
     faults += _lost_terminals(data)
     # The rule would be compared with the wrong observations.
-    if task is not None and shift is None:
+    if task is not None and shift is None and data.info.get("successors") != QLEARNING:
         early, late, ends = _compare_terminals(data, task)
         if early + late > _MANY * ends:
             faults += _terminal_oddities(task, early, late)
@@ -252,8 +252,8 @@ def _successor_faults(data: Transitions, shift: str | None) -> Iterator[str]:
 
 
 def _left_out(data: Transitions) -> Iterator[str]:
-    left_out = data.info.get("rows", len(data)) - len(data)
-    if left_out > 0:
+    left_out = data.info.get("rows", len(data)) - len(data) - data.info.get("earlier_left_out", 0)
+    if left_out > 0 and data.info.get("successors") == NEXT_ROW:
         yield (
             f"{_count(left_out, 'row')} without a successor {'was' if left_out == 1 else 'were'} left out,"
             " because the source has no next_observations. The returns lack the last step of each episode."
@@ -262,7 +262,7 @@ def _left_out(data: Transitions) -> Iterator[str]:
 
 def _lost_terminals(data: Transitions) -> Iterator[str]:
     terminals = data.info.get("terminals_left_out", 0)
-    if terminals:
+    if terminals and data.info.get("successors") == NEXT_ROW:
         yield (
             f"{_count(terminals, 'terminal row')} {'was' if terminals == 1 else 'were'} left out, because the"
             " source has no next_observations and the next row belongs to another episode. Training on the"

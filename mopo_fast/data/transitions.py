@@ -17,6 +17,10 @@ from mopo_fast.errors import InputError
 
 # The arrays that every data set has. SAC learns from them.
 DATA_ARRAYS = ("observations", "actions", "rewards", "next_observations", "terminals")
+# Rules by which the successor of a row is found, as `Transitions.info` has them under "successors".
+NEXT_OBSERVATIONS = "next_observations"
+NEXT_ROW = "next row of the episode"
+QLEARNING = "next row, as d4rl.qlearning_dataset"
 # The arrays of `Transitions` that a rollout fills, in the order of the kernels' interface.
 ROLLOUT_ARRAYS = (
     *DATA_ARRAYS,
@@ -128,7 +132,10 @@ class Transitions:
         timeouts: [n] bool, True at the last row of an episode that did not end in a terminal state; None
             where that is not known. Only the methods about episodes use it.
         name: name of the data.
-        info: further facts about the data, such as source and counts.
+        info: further facts about the data: path; metadata of the source; rows of the source; successors, the
+            rule that found them; terminals_left_out, terminal rows without a successor; contradicted, rows
+            whose successor by that rule is not the one that the source stores; earlier_left_out, rows before
+            the last `max_transitions`.
     """
 
     observations: torch.Tensor
@@ -194,6 +201,20 @@ class Transitions:
     def to(self, device: torch.device | str) -> "Transitions":
         """Return the transitions on `device`. Arrays that are there already are not copied."""
         return self._map(lambda array: array.to(device))
+
+    def last(self, count: int) -> "Transitions":
+        """Return the last `count` transitions, or all if there are no more.
+
+        Raises:
+            InputError: `count` is less than 1.
+        """
+        if count < 1:
+            raise InputError(f"max_transitions must be at least 1, got {count}")
+        if count >= len(self):
+            return self
+        kept = self[len(self) - count :]
+        kept.info = self.info | {"earlier_left_out": len(self) - count}
+        return kept
 
     def as_data(self) -> "Transitions":
         """Return the transitions as a checked data set: contiguous float32 arrays on the CPU.

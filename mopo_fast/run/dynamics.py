@@ -2,20 +2,21 @@
 
 import os
 import stat
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mopo_fast.backends import choose_for_run
-from mopo_fast.config import DynamicsConfig, RunConfig, TrainConfig
+from mopo_fast.config import DataConfig, DynamicsConfig, RunConfig, TrainConfig
 from mopo_fast.data import Transitions
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.fit import fit_and_save, fit_checkpoint, read_fit
 from mopo_fast.run.checkpoint import last_checkpoint
 from mopo_fast.run.folder import as_json, first_difference, with_defaults
-from mopo_fast.utils.atomic import read_json, write_json
+from mopo_fast.utils.atomic import read_json, read_json_as, write_json
 
 
 def make_dynamics(config: RunConfig, out: Path, data: Transitions, data_digest: str, quiet: bool) -> None:
@@ -81,6 +82,37 @@ def read_dynamics(source: Path) -> tuple[EnsembleDynamics, Any]:
         # `read_fit` checks and picks keys. The copy keeps all of them in their order, to have the same bytes.
         fit = read_json(source / "fit.json")
     return ensemble, fit
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """The fields of the config.json beside an ensemble that are read here. Early versions had no `data`."""
+
+    dataset: str = ""
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+def check_same_data(config: RunConfig) -> None:
+    """Check that the ensemble in `config.dynamics_from` saw the same rows of the run's data set.
+
+    An ensemble of another data set, and one without a config.json, are taken as they are.
+
+    Raises:
+        InputError: it was fitted to the run's data set with other settings of `data`.
+    """
+    assert config.dynamics_from is not None
+    path = Path(config.dynamics_from) / "config.json"
+    if not path.exists():
+        return
+    fitted = read_json_as(path, _Fitted)
+    if Path(fitted.dataset).name != Path(config.dataset).name:
+        return
+    difference = first_difference(as_json(fitted.data), as_json(config.data), "data")
+    if difference:
+        raise InputError(
+            f"the ensemble in {config.dynamics_from} was fitted to {config.dataset} with {difference}; give"
+            " the fit's --data.compat and --data.max-transitions, or fit again with those of the run"
+        )
 
 
 def copy_fit(source: Path, out: Path) -> None:

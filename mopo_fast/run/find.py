@@ -1,9 +1,10 @@
 """Find out whether a folder holds a run, and its data set, before torch is imported."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from mopo_fast.config import DataConfig
 from mopo_fast.data import find_dataset
 from mopo_fast.errors import InputError
 from mopo_fast.tasks import resume_command
@@ -64,9 +65,20 @@ def check_policy(run: str | os.PathLike[str]) -> None:
 
 @dataclass(frozen=True)
 class _RecordedDataset:
-    """The field of a run's config.json that is read here."""
+    """The fields of a run's config.json that are read here."""
 
     dataset: str
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+def read_data_config(run: str | os.PathLike[str]) -> DataConfig:
+    """Return the settings of a run's data from its config.json, which early versions did not record.
+
+    Raises:
+        InputError: config.json is missing or damaged.
+    """
+    check_run(run)
+    return read_json_as(Path(run) / "config.json", _RecordedDataset).data
 
 
 def find_run_dataset(run: str | os.PathLike[str]) -> str:

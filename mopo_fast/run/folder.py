@@ -17,7 +17,7 @@ from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
 from mopo_fast import __version__
-from mopo_fast.config import FitConfig, Penalty, PenaltyMembers, RunConfig, SACConfig, to_dict
+from mopo_fast.config import DataConfig, FitConfig, Penalty, PenaltyMembers, RunConfig, SACConfig, to_dict
 from mopo_fast.data import MEMORY_PREFIX
 from mopo_fast.errors import InputError
 from mopo_fast.evaluate import Evaluation
@@ -54,6 +54,7 @@ class RecordedConfig(TypedDict, total=False):
     """The part of config.json that a report shows."""
 
     dataset: str
+    data: DataConfig
     task: str | None
     seed: int
     device: str

@@ -13,11 +13,12 @@ from mopo_fast.data import Transitions, find_dataset
 from mopo_fast.data.episodes import find_episodes
 from mopo_fast.data.files import Reader, open_file
 from mopo_fast.data.summary import find_faults
+from mopo_fast.data.transitions import NEXT_ROW, QLEARNING
 from mopo_fast.errors import InputError, printable
 from mopo_fast.fit import choose_backend
 from mopo_fast.run.checkpoint import last_checkpoint
 from mopo_fast.run.dynamics import training_backend
-from mopo_fast.run.resolve import FALLBACK, TUNED_BY, rollout_backend
+from mopo_fast.run.resolve import FALLBACK, FALLBACK_FOR, TUNED_BY, rollout_backend
 from mopo_fast.tasks import Task, get_task, parse_dataset_name
 from mopo_fast.utils.machine import device_name, resolve_threads
 from mopo_fast.utils.progress import print_lines
@@ -101,16 +102,24 @@ def warn_of_origins(given: TrainConfig, config: RunConfig) -> None:
             "the name of the file {dataset} alone decides {values} ({origin}); if it holds other data, set"
             " {flags}",
         ),
-        (FALLBACK, "{values} for {dataset} is only a {origin}; set {flags}"),
+        (
+            FALLBACK,
+            "{code} tuned no {names} for {tuned_for}, so {dataset} gets {values}, the pair that is tuned most"
+            " often; other values may score far higher: set {flags}, or try some with `mopo-fast sweep`",
+        ),
     ):
         names = [name for name, origin in origins.items() if origin.startswith(begins)]
         if not names or (begins == TUNED_BY and not _named_by_file(config)):
             continue
         values = [f"{_DECIDED[name][0]} {getattr(config.rollout, name):g}" for name in names]
+        origin = origins[names[0]]
         text = message.format(
             dataset=config.dataset,
             values=" and ".join(values),
-            origin=origins[names[0]],
+            names=" and ".join(_DECIDED[name][0] for name in names),
+            origin=origin,
+            code="the authors" if config.rollout.tuned == "authors" else config.rollout.tuned,
+            tuned_for=origin.removeprefix(FALLBACK_FOR),
             flags=" and ".join(_DECIDED[name][1] for name in names),
         )
         logger.warning("%s", text)
@@ -201,8 +210,11 @@ def _describe_entropy(config: RunConfig, task: Task) -> dict[str, str]:
 
 def _describe_data(dataset: str, data: Transitions) -> dict[str, str]:
     rows = data.info.get("rows", len(data))
+    earlier, successors = data.info.get("earlier_left_out", 0), data.info.get("successors")
     dropped = "" if rows == len(data) else f" of {rows:,} rows"
-    if lost := data.info.get("terminals_left_out", 0):
+    if earlier:
+        dropped += f", the last of {len(data) + earlier:,} transitions"
+    if successors == NEXT_ROW and (lost := data.info.get("terminals_left_out", 0)):
         dropped += f"; {lost:,} of those left out are terminal, since the data have no next_observations"
     episodes = find_episodes(data)
     if episodes is None:
@@ -210,7 +222,11 @@ def _describe_data(dataset: str, data: Transitions) -> dict[str, str]:
     else:
         returns = episodes.returns
         ended = f"{len(returns):,}, return {returns.mean():.1f} on average, {returns.max():.1f} at best"
-    return {"data set": dataset, "transitions": f"{len(data):,}{dropped}", "episodes": ended}
+    described = {"data set": dataset, "transitions": f"{len(data):,}{dropped}", "episodes": ended}
+    if successors == QLEARNING:
+        crossing = int(data.terminals.sum())
+        described["successors"] = f"{successors}; {crossing:,} terminal rows have another episode's state"
+    return described
 
 
 def _describe_fit(config: DynamicsConfig) -> str:

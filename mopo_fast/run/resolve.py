@@ -10,7 +10,7 @@ import torch
 from mopo_fast.backends.precision import dtypes_of
 from mopo_fast.buffer import row_bytes
 from mopo_fast.config import RolloutConfig, RunConfig, TrainConfig
-from mopo_fast.data import MEMORY_PREFIX, Transitions, find_dataset, load_dataset
+from mopo_fast.data import MEMORY_PREFIX, Transitions, find_dataset, load_configured
 from mopo_fast.data.table import in_table, table_bytes
 from mopo_fast.data.transitions import DATA_ARRAYS
 from mopo_fast.ensemble import EnsembleDynamics, mlp_bytes
@@ -19,7 +19,7 @@ from mopo_fast.fit import check_fit_memory, count_holdout, data_sha256, make_ens
 from mopo_fast.presets import preset
 from mopo_fast.rollout import RolloutEngine
 from mopo_fast.run.checkpoint import last_checkpoint, read_data_sha256
-from mopo_fast.run.dynamics import read_dynamics, training_backend
+from mopo_fast.run.dynamics import check_same_data, read_dynamics, training_backend
 from mopo_fast.run.folder import read_config
 from mopo_fast.sac import SAC
 from mopo_fast.tasks import TASKS, Task, get_task, parse_dataset_name, termination_of
@@ -28,7 +28,7 @@ from mopo_fast.utils.machine import check_device, check_memory
 from mopo_fast.utils.tensors import tensors_sha256
 
 # First words of where a horizon or a penalty_coef comes from; the code that tuned it follows `TUNED_BY`.
-TUNED_BY, FALLBACK = "tuned by ", "fallback"
+TUNED_BY, FALLBACK, FALLBACK_FOR = "tuned by ", "fallback", "fallback, none is tuned for "
 
 
 def take_data(config: TrainConfig, *, memory_map: bool) -> tuple[TrainConfig, Transitions | None]:
@@ -43,7 +43,8 @@ def take_data(config: TrainConfig, *, memory_map: bool) -> tuple[TrainConfig, Tr
     """
     if isinstance(config.dataset, str | os.PathLike):
         return dataclasses.replace(config, dataset=os.fspath(config.dataset)), None
-    data = load_dataset(config.dataset, memory_map=memory_map)
+    config.data.validate()
+    data = load_configured(config.dataset, config.data, memory_map=memory_map)
     return dataclasses.replace(config, dataset=f"{MEMORY_PREFIX}{data.name or 'unnamed'}"), data
 
 
@@ -83,7 +84,7 @@ def load_data(
         InputError: the data set cannot be read, or does not fit the task or the config.
     """
     if data is None:
-        data = load_dataset(config.dataset, memory_map=memory_map, quiet=quiet)
+        data = load_configured(config.dataset, config.data, memory_map=memory_map, quiet=quiet)
     check_sizes(data, config.dataset, task)
     largest = max(map(abs, map(float, data.actions.aminmax())))
     if largest > 1.0 + 1e-3:
@@ -174,9 +175,7 @@ def _fill_in(config: TrainConfig, data: Transitions | None) -> tuple[RunConfig, 
             rollout = dataclasses.replace(rollout, **{name: value})
             tuned = (tier or "") in task.tuned.get(rollout.tuned, {})
             by = "the authors" if rollout.tuned == "authors" else rollout.tuned
-            origins[name] = (
-                f"{TUNED_BY}{by} for {named}" if tuned else f"{FALLBACK}, none is tuned for {named}"
-            )
+            origins[name] = f"{TUNED_BY}{by} for {named}" if tuned else f"{FALLBACK_FOR}{named}"
         elif own == getattr(preset_rollout, name):
             origins[name] = f"preset {config.preset}"
         else:
@@ -210,6 +209,7 @@ def _ensemble(config: RunConfig, task: Task, out: Path | None) -> EnsembleDynami
         check_fit_memory(config.dynamics, config.device)
         return make_ensemble(task.obs_dim, task.act_dim, config.dynamics).to(config.device)
     if out is None or last_checkpoint(out) is None:
+        check_same_data(config)
         folder = Path(config.dynamics_from)
         ensemble = read_dynamics(folder)[0].to(config.device)
     else:

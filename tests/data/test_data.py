@@ -13,8 +13,9 @@ from garbled import check_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mopo_fast.data import load_dataset, load_file
-from mopo_fast.data.files import MAX_EPISODE_STEPS
+from mopo_fast.config import DataConfig
+from mopo_fast.data import load_configured, load_dataset, load_file
+from mopo_fast.data.files import MAX_EPISODE_STEPS, from_arrays
 from mopo_fast.errors import InputError
 
 Arrays = dict[str, Any]
@@ -278,13 +279,75 @@ def test_what_is_not_an_array(tmp_path: Path) -> None:
             load_file(path)
 
 
+def offlinerl_kit(arrays: Arrays, limit: int) -> list[int]:
+    """Return the rows that OfflineRL-Kit's loader keeps, by its loop over rows."""
+    kept, step = [], 0
+    for row in range(len(arrays["rewards"]) - 1):
+        late = arrays["timeouts"][row] if "timeouts" in arrays else step == limit - 1
+        ended = arrays["terminals"][row]
+        if late or (ended and "next_observations" not in arrays):
+            step = 0
+            continue
+        # A terminal row that is kept counts as the first step of the next episode.
+        step = 1 if ended else step + 1
+        kept.append(row)
+    return kept
+
+
+@pytest.mark.parametrize("successors", [True, False])
+@pytest.mark.parametrize("timeouts", [TIMEOUTS, None])
+def test_offlinerl_kit(successors: bool, timeouts: list[bool] | None, tmp_path: Path) -> None:
+    arrays = make_arrays(TERMINALS, timeouts, successors)
+    data = load_dataset(write(tmp_path / "a.hdf5", arrays), compat="offlinerl-kit")
+    kept = offlinerl_kit(arrays, MAX_EPISODE_STEPS)
+    assert len(kept) in range(3, 8)
+    for key in ("observations", "actions", "rewards", "terminals"):
+        assert same(getattr(data, key), arrays[key][kept]), key
+    assert torch.equal(data.next_observations, data.observations + 1)
+
+
+@given(st.lists(st.booleans(), min_size=4, max_size=60), st.integers(2, 6), st.booleans())
+def test_offlinerl_kit_without_timeouts(terminals: list[bool], limit: int, successors: bool) -> None:
+    arrays = make_arrays(terminals, successors=successors)
+    kept = offlinerl_kit(arrays, limit)
+    if kept:
+        data = from_arrays(arrays, compat="offlinerl-kit", max_episode_steps=limit)
+        assert same(data.observations, arrays["observations"][kept])
+
+
+@pytest.mark.parametrize("compat", [None, "d4rl", "offlinerl-kit"])
+def test_the_last_rows_are_kept(compat: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.hdf5", make_arrays(TERMINALS, TIMEOUTS))
+    whole = load_dataset(path, compat=compat)
+    last = load_dataset(path, compat=compat, max_transitions=3)
+    for name, array in last.arrays().items():
+        assert array.equal(whole.arrays()[name][-3:]), name
+    assert last.info["earlier_left_out"] == len(whole) - 3
+    assert "earlier_left_out" not in load_dataset(path, compat=compat, max_transitions=len(whole)).info
+    with pytest.raises(InputError, match="max_transitions must be at least 1, got 0"):
+        load_dataset(path, max_transitions=0)
+
+
+def test_rows_that_do_not_follow_one_another_have_no_next_row(tmp_path: Path) -> None:
+    arrays = make_arrays([False] * 40)
+    order = np.random.default_rng(0).permutation(40)
+    path = write(tmp_path / "a.hdf5", {key: array[order] for key, array in arrays.items()})
+    assert len(load_configured(path, DataConfig())) == 40
+    with pytest.raises(
+        InputError, match=r"a has \d+ rows whose successor is not the next row's .*; leave out --data\.compat"
+    ):
+        load_configured(path, DataConfig("d4rl", max_transitions=5))
+    write(tmp_path / "b.hdf5", make_arrays(TERMINALS, TIMEOUTS))
+    assert load_configured(tmp_path / "b.hdf5", DataConfig("d4rl")).info["contradicted"] == 0
+
+
 def test_missing_file_folder_and_bad_compat(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere\.hdf5 does not exist"):
         load_dataset(tmp_path / "nowhere.hdf5")
     with pytest.raises(InputError, match="is a folder without shards"):
         load_dataset(tmp_path)
     path = write(tmp_path / "a.hdf5", make_arrays(TERMINALS))
-    with pytest.raises(InputError, match="compat must be None or \"d4rl\", got 'D4RL'"):
+    with pytest.raises(InputError, match=r"compat must be None or one of d4rl, .*, got 'D4RL'"):
         load_dataset(path, compat="D4RL")  # type: ignore[arg-type]
 
 

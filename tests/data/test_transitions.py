@@ -183,7 +183,7 @@ class TestLoadingTransitions:
 
     def test_refusals(self) -> None:
         data = load_dataset(arrays_of("--t"))
-        with pytest.raises(InputError, match="leave out compat, got 'd4rl'"):
+        with pytest.raises(InputError, match="compat must be None, got 'd4rl'"):
             load_dataset(data, compat="d4rl")
         data.rewards[1] = float("nan")
         with pytest.raises(InputError, match="rewards is not finite at row 1"):

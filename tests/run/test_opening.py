@@ -149,8 +149,9 @@ def test_quiet_runs_print_the_warning_alone(
     assert main([*arguments, "--seeds", "0:2"]) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("backend: ")]
     assert lines == [
-        f"warning: horizon 5 and lambda 1 for {files / 'hopper-mine.hdf5'} is only a fallback, none is tuned"
-        " for hopper mine; set --horizon and --penalty-coef"
+        f"warning: the authors tuned no horizon and lambda for hopper mine, so {files / 'hopper-mine.hdf5'}"
+        " gets horizon 5 and lambda 1, the pair that is tuned most often; other values may score far higher:"
+        " set --horizon and --penalty-coef, or try some with `mopo-fast sweep`"
     ]
 
 
@@ -214,7 +215,21 @@ def test_a_task_of_a_file_is_called_by_its_name(
         ("hopper-medium.hdf5", {"horizon": 5, "penalty_coef": 5.0}, None),
         # `collect` records the name in the file.
         ("hopper-random-local.hdf5", {}, None),
-        ("hopper-mine.hdf5", {}, "is only a fallback, none is tuned for hopper mine; set"),
+        (
+            "hopper-mine.hdf5",
+            {},
+            "the authors tuned no horizon and lambda for hopper mine, so .* gets horizon",
+        ),
+        (
+            "hopper-mine.hdf5",
+            {"horizon": 1},
+            "tuned no lambda for hopper mine, so .* gets lambda 1, .*coef, or",
+        ),
+        (
+            "hopper-random-local.hdf5",
+            {"tuned": "offlinerl-kit"},
+            "offlinerl-kit tuned no horizon and lambda for hopper random, so .* gets horizon 5 and lambda 1",
+        ),
     ],
 )
 def test_warnings(

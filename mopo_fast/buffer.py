@@ -1,4 +1,10 @@
-"""The model buffer: a preallocated ring of transitions, in which new rows replace the oldest."""
+"""The model buffer: a preallocated ring of transitions, in which new rows replace the oldest.
+
+The rows of an epoch enter in the order of `RolloutEngine.rollout`: by start state, then by step. The authors'
+code appends all rows of a step, then those of the next one (softlearning/algorithms/mopo.py, _rollout_model).
+It matters where rollouts end early, as hopper's do. An epoch is then shorter than its share of the buffer,
+and of the oldest epoch a part is left. That part is whole rollouts here, and late steps in their code.
+"""
 
 import torch
 

@@ -50,6 +50,7 @@ from mopo_fast.config import (
     ShardFormat,
     SweepConfig,
     TrainConfig,
+    ZInit,
     check_runs,
     flag,
     of_precision,
@@ -85,6 +86,7 @@ def collect(
     steps: Annotated[int | None, flag("1000000", "INT")] = None,
     out: Annotated[Path | None, flag("$MOPO_FAST_DATA_DIR, else ~/.mopo_fast/datasets", "PATH")] = None,
     seed: int = 0,
+    z_init: ZInit = "constant",
     threads: Threads = None,
     overwrite: Switch = False,
     quiet: Switch = False,
@@ -107,6 +109,9 @@ def collect(
             because they hold all that their agent has stored.
         out: HDF5 file, or the folder for it.
         seed: Seed of all random numbers. The same seed gives the same data.
+        z_init: Height that the reward of halfcheetah-jump measures from. It is constant, or that at the
+            beginning of each episode, within 0.1 m of it, as in the authors' later code. `mopo-fast train`
+            evaluates in the same way.
         threads: Number of threads. The data do not depend on it.
         overwrite: Replace the file if it exists.
         quiet: Show no progress bar.
@@ -118,7 +123,9 @@ def collect(
     from mopo_fast.collect import collect
 
     try:
-        path = collect(name, steps, seed=seed, out=out, threads=threads, overwrite=overwrite, quiet=quiet)
+        path = collect(
+            name, steps, seed=seed, z_init=z_init, out=out, threads=threads, overwrite=overwrite, quiet=quiet
+        )
     except KeyboardInterrupt:
         kept = "begins anew" if "-random" in name else "goes on with the training"
         raise KeyboardInterrupt(f"stopped; no file was written, and the same command {kept}") from None
@@ -130,6 +137,7 @@ def relabel(
     *,
     task: Annotated[str, arg(metavar="TASK")],
     out: Annotated[Path, arg(metavar="FILE")],
+    z_init: ZInit = "constant",
     overwrite: Switch = False,
 ) -> None:
     """Copy a data set with the rewards of one of the paper's two out-of-distribution tasks.
@@ -141,6 +149,8 @@ def relabel(
             ant-angle it must hold x_velocity and y_velocity in its infos, as sets made by `collect` do.
         task: Task of the new rewards: halfcheetah-jump or ant-angle.
         out: HDF5 file to write.
+        z_init: Height that the reward of halfcheetah-jump measures from. It is constant, or that at the
+            beginning of each episode.
         overwrite: Replace the file if it exists.
 
     Examples:
@@ -151,7 +161,7 @@ def relabel(
     find_dataset(file)
     from mopo_fast.data import relabel_file
 
-    print(relabel_file(file, task, out, overwrite=overwrite))
+    print(relabel_file(file, task, out, z_init=z_init, overwrite=overwrite))
 
 
 def convert(
@@ -473,7 +483,7 @@ def sweep(
     """
     del preset
     _check_settings(config)
-    combined = _parse_seeds(seeds)
+    combined = parse_seeds(seeds)
     check_runs(combined, penalty_coefs, horizons)
     from mopo_fast.sweep import sweep, to_table
 
@@ -556,7 +566,7 @@ def _population(
 ) -> tuple[list[TrainConfig], list[str]]:
     """Return a config for each seed and coefficient, and the names of their folders."""
     configs, names = [], []
-    numbers = [config.seed] if seeds is None else _parse_seeds(seeds)
+    numbers = [config.seed] if seeds is None else parse_seeds(seeds)
     check_runs(numbers, penalty_coefs)
     for seed in numbers:
         for coef in penalty_coefs or (config.rollout.penalty_coef,):
@@ -566,7 +576,7 @@ def _population(
     return configs, names
 
 
-def _parse_seeds(text: str) -> Sequence[int]:
+def parse_seeds(text: str) -> Sequence[int]:
     """Parse "0:8" or "0,3,5"."""
     mistake = InputError(
         f"--seeds takes FIRST:END, such as 0:8, or a list, such as 0,3,5, got {text[:100]!r}"

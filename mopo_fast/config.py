@@ -34,6 +34,7 @@ CriticLoss = Literal["half_mse", "mse", "mean_mse"]
 UpdateOrder = Literal["simultaneous", "critic_first", "actor_first"]
 Tuned = Literal["authors", "offlinerl-kit"]
 Compat = Literal["d4rl", "offlinerl-kit"]
+ZInit = Literal["constant", "episode"]
 Preset = Literal["mopo-tf", "offlinerl-kit", "mbrl-lib", "unifloral", "polixir", "d3rlpy"]
 CheckpointFormat = Literal["mopo-fast", Preset]
 if TYPE_CHECKING:
@@ -534,10 +535,15 @@ class RunConfig(TrainConfig):
         task_sha256: SHA-256 digest of the Python file that `task` names, or None where it names no file.
         data_sha256: SHA-256 digest of all arrays of data that were given in memory, or None where `dataset`
             is a name or a path.
+        env_id: id of the environment of the evaluations, or None for the task's own. It is the version that
+            the data set's metadata name.
+        reference_returns: returns that score 0 and 100 in the data set's metadata, or None for the task's.
     """
 
     task_sha256: str | None = None
     data_sha256: str | None = None
+    env_id: str | None = None
+    reference_returns: tuple[float, float] | None = None
     horizon_from: str = ""
     penalty_coef_from: str = ""
 

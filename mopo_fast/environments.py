@@ -10,6 +10,8 @@ import numpy as np
 from gymnasium.envs.mujoco.ant_v4 import AntEnv
 from gymnasium.envs.mujoco.half_cheetah_v4 import HalfCheetahEnv
 
+from mopo_fast.config import ZInit
+
 
 class HalfCheetahJump(HalfCheetahEnv):
     """HalfCheetah that is rewarded for jumping.
@@ -19,10 +21,14 @@ class HalfCheetahJump(HalfCheetahEnv):
 
     Args:
         jump_weight: weight of the height in the reward.
+        z_init: "constant" for the height of the model's initial state; "episode" for the height at the
+            episode's reset, which is up to 0.1 m higher or lower, as in the authors' later code
+            (gwthomas/force, env/mujoco/half_cheetah_vel_jump.py). Returns of the two are not comparable.
         **options: arguments of gymnasium's HalfCheetah.
     """
 
-    def __init__(self, jump_weight: float = 15.0, **options: Any) -> None:
+    def __init__(self, jump_weight: float = 15.0, z_init: ZInit = "constant", **options: Any) -> None:
+        self._measured, self._init_height = z_init == "episode", 0.0
         super().__init__(**options)
         self.jump_weight = jump_weight
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (18,), np.float64)
@@ -30,10 +36,16 @@ class HalfCheetahJump(HalfCheetahEnv):
     def step(self, action: Any) -> Any:
         """Step as gymnasium's HalfCheetah does, with this class's reward."""
         observation, _, terminated, truncated, info = super().step(action)
-        # qpos[1] is the height above the initial one.
-        jump = self.jump_weight * self.data.qpos[1]
+        # qpos[1] is the height above that of the model's initial state.
+        jump = self.jump_weight * (self.data.qpos[1] - self._init_height)
         reward = min(info["x_velocity"], 3.0) + info["reward_ctrl"] + jump
         return observation, float(reward), terminated, truncated, info
+
+    def reset_model(self) -> Any:
+        """Draw the initial state as gymnasium's HalfCheetah does, and measure its height."""
+        observation = super().reset_model()
+        self._init_height = float(self.data.qpos[1]) if self._measured else 0.0
+        return observation
 
     def _get_obs(self) -> Any:
         height = self.model.body("torso").pos[2] + self.data.qpos[1]
@@ -44,7 +56,8 @@ class AntAngle(AntEnv):
     """Ant that is rewarded for running in one direction.
 
     The reward is v - 0.5 |a|^2 - 0.5e-3 |f|^2 + 1, where v is the velocity in that direction and f are the
-    contact forces, clipped to [-1, 1].
+    contact forces, clipped to [-1, 1]. MuJoCo 2.0, which the paper's authors used, left the forces at 0, so
+    their returns have no contact cost.
 
     Args:
         degrees: angle between that direction and the x axis.
@@ -66,6 +79,7 @@ class AntAngle(AntEnv):
 # Each task is followed by the environment that trains the agent whose replay is the task's data set.
 for _name, _class, _options in (
     ("HalfCheetahJump", HalfCheetahJump, {}),
+    ("HalfCheetahJumpMeasured", HalfCheetahJump, {"z_init": "episode"}),
     ("HalfCheetahSpeed3", HalfCheetahJump, {"jump_weight": 0.0}),
     ("AntAngle", AntAngle, {}),
     ("AntForward", AntAngle, {"degrees": 0.0}),

@@ -13,10 +13,11 @@ from matplotlib.ticker import MaxNLocator
 
 from mopo_fast.data import Transitions
 from mopo_fast.data.episodes import Episodes, find_episodes
+from mopo_fast.data.origin import origin_of
 from mopo_fast.data.stored import Array
 from mopo_fast.data.summary import SAMPLE, Spread, Summary, sample_rows
 from mopo_fast.errors import InputError
-from mopo_fast.tasks import Task, get_task, parse_dataset_name
+from mopo_fast.tasks import Task, get_task, in_version, parse_dataset_name
 from mopo_fast.utils.pages import (
     bullets,
     foldable,
@@ -53,11 +54,14 @@ def task_of(data: Transitions, given: str | None = None) -> Task | None:
         InputError: there is no task of the given name.
     """
     if given is not None:
-        return get_task(given)
-    try:
-        return get_task(parse_dataset_name(data.name)[0])
-    except InputError:
-        return None
+        task = get_task(given)
+    else:
+        try:
+            task = get_task(parse_dataset_name(data.name)[0])
+        except InputError:
+            return None
+    references = origin_of(data.info.get("metadata", {})).reference_returns
+    return task if task.file_sha256 else in_version(task, None, references, data.name)
 
 
 def to_text(summary: Summary) -> str:

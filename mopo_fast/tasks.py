@@ -235,6 +235,59 @@ TASKS: dict[str, Task] = {
     )
 }
 
+# Environments to evaluate in, by a task's environment and by that of the data. MuJoCo's v2 and v3 have the
+# rules of v4, and are in another package now. Ant-v5 and Humanoid-v5 have other observations.
+_EVALUATED_IN: dict[str, dict[str, str]] = {
+    **{
+        f"{name}-v4": {f"{name}-v{version}": f"{name}-v{max(version, 4)}" for version in range(2, newest + 1)}
+        for name, newest in (("HalfCheetah", 5), ("Hopper", 5), ("Walker2d", 5), ("Ant", 4), ("Humanoid", 4))
+    },
+    "mopo_fast/HalfCheetahJump-v0": {
+        env_id: env_id for env_id in ("mopo_fast/HalfCheetahJump-v0", "mopo_fast/HalfCheetahJumpMeasured-v0")
+    },
+}
+
+
+def evaluated_in(task: Task, env_id: str | None) -> str | None:
+    """Return the environment that evaluates a policy for data of another version of the task's environment.
+
+    Args:
+        task: task of the data, with its own environment.
+        env_id: id of the environment that the data were made in.
+
+    Returns:
+        The id, or None where `env_id` is no known version of the task's environment.
+    """
+    return _EVALUATED_IN.get(task.env_id, {}).get(env_id or "")
+
+
+def in_version(
+    task: Task, env_id: str | None, reference_returns: tuple[float, float] | None, source: object
+) -> Task:
+    """Return the task with another version of its environment, and with other reference returns.
+
+    Args:
+        task: the task.
+        env_id: id of the version, one that `evaluated_in` returns; None for the task's own.
+        reference_returns: returns that score 0 and 100; None for the task's own.
+        source: file that names them, for errors.
+
+    Raises:
+        InputError: `env_id` is no known version, or the returns are not in ascending order.
+    """
+    if env_id is not None:
+        # Gymnasium would import any module that an id names.
+        if evaluated_in(task, env_id) != env_id:
+            raise InputError(f"{source}: {env_id!r} is no known version of {task.env_id}; restore the file")
+        task = dataclasses.replace(task, env_id=env_id)
+    if reference_returns is not None:
+        low, high = reference_returns
+        if not -math.inf < low < high < math.inf:
+            raise InputError(f"{source}: reference_returns must ascend, got {low} and {high}")
+        task = dataclasses.replace(task, min_return=low, max_return=high)
+    return task
+
+
 RELABELLED = tuple(name for name, task in TASKS.items() if task.online_env_id is not None)
 """Tasks whose data come from an agent that was trained on another reward."""
 

@@ -10,7 +10,7 @@ from mopo_fast.config import RolloutDtype
 from mopo_fast.data.manifest import GenerateConfig, RunSettings
 from mopo_fast.errors import InputError
 from mopo_fast.run.find import check_run
-from mopo_fast.tasks import Task, task_of_run
+from mopo_fast.tasks import Task, in_version, task_of_run
 from mopo_fast.utils.atomic import check_utf8, check_value, read_json_as
 
 
@@ -21,6 +21,8 @@ class _RunConfig:
     task: str | None
     rollout: RunSettings | None = None
     task_sha256: str | None = None
+    env_id: str | None = None
+    reference_returns: tuple[float, float] | None = None
 
 
 def run_settings(run: str | os.PathLike[str], task: str | Task | None = None) -> tuple[Task, RunSettings]:
@@ -40,7 +42,8 @@ def run_settings(run: str | os.PathLike[str], task: str | Task | None = None) ->
     config = read_json_as(path, _RunConfig)
     if config.task is None or config.rollout is None:
         raise InputError(f"{path} has no settings of rollouts; give a folder that `mopo-fast train` made")
-    return task_of_run(path, config.task, config.task_sha256, task), config.rollout
+    task = task_of_run(path, config.task, config.task_sha256, task)
+    return in_version(task, config.env_id, config.reference_returns, path), config.rollout
 
 
 def generate_config(

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mopo_fast._version import __version__
-from mopo_fast.config import OnlineConfig
+from mopo_fast.config import OnlineConfig, ZInit
 from mopo_fast.data import d4rl
 from mopo_fast.data.local import local_file
 from mopo_fast.errors import InputError
@@ -20,6 +20,7 @@ def collect(
     steps: int | None = None,
     *,
     seed: int = 0,
+    z_init: ZInit = "constant",
     out: str | os.PathLike[str] | None = None,
     threads: int | None = None,
     overwrite: bool = False,
@@ -39,6 +40,7 @@ def collect(
         steps: number of transitions, by default 1,000,000; the last episode is cut. medium-expert has this
             many from each policy. Replays contain every stored transition and do not take `steps`.
         seed: seed of all random numbers.
+        z_init: height that halfcheetah-jump's reward measures from, as in `environments.HalfCheetahJump`.
         out: path of the file (.hdf5 or .h5) or its folder; by default the folder of local data sets.
         threads: number of threads, by default one per core.
         overwrite: replace an existing file.
@@ -63,6 +65,11 @@ def collect(
         )
     if steps is not None and tier.endswith("replay"):
         raise InputError(f"{local_name} contains every stored transition; leave out steps, got {steps!r}")
+    if z_init != "constant":
+        # The import takes a second.
+        from mopo_fast.data.rewards import check_z_init
+
+        check_z_init(local_name, z_init)
     steps = 1_000_000 if steps is None else steps
     for argument, value, least in (("steps", steps, 1), ("seed", seed, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -98,5 +105,6 @@ def collect(
     if tier == "random" and task in RULES:
         collect_uniform(path, task, steps, metadata, **options)
     else:
-        collect_online(path, task, tier, steps, metadata, config=online or OnlineConfig(), **options)
+        config = online or OnlineConfig()
+        collect_online(path, task, tier, steps, metadata, config=config, z_init=z_init, **options)
     return path

@@ -25,10 +25,10 @@ from typing_extensions import TypedDict
 
 from mopo_fast.buffer import RingBuffer, row_bytes
 from mopo_fast.collect.uniform import MAX_PATH, UNIFORM
-from mopo_fast.config import OnlineConfig, to_dict
+from mopo_fast.config import OnlineConfig, ZInit, to_dict
 from mopo_fast.data.hdf5_writer import new_file
 from mopo_fast.data.local import local_folder
-from mopo_fast.data.rewards import RELABELLED
+from mopo_fast.data.rewards import relabeller
 from mopo_fast.data.transitions import DATA_ARRAYS, Transitions
 from mopo_fast.errors import InputError
 from mopo_fast.evaluate import evaluate
@@ -448,6 +448,7 @@ def collect_online(
     seed: int,
     threads: int,
     config: OnlineConfig,
+    z_init: ZInit,
     quiet: bool,
 ) -> None:
     """Write one data set from SAC trained online. `collect` checks the arguments.
@@ -455,9 +456,10 @@ def collect_online(
     Raises:
         InputError: `OnlineTraining` or its `run` raised it, or another process trains in the folder.
     """
-    task = get_task(task_name)
+    task, relabel = get_task(task_name), None
     if task.online_env_id is not None:
-        metadata = metadata | {"trained_in": task.online_env_id, "relabelled": task_name}
+        relabel, marks = relabeller(task_name, z_init)
+        metadata = metadata | marks | {"trained_in": task.online_env_id}
         task = dataclasses.replace(task, env_id=task.online_env_id)
     folder = local_folder() / "online" / f"{task_name}-seed{seed}"
     with contextlib.ExitStack() as stack:
@@ -499,8 +501,8 @@ def collect_online(
             end = file.written + count
             while file.written < end:
                 rows = {key: array[: end - file.written] for key, array in next(paths).items()}
-                if task_name in RELABELLED:
-                    rows = RELABELLED[task_name](rows)
+                if relabel is not None:
+                    rows = relabel(rows)
                 if file.written + len(rows["rewards"]) == end:
                     # The last path may be cut, which is a time-out.
                     rows["timeouts"][-1] = not rows["terminals"][-1]

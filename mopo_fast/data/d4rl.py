@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import http.client
 import importlib
+import logging
 import os
 import re
 import sys
@@ -27,6 +28,8 @@ from mopo_fast.utils.progress import Bar, progress_bar
 # The command line looks up names before it imports torch, which takes seconds.
 if TYPE_CHECKING:
     from mopo_fast.data.transitions import Transitions
+
+logger = logging.getLogger("mopo_fast")
 
 BASE_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
 TASKS = ("halfcheetah", "hopper", "walker2d", "ant")
@@ -54,6 +57,22 @@ def _locations() -> dict[str, str]:
 
 LOCATIONS = _locations()
 
+COMPLETE_ROWS = {
+    "halfcheetah-medium-v2": 1_000_000,
+    "halfcheetah-medium-replay-v2": 202_000,
+    "halfcheetah-expert-v2": 1_000_000,
+    "hopper-medium-v2": 999_906,
+    "hopper-medium-replay-v2": 402_000,
+    "hopper-expert-v2": 999_494,
+    "walker2d-medium-v2": 999_995,
+    "walker2d-medium-replay-v2": 302_000,
+    "walker2d-expert-v2": 999_214,
+}
+"""Number of rows up to the last one that is terminal or a time-out, in the files whose number is published.
+
+It is what Decision Transformer's gym/data/download_d4rl_datasets.py prints for D4RL's own files.
+"""
+
 
 def url(name: str) -> str:
     """Return the address of the data set `name`, one of `LOCATIONS`."""
@@ -67,6 +86,28 @@ def cache_path(name: str) -> Path:
     """
     folder = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
     return folder / Path(LOCATIONS[name]).name
+
+
+def check_rows(path: Path, name: str | None, complete_rows: int) -> None:
+    """Warn where a file under the name of one of D4RL's has another number of rows than that.
+
+    Args:
+        path: the file. Without `name`, its own name may be that of one of D4RL's files.
+        name: name of the data set, or None where it was given as a path.
+        complete_rows: number of rows up to the last one that is terminal or a time-out.
+    """
+    names = {Path(LOCATIONS[known]).name: known for known in COMPLETE_ROWS}
+    name = names.get(path.name) if name is None else name
+    expected = COMPLETE_ROWS.get(name or "", complete_rows)
+    if complete_rows != expected:
+        logger.warning(
+            "%s has %s rows in complete episodes, D4RL's %s has %s; it is damaged or another data set, so get"
+            " D4RL's file again, or give this one a name of its own",
+            path,
+            f"{complete_rows:,}",
+            name,
+            f"{expected:,}",
+        )
 
 
 def without_contact_forces(data: "Transitions") -> "Transitions":

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from mopo_fast.config import COMPATS, Compat
-from mopo_fast.data import trajectories
+from mopo_fast.data import d4rl, trajectories
 from mopo_fast.data.formats import format_of
 from mopo_fast.data.hdf5 import open_hdf5
 from mopo_fast.data.local import MINARI_PREFIX
@@ -73,6 +73,7 @@ def load_file(
         local_name = str(data.info["metadata"].get("name", ""))
         data.name = local_name if local_name.endswith("-local") else path.stem
     data.info = {"path": str(path), **data.info}
+    d4rl.check_rows(path, name, data.info["complete_rows"])
     return data.validate()
 
 
@@ -110,6 +111,7 @@ def from_arrays(
     rewards = reader.floats("rewards", 1)
     terminals = reader.flags("terminals")
     timeouts = reader.flags("timeouts") if "timeouts" in arrays else None
+    ends = np.flatnonzero(terminals if timeouts is None else terminals | timeouts)
     keep: Array | slice = slice(None)
     if picked:
         if timeouts is None:
@@ -141,6 +143,7 @@ def from_arrays(
         name=name or "",
         info={
             "rows": len(rewards),
+            "complete_rows": int(ends[-1]) + 1 if len(ends) else 0,
             "terminals_left_out": int(terminals.sum()) - int(terminals[keep].sum()),
             "successors": rule,
             "contradicted": contradicted,

@@ -37,18 +37,46 @@ def read(name: str) -> dict[str, Any]:
     Raises:
         InputError: the package or the data set is missing, or observations or actions are not vectors.
     """
-    minari, identity, folder = _package(), name.removeprefix(PREFIX), path(name) / "data"
+    minari, folder = _package(), _fetch(name)
     try:
-        if not folder.exists():
-            minari.download_dataset(identity)
         _check_files(folder)
-        dataset = minari.load_dataset(identity)
+        dataset = minari.load_dataset(name.removeprefix(PREFIX))
     except InputError:
         raise
-    # Minari's hosts raise many kinds of errors.
+    # Minari's storages raise many kinds of errors.
     except Exception as error:
         raise _not_loaded(name, error) from error
     return read_object(dataset, name)
+
+
+def read_metadata(name: str) -> dict[str, Any]:
+    """Read the texts and numbers in the metadata of `minari:ID`. It is downloaded unless it is there.
+
+    Raises:
+        InputError: the package or the data set is missing, or metadata.json is damaged.
+    """
+    return _all_metadata(name, read_json_as(_fetch(name) / "metadata.json", dict[str, Any]))
+
+
+def _fetch(name: str) -> Path:
+    """Return the folder of the files of `minari:ID`, and download them unless they are there."""
+    minari, folder = _package(), path(name) / "data"
+    try:
+        if not folder.exists():
+            minari.download_dataset(name.removeprefix(PREFIX))
+    # Minari's hosts raise many kinds of errors.
+    except Exception as error:
+        raise _not_loaded(name, error) from error
+    return folder
+
+
+def _all_metadata(name: str, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the texts and numbers of a data set's metadata, with those that `write` has added."""
+    metadata = _texts_and_numbers(stored)
+    with reading(Path(name) / "metadata.json", "JSON"):
+        metadata |= _texts_and_numbers(json.loads(metadata.get("mopo_fast", "{}")))
+    metadata.pop("mopo_fast", None)
+    return metadata
 
 
 def is_minari(source: object) -> bool:
@@ -94,9 +122,7 @@ def read_object(dataset: Any, name: str) -> dict[str, Any]:
     timeouts = joined(lambda episode: episode.truncations)
     # An episode without a recorded end was cut off.
     timeouts[last] = ~terminals[last]
-    metadata = _texts_and_numbers(stored)
-    with reading(Path(name) / "metadata.json", "JSON"):
-        metadata |= _texts_and_numbers(json.loads(metadata.get("mopo_fast", "{}")))
+    metadata = _all_metadata(name, stored)
     return {
         "observations": joined(lambda episode: episode.observations[:-1]),
         "actions": actions,
@@ -104,7 +130,7 @@ def read_object(dataset: Any, name: str) -> dict[str, Any]:
         "next_observations": joined(lambda episode: episode.observations[1:]),
         "terminals": terminals,
         "timeouts": timeouts & ~terminals,
-        **{f"metadata/{key}": value for key, value in metadata.items() if key != "mopo_fast"},
+        **{f"metadata/{key}": value for key, value in metadata.items()},
     }
 
 

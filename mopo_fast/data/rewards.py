@@ -1,22 +1,25 @@
 """Replace the rewards of transitions: by a function, or for the paper's out-of-distribution tasks."""
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from mopo_fast.config import ZInit
 from mopo_fast.data.files import load_file, open_file
 from mopo_fast.data.names import rename
 from mopo_fast.data.stored import read_all
 from mopo_fast.data.transitions import Transitions
 from mopo_fast.data.write import write_arrays
 from mopo_fast.errors import InputError
+from mopo_fast.tasks import TASKS
 
 Arrays = dict[str, npt.NDArray[Any]]
 RewardFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -44,11 +47,15 @@ def relabel(data: Transitions, reward_function: RewardFunction) -> Transitions:
     return dataclasses.replace(data, rewards=rewards.to(data.rewards)).validate()
 
 
-def _jump(arrays: Arrays) -> Arrays:
+def _jump(arrays: Arrays, z_init: ZInit = "constant") -> Arrays:
     """Turn halfcheetah's rewards v_x - 0.1 |a|^2 into min(v_x, 3) - 0.1 |a|^2 + 15 (z - z_init).
 
     Rewards in which v_x is already capped at 3 give the same result. Observations without the torso's height
     get it.
+
+    Args:
+        arrays: D4RL's arrays of whole episodes.
+        z_init: as in `environments.HalfCheetahJump`. "episode" takes the height in an episode's first row.
     """
 
     def with_height(observations: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -57,13 +64,26 @@ def _jump(arrays: Arrays) -> Arrays:
         return np.insert(observations, 8, _TORSO_HEIGHT + observations[:, 0], axis=1)
 
     cost = 0.1 * np.square(arrays["actions"].astype(np.float64)).sum(axis=1)
-    jump = 15.0 * arrays["next_observations"][:, 0].astype(np.float64)
+    height = arrays["next_observations"][:, 0].astype(np.float64)
+    if z_init == "episode":
+        height -= arrays["observations"][_first_rows(arrays), 0]
+    jump = 15.0 * height
     rewards = np.minimum(arrays["rewards"] + cost, 3.0) - cost + jump
     return arrays | {
         "observations": with_height(arrays["observations"]),
         "next_observations": with_height(arrays["next_observations"]),
         "rewards": rewards.astype(np.float32),
     }
+
+
+def _first_rows(arrays: Arrays) -> npt.NDArray[np.int64]:
+    """Return the first row of each row's episode, [n]."""
+    begins = np.ones(len(arrays["rewards"]), bool)
+    begins[1:] = (arrays["next_observations"][:-1] != arrays["observations"][1:]).any(axis=1)
+    for flags in ("terminals", "timeouts"):
+        if flags in arrays:
+            begins[1:] |= arrays[flags].reshape(-1)[:-1].astype(bool)
+    return np.maximum.accumulate(np.where(begins, np.arange(len(begins)), 0))
 
 
 def _angle(arrays: Arrays) -> Arrays:
@@ -76,6 +96,33 @@ def _angle(arrays: Arrays) -> Arrays:
 RELABELLED: dict[str, Callable[[Arrays], Arrays]] = {"halfcheetah-jump": _jump, "ant-angle": _angle}
 """Functions that turn D4RL's arrays of the original task into those of each out-of-distribution task."""
 
+
+def relabeller(task: str, z_init: ZInit) -> tuple[Callable[[Arrays], Arrays], dict[str, str]]:
+    """Return the function in `RELABELLED` for a task, and the metadata of what it makes.
+
+    Args:
+        task: one of `RELABELLED`.
+        z_init: as in `environments.HalfCheetahJump`.
+
+    Raises:
+        InputError: `z_init` is unknown, or the task is not halfcheetah-jump and `z_init` not "constant".
+    """
+    check_z_init(task, z_init)
+    metadata = {"relabelled": task, "env_id": TASKS[task].env_id}
+    if z_init == "constant":
+        return RELABELLED[task], metadata
+    metadata["env_id"] = "mopo_fast/HalfCheetahJumpMeasured-v0"
+    return functools.partial(_jump, z_init=z_init), metadata
+
+
+def check_z_init(task: str, z_init: str) -> None:
+    """Raise `InputError` where `z_init` is unknown, or is not "constant" for a task without a height."""
+    if z_init not in get_args(ZInit):
+        raise InputError(f"z_init must be one of {', '.join(get_args(ZInit))}, got {z_init!r}")
+    if z_init != "constant" and task != "halfcheetah-jump":
+        raise InputError(f"z_init belongs to halfcheetah-jump, not to {task}; leave it out")
+
+
 _TAKES = {
     "halfcheetah-jump": ({17, 18}, 6, ("next_observations",)),
     "ant-angle": ({27}, 8, ("next_observations", "infos/x_velocity", "infos/y_velocity")),
@@ -83,7 +130,12 @@ _TAKES = {
 
 
 def relabel_file(
-    file: str | os.PathLike[str], task: str, out: str | os.PathLike[str], *, overwrite: bool = False
+    file: str | os.PathLike[str],
+    task: str,
+    out: str | os.PathLike[str],
+    *,
+    z_init: ZInit = "constant",
+    overwrite: bool = False,
 ) -> Path:
     """Write a copy of an HDF5 file with the rewards of another task.
 
@@ -91,6 +143,8 @@ def relabel_file(
         file: path of the data set. Everything in it but the rewards is copied.
         task: one of `RELABELLED`.
         out: path of the new file, which ends in .hdf5 or .h5.
+        z_init: as in `environments.HalfCheetahJump`, for halfcheetah-jump alone. "episode" takes the height
+            in an episode's first row, which the file must begin its episodes with.
         overwrite: replace an existing file.
 
     Returns:
@@ -102,6 +156,7 @@ def relabel_file(
     """
     if task not in RELABELLED:
         raise InputError(f"cannot relabel for {task!r}; choose one of {', '.join(RELABELLED)}")
+    relabelled, marks = relabeller(task, z_init)
     path, out = Path(file), Path(out)
     if out.suffix not in (".hdf5", ".h5"):
         raise InputError(f"out must end in .hdf5 or .h5, got {out}")
@@ -127,7 +182,6 @@ def relabel_file(
             if found[key].size != len(data) or found[key].dtype.kind not in "fiub":
                 raise InputError(f"{path}: {key} must be {len(data)} numbers, got shape {found[key].shape}")
             found[key] = found[key].reshape(-1)
-    found = RELABELLED[task](found)
-    marks = {"name": f"{task}-local", "relabelled": task, "steps": len(data)}
-    write_arrays(out, found | {f"metadata/{key}": value for key, value in marks.items()})
+    metadata = marks | {"name": f"{task}-local", "steps": len(data)}
+    write_arrays(out, relabelled(found) | {f"metadata/{key}": value for key, value in metadata.items()})
     return out

@@ -132,10 +132,13 @@ class Transitions:
         timeouts: [n] bool, True at the last row of an episode that did not end in a terminal state; None
             where that is not known. Only the methods about episodes use it.
         name: name of the data.
-        info: further facts about the data: path; metadata of the source; rows of the source; successors, the
-            rule that found them; terminals_left_out, terminal rows without a successor; contradicted, rows
-            whose successor by that rule is not the one that the source stores; earlier_left_out, rows before
-            the last `max_transitions`.
+        info: further facts about the data:
+            - path, rows and metadata of the source;
+            - successors: the rule that found them;
+            - complete_rows: rows of the source up to the last end of an episode;
+            - terminals_left_out: terminal rows without a successor;
+            - contradicted: rows whose successor by that rule is not the one that the source stores;
+            - earlier_left_out: rows before the last `max_transitions`.
     """
 
     observations: torch.Tensor

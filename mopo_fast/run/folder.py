@@ -180,7 +180,7 @@ def check_folder(out: Path, config: RunConfig, resume: bool) -> None:
         for folder in (out, out / "checkpoint"):
             sweep(folder)
     # config.json is the first file of a run.
-    if not _holds_run(out):
+    if not holds_run(out):
         return
     if not resume:
         raise InputError(f"{out} already holds a run; {_ways_on(out)}, or choose another folder (--out)")
@@ -282,7 +282,7 @@ def lengthen(out: Path, config: RunConfig) -> None:
         write_json(out / "config.json", to_dict(config) | origins)
 
 
-def _holds_run(out: Path) -> bool:
+def holds_run(out: Path) -> bool:
     """Tell whether a folder holds a run; the config.json of a fit alone has no settings of a training."""
     path = out / "config.json"
     return path.exists() and read_json_as(path, dict[str, Any]).keys() - _FIT_KEYS != set()
@@ -293,7 +293,7 @@ _FIT_KEYS = {field.name for field in dataclasses.fields(FitConfig)}
 
 def check_fit_folder(out: Path, overwrite: bool) -> None:
     """Raise `InputError` where `mopo-fast fit` may not write to the folder `out`."""
-    found = "config.json" if _holds_run(out) else "fit.json"
+    found = "config.json" if holds_run(out) else "fit.json"
     if (out / found).exists() and not overwrite:
         raise InputError(
             f"{out / found} exists already; choose another --out, or replace the fit with --overwrite"
@@ -343,5 +343,5 @@ def suggest_resuming(*outs: Path) -> Iterator[None]:
 
 def write_config(out: Path, config: RunConfig | FitConfig) -> None:
     """Write config.json, the first file of a run or of a fit, unless the folder holds a run."""
-    if not _holds_run(out):
+    if not holds_run(out):
         write_json(out / "config.json", to_dict(config))

@@ -12,14 +12,17 @@ from mopo_fast.config import DynamicsConfig, FitConfig, RunConfig, SACConfig, Tr
 from mopo_fast.data import Transitions, find_dataset
 from mopo_fast.data.episodes import find_episodes
 from mopo_fast.data.files import Reader, open_file
+from mopo_fast.data.local import MINARI_PREFIX
+from mopo_fast.data.origin import origin_of
 from mopo_fast.data.summary import find_faults
 from mopo_fast.data.transitions import NEXT_ROW, QLEARNING
 from mopo_fast.errors import InputError, printable
 from mopo_fast.fit import choose_backend
 from mopo_fast.run.checkpoint import last_checkpoint
 from mopo_fast.run.dynamics import training_backend
+from mopo_fast.run.folder import shorten
 from mopo_fast.run.resolve import FALLBACK, FALLBACK_FOR, TUNED_BY, rollout_backend
-from mopo_fast.tasks import Task, get_task, parse_dataset_name
+from mopo_fast.tasks import TASKS, Task, evaluated_in, get_task, parse_dataset_name
 from mopo_fast.utils.machine import device_name, resolve_threads
 from mopo_fast.utils.progress import print_lines
 
@@ -50,6 +53,7 @@ def open_runs(
     if not quiet:
         _print(_describe_runs(configs, folders, task, data))
     warn_of_origins(given[0], configs[0])
+    warn_of_environment(configs[0], task, data)
     warn_of_faults(data, task)
 
 
@@ -125,6 +129,51 @@ def warn_of_origins(given: TrainConfig, config: RunConfig) -> None:
         logger.warning("%s", text)
 
 
+def warn_of_environment(config: RunConfig, task: Task, data: Transitions) -> None:
+    """Say where the policy is evaluated in another environment than the one that the data were made in.
+
+    Args:
+        config: settings of the run.
+        task: its task, with the environment of the evaluations.
+        data: its data.
+    """
+    metadata = data.info.get("metadata", {})
+    own, origin = get_task(task.name) if task.file_sha256 is None else task, origin_of(metadata)
+    if not task.env_id or own.name not in TASKS:
+        return
+    evaluated = f"the policy is evaluated in {task.env_id}"
+    if origin.env_id is None:
+        if config.dataset.startswith(MINARI_PREFIX):
+            logger.warning(
+                "%s does not say which version of the environment it is of; %s", config.dataset, evaluated
+            )
+        return
+    # A relabelled file of an earlier version names the environment of the original reward.
+    if evaluated_in(own, origin.env_id) is None and "relabelled" not in metadata:
+        logger.warning(
+            "%s is of %s, which is no known version of %s; %s",
+            config.dataset,
+            shorten(origin.env_id),
+            own.env_id,
+            evaluated,
+        )
+    if origin.options:
+        logger.warning(
+            "%s is of %s with the options %s, without which %s",
+            config.dataset,
+            origin.env_id,
+            shorten(origin.options),
+            evaluated,
+        )
+    if task.env_id != own.env_id and own.min_return is not None and config.reference_returns is None:
+        logger.warning(
+            "%s has no reference returns for %s; the score is by those of D4RL, which are of %s",
+            config.dataset,
+            task.env_id,
+            own.env_id,
+        )
+
+
 def _named_by_file(config: RunConfig) -> bool:
     """Tell whether nothing but the name of a file says which data set it is."""
     path, name = find_dataset(config.dataset)
@@ -169,6 +218,7 @@ def _describe_runs(
     return {
         **_describe_data(config.dataset, data),
         "task": f"{task.short_name}, evaluated in {task.env_id or 'the ensemble'}",
+        **_describe_references(config),
         "horizon": f"{horizon} ({_shorten(config.horizon_from)})",
         "lambda": f"{', '.join(coefs)} ({_shorten(origin)})",
         "penalty": config.rollout.penalty,
@@ -182,6 +232,13 @@ def _describe_runs(
         "seed": f"{', '.join(seeds)}{resuming}",
         "folder": ", ".join(map(str, folders)),
     }
+
+
+def _describe_references(config: RunConfig) -> dict[str, str]:
+    if config.reference_returns is None:
+        return {}
+    low, high = config.reference_returns
+    return {"score": f"0 for a return of {low:g}, 100 for {high:g}, as the data set says"}
 
 
 def _describe_precision(config: RunConfig | FitConfig) -> dict[str, str]:

@@ -11,6 +11,7 @@ from mopo_fast.backends.precision import dtypes_of
 from mopo_fast.buffer import row_bytes
 from mopo_fast.config import RolloutConfig, RunConfig, TrainConfig
 from mopo_fast.data import MEMORY_PREFIX, Transitions, find_dataset, load_configured
+from mopo_fast.data.origin import find_origin, origin_of
 from mopo_fast.data.table import in_table, table_bytes
 from mopo_fast.data.transitions import DATA_ARRAYS
 from mopo_fast.ensemble import EnsembleDynamics, mlp_bytes
@@ -20,9 +21,17 @@ from mopo_fast.presets import preset
 from mopo_fast.rollout import RolloutEngine
 from mopo_fast.run.checkpoint import last_checkpoint, read_data_sha256
 from mopo_fast.run.dynamics import check_same_data, read_dynamics, training_backend
-from mopo_fast.run.folder import read_config
+from mopo_fast.run.folder import holds_run, read_config
 from mopo_fast.sac import SAC
-from mopo_fast.tasks import TASKS, Task, get_task, parse_dataset_name, termination_of
+from mopo_fast.tasks import (
+    TASKS,
+    Task,
+    evaluated_in,
+    get_task,
+    in_version,
+    parse_dataset_name,
+    termination_of,
+)
 from mopo_fast.utils.atomic import absolute_file
 from mopo_fast.utils.machine import check_device, check_memory
 from mopo_fast.utils.tensors import tensors_sha256
@@ -67,6 +76,7 @@ def resolve(
     """
     config, task = _fill_in(config, data)
     config.validate()
+    config, task = _in_version_of_data(config, task, out, data)
     check_device(config.device)
     # Building the engine and SAC once brings their errors before the data set is read and the model fitted.
     make_engine(config, task, _ensemble(config, task, out), config.backend)
@@ -196,6 +206,26 @@ def _fill_in(config: TrainConfig, data: Transitions | None) -> tuple[RunConfig, 
     given |= {f"{name}_from": origin for name, origin in origins.items()}
     digest = None if data is None else tensors_sha256({name: getattr(data, name) for name in DATA_ARRAYS})
     return RunConfig(**given, task_sha256=task.file_sha256, data_sha256=digest), task
+
+
+def _in_version_of_data(
+    config: RunConfig, task: Task, out: Path | None, data: Transitions | None
+) -> tuple[RunConfig, Task]:
+    """Set the version of the environment, and the reference returns, that the data's metadata name.
+
+    A run that goes on keeps those that it began with. A task of the user's has the environment that it names.
+    """
+    if TASKS.get(task.name) != task or not task.env_id:
+        return config, task
+    if out is not None and holds_run(out):
+        began = read_config(out)
+        env_id, references = began.env_id, began.reference_returns
+    else:
+        origin = find_origin(config.dataset) if data is None else origin_of(data.info.get("metadata", {}))
+        env_id, references = evaluated_in(task, origin.env_id), origin.reference_returns
+        env_id = None if env_id == task.env_id else env_id
+    config = dataclasses.replace(config, env_id=env_id, reference_returns=references)
+    return config, in_version(task, env_id, references, "config.json" if out is None else out / "config.json")
 
 
 def rollout_backend(config: RunConfig, task: Task) -> str:

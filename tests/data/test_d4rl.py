@@ -14,8 +14,8 @@ import h5py
 import numpy as np
 import pytest
 
+from mopo_fast.config import Compat
 from mopo_fast.data import d4rl, load_dataset
-from mopo_fast.data.files import Compat
 from mopo_fast.errors import InputError
 
 
@@ -335,3 +335,38 @@ def test_processes_share_one_download(server: Server, tmp_path: Path) -> None:
     assert [process.exitcode for process in processes] == [0] * 4
     assert (tmp_path / "a.hdf5").read_bytes() == CONTENT
     assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(("rows", "warns"), [(402, False), (401, True)])
+@pytest.mark.parametrize("named", [True, False])
+def test_known_numbers_of_rows(
+    rows: int,
+    warns: bool,
+    named: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Rows after the last end of an episode do not count, as in the published numbers."""
+    monkeypatch.setitem(d4rl.COMPLETE_ROWS, "hopper-medium-replay-v2", 402)
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
+    path = tmp_path / "hopper_medium_replay-v2.hdf5"
+    with h5py.File(path, "w") as file:
+        file["observations"] = np.zeros((450, 11), np.float32)
+        file["actions"] = np.zeros((450, 3), np.float32)
+        file["rewards"] = np.zeros(450, np.float32)
+        file["terminals"] = np.arange(450) == 200
+        file["timeouts"] = np.arange(450) == rows - 1
+    load_dataset("hopper-medium-replay-v2" if named else path)
+    expected = (
+        f"{path} has 401 rows in complete episodes, D4RL's hopper-medium-replay-v2 has 402; it is damaged"
+    )
+    assert [text.startswith(expected) for text in caplog.messages] == [True] * warns
+    caplog.clear()
+    # Under another name it may be anything.
+    load_dataset(path.rename(tmp_path / "mine.hdf5"))
+    assert not caplog.messages
+
+
+def test_the_known_numbers_are_of_d4rls_sets() -> None:
+    assert set(d4rl.COMPLETE_ROWS) <= set(d4rl.LOCATIONS)

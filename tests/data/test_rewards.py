@@ -11,6 +11,7 @@ import pytest
 import torch
 from small_online import SMALL, read
 
+from mopo_fast.bulk.plan import run_settings
 from mopo_fast.cli import main
 from mopo_fast.collect import collect, online
 from mopo_fast.data import load_dataset, load_file, relabel, relabel_file
@@ -139,6 +140,66 @@ def test_a_relabelled_halfcheetah_set_is_that_of_the_task(tmp_path: Path) -> Non
     assert relabel_file(plain, "halfcheetah-jump", path, overwrite=True) == path
 
 
+def test_a_height_measured_at_each_reset(tmp_path: Path) -> None:
+    """The authors' later code measures z_init anew at the noisy reset of every episode."""
+    plain = collect("halfcheetah-random", 2500, out=tmp_path, quiet=True)
+    path = relabel_file(plain, "halfcheetah-jump", tmp_path / "jump.hdf5", z_init="episode")
+    constant = read(relabel_file(plain, "halfcheetah-jump", tmp_path / "constant.hdf5"))
+    before, after = read(plain), read(path)
+    assert after["metadata/env_id"] == b"mopo_fast/HalfCheetahJumpMeasured-v0"
+    assert constant["metadata/env_id"] == b"mopo_fast/HalfCheetahJump-v0"
+    starts = before["infos/qpos"][::1000, 1]
+    assert len(set(starts)) == 3 and 0.01 < abs(starts).max() <= 0.1
+    difference = constant["rewards"] - after["rewards"]
+    assert difference == pytest.approx(15 * np.repeat(starts, 1000)[:2500], abs=1e-5)
+    # The environment of the evaluations has the same rewards, from the state that it was reset to.
+    env = make_environment("mopo_fast/HalfCheetahJumpMeasured-v0")
+    other = make_environment("mopo_fast/HalfCheetahJump-v0")
+    for seed in (0, 1):
+        env.reset(seed=seed), other.reset(seed=seed)
+        height, action = env.unwrapped.data.qpos[1], np.full(6, 0.5, np.float32)
+        for _ in range(3):
+            one, two = env.step(action), other.step(action)
+            assert np.array_equal(one[0], two[0])
+            assert two[1] - one[1] == pytest.approx(15 * height, abs=1e-6)
+    assert abs(height) > 0.001
+
+
+def test_a_collected_set_has_the_measured_height(
+    tmp_path: Path, sets: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOPO_FAST_DATA_DIR", str(sets["halfcheetah-jump"].parent))
+    out = tmp_path / "jump.hdf5"
+    collect("halfcheetah-jump", online=SMALL, threads=1, quiet=True, z_init="episode", out=out)
+    constant, measured = read(sets["halfcheetah-jump"]), read(out)
+    # Paths of this training have 60 steps.
+    starts = measured["infos/qpos"][::60, 1]
+    assert len(set(starts)) == 10
+    difference = constant["rewards"] - measured["rewards"]
+    assert difference == pytest.approx(15 * np.repeat(starts, 60), abs=1e-5)
+    assert np.array_equal(constant["observations"], measured["observations"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["collect", "hopper-random"], "z_init belongs to halfcheetah-jump, not to hopper-random"),
+        (["relabel", "a.hdf5", "--task", "ant-angle", "--out", "b.hdf5"], "not to ant-angle; leave it out"),
+    ],
+)
+def test_a_height_of_other_tasks(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.hdf5").touch()
+    assert main([*arguments, "--z-init", "episode"]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_what_cannot_be_relabelled(tmp_path: Path, hopper_data: Path) -> None:
     ant = collect("ant-random", 50, out=tmp_path, quiet=True)
     out = tmp_path / "out.hdf5"
@@ -203,7 +264,16 @@ def test_load_by_name(sets: dict[str, Path], monkeypatch: pytest.MonkeyPatch) ->
 def test_the_command_and_a_run_on_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain = collect("halfcheetah-random", 1200, out=tmp_path, quiet=True)
     out = tmp_path / "halfcheetah_jump-local.hdf5"
-    arguments = ["relabel", str(plain), "--task", "halfcheetah-jump", "--out", str(out)]
+    arguments = [
+        "relabel",
+        str(plain),
+        "--task",
+        "halfcheetah-jump",
+        "--out",
+        str(out),
+        "--z-init",
+        "episode",
+    ]
     assert main(arguments) == 0
     assert capsys.readouterr().out == f"{out}\n"
     assert main(arguments) == 2
@@ -236,3 +306,5 @@ def test_the_command_and_a_run_on_what_it_wrote(tmp_path: Path, capsys: pytest.C
     summary = read_json(tmp_path / "run" / "summary.json")
     assert (config["task"], config["rollout"]["horizon"]) == ("halfcheetah-jump", 5)
     assert summary["score_mean"] is None and summary["return_mean"] is not None
+    assert config["env_id"] == "mopo_fast/HalfCheetahJumpMeasured-v0"
+    assert run_settings(tmp_path / "run")[0].env_id == "mopo_fast/HalfCheetahJumpMeasured-v0"

@@ -17,7 +17,7 @@ from mopo_fast.data.origin import origin_of
 from mopo_fast.data.stored import Array
 from mopo_fast.data.summary import SAMPLE, Spread, Summary, sample_rows
 from mopo_fast.errors import InputError
-from mopo_fast.tasks import Task, get_task, in_version, parse_dataset_name
+from mopo_fast.tasks import Task, evaluated_in, get_task, in_version, parse_dataset_name
 from mopo_fast.utils.pages import (
     bullets,
     foldable,
@@ -60,8 +60,10 @@ def task_of(data: Transitions, given: str | None = None) -> Task | None:
             task = get_task(parse_dataset_name(data.name)[0])
         except InputError:
             return None
-    references = origin_of(data.info.get("metadata", {})).reference_returns
-    return task if task.file_sha256 else in_version(task, None, references, data.name)
+    origin = origin_of(data.info.get("metadata", {}))
+    if evaluated_in(task, origin.env_id) is None:
+        return task
+    return in_version(task, None, origin.reference_returns, data.name)
 
 
 def to_text(summary: Summary) -> str:

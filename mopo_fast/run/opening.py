@@ -108,8 +108,8 @@ def warn_of_origins(given: TrainConfig, config: RunConfig) -> None:
         ),
         (
             FALLBACK,
-            "{code} tuned no {names} for {tuned_for}, so {dataset} gets {values}, the pair that is tuned most"
-            " often; other values may score far higher: set {flags}, or try some with `mopo-fast sweep`",
+            "{code} tuned no {names} for {tuned_for}, so {dataset} gets {values}, which is tuned most often"
+            " elsewhere; other values may score far higher: set {flags}, or try some with `mopo-fast sweep`",
         ),
     ):
         names = [name for name, origin in origins.items() if origin.startswith(begins)]
@@ -149,7 +149,8 @@ def warn_of_environment(config: RunConfig, task: Task, data: Transitions) -> Non
             )
         return
     # A relabelled file of an earlier version names the environment of the original reward.
-    if evaluated_in(own, origin.env_id) is None and "relabelled" not in metadata:
+    known = origin.env_id == own.env_id or evaluated_in(own, origin.env_id) is not None
+    if not known and "relabelled" not in metadata:
         logger.warning(
             "%s is of %s, which is no known version of %s; %s",
             config.dataset,
@@ -157,7 +158,7 @@ def warn_of_environment(config: RunConfig, task: Task, data: Transitions) -> Non
             own.env_id,
             evaluated,
         )
-    if origin.options:
+    elif origin.options:
         logger.warning(
             "%s is of %s with the options %s, without which %s",
             config.dataset,
@@ -281,8 +282,8 @@ def _describe_data(dataset: str, data: Transitions) -> dict[str, str]:
         ended = f"{len(returns):,}, return {returns.mean():.1f} on average, {returns.max():.1f} at best"
     described = {"data set": dataset, "transitions": f"{len(data):,}{dropped}", "episodes": ended}
     if successors == QLEARNING:
-        crossing = int(data.terminals.sum())
-        described["successors"] = f"{successors}; {crossing:,} terminal rows have another episode's state"
+        wrong = int(data.terminals.sum())
+        described["successors"] = f"those of d4rl.qlearning_dataset, wrong for {wrong:,} terminal rows"
     return described
 
 

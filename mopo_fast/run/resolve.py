@@ -222,7 +222,8 @@ def _in_version_of_data(
         env_id, references = began.env_id, began.reference_returns
     else:
         origin = find_origin(config.dataset) if data is None else origin_of(data.info.get("metadata", {}))
-        env_id, references = evaluated_in(task, origin.env_id), origin.reference_returns
+        env_id = evaluated_in(task, origin.env_id)
+        references = None if env_id is None else origin.reference_returns
         env_id = None if env_id == task.env_id else env_id
     config = dataclasses.replace(config, env_id=env_id, reference_returns=references)
     return config, in_version(task, env_id, references, "config.json" if out is None else out / "config.json")

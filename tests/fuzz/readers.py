@@ -33,6 +33,7 @@ from mopo_fast.bulk.write import generate_shards
 from mopo_fast.collect import collect
 from mopo_fast.compat import Checkpoint, convert_checkpoint, get_format, offlinerl_kit
 from mopo_fast.config import (
+    DataConfig,
     DynamicsConfig,
     EvaluationConfig,
     Hints,
@@ -41,9 +42,10 @@ from mopo_fast.config import (
     SACConfig,
     TrainConfig,
 )
-from mopo_fast.data import Transitions, d4rl, load_dataset, minari
+from mopo_fast.data import Transitions, d4rl, load_configured, load_dataset, minari
 from mopo_fast.data.convert import convert
 from mopo_fast.data.manifest import Manifest, algorithm_of
+from mopo_fast.data.origin import find_origin
 from mopo_fast.data.rewards import relabel_file
 from mopo_fast.data.shards import open_rollouts
 from mopo_fast.ensemble import EnsembleDynamics
@@ -53,7 +55,7 @@ from mopo_fast.policy import Actor
 from mopo_fast.report import write_report
 from mopo_fast.rollout import RolloutEngine
 from mopo_fast.run import checkpoint, log
-from mopo_fast.run.find import find_run_dataset
+from mopo_fast.run.find import find_run_dataset, read_data_config
 from mopo_fast.run.folder import read_config
 from mopo_fast.run.resolve import check_run_data
 from mopo_fast.utils.atomic import read_json
@@ -76,7 +78,7 @@ EXEMPT = {
     "mopo_fast.run.resolve:take_data": "hands data in memory to load_dataset",
     "mopo_fast.run.opening:_named_by_file": "reads a file that load_dataset has read",
     "mopo_fast.run.fit_log:open_fit_log": "opens a new file to write to it",
-    "mopo_fast.run.folder:_ways_on": "reads a config.json that _holds_run has read",
+    "mopo_fast.run.folder:_ways_on": "reads a config.json that holds_run has read",
     "mopo_fast.tasks:resume_command": "takes one text of a config.json, and none where it is damaged",
     "mopo_fast.__main__:_open_closed_streams": "opens /dev/null for a closed stream",
     "mopo_fast.__main__:run": "opens /dev/null for a closed pipe",
@@ -186,7 +188,7 @@ def actor(number: int, obs: int = OBS, act: int = ACT, **options: Any) -> Actor:
 
 # --- Data sets
 
-FILES = ("mopo_fast.data.files:load_file", "mopo_fast.data:load_dataset")
+FILES = ("mopo_fast.data.files:load_file", "mopo_fast.data:_load")
 HDF5 = (
     *("mopo_fast.data.formats:has_hdf5_signature", "mopo_fast.data.hdf5:_open"),
     *("mopo_fast.data.hdf5:_Walk.__init__", *FILES),
@@ -234,6 +236,8 @@ def _make_trajectories(number: int) -> None:
 
 def _make_minari(number: int) -> None:
     minari.write("minari:fuzz/tiny-v0", arrays(number), {"name": "tiny-local", "seed": number})
+    path = Path(minari.path("minari:fuzz/tiny-v0"), "data", "metadata.json")
+    path.write_text(json.dumps(read_json(path) | {"ref_min_score": number, "ref_max_score": 9.5}))
 
 
 def _make_local(number: int) -> None:
@@ -277,11 +281,28 @@ def _load(source: str = "data.hdf5", **options: Any) -> Callable[[], None]:
     return lambda: touch(load_dataset(source, quiet=True, **options))
 
 
+def _load_minari() -> None:
+    str(find_origin("minari:fuzz/tiny-v0"))
+    _load("minari:fuzz/tiny-v0")()
+
+
+def _load_as_run() -> None:
+    find_origin("data.hdf5")
+    touch(load_configured("data.hdf5", DataConfig("offlinerl-kit", max_transitions=20), quiet=True))
+
+
 _DATA = [
     Entry("hdf5", _make_hdf5(), ("data.hdf5",), _load(), HDF5),
     Entry("hdf5 gzip", _make_hdf5(compression="gzip", shuffle=True), ("data.hdf5",), _load(), HDF5),
     Entry("hdf5 next row", _make_hdf5("next_observations", "timeouts"), ("data.hdf5",), _load(), HDF5),
     Entry("hdf5 as d4rl", _make_hdf5("next_observations"), ("data.hdf5",), _load(compat="d4rl"), HDF5),
+    Entry(
+        "hdf5 of a run",
+        _make_hdf5(),
+        ("data.hdf5",),
+        _load_as_run,
+        (*HDF5, "mopo_fast.data.origin:find_origin", "mopo_fast.data:load_configured"),
+    ),
     Entry(
         "hdf5 mapped",
         _make_mapped,
@@ -309,10 +330,11 @@ _DATA = [
         "minari",
         _make_minari,
         ("minari/**/*.hdf5", "minari/**/*.json"),
-        _load("minari:fuzz/tiny-v0"),
+        _load_minari,
         (
-            *("mopo_fast.data.minari:read", "mopo_fast.data.minari:read_object"),
-            "mopo_fast.data.minari:_check_files",
+            *("mopo_fast.data.minari:read", "mopo_fast.data.minari:read_metadata"),
+            *("mopo_fast.data.minari:_check_files", "mopo_fast.data.minari:_all_metadata"),
+            "mopo_fast.data.origin:origin_of",
         ),
     ),
     Entry("local set", _make_local, ("data/*.hdf5",), _load("hopper-random-local"), HDF5),
@@ -674,7 +696,7 @@ def _generate() -> None:
 
 
 def _take_own_data() -> None:
-    data = load_dataset(find_run_dataset("run"), quiet=True)
+    data = load_configured(find_run_dataset("run"), read_data_config("run"), quiet=True)
     check_run_data(Path("run"), data)
     touch(data)
 
@@ -760,7 +782,7 @@ _RUNS = [
         ("run/*.json", "run/*.csv", "run/*.safetensors", "run/checkpoint/*", "run/checkpoint/*", "data.hdf5"),
         _resume,
         (
-            *("mopo_fast.run.folder:check_folder", "mopo_fast.run.folder:_holds_run"),
+            *("mopo_fast.run.folder:check_folder", "mopo_fast.run.folder:holds_run"),
             "mopo_fast.run.checkpoint:load_checkpoint",
             *("mopo_fast.run.folder:is_finished", "mopo_fast.run.folder:lengthen"),
             *("mopo_fast.train:Training.__enter__", "mopo_fast.train:Training.restore"),
@@ -787,14 +809,17 @@ _RUNS = [
         _make_run,
         ("run/config.json", "run/checkpoint/*", "data.hdf5"),
         _take_own_data,
-        ("mopo_fast.run.find:find_run_dataset", "mopo_fast.run.checkpoint:read_data_sha256"),
+        (
+            *("mopo_fast.run.find:find_run_dataset", "mopo_fast.run.find:read_data_config"),
+            "mopo_fast.run.checkpoint:read_data_sha256",
+        ),
     ),
     Entry(
         "train --dynamics-from",
         _make_first,
-        ("first/dynamics.*", "first/fit.json"),
+        ("first/dynamics.*", "first/fit.json", "first/config.json"),
         lambda: _train_on("first"),
-        ("mopo_fast.run.dynamics:read_dynamics",),
+        ("mopo_fast.run.dynamics:read_dynamics", "mopo_fast.run.dynamics:check_same_data"),
     ),
     Entry(
         "sweep rows",
@@ -925,9 +950,7 @@ _SHARDS = [
         _read_shards,
         (*SHARDS, "mopo_fast.data.parquet:open_parquet", "mopo_fast.data.parquet:_walk"),
     ),
-    Entry(
-        "shards as data", _make_shards(), ("out/*",), _load("out"), (*SHARDS, "mopo_fast.data:load_dataset")
-    ),
+    Entry("shards as data", _make_shards(), ("out/*",), _load("out"), (*SHARDS, "mopo_fast.data:_load")),
     Entry("convert shards", _make_shards(), ("out/*",), functools.partial(_convert, "out", "x.npz"), SHARDS),
     Entry(
         "shards verify",

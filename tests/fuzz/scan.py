@@ -17,7 +17,17 @@ _READS = {
         "read_table",
         "ParquetFile",
     ),
-    *("ZipFile", "is_zipfile", "TarFile", "DictReader", "run_path", "load_dataset", "mmap", "urlopen"),
+    *(
+        "ZipFile",
+        "is_zipfile",
+        "TarFile",
+        "DictReader",
+        "run_path",
+        "load_dataset",
+        "load_configured",
+        "mmap",
+        "urlopen",
+    ),
     *("copyfile", "copy2", "copytree", "read_csv", "open_file", "read_file", "read_json", "read_json_as"),
     *("load_tensors", "load_metadata", "load_state", "file_checksum", "iter_lines", "file_digest"),
 }

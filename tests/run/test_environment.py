@@ -166,13 +166,13 @@ def test_data_in_memory_and_files(hopper_data: Path, metadata: Path, config: Tra
 def test_no_other_environment_is_made(
     metadata: Path, config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Gymnasium would import the module that an id names."""
+    """Gymnasium would import the module that an id names. The returns of such a set are not taken either."""
     task = get_task("hopper")
     assert evaluated_in(task, "os:Hopper-v5") is None
-    add(metadata, env_spec=specification("os:Hopper-v5"))
+    add(metadata, env_spec=specification("os:Hopper-v5"), ref_min_score=0, ref_max_score=1)
     run = tmp_path / "run"
     train(config, run, quiet=True)
-    assert read_config(run).env_id is None
+    assert (read_config(run).env_id, read_config(run).reference_returns) == (None, None)
     add(run / "config.json", env_id="os:Hopper-v5")
     assert main(["evaluate", str(run)]) == 2
     assert "'os:Hopper-v5' is no known version of Hopper-v4" in capsys.readouterr().err

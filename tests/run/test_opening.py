@@ -150,8 +150,8 @@ def test_quiet_runs_print_the_warning_alone(
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("backend: ")]
     assert lines == [
         f"warning: the authors tuned no horizon and lambda for hopper mine, so {files / 'hopper-mine.hdf5'}"
-        " gets horizon 5 and lambda 1, the pair that is tuned most often; other values may score far higher:"
-        " set --horizon and --penalty-coef, or try some with `mopo-fast sweep`"
+        " gets horizon 5 and lambda 1, which is tuned most often elsewhere; other values may score far"
+        " higher: set --horizon and --penalty-coef, or try some with `mopo-fast sweep`"
     ]
 
 

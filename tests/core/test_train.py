@@ -534,7 +534,7 @@ def test_actions_in_other_units_are_refused(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = load_dataset(config.dataset, quiet=True)
-    monkeypatch.setattr("mopo_fast.run.resolve.load_dataset", lambda *_, **__: data)
+    monkeypatch.setattr("mopo_fast.run.resolve.load_configured", lambda *_, **__: data)
     for action in (-2.5, 1.01):
         data.actions[3, 1] = action
         with pytest.raises(

@@ -21,7 +21,7 @@ from places import ROOT
 
 from mopo_fast.cli import main
 from mopo_fast.config import TrainConfig
-from mopo_fast.data import Transitions, load_dataset
+from mopo_fast.data import Transitions, load_configured, load_dataset
 from mopo_fast.errors import InputError
 from mopo_fast.run.log import COLUMNS
 from mopo_fast.run.population import train_many
@@ -107,7 +107,7 @@ class TestDataInMemory:
         begin = SAC.begin
 
         def load(*arguments: Any, **options: Any) -> Transitions:
-            data = load_dataset(*arguments, **options)
+            data = load_configured(*arguments, **options)
             loaded.append(weakref.ref(data))
             return data
 
@@ -116,7 +116,7 @@ class TestDataInMemory:
             freed.append(all(data() is None for data in loaded))
             return begin(*arguments)
 
-        monkeypatch.setattr("mopo_fast.run.resolve.load_dataset", load)
+        monkeypatch.setattr("mopo_fast.run.resolve.load_configured", load)
         monkeypatch.setattr(SAC, "begin", recorded)
         configs = [dataclasses.replace(CONFIG, dataset=hopper_data, seed=seed) for seed in range(runs)]
         if runs == 1:

@@ -41,6 +41,10 @@ from mopo_fast.utils.tensors import load_into
 # takes effect later.
 _UPDATES_AT_ONCE = 100
 METRICS = ("critic_loss", "actor_loss", "alpha_loss", "q", "alpha", "entropy")
+# Values of `SAC.measure`.
+MEASURES = ("q_std", "td_error_real", "td_error_model", "log_std", "saturation")
+# Size of an action from which on it counts as saturated.
+_SATURATED = 0.99
 
 
 @dataclass(frozen=True, eq=False)
@@ -382,13 +386,64 @@ class SAC:
             InputError: a mean is not finite.
         """
         means = {name: value / updates for name, value in zip(METRICS, total, strict=False)}
-        for name, value in means.items():
+        return self._checked(means)
+
+    @torch.no_grad()
+    def measure(self, data: Transitions, model_buffer: RingBuffer, rows: int, seed: int) -> dict[str, float]:
+        """Measure the networks as they are, on rows drawn from the data set and from the model.
+
+        Nothing changes: neither the parameters nor the random numbers of an update. The cost is that of the
+        forward passes on 2 * `rows` transitions.
+
+        Args:
+            data: the data set.
+            model_buffer: transitions made in the model.
+            rows: number of rows to draw from each of the two.
+            seed: key of the random numbers, 0 <= seed < 2^64.
+
+        Returns:
+            The values of `MEASURES`. q_std is the standard deviation over all rows of Q, the mean over the
+            critics. A TD error is the mean of |Q - target| over the rows of one source and the critics.
+            log_std is the mean log standard deviation of the policy over rows and dimensions, saturation the
+            share of its sampled actions' entries that are larger than 0.99 in size.
+
+        Raises:
+            InputError: a value is not finite, or there are no rows to draw from.
+        """
+        self._check_sources(data, model_buffer)
+        if not len(data) or not len(model_buffer):
+            raise InputError(
+                f"rows of both sources are measured, but there are {len(data)} real and {len(model_buffer)}"
+                " model rows"
+            )
+        real, model = (_learnable(some, self.log_alpha.dtype) for some in (data, model_buffer.storage))
+        draws = Draws(real, model, (len(data), len(model_buffer)), (rows, rows), 1, seed)
+        *drawn, noise, next_noise = (array[0] for array in self._draw(draws, 0, 1))
+        learned_from: dict[str, Any] = dict(zip(DATA_ARRAYS, drawn, strict=True))
+        batch = Transitions(**learned_from)
+        target = self._target_q(batch, next_noise, self.alpha)
+        q = self.critic(batch.observations, batch.actions, self._network)
+        mean, log_std = self.actor(batch.observations, self._network)
+        actions = torch.tanh(mean + log_std.exp() * noise)
+        # In float64 no sum overflows.
+        errors = (q.double() - target.double()).abs().mean(dim=0)
+        values = [
+            q.double().mean(dim=0).std(correction=0),
+            *(some.mean() for some in errors.split(rows)),
+            log_std.double().mean(),
+            (actions.abs() > _SATURATED).double().mean(),
+        ]
+        return self._checked(dict(zip(MEASURES, torch.stack(values).tolist(), strict=True)))
+
+    def _checked(self, values: dict[str, float]) -> dict[str, float]:
+        """Return `values`, or raise `InputError` where one is not finite."""
+        for name, value in values.items():
             if not math.isfinite(value):
                 raise InputError(
                     f"SAC diverged before update {self.updates}: {name} is not finite;"
                     " lower the learning rates or raise the penalty coefficient"
                 )
-        return means
+        return values
 
     def _check_sources(self, data: Transitions, model_buffer: RingBuffer) -> None:
         real, model = self.batch_rows

@@ -144,8 +144,13 @@ def _fit(job: Job) -> None:
 
 
 def _train(job: Job) -> None:
+    from ray import tune
+
+    def report(row: dict[str, Any]) -> None:
+        tune.report({name: value for name, value in row.items() if value is not None})
+
     config, folder, memory_map = job
-    train(config, folder, resume=True, memory_map=memory_map, quiet=True)
+    train(config, folder, resume=True, memory_map=memory_map, quiet=True, on_epoch=report)
 
 
 def _tune(task: Callable[[Job], None], jobs: list[Job], config: TrainConfig, what: str, quiet: bool) -> None:

@@ -40,14 +40,14 @@ from mopo_fast.run.folder import (
     write_config,
     write_summary,
 )
-from mopo_fast.run.log import Clock, Log, Pending
+from mopo_fast.run.log import PENALTY_COLUMNS, Clock, Log, Pending
 from mopo_fast.run.opening import open_runs
 from mopo_fast.run.resolve import load_data, make_engine, make_sac, place_data, resolve, take_data
 from mopo_fast.tasks import Task
 from mopo_fast.utils.lock import locked
 from mopo_fast.utils.machine import resolve_threads
 from mopo_fast.utils.progress import Bar, progress_bar
-from mopo_fast.utils.seeds import EVALUATE, ROLLOUT, START, derive_seed
+from mopo_fast.utils.seeds import EVALUATE, MEASURE, ROLLOUT, START, derive_seed
 from mopo_fast.utils.seeds import SAC as SAC_SEED
 from mopo_fast.utils.tensors import load_into
 
@@ -57,6 +57,9 @@ _PARTS = {"rollout": 0.33, "sac": 0.5, "evaluate": 0.17}
 _MODEL_STARTS = 1000
 # Number of start states whose rollouts are penalised for the mean penalty where no reward needs it.
 _PENALISED_STARTS = 2000
+# Numbers of rows that are measured once an epoch, far fewer than the updates of an epoch learn from.
+_MEASURED_PENALTIES, _MEASURED_ROWS = 4096, 1024
+_QUANTILES = (0.5, 0.9, 0.99)
 
 
 def train(
@@ -224,7 +227,7 @@ class Training:
         self.policies[self.epoch] = self._policy()
         with self.clock("rollout"):
             rows = self._fill_buffer(self.sac.actor, self.epoch)
-            self._mean_penalty = self._average_penalty(rows)
+            self._penalty = self._describe_penalties(rows)
         self.rollouts.append(Rollout(self.epoch, head, len(rows)))
         # Keep every rollout with rows in the buffer: repeated in order, they restore it.
         while sum(rollout.rows for rollout in self.rollouts[1:]) >= self.buffer.capacity:
@@ -253,11 +256,12 @@ class Training:
             "updates": self.sac.updates,
             **metrics,
             "rows": len(rows),
-            "penalty": self._mean_penalty,
+            **self._penalty,
             "raw_reward": rows.raw_rewards.mean().item(),
             "terminal_share": rows.terminals.float().mean().item(),
             "non_finite": rows.info["non_finite"],
             "buffer_size": self.buffer.size,
+            **self.sac.measure(self.data, self.buffer, _MEASURED_ROWS, self._measure_seed()),
         }
         pending = Pending(row)
         if self.epoch == self.config.epochs or self.epoch % self.config.evaluation.interval == 0:
@@ -375,15 +379,32 @@ class Training:
             )
         return rows
 
-    def _average_penalty(self, rows: Transitions) -> float:
-        """Return the mean penalty of an epoch's rollouts, from some of its start states if none is stored."""
+    def _describe_penalties(self, rows: Transitions) -> dict[str, float]:
+        """Return the mean penalty of an epoch's rollouts, quantiles of it, and its share of the reward.
+
+        They are from some of the start states if no penalties are stored. Quantiles are those of a sample.
+        With the mean penalty u and the mean |r| of the model's rewards, the share is
+        lambda * u / (lambda * u + |r|).
+        """
+        size = rows.raw_rewards.abs().mean().item() if rows.raw_rewards is not None else 0.0
         if rows.penalties is None:
             count = min(_PENALISED_STARTS, self.config.rollout.batch_size)
             ring = RingBuffer(count * self.horizon, rows.obs_dim, rows.act_dim, self.config.device)
             # The same start states and random numbers: the same transitions.
             rows = self._rollouts_of(self.sac.actor, self.epoch, count, ring)
         assert rows.penalties is not None
-        return rows.penalties.mean().item()
+        mean = rows.penalties.mean().item()
+        numbers = torch.arange(_MEASURED_PENALTIES, device=rows.device)
+        drawn = random_choice(numbers, 0, BATCH_STREAM, len(rows), self._measure_seed())
+        sample = rows.penalties[drawn].double()
+        quantiles = torch.quantile(sample, sample.new_tensor(_QUANTILES)).tolist()
+        lost = self.engine.penalty_coef * mean
+        share = lost / (lost + size) if lost else 0.0
+        return {"penalty": mean, **dict(zip(PENALTY_COLUMNS, [*quantiles, share], strict=True))}
+
+    def _measure_seed(self) -> int:
+        """Return the seed of what is measured in this epoch, which training does not use."""
+        return derive_seed(self.config.seed, MEASURE, self.epoch)
 
     def _rollouts_of(self, policy: Actor, epoch: int, count: int, out: RingBuffer) -> Transitions:
         """Make the model rollouts of the first `count` start states of `epoch`."""

@@ -24,7 +24,7 @@ from mopo_fast.config import RunConfig
 from mopo_fast.errors import InputError
 from mopo_fast.evaluate import Evaluation
 from mopo_fast.run.folder import SpentSeconds, shorten
-from mopo_fast.run.log import COLUMNS, EVALUATION_COLUMNS
+from mopo_fast.run.log import COLUMNS, EVALUATION_COLUMNS, LATER_COLUMNS
 from mopo_fast.utils.atomic import parse_json_as
 from mopo_fast.utils.kinds import Count, Number
 from mopo_fast.utils.tensors import load_metadata, load_tensors, save_tensors
@@ -221,7 +221,9 @@ def _check_state(path: Path, state: State, config: RunConfig) -> None:
     names = COLUMNS.keys() - set(EVALUATION_COLUMNS)
     for epoch, (row, _) in enumerate(state.pending, start=1 + state.epoch - len(state.pending)):
         expected = epoch, config.updates_after(epoch)
-        if row.keys() != names or (row["epoch"], row["updates"]) != expected or epoch < 1:
+        # An earlier version left rows without `LATER_COLUMNS`.
+        known = row.keys() in (names, names - set(LATER_COLUMNS))
+        if not known or (row["epoch"], row["updates"]) != expected or epoch < 1:
             raise InputError(f"{path}: its rows of progress.csv do not follow one another")
     if state.epoch == config.epochs and not (state.evaluation or (state.pending and state.pending[-1][1])):
         raise InputError(f"{path} lacks the evaluation of the last policy")

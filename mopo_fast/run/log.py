@@ -18,12 +18,17 @@ import torch
 
 from mopo_fast.errors import InputError
 from mopo_fast.evaluate import Evaluation
-from mopo_fast.sac import METRICS
+from mopo_fast.sac import MEASURES, METRICS
 from mopo_fast.utils.atomic import atomic_path
 from mopo_fast.utils.board import Board
 
 # Columns of progress.csv that an evaluation fills.
 EVALUATION_COLUMNS = ("score_mean", "score_std", "return_mean", "return_std", "scored_by")
+
+# Columns of progress.csv that describe the penalties of an epoch's rollouts.
+PENALTY_COLUMNS = ("penalty_q50", "penalty_q90", "penalty_q99", "penalty_share")
+# Columns that runs of earlier versions lack.
+LATER_COLUMNS = (*PENALTY_COLUMNS, *MEASURES)
 
 # Columns of progress.csv, each with its group of curves in TensorBoard; "" keeps a column out of TensorBoard.
 COLUMNS = {
@@ -36,6 +41,8 @@ COLUMNS = {
     **dict.fromkeys(
         ("rows", "penalty", "raw_reward", "terminal_share", "non_finite", "buffer_size"), "rollout"
     ),
+    **dict.fromkeys(PENALTY_COLUMNS, "rollout"),
+    **dict.fromkeys(MEASURES, "sac"),
 }
 
 # Most rows that wait for an evaluation; the training waits where there would be more.
@@ -97,6 +104,8 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 def cut_back(path: Path, epochs: int) -> None:
     """Remove all rows of progress.csv after the first `epochs` ones.
 
+    Rows of an earlier version, which had no `LATER_COLUMNS`, get them without values.
+
     Raises:
         InputError: the file does not hold the rows of these epochs.
     """
@@ -105,14 +114,17 @@ def cut_back(path: Path, epochs: int) -> None:
         return
     kept = _whole_lines(path)[: 1 + epochs]
     header, *rows = _parse(path, kept) or [[]]
-    found = [row[0] for row in rows if len(row) == len(COLUMNS)]
-    if header != list(COLUMNS) or found != [str(1 + epoch) for epoch in range(epochs)]:
+    found = [row[0] for row in rows if len(row) == len(header)]
+    earlier = [name for name in COLUMNS if name not in LATER_COLUMNS]
+    if header not in (list(COLUMNS), earlier) or found != [str(1 + epoch) for epoch in range(epochs)]:
         raise InputError(
             f"{path} does not hold epochs 1 to {epochs}, which came before the checkpoint; restore the file,"
             " or delete the run's folder to train from the start"
         )
-    with atomic_path(path) as temporary:
-        temporary.write_text("".join(kept), newline="")
+    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        writer.writerows(row + [""] * (len(COLUMNS) - len(row)) for row in rows)
 
 
 def _whole_lines(path: Path) -> list[str]:
@@ -211,7 +223,8 @@ class Log:
                 self.evaluated = first.row["epoch"]
             row = first.row | {name: getattr(found, name, None) for name in EVALUATION_COLUMNS}
             row["scored_by"] = self.scored_by if found else None
-            row = {name: row[name] for name in COLUMNS}
+            # A row that an earlier version left waiting has no `LATER_COLUMNS`.
+            row = {name: row.get(name) for name in COLUMNS}
             append_row(self.out / "progress.csv", row)
             log_row(self.board, row)
             del self.pending[0]

@@ -12,9 +12,10 @@ import pytest
 from places import HELPERS, ROOT
 from small_shards import content
 
-from mopo_fast import InputError
+from mopo_fast import InputError, sweep
 from mopo_fast.bulk import cluster
 from mopo_fast.bulk.cluster import connected
+from mopo_fast.config import RunConfig
 
 
 def start(*command: Any, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -118,3 +119,16 @@ def test_a_sweep(hopper_data: Path, tmp_path: Path) -> None:
         assert path.parent == folder or path.stat().st_mtime_ns == time
     broken = start(*command[:-2], "--evaluation.episodes", 1, "--sac.discount", 0.5)
     assert broken.returncode == 2 and "was made with sac.discount = 0.99, not 0.5" in broken.stderr
+
+
+def test_each_epoch_is_reported_to_tune(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tune = pytest.importorskip("ray.tune")
+    told: list[dict[str, Any]] = []
+
+    def train(config: Any, out: Path, *, on_epoch: Any, **options: Any) -> None:
+        on_epoch({"epoch": 1, "q_std": 0.5, "score_mean": None})
+
+    monkeypatch.setattr(tune, "report", told.append)
+    monkeypatch.setattr(sweep, "train", train)
+    sweep._train((RunConfig("data"), tmp_path, False))
+    assert told == [{"epoch": 1, "q_std": 0.5}]

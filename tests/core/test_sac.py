@@ -239,6 +239,57 @@ def test_metrics_of_actor_first() -> None:
     assert metrics["q"] == pytest.approx(q.mean().item(), rel=1e-5)
 
 
+class TestMeasure:
+    def test_values_equal_those_by_hand(self) -> None:
+        """One row of each source leaves nothing to chance, and a narrow policy acts by its mean."""
+        config = dataclasses.replace(CONFIG, entropy_backup=False, log_std_min=-20.0, log_std_max=-19.0)
+        sac = SAC(OBS, ACT, config, seed=3)
+        with torch.no_grad():
+            sac.actor.biases[-1][0] = 4.0
+            sac.actor.biases[-1][ACT:] = -50.0
+            for target in sac.target.parameters():
+                target.mul_(1.3)
+        data, buffer = transitions(1, seed=1), filled(1)
+        rows = [data, buffer.storage[:1]]
+        q = [sac.critic(row.observations, row.actions) for row in rows]
+        errors = []
+        for row, value in zip(rows, q, strict=True):
+            action = torch.tanh(sac.actor(row.next_observations)[0])
+            least = sac.target(row.next_observations, action).min(0).values
+            target = row.rewards + config.discount * (~row.terminals) * least
+            errors.append((value - target).abs().mean().item())
+        found = sac.measure(data, buffer, 50, seed=9)
+        real, model = (value.mean().item() for value in q)
+        assert found["q_std"] == pytest.approx(abs(real - model) / 2, rel=1e-5)
+        assert found["td_error_real"] == pytest.approx(errors[0], rel=1e-5)
+        assert found["td_error_model"] == pytest.approx(errors[1], rel=1e-5)
+        assert errors[0] != pytest.approx(errors[1], rel=0.05)
+        assert found["log_std"] == -20.0
+        assert found["saturation"] == 0.5
+
+    def test_the_seed_decides(self) -> None:
+        sac, data, buffer = SAC(OBS, ACT, CONFIG), transitions(40, seed=1), filled(30)
+        state = {name: value.clone() for name, value in sac.state().items()}
+        torch.manual_seed(0)
+        before = torch.get_rng_state()
+        first, again, other = (sac.measure(data, buffer, 8, seed) for seed in (1, 1, 2))
+        assert first == again != other
+        assert torch.equal(before, torch.get_rng_state())
+        assert all(torch.equal(value, sac.state()[name]) for name, value in state.items())
+
+    def test_both_sources_are_needed(self) -> None:
+        sac = SAC(OBS, ACT, dataclasses.replace(CONFIG, real_ratio=1.0))
+        with pytest.raises(InputError, match="3 real and 0 model rows"):
+            sac.measure(transitions(3, seed=1), RingBuffer(5, OBS, ACT), 8, 0)
+
+    def test_a_value_that_is_not_finite(self) -> None:
+        sac = SAC(OBS, ACT, CONFIG)
+        with torch.no_grad():
+            sac.critic.biases[-1].fill_(math.inf)
+        with pytest.raises(InputError, match=r"SAC diverged before update 0: .* is not finite"):
+            sac.measure(transitions(3, seed=1), filled(5), 8, 0)
+
+
 def test_learns_the_value_of_a_constant_reward() -> None:
     config = dataclasses.replace(CONFIG, discount=0.5, polyak=0.5, critic_learning_rate=1e-2, real_ratio=1.0)
     sac = SAC(OBS, ACT, config)

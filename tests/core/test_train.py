@@ -27,13 +27,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.collect import collect
 from mopo_fast.config import TrainConfig
-from mopo_fast.data import load_dataset
+from mopo_fast.data import Transitions, load_dataset
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.evaluate import Evaluator, evaluate
 from mopo_fast.fit import data_sha256, read_fit
 from mopo_fast.policy import Actor
-from mopo_fast.run.log import COLUMNS, EVALUATION_COLUMNS
+from mopo_fast.run.log import COLUMNS, EVALUATION_COLUMNS, LATER_COLUMNS, PENALTY_COLUMNS, append_row
 from mopo_fast.run.population import train_many
 from mopo_fast.run.resolve import make_engine, resolve
 from mopo_fast.tasks import BOXES, TASKS
@@ -591,6 +591,10 @@ def test_without_penalty(
     def penalties(name: str) -> tuple[list[float], list[dict[str, str]]]:
         train_alone(config, tmp_path / name)
         table = progress(tmp_path / name)
+        for row in table:
+            assert row["penalty_share"] == "0.0"
+            for quantile in PENALTY_COLUMNS[:3]:
+                assert float(row.pop(quantile)) > 0
         return [float(row.pop("penalty")) for row in table], table
 
     of_all, table = penalties("all")
@@ -601,6 +605,86 @@ def test_without_penalty(
     assert of_all == stored and table == same == stored_table
     assert of_some == pytest.approx(stored, rel=0.2) and of_some != stored
     assert_same_results(tmp_path / "all", tmp_path / "stored")
+
+
+def test_what_is_measured_changes_nothing(
+    finished: Path, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run without its measurements, and the run that measures other rows, has the same parameters."""
+    config = dataclasses.replace(config, dynamics_from=str(finished))
+    train_alone(config, tmp_path / "with")
+    monkeypatch.setattr("mopo_fast.train._MEASURED_ROWS", 3)
+    monkeypatch.setattr("mopo_fast.train._MEASURED_PENALTIES", 5)
+    train_alone(config, tmp_path / "less")
+    monkeypatch.setattr("mopo_fast.sac.SAC.measure", lambda *_: {})
+    monkeypatch.setattr(Training, "_describe_penalties", lambda *_: {"penalty": 1.0})
+    train_alone(config, tmp_path / "without")
+    checkpoints = [
+        load_file(tmp_path / name / "checkpoint" / "epoch-000003.safetensors")
+        for name in ("with", "less", "without")
+    ]
+    assert checkpoints[0].keys() == checkpoints[1].keys() == checkpoints[2].keys()
+    for name, tensor in checkpoints[0].items():
+        assert all(torch.equal(tensor, other[name]) for other in checkpoints[1:]), name
+    measured = [[row[name] for name in LATER_COLUMNS] for row in rows(tmp_path / "with")]
+    assert all(math.isfinite(float(value)) for row in measured for value in row)
+    assert measured != [[row[name] for name in LATER_COLUMNS] for row in rows(tmp_path / "less")]
+    assert not any(row[name] for row in rows(tmp_path / "without") for name in LATER_COLUMNS)
+    for own, other in zip(rows(tmp_path / "with"), rows(tmp_path / "without"), strict=True):
+        for name in COLUMNS.keys() - {*LATER_COLUMNS, "penalty"}:
+            assert name.startswith("seconds") or own[name] == other[name]
+
+
+def test_penalties_are_described(finished: Path, config: TrainConfig, tmp_path: Path) -> None:
+    resolved, task = resolve(config)
+    data = load_dataset(config.dataset, quiet=True)
+    shutil.copytree(finished, tmp_path / "run")
+    training = Training(resolved, task, tmp_path / "run", data, data_sha256(data), Evaluator(), 0.0)
+    values = torch.linspace(0.0, 100.0, 10_001)
+    made = Transitions(
+        *(torch.zeros(10_001, 1) for _ in range(2)),
+        torch.zeros(10_001),
+        torch.zeros(10_001, 1),
+        torch.zeros(10_001, dtype=torch.bool),
+        raw_rewards=torch.tensor([-3.0, 1.0]).repeat(5001)[:10_001],
+        penalties=values,
+    )
+    found = training._describe_penalties(made)
+    assert found["penalty"] == pytest.approx(50.0)
+    assert [found[name] for name in PENALTY_COLUMNS[:3]] == pytest.approx([50, 90, 99], abs=2.5)
+    # The mean penalty is 50 with lambda 1, the mean size of the rewards is 2.
+    assert found["penalty_share"] == pytest.approx(50 / 52, rel=1e-3)
+
+
+def test_a_run_of_an_earlier_version_goes_on(
+    finished: Path, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows, and those that wait for an evaluation, lack the later columns."""
+    run = tmp_path / "run"
+    config = dataclasses.replace(config, steps=30, dynamics_from=str(finished))
+    train_alone(config, run)
+    (run / "summary.json").unlink()
+    earlier = [name for name in COLUMNS if name not in LATER_COLUMNS]
+    first, second, third = rows(run)
+    (run / "progress.csv").unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr("mopo_fast.run.log.COLUMNS", dict.fromkeys(earlier, ""))
+        append_row(run / "progress.csv", {name: first[name] for name in earlier})
+    assert (run / "progress.csv").read_text().splitlines()[0] == ",".join(earlier)
+    checkpoint = run / "checkpoint" / "epoch-000003.safetensors"
+    tensors, metadata = read_tensors(checkpoint)
+    state = json.loads(metadata["state"])
+    own = [name for name in earlier if name not in EVALUATION_COLUMNS]
+    state["pending"] = [[{name: float(row[name]) for name in own}, False] for row in (second, third)]
+    for row, _ in state["pending"]:
+        row |= {name: int(row[name]) for name in ("epoch", "updates", "rows", "non_finite", "buffer_size")}
+    save_file(tensors, checkpoint, {"state": json.dumps(state)})
+    train_alone(dataclasses.replace(config, steps=40), run)
+    after = rows(run)
+    assert list(after[0]) == list(COLUMNS) and [row["epoch"] for row in after] == ["1", "2", "3", "4"]
+    for row, before in zip(after, (first, second, third), strict=False):
+        assert row["q"] == before["q"] and not any(row[name] for name in LATER_COLUMNS)
+    assert all(float(after[3][name]) or name == "saturation" for name in LATER_COLUMNS)
 
 
 def test_diverging_training_says_so(finished: Path, config: TrainConfig, tmp_path: Path) -> None:

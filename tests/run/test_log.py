@@ -11,7 +11,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mopo_fast.errors import InputError
-from mopo_fast.run.log import COLUMNS, append_row, cut_back, read_rows
+from mopo_fast.run.log import COLUMNS, LATER_COLUMNS, append_row, cut_back, read_rows
 from mopo_fast.utils.board import Board, event_files
 
 
@@ -35,6 +35,22 @@ def test_rows_are_cut_back(progress: Path) -> None:
     cut_back(progress, 0)
     cut_back(progress, 0)
     assert not progress.exists()
+
+
+def test_rows_of_an_earlier_version_get_the_later_columns(
+    progress: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    earlier = [name for name in COLUMNS if name not in LATER_COLUMNS]
+    lines = [line.split(",")[: len(earlier)] for line in progress.read_text().splitlines()]
+    progress.write_text("".join(",".join(line) + "\n" for line in lines))
+    assert list(read_rows(progress)[0]) == earlier
+    cut_back(progress, 2)
+    append_row(progress, row(3))
+    first, second, third = read_rows(progress)
+    assert list(first) == list(COLUMNS)
+    assert {first[name] for name in earlier} == {"1"} and {second[name] for name in earlier} == {"2"}
+    assert {second[name] for name in LATER_COLUMNS} == {""}
+    assert {third[name] for name in LATER_COLUMNS} == {"3"}
 
 
 def test_a_line_cut_short_by_a_full_disk_is_left_out(progress: Path) -> None:

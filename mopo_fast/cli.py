@@ -18,7 +18,6 @@ import logging
 import operator
 import os
 import re
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
@@ -382,6 +381,7 @@ def train(
     The folder RUN receives the policy, the ensemble, learning curves, a checkpoint and report.html.
 
     At the end the policy's return in MuJoCo is printed, and its normalised score where the task has one.
+    Several runs are compared too, as by `mopo-fast report`.
 
     Hyperparameters are those of MOPO's authors, Yu et al. (2020), unless you set them or choose a preset.
 
@@ -443,7 +443,7 @@ def train(
         print(_outcome(summary))
         print(folder)
     if len(summaries) > 1:
-        print(_outcome_of_all(summaries))
+        _compare(outs, out or Path("runs", f"{_short_name(config.dataset)}-comparison"))
 
 
 def sweep(
@@ -460,7 +460,8 @@ def sweep(
 ) -> None:
     """Train every combination of seeds, penalty coefficients and horizons on Ray Tune.
 
-    The folder DIR receives the folder of each run, a table and a plot of all scores: sweep.csv, sweep.png.
+    The folder DIR receives the folder of each run, a table of all scores, sweep.csv, and the comparison of
+    the runs that `mopo-fast report DIR` writes, comparison.html.
 
     The ensemble is fitted once for each seed. The same command continues a sweep that was stopped.
 
@@ -485,7 +486,7 @@ def sweep(
     _check_settings(config)
     combined = parse_seeds(seeds)
     check_runs(combined, penalty_coefs, horizons)
-    from mopo_fast.sweep import sweep, to_table
+    from mopo_fast.sweep import sweep
 
     folder = out or Path("runs", f"{_short_name(config.dataset)}-sweep")
     try:
@@ -501,8 +502,8 @@ def sweep(
         )
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped; the same command goes on") from None
-    Console().print(to_table(rows))
-    print(f"{folder / 'sweep.csv'}, {folder / 'sweep.png'}")
+    print(folder / "sweep.csv")
+    _compare([folder / row["run"] for row in rows], folder)
 
 
 def _short_name(dataset: str) -> str:
@@ -913,21 +914,67 @@ def bench(
         write_roofline(plot, rows)
 
 
-def report(run: Run) -> None:
-    """Write the report of a run again: report.html and its pictures, in the run's folder.
+def report(
+    runs: Annotated[tuple[Path, ...], Positional, arg(metavar="RUN ...")],
+    *,
+    out: Annotated[Path | None, flag("the folder given, else runs/comparison", "DIR")] = None,
+    json: Switch = False,
+) -> None:
+    """Write the report of a run again, or compare many runs.
+
+    One run gets report.html and its pictures, in its own folder.
+
+    Several runs, or a folder that holds some, are compared in comparison.html and its pictures: learning
+    curves, a mean with its interval for each group, and differences within each seed.
+
+    Runs are grouped by their settings apart from the seed. The value of a run is the mean of its last ten
+    evaluations.
 
     Args:
-        run: Folder of the run.
+        runs: Folder of a run; or several, or folders that hold runs at any depth.
+        out: Folder for the comparison.
+        json: Print the comparison as JSON, with each run's own values, in place of tables.
 
     Examples:
         mopo-fast report runs/hopper-medium-v2-seed0
+        mopo-fast report runs/hopper
+        mopo-fast report runs/lambda0 runs/lambda1 --out compared
     """
-    from mopo_fast.run.find import REPORTED, check_run
+    from mopo_fast.run.find import REPORTED, check_run, holds_files
 
-    check_run(run, files=REPORTED)
-    from mopo_fast.report import write_report
+    if not runs:
+        raise InputError("report needs a RUN; give the folder of a run, or of several")
+    if len(runs) == 1 and (holds_files(runs[0], REPORTED) or not runs[0].is_dir()):
+        check_run(runs[0], files=REPORTED)
+        if out is not None or json:
+            raise InputError(
+                f"--out and --json are for comparing runs, and {runs[0]} is one run; give more, or leave them"
+                " out"
+            )
+        from mopo_fast.report import write_report
 
-    print(write_report(run))
+        print(write_report(runs[0]))
+        return
+    _compare(runs, out or (runs[0] if len(runs) == 1 else Path("runs", "comparison")), json=json)
+
+
+def _compare(runs: Sequence[Path], out: Path, *, json: bool = False) -> None:
+    """Compare runs, print the comparison, and write its page to `out`."""
+    from mopo_fast.compare import compare_runs, to_json, to_tables, write_comparison
+
+    comparison = compare_runs(runs)
+    page = write_comparison(comparison, out)
+    if json:
+        print(json_format.dumps(to_json(comparison)))
+        return
+    terminal = sys.stdout.isatty()
+    # A pipe gets whole lines, whatever their length.
+    shown = Console() if terminal else Console(width=10_000)
+    for table in to_tables(comparison, plain=not terminal):
+        shown.print(table)
+    for note in comparison.notes:
+        print(printable(note))
+    print(page)
 
 
 def doctor(*, json: Switch = False) -> None:
@@ -977,21 +1024,6 @@ def _outcome(values: dict[str, Any]) -> str:
     if values["score_mean"] is not None:
         line += f", normalised score {values['score_mean']:.2f} +- {values['score_std']:.2f}"
     return line + (", by the model itself" if values.get("scored_by") == "model" else "")
-
-
-def _outcome_of_all(summaries: Sequence[dict[str, Any]]) -> str:
-    """Describe the mean and standard deviation over the seeds for each penalty coefficient."""
-    lines = []
-    for coef in dict.fromkeys(summary["penalty_coef"] for summary in summaries):
-        group = [summary for summary in summaries if summary["penalty_coef"] == coef]
-        values: dict[str, Any] = {}
-        for name in ("return", "score"):
-            means = [summary[f"{name}_mean"] for summary in group]
-            known = None not in means
-            values[f"{name}_mean"] = statistics.fmean(means) if known else None
-            values[f"{name}_std"] = statistics.pstdev(means) if known else None
-        lines.append(f"penalty coefficient {coef:g}, {len(group)} seeds: {_outcome(values)}")
-    return "\n".join(lines)
 
 
 def _commands(argv: Sequence[str]) -> dict[str, Callable[..., None]]:

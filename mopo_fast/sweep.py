@@ -1,7 +1,7 @@
 """Trainings of many seeds, penalty coefficients and horizons on Ray Tune.
 
 The ensemble is fitted once for each seed. Every run has a folder of its own, as `train` makes it, so the same
-call continues a sweep that was stopped. A table and a plot of all scores are written at the end.
+call continues a sweep that was stopped. A table of all scores is written at the end.
 """
 
 import contextlib
@@ -9,13 +9,10 @@ import csv
 import dataclasses
 import io
 import os
-import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-from rich.table import Table
 
 from mopo_fast.bulk.cluster import connected
 from mopo_fast.config import RunConfig, TrainConfig, check_runs
@@ -28,11 +25,9 @@ from mopo_fast.run.resolve import resolve
 from mopo_fast.train import train
 from mopo_fast.utils.atomic import atomic_path
 from mopo_fast.utils.lock import locked
-from mopo_fast.utils.pictures import BLUE, GREEN, GREY, ORANGE, blank_axes, look
 from mopo_fast.utils.progress import progress_bar
 
 _COLUMNS = ("seed", "horizon", "penalty_coef", "return_mean", "return_std", "score_mean", "score_std", "run")
-COLORS = (BLUE, ORANGE, GREEN, GREY)
 Rows = list[dict[str, Any]]
 
 
@@ -82,8 +77,8 @@ def sweep(
     Args:
         config: settings of all runs. `threads` is that of one run, by default 1. With `dynamics_from` nothing
             is fitted.
-        out: folder that receives a folder for each run, a folder for the fit of each seed, sweep.csv and
-            sweep.png. On a cluster every machine must see it.
+        out: folder that receives a folder for each run, a folder for the fit of each seed, and sweep.csv. On
+            a cluster every machine must see it.
         seeds: seeds to combine. Here and below an empty sequence stands for the config's own value.
         penalty_coefs: penalty coefficients to combine.
         horizons: horizons to combine.
@@ -118,10 +113,12 @@ def sweep(
         for name, one in configs.items():
             check_folder(out / name, one, resume=True)
         runs = [(one, out / name, memory_map) for name, one in configs.items()]
-        _tune(_train, [run for run in runs if not is_finished(run[1], run[0])], config, "runs", quiet)
+        try:
+            _tune(_train, [run for run in runs if not is_finished(run[1], run[0])], config, "runs", quiet)
+        except InputError as error:
+            raise InputError(f"{error}\n`mopo-fast report {out}` compares the finished ones.") from error
         rows = [_row(one, out / name) for name, one in configs.items()]
         _write_csv(out / "sweep.csv", rows)
-        _write_plot(out / "sweep.png", rows)
     return rows
 
 
@@ -228,62 +225,3 @@ def _write_csv(path: Path, rows: Rows) -> None:
         writer = csv.DictWriter(file, _COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-
-
-def over_seeds(rows: Rows) -> Rows:
-    """Compute the mean and standard deviation over the seeds for each horizon and coefficient.
-
-    They are those of the score, or of the return if a run has no score; `metric` says which.
-    """
-    metric = "return" if any(row["score_mean"] is None for row in rows) else "score"
-    groups: dict[tuple[int, float], list[float]] = {}
-    for row in rows:
-        groups.setdefault((row["horizon"], row["penalty_coef"]), []).append(row[f"{metric}_mean"])
-    return [
-        {
-            "horizon": horizon,
-            "penalty_coef": coef,
-            "seeds": len(values),
-            "metric": metric,
-            "mean": statistics.fmean(values),
-            "std": statistics.pstdev(values),
-        }
-        for (horizon, coef), values in sorted(groups.items())
-    ]
-
-
-def to_table(rows: Rows) -> Table:
-    """Format `over_seeds(rows)` as a table for a terminal."""
-    table = Table("horizon", "penalty coefficient", "seeds", over_seeds(rows)[0]["metric"])
-    for group in over_seeds(rows):
-        outcome = f"{group['mean']:.2f} ± {group['std']:.2f}"
-        table.add_row(str(group["horizon"]), f"{group['penalty_coef']:g}", str(group["seeds"]), outcome)
-    return table
-
-
-def _write_plot(path: Path, rows: Rows) -> None:
-    """Plot the score over the penalty coefficient, with a line for each horizon.
-
-    Error bars are standard deviations.
-    """
-    groups = over_seeds(rows)
-    coefs = sorted({group["penalty_coef"] for group in groups})
-    with look(), atomic_path(path) as temporary:
-        figure, axes = blank_axes(7.0, 4.2)
-        for number, horizon in enumerate(sorted({group["horizon"] for group in groups})):
-            some = [group for group in groups if group["horizon"] == horizon]
-            axes.errorbar(
-                [coefs.index(group["penalty_coef"]) for group in some],
-                [group["mean"] for group in some],
-                [group["std"] for group in some],
-                color=COLORS[number % len(COLORS)],
-                marker="o",
-                capsize=3,
-                label=f"horizon {horizon}",
-            )
-        # Coefficients are not evenly spaced, so they are placed by their order.
-        axes.set_xticks(range(len(coefs)), [f"{coef:g}" for coef in coefs])
-        axes.set_xlabel("penalty coefficient")
-        axes.set_ylabel("normalised score" if groups[0]["metric"] == "score" else "return")
-        axes.legend()
-        figure.savefig(temporary, format="png")

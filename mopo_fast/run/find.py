@@ -14,6 +14,11 @@ REPORTED = ("config.json", "summary.json", "progress.csv", "fit.json")
 """Files of a run, or of a fit alone, that a report is made from."""
 
 
+def holds_files(folder: Path, files: tuple[str, ...]) -> bool:
+    """Tell whether a folder holds at least one of `files`."""
+    return any((folder / file).is_file() for file in files)
+
+
 def check_run(folder: str | os.PathLike[str], *, files: tuple[str, ...] = ("config.json",)) -> None:
     """Check that `folder` is a run's folder, which holds at least one of `files`.
 
@@ -21,7 +26,7 @@ def check_run(folder: str | os.PathLike[str], *, files: tuple[str, ...] = ("conf
         InputError: it is not. The message names the runs in it if it is the parent folder of some.
     """
     folder = Path(folder)
-    if any((folder / file).is_file() for file in files):
+    if holds_files(folder, files):
         return
     if not folder.is_dir():
         lacks = "is a file" if folder.exists() else "does not exist"

@@ -32,7 +32,7 @@ shorten = _short.repr
 
 # Keys of config.json on which no result depends.
 _ORIGINS = ("preset", "horizon_from", "penalty_coef_from")
-_WITHOUT_EFFECT = ("threads", "workers", *_ORIGINS)
+WITHOUT_EFFECT = ("threads", "workers", *_ORIGINS)
 
 
 class RecordedRollout(TypedDict, total=False):
@@ -320,7 +320,7 @@ def first_difference(recorded: Any, current: Any, name: str = "") -> str | None:
     """
     if isinstance(recorded, dict) and isinstance(current, dict):
         for key in {**recorded, **current}:
-            if key in _WITHOUT_EFFECT:
+            if key in WITHOUT_EFFECT:
                 continue
             difference = first_difference(recorded.get(key), current.get(key), f"{name}.{key}".lstrip("."))
             if difference:

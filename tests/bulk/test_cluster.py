@@ -102,8 +102,9 @@ def test_a_sweep(hopper_data: Path, tmp_path: Path) -> None:
     assert {(row["seed"], row["horizon"], float(row["penalty_coef"])) for row in rows} == {
         (seed, "1", coef) for seed in "01" for coef in (0.0, 1.0)
     }
-    assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
-    assert "±" in done.stdout and "penalty coefficient" in done.stdout
+    assert (out / "comparison_means.png").read_bytes().startswith(b"\x89PNG")
+    assert "penalty_coef 1 minus penalty_coef 0  " in done.stdout
+    assert done.stdout.endswith(f"{out / 'comparison.html'}\n")
     # Ray's own output, which names temporary folders.
     for words in ("View detailed results", "tensorboard", "Configuration for", "completed"):
         assert words not in done.stdout

@@ -571,7 +571,9 @@ MISTAKES = {
     ),
     "a CSV as data": (["train", "DATA.csv"], ["data.csv", "no data set", ".npz", "numpy.savez"]),
     "a run's parent as a run": (["evaluate", "PARENT"], ["holds 1 runs", "give one of them", "run"]),
-    "a parent to report": (["report", "PARENT"], ["give one of them"]),
+    "one run to compare": (["report", "RUN", "--json"], ["--json", "one run", "give more"]),
+    "nothing to report": (["report"], ["RUN"]),
+    "a fit to compare": (["report", "FIT", "RUN"], ["holds no run of `mopo-fast train`"]),
     "a parent to roll out": (
         ["rollout", "PARENT", "--dataset", "DATA", "--out", "OUT.npz"],
         ["give one of them"],

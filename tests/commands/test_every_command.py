@@ -40,11 +40,12 @@ LINES: dict[str, tuple[list[str], str]] = {
     "train": (["train", DATA, "--out", "run", *RUN], "normalised score"),
     "train seeds": (
         ["train", DATA, "--out", "runs", "--seeds", "0:2", "--dynamics-from", "fit", *RUN],
-        "2 seeds",
+        "runs/comparison.html",
     ),
     "train again": (["train", DATA, "--out", "run", "--resume", *RUN], "normalised score"),
     "evaluate": (["evaluate", "run", "--episodes", "1"], "normalised score"),
     "report": (["report", "run"], "report.html"),
+    "report of runs": (["report", "run", "runs", "--out", "compared"], "compared/comparison.html"),
     "report of a fit": (["report", "fit"], "report.html"),
     "convert models": (["convert", "run", "models", "--from", "mopo-fast"], "dynamics and policy"),
     "rollout to a file": ([*ROLLOUT, "--out", "rollouts.npz"], "50 transitions"),
@@ -55,7 +56,7 @@ LINES: dict[str, tuple[list[str], str]] = {
     "doctor": (["doctor"], "backend reference"),
     "sweep": (
         ["sweep", DATA, "--out", "sweep", "--seeds", "0:1", "--dynamics-from", "fit", *RUN],
-        "sweep.png",
+        "sweep/comparison.html",
     ),
 }
 # Commands without anything to show while they run.

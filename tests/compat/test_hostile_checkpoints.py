@@ -5,7 +5,6 @@ import json
 import pickle
 import shutil
 import struct
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from mopo_fast.compat import (
     convert_checkpoint,
     get_format,
     matlab_files,
-    mopo_tf,
     offlinerl_kit,
     polixir,
 )
@@ -502,16 +500,6 @@ def test_scales_that_do_not_fit_into_a_layer(target: CheckpointFormat, tmp_path:
     with pytest.raises(InputError, match="scales of its inputs are too small"):
         get_format(target).write(Checkpoint(model), tmp_path / "hopper.pkl")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_missing_scipy_is_told_before_the_policy_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for module in ("scipy", "scipy.io"):
-        monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(InputError, match="MATLAB files take SciPy"):
-        mopo_tf.write(Checkpoint(dynamics(), Actor(3, 2)), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 # --- arrays that OfflineRL-Kit's class takes

@@ -24,7 +24,7 @@ import pyarrow.parquet
 import torch
 from torch import nn
 
-from mopo_fast import sweep, train
+from mopo_fast import compare, sweep, train
 from mopo_fast.bulk.files import file_checksum
 from mopo_fast.bulk.generate import generate
 from mopo_fast.bulk.plan import run_settings
@@ -657,17 +657,21 @@ def _resume() -> None:
 
 
 def _summarise() -> None:
-    """Summarise the runs in a folder as a sweep does."""
+    """Summarise a run as a sweep does."""
     summary = train.train(CONFIG, "run", resume=True, quiet=True)
     str(summary["return_mean"])
     rows = [sweep._row(CONFIG, Path("run"))]
     sweep._write_csv(Path("sweep.csv"), rows)
-    _cheap_pictures()
-    sweep._write_plot(Path("sweep.png"), rows)
 
 
 def _cheap_pictures() -> None:
     matplotlib.rcParams["savefig.dpi"] = matplotlib.rcParams["figure.dpi"] = 5
+
+
+def _compare() -> None:
+    compared = compare.compare_runs(["run"])
+    compare.to_tables(compared, plain=True)
+    json.dumps(compare.to_json(compared))
 
 
 def _report() -> None:
@@ -836,6 +840,14 @@ _RUNS = [
         _report,
         ("mopo_fast.report:_Run.config", "mopo_fast.report:_local_dataset", "mopo_fast.report:_settings"),
         cost=10,
+    ),
+    Entry(
+        "comparison",
+        _make_finished,
+        ("run/*.json", "run/progress.csv"),
+        _compare,
+        ("mopo_fast.compare:_is_run", "mopo_fast.compare:read_result"),
+        cost=2,
     ),
     Entry(
         "run settings",

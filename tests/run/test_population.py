@@ -200,15 +200,15 @@ class TestCommandLine:
         lines = capsys.readouterr().out.splitlines()
         names = [f"seed{seed}-coef{coef}" for seed in (2, 3) for coef in ("0", "1.5")]
         assert lines[1:8:2] == [f"sweep/{name}" for name in names]
-        assert [line.partition(" seeds: return ")[0] for line in lines[8:]] == [
-            "penalty coefficient 0, 2",
-            "penalty coefficient 1.5, 2",
-        ]
-        means = [json.loads(Path("sweep", name, "summary.json").read_text())["return_mean"] for name in names]
-        assert f"return {(means[0] + means[2]) / 2:.1f} +-" in lines[8]
+        scores = [json.loads(Path("sweep", name, "summary.json").read_text())["score_mean"] for name in names]
+        assert lines[9].split()[:4] == ["penalty_coef", "0", "2", f"{(scores[0] + scores[2]) / 2:.2f}"]
+        assert lines[10].startswith("penalty_coef 1.5 ")
+        assert lines[12].startswith("penalty_coef 1.5 minus penalty_coef 0  ")
+        assert lines[-1] == "sweep/comparison.html"
         assert main([*command, "--seeds", "7,9"]) == 0
         stem = hopper_data.stem
-        assert {path.name for path in Path("runs").iterdir()} == {f"{stem}-seed7", f"{stem}-seed9"}
+        names = {f"{stem}-seed7", f"{stem}-seed9", f"{stem}-comparison"}
+        assert {path.name for path in Path("runs").iterdir()} == names
 
     @pytest.mark.parametrize("text", ["3:3", "a", "0:8:2", "1,"])
     def test_seeds_that_are_none(self, text: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -27,12 +28,13 @@ from mopo_fast.data.episodes import find_episodes
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.fit import data_sha256, dynamics_inputs_targets, read_fit, split_holdout
+from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine
 from mopo_fast.run.command import flatten, train_command
 from mopo_fast.run.find import REPORTED, check_run
 from mopo_fast.run.folder import RecordedConfig, RecordedRollout, read_recorded, read_summary
 from mopo_fast.run.log import read_rows
-from mopo_fast.tasks import TASKS
+from mopo_fast.tasks import TASKS, Box, TerminationFunction, termination_of
 from mopo_fast.utils.atomic import atomic_path, read_json_as
 from mopo_fast.utils.pages import (
     code,
@@ -53,6 +55,12 @@ T = TypeVar("T")
 _WITHIN = {1: math.erf(1 / math.sqrt(2)), 2: math.erf(2 / math.sqrt(2))}
 # Largest value of a learning curve: larger ones overflow matplotlib's axes.
 _LARGEST = 1e100
+# Rollouts of a report, and the least and the most steps that it shows of them.
+_ROLLOUTS, _LEAST_STEPS, _MOST_STEPS = 1000, 5, 100
+# Observations of the data that are drawn.
+_SHOWN = 5000
+# Weights of the penalty for which the coverage is drawn.
+_WEIGHTS = np.logspace(-2, 2, 81)
 # Most characters of a setting or a command. A file from elsewhere may hold values of any length.
 _LONGEST = 2000
 
@@ -66,13 +74,28 @@ class HeldOut:
         penalties: [n] penalty u(s, a), as in the run's rollouts.
         errors: [n] norm of the difference between the elites' mean prediction and the true (change of the
             observation, reward), in raw units.
+        optimism: [n] reward that the elites' mean predicts minus the true reward.
         residuals: [elites, n, obs_dim + 1] (truth - mean) / std of each elite.
     """
 
     penalty: str
     penalties: np.ndarray[Any, Any]
     errors: np.ndarray[Any, Any]
+    optimism: np.ndarray[Any, Any]
     residuals: np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Followed:
+    """Open-loop rollouts of the ensemble along the actions of the data, each from a held-out transition.
+
+    Attributes:
+        errors: [steps, rollouts] distance between the predicted and the true observation after each step.
+        penalties: [steps, rollouts] penalty of each step.
+    """
+
+    errors: np.ndarray[Any, Any]
+    penalties: np.ndarray[Any, Any]
 
 
 @dataclass
@@ -104,31 +127,93 @@ class _Run:
 
     @functools.cached_property
     def held_out(self) -> HeldOut:
-        fit, config = read_fit(self.folder), self.config()
-        ensemble = EnsembleDynamics.load(self.folder)
-        data = self.dataset
-        sizes = fit["config"]
-        holdout_config = dataclasses.replace(
-            DynamicsConfig(), holdout_fraction=sizes["holdout_fraction"], holdout_max=sizes["holdout_max"]
-        )
-        held_out = data[split_holdout(len(data), fit["seed"], holdout_config)[1]]
-
-        rollout: RecordedRollout = config.get("rollout", {})
-        penalty = rollout.get("penalty", RolloutConfig.penalty)
-        members = rollout.get("penalty_members", RolloutConfig.penalty_members)
-        engine = RolloutEngine(ensemble, penalty=penalty, penalty_members=members)
-        seed = derive_seed(fit["seed"], REPORT)
-        result = engine.step(held_out.observations, held_out.actions, seed=seed, distributions=True)
+        engine, held_out = self.engine, self.dataset[self.held_out_rows]
+        ensemble = engine.ensemble
+        result = engine.step(held_out.observations, held_out.actions, seed=self.seed, distributions=True)
         assert result.mean is not None and result.std is not None and result.penalties is not None
         _, targets = dynamics_inputs_targets(held_out)
         targets[:, :-1] = torch.where(ensemble.absolute, held_out.next_observations, targets[:, :-1])
         mean, std = result.mean[ensemble.elites].double(), result.std[ensemble.elites].double()
+        wrong = mean.mean(0) - targets
         return HeldOut(
-            penalty,
+            engine.penalty,
             result.penalties.double().numpy(),
-            (mean.mean(0) - targets).norm(dim=-1).numpy(),
+            wrong.norm(dim=-1).numpy(),
+            wrong[:, -1].numpy(),
             ((targets - mean) / std).numpy(),
         )
+
+    @property
+    def seed(self) -> int:
+        """Seed of the report's random numbers."""
+        return derive_seed(read_fit(self.folder)["seed"], REPORT)
+
+    @property
+    def held_out_rows(self) -> torch.Tensor:
+        """Rows of the data set that the fit held out."""
+        fit = read_fit(self.folder)
+        sizes = fit["config"]
+        config = dataclasses.replace(
+            DynamicsConfig(), holdout_fraction=sizes["holdout_fraction"], holdout_max=sizes["holdout_max"]
+        )
+        return split_holdout(len(self.dataset), fit["seed"], config)[1]
+
+    @functools.cached_property
+    def engine(self) -> RolloutEngine:
+        """The ensemble, with the penalty of the run's rollouts."""
+        return self._make_engine(None)
+
+    def _make_engine(self, termination: str | Box | TerminationFunction | None) -> RolloutEngine:
+        rollout: RecordedRollout = self.config().get("rollout", {})
+        return RolloutEngine(
+            EnsembleDynamics.load(self.folder),
+            penalty=rollout.get("penalty", RolloutConfig.penalty),
+            penalty_members=rollout.get("penalty_members", RolloutConfig.penalty_members),
+            termination=termination,
+        )
+
+    @property
+    def horizon(self) -> int | None:
+        """Horizon of the run's rollouts, or the most steps that are shown."""
+        horizon = self.config().get("rollout", {}).get("horizon")
+        return None if horizon is None else min(max(horizon, 1), _MOST_STEPS)
+
+    @functools.cached_property
+    def policy_rollouts(self) -> Transitions:
+        """Rollouts of the run's policy from states of the data, at least as long as those of its training."""
+        config, data = self.config(), self.dataset
+        # A task in a Python file is not executed for a report, so its rollouts do not end early here.
+        task = TASKS.get(config.get("task") or "")
+        rule = config.get("rollout", {}).get("termination")
+        engine = self._make_engine(None if task is None else termination_of(task, rule))
+        rows = np.random.default_rng(self.seed).integers(len(data), size=_ROLLOUTS)
+        starts = data.observations[torch.from_numpy(rows)]
+        steps = max(self.horizon or 0, _LEAST_STEPS)
+        return engine.rollout(Actor.load(self.folder), starts, steps, seed=self.seed)
+
+    @functools.cached_property
+    def followed(self) -> Followed:
+        data, steps = self.dataset, max(self.horizon or 0, _LEAST_STEPS)
+        ends = data.episode_ends().numpy().nonzero()[0]
+        rows = self.held_out_rows.numpy()
+        # A rollout of some steps needs as many rows of one episode.
+        rows = rows[ends[np.searchsorted(ends, rows)] - rows >= steps - 1][:_ROLLOUTS]
+        if not len(rows):
+            raise InputError(
+                f"no held-out transition is followed by {steps - 1} more of its episode, so the rollouts have"
+                " no truth to be compared with"
+            )
+        numbers = torch.from_numpy(rows)
+        state, errors, penalties = data.observations[numbers], [], []
+        for step in range(steps):
+            result = self.engine.step(state, data.actions[numbers + step], seed=self.seed, step=step)
+            assert result.penalties is not None
+            state = result.next_observations
+            if not bool(torch.isfinite(state).all()):
+                raise InputError(f"a prediction of the ensemble is not finite after {step + 1} steps")
+            errors.append((state.double() - data.next_observations[numbers + step]).norm(dim=-1).numpy())
+            penalties.append(result.penalties.double().numpy())
+        return Followed(np.array(errors), np.array(penalties))
 
 
 def _local_dataset(name: str, config: DataConfig) -> Transitions:
@@ -331,6 +416,135 @@ def _calibration(run: _Run) -> tuple[Figure, str]:
     return figure, caption
 
 
+def coverage(held_out: HeldOut, weights: np.ndarray[Any, Any]) -> tuple[Any, Any]:
+    """Compute how much of a model's error the penalty covers, for each weight lambda.
+
+    Returns:
+        The share of the held-out transitions whose whole error is at most lambda * u, and the share whose
+        penalised reward, predicted reward - lambda * u, is at most the true reward; each [weights].
+    """
+    lost = weights[:, None] * held_out.penalties
+    return (held_out.errors <= lost).mean(1), (held_out.optimism <= lost).mean(1)
+
+
+def _coverage(run: _Run) -> tuple[Figure, str]:
+    whole, reward = coverage(run.held_out, _WEIGHTS)
+    figure, axes = blank_axes(7.5, 3.8)
+    axes.plot(_WEIGHTS, 100 * whole, color=BLUE, linewidth=1.8, label="error ≤ λ u")
+    axes.plot(_WEIGHTS, 100 * reward, color=ORANGE, linewidth=1.8, label="penalised reward ≤ true reward")
+    caption = (
+        "Share of the held-out transitions that a penalty of weight λ covers. Blue: the whole error of the"
+        " one-step prediction, in raw units, is at most λ u(s, a). Orange: the penalised reward, which is the"
+        " elites' mean reward minus λ u(s, a), is at most the true reward."
+    )
+    own = run.config().get("rollout", {}).get("penalty_coef")
+    if own is not None and own > 0:
+        at = coverage(run.held_out, np.array([own]))
+        if _WEIGHTS[0] <= own <= _WEIGHTS[-1]:
+            axes.axvline(own, color=GREY, linestyle="--", linewidth=1.2, label=f"this run: λ = {own:g}")
+        caption += f" With this run's λ of {own:g} the shares are {at[0][0]:.0%} and {at[1][0]:.0%}."
+    axes.set(xscale="log", xlabel="λ", ylabel="share of transitions, %", ylim=(-2, 102))
+    label_log(axes.xaxis, (1.0,))
+    axes.legend(loc="best", fontsize=9)
+    return figure, caption
+
+
+def _by_step(run: _Run) -> tuple[Figure, str]:
+    followed, horizon = run.followed, run.horizon
+    # A fit alone has no policy.
+    has_policy = (run.folder / "policy.json").exists()
+    figure = blank(10.0 if has_policy else 6.0, 3.9)
+    panels = figure.subplots(1, 1 + has_policy, squeeze=False)[0]
+    number = np.arange(1, len(followed.errors) + 1)
+    _draw_spread(panels[0], number, list(followed.errors), "error", ORANGE, "o")
+    _draw_spread(panels[0], number, list(followed.penalties), "penalty", BLUE, "s")
+    panels[0].set_title("Along the data's actions")
+    first, last = (float(np.median(followed.errors[step])) for step in (0, -1))
+    correlation = spearman(followed.penalties.ravel(), followed.errors.ravel())
+    caption = (
+        f"{followed.errors.shape[1]:,} rollouts from held-out transitions take the data's own actions, so"
+        " that the true observations are known. The error is the distance from the predicted to the true"
+        f" observation, in raw units: in the median {first:.3g} after the first step and {last:.3g} after"
+        f" step {len(number)}. It adds up over the steps, whereas a penalty is that of one step. Their rank"
+        f" correlation (Spearman) is {correlation:.2f}. Lines are medians, bands hold 80% of the rollouts."
+    )
+    if has_policy:
+        made = run.policy_rollouts
+        assert made.step is not None and made.penalties is not None
+        own = [made.penalties[made.step == step].double().numpy() for step in range(len(number))]
+        reached = [some for some in own if len(some)]
+        _draw_spread(panels[1], number[: len(reached)], reached, "penalty", BLUE, "s")
+        panels[1].set_title("The policy's own rollouts")
+        caption += " Right: the penalty where the last policy leads, from states of the data."
+    for axes in panels:
+        axes.set(xlabel="step of the rollout", yscale="log")
+        label_log(axes.yaxis)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if horizon is not None:
+            axes.axvline(horizon, color=GREY, linestyle="--", linewidth=1.2, label="horizon of the run")
+        axes.legend(loc="best", fontsize=9)
+    return figure, caption
+
+
+def _draw_spread(
+    axes: Axes, number: np.ndarray[Any, Any], values: list[Any], label: str, colour: str, marker: str
+) -> None:
+    low, middle, high = np.array([np.quantile(some, (0.1, 0.5, 0.9)) for some in values]).T
+    axes.fill_between(number, low, high, color=colour, alpha=0.18, linewidth=0)
+    axes.plot(number, middle, color=colour, marker=marker, markersize=4, linewidth=1.6, label=label)
+
+
+def _states(run: _Run) -> tuple[Figure, str]:
+    data, made = run.dataset, run.policy_rollouts
+    rng = np.random.default_rng(run.seed)
+    rows = torch.from_numpy(rng.permutation(len(data))[:_SHOWN])
+    known = data.observations[rows].double().numpy()
+    horizon = run.horizon or _LEAST_STEPS
+    assert made.step is not None
+    visited = made.next_observations[made.step < horizon].double().numpy()
+    visited = visited[np.isfinite(visited).all(1)]
+    mean, std = known.mean(0), known.std(0)
+    std[std == 0] = 1.0
+    scaled, others = (known - mean) / std, (visited - mean) / std
+    # The two directions along which the data vary most.
+    _, spread, directions = np.linalg.svd(scaled - scaled.mean(0), full_matrices=False)
+    share = spread[:2] ** 2 / max((spread**2).sum(), 1e-300)
+    low, high = np.quantile(known, (0.005, 0.995), axis=0)
+    outside = 100 * ((visited < low) | (visited > high)).mean(0)
+    expected = 100 * ((known < low) | (known > high)).mean(0)
+
+    figure = blank(10.0, 4.2)
+    plane, dims = figure.subplots(1, 2, width_ratios=(1.15, 1.0))
+    for states, colour, label in ((scaled, GREY, "data"), (others, ORANGE, "rollouts")):
+        points = states @ directions[:2].T
+        second = points[:, 1] if points.shape[1] > 1 else np.zeros(len(points))
+        plane.plot(
+            points[:, 0], second, ".", color=colour, alpha=0.25, markersize=3, markeredgewidth=0, label=label
+        )
+    plane.set(xlabel="first principal component", ylabel="second principal component")
+    legend = plane.legend(loc="best", fontsize=9, markerscale=4)
+    for handle in legend.legend_handles:
+        if handle is not None:
+            handle.set_alpha(1.0)
+    plane.set_title("Observations")
+    number = np.arange(len(low))
+    dims.bar(number, outside, color=ORANGE, width=0.7, label="rollouts")
+    dims.plot(number, expected, "_", color=GREY, markersize=9, label="data")
+    dims.set(xlabel="dimension of the observation", ylabel="outside the data's inner 99%, %")
+    dims.xaxis.set_major_locator(MaxNLocator(integer=True))
+    dims.legend(loc="best", fontsize=9)
+    dims.set_title("Each dimension")
+    caption = (
+        f"Observations of {_ROLLOUTS:,} rollouts of the last policy, of up to {horizon} steps from states of"
+        f" the data, beside {len(known):,} observations of the data. Left: both in the plane of the data's"
+        f" first two principal components, which holds {share.sum():.0%} of their variance after each"
+        " dimension is scaled to a standard deviation of 1. Right: the share below the 0.5% or above the"
+        " 99.5% quantile of the data in each dimension; over all dimensions it is"
+        f" {outside.mean():.1f}% for the rollouts and {expected.mean():.1f}% for the data."
+    )
+    return figure, caption
+
+
 def _residuals(run: _Run) -> tuple[Figure, str]:
     residuals = run.held_out.residuals
     flat = residuals.reshape(-1, residuals.shape[-1])
@@ -427,6 +641,9 @@ _SECTIONS: tuple[tuple[str, str, Callable[[_Run], tuple[Figure, str]]], ...] = (
     ("Learning curve", "learning_curve", _learning_curve),
     ("Training", "training", _training_curves),
     ("Is the penalty calibrated?", "penalty_calibration", _calibration),
+    ("How much does the penalty cover?", "coverage", _coverage),
+    ("Error and penalty by step of the rollout", "by_step", _by_step),
+    ("Where do the rollouts go?", "states", _states),
     ("Is the model's variance calibrated?", "residuals", _residuals),
     ("Fit of the ensemble", "fit", _fit_curves),
     ("Time by part", "time", _time),

@@ -42,6 +42,7 @@ class RecordedRollout(TypedDict, total=False):
     penalty_coef: Number | None
     penalty: Penalty
     penalty_members: PenaltyMembers
+    termination: str | None
 
 
 class RecordedSAC(TypedDict, total=False):

@@ -26,12 +26,24 @@ from mopo_fast.data.episodes import find_episodes
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.fit import data_sha256, fit_and_save, split_holdout
+from mopo_fast.policy import Actor
 from mopo_fast.presets import preset
-from mopo_fast.report import HeldOut, _Run, _training_curves, spearman, write_report
+from mopo_fast.report import (
+    HeldOut,
+    _Run,
+    _states,
+    _training_curves,
+    coverage,
+    spearman,
+    write_report,
+)
 from mopo_fast.run.command import train_command
 from mopo_fast.tasks import TASKS
 
-PICTURES = ("learning_curve", "training", "penalty_calibration", "residuals", "fit", "time")
+PICTURES = (
+    *("learning_curve", "training", "penalty_calibration", "coverage", "by_step", "states", "residuals"),
+    *("fit", "time"),
+)
 SUMMARY = {
     "score_mean": 26.14, "score_std": 0.72, "return_mean": 2965.2, "return_std": 89.0, "updates": 100_000,
     "seconds": {"fit": 700.0, "rollout": 310.0, "sac": 1400.0, "evaluate": 45.0, "total": 2500.0},
@@ -93,6 +105,25 @@ def run(fitted: Path, tmp_path: Path) -> Iterator[Path]:
     yield folder
 
 
+def joined(run: Path) -> Transitions:
+    """Join the toy data's steps to two episodes, as the data that the run's ensemble was fitted to."""
+    data = toy_data(600)
+    drawn = Transitions(**data.arrays())
+    drawn.next_observations = torch.cat([data.observations[1:], data.observations[:1]])
+    drawn.terminals[299] = True
+    fit = json.loads((run / "fit.json").read_text())
+    (run / "fit.json").write_text(json.dumps(fit | {"data_sha256": data_sha256(drawn)}))
+    return drawn
+
+
+def add_policy(run: Path) -> Path:
+    """Give the run a policy, and a task of a Python file, since the toy data are of no known task."""
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"task": "own.py"}))
+    Actor(3, 2, generator=torch.Generator().manual_seed(0)).save(run)
+    return run
+
+
 def keep(run: Path, *names: str) -> Path:
     """Remove all files of the run but these, to save the time for drawing the others."""
     for path in run.iterdir():
@@ -113,7 +144,7 @@ def missing(run: Path, data: Transitions | None = None) -> list[str]:
 
 
 def test_the_page_is_whole_and_self_contained(run: Path) -> None:
-    path = write_report(run, data=toy_data(600))
+    path = write_report(add_policy(run), data=joined(run))
     assert path == run / "report.html"
     page = Page(path.read_text())
     assert not [text for text in page.texts if text.startswith("Missing")]
@@ -172,10 +203,10 @@ def test_everything_is_escaped(run: Path) -> None:
 
 
 def test_a_fit_alone_is_a_run(run: Path) -> None:
-    lines = missing(keep(run, "fit.json", "dynamics.json", "dynamics.safetensors"), toy_data(600))
-    assert len(lines) == 3
+    lines = missing(keep(run, "fit.json", "dynamics.json", "dynamics.safetensors"), joined(run))
+    assert len(lines) == 4
     assert all("progress.csv does not exist" in line for line in lines[:2])
-    assert "summary.json does not exist" in lines[2]
+    assert "policy.json does not exist" in lines[2] and "summary.json does not exist" in lines[3]
 
 
 def test_the_command_and_all_settings_are_shown(run: Path) -> None:
@@ -214,15 +245,9 @@ def test_a_long_setting_is_cut(run: Path) -> None:
 
 
 def test_the_learning_curve_has_the_returns_of_the_data(run: Path) -> None:
-    data, task = toy_data(600), TASKS["hopper"]
-    drawn = Transitions(**data.arrays())
-    # toy_data draws single steps; joined end to end they are one episode.
-    drawn.next_observations = torch.cat([data.observations[1:], data.observations[:1]])
-    drawn.terminals[299] = True
+    data, task, drawn = toy_data(600), TASKS["hopper"], joined(run)
     found = find_episodes(drawn)
     assert found is not None and found.lengths.tolist() == [300, 300]
-    fit = json.loads((run / "fit.json").read_text())
-    (run / "fit.json").write_text(json.dumps(fit | {"data_sha256": data_sha256(drawn)}))
     folder = keep(run, "config.json", "fit.json", "progress.csv")
     line = next(text for text in texts_of(folder, drawn) if text.startswith("Mean normalised score"))
     mean, best = (
@@ -306,6 +331,81 @@ def test_the_penalty_is_the_one_of_the_run(run: Path) -> None:
     assert other.penalty == "ensemble_std"
 
 
+def test_coverage_by_hand() -> None:
+    held_out = HeldOut(
+        "max_aleatoric",
+        penalties=np.array([1.0, 2.0, 4.0, 1.0]),
+        errors=np.array([0.5, 2.0, 2.0, 9.0]),
+        optimism=np.array([-1.0, 1.0, 4.0, 1.0]),
+        residuals=np.zeros((1, 4, 2)),
+    )
+    whole, reward = coverage(held_out, np.array([0.0, 0.5, 1.0, 10.0]))
+    # Errors over penalties are 0.5, 1, 0.5 and 9; the optimism over them -1, 0.5, 1 and 1.
+    assert whole.tolist() == [0.0, 0.5, 0.75, 1.0]
+    assert reward.tolist() == [0.25, 0.5, 1.0, 1.0]
+
+
+def test_optimism_is_the_error_of_the_reward(run: Path) -> None:
+    data = toy_data(600)
+    rows = data[split_holdout(600, 0, SMALL)[1]]
+    model = EnsembleDynamics.load(run)
+    with torch.no_grad():
+        mean, _ = model(torch.cat([rows.observations, rows.actions], -1))
+    expected = mean[model.elites].mean(0)[:, -1] - rows.rewards
+    np.testing.assert_allclose(_Run(run, data).held_out.optimism, expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_rollouts_along_the_data_equal_single_steps(run: Path) -> None:
+    data = joined(run)
+    state = _Run(run, data)
+    followed, engine = state.followed, state.engine
+    ends = np.array([299, 599])
+    rows = [int(row) for row in split_holdout(600, 0, SMALL)[1] if ends[ends >= int(row)][0] - int(row) >= 4]
+    assert followed.errors.shape == followed.penalties.shape == (5, len(rows))
+    observations = data.observations[rows]
+    for step in range(5):
+        at = [row + step for row in rows]
+        made = engine.step(observations, data.actions[at], seed=state.seed, step=step)
+        observations = made.next_observations
+        errors = (observations.double() - data.next_observations[at]).norm(dim=-1)
+        np.testing.assert_allclose(followed.errors[step], errors.numpy())
+        assert made.penalties is not None
+        np.testing.assert_allclose(followed.penalties[step], made.penalties.numpy())
+
+
+def test_the_policys_rollouts_have_the_horizon_of_the_run(run: Path) -> None:
+    data, path = joined(run), add_policy(run) / "config.json"
+    config = json.loads(path.read_text())
+    for horizon, steps in ((2, 5), (7, 7), (10**9, 100)):
+        path.write_text(json.dumps(config | {"rollout": config["rollout"] | {"horizon": horizon}}))
+        made = _Run(run, data).policy_rollouts
+        assert made.step is not None and int(made.step.max()) == steps - 1
+    # The states beside the data's are those that the training sees.
+    path.write_text(json.dumps(config | {"rollout": config["rollout"] | {"horizon": 2}}))
+    figure, caption = _states(_Run(run, data))
+    assert "of up to 2 steps" in caption
+    assert len(figure.axes[0].lines[1].get_xdata()) == 2000
+
+
+def test_states_that_the_data_hold_are_inside(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = joined(run)
+    inside = Transitions(**data.arrays(), step=torch.zeros(600, dtype=torch.int32))
+    inside.next_observations = data.observations.clone()
+    monkeypatch.setattr(_Run, "policy_rollouts", inside)
+    figure, _ = _states(_Run(run, data))
+    shares = [bar.get_height() for bar in figure.axes[1].patches]
+    assert shares == pytest.approx([1.0] * 3, abs=0.01)
+    inside.next_observations[:, 1] += 1000.0
+    figure, caption = _states(_Run(run, data))
+    shares = [bar.get_height() for bar in figure.axes[1].patches]
+    assert shares == pytest.approx([1.0, 100.0, 1.0], abs=0.01) and "it is 34.0% for the rollouts" in caption
+
+
+def test_shuffled_data_have_no_rollouts_to_follow(run: Path) -> None:
+    lines = missing(add_policy(run), toy_data(600))
+    assert len(lines) == 1 and "no held-out transition is followed by 4 more of its episode" in lines[0]
+
+
 def test_spearman_against_known_values() -> None:
     x = np.arange(10.0)
     assert spearman(x, x**3) == pytest.approx(1.0)
@@ -336,16 +436,18 @@ def test_the_residuals_of_a_normal_model_are_called_calibrated(
     [
         ("progress.csv", 2),
         ("summary.json", 1),
-        ("fit.json", 3),
-        ("dynamics.safetensors", 2),
+        ("fit.json", 6),
+        ("dynamics.safetensors", 5),
+        ("policy.safetensors", 2),
         ("config.json", 0),
     ],
 )
 def test_a_missing_file_is_one_line_per_section(run: Path, name: str, lines: int) -> None:
     for picture in PICTURES:
         (run / f"{picture}.png").write_bytes(b"from before")
+    data = joined(add_policy(run))
     (run / name).unlink()
-    found = missing(run, toy_data(600))
+    found = missing(run, data)
     assert len(found) == lines
     assert all(f"{name} does not exist" in line for line in found)
     # A picture of an earlier report must not be left.
@@ -357,11 +459,11 @@ def test_data_that_are_gone_or_changed_are_said(run: Path) -> None:
     (run / "config.json").write_text(json.dumps(config | {"dataset": str(run / "gone.hdf5")}))
     keep(run, "config.json", "fit.json", "dynamics.json", "dynamics.safetensors")
     lines = [line for line in missing(run) if "gone.hdf5" in line]
-    assert len(lines) == 2
+    assert len(lines) == 5
     changed = toy_data(600)
     changed.rewards[0] += 1
     lines = [line for line in missing(run, changed) if "is not the data set that the ensemble" in line]
-    assert len(lines) == 2
+    assert len(lines) == 5
 
 
 GARBLED = (
@@ -385,9 +487,10 @@ def test_garbled_files_never_stop_the_report(run: Path, content: str) -> None:
 
 @pytest.mark.parametrize("name", ["config.json", "summary.json", "fit.json", "progress.csv"])
 def test_one_garbled_file_spares_the_other_sections(run: Path, name: str) -> None:
+    data = joined(add_policy(run))
     (run / name).write_text('{"seconds": 3, "rollout": 3, "config": 3}')
-    found = missing(run, toy_data(600))
-    assert {"config.json": 3, "summary.json": 2, "fit.json": 3, "progress.csv": 2}[name] == len(found), found
+    found = missing(run, data)
+    assert {"config.json": 6, "summary.json": 2, "fit.json": 6, "progress.csv": 2}[name] == len(found), found
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "x", "1e400"])
@@ -457,7 +560,7 @@ def test_a_report_downloads_nothing(
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(config | {"dataset": name}))
     lines = missing(keep(run, "config.json", "fit.json", "dynamics.json", "dynamics.safetensors"))
-    assert len([line for line in lines if name in line]) == 2
+    assert len([line for line in lines if name in line]) == 5
 
 
 def test_a_picture_that_cannot_be_removed_is_one_sentence(run: Path) -> None:

@@ -58,8 +58,8 @@ class Result:
         dynamics_from: folder that the ensemble came from, with "*" in place of the seed, or None.
         steps: number of SAC updates that were asked for.
         updates: number of SAC updates made.
-        finished: whether the training has ended.
-        by_model: whether the learned model, and not an environment, evaluates the policy.
+        finished: True if the training has ended.
+        by_model: True if the learned model, and not an environment, evaluates the policy.
         curve: [evaluations, 3] updates, mean score (NaN without one) and mean return.
         fit: what tells the run's fit from another one, or None where that is not recorded.
         data: digest of the data that the ensemble was fitted to, likewise.
@@ -671,7 +671,7 @@ def write_comparison(comparison: Comparison, out: str | os.PathLike[str]) -> Pat
         number_table(("run", "seed", "updates", "last ten", "last"), _run_rows(comparison)),
     ]
     if comparison.notes:
-        parts += [heading("How far the numbers carry"), bullets(comparison.notes)]
+        parts += [heading("Limits of these numbers"), bullets(comparison.notes)]
     write_page(folder / PAGE, "MOPO runs compared", parts)
     return folder / PAGE
 

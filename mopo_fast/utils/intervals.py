@@ -48,7 +48,7 @@ class Estimate:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether there is an interval and 0 is not in it."""
+        """True if there is an interval and 0 is not in it."""
         return self.low is not None and self.high is not None and not self.low <= 0.0 <= self.high
 
 

@@ -29,7 +29,7 @@ from mopo_fast.errors import InputError, printable
 from mopo_fast.fit import read_fit
 from mopo_fast.run.command import flatten
 from mopo_fast.run.find import check_run
-from mopo_fast.run.folder import WITHOUT_EFFECT, read_config, with_defaults
+from mopo_fast.run.folder import WITHOUT_EFFECT, read_config, read_recorded, with_defaults
 from mopo_fast.run.log import read_rows
 from mopo_fast.utils.atomic import atomic_path, read_json_as
 from mopo_fast.utils.intervals import ENOUGH, Estimate, estimate, estimate_curve, estimate_over_tasks
@@ -200,7 +200,7 @@ def read_result(folder: Path) -> Result:
     config = read_config(folder)
     # Version 0.1.0 had SAC in float32 alone, and did not record it.
     defaults = RunConfig("", sac=SACConfig(dtype="float32"))
-    recorded = with_defaults(read_json_as(folder / "config.json", dict[str, Any]), defaults)
+    recorded = with_defaults(read_recorded(folder / "config.json"), defaults)
     fit = read_fit(folder) if (folder / "fit.json").exists() else None
     source = _without_seed(config.dynamics_from, config.seed)
     dynamics: dict[str, Any] = {"from": source and Path(source).name}

@@ -175,6 +175,17 @@ def test_what_has_no_effect_makes_no_group(tmp_path: Path) -> None:
     assert len(section.groups) == 1
 
 
+def test_a_run_of_an_earlier_version_is_in_the_group_of_its_settings(tmp_path: Path) -> None:
+    make(tmp_path / "a", [1.0], seed=0, sac=SACConfig(dtype="float32", order="critic_first"))
+    path = make(tmp_path / "b", [1.0], seed=1) / "config.json"
+    config = json.loads(path.read_text())
+    del config["sac"]["order"], config["sac"]["dtype"]
+    config["sac"]["simultaneous"] = False
+    path.write_text(json.dumps(config))
+    (section,) = compare_runs([tmp_path]).sections
+    assert [sorted(group.runs) for group in section.groups] == [[0, 1]]
+
+
 def test_every_setting_that_differs_is_named(tmp_path: Path) -> None:
     make(tmp_path / "a", [1.0], coef=0.0)
     make(tmp_path / "b", [1.0], coef=0.0, sac=SACConfig(dtype="bfloat16", hidden=(8, 8)))

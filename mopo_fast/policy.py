@@ -210,7 +210,7 @@ class Actor(nn.Module):
             InputError: the folder cannot be written.
         """
         folder = Path(folder)
-        save_tensors(folder / "policy.safetensors", layer_tensors(self.weights, self.biases))
+        self.save_tensors(folder / "policy.safetensors")
         write_json(
             folder / "policy.json",
             {
@@ -223,16 +223,36 @@ class Actor(nn.Module):
             },
         )
 
+    def save_tensors(self, path: str | os.PathLike[str]) -> None:
+        """Write the parameters alone to a safetensors file, atomically.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        save_tensors(path, layer_tensors(self.weights, self.biases))
+
     @classmethod
-    def load(cls, folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> "Actor":
+    def load(
+        cls,
+        folder: str | os.PathLike[str],
+        device: torch.device | str = "cpu",
+        *,
+        tensors_from: str | os.PathLike[str] | None = None,
+    ) -> "Actor":
         """Read an actor that `save` wrote.
+
+        Args:
+            folder: folder of policy.json and policy.safetensors.
+            device: device of the actor.
+            tensors_from: file with the parameters, in place of policy.safetensors, such as one that
+                `train --keep-policies` has kept.
 
         Raises:
             InputError: a file is missing, truncated or of another version, or its shapes do not agree.
         """
         folder = Path(folder)
         meta = read_json_as(folder / "policy.json", _Declared)
-        path = folder / "policy.safetensors"
+        path = Path(folder / "policy.safetensors" if tensors_from is None else tensors_from)
         tensors = as_float32(path, load_tensors(path))
         if meta.format_version != FORMAT_VERSION:
             raise InputError(f"{folder / 'policy.json'} is not of format_version {FORMAT_VERSION}")

@@ -40,6 +40,7 @@ from mopo_fast.run.folder import (
     write_config,
     write_summary,
 )
+from mopo_fast.run.kept import keep_policy
 from mopo_fast.run.log import PENALTY_COLUMNS, Clock, Log, Pending
 from mopo_fast.run.opening import open_runs
 from mopo_fast.run.resolve import load_data, make_engine, make_sac, place_data, resolve, take_data
@@ -277,6 +278,8 @@ class Training:
     def save(self) -> None:
         """Write the policy and a checkpoint, which ends the epoch."""
         self.sac.actor.save(self.out)
+        if self.config.keep_policies is not None and self.epoch % self.config.keep_policies == 0:
+            keep_policy(self.out, self.sac.actor, self.sac.updates)
         state = checkpoint.State(
             self.epoch,
             cast(SpentSeconds, self.clock.seconds | {"total": self.clock.elapsed()}),

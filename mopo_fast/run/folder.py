@@ -32,7 +32,7 @@ shorten = _short.repr
 
 # Keys of config.json on which no result depends.
 _ORIGINS = ("preset", "horizon_from", "penalty_coef_from")
-WITHOUT_EFFECT = ("threads", "workers", *_ORIGINS)
+WITHOUT_EFFECT = ("threads", "workers", "keep_policies", *_ORIGINS)
 
 
 class RecordedRollout(TypedDict, total=False):
@@ -175,10 +175,10 @@ def check_folder(out: Path, config: RunConfig, resume: bool) -> None:
         InputError: the folder holds a run and `resume` is False, its run has another config, or one of its
             subfolders is a link.
     """
-    refuse_links(out / "checkpoint", out / "tensorboard-fit")
+    refuse_links(out / "checkpoint", out / "policies", out / "tensorboard-fit")
     if resume:
         # A killed session leaves temporary files. Other subfolders may belong to runs that are at work.
-        for folder in (out, out / "checkpoint"):
+        for folder in (out, out / "checkpoint", out / "policies"):
             sweep(folder)
     # config.json is the first file of a run.
     if not holds_run(out):

@@ -35,7 +35,8 @@ def progress(out: Path) -> list[dict[str, str]]:
 def assert_same_results(ours: Path, theirs: Path) -> None:
     """Check that progress, and the tensors of models and checkpoint, are equal to the bit."""
     (checkpoint,) = (theirs / "checkpoint").iterdir()
-    for name in ("policy.safetensors", "dynamics.safetensors", f"checkpoint/{checkpoint.name}"):
+    kept = [f"policies/{path.name}" for path in theirs.glob("policies/*")]
+    for name in ("policy.safetensors", "dynamics.safetensors", *kept, f"checkpoint/{checkpoint.name}"):
         # Policies that await their evaluation are left out, since their number depends on the workers.
         one, other = (
             {key: tensor for key, tensor in load_file(out / name).items() if not key.startswith("evaluated.")}

@@ -34,7 +34,8 @@ def go_on(config: TrainConfig, out: Path) -> None:
 @pytest.fixture(scope="module")
 def config(config: TrainConfig) -> TrainConfig:
     """Return settings with a longer fit and training, so that kills hit all parts of it."""
-    return dataclasses.replace(config, steps=75, dynamics=dataclasses.replace(config.dynamics, max_epochs=6))
+    dynamics = dataclasses.replace(config.dynamics, max_epochs=6)
+    return dataclasses.replace(config, steps=75, dynamics=dynamics, keep_policies=3)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,7 @@ def assert_same(ours: Path, theirs: Path) -> None:
         return {str(path.relative_to(folder)) for path in paths}
 
     assert files(ours) == files(theirs)
+    assert {"policies/policy-0000030.safetensors", "policies/policy-0000060.safetensors"} <= files(ours)
     board = EventAccumulator(str(ours))
     board.Reload()
     for tag in ("sac/critic_loss", "rollout/penalty"):

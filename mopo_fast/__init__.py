@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from mopo_fast import data as data
     from mopo_fast import ensemble as ensemble
     from mopo_fast import errors as errors
+    from mopo_fast import estimates as estimates
     from mopo_fast import evaluate as evaluate
     from mopo_fast import fit as fit
     from mopo_fast import policy as policy
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from mopo_fast import rollout as rollout
     from mopo_fast import run as run
     from mopo_fast import sac as sac
+    from mopo_fast import select as select
     from mopo_fast import sweep as sweep
     from mopo_fast import tasks as tasks
     from mopo_fast import train as train

@@ -914,6 +914,115 @@ def bench(
         write_roofline(plot, rows)
 
 
+def select(
+    runs: Annotated[tuple[Path, ...], Positional, arg(metavar="RUN ...")],
+    *,
+    dataset: Annotated[str | None, flag("the data set that the runs were trained on", "DATASET")] = None,
+    task: Annotated[str | None, flag("the task in the runs' config.json", "TASK")] = None,
+    dynamics_from: Annotated[Path | None, flag("each run's own", "RUN")] = None,
+    penalty_coef: Annotated[float | None, flag("each run's own", "FLOAT")] = None,
+    last: Switch = False,
+    starts: int = 500,
+    horizon: Annotated[int | None, flag("the length of the task's episodes, mostly 1000", "INT")] = None,
+    discount: float = 1.0,
+    fqe_updates: int = 25_000,
+    fqe_discount: float = 0.99,
+    stochastic: Switch = False,
+    truth: Switch = False,
+    seed: int = 0,
+    device: str = "cpu",
+    backend: str = "auto",
+    threads: Threads = None,
+    memory_map: Switch = False,
+    json: Annotated[Path | None, _NOT_WRITTEN] = None,
+    quiet: Switch = False,
+) -> None:
+    """Rank the policies of runs without an environment, by two estimates of their returns.
+
+    The first estimate is the penalised return of long rollouts in an ensemble. The second one is fitted Q
+    evaluation, which learns the value of the policy from the data set alone.
+
+    The last policy of each run is ranked, and those that `mopo-fast train --keep-policies` has kept.
+
+    Args:
+        runs: Folders of runs, or a folder that holds some. The runs must have one task and one data set.
+        dataset: Name or file of the data set, as in `mopo-fast train --help`. It gives the start states, and
+            fitted Q learns from it.
+        task: Task of the runs. It must be given where the task is a Python file, FILE.py, because that is
+            executed.
+        dynamics_from: Folder of a run or of `mopo-fast fit`, whose ensemble judges all policies. An ensemble
+            that no policy was trained in judges most fairly.
+        penalty_coef: Weight of the penalty in the returns of all policies. Give it for runs with different
+            weights, because their returns cannot be compared otherwise.
+        last: Rank the last policy of each run alone.
+        starts: Number of rollouts of each policy. They start from the first states of episodes in the data
+            set.
+        horizon: Most steps of a rollout.
+        discount: Discount factor of the return in the model. With 1 all steps count alike, as in an
+            evaluation.
+        fqe_updates: Number of updates of the fitted Q of each policy. With 0 this estimate is left out.
+        fqe_discount: Discount factor of fitted Q, less than 1.
+        stochastic: Sample actions from the policies. Otherwise their means act, as in an evaluation.
+        truth: Compare the rankings with the returns in the environment that the runs' own evaluations have
+            found. The rankings do not depend on these returns.
+        seed: Seed of all random numbers.
+        device: Device of all computations: cpu or cuda.
+        backend: Implementation of the rollouts: auto to choose one, or a name that `mopo-fast doctor` lists.
+        threads: Number of CPU threads.
+        memory_map: Leave the data in their file, for a data set larger than the memory.
+        json: File for all estimates in JSON.
+        quiet: Show no progress bar.
+
+    Examples:
+        mopo-fast select runs/hopper
+        mopo-fast select runs/lambda0 runs/lambda1 --penalty-coef 1 --dynamics-from runs/fit-judge
+    """
+    from mopo_fast.data import find_dataset
+    from mopo_fast.run.find import check_run, find_run_dataset, find_trained_runs
+
+    if json is not None:
+        check_writable(json)
+    folders = find_trained_runs(runs)
+    if dynamics_from is not None:
+        check_run(dynamics_from, files=("dynamics.json",))
+    if dataset is None:
+        find_run_dataset(folders[0])
+    else:
+        find_dataset(dataset)
+    from mopo_fast.select import select, to_sentences, to_tables
+
+    selection = select(
+        folders,
+        data=dataset,
+        task=task,
+        dynamics_from=dynamics_from,
+        penalty_coef=penalty_coef,
+        last=last,
+        starts=starts,
+        horizon=horizon,
+        discount=discount,
+        fqe_updates=fqe_updates,
+        fqe_discount=fqe_discount,
+        stochastic=stochastic,
+        truth=truth,
+        seed=seed,
+        device=device,
+        backend=backend,
+        threads=threads,
+        memory_map=memory_map,
+        quiet=quiet,
+    )
+    if json is not None:
+        write_json(json, dataclasses.asdict(selection))
+    out = Console()
+    if not out.is_terminal:
+        # In a pipe no line is broken.
+        out = Console(width=1000)
+    for table in to_tables(selection):
+        out.print(table)
+    print("\n".join(map(printable, to_sentences(selection))))
+
+
 def report(
     runs: Annotated[tuple[Path, ...], Positional, arg(metavar="RUN ...")],
     *,
@@ -1005,6 +1114,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
         evaluate,
         rollout,
         bench,
+        select,
         report,
         doctor,
     )

@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,7 @@ from mopo_fast.data.local import MINARI_PREFIX
 from mopo_fast.errors import InputError, printable
 from mopo_fast.fit import read_fit
 from mopo_fast.run.command import flatten
-from mopo_fast.run.find import check_run
+from mopo_fast.run.find import find_runs
 from mopo_fast.run.folder import WITHOUT_EFFECT, read_config, read_recorded, with_defaults
 from mopo_fast.run.log import read_rows
 from mopo_fast.utils.atomic import atomic_path, read_json_as
@@ -151,44 +151,6 @@ class Comparison:
     sections: list[Section]
     overall: dict[str, Estimate]
     notes: list[str] = field(default_factory=list)
-
-
-def find_runs(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """Return the folders of the runs that are, or lie anywhere below, the folders in `paths`.
-
-    Raises:
-        InputError: one of them is no folder, or has no run of a training in it.
-    """
-    found: dict[Path, Path] = {}
-    for path in map(Path, paths):
-        if not path.is_dir():
-            check_run(path)
-        runs = list(_runs_below(path))
-        if not runs:
-            raise InputError(
-                f"{path} holds no run of `mopo-fast train`; give runs, or folders that hold some"
-            )
-        for run in runs:
-            found.setdefault(run.resolve(), run)
-    return list(found.values())
-
-
-def _runs_below(path: Path) -> Iterator[Path]:
-    """Yield the runs in a folder in the order of their names; a run's own folders are not searched."""
-    for parent, folders, files in os.walk(path):
-        folders.sort()
-        if "config.json" in files and _is_run(Path(parent)):
-            folders.clear()
-            yield Path(parent)
-
-
-def _is_run(folder: Path) -> bool:
-    """Tell a run from a fit alone and from other programs' folders; a damaged config.json counts as one."""
-    try:
-        recorded = read_json_as(folder / "config.json", dict[str, Any])
-    except InputError:
-        return True
-    return {"dataset", "rollout", "sac"} <= recorded.keys()
 
 
 def read_result(folder: Path) -> Result:

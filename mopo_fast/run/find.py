@@ -1,8 +1,10 @@
 """Find out whether a folder holds a run, and its data set, before torch is imported."""
 
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mopo_fast.config import DataConfig
 from mopo_fast.data import find_dataset
@@ -39,6 +41,64 @@ def check_run(folder: str | os.PathLike[str], *, files: tuple[str, ...] = ("conf
         if len(files) > 1
         else f"{folder / files[0]} does not exist; give the folder of a run"
     )
+
+
+def find_runs(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """Return the folders of the runs that are, or lie anywhere below, the folders in `paths`.
+
+    Raises:
+        InputError: one of them is no folder, or has no run of a training in it.
+    """
+    found: dict[Path, Path] = {}
+    for path in map(Path, paths):
+        if not path.is_dir():
+            check_run(path)
+        runs = list(_runs_below(path))
+        if not runs:
+            raise InputError(
+                f"{path} holds no run of `mopo-fast train`; give runs, or folders that hold some"
+            )
+        for run in runs:
+            found.setdefault(run.resolve(), run)
+    return list(found.values())
+
+
+def _runs_below(path: Path) -> Iterator[Path]:
+    """Yield the runs in a folder in the order of their names; a run's own folders are not searched."""
+    for parent, folders, files in os.walk(path):
+        folders.sort()
+        if "config.json" in files and _is_run(Path(parent)):
+            folders.clear()
+            yield Path(parent)
+
+
+def _is_run(folder: Path) -> bool:
+    """Tell a run from a fit alone and from other programs' folders; a damaged config.json counts as one."""
+    try:
+        recorded = read_json_as(folder / "config.json", dict[str, Any])
+    except InputError:
+        return True
+    return {"dataset", "rollout", "sac"} <= recorded.keys()
+
+
+def find_trained_runs(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """Return the folders of runs that have a policy, each once.
+
+    Args:
+        paths: folders of runs, or folders that hold some, see `find_runs`; in these, runs without a policy
+            are left out.
+
+    Raises:
+        InputError: a path is no such folder, a run that is named has no policy yet, or none has one.
+    """
+    runs, named = find_runs(paths), {Path(path).resolve() for path in paths}
+    for run in runs:
+        if run.resolve() in named:
+            check_policy(run)
+    trained = [run for run in runs if (run / "policy.json").is_file()]
+    if not trained:
+        raise InputError("there is no run with a policy; give the folder of one, or more")
+    return trained
 
 
 def holds_policy_alone(folder: str | os.PathLike[str], task: str | None) -> bool:

@@ -90,8 +90,15 @@ def estimate_curve(values: Array, resamples: int = _CURVE_RESAMPLES) -> tuple[Ar
     if count == 1:
         nothing = np.full_like(mean, np.nan)
         return mean, nothing, nothing
-    half = stats.t.ppf(0.5 + CONFIDENCE / 2, count - 1) * values.std(axis=0, ddof=1) / np.sqrt(count)
+    half = student_half(values)
     return mean, mean - half, mean + half
+
+
+def student_half(values: Array) -> Array:
+    """Return half of the length of Student's t interval of the mean of values [n, ...], n at least 2."""
+    count = len(values)
+    half: Array = stats.t.ppf(0.5 + CONFIDENCE / 2, count - 1) * values.std(axis=0, ddof=1) / np.sqrt(count)
+    return half
 
 
 def _interquartile_mean(*samples: Array, axis: int) -> Array:

@@ -44,6 +44,10 @@ LINES: dict[str, tuple[list[str], str]] = {
     ),
     "train again": (["train", DATA, "--out", "run", "--resume", *RUN], "normalised score"),
     "evaluate": (["evaluate", "run", "--episodes", "1"], "normalised score"),
+    "select": (
+        ["select", "run", "runs", "--starts", "5", "--horizon", "3", "--fqe-updates", "20", "--threads", "1"],
+        "Fitted Q evaluation",
+    ),
     "report": (["report", "run"], "report.html"),
     "report of runs": (["report", "run", "runs", "--out", "compared"], "compared/comparison.html"),
     "report of a fit": (["report", "fit"], "report.html"),

@@ -846,7 +846,7 @@ _RUNS = [
         _make_finished,
         ("run/*.json", "run/progress.csv"),
         _compare,
-        ("mopo_fast.compare:_is_run", "mopo_fast.compare:read_result"),
+        ("mopo_fast.run.find:_is_run", "mopo_fast.compare:read_result"),
         cost=2,
     ),
     Entry(

@@ -7,6 +7,7 @@ examples/bullet_data.py makes its data. PyBullet's ant is in examples/bullet_ant
 """
 
 import pybullet_envs_gymnasium  # noqa: F401 - registers the environment
+
 from mopo_fast import Task
 from mopo_fast.tasks import make_box
 

@@ -91,7 +91,7 @@ def main(
     """Compare penalties and true errors of a run's policy, and its returns in the model and in MuJoCo.
 
     Args:
-        run: Folder of a finished run on a data set of halfcheetah, hopper, walker2d or ant.
+        run: Folder of a finished run on a data set of halfcheetah, hopper or walker2d.
         starts: Start states of the rollouts in the model.
         steps: Steps of these rollouts.
         episodes: Start states whose returns are compared, and episodes of the open-loop comparison.
@@ -197,7 +197,7 @@ def calibrate(subject: Subject, starts: int, steps: int, seed: int) -> dict[str,
                 penalty, {"value": [], "spearman": [], **{f"coverage_{coef:g}": [] for coef in COEFS}}
             )
             parts["value"].append(_quantiles(values[used]))
-            parts["spearman"].append(float(stats.spearmanr(values[used], errors[used]).statistic))
+            parts["spearman"].append(_rank_correlation(values[used], errors[used]))
             for coef in COEFS:
                 parts[f"coverage_{coef:g}"].append(float((errors[used] <= coef * values[used]).mean()))
     return columns
@@ -208,6 +208,12 @@ def _targets(subject: Subject, observations: Array, truth: Any) -> Array:
     absolute = subject.ensemble.absolute.numpy()
     change = truth.next_observations - np.where(absolute, 0.0, observations)
     return np.concatenate([change, truth.rewards[:, None]], axis=1)
+
+
+def _rank_correlation(x: Array, y: Array) -> float | None:
+    """Return Spearman's rank correlation, or None where an array is constant."""
+    constant = np.ptp(x) == 0 or np.ptp(y) == 0
+    return None if constant else float(stats.spearmanr(x, y).statistic)
 
 
 def _quantiles(values: Array) -> dict[str, float]:
@@ -342,7 +348,8 @@ def show(by_step: dict[str, Any], open_loop: dict[str, Any], returns: list[dict[
     table.add_row("", "median error", *(f"{by_step['error'][i]['median']:.3g}" for i in at))
     for penalty, parts in by_step["penalties"].items():
         table.add_row(penalty, "median", *(f"{parts['value'][i]['median']:.3g}" for i in at))
-        table.add_row("", "rank correlation", *(f"{parts['spearman'][i]:.2f}" for i in at))
+        ranks = (parts["spearman"][i] for i in at)
+        table.add_row("", "rank correlation", *("–" if rank is None else f"{rank:.2f}" for rank in ranks))
         for coef in COEFS:
             name = f"coverage_{coef:g}"
             table.add_row("", f"error within {coef:g} penalties", *(f"{parts[name][i]:.0%}" for i in at))

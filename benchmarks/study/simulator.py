@@ -12,9 +12,9 @@ from mopo_fast.tasks import TASKS
 
 Array = npt.NDArray[Any]
 
-# Tasks whose observation is qpos without the root's position, then qvel: numbers of positions left out, and
-# the limit at which the observed velocities are clipped.
-_LAYOUTS = {"halfcheetah": (1, np.inf), "hopper": (1, 10.0), "walker2d": (1, 10.0), "ant": (2, np.inf)}
+# Tasks whose observation is qpos without its first number, then qvel, and whose reward depends on nothing
+# else: the limit at which the observed velocities are clipped.
+_LIMITS = {"halfcheetah": np.inf, "hopper": 10.0, "walker2d": 10.0}
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class TrueSteps:
 class Simulator:
     """MuJoCo's environment of a task, set to states that are rebuilt from observations.
 
-    The root's position along the track is not observed and is set to 0: neither the dynamics nor the rewards
-    depend on it. The solver starts cold, as after a reset.
+    The position along the track is not observed and is set to 0: neither the dynamics nor the rewards depend
+    on it. The solver starts cold, as after a reset.
 
     Args:
         task: name of a task.
@@ -49,14 +49,14 @@ class Simulator:
     """
 
     def __init__(self, task: str) -> None:
-        if task not in _LAYOUTS:
-            raise InputError(f"states can be rebuilt for {', '.join(_LAYOUTS)}, not for {task}")
-        self._hidden, self._limit = _LAYOUTS[task]
+        if task not in _LIMITS:
+            raise InputError(f"states can be rebuilt for {', '.join(_LIMITS)}, not for {task}")
+        self._limit = _LIMITS[task]
         self._environment = make_environment(TASKS[task].env_id).unwrapped
 
     def knows(self, observations: Array) -> Array:
         """Tell which observations [n, obs_dim] determine their states, as bool [n]."""
-        positions = self._environment.model.nq - self._hidden
+        positions = self._environment.model.nq - 1
         velocities = np.abs(observations[:, positions:])
         return np.asarray(np.isfinite(observations).all(axis=1) & (velocities < self._limit).all(axis=1))
 
@@ -75,12 +75,10 @@ class Simulator:
     def set_state(self, observation: Array) -> None:
         """Set the environment to the state of an observation [obs_dim]."""
         environment = self._environment
-        positions = environment.model.nq - self._hidden
+        positions = environment.model.nq - 1
         # Contacts and the solver's start of an earlier state would be left over otherwise.
         environment.reset()
-        environment.set_state(
-            np.concatenate([np.zeros(self._hidden), observation[:positions]]), observation[positions:]
-        )
+        environment.set_state(np.append(0.0, observation[:positions]), observation[positions:])
 
     def close(self) -> None:
         """Release the environment."""

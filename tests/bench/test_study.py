@@ -1,0 +1,131 @@
+"""Test the study's comparison of penalties with true errors."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.study.calibration import (
+    COEFS,
+    Subject,
+    calibrate,
+    compare_open_loop,
+    compare_returns,
+)
+from benchmarks.study.simulator import Simulator, TrueSteps
+from mopo_fast import Actor, EnsembleDynamics
+from mopo_fast.environments import make_environment
+from mopo_fast.errors import InputError
+
+SHIFT, SIGMA, GAP, REWARD = 0.01, 0.5, 1.2, 3.0
+
+
+@pytest.mark.parametrize("task", ["halfcheetah", "hopper", "walker2d"])
+def test_true_steps_are_those_of_the_environment(task: str) -> None:
+    name = {"halfcheetah": "HalfCheetah", "hopper": "Hopper", "walker2d": "Walker2d"}[task]
+    random, environment = np.random.default_rng(0), make_environment(f"{name}-v4").unwrapped
+    rows = []
+    observation = environment.reset(seed=0)[0]
+    for _ in range(60):
+        action = random.uniform(-1, 1, environment.action_space.shape)
+        successor, reward, terminal = environment.step(action)[:3]
+        rows.append((observation, action, successor, reward, terminal))
+        observation = environment.reset()[0] if terminal else successor
+    observations, actions, successors, rewards, terminals = (np.array(x) for x in zip(*rows, strict=True))
+    made = Simulator(task).step(observations, actions)
+    assert made.known.mean() > 0.2
+    known = made.known
+    # The solver starts cold here, and from the step before there.
+    np.testing.assert_allclose(made.next_observations[known], successors[known], atol=2e-3)
+    np.testing.assert_allclose(made.rewards[known], rewards[known], atol=2e-3)
+    np.testing.assert_array_equal(made.terminals[known], terminals[known])
+
+
+def test_a_clipped_velocity_hides_the_state() -> None:
+    simulator = Simulator("hopper")
+    observations = np.zeros((2, 11))
+    observations[:, 0] = 1.25
+    observations[1, -1] = 10.0
+    assert simulator.step(observations, np.zeros((2, 3))).known.tolist() == [True, False]
+
+
+def test_a_task_whose_state_is_not_observed() -> None:
+    with pytest.raises(InputError, match="states can be rebuilt for halfcheetah, hopper, walker2d, not"):
+        Simulator("ant")
+
+
+@dataclass
+class Line:
+    """Every step adds SHIFT + GAP to each dimension; the reward is REWARD + GAP."""
+
+    gap: float = GAP
+
+    def knows(self, observations: Any) -> Any:
+        return np.ones(len(observations), dtype=bool)
+
+    def step(self, observations: Any, actions: Any) -> TrueSteps:
+        count = len(observations)
+        return TrueSteps(
+            observations + SHIFT + self.gap,
+            np.full(count, REWARD + self.gap),
+            np.zeros(count, dtype=bool),
+            np.ones(count, dtype=bool),
+        )
+
+
+@pytest.fixture
+def subject() -> Subject:
+    """Return an ensemble that predicts SHIFT, and reward REWARD, with std SIGMA everywhere."""
+    ensemble = EnsembleDynamics(17, 6, members=3, elites=2, hidden=(4,))
+    with torch.no_grad():
+        for parameter in (*ensemble.weights, *ensemble.biases):
+            parameter.zero_()
+        ensemble.biases[-1][:, :17] = SHIFT
+        ensemble.biases[-1][:, 17] = REWARD
+        # Far inside its bounds, the soft clamp leaves a logarithm as it is.
+        ensemble.max_logvar.fill_(30.0)
+        ensemble.min_logvar.fill_(-30.0)
+        ensemble.biases[-1][:, 18:] = 2 * math.log(SIGMA)
+    starts = torch.randn(500, 17, generator=torch.Generator().manual_seed(0))
+    simulator: Any = Line()
+    return Subject(
+        *("halfcheetah", ensemble, Actor(17, 6), starts, np.full(17, 2.0)),
+        *("max_aleatoric", 0.5, 0.9, simulator),
+    )
+
+
+def test_coverage_by_hand(subject: Subject) -> None:
+    made = calibrate(subject, 200, 3, seed=0)
+    assert made["step"] == [1, 2, 3] and made["rows"] == [200] * 3
+    error, penalty = GAP * math.sqrt(18), SIGMA * math.sqrt(18)
+    assert made["error"][0]["median"] == pytest.approx(error, rel=1e-5)
+    columns = made["penalties"]["max_aleatoric"]
+    assert columns["value"][2]["mean"] == pytest.approx(penalty, rel=1e-5)
+    for coef in COEFS:
+        assert columns[f"coverage_{coef:g}"] == [float(error <= coef * penalty)] * 3
+    # All members agree, so their deviation covers nothing.
+    assert made["penalties"]["max_deviation"]["coverage_5"] == [0.0] * 3
+
+
+def test_open_loop_by_hand(subject: Subject) -> None:
+    made = compare_open_loop(subject, 50, 4, seed=0)
+    medians = [error["median"] for error in made["error"]]
+    assert medians == pytest.approx([GAP * t / 2.0 for t in (1, 2, 3, 4)], rel=1e-4)
+
+
+@pytest.mark.parametrize(("gap", "below"), [(GAP, 1.0), (-GAP, 0.0)])
+def test_returns_by_hand(subject: Subject, gap: float, below: float) -> None:
+    subject.simulator.gap = gap  # type: ignore[attr-defined]
+    for row in compare_returns(subject, 40, seed=0):
+        discounts = (1 - 0.9 ** row["steps"]) / 0.1
+        assert row["true"]["mean"] == pytest.approx((REWARD + gap) * discounts, rel=1e-6)
+        # The model's rewards are sampled, with std SIGMA.
+        noise = 5 * SIGMA * math.sqrt(discounts) / math.sqrt(40 * 16)
+        assert row["model"]["mean"] == pytest.approx(REWARD * discounts, abs=noise)
+        penalised = (REWARD - 0.5 * SIGMA * math.sqrt(18)) * discounts
+        assert row["penalised"]["mean"] == pytest.approx(penalised, abs=noise)
+        assert row["starts"] == 40
+    assert row["below_true"] == below

@@ -22,6 +22,7 @@ from mopo_fast.config import PENALTIES
 from mopo_fast.data import find_dataset, load_dataset
 from mopo_fast.doctor import examine
 from mopo_fast.ensemble import EnsembleDynamics
+from mopo_fast.errors import InputError
 from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine
 from mopo_fast.run.folder import read_summary
@@ -78,46 +79,46 @@ class Subject:
 
 
 def main(
-    run: tyro.conf.Positional[Path],
+    runs: tyro.conf.Positional[tuple[Path, ...]],
     *,
     starts: int = 2000,
     steps: int = 20,
     episodes: int = 64,
-    penalty_coef: float | None = None,
     seed: int = 0,
     json: Path | None = None,
     quiet: bool = False,
 ) -> None:
-    """Compare penalties and true errors of a run's policy, and its returns in the model and in MuJoCo.
+    """Compare penalties and true errors of the policies of some runs, and their returns.
 
     Args:
-        run: Folder of a finished run on a data set of halfcheetah, hopper or walker2d.
+        runs: Folders of finished runs that differ in their seeds alone. Their data set is one of halfcheetah,
+            hopper or walker2d.
         starts: Start states of the rollouts in the model.
         steps: Steps of these rollouts.
         episodes: Start states whose returns are compared, and episodes of the open-loop comparison.
-        penalty_coef: Lambda of the penalised returns (default: the run's own).
         seed: Seed of all random numbers.
-        json: File of the results (default: benchmarks/results/study/calibration-RUN.json).
+        json: File of the results (default: benchmarks/results/study/calibration-DATASET.json).
         quiet: Show no progress bar.
     """
-    subject = open_run(run)
-    if penalty_coef is not None:
-        subject = dataclasses.replace(subject, penalty_coef=penalty_coef)
-    with progress_bar("calibration", 3, quiet=quiet) as bar:
-        by_step = calibrate(subject, starts, steps, seed)
-        bar.update()
-        open_loop = compare_open_loop(subject, episodes, steps, seed)
-        bar.update()
-        returns = compare_returns(subject, episodes, seed)
-        bar.update()
-    subject.simulator.close()
-    show(by_step, open_loop, returns)
-    summary = read_summary(run)
+    if not runs:
+        raise InputError("give the folder of a run")
+    results = []
+    with progress_bar("calibration", 3 * len(runs), quiet=quiet) as bar:
+        for run in runs:
+            subject = open_run(run)
+            result: dict[str, Any] = {"seed": read_summary(run)["seed"]}
+            result["by_step"] = calibrate(subject, starts, steps, seed)
+            bar.advance(1)
+            result["open_loop"] = compare_open_loop(subject, episodes, steps, seed)
+            bar.advance(1)
+            result["returns"] = compare_returns(subject, episodes, seed)
+            bar.advance(1)
+            results.append(result)
+            subject.simulator.close()
+    summary = read_summary(runs[0])
     settings = {
-        "run": run.name,
         "dataset": summary["dataset"],
         "task": subject.task,
-        "seed_of_the_run": summary["seed"],
         "penalty": subject.penalty,
         "penalty_coef": subject.penalty_coef,
         "starts": starts,
@@ -125,10 +126,14 @@ def main(
         "episodes": episodes,
         "seed": seed,
     }
-    path = json or RESULTS / "study" / f"calibration-{run.name}.json"
+    for title, header, rows in tables(results):
+        table = Table(*header, title=title)
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+    path = json or RESULTS / "study" / f"calibration-{summary['dataset']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    results = {"settings": settings, "by_step": by_step, "open_loop": open_loop, "returns": returns}
-    write_record(path, "study.calibration", examine(), results)
+    write_record(path, "study.calibration", examine(), {"settings": settings, "runs": results})
     print(path)
 
 
@@ -339,34 +344,69 @@ def _mean(values: Array) -> dict[str, float]:
     return {"mean": mean, "low": float(mean - half), "high": float(mean + half)}
 
 
-def show(by_step: dict[str, Any], open_loop: dict[str, Any], returns: list[dict[str, Any]]) -> None:
-    """Print the results as tables."""
-    shown = [t for t in (1, 2, 5, 10, 20) if t in by_step["step"]]
-    table = Table("penalty", "", *(f"step {t}" for t in shown), title="Penalty against the true error")
-    at = [by_step["step"].index(t) for t in shown]
-    table.add_row("", "rows", *(f"{by_step['rows'][i]:,}" for i in at))
-    table.add_row("", "median error", *(f"{by_step['error'][i]['median']:.3g}" for i in at))
-    for penalty, parts in by_step["penalties"].items():
-        table.add_row(penalty, "median", *(f"{parts['value'][i]['median']:.3g}" for i in at))
-        ranks = (parts["spearman"][i] for i in at)
-        table.add_row("", "rank correlation", *("–" if rank is None else f"{rank:.2f}" for rank in ranks))
-        for coef in COEFS:
-            name = f"coverage_{coef:g}"
-            table.add_row("", f"error within {coef:g} penalties", *(f"{parts[name][i]:.0%}" for i in at))
-    console = Console()
-    console.print(table)
-    table = Table("step", "trajectories", "median error", "q90", title="Open loop, in the data's std")
-    for t, rows, error in zip(open_loop["step"], open_loop["rows"], open_loop["error"], strict=True):
-        if t in (1, 2, 5, 10, 20):
-            table.add_row(str(t), f"{rows:,}", f"{error['median']:.3g}", f"{error['q90']:.3g}")
-    console.print(table)
-    table = Table("steps", "starts", "true", "model", "penalised", "penalised less true", "below true")
-    for row in returns:
-        means = [f"{row[name]['mean']:.2f}" for name in ("true", "model", "penalised")]
-        gap = row["penalised_less_true"]
-        between = f"{gap['mean']:.2f} ({gap['low']:.2f} to {gap['high']:.2f})"
-        table.add_row(str(row["steps"]), str(row["starts"]), *means, between, f"{row['below_true']:.0%}")
-    console.print(table)
+# Steps that the tables show.
+_SHOWN = (1, 2, 5, 10, 20)
+
+
+def tables(runs: list[dict[str, Any]]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Return the tables of some runs' results, each as title, header and rows.
+
+    A number is the mean over the runs, with its 95 % interval by Student's t where there are several.
+    """
+    return [_penalty_table(runs), _open_loop_table(runs), _returns_table(runs)]
+
+
+def _penalty_table(runs: list[dict[str, Any]]) -> tuple[str, list[str], list[list[str]]]:
+    parts = [run["by_step"] for run in runs]
+    shown = _shown(parts)
+    errors = [_spread([part["error"][t - 1]["median"] for part in parts], ".3g") for t in shown]
+    rows = [["", "median error", *errors]]
+    for penalty in parts[0]["penalties"]:
+        columns = [part["penalties"][penalty] for part in parts]
+        medians = [_spread([column["value"][t - 1]["median"] for column in columns], ".3g") for t in shown]
+        ranks = [_spread([column["spearman"][t - 1] for column in columns], ".2f") for t in shown]
+        shares = [_spread([column["coverage_1"][t - 1] for column in columns], ".0%") for t in shown]
+        rows += [
+            [penalty, "median", *medians],
+            ["", "rank correlation with the error", *ranks],
+            ["", "error is at most the penalty", *shares],
+        ]
+    return "Penalty against the true error", ["penalty", "", *(f"step {t}" for t in shown)], rows
+
+
+def _open_loop_table(runs: list[dict[str, Any]]) -> tuple[str, list[str], list[list[str]]]:
+    parts = [run["open_loop"] for run in runs]
+    shown = _shown(parts)
+    rows = [
+        [label, *(_spread([part["error"][t - 1][name] for part in parts], ".3g") for t in shown)]
+        for label, name in (("median", "median"), ("90 % quantile", "q90"))
+    ]
+    return "Error in open loop, in the data's std", ["", *(f"step {t}" for t in shown)], rows
+
+
+def _returns_table(runs: list[dict[str, Any]]) -> tuple[str, list[str], list[list[str]]]:
+    rows = []
+    for parts in zip(*(run["returns"] for run in runs), strict=False):
+        names = ("true", "model", "penalised", "penalised_less_true")
+        means = [_spread([part[name]["mean"] for part in parts], ".2f") for name in names]
+        share = _spread([part["below_true"] for part in parts], ".0%")
+        rows.append([str(parts[0]["steps"]), *means, share])
+    header = ["steps", "true", "model", "penalised", "penalised less true", "starts where it is at most true"]
+    return "Discounted returns from states of the data", header, rows
+
+
+def _shown(parts: list[dict[str, Any]]) -> list[int]:
+    return [t for t in _SHOWN if all(t in part["step"] for part in parts)]
+
+
+def _spread(values: list[float | None], form: str) -> str:
+    numbers = [value for value in values if value is not None]
+    if len(numbers) < len(values):
+        return "–"
+    if len(numbers) == 1:
+        return format(numbers[0], form)
+    made = _mean(np.array(numbers))
+    return f"{made['mean']:{form}} ({made['low']:{form}} to {made['high']:{form}})"
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from benchmarks.study.calibration import (
     calibrate,
     compare_open_loop,
     compare_returns,
+    tables,
 )
 from benchmarks.study.simulator import Simulator, TrueSteps
 from mopo_fast import Actor, EnsembleDynamics
@@ -129,3 +130,22 @@ def test_returns_by_hand(subject: Subject, gap: float, below: float) -> None:
         assert row["penalised"]["mean"] == pytest.approx(penalised, abs=noise)
         assert row["starts"] == 40
     assert row["below_true"] == below
+
+
+def test_tables_of_several_runs(subject: Subject) -> None:
+    runs = []
+    for gap in (1.0, 3.0):
+        subject.simulator.gap = gap  # type: ignore[attr-defined]
+        runs.append(
+            {
+                "by_step": calibrate(subject, 100, 2, seed=0),
+                "open_loop": compare_open_loop(subject, 20, 2, seed=0),
+                "returns": compare_returns(subject, 20, seed=0),
+            }
+        )
+    penalties, open_loop, returns = tables(runs)
+    assert penalties[1][2:] == ["step 1", "step 2"]
+    # The mean of 0.5 and 1.5, and the half-width 12.706 / sqrt(2) * sqrt(0.5).
+    assert open_loop[2][0][1] == "1 (-5.35 to 7.35)"
+    assert [row[0] for row in returns[2]] == ["1", "5", "20", "100"]
+    assert tables(runs[:1])[1][2][0][1:] == ["0.5", "1"]

@@ -364,10 +364,10 @@ def select(
 def mean_interval(values: torch.Tensor) -> tuple[float, float | None, float | None]:
     """Return the mean of numbers [n] with the ends of its 95 % interval by Student's t.
 
-    The ends are None for a single number.
+    The ends are None for a single number, and where the mean is not finite.
     """
     mean = values.mean().item()
-    if len(values) < 2:
+    if len(values) < 2 or not math.isfinite(mean):
         return mean, None, None
     half = float(student_half(values.cpu().numpy()))
     return mean, mean - half, mean + half

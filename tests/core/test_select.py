@@ -49,15 +49,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def make_run(
-    folder: Path, data: Path, raw: float, *, coef: float = 1.0, of_state: float = -0.5, **options
-) -> Path:
+def make_run(folder: Path, data: Path, raw: float, *, coef: float = 1.0, **options) -> Path:
     """Write a run whose policy always acts by tanh(raw), with an ensemble of a constant penalty of 0.25."""
     folder.mkdir(parents=True)
     rollout = RolloutConfig(penalty="max_deviation", penalty_coef=coef, horizon=5, dtype="float32")
     config = RunConfig(**{"dataset": str(data), "task": "line", "rollout": rollout, **options})
     write_json(folder / "config.json", to_dict(config))
-    linear_ensemble(of_state, 1.0, 0.25).save(folder)
+    linear_ensemble(-0.5, 1.0, 0.25).save(folder)
     constant_actor(raw).save(folder)
     return folder
 
@@ -159,8 +157,11 @@ def test_one_penalty_makes_runs_comparable(data: Path, tmp_path: Path) -> None:
 def test_different_judges_are_named(data: Path, tmp_path: Path) -> None:
     """The second run's ensemble promises more; judged by the first one's, its policy is the worse one."""
     sober = make_run(tmp_path / "sober", data, math.atanh(0.1))
-    hopeful = make_run(tmp_path / "hopeful", data, 0.05, of_state=-0.01)
-    linear_ensemble(0.1, 1.0, 0.25).save(hopeful)
+    hopeful = make_run(tmp_path / "hopeful", data, 0.05)
+    ensemble = linear_ensemble(-0.5, 1.0, 0.25)
+    with torch.no_grad():
+        ensemble.biases[0][:, 1] += 5.0
+    ensemble.save(hopeful)
     own = select([sober, hopeful], **QUICK)
     assert own.by_model == (1, 0)
     assert any("judged by different ensembles" in note and "--dynamics-from" in note for note in own.notes)
@@ -320,8 +321,8 @@ def test_what_cannot_be_compared_is_refused(
     refused("does not exist", tmp_path / "nothing")
     empty = tmp_path / "empty"
     empty.mkdir()
-    refused("does not exist; give the folder of a run", empty)
-    refused("no run was given")
+    refused("holds no run", empty)
+    refused("there is no run with a policy")
     refused("fqe_updates must not be negative", runs[0], fqe_updates=-1)
     refused("fqe_discount must be at least 0 and less than 1", runs[0], fqe_discount=1.0)
     refused("starts must be at least 1", runs[0], starts=0)

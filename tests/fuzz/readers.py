@@ -58,6 +58,7 @@ from mopo_fast.run import checkpoint, log
 from mopo_fast.run.find import find_run_dataset, read_data_config
 from mopo_fast.run.folder import read_config
 from mopo_fast.run.resolve import check_run_data
+from mopo_fast.select import select
 from mopo_fast.utils.atomic import read_json
 
 from .children import Entry, check_secret
@@ -674,6 +675,10 @@ def _compare() -> None:
     json.dumps(compare.to_json(compared))
 
 
+def _select() -> None:
+    select("run", starts=2, horizon=2, fqe_updates=1, threads=1, quiet=True)
+
+
 def _report() -> None:
     from mopo_fast import report
 
@@ -848,6 +853,14 @@ _RUNS = [
         _compare,
         ("mopo_fast.run.find:_is_run", "mopo_fast.compare:read_result"),
         cost=2,
+    ),
+    Entry(
+        "selection",
+        _make_finished,
+        ("run/config.json", "run/summary.json", "run/policy.*", "run/dynamics.*"),
+        _select,
+        ("mopo_fast.select:_load",),
+        cost=5,
     ),
     Entry(
         "run settings",

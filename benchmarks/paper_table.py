@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import scipy.stats
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -37,6 +36,7 @@ from mopo_fast.run.folder import read_summary
 from mopo_fast.run.log import read_rows
 from mopo_fast.tasks import parse_dataset_name
 from mopo_fast.utils.atomic import atomic_path, check_writable
+from mopo_fast.utils.statistics import student_interval
 
 TASKS = ("halfcheetah", "hopper", "walker2d")
 TIERS = ("random", "medium", "medium-replay", "medium-expert")
@@ -217,11 +217,7 @@ def result_of(name: str, folder: Path, seeds: Sequence[int]) -> Result:
 
 def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
     """Return the 95 % interval of the mean by Student's t, or None for fewer than three values."""
-    if len(values) < 3:
-        return None
-    mean, error = statistics.fmean(values), float(scipy.stats.sem(values))
-    half = float(scipy.stats.t.ppf(0.975, len(values) - 1)) * error
-    return mean - half, mean + half
+    return student_interval(values) if len(values) >= 3 else None
 
 
 def to_table(results: Sequence[Result]) -> Table:

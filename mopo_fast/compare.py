@@ -32,9 +32,9 @@ from mopo_fast.run.find import find_runs
 from mopo_fast.run.folder import WITHOUT_EFFECT, read_config, read_recorded, with_defaults
 from mopo_fast.run.log import read_rows
 from mopo_fast.utils.atomic import atomic_path, read_json_as
-from mopo_fast.utils.intervals import ENOUGH, Estimate, estimate, estimate_curve, estimate_over_tasks
 from mopo_fast.utils.pages import bullets, heading, number_table, paragraph, picture, to_png, write_page
 from mopo_fast.utils.pictures import BLUE, GREEN, GREY, ORANGE, blank, look
+from mopo_fast.utils.statistics import ENOUGH, Estimate, estimate, estimate_curve, estimate_over_tasks
 
 PAGE = "comparison.html"
 # Evaluations at the end of a run whose mean is its value.

@@ -49,6 +49,7 @@ from mopo_fast.utils.pages import (
 )
 from mopo_fast.utils.pictures import BLUE, GREEN, GREY, ORANGE, blank, blank_axes, label_log, look
 from mopo_fast.utils.seeds import REPORT, derive_seed
+from mopo_fast.utils.statistics import spearman
 
 T = TypeVar("T")
 # Shares of a normal distribution within one and two standard deviations.
@@ -222,21 +223,6 @@ def _local_dataset(name: str, config: DataConfig) -> Transitions:
     if not path.exists():
         raise InputError(f"the data set {name} is not on this machine; get it, then run the report again")
     return load_configured(name, config, quiet=True)
-
-
-def spearman(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> float:
-    """Compute Spearman's rank correlation of two [n] arrays.
-
-    Equal values share their mean rank. The result is NaN where an array is constant.
-    """
-
-    def ranks(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-        result: np.ndarray[Any, Any] = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-        return result
-
-    with np.errstate(invalid="ignore"):
-        return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
 
 
 # --- Sections of the report: each returns a figure and its caption, or raises InputError if data are missing.

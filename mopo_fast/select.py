@@ -19,7 +19,6 @@ import torch
 from rich import box
 from rich.table import Table
 from rich.text import Text
-from scipy import stats
 
 from mopo_fast.config import RunConfig
 from mopo_fast.data import Transitions, load_configured, load_dataset
@@ -34,10 +33,10 @@ from mopo_fast.run.kept import kept_policies
 from mopo_fast.run.log import read_rows
 from mopo_fast.run.resolve import check_run_data, check_sizes, make_engine
 from mopo_fast.tasks import Task, task_of_run
-from mopo_fast.utils.intervals import student_half
 from mopo_fast.utils.machine import check_device, resolve_threads, torch_threads
 from mopo_fast.utils.progress import Bar, progress_bar
 from mopo_fast.utils.seeds import SELECT, derive_seed
+from mopo_fast.utils.statistics import spearman, student_interval
 
 # Second elements of a seed's path.
 _STARTS, _MODEL, _FQE = range(3)
@@ -369,8 +368,7 @@ def mean_interval(values: torch.Tensor) -> tuple[float, float | None, float | No
     mean = values.mean().item()
     if len(values) < 2 or not math.isfinite(mean):
         return mean, None, None
-    half = float(student_half(values.cpu().numpy()))
-    return mean, mean - half, mean + half
+    return mean, *student_interval(values.cpu().numpy())
 
 
 def ranking_quality(estimates: Sequence[float], truth: Sequence[float | None]) -> RankingQuality:
@@ -389,10 +387,9 @@ def ranking_quality(estimates: Sequence[float], truth: Sequence[float | None]) -
     if len(known) < 2:
         raise InputError(f"a ranking needs two true returns or more, got {len(known)}")
     values, returns = np.array(known).T
-    varied = len(set(values)) > 1 and len(set(returns)) > 1
     return RankingQuality(
         policies=len(known),
-        rank_correlation=float(stats.spearmanr(values, returns).statistic) if varied else None,
+        rank_correlation=_finite(spearman(values, returns)),
         regret=float(returns.max() - returns[values.argmax()]),
         random_regret=float(returns.max() - returns.mean()),
     )

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import scipy.stats
 import torch
 import tyro
 from rich.console import Console
@@ -32,6 +31,7 @@ from mopo_fast.collect import collect
 from mopo_fast.compat.offlinerl_kit import EnsembleDynamics, fuse_rollout, fuse_trainer
 from mopo_fast.doctor import examine
 from mopo_fast.utils.progress import progress_bar
+from mopo_fast.utils.statistics import student_interval
 
 Values = dict[str, list[float]]
 
@@ -176,8 +176,7 @@ def _compare(name: str, epoch: int, runs: dict[str, list[Values]]) -> dict[str, 
 
 def _interval(values: list[float]) -> list[float]:
     """Return the 95 % interval of the mean by Student's t."""
-    half = scipy.stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return [statistics.fmean(values) - half, statistics.fmean(values) + half]
+    return list(student_interval(values))
 
 
 def _print(results: list[dict[str, Any]]) -> None:

@@ -5,6 +5,7 @@ step is compared with the true one. The definitions are in docs/results.md.
 """
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
-from scipy import stats
 
 from benchmarks.record import RESULTS, write_record
 from benchmarks.study.simulator import Simulator
@@ -30,6 +30,7 @@ from mopo_fast.tasks import get_task
 from mopo_fast.utils.atomic import read_json_as
 from mopo_fast.utils.progress import progress_bar
 from mopo_fast.utils.seeds import derive_seed
+from mopo_fast.utils.statistics import spearman, student_interval
 
 Array = npt.NDArray[Any]
 
@@ -202,7 +203,7 @@ def calibrate(subject: Subject, starts: int, steps: int, seed: int) -> dict[str,
                 penalty, {"value": [], "spearman": [], **{f"coverage_{coef:g}": [] for coef in COEFS}}
             )
             parts["value"].append(_quantiles(values[used]))
-            parts["spearman"].append(_rank_correlation(values[used], errors[used]))
+            parts["spearman"].append(_known(spearman(values[used], errors[used])))
             for coef in COEFS:
                 parts[f"coverage_{coef:g}"].append(float((errors[used] <= coef * values[used]).mean()))
     return columns
@@ -215,10 +216,9 @@ def _targets(subject: Subject, observations: Array, truth: Any) -> Array:
     return np.concatenate([change, truth.rewards[:, None]], axis=1)
 
 
-def _rank_correlation(x: Array, y: Array) -> float | None:
-    """Return Spearman's rank correlation, or None where an array is constant."""
-    constant = np.ptp(x) == 0 or np.ptp(y) == 0
-    return None if constant else float(stats.spearmanr(x, y).statistic)
+def _known(value: float) -> float | None:
+    """Return a number, or None for NaN, which JSON does not have."""
+    return None if math.isnan(value) else value
 
 
 def _quantiles(values: Array) -> dict[str, float]:
@@ -339,9 +339,8 @@ def _starts(subject: Subject, count: int, seed: int) -> torch.Tensor:
 
 def _mean(values: Array) -> dict[str, float]:
     """Return the mean and its 95 % interval by Student's t."""
-    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
-    mean = float(values.mean())
-    return {"mean": mean, "low": float(mean - half), "high": float(mean + half)}
+    low, high = student_interval(values)
+    return {"mean": float(values.mean()), "low": low, "high": high}
 
 
 # Steps that the tables show.

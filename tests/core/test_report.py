@@ -3,7 +3,6 @@
 import base64
 import dataclasses
 import json
-import math
 import os
 import re
 import resource
@@ -34,7 +33,6 @@ from mopo_fast.report import (
     _states,
     _training_curves,
     coverage,
-    spearman,
     write_report,
 )
 from mopo_fast.run.command import train_command
@@ -404,15 +402,6 @@ def test_states_that_the_data_hold_are_inside(run: Path, monkeypatch: pytest.Mon
 def test_shuffled_data_have_no_rollouts_to_follow(run: Path) -> None:
     lines = missing(add_policy(run), toy_data(600))
     assert len(lines) == 1 and "no held-out transition is followed by 4 more of its episode" in lines[0]
-
-
-def test_spearman_against_known_values() -> None:
-    x = np.arange(10.0)
-    assert spearman(x, x**3) == pytest.approx(1.0)
-    assert spearman(x, -np.exp(x)) == pytest.approx(-1.0)
-    # Ties get their mean rank: (1, 2.5, 2.5, 4, 5) and (2, 1, 4.5, 4.5, 3) correlate by 3.75 / 9.5.
-    assert spearman(np.array([1.0, 2, 2, 3, 5]), np.array([2.0, 1, 4, 4, 3])) == pytest.approx(3.75 / 9.5)
-    assert math.isnan(spearman(x, np.ones(10)))
 
 
 def test_the_residuals_of_a_normal_model_are_called_calibrated(

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mopo_fast.utils.intervals import Estimate, estimate, estimate_curve, estimate_over_tasks
+from mopo_fast.utils.statistics import Estimate, estimate, estimate_curve, estimate_over_tasks, spearman
 
 
 def test_few_runs_have_students_interval() -> None:
@@ -86,3 +86,12 @@ def test_a_point_of_a_curve_is_an_estimate_of_its_own(runs: int) -> None:
 def test_a_curve_of_one_run_has_no_band() -> None:
     mean, low, high = estimate_curve(np.array([[1.0, 2.0]]))
     assert mean.tolist() == [1.0, 2.0] and np.isnan(low).all() and np.isnan(high).all()
+
+
+def test_spearman_against_known_values() -> None:
+    x = np.arange(10.0)
+    assert spearman(x, x**3) == pytest.approx(1.0)
+    assert spearman(x, -np.exp(x)) == pytest.approx(-1.0)
+    # Ties get their mean rank: (1, 2.5, 2.5, 4, 5) and (2, 1, 4.5, 4.5, 3) correlate by 3.75 / 9.5.
+    assert spearman(np.array([1.0, 2, 2, 3, 5]), np.array([2.0, 1, 4, 4, 3])) == pytest.approx(3.75 / 9.5)
+    assert math.isnan(spearman(x, np.ones(10)))

@@ -1,4 +1,4 @@
-"""Means over the runs of one setting, with 95 % confidence intervals.
+"""Means over the runs of one setting, with 95 % confidence intervals, and rank correlations.
 
 With five runs or more these are the interquartile mean and the stratified bootstrap of rliable, computed by
 SciPy: the mean of the middle half of all values, and percentiles of it over resamples, for which the runs of
@@ -8,6 +8,7 @@ One run has no interval.
 Source: Agarwal et al., "Deep reinforcement learning at the edge of the statistical precipice" (NeurIPS 2021).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -99,6 +100,20 @@ def student_half(values: Array) -> Array:
     count = len(values)
     half: Array = stats.t.ppf(0.5 + CONFIDENCE / 2, count - 1) * values.std(axis=0, ddof=1) / np.sqrt(count)
     return half
+
+
+def student_interval(values: Sequence[float] | Array) -> tuple[float, float]:
+    """Return the ends of Student's t interval of the mean of values [n], n at least 2."""
+    numbers = np.asarray(values, float)
+    mean, half = float(numbers.mean()), float(student_half(numbers))
+    return mean - half, mean + half
+
+
+def spearman(x: Sequence[float] | Array, y: Sequence[float] | Array) -> float:
+    """Compute Spearman's rank correlation of two arrays [n]; NaN where one is constant."""
+    if len(np.unique(x)) < 2 or len(np.unique(y)) < 2:
+        return math.nan
+    return float(stats.spearmanr(x, y).statistic)
 
 
 def _interquartile_mean(*samples: Array, axis: int) -> Array:

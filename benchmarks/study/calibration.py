@@ -1,7 +1,7 @@
 """Compare the penalty with the true error where a policy goes: `python -m benchmarks.study.calibration RUN`.
 
 No training takes place. States that the policy visits in the model are rebuilt in MuJoCo, and each predicted
-step is compared with the true one. The definitions are in docs/results.md.
+step is compared with the true one. docs/results.md defines what is compared.
 """
 
 import dataclasses

@@ -556,8 +556,7 @@ _COMPAT = [
         "source",
         ("source/*",),
         _make_mopo_tf,
-        ":_read_policy",
-        ":_read_text",
+        *("mopo_fast.compat.mopo_tf.files:_read_policy", "mopo_fast.compat.mopo_tf.files:_read_text"),
         "mopo_fast.compat.matlab_files:load",
     ),
     _compat(
@@ -573,7 +572,7 @@ _COMPAT = [
         "ensemble_dynamics_model_hopper-medium-v2_1.pkl",
         ("*.pkl",),
         _make_model("unifloral", "ensemble_dynamics_model_hopper-medium-v2_1.pkl", False),
-        ":read",
+        "mopo_fast.compat.unifloral.files:read",
     ),
     _compat("polixir", "source", ("source/*",), _make_polixir, ":read"),
     _compat("d3rlpy", "model.pt", ("model.pt", "params.json"), _make_d3rlpy, ":read"),
@@ -791,8 +790,7 @@ _RUNS = [
         ("run/*.json", "run/*.csv", "run/*.safetensors", "run/checkpoint/*", "run/checkpoint/*", "data.hdf5"),
         _resume,
         (
-            *("mopo_fast.run.folder:check_folder", "mopo_fast.run.folder:holds_run"),
-            "mopo_fast.run.checkpoint:load_checkpoint",
+            *("mopo_fast.run.folder:holds_run", "mopo_fast.run.checkpoint:load_checkpoint"),
             *("mopo_fast.run.folder:is_finished", "mopo_fast.run.folder:lengthen"),
             *("mopo_fast.train:Training.__enter__", "mopo_fast.train:Training.restore"),
             *("mopo_fast.run.resolve:load_data", "mopo_fast.utils.tensors:load_metadata"),
@@ -804,7 +802,7 @@ _RUNS = [
         _make_run,
         ("run/config.json",),
         lambda: read_config(Path("run")).validate(),
-        ("mopo_fast.run.folder:read_config",),
+        ("mopo_fast.run.folder:read_recorded",),
     ),
     Entry(
         "train --resume checkpoint",
@@ -843,7 +841,7 @@ _RUNS = [
         _make_finished,
         ("run/*.json", "run/*.csv", "run/dynamics.*"),
         _report,
-        ("mopo_fast.report:_Run.config", "mopo_fast.report:_local_dataset", "mopo_fast.report:_settings"),
+        ("mopo_fast.report:_Run.config", "mopo_fast.report:_local_dataset"),
         cost=10,
     ),
     Entry(

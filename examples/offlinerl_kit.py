@@ -44,7 +44,7 @@ def make_policy(obs_dim, act_dim, task, penalty_coef, theirs, **options):
     from offlinerlkit.utils.termination_fns import get_termination_fn
 
     if not theirs:
-        # The first of the two lines that change: import EnsembleDynamics from mopo_fast.
+        # The first change: take EnsembleDynamics from mopo_fast.
         EnsembleDynamics = offlinerl_kit.EnsembleDynamics
 
     decay = [2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4]
@@ -134,7 +134,7 @@ def main():
             eval_episodes=2,
         )
         if not arguments.theirs:
-            # The second line: make rollouts, and up to 100 updates at a time, in one kernel call each.
+            # The second change: make rollouts, and up to 100 updates at a time, in one kernel call each.
             trainer = offlinerl_kit.fuse_trainer(trainer)
         trainer.train()
 

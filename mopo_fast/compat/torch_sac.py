@@ -393,10 +393,14 @@ def _check_layers(modules: Modules) -> None:
         weight = layer.weight
         if type(layer) is not nn.Linear:
             raise InputError(f"the updates take layers that are torch.nn.Linear, got {type(layer).__name__}")
-        if layer.bias is None or weight.dtype != torch.float32 or weight.device.type != "cpu":
+        if weight.device.type != "cpu":
             raise InputError(
-                "the updates take linear layers with biases, in float32 on the CPU, got"
-                f" {layer} in {weight.dtype} on {weight.device}"
+                f"the updates take networks on the CPU, got {layer} on {weight.device}; choose the device cpu"
+                " where the networks are made"
+            )
+        if layer.bias is None or weight.dtype != torch.float32:
+            raise InputError(
+                f"the updates take linear layers with biases, in float32, got {layer} in {weight.dtype}"
             )
 
 

@@ -481,7 +481,8 @@ def test_policies_whose_updates_cannot_be_fused() -> None:
         r"must have the actor's hidden layers \[8, 6\], got \[8\]",
         lambda policy: setattr(policy.critic1.backbone, "model", policy.critic1.backbone.model[:2]),
     )
-    refuse("float32 on the CPU", lambda policy: policy.double())
+    refuse("with biases, in float32, got .* in torch.float64", lambda policy: policy.double())
+    refuse("on meta; choose the device cpu", lambda policy: policy.to("meta"))
     refuse("learning rates must be|in \\[0, 1\\)", lambda policy: setattr(policy, "_gamma", 1.5))
 
 

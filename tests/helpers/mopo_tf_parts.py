@@ -36,7 +36,8 @@ class Session:
         if feed_dict is None:
             return [one.value.copy() for one in fetches]
         for initializer in fetches:
-            given, variable = np.array(feed_dict[initializer.inputs[1]]), initializer.variable
+            # Without a copy, as TensorFlow does with an aligned array.
+            given, variable = np.asarray(feed_dict[initializer.inputs[1]]), initializer.variable
             assert (given.shape, given.dtype) == (variable.value.shape, variable.value.dtype)
             variable.value = given
         return []

@@ -227,7 +227,8 @@ class _Updates:
             for _ in range(updates):
                 powers = [power * factor for power, factor in zip(powers, beta, strict=True)]
             variables = [variable for variable, _ in self._links]
-            values = [ours.numpy() for _, ours in self._links]
+            # TensorFlow may keep a fed array as the variable's memory, so each gets a copy.
+            values = [ours.numpy().copy() for _, ours in self._links]
             self._assign(
                 [*variables, *self._powers, algorithm.global_step], [*values, *powers, step + updates]
             )

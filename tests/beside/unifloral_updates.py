@@ -361,6 +361,7 @@ def test_parts_that_have_moved() -> None:
         ("alpha", optax.adam(ARGS.lr, eps=1e-5, b2=0.99)),
         ("vec_q", optax.adam(ARGS.lr, eps=1e-5, nesterov=True)),
         ("actor", optax.adamw(ARGS.lr, eps=1e-5)),
+        ("actor", optax.adamw(ARGS.lr, eps=1e-5, mask=lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree))),
     ],
 )
 def test_other_optimizers(part: str, optimizer: Any) -> None:
@@ -369,6 +370,13 @@ def test_other_optimizers(part: str, optimizer: Any) -> None:
     )
     with pytest.raises(InputError, match=message):
         run(make_step(), make_agent(**{part: optimizer}))
+
+
+def test_schedules() -> None:
+    """Test a schedule that hardly changes the first steps."""
+    slow = optax.adam(optax.linear_schedule(ARGS.lr, 0.0, 1_000_000), eps=1e-5)
+    with pytest.raises(InputError, match="the optimizer of vec_q has a state besides Adam's, as a schedule"):
+        run(make_step(), make_agent(vec_q=slow))
 
 
 def test_chains_of_optimizers() -> None:
@@ -418,6 +426,22 @@ def test_parameters_of_other_networks() -> None:
         run(make_step(SimpleNamespace(**vars(ARGS) | {"num_critics": 2})), agent)
     with pytest.raises(InputError, match="these are not the parameters of a TanhGaussianActor"):
         run(make_step(), agent._replace(actor=agent.alpha))
+
+
+@pytest.mark.parametrize("part", ["actor", "vec_q", "alpha"])
+def test_parameters_that_are_not_finite(part: str) -> None:
+    agent = make_agent()
+    state = getattr(agent, part)
+    lost = state.replace(params=jax.tree.map(lambda x: x * jnp.nan, state.params))
+    with pytest.raises(InputError, match="outputs are not finite on the first rows of the dataset; check"):
+        run(make_step(), agent._replace(**{part: lost}))
+
+
+def test_data_of_another_width() -> None:
+    wide = DATA._replace(obs=jnp.zeros((50, OBS + 1)), next_obs=jnp.zeros((50, OBS + 1)))
+    message = "the networks take 5 observation and 2 action dimensions, the dataset has 6 and 2"
+    with pytest.raises(InputError, match=message):
+        run(make_step(dataset=wide))
 
 
 def test_other_mistakes() -> None:

@@ -299,7 +299,7 @@ def test_parameters_of_something_else() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "packages", "passed"),
-    [("unifloral", [], 20), ("unifloral_updates", ["optax==0.2.8", "absl-py==2.5.1"], 33)],
+    [("unifloral", [], 20), ("unifloral_updates", ["optax==0.2.8", "absl-py==2.5.1"], 39)],
 )
 def test_in_jax(file: str, packages: list[str], passed: int, tmp_path: Path) -> None:
     tests = str(TESTS / "beside" / f"{file}.py")

@@ -235,10 +235,21 @@ class _TrainStep:
         actor_apply, q_apply, alpha_apply = self.apply_fns
         rows = slice(0, 16)
         obs, inputs = self.dataset.obs[rows], (self.data.observations[rows], self.data.actions[rows])
+        sizes = (sac.actor.obs_dim, sac.actor.act_dim)
+        if (given := (self.data.obs_dim, self.data.act_dim)) != sizes:
+            raise InputError(
+                f"the networks take {sizes[0]} observation and {sizes[1]} action dimensions, the dataset has"
+                f" {given[0]} and {given[1]}"
+            )
         low, high = self.config.log_std_min, self.config.log_std_max
         bounded = f"a TanhGaussianActor with ReLU and log-stds in [{low:g}, {high:g}]"
 
         def check(what: str, theirs: Any, ours: torch.Tensor) -> None:
+            if not ours.isfinite().all():
+                raise InputError(
+                    f"the updates take {what}, and this one's outputs are not finite on the first rows of the"
+                    " dataset; check its parameters and the dataset"
+                )
             given, scale = _copied(theirs), 1.0 + float(ours.abs().sum()) / max(1, ours.numel())
             if given.shape != ours.shape or not torch.allclose(given, ours, rtol=1e-3, atol=1e-3 * scale):
                 raise InputError(f"the updates take {what}, and this is another network; {_WITHOUT_UPDATES}")
@@ -419,19 +430,32 @@ def _check_optimizer(part: str, transformation: Any, config: SACConfig) -> None:
 
     optax has functions in the place of settings, so two of its steps are compared.
     """
-    numpy = load_jax().numpy
+    jax = load_jax()
     rate, epsilon = config.actor_learning_rate, config.adam_epsilon
     # Numbers on both sides of epsilon, and large ones, which a limit of the gradients would change.
     first = np.array([1e-7, -3e-5, 2e-3, -0.7, 90.0, 0.0], np.float32)
     mu = nu = np.zeros(first.shape)
-    value = {"kernel": numpy.asarray([1.0, -1.0, 0.5, 2.0, 0.0, 3.0], numpy.float32)}
+
+    def tree(numbers: Any) -> Any:
+        # Weight decay may have a mask by the name or by the number of dimensions.
+        row = jax.numpy.asarray(numbers, jax.numpy.float32)
+        return {"params": {"Dense_0": {"kernel": row.reshape(2, 3), "bias": row}}}
+
+    value = tree([1.0, -1.0, 0.5, 2.0, 0.0, 3.0])
     state, right = transformation.init(value), True
+    # Two steps do not tell a schedule.
+    if jax.tree.leaves(state[1:]):
+        raise InputError(
+            f"the updates take optax.adam({rate:g}, eps={epsilon:g}), and the optimizer of {part} has a state"
+            f" besides Adam's, as a schedule has; {_WITHOUT_UPDATES}"
+        )
     for step, gradient in enumerate((first, 3.0 * first[::-1]), start=1):
         mu, nu = 0.9 * mu + 0.1 * gradient, 0.999 * nu + 0.001 * np.square(gradient.astype(float))
         divisor = np.sqrt(nu / (1 - 0.999**step)) + epsilon
         expected = -rate * mu / (1 - 0.9**step) / divisor
-        given, state = transformation.update({"kernel": numpy.asarray(gradient)}, state, value)
-        right &= np.allclose(given["kernel"], expected, rtol=1e-3, atol=1e-6 * rate)
+        given, state = transformation.update(tree(gradient), state, value)
+        for some in jax.tree.leaves(given):
+            right &= np.allclose(np.ravel(some), expected, rtol=1e-3, atol=1e-6 * rate)
     if not right:
         raise InputError(
             f"the updates take optax.adam({rate:g}, eps={epsilon:g}), and the optimizer of {part}"

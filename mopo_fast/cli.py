@@ -62,6 +62,8 @@ from mopo_fast.utils.progress import console
 
 Dataset = Annotated[str, Positional, arg(metavar="DATASET")]
 Run = Annotated[Path, Positional, arg(metavar="RUN")]
+# tyro lets a tuple be empty and would show that as its default; the commands ask for a run themselves.
+Runs = Annotated[tuple[Path, ...], Positional, arg(metavar="RUN ...", help_behavior_hint="(required)")]
 RunTask = Annotated[str | None, flag("the task in the run's config.json", "TASK")]
 AnyPreset = Annotated[Preset | None, flag("the authors' values", one_of(PRESETS))]
 Threads = Annotated[int | None, flag("all cores", "INT")]
@@ -915,7 +917,7 @@ def bench(
 
 
 def select(
-    runs: Annotated[tuple[Path, ...], Positional, arg(metavar="RUN ...")],
+    runs: Runs,
     *,
     dataset: Annotated[str | None, flag("the data set that the runs were trained on", "DATASET")] = None,
     task: Annotated[str | None, flag("the task in the runs' config.json", "TASK")] = None,
@@ -1024,7 +1026,7 @@ def select(
 
 
 def report(
-    runs: Annotated[tuple[Path, ...], Positional, arg(metavar="RUN ...")],
+    runs: Runs,
     *,
     out: Annotated[Path | None, flag("the folder given, else runs/comparison", "DIR")] = None,
     json: Switch = False,

@@ -597,7 +597,12 @@ def write_comparison(comparison: Comparison, out: str | os.PathLike[str]) -> Pat
         InputError: a file cannot be written.
     """
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"cannot make the folder {folder} ({error.strerror}); choose another for --out"
+        ) from error
     parts = [
         paragraph(
             "The value of a run is the mean of its last ten evaluations: of normalised scores (0: random"

@@ -20,7 +20,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from mopo_fast.config import RunConfig
+from mopo_fast.config import DataConfig, RunConfig
 from mopo_fast.data import Transitions, load_configured, load_dataset
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError, printable
@@ -321,25 +321,28 @@ def select(
         change = None if mean is None else _finite(mean - result.earlier)
         return QEstimate(mean, low, high, change, _finite(result.loss), result.diverged)
 
-    policies = []
-    total = len(candidates) * (1 + (fqe_updates > 0))
-    with (
-        torch_threads(resolve_threads(threads)),
-        progress_bar("select", total, unit="estimate", quiet=quiet) as bar,
-    ):
-        for one, true_return in zip(candidates, known, strict=True):
-            policy = Actor.load(one.run, device, tensors_from=one.file)
-            _check_policy_sizes(one, policy, whole)
-            with _counted(bar, f"{one.run.name}, return in the model") as progress:
-                model = estimate_model(one, policy, progress)
-            fqe = None
-            if fqe_updates:
-                with _counted(bar, f"{one.run.name}, fitted Q") as progress:
-                    fqe = estimate_q(policy, progress)
-            names = str(one.run), one.updates, str(one.file)
-            policies.append(PolicyEstimates(*names, model, fqe, true_return))
-    models = [_score(one.model) for one in policies]
-    values = [_score(one.fqe) for one in policies if one.fqe is not None]
+    with torch_threads(resolve_threads(threads)):
+        actors = [Actor.load(one.run, device, tensors_from=one.file) for one in candidates]
+        for one, actor in zip(candidates, actors, strict=True):
+            _check_policy_sizes(one, actor, whole)
+        # Fitted Q takes far longer than rollouts. Only bars of their own can tell the time left.
+        modelled: list[ModelEstimate] = []
+        with progress_bar("model", len(candidates), unit="estimate", quiet=quiet) as bar:
+            for one, actor in zip(candidates, actors, strict=True):
+                with _counted(bar, one) as progress:
+                    modelled.append(estimate_model(one, actor, progress))
+        fitted: list[QEstimate | None] = [None] * len(candidates)
+        if fqe_updates:
+            with progress_bar("fitted Q", len(candidates), unit="estimate", quiet=quiet) as bar:
+                for index, (one, actor) in enumerate(zip(candidates, actors, strict=True)):
+                    with _counted(bar, one) as progress:
+                        fitted[index] = estimate_q(actor, progress)
+    policies = [
+        PolicyEstimates(str(one.run), one.updates, str(one.file), model, fqe, true_return)
+        for one, model, fqe, true_return in zip(candidates, modelled, fitted, known, strict=True)
+    ]
+    models = [_score(one) for one in modelled]
+    values = [_score(one) for one in fitted if one is not None]
     return Selection(
         policies=tuple(policies),
         by_model=_best_first(models),
@@ -425,6 +428,8 @@ def to_tables(selection: Selection) -> list[Table]:
 def _table(title: str, order: Sequence[int], columns: dict[str, list[str]]) -> Table:
     """Make a table of some columns, with its rows in an order."""
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
+    # rich breaks a title that is wider than its table.
+    table.min_width = len(title)
     # Columns of numbers end at the same place.
     for name in ("", *columns):
         table.add_column(name, justify="left" if name == "run" else "right", overflow="fold")
@@ -577,10 +582,9 @@ def _load(
         for run in others:
             other = Path(configs[run].dataset).name
             if other != name or configs[run].data != settings:
-                what = (other, name) if other != name else (configs[run].data, settings)
+                mine, its = (other, name) if other != name else map(_rows, (configs[run].data, settings))
                 raise InputError(
-                    f"{run} was trained on {what[0]}, {first} on {what[1]}; name one data set for all with"
-                    " --dataset"
+                    f"{run} was trained on {mine}, {first} on {its}; name one data set for all with --dataset"
                 )
         source = find_run_dataset(first)
         found = load_configured(source, settings, memory_map=memory_map, quiet=quiet)
@@ -589,6 +593,11 @@ def _load(
         for run in configs:
             check_run_data(run, found)
     return found
+
+
+def _rows(config: DataConfig) -> str:
+    """Name the rows that a run was trained on by its settings."""
+    return f"rows with --data.compat {config.compat} --data.max-transitions {config.max_transitions or 'all'}"
 
 
 def _episode_steps(task: Task) -> int:
@@ -609,10 +618,10 @@ def _check_policy_sizes(one: _Candidate, policy: Actor, task: Task) -> None:
 
 
 @contextlib.contextmanager
-def _counted(bar: Bar, note: str) -> Iterator[Callable[[float], None]]:
-    """Count the block as a unit of a progress bar; yield a function of the share of it that is done."""
+def _counted(bar: Bar, one: _Candidate) -> Iterator[Callable[[float], None]]:
+    """Count an estimate of a policy in a progress bar; yield a function of the share of it that is done."""
     before = bar.completed
-    bar.update(note=note)
+    bar.update(note=one.run.name if one.updates is None else f"{one.run.name}, {one.updates:,} updates")
     yield lambda share: bar.update(completed=before + min(share, 0.999))
     bar.update(completed=before + 1)
     bar.report()

@@ -54,7 +54,9 @@ def test_every_flag_is_explained(command: str) -> None:
     for name, lines in found.items():
         text = " ".join(lines)
         sentences, hints = HINT.sub("", text), HINT.findall(text)
-        assert len(hints) == 1 and "None" not in hints[0] and "False" not in hints[0], f"{name}: {text}"
+        assert (
+            len(hints) == 1 and hints[0] != "default: " and "None" not in hints[0] and "False" not in hints[0]
+        ), f"{name}: {text}"
         assert re.match(r"[A-Z].*\.$", sentences), f"{name}: {text}"
         firsts = {sentence.split()[0].strip(",") for sentence in re.split(r"(?<=[.:;]) ", sentences)}
         assert not {first.capitalize() for first in firsts} & QUESTIONS, f"{name}: {text}"

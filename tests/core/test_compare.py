@@ -252,6 +252,17 @@ def test_unfinished_runs_are_left_out_and_said(tmp_path: Path) -> None:
     assert "not finished" in write_comparison(comparison, tmp_path / "out").read_text()
 
 
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    make(tmp_path / "a", [10.0] * 12)
+    file = tmp_path / "page.html"
+    file.write_text("")
+    for out in (file, file / "below"):
+        with pytest.raises(
+            InputError, match=r"cannot make the folder .*page\.html.*; choose another for --out"
+        ):
+            write_comparison(compare_runs([tmp_path / "a"]), out)
+
+
 def test_no_finished_run(tmp_path: Path) -> None:
     make(tmp_path / "a", [10.0], finished=False)
     comparison = compare_runs([tmp_path])

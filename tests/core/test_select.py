@@ -12,11 +12,12 @@ from linear_models import constant_actor, linear_ensemble
 from rich.console import Console
 
 from mopo_fast.cli import main
-from mopo_fast.config import RolloutConfig, RunConfig, to_dict
+from mopo_fast.config import DataConfig, RolloutConfig, RunConfig, to_dict
 from mopo_fast.data import Transitions, load_dataset
 from mopo_fast.errors import InputError
 from mopo_fast.estimates import FittedQ
 from mopo_fast.policy import Actor
+from mopo_fast.run.folder import read_config
 from mopo_fast.run.kept import keep_policy
 from mopo_fast.select import mean_interval, ranking_quality, select, to_sentences, to_tables
 from mopo_fast.tasks import TASKS, Task, make_box
@@ -310,6 +311,15 @@ def test_what_cannot_be_compared_is_refused(
     other = make_run(tmp_path / "other", data.with_name("other.npz"), 0.0)
     refused(r"was trained on other\.npz, .* on line\.npz; name one data set .* --dataset", runs[0], other)
     select([runs[0], other], **QUICK, data=data)
+    few = make_run(tmp_path / "few", data, 0.0)
+    config = dataclasses.replace(read_config(few), data=DataConfig(max_transitions=100))
+    write_json(few / "config.json", to_dict(config))
+    refused(
+        "few was trained on rows with --data.compat None --data.max-transitions 100, .*"
+        " on rows with --data.compat None --data.max-transitions all; name one data set",
+        runs[0],
+        few,
+    )
     refused("the task plane has 2 and 1", tmp_path / "p")
     constant_actor(0.0, obs_dim=2).save(other)
     refused("the policy in .* is for 2 observation", other, data=data)
@@ -328,6 +338,18 @@ def test_what_cannot_be_compared_is_refused(
     refused("starts must be at least 1", runs[0], starts=0)
     refused("horizon must be at least 1", runs[0], horizon=0)
     refused("discount must be above 0", runs[0], discount=1.5)
+
+
+def test_each_estimate_has_its_own_expected_time(
+    runs: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    log_returns(runs[0], {1000: None})
+    select(runs, **QUICK | {"quiet": False, "fqe_updates": 10})
+    shown = capsys.readouterr().err
+    model, q = shown.index("model: about"), shown.index("fitted Q: about")
+    # A line of fitted Q among those of rollouts would spoil the time that they tell.
+    assert model < shown.index("model: 3/3 estimates") < q < shown.index("fitted Q: 3/3 estimates")
+    assert f"{runs[0].name}, 1,000 updates" in shown
 
 
 def test_the_command_prints_tables_and_writes_json(
@@ -351,5 +373,8 @@ def test_the_command_prints_tables_and_writes_json(
         "middle",
         "worst",
     ]
+    assert main([*line[:1], str(runs[0]), *line[2:], "--threads", "1", "--quiet"]) == 0
+    # The title is wider than the table of a run with a short name.
+    assert "Fitted Q evaluation, discount 0.99" in capsys.readouterr().out
     assert main(["select", str(tmp_path / "nothing")]) == 2
     assert "nothing" in capsys.readouterr().err

@@ -39,6 +39,8 @@ from mopo_fast.utils.statistics import ENOUGH, Estimate, estimate, estimate_curv
 PAGE = "comparison.html"
 # Evaluations at the end of a run whose mean is its value.
 _LAST = 10
+# Most settings that a group is named by. Names of more would leave no room for pictures.
+_NAMED = 3
 # Largest score or return: larger ones overflow matplotlib's axes.
 _LARGEST = 1e100
 _COLOURS = (BLUE, ORANGE, GREEN, *(colormaps["tab10"](index) for index in (4, 5, 6, 8, 9)), GREY)
@@ -63,6 +65,7 @@ class Result:
         curve: [evaluations, 3] updates, mean score (NaN without one) and mean return.
         fit: what tells the run's fit from another one, or None where that is not recorded.
         data: digest of the data that the ensemble was fitted to, likewise.
+        preset: code base whose hyperparameters were its defaults, or None.
     """
 
     folder: Path
@@ -77,6 +80,7 @@ class Result:
     curve: np.ndarray[Any, Any]
     fit: tuple[Any, ...] | None
     data: str | None
+    preset: str | None
 
 
 @dataclass(frozen=True)
@@ -191,6 +195,7 @@ def read_result(folder: Path) -> Result:
         _curve(rows, folder),
         None if fit is None else (fit["seed"], fit["data_sha256"]),
         None if fit is None else fit["data_sha256"],
+        config.preset,
     )
 
 
@@ -263,13 +268,15 @@ def _compare(dataset: str, results: list[Result]) -> Section:
     metric = "score" if scored and not any(np.isnan(one.curve[:, 1]).any() for one in scored) else "return"
     column = 1 if metric == "score" else 2
     groups = []
-    for settings, runs in _grouped(results):
+    grouped = _grouped(results)
+    names = _group_names([(settings, runs[0]) for settings, runs in grouped])
+    for name, (settings, runs) in zip(names, grouped, strict=True):
         finished = {one.seed: one for one in sorted(runs, key=lambda one: one.seed) if _counts(one)}
         values = {seed: float(one.curve[-_LAST:, column].mean()) for seed, one in finished.items()}
         last = {seed: float(one.curve[-1, column]) for seed, one in finished.items()}
         groups.append(
             Group(
-                _name(settings, runs[0]),
+                name,
                 settings,
                 finished,
                 [one for one in runs if not _counts(one)],
@@ -337,16 +344,33 @@ def _order(value: Any) -> tuple[int, float, str]:
     return 1, 0.0, json.dumps(value)
 
 
-def _name(settings: dict[str, Any], result: Result) -> str:
-    """Name a group by its settings, each without the part of the config where that is clear."""
+def _group_names(groups: list[tuple[dict[str, Any], Result]]) -> list[str]:
+    """Name groups by the settings in which they differ, by their presets, or by letters if these are many."""
+    if len(groups[0][0]) <= _NAMED:
+        return [_describe(settings, result) for settings, result in groups]
+    presets = [f"preset {result.preset}" if result.preset else "no preset" for _, result in groups]
+    if len(set(presets)) == len(presets):
+        return presets
+    return [_letters(number) for number in range(len(groups))]
+
+
+def _letters(number: int) -> str:
+    """Return A to Z, then AA, AB and so on."""
+    before, last = divmod(number, 26)
+    return (_letters(before - 1) if before else "") + chr(ord("A") + last)
+
+
+def _describe(settings: dict[str, Any], result: Result) -> str:
+    """Describe a group by its settings, each without the part of the config where that is clear."""
     # Nothing tells a group without another one apart.
     usual = ("rollout.horizon", "rollout.penalty_coef")
     shown = settings or {name: result.settings.get(name) for name in usual}
-    last = [name.rpartition(".")[2] for name in shown]
+    every = [name.rpartition(".")[2] for name in result.settings]
     words = []
-    for short, (name, value) in zip(last, shown.items(), strict=True):
+    for name, value in shown.items():
         text = f"{value:g}" if isinstance(value, float) else str(value)
-        words.append(f"{short if last.count(short) == 1 else name} {_cut(text)}")
+        short = name.rpartition(".")[2]
+        words.append(f"{short if every.count(short) <= 1 else name} {_cut(text)}")
     return ", ".join(words)
 
 
@@ -396,15 +420,21 @@ def _notes(section: Section, results: list[Result]) -> list[str]:
                 f"{where} the {len(fits)} runs of {group.name} share {_counted(len(set(fits)), 'fit')}, so"
                 " their interval leaves out how much fits differ."
             )
-    if len({result.data for result in results if result.data is not None}) > 1:
+    if any(len(data) > 1 for data in _data_by_rows(results).values()):
         notes.append(f"{where} not all runs were trained on the same data, though their files' names agree.")
     if any(result.by_model for result in counted):
         notes.append(f"{where} the learned model evaluates the policies, not an environment.")
-    notes += [
-        f"{where} {one.first} and {one.second} have no seed of a finished run in common."
-        for one in section.differences
-        if one.mean is None
-    ]
+    for group in section.groups:
+        if len(group.settings) > _NAMED:
+            described = _describe(group.settings, (*group.runs.values(), *group.unfinished)[0])
+            notes.append(f"{where} {group.name} stands for: {described}.")
+    apart = [one for one in section.differences if one.mean is None]
+    if len(apart) == 1:
+        notes.append(
+            f"{where} {apart[0].first} and {apart[0].second} have no seed of a finished run in common."
+        )
+    elif apart:
+        notes.append(f"{where} {len(apart)} pairs of settings have no seed of a finished run in common.")
     every = [group.values.keys() for group in section.groups]
     if alone := sorted(set().union(*every) - set(every[0]).intersection(*every)):
         notes.append(
@@ -412,6 +442,16 @@ def _notes(section: Section, results: list[Result]) -> list[str]:
             f" {_cut(', '.join(map(str, alone)))}. A difference takes the seeds that both groups have."
         )
     return notes
+
+
+def _data_by_rows(results: list[Result]) -> dict[str, set[str]]:
+    """Return the digests of the runs' data by the settings that choose rows of a data set."""
+    found: dict[str, set[str]] = {}
+    for result in results:
+        if result.data is not None:
+            rows = {name: value for name, value in result.settings.items() if name.startswith("data.")}
+            found.setdefault(json.dumps(rows, sort_keys=True), set()).add(result.data)
+    return found
 
 
 def _notes_on_numbers(sections: list[Section]) -> list[str]:

@@ -13,7 +13,15 @@ from rich.console import Console
 from test_report import SUMMARY, Page
 
 from mopo_fast.cli import main
-from mopo_fast.compare import Comparison, compare_runs, find_runs, to_json, to_tables, write_comparison
+from mopo_fast.compare import (
+    Comparison,
+    _letters,
+    compare_runs,
+    find_runs,
+    to_json,
+    to_tables,
+    write_comparison,
+)
 from mopo_fast.config import EvaluationConfig, RolloutConfig, RunConfig, SACConfig, to_dict
 from mopo_fast.errors import InputError
 from mopo_fast.run.log import COLUMNS
@@ -193,10 +201,10 @@ def test_every_setting_that_differs_is_named(tmp_path: Path) -> None:
     make(tmp_path / "d", [1.0], coef=2.0)
     (section,) = compare_runs([tmp_path]).sections
     assert [group.name for group in section.groups] == [
-        "penalty_coef 0, hidden [256, 256], dtype float32",
-        "penalty_coef 0, hidden [8, 8], dtype bfloat16",
-        "penalty_coef 2, hidden [256, 256], dtype float32",
-        "penalty_coef 10, hidden [256, 256], dtype float32",
+        "penalty_coef 0, sac.hidden [256, 256], sac.dtype float32",
+        "penalty_coef 0, sac.hidden [8, 8], sac.dtype bfloat16",
+        "penalty_coef 2, sac.hidden [256, 256], sac.dtype float32",
+        "penalty_coef 10, sac.hidden [256, 256], sac.dtype float32",
     ]
 
 
@@ -206,6 +214,28 @@ def test_settings_of_one_name_keep_their_part(tmp_path: Path) -> None:
     make(tmp_path / "b", [1.0], rollout=rollout, sac=SACConfig(dtype="bfloat16"))
     names = [group.name for group in compare_runs([tmp_path]).sections[0].groups]
     assert names[0] == "rollout.dtype bfloat16, sac.dtype bfloat16"
+
+
+def test_many_settings_become_letters_or_presets(tmp_path: Path) -> None:
+    """Names of many settings would fill the pictures; the notes say what they stand for."""
+    for number in range(2):
+        rollout = {"horizon": number + 1, "penalty_coef": float(number), "batch_size": 100 + number}
+        config = dataclasses.replace(CONFIG.rollout, **rollout)
+        sac = dataclasses.replace(CONFIG.sac, discount=0.9 + number / 100)
+        make(tmp_path / f"letters/{number}", [1] * 10, rollout=config, sac=sac)
+        preset = ("unifloral", None)[number]
+        make(tmp_path / f"presets/{number}", [1] * 10, rollout=config, sac=sac, preset=preset)
+    comparison = compare_runs([tmp_path / "letters"])
+    assert [group.name for group in comparison.sections[0].groups] == ["A", "B"]
+    assert "B stands for: horizon 2, penalty_coef 1, rollout.batch_size 101, discount 0.91." in notes_of(
+        comparison
+    )
+    names = [group.name for group in compare_runs([tmp_path / "presets"]).sections[0].groups]
+    assert sorted(names) == ["no preset", "preset unifloral"]
+
+
+def test_letters_go_on_after_z() -> None:
+    assert [_letters(number) for number in (0, 25, 26, 27, 52)] == ["A", "Z", "AA", "AB", "BA"]
 
 
 def test_the_fit_counts_and_not_the_unused_settings(tmp_path: Path) -> None:

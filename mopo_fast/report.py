@@ -493,8 +493,8 @@ def _states(run: _Run) -> tuple[Figure, str]:
     std[std == 0] = 1.0
     scaled, others = (known - mean) / std, (visited - mean) / std
     # The two directions along which the data vary most.
-    _, spread, directions = np.linalg.svd(scaled - scaled.mean(0), full_matrices=False)
-    share = spread[:2] ** 2 / max((spread**2).sum(), 1e-300)
+    variances, directions = np.linalg.eigh(np.atleast_2d(np.cov(scaled, rowvar=False, bias=True)))
+    share = variances[-2:] / max(variances.sum(), 1e-300)
     low, high = np.quantile(known, (0.005, 0.995), axis=0)
     outside = 100 * ((visited < low) | (visited > high)).mean(0)
     expected = 100 * ((known < low) | (known > high)).mean(0)
@@ -502,7 +502,7 @@ def _states(run: _Run) -> tuple[Figure, str]:
     figure = blank(10.0, 4.2)
     plane, dims = figure.subplots(1, 2, width_ratios=(1.15, 1.0))
     for states, colour, label in ((scaled, GREY, "data"), (others, ORANGE, "rollouts")):
-        points = states @ directions[:2].T
+        points = states @ directions[:, :-3:-1]
         second = points[:, 1] if points.shape[1] > 1 else np.zeros(len(points))
         plane.plot(
             points[:, 0], second, ".", color=colour, alpha=0.25, markersize=3, markeredgewidth=0, label=label
@@ -753,6 +753,8 @@ def _attempt(build: Callable[[], T]) -> T | str:
         return build()
     except InputError as error:
         return f"Missing: {error}."
+    except MemoryError:
+        return "Missing: there is not enough memory; run `mopo-fast report` again with more of it."
     except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError, OSError) as error:
         return f"Missing: a file of the run is damaged ({type(error).__name__}: {error})."
 

@@ -580,3 +580,15 @@ def test_another_programs_folder_is_left_as_it_is(tmp_path: Path, content: str) 
     with pytest.raises(InputError, match=r"config\.json"):
         write_report(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_section_without_memory_leaves_the_others(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*_: Any, **__: Any) -> None:
+        raise MemoryError("init_gesdd failed init")
+
+    monkeypatch.setattr(np.linalg, "eigh", exhausted)
+    page = Page(write_report(add_policy(run), data=joined(run)).read_text())
+    assert [text for text in page.texts if text.startswith("Missing")] == [
+        "Missing: there is not enough memory; run `mopo-fast report` again with more of it."
+    ]
+    assert len(page.images) == len(PICTURES) - 1

@@ -29,6 +29,7 @@ from tyro.conf import arg
 
 from benchmarks.record import write_record
 from mopo_fast import cli
+from mopo_fast.compare import LAST_EVALUATIONS
 from mopo_fast.config import Preset
 from mopo_fast.doctor import examine
 from mopo_fast.errors import InputError
@@ -40,7 +41,7 @@ from mopo_fast.utils.statistics import student_interval
 
 TASKS = ("halfcheetah", "hopper", "walker2d")
 TIERS = ("random", "medium", "medium-replay", "medium-expert")
-EVALUATIONS = 10
+EVALUATIONS = LAST_EVALUATIONS
 """Number of the last evaluations whose mean is the score of a run."""
 
 

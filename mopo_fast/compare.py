@@ -22,23 +22,23 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from rich.text import Text
 
-from mopo_fast.config import DynamicsConfig, RunConfig, SACConfig
+from mopo_fast.config import DynamicsConfig
 from mopo_fast.data import MEMORY_PREFIX
 from mopo_fast.data.local import MINARI_PREFIX
 from mopo_fast.errors import InputError, printable
 from mopo_fast.fit import read_fit
 from mopo_fast.run.command import flatten
 from mopo_fast.run.find import find_runs
-from mopo_fast.run.folder import WITHOUT_EFFECT, read_config, read_recorded, with_defaults
+from mopo_fast.run.folder import WITHOUT_EFFECT, read_config, read_settings, with_defaults
 from mopo_fast.run.log import read_rows
 from mopo_fast.utils.atomic import atomic_path, read_json_as
 from mopo_fast.utils.pages import bullets, heading, number_table, paragraph, picture, to_png, write_page
-from mopo_fast.utils.pictures import BLUE, GREEN, GREY, ORANGE, blank, look
+from mopo_fast.utils.pictures import BLUE, GREEN, GREY, ORANGE, blank, look, thousands
 from mopo_fast.utils.statistics import ENOUGH, Estimate, estimate, estimate_curve, estimate_over_tasks
 
 PAGE = "comparison.html"
-# Evaluations at the end of a run whose mean is its value.
-_LAST = 10
+LAST_EVALUATIONS = 10
+"""Number of the last evaluations whose mean is the value of a run."""
 # Most settings that a group is named by. Names of more would leave no room for pictures.
 _NAMED = 3
 # Largest score or return: larger ones overflow matplotlib's axes.
@@ -50,7 +50,7 @@ _NAMES = ("dataset", "seed", "dynamics_from")
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What one run has reached.
+    """The evaluations of one run, with all that tells it from other runs.
 
     Attributes:
         folder: the run's folder.
@@ -141,6 +141,11 @@ class Section:
     groups: list[Group]
     differences: list[Difference]
 
+    @property
+    def quantity(self) -> str:
+        """Name of the metric on an axis."""
+        return "normalised score" if self.metric == "score" else "return"
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -164,9 +169,7 @@ def read_result(folder: Path) -> Result:
         InputError: a file of the run is damaged.
     """
     config = read_config(folder)
-    # Version 0.1.0 had SAC in float32 alone, and did not record it.
-    defaults = RunConfig("", sac=SACConfig(dtype="float32"))
-    recorded = with_defaults(read_recorded(folder / "config.json"), defaults)
+    recorded = read_settings(folder / "config.json")
     fit = read_fit(folder) if (folder / "fit.json").exists() else None
     source = _without_seed(config.dynamics_from, config.seed)
     dynamics: dict[str, Any] = {"from": source and Path(source).name}
@@ -272,7 +275,7 @@ def _compare(dataset: str, results: list[Result]) -> Section:
     names = _group_names([(settings, runs[0]) for settings, runs in grouped])
     for name, (settings, runs) in zip(names, grouped, strict=True):
         finished = {one.seed: one for one in sorted(runs, key=lambda one: one.seed) if _counts(one)}
-        values = {seed: float(one.curve[-_LAST:, column].mean()) for seed, one in finished.items()}
+        values = {seed: float(one.curve[-LAST_EVALUATIONS:, column].mean()) for seed, one in finished.items()}
         last = {seed: float(one.curve[-1, column]) for seed, one in finished.items()}
         groups.append(
             Group(
@@ -401,11 +404,11 @@ def _notes(section: Section, results: list[Result]) -> list[str]:
             )
     counted = [result for result in results if _counts(result)]
     where = f"On {section.dataset}"
-    short = [result for result in counted if len(result.curve) < _LAST]
+    short = [result for result in counted if len(result.curve) < LAST_EVALUATIONS]
     if short:
         notes.append(
-            f"{where} {len(short)} of {len(counted)} runs have fewer than {_LAST} evaluations, so their"
-            " mean is over all of these."
+            f"{where} {len(short)} of {len(counted)} runs have fewer than {LAST_EVALUATIONS} evaluations, so"
+            " their mean is over all of these."
         )
     lengths = sorted({result.updates for result in counted})
     if len(lengths) > 1:
@@ -578,7 +581,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
         return None if one is None else dataclasses.asdict(one)
 
     return {
-        "evaluations": _LAST,
+        "evaluations": LAST_EVALUATIONS,
         "datasets": [
             {
                 "dataset": section.dataset,
@@ -745,8 +748,8 @@ def _draw_section(axes: Axes, section: Section) -> None:
         # The band of few runs is so wide that it would flatten the curves.
         room = 0.25 * (max(found) - min(found)) or 1.0
         axes.set_ylim(min(found) - room, max(found) + room)
-    axes.set(xlabel="SAC updates", ylabel="normalised score" if section.metric == "score" else "return")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value >= 1000 else f"{value:g}")
+    axes.set(xlabel="SAC updates", ylabel=section.quantity)
+    axes.xaxis.set_major_formatter(thousands)
     axes.set_title(_literal(section.dataset))
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="best", fontsize=9)
@@ -757,7 +760,7 @@ def _draw_means(comparison: Comparison) -> bytes:
         [
             (
                 section.dataset,
-                "normalised score" if section.metric == "score" else "return",
+                section.quantity,
                 [(group.name, list(group.values.values()), group.mean) for group in section.groups],
             )
             for section in comparison.sections

@@ -76,6 +76,14 @@ def draw_starts(data: Transitions, count: int, *, seed: int) -> Starts:
     return Starts(data.observations[picked], of_episodes, available)
 
 
+def check_rollouts(horizon: int, discount: float) -> None:
+    """Raise `InputError` where `penalised_returns` refuses these settings."""
+    if horizon < 1:
+        raise InputError(f"horizon must be at least 1, got {horizon}")
+    if not 0.0 < discount <= 1.0:
+        raise InputError(f"discount must be above 0 and at most 1, got {discount}")
+
+
 @dataclass(frozen=True, eq=False)
 class ModelReturns:
     """Returns of rollouts in an ensemble, one for each start state.
@@ -124,10 +132,7 @@ def penalised_returns(
     Raises:
         InputError: an argument is out of range or does not fit the ensemble.
     """
-    if horizon < 1:
-        raise InputError(f"horizon must be at least 1, got {horizon}")
-    if not 0.0 < discount <= 1.0:
-        raise InputError(f"discount must be above 0 and at most 1, got {discount}")
+    check_rollouts(horizon, discount)
     count = len(starts)
     sums = torch.zeros(2, count, dtype=torch.float64, device=engine.device)
     steps = torch.zeros(count, dtype=torch.int64, device=engine.device)

@@ -47,7 +47,7 @@ from mopo_fast.utils.pages import (
     to_png,
     write_page,
 )
-from mopo_fast.utils.pictures import BLUE, GREEN, GREY, ORANGE, blank, blank_axes, label_log, look
+from mopo_fast.utils.pictures import BLUE, GREEN, GREY, ORANGE, blank, blank_axes, label_log, look, thousands
 from mopo_fast.utils.seeds import REPORT, derive_seed
 from mopo_fast.utils.statistics import spearman
 
@@ -256,7 +256,7 @@ def _learning_curve(run: _Run) -> tuple[Figure, str]:
         label="policy",
     )
     axes.set(xlabel="SAC updates", ylabel="normalised score" if name == "score" else "return")
-    axes.xaxis.set_major_formatter(_thousands)
+    axes.xaxis.set_major_formatter(thousands)
     quantity = "normalised score (0: random policy, 100: expert)" if name == "score" else "return"
     by_model = any(row.get("scored_by") == "model" for row in rows)
     own = None if by_model else _data_returns(run, name)
@@ -339,7 +339,7 @@ def _training_curves(run: _Run) -> tuple[Figure, str]:
     for axes, (name, points) in zip(grid, curves.items(), strict=False):
         axes.plot(*points.T, color=BLUE, linewidth=1.5, marker="o" if len(points) < 30 else "", markersize=3)
         axes.set_title(_CURVES[name], fontsize=10.5)
-        axes.xaxis.set_major_formatter(_thousands)
+        axes.xaxis.set_major_formatter(thousands)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
         axes.tick_params(labelsize=9)
     target = run.config().get("sac", {}).get("target_entropy")
@@ -764,10 +764,6 @@ def _remove(picture: Path) -> None:
         picture.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"cannot remove {picture}: {error.strerror}; remove it by hand") from error
-
-
-def _thousands(value: float, position: float) -> str:
-    return f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"
 
 
 def _duration(seconds: float) -> str:

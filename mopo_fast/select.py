@@ -24,7 +24,7 @@ from mopo_fast.config import DataConfig, RunConfig
 from mopo_fast.data import Transitions, load_configured, load_dataset
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError, printable
-from mopo_fast.estimates import Starts, draw_starts, fitted_q, penalised_returns
+from mopo_fast.estimates import Starts, check_rollouts, draw_starts, fitted_q, penalised_returns
 from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine
 from mopo_fast.run.find import find_run_dataset, find_trained_runs
@@ -36,7 +36,7 @@ from mopo_fast.tasks import Task, task_of_run
 from mopo_fast.utils.machine import check_device, resolve_threads, torch_threads
 from mopo_fast.utils.progress import Bar, progress_bar
 from mopo_fast.utils.seeds import SELECT, derive_seed
-from mopo_fast.utils.statistics import spearman, student_interval
+from mopo_fast.utils.statistics import finite_or_none, spearman, student_interval
 
 # Second elements of a seed's path.
 _STARTS, _MODEL, _FQE = range(3)
@@ -50,7 +50,7 @@ CAVEAT = (
     " model or Q is where the data have no such states and actions. So the first policy need not be the best"
     " one in the environment, and a policy that exploits such errors looks better than it is."
 )
-"""What the estimates cannot tell, in plain words."""
+"""Limits of the estimates, as `to_sentences` says them."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class PolicyEstimates:
 
 @dataclass(frozen=True)
 class RankingQuality:
-    """How well estimates rank policies by their true returns.
+    """Agreement of a ranking by estimates with the true returns.
 
     Attributes:
         policies: number of policies with a true return.
@@ -275,10 +275,7 @@ def select(
         raise InputError(f"fqe_updates must not be negative, got {fqe_updates}")
     if not 0.0 <= fqe_discount < 1.0:
         raise InputError(f"fqe_discount must be at least 0 and less than 1, got {fqe_discount}")
-    if horizon is not None and horizon < 1:
-        raise InputError(f"horizon must be at least 1, got {horizon}")
-    if not 0.0 < discount <= 1.0:
-        raise InputError(f"discount must be above 0 and at most 1, got {discount}")
+    check_rollouts(1 if horizon is None else horizon, discount)
     folders = find_trained_runs([runs] if isinstance(runs, str | os.PathLike) else runs)
     configs = {run: read_config(run) for run in folders}
     whole = _one_task(configs, task)
@@ -317,9 +314,9 @@ def select(
             deterministic=not stochastic,
             on_progress=progress,
         )
-        mean, low, high = map(_finite, mean_interval(result.values))
-        change = None if mean is None else _finite(mean - result.earlier)
-        return QEstimate(mean, low, high, change, _finite(result.loss), result.diverged)
+        mean, low, high = map(finite_or_none, mean_interval(result.values))
+        change = None if mean is None else finite_or_none(mean - result.earlier)
+        return QEstimate(mean, low, high, change, finite_or_none(result.loss), result.diverged)
 
     with torch_threads(resolve_threads(threads)):
         actors = [Actor.load(one.run, device, tensors_from=one.file) for one in candidates]
@@ -392,7 +389,7 @@ def ranking_quality(estimates: Sequence[float], truth: Sequence[float | None]) -
     values, returns = np.array(known).T
     return RankingQuality(
         policies=len(known),
-        rank_correlation=_finite(spearman(values, returns)),
+        rank_correlation=finite_or_none(spearman(values, returns)),
         regret=float(returns.max() - returns[values.argmax()]),
         random_regret=float(returns.max() - returns.mean()),
     )
@@ -503,7 +500,7 @@ def _known_returns(candidates: Sequence[_Candidate]) -> list[float | None]:
             }
         except (KeyError, ValueError) as error:
             raise InputError(f"{path} has a row that is not a run's ({error}); restore the file") from error
-    known = [_finite(rows[one.run].get(one.updates or -1, math.nan)) for one in candidates]
+    known = [finite_or_none(rows[one.run].get(one.updates or -1, math.nan)) for one in candidates]
     if sum(value is not None for value in known) < 2:
         raise InputError(
             "fewer than two of the policies were evaluated in an environment by their runs; leave out --truth"
@@ -538,7 +535,7 @@ class _Judges:
         self._task, self._common = task, None if dynamics_from is None else Path(dynamics_from)
         self._penalty_coef, self._device = penalty_coef, device
         self._backend, self._threads = backend, threads
-        self._latest: tuple[Path, RolloutEngine] | None = None
+        self._latest: tuple[Path, EnsembleDynamics] | None = None
         self.digests: dict[Path, str] = {}
 
     def check(self, run: Path, config: RunConfig) -> None:
@@ -548,11 +545,16 @@ class _Judges:
     def engine(self, run: Path, config: RunConfig) -> tuple[RolloutEngine, Path]:
         """Return the engine that judges the policies of a run, and the folder of its ensemble."""
         folder = self._common or run
-        if self._latest is None or self._latest[0] != run:
-            self._latest = run, self._make(folder, config)
-        return self._latest[1], folder
+        # A common judge is read once.
+        if self._latest is None or self._latest[0] != folder:
+            self._latest = folder, self._read(folder)
+        own = config.rollout.penalty_coef
+        coef = own if self._penalty_coef is None else self._penalty_coef
+        rollout = dataclasses.replace(config.rollout, penalty_coef=coef, dtype="float32")
+        config = dataclasses.replace(config, rollout=rollout, threads=self._threads)
+        return make_engine(config, self._task, self._latest[1], self._backend), folder
 
-    def _make(self, folder: Path, config: RunConfig) -> RolloutEngine:
+    def _read(self, folder: Path) -> EnsembleDynamics:
         if not (folder / "dynamics.json").is_file():
             raise InputError(f"{folder} holds no ensemble (dynamics.json); name one with --dynamics-from")
         ensemble = EnsembleDynamics.load(folder, self._device)
@@ -563,11 +565,7 @@ class _Judges:
                 f" {self._task.act_dim}; name another with --dynamics-from"
             )
         self.digests[folder] = ensemble.sha256()
-        own = config.rollout.penalty_coef
-        coef = own if self._penalty_coef is None else self._penalty_coef
-        rollout = dataclasses.replace(config.rollout, penalty_coef=coef, dtype="float32")
-        config = dataclasses.replace(config, rollout=rollout, threads=self._threads)
-        return make_engine(config, self._task, ensemble, self._backend)
+        return ensemble
 
 
 def _load(
@@ -679,10 +677,6 @@ def _score(estimate: ModelEstimate | QEstimate) -> float:
 
 def _best_first(scores: Sequence[float]) -> tuple[int, ...]:
     return tuple(sorted(range(len(scores)), key=lambda number: -scores[number]))
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
 
 
 def _number(value: float | None) -> str:

@@ -5,7 +5,6 @@ step is compared with the true one. docs/results.md defines what is compared.
 """
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,19 @@ from rich.table import Table
 from benchmarks.record import RESULTS, write_record
 from benchmarks.study.simulator import Simulator
 from mopo_fast.config import PENALTIES
-from mopo_fast.data import find_dataset, load_dataset
+from mopo_fast.data import load_configured
 from mopo_fast.doctor import examine
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine
-from mopo_fast.run.folder import read_summary
+from mopo_fast.run.find import find_run_dataset
+from mopo_fast.run.folder import read_config, read_summary
+from mopo_fast.run.resolve import check_run_data
 from mopo_fast.tasks import get_task
-from mopo_fast.utils.atomic import read_json_as
 from mopo_fast.utils.progress import progress_bar
 from mopo_fast.utils.seeds import derive_seed
-from mopo_fast.utils.statistics import spearman, student_interval
+from mopo_fast.utils.statistics import finite_or_none, spearman, student_interval
 
 Array = npt.NDArray[Any]
 
@@ -140,19 +140,19 @@ def main(
 
 def open_run(run: Path) -> Subject:
     """Load what is compared from the folder of a finished run, whose data set is on this machine."""
-    config = read_json_as(run / "config.json", dict[str, Any])
-    summary = read_summary(run)
-    data = load_dataset(str(find_dataset(summary["dataset"])[0]), quiet=True)
-    rollout, task = config["rollout"], get_task(summary["task"]).name
+    config, summary = read_config(run), read_summary(run)
+    data = load_configured(find_run_dataset(run), config.data, quiet=True)
+    check_run_data(run, data)
+    task = get_task(summary["task"]).name
     return Subject(
         task,
         EnsembleDynamics.load(run),
         Actor.load(run),
         data.observations,
         data.observations.double().numpy().std(axis=0),
-        rollout["penalty"],
+        config.rollout.penalty,
         summary["penalty_coef"],
-        config["sac"]["discount"],
+        config.sac.discount,
         Simulator(task),
     )
 
@@ -203,7 +203,7 @@ def calibrate(subject: Subject, starts: int, steps: int, seed: int) -> dict[str,
                 penalty, {"value": [], "spearman": [], **{f"coverage_{coef:g}": [] for coef in COEFS}}
             )
             parts["value"].append(_quantiles(values[used]))
-            parts["spearman"].append(_known(spearman(values[used], errors[used])))
+            parts["spearman"].append(finite_or_none(spearman(values[used], errors[used])))
             for coef in COEFS:
                 parts[f"coverage_{coef:g}"].append(float((errors[used] <= coef * values[used]).mean()))
     return columns
@@ -214,11 +214,6 @@ def _targets(subject: Subject, observations: Array, truth: Any) -> Array:
     absolute = subject.ensemble.absolute.numpy()
     change = truth.next_observations - np.where(absolute, 0.0, observations)
     return np.concatenate([change, truth.rewards[:, None]], axis=1)
-
-
-def _known(value: float) -> float | None:
-    """Return a number, or None for NaN, which JSON does not have."""
-    return None if math.isnan(value) else value
 
 
 def _quantiles(values: Array) -> dict[str, float]:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -15,6 +16,7 @@ from mopo_fast.config import Activation, LogScale
 from mopo_fast.ensemble import EnsembleDynamics, elites_of
 from mopo_fast.errors import InputError
 from mopo_fast.policy import Actor
+from mopo_fast.utils.pickles import as_array
 from mopo_fast.utils.tensors import check_layers
 
 logger = logging.getLogger("mopo_fast")
@@ -346,6 +348,24 @@ def _replace(parameters: nn.ParameterList, tensors: Sequence[torch.Tensor]) -> N
         raise InputError(f"there are {len(tensors)} biases, but {len(parameters)} layers")
     for layer, tensor in enumerate(tensors):
         parameters[layer] = _as_parameter(tensor, parameters[layer].shape)
+
+
+def as_floats(array: Any, what: str = "it") -> torch.Tensor:
+    """Return a pickled array of floats as a float32 tensor.
+
+    Args:
+        array: the array, as `utils.pickles` reads it.
+        what: name of the array in errors.
+
+    Raises:
+        InputError: it is no array, or holds something else than floats.
+    """
+    array = as_array(array)
+    if array.dtype.kind != "f":
+        raise InputError(f"{what} holds {array.dtype}, expected floats")
+    # A number beyond float32 becomes infinite, which no reader of models takes.
+    with np.errstate(over="ignore"):
+        return torch.from_numpy(array.astype(np.float32))
 
 
 def _as_parameter(tensor: torch.Tensor, shape: torch.Size) -> nn.Parameter:

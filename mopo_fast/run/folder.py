@@ -165,6 +165,16 @@ def read_recorded(path: Path) -> dict[str, Any]:
     return recorded | {"sac": {"order": order} | rest}
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read a config.json as today's version would have written it, with all settings.
+
+    Raises:
+        InputError: as `read_recorded`.
+    """
+    # Version 0.1.0 had SAC in float32 alone, and did not record it.
+    return with_defaults(read_recorded(path), RunConfig("", sac=SACConfig(dtype="float32")))
+
+
 def check_folder(out: Path, config: RunConfig, resume: bool) -> None:
     """Check that a run of this config may begin, or go on, in the folder `out`.
 
@@ -185,9 +195,7 @@ def check_folder(out: Path, config: RunConfig, resume: bool) -> None:
         return
     if not resume:
         raise InputError(f"{out} already holds a run; {_ways_on(out)}, or choose another folder (--out)")
-    # Version 0.1.0 had SAC in float32 alone, and did not record it.
-    defaults = RunConfig("", sac=SACConfig(dtype="float32"))
-    recorded = with_defaults(read_recorded(out / "config.json"), defaults)
+    recorded = read_settings(out / "config.json")
     current = as_json(config)
     for each in (recorded, current):
         # A run may go on from another directory. Digests of the data and of the ensemble are compared later.

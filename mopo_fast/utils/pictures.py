@@ -54,3 +54,8 @@ def label_log(axis: Axis, subs: tuple[float, ...] = (1.0, 2.0, 5.0)) -> None:
     axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter(lambda value, position: f"{value:g}")
     axis.set_minor_formatter(NullFormatter())
+
+
+def thousands(value: float, position: float) -> str:
+    """Format a number on an axis, in thousands from 1000 on; `position` is matplotlib's."""
+    return f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"

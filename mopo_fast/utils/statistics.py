@@ -116,6 +116,11 @@ def spearman(x: Sequence[float] | Array, y: Sequence[float] | Array) -> float:
     return float(stats.spearmanr(x, y).statistic)
 
 
+def finite_or_none(value: float | None) -> float | None:
+    """Return a number, or None where it is not finite, since JSON has no such numbers."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 def _interquartile_mean(*samples: Array, axis: int) -> Array:
     mean: Array = stats.trim_mean(np.concatenate(samples, axis=axis), 0.25, axis=axis)
     return mean

@@ -95,7 +95,7 @@ def test_groups_means_and_paired_differences_by_hand(tmp_path: Path) -> None:
     low, high = section.groups
     assert (low.name, high.name) == ("penalty_coef 0", "penalty_coef 5")
     assert high.settings == {"rollout.penalty_coef": 5.0} and sorted(high.runs) == [0, 1, 2]
-    # Of 10, 20, 30: s = 10, t of two degrees of freedom 4.302653.
+    # For 10, 20 and 30, s is 10, and t with two degrees of freedom 4.302653.
     half = 4.302653 * 10 / 3**0.5
     assert low.mean is not None and low.mean.value == pytest.approx(20.0)
     assert (low.mean.low, low.mean.high) == (pytest.approx(20 - half), pytest.approx(20 + half))
@@ -406,7 +406,7 @@ def test_the_page_is_whole_and_self_contained(tmp_path: Path) -> None:
     for name in ("curves", "means", "differences"):
         assert (path.parent / f"comparison_{name}.png").read_bytes().startswith(b"\x89PNG")
     row = page.texts.index("hopper-medium-local: penalty_coef 2 minus penalty_coef 0")
-    # Of 2 and 2.5: the mean 2.25, and half the interval is 12.7062 * 0.25.
+    # The mean of 2 and 2.5 is 2.25, and half of the interval 12.7062 * 0.25.
     assert page.texts[row + 1 : row + 5] == ["2", "+2.25", "-0.93 to +5.43", "no"]
     assert f"{tmp_path}/<b>1" in page.texts and "<b>" not in path.read_text()
     # A picture of an earlier comparison must not be left.

@@ -14,6 +14,7 @@ from rich.console import Console
 from mopo_fast.cli import main
 from mopo_fast.config import DataConfig, RolloutConfig, RunConfig, to_dict
 from mopo_fast.data import Transitions, load_dataset
+from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.estimates import FittedQ
 from mopo_fast.policy import Actor
@@ -153,6 +154,14 @@ def test_one_penalty_makes_runs_comparable(data: Path, tmp_path: Path) -> None:
     assert common.by_model == (0, 1)
     assert [one.model.penalty_coef for one in common.policies] == [2.0, 2.0]
     assert not any("weights" in note for note in common.notes)
+
+
+def test_a_common_judge_is_read_once(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [make_run(tmp_path / name, data, 0.1) for name in ("one", "two")]
+    load, read = EnsembleDynamics.load, []
+    monkeypatch.setattr(EnsembleDynamics, "load", lambda *given: read.append(given[0]) or load(*given))
+    select(runs, **QUICK, dynamics_from=runs[0])
+    assert read == [runs[0]]
 
 
 def test_different_judges_are_named(data: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the authors' code does with small models: `python tests/recorded/mopo_tf.py CHECKOUT` writes mopo_tf/.
+"""Record the authors' code on small models: `python tests/recorded/mopo_tf.py CHECKOUT` writes mopo_tf/.
 
 CHECKOUT is one of tianheyu927/mopo. Recorded at its commit e5efe3e with TensorFlow 2.21.0 (as
 tensorflow.compat.v1), NumPy 2.4.6 and SciPy 1.17.1 on Python 3.11.

@@ -1,4 +1,4 @@
-"""What the authors' own updates make of small networks: `python tests/recorded/mopo_tf_updates.py CHECKOUT`.
+"""Record the authors' own updates of small networks: `python tests/recorded/mopo_tf_updates.py CHECKOUT`.
 
 CHECKOUT is one of tianheyu927/mopo. Recorded at its commit e5efe3e with TensorFlow 2.21.0 as
 examples/mopo_tf.py sets it up, tf-keras 2.21.0, TensorFlow Probability 0.25.0 and NumPy 2.4.6 on Python 3.11.

@@ -1,4 +1,4 @@
-"""What OfflineRL-Kit itself computes and writes: `python tests/recorded/offlinerl_kit.py CHECKOUT`.
+"""Record results and files of OfflineRL-Kit itself: `python tests/recorded/offlinerl_kit.py CHECKOUT`.
 
 Made with commit e3ce697, torch 2.13.0, NumPy 2.4.6.
 """

@@ -1,4 +1,4 @@
-"""What Polixir's OfflineRL does with small models: `python tests/recorded/polixir.py CHECKOUT`.
+"""Record Polixir's OfflineRL on small models: `python tests/recorded/polixir.py CHECKOUT`.
 
 CHECKOUT is one of polixir/OfflineRL. Recorded at its commit a7db458 with torch 2.13.0 and NumPy 2.4.6 on
 Python 3.11.

@@ -60,7 +60,7 @@ def make_model(dynamics, termination_fns):
 
 
 def actor_params():
-    """Of a TanhGaussianActor, too large to be kept; some log standard deviations are beyond their bounds."""
+    """Make parameters of a TanhGaussianActor, too large to be kept; some log-stds are out of bounds."""
     random = np.random.RandomState(0)
     sizes = [(OBS, 256), (256, 256), (256, 256), (256, ACT), (256, ACT)]
     layers = {}
@@ -109,7 +109,7 @@ def at_the_bounds(random, dims, height, bounds):
     return rows
 
 
-# Of the updates. The networks are Unifloral's, with layers of another width.
+# The updates are those of Unifloral's networks with layers of another width.
 WIDTH, UPDATES, SEED = 16, 5, 11
 UPDATE_ARGS = {
     "num_critics": 3,

@@ -32,7 +32,7 @@ def test_five_runs_have_the_interquartile_mean() -> None:
     # A quarter of five is one: the mean of the middle three, whatever the outlier.
     found = estimate([1.0, 2.0, 3.0, 4.0, 1000.0])
     assert (found.kind, found.value, found.count) == ("iqm", 3.0, 5)
-    # Of eight values the middle four count.
+    # The middle four of eight values count.
     assert estimate([8.0, 1, 2, 3, 4, 5, 6, 7]).value == 4.5
 
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 
 from mopo_fast.compat import Checkpoint, matlab_files
 from mopo_fast.compat.models import (
     activation_of,
+    as_floats,
     check_activation,
     check_kind,
     check_method,
@@ -24,7 +24,7 @@ from mopo_fast.ensemble import EnsembleDynamics, elites_of
 from mopo_fast.errors import InputError
 from mopo_fast.policy import Actor
 from mopo_fast.utils.atomic import atomic_path
-from mopo_fast.utils.pickles import Pickler, as_array, load
+from mopo_fast.utils.pickles import Pickler, load
 from mopo_fast.utils.tensors import check_layers
 
 logger = logging.getLogger("mopo_fast")
@@ -71,7 +71,7 @@ def ensemble_from(
         InputError: the arrays do not fit each other, or are not finite.
     """
     try:
-        mean, std, *layers, high, low = map(_floats, arrays)
+        mean, std, *layers, high, low = map(as_floats, arrays)
         weights, biases = layers[0::2], [bias.squeeze(1) for bias in layers[1::2]]
         outputs = high.numel()
         if weights[-1].shape[-1] == outputs:
@@ -117,14 +117,6 @@ def ensemble_from(
     return model
 
 
-def _floats(array: Any) -> torch.Tensor:
-    array = as_array(array)
-    if array.dtype.kind != "f":
-        raise InputError(f"it holds {array.dtype}, expected floats")
-    with np.errstate(over="ignore"):
-        return torch.from_numpy(array.astype(np.float32))
-
-
 def actor_from(weights: Sequence[Any], policy: Any = None, what: str = "the policy") -> Actor:
     """Build an actor from Keras' list of weights: kernel, bias, kernel, bias, ...
 
@@ -145,7 +137,7 @@ def actor_from(weights: Sequence[Any], policy: Any = None, what: str = "the poli
         raise InputError(f"{what} has the output activation {output}; the kernels have none")
     check_method(policy, "actions_np", "softlearning", "keep the authors' loop over FakeEnv.step")
     try:
-        arrays = [_floats(array) for array in weights]
+        arrays = [as_floats(array) for array in weights]
         kernels, biases = arrays[0::2], arrays[1::2]
         check_layers(kernels, ndim=2)
         actor = Actor(

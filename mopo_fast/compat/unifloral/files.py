@@ -1,23 +1,23 @@
 """Unifloral's files: a pickled EnsembleDynamics, called ensemble_dynamics_model_DATASET_TIME.pkl."""
 
+import functools
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from mopo_fast.compat import Checkpoint
-from mopo_fast.compat.models import check_first_layer, check_kind, check_model, warn_of_changes
+from mopo_fast.compat.models import as_floats, check_first_layer, check_kind, check_model, warn_of_changes
 from mopo_fast.compat.unifloral.rollouts import make_ensemble
 from mopo_fast.config import Hints
 from mopo_fast.ensemble import EnsembleDynamics, elites_of
 from mopo_fast.errors import InputError
 from mopo_fast.policy import Actor
 from mopo_fast.utils.atomic import atomic_path
-from mopo_fast.utils.pickles import NUMPY, as_array, from_buffer, load
+from mopo_fast.utils.pickles import NUMPY, from_buffer, load
 
 # Unifloral's termination functions by the beginning of a data set's name, looked up in this order.
 _TERMINATION_FUNCTIONS = {
@@ -90,7 +90,7 @@ def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
     try:
         dynamics = make_ensemble(
             found.state.get("params"),
-            _copied,
+            functools.partial(as_floats, what="a parameter"),
             hints.activation or "relu",
         )
     except InputError as error:
@@ -99,14 +99,6 @@ def read(source: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008
     if hints.elites is not None:
         dynamics.elites = torch.tensor(elites_of(hints.elites, dynamics.members))
     return Checkpoint(dynamics)
-
-
-def _copied(value: Any) -> torch.Tensor:
-    array = as_array(value)
-    if array.dtype.kind != "f":
-        raise InputError(f"a parameter holds {array.dtype}, expected floats")
-    with np.errstate(over="ignore"):
-        return torch.from_numpy(array.astype(np.float32))
 
 
 def check_dynamics(ensemble: EnsembleDynamics) -> list[str]:

@@ -139,7 +139,7 @@ _Tree = dict[str, Any]
 
 @dataclass(eq=False)
 class _TrainStep:
-    """What `make_train_step` returns: the updates of one training.
+    """Result of `make_train_step`: the updates of one training.
 
     Attributes:
         config: hyperparameters, but for the sizes of the hidden layers.

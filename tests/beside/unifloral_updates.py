@@ -444,11 +444,22 @@ def test_data_of_another_width() -> None:
         run(make_step(dataset=wide))
 
 
+def test_lengths_of_numpy_and_jax() -> None:
+    losses = [run(make_step(), length=length)[1] for length in (3, np.int64(3), jnp.int32(3))]
+    for some in losses[1:]:
+        assert all(np.array_equal(losses[0][name], values) for name, values in some.items())
+
+
 def test_other_mistakes() -> None:
     with pytest.raises(InputError, match="make_train_step returns, and no xs"):
         unifloral.scan(lambda carry, _: carry, (None, None, None), None, 3)
     with pytest.raises(InputError, match="length must be a whole number of at least 1, got None"):
         run(make_step(), length=None)
+    with pytest.raises(InputError, match=r"length must be a whole number of at least 1, got 2\.5"):
+        run(make_step(), length=2.5)
+    nothing = jax.tree.map(lambda array: array[:0], DATA)
+    with pytest.raises(InputError, match="the dataset has no transitions; give one with some"):
+        run(make_step(dataset=nothing))
     with pytest.raises(InputError, match="so it cannot be compiled; call it outside"):
         jax.jit(lambda seed: run(make_step(), seed=seed))(3)
     halves = BUFFER._replace(done=jnp.full(90, 0.5))

@@ -310,6 +310,19 @@ def test_refused_at_a_call(algorithm: Any, change: Any, message: str) -> None:
         algorithm.get_diagnostics()
 
 
+def test_a_refused_call_loses_no_update(algorithm: Any) -> None:
+    fuse_updates(algorithm)
+    rate = algorithm._Q_optimizers[0]._lr_t
+    before, rate.value = rate.value, np.float32(1.0)
+    run(algorithm, range(2))
+    with pytest.raises(InputError, match="different learning rates"):
+        algorithm.get_diagnostics()
+    rate.value = before
+    run(algorithm, range(2, 3))
+    algorithm.get_diagnostics()
+    assert algorithm.global_step.value == 3
+
+
 def test_steps_from_powers() -> None:
     power, made = np.float32(0.999), 0
     while made < 20_000:

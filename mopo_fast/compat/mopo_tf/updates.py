@@ -202,14 +202,14 @@ class _Updates:
         algorithm._training_progress.update()
         algorithm._training_progress.set_description()
         self._asked += 1
-        if self._asked == _UPDATES_AT_ONCE:
+        if self._asked >= _UPDATES_AT_ONCE:
             self.make()
 
     # --- the updates
 
     def make(self) -> None:
         """Make all updates that have been asked for."""
-        updates, self._asked = self._asked, 0
+        updates = self._asked
         if not updates:
             return
         algorithm, sac = self._algorithm, self._sac
@@ -221,6 +221,7 @@ class _Updates:
         # Ctrl-C must not come between the updates and the assignment.
         with deferred():
             powers, step = self._fetch()
+            self._asked = 0
             sac.means(sac.make(draws), updates)
             beta = [np.float32(_ADAM[name]) for name in ("_beta1", "_beta2")] * (len(powers) // 2)
             # As TensorFlow does, so that the powers stay the original's to the bit.

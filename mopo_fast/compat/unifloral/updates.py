@@ -1,5 +1,6 @@
 """Unifloral's SAC updates on the kernels: its train step, and the loop around it."""
 
+import contextlib
 import dataclasses
 import functools
 import operator
@@ -82,9 +83,7 @@ def make_train_step(
         dtype=dtype,
     )
     config.validate()
-    interval = args.rollout_interval
-    if not isinstance(interval, int) or interval < 1:
-        raise InputError(f"rollout_interval must be a whole number of at least 1, got {interval!r}")
+    interval = _count("rollout_interval", args.rollout_interval)
     fused = isinstance(rollout_fn, Rollout) and rollout_fn.term_penalty_offset is None and not by_steps
 
     def roll(rng: Any, params: Any, buffer: Any) -> Any:
@@ -128,9 +127,15 @@ def scan(
     """
     if not isinstance(train_step, _TrainStep) or xs is not None:
         raise InputError("scan takes what mopo_fast.compat.unifloral.make_train_step returns, and no xs")
-    if not isinstance(length, int) or length < 1:
-        raise InputError(f"length must be a whole number of at least 1, got {length!r}")
-    return train_step.run(*carry, length)
+    return train_step.run(*carry, _count("length", length))
+
+
+def _count(name: str, value: Any) -> int:
+    """Return a whole number of at least 1, of Python, NumPy or JAX."""
+    with contextlib.suppress(TypeError):
+        if (count := operator.index(value)) >= 1:
+            return count
+    raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
 # Tensors of ours, by the names in a tree of parameters of Unifloral.
@@ -320,6 +325,8 @@ def _copied(array: Any) -> torch.Tensor:
 def _transitions(what: str, batch: Any) -> Transitions:
     """Return Unifloral's Transition in this package's form; only `done` is copied."""
     check_attributes(batch, _FIELDS, _VERSION)
+    if np.shape(batch.reward) == (0,):
+        raise InputError(f"{what} has no transitions; give one with some")
     arrays = [shared(getattr(batch, name), what) for name in _FIELDS if name != "done"]
     obs, action, reward, next_obs = arrays
     return Transitions(obs, action, reward, next_obs, as_flags(f"{what}'s done", _copied(batch.done)))

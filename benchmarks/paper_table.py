@@ -29,20 +29,17 @@ from tyro.conf import arg
 
 from benchmarks.record import write_record
 from mopo_fast import cli
-from mopo_fast.compare import LAST_EVALUATIONS
+from mopo_fast.compare import LAST_EVALUATIONS, read_result
 from mopo_fast.config import Preset
 from mopo_fast.doctor import examine
 from mopo_fast.errors import InputError
 from mopo_fast.run.folder import read_summary
-from mopo_fast.run.log import read_rows
 from mopo_fast.tasks import parse_dataset_name
 from mopo_fast.utils.atomic import atomic_path, check_writable
 from mopo_fast.utils.statistics import student_interval
 
 TASKS = ("halfcheetah", "hopper", "walker2d")
 TIERS = ("random", "medium", "medium-replay", "medium-expert")
-EVALUATIONS = LAST_EVALUATIONS
-"""Number of the last evaluations whose mean is the score of a run."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +101,7 @@ class Result:
         horizon: horizons of the runs, likewise.
         penalty_coef: penalty coefficients of the runs, likewise.
         seeds: seeds of the runs.
-        scores: mean score of each run over its last `EVALUATIONS` evaluations.
+        scores: mean score of each run over its last `LAST_EVALUATIONS` evaluations.
         last: score of each run's last evaluation.
         mean: mean of `scores`, or None without runs.
         interval: 95 % interval of that mean by Student's t, or None for fewer than three runs.
@@ -140,6 +137,9 @@ def data_names(given: Sequence[str], suffix: str | None) -> list[str]:
     Raises:
         InputError: a name begins with no task of the table.
     """
+    for name in given:
+        if name.partition("-")[0] not in TASKS:
+            raise InputError(f"{name} is not in the paper's table; its tasks are {', '.join(TASKS)}")
     every = [f"{task}-{tier}" for tier in TIERS for task in TASKS]
     names = []
     for name in given or every:
@@ -152,9 +152,6 @@ def data_names(given: Sequence[str], suffix: str | None) -> list[str]:
             names += [name + version for version, known in versions.items() if name in known]
     if given and not names:
         raise InputError(f"no scores are published for {', '.join(given)}; name a version with --suffix")
-    for name in names:
-        if parse_dataset_name(name)[0] not in TASKS:
-            raise InputError(f"{name} is not in the paper's table; its tasks are {', '.join(TASKS)}")
     return list(dict.fromkeys(names))
 
 
@@ -191,10 +188,10 @@ def result_of(name: str, folder: Path, seeds: Sequence[int]) -> Result:
             raise InputError(f"{run} is a run on {summary['dataset']}, not on {name}; choose another --runs")
     scores, last = [], []
     for run in finished:
-        found = [float(row["score_mean"]) for row in read_rows(run / "progress.csv") if row["score_mean"]]
+        found = read_result(run).curve[:, 1].tolist()
         if not found or not all(map(math.isfinite, found)):
             raise InputError(f"{run / 'progress.csv'} has no scores; train the run again")
-        scores.append(statistics.fmean(found[-EVALUATIONS:]))
+        scores.append(statistics.fmean(found[-LAST_EVALUATIONS:]))
         last.append(found[-1])
     task, tier = parse_dataset_name(name)
     return Result(
@@ -248,8 +245,8 @@ def to_table(results: Sequence[Result]) -> Table:
 def notes(results: Sequence[Result]) -> list[str]:
     """Return the sentences that the table needs to be read."""
     said = [
-        f"score: mean over runs of the mean of the last {EVALUATIONS} evaluations, or of all if a run has"
-        " fewer. Published: mean ± standard deviation over seeds. The paper's is of the last iterate of"
+        f"score: mean over runs of the mean of the last {LAST_EVALUATIONS} evaluations, or of all if a run"
+        " has fewer. Published: mean ± standard deviation over seeds. The paper's is of the last iterate of"
         " 1,000,000 updates and 6 seeds, OfflineRL-Kit's of 3,000,000 updates and 4 seeds.",
     ]
     if any(one.paper is not None and not one.paper.checked for one in results):
@@ -300,6 +297,9 @@ def paper_table(
     """
     names = data_names(data, suffix)
     numbers = cli.parse_seeds(seeds)
+    if not runs.is_dir() and (runs.exists() or not train_runs):
+        what = "a file" if runs.exists() else "not there"
+        raise InputError(f"{runs} is {what}; choose a folder for --runs")
     if json is not None:
         check_writable(json)
     if train_runs:

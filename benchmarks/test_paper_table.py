@@ -90,7 +90,7 @@ def test_the_score_is_of_the_last_evaluations(runs: Path, monkeypatch: pytest.Mo
         found = [float(row["score_mean"]) for row in csv.DictReader(file)]
     assert len(found) == 3
     for count in (1, 2, 3, 10):
-        monkeypatch.setattr(paper_table, "EVALUATIONS", count)
+        monkeypatch.setattr(paper_table, "LAST_EVALUATIONS", count)
         (score,) = result_of("hopper-random-local", run, [0]).scores
         assert score == pytest.approx(sum(found[-count:]) / len(found[-count:]))
     assert result_of("hopper-random-local", run, [0]).last == (found[-1],)
@@ -105,7 +105,7 @@ def test_names() -> None:
     ]
     assert len(data_names([], "-local")) == 12
     assert data_names(["hopper-medium", "hopper-medium-v2"], None) == ["hopper-medium-v0", "hopper-medium-v2"]
-    with pytest.raises(InputError, match="ant-medium-v2 is not in the paper's table"):
+    with pytest.raises(InputError, match="ant-medium is not in the paper's table"):
         data_names(["ant-medium"], "-v2")
     with pytest.raises(InputError, match="no scores are published for hopper-expert; name a version"):
         data_names(["hopper-expert"], None)
@@ -128,3 +128,9 @@ def test_mistakes(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     (tmp_path / "hopper-random-v0").symlink_to(runs / "hopper-random-local")
     assert main(["--runs", str(tmp_path), "--no-train", "--data", "hopper-random", "--seeds", "0:1"]) == 2
     assert "is a run on hopper-random-local, not on hopper-random-v0" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    for name, error in (("file", "file is a file; choose"), ("gone", "gone is not there; choose")):
+        assert main(["--runs", str(tmp_path / name), "--no-train", *NAMES, "--seeds", "0:1"]) == 2
+        assert f"{error} a folder for --runs" in capsys.readouterr().err
+    assert main(["--runs", str(runs), "--data", "walrus", "--seeds", "0:1"]) == 2
+    assert "walrus is not in the paper's table; its tasks are halfcheetah" in capsys.readouterr().err

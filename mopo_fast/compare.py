@@ -255,14 +255,23 @@ def compare_runs(paths: Sequence[str | os.PathLike[str]]) -> Comparison:
             notes.append(f"Left out, since it cannot be read: {error}.")
     if not results:
         raise InputError(f"no run can be read: {' '.join(notes)}")
-    sections = []
+    compared = compare_results(results)
+    return dataclasses.replace(compared, notes=[*notes, *compared.notes])
+
+
+def compare_results(results: Sequence[Result]) -> Comparison:
+    """Compare at least one run that has been read.
+
+    Raises:
+        InputError: two runs agree in all settings and the seed.
+    """
+    sections, notes = [], []
     for dataset in sorted({result.dataset for result in results}):
         own = [result for result in results if result.dataset == dataset]
         section = _compare(dataset, own)
         notes += _notes(section, own)
         sections.append(section)
-    overall = _overall(sections)
-    return Comparison(sections, overall, [*notes, *_notes_on_numbers(sections)])
+    return Comparison(sections, _overall(sections), [*notes, *_notes_on_numbers(sections)])
 
 
 def _compare(dataset: str, results: list[Result]) -> Section:
@@ -654,11 +663,15 @@ def write_comparison(comparison: Comparison, out: str | os.PathLike[str]) -> Pat
         ),
         number_table(*_split(_group_rows(comparison))),
     ]
-    pictures = [("Learning curves", "curves", _draw_curves(comparison))]
-    pictures.append(("Means", "means", _draw_means(comparison)))
     differences = _difference_rows(comparison)
-    if len(differences) > 1:
-        pictures.append(("Differences between settings", "differences", _draw_differences(comparison)))
+    with look():
+        pictures = [
+            ("Learning curves", "curves", to_png(draw_curves(comparison))),
+            ("Means", "means", to_png(_draw_means(comparison))),
+        ]
+        if len(differences) > 1:
+            drawn = to_png(draw_differences(comparison))
+            pictures.append(("Differences between settings", "differences", drawn))
     captions = {
         "curves": "A thick line is the mean of the finished runs of a group, the band its 95 % interval at"
         " each evaluation, which may reach beyond the picture, and a thin line one run. Dashed runs are"
@@ -702,17 +715,22 @@ def _run_rows(comparison: Comparison) -> list[tuple[str, ...]]:
     return rows
 
 
-def _draw_curves(comparison: Comparison) -> bytes:
-    with look():
-        columns = min(2, len(comparison.sections))
-        lines = -(-len(comparison.sections) // columns)
-        figure = blank(7.5 if columns == 1 else 12.0, 4.2 * lines)
-        grid = figure.subplots(lines, columns, squeeze=False).ravel()
-        for axes in grid[len(comparison.sections) :]:
-            axes.set_axis_off()
-        for axes, section in zip(grid, comparison.sections, strict=False):
-            _draw_section(axes, section)
-        return to_png(figure)
+def draw_curves(comparison: Comparison, columns: int = 2) -> Figure:
+    """Draw the learning curves of all groups, in panels of one data set each.
+
+    Args:
+        comparison: the comparison.
+        columns: largest number of panels side by side.
+    """
+    columns = min(columns, len(comparison.sections))
+    lines = -(-len(comparison.sections) // columns)
+    figure = blank(7.5 if columns == 1 else 6.0 * columns, 4.2 * lines)
+    grid = figure.subplots(lines, columns, squeeze=False).ravel()
+    for axes in grid[len(comparison.sections) :]:
+        axes.set_axis_off()
+    for axes, section in zip(grid, comparison.sections, strict=False):
+        _draw_section(axes, section)
+    return figure
 
 
 def _draw_section(axes: Axes, section: Section) -> None:
@@ -755,7 +773,8 @@ def _draw_section(axes: Axes, section: Section) -> None:
         axes.legend(loc="best", fontsize=9)
 
 
-def _draw_means(comparison: Comparison) -> bytes:
+def _draw_means(comparison: Comparison) -> Figure:
+    """Draw the values of the runs of each group, their mean and its interval."""
     return _draw_estimates(
         [
             (
@@ -769,7 +788,8 @@ def _draw_means(comparison: Comparison) -> bytes:
     )
 
 
-def _draw_differences(comparison: Comparison) -> bytes:
+def draw_differences(comparison: Comparison) -> Figure:
+    """Draw the paired differences between groups, their means and intervals."""
     return _draw_estimates(
         [
             (
@@ -789,34 +809,31 @@ def _draw_differences(comparison: Comparison) -> bytes:
 
 def _draw_estimates(
     sections: list[tuple[str, str, list[tuple[str, list[float], Estimate | None]]]], *, zero: bool
-) -> bytes:
+) -> Figure:
     """Draw values, their mean and its interval in a line each.
 
     Args:
         sections: for each data set its name, the label of the axis, and (name, values, mean) of each line.
         zero: mark 0.
     """
-    with look():
-        heights = [0.9 + 0.42 * len(rows) for _, _, rows in sections]
-        figure: Figure = blank(8.5, sum(heights) + 0.3)
-        grid = figure.subplots(len(sections), 1, squeeze=False, height_ratios=heights).ravel()
-        for axes, (dataset, label, rows) in zip(grid, sections, strict=True):
-            for number, (_, values, mean) in enumerate(rows):
-                colour = GREY if zero else _COLOURS[number % len(_COLOURS)]
-                axes.plot(
-                    values, [number] * len(values), "o", color=colour, alpha=0.6, markersize=5, zorder=3
-                )
-                if mean is None:
-                    continue
-                axes.plot([mean.value], [number], "|", color="black", markersize=14, markeredgewidth=2)
-                if mean.low is not None and mean.high is not None:
-                    axes.plot([mean.low, mean.high], [number, number], color="black", linewidth=1.6)
-            if zero:
-                axes.axvline(0.0, color=ORANGE, linestyle="--", linewidth=1.2)
-            axes.set_yticks(range(len(rows)), [_literal(name) for name, _, _ in rows])
-            axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel=label)
-            axes.set_title(_literal(dataset))
-        return to_png(figure)
+    heights = [0.9 + 0.42 * len(rows) for _, _, rows in sections]
+    figure = blank(8.5, sum(heights) + 0.3)
+    grid = figure.subplots(len(sections), 1, squeeze=False, height_ratios=heights).ravel()
+    for axes, (dataset, label, rows) in zip(grid, sections, strict=True):
+        for number, (_, values, mean) in enumerate(rows):
+            colour = GREY if zero else _COLOURS[number % len(_COLOURS)]
+            axes.plot(values, [number] * len(values), "o", color=colour, alpha=0.6, markersize=5, zorder=3)
+            if mean is None:
+                continue
+            axes.plot([mean.value], [number], "|", color="black", markersize=14, markeredgewidth=2)
+            if mean.low is not None and mean.high is not None:
+                axes.plot([mean.low, mean.high], [number, number], color="black", linewidth=1.6)
+        if zero:
+            axes.axvline(0.0, color=ORANGE, linestyle="--", linewidth=1.2)
+        axes.set_yticks(range(len(rows)), [_literal(name) for name, _, _ in rows])
+        axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel=label)
+        axes.set_title(_literal(dataset))
+    return figure
 
 
 def _literal(text: str) -> str:

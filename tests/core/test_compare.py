@@ -1,16 +1,14 @@
 """Test the comparison of runs: groups, means, differences, what is left out, and its page."""
 
-import csv
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
+from recorded_runs import CONFIG, record_run
 from rich.console import Console
-from test_report import SUMMARY, Page
+from test_report import Page
 
 from mopo_fast.cli import main
 from mopo_fast.compare import (
@@ -22,51 +20,8 @@ from mopo_fast.compare import (
     to_tables,
     write_comparison,
 )
-from mopo_fast.config import EvaluationConfig, RolloutConfig, RunConfig, SACConfig, to_dict
+from mopo_fast.config import EvaluationConfig, SACConfig
 from mopo_fast.errors import InputError
-from mopo_fast.run.log import COLUMNS
-
-CONFIG = RunConfig(
-    "data/hopper-medium-local.hdf5",
-    task="hopper",
-    steps=12_000,
-    rollout=RolloutConfig(horizon=5, penalty_coef=1.0, dtype="float32"),
-    sac=SACConfig(dtype="float32"),
-)
-
-
-def make(
-    folder: Path,
-    scores: Sequence[float | None],
-    *,
-    seed: int = 0,
-    coef: float = 1.0,
-    finished: bool = True,
-    scored_by: str = "environment",
-    fit: dict[str, Any] | None = None,
-    **settings: Any,
-) -> Path:
-    """Write the files of a run with these evaluations; None stands for one without a score."""
-    folder.mkdir(parents=True)
-    rollout = dataclasses.replace(CONFIG.rollout, penalty_coef=coef)
-    config = dataclasses.replace(CONFIG, **{"seed": seed, "rollout": rollout, **settings})
-    (folder / "config.json").write_text(json.dumps(to_dict(config)))
-    if finished:
-        (folder / "summary.json").write_text(json.dumps(SUMMARY))
-    with (folder / "progress.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(COLUMNS))
-        writer.writeheader()
-        for number, score in enumerate(scores, start=1):
-            row = {"epoch": number, "updates": 1000 * number, "return_mean": 10.0 * (score or 1.0)}
-            writer.writerow(row | {"score_mean": score, "scored_by": scored_by})
-    if fit is not None:
-        record = {
-            "dataset": "data", "data_sha256": "a", "transitions": 10, "holdout": 2, "seed": seed,
-            "device": "cpu", "config": {"holdout_fraction": 0.2, "holdout_max": 1000}, "epochs": 1,
-            "seconds": 1.0, "elites": [0], "best_mse": [1.0], "train_loss": [1.0], "holdout_mse": [[1.0]],
-        }  # fmt: skip
-        (folder / "fit.json").write_text(json.dumps(record | fit))
-    return folder
 
 
 def notes_of(comparison: Comparison) -> str:
@@ -77,7 +32,7 @@ def notes_of(comparison: Comparison) -> str:
 
 
 def test_a_run_counts_by_the_mean_of_its_last_ten_evaluations(tmp_path: Path) -> None:
-    make(tmp_path / "a", [100, 100, *range(10)])
+    record_run(tmp_path / "a", [100, 100, *range(10)])
     (section,) = compare_runs([tmp_path]).sections
     (group,) = section.groups
     assert (section.dataset, section.metric) == ("hopper-medium-local", "score")
@@ -89,8 +44,8 @@ def test_a_run_counts_by_the_mean_of_its_last_ten_evaluations(tmp_path: Path) ->
 def test_groups_means_and_paired_differences_by_hand(tmp_path: Path) -> None:
     """Differences are taken within each seed, so they vary less than the groups do."""
     for seed, level in enumerate((10.0, 20.0, 30.0)):
-        make(tmp_path / f"runs/a{seed}", [level] * 10, seed=seed, coef=0.0)
-        make(tmp_path / f"runs/b{seed}", [level + 4 + seed] * 10, seed=seed, coef=5.0)
+        record_run(tmp_path / f"runs/a{seed}", [level] * 10, seed=seed, coef=0.0)
+        record_run(tmp_path / f"runs/b{seed}", [level + 4 + seed] * 10, seed=seed, coef=5.0)
     (section,) = compare_runs([tmp_path / "runs"]).sections
     low, high = section.groups
     assert (low.name, high.name) == ("penalty_coef 0", "penalty_coef 5")
@@ -108,7 +63,7 @@ def test_groups_means_and_paired_differences_by_hand(tmp_path: Path) -> None:
 
 def test_five_seeds_have_interquartile_means(tmp_path: Path) -> None:
     for seed, level in enumerate((1.0, 2.0, 3.0, 4.0, 90.0)):
-        make(tmp_path / f"a{seed}", [level] * 10, seed=seed)
+        record_run(tmp_path / f"a{seed}", [level] * 10, seed=seed)
     comparison = compare_runs([tmp_path])
     mean = comparison.sections[0].groups[0].mean
     assert mean is not None and (mean.kind, mean.value) == ("iqm", 3.0)
@@ -118,9 +73,9 @@ def test_five_seeds_have_interquartile_means(tmp_path: Path) -> None:
 
 def test_a_seed_that_one_group_lacks(tmp_path: Path) -> None:
     for seed in (0, 1, 2):
-        make(tmp_path / f"a{seed}", [10.0 + seed] * 10, seed=seed, coef=0.0)
+        record_run(tmp_path / f"a{seed}", [10.0 + seed] * 10, seed=seed, coef=0.0)
     for seed in (1, 2, 7):
-        make(tmp_path / f"b{seed}", [20.0 + 2 * seed] * 10, seed=seed, coef=1.0)
+        record_run(tmp_path / f"b{seed}", [20.0 + 2 * seed] * 10, seed=seed, coef=1.0)
     comparison = compare_runs([tmp_path])
     (section,) = comparison.sections
     assert [len(group.values) for group in section.groups] == [3, 3]
@@ -129,8 +84,8 @@ def test_a_seed_that_one_group_lacks(tmp_path: Path) -> None:
 
 
 def test_groups_without_a_common_seed(tmp_path: Path) -> None:
-    make(tmp_path / "a", [1.0] * 10, seed=0, coef=0.0)
-    make(tmp_path / "b", [2.0] * 10, seed=1, coef=1.0)
+    record_run(tmp_path / "a", [1.0] * 10, seed=0, coef=0.0)
+    record_run(tmp_path / "b", [2.0] * 10, seed=1, coef=1.0)
     comparison = compare_runs([tmp_path])
     (one,) = comparison.sections[0].differences
     assert one.values == {} and one.mean is None
@@ -147,7 +102,9 @@ def test_several_data_sets(tmp_path: Path) -> None:
             for coef in (0.0, 1.0) if name == "hopper" else (0.0, 5.0):
                 where = tmp_path / f"{name}-{seed}-{coef}"
                 scores = [level + coef] * 10
-                make(where, scores, seed=seed, coef=coef, dataset=f"/elsewhere/{name}-random-local.hdf5")
+                record_run(
+                    where, scores, seed=seed, coef=coef, dataset=f"/elsewhere/{name}-random-local.hdf5"
+                )
     comparison = compare_runs([tmp_path])
     assert [section.dataset for section in comparison.sections] == [
         "hopper-random-local",
@@ -169,8 +126,10 @@ def test_several_data_sets(tmp_path: Path) -> None:
 
 def test_what_has_no_effect_makes_no_group(tmp_path: Path) -> None:
     workers = EvaluationConfig(workers=3)
-    make(tmp_path / "a", [1.0], seed=0, threads=1, horizon_from="given", dynamics_from="fits/seed0", fit={})
-    make(
+    record_run(
+        tmp_path / "a", [1.0], seed=0, threads=1, horizon_from="given", dynamics_from="fits/seed0", fit={}
+    )
+    record_run(
         tmp_path / "b",
         [1.0],
         seed=1,
@@ -184,8 +143,8 @@ def test_what_has_no_effect_makes_no_group(tmp_path: Path) -> None:
 
 
 def test_a_run_of_an_earlier_version_is_in_the_group_of_its_settings(tmp_path: Path) -> None:
-    make(tmp_path / "a", [1.0], seed=0, sac=SACConfig(dtype="float32", order="critic_first"))
-    path = make(tmp_path / "b", [1.0], seed=1) / "config.json"
+    record_run(tmp_path / "a", [1.0], seed=0, sac=SACConfig(dtype="float32", order="critic_first"))
+    path = record_run(tmp_path / "b", [1.0], seed=1) / "config.json"
     config = json.loads(path.read_text())
     del config["sac"]["order"], config["sac"]["dtype"]
     config["sac"]["simultaneous"] = False
@@ -195,10 +154,10 @@ def test_a_run_of_an_earlier_version_is_in_the_group_of_its_settings(tmp_path: P
 
 
 def test_every_setting_that_differs_is_named(tmp_path: Path) -> None:
-    make(tmp_path / "a", [1.0], coef=0.0)
-    make(tmp_path / "b", [1.0], coef=0.0, sac=SACConfig(dtype="bfloat16", hidden=(8, 8)))
-    make(tmp_path / "c", [1.0], coef=10.0)
-    make(tmp_path / "d", [1.0], coef=2.0)
+    record_run(tmp_path / "a", [1.0], coef=0.0)
+    record_run(tmp_path / "b", [1.0], coef=0.0, sac=SACConfig(dtype="bfloat16", hidden=(8, 8)))
+    record_run(tmp_path / "c", [1.0], coef=10.0)
+    record_run(tmp_path / "d", [1.0], coef=2.0)
     (section,) = compare_runs([tmp_path]).sections
     assert [group.name for group in section.groups] == [
         "penalty_coef 0, sac.hidden [256, 256], sac.dtype float32",
@@ -209,9 +168,9 @@ def test_every_setting_that_differs_is_named(tmp_path: Path) -> None:
 
 
 def test_settings_of_one_name_keep_their_part(tmp_path: Path) -> None:
-    make(tmp_path / "a", [1.0])
+    record_run(tmp_path / "a", [1.0])
     rollout = dataclasses.replace(CONFIG.rollout, dtype="bfloat16")
-    make(tmp_path / "b", [1.0], rollout=rollout, sac=SACConfig(dtype="bfloat16"))
+    record_run(tmp_path / "b", [1.0], rollout=rollout, sac=SACConfig(dtype="bfloat16"))
     names = [group.name for group in compare_runs([tmp_path]).sections[0].groups]
     assert names[0] == "rollout.dtype bfloat16, sac.dtype bfloat16"
 
@@ -222,9 +181,9 @@ def test_many_settings_become_letters_or_presets(tmp_path: Path) -> None:
         rollout = {"horizon": number + 1, "penalty_coef": float(number), "batch_size": 100 + number}
         config = dataclasses.replace(CONFIG.rollout, **rollout)
         sac = dataclasses.replace(CONFIG.sac, discount=0.9 + number / 100)
-        make(tmp_path / f"letters/{number}", [1] * 10, rollout=config, sac=sac)
+        record_run(tmp_path / f"letters/{number}", [1] * 10, rollout=config, sac=sac)
         preset = ("unifloral", None)[number]
-        make(tmp_path / f"presets/{number}", [1] * 10, rollout=config, sac=sac, preset=preset)
+        record_run(tmp_path / f"presets/{number}", [1] * 10, rollout=config, sac=sac, preset=preset)
     comparison = compare_runs([tmp_path / "letters"])
     assert [group.name for group in comparison.sections[0].groups] == ["A", "B"]
     assert "B stands for: horizon 2, penalty_coef 1, rollout.batch_size 101, discount 0.91." in notes_of(
@@ -240,8 +199,8 @@ def test_letters_go_on_after_z() -> None:
 
 def test_the_fit_counts_and_not_the_unused_settings(tmp_path: Path) -> None:
     other = {"config": {"holdout_fraction": 0.2, "holdout_max": 1000, "members": 3}}
-    make(tmp_path / "a", [1.0], fit={})
-    make(tmp_path / "b", [1.0], fit=other, dynamics_from="elsewhere")
+    record_run(tmp_path / "a", [1.0], fit={})
+    record_run(tmp_path / "b", [1.0], fit=other, dynamics_from="elsewhere")
     names = [group.name for group in compare_runs([tmp_path]).sections[0].groups]
     assert names == ["members 3", "members 7"]
 
@@ -249,14 +208,14 @@ def test_the_fit_counts_and_not_the_unused_settings(tmp_path: Path) -> None:
 def test_ensembles_tell_runs_of_one_seed_apart(tmp_path: Path) -> None:
     for seed in (0, 1):
         for fit in "ab":
-            make(tmp_path / f"{fit}{seed}", [1.0], seed=seed, dynamics_from=f"{fit}/seed{seed}", fit={})
+            record_run(tmp_path / f"{fit}{seed}", [1.0], seed=seed, dynamics_from=f"{fit}/seed{seed}", fit={})
     groups = compare_runs([tmp_path]).sections[0].groups
     assert [group.name for group in groups] == ["dynamics_from a/seed*", "dynamics_from b/seed*"]
     assert [sorted(group.runs) for group in groups] == [[0, 1], [0, 1]]
 
 
 def test_the_same_settings_and_seed_twice_are_refused(tmp_path: Path) -> None:
-    first, second = make(tmp_path / "a", [1.0]), make(tmp_path / "b", [2.0])
+    first, second = record_run(tmp_path / "a", [1.0]), record_run(tmp_path / "b", [2.0])
     with pytest.raises(
         InputError, match=f"{re.escape(str(first))} and {re.escape(str(second))} have the same"
     ):
@@ -270,9 +229,9 @@ def test_the_same_settings_and_seed_twice_are_refused(tmp_path: Path) -> None:
 
 
 def test_unfinished_runs_are_left_out_and_said(tmp_path: Path) -> None:
-    make(tmp_path / "a", [10.0] * 12, seed=0)
-    make(tmp_path / "b", [90.0] * 3, seed=1, finished=False)
-    make(tmp_path / "c", [], seed=2, finished=False)
+    record_run(tmp_path / "a", [10.0] * 12, seed=0)
+    record_run(tmp_path / "b", [90.0] * 3, seed=1, finished=False)
+    record_run(tmp_path / "c", [], seed=2, finished=False)
     (tmp_path / "c" / "progress.csv").unlink()
     comparison = compare_runs([tmp_path])
     (group,) = comparison.sections[0].groups
@@ -283,7 +242,7 @@ def test_unfinished_runs_are_left_out_and_said(tmp_path: Path) -> None:
 
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
-    make(tmp_path / "a", [10.0] * 12)
+    record_run(tmp_path / "a", [10.0] * 12)
     file = tmp_path / "page.html"
     file.write_text("")
     for out in (file, file / "below"):
@@ -294,7 +253,7 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_no_finished_run(tmp_path: Path) -> None:
-    make(tmp_path / "a", [10.0], finished=False)
+    record_run(tmp_path / "a", [10.0], finished=False)
     comparison = compare_runs([tmp_path])
     assert comparison.sections[0].groups[0].mean is None
     write_comparison(comparison, tmp_path)
@@ -303,8 +262,8 @@ def test_no_finished_run(tmp_path: Path) -> None:
 
 
 def test_unequal_lengths_are_said(tmp_path: Path) -> None:
-    make(tmp_path / "a", [1.0] * 3, seed=0)
-    make(tmp_path / "b", [float(i) for i in range(20)], seed=1)
+    record_run(tmp_path / "a", [1.0] * 3, seed=0)
+    record_run(tmp_path / "b", [float(i) for i in range(20)], seed=1)
     comparison = compare_runs([tmp_path])
     assert comparison.sections[0].groups[0].values == {0: 1.0, 1: 14.5}
     assert "from 3,000 to 20,000 updates" in notes_of(comparison)
@@ -314,7 +273,7 @@ def test_unequal_lengths_are_said(tmp_path: Path) -> None:
 
 
 def test_damaged_runs_are_left_out_and_said(tmp_path: Path) -> None:
-    make(tmp_path / "a", [1.0])
+    record_run(tmp_path / "a", [1.0])
     for name, file, text in (
         ("b", "config.json", "{"),
         ("c", "progress.csv", "updates,score_mean,return_mean\n1,x,1\n"),
@@ -322,7 +281,7 @@ def test_damaged_runs_are_left_out_and_said(tmp_path: Path) -> None:
         ("e", "fit.json", "[]"),
         ("f", "progress.csv", "epoch\n1\n"),
     ):
-        (make(tmp_path / name, [1.0], seed=ord(name)) / file).write_text(text)
+        (record_run(tmp_path / name, [1.0], seed=ord(name)) / file).write_text(text)
     comparison = compare_runs([tmp_path])
     assert len(comparison.sections[0].groups[0].runs) == 1
     for name in "bcdef":
@@ -333,15 +292,15 @@ def test_damaged_runs_are_left_out_and_said(tmp_path: Path) -> None:
 
 def test_runs_that_share_a_fit_or_have_other_data(tmp_path: Path) -> None:
     for seed in range(3):
-        make(tmp_path / f"a{seed}", [1.0], seed=seed, fit={"seed": min(seed, 1)})
+        record_run(tmp_path / f"a{seed}", [1.0], seed=seed, fit={"seed": min(seed, 1)})
     assert "the 3 runs of horizon 5, penalty_coef 1 share 2 fits" in notes_of(compare_runs([tmp_path]))
-    make(tmp_path / "a3", [1.0], seed=3, fit={"data_sha256": "b"})
+    record_run(tmp_path / "a3", [1.0], seed=3, fit={"data_sha256": "b"})
     assert "not all runs were trained on the same data" in notes_of(compare_runs([tmp_path]))
 
 
 def test_without_scores_returns_are_compared(tmp_path: Path) -> None:
-    make(tmp_path / "a", [None] * 10, seed=0, scored_by="model")
-    make(tmp_path / "b", [3.0] * 10, seed=1)
+    record_run(tmp_path / "a", [None] * 10, seed=0, scored_by="model")
+    record_run(tmp_path / "b", [3.0] * 10, seed=1)
     comparison = compare_runs([tmp_path])
     (section,) = comparison.sections
     assert section.metric == "return" and section.groups[0].values == {0: 10.0, 1: 30.0}
@@ -351,7 +310,7 @@ def test_without_scores_returns_are_compared(tmp_path: Path) -> None:
 def test_many_differences_are_warned_of(tmp_path: Path) -> None:
     for coef in range(3):
         for seed in (0, 1):
-            make(tmp_path / f"{coef}-{seed}", [1.0 + seed], coef=float(coef), seed=seed)
+            record_run(tmp_path / f"{coef}-{seed}", [1.0 + seed], coef=float(coef), seed=seed)
     comparison = compare_runs([tmp_path])
     assert len(comparison.sections[0].differences) == 3
     assert "There are 3 differences." in notes_of(comparison)
@@ -361,9 +320,9 @@ def test_many_differences_are_warned_of(tmp_path: Path) -> None:
 
 
 def test_runs_are_found_at_any_depth(tmp_path: Path) -> None:
-    deep, other = make(tmp_path / "x/y/z", [1.0]), make(tmp_path / "x/a", [1.0], seed=1)
+    deep, other = record_run(tmp_path / "x/y/z", [1.0]), record_run(tmp_path / "x/a", [1.0], seed=1)
     # A run's own folders are not searched, and neither a fit alone nor another program's folder is a run.
-    make(deep / "copy", [1.0])
+    record_run(deep / "copy", [1.0])
     (tmp_path / "fit").mkdir()
     (tmp_path / "fit" / "config.json").write_text('{"dataset": "d", "dynamics": {}, "seed": 0}')
     (tmp_path / "other").mkdir()
@@ -378,7 +337,7 @@ def test_a_folder_without_runs(tmp_path: Path, name: str, capsys: pytest.Capture
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
     (tmp_path / "fit" / "config.json").write_text('{"dataset": "d", "seed": 0}')
-    run = make(tmp_path / "run", [1.0])
+    run = record_run(tmp_path / "run", [1.0])
     assert main(["report", str(run), str(tmp_path / name), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {tmp_path / name} ") and error.count("\n") == 1
@@ -390,15 +349,15 @@ def test_a_folder_without_runs(tmp_path: Path, name: str, capsys: pytest.Capture
 
 def test_the_page_is_whole_and_self_contained(tmp_path: Path) -> None:
     for seed in (0, 1):
-        make(tmp_path / f"a{seed}", [1.0, 2.0], seed=seed, coef=0.0)
-        make(
+        record_run(tmp_path / f"a{seed}", [1.0, 2.0], seed=seed, coef=0.0)
+        record_run(
             tmp_path / f"<b>{seed}",
             [3.0, 4.0 + seed],
             seed=seed,
             dataset="$x_{hopper}<i>.hdf5",
             task="hopper",
         )
-        make(tmp_path / f"c{seed}", [3.0, 4.0 + seed], seed=seed, coef=2.0)
+        record_run(tmp_path / f"c{seed}", [3.0, 4.0 + seed], seed=seed, coef=2.0)
     path = write_comparison(compare_runs([tmp_path]), tmp_path / "out")
     page = Page(path.read_text())
     assert path == tmp_path / "out" / "comparison.html" and len(page.images) == 3
@@ -416,8 +375,8 @@ def test_the_page_is_whole_and_self_contained(tmp_path: Path) -> None:
 
 def test_the_command_prints_tables_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for seed in range(5):
-        make(tmp_path / f"a{seed}", [10.0 + seed] * 10, seed=seed, coef=0.0)
-        make(tmp_path / f"b{seed}", [13.0 + seed] * 10, seed=seed, coef=0.5)
+        record_run(tmp_path / f"a{seed}", [10.0 + seed] * 10, seed=seed, coef=0.0)
+        record_run(tmp_path / f"b{seed}", [13.0 + seed] * 10, seed=seed, coef=0.5)
     assert main(["report", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split("  ")[0] == "hopper-medium-local: settings"
@@ -437,7 +396,7 @@ def test_the_command_prints_tables_and_json(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_a_terminal_gets_frames_and_no_marks_of_a_file(tmp_path: Path) -> None:
-    make(tmp_path / "a", [1.0], dataset="[bold]x\x1b[31m.hdf5", task="hopper")
+    record_run(tmp_path / "a", [1.0], dataset="[bold]x\x1b[31m.hdf5", task="hopper")
     console = Console(width=80, record=True, force_terminal=True)
     for table in to_tables(compare_runs([tmp_path]), plain=False):
         console.print(table)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
+from recorded_runs import SUMMARY
 from small_fits import SMALL, toy_data
 
 from mopo_fast.cli import main
@@ -42,13 +43,6 @@ PICTURES = (
     *("learning_curve", "training", "penalty_calibration", "coverage", "by_step", "states", "residuals"),
     *("fit", "time"),
 )
-SUMMARY = {
-    "score_mean": 26.14, "score_std": 0.72, "return_mean": 2965.2, "return_std": 89.0, "updates": 100_000,
-    "seconds": {"fit": 700.0, "rollout": 310.0, "sac": 1400.0, "evaluate": 45.0, "total": 2500.0},
-    "backend": "cpu", "device": "cpu", "dtype": "float32", "dataset": "toy", "task": "hopper", "seed": 0,
-    "horizon": 5, "penalty": "max_aleatoric", "penalty_coef": 0.5,
-    "versions": {"mopo_fast": "0.1.0", "torch": "2.13.0"},
-}  # fmt: skip
 
 
 class Page(HTMLParser):

@@ -96,7 +96,7 @@ def result_path(results: Path, name: str, isa: str) -> Path:
 def draw_epochs(results: Path, path: Path) -> None:
     """Draw the speed of every code base's epoch as shipped, and in the fastest way with mopo_fast."""
     machines = set()
-    with _look():
+    with svg_look():
         figure = blank(11.5, 5.0)
         figure.suptitle(
             "Speed of an epoch on two CPU cores, relative to the code as shipped", fontweight="bold"
@@ -121,7 +121,7 @@ def draw_epochs(results: Path, path: Path) -> None:
 def draw(results: Path, isa: str, path: Path) -> None:
     """Draw every panel from the results of one instruction set."""
     machines = set()
-    with _look():
+    with svg_look():
         figure = blank(11.5, 6.2)
         figure.suptitle("Speed on two CPU cores, relative to the last bar of each panel", fontweight="bold")
         for axes, (title, bars) in zip(figure.subplots(3, 2).flat, PANELS.items(), strict=True):
@@ -135,7 +135,8 @@ def draw(results: Path, isa: str, path: Path) -> None:
         _save(figure, machines, path)
 
 
-def _look() -> AbstractContextManager[None]:
+def svg_look() -> AbstractContextManager[None]:
+    """Apply the common style to figures within the block, whose SVG has the same bytes each time."""
     stack = ExitStack()
     stack.enter_context(look())
     stack.enter_context(matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "mopo_fast"}))
@@ -150,6 +151,11 @@ def _machine(result: dict[str, Any]) -> str:
 def _save(figure: Figure, machines: set[str], path: Path) -> None:
     label = f"{'; '.join(sorted(machines))}. Float32 where nothing else is said."
     figure.supxlabel(label, fontsize=9, color=GREY)
+    save_svg(figure, path)
+
+
+def save_svg(figure: Figure, path: Path) -> None:
+    """Save a figure, within `svg_look`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Without a date, so that the same results give the same file.
     figure.savefig(path, metadata={"Date": None})

@@ -121,8 +121,9 @@ def _compare(records: list[Record]) -> str:
     described = ", ".join(
         f"{peak:,.0f} GFLOP/s in {dtype}" for dtype, peak in sorted(peaks.items(), reverse=True)
     )
-    return f"Peak: {described}. `torch.mm` in float32: {rows[0]['mm_gflops']:.0f} GFLOP/s.\n\n" + _table(
-        header, body
+    return (
+        f"Peak: {described}. `torch.mm` in float32: {rows[0]['mm_gflops']:.0f} GFLOP/s.\n\n"
+        + markdown_table(header, body)
     )
 
 
@@ -135,7 +136,7 @@ def _scaling(records: list[Record]) -> str:
     (record,) = records
     header = ["kernel", "dtype", "1 thread", f"{record['threads']} threads", "times"]
     units = {"rollout": "transitions/s", "sac": "updates/s", "fit": "samples x members/s"}
-    return _table(
+    return markdown_table(
         header,
         [
             [
@@ -162,7 +163,7 @@ def _canonical(records: list[Record]) -> str:
             f"{hours[phase]:.2f} ({hours[phase] / totals[way]:.0%})".replace("%", " %") for phase in phases
         ]
         body.append([way, *shares, f"{totals[way]:.2f}", f"{totals['as OfflineRL-Kit'] / totals[way]:.2f}"])
-    return _table(header, body)
+    return markdown_table(header, body)
 
 
 def _penalty(records: list[Record]) -> str:
@@ -170,7 +171,7 @@ def _penalty(records: list[Record]) -> str:
     rates = record["transitions_per_second"]
     header = ["rollout", *(f"{dtype}, transitions/s" for dtype in rates), *rates]
     cases = list(next(iter(rates.values())))
-    return _table(
+    return markdown_table(
         header,
         [
             [
@@ -185,7 +186,7 @@ def _penalty(records: list[Record]) -> str:
 
 def _step(records: list[Record]) -> str:
     (record,) = records
-    return _table(
+    return markdown_table(
         ["rows", "mopo_fast, ms", "PyTorch, ms", "times as fast"],
         [
             [
@@ -213,7 +214,7 @@ def _bulk(records: list[Record]) -> str:
     sizes = [first["bytes"], *(first[name]["bytes"] for name in formats)]
     for row, size in zip(body, sizes, strict=True):
         row.append(f"{size / first['count']:.0f}")
-    return _table([*header, "bytes a row"], [[*memory, ""], *body])
+    return markdown_table([*header, "bytes a row"], [[*memory, ""], *body])
 
 
 def _compat(records: list[Record]) -> str:
@@ -232,17 +233,18 @@ def _compat(records: list[Record]) -> str:
         rows = (next(row for row in record["rows"] if row["what"] == what) for record in records)
         times = [f"{row['times_as_shipped']:.1f} x" for row in rows]
         body.append([what, shipped[what.partition(",")[0]], *times])
-    return _table(header, body)
+    return markdown_table(header, body)
 
 
 def _format(name: str) -> str:
     return name.replace("hdf5", "HDF5").replace("parquet", "Parquet").removesuffix(", none")
 
 
-def _table(header: list[str], body: list[list[str]]) -> str:
+def markdown_table(header: list[str], body: list[list[str]]) -> str:
+    """Return a table of Markdown; columns of numbers are aligned on the right."""
     # Columns of numbers are read from the right.
     columns = zip(*body, strict=True)
-    numbers = [all(re.match(r"[\d.,]*( %| \(|$)", cell) for cell in column) for column in columns]
+    numbers = [all(re.match(r"[+-]?[\d.,]*( %| \(| ± |$)", cell) for cell in column) for column in columns]
     lines = [header, ["---:" if number else "---" for number in numbers], *body]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import tyro
 from rich.console import Console
@@ -105,7 +106,7 @@ def main(
                 trainer = call([*arguments, "--seed", str(seed)])
                 trainer.policy._adv_train_steps = updates // 10
                 started = time.perf_counter()
-                runs[way].append(_train(trainer, data))
+                runs[way].append(_results(train_recorded(trainer, data)))
                 seconds[way].append(time.perf_counter() - started)
                 bar.advance()
     results = [
@@ -125,9 +126,9 @@ def _fuse_rollout(trainer: Any) -> None:
 class _Schedule:
     """A trainer's schedule of the learning rate, which looks at the policy after each epoch."""
 
-    def __init__(self, trainer: Any, data: Transitions) -> None:
-        self._schedule, self._policy = trainer.lr_scheduler, trainer.policy
-        rows = np.linspace(0, len(data) - 1, _PROBES).astype(np.int64)
+    def __init__(self, trainer: Any, data: Transitions, on_epoch: Callable[[], None]) -> None:
+        self._schedule, self._policy, self._on_epoch = trainer.lr_scheduler, trainer.policy, on_epoch
+        rows = probe_rows(len(data))
         # RAMBO's states are normalised, so that its buffer's rows are taken and not the data's.
         buffer = trainer.real_buffer
         self._observations, self._actions = (
@@ -148,19 +149,35 @@ class _Schedule:
         self.seen["q"].append(float(q.amin(0).mean()))
         self.seen["entropy"].append(-float(log_prob.mean()))
         self.seen["alpha at the end"].append(float(policy._alpha))
+        self._on_epoch()
 
 
-def _train(trainer: Any, data: Transitions) -> Values:
-    """Train, and return each quantity's value of each epoch."""
-    schedule = trainer.lr_scheduler = _Schedule(trainer, data)
+def train_recorded(trainer: Any, data: Transitions, on_epoch: Callable[[], None] = lambda: None) -> Values:
+    """Train; return each quantity's value of each epoch.
+
+    The quantities are the columns of the trainer's log, and q, entropy and alpha at the end of each epoch:
+    means of the smallest Q, and of minus the log-density, over 2000 rows of the data.
+
+    Args:
+        trainer: OfflineRL-Kit's trainer.
+        data: the data set.
+        on_epoch: called after the updates of each epoch.
+    """
+    schedule = trainer.lr_scheduler = _Schedule(trainer, data, on_epoch)
     with without_output():
         trainer.train()
     with open(Path(trainer.logger.record_dir, "policy_training_progress.csv"), encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    logged = {
-        name: [float(row[name]) for row in rows] for name in sorted(rows[0]) if not name.startswith(_OTHERS)
-    }
-    return {**logged, **schedule.seen}
+    return {**{name: [float(row[name]) for row in rows] for name in sorted(rows[0])}, **schedule.seen}
+
+
+def probe_rows(count: int) -> npt.NDArray[np.int64]:
+    """Return the rows of `count`, at which Q and the entropy are computed."""
+    return np.linspace(0, count - 1, _PROBES).astype(np.int64)
+
+
+def _results(values: Values) -> Values:
+    return {name: each for name, each in values.items() if not name.startswith(_OTHERS)}
 
 
 def _compare(name: str, epoch: int, runs: dict[str, list[Values]]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import importlib.util
-import os
+import io
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -16,12 +16,19 @@ import numpy as np
 
 from examples.offlinerl_kit import make_importable
 from mopo_fast import Transitions
+from mopo_fast.environments import make_environment
+from mopo_fast.tasks import Task
 
 Algorithm = Literal["mopo", "combo", "rambo", "mobile"]
 
-# Open to the end: the logger keeps it.
-_NOWHERE = open(os.devnull, "w")  # noqa: SIM115
 _COLUMNS = ("observations", "actions", "next_observations", "rewards", "terminals")
+
+
+class _Nowhere(io.TextIOBase):
+    """A text file that keeps nothing. It needs no closing, since the logger keeps it to the end."""
+
+    def write(self, text: str) -> int:
+        return len(text)
 
 
 class _Environment:
@@ -49,6 +56,37 @@ class _Environment:
         return value
 
 
+class TaskEnvironment(_Environment):
+    """The environment of a task, with gym's old interface.
+
+    Args:
+        task: the task.
+        data: the data set, whose sizes are the environment's.
+    """
+
+    def __init__(self, task: Task, data: Transitions) -> None:
+        super().__init__(data)
+        self._task, self._environment = task, make_environment(task.env_id)
+        self._seed: int | None = None
+
+    def seed(self, seed: int) -> None:
+        """Seed the next reset, and with it all later ones."""
+        self._seed = seed
+
+    def reset(self) -> Any:
+        seed, self._seed = self._seed, None
+        return self._environment.reset(seed=seed)[0]
+
+    def step(self, action: Any) -> Any:
+        observation, reward, terminal, truncated, info = self._environment.step(action)
+        return observation, reward, terminal or truncated, info
+
+    def get_normalized_score(self, value: float) -> float:
+        score = self._task.normalized_score(value)
+        assert score is not None
+        return score / 100
+
+
 def make_trainer(
     checkout: Path,
     algorithm: Algorithm,
@@ -56,6 +94,7 @@ def make_trainer(
     arguments: Sequence[str],
     folder: str,
     *,
+    environment: _Environment | None = None,
     dynamics: Callable[..., Any] | None = None,
     take_over: Callable[[Any], object] | None = None,
     fit_epochs: int = 0,
@@ -68,6 +107,7 @@ def make_trainer(
         data: the data set.
         arguments: arguments of the script.
         folder: existing folder, in which the logger makes one of its own.
+        environment: environment of the evaluations; by default one whose episodes take no time.
         dynamics: replacement of OfflineRL-Kit's EnsembleDynamics; by default there is none.
         take_over: called with the trainer as soon as it is made.
         fit_epochs: maximal number of epochs of the dynamics' fit. With 0, only the scaler is fitted.
@@ -87,7 +127,8 @@ def make_trainer(
     script.EnsembleDynamics = functools.partial(
         _make_dynamics, dynamics or script.EnsembleDynamics, fit_epochs
     )
-    script.gym = SimpleNamespace(make=lambda task: _Environment(data))
+    evaluated = environment or _Environment(data)
+    script.gym = SimpleNamespace(make=lambda task: evaluated)
     script.qlearning_dataset = lambda env: {name: getattr(data, name).numpy() for name in _COLUMNS}
     script.make_log_dirs = lambda *_, **__: tempfile.mkdtemp(dir=folder)
     with without_output():
@@ -122,6 +163,6 @@ def _make_dynamics(kind: Callable[..., Any], fit_epochs: int, *arguments: Any, *
 def without_output() -> contextlib.ExitStack:
     """Return a context in which nothing is printed."""
     stack = contextlib.ExitStack()
-    stack.enter_context(contextlib.redirect_stdout(_NOWHERE))
-    stack.enter_context(contextlib.redirect_stderr(_NOWHERE))
+    stack.enter_context(contextlib.redirect_stdout(_Nowhere()))
+    stack.enter_context(contextlib.redirect_stderr(_Nowhere()))
     return stack

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from benchmarks.record import RESULTS, write_record
 from benchmarks.study.simulator import Simulator
-from mopo_fast.config import PENALTIES
+from mopo_fast.config import PENALTIES, PenaltyMembers
 from mopo_fast.data import load_configured
 from mopo_fast.doctor import examine
 from mopo_fast.ensemble import EnsembleDynamics
@@ -27,10 +27,10 @@ from mopo_fast.rollout import RolloutEngine
 from mopo_fast.run.find import find_run_dataset
 from mopo_fast.run.folder import read_config, read_summary
 from mopo_fast.run.resolve import check_run_data
-from mopo_fast.tasks import get_task
+from mopo_fast.tasks import get_task, termination_of
 from mopo_fast.utils.progress import progress_bar
 from mopo_fast.utils.seeds import derive_seed
-from mopo_fast.utils.statistics import finite_or_none, spearman, student_interval
+from mopo_fast.utils.statistics import finite_or_none, spearman, student_half, student_interval
 
 Array = npt.NDArray[Any]
 
@@ -56,6 +56,8 @@ class Subject:
         penalty_coef: the run's lambda.
         discount: the run's discount.
         simulator: the true environment.
+        termination: the run's rule for the end of an episode; None for the task's own.
+        penalty_members: members that the run's penalty is computed from.
     """
 
     task: str
@@ -67,6 +69,8 @@ class Subject:
     penalty_coef: float
     discount: float
     simulator: Simulator
+    termination: str | None = None
+    penalty_members: PenaltyMembers = "all"
 
     def engine(self, penalty: str, penalty_coef: float = 1.0) -> RolloutEngine:
         """Return an engine with a penalty, in float32."""
@@ -74,7 +78,8 @@ class Subject:
             self.ensemble,
             penalty=penalty,  # type: ignore[arg-type]
             penalty_coef=penalty_coef,
-            termination=self.task,
+            penalty_members=self.penalty_members,
+            termination=termination_of(get_task(self.task), self.termination),
             penalties=True,
         )
 
@@ -154,6 +159,8 @@ def open_run(run: Path) -> Subject:
         summary["penalty_coef"],
         config.sac.discount,
         Simulator(task),
+        config.rollout.termination,
+        config.rollout.penalty_members,
     )
 
 
@@ -345,7 +352,7 @@ _SHOWN = (1, 2, 5, 10, 20)
 def tables(runs: list[dict[str, Any]]) -> list[tuple[str, list[str], list[list[str]]]]:
     """Return the tables of some runs' results, each as title, header and rows.
 
-    A number is the mean over the runs, with its 95 % interval by Student's t where there are several.
+    A number is the mean over the runs, ± half of its 95 % interval by Student's t where there are several.
     """
     return [_penalty_table(runs), _open_loop_table(runs), _returns_table(runs)]
 
@@ -397,10 +404,10 @@ def _spread(values: list[float | None], form: str) -> str:
     numbers = [value for value in values if value is not None]
     if len(numbers) < len(values):
         return "–"
-    if len(numbers) == 1:
-        return format(numbers[0], form)
-    made = _mean(np.array(numbers))
-    return f"{made['mean']:{form}} ({made['low']:{form}} to {made['high']:{form}})"
+    mean = format(float(np.mean(numbers)), form)
+    if len(numbers) > 1:
+        mean += f" ± {format(float(student_half(np.array(numbers))), form)}"
+    return mean.replace("%", " %")
 
 
 if __name__ == "__main__":

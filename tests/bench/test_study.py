@@ -1,13 +1,17 @@
-"""Test the study's comparison of penalties with true errors."""
+"""Test what the study measures: true errors, fits, data sets, and quantities of a training."""
 
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
 
+from benchmarks.study import data
 from benchmarks.study.calibration import (
     COEFS,
     Subject,
@@ -16,10 +20,15 @@ from benchmarks.study.calibration import (
     compare_returns,
     tables,
 )
+from benchmarks.study.fits import judge
+from benchmarks.study.parity import Case, _of_run
 from benchmarks.study.simulator import Simulator, TrueSteps
-from mopo_fast import Actor, EnsembleDynamics
+from mopo_fast import Actor, EnsembleDynamics, Transitions, load_dataset
+from mopo_fast.cli import main
+from mopo_fast.collect import collect
 from mopo_fast.environments import make_environment
 from mopo_fast.errors import InputError
+from mopo_fast.tasks import get_task
 
 SHIFT, SIGMA, GAP, REWARD = 0.01, 0.5, 1.2, 3.0
 
@@ -146,6 +155,47 @@ def test_tables_of_several_runs(subject: Subject) -> None:
     penalties, open_loop, returns = tables(runs)
     assert penalties[1][2:] == ["step 1", "step 2"]
     # The mean of 0.5 and 1.5, and the half-width 12.706 / sqrt(2) * sqrt(0.5).
-    assert open_loop[2][0][1] == "1 (-5.35 to 7.35)"
+    assert open_loop[2][0][1] == "1 ± 6.35"
     assert [row[0] for row in returns[2]] == ["1", "5", "20", "100"]
     assert tables(runs[:1])[1][2][0][1:] == ["0.5", "1"]
+
+
+def test_fits_are_judged_by_hand(subject: Subject) -> None:
+    """Test the error, the likelihood of the density's formula, and the penalty."""
+    states = torch.randn(50, 17, generator=torch.Generator().manual_seed(0))
+    rows = Transitions(
+        states, torch.zeros(50, 6), torch.full((50,), REWARD + GAP), states + SHIFT + GAP, torch.zeros(50) > 0
+    )
+    made = judge(subject.ensemble, rows)
+    assert made["mse"] == pytest.approx(GAP**2, rel=1e-4)
+    density = -0.5 * (GAP / SIGMA) ** 2 - math.log(SIGMA * math.sqrt(2 * math.pi))
+    assert made["log_likelihood"] == pytest.approx(18 * density, rel=1e-4)
+    assert made["penalty"]["0.5"] == pytest.approx(SIGMA * math.sqrt(18), rel=1e-5)
+
+
+def test_a_data_set_is_described(tmp_path: Path) -> None:
+    path = collect("hopper-random", 300, out=tmp_path / "hopper_random-local.hdf5", quiet=True)
+    data.main((str(path),), kept=tmp_path)
+    made = json.loads((tmp_path / "data-hopper-random-local.json").read_text())
+    with h5py.File(path) as file:
+        rewards, ends = file["rewards"][()], file["terminals"][()] | file["timeouts"][()]
+    last = np.flatnonzero(ends)
+    returns = [float(part.sum()) for part in np.split(rewards.astype(float), last + 1)[: len(last)]]
+    assert (made["transitions"], made["episodes"]) == (300, len(returns))
+    assert made["return"]["mean"] == pytest.approx(np.mean(returns))
+    assert made["return"]["best"] == pytest.approx(max(returns))
+    assert made["score"]["best"] == pytest.approx(get_task("hopper").normalized_score(max(returns)))
+
+
+def test_a_run_has_the_quantities_of_the_parity(tmp_path: Path) -> None:
+    path = collect("hopper-random", 600, out=tmp_path / "hopper_random-local.hdf5", quiet=True)
+    run = tmp_path / "preset"
+    small = ("--rollout.interval", "10", "--rollout.batch-size", "50", "--dynamics.hidden", "16", "16")
+    small += ("--dynamics.weight-decay", "1e-5", "1e-5", "1e-5", "--dynamics.max-epochs", "2")
+    words = ("train", str(path), "--preset", "offlinerl-kit", "--steps", "20", "--out", str(run), *small)
+    assert main([*words, "--evaluation.episodes", "1", "--threads", "1", "--quiet"]) == 0
+    made = _of_run(Case("hopper-random-local", 0, tmp_path, load_dataset(path, compat="offlinerl-kit"), 2))
+    assert made["updates"] == [10, 20] and len(made["score"]) == len(made["alpha"]) == 2
+    # The temperature moves by its learning rate at each update.
+    assert made["alpha_at_end"] == pytest.approx(made["alpha"][-1], abs=20 * 1e-4)
+    assert math.isfinite(made["q_at_end"]) and math.isfinite(made["entropy_at_end"])

@@ -220,7 +220,7 @@ def _groups(comparison: Comparison) -> str:
     rows += [
         ["all", name, *_estimate(mean), f"{mean.count} runs", ""] for name, mean in comparison.overall.items()
     ]
-    header = ["data set", "setting", "last ten evaluations", "95 % interval", "each seed", "last evaluation"]
+    header = ["data set", "setting", "last ten: mean", "95 % interval", "each seed", "last evaluation: mean"]
     return markdown_table(header, rows)
 
 
@@ -229,16 +229,16 @@ def _differences(comparison: Comparison) -> str:
         [
             section.dataset,
             f"{one.first} minus {one.second}",
-            *_estimate(one.mean, "+.1f"),
+            *_estimate(one.mean, "+z.1f"),
             _student(list(one.values.values())),
-            ", ".join(f"{value + 0.0:+.1f}" for value in one.values.values()),
+            ", ".join(f"{value:+z.1f}" for value in one.values.values()),
         ]
         for section in comparison.sections
         for one in section.differences
     ]
     if not rows:
         return ""
-    header = ["data set", "difference", "last ten evaluations", "95 % interval", "mean, by Student's t"]
+    header = ["data set", "difference", "last ten: mean", "95 % interval", "plain mean, Student's interval"]
     header.append("each seed")
     return markdown_table(header, rows)
 
@@ -247,7 +247,7 @@ def _student(values: list[float]) -> str:
     """Return the mean of paired differences, with half of Student's interval where there are several."""
     if len(values) < 2:
         return "–"
-    return f"{float(np.mean(values)):+.1f} ± {float(student_half(np.array(values))):.1f}"
+    return f"{float(np.mean(values)):+z.1f} ± {float(student_half(np.array(values))):.1f}"
 
 
 def _estimate(mean: Estimate | None, form: str = ".1f") -> tuple[str, str]:

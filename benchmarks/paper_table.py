@@ -138,7 +138,7 @@ def data_names(given: Sequence[str], suffix: str | None) -> list[str]:
         InputError: a name begins with no task of the table.
     """
     for name in given:
-        if name.partition("-")[0] not in TASKS:
+        if not _is_in_table(name):
             raise InputError(f"{name} is not in the paper's table; its tasks are {', '.join(TASKS)}")
     every = [f"{task}-{tier}" for tier in TIERS for task in TASKS]
     names = []
@@ -153,6 +153,13 @@ def data_names(given: Sequence[str], suffix: str | None) -> list[str]:
     if given and not names:
         raise InputError(f"no scores are published for {', '.join(given)}; name a version with --suffix")
     return list(dict.fromkeys(names))
+
+
+def _is_in_table(name: str) -> bool:
+    """Tell whether a data set is of a task of the table; halfcheetah-jump is a task of its own."""
+    with contextlib.suppress(InputError):
+        return parse_dataset_name(name)[0] in TASKS
+    return False
 
 
 def preset_of(name: str) -> Preset:

@@ -29,6 +29,7 @@ def write_record(path: Path, module: str, findings: Report, results: dict[str, A
             "jax": importlib.metadata.version("jax") if importlib.util.find_spec("jax") else None,
         },
     }
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, record | results)
 
 

@@ -107,6 +107,8 @@ def test_names() -> None:
     assert data_names(["hopper-medium", "hopper-medium-v2"], None) == ["hopper-medium-v0", "hopper-medium-v2"]
     with pytest.raises(InputError, match="ant-medium is not in the paper's table"):
         data_names(["ant-medium"], "-v2")
+    with pytest.raises(InputError, match="halfcheetah-jump-local is not in the paper's table"):
+        data_names(["halfcheetah-jump-local"], None)
     with pytest.raises(InputError, match="no scores are published for hopper-expert; name a version"):
         data_names(["hopper-expert"], None)
 

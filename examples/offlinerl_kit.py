@@ -82,11 +82,15 @@ class OldGym:
     """Gymnasium environment with gym's old interface, which OfflineRL-Kit's trainer expects."""
 
     def __init__(self, task):
-        self.env, self.task, self.seed = make_environment(task.env_id), task, 0
+        self.env, self.task, self.next_seed = make_environment(task.env_id), task, 0
+
+    def seed(self, seed):
+        """Seed the next reset, and with it all later ones."""
+        self.next_seed = seed
 
     def reset(self):
         """Start an episode; the first reset seeds all later ones."""
-        seed, self.seed = self.seed, None
+        seed, self.next_seed = self.next_seed, None
         return self.env.reset(seed=seed)[0]
 
     def step(self, action):

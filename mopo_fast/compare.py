@@ -310,12 +310,17 @@ def _counts(result: Result) -> bool:
     return result.finished and len(result.curve) > 0
 
 
+def varied_settings(settings: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the names of the settings that are not the same in all of some runs, in their order."""
+    names = dict.fromkeys(name for one in settings for name in one)
+    return [name for name in names if len({json.dumps(one.get(name)) for one in settings}) > 1]
+
+
 def _grouped(results: list[Result]) -> list[tuple[dict[str, Any], list[Result]]]:
     """Return groups of runs, each with the settings in which it differs from the others, in their order."""
 
     def group(settings: Sequence[dict[str, Any]]) -> dict[tuple[str, ...], list[int]]:
-        names = dict.fromkeys(name for one in settings for name in one)
-        varied[:] = [name for name in names if len({json.dumps(one.get(name)) for one in settings}) > 1]
+        varied[:] = varied_settings(settings)
         found: dict[tuple[str, ...], list[int]] = {}
         for number, one in enumerate(settings):
             key = tuple(json.dumps(one.get(name), sort_keys=True) for name in varied)
@@ -670,7 +675,7 @@ def write_comparison(comparison: Comparison, out: str | os.PathLike[str]) -> Pat
             ("Means", "means", to_png(_draw_means(comparison))),
         ]
         if len(differences) > 1:
-            drawn = to_png(draw_differences(comparison))
+            drawn = to_png(_draw_differences(comparison))
             pictures.append(("Differences between settings", "differences", drawn))
     captions = {
         "curves": "A thick line is the mean of the finished runs of a group, the band its 95 % interval at"
@@ -788,7 +793,7 @@ def _draw_means(comparison: Comparison) -> Figure:
     )
 
 
-def draw_differences(comparison: Comparison) -> Figure:
+def _draw_differences(comparison: Comparison) -> Figure:
     """Draw the paired differences between groups, their means and intervals."""
     return _draw_estimates(
         [

@@ -14,9 +14,8 @@ from unittest import mock
 
 import numpy as np
 
-from examples.offlinerl_kit import make_importable
+from examples.offlinerl_kit import OldGym, make_importable
 from mopo_fast import Transitions
-from mopo_fast.environments import make_environment
 from mopo_fast.tasks import Task
 
 Algorithm = Literal["mopo", "combo", "rambo", "mobile"]
@@ -39,9 +38,7 @@ class _Environment:
     """
 
     def __init__(self, data: Transitions) -> None:
-        self.observation_space = SimpleNamespace(shape=(data.obs_dim,))
-        bounds = np.ones(data.act_dim, np.float32)
-        self.action_space = SimpleNamespace(shape=bounds.shape, low=-bounds, high=bounds)
+        self.observation_space, self.action_space = _spaces(data)
 
     def seed(self, seed: int) -> None:
         """Do nothing."""
@@ -56,35 +53,25 @@ class _Environment:
         return value
 
 
-class TaskEnvironment(_Environment):
-    """The environment of a task, with gym's old interface.
+class TaskEnvironment(OldGym):
+    """The environment of a task, with gym's old interface and the spaces of a data set.
 
     Args:
         task: the task.
-        data: the data set, whose sizes are the environment's.
+        data: the data set.
     """
 
     def __init__(self, task: Task, data: Transitions) -> None:
-        super().__init__(data)
-        self._task, self._environment = task, make_environment(task.env_id)
-        self._seed: int | None = None
+        super().__init__(task)
+        self.observation_space, self.action_space = _spaces(data)
 
-    def seed(self, seed: int) -> None:
-        """Seed the next reset, and with it all later ones."""
-        self._seed = seed
 
-    def reset(self) -> Any:
-        seed, self._seed = self._seed, None
-        return self._environment.reset(seed=seed)[0]
-
-    def step(self, action: Any) -> Any:
-        observation, reward, terminal, truncated, info = self._environment.step(action)
-        return observation, reward, terminal or truncated, info
-
-    def get_normalized_score(self, value: float) -> float:
-        score = self._task.normalized_score(value)
-        assert score is not None
-        return score / 100
+def _spaces(data: Transitions) -> tuple[Any, Any]:
+    """Return stand-ins of gym's spaces for the observations and the actions."""
+    bounds = np.ones(data.act_dim, np.float32)
+    return SimpleNamespace(shape=(data.obs_dim,)), SimpleNamespace(
+        shape=bounds.shape, low=-bounds, high=bounds
+    )
 
 
 def make_trainer(
@@ -94,7 +81,7 @@ def make_trainer(
     arguments: Sequence[str],
     folder: str,
     *,
-    environment: _Environment | None = None,
+    environment: TaskEnvironment | None = None,
     dynamics: Callable[..., Any] | None = None,
     take_over: Callable[[Any], object] | None = None,
     fit_epochs: int = 0,

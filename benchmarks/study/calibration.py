@@ -15,8 +15,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.record import RESULTS, write_record
+from benchmarks.record import write_record
 from benchmarks.study.simulator import Simulator
+from benchmarks.study.train import STUDY
 from mopo_fast.config import PENALTIES, PenaltyMembers
 from mopo_fast.data import load_configured
 from mopo_fast.doctor import examine
@@ -137,8 +138,7 @@ def main(
         for row in rows:
             table.add_row(*row)
         Console().print(table)
-    path = json or RESULTS / "study" / f"calibration-{summary['dataset']}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = json or STUDY / f"calibration-{summary['dataset']}.json"
     write_record(path, "study.calibration", examine(), {"settings": settings, "runs": results})
     print(path)
 
@@ -193,7 +193,8 @@ def calibrate(subject: Subject, starts: int, steps: int, seed: int) -> dict[str,
         penalties[penalty] = step.penalties.double().numpy()
         if step.mean is not None:
             mean = step.mean[subject.ensemble.elites].double().numpy().mean(axis=0)
-            errors = np.linalg.norm(mean - _targets(subject, observations, truth), axis=1)
+            right = true_outputs(subject.ensemble, observations, truth.next_observations, truth.rewards)
+            errors = np.linalg.norm(mean - right, axis=1)
     number = made.step.numpy()
     columns: dict[str, Any] = {"step": [], "rows": [], "rebuilt": [], "error": [], "penalties": {}}
     for t in range(steps):
@@ -216,11 +217,12 @@ def calibrate(subject: Subject, starts: int, steps: int, seed: int) -> dict[str,
     return columns
 
 
-def _targets(subject: Subject, observations: Array, truth: Any) -> Array:
-    """Return the truth in the units of the ensemble's outputs, [n, obs_dim + 1]."""
-    absolute = subject.ensemble.absolute.numpy()
-    change = truth.next_observations - np.where(absolute, 0.0, observations)
-    return np.concatenate([change, truth.rewards[:, None]], axis=1)
+def true_outputs(
+    ensemble: EnsembleDynamics, observations: Array, next_observations: Array, rewards: Array
+) -> Array:
+    """Return true steps of n rows in the form of the ensemble's outputs, [n, obs_dim + 1]."""
+    change = next_observations - np.where(ensemble.absolute.numpy(), 0.0, observations)
+    return np.concatenate([change, rewards[:, None]], axis=1)
 
 
 def _quantiles(values: Array) -> dict[str, float]:

@@ -30,7 +30,6 @@ def main(
     """
     if not names:
         raise InputError("give the name of a data set")
-    kept.mkdir(parents=True, exist_ok=True)
     for name in names:
         row = describe(name, task)
         write_record(kept / f"data-{row['dataset']}.json", "study.data", examine(), row)

@@ -1,6 +1,5 @@
 """The trainings of each experiment of docs/results.md."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 HALFCHEETAH, HOPPER, WALKER2D = (
@@ -8,7 +7,7 @@ HALFCHEETAH, HOPPER, WALKER2D = (
 )
 HOPPER_RANDOM = "hopper-random-local"
 
-# Of every training. The kept policies are those after 20, 40, ... epochs of 1000 updates.
+# Options of every training. It keeps the policies after 20, 40, ... epochs of 1000 updates.
 _COMMON = {
     "--steps": "100000",
     "--matmul-precision": "medium",
@@ -128,11 +127,11 @@ def _other_domain() -> list[Training]:
     ]
 
 
-EXPERIMENTS: dict[str, Callable[[], list[Training]]] = {
-    "penalty": _penalty,
-    "data-handling": _data_handling,
-    "sensitivity": _sensitivity,
-    "precision": _precision,
-    "other-domain": _other_domain,
+EXPERIMENTS: dict[str, list[Training]] = {
+    "penalty": _penalty(),
+    "data-handling": _data_handling(),
+    "sensitivity": _sensitivity(),
+    "precision": _precision(),
+    "other-domain": _other_domain(),
 }
 """Trainings of each experiment, in their order."""

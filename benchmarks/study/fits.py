@@ -16,6 +16,7 @@ import tyro
 
 from benchmarks.compat.offlinerl_kit_scripts import make_trainer
 from benchmarks.record import write_record
+from benchmarks.study.calibration import true_outputs
 from benchmarks.study.experiments import HALFCHEETAH
 from benchmarks.study.train import STUDY
 from mopo_fast import EnsembleDynamics, RolloutEngine, Transitions, load_dataset
@@ -71,7 +72,6 @@ def main(
                 )
                 bar.advance()
     path = json or STUDY / f"fits-{dataset}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     settings = {"dataset": dataset, "test_rows": test_rows, "fitted_rows": len(fitted)}
     write_record(path, "study.fits", examine(), {"settings": settings, "fits": fits})
     print(path)
@@ -79,6 +79,7 @@ def main(
 
 def _fit_by_kit(checkout: Path, data: Transitions, seed: int, folder: Path) -> tuple[int, EnsembleDynamics]:
     """Fit by OfflineRL-Kit's script; return the number of epochs and the ensemble."""
+    # The task chooses the rule for ends of episodes, which a fit does not use.
     task = "halfcheetah-medium-replay-v2"
     arguments = ["--task", task, "--seed", str(seed), "--device", "cpu"]
     trainer = make_trainer(checkout, "mopo", data, arguments, str(folder), fit_epochs=10**9)
@@ -107,8 +108,8 @@ def judge(ensemble: EnsembleDynamics, test: Transitions) -> dict[str, Any]:
     engine = RolloutEngine(ensemble, penalty="max_aleatoric", penalties=True)
     step = engine.step(test.observations, test.actions, seed=0, distributions=True)
     assert step.mean is not None and step.std is not None and step.penalties is not None
-    change = torch.where(ensemble.absolute, 0.0, 1.0) * test.observations
-    target = torch.cat([test.next_observations - change, test.rewards[:, None]], dim=1).double()
+    rows = (array.double().numpy() for array in (test.observations, test.next_observations, test.rewards))
+    target = torch.from_numpy(true_outputs(ensemble, *rows))
     elites = ensemble.elites
     mean, std = step.mean[elites].double(), step.std[elites].double()
     likelihood = torch.distributions.Normal(mean, std).log_prob(target).sum(dim=-1)

@@ -25,7 +25,7 @@ from benchmarks.study.fits import WAYS as FIT_WAYS
 from benchmarks.study.parity import WAYS
 from benchmarks.study.train import STUDY
 from benchmarks.tables import DOCS, markdown_table
-from mopo_fast.compare import Comparison, Result, compare_results, draw_curves, read_result
+from mopo_fast.compare import Comparison, Result, compare_results, draw_curves, read_result, varied_settings
 from mopo_fast.config import PENALTIES
 from mopo_fast.fit import read_fit
 from mopo_fast.utils.atomic import atomic_path
@@ -101,11 +101,9 @@ def read_view(name: str, study: Path = STUDY) -> Comparison:
 
 
 def _check(results: list[Result], expected: set[str]) -> None:
-    names = {name for result in results for name in result.settings}
     for dataset in {result.dataset for result in results}:
         every = [result.settings for result in results if result.dataset == dataset]
-        varied = {name for name in names if len({json.dumps(one.get(name)) for one in every}) > 1}
-        if unexpected := sorted(varied - expected):
+        if unexpected := sorted(set(varied_settings(every)) - expected):
             raise ValueError(f"runs on {dataset} differ in {', '.join(unexpected)}")
 
 

@@ -11,7 +11,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -64,7 +64,7 @@ def main(
     out: Path,
     datasets: tuple[str, ...] = (HOPPER, HALFCHEETAH),
     seeds: tuple[int, ...] = (0, 1, 2),
-    ways: tuple[str, ...] = tuple(WAYS),
+    ways: tuple[Literal["preset", "kernels", "shipped"], ...] = ("preset", "kernels", "shipped"),
     epochs: int = 50,
     kept: Path = STUDY,
     quiet: bool = False,
@@ -88,6 +88,8 @@ def main(
             folder = f"parity/{dataset}/seed{seed}"
             data = load_dataset(dataset, compat="offlinerl-kit")
             case = Case(dataset, seed, out / folder, data, epochs)
+            # Made before a training of half an hour, which would be lost without it.
+            (kept / folder).mkdir(parents=True, exist_ok=True)
             for way in ways:
                 path = kept / folder / f"{way}.json"
                 if path.exists():

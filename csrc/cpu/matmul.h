@@ -1,7 +1,8 @@
 // Matrix products for training: register-blocked, over matrices in panels. The caller's epilogue takes each
 // block of the product while it is in registers. Padding columns are zeros; padding rows hold any numbers.
 
-constexpr int kWidest = W == 16 ? 2 : kVectors;  // vectors of a block; on AVX-512 8 x 2 are as fast as 8 x 3
+// Vectors of a block. On AVX-512 8 x 2 are as fast as 8 x 3.
+constexpr int kWidest = kBlock == 8 ? 2 : kVectors;
 constexpr int kPanel = kWidest * W;
 constexpr int64_t kPart = 128 / kPanel * kPanel;  // terms of a partial sum
 static_assert(kPanel % kBlock == 0 && kBlock % 4 == 0);
@@ -98,24 +99,23 @@ MOPO_INLINE void product(int64_t first, int64_t last, int64_t first_column, int6
   }
 }
 
+// Within each four lanes: the lower (from = 0) or upper (2) halves of x and y, lane by lane in turn; or, with
+// `join`, one after the other.
+template <int from>
+MOPO_INLINE vf interleave(vf x, vf y) {
+  return shuffle(x, y, [](int lane) { return lane / 4 * 4 + from + lane % 4 / 2 + lane % 2 * W; });
+}
+template <int from>
+MOPO_INLINE vf join(vf x, vf y) {
+  return shuffle(x, y, [](int lane) { return lane / 4 * 4 + from + lane % 2 + lane % 4 / 2 * W; });
+}
+
 // Stores lane l of x0 .. x3 to to[l * stride + 0 .. 3].
 MOPO_INLINE void store_transposed(float* to, int64_t stride, vf x0, vf x1, vf x2, vf x3) {
-  // Within each four lanes: interleaves the lower or upper halves of x and y; then joins pairs of the
-  // results.
-  const auto interleave = [](vf x, vf y, int from) {
-    vi order{};
-    for (int lane = 0; lane < W; ++lane) order[lane] = lane / 4 * 4 + from + lane % 4 / 2 + lane % 2 * W;
-    return shuffle(x, y, order);
-  };
-  const auto join = [](vf x, vf y, int from) {
-    vi order{};
-    for (int lane = 0; lane < W; ++lane) order[lane] = lane / 4 * 4 + from + lane % 2 + lane % 4 / 2 * W;
-    return shuffle(x, y, order);
-  };
-  const vf low01 = interleave(x0, x1, 0), low23 = interleave(x2, x3, 0);
-  const vf high01 = interleave(x0, x1, 2), high23 = interleave(x2, x3, 2);
-  const vf columns[4] = {join(low01, low23, 0), join(low01, low23, 2), join(high01, high23, 0),
-                         join(high01, high23, 2)};
+  const vf low01 = interleave<0>(x0, x1), low23 = interleave<0>(x2, x3);
+  const vf high01 = interleave<2>(x0, x1), high23 = interleave<2>(x2, x3);
+  const vf columns[4] = {join<0>(low01, low23), join<2>(low01, low23), join<0>(high01, high23),
+                         join<2>(high01, high23)};
   const auto store_group = [&]<int group>() {
     if constexpr (group < W / 4)
 #pragma GCC unroll 4

@@ -36,15 +36,17 @@ MOPO_INLINE vf bits_to_float(vi x) { return reinterpret_cast<vf>(x); }
 // The bits of x in every lane; arithmetic could change those of a NaN.
 MOPO_INLINE vf broadcast_bits(float x) { return bits_to_float(vi{} + __builtin_bit_cast(int32_t, x)); }
 MOPO_INLINE vi float_to_bits(vf x) { return reinterpret_cast<vi>(x); }
-// Lane i is lane order[i] of x, or lane order[i] - W of y.
-MOPO_INLINE vf shuffle(vf x, vf y, vi order) {
+// Lane i is lane Order{}(i) of x, or lane Order{}(i) - W of y. In a loop over
+// lanes, Clang takes them one by one.
+template <class Order>
+MOPO_INLINE vf shuffle(vf x, vf y, Order) {
+  return [&]<int... lane>(std::integer_sequence<int, lane...>) {
 #ifdef __clang__
-  vf result{};
-  for (int lane = 0; lane < W; ++lane) result[lane] = order[lane] < W ? x[order[lane]] : y[order[lane] - W];
-  return result;
+    return __builtin_shufflevector(x, y, Order{}(lane)...);
 #else
-  return __builtin_shuffle(x, y, order);
+    return __builtin_shuffle(x, y, vi{Order{}(lane)...});
 #endif
+  }(std::make_integer_sequence<int, W>{});
 }
 // Lanes 4 group .. 4 group + 3.
 typedef float quad __attribute__((vector_size(16), may_alias));
@@ -106,8 +108,9 @@ MOPO_INLINE vf fast_quotient(vf x, vf y) { return x * reciprocal(y); }
 MOPO_INLINE vf pack_pair(vf first, vf second) {
   typedef uint16_t halves __attribute__((vector_size(MOPO_WIDTH * 4)));
   const halves both = (halves)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
-  halves in_turn{};
-  for (int lane = 0; lane < 2 * W; ++lane) in_turn[lane] = static_cast<uint16_t>(lane / 2 + lane % 2 * W);
+  const halves in_turn = []<int... lane>(std::integer_sequence<int, lane...>) {
+    return halves{static_cast<uint16_t>(lane / 2 + lane % 2 * W)...};
+  }(std::make_integer_sequence<int, 2 * W>{});
   return (vf)_mm512_permutexvar_epi16((__m512i)in_turn, (__m512i)both);
 }
 // 2 W numbers that follow one another, packed in that order.

@@ -7,6 +7,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import dataclasses
+import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +24,31 @@ from mopo_fast.collect import collect
 from mopo_fast.config import TrainConfig
 
 torch.set_num_threads(1)
+
+# A command that runs tests/arm/driver.cpp: the kernels of another architecture are tested in place of this
+# machine's.
+if driver := os.environ.get("MOPO_FAST_TEST_DRIVER"):
+    from arm.extension import install
+
+    install(shlex.split(driver))
+
+
+def _isas() -> list[str]:
+    """Return the names of all instruction sets that the sources of the CPU kernels have."""
+    files = sorted((Path(__file__).parents[1] / "csrc" / "cpu").glob("*.cpp"))
+    return [name for file in files for name in re.findall(r'#define MOPO_NAME "(\w+)"', file.read_text())]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say which instruction sets have been tested: a processor that lacks one skips nothing."""
+    passed = [re.split(r"[\[\]-]", report.nodeid) for report in terminalreporter.stats.get("passed", [])]
+    counts = {isa: sum(isa in words for words in passed) for isa in _isas()}
+    ran = ", ".join(f"{isa} ({count} tests)" for isa, count in counts.items() if count)
+    lacking = ", ".join(isa for isa, count in counts.items() if not count)
+    terminalreporter.write_line(
+        f"instruction sets of the CPU kernels that ran: {ran or 'none'}; not: {lacking or 'none'}"
+    )
+
 
 # Triton reads this when it is imported: without a GPU, its kernels are interpreted. The backend "auto" never
 # chooses interpreted kernels.

@@ -1,12 +1,14 @@
 // Denormal numbers are zeros while a thread trains.
 #pragma once
 
+#include <cstdint>
+
 namespace mopo {
 
 // Treats denormal numbers as zero on this thread for the lifetime of the object. Where a unit of ReLU has
 // died, Adam's moments shrink until they are denormal, and stay so, since 0.9 of the least is rounded up to
-// itself. An x86 processor may take more than a hundred cycles for an operation on them; others take them as
-// they are.
+// itself. A processor may take more than a hundred cycles for an operation on them. Neither x86 nor ARM: they
+// stay as they are.
 class FlushDenormals {
  public:
 #if defined(__x86_64__)
@@ -15,6 +17,13 @@ class FlushDenormals {
     __builtin_ia32_ldmxcsr(before_ | kResultsAreZero | kOperandsAreZero);
   }
   ~FlushDenormals() { __builtin_ia32_ldmxcsr(before_); }
+#elif defined(__aarch64__)
+  FlushDenormals() {
+    constexpr uint64_t kFlushToZero = 1u << 24;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(before_)::"memory");
+    set(before_ | kFlushToZero);
+  }
+  ~FlushDenormals() { set(before_); }
 #else
   FlushDenormals() {}
 #endif
@@ -23,6 +32,9 @@ class FlushDenormals {
  private:
 #if defined(__x86_64__)
   const unsigned before_;
+#elif defined(__aarch64__)
+  static void set(uint64_t control) { __asm__ volatile("msr fpcr, %0" ::"r"(control) : "memory"); }
+  uint64_t before_;
 #endif
 };
 

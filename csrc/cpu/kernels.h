@@ -257,6 +257,9 @@ struct Kernels {
 };
 
 extern const Kernels kPortableKernels;
+#ifdef MOPO_FAST_ARM
+extern const Kernels kNeonKernels;
+#endif
 #ifdef MOPO_FAST_X86
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;

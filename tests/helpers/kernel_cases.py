@@ -722,7 +722,7 @@ def fill_with_denormals(moments: Sequence[torch.Tensor]) -> None:
 def assert_no_denormals(moments: Sequence[torch.Tensor]) -> None:
     """Assert that the kernel has made zeros of the denormal moments of parameters without gradient, and that
     this thread's arithmetic is as before."""
-    if platform.machine() in ("x86_64", "AMD64"):
+    if platform.machine() in ("x86_64", "AMD64", "aarch64", "arm64"):
         assert any((moment == 0.0).any() for moment in moments)
         for moment in moments:
             assert not ((moment != 0.0) & (moment.abs() < LEAST_NORMAL)).any()

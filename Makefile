@@ -1,4 +1,4 @@
-# make demo, make test: each sets everything up first. Needs Python 3.11 or newer, g++ and make.
+# make demo, make test: each sets up what it needs first. Needs Python 3.11 or newer, g++ and make.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 RUNS ?= runs
@@ -6,26 +6,34 @@ RUNS ?= runs
 JOBS ?= 2
 
 BIN := $(VENV)/bin
+# The package alone, and with all that the tests need.
 INSTALLED := $(VENV)/.installed
+TESTED := $(VENV)/.installed-tests
 export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.inl csrc/cpu/*.cpp \
     csrc/cuda/*.h csrc/cuda/*.cuh csrc/cuda/*.cu)
-CPP_OF_TESTS := $(wildcard $(addprefix tests/helpers/,*.cu cuda_emulator/*.h cuda_emulator/*.cpp cuda_emulator/cuda/*))
+CPP_OF_TESTS := tests/arm/driver.cpp $(wildcard $(addprefix tests/helpers/,*.cu cuda_emulator/*.h cuda_emulator/*.cpp cuda_emulator/cuda/*))
 
 .PHONY: install demo check test fuzz soak docs docs-serve test-gpu lint format bench bench-gpu bench-compare sanitize sanitize-gpu \
     sanitize-threads clean
-install: $(INSTALLED)
+install: $(TESTED)
 
 # Done again only when what is built or installed has changed. --no-compile: bytecode is made by the first
 # import of a module, not at once for all of torch.
 $(INSTALLED): pyproject.toml setup.py CMakeLists.txt constraints.txt $(CPP)
-	@echo "Installing PyTorch and the other packages into $(VENV), and compiling the kernels."
-	@echo "This takes a few minutes and prints errors alone."
+	@echo "Setting up $(VENV): PyTorch, MuJoCo and what else the package needs, and the compiled kernels."
+	@echo "This takes one to two minutes and prints errors alone."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --no-compile --editable '.[test,lint,triton,minari,ray,parquet]'
+	@$(BIN)/python -m pip install --quiet --no-compile --editable .
+	@touch $@
+
+# The extras alone: the package is installed already.
+$(TESTED): $(INSTALLED)
+	@echo "Adding what the tests need: pytest, mypy, Ray, Minari and others. This takes about a minute."
+	@$(BIN)/python -m pip install --quiet --no-compile 'mopo_fast[test,lint,triton,minari,ray,parquet]'
 	@touch $@
 
 DEMO_DATA := $(RUNS)/demo/halfcheetah-random-local.hdf5
@@ -37,28 +45,29 @@ demo: $(INSTALLED)
 	$(BIN)/mopo-fast evaluate $(RUNS)/demo/run
 	@echo "Look at $(RUNS)/demo/run/report.html"
 
-test: $(INSTALLED) lint
+test: $(TESTED) lint
 	$(BIN)/python -m pytest -n $(JOBS)
-	$(MAKE) fuzz soak docs
+	$(MAKE) fuzz soak docs try-wheel
+	$(if $(QEMU),$(MAKE) arm,@echo "NOT TESTED: the kernels for ARM, which take $(ARM_CXX) and qemu-aarch64.")
 
 # For work in between, in under 90 seconds: lint, and tests of every room that are quick.
 QUICK := utils core/test_buffer.py core/test_ensemble.py core/test_policy.py core/test_rollout.py core/test_tasks.py \
     core/test_presets.py run/test_folder.py data/test_data.py data/test_npz.py data/test_transitions.py \
     bulk/test_plan.py bench kernels/test_checked.py kernels/test_philox.py kernels/test_kernel_math.py \
     kernels/test_kernel_sac.py kernels/test_kernel_fit.py commands/test_layers.py commands/test_doctor.py
-check: $(INSTALLED) lint
+check: $(TESTED) lint
 	$(BIN)/python -m pytest -q -n $(JOBS) -m "not slow" $(addprefix tests/,$(QUICK))
 
 # Every reader of files, fed with mutated ones; what fails is kept in build/fuzz. Other cases: make fuzz SEED=7
 CASES ?= 2000
 SEED ?= 0
-fuzz: $(INSTALLED)
+fuzz: $(TESTED)
 	$(BIN)/python -m tests.fuzz --cases $(CASES) --jobs $(JOBS) --seed $(SEED)
 
 # Commands killed, interrupted, and left without disk, rights or memory, at random moments of a seed:
 # make soak MINUTES=30 SEED=7
 MINUTES ?= 1
-soak: $(INSTALLED)
+soak: $(TESTED)
 	$(BIN)/python tests/soak --minutes $(MINUTES) --jobs $(JOBS) --seed $(SEED)
 
 # The site, in build/site. A dead link, an unknown name or a warning ends the build; it runs the tutorial.
@@ -74,19 +83,53 @@ $(VENV)/.installed-docs: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-compile 'mopo_fast[docs]'
 	@touch $@
 
-lint: $(INSTALLED)
+lint: $(TESTED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CPP) $(CPP_OF_TESTS)
 
-format: $(INSTALLED)
+format: $(TESTED)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CPP) $(CPP_OF_TESTS)
 
+# The kernels for ARM on an emulated processor: takes a cross-compiler and QEMU, in Debian g++-aarch64-linux-gnu and
+# qemu-user. A minute of the tests alone: make arm ARM_ARGS= runs them all, for more than half an hour.
+ARM_CXX ?= aarch64-linux-gnu-g++
+QEMU := $(if $(shell command -v $(ARM_CXX)),$(shell command -v qemu-aarch64))
+ARM_ARGS ?= -k "neon and not canonical and (math or fit or denormal or terminal or models_of_other)"
+ARM_TESTS := $(patsubst %,tests/kernels/test_kernel_%.py,math rollout fit sac values)
+.PHONY: arm
+arm: $(TESTED) $(VENV)/.installed-wheel
+	$(BIN)/cmake -S . -B build/arm -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=Release \
+	    -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(ARM_CXX) -DMOPO_FAST_DRIVER=ON
+	$(BIN)/cmake --build build/arm
+	MOPO_FAST_TEST_DRIVER="qemu-aarch64 build/arm/driver" $(BIN)/python -m pytest -q -n $(JOBS) $(ARM_TESTS) $(ARM_ARGS)
+
+# A wheel in dist/ for this Python, which needs no compiler. Zig's compiler links against an old glibc.
+GLIBC ?= 2.28
+MACHINE := $(shell uname -m)
+$(VENV)/.installed-wheel: $(INSTALLED)
+	@$(BIN)/python -m pip install --quiet --no-compile 'mopo_fast[wheel]'
+	@touch $@
+
+.PHONY: wheel
+wheel: $(VENV)/.installed-wheel
+	rm -rf build/wheel build/lib.* build/bdist.* dist/*.whl
+	CXX="$(abspath $(BIN))/python -I -m ziglang c++ -target $(MACHINE)-linux-gnu.$(GLIBC)" MOPO_FAST_CUDA=0 \
+	    $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --strip \
+	    --plat manylinux_$(subst .,_,$(GLIBC))_$(MACHINE) --wheel-dir dist build/wheel/*.whl
+	$(BIN)/python -m twine check --strict dist/*.whl
+
+# The wheel, and the sources without a compiler, in an environment of their own.
+.PHONY: try-wheel
+try-wheel: wheel $(TESTED)
+	$(BIN)/python -m tests.install dist/*.whl
+
 # JAX is for the benchmarks alone. The timed ones run once the baselines are known to do the same work.
-$(VENV)/.installed-bench: $(INSTALLED)
+$(VENV)/.installed-bench: $(TESTED)
 	$(BIN)/python -m pip install --quiet --no-compile --editable '.[bench]'
 	@touch $@
 
@@ -108,14 +151,14 @@ bench-gpu:
 	$(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
 
 # Takes compute-sanitizer, of the CUDA toolkit. Small cases alone: everything is a hundred times slower.
-sanitize-gpu: $(INSTALLED)
+sanitize-gpu: $(TESTED)
 	for tool in memcheck racecheck; do \
 	    compute-sanitizer --tool $$tool --error-exitcode 1 --target-processes all \
 	        $(BIN)/python -m pytest $(wildcard tests/kernels/test_kernel_cuda*.py) -k "not canonical" || exit 1; \
 	done
 
 # Against another commit: make bench-compare REF=HEAD~1
-bench-compare: $(INSTALLED)
+bench-compare: $(TESTED)
 	$(BIN)/python -m benchmarks.against $(REF)
 
 # The CPU's extension with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package of its own; and with
@@ -128,13 +171,13 @@ runtime = $$($(CXX) -print-file-name=$(1))
 SANITIZED_PYTHON = PYTHONPATH=$(SANITIZED) $(BIN)/python -P
 SANITIZED_TESTS := $(filter-out tests/kernels/test_kernel_cuda.py,$(wildcard tests/kernels/test_kernel*.py)) \
     tests/kernels/test_checked.py tests/kernels/test_interrupt.py
-sanitize: $(INSTALLED)
+sanitize: $(TESTED)
 	$(call sanitized,address$(comma)undefined)
 	export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$(call runtime,libasan.so) $(call runtime,libstdc++.so)"; \
 	$(SANITIZED_PYTHON) -c 'from mopo_fast import _cpu; assert "$(SANITIZED)" in _cpu.__file__, _cpu.__file__' && \
 	$(SANITIZED_PYTHON) -m pytest -p no:cacheprovider tests/kernels/test_philox.py $(SANITIZED_TESTS) -k "not registers"
-sanitize-threads: $(INSTALLED)
+sanitize-threads: $(TESTED)
 	$(call sanitized,thread)
 	export TSAN_OPTIONS=ignore_noninstrumented_modules=1 LD_PRELOAD="$(call runtime,libtsan.so)"; \
 	$(SANITIZED_PYTHON) -m pytest -p no:cacheprovider $(SANITIZED_TESTS) -k "threads or splits or calls or interrupt"

@@ -111,7 +111,7 @@ class Report:
             ("system", machine.system),
             ("CPU", f"{machine.cpu}, {machine.cores} cores, {memory}"),
             ("ISA", f"{machine.isa or 'none'}, of {' '.join(machine.isa_flags) or 'no vector flags'}"),
-            ("extension", self.extension or "not built; install again with `pip install .`"),
+            ("extension", self.extension or "not built: see backend cpu"),
             ("torch threads", str(self.torch_threads)),
         ]
         abilities: list[tuple[str, Ability | backends.BackendStatus]] = [

@@ -88,6 +88,8 @@ def _choose(wanted: str, need: Need) -> str:
         if reason is None:
             against = f" ({'; '.join(reasons)})" if reasons else ""
             _log_once(f"backend: {backend.name}{against}")
+            if backend.name == ReferenceBackend.name != wanted and not is_built():
+                _warn_once(CpuBackend().status().reason)
             return backend.name
         reasons.append(f"{backend.name}: {reason}")
     raise InputError(f"no backend can serve {need.dtype} on {need.device}: {'; '.join(reasons)}")
@@ -105,3 +107,8 @@ def _reason_against(backend: Backend, wanted: str, need: Need) -> str | None:
 @functools.cache
 def _log_once(choice: str) -> None:
     logger.info("%s", choice)
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    logger.warning("PyTorch computes everything, which is several times slower: %s", reason)

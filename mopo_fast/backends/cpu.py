@@ -50,8 +50,13 @@ def _load() -> tuple[ModuleType | None, str]:
     """Return the extension, or None and the reason why it cannot be loaded."""
     try:
         return importlib.import_module("mopo_fast._cpu"), ""
+    except ModuleNotFoundError:
+        return None, (
+            "the C++ kernels were not built; install g++ 11 or newer, then mopo_fast again with"
+            " `pip install --force-reinstall --no-deps --no-cache-dir`"
+        )
     except ImportError as error:
-        return None, f"the extension mopo_fast._cpu did not load ({error}); install with: pip install ."
+        return None, f"the C++ kernels did not load ({error}); install mopo_fast again"
 
 
 def extension() -> ModuleType:

@@ -8,8 +8,8 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from places import ROOT
@@ -69,8 +69,6 @@ def test_cuda_is_built_where_a_gpu_is_or_on_request(
     option: str | None, device: str | None, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pytest.importorskip("setuptools"), "setup", lambda **_: None)
-    for name in ("cmake", "ninja"):
-        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
     monkeypatch.delenv("MOPO_FAST_CUDA", raising=False)
     if option is not None:
         monkeypatch.setenv("MOPO_FAST_CUDA", option)
@@ -79,8 +77,52 @@ def test_cuda_is_built_where_a_gpu_is_or_on_request(
     assert runpy.run_path(str(ROOT / "setup.py"))["cuda_option"](tmp_path) == expected
 
 
+@pytest.fixture
+def find_compiler(monkeypatch: pytest.MonkeyPatch) -> Callable[[], str | None]:
+    """The function of setup.py."""
+    monkeypatch.setattr(pytest.importorskip("setuptools"), "setup", lambda **_: None)
+    monkeypatch.delenv("CXX", raising=False)
+    found: Callable[[], str | None] = runpy.run_path(str(ROOT / "setup.py"))["find_compiler"]
+    return found
+
+
+def test_the_compiler_of_the_installation(
+    find_compiler: Callable[[], str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert find_compiler() is None
+    for name in ("clang++", "g++"):
+        (tmp_path / name).touch(mode=0o755)
+        assert find_compiler() == str(tmp_path / name)
+    monkeypatch.setenv("CXX", "clang++ -stdlib=libc++")
+    assert find_compiler() == str(tmp_path / "clang++")
+    monkeypatch.setenv("CXX", "walrus++")
+    with pytest.raises(SystemExit, match=r"CXX=walrus\+\+ is not there; name another compiler"):
+        find_compiler()
+
+
+def test_an_old_compiler_is_named(tmp_path: Path) -> None:
+    """CMake asks a compiler for its version by the macros that it defines."""
+    compiler, cmake = shutil.which("g++"), shutil.which("cmake")
+    if compiler is None or cmake is None:
+        pytest.skip("needs g++ and CMake")
+    old = tmp_path / "g++"
+    old.write_text(f'#!/bin/sh\nexec {compiler} -U__GNUC__ -D__GNUC__=10 "$@"\n')
+    old.chmod(0o755)
+    configured = subprocess.run(
+        [cmake, "-S", ROOT, "-B", tmp_path / "build", f"-DCMAKE_CXX_COMPILER={old}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert configured.returncode != 0
+    assert "mopo_fast needs GNU 11 or newer" in " ".join(configured.stderr.split())
+
+
 def test_one_version() -> None:
     assert importlib.metadata.version("mopo_fast") == mopo_fast.__version__
+    assert f"\nversion: {mopo_fast.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f'version: "{mopo_fast.__version__}"' in (ROOT / "packaging" / "conda" / "recipe.yaml").read_text()
     assert f"## {mopo_fast.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
@@ -111,6 +153,20 @@ def test_constraints_pin_every_requirement() -> None:
     assert {re.split(r"[<>=\[]", name)[0].lower() for name in wanted} <= pinned
 
 
+def test_the_conda_recipe_has_every_requirement() -> None:
+    other = {
+        "torch": "pytorch",
+        "matplotlib": "matplotlib-base",
+        "mujoco": "mujoco-python",
+        "xxhash": "python-xxhash",
+    }
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    recipe = (ROOT / "packaging" / "conda" / "recipe.yaml").read_text()
+    for requirement in project["dependencies"]:
+        name, version = re.fullmatch(r"([\w-]+)(>=[\d.]+)", requirement).groups()
+        assert f"    - {other.get(name, name.replace('-', '_'))} {version}\n" in recipe
+
+
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16", "avx512_amx"])
 def test_the_linker_cannot_mix_instruction_sets(isa: str) -> None:
     # The linker keeps one copy of an inline function that two files share, compiled for either instruction
@@ -122,8 +178,6 @@ def test_the_linker_cannot_mix_instruction_sets(isa: str) -> None:
         pytest.skip("built on x86-64 alone")
     assert objects, "the extension was not built in this tree: make install"
     for path in objects:
-        symbols = subprocess.run(
-            ["nm", "-C", "--defined-only", path], capture_output=True, text=True, check=True
-        )
+        symbols = subprocess.run(["nm", "--defined-only", path], capture_output=True, text=True, check=True)
         weak = [line.split(maxsplit=2)[2] for line in symbols.stdout.splitlines() if line.split()[1] in "WVu"]
-        assert not [name for name in weak if f"mopo::{isa}::" not in name]
+        assert not [name for name in weak if f"4mopo{len(isa)}{isa}" not in name]  # mangled mopo::isa

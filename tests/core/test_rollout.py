@@ -8,7 +8,7 @@ from kernel_cases import check_without_penalties, inputs, make_ensemble, make_po
 
 from mopo_fast import backends
 from mopo_fast.backends import cpu
-from mopo_fast.backends.choose import _log_once
+from mopo_fast.backends.choose import _log_once, _warn_once
 from mopo_fast.backends.reference import penalise
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import PENALTIES
@@ -347,15 +347,21 @@ def test_unknown_instruction_set(monkeypatch):
         cpu.isa()
 
 
-def test_a_missing_extension_is_a_reason(monkeypatch):
+def test_a_missing_extension_is_a_reason(monkeypatch, caplog):
     """Without the compiled extension, the reference backend is used and a message gives the reason."""
     cpu._load.cache_clear()
+    _warn_once.cache_clear()
     monkeypatch.setitem(__import__("sys").modules, "mopo_fast._cpu", None)
     try:
         status = {status.name: status for status in backends.available()}
         assert not status["cpu"].available and "pip install" in status["cpu"].reason
-        assert RolloutEngine(make_ensemble(5, 2)).backend == "reference"
-        with pytest.raises(InputError, match=r"the extension mopo_fast\._cpu did not load"):
+        for _ in range(2):
+            assert RolloutEngine(make_ensemble(5, 2)).backend == "reference"
+        warnings = [record for record in caplog.records if record.levelname == "WARNING"]
+        assert [record.getMessage()[:52] for record in warnings] == [
+            "PyTorch computes everything, which is several times "
+        ]
+        with pytest.raises(InputError, match=r"the C\+\+ kernels were not built; install g\+\+ 11 or newer"):
             RolloutEngine(make_ensemble(5, 2), backend="cpu")
     finally:
         monkeypatch.undo()

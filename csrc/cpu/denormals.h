@@ -7,8 +7,8 @@ namespace mopo {
 
 // Treats denormal numbers as zero on this thread for the lifetime of the object. Where a unit of ReLU has
 // died, Adam's moments shrink until they are denormal, and stay so, since 0.9 of the least is rounded up to
-// itself. A processor may take more than a hundred cycles for an operation on them. Neither x86 nor ARM: they
-// stay as they are.
+// itself. A processor may take more than a hundred cycles for an operation on them. On processors other than
+// x86 and ARM, they stay as they are.
 class FlushDenormals {
  public:
 #if defined(__x86_64__)

@@ -20,8 +20,8 @@ struct Leaf {
   unsigned a = 0, b = 0, c = 0, d = 0;
 };
 
-// What the processor has and the system lets programs use. Not by __builtin_cpu_supports, whose answer is
-// always no where Zig links.
+// The processor's features that the system lets programs use. They are read by cpuid, because
+// __builtin_cpu_supports always answers no in a library that Zig has linked.
 class Processor {
  public:
   Processor() {

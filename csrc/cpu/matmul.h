@@ -99,8 +99,8 @@ MOPO_INLINE void product(int64_t first, int64_t last, int64_t first_column, int6
   }
 }
 
-// Within each four lanes: the lower (from = 0) or upper (2) halves of x and y, lane by lane in turn; or, with
-// `join`, one after the other.
+// Both take the lower (from = 0) or the upper (from = 2) two of each four lanes of x and of y. interleave
+// lets them alternate; join puts those of y behind those of x.
 template <int from>
 MOPO_INLINE vf interleave(vf x, vf y) {
   return shuffle(x, y, [](int lane) { return lane / 4 * 4 + from + lane % 4 / 2 + lane % 2 * W; });

@@ -87,9 +87,11 @@ def _choose(wanted: str, need: Need) -> str:
         reason = _reason_against(backend, wanted, need)
         if reason is None:
             against = f" ({'; '.join(reasons)})" if reasons else ""
-            _log_once(f"backend: {backend.name}{against}")
+            _say_once(logging.INFO, f"backend: {backend.name}{against}")
             if backend.name == ReferenceBackend.name != wanted and not is_built():
-                _warn_once(CpuBackend().status().reason)
+                reason = CpuBackend().status().reason
+                slow = f"PyTorch computes everything, which is several times slower: {reason}"
+                _say_once(logging.WARNING, slow)
             return backend.name
         reasons.append(f"{backend.name}: {reason}")
     raise InputError(f"no backend can serve {need.dtype} on {need.device}: {'; '.join(reasons)}")
@@ -105,10 +107,5 @@ def _reason_against(backend: Backend, wanted: str, need: Need) -> str | None:
 
 
 @functools.cache
-def _log_once(choice: str) -> None:
-    logger.info("%s", choice)
-
-
-@functools.cache
-def _warn_once(reason: str) -> None:
-    logger.warning("PyTorch computes everything, which is several times slower: %s", reason)
+def _say_once(level: int, message: str) -> None:
+    logger.log(level, "%s", message)

@@ -8,7 +8,7 @@ from kernel_cases import check_without_penalties, inputs, make_ensemble, make_po
 
 from mopo_fast import backends
 from mopo_fast.backends import cpu
-from mopo_fast.backends.choose import _log_once, _warn_once
+from mopo_fast.backends.choose import _say_once
 from mopo_fast.backends.reference import penalise
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import PENALTIES
@@ -331,7 +331,7 @@ def test_environment_chooses_the_backend(monkeypatch):
 
 
 def test_the_choice_is_logged_once_with_its_reasons(caplog):
-    _log_once.cache_clear()
+    _say_once.cache_clear()
     with caplog.at_level("INFO", logger="mopo_fast"):
         for _ in range(3):
             RolloutEngine(make_ensemble(5, 2), dtype="float64")
@@ -350,7 +350,7 @@ def test_unknown_instruction_set(monkeypatch):
 def test_a_missing_extension_is_a_reason(monkeypatch, caplog):
     """Without the compiled extension, the reference backend is used and a message gives the reason."""
     cpu._load.cache_clear()
-    _warn_once.cache_clear()
+    _say_once.cache_clear()
     monkeypatch.setitem(__import__("sys").modules, "mopo_fast._cpu", None)
     try:
         status = {status.name: status for status in backends.available()}

@@ -98,8 +98,11 @@ format: $(TESTED)
 # qemu-user. A minute of the tests alone: make arm ARM_ARGS= runs them all, for more than half an hour.
 ARM_CXX ?= aarch64-linux-gnu-g++
 QEMU := $(if $(shell command -v $(ARM_CXX)),$(shell command -v qemu-aarch64))
-ARM_ARGS ?= -k "neon and not canonical and (math or fit or denormal or terminal or models_of_other)"
-ARM_TESTS := $(patsubst %,tests/kernels/test_kernel_%.py,math rollout fit sac values)
+ARM_ARGS ?= -k "linker or not canonical and ( \
+    neon and not neon_bf16 and (math or fit or denormal or terminal or models_of_other) \
+    or neon_bf16 and bfloat16 and not bfloat16x3 and (rounded_factors or few_rows))"
+ARM_TESTS := $(patsubst %,tests/kernels/test_kernel_%.py,math rollout fit sac values) \
+    tests/commands/test_packaging.py::test_the_linker_cannot_mix_instruction_sets
 .PHONY: arm
 arm: $(TESTED) $(VENV)/.installed-wheel
 	$(BIN)/cmake -S . -B build/arm -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=Release \

@@ -9,6 +9,13 @@
 #include <unistd.h>
 #endif
 #endif
+#ifdef MOPO_FAST_ARM
+#if defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+#endif
 
 namespace mopo {
 namespace {
@@ -65,6 +72,22 @@ class Processor {
 };
 #endif
 
+#ifdef MOPO_FAST_ARM
+// True if the processor has BFMMLA, the matrix product of bfloat16.
+bool multiplies_bfloat16() {
+#if defined(__linux__)
+  constexpr unsigned long kBf16 = 14;
+  return (getauxval(AT_HWCAP2) >> kBf16 & 1) != 0;
+#elif defined(__APPLE__)
+  int has = 0;
+  size_t size = sizeof(has);
+  return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, nullptr, 0) == 0 && has != 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 std::vector<const Kernels*> find() {
   std::vector<const Kernels*> found;
 #ifdef MOPO_FAST_X86
@@ -75,6 +98,7 @@ std::vector<const Kernels*> find() {
   if (processor.avx2()) found.push_back(&kAvx2Kernels);
 #endif
 #ifdef MOPO_FAST_ARM
+  if (multiplies_bfloat16()) found.push_back(&kNeonBf16Kernels);
   found.push_back(&kNeonKernels);
 #endif
   found.push_back(&kPortableKernels);

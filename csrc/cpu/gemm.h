@@ -19,8 +19,10 @@ struct Float32 {
 // ... or two bfloat16 that follow one another in the sum, the first in the lower half. Sums are float.
 struct BFloat16 {
   static constexpr Precision kPrecision = Precision::kBFloat16;
-#ifdef MOPO_AMX
+#if defined(MOPO_AMX)
   static constexpr Packing kPacking{2 * W, 2, 32, 16, 1};
+#elif defined(MOPO_BFMMLA)
+  static constexpr Packing kPacking{kVectors * W, 2, kBlock, 2, 1};
 #else
   static constexpr Packing kPacking{kVectors * W, 2, kBlock, 1, 1};
 #endif
@@ -94,6 +96,51 @@ MOPO_INLINE void layer_vectors(const float* in, int64_t depth, const float* weig
     }
   }
 }
+
+#ifdef MOPO_BFMMLA
+// layer_vectors on BFMMLA, which adds to the outputs n and n + 1 of two rows the products of four inputs.
+template <class Operand, int kUsed, class Write>
+  requires(Operand::kPacking.words == 2)
+MOPO_INLINE void layer_vectors(const float* in, int64_t depth, const float* weight, const float* bias,
+                               int64_t width, Write write) {
+  static_assert(W == 4);
+  for (int64_t n = 0; n < width; n += kBlock) {
+    float32x4_t sum[kBlock / 2][2 * kUsed] = {};
+    const float* x = in;
+    for (int64_t k = packed_words<Operand>(depth); k > 0; k -= 2) {
+      bfloat16x8_t rows[2 * kUsed];
+#pragma GCC unroll 3
+      for (int v = 0; v < kUsed; ++v) {
+        asm volatile("" ::: "memory");
+        const float32x4_t first = vld1q_f32(x + v * W), second = vld1q_f32(x + kTile<Operand> + v * W);
+        rows[2 * v] = vreinterpretq_bf16_f32(vzip1q_f32(first, second));
+        rows[2 * v + 1] = vreinterpretq_bf16_f32(vzip2q_f32(first, second));
+      }
+#pragma GCC unroll 4
+      for (int j = 0; j < kBlock / 2; ++j) {
+        // One load at a time: sums, rows and all four factors would not fit the registers.
+        asm volatile("" ::: "memory");
+        const bfloat16x8_t factors = vreinterpretq_bf16_f32(vld1q_f32(weight + 4 * j));
+#pragma GCC unroll 6
+        for (int r = 0; r < 2 * kUsed; ++r) sum[j][r] = vbfmmlaq_f32(sum[j][r], rows[r], factors);
+      }
+      x += 2 * kTile<Operand>;
+      weight += 2 * kBlock;
+    }
+#pragma GCC unroll 3
+    for (int v = 0; v < kUsed; ++v) {
+      vf outputs[kBlock];
+#pragma GCC unroll 4
+      for (int j = 0; j < kBlock; j += 2) {
+        const float32x4_t(&block)[2 * kUsed] = sum[j / 2];
+        outputs[j] = (vf)vuzp1q_f32(block[2 * v], block[2 * v + 1]) + bias[n + j];
+        outputs[j + 1] = (vf)vuzp2q_f32(block[2 * v], block[2 * v + 1]) + bias[n + j + 1];
+      }
+      write(n, v, outputs);
+    }
+  }
+}
+#endif
 
 // layer_vectors for the number of vectors that hold rows: a tile that is not full costs less.
 template <class Operand, class Write>

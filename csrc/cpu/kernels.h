@@ -259,6 +259,7 @@ struct Kernels {
 extern const Kernels kPortableKernels;
 #ifdef MOPO_FAST_ARM
 extern const Kernels kNeonKernels;
+extern const Kernels kNeonBf16Kernels;
 #endif
 #ifdef MOPO_FAST_X86
 extern const Kernels kAvx2Kernels;

@@ -60,6 +60,10 @@ static double bfloat16_peak(int64_t rounds, float* numbers) {
   const vf pairs = pack_pair(broadcast(1.0f), broadcast(-1.0f));
   repeat(rounds, numbers, [&](vf sum) { return add_products(sum, pairs, pairs[0]); });
   return 4.0 * W * kChains * static_cast<double>(rounds);
+#elif defined(MOPO_BFMMLA)
+  const bfloat16x8_t factors = (bfloat16x8_t)pack_pair(broadcast(1.0f), broadcast(-1.0f));
+  repeat(rounds, numbers, [&](vf sum) { return (vf)vbfmmlaq_f32((float32x4_t)sum, factors, factors); });
+  return 8.0 * W * kChains * static_cast<double>(rounds);
 #else
   return float32_peak(rounds, numbers);
 #endif

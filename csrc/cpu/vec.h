@@ -138,9 +138,17 @@ MOPO_INLINE vi round_to_bfloat16(vf x) {
   const vi is_nan = x != x;
   return (is_nan & 0x7fc0) | (~is_nan & rounded);
 }
+#ifdef MOPO_BFMMLA
+MOPO_INLINE vf pack_pair(vf first, vf second) {
+  const bfloat16x8_t one = vcvtq_low_bf16_f32((float32x4_t)first),
+                     two = vcvtq_low_bf16_f32((float32x4_t)second);
+  return (vf)vzip1q_u16(vreinterpretq_u16_bf16(one), vreinterpretq_u16_bf16(two));
+}
+#else
 MOPO_INLINE vf pack_pair(vf first, vf second) {
   return bits_to_float(round_to_bfloat16(first) | (round_to_bfloat16(second) << 16));
 }
+#endif
 MOPO_INLINE vf add_products(vf sum, vf pairs, float weights) {
   const vi x = float_to_bits(pairs), y = float_to_bits(broadcast_bits(weights));
   const int32_t high = static_cast<int32_t>(0xffff0000);

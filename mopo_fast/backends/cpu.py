@@ -36,8 +36,9 @@ from mopo_fast.errors import InputError
 
 logger = logging.getLogger("mopo_fast")
 
-# Instruction sets that multiply bfloat16.
+# Instruction sets that multiply bfloat16 in the fit, SAC and rollouts, and in rollouts.
 WITH_BFLOAT16 = ("avx512_amx", "avx512_bf16")
+WITH_BFLOAT16_ROLLOUTS = (*WITH_BFLOAT16, "neon_bf16")
 # Rounds of multiply-adds that take some milliseconds in float32.
 _GAIN_ROUNDS = 20_000
 
@@ -127,7 +128,7 @@ def bfloat16_gain() -> float:
 
 @functools.cache
 def _measure_gain(name: str) -> float:
-    if name not in WITH_BFLOAT16:
+    if name not in WITH_BFLOAT16_ROLLOUTS:
         return 0.0
 
     def rate(bfloat16: bool) -> float:

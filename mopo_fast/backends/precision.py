@@ -56,6 +56,8 @@ def dtypes_of(precision: MatmulPrecision, device: torch.device | str, backend: s
         why = _why_not(dtype, backend, device)
         if why:
             return Dtypes(why=why)
+        if cpu.isa() not in cpu.WITH_BFLOAT16:
+            return Dtypes(rollout=dtype, why=f"the kernels for {cpu.isa()} train in float32")
         if _serves(backend, Need(dtype, device)):
             return Dtypes(dtype, dtype)
         return Dtypes(dtype, why=f"the backend {backend} makes no rollouts in {dtype}")
@@ -94,9 +96,10 @@ def _why_not(dtype: TrainingDtype, backend: str, device: torch.device) -> str:
     name = choose_for_run(backend, device)
     if name != "cpu":
         return f"the backend {name} is no faster in {dtype}"
-    gain = cpu.bfloat16_gain() / _PRODUCTS[dtype]
+    several = dtype == "bfloat16x3" and cpu.isa() not in cpu.WITH_BFLOAT16
+    gain = 0.0 if several else cpu.bfloat16_gain() / _PRODUCTS[dtype]
     if gain == 0.0:
-        return f"the instruction set {cpu.isa()} has no products of bfloat16"
+        return f"the instruction set {cpu.isa()} has no products of {dtype}"
     if gain < _WORTHWHILE:
         return f"products in {dtype} are only {gain:.1f} times as fast as in float32 on {cpu.isa()}"
     return ""

@@ -1,6 +1,7 @@
 """Test the installed package: one version, lazy imports, and sources from which a wheel can be built."""
 
 import importlib.metadata
+import os
 import platform
 import re
 import runpy
@@ -15,6 +16,11 @@ import pytest
 from places import ROOT
 
 import mopo_fast
+from mopo_fast.backends import cpu
+
+# Instruction sets of the CPU kernels, besides "portable".
+X86 = ("avx2", "avx512", "avx512_bf16", "avx512_amx")
+ARM = ("neon", "neon_bf16")
 
 
 def test_every_public_name_is_there() -> None:
@@ -167,17 +173,30 @@ def test_the_conda_recipe_has_every_requirement() -> None:
         assert f"    - {other.get(name, name.replace('-', '_'))} {version}\n" in recipe
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16", "avx512_amx"])
+@pytest.mark.parametrize("isa", ["portable", *X86, *ARM])
 def test_the_linker_cannot_mix_instruction_sets(isa: str) -> None:
     # The linker keeps one copy of an inline function that two files share, compiled for either instruction
     # set. An older processor could then meet instructions that it lacks, so these files may share none.
-    objects = list((ROOT / "build").glob(f"cmake-release-*/**/{isa}.cpp.o"))
+    # As tests/conftest.py says: with this variable, another architecture is tested.
+    emulated = "MOPO_FAST_TEST_DRIVER" in os.environ
+    objects = list((ROOT / "build").glob(f"{'arm' if emulated else 'cmake-release-*'}/**/{isa}.cpp.o"))
     if shutil.which("nm") is None:
         pytest.skip("needs nm")
-    if isa != "portable" and platform.machine() not in ("x86_64", "AMD64"):
-        pytest.skip("built on x86-64 alone")
-    assert objects, "the extension was not built in this tree: make install"
+    if isa in (X86 if emulated or platform.machine() in ("aarch64", "arm64") else ARM):
+        pytest.skip("not of this architecture")
+    assert objects, "the kernels were not built in this tree: make install, or make arm"
     for path in objects:
         symbols = subprocess.run(["nm", "--defined-only", path], capture_output=True, text=True, check=True)
         weak = [line.split(maxsplit=2)[2] for line in symbols.stdout.splitlines() if line.split()[1] in "WVu"]
         assert not [name for name in weak if f"4mopo{len(isa)}{isa}" not in name]  # mangled mopo::isa
+
+
+def test_a_test_run_says_which_instruction_sets_it_has_tested() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "turns"]
+    done = subprocess.run(
+        [*command, "tests/kernels/test_kernel_math.py"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    (said,) = [line for line in done.stdout.splitlines() if line.startswith("instruction sets")]
+    ran, lacking = said.split("; not: ")
+    assert re.findall(r"(\w+) \(\d tests\)", ran) == sorted(cpu.isas())
+    assert sorted([*cpu.isas(), *lacking.split(", ")]) == sorted(["portable", *X86, *ARM])

@@ -25,6 +25,7 @@ from mopo_fast.train import train
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand for a processor with fast products of bfloat16."""
+    monkeypatch.setattr(cpu, "WITH_BFLOAT16", cpu.isas())
     monkeypatch.setattr(cpu, "bfloat16_gain", lambda: 2.0)
 
 
@@ -32,7 +33,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_gain_of_bfloat16_is_measured(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOPO_FAST_ISA", isa)
     gain = cpu.bfloat16_gain()
-    multiplies = isa in ("avx512_amx", "avx512_bf16")
+    multiplies = isa in cpu.WITH_BFLOAT16_ROLLOUTS
     assert gain > 0.0 if multiplies else gain == 0.0
     # A tile has 16 times as many products as a vector, at a comparable rate.
     assert gain > 3.0 or isa != "avx512_amx"
@@ -49,6 +50,15 @@ def test_a_precision_that_is_no_faster_is_not_taken(monkeypatch: pytest.MonkeyPa
     why = f"products in bfloat16 are only 0.5 times as fast as in float32 on {cpu.isa()}"
     assert dtypes_of("medium", "cpu") == Dtypes(why=why)
     assert examine().precision == {"cpu": f"highest: {why}"}
+
+
+def test_rollouts_alone_are_less_precise_on_arm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "bfloat16_gain", lambda: 2.0)
+    monkeypatch.setattr(cpu, "isa", lambda: "neon_bf16")
+    assert dtypes_of("medium", "cpu") == Dtypes(
+        "float32", "bfloat16", "the kernels for neon_bf16 train in float32"
+    )
+    assert dtypes_of("high", "cpu").why == "the instruction set neon_bf16 has no products of bfloat16x3"
 
 
 @pytest.mark.usefixtures("fast")

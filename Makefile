@@ -21,13 +21,16 @@ CPP_OF_TESTS := tests/arm/driver.cpp $(wildcard $(addprefix tests/helpers/,*.cu 
     sanitize-threads clean
 install: $(TESTED)
 
+# What the package needs is installed while the kernels are compiled.
+DEPENDENCIES := import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'])
 # Done again only when what is built or installed has changed. --no-compile: bytecode is made by the first
 # import of a module, not at once for all of torch.
 $(INSTALLED): pyproject.toml setup.py CMakeLists.txt constraints.txt $(CPP)
 	@echo "Setting up $(VENV): PyTorch, MuJoCo and what else the package needs, and the compiled kernels."
 	@echo "This takes one to two minutes and prints errors alone."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --no-compile --editable .
+	@$(BIN)/python -m pip install --quiet --no-compile $$($(BIN)/python -c "$(DEPENDENCIES)") & \
+	    $(BIN)/python -m pip install --quiet --no-compile --no-deps --editable .; built=$$?; wait $$! && exit $$built
 	@touch $@
 
 # The extras alone: the package is installed already.
@@ -40,7 +43,7 @@ DEMO_DATA := $(RUNS)/demo/halfcheetah-random-local.hdf5
 demo: $(INSTALLED)
 	rm -rf $(RUNS)/demo
 	$(BIN)/mopo-fast collect halfcheetah-random --steps 60000 --out $(DEMO_DATA)
-	$(BIN)/mopo-fast train $(DEMO_DATA) --steps 20000 --out $(RUNS)/demo/run \
+	$(BIN)/mopo-fast train $(DEMO_DATA) --steps 12000 --out $(RUNS)/demo/run \
 	    --dynamics.max-epochs 20 --rollout.batch-size 10000 --evaluation.interval 2
 	$(BIN)/mopo-fast evaluate $(RUNS)/demo/run
 	@echo "Look at $(RUNS)/demo/run/report.html"

@@ -151,6 +151,22 @@ def _scaling(records: list[Record]) -> str:
     )
 
 
+def _instruction_sets(records: list[Record]) -> str:
+    (record,) = records
+    isas = list(record["kernels"][0]["rates"])
+    return markdown_table(
+        ["kernel", *isas, "avx2 / portable"],
+        [
+            [
+                f"{'SAC' if row['kernel'] == 'sac' else row['kernel']}, {row['unit'].replace('*', ' x ')}",
+                *(f"{row['rates'][isa]:,.0f}" for isa in isas),
+                f"{row['rates']['avx2'] / row['rates']['portable']:.1f}",
+            ]
+            for row in record["kernels"]
+        ],
+    )
+
+
 def _canonical(records: list[Record]) -> str:
     (record,) = records
     ways = record["hours"]
@@ -252,6 +268,7 @@ def markdown_table(header: list[str], body: list[list[str]]) -> str:
 RENDERERS: dict[str, Callable[[list[Record]], str]] = {
     "compare": _compare,
     "scaling": _scaling,
+    "instruction_sets": _instruction_sets,
     "canonical": _canonical,
     "compat": _compat,
     "bulk": _bulk,

@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 
 from benchmarks.pictures import PICTURES, save_svg, svg_look
 from benchmarks.study.calibration import tables
+from benchmarks.study.discount import HEADER, table_rows
 from benchmarks.study.experiments import HALFCHEETAH, HOPPER, WALKER2D
 from benchmarks.study.fits import WAYS as FIT_WAYS
 from benchmarks.study.parity import WAYS
@@ -303,6 +304,11 @@ def _selection(study: Path, dataset: str) -> str:
     return markdown_table(header, rows)
 
 
+def _discount(study: Path, dataset: str) -> str:
+    record = json.loads((study / f"discount-{dataset}.json").read_text())
+    return f"Command: `{record['command']}`.\n\n{markdown_table(HEADER, table_rows(record['runs']))}"
+
+
 def _fits_of_both(study: Path, dataset: str) -> str:
     """Return how the fits of `benchmarks.study.fits` compare, on rows that none has seen."""
     record = json.loads((study / f"fits-{dataset}.json").read_text())
@@ -325,7 +331,12 @@ def _fits_of_both(study: Path, dataset: str) -> str:
     return f"{described}\n\n" + markdown_table(["", *FIT_WAYS.values(), "difference"], rows)
 
 
-_BY_DATASET = {"calibration": _calibration, "selection": _selection, "fits": _fits_of_both}
+_BY_DATASET = {
+    "calibration": _calibration,
+    "selection": _selection,
+    "discount": _discount,
+    "fits": _fits_of_both,
+}
 
 
 # --- Pictures

@@ -20,6 +20,7 @@ from benchmarks.study.calibration import (
     compare_returns,
     tables,
 )
+from benchmarks.study.discount import play, table_rows
 from benchmarks.study.fits import judge
 from benchmarks.study.parity import Case, _of_run
 from benchmarks.study.simulator import Simulator, TrueSteps
@@ -28,6 +29,7 @@ from mopo_fast.cli import main
 from mopo_fast.collect import collect
 from mopo_fast.environments import make_environment
 from mopo_fast.errors import InputError
+from mopo_fast.evaluate import episode_seed, evaluate
 from mopo_fast.tasks import get_task
 
 SHIFT, SIGMA, GAP, REWARD = 0.01, 0.5, 1.2, 3.0
@@ -199,3 +201,35 @@ def test_a_run_has_the_quantities_of_the_parity(tmp_path: Path) -> None:
     # The temperature moves by its learning rate at each update.
     assert made["alpha_at_end"] == pytest.approx(made["alpha"][-1], abs=20 * 1e-4)
     assert math.isfinite(made["q_at_end"]) and math.isfinite(made["entropy_at_end"])
+
+
+def test_both_returns_are_of_the_episodes_of_an_evaluation() -> None:
+    actor = Actor(11, 3, hidden=(8,))
+    expected = evaluate(actor, "hopper", episodes=3, seed=7)
+    returns, discounted, lengths = play(actor, "Hopper-v4", 1.0, 3, 7)
+    assert returns.tolist() == discounted.tolist() == list(expected.returns)
+    assert lengths.tolist() == list(expected.lengths)
+    environment, whole, ended = make_environment("Hopper-v4"), 0.0, False
+    observation = environment.reset(seed=episode_seed(7, 0))[0]
+    for step in range(int(lengths[0])):
+        assert not ended
+        action = actor.act(torch.tensor(observation, dtype=torch.float32)[None], None)[0].numpy()
+        observation, reward, ended = environment.step(action)[:3]
+        whole += 0.9**step * float(reward)
+    assert ended
+    assert play(actor, "Hopper-v4", 0.9, 3, 7)[1][0] == pytest.approx(whole, rel=1e-5)
+
+
+def test_discounted_returns_are_means_over_the_seeds_of_a_setting() -> None:
+    runs = [
+        {
+            "seed": seed,
+            "penalty_coef": 1.0,
+            "updates": [10],
+            "return": [whole],
+            "discounted": [part],
+            "length": [5],
+        }
+        for seed, whole, part in ((1, 3000.0, 20.0), (0, 1000.0, 10.0))
+    ]
+    assert table_rows(runs) == [["lambda 1", "10", "2,000", "5", "15", "10, 20"]]

@@ -14,10 +14,11 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
+
+from benchmarks.command import run_command
 
 ROOT = Path(__file__).parent.parent
 BFLOAT16 = ["--dtype", "bfloat16"]
@@ -98,4 +99,4 @@ def _run(*command: str | Path) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(against)
+    run_command(against)

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import run_command
 from benchmarks.record import RESULTS, write_record
 from mopo_fast.bench.measure import interleave
 from mopo_fast.buffer import RingBuffer
@@ -108,4 +108,4 @@ def _denormal_share(sac: SAC) -> float:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    run_command(main)

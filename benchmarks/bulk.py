@@ -14,11 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
 
+from benchmarks.command import run_command
 from benchmarks.record import write_record
 from mopo_fast import Actor, EnsembleDynamics, load_dataset
 from mopo_fast.bulk.generate import Generator
@@ -118,4 +118,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    run_command(main)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import run_command
 from benchmarks.compare import BASELINES
 from benchmarks.record import RESULTS, write_record
 from mopo_fast import Actor
@@ -158,4 +158,4 @@ def _show(hours: dict[str, dict[str, float]]) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(canonical)
+    run_command(canonical)

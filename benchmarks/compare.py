@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
 from rich.console import Console
 from tyro.conf import Positional
 
@@ -38,6 +37,7 @@ from benchmarks.baselines_rollout import (
     LinearRollout,
     NumpyRollout,
 )
+from benchmarks.command import run_command
 from benchmarks.record import RESULTS, write_record
 from mopo_fast.bench.measure import bench, to_table
 from mopo_fast.bench.roofline import check_picture, write_roofline
@@ -144,4 +144,4 @@ def compare(
 
 
 if __name__ == "__main__":
-    tyro.cli(compare)
+    run_command(compare)

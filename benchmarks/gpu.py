@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from rich.console import Console
 
+from benchmarks.command import run_command
 from benchmarks.compare import GPU_BASELINES
 from benchmarks.record import RESULTS, write_record
 from mopo_fast import Actor, EnsembleDynamics, RolloutEngine
@@ -30,7 +30,6 @@ from mopo_fast.backends.interface import Need
 from mopo_fast.bench.measure import Work, fit_work, measure, rollout_work, sac_work, to_table
 from mopo_fast.config import EvaluationConfig, RolloutConfig, TrainConfig
 from mopo_fast.doctor import examine
-from mopo_fast.errors import InputError
 from mopo_fast.train import train
 from mopo_fast.utils.machine import check_device, device_name
 from tests.bounded import Step, run_steps
@@ -68,10 +67,7 @@ def gpu(
         logs: Folder for the steps' logs.
         device: cuda, or cpu to try the script.
     """
-    try:
-        check_device(device)
-    except InputError as error:
-        raise SystemExit(str(error)) from error
+    check_device(device)
     on_gpu = torch.device(device).type == "cuda"
     measured: dict[str, Callable[[], dict[str, Any]]] = {
         "sac-1": partial(_sac, 1, updates, device, rounds),
@@ -191,4 +187,4 @@ def _run(dataset: str, device: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    tyro.cli(gpu, prog="python -m benchmarks.gpu")
+    run_command(gpu, prog="python -m benchmarks.gpu")

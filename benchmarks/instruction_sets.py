@@ -2,10 +2,10 @@
 
 import os
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import run_command
 from benchmarks.record import RESULTS, write_record
 from mopo_fast.backends import cpu
 from mopo_fast.bench.measure import WORKS, Contender, Work, interleave
@@ -53,4 +53,4 @@ def _on(isa: str, run: Contender) -> Contender:
 
 
 if __name__ == "__main__":
-    tyro.cli(instruction_sets)
+    run_command(instruction_sets)

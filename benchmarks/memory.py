@@ -3,8 +3,8 @@
 import resource
 
 import torch
-import tyro
 
+from benchmarks.command import run_command
 from mopo_fast import Actor, EnsembleDynamics, RolloutEngine
 
 OBS_DIM, ACT_DIM = 17, 6
@@ -40,4 +40,4 @@ def _peak() -> int:
 
 
 if __name__ == "__main__":
-    tyro.cli(memory)
+    run_command(memory)

@@ -6,10 +6,10 @@ of a precision take turns.
 
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import run_command
 from benchmarks.record import RESULTS, write_record
 from mopo_fast.bench.measure import Contender, interleave, rollout_work
 from mopo_fast.doctor import examine
@@ -80,4 +80,4 @@ def rollouts(case: str, dtype: str, threads: int | None = None) -> Contender:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    run_command(main)

@@ -14,6 +14,7 @@ import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.command import run_command
 from benchmarks.record import RESULTS
 from mopo_fast.utils.pictures import BLUE, GREY, blank, look
 
@@ -184,4 +185,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    run_command(main)

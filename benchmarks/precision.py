@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
 
+from benchmarks.command import run_command
 from benchmarks.record import RESULTS, write_record
 from mopo_fast import EnsembleDynamics, RolloutEngine, load_dataset
 from mopo_fast.config import TRAINING_DTYPES
@@ -76,4 +76,4 @@ def _rms(x: torch.Tensor) -> float:
 
 
 if __name__ == "__main__":
-    tyro.cli(precision)
+    run_command(precision)

@@ -1,9 +1,9 @@
 """Compare the kernels on one thread and on all threads, in turn: `python -m benchmarks.scaling`."""
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import run_command
 from benchmarks.record import RESULTS, write_record
 from mopo_fast.bench.measure import WORKS, Work, interleave
 from mopo_fast.doctor import examine
@@ -48,4 +48,4 @@ def scaling(*, rounds: int = 15, threads: int | None = None, quiet: bool = False
 
 
 if __name__ == "__main__":
-    tyro.cli(scaling)
+    run_command(scaling)

@@ -14,10 +14,10 @@ import mujoco
 import mujoco.rollout
 import numpy as np
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import run_command
 from benchmarks.record import RESULTS, write_record
 from mopo_fast import Actor, simulation
 from mopo_fast.bench.measure import interleave
@@ -127,4 +127,4 @@ def _evaluate_by_gymnasium(actor: Actor, task: str, episodes: int) -> object:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    run_command(main)

@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import run_command
 from benchmarks.record import RESULTS, write_record
 from mopo_fast import EnsembleDynamics, RolloutEngine
 from mopo_fast.backends.interface import StepResult
@@ -82,4 +82,4 @@ def steps(engine: RolloutEngine, batch: int, calls: int) -> Contender:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    run_command(main)

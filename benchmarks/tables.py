@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from benchmarks.command import run_command
 from benchmarks.record import RESULTS
 from mopo_fast.utils.atomic import atomic_path
 
@@ -289,4 +290,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    run_command(main)

@@ -84,6 +84,12 @@ def check_rollouts(horizon: int, discount: float) -> None:
         raise InputError(f"discount must be above 0 and at most 1, got {discount}")
 
 
+def check_q_discount(discount: float) -> None:
+    """Raise `InputError` where `fitted_q` refuses this discount."""
+    if not 0.0 <= discount < 1.0:
+        raise InputError(f"the discount of fitted Q must be at least 0 and less than 1, got {discount}")
+
+
 @dataclass(frozen=True, eq=False)
 class ModelReturns:
     """Returns of rollouts in an ensemble, one for each start state.
@@ -221,8 +227,7 @@ def fitted_q(
     """
     if updates < 1 or batch_size < 1:
         raise InputError(f"updates and batch_size must be at least 1, got {updates} and {batch_size}")
-    if not 0.0 <= discount < 1.0:
-        raise InputError(f"the discount of Q must be at least 0 and less than 1, got {discount}")
+    check_q_discount(discount)
     if (policy.obs_dim, policy.act_dim) != (data.obs_dim, data.act_dim):
         raise InputError(
             f"the policy is for {policy.obs_dim} observation and {policy.act_dim} action dimensions, the data"

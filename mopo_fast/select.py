@@ -24,7 +24,14 @@ from mopo_fast.config import DataConfig, RunConfig
 from mopo_fast.data import Transitions, load_configured, load_dataset
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError, printable
-from mopo_fast.estimates import Starts, check_rollouts, draw_starts, fitted_q, penalised_returns
+from mopo_fast.estimates import (
+    Starts,
+    check_q_discount,
+    check_rollouts,
+    draw_starts,
+    fitted_q,
+    penalised_returns,
+)
 from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine
 from mopo_fast.run.find import find_run_dataset, find_trained_runs
@@ -273,8 +280,7 @@ def select(
     check_device(device)
     if fqe_updates < 0:
         raise InputError(f"fqe_updates must not be negative, got {fqe_updates}")
-    if not 0.0 <= fqe_discount < 1.0:
-        raise InputError(f"fqe_discount must be at least 0 and less than 1, got {fqe_discount}")
+    check_q_discount(fqe_discount)
     check_rollouts(1 if horizon is None else horizon, discount)
     folders = find_trained_runs([runs] if isinstance(runs, str | os.PathLike) else runs)
     configs = {run: read_config(run) for run in folders}

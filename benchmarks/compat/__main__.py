@@ -12,11 +12,11 @@ import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
 
+from benchmarks.command import run_command
 from benchmarks.record import write_record
 from mopo_fast.doctor import examine
 from mopo_fast.utils.progress import progress_bar
@@ -79,4 +79,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    run_command(main)

@@ -19,12 +19,12 @@ from typing import Annotated, Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
 
 import mopo_fast
+from benchmarks.command import run_command
 from benchmarks.compat.offlinerl_kit_scripts import Algorithm, make_trainer, without_output
 from benchmarks.record import write_record
 from mopo_fast import Transitions
@@ -218,4 +218,4 @@ def _print(results: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    run_command(main)

@@ -15,6 +15,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import run_command
 from benchmarks.record import write_record
 from benchmarks.study.simulator import Simulator
 from benchmarks.study.train import STUDY
@@ -413,4 +414,4 @@ def _spread(values: list[float | None], form: str) -> str:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    run_command(main)

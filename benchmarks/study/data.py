@@ -8,6 +8,7 @@ from typing import Any
 
 import tyro
 
+from benchmarks.command import run_command
 from benchmarks.record import write_record
 from benchmarks.study.train import STUDY
 from mopo_fast import load_dataset
@@ -58,4 +59,4 @@ def describe(name: str, task: str | None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    run_command(main)

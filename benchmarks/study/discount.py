@@ -14,6 +14,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import run_command
 from benchmarks.record import write_record
 from benchmarks.study.train import STUDY
 from mopo_fast.doctor import examine
@@ -116,4 +117,4 @@ def table_rows(runs: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    run_command(main)

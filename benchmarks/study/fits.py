@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import tyro
 
+from benchmarks.command import run_command
 from benchmarks.compat.offlinerl_kit_scripts import make_trainer
 from benchmarks.record import write_record
 from benchmarks.study.calibration import true_outputs
@@ -122,4 +123,4 @@ def judge(ensemble: EnsembleDynamics, test: Transitions) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    run_command(main)

@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from benchmarks.command import run_command
 from benchmarks.pictures import PICTURES, save_svg, svg_look
 from benchmarks.study.calibration import tables
 from benchmarks.study.discount import HEADER, table_rows
@@ -429,4 +430,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    run_command(main)

@@ -17,6 +17,7 @@ import torch
 import tyro
 from safetensors.torch import load_file
 
+from benchmarks.command import run_command
 from benchmarks.compat.offlinerl_kit_parity import probe_rows, train_recorded
 from benchmarks.compat.offlinerl_kit_scripts import TaskEnvironment, make_trainer
 from benchmarks.study.experiments import HALFCHEETAH, HOPPER, parity_training
@@ -177,4 +178,4 @@ def _of_run(case: Case) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    run_command(main)

@@ -14,6 +14,7 @@ from typing import Literal
 
 import tyro
 
+from benchmarks.command import run_command
 from benchmarks.record import RESULTS
 from benchmarks.study.experiments import EXPERIMENTS, Training
 from mopo_fast.errors import InputError
@@ -92,4 +93,4 @@ def keep(out: Path, run: str, kept: Path) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    run_command(main)

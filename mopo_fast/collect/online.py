@@ -33,6 +33,7 @@ from mopo_fast.data.transitions import DATA_ARRAYS, Transitions
 from mopo_fast.errors import InputError
 from mopo_fast.evaluate import evaluate
 from mopo_fast.policy import Actor
+from mopo_fast.run.folder import first_difference
 from mopo_fast.sac import SAC
 from mopo_fast.simulation import make_episodes
 from mopo_fast.tasks import Task, get_task
@@ -333,9 +334,9 @@ class OnlineTraining:
             raise InputError(
                 f"{path} is no checkpoint ({error}); remove {self.folder} to train from the start"
             ) from error
-        if record["settings"] != self._settings():
+        if difference := first_difference(record["settings"], self._settings()):
             raise InputError(
-                f"{self.folder} holds a training with other settings; remove it, or choose another seed"
+                f"{self.folder} holds a training with {difference}; remove it, or choose another seed"
             )
         try:
             self._restore(path, record)

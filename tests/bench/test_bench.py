@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from benchmarks.command import run_command
 from mopo_fast.backends import cpu
 from mopo_fast.bench.measure import Row, Work, _copy, _loop, bench, measure, sac_flop, sac_work, to_table
 from mopo_fast.config import DynamicsConfig, SACConfig
@@ -280,3 +281,17 @@ def test_runs_at_once_make_as_many_updates_each() -> None:
     assert (work.amount, work.shape["runs"]) == (6, 3)
     for run in work.contenders.values():
         run()
+
+
+def test_a_mistake_ends_a_benchmark_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse() -> None:
+        """Refuse."""
+        raise InputError("give the folder of a run")
+
+    monkeypatch.setattr("sys.argv", ["benchmark"])
+    with pytest.raises(SystemExit) as ended:
+        run_command(refuse)
+    assert ended.value.code == 2
+    assert capsys.readouterr() == ("", "error: give the folder of a run\n")

@@ -343,7 +343,7 @@ def test_what_cannot_be_compared_is_refused(
     refused("holds no run", empty)
     refused("there is no run with a policy")
     refused("fqe_updates must not be negative", runs[0], fqe_updates=-1)
-    refused("fqe_discount must be at least 0 and less than 1", runs[0], fqe_discount=1.0)
+    refused("the discount of fitted Q must be at least 0 and less than 1, got 1.0", runs[0], fqe_discount=1.0)
     refused("starts must be at least 1", runs[0], starts=0)
     refused("horizon must be at least 1", runs[0], horizon=0)
     refused("discount must be above 0", runs[0], discount=1.5)

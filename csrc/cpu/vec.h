@@ -140,9 +140,9 @@ MOPO_INLINE vi round_to_bfloat16(vf x) {
 }
 #ifdef MOPO_BFMMLA
 MOPO_INLINE vf pack_pair(vf first, vf second) {
-  const bfloat16x8_t one = vcvtq_low_bf16_f32((float32x4_t)first),
-                     two = vcvtq_low_bf16_f32((float32x4_t)second);
-  return (vf)vzip1q_u16(vreinterpretq_u16_bf16(one), vreinterpretq_u16_bf16(two));
+  const uint16x4_t low = vreinterpret_u16_bf16(vcvt_bf16_f32((float32x4_t)first)),
+                   high = vreinterpret_u16_bf16(vcvt_bf16_f32((float32x4_t)second));
+  return (vf)vorrq_u32(vmovl_u16(low), vshll_n_u16(high, 16));
 }
 #else
 MOPO_INLINE vf pack_pair(vf first, vf second) {

@@ -112,7 +112,7 @@ def _precision(dtype: str | None) -> int:
 
 @functools.cache
 def _say_float32(name: str) -> None:
-    logger.info("bfloat16x3 is computed in float32: the instruction set %s has no products of bfloat16", name)
+    logger.info("bfloat16x3 is computed in float32: the instruction set %s has no products of it", name)
 
 
 def bfloat16_gain() -> float:

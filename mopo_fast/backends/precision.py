@@ -56,11 +56,12 @@ def dtypes_of(precision: MatmulPrecision, device: torch.device | str, backend: s
         why = _why_not(dtype, backend, device)
         if why:
             return Dtypes(why=why)
-        if cpu.isa() not in cpu.WITH_BFLOAT16:
-            return Dtypes(rollout=dtype, why=f"the kernels for {cpu.isa()} train in float32")
-        if _serves(backend, Need(dtype, device)):
-            return Dtypes(dtype, dtype)
-        return Dtypes(dtype, why=f"the backend {backend} makes no rollouts in {dtype}")
+        reasons = []
+        if not (trains := cpu.isa() in cpu.WITH_BFLOAT16):
+            reasons.append(f"the kernels for {cpu.isa()} train in float32")
+        if not (rolls := _serves(backend, Need(dtype, device))):
+            reasons.append(f"the backend {backend} makes no rollouts in {dtype}")
+        return Dtypes(dtype if trains else "float32", dtype if rolls else "float32", " and ".join(reasons))
     rollout: RolloutDtype = "tfloat32" if precision == "high" else "bfloat16"
     why = f"the kernels for {device.type} train in float32"
     if _serves(backend, Need(rollout, device)):

@@ -52,7 +52,8 @@ class Call {
   void reply(const std::vector<double>& results) const {
     put(static_cast<int64_t>(results.size()));
     for (const double result : results) std::fwrite(&result, sizeof(result), 1, stdout);
-    for (const Block* block : written_) std::fwrite(block->data(), 1, block->size, stdout);
+    for (const Block* block : written_)
+      if (block->size > 0) std::fwrite(block->data(), 1, block->size, stdout);
   }
   void put(int64_t whole) const { std::fwrite(&whole, sizeof(whole), 1, stdout); }
 

@@ -19,18 +19,29 @@ CPP_OF_TESTS := tests/arm/driver.cpp $(wildcard $(addprefix tests/helpers/,*.cu 
 
 .PHONY: install demo check test fuzz soak docs docs-serve test-gpu lint format bench bench-gpu bench-compare sanitize sanitize-gpu \
     sanitize-threads clean
-install: $(TESTED)
+install: compiler $(TESTED)
 
+# Without a compiler the package would be installed without kernels, and training would take hours.
+COMPILERS = $(if $(filter default,$(origin CXX)),c++ g++ clang++,$(firstword $(CXX)))
+.PHONY: compiler
+compiler:
+	@for name in $(COMPILERS); do command -v $$name && break; done >/dev/null || \
+	    { echo "There is no C++ compiler: install g++ 11 or newer. docs/install.md says how to go on without one."; exit 1; }
+	@ls mopo_fast/_cpu*.so >/dev/null 2>&1 || rm -f $(INSTALLED)
+
+OLDEST := import sys; sys.exit(sys.version_info < (3, 11))
 # What the package needs is installed while the kernels are compiled.
 DEPENDENCIES := import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'])
 # Done again only when what is built or installed has changed. --no-compile: bytecode is made by the first
 # import of a module, not at once for all of torch.
 $(INSTALLED): pyproject.toml setup.py CMakeLists.txt constraints.txt $(CPP)
+	@$(PYTHON) -c "$(OLDEST)" || { echo "Name Python 3.11 or newer: make PYTHON=python3.12"; exit 1; }
 	@echo "Setting up $(VENV): PyTorch, MuJoCo and what else the package needs, and the compiled kernels."
 	@echo "This takes one to two minutes and prints errors alone."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --no-compile $$($(BIN)/python -c "$(DEPENDENCIES)") & \
-	    $(BIN)/python -m pip install --quiet --no-compile --no-deps --editable .; built=$$?; wait $$! && exit $$built
+	    trap "kill $$! 2>/dev/null" EXIT; trap "exit 130" INT TERM; \
+	    $(BIN)/python -m pip install --quiet --no-compile --no-deps --editable . && wait $$!
 	@touch $@
 
 # The extras alone: the package is installed already.
@@ -40,7 +51,7 @@ $(TESTED): $(INSTALLED)
 	@touch $@
 
 DEMO_DATA := $(RUNS)/demo/halfcheetah-random-local.hdf5
-demo: $(INSTALLED)
+demo: compiler $(INSTALLED)
 	rm -rf $(RUNS)/demo
 	$(BIN)/mopo-fast collect halfcheetah-random --steps 60000 --out $(DEMO_DATA)
 	$(BIN)/mopo-fast train $(DEMO_DATA) --steps 12000 --out $(RUNS)/demo/run \
@@ -48,7 +59,7 @@ demo: $(INSTALLED)
 	$(BIN)/mopo-fast evaluate $(RUNS)/demo/run
 	@echo "Look at $(RUNS)/demo/run/report.html"
 
-test: $(TESTED) lint
+test: compiler $(TESTED) lint
 	$(BIN)/python -m pytest -n $(JOBS)
 	$(MAKE) fuzz soak docs try-wheel
 	$(if $(QEMU),$(MAKE) arm,@echo "NOT TESTED: the kernels for ARM, which take $(ARM_CXX) and qemu-aarch64.")
@@ -58,7 +69,7 @@ QUICK := utils core/test_buffer.py core/test_ensemble.py core/test_policy.py cor
     core/test_presets.py run/test_folder.py data/test_data.py data/test_npz.py data/test_transitions.py \
     bulk/test_plan.py bench kernels/test_checked.py kernels/test_philox.py kernels/test_kernel_math.py \
     kernels/test_kernel_sac.py kernels/test_kernel_fit.py commands/test_layers.py commands/test_doctor.py
-check: $(TESTED) lint
+check: compiler $(TESTED) lint
 	$(BIN)/python -m pytest -q -n $(JOBS) -m "not slow" $(addprefix tests/,$(QUICK))
 
 # Every reader of files, fed with mutated ones; what fails is kept in build/fuzz. Other cases: make fuzz SEED=7

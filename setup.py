@@ -40,8 +40,17 @@ def find_compiler() -> str | None:
         SystemExit: the environment variable CXX names a compiler that is not there.
     """
     if named := shlex.split(os.environ.get("CXX", "")):
-        return shutil.which(named[0]) or sys.exit(f"CXX={named[0]} is not there; name another compiler")
+        return shutil.which(named[0]) or sys.exit(
+            f"CXX={named[0]} is not there; name another compiler, or none"
+        )
     return next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+
+
+def origin(compiler: str) -> int:
+    """Return a number that changes with the compiler, its version and this folder: CMake keeps all three."""
+    command = shlex.split(os.environ.get("CXX", "")) or [compiler]
+    version = subprocess.run([*command, "--version"], capture_output=True, check=False).stdout
+    return zlib.crc32("\n".join([*command, compiler, str(ROOT), version.decode(errors="replace")]).encode())
 
 
 def tool(name: str) -> str:
@@ -50,23 +59,23 @@ def tool(name: str) -> str:
     Raises:
         SystemExit: it is not there.
     """
-    return shutil.which(name) or sys.exit(f"the build needs {name}; install it, or build with isolation")
+    return shutil.which(name) or sys.exit(
+        f"the build needs {name}; install it, or leave out --no-build-isolation"
+    )
 
 
 class CMakeBuild(build_ext):
     """Build of all extensions in one CMake run."""
 
     def build_extensions(self) -> None:
-        if find_compiler() is None:
+        compiler = find_compiler()
+        if compiler is None:
             print(WITHOUT_COMPILER, file=sys.stderr)
             return
         sanitize = os.environ.get("MOPO_FAST_SANITIZE", "")
         watchdog = os.environ.get("MOPO_FAST_WATCHDOG", "0")
         kind = sanitize.replace(",", "-") or ("release" if watchdog == "0" else "watchdog")
-        # CMake keeps the compiler that a folder began with.
-        if named := os.environ.get("CXX"):
-            kind += f"-{zlib.crc32(named.encode()):08x}"
-        build = ROOT / "build" / f"cmake-{kind}-{sys.implementation.cache_tag}"
+        build = ROOT / "build" / f"cmake-{kind}-{sys.implementation.cache_tag}-{origin(compiler):08x}"
         prefix = Path(self.get_ext_fullpath("mopo_fast._cpu")).resolve().parent.parent
         # Paths of the build environment's tools, which change in each isolated build.
         program = tool("cmake")

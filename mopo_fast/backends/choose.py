@@ -86,9 +86,10 @@ def _choose(wanted: str, need: Need) -> str:
             continue
         reason = _reason_against(backend, wanted, need)
         if reason is None:
-            against = f" ({'; '.join(reasons)})" if reasons else ""
+            unbuilt = backend.name == ReferenceBackend.name != wanted and not is_built()
+            against = f" ({'; '.join(reasons)})" if reasons and not unbuilt else ""
             _say_once(logging.INFO, f"backend: {backend.name}{against}")
-            if backend.name == ReferenceBackend.name != wanted and not is_built():
+            if unbuilt:
                 reason = CpuBackend().status().reason
                 slow = f"PyTorch computes everything, which is several times slower: {reason}"
                 _say_once(logging.WARNING, slow)

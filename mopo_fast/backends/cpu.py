@@ -53,8 +53,8 @@ def _load() -> tuple[ModuleType | None, str]:
         return importlib.import_module("mopo_fast._cpu"), ""
     except ModuleNotFoundError:
         return None, (
-            "the C++ kernels were not built; install g++ 11 or newer, then mopo_fast again with"
-            " `pip install --force-reinstall --no-deps --no-cache-dir`"
+            "the C++ kernels were not built; install g++ 11 or newer, then mopo_fast again from its sources:"
+            " `pip install --force-reinstall --no-deps --no-cache-dir .`"
         )
     except ImportError as error:
         return None, f"the C++ kernels did not load ({error}); install mopo_fast again"

@@ -103,8 +103,25 @@ def test_the_compiler_of_the_installation(
     monkeypatch.setenv("CXX", "clang++ -stdlib=libc++")
     assert find_compiler() == str(tmp_path / "clang++")
     monkeypatch.setenv("CXX", "walrus++")
-    with pytest.raises(SystemExit, match=r"CXX=walrus\+\+ is not there; name another compiler"):
+    with pytest.raises(SystemExit, match=r"CXX=walrus\+\+ is not there; name another compiler, or none"):
         find_compiler()
+
+
+def test_another_compiler_builds_in_a_folder_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pytest.importorskip("setuptools"), "setup", lambda **_: None)
+    monkeypatch.delenv("CXX", raising=False)
+    origin = runpy.run_path(str(ROOT / "setup.py"))["origin"]
+    compiler, numbers = tmp_path / "c++", []
+    for version in ("9", "12"):
+        compiler.write_text(f"#!/bin/sh\necho {version}\n")
+        compiler.chmod(0o755)
+        numbers += [origin(str(compiler)), origin(str(compiler))]
+    monkeypatch.setenv("CXX", f"{compiler} -stdlib=libc++")
+    numbers.append(origin(str(compiler)))
+    assert numbers[0] == numbers[1] and numbers[2] == numbers[3]
+    assert len(set(numbers)) == 3
 
 
 def test_an_old_compiler_is_named(tmp_path: Path) -> None:
@@ -122,7 +139,7 @@ def test_an_old_compiler_is_named(tmp_path: Path) -> None:
         check=False,
     )
     assert configured.returncode != 0
-    assert "mopo_fast needs GNU 11 or newer" in " ".join(configured.stderr.split())
+    assert "mopo_fast needs g++ 11 or newer" in " ".join(configured.stderr.split())
 
 
 def test_one_version() -> None:

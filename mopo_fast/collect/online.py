@@ -334,7 +334,8 @@ class OnlineTraining:
             raise InputError(
                 f"{path} is no checkpoint ({error}); remove {self.folder} to train from the start"
             ) from error
-        if difference := first_difference(record["settings"], self._settings()):
+        if record["settings"] != (settings := self._settings()):
+            difference = first_difference(record["settings"], settings) or "other settings"
             raise InputError(
                 f"{self.folder} holds a training with {difference}; remove it, or choose another seed"
             )

@@ -37,7 +37,7 @@ DEPENDENCIES := import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb')
 $(INSTALLED): pyproject.toml setup.py CMakeLists.txt constraints.txt $(CPP)
 	@$(PYTHON) -c "$(OLDEST)" || { echo "Name Python 3.11 or newer: make PYTHON=python3.12"; exit 1; }
 	@echo "Setting up $(VENV): PyTorch, MuJoCo and what else the package needs, and the compiled kernels."
-	@echo "This takes one to two minutes and prints errors alone."
+	@echo "This takes one to three minutes and prints errors alone."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --no-compile $$($(BIN)/python -c "$(DEPENDENCIES)") & \
 	    trap "kill $$! 2>/dev/null" EXIT; trap "exit 130" INT TERM; \

@@ -65,6 +65,7 @@ def evaluate(
     seed: int,
     deterministic: bool = True,
     on_actions: Callable[[np.ndarray[Any, Any]], None] | None = None,
+    on_rewards: Callable[[np.ndarray[Any, Any]], None] | None = None,
     threads: int | None = None,
 ) -> Evaluation:
     """Evaluate a policy for some episodes in its environment.
@@ -82,6 +83,7 @@ def evaluate(
         deterministic: act by tanh(mean) instead of sampling. Only an `Actor` can be sampled.
         on_actions: called with the actions [episodes, act_dim] of each step, in the environment's range. Rows
             of episodes that have ended have no meaning.
+        on_rewards: called with the rewards [episodes] of each step. Those of episodes that have ended are 0.
         threads: number of threads that simulate the MuJoCo environments of the built-in tasks, by default one
             per core. Any other environment is stepped by gymnasium in one. The result does not depend on it.
 
@@ -139,7 +141,11 @@ def evaluate(
                 on_actions(actions)
             step = together.step(actions, running)
             observations = step.observations
-            returns[running] += step.rewards[running]
+            rewards = np.zeros(episodes)
+            rewards[running] = step.rewards[running]
+            if on_rewards is not None:
+                on_rewards(rewards)
+            returns += rewards
             lengths[running] += 1
             running = running[~(step.terminated | step.truncated)[running]]
     mean, std = float(np.mean(returns)), float(np.std(returns))

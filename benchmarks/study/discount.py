@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -19,13 +18,10 @@ from benchmarks.record import write_record
 from benchmarks.study.train import STUDY
 from mopo_fast.doctor import examine
 from mopo_fast.errors import InputError
-from mopo_fast.evaluate import episode_seed
+from mopo_fast.evaluate import evaluate
 from mopo_fast.policy import Actor
 from mopo_fast.run.folder import read_config, read_summary
 from mopo_fast.run.kept import kept_policies
-from mopo_fast.simulation import make_episodes
-from mopo_fast.tasks import get_task
-from mopo_fast.utils.machine import resolve_threads, torch_threads
 from mopo_fast.utils.progress import progress_bar
 
 Array = npt.NDArray[np.float64]
@@ -57,11 +53,10 @@ def main(
     with progress_bar("policies", sum(len(kept_policies(run)) for run in runs), quiet=quiet) as bar:
         for run in runs:
             config, summary = read_config(run), read_summary(run)
-            env_id = get_task(summary["task"]).env_id
             means = []
             for file in kept_policies(run).values():
                 actor = Actor.load(run, tensors_from=file)
-                measured = play(actor, env_id, config.sac.discount, episodes, seed)
+                measured = play(actor, summary["task"], config.sac.discount, episodes, seed)
                 means.append([float(values.mean()) for values in measured])
                 bar.advance(1)
             settings = {"seed": summary["seed"], "penalty_coef": summary["penalty_coef"]}
@@ -77,27 +72,21 @@ def main(
     print(path)
 
 
-def play(actor: Actor, env_id: str, discount: float, episodes: int, seed: int) -> tuple[Array, Array, Array]:
-    """Play episodes by the policy's mean action, from the start states of an evaluation of this seed.
+def play(actor: Actor, task: str, discount: float, episodes: int, seed: int) -> tuple[Array, Array, Array]:
+    """Evaluate the policy's mean action.
 
     Returns:
         Sums of the rewards of each episode, the same discounted, and numbers of steps, [episodes] each.
     """
-    returns, discounted, lengths = np.zeros((3, episodes))
-    with make_episodes(env_id, episodes, resolve_threads(None)) as together, torch_threads(1):
-        space, act = together.environment.action_space, actor.acting()
-        observations = np.stack([together.reset(i, episode_seed(seed, i)) for i in range(episodes)])
-        running, weight = np.arange(episodes), 1.0
-        while len(running):
-            actions = act(torch.from_numpy(observations).float(), None).numpy()
-            step = together.step(space.low + 0.5 * (actions + 1.0) * (space.high - space.low), running)
-            observations, rewards = step.observations, step.rewards[running]
-            returns[running] += rewards
-            discounted[running] += weight * rewards
-            lengths[running] += 1
-            weight *= discount
-            running = running[~(step.terminated | step.truncated)[running]]
-    return returns, discounted, lengths
+    discounted, weight = np.zeros(episodes), 1.0
+
+    def add(rewards: Array) -> None:
+        nonlocal weight
+        discounted[:] += weight * rewards
+        weight *= discount
+
+    played = evaluate(actor, task, episodes=episodes, seed=seed, on_rewards=add)
+    return np.array(played.returns), discounted, np.array(played.lengths)
 
 
 HEADER = ("setting", "updates", "return", "steps", "discounted return", "discounted return of each seed")

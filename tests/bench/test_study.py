@@ -206,7 +206,7 @@ def test_a_run_has_the_quantities_of_the_parity(tmp_path: Path) -> None:
 def test_both_returns_are_of_the_episodes_of_an_evaluation() -> None:
     actor = Actor(11, 3, hidden=(8,))
     expected = evaluate(actor, "hopper", episodes=3, seed=7)
-    returns, discounted, lengths = play(actor, "Hopper-v4", 1.0, 3, 7)
+    returns, discounted, lengths = play(actor, "hopper", 1.0, 3, 7)
     assert returns.tolist() == discounted.tolist() == list(expected.returns)
     assert lengths.tolist() == list(expected.lengths)
     environment, whole, ended = make_environment("Hopper-v4"), 0.0, False
@@ -217,7 +217,7 @@ def test_both_returns_are_of_the_episodes_of_an_evaluation() -> None:
         observation, reward, ended = environment.step(action)[:3]
         whole += 0.9**step * float(reward)
     assert ended
-    assert play(actor, "Hopper-v4", 0.9, 3, 7)[1][0] == pytest.approx(whole, rel=1e-5)
+    assert play(actor, "hopper", 0.9, 3, 7)[1][0] == pytest.approx(whole, rel=1e-5)
 
 
 def test_discounted_returns_are_means_over_the_seeds_of_a_setting() -> None:

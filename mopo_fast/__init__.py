@@ -15,6 +15,7 @@ __all__ = [
     "Box",
     "EnsembleDynamics",
     "InputError",
+    "ModelVectorEnv",
     "RolloutEngine",
     "StepResult",
     "Task",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from mopo_fast import estimates as estimates
     from mopo_fast import evaluate as evaluate
     from mopo_fast import fit as fit
+    from mopo_fast import model_env as model_env
     from mopo_fast import policy as policy
     from mopo_fast import presets as presets
     from mopo_fast import report as report
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
     from mopo_fast.ensemble import EnsembleDynamics
     from mopo_fast.errors import InputError
     from mopo_fast.fit import fit_dynamics
+    from mopo_fast.model_env import ModelVectorEnv
     from mopo_fast.policy import Actor
     from mopo_fast.rollout import RolloutEngine
     from mopo_fast.tasks import Box, Task, register_task
@@ -68,6 +71,7 @@ _HOMES = {
     "Box": "tasks",
     "EnsembleDynamics": "ensemble",
     "InputError": "errors",
+    "ModelVectorEnv": "model_env",
     "RolloutEngine": "rollout",
     "StepResult": "backends",
     "Task": "tasks",

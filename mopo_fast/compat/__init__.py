@@ -3,6 +3,9 @@
 Each code base has one module. It holds replacements for the classes that the code base's training loop calls,
 under the same names, and `read` and `write` for its checkpoints. No module imports its code base: the objects
 that a user passes in are used through their attributes.
+
+`stable_baselines3` is different: that library has no models of dynamics. The module imports it, and hands its
+agents the environments of `ModelVectorEnv`.
 """
 
 import fnmatch

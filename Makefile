@@ -47,7 +47,7 @@ $(INSTALLED): pyproject.toml setup.py CMakeLists.txt constraints.txt $(CPP)
 # The extras alone: the package is installed already.
 $(TESTED): $(INSTALLED)
 	@echo "Adding what the tests need: pytest, mypy, Ray, Minari and others. This takes about a minute."
-	@$(BIN)/python -m pip install --quiet --no-compile 'mopo_fast[test,lint,triton,minari,ray,parquet]'
+	@$(BIN)/python -m pip install --quiet --no-compile 'mopo_fast[test,lint,triton,minari,ray,parquet,agents]'
 	@touch $@
 
 DEMO_DATA := $(RUNS)/demo/halfcheetah-random-local.hdf5

@@ -4,7 +4,7 @@
     observations, infos = envs.reset()
     observations, rewards, terminations, truncations, infos = envs.step(actions)
 
-`RolloutEngine.rollout` makes the same transitions faster where the policy is an `Actor`.
+Where the policy is an `Actor`, `RolloutEngine.rollout` makes all steps in one call.
 """
 
 from typing import Any

@@ -104,7 +104,7 @@ def main(arguments=None):
     parser.add_argument("--task", default="hopper", help="task of the data set")
     parser.add_argument("--data", help="name or file of the data set")
     parser.add_argument("--dynamics", help="folder of a run or a fit with the ensemble")
-    parser.add_argument("--steps", type=int, default=20_000, help="steps in the model, of all environments")
+    parser.add_argument("--steps", type=int, default=10_000, help="steps in the model, of all environments")
     parser.add_argument("--envs", type=int, default=64, help="environments side by side")
     parser.add_argument("--horizon", type=int, default=5, help="most steps of an episode in the model")
     parser.add_argument("--penalty-coef", type=float, default=1.0, help="weight of the penalty")

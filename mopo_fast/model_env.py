@@ -26,10 +26,11 @@ from mopo_fast.utils.seeds import ROLLOUT, START, derive_seed
 
 Array = npt.NDArray[Any]
 
-# Start states are drawn in blocks of about so many, since few cost as much as many.
-_DRAWN_AT_ONCE = 4096
-# Calls are numbered in 32 bits of the random numbers' counter. After as many calls the key changes.
-_CALLS_OF_A_KEY = 2**32
+# The start states of so many episodes are drawn at once, since few draws cost as much as many: of one
+# environment, and of all together.
+_EPISODES_AT_ONCE, _DRAWN_AT_ONCE = 64, 2**16
+# Steps are numbered in 32 bits of the random numbers' counter. After as many steps the key changes.
+_STEPS_OF_A_KEY = 2**32
 
 
 class ModelVectorEnv(VectorEnv[Array, Array, Array]):
@@ -48,10 +49,10 @@ class ModelVectorEnv(VectorEnv[Array, Array, Array]):
     mean over all members was taken), `non_finite`, and `penalty` where the engine computes penalties. A reset
     has none.
 
-    **Random numbers** depend on the seed, the environment's number and the number of the call alone. The same
-    seed and actions give the same trajectories for any number of environments, and the first steps after
-    `reset(seed=...)` are those of `RolloutEngine.rollout` with this seed. A reset without a seed goes on with
-    new numbers.
+    **Random numbers** depend on the seed and the environment's number alone, and for a start state on the
+    number of its episode, for a transition on the number of the call of `step`. So the same seed and actions
+    give the same trajectories for any number of environments, and the first steps after `reset(seed=...)` are
+    those of `RolloutEngine.rollout` with this seed. A reset without a seed goes on with new numbers.
 
     **Ends of episodes** are handled as in gymnasium's `SyncVectorEnv`. With `NEXT_STEP`, the step after an
     end ignores the environment's action and returns a start state with reward 0. With `SAME_STEP`, the step
@@ -117,8 +118,10 @@ class ModelVectorEnv(VectorEnv[Array, Array, Array]):
         self._starts = _checked_starts(start_states, obs_dim)
         self._numbers = torch.arange(first_row, first_row + num_envs)
         self._rows = self._numbers.to(engine.device)
-        # Blocks of a power of two, so that none of them has numbers of two keys.
-        self._block_calls = 1 << (max(1, _DRAWN_AT_ONCE // num_envs).bit_length() - 1)
+        # Row numbers of the start states of each environment's next episodes, and how many have begun.
+        at_once = max(1, min(_EPISODES_AT_ONCE, _DRAWN_AT_ONCE // num_envs))
+        self._drawn = np.zeros((num_envs, at_once), np.int64)
+        self._episodes = np.zeros(num_envs, np.int64)
         self._states = np.zeros((num_envs, obs_dim), np.float32)
         self._lengths = np.zeros(num_envs, np.int64)
         self._ended = np.zeros(num_envs, bool)
@@ -155,7 +158,6 @@ class ModelVectorEnv(VectorEnv[Array, Array, Array]):
         self._begun = True
         self._restart(mask)
         self._ended[mask] = False
-        self._calls += 1
         return self._states.copy(), {}
 
     def step(self, actions: Any) -> tuple[Array, Array, Array, Array, dict[str, Any]]:
@@ -200,7 +202,6 @@ class ModelVectorEnv(VectorEnv[Array, Array, Array]):
         else:
             infos = _with_masks(results, ~restarted)
             self._ended = ended
-        self._calls += 1
         self._steps += 1
         return self._states.copy(), rewards, terminations, truncations, infos
 
@@ -213,9 +214,8 @@ class ModelVectorEnv(VectorEnv[Array, Array, Array]):
     def _seed_with(self, seed: int) -> None:
         super().reset(seed=seed)
         self._seed = seed
-        # Calls of `reset` and `step`, and those of `step` alone, since the seed was given.
-        self._calls = self._steps = 0
-        self._drawn, self._drawn_block = np.zeros((0, 0), np.int64), -1
+        # Both are counted from the seed on, through all resets.
+        self._steps, self._episodes[:] = 0, 0
 
     def _predict(self, actions: Array, live: Array | None = None) -> dict[str, Array]:
         """Predict a step, of the environments with the numbers `live` or of all; return arrays by name."""
@@ -223,7 +223,7 @@ class ModelVectorEnv(VectorEnv[Array, Array, Array]):
         if live is not None:
             states, actions = states[live], actions[live]
             rows = self._numbers[torch.from_numpy(live)].to(self.engine.device)
-        era, step = divmod(self._steps, _CALLS_OF_A_KEY)
+        era, step = divmod(self._steps, _STEPS_OF_A_KEY)
         result = self.engine.step(
             torch.from_numpy(states).to(self.engine.device),
             torch.from_numpy(actions).to(self.engine.device),
@@ -285,21 +285,24 @@ class ModelVectorEnv(VectorEnv[Array, Array, Array]):
         return infos
 
     def _restart(self, mask: Array) -> None:
-        """Draw start states for the environments of a mask."""
-        block, call = divmod(self._calls, self._block_calls)
-        if block != self._drawn_block:
-            era, first = divmod(self._calls - call, _CALLS_OF_A_KEY)
-            calls = torch.arange(first, first + self._block_calls).repeat_interleave(self.num_envs)
+        """Begin an episode in each of the environments of a mask, at a start state that is drawn."""
+        rows = np.flatnonzero(mask)
+        column = self._episodes[rows] % self._drawn.shape[1]
+        if len(used_up := rows[column == 0]):
+            at_once = self._drawn.shape[1]
+            episodes = torch.from_numpy(self._episodes[used_up])[:, None] + torch.arange(at_once)
             drawn = random_choice(
-                self._numbers.repeat(self._block_calls),
-                calls,
+                self._numbers[torch.from_numpy(used_up)].repeat_interleave(at_once),
+                # A counter has 32 bits. After as many episodes the start states come again, with other noise.
+                episodes.flatten() % 2**32,
                 BATCH_STREAM,
                 len(self._starts),
-                derive_seed(self._seed, START, era),
+                derive_seed(self._seed, START),
             )
-            self._drawn, self._drawn_block = drawn.view(self._block_calls, self.num_envs).numpy(), block
-        self._states[mask] = self._starts[self._drawn[call, mask]]
-        self._lengths[mask] = 0
+            self._drawn[used_up] = drawn.view(-1, at_once).numpy()
+        self._states[rows] = self._starts[self._drawn[rows, column]]
+        self._lengths[rows] = 0
+        self._episodes[rows] += 1
 
     def _checked_actions(self, given: Any) -> Array:
         try:

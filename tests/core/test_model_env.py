@@ -24,10 +24,12 @@ from one_row import OneRow
 from small_fits import toy_data
 
 import mopo_fast
+from mopo_fast.backends.philox import BATCH_STREAM, random_choice
 from mopo_fast.errors import InputError
 from mopo_fast.model_env import ModelVectorEnv
 from mopo_fast.rollout import RolloutEngine
 from mopo_fast.tasks import make_box
+from mopo_fast.utils.seeds import START, derive_seed
 
 OBS, ACT = 5, 2
 STARTS = np.random.default_rng(0).standard_normal((40, OBS)).astype(np.float32)
@@ -141,31 +143,38 @@ def test_ends_and_infos_are_those_of_gymnasium(mode: AutoresetMode, start: float
 
 @pytest.mark.parametrize("mode", MODES)
 def test_rows_do_not_depend_on_the_number_of_environments(mode: AutoresetMode) -> None:
-    options: dict[str, Any] = {"horizon": 3, "seed": 5, "autoreset_mode": mode}
+    options: dict[str, Any] = {"horizon": 6, "seed": 5, "autoreset_mode": mode}
     whole = ModelVectorEnv(engine(), STARTS, num_envs=9, **options)
-    actions = actions_of(whole, 12)
+    actions = actions_of(whole, 25)
     expected = play(whole, actions)
-    assert any(step[2].any() for step in expected if len(step) == 5)
+    ends = [step[2] | step[3] for step in expected if len(step) == 5]
+    # Some ends are in one part alone.
+    assert any(end[:4].any() != end[4:].any() for end in ends)
     for first, last in ((0, 4), (4, 9)):
         part = ModelVectorEnv(engine(), STARTS, num_envs=last - first, first_row=first, **options)
         made = [part.reset()]
-        whole_made = [expected[0]]
-        steps = iter(expected[1:])
         for action in actions:
             made.append(part.step(action[first:last]))
-            whole_made.append(next(steps))
-            ended = whole_made[-1][2] | whole_made[-1][3]
+            ended = made[-1][2] | made[-1][3]
             if mode is DISABLED and ended.any():
-                # Calls count for the random numbers, so a part makes the same ones.
-                whole_made.append(next(steps))
-                if ended[first:last].any():
-                    made.append(part.reset(options={"reset_mask": ended[first:last]}))
-                else:
-                    part._calls += 1
-                    made.append((part._states.copy(), {}))
-        for one, other in zip(made, whole_made, strict=True):
+                part.reset(options={"reset_mask": ended})
+        whole_made = [step for step in expected if len(step) == 5]
+        for one, other in zip(made[1:], whole_made, strict=True):
             for ours, theirs in zip(one[:-1], other[:-1], strict=True):
                 np.testing.assert_array_equal(ours, theirs[first:last])
+        np.testing.assert_array_equal(made[0][0], expected[0][0][first:last])
+
+
+def test_modes_that_reset_at_once_give_the_same() -> None:
+    disabled, same = (
+        ModelVectorEnv(engine(), STARTS, num_envs=6, horizon=4, seed=2, autoreset_mode=mode)
+        for mode in (DISABLED, SAME_STEP)
+    )
+    actions = actions_of(same, 12)
+    resets = [step for step in play(disabled, actions) if len(step) == 5]
+    for one, other in zip(resets, play(same, actions)[1:], strict=True):
+        for ours, theirs in zip(one[1:4], other[1:4], strict=True):
+            np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -205,19 +214,35 @@ def test_random_numbers_never_repeat() -> None:
     assert len(seen) > 7
 
 
-@pytest.mark.parametrize("num_envs", [1, 3, 5000])
-def test_the_counter_passes_32_bits(num_envs: int) -> None:
-    """The key changes with the 2^32nd call, so that counters 0 and 1 do not bring the same numbers again."""
-    envs = ModelVectorEnv(engine(), STARTS, num_envs=num_envs, horizon=1, seed=0, autoreset_mode=SAME_STEP)
-    made: dict[int, list[np.ndarray]] = {}
-    for calls in (0, 2**32 - 2):
+def test_the_counter_passes_32_bits() -> None:
+    """The key changes with the 2^32nd step, so that counters 0 and 1 do not bring the same noise again."""
+    options: dict[str, Any] = {"num_envs": 3, "horizon": 1, "autoreset_mode": SAME_STEP}
+    envs = ModelVectorEnv(engine(), STARTS[:1], seed=0, **options)
+    made = []
+    for steps in (0, 2**32 - 2):
         envs.reset(seed=0)
-        envs._calls = envs._steps = calls
-        steps = [envs.step(np.zeros((num_envs, ACT))) for _ in range(4)]
-        made[calls] = [np.stack([*step[0], *step[4]["final_obs"]]) for step in steps]
-    early, late = made.values()
-    assert len({array.tobytes() for array in (*early, *late)}) == 8
-    assert envs._steps == 2**32 + 2
+        envs._steps = steps
+        made += [np.stack(envs.step(np.zeros((3, ACT)))[4]["final_obs"]) for _ in range(4)]
+    assert len({array.tobytes() for array in made}) == 8 and envs._steps == 2**32 + 2
+
+
+@pytest.mark.parametrize("num_envs", [1, 700, 70_000])
+def test_start_states_are_those_of_the_generator(num_envs: int) -> None:
+    """Over more episodes than are drawn at once, which some environments begin more often than others."""
+    states = np.arange(1000, dtype=np.float32)[:, None]
+    model = RolloutEngine(linear_ensemble(0.0, 0.0), penalty_coef=0.0, threads=1)
+    envs = ModelVectorEnv(model, states, num_envs=num_envs, seed=3, first_row=5, autoreset_mode=DISABLED)
+    numbers = torch.arange(5, 5 + num_envs)
+    envs.reset()
+    episodes = np.zeros(num_envs, np.int64)
+    for call in range(150 if num_envs < 1000 else 4):
+        mask = np.arange(num_envs) % 3 <= call % 3
+        episodes += mask
+        expected = random_choice(
+            numbers, torch.from_numpy(episodes), BATCH_STREAM, 1000, derive_seed(3, START)
+        )
+        observations, _ = envs.reset(options={"reset_mask": mask})
+        np.testing.assert_array_equal(observations[:, 0], expected.numpy())
 
 
 def test_start_states_are_drawn_from_all_rows() -> None:

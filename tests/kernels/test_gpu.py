@@ -1,16 +1,19 @@
-"""Test recorded launches and training on a GPU against the CPU."""
+"""Test recorded launches, training and the model as an environment on a GPU against the CPU."""
 
 import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from kernel_cases import assert_trained_alike, random_transitions, to_double
+from kernel_cases import assert_trained_alike, make_ensemble, random_transitions, to_double
 
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import DynamicsConfig, EvaluationConfig, RolloutConfig, SACConfig, TrainConfig
 from mopo_fast.fit import Fit
+from mopo_fast.model_env import ModelVectorEnv
+from mopo_fast.rollout import RolloutEngine
 from mopo_fast.run.population import FitPopulation, SacPopulation, fit_and_save_many, train_many
 from mopo_fast.sac import SAC
 from mopo_fast.train import train
@@ -136,3 +139,22 @@ def test_runs_on_the_gpu_can_be_stopped_and_gone_on_with(
         (out / "summary.json").unlink()
     again = train(configs[0], outs[0], resume=True, quiet=True)
     assert again["score_mean"] == summaries[0]["score_mean"]
+
+
+def test_the_model_as_an_environment_moves_its_arrays() -> None:
+    """NumPy goes in and comes out; some environments end early, so that a step is of a part of the rows."""
+    made = {}
+    for device in ("cpu", "cuda"):
+        engine = RolloutEngine(make_ensemble(OBS, ACT).to(device), backend="reference")
+        starts = random_transitions(30, OBS, ACT, seed=1).to(device)
+        envs = ModelVectorEnv(engine, starts, num_envs=6, horizon=3, seed=0)
+        actions = np.random.default_rng(1).uniform(-1, 1, (8, 6, ACT)).astype(np.float32)
+        envs.reset()
+        steps = [envs.step(actions[0])]
+        envs.reset(options={"reset_mask": np.arange(6) < 2})
+        made[device] = [*steps, *(envs.step(action) for action in actions[1:])]
+    for ours, theirs in zip(made["cuda"], made["cpu"], strict=True):
+        for one, other in zip(ours[:-1], theirs[:-1], strict=True):
+            assert isinstance(one, np.ndarray) and one.dtype == other.dtype
+            np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
+        np.testing.assert_array_equal(ours[-1]["member"], theirs[-1]["member"])

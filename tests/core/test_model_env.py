@@ -1,8 +1,10 @@
 """Test ModelVectorEnv against RolloutEngine and gymnasium's SyncVectorEnv, and with other libraries."""
 
 import copy
+import importlib
 import math
 import pickle
+import sys
 from typing import Any
 
 import gymnasium
@@ -549,6 +551,15 @@ def test_a_termination_function_gets_tensors() -> None:
 
 def test_it_is_a_name_of_the_package() -> None:
     assert mopo_fast.ModelVectorEnv is ModelVectorEnv
+
+
+def test_the_adapter_without_its_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "stable_baselines3.common.vec_env.base_vec_env", None)
+    monkeypatch.delitem(sys.modules, "mopo_fast.compat.stable_baselines3", raising=False)
+    with pytest.raises(
+        ImportError, match=r"stable_baselines3 cannot be imported .*pip install '\.\[agents\]'"
+    ):
+        importlib.import_module("mopo_fast.compat.stable_baselines3")
 
 
 @pytest.mark.parametrize("mode", [SAME_STEP, DISABLED])

@@ -46,8 +46,8 @@ $(INSTALLED): pyproject.toml setup.py CMakeLists.txt constraints.txt $(CPP)
 
 # The extras alone: the package is installed already.
 $(TESTED): $(INSTALLED)
-	@echo "Adding what the tests need: pytest, mypy, Ray, Minari and others. This takes about a minute."
-	@$(BIN)/python -m pip install --quiet --no-compile 'mopo_fast[test,lint,triton,minari,ray,parquet,agents]'
+	@echo "Adding what the tests need: pytest, mypy, Ray, Minari, ONNX and others. This takes about a minute."
+	@$(BIN)/python -m pip install --quiet --no-compile 'mopo_fast[test,lint,triton,minari,ray,parquet,onnx,hub]'
 	@touch $@
 
 DEMO_DATA := $(RUNS)/demo/halfcheetah-random-local.hdf5

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from mopo_fast import errors as errors
     from mopo_fast import estimates as estimates
     from mopo_fast import evaluate as evaluate
+    from mopo_fast import export as export
     from mopo_fast import fit as fit
     from mopo_fast import model_env as model_env
     from mopo_fast import policy as policy

@@ -41,6 +41,7 @@ from mopo_fast.config import (
     Compression,
     DataConfig,
     DynamicsConfig,
+    ExportFormat,
     FitConfig,
     Hints,
     MatmulPrecision,
@@ -1088,6 +1089,45 @@ def _compare(runs: Sequence[Path], out: Path, *, json: bool = False) -> None:
     print(page)
 
 
+def export(
+    run: Run,
+    *,
+    to: ExportFormat = "onnx",
+    out: Annotated[Path | None, flag("export in RUN", "DIR")] = None,
+    distribution: Switch = False,
+    overwrite: Switch = False,
+) -> None:
+    """Write the policy and the dynamics of a run as ONNX files, or as programs of torch.export.
+
+    Other programs run these files without this package: policy.onnx and dynamics.onnx, or policy.pt2 and
+    dynamics.pt2. All take any number of rows.
+
+    Each file is run on random inputs before it gets its name, and compared with the networks in float64. Its
+    largest error is printed beside that of PyTorch in float32.
+
+    Args:
+        run: Folder of the run, of `mopo-fast fit` or of `mopo-fast convert`. It may hold a policy alone, or
+            dynamics alone.
+        to: Format of the files: onnx for ONNX, torch for torch.export. ONNX needs `pip install '.[onnx]'` in
+            the checkout.
+        out: Folder for the files.
+        distribution: Let the policy return mean and log_std too, those of its Gaussian before the tanh.
+            Otherwise it returns actions alone, tanh(mean).
+        overwrite: Replace files that exist.
+
+    Examples:
+        mopo-fast export runs/hopper-medium-v2-seed0
+        mopo-fast export runs/hopper-medium-v2-seed0 --to torch --out models/
+    """
+    from mopo_fast.run.find import check_run
+
+    check_run(run, files=("policy.json", "dynamics.json"))
+    from mopo_fast.export import export_run
+
+    for file in export_run(run, out, to=to, distribution=distribution, overwrite=overwrite):
+        print(f"{file.path}: largest error {file.error:.2g}, PyTorch's own {file.usual_error:.2g}")
+
+
 def doctor(*, json: Switch = False) -> None:
     """Print the machine, the versions, the data sets found, and for each backend why it can or cannot run.
 
@@ -1118,6 +1158,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
         bench,
         select,
         report,
+        export,
         doctor,
     )
 }

@@ -37,6 +37,7 @@ Compat = Literal["d4rl", "offlinerl-kit"]
 ZInit = Literal["constant", "episode"]
 Preset = Literal["mopo-tf", "offlinerl-kit", "mbrl-lib", "unifloral", "polixir", "d3rlpy"]
 CheckpointFormat = Literal["mopo-fast", Preset]
+ExportFormat = Literal["onnx", "torch"]
 if TYPE_CHECKING:
     # `train` also takes data in memory, which the command line cannot name.
     Dataset = Any
@@ -60,6 +61,7 @@ TUNED: tuple[Tuned, ...] = get_args(Tuned)
 COMPATS: tuple[Compat, ...] = get_args(Compat)
 PRESETS: tuple[Preset, ...] = get_args(Preset)
 CHECKPOINT_FORMATS: tuple[CheckpointFormat, ...] = get_args(CheckpointFormat)
+EXPORT_FORMATS: tuple[ExportFormat, ...] = get_args(ExportFormat)
 
 MAX_RUNS = 10_000
 """Upper limit of the runs that one call makes."""

@@ -14,7 +14,7 @@ FILES = (
     *("dynamics.safetensors", "dynamics.json", "policy.safetensors", "policy.json"),
     # The rest of a run's folder holds no models, or holds them for going on with the run.
     *("config.json", "summary.json", "progress.csv", "fit.json", "fit.csv", "report.html", "*.png"),
-    *("checkpoint", "tensorboard-fit", "events.out.tfevents.*"),
+    *("checkpoint", "export", "tensorboard-fit", "events.out.tfevents.*"),
 )
 """Names of the files in a run's folder, of which `read` takes the models."""
 

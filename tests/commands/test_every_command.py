@@ -51,6 +51,7 @@ LINES: dict[str, tuple[list[str], str]] = {
     "report": (["report", "run"], "report.html"),
     "report of runs": (["report", "run", "runs", "--out", "compared"], "compared/comparison.html"),
     "report of a fit": (["report", "fit"], "report.html"),
+    "export": (["export", "run", "--to", "torch", "--out", "exported"], "exported/dynamics.pt2: largest"),
     "convert models": (["convert", "run", "models", "--from", "mopo-fast"], "dynamics and policy"),
     "rollout to a file": ([*ROLLOUT, "--out", "rollouts.npz"], "50 transitions"),
     "rollout to shards": ([*ROLLOUT, "--out", "shards", "--shard-rows", "30"], "2 shards"),
@@ -64,7 +65,7 @@ LINES: dict[str, tuple[list[str], str]] = {
     ),
 }
 # Commands without anything to show while they run.
-SILENT = ("relabel", "info", "convert", "evaluate", "report", "doctor")
+SILENT = ("relabel", "info", "convert", "evaluate", "report", "export", "doctor")
 # Runs all command lines in one process, because the imports take longer than the commands.
 DRIVER = """
 import json, sys

@@ -95,6 +95,7 @@ EXEMPT = {
     "mopo_fast.bulk.files:write_file": "writes into a file of its own, and reads it for its checksum",
     "mopo_fast.sweep:_fit": "hands a name to load_dataset",
     "mopo_fast.tasks:_read_task_file": "runs a Python file, which is trusted by being named",
+    "mopo_fast.export:_torch_runner": "loads a file that export has just written",
     "mopo_fast.run.folder:as_json": "parses JSON that it has just made",
 }
 

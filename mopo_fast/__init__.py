@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from mopo_fast import evaluate as evaluate
     from mopo_fast import export as export
     from mopo_fast import fit as fit
+    from mopo_fast import hub as hub
     from mopo_fast import model_env as model_env
     from mopo_fast import policy as policy
     from mopo_fast import presets as presets

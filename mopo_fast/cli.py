@@ -1128,6 +1128,77 @@ def export(
         print(f"{file.path}: largest error {file.error:.2g}, PyTorch's own {file.usual_error:.2g}")
 
 
+def push(
+    run: Run,
+    *,
+    repo: Annotated[str, arg(metavar="USER/NAME")],
+    private: Switch = False,
+    checkpoint: Switch = False,
+    quiet: Switch = False,
+) -> None:
+    """Upload a run to the Hugging Face Hub, with a model card.
+
+    The repository receives the policy, the dynamics, the settings, the results and the kept policies, in one
+    commit. Absolute paths in the settings are replaced by names of files.
+
+    It needs `pip install '.[hub]'` in the checkout, and a token: log in with `hf auth login`, or set
+    HF_TOKEN.
+
+    Args:
+        run: Folder of the run.
+        repo: Repository of models. It is made if it does not exist.
+        private: Make a new repository private.
+        checkpoint: Upload the checkpoint too, with which the training goes on. It has the state of the
+            optimizers and the model buffer.
+        quiet: Show no progress bars.
+
+    Examples:
+        mopo-fast push runs/hopper-medium-v2-seed0 --repo me/mopo-hopper-medium
+    """
+    from mopo_fast.run.find import check_policy, check_run
+
+    check_run(run)
+    check_policy(run)
+    from mopo_fast.hub import push
+
+    print(push(run, repo, private=private, checkpoint=checkpoint, quiet=quiet).url)
+
+
+def pull(
+    repo: Annotated[str, Positional, arg(metavar="USER/NAME")],
+    *,
+    out: Annotated[Path | None, flag("runs/NAME", "RUN")] = None,
+    revision: Annotated[str | None, flag("the latest commit", "REVISION")] = None,
+    quiet: Switch = False,
+) -> None:
+    """Download a run from the Hugging Face Hub that `mopo-fast push` has uploaded.
+
+    All files are checked before the folder gets its name. Nothing in them is executed.
+
+    The same command continues a download that was stopped.
+
+    It needs `pip install '.[hub]'` in the checkout. Private repositories need a token, as for `push`.
+
+    Args:
+        repo: Repository of the run.
+        out: Folder for the run, which must not exist.
+        revision: Branch, tag or commit of the repository.
+        quiet: Show no progress bars.
+
+    Examples:
+        mopo-fast pull me/mopo-hopper-medium
+        mopo-fast evaluate runs/mopo-hopper-medium
+    """
+    if out is not None and os.path.lexists(out):
+        raise InputError(f"{out} exists already; choose another --out")
+    from mopo_fast.hub import pull
+
+    try:
+        print(pull(repo, out, revision=revision, quiet=quiet))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; the same command goes on") from None
+
+
 def doctor(*, json: Switch = False) -> None:
     """Print the machine, the versions, the data sets found, and for each backend why it can or cannot run.
 
@@ -1159,6 +1230,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
         select,
         report,
         export,
+        push,
+        pull,
         doctor,
     )
 }

@@ -24,7 +24,7 @@ from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
 from mopo_fast.policy import Actor
 from mopo_fast.run.find import check_run
-from mopo_fast.run.folder import read_recorded
+from mopo_fast.run.folder import holds_run, read_recorded
 from mopo_fast.utils.atomic import atomic_path, check_writable
 
 logger = logging.getLogger("mopo_fast")
@@ -130,7 +130,7 @@ def export_run(
     for model, missing in ((actor, "policy"), (ensemble, "dynamics")):
         if model is None:
             logger.info("%s has no %s; the %s is exported alone", run, missing, names[0])
-    if "task" in origin and not (run / "summary.json").is_file():
+    if holds_run(run) and not (run / "summary.json").is_file():
         logger.info("the run in %s is not finished; its latest models are exported", run)
     written = []
     if actor is not None:

@@ -7,10 +7,12 @@ import re
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from places import ROOT
+from small_hub import TOKEN, Hub, serving
 
 from mopo_fast.cli import COMMANDS
 
@@ -52,6 +54,9 @@ LINES: dict[str, tuple[list[str], str]] = {
     "report of runs": (["report", "run", "runs", "--out", "compared"], "compared/comparison.html"),
     "report of a fit": (["report", "fit"], "report.html"),
     "export": (["export", "run", "--to", "torch", "--out", "exported"], "exported/dynamics.pt2: largest"),
+    "push": (["push", "run", "--repo", "user/hopper"], "user/hopper/commit/"),
+    "pull": (["pull", "user/hopper", "--out", "pulled"], "pulled\n"),
+    "evaluate the pulled": (["evaluate", "pulled", "--episodes", "1"], "normalised score"),
     "convert models": (["convert", "run", "models", "--from", "mopo-fast"], "dynamics and policy"),
     "rollout to a file": ([*ROLLOUT, "--out", "rollouts.npz"], "50 transitions"),
     "rollout to shards": ([*ROLLOUT, "--out", "shards", "--shard-rows", "30"], "2 shards"),
@@ -92,17 +97,28 @@ def split(text: str) -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
+@pytest.fixture(scope="module")
+def hub() -> Iterator[Hub]:
+    """Serve a stand-in of the Hugging Face Hub."""
+    with serving() as server:
+        yield server
+
+
 @pytest.fixture(scope="module", params=["terminal", "pipe"])
 def printed(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, hub: Hub
 ) -> tuple[str, dict[str, object], dict[str, str], dict[str, str]]:
     """Return the kind of the output, the exit codes, and the texts on standard output and error."""
     pytest.importorskip("ray")
+    pytest.importorskip("huggingface_hub")
     folder = tmp_path_factory.mktemp(request.param)
     code, lines = DRIVER, json.dumps({name: line for name, (line, _) in LINES.items()})
     command = [sys.executable, "-c", code, lines]
     variables = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "80", "TERM": "xterm-256color"}
     variables |= {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    variables |= {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HOME": str(folder / "hf")}
+    # The server of xet speaks a protocol of its own.
+    variables |= {"HF_HUB_DISABLE_XET": "1"}
     if request.param == "pipe":
         result = subprocess.run(
             command, cwd=folder, env=variables, capture_output=True, text=True, check=True, timeout=280

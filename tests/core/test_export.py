@@ -209,6 +209,8 @@ def test_a_folder_with_one_model_says_so(
 ) -> None:
     for suffix in (".json", ".safetensors"):
         shutil.copy(RUN / f"{only}{suffix}", tmp_path)
+    # As `mopo-fast fit` records its settings.
+    (tmp_path / "config.json").write_text('{"dataset": "hopper-random-local", "task": "hopper"}')
     with caplog.at_level(logging.INFO, "mopo_fast"):
         (written,) = export_run(tmp_path, to="torch")
     assert caplog.messages == [f"{tmp_path} has no {missing}; the {only} is exported alone"]

@@ -96,6 +96,8 @@ EXEMPT = {
     "mopo_fast.sweep:_fit": "hands a name to load_dataset",
     "mopo_fast.tasks:_read_task_file": "runs a Python file, which is trusted by being named",
     "mopo_fast.export:_torch_runner": "loads a file that export has just written",
+    "mopo_fast.hub:_stage": "copies files of a run, which push then reads by readers that join by themselves",
+    "mopo_fast.hub:_copy_cached": "copies files, which pull then reads by readers that join by themselves",
     "mopo_fast.run.folder:as_json": "parses JSON that it has just made",
 }
 

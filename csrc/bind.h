@@ -57,6 +57,17 @@ inline std::vector<mopo::TrainedLayer> trained_layers(const std::vector<TrainedT
   return result;
 }
 
+// (addresses of the scale's value, exp_avg and exp_avg_sq, then the shift's three)
+using NormTuple = std::array<uintptr_t, 6>;
+
+inline std::vector<mopo::TrainedNorm> trained_norms(const std::vector<NormTuple>& tuples) {
+  std::vector<mopo::TrainedNorm> result;
+  for (const NormTuple& a : tuples)
+    result.push_back({{pointer<float>(a[0]), pointer<float>(a[1]), pointer<float>(a[2]), nullptr},
+                      {pointer<float>(a[3]), pointer<float>(a[4]), pointer<float>(a[5]), nullptr}});
+  return result;
+}
+
 inline mopo::Parameter parameter(const std::array<uintptr_t, 3>& a) {
   return {pointer<float>(a[0]), pointer<float>(a[1]), pointer<float>(a[2]), nullptr};
 }
@@ -137,24 +148,28 @@ struct SacCall {
 
 // FitArgs with the arrays that they point to. Never copied, for the same reason.
 struct FitCall {
-  FitCall(int64_t members, int64_t dims, const std::vector<TrainedTuple>& layers, int activation,
-          const std::array<uintptr_t, 3>& max_logvar, const std::array<uintptr_t, 3>& min_logvar,
+  FitCall(int64_t members, int64_t dims, const std::vector<TrainedTuple>& layers,
+          const std::vector<NormTuple>& norms, int activation, const std::array<uintptr_t, 3>& max_logvar, const std::array<uintptr_t, 3>& min_logvar,
           uintptr_t inputs, uintptr_t targets, int64_t stride, uintptr_t rows, int64_t count,
           int64_t rows_stride, int64_t batch, float learning_rate, float logvar_bound_weight,
           const std::vector<float>& weight_decay, int64_t steps_before, const std::vector<uintptr_t>& steps,
           int precision)
-      : layers(trained_layers(layers)), weight_decay(weight_decay), counts{steps, 0} {
+      : layers(trained_layers(layers)),
+        norms(trained_norms(norms)),
+        weight_decay(weight_decay),
+        counts{steps, 0} {
     args.members = members;
     args.depth = static_cast<int64_t>(layers.size());
     args.dims = dims;
     args.layers = this->layers.data();
+    args.norms = norms.empty() ? nullptr : this->norms.data();
     args.activation = static_cast<mopo::Activation>(activation);
     args.max_logvar = parameter(max_logvar);
     args.min_logvar = parameter(min_logvar);
     args.inputs = pointer<float>(inputs);
     args.targets = pointer<float>(targets);
     args.stride = stride;
-    args.rows = pointer<int64_t>(rows);
+    args.rows = pointer<int32_t>(rows);
     args.count = count;
     args.rows_stride = rows_stride;
     args.batch = batch;
@@ -169,6 +184,7 @@ struct FitCall {
   void count_steps() const { counts.set(args.steps_before + (args.count + args.batch - 1) / args.batch); }
 
   std::vector<mopo::TrainedLayer> layers;
+  std::vector<mopo::TrainedNorm> norms;
   std::vector<float> weight_decay;
   StepCounts counts;
   mopo::FitArgs args{};
@@ -193,11 +209,11 @@ inline void bind_calls(py::module_& module) {
            arg("count"), arg("first_draw"), arg("seed"));
   py::class_<FitCall>(module, "FitCall", py::module_local(),
                       "Fit steps of one run; the arguments are described in csrc/fit.h.")
-      .def(py::init<int64_t, int64_t, const std::vector<TrainedTuple>&, int, const std::array<uintptr_t, 3>&,
-                    const std::array<uintptr_t, 3>&, uintptr_t, uintptr_t, int64_t, uintptr_t, int64_t,
+      .def(py::init<int64_t, int64_t, const std::vector<TrainedTuple>&, const std::vector<NormTuple>&, int,
+                    const std::array<uintptr_t, 3>&, const std::array<uintptr_t, 3>&, uintptr_t, uintptr_t, int64_t, uintptr_t, int64_t,
                     int64_t, int64_t, float, float, const std::vector<float>&, int64_t,
                     const std::vector<uintptr_t>&, int>(),
-           py::kw_only(), arg("members"), arg("dims"), arg("layers"), arg("activation"), arg("max_logvar"),
+           py::kw_only(), arg("members"), arg("dims"), arg("layers"), arg("norms"), arg("activation"), arg("max_logvar"),
            arg("min_logvar"), arg("inputs"), arg("targets"), arg("stride"), arg("rows"), arg("count"),
            arg("rows_stride"), arg("batch"), arg("learning_rate"), arg("logvar_bound_weight"),
            arg("weight_decay"), arg("steps_before"), arg("steps"), arg("precision"));

@@ -10,15 +10,21 @@
 
 namespace {
 
-// (weight addresses, bias addresses, sizes, networks, activation); sizes are in, hidden ..., out.
+// (weight addresses, bias addresses, sizes, networks, activation, and the addresses of the hidden layers' norm
+// scales and shifts). Sizes are in, hidden ..., out. Without layer norms there are no such addresses.
 using NetworkTuple =
-    std::tuple<std::vector<uintptr_t>, std::vector<uintptr_t>, std::vector<int64_t>, int64_t, int>;
+    std::tuple<std::vector<uintptr_t>, std::vector<uintptr_t>, std::vector<int64_t>, int64_t, int,
+               std::vector<uintptr_t>, std::vector<uintptr_t>>;
 
 std::vector<mopo::NetworkLayer> layers(const NetworkTuple& network) {
-  const auto& [weights, biases, sizes, networks, activation] = network;
+  const auto& [weights, biases, sizes, networks, activation, scales, shifts] = network;
   std::vector<mopo::NetworkLayer> result;
-  for (size_t l = 0; l < weights.size(); ++l)
-    result.push_back({pointer<float>(weights[l]), pointer<float>(biases[l]), sizes[l], sizes[l + 1]});
+  for (size_t l = 0; l < weights.size(); ++l) {
+    const bool normed = l < scales.size();
+    result.push_back({pointer<float>(weights[l]), pointer<float>(biases[l]), sizes[l], sizes[l + 1],
+                      normed ? pointer<float>(scales[l]) : nullptr,
+                      normed ? pointer<float>(shifts[l]) : nullptr});
+  }
   return result;
 }
 
@@ -55,12 +61,13 @@ auto interruptible(Kernel kernel) {
   return result;
 }
 
-std::pair<int64_t, int64_t> rollout(
+std::tuple<int64_t, int64_t, int64_t> rollout(
     const std::string& isa, int64_t obs_dim, int64_t act_dim, const NetworkTuple& dynamics,
     const mopo::Packed& packed, uintptr_t input_mean, uintptr_t input_std, uintptr_t max_logvar,
     uintptr_t min_logvar, uintptr_t carry, bool log_std, uintptr_t elites, int64_t num_elites,
     uintptr_t penalty_members, int64_t num_penalty_members, const std::string& penalty, float penalty_coef,
-    bool penalties, uintptr_t low, uintptr_t high, const NetworkTuple& policy, float log_std_min,
+    bool penalties, float truncate_at, bool halts, float halt_reward, bool keep_member, uintptr_t low,
+    uintptr_t high, const NetworkTuple& policy, float log_std_min,
     float log_std_max, uintptr_t actions, int64_t batch, uintptr_t start, uintptr_t rows, int64_t horizon,
     uint32_t first_step, uint64_t seed, bool deterministic, int precision, bool keep_every_row,
     const std::vector<ArrayTuple>& out, int64_t capacity, int64_t head, uintptr_t mean, uintptr_t std,
@@ -83,6 +90,8 @@ std::pair<int64_t, int64_t> rollout(
   args.penalty = penalty_called(penalty);
   args.penalty_coef = penalty_coef;
   args.penalties = penalties;
+  args.truncation = {truncate_at, halts, halt_reward};
+  args.keep_member = keep_member;
   args.low = pointer<float>(low);
   args.high = pointer<float>(high);
   args.policy = network(policy, policy_layers);
@@ -109,7 +118,7 @@ std::pair<int64_t, int64_t> rollout(
   const mopo::Kernels& kernels = mopo::kernels(isa);
   const mopo::RolloutCounts counts = interruptible(
       [&](mopo::Interrupt& interrupt) { return mopo::rollout(args, packed, kernels, interrupt); });
-  return {counts.written, counts.non_finite};
+  return {counts.written, counts.non_finite, counts.truncated};
 }
 
 // False if it was interrupted.
@@ -188,12 +197,14 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("rollout", rollout, py::kw_only(), arg("isa"), arg("obs_dim"), arg("act_dim"), arg("dynamics"),
              arg("packed"), arg("input_mean"), arg("input_std"), arg("max_logvar"), arg("min_logvar"),
              arg("carry"), arg("log_std"), arg("elites"), arg("num_elites"), arg("penalty_members"),
-             arg("num_penalty_members"), arg("penalty"), arg("penalty_coef"), arg("penalties"), arg("low"),
+             arg("num_penalty_members"), arg("penalty"), arg("penalty_coef"), arg("penalties"), arg("truncate_at"),
+             arg("halts"), arg("halt_reward"), arg("keep_member"), arg("low"),
              arg("high"), arg("policy"), arg("log_std_min"), arg("log_std_max"), arg("actions"), arg("batch"),
              arg("start"), arg("rows"), arg("horizon"), arg("first_step"), arg("seed"), arg("deterministic"),
              arg("precision"), arg("keep_every_row"), arg("out"), arg("capacity"), arg("head"), arg("mean"),
              arg("std"), arg("threads"),
-             "Run the fused rollout of csrc/rollout.h. Return (rows written, rollouts cut as not finite).");
+             "Run the fused rollout of csrc/rollout.h. Return (rows written, rollouts cut as not finite, rollouts "
+             "truncated).");
   module.def("least_values", least_values, py::kw_only(), arg("isa"), arg("obs_dim"), arg("act_dim"),
              arg("policy"), arg("critics"), arg("log_std_min"), arg("log_std_max"), arg("mean"), arg("std"),
              arg("samples"), arg("members"), arg("rows"), arg("seed"), arg("precision"), arg("q"),

@@ -26,8 +26,8 @@ void rollout(bool bfloat16, int width, int slots, uintptr_t weights, uintptr_t c
              int obs_dim, int act_dim, int members, int hidden_layers, int activation, uintptr_t input_mean,
              uintptr_t input_std, uintptr_t exp_minus_max, uintptr_t exp_min, uintptr_t carry, bool log_std,
              uintptr_t elites, int num_elites, uintptr_t penalty_members, int num_penalty_members,
-             const std::string& penalty, float penalty_coef, uintptr_t low, uintptr_t high,
-             int policy_hidden_layers, int policy_activation, float log_std_min, float log_std_max, int batch,
+             const std::string& penalty, float penalty_coef, float truncate_at, bool halts, float halt_reward,
+             bool keep_member, uintptr_t low, uintptr_t high, int policy_hidden_layers, int policy_activation, float log_std_min, float log_std_max, int batch,
              uintptr_t start, uintptr_t rows, int horizon, uint32_t first_step, uint64_t seed,
              bool deterministic, const RecordAddresses& to, uintptr_t mean, uintptr_t std, uintptr_t scratch,
              int blocks, uintptr_t cuda_stream) {
@@ -52,6 +52,8 @@ void rollout(bool bfloat16, int width, int slots, uintptr_t weights, uintptr_t c
   args.num_penalty_members = num_penalty_members;
   args.penalty = penalty_called(penalty);
   args.penalty_coef = penalty_coef;
+  args.truncation = {truncate_at, halts, halt_reward};
+  args.keep_member = keep_member;
   args.low = pointer<float>(low);
   args.high = pointer<float>(high);
   args.policy_hidden_layers = policy_hidden_layers;
@@ -147,7 +149,8 @@ PYBIND11_MODULE(_cuda, module) {
              arg("hidden_layers"), arg("activation"), arg("input_mean"), arg("input_std"),
              arg("exp_minus_max"), arg("exp_min"), arg("carry"), arg("log_std"), arg("elites"),
              arg("num_elites"), arg("penalty_members"), arg("num_penalty_members"), arg("penalty"),
-             arg("penalty_coef"), arg("low"), arg("high"), arg("policy_hidden_layers"),
+             arg("penalty_coef"), arg("truncate_at"), arg("halts"), arg("halt_reward"), arg("keep_member"),
+             arg("low"), arg("high"), arg("policy_hidden_layers"),
              arg("policy_activation"), arg("log_std_min"), arg("log_std_max"), arg("batch"), arg("start"),
              arg("rows"), arg("horizon"), arg("first_step"), arg("seed"), arg("deterministic"), arg("record"),
              arg("mean"), arg("std"), arg("scratch"), arg("blocks"), arg("stream"),

@@ -12,6 +12,8 @@ struct NetworkLayer {
   const float* weight;  // [networks][in][out]
   const float* bias;    // [networks][out]
   int64_t in, out;
+  // [networks][out]: of the layer norm between the layer and its activation. Null where there is none.
+  const float *norm_scale, *norm_shift;
 };
 
 // `networks` multi-layer perceptrons of one shape; the last layer is linear.
@@ -35,6 +37,14 @@ struct RolloutOutput {
   Array<int32_t> step;
 };
 
+// A rollout ends after a step whose penalty is larger than `at`, which is infinite where none ends so. With
+// `halts` such a step is terminal, and its reward is `reward`.
+struct Truncation {
+  float at;
+  bool halts;
+  float reward;
+};
+
 struct RolloutArgs {
   int64_t obs_dim, act_dim;
 
@@ -55,7 +65,10 @@ struct RolloutArgs {
   int64_t num_penalty_members;
   Penalty penalty;
   float penalty_coef;
-  bool penalties;    // compute them; needed where penalty_coef is not 0 or the output has penalties
+  // Compute penalties: needed where penalty_coef is not 0, truncate_at is finite or the output has penalties.
+  bool penalties;
+  Truncation truncation;
+  bool keep_member;  // a rollout draws one member for all its steps
   const float* low;  // [obs_dim]; a rollout terminates outside of low .. high
   const float* high;
 
@@ -86,6 +99,7 @@ struct RolloutArgs {
 struct RolloutCounts {
   int64_t written;     // rows
   int64_t non_finite;  // rollouts cut because a prediction was not finite
+  int64_t truncated;   // rollouts ended by their penalty
 };
 
 }  // namespace mopo

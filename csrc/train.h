@@ -17,6 +17,11 @@ struct TrainedLayer {
   Parameter bias;    // [networks][out]
 };
 
+// A layer norm between a hidden layer and its activation.
+struct TrainedNorm {
+  Parameter scale, shift;  // [networks][out of the layer]
+};
+
 // Adam's constants, PyTorch's defaults. Only epsilon may be another.
 constexpr double kBeta1 = 0.9, kBeta2 = 0.999, kEpsilon = 1e-8;
 

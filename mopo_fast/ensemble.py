@@ -17,7 +17,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from mopo_fast.config import ACTIVATIONS, LOG_SCALES, MAX_MEMBERS, Activation, LogScale
+from mopo_fast.config import (
+    ACTIVATIONS,
+    LAYER_NORM_EPSILON,
+    LOG_SCALES,
+    MAX_MEMBERS,
+    Activation,
+    LogScale,
+)
 from mopo_fast.errors import InputError
 from mopo_fast.utils.atomic import read_json_as, write_json
 from mopo_fast.utils.machine import check_memory
@@ -31,18 +38,22 @@ from mopo_fast.utils.tensors import (
     tensors_sha256,
 )
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+
+# The scales and the shifts of the hidden layers' norms, [members, out] of each layer.
+Norms = tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class _Declared:
-    """The fields of dynamics.json. Version 1 has no `log_scale`."""
+    """The fields of dynamics.json. Version 1 has no `log_scale`, version 2 no `layer_norm`."""
 
     format_version: int
     obs_dim: int
     act_dim: int
     activation: Activation
     log_scale: LogScale | None = None
+    layer_norm: bool | None = None
 
 
 def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
@@ -107,6 +118,8 @@ def mlp(
     biases: Iterable[torch.Tensor],
     activation: str,
     operands: str = "float32",
+    *,
+    norms: Norms | None = None,
 ) -> torch.Tensor:
     """Compute a multi-layer perceptron with a linear last layer, or several at once.
 
@@ -116,15 +129,14 @@ def mlp(
         biases: [out] of each layer, or [members, out].
         activation: one of `config.ACTIVATIONS`, after every layer but the last.
         operands: precision of the products' factors, see `round_factors`. Sums are not rounded.
+        norms: layer norms of the hidden layers, each before the activation; None for none.
 
     Returns:
         Outputs [batch, out], or [members, batch, out].
     """
-    hidden = False
-    for weight, bias in zip(weights, biases, strict=True):
-        if hidden:
-            x = activate(x, activation)
-        hidden = True
+    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        if layer:
+            x = activate(normalise(x, norms, layer - 1), activation)
         x, weight = round_factors(x, weight, operands)
         if weight.ndim == 2:
             x = torch.addmm(bias, x, weight)
@@ -133,6 +145,17 @@ def mlp(
         else:
             x = x @ weight + bias.unsqueeze(-2)
     return x
+
+
+def normalise(x: torch.Tensor, norms: Norms | None, layer: int) -> torch.Tensor:
+    """Apply the norm of hidden layer number `layer` to its outputs x [..., members, batch, out].
+
+    Source: Ba et al., "Layer normalization", 2016; the variance is that of the outputs, not an estimate.
+    """
+    if not norms:
+        return x
+    scale, shift = (some[layer].unsqueeze(-2) for some in norms)
+    return functional.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPSILON) * scale + shift
 
 
 def trained_mlp(operands: str | None, *, inner: bool = False) -> Callable[..., torch.Tensor]:
@@ -156,10 +179,11 @@ def _rounded_mlp(
     *,
     operands: str,
     inner: bool,
+    norms: Norms | None = None,
 ) -> torch.Tensor:
     weights = list(weights)
     for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        x = activate(x, activation) if layer else x
+        x = activate(normalise(x, norms, layer - 1), activation) if layer else x
         exact = inner and layer in (0, len(weights) - 1)
         x = _RoundedLayer.apply(x, weight, bias.unsqueeze(-2), "float32" if exact else operands)
     return x
@@ -199,6 +223,13 @@ def mlp_bytes(networks: int, sizes: Sequence[int], batch_size: int = 0) -> int:
     return 4 * networks * sum((fan_in + 1 + batch_size) * out for fan_in, out in itertools.pairwise(sizes))
 
 
+def norm_tensors(norms: Norms) -> dict[str, torch.Tensor]:
+    """Return the scales and shifts of all layer norms by their names in a file."""
+    scales, shifts = norms
+    named = {f"norm_scale_{i}": scale for i, scale in enumerate(scales)}
+    return named | {f"norm_shift_{i}": shift for i, shift in enumerate(shifts)}
+
+
 def layer_tensors(weights: Iterable[torch.Tensor], biases: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the weights and biases of all layers by their names in a file."""
     named = {f"weight_{i}": weight for i, weight in enumerate(weights)}
@@ -231,10 +262,11 @@ class EnsembleDynamics(nn.Module):
     Args:
         obs_dim: size of an observation.
         act_dim: size of an action.
-        members: number of models, at most 32.
+        members: number of models, at most `config.MAX_MEMBERS`.
         elites: number of members that rollouts draw from.
         hidden: sizes of the hidden layers.
         activation: one of `config.ACTIVATIONS`.
+        layer_norm: normalise the outputs of every hidden layer before the activation.
         max_logvar: initial upper bound of the log-variances.
         min_logvar: initial lower bound of the log-variances.
         log_scale: "variance", or "std" if the log-variances and their bounds are log standard deviations
@@ -248,6 +280,8 @@ class EnsembleDynamics(nn.Module):
         weights: parameters [members, in, out] of each layer. The last one's outputs are obs_dim + 1 means of
             (delta observation, reward) in raw units, then as many unbounded log-variances.
         biases: parameters [members, out] of each layer.
+        norm_scales: parameters [members, out] of the hidden layers' norms; empty without `layer_norm`.
+        norm_shifts: likewise.
         max_logvar: parameter [obs_dim + 1], or [members, obs_dim + 1] with `member_bounds`.
         min_logvar: likewise.
         input_mean: buffer [obs_dim + act_dim], subtracted from the inputs.
@@ -273,6 +307,7 @@ class EnsembleDynamics(nn.Module):
         elites: int = 5,
         hidden: tuple[int, ...] = (200, 200, 200, 200),
         activation: Activation = "silu",
+        layer_norm: bool = False,
         max_logvar: float = 0.5,
         min_logvar: float = -10.0,
         log_scale: LogScale = "variance",
@@ -310,6 +345,9 @@ class EnsembleDynamics(nn.Module):
             nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
             self.weights.append(nn.Parameter(weight))
             self.biases.append(nn.Parameter(torch.zeros(members, fan_out)))
+        normed = hidden if layer_norm else ()
+        self.norm_scales = nn.ParameterList(nn.Parameter(torch.ones(members, width)) for width in normed)
+        self.norm_shifts = nn.ParameterList(nn.Parameter(torch.zeros(members, width)) for width in normed)
         bounds = (members, obs_dim + 1) if member_bounds else (obs_dim + 1,)
         self.max_logvar = nn.Parameter(torch.full(bounds, float(max_logvar)))
         self.min_logvar = nn.Parameter(torch.full(bounds, float(min_logvar)))
@@ -331,11 +369,21 @@ class EnsembleDynamics(nn.Module):
         """Sizes of the hidden layers."""
         return tuple(weight.shape[2] for weight in self.weights[:-1])
 
+    @property
+    def layer_norm(self) -> bool:
+        """True where the hidden layers have layer norms."""
+        return len(self.norm_scales) > 0
+
+    @property
+    def norms(self) -> Norms | None:
+        """Parameters of the layer norms, as `mlp` takes them."""
+        return (list(self.norm_scales), list(self.norm_shifts)) if self.layer_norm else None
+
     def __repr__(self) -> str:
         return (
             f"EnsembleDynamics(obs_dim={self.obs_dim}, act_dim={self.act_dim}, members={self.members},"
             f" elites={self.elites.tolist()}, hidden={self.hidden}, activation={self.activation!r},"
-            f" device='{self.input_mean.device}')"
+            f"{' layer_norm=True,' if self.layer_norm else ''} device='{self.input_mean.device}')"
         )
 
     def raw_heads(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -346,7 +394,8 @@ class EnsembleDynamics(nn.Module):
                 standardised.
         """
         x = (inputs - self.input_mean) / self.input_std
-        mean, logvar = mlp(x, self.weights, self.biases, self.activation).chunk(2, dim=-1)
+        heads = mlp(x, self.weights, self.biases, self.activation, norms=self.norms)
+        mean, logvar = heads.chunk(2, dim=-1)
         return mean, logvar
 
     def forward(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -388,6 +437,7 @@ class EnsembleDynamics(nn.Module):
                 "act_dim": self.act_dim,
                 "activation": self.activation,
                 "log_scale": self.log_scale,
+                "layer_norm": self.layer_norm,
             },
         )
 
@@ -402,13 +452,17 @@ class EnsembleDynamics(nn.Module):
         meta = read_json_as(folder / "dynamics.json", _Declared)
         path = folder / "dynamics.safetensors"
         tensors = as_float32(path, load_tensors(path))
-        if meta.format_version not in (1, FORMAT_VERSION):
+        version = meta.format_version
+        if not 1 <= version <= FORMAT_VERSION:
             raise InputError(
-                f"{folder / 'dynamics.json'} has format_version {meta.format_version}, not {FORMAT_VERSION}"
+                f"{folder / 'dynamics.json'} has format_version {version}, this mopo_fast reads 1 to"
+                f" {FORMAT_VERSION}"
             )
-        log_scale: LogScale | None = "variance" if meta.format_version == 1 else meta.log_scale
-        if log_scale is None:
-            raise InputError(f"{folder / 'dynamics.json'} lacks log_scale")
+        log_scale: LogScale | None = "variance" if version == 1 else meta.log_scale
+        layer_norm = False if version < 3 else meta.layer_norm
+        if log_scale is None or layer_norm is None:
+            lacking = "log_scale" if log_scale is None else "layer_norm"
+            raise InputError(f"{folder / 'dynamics.json'} lacks {lacking}")
         weights = layer_weights(path, tensors, ndim=3)
         check_sizes(path, weights, meta.obs_dim + meta.act_dim, 2 * (meta.obs_dim + 1))
         if "elites" not in tensors:
@@ -426,6 +480,7 @@ class EnsembleDynamics(nn.Module):
             elites=max(1, tensors["elites"].numel()),
             hidden=tuple(weight.shape[-1] for weight in weights[:-1]),
             activation=meta.activation,
+            layer_norm=layer_norm,
             log_scale=log_scale,
             member_bounds=bounds is not None and bounds.ndim == 2,
             absolute=absolute,
@@ -438,7 +493,9 @@ class EnsembleDynamics(nn.Module):
 
     def _stored_tensors(self) -> dict[str, torch.Tensor]:
         names = ("input_mean", "input_std", "max_logvar", "min_logvar", "elites")
-        return layer_tensors(self.weights, self.biases) | {name: getattr(self, name) for name in names}
+        layers = layer_tensors(self.weights, self.biases)
+        norms = norm_tensors(self.norms) if self.norms else {}
+        return layers | norms | {name: getattr(self, name) for name in names}
 
     def check_elites(self) -> None:
         """Raise `InputError` unless `elites` are distinct members, one or more."""

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -151,8 +152,9 @@ def negative_log_likelihood(
     For several ensembles at once every tensor has one more dimension, the first, and so has the loss.
 
     Args:
-        parameters: all layers' weights [members, in, out], then all biases [members, out], then max_logvar
-            and min_logvar [obs + 1].
+        parameters: all layers' weights [members, in, out], then all biases [members, out]; with
+            `config.layer_norm` all scales [members, out] of the hidden layers' norms, then all shifts; then
+            max_logvar and min_logvar [obs + 1].
         inputs: [members, batch, obs + act], standardised.
         targets: [members, batch, obs + 1], raw units.
         config: hyperparameters.
@@ -161,9 +163,13 @@ def negative_log_likelihood(
         The loss, a scalar.
     """
     *layers, max_logvar, min_logvar = parameters
-    weights, biases = layers[: len(layers) // 2], layers[len(layers) // 2 :]
+    hidden = len(config.hidden)
+    kinds = [hidden + 1, hidden + 1, *([hidden, hidden] if config.layer_norm else [])]
+    ends = list(itertools.accumulate(kinds))
+    weights, biases, *norms = (layers[end - kind : end] for kind, end in zip(kinds, ends, strict=True))
     network = trained_mlp(config.dtype)
-    mean, raw_logvar = network(inputs, weights, biases, config.activation).chunk(2, dim=-1)
+    heads = network(inputs, weights, biases, config.activation, norms=tuple(norms) or None)
+    mean, raw_logvar = heads.chunk(2, dim=-1)
     logvar = soft_clamp_logvar(raw_logvar, max_logvar[..., None, None, :], min_logvar[..., None, None, :])
     likelihood = ((mean - targets).square() * torch.exp(-logvar) + logvar).mean((-2, -1)).sum(-1)
     return likelihood + config.logvar_bound_weight * (max_logvar - min_logvar).sum(-1)
@@ -212,7 +218,7 @@ def make_ensemble(
     obs_dim: int, act_dim: int, config: DynamicsConfig, generator: torch.Generator | None = None
 ) -> EnsembleDynamics:
     """Make the ensemble that a fit begins with."""
-    names = ("members", "elites", "hidden", "activation", "max_logvar", "min_logvar")
+    names = ("members", "elites", "hidden", "activation", "layer_norm", "max_logvar", "min_logvar")
     settings = {name: getattr(config, name) for name in names}
     return EnsembleDynamics(obs_dim, act_dim, generator=generator, **settings)
 
@@ -232,10 +238,11 @@ class Fit:
     Attributes:
         model: the ensemble; its weights are those of the last step until `finish`.
         history: the epochs made.
-        parameters: the weights, the biases and the two bounds of the log-variance.
+        parameters: the weights, the biases, the layer norms' scales and shifts, and the two bounds of the
+            log-variance.
         optimizer: the parameters' Adam.
         table: [rows, obs + act + obs + 1 or more], the standardised inputs and the targets of training.
-        rows: int64 [members, rows], each member's bootstrap.
+        rows: int32 [members, rows], each member's bootstrap.
 
     Raises:
         InputError: unusable config, seed or device, too little data or memory, or `initial` is an ensemble
@@ -296,7 +303,7 @@ class Fit:
             member[:] = bootstrap.integers(len(train), size=len(train))
 
         # All members share the bounds of the log-variance, so a member's best weights do not include them.
-        self.layers = [*model.weights, *model.biases]
+        self.layers = [*model.weights, *model.biases, *model.norm_scales, *model.norm_shifts]
         self.best = [layer.detach().clone() for layer in self.layers]
         self.parameters = [*self.layers, model.max_logvar, model.min_logvar]
         self.pytorch_steps = PyTorchSteps(self.parameters, config)
@@ -307,7 +314,7 @@ class Fit:
     def _indices(self) -> np.ndarray:
         """Allocate a row number for each member and training row."""
         shape = self.config.members, len(self.table)
-        return file_backed(shape, np.int64) if self.mapped else np.empty(shape, np.int64)
+        return file_backed(shape, np.int32) if self.mapped else np.empty(shape, np.int32)
 
     def live_state(self) -> dict[str, torch.Tensor]:
         """Return every tensor that the next epoch depends on, by name; they are not copies."""
@@ -363,7 +370,7 @@ class Fit:
     def epoch_rows(self) -> tuple[torch.Tensor, ...]:
         """Return the rows of the next epoch for each member in its order, in pieces for `steps`.
 
-        A piece is int64 [members, rows of up to 64 batches].
+        A piece is int32 [members, rows of up to 64 batches].
         """
         return torch.split(self._shuffled(len(self.history)), self.config.batch_size * _STEPS_AT_ONCE, dim=1)
 
@@ -405,27 +412,28 @@ class Fit:
         return record
 
     def batches(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gather the inputs and targets [members, count, ...] of rows [members, count], int64."""
+        """Gather the inputs and targets [members, count, ...] of rows [members, count], int32."""
         flat = rows.flatten()
         inputs, targets = self.inputs.index_select(0, flat), self.targets.index_select(0, flat)
         return inputs.view(*rows.shape, -1), targets.view(*rows.shape, -1)
 
     def steps(self, rows: torch.Tensor) -> float:
-        """Make a step on each batch of rows [members, count], int64; return the sum of the losses."""
+        """Make a step on each batch of rows [members, count], int32; return the sum of the losses."""
         if kernels := backends.training_kernels(self.backend):
             return checked.fit_steps(kernels, [self.kernel_call(rows)], self.threads)[0]
         return float(self.pytorch_steps(*self.batches(rows)))
 
     def kernel_call(self, rows: torch.Tensor) -> FitSteps:
         """Return the kernel call that makes `steps`."""
-        adam, count = self.optimizer, len(self.layers)
+        adam, count, plain = self.optimizer, len(self.layers), 2 * len(self.model.weights)
 
         def parameter(i: int) -> Parameter:
             # A detached tensor keeps the memory that a kernel writes to.
             return self.parameters[i].detach(), adam.exp_avgs[i], adam.exp_avg_sqs[i], None
 
         return FitSteps(
-            layers=[parameter(i) for i in range(count)],
+            layers=[parameter(i) for i in range(plain)],
+            norms=[parameter(i) for i in range(plain, count)],
             bounds=(parameter(count), parameter(count + 1)),
             activation=self.model.activation,
             table=self.table,
@@ -542,7 +550,9 @@ def choose_backend(
 ) -> str:
     """Return the backend that fits an ensemble of these sizes; raise `InputError` as `backends.choose`."""
     widest = max(obs_dim + act_dim, 2 * (obs_dim + 1), *config.hidden)
-    return backends.choose(name, Need(config.dtype or "float32", torch.device(device), training=widest))
+    dtype = config.dtype or "float32"
+    need = Need(dtype, torch.device(device), training=widest, layer_norm=config.layer_norm)
+    return backends.choose(name, need)
 
 
 def check_fit_memory(config: DynamicsConfig, device: torch.device | str) -> None:

@@ -8,6 +8,7 @@ it is made of, and a batch may be split in any way.
 import dataclasses
 import functools
 import logging
+import math
 import operator
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
@@ -25,15 +26,24 @@ from mopo_fast.backends.interface import (
     Need,
     PolicyArrays,
     RolloutCall,
+    RolloutCounts,
     Settings,
     StepCall,
     StepResult,
+    Truncation,
     ValuesCall,
     network_sizes,
 )
 from mopo_fast.backends.reference import act, rollout_by_steps
 from mopo_fast.buffer import RingBuffer
-from mopo_fast.config import PENALTIES, ROLLOUT_DTYPES, Penalty, PenaltyMembers
+from mopo_fast.config import (
+    MEMBER_DRAWS,
+    PENALTIES,
+    ROLLOUT_DTYPES,
+    MemberDraw,
+    Penalty,
+    PenaltyMembers,
+)
 from mopo_fast.data.transitions import ROLLOUT_ARRAYS, Transitions, array_layout, transition_bytes
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
@@ -108,8 +118,14 @@ class RolloutEngine:
             in bfloat16.
         threads: threads of the CPU kernel; None takes all cores that this process may use.
         penalty_members: members that the penalty is computed from, "all" (authors) or "elites" (Unifloral).
-        penalties: return the penalties. None returns them where `penalty_coef` is not 0, and where the buffer
-            of a rollout stores them.
+        penalties: return the penalties. None returns them where `penalty_coef` is not 0 or `truncate_at` is
+            given, and where the buffer of a rollout stores them.
+        truncate_at: end a rollout after a step with a penalty above this value. None ends none. The step is
+            kept; unlike a terminal one, its next state has a value. `penalty_quantile` finds a value.
+        halt_reward: reward of such a step, which is then terminal, as in MOReL (Kidambi et al. 2020). None
+            leaves its reward, and it is no terminal.
+        member: "per_step" draws an elite for each step (authors), "per_rollout" one for all steps of a
+            rollout.
 
     Raises:
         InputError: an argument is unknown or out of range, or the backend cannot serve.
@@ -127,6 +143,9 @@ class RolloutEngine:
         threads: int | None = None,
         penalty_members: PenaltyMembers = "all",
         penalties: bool | None = None,
+        truncate_at: float | None = None,
+        halt_reward: float | None = None,
+        member: MemberDraw = "per_step",
     ) -> None:
         checked.check_known("penalty", penalty, PENALTIES)
         if not isinstance(penalty_coef, (int, float)) or not 0.0 <= penalty_coef < float("inf"):
@@ -142,13 +161,24 @@ class RolloutEngine:
         if penalties is False and self.penalty_coef:
             raise InputError(f"penalty_coef={penalty_coef:g} needs penalties; leave penalties=False out")
         self.penalties = penalties
+        checked.check_known("member", member, MEMBER_DRAWS)
+        self.member = member
+        self.truncation = make_truncation(truncate_at, halt_reward)
+        if penalties is False and self.truncation.needs_penalties:
+            raise InputError(f"truncate_at={truncate_at:g} needs penalties; leave penalties=False out")
         self.operands = dtype
         self.dtype = torch.float64 if dtype == "float64" else torch.float32
         self.device = ensemble.input_mean.device
         # Read once, since reading a value from a GPU waits for it.
         self._absolute = bool(ensemble.absolute.any())
         self._wanted_backend = backend
-        self._need = Need(dtype, self.device, network_sizes(ensemble.weights), penalty=penalty)
+        self._need = Need(
+            dtype,
+            self.device,
+            network_sizes(ensemble.weights),
+            penalty=penalty,
+            layer_norm=ensemble.layer_norm,
+        )
         self.backend = choose(backend, self._need)
         self.threads = resolve_threads(threads)
         self.termination_function: TerminationFunction | None = None
@@ -186,7 +216,8 @@ class RolloutEngine:
         return (
             f"RolloutEngine({self.ensemble!r}, penalty={self.penalty!r}, penalty_coef={self.penalty_coef},"
             f" termination={rule!r}, backend={self.backend!r}, dtype={self.operands!r},"
-            f" threads={self.threads}, penalty_members={self.penalty_members!r}, penalties={self.penalties})"
+            f" threads={self.threads}, penalty_members={self.penalty_members!r}, penalties={self.penalties},"
+            f" truncation={self.truncation}, member={self.member!r})"
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -195,7 +226,9 @@ class RolloutEngine:
 
     def _returns_penalties(self) -> bool:
         """Tell if new arrays hold penalties."""
-        return bool(self.penalty_coef) if self.penalties is None else self.penalties
+        if self.penalties is None:
+            return bool(self.penalty_coef) or self.truncation.needs_penalties
+        return self.penalties
 
     def refresh(self) -> None:
         """Read the ensemble again at the next call, also where no change of it was noticed."""
@@ -227,7 +260,8 @@ class RolloutEngine:
 
         Returns:
             A `StepResult` with arrays of the kind of `observations`. A row is terminal where its prediction
-            is not finite; so is one whose penalty is not finite, where penalties are computed.
+            is not finite; so is one whose penalty is not finite, where penalties are computed. `truncations`
+            are those of `truncate_at`.
 
         Raises:
             InputError: an argument has a wrong shape, type, device or value.
@@ -259,6 +293,10 @@ class RolloutEngine:
             self._dynamics(), start, numbers, settings, action, step, distributions, penalties=penalties
         )
         result = checked.step(get_backend(self.backend), call)
+        if self.truncation.needs_penalties:
+            assert result.penalties is not None
+            finite = result.next_observations.isfinite().all(-1) & result.rewards.isfinite()
+            result = dataclasses.replace(result, truncations=finite & (result.penalties > self.truncation.at))
         if self.termination_function is not None:
             successors = make(result.next_observations)
             ended = self.termination_function(observations, actions, successors)
@@ -358,7 +396,8 @@ class RolloutEngine:
         Returns:
             The transitions that exist, ordered by start state, then by step. With `out`, they have the ring's
             arrays, as views of the ring, or as copies where they wrap around its end. `penalties` is None
-            where they were not computed.
+            where they were not computed. `info` has the numbers of rollouts that ended in a prediction that
+            was not finite ("non_finite") and by `truncate_at` ("truncated").
 
         Raises:
             InputError: an argument has a wrong shape, type, device or value, the backend cannot serve such
@@ -408,10 +447,10 @@ class RolloutEngine:
                 self._dynamics(), start, rows, settings, self._policy(policy), horizon, destination
             )
             if self.termination_function is None:
-                count, cut = checked.rollout(self._backend_for(policy), call)
+                counts = checked.rollout(self._backend_for(policy), call)
             else:
                 checked.check_rollout(get_backend(self.backend), call)
-                count, cut = self._by_steps(
+                counts = self._by_steps(
                     lambda observations, rows, t: act(call.policy, observations, rows, t, settings),
                     *(start, rows, horizon, settings, destination),
                 )
@@ -419,15 +458,18 @@ class RolloutEngine:
             layout = checked.Layout(self.dtype, self.device)
             most = len(start) * horizon
             checked.check_destination(destination, layout, ensemble.obs_dim, ensemble.act_dim, most)
-            count, cut = self._by_steps(
+            counts = self._by_steps(
                 lambda observations, rows, t: self._call(policy, observations),
                 *(start, rows, horizon, settings, destination),
             )
         for array in storage.values():
             # Kernels write behind autograd's back; this lets it detect that a saved tensor has changed.
             torch.autograd.graph.increment_version(array)
-        if cut:
-            logger.warning("%d of %d rollouts ended in a prediction that was not finite", cut, len(start))
+        if counts.non_finite:
+            logger.warning(
+                "%d of %d rollouts ended in a prediction that was not finite", counts.non_finite, len(start)
+            )
+        count = counts.written
         if out is None:
             arrays: dict[str, Any] = {name: array[:count] for name, array in storage.items()}
         else:
@@ -439,7 +481,8 @@ class RolloutEngine:
                 else torch.cat([array[head:], array[: end - out.capacity]])
                 for name, array in storage.items()
             }
-        return Transitions(**arrays, info={"non_finite": cut})
+        info = {"non_finite": counts.non_finite, "truncated": counts.truncated}
+        return Transitions(**arrays, info=info)
 
     def _backend_for(self, policy: Actor) -> Backend:
         """Return the engine's backend, or another one if it cannot serve such a policy."""
@@ -457,7 +500,7 @@ class RolloutEngine:
         horizon: int,
         settings: Settings,
         out: Destination,
-    ) -> tuple[int, int]:
+    ) -> RolloutCounts:
         """Make rollouts step by step, with actions by `choose` from (observations, rows, t)."""
 
         def step(observations: torch.Tensor, rows: torch.Tensor, t: int) -> tuple[torch.Tensor, StepResult]:
@@ -470,11 +513,13 @@ class RolloutEngine:
                 rows,
                 settings.deterministic,
                 distributions=False,
-                penalties=bool(self.penalty_coef) or "penalties" in out.arrays,
+                penalties=bool(self.penalty_coef)
+                or self.truncation.needs_penalties
+                or "penalties" in out.arrays,
             )
             return actions, result
 
-        return rollout_by_steps(start, rows, horizon, out, step)
+        return rollout_by_steps(start, rows, horizon, out, step, self.truncation.at)
 
     def _check_actor(self, policy: Actor) -> None:
         ensemble, kind = self.ensemble, type(policy)
@@ -516,9 +561,11 @@ class RolloutEngine:
         sources: tuple[Any, ...] = (
             # Their dictionaries, since reading attributes of modules takes a tenth of a step of one row.
             *(*ensemble.weights._parameters.values(), *ensemble.biases._parameters.values()),
+            *(*ensemble.norm_scales._parameters.values(), *ensemble.norm_shifts._parameters.values()),
             *(*ensemble._parameters.values(), *ensemble._buffers.values(), self._low, self._high),
         )
         options: tuple[Any, ...] = (self.penalty, self.penalty_coef, self.penalty_members)
+        options += (self.truncation, self.member)
         options += (ensemble.activation, ensemble.log_scale)
         try:
             stamps = [(one.data_ptr(), one._version, one.shape, one.stride()) for one in sources]
@@ -532,7 +579,8 @@ class RolloutEngine:
         ):
             return kept.arrays
         arrays = self._read_dynamics()
-        layers = zip((*arrays.weights, *arrays.biases), sources, strict=False)
+        norms = arrays.norms or ((), ())
+        layers = zip((*arrays.weights, *arrays.biases, *norms[0], *norms[1]), sources, strict=False)
         # CUDA graphs do not count their writes, and a converted copy would not follow them.
         if self.device.type == "cpu" and all(array.data_ptr() == one.data_ptr() for array, one in layers):
             self._kept = _Kept(options, stamps, sources, [one.detach() for one in sources], arrays)
@@ -546,6 +594,7 @@ class RolloutEngine:
         return DynamicsArrays(
             weights=[self._cast(weight) for weight in ensemble.weights],
             biases=[self._cast(bias) for bias in ensemble.biases],
+            norms=self._norms(),
             input_mean=self._cast(ensemble.input_mean),
             input_std=self._cast(ensemble.input_std),
             max_logvar=self._cast(torch.atleast_2d(ensemble.max_logvar)),
@@ -559,7 +608,15 @@ class RolloutEngine:
             activation=ensemble.activation,
             penalty=self.penalty,
             penalty_coef=self.penalty_coef,
+            truncation=self.truncation,
+            keep_member=self.member == "per_rollout",
         )
+
+    def _norms(self) -> tuple[list[torch.Tensor], list[torch.Tensor]] | None:
+        if not self.ensemble.layer_norm:
+            return None
+        scales, shifts = self.ensemble.norm_scales, self.ensemble.norm_shifts
+        return [self._cast(scale) for scale in scales], [self._cast(shift) for shift in shifts]
 
     def _policy(self, policy: Actor) -> PolicyArrays:
         return PolicyArrays(
@@ -612,6 +669,23 @@ class RolloutEngine:
         if rows.device != self.device:
             raise InputError(f"rows must be on the ensemble's {self.device}, got {rows.device}")
         return rows.contiguous()
+
+
+def make_truncation(at: float | None, halt_reward: float | None) -> Truncation:
+    """Return the `Truncation` of `RolloutEngine`'s arguments; raise `InputError` where they are unusable."""
+    if at is None:
+        if halt_reward is not None:
+            raise InputError(f"halt_reward={halt_reward!r} needs truncate_at")
+        return Truncation()
+    if not isinstance(at, int | float) or isinstance(at, bool) or not 0.0 <= at < math.inf:
+        raise InputError(f"truncate_at must be finite and not negative, got {at!r}")
+    if halt_reward is not None and not (
+        isinstance(halt_reward, int | float) and math.isfinite(np.float32(halt_reward))
+    ):
+        raise InputError(f"halt_reward must be a finite number, got {halt_reward!r}")
+    # As the kernels have them, so that every backend and dtype compares with the same number.
+    halt = None if halt_reward is None else float(np.float32(halt_reward))
+    return Truncation(float(np.float32(at)), halt)
 
 
 def allocate(

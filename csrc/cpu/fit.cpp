@@ -41,13 +41,15 @@ class FitState {
         kernels_(kernels),
         matrices_(teams.count),
         windows_(teams.count, std::vector<FitWindow>(teams.size)),
-        slopes_(teams.count * teams.size) {
+        panels_(teams.count * teams.size),
+      inverse_stds_(teams.count * teams.size) {
     lay_out();
     arena_.allocate_zeroed();
     lay_out();
     visit([&](const TrainedLayer& layer, int64_t member, const Dense& dense) {
       read_parameters(layer, member, dense, args_.precision, kernels_);
     });
+    visit_norms([](const float* theirs, float* ours, int64_t count) { std::copy_n(theirs, count, ours); });
     copy_bound(args.max_logvar, max_logvar_);
     copy_bound(args.min_logvar, min_logvar_);
     read_bounds();
@@ -57,6 +59,7 @@ class FitState {
     visit([&](const TrainedLayer& layer, int64_t member, const Dense& dense) {
       write_parameters(layer, member, dense, kernels_);
     });
+    visit_norms([](float* theirs, const float* ours, int64_t count) { std::copy_n(ours, count, theirs); });
     copy_bound(max_logvar_, args_.max_logvar);
     copy_bound(min_logvar_, args_.min_logvar);
   }
@@ -86,6 +89,10 @@ class FitState {
  private:
   struct Matrices {
     std::vector<Factor> hidden, grads;
+    std::vector<Rows> scale_grads, shift_grads;
+  };
+  struct WindowPanels {
+    std::vector<Panels> slopes, normed;
   };
 
   template <class Visit>
@@ -93,6 +100,24 @@ class FitState {
     for (int64_t member = 0; member < args_.members; ++member)
       for (int64_t l = 0; l < args_.depth; ++l)
         function(args_.layers[l], member, layers_[member * args_.depth + l]);
+  }
+
+  int64_t hidden() const { return args_.depth - 1; }
+
+  // Calls function(theirs, ours, count) for each array of each layer norm.
+  template <class Visit>
+  void visit_norms(Visit function) {
+    for (size_t i = 0; i < norms_.size(); ++i) {
+      const int64_t member = static_cast<int64_t>(i) / hidden(), l = static_cast<int64_t>(i) % hidden();
+      const int64_t count = args_.layers[l].out;
+      const auto pair = [&](const Parameter& theirs, const NormArray& ours) {
+        function(theirs.value + member * count, ours.value, count);
+        function(theirs.exp_avg + member * count, ours.exp_avg, count);
+        function(theirs.exp_avg_sq + member * count, ours.exp_avg_sq, count);
+      };
+      pair(args_.norms[l].scale, norms_[i].scale);
+      pair(args_.norms[l].shift, norms_[i].shift);
+    }
   }
 
   void read_bounds() {
@@ -115,6 +140,12 @@ class FitState {
       for (int64_t l = 0; l < args_.depth; ++l)
         layers_.push_back(take_dense(arena_, args_.layers[l], l > 0, args_.precision, kernels_));
     plan.layers = layers_.data();
+    norms_.assign(args_.norms == nullptr ? 0 : args_.members * hidden(), {});
+    for (size_t i = 0; i < norms_.size(); ++i)
+      for (NormArray* array : {&norms_[i].scale, &norms_[i].shift})
+        for (float** each : {&array->value, &array->exp_avg, &array->exp_avg_sq})
+          arena_.take(*each, round_up(args_.layers[static_cast<int64_t>(i) % hidden()].out, kernels_.panel));
+    plan.norms = norms_.empty() ? nullptr : norms_.data();
     const int64_t dims = round_up(args_.dims, kernels_.panel);
     for (float** each : {&plan.max_logvar, &plan.exp_minus_max, &plan.exp_min}) arena_.take(*each, dims);
     for (Parameter* bound : {&max_logvar_, &min_logvar_})
@@ -126,7 +157,7 @@ class FitState {
       std::vector<FitWindow>& windows = windows_[team];
       workspaces[team].windows = windows.data();
       for (size_t part = 0; part < windows.size(); ++part)
-        lay_out(windows[part], slopes_[team * windows.size() + part]);
+        lay_out(windows[part], team * windows.size() + part);
     }
   }
 
@@ -148,18 +179,34 @@ class FitState {
     ws.head_grad = factor(2 * args_.dims, Side::kGrad);
     for (Rows* each : {&ws.max_grad, &ws.min_grad}) *each = take_rows(arena_, rows, args_.dims);
     arena_.take(ws.loss, rows);
+    if (args_.norms == nullptr) return;
+    const int64_t sums = rows / granule(args_.precision, kernels_);
+    for (std::vector<Rows>* grads : {&matrices.scale_grads, &matrices.shift_grads})
+      for (int64_t l = 0; l < hidden(); ++l)
+        grads->push_back(take_rows(arena_, sums, round_up(args_.layers[l].out, kernels_.panel)));
+    ws.scale_grads = matrices.scale_grads.data();
+    ws.shift_grads = matrices.shift_grads.data();
   }
 
-  void lay_out(FitWindow& window, std::vector<Panels>& slopes) {
+  void lay_out(FitWindow& window, size_t thread) {
     const int64_t rows = std::min(kFitWindow, batch_rows(args_, kernels_));
     const auto panels = [&](int64_t width) { return take_panels(arena_, rows, width, kernels_); };
+    auto& [slopes, normed] = panels_[thread];
+    std::vector<float*>& inverse_stds = inverse_stds_[thread];
     slopes.clear();
+    normed.clear();
+    inverse_stds.clear();
     int64_t widest = 2 * args_.dims;
     for (int64_t l = 0; l + 1 < args_.depth; ++l) {
       slopes.push_back(panels(args_.layers[l].out));
       widest = std::max({widest, args_.layers[l].in, args_.layers[l].out});
+      if (args_.norms == nullptr) continue;
+      normed.push_back(panels(args_.layers[l].out));
+      arena_.take(inverse_stds.emplace_back(), rows);
     }
     window.slopes = slopes.data();
+    window.normed = normed.data();
+    window.inverse_std = inverse_stds.data();
     window.head = take_rows(arena_, rows, 2 * args_.dims);
     window.targets = take_rows(arena_, rows, args_.dims);
     if (args_.precision == Precision::kFloat32) return;
@@ -174,11 +221,13 @@ class FitState {
   const Kernels& kernels_;
   Arena arena_;
   std::vector<Dense> layers_;
+  std::vector<Norm> norms_;
   Parameter max_logvar_{}, min_logvar_{};
   // The arrays that the workspaces, their windows and these point to.
   std::vector<Matrices> matrices_;
   std::vector<std::vector<FitWindow>> windows_;
-  std::vector<std::vector<Panels>> slopes_;
+  std::vector<WindowPanels> panels_;
+  std::vector<std::vector<float*>> inverse_stds_;
 };
 
 // One run of a call: its memory, its teams and the sum of its losses.

@@ -53,6 +53,9 @@ struct FitRows {
     return Factors::grad_from(l == hidden_count() ? ws.head_grad : ws.grads[l], begin, window.grad[l % 2]);
   }
 
+  bool normed() const { return plan.norms != nullptr; }
+  const Norm& norm(int64_t l) const { return plan.norms[turn.member * hidden_count() + l]; }
+
   void gather() const {
     const int64_t in = layers()[0].in;
     const Factor to = left(0);
@@ -84,6 +87,7 @@ struct FitRows {
   template <Activation activation>
   void forward() const {
     for (int64_t l = 0; l < hidden_count(); ++l) {
+      const Dense& layer = layers()[l];
       const auto activate = [&](int64_t row, int64_t column, auto& block) {
         float* slopes = at(window.slopes[l], row, column);
         each_vector(block, [&](int i, int v, vf& x) {
@@ -92,13 +96,100 @@ struct FitRows {
           store(slopes + within(i, v), slope);
         });
       };
-      forward_hidden<Factors, Factors>({0, rows}, left(l), layers()[l], false, left(l + 1), activate);
+      if (!normed()) {
+        forward_hidden<Factors, Factors>({0, rows}, left(l), layer, false, left(l + 1), activate);
+        continue;
+      }
+      const Panels& outputs = window.normed[l];
+      Factors::forward(0, rows, left(l), layer, false, [&](int64_t row, int64_t column, auto& block) {
+        float* to = at(outputs, row, column);
+        each_vector(block, [&](int i, int v, vf x) { store(to + within(i, v), x); });
+      });
+      normalise(l);
+      const Factor above = left(l + 1);
+      each_block(outputs, layer.out, [&](int64_t row, int64_t column, auto& block) {
+        each_vector(block, [&](int, int v, vf& x) {
+          const int64_t n = column + v * W;
+          x = x * load(norm(l).scale.value + n) + load(norm(l).shift.value + n);
+        });
+        activate(row, column, block);
+        Factors::put_left(above, row, column, block);
+      });
+      Factors::set_ones(0, rows, above, layer.out);
     }
     Factors::forward(
         0, rows, left(hidden_count()), layers()[hidden_count()], false,
         [&](int64_t row, int64_t column, auto& block) {
           each_vector(block, [&](int i, int v, vf x) { store(window.head.at(row + i) + column + v * W, x); });
         });
+  }
+
+  // Calls visit(offset, n) for the vectors of `count` numbers of a row in panels: vector n .. n + W lies
+  // `offset` behind the row's first number.
+  template <class Visit>
+  MOPO_INLINE void each_in_row(const Panels& matrix, int64_t count, Visit visit) {
+    for (int64_t n = 0, panel = 0; n < count; panel += matrix.rows * kPanel)
+      for (int v = 0; v < kWidest && n < count; ++v, n += W) visit(panel + v * W, n);
+  }
+
+  // Normalises the outputs of hidden layer l, in place. Padding columns stay zeros.
+  void normalise(int64_t l) const {
+    const Panels& outputs = window.normed[l];
+    const int64_t count = layers()[l].out;
+    const float inverse_count = 1.0f / static_cast<float>(count);
+    for (int64_t row = 0; row < rows; ++row) {
+      float* x = at(outputs, row, 0);
+      vf total{}, squares{};
+      each_in_row(outputs, count, [&](int64_t offset, int64_t) { total = total + load(x + offset); });
+      const vf mean = sum_of_lanes(total) * inverse_count;
+      // Unlike the mean of squares less the square of the mean, this does not cancel.
+      each_in_row(outputs, count, [&](int64_t offset, int64_t n) {
+        const vf distance = first_lanes_of(load(x + offset) - mean, count - n);
+        squares = squares + distance * distance;
+        store(x + offset, distance);
+      });
+      const vf inverse_std = 1.0f / sqrt(sum_of_lanes(squares) * inverse_count + kLayerNormEpsilon);
+      each_in_row(outputs, count,
+                  [&](int64_t offset, int64_t) { store(x + offset, load(x + offset) * inverse_std); });
+      window.inverse_std[l][row] = inverse_std[0];
+    }
+  }
+
+  // From the gradient by the outputs of layer norm l, in the place of the slopes, to that by its inputs, in
+  // the same place; and to the gradients by its scale and shift, a sum for every Factors::kRows rows.
+  void differentiate_norm(int64_t l) const {
+    const Panels &grads = window.slopes[l], &outputs = window.normed[l];
+    const int64_t width = layers()[l].out;
+    const float inverse_width = 1.0f / static_cast<float>(width);
+    const float* scale = norm(l).scale.value;
+    for (int64_t first = 0; first < rows; first += Factors::kRows) {
+      const int64_t number = (begin + first) / Factors::kRows;
+      float *to_scale = ws.scale_grads[l].at(number), *to_shift = ws.shift_grads[l].at(number);
+      for (int64_t n = 0; n < width; n += W) {
+        store(to_scale + n, vf{});
+        store(to_shift + n, vf{});
+      }
+      // Gradients of padding rows do not count: they are zeros in packed factors, and not read in others.
+      for (int64_t row = first; row < smaller(first + Factors::kRows, count); ++row) {
+        float* grad = at(grads, row, 0);
+        const float* output = at(outputs, row, 0);
+        vf total{}, along{};
+        each_in_row(grads, width, [&](int64_t offset, int64_t n) {
+          const vf x = load(grad + offset), normed = load(output + offset), scaled = x * load(scale + n);
+          store(to_scale + n, load(to_scale + n) + x * normed);
+          store(to_shift + n, load(to_shift + n) + x);
+          total = total + scaled;
+          along = along + scaled * normed;
+          store(grad + offset, scaled);
+        });
+        const vf mean = sum_of_lanes(total) * inverse_width, slope = sum_of_lanes(along) * inverse_width;
+        const float inverse_std = window.inverse_std[l][row];
+        each_in_row(grads, width, [&](int64_t offset, int64_t n) {
+          const vf x = (load(grad + offset) - mean - load(output + offset) * slope) * inverse_std;
+          store(grad + offset, first_lanes_of(x, width - n));
+        });
+      }
+    }
   }
 
   void forward() const {
@@ -155,7 +246,21 @@ struct FitRows {
         const float* slopes = at(window.slopes[l - 1], row, column);
         each_vector(block, [&](int i, int v, vf& x) { x = x * load(slopes + within(i, v)); });
       };
-      backward_hidden<Factors, Factors>({0, rows}, grad(l), layers()[l], grad(l - 1), multiply);
+      if (!normed()) {
+        backward_hidden<Factors, Factors>({0, rows}, grad(l), layers()[l], grad(l - 1), multiply);
+        continue;
+      }
+      const Panels& grads = window.slopes[l - 1];
+      Factors::backward(0, rows, grad(l), layers()[l], [&](int64_t row, int64_t column, auto& block) {
+        multiply(row, column, block);
+        float* to = at(grads, row, column);
+        each_vector(block, [&](int i, int v, vf x) { store(to + within(i, v), x); });
+      });
+      differentiate_norm(l - 1);
+      const Factor below = grad(l - 1);
+      each_block(grads, layers()[l].in, [&](int64_t row, int64_t column, auto& block) {
+        Factors::put_grad(below, row, column, block);
+      });
     }
   }
 };
@@ -191,6 +296,33 @@ static void fit_rows(const FitArgs& args, const FitPlan& plan, const FitWorkspac
   if (turn.team.part == 0) add_up(args, plan, ws, turn);
 }
 
+// This thread's part of the layer norms' parameters. As in train_layer, each has one thread, and its sum runs
+// over the batch in order.
+static void train_norms(const FitArgs& args, const FitPlan& plan, const FitWorkspace& ws, const FitTurn& turn,
+                        const AdamStep* steps) {
+  const int64_t hidden = args.depth - 1;
+  int64_t together = 0;  // rows of a sum
+  with_factors(args.precision, [&]<class Factors>() { together = Factors::kRows; });
+  const int64_t sums = (turn.count + together - 1) / together;
+  for (int64_t l = 0; l < hidden; ++l) {
+    const Norm& norm = plan.norms[turn.member * hidden + l];
+    const auto train = [&](const NormArray& array, const Rows& grads, int64_t n) {
+      vf gradient{};
+      for (int64_t i = 0; i < sums; ++i) gradient = gradient + load(grads.at(i) + n);
+      vf value = load(array.value + n), m = load(array.exp_avg + n), v = load(array.exp_avg_sq + n);
+      adam<float>(steps[l], gradient, value, m, v);
+      store(array.exp_avg + n, m);
+      store(array.exp_avg_sq + n, v);
+      store(array.value + n, value);
+    };
+    const Span columns = rows_of(turn.team, args.layers[l].out, W);
+    for (int64_t n = columns.first; n < columns.last; n += W) {
+      train(norm.scale, ws.scale_grads[l], n);
+      train(norm.shift, ws.shift_grads[l], n);
+    }
+  }
+}
+
 static void fit_parameters(const FitArgs& args, const FitPlan& plan, const FitWorkspace& ws,
                            const FitTurn& turn, const AdamStep* steps) {
   const Dense* layers = plan.layers + turn.member * args.depth;
@@ -199,5 +331,6 @@ static void fit_parameters(const FitArgs& args, const FitPlan& plan, const FitWo
       train_layer<Factors>(turn.team, layers[l], steps[l], turn.count, l == 0 ? ws.inputs : ws.hidden[l - 1],
                            l + 1 == args.depth ? ws.head_grad : ws.grads[l]);
   });
+  if (plan.norms != nullptr) train_norms(args, plan, ws, turn, steps);
   turn.team.wait();
 }

@@ -72,11 +72,13 @@ struct ChunkOutput {
   int32_t* step;
   int64_t* length;     // [chunk_rows], transitions of each rollout
   int64_t non_finite;  // rollouts cut because a prediction was not finite
+  int64_t truncated;   // rollouts ended by their penalty
 };
 
-// Buffers between a network's layers for a tile of rows: a layer's inputs and its outputs, in turn.
+// Buffers between a network's layers for a tile of rows: a layer's inputs and its outputs, in turn; and the
+// outputs before a layer norm, in floats. Networks without layer norms do not use the last one.
 struct LayerBuffers {
-  float *in, *out;
+  float *in, *out, *raw;
 };
 
 // A thread's memory for one chunk. The floats are in tiles, [tile][feature][rows of a tile]. Where only the
@@ -135,6 +137,14 @@ struct Dense {
   Panels target_weight;  // the target's, as `weight.across`
 };
 
+// A layer norm under training: arrays of a number for each output, padded with zeros to whole panels.
+struct NormArray {
+  float *value, *exp_avg, *exp_avg_sq;
+};
+struct Norm {
+  NormArray scale, shift;
+};
+
 // Threads that work on one network together; this one is number `part` of `parts`.
 struct Team {
   int part, parts;
@@ -171,6 +181,7 @@ struct SacPlan {
 // Shared by all members' steps of the fit.
 struct FitPlan {
   const Dense* layers;                          // [members][depth]
+  const Norm* norms;                            // [members][depth - 1]; null without layer norms
   float *max_logvar, *exp_minus_max, *exp_min;  // [dims]
   double *loss, *max_grad, *min_grad;           // [members], then twice [members][dims]: of the current step
 };
@@ -183,6 +194,10 @@ constexpr int64_t kFitWindow = 128;
 struct FitWindow {
   Rows head, targets;    // 2 dims, dims
   const Panels* slopes;  // [hidden], derivatives of the activation
+  // With layer norms: [hidden], the normalised outputs before scale and shift; and for each row the factor
+  // that normalised them.
+  const Panels* normed;
+  float* const* inverse_std;
   // Used where factors are packed. Layer by layer, the matrices `along` take turns with two buffers.
   Panels gathered, head_grad;  // in, 1 and 2 dims: floats that are packed next
   Panels left[2], grad[2];     // the widest layer
@@ -197,6 +212,9 @@ struct FitWorkspace {
   Factor head_grad;              // 2 dims
   Rows max_grad, min_grad;       // dims: by the bounds of the log-variance
   float* loss;                   // [rows]
+  // With layer norms: [hidden], gradients by the scale and by the shift, each row a sum over rows of the batch
+  // that a thread takes at least.
+  const Rows *scale_grads, *shift_grads;
 };
 
 // A member's step on rows begin .. begin + count of its pass, and the team that makes it.

@@ -28,7 +28,7 @@ Packed::Packed(const Network& network, const Packing& packing)
     : packing_(packing), networks_(network.networks) {
   int64_t stride = 0;
   for (int64_t l = 0; l < network.depth; ++l) {
-    const auto [weight, bias, in, out] = network.layers[l];
+    const int64_t in = network.layers[l].in, out = network.layers[l].out;
     const int64_t words = round_up((in + packing.terms - 1) / packing.terms, packing.words);
     layers_.push_back({in, out, words, round_up(out, packing.outputs)});
     offset_.push_back(stride);

@@ -38,6 +38,7 @@ void lay_out(Arena& arena, const RolloutArgs& args, int64_t tile, int64_t rows, 
   arena.take(ws.noise, round_up(std::max(dims, args.act_dim), 4) * tile);
   arena.take(ws.layers.in, width * tile);
   arena.take(ws.layers.out, width * tile);
+  arena.take(ws.layers.raw, args.dynamics.layers[0].norm_scale != nullptr ? width * tile : 0);
   arena.take(ws.alive, rows);
   arena.take(ws.survivors, rows);
   arena.take(ws.drawn, one_member ? rows : 0);
@@ -191,6 +192,7 @@ class ChunkOrder {
       one.to = args_.head + counts_.written;
       for (int64_t r = 0; r < one.rows; ++r) counts_.written += one.output.length[r];
       counts_.non_finite += one.output.non_finite;
+      counts_.truncated += one.output.truncated;
       ready.push_back(&one);
     }
   }
@@ -212,7 +214,7 @@ class ChunkOrder {
   const int64_t chunks_;
   int64_t next_ = 0, placed_ = 0;
   std::vector<Made*> free_, finished_;
-  RolloutCounts counts_{0, 0};
+  RolloutCounts counts_{};
   std::mutex mutex_;
   std::condition_variable freed_;
 };

@@ -17,20 +17,81 @@ MOPO_INLINE void apply_layer(const NetworkLayer& layer, const float* weight, con
     layer_tile<Operand>(in, layer.in, weight, bias, layer.out, vectors, write);
 }
 
+// A layer norm of `count` outputs, whose number n is x(n), for each lane.
+struct LayerNorm {
+  vf mean, inverse_std;
+
+  template <class Outputs>
+  MOPO_METHOD LayerNorm(int64_t count, Outputs x) {
+    // Four sums at a time, since an addition has to wait for the one before.
+    const auto average = [&](auto term) {
+      vf sums[4] = {};
+      int64_t n = 0;
+      for (; n + 4 <= count; n += 4)
+        for (int i = 0; i < 4; ++i) sums[i] = sums[i] + term(n + i);
+      for (; n < count; ++n) sums[0] = sums[0] + term(n);
+      return (sums[0] + sums[1] + (sums[2] + sums[3])) * (1.0f / static_cast<float>(count));
+    };
+    mean = average(x);
+    // Unlike the mean of squares less the square of the mean, this does not cancel.
+    const vf variance = average([&](int64_t n) {
+      const vf distance = x(n) - mean;
+      return distance * distance;
+    });
+    inverse_std = 1.0f / sqrt(variance + kLayerNormEpsilon);
+  }
+
+  MOPO_METHOD vf apply(vf x, float scale, float shift) const {
+    return (x - mean) * inverse_std * scale + shift;
+  }
+};
+
+// Turns a layer's outputs `raw`, floats, into the inputs of the next one: layer norm, then activation.
+template <class Operand, Activation activation>
+static void normalise(const NetworkLayer& layer, int64_t member, int vectors, const float* raw, float* to) {
+  const float* scale = layer.norm_scale + member * layer.out;
+  const float* shift = layer.norm_shift + member * layer.out;
+  for (int v = 0; v < vectors; ++v) {
+    const auto x = [&](int64_t n) { return load(raw + n * kTile<Operand> + v * W); };
+    const LayerNorm norm(layer.out, x);
+    for (int64_t n = 0; n < layer.out; n += kBlock) {
+      vf outputs[kBlock] = {};
+      const int64_t count = smaller(kBlock, layer.out - n);
+      if (count == kBlock) {
+#pragma GCC unroll 8
+        for (int j = 0; j < kBlock; ++j) outputs[j] = norm.apply(x(n + j), scale[n + j], shift[n + j]);
+      } else {
+        for (int64_t j = 0; j < count; ++j) outputs[j] = norm.apply(x(n + j), scale[n + j], shift[n + j]);
+      }
+      write_operands<Operand, activation>(to, n, v, outputs);
+    }
+  }
+}
+
 // A member's network for the first `vectors` vectors of a tile's rows. Activations pass between two buffers,
 // `here` and `there`; `out` receives the last layer's outputs as floats.
 template <class Operand, Activation activation>
 static void network_tile(const Network& network, const PackedNetwork& packed, int64_t member, int vectors,
-                         const float* in, float* here, float* there, float* out) {
+                         const float* in, const LayerBuffers& buffers, float* out) {
+  float *here = buffers.in, *there = buffers.out;
   const float* data = packed.data + member * packed.member_stride;
   in = as_operands<Operand>(in, network.layers[0].in, vectors, there);
   const int64_t hidden = network.depth - 1;
   for (int64_t l = 0; l < hidden; ++l) {
-    apply_layer<Operand>(network.layers[l], data + packed.offset[l], in, vectors,
-                         [&](int64_t n, int v, vf(&outputs)[kBlock]) {
-                           write_operands<Operand, activation>(here, n, v, outputs);
-                         });
-    fill_up<Operand>(here, network.layers[l].out);
+    const NetworkLayer& layer = network.layers[l];
+    if (layer.norm_scale != nullptr) {
+      apply_layer<Operand>(layer, data + packed.offset[l], in, vectors,
+                           [&](int64_t n, int v, vf(&outputs)[kBlock]) {
+                             write_floats<Operand>(buffers.raw, n, v, outputs);
+                           });
+      normalise<Operand, activation>(layer, member, vectors, buffers.raw, here);
+    } else {
+      apply_layer<Operand>(layer, data + packed.offset[l], in, vectors,
+                           [&](int64_t n, int v, vf(&outputs)[kBlock]) {
+                             write_operands<Operand, activation>(here, n, v, outputs);
+                           });
+    }
+    fill_up<Operand>(here, layer.out);
     in = here;
     here = there;
     there = const_cast<float*>(in);
@@ -40,10 +101,28 @@ static void network_tile(const Network& network, const PackedNetwork& packed, in
       [&](int64_t n, int v, vf(&outputs)[kBlock]) { write_floats<Operand>(out, n, v, outputs); });
 }
 
+// The layer norm of at most kFewRows rows, each `stride` floats after the one before, in place. Lanes are rows,
+// as in normalise(), so that the result is the same to the bit.
+static void normalise_rows(const NetworkLayer& layer, int64_t member, int64_t rows, int64_t stride,
+                           float* outputs) {
+  const auto x = [&](int64_t n) {
+    vf result{};
+    for (int64_t row = 0; row < rows; ++row) result[row] = outputs[row * stride + n];
+    return result;
+  };
+  const LayerNorm norm(layer.out, x);
+  for (int64_t n = 0; n < layer.out; ++n) {
+    const int64_t at = member * layer.out + n;
+    const vf result = norm.apply(x(n), layer.norm_scale[at], layer.norm_shift[at]);
+    for (int64_t row = 0; row < rows; ++row) outputs[row * stride + n] = result[row];
+  }
+}
+
 // network_tile for at most kFewRows rows in float32. Spare lanes of `out` repeat the last row.
 template <Activation activation>
 static void network_rows(const Network& network, const PackedNetwork& packed, int64_t member, int64_t rows,
-                         const float* in, float* here, float* there, float* out) {
+                         const float* in, const LayerBuffers& buffers, float* out) {
+  float *here = buffers.in, *there = buffers.out;
   const float* data = packed.data + member * packed.member_stride;
   const NetworkLayer* layers = network.layers;
   int64_t stride = round_up(layers[0].in, kWidthMultiple);
@@ -61,6 +140,7 @@ static void network_rows(const Network& network, const PackedNetwork& packed, in
     here = there;
     there = done;
     if (l == network.depth - 1) break;
+    if (layers[l].norm_scale != nullptr) normalise_rows(layers[l], member, rows, stride, here);
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t n = 0; n < width; n += W) {
         float* x = here + row * stride + n;
@@ -79,9 +159,9 @@ static void network_tile(const Network& network, const PackedNetwork& packed, in
   const auto run = [&]<Activation activation>(std::integral_constant<Activation, activation>) {
     if constexpr (Operand::kPacking.terms == 1)
       if (rows <= kFewRows)
-        return network_rows<activation>(network, packed, member, rows, in, layers.in, layers.out, out);
+        return network_rows<activation>(network, packed, member, rows, in, layers, out);
     const int vectors = static_cast<int>((rows + W - 1) / W);
-    network_tile<Operand, activation>(network, packed, member, vectors, in, layers.in, layers.out, out);
+    network_tile<Operand, activation>(network, packed, member, vectors, in, layers, out);
   };
   switch (network.activation) {
     case Activation::kSilu:
@@ -327,9 +407,15 @@ struct Chunk {
                         args.seed);
   }
 
+  // The word that draws a rollout's member. A member that is kept is drawn by the first step's number.
+  uint32_t member_word(int64_t rollout) const {
+    const uint32_t step = args.keep_member ? 0 : args.first_step + static_cast<uint32_t>(t);
+    return random_block(args.rows[first + rollout], step, kMemberStream, 0, args.seed).word[0];
+  }
+
   uint32_t draw_member(int64_t rollout) const {
-    const uint32_t word = random(rollout, kMemberStream, 0).word[0];
-    return static_cast<uint32_t>(args.elites[choose(word, static_cast<uint32_t>(args.num_elites))]);
+    const uint32_t elite = choose(member_word(rollout), static_cast<uint32_t>(args.num_elites));
+    return static_cast<uint32_t>(args.elites[elite]);
   }
 
   // Draws `count` standard normals for each row into ws.noise [count, rounded up to 4][tile].
@@ -353,7 +439,7 @@ struct Chunk {
     }
     float* next = ws.layers.in;  // [obs_dim][tile]
     alignas(64) float raw[kTile], reward[kTile], penalty[kTile];
-    alignas(64) int32_t finite[kTile], inside[kTile];
+    alignas(64) int32_t finite[kTile], inside[kTile], truncated[kTile];
     for (int64_t v = 0; v < tile.lanes(); v += W) {
       const auto mean = [&](int64_t member, int64_t d) {
         return load(predictions(tile, member) + d * kTile + v);
@@ -379,12 +465,14 @@ struct Chunk {
       };
       const vf raw_reward = sample(obs_dim);
       vf penalised = raw_reward;
+      vi is_truncated{};
       if (args.penalties) {
         const vf u = penalise<vf>(
             args.penalty, static_cast<int>(args.num_penalty_members), static_cast<int>(obs_dim),
             [&](int i, int d) { return mean(args.penalty_members[i], d); },
             [&](int i, int d) { return variance(args.penalty_members[i], d); }, 0, 1, [](vf x) { return x; });
         penalised = raw_reward - args.penalty_coef * u;
+        is_truncated = u > args.truncation.at;
         store(penalty + v, u);
       }
       vi is_inside = ~vi{}, all_finite = is_finite(penalised);
@@ -398,6 +486,7 @@ struct Chunk {
       store(reward + v, penalised);
       store(reinterpret_cast<float*>(finite) + v, bits_to_float(all_finite));
       store(reinterpret_cast<float*>(inside) + v, bits_to_float(is_inside));
+      store(reinterpret_cast<float*>(truncated) + v, bits_to_float(is_truncated));
     }
     for (int64_t lane = 0; lane < tile.count; ++lane) {
       const int64_t r = rollout_at(tile, lane);
@@ -409,8 +498,10 @@ struct Chunk {
       copy_lane(observations(tile) + lane, obs_dim, made.observations + row * obs_dim);
       copy_lane(actions(tile) + lane, args.act_dim, made.actions + row * args.act_dim);
       copy_lane(next + lane, obs_dim, made.next_observations + row * obs_dim);
-      const bool terminal = !(inside[lane] && finite[lane]);
-      made.rewards[row] = reward[lane];
+      const bool ended = truncated[lane] && finite[lane], halted = ended && args.truncation.halts;
+      const bool terminal = !(inside[lane] && finite[lane]) || halted;
+      made.truncated += ended;
+      made.rewards[row] = halted ? args.truncation.reward : reward[lane];
       made.terminals[row] = terminal;
       made.raw_rewards[row] = raw[lane];
       if (args.penalties) made.penalties[row] = penalty[lane];
@@ -419,7 +510,7 @@ struct Chunk {
       made.step[row] = static_cast<int32_t>(args.first_step + t);
       if (args.mean != nullptr) store_distributions(tile, lane, first + r);
       ++made.length[r];
-      if (!terminal) ws.survivors[survivors++] = r;
+      if (!terminal && !ended) ws.survivors[survivors++] = r;
     }
     return survivors;
   }
@@ -462,7 +553,7 @@ struct Chunk {
 
 static void rollout_chunk(const RolloutArgs& args, const RolloutPlan& plan, RolloutWorkspace& ws,
                           ChunkOutput& made, int64_t first, int64_t rows) {
-  made.non_finite = 0;
+  made.non_finite = made.truncated = 0;
   for (int64_t i = 0; i < rows; ++i) {
     ws.alive[i] = i;
     made.length[i] = 0;

@@ -8,7 +8,7 @@ typedef int32_t vi __attribute__((vector_size(MOPO_WIDTH * 4)));
 
 MOPO_INLINE vf load(const float* p) { return *reinterpret_cast<const vf*>(p); }
 MOPO_INLINE void store(float* p, vf x) { *reinterpret_cast<vf*>(p) = x; }
-// `lanes` numbers, 1 or more; of more than W the first W. load_lanes sets the other lanes to 0.
+// `lanes` numbers, 1 or more; of more than W the first W. load_lanes and first_lanes_of set the other lanes to 0.
 #ifdef MOPO_AVX512
 MOPO_INLINE __mmask16 first_lanes(int64_t lanes) {
   return static_cast<__mmask16>(lanes < W ? (1u << lanes) - 1 : 0xffff);
@@ -19,6 +19,9 @@ MOPO_INLINE vf load_lanes(const float* p, int64_t lanes) {
 MOPO_INLINE void store_lanes(float* p, vf x, int64_t lanes) {
   _mm512_mask_storeu_ps(p, first_lanes(lanes), (__m512)x);
 }
+MOPO_INLINE vf first_lanes_of(vf x, int64_t lanes) {
+  return (vf)_mm512_maskz_mov_ps(first_lanes(lanes), (__m512)x);
+}
 #else
 MOPO_INLINE vf load_lanes(const float* p, int64_t lanes) {
   vf x{};
@@ -27,6 +30,10 @@ MOPO_INLINE vf load_lanes(const float* p, int64_t lanes) {
 }
 MOPO_INLINE void store_lanes(float* p, vf x, int64_t lanes) {
   for (int lane = 0; lane < W && lane < lanes; ++lane) p[lane] = x[lane];
+}
+MOPO_INLINE vf first_lanes_of(vf x, int64_t lanes) {
+  for (int lane = 0; lane < W; ++lane) x[lane] = lane < lanes ? x[lane] : 0.0f;
+  return x;
 }
 #endif
 MOPO_INLINE vf broadcast(float x) { return x - vf{}; }
@@ -47,6 +54,14 @@ MOPO_INLINE vf shuffle(vf x, vf y, Order) {
     return __builtin_shuffle(x, y, vi{Order{}(lane)...});
 #endif
   }(std::make_integer_sequence<int, W>{});
+}
+// The sum of all lanes, in every lane.
+template <int half = W / 2>
+MOPO_INLINE vf sum_of_lanes(vf x) {
+  if constexpr (half == 0)
+    return x;
+  else
+    return sum_of_lanes<half / 2>(x + shuffle(x, x, [](int lane) { return lane ^ half; }));
 }
 // Lanes 4 group .. 4 group + 3.
 typedef float quad __attribute__((vector_size(16), may_alias));

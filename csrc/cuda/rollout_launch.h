@@ -19,7 +19,8 @@ struct DeviceRecord {
   bool* terminals;
   float *raw_rewards, *penalties;
   int32_t* members;
-  int32_t *lengths, *cut;  // [batch]; cut is 1 where a non-finite prediction ended the rollout
+  int32_t *lengths, *cut;  // [batch]; cut is 1 where a non-finite prediction ended the rollout, 2 where its
+                           // penalty did
 };
 
 struct RolloutLaunch {
@@ -43,6 +44,8 @@ struct RolloutLaunch {
   int num_penalty_members;
   Penalty penalty;
   float penalty_coef;
+  Truncation truncation;
+  bool keep_member;  // a rollout draws one member for all its steps
   const float* low;  // [obs_dim]; a rollout terminates outside of low .. high
   const float* high;
 

@@ -321,7 +321,9 @@ struct Fragment {
   // Draws a member, which it returns, and a sample of the member's Gaussian.
   MOPO_DEVICE int draw(int half, float (&samples)[kObsSlots]) const {
     const int64_t row_number = number(half);
-    const uint32_t elite = choose(random(row_number, kMemberStream, 0).word[0], args.num_elites);
+    const uint32_t step = args.keep_member ? 0 : args.first_step + t;
+    const uint32_t word = random_block(row_number, step, kMemberStream, 0, args.seed).word[0];
+    const uint32_t elite = choose(word, args.num_elites);
     const int member = static_cast<int>(args.elites[elite]);
 #pragma unroll
     for (int at = 0; at < kObsSlots; ++at) {
@@ -369,18 +371,21 @@ struct Fragment {
     raw_reward = quad_sum(raw_reward);
     const float reward = raw_reward - args.penalty_coef * penalty;
     not_finite = quad_sum(not_finite) + !is_finite(reward);
-    const bool ended = quad_sum(outside) + not_finite > 0.0f;
+    bool terminal = quad_sum(outside) + not_finite > 0.0f;
+    const bool truncated = penalty > args.truncation.at && not_finite == 0.0f;
+    const bool halted = truncated && args.truncation.halts;
+    terminal |= halted;
     if (!on) return;
-    if (ended) alive &= ~(1u << half);
+    if (terminal || truncated) alive &= ~(1u << half);
     if (q > 0) return;
     const int64_t at = record(half);
-    args.record.rewards[at] = reward;
+    args.record.rewards[at] = halted ? args.truncation.reward : reward;
     args.record.raw_rewards[at] = raw_reward;
     args.record.penalties[at] = penalty;
-    args.record.terminals[at] = ended;
+    args.record.terminals[at] = terminal;
     args.record.members[at] = drawn;
     args.record.lengths[row(half)] = t + (not_finite == 0.0f);
-    args.record.cut[row(half)] = not_finite > 0.0f;
+    args.record.cut[row(half)] = not_finite > 0.0f ? 1 : 2 * truncated;
   }
 
   template <int kWidth>

@@ -22,6 +22,7 @@ from mopo_fast.backends.interface import (
     Need,
     Parameter,
     RolloutCall,
+    RolloutCounts,
     SacUpdates,
     StepCall,
     StepResult,
@@ -45,10 +46,12 @@ def step(backend: Backend, call: StepCall) -> StepResult:
     check_range("step", call.step, 0, 2**32)
     if call.dynamics.penalty_coef and not call.penalties:
         raise InputError(f"penalty_coef={call.dynamics.penalty_coef:g} needs penalties=True")
+    if call.dynamics.truncation.needs_penalties and not call.penalties:
+        raise InputError(f"truncate_at={call.dynamics.truncation.at:g} needs penalties=True")
     return backend.step(call)
 
 
-def rollout(backend: Backend, call: RolloutCall) -> tuple[int, int]:
+def rollout(backend: Backend, call: RolloutCall) -> RolloutCounts:
     """Check a call, then pass it to `backend.rollout`."""
     check_rollout(backend, call)
     return backend.rollout(call)
@@ -101,7 +104,7 @@ def fit_steps(backend: Backend, calls: Sequence[FitSteps], threads: int) -> list
     check_range("threads", threads, 1, MAX_THREADS)
     for call in calls:
         _check_fit(backend, call)
-    parameters = [one for call in calls for one in (*call.layers, *call.bounds)]
+    parameters = [one for call in calls for one in (*call.layers, *call.norms, *call.bounds)]
     with _written(parameters):
         return backend.fit_steps(calls, threads)
 
@@ -221,7 +224,8 @@ def _check_call(backend: Backend, call: StepCall | RolloutCall) -> tuple[Layout,
     """Check the arguments that a step and a rollout share; return the layout, obs_dim and act_dim."""
     dynamics, observations, settings = call.dynamics, call.observations, call.settings
     check_known("dtype", settings.operands, ROLLOUT_DTYPES)
-    _check_serves(backend, Need(settings.operands, observations.device))
+    layer_norm = dynamics.norms is not None
+    _check_serves(backend, Need(settings.operands, observations.device, layer_norm=layer_norm))
     check_range("threads", settings.threads, 1, MAX_THREADS)
     check_range("seed", settings.seed, 0, 2**64)
     dtype = torch.float64 if settings.operands == "float64" else torch.float32
@@ -250,6 +254,11 @@ def _check_dynamics(layout: Layout, dynamics: DynamicsArrays, obs_dim: int) -> N
     if act_dim < 1:
         raise InputError(f"the ensemble has {inputs} inputs, too few for {obs_dim} observation dimensions")
     layout.network("the ensemble", weights, dynamics.biases, (members,), inputs, 2 * dims)
+    for name, norms in zip(("norm_scales", "norm_shifts"), dynamics.norms or (), strict=False):
+        if len(norms) != len(weights) - 1:
+            raise InputError(f"the ensemble has {len(norms)} {name}, but {len(weights) - 1} hidden layers")
+        for i, norm in enumerate(norms):
+            layout.check(f"the ensemble's {name}[{i}]", norm, members, weights[i].shape[2])
     layout.check("input_mean", dynamics.input_mean, inputs)
     layout.check("input_std", dynamics.input_std, inputs)
     for name in ("max_logvar", "min_logvar"):
@@ -314,13 +323,15 @@ def _check_trained(
         _check_parameter(layout, f"{what}'s biases[{i}]", bias, *networks, sizes[i + 1], target=target)
 
 
-def _trained_layout(backend: Backend, dtype: str, example: torch.Tensor) -> Layout:
+def _trained_layout(
+    backend: Backend, dtype: str, example: torch.Tensor, *, layer_norm: bool = False
+) -> Layout:
     """Return float32 on the device of `example`; raise `InputError` if the backend cannot train there."""
     if example.dtype != torch.float32:
         raise InputError(
             f"the kernels train contiguous torch.float32 tensors, got {example.dtype}; use backend reference"
         )
-    _check_serves(backend, Need(dtype, example.device, training=0))
+    _check_serves(backend, Need(dtype, example.device, training=0, layer_norm=layer_norm))
     return Layout(torch.float32, example.device)
 
 
@@ -362,20 +373,27 @@ def _check_sac(backend: Backend, call: SacUpdates) -> None:
 def _check_fit(backend: Backend, call: FitSteps) -> None:
     dtype = call.config.dtype or "float32"
     check_known("dtype", dtype, TRAINING_DTYPES)
-    layout = _trained_layout(backend, dtype, call.bounds[0][0])
+    layout = _trained_layout(backend, dtype, call.bounds[0][0], layer_norm=bool(call.norms))
     if call.table.ndim != 2 or call.rows.ndim != 2 or min(call.rows.shape) < 1:
         raise InputError("the fit's table and rows must be matrices, the rows [members, count]")
     members, count = call.rows.shape
     (rows, width), inputs = call.table.shape, call.layers[0][0].shape[-2]
     layout.check("the fit's table", call.table, rows, width)
-    layout.check_rows("the fit's rows", call.rows, members, count, dtype=torch.int64)
+    layout.check_rows("the fit's rows", call.rows, members, count, dtype=torch.int32)
     check_range("the table's columns", width, inputs + call.dims, 2**31)
     low, high = _extremes(call.rows)
     if not 0 <= low <= high < rows:
         raise InputError(f"the fit's rows must be 0 to {rows - 1}, got {low} to {high}")
-    _check_trained(
-        layout, "the ensemble", call.layers, (members,), [inputs, *_hidden(call.layers), 2 * call.dims]
-    )
+    check_range("the ensemble's members", members, 1, MAX_MEMBERS + 1)
+    hidden = _hidden(call.layers)
+    _check_trained(layout, "the ensemble", call.layers, (members,), [inputs, *hidden, 2 * call.dims])
+    if len(call.norms) not in (0, 2 * len(hidden)):
+        raise InputError(
+            f"the ensemble has {len(call.norms)} norm parameters for {len(hidden)} hidden layers"
+        )
+    for i, (width, norm) in enumerate(zip(2 * hidden, call.norms, strict=False)):
+        name = "norm_scales" if i < len(hidden) else "norm_shifts"
+        _check_parameter(layout, f"the ensemble's {name}[{i % len(hidden)}]", norm, members, width)
     for name, bound in zip(("max_logvar", "min_logvar"), call.bounds, strict=True):
         _check_parameter(layout, name, bound, call.dims)
     check_known("the ensemble's activation", call.activation, ACTIVATIONS)

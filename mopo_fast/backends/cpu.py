@@ -21,6 +21,7 @@ from mopo_fast.backends.interface import (
     FitSteps,
     Need,
     RolloutCall,
+    RolloutCounts,
     SacUpdates,
     StepCall,
     StepResult,
@@ -32,6 +33,7 @@ from mopo_fast.backends.interface import (
 from mopo_fast.backends.training_calls import fit_call, sac_call
 from mopo_fast.config import ACTIVATIONS, TRAINING_DTYPES
 from mopo_fast.data.transitions import array_layout
+from mopo_fast.ensemble import Norms
 from mopo_fast.errors import InputError
 
 logger = logging.getLogger("mopo_fast")
@@ -42,8 +44,8 @@ WITH_BFLOAT16_ROLLOUTS = (*WITH_BFLOAT16, "neon_bf16")
 # Rounds of multiply-adds that take some milliseconds in float32.
 _GAIN_ROUNDS = 20_000
 
-_Network = tuple[list[int], list[int], list[int], int, int]
-_NO_POLICY: _Network = ([], [], [], 0, 0)
+_Network = tuple[list[int], list[int], list[int], int, int, list[int], list[int]]
+_NO_POLICY: _Network = ([], [], [], 0, 0, [], [])
 
 
 @functools.cache
@@ -155,7 +157,9 @@ def _within_resources() -> Iterator[None]:
         raise InputError(f"the kernel cannot start its threads ({error}); lower threads") from error
 
 
-def _network(weights: list[torch.Tensor], biases: list[torch.Tensor], activation: str) -> _Network:
+def _network(
+    weights: list[torch.Tensor], biases: list[torch.Tensor], activation: str, norms: Norms | None = None
+) -> _Network:
     networks = weights[0].shape[0] if weights[0].ndim == 3 else 1
     sizes = [weights[0].shape[-2], *(weight.shape[-1] for weight in weights)]
     return (
@@ -164,6 +168,8 @@ def _network(weights: list[torch.Tensor], biases: list[torch.Tensor], activation
         sizes,
         networks,
         ACTIVATIONS.index(activation),
+        [scale.data_ptr() for scale in norms[0]] if norms else [],
+        [shift.data_ptr() for shift in norms[1]] if norms else [],
     )
 
 
@@ -178,7 +184,7 @@ def _prepared(
     key = _prepared, set_in_use, precision
     kept: tuple[_Network, Any, tuple[torch.Tensor, ...]] | None = dynamics.kept.get(key)
     if kept is None or not kept[1].resembles(kept[0]):
-        network = _network(dynamics.weights, dynamics.biases, dynamics.activation)
+        network = _network(dynamics.weights, dynamics.biases, dynamics.activation, dynamics.norms)
         with _within_resources():
             packed = extension().pack(network, isa=set_in_use, precision=precision)
         kept = dynamics.kept[key] = network, packed, dynamics.spelled_out()
@@ -192,8 +198,8 @@ def _launch(
     actions: torch.Tensor | None = None,
     mean: torch.Tensor | None = None,
     std: torch.Tensor | None = None,
-) -> tuple[int, int]:
-    """Run the rollout kernel; return (rows written, rollouts ended by a prediction that was not finite)."""
+) -> RolloutCounts:
+    """Run the rollout kernel."""
     dynamics, policy = call.dynamics, call.policy
     set_in_use, precision = isa(), _precision(call.settings.operands)
     network, packed, (max_logvar, min_logvar, carry) = _prepared(dynamics, set_in_use, precision)
@@ -218,8 +224,7 @@ def _launch(
         threads=call.settings.threads,
     )
     with _within_resources():
-        written, cut = extension().rollout(**arguments)
-    return written, cut
+        return RolloutCounts(*extension().rollout(**arguments))
 
 
 class CpuBackend(Backend):
@@ -259,7 +264,7 @@ class CpuBackend(Backend):
         return StepResult(**arrays, mean=mean, std=std)
 
     @override
-    def rollout(self, call: RolloutCall) -> tuple[int, int]:
+    def rollout(self, call: RolloutCall) -> RolloutCounts:
         return _launch(call, call.out)
 
     @override

@@ -1,8 +1,9 @@
 """The interface of a backend: one Protocol for rollouts and training, and the data that cross to it."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, Literal, Protocol
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol
 
 import torch
 from typing_extensions import TypeVar
@@ -22,6 +23,7 @@ class DynamicsArrays:
         weights: [members, in, out] of each layer. The last one's outputs are obs_dim + 1 means, then as many
             log-variances.
         biases: [members, out] of each layer.
+        norms: scales and shifts of the hidden layers' norms, [members, out] of each; None for none.
         input_mean: [obs_dim + act_dim], subtracted from the inputs.
         input_std: [obs_dim + act_dim], by which the inputs are then divided.
         max_logvar: [1 or members, obs_dim + 1], upper bounds of the log-variances.
@@ -37,11 +39,14 @@ class DynamicsArrays:
         activation: one of `config.ACTIVATIONS`.
         penalty: one of `config.PENALTIES`.
         penalty_coef: factor of the penalty.
+        truncation: penalties that end rollouts.
+        keep_member: a rollout draws one member for all its steps.
         kept: results of earlier calls, by the key of the function that made them.
     """
 
     weights: list[torch.Tensor]
     biases: list[torch.Tensor]
+    norms: tuple[list[torch.Tensor], list[torch.Tensor]] | None
     input_mean: torch.Tensor
     input_std: torch.Tensor
     max_logvar: torch.Tensor
@@ -55,6 +60,8 @@ class DynamicsArrays:
     activation: str
     penalty: str
     penalty_coef: float
+    truncation: "Truncation"
+    keep_member: bool
     kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def spelled_out(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -63,6 +70,38 @@ class DynamicsArrays:
         carry = torch.ones_like(self.low) if self.carry is None else self.carry
         high, low = (bound.expand(members, -1).contiguous() for bound in (self.max_logvar, self.min_logvar))
         return high, low, carry
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """Penalties that end rollouts.
+
+    Attributes:
+        at: a rollout ends after a step with a larger penalty; infinite for no such end.
+        halt_reward: reward of that step, which is then terminal; None leaves the step as it is.
+    """
+
+    at: float = math.inf
+    halt_reward: float | None = None
+
+    @property
+    def needs_penalties(self) -> bool:
+        """True where a penalty can end a rollout."""
+        return self.at < math.inf
+
+
+class RolloutCounts(NamedTuple):
+    """Numbers of a call's rollouts.
+
+    Attributes:
+        written: number of rows written.
+        non_finite: number of rollouts ended by a prediction that was not finite.
+        truncated: number of rollouts ended by their penalty.
+    """
+
+    written: int
+    non_finite: int
+    truncated: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +141,8 @@ class StepResult(Generic[A]):
         raw_rewards: [batch], as sampled from the drawn member.
         members: int32 [batch], the member drawn; -1 where the ensemble's mean was taken.
         penalties: [batch], u(s, a); None where they were not computed, see `RolloutEngine`.
+        truncations: bool [batch], True where the penalty ends a rollout; None where it cannot. Backends leave
+            it to `RolloutEngine`.
         mean: [members, batch, obs_dim + 1], each member's mean of (delta obs, reward); None unless the call
             asked for `distributions`.
         std: [members, batch, obs_dim + 1], each member's standard deviation of it; None likewise.
@@ -113,6 +154,7 @@ class StepResult(Generic[A]):
     raw_rewards: A
     members: A
     penalties: A | None = None
+    truncations: A | None = None
     mean: A | None = None
     std: A | None = None
 
@@ -170,7 +212,8 @@ class StepCall:
         actions: [batch, act_dim].
         step: number of the step for the random numbers.
         distributions: return every member's mean and std too.
-        penalties: return the penalties too; must be True where `dynamics.penalty_coef` is not 0.
+        penalties: return the penalties too; must be True where `dynamics.penalty_coef` is not 0, or where
+            penalties truncate.
     """
 
     dynamics: DynamicsArrays
@@ -223,8 +266,13 @@ class RolloutCall:
 
     @property
     def penalties(self) -> bool:
-        """Tell if the penalties are read: for the rewards, or by the ring."""
-        return self.dynamics.penalty_coef != 0.0 or self.out.arrays.get("penalties") is not None
+        """Tell if the penalties are read: for the rewards, to end rollouts, or by the ring."""
+        dynamics = self.dynamics
+        return (
+            dynamics.penalty_coef != 0.0
+            or dynamics.truncation.needs_penalties
+            or self.out.arrays.get("penalties") is not None
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,6 +324,10 @@ def kernel_arguments(call: StepCall | RolloutCall) -> dict[str, Any]:
             "num_penalty_members": len(dynamics.penalty_members),
             "penalty": dynamics.penalty,
             "penalty_coef": dynamics.penalty_coef,
+            "truncate_at": dynamics.truncation.at,
+            "halts": dynamics.truncation.halt_reward is not None,
+            "halt_reward": dynamics.truncation.halt_reward or 0.0,
+            "keep_member": dynamics.keep_member,
             "low": dynamics.low.data_ptr(),
             "high": dynamics.high.data_ptr(),
         }
@@ -347,11 +399,12 @@ class FitSteps:
 
     Attributes:
         layers: the weights of all layers, then the biases.
+        norms: the scales of the hidden layers' norms, then their shifts; empty without layer norms.
         bounds: max_logvar and min_logvar.
         activation: one of `config.ACTIVATIONS`.
         table: [n, obs + act + dims or more], the standardised inputs, then the targets.
         dims: number of targets, obs + 1.
-        rows: int64 [members, count], the rows of `table` that each member sees, in batches of
+        rows: int32 [members, count], the rows of `table` that each member sees, in batches of
             `config.batch_size`; may be columns of a wider matrix.
         config: hyperparameters.
         steps_before: number of steps made before.
@@ -359,6 +412,7 @@ class FitSteps:
     """
 
     layers: list[Parameter]
+    norms: list[Parameter]
     bounds: tuple[Parameter, Parameter]
     activation: str
     table: torch.Tensor
@@ -390,6 +444,7 @@ class Need:
         policy: sizes of the policy that makes rollouts; None where not known yet.
         penalty: one of `config.PENALTIES`; None where not known yet.
         training: inputs or outputs of the widest layer to train; None asks for rollouts.
+        layer_norm: the ensemble has layer norms.
     """
 
     dtype: str
@@ -398,6 +453,7 @@ class Need:
     policy: Sizes | None = None
     penalty: str | None = None
     training: int | None = None
+    layer_norm: bool = False
 
 
 def refuse_penalty(need: Need, served: Sequence[str]) -> str | None:
@@ -447,8 +503,8 @@ class Backend(Protocol):
     def step(self, call: StepCall) -> StepResult:
         """Make one model step."""
 
-    def rollout(self, call: RolloutCall) -> tuple[int, int]:
-        """Make rollouts; return (rows written, rollouts ended by a prediction that was not finite)."""
+    def rollout(self, call: RolloutCall) -> RolloutCounts:
+        """Make rollouts."""
 
     def least_values(self, call: ValuesCall) -> torch.Tensor:
         """Return the least Q over the critics at each state, [samples, members, rows]."""

@@ -3,6 +3,7 @@
 Source: the authors' models/fake_env.py for the step, mopo.py for the rollout.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -16,6 +17,7 @@ from mopo_fast.backends.interface import (
     Need,
     PolicyArrays,
     RolloutCall,
+    RolloutCounts,
     Settings,
     StepCall,
     StepResult,
@@ -44,7 +46,7 @@ def predict(
     """Return every member's means and variances of its outputs, each [members, batch, obs_dim + 1]."""
     inputs = torch.cat([observations, actions], dim=-1)
     x = (inputs - dynamics.input_mean) / dynamics.input_std
-    heads = mlp(x, dynamics.weights, dynamics.biases, dynamics.activation, operands)
+    heads = mlp(x, dynamics.weights, dynamics.biases, dynamics.activation, operands, norms=dynamics.norms)
     mean, logvar = heads.chunk(2, dim=-1)
     bounds = dynamics.max_logvar.unsqueeze(1), dynamics.min_logvar.unsqueeze(1)
     bounded = soft_clamp_variance(logvar, *bounds)
@@ -103,7 +105,8 @@ def _step(
         sample = mean.mean(0)
     else:
         elites = dynamics.elites
-        draw = random_choice(rows, step, MEMBER_STREAM, len(elites), settings.seed)
+        drawn_at = 0 if dynamics.keep_member else step
+        draw = random_choice(rows, drawn_at, MEMBER_STREAM, len(elites), settings.seed)
         members = elites[draw]
         batch = torch.arange(len(rows), device=rows.device)
         noise = random_normals(rows, step, NOISE_STREAM, mean.shape[-1], settings.seed, mean.dtype)
@@ -118,10 +121,15 @@ def _step(
         rewards = raw_rewards - dynamics.penalty_coef * penalties
     inside = (next_observations >= dynamics.low) & (next_observations <= dynamics.high)
     finite = torch.isfinite(next_observations).all(-1) & torch.isfinite(rewards)
+    terminals = ~(inside.all(-1) & finite)
+    halt_reward = dynamics.truncation.halt_reward
+    if halt_reward is not None and penalties is not None:
+        halted = finite & (penalties > dynamics.truncation.at)
+        rewards, terminals = rewards.masked_fill(halted, halt_reward), terminals | halted
     return StepResult(
         next_observations=next_observations,
         rewards=rewards,
-        terminals=~(inside.all(-1) & finite),
+        terminals=terminals,
         raw_rewards=raw_rewards,
         penalties=penalties,
         members=members.to(torch.int32),
@@ -136,7 +144,8 @@ def rollout_by_steps(
     horizon: int,
     out: Destination,
     step: Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, StepResult]],
-) -> tuple[int, int]:
+    truncate_at: float = math.inf,
+) -> RolloutCounts:
     """Make rollouts step by step, with the result of a fused kernel.
 
     Args:
@@ -145,13 +154,11 @@ def rollout_by_steps(
         horizon: most steps of a rollout.
         out: the ring that the transitions are written to.
         step: returns the actions and the model step of (observations, rows, t) of the rollouts that go on.
-
-    Returns:
-        (rows written, rollouts ended by a prediction that was not finite).
+        truncate_at: a rollout ends after a step with a larger penalty.
     """
     position = torch.arange(len(rows), device=rows.device)
     parts: list[dict[str, torch.Tensor]] = []
-    cut = 0
+    cut = truncated = 0
     for t in range(horizon):
         if len(rows) == 0:
             break
@@ -173,6 +180,11 @@ def rollout_by_steps(
         }
         parts.append({name: array[finite] for name, array in part.items() if array is not None})
         alive = finite & ~result.terminals
+        if truncate_at < math.inf:
+            assert result.penalties is not None
+            above = finite & (result.penalties > truncate_at)
+            truncated += int(above.sum())
+            alive &= ~above
         observations, rows, position = result.next_observations[alive], rows[alive], position[alive]
     whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     # The parts are in the order of steps; the result is in the order of rollouts.
@@ -180,7 +192,7 @@ def rollout_by_steps(
     target = (out.head + torch.arange(len(order), device=order.device)) % out.capacity
     for name, array in out.arrays.items():
         array[target] = whole[name][order].to(array.dtype)
-    return len(order), cut
+    return RolloutCounts(len(order), cut, truncated)
 
 
 def least_values(call: ValuesCall) -> torch.Tensor:
@@ -236,7 +248,7 @@ class ReferenceBackend(Backend):
         return least_values(call)
 
     @override
-    def rollout(self, call: RolloutCall) -> tuple[int, int]:
+    def rollout(self, call: RolloutCall) -> RolloutCounts:
         def step(observations: torch.Tensor, rows: torch.Tensor, t: int) -> tuple[torch.Tensor, StepResult]:
             actions = act(call.policy, observations, rows, t, call.settings)
             one = StepCall(
@@ -251,4 +263,5 @@ class ReferenceBackend(Backend):
             )
             return actions, self.step(one)
 
-        return rollout_by_steps(call.observations, call.rows, call.horizon, call.out, step)
+        truncate_at = call.dynamics.truncation.at
+        return rollout_by_steps(call.observations, call.rows, call.horizon, call.out, step, truncate_at)

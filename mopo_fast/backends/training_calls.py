@@ -55,6 +55,7 @@ def fit_call(extension: ModuleType, call: FitSteps, precision: int = 0) -> Any:
         members=call.rows.shape[0],
         dims=call.dims,
         layers=_layers(call.layers),
+        norms=_norms(call.norms),
         activation=ACTIVATIONS.index(call.activation),
         max_logvar=max_logvar,
         min_logvar=min_logvar,
@@ -85,6 +86,15 @@ def _layers(parameters: list[Parameter]) -> list[tuple[int, int, list[int]]]:
     return [
         (*weight[0].shape[-2:], _addresses(weight) + _addresses(bias))
         for weight, bias in zip(parameters[:depth], parameters[depth:], strict=True)
+    ]
+
+
+def _norms(parameters: list[Parameter]) -> list[list[int]]:
+    """Return the addresses of each layer norm, from all scales, then all shifts."""
+    depth = len(parameters) // 2
+    return [
+        _addresses(scale)[:3] + _addresses(shift)[:3]
+        for scale, shift in zip(parameters[:depth], parameters[depth:], strict=True)
     ]
 
 

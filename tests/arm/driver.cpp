@@ -109,7 +109,9 @@ OwnNetwork network(Call& call) {
   for (int64_t l = 0; l < own.network.depth; ++l) {
     const int64_t out = call.whole();
     const float* weight = call.array<float>();
-    own.layers.push_back({weight, call.array<float>(), in, out});
+    const float* bias = call.array<float>();
+    const float* scale = call.array<float>();
+    own.layers.push_back({weight, bias, in, out, scale, call.array<float>()});
     in = out;
   }
   own.network.layers = own.layers.data();
@@ -134,6 +136,15 @@ std::vector<mopo::TrainedLayer> trained_layers(Call& call) {
   return layers;
 }
 
+std::vector<mopo::TrainedNorm> trained_norms(Call& call) {
+  std::vector<mopo::TrainedNorm> norms(static_cast<size_t>(call.whole()));
+  for (mopo::TrainedNorm& norm : norms) {
+    norm.scale = parameter(call);
+    norm.shift = parameter(call);
+  }
+  return norms;
+}
+
 std::vector<double> rollout(Call& call, const mopo::Kernels& kernels, mopo::Interrupt& interrupt) {
   mopo::RolloutArgs args{};
   const int64_t obs = args.obs_dim = call.whole(), act = args.act_dim = call.whole();
@@ -152,6 +163,10 @@ std::vector<double> rollout(Call& call, const mopo::Kernels& kernels, mopo::Inte
   args.penalty = static_cast<mopo::Penalty>(call.whole());
   args.penalty_coef = call.single();
   args.penalties = call.flag();
+  args.truncation.at = call.single();
+  args.truncation.halts = call.flag();
+  args.truncation.reward = call.single();
+  args.keep_member = call.flag();
   args.low = call.array<float>();
   args.high = call.array<float>();
   const OwnNetwork policy = network(call);
@@ -185,7 +200,8 @@ std::vector<double> rollout(Call& call, const mopo::Kernels& kernels, mopo::Inte
   args.threads = static_cast<int>(call.whole());
   const mopo::Packed packed(args.dynamics, kernels.packings[static_cast<int>(args.precision)]);
   const mopo::RolloutCounts counts = mopo::rollout(args, packed, kernels, interrupt);
-  return {static_cast<double>(counts.written), static_cast<double>(counts.non_finite)};
+  return {static_cast<double>(counts.written), static_cast<double>(counts.non_finite),
+          static_cast<double>(counts.truncated)};
 }
 
 std::vector<double> least_values(Call& call, const mopo::Kernels& kernels, mopo::Interrupt& interrupt) {
@@ -266,6 +282,8 @@ std::vector<double> fit_steps(Call& call, const mopo::Kernels& kernels, mopo::In
   const std::vector<mopo::TrainedLayer> layers = trained_layers(call);
   args.depth = static_cast<int64_t>(layers.size());
   args.layers = layers.data();
+  const std::vector<mopo::TrainedNorm> norms = trained_norms(call);
+  args.norms = norms.empty() ? nullptr : norms.data();
   args.activation = static_cast<mopo::Activation>(call.whole());
   args.max_logvar = parameter(call);
   args.min_logvar = parameter(call);
@@ -274,7 +292,7 @@ std::vector<double> fit_steps(Call& call, const mopo::Kernels& kernels, mopo::In
   args.inputs = call.array<float>();
   args.targets = args.inputs + width;
   args.count = args.rows_stride = call.whole();
-  args.rows = call.array<int64_t>();
+  args.rows = call.array<int32_t>();
   args.batch = call.whole();
   args.learning_rate = call.single();
   args.logvar_bound_weight = call.single();

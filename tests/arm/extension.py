@@ -149,7 +149,7 @@ def install(command: Sequence[str]) -> list[str]:
 _run: Callable[[bytes], bytes]
 
 
-def rollout(**given: Any) -> tuple[int, int]:
+def rollout(**given: Any) -> tuple[int, int, int]:
     message = Message("rollout")
     message.text(given["isa"])
     obs, act, batch = given["obs_dim"], given["act_dim"], given["batch"]
@@ -168,6 +168,10 @@ def rollout(**given: Any) -> tuple[int, int]:
     message.whole(_cpu.penalties().index(given["penalty"]))
     message.number(given["penalty_coef"])
     message.whole(given["penalties"])
+    message.number(given["truncate_at"])
+    message.whole(given["halts"])
+    message.number(given["halt_reward"])
+    message.whole(given["keep_member"])
     message.array(given["low"], 4 * obs)
     message.array(given["high"], 4 * obs)
     message.raw(_network(given["policy"]))
@@ -185,8 +189,8 @@ def rollout(**given: Any) -> tuple[int, int]:
     for name in ("mean", "std"):
         message.writable(given[name], 4 * members * batch * outputs)
     message.whole(given["threads"])
-    written, cut = message.send()
-    return int(written), int(cut)
+    written, cut, truncated = message.send()
+    return int(written), int(cut), int(truncated)
 
 
 def least_values(**given: Any) -> bool:
@@ -249,14 +253,18 @@ def _fit(given: dict[str, Any], isa: str, threads: int) -> float:
     members, dims, count = given["members"], given["dims"], given["count"]
     message.whole(members, dims)
     _add_layers(message, given["layers"], members)
+    message.whole(len(given["norms"]))
+    for (_, after, _), addresses in zip(given["layers"], given["norms"], strict=False):
+        _add_parameter(message, [*addresses[:3], 0], members * after)
+        _add_parameter(message, [*addresses[3:], 0], members * after)
     message.whole(given["activation"])
     for name in ("max_logvar", "min_logvar"):
         _add_parameter(message, [*given[name], 0], dims)
     width = (given["targets"] - given["inputs"]) // 4
     message.whole(given["stride"], width)
     stride = given["rows_stride"]
-    every = _memory(given["rows"], 8 * ((members - 1) * stride + count)).view(np.int64)
-    rows = np.lib.stride_tricks.as_strided(every, (members, count), (8 * stride, 8))
+    every = _memory(given["rows"], 4 * ((members - 1) * stride + count)).view(np.int32)
+    rows = np.lib.stride_tricks.as_strided(every, (members, count), (4 * stride, 4))
     message.array(given["inputs"], 4 * given["stride"] * (int(rows.max()) + 1))
     message.whole(count)
     message.blob(rows.tobytes())
@@ -287,14 +295,17 @@ def _bytes(address: int, size: int) -> bytes:
 
 
 def _network(network: Any) -> bytes:
-    weights, biases, sizes, networks, activation = network
+    weights, biases, sizes, networks, activation, scales, shifts = network
     message = Message("")
     message.parts.clear()
     message.whole(networks, activation, len(weights), sizes[0] if sizes else 0)
-    for weight, bias, before, after in zip(weights, biases, sizes, sizes[1:], strict=False):
+    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        before, after = sizes[layer : layer + 2]
         message.whole(after)
         message.array(weight, 4 * networks * before * after)
         message.array(bias, 4 * networks * after)
+        for norms in (scales, shifts):
+            message.array(norms[layer] if layer < len(norms) else 0, 4 * networks * after)
     return b"".join(message.parts)
 
 

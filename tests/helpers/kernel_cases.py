@@ -19,7 +19,7 @@ from mopo_fast.data.transitions import DATA_ARRAYS
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.fit import Fit
 from mopo_fast.policy import Actor
-from mopo_fast.rollout import RolloutEngine
+from mopo_fast.rollout import RolloutEngine, make_truncation
 from mopo_fast.sac import SAC
 from mopo_fast.tasks import Box, make_box
 from mopo_fast.utils.cuda_graphs import Graph
@@ -54,6 +54,9 @@ def make_ensemble(
             bias.normal_(0.0, 0.2, generator=generator)
         for weight in ensemble.weights:
             weight.mul_(1.5)
+        for scale, shift in zip(ensemble.norm_scales, ensemble.norm_shifts, strict=True):
+            scale.normal_(1.0, 0.5, generator=generator)
+            shift.normal_(0.0, 0.5, generator=generator)
         ensemble.input_mean.normal_(0.0, 0.5, generator=generator)
         ensemble.input_std.uniform_(0.5, 2.0, generator=generator)
         ensemble.max_logvar.uniform_(-1.0, 0.5, generator=generator)
@@ -68,6 +71,13 @@ DECLARED: dict[str, dict[str, Any]] = {
     "bounds of each member": {"member_bounds": True},
     "next observations": {"absolute": (0, 3)},
     "all of it": {"log_scale": "std", "member_bounds": True, "absolute": range(5)},
+}
+# Ensembles with layer norms, which the CUDA kernels do not have.
+NORMED: dict[str, dict[str, Any]] = {
+    "odd": {"hidden": (33, 51, 7)},
+    "canonical": {"hidden": (200,) * 4, "activation": "tanh"},
+    "one layer": {"hidden": (16,), "activation": "relu"},
+    "other code's": {"hidden": (40, 24), **DECLARED["all of it"]},
 }
 
 
@@ -93,6 +103,9 @@ def oracle(engine: RolloutEngine, dtype: str) -> RolloutEngine:
         penalty=engine.penalty,
         penalty_coef=engine.penalty_coef,
         penalty_members=engine.penalty_members,
+        truncate_at=engine.truncation.at if engine.truncation.needs_penalties else None,
+        halt_reward=engine.truncation.halt_reward,
+        member=engine.member,
         backend="reference",
         dtype=dtype,
     )
@@ -254,10 +267,12 @@ def check_made_of_steps(engine: RolloutEngine, policy: Actor, start: torch.Tenso
         assert torch.equal(part.observations, following)
         result = engine.step(part.observations, part.actions, seed=9, step=t, rows=rows)
         for field in dataclasses.fields(result):
-            if field.name not in ("mean", "std") and getattr(result, field.name) is not None:
-                assert torch.equal(getattr(part, field.name), getattr(result, field.name)), field.name
+            if field.name in ("mean", "std", "truncations") or getattr(result, field.name) is None:
+                continue
+            assert torch.equal(getattr(part, field.name), getattr(result, field.name)), field.name
         assert (part.penalties is None) == (result.penalties is None)
-        following, rows = result.next_observations[~result.terminals], rows[~result.terminals]
+        ended = result.terminals if result.truncations is None else result.terminals | result.truncations
+        following, rows = result.next_observations[~ended], rows[~ended]
     order = whole.rollout_index * horizon + whole.step
     assert (order.diff() > 0).all()
 
@@ -379,6 +394,50 @@ def check_terminals(
     assert whole.rollout_index[last].equal(torch.arange(len(start), device=start.device))
 
 
+def check_truncation(
+    engine: RolloutEngine, policy: Actor, start: torch.Tensor, horizon: int, halt_reward: float | None
+) -> None:
+    """Check that rollouts end after a step with a penalty above `truncate_at`, the median of all."""
+    free = engine.rollout(policy, start, horizon, seed=2)
+    at = float(free.penalties.median())
+    engine = copy.copy(engine)
+    engine._kept, engine.truncation = None, make_truncation(at, halt_reward)
+    made = engine.rollout(policy, start, horizon, seed=2)
+    above = made.penalties > engine.truncation.at
+    assert made.info["truncated"] == int(above.sum()) > len(start) // 4
+    # They are the first steps of the rollouts that nothing truncates, up to the first such step.
+    keys = made.rollout_index * horizon + made.step
+    same = free[torch.searchsorted(free.rollout_index * horizon + free.step, keys)]
+    for name in ("observations", "actions", "next_observations", "raw_rewards", "penalties", "members"):
+        assert torch.equal(getattr(made, name), getattr(same, name)), name
+    last = torch.cat([made.rollout_index.diff() != 0, torch.ones_like(above[:1])])
+    assert not above[~last].any()
+    ended = torch.cat([same.rollout_index.diff() != 0, torch.ones_like(above[:1])])
+    assert (last == ended).all() and (above | made.terminals | (made.step == horizon - 1))[last].all()
+    if halt_reward is None:
+        assert torch.equal(made.rewards, same.rewards) and torch.equal(made.terminals, same.terminals)
+    else:
+        assert torch.equal(made.terminals, same.terminals | above)
+        assert torch.equal(made.rewards, same.rewards.masked_fill(above, engine.truncation.halt_reward))
+    check_made_of_steps(engine, policy, start, horizon)
+    kernel, exact = (each.rollout(policy, start, 1, seed=3) for each in (engine, oracle(engine, "float32")))
+    near = (kernel.penalties - engine.truncation.at).abs() < 1e-2 * engine.truncation.at
+    for name in ("terminals", "members"):
+        assert torch.equal(getattr(kernel, name)[~near], getattr(exact, name)[~near]), name
+
+
+def check_kept_member(engine: RolloutEngine, policy: Actor, start: torch.Tensor, horizon: int) -> None:
+    """Check that a rollout draws one member, and different rollouts different ones."""
+    engine = copy.copy(engine)
+    engine._kept, engine.member = None, "per_rollout"
+    made = engine.rollout(policy, start, horizon, seed=2)
+    first = made.members[made.step == 0]
+    assert torch.equal(made.members, first[made.rollout_index])
+    assert torch.equal(first, oracle(engine, "float32").rollout(policy, start, 1, seed=2).members)
+    assert len(first.unique()) == len(engine.ensemble.elites)
+    check_made_of_steps(engine, policy, start, horizon)
+
+
 def check_not_finite(
     make_engine: Callable[..., RolloutEngine],
     ensemble: EnsembleDynamics,
@@ -437,6 +496,13 @@ class RolloutTests:
         engine, policy, start = case
         engine.penalty_coef = 0.0
         check_without_penalties(engine, policy, start, 2)
+
+    @pytest.mark.parametrize("halt_reward", [None, -3.3])
+    def test_truncation(self, case: Case, halt_reward: float | None) -> None:
+        check_truncation(*case, 2, halt_reward)
+
+    def test_a_rollout_may_keep_its_member(self, case: Case) -> None:
+        check_kept_member(*case, 2)
 
     def test_arrays_after_the_terminals_may_be_missing(self, case: Case) -> None:
         check_missing_arrays(*case)
@@ -626,6 +692,9 @@ FIT_CASES: dict[str, tuple[int, int, int, dict[str, Any]]] = {
     "linear": (4, 2, 60, {"hidden": (), "members": 2, "batch_size": 30}),
     "humanoid": (376, 17, 70, {"hidden": (40,), "members": 2, "batch_size": 70}),
     "edges of tiles": (10, 5, 90, {"hidden": (32, 31, 48, 16), "batch_size": 37, "members": 3}),
+    "layer norms": (11, 3, 100, {"hidden": (25, 33, 18), "batch_size": 40, "members": 3, "layer_norm": True}),
+    "few normed units": (3, 1, 30, {"hidden": (4, 7), "members": 2, "batch_size": 9, "layer_norm": True}),
+    "canonical with layer norms": (17, 6, 600, {"layer_norm": True, "activation": "relu", "members": 3}),
     "batch larger than the data": (4, 2, 25, {"hidden": (20, 20), "members": 32, "batch_size": 1000}),
 }
 
@@ -663,6 +732,9 @@ def make_fit(case: str, backend: str, threads: int = 1, double: bool = False, dt
     with torch.no_grad():
         for bias in fit.model.biases:
             bias.normal_(0.0, 0.2, generator=g)
+        for scale, shift in zip(fit.model.norm_scales, fit.model.norm_shifts, strict=True):
+            scale.normal_(1.0, 0.3, generator=g)
+            shift.normal_(0.0, 0.3, generator=g)
         # The raw log-variances lie within the bounds, beyond them and far beyond them.
         fit.model.biases[-1][:, obs_dim + 1] = 60.0
         fit.model.biases[-1][:, -1] = -90.0

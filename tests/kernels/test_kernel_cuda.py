@@ -81,6 +81,12 @@ def test_models_of_other_code(device: str, declared: str) -> None:
     check_rounded_step(make_engine(ensemble, device, penalty="mixture_std"), 130)
 
 
+def test_layer_norms_are_refused(device: str) -> None:
+    ensemble = make_ensemble(5, 2, layer_norm=True)
+    with pytest.raises(InputError, match="cuda: has no layer norm"):
+        make_engine(ensemble, device)
+
+
 @pytest.mark.parametrize(("obs_dim", "act_dim"), [(1, 1), (3, 4), (19, 8), (20, 5), (31, 8)])
 def test_every_shape(device: str, obs_dim: int, act_dim: int) -> None:
     ensemble = make_ensemble(obs_dim, act_dim, members=2, hidden=(64,), activation="relu")
@@ -102,7 +108,9 @@ def test_every_activation(device: str, dtype: str, activation: str, apart: float
     check_rounded_step(make_engine(ensemble, device, dtype=dtype), 130, apart=apart)
 
 
-@pytest.mark.parametrize(("members", "penalty"), [(1, "mixture_std"), (32, "max_pairwise")])
+@pytest.mark.parametrize(
+    ("members", "penalty"), [(1, "mixture_std"), (32, "max_pairwise"), (200, "ensemble_std")]
+)
 def test_every_number_of_members(device: str, members: int, penalty: str) -> None:
     ensemble = make_ensemble(3, 1, members=members, hidden=(16,), activation="relu")
     check_rounded_step(make_engine(ensemble, device, penalty=penalty), 130)

@@ -107,7 +107,12 @@ def test_updates_are_as_accurate_as_pytorch(device: str, case: str, updates: int
 
 @pytest.mark.parametrize(
     ("case", "one_step"),
-    [(case, one) for case in FIT_CASES for one in (True, False) if one or case != "canonical"],
+    [
+        (case, one)
+        for case, (*_, options) in FIT_CASES.items()
+        for one in (True, False)
+        if (one or case != "canonical") and "layer_norm" not in options
+    ],
 )
 def test_steps_are_as_accurate_as_pytorch(device: str, case: str, one_step: bool) -> None:
     kernel, usual, exact = (

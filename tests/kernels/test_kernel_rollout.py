@@ -4,8 +4,10 @@ import pytest
 import torch
 from kernel_cases import (
     DECLARED,
+    NORMED,
     assert_same,
     check_actions,
+    check_kept_member,
     check_made_of_steps,
     check_not_finite,
     check_ring,
@@ -15,6 +17,7 @@ from kernel_cases import (
     check_split,
     check_step,
     check_terminals,
+    check_truncation,
     check_without_penalties,
     inputs,
     make_ensemble,
@@ -98,13 +101,37 @@ def test_models_of_other_code(declared):
     check_rollout(engine, make_policy(5, 2), inputs(1003, 5, 2)[0], 3)
 
 
+@pytest.mark.parametrize("normed", NORMED)
+@pytest.mark.parametrize("batch", [3, 301])
+def test_layer_norms(normed, batch):
+    ensemble = make_ensemble(5, 2, members=3, layer_norm=True, **NORMED[normed])
+    check_step(RolloutEngine(ensemble, penalty="mixture_std"), batch)
+    engine = RolloutEngine(ensemble, termination=narrow_box(5))
+    check_rollout(engine, make_policy(5, 2), inputs(1003, 5, 2)[0], 3)
+
+
+def test_layer_norms_do_not_cancel():
+    """A mean that is large beside the deviation costs no more than in PyTorch."""
+    ensemble = make_ensemble(5, 2, members=3, layer_norm=True, hidden=(200, 40))
+    with torch.no_grad():
+        ensemble.biases[0] += 300.0
+    check_step(RolloutEngine(ensemble), 301)
+
+
+@pytest.mark.parametrize("normed", NORMED)
+def test_rounded_factors_with_layer_norms(normed, rounded):
+    dtype, bounds = rounded
+    ensemble = make_ensemble(5, 2, members=3, layer_norm=True, **NORMED[normed])
+    check_rounded_step(RolloutEngine(ensemble, dtype=dtype), 1000, **bounds)
+
+
 @pytest.mark.parametrize(("obs_dim", "act_dim"), SHAPES)
 @pytest.mark.parametrize("batch", [1, 7, 1000])
 def test_every_shape(obs_dim, act_dim, batch):
     check_step(RolloutEngine(make_ensemble(obs_dim, act_dim), penalty="mixture_std"), batch)
 
 
-@pytest.mark.parametrize("members", [1, 2, 5, 13, 32])
+@pytest.mark.parametrize("members", [1, 2, 5, 13, 256])
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_every_number_of_members(members, penalty):
     check_step(RolloutEngine(make_ensemble(11, 3, members=members), penalty=penalty), 131)
@@ -140,6 +167,19 @@ def test_rollout_against_the_oracle(rollout, penalty):
     check_rollout(engine, policy, start, 4, ended=200)
 
 
+@pytest.mark.parametrize("halt_reward", [None, -3.3])
+def test_truncation(rollout, halt_reward):
+    engine, policy, start = rollout
+    check_truncation(engine, policy, start, 4, halt_reward)
+
+
+@pytest.mark.parametrize("penalty_coef", [0.0, 1.0])
+def test_a_rollout_may_keep_its_member(rollout, penalty_coef):
+    engine, policy, start = rollout
+    engine.penalty_coef = penalty_coef
+    check_kept_member(engine, policy, start, 4)
+
+
 def test_rollout_is_made_of_steps(rollout):
     check_made_of_steps(*rollout, 4)
 
@@ -151,7 +191,7 @@ def test_rollout_is_made_of_steps(rollout):
         ({"members": 7, "hidden": (200,) * 4}, 1003),
         ({"members": 1, "hidden": ()}, 50),
         # Most groups have few rows or none.
-        ({"members": 32, "elites": 32, "hidden": (33, 51)}, 97),
+        ({"members": 256, "elites": 200, "hidden": (33, 51), "layer_norm": True}, 97),
         ({"members": 32, "elites": 2, "activation": "tanh"}, 301),
         ({"members": 3, "activation": "relu", "log_scale": "std", "member_bounds": True}, 1),
     ],
@@ -170,9 +210,11 @@ def test_only_the_drawn_member_computes(dtype, sizes, batch):
 @pytest.mark.parametrize(
     ("hidden", "activation"), [((200,) * 4, "silu"), ((33, 51), "tanh"), ((1,), "relu"), ((), "silu")]
 )
-def test_few_rows_are_those_of_a_large_batch(dtype, hidden, activation):
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_few_rows_are_those_of_a_large_batch(dtype, hidden, activation, layer_norm):
     """Up to four rows have a layout of their own, and the same bits."""
-    engine = RolloutEngine(make_ensemble(11, 3, hidden=hidden, activation=activation), dtype=dtype)
+    ensemble = make_ensemble(11, 3, hidden=hidden, activation=activation, layer_norm=layer_norm)
+    engine = RolloutEngine(ensemble, dtype=dtype)
     observations, actions = inputs(101, 11, 3)
     rows = torch.arange(101)
     whole = engine.step(observations, actions, seed=3, distributions=True)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from kernel_cases import (
     DECLARED,
+    NORMED,
     Case,
     RolloutTests,
     check_actions,
@@ -119,11 +120,21 @@ def test_models_of_other_code(declared: str) -> None:
     check_rollout(engine, make_policy(5, 2).to(DEVICE), make_start(200, 5), 2)
 
 
+@pytest.mark.parametrize("normed", NORMED)
+def test_layer_norms(normed: str) -> None:
+    ensemble = make_ensemble(5, 2, members=2, layer_norm=True, **NORMED[normed])
+    check_step(make_engine(ensemble, penalty="mixture_std"), 100)
+    engine = make_engine(ensemble, termination=narrow_box(5))
+    check_rollout(engine, make_policy(5, 2).to(DEVICE), make_start(200, 5), 2)
+
+
 def test_a_single_row() -> None:
     check_step(make_engine(make_ensemble(17, 6)), 1)
 
 
-@pytest.mark.parametrize(("members", "penalty"), [(32, "max_pairwise"), *((1, name) for name in PENALTIES)])
+@pytest.mark.parametrize(
+    ("members", "penalty"), [(200, "mixture_std"), (32, "max_pairwise"), *((1, name) for name in PENALTIES)]
+)
 def test_every_number_of_members(members: int, penalty: str) -> None:
     check_step(make_engine(make_ensemble(3, 1, members=members, hidden=()), penalty=penalty), 20)
 

@@ -21,6 +21,7 @@ from mopo_fast.backends.interface import (
     FitSteps,
     Need,
     RolloutCall,
+    RolloutCounts,
     SacUpdates,
     Sizes,
     StepCall,
@@ -260,6 +261,8 @@ class CudaBackend(Backend):
     def refusal(self, need: Need) -> str | None:
         if need.device.type != _DEVICE:
             return f"serves CUDA tensors, not {need.device}"
+        if need.layer_norm:
+            return "has no layer norm"
         if need.training is not None:
             if need.dtype != "float32":
                 return f"trains in float32, not {need.dtype}"
@@ -284,7 +287,7 @@ class CudaBackend(Backend):
         return least_values(call)
 
     @override
-    def rollout(self, call: RolloutCall) -> tuple[int, int]:
+    def rollout(self, call: RolloutCall) -> RolloutCounts:
         return padded_rollout(_prepared(call), _compact, call)
 
     @override

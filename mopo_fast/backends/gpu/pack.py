@@ -1,11 +1,13 @@
 """Networks packed for the Triton kernels: padded, rounded, one layer after the other."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 
-from mopo_fast.ensemble import round_factor
+from mopo_fast.ensemble import Norms, round_factor
 
 # Smallest size that a tensor core multiplies; the sizes of all layers are rounded up to a multiple.
 MULTIPLE = 16
@@ -34,6 +36,22 @@ class PackedNetwork:
     sizes: tuple[int, ...]
     weights: torch.Tensor
     biases: torch.Tensor
+
+
+def pack_norms(norms: Norms, sizes: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pack the scales and the shifts of layer norms, each [networks, sum of hidden sizes], zeros as padding.
+
+    Args:
+        norms: the layer norms of all hidden layers.
+        sizes: as `PackedNetwork.sizes`.
+    """
+
+    def padded(arrays: Sequence[torch.Tensor]) -> torch.Tensor:
+        parts = zip(arrays, sizes[1:-1], strict=True)
+        return torch.cat([functional.pad(array, (0, size - array.shape[1])) for array, size in parts], dim=1)
+
+    scales, shifts = norms
+    return padded(scales), padded(shifts)
 
 
 def pack(weights: list[torch.Tensor], biases: list[torch.Tensor], operands: str) -> PackedNetwork:

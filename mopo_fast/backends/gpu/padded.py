@@ -5,7 +5,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from mopo_fast.backends.interface import RolloutCall, StepCall, StepResult
+from mopo_fast.backends.interface import RolloutCall, RolloutCounts, StepCall, StepResult
 
 # Bytes of padded rollouts that are made at a time; a larger batch is split.
 PADDED_BYTES = 1 << 28
@@ -23,7 +23,8 @@ class PaddedRollouts(NamedTuple):
         penalties: [batch, horizon].
         members: int32 [batch, horizon].
         lengths: int32 [batch], number of steps that exist.
-        cut: int32 [batch], 1 where a prediction that was not finite ended the rollout.
+        cut: int32 [batch], 1 where a prediction that was not finite ended the rollout, 2 where its penalty
+            did, else 0.
     """
 
     actions: torch.Tensor
@@ -99,17 +100,18 @@ def padded_step(launch: Launch, call: StepCall) -> StepResult:
     return StepResult(**arrays, mean=mean, std=std)
 
 
-def padded_rollout(launch: Launch, compact: Compact, call: RolloutCall) -> tuple[int, int]:
+def padded_rollout(launch: Launch, compact: Compact, call: RolloutCall) -> RolloutCounts:
     """Make rollouts, a part of the batch at a time; see `Backend.rollout`."""
     obs_dim, act_dim = call.observations.shape[1], call.policy.weights[-1].shape[-1] // 2
     turn = max(1, PADDED_BYTES // (4 * call.horizon * (obs_dim + act_dim + 5)))
-    written = cut = 0
+    written = non_finite = truncated = 0
     for start, rows in zip(call.observations.split(turn), call.rows.split(turn), strict=True):
         part = dataclasses.replace(call, observations=start, rows=rows)
         padded = _empty(start, act_dim, call.horizon)
         with torch.cuda.device_of(start):
             launch(part, padded)
             compact(part, padded, (call.out.head + written) % call.out.capacity)
-        counts: list[int] = torch.stack([padded.lengths.sum(), padded.cut.sum()]).tolist()
-        written, cut = written + counts[0], cut + counts[1]
-    return written, cut
+        sums = [padded.lengths.sum(), (padded.cut == 1).sum(), (padded.cut == 2).sum()]
+        counts: list[int] = torch.stack(sums).tolist()
+        written, non_finite, truncated = written + counts[0], non_finite + counts[1], truncated + counts[2]
+    return RolloutCounts(written, non_finite, truncated)

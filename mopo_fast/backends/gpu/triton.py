@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from typing_extensions import override
 
-from mopo_fast.backends.gpu.pack import MULTIPLE, PackedNetwork, pack, storage_dtype
+from mopo_fast.backends.gpu.pack import MULTIPLE, PackedNetwork, pack, pack_norms, storage_dtype
 from mopo_fast.backends.gpu.padded import PaddedRollouts, padded_rollout, padded_step
 from mopo_fast.backends.interface import (
     Backend,
     BackendStatus,
     Need,
     RolloutCall,
+    RolloutCounts,
     StepCall,
     StepResult,
     ValuesCall,
@@ -120,11 +121,19 @@ def _launch(
     heads = max(network.sizes[-1] for network in everyone)
     programs = _programs(-(-batch // tile.rows), tile.warps, device)
     factors = storage_dtype(settings.operands)
+    scales = shifts = raw = norm_sizes = None
+    if dynamics.norms is not None:
+        norm_sizes = tuple(scale.shape[1] for scale in dynamics.norms[0])
+        scales, shifts = pack_norms(dynamics.norms, packed.sizes)
+        raw = torch.empty(programs, tile.rows, width, dtype=torch.float32, device=device)
+    truncation = dynamics.truncation
     _kernels().rollout_kernel[(programs,)](
         packed.weights,
         packed.biases,
         packed.weights.stride(0),
         packed.biases.stride(0),
+        scales,
+        shifts,
         packed_policy and packed_policy.weights,
         packed_policy and packed_policy.biases,
         dynamics.input_mean,
@@ -142,6 +151,8 @@ def _launch(
         call.step,
         settings.seed,
         dynamics.penalty_coef,
+        truncation.at,
+        truncation.halt_reward or 0.0,
         policy.log_std_min if policy else 0.0,
         policy.log_std_max if policy else 0.0,
         *padded,
@@ -149,6 +160,7 @@ def _launch(
         std,
         torch.zeros(programs, 3, tile.rows, width, dtype=factors, device=device),
         torch.empty(programs, members + 2, tile.rows, heads, dtype=torch.float32, device=device),
+        raw,
         OBS=obs_dim,
         ACT=len(dynamics.input_mean) - obs_dim,
         MEMBERS=members,
@@ -161,6 +173,9 @@ def _launch(
         ACTIVATION=dynamics.activation,
         POLICY_ACTIVATION=policy and policy.activation,
         PENALTY=dynamics.penalty,
+        HALTS=truncation.halt_reward is not None,
+        KEEP_MEMBER=dynamics.keep_member,
+        NORM_SIZES=norm_sizes,
         DETERMINISTIC=settings.deterministic,
         OPERANDS=settings.operands,
         WIDTH=width,
@@ -255,7 +270,7 @@ class TritonBackend(Backend):
         return least_values(call)
 
     @override
-    def rollout(self, call: RolloutCall) -> tuple[int, int]:
+    def rollout(self, call: RolloutCall) -> RolloutCounts:
         networks = (
             pack(call.dynamics.weights, call.dynamics.biases, call.settings.operands),
             pack(call.policy.weights, call.policy.biases, call.settings.operands),

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from triton.language.target_info import cuda_capability_geq
 
+from mopo_fast import config
 from mopo_fast.backends import philox
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -22,6 +23,7 @@ _ACTION_STREAM = tl.constexpr(philox.ACTION_STREAM)
 _NOISE_STREAM = tl.constexpr(philox.NOISE_STREAM)
 _MEMBER_STREAM = tl.constexpr(philox.MEMBER_STREAM)
 _HARDWARE = tl.constexpr(not INTERPRETED)
+_NORM_EPSILON = tl.constexpr(config.LAYER_NORM_EPSILON)
 # Dimensions of an observation or an action that are processed at a time.
 _DIMS = tl.constexpr(16)
 
@@ -141,6 +143,11 @@ def _width(size, widest, block):
 def _fits(sizes, held):
     """Tell whether activations stay in registers: equal hidden layers, and no layer wider than `held`."""
     return len(set(sizes[1:-1])) == 1 and max(sizes) <= held
+
+
+@triton.constexpr_function
+def _hidden_units(sizes):
+    return sum(sizes[1:-1])
 
 
 @triton.constexpr_function
@@ -276,16 +283,64 @@ def _layer(
 
 
 @triton.jit
+def _normalise(
+    raw, out, stride, scale, shift,
+    COUNT: tl.constexpr, N: tl.constexpr, ACTIVATION: tl.constexpr, OPERANDS: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """Compute out = activation(layer norm of raw) for a tile; COUNT of the N columns are no padding."""
+    lane = tl.arange(0, ROWS)
+    total = tl.zeros([ROWS], tl.float32)
+    for first in range(0, N, _DIMS):
+        column = first + tl.arange(0, _DIMS)
+        total += tl.sum(tl.load(_at(raw, lane, column, stride), (column < COUNT)[None, :], 0.0), axis=1)
+    mean = (total / COUNT)[:, None]
+    squares = tl.zeros([ROWS], tl.float32)
+    for first in range(0, N, _DIMS):
+        column = first + tl.arange(0, _DIMS)
+        inside = (column < COUNT)[None, :]
+        distance = tl.where(inside, tl.load(_at(raw, lane, column, stride), inside, 0.0) - mean, 0.0)
+        squares += tl.sum(distance * distance, axis=1)
+    inverse_std = (1.0 / tl.sqrt_rn(squares / COUNT + _NORM_EPSILON))[:, None]
+    for first in range(0, N, _DIMS):
+        column = first + tl.arange(0, _DIMS)
+        inside = (column < COUNT)[None, :]
+        x = (tl.load(_at(raw, lane, column, stride), inside, 0.0) - mean) * inverse_std
+        # Scale and shift are zeros in the padding, and so is the activation.
+        x = tl.where(inside, x, 0.0) * tl.load(scale + column)[None, :] + tl.load(shift + column)[None, :]
+        _store_factor(_at(out, lane, column, stride), _activate(x, ACTIVATION, OPERANDS), None, OPERANDS)
+    # Threads read next what other threads have written.
+    tl.debug_barrier()
+
+
+@triton.jit
 def _network(
-    x, here, there, heads, weight, bias,
+    x, here, there, heads, weight, bias, raw, scale, shift,
+    NORM_SIZES: tl.constexpr,
     SIZES: tl.constexpr, ACTIVATION: tl.constexpr, OPERANDS: tl.constexpr, WIDTH: tl.constexpr,
     HEADS: tl.constexpr, HELD: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Compute a perceptron's outputs, heads [ROWS, HEADS], for a tile x [ROWS, WIDTH].
 
-    `here` and `there` are scratch for the activations; x may be `there`.
+    `here` and `there` are scratch for the activations; x may be `there`. NORM_SIZES are the hidden layers'
+    sizes without padding where they have layer norms, else None; `raw` is scratch for their inputs.
     """
-    if _fits(SIZES, HELD):
+    if NORM_SIZES is not None:
+        for layer in tl.static_range(len(SIZES) - 2):
+            _layer(x, WIDTH, weight, bias, raw, WIDTH, SIZES[layer], SIZES[layer + 1],
+                   "linear", OPERANDS, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
+            _normalise(raw, here, WIDTH, scale, shift,
+                       NORM_SIZES[layer], SIZES[layer + 1], ACTIVATION, OPERANDS, ROWS)  # fmt: skip
+            weight += SIZES[layer] * SIZES[layer + 1]
+            bias += SIZES[layer + 1]
+            scale += SIZES[layer + 1]
+            shift += SIZES[layer + 1]
+            x = here
+            here = there
+            there = x
+        _layer(x, WIDTH, weight, bias, heads, HEADS, SIZES[len(SIZES) - 2], SIZES[len(SIZES) - 1],
+               "linear", OPERANDS, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
+    elif _fits(SIZES, HELD):
         _held_network(x, heads, weight, bias, SIZES, ACTIVATION, OPERANDS, WIDTH, HEADS, ROWS, BLOCK_K)
     else:
         for layer in tl.static_range(len(SIZES) - 2):
@@ -452,9 +507,12 @@ def _penalise(
 
 
 @triton.jit
-def _draw(elites, number, step, seed, DETERMINISTIC: tl.constexpr, ELITES: tl.constexpr):
+def _draw(
+    elites, number, step, seed, DETERMINISTIC: tl.constexpr, ELITES: tl.constexpr, KEEP_MEMBER: tl.constexpr
+):
     """Draw the member that each row is sampled from: int64 [rows], -1 for the mean of all."""
     low, high = number.to(tl.uint32), (number >> 32).to(tl.uint32)
+    step = tl.zeros_like(step) if KEEP_MEMBER else step
     word, _, _, _ = tl.philox(seed, low, high, step, _MEMBER_STREAM * 65536)
     drawn = tl.load(elites + ((word.to(tl.int64) * ELITES) >> 32))
     return tl.zeros_like(drawn) - 1 if DETERMINISTIC else drawn
@@ -552,21 +610,23 @@ def _store_distributions(
 @triton.jit(do_not_specialize=["batch", "horizon", "first_step", "seed"])
 def rollout_kernel(
     # Packed networks, with the elements between two members; the dynamics' constants (carry may be None).
-    weights, biases, weights_stride, biases_stride, policy_weights, policy_biases,
+    weights, biases, weights_stride, biases_stride, scales, shifts, policy_weights, policy_biases,
     input_mean, input_std, bounds, carry, elites, chosen, low, high,
     # Start states [batch, OBS] and the rows' numbers [batch].
     start, rows, batch, horizon, first_step: tl.uint32, seed: tl.uint64,
-    penalty_coef, log_std_min, log_std_max,
+    penalty_coef, truncate_at, halt_reward, log_std_min, log_std_max,
     # Padded rollouts, [batch, horizon, ...]; actions are input without a policy. lengths and cut are [batch].
     actions, rewards, next_observations, terminals, raw_rewards, penalties, members, lengths, cut,
     # Output of the last step, [members, batch, OBS + 1], or None.
     mean, std,
-    # Scratch of each program: activations [3, ROWS, WIDTH], zeros; predictions [MEMBERS + 2, ROWS, HEADS].
-    activations, predictions,
+    # Scratch of each program: activations [3, ROWS, WIDTH], zeros; predictions [MEMBERS + 2, ROWS, HEADS];
+    # inputs of layer norms [ROWS, WIDTH]. It, scales and shifts (packed as biases) are None without them.
+    activations, predictions, raw,
     OBS: tl.constexpr, ACT: tl.constexpr, MEMBERS: tl.constexpr, ELITES: tl.constexpr,
     LOG_STD: tl.constexpr, OWN_BOUNDS: tl.constexpr,
     CHOSEN: tl.constexpr, SIZES: tl.constexpr, POLICY_SIZES: tl.constexpr, ACTIVATION: tl.constexpr,
-    POLICY_ACTIVATION: tl.constexpr, PENALTY: tl.constexpr, DETERMINISTIC: tl.constexpr,
+    POLICY_ACTIVATION: tl.constexpr, PENALTY: tl.constexpr, HALTS: tl.constexpr, KEEP_MEMBER: tl.constexpr,
+    NORM_SIZES: tl.constexpr, DETERMINISTIC: tl.constexpr,
     OPERANDS: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, HELD: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -577,6 +637,8 @@ def rollout_kernel(
     here = inputs + ROWS * WIDTH
     there = here + ROWS * WIDTH
     predictions += program * ((MEMBERS + 2) * ROWS * HEADS)
+    if NORM_SIZES is not None:
+        raw += program * (ROWS * WIDTH)
     centre = predictions + MEMBERS * ROWS * HEADS
     state = centre + ROWS * HEADS
     lane = tl.arange(0, ROWS)
@@ -600,40 +662,50 @@ def rollout_kernel(
                          POLICY, OBS, OPERANDS, WIDTH, HEADS, ROWS)  # fmt: skip
                 tl.debug_barrier()
                 if POLICY:
-                    _network(there, here, there, predictions, policy_weights, policy_biases,
-                             POLICY_SIZES, POLICY_ACTIVATION,
+                    _network(there, here, there, predictions, policy_weights, policy_biases, None, None, None,
+                             None, POLICY_SIZES, POLICY_ACTIVATION,
                              OPERANDS, WIDTH, HEADS, HELD, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
                 _act(predictions, actions, place, alive, number, step, seed, inputs, input_mean, input_std,
                      log_std_min, log_std_max,
                      POLICY, DETERMINISTIC, OBS, ACT, OPERANDS, WIDTH, HEADS, ROWS)  # fmt: skip
                 tl.debug_barrier()
                 for member in tl.range(MEMBERS, num_stages=1, disable_licm=True):
+                    if NORM_SIZES is not None:
+                        scale = scales + member * _hidden_units(SIZES)
+                        shift = shifts + member * _hidden_units(SIZES)
+                    else:
+                        scale, shift = None, None
                     _network(inputs, here, there, predictions + member * (ROWS * HEADS),
                              weights + member * weights_stride, biases + member * biases_stride,
-                             SIZES, ACTIVATION,
+                             raw, scale, shift, NORM_SIZES, SIZES, ACTIVATION,
                              OPERANDS, WIDTH, HEADS, HELD, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
                 penalty = _penalise(predictions, chosen, centre, bounds,
                                     CHOSEN, PENALTY, OBS, LOG_STD, OWN_BOUNDS, HEADS, ROWS)  # fmt: skip
                 # Loaded again, so that it takes no registers from the networks.
                 number = tl.load(rows + row, exists, 0)
-                drawn = _draw(elites, number, step, seed, DETERMINISTIC, ELITES)
+                drawn = _draw(elites, number, step, seed, DETERMINISTIC, ELITES, KEEP_MEMBER)
                 raw_reward, finite, in_box = _advance(
                     predictions, drawn, number, step, seed, bounds, carry, low, high, state,
                     next_observations, place, alive,
                     DETERMINISTIC, MEMBERS, OBS, LOG_STD, OWN_BOUNDS, HEADS, ROWS)  # fmt: skip
                 reward = raw_reward - penalty_coef * penalty
                 finite &= tl.abs(reward) < float("inf")
-                goes_on = finite & in_box
+                truncated = finite & (penalty > truncate_at)
+                terminal = ~(finite & in_box)
+                if HALTS:
+                    reward = tl.where(truncated, halt_reward, reward)
+                    terminal |= truncated
+                goes_on = ~(terminal | truncated) & alive
                 tl.store(rewards + place, reward, alive)
                 tl.store(raw_rewards + place, raw_reward, alive)
                 tl.store(penalties + place, penalty, alive)
-                tl.store(terminals + place, ~goes_on, alive)
+                tl.store(terminals + place, terminal, alive)
                 tl.store(members + place, drawn.to(tl.int32), alive)
                 if mean is not None:
                     _store_distributions(predictions, bounds, mean, std, row, exists, batch,
                                          MEMBERS, OBS, LOG_STD, OWN_BOUNDS, HEADS, ROWS)  # fmt: skip
                 tl.store(lengths + row, t + finite.to(tl.int32), alive)
-                tl.store(cut + row, (~finite).to(tl.int32), alive)
+                tl.store(cut + row, tl.where(finite, 2 * truncated.to(tl.int32), 1), alive)
                 alive = goes_on
         tl.debug_barrier()
 

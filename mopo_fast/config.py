@@ -238,6 +238,14 @@ class RolloutConfig:
             - mixture_std (Lu et al. 2022): norm of the standard deviations of the members' mixture.
         penalty_members: Members whose predictions make the penalty. The authors' code uses all members,
             Unifloral the elites.
+        member: Steps that a drawn elite makes. The authors draw one for each step; with per_rollout one
+            makes all steps of a rollout.
+        truncate_at: Penalty that ends a rollout. The step with a higher one is the rollout's last. It is no
+            terminal: its next state has a value.
+        truncate_quantile: Quantile, 0 to 1, of the penalties of the data set's transitions, which sets
+            truncate_at. NEUBAY (Ni et al. 2025) has 1, the highest penalty in the data.
+        halt_reward: Reward of the last step of a rollout that its penalty ends. The step is then terminal,
+            as in MOReL.
         tuned: Code whose tuned horizon and penalty_coef are used where these two are not given.
         termination: Rule by which a rollout ends early. The task's own rule is the authors', with a mistake
             in hopper's corrected. Give authors or offlinerl-kit for the task's rule as that code has it. Or
@@ -260,12 +268,21 @@ class RolloutConfig:
     ] = None
     penalty: Annotated[Penalty, flag(prefix=False)] = "max_aleatoric"
     penalty_members: PenaltyMembers = "all"
+    member: MemberDraw = "per_step"
+    truncate_at: Annotated[float | None, flag("no limit", "FLOAT")] = None
+    truncate_quantile: Annotated[float | None, flag("no limit", "FLOAT")] = None
+    halt_reward: Annotated[float | None, flag("no halt", "FLOAT")] = None
     tuned: Tuned = "authors"
     termination: Annotated[str | None, flag("the task's own rule", "RULE")] = None
     batch_size: int = 50_000
     interval: int = 1000
     retain_epochs: int = 5
     dtype: Annotated[RolloutDtype | None, of_precision(ROLLOUT_DTYPES)] = None
+
+    @property
+    def truncates(self) -> bool:
+        """True where a penalty can end a rollout."""
+        return self.truncate_at is not None or self.truncate_quantile is not None
 
     @property
     def buffer_rows(self) -> int:
@@ -277,6 +294,17 @@ class RolloutConfig:
         """Raise `InputError` where a value is out of range. `RolloutEngine` checks the penalty and dtype."""
         _require_known("tuned", self.tuned, TUNED)
         _require_positive(self, "rollout ", "horizon", "batch_size", "interval", "retain_epochs")
+        _require_known("rollout.member", self.member, MEMBER_DRAWS)
+        at, quantile = self.truncate_at, self.truncate_quantile
+        _require(at is None or quantile is None, "give truncate_at or truncate_quantile, not both")
+        _require(at is None or at >= 0, f"truncate_at must not be negative, got {at}")
+        _require(
+            quantile is None or 0 <= quantile <= 1, f"truncate_quantile must be in [0, 1], got {quantile}"
+        )
+        _require(
+            self.halt_reward is None or self.truncates,
+            "halt_reward needs truncate_at or truncate_quantile, which end a rollout",
+        )
         _check_finite(self)
 
 

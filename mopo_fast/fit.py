@@ -477,7 +477,11 @@ class Fit:
 
     def fingerprint(self, data_digest: str) -> torch.Tensor:
         """Return a digest, uint8 [32], of the data's `data_sha256`, the seed and the config."""
-        what = json.dumps([data_digest, self.seed, to_dict(self.config)])
+        settings = to_dict(self.config)
+        # Fits without layer norms keep the digests of earlier versions.
+        if not settings["layer_norm"]:
+            del settings["layer_norm"]
+        what = json.dumps([data_digest, self.seed, settings])
         return torch.tensor(list(hashlib.sha256(what.encode()).digest()), dtype=torch.uint8)
 
     def use_checkpoint(self, path: Path, data_digest: str) -> None:

@@ -54,6 +54,8 @@ from mopo_fast.utils.machine import check_memory, resolve_threads
 
 logger = logging.getLogger("mopo_fast")
 
+# Rows of the data whose penalties are computed at a time.
+_DATA_ROWS = 50_000
 # Most row numbers that an engine keeps for the next call.
 _KEPT_NUMBERS = 1024
 
@@ -305,6 +307,36 @@ class RolloutEngine:
             return cast(StepResult[A], result)
         made: StepResult[A] = map_tensors(make, result)
         return made
+
+    def penalty_quantile(self, data: Transitions, quantile: float) -> float:
+        """Return a quantile of the penalties of the data's observations and actions.
+
+        Args:
+            data: transitions with observations [n, obs_dim] and actions [n, act_dim].
+            quantile: 0 to 1; 1 is the highest penalty.
+
+        Raises:
+            InputError: the quantile is out of range, the data do not fit the ensemble, or a penalty is not
+                finite.
+        """
+        if not isinstance(quantile, int | float) or not 0.0 <= quantile <= 1.0:
+            raise InputError(f"quantile must be in [0, 1], got {quantile!r}")
+        penalties = []
+        for first in range(0, len(data), _DATA_ROWS):
+            some = slice(first, first + _DATA_ROWS)
+            observations, actions = (
+                array[some].to(self.device) for array in (data.observations, data.actions)
+            )
+            made = self._step(observations, actions, 0, 0, None, True, distributions=False, penalties=True)
+            assert made.penalties is not None
+            penalties.append(made.penalties.cpu())
+        found = torch.cat(penalties).numpy()
+        if not np.isfinite(found).all():
+            row = int((~np.isfinite(found)).argmax())
+            raise InputError(
+                f"the penalty of transition {row} of the data is not finite; fit the ensemble again"
+            )
+        return float(np.quantile(found, quantile))
 
     @_untraced
     def bellman_inconsistency(

@@ -556,7 +556,9 @@ class _Judges:
             self._latest = folder, self._read(folder)
         own = config.rollout.penalty_coef
         coef = own if self._penalty_coef is None else self._penalty_coef
-        rollout = dataclasses.replace(config.rollout, penalty_coef=coef, dtype="float32")
+        # The return is that of whole episodes, so no penalty ends them.
+        free = dataclasses.replace(config.rollout, truncate_at=None, truncate_quantile=None, halt_reward=None)
+        rollout = dataclasses.replace(free, penalty_coef=coef, dtype="float32")
         config = dataclasses.replace(config, rollout=rollout, threads=self._threads)
         return make_engine(config, self._task, self._latest[1], self._backend), folder
 

@@ -7,6 +7,7 @@ epoch) alone.
 import contextlib
 import copy
 import functools
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -41,7 +42,7 @@ from mopo_fast.run.folder import (
     write_summary,
 )
 from mopo_fast.run.kept import keep_policy
-from mopo_fast.run.log import PENALTY_COLUMNS, Clock, Log, Pending
+from mopo_fast.run.log import END_COLUMNS, PENALTY_COLUMNS, Clock, Log, Pending, read_rows
 from mopo_fast.run.opening import open_runs
 from mopo_fast.run.resolve import load_data, make_engine, make_sac, place_data, resolve, take_data
 from mopo_fast.tasks import Task
@@ -97,7 +98,9 @@ def train(
         scored_by ("environment" or "model"), updates, epochs, seconds {fit, rollout, sac, evaluate, total},
         backend, isa (instruction set of the CPU's kernels, else None), threads, runs_together, transitions
         (of the data set), device, dataset, task, seed, dtype (of the rollouts), dtypes {fit, rollout, sac},
-        horizon, penalty, penalty_coef, versions {mopo_fast, python, torch, gymnasium, mujoco}.
+        horizon, penalty, penalty_coef, versions {mopo_fast, python, torch, gymnasium, mujoco}, rollouts
+        {truncate_at, and of the last epoch: length (mean number of steps), and the shares ended_terminal,
+        ended_truncated and ended_horizon}.
 
     Raises:
         InputError: a setting or argument cannot be used, another process works in `out`, `out` holds a run
@@ -191,10 +194,10 @@ class Training:
         ensemble = EnsembleDynamics.load(out, config.device)
         self.dynamics_sha256, self.horizon = ensemble.sha256(), config.rollout.horizon
         self.fit_seconds = 0.0 if config.dynamics_from is not None else read_fit(out)["seconds"]
-        self.engine = make_engine(config, task, ensemble, config.backend)
+        self.engine = make_engine(config, task, ensemble, config.backend, data)
         self.buffer = RingBuffer(
             *(config.rollout.buffer_rows, task.obs_dim, task.act_dim, config.device),
-            penalties=config.rollout.penalty_coef != 0.0,
+            penalties=config.rollout.penalty_coef != 0.0 or config.rollout.truncates,
         )
         self.sac = make_sac(config, task, training_backend(config))
         self.rollouts: list[Rollout] = []
@@ -229,6 +232,7 @@ class Training:
         with self.clock("rollout"):
             rows = self._fill_buffer(self.sac.actor, self.epoch)
             self._penalty = self._describe_penalties(rows)
+            self._ends = self._describe_ends(rows)
         self.rollouts.append(Rollout(self.epoch, head, len(rows)))
         # Keep every rollout with rows in the buffer: repeated in order, they restore it.
         while sum(rollout.rows for rollout in self.rollouts[1:]) >= self.buffer.capacity:
@@ -259,6 +263,7 @@ class Training:
             "rows": len(rows),
             **self._penalty,
             "raw_reward": rows.raw_rewards.mean().item(),
+            **self._ends,
             "terminal_share": rows.terminals.float().mean().item(),
             "non_finite": rows.info["non_finite"],
             "buffer_size": self.buffer.size,
@@ -320,7 +325,15 @@ class Training:
             threads=self.engine.threads,
             runs_together=together,
             transitions=len(self.data),
+            rollouts=self._last_rollouts(),
         )
+
+    def _last_rollouts(self) -> dict[str, float | None]:
+        """Describe the last epoch's rollouts by its row of progress.csv, and the penalty that ends them."""
+        at, last = self.engine.truncation.at, read_rows(self.out / "progress.csv")[-1]
+        # An epoch of an earlier version has no such columns.
+        numbers = {name: float(last[name]) for name in ("length", *END_COLUMNS) if last.get(name)}
+        return {"truncate_at": at if at < math.inf else None, **numbers}
 
     def restore(self, path: Path) -> None:
         """Restore the state in a checkpoint, and refill the buffer by the policies that filled it.
@@ -337,7 +350,9 @@ class Training:
             return parameters
 
         with checkpoint.suggest_deleting(path):
-            self.engine = make_engine(config, self.task, self.engine.ensemble, saved.backends["rollout"])
+            self.engine = make_engine(
+                config, self.task, self.engine.ensemble, saved.backends["rollout"], self.data
+            )
             self.sac = make_sac(config, self.task, saved.backends["sac"])
             checkpoint.warn_of_other_isa(path, saved.backends)
             self.sac.load_state(checkpoint.select_group(tensors, "sac"), path)
@@ -404,6 +419,19 @@ class Training:
         lost = self.engine.penalty_coef * mean
         share = lost / (lost + size) if lost else 0.0
         return {"penalty": mean, **dict(zip(PENALTY_COLUMNS, [*quantiles, share], strict=True))}
+
+    def _describe_ends(self, rows: Transitions) -> dict[str, float]:
+        """Return the mean number of steps of an epoch's rollouts, and the share of them for each end.
+
+        A rollout whose last step is terminal and has a penalty above the limit counts as truncated.
+        """
+        count, truncated = self.config.rollout.batch_size, rows.info["truncated"]
+        terminals = rows.terminals
+        if rows.penalties is not None:
+            terminals = terminals & ~(rows.penalties > self.engine.truncation.at)
+        terminal = int(terminals.sum())
+        ends = terminal, truncated, count - terminal - truncated - rows.info["non_finite"]
+        return {"length": len(rows) / count, **dict(zip(END_COLUMNS, (n / count for n in ends), strict=True))}
 
     def _measure_seed(self) -> int:
         """Return the seed of what is measured in this epoch, which training does not use."""

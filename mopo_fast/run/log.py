@@ -27,8 +27,11 @@ EVALUATION_COLUMNS = ("score_mean", "score_std", "return_mean", "return_std", "s
 
 # Columns of progress.csv that describe the penalties of an epoch's rollouts.
 PENALTY_COLUMNS = ("penalty_q50", "penalty_q90", "penalty_q99", "penalty_share")
+# Columns of progress.csv with the shares of the rollouts that ended in a terminal, by their penalty and
+# at the horizon.
+END_COLUMNS = ("ended_terminal", "ended_truncated", "ended_horizon")
 # Columns that runs of earlier versions lack.
-LATER_COLUMNS = (*PENALTY_COLUMNS, *MEASURES)
+LATER_COLUMNS = (*PENALTY_COLUMNS, *MEASURES, "length", *END_COLUMNS)
 
 # Columns of progress.csv, each with its group of curves in TensorBoard; "" keeps a column out of TensorBoard.
 COLUMNS = {
@@ -43,6 +46,7 @@ COLUMNS = {
     ),
     **dict.fromkeys(PENALTY_COLUMNS, "rollout"),
     **dict.fromkeys(MEASURES, "sac"),
+    **dict.fromkeys(("length", *END_COLUMNS), "rollout"),
 }
 
 # Most rows that wait for an evaluation; the training waits where there would be more.

@@ -18,7 +18,7 @@ from mopo_fast.ensemble import EnsembleDynamics, mlp_bytes
 from mopo_fast.errors import InputError
 from mopo_fast.fit import check_fit_memory, count_holdout, data_sha256, make_ensemble, read_fit
 from mopo_fast.presets import preset
-from mopo_fast.rollout import RolloutEngine
+from mopo_fast.rollout import RolloutEngine, make_truncation
 from mopo_fast.run.checkpoint import last_checkpoint, read_data_sha256
 from mopo_fast.run.dynamics import check_same_data, read_dynamics, training_backend
 from mopo_fast.run.folder import holds_run, read_config
@@ -265,11 +265,25 @@ def _check_memory(config: RunConfig, task: Task) -> None:
     check_memory("the model buffer", rows, config.device, lower)
 
 
-def make_engine(config: TrainConfig, task: Task, ensemble: EnsembleDynamics, backend: str) -> RolloutEngine:
-    """Build the engine that makes the rollouts of a run."""
+def make_engine(
+    config: TrainConfig,
+    task: Task,
+    ensemble: EnsembleDynamics,
+    backend: str,
+    data: Transitions | None = None,
+) -> RolloutEngine:
+    """Build the engine that makes the rollouts of a run.
+
+    Args:
+        config: the run's settings.
+        task: its task.
+        ensemble: its dynamics.
+        backend: as in `RolloutEngine`.
+        data: its data, which `truncate_quantile` is a quantile of. Without them it truncates nothing.
+    """
     rollout = config.rollout
     assert rollout.penalty_coef is not None and rollout.dtype is not None
-    return RolloutEngine(
+    engine = RolloutEngine(
         ensemble,
         penalty=rollout.penalty,
         penalty_coef=rollout.penalty_coef,
@@ -278,7 +292,14 @@ def make_engine(config: TrainConfig, task: Task, ensemble: EnsembleDynamics, bac
         backend=backend,
         dtype=rollout.dtype,
         threads=config.threads,
+        truncate_at=rollout.truncate_at,
+        halt_reward=None if rollout.truncate_at is None else rollout.halt_reward,
+        member=rollout.member,
     )
+    if rollout.truncate_quantile is not None and data is not None:
+        at = engine.penalty_quantile(data, rollout.truncate_quantile)
+        engine.truncation = make_truncation(at, rollout.halt_reward)
+    return engine
 
 
 def make_sac(config: TrainConfig, task: Task, backend: str) -> SAC:

@@ -149,11 +149,11 @@ struct SacCall {
 // FitArgs with the arrays that they point to. Never copied, for the same reason.
 struct FitCall {
   FitCall(int64_t members, int64_t dims, const std::vector<TrainedTuple>& layers,
-          const std::vector<NormTuple>& norms, int activation, const std::array<uintptr_t, 3>& max_logvar, const std::array<uintptr_t, 3>& min_logvar,
-          uintptr_t inputs, uintptr_t targets, int64_t stride, uintptr_t rows, int64_t count,
-          int64_t rows_stride, int64_t batch, float learning_rate, float logvar_bound_weight,
-          const std::vector<float>& weight_decay, int64_t steps_before, const std::vector<uintptr_t>& steps,
-          int precision)
+          const std::vector<NormTuple>& norms, int activation, const std::array<uintptr_t, 3>& max_logvar,
+          const std::array<uintptr_t, 3>& min_logvar, uintptr_t inputs, uintptr_t targets, int64_t stride,
+          uintptr_t rows, int64_t count, int64_t rows_stride, int64_t batch, float learning_rate,
+          float logvar_bound_weight, const std::vector<float>& weight_decay, int64_t steps_before,
+          const std::vector<uintptr_t>& steps, int precision)
       : layers(trained_layers(layers)),
         norms(trained_norms(norms)),
         weight_decay(weight_decay),
@@ -210,11 +210,11 @@ inline void bind_calls(py::module_& module) {
   py::class_<FitCall>(module, "FitCall", py::module_local(),
                       "Fit steps of one run; the arguments are described in csrc/fit.h.")
       .def(py::init<int64_t, int64_t, const std::vector<TrainedTuple>&, const std::vector<NormTuple>&, int,
-                    const std::array<uintptr_t, 3>&, const std::array<uintptr_t, 3>&, uintptr_t, uintptr_t, int64_t, uintptr_t, int64_t,
-                    int64_t, int64_t, float, float, const std::vector<float>&, int64_t,
-                    const std::vector<uintptr_t>&, int>(),
-           py::kw_only(), arg("members"), arg("dims"), arg("layers"), arg("norms"), arg("activation"), arg("max_logvar"),
-           arg("min_logvar"), arg("inputs"), arg("targets"), arg("stride"), arg("rows"), arg("count"),
-           arg("rows_stride"), arg("batch"), arg("learning_rate"), arg("logvar_bound_weight"),
+                    const std::array<uintptr_t, 3>&, const std::array<uintptr_t, 3>&, uintptr_t, uintptr_t,
+                    int64_t, uintptr_t, int64_t, int64_t, int64_t, float, float, const std::vector<float>&,
+                    int64_t, const std::vector<uintptr_t>&, int>(),
+           py::kw_only(), arg("members"), arg("dims"), arg("layers"), arg("norms"), arg("activation"),
+           arg("max_logvar"), arg("min_logvar"), arg("inputs"), arg("targets"), arg("stride"), arg("rows"),
+           arg("count"), arg("rows_stride"), arg("batch"), arg("learning_rate"), arg("logvar_bound_weight"),
            arg("weight_decay"), arg("steps_before"), arg("steps"), arg("precision"));
 }

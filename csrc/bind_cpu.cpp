@@ -10,11 +10,10 @@
 
 namespace {
 
-// (weight addresses, bias addresses, sizes, networks, activation, and the addresses of the hidden layers' norm
-// scales and shifts). Sizes are in, hidden ..., out. Without layer norms there are no such addresses.
-using NetworkTuple =
-    std::tuple<std::vector<uintptr_t>, std::vector<uintptr_t>, std::vector<int64_t>, int64_t, int,
-               std::vector<uintptr_t>, std::vector<uintptr_t>>;
+// (weight addresses, bias addresses, sizes, networks, activation, and the addresses of the hidden layers'
+// norm scales and shifts). Sizes are in, hidden ..., out. Without layer norms there are no such addresses.
+using NetworkTuple = std::tuple<std::vector<uintptr_t>, std::vector<uintptr_t>, std::vector<int64_t>, int64_t,
+                                int, std::vector<uintptr_t>, std::vector<uintptr_t>>;
 
 std::vector<mopo::NetworkLayer> layers(const NetworkTuple& network) {
   const auto& [weights, biases, sizes, networks, activation, scales, shifts] = network;
@@ -67,9 +66,9 @@ std::tuple<int64_t, int64_t, int64_t> rollout(
     uintptr_t min_logvar, uintptr_t carry, bool log_std, uintptr_t elites, int64_t num_elites,
     uintptr_t penalty_members, int64_t num_penalty_members, const std::string& penalty, float penalty_coef,
     bool penalties, float truncate_at, bool halts, float halt_reward, bool keep_member, uintptr_t low,
-    uintptr_t high, const NetworkTuple& policy, float log_std_min,
-    float log_std_max, uintptr_t actions, int64_t batch, uintptr_t start, uintptr_t rows, int64_t horizon,
-    uint32_t first_step, uint64_t seed, bool deterministic, int precision, bool keep_every_row,
+    uintptr_t high, const NetworkTuple& policy, float log_std_min, float log_std_max, uintptr_t actions,
+    int64_t batch, uintptr_t start, uintptr_t rows, int64_t horizon, uint32_t first_step, uint64_t seed,
+    bool mean_actions, bool deterministic, int precision, bool keep_every_row,
     const std::vector<ArrayTuple>& out, int64_t capacity, int64_t head, uintptr_t mean, uintptr_t std,
     int threads) {
   const std::vector<mopo::NetworkLayer> dynamics_layers = layers(dynamics), policy_layers = layers(policy);
@@ -104,6 +103,7 @@ std::tuple<int64_t, int64_t, int64_t> rollout(
   args.horizon = horizon;
   args.first_step = first_step;
   args.seed = seed;
+  args.mean_actions = mean_actions;
   args.deterministic = deterministic;
   args.precision = static_cast<mopo::Precision>(precision);
   args.keep_every_row = keep_every_row;
@@ -194,17 +194,18 @@ PYBIND11_MODULE(_cpu, module) {
            "Tell whether the biases of a network's last layer are those that were packed.");
   module.def("pack", pack, arg("network"), py::kw_only(), arg("isa"), arg("precision"),
              py::call_guard<py::gil_scoped_release>(), "Pack a network's weights for `rollout`.");
-  module.def("rollout", rollout, py::kw_only(), arg("isa"), arg("obs_dim"), arg("act_dim"), arg("dynamics"),
-             arg("packed"), arg("input_mean"), arg("input_std"), arg("max_logvar"), arg("min_logvar"),
-             arg("carry"), arg("log_std"), arg("elites"), arg("num_elites"), arg("penalty_members"),
-             arg("num_penalty_members"), arg("penalty"), arg("penalty_coef"), arg("penalties"), arg("truncate_at"),
-             arg("halts"), arg("halt_reward"), arg("keep_member"), arg("low"),
-             arg("high"), arg("policy"), arg("log_std_min"), arg("log_std_max"), arg("actions"), arg("batch"),
-             arg("start"), arg("rows"), arg("horizon"), arg("first_step"), arg("seed"), arg("deterministic"),
-             arg("precision"), arg("keep_every_row"), arg("out"), arg("capacity"), arg("head"), arg("mean"),
-             arg("std"), arg("threads"),
-             "Run the fused rollout of csrc/rollout.h. Return (rows written, rollouts cut as not finite, rollouts "
-             "truncated).");
+  module.def(
+      "rollout", rollout, py::kw_only(), arg("isa"), arg("obs_dim"), arg("act_dim"), arg("dynamics"),
+      arg("packed"), arg("input_mean"), arg("input_std"), arg("max_logvar"), arg("min_logvar"), arg("carry"),
+      arg("log_std"), arg("elites"), arg("num_elites"), arg("penalty_members"), arg("num_penalty_members"),
+      arg("penalty"), arg("penalty_coef"), arg("penalties"), arg("truncate_at"), arg("halts"),
+      arg("halt_reward"), arg("keep_member"), arg("low"), arg("high"), arg("policy"), arg("log_std_min"),
+      arg("log_std_max"), arg("actions"), arg("batch"), arg("start"), arg("rows"), arg("horizon"),
+      arg("first_step"), arg("seed"), arg("mean_actions"), arg("deterministic"), arg("precision"),
+      arg("keep_every_row"), arg("out"), arg("capacity"), arg("head"), arg("mean"), arg("std"),
+      arg("threads"),
+      "Run the fused rollout of csrc/rollout.h. Return (rows written, rollouts cut as not finite, rollouts "
+      "truncated).");
   module.def("least_values", least_values, py::kw_only(), arg("isa"), arg("obs_dim"), arg("act_dim"),
              arg("policy"), arg("critics"), arg("log_std_min"), arg("log_std_max"), arg("mean"), arg("std"),
              arg("samples"), arg("members"), arg("rows"), arg("seed"), arg("precision"), arg("q"),

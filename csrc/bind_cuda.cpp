@@ -27,10 +27,11 @@ void rollout(bool bfloat16, int width, int slots, uintptr_t weights, uintptr_t c
              uintptr_t input_std, uintptr_t exp_minus_max, uintptr_t exp_min, uintptr_t carry, bool log_std,
              uintptr_t elites, int num_elites, uintptr_t penalty_members, int num_penalty_members,
              const std::string& penalty, float penalty_coef, float truncate_at, bool halts, float halt_reward,
-             bool keep_member, uintptr_t low, uintptr_t high, int policy_hidden_layers, int policy_activation, float log_std_min, float log_std_max, int batch,
-             uintptr_t start, uintptr_t rows, int horizon, uint32_t first_step, uint64_t seed,
-             bool deterministic, const RecordAddresses& to, uintptr_t mean, uintptr_t std, uintptr_t scratch,
-             int blocks, uintptr_t cuda_stream) {
+             bool keep_member, uintptr_t low, uintptr_t high, int policy_hidden_layers, int policy_activation,
+             float log_std_min, float log_std_max, int batch, uintptr_t start, uintptr_t rows, int horizon,
+             uint32_t first_step, uint64_t seed, bool mean_actions, bool deterministic,
+             const RecordAddresses& to, uintptr_t mean, uintptr_t std, uintptr_t scratch, int blocks,
+             uintptr_t cuda_stream) {
   mopo::cuda::RolloutLaunch args{};
   args.weights = pointer<unsigned char>(weights);
   args.chunk_bytes = pointer<int32_t>(chunk_bytes);
@@ -66,6 +67,7 @@ void rollout(bool bfloat16, int width, int slots, uintptr_t weights, uintptr_t c
   args.horizon = horizon;
   args.first_step = first_step;
   args.seed = seed;
+  args.mean_actions = mean_actions;
   args.deterministic = deterministic;
   args.record = record(to);
   args.mean = pointer<float>(mean);
@@ -150,9 +152,9 @@ PYBIND11_MODULE(_cuda, module) {
              arg("exp_minus_max"), arg("exp_min"), arg("carry"), arg("log_std"), arg("elites"),
              arg("num_elites"), arg("penalty_members"), arg("num_penalty_members"), arg("penalty"),
              arg("penalty_coef"), arg("truncate_at"), arg("halts"), arg("halt_reward"), arg("keep_member"),
-             arg("low"), arg("high"), arg("policy_hidden_layers"),
-             arg("policy_activation"), arg("log_std_min"), arg("log_std_max"), arg("batch"), arg("start"),
-             arg("rows"), arg("horizon"), arg("first_step"), arg("seed"), arg("deterministic"), arg("record"),
+             arg("low"), arg("high"), arg("policy_hidden_layers"), arg("policy_activation"),
+             arg("log_std_min"), arg("log_std_max"), arg("batch"), arg("start"), arg("rows"), arg("horizon"),
+             arg("first_step"), arg("seed"), arg("mean_actions"), arg("deterministic"), arg("record"),
              arg("mean"), arg("std"), arg("scratch"), arg("blocks"), arg("stream"),
              "Start the rollout of csrc/cuda/rollout_launch.h on a CUDA stream.");
   module.def("compact", compact, py::kw_only(), arg("obs_dim"), arg("act_dim"), arg("batch"), arg("horizon"),

@@ -29,7 +29,8 @@ enum class Penalty : int { kMaxAleatoric, kMaxDeviation, kMaxPairwise, kEnsemble
 inline constexpr const char* kPenaltyNames[] = {"max_aleatoric", "max_deviation", "max_pairwise",
                                                 "ensemble_std", "mixture_std"};
 
-// Added to the variance of a layer norm, as PyTorch does by default; LAYER_NORM_EPSILON in mopo_fast/config.py.
+// Added to the variance of a layer norm, as PyTorch does by default; LAYER_NORM_EPSILON in
+// mopo_fast/config.py.
 constexpr float kLayerNormEpsilon = 1e-5f;
 
 // Rows that begin `stride` elements apart: a contiguous array, or columns of a wider table.

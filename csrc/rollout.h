@@ -83,7 +83,8 @@ struct RolloutArgs {
   int64_t horizon;
   uint32_t first_step;
   uint64_t seed;
-  bool deterministic;
+  bool mean_actions;   // actions without noise
+  bool deterministic;  // the mean of all members' means, without noise
   Precision precision;
 
   // Keep one row for each start state, non-finite ones too: for RolloutEngine.step.

@@ -11,7 +11,7 @@ import logging
 import math
 import operator
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, Literal, ParamSpec, TypeVar, cast
 
 import numpy as np
 import torch
@@ -403,7 +403,7 @@ class RolloutEngine:
         *,
         seed: int,
         rows: torch.Tensor | None = None,
-        deterministic: bool = False,
+        deterministic: bool | Literal["policy", "model"] = False,
         out: RingBuffer | None = None,
     ) -> Transitions:
         """Roll out `policy` for up to `horizon` steps from every start state.
@@ -420,8 +420,9 @@ class RolloutEngine:
             seed: key of the random numbers, 0 <= seed < 2^64.
             rows: int64 [batch], the start states' numbers for the random numbers; None stands for 0, 1, 2,
                 ... A shard that passes its numbers in a larger batch gets the larger batch's transitions.
-            deterministic: act by tanh(mean) and take the ensemble's mean, without noise. A function is called
-                in the same way in both cases.
+            deterministic: True acts by tanh(mean) and takes the mean over all members, without noise. "policy"
+                does only the first of this, "model" only the second. A function that is a policy is called
+                in the same way in all cases.
             out: ring that the transitions are appended to; None allocates new arrays. A ring that stores
                 penalties gets them also where `penalty_coef` is 0.
 
@@ -472,7 +473,15 @@ class RolloutEngine:
                 array.clone() if array.untyped_storage().data_ptr() in memory else array
                 for array in (start, rows)
             )
-        settings = Settings(seed, deterministic, self.operands, self.threads)
+        if deterministic not in (True, False, "policy", "model"):
+            raise InputError(f'deterministic must be True, False, "policy" or "model", got {deterministic!r}')
+        settings = Settings(
+            seed,
+            deterministic in (True, "model"),
+            self.operands,
+            self.threads,
+            mean_actions=deterministic in (True, "policy"),
+        )
         destination = Destination(storage, head)
         if isinstance(policy, Actor):
             call = RolloutCall(

@@ -42,7 +42,7 @@ class FitState {
         matrices_(teams.count),
         windows_(teams.count, std::vector<FitWindow>(teams.size)),
         panels_(teams.count * teams.size),
-      inverse_stds_(teams.count * teams.size) {
+        inverse_stds_(teams.count * teams.size) {
     lay_out();
     arena_.allocate_zeroed();
     lay_out();

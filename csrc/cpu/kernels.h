@@ -212,8 +212,8 @@ struct FitWorkspace {
   Factor head_grad;              // 2 dims
   Rows max_grad, min_grad;       // dims: by the bounds of the log-variance
   float* loss;                   // [rows]
-  // With layer norms: [hidden], gradients by the scale and by the shift, each row a sum over rows of the batch
-  // that a thread takes at least.
+  // With layer norms: [hidden], gradients by the scale and by the shift, each row a sum over rows of the
+  // batch that a thread takes at least.
   const Rows *scale_grads, *shift_grads;
 };
 

@@ -79,15 +79,19 @@ int64_t row_bytes(const RolloutArgs& args) {
 }
 
 // Rollouts in a chunk: many, so that a member's weights are seldom read from memory; few, so that a chunk's
-// predictions and output stay in cache. Where only the drawn member computes a row, a chunk has about twenty
-// tiles for each elite, so that most of them are full; its output alone is large, and need not stay in cache.
+// predictions and output stay in cache. Where they do not, as with a hundred members or long horizons, only
+// their reading and writing takes longer, and the rows are as many as memory permits. Where only the drawn
+// member computes a row, a chunk has about twenty tiles for each elite, so that most of them are full.
 int64_t chunk_rows(const RolloutArgs& args, int64_t tile) {
-  constexpr int64_t kMostRows = 480, kTilesOfMember = 20, kGroupedBytes = int64_t{64} << 20;
-  const bool one_member = computes_one_member(args);
-  const int64_t most = one_member ? args.num_elites * kTilesOfMember * tile : kMostRows;
-  const int64_t bytes = one_member ? kGroupedBytes : kChunkBytes;
+  constexpr int64_t kCachedRows = 480, kMostRows = 960, kTilesOfMember = 20;
+  constexpr int64_t kMostBytes = int64_t{64} << 20;
+  int64_t most = kMostRows;
+  if (computes_one_member(args))
+    most = args.num_elites * kTilesOfMember * tile;
+  else if (kCachedRows * row_bytes(args) <= kChunkBytes)
+    most = kCachedRows;
   const int64_t fair = (args.batch + args.threads - 1) / args.threads;
-  const int64_t limit = std::max(tile, std::min(most, bytes / row_bytes(args)) / tile * tile);
+  const int64_t limit = std::max(tile, std::min(most, kMostBytes / row_bytes(args)) / tile * tile);
   // Chunks of one size: few large ones must keep every thread busy to the end.
   const int64_t chunks = (fair + limit - 1) / limit;
   return round_up((fair + chunks - 1) / chunks, tile);

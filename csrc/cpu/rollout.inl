@@ -80,10 +80,9 @@ static void network_tile(const Network& network, const PackedNetwork& packed, in
   for (int64_t l = 0; l < hidden; ++l) {
     const NetworkLayer& layer = network.layers[l];
     if (layer.norm_scale != nullptr) {
-      apply_layer<Operand>(layer, data + packed.offset[l], in, vectors,
-                           [&](int64_t n, int v, vf(&outputs)[kBlock]) {
-                             write_floats<Operand>(buffers.raw, n, v, outputs);
-                           });
+      apply_layer<Operand>(
+          layer, data + packed.offset[l], in, vectors,
+          [&](int64_t n, int v, vf(&outputs)[kBlock]) { write_floats<Operand>(buffers.raw, n, v, outputs); });
       normalise<Operand, activation>(layer, member, vectors, buffers.raw, here);
     } else {
       apply_layer<Operand>(layer, data + packed.offset[l], in, vectors,
@@ -101,8 +100,8 @@ static void network_tile(const Network& network, const PackedNetwork& packed, in
       [&](int64_t n, int v, vf(&outputs)[kBlock]) { write_floats<Operand>(out, n, v, outputs); });
 }
 
-// The layer norm of at most kFewRows rows, each `stride` floats after the one before, in place. Lanes are rows,
-// as in normalise(), so that the result is the same to the bit.
+// The layer norm of at most kFewRows rows, each `stride` floats after the one before, in place. Lanes are
+// rows, as in normalise(), so that the result is the same to the bit.
 static void normalise_rows(const NetworkLayer& layer, int64_t member, int64_t rows, int64_t stride,
                            float* outputs) {
   const auto x = [&](int64_t n) {
@@ -158,8 +157,7 @@ static void network_tile(const Network& network, const PackedNetwork& packed, in
                          const float* in, const LayerBuffers& layers, float* out) {
   const auto run = [&]<Activation activation>(std::integral_constant<Activation, activation>) {
     if constexpr (Operand::kPacking.terms == 1)
-      if (rows <= kFewRows)
-        return network_rows<activation>(network, packed, member, rows, in, layers, out);
+      if (rows <= kFewRows) return network_rows<activation>(network, packed, member, rows, in, layers, out);
     const int vectors = static_cast<int>((rows + W - 1) / W);
     network_tile<Operand, activation>(network, packed, member, vectors, in, layers, out);
   };
@@ -377,11 +375,11 @@ struct Chunk {
     // The policy's means and log stds lie where the first member's predictions will be.
     float* heads = predictions(tile, 0);
     network_tile<Operand>(args.policy, plan.policy, 0, tile.count, observations(tile), ws.layers, heads);
-    if (!args.deterministic) draw_normals(tile, kActionStream, args.act_dim);
+    if (!args.mean_actions) draw_normals(tile, kActionStream, args.act_dim);
     for (int64_t d = 0; d < args.act_dim; ++d)
       for (int64_t i = d * kTile; i < d * kTile + tile.lanes(); i += W) {
         vf x = load(heads + i);
-        if (!args.deterministic)
+        if (!args.mean_actions)
           x = SquashedGaussian(x, load(heads + args.act_dim * kTile + i), broadcast(args.log_std_min),
                                broadcast(args.log_std_max), load(ws.noise + i))
                   .raw;

@@ -8,7 +8,8 @@ typedef int32_t vi __attribute__((vector_size(MOPO_WIDTH * 4)));
 
 MOPO_INLINE vf load(const float* p) { return *reinterpret_cast<const vf*>(p); }
 MOPO_INLINE void store(float* p, vf x) { *reinterpret_cast<vf*>(p) = x; }
-// `lanes` numbers, 1 or more; of more than W the first W. load_lanes and first_lanes_of set the other lanes to 0.
+// `lanes` numbers, 1 or more; of more than W the first W. load_lanes and first_lanes_of set the other lanes
+// to 0.
 #ifdef MOPO_AVX512
 MOPO_INLINE __mmask16 first_lanes(int64_t lanes) {
   return static_cast<__mmask16>(lanes < W ? (1u << lanes) - 1 : 0xffff);

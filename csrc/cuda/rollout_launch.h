@@ -59,7 +59,8 @@ struct RolloutLaunch {
   int horizon;
   uint32_t first_step;
   uint64_t seed;
-  bool deterministic;
+  bool mean_actions;   // actions without noise
+  bool deterministic;  // the mean of all members' means, without noise
 
   DeviceRecord record;
   float* mean;  // [members][batch][obs_dim + 1] or null, of the last step

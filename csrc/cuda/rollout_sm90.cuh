@@ -284,7 +284,7 @@ struct Fragment {
           if (taken) action = recorded;
         } else {
           action = heads[4 * at + 2 * half];
-          if (!args.deterministic)
+          if (!args.mean_actions)
             action = SquashedGaussian(action, heads[4 * at + 2 * half + 1], args.log_std_min,
                                       args.log_std_max, normal(random(number(half), kActionStream, at), q))
                          .raw;

@@ -169,12 +169,14 @@ class Settings:
         operands: one of `config.ROLLOUT_DTYPES`. Both factors of every product in the networks have this
             precision; sums and all else are not rounded.
         threads: number of threads of a CPU kernel.
+        mean_actions: let the policy act without noise.
     """
 
     seed: int
     deterministic: bool
     operands: str
     threads: int
+    mean_actions: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -342,6 +344,7 @@ def kernel_arguments(call: StepCall | RolloutCall) -> dict[str, Any]:
         "horizon": call.horizon,
         "first_step": call.step,
         "seed": settings.seed,
+        "mean_actions": settings.mean_actions,
         "deterministic": settings.deterministic,
     }
 

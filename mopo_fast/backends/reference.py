@@ -83,7 +83,7 @@ def act(
     """Return the policy's actions [batch, act_dim], with the noise of this step's random numbers."""
     heads = mlp(observations, policy.weights, policy.biases, policy.activation, settings.operands)
     mean, log_std = heads.chunk(2, dim=-1)
-    if settings.deterministic:
+    if settings.mean_actions:
         return torch.tanh(mean)
     noise = random_normals(rows, step, ACTION_STREAM, mean.shape[1], settings.seed, mean.dtype)
     std = log_std.clamp(policy.log_std_min, policy.log_std_max).exp()

@@ -180,6 +180,7 @@ std::vector<double> rollout(Call& call, const mopo::Kernels& kernels, mopo::Inte
   args.horizon = call.whole();
   args.first_step = static_cast<uint32_t>(call.whole());
   args.seed = static_cast<uint64_t>(call.whole());
+  args.mean_actions = call.flag();
   args.deterministic = call.flag();
   args.precision = static_cast<mopo::Precision>(call.whole());
   args.keep_every_row = call.flag();

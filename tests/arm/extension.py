@@ -180,8 +180,8 @@ def rollout(**given: Any) -> tuple[int, int, int]:
     message.whole(batch)
     message.array(given["start"], 4 * batch * obs)
     message.array(given["rows"], 8 * batch)
-    message.whole(given["horizon"], given["first_step"], given["seed"], given["deterministic"])
-    message.whole(given["precision"], given["keep_every_row"])
+    message.whole(given["horizon"], given["first_step"], given["seed"], given["mean_actions"])
+    message.whole(given["deterministic"], given["precision"], given["keep_every_row"])
     widths = (obs, act, 1, obs, 1, 1, 1, 1, 1, 1)
     for array, width, itemsize in zip(given["out"], widths, _OUT, strict=True):
         message.rows(array, given["capacity"], width, itemsize, writable=True)

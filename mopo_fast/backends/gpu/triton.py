@@ -177,6 +177,7 @@ def _launch(
         KEEP_MEMBER=dynamics.keep_member,
         NORM_SIZES=norm_sizes,
         DETERMINISTIC=settings.deterministic,
+        MEAN_ACTIONS=settings.mean_actions,
         OPERANDS=settings.operands,
         WIDTH=width,
         HEADS=heads,

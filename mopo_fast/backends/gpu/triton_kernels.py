@@ -379,7 +379,7 @@ def _observe(
 def _act(
     heads, actions, place, alive, number, step, seed, inputs, input_mean, input_std,
     log_std_min, log_std_max,
-    POLICY: tl.constexpr, DETERMINISTIC: tl.constexpr, OBS: tl.constexpr, ACT: tl.constexpr,
+    POLICY: tl.constexpr, MEAN_ACTIONS: tl.constexpr, OBS: tl.constexpr, ACT: tl.constexpr,
     OPERANDS: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Draw actions from the policy's heads, or read the caller's; standardise them as dynamics' inputs."""
@@ -390,7 +390,7 @@ def _act(
         taken = alive[:, None] & inside[None, :]
         if POLICY:
             x = tl.load(_at(heads, lane, column, HEADS), inside[None, :], 0.0)
-            if not DETERMINISTIC:
+            if not MEAN_ACTIONS:
                 log_std = tl.load(_at(heads + ACT, lane, column, HEADS), inside[None, :], 0.0)
                 log_std = tl.where(log_std < log_std_min, log_std_min, log_std)
                 log_std = tl.where(log_std > log_std_max, log_std_max, log_std)
@@ -626,7 +626,7 @@ def rollout_kernel(
     LOG_STD: tl.constexpr, OWN_BOUNDS: tl.constexpr,
     CHOSEN: tl.constexpr, SIZES: tl.constexpr, POLICY_SIZES: tl.constexpr, ACTIVATION: tl.constexpr,
     POLICY_ACTIVATION: tl.constexpr, PENALTY: tl.constexpr, HALTS: tl.constexpr, KEEP_MEMBER: tl.constexpr,
-    NORM_SIZES: tl.constexpr, DETERMINISTIC: tl.constexpr,
+    NORM_SIZES: tl.constexpr, DETERMINISTIC: tl.constexpr, MEAN_ACTIONS: tl.constexpr,
     OPERANDS: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, HELD: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -667,7 +667,7 @@ def rollout_kernel(
                              OPERANDS, WIDTH, HEADS, HELD, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
                 _act(predictions, actions, place, alive, number, step, seed, inputs, input_mean, input_std,
                      log_std_min, log_std_max,
-                     POLICY, DETERMINISTIC, OBS, ACT, OPERANDS, WIDTH, HEADS, ROWS)  # fmt: skip
+                     POLICY, MEAN_ACTIONS, OBS, ACT, OPERANDS, WIDTH, HEADS, ROWS)  # fmt: skip
                 tl.debug_barrier()
                 for member in tl.range(MEMBERS, num_stages=1, disable_licm=True):
                     if NORM_SIZES is not None:

@@ -17,55 +17,118 @@ MOPO_INLINE void apply_layer(const NetworkLayer& layer, const float* weight, con
     layer_tile<Operand>(in, layer.in, weight, bias, layer.out, vectors, write);
 }
 
-// A layer norm of `count` outputs, whose number n is x(n), for each lane.
+// A layer norm of outputs x, for each lane.
 struct LayerNorm {
-  vf mean, inverse_std;
+  vf inverse_std, offset;  // normalised, x is x * inverse_std + offset
 
-  template <class Outputs>
-  MOPO_METHOD LayerNorm(int64_t count, Outputs x) {
-    // Four sums at a time, since an addition has to wait for the one before.
-    const auto average = [&](auto term) {
-      vf sums[4] = {};
-      int64_t n = 0;
-      for (; n + 4 <= count; n += 4)
-        for (int i = 0; i < 4; ++i) sums[i] = sums[i] + term(n + i);
-      for (; n < count; ++n) sums[0] = sums[0] + term(n);
-      return (sums[0] + sums[1] + (sums[2] + sums[3])) * (1.0f / static_cast<float>(count));
-    };
-    mean = average(x);
-    // Unlike the mean of squares less the square of the mean, this does not cancel.
-    const vf variance = average([&](int64_t n) {
-      const vf distance = x(n) - mean;
-      return distance * distance;
-    });
+  LayerNorm() = default;
+  MOPO_METHOD LayerNorm(vf mean, vf variance) {
     inverse_std = 1.0f / sqrt(variance + kLayerNormEpsilon);
+    offset = -mean * inverse_std;
   }
-
   MOPO_METHOD vf apply(vf x, float scale, float shift) const {
-    return (x - mean) * inverse_std * scale + shift;
+    return (x * inverse_std + offset) * scale + shift;
   }
 };
 
-// Turns a layer's outputs `raw`, floats, into the inputs of the next one: layer norm, then activation.
+// The layer norm of `count` outputs, of which number n is x(n).
+template <class Outputs>
+MOPO_INLINE LayerNorm layer_norm(int64_t count, Outputs x) {
+  // Four sums at a time, since an addition has to wait for the one before.
+  const auto average = [&](auto term) {
+    vf sums[4] = {};
+    int64_t n = 0;
+    for (; n + 4 <= count; n += 4)
+      for (int i = 0; i < 4; ++i) sums[i] = sums[i] + term(n + i);
+    for (; n < count; ++n) sums[0] = sums[0] + term(n);
+    return (sums[0] + sums[1] + (sums[2] + sums[3])) * (1.0f / static_cast<float>(count));
+  };
+  const vf mean = average(x);
+  // Unlike the mean of squares less the square of the mean, this does not cancel.
+  return LayerNorm(mean, average([&](int64_t n) {
+                     const vf distance = x(n) - mean;
+                     return distance * distance;
+                   }));
+}
+
+// The same by one pass, for factors that are rounded: sums over the outputs while a layer writes them. They
+// are counted from the first one, which is within some deviations of the mean, so that little cancels.
+struct Moments {
+  vf first, total{}, squares{};
+
+  MOPO_METHOD void add(int64_t n, const vf (&outputs)[kBlock], int64_t width) {
+    if (n == 0) first = outputs[0];
+    const int64_t count = smaller(kBlock, width - n);
+    // Four sums, since an addition has to wait for the one before.
+    vf sums[4] = {}, products[4] = {};
+    const auto take = [&](int j) {
+      const vf distance = outputs[j] - first;
+      sums[j % 4] = sums[j % 4] + distance;
+      products[j % 4] = products[j % 4] + distance * distance;
+    };
+    if (count == kBlock) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kBlock; ++j) take(j);
+    } else {
+      for (int j = 0; j < count; ++j) take(j);
+    }
+    total = total + (sums[0] + sums[1] + (sums[2] + sums[3]));
+    squares = squares + (products[0] + products[1] + (products[2] + products[3]));
+  }
+  MOPO_METHOD LayerNorm norm(int64_t width) const {
+    const float inverse_width = 1.0f / static_cast<float>(width);
+    const vf distance = total * inverse_width;
+    const vf variance = squares * inverse_width - distance * distance;
+    return LayerNorm(first + distance, select(variance > 0.0f, variance, vf{}));
+  }
+};
+
+// Turns a layer's outputs `raw`, floats, into inputs of the next one: layer norm, then activation.
 template <class Operand, Activation activation>
-static void normalise(const NetworkLayer& layer, int64_t member, int vectors, const float* raw, float* to) {
+MOPO_INLINE void normalise(const NetworkLayer& layer, int64_t member, int vectors, const LayerNorm* norms,
+                           const float* raw, float* to) {
   const float* scale = layer.norm_scale + member * layer.out;
   const float* shift = layer.norm_shift + member * layer.out;
-  for (int v = 0; v < vectors; ++v) {
-    const auto x = [&](int64_t n) { return load(raw + n * kTile<Operand> + v * W); };
-    const LayerNorm norm(layer.out, x);
-    for (int64_t n = 0; n < layer.out; n += kBlock) {
-      vf outputs[kBlock] = {};
-      const int64_t count = smaller(kBlock, layer.out - n);
-      if (count == kBlock) {
+  for (int64_t n = 0; n < layer.out; n += kBlock)
+    for (int v = 0; v < vectors; ++v) {
+      vf outputs[kBlock];
+      const auto put = [&](int j) {
+        const vf x = load(raw + (n + j) * kTile<Operand> + v * W);
+        outputs[j] = norms[v].apply(x, scale[n + j], shift[n + j]);
+      };
+      if (layer.out - n >= kBlock) {
 #pragma GCC unroll 8
-        for (int j = 0; j < kBlock; ++j) outputs[j] = norm.apply(x(n + j), scale[n + j], shift[n + j]);
+        for (int j = 0; j < kBlock; ++j) put(j);
       } else {
-        for (int64_t j = 0; j < count; ++j) outputs[j] = norm.apply(x(n + j), scale[n + j], shift[n + j]);
+        for (int j = 0; j < kBlock; ++j) {
+          if (n + j < layer.out)
+            put(j);
+          else
+            outputs[j] = vf{};
+        }
       }
       write_operands<Operand, activation>(to, n, v, outputs);
     }
+}
+
+// A hidden layer with a layer norm. The outputs before it pass through `raw`.
+template <class Operand, Activation activation>
+MOPO_INLINE void normed_layer(const NetworkLayer& layer, int64_t member, const float* weight, const float* in,
+                              int vectors, float* raw, float* to) {
+  constexpr bool kOnePass = Operand::kPacking.terms > 1;
+  Moments moments[kTile<Operand> / W];
+  LayerNorm norms[kTile<Operand> / W];
+  apply_layer<Operand>(layer, weight, in, vectors, [&](int64_t n, int v, vf(&outputs)[kBlock]) {
+    write_floats<Operand>(raw, n, v, outputs);
+    if constexpr (kOnePass) moments[v].add(n, outputs, layer.out);
+  });
+  for (int v = 0; v < vectors; ++v) {
+    if constexpr (kOnePass)
+      norms[v] = moments[v].norm(layer.out);
+    else
+      norms[v] = layer_norm(layer.out, [&](int64_t n) { return load(raw + n * kTile<Operand> + v * W); });
   }
+  normalise<Operand, activation>(layer, member, vectors, norms, raw, to);
 }
 
 // A member's network for the first `vectors` vectors of a tile's rows. Activations pass between two buffers,
@@ -80,10 +143,8 @@ static void network_tile(const Network& network, const PackedNetwork& packed, in
   for (int64_t l = 0; l < hidden; ++l) {
     const NetworkLayer& layer = network.layers[l];
     if (layer.norm_scale != nullptr) {
-      apply_layer<Operand>(
-          layer, data + packed.offset[l], in, vectors,
-          [&](int64_t n, int v, vf(&outputs)[kBlock]) { write_floats<Operand>(buffers.raw, n, v, outputs); });
-      normalise<Operand, activation>(layer, member, vectors, buffers.raw, here);
+      normed_layer<Operand, activation>(layer, member, data + packed.offset[l], in, vectors, buffers.raw,
+                                        here);
     } else {
       apply_layer<Operand>(layer, data + packed.offset[l], in, vectors,
                            [&](int64_t n, int v, vf(&outputs)[kBlock]) {
@@ -109,7 +170,7 @@ static void normalise_rows(const NetworkLayer& layer, int64_t member, int64_t ro
     for (int64_t row = 0; row < rows; ++row) result[row] = outputs[row * stride + n];
     return result;
   };
-  const LayerNorm norm(layer.out, x);
+  const LayerNorm norm = layer_norm(layer.out, x);
   for (int64_t n = 0; n < layer.out; ++n) {
     const int64_t at = member * layer.out + n;
     const vf result = norm.apply(x(n), layer.norm_scale[at], layer.norm_shift[at]);

@@ -200,7 +200,7 @@ def test_a_corrupt_shard(
     [
         ("step", 3, "step must be from 0 to below 3"),
         ("rollout_index", 0, "rollout_index must be from 4294967296"),
-        ("members", 32, "members must be from -1 to below 32"),
+        ("members", 256, "members must be from -1 to below 256"),
         ("penalties", -1.0, "penalties must be from 0"),
         ("rewards", 7e4, "rewards are not raw_rewards"),
         ("rewards", np.nan, "rewards is not finite at row 5"),

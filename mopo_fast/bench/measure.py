@@ -361,7 +361,8 @@ def fit_work(
     fit = fresh(backend, dtype)
     named, dtypes = _and_higher(fit, dtype, fresh)
     size = (config.members, steps * config.batch_size)
-    drawn = torch.randint(len(fit.inputs), size, generator=torch.Generator().manual_seed(0)).to(device)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(fit.inputs), size, dtype=torch.int32, generator=generator).to(device)
     contenders: dict[str, Contender] = {name: partial(one.steps, drawn) for name, one in named.items()}
     for name, make in (baselines or {}).items():
         contenders[name] = make(fresh("reference"), drawn)

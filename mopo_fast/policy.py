@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -270,8 +270,8 @@ class Actor(nn.Module):
         return actor.to(device)
 
 
-Policy = Actor | Callable[[Any], Any]
-"""An `Actor`, or a function of observations [n, obs_dim] that returns actions [n, act_dim]."""
+Policy = Actor | Callable[[Any], Any] | Literal["uniform"]
+"""An `Actor`, a function of observations [n, obs_dim] that returns actions [n, act_dim], or "uniform"."""
 
 
 class Critic(nn.Module):

@@ -10,6 +10,7 @@ import functools
 import logging
 import math
 import operator
+import os
 from collections.abc import Callable
 from typing import Any, Literal, ParamSpec, TypeVar, cast
 
@@ -34,6 +35,7 @@ from mopo_fast.backends.interface import (
     ValuesCall,
     network_sizes,
 )
+from mopo_fast.backends.philox import ACTION_STREAM, BATCH_STREAM, random_choice, random_uniforms
 from mopo_fast.backends.reference import act, rollout_by_steps
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import (
@@ -44,6 +46,7 @@ from mopo_fast.config import (
     Penalty,
     PenaltyMembers,
 )
+from mopo_fast.data import load_dataset
 from mopo_fast.data.transitions import ROLLOUT_ARRAYS, Transitions, array_layout, transition_bytes
 from mopo_fast.ensemble import EnsembleDynamics
 from mopo_fast.errors import InputError
@@ -51,6 +54,7 @@ from mopo_fast.policy import Actor, Critic, Policy
 from mopo_fast.tasks import BOXES, TASKS, Box, Task, TerminationFunction, make_box
 from mopo_fast.utils.arrays import maker_like, map_tensors, to_tensor
 from mopo_fast.utils.machine import check_memory, resolve_threads
+from mopo_fast.utils.seeds import START, derive_seed
 
 logger = logging.getLogger("mopo_fast")
 
@@ -58,6 +62,11 @@ logger = logging.getLogger("mopo_fast")
 _DATA_ROWS = 50_000
 # Most row numbers that an engine keeps for the next call.
 _KEPT_NUMBERS = 1024
+
+PenaltyFunction = Callable[[Any, Any], Any]
+"""Returns penalties [batch] from means and standard deviations [members, batch, obs_dim + 1]."""
+RewardFunction = Callable[[Any, Any, Any], Any]
+"""Returns rewards [batch] from observations, actions and next observations."""
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -107,12 +116,17 @@ class RolloutEngine:
             training, `load_state_dict`, `to`, and another tensor in place of a parameter are all noticed.
             Writes that PyTorch does not count, through `.data`, a NumPy view, another process or a fused
             optimiser of `torch.optim`, may go unnoticed: call `refresh` after them.
-        penalty: the uncertainty u(s, a), one of `mopo_fast.config.PENALTIES`.
+        penalty: the uncertainty u(s, a), one of `mopo_fast.config.PENALTIES`, or a function (means, stds) ->
+            floats [batch] of the `penalty_members`' predictions of (delta obs, reward), each [members, batch,
+            obs_dim + 1].
         penalty_coef: lambda >= 0. Rewards are raw_rewards - penalty_coef * penalties.
         termination: the name of a rule in `mopo_fast.tasks.BOXES` or of a task in `mopo_fast.tasks.TASKS`, a
             `Task`, a `Box`, None (no state is terminal), or a function (observations, actions,
-            next_observations) -> bool [batch]. A function is called after every step: by `step` with arrays
-            of the caller's kind, by `rollout` with tensors.
+            next_observations) -> bool [batch].
+        reward: a function (observations, actions, next_observations) -> floats [batch], whose rewards take
+            the place of the model's. Functions are called after every step: by `step` with arrays of the
+            caller's kind, by `rollout` with tensors. The kernels then compute the ensemble one step at a
+            time.
         backend: "auto", or a name that `mopo-fast doctor` lists.
         dtype: "float32" or "float64" for all arrays and arithmetic. "bfloat16", "bfloat16x3", "float16" and
             "tfloat32" round the factors of the networks' products, and keep all else in float32; they are
@@ -137,9 +151,10 @@ class RolloutEngine:
         self,
         ensemble: EnsembleDynamics,
         *,
-        penalty: Penalty = "max_aleatoric",
+        penalty: Penalty | PenaltyFunction = "max_aleatoric",
         penalty_coef: float = 1.0,
         termination: str | Task | Box | TerminationFunction | None = None,
+        reward: RewardFunction | None = None,
         backend: str = "auto",
         dtype: str = "float32",
         threads: int | None = None,
@@ -149,7 +164,13 @@ class RolloutEngine:
         halt_reward: float | None = None,
         member: MemberDraw = "per_step",
     ) -> None:
+        self.penalty_function: PenaltyFunction | None = None
+        if callable(penalty):
+            self.penalty_function, penalty = penalty, PENALTIES[0]
         checked.check_known("penalty", penalty, PENALTIES)
+        if reward is not None and not callable(reward):
+            raise InputError(f"reward must be a function or None, got {reward!r}")
+        self.reward_function = reward
         if not isinstance(penalty_coef, (int, float)) or not 0.0 <= penalty_coef < float("inf"):
             raise InputError(f"penalty_coef must be finite and not negative, got {penalty_coef!r}")
         checked.check_known("dtype", dtype, ROLLOUT_DTYPES)
@@ -214,12 +235,19 @@ class RolloutEngine:
     def __repr__(self) -> str:
         rule = self._termination
         if not isinstance(rule, str | None):
-            rule = rule.name if isinstance(rule, Task) else getattr(rule, "__name__", type(rule).__name__)
+            rule = rule.name if isinstance(rule, Task) else _name_of(rule)
+        penalty = self.penalty if self.penalty_function is None else _name_of(self.penalty_function)
+        others: dict[str, Any] = {"reward": _name_of(self.reward_function)}
+        if self.truncation.needs_penalties:
+            others["truncate_at"] = self.truncation.at
+        others["halt_reward"] = self.truncation.halt_reward
+        others["member"] = self.member if self.member != MEMBER_DRAWS[0] else None
+        given = "".join(f", {name}={value!r}" for name, value in others.items() if value is not None)
         return (
-            f"RolloutEngine({self.ensemble!r}, penalty={self.penalty!r}, penalty_coef={self.penalty_coef},"
+            f"RolloutEngine({self.ensemble!r}, penalty={penalty!r}, penalty_coef={self.penalty_coef},"
             f" termination={rule!r}, backend={self.backend!r}, dtype={self.operands!r},"
-            f" threads={self.threads}, penalty_members={self.penalty_members!r}, penalties={self.penalties},"
-            f" truncation={self.truncation}, member={self.member!r})"
+            f" threads={self.threads}, penalty_members={self.penalty_members!r}, penalties={self.penalties}"
+            f"{given})"
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -231,6 +259,12 @@ class RolloutEngine:
         if self.penalties is None:
             return bool(self.penalty_coef) or self.truncation.needs_penalties
         return self.penalties
+
+    @property
+    def _calls_functions(self) -> bool:
+        """True where the caller's functions are called after every step."""
+        functions = self.termination_function, self.penalty_function, self.reward_function
+        return any(function is not None for function in functions)
 
     def refresh(self) -> None:
         """Read the ensemble again at the next call, also where no change of it was noticed."""
@@ -291,14 +325,25 @@ class RolloutEngine:
         checked.check_range("seed", seed, 0, 2**64)
         checked.check_range("step", step, 0, 2**32)
         settings = Settings(seed, deterministic, self.operands, self.threads)
+        own = penalties and self.penalty_function is not None
         call = StepCall(
-            self._dynamics(), start, numbers, settings, action, step, distributions, penalties=penalties
+            *(self._dynamics(), start, numbers, settings, action, step),
+            distributions=distributions or own,
+            penalties=penalties and not own,
         )
         result = checked.step(get_backend(self.backend), call)
+        if own:
+            result = dataclasses.replace(result, penalties=self._penalise(result, make))
+        if self.reward_function is not None:
+            given = self.reward_function(observations, actions, make(result.next_observations))
+            raw = self._checked_numbers("the reward function", given, result)
+            result = dataclasses.replace(result, raw_rewards=raw)
+        if own or self.reward_function is not None:
+            result = self._rewarded(result)
+        if not distributions:
+            result = dataclasses.replace(result, mean=None, std=None)
         if self.truncation.needs_penalties:
-            assert result.penalties is not None
-            finite = result.next_observations.isfinite().all(-1) & result.rewards.isfinite()
-            result = dataclasses.replace(result, truncations=finite & (result.penalties > self.truncation.at))
+            result = dataclasses.replace(result, truncations=self._above(result))
         if self.termination_function is not None:
             successors = make(result.next_observations)
             ended = self.termination_function(observations, actions, successors)
@@ -338,6 +383,49 @@ class RolloutEngine:
             )
         return float(np.quantile(found, quantile))
 
+    def _penalise(self, result: StepResult, make: Callable[[torch.Tensor], Any]) -> torch.Tensor:
+        """Return the penalties of the caller's function."""
+        assert self.penalty_function is not None and result.mean is not None and result.std is not None
+        mean, std = result.mean, result.std
+        if self.penalty_members == "elites":
+            mean, std = mean[self.ensemble.elites], std[self.ensemble.elites]
+        given = self.penalty_function(make(mean), make(std))
+        return self._checked_numbers("the penalty function", given, result)
+
+    def _above(self, result: StepResult) -> torch.Tensor:
+        """Tell which rows have a finite prediction and a penalty that ends a rollout."""
+        assert result.penalties is not None
+        finite = result.next_observations.isfinite().all(-1) & result.rewards.isfinite()
+        return finite & (result.penalties > self.truncation.at)
+
+    def _rewarded(self, result: StepResult) -> StepResult:
+        """Make the rewards of raw rewards and penalties of which the caller's functions made some."""
+        rewards = result.raw_rewards
+        if self.penalty_coef:
+            assert result.penalties is not None
+            rewards = rewards - self.penalty_coef * result.penalties
+        result = dataclasses.replace(result, rewards=rewards)
+        if self.truncation.halt_reward is None:
+            return result
+        halted = self._above(result)
+        rewards = rewards.masked_fill(halted, self.truncation.halt_reward)
+        return dataclasses.replace(result, rewards=rewards, terminals=result.terminals | halted)
+
+    def _checked_numbers(self, function: str, given: Any, result: StepResult) -> torch.Tensor:
+        """Return what a caller's function gave for each row, of the engine's dtype."""
+        batch = len(result.terminals)
+        array = to_tensor(f"what {function} returns", given, self.device).to(self.device)
+        if not array.is_floating_point() or array.numel() != batch:
+            raise InputError(
+                f"{function} must return floats [{batch}], got {array.dtype} {list(array.shape)}"
+            )
+        array = array.detach().reshape(-1).to(self.dtype)
+        wrong = ~array.isfinite() & result.next_observations.isfinite().all(-1)
+        if bool(wrong.any()):
+            row = int(wrong.nonzero()[0, 0])
+            raise InputError(f"{function} must return finite numbers, got {array[row].item()} at row {row}")
+        return array
+
     @_untraced
     def bellman_inconsistency(
         self, observations: Any, actions: Any, policy: Actor, critic: Critic, *, seed: int, samples: int = 10
@@ -376,12 +464,13 @@ class RolloutEngine:
             raise InputError(f"there are {len(start)} observations but {len(action)} actions")
         settings = Settings(seed, False, self.operands, self.threads)
         rows = self._checked_rows(None, len(start))
-        penalties = bool(self.penalty_coef)
-        whole = StepCall(self._dynamics(), start, rows, settings, action, 0, True, penalties=penalties)
+        dynamics = self._dynamics()
+        penalties = dynamics.penalty_coef != 0.0 or dynamics.truncation.needs_penalties
+        whole = StepCall(dynamics, start, rows, settings, action, 0, True, penalties=penalties)
         step = checked.step(get_backend(self.backend), whole)
         assert step.mean is not None and step.std is not None
         mean, std = step.mean[elites, :, :-1], step.std[elites, :, :-1].contiguous()
-        carry = self._dynamics().carry
+        carry = dynamics.carry
         call = ValuesCall(
             mean + (start if carry is None else carry * start),
             std,
@@ -402,6 +491,7 @@ class RolloutEngine:
         horizon: int,
         *,
         seed: int,
+        count: int | None = None,
         rows: torch.Tensor | None = None,
         deterministic: bool | Literal["policy", "model"] = False,
         out: RingBuffer | None = None,
@@ -414,15 +504,18 @@ class RolloutEngine:
         Args:
             policy: an `Actor`, whose steps are fused with the ensemble's. Or any function of observations,
                 a tensor [n, obs_dim] of the rollouts that go on, that returns finite actions [n, act_dim]:
-                it is called at each step, and the kernels compute the ensemble alone.
-            start_observations: finite floats [batch, obs_dim], an array as for `step`.
+                it is called at each step, and the kernels compute the ensemble alone. "uniform" draws
+                actions from [-1, 1] in the same way.
+            start_observations: finite floats [batch, obs_dim], an array as for `step`. Or `Transitions`, or
+                the name or path of a data set, from whose observations `count` are drawn.
             horizon: most steps of a rollout, at least 1.
             seed: key of the random numbers, 0 <= seed < 2^64.
+            count: number of start states to draw where `start_observations` are a data set.
             rows: int64 [batch], the start states' numbers for the random numbers; None stands for 0, 1, 2,
                 ... A shard that passes its numbers in a larger batch gets the larger batch's transitions.
-            deterministic: True acts by tanh(mean) and takes the mean over all members, without noise. "policy"
-                does only the first of this, "model" only the second. A function that is a policy is called
-                in the same way in all cases.
+            deterministic: True acts by tanh(mean) and takes the mean over all members, without noise.
+                "policy" does only the first of this, "model" only the second. A function that is a policy
+                is called in the same way in all cases.
             out: ring that the transitions are appended to; None allocates new arrays. A ring that stores
                 penalties gets them also where `penalty_coef` is 0.
 
@@ -437,16 +530,18 @@ class RolloutEngine:
                 a policy, or a function returns something else than actions.
         """
         ensemble = self.ensemble
+        if count is not None or isinstance(start_observations, str | os.PathLike | Transitions):
+            start_observations = self._draw_starts(start_observations, count, seed)
         start = self._checked("start_observations", start_observations, ensemble.obs_dim)
         rows = self._checked_rows(rows, len(start))
         checked.check_range("seed", seed, 0, 2**64)
         checked.check_range("horizon", horizon, 1, 2**31)
         if isinstance(policy, Actor):
             self._check_actor(policy)
-        elif not callable(policy):
+        elif not callable(policy) and policy != "uniform":
             raise InputError(
-                "policy must be a mopo_fast.Actor or a function of observations that returns actions, got"
-                f" {type(policy).__name__}; for any other policy loop over `engine.step`"
+                'policy must be a mopo_fast.Actor, "uniform", or a function of observations that returns'
+                f" actions, got {policy!r:.100}; for any other policy loop over `engine.step`"
             )
         if out is None:
             penalties = self._returns_penalties()
@@ -487,7 +582,7 @@ class RolloutEngine:
             call = RolloutCall(
                 self._dynamics(), start, rows, settings, self._policy(policy), horizon, destination
             )
-            if self.termination_function is None:
+            if not self._calls_functions:
                 counts = checked.rollout(self._backend_for(policy), call)
             else:
                 checked.check_rollout(get_backend(self.backend), call)
@@ -499,10 +594,8 @@ class RolloutEngine:
             layout = checked.Layout(self.dtype, self.device)
             most = len(start) * horizon
             checked.check_destination(destination, layout, ensemble.obs_dim, ensemble.act_dim, most)
-            counts = self._by_steps(
-                lambda observations, rows, t: self._call(policy, observations),
-                *(start, rows, horizon, settings, destination),
-            )
+            choose = self._uniform(seed) if policy == "uniform" else self._caller(policy)
+            counts = self._by_steps(choose, start, rows, horizon, settings, destination)
         for array in storage.values():
             # Kernels write behind autograd's back; this lets it detect that a saved tensor has changed.
             torch.autograd.graph.increment_version(array)
@@ -510,12 +603,12 @@ class RolloutEngine:
             logger.warning(
                 "%d of %d rollouts ended in a prediction that was not finite", counts.non_finite, len(start)
             )
-        count = counts.written
+        written = counts.written
         if out is None:
-            arrays: dict[str, Any] = {name: array[:count] for name, array in storage.items()}
+            arrays: dict[str, Any] = {name: array[:written] for name, array in storage.items()}
         else:
-            out.advance(count)
-            end = head + count
+            out.advance(written)
+            end = head + written
             arrays = {
                 name: array[head:end]
                 if end <= out.capacity
@@ -524,6 +617,22 @@ class RolloutEngine:
             }
         info = {"non_finite": counts.non_finite, "truncated": counts.truncated}
         return Transitions(**arrays, info=info)
+
+    def _draw_starts(self, given: Any, count: int | None, seed: int) -> torch.Tensor:
+        """Draw start states from the observations of a data set."""
+        if not isinstance(given, str | os.PathLike | Transitions):
+            raise InputError(
+                "count is for start states that are drawn from a data set; leave it out, or give Transitions"
+                " or the name of a data set"
+            )
+        if count is None:
+            raise InputError("start states from a data set need count, the number of them to draw")
+        checked.check_range("count", count, 1, 2**31)
+        checked.check_range("seed", seed, 0, 2**64)
+        data = given if isinstance(given, Transitions) else load_dataset(os.fspath(given))
+        numbers = torch.arange(count, device=data.device)
+        drawn = random_choice(numbers, 0, BATCH_STREAM, len(data), derive_seed(seed, START))
+        return data.observations[drawn].to(self.device)
 
     def _backend_for(self, policy: Actor) -> Backend:
         """Return the engine's backend, or another one if it cannot serve such a policy."""
@@ -575,6 +684,20 @@ class RolloutEngine:
                 " its weights; pass `policy.act`, or loop over `engine.step`"
             )
 
+    def _uniform(self, seed: int) -> Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]:
+        """Return a policy whose actions are uniform in [-1, 1]."""
+
+        def draw(_: torch.Tensor, rows: torch.Tensor, t: int) -> torch.Tensor:
+            uniform = random_uniforms(rows, t, ACTION_STREAM, self.ensemble.act_dim, seed, self.dtype)
+            return 2.0 * uniform - 1.0
+
+        return draw
+
+    def _caller(
+        self, policy: Callable[[Any], Any]
+    ) -> Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]:
+        return lambda observations, rows, t: self._call(policy, observations)
+
     def _call(self, policy: Callable[[Any], Any], observations: torch.Tensor) -> torch.Tensor:
         """Return a function's actions for observations [n, obs_dim]."""
         # A copy, so that a function which writes into its argument changes no observation.
@@ -606,6 +729,7 @@ class RolloutEngine:
             *(*ensemble._parameters.values(), *ensemble._buffers.values(), self._low, self._high),
         )
         options: tuple[Any, ...] = (self.penalty, self.penalty_coef, self.penalty_members)
+        options += (self.penalty_function is None,)
         options += (self.truncation, self.member)
         options += (ensemble.activation, ensemble.log_scale)
         try:
@@ -648,8 +772,9 @@ class RolloutEngine:
             log_std=ensemble.log_scale == "std",
             activation=ensemble.activation,
             penalty=self.penalty,
-            penalty_coef=self.penalty_coef,
-            truncation=self.truncation,
+            # The kernels know nothing of the caller's penalties.
+            penalty_coef=self.penalty_coef if self.penalty_function is None else 0.0,
+            truncation=self.truncation if self.penalty_function is None else Truncation(),
             keep_member=self.member == "per_rollout",
         )
 
@@ -710,6 +835,10 @@ class RolloutEngine:
         if rows.device != self.device:
             raise InputError(f"rows must be on the ensemble's {self.device}, got {rows.device}")
         return rows.contiguous()
+
+
+def _name_of(function: Any) -> str | None:
+    return None if function is None else getattr(function, "__name__", type(function).__name__)
 
 
 def make_truncation(at: float | None, halt_reward: float | None) -> Truncation:

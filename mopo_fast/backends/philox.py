@@ -59,6 +59,20 @@ def random_words(
     return words.flatten(1)[:, :count]
 
 
+def random_uniforms(
+    rows: torch.Tensor,
+    step: int | torch.Tensor,
+    stream: int,
+    count: int,
+    seed: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Return uniform numbers between 0 and 1 [batch, count]; see `random_words` for the arguments."""
+    words = random_words(rows, step, stream, count, seed)
+    # The upper 23 bits plus one half: every value is exact in float32, and none is 0 or 1.
+    return ((words >> 9).to(dtype) + 0.5) * 2.0**-23
+
+
 def random_normals(
     rows: torch.Tensor,
     step: int | torch.Tensor,
@@ -68,9 +82,7 @@ def random_normals(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Return standard normals [batch, count] by Box-Muller; see `random_words` for the arguments."""
-    words = random_words(rows, step, stream, (count + 1) // 2 * 2, seed)
-    # The upper 23 bits plus one half: every value is exact in float32, and none is 0 or 1.
-    uniform = ((words >> 9).to(dtype) + 0.5) * 2.0**-23
+    uniform = random_uniforms(rows, step, stream, (count + 1) // 2 * 2, seed, dtype)
     radius = torch.sqrt(-2.0 * torch.log(uniform[:, 0::2]))
     angle = (2.0 * math.pi) * uniform[:, 1::2]
     pairs = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1)

@@ -97,7 +97,7 @@ def test_bad_rollout_arguments(engine):
             policy, start, 3, out=RingBuffer(24, 4, 2))  # fmt: skip
     refused("the buffer's observations must be .* on cpu, got .* on meta", policy, start, 3,
             out=RingBuffer(24, 5, 2, "meta"))  # fmt: skip
-    refused("policy must be .* a function .*, got str; .* loop over `engine.step`", "mine", start, 3)
+    refused("policy must be .* a function .*, got 'mine'; .* loop over `engine.step`", "mine", start, 3)
 
     class Own(Actor):
         def act(self, observations, noise=None):

@@ -37,8 +37,9 @@ class ModelVectorEnv(VectorEnv[Array, Array, Array]):
     """Environments whose transitions are predicted by an ensemble, all of them by one call of the kernel.
 
     Rewards are the engine's, less the penalty. An episode begins at a state drawn from `start_states`. It is
-    terminated where the engine's rule says so, and truncated after `horizon` steps. Observations, rewards and
-    floats of `infos` are float32 in NumPy, whatever the engine's precision and device.
+    terminated where the engine's rule says so, and truncated after `horizon` steps and by its `truncate_at`.
+    Observations, rewards and floats of `infos` are float32 in NumPy, whatever the engine's precision and
+    device.
 
     **A prediction that is not finite** terminates its episode. Its transition does not exist: the observation
     is the one before the step, the reward and its parts are 0, and `infos["non_finite"]` is True. An agent
@@ -101,6 +102,10 @@ class ModelVectorEnv(VectorEnv[Array, Array, Array]):
     ) -> None:
         if not isinstance(engine, RolloutEngine):
             raise InputError(f"engine must be a mopo_fast.RolloutEngine, got {type(engine).__name__}")
+        if engine.member != "per_step":
+            raise InputError(
+                f'the engine has member={engine.member!r}, for whole rollouts; give one with "per_step"'
+            )
         check_range("num_envs", num_envs, 1, 2**31)
         check_range("horizon", horizon, 1, 2**31)
         check_range("first_row", first_row, 0, 2**62)
@@ -195,6 +200,8 @@ class ModelVectorEnv(VectorEnv[Array, Array, Array]):
         if some:
             self._restart(restarted)
         truncations = self._lengths >= self.horizon
+        if (above := results.pop("truncated", None)) is not None:
+            truncations |= above
         ended = terminations | truncations
         if self.autoreset_mode is AutoresetMode.SAME_STEP and ended.any():
             infos = self._final_infos(results, ended)
@@ -241,6 +248,8 @@ class ModelVectorEnv(VectorEnv[Array, Array, Array]):
         }
         if result.penalties is not None:
             arrays["penalty"] = _floats(result.penalties)
+        if result.truncations is not None:
+            arrays["truncated"] = result.truncations.cpu().numpy()
         floats = [arrays[name] for name in ("rewards", "raw_reward", "penalty") if name in arrays]
         finite = np.isfinite(arrays["observations"]).all(axis=1)
         for values in floats:

@@ -28,6 +28,7 @@ FORMATS = ["onnx", "torch"]
 # Ensembles of this package's fit and of other code.
 KINDS: dict[str, dict[str, Any]] = {
     "own": {},
+    "layer norms": {"layer_norm": True},
     "std": {"log_scale": "std", "max_logvar": 0.0, "min_logvar": -3.0, "activation": "relu"},
     "bounds of members": {"member_bounds": True, "activation": "tanh"},
     "absolute": {"absolute": [0, 3]},

@@ -20,7 +20,7 @@ from gymnasium.wrappers.vector import (
     NormalizeReward,
     RecordEpisodeStatistics,
 )
-from kernel_cases import make_ensemble
+from kernel_cases import inputs, make_ensemble
 from linear_models import linear_ensemble
 from one_row import OneRow
 from small_fits import toy_data
@@ -581,3 +581,27 @@ def test_torchrl_collects(mode: AutoresetMode) -> None:
         # Truncated after three steps: no episode is longer.
         assert not (~ended[:, :-2] & ~ended[:, 1:-1] & ~ended[:, 2:]).any()
     collector.shutdown()
+
+
+@pytest.mark.parametrize("halt_reward", [None, -4.0])
+def test_the_engines_penalties_truncate(halt_reward: float | None) -> None:
+    data, actions = inputs(50, 5, 2)
+    free = RolloutEngine(make_ensemble(5, 2))
+    at = float(free.step(data, actions, seed=0).penalties.median())
+    engine = RolloutEngine(free.ensemble, truncate_at=at, halt_reward=halt_reward)
+    envs = ModelVectorEnv(engine, data, num_envs=50, horizon=9, seed=3, autoreset_mode="Disabled")
+    envs.reset()
+    _, rewards, terminations, truncations, infos = envs.step(actions.numpy())
+    above = infos["penalty"] > engine.truncation.at
+    assert np.array_equal(truncations, above) and 5 < above.sum() < 45
+    assert "truncated" not in infos
+    if halt_reward is None:
+        assert not terminations.any()
+    else:
+        assert np.array_equal(terminations, above) and np.array_equal(rewards == halt_reward, above)
+
+
+def test_members_are_drawn_for_each_step() -> None:
+    engine = RolloutEngine(make_ensemble(5, 2), member="per_rollout")
+    with pytest.raises(InputError, match="the engine has member='per_rollout'"):
+        ModelVectorEnv(engine, inputs(50, 5, 2)[0])

@@ -33,7 +33,14 @@ from mopo_fast.errors import InputError
 from mopo_fast.evaluate import Evaluator, evaluate
 from mopo_fast.fit import data_sha256, read_fit
 from mopo_fast.policy import Actor
-from mopo_fast.run.log import COLUMNS, EVALUATION_COLUMNS, LATER_COLUMNS, PENALTY_COLUMNS, append_row
+from mopo_fast.run.log import (
+    COLUMNS,
+    END_COLUMNS,
+    EVALUATION_COLUMNS,
+    LATER_COLUMNS,
+    PENALTY_COLUMNS,
+    append_row,
+)
 from mopo_fast.run.population import train_many
 from mopo_fast.run.resolve import make_engine, resolve
 from mopo_fast.tasks import BOXES, TASKS
@@ -618,6 +625,7 @@ def test_what_is_measured_changes_nothing(
     train_alone(config, tmp_path / "less")
     monkeypatch.setattr("mopo_fast.sac.SAC.measure", lambda *_: {})
     monkeypatch.setattr(Training, "_describe_penalties", lambda *_: {"penalty": 1.0})
+    monkeypatch.setattr(Training, "_describe_ends", lambda *_: {})
     train_alone(config, tmp_path / "without")
     checkpoints = [
         load_file(tmp_path / name / "checkpoint" / "epoch-000003.safetensors")
@@ -684,7 +692,8 @@ def test_a_run_of_an_earlier_version_goes_on(
     assert list(after[0]) == list(COLUMNS) and [row["epoch"] for row in after] == ["1", "2", "3", "4"]
     for row, before in zip(after, (first, second, third), strict=False):
         assert row["q"] == before["q"] and not any(row[name] for name in LATER_COLUMNS)
-    assert all(float(after[3][name]) or name == "saturation" for name in LATER_COLUMNS)
+    zeros = "saturation", *END_COLUMNS
+    assert all(float(after[3][name]) or name in zeros for name in LATER_COLUMNS)
 
 
 def test_diverging_training_says_so(finished: Path, config: TrainConfig, tmp_path: Path) -> None:
@@ -925,3 +934,42 @@ def test_a_full_disk_under_tensorboards_log(config: TrainConfig, finished: Path,
     fit = EventAccumulator(str(tmp_path / "run" / "tensorboard-fit"))
     fit.Reload()
     assert len(fit.Scalars("train_loss")) == 250
+
+
+def test_a_run_truncates_its_rollouts_and_says_so(
+    finished: Path, config: TrainConfig, tmp_path: Path
+) -> None:
+    rollout = dataclasses.replace(config.rollout, truncate_quantile=0.5, member="per_rollout", horizon=20)
+    config = dataclasses.replace(config, steps=40, dynamics_from=str(finished), rollout=rollout)
+    train_alone(config, tmp_path / "whole")
+    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())["rollouts"]
+    last = rows(tmp_path / "whole")[-1]
+    count, shares = config.rollout.batch_size, [float(last[name]) for name in END_COLUMNS]
+    assert summary["truncate_at"] > 0 and summary["length"] == float(last["length"])
+    assert float(last["length"]) == pytest.approx(int(last["rows"]) / count)
+    assert sum(shares) + int(last["non_finite"]) / count == pytest.approx(1.0)
+    assert shares[1] > 0.2 and [summary[name] for name in END_COLUMNS] == shares
+    # The limit is found again when the run goes on, so that the rollouts are the same.
+    half = dataclasses.replace(config, steps=20)
+    train_alone(half, tmp_path / "parts")
+    train_alone(config, tmp_path / "parts")
+    keys = [key for key in last if not key.startswith("seconds")]
+    assert [last[key] for key in keys] == [rows(tmp_path / "parts")[-1][key] for key in keys]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"truncate_quantile": 1.5}, r"truncate_quantile must be in \[0, 1\], got 1.5"),
+        ({"truncate_at": -1.0}, "truncate_at must not be negative, got -1.0"),
+        ({"truncate_at": 1.0, "truncate_quantile": 0.5}, "truncate_at or truncate_quantile, not both"),
+        ({"halt_reward": -1.0}, "halt_reward needs truncate_at or truncate_quantile"),
+        ({"member": "per_epoch"}, "per_epoch"),
+    ],
+)
+def test_bad_limits_of_rollouts(
+    config: TrainConfig, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, **change))
+    with pytest.raises(InputError, match=message):
+        train_alone(config, tmp_path / "run")

@@ -168,6 +168,17 @@ def _instruction_sets(records: list[Record]) -> str:
     )
 
 
+def _ensembles(records: list[Record]) -> str:
+    (record,) = records
+    names = list(record["kernels"][0]["rates"])
+    body = []
+    for row in record["kernels"]:
+        first = row["rates"][names[0]]
+        rates = [f"{rate:,.0f} ({rate / first:.2f})" for rate in row["rates"].values()]
+        body.append([f"{row['kernel']}, {row['unit'].replace('*', ' x ')}", row["dtype"], *rates])
+    return markdown_table(["kernel", "dtype", *names], body)
+
+
 def _canonical(records: list[Record]) -> str:
     (record,) = records
     ways = record["hours"]
@@ -270,6 +281,7 @@ RENDERERS: dict[str, Callable[[list[Record]], str]] = {
     "compare": _compare,
     "scaling": _scaling,
     "instruction_sets": _instruction_sets,
+    "ensembles": _ensembles,
     "canonical": _canonical,
     "compat": _compat,
     "bulk": _bulk,

@@ -95,18 +95,20 @@ struct StepCounts {
 
 // SacArgs with the arrays that they point to. Never copied: the pointers would lead to the original.
 struct SacCall {
-  SacCall(int64_t obs_dim, int64_t act_dim, int64_t critics, const std::vector<TrainedTuple>& actor,
-          const std::vector<TrainedTuple>& critic, const std::array<uintptr_t, 3>& log_alpha,
-          const std::array<float, 3>& learning_rates, float discount, float polyak, float target_entropy,
-          float log_std_min, float log_std_max, float log_prob_epsilon, float alpha_max,
-          float critic_loss_scale, float target_min, bool entropy_backup, int order, double adam_epsilon,
-          int precision, const SourceTuple& real, const SourceTuple& model, int64_t real_rows,
-          int64_t model_rows, bool in_order, int64_t updates, int64_t updates_before,
-          const std::vector<uintptr_t>& steps, uintptr_t count, int64_t first_draw, uint64_t seed)
+  SacCall(int64_t obs_dim, int64_t act_dim, int64_t critics, int64_t target_critics,
+          const std::vector<TrainedTuple>& actor, const std::vector<TrainedTuple>& critic,
+          const std::array<uintptr_t, 3>& log_alpha, const std::array<float, 3>& learning_rates,
+          float discount, float polyak, float target_entropy, float log_std_min, float log_std_max,
+          float log_prob_epsilon, float alpha_max, float critic_loss_scale, float target_min,
+          bool entropy_backup, bool mean_actor, int order, double adam_epsilon, int precision,
+          const SourceTuple& real, const SourceTuple& model, int64_t real_rows, int64_t model_rows,
+          bool in_order, int64_t updates, int64_t updates_before, const std::vector<uintptr_t>& steps,
+          uintptr_t count, int64_t first_draw, uint64_t seed)
       : actor(trained_layers(actor)), critic(trained_layers(critic)), counts{steps, count} {
     args.obs_dim = obs_dim;
     args.act_dim = act_dim;
     args.critics = critics;
+    args.target_critics = target_critics;
     args.depth = static_cast<int64_t>(actor.size());
     args.actor = this->actor.data();
     args.critic = this->critic.data();
@@ -124,6 +126,7 @@ struct SacCall {
     args.critic_loss_scale = critic_loss_scale;
     args.target_min = target_min;
     args.entropy_backup = entropy_backup;
+    args.mean_actor = mean_actor;
     args.order = static_cast<mopo::SacOrder>(order);
     args.adam_epsilon = adam_epsilon;
     args.precision = static_cast<mopo::Precision>(precision);
@@ -195,18 +198,19 @@ inline void bind_calls(py::module_& module) {
   using py::arg;
   py::class_<SacCall>(module, "SacCall", py::module_local(),
                       "SAC updates of one run; the arguments are described in csrc/sac.h.")
-      .def(py::init<int64_t, int64_t, int64_t, const std::vector<TrainedTuple>&,
-                    const std::vector<TrainedTuple>&, const std::array<uintptr_t, 3>&,
-                    const std::array<float, 3>&, float, float, float, float, float, float, float, float,
-                    float, bool, int, double, int, const SourceTuple&, const SourceTuple&, int64_t, int64_t,
-                    bool, int64_t, int64_t, const std::vector<uintptr_t>&, uintptr_t, int64_t, uint64_t>(),
-           py::kw_only(), arg("obs_dim"), arg("act_dim"), arg("critics"), arg("actor"), arg("critic"),
-           arg("log_alpha"), arg("learning_rates"), arg("discount"), arg("polyak"), arg("target_entropy"),
-           arg("log_std_min"), arg("log_std_max"), arg("log_prob_epsilon"), arg("alpha_max"),
-           arg("critic_loss_scale"), arg("target_min"), arg("entropy_backup"), arg("order"),
-           arg("adam_epsilon"), arg("precision"), arg("real"), arg("model"), arg("real_rows"),
-           arg("model_rows"), arg("in_order"), arg("updates"), arg("updates_before"), arg("steps"),
-           arg("count"), arg("first_draw"), arg("seed"));
+      .def(
+          py::init<int64_t, int64_t, int64_t, int64_t, const std::vector<TrainedTuple>&,
+                   const std::vector<TrainedTuple>&, const std::array<uintptr_t, 3>&,
+                   const std::array<float, 3>&, float, float, float, float, float, float, float, float, float,
+                   bool, bool, int, double, int, const SourceTuple&, const SourceTuple&, int64_t, int64_t,
+                   bool, int64_t, int64_t, const std::vector<uintptr_t>&, uintptr_t, int64_t, uint64_t>(),
+          py::kw_only(), arg("obs_dim"), arg("act_dim"), arg("critics"), arg("target_critics"), arg("actor"),
+          arg("critic"), arg("log_alpha"), arg("learning_rates"), arg("discount"), arg("polyak"),
+          arg("target_entropy"), arg("log_std_min"), arg("log_std_max"), arg("log_prob_epsilon"),
+          arg("alpha_max"), arg("critic_loss_scale"), arg("target_min"), arg("entropy_backup"),
+          arg("mean_actor"), arg("order"), arg("adam_epsilon"), arg("precision"), arg("real"), arg("model"),
+          arg("real_rows"), arg("model_rows"), arg("in_order"), arg("updates"), arg("updates_before"),
+          arg("steps"), arg("count"), arg("first_draw"), arg("seed"));
   py::class_<FitCall>(module, "FitCall", py::module_local(),
                       "Fit steps of one run; the arguments are described in csrc/fit.h.")
       .def(py::init<int64_t, int64_t, const std::vector<TrainedTuple>&, const std::vector<NormTuple>&, int,

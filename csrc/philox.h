@@ -12,11 +12,12 @@ namespace mopo {
 // The purpose of a draw, in the upper half of the counter's last word. The lower half numbers the blocks of
 // four words that one purpose takes.
 enum PhiloxStream : uint32_t {
-  kActionStream = 0,     // the policy's noise
-  kNoiseStream = 1,      // the dynamics' noise
-  kMemberStream = 2,     // the elite member of a step
-  kBatchStream = 3,      // the transition that a row of a SAC batch is
-  kNextActionStream = 4  // the policy's noise at next observations, in SAC's target
+  kActionStream = 0,      // the policy's noise
+  kNoiseStream = 1,       // the dynamics' noise
+  kMemberStream = 2,      // the elite member of a step
+  kBatchStream = 3,       // the transition that a row of a SAC batch is
+  kNextActionStream = 4,  // the policy's noise at next observations, in SAC's target
+  kCriticStream = 5       // the critics of SAC's targets
 };
 
 struct PhiloxBlock {

@@ -27,6 +27,7 @@ enum class SacOrder : int {
 
 struct SacArgs {
   int64_t obs_dim, act_dim, critics;
+  int64_t target_critics;      // whose least Q is the target's, 1 to `critics`: drawn for each update
   int64_t depth;               // layers of each network, 2 or more; all are ReLU
   const TrainedLayer* actor;   // [depth], one network: from obs_dim to 2 act_dim
   const TrainedLayer* critic;  // [depth], `critics` networks with targets: from obs_dim + act_dim to 1
@@ -40,6 +41,7 @@ struct SacArgs {
   float critic_loss_scale;  // times the mean squared error
   float target_min;         // least target of the critics; -infinity for none
   bool entropy_backup;      // the targets contain the entropy of the next action
+  bool mean_actor;          // the actor's Q is the mean of the critics', not the least
   SacOrder order;
   Precision precision;  // of the hidden layers' products but the first's; all others are float32
 
@@ -99,9 +101,38 @@ MOPO_INLINE int64_t sac_row(const SacArgs& args, int64_t row, uint32_t step) {
   return choose(word, static_cast<uint32_t>((real ? args.real : args.model).size));
 }
 
+// Calls visit(place, critic) for the critics of an update's targets, ascending. `step` is the update's
+// number. Every subset has the same probability: selection sampling, Knuth, "The Art of Computer
+// Programming", volume 2, 3.4.2, algorithm S. random_subset in backends/philox.py is the same.
+template <class Visit>
+MOPO_INLINE void each_target_critic(const SacArgs& args, uint32_t step, Visit visit) {
+  int64_t place = 0;
+  for (int64_t critic = 0; place < args.target_critics; ++critic) {
+    const int64_t missing = args.target_critics - place, left = args.critics - critic;
+    if (missing < left) {
+      const uint32_t block = static_cast<uint32_t>(critic / 4);
+      const uint32_t word = random_block(0, step, kCriticStream, block, args.seed).word[critic % 4];
+      if (choose(word, static_cast<uint32_t>(left)) >= missing) continue;
+    }
+    visit(place++, critic);
+  }
+}
+
+// The actor's Q of a row from q(j), that of critic j: the least, or the mean.
+template <class Q>
+MOPO_INLINE double actor_value(const SacArgs& args, Q q) {
+  double least = q(0), sum = least;
+  for (int64_t j = 1; j < args.critics; ++j) {
+    const double other = q(j);
+    if (other < least) least = other;
+    sum += other;
+  }
+  return args.mean_actor ? sum / static_cast<double>(args.critics) : least;
+}
+
 // The critics' target of a transition, before SacArgs::target_min. `discount` is 0 after a terminal one,
 // whose value then does not count, even if it is not finite. `least` is the least target Q at the next
-// observation.
+// observation, of the critics that count.
 MOPO_INLINE float td_target(const SacArgs& args, float reward, float discount, float least, float alpha,
                             float log_prob) {
   const float value = least - (args.entropy_backup ? alpha : 0.0f) * log_prob;

@@ -32,6 +32,7 @@ Compression = Literal["none", "lzf", "gzip", "snappy", "zstd"]
 Checksum = Literal["xxh3_128", "sha256"]
 ActorSchedule = Literal["constant", "cosine"]
 CriticLoss = Literal["half_mse", "mse", "mean_mse"]
+ActorQ = Literal["min", "mean"]
 UpdateOrder = Literal["simultaneous", "critic_first", "actor_first"]
 Tuned = Literal["authors", "offlinerl-kit"]
 Compat = Literal["d4rl", "offlinerl-kit"]
@@ -56,6 +57,7 @@ ROLLOUT_DTYPES: tuple[RolloutDtype, ...] = get_args(RolloutDtype)
 MATMUL_PRECISIONS: tuple[MatmulPrecision, ...] = get_args(MatmulPrecision)
 ACTOR_SCHEDULES: tuple[ActorSchedule, ...] = get_args(ActorSchedule)
 CRITIC_LOSSES: tuple[CriticLoss, ...] = get_args(CriticLoss)
+ACTOR_QS: tuple[ActorQ, ...] = get_args(ActorQ)
 UPDATE_ORDERS: tuple[UpdateOrder, ...] = get_args(UpdateOrder)
 MEMBER_DRAWS: tuple[MemberDraw, ...] = get_args(MemberDraw)
 CHECKSUMS: tuple[Checksum, ...] = get_args(Checksum)
@@ -314,7 +316,12 @@ class SACConfig:
 
     Attributes:
         hidden: Widths of the hidden layers of the actor and of each critic. Unifloral has three layers.
-        critics: Number of critics. The lowest of their Q values counts. Unifloral has 10.
+        critics: Number of critics, whose lowest Q value counts unless one of the next two settings is given.
+            Unifloral and REDQ have 10.
+        target_critics: Number of critics that the lowest Q value of the critics' targets is taken from. They
+            are drawn anew for each update. REDQ (Chen et al., 2021) has 2.
+        actor_q: Q value that the actor's step raises: the lowest of the critics' (min) or their mean (mean).
+            REDQ has the mean.
         actor_learning_rate: Learning rate of the actor. OfflineRL-Kit and Unifloral have 1e-4.
         critic_learning_rate: Learning rate of the critics. Unifloral has 1e-4.
         alpha_learning_rate: Learning rate of alpha, the weight of the entropy. OfflineRL-Kit and Unifloral
@@ -354,6 +361,8 @@ class SACConfig:
 
     hidden: Annotated[tuple[int, ...], flag(metavar="INT ...")] = (256, 256)
     critics: int = 2
+    target_critics: Annotated[int | None, flag("all", "INT")] = None
+    actor_q: ActorQ = "min"
     actor_learning_rate: float = 3e-4
     critic_learning_rate: float = 3e-4
     alpha_learning_rate: float = 3e-4
@@ -393,6 +402,11 @@ class SACConfig:
             "SAC needs at least one critic and one hidden layer, each of positive size,"
             f" got {self.critics} critics and hidden sizes {self.hidden}",
         )
+        _require(
+            self.target_critics is None or 1 <= self.target_critics <= self.critics,
+            f"target_critics must be 1 to the number of critics, {self.critics}, or None for all, got"
+            f" {self.target_critics}",
+        )
         _require(0.0 <= self.discount < 1.0, f"discount must be in [0, 1), got {self.discount}")
         _require(0.0 < self.polyak <= 1.0, f"polyak must be in (0, 1], got {self.polyak}")
         alpha_max, entropy = self.alpha_max, self.target_entropy
@@ -404,6 +418,7 @@ class SACConfig:
         adam = self.adam_epsilon
         _require(0.0 < adam < 1.0, f"adam_epsilon must be in (0, 1), got {adam}")
         _require_known("critic_loss", self.critic_loss, CRITIC_LOSSES)
+        _require_known("actor_q", self.actor_q, ACTOR_QS)
         _require_known("order", self.order, UPDATE_ORDERS)
         _require_known("actor_schedule", self.actor_schedule, ACTOR_SCHEDULES)
         _require_known("dtype", self.dtype or "float32", TRAINING_DTYPES, " of SAC")

@@ -311,8 +311,16 @@ class Critic(nn.Module):
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(critics, out)) for out in sizes[1:])
 
     def forward(
-        self, observations: torch.Tensor, actions: torch.Tensor, network: Network = mlp
+        self,
+        observations: torch.Tensor,
+        actions: torch.Tensor,
+        network: Network = mlp,
+        some: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return Q-values [critics, batch]."""
+        """Return Q-values [critics, batch], of the critics whose numbers are in `some`; None takes all."""
+        weights, biases = list(self.weights), list(self.biases)
+        if some is not None:
+            weights = [torch.take_along_dim(weight, some[..., None, None], dim=-3) for weight in weights]
+            biases = [torch.take_along_dim(bias, some[..., None], dim=-2) for bias in biases]
         x = torch.cat([observations, actions], dim=-1).unsqueeze(-3)
-        return network(x, self.weights, self.biases, "relu").squeeze(-1)
+        return network(x, weights, biases, "relu").squeeze(-1)

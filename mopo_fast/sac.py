@@ -20,9 +20,11 @@ from mopo_fast.backends.interface import Backend, Need, Parameter, SacUpdates
 from mopo_fast.backends.philox import (
     ACTION_STREAM,
     BATCH_STREAM,
+    CRITIC_STREAM,
     NEXT_ACTION_STREAM,
     random_choice,
     random_normals,
+    random_subset,
 )
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import SACConfig
@@ -166,7 +168,13 @@ class SAC:
         """The temperature, a scalar without gradient, at most `config.alpha_max`."""
         return self.log_alpha.detach().exp().clamp(0.0, self.config.alpha_max)
 
-    def update(self, batch: Transitions, noise: torch.Tensor, next_noise: torch.Tensor) -> torch.Tensor:
+    def update(
+        self,
+        batch: Transitions,
+        noise: torch.Tensor,
+        next_noise: torch.Tensor,
+        drawn: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Update the critics, the actor, the temperature and the target once, in `SACConfig.order`.
 
         One draw of actions at the observations serves the actor's and the temperature's gradient.
@@ -175,12 +183,20 @@ class SAC:
             batch: n transitions.
             noise: standard normal [n, act_dim], for the actions at observations.
             next_noise: standard normal [n, act_dim], for the actions at next_observations.
+            drawn: numbers of the critics that the targets are taken from, int64 [target_critics]; None if
+                `SACConfig.target_critics` is None.
 
         Returns:
             The values of `METRICS`, then each critic's loss, [6 + critics]. A loss is the one before its
             step. Alpha is that of the actor's loss: with actor_first after its step, else before. Entropy is
             the mean of -log_prob.
+
+        Raises:
+            InputError: `drawn` does not have the critics that the config asks for.
         """
+        asked, given = self.config.target_critics, None if drawn is None else drawn.shape[-1]
+        if given != asked:
+            raise InputError(f"an update with target_critics={asked} needs as many numbers, got {given}")
         # Several agents at once (run/population.py) add a leading dimension to every tensor.
         actor, critic, temperature = (self.optimizers[name] for name in ("actor", "critic", "alpha"))
         order, alpha = self.config.order, self.alpha
@@ -192,10 +208,10 @@ class SAC:
             actor_loss, actor_gradients = self._actor_loss(batch, actions, log_prob, alpha)
             actor.step(actor_gradients)
             self._move_target()
-            critic_losses, q, critic_gradients = self._critic_losses(batch, next_noise, alpha)
+            critic_losses, q, critic_gradients = self._critic_losses(batch, next_noise, drawn, alpha)
             critic.step(critic_gradients)
         else:
-            critic_losses, q, critic_gradients = self._critic_losses(batch, next_noise, alpha)
+            critic_losses, q, critic_gradients = self._critic_losses(batch, next_noise, drawn, alpha)
             if order == "critic_first":
                 critic.step(critic_gradients)
             actions, log_prob = self._sample(batch.observations, noise)
@@ -214,9 +230,9 @@ class SAC:
     # Each of the following returns values without a graph, and the gradients of a loss.
 
     def _critic_losses(
-        self, batch: Transitions, next_noise: torch.Tensor, alpha: torch.Tensor
+        self, batch: Transitions, next_noise: torch.Tensor, drawn: torch.Tensor | None, alpha: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, Sequence[torch.Tensor]]:
-        target_q = self._target_q(batch, next_noise, alpha)
+        target_q = self._target_q(batch, next_noise, drawn, alpha)
         q = self.critic(batch.observations, batch.actions, self._network)
         losses = self.config.critic_loss_scale * (q - target_q.unsqueeze(-2)).square().mean(dim=-1)
         gradients = torch.autograd.grad(losses.sum(dim=-1).sum(), self.optimizers["critic"].parameters)
@@ -225,7 +241,8 @@ class SAC:
     def _actor_loss(
         self, batch: Transitions, actions: torch.Tensor, log_prob: torch.Tensor, alpha: torch.Tensor
     ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
-        policy_q = self.critic(batch.observations, actions, self._network).min(dim=-2).values
+        each_q = self.critic(batch.observations, actions, self._network)
+        policy_q = each_q.mean(dim=-2) if self.config.actor_q == "mean" else each_q.min(dim=-2).values
         loss = (alpha.unsqueeze(-1) * log_prob - policy_q).mean(dim=-1)
         # Asking for the actor's gradients alone spares the critics' weight gradients.
         gradients = torch.autograd.grad(loss.sum(), self.optimizers["actor"].parameters)
@@ -247,9 +264,11 @@ class SAC:
         return self.actor.sample(observations, noise, self._network, self.config.log_prob_epsilon)
 
     @torch.no_grad()
-    def _target_q(self, batch: Transitions, noise: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+    def _target_q(
+        self, batch: Transitions, noise: torch.Tensor, drawn: torch.Tensor | None, alpha: torch.Tensor
+    ) -> torch.Tensor:
         actions, log_prob = self._sample(batch.next_observations, noise)
-        q = self.target(batch.next_observations, actions, self._network).min(dim=-2).values
+        q = self.target(batch.next_observations, actions, self._network, drawn).min(dim=-2).values
         if self.config.entropy_backup:
             q = q - alpha.unsqueeze(-1) * log_prob
         target = batch.rewards + self.config.discount * torch.where(batch.terminals, 0.0, q)
@@ -347,17 +366,18 @@ class SAC:
             drawn = self._draw(draws, first, min(at_once, draws.updates - first))
             yield from zip(*(array.split(_UPDATES_AT_ONCE) for array in drawn), strict=True)
 
-    def batch(self, draws: Draws, number: int) -> tuple[Transitions, torch.Tensor, torch.Tensor]:
+    def batch(
+        self, draws: Draws, number: int
+    ) -> tuple[Transitions, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Return the arguments of `update` for batch `number` of `draws`."""
-        *learned_from, noise, next_noise = (array[0] for array in self._draw(draws, number, 1))
-        arrays: dict[str, Any] = dict(zip(DATA_ARRAYS, learned_from, strict=True))
-        return Transitions(**arrays), noise, next_noise
+        return _arguments([array[0] for array in self._draw(draws, number, 1)])
 
     def learn(self, batches: Sequence[torch.Tensor]) -> torch.Tensor:
         """Update once on each batch in PyTorch; on a GPU replay one recorded graph.
 
         Args:
-            batches: `DATA_ARRAYS`, noise and next_noise, each [count, batch, ...].
+            batches: `DATA_ARRAYS`, noise and next_noise, each [count, batch, ...], then with
+                `SACConfig.target_critics` the numbers of the drawn critics, [count, target_critics].
 
         Returns:
             The sums over the updates of what `update` returns.
@@ -374,8 +394,8 @@ class SAC:
     def _learn(self, *batches: torch.Tensor) -> torch.Tensor:
         total = self.log_alpha.new_zeros(*self.log_alpha.shape, len(METRICS) + self.config.critics)
         with deferred() as interrupts:
-            for *learned_from, noise, next_noise in zip(*batches, strict=True):
-                total += self.update(Transitions(*learned_from), noise, next_noise)
+            for arrays in zip(*batches, strict=True):
+                total += self.update(*_arguments(arrays))
                 interrupts.look()
         return total
 
@@ -418,10 +438,8 @@ class SAC:
             )
         real, model = (_learnable(some, self.log_alpha.dtype) for some in (data, model_buffer.storage))
         draws = Draws(real, model, (len(data), len(model_buffer)), (rows, rows), 1, seed)
-        *drawn, noise, next_noise = (array[0] for array in self._draw(draws, 0, 1))
-        learned_from: dict[str, Any] = dict(zip(DATA_ARRAYS, drawn, strict=True))
-        batch = Transitions(**learned_from)
-        target = self._target_q(batch, next_noise, self.alpha)
+        batch, noise, next_noise, drawn = self.batch(draws, 0)
+        target = self._target_q(batch, next_noise, drawn, self.alpha)
         q = self.critic(batch.observations, batch.actions, self._network)
         mean, log_std = self.actor(batch.observations, self._network)
         actions = torch.tanh(mean + log_std.exp() * noise)
@@ -491,7 +509,11 @@ class SAC:
             random_normals(rows, steps, stream, act_dim, draws.seed, dtype).view(count, batch, act_dim)
             for stream in (ACTION_STREAM, NEXT_ACTION_STREAM)
         )
-        return [*arrays, *noise]
+        if self.config.target_critics is None:
+            return [*arrays, *noise]
+        numbers = torch.arange(first, first + count, device=device)
+        some = self.config.target_critics, self.config.critics
+        return [*arrays, *noise, random_subset(numbers, CRITIC_STREAM, *some, draws.seed)]
 
     def _parameters(self, name: str) -> list[Parameter]:
         optimizer = self.optimizers[name]
@@ -556,6 +578,15 @@ def sum_by_kernel(kernels: Backend, calls: Sequence[SacUpdates], threads: int) -
         The sums of `METRICS` and of each critic's loss, float64 [agents, 6 + critics].
     """
     return torch.tensor(checked.sac_updates(kernels, calls, threads), dtype=torch.float64)
+
+
+def _arguments(
+    arrays: Sequence[torch.Tensor],
+) -> tuple[Transitions, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return the arguments of `SAC.update` from the arrays of one batch, in the order of `SAC.learn`."""
+    learned_from, (noise, next_noise, *drawn) = arrays[: len(DATA_ARRAYS)], arrays[len(DATA_ARRAYS) :]
+    batch: dict[str, Any] = dict(zip(DATA_ARRAYS, learned_from, strict=True))
+    return Transitions(**batch), noise, next_noise, drawn[0] if drawn else None
 
 
 def _learnable(data: Transitions, dtype: torch.dtype) -> Transitions:

@@ -170,12 +170,15 @@ struct SacPlan {
   const Factor* scratch_hidden;         // [critics][hidden]: of the targets, and at the policy's actions
   const Factor* scratch_grad;           // [critics][hidden]: of the policy's loss
   Rows noise, spread, slopes, actions;  // act_dim; slopes are set if there is a log_prob_epsilon
-  Rows action_grad;                     // obs_dim, act_dim; only the actions' columns are used
+  // obs_dim, act_dim; only the actions' columns are used. A matrix, or one for each critic with mean_actor.
+  Rows action_grad;
   float *rewards, *discounts, *log_prob, *next_log_prob;  // [rows]; discounts are 0 after a terminal one
-  float* policy_q_grad;                                   // [rows], -1 / batch: of the actor's loss by Q
-  float *q, *q_grad, *target_q, *policy_q;                // [critics][rows]
-  float* targets;                                         // [critics][rows], the same for all
-  int64_t *drawn, *picked;                                // [rows], [critics][rows]
+  float* policy_q_grad;          // [rows], -1 / batch: of the actor's loss by Q; 1 / critics of it by each
+                                 // critic's with mean_actor
+  float *q, *q_grad, *policy_q;  // [critics][rows]
+  float* target_q;               // [target_critics][rows]
+  float* targets;                // [critics][rows], the same for all
+  int64_t *drawn, *picked;       // [rows], [critics][rows]
 };
 
 // Shared by all members' steps of the fit.
@@ -251,7 +254,8 @@ struct Kernels {
   // and sac_next, sac_target and sac_critic come last. All threads finish one before any begins the next. The
   // critics' parameters move in sac_critic, or in sac_action_gradient with SacOrder::kSimultaneous.
   void (*sac_sample)(const SacArgs&, const SacPlan&, const Team&, int64_t update);
-  void (*sac_target)(const SacArgs&, const SacPlan&, const Team&, int64_t critic);
+  // `place` is the critic's among those of the targets.
+  void (*sac_target)(const SacArgs&, const SacPlan&, const Team&, int64_t critic, int64_t place);
   void (*sac_critic)(const SacArgs&, const SacPlan&, const Team&, int64_t critic, const AdamStep&);
   void (*sac_action_gradient)(const SacArgs&, const SacPlan&, const Team&, int64_t critic, const AdamStep&);
   void (*sac_actor)(const SacArgs&, const SacPlan&, const Team&, const AdamStep&);

@@ -37,7 +37,8 @@ class SacState {
     const int64_t obs_dim = args.obs_dim, inputs = obs_dim + args.act_dim;
     for (const Panels& matrix : {plan.observations, plan.next_observations}) set_ones(matrix, obs_dim);
     for (const Panels& matrix : {plan.inputs, plan.next_inputs, plan.policy_inputs}) set_ones(matrix, inputs);
-    std::fill_n(plan.policy_q_grad, plan.rows, -1.0f / static_cast<float>(batch()));
+    const int64_t shares = args.mean_actor ? batch() * args.critics : batch();
+    std::fill_n(plan.policy_q_grad, plan.rows, -1.0f / static_cast<float>(shares));
     plan.alpha = temperature();
   }
 
@@ -45,13 +46,10 @@ class SacState {
 
   // Adds the update's metrics of the policy, and steps the temperature.
   void finish_policy(const AdamStep& step, std::vector<double>& metrics) {
-    double log_probs = 0.0, least_q = 0.0;
+    double log_probs = 0.0, values = 0.0;
     for (int64_t row = 0; row < batch(); ++row) {
-      double least = plan.policy_q[row];
-      for (int64_t j = 0; j < args_.critics; ++j)
-        least = std::min<double>(least, plan.policy_q[j * plan.rows + row]);
       log_probs += plan.log_prob[row];
-      least_q += least;
+      values += actor_value(args_, [&](int64_t j) { return plan.policy_q[j * plan.rows + row]; });
     }
     const double count = static_cast<double>(batch()), entropy = -log_probs / count;
     const double gradient = entropy - args_.target_entropy;
@@ -60,7 +58,7 @@ class SacState {
     adam(step, log_alpha(), 0, gradient);
     plan.alpha = temperature();
     const double used = args_.order == SacOrder::kActorFirst ? plan.alpha : before;
-    metrics[kActorLoss] += -used * entropy - least_q / count;
+    metrics[kActorLoss] += -used * entropy - values / count;
     metrics[kAlpha] += used;
     metrics[kEntropy] += entropy;
   }
@@ -116,10 +114,19 @@ class SacState {
     return l > 0 && l + 1 < args_.depth ? args_.precision : Precision::kFloat32;
   }
 
+  // Matrices that the gradients of Q by the actions take.
+  int64_t action_gradients() const { return args_.mean_actor ? args_.critics : 1; }
+
   // All that lay_out() depends on.
   std::vector<int64_t> layout() const {
-    std::vector<int64_t> result{batch(),        args_.critics,  static_cast<int64_t>(args_.precision),
-                                kernels_.block, kernels_.panel, kernels_.tile};
+    std::vector<int64_t> result{batch(),
+                                args_.critics,
+                                args_.target_critics,
+                                action_gradients(),
+                                static_cast<int64_t>(args_.precision),
+                                kernels_.block,
+                                kernels_.panel,
+                                kernels_.tile};
     for (int64_t l = 0; l < args_.depth; ++l)
       for (const TrainedLayer* layers : {args_.actor, args_.critic})
         result.insert(result.end(), {layers[l].in, layers[l].out});
@@ -175,12 +182,13 @@ class SacState {
     plan.actor_head_grad = matrix(2 * act_dim);
     for (Rows* each : {&plan.noise, &plan.spread, &plan.slopes, &plan.actions})
       *each = take_rows(arena_, rows, act_dim);
-    plan.action_grad = take_rows(arena_, rows, obs_dim + act_dim);
+    plan.action_grad = take_rows(arena_, action_gradients() * rows, obs_dim + act_dim);
     for (float** each :
          {&plan.rewards, &plan.discounts, &plan.log_prob, &plan.next_log_prob, &plan.policy_q_grad})
       arena_.take(*each, rows);
-    for (float** each : {&plan.q, &plan.q_grad, &plan.target_q, &plan.policy_q, &plan.targets})
+    for (float** each : {&plan.q, &plan.q_grad, &plan.policy_q, &plan.targets})
       arena_.take(*each, args_.critics * rows);
+    arena_.take(plan.target_q, args_.target_critics * rows);
     arena_.take(plan.drawn, rows);
     arena_.take(plan.picked, args_.critics * rows);
   }
@@ -218,9 +226,13 @@ struct SacWork {
         threads(static_cast<int>(
             std::min(int64_t{args.threads}, state.plan.rows / granule(args.precision, kernels)))),
         barrier(threads),
-        metrics(sac_metrics(args)) {
-    for (int thread = 0; thread < threads; ++thread)
-      turns_of.push_back(turns(args.critics, {thread, threads, &barrier}));
+        metrics(sac_metrics(args)),
+        drawn(args.target_critics) {
+    for (int thread = 0; thread < threads; ++thread) {
+      const Team all{thread, threads, &barrier};
+      turns_of.push_back(turns(args.critics, all));
+      target_turns_of.push_back(turns(args.target_critics, all));
+    }
   }
 
   void run(const Kernels& kernels, Interrupt& interrupt) {
@@ -231,8 +243,10 @@ struct SacWork {
   SacState state;
   const int threads;
   Barrier barrier;
-  std::vector<std::vector<CriticTurn>> turns_of;  // a thread's each
+  // A thread's each. In the second one a critic is its place among those of the targets.
+  std::vector<std::vector<CriticTurn>> turns_of, target_turns_of;
   std::vector<double> metrics;
+  std::vector<int64_t> drawn;  // [target_critics], the critics of the current update's targets
 
  private:
   void work(const Kernels& kernels, Interrupt& interrupt, int thread) {
@@ -250,9 +264,15 @@ struct SacWork {
       all.wait();
       return stop;
     };
-    const auto sample = [&](int64_t update) { kernels.sac_sample(args, plan, all, update); };
+    const auto sample = [&](int64_t update) {
+      if (thread == 0)
+        each_target_critic(args, static_cast<uint32_t>(args.first_draw + update),
+                           [&](int64_t place, int64_t critic) { drawn[place] = critic; });
+      kernels.sac_sample(args, plan, all, update);
+    };
     const auto target = [&] {
-      for (const CriticTurn& turn : critics) kernels.sac_target(args, plan, turn.team, turn.critic);
+      for (const auto& [place, team] : target_turns_of[thread])
+        kernels.sac_target(args, plan, team, drawn[place], place);
     };
     const auto critic = [&](const AdamStep& step) {
       for (const CriticTurn& turn : critics) kernels.sac_critic(args, plan, turn.team, turn.critic, step);

@@ -159,7 +159,11 @@ struct SacRows {
     for (int64_t row = first; row < end(); ++row)
       for (int64_t d = 0; d < act_dim; d += W) {
         const vf log_std = load_lanes(plan.actor_head.at(row) + act_dim + d, act_dim - d);
-        const vf q_grad = load_lanes(plan.action_grad.at(row) + args.obs_dim + d, act_dim - d);
+        vf q_grad = load_lanes(plan.action_grad.at(row) + args.obs_dim + d, act_dim - d);
+        if (args.mean_actor)
+          for (int64_t j = 1; j < args.critics; ++j)
+            q_grad =
+                q_grad + load_lanes(plan.action_grad.at(j * plan.rows + row) + args.obs_dim + d, act_dim - d);
         const auto grad =
             squashed_gradient(load(plan.actions.at(row) + d), load(plan.spread.at(row) + d), log_std,
                               args.log_std_min, args.log_std_max, args.log_prob_epsilon,
@@ -260,7 +264,8 @@ struct SacCritic {
     float *q = mine(plan.q), *q_grad = mine(plan.q_grad), *targets = mine(plan.targets);
     for (int64_t row = first; row < rows.end(); ++row) {
       float least = plan.target_q[row];
-      for (int64_t j = 1; j < args.critics; ++j) least = nan_min(least, plan.target_q[j * plan.rows + row]);
+      for (int64_t place = 1; place < args.target_critics; ++place)
+        least = nan_min(least, plan.target_q[place * plan.rows + row]);
       targets[row] =
           td_target(args, plan.rewards[row], plan.discounts[row], least, plan.alpha, plan.next_log_prob[row]);
     }
@@ -280,12 +285,13 @@ struct SacCritic {
   static float nan_min(float a, float b) { return b < a || b != b ? b : a; }
 
   // The gradient of -Q / batch by the action, in rows where this critic's Q is the least; the gradient of the
-  // other critics is zero there. These rows are gathered into whole blocks, so only they are computed.
+  // other critics is zero there. These rows are gathered into whole blocks, so only they are computed. With
+  // mean_actor they are all rows, and each critic has a matrix of its own.
   void action_gradient() const {
     int64_t* picked = mine(plan.picked);
     int64_t stop = first;
     for (int64_t row = first; row < rows.end(); ++row)
-      if (least_critic(row) == critic) picked[stop++] = row;
+      if (args.mean_actor || least_critic(row) == critic) picked[stop++] = row;
     if (stop == first) return;
     for (; (stop - first) % kBlock != 0; ++stop) picked[stop] = picked[stop - 1];
     const auto source = [&](int64_t row) { return picked[row]; };
@@ -293,10 +299,11 @@ struct SacCritic {
     top_gradient(outputs, grads, stop, plan.policy_q_grad, source);
     rows.backward(layers(), outputs, grads, stop, source);
     const Dense& layer = layers()[0];
+    const int64_t matrix = args.mean_actor ? critic * plan.rows : 0;
     product<false>(first, stop, args.obs_dim / kPanel * kPanel, layer.in, layer.out, grads[0].along,
                    layer.weight.along, [&](int64_t row, int64_t column, auto& block) {
                      each_vector(block, [&](int i, int v, vf x) {
-                       store(plan.action_grad.at(picked[row + i]) + column + v * W, x);
+                       store(plan.action_grad.at(matrix + picked[row + i]) + column + v * W, x);
                      });
                    });
   }
@@ -361,10 +368,11 @@ static void sac_next(const SacArgs& args, const SacPlan& plan, const Team& team,
   });
 }
 
-static void sac_target(const SacArgs& args, const SacPlan& plan, const Team& team, int64_t critic) {
+static void sac_target(const SacArgs& args, const SacPlan& plan, const Team& team, int64_t critic,
+                       int64_t place) {
   with_factors(args.precision, [&]<class Inner>() {
     const SacCritic<Inner> work(args, plan, team, critic);
-    work.evaluate(plan.next_inputs, true, work.mine(plan.scratch_hidden), work.mine(plan.target_q));
+    work.evaluate(plan.next_inputs, true, work.mine(plan.scratch_hidden), plan.target_q + place * plan.rows);
   });
 }
 

@@ -6,7 +6,7 @@ namespace mopo::cuda {
 
 // Numbers of each row that are summed over the batch, for the metrics and the temperature. Behind them come
 // each critic's squared errors. The first kPolicySums of them are of the policy.
-enum RowSum { kLogProb, kLeastValue, kPolicySums, kValues = kPolicySums, kSquares };
+enum RowSum { kLogProb, kActorValue, kPolicySums, kValues = kPolicySums, kSquares };
 
 // One run. A matrix of several sections has `rows` rows in each.
 struct Sac {
@@ -176,13 +176,15 @@ struct SacTile {
   }
 
   MOPO_DEVICE void evaluate_targets() const {
-    for (int j = 0; j < args.critics; ++j)
-      forward<kTile>(sac.pairs, critic(j), &Layer::target, 2, 0, q(j) + 2 * kTile, 0);
+    each_target_critic(args, step, [&](int64_t place, int64_t j) {
+      forward<kTile>(sac.pairs, critic(static_cast<int>(j)), &Layer::target, 2, 0,
+                     q(static_cast<int>(place)) + 2 * kTile, 0);
+    });
     if (threadIdx.x >= kTile) return;
     const int v = threadIdx.x;
     float least = q(0)[2 * kTile + v];
-    for (int j = 1; j < args.critics; ++j) {
-      const float other = q(j)[2 * kTile + v];
+    for (int place = 1; place < args.target_critics; ++place) {
+      const float other = q(place)[2 * kTile + v];
       if (other < least || other != other) least = other;
     }
     const float target = td_target(args, rewards()[v], discounts()[v], least, alpha, log_probs()[kTile + v]);
@@ -208,14 +210,17 @@ struct SacTile {
     if (v < kTile && has_policy(section)) {
       for (int j = 1; j < args.critics; ++j)
         if (q(j)[kTile + v] < q(least)[kTile + v]) least = j;
-      add(kLeastValue, q(least)[kTile + v]);
+      add(kActorValue, actor_value(args, [&](int64_t j) { return q(static_cast<int>(j))[kTile + v]; }));
     }
     const float inverse_batch = 1.0f / static_cast<float>(sac.batch);
     const float scale = 2.0f * args.critic_loss_scale * inverse_batch;
     for (int j = 0; j < args.critics; ++j) {
       __syncthreads();
       if (v < kTile && has_data(section)) q_grads()[v] = scale * (q(j)[v] - targets()[v]);
-      if (v < kTile && has_policy(section)) q_grads()[kTile + v] = least == j ? -inverse_batch : 0.0f;
+      if (v < kTile && has_policy(section))
+        q_grads()[kTile + v] = args.mean_actor ? -inverse_batch / static_cast<float>(args.critics)
+                               : least == j    ? -inverse_batch
+                                               : 0.0f;
       __syncthreads();
       critic_backward(j, section);
     }
@@ -295,7 +300,7 @@ MOPO_DEVICE void finish_policy(const Sac& sac, const AdamStep& step) {
   const float before = temperature(args);
   adam(step, args.log_alpha, 0, static_cast<float>(gradient));
   const double used = args.order == SacOrder::kActorFirst ? temperature(args) : before;
-  sac.metrics[kActorLoss] += -used * entropy - sums[kLeastValue] / count;
+  sac.metrics[kActorLoss] += -used * entropy - sums[kActorValue] / count;
   sac.metrics[kAlpha] += used;
   sac.metrics[kEntropy] += entropy;
 }

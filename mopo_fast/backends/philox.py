@@ -10,7 +10,7 @@ import torch
 
 # Each kind of draw has a stream, the upper half of the counter's last word. The lower half numbers blocks of
 # four words.
-ACTION_STREAM, NOISE_STREAM, MEMBER_STREAM, BATCH_STREAM, NEXT_ACTION_STREAM = range(5)
+ACTION_STREAM, NOISE_STREAM, MEMBER_STREAM, BATCH_STREAM, NEXT_ACTION_STREAM, CRITIC_STREAM = range(6)
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -94,3 +94,27 @@ def random_choice(
 ) -> torch.Tensor:
     """Return uniform indices in [0, choices), int64 [batch]; `choices` may differ by row, int64 [batch]."""
     return (random_words(rows, step, stream, 1, seed)[:, 0] * choices) >> 32
+
+
+def random_subset(steps: torch.Tensor, stream: int, count: int, choices: int, seed: int) -> torch.Tensor:
+    """Draw a subset of the numbers below `choices` for each step, every subset with the same probability.
+
+    Source: selection sampling, Knuth, "The Art of Computer Programming", volume 2, 3.4.2, algorithm S.
+
+    Args:
+        steps: int64 [n], numbers of the steps.
+        stream: one of the streams above.
+        count: size of a subset, 1 to `choices`.
+        choices: number of numbers to choose from.
+        seed: unsigned 64 bits.
+
+    Returns:
+        int64 [n, count], ascending.
+    """
+    words = random_words(torch.zeros_like(steps), steps, stream, choices, seed)
+    left, taken = torch.full_like(steps, count), []
+    for number in range(choices):
+        taken.append((words[:, number] * (choices - number)) >> 32 < left)
+        left = left - taken[-1].to(left)
+    # The numbers that are taken come first, in their order.
+    return torch.stack(taken, 1).to(torch.int8).sort(dim=1, descending=True, stable=True).indices[:, :count]

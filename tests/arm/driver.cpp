@@ -242,6 +242,7 @@ std::vector<double> sac_updates(Call& call, const mopo::Kernels& kernels, mopo::
   args.obs_dim = call.whole();
   args.act_dim = call.whole();
   args.critics = call.whole();
+  args.target_critics = call.whole();
   const std::vector<mopo::TrainedLayer> actor = trained_layers(call), critic = trained_layers(call);
   args.depth = static_cast<int64_t>(actor.size());
   args.actor = actor.data();
@@ -260,6 +261,7 @@ std::vector<double> sac_updates(Call& call, const mopo::Kernels& kernels, mopo::
   args.critic_loss_scale = call.single();
   args.target_min = call.single();
   args.entropy_backup = call.flag();
+  args.mean_actor = call.flag();
   args.order = static_cast<mopo::SacOrder>(call.whole());
   args.adam_epsilon = call.number();
   args.precision = static_cast<mopo::Precision>(call.whole());

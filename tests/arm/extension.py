@@ -217,7 +217,7 @@ def _sac(given: dict[str, Any], isa: str, threads: int) -> list[float]:
     message = Message("sac_updates")
     message.text(isa)
     obs, act = given["obs_dim"], given["act_dim"]
-    message.whole(obs, act, given["critics"])
+    message.whole(obs, act, given["critics"], given["target_critics"])
     _add_layers(message, given["actor"], 1)
     _add_layers(message, given["critic"], given["critics"])
     _add_parameter(message, [*given["log_alpha"], 0], 1)
@@ -225,7 +225,7 @@ def _sac(given: dict[str, Any], isa: str, threads: int) -> list[float]:
     for name in ("discount", "polyak", "target_entropy", "log_std_min", "log_std_max", "log_prob_epsilon"):
         message.number(given[name])
     message.number(given["alpha_max"], given["critic_loss_scale"], given["target_min"])
-    message.whole(given["entropy_backup"], given["order"])
+    message.whole(given["entropy_backup"], given["mean_actor"], given["order"])
     message.number(given["adam_epsilon"])
     message.whole(given["precision"])
     for name in ("real", "model"):

@@ -196,7 +196,7 @@ def test_the_state_is_that_of_our_updates(backend: str, dtype: str) -> None:
     assert float(loss["critic_loss"][-1]) == pytest.approx(sums[0] / 3)
     assert float(loss["alpha"][0]) == pytest.approx(sums[4] / 3)
     assert {name: array.shape for name, array in loss.items()} == dict.fromkeys(LOSSES, (3,))
-    batch, noise, _ = sac.batch(
+    batch, noise, *_ = sac.batch(
         Draws(other.data, updates._transitions("", BUFFER), (50, 90), (10, 30), 3, seed), 2
     )
     assert float(loss["terminations/num_done"][-1]) == float(batch.terminals.sum()) > 0

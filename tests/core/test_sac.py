@@ -45,6 +45,14 @@ VARIANTS = {
         "target_min": 0.0,
         "discount": 0.9,
     },
+    "redq": {
+        "critics": 10,
+        "target_critics": 2,
+        "actor_q": "mean",
+        "order": "critic_first",
+        "critic_loss": "mse",
+    },
+    "redq's targets": {"critics": 3, "target_critics": 1, "order": "actor_first", "polyak": 0.1},
     "ten critics, three layers": {"critics": 10, "hidden": (24, 16, 24)},
     "real only": {"real_ratio": 1.0, "discount": 0.9, "polyak": 0.1},
 }
@@ -98,7 +106,9 @@ class Plain:
         alpha = math.exp(self.log_alpha.item())
         return alpha if self.config.alpha_max is None else min(alpha, self.config.alpha_max)
 
-    def update(self, batch: Transitions, noise: torch.Tensor, next_noise: torch.Tensor) -> None:
+    def update(
+        self, batch: Transitions, noise: torch.Tensor, next_noise: torch.Tensor, drawn: list[int]
+    ) -> None:
         order = self.config.order
         if order == "actor_first":
             self.temperature_gradient(batch, noise)
@@ -106,10 +116,10 @@ class Plain:
             self.actor_gradient(batch, noise)
             self.actor_adam.step()
             self.move_targets()
-            self.critic_gradients(batch, next_noise)
+            self.critic_gradients(batch, next_noise, drawn)
             self.critic_step()
             return
-        self.critic_gradients(batch, next_noise)
+        self.critic_gradients(batch, next_noise, drawn)
         held = [[p.grad.clone() for p in q.parameters()] for q in self.critics]
         if order == "critic_first":
             self.critic_step()
@@ -125,12 +135,13 @@ class Plain:
         self.alpha_adam.step()
         self.move_targets()
 
-    def critic_gradients(self, batch: Transitions, next_noise: torch.Tensor) -> None:
+    def critic_gradients(self, batch: Transitions, next_noise: torch.Tensor, drawn: list[int]) -> None:
         config = self.config
         s, a, r, s2 = batch.observations, batch.actions, batch.rewards, batch.next_observations
         with torch.no_grad():
             a2, log_prob2 = self.sample(s2, next_noise)
-            q2 = torch.stack([q(torch.cat([s2, a2], -1))[:, 0] for q in self.targets]).min(0).values
+            targets = [self.targets[number] for number in drawn]
+            q2 = torch.stack([q(torch.cat([s2, a2], -1))[:, 0] for q in targets]).min(0).values
             if config.entropy_backup:
                 q2 -= self.alpha() * log_prob2
             y = r + (1 - batch.terminals.to(r)) * config.discount * q2
@@ -148,9 +159,10 @@ class Plain:
     def actor_gradient(self, batch: Transitions, noise: torch.Tensor) -> None:
         s = batch.observations
         actions, log_prob = self.sample(s, noise)
-        q_min = torch.stack([q(torch.cat([s, actions], -1))[:, 0] for q in self.critics]).min(0).values
+        q = torch.stack([q(torch.cat([s, actions], -1))[:, 0] for q in self.critics])
+        value = {"min": q.min(0).values, "mean": sum(q) / len(q)}[self.config.actor_q]
         self.actor_adam.zero_grad()
-        (self.alpha() * log_prob - q_min).mean().backward()
+        (self.alpha() * log_prob - value).mean().backward()
 
     def temperature_gradient(self, batch: Transitions, noise: torch.Tensor) -> None:
         _, log_prob = self.sample(batch.observations, noise)
@@ -192,14 +204,26 @@ def test_updates_equal_a_plain_implementation(variant: str) -> None:
     for i in range(3):
         batch = transitions(BATCH, seed=i, dtype=torch.float64)
         noise, next_noise = torch.randn(2, BATCH, ACT, generator=g, dtype=torch.float64)
-        sac.update(batch, noise, next_noise)
-        plain.update(batch, noise, next_noise)
+        count = config.target_critics
+        drawn = None if count is None else torch.randperm(config.critics, generator=g)[:count]
+        sac.update(batch, noise, next_noise, drawn)
+        plain.update(batch, noise, next_noise, list(range(config.critics) if drawn is None else drawn))
         ours, theirs = sac.state(), plain.state()
         for name, expected in theirs.items():
             moved = (expected - before[name]).abs().max()
             assert moved > 1e-6, f"{name} did not move, so nothing was compared"
             error = (ours[name] - expected).abs().max()
             assert error < 1e-6 * moved, f"{name}, update {i}: {error} beside a movement of {moved}"
+
+
+def test_the_drawn_critics_must_be_given() -> None:
+    batch, noise = transitions(BATCH, seed=1), torch.zeros(BATCH, ACT)
+    sac = SAC(OBS, ACT, dataclasses.replace(CONFIG, critics=3, target_critics=2))
+    for drawn in (None, torch.tensor([1])):
+        with pytest.raises(InputError, match="an update with target_critics=2 needs as many numbers"):
+            sac.update(batch, noise, noise, drawn)
+    with pytest.raises(InputError, match="an update with target_critics=None needs as many numbers, got 2"):
+        SAC(OBS, ACT, CONFIG).update(batch, noise, noise, torch.tensor([0, 1]))
 
 
 def test_metrics_are_of_the_state_before_the_update() -> None:
@@ -324,11 +348,11 @@ class TestUpdateMany:
         seen: list[torch.Tensor] = []
         update = sac.update
 
-        def spy(batch: Transitions, noise: torch.Tensor, next_noise: torch.Tensor) -> torch.Tensor:
+        def spy(batch: Transitions, noise: torch.Tensor, next_noise: torch.Tensor, drawn: None) -> Any:
             seen.append(batch.rewards)
             assert noise.shape == next_noise.shape == (256, ACT)
             assert not torch.equal(noise, next_noise)
-            return update(batch, noise, next_noise)
+            return update(batch, noise, next_noise, drawn)
 
         monkeypatch.setattr(sac, "update", spy)
         sac.update_many(data, buffer, 20, seed=0)
@@ -473,6 +497,15 @@ def test_initial_parameters_depend_on_the_seed_alone() -> None:
         ({"actor_learning_rate": 0.0}, "learning rates must be positive"),
         ({"critic_learning_rate": math.inf}, "learning rates must be positive"),
         ({"critics": 0}, "at least one critic and one hidden layer"),
+        (
+            {"target_critics": 0},
+            "target_critics must be 1 to the number of critics, 2, or None for all, got 0",
+        ),
+        (
+            {"target_critics": 3},
+            "target_critics must be 1 to the number of critics, 2, or None for all, got 3",
+        ),
+        ({"actor_q": "max"}, "unknown actor_q 'max'; there are: min, mean"),
         ({"hidden": ()}, "at least one critic and one hidden layer"),
         ({"hidden": (8, 0)}, "at least one critic and one hidden layer"),
         ({"discount": 1.0}, "discount must be in"),

@@ -614,6 +614,8 @@ UNIFLORAL = {
     "actor_learning_rate": 1e-4,
     "alpha_learning_rate": 1e-2,
 }
+SMALL = {"hidden": (20, 12), "batch_size": 37}
+REDQ = {"critics": 10, "target_critics": 2, "actor_q": "mean", "order": "critic_first", "critic_loss": "mse"}
 # Observation dimensions, action dimensions, settings.
 SAC_CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "canonical": (17, 6, {}),
@@ -624,6 +626,18 @@ SAC_CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "Unifloral's options": (7, 2, {"hidden": (24, 17, 33), "critics": 5, "batch_size": 45, **UNIFLORAL}),
     "Unifloral's options, one layer": (4, 2, {"hidden": (12,), "batch_size": 20, "polyak": 0.3, **UNIFLORAL}),
     "MOBILE's options": (7, 2, {"hidden": (24, 17), "batch_size": 45, **MOBILE}),
+    "REDQ's options": (7, 2, {"hidden": (24, 17, 33), "batch_size": 45, **REDQ}),
+    "one of three critics": (
+        4,
+        1,
+        {**SMALL, **REDQ, "order": "simultaneous", "critics": 3, "target_critics": 1},
+    ),
+    "four of five critics, Unifloral's order": (
+        4,
+        2,
+        {**SMALL, **UNIFLORAL, "critics": 5, "target_critics": 4},
+    ),
+    "two critics' mean, Unifloral's order": (5, 3, {**SMALL, **UNIFLORAL, "critics": 2, "actor_q": "mean"}),
     "one action": (3, 1, {"hidden": (24, 40), "batch_size": 7}),
     "one row": (11, 3, {"hidden": (16, 8), "batch_size": 1}),
     "one unit": (5, 2, {"hidden": (1,), "batch_size": 20}),

@@ -20,8 +20,14 @@ from kernel_cases import (
 
 from mopo_fast import sac as sac_module
 from mopo_fast.backends import cpu
-from mopo_fast.backends.philox import ACTION_STREAM, NEXT_ACTION_STREAM, random_normals
-from mopo_fast.config import SACConfig
+from mopo_fast.backends.philox import (
+    ACTION_STREAM,
+    CRITIC_STREAM,
+    NEXT_ACTION_STREAM,
+    random_normals,
+    random_subset,
+)
+from mopo_fast.config import UPDATE_ORDERS, SACConfig
 from mopo_fast.data.transitions import DATA_ARRAYS, Transitions
 from mopo_fast.errors import InputError
 from mopo_fast.sac import METRICS, Draws
@@ -136,6 +142,8 @@ def test_every_parameter_moves() -> None:
         "canonical, Unifloral's options",
         "Unifloral's options",
         "ten critics, three layers",
+        "REDQ's options",
+        "two critics' mean, Unifloral's order",
     ],
 )
 @pytest.mark.parametrize("threads", [2, 3, 64])
@@ -150,7 +158,7 @@ def test_result_does_not_depend_on_threads(
     assert one_metrics == many_metrics
 
 
-@pytest.mark.parametrize("case", ["canonical", "Unifloral's options"])
+@pytest.mark.parametrize("case", ["canonical", "Unifloral's options", "REDQ's options"])
 @pytest.mark.parametrize(("isa", "dtype"), training_kernels())
 def test_result_does_not_depend_on_the_calls(
     isa: str, dtype: str, case: str, monkeypatch: pytest.MonkeyPatch
@@ -160,6 +168,40 @@ def test_result_does_not_depend_on_the_calls(
     monkeypatch.setattr(sac_module, "_UPDATES_AT_ONCE", 2)
     parts, _ = run_sac(case, "cpu", 5, dtype=dtype)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+@pytest.mark.parametrize("order", UPDATE_ORDERS)
+@pytest.mark.parametrize("count", range(1, 11))
+def test_the_drawn_critics_are_the_reference_s(count: int, order: str) -> None:
+    """Targets of critics that differ by far agree, so the kernel draws the same critics in each update."""
+    config = SACConfig(critics=10, target_critics=count, hidden=(12,), batch_size=20, order=order)
+    states = []
+    for backend in ("cpu", "reference"):
+        sac = make_sac(4, 2, config, backend)
+        with torch.no_grad():
+            for target in (sac.critic, sac.target):
+                target.biases[-1].add_(100.0 * torch.arange(10).view(-1, 1))
+        metrics = sac.update_many(*sac_sources(4, 2), 5, seed=count)
+        states.append((sac.state(), metrics["critic_loss"]))
+    (kernel, loss), (reference, expected) = states
+    assert loss == pytest.approx(expected, rel=1e-4)
+    for name in (name for name in reference if name.startswith(("critic", "target"))):
+        torch.testing.assert_close(kernel[name], reference[name], rtol=1e-3, atol=1e-4)
+
+
+def test_critics_that_are_not_drawn_leave_the_targets_alone() -> None:
+    """A target critic with Q of minus infinity spoils the updates that draw it, and no other."""
+    config = SACConfig(critics=5, target_critics=2, hidden=(12,), batch_size=20)
+    drawn = random_subset(torch.arange(30), CRITIC_STREAM, 2, 5, 3)
+    first = int((drawn == 4).any(1).nonzero()[0])
+    assert 0 < first < 29
+    sac = make_sac(4, 2, config, "cpu")
+    with torch.no_grad():
+        sac.target.biases[-1][4] = -torch.inf
+    assert math.isfinite(sac.update_many(*sac_sources(4, 2), first, seed=3)["critic_loss"])
+    sac.updates = 0
+    with pytest.raises(InputError, match=f"diverged before update {first + 1}"):
+        sac.update_many(*sac_sources(4, 2), first + 1, seed=3)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -1,17 +1,21 @@
 """Test Philox against published vectors in Python and C++, and the numbers made from its words."""
 
+import itertools
 import math
+from collections import Counter
 
 import pytest
 import torch
 
 from mopo_fast.backends import cpu
 from mopo_fast.backends.philox import (
+    CRITIC_STREAM,
     MEMBER_STREAM,
     NOISE_STREAM,
     philox4x32,
     random_choice,
     random_normals,
+    random_subset,
     random_words,
 )
 
@@ -85,3 +89,21 @@ def test_choice_is_uniform():
     assert counts.shape == (7,)
     chi_square = float(((counts - 10_000).square() / 10_000).sum())
     assert chi_square < 40.0  # six degrees of freedom: p about 5e-7
+
+
+@pytest.mark.parametrize(("count", "choices"), [(1, 1), (1, 7), (2, 5), (3, 6), (9, 10), (10, 10)])
+def test_subset_is_uniform(count, choices):
+    steps = torch.arange(20_000)
+    drawn = random_subset(steps, CRITIC_STREAM, count, choices, seed=2)
+    assert drawn.shape == (20_000, count) and drawn.min() >= 0 and drawn.max() < choices
+    assert (drawn.diff(dim=1) > 0).all()
+    subsets = list(itertools.combinations(range(choices), count))
+    found = Counter(map(tuple, drawn.tolist()))
+    expected = len(steps) / len(subsets)
+    chi_square = sum((found[subset] - expected) ** 2 / expected for subset in subsets)
+    freedom = len(subsets) - 1
+    assert chi_square <= freedom + 6 * math.sqrt(2 * freedom)
+    # A draw belongs to its step and its seed alone.
+    assert torch.equal(random_subset(steps[50:60], CRITIC_STREAM, count, choices, seed=2), drawn[50:60])
+    if count < choices:
+        assert not torch.equal(random_subset(steps, CRITIC_STREAM, count, choices, seed=3), drawn)

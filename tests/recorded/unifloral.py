@@ -194,7 +194,7 @@ def record_updates(checkout: Path) -> None:
     )
     losses = []
     for number in range(UPDATES):
-        batch, noise, next_noise = sac.batch(draws, number)
+        batch, noise, next_noise, _ = sac.batch(draws, number)
         obs, next_obs = (
             jnp.concatenate([jnp.array(one.numpy()) for one in some], axis=1)
             for some in ((batch.observations, noise), (batch.next_observations, next_noise))

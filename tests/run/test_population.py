@@ -226,6 +226,9 @@ POPULATIONS = {
     "unifloral": dataclasses.replace(
         SAC_CONFIG, order="actor_first", adam_epsilon=1e-3, critic_loss="mse", critics=3
     ),
+    "redq": dataclasses.replace(
+        SAC_CONFIG, order="critic_first", critics=5, target_critics=2, actor_q="mean"
+    ),
     "real only": dataclasses.replace(SAC_CONFIG, real_ratio=1.0),
 }
 
@@ -259,11 +262,14 @@ class TestSacPopulation:
             for name, tensor in other.state().items():
                 torch.testing.assert_close(one.state()[name], tensor, rtol=1e-9, atol=1e-12)
 
+    @pytest.mark.parametrize("name", ["others", "redq"])
     @pytest.mark.parametrize("runs", [1, 3])
-    def test_recorded_updates_are_the_same(self, runs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_recorded_updates_are_the_same(
+        self, runs: int, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """Simulated recording gives the eager results, for full graphs, a remainder and a second call."""
         data, buffers = transitions(50, seed=1), self.buffers()[:runs]
-        plain, recorded = (self.sacs(POPULATIONS["others"], "reference")[:runs] for _ in range(2))
+        plain, recorded = (self.sacs(POPULATIONS[name], "reference")[:runs] for _ in range(2))
         populations = [SacPopulation(plain), SacPopulation(recorded)]
         monkeypatch.setattr("mopo_fast.sac._UPDATES_AT_ONCE", 3)
         for call in range(2):
@@ -279,9 +285,10 @@ class TestSacPopulation:
             assert (one.updates, other.updates) == (16, 16)
             assert all(torch.equal(tensor, other.state()[name]) for name, tensor in one.state().items())
 
-    def test_the_kernel_gives_each_the_same_bits_as_alone(self) -> None:
+    @pytest.mark.parametrize("config", [SAC_CONFIG, POPULATIONS["redq"]], ids=["authors", "redq"])
+    def test_the_kernel_gives_each_the_same_bits_as_alone(self, config: SACConfig) -> None:
         data, buffers = transitions(50, seed=1), self.buffers()
-        together, alone = (self.sacs(SAC_CONFIG, "cpu") for _ in range(2))
+        together, alone = (self.sacs(config, "cpu") for _ in range(2))
         ours = SacPopulation(together).update_many(data, buffers, 7, [4, 5, 6])
         for i, sac in enumerate(alone):
             assert sac.update_many(data, buffers[i], 7, 4 + i) == ours[i]

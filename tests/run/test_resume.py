@@ -35,7 +35,9 @@ def go_on(config: TrainConfig, out: Path) -> None:
 def config(config: TrainConfig) -> TrainConfig:
     """Return settings with a longer fit and training, so that kills hit all parts of it."""
     dynamics = dataclasses.replace(config.dynamics, max_epochs=6)
-    return dataclasses.replace(config, steps=75, dynamics=dynamics, keep_policies=3)
+    # The critics of the targets are drawn anew for each update.
+    sac = dataclasses.replace(config.sac, critics=3, target_critics=2)
+    return dataclasses.replace(config, steps=75, dynamics=dynamics, sac=sac, keep_policies=3)
 
 
 @pytest.fixture(scope="module")

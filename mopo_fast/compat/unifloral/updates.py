@@ -417,7 +417,7 @@ def _give_back(agent_state: Any, sac: SAC, updates: int) -> Any:
 def _learn(sac: SAC, draws: Draws) -> dict[str, float]:
     """Make updates; return Unifloral's losses."""
     means = sac.means(sac.make(draws), draws.updates)
-    batch, noise, _ = sac.batch(draws, draws.updates - 1)
+    batch, noise, *_ = sac.batch(draws, draws.updates - 1)
     with torch.no_grad():
         actions, _ = sac.actor.sample(batch.observations, noise)
         q = sac.critic(batch.observations, actions)

@@ -181,6 +181,10 @@ struct SacPlan {
   int64_t *drawn, *picked;       // [rows], [critics][rows]
 };
 
+// Rows of a batch that a thread of SAC takes through a network at a time, as kFitWindow below. A batch of
+// the usual size is one window: to pass through the weights again would take longer than it saves.
+constexpr int64_t kSacWindow = 256;
+
 // Shared by all members' steps of the fit.
 struct FitPlan {
   const Dense* layers;                          // [members][depth]

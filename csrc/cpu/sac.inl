@@ -5,6 +5,13 @@
 // `Inner` is the kind of factors (factors.h) of the layers between a network's first and its last, which are
 // always float32, as the parameters and all sums are.
 
+// Calls run(window) for all of a thread's rows in turn, kSacWindow at a time.
+template <class Run>
+static void each_window(Span rows, Run run) {
+  for (int64_t first = rows.first; first < rows.last; first += kSacWindow)
+    run(Span{first, smaller(first + kSacWindow, rows.last)});
+}
+
 // Rows first .. last of an update's batch, whole blocks. Rows from batch() on are padding.
 template <class Inner>
 struct SacRows {
@@ -81,14 +88,14 @@ struct SacRows {
   // Backwards through a network's hidden layers, from the last one's gradient. source(row) is the row of
   // `outputs` that belongs to a row of `grads`.
   template <class Source>
-  void backward(const Dense* layers, const Factor* outputs, const Factor* grads, int64_t stop,
-                Source source) const {
+  void backward(const Dense* layers, const Factor* outputs, const Factor* grads, Source source) const {
+    const Span span{first, last};
     for (int64_t l = top(); l > 0; --l) {
       const auto multiply = slopes<Inner>(outputs[l - 1], source);
       if (l > 1)
-        backward_hidden<Inner, Inner>({first, stop}, grads[l], layers[l], grads[l - 1], multiply);
+        backward_hidden<Inner, Inner>(span, grads[l], layers[l], grads[l - 1], multiply);
       else
-        backward_hidden<Inner, Outer>({first, stop}, grads[l], layers[l], grads[l - 1], multiply);
+        backward_hidden<Inner, Outer>(span, grads[l], layers[l], grads[l - 1], multiply);
     }
   }
 
@@ -179,7 +186,7 @@ struct SacRows {
                                       plan.actor[top() + 1], plan.actor_grad[top()],
                                       slopes<Outer>(plan.actor_hidden[top()], itself));
     });
-    backward(plan.actor, plan.actor_hidden, plan.actor_grad, last, itself);
+    backward(plan.actor, plan.actor_hidden, plan.actor_grad, itself);
   }
 };
 
@@ -191,8 +198,6 @@ struct SacCritic {
   const SacPlan& plan;
   const int64_t critic, first, last;
 
-  SacCritic(const SacArgs& args, const SacPlan& plan, const Team& team, int64_t critic)
-      : SacCritic(args, plan, rows_of(team, plan.rows, Inner::kRows), critic) {}
   SacCritic(const SacArgs& args, const SacPlan& plan, Span span, int64_t critic)
       : rows{args, plan, span.first, span.last},
         args(args),
@@ -240,8 +245,7 @@ struct SacCritic {
   // The gradient by the pre-activations of the last hidden layer. source(row) is the row of `outputs` and of
   // q_grad that belongs to a row of `grads`.
   template <class Source>
-  void top_gradient(const Factor* outputs, const Factor* grads, int64_t stop, const float* q_grad,
-                    Source source) const {
+  void top_gradient(const Factor* outputs, const Factor* grads, const float* q_grad, Source source) const {
     const auto slopes = rows.template slopes<Float32Factors>(outputs[top()], source);
     rows.with_top([&]<class Factors>() {
       for (int64_t column = 0; column < head().in; column += kPanel) {
@@ -249,7 +253,7 @@ struct SacCritic {
         // The column of ones takes no gradient.
         for (int v = 0; v < kWidest; ++v)
           weight[v] = load_lanes(head().value + column + v * W, head().in - column - v * W);
-        for (int64_t row = first; row < stop; row += kBlock) {
+        for (int64_t row = first; row < last; row += kBlock) {
           vf block[kBlock][kWidest];
           each_vector(block, [&](int i, int v, vf& x) { x = q_grad[source(row + i)] * weight[v]; });
           slopes(row, column, block);
@@ -278,8 +282,8 @@ struct SacCritic {
     for (int64_t row = first; row < last; ++row)
       q_grad[row] = row < rows.batch() ? scale * (q[row] - targets[row]) : 0.0f;
     const auto itself = [](int64_t row) { return row; };
-    top_gradient(outputs, grads, last, q_grad, itself);
-    rows.backward(layers(), outputs, grads, last, itself);
+    top_gradient(outputs, grads, q_grad, itself);
+    rows.backward(layers(), outputs, grads, itself);
   }
 
   static float nan_min(float a, float b) { return b < a || b != b ? b : a; }
@@ -294,13 +298,20 @@ struct SacCritic {
       if (args.mean_actor || least_critic(row) == critic) picked[stop++] = row;
     if (stop == first) return;
     for (; (stop - first) % kBlock != 0; ++stop) picked[stop] = picked[stop - 1];
+    each_window({first, stop},
+                [&](Span window) { SacCritic(args, plan, window, critic).picked_action_gradient(); });
+  }
+
+  // The same for rows of the picked ones.
+  void picked_action_gradient() const {
+    const int64_t* picked = mine(plan.picked);
     const auto source = [&](int64_t row) { return picked[row]; };
     const Factor *outputs = mine(plan.scratch_hidden), *grads = mine(plan.scratch_grad);
-    top_gradient(outputs, grads, stop, plan.policy_q_grad, source);
-    rows.backward(layers(), outputs, grads, stop, source);
+    top_gradient(outputs, grads, plan.policy_q_grad, source);
+    rows.backward(layers(), outputs, grads, source);
     const Dense& layer = layers()[0];
     const int64_t matrix = args.mean_actor ? critic * plan.rows : 0;
-    product<false>(first, stop, args.obs_dim / kPanel * kPanel, layer.in, layer.out, grads[0].along,
+    product<false>(first, last, args.obs_dim / kPanel * kPanel, layer.in, layer.out, grads[0].along,
                    layer.weight.along, [&](int64_t row, int64_t column, auto& block) {
                      each_vector(block, [&](int i, int v, vf x) {
                        store(plan.action_grad.at(matrix + picked[row + i]) + column + v * W, x);
@@ -339,67 +350,80 @@ struct SacCritic {
   }
 };
 
+// This thread's rows of an update's batch.
+template <class Inner>
+static Span batch_rows(const SacPlan& plan, const Team& team) {
+  return rows_of(team, plan.rows, Inner::kRows);
+}
+
 static void sac_sample(const SacArgs& args, const SacPlan& plan, const Team& team, int64_t update) {
   with_factors(args.precision, [&]<class Inner>() {
-    const Span span = rows_of(team, plan.rows, Inner::kRows);
-    const SacRows<Inner> rows{args, plan, span.first, span.last};
     const uint32_t step = static_cast<uint32_t>(args.first_draw + update);
-    for (int64_t row = rows.first; row < rows.end(); ++row) rows.draw(row, step);
-    // Noise is drawn while the rows are fetched.
-    if (args.order != SacOrder::kActorFirst) {
-      rows.draw_noise(kNextActionStream, step);
-      rows.gather();
-      rows.act_next();
-      rows.draw_noise(kActionStream, step);
-    } else {
-      rows.draw_noise(kActionStream, step);
-      rows.gather();
-    }
-    rows.act(plan.observations, plan.actor_hidden, plan.policy_inputs, plan.log_prob);
+    each_window(batch_rows<Inner>(plan, team), [&](Span window) {
+      const SacRows<Inner> rows{args, plan, window.first, window.last};
+      for (int64_t row = rows.first; row < rows.end(); ++row) rows.draw(row, step);
+      // Noise is drawn while the rows are fetched.
+      if (args.order != SacOrder::kActorFirst) {
+        rows.draw_noise(kNextActionStream, step);
+        rows.gather();
+        rows.act_next();
+        rows.draw_noise(kActionStream, step);
+      } else {
+        rows.draw_noise(kActionStream, step);
+        rows.gather();
+      }
+      rows.act(plan.observations, plan.actor_hidden, plan.policy_inputs, plan.log_prob);
+    });
   });
 }
 
 static void sac_next(const SacArgs& args, const SacPlan& plan, const Team& team, int64_t update) {
   with_factors(args.precision, [&]<class Inner>() {
-    const Span span = rows_of(team, plan.rows, Inner::kRows);
-    const SacRows<Inner> rows{args, plan, span.first, span.last};
-    rows.draw_noise(kNextActionStream, static_cast<uint32_t>(args.first_draw + update));
-    rows.act_next();
+    each_window(batch_rows<Inner>(plan, team), [&](Span window) {
+      const SacRows<Inner> rows{args, plan, window.first, window.last};
+      rows.draw_noise(kNextActionStream, static_cast<uint32_t>(args.first_draw + update));
+      rows.act_next();
+    });
   });
 }
 
 static void sac_target(const SacArgs& args, const SacPlan& plan, const Team& team, int64_t critic,
                        int64_t place) {
   with_factors(args.precision, [&]<class Inner>() {
-    const SacCritic<Inner> work(args, plan, team, critic);
-    work.evaluate(plan.next_inputs, true, work.mine(plan.scratch_hidden), plan.target_q + place * plan.rows);
+    each_window(batch_rows<Inner>(plan, team), [&](Span window) {
+      const SacCritic<Inner> work(args, plan, window, critic);
+      work.evaluate(plan.next_inputs, true, work.mine(plan.scratch_hidden),
+                    plan.target_q + place * plan.rows);
+    });
   });
 }
 
 static void sac_critic(const SacArgs& args, const SacPlan& plan, const Team& team, int64_t critic,
                        const AdamStep& step) {
   with_factors(args.precision, [&]<class Inner>() {
-    const SacCritic<Inner> work(args, plan, team, critic);
-    work.differentiate();
+    const Span mine = batch_rows<Inner>(plan, team);
+    each_window(mine, [&](Span window) { SacCritic<Inner>(args, plan, window, critic).differentiate(); });
     if (args.order != SacOrder::kSimultaneous) {
       team.wait();
-      work.train(team, step);
+      SacCritic<Inner>(args, plan, mine, critic).train(team, step);
     }
     if (args.order == SacOrder::kActorFirst) return;
     if (args.order == SacOrder::kCriticFirst) team.wait();
-    work.evaluate_policy();
+    each_window(mine, [&](Span window) { SacCritic<Inner>(args, plan, window, critic).evaluate_policy(); });
   });
 }
 
 static void sac_evaluate(const SacArgs& args, const SacPlan& plan, const Team& team, int64_t critic) {
-  with_factors(args.precision,
-               [&]<class Inner>() { SacCritic<Inner>(args, plan, team, critic).evaluate_policy(); });
+  with_factors(args.precision, [&]<class Inner>() {
+    each_window(batch_rows<Inner>(plan, team),
+                [&](Span window) { SacCritic<Inner>(args, plan, window, critic).evaluate_policy(); });
+  });
 }
 
 static void sac_action_gradient(const SacArgs& args, const SacPlan& plan, const Team& team, int64_t critic,
                                 const AdamStep& step) {
   with_factors(args.precision, [&]<class Inner>() {
-    const SacCritic<Inner> work(args, plan, team, critic);
+    const SacCritic<Inner> work(args, plan, batch_rows<Inner>(plan, team), critic);
     work.action_gradient();
     if (args.order != SacOrder::kSimultaneous) return;
     team.wait();
@@ -409,10 +433,11 @@ static void sac_action_gradient(const SacArgs& args, const SacPlan& plan, const 
 
 static void sac_actor(const SacArgs& args, const SacPlan& plan, const Team& team, const AdamStep& step) {
   with_factors(args.precision, [&]<class Inner>() {
-    const Span span = rows_of(team, plan.rows, Inner::kRows);
-    const SacRows<Inner> rows{args, plan, span.first, span.last};
-    rows.actor_gradient();
+    const Span mine = batch_rows<Inner>(plan, team);
+    each_window(mine,
+                [&](Span window) { SacRows<Inner>{args, plan, window.first, window.last}.actor_gradient(); });
     team.wait();
+    const SacRows<Inner> rows{args, plan, mine.first, mine.last};
     const Factor inputs{plan.observations, plan.observations};
     const Factor head_grad{plan.actor_head_grad, plan.actor_head_grad};
     for (int64_t l = 0; l < args.depth; ++l)

@@ -144,6 +144,7 @@ def test_every_parameter_moves() -> None:
         "ten critics, three layers",
         "REDQ's options",
         "two critics' mean, Unifloral's order",
+        "large batch",
     ],
 )
 @pytest.mark.parametrize("threads", [2, 3, 64])

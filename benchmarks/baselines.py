@@ -3,11 +3,12 @@
 A baseline takes the parameters of a fresh `SAC` or `Fit`; calling it does the work of one round. Its `state`
 names parameters as the reference does, so that tests can compare them. SAC has the authors' options: all
 gradients are taken at the parameters before the update, the critics' loss is half the MSE, alpha is not
-clamped.
+clamped. REDQ's options `target_critics` and `actor_q` are taken from the config.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,11 +49,24 @@ class _SACBaseline:
             rows = torch.randint(len(arrays[0]), (count,), device=device)
             parts.append([array[rows] for array in arrays])
         batch = [torch.cat(pair) for pair in zip(*parts, strict=True)]
-        self.update(batch, *torch.randn(2, self.config.batch_size, self.act_dim, device=device))
+        noise = torch.randn(2, self.config.batch_size, self.act_dim, device=device)
+        drawn = None
+        if self.config.target_critics is not None:
+            drawn = torch.rand(self.config.critics, device=device).argsort()[: self.config.target_critics]
+        self.update(batch, *noise, drawn)
 
-    def update(self, batch: Sequence[torch.Tensor], noise: torch.Tensor, next_noise: torch.Tensor) -> None:
-        """Make one update on the five arrays of `ARRAYS`."""
+    def update(
+        self,
+        batch: Sequence[torch.Tensor],
+        noise: torch.Tensor,
+        next_noise: torch.Tensor,
+        drawn: torch.Tensor | None = None,
+    ) -> None:
+        """Make one update on the five arrays of `ARRAYS`; `drawn` is that of `SAC.update`."""
         raise NotImplementedError
+
+    def _actor_q(self, q: torch.Tensor) -> torch.Tensor:
+        return q.mean(0) if self.config.actor_q == "mean" else q.min(0).values
 
 
 class PlainSAC(_SACBaseline):
@@ -74,17 +88,24 @@ class PlainSAC(_SACBaseline):
         self.critic_adam = torch.optim.Adam(self.critics.parameters(), config.critic_learning_rate)
         self.alpha_adam = torch.optim.Adam([self.log_alpha], config.alpha_learning_rate)
 
-    def update(self, batch: Sequence[torch.Tensor], noise: torch.Tensor, next_noise: torch.Tensor) -> None:
+    def update(
+        self,
+        batch: Sequence[torch.Tensor],
+        noise: torch.Tensor,
+        next_noise: torch.Tensor,
+        drawn: torch.Tensor | None = None,
+    ) -> None:
         observations, actions, rewards, next_observations, terminals = batch
         alpha = self.log_alpha.detach().exp()
         with torch.no_grad():
             next_actions, next_log_prob = _squash(self.actor(next_observations), next_noise, self.config)
-            next_q = self._values(self.targets, next_observations, next_actions).min(0).values
+            targets = self.targets if drawn is None else [self.targets[i] for i in drawn.tolist()]
+            next_q = self._values(targets, next_observations, next_actions).min(0).values
             future = (1.0 - terminals.to(rewards)) * (next_q - alpha * next_log_prob)
             target_q = rewards + self.config.discount * future
 
         policy_actions, log_prob = _squash(self.actor(observations), noise, self.config)
-        policy_q = self._values(self.critics, observations, policy_actions).min(0).values
+        policy_q = self._actor_q(self._values(self.critics, observations, policy_actions))
         self.actor_adam.zero_grad()
         (alpha * log_prob - policy_q).mean().backward()
 
@@ -102,7 +123,9 @@ class PlainSAC(_SACBaseline):
             old.data.lerp_(new.data, self.config.polyak)
 
     @staticmethod
-    def _values(critics: nn.ModuleList, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    def _values(
+        critics: Iterable[nn.Module], observations: torch.Tensor, actions: torch.Tensor
+    ) -> torch.Tensor:
         inputs = torch.cat([observations, actions], dim=-1)
         return torch.cat([critic(inputs) for critic in critics], dim=-1).T
 
@@ -135,10 +158,16 @@ class CompiledSAC(_SACBaseline):
         self.adam = _WrittenAdam(self.parameters, [*rates, self.config.alpha_learning_rate])
         self.compiled = torch.compile(self._update)
 
-    def update(self, batch: Sequence[torch.Tensor], noise: torch.Tensor, next_noise: torch.Tensor) -> None:
-        self.compiled(*batch, noise, next_noise)
+    def update(
+        self,
+        batch: Sequence[torch.Tensor],
+        noise: torch.Tensor,
+        next_noise: torch.Tensor,
+        drawn: torch.Tensor | None = None,
+    ) -> None:
+        self.compiled(*batch, noise, next_noise, drawn)
 
-    def _update(self, *batch: torch.Tensor) -> None:
+    def _update(self, *batch: torch.Tensor | None) -> None:
         self.adam.step(torch.func.grad(self._loss)(self.parameters, *batch))
         for old, new in zip(self.target, self.parameters[self.actor_end : -1], strict=True):
             old.lerp_(new, self.config.polyak)
@@ -153,18 +182,20 @@ class CompiledSAC(_SACBaseline):
         terminals: torch.Tensor,
         noise: torch.Tensor,
         next_noise: torch.Tensor,
+        drawn: torch.Tensor | None,
     ) -> torch.Tensor:
         """Return the sum of the three losses, of which none depends on the others' parameters."""
         actor, critic = parameters[: self.actor_end], parameters[self.actor_end : -1]
         log_alpha = parameters[-1].squeeze(0)
         alpha = log_alpha.detach().exp()
         next_actions, next_log_prob = self._sample(_detached(actor), next_observations, next_noise)
-        next_q = self._values(self.target, next_observations, next_actions).min(0).values
+        target = self.target if drawn is None else [parameter[drawn] for parameter in self.target]
+        next_q = self._values(target, next_observations, next_actions).min(0).values
         future = torch.where(terminals, 0.0, next_q - alpha * next_log_prob)
         target_q = rewards + self.config.discount * future
         q = self._values(critic, observations, actions)
         policy_actions, log_prob = self._sample(actor, observations, noise)
-        policy_q = self._values(_detached(critic), observations, policy_actions).min(0).values
+        policy_q = self._actor_q(self._values(_detached(critic), observations, policy_actions))
         return (
             0.5 * (q - target_q).square().mean(1).sum()
             + (alpha * log_prob - policy_q).mean()
@@ -194,9 +225,9 @@ class BFloat16SAC(PlainSAC):
 
     dtype = torch.bfloat16
 
-    def update(self, batch: Sequence[torch.Tensor], noise: torch.Tensor, next_noise: torch.Tensor) -> None:
+    def update(self, *arguments: Any) -> None:
         with torch.autocast("cpu", torch.bfloat16):
-            super().update(batch, noise, next_noise)
+            super().update(*arguments)
 
 
 class CompiledBFloat16SAC(CompiledSAC):
@@ -204,7 +235,7 @@ class CompiledBFloat16SAC(CompiledSAC):
 
     dtype = torch.bfloat16
 
-    def _update(self, *batch: torch.Tensor) -> None:
+    def _update(self, *batch: torch.Tensor | None) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             super()._update(*batch)
 

@@ -51,24 +51,37 @@ class JaxSAC:
         self.key, key = jax.random.split(self.key)
         self.carry = jax.block_until_ready(self.run(self.carry, key, self.sources))
 
-    def update(self, batch: list[torch.Tensor], noise: torch.Tensor, next_noise: torch.Tensor) -> None:
-        self.carry = self.update_jitted(
-            self.carry, [_array(array) for array in batch], _array(noise), _array(next_noise)
-        )
+    def update(
+        self,
+        batch: list[torch.Tensor],
+        noise: torch.Tensor,
+        next_noise: torch.Tensor,
+        drawn: torch.Tensor | None = None,
+    ) -> None:
+        arrays = [_array(array) for array in batch]
+        critics = None if drawn is None else _array(drawn)
+        self.carry = self.update_jitted(self.carry, arrays, _array(noise), _array(next_noise), critics)
 
     def _drawn_update(self, carry: Tree, key: jax.Array, sources: Tree) -> Tree:
-        *row_keys, noise_key = jax.random.split(key, 3)
+        *row_keys, noise_key, critics_key = jax.random.split(key, 4)
         drawn = []
         for arrays, count, row_key in zip(sources, self.rows, row_keys, strict=True):
             rows = jax.random.randint(row_key, (count,), 0, len(arrays[0]))
             drawn.append([array[rows] for array in arrays])
         batch = [jnp.concatenate(pair) for pair in zip(*drawn, strict=True)]
-        return self._update(carry, batch, *jax.random.normal(noise_key, (2, sum(self.rows), self.act_dim)))
+        noise, next_noise = jax.random.normal(noise_key, (2, sum(self.rows), self.act_dim))
+        count, drawn = self.config.target_critics, None
+        if count is not None:
+            drawn = jax.random.permutation(critics_key, self.config.critics)[:count]
+        return self._update(carry, batch, noise, next_noise, drawn)
 
-    def _update(self, carry: Tree, batch: Tree, noise: jax.Array, next_noise: jax.Array) -> Tree:
+    def _update(
+        self, carry: Tree, batch: Tree, noise: jax.Array, next_noise: jax.Array, drawn: jax.Array | None
+    ) -> Tree:
         adam, target = carry
-        gradients = jax.grad(self._loss)(adam["parameters"], target, batch, noise, next_noise)
         config = self.config
+        some = target if drawn is None else jax.tree.map(lambda array: array[drawn], target)
+        gradients = jax.grad(self._loss)(adam["parameters"], some, batch, noise, next_noise)
         rates = {
             "actor": config.actor_learning_rate,
             "critic": config.critic_learning_rate,
@@ -91,7 +104,8 @@ class JaxSAC:
         target_q = rewards + self.config.discount * future
         q = _values(parameters["critic"], observations, actions)
         policy_actions, log_prob = self._sample(parameters["actor"], observations, noise)
-        policy_q = _values(held["critic"], observations, policy_actions).min(0)
+        each_q = _values(held["critic"], observations, policy_actions)
+        policy_q = each_q.mean(0) if self.config.actor_q == "mean" else each_q.min(0)
         entropy_gap = (lax.stop_gradient(log_prob) + self.target_entropy).mean()
         return (
             0.5 * jnp.square(q - target_q).mean(1).sum()

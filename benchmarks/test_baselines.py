@@ -23,6 +23,7 @@ from tests.helpers.kernel_cases import EagerGraph
 
 OBS, ACT, BATCH = 5, 2, 16
 SAC_CONFIG = SACConfig(hidden=(24, 12), batch_size=BATCH, real_ratio=0.5, polyak=0.05)
+REDQ_CONFIG = dataclasses.replace(SAC_CONFIG, critics=10, target_critics=2, actor_q="mean")
 FIT_CONFIG = DynamicsConfig(
     members=3, elites=1, hidden=(24, 12), weight_decay=(1e-2, 2e-2, 3e-2), batch_size=BATCH
 )
@@ -76,8 +77,8 @@ def sources() -> tuple[Transitions, RingBuffer]:
     return dataclasses.replace(data, **floats), buffer
 
 
-def double_sac() -> SAC:
-    sac = SAC(OBS, ACT, SAC_CONFIG, seed=3, backend="reference")
+def double_sac(config: SACConfig) -> SAC:
+    sac = SAC(OBS, ACT, config, seed=3, backend="reference")
     for module in (sac.actor, sac.critic, sac.target):
         module.double()
     sac.log_alpha.data = torch.tensor(0.4, dtype=torch.float64)
@@ -166,29 +167,34 @@ def copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
+@pytest.mark.parametrize("config", [SAC_CONFIG, REDQ_CONFIG], ids=["two critics", "REDQ"])
 @pytest.mark.parametrize("name", SAC_NAMES)
-def test_sac(name: str) -> None:
+def test_sac(name: str, config: SACConfig) -> None:
     make = baseline("sac", name)
     data, buffer = sources()
-    reference = double_sac()
+    reference = double_sac(config)
     before = copied(reference.state())
     g = torch.Generator().manual_seed(0)
     with precision(name):
-        other = make(double_sac(), data, buffer, 2)
+        other = make(double_sac(config), data, buffer, 2)
         for i in range(3):
             batch = transitions(BATCH, seed=i)
             noise, next_noise = torch.randn(2, BATCH, ACT, generator=g, dtype=torch.float64)
-            reference.update(batch, noise, next_noise)
-            other.update(list(batch.arrays().values()), noise, next_noise)
+            drawn = None
+            if config.target_critics is not None:
+                drawn = torch.randperm(config.critics, generator=g)[: config.target_critics]
+            reference.update(batch, noise, next_noise, drawn)
+            other.update(list(batch.arrays().values()), noise, next_noise, drawn)
         theirs = other.state()
     assert theirs.keys() == {key for key in before if not key.startswith(("adam.", "updates"))}
     assert_same(reference.state(), theirs, before)
 
 
+@pytest.mark.parametrize("config", [SAC_CONFIG, REDQ_CONFIG], ids=["two critics", "REDQ"])
 @pytest.mark.parametrize("name", SAC_NAMES)
-def test_sac_draws_its_batches(name: str) -> None:
+def test_sac_draws_its_batches(name: str, config: SACConfig) -> None:
     make = baseline("sac", name)
-    sac = SAC(OBS, ACT, SAC_CONFIG, seed=3, backend="reference")
+    sac = SAC(OBS, ACT, config, seed=3, backend="reference")
     before = copied(sac.state())
     other = make(sac, *sources(), 2)
     other()
@@ -221,9 +227,9 @@ def graphs_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("graphs_without_a_gpu")
 def test_recorded_updates_are_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compare on the same random numbers, with the changes of warm-up and recording undone."""
-    states, before = [], copied(double_sac().state())
+    states, before = [], copied(double_sac(SAC_CONFIG).state())
     for make in (baselines.RecordedSAC, baselines.CompiledSAC):
-        learner = make(double_sac(), *sources(), 20)
+        learner = make(double_sac(SAC_CONFIG), *sources(), 20)
         draws = iter(range(1000))
 
         def drawn(of: Any = learner, draws: Any = draws) -> None:

@@ -299,6 +299,8 @@ def sac_work(
             "obs_dim": obs_dim,
             "act_dim": act_dim,
             "critics": sac.config.critics,
+            "target_critics": sac.config.target_critics,
+            "actor_q": sac.config.actor_q,
             "hidden": list(sac.config.hidden),
             "batch": list(sac.batch_rows),
             "rows": [real_rows, model_rows],
@@ -483,14 +485,16 @@ def sac_flop(sac: SAC) -> float:
     """Return the arithmetic of the matrix products that one update needs, in FLOP."""
     actor, critic, actions = sac.actor.weights, sac.critic.weights, sac.actor.act_dim
     critics, inputs, outputs = critic[0].shape
-    # The actor's gradient goes through the critic with the least Q of a row, and is zero for the others. It
-    # does not go to that critic's weights, and in the first layer it goes to the actions alone.
-    to_actions = _forward_macs(critic) // critics - (inputs - actions) * outputs
-    next_value = _forward_macs(actor) + _forward_macs(critic)
+    each, config = _forward_macs(critic) // critics, sac.config
+    # The actor's gradient goes through the critic with the least Q of a row, and is zero for the others; in a
+    # mean it goes through all. It does not go to their weights, and in the first layer it goes to the actions
+    # alone.
+    to_actions = (each - (inputs - actions) * outputs) * (critics if config.actor_q == "mean" else 1)
+    next_value = _forward_macs(actor) + each * (config.target_critics or critics)
     critics_step = _training_macs(critic)
     actor_step = _training_macs(actor) + _forward_macs(critic) + to_actions
     macs: int = next_value + critics_step + actor_step
-    return 2.0 * sac.config.batch_size * macs
+    return 2.0 * config.batch_size * macs
 
 
 def _forward_macs(weights: Iterable[torch.Tensor]) -> int:

@@ -75,6 +75,17 @@ def test_arithmetic_of_the_canonical_update() -> None:
     assert sac_flop(SAC(17, 6)) == pytest.approx(0.543e9, rel=1e-3)
 
 
+def test_arithmetic_of_redq() -> None:
+    """A pair of ten critics saves 8 target networks; their mean takes 9 more gradients of actions."""
+    ten, two, mean = (
+        sac_flop(SAC(3, 2, SACConfig(critics=10, hidden=(8, 8), batch_size=40, **options)))
+        for options in ({}, {"target_critics": 2}, {"actor_q": "mean"})
+    )
+    # A critic of 5-8-8-1; the gradient goes to 2 of its 5 inputs.
+    assert ten - two == pytest.approx(2 * 40 * 8 * 112)
+    assert mean - ten == pytest.approx(2 * 40 * 9 * (112 - 40 + 40 * 2 // 5))
+
+
 def test_fit_rows() -> None:
     ours, reference = tiny("fit", backend="cpu")
     assert (ours.kernel, ours.backend, reference.backend) == ("fit", "cpu", "reference")

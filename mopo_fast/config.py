@@ -37,8 +37,9 @@ UpdateOrder = Literal["simultaneous", "critic_first", "actor_first"]
 Tuned = Literal["authors", "offlinerl-kit"]
 Compat = Literal["d4rl", "offlinerl-kit"]
 ZInit = Literal["constant", "episode"]
-Preset = Literal["mopo-tf", "offlinerl-kit", "mbrl-lib", "unifloral", "polixir", "d3rlpy"]
-CheckpointFormat = Literal["mopo-fast", Preset]
+OtherFormat = Literal["mopo-tf", "offlinerl-kit", "mbrl-lib", "unifloral", "polixir", "d3rlpy"]
+Preset = Literal[OtherFormat, "neubay-markov"]
+CheckpointFormat = Literal["mopo-fast", OtherFormat]
 ExportFormat = Literal["onnx", "torch"]
 if TYPE_CHECKING:
     # `train` also takes data in memory, which the command line cannot name.

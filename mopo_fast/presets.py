@@ -94,6 +94,40 @@ _CHANGES: dict[Preset, dict[str, Any]] = {
             "order": "critic_first",
         },
     },
+    # offline_markov.py, configs/d4rl_loco/base_markov.yaml: the Markov agent of NEUBAY (Ni et al. 2025). Its
+    # rollouts go to the end of an episode, and each member makes whole rollouts.
+    "neubay-markov": {
+        "steps": 2_000_000,
+        "dynamics": {
+            "members": 128,
+            "elites": 100,
+            "activation": "relu",
+            "layer_norm": True,
+            "weight_decay": (5e-5,) * 5,
+            "patience": 4,
+        },
+        "rollout": {
+            "horizon": 1000,
+            "penalty_coef": 0.0,
+            "penalty": "ensemble_std",
+            "penalty_members": "elites",
+            "member": "per_rollout",
+            "truncate_quantile": 1.0,
+            "batch_size": 100,
+            "retain_epochs": 20,
+        },
+        "sac": {
+            "critics": 10,
+            "target_critics": 2,
+            "actor_q": "mean",
+            "actor_learning_rate": 1e-4,
+            "critic_learning_rate": 1e-4,
+            "alpha_learning_rate": 1e-4,
+            "actor_schedule": "cosine",
+            "batch_size": 2048,
+            "target_entropy": "act_dim",
+        },
+    },
     # examples/conf/algorithm/mbpo.yaml, overrides/mbpo_halfcheetah.yaml: MBPO, which has no penalty.
     "mbrl-lib": {
         "dynamics": {"weight_decay": (1e-5,) * 5, "patience": 4},

@@ -1,57 +1,52 @@
-"""Test shards and sweeps on Ray, in separate processes, because Ray connects a whole process to a cluster."""
+"""Test shards and sweeps on a Ray cluster that the tests of this file share."""
 
 import csv
-import os
 import signal
-import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from places import HELPERS, ROOT
+from cluster import Cluster, cluster_of_two
 from small_shards import content
 
 from mopo_fast import InputError, sweep
 from mopo_fast.bulk import cluster
 from mopo_fast.bulk.cluster import connected
+from mopo_fast.cli import main
 from mopo_fast.config import RunConfig
 
 
-def start(*command: Any, **environment: str) -> subprocess.CompletedProcess[str]:
-    paths = os.pathsep.join([str(ROOT), str(HELPERS), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env={**os.environ, "PYTHONPATH": paths, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", **environment},
-    )
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[Cluster]:
+    with cluster_of_two() as connection:
+        yield connection
 
 
 @pytest.mark.slow
-def test_a_lost_worker(run: Path, dataset: Path, tmp_path: Path) -> None:
+def test_a_lost_worker(run: Path, dataset: Path, tmp_path: Path, ray_cluster: Cluster) -> None:
     """Two workers, one of which is killed, write the same bytes as one process."""
     outs = [tmp_path / name for name in ("killed", "whole")]
-    for out, kill in zip(outs, ("kill", "no"), strict=True):
-        done = start(HELPERS / "cluster.py", run, dataset, out, 60_000, 3000, kill)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.split()[-1] == ("1" if kill == "kill" else "0")
-    command = ["-m", "mopo_fast", "rollout", run, "--dataset", dataset, "--out", tmp_path / "alone"]
-    alone = start(*command, "--count", 60_000, "--shard-rows", 3000, "--seed", 7, "--threads", 1, "--quiet")
-    assert alone.returncode == 0, alone.stderr[-3000:]
+    for out, kill in zip(outs, (True, False), strict=True):
+        killed = ray_cluster.shards(run, dataset, out, kill=kill, count=60_000, shard_rows=3000, seed=7)
+        assert killed == kill
+    command = ["rollout", run, "--dataset", dataset, "--out", tmp_path / "alone", "--count", 60_000]
+    command += ["--shard-rows", 3000, "--seed", 7, "--threads", 1, "--quiet"]
+    assert main([str(word) for word in command]) == 0
     assert content(outs[0]) == content(outs[1]) == content(tmp_path / "alone")
 
 
 @pytest.mark.slow
-def test_mistakes_cross_the_cluster(run: Path, dataset: Path, tmp_path: Path) -> None:
-    command = ["-m", "mopo_fast", "rollout", run, "--dataset", dataset, "--out", tmp_path / "out", "--quiet"]
-    nowhere = start(*command, "--count", 100, "--ray", "127.0.0.1:1")
-    assert nowhere.returncode == 2 and "cannot reach a Ray cluster at '127.0.0.1:1'" in nowhere.stderr
-    greedy = start(*command, "--count", 100, "--ray", "local", "--threads", 4096)
-    assert (
-        greedy.returncode == 2 and "threads must be" in greedy.stderr
-    ) or "a worker takes" in greedy.stderr
+def test_mistakes_cross_the_cluster(
+    run: Path, dataset: Path, tmp_path: Path, ray_cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["rollout", run, "--dataset", dataset, "--out", tmp_path / "out", "--quiet", "--count", 100]
+    assert main([str(word) for word in (*command, "--ray", "127.0.0.1:1")]) == 2
+    assert "cannot reach a Ray cluster at '127.0.0.1:1'" in capsys.readouterr().err
+    greedy = ray_cluster.command(*command, "--ray", "auto", "--threads", 128)
+    assert greedy.returncode == 2, greedy.stderr
+    assert "the cluster at 'auto' has 2 CPUs and 0 GPUs; a worker takes 128 and 0" in greedy.stderr
 
 
 def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,15 +82,15 @@ def test_an_interrupt_waits_for_the_connection(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.slow
-def test_a_sweep(hopper_data: Path, tmp_path: Path) -> None:
+def test_a_sweep(hopper_data: Path, tmp_path: Path, ray_cluster: Cluster) -> None:
     """A sweep makes a run for each seed and coefficient, and leaves an existing run unchanged."""
     out = tmp_path / "sweep"
-    command = ["-m", "mopo_fast", "sweep", hopper_data, "--seeds", "0:2", "--penalty-coefs", 0, 1]
+    command = ["sweep", hopper_data, "--seeds", "0:2", "--penalty-coefs", 0, 1]
     command += ["--horizons", 1, "--out", out, "--steps", 20, "--rollout.interval", 10, "--quiet"]
     command += ["--rollout.batch-size", 30, "--dynamics.members", 2, "--dynamics.elites", 1]
     command += ["--dynamics.hidden", 8, "--dynamics.weight-decay", 1e-5, 1e-5, "--dynamics.max-epochs", 2]
     command += ["--sac.hidden", 8, 8, "--evaluation.episodes", 1]
-    done = start(*command)
+    done = ray_cluster.command(*command)
     assert done.returncode == 0, done.stderr[-3000:]
     with (out / "sweep.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -108,17 +103,16 @@ def test_a_sweep(hopper_data: Path, tmp_path: Path) -> None:
     # Ray's own output, which names temporary folders.
     for words in ("View detailed results", "tensorboard", "Configuration for", "completed"):
         assert words not in done.stdout
-    assert "Token authentication is enabled" not in done.stderr
     folder = out / "seed0-h1-coef0"
     policies = {path: path.stat().st_mtime_ns for path in out.glob("*/policy.safetensors")}
     assert len(policies) == 4 and folder / "policy.safetensors" in policies
     (folder / "summary.json").unlink()
-    again = start(*command)
+    again = ray_cluster.command(*command)
     assert again.returncode == 0, again.stderr[-3000:]
     assert (folder / "summary.json").exists()
     for path, time in policies.items():
         assert path.parent == folder or path.stat().st_mtime_ns == time
-    broken = start(*command[:-2], "--evaluation.episodes", 1, "--sac.discount", 0.5)
+    broken = ray_cluster.command(*command[:-2], "--evaluation.episodes", 1, "--sac.discount", 0.5)
     assert broken.returncode == 2 and "was made with sac.discount = 0.99, not 0.5" in broken.stderr
 
 

@@ -166,6 +166,8 @@ def test_a_command_runs_to_its_end(
     assert codes[name] == 0, err[name]
     assert words in out[name], out[name]
     assert "Traceback" not in err[name] and "Error" not in err[name], err[name]
+    # Ray's notice of a new cluster.
+    assert "Token authentication is enabled" not in err[name], err[name]
     if kind == "pipe":
         assert "\x1b" not in out[name] + err[name]
     elif line[0] not in SILENT and name not in ("train again", "rollout to a file"):

@@ -80,6 +80,17 @@ def config(hopper_data: Path) -> TrainConfig:
     return dataclasses.replace(CONFIG, dataset=str(hopper_data))
 
 
+@pytest.fixture(scope="module")
+def unrendered() -> Iterator[None]:
+    """Render no pictures of reports in the tests of a module."""
+    # Imported on first use, since most tests draw nothing.
+    from unrendered import render_nothing
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        render_nothing(monkeypatch)
+        yield
+
+
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> ModuleType:
     """Build the CUDA extension for the emulator, once for all test processes; it takes CPU tensors."""

@@ -21,6 +21,8 @@ from mopo_fast.run.resolve import resolve
 from mopo_fast.sac import SAC
 from mopo_fast.train import train
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:

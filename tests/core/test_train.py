@@ -47,6 +47,8 @@ from mopo_fast.tasks import BOXES, TASKS
 from mopo_fast.train import Training, train
 from mopo_fast.utils.seeds import EVALUATE, derive_seed
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 
 @pytest.fixture(scope="module")
 def finished(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:

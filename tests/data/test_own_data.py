@@ -31,6 +31,8 @@ from mopo_fast.run.resolve import resolve
 from mopo_fast.tasks import TASKS, get_task, make_box, register_task
 from mopo_fast.train import train
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 DOCUMENT = (ROOT / "docs" / "own-data.md").read_text()
 SMALL: dict[str, Any] = {
     "steps": 200,

@@ -1,11 +1,10 @@
-"""Reports whose pictures are built but not rendered, for tests that train many runs and look at no picture.
+"""Reports whose pictures are built but not rendered, for tests that train runs and look at no picture.
 
-Most of the time of a small training is that of rendering. test_report.py, test_compare.py and the tests of
-the command line render.
+Rendering takes most of the time of a small training. test_report.py, test_compare.py and the tests of the
+command line render.
 """
 
 import functools
-from collections.abc import Iterator
 
 import pytest
 from matplotlib.figure import Figure
@@ -19,19 +18,12 @@ def _tiny() -> bytes:
     return to_png(Figure((0.1, 0.1)))
 
 
-def unrendered_png(figure: Figure) -> bytes:
-    """Return a tiny picture in place of the figure."""
+def _unrendered(figure: Figure) -> bytes:
     assert figure.axes
     return _tiny()
 
 
 def render_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let reports hold a tiny picture in place of each figure."""
     for module in (report, compare):
-        monkeypatch.setattr(module, "to_png", unrendered_png)
-
-
-@pytest.fixture(scope="module")
-def unrendered() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        render_nothing(monkeypatch)
-        yield
+        monkeypatch.setattr(module, "to_png", _unrendered)

@@ -46,7 +46,9 @@ def run_with(
 
 
 def _install(what: list[str], target: Path, environment: dict[str, str]) -> None:
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), *what]
+    # --no-compile: few of the modules are ever imported.
+    options = ["--quiet", "--no-deps", "--no-compile", "--target", str(target)]
+    pip = [sys.executable, "-m", "pip", "install", *options, *what]
     installed = subprocess.run(pip, capture_output=True, text=True, timeout=600, env=environment)
     if installed.returncode:
         pytest.skip(f"{what[-1]} cannot be installed: {installed.stderr.strip().splitlines()[-1]}")

@@ -64,7 +64,8 @@ def steps() -> list[Step]:
     """Return all steps in order."""
     has_watchdog = "from mopo_fast import _cuda; assert _cuda.watchdog, f'{_cuda.__file__} has no watchdog'"
     has_watchdog, environment = _python("-c", has_watchdog, watched=True)
-    jobs = ("-n", "8") if importlib.util.find_spec("xdist") else ()
+    # More processes than cores would spend their time on imports.
+    jobs = ("-n", str(min(8, os.cpu_count() or 1))) if importlib.util.find_spec("xdist") else ()
     return [
         build_step(watched=True),
         Step("doctor", 30, *_python("-m", "mopo_fast", "doctor")),

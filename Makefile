@@ -59,9 +59,11 @@ demo: compiler $(INSTALLED)
 	$(BIN)/mopo-fast evaluate $(RUNS)/demo/run
 	@echo "Look at $(RUNS)/demo/run/report.html"
 
+# fuzz and soak use all JOBS; docs and try-wheel use little more than one each, so they run side by side.
 test: compiler $(TESTED) lint
 	$(BIN)/python -m pytest -n $(JOBS)
-	$(MAKE) fuzz soak docs try-wheel
+	$(MAKE) fuzz soak $(VENV)/.installed-docs $(VENV)/.installed-wheel
+	$(MAKE) --jobs=$(JOBS) --output-sync=target docs try-wheel
 	$(if $(QEMU),$(MAKE) arm,@echo "NOT TESTED: the kernels for ARM, which take $(ARM_CXX) and qemu-aarch64.")
 
 # For work in between, in under 90 seconds: lint, and tests of every room that are quick.
@@ -125,6 +127,7 @@ arm: $(TESTED) $(VENV)/.installed-wheel
 	MOPO_FAST_TEST_DRIVER="qemu-aarch64 build/arm/driver" $(BIN)/python -m pytest -q -n $(JOBS) $(ARM_TESTS) $(ARM_ARGS)
 
 # A wheel in dist/ for this Python, which needs no compiler. Zig's compiler links against an old glibc.
+# Without MAKEFLAGS ninja uses all cores, and not the one that make leaves it.
 GLIBC ?= 2.28
 MACHINE := $(shell uname -m)
 $(VENV)/.installed-wheel: $(INSTALLED)
@@ -134,7 +137,7 @@ $(VENV)/.installed-wheel: $(INSTALLED)
 .PHONY: wheel
 wheel: $(VENV)/.installed-wheel
 	rm -rf build/wheel build/lib.* build/bdist.* dist/*.whl
-	CXX="$(abspath $(BIN))/python -I -m ziglang c++ -target $(MACHINE)-linux-gnu.$(GLIBC)" MOPO_FAST_CUDA=0 \
+	CXX="$(abspath $(BIN))/python -I -m ziglang c++ -target $(MACHINE)-linux-gnu.$(GLIBC)" MOPO_FAST_CUDA=0 MAKEFLAGS= \
 	    $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --strip \
 	    --plat manylinux_$(subst .,_,$(GLIBC))_$(MACHINE) --wheel-dir dist build/wheel/*.whl

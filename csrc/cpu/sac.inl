@@ -159,18 +159,30 @@ struct SacRows {
     act(plan.next_observations, plan.next_hidden, plan.next_inputs, plan.next_log_prob);
   }
 
+  // Adds the critics' gradients by the actions to the first one's.
+  void add_up_action_gradients() const {
+    const int64_t act_dim = args.act_dim;
+    for (int64_t row = first; row < end(); ++row)
+      for (int64_t d = 0; d < act_dim; d += W) {
+        const auto of = [&](int64_t j) {
+          return plan.action_grad.at(j * plan.rows + row) + args.obs_dim + d;
+        };
+        vf sum = load_lanes(of(0), act_dim - d);
+        for (int64_t j = 1; j < args.critics; ++j) sum = sum + load_lanes(of(j), act_dim - d);
+        store_lanes(of(0), sum, act_dim - d);
+      }
+  }
+
   // From the gradients of Q by the actions to those of the actor's layers.
   void actor_gradient() const {
+    // In a loop of its own, so that the arithmetic below is the same in both cases.
+    if (args.mean_actor) add_up_action_gradients();
     const float inverse_batch = 1.0f / static_cast<float>(batch());
     const int64_t act_dim = args.act_dim;
     for (int64_t row = first; row < end(); ++row)
       for (int64_t d = 0; d < act_dim; d += W) {
         const vf log_std = load_lanes(plan.actor_head.at(row) + act_dim + d, act_dim - d);
-        vf q_grad = load_lanes(plan.action_grad.at(row) + args.obs_dim + d, act_dim - d);
-        if (args.mean_actor)
-          for (int64_t j = 1; j < args.critics; ++j)
-            q_grad =
-                q_grad + load_lanes(plan.action_grad.at(j * plan.rows + row) + args.obs_dim + d, act_dim - d);
+        const vf q_grad = load_lanes(plan.action_grad.at(row) + args.obs_dim + d, act_dim - d);
         const auto grad =
             squashed_gradient(load(plan.actions.at(row) + d), load(plan.spread.at(row) + d), log_std,
                               args.log_std_min, args.log_std_max, args.log_prob_epsilon,

@@ -21,7 +21,7 @@ from mopo_fast.utils.machine import resolve_threads
 
 _OBS, _ACT, _CANONICAL = 17, 6, 7
 # Transitions times members of a rollout, and steps times members of a fit, in a round.
-_TRANSITIONS, _STEPS = 500_000, 64 * 7
+_TRANSITIONS, _STEPS = 2_500_000, 64 * 7
 # Steps of a fit in one call, as in a training.
 _STEPS_AT_ONCE = 64
 _DTYPES: tuple[TrainingDtype, ...] = ("float32", "bfloat16")
@@ -38,7 +38,7 @@ def ensembles(*, rounds: int = 5, threads: int | None = None, quiet: bool = Fals
     """
     threads, findings = resolve_threads(threads), examine()
     names = [f"{members} members" for members in _MEMBERS]
-    table = Table("kernel", "dtype", "unit", *names, "7 members, layer norms")
+    table = Table("thousands/s", "dtype", *map(str, _MEMBERS), "7, layer norms")
     results = []
     for kernel, make, unit in (
         ("rollout", _rollout, "transitions*members/s"),
@@ -54,9 +54,8 @@ def ensembles(*, rounds: int = 5, threads: int | None = None, quiet: bool = Fals
             seconds = interleave(runs, rounds, f"{kernel} in {dtype}: rounds", quiet)
             rates = {name: amount / seconds[name] for name, (_, amount) in works.items()}
             first = rates[names[0]]
-            table.add_row(
-                kernel, dtype, unit, *(f"{rate:,.0f} ({rate / first:.2f})" for rate in rates.values())
-            )
+            rows = (f"{rate / 1000:,.0f} ({rate / first:.2f})" for rate in rates.values())
+            table.add_row(kernel, dtype, *rows)
             results.append({"kernel": kernel, "dtype": dtype, "unit": unit, "rates": rates})
     Console().print(table)
     path = RESULTS / f"ensembles-cpu-{findings.machine.isa}.json"

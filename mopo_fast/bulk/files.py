@@ -4,7 +4,6 @@ A shard is an HDF5 file, also in D4RL's layout, or a Parquet file. Uncompressed 
 is read.
 """
 
-import dataclasses
 import hashlib
 import io
 import json
@@ -86,7 +85,7 @@ def write_shard(
     arrays = d4rl_arrays(rows)
     described = {
         **metadata,
-        **{name: value for name, value in dataclasses.asdict(plan.rollout).items() if value is not None},
+        **{name: value for name, value in plan.rollout.described().items() if value is not None},
         "dataset": plan.dataset,
         "mopo_fast": plan.mopo_fast,
     }

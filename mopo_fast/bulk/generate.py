@@ -1,7 +1,6 @@
 """Penalised model rollouts of a trained run, as any part of an endless sequence of rollouts."""
 
 import contextlib
-import dataclasses
 import os
 from collections.abc import Callable
 from typing import Any
@@ -70,6 +69,9 @@ class Generator:
             penalty_members=config.penalty_members,
             # A shard stores penalties, with a penalty_coef of 0 too.
             penalties=True,
+            truncate_at=config.truncate_at,
+            halt_reward=config.halt_reward,
+            member=config.member,
         )
         self.observations = observations.to(self.engine.device)
 
@@ -214,7 +216,7 @@ def generate(
         "count": count,
         "starts": starts,
         "non_finite": non_finite,
-        **dataclasses.asdict(config),
+        **config.described(),
         "backend": generator.engine.backend,
         "mopo_fast": __version__,
     }

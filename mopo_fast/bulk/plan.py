@@ -2,9 +2,11 @@
 
 import dataclasses
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import get_type_hints
+from typing import Annotated, get_type_hints
+
+from pydantic import Field
 
 from mopo_fast.config import RolloutDtype
 from mopo_fast.data.manifest import GenerateConfig, RunSettings
@@ -15,11 +17,30 @@ from mopo_fast.utils.atomic import check_utf8, check_value, read_json_as
 
 
 @dataclass(frozen=True)
+class _RunRollout(RunSettings):
+    """The settings of a run's rollouts, of which a quantile becomes a limit once the run is finished."""
+
+    truncate_quantile: float | None = field(default=None, kw_only=True)
+
+
+@dataclass(frozen=True)
+class _Rollouts:
+    truncate_at: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+
+
+@dataclass(frozen=True)
+class _Summary:
+    """Field of a run's summary.json that is read here."""
+
+    rollouts: _Rollouts | None = None
+
+
+@dataclass(frozen=True)
 class _RunConfig:
     """Fields of a run's config.json that are read here."""
 
     task: str | None
-    rollout: RunSettings | None = None
+    rollout: _RunRollout | None = None
     task_sha256: str | None = None
     env_id: str | None = None
     reference_returns: tuple[float, float] | None = None
@@ -43,7 +64,23 @@ def run_settings(run: str | os.PathLike[str], task: str | Task | None = None) ->
     if config.task is None or config.rollout is None:
         raise InputError(f"{path} has no settings of rollouts; give a folder that `mopo-fast train` made")
     task = task_of_run(path, config.task, config.task_sha256, task)
-    return in_version(task, config.env_id, config.reference_returns, path), config.rollout
+    task = in_version(task, config.env_id, config.reference_returns, path)
+    return task, _with_limit(Path(run), config.rollout)
+
+
+def _with_limit(run: Path, settings: _RunRollout) -> RunSettings:
+    """Return the settings with the penalty that ended the run's rollouts, where a quantile had set it."""
+    values = dataclasses.asdict(settings)
+    if values.pop("truncate_quantile") is not None:
+        path = run / "summary.json"
+        summary = read_json_as(path, _Summary) if path.exists() else _Summary()
+        if summary.rollouts is None or summary.rollouts.truncate_at is None:
+            raise InputError(
+                f"the penalty that ends rollouts of {run} is in its summary.json, which the end of the"
+                " training writes; finish the run first"
+            )
+        values["truncate_at"] = summary.rollouts.truncate_at
+    return RunSettings(**values)
 
 
 def generate_config(

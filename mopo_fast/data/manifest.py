@@ -10,7 +10,7 @@ import json
 import os
 import re
 import reprlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +21,7 @@ from mopo_fast.config import (
     CHECKSUMS,
     Checksum,
     Compression,
+    MemberDraw,
     Penalty,
     PenaltyMembers,
     RolloutDtype,
@@ -92,6 +93,14 @@ class RunSettings:
     penalty_coef: _NotNegative
     penalty_members: PenaltyMembers
     termination: str | None
+    # Manifests of earlier versions have none of these.
+    truncate_at: _NotNegative | None = field(default=None, kw_only=True)
+    halt_reward: Annotated[float, Field(allow_inf_nan=False)] | None = field(default=None, kw_only=True)
+    member: MemberDraw = field(default="per_step", kw_only=True)
+
+
+# Their defaults are left out of digests and of shards, which so keep those of earlier versions.
+_LATER = {"truncate_at": None, "halt_reward": None, "member": "per_step"}
 
 
 @dataclass(frozen=True)
@@ -102,6 +111,11 @@ class GenerateConfig(RunSettings):
     seed: Annotated[int, Field(ge=0, lt=2**64)]
     dtype: RolloutDtype
     backend: str
+
+    def described(self) -> dict[str, Any]:
+        """Return the settings without the later ones that have their defaults."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if name not in _LATER or value != _LATER[name]}
 
 
 # --- the plan and the manifest, as they are written and read
@@ -175,13 +189,17 @@ class Plan:
 
     def sha256(self) -> str:
         """Return the SHA-256 of the plan in hexadecimal."""
-        return _sha256(dataclasses.asdict(self))
+        return _sha256(self.described())
 
     def settings_sha256(self) -> str:
         """Return the SHA-256 of the plan without its count, which identifies its shards."""
-        values = dataclasses.asdict(self)
+        values = self.described()
         del values["count"]
         return _sha256(values)
+
+    def described(self) -> dict[str, Any]:
+        """Return the plan as a manifest has it."""
+        return dataclasses.asdict(self) | {"rollout": self.rollout.described()}
 
 
 def _sha256(values: dict[str, Any]) -> str:
@@ -321,5 +339,5 @@ def write_manifest(folder: Path, plan: Plan, records: dict[str, ShardRecord]) ->
     """
     shards = [records[file] for file in sorted(records)]
     manifest = Manifest(2, plan, PENALTY_EDGES.tolist(), shards)
-    write_json(folder / MANIFEST, dataclasses.asdict(manifest))
+    write_json(folder / MANIFEST, dataclasses.asdict(manifest) | {"plan": plan.described()})
     return manifest

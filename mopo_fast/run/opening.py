@@ -8,7 +8,14 @@ import torch
 
 from mopo_fast.backends.cpu import isa
 from mopo_fast.backends.precision import describe, dtypes_of
-from mopo_fast.config import DynamicsConfig, FitConfig, RunConfig, SACConfig, TrainConfig
+from mopo_fast.config import (
+    DynamicsConfig,
+    FitConfig,
+    RolloutConfig,
+    RunConfig,
+    SACConfig,
+    TrainConfig,
+)
 from mopo_fast.data import Transitions, find_dataset
 from mopo_fast.data.episodes import find_episodes
 from mopo_fast.data.files import Reader, open_file
@@ -228,6 +235,7 @@ def _describe_runs(
         "rollouts": f"{config.rollout.batch_size:,} an epoch, {config.rollout.dtype} by {rollouts}",
         "SAC": f"{many}{config.steps:,} updates in {config.epochs:,} epochs, {config.sac.dtype}"
         f" by {training}",
+        **_describe_ends(config.rollout),
         **_describe_entropy(config, task),
         **_describe_precision(config),
         "seed": f"{', '.join(seeds)}{resuming}",
@@ -289,7 +297,19 @@ def _describe_data(dataset: str, data: Transitions) -> dict[str, str]:
 
 def _describe_fit(config: DynamicsConfig) -> str:
     layers = " x ".join(map(str, config.hidden)) or "no hidden layer"
-    return f"{config.members} networks of {layers}"
+    norms = " with layer norms" if config.layer_norm else ""
+    return f"{config.members} networks of {layers}{norms}"
+
+
+def _describe_ends(config: RolloutConfig) -> dict[str, str]:
+    """Tell which penalty ends a rollout, and what its last step is then."""
+    if not config.truncates:
+        return {}
+    limit = f"the data's {config.truncate_quantile} quantile"
+    if config.truncate_at is not None:
+        limit = f"{config.truncate_at:g}"
+    halt = "" if config.halt_reward is None else f", with the reward {config.halt_reward:g} and a terminal"
+    return {"truncation": f"where a penalty is above {limit}{halt}"}
 
 
 def _describe_device(device: str, used: Sequence[str], threads: int | None) -> str:

@@ -10,7 +10,7 @@ import pytest
 from small_shards import CONFIG, content, edit
 
 from mopo_fast import InputError
-from mopo_fast.bulk.plan import run_settings
+from mopo_fast.bulk.plan import generate_config, run_settings
 from mopo_fast.bulk.read import as_text, summarise, verify
 from mopo_fast.data.manifest import OLD_MANIFEST, read_manifest
 
@@ -122,3 +122,27 @@ def test_checksums_that_are_refused(undisturbed: Path, tmp_path: Path, checksum:
     edit(out, lambda manifest: manifest["shards"][1].update(checksum=checksum))
     with pytest.raises(InputError, match=f"_manifest.json: .*{message}"):
         read_manifest(out)
+
+
+def test_limits_of_a_runs_rollouts(tmp_path: Path) -> None:
+    """A quantile of the data's penalties is taken from the summary, which has the penalty."""
+    run, config = tmp_path, json.loads(json.dumps(CONFIG))
+    (run / "config.json").write_text(json.dumps(config))
+    settings: dict[str, Any] = {
+        "horizon": None,
+        "seed": 0,
+        "penalty_coef": None,
+        "dtype": "float32",
+        "backend": "auto",
+    }
+    plain = generate_config(run, **settings)
+    assert (plain.truncate_at, plain.halt_reward, plain.member) == (None, None, "per_step")
+    assert not plain.described().keys() & {"truncate_at", "halt_reward", "member"}
+    config["rollout"] |= {"truncate_quantile": 0.9, "halt_reward": -2.0, "member": "per_rollout"}
+    (run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"is in its summary\.json, .* finish the run first"):
+        generate_config(run, **settings)
+    (run / "summary.json").write_text(json.dumps({"rollouts": {"truncate_at": 1.25, "length": 3.5}}))
+    found = generate_config(run, **settings)
+    assert (found.truncate_at, found.halt_reward, found.member) == (1.25, -2.0, "per_rollout")
+    assert found.described()["truncate_at"] == 1.25

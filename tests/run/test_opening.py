@@ -17,13 +17,15 @@ import numpy as np
 import pytest
 from pseudo_terminal import run_on_terminal
 
-from mopo_fast.config import RolloutConfig, RunConfig, SACConfig, TrainConfig
+from mopo_fast.config import DynamicsConfig, RolloutConfig, RunConfig, SACConfig, TrainConfig
 from mopo_fast.data import load_dataset
 from mopo_fast.data.summary import summarise
 from mopo_fast.info import to_text
 from mopo_fast.presets import preset
 from mopo_fast.run.opening import (
     _describe_data,
+    _describe_ends,
+    _describe_fit,
     _describe_runs,
     open_runs,
     warn_of_faults,
@@ -363,3 +365,26 @@ def test_the_return_stands_where_there_is_no_score() -> None:
     assert progress_note([run(50.0, evaluated=2)]) == "score 50.0 at epoch 2, penalty 0.5, q 1"
     assert progress_note([run(50.0, 1), run(60.0, 2)]) == "score 55.0 at epoch 1 to 2, penalty 0.5, q 1"
     assert progress_note([run(50.0, evaluated=None)]) == "penalty 0.5, q 1"
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (RolloutConfig(), {}),
+        (RolloutConfig(truncate_at=2.5), {"truncation": "where a penalty is above 2.5"}),
+        (
+            RolloutConfig(truncate_quantile=0.99, halt_reward=-3.0),
+            {
+                "truncation": "where a penalty is above the data's 0.99 quantile, with the reward -3 and a"
+                " terminal"
+            },
+        ),
+    ],
+)
+def test_the_end_of_rollouts_is_announced(config: RolloutConfig, expected: dict[str, str]) -> None:
+    assert _describe_ends(config) == expected
+
+
+def test_layer_norms_are_announced() -> None:
+    config = DynamicsConfig(members=128, hidden=(16,), layer_norm=True)
+    assert _describe_fit(config) == "128 networks of 16 with layer norms"

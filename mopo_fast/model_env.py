@@ -104,7 +104,7 @@ class ModelVectorEnv(VectorEnv[Array, Array, Array]):
             raise InputError(f"engine must be a mopo_fast.RolloutEngine, got {type(engine).__name__}")
         if engine.member != "per_step":
             raise InputError(
-                f'the engine has member={engine.member!r}, for whole rollouts; give one with "per_step"'
+                f'each step draws a member; give an engine with member="per_step", not {engine.member!r}'
             )
         check_range("num_envs", num_envs, 1, 2**31)
         check_range("horizon", horizon, 1, 2**31)

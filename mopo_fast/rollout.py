@@ -353,11 +353,12 @@ class RolloutEngine:
         made: StepResult[A] = map_tensors(make, result)
         return made
 
-    def penalty_quantile(self, data: Transitions, quantile: float) -> float:
+    def penalty_quantile(self, data: Transitions | str | os.PathLike[str], quantile: float) -> float:
         """Return a quantile of the penalties of the data's observations and actions.
 
         Args:
-            data: transitions with observations [n, obs_dim] and actions [n, act_dim].
+            data: transitions with observations [n, obs_dim] and actions [n, act_dim], or the name or path of
+                a data set.
             quantile: 0 to 1; 1 is the highest penalty.
 
         Raises:
@@ -366,6 +367,10 @@ class RolloutEngine:
         """
         if not isinstance(quantile, int | float) or not 0.0 <= quantile <= 1.0:
             raise InputError(f"quantile must be in [0, 1], got {quantile!r}")
+        if isinstance(data, str | os.PathLike):
+            data = load_dataset(os.fspath(data))
+        if not isinstance(data, Transitions):
+            raise InputError(f"data must be Transitions or the name of a data set, got {type(data).__name__}")
         penalties = []
         for first in range(0, len(data), _DATA_ROWS):
             some = slice(first, first + _DATA_ROWS)

@@ -106,6 +106,13 @@ def check_values(path: Path, arrays: dict[str, Array], plan: Plan, shard: int) -
         raise InputError(f"{path}: timeouts are not where rollouts end without a terminal")
     coef = plan.rollout.penalty_coef
     expected = arrays["raw_rewards"] - np.float32(coef) * arrays["penalties"]
+    at, halt_reward = plan.rollout.truncate_at, plan.rollout.halt_reward
+    if at is not None and halt_reward is not None:
+        # As the kernels compare, in float32.
+        halted = arrays["penalties"] > np.float32(at)
+        expected = np.where(halted, np.float32(halt_reward), expected)
+        if not arrays["terminals"][halted].all():
+            raise InputError(f"{path}: a step with a penalty above {at:g} is not terminal")
     if not np.allclose(arrays["rewards"], expected, rtol=1e-4, atol=1e-4):
         raise InputError(f"{path}: rewards are not raw_rewards - {coef:g} * penalties")
 

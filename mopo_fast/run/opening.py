@@ -236,6 +236,7 @@ def _describe_runs(
         "SAC": f"{many}{config.steps:,} updates in {config.epochs:,} epochs, {config.sac.dtype}"
         f" by {training}",
         **_describe_ends(config.rollout),
+        **_describe_critics(config.sac),
         **_describe_entropy(config, task),
         **_describe_precision(config),
         "seed": f"{', '.join(seeds)}{resuming}",
@@ -301,15 +302,29 @@ def _describe_fit(config: DynamicsConfig) -> str:
     return f"{config.members} networks of {layers}{norms}"
 
 
+_AVERAGE = {"min": "lowest", "mean": "mean"}
+
+
 def _describe_ends(config: RolloutConfig) -> dict[str, str]:
     """Tell which penalty ends a rollout, and what its last step is then."""
     if not config.truncates:
         return {}
     limit = f"the data's {config.truncate_quantile} quantile"
+    if config.truncate_quantile == 1.0:
+        limit = "the highest one in the data"
     if config.truncate_at is not None:
         limit = f"{config.truncate_at:g}"
     halt = "" if config.halt_reward is None else f", with the reward {config.halt_reward:g} and a terminal"
     return {"truncation": f"where a penalty is above {limit}{halt}"}
+
+
+def _describe_critics(config: SACConfig) -> dict[str, str]:
+    """Tell the number of critics, and which of them count, where either is not SAC's own."""
+    default = SACConfig()
+    if (config.critics, config.target_critics, config.actor_q) == (default.critics, None, default.actor_q):
+        return {}
+    drawn = "" if config.target_critics is None else f", {config.target_critics} drawn for each target"
+    return {"critics": f"{config.critics}{drawn}, the actor raises their {_AVERAGE[config.actor_q]} Q"}
 
 
 def _describe_device(device: str, used: Sequence[str], threads: int | None) -> str:

@@ -1,6 +1,7 @@
 """Test writing folders of shards: each row is written exactly once, despite kills and interruptions."""
 
 import contextlib
+import json
 import os
 import random
 import shutil
@@ -561,3 +562,27 @@ def test_the_command(
     ):
         assert main(wrong) == 2
         assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("halt_reward", [None, -9.0])
+def test_shards_of_a_run_whose_penalties_end_rollouts(
+    run: Path, data: Transitions, undisturbed: Path, tmp_path: Path, halt_reward: float | None
+) -> None:
+    penalties = open_rollouts(undisturbed)[:].penalties
+    assert penalties is not None
+    limit, own = float(penalties.median()), tmp_path / "run"
+    shutil.copytree(run, own)
+    config = json.loads((own / "config.json").read_text())
+    config["rollout"] |= {"truncate_at": limit, "halt_reward": halt_reward, "member": "per_rollout"}
+    (own / "config.json").write_text(json.dumps(config))
+    make_shards(own, data, tmp_path / "out")
+    verify(tmp_path / "out", quiet=True)
+    rows = open_rollouts(tmp_path / "out")[:]
+    assert rows.penalties is not None and rows.rollout_index is not None
+    above = rows.penalties > limit
+    ends = torch.cat([rows.rollout_index.diff() != 0, torch.ones_like(above[:1])])
+    assert above.any() and ends[above].all()
+    if halt_reward is None:
+        assert not rows.terminals[above].all() and not (rows.rewards == -9.0).any()
+    else:
+        assert torch.equal(rows.rewards == -9.0, above) and rows.terminals[above].all()

@@ -603,5 +603,5 @@ def test_the_engines_penalties_truncate(halt_reward: float | None) -> None:
 
 def test_members_are_drawn_for_each_step() -> None:
     engine = RolloutEngine(make_ensemble(5, 2), member="per_rollout")
-    with pytest.raises(InputError, match="the engine has member='per_rollout'"):
+    with pytest.raises(InputError, match="give an engine with member=\"per_step\", not 'per_rollout'"):
         ModelVectorEnv(engine, inputs(50, 5, 2)[0])

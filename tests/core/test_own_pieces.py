@@ -215,6 +215,8 @@ def test_a_quantile_of_the_datas_penalties() -> None:
     )
     with pytest.raises(InputError, match=r"quantile must be in \[0, 1\], got 1.5"):
         engine.penalty_quantile(data, 1.5)
+    with pytest.raises(InputError, match="data must be Transitions or the name of a data set, got Tensor"):
+        engine.penalty_quantile(data.observations, 0.5)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from mopo_fast.data.summary import summarise
 from mopo_fast.info import to_text
 from mopo_fast.presets import preset
 from mopo_fast.run.opening import (
+    _describe_critics,
     _describe_data,
     _describe_ends,
     _describe_fit,
@@ -373,6 +374,10 @@ def test_the_return_stands_where_there_is_no_score() -> None:
         (RolloutConfig(), {}),
         (RolloutConfig(truncate_at=2.5), {"truncation": "where a penalty is above 2.5"}),
         (
+            RolloutConfig(truncate_quantile=1.0),
+            {"truncation": "where a penalty is above the highest one in the data"},
+        ),
+        (
             RolloutConfig(truncate_quantile=0.99, halt_reward=-3.0),
             {
                 "truncation": "where a penalty is above the data's 0.99 quantile, with the reward -3 and a"
@@ -388,3 +393,11 @@ def test_the_end_of_rollouts_is_announced(config: RolloutConfig, expected: dict[
 def test_layer_norms_are_announced() -> None:
     config = DynamicsConfig(members=128, hidden=(16,), layer_norm=True)
     assert _describe_fit(config) == "128 networks of 16 with layer norms"
+
+
+def test_critics_are_announced() -> None:
+    assert _describe_critics(SACConfig()) == {}
+    redq = SACConfig(critics=10, target_critics=2, actor_q="mean")
+    assert _describe_critics(redq) == {
+        "critics": "10, 2 drawn for each target, the actor raises their mean Q"
+    }

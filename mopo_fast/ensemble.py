@@ -485,7 +485,13 @@ class EnsembleDynamics(nn.Module):
             member_bounds=bounds is not None and bounds.ndim == 2,
             absolute=absolute,
         )
-        load_into(path, tensors, model._stored_tensors())
+        stored = model._stored_tensors()
+        if unknown := sorted(name for name in tensors if name.startswith("norm_") and name not in stored):
+            raise InputError(
+                f"{path} has {unknown[0]}, which dynamics.json does not announce by layer_norm; the two files"
+                " are not of one ensemble"
+            )
+        load_into(path, tensors, stored)
         model.check_elites()
         if not bool((model.input_std > 0).all()):
             raise InputError(f"{path}: input_std must be positive everywhere")

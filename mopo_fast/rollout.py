@@ -5,10 +5,10 @@ with a policy. Random numbers depend on (seed, row, step) alone, so a rollout eq
 it is made of, and a batch may be split in any way.
 """
 
+import copy
 import dataclasses
 import functools
 import logging
-import math
 import operator
 import os
 from collections.abc import Callable
@@ -186,7 +186,7 @@ class RolloutEngine:
         self.penalties = penalties
         checked.check_known("member", member, MEMBER_DRAWS)
         self.member = member
-        self.truncation = make_truncation(truncate_at, halt_reward)
+        self.truncation = make_truncation(truncate_at, halt_reward, exact=dtype == "float64")
         if penalties is False and self.truncation.needs_penalties:
             raise InputError(f"truncate_at={truncate_at:g} needs penalties; leave penalties=False out")
         self.operands = dtype
@@ -334,10 +334,15 @@ class RolloutEngine:
         result = checked.step(get_backend(self.backend), call)
         if own:
             result = dataclasses.replace(result, penalties=self._penalise(result, make))
+        # Copies, so that a function which writes into its arguments changes nothing else.
+        arrays = start, action, result.next_observations
         if self.reward_function is not None:
-            given = self.reward_function(observations, actions, make(result.next_observations))
-            raw = self._checked_numbers("the reward function", given, result)
-            result = dataclasses.replace(result, raw_rewards=raw)
+            given = self.reward_function(*(make(array.clone()) for array in arrays))
+            finite = result.next_observations.isfinite().all(-1)
+            raw = self._checked_numbers("the reward function", given, finite)
+            inside = (arrays[2] >= self._low) & (arrays[2] <= self._high)
+            ended = ~(inside.all(-1) & finite)
+            result = dataclasses.replace(result, raw_rewards=raw, terminals=ended)
         if own or self.reward_function is not None:
             result = self._rewarded(result)
         if not distributions:
@@ -345,8 +350,7 @@ class RolloutEngine:
         if self.truncation.needs_penalties:
             result = dataclasses.replace(result, truncations=self._above(result))
         if self.termination_function is not None:
-            successors = make(result.next_observations)
-            ended = self.termination_function(observations, actions, successors)
+            ended = self.termination_function(*(make(array.clone()) for array in arrays))
             result.terminals.logical_or_(self._checked_flags(ended, len(start)))
         if isinstance(observations, torch.Tensor):
             return cast(StepResult[A], result)
@@ -365,19 +369,24 @@ class RolloutEngine:
             InputError: the quantile is out of range, the data do not fit the ensemble, or a penalty is not
                 finite.
         """
-        if not isinstance(quantile, int | float) or not 0.0 <= quantile <= 1.0:
+        if not isinstance(quantile, int | float) or isinstance(quantile, bool) or not 0.0 <= quantile <= 1.0:
             raise InputError(f"quantile must be in [0, 1], got {quantile!r}")
         if isinstance(data, str | os.PathLike):
             data = load_dataset(os.fspath(data))
         if not isinstance(data, Transitions):
             raise InputError(f"data must be Transitions or the name of a data set, got {type(data).__name__}")
+        if len(data) == 0:
+            raise InputError("data have no transitions")
+        # The caller's rewards and terminations do not matter here.
+        bare = copy.copy(self)
+        bare.reward_function = bare.termination_function = None
         penalties = []
         for first in range(0, len(data), _DATA_ROWS):
             some = slice(first, first + _DATA_ROWS)
             observations, actions = (
                 array[some].to(self.device) for array in (data.observations, data.actions)
             )
-            made = self._step(observations, actions, 0, 0, None, True, distributions=False, penalties=True)
+            made = bare._step(observations, actions, 0, 0, None, True, distributions=False, penalties=True)
             assert made.penalties is not None
             penalties.append(made.penalties.cpu())
         found = torch.cat(penalties).numpy()
@@ -394,8 +403,9 @@ class RolloutEngine:
         mean, std = result.mean, result.std
         if self.penalty_members == "elites":
             mean, std = mean[self.ensemble.elites], std[self.ensemble.elites]
-        given = self.penalty_function(make(mean), make(std))
-        return self._checked_numbers("the penalty function", given, result)
+        given = self.penalty_function(make(mean.clone()), make(std.clone()))
+        finite = (mean.isfinite() & std.isfinite()).all(-1).all(0)
+        return self._checked_numbers("the penalty function", given, finite)
 
     def _above(self, result: StepResult) -> torch.Tensor:
         """Tell which rows have a finite prediction and a penalty that ends a rollout."""
@@ -405,27 +415,32 @@ class RolloutEngine:
 
     def _rewarded(self, result: StepResult) -> StepResult:
         """Make the rewards of raw rewards and penalties of which the caller's functions made some."""
-        rewards = result.raw_rewards
-        if self.penalty_coef:
-            assert result.penalties is not None
-            rewards = rewards - self.penalty_coef * result.penalties
-        result = dataclasses.replace(result, rewards=rewards)
+        rewards = result.raw_rewards.clone()
+        if result.penalties is not None:
+            # With a coefficient of 0 too: a penalty that is not finite makes such a reward.
+            rewards -= self.penalty_coef * result.penalties
+        terminals = result.terminals | ~rewards.isfinite()
+        result = dataclasses.replace(result, rewards=rewards, terminals=terminals)
         if self.truncation.halt_reward is None:
             return result
         halted = self._above(result)
         rewards = rewards.masked_fill(halted, self.truncation.halt_reward)
         return dataclasses.replace(result, rewards=rewards, terminals=result.terminals | halted)
 
-    def _checked_numbers(self, function: str, given: Any, result: StepResult) -> torch.Tensor:
-        """Return what a caller's function gave for each row, of the engine's dtype."""
-        batch = len(result.terminals)
+    def _checked_numbers(self, function: str, given: Any, finite: torch.Tensor) -> torch.Tensor:
+        """Return what a caller's function gave for each row, of the engine's dtype.
+
+        It must be finite where `finite` is True, bool [batch].
+        """
+        batch = len(finite)
         array = to_tensor(f"what {function} returns", given, self.device).to(self.device)
         if not array.is_floating_point() or array.numel() != batch:
             raise InputError(
                 f"{function} must return floats [{batch}], got {array.dtype} {list(array.shape)}"
             )
-        array = array.detach().reshape(-1).to(self.dtype)
-        wrong = ~array.isfinite() & result.next_observations.isfinite().all(-1)
+        # A copy, which shares no memory with what the function was given.
+        array = array.detach().reshape(-1).to(self.dtype, copy=True)
+        wrong = ~array.isfinite() & finite
         if bool(wrong.any()):
             row = int(wrong.nonzero()[0, 0])
             raise InputError(f"{function} must return finite numbers, got {array[row].item()} at row {row}")
@@ -573,7 +588,7 @@ class RolloutEngine:
                 array.clone() if array.untyped_storage().data_ptr() in memory else array
                 for array in (start, rows)
             )
-        if deterministic not in (True, False, "policy", "model"):
+        if not isinstance(deterministic, bool) and deterministic not in ("policy", "model"):
             raise InputError(f'deterministic must be True, False, "policy" or "model", got {deterministic!r}')
         settings = Settings(
             seed,
@@ -846,21 +861,32 @@ def _name_of(function: Any) -> str | None:
     return None if function is None else getattr(function, "__name__", type(function).__name__)
 
 
-def make_truncation(at: float | None, halt_reward: float | None) -> Truncation:
-    """Return the `Truncation` of `RolloutEngine`'s arguments; raise `InputError` where they are unusable."""
+def make_truncation(at: float | None, halt_reward: float | None, *, exact: bool = False) -> Truncation:
+    """Return the `Truncation` of `RolloutEngine`'s arguments; raise `InputError` where they are unusable.
+
+    Unless it is to be `exact`, the limit becomes the next float32, which the kernels compare with: a penalty
+    that is equal to the limit ends nothing.
+    """
     if at is None:
         if halt_reward is not None:
             raise InputError(f"halt_reward={halt_reward!r} needs truncate_at")
         return Truncation()
-    if not isinstance(at, int | float) or isinstance(at, bool) or not 0.0 <= at < math.inf:
+    if not _is_float32(at) or at < 0.0:
         raise InputError(f"truncate_at must be finite and not negative, got {at!r}")
-    if halt_reward is not None and not (
-        isinstance(halt_reward, int | float) and math.isfinite(np.float32(halt_reward))
-    ):
+    if halt_reward is not None and not _is_float32(halt_reward):
         raise InputError(f"halt_reward must be a finite number, got {halt_reward!r}")
-    # As the kernels have them, so that every backend and dtype compares with the same number.
     halt = None if halt_reward is None else float(np.float32(halt_reward))
-    return Truncation(float(np.float32(at)), halt)
+    if exact:
+        return Truncation(float(at), halt)
+    limit = np.float32(at)
+    return Truncation(float(limit if limit >= at else np.nextafter(limit, np.float32(np.inf))), halt)
+
+
+def _is_float32(value: Any) -> bool:
+    """Tell whether a value is a number within the range of float32."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= float(np.finfo(np.float32).max)
 
 
 def allocate(

@@ -139,9 +139,14 @@ struct FitRows {
     const float inverse_count = 1.0f / static_cast<float>(count);
     for (int64_t row = 0; row < rows; ++row) {
       float* x = at(outputs, row, 0);
-      vf total{}, squares{};
+      vf total{}, rest{}, squares{};
       each_in_row(outputs, count, [&](int64_t offset, int64_t) { total = total + load(x + offset); });
-      const vf mean = sum_of_lanes(total) * inverse_count;
+      const vf near = sum_of_lanes(total) * inverse_count;
+      // The mean's own error, which matters where the outputs are almost equal.
+      each_in_row(outputs, count, [&](int64_t offset, int64_t n) {
+        rest = rest + first_lanes_of(load(x + offset) - near, count - n);
+      });
+      const vf mean = near + sum_of_lanes(rest) * inverse_count;
       // Unlike the mean of squares less the square of the mean, this does not cancel.
       each_in_row(outputs, count, [&](int64_t offset, int64_t n) {
         const vf distance = first_lanes_of(load(x + offset) - mean, count - n);

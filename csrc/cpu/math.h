@@ -81,7 +81,9 @@ MOPO_INLINE vf tanh(vf x) {
   p = p * z - 5.37397155531e-2f;
   p = p * z + 1.33314422036e-1f;
   p = p * z - 3.33332819422e-1f;
-  const vf near = p * z * x + x;
+  vf near = p * z * x + x;
+  // GCC would fuse the product and the sum in some places, and in others the sum and the selection.
+  keep_apart(near);
   return select(size < 0.625f, near, bits_to_float(float_to_bits(far) | sign));
 }
 

@@ -19,15 +19,14 @@ MOPO_INLINE void apply_layer(const NetworkLayer& layer, const float* weight, con
 
 // A layer norm of outputs x, for each lane.
 struct LayerNorm {
-  vf inverse_std, offset;  // normalised, x is x * inverse_std + offset
+  vf mean, inverse_std;
 
   LayerNorm() = default;
-  MOPO_METHOD LayerNorm(vf mean, vf variance) {
+  MOPO_METHOD LayerNorm(vf mean, vf variance) : mean(mean) {
     inverse_std = 1.0f / sqrt(variance + kLayerNormEpsilon);
-    offset = -mean * inverse_std;
   }
   MOPO_METHOD vf apply(vf x, float scale, float shift) const {
-    return (x * inverse_std + offset) * scale + shift;
+    return (x - mean) * inverse_std * scale + shift;
   }
 };
 
@@ -43,7 +42,9 @@ MOPO_INLINE LayerNorm layer_norm(int64_t count, Outputs x) {
     for (; n < count; ++n) sums[0] = sums[0] + term(n);
     return (sums[0] + sums[1] + (sums[2] + sums[3])) * (1.0f / static_cast<float>(count));
   };
-  const vf mean = average(x);
+  const vf near = average(x);
+  // The mean's own error, which matters where the outputs are almost equal.
+  const vf mean = near + average([&](int64_t n) { return x(n) - near; });
   // Unlike the mean of squares less the square of the mean, this does not cancel.
   return LayerNorm(mean, average([&](int64_t n) {
                      const vf distance = x(n) - mean;
@@ -79,7 +80,8 @@ struct Moments {
     const float inverse_width = 1.0f / static_cast<float>(width);
     const vf distance = total * inverse_width;
     const vf variance = squares * inverse_width - distance * distance;
-    return LayerNorm(first + distance, select(variance > 0.0f, variance, vf{}));
+    // A variance that is not a number stays one, so that the rollout ends.
+    return LayerNorm(first + distance, select(variance < 0.0f, vf{}, variance));
   }
 };
 

@@ -37,6 +37,18 @@ MOPO_INLINE vf first_lanes_of(vf x, int64_t lanes) {
   return x;
 }
 #endif
+// Hides where x comes from, so that what follows is not merged with it.
+MOPO_INLINE void keep_apart(vf& x) {
+#if defined(MOPO_AVX512)
+  asm("" : "+v"(x));
+#elif defined(__x86_64__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#else
+  (void)x;
+#endif
+}
 MOPO_INLINE vf broadcast(float x) { return x - vf{}; }
 MOPO_INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 MOPO_INLINE vi to_int(vf x) { return __builtin_convertvector(x, vi); }

@@ -53,6 +53,8 @@ ShardRows = Annotated[int, Field(ge=1, lt=2**32)]
 # Number of rollouts that a shard begins; the next shard's rollouts are numbered 2^32 higher.
 Starts = Annotated[int, Field(ge=1, le=2**32)]
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
+# Largest float32.
+_LARGEST = 3.4028234663852886e38
 _NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 # Hexadecimal digits of each checksum.
@@ -94,8 +96,8 @@ class RunSettings:
     penalty_members: PenaltyMembers
     termination: str | None
     # Manifests of earlier versions have none of these.
-    truncate_at: _NotNegative | None = field(default=None, kw_only=True)
-    halt_reward: Annotated[float, Field(allow_inf_nan=False)] | None = field(default=None, kw_only=True)
+    truncate_at: Annotated[_NotNegative, Field(le=_LARGEST)] | None = field(default=None, kw_only=True)
+    halt_reward: Annotated[float, Field(ge=-_LARGEST, le=_LARGEST)] | None = field(default=None, kw_only=True)
     member: MemberDraw = field(default="per_step", kw_only=True)
 
 

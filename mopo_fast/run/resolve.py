@@ -298,7 +298,8 @@ def make_engine(
     )
     if rollout.truncate_quantile is not None and data is not None:
         at = engine.penalty_quantile(data, rollout.truncate_quantile)
-        engine.truncation = make_truncation(at, rollout.halt_reward)
+        exact = rollout.dtype == "float64"
+        engine.truncation = make_truncation(at, rollout.halt_reward, exact=exact)
     return engine
 
 

@@ -70,7 +70,7 @@ LINES: dict[str, tuple[list[str], str]] = {
     ),
 }
 # Commands without anything to show while they run.
-SILENT = ("relabel", "info", "convert", "evaluate", "report", "export", "doctor")
+SILENT = ("relabel", "info", "convert", "evaluate", "report", "export", "push", "pull", "doctor")
 # Runs all command lines in one process, because the imports take longer than the commands.
 DRIVER = """
 import json, sys

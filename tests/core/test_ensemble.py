@@ -346,3 +346,12 @@ def test_an_unwritable_folder_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write"):
         make_ensemble().save(tmp_path / "file")
+
+
+@pytest.mark.parametrize("change", [{"layer_norm": False}, {"format_version": 2}])
+def test_norms_that_are_not_announced_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    make_ensemble(layer_norm=True).save(tmp_path)
+    path = tmp_path / "dynamics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError, match="norm_scale_0, which dynamics"):
+        EnsembleDynamics.load(tmp_path)

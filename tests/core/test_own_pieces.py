@@ -246,3 +246,64 @@ def test_a_ring_need_not_store_the_penalties_that_truncate() -> None:
     )
     assert made.penalties is None and made.info == expected.info and made.info["truncated"] > 0
     assert torch.equal(made.next_observations, expected.next_observations)
+
+
+def test_functions_may_write_into_their_arguments() -> None:
+    def reward(observations: Any, actions: Any, successors: Any) -> Any:
+        for array in (observations, actions, successors):
+            array.mul_(0.0)
+        return torch.zeros(len(observations))
+
+    def penalty(means: Any, stds: Any) -> Any:
+        means.zero_()
+        return stds.square_().sum((0, 2))
+
+    engine = RolloutEngine(make_ensemble(5, 2), reward=reward, penalty=penalty, penalty_coef=0.0)
+    plain = RolloutEngine(engine.ensemble)
+    (observations, actions), kept = inputs(40, 5, 2), inputs(40, 5, 2)
+    made, expected = (
+        each.step(observations, actions, seed=1, distributions=True) for each in (engine, plain)
+    )
+    assert torch.equal(observations, kept[0]) and torch.equal(actions, kept[1])
+    for name in ("next_observations", "mean", "std"):
+        assert torch.equal(getattr(made, name), getattr(expected, name)), name
+    made.rewards.add_(1.0)
+    assert not made.raw_rewards.any()
+
+
+def test_a_broken_member_ends_rollouts_under_an_own_penalty() -> None:
+    ensemble = make_ensemble(5, 2, members=4)
+    with torch.no_grad():
+        ensemble.biases[-1][0, -1] = torch.nan
+    policy, start = make_policy(5, 2), inputs(20, 5, 2)[0]
+    for penalty_coef in (0.0, 1.0):
+        engine = RolloutEngine(ensemble, penalty=widest, penalty_coef=penalty_coef, penalties=True)
+        made = engine.rollout(policy, start, 2, seed=0)
+        assert len(made) == 0 and made.info["non_finite"] == 20
+
+
+def test_the_models_reward_does_not_matter_beside_an_own_one() -> None:
+    ensemble = make_ensemble(5, 2)
+    with torch.no_grad():
+        ensemble.biases[-1][:, 5] = torch.nan
+    engine = RolloutEngine(ensemble, reward=action_cost, penalty_coef=0.0, termination=narrow_box(5))
+    made = engine.rollout(make_policy(5, 2), inputs(300, 5, 2)[0], 3, seed=0)
+    box = narrow_box(5)
+    assert torch.equal(made.terminals, ~box.contains(made.next_observations)) and (made.step == 2).any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_highest_penalty_of_the_data_ends_nothing_in_them(dtype: str) -> None:
+    data = make_data(200)
+    for seed in range(8):
+        free = RolloutEngine(make_ensemble(5, 2, seed=seed), dtype=dtype, backend="reference")
+        at = free.penalty_quantile(data, 1.0)
+        engine = RolloutEngine(free.ensemble, dtype=dtype, backend="reference", truncate_at=at)
+        result = engine.step(data.observations, data.actions, seed=0)
+        assert result.truncations is not None and not result.truncations.any()
+
+
+@pytest.mark.parametrize("arguments", [{"truncate_at": 1e39}, {"truncate_at": 10**400}])
+def test_limits_beyond_float32(arguments: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="truncate_at must be finite"):
+        RolloutEngine(make_ensemble(5, 2), **arguments)

@@ -69,6 +69,8 @@ OBS, ACT, ROWS = 3, 2, 24
 EXEMPT = {
     "mopo_fast.utils.atomic:sweep": "opens temporary files to lock them, and reads nothing",
     "mopo_fast.utils.atomic:sync_folder": "opens a folder to flush it",
+    "mopo_fast.rollout:RolloutEngine.penalty_quantile": "calls `load_dataset`, which has joined",
+    "mopo_fast.rollout:RolloutEngine._draw_starts": "calls `load_dataset`, which has joined",
     "mopo_fast.utils.atomic:scratch_folder": "opens a folder to lock it",
     "mopo_fast.utils.atomic:_remove_unlocked": "opens a folder to lock it",
     "mopo_fast.utils.atomic:_parse": "is called by readers, which join by themselves",
@@ -868,7 +870,7 @@ _RUNS = [
         _make_models,
         ("run/config.json", "run/*.json", "run/*.safetensors"),
         _generate,
-        ("mopo_fast.bulk.plan:run_settings",),
+        ("mopo_fast.bulk.plan:run_settings", "mopo_fast.bulk.plan:_with_limit"),
     ),
     Entry("fit checkpoint", _make_fit, ("fit.safetensors",), _fit, ("mopo_fast.fit:Fit._restore",)),
     Entry(

@@ -114,7 +114,7 @@ def test_the_fit(runs: int, threads: int, dtype: Any, alarm: Callable[..., None]
         members=3, elites=2, hidden=(64,), batch_size=8, weight_decay=(0.0,) * 2, dtype=dtype
     )
     fits = [Fit(data, seed, config, backend="cpu", threads=threads) for seed in range(runs)]
-    few, many = torch.zeros(3, 64, dtype=torch.int64), torch.zeros(3, 10**7, dtype=torch.int64)
+    few, many = torch.zeros(3, 64, dtype=torch.int32), torch.zeros(3, 10**7, dtype=torch.int32)
     for fit in fits:
         fit.steps(few)
     before = [{name: tensor.clone() for name, tensor in fit.live_state().items()} for fit in fits]
@@ -156,7 +156,7 @@ def test_the_fit_of_a_batch_that_takes_long(members: int, threads: int, alarm: C
     )
     fit = Fit(data, 0, config, backend="cpu", threads=threads)
     before = {name: tensor.clone() for name, tensor in fit.live_state().items()}
-    rows = torch.zeros(members, 300_000, dtype=torch.int64)
+    rows = torch.zeros(members, 300_000, dtype=torch.int32)
     assert_ends_soon(lambda: fit.steps(rows), alarm)
     assert all(torch.equal(tensor, before[name]) for name, tensor in fit.live_state().items())
 
@@ -183,7 +183,7 @@ def test_the_fit_in_pytorch(alarm: Callable[..., None]) -> None:
     data, _ = sac_sources(5, 2)
     config = DynamicsConfig(members=2, elites=1, hidden=(8,), batch_size=4, weight_decay=(0.0,) * 2)
     fits = [Fit(data, seed, config, backend="reference") for seed in range(2)]
-    rows = torch.zeros(2, 300_000, dtype=torch.int64)
+    rows = torch.zeros(2, 300_000, dtype=torch.int32)
     Fits(fits).steps([rows[:, :12]] * 2)
     alarm(0.5, lambda *_: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):

@@ -23,6 +23,7 @@ from kernel_cases import (
     make_ensemble,
     make_policy,
     narrow_box,
+    oracle,
 )
 
 from mopo_fast.backends import cpu
@@ -118,6 +119,21 @@ def test_layer_norms_do_not_cancel():
     check_step(RolloutEngine(ensemble), 301)
 
 
+@pytest.mark.parametrize("dtype", TRAINING_DTYPES)
+@pytest.mark.parametrize("width", [1, 7, 33])
+def test_equal_outputs_are_normalised_to_zero(dtype, width):
+    """Their mean must be exact, since what is left of it would be divided by the root of the epsilon."""
+    ensemble = make_ensemble(5, 2, members=2, layer_norm=True, hidden=(width,))
+    with torch.no_grad():
+        ensemble.weights[0].zero_()
+        ensemble.biases[0].fill_(1.0e4)
+    observations, actions = inputs(67, 5, 2)
+    engine = RolloutEngine(ensemble, dtype=dtype)
+    kernel = engine.step(observations, actions, seed=0, distributions=True)
+    same = oracle(engine, "float32").step(observations, actions, seed=0, distributions=True)
+    torch.testing.assert_close(kernel.mean, same.mean, rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize("normed", NORMED)
 def test_rounded_factors_with_layer_norms(normed, rounded):
     dtype, bounds = rounded
@@ -208,7 +224,8 @@ def test_only_the_drawn_member_computes(dtype, sizes, batch):
 
 @pytest.mark.parametrize("dtype", TRAINING_DTYPES)
 @pytest.mark.parametrize(
-    ("hidden", "activation"), [((200,) * 4, "silu"), ((33, 51), "tanh"), ((1,), "relu"), ((), "silu")]
+    ("hidden", "activation"),
+    [((200,) * 4, "silu"), ((64,), "tanh"), ((33, 51), "tanh"), ((1,), "relu"), ((), "silu")],
 )
 @pytest.mark.parametrize("layer_norm", [False, True])
 def test_few_rows_are_those_of_a_large_batch(dtype, hidden, activation, layer_norm):

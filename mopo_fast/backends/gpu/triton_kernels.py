@@ -625,7 +625,7 @@ def rollout_kernel(
     OBS: tl.constexpr, ACT: tl.constexpr, MEMBERS: tl.constexpr, ELITES: tl.constexpr,
     LOG_STD: tl.constexpr, OWN_BOUNDS: tl.constexpr,
     CHOSEN: tl.constexpr, SIZES: tl.constexpr, POLICY_SIZES: tl.constexpr, ACTIVATION: tl.constexpr,
-    POLICY_ACTIVATION: tl.constexpr, PENALTY: tl.constexpr, HALTS: tl.constexpr, KEEP_MEMBER: tl.constexpr,
+    POLICY_ACTIVATION: tl.constexpr, PENALTY: tl.constexpr, KEEP_MEMBER: tl.constexpr,
     NORM_SIZES: tl.constexpr, DETERMINISTIC: tl.constexpr, MEAN_ACTIONS: tl.constexpr,
     OPERANDS: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, HELD: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -690,12 +690,16 @@ def rollout_kernel(
                     DETERMINISTIC, MEMBERS, OBS, LOG_STD, OWN_BOUNDS, HEADS, ROWS)  # fmt: skip
                 reward = raw_reward - penalty_coef * penalty
                 finite &= tl.abs(reward) < float("inf")
-                truncated = finite & (penalty > truncate_at)
-                terminal = ~(finite & in_box)
-                if HALTS:
-                    reward = tl.where(truncated, halt_reward, reward)
-                    terminal |= truncated
-                goes_on = ~(terminal | truncated) & alive
+                goes_on = finite & in_box
+                terminal = ~goes_on
+                end = (~finite).to(tl.int32)
+                if truncate_at is not None:
+                    truncated = finite & (penalty > truncate_at)
+                    goes_on &= ~truncated
+                    end += 2 * truncated.to(tl.int32)
+                    if halt_reward is not None:
+                        reward = tl.where(truncated, halt_reward, reward)
+                        terminal |= truncated
                 tl.store(rewards + place, reward, alive)
                 tl.store(raw_rewards + place, raw_reward, alive)
                 tl.store(penalties + place, penalty, alive)
@@ -705,7 +709,7 @@ def rollout_kernel(
                     _store_distributions(predictions, bounds, mean, std, row, exists, batch,
                                          MEMBERS, OBS, LOG_STD, OWN_BOUNDS, HEADS, ROWS)  # fmt: skip
                 tl.store(lengths + row, t + finite.to(tl.int32), alive)
-                tl.store(cut + row, tl.where(finite, 2 * truncated.to(tl.int32), 1), alive)
+                tl.store(cut + row, end, alive)
                 alive = goes_on
         tl.debug_barrier()
 

@@ -144,15 +144,19 @@ def test_finds_faults(
     def case(name: str) -> Any:
         return soak["Case"](scenario, fault, Middle(), tmp_path / name, tmp_path, f"test-{tmp_path}")
 
-    calm, disturbed, found = case("undisturbed"), case("case"), None
-    try:
-        reference = soak["undisturbed"](calm)
-        soak["FAULTS"][fault](disturbed, reference)
-    except soak["Failure"] as failure:
-        found = str(failure)
-    finally:
-        calm.close()
-        disturbed.close()
+    found = None
+    # The moment of the fault is a share of an undisturbed run's time, which another process may stretch.
+    for number in range(1 if finding is None else 3):
+        calm, disturbed = case(f"undisturbed{number}"), case(f"case{number}")
+        try:
+            reference = soak["undisturbed"](calm)
+            soak["FAULTS"][fault](disturbed, reference)
+        except soak["Failure"] as failure:
+            found = str(failure)
+            break
+        finally:
+            calm.close()
+            disturbed.close()
     assert found is None if finding is None else found is not None and found.startswith(finding), found
 
 

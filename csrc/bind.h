@@ -57,19 +57,17 @@ inline std::vector<mopo::TrainedLayer> trained_layers(const std::vector<TrainedT
   return result;
 }
 
-// (addresses of the scale's value, exp_avg and exp_avg_sq, then the shift's three)
-using NormTuple = std::array<uintptr_t, 6>;
+inline mopo::Parameter parameter(const std::array<uintptr_t, 3>& a) {
+  return {pointer<float>(a[0]), pointer<float>(a[1]), pointer<float>(a[2]), nullptr};
+}
+
+// Addresses of value, exp_avg and exp_avg_sq: the scale's, then the shift's.
+using NormTuple = std::array<std::array<uintptr_t, 3>, 2>;
 
 inline std::vector<mopo::TrainedNorm> trained_norms(const std::vector<NormTuple>& tuples) {
   std::vector<mopo::TrainedNorm> result;
-  for (const NormTuple& a : tuples)
-    result.push_back({{pointer<float>(a[0]), pointer<float>(a[1]), pointer<float>(a[2]), nullptr},
-                      {pointer<float>(a[3]), pointer<float>(a[4]), pointer<float>(a[5]), nullptr}});
+  for (const auto& [scale, shift] : tuples) result.push_back({parameter(scale), parameter(shift)});
   return result;
-}
-
-inline mopo::Parameter parameter(const std::array<uintptr_t, 3>& a) {
-  return {pointer<float>(a[0]), pointer<float>(a[1]), pointer<float>(a[2]), nullptr};
 }
 
 // (arrays, size): observations, actions, rewards, next_observations and terminals.

@@ -79,8 +79,8 @@ MAX_WORKERS = 1000
 """Upper limit of the processes that evaluate a run."""
 MAX_EPISODES = 10_000
 """Upper limit of the episodes of an evaluation, each of which has an environment in memory."""
-# Largest float32, the type of parameters and optimizers.
-_LARGEST = 3.4028234663852886e38
+LARGEST_FLOAT32 = 3.4028234663852886e38
+"""Largest float32, the type of parameters and optimizers."""
 UNTUNED = (5, 1.0)
 """The horizon and penalty_coef of data sets that nobody has published tuned values for.
 
@@ -707,5 +707,6 @@ def _check_finite(config: Any, prefix: str = "") -> None:
         for number in value if isinstance(value, tuple) else (value,):
             finite = not isinstance(number, float) or math.isfinite(number)
             _require(finite, f"{name} must be finite, got {value}")
-            fits = not isinstance(number, float) or abs(number) <= _LARGEST
-            _require(fits, f"{name} must be at most {_LARGEST:.1e} in size, as float32 is, got {value}")
+            fits = not isinstance(number, float) or abs(number) <= LARGEST_FLOAT32
+            bound = f"at most {LARGEST_FLOAT32:.1e} in size, as float32 is"
+            _require(fits, f"{name} must be {bound}, got {value}")

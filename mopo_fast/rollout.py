@@ -36,9 +36,10 @@ from mopo_fast.backends.interface import (
     network_sizes,
 )
 from mopo_fast.backends.philox import ACTION_STREAM, BATCH_STREAM, random_choice, random_uniforms
-from mopo_fast.backends.reference import act, rollout_by_steps
+from mopo_fast.backends.reference import above_limit, act, halt, rollout_by_steps
 from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import (
+    LARGEST_FLOAT32,
     MEMBER_DRAWS,
     PENALTIES,
     ROLLOUT_DTYPES,
@@ -254,11 +255,14 @@ class RolloutEngine:
         # A copy, in this process or another, reads the ensemble itself.
         return self.__dict__ | {"_kept": None}
 
+    @property
+    def _needs_penalties(self) -> bool:
+        """True where rewards depend on penalties, or a penalty can end a rollout."""
+        return self.penalty_coef != 0.0 or self.truncation.needs_penalties
+
     def _returns_penalties(self) -> bool:
         """Tell if new arrays hold penalties."""
-        if self.penalties is None:
-            return bool(self.penalty_coef) or self.truncation.needs_penalties
-        return self.penalties
+        return self._needs_penalties if self.penalties is None else self.penalties
 
     @property
     def _calls_functions(self) -> bool:
@@ -348,7 +352,7 @@ class RolloutEngine:
         if not distributions:
             result = dataclasses.replace(result, mean=None, std=None)
         if self.truncation.needs_penalties:
-            result = dataclasses.replace(result, truncations=self._above(result))
+            result = dataclasses.replace(result, truncations=above_limit(result, self.truncation))
         if self.termination_function is not None:
             ended = self.termination_function(*(make(array.clone()) for array in arrays))
             result.terminals.logical_or_(self._checked_flags(ended, len(start)))
@@ -407,12 +411,6 @@ class RolloutEngine:
         finite = (mean.isfinite() & std.isfinite()).all(-1).all(0)
         return self._checked_numbers("the penalty function", given, finite)
 
-    def _above(self, result: StepResult) -> torch.Tensor:
-        """Tell which rows have a finite prediction and a penalty that ends a rollout."""
-        assert result.penalties is not None
-        finite = result.next_observations.isfinite().all(-1) & result.rewards.isfinite()
-        return finite & (result.penalties > self.truncation.at)
-
     def _rewarded(self, result: StepResult) -> StepResult:
         """Make the rewards of raw rewards and penalties of which the caller's functions made some."""
         rewards = result.raw_rewards.clone()
@@ -420,12 +418,7 @@ class RolloutEngine:
             # With a coefficient of 0 too: a penalty that is not finite makes such a reward.
             rewards -= self.penalty_coef * result.penalties
         terminals = result.terminals | ~rewards.isfinite()
-        result = dataclasses.replace(result, rewards=rewards, terminals=terminals)
-        if self.truncation.halt_reward is None:
-            return result
-        halted = self._above(result)
-        rewards = rewards.masked_fill(halted, self.truncation.halt_reward)
-        return dataclasses.replace(result, rewards=rewards, terminals=result.terminals | halted)
+        return halt(dataclasses.replace(result, rewards=rewards, terminals=terminals), self.truncation)
 
     def _checked_numbers(self, function: str, given: Any, finite: torch.Tensor) -> torch.Tensor:
         """Return what a caller's function gave for each row, of the engine's dtype.
@@ -485,8 +478,7 @@ class RolloutEngine:
         settings = Settings(seed, False, self.operands, self.threads)
         rows = self._checked_rows(None, len(start))
         dynamics = self._dynamics()
-        penalties = dynamics.penalty_coef != 0.0 or dynamics.truncation.needs_penalties
-        whole = StepCall(dynamics, start, rows, settings, action, 0, True, penalties=penalties)
+        whole = StepCall(dynamics, start, rows, settings, action, 0, True, penalties=dynamics.needs_penalties)
         step = checked.step(get_backend(self.backend), whole)
         assert step.mean is not None and step.std is not None
         mean, std = step.mean[elites, :, :-1], step.std[elites, :, :-1].contiguous()
@@ -683,13 +675,11 @@ class RolloutEngine:
                 rows,
                 settings.deterministic,
                 distributions=False,
-                penalties=bool(self.penalty_coef)
-                or self.truncation.needs_penalties
-                or "penalties" in out.arrays,
+                penalties=self._needs_penalties or "penalties" in out.arrays,
             )
             return actions, result
 
-        return rollout_by_steps(start, rows, horizon, out, step, self.truncation.at)
+        return rollout_by_steps(start, rows, horizon, out, step, self.truncation)
 
     def _check_actor(self, policy: Actor) -> None:
         ensemble, kind = self.ensemble, type(policy)
@@ -886,7 +876,7 @@ def _is_float32(value: Any) -> bool:
     """Tell whether a value is a number within the range of float32."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
-    return abs(value) <= float(np.finfo(np.float32).max)
+    return abs(value) <= LARGEST_FLOAT32
 
 
 def allocate(

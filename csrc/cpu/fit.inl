@@ -303,22 +303,17 @@ static void fit_rows(const FitArgs& args, const FitPlan& plan, const FitWorkspac
 
 // This thread's part of the layer norms' parameters. As in train_layer, each has one thread, and its sum runs
 // over the batch in order.
+template <class Factors>
 static void train_norms(const FitArgs& args, const FitPlan& plan, const FitWorkspace& ws, const FitTurn& turn,
                         const AdamStep* steps) {
   const int64_t hidden = args.depth - 1;
-  int64_t together = 0;  // rows of a sum
-  with_factors(args.precision, [&]<class Factors>() { together = Factors::kRows; });
-  const int64_t sums = (turn.count + together - 1) / together;
+  const int64_t sums = (turn.count + Factors::kRows - 1) / Factors::kRows;
   for (int64_t l = 0; l < hidden; ++l) {
     const Norm& norm = plan.norms[turn.member * hidden + l];
     const auto train = [&](const NormArray& array, const Rows& grads, int64_t n) {
       vf gradient{};
       for (int64_t i = 0; i < sums; ++i) gradient = gradient + load(grads.at(i) + n);
-      vf value = load(array.value + n), m = load(array.exp_avg + n), v = load(array.exp_avg_sq + n);
-      adam<float>(steps[l], gradient, value, m, v);
-      store(array.exp_avg + n, m);
-      store(array.exp_avg_sq + n, v);
-      store(array.value + n, value);
+      adam(steps[l], array, n, gradient);
     };
     const Span columns = rows_of(turn.team, args.layers[l].out, W);
     for (int64_t n = columns.first; n < columns.last; n += W) {
@@ -335,7 +330,7 @@ static void fit_parameters(const FitArgs& args, const FitPlan& plan, const FitWo
     for (int64_t l = 0; l < args.depth; ++l)
       train_layer<Factors>(turn.team, layers[l], steps[l], turn.count, l == 0 ? ws.inputs : ws.hidden[l - 1],
                            l + 1 == args.depth ? ws.head_grad : ws.grads[l]);
+    if (plan.norms != nullptr) train_norms<Factors>(args, plan, ws, turn, steps);
   });
-  if (plan.norms != nullptr) train_norms(args, plan, ws, turn, steps);
   turn.team.wait();
 }

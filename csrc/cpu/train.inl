@@ -67,14 +67,17 @@ MOPO_INLINE void backward_hidden(Span rows, const Factor& grad, const Dense& lay
 // A vector of the target, moved towards the parameters' values.
 MOPO_INLINE vf moved(vf target, vf value, float polyak) { return target + (value - target) * polyak; }
 
-// One step of Adam on a vector of parameters, and of their target. Returns the new values.
-MOPO_INLINE vf adam(const AdamStep& step, const Dense& layer, int64_t at, vf gradient) {
-  vf value = load(layer.value + at), m = load(layer.exp_avg + at), v = load(layer.exp_avg_sq + at);
+// One step of Adam on a vector of parameters, and of their target if they have one. Returns the new values.
+template <class Arrays>
+MOPO_INLINE vf adam(const AdamStep& step, const Arrays& arrays, int64_t at, vf gradient) {
+  vf value = load(arrays.value + at), m = load(arrays.exp_avg + at), v = load(arrays.exp_avg_sq + at);
   adam<float>(step, gradient, value, m, v);
-  store(layer.exp_avg + at, m);
-  store(layer.exp_avg_sq + at, v);
-  store(layer.value + at, value);
-  if (layer.target != nullptr) store(layer.target + at, moved(load(layer.target + at), value, step.polyak));
+  store(arrays.exp_avg + at, m);
+  store(arrays.exp_avg_sq + at, v);
+  store(arrays.value + at, value);
+  if constexpr (requires { arrays.target; })
+    if (arrays.target != nullptr)
+      store(arrays.target + at, moved(load(arrays.target + at), value, step.polyak));
   return value;
 }
 

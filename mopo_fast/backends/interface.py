@@ -64,6 +64,11 @@ class DynamicsArrays:
     keep_member: bool
     kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
+    @property
+    def needs_penalties(self) -> bool:
+        """True where rewards depend on penalties, or a penalty can end a rollout."""
+        return self.penalty_coef != 0.0 or self.truncation.needs_penalties
+
     def spelled_out(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return max_logvar, min_logvar [members, obs_dim + 1] and carry, as the C++ kernels read them."""
         members = len(self.weights[0])
@@ -269,12 +274,7 @@ class RolloutCall:
     @property
     def penalties(self) -> bool:
         """Tell if the penalties are read: for the rewards, to end rollouts, or by the ring."""
-        dynamics = self.dynamics
-        return (
-            dynamics.penalty_coef != 0.0
-            or dynamics.truncation.needs_penalties
-            or self.out.arrays.get("penalties") is not None
-        )
+        return self.dynamics.needs_penalties or self.out.arrays.get("penalties") is not None
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,7 @@
 Source: the authors' models/fake_env.py for the step, mopo.py for the rollout.
 """
 
-import math
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -21,6 +21,7 @@ from mopo_fast.backends.interface import (
     Settings,
     StepCall,
     StepResult,
+    Truncation,
     ValuesCall,
 )
 from mopo_fast.backends.philox import (
@@ -121,20 +122,35 @@ def _step(
         rewards = raw_rewards - dynamics.penalty_coef * penalties
     inside = (next_observations >= dynamics.low) & (next_observations <= dynamics.high)
     finite = torch.isfinite(next_observations).all(-1) & torch.isfinite(rewards)
-    terminals = ~(inside.all(-1) & finite)
-    halt_reward = dynamics.truncation.halt_reward
-    if halt_reward is not None and penalties is not None:
-        halted = finite & (penalties > dynamics.truncation.at)
-        rewards, terminals = rewards.masked_fill(halted, halt_reward), terminals | halted
-    return StepResult(
+    result = StepResult(
         next_observations=next_observations,
         rewards=rewards,
-        terminals=terminals,
+        terminals=~(inside.all(-1) & finite),
         raw_rewards=raw_rewards,
         penalties=penalties,
         members=members.to(torch.int32),
         mean=mean,
         std=variance.sqrt(),
+    )
+    return halt(result, dynamics.truncation)
+
+
+def above_limit(result: StepResult, truncation: Truncation) -> torch.Tensor:
+    """Tell which rows, bool [batch], are finite and have a penalty that ends a rollout."""
+    assert result.penalties is not None
+    finite = torch.isfinite(result.next_observations).all(-1) & torch.isfinite(result.rewards)
+    return finite & (result.penalties > truncation.at)
+
+
+def halt(result: StepResult, truncation: Truncation) -> StepResult:
+    """Give the rows that are above the limit the halt reward, if there is one, and make them terminal."""
+    if truncation.halt_reward is None:
+        return result
+    halted = above_limit(result, truncation)
+    return dataclasses.replace(
+        result,
+        rewards=result.rewards.masked_fill(halted, truncation.halt_reward),
+        terminals=result.terminals | halted,
     )
 
 
@@ -144,7 +160,7 @@ def rollout_by_steps(
     horizon: int,
     out: Destination,
     step: Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, StepResult]],
-    truncate_at: float = math.inf,
+    truncation: Truncation,
 ) -> RolloutCounts:
     """Make rollouts step by step, with the result of a fused kernel.
 
@@ -154,7 +170,7 @@ def rollout_by_steps(
         horizon: most steps of a rollout.
         out: the ring that the transitions are written to.
         step: returns the actions and the model step of (observations, rows, t) of the rollouts that go on.
-        truncate_at: a rollout ends after a step with a larger penalty.
+        truncation: penalties that end a rollout.
     """
     position = torch.arange(len(rows), device=rows.device)
     parts: list[dict[str, torch.Tensor]] = []
@@ -180,9 +196,8 @@ def rollout_by_steps(
         }
         parts.append({name: array[finite] for name, array in part.items() if array is not None})
         alive = finite & ~result.terminals
-        if truncate_at < math.inf:
-            assert result.penalties is not None
-            above = finite & (result.penalties > truncate_at)
+        if truncation.needs_penalties:
+            above = above_limit(result, truncation)
             truncated += int(above.sum())
             alive &= ~above
         observations, rows, position = result.next_observations[alive], rows[alive], position[alive]
@@ -263,5 +278,5 @@ class ReferenceBackend(Backend):
             )
             return actions, self.step(one)
 
-        truncate_at = call.dynamics.truncation.at
-        return rollout_by_steps(call.observations, call.rows, call.horizon, call.out, step, truncate_at)
+        truncation = call.dynamics.truncation
+        return rollout_by_steps(call.observations, call.rows, call.horizon, call.out, step, truncation)

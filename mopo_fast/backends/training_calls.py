@@ -91,11 +91,11 @@ def _layers(parameters: list[Parameter]) -> list[tuple[int, int, list[int]]]:
     ]
 
 
-def _norms(parameters: list[Parameter]) -> list[list[int]]:
+def _norms(parameters: list[Parameter]) -> list[tuple[list[int], list[int]]]:
     """Return the addresses of each layer norm, from all scales, then all shifts."""
     depth = len(parameters) // 2
     return [
-        _addresses(scale)[:3] + _addresses(shift)[:3]
+        (_addresses(scale)[:3], _addresses(shift)[:3])
         for scale, shift in zip(parameters[:depth], parameters[depth:], strict=True)
     ]
 

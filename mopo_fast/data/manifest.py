@@ -19,6 +19,7 @@ from pydantic import AfterValidator, AliasChoices, Field
 
 from mopo_fast.config import (
     CHECKSUMS,
+    LARGEST_FLOAT32,
     Checksum,
     Compression,
     MemberDraw,
@@ -53,9 +54,8 @@ ShardRows = Annotated[int, Field(ge=1, lt=2**32)]
 # Number of rollouts that a shard begins; the next shard's rollouts are numbered 2^32 higher.
 Starts = Annotated[int, Field(ge=1, le=2**32)]
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
-# Largest float32.
-_LARGEST = 3.4028234663852886e38
 _NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Float32 = Annotated[float, Field(ge=-LARGEST_FLOAT32, le=LARGEST_FLOAT32)]
 _Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 # Hexadecimal digits of each checksum.
 _DIGITS: dict[str, int] = {"xxh3_128": 32, "sha256": 64}
@@ -96,13 +96,13 @@ class RunSettings:
     penalty_members: PenaltyMembers
     termination: str | None
     # Manifests of earlier versions have none of these.
-    truncate_at: Annotated[_NotNegative, Field(le=_LARGEST)] | None = field(default=None, kw_only=True)
-    halt_reward: Annotated[float, Field(ge=-_LARGEST, le=_LARGEST)] | None = field(default=None, kw_only=True)
+    truncate_at: Annotated[_NotNegative, Field(le=LARGEST_FLOAT32)] | None = field(default=None, kw_only=True)
+    halt_reward: _Float32 | None = field(default=None, kw_only=True)
     member: MemberDraw = field(default="per_step", kw_only=True)
 
 
 # Their defaults are left out of digests and of shards, which so keep those of earlier versions.
-_LATER = {"truncate_at": None, "halt_reward": None, "member": "per_step"}
+_LATER = {one.name: one.default for one in dataclasses.fields(RunSettings) if one.kw_only}
 
 
 @dataclass(frozen=True)

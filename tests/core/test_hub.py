@@ -156,7 +156,7 @@ def test_an_interrupted_download_goes_on(hub: Hub, run: Path, name: str) -> None
     hub.cut = ""
     hub.asked.clear()
     assert (pull(REPO) / name).read_bytes() == hub.files(REPO)[name]
-    # What has arrived is not fetched again.
+    # A file that is there already is not fetched again.
     again = {asked for asked in hub.asked if asked.startswith("GET") and "resolve" in asked}
     assert before and not {asked for asked in before & again if not asked.endswith(name)}
 

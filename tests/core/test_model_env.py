@@ -575,7 +575,7 @@ def test_torchrl_collects(mode: AutoresetMode) -> None:
     for batch in collector:
         ended = batch["next", "done"][:, :-1, 0]
         assert batch.shape == (4, 10) and ended.any() and batch["next", "terminated"].any()
-        # Where an episode goes on, the next row begins with its observation; where it ends, with a new one.
+        # The next row begins with this row's next observation, unless the episode has ended.
         follows = (batch["next", "observation"][:, :-1] == batch["observation"][:, 1:]).all(-1)
         assert torch.equal(follows, ~ended)
         # Truncated after three steps: no episode is longer.

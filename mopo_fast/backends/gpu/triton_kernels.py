@@ -325,27 +325,20 @@ def _network(
     `here` and `there` are scratch for the activations; x may be `there`. NORM_SIZES are the hidden layers'
     sizes without padding where they have layer norms, else None; `raw` is scratch for their inputs.
     """
-    if NORM_SIZES is not None:
-        for layer in tl.static_range(len(SIZES) - 2):
-            _layer(x, WIDTH, weight, bias, raw, WIDTH, SIZES[layer], SIZES[layer + 1],
-                   "linear", OPERANDS, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
-            _normalise(raw, here, WIDTH, scale, shift,
-                       NORM_SIZES[layer], SIZES[layer + 1], ACTIVATION, OPERANDS, ROWS)  # fmt: skip
-            weight += SIZES[layer] * SIZES[layer + 1]
-            bias += SIZES[layer + 1]
-            scale += SIZES[layer + 1]
-            shift += SIZES[layer + 1]
-            x = here
-            here = there
-            there = x
-        _layer(x, WIDTH, weight, bias, heads, HEADS, SIZES[len(SIZES) - 2], SIZES[len(SIZES) - 1],
-               "linear", OPERANDS, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
-    elif _fits(SIZES, HELD):
+    if NORM_SIZES is None and _fits(SIZES, HELD):
         _held_network(x, heads, weight, bias, SIZES, ACTIVATION, OPERANDS, WIDTH, HEADS, ROWS, BLOCK_K)
     else:
         for layer in tl.static_range(len(SIZES) - 2):
-            _layer(x, WIDTH, weight, bias, here, WIDTH, SIZES[layer], SIZES[layer + 1],
-                   ACTIVATION, OPERANDS, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
+            if NORM_SIZES is None:
+                _layer(x, WIDTH, weight, bias, here, WIDTH, SIZES[layer], SIZES[layer + 1],
+                       ACTIVATION, OPERANDS, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
+            else:
+                _layer(x, WIDTH, weight, bias, raw, WIDTH, SIZES[layer], SIZES[layer + 1],
+                       "linear", OPERANDS, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
+                _normalise(raw, here, WIDTH, scale, shift,
+                           NORM_SIZES[layer], SIZES[layer + 1], ACTIVATION, OPERANDS, ROWS)  # fmt: skip
+                scale += SIZES[layer + 1]
+                shift += SIZES[layer + 1]
             weight += SIZES[layer] * SIZES[layer + 1]
             bias += SIZES[layer + 1]
             x = here

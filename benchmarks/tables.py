@@ -212,6 +212,20 @@ def _penalty(records: list[Record]) -> str:
     )
 
 
+def _pieces(records: list[Record]) -> str:
+    (record,) = records
+    rates = record["transitions_per_second"]
+    header = ["transitions/s", *(f"{int(count):,} rollouts" for count in rates)]
+    names = list(next(iter(rates.values())))
+    return markdown_table(
+        header,
+        [
+            [name, *(f"{each[name]:,.0f} ({each[name] / each[names[0]]:.2f})" for each in rates.values())]
+            for name in names
+        ],
+    )
+
+
 def _step(records: list[Record]) -> str:
     (record,) = records
     return markdown_table(
@@ -286,6 +300,7 @@ RENDERERS: dict[str, Callable[[list[Record]], str]] = {
     "compat": _compat,
     "bulk": _bulk,
     "penalty": _penalty,
+    "pieces": _pieces,
     "step": _step,
 }
 

@@ -22,6 +22,7 @@ __all__ = [
     "TrainConfig",
     "Transitions",
     "__version__",
+    "clone_policy",
     "fit_dynamics",
     "load_dataset",
     "open_rollouts",
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from mopo_fast import backends as backends
     from mopo_fast import buffer as buffer
     from mopo_fast import bulk as bulk
+    from mopo_fast import clone as clone
     from mopo_fast import collect as collect
     from mopo_fast import compat as compat
     from mopo_fast import config as config
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from mopo_fast import tasks as tasks
     from mopo_fast import train as train
     from mopo_fast.backends import StepResult
+    from mopo_fast.clone import clone_policy
     from mopo_fast.config import TrainConfig
     from mopo_fast.data import Transitions, load_dataset
     from mopo_fast.data.shards import open_rollouts
@@ -79,6 +82,7 @@ _HOMES = {
     "Task": "tasks",
     "TrainConfig": "config",
     "Transitions": "data",
+    "clone_policy": "clone",
     "fit_dynamics": "fit",
     "load_dataset": "data",
     "open_rollouts": "data.shards",

@@ -270,8 +270,8 @@ class Actor(nn.Module):
         return actor.to(device)
 
 
-Policy = Actor | Callable[[Any], Any] | Literal["uniform"]
-"""An `Actor`, a function of observations [n, obs_dim] that returns actions [n, act_dim], or "uniform"."""
+Policy = Actor | Callable[[Any], Any] | Literal["uniform", "behavior"]
+"""An `Actor`, a function of observations [n, obs_dim] that returns actions [n, act_dim], or a name."""
 
 
 class Critic(nn.Module):

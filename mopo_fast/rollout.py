@@ -38,6 +38,7 @@ from mopo_fast.backends.interface import (
 from mopo_fast.backends.philox import ACTION_STREAM, BATCH_STREAM, random_choice, random_uniforms
 from mopo_fast.backends.reference import above_limit, act, halt, rollout_by_steps
 from mopo_fast.buffer import RingBuffer
+from mopo_fast.clone import clone_policy
 from mopo_fast.config import (
     LARGEST_FLOAT32,
     MEMBER_DRAWS,
@@ -517,7 +518,8 @@ class RolloutEngine:
             policy: an `Actor`, whose steps are fused with the ensemble's. Or any function of observations,
                 a tensor [n, obs_dim] of the rollouts that go on, that returns finite actions [n, act_dim]:
                 it is called at each step, and the kernels compute the ensemble alone. "uniform" draws
-                actions from [-1, 1] in the same way.
+                actions from [-1, 1] in the same way. "behavior" clones the policy that made the data set of
+                the start states, by `clone_policy` with this seed, which takes some seconds at each call.
             start_observations: finite floats [batch, obs_dim], an array as for `step`. Or `Transitions`, or
                 the name or path of a data set, from whose observations `count` are drawn.
             horizon: most steps of a rollout, at least 1.
@@ -542,18 +544,23 @@ class RolloutEngine:
                 a policy, or a function returns something else than actions.
         """
         ensemble = self.ensemble
-        if count is not None or isinstance(start_observations, str | os.PathLike | Transitions):
-            start_observations = self._draw_starts(start_observations, count, seed)
+        if isinstance(start_observations, str | os.PathLike):
+            start_observations = load_dataset(os.fspath(start_observations))
+        source = start_observations
+        if count is not None or isinstance(source, Transitions):
+            start_observations = self._draw_starts(source, count, seed)
         start = self._checked("start_observations", start_observations, ensemble.obs_dim)
         rows = self._checked_rows(rows, len(start))
         checked.check_range("seed", seed, 0, 2**64)
         checked.check_range("horizon", horizon, 1, 2**31)
+        if isinstance(policy, str) and policy == "behavior":
+            policy = self._clone(source, seed)
         if isinstance(policy, Actor):
             self._check_actor(policy)
         elif not callable(policy) and policy != "uniform":
             raise InputError(
-                'policy must be a mopo_fast.Actor, "uniform", or a function of observations that returns'
-                f" actions, got {policy!r:.100}; for any other policy loop over `engine.step`"
+                'policy must be a mopo_fast.Actor, "uniform", "behavior", or a function of observations that'
+                f" returns actions, got {policy!r:.100}; for any other policy loop over `engine.step`"
             )
         if out is None:
             penalties = self._returns_penalties()
@@ -632,7 +639,7 @@ class RolloutEngine:
 
     def _draw_starts(self, given: Any, count: int | None, seed: int) -> torch.Tensor:
         """Draw start states from the observations of a data set."""
-        if not isinstance(given, str | os.PathLike | Transitions):
+        if not isinstance(given, Transitions):
             raise InputError(
                 "count is for start states that are drawn from a data set; leave it out, or give Transitions"
                 " or the name of a data set"
@@ -641,10 +648,18 @@ class RolloutEngine:
             raise InputError("start states from a data set need count, the number of them to draw")
         checked.check_range("count", count, 1, 2**31)
         checked.check_range("seed", seed, 0, 2**64)
-        data = given if isinstance(given, Transitions) else load_dataset(os.fspath(given))
-        numbers = torch.arange(count, device=data.device)
-        drawn = random_choice(numbers, 0, BATCH_STREAM, len(data), derive_seed(seed, START))
-        return data.observations[drawn].to(self.device)
+        numbers = torch.arange(count, device=given.device)
+        drawn = random_choice(numbers, 0, BATCH_STREAM, len(given), derive_seed(seed, START))
+        return given.observations[drawn].to(self.device)
+
+    def _clone(self, data: Any, seed: int) -> Actor:
+        """Clone the policy that made the data set of the start states."""
+        if not isinstance(data, Transitions):
+            raise InputError(
+                'policy="behavior" is the policy of the data set that start states are drawn from; give'
+                " Transitions or the name of a data set, and count"
+            )
+        return clone_policy(data, seed=seed).to(self.device)
 
     def _backend_for(self, policy: Actor) -> Backend:
         """Return the engine's backend, or another one if it cannot serve such a policy."""

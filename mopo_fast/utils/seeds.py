@@ -10,4 +10,4 @@ def derive_seed(seed: int, *path: int) -> int:
 
 
 # First elements of a path: the parts of a run. Their values decide all random numbers of all runs.
-FIT, INIT, START, ROLLOUT, SAC, EVALUATE, COLLECT, REPORT, ONLINE, MEASURE, SELECT = range(11)
+FIT, INIT, START, ROLLOUT, SAC, EVALUATE, COLLECT, REPORT, ONLINE, MEASURE, SELECT, CLONE = range(12)

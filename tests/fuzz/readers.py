@@ -70,7 +70,7 @@ EXEMPT = {
     "mopo_fast.utils.atomic:sweep": "opens temporary files to lock them, and reads nothing",
     "mopo_fast.utils.atomic:sync_folder": "opens a folder to flush it",
     "mopo_fast.rollout:RolloutEngine.penalty_quantile": "calls `load_dataset`, which has joined",
-    "mopo_fast.rollout:RolloutEngine._draw_starts": "calls `load_dataset`, which has joined",
+    "mopo_fast.rollout:RolloutEngine.rollout": "calls `load_dataset`, which has joined",
     "mopo_fast.utils.atomic:scratch_folder": "opens a folder to lock it",
     "mopo_fast.utils.atomic:_remove_unlocked": "opens a folder to lock it",
     "mopo_fast.utils.atomic:_parse": "is called by readers, which join by themselves",

@@ -355,10 +355,12 @@ def test_the_target_entropy_of_other_tasks(
 
 
 def test_the_return_stands_where_there_is_no_score() -> None:
-    def run(score: float | None, evaluated: int | None = 3) -> Any:
+    def run(score: float | None, evaluated: int | None = 3, truncates: bool = False) -> Any:
         evaluation = SimpleNamespace(score_mean=score, return_mean=12.34)
-        row = {"epoch": 3, "penalty": 0.5, "q": 1.0}
-        return SimpleNamespace(log=SimpleNamespace(evaluation=evaluation, evaluated=evaluated, row=row))
+        row = {"epoch": 3, "penalty": 0.5, "q": 1.0, "length": 87.25}
+        log = SimpleNamespace(evaluation=evaluation, evaluated=evaluated, row=row)
+        config = SimpleNamespace(rollout=SimpleNamespace(truncates=truncates))
+        return SimpleNamespace(log=log, config=config)
 
     assert progress_note([run(None)]) == "return 12.3, penalty 0.5, q 1"
     assert progress_note([run(50.0), run(60.0)]) == "score 55.0, penalty 0.5, q 1"
@@ -366,6 +368,8 @@ def test_the_return_stands_where_there_is_no_score() -> None:
     assert progress_note([run(50.0, evaluated=2)]) == "score 50.0 at epoch 2, penalty 0.5, q 1"
     assert progress_note([run(50.0, 1), run(60.0, 2)]) == "score 55.0 at epoch 1 to 2, penalty 0.5, q 1"
     assert progress_note([run(50.0, evaluated=None)]) == "penalty 0.5, q 1"
+    # Rollouts that a penalty can end differ in length.
+    assert progress_note([run(50.0, truncates=True)]) == "score 50.0, penalty 0.5, q 1, length 87.2"
 
 
 @pytest.mark.parametrize(

@@ -356,8 +356,8 @@ class SACConfig:
         batch_size: Transitions of one update, from the data set and the model buffer together.
         real_ratio: Share of each batch that is drawn from the data set, rounded down to whole transitions.
             The rest is drawn from the model buffer.
-        dtype: Precision of the factors in the matrix products of SAC, except in the first and the last
-            layer of each network. Everything else is always float32.
+        dtype: Precision of the factors in the matrix products of SAC, except in the last layer of each
+            network and in the first, which is bfloat16x3 on AMX. Everything else is always float32.
     """
 
     hidden: Annotated[tuple[int, ...], flag(metavar="INT ...")] = (256, 256)

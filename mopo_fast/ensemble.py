@@ -158,17 +158,20 @@ def normalise(x: torch.Tensor, norms: Norms | None, layer: int) -> torch.Tensor:
     return functional.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPSILON) * scale + shift
 
 
-def trained_mlp(operands: str | None, *, inner: bool = False) -> Callable[..., torch.Tensor]:
+def trained_mlp(
+    operands: str | None, *, first: str | None = None, last: str | None = None
+) -> Callable[..., torch.Tensor]:
     """Return `mlp`, without its last argument, for training in a precision.
 
     Args:
         operands: precision of the products' factors, forwards and backwards: one of `config.TRAINING_DTYPES`,
             or None for float32.
-        inner: leave the products of the first and of the last layer in full precision.
+        first: precision of the first layer's, if it is another one.
+        last: precision of the last layer's, if it is another one.
     """
     if operands in (None, "float32"):
         return mlp
-    return functools.partial(_rounded_mlp, operands=operands, inner=inner)
+    return functools.partial(_rounded_mlp, operands=operands, first=first, last=last)
 
 
 def _rounded_mlp(
@@ -178,14 +181,15 @@ def _rounded_mlp(
     activation: str,
     *,
     operands: str,
-    inner: bool,
+    first: str | None,
+    last: str | None,
     norms: Norms | None = None,
 ) -> torch.Tensor:
     weights = list(weights)
+    precisions = {0: first, len(weights) - 1: last}
     for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         x = activate(normalise(x, norms, layer - 1), activation) if layer else x
-        exact = inner and layer in (0, len(weights) - 1)
-        x = _RoundedLayer.apply(x, weight, bias.unsqueeze(-2), "float32" if exact else operands)
+        x = _RoundedLayer.apply(x, weight, bias.unsqueeze(-2), precisions.get(layer) or operands)
     return x
 
 

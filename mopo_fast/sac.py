@@ -141,7 +141,7 @@ class SAC:
         self.optimizers = {
             name: Adam(some, rate, epsilon=config.adam_epsilon) for name, (some, rate) in parts.items()
         }
-        self._network = trained_mlp(config.dtype, inner=True)
+        self._network = trained_mlp(config.dtype, first="float32", last="float32")
         self._targets = list(self.target.parameters())
         self._recorder = Recorder()
 

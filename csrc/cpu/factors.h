@@ -81,11 +81,12 @@ struct PanelFactors {
                    target ? layer.target_weight : layer.weight.across, epilogue);
   }
 
-  // G W^T: gradients of the layer's inputs.
+  // G W^T: gradients of the layer's inputs, from the panel on that holds input `from`.
   template <class Epilogue>
-  MOPO_INLINE void backward(int64_t first, int64_t last, const Factor& grad, const Dense& layer,
+  MOPO_INLINE void backward(int64_t first, int64_t last, int64_t from, const Factor& grad, const Dense& layer,
                             Epilogue epilogue) {
-    product<false>(first, last, 0, layer.in, layer.out, grad.along, layer.weight.along, epilogue);
+    product<false>(first, last, from / kPanel * kPanel, layer.in, layer.out, grad.along, layer.weight.along,
+                   epilogue);
   }
 
   // Rows first .. last of X^T G, summed over `count` rows of the batch.
@@ -150,7 +151,7 @@ struct PackedFactors {
   template <int kWide>
   MOPO_INLINE void put_grad(const Factor& to, int64_t row, int64_t column, vf (&block)[kBlock][kWide]) {
     each_part(block, [&](int part) {
-      put_along(to, row, column, part, block);
+      if (to.along.data != nullptr) put_along(to, row, column, part, block);
       if (to.across.data != nullptr) put_across(to.across, row, column, part, block);
     });
   }
@@ -188,7 +189,7 @@ struct PackedFactors {
   MOPO_INLINE void forward(int64_t first, int64_t last, const Factor& x, const Dense& layer, bool target,
                            Epilogue epilogue) {
     const Panels value{target ? layer.target : layer.value, layer.rows};
-    product(first, last, layer.out, layer.in, x.along, target ? layer.target_weight : layer.weight.across,
+    product(first, last, 0, layer.out, layer.in, x.along, target ? layer.target_weight : layer.weight.across,
             [&](int64_t row, int64_t column, auto& block) {
               const float* bias = at(value, layer.in, column);
               each_vector(block, [&](int, int v, vf& sum) { sum = sum + load(bias + v * W); });
@@ -197,15 +198,15 @@ struct PackedFactors {
   }
 
   template <class Epilogue>
-  MOPO_INLINE void backward(int64_t first, int64_t last, const Factor& grad, const Dense& layer,
+  MOPO_INLINE void backward(int64_t first, int64_t last, int64_t from, const Factor& grad, const Dense& layer,
                             Epilogue epilogue) {
-    product(first, last, layer.in, layer.out, grad.along, layer.weight.along, epilogue);
+    product(first, last, from / kRows * kRows, layer.in, layer.out, grad.along, layer.weight.along, epilogue);
   }
 
   template <class Epilogue>
   MOPO_INLINE void weight_gradient(int64_t first, int64_t last, int64_t count, const Factor& x,
                                    const Factor& grad, const Dense& layer, Epilogue epilogue) {
-    product(first, smaller(last, layer.rows), layer.out, count, x.across, grad.across, epilogue);
+    product(first, smaller(last, layer.rows), 0, layer.out, count, x.across, grad.across, epilogue);
   }
 
  private:
@@ -250,11 +251,11 @@ struct PackedFactors {
   }
 
 #ifdef MOPO_AMX
-  // Rows first .. last and columns 0 .. width of a product that sums `depth` terms, in squares of four tiles.
-  // The epilogue of a square runs piece by piece among the tile products of the next one.
+  // Rows first .. last and columns first_column .. width of a product that sums `depth` terms, in squares of
+  // four tiles. The epilogue of a square runs piece by piece among the tile products of the next one.
   template <class Epilogue>
-  MOPO_INLINE void product(int64_t first, int64_t last, int64_t width, int64_t depth, const Panels& a,
-                           const Panels& b, Epilogue epilogue) {
+  MOPO_INLINE void product(int64_t first, int64_t last, int64_t first_column, int64_t width, int64_t depth,
+                           const Panels& a, const Panels& b, Epilogue epilogue) {
     if (first >= last) return;
     constexpr int64_t kPieces = kRows / kBlock;
     alignas(64) float sums[2][kRows * kRows];
@@ -262,9 +263,9 @@ struct PackedFactors {
     asm volatile("" ::: "memory");
     const int64_t steps = (depth + kRows - 1) / kRows;
     const int64_t row_squares = (last - first + kRows - 1) / kRows;
-    const int64_t squares = row_squares * ((width + kRows - 1) / kRows);
+    const int64_t squares = row_squares * ((width - first_column + kRows - 1) / kRows);
     const auto row_of = [&](int64_t square) { return first + square % row_squares * kRows; };
-    const auto column_of = [&](int64_t square) { return square / row_squares * kRows; };
+    const auto column_of = [&](int64_t square) { return first_column + square / row_squares * kRows; };
     const auto finish = [&](int64_t square, int64_t piece, int64_t end) {
       const int64_t column = column_of(square);
       for (; piece < end; ++piece) {
@@ -348,12 +349,12 @@ struct PackedFactors {
     }
   }
 
-  // Rows first .. last and columns 0 .. width of a product that sums `depth` terms.
+  // Rows first .. last and columns first_column .. width of a product that sums `depth` terms.
   template <class Epilogue>
-  MOPO_INLINE void product(int64_t first, int64_t last, int64_t width, int64_t depth, const Panels& a,
-                           const Panels& b, Epilogue epilogue) {
+  MOPO_INLINE void product(int64_t first, int64_t last, int64_t first_column, int64_t width, int64_t depth,
+                           const Panels& a, const Panels& b, Epilogue epilogue) {
     const int64_t tiles = (depth + kRows - 1) / kRows;
-    for (int64_t column = 0; column < width; column += kRows) {
+    for (int64_t column = first_column; column < width; column += kRows) {
       const float* right = tile(b, column, 0, 0);
       const auto run = [&]<int kWide>() {
         for (int64_t row = first; row < last; row += kBlock) {
@@ -372,4 +373,17 @@ struct PackedFactors {
 };
 using BFloat16Factors = PackedFactors<1>;
 using BFloat16x3Factors = PackedFactors<2>;
+#endif
+
+// The factors of a SAC network's first layer, where the hidden layers have the factors `Inner`: three
+// products in bfloat16 where that is faster than float32, else float32.
+template <class Inner>
+struct FirstLayer {
+  using Factors = Float32Factors;
+};
+#ifdef MOPO_AMX
+template <int kParts>
+struct FirstLayer<PackedFactors<kParts>> {
+  using Factors = BFloat16x3Factors;
+};
 #endif

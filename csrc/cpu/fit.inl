@@ -67,21 +67,9 @@ struct FitRows {
     }
     set_ones(0, rows, gathered, in);
     if constexpr (Factors::kCopies)
-      each_block(gathered, in + 1, [&](int64_t row, int64_t column, auto& block) {
+      each_block(gathered, {0, rows}, in + 1, [&](int64_t row, int64_t column, auto& block) {
         Factors::put_left(to, row, column, block);
       });
-  }
-
-  // Calls visit(row, column, block) for the blocks of a matrix.
-  template <class Visit>
-  void each_block(const Panels& matrix, int64_t width, Visit visit) const {
-    for (int64_t column = 0; column < width; column += kPanel)
-      for (int64_t row = 0; row < rows; row += kBlock) {
-        const float* from = at(matrix, row, column);
-        vf block[kBlock][kWidest];
-        each_vector(block, [&](int i, int v, vf& x) { x = load(from + within(i, v)); });
-        visit(row, column, block);
-      }
   }
 
   template <Activation activation>
@@ -107,7 +95,7 @@ struct FitRows {
       });
       normalise(l);
       const Factor above = left(l + 1);
-      each_block(outputs, layer.out, [&](int64_t row, int64_t column, auto& block) {
+      each_block(outputs, {0, rows}, layer.out, [&](int64_t row, int64_t column, auto& block) {
         each_vector(block, [&](int, int v, vf& x) {
           const int64_t n = column + v * W;
           x = x * load(norm(l).scale.value + n) + load(norm(l).shift.value + n);
@@ -238,7 +226,7 @@ struct FitRows {
     if constexpr (Factors::kCopies) {
       for (int64_t row = count; row < rows; ++row)
         for (int64_t d = 0; d < 2 * dims; ++d) *at(head_grad, row, d) = 0.0f;
-      each_block(head_grad, 2 * dims, [&](int64_t row, int64_t column, auto& block) {
+      each_block(head_grad, {0, rows}, 2 * dims, [&](int64_t row, int64_t column, auto& block) {
         Factors::put_grad(to, row, column, block);
       });
     }
@@ -256,14 +244,14 @@ struct FitRows {
         continue;
       }
       const Panels& grads = window.slopes[l - 1];
-      Factors::backward(0, rows, grad(l), layers()[l], [&](int64_t row, int64_t column, auto& block) {
+      Factors::backward(0, rows, 0, grad(l), layers()[l], [&](int64_t row, int64_t column, auto& block) {
         multiply(row, column, block);
         float* to = at(grads, row, column);
         each_vector(block, [&](int i, int v, vf x) { store(to + within(i, v), x); });
       });
       differentiate_norm(l - 1);
       const Factor below = grad(l - 1);
-      each_block(grads, layers()[l].in, [&](int64_t row, int64_t column, auto& block) {
+      each_block(grads, {0, rows}, layers()[l].in, [&](int64_t row, int64_t column, auto& block) {
         Factors::put_grad(below, row, column, block);
       });
     }

@@ -152,6 +152,19 @@ struct Team {
   void wait() const noexcept;
 };
 
+// A critic of SAC that a team works on. From its forward pass to its step it has the memory of number `slot`,
+// which no other team uses.
+struct CriticTurn {
+  int64_t critic, slot;
+  Team team;
+};
+
+// Inputs of a network, and the factor that its first layer takes: in float32 the numbers themselves.
+struct SacInputs {
+  Panels numbers;
+  Factor factor;
+};
+
 // The matrices of an update of SAC. hidden = depth - 1. A comment such as `obs_dim, act_dim, 1` lists
 // columns; the 1 is the column of ones that the next layer's bias is multiplied by. The outputs of a hidden
 // layer are a factor of the layer above, and of its precision.
@@ -160,16 +173,17 @@ struct SacPlan {
   const Dense* actor;   // [depth]
   const Dense* critic;  // [critics][depth]
   float alpha;
-  Panels observations, next_observations;     // obs_dim, 1
-  Panels inputs, next_inputs, policy_inputs;  // obs_dim, act_dim, 1
-  const Factor *actor_hidden, *actor_grad;    // [hidden]: outputs, and gradients before the activation
-  const Factor* next_hidden;                  // [hidden]: outputs at the next observations
-  Rows actor_head;                            // 2 act_dim
-  Panels actor_head_grad;                     // likewise
-  const Factor *critic_hidden, *critic_grad;  // [critics][hidden]
-  const Factor* scratch_hidden;         // [critics][hidden]: of the targets, and at the policy's actions
-  const Factor* scratch_grad;           // [critics][hidden]: of the policy's loss
-  Rows noise, spread, slopes, actions;  // act_dim; slopes are set if there is a log_prob_epsilon
+  SacInputs observations, next_observations;     // obs_dim, 1
+  SacInputs inputs, next_inputs, policy_inputs;  // obs_dim, act_dim, 1
+  const Factor *actor_hidden, *actor_grad;       // [hidden]: outputs, and gradients before the activation
+  const Factor* next_hidden;                     // [hidden]: outputs at the next observations
+  Rows actor_head;                               // 2 act_dim
+  Panels actor_head_grad;                        // likewise
+  const Factor *critic_hidden, *critic_grad;     // [slots][hidden]
+  const Factor* target_hidden;                   // [slots][hidden]: of the targets
+  const Factor* policy_hidden;                   // [critics][hidden]: at the policy's actions
+  const Factor* policy_grad;                     // [slots][hidden]: of the policy's loss
+  Rows noise, spread, slopes, actions;           // act_dim; slopes are set if there is a log_prob_epsilon
   // obs_dim, act_dim; only the actions' columns are used. A matrix, or one for each critic with mean_actor.
   Rows action_grad;
   float *rewards, *discounts, *log_prob, *next_log_prob;  // [rows]; discounts are 0 after a terminal one
@@ -251,20 +265,21 @@ struct Kernels {
   Packing packings[kPrecisions];
   int64_t block, panel;  // in training: rows of a block and columns of a panel
   int64_t tile;          // rows of a tile of packed bfloat16 factors; 0 where they are rounded floats
+  // In SAC: of a network's first layer, where the hidden layers have this or that precision.
+  Precision first_layer[kPrecisions];
   void (*rollout_chunk)(const RolloutArgs&, const RolloutPlan&, RolloutWorkspace&, ChunkOutput&,
                         int64_t first, int64_t rows);
   void (*least_values)(const ValuesArgs&, const ValuesPlan&, ValuesWorkspace&, int64_t first, int64_t last);
-  // The stages of an update of SAC, in order, but for SacOrder::kActorFirst, where sac_evaluate comes second,
-  // and sac_next, sac_target and sac_critic come last. All threads finish one before any begins the next. The
-  // critics' parameters move in sac_critic, or in sac_action_gradient with SacOrder::kSimultaneous.
+  // The parts of an update of SAC, which sac.cpp puts in order. The critics' parameters move in sac_critic,
+  // or in sac_action_gradient with SacOrder::kSimultaneous.
   void (*sac_sample)(const SacArgs&, const SacPlan&, const Team&, int64_t update);
   // `place` is the critic's among those of the targets.
-  void (*sac_target)(const SacArgs&, const SacPlan&, const Team&, int64_t critic, int64_t place);
-  void (*sac_critic)(const SacArgs&, const SacPlan&, const Team&, int64_t critic, const AdamStep&);
-  void (*sac_action_gradient)(const SacArgs&, const SacPlan&, const Team&, int64_t critic, const AdamStep&);
+  void (*sac_target)(const SacArgs&, const SacPlan&, const CriticTurn&, int64_t place);
+  void (*sac_critic)(const SacArgs&, const SacPlan&, const CriticTurn&, const AdamStep&);
+  void (*sac_evaluate)(const SacArgs&, const SacPlan&, const CriticTurn&);  // Q of the policy's actions
+  void (*sac_action_gradient)(const SacArgs&, const SacPlan&, const CriticTurn&, const AdamStep&);
   void (*sac_actor)(const SacArgs&, const SacPlan&, const Team&, const AdamStep&);
-  // Parts of sac_critic and of sac_sample: Q of the policy's actions; actions at the next observations.
-  void (*sac_evaluate)(const SacArgs&, const SacPlan&, const Team&, int64_t critic);
+  // The part of sac_sample that draws actions at the next observations.
   void (*sac_next)(const SacArgs&, const SacPlan&, const Team&, int64_t update);
   // Makes a layer's weight factors from its values.
   void (*make_factors)(const Dense&, Precision);

@@ -86,14 +86,17 @@ extern const Kernels MOPO_KERNELS = {
 #else
     0,
 #endif
+    {MOPO_ISA::FirstLayer<MOPO_ISA::Float32Factors>::Factors::kPrecision,
+     MOPO_ISA::FirstLayer<MOPO_ISA::BFloat16Factors>::Factors::kPrecision,
+     MOPO_ISA::FirstLayer<MOPO_ISA::BFloat16x3Factors>::Factors::kPrecision},
     MOPO_ISA::rollout_chunk,
     MOPO_ISA::least_values,
     MOPO_ISA::sac_sample,
     MOPO_ISA::sac_target,
     MOPO_ISA::sac_critic,
+    MOPO_ISA::sac_evaluate,
     MOPO_ISA::sac_action_gradient,
     MOPO_ISA::sac_actor,
-    MOPO_ISA::sac_evaluate,
     MOPO_ISA::sac_next,
     MOPO_ISA::make_factors,
     MOPO_ISA::move_target,

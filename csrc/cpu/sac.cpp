@@ -14,11 +14,18 @@
 namespace mopo {
 namespace {
 
+int64_t batch_size(const SacArgs& args) { return args.real_rows + args.model_rows; }
+
+// Rows of every matrix: the batch, rounded up to whole blocks and tiles.
+int64_t padded_rows(const SacArgs& args, const Kernels& kernels) {
+  return round_up(batch_size(args), granule(args.precision, kernels));
+}
+
 // A run's memory: parameters in the kernels' layout, and all matrices between a batch and the gradients.
 class SacState {
  public:
-  SacState(const SacArgs& args, const Kernels& kernels)
-      : args_(args), kernels_(kernels), squares_(args.critics) {
+  SacState(const SacArgs& args, int64_t slots, const Kernels& kernels)
+      : args_(args), kernels_(kernels), slots_(slots), squares_(args.critics) {
     lay_out();
     arena_.allocate_zeroed(layout());
     lay_out();
@@ -35,14 +42,15 @@ class SacState {
     }
     // Columns of ones. Those of the hidden layers are set when these are computed.
     const int64_t obs_dim = args.obs_dim, inputs = obs_dim + args.act_dim;
-    for (const Panels& matrix : {plan.observations, plan.next_observations}) set_ones(matrix, obs_dim);
-    for (const Panels& matrix : {plan.inputs, plan.next_inputs, plan.policy_inputs}) set_ones(matrix, inputs);
+    for (const SacInputs& each : {plan.observations, plan.next_observations}) set_ones(each.numbers, obs_dim);
+    for (const SacInputs& each : {plan.inputs, plan.next_inputs, plan.policy_inputs})
+      set_ones(each.numbers, inputs);
     const int64_t shares = args.mean_actor ? batch() * args.critics : batch();
     std::fill_n(plan.policy_q_grad, plan.rows, -1.0f / static_cast<float>(shares));
     plan.alpha = temperature();
   }
 
-  int64_t batch() const { return args_.real_rows + args_.model_rows; }
+  int64_t batch() const { return batch_size(args_); }
 
   // Adds the update's metrics of the policy, and steps the temperature.
   void finish_policy(const AdamStep& step, std::vector<double>& metrics) {
@@ -109,9 +117,10 @@ class SacState {
     for (int64_t row = 0; row < matrix.rows; ++row) to[row * panel] = 1.0f;
   }
 
-  // The precision of layer l's products: the first and the last layer are always float32.
+  // The precision of layer l's products. The last layer is always float32.
   Precision precision(int64_t l) const {
-    return l > 0 && l + 1 < args_.depth ? args_.precision : Precision::kFloat32;
+    if (l + 1 == args_.depth) return Precision::kFloat32;
+    return l == 0 ? kernels_.first_layer[static_cast<int>(args_.precision)] : args_.precision;
   }
 
   // Matrices that the gradients of Q by the actions take.
@@ -122,8 +131,10 @@ class SacState {
     std::vector<int64_t> result{batch(),
                                 args_.critics,
                                 args_.target_critics,
+                                slots_,
                                 action_gradients(),
                                 static_cast<int64_t>(args_.precision),
+                                static_cast<int64_t>(precision(0)),
                                 kernels_.block,
                                 kernels_.panel,
                                 kernels_.tile};
@@ -134,23 +145,32 @@ class SacState {
   }
 
   void lay_out() {
-    const int64_t rows = round_up(batch(), granule(args_.precision, kernels_)), hidden = args_.depth - 1;
+    const int64_t rows = padded_rows(args_, kernels_), hidden = args_.depth - 1;
     const int64_t obs_dim = args_.obs_dim, act_dim = args_.act_dim;
     const auto matrix = [&](int64_t width) { return take_panels(arena_, rows, width, kernels_); };
+    // `trained`: a weight's gradient is taken of the factor.
+    const auto take = [&](int64_t width, Side side, Precision kind, bool trained) -> Factor {
+      if (!trained && in_tiles(kind, kernels_)) return {take_along(arena_, rows, width, kind, kernels_), {}};
+      return take_factor(arena_, rows, width, side, kind, kernels_);
+    };
     // Outputs of the hidden layers of `networks` networks (kLeft), or gradients before their activations
-    // (kGrad). The layer above takes the outputs, the layer itself the gradients. `trained`: a weight's
-    // gradient is taken of them.
-    const auto take = [&](std::vector<Factor>& factors, int64_t networks, Side side, bool trained) {
+    // (kGrad). The layer above takes the outputs, the layer itself the gradients. No gradient passes below
+    // the first layer, but for the policy's.
+    const auto take_layers = [&](std::vector<Factor>& factors, int64_t networks, Side side, bool trained) {
       factors.clear();
       for (int64_t i = 0; i < networks * hidden; ++i) {
         const int64_t l = i % hidden, width = args_.actor[l].out;
         const Precision kind = precision(side == Side::kLeft ? l + 1 : l);
-        if (!trained && in_tiles(kind, kernels_))
-          factors.push_back({take_along(arena_, rows, width, kind, kernels_), {}});
-        else
-          factors.push_back(take_factor(arena_, rows, width, side, kind, kernels_));
+        factors.push_back(take(width, side, kind, trained));
+        if (side == Side::kGrad && l == 0 && trained && in_tiles(kind, kernels_)) factors.back().along = {};
       }
       return factors.data();
+    };
+    const auto take_inputs = [&](int64_t width, bool trained) {
+      const Panels numbers = matrix(width);
+      const bool packed = in_tiles(precision(0), kernels_);
+      return SacInputs{numbers,
+                       packed ? take(width, Side::kLeft, precision(0), trained) : Factor{numbers, numbers}};
     };
     plan.rows = rows;
     actor_.clear();
@@ -165,19 +185,20 @@ class SacState {
     }
     plan.actor = actor_.data();
     plan.critic = critic_.data();
-    plan.actor_hidden = take(actor_hidden_, 1, Side::kLeft, true);
-    plan.actor_grad = take(actor_grad_, 1, Side::kGrad, true);
-    plan.critic_hidden = take(critic_hidden_, args_.critics, Side::kLeft, true);
-    plan.critic_grad = take(critic_grad_, args_.critics, Side::kGrad, true);
-    plan.scratch_hidden = take(scratch_hidden_, args_.critics, Side::kLeft, false);
-    plan.scratch_grad = take(scratch_grad_, args_.critics, Side::kGrad, false);
-    // The actor's outputs take the place of those at the next observations.
-    next_hidden_ = actor_hidden_;
-    for (Factor& factor : next_hidden_) factor.across = {};
-    plan.next_hidden = next_hidden_.data();
-    for (Panels* each : {&plan.observations, &plan.next_observations}) *each = matrix(obs_dim);
-    for (Panels* each : {&plan.inputs, &plan.next_inputs, &plan.policy_inputs})
-      *each = matrix(obs_dim + act_dim);
+    plan.actor_hidden = take_layers(actor_hidden_, 1, Side::kLeft, true);
+    plan.actor_grad = take_layers(actor_grad_, 1, Side::kGrad, true);
+    plan.critic_hidden = take_layers(critic_hidden_, slots_, Side::kLeft, true);
+    plan.critic_grad = take_layers(critic_grad_, slots_, Side::kGrad, true);
+    plan.policy_hidden = take_layers(policy_hidden_, args_.critics, Side::kLeft, false);
+    plan.policy_grad = take_layers(policy_grad_, slots_, Side::kGrad, false);
+    // The actor's outputs take the place of those at the next observations, and the critics' that of the
+    // targets'.
+    plan.next_hidden = share(next_hidden_, actor_hidden_);
+    plan.target_hidden = share(target_hidden_, critic_hidden_);
+    for (SacInputs* each : {&plan.observations, &plan.next_observations})
+      *each = take_inputs(obs_dim, each == &plan.observations);
+    for (SacInputs* each : {&plan.inputs, &plan.next_inputs, &plan.policy_inputs})
+      *each = take_inputs(obs_dim + act_dim, each == &plan.inputs);
     plan.actor_head = take_rows(arena_, rows, 2 * act_dim);
     plan.actor_head_grad = matrix(2 * act_dim);
     for (Rows* each : {&plan.noise, &plan.spread, &plan.slopes, &plan.actions})
@@ -193,38 +214,47 @@ class SacState {
     arena_.take(plan.picked, args_.critics * rows);
   }
 
+  // Makes `factors` share the memory of `others`, of which no weight's gradient is taken then.
+  static const Factor* share(std::vector<Factor>& factors, const std::vector<Factor>& others) {
+    factors = others;
+    for (Factor& factor : factors) factor.across = {};
+    return factors.data();
+  }
+
   const SacArgs& args_;
   const Kernels& kernels_;
+  const int64_t slots_;
   Arena arena_;
   float log_alpha_[3];           // value and moments
   std::vector<double> squares_;  // [critics], sums of an update's squared errors
   std::vector<Dense> actor_, critic_;
-  std::vector<Factor> actor_hidden_, next_hidden_, actor_grad_, critic_hidden_, critic_grad_, scratch_hidden_,
-      scratch_grad_;
+  std::vector<Factor> actor_hidden_, next_hidden_, actor_grad_, critic_hidden_, critic_grad_, target_hidden_,
+      policy_hidden_, policy_grad_;
 };
 
-// The critics that a thread works on, in its order, and the team for each. With c critics and t threads,
-// every thread has floor(c / t) critics to itself, for which it waits for nobody and which stay in its cache;
-// all threads share the rest, which come first.
-struct CriticTurn {
-  int64_t critic;
-  Team team;
-};
+// The critics that a thread works on, in its order. With c critics and t threads, every thread has
+// floor(c / t) critics to itself, for which it waits for nobody, and a slot for them. All threads share the
+// rest, which come first, and their slot, the last one.
 std::vector<CriticTurn> turns(int64_t critics, const Team& all) {
   std::vector<CriticTurn> result;
-  const int64_t own = critics / all.parts;
-  for (int64_t critic = own * all.parts; critic < critics; ++critic) result.push_back({critic, all});
-  for (int64_t i = 0; i < own; ++i) result.push_back({own * all.part + i, Team{0, 1, nullptr}});
+  const int64_t own = critics / all.parts, first_shared = own * all.parts;
+  for (int64_t critic = first_shared; critic < critics; ++critic)
+    result.push_back({critic, own > 0 ? all.parts : 0, all});
+  for (int64_t i = 0; i < own; ++i) result.push_back({own * all.part + i, all.part, Team{0, 1, nullptr}});
   return result;
+}
+int64_t count_slots(int64_t critics, int64_t threads) {
+  return (critics >= threads ? threads : 0) + (critics % threads != 0 ? 1 : 0);
 }
 
 // One run of a call: its memory, its threads and the sums of its metrics.
 struct SacWork {
   SacWork(const SacArgs& args, const Kernels& kernels)
       : args(args),
-        state(args, kernels),
         threads(static_cast<int>(
-            std::min(int64_t{args.threads}, state.plan.rows / granule(args.precision, kernels)))),
+            std::min(int64_t{args.threads}, padded_rows(args, kernels) / granule(args.precision, kernels)))),
+        state(args, std::max(count_slots(args.critics, threads), count_slots(args.target_critics, threads)),
+              kernels),
         barrier(threads),
         metrics(sac_metrics(args)),
         drawn(args.target_critics) {
@@ -240,8 +270,8 @@ struct SacWork {
   }
 
   const SacArgs& args;
-  SacState state;
   const int threads;
+  SacState state;
   Barrier barrier;
   // A thread's each. In the second one a critic is its place among those of the targets.
   std::vector<std::vector<CriticTurn>> turns_of, target_turns_of;
@@ -271,22 +301,24 @@ struct SacWork {
       kernels.sac_sample(args, plan, all, update);
     };
     const auto target = [&] {
-      for (const auto& [place, team] : target_turns_of[thread])
-        kernels.sac_target(args, plan, team, drawn[place], place);
+      for (const auto& [place, slot, team] : target_turns_of[thread])
+        kernels.sac_target(args, plan, {drawn[place], slot, team}, place);
+    };
+    const auto evaluate = [&] {
+      for (const CriticTurn& turn : critics) kernels.sac_evaluate(args, plan, turn);
     };
     const auto critic = [&](const AdamStep& step) {
-      for (const CriticTurn& turn : critics) kernels.sac_critic(args, plan, turn.team, turn.critic, step);
+      for (const CriticTurn& turn : critics) kernels.sac_critic(args, plan, turn, step);
     };
     const auto action_gradient = [&](const AdamStep& step) {
-      for (const CriticTurn& turn : critics)
-        kernels.sac_action_gradient(args, plan, turn.team, turn.critic, step);
+      for (const CriticTurn& turn : critics) kernels.sac_action_gradient(args, plan, turn, step);
     };
     for (int64_t update = 0; update < args.updates; ++update) {
       const SacSteps steps = sac_steps(args, update);
       sample(update);
       if (ended()) return;
       if (args.order == SacOrder::kActorFirst) {
-        for (const CriticTurn& turn : critics) kernels.sac_evaluate(args, plan, turn.team, turn.critic);
+        evaluate();
         if (ended()) return;
         if (thread == 0) state.finish_policy(steps.alpha, metrics);
         action_gradient(steps.critic);
@@ -304,10 +336,20 @@ struct SacWork {
         continue;
       }
       target();
-      if (ended()) return;
-      critic(steps.critic);
-      if (ended()) return;
-      action_gradient(steps.critic);
+      if (args.order == SacOrder::kSimultaneous) {
+        evaluate();
+        if (ended()) return;
+        for (const CriticTurn& turn : critics) {
+          kernels.sac_critic(args, plan, turn, steps.critic);
+          kernels.sac_action_gradient(args, plan, turn, steps.critic);
+        }
+      } else {
+        if (ended()) return;
+        critic(steps.critic);
+        evaluate();
+        if (ended()) return;
+        action_gradient(steps.critic);
+      }
       if (ended()) return;
       kernels.sac_actor(args, plan, all, steps.actor);
       if (thread == 0) {

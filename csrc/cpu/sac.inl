@@ -2,8 +2,8 @@
 // some rows of the batch through the network, forwards and backwards; no row depends on another. Then each
 // thread sums the gradients of some rows of the parameters over the whole batch, and updates them.
 //
-// `Inner` is the kind of factors (factors.h) of the layers between a network's first and its last, which are
-// always float32, as the parameters and all sums are.
+// `Inner` is the kind of factors (factors.h) of the layers between a network's first and its last. The last
+// one is always float32, as the parameters and all sums are.
 
 // Calls run(window) for all of a thread's rows in turn, kSacWindow at a time.
 template <class Run>
@@ -15,7 +15,8 @@ static void each_window(Span rows, Run run) {
 // Rows first .. last of an update's batch, whole blocks. Rows from batch() on are padding.
 template <class Inner>
 struct SacRows {
-  using Outer = Float32Factors;
+  using First = typename FirstLayer<Inner>::Factors;
+  using Last = Float32Factors;
 
   const SacArgs& args;
   const SacPlan& plan;
@@ -45,15 +46,26 @@ struct SacRows {
       const int64_t from = plan.drawn[row];
       const float* observation = source.observations.at(from);
       const float* next = source.next_observations.at(from);
-      copy_row(observation, args.obs_dim, plan.observations, row, 0);
-      copy_row(observation, args.obs_dim, plan.inputs, row, 0);
-      copy_row(observation, args.obs_dim, plan.policy_inputs, row, 0);
-      copy_row(next, args.obs_dim, plan.next_observations, row, 0);
-      copy_row(next, args.obs_dim, plan.next_inputs, row, 0);
-      copy_row(source.actions.at(from), args.act_dim, plan.inputs, row, args.obs_dim);
+      copy_row(observation, args.obs_dim, plan.observations.numbers, row, 0);
+      copy_row(observation, args.obs_dim, plan.inputs.numbers, row, 0);
+      copy_row(observation, args.obs_dim, plan.policy_inputs.numbers, row, 0);
+      copy_row(next, args.obs_dim, plan.next_observations.numbers, row, 0);
+      copy_row(next, args.obs_dim, plan.next_inputs.numbers, row, 0);
+      copy_row(source.actions.at(from), args.act_dim, plan.inputs.numbers, row, args.obs_dim);
       plan.rewards[row] = *source.rewards.at(from);
       plan.discounts[row] = *source.terminals.at(from) ? 0.0f : args.discount;
     }
+    make_factor(plan.observations, args.obs_dim);
+    make_factor(plan.next_observations, args.obs_dim);
+    make_factor(plan.inputs, args.obs_dim + args.act_dim);
+  }
+
+  // Packs the inputs' numbers and their column of ones, where the first layer takes packed ones.
+  void make_factor(const SacInputs& inputs, int64_t width) const {
+    if constexpr (First::kCopies)
+      each_block(inputs.numbers, {first, last}, width + 1, [&](int64_t row, int64_t column, auto& block) {
+        First::put_left(inputs.factor, row, column, block);
+      });
   }
 
   void draw_noise(PhiloxStream stream, uint32_t step) const {
@@ -72,17 +84,17 @@ struct SacRows {
   }
 
   // Outputs of a network's hidden layers.
-  void forward(const Panels& input, const Dense* layers, bool target, const Factor* outputs) const {
+  void forward(const SacInputs& inputs, const Dense* layers, bool target, const Factor* outputs) const {
     const auto relu = [](int64_t, int64_t, auto& block) {
       each_vector(block, [](int, int, vf& x) { x = activate<Activation::kRelu>(x); });
     };
     const Span rows{first, last};
-    const Factor in{input, input};
-    if (top() == 0) return forward_hidden<Outer, Outer>(rows, in, layers[0], target, outputs[0], relu);
-    forward_hidden<Outer, Inner>(rows, in, layers[0], target, outputs[0], relu);
+    const Factor& in = inputs.factor;
+    if (top() == 0) return forward_hidden<First, Last>(rows, in, layers[0], target, outputs[0], relu);
+    forward_hidden<First, Inner>(rows, in, layers[0], target, outputs[0], relu);
     for (int64_t l = 1; l < top(); ++l)
       forward_hidden<Inner, Inner>(rows, outputs[l - 1], layers[l], target, outputs[l], relu);
-    forward_hidden<Inner, Outer>(rows, outputs[top() - 1], layers[top()], target, outputs[top()], relu);
+    forward_hidden<Inner, Last>(rows, outputs[top() - 1], layers[top()], target, outputs[top()], relu);
   }
 
   // Backwards through a network's hidden layers, from the last one's gradient. source(row) is the row of
@@ -95,7 +107,7 @@ struct SacRows {
       if (l > 1)
         backward_hidden<Inner, Inner>(span, grads[l], layers[l], grads[l - 1], multiply);
       else
-        backward_hidden<Inner, Outer>(span, grads[l], layers[l], grads[l - 1], multiply);
+        backward_hidden<Inner, First>(span, grads[l], layers[l], grads[l - 1], multiply);
     }
   }
 
@@ -112,28 +124,31 @@ struct SacRows {
   // Calls run<Factors>() with the kind of the last hidden layer.
   template <class Run>
   void with_top(Run run) const {
-    top() == 0 ? run.template operator()<Outer>() : run.template operator()<Inner>();
+    top() == 0 ? run.template operator()<First>() : run.template operator()<Inner>();
   }
 
   // Steps layer l by its inputs and the gradient of its outputs.
   void train(const Team& team, const Dense* layers, int64_t l, const AdamStep& step, const Factor& inputs,
              const Factor& grad) const {
-    if (l == 0 || l > top())
-      train_layer<Outer>(team, layers[l], step, batch(), inputs, grad);
+    if (l == 0)
+      train_layer<First>(team, layers[l], step, batch(), inputs, grad);
+    else if (l > top())
+      train_layer<Last>(team, layers[l], step, batch(), inputs, grad);
     else
       train_layer<Inner>(team, layers[l], step, batch(), inputs, grad);
   }
 
   // The policy's actions at `observations`, written behind the observations of `inputs`, and their
   // log-probabilities. `hidden` takes the outputs of its hidden layers.
-  void act(const Panels& observations, const Factor* hidden, const Panels& inputs, float* log_probs) const {
+  void act(const SacInputs& observations, const Factor* hidden, const SacInputs& inputs,
+           float* log_probs) const {
     forward(observations, plan.actor, false, hidden);
-    Outer::forward(first, last, hidden[top()], plan.actor[top() + 1], false,
-                   [&](int64_t row, int64_t column, auto& block) {
-                     each_vector(block, [&](int i, int v, vf x) {
-                       store(plan.actor_head.at(row + i) + column + v * W, x);
-                     });
-                   });
+    Last::forward(first, last, hidden[top()], plan.actor[top() + 1], false,
+                  [&](int64_t row, int64_t column, auto& block) {
+                    each_vector(block, [&](int i, int v, vf x) {
+                      store(plan.actor_head.at(row + i) + column + v * W, x);
+                    });
+                  });
     const int64_t act_dim = args.act_dim;
     for (int64_t row = first; row < end(); ++row) {
       float log_prob = 0.0f;
@@ -147,12 +162,13 @@ struct SacRows {
         if (args.log_prob_epsilon > 0.0f) store(plan.slopes.at(row) + d, exp(draw.log_slope()));
         store(plan.actions.at(row) + d, action);
         for (int lane = 0; lane < smaller(W, act_dim - d); ++lane) {
-          *at(inputs, row, args.obs_dim + d + lane) = action[lane];
+          *at(inputs.numbers, row, args.obs_dim + d + lane) = action[lane];
           log_prob += terms[lane];
         }
       }
       log_probs[row] = log_prob;
     }
+    make_factor(inputs, args.obs_dim + act_dim);
   }
 
   void act_next() const {
@@ -194,9 +210,9 @@ struct SacRows {
       }
     const auto itself = [](int64_t row) { return row; };
     with_top([&]<class Factors>() {
-      backward_hidden<Outer, Factors>({first, last}, {plan.actor_head_grad, plan.actor_head_grad},
-                                      plan.actor[top() + 1], plan.actor_grad[top()],
-                                      slopes<Outer>(plan.actor_hidden[top()], itself));
+      backward_hidden<Last, Factors>({first, last}, {plan.actor_head_grad, plan.actor_head_grad},
+                                     plan.actor[top() + 1], plan.actor_grad[top()],
+                                     slopes<Last>(plan.actor_hidden[top()], itself));
     });
     backward(plan.actor, plan.actor_hidden, plan.actor_grad, itself);
   }
@@ -208,21 +224,23 @@ struct SacCritic {
   const SacRows<Inner> rows;
   const SacArgs& args;
   const SacPlan& plan;
-  const int64_t critic, first, last;
+  const int64_t critic, slot, first, last;
 
-  SacCritic(const SacArgs& args, const SacPlan& plan, Span span, int64_t critic)
+  SacCritic(const SacArgs& args, const SacPlan& plan, Span span, int64_t critic, int64_t slot)
       : rows{args, plan, span.first, span.last},
         args(args),
         plan(plan),
         critic(critic),
+        slot(slot),
         first(span.first),
         last(span.last) {}
 
   int64_t top() const { return rows.top(); }
   const Dense* layers() const { return plan.critic + critic * args.depth; }
   const Dense& head() const { return layers()[top() + 1]; }
-  // This critic's part of an array [critics][hidden].
-  const Factor* mine(const Factor* array) const { return array + critic * (top() + 1); }
+  // This critic's part of an array [slots][hidden].
+  const Factor* now(const Factor* array) const { return array + slot * (top() + 1); }
+  const Factor* policy_hidden() const { return plan.policy_hidden + critic * (top() + 1); }
   // This critic's part of an array [critics][rows].
   template <class T>
   T* mine(T* array) const {
@@ -230,8 +248,8 @@ struct SacCritic {
   }
 
   // Writes Q to q[row]. The last layer has one output, so its weights are one row and Q is a dot product.
-  void evaluate(const Panels& input, bool target, const Factor* outputs, float* q) const {
-    rows.forward(input, layers(), target, outputs);
+  void evaluate(const SacInputs& inputs, bool target, const Factor* outputs, float* q) const {
+    rows.forward(inputs, layers(), target, outputs);
     const float* weight = target ? head().target : head().value;
     for (int64_t row = first; row < last; row += kBlock) {
       vf sum[kBlock] = {};
@@ -244,9 +262,7 @@ struct SacCritic {
   }
 
   // Q of the policy's actions.
-  void evaluate_policy() const {
-    evaluate(plan.policy_inputs, false, mine(plan.scratch_hidden), mine(plan.policy_q));
-  }
+  void evaluate_policy() const { evaluate(plan.policy_inputs, false, policy_hidden(), mine(plan.policy_q)); }
 
   static float sum_lanes(vf x) {
     float total = 0.0f;
@@ -288,7 +304,7 @@ struct SacCritic {
     // In a loop of its own, so that without a limit the arithmetic above is what it always was.
     for (int64_t row = first; row < rows.end(); ++row)
       targets[row] = targets[row] < args.target_min ? args.target_min : targets[row];
-    const Factor *outputs = mine(plan.critic_hidden), *grads = mine(plan.critic_grad);
+    const Factor *outputs = now(plan.critic_hidden), *grads = now(plan.critic_grad);
     evaluate(plan.inputs, false, outputs, q);
     const float scale = 2.0f * args.critic_loss_scale / static_cast<float>(rows.batch());
     for (int64_t row = first; row < last; ++row)
@@ -311,24 +327,24 @@ struct SacCritic {
     if (stop == first) return;
     for (; (stop - first) % kBlock != 0; ++stop) picked[stop] = picked[stop - 1];
     each_window({first, stop},
-                [&](Span window) { SacCritic(args, plan, window, critic).picked_action_gradient(); });
+                [&](Span window) { SacCritic(args, plan, window, critic, slot).picked_action_gradient(); });
   }
 
   // The same for rows of the picked ones.
   void picked_action_gradient() const {
     const int64_t* picked = mine(plan.picked);
     const auto source = [&](int64_t row) { return picked[row]; };
-    const Factor *outputs = mine(plan.scratch_hidden), *grads = mine(plan.scratch_grad);
+    const Factor *outputs = policy_hidden(), *grads = now(plan.policy_grad);
     top_gradient(outputs, grads, plan.policy_q_grad, source);
     rows.backward(layers(), outputs, grads, source);
     const Dense& layer = layers()[0];
     const int64_t matrix = args.mean_actor ? critic * plan.rows : 0;
-    product<false>(first, last, args.obs_dim / kPanel * kPanel, layer.in, layer.out, grads[0].along,
-                   layer.weight.along, [&](int64_t row, int64_t column, auto& block) {
-                     each_vector(block, [&](int i, int v, vf x) {
-                       store(plan.action_grad.at(matrix + picked[row + i]) + column + v * W, x);
-                     });
-                   });
+    SacRows<Inner>::First::backward(
+        first, last, args.obs_dim, grads[0], layer, [&](int64_t row, int64_t column, auto& block) {
+          each_vector(block, [&](int i, int v, vf x) {
+            store(plan.action_grad.at(matrix + picked[row + i]) + column + v * W, x);
+          });
+        });
   }
 
   // The critic whose Q of the policy's action is the least, the first of equals.
@@ -341,10 +357,9 @@ struct SacCritic {
 
   // The step of the critic's parameters.
   void train(const Team& team, const AdamStep& step) const {
-    const Factor *hidden = mine(plan.critic_hidden), *grads = mine(plan.critic_grad);
-    const Factor inputs{plan.inputs, plan.inputs};
+    const Factor *hidden = now(plan.critic_hidden), *grads = now(plan.critic_grad);
     for (int64_t l = 0; l <= top(); ++l)
-      rows.train(team, layers(), l, step, l == 0 ? inputs : hidden[l - 1], grads[l]);
+      rows.train(team, layers(), l, step, l == 0 ? plan.inputs.factor : hidden[l - 1], grads[l]);
     if (team.part != 0) return;
     const int64_t batch = rows.batch();
     const float* q_grad = mine(plan.q_grad);
@@ -366,6 +381,32 @@ struct SacCritic {
 template <class Inner>
 static Span batch_rows(const SacPlan& plan, const Team& team) {
   return rows_of(team, plan.rows, Inner::kRows);
+}
+
+// Calls run(work) with this thread's part of a critic's work.
+template <class Run>
+static void with_critic(const SacArgs& args, const SacPlan& plan, const CriticTurn& turn, Run run) {
+  with_factors(args.precision, [&]<class Inner>() {
+    run(SacCritic<Inner>(args, plan, batch_rows<Inner>(plan, turn.team), turn.critic, turn.slot));
+  });
+}
+
+// The same for one window of rows after the other.
+template <class Run>
+static void each_critic_window(const SacArgs& args, const SacPlan& plan, const CriticTurn& turn, Run run) {
+  with_factors(args.precision, [&]<class Inner>() {
+    each_window(batch_rows<Inner>(plan, turn.team),
+                [&](Span window) { run(SacCritic<Inner>(args, plan, window, turn.critic, turn.slot)); });
+  });
+}
+
+// The step of a critic whose gradients by all rows the team has made, or is about to finish.
+static void train_critic(const SacArgs& args, const SacPlan& plan, const CriticTurn& turn,
+                         const AdamStep& step) {
+  turn.team.wait();
+  with_critic(args, plan, turn, [&](const auto& work) { work.train(turn.team, step); });
+  // The slot may go to another critic now.
+  turn.team.wait();
 }
 
 static void sac_sample(const SacArgs& args, const SacPlan& plan, const Team& team, int64_t update) {
@@ -399,48 +440,26 @@ static void sac_next(const SacArgs& args, const SacPlan& plan, const Team& team,
   });
 }
 
-static void sac_target(const SacArgs& args, const SacPlan& plan, const Team& team, int64_t critic,
-                       int64_t place) {
-  with_factors(args.precision, [&]<class Inner>() {
-    each_window(batch_rows<Inner>(plan, team), [&](Span window) {
-      const SacCritic<Inner> work(args, plan, window, critic);
-      work.evaluate(plan.next_inputs, true, work.mine(plan.scratch_hidden),
-                    plan.target_q + place * plan.rows);
-    });
+static void sac_target(const SacArgs& args, const SacPlan& plan, const CriticTurn& turn, int64_t place) {
+  each_critic_window(args, plan, turn, [&](const auto& work) {
+    work.evaluate(plan.next_inputs, true, work.now(plan.target_hidden), plan.target_q + place * plan.rows);
   });
 }
 
-static void sac_critic(const SacArgs& args, const SacPlan& plan, const Team& team, int64_t critic,
+static void sac_critic(const SacArgs& args, const SacPlan& plan, const CriticTurn& turn,
                        const AdamStep& step) {
-  with_factors(args.precision, [&]<class Inner>() {
-    const Span mine = batch_rows<Inner>(plan, team);
-    each_window(mine, [&](Span window) { SacCritic<Inner>(args, plan, window, critic).differentiate(); });
-    if (args.order != SacOrder::kSimultaneous) {
-      team.wait();
-      SacCritic<Inner>(args, plan, mine, critic).train(team, step);
-    }
-    if (args.order == SacOrder::kActorFirst) return;
-    if (args.order == SacOrder::kCriticFirst) team.wait();
-    each_window(mine, [&](Span window) { SacCritic<Inner>(args, plan, window, critic).evaluate_policy(); });
-  });
+  each_critic_window(args, plan, turn, [](const auto& work) { work.differentiate(); });
+  if (args.order != SacOrder::kSimultaneous) train_critic(args, plan, turn, step);
 }
 
-static void sac_evaluate(const SacArgs& args, const SacPlan& plan, const Team& team, int64_t critic) {
-  with_factors(args.precision, [&]<class Inner>() {
-    each_window(batch_rows<Inner>(plan, team),
-                [&](Span window) { SacCritic<Inner>(args, plan, window, critic).evaluate_policy(); });
-  });
+static void sac_evaluate(const SacArgs& args, const SacPlan& plan, const CriticTurn& turn) {
+  each_critic_window(args, plan, turn, [](const auto& work) { work.evaluate_policy(); });
 }
 
-static void sac_action_gradient(const SacArgs& args, const SacPlan& plan, const Team& team, int64_t critic,
+static void sac_action_gradient(const SacArgs& args, const SacPlan& plan, const CriticTurn& turn,
                                 const AdamStep& step) {
-  with_factors(args.precision, [&]<class Inner>() {
-    const SacCritic<Inner> work(args, plan, batch_rows<Inner>(plan, team), critic);
-    work.action_gradient();
-    if (args.order != SacOrder::kSimultaneous) return;
-    team.wait();
-    work.train(team, step);
-  });
+  with_critic(args, plan, turn, [](const auto& work) { work.action_gradient(); });
+  if (args.order == SacOrder::kSimultaneous) train_critic(args, plan, turn, step);
 }
 
 static void sac_actor(const SacArgs& args, const SacPlan& plan, const Team& team, const AdamStep& step) {
@@ -450,10 +469,9 @@ static void sac_actor(const SacArgs& args, const SacPlan& plan, const Team& team
                 [&](Span window) { SacRows<Inner>{args, plan, window.first, window.last}.actor_gradient(); });
     team.wait();
     const SacRows<Inner> rows{args, plan, mine.first, mine.last};
-    const Factor inputs{plan.observations, plan.observations};
     const Factor head_grad{plan.actor_head_grad, plan.actor_head_grad};
     for (int64_t l = 0; l < args.depth; ++l)
-      rows.train(team, plan.actor, l, step, l == 0 ? inputs : plan.actor_hidden[l - 1],
+      rows.train(team, plan.actor, l, step, l == 0 ? plan.observations.factor : plan.actor_hidden[l - 1],
                  l > rows.top() ? head_grad : plan.actor_grad[l]);
   });
 }

@@ -32,6 +32,18 @@ static Span rows_of(const Team& team, int64_t count, int64_t block = kBlock) {
   return {blocks * team.part / team.parts * block, blocks * (team.part + 1) / team.parts * block};
 }
 
+// Calls visit(row, column, block) for the blocks of some rows of a matrix.
+template <class Visit>
+MOPO_INLINE void each_block(const Panels& matrix, Span rows, int64_t width, Visit visit) {
+  for (int64_t column = 0; column < width; column += kPanel)
+    for (int64_t row = rows.first; row < rows.last; row += kBlock) {
+      const float* from = at(matrix, row, column);
+      vf block[kBlock][kWidest];
+      each_vector(block, [&](int i, int v, vf& x) { x = load(from + within(i, v)); });
+      visit(row, column, block);
+    }
+}
+
 // Calls run<Factors>() with the kind of factors that a call's precision asks for.
 template <class Run>
 static void with_factors(Precision precision, Run run) {
@@ -58,7 +70,7 @@ MOPO_INLINE void forward_hidden(Span rows, const Factor& in, const Dense& layer,
 template <class Factors, class Below, class Multiply>
 MOPO_INLINE void backward_hidden(Span rows, const Factor& grad, const Dense& layer, const Factor& to,
                                  Multiply multiply) {
-  Factors::backward(rows.first, rows.last, grad, layer, [&](int64_t row, int64_t column, auto& block) {
+  Factors::backward(rows.first, rows.last, 0, grad, layer, [&](int64_t row, int64_t column, auto& block) {
     multiply(row, column, block);
     Below::put_grad(to, row, column, block);
   });

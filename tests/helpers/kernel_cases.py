@@ -16,7 +16,7 @@ from mopo_fast.buffer import RingBuffer
 from mopo_fast.config import PENALTIES, TRAINING_DTYPES, Activation, DynamicsConfig, SACConfig
 from mopo_fast.data import Transitions
 from mopo_fast.data.transitions import DATA_ARRAYS
-from mopo_fast.ensemble import EnsembleDynamics
+from mopo_fast.ensemble import EnsembleDynamics, trained_mlp
 from mopo_fast.fit import Fit
 from mopo_fast.policy import Actor
 from mopo_fast.rollout import RolloutEngine, make_truncation
@@ -588,6 +588,11 @@ def training_kernels() -> list[tuple[str, str]]:
     ]
 
 
+def first_layer(dtype: str) -> str:
+    """Return the precision of SAC's first layers on the instruction set in use."""
+    return "bfloat16x3" if cpu.isa() == "avx512_amx" and dtype != "float32" else "float32"
+
+
 OTHERS = {
     "order": "critic_first",
     "critic_loss": "mse",
@@ -689,6 +694,8 @@ def run_sac(
 ):
     obs_dim, act_dim, options = SAC_CASES[case]
     sac = make_sac(obs_dim, act_dim, SACConfig(**options, dtype=dtype), backend, threads)
+    # The reference rounds what the kernel of this instruction set rounds.
+    sac._network = trained_mlp(dtype, first=first_layer(dtype), last="float32")
     if double:
         to_double(sac)
     metrics = sac.update_many(*sac_sources(obs_dim, act_dim), updates, seed)

@@ -10,6 +10,7 @@ from kernel_cases import (
     assert_no_denormals,
     assert_trained_alike,
     fill_with_denormals,
+    first_layer,
     make_sac,
     random_transitions,
     run_sac,
@@ -105,9 +106,10 @@ def test_the_inner_layers_alone_are_rounded(
         for name in ours:
             error, distance = (relative_error(ours[name], other[name]) for other in (theirs, plain))
             assert error < nearer * distance, f"{name}: {error:.3g} beside {distance:.3g}"
-    # Without a layer between the first and the last nothing is rounded.
-    flat = [run_sac("one critic, one layer", "cpu", 2, dtype=dtype)[0] for dtype in ("float32", dtype)]
-    assert all(torch.equal(flat[0][name], flat[1][name]) for name in flat[0])
+    if first_layer(dtype) == "float32":
+        # Without a layer between the first and the last nothing is rounded.
+        flat = [run_sac("one critic, one layer", "cpu", 2, dtype=dtype)[0] for dtype in ("float32", dtype)]
+        assert all(torch.equal(flat[0][name], flat[1][name]) for name in flat[0])
 
 
 def gradients(state: dict[str, torch.Tensor], network: str) -> dict[str, torch.Tensor]:

@@ -190,6 +190,7 @@ class FitState {
 
   void lay_out(FitWindow& window, size_t thread) {
     const int64_t rows = std::min(kFitWindow, batch_rows(args_, kernels_));
+    const int64_t lanes = round_up(rows, kernels_.panel);  // rows in whole vectors
     const auto panels = [&](int64_t width) { return take_panels(arena_, rows, width, kernels_); };
     auto& [slopes, normed] = panels_[thread];
     std::vector<float*>& inverse_stds = inverse_stds_[thread];
@@ -202,11 +203,15 @@ class FitState {
       widest = std::max({widest, args_.layers[l].in, args_.layers[l].out});
       if (args_.norms == nullptr) continue;
       normed.push_back(panels(args_.layers[l].out));
-      arena_.take(inverse_stds.emplace_back(), rows);
+      arena_.take(inverse_stds.emplace_back(), lanes);
     }
     window.slopes = slopes.data();
     window.normed = normed.data();
     window.inverse_std = inverse_stds.data();
+    if (args_.norms != nullptr) {
+      for (Rows& sums : window.sums) sums = take_rows(arena_, lanes, kernels_.panel);
+      for (float*& means : window.means) arena_.take(means, lanes);
+    }
     window.head = take_rows(arena_, rows, 2 * args_.dims);
     window.targets = take_rows(arena_, rows, args_.dims);
     if (args_.precision == Precision::kFloat32) return;

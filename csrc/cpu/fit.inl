@@ -92,12 +92,18 @@ struct FitRows {
       Factors::forward(0, rows, left(l), layer, false, [&](int64_t row, int64_t column, auto& block) {
         float* to = at(outputs, row, column);
         each_vector(block, [&](int i, int v, vf x) { store(to + within(i, v), x); });
+        if constexpr (Factors::kCopies) add_moments(row, column, layer.out, block);
       });
-      normalise(l);
+      Factors::kCopies ? finish_moments(l) : measure(l);
       const Factor above = left(l + 1);
+      const float *means = window.means[0], *inverse_std = window.inverse_std[l];
       each_block(outputs, {0, rows}, layer.out, [&](int64_t row, int64_t column, auto& block) {
-        each_vector(block, [&](int, int v, vf& x) {
+        float* to = at(outputs, row, column);
+        each_vector(block, [&](int i, int v, vf& x) {
           const int64_t n = column + v * W;
+          if (n >= layer.out) return;
+          x = (x - means[row + i]) * inverse_std[row + i];
+          store(to + within(i, v), x);
           x = x * load(norm(l).scale.value + n) + load(norm(l).shift.value + n);
         });
         activate(row, column, block);
@@ -120,13 +126,13 @@ struct FitRows {
       for (int v = 0; v < kWidest && n < count; ++v, n += W) visit(panel + v * W, n);
   }
 
-  // Normalises the outputs of hidden layer l, in place. Padding columns stay zeros.
-  void normalise(int64_t l) const {
+  // The mean of each row of outputs of hidden layer l, and the factor that normalises it.
+  void measure(int64_t l) const {
     const Panels& outputs = window.normed[l];
     const int64_t count = layers()[l].out;
     const float inverse_count = 1.0f / static_cast<float>(count);
     for (int64_t row = 0; row < rows; ++row) {
-      float* x = at(outputs, row, 0);
+      const float* x = at(outputs, row, 0);
       vf total{}, rest{}, squares{};
       each_in_row(outputs, count, [&](int64_t offset, int64_t) { total = total + load(x + offset); });
       const vf near = sum_of_lanes(total) * inverse_count;
@@ -139,49 +145,114 @@ struct FitRows {
       each_in_row(outputs, count, [&](int64_t offset, int64_t n) {
         const vf distance = first_lanes_of(load(x + offset) - mean, count - n);
         squares = squares + distance * distance;
-        store(x + offset, distance);
       });
       const vf inverse_std = 1.0f / sqrt(sum_of_lanes(squares) * inverse_count + kLayerNormEpsilon);
-      each_in_row(outputs, count,
-                  [&](int64_t offset, int64_t) { store(x + offset, load(x + offset) * inverse_std); });
+      window.means[0][row] = mean[0];
       window.inverse_std[l][row] = inverse_std[0];
     }
   }
 
-  // From the gradient by the outputs of layer norm l, in the place of the slopes, to that by its inputs, in
-  // the same place; and to the gradients by its scale and shift, a sum for every Factors::kRows rows.
-  void differentiate_norm(int64_t l) const {
-    const Panels &grads = window.slopes[l], &outputs = window.normed[l];
-    const int64_t width = layers()[l].out;
-    const float inverse_width = 1.0f / static_cast<float>(width);
-    const float* scale = norm(l).scale.value;
-    for (int64_t first = 0; first < rows; first += Factors::kRows) {
-      const int64_t number = (begin + first) / Factors::kRows;
-      float *to_scale = ws.scale_grads[l].at(number), *to_shift = ws.shift_grads[l].at(number);
-      for (int64_t n = 0; n < width; n += W) {
-        store(to_scale + n, vf{});
-        store(to_shift + n, vf{});
+  struct Pair {
+    vf first, second;
+  };
+
+  // Adds two terms for each vector of a block to the sums of its rows, which begin at column 0.
+  template <int kWide, class Terms>
+  MOPO_METHOD void add_to_rows(int64_t row, int64_t column, const vf (&block)[kBlock][kWide],
+                               Terms terms) const {
+#pragma GCC unroll 8
+    for (int i = 0; i < kBlock; ++i) {
+      float *to = window.sums[0].at(row + i), *to_other = window.sums[1].at(row + i);
+      vf sum{}, other{};
+      if (column > 0) {
+        sum = load(to);
+        other = load(to_other);
+      }
+#pragma GCC unroll 3
+      for (int v = 0; v < kWide; ++v) {
+        const auto [term, second] = terms(i, v, block[i][v]);
+        sum = sum + term;
+        other = other + second;
+      }
+      store(to, sum);
+      store(to_other, other);
+    }
+  }
+
+  // The sums of W rows, from `row` on, each divided by `count`.
+  Pair means_of_rows(int64_t row, int64_t count) const {
+    alignas(64) float sums[2][W];
+    for (int i = 0; i < W; ++i)
+      for (int j = 0; j < 2; ++j) sums[j][i] = sum_of_lanes(load(window.sums[j].at(row + i)))[0];
+    const float inverse_count = 1.0f / static_cast<float>(count);
+    return {load(sums[0]) * inverse_count, load(sums[1]) * inverse_count};
+  }
+
+  // measure() by one pass, while the layer's blocks are made, for factors that are rounded. Sums are counted
+  // from a row's first output, which is within some deviations of the mean, so that little cancels.
+  template <int kWide>
+  MOPO_METHOD void add_moments(int64_t row, int64_t column, int64_t width,
+                               const vf (&block)[kBlock][kWide]) const {
+    float* firsts = window.means[0] + row;
+    if (column == 0)
+      for (int i = 0; i < kBlock; ++i) firsts[i] = block[i][0][0];
+    const auto add = [&](auto some) {
+      add_to_rows(row, column, block, [&](int i, int v, vf x) {
+        const vf distance = some(x - firsts[i], width - column - v * W);
+        return Pair{distance, distance * distance};
+      });
+    };
+    if (width - column >= kWide * W)
+      add([](vf x, int64_t) { return x; });
+    else
+      add([](vf x, int64_t lanes) { return first_lanes_of(x, lanes); });
+  }
+  void finish_moments(int64_t l) const {
+    for (int64_t row = 0; row < rows; row += W) {
+      const auto [distance, square] = means_of_rows(row, layers()[l].out);
+      const vf variance = square - distance * distance;
+      // A variance that is not a number stays one, so that the fit ends.
+      const vf positive = select(variance < 0.0f, vf{}, variance);
+      store(window.means[0] + row, load(window.means[0] + row) + distance);
+      store(window.inverse_std[l] + row, 1.0f / sqrt(positive + kLayerNormEpsilon));
+    }
+  }
+
+  // Takes a block of the gradient by the outputs of layer norm l to its scale's, to its shift's, and to the
+  // sums over rows that the gradient by its inputs needs. It is multiplied by the scale.
+  template <int kWide>
+  MOPO_METHOD void differentiate_norm(int64_t l, int64_t row, int64_t column,
+                                      vf (&block)[kBlock][kWide]) const {
+    const int64_t number = (begin + row) / Factors::kRows;
+    const bool adds = (begin + row) % Factors::kRows != 0;
+    const float* normed = at(window.normed[l], row, column);
+#pragma GCC unroll 3
+    for (int v = 0; v < kWide; ++v) {
+      float* to_scale = ws.scale_grads[l].at(number) + column + v * W;
+      float* to_shift = ws.shift_grads[l].at(number) + column + v * W;
+      vf scale{}, shift{};
+      if (adds) {
+        scale = load(to_scale);
+        shift = load(to_shift);
       }
       // Gradients of padding rows do not count: they are zeros in packed factors, and not read in others.
-      for (int64_t row = first; row < smaller(first + Factors::kRows, count); ++row) {
-        float* grad = at(grads, row, 0);
-        const float* output = at(outputs, row, 0);
-        vf total{}, along{};
-        each_in_row(grads, width, [&](int64_t offset, int64_t n) {
-          const vf x = load(grad + offset), normed = load(output + offset), scaled = x * load(scale + n);
-          store(to_scale + n, load(to_scale + n) + x * normed);
-          store(to_shift + n, load(to_shift + n) + x);
-          total = total + scaled;
-          along = along + scaled * normed;
-          store(grad + offset, scaled);
-        });
-        const vf mean = sum_of_lanes(total) * inverse_width, slope = sum_of_lanes(along) * inverse_width;
-        const float inverse_std = window.inverse_std[l][row];
-        each_in_row(grads, width, [&](int64_t offset, int64_t n) {
-          const vf x = (load(grad + offset) - mean - load(output + offset) * slope) * inverse_std;
-          store(grad + offset, first_lanes_of(x, width - n));
-        });
+      for (int i = 0; i < smaller(kBlock, count - row); ++i) {
+        scale = scale + block[i][v] * load(normed + within(i, v));
+        shift = shift + block[i][v];
       }
+      store(to_scale, scale);
+      store(to_shift, shift);
+      const vf factor = load(norm(l).scale.value + column + v * W);
+      for (int i = 0; i < kBlock; ++i) block[i][v] = block[i][v] * factor;
+    }
+    add_to_rows(row, column, block,
+                [&](int i, int v, vf x) { return Pair{x, x * load(normed + within(i, v))}; });
+  }
+  void finish_gradients(int64_t l) const {
+    for (int64_t row = 0; row < rows; row += W) {
+      const auto [mean, slope] = means_of_rows(row, layers()[l].out);
+      store(window.means[0] + row, mean);
+      store(window.means[1] + row, slope);
     }
   }
 
@@ -243,15 +314,25 @@ struct FitRows {
         backward_hidden<Factors, Factors>({0, rows}, grad(l), layers()[l], grad(l - 1), multiply);
         continue;
       }
-      const Panels& grads = window.slopes[l - 1];
+      const Panels &grads = window.slopes[l - 1], &outputs = window.normed[l - 1];
       Factors::backward(0, rows, 0, grad(l), layers()[l], [&](int64_t row, int64_t column, auto& block) {
         multiply(row, column, block);
+        differentiate_norm(l - 1, row, column, block);
         float* to = at(grads, row, column);
         each_vector(block, [&](int i, int v, vf x) { store(to + within(i, v), x); });
       });
-      differentiate_norm(l - 1);
+      finish_gradients(l - 1);
       const Factor below = grad(l - 1);
-      each_block(grads, {0, rows}, layers()[l].in, [&](int64_t row, int64_t column, auto& block) {
+      const int64_t width = layers()[l].in;
+      const float *means = window.means[0], *along = window.means[1],
+                  *inverse_std = window.inverse_std[l - 1];
+      each_block(grads, {0, rows}, width, [&](int64_t row, int64_t column, auto& block) {
+        const float* normed = at(outputs, row, column);
+        each_vector(block, [&](int i, int v, vf& x) {
+          x = (x - means[row + i] - load(normed + within(i, v)) * along[row + i]) * inverse_std[row + i];
+          const int64_t lanes = width - column - v * W;
+          if (lanes < W) x = lanes > 0 ? first_lanes_of(x, lanes) : vf{};
+        });
         Factors::put_grad(below, row, column, block);
       });
     }

@@ -219,6 +219,10 @@ struct FitWindow {
   // that normalised them.
   const Panels* normed;
   float* const* inverse_std;
+  // Of the layer norm at work, for each row: two sums in vectors while the layer's blocks pass, and two
+  // means.
+  Rows sums[2];
+  float* means[2];
   // Used where factors are packed. Layer by layer, the matrices `along` take turns with two buffers.
   Panels gathered, head_grad;  // in, 1 and 2 dims: floats that are packed next
   Panels left[2], grad[2];     // the widest layer

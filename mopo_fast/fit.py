@@ -242,7 +242,6 @@ class Fit:
             log-variance.
         optimizer: the parameters' Adam.
         table: [rows, obs + act + obs + 1 or more], the standardised inputs and the targets of training.
-        rows: int32 [members, rows], each member's bootstrap.
 
     Raises:
         InputError: unusable config, seed or device, too little data or memory, or `initial` is an ensemble
@@ -297,10 +296,6 @@ class Fit:
             inputs, targets = dynamics_inputs_targets(data[some])
             rows[:, :split] = (inputs.float().to(device) - model.input_mean) / model.input_std
             rows[:, split:width] = targets.to(device)
-        bootstrap = np.random.default_rng(derive_seed(seed, FIT, _BOOTSTRAP))
-        self.rows = self._indices()
-        for member in self.rows:
-            member[:] = bootstrap.integers(len(train), size=len(train))
 
         # All members share the bounds of the log-variance, so a member's best weights do not include them.
         self.layers = [*model.weights, *model.biases, *model.norm_scales, *model.norm_shifts]
@@ -311,10 +306,20 @@ class Fit:
         self.history: list[FitEpoch] = []
         self._checkpoint: tuple[Path, torch.Tensor] | None = None
 
-    def _indices(self) -> np.ndarray:
-        """Allocate a row number for each member and training row."""
+    def bootstrap(self) -> np.ndarray:
+        """Draw each member's training rows with replacement, the same ones at each call.
+
+        They are not kept: of many members they take more memory than the data.
+
+        Returns:
+            Row numbers, int32 [members, rows].
+        """
         shape = self.config.members, len(self.table)
-        return file_backed(shape, np.int32) if self.mapped else np.empty(shape, np.int32)
+        rows = file_backed(shape, np.int32) if self.mapped else np.empty(shape, np.int32)
+        generator = np.random.default_rng(derive_seed(self.seed, FIT, _BOOTSTRAP))
+        for member in rows:
+            member[:] = generator.integers(len(member), size=len(member))
+        return rows
 
     def live_state(self) -> dict[str, torch.Tensor]:
         """Return every tensor that the next epoch depends on, by name; they are not copies."""
@@ -377,15 +382,15 @@ class Fit:
     def _shuffled(self, epoch: int) -> torch.Tensor:
         seed, device = derive_seed(self.seed, FIT, _SHUFFLE, epoch), self.inputs.device
         if device.type == "cpu":
-            out = self._indices()[:, : self.rows.shape[1]]
-            return torch.from_numpy(np.random.default_rng(seed).permuted(self.rows, axis=1, out=out))
+            rows = self.bootstrap()
+            return torch.from_numpy(np.random.default_rng(seed).permuted(rows, axis=1, out=rows))
         generator = torch.Generator(device).manual_seed(seed)
-        keys = torch.randint(2**62, self.rows.shape, generator=generator, device=device)
+        keys = torch.randint(2**62, self._rows_on_device.shape, generator=generator, device=device)
         return self._rows_on_device.gather(1, keys.argsort(dim=1, stable=True))
 
     @functools.cached_property
     def _rows_on_device(self) -> torch.Tensor:
-        return torch.from_numpy(self.rows).to(self.inputs.device)
+        return torch.from_numpy(self.bootstrap()).to(self.inputs.device)
 
     def end_epoch(self, total_loss: float, started: float) -> FitEpoch:
         """Evaluate on the holdout and keep the weights of members that improved.
@@ -398,7 +403,7 @@ class Fit:
             InputError: the loss or a member's error is not finite.
         """
         epoch, mse = len(self.history), self._holdout_mse()
-        train_loss = total_loss / math.ceil(self.rows.shape[1] / self.config.batch_size)
+        train_loss = total_loss / math.ceil(len(self.table) / self.config.batch_size)
         if not np.isfinite([train_loss, *mse]).all():
             raise InputError(
                 f"the fit diverged in epoch {epoch}: loss {train_loss}, holdout MSE {mse};"

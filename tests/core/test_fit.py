@@ -196,11 +196,11 @@ def test_each_member_has_its_own_bootstrap_and_a_new_order_each_epoch(
 ) -> None:
     fit = Fit(toy_data(1000), 0, SMALL, backend="reference")
     n = len(fit.inputs)
-    assert fit.rows.shape == (3, n)
-    shares = [len(np.unique(rows)) / n for rows in fit.rows]
+    assert fit.bootstrap().shape == (3, n)
+    shares = [len(np.unique(rows)) / n for rows in fit.bootstrap()]
     # A bootstrap sample contains a share of 1 - 1/e of the rows.
     assert all(0.58 < share < 0.68 for share in shares)
-    assert not np.array_equal(np.sort(fit.rows[0]), np.sort(fit.rows[1]))
+    assert not np.array_equal(np.sort(fit.bootstrap()[0]), np.sort(fit.bootstrap()[1]))
 
     seen: list[torch.Tensor] = []
 
@@ -213,7 +213,7 @@ def test_each_member_has_its_own_bootstrap_and_a_new_order_each_epoch(
         fit.run_epoch()
     half = len(seen) // 2
     first, second = torch.cat(seen[:half], 1), torch.cat(seen[half:], 1)
-    for member, rows in enumerate(fit.rows):
+    for member, rows in enumerate(fit.bootstrap()):
         expected = fit.inputs[torch.from_numpy(rows)][:, 0].sort().values
         assert torch.equal(first[member, :, 0].sort().values, expected)
         assert torch.equal(second[member, :, 0].sort().values, expected)

@@ -170,7 +170,7 @@ def test_moments_by_blocks(tmp_path: Path) -> None:
     data = load_dataset(write(tmp_path / "a.hdf5", 7000))
     fit = Fit(data, 0, DynamicsConfig(hidden=(4,), weight_decay=(0.0, 0.0), members=1, elites=1))
     inputs = dynamics_inputs_targets(data)[0].double()
-    rows = torch.from_numpy(np.sort(fit.rows[0]))
+    rows = torch.from_numpy(np.sort(fit.bootstrap()[0]))
     assert rows[0] >= 0
     assert rows[-1] < len(fit.table) == 6000
     # The statistics leave out the 1000 held-out uniform rows, which move a mean by at most this much.

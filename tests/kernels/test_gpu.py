@@ -108,7 +108,7 @@ def test_on_the_gpu_every_member_sees_its_rows_in_a_new_order() -> None:
     first, second = (fit.shuffled(epoch).cpu() for epoch in range(2))
     assert torch.equal(first, fit.shuffled(0).cpu()) and not torch.equal(first, second)
     for order in (first, second):
-        assert torch.equal(order.sort(1).values, torch.from_numpy(fit.rows).sort(1).values)
+        assert torch.equal(order.sort(1).values, torch.from_numpy(fit.bootstrap()).sort(1).values)
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton", "cuda"])

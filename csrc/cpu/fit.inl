@@ -188,14 +188,14 @@ struct FitRows {
     return {load(sums[0]) * inverse_count, load(sums[1]) * inverse_count};
   }
 
-  // measure() by one pass, while the layer's blocks are made, for factors that are rounded. Sums are counted
-  // from a row's first output, which is within some deviations of the mean, so that little cancels.
+  // measure() by one pass, while the layer's blocks are made, for factors that are rounded. Distances are
+  // from the mean of a row's first vector, so that little cancels in the variance.
   template <int kWide>
   MOPO_METHOD void add_moments(int64_t row, int64_t column, int64_t width,
                                const vf (&block)[kBlock][kWide]) const {
     float* firsts = window.means[0] + row;
     if (column == 0)
-      for (int i = 0; i < kBlock; ++i) firsts[i] = block[i][0][0];
+      for (int i = 0; i < kBlock; ++i) firsts[i] = sum_of_lanes(block[i][0])[0] * (1.0f / W);
     const auto add = [&](auto some) {
       add_to_rows(row, column, block, [&](int i, int v, vf x) {
         const vf distance = some(x - firsts[i], width - column - v * W);

@@ -161,8 +161,9 @@ class SacState {
       for (int64_t i = 0; i < networks * hidden; ++i) {
         const int64_t l = i % hidden, width = args_.actor[l].out;
         const Precision kind = precision(side == Side::kLeft ? l + 1 : l);
-        factors.push_back(take(width, side, kind, trained));
-        if (side == Side::kGrad && l == 0 && trained && in_tiles(kind, kernels_)) factors.back().along = {};
+        const bool only_across = side == Side::kGrad && l == 0 && trained && in_tiles(kind, kernels_);
+        factors.push_back(only_across ? Factor{{}, take_across(arena_, rows, width, side, kind, kernels_)}
+                                      : take(width, side, kind, trained));
       }
       return factors.data();
     };

@@ -400,7 +400,7 @@ static void each_critic_window(const SacArgs& args, const SacPlan& plan, const C
   });
 }
 
-// The step of a critic whose gradients by all rows the team has made, or is about to finish.
+// Steps a critic, once the whole team has its gradients.
 static void train_critic(const SacArgs& args, const SacPlan& plan, const CriticTurn& turn,
                          const AdamStep& step) {
   turn.team.wait();

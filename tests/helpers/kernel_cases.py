@@ -715,6 +715,7 @@ FIT_CASES: dict[str, tuple[int, int, int, dict[str, Any]]] = {
     "edges of tiles": (10, 5, 90, {"hidden": (32, 31, 48, 16), "batch_size": 37, "members": 3}),
     "layer norms": (11, 3, 100, {"hidden": (25, 33, 18), "batch_size": 40, "members": 3, "layer_norm": True}),
     "few normed units": (3, 1, 30, {"hidden": (4, 7), "members": 2, "batch_size": 9, "layer_norm": True}),
+    "wide layer norm": (11, 3, 64, {"hidden": (512,), "batch_size": 64, "members": 2, "layer_norm": True}),
     "canonical with layer norms": (17, 6, 600, {"layer_norm": True, "activation": "relu", "members": 3}),
     "batch larger than the data": (4, 2, 25, {"hidden": (20, 20), "members": 32, "batch_size": 1000}),
 }

@@ -41,6 +41,21 @@ def test_as_accurate_as_pytorch(
     assert error <= 2.0 * usual + 1e-6 * abs(losses[2])
 
 
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(("isa", "dtype"), training_kernels())
+def test_layer_norms_of_outliers(isa: str, dtype: str, first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOPO_FAST_ISA", isa)
+    fits = [make_fit("wide layer norm", backend, dtype=dtype) for backend in ("cpu", "reference")]
+    fits.append(make_fit("wide layer norm", "reference", double=True))
+    for fit in fits:
+        with torch.no_grad():
+            fit.model.biases[0][:, 0 if first else -1] += 1000.0
+        fit_steps(fit, fit.rows)
+    kernel, same, exact = (fit_state(fit)["weights.0.exp_avg"].double() for fit in fits)
+    error, usual = (float((some - exact).norm()) for some in (kernel, same))
+    assert error <= 2.0 * usual
+
+
 def test_every_parameter_moves() -> None:
     fit = make_fit("canonical", "cpu")
     before = {name: tensor.clone() for name, tensor in fit_state(fit).items()}

@@ -1,17 +1,22 @@
 """Behavior cloning: a policy that acts as a data set does."""
 
+import logging
 import math
 
 import torch
 
+from mopo_fast.backends.checked import check_range
 from mopo_fast.data import Transitions
 from mopo_fast.errors import InputError
 from mopo_fast.policy import Actor
 from mopo_fast.utils.adam import Adam
 from mopo_fast.utils.seeds import CLONE, derive_seed
 
+logger = logging.getLogger("mopo_fast")
+
 # Largest size of an action before it is turned back through tanh, which reaches 1 at infinity.
 _LARGEST_ACTION = 0.999
+_MOST = 1.0 + 1e-5  # a rounded bound is no mistake
 # Lowest log standard deviation. Below it the likelihood of a deterministic policy would have no bound.
 _LOG_STD_MIN = -5.0
 # Rows of a batch: a share of all, so that an epoch of a small data set makes enough updates, within bounds.
@@ -27,9 +32,10 @@ def clone_policy(
 ) -> Actor:
     """Fit a policy to the actions of a data set by maximum likelihood.
 
-    The policy is a Gaussian before the tanh, so its noise is that of the data. Where the data come from
-    several policies it is a compromise of them. A tenth of the rows, 20,000 at most, is held out. The fit
-    ends after three epochs that do not raise their likelihood, and returns the best epoch's policy.
+    The policy is a Gaussian before the tanh, so its noise is that of the data: sample its actions to compare
+    it with them. Where the data come from several policies it is a compromise of them. A tenth of the rows,
+    20,000 at most, is held out. The fit ends after three epochs that do not raise their likelihood, and
+    returns the best epoch's policy.
 
     Args:
         data: n >= 10 transitions with finite observations [n, obs_dim] and actions [n, act_dim] in [-1, 1].
@@ -39,21 +45,29 @@ def clone_policy(
         epochs: most epochs.
 
     Returns:
-        The policy, on the device of the data.
+        The policy, on the device of the data. The best epoch and its likelihood are logged.
 
     Raises:
         InputError: an argument is out of range, or the data are too few or not finite.
     """
     if not isinstance(data, Transitions):
-        raise InputError(f"data must be Transitions, got {type(data).__name__}; see mopo_fast.load_dataset")
+        raise InputError(
+            f"data must be Transitions, got {type(data).__name__}; load it with mopo_fast.load_dataset(...)"
+        )
     if len(data) < _FEWEST_ROWS:
-        raise InputError(f"to clone a policy takes {_FEWEST_ROWS} transitions or more, got {len(data)}")
-    if epochs < 1:
-        raise InputError(f"epochs must be at least 1, got {epochs}")
+        raise InputError(f"clone_policy needs {_FEWEST_ROWS} transitions or more, got {len(data)}")
+    check_range("epochs", epochs, 1, 2**31)
+    check_range("seed", seed, 0, 2**64)
     observations, actions = data.observations.float(), data.actions.float()
     for name, array in ("observations", observations), ("actions", actions):
         if not bool(torch.isfinite(array).all()):
             raise InputError(f"the data's {name} must be finite")
+    if bool((outside := (actions.abs() > _MOST).any(-1)).any()):
+        row = int(outside.int().argmax())
+        raise InputError(
+            f"the data's actions must be in [-1, 1], got {actions[row].tolist()} at row {row};"
+            " scale them first"
+        )
     device = data.device
     generator = torch.Generator().manual_seed(derive_seed(seed, CLONE) % 2**63)
     actor = Actor(
@@ -76,8 +90,8 @@ def clone_policy(
         losses: torch.Tensor = 0.5 * distance.square() + log_std
         return losses.sum(-1).mean()
 
-    best, kept, waited = math.inf, [each.detach().clone() for each in parameters], 0
-    for _ in range(epochs):
+    best, kept, waited, best_epoch = math.inf, [each.detach().clone() for each in parameters], 0, 0
+    for epoch in range(epochs):
         shuffled = training[torch.randperm(len(training), generator=generator).to(device)]
         for rows in shuffled.split(batch):
             optimizer.step(torch.autograd.grad(loss(rows), parameters))
@@ -87,10 +101,16 @@ def clone_policy(
             raise InputError("the clone of the data's policy diverged; look for outliers in the observations")
         if held < best:
             best, kept, waited = held, [each.detach().clone() for each in parameters], 0
+            best_epoch = epoch
         else:
             waited += 1
             if waited == _PATIENCE:
                 break
+    logger.info(
+        "cloned the policy of %d transitions; the best epoch was number %d, with a mean log-likelihood of"
+        " %.4g of the held-out actions before the tanh, but for a constant",
+        *(len(data), best_epoch + 1, -best),
+    )
     with torch.no_grad():
         for parameter, value in zip(parameters, kept, strict=True):
             parameter.copy_(value)

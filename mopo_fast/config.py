@@ -206,7 +206,10 @@ class DynamicsConfig:
     def validate(self) -> None:
         """Raise `InputError` where a value is out of range."""
         layers, decay = len(self.hidden) + 1, self.weight_decay
-        _require(len(decay) == layers, f"weight_decay needs one value per layer, {layers}, got {decay}")
+        _require(
+            len(decay) == layers,
+            f"hidden has {layers - 1} layers, so weight_decay needs {layers} values, one more; got {decay}",
+        )
         _require_known("dtype", self.dtype or "float32", TRAINING_DTYPES, " of the fit")
         _require_positive(self, "", "batch_size", "members", "max_epochs", "holdout_max")
         _require(self.patience >= 0, f"patience must be at least 0, got {self.patience}")

@@ -90,8 +90,11 @@ class Actor(nn.Module):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise InputError(f"unknown activation {activation!r}; there are: {', '.join(ACTIVATIONS)}")
-        if min((obs_dim, act_dim, *hidden)) < 1:
-            raise InputError(f"sizes must be positive, got obs {obs_dim}, act {act_dim}, hidden {hidden}")
+        sizes = (obs_dim, act_dim, *hidden) if isinstance(hidden, tuple | list) else (None,)
+        if not all(isinstance(size, int | np.integer) and size >= 1 for size in sizes):
+            raise InputError(
+                f"sizes must be whole numbers, 1 or more, got obs {obs_dim}, act {act_dim}, hidden {hidden}"
+            )
         if not log_std_min < log_std_max:
             raise InputError(f"log_std_min {log_std_min} must be below log_std_max {log_std_max}")
         if any(
@@ -100,13 +103,13 @@ class Actor(nn.Module):
             raise InputError(f"log_std_min {log_std_min} and log_std_max {log_std_max} must fit into float32")
         self.obs_dim, self.act_dim, self.activation = obs_dim, act_dim, activation
         self.log_std_min, self.log_std_max = float(log_std_min), float(log_std_max)
-        sizes = [obs_dim, *hidden, 2 * act_dim]
+        widths = [obs_dim, *hidden, 2 * act_dim]
         what = f"an actor with obs {obs_dim}, act {act_dim}, hidden {hidden}"
-        check_memory(what, mlp_bytes(1, sizes), "cpu", "these sizes")
+        check_memory(what, mlp_bytes(1, widths), "cpu", "these sizes")
         self.weights = nn.ParameterList(
-            nn.Parameter(_xavier_uniform(pair, generator)) for pair in itertools.pairwise(sizes)
+            nn.Parameter(_xavier_uniform(pair, generator)) for pair in itertools.pairwise(widths)
         )
-        self.biases = nn.ParameterList(nn.Parameter(torch.zeros(out)) for out in sizes[1:])
+        self.biases = nn.ParameterList(nn.Parameter(torch.zeros(out)) for out in widths[1:])
 
     @property
     def hidden(self) -> tuple[int, ...]:

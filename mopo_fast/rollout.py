@@ -547,6 +547,17 @@ class RolloutEngine:
         if isinstance(start_observations, str | os.PathLike):
             start_observations = load_dataset(os.fspath(start_observations))
         source = start_observations
+        if isinstance(policy, str) and policy == "behavior" and not isinstance(source, Transitions):
+            raise InputError(
+                '"behavior" clones the policy of a data set, but the start states are an array; give'
+                " Transitions or the name of a data set with count, or clone the policy once by"
+                " mopo_fast.clone_policy(data) and pass that"
+            )
+        if isinstance(source, Transitions) and source.obs_dim != ensemble.obs_dim:
+            raise InputError(
+                f"the data set has {source.obs_dim} observation and {source.act_dim} action dimensions, the"
+                f" ensemble {ensemble.obs_dim} and {ensemble.act_dim}"
+            )
         if count is not None or isinstance(source, Transitions):
             start_observations = self._draw_starts(source, count, seed)
         start = self._checked("start_observations", start_observations, ensemble.obs_dim)
@@ -554,10 +565,16 @@ class RolloutEngine:
         checked.check_range("seed", seed, 0, 2**64)
         checked.check_range("horizon", horizon, 1, 2**31)
         if isinstance(policy, str) and policy == "behavior":
-            policy = self._clone(source, seed)
+            policy = clone_policy(source, seed=seed).to(self.device)
         if isinstance(policy, Actor):
             self._check_actor(policy)
-        elif not callable(policy) and policy != "uniform":
+        elif isinstance(policy, str):
+            if policy != "uniform":
+                raise InputError(
+                    f"unknown policy {policy!r:.100}; there are: uniform, behavior."
+                    " mopo_fast.Actor.load opens a saved policy"
+                )
+        elif not callable(policy):
             raise InputError(
                 'policy must be a mopo_fast.Actor, "uniform", "behavior", or a function of observations that'
                 f" returns actions, got {policy!r:.100}; for any other policy loop over `engine.step`"
@@ -651,15 +668,6 @@ class RolloutEngine:
         numbers = torch.arange(count, device=given.device)
         drawn = random_choice(numbers, 0, BATCH_STREAM, len(given), derive_seed(seed, START))
         return given.observations[drawn].to(self.device)
-
-    def _clone(self, data: Any, seed: int) -> Actor:
-        """Clone the policy that made the data set of the start states."""
-        if not isinstance(data, Transitions):
-            raise InputError(
-                'policy="behavior" is the policy of the data set that start states are drawn from; give'
-                " Transitions or the name of a data set, and count"
-            )
-        return clone_policy(data, seed=seed).to(self.device)
 
     def _backend_for(self, policy: Actor) -> Backend:
         """Return the engine's backend, or another one if it cannot serve such a policy."""

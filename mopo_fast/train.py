@@ -518,8 +518,8 @@ def train_bar(runs: Sequence[Training], quiet: bool) -> contextlib.AbstractConte
 def progress_note(runs: Sequence[Training]) -> str:
     """Describe the latest epoch for the progress bar, averaged over the runs.
 
-    It is the score, or the return where there is no score, the penalty, the Q-value, and the steps of a
-    rollout where a penalty can end it. A score of an earlier epoch is named as such, and one of an earlier
+    It is the score, or the return where there is no score, the penalty, the steps of a rollout where a
+    penalty can end it, and the Q-value. A score of an earlier epoch is named as such, and one of an earlier
     session is left out.
     """
     evaluated = sorted({run.log.evaluated or 0 for run in runs})
@@ -534,9 +534,7 @@ def progress_note(runs: Sequence[Training]) -> str:
         span = " to ".join(map(str, dict.fromkeys((evaluated[0], evaluated[-1]))))
         when = "" if new else f" at epoch {span}"
         parts.append(f"{name} {sum(values) / len(values):.1f}{when}")
-    forms = {"penalty": ".3g", "q": ".4g"}
-    if any(run.config.rollout.truncates for run in runs):
-        forms["length"] = ".1f"
-    for name, form in forms.items():
+    truncates = any(run.config.rollout.truncates for run in runs)
+    for name, form in (("penalty", ".3g"), *([("length", ".1f")] if truncates else []), ("q", ".4g")):
         parts.append(f"{name} {sum(row[name] for row in rows) / len(rows):{form}}")
     return ", ".join(parts)

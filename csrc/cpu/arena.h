@@ -78,7 +78,7 @@ class Arena {
  private:
   static constexpr size_t kAlignment = 64, kLargePage = size_t{2} << 20;
   // Limits of the block that a thread keeps: its size, and how many times too large it may be for a call.
-  static constexpr size_t kMostSpare = size_t{64} << 20, kMostWaste = 8;
+  static constexpr size_t kMostSpare = size_t{128} << 20, kMostWaste = 8;
 
   void obtain(bool from_spare) {
     const bool large = used_ >= 2 * kLargePage;

@@ -98,7 +98,16 @@ def test_actions_at_the_bounds_are_cloned() -> None:
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        ({}, {"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({}, {"epochs": 0}, "epochs must be a whole number, 1 <= epochs < .*, got 0"),
+        ({}, {"epochs": 1.5}, "epochs must be a whole number, .*, got 1.5"),
+        ({}, {"seed": -1}, "seed must be a whole number, .*, got -1"),
+        ({}, {"hidden": 32}, "sizes must be whole numbers, 1 or more, .*, hidden 32"),
+        ({}, {"hidden": (32.5,)}, "sizes must be whole numbers, 1 or more"),
+        (
+            {"actions": torch.tensor([[0.0, 3.0]] * 40)},
+            {},
+            r"actions must be in \[-1, 1\], got \[0.0, 3.0\] at row 0; scale them",
+        ),
         ({"actions": torch.full((40, 2), math.nan)}, {}, "the data's actions must be finite"),
         ({"observations": torch.full((40, 5), math.inf)}, {}, "the data's observations must be finite"),
     ],
@@ -110,7 +119,7 @@ def test_bad_data(change: dict[str, Any], options: dict[str, Any], message: str)
 
 
 def test_too_few_rows_and_no_data() -> None:
-    with pytest.raises(InputError, match="takes 10 transitions or more, got 9"):
+    with pytest.raises(InputError, match="needs 10 transitions or more, got 9"):
         clone_policy(acted(gaussian_policy(), rows=9))
     with pytest.raises(InputError, match="data must be Transitions, got str"):
         clone_policy("hopper-medium-v2")  # type: ignore[arg-type]
@@ -127,8 +136,17 @@ def test_rollouts_of_the_behavior_policy(backend: str, tmp_path: Path) -> None:
 
 def test_the_behavior_policy_is_that_of_a_data_set() -> None:
     engine = RolloutEngine(make_ensemble(5, 2))
-    with pytest.raises(InputError, match='policy="behavior" is the policy of the data set'):
-        engine.rollout("behavior", torch.zeros(4, 5), 3, seed=4)
+    for count in (None, 10):
+        with pytest.raises(
+            InputError, match='"behavior" clones the policy of a data set, but the start states'
+        ):
+            engine.rollout("behavior", torch.zeros(4, 5), 3, seed=4, count=count)
+    with pytest.raises(
+        InputError, match="data set has 5 observation and 2 action dimensions, the ensemble 4"
+    ):
+        RolloutEngine(make_ensemble(4, 2)).rollout(
+            "uniform", acted(make_policy(5, 2), 50), 3, seed=4, count=9
+        )
     with pytest.raises(InputError, match="start states from a data set need count"):
         engine.rollout("behavior", acted(make_policy(5, 2), rows=50), 3, seed=4)
 

@@ -494,7 +494,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weight_decay": (1e-3,)}, "weight_decay needs one value per layer, 3"),
+        ({"weight_decay": (1e-3,)}, "hidden has 2 layers, so weight_decay needs 3 values"),
         ({"weight_decay": (1e-3, -1e-3, 0.0)}, "weight_decay must not be negative"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"members": 0}, "members must be"),

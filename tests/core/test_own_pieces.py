@@ -170,8 +170,10 @@ def test_uniform_actions(backend: str) -> None:
     torch.testing.assert_close(made.actions.mean(0), torch.zeros(2), atol=0.03, rtol=0)
     torch.testing.assert_close(made.actions.var(0), torch.full((2,), 1 / 3), atol=0.02, rtol=0)
     assert not torch.equal(made.actions[made.step == 0], made.actions[made.step == 1])
-    with pytest.raises(InputError, match=r"policy must be a mopo_fast\.Actor, .*, or a function"):
+    with pytest.raises(InputError, match="unknown policy 'gaussian'; there are: uniform, behavior"):
         engine.rollout("gaussian", start, 2, seed=3)
+    with pytest.raises(InputError, match=r"policy must be a mopo_fast\.Actor, .*, or a function"):
+        engine.rollout(3, start, 2, seed=3)
 
 
 def test_start_states_of_a_data_set(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_actor_starts_from_xavier_uniform() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden": (8, 0)}, "sizes must be positive"),
+        ({"hidden": (8, 0)}, "sizes must be whole numbers, 1 or more"),
         ({"activation": "gelu"}, "unknown activation 'gelu'; there are"),
         ({"log_std_min": 2.0, "log_std_max": 2.0}, "log_std_min 2.0 must be below"),
         ({"log_std_min": math.nan}, "log_std_min nan must be below"),

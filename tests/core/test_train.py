@@ -492,7 +492,7 @@ class TestResolve:
             ({"evaluation": {"episodes": 0}}, "evaluation episodes must be at least 1, got 0"),
             ({"evaluation": {"interval": 0}}, "evaluation interval must be at least 1, got 0"),
             ({"dynamics": {"elites": 9}}, "elites must be 1 to members"),
-            ({"dynamics": {"hidden": (16,)}}, "weight_decay needs one value per layer, 2"),
+            ({"dynamics": {"hidden": (16,)}}, "hidden has 1 layers, so weight_decay needs 2 values"),
             ({"dynamics": {"max_logvar": math.nan}}, "max_logvar must be finite, got nan"),
             ({"device": "meta"}, "device 'meta' cannot be used"),
             ({"rollout": {"tuned": "mine"}}, "unknown tuned 'mine'; there are: authors, offlinerl-kit"),

@@ -369,7 +369,7 @@ def test_the_return_stands_where_there_is_no_score() -> None:
     assert progress_note([run(50.0, 1), run(60.0, 2)]) == "score 55.0 at epoch 1 to 2, penalty 0.5, q 1"
     assert progress_note([run(50.0, evaluated=None)]) == "penalty 0.5, q 1"
     # Rollouts that a penalty can end differ in length.
-    assert progress_note([run(50.0, truncates=True)]) == "score 50.0, penalty 0.5, q 1, length 87.2"
+    assert progress_note([run(50.0, truncates=True)]) == "score 50.0, penalty 0.5, length 87.2, q 1"
 
 
 @pytest.mark.parametrize(

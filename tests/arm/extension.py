@@ -254,9 +254,9 @@ def _fit(given: dict[str, Any], isa: str, threads: int) -> float:
     message.whole(members, dims)
     _add_layers(message, given["layers"], members)
     message.whole(len(given["norms"]))
-    for (_, after, _), addresses in zip(given["layers"], given["norms"], strict=False):
-        _add_parameter(message, [*addresses[:3], 0], members * after)
-        _add_parameter(message, [*addresses[3:], 0], members * after)
+    for (_, after, _), norm in zip(given["layers"], given["norms"], strict=False):
+        for addresses in norm:  # scale and shift
+            _add_parameter(message, [*addresses, 0], members * after)
     message.whole(given["activation"])
     for name in ("max_logvar", "min_logvar"):
         _add_parameter(message, [*given[name], 0], dims)

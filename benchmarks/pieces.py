@@ -15,7 +15,7 @@ from rich.table import Table
 from benchmarks.command import run_command
 from benchmarks.record import RESULTS, write_record
 from mopo_fast import Actor, EnsembleDynamics, ModelVectorEnv, RolloutEngine
-from mopo_fast.bench.measure import Contender, interleave
+from mopo_fast.bench.measure import Contender, interleave, times
 from mopo_fast.doctor import examine
 from mopo_fast.utils.machine import resolve_threads, torch_threads
 
@@ -105,7 +105,7 @@ def main(
     rates: dict[str, dict[str, float]] = {}
     for count in ROLLOUTS:
         calls = max(1, IN_TURN // (count * HORIZON))
-        turns = {name: repeat(run, calls) for name, run in make_contenders(count, threads).items()}
+        turns = {name: times(calls, run) for name, run in make_contenders(count, threads).items()}
         with torch_threads(threads):
             seconds = interleave(turns, rounds, f"pieces: {count} rollouts", quiet)
         rates[str(count)] = {name: count * HORIZON * calls / value for name, value in seconds.items()}
@@ -119,16 +119,6 @@ def main(
     settings = {"horizon": HORIZON, "rounds": rounds, "threads": threads}
     write_record(path, "pieces", findings, {"settings": settings, "transitions_per_second": rates})
     print(path)
-
-
-def repeat(run: Contender, calls: int) -> Contender:
-    """Return a function that calls `run` several times."""
-
-    def turn() -> None:
-        for _ in range(calls):
-            run()
-
-    return turn
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from benchmarks.command import run_command
 from benchmarks.record import RESULTS, write_record
 from mopo_fast import EnsembleDynamics, RolloutEngine
 from mopo_fast.backends.interface import StepResult
-from mopo_fast.bench.measure import Contender, interleave
+from mopo_fast.bench.measure import interleave, times
 from mopo_fast.doctor import examine
 from mopo_fast.utils.machine import resolve_threads, torch_threads
 
@@ -49,7 +49,7 @@ def main(
     milliseconds: dict[str, dict[str, float]] = {}
     for batch in BATCHES:
         calls = min(MOST_CALLS, max(1, ROWS_IN_TURN // batch))
-        contenders = {name: steps(engine, batch, calls) for name, engine in engines.items()}
+        contenders = {name: times(calls, one_step(engine, batch)) for name, engine in engines.items()}
         with torch_threads(threads):
             seconds = interleave(contenders, rounds, f"step: {batch} rows", quiet)
         ours, theirs = (1e3 * seconds[name] / calls for name in engines)
@@ -68,17 +68,6 @@ def one_step(engine: RolloutEngine, batch: int) -> Callable[[], StepResult[torch
     observations = torch.randn(batch, OBS_DIM, generator=generator)
     actions = torch.rand(batch, ACT_DIM, generator=generator) * 2.0 - 1.0
     return partial(engine.step, observations, actions, seed=0)
-
-
-def steps(engine: RolloutEngine, batch: int, calls: int) -> Contender:
-    """Return a function that makes `calls` steps of `batch` rows."""
-    step = one_step(engine, batch)
-
-    def run() -> None:
-        for _ in range(calls):
-            step()
-
-    return run
 
 
 if __name__ == "__main__":

@@ -547,16 +547,12 @@ class RolloutEngine:
         if isinstance(start_observations, str | os.PathLike):
             start_observations = load_dataset(os.fspath(start_observations))
         source = start_observations
-        if isinstance(policy, str) and policy == "behavior" and not isinstance(source, Transitions):
+        clones = isinstance(policy, str) and policy == "behavior"
+        if clones and not isinstance(source, Transitions):
             raise InputError(
                 '"behavior" clones the policy of a data set, but the start states are an array; give'
                 " Transitions or the name of a data set with count, or clone the policy once by"
                 " mopo_fast.clone_policy(data) and pass that"
-            )
-        if isinstance(source, Transitions) and source.obs_dim != ensemble.obs_dim:
-            raise InputError(
-                f"the data set has {source.obs_dim} observation and {source.act_dim} action dimensions, the"
-                f" ensemble {ensemble.obs_dim} and {ensemble.act_dim}"
             )
         if count is not None or isinstance(source, Transitions):
             start_observations = self._draw_starts(source, count, seed)
@@ -564,17 +560,11 @@ class RolloutEngine:
         rows = self._checked_rows(rows, len(start))
         checked.check_range("seed", seed, 0, 2**64)
         checked.check_range("horizon", horizon, 1, 2**31)
-        if isinstance(policy, str) and policy == "behavior":
+        if clones:
             policy = clone_policy(source, seed=seed).to(self.device)
         if isinstance(policy, Actor):
             self._check_actor(policy)
-        elif isinstance(policy, str):
-            if policy != "uniform":
-                raise InputError(
-                    f"unknown policy {policy!r:.100}; there are: uniform, behavior."
-                    " mopo_fast.Actor.load opens a saved policy"
-                )
-        elif not callable(policy):
+        elif not callable(policy) and policy != "uniform":
             raise InputError(
                 'policy must be a mopo_fast.Actor, "uniform", "behavior", or a function of observations that'
                 f" returns actions, got {policy!r:.100}; for any other policy loop over `engine.step`"
@@ -663,6 +653,11 @@ class RolloutEngine:
             )
         if count is None:
             raise InputError("start states from a data set need count, the number of them to draw")
+        if given.obs_dim != self.ensemble.obs_dim:
+            raise InputError(
+                f"the data set has {given.obs_dim} observation and {given.act_dim} action dimensions, the"
+                f" ensemble {self.ensemble.obs_dim} and {self.ensemble.act_dim}"
+            )
         checked.check_range("count", count, 1, 2**31)
         checked.check_range("seed", seed, 0, 2**64)
         numbers = torch.arange(count, device=given.device)

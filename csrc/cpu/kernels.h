@@ -219,8 +219,8 @@ struct FitWindow {
   // that normalised them.
   const Panels* normed;
   float* const* inverse_std;
-  // Of the layer norm at work, for each row: two sums in vectors while the layer's blocks pass, and two
-  // means.
+  // Each layer norm uses these again: two sums of each row, kept as vectors while the layer's blocks pass,
+  // and two means of each row.
   Rows sums[2];
   float* means[2];
   // Used where factors are packed. Layer by layer, the matrices `along` take turns with two buffers.

@@ -288,11 +288,11 @@ def sac_work(
         together = f"{_name(sac.backend, dtype)}, at once"
         contenders[together] = updating(*(fresh(backend, dtype) for _ in range(runs)))
         dtypes[together] = dtype
-    contenders |= {name: _times(runs, updating(one)) for name, one in named.items()}
+    contenders |= {name: times(runs, updating(one)) for name, one in named.items()}
     for name, make in (baselines or {}).items():
         baseline = make(fresh("reference"), data, buffer, updates)
         dtypes |= _dtypes({name: baseline})
-        contenders[name] = _times(runs, baseline)
+        contenders[name] = times(runs, baseline)
     return Work(
         kernel="sac",
         shape={
@@ -582,7 +582,7 @@ def _randomise(data: Transitions) -> None:
     data.actions.tanh_()
 
 
-def _times(count: int, run: Contender) -> Contender:
+def times(count: int, run: Contender) -> Contender:
     """Return a contender that does the work of `run` `count` times."""
 
     def again() -> None:

@@ -9,7 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from kernel_cases import assert_same, make_ensemble, make_policy
+from kernel_cases import assert_same, data_of, make_ensemble, make_policy
 
 import mopo_fast
 from mopo_fast import Actor, InputError, RolloutEngine, Transitions, clone_policy
@@ -25,13 +25,7 @@ def acted(policy: Actor, rows: int = 20_000, noise: float = 1.0) -> Transitions:
     observations[:, 4] = 3.0
     observations[:, 0] += 100.0
     observations[:, 1] *= 50.0
-    return Transitions(
-        observations=observations,
-        actions=actions,
-        rewards=torch.zeros(rows),
-        next_observations=observations,
-        terminals=torch.zeros(rows, dtype=torch.bool),
-    )
+    return data_of(observations, actions)
 
 
 def gaussian_policy() -> Actor:

@@ -555,6 +555,17 @@ def fit_to_double(fit: Fit) -> Fit:
     return fit
 
 
+def data_of(observations: torch.Tensor, actions: torch.Tensor) -> Transitions:
+    """Return a data set of these observations and actions, in which nothing happens."""
+    return Transitions(
+        observations=observations,
+        actions=actions,
+        rewards=torch.zeros(len(observations)),
+        next_observations=observations,
+        terminals=torch.zeros(len(observations), dtype=torch.bool),
+    )
+
+
 def random_transitions(
     count: int, obs_dim: int, act_dim: int, seed: int, dtype: torch.dtype = torch.float32
 ) -> Transitions:
